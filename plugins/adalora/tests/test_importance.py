@@ -1,0 +1,196 @@
+"""Importance against a float64 loop written from the paper, number by number."""
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tunerkit_adalora.allocator import allocate
+from tunerkit_adalora.importance import Triplets, new_averages, smooth_, triplet_scores
+from tunerkit_adalora.schedule import plan
+
+Array = npt.NDArray[np.float64]
+BETA1, BETA2 = 0.85, 0.7
+seeds = st.integers(0, 2**32 - 1)
+
+
+class PaperLayer:
+    """One layer's weights and averages as plain arrays, with Eq. 8-13 as loops over single numbers."""
+
+    def __init__(self, rng: np.random.Generator, out: int, rank: int, inner: int) -> None:
+        self.weights: list[Array] = [rng.normal(size=s) for s in ((out, rank), (rank,), (rank, inner))]
+        self.sensitivity = [np.zeros_like(w) for w in self.weights]
+        self.uncertainty = [np.zeros_like(w) for w in self.weights]
+
+    def smooth(self, grads: list[Array]) -> None:
+        for w, g, mean, spread in zip(self.weights, grads, self.sensitivity, self.uncertainty, strict=True):
+            if not np.isfinite(g).all():
+                continue
+            for at in np.ndindex(w.shape):
+                now = abs(w[at] * g[at])  # Eq. 8
+                mean[at] = BETA1 * mean[at] + (1 - BETA1) * now  # Eq. 9
+                spread[at] = BETA2 * spread[at] + (1 - BETA2) * abs(now - mean[at])  # Eq. 10
+
+    def scores(self) -> list[float]:
+        p, lam, q = (mean * spread for mean, spread in zip(self.sensitivity, self.uncertainty, strict=True))  # Eq. 11
+        return [lam[i] + sum(p[:, i]) / len(p) + sum(q[i]) / len(q[i]) for i in range(len(lam))]  # Eq. 12, 13
+
+
+def paper_allocation(scores: list[list[float]], keep: int) -> list[list[bool]]:
+    """The best ``keep`` of all triplets, earlier ones first where scores are equal."""
+    order = sorted((-score, layer, i) for layer, row in enumerate(scores) for i, score in enumerate(row))
+    kept = {(layer, i) for _, layer, i in order[:keep]}
+    return [[(layer, i) in kept for i in range(len(row))] for layer, row in enumerate(scores)]
+
+
+def random_grads(rng: np.random.Generator, layer: PaperLayer) -> list[Array]:
+    """Gradients as they come: of any size, now and then zero for a whole layer or with a bad number in it."""
+    scale = 0.0 if rng.random() < 0.1 else 10.0 ** rng.integers(-4, 3)
+    grads: list[Array] = [scale * rng.normal(size=w.shape) for w in layer.weights]
+    if rng.random() < 0.15:
+        bad = grads[rng.integers(3)]
+        bad.flat[rng.integers(bad.size)] = rng.choice([np.nan, np.inf, -np.inf])
+    return grads
+
+
+@given(seeds)
+@settings(max_examples=40, deadline=None)
+def test_many_steps_agree_with_the_paper_written_as_loops(seed: int) -> None:
+    """Over a whole training, averages, scores and masks are those of the paper's formulas computed one by one."""
+    rng = np.random.default_rng(seed)
+    layers = [PaperLayer(rng, *rng.integers(1, 5, size=3)) for _ in range(3)]
+    total = sum(len(layer.weights[1]) for layer in layers)
+    target = int(rng.integers(1, total + 1))
+    schedule = plan(total_steps=16, t_init=2, t_final=3, delta_t=int(rng.integers(1, 5)), initial=total, target=target)
+    averages = [[new_averages(tensors(layer.weights)) for _ in range(2)] for layer in layers]
+    for step in range(1, 17):
+        for layer, (sensitivity, uncertainty) in zip(layers, averages, strict=True):
+            grads = random_grads(rng, layer)
+            skipped = smooth_(
+                tensors(layer.weights), tensors(grads), sensitivity, uncertainty, beta1=BETA1, beta2=BETA2
+            )
+            layer.smooth(grads)
+            assert skipped.item() == sum(not np.isfinite(g).all() for g in grads)
+        scores = [triplet_scores(Triplets(*mean), Triplets(*spread)) for mean, spread in averages]
+        for ours, layer in zip(scores, layers, strict=True):
+            np.testing.assert_allclose(ours.numpy(), layer.scores(), rtol=1e-12, atol=0)
+        if schedule.due(step - 1, step) is not None:
+            masks = allocate(scores, schedule.budget(step))
+            expected = paper_allocation([layer.scores() for layer in layers], schedule.budget(step))
+            assert [mask.tolist() for mask in masks] == expected
+            for layer, mask in zip(layers, masks, strict=True):
+                layer.weights[1] *= mask.numpy()
+        for layer in layers:
+            for w in layer.weights:
+                w += 0.1 * rng.normal(size=w.shape)
+
+
+def tensors(arrays: list[Array]) -> list[Tensor]:
+    """Copies, so that nothing the code under test writes reaches the oracle."""
+    return [torch.tensor(a) for a in arrays]
+
+
+@given(seeds, st.sampled_from([torch.float16, torch.bfloat16]))
+@settings(max_examples=30)
+def test_averages_of_narrow_weights_are_kept_in_fp32(seed: int, dtype: torch.dtype) -> None:
+    """Half-precision weights are averaged as if they and their gradients had been fp32 all along."""
+    generator = torch.Generator().manual_seed(seed)
+    w = (1e-4 * torch.randn(3, 2, generator=generator)).to(dtype)
+    g = (1e-4 * torch.randn(3, 2, generator=generator)).to(dtype)
+    narrow, wide = [new_averages([w]), new_averages([w])], [new_averages([w.float()]), new_averages([w.float()])]
+    for _ in range(3):
+        smooth_([w], [g], *narrow, beta1=BETA1, beta2=BETA2)
+        smooth_([w.float()], [g.float()], *wide, beta1=BETA1, beta2=BETA2)
+    assert narrow[0][0].dtype == torch.float32
+    assert narrow[0][0].count_nonzero() == (w.float() * g.float()).count_nonzero() > 0
+    for ours, expected in zip(narrow, wide, strict=True):
+        assert torch.equal(ours[0], expected[0])
+
+
+def test_averages_of_double_weights_stay_double() -> None:
+    """fp64 isn't narrowed."""
+    assert new_averages([torch.ones(2, dtype=torch.float64)])[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_a_bad_gradient_never_reaches_the_averages(bad: float, weight: float) -> None:
+    """One non-finite value leaves its whole tensor out, counted; the other tensors go on."""
+    weights = [torch.tensor([2.0, weight]), torch.tensor([3.0])]
+    averages = [[torch.tensor([5.0, 6.0]), torch.tensor([7.0])] for _ in range(2)]
+    before = [[a.clone() for a in pair] for pair in averages]
+    skipped = smooth_(weights, [torch.tensor([1.0, bad]), torch.tensor([1.0])], *averages, beta1=BETA1, beta2=BETA2)
+    assert (skipped.ndim, skipped.dtype, skipped.item()) == (0, torch.int64, 1)
+    for ours, old in zip(averages, before, strict=True):
+        assert torch.equal(ours[0], old[0])
+        assert not torch.equal(ours[1], old[1])
+
+
+def test_a_product_that_overflows_counts_as_bad() -> None:
+    """A finite gradient whose sensitivity is infinite is left out too: one infinity would stay for good."""
+    averages = [new_averages([torch.ones(1)]) for _ in range(2)]
+    skipped = smooth_([torch.tensor([1e30])], [torch.tensor([1e30])], *averages, beta1=BETA1, beta2=BETA2)
+    assert skipped.item() == 1
+    assert averages[0][0].item() == averages[1][0].item() == 0
+
+
+def test_the_largest_finite_gradients_are_not_bad() -> None:
+    """Looking for bad numbers doesn't itself overflow."""
+    w, g = torch.full((64,), 1e-3), torch.full((64,), torch.finfo(torch.float32).max)
+    assert smooth_([w], [g], new_averages([w]), new_averages([w]), beta1=BETA1, beta2=BETA2).item() == 0
+
+
+@given(seeds, st.integers(-20, 20))
+@settings(max_examples=30)
+def test_scores_scale_with_the_square_of_the_gradients(seed: int, power: int) -> None:
+    """Gradients times 2^k give scores times exactly 4^k, hence the same masks: the loss's scale doesn't matter."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(s, generator=generator, dtype=torch.float64) for s in ((4, 3), (3,), (3, 5))]
+    grads = [[torch.randn(w.shape, generator=generator, dtype=torch.float64) for w in weights] for _ in range(4)]
+
+    def scores(scale: float) -> Tensor:
+        sensitivity, uncertainty = new_averages(weights), new_averages(weights)
+        for step in grads:
+            smooth_(weights, [scale * g for g in step], sensitivity, uncertainty, beta1=BETA1, beta2=BETA2)
+        return triplet_scores(Triplets(*sensitivity), Triplets(*uncertainty))
+
+    assert torch.equal(scores(2.0**power), 4.0**power * scores(1.0))
+
+
+def test_layers_of_rank_zero_have_no_scores_and_are_not_bad() -> None:
+    """A rank of zero is a rank like others."""
+    weights = [torch.ones(4, 0), torch.ones(0), torch.ones(0, 3)]
+    averages = [new_averages(weights) for _ in range(2)]
+    assert smooth_(weights, weights, *averages, beta1=BETA1, beta2=BETA2).item() == 0
+    assert triplet_scores(Triplets(*averages[0]), Triplets(*averages[1])).shape == (0,)
+
+
+def test_nothing_to_average_is_nothing_left_out() -> None:
+    """No weights, no work."""
+    assert smooth_([], [], [], [], beta1=BETA1, beta2=BETA2).item() == 0
+
+
+def test_the_host_never_waits_for_the_device() -> None:
+    """On meta tensors, which hold no numbers, all of it runs: nothing looks at a value."""
+    weights = [torch.ones(s, device="meta") for s in ((4, 3), (3,), (3, 5))]
+    sensitivity, uncertainty = new_averages(weights), new_averages(weights)
+    assert smooth_(weights, weights, sensitivity, uncertainty, beta1=BETA1, beta2=BETA2).is_meta
+    scores = triplet_scores(Triplets(*sensitivity), Triplets(*uncertainty))
+    assert allocate([scores, scores], 4, minimum=[1, 1])[0].is_meta
+
+
+def test_averages_are_updated_where_they_are_and_weights_not_at_all() -> None:
+    """Only the two averages change, in place; parameters that need gradients are no obstacle."""
+    w = torch.nn.Parameter(torch.tensor([2.0, -3.0]))
+    g = torch.tensor([0.5, 1.0])
+    sensitivity, uncertainty = new_averages([w]), new_averages([w])
+    place = sensitivity[0].data_ptr()
+    smooth_([w], [g], sensitivity, uncertainty, beta1=0.5, beta2=0.5)
+    assert sensitivity[0].data_ptr() == place
+    assert sensitivity[0].tolist() == [0.5, 1.5]  # half of |w·g| = 1, 3
+    assert uncertainty[0].tolist() == [0.25, 0.75]  # half of |1 − 0.5|, |3 − 1.5|
+    assert w.tolist() == [2.0, -3.0]
+    assert g.tolist() == [0.5, 1.0]

@@ -1,0 +1,102 @@
+"""What a user sets for AdaLoRA."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import attrs
+
+from tunerkit import AdapterConfig, setting
+from tunerkit.patterns import lookup
+
+DEFAULT_TARGET_RANK = 8
+
+
+@attrs.frozen
+class AdaLoraConfig(AdapterConfig):
+    """ΔW = (alpha/init_rank) · P Λ Q, pruned from ``init_rank`` at each target to one global budget.
+
+    The budget is ``target_rank`` per target on average, or ``budget`` in total (triplets, or parameters).
+    ``t_init`` and ``t_final`` are optimizer steps (int) or shares of training (float below 1).
+    """
+
+    target_rank: int | None = setting(None, ge=1, doc="average rank per target at the end; None: 8, unless budget is given")
+    init_rank: int | None = setting(None, ge=1, doc="rank at each target at the start; None: 1.5 x target_rank, rounded up")
+    alpha: float | None = setting(None, gt=0, doc="numerator of the scale; None: twice init_rank")
+    dropout: float = setting(0.0, ge=0, lt=1, doc="share of the adapter's input that is dropped while training")
+    t_init: int | float = setting(0.1, ge=0, doc="t_i: no pruning before")
+    t_final: int | float = setting(0.3, ge=0, doc="t_f: length of the final phase, ranks fixed")
+    delta_t: int = setting(10, ge=1, doc="Δ_T: steps between allocations")
+    beta1: float = setting(0.85, ge=0, lt=1, doc="β1: smoothing of the sensitivity (Eq. 9)")
+    beta2: float = setting(0.85, ge=0, lt=1, doc="β2: smoothing of the uncertainty (Eq. 10)")
+    gamma: float = setting(0.0, ge=0, doc="γ: weight of the orthogonality regulariser; 0 switches it off")
+    orthogonality: Literal["reference", "paper"] = setting(
+        "reference", doc="form of the regulariser: mean of norms (the public codes) or sum of squared norms (the paper)"
+    )
+    total_steps: int | None = setting(None, ge=1, doc="T, if attach or the Trainer should not say it")
+    budget: int | None = setting(None, ge=1, doc="total budget at the end, in budget_unit; instead of target_rank")
+    budget_unit: Literal["rank", "parameters"] = setting("rank", doc="what a budget counts: triplets or their parameters")
+    min_rank: int | Mapping[str, int] = setting(0, ge=0, doc="least rank at a target; a mapping goes by target pattern")
+    max_rank: int | Mapping[str, int] | None = setting(
+        None, ge=0, doc="greatest rank at a target at the end; a mapping goes by target pattern"
+    )
+    start: Literal["lora", "gaussian", "orthonormal"] = setting(
+        "lora", doc="P = 0, Λ = 1, Q as LoRA's A; or Λ = 0 with Gaussian (the paper's) or orthonormal P and Q"
+    )
+
+    @property
+    def initial_rank(self) -> int:
+        """``init_rank``, or what it is by default."""
+        return self.init_rank if self.init_rank is not None else math.ceil(1.5 * self.average_rank)
+
+    @property
+    def average_rank(self) -> int:
+        """``target_rank``, or what it is by default."""
+        return self.target_rank if self.target_rank is not None else DEFAULT_TARGET_RANK
+
+    @property
+    def scale(self) -> float:
+        """The factor of P Λ Q. It uses the initial rank and does not change with pruning."""
+        alpha = self.alpha if self.alpha is not None else 2.0 * self.initial_rank
+        return alpha / self.initial_rank
+
+    def minimum_at(self, path: str) -> int:
+        """The least rank at a target."""
+        return lookup(self.min_rank, path, 0) if isinstance(self.min_rank, Mapping) else self.min_rank
+
+    def maximum_at(self, path: str) -> int:
+        """The greatest rank at a target."""
+        if isinstance(self.max_rank, Mapping):
+            return lookup(self.max_rank, path, self.initial_rank)
+        return self.initial_rank if self.max_rank is None else self.max_rank
+
+    def target_patterns(self) -> Iterable[tuple[str, str]]:
+        """Patterns that must each match a target, with the field they stand in."""
+        for field in ("min_rank", "max_rank"):
+            bounds = getattr(self, field)
+            if isinstance(bounds, Mapping):
+                yield from ((pattern, field) for pattern in bounds)
+
+    def problems(self) -> Iterable[str]:
+        """What is wrong across fields."""
+        if self.budget is not None and self.target_rank is not None:
+            yield "target_rank and budget both say how much is left at the end; give one @ $.budget"
+        if self.budget is not None and self.init_rank is None:
+            yield "a total budget needs init_rank, the rank at each target at the start @ $.init_rank"
+        if self.budget is None and self.budget_unit == "parameters":
+            yield "budget_unit 'parameters' needs budget, the number of parameters left at the end @ $.budget"
+        if self.budget is None and self.average_rank > self.initial_rank:
+            yield (
+                f"target_rank {self.average_rank} is above init_rank {self.initial_rank}: the budget only falls; "
+                "raise init_rank @ $.target_rank"
+            )
+        if isinstance(self.t_init, float) and isinstance(self.t_final, float) and self.t_init + self.t_final >= 1:
+            yield f"t_init {self.t_init} + t_final {self.t_final} leave no training to prune in; lower one @ $.t_init"
+        for field in ("t_init", "t_final"):
+            value = getattr(self, field)
+            if isinstance(value, float) and value >= 1:
+                yield f"expected steps (int) or a share of training (float below 1), got {value} @ $.{field}"
+        if isinstance(self.min_rank, int) and self.min_rank > self.initial_rank:
+            yield f"min_rank {self.min_rank} is above init_rank {self.initial_rank} @ $.min_rank"
+        if isinstance(self.min_rank, int) and isinstance(self.max_rank, int) and self.min_rank > self.max_rank:
+            yield f"min_rank {self.min_rank} is above max_rank {self.max_rank} @ $.min_rank"

@@ -1,0 +1,103 @@
+"""The orthogonality regulariser R(P, Q) of Eq. 4, with its gradient written by hand."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Literal, get_args
+
+import attrs
+import torch
+from torch import Tensor
+
+from tunerkit.errors import ConfigError, closest
+
+Form = Literal["paper", "reference"]
+Pair = tuple[Tensor, Tensor]
+
+
+def penalty(pairs: Sequence[Pair], *, form: Form) -> Tensor:
+    """How far P's columns and Q's rows are from orthonormal; pairs of p (out, r), q (r, in); a 0-d tensor.
+
+    "paper": Σ ‖PᵀP − I‖²_F + ‖QQᵀ − I‖²_F (Eq. 4, summed over the pairs). "reference": the mean of the unsquared
+    norms over all matrices, two per pair, which is what both public codes add to the loss.
+    """
+    _check(form)
+    if not pairs:
+        return torch.zeros(())
+    device = pairs[0][0].device
+    excess = [_excess(group.stacked(), columns=group.columns) for group in _groups(pairs)]
+    norms = torch.cat([_norm(e).flatten().to(device) for e in excess])
+    return norms.square().sum() if form == "paper" else norms.mean()
+
+
+@torch.no_grad()
+def add_gradient_(pairs: Sequence[Pair], *, gamma: float, form: Form, grad_scale: Tensor | None = None) -> None:
+    """Add γ·∂R/∂P and γ·∂R/∂Q to the gradients of ``pairs``, times ``grad_scale`` where gradients are scaled.
+
+    ∂‖PᵀP − I‖²_F/∂P = 4 P (PᵀP − I) and ∂‖QQᵀ − I‖²_F/∂Q = 4 (QQᵀ − I) Q; for "reference" that is divided by
+    twice the norm and by the number of matrices, and is 0 where the norm is 0.
+
+    Matrices without a gradient (not used in this step) or frozen are left alone; they still count in the mean, so
+    that γ pulls equally at each matrix whichever others were used.
+    """
+    _check(form)
+    if gamma == 0 or not pairs:
+        return
+    weight = 4 * gamma if form == "paper" else 2 * gamma / (2 * len(pairs))
+    for group in _groups(pairs, trained_only=True):
+        stacked = group.stacked()
+        excess = _excess(stacked, columns=group.columns)
+        if form == "reference":
+            norm = _norm(excess)
+            excess = torch.where(norm > 0, excess / norm, 0.0)
+        slope = weight * (stacked @ excess if group.columns else excess @ stacked)
+        if grad_scale is not None:
+            slope = slope * grad_scale.to(slope.device)
+        group.add_(slope)
+
+
+@attrs.frozen(eq=False)
+class _Group:
+    """Matrices of one shape, dtype and device: taken together they cost a handful of operations, not that many each."""
+
+    columns: bool  # P, orthonormal by columns; else Q, by rows
+    matrices: list[Tensor]
+
+    def stacked(self) -> Tensor:
+        """(count, rows, columns), in fp32 or wider."""
+        stacked = torch.stack(self.matrices)
+        return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
+
+    def add_(self, slope: Tensor) -> None:
+        """Add slope (count, rows, columns) to the gradients."""
+        grads = [matrix.grad for matrix in self.matrices if matrix.grad is not None]
+        torch._foreach_add_(grads, [part.to(grads[0].dtype) for part in slope.unbind()])
+
+
+def _groups(pairs: Iterable[Pair], *, trained_only: bool = False) -> list[_Group]:
+    found: dict[tuple[bool, object, object, object, object], list[Tensor]] = defaultdict(list)
+    for pair in pairs:
+        for columns, matrix in zip((True, False), pair, strict=True):
+            grad = matrix.grad if matrix.requires_grad else None
+            if grad is not None or not trained_only:
+                grad_dtype = None if grad is None else grad.dtype
+                found[columns, matrix.shape, matrix.dtype, matrix.device, grad_dtype].append(matrix)
+    return [_Group(key[0], matrices) for key, matrices in found.items()]
+
+
+def _excess(stacked: Tensor, *, columns: bool) -> Tensor:
+    """PᵀP − I or QQᵀ − I for each matrix of a stack: (count, r, r)."""
+    gram = stacked.mT @ stacked if columns else stacked @ stacked.mT
+    return gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+
+
+def _norm(excess: Tensor) -> Tensor:
+    """‖E‖_F of each matrix of a stack (count, r, r): (count, 1, 1)."""
+    norm: Tensor = torch.linalg.vector_norm(excess, dim=(1, 2), keepdim=True)
+    return norm
+
+
+def _check(form: str) -> None:
+    known = get_args(Form)
+    if form not in known:
+        allowed = ", ".join(known)
+        raise ConfigError([f"$.orthogonality: expected one of {allowed}, got {form!r}{closest(form, known)}"])

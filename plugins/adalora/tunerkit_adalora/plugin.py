@@ -1,0 +1,73 @@
+"""AdaLoRA's hook implementations."""
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from tunerkit import BaseLayer, Delta, Method, State, Target, Tuner, hookimpl, low_rank_delta
+
+from tunerkit_adalora import training
+from tunerkit_adalora.config import AdaLoraConfig
+from tunerkit_adalora.svd_layer import SvdLayer
+
+
+@hookimpl
+def tunerkit_methods() -> Iterable[Method]:
+    """Name the method; without steps it would be LoRA with more parameters, so it needs them."""
+    return [Method(name="adalora", config=AdaLoraConfig, needs_steps=True)]
+
+
+@hookimpl
+def tunerkit_build_adapter(target: Target, base: BaseLayer, config: AdaLoraConfig) -> SvdLayer:
+    """Build the SVD layer at one target."""
+    return SvdLayer(
+        base, rank=config.initial_rank, scale=config.scale, dropout=config.dropout, start=config.start
+    )
+
+
+@hookimpl
+def tunerkit_start(tuner: Tuner, total_steps: int) -> training.Training:
+    """Check the schedule and begin with every triplet live."""
+    return training.start(tuner, total_steps)
+
+
+@hookimpl
+def tunerkit_before_step(tuner: Tuner, grad_scale: Tensor | None) -> None:
+    """Add the regulariser's gradient."""
+    training.regularise(tuner, grad_scale)
+
+
+@hookimpl
+def tunerkit_after_step(tuner: Tuner, step: int) -> Mapping[str, int] | None:
+    """Importance, allocation, masks."""
+    return training.advance(tuner, step)
+
+
+@hookimpl
+def tunerkit_finish(tuner: Tuner) -> Mapping[str, int] | None:
+    """The final allocation now."""
+    return training.finish(tuner)
+
+
+@hookimpl
+def tunerkit_budget(tuner: Tuner, step: int | None) -> int:
+    """The schedule, or what is in force."""
+    return training.budget(tuner, step)
+
+
+@hookimpl
+def tunerkit_delta(adapter: SvdLayer, base: BaseLayer) -> Delta:
+    """Say what the adapter adds, for merging: λ as it stands."""
+    return Delta(weight=low_rank_delta(base, q=adapter.q, p=adapter.p, lam=adapter.lam, scale=adapter.scale))
+
+
+@hookimpl
+def tunerkit_state(tuner: Tuner) -> State:
+    """The importance averages and the place in the schedule."""
+    return training.state(tuner)
+
+
+@hookimpl
+def tunerkit_restore(tuner: Tuner, state: State) -> None:
+    """Go on from a saved state."""
+    training.restore(tuner, state)

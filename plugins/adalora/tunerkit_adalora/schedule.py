@@ -1,0 +1,146 @@
+"""The budget schedule b(t): which budget is in force at a step, and at which steps it is allocated anew."""
+
+import math
+from fractions import Fraction
+
+import attrs
+
+from tunerkit.errors import ConfigError
+
+
+@attrs.frozen
+class Schedule:
+    """b(t) of the paper (section 3.3): b(0) until t_i, cubic down to b(T) at T − t_f, constant from there on.
+
+    Steps are counted from 1, ``total_steps`` (T), ``t_init`` (t_i), ``t_final`` (t_f) and ``delta_t`` (Δ_T) are in
+    steps; ``initial`` (b(0)) and ``target`` (b(T)) share any one unit. Built by `plan`, which checks the values.
+    """
+
+    total_steps: int
+    t_init: int
+    t_final: int
+    delta_t: int
+    initial: int
+    target: int
+
+    @property
+    def final_step(self) -> int:
+        """T − t_f, the step of the last allocation: from here on the distribution is final."""
+        return self.total_steps - self.t_final
+
+    def is_final(self, step: int) -> bool:
+        """Whether the distribution of the budget no longer changes after ``step``."""
+        return step >= self.final_step
+
+    def cubic(self, t: int) -> int:
+        """b(t) = b(T) + (b(0) − b(T))·(1 − (t − t_i)/(T − t_i − t_f))³, rounded down (the intent of Eq. 14).
+
+        Both public codes cube a float, which now and then lands just below a whole number and loses one unit; here
+        the cube is a ratio of integers, so that the rounding is exact for every budget and length.
+        """
+        if t <= self.t_init:
+            return self.initial
+        if self.is_final(t):
+            return self.target
+        descent = self.final_step - self.t_init
+        left = self.final_step - t
+        return self.target + (self.initial - self.target) * left**3 // descent**3
+
+    def allocates_at(self, step: int) -> bool:
+        """Whether an allocation falls on ``step``: every Δ_T between t_i and T − t_f, and T − t_f itself."""
+        if self.t_init < step < self.final_step:
+            return step % self.delta_t == 0
+        return step == self.final_step
+
+    def due(self, previous: int, step: int) -> int | None:
+        """The last allocation step in (``previous``, ``step``], or None; so steps nobody saw never miss one."""
+        if previous < self.final_step <= step:
+            return self.final_step
+        last = min(step, self.final_step - 1)
+        last -= last % self.delta_t
+        return last if last > max(previous, self.t_init) else None
+
+    def budget(self, step: int) -> int:
+        """The budget in force after ``step``: b at the last allocation up to it, b(0) before the first."""
+        last = self.due(0, step)
+        return self.initial if last is None else self.cubic(last)
+
+
+def plan(
+    *,
+    total_steps: int,
+    t_init: int | float,
+    t_final: int | float,
+    delta_t: int,
+    initial: int,
+    target: int,
+    initial_field: str = "init_rank",
+    target_field: str = "target_rank",
+) -> Schedule:
+    """The schedule for a training of ``total_steps``, checked.
+
+    ``t_init`` and ``t_final`` are steps (int) or a share of ``total_steps`` (float below 1, rounded down to steps).
+    ``initial`` and ``target`` are budgets in one unit; the ``*_field`` names say which config fields they came from.
+
+    Raises `tunerkit.errors.ConfigError` with one line for every problem found.
+    """
+    problems = [
+        *_size_problems("total_steps", total_steps, "set total_steps to the number of optimizer steps"),
+        *_size_problems("delta_t", delta_t, "set the number of steps between two allocations"),
+        *_span_problems("t_init", t_init),
+        *_span_problems("t_final", t_final),
+        *_budget_problems(initial, target, initial_field, target_field),
+    ]
+    if not any(problem.startswith(("$.t_", "$.total_steps")) for problem in problems):
+        problems += _room_problems(total_steps, t_init, t_final)
+    if problems:
+        raise ConfigError(problems)
+    return Schedule(
+        total_steps=total_steps,
+        t_init=_steps(t_init, total_steps),
+        t_final=_steps(t_final, total_steps),
+        delta_t=delta_t,
+        initial=initial,
+        target=target,
+    )
+
+
+def _steps(span: int | float, total_steps: int) -> int:
+    if isinstance(span, int):
+        return span
+    # 0.29 is meant as 29/100 and 1/3 as one third: the float nearest to either can fall a whole step short.
+    return math.floor(Fraction(span).limit_denominator(10**9) * total_steps)
+
+
+def _size_problems(name: str, value: int, advice: str) -> list[str]:
+    return [] if value > 0 else [f"$.{name}: expected at least 1, got {value}; {advice}"]
+
+
+def _span_problems(name: str, span: int | float) -> list[str]:
+    if isinstance(span, int):
+        return [] if span >= 0 else [f"$.{name}: expected 0 or more steps, got {span}"]
+    if 0 <= span < 1:
+        return []
+    advice = f"; write {int(span)} for steps" if math.isfinite(span) and span >= 1 else ""
+    return [f"$.{name}: a float is a share of training and must be at least 0 and below 1, got {span}{advice}"]
+
+
+def _budget_problems(initial: int, target: int, initial_field: str, target_field: str) -> list[str]:
+    if target <= 0:
+        return [f"$.{target_field}: the target budget must be above 0, got {target}; to train nothing, wrap nothing"]
+    if target > initial:
+        return [
+            f"$.{target_field}: the target budget {target} is above the initial budget {initial}, but a budget "
+            f"only falls; lower {target_field} or raise {initial_field}"
+        ]
+    return []
+
+
+def _room_problems(total_steps: int, t_init: int | float, t_final: int | float) -> list[str]:
+    first, last = _steps(t_init, total_steps), _steps(t_final, total_steps)
+    if first + last < total_steps:
+        return []
+    return [
+        f"$.t_init: t_init ({first} steps) and t_final ({last} steps) leave no room for pruning in {total_steps} "
+        "steps; shorten one of them or train longer"
+    ]

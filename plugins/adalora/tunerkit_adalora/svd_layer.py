@@ -1,0 +1,87 @@
+"""The SVD layer: AdaLoRA's adapter, ΔW = scale · P Λ Q with a mask over its triplets."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunerkit import Adapter, BaseLayer, add_low_rank
+
+
+class SvdLayer(Adapter):
+    """``p`` (out, r), ``lam`` (r,), ``q`` (r, in): triplet i is column i of P, λ_i, row i of Q (Eq. 2).
+
+    ``mask`` (r,) says which triplets the last allocation left live. It is neither parameter nor buffer, since DDP
+    would broadcast a buffer; it goes where the parameters go and into ``state_dict`` all the same.
+    """
+
+    mask: Tensor
+
+    def __init__(self, base: BaseLayer, *, rank: int, scale: float, dropout: float, start: str) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.zeros(base.out_features, rank))
+        self.lam = nn.Parameter(torch.ones(rank) if start == "lora" else torch.zeros(rank))
+        self.q = nn.Parameter(torch.empty(rank, base.in_features))
+        self.mask = torch.ones(rank, dtype=torch.bool)
+        self.scale = scale
+        self.dropout = dropout
+        _start(self, start)
+
+    @property
+    def rank(self) -> int:
+        return int(self.mask.sum())
+
+    def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        return add_low_rank(base, x, y, q=self.q, p=self.p, lam=self.lam, scale=self.scale, dropout=dropout)
+
+    @torch.no_grad()
+    def apply_mask_(self) -> None:
+        """Zero the λ of masked triplets; P and Q stay as they are and trainable (Eq. 6)."""
+        self.lam.masked_fill_(~self.mask, 0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SvdLayer":
+        super()._apply(fn, recurse)
+        self.mask = fn(self.mask).bool()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "mask"] = self.mask
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        mask = state_dict.pop(prefix + "mask", None)
+        if mask is None:
+            missing_keys.append(prefix + "mask")
+        elif mask.shape != self.mask.shape or mask.dtype != torch.bool:
+            error_msgs.append(
+                f"{prefix}mask: expected bool {tuple(self.mask.shape)}, got {mask.dtype} {tuple(mask.shape)}"
+            )
+        else:
+            self.mask = mask.detach().clone().to(self.mask.device)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def _start(layer: SvdLayer, start: str) -> None:
+    """Set P and Q; with Λ or P at 0, ΔW starts at 0."""
+    if start == "gaussian":
+        nn.init.normal_(layer.p, std=0.02)
+        nn.init.normal_(layer.q, std=0.02)
+    elif start == "orthonormal":
+        nn.init.orthogonal_(layer.p)
+        nn.init.orthogonal_(layer.q)
+    else:
+        nn.init.kaiming_uniform_(layer.q, a=math.sqrt(5))

@@ -1,0 +1,257 @@
+"""What AdaLoRA does around an optimizer step: importance, budget, allocation, masks, and the state between steps."""
+
+import warnings
+from collections.abc import Sequence
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from tunerkit import ConfigError, State, StepError, Target, Tuner, TunerkitWarning
+
+from tunerkit_adalora.allocator import allocate
+from tunerkit_adalora.config import AdaLoraConfig
+from tunerkit_adalora.importance import Triplets, smooth_, triplet_scores
+from tunerkit_adalora.orthogonality import add_gradient_
+from tunerkit_adalora.schedule import Schedule, plan
+from tunerkit_adalora.svd_layer import SvdLayer
+
+_PER_LAYER = 3
+
+
+@attrs.define(eq=False)
+class Training:
+    """AdaLoRA's training state. The averages lie in parallel lists: p, lam, q of the first layer, of the second, ..."""
+
+    schedule: Schedule
+    sensitivity: list[Tensor]
+    uncertainty: list[Tensor]
+    left_out: Tensor
+    in_force: int
+    last_step: int = 0
+    final: bool = False
+
+
+def start(tuner: Tuner, total_steps: int) -> Training:
+    """The state before the first step: every triplet live, averages at 0."""
+    config = config_of(tuner)
+    layers = layers_of(tuner)
+    schedule = schedule_of(tuner, total_steps)
+    check_bounds(config, tuner.targets, layers, schedule.target)
+    for layer in layers:
+        layer.mask = torch.ones_like(layer.mask)
+    averages = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in weights_of(layers)]
+    return Training(
+        schedule=schedule,
+        sensitivity=averages,
+        uncertainty=[torch.zeros_like(average) for average in averages],
+        left_out=torch.zeros((), dtype=torch.int64, device=layers[0].lam.device),
+        in_force=schedule.initial,
+    )
+
+
+def regularise(tuner: Tuner, grad_scale: Tensor | None) -> None:
+    """Add the orthogonality regulariser's gradient, once per step, scaled as the gradients are."""
+    config = config_of(tuner)
+    if config.gamma > 0:
+        pairs = [(layer.p, layer.q) for layer in layers_of(tuner)]
+        add_gradient_(pairs, gamma=config.gamma, form=config.orthogonality, grad_scale=grad_scale)
+
+
+def advance(tuner: Tuner, step: int) -> dict[str, int] | None:
+    """After the weights moved: smooth the importance, allocate if it is due; the new ranks if it was.
+
+    The averages rest from T - t_f on, as in both public codes. From then on the mask holds after every step;
+    before, λ moves freely between allocations.
+    """
+    training = training_of(tuner)
+    layers = layers_of(tuner)
+    if not training.final and step < training.schedule.final_step:
+        _smooth(config_of(tuner), layers, training)
+    due = training.schedule.due(training.last_step, step)
+    training.last_step = step
+    if training.final:
+        for layer in layers:
+            layer.apply_mask_()
+        return None
+    if due is None:
+        return None
+    _tell_left_out(tuner, training)
+    return _allocate(tuner, training, training.schedule.cubic(due), final=due >= training.schedule.final_step)
+
+
+def finish(tuner: Tuner) -> dict[str, int] | None:
+    """The final allocation now, unless it has been made."""
+    training = training_of(tuner)
+    if training.final:
+        return None
+    return _allocate(tuner, training, training.schedule.target, final=True)
+
+
+def budget(tuner: Tuner, step: int | None) -> int:
+    """The budget in force after ``step`` steps by the schedule; for None, the one that the masks count now."""
+    if step is not None:
+        if tuner.total_steps is None and not isinstance(tuner.state, Training):
+            raise StepError("the schedule needs the total steps: call tunerkit.attach first, or set total_steps")
+        schedule = tuner.state.schedule if isinstance(tuner.state, Training) else schedule_of(tuner, tuner.total_steps or 0)
+        return schedule.budget(step)
+    if isinstance(tuner.state, Training):
+        return tuner.state.in_force
+    layers = layers_of(tuner)
+    return sum(layer.rank * cost for layer, cost in zip(layers, costs_of(config_of(tuner), layers), strict=True))
+
+
+def state(tuner: Tuner) -> State:
+    """The averages by position, and where in the schedule training stands."""
+    if not isinstance(tuner.state, Training):
+        return State(tensors={}, values={})
+    training = tuner.state
+    tensors = {f"sensitivity.{i}": t for i, t in enumerate(training.sensitivity)}
+    tensors |= {f"uncertainty.{i}": t for i, t in enumerate(training.uncertainty)}
+    values = {"last_step": training.last_step, "in_force": training.in_force, "final": training.final}
+    return State(tensors=tensors, values=values)
+
+
+def restore(tuner: Tuner, saved: State) -> None:
+    """Go on where `state` was taken. The masks come with the adapter's own weights."""
+    training = training_of(tuner)
+    own = state(tuner).tensors
+    final = bool(saved.values["final"])
+    if not final and {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in saved.tensors.items()}:
+        raise StepError("the saved averages do not have this adapter's shapes; restore the adapter they were saved with")
+    for name, tensor in (own if not final else {}).items():
+        tensor.copy_(saved.tensors[name])
+    if final:
+        training.sensitivity, training.uncertainty = [], []
+    training.last_step, training.in_force = int(str(saved.values["last_step"])), int(str(saved.values["in_force"]))
+    training.final = final
+
+
+def schedule_of(tuner: Tuner, total_steps: int) -> Schedule:
+    """The schedule in the config's budget unit."""
+    config = config_of(tuner)
+    layers = layers_of(tuner)
+    costs = costs_of(config, layers)
+    initial = sum(len(layer.lam) * cost for layer, cost in zip(layers, costs, strict=True))
+    target = config.budget if config.budget is not None else config.average_rank * len(layers)
+    return plan(
+        total_steps=total_steps,
+        t_init=config.t_init,
+        t_final=config.t_final,
+        delta_t=config.delta_t,
+        initial=initial,
+        target=target,
+    )
+
+
+def costs_of(config: AdaLoraConfig, layers: Sequence[SvdLayer]) -> list[int]:
+    """What one triplet of each layer costs: 1, or its number of parameters."""
+    if config.budget_unit == "rank":
+        return [1] * len(layers)
+    return [layer.p.shape[0] + layer.q.shape[1] + 1 for layer in layers]
+
+
+def check_bounds(
+    config: AdaLoraConfig, targets: Sequence[Target], layers: Sequence[SvdLayer], target_budget: int
+) -> None:
+    """Refuse minimum and maximum ranks that the final budget cannot meet, and patterns that match no target."""
+    paths = [target.path for target in targets]
+    costs = costs_of(config, layers)
+    least = sum(config.minimum_at(path) * cost for path, cost in zip(paths, costs, strict=True))
+    most = sum(config.maximum_at(path) * cost for path, cost in zip(paths, costs, strict=True))
+    problems = [
+        f"minimum {config.minimum_at(path)} is above maximum {config.maximum_at(path)} at {path} @ $.min_rank"
+        for path in paths
+        if config.minimum_at(path) > config.maximum_at(path)
+    ]
+    if least > target_budget:
+        problems.append(f"the minimum ranks need {least}, the final budget is {target_budget} @ $.min_rank")
+    if config.budget_unit == "rank" and most < target_budget:
+        problems.append(f"the maximum ranks admit {most}, the final budget is {target_budget} @ $.max_rank")
+    if problems:
+        raise ConfigError(problems)
+
+
+def config_of(tuner: Tuner) -> AdaLoraConfig:
+    """The tuner's config as AdaLoRA's own."""
+    assert isinstance(tuner.config, AdaLoraConfig)
+    return tuner.config
+
+
+def layers_of(tuner: Tuner) -> list[SvdLayer]:
+    """The SVD layers in the order of the targets; looked up at each step, since FSDP2 replaces parameters."""
+    return [adapter for adapter in tuner.adapters().values() if isinstance(adapter, SvdLayer)]
+
+
+def weights_of(layers: Sequence[SvdLayer]) -> list[nn.Parameter]:
+    """p, lam, q of each layer, one after the other."""
+    return [weight for layer in layers for weight in (layer.p, layer.lam, layer.q)]
+
+
+def training_of(tuner: Tuner) -> Training:
+    """The tuner's training state, or an error that says how to get one."""
+    if not isinstance(tuner.state, Training):
+        raise StepError(f"adapter {tuner.name!r} is not attached; call tunerkit.attach(model, optimizer, total_steps=...)")
+    return tuner.state
+
+
+def _smooth(config: AdaLoraConfig, layers: Sequence[SvdLayer], training: Training) -> None:
+    """Update the averages of every weight that has a gradient; an unused layer's stay."""
+    rows = [
+        (weight, weight.grad, sensitivity, uncertainty)
+        for weight, sensitivity, uncertainty in zip(
+            weights_of(layers), training.sensitivity, training.uncertainty, strict=True
+        )
+        if weight.grad is not None
+    ]
+    if rows:
+        weights, grads, sensitivity, uncertainty = (list(column) for column in zip(*rows, strict=True))
+        training.left_out += smooth_(
+            weights, grads, sensitivity, uncertainty, beta1=config.beta1, beta2=config.beta2
+        )
+
+
+def _scores(training: Training) -> list[Tensor]:
+    """One score per triplet and layer, (r,) each."""
+    pairs = zip(training.sensitivity, training.uncertainty, strict=True)
+    flat = list(pairs)
+    layers = [flat[i : i + _PER_LAYER] for i in range(0, len(flat), _PER_LAYER)]
+    return [
+        triplet_scores(Triplets(*(sensitivity for sensitivity, _ in layer)), Triplets(*(unc for _, unc in layer)))
+        for layer in layers
+    ]
+
+
+def _allocate(tuner: Tuner, training: Training, keep: int, *, final: bool) -> dict[str, int]:
+    """Give the budget ``keep`` to the triplets with the highest scores, mask the others; the new ranks."""
+    config = config_of(tuner)
+    layers = layers_of(tuner)
+    paths = list(tuner.adapters())
+    masks = allocate(
+        _scores(training),
+        keep,
+        costs=costs_of(config, layers) if config.budget_unit == "parameters" else None,
+        minimum=[config.minimum_at(path) for path in paths],
+        maximum=[config.maximum_at(path) for path in paths],
+    )
+    for layer, mask in zip(layers, masks, strict=True):
+        layer.mask = mask
+        layer.apply_mask_()
+    training.in_force = keep
+    training.final = final
+    if final:
+        training.sensitivity, training.uncertainty = [], []
+    return tuner.ranks()
+
+
+def _tell_left_out(tuner: Tuner, training: Training) -> None:
+    """Say how many gradients were not finite since the last allocation; the only host sync beside the ranks."""
+    count = int(training.left_out)
+    if count:
+        training.left_out.zero_()
+        warnings.warn(
+            f"adapter {tuner.name!r}: {count} gradients were not finite since the last allocation and were left out of "
+            "the importance averages",
+            TunerkitWarning,
+            stacklevel=2,
+        )

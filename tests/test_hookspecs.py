@@ -1,0 +1,67 @@
+"""Tests of the hook specs: every hook is documented by an example that runs and fits its own signature."""
+
+import doctest
+import inspect
+import itertools
+import re
+import types
+
+import pluggy
+import pytest
+
+from tunerkit import hookspecs
+from tunerkit._markers import PROJECT
+
+_manager = pluggy.PluginManager(PROJECT)
+_manager.add_hookspecs(hookspecs)
+HOOKS = sorted(vars(_manager.hook))
+ALL_ARE_ASKED = {"tunerkit_methods", "tunerkit_base_layers", "tunerkit_ranks_changed"}
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_every_hook_says_when_it_fires_and_shows_an_example_that_runs(name: str) -> None:
+    """The docstring names the moment; its example implements this very hook, runs, and is accepted by pluggy."""
+    spec = getattr(hookspecs, name)
+    assert re.search(r"^Fires ", inspect.getdoc(spec) or "", flags=re.MULTILINE)
+    example = doctest.DocTestParser().get_doctest(spec.__doc__, {}, name, "hookspecs.py", 0)
+    results = doctest.DocTestRunner().run(example, clear_globs=False)
+    assert results.attempted > 0
+    assert results.failed == 0
+    plugin = types.SimpleNamespace(**{name: example.globs[name]})
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(hookspecs)
+    manager.register(plugin, name="example")
+    assert [found.plugin for found in getattr(manager.hook, name).get_hookimpls()] == [plugin]
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_hook_of_the_owner_alone_gives_one_result(name: str) -> None:
+    """Only hooks that ask every plugin give a list."""
+    spec = getattr(_manager.hook, name).spec
+    assert bool(spec.opts["firstresult"]) == (name not in ALL_ARE_ASKED)
+
+
+def test_the_hooks_stand_under_their_groups_in_the_order_of_the_data() -> None:
+    """A reader finds Discovery, Layer injection, Step callbacks, Serialization, and each hook under its group."""
+    source = inspect.getsource(hookspecs)
+    groups = re.split(r"^# --- (.+?) -+$", source, flags=re.MULTILINE)[1:]
+    found = {
+        title: re.findall(r"^def (\w+)", text, re.MULTILINE) for title, text in zip(*[iter(groups)] * 2, strict=True)
+    }
+    assert list(found) == ["Discovery", "Layer injection", "Step callbacks", "Serialization"]
+    assert found["Discovery"] == ["tunerkit_methods"]
+    assert found["Layer injection"] == ["tunerkit_base_layers", "tunerkit_build_adapter"]
+    assert found["Serialization"] == ["tunerkit_delta", "tunerkit_state", "tunerkit_restore"]
+    assert sorted(itertools.chain(*found.values())) == HOOKS
+
+
+def test_the_training_loop_names_every_hook_at_its_moment() -> None:
+    """The pseudo-code of the module says when each hook fires: before the optimizer's update or after it."""
+    assert hookspecs.__doc__ is not None
+    loop = hookspecs.__doc__.split("::", 1)[1].split("Two hooks ask", 1)[0]
+    # A budget is asked for at any time, so no line of a loop could name it.
+    assert set(re.findall(r"tunerkit_\w+", loop)) == set(HOOKS) - {"tunerkit_budget"}
+    moments = ["tunerkit_start", ".backward()", "tunerkit_before_step", "updates the weights", "tunerkit_after_step",
+               "tunerkit_ranks_changed", ".zero_grad()", "tunerkit_finish"]  # fmt: skip
+    places = [loop.index(moment) for moment in moments]
+    assert places == sorted(places)

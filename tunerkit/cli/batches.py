@@ -1,0 +1,64 @@
+"""Encoded sentences in batches of like length."""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from tunerkit.cli.data import Examples, class_numbers
+from tunerkit.cli.models import Classifier
+
+# Batches are cut from sorted pools of this many: little padding, and still another mixture in every epoch.
+POOL = 32
+
+
+@attrs.frozen(eq=False)
+class Encoded:
+    """Token numbers and class numbers by row, and the token that fills up shorter rows."""
+
+    ids: tuple[tuple[int, ...], ...]
+    labels: tuple[int, ...]
+    padding: int
+
+    def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask`` (rows, longest), ``labels`` (rows,)."""
+        longest = max(len(self.ids[row]) for row in rows)
+        ids = torch.full((len(rows), longest), self.padding)
+        mask = torch.zeros(len(rows), longest, dtype=torch.long)
+        for place, row in enumerate(rows):
+            length = len(self.ids[row])
+            ids[place, :length] = torch.tensor(self.ids[row])
+            mask[place, :length] = 1
+        labels = torch.tensor([self.labels[row] for row in rows])
+        return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
+
+
+def encode(classifier: Classifier, examples: Examples, *, max_length: int) -> Encoded:
+    """Tokenize, cut to ``max_length`` tokens or what the model can take, and number the classes."""
+    tokenizer, config = classifier.tokenizer, classifier.model.config
+    positions: Any = getattr(config, "max_position_embeddings", None)  # models with relative positions have no limit
+    limit = min(max_length, tokenizer.model_max_length, positions or max_length)
+    encoded = tokenizer(list(examples.texts), truncation=True, max_length=limit)["input_ids"]
+    labels = class_numbers(examples.labels, classifier.classes)
+    return Encoded(tuple(map(tuple, encoded)), tuple(labels), padding=tokenizer.pad_token_id)
+
+
+def shuffled_batches(lengths: Sequence[int], size: int, rng: random.Random) -> Iterator[list[int]]:
+    """Every row once, in batches of ``size`` (the last of a pool may be smaller), in random order."""
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    batches = []
+    for start in range(0, len(order), size * POOL):
+        pool = sorted(order[start : start + size * POOL], key=lengths.__getitem__)
+        batches += [pool[first : first + size] for first in range(0, len(pool), size)]
+    rng.shuffle(batches)
+    yield from batches
+
+
+def sorted_batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Every row once, shortest first: the least padding."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    yield from (order[start : start + size] for start in range(0, len(order), size))

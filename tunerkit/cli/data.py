@@ -1,0 +1,149 @@
+"""Labelled sentences: read from csv, jsonl or parquet, split, and made into class numbers."""
+
+import csv
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import attrs
+import pyarrow.lib
+import pyarrow.parquet
+
+from tunerkit.errors import TunerkitError, closest
+
+# The csv reader keeps what is beyond the header under the key None.
+Row = Mapping[str | None, object]
+
+
+class DataError(TunerkitError, ValueError):
+    """A data file cannot be read as texts with labels."""
+
+
+@attrs.frozen
+class Examples:
+    """Texts and their labels, side by side. A label is a class's name, never a number to fit."""
+
+    texts: tuple[str, ...]
+    labels: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, rows: Iterable[int]) -> "Examples":
+        """These rows, in this order."""
+        chosen = list(rows)
+        return Examples(tuple(self.texts[row] for row in chosen), tuple(self.labels[row] for row in chosen))
+
+
+def read_examples(path: Path, *, text_column: str = "text", label_column: str = "label") -> Examples:
+    """Read ``path`` by its ending: .csv (with a header), .jsonl or .parquet.
+
+    Labels are strings, whole numbers or booleans. Raises `DataError`, naming the file and the row (from 1).
+    """
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: data files end in {', '.join(_READERS)}, got {path.suffix or 'no ending'!r}")
+    texts: list[str] = []
+    labels: list[str] = []
+    try:
+        for number, row in enumerate(reader(path), start=1):
+            texts.append(_text(_value(row, text_column, path, number, "--text-column"), path, number, text_column))
+            labels.append(_label(_value(row, label_column, path, number, "--label-column"), path, number, label_column))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, csv.Error, pyarrow.lib.ArrowException) as problem:
+        raise DataError(f"{path}: cannot be read as {path.suffix}: {_first_line(problem)}") from problem
+    if not texts:
+        raise DataError(f"{path}: holds no rows")
+    return Examples(tuple(texts), tuple(labels))
+
+
+def class_names(labels: Iterable[str]) -> tuple[str, ...]:
+    """The classes in their order: by number if all are whole numbers, else by name."""
+    names = set(labels)
+    if all(name.removeprefix("-").isdecimal() for name in names):
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
+    return tuple(sorted(names))
+
+
+def class_numbers(labels: Iterable[str], names: tuple[str, ...]) -> list[int]:
+    """Each label's place in ``names``. Raises `DataError` for labels that training has never seen."""
+    number = {name: place for place, name in enumerate(names)}
+    labels = list(labels)
+    unknown = sorted(set(labels) - set(names))
+    if unknown:
+        raise DataError(f"labels {unknown} are not in the training data, which has {list(names)}")
+    return [number[label] for label in labels]
+
+
+def split(examples: Examples, *, train_rows: int, seed: int) -> tuple[Examples, Examples]:
+    """Shuffle by ``seed`` and cut into ``train_rows`` rows and the rest: the same cut in every run and place."""
+    order = list(range(len(examples)))
+    random.Random(seed).shuffle(order)
+    return examples.take(order[:train_rows]), examples.take(order[train_rows:])
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    # utf-8-sig: spreadsheets put a byte-order mark before the first column's name.
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        yield from csv.DictReader(file, strict=True)
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    # Only "\n" ends a record: JSON strings may hold the other line breaks that Python knows.
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as problem:
+                raise DataError(f"{path}: line {number} is not JSON: {problem}") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{path}: line {number}: expected a JSON object, got {type(row).__name__}")
+            yield row
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches():
+            yield from batch.to_pylist()
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".csv": _read_csv,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+
+
+def _value(row: Row, column: str, path: Path, number: int, option: str) -> object:
+    if column not in row:
+        names = [name for name in row if name is not None]
+        raise DataError(
+            f"{path}: row {number} has no column {column!r}, only {names}{closest(column, names)} "
+            f"Name the column with {option}"
+        )
+    value = row[column]
+    if value is None:
+        raise DataError(f"{path}: row {number} has nothing in column {column!r}")
+    return value
+
+
+def _text(value: object, path: Path, number: int, column: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{path}: row {number}, column {column!r}: expected text, got {value!r}")
+    return value
+
+
+def _label(value: object, path: Path, number: int, column: str) -> str:
+    if value == "" or not isinstance(value, str | int):
+        raise DataError(
+            f"{path}: row {number}, column {column!r}: expected a class (text or whole number), got {value!r}"
+        )
+    return str(value)
+
+
+def _first_line(problem: Exception) -> str:
+    return str(problem).partition("\n")[0]

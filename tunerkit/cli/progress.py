@@ -1,0 +1,36 @@
+"""Progress bars with loss, budget and live rank."""
+
+from collections.abc import Iterable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from tunerkit.cli.training import Step
+from tunerkit.tuner import Tuner
+
+# The loss of one batch jumps about; shown is a running average with this much of the past in it.
+SMOOTHING = 0.95
+
+
+def watched(
+    steps: Iterable[Step], total: int, *, console: Console, title: str, tuner: Tuner | None = None
+) -> Iterator[Step]:
+    """Pass ``steps`` on and draw a bar meanwhile; with a ``tuner``, its budget and mean live rank too."""
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}")]
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+        bar = progress.add_task(title, total=total, facts="")
+        average, ranks = None, _ranks(tuner)
+        seen = 0
+        for step in steps:
+            average = step.loss if average is None else SMOOTHING * average + (1 - SMOOTHING) * step.loss
+            if tuner is not None and len(tuner.history) != seen:  # counting masks costs a wait for the device
+                seen, ranks = len(tuner.history), _ranks(tuner)
+            progress.update(bar, completed=step.number, facts=f"loss {average:.3f}{ranks}")
+            yield step
+
+
+def _ranks(tuner: Tuner | None) -> str:
+    if tuner is None:
+        return ""
+    ranks = list(tuner.ranks().values())
+    return f"  budget {tuner.budget()}  rank {sum(ranks) / max(len(ranks), 1):.1f}"

@@ -1,0 +1,116 @@
+"""A plain training loop for classifiers."""
+
+import math
+import random
+from collections.abc import Iterator
+
+import attrs
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+import tunerkit
+from tunerkit.cli.batches import Encoded, shuffled_batches, sorted_batches
+
+
+@attrs.frozen
+class Recipe:
+    """How to train; ``warmup`` is the share of steps in which the learning rate rises, after it falls to 0."""
+
+    epochs: int = 2
+    learning_rate: float = 2e-3
+    batch_size: int = 32
+    seed: int = 0
+    warmup: float = 0.06
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+    def total_steps(self, rows: int) -> int:
+        """Optimizer steps for ``rows`` training rows."""
+        return self.epochs * math.ceil(rows / self.batch_size)
+
+    def rate_at(self, step: int, total: int) -> float:
+        """The factor of the learning rate at ``step`` (from 0): up in a line, down in a line."""
+        rise = max(1, round(self.warmup * total))
+        return min((step + 1) / rise, (total - step) / max(1, total - rise))
+
+
+@attrs.frozen
+class Step:
+    """One optimizer step, from 1, and the loss before it."""
+
+    number: int
+    loss: float
+
+
+@attrs.frozen
+class Score:
+    """Accuracy and mean loss on held-out rows."""
+
+    accuracy: float
+    loss: float
+
+
+def train(model: nn.Module, rows: Encoded, recipe: Recipe, *, device: torch.device) -> Iterator[Step]:
+    """Train what requires a gradient, and yield after each step. Adapters in the model are attached first.
+
+    Data order and dropout follow ``recipe.seed``.
+    """
+    torch.manual_seed(recipe.seed)
+    rng = random.Random(recipe.seed)
+    total = recipe.total_steps(len(rows.ids))
+    lengths = [len(ids) for ids in rows.ids]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    scheduler = LambdaLR(optimizer, lambda step: recipe.rate_at(step, total))
+    if is_wrapped(model):
+        tunerkit.attach(model, optimizer, total_steps=total)
+    model.train()
+    batches = (batch for _ in range(recipe.epochs) for batch in shuffled_batches(lengths, recipe.batch_size, rng))
+    for number, batch in enumerate(batches, start=1):
+        with mixed_precision(device):
+            loss = model(**rows.batch(batch, device)).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        yield Step(number, loss.item())
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, rows: Encoded, *, batch_size: int, device: torch.device) -> Score:
+    """Accuracy and mean loss; the model is left in eval mode."""
+    model.eval()
+    right, loss = 0, 0.0
+    for batch in sorted_batches([len(ids) for ids in rows.ids], batch_size):
+        inputs = rows.batch(batch, device)
+        with mixed_precision(device):
+            out = model(**inputs)
+        right += int((out.logits.argmax(-1) == inputs["labels"]).sum())
+        loss += out.loss.item() * len(batch)
+    return Score(accuracy=right / len(rows.ids), loss=loss / len(rows.ids))
+
+
+def choose_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """Autocast to bf16 where the device multiplies in it, and nothing elsewhere: emulated bf16 is slow."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether ``device`` has bf16 arithmetic of its own."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # The only question that torch answers about CPUs has an underscore.
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether there are adapters in ``model``."""
+    return bool(tunerkit.trainable_parameters(model).adapters)

@@ -1,0 +1,210 @@
+"""Write an adapter to one safetensors file and read it back: the way in is the way of `wrap`, entered again."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TypeVar
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from tunerkit import inject, registry, targets
+from tunerkit.configs import unstructure
+from tunerkit.errors import AdapterError, BaseMismatchError, FileError, TargetError
+from tunerkit.fingerprint import differences, fingerprint
+from tunerkit.header import Header, decode, encode
+from tunerkit.records import State
+from tunerkit.slots import Slot
+from tunerkit.tuner import Tuner, tuner as find_tuner
+from tunerkit.wrap import all_kinds, build, check_name, refuse_unready, structure
+
+FILE_NAME = "adapter.safetensors"
+STATE_NAME = "state.safetensors"
+_SUFFIX = ".safetensors"
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None = None) -> Path:
+    """Write one adapter of ``model`` and return the file's path.
+
+    A folder (made if missing) gets ``adapter.safetensors``; a path ending in ``.safetensors`` is the file. An
+    existing file is replaced in one move: readers see the old one or the new one.
+
+    Raises `AdapterError` for a method that needs steps and had none.
+    """
+    tuner = find_tuner(model, adapter)
+    if registry.get(tuner.method).needs_steps and tuner.steps == 0 and not tuner.loaded:
+        raise AdapterError(
+            f"adapter {tuner.name!r} was trained with no step: method {tuner.method!r} allocates ranks while the "
+            "optimizer steps. Call tunerkit.attach(model, optimizer, total_steps=...) before training"
+        )
+    tensors = adapter_tensors(tuner)
+    target = _file_at(path, FILE_NAME)
+    write(target, tensors, encode(describe(tuner, kind="adapter"), tensors))
+    return target
+
+
+def load(
+    base: M, path: str | os.PathLike[str], *, adapter: str = "default", trainable: bool = False
+) -> M:
+    """Put the adapter saved at ``path`` into ``base``, in place, and return the same object.
+
+    Raises `FileError` (damaged, foreign, missing or unexpected tensors), `BaseMismatchError`, `AdapterError`,
+    `UnknownMethodError`, `ConfigError`; everything wrong is named at once and nothing is loaded then.
+    """
+    check_name(adapter)
+    refuse_unready(base, adapter)
+    source = _file_at(path, FILE_NAME)
+    tensors, header = read(source, kind="adapter")
+    tuner = _tuner_from(header, base, adapter, source)
+    _refuse_other_base(tuner, header, source)
+    with torch.random.fork_rng(devices=[]):  # the start is overwritten; the caller's random state is not touched
+        plan = build(tuner, all_kinds())
+    _fill(plan.slots, tensors, source)
+    inject.inject_(plan, trainable=trainable)
+    return base
+
+
+def save_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None = None) -> Path:
+    """Write what training needs to go on (importance averages, step, total), apart from the adapter's weights."""
+    tuner = find_tuner(model, adapter)
+    state = tuner.training_state()
+    target = _file_at(path, STATE_NAME)
+    header = describe(tuner, kind="state", values=dict(state.values))
+    tensors = {name: tensor.detach().contiguous() for name, tensor in state.tensors.items()}
+    write(target, tensors, encode(header, tensors))
+    return target
+
+
+def load_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None = None) -> None:
+    """Restore what `save_state` wrote into an attached adapter: the next step continues the interrupted run."""
+    tuner = find_tuner(model, adapter)
+    source = _file_at(path, STATE_NAME)
+    tensors, header = read(source, kind="state")
+    own = describe(tuner, kind="state")
+    if (header.method, header.targets, header.total_steps) != (own.method, own.targets, own.total_steps):
+        raise FileError(
+            f"{source} belongs to another run: method {header.method!r}, {len(header.targets)} targets, total_steps "
+            f"{header.total_steps}; here: {own.method!r}, {len(own.targets)}, {own.total_steps}"
+        )
+    registry.call("tunerkit_restore", tuner.method, tuner=tuner, state=State(tensors=tensors, values=header.values))
+    tuner.steps = header.steps
+
+
+def adapter_tensors(tuner: Tuner) -> dict[str, Tensor]:
+    """Everything the adapter's file holds, by ``<path of the module>.<name in the slot>``."""
+    return {
+        f"{path}.{name}" if path else name: tensor.detach().contiguous()
+        for path, slot in tuner.slots()
+        for name, tensor in slot.state_dict().items()
+    }
+
+
+def describe(tuner: Tuner, *, kind: str, values: dict[str, object] | None = None) -> Header:
+    """The header for a file of ``tuner``."""
+    owner = registry.owner_of(tuner.method)
+    versions = {"tunerkit": metadata.version("tunerkit"), "torch": torch.__version__, owner.distribution: owner.version}
+    base = tuner.fingerprint if tuner.fingerprint is not None else fingerprint(tuner)
+    return Header(
+        kind=kind,
+        method=tuner.method,
+        config=unstructure(tuner.config),
+        targets=[target.path for target in tuner.targets],
+        copies=[place.path for place in tuner.copies],
+        biases=[place.path for place in tuner.biases],
+        steps=tuner.steps,
+        total_steps=tuner.total_steps,
+        versions=versions,
+        base=base if kind == "adapter" else {},
+        values=values or {},
+    )
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file whole or not at all: a temporary neighbour, flushed to the disk, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Tensors that share storage (a tied pair inside a trained copy) are refused by safetensors: give each its own.
+    data = safetensors.torch.save({name: tensor.clone() for name, tensor in tensors.items()}, metadata)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:  # plain open: the mode follows the umask, as for any file of the user's
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def read(path: Path, *, kind: str) -> tuple[dict[str, Tensor], Header]:
+    """The tensors and the checked header of a tunerkit file. Raises `FileError`."""
+    if not path.is_file():
+        raise FileError(f"there is no file {path}; tunerkit.save writes {FILE_NAME} into the folder it is given")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            found = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise FileError(f"{path} cannot be read as a safetensors file: {error}") from error
+    return tensors, decode(found, tensors, source=str(path), kind=kind)
+
+
+def _tuner_from(header: Header, base: nn.Module, adapter: str, source: Path) -> Tuner:
+    try:
+        places = targets.from_paths(base, [*header.targets, *header.copies, *header.biases])
+    except TargetError as error:
+        raise BaseMismatchError(f"{source} was trained on another base: {error}") from error
+    by_path = {place.path: place for place in places}
+    return Tuner(
+        name=adapter,
+        method=header.method,
+        config=structure(header.method, header.config),
+        model=base,
+        targets=tuple(by_path[path] for path in header.targets),
+        copies=tuple(by_path[path] for path in header.copies),
+        biases=tuple(by_path[path] for path in header.biases),
+        loaded=True,
+    )
+
+
+def _refuse_other_base(tuner: Tuner, header: Header, source: Path) -> None:
+    lines = differences(header.base, fingerprint(tuner))
+    if lines:
+        raise BaseMismatchError(f"{source} was trained on another base model:\n" + "\n".join(f"- {line}" for line in lines))
+
+
+def _fill(slots: Mapping[str, Slot], tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Copy the file's tensors into slots that are not in the model yet; every misfit is named at once."""
+    problems: list[str] = []
+    used: set[str] = set()
+    for path, slot in slots.items():
+        prefix = f"{path}." if path else ""
+        names = {name: prefix + name for name in slot.state_dict()}
+        used.update(names.values())
+        missing = [full for full in names.values() if full not in tensors]
+        problems += [f"missing: {full}" for full in missing]
+        if not missing:
+            problems += _load_slot(path, slot, {name: tensors[full] for name, full in names.items()})
+    problems += [f"unexpected: {name}" for name in tensors if name not in used]
+    if problems:
+        raise FileError(f"{source} does not fit its own header:\n" + "\n".join(f"- {line}" for line in problems))
+
+
+def _load_slot(path: str, slot: Slot, tensors: dict[str, Tensor]) -> list[str]:
+    try:
+        slot.load_state_dict(tensors)
+    except RuntimeError as error:  # torch reports misfits of shape so
+        return [f"at {path}: {line.strip()}" for line in str(error).splitlines()[1:]]
+    return []
+
+
+def _file_at(path: str | os.PathLike[str], name: str) -> Path:
+    place = Path(path)
+    return place if place.suffix == _SUFFIX else place / name

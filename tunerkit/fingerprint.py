@@ -1,0 +1,114 @@
+"""The fingerprint of a base model: names, shapes and a few sampled values, at a cost by tensors and not by bytes."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from tunerkit.slots import CHILD, Slots
+from tunerkit.tuner import Tuner
+
+SAMPLES = 4
+# A base loaded in another precision is the same base: bfloat16 keeps 8 bits of mantissa.
+_RELATIVE = 2.0**-7
+_SHOWN = 5
+
+Fingerprint = Mapping[str, Mapping[str, list[float]]]
+
+
+def fingerprint(tuner: Tuner) -> dict[str, dict[str, list[float]]]:
+    """``{parameter: {"shape": [...], "sample": [...]}}`` of the base under ``tuner``.
+
+    What the adapter trains in full (copies, biases) is left out: a fresh head has other values at each load.
+    """
+    places = base_tensors(tuner)
+    samples = _sample(list(places.values()))
+    return {
+        name: {"shape": list(tensor.shape), "sample": values}
+        for (name, tensor), values in zip(places.items(), samples, strict=True)
+    }
+
+
+def differences(saved: Fingerprint, found: Fingerprint) -> list[str]:
+    """What differs between two fingerprints, one line per kind of difference; empty if they agree."""
+    lines = []
+    missing = [name for name in saved if name not in found]
+    unexpected = [name for name in found if name not in saved]
+    shared = [name for name in saved if name in found]
+    shapes = [f"{n} {saved[n]['shape']} -> {found[n]['shape']}" for n in shared if saved[n]["shape"] != found[n]["shape"]]
+    values = [
+        n for n in shared if saved[n]["shape"] == found[n]["shape"] and not _close(saved[n]["sample"], found[n]["sample"])
+    ]
+    for what, names in (
+        ("parameters that this base lacks", missing),
+        ("parameters that only this base has", unexpected),
+        ("other shapes (saved -> here)", shapes),
+        ("other values", values),
+    ):
+        if names:
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            lines.append(f"{what}: {', '.join(names[:_SHOWN])}{more}")
+    return lines
+
+
+def base_tensors(tuner: Tuner) -> dict[str, Tensor]:
+    """The base's own parameters by name, originals where merged ones stand now, without what the adapter trains."""
+    copied = tuple(place.path for place in tuner.copies)
+    biased = {f"{place.path}.bias" if place.path else "bias" for place in tuner.biases}
+    found = {}
+    for path, module in tuner.model.named_modules():
+        if CHILD in path.split(".") or any(path == c or path.startswith(c + ".") for c in copied):
+            continue
+        for leaf, parameter in module._parameters.items():
+            name = f"{path}.{leaf}" if path else leaf
+            if parameter is not None and name not in biased:
+                found[name] = _original(module, leaf, parameter)
+    return found
+
+
+def _original(module: nn.Module, leaf: str, parameter: nn.Parameter) -> Tensor:
+    slots = module._modules.get(CHILD)
+    if isinstance(slots, Slots):
+        return slots.original(leaf, parameter)
+    return parameter.detach()
+
+
+def _sample(tensors: list[Tensor]) -> list[list[float]]:
+    """`SAMPLES` evenly spaced values of each tensor; one transfer per device, whatever the number of tensors."""
+    rows: list[Tensor] = []
+    for tensor in tensors:
+        count = tensor.numel()
+        if count == 0 or tensor.is_meta:
+            rows.append(torch.zeros(SAMPLES))
+            continue
+        at = [i * (count - 1) // max(SAMPLES - 1, 1) for i in range(SAMPLES)]
+        rows.append(torch.stack([tensor[_index(i, tensor.shape)] for i in at]).float())
+    by_device: dict[torch.device, list[int]] = {}
+    for number, row in enumerate(rows):
+        by_device.setdefault(row.device, []).append(number)
+    values: list[list[float]] = [[] for _ in rows]
+    for numbers in by_device.values():
+        for number, row_values in zip(numbers, torch.stack([rows[n] for n in numbers]).tolist(), strict=True):
+            values[number] = [_short(value) for value in row_values]
+    return values
+
+
+def _index(flat: int, shape: torch.Size) -> tuple[int, ...]:
+    """The index of a flat position, so that tensors of any strides are sampled without a copy."""
+    index = []
+    for size in reversed(shape):
+        index.append(flat % size)
+        flat //= size
+    return tuple(reversed(index))
+
+
+def _short(value: float) -> float:
+    # JSON has no NaN or inf; a base that holds one still gets a fingerprint.
+    return float(f"{value:.6g}") if math.isfinite(value) else 0.0
+
+
+def _close(saved: list[float], found: list[float]) -> bool:
+    return len(saved) == len(found) and all(
+        math.isclose(a, b, rel_tol=_RELATIVE, abs_tol=1e-7) for a, b in zip(saved, found, strict=True)
+    )

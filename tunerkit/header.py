@@ -1,0 +1,81 @@
+"""The header of tunerkit's files: a JSON text in the safetensors metadata, with a digest over itself and the data."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from tunerkit.errors import FileError
+
+KEY = "tunerkit"
+FORMAT = 1
+
+
+@attrs.frozen
+class Header:
+    """What a file says of itself. ``base`` is the base model's fingerprint, ``values`` a method's own JSON values."""
+
+    kind: str
+    method: str
+    config: dict[str, Any]
+    targets: list[str]
+    copies: list[str]
+    biases: list[str]
+    steps: int
+    total_steps: int | None
+    versions: dict[str, str]
+    base: dict[str, Any]
+    values: dict[str, Any] = attrs.field(factory=dict)
+    format: int = FORMAT
+
+
+def encode(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The safetensors metadata for ``tensors`` with this header."""
+    text = json.dumps(attrs.asdict(header), sort_keys=True, allow_nan=False)
+    return {KEY: text, f"{KEY}.digest": digest(text, tensors)}
+
+
+def decode(metadata: Mapping[str, str] | None, tensors: Mapping[str, Tensor], *, source: str, kind: str) -> Header:
+    """The header, once the digest has shown that neither it nor the data was changed. Raises `FileError`."""
+    if not metadata or KEY not in metadata or f"{KEY}.digest" not in metadata:
+        raise FileError(f"{source} is a safetensors file, but not one that tunerkit wrote (it has no tunerkit header)")
+    text = metadata[KEY]
+    if digest(text, tensors) != metadata[f"{KEY}.digest"]:
+        raise FileError(f"{source} is damaged: its digest does not match its content; copy or save it again")
+    fields = _parse(text, source)
+    if fields.get("format") != FORMAT:
+        raise FileError(
+            f"{source} has format {fields.get('format')!r}, this tunerkit reads {FORMAT}; install a matching release"
+        )
+    expected = {field.name for field in attrs.fields(Header)}
+    if set(fields) != expected:
+        raise FileError(f"{source}: header fields {sorted(fields)} are not {sorted(expected)}")
+    header = Header(**fields)
+    if header.kind != kind:
+        raise FileError(f"{source} holds {header.kind!r}, expected {kind!r}: give the other of the two files")
+    return header
+
+
+def _parse(text: str, source: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise FileError(f"{source}: the header is not JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise FileError(f"{source}: the header is not a JSON object")
+    return fields
+
+
+def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over the header's text and every tensor's name, dtype, shape and bytes, in the order of the names."""
+    hasher = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        hasher.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        if tensor.numel():
+            hasher.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return hasher.hexdigest()

@@ -1,0 +1,122 @@
+"""Put adapters into a model and take them out again: the only place that changes a model's structure."""
+
+import sys
+from collections.abc import Mapping
+
+import attrs
+import torch
+from torch import nn
+
+from tunerkit import detector
+from tunerkit.base_layers import BaseLayer
+from tunerkit.errors import AdapterError
+from tunerkit.slots import CHILD, Slot, Slots, apply_slots, slots_of, walk
+from tunerkit.tuner import Tuner, set_tuners, tuners_of
+
+
+@attrs.frozen(eq=False)
+class Plan:
+    """Everything that one adapter puts into a model, built and checked, the model still untouched."""
+
+    tuner: Tuner
+    slots: Mapping[str, Slot]
+    bases: Mapping[str, BaseLayer | None]
+
+
+def inject_(plan: Plan, *, trainable: bool) -> None:
+    """Freeze the base and add the plan's slots beside its modules, each with one forward hook."""
+    tuner = plan.tuner
+    model = tuner.model
+    tuner.frozen = freeze_base_(model)
+    for path, module in tuner.modules().items():
+        slots = slots_of(module)
+        if slots is None:
+            slots = Slots(plan.bases[path])
+            slots.train(module.training)
+            module.add_module(CHILD, slots)
+            module.register_forward_hook(apply_slots, with_kwargs=True)
+        slot = plan.slots[path]
+        slot.train(module.training)
+        slot.requires_grad_(trainable)
+        slots.put(tuner.name, slot)
+    set_tuners(model, {**tuners_of(model), tuner.name: tuner})
+    detector.watch(model, tuner.targets)
+    forget_compiled()
+
+
+def eject_(tuner: Tuner) -> None:
+    """Take one adapter out; a module without any left loses the child and the hook."""
+    for module in tuner.modules().values():
+        slots = slots_of(module)
+        if slots is None or slots.get(tuner.name) is None:
+            continue
+        slots.drop(tuner.name)
+        if not slots.names:
+            del module._modules[CHILD]
+            remove_hook_(module)
+    left = {name: other for name, other in tuners_of(tuner.model).items() if other is not tuner}
+    if left:
+        heir = next(iter(left.values()))
+        heir.frozen = tuple(dict.fromkeys((*heir.frozen, *tuner.frozen)))
+    else:
+        thaw_base_(tuner.model, tuner.frozen)
+    detector.unwatch(tuner.model)
+    set_tuners(tuner.model, left)
+    forget_compiled()
+
+
+def remove_hook_(module: nn.Module) -> None:
+    """Remove our forward hook; found by the function itself, since a handle would not survive a deep copy."""
+    for key in [key for key, hook in module._forward_hooks.items() if hook is apply_slots]:
+        del module._forward_hooks[key]
+        module._forward_hooks_with_kwargs.pop(key, None)
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's own parameters by name, every adapter left out."""
+    return {name: p for name, p in model.named_parameters() if not is_adapter_path(name)}
+
+
+def is_adapter_path(name: str) -> bool:
+    """Whether a parameter's dotted name lies in an adapter (below a child named ``tunerkit``)."""
+    return CHILD in name.split(".")[:-1]
+
+
+def freeze_base_(model: nn.Module) -> tuple[str, ...]:
+    """Freeze what the model trains of its own; the names, so that unwrapping can undo it."""
+    names = tuple(name for name, p in base_parameters(model).items() if p.requires_grad)
+    parameters = base_parameters(model)
+    for name in names:
+        parameters[name].requires_grad_(False)
+    return names
+
+
+def thaw_base_(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Undo `freeze_base_`."""
+    parameters = base_parameters(model)
+    for name in names:
+        if name in parameters:
+            parameters[name].requires_grad_(True)
+
+
+def refuse_overlap(model: nn.Module, paths: Mapping[str, nn.Module], copies: tuple[str, ...]) -> None:
+    """A module trained in full must not hold, lie in, or be another adapter's place: their outputs would fight."""
+    for path, _, slots in walk(model):
+        owners = ", ".join(repr(name) for name in slots.names)
+        for copied in copies:
+            if _nested(path, copied):
+                raise AdapterError(f"cannot train {copied!r} in full: adapter {owners} is at {path!r}; unwrap it first")
+        copied_here = any((slot := slots.get(name)) is not None and slot.copy is not None for name in slots.names)
+        for wanted in paths:
+            if copied_here and _nested(path, wanted):
+                raise AdapterError(f"cannot adapt {wanted!r}: adapter {owners} trains {path!r} in full")
+
+
+def _nested(one: str, other: str) -> bool:
+    return one == other or one.startswith(other + ".") or other.startswith(one + ".")
+
+
+def forget_compiled() -> None:
+    """Drop compiled code: hooks added to a module after its first compiled call are silently ignored otherwise."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

@@ -1,0 +1,1 @@
+"""Connections with what trains models, each imported only when it is used."""

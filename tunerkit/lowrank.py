@@ -1,0 +1,78 @@
+"""The low-rank product that methods add to a base layer, ΔW = scale · P diag(λ) Q: beside it, or as a matrix."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from tunerkit.base_layers import BaseLayer
+from tunerkit.errors import AdapterError
+
+
+def add_low_rank(
+    base: BaseLayer,
+    x: Tensor,
+    y: Tensor,
+    *,
+    q: Tensor,
+    p: Tensor,
+    scale: float,
+    lam: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Return y + scale · P diag(λ) Q x, in the shape and dtype of ``y``.
+
+    ``x`` is the base layer's input (an embedding's ids, an unbatched image, an empty batch: whatever it takes), ``y``
+    its output, ``q`` (r, in), ``lam`` (r,), ``p`` (out, r); without ``lam``, diag(λ) is the identity. ``dropout`` is
+    the share of the input dropped on the way into Q: pass 0 outside training. Neither ``x`` nor ``y`` is written to.
+
+    The product is computed in the dtype of ``q``, or in autocast's where that is on, and only the sum in that of
+    ``y``; with P or λ at 0 the result is ``y`` bit for bit. Rank 0 gives ``y`` itself.
+    """
+    if q.shape[0] == 0:
+        return y
+    q, p = _fold(q, p, lam)
+    h = base.project_in(_cast(x, q.dtype), q, dropout)
+    return torch.add(y, base.project_out(h, p).to(y.dtype), alpha=scale)
+
+
+def low_rank_delta(base: BaseLayer, *, q: Tensor, p: Tensor, scale: float, lam: Tensor | None = None) -> Tensor:
+    """Return ΔW = scale · P diag(λ) Q as a matrix (out, in), in fp32 or wider: what `tunerkit_delta` wants.
+
+    ``q`` (r, in), ``p`` (out, r), ``lam`` (r,), as for `add_low_rank`. Raises `AdapterError` if they don't fit
+    ``base``, which multiplying would not notice.
+    """
+    expected = (base.out_features, base.in_features)
+    if (p.shape[0], q.shape[1]) != expected:
+        raise AdapterError(
+            f"P and Q give a delta of shape {(p.shape[0], q.shape[1])}, and the base layer has {expected}; "
+            "build p as (base.out_features, r) and q as (r, base.in_features)"
+        )
+    wide = torch.promote_types(torch.promote_types(q.dtype, p.dtype), torch.float32)
+    # Autocast would multiply in half precision, and merging must not depend on where it is called.
+    with torch.autocast(q.device.type, enabled=False) if _autocasts(q.device) else nullcontext():
+        q, p = _fold(q.to(wide), p.to(wide), None if lam is None else lam.to(wide))
+        return scale * (p @ q)
+
+
+def _fold(q: Tensor, p: Tensor, lam: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Put diag(λ) into the smaller of Q's rows and P's columns: a vocabulary on one side is not worth a copy."""
+    if lam is None:
+        return q, p
+    if q.shape[1] <= p.shape[0]:
+        return lam.unsqueeze(1) * q, p
+    return q, p * lam
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bring ``x`` to the adapter's dtype, unless it is ids or autocast does so; autocast leaves float64 alone."""
+    if not x.is_floating_point():
+        return x
+    if _autocasts(x.device) and torch.float64 not in (x.dtype, dtype):
+        return x
+    return x.to(dtype)
+
+
+def _autocasts(device: torch.device) -> bool:
+    # The meta device has no autocast, and asking it raises.
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

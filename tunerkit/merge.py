@@ -1,0 +1,155 @@
+"""Merge adapters into their base layers, unmerge them bit for bit, and show the base while adapters stay in."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tunerkit import registry
+from tunerkit.errors import AdapterError
+from tunerkit.fingerprint import fingerprint
+from tunerkit.records import Delta
+from tunerkit.slots import Slot, Slots, walk
+from tunerkit.tuner import Tuner, require_tuners
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether adapters are merged into ``model`` now."""
+    return any(slots.merged for _, _, slots in walk(model))
+
+
+def merge(model: M, *, permanent: bool = False) -> M:
+    """Add every active adapter to its base layer's weights, in place; forward then costs what the base's costs.
+
+    The originals are set aside (the adapted weights take twice their memory), so that `unmerge` is bit-exact;
+    ``permanent`` keeps none. While merged, `disabled` shows the base, saving works, a step raises.
+
+    Raises `AdapterError` if already merged or if a method cannot say what it adds; nothing is changed then.
+    """
+    tuners = require_tuners(model)
+    if is_merged(model):
+        raise AdapterError("the model is merged already; call tunerkit.unmerge first")
+    merged = [(module, slots, _merged_tensors(path, module, slots, tuners)) for path, module, slots in walk(model)]
+    if permanent:
+        for tuner in tuners.values():
+            tuner.fingerprint = fingerprint(tuner)
+    for module, slots, tensors in merged:
+        slots.merged = slots.active
+        if permanent:
+            _replace(module, tensors)
+        else:
+            slots.set_aside(_replace(module, tensors))
+    return model
+
+
+def unmerge(model: M) -> M:
+    """Put the originals back, bit for bit. Raises `AdapterError` if the model is not merged or no original is left."""
+    require_tuners(model)
+    if not is_merged(model):
+        raise AdapterError("the model is not merged; there is nothing to unmerge")
+    restore_originals_(model)
+    return model
+
+
+def restore_originals_(model: nn.Module) -> None:
+    """Undo a merge if there is one."""
+    places = [(module, slots) for _, module, slots in walk(model) if slots.merged]
+    _refuse_permanent([slots for _, slots in places])
+    for module, slots in places:
+        if slots.enabled:
+            _replace(module, slots.originals)
+        slots.forget_originals()
+        slots.merged = ()
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Show the base inside the ``with`` block: adapters off, trained copies and biases off, merged weights swapped."""
+    require_tuners(model)
+    places = [(module, slots) for _, module, slots in walk(model) if slots.enabled]
+    _refuse_permanent([slots for _, slots in places if slots.merged])
+    for module, slots in places:
+        slots.enabled = False
+        _swap(module, slots)
+    try:
+        yield
+    finally:
+        for module, slots in places:
+            _swap(module, slots)
+            slots.enabled = True
+
+
+def _merged_tensors(path: str, module: nn.Module, slots: Slots, tuners: dict[str, Tuner]) -> dict[str, Tensor]:
+    """The values that ``module``'s own tensors have with all active slots merged."""
+    tensors: dict[str, Tensor] = {}
+    for name in slots.active:
+        slot = slots.get(name)
+        assert slot is not None
+        if slot.copy is not None:
+            tensors.update({key: tensor.detach().clone() for key, tensor in _own_tensors(slot.copy).items()})
+            continue
+        if slot.adapter is not None:
+            _add_delta(path, module, slots, _delta(tuners[name].method, slot, slots), tensors)
+        if slot.bias is not None:
+            own = module.get_parameter("bias").detach()
+            added = tensors.get("bias", own).double() + (slot.bias.detach() - own).double()
+            tensors["bias"] = added.to(own.dtype) if "bias" in tensors else slot.bias.detach().clone()
+    return tensors
+
+
+def _delta(method: str, slot: Slot, slots: Slots) -> Delta:
+    if not registry.implements("tunerkit_delta", method):
+        raise AdapterError(f"method {method!r} cannot be merged: its plugin does not implement tunerkit_delta")
+    with torch.no_grad():
+        delta: Delta = registry.call("tunerkit_delta", method, adapter=slot.adapter, base=slots.base)
+    return delta
+
+
+def _add_delta(path: str, module: nn.Module, slots: Slots, delta: Delta, tensors: dict[str, Tensor]) -> None:
+    if delta.weight is not None:
+        assert slots.base is not None
+        own = module.get_parameter("weight").detach()
+        packed = slots.base.pack(delta.weight.detach())
+        wide = torch.promote_types(packed.dtype, torch.promote_types(own.dtype, torch.float32))
+        tensors["weight"] = (tensors.get("weight", own).to(wide) + packed.to(wide)).to(own.dtype)
+    if delta.bias is not None:
+        if not isinstance(module._parameters.get("bias"), nn.Parameter):
+            raise AdapterError(f"cannot merge into {path!r}: the adapter adds a bias and the base layer has none")
+        own = module.get_parameter("bias").detach()
+        tensors["bias"] = tensors.get("bias", own) + delta.bias.detach().to(own.dtype)
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a module by local name, adapters left out."""
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {name: tensor.detach() for name, tensor in named if not name.startswith("tunerkit.") and ".tunerkit." not in name}
+
+
+def _replace(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give the module's tensors other storage, the Parameter objects staying the same; what they had before."""
+    before = {}
+    for name, tensor in tensors.items():
+        owner_path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner_path)
+        live = getattr(owner, leaf)
+        before[name] = live.data
+        live.data = tensor
+    return before
+
+
+def _swap(module: nn.Module, slots: Slots) -> None:
+    """Exchange merged and original values."""
+    if slots.merged:
+        slots.set_aside(_replace(module, slots.originals))
+
+
+def _refuse_permanent(merged: list[Slots]) -> None:
+    if any(slots.merged and not slots.originals for slots in merged):
+        raise AdapterError(
+            "the model was merged with permanent=True, which kept no originals; the base cannot be shown again. "
+            "Use tunerkit.unwrap(model, keep_merged=True) to take the adapters out, or load the base model again"
+        )

@@ -1,0 +1,135 @@
+"""The child module ``tunerkit`` of an adapted module, which holds what each adapter adds there."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from tunerkit.adapter import Adapter
+from tunerkit.base_layers import BaseLayer
+
+CHILD = "tunerkit"
+# Marks the buffers that hold originals: no adapter's name has a "/".
+_ASIDE = "/"
+
+
+class Slot(nn.Module):
+    """What one adapter adds at one module: the method's adapter, a trained copy of the module, a trained bias.
+
+    A copy excludes the other two. ``bias`` (out,) is a trained copy of the module's own bias.
+    """
+
+    adapter: Adapter | None
+    copy: nn.Module | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, *, adapter: Adapter | None = None, copy: nn.Module | None = None, bias: nn.Parameter | None = None
+    ) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self.copy = copy
+        self.register_parameter("bias", bias)
+
+    def forward(
+        self, module: nn.Module, base: BaseLayer | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any
+    ) -> Any:
+        """Return the output of ``module`` as this slot changes it."""
+        if self.copy is not None:
+            return self.copy(*args, **kwargs)
+        if self.adapter is not None:
+            y = self.adapter(base, args[0] if args else next(iter(kwargs.values())), y)
+        if self.bias is not None:
+            # The difference is exactly 0 until the copy is trained, which keeps the first output bit-identical.
+            y = y + view_bias(module, base, self.bias - module.get_parameter("bias"), y).to(y.dtype)
+        return y
+
+
+class Slots(nn.Module):
+    """All slots of one module, by adapter name; ``active`` are applied in order unless switched off or merged."""
+
+    def __init__(self, base: BaseLayer | None) -> None:
+        super().__init__()
+        self.base = base
+        self.active: tuple[str, ...] = ()
+        self.enabled = True
+        self.merged: tuple[str, ...] = ()
+
+    def put(self, name: str, slot: Slot) -> None:
+        """Add a slot; straight into ``_modules``, since `add_module` refuses names such as "forward" or "keys"."""
+        self._modules[name] = slot
+        self.active = (*self.active, name)
+
+    def get(self, name: str) -> Slot | None:
+        slot = self._modules.get(name)
+        return slot if isinstance(slot, Slot) else None
+
+    def drop(self, name: str) -> None:
+        del self._modules[name]
+        self.active = tuple(other for other in self.active if other != name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._modules)
+
+    @property
+    def originals(self) -> dict[str, Tensor]:
+        """The tensors set aside by a merge, by their local name in the module."""
+        return {name[1:]: t for name, t in self._buffers.items() if name.startswith(_ASIDE) and t is not None}
+
+    def set_aside(self, originals: Mapping[str, Tensor]) -> None:
+        """Keep ``originals``, in buffers so that they follow `model.to(...)`, outside ``state_dict``."""
+        for name, tensor in originals.items():
+            self._buffers[_ASIDE + name] = tensor
+            self._non_persistent_buffers_set.add(_ASIDE + name)
+
+    def forget_originals(self) -> None:
+        for name in self.originals:
+            del self._buffers[_ASIDE + name]
+            self._non_persistent_buffers_set.discard(_ASIDE + name)
+
+    def original(self, name: str, live: Tensor) -> Tensor:
+        """The base's own tensor, also while a merged one stands in its place."""
+        return self.originals.get(name, live.detach()) if self.enabled else live.detach()
+
+
+def slots_of(module: nn.Module) -> Slots | None:
+    """The slots at ``module`` itself, or None."""
+    slots = module._modules.get(CHILD)
+    return slots if isinstance(slots, Slots) else None
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slots]]:
+    """Every adapted module of ``model`` with its dotted path and its slots, in model order."""
+    for path, module in model.named_modules():
+        slots = slots_of(module)
+        if slots is not None:
+            yield path, module, slots
+
+
+def apply_slots(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """The forward hook of every adapted module. It writes no Python state: that would recompile compiled models."""
+    slots = module._modules[CHILD]
+    assert isinstance(slots, Slots)
+    if slots.enabled and not slots.merged:
+        for name in slots.active:
+            output = slots._modules[name](module, slots.base, args, kwargs, output)  # type: ignore[misc]
+    return output
+
+
+_CHANNELS_SECOND = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+
+
+def has_trainable_bias(module: nn.Module, base: BaseLayer | None) -> bool:
+    """Whether `view_bias` knows how ``module`` adds its bias (and there is one)."""
+    known = base is not None or isinstance(module, (nn.LayerNorm, *_CHANNELS_SECOND))
+    return known and isinstance(module._parameters.get("bias"), nn.Parameter)
+
+
+def view_bias(module: nn.Module, base: BaseLayer | None, bias: Tensor, y: Tensor) -> Tensor:
+    """``bias`` (out,) in a shape that broadcasts over the output ``y`` as the module's own bias does."""
+    if base is not None:
+        return base.shape_bias(bias)
+    if isinstance(module, _CHANNELS_SECOND):
+        return bias.view(-1, *[1] * (y.dim() - 2))
+    return bias

@@ -1,0 +1,200 @@
+"""Drive the methods' step hooks from the optimizer's own: nobody has to remember to call anything."""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from tunerkit import registry
+from tunerkit.errors import StepError, TunerkitWarning
+from tunerkit.merge import is_merged
+from tunerkit.tuner import Tuner, require_tuners, tuner as find_tuner
+
+
+@attrs.define(eq=False)
+class Driver:
+    """What connects one tuner with one optimizer. ``clock`` gives the number of the step being taken, from 1."""
+
+    tuner: Tuner
+    clock: Callable[[], int] | None
+    handles: list[RemovableHandle] = attrs.field(factory=list)
+    told_past_total: bool = False
+
+    def next_step(self) -> int:
+        return self.tuner.steps + 1 if self.clock is None else self.clock()
+
+
+# Not in the tuner: a deep copy of the model must not believe that the original's optimizer drives it.
+_drivers: WeakKeyDictionary[Tuner, Driver] = WeakKeyDictionary()
+
+
+def attach(
+    model: nn.Module, optimizer_or_trainer: object, *, total_steps: int | None = None, adapter: str | None = None
+) -> None:
+    """Connect the adapters of ``model`` (or the one named) with what trains them: an optimizer or a Trainer.
+
+    From here on every optimizer step drives the method. ``total_steps`` is the length of training in optimizer
+    steps; a Trainer knows its own. Legal for every method; one that needs no steps only has them counted.
+
+    Raises `StepError`: total steps unknown, disagreeing with the config's, an optimizer that does not hold the
+    adapter's parameters, attached twice; and `ConfigError` if the schedule leaves no room.
+    """
+    tuners = [find_tuner(model, adapter)] if adapter is not None else list(require_tuners(model).values())
+    trainer = _as_trainer(optimizer_or_trainer)
+    if trainer is not None:
+        from tunerkit.integrations import transformers as integration  # transformers is an optional dependency
+
+        integration.attach_trainer(tuners, trainer, total_steps)
+        return
+    optimizer = find_optimizer(optimizer_or_trainer)
+    for tuner in tuners:
+        check_attachable(tuner, optimizer)
+    totals = [agree_on_total(tuner, total_steps) for tuner in tuners]
+    for tuner, total in zip(tuners, totals, strict=True):
+        drive(tuner, optimizer, total_steps=total)
+
+
+def find_optimizer(candidate: object) -> Optimizer:
+    """The torch optimizer itself: accelerate and others wrap it and keep it under ``.optimizer``."""
+    while isinstance(inner := getattr(candidate, "optimizer", None), Optimizer):
+        candidate = inner
+    if not isinstance(candidate, Optimizer):
+        raise StepError(
+            f"attach takes a torch optimizer or a transformers Trainer, got {type(candidate).__name__}; "
+            "pass the optimizer that steps the adapter"
+        )
+    return candidate
+
+
+def check_attachable(tuner: Tuner, optimizer: Optimizer) -> None:
+    """Refuse a second attachment, and an optimizer that would never move the adapter."""
+    if tuner in _drivers:
+        raise StepError(f"adapter {tuner.name!r} is attached already; one optimizer drives it, wrap again for a new run")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    own = list(tuner.parameters())
+    if own and not any(id(p) in held for p in own):
+        raise StepError(
+            f"the optimizer holds none of the {len(own)} parameters of adapter {tuner.name!r}; "
+            "build it from (p for p in model.parameters() if p.requires_grad) after tunerkit.wrap"
+        )
+
+
+def agree_on_total(tuner: Tuner, total_steps: int | None) -> int | None:
+    """The total from the call and the config, which must not disagree; required where the method needs steps."""
+    configured: int | None = getattr(tuner.config, "total_steps", None)
+    if total_steps is not None and configured is not None and total_steps != configured:
+        raise StepError(
+            f"adapter {tuner.name!r}: the config says total_steps={configured}, training has {total_steps}; "
+            "make them equal or leave the config's out"
+        )
+    total = configured if total_steps is None else total_steps
+    if total is not None and (type(total) is not int or total < 1):
+        raise StepError(f"total_steps: expected a number of optimizer steps >= 1, got {total!r}")
+    if total is None and registry.get(tuner.method).needs_steps:
+        raise StepError(
+            f"method {tuner.method!r} needs the length of training: pass total_steps=... to tunerkit.attach, "
+            "or set total_steps in the config"
+        )
+    return total
+
+
+def drive(
+    tuner: Tuner, optimizer: Optimizer, *, total_steps: int | None, clock: Callable[[], int] | None = None
+) -> None:
+    """Start the method's training state and hook into ``optimizer``."""
+    check_attachable(tuner, optimizer)
+    state = registry.call("tunerkit_start", tuner.method, tuner=tuner, total_steps=total_steps)
+    tuner.state, tuner.total_steps, tuner.steps = state, total_steps, 0
+    tuner.history.clear()
+    driver = Driver(tuner=tuner, clock=clock)
+    driver.handles = [
+        optimizer.register_step_pre_hook(functools.partial(_before, driver)),
+        optimizer.register_step_post_hook(functools.partial(_after, driver)),
+    ]
+    _drivers[tuner] = driver
+
+
+def detach(tuner: Tuner) -> None:
+    """Undo `attach`; a tuner that is not attached stays as it is."""
+    driver = _drivers.pop(tuner, None)
+    for handle in driver.handles if driver is not None else ():
+        handle.remove()
+
+
+def is_attached(tuner: Tuner) -> bool:
+    """Whether an optimizer drives ``tuner`` now."""
+    return tuner in _drivers
+
+
+def _before(
+    driver: Driver, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Fires inside ``optimizer.step`` before anything is updated. ``args`` begins with the optimizer itself or not,
+    depending on the torch release: a closure is found by being callable."""
+    if is_merged(driver.tuner.model):
+        raise StepError("the model is merged: a step would train nothing. Call tunerkit.unmerge before training on")
+    closure = kwargs.get("closure")
+    if closure is not None:
+        return args, {**kwargs, "closure": _wrap_closure(driver, optimizer, closure)}
+    # With a closure the gradients come later, inside it, and perhaps several times.
+    if args and args[-1] is not optimizer and callable(args[-1]):
+        return (*args[:-1], _wrap_closure(driver, optimizer, args[-1])), kwargs
+    _call_before_step(driver, optimizer)
+    return None
+
+
+def _wrap_closure(driver: Driver, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+    @functools.wraps(closure)
+    def then_before_step() -> Any:
+        loss = closure()
+        _call_before_step(driver, optimizer)
+        return loss
+
+    return then_before_step
+
+
+def _call_before_step(driver: Driver, optimizer: Optimizer) -> None:
+    # A fused optimizer under GradScaler steps on scaled gradients and carries the scale as an attribute.
+    grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    with torch.no_grad():
+        registry.call(
+            "tunerkit_before_step", driver.tuner.method, tuner=driver.tuner, step=driver.next_step(), grad_scale=grad_scale
+        )
+
+
+def _after(driver: Driver, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Fires after the update; not for a step that a fused optimizer skipped because its gradients overflowed."""
+    found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+    if found_inf is not None and bool(found_inf):
+        return
+    tuner = driver.tuner
+    tuner.steps = driver.next_step()
+    with torch.no_grad():
+        ranks = registry.call("tunerkit_after_step", tuner.method, tuner=tuner, step=tuner.steps)
+    tuner.record(ranks)
+    _warn_past_total(driver)
+
+
+def _warn_past_total(driver: Driver) -> None:
+    tuner = driver.tuner
+    if tuner.total_steps is not None and tuner.steps > tuner.total_steps and not driver.told_past_total:
+        driver.told_past_total = True
+        warnings.warn(
+            f"adapter {tuner.name!r}: step {tuner.steps} lies past total_steps={tuner.total_steps}; "
+            "ranks stay as the final allocation left them",
+            TunerkitWarning,
+            stacklevel=2,
+        )
+
+
+def _as_trainer(candidate: object) -> Any:
+    """``candidate`` if it is a transformers Trainer (TRL's are), without importing transformers for the question."""
+    names = {f"{cls.__module__}.{cls.__name__}" for cls in type(candidate).__mro__}
+    return candidate if "transformers.trainer.Trainer" in names else None

@@ -1,0 +1,129 @@
+"""A survey of a model: its modules by path, its parameters and which are shared, and its output heads."""
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+
+import attrs
+from torch import nn
+
+INJECTED = "tunerkit"  # the child of a base layer that holds its adapters: never a target itself
+
+# Names of output heads in transformers, timm and torchvision. A head is found by name only before the first numbered
+# block: a "score" or "head" inside a block belongs to its attention. "proj_out" is missing on purpose: Whisper's is
+# found through get_output_embeddings, and in diffusion models it is an ordinary projection.
+OUTPUT_HEADS = frozenset({"head", "lm_head", "score", "classifier", "qa_outputs", "cls", "embed_out", "predictions"})
+OUTPUT_HEADS |= {"pre_classifier", "vocab_transform", "vocab_projector", "logits_proj"}
+_HEAD_ENDINGS = ("_head", "_heads", "_classifier", "_predictions")
+
+
+@attrs.frozen(eq=False)
+class Place:
+    """A module of the model; ``paths`` has several entries where one module is registered at several places."""
+
+    paths: tuple[str, ...]
+    module: nn.Module
+    inside_attention: bool
+
+    @property
+    def path(self) -> str:
+        return self.paths[0]
+
+
+@attrs.frozen(eq=False)
+class Survey:
+    """What selection reads of a model, gathered once."""
+
+    places: tuple[Place, ...]
+    parameters: Mapping[str, nn.Parameter]
+    sharers: Mapping[int, tuple[str, ...]]
+    heads: Collection[str]
+
+
+def survey(model: nn.Module) -> Survey:
+    """Gather what target selection reads of ``model``, once; adapters already in it are left out."""
+    by_path = dict(model.named_modules(remove_duplicate=False))
+    paths_of: dict[int, list[str]] = defaultdict(list)
+    for path, module in by_path.items():
+        if module is not model and not is_injected(path):
+            paths_of[id(module)].append(path)
+    places = tuple(
+        Place(
+            paths=tuple(paths),
+            module=by_path[paths[0]],
+            inside_attention=any(isinstance(by_path[parent(path)], nn.MultiheadAttention) for path in paths),
+        )
+        for paths in paths_of.values()
+    )
+    parameters = {name: parameter for name, parameter in model.named_parameters() if not is_injected(name)}
+    return Survey(places, parameters, tied(model), _head_paths(by_path))
+
+
+def _head_paths(by_path: Mapping[str, nn.Module]) -> frozenset[str]:
+    """The paths of output heads, as the model (or a model inside it) names them itself, or by their names."""
+    heads: set[int] = set()
+    for module in by_path.values():
+        for question in ("get_output_embeddings", "get_classifier"):
+            ask = getattr(module, question, None)
+            answer = ask() if callable(ask) else None
+            answers = answer if isinstance(answer, list | tuple) else (answer,)
+            heads.update(id(head) for head in answers if isinstance(head, nn.Module) and head is not by_path[""])
+    return frozenset(path for path, module in by_path.items() if id(module) in heads or _is_head_name(path))
+
+
+def _is_head_name(path: str) -> bool:
+    *before, name = path.split(".")
+    return not any(map(is_number, before)) and (name in OUTPUT_HEADS or name.endswith(_HEAD_ENDINGS))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``"all-linear"`` means this module: nn.Linear, transformers' Conv1D, or a quantised one by its sizes."""
+    return (
+        isinstance(module, nn.Linear)
+        or any(cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers") for cls in type(module).__mro__)
+        or all(isinstance(getattr(module, size, None), int) for size in ("in_features", "out_features"))
+    )
+
+
+def tied(model: nn.Module) -> Mapping[int, tuple[str, ...]]:
+    """The parameters that several modules hold: ``id(parameter)`` to the full names, adapters' own left out."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for path, module in model.named_modules():
+        if not is_injected(path):
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    names[id(parameter)].append(join(path, name))
+    return {key: tuple(sharing) for key, sharing in names.items() if len(sharing) > 1}
+
+
+def is_under(path: str, roots: Collection[str]) -> bool:
+    """Whether ``path`` or one of the containers it lies in is among ``roots``."""
+    while path:
+        if path in roots:
+            return True
+        path = parent(path)
+    return False
+
+
+def parent(path: str) -> str:
+    """The path of the container that ``path`` lies in; empty for the model itself."""
+    return path.rpartition(".")[0]
+
+
+def join(path: str, name: str) -> str:
+    """The path of ``name`` inside ``path``."""
+    return f"{path}.{name}" if path else name
+
+
+def layer_number(path: str) -> int | None:
+    """The first number in a path: the index of its block, in every stacked model."""
+    return next((int(part) for part in path.split(".") if is_number(part)), None)
+
+
+def is_number(part: str) -> bool:
+    """Whether a part of a path is an index."""
+    return part.isascii() and part.isdigit()
+
+
+def is_injected(path: str) -> bool:
+    """Whether ``path`` lies in an adapter."""
+    return INJECTED in path.split(".")

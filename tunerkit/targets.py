@@ -1,0 +1,339 @@
+"""Target selection: from a model and patterns to the places to adapt, changing nothing.
+
+A plain name is a promise that its modules can be adapted, so anything in its way is an error. Globs, regular
+expressions, ``"all-linear"`` and the defaults choose broadly: what they leave out is told by one warning.
+"""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+
+import attrs
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
+
+from tunerkit.architectures import DEFAULT_TARGETS
+from tunerkit.errors import TargetError, TunerkitWarning, closest
+from tunerkit.patterns import Matcher, is_broad, matcher, matches
+from tunerkit.records import Target
+from tunerkit.survey import Place, Survey, is_linear, is_number, is_under, join, layer_number, survey, tied
+
+ALL_LINEAR = "all-linear"
+
+
+@attrs.define(eq=False)
+class _Findings:
+    """What the patterns led to: ``found`` by path, problems, and by reason the paths left out and those in the way."""
+
+    found: dict[str, Place] = attrs.Factory(dict)
+    problems: list[str] = attrs.Factory(list)
+    left_out: dict[str, str] = attrs.Factory(dict)
+    refused: dict[str, str] = attrs.Factory(dict)
+
+
+@attrs.frozen(eq=False)
+class _Scope:
+    """The part of the model the caller wants: without ``excluded``, in ``layers`` if given."""
+
+    excluded: Collection[str]
+    layers: Collection[int] | None
+    trained: Collection[str]
+    adaptable: Collection[int]  # ids of modules: asking every plugin about a module is not free
+
+    def covers(self, place: Place) -> bool:
+        in_layers = self.layers is None or layer_number(place.path) in self.layers
+        return in_layers and not any(path in self.excluded for path in place.paths)
+
+    def is_adaptable(self, place: Place) -> bool:
+        return id(place.module) in self.adaptable
+
+    def trains(self, place: Place) -> bool:
+        return any(is_under(path, self.trained) for path in place.paths)
+
+
+def select(
+    model: nn.Module,
+    *,
+    targets: str | Sequence[str] | None,
+    exclude: Sequence[str] = (),
+    layers: Sequence[int] | None = None,
+    is_adaptable: Callable[[nn.Module], bool],
+    trained: Collection[str] = (),
+) -> tuple[Target, ...]:
+    """The targets that the patterns select, in the model's order.
+
+    ``targets`` of None means the architecture's default, else ``"all-linear"``: every linear layer except output
+    heads. ``exclude`` takes patterns too; a container it matches is excluded with all that is in it. ``layers``
+    keeps the targets whose path has one of these numbers as its first number. ``trained`` are paths of modules
+    trained in full: no target lies at or under one. Raises `TargetError` naming every problem at once; warns
+    once, naming what a broad pattern left out.
+    """
+    scanned = survey(model)
+    findings = _Findings()
+    adaptable = frozenset(id(place.module) for place in scanned.places if is_adaptable(place.module))
+    scope = _Scope(_excluded(scanned, exclude, findings), layers, trained, adaptable)
+    for pattern in _patterns(model, targets):
+        if isinstance(pattern, tuple):
+            _choose_linear(scanned, scope, findings, names=pattern)
+        elif pattern == ALL_LINEAR:
+            _choose_linear(scanned, scope, findings, names=("*",))
+        else:
+            _choose_matching(scanned, scope, findings, pattern)
+    _check_layers(scanned, scope, findings)
+    problems = [*findings.problems, *_lines(findings.refused)]
+    if not problems and not findings.found:
+        problems = [_NOTHING, *_lines(findings.left_out)]
+    if problems:
+        raise TargetError("\n".join(problems))
+    if findings.left_out:
+        told = "\n  ".join(_lines(findings.left_out))
+        warnings.warn(f"left out, neither adapted nor trained:\n  {told}", TunerkitWarning, stacklevel=3)
+    return tuple(Target(place.path, place.module) for place in scanned.places if place.path in findings.found)
+
+
+def resolve_modules(model: nn.Module, names: Sequence[str], *, what: str) -> tuple[str, ...]:
+    """The paths of the modules that the patterns ``names`` match, in the model's order and the outermost only.
+
+    ``what`` says in errors where the names come from (``"train_modules"``). Raises `TargetError` naming every
+    pattern that matches nothing.
+    """
+    scanned = survey(model)
+    found: set[str] = set()
+    problems = []
+    for name in [names] if isinstance(names, str) else names:
+        matched = _matching(scanned.places, matcher(name))
+        found.update(place.path for place in matched)
+        if not matched:
+            problems.append(f"{what}: {_unknown(name, scanned, _names(scanned.places, name))}")
+    if problems:
+        raise TargetError("\n".join(problems))
+    return tuple(
+        place.path for place in scanned.places if place.path in found and not is_under(place.path, found - {place.path})
+    )
+
+
+def refuse_tied(model: nn.Module, paths: Iterable[str]) -> None:
+    """Raise `TargetError` if a parameter at or under one of ``paths`` is shared with a module outside that path.
+
+    Two of the ``paths`` that share a parameter are refused too: each is copied on its own, and the tie would break.
+    """
+    problems = []
+    for path in paths:
+        for names in tied(model).values():
+            inside = [name for name in names if is_under(name, (path,))]
+            if inside and len(inside) < len(names):
+                outside = [name for name in names if name not in inside]
+                problems.append(f"{path!r} cannot be trained in full: {inside[0]} is tied to {', '.join(outside)}")
+    if problems:
+        raise TargetError("\n".join(problems))
+
+
+def refuse_unfit(model: nn.Module, targets: Iterable[Target]) -> None:
+    """Raise `TargetError` naming every target whose weight is tied, on meta, rewritten or read past its forward."""
+    scanned = survey(model)
+    places = {id(place.module): place for place in scanned.places}
+    obstacles = {target.path: _weight_obstacle(places[id(target.module)], scanned) for target in targets}
+    refused = {path: obstacle for path, obstacle in obstacles.items() if obstacle is not None}
+    if refused:
+        raise TargetError("\n".join(_lines(refused)))
+
+
+def from_paths(model: nn.Module, paths: Iterable[str]) -> tuple[Target, ...]:
+    """The modules at exactly ``paths`` (an adapter file's), in their order.
+
+    Raises `TargetError` naming every path that the model lacks. Paths are data here: none is read as a pattern.
+    """
+    by_path = {path: place.module for place in survey(model).places for path in place.paths}
+    wanted = tuple(paths)
+    missing = [f"no module named {path!r}{closest(path, by_path)}" for path in wanted if path not in by_path]
+    if missing:
+        raise TargetError("\n".join(missing))
+    return tuple(Target(path, by_path[path]) for path in wanted)
+
+
+def _patterns(model: nn.Module, targets: str | Sequence[str] | None) -> tuple[str | tuple[str, ...], ...]:
+    """The patterns one by one; the names of an architecture's default stand together."""
+    if targets is None:
+        return (_defaults(model) or ALL_LINEAR,)
+    patterns = (targets,) if isinstance(targets, str) else tuple(targets)
+    if not patterns:
+        raise TargetError('targets is empty; name modules, or say "all-linear", or leave it out for the default')
+    return patterns
+
+
+def _defaults(model: nn.Module) -> tuple[str, ...]:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    names = DEFAULT_TARGETS.get(model_type, ()) if isinstance(model_type, str) else ()
+    # A variant whose modules have other names is served by all-linear, not refused.
+    return names if any(matches(name, path) for path, _ in model.named_modules() for name in names) else ()
+
+
+def _may_be_meant(place: Place) -> bool:
+    """Whether someone who says all linear layers may mean this module, also a router with a matrix of its own."""
+    module = place.module
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm | _ConvNd):
+        return False
+    weight = module._parameters.get("weight")
+    return is_linear(module) or isinstance(module, nn.MultiheadAttention) or (weight is not None and weight.ndim == 2)
+
+
+def _expert_tensors(scanned: Survey, scope: _Scope) -> Iterator[str]:
+    """Stacks of matrices that a module which is no layer holds itself: full parameter names.
+
+    Position embeddings and class tokens have three dimensions too, but one of them is 1 or their name says it.
+    """
+    for place in scanned.places:
+        if not scope.covers(place) or scope.trains(place) or scope.is_adaptable(place):
+            continue
+        if not isinstance(place.module, _ConvNd | ParametrizationList):
+            for name, tensor in place.module._parameters.items():
+                if tensor is not None and tensor.ndim >= 3 and min(tensor.shape) > 1 and "embed" not in name:
+                    yield join(place.path, name)
+
+
+# Choosing
+
+
+def _choose_linear(scanned: Survey, scope: _Scope, findings: _Findings, *, names: Sequence[str]) -> None:
+    """The linear layers that one of the patterns ``names`` matches; never an output head."""
+    matchers = tuple(map(matcher, names))
+    for place in scanned.places:
+        if not scope.covers(place) or scope.trains(place):
+            continue
+        if isinstance(place.module, nn.MultiheadAttention):
+            findings.left_out[place.path] = _ATTENTION
+        elif not any(is_under(path, scanned.heads) for path in place.paths):
+            named = any(match(path) for match in matchers for path in place.paths)
+            _choose_linear_place(place, named, scanned, scope, findings)
+    findings.left_out.update(dict.fromkeys(_expert_tensors(scanned, scope), _EXPERT))
+
+
+def _choose_linear_place(place: Place, named: bool, scanned: Survey, scope: _Scope, findings: _Findings) -> None:
+    obstacle = _obstacle(place, scanned, scope)
+    if obstacle is None and named and is_linear(place.module):
+        findings.found[place.path] = place
+    elif obstacle is not None and _may_be_meant(place) and (named or not scope.is_adaptable(place)):
+        findings.left_out[place.path] = obstacle
+
+
+def _choose_matching(scanned: Survey, scope: _Scope, findings: _Findings, pattern: str) -> None:
+    match, broad = matcher(pattern), is_broad(pattern)
+    matched = _matching(scanned.places, match)
+    if not matched:
+        names = _names(filter(scope.is_adaptable, scanned.places), pattern) | {ALL_LINEAR}
+        findings.problems.append(_unknown(pattern, scanned, names))
+        return
+    obstacles = {place.path: _obstacle(place, scanned, scope) for place in matched}
+    for place in filter(scope.covers, matched):
+        (_choose_broadly if broad else _choose_named)(place, obstacles[place.path], scope, findings)
+    findings.left_out.update((name, _EXPERT) for name in _expert_tensors(scanned, scope) if match(name))
+    if broad and all(obstacles.values()):
+        reasons = {path: obstacle for path, obstacle in obstacles.items() if obstacle}
+        findings.problems += [f"{pattern!r} matches nothing that can be adapted:", *_lines(reasons)]
+
+
+def _choose_named(place: Place, obstacle: str | None, scope: _Scope, findings: _Findings) -> None:
+    if obstacle is None and scope.trains(place):
+        obstacle = "is trained in full (train_modules); exclude it from the targets, or do not train it"
+    if obstacle is None:
+        findings.found[place.path] = place
+    else:
+        findings.refused[place.path] = obstacle
+
+
+def _choose_broadly(place: Place, obstacle: str | None, scope: _Scope, findings: _Findings) -> None:
+    if scope.trains(place):
+        return
+    if obstacle is None:
+        findings.found[place.path] = place
+    elif any(parameter is not None for parameter in place.module._parameters.values()):
+        findings.left_out[place.path] = obstacle
+
+
+def _excluded(scanned: Survey, exclude: Sequence[str], findings: _Findings) -> frozenset[str]:
+    """Every path at or under a match: somebody who excludes a container means what is in it."""
+    matched: set[str] = set()
+    for pattern in [exclude] if isinstance(exclude, str) else exclude:
+        match = matcher(pattern)
+        hits = [path for place in scanned.places for path in place.paths if match(path)]
+        matched.update(hits)
+        if not hits:
+            findings.problems.append(f"exclude: {_unknown(pattern, scanned, _names(scanned.places, pattern))}")
+    return frozenset(path for place in scanned.places for path in place.paths if is_under(path, matched))
+
+
+def _check_layers(scanned: Survey, scope: _Scope, findings: _Findings) -> None:
+    present = sorted({layer for place in scanned.places if (layer := layer_number(place.path)) is not None})
+    missing = [layer for layer in scope.layers or () if layer not in present]
+    if scope.layers is not None and not scope.layers:
+        findings.problems.append("layers is empty; give layer numbers, or leave it out for all layers")
+    if missing:
+        there = f"its layers are {present[0]} to {present[-1]}" if present else "no path of it has a number"
+        findings.problems.append(f"the model has no layer {', '.join(map(str, missing))}; {there}")
+
+
+# What stands in the way
+
+_ATTENTION = "nn.MultiheadAttention reads its weights past their modules' forward: an adapter would never be called"
+_EXPERT = "is an expert tensor (a parameter, not a module), which cannot be adapted yet"
+
+
+def _obstacle(place: Place, scanned: Survey, scope: _Scope) -> str | None:
+    """Why the module at ``place`` cannot be a target, or None."""
+    if isinstance(place.module, nn.MultiheadAttention) or place.inside_attention:
+        return _ATTENTION
+    if not scope.is_adaptable(place):
+        return f"is a {type(place.module).__name__}, which cannot be adapted"
+    return _weight_obstacle(place, scanned)
+
+
+def _weight_obstacle(place: Place, scanned: Survey) -> str | None:
+    if place.inside_attention:
+        return _ATTENTION
+    parameters = [parameter for parameter in place.module._parameters.values() if parameter is not None]
+    if any(parameter.is_meta for parameter in parameters):
+        return "has its weight on the meta device; load the weights first"
+    shared = [name for parameter in parameters for name in scanned.sharers.get(id(parameter), ())]
+    if shared:
+        return f"has a tied weight, shared as {', '.join(shared)}: an adapter on one would be missing on the others"
+    if isinstance(place.module, nn.Embedding) and place.module.max_norm is not None:
+        return "has max_norm set, so its forward rewrites its weight; build it without max_norm"
+    return None
+
+
+# Words
+
+_NOTHING = 'there is nothing to adapt: no module is left over ("all-linear" and the defaults leave output heads out)'
+
+
+def _unknown(pattern: str, scanned: Survey, names: Collection[str]) -> str:
+    """What to say about a pattern that matches no module; ``names`` are those it may have been meant for."""
+    match = matcher(pattern)
+    parameter = next((name for name in scanned.parameters if match(name)), None)
+    if parameter is None:
+        return f"no module named {pattern!r}{closest(pattern, sorted(names))}"
+    kind = "an expert tensor" if scanned.parameters[parameter].ndim >= 3 else "a parameter"
+    return f"{pattern!r} is {kind} ({parameter}), not a module; only modules can be named yet"
+
+
+def _names(places: Iterable[Place], pattern: str) -> set[str]:
+    """The ends of the paths: one name, two, and as many as the pattern has."""
+    lengths = {1, 2, pattern.count(".") + 1}
+    return {".".join(path.split(".")[-length:]) for place in places for path in place.paths for length in lengths}
+
+
+def _lines(reasons: Mapping[str, str]) -> list[str]:
+    """A line for each path with its reason; one line for paths that differ by their numbers alone."""
+    alike: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for path, reason in reasons.items():
+        shape = ".".join("*" if is_number(part) else part for part in path.split("."))
+        alike[shape, reason].append(path)
+    return [
+        f"{first}{f' and {len(others)} more like it' if others else ''}: {reason}"
+        for (_, reason), (first, *others) in alike.items()
+    ]
+
+
+def _matching(places: Iterable[Place], match: Matcher) -> list[Place]:
+    return [place for place in places if any(map(match, place.paths))]

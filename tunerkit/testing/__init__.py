@@ -1,0 +1,1 @@
+"""What authors of methods test their plugins with."""

@@ -1,0 +1,172 @@
+"""The contract of a method, executable: plugin authors run every check over models of their choice.
+
+    @pytest.mark.parametrize("check", conformance.CHECKS, ids=conformance.name_of)
+    @pytest.mark.parametrize("case", CASES, ids=conformance.name_of)
+    def test_conforms(check, case, tmp_path):
+        check(case, "my-method", {"rank": 2}, tmp_path)
+
+Each check builds models of its own, so the order and the number of checks do not matter. Dropout must be off in
+the case's model: the checks compare outputs.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+import tunerkit
+
+STEPS = 12
+# DESIGN: two ways of computing the same output agree to this share of its largest value, in fp32.
+TOLERANCE = 1e-5
+
+
+@attrs.frozen
+class Case:
+    """A model to check a method on.
+
+    ``build`` makes the same model at every call (seed it); ``output`` runs it and returns one tensor; ``loss``
+    runs it on training data and returns a scalar.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    output: Callable[[nn.Module], Tensor]
+    loss: Callable[[nn.Module], Tensor]
+
+
+Check = Callable[[Case, str, Mapping[str, object], Path], None]
+
+
+def name_of(thing: object) -> str:
+    """A short test id for a case or a check."""
+    name: str = getattr(thing, "__name__", "") or getattr(thing, "name", "") or str(thing)
+    return name.removeprefix("check_")
+
+
+def train(model: nn.Module, case: Case, *, steps: int = STEPS, lr: float = 1e-2) -> list[float]:
+    """Attach AdamW to the model's adapters and take ``steps`` steps; the losses."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    tunerkit.attach(model, optimizer, total_steps=steps)
+    losses = []
+    for _ in range(steps):
+        loss = case.loss(model)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def assert_same(found: Tensor, expected: Tensor, what: str) -> None:
+    """Equal within `TOLERANCE` of the largest expected value."""
+    worst = float((found - expected).abs().max())
+    limit = TOLERANCE * float(expected.abs().max())
+    assert worst <= limit, f"{what}: outputs differ by {worst:.3g}, allowed {limit:.3g}"
+
+
+def assert_base_untouched(model: nn.Module, case: Case) -> None:
+    """Every tensor of the original model stands in ``model`` under its name, bit for bit, in a module of its type."""
+    original = case.build()
+    state, types = model.state_dict(), {path: type(module) for path, module in model.named_modules()}
+    for name, tensor in original.state_dict().items():
+        assert torch.equal(state[name], tensor), f"base tensor {name} changed"
+    for path, module in original.named_modules():
+        assert types[path] is type(module), f"type at {path} changed"
+
+
+def check_wrap_changes_no_output(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """Right after wrap: the same object, keys, types, and output, bit for bit."""
+    model = case.build().eval()
+    before = case.output(model)
+    wrapped = tunerkit.wrap(model, method, config, seed=0)
+    assert wrapped is model
+    assert torch.equal(case.output(model), before)
+    assert_base_untouched(model, case)
+
+
+def check_trains_only_the_adapter(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """Training moves the output and no base tensor; the trainable set is the tuner's own; the loss falls."""
+    model = tunerkit.wrap(case.build(), method, config, seed=0)
+    own = {id(p) for p in tunerkit.tuner(model).parameters()}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == own
+    before = case.output(model.eval())
+    losses = train(model.train(), case)
+    assert losses[-1] < losses[0]
+    assert not torch.equal(case.output(model.eval()), before)
+    assert_base_untouched(model, case)
+
+
+def check_disabled_shows_the_base(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """Inside ``disabled`` the model is the base, bit for bit, merged or not; afterwards it is adapted again."""
+    expected = case.output(case.build().eval())
+    model = trained(case, method, config)
+    adapted = case.output(model)
+    with tunerkit.disabled(model), tunerkit.disabled(model):
+        assert torch.equal(case.output(model), expected)
+    assert torch.equal(case.output(model), adapted)
+    tunerkit.merge(model)
+    with tunerkit.disabled(model):
+        assert torch.equal(case.output(model), expected)
+
+
+def check_loads_what_was_saved(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """A fresh base with the loaded file gives the trained model's output and ranks; saving it again works."""
+    model = trained(case, method, config)
+    path = tunerkit.save(model, tmp_path / "out")
+    loaded = tunerkit.load(case.build(), path).eval()
+    assert_same(case.output(loaded), case.output(model), "loaded against trained")
+    assert tunerkit.tuner(loaded).ranks() == tunerkit.tuner(model).ranks()
+    assert not any(p.requires_grad for p in loaded.parameters())
+    tunerkit.save(loaded, tmp_path / "again")
+    again = tunerkit.load(case.build(), tmp_path / "again").eval()
+    assert torch.equal(case.output(again), case.output(loaded))
+
+
+def check_merges_and_unmerges(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """Merged output equals the adapted one; unmerging restores every base tensor bit for bit; saving merged works."""
+    model = trained(case, method, config)
+    adapted = case.output(model)
+    tunerkit.merge(model)
+    assert_same(case.output(model), adapted, "merged against adapted")
+    loaded = tunerkit.load(case.build(), tunerkit.save(model, tmp_path / "merged")).eval()
+    assert_same(case.output(loaded), adapted, "saved while merged")
+    tunerkit.unmerge(model)
+    assert torch.equal(case.output(model), adapted)
+    assert_base_untouched(model, case)
+
+
+def check_unwraps(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """Unwrapping leaves the base as it was, flags included; ``keep_merged`` leaves the merged model."""
+    original = case.build()
+    model = trained(case, method, config)
+    adapted = case.output(model)
+    merged = tunerkit.unwrap(copy.deepcopy(model), keep_merged=True)
+    assert_same(case.output(merged), adapted, "kept merged")
+    assert list(merged.state_dict()) == list(original.state_dict())
+    tunerkit.unwrap(model)
+    assert list(model.state_dict()) == list(original.state_dict())
+    assert_base_untouched(model, case)
+    flags = {name: p.requires_grad for name, p in original.named_parameters()}
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert torch.equal(case.output(model), case.output(original.eval()))
+
+
+def trained(case: Case, method: str, config: Mapping[str, object]) -> nn.Module:
+    """A model wrapped, trained for `STEPS` steps, in eval mode."""
+    model = tunerkit.wrap(case.build(), method, config, seed=0).train()
+    train(model, case)
+    return model.eval()
+
+
+CHECKS: tuple[Check, ...] = (
+    check_wrap_changes_no_output,
+    check_trains_only_the_adapter,
+    check_disabled_shows_the_base,
+    check_loads_what_was_saved,
+    check_merges_and_unmerges,
+    check_unwraps,
+)

@@ -1,0 +1,109 @@
+"""Hypothesis strategies that draw a method's configs from their annotations and ranges."""
+
+import math
+from collections.abc import Mapping
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import attrs
+from hypothesis import reject
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from tunerkit.configs import AdapterConfig
+from tunerkit.errors import ConfigError
+
+Config = TypeVar("Config", bound=AdapterConfig)
+
+
+def configs_of(cls: type[Config], **given: SearchStrategy[Any]) -> SearchStrategy[Config]:
+    """Every valid config of ``cls``: each field is drawn from its annotation within its range.
+
+    ``given`` replaces the strategies of single fields, where checks across fields would throw most draws away::
+
+        configs_of(AdaLoraConfig, init_rank=st.integers(8, 16), target_rank=st.integers(1, 8))
+    """
+    fields = {str(field.alias): values_of(field) for field in attrs.fields(cls) if field.init}
+
+    @st.composite
+    def draw_config(draw: st.DrawFn) -> Config:
+        values = draw(st.fixed_dictionaries({**fields, **given}))
+        try:
+            return cls(**values)
+        except ConfigError:
+            # Only what `problems` says across fields is thrown away; a field that is wrong by itself is a defect.
+            if _wrong_alone(cls, values):
+                raise
+            reject()
+
+    return draw_config()
+
+
+def values_of(field: "attrs.Attribute[Any]") -> SearchStrategy[Any]:
+    """The valid values of one field of a config class."""
+    return _of(field.type, field.metadata)
+
+
+def _wrong_alone(cls: type[AdapterConfig], values: Mapping[str, Any]) -> bool:
+    """Whether the fields are wrong one by one: then they still are where nothing is asked across fields."""
+    body = {"problems": AdapterConfig.problems}
+    lenient = attrs.make_class(f"Lenient{cls.__name__}", {}, bases=(cls,), class_body=body, frozen=True)
+    try:
+        lenient(**values)
+    except ConfigError:
+        return True
+    return False
+
+
+def _of(cls: Any, limits: Mapping[str, Any]) -> SearchStrategy[Any]:
+    members = get_args(cls)
+    if get_origin(cls) is Literal:
+        return st.sampled_from(members)
+    if get_origin(cls) in (Union, UnionType):
+        return st.one_of(*(_of(member, limits) for member in members))
+    if get_origin(cls) is tuple:
+        if Ellipsis in members:
+            return st.lists(_of(members[0], limits), max_size=4).map(tuple)
+        return st.tuples(*(_of(member, limits) for member in members))
+    if get_origin(cls) in (dict, Mapping):
+        return st.dictionaries(_of(members[0], {}), _of(members[1], limits), max_size=4)
+    return _scalar(cls, limits)
+
+
+def _scalar(cls: Any, limits: Mapping[str, Any]) -> SearchStrategy[Any]:
+    if cls is NoneType:
+        return st.none()
+    if cls is bool:
+        return st.booleans()
+    if cls is str:
+        return st.text(max_size=12)
+    return _ints(limits) if cls is int else _floats(limits)
+
+
+def _bounds(limits: Mapping[str, Any]) -> tuple[float, float, bool, bool]:
+    """Lowest and highest value, and whether each is itself left out."""
+    ge, gt, le, lt = (limits.get(name) for name in ("ge", "gt", "le", "lt"))
+    low = max((limit for limit in (ge, gt) if limit is not None), default=-math.inf)
+    high = min((limit for limit in (le, lt) if limit is not None), default=math.inf)
+    return low, high, low == gt, high == lt
+
+
+def _ints(limits: Mapping[str, Any]) -> SearchStrategy[int]:
+    low, high, open_below, open_above = _bounds(limits)
+    lowest = None if low == -math.inf else (math.floor(low) + 1 if open_below else math.ceil(low))
+    highest = None if high == math.inf else (math.ceil(high) - 1 if open_above else math.floor(high))
+    if lowest is not None and highest is not None and lowest > highest:
+        return st.nothing()
+    return st.integers(lowest, highest)
+
+
+def _floats(limits: Mapping[str, Any]) -> SearchStrategy[float]:
+    low, high, open_below, open_above = _bounds(limits)
+    return st.floats(
+        min_value=None if low == -math.inf else low,
+        max_value=None if high == math.inf else high,
+        exclude_min=open_below,
+        exclude_max=open_above,
+        allow_nan=False,
+        allow_infinity=False,
+    )

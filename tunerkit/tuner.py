@@ -1,0 +1,131 @@
+"""The tuner: the handle on one adapter of a wrapped model."""
+
+from collections.abc import Iterator, Mapping
+
+import attrs
+from torch import nn
+
+from tunerkit import registry
+from tunerkit.adapter import Adapter
+from tunerkit.configs import AdapterConfig
+from tunerkit.errors import AdapterError, closest
+from tunerkit.records import RankChange, State, Target
+from tunerkit.slots import Slot, slots_of
+
+_ATTRIBUTE = "_tunerkit"
+
+
+@attrs.define(eq=False)
+class Tuner:
+    """One adapter of a wrapped model. It lives in the model, so a deep copy of the model has tuners of its own.
+
+    ``copies`` and ``biases`` are the paths of the modules trained in full as copies and of those whose bias is;
+    ``frozen`` are the base parameters that wrapping froze. ``state`` belongs to the method, from attach on.
+    ``fingerprint`` is the base's, kept where a permanent merge has overwritten the base.
+    """
+
+    name: str
+    method: str
+    config: AdapterConfig
+    model: nn.Module
+    targets: tuple[Target, ...]
+    copies: tuple[Target, ...] = ()
+    biases: tuple[Target, ...] = ()
+    frozen: tuple[str, ...] = ()
+    steps: int = 0
+    total_steps: int | None = None
+    state: object | None = None
+    history: list[RankChange] = attrs.field(factory=list)
+    loaded: bool = False
+    fingerprint: dict[str, dict[str, list[float]]] | None = None
+
+    def slots(self) -> Iterator[tuple[str, Slot]]:
+        """This adapter's slots with the paths of their modules: targets, copies, other trained biases."""
+        for path, module in self.modules().items():
+            slots = slots_of(module)
+            slot = slots.get(self.name) if slots is not None else None
+            if slot is None:
+                raise AdapterError(f"adapter {self.name!r} is no longer in the model at {path!r}; wrap or load it again")
+            yield path, slot
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The adapted modules by path."""
+        return {place.path: place.module for place in (*self.targets, *self.copies, *self.biases)}
+
+    def adapters(self) -> dict[str, Adapter]:
+        """The method's adapters by target path."""
+        paths = {target.path for target in self.targets}
+        return {path: slot.adapter for path, slot in self.slots() if path in paths and slot.adapter is not None}
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What this adapter trains. Looked up afresh each time: FSDP2 replaces Parameter objects."""
+        for _, slot in self.slots():
+            yield from slot.parameters()
+
+    def ranks(self) -> dict[str, int]:
+        """Live rank by target path: AdaLoRA's last mask, LoRA's constant."""
+        return {path: adapter.rank for path, adapter in self.adapters().items()}
+
+    def budget(self, step: int | None = None) -> int:
+        """The budget in force after ``step`` optimizer steps (None: now), in the method's budget unit."""
+        if registry.implements("tunerkit_budget", self.method):
+            found: int = registry.call("tunerkit_budget", self.method, tuner=self, step=step)
+            return found
+        return sum(self.ranks().values())
+
+    def finish(self) -> None:
+        """Make the final allocation now, whatever the schedule says. Nothing happens for methods without one."""
+        self.record(registry.call("tunerkit_finish", self.method, tuner=self))
+
+    def record(self, ranks: Mapping[str, int] | None) -> None:
+        """Note an allocation in ``history`` and tell every plugin; None means that no mask changed."""
+        if ranks is None:
+            return
+        change = RankChange(step=self.steps, budget=self.budget(), ranks=dict(ranks))
+        self.history.append(change)
+        registry.call_all("tunerkit_ranks_changed", tuner=self, change=change)
+
+    def training_state(self) -> State:
+        """What training needs to go on, apart from the adapter's weights."""
+        found: State | None = registry.call("tunerkit_state", self.method, tuner=self)
+        return found if found is not None else State(tensors={}, values={})
+
+
+def tuners_of(model: nn.Module) -> dict[str, Tuner]:
+    """All tuners of ``model`` by adapter name; wrappers such as DDP and compiled modules are seen through."""
+    for module in model.modules():
+        found: dict[str, Tuner] | None = vars(module).get(_ATTRIBUTE)
+        if found is not None:
+            return found
+    return {}
+
+
+def set_tuners(model: nn.Module, tuners: dict[str, Tuner]) -> None:
+    """Let ``model`` carry ``tuners``; nothing of tunerkit stays behind when there are none."""
+    if tuners:
+        vars(model)[_ATTRIBUTE] = tuners
+    else:
+        vars(model).pop(_ATTRIBUTE, None)
+
+
+def require_tuners(model: nn.Module) -> dict[str, Tuner]:
+    """`tuners_of`, or an error if the model has no adapter."""
+    tuners = tuners_of(model)
+    if not tuners:
+        raise AdapterError(f"this {type(model).__name__} has no adapter; call tunerkit.wrap or tunerkit.load first")
+    return tuners
+
+
+def tuner(model: nn.Module, adapter: str | None = None) -> Tuner:
+    """The handle on one adapter of ``model``; without a name the model must have exactly one.
+
+    Raises `AdapterError` if the model is not wrapped, the name is unknown, or the choice is ambiguous.
+    """
+    tuners = require_tuners(model)
+    if adapter is None:
+        if len(tuners) > 1:
+            raise AdapterError(f"the model has several adapters: {', '.join(tuners)}; say which: adapter=...")
+        return next(iter(tuners.values()))
+    if adapter not in tuners:
+        raise AdapterError(f"no adapter named {adapter!r}; there are: {', '.join(tuners)}{closest(adapter, tuners)}")
+    return tuners[adapter]
