@@ -185,7 +185,7 @@ def test_a_tensor_scale_is_rounded_as_the_forward_rounds_it() -> None:
     """In bf16, Gemma multiplies by its scale in bf16: 19.6 becomes 19.625, and an adapter must see the same."""
     gemma = pytest.importorskip("transformers.models.gemma3.modeling_gemma3")
     module = gemma.Gemma3TextScaledWordEmbedding(5, 3, 0, embed_scale=384**0.5).bfloat16()
-    module.embed_scale = module.embed_scale.float()
+    module.embed_scale = torch.tensor(384**0.5)
     base = described(module)
     assert float(base.scale) == float(torch.tensor(384**0.5).bfloat16())
     h = base.project_out(torch.eye(3), torch.eye(3))
@@ -298,6 +298,7 @@ def test_a_shaped_bias_adds_like_the_layers_own(name: str) -> None:
     y = module(x)
     added = y + base.shape_bias(b)
     assert added.shape == y.shape
+    assert (module(x[0]) + base.shape_bias(b)).shape == y.shape[1:]
     if isinstance(module, nn.Embedding):
         assert torch.equal(added, y + b)
         return
@@ -429,6 +430,21 @@ def test_a_transformers_class_with_its_own_forward_has_no_kind() -> None:
         assert describe(with_own("forward", parent(*arguments))) is None
 
 
+def test_an_embedding_of_transformers_has_a_kind_only_if_it_is_a_scaled_one() -> None:
+    """By its name, its parent and its scale; BART's positions are shifted, and no scaled embedding."""
+    bart = pytest.importorskip("transformers.models.bart.modeling_bart")
+    positions = bart.BartLearnedPositionalEmbedding(5, 3)
+    positions.embed_scale = 2.0
+    assert describe(positions) is None
+    body = {"forward": lambda self, x: x, "__module__": "transformers.models.new"}
+    for parent, scale in ((nn.Linear, 2.0), (nn.Embedding, None)):
+        module = type("NewScaledWordEmbedding", (parent,), body)(5, 3)
+        module.register_parameter("bias", None)
+        del module._parameters["bias"]
+        module.embed_scale = scale
+        assert describe(module) is None
+
+
 def test_the_first_kind_that_matches_wins_and_plugins_need_no_attrs() -> None:
     """Core's kinds stand before a plugin's, which is a plain subclass."""
 
@@ -470,7 +486,7 @@ def pickled(value: Any) -> Any:
 def test_a_copied_layer_holds_a_kind_that_points_at_the_copy(name: str, duplicate: Callable[[Any], Any]) -> None:
     """A kind kept in a child of its own layer, as injection keeps it, goes with the copy."""
     module, _ = layer(name)
-    base = described(module)
+    base: Any = described(module)
     child: Any = nn.Module()
     child.base = base
     module.tunerkit = child

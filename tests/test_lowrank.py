@@ -34,7 +34,7 @@ def layer(name: str, dtype: torch.dtype = torch.float64) -> tuple[BaseLayer, Ten
     elif name == "embedding":
         module = nn.Embedding(5, 4, padding_idx=1)
     elif name == "transposed":
-        module, x = pytest.importorskip("transformers.pytorch_utils").Conv1D(4, 5), torch.randn(2, 3, 5)
+        module, x = pytest.importorskip("transformers.pytorch_utils").Conv1D(6, 5), torch.randn(2, 3, 5)
     else:
         gemma = pytest.importorskip("transformers.models.gemma3.modeling_gemma3")
         module = gemma.Gemma3TextScaledWordEmbedding(5, 4, 1, embed_scale=3.0)
@@ -95,6 +95,21 @@ def test_gradients_are_those_of_finite_differences(name: str, dropout: float) ->
         return add_low_rank(base, x, y, q=q, p=p, lam=lam, scale=0.7, dropout=dropout)
 
     assert torch.autograd.gradcheck(add, leaves)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_dropout_falls_on_the_input_of_the_product_alone(name: str) -> None:
+    """Dropping all leaves y, dropping half of it gives the same on average: y itself is never dropped."""
+    base, x = layer(name)
+    factors = triplets(base, 2)
+    y = base.module(x)
+    assert torch.equal(add_low_rank(base, x, y, scale=2.0, dropout=1.0, **factors), y)
+    whole = add_low_rank(base, x, y, scale=2.0, **factors)
+    torch.manual_seed(0)
+    draws = torch.stack([add_low_rank(base, x, y, scale=2.0, dropout=0.5, **factors) for _ in range(400)])
+    error = (draws.mean(0) - whole).abs()
+    assert (error <= 6 * draws.std(0) / 400**0.5 + 1e-9).all()
+    assert draws.std(0).any()
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -28,6 +28,7 @@ from tunerkit.wrap import structure, unstructure, unwrap, wrap
 
 methods = _registry.methods
 register = _registry.register
+unregister = _registry.unregister
 
 __all__ = [
     "Adapter",
@@ -68,6 +69,7 @@ __all__ = [
     "trainable_parameters",
     "tuner",
     "unmerge",
+    "unregister",
     "unstructure",
     "unwrap",
     "wrap",

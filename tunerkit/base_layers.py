@@ -338,7 +338,7 @@ def _is_scaled_embedding(module: nn.Module) -> bool:
     """
     owner = _forward_owner(module)
     return (
-        owner.__bases__ == (nn.Embedding,)
+        isinstance(module, nn.Embedding)
         and owner.__name__.endswith("ScaledWordEmbedding")
         and owner.__module__.startswith("transformers.")
         and isinstance(getattr(module, "embed_scale", None), float | int | Tensor)

@@ -140,7 +140,7 @@ def structure(cls: type[Config], mapping: object) -> Config:
     if not isinstance(mapping, Mapping):
         raise ConfigError([f"expected a mapping of settings, {_got(mapping)} @ $"])
     fields = {field.name: field for field in _settings(cls)}
-    problems = [_unknown(key, fields) for key in mapping if not isinstance(key, str) or key not in fields]
+    problems = [_unknown(key, fields) for key in mapping if key not in fields]
     for name, field in fields.items():
         if name not in mapping and field.default is attrs.NOTHING:
             problems.append(f"missing, and it has no default @ $.{name}")
@@ -345,6 +345,7 @@ def _each(elements: Iterable[tuple[Any, object, Any]], cls: Any) -> list[object]
 
 
 def _strict_converter() -> Converter:
+    # Lists for tuples, said here because the default has changed between versions of cattrs.
     converter = Converter(unstruct_collection_overrides={tuple: list})
     for scalar, hook in ((bool, _exact), (types.NoneType, _exact), (int, _int), (float, _float), (str, _str)):
         converter.register_structure_hook(scalar, hook)

@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -10,31 +11,31 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from tunerkit.errors import TunerkitWarning
-from tunerkit.records import Target
 
 _ATTRIBUTE = "_tunerkit_calls"
 
 
 @attrs.define(eq=False)
 class Calls:
-    """What ran during the first eager forward of the whole model, by target path."""
+    """What ran during the first eager forward of the whole model, by the adapted modules' paths."""
 
     owner_ran: set[str] = attrs.field(factory=set)
     called: set[str] = attrs.field(factory=set)
     handles: list[RemovableHandle] = attrs.field(factory=list)
 
 
-def watch(model: nn.Module, targets: tuple[Target, ...]) -> None:
-    """Watch the next eager forward of ``model`` and warn about targets whose parent ran while they did not.
+def watch(model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
+    """Watch the next eager forward of ``model`` and warn about adapted modules that did not run, but their owner did.
 
-    A layer that a branch or LayerDrop leaves out is no false alarm as long as its parent is left out with it.
+    A layer that a branch or LayerDrop leaves out is no false alarm if its owner is left out with it, or if it is one
+    of a list or dict of modules and another of them ran: its owner chose among them.
     """
     unwatch(model)
     calls = Calls()
-    for target in targets:
-        owner = _owner(model, target.path)
-        calls.handles.append(target.module.register_forward_pre_hook(functools.partial(_note, calls.called, target.path)))
-        calls.handles.append(owner.register_forward_pre_hook(functools.partial(_note, calls.owner_ran, target.path)))
+    for path, module in adapted.items():
+        owner = _owner(model, path)
+        calls.handles.append(module.register_forward_pre_hook(functools.partial(_note, calls.called, path)))
+        calls.handles.append(owner.register_forward_pre_hook(functools.partial(_note, calls.owner_ran, path)))
     calls.handles.append(model.register_forward_hook(functools.partial(_report, calls)))
     vars(model)[_ATTRIBUTE] = calls
 
@@ -56,6 +57,10 @@ def _owner(model: nn.Module, path: str) -> nn.Module:
     return model
 
 
+def _is_listed(model: nn.Module, path: str) -> bool:
+    return isinstance(model.get_submodule(path.rpartition(".")[0]), nn.ModuleList | nn.ModuleDict)
+
+
 def _note(seen: set[str], path: str, module: nn.Module, args: Any) -> None:
     # Under compile the watch is off: a Python side effect per call is what compiled code must not have.
     if not torch.compiler.is_compiling():
@@ -66,7 +71,8 @@ def _report(calls: Calls, model: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
     unwatch(model)
-    silent = sorted(calls.owner_ran - calls.called)
+    chosen_among = {path.rpartition(".")[0] for path in calls.called if _is_listed(model, path)}
+    silent = sorted(path for path in calls.owner_ran - calls.called if path.rpartition(".")[0] not in chosen_among)
     if silent:
         warnings.warn(
             f"these adapters never ran although the module that owns their base layer did: {', '.join(silent)}. "

@@ -1,6 +1,7 @@
 """Write an adapter to one safetensors file and read it back: the way in is the way of `wrap`, entered again."""
 
 import contextlib
+import json
 import os
 import secrets
 from collections.abc import Mapping
@@ -20,8 +21,9 @@ from tunerkit.fingerprint import differences, fingerprint
 from tunerkit.header import Header, decode, encode
 from tunerkit.records import State
 from tunerkit.slots import Slot
-from tunerkit.tuner import Tuner, tuner as find_tuner
-from tunerkit.wrap import all_kinds, build, check_name, refuse_unready, structure
+from tunerkit.tuner import Tuner
+from tunerkit.tuner import tuner as find_tuner
+from tunerkit.wrap import all_kinds, build, check_name, inside_compiled, refuse_unready, structure
 
 FILE_NAME = "adapter.safetensors"
 STATE_NAME = "state.safetensors"
@@ -50,19 +52,19 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None 
     return target
 
 
-def load(
-    base: M, path: str | os.PathLike[str], *, adapter: str = "default", trainable: bool = False
-) -> M:
+def load(base: M, path: str | os.PathLike[str], *, adapter: str = "default", trainable: bool = False) -> M:
     """Put the adapter saved at ``path`` into ``base``, in place, and return the same object.
 
-    Raises `FileError` (damaged, foreign, missing or unexpected tensors), `BaseMismatchError`, `AdapterError`,
-    `UnknownMethodError`, `ConfigError`; everything wrong is named at once and nothing is loaded then.
+    Raises `FileError` (damaged, foreign, missing or unexpected tensors), `BaseMismatchError`, `TargetError` (a
+    target's weight is tied or on meta), `AdapterError`, `UnknownMethodError`, `ConfigError`; everything wrong is
+    named at once and nothing is loaded then.
     """
     check_name(adapter)
-    refuse_unready(base, adapter)
+    root = inside_compiled(base)
+    refuse_unready(root, adapter)
     source = _file_at(path, FILE_NAME)
     tensors, header = read(source, kind="adapter")
-    tuner = _tuner_from(header, base, adapter, source)
+    tuner = _tuner_from(header, root, adapter, source)
     _refuse_other_base(tuner, header, source)
     with torch.random.fork_rng(devices=[]):  # the start is overwritten; the caller's random state is not touched
         plan = build(tuner, all_kinds())
@@ -134,13 +136,23 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:  # plain open: the mode follows the umask, as for any file of the user's
-            file.write(data)
+            file.writelines(_ordered(data))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def _ordered(data: bytes) -> tuple[bytes, memoryview]:
+    """A safetensors file with its metadata in order, so that equal adapters give equal bytes: theirs is shuffled."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text, memoryview(data)[end:]
 
 
 def read(path: Path, *, kind: str) -> tuple[dict[str, Tensor], Header]:
@@ -162,6 +174,8 @@ def _tuner_from(header: Header, base: nn.Module, adapter: str, source: Path) -> 
     except TargetError as error:
         raise BaseMismatchError(f"{source} was trained on another base: {error}") from error
     by_path = {place.path: place for place in places}
+    targets.refuse_unfit(base, [by_path[path] for path in header.targets])
+    targets.refuse_tied(base, header.copies)
     return Tuner(
         name=adapter,
         method=header.method,
@@ -177,7 +191,8 @@ def _tuner_from(header: Header, base: nn.Module, adapter: str, source: Path) -> 
 def _refuse_other_base(tuner: Tuner, header: Header, source: Path) -> None:
     lines = differences(header.base, fingerprint(tuner))
     if lines:
-        raise BaseMismatchError(f"{source} was trained on another base model:\n" + "\n".join(f"- {line}" for line in lines))
+        listed = "\n".join(f"- {line}" for line in lines)
+        raise BaseMismatchError(f"{source} was trained on another base model:\n{listed}")
 
 
 def _fill(slots: Mapping[str, Slot], tensors: Mapping[str, Tensor], source: Path) -> None:

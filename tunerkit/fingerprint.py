@@ -36,10 +36,10 @@ def differences(saved: Fingerprint, found: Fingerprint) -> list[str]:
     missing = [name for name in saved if name not in found]
     unexpected = [name for name in found if name not in saved]
     shared = [name for name in saved if name in found]
-    shapes = [f"{n} {saved[n]['shape']} -> {found[n]['shape']}" for n in shared if saved[n]["shape"] != found[n]["shape"]]
-    values = [
-        n for n in shared if saved[n]["shape"] == found[n]["shape"] and not _close(saved[n]["sample"], found[n]["sample"])
-    ]
+    misfits = [name for name in shared if saved[name]["shape"] != found[name]["shape"]]
+    shapes = [f"{name} {saved[name]['shape']} -> {found[name]['shape']}" for name in misfits]
+    alike = [name for name in shared if name not in misfits]
+    values = [name for name in alike if not _close(saved[name]["sample"], found[name]["sample"])]
     for what, names in (
         ("parameters that this base lacks", missing),
         ("parameters that only this base has", unexpected),

@@ -7,6 +7,7 @@ from typing import Any
 
 import attrs
 import torch
+from attrs.validators import deep_iterable, deep_mapping, instance_of, optional
 from torch import Tensor
 
 from tunerkit.errors import FileError
@@ -14,22 +15,37 @@ from tunerkit.errors import FileError
 KEY = "tunerkit"
 FORMAT = 1
 
+# A file is checked by its digest against damage, not against an author with ideas: the types are checked too.
+_PATHS = deep_iterable(instance_of(str), instance_of(list))
+_NUMBERS = deep_iterable(instance_of((int, float)), instance_of(list))
+
+
+def _is_entry(instance: object, attribute: "attrs.Attribute[Any]", entry: Any) -> None:
+    instance_of(dict)(instance, attribute, entry)
+    if set(entry) != {"shape", "sample"}:
+        raise ValueError(f"expected a shape and a sample, got {sorted(entry)}")
+    for numbers in entry.values():
+        _NUMBERS(instance, attribute, numbers)
+
+
+_FINGERPRINT = deep_mapping(instance_of(str), _is_entry, instance_of(dict))
+
 
 @attrs.frozen
 class Header:
     """What a file says of itself. ``base`` is the base model's fingerprint, ``values`` a method's own JSON values."""
 
-    kind: str
-    method: str
-    config: dict[str, Any]
-    targets: list[str]
-    copies: list[str]
-    biases: list[str]
-    steps: int
-    total_steps: int | None
-    versions: dict[str, str]
-    base: dict[str, Any]
-    values: dict[str, Any] = attrs.field(factory=dict)
+    kind: str = attrs.field(validator=instance_of(str))
+    method: str = attrs.field(validator=instance_of(str))
+    config: dict[str, Any] = attrs.field(validator=instance_of(dict))
+    targets: list[str] = attrs.field(validator=_PATHS)
+    copies: list[str] = attrs.field(validator=_PATHS)
+    biases: list[str] = attrs.field(validator=_PATHS)
+    steps: int = attrs.field(validator=instance_of(int))
+    total_steps: int | None = attrs.field(validator=optional(instance_of(int)))
+    versions: dict[str, str] = attrs.field(validator=instance_of(dict))
+    base: dict[str, dict[str, list[float]]] = attrs.field(validator=_FINGERPRINT)
+    values: dict[str, Any] = attrs.field(factory=dict, validator=instance_of(dict))
     format: int = FORMAT
 
 
@@ -54,7 +70,10 @@ def decode(metadata: Mapping[str, str] | None, tensors: Mapping[str, Tensor], *,
     expected = {field.name for field in attrs.fields(Header)}
     if set(fields) != expected:
         raise FileError(f"{source}: header fields {sorted(fields)} are not {sorted(expected)}")
-    header = Header(**fields)
+    try:
+        header = Header(**fields)
+    except (TypeError, ValueError) as error:
+        raise FileError(f"{source}: its header holds something else than tunerkit writes: {error.args[0]}") from error
     if header.kind != kind:
         raise FileError(f"{source} holds {header.kind!r}, expected {kind!r}: give the other of the two files")
     return header
@@ -63,7 +82,7 @@ def decode(metadata: Mapping[str, str] | None, tensors: Mapping[str, Tensor], *,
 def _parse(text: str, source: str) -> dict[str, Any]:
     try:
         fields = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise FileError(f"{source}: the header is not JSON ({error})") from error
     if not isinstance(fields, dict):
         raise FileError(f"{source}: the header is not a JSON object")
@@ -77,5 +96,5 @@ def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name].detach().cpu().contiguous()
         hasher.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         if tensor.numel():
-            hasher.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()

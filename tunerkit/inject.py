@@ -6,12 +6,16 @@ from collections.abc import Mapping
 import attrs
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tunerkit import detector
 from tunerkit.base_layers import BaseLayer
 from tunerkit.errors import AdapterError
 from tunerkit.slots import CHILD, Slot, Slots, apply_slots, slots_of, walk
 from tunerkit.tuner import Tuner, set_tuners, tuners_of
+
+# Marks a batch norm whose statistics are held, to be moved again after unwrapping.
+_HELD = "_tunerkit_held"
 
 
 @attrs.frozen(eq=False)
@@ -27,6 +31,9 @@ def inject_(plan: Plan, *, trainable: bool) -> None:
     """Freeze the base and add the plan's slots beside its modules, each with one forward hook."""
     tuner = plan.tuner
     model = tuner.model
+    for slot in plan.slots.values():
+        for parameter in slot.parameters():
+            parameter.requires_grad_(trainable and (parameter.is_floating_point() or parameter.is_complex()))
     tuner.frozen = freeze_base_(model)
     for path, module in tuner.modules().items():
         slots = slots_of(module)
@@ -37,10 +44,12 @@ def inject_(plan: Plan, *, trainable: bool) -> None:
             module.register_forward_hook(apply_slots, with_kwargs=True)
         slot = plan.slots[path]
         slot.train(module.training)
-        slot.requires_grad_(trainable)
         slots.put(tuner.name, slot)
-    set_tuners(model, {**tuners_of(model), tuner.name: tuner})
-    detector.watch(model, tuner.targets)
+    for place in tuner.copies:
+        hold_statistics_(place.module)
+    tuners = {**tuners_of(model), tuner.name: tuner}
+    set_tuners(model, tuners)
+    detector.watch(model, {path: module for other in tuners.values() for path, module in other.modules().items()})
     forget_compiled()
 
 
@@ -54,6 +63,8 @@ def eject_(tuner: Tuner) -> None:
         if not slots.names:
             del module._modules[CHILD]
             remove_hook_(module)
+    for place in tuner.copies:
+        release_statistics_(place.module)
     left = {name: other for name, other in tuners_of(tuner.model).items() if other is not tuner}
     if left:
         heir = next(iter(left.values()))
@@ -70,6 +81,32 @@ def remove_hook_(module: nn.Module) -> None:
     for key in [key for key, hook in module._forward_hooks.items() if hook is apply_slots]:
         del module._forward_hooks[key]
         module._forward_hooks_with_kwargs.pop(key, None)
+
+
+def hold_statistics_(module: nn.Module) -> None:
+    """Stop the batch norms of a module that is trained as a copy: it still runs, and its statistics are the base's.
+
+    Without ``track_running_stats`` a batch norm reads its statistics as before and does not move them.
+    """
+    for norm in _tracking(module):
+        norm.track_running_stats = False
+        vars(norm)[_HELD] = True
+
+
+def release_statistics_(module: nn.Module) -> None:
+    """Undo `hold_statistics_`."""
+    for norm in module.modules():
+        if vars(norm).pop(_HELD, False):
+            vars(norm)["track_running_stats"] = True
+
+
+def _tracking(module: nn.Module) -> list[_BatchNorm]:
+    """The batch norms of ``module`` itself, its copies' left out, that move statistics in training mode."""
+    return [
+        norm
+        for name, norm in module.named_modules()
+        if isinstance(norm, _BatchNorm) and norm.track_running_stats and not is_adapter_path(name + ".")
+    ]
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

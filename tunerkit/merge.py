@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit import registry
-from tunerkit.errors import AdapterError
+from tunerkit.errors import AdapterError, PluginError
 from tunerkit.fingerprint import fingerprint
 from tunerkit.records import Delta
 from tunerkit.slots import Slot, Slots, walk
@@ -28,9 +28,11 @@ def merge(model: M, *, permanent: bool = False) -> M:
     The originals are set aside (the adapted weights take twice their memory), so that `unmerge` is bit-exact;
     ``permanent`` keeps none. While merged, `disabled` shows the base, saving works, a step raises.
 
-    Raises `AdapterError` if already merged or if a method cannot say what it adds; nothing is changed then.
+    Raises `AdapterError` if already merged, inside `disabled`, or if a method cannot say what it adds, and
+    `PluginError` if it says nonsense; nothing is changed then.
     """
     tuners = require_tuners(model)
+    refuse_disabled(model)
     if is_merged(model):
         raise AdapterError("the model is merged already; call tunerkit.unmerge first")
     merged = [(module, slots, _merged_tensors(path, module, slots, tuners)) for path, module, slots in walk(model)]
@@ -39,6 +41,7 @@ def merge(model: M, *, permanent: bool = False) -> M:
             tuner.fingerprint = fingerprint(tuner)
     for module, slots, tensors in merged:
         slots.merged = slots.active
+        slots.permanent = permanent
         if permanent:
             _replace(module, tensors)
         else:
@@ -49,6 +52,7 @@ def merge(model: M, *, permanent: bool = False) -> M:
 def unmerge(model: M) -> M:
     """Put the originals back, bit for bit. Raises `AdapterError` if the model is not merged or no original is left."""
     require_tuners(model)
+    refuse_disabled(model)
     if not is_merged(model):
         raise AdapterError("the model is not merged; there is nothing to unmerge")
     restore_originals_(model)
@@ -60,8 +64,7 @@ def restore_originals_(model: nn.Module) -> None:
     places = [(module, slots) for _, module, slots in walk(model) if slots.merged]
     _refuse_permanent([slots for _, slots in places])
     for module, slots in places:
-        if slots.enabled:
-            _replace(module, slots.originals)
+        _replace(module, slots.originals)
         slots.forget_originals()
         slots.merged = ()
 
@@ -83,6 +86,12 @@ def disabled(model: nn.Module) -> Iterator[None]:
             slots.enabled = True
 
 
+def refuse_disabled(model: nn.Module) -> None:
+    """Inside a ``with disabled(model)`` block the base stands in place of what merging and wrapping would change."""
+    if any(not slots.enabled for _, _, slots in walk(model)):
+        raise AdapterError("the model's adapters are disabled; leave the block of tunerkit.disabled first")
+
+
 def _merged_tensors(path: str, module: nn.Module, slots: Slots, tuners: dict[str, Tuner]) -> dict[str, Tensor]:
     """The values that ``module``'s own tensors have with all active slots merged."""
     tensors: dict[str, Tensor] = {}
@@ -93,7 +102,7 @@ def _merged_tensors(path: str, module: nn.Module, slots: Slots, tuners: dict[str
             tensors.update({key: tensor.detach().clone() for key, tensor in _own_tensors(slot.copy).items()})
             continue
         if slot.adapter is not None:
-            _add_delta(path, module, slots, _delta(tuners[name].method, slot, slots), tensors)
+            _add_delta(path, module, slots, _delta(path, tuners[name].method, slot, slots), tensors)
         if slot.bias is not None:
             own = module.get_parameter("bias").detach()
             added = tensors.get("bias", own).double() + (slot.bias.detach() - own).double()
@@ -101,11 +110,22 @@ def _merged_tensors(path: str, module: nn.Module, slots: Slots, tuners: dict[str
     return tensors
 
 
-def _delta(method: str, slot: Slot, slots: Slots) -> Delta:
+def _delta(path: str, method: str, slot: Slot, slots: Slots) -> Delta:
+    """What the method's own plugin says that its adapter adds, once it has shown to fit the base layer."""
     if not registry.implements("tunerkit_delta", method):
         raise AdapterError(f"method {method!r} cannot be merged: its plugin does not implement tunerkit_delta")
     with torch.no_grad():
-        delta: Delta = registry.call("tunerkit_delta", method, adapter=slot.adapter, base=slots.base)
+        delta = registry.call("tunerkit_delta", method, adapter=slot.adapter, base=slots.base)
+    plugin = f"the plugin of method {method!r} ({registry.owner_of(method).distribution})"
+    if not isinstance(delta, Delta):
+        raise PluginError(f"{plugin} must return a tunerkit.Delta for {path!r}, got {type(delta).__name__}")
+    assert slots.base is not None
+    features = (slots.base.out_features, slots.base.in_features)
+    for what, tensor, shape in (("weight", delta.weight, features), ("bias", delta.bias, features[:1])):
+        # Broadcasting would take a row for a matrix, and merge something else than forward adds.
+        if tensor is not None and tuple(tensor.shape) != shape:
+            got = tuple(tensor.shape)
+            raise PluginError(f"{plugin} gave a delta {what} of shape {got} for {path!r}, expected {shape}")
     return delta
 
 
@@ -124,9 +144,8 @@ def _add_delta(path: str, module: nn.Module, slots: Slots, delta: Delta, tensors
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of a module by local name, adapters left out."""
-    named = [*module.named_parameters(), *module.named_buffers()]
-    return {name: tensor.detach() for name, tensor in named if not name.startswith("tunerkit.") and ".tunerkit." not in name}
+    """Parameters and buffers of a trained copy by local name: no adapter lies in one."""
+    return {name: tensor.detach() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
 
 
 def _replace(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -148,7 +167,7 @@ def _swap(module: nn.Module, slots: Slots) -> None:
 
 
 def _refuse_permanent(merged: list[Slots]) -> None:
-    if any(slots.merged and not slots.originals for slots in merged):
+    if any(slots.permanent for slots in merged):
         raise AdapterError(
             "the model was merged with permanent=True, which kept no originals; the base cannot be shown again. "
             "Use tunerkit.unwrap(model, keep_merged=True) to take the adapters out, or load the base model again"

@@ -54,6 +54,11 @@ class Slots(nn.Module):
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.merged: tuple[str, ...] = ()
+        self.permanent = False
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # nn.Module refuses to set an attribute that has a child's name, and an adapter may be called "training".
+        object.__setattr__(self, name, value)
 
     def put(self, name: str, slot: Slot) -> None:
         """Add a slot; straight into ``_modules``, since `add_module` refuses names such as "forward" or "keys"."""
@@ -61,15 +66,18 @@ class Slots(nn.Module):
         self.active = (*self.active, name)
 
     def get(self, name: str) -> Slot | None:
+        """The slot of one adapter; by name alone, for an attribute may have it too."""
         slot = self._modules.get(name)
         return slot if isinstance(slot, Slot) else None
 
     def drop(self, name: str) -> None:
+        """Take a slot out."""
         del self._modules[name]
         self.active = tuple(other for other in self.active if other != name)
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The adapters that have a slot here, the oldest first."""
         return tuple(self._modules)
 
     @property
@@ -84,13 +92,14 @@ class Slots(nn.Module):
             self._non_persistent_buffers_set.add(_ASIDE + name)
 
     def forget_originals(self) -> None:
+        """Drop what `set_aside` kept."""
         for name in self.originals:
             del self._buffers[_ASIDE + name]
             self._non_persistent_buffers_set.discard(_ASIDE + name)
 
     def original(self, name: str, live: Tensor) -> Tensor:
         """The base's own tensor, also while a merged one stands in its place."""
-        return self.originals.get(name, live.detach()) if self.enabled else live.detach()
+        return self.originals.get(name, live).detach() if self.enabled else live.detach()
 
 
 def slots_of(module: nn.Module) -> Slots | None:
@@ -117,19 +126,26 @@ def apply_slots(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return output
 
 
-_CHANNELS_SECOND = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+# Those that add their bias along the last dimensions, and those that add it along the channels.
+_TRAILING = (nn.LayerNorm,)
+_CHANNELS = (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
 
 
 def has_trainable_bias(module: nn.Module, base: BaseLayer | None) -> bool:
     """Whether `view_bias` knows how ``module`` adds its bias (and there is one)."""
-    known = base is not None or isinstance(module, (nn.LayerNorm, *_CHANNELS_SECOND))
-    return known and isinstance(module._parameters.get("bias"), nn.Parameter)
+    # As strict as base-layer kinds are: a norm with a forward of its own may put its channels anywhere.
+    own_forward = "forward" in vars(module) or type(module).forward not in {
+        kind.forward for kind in (*_TRAILING, *_CHANNELS)
+    }
+    return (base is not None or not own_forward) and isinstance(module._parameters.get("bias"), nn.Parameter)
 
 
 def view_bias(module: nn.Module, base: BaseLayer | None, bias: Tensor, y: Tensor) -> Tensor:
     """``bias`` (out,) in a shape that broadcasts over the output ``y`` as the module's own bias does."""
     if base is not None:
         return base.shape_bias(bias)
-    if isinstance(module, _CHANNELS_SECOND):
-        return bias.view(-1, *[1] * (y.dim() - 2))
-    return bias
+    if isinstance(module, _TRAILING):
+        return bias
+    # Instance norm alone takes inputs without a batch dimension.
+    batched = not isinstance(module, nn.modules.instancenorm._InstanceNorm) or y.dim() > module._get_no_batch_dim()
+    return bias.view(-1, *[1] * (y.dim() - 1 - batched))

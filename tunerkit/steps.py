@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from tunerkit import registry
 from tunerkit.errors import StepError, TunerkitWarning
 from tunerkit.merge import is_merged
-from tunerkit.tuner import Tuner, require_tuners, tuner as find_tuner
+from tunerkit.tuner import Tuner, require_tuners
+from tunerkit.tuner import tuner as find_tuner
 
 
 @attrs.define(eq=False)
@@ -24,41 +25,52 @@ class Driver:
 
     tuner: Tuner
     clock: Callable[[], int] | None
-    handles: list[RemovableHandle] = attrs.field(factory=list)
     told_past_total: bool = False
 
     def next_step(self) -> int:
         return self.tuner.steps + 1 if self.clock is None else self.clock()
 
 
-# Not in the tuner: a deep copy of the model must not believe that the original's optimizer drives it.
-_drivers: WeakKeyDictionary[Tuner, Driver] = WeakKeyDictionary()
+# Not in the tuner: a deep copy of the model must not believe that the original's optimizer drives it. The values hold
+# no tuner, else none would ever be freed: the optimizer alone keeps the driver alive.
+_handles: WeakKeyDictionary[Tuner, list[RemovableHandle]] = WeakKeyDictionary()
 
 
 def attach(
     model: nn.Module, optimizer_or_trainer: object, *, total_steps: int | None = None, adapter: str | None = None
 ) -> None:
-    """Connect the adapters of ``model`` (or the one named) with what trains them: an optimizer or a Trainer.
+    """Connect the adapters of ``model`` that are trained (or the one named) with what trains them.
 
-    From here on every optimizer step drives the method. ``total_steps`` is the length of training in optimizer
-    steps; a Trainer knows its own. Legal for every method; one that needs no steps only has them counted.
+    That is an optimizer or a Trainer; from here on every optimizer step drives the method. ``total_steps`` is the
+    length of training in optimizer steps; a Trainer knows its own. Legal for every method; one that needs no steps
+    only has them counted.
 
     Raises `StepError`: total steps unknown, disagreeing with the config's, an optimizer that does not hold the
-    adapter's parameters, attached twice; and `ConfigError` if the schedule leaves no room.
+    adapter's parameters, a frozen adapter, attached twice; and `ConfigError` if the schedule leaves no room. No
+    adapter is attached then.
     """
-    tuners = [find_tuner(model, adapter)] if adapter is not None else list(require_tuners(model).values())
+    tuners = _chosen(model, adapter)
     trainer = _as_trainer(optimizer_or_trainer)
     if trainer is not None:
         from tunerkit.integrations import transformers as integration  # transformers is an optional dependency
 
         integration.attach_trainer(tuners, trainer, total_steps)
         return
-    optimizer = find_optimizer(optimizer_or_trainer)
-    for tuner in tuners:
-        check_attachable(tuner, optimizer)
-    totals = [agree_on_total(tuner, total_steps) for tuner in tuners]
-    for tuner, total in zip(tuners, totals, strict=True):
-        drive(tuner, optimizer, total_steps=total)
+    drive(tuners, find_optimizer(optimizer_or_trainer), total_steps=total_steps)
+
+
+def _chosen(model: nn.Module, adapter: str | None) -> list[Tuner]:
+    """The adapter named, else all that are trained: a frozen one beside them must not be pruned."""
+    if adapter is not None:
+        return [find_tuner(model, adapter)]
+    tuners = list(require_tuners(model).values())
+    return [tuner for tuner in tuners if not _is_frozen(tuner)] or tuners
+
+
+def _is_frozen(tuner: Tuner) -> bool:
+    """Whether it has parameters and none is trained."""
+    own = list(tuner.parameters())
+    return bool(own) and not any(p.requires_grad for p in own)
 
 
 def find_optimizer(candidate: object) -> Optimizer:
@@ -74,15 +86,19 @@ def find_optimizer(candidate: object) -> Optimizer:
 
 
 def check_attachable(tuner: Tuner, optimizer: Optimizer) -> None:
-    """Refuse a second attachment, and an optimizer that would never move the adapter."""
-    if tuner in _drivers:
-        raise StepError(f"adapter {tuner.name!r} is attached already; one optimizer drives it, wrap again for a new run")
+    """Refuse a second attachment, and an adapter that this optimizer would never move."""
+    if is_attached(tuner):
+        raise StepError(
+            f"adapter {tuner.name!r} is attached already: one optimizer drives it; wrap again for a new run"
+        )
+    if _is_frozen(tuner):
+        raise StepError(f"adapter {tuner.name!r} is frozen; tunerkit.load(..., trainable=True) loads one to train on")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     own = list(tuner.parameters())
     if own and not any(id(p) in held for p in own):
         raise StepError(
-            f"the optimizer holds none of the {len(own)} parameters of adapter {tuner.name!r}; "
-            "build it from (p for p in model.parameters() if p.requires_grad) after tunerkit.wrap"
+            f"the optimizer holds none of the {len(own)} parameters of adapter {tuner.name!r}; build it from "
+            "(p for p in model.parameters() if p.requires_grad) after tunerkit.wrap, or name the adapter that it trains"
         )
 
 
@@ -106,38 +122,49 @@ def agree_on_total(tuner: Tuner, total_steps: int | None) -> int | None:
 
 
 def drive(
-    tuner: Tuner, optimizer: Optimizer, *, total_steps: int | None, clock: Callable[[], int] | None = None
+    tuners: Sequence[Tuner],
+    optimizer: Optimizer,
+    *,
+    total_steps: int | None,
+    clock: Callable[[], int] | None = None,
 ) -> None:
-    """Start the method's training state and hook into ``optimizer``."""
-    check_attachable(tuner, optimizer)
-    state = registry.call("tunerkit_start", tuner.method, tuner=tuner, total_steps=total_steps)
-    tuner.state, tuner.total_steps, tuner.steps = state, total_steps, 0
-    tuner.history.clear()
-    driver = Driver(tuner=tuner, clock=clock)
-    driver.handles = [
-        optimizer.register_step_pre_hook(functools.partial(_before, driver)),
-        optimizer.register_step_post_hook(functools.partial(_after, driver)),
+    """Start the methods' training states and hook into ``optimizer``: all of ``tuners``, or none if one is refused."""
+    for tuner in tuners:
+        check_attachable(tuner, optimizer)
+    totals = [agree_on_total(tuner, total_steps) for tuner in tuners]
+    states = [
+        registry.call("tunerkit_start", tuner.method, tuner=tuner, total_steps=total)
+        for tuner, total in zip(tuners, totals, strict=True)
     ]
-    _drivers[tuner] = driver
+    for tuner, total, state in zip(tuners, totals, states, strict=True):
+        tuner.state, tuner.total_steps, tuner.steps = state, total, 0
+        tuner.history.clear()
+        driver = Driver(tuner=tuner, clock=clock)
+        _handles[tuner] = [
+            optimizer.register_step_pre_hook(functools.partial(_before, driver)),
+            optimizer.register_step_post_hook(functools.partial(_after, driver)),
+        ]
 
 
 def detach(tuner: Tuner) -> None:
     """Undo `attach`; a tuner that is not attached stays as it is."""
-    driver = _drivers.pop(tuner, None)
-    for handle in driver.handles if driver is not None else ():
+    for handle in _handles.pop(tuner, ()):
         handle.remove()
 
 
 def is_attached(tuner: Tuner) -> bool:
     """Whether an optimizer drives ``tuner`` now."""
-    return tuner in _drivers
+    return tuner in _handles
 
 
 def _before(
     driver: Driver, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Fires inside ``optimizer.step`` before anything is updated. ``args`` begins with the optimizer itself or not,
-    depending on the torch release: a closure is found by being callable."""
+    """Fires inside ``optimizer.step`` before anything is updated.
+
+    ``args`` begins with the optimizer itself or not, depending on the torch release: a closure is found by being
+    callable.
+    """
     if is_merged(driver.tuner.model):
         raise StepError("the model is merged: a step would train nothing. Call tunerkit.unmerge before training on")
     closure = kwargs.get("closure")
@@ -163,10 +190,9 @@ def _wrap_closure(driver: Driver, optimizer: Optimizer, closure: Callable[[], An
 def _call_before_step(driver: Driver, optimizer: Optimizer) -> None:
     # A fused optimizer under GradScaler steps on scaled gradients and carries the scale as an attribute.
     grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    tuner, step = driver.tuner, driver.next_step()
     with torch.no_grad():
-        registry.call(
-            "tunerkit_before_step", driver.tuner.method, tuner=driver.tuner, step=driver.next_step(), grad_scale=grad_scale
-        )
+        registry.call("tunerkit_before_step", tuner.method, tuner=tuner, step=step, grad_scale=grad_scale)
 
 
 def _after(driver: Driver, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

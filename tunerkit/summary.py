@@ -26,6 +26,7 @@ def trainable_parameters(model: nn.Module) -> Summary:
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         total=sum(p.numel() for p in parameters),
         adapters={
-            name: sum(p.numel() for p in tuner.parameters() if p.requires_grad) for name, tuner in tuners_of(model).items()
+            name: sum(p.numel() for p in tuner.parameters() if p.requires_grad)
+            for name, tuner in tuners_of(model).items()
         },
     )

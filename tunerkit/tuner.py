@@ -45,7 +45,7 @@ class Tuner:
             slots = slots_of(module)
             slot = slots.get(self.name) if slots is not None else None
             if slot is None:
-                raise AdapterError(f"adapter {self.name!r} is no longer in the model at {path!r}; wrap or load it again")
+                raise AdapterError(f"adapter {self.name!r} is gone from the model at {path!r}; wrap or load it again")
             yield path, slot
 
     def modules(self) -> dict[str, nn.Module]:
@@ -127,5 +127,6 @@ def tuner(model: nn.Module, adapter: str | None = None) -> Tuner:
             raise AdapterError(f"the model has several adapters: {', '.join(tuners)}; say which: adapter=...")
         return next(iter(tuners.values()))
     if adapter not in tuners:
-        raise AdapterError(f"no adapter named {adapter!r}; there are: {', '.join(tuners)}{closest(adapter, tuners)}")
+        hint = closest(str(adapter), tuners)
+        raise AdapterError(f"no adapter named {adapter!r}; there are: {', '.join(tuners)}{hint}")
     return tuners[adapter]

@@ -20,9 +20,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """The counterpart, which puts the text "2e-3" into quotes."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
 
 
 def read_settings(path: Path) -> dict[str, object]:
@@ -49,7 +54,8 @@ def read_settings(path: Path) -> dict[str, object]:
 
 def write_settings(settings: dict[str, object]) -> str:
     """YAML text that `read_settings` reads back to the same mapping."""
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    # Not allow_unicode: it would leave U+0085 as it is, which YAML reads as a line break.
+    return yaml.dump(settings, Dumper=_Dumper, sort_keys=False)
 
 
 def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:

@@ -24,7 +24,7 @@ def attach_trainer(tuners: list[Tuner], trainer: Trainer, total_steps: int | Non
 
 
 class StepCallback(TrainerCallback):
-    """Attaches at the start of ``trainer.train()``, when the optimizer and the total steps exist; detaches at its end."""
+    """Attaches when ``trainer.train()`` begins, where optimizer and total steps exist; detaches at its end."""
 
     def __init__(self, tuners: list[Tuner], total_steps: int | None) -> None:
         self.tuners = tuners
@@ -42,12 +42,13 @@ class StepCallback(TrainerCallback):
         for tuner in self.tuners:
             # A run that an exception ended never reached its end: begin anew.
             steps.detach(tuner)
-            total = steps.agree_on_total(tuner, state.max_steps)
-            # global_step rises after the optimizer's step, and for skipped steps too: the schedule follows it.
-            clock = functools.partial(_step_in_progress, state)
-            steps.drive(tuner, optimizer, total_steps=total, clock=clock)
+        # global_step rises after the optimizer's step, and for skipped steps too: the schedule follows it.
+        clock = functools.partial(_step_in_progress, state)
+        steps.drive(self.tuners, optimizer, total_steps=state.max_steps, clock=clock)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         for tuner in self.tuners:
             steps.detach(tuner)
 

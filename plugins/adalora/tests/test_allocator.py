@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import attrs
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,7 +21,7 @@ any_float = finite | st.sampled_from([math.nan, math.inf, -math.inf])
 
 def rows(values: st.SearchStrategy[float]) -> st.SearchStrategy[list[list[float]]]:
     """Scores of up to five targets of rank 0 to 5."""
-    return st.lists(st.lists(values, max_size=5), max_size=5)
+    return st.lists(st.lists(values, max_size=5), min_size=1, max_size=5)
 
 
 def tensors(scores: Sequence[Sequence[float]]) -> list[Tensor]:
@@ -45,13 +45,16 @@ class Problem:
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    """Any scores, costs, bounds and budget, the budget below zero and above everything too."""
+    """Any scores, costs, bounds and budget, the budget from just below zero to just above everything."""
     scores = draw(rows(any_float))
     each = [st.integers(0, len(row) + 1) for row in scores]
+    dearest = draw(st.sampled_from([1, 4]))
+    costs = [draw(st.integers(1, dearest)) for _ in scores]
+    total = sum(cost * len(row) for cost, row in zip(costs, scores, strict=True))
     return Problem(
         scores=scores,
-        keep=draw(st.integers(-2, 60)),
-        costs=[draw(st.integers(1, 5)) for _ in scores],
+        keep=draw(st.integers(-1, total + 1)),
+        costs=costs,
         minimum=[draw(bound) for bound in each],
         maximum=[draw(bound) for bound in each],
     )
@@ -82,6 +85,7 @@ def brute_force(p: Problem) -> list[list[bool]]:
 
 
 @given(problems())
+@settings(max_examples=400)
 def test_an_allocation_is_the_brute_force_one(p: Problem) -> None:
     """For any scores, costs, bounds and budget the masks are those of the obvious sort."""
     masks = allocate(tensors(p.scores), p.keep, costs=p.costs, minimum=p.minimum, maximum=p.maximum)
@@ -123,6 +127,7 @@ def test_within_the_bounds_no_lower_score_is_kept_over_a_higher_one(p: Problem) 
 
 
 @given(problems())
+@settings(max_examples=200)
 def test_minimum_and_maximum_hold_wherever_the_budget_allows(p: Problem) -> None:
     """Minima hold if the budget pays for all of them; a maximum is passed only when every maximum is filled."""
     ranks = [int(mask.sum()) for mask in allocate(tensors(p.scores), p.keep, minimum=p.minimum, maximum=p.maximum)]
@@ -174,6 +179,23 @@ def test_ties_go_to_the_earlier_target_then_the_lower_index(zeros: tuple[float, 
 def test_nan_scores_are_the_lowest() -> None:
     """A NaN, which sorts count as the largest, is the first to go."""
     assert lists(allocate(tensors([[math.nan, -1e30], [math.nan, 3.0]]), 2)) == [[False, True], [False, True]]
+
+
+def test_a_maximum_yields_only_where_the_budget_cannot_be_spent_otherwise() -> None:
+    """A full target gives way to worse scores elsewhere, until there is nothing else to keep."""
+    scores = tensors([[9.0, 8.0, 7.0], [2.0, 1.0]])
+    kept = [lists(allocate(scores, keep, maximum=[1, 2])) for keep in (2, 3, 4)]
+    assert kept[0] == [[True, False, False], [True, False]]
+    assert kept[1] == [[True, False, False], [True, True]]
+    assert kept[2] == [[True, True, False], [True, True]]
+
+
+def test_a_minimum_comes_before_every_higher_score() -> None:
+    """A target keeps its best triplets up to the minimum, however low their scores."""
+    scores = tensors([[9.0, 8.0, 7.0], [1.0, 2.0]])
+    assert lists(allocate(scores, 2, minimum=[0, 1])) == [[True, False, False], [False, True]]
+    # Where minimum and maximum disagree, the minimum holds.
+    assert lists(allocate(scores, 2, minimum=[0, 2], maximum=[3, 0])) == [[False, False, False], [True, True]]
 
 
 def test_half_precision_and_double_scores_are_ranked_together() -> None:

@@ -168,6 +168,24 @@ def test_layers_of_rank_zero_have_no_scores_and_are_not_bad() -> None:
     assert triplet_scores(Triplets(*averages[0]), Triplets(*averages[1])).shape == (0,)
 
 
+@given(st.lists(st.sampled_from([0, 1, 30_000, 40_000, 70_000]), min_size=1, max_size=8), seeds)
+@settings(max_examples=30, deadline=None)
+def test_many_large_weights_are_averaged_as_each_alone(sizes: list[int], seed: int) -> None:
+    """However the lists are cut into blocks, every tensor is averaged once and every bad one counted once."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(n, generator=generator) for n in sizes]
+    grads = [torch.randn(n, generator=generator) for n in sizes]
+    for bad in grads[::3]:
+        bad[:1] = torch.nan
+    together, alone = ([new_averages(weights) for _ in range(2)] for _ in range(2))
+    skipped = smooth_(weights, grads, *together, beta1=BETA1, beta2=BETA2)
+    for i, (w, g) in enumerate(zip(weights, grads, strict=True)):
+        smooth_([w], [g], [alone[0][i]], [alone[1][i]], beta1=BETA1, beta2=BETA2)
+    assert skipped.item() == sum(bool(g.isnan().any()) for g in grads)
+    for ours, expected in zip(together, alone, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
 def test_nothing_to_average_is_nothing_left_out() -> None:
     """No weights, no work."""
     assert smooth_([], [], [], [], beta1=BETA1, beta2=BETA2).item() == 0

@@ -76,7 +76,7 @@ def _names(model: nn.Module) -> list[str]:
 
 
 def _peft_run(name: str, gamma: float) -> Iterator[dict[str, tuple[Tensor, Tensor, Tensor]]]:
-    """peft's weights (P, λ, Q by module) after each step; the first item is the start."""
+    """Peft's weights (P, λ, Q by module) after each step; the first item is the start."""
     model = _model(name)
     names = _names(model)
     config = peft.AdaLoraConfig(
@@ -118,9 +118,17 @@ def test_weights_and_masks_are_peft_s_at_every_step(name: str, gamma: float) -> 
         _model(name),
         "adalora",
         AdaLoraConfig(
-            target_rank=TARGET_RANK, init_rank=INIT_RANK, alpha=ALPHA * INIT_RANK / (INIT_RANK + 1e-5), t_init=10,
-            t_final=30, delta_t=5, gamma=gamma, orthogonality="reference", adapter_dtype="float64",
-            targets=tuple(_names(_model(name))), start="gaussian",
+            target_rank=TARGET_RANK,
+            init_rank=INIT_RANK,
+            alpha=ALPHA * INIT_RANK / (INIT_RANK + 1e-5),
+            t_init=10,
+            t_final=30,
+            delta_t=5,
+            gamma=gamma,
+            orthogonality="reference",
+            adapter_dtype="float64",
+            targets=tuple(_names(_model(name))),
+            start="gaussian",
         ),  # fmt: skip
     )
     tuner = tunerkit.tuner(model)

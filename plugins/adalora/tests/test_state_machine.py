@@ -38,7 +38,13 @@ class WrappedModel(RuleBasedStateMachine):
     @initialize(t_init=st.integers(0, 4), t_final=st.integers(1, 8), delta_t=st.integers(1, 4), seed=st.integers(0, 99))
     def wrap(self, t_init: int, t_final: int, delta_t: int, seed: int) -> None:
         config = AdaLoraConfig(
-            target_rank=2, init_rank=4, t_init=t_init, t_final=t_final, delta_t=delta_t, targets=("0", "2"), train_modules=("4",)
+            target_rank=2,
+            init_rank=4,
+            t_init=t_init,
+            t_final=t_final,
+            delta_t=delta_t,
+            targets=("0", "2"),
+            train_modules=("4",),
         )
         self.model = tunerkit.wrap(base(), "adalora", config, seed=seed)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=5e-2)

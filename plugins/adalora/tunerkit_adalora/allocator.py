@@ -32,7 +32,7 @@ def allocate(
     if not scores:
         return []
     sizes = [score.numel() for score in scores]
-    # Adding 0.0 turns -0.0 into 0.0: some sorts tell them apart.
+    # Adding 0.0 turns -0.0 into 0.0: a radix sort compares bits, in which -0.0 lies below 0.0.
     flat = torch.cat([_ranked(score, scores[0].device) for score in scores]) + 0.0
     size, cost, least, most = torch.tensor(
         [

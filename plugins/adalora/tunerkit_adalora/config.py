@@ -20,14 +20,15 @@ class AdaLoraConfig(AdapterConfig):
     ``t_init`` and ``t_final`` are optimizer steps (int) or shares of training (float below 1).
     """
 
-    target_rank: int | None = setting(None, ge=1, doc="average rank per target at the end; None: 8, unless budget is given")
-    init_rank: int | None = setting(None, ge=1, doc="rank at each target at the start; None: 1.5 x target_rank, rounded up")
+    target_rank: int | None = setting(None, ge=1, doc="average rank per target at the end; None: 8, or by budget")
+    init_rank: int | None = setting(None, ge=1, doc="rank at each target at the start; None: 1.5 x target_rank, up")
     alpha: float | None = setting(None, gt=0, doc="numerator of the scale; None: twice init_rank")
     dropout: float = setting(0.0, ge=0, lt=1, doc="share of the adapter's input that is dropped while training")
     t_init: int | float = setting(0.1, ge=0, doc="t_i: no pruning before")
     t_final: int | float = setting(0.3, ge=0, doc="t_f: length of the final phase, ranks fixed")
     delta_t: int = setting(10, ge=1, doc="Δ_T: steps between allocations")
-    beta1: float = setting(0.85, ge=0, lt=1, doc="β1: smoothing of the sensitivity (Eq. 9)")
+    # Not 0: then Ī = I, so U = |I − Ī| and with it every score would be 0, and triplets would go by position.
+    beta1: float = setting(0.85, gt=0, lt=1, doc="β1: smoothing of the sensitivity (Eq. 9)")
     beta2: float = setting(0.85, ge=0, lt=1, doc="β2: smoothing of the uncertainty (Eq. 10)")
     gamma: float = setting(0.0, ge=0, doc="γ: weight of the orthogonality regulariser; 0 switches it off")
     orthogonality: Literal["reference", "paper"] = setting(
@@ -35,7 +36,7 @@ class AdaLoraConfig(AdapterConfig):
     )
     total_steps: int | None = setting(None, ge=1, doc="T, if attach or the Trainer should not say it")
     budget: int | None = setting(None, ge=1, doc="total budget at the end, in budget_unit; instead of target_rank")
-    budget_unit: Literal["rank", "parameters"] = setting("rank", doc="what a budget counts: triplets or their parameters")
+    budget_unit: Literal["rank", "parameters"] = setting("rank", doc="what budget counts: triplets or their parameters")
     min_rank: int | Mapping[str, int] = setting(0, ge=0, doc="least rank at a target; a mapping goes by target pattern")
     max_rank: int | Mapping[str, int] | None = setting(
         None, ge=0, doc="greatest rank at a target at the end; a mapping goes by target pattern"

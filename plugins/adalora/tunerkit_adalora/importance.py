@@ -1,6 +1,7 @@
 """The importance of weights and of triplets: sensitivity, uncertainty, score (section 3.2 of the paper)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import reduce
 
 import attrs
 import torch
@@ -44,15 +45,11 @@ def smooth_(
     """
     if not weights:
         return torch.zeros((), dtype=torch.int64)
-    current = _sensitivities(weights, grads, sensitivity)
-    finite = _all_finite(current)
-    averaged = _running(sensitivity, current, beta1)
-    distance = torch._foreach_sub(current, averaged)
-    torch._foreach_abs_(distance)
-    widened = _running(uncertainty, distance, beta2)
-    for flag, old, new in zip([*finite, *finite], [*sensitivity, *uncertainty], [*averaged, *widened], strict=True):
-        torch.where(flag.to(old.device), new, old, out=old)
-    return finite.logical_not().sum()
+    left_out = torch.zeros((), dtype=torch.int64, device=weights[0].device)
+    for block in _blocks(weights):
+        means, spreads = list(sensitivity[block]), list(uncertainty[block])
+        left_out += _smooth_block_(weights[block], grads[block], means, spreads, beta1, beta2).to(left_out.device)
+    return left_out
 
 
 def triplet_scores(sensitivity: Triplets, uncertainty: Triplets) -> Tensor:
@@ -61,6 +58,38 @@ def triplet_scores(sensitivity: Triplets, uncertainty: Triplets) -> Tensor:
     lam = sensitivity.lam * uncertainty.lam
     q = (sensitivity.q * uncertainty.q).mean(dim=1)
     return lam + (p + q)
+
+
+def _blocks(weights: Sequence[Tensor]) -> Iterator[slice]:
+    """Neighbours taken together: few launches on an accelerator, temporaries that stay in the cache on a CPU."""
+    limit = 2**16 if weights[0].device.type == "cpu" else 2**24
+    start = held = 0
+    for i, weight in enumerate(weights):
+        if held and held + weight.numel() > limit:
+            yield slice(start, i)
+            start, held = i, 0
+        held += weight.numel()
+    yield slice(start, len(weights))
+
+
+def _smooth_block_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    sensitivity: list[Tensor],
+    uncertainty: list[Tensor],
+    beta1: float,
+    beta2: float,
+) -> Tensor:
+    """One block of `smooth_`; how many of its tensors were left out."""
+    current = _sensitivities(weights, grads, sensitivity)
+    finite = _all_finite(current)
+    averaged = _running(sensitivity, current, beta1)
+    torch._foreach_sub_(current, averaged)
+    torch._foreach_abs_(current)
+    widened = _running(uncertainty, current, beta2)
+    for flag, old, new in zip([*finite, *finite], [*sensitivity, *uncertainty], [*averaged, *widened], strict=True):
+        torch.where(flag.to(old.device), new, old, out=old)
+    return finite.logical_not().sum()
 
 
 def _sensitivities(weights: Sequence[Tensor], grads: Sequence[Tensor], averages: Sequence[Tensor]) -> list[Tensor]:
@@ -72,20 +101,20 @@ def _sensitivities(weights: Sequence[Tensor], grads: Sequence[Tensor], averages:
     return product
 
 
-def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """For each tensor whether all of its values are finite: (len,) bool on the first one's device.
+def _all_finite(sensitivities: list[Tensor]) -> Tensor:
+    """For each I, which is never negative, whether all of it is finite: (len,) bool on the first one's device.
 
     Asked of I and not of the gradient: a bad gradient always shows there (0·∞ is NaN), and so does an overflow of
-    the product. The largest absolute value says it in one pass: it can't overflow, and NaN passes through it.
+    the product. The largest value says it in one pass: it can't overflow, and NaN passes through it.
     """
-    # The largest value of no values is an error, so tensors of rank 0 lend their place to a zero.
-    filled = [t if t.numel() else t.new_zeros(1) for t in tensors]
-    largest = torch._foreach_norm(filled, float("inf"))
-    return torch.stack([value.to(tensors[0].device, torch.float64) for value in largest]).isfinite()
+    # The largest of no values is an error, so tensors of rank 0 lend their place to a zero.
+    largest = torch._foreach_max([t if t.numel() else t.new_zeros(1) for t in sensitivities])
+    widest = reduce(torch.promote_types, {t.dtype for t in sensitivities})
+    return torch.stack([value.to(sensitivities[0].device, widest) for value in largest]).isfinite()
 
 
-def _running(averages: Sequence[Tensor], values: Sequence[Tensor], beta: float) -> list[Tensor]:
+def _running(averages: list[Tensor], values: list[Tensor], beta: float) -> list[Tensor]:
     """β·average + (1 − β)·value, as new tensors."""
-    result = list(torch._foreach_mul(list(averages), beta))
-    torch._foreach_add_(result, torch._foreach_mul(list(values), 1 - beta))
+    result = list(torch._foreach_mul(averages, beta))
+    torch._foreach_add_(result, values, alpha=1 - beta)
     return result

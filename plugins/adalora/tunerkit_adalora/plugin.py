@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from tunerkit import BaseLayer, Delta, Method, State, Target, Tuner, hookimpl, low_rank_delta
-
 from tunerkit_adalora import training
 from tunerkit_adalora.config import AdaLoraConfig
 from tunerkit_adalora.svd_layer import SvdLayer
@@ -20,9 +19,7 @@ def tunerkit_methods() -> Iterable[Method]:
 @hookimpl
 def tunerkit_build_adapter(target: Target, base: BaseLayer, config: AdaLoraConfig) -> SvdLayer:
     """Build the SVD layer at one target."""
-    return SvdLayer(
-        base, rank=config.initial_rank, scale=config.scale, dropout=config.dropout, start=config.start
-    )
+    return SvdLayer(base, rank=config.initial_rank, scale=config.scale, dropout=config.dropout, start=config.start)
 
 
 @hookimpl

@@ -56,7 +56,7 @@ class Schedule:
         """The last allocation step in (``previous``, ``step``], or None; so steps nobody saw never miss one."""
         if previous < self.final_step <= step:
             return self.final_step
-        last = min(step, self.final_step - 1)
+        last = min(step, self.final_step)
         last -= last % self.delta_t
         return last if last > max(previous, self.t_init) else None
 

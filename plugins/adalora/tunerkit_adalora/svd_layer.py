@@ -43,7 +43,7 @@ class SvdLayer(Adapter):
         self.lam.masked_fill_(~self.mask, 0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SvdLayer":
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self.mask = fn(self.mask).bool()
         return self
 

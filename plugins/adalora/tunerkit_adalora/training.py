@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit import ConfigError, State, StepError, Target, Tuner, TunerkitWarning
-
 from tunerkit_adalora.allocator import allocate
 from tunerkit_adalora.config import AdaLoraConfig
-from tunerkit_adalora.importance import Triplets, smooth_, triplet_scores
+from tunerkit_adalora.importance import Triplets, new_averages, smooth_, triplet_scores
 from tunerkit_adalora.orthogonality import add_gradient_
 from tunerkit_adalora.schedule import Schedule, plan
 from tunerkit_adalora.svd_layer import SvdLayer
@@ -40,11 +39,11 @@ def start(tuner: Tuner, total_steps: int) -> Training:
     check_bounds(config, tuner.targets, layers, schedule.target)
     for layer in layers:
         layer.mask = torch.ones_like(layer.mask)
-    averages = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in weights_of(layers)]
+    weights = weights_of(layers)
     return Training(
         schedule=schedule,
-        sensitivity=averages,
-        uncertainty=[torch.zeros_like(average) for average in averages],
+        sensitivity=new_averages(weights),
+        uncertainty=new_averages(weights),
         left_out=torch.zeros((), dtype=torch.int64, device=layers[0].lam.device),
         in_force=schedule.initial,
     )
@@ -85,16 +84,14 @@ def finish(tuner: Tuner) -> dict[str, int] | None:
     training = training_of(tuner)
     if training.final:
         return None
+    _tell_left_out(tuner, training)
     return _allocate(tuner, training, training.schedule.target, final=True)
 
 
 def budget(tuner: Tuner, step: int | None) -> int:
     """The budget in force after ``step`` steps by the schedule; for None, the one that the masks count now."""
     if step is not None:
-        if tuner.total_steps is None and not isinstance(tuner.state, Training):
-            raise StepError("the schedule needs the total steps: call tunerkit.attach first, or set total_steps")
-        schedule = tuner.state.schedule if isinstance(tuner.state, Training) else schedule_of(tuner, tuner.total_steps or 0)
-        return schedule.budget(step)
+        return _known_schedule(tuner).budget(step)
     if isinstance(tuner.state, Training):
         return tuner.state.in_force
     layers = layers_of(tuner)
@@ -102,29 +99,34 @@ def budget(tuner: Tuner, step: int | None) -> int:
 
 
 def state(tuner: Tuner) -> State:
-    """The averages by position, and where in the schedule training stands."""
+    """The averages and masks by position, and where in the schedule training stands."""
     if not isinstance(tuner.state, Training):
         return State(tensors={}, values={})
     training = tuner.state
-    tensors = {f"sensitivity.{i}": t for i, t in enumerate(training.sensitivity)}
-    tensors |= {f"uncertainty.{i}": t for i, t in enumerate(training.uncertainty)}
-    values = {"last_step": training.last_step, "in_force": training.in_force, "final": training.final}
-    return State(tensors=tensors, values=values)
+    values = {
+        "last_step": training.last_step,
+        "in_force": training.in_force,
+        "final": training.final,
+        "left_out": int(training.left_out),
+    }
+    return State(tensors=_tensors(training, layers_of(tuner)), values=values)
 
 
 def restore(tuner: Tuner, saved: State) -> None:
-    """Go on where `state` was taken. The masks come with the adapter's own weights."""
+    """Go on where `state` was taken; the weights are those of the adapter's own file."""
     training = training_of(tuner)
-    own = state(tuner).tensors
+    layers = layers_of(tuner)
     final = bool(saved.values["final"])
-    if not final and {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in saved.tensors.items()}:
-        raise StepError("the saved averages do not have this adapter's shapes; restore the adapter they were saved with")
-    for name, tensor in (own if not final else {}).items():
+    own = {n: t for n, t in _tensors(training, layers).items() if n.startswith("mask.") or not final}
+    if {n: (t.shape, t.dtype) for n, t in own.items()} != {n: (t.shape, t.dtype) for n, t in saved.tensors.items()}:
+        raise StepError("the saved averages and masks do not fit this adapter; load the adapter they were saved with")
+    for name, tensor in own.items():
         tensor.copy_(saved.tensors[name])
+    training.final = final
     if final:
         training.sensitivity, training.uncertainty = [], []
     training.last_step, training.in_force = int(str(saved.values["last_step"])), int(str(saved.values["in_force"]))
-    training.final = final
+    training.left_out.fill_(int(str(saved.values["left_out"])))
 
 
 def schedule_of(tuner: Tuner, total_steps: int) -> Schedule:
@@ -134,6 +136,7 @@ def schedule_of(tuner: Tuner, total_steps: int) -> Schedule:
     costs = costs_of(config, layers)
     initial = sum(len(layer.lam) * cost for layer, cost in zip(layers, costs, strict=True))
     target = config.budget if config.budget is not None else config.average_rank * len(layers)
+    target_field = "target_rank" if config.budget is None else "budget"
     return plan(
         total_steps=total_steps,
         t_init=config.t_init,
@@ -141,6 +144,7 @@ def schedule_of(tuner: Tuner, total_steps: int) -> Schedule:
         delta_t=config.delta_t,
         initial=initial,
         target=target,
+        target_field=target_field,
     )
 
 
@@ -160,9 +164,9 @@ def check_bounds(
     least = sum(config.minimum_at(path) * cost for path, cost in zip(paths, costs, strict=True))
     most = sum(config.maximum_at(path) * cost for path, cost in zip(paths, costs, strict=True))
     problems = [
-        f"minimum {config.minimum_at(path)} is above maximum {config.maximum_at(path)} at {path} @ $.min_rank"
-        for path in paths
-        if config.minimum_at(path) > config.maximum_at(path)
+        f"minimum {config.minimum_at(path)} is above maximum {most_at} at {path} @ $.min_rank"
+        for path, layer in zip(paths, layers, strict=True)
+        if config.minimum_at(path) > (most_at := min(config.maximum_at(path), len(layer.lam)))
     ]
     if least > target_budget:
         problems.append(f"the minimum ranks need {least}, the final budget is {target_budget} @ $.min_rank")
@@ -191,24 +195,48 @@ def weights_of(layers: Sequence[SvdLayer]) -> list[nn.Parameter]:
 def training_of(tuner: Tuner) -> Training:
     """The tuner's training state, or an error that says how to get one."""
     if not isinstance(tuner.state, Training):
-        raise StepError(f"adapter {tuner.name!r} is not attached; call tunerkit.attach(model, optimizer, total_steps=...)")
+        raise StepError(
+            f"adapter {tuner.name!r} is not attached; call tunerkit.attach(model, optimizer, total_steps=...)"
+        )
     return tuner.state
+
+
+def _known_schedule(tuner: Tuner) -> Schedule:
+    """The schedule of the training that runs or ran, else the one that the config alone describes."""
+    if isinstance(tuner.state, Training):
+        return tuner.state.schedule
+    total_steps = tuner.total_steps if tuner.total_steps is not None else config_of(tuner).total_steps
+    if total_steps is None:
+        raise StepError("the schedule needs the total steps: call tunerkit.attach first, or set total_steps")
+    return schedule_of(tuner, total_steps)
+
+
+def _tensors(training: Training, layers: Sequence[SvdLayer]) -> dict[str, Tensor]:
+    """What `state` saves and `restore` fills, by position."""
+    tensors = {f"sensitivity.{i}": t for i, t in enumerate(training.sensitivity)}
+    tensors |= {f"uncertainty.{i}": t for i, t in enumerate(training.uncertainty)}
+    return tensors | {f"mask.{i}": layer.mask for i, layer in enumerate(layers)}
 
 
 def _smooth(config: AdaLoraConfig, layers: Sequence[SvdLayer], training: Training) -> None:
     """Update the averages of every weight that has a gradient; an unused layer's stay."""
+    weights = weights_of(layers)
+    training.sensitivity = _beside(weights, training.sensitivity)
+    training.uncertainty = _beside(weights, training.uncertainty)
     rows = [
         (weight, weight.grad, sensitivity, uncertainty)
-        for weight, sensitivity, uncertainty in zip(
-            weights_of(layers), training.sensitivity, training.uncertainty, strict=True
-        )
+        for weight, sensitivity, uncertainty in zip(weights, training.sensitivity, training.uncertainty, strict=True)
         if weight.grad is not None
     ]
     if rows:
-        weights, grads, sensitivity, uncertainty = (list(column) for column in zip(*rows, strict=True))
-        training.left_out += smooth_(
-            weights, grads, sensitivity, uncertainty, beta1=config.beta1, beta2=config.beta2
-        )
+        used, grads, sensitivity, uncertainty = (list(column) for column in zip(*rows, strict=True))
+        left_out = smooth_(used, grads, sensitivity, uncertainty, beta1=config.beta1, beta2=config.beta2)
+        training.left_out += left_out.to(training.left_out.device)
+
+
+def _beside(weights: Sequence[Tensor], averages: Sequence[Tensor]) -> list[Tensor]:
+    """The averages where their weights are now: a model may be moved after it was attached."""
+    return [average.to(weight.device) for weight, average in zip(weights, averages, strict=True)]
 
 
 def _scores(training: Training) -> list[Tensor]:

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
+
 from tunerkit.testing import conformance
 
 pytest.importorskip("transformers", reason="the cases are transformers models")
-from tunerkit.testing.transformers_cases import CASES
+from tunerkit.testing.transformers_cases import CASES  # after the skip
 
-CONFIGS = {
+CONFIGS: dict[str, dict[str, object]] = {
     "plain": {"rank": 3, "dropout": 0.1},
     "heads and biases": {"rank": 3, "bias": "adapters"},
     "fp64": {"rank": 2, "adapter_dtype": "float64"},
@@ -18,11 +19,9 @@ CONFIGS = {
 @pytest.mark.parametrize("config", list(CONFIGS))
 @pytest.mark.parametrize("check", conformance.CHECKS, ids=conformance.name_of)
 @pytest.mark.parametrize("case", CASES, ids=conformance.name_of)
-def test_keeps_the_contract(
-    check: conformance.Check, case: conformance.Case, config: str, tmp_path: Path
-) -> None:
+def test_keeps_the_contract(check: conformance.Check, case: conformance.Case, config: str, tmp_path: Path) -> None:
     """Every check of the conformance kit holds for every architecture and setting."""
-    settings = dict(CONFIGS[config])
+    settings = {**CONFIGS[config]}
     if case.name == "bert":
         settings["train_modules"] = ["classifier"]
     check(case, "lora", settings, tmp_path)

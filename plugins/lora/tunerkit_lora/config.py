@@ -17,8 +17,12 @@ class LoraConfig(AdapterConfig):
     alpha: float | None = setting(None, gt=0, doc="numerator of the scale; None: twice the target's rank")
     dropout: float = setting(0.0, ge=0, lt=1, doc="share of the adapter's input that is dropped while training")
     rslora: bool = setting(False, doc="divide alpha by the root of the rank instead of the rank")
-    rank_pattern: Mapping[str, int] = setting(attrs.Factory(dict), ge=1, doc="target pattern -> rank there; the first match counts")
-    alpha_pattern: Mapping[str, float] = setting(attrs.Factory(dict), gt=0, doc="target pattern -> alpha there; the first match counts")
+    rank_pattern: Mapping[str, int] = setting(
+        attrs.Factory(dict), ge=1, doc="target pattern -> rank there; the first match counts"
+    )
+    alpha_pattern: Mapping[str, float] = setting(
+        attrs.Factory(dict), gt=0, doc="target pattern -> alpha there; the first match counts"
+    )
     start: Literal["kaiming", "gaussian"] = setting("kaiming", doc="how A starts; B starts at 0, so ΔW does too")
 
     def rank_at(self, path: str) -> int:

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 
 from tunerkit import BaseLayer, Delta, Method, Target, hookimpl, low_rank_delta
-
 from tunerkit_lora.adapter import LoraAdapter
 from tunerkit_lora.config import LoraConfig
 

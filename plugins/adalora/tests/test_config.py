@@ -1,0 +1,172 @@
+"""Tests of AdaLoRA's config: what it means, its way to JSON and back, and the words for bad input."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import tunerkit
+from tunerkit.testing.strategies import configs_of
+from tunerkit_adalora import AdaLoraConfig
+
+CONFIGS = configs_of(
+    AdaLoraConfig,
+    init_rank=st.integers(8, 20),
+    target_rank=st.integers(1, 8),
+    budget=st.none(),
+    budget_unit=st.just("rank"),
+    t_init=st.integers(0, 50) | st.floats(0, 0.4),
+    t_final=st.integers(0, 50) | st.floats(0, 0.4),
+    min_rank=st.integers(0, 3) | st.dictionaries(st.text(min_size=1), st.integers(0, 3), max_size=3),
+    max_rank=st.none() | st.integers(3, 20) | st.dictionaries(st.text(min_size=1), st.integers(3, 20), max_size=3),
+)
+BUDGETS = configs_of(
+    AdaLoraConfig,
+    init_rank=st.integers(8, 20),
+    target_rank=st.none(),
+    budget=st.integers(1, 500),
+    t_init=st.integers(0, 50),
+    t_final=st.integers(0, 50),
+    min_rank=st.just(0),
+    max_rank=st.none(),
+)
+
+
+@given(config=CONFIGS | BUDGETS)
+@settings(max_examples=100, deadline=None)
+def test_every_field_survives_the_way_through_json(config: AdaLoraConfig) -> None:
+    """For any valid config: unstructure, JSON, structure give an equal one."""
+    text = json.dumps(tunerkit.unstructure(config), allow_nan=False)
+    assert tunerkit.structure("adalora", json.loads(text)) == config
+
+
+@given(target=st.integers(1, 64))
+def test_the_initial_rank_defaults_to_one_and_a_half_times_the_target(target: int) -> None:
+    """Rounded up, so that there is always something to prune."""
+    config = AdaLoraConfig(target_rank=target)
+    assert config.initial_rank == math.ceil(1.5 * target) > target
+    assert config.scale == 2.0
+
+
+def test_the_defaults_work() -> None:
+    """Without a word: 12 triplets per target, pruned to 8 on average."""
+    config = AdaLoraConfig()
+    assert (config.initial_rank, config.average_rank) == (12, 8)
+
+
+@given(alpha=st.floats(0.1, 100), rank=st.integers(8, 64))
+def test_the_scale_is_alpha_over_the_initial_rank(alpha: float, rank: int) -> None:
+    """Whatever the target rank is."""
+    assert AdaLoraConfig(alpha=alpha, init_rank=rank, target_rank=3).scale == alpha / rank
+
+
+def lines(mapping: dict[str, Any]) -> list[str]:
+    with pytest.raises(tunerkit.ConfigError) as caught:
+        tunerkit.structure("adalora", mapping)
+    return [line.removeprefix("- ") for line in str(caught.value).splitlines() if "@ $" in line]
+
+
+@pytest.mark.parametrize(
+    ("mapping", "words"),
+    [
+        ({"target_rank": 8, "init_rank": 4}, ["target_rank 8 is above init_rank 4", "@ $.target_rank"]),
+        ({"init_rank": 4}, ["target_rank 8 is above init_rank 4", "@ $.target_rank"]),
+        ({"target_rank": 0}, ["expected >= 1, got 0", "@ $.target_rank"]),
+        ({"init_rank": 8, "budget": 0}, ["expected >= 1, got 0", "@ $.budget"]),
+        ({"budget": 8}, ["needs init_rank", "@ $.init_rank"]),
+        ({"target_rank": 2, "init_rank": 4, "budget": 8}, ["target_rank and budget", "give one", "@ $.budget"]),
+        ({"budget_unit": "parameters"}, ["needs budget", "@ $.budget"]),
+        ({"t_init": 0.5, "t_final": 0.5}, ["no training to prune in", "@ $.t_init"]),
+        ({"t_init": 1.0}, ["share of training", "got 1.0", "@ $.t_init"]),
+        ({"t_final": 30.0}, ["share of training", "got 30.0", "@ $.t_final"]),
+        ({"t_init": -1}, ["expected >= 0, got -1", "@ $.t_init"]),
+        ({"t_final": -0.1}, ["expected >= 0", "@ $.t_final"]),
+        ({"delta_t": 0}, ["expected >= 1, got 0", "@ $.delta_t"]),
+        ({"beta1": 0.0}, ["expected > 0", "@ $.beta1"]),
+        ({"beta1": 1.0}, ["expected < 1", "@ $.beta1"]),
+        ({"beta2": 1.0}, ["expected < 1", "@ $.beta2"]),
+        ({"beta2": -0.1}, ["expected >= 0", "@ $.beta2"]),
+        ({"gamma": -0.1}, ["expected >= 0", "@ $.gamma"]),
+        ({"gamma": math.nan}, ["finite", "@ $.gamma"]),
+        ({"alpha": 0}, ["expected > 0", "@ $.alpha"]),
+        ({"dropout": 1.0}, ["expected < 1", "@ $.dropout"]),
+        ({"total_steps": 0}, ["expected >= 1", "@ $.total_steps"]),
+        ({"min_rank": -1}, ["expected >= 0", "@ $.min_rank"]),
+        ({"min_rank": 13}, ["min_rank 13 is above init_rank 12", "@ $.min_rank"]),
+        ({"min_rank": 3, "max_rank": 2}, ["min_rank 3 is above max_rank 2", "@ $.min_rank"]),
+        ({"min_rank": {"query": "3"}}, ["expected int, got str '3'", "$.min_rank", "query"]),
+        ({"orthogonality": "papre"}, ["'reference' or 'paper'", "'papre'", "@ $.orthogonality"]),
+        ({"start": "pissa"}, ["'lora'", "'pissa'", "@ $.start"]),
+        ({"target_rank": "8"}, ["expected int", "str '8'", "@ $.target_rank"]),
+        ({"target_rank": 8.9}, ["expected int", "8.9", "@ $.target_rank"]),
+        ({"target_rank": True}, ["expected int", "True", "@ $.target_rank"]),
+        ({"gamma": "1e-3"}, ["expected float", "1.0e-3", "@ $.gamma"]),
+        ({"trget_rank": 8}, ["unknown key 'trget_rank'", "target_rank", "@ $.trget_rank"]),
+        ({"init_r": 8}, ["unknown key 'init_r'", "init_rank", "@ $.init_r"]),
+    ],
+)
+def test_a_mistake_gets_one_line_with_its_path(mapping: dict[str, Any], words: list[str]) -> None:
+    """What was got, what is allowed, where: nothing else is complained about."""
+    (line,) = lines(mapping)
+    assert all(word in line for word in words), line
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    """Three wrong fields, three lines."""
+    assert len(lines({"target_rank": 0, "gamma": -1.0, "detla_t": 3})) == 3
+
+
+def net() -> nn.Module:
+    return nn.ModuleDict({"query": nn.Linear(4, 4), "value": nn.Linear(4, 4)})
+
+
+@pytest.mark.parametrize("field", ["min_rank", "max_rank"])
+def test_a_bound_for_no_target_is_refused_with_the_closest_name(field: str) -> None:
+    """A mistyped pattern would be ignored in silence; the model stays as it was."""
+    model = net()
+    before = list(model.state_dict())
+    config = AdaLoraConfig(targets=("query", "value"), **{field: {"qury": 4}})  # type: ignore[arg-type]
+    with pytest.raises(tunerkit.ConfigError, match=rf"'qury' matches none.*query.*@ \$\.{field}"):
+        tunerkit.wrap(model, "adalora", config)
+    assert list(model.state_dict()) == before
+
+
+@pytest.mark.parametrize(
+    ("config", "total", "words"),
+    [
+        ({"t_init": 5, "t_final": 5}, 10, "no room"),
+        ({"t_init": 50}, 10, "no room"),
+        ({"t_init": 0.5, "t_final": 5}, 10, "no room"),
+        ({"target_rank": None, "init_rank": 3, "budget": 7}, 10, r"budget 7 is above the initial budget 6"),
+        (
+            {"target_rank": None, "init_rank": 3, "budget": 55, "budget_unit": "parameters"},
+            10,
+            r"\$\.budget.* 55 is above the initial budget 54",
+        ),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused_when_attaching(config: dict[str, Any], total: int, words: str) -> None:
+    """Only with the model and the total is it known; no step is taken."""
+    model = tunerkit.wrap(net(), "adalora", {"target_rank": 2, "targets": ["query", "value"], **config})
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(tunerkit.ConfigError, match=words):
+        tunerkit.attach(model, optimizer, total_steps=total)
+    assert tunerkit.tuner(model).state is None
+
+
+def test_a_config_is_never_written_to() -> None:
+    """It describes; wrapping and training leave it equal, and its fields refuse assignment."""
+    config = AdaLoraConfig(targets=("query", "value"))
+    model = tunerkit.wrap(net(), "adalora", config)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    tunerkit.attach(model, optimizer, total_steps=10)
+    optimizer.step()
+    assert config == AdaLoraConfig(targets=("query", "value"))
+    assert tunerkit.tuner(model).config is config
+    with pytest.raises(AttributeError):
+        config.gamma = 1.0  # type: ignore[misc]

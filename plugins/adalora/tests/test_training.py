@@ -1,0 +1,856 @@
+"""Tests of what AdaLoRA does around an optimizer step: regulariser, masks, budget, state."""
+
+import copy
+import math
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import tunerkit
+from tunerkit_adalora import AdaLoraConfig
+from tunerkit_adalora.orthogonality import penalty
+from tunerkit_adalora.schedule import plan
+from tunerkit_adalora.svd_layer import SvdLayer
+from tunerkit_adalora.training import training_of
+
+X = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+LABELS = torch.randint(0, 3, (8,), generator=torch.Generator().manual_seed(2))
+TOTAL = 20
+# b(0) = 12 until step 4, allocations at 6, 9, 12 and 14, where the final phase with b(T) = 6 begins.
+SETTINGS: dict[str, Any] = {"target_rank": 2, "init_rank": 4, "t_init": 4, "t_final": 6, "delta_t": 3}
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def wrapped(model: nn.Module | None = None, *, seed: int = 0, **changes: Any) -> nn.Module:
+    config = {**SETTINGS, "targets": ["0", "2", "4"], **changes}
+    return tunerkit.wrap(net() if model is None else model, "adalora", config, seed=seed)
+
+
+def parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def adamw(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters(model), lr=2e-2, **options)
+
+
+def attached(model: nn.Module, total_steps: int = TOTAL) -> torch.optim.Optimizer:
+    optimizer = adamw(model)
+    tunerkit.attach(model, optimizer, total_steps=total_steps)
+    return optimizer
+
+
+def loss_of(model: nn.Module) -> Tensor:
+    return nn.functional.cross_entropy(model(X), LABELS)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    optimizer.zero_grad()
+    loss = loss_of(model)
+    loss.backward()
+    optimizer.step()
+    return float(loss.detach())
+
+
+def steps_of(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> list[float]:
+    return [step(model, optimizer) for _ in range(count)]
+
+
+def layers(model: nn.Module) -> list[SvdLayer]:
+    return [layer for layer in tunerkit.tuner(model).adapters().values() if isinstance(layer, SvdLayer)]
+
+
+def live(model: nn.Module) -> int:
+    return sum(int(layer.mask.sum()) for layer in layers(model))
+
+
+def masked_lambdas(model: nn.Module) -> Tensor:
+    return torch.cat([layer.lam.detach()[~layer.mask] for layer in layers(model)])
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [w.detach().clone() for layer in layers(model) for w in (layer.p, layer.lam, layer.q, layer.mask)]
+
+
+def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
+
+
+# --- The regulariser -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["reference", "paper"])
+def test_the_loss_never_contains_the_regulariser(form: str) -> None:
+    """With the same weights the loss is bit for bit the same for γ = 0 and γ = 1, training, evaluating or disabled."""
+    without, with_it = (wrapped(gamma=gamma, orthogonality=form, start="gaussian") for gamma in (0.0, 1.0))
+    optimizers = [attached(model) for model in (without, with_it)]
+    for _ in range(3):
+        step(with_it, optimizers[1])
+    without.load_state_dict(with_it.state_dict())
+    for mode in (True, False):
+        assert torch.equal(loss_of(without.train(mode)), loss_of(with_it.train(mode)))
+    with tunerkit.disabled(without), tunerkit.disabled(with_it):
+        assert torch.equal(loss_of(without), loss_of(with_it))
+    for model, optimizer in zip((without, with_it), optimizers, strict=True):
+        step(model, optimizer)
+    # The regulariser does act: through the gradient.
+    assert not torch.equal(layers(without)[0].p, layers(with_it)[0].p)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 5])
+@pytest.mark.parametrize("form", ["reference", "paper"])
+def test_accumulation_does_not_multiply_the_regulariser(form: str, micro_batches: int) -> None:
+    """What is stepped with is the accumulated gradient of the task plus γ·∂R once; autograd says what ∂R is."""
+    gamma = 0.7
+    model = wrapped(gamma=gamma, orthogonality=form, start="gaussian")
+    optimizer = attached(model)
+    for _ in range(micro_batches):
+        loss_of(model).backward()
+    pairs = [(layer.p, layer.q) for layer in layers(model)]
+    matrices = [matrix for pair in pairs for matrix in pair]
+    task = [matrix.grad.clone() for matrix in matrices if matrix.grad is not None]
+    slopes = torch.autograd.grad(gamma * penalty(pairs, form=form), matrices)  # type: ignore[arg-type]
+    lambdas = [layer.lam.grad.clone() for layer in layers(model) if layer.lam.grad is not None]
+    optimizer.step()
+    for matrix, own, slope in zip(matrices, task, slopes, strict=True):
+        torch.testing.assert_close(matrix.grad, own + slope)
+        assert slope.abs().max() > 0
+    for layer, own in zip(layers(model), lambdas, strict=True):
+        assert layer.lam.grad is not None
+        assert torch.equal(layer.lam.grad, own)
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("kind", ["foreach", "fused", "loop"])
+def test_under_a_grad_scaler_the_regulariser_is_as_without(kind: str, unscale: bool) -> None:
+    """Scaled gradients get a scaled regulariser: three steps end where three unscaled ones end."""
+    options = {"foreach": {"foreach": True}, "fused": {"fused": True}, "loop": {"foreach": False}}[kind]
+    ends = []
+    for enabled in (False, True):
+        model = wrapped(gamma=0.5, start="gaussian")
+        optimizer = torch.optim.SGD(parameters(model), lr=0.1, **options)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=enabled)
+        tunerkit.attach(model, optimizer, total_steps=TOTAL)
+        for _ in range(3):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model)).backward()  # type: ignore[no-untyped-call]
+            if unscale:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        ends.append(weights(model))
+    for own, other in zip(*ends, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
+
+
+# --- Masks and budget ------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
+    """A config and a total that leave room, in triplets or in parameters."""
+    total = draw(st.integers(2, 12))
+    t_init = draw(st.integers(0, total - 1))
+    t_final = draw(st.integers(0, total - t_init - 1))
+    init_rank = draw(st.integers(1, 5))
+    config: dict[str, Any] = {
+        "init_rank": init_rank, "target_rank": None, "t_init": t_init, "t_final": t_final,
+        "delta_t": draw(st.integers(1, 4)), "start": draw(st.sampled_from(["lora", "gaussian", "orthonormal"])),
+    }  # fmt: skip
+    kind = draw(st.sampled_from(["average", "rank", "parameters"]))
+    if kind == "average":
+        config["target_rank"] = draw(st.integers(1, init_rank))
+    elif kind == "rank":
+        config["budget"] = draw(st.integers(1, 3 * init_rank))
+    else:
+        config["budget_unit"] = "parameters"
+        config["budget"] = draw(st.integers(1, init_rank * sum(COSTS)))
+    return config, total
+
+
+# Parameters of one triplet at each target of `net`: out + in + 1.
+COSTS = (8 + 6 + 1, 7 + 8 + 1, 3 + 7 + 1)
+
+
+@given(run=runs(), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_the_masks_count_the_budget_in_force_at_every_step(run: tuple[dict[str, Any], int], seed: int) -> None:
+    """For any schedule, size and unit: after each step the masks cost the scheduled budget exactly.
+
+    In parameters they cost at most that, and no further triplet of the cheapest target would fit on top... unless a
+    dearer one stands before it in the ranking: the gap is smaller than the dearest triplet. What is masked is 0 right
+    after an allocation and from the final phase on.
+    """
+    config, total = run
+    model = wrapped(seed=seed, **config)
+    tuner = tunerkit.tuner(model)
+    optimizer = attached(model, total)
+    in_parameters = config.get("budget_unit") == "parameters"
+    costs = COSTS if in_parameters else (1, 1, 1)
+    initial = sum(cost * config["init_rank"] for cost in costs)
+    target = config.get("budget") or 3 * config["target_rank"]
+    assert tuner.budget(0) == initial
+    final_step = total - config["t_final"]
+    previous = initial
+    for number in range(1, total + 1):
+        allocations = len(tuner.history)
+        step(model, optimizer)
+        budget = tuner.budget(number)
+        assert budget == tuner.budget() <= previous
+        previous = budget
+        spent = sum(cost * rank for cost, rank in zip(costs, tuner.ranks().values(), strict=True))
+        if in_parameters:
+            assert budget - max(COSTS) < spent <= budget
+        else:
+            assert spent == budget
+        if number >= final_step or len(tuner.history) > allocations:
+            assert not masked_lambdas(model).any()
+    assert previous == target
+    assert [change.step for change in tuner.history] == [
+        number for number in range(1, final_step + 1) if allocates(config, number, final_step)
+    ]
+
+
+def allocates(config: dict[str, Any], number: int, final_step: int) -> bool:
+    return number == final_step or (number > config["t_init"] and number % config["delta_t"] == 0)
+
+
+@pytest.mark.parametrize("case", ["ties", "no gradient at all", "zero gradients"])
+@pytest.mark.parametrize("unit", ["rank", "parameters"])
+def test_the_budget_is_exact_whatever_the_scores(case: str, unit: str) -> None:
+    """Equal scores, none at all, all 0: the budget is kept exactly, and ties go to the first targets and indices."""
+    budget = 7 if unit == "rank" else 4 * COSTS[0] + 2 * COSTS[1] + 1
+    model = wrapped(target_rank=None, budget=budget, budget_unit=unit)
+    with torch.no_grad():
+        for layer in layers(model):
+            for weight in (layer.p, layer.lam, layer.q):
+                weight.fill_(0.5)
+    optimizer = torch.optim.SGD(parameters(model), lr=0.0)
+    tunerkit.attach(model, optimizer, total_steps=TOTAL)
+    for _ in range(TOTAL):
+        for parameter in parameters(model):
+            value = {"ties": 1.0, "zero gradients": 0.0}.get(case)
+            parameter.grad = None if value is None else torch.full_like(parameter, value)
+        optimizer.step()
+    first, second, third = ([bool(m) for m in layer.mask] for layer in layers(model))
+    assert first == [True] * 4
+    assert second == ([True] * 3 + [False] if unit == "rank" else [True] * 2 + [False] * 2)
+    assert third == [False] * 4
+
+
+def test_a_masked_lambda_moves_freely_until_the_next_allocation_and_may_come_back() -> None:
+    """The mask zeroes λ at an allocation only; gradients may raise it again, and with it the score."""
+    model = wrapped(t_init=1, delta_t=2, t_final=2, beta1=0.3, beta2=0.3)
+    tuner = tunerkit.tuner(model)
+    optimizer = torch.optim.SGD(parameters(model), lr=0.1)
+    tunerkit.attach(model, optimizer, total_steps=12)
+
+    def push(favoured: int) -> None:
+        """Give the triplets with index % 2 == ``favoured`` gradients that matter; grow them from step to step."""
+        for layer in layers(model):
+            index = torch.arange(len(layer.lam))
+            size = torch.where(index % 2 == favoured, 1.0 + tuner.steps, 1e-4)
+            layer.lam.grad = -size
+            layer.p.grad, layer.q.grad = -size.expand_as(layer.p).clone(), -size[:, None].expand_as(layer.q).clone()
+        optimizer.step()
+
+    for _ in range(6):
+        push(0)
+    dead = [~layer.mask for layer in layers(model)]
+    assert any(mask.any() for mask in dead)
+    assert not masked_lambdas(model).any()
+    push(1)
+    # Step 7 allocates nothing: what is masked has moved, and counts for the forward.
+    assert (masked_lambdas(model) != 0).all()
+    for _ in range(3):
+        push(1)
+    revived = [layer.mask & was_dead for layer, was_dead in zip(layers(model), dead, strict=True)]
+    assert any(mask.any() for mask in revived)
+    assert live(model) == tuner.budget() == 6
+    push(1)
+    assert not masked_lambdas(model).any()
+
+
+def test_in_the_final_phase_the_mask_holds_after_every_step() -> None:
+    """Ranks stay as the final allocation left them; dead λ are 0 after each step, the live ones go on training."""
+    model = wrapped()
+    optimizer = attached(model)
+    for _ in range(14):
+        step(model, optimizer)
+    masks = [layer.mask.clone() for layer in layers(model)]
+    for _ in range(6):
+        before = [layer.lam.detach().clone() for layer in layers(model)]
+        step(model, optimizer)
+        assert not masked_lambdas(model).any()
+        for layer, mask, old in zip(layers(model), masks, before, strict=True):
+            assert torch.equal(layer.mask, mask)
+            assert (layer.lam[mask] != old[mask]).all()
+    assert masked_lambdas(model).numel() == 6
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.1])
+def test_init_rank_equal_to_target_rank_trains_and_prunes_nothing(gamma: float) -> None:
+    """Every mask stays full through every allocation."""
+    model = wrapped(init_rank=2, target_rank=2, gamma=gamma)
+    optimizer = attached(model)
+    losses = [step(model, optimizer) for _ in range(TOTAL)]
+    assert losses[-1] < losses[0]
+    assert all(layer.mask.all() for layer in layers(model))
+    assert all(change.budget == 6 for change in tunerkit.tuner(model).history)
+
+
+@pytest.mark.filterwarnings("ignore:these adapters never ran")  # core tells it, rightly
+@pytest.mark.parametrize("gamma", [0.0, 0.1])
+def test_a_layer_without_gradient_is_pruned_first(gamma: float) -> None:
+    """A layer that the forward doesn't use has no importance; nothing fails, and the budget is exact."""
+
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.unused, self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.two(torch.tanh(self.one(x)))
+            return found
+
+    model = wrapped(Skips(), targets=["unused", "one", "two"], gamma=gamma)
+    optimizer = attached(model)
+    for _ in range(TOTAL):
+        step(model, optimizer)
+    ranks = tunerkit.tuner(model).ranks()
+    assert sum(ranks.values()) == 6
+    assert ranks["unused"] == 0
+
+
+@pytest.mark.parametrize("frozen", ["p", "lam", "q"])
+def test_a_frozen_weight_has_no_importance_and_stays(frozen: str) -> None:
+    """Freezing one of a layer's three weights leaves the rest training and the budget exact."""
+    model = wrapped(gamma=0.1)
+    weight = getattr(layers(model)[0], frozen)
+    weight.requires_grad_(False)
+    before = weight.detach().clone()
+    optimizer = attached(model)
+    for _ in range(5):
+        step(model, optimizer)
+    assert torch.equal(weight, before)
+    for _ in range(15):
+        step(model, optimizer)
+    assert live(model) == 6
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_gradients_that_are_not_finite_are_left_out_told_and_harm_no_budget(value: float) -> None:
+    """One bad step: the averages stay finite, the next allocation tells how many, pruning goes on exactly."""
+    model = wrapped()
+    tuner = tunerkit.tuner(model)
+    optimizer = torch.optim.SGD(parameters(model), lr=0.0)  # the weights themselves stay finite
+    tunerkit.attach(model, optimizer, total_steps=TOTAL)
+
+    def bad_step() -> None:
+        loss_of(model).backward()
+        kept = [p.detach().clone() for p in parameters(model)]
+        for layer in layers(model)[:2]:
+            assert layer.q.grad is not None
+            layer.q.grad[0, 0] = value
+        optimizer.step()
+        with torch.no_grad():  # a rate of 0 times infinity is NaN
+            for parameter, old in zip(parameters(model), kept, strict=True):
+                parameter.copy_(old)
+
+    for _ in range(4):
+        step(model, optimizer)
+    optimizer.zero_grad()
+    bad_step()
+    with pytest.warns(tunerkit.TunerkitWarning, match=r"\b2 gradients were not finite"):
+        step(model, optimizer)
+    training = training_of(tuner)
+    assert all(bool(t.isfinite().all()) for t in (*training.sensitivity, *training.uncertainty))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(TOTAL - 6):
+            step(model, optimizer)
+    assert live(model) == 6
+
+
+def test_even_with_nan_in_the_weights_the_budget_is_exact() -> None:
+    """A run that diverged still ends with the budget it was given, and says so."""
+    model = wrapped()
+    optimizer = attached(model)
+    for number in range(TOTAL):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        if number == 2:
+            for parameter in parameters(model):
+                parameter.grad = torch.full_like(parameter, math.nan)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", tunerkit.TunerkitWarning)
+            optimizer.step()
+    assert live(model) == 6
+    assert not masked_lambdas(model).any()
+
+
+@pytest.mark.parametrize(
+    ("bounds", "least", "most"),
+    [
+        ({"min_rank": 1}, (1, 1, 1), (4, 4, 4)),
+        ({"max_rank": 3}, (0, 0, 0), (3, 3, 3)),
+        ({"min_rank": 2, "max_rank": 2}, (2, 2, 2), (2, 2, 2)),
+        ({"min_rank": {"4": 3}}, (0, 0, 3), (4, 4, 4)),
+        ({"min_rank": {"0": 1, "2": 4}, "max_rank": {"0": 1}}, (1, 4, 0), (1, 4, 4)),
+        ({"max_rank": {"2": 0}}, (0, 0, 0), (4, 0, 4)),
+    ],
+)
+def test_minimum_and_maximum_ranks_hold_at_the_end(
+    bounds: dict[str, Any], least: tuple[int, ...], most: tuple[int, ...]
+) -> None:
+    """Given for all or by target, they bound the final ranks, and the budget is still exact."""
+    for favoured in range(3):
+        model = wrapped(start="gaussian", **bounds)
+        with torch.no_grad():  # without bounds this one would take all it can
+            layers(model)[favoured].lam.fill_(5.0)
+        optimizer = attached(model)
+        for _ in range(TOTAL):
+            step(model, optimizer)
+        ranks = tuple(tunerkit.tuner(model).ranks().values())
+        assert all(low <= rank <= high for low, rank, high in zip(least, ranks, most, strict=True)), ranks
+        assert sum(ranks) == 6
+
+
+@pytest.mark.parametrize(
+    ("bounds", "words"),
+    [
+        ({"min_rank": 3}, "minimum ranks need 9, the final budget is 6"),
+        ({"max_rank": 1}, "maximum ranks admit 3, the final budget is 6"),
+        ({"min_rank": {"2": 3}, "max_rank": 2}, "minimum 3 is above maximum 2 at 2"),
+        ({"min_rank": {"2": 5}}, "minimum 5 is above maximum 4 at 2"),
+        ({"min_rank": {"2": 5}, "max_rank": 9}, "minimum 5 is above maximum 4 at 2"),
+    ],
+)
+def test_bounds_that_the_budget_cannot_meet_are_refused_when_attaching(bounds: dict[str, Any], words: str) -> None:
+    """The words have the numbers and the target; nothing is attached."""
+    model = wrapped(**bounds)
+    with pytest.raises(tunerkit.ConfigError, match=words):
+        attached(model)
+    assert tunerkit.tuner(model).state is None
+
+
+@given(budget=st.integers(1, 4 * sum(COSTS)), seed=st.integers(0, 20))
+@settings(max_examples=25, deadline=None)
+def test_a_budget_in_parameters_keeps_the_longest_prefix_of_the_ranking(budget: int, seed: int) -> None:
+    """Against a slow loop over the triplets by score: the first that doesn't fit ends it."""
+    model = wrapped(
+        seed=seed, target_rank=None, budget=budget, budget_unit="parameters", t_init=0, t_final=1, delta_t=99
+    )
+    optimizer = attached(model, 5)
+    for _ in range(3):
+        step(model, optimizer)
+    training = training_of(tunerkit.tuner(model))
+    products = [s * u for s, u in zip(training.sensitivity, training.uncertainty, strict=True)]
+    ranking = []
+    for index, cost in enumerate(COSTS):
+        p, lam, q = products[3 * index : 3 * index + 3]
+        score = lam + (p.mean(0) + q.mean(1))
+        ranking += [(-float(score[i]), index, i, cost) for i in range(len(score))]
+    expected, spent = set(), 0
+    for _, index, i, cost in sorted(ranking):
+        spent += cost
+        if spent > budget:
+            break
+        expected.add((index, i))
+    step(model, optimizer)
+    found = {(k, int(i)) for k, layer in enumerate(layers(model)) for i in layer.mask.nonzero()}
+    assert found == expected
+
+
+def test_finish_makes_the_final_allocation_early() -> None:
+    """After 5 of 20 steps: the final budget, masked λ 0, a line of history; steps keep it, a second finish is idle."""
+    model = wrapped()
+    tuner = tunerkit.tuner(model)
+    optimizer = attached(model)
+    for _ in range(5):
+        step(model, optimizer)
+    assert live(model) == 12
+    tuner.finish()
+    assert live(model) == tuner.budget() == 6
+    assert [(change.step, change.budget) for change in tuner.history] == [(5, 6)]
+    masks = [layer.mask.clone() for layer in layers(model)]
+    for _ in range(15):
+        step(model, optimizer)
+        assert not masked_lambdas(model).any()
+    tuner.finish()
+    assert all(torch.equal(layer.mask, mask) for layer, mask in zip(layers(model), masks, strict=True))
+    assert len(tuner.history) == 1
+
+
+def test_finish_before_attaching_is_refused() -> None:
+    """Without training there is no importance to allocate by."""
+    with pytest.raises(tunerkit.StepError, match=r"tunerkit\.attach"):
+        tunerkit.tuner(wrapped()).finish()
+
+
+def test_history_has_each_allocation_with_its_budget_and_ranks() -> None:
+    """Steps as scheduled, budgets as the cubic says, ranks that sum to them; the last are the tuner's."""
+    model = wrapped()
+    tuner = tunerkit.tuner(model)
+    optimizer = attached(model)
+    for _ in range(TOTAL):
+        step(model, optimizer)
+    assert [change.step for change in tuner.history] == [6, 9, 12, 14]
+    for change in tuner.history:
+        assert change.budget == 6 + math.floor(6 * (1 - (change.step - 4) / 10) ** 3 + 1e-9)
+        assert sum(change.ranks.values()) == change.budget == tuner.budget(change.step)
+    assert dict(tuner.history[-1].ranks) == tuner.ranks()
+
+
+def test_budget_of_a_step_before_attaching_and_after_loading(tmp_path: Path) -> None:
+    """With total_steps in the config the schedule is known at once and from the file; else words say what to do."""
+    model = wrapped(total_steps=TOTAL)
+    tuner = tunerkit.tuner(model)
+    schedule = plan(total_steps=TOTAL, t_init=4, t_final=6, delta_t=3, initial=12, target=6)
+    expected = [schedule.budget(number) for number in range(TOTAL + 3)]
+    assert [tuner.budget(number) for number in range(TOTAL + 3)] == expected
+    assert tuner.budget() == 12
+    optimizer = adamw(model)
+    tunerkit.attach(model, optimizer)
+    for _ in range(TOTAL):
+        step(model, optimizer)
+    assert [tuner.budget(number) for number in range(TOTAL + 3)] == expected
+    loaded = tunerkit.tuner(tunerkit.load(net(), tunerkit.save(model, tmp_path)))
+    assert [loaded.budget(number) for number in range(TOTAL + 3)] == expected
+    assert loaded.budget() == 6
+    with pytest.raises(tunerkit.StepError, match="total_steps"):
+        tunerkit.tuner(wrapped()).budget(3)
+
+
+def test_attaching_a_loaded_adapter_begins_a_new_training_with_all_triplets(tmp_path: Path) -> None:
+    """Training on what was pruned starts from b(0) again, and prunes again."""
+    model = wrapped()
+    optimizer = attached(model)
+    for _ in range(TOTAL):
+        step(model, optimizer)
+    loaded = tunerkit.load(net(), tunerkit.save(model, tmp_path), trainable=True)
+    assert live(loaded) == 6
+    optimizer = attached(loaded, 10 + 1)
+    assert live(loaded) == tunerkit.tuner(loaded).budget() == 12
+    for _ in range(11):
+        step(loaded, optimizer)
+    assert live(loaded) == 6
+
+
+def test_saving_without_a_step_is_refused(tmp_path: Path) -> None:
+    """Nobody stepped: the words say what was forgotten, and no file appears. What was loaded may be saved."""
+    model = wrapped()
+    with pytest.raises(tunerkit.AdapterError, match=r"tunerkit\.attach"):
+        tunerkit.save(model, tmp_path / "none")
+    attached(model)
+    with pytest.raises(tunerkit.AdapterError, match="no step"):
+        tunerkit.save(model, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+# --- Precision -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_scores_do_not_underflow_in_any_adapter_dtype(dtype: str) -> None:
+    """Importance is averaged in fp32 or wider: tiny gradients in fp16 still rank triplets, not positions.
+
+    Every second triplet's gradients are a hundred times smaller; products of these would all be 0 in fp16.
+    """
+    model = wrapped(adapter_dtype=dtype)
+    optimizer = torch.optim.SGD(parameters(model), lr=0.0)
+    tunerkit.attach(model, optimizer, total_steps=TOTAL)
+    for number in range(TOTAL):
+        for layer in layers(model):
+            index = torch.arange(len(layer.lam))
+            size = torch.where(index % 2 == 1, 1e-4, 1e-6) * (1 + number % 3)
+            for weight in (layer.p, layer.lam, layer.q):
+                shaped = size[:, None] if weight is layer.q else size
+                weight.grad = shaped.expand_as(weight).to(weight.dtype).clone()
+        optimizer.step()
+    assert all(layer.lam.dtype == getattr(torch, dtype) for layer in layers(model))
+    assert all(layer.mask.tolist() == [False, True, False, True] for layer in layers(model))
+
+
+@pytest.mark.parametrize("kind", ["foreach", "fused", "loop"])
+def test_under_a_grad_scaler_with_an_overflow_the_budget_is_exact_at_the_end(kind: str) -> None:
+    """The default scale of 2**16 and an overflow on the way: no infinity gets into the averages, pruning goes on."""
+    options = {"foreach": {"foreach": True}, "fused": {"fused": True}, "loop": {"foreach": False}}[kind]
+    model = wrapped(gamma=0.1)
+    optimizer = adamw(model, **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    tunerkit.attach(model, optimizer, total_steps=TOTAL)
+    tuner = tunerkit.tuner(model)
+    for number in range(TOTAL + 2):
+        optimizer.zero_grad()
+        loss = loss_of(model) * (1e38 if number in (3, 9) else 1.0)
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaler.step(optimizer)
+        scaler.update()
+        training = training_of(tuner)
+        assert all(bool(t.isfinite().all()) for t in (*training.sensitivity, *training.uncertainty))
+    assert tuner.steps == TOTAL
+    assert live(model) == 6
+    assert all(bool(p.isfinite().all()) for p in parameters(model))
+
+
+# --- State -----------------------------------------------------------------------------------------------------------
+
+
+def resumed(
+    model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A fresh model and optimizer that go on where the given ones stand."""
+    path = tunerkit.save(model, folder)
+    tunerkit.save_state(model, folder)
+    again = tunerkit.load(net(), path, trainable=True)
+    fresh = adamw(again)
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    tunerkit.attach(again, fresh, total_steps=TOTAL)
+    tunerkit.load_state(again, folder)
+    return again, fresh
+
+
+@pytest.mark.parametrize("at", range(1, TOTAL))
+def test_a_run_split_at_any_step_continues_bit_identically(at: int, tmp_path: Path) -> None:
+    """Before, at, between and after allocations the resumed run has the whole run's weights, masks and budget."""
+    whole = wrapped(gamma=0.1)
+    optimizer = attached(whole)
+    for _ in range(at):
+        step(whole, optimizer)
+    part, again = resumed(whole, optimizer, tmp_path)
+    assert_same_weights(part, whole)
+    for _ in range(at, TOTAL):
+        assert step(part, again) == step(whole, optimizer)
+        assert_same_weights(part, whole)
+        assert tunerkit.tuner(part).steps == tunerkit.tuner(whole).steps
+        assert tunerkit.tuner(part).budget() == tunerkit.tuner(whole).budget()
+    assert live(part) == 6
+
+
+def test_gradients_left_out_before_saving_are_told_after_loading(tmp_path: Path) -> None:
+    """The count of bad gradients is part of the state."""
+    model = wrapped()
+    optimizer = attached(model)
+    step(model, optimizer)
+    training_of(tunerkit.tuner(model)).left_out += 3
+    part, again = resumed(model, optimizer, tmp_path)
+    with pytest.warns(tunerkit.TunerkitWarning, match=r"\b3 gradients"):
+        steps_of(part, again, 5)
+
+
+def test_a_state_of_other_shapes_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    """The averages of rank 4 don't fit an adapter of rank 5."""
+    model = wrapped()
+    optimizer = attached(model)
+    for _ in range(7):
+        step(model, optimizer)
+    tunerkit.save_state(model, tmp_path)
+    other = wrapped(init_rank=5)
+    attached(other)
+    with pytest.raises(tunerkit.StepError, match="do not fit"):
+        tunerkit.load_state(other, tmp_path)
+    assert tunerkit.tuner(other).steps == 0
+    assert live(other) == 15
+
+
+def pruned(**changes: Any) -> nn.Module:
+    model = wrapped(**changes)
+    optimizer = attached(model)
+    for _ in range(TOTAL):
+        step(model, optimizer)
+    return model
+
+
+def test_masks_travel_with_the_state_dict() -> None:
+    """They are no parameters and no buffers, and still saved and loaded; a missing or wrong one is told by torch."""
+    model, other = pruned(), wrapped()
+    state = model.state_dict()
+    assert [name for name, _ in model.named_buffers()] == []
+    name = "0.tunerkit.default.adapter.mask"
+    assert torch.equal(state[name], layers(model)[0].mask)
+    other.load_state_dict(state)
+    assert_same_weights(other, model)
+    # A copy: what one trains doesn't reach the other.
+    layers(other)[0].mask[:] = False
+    assert layers(model)[0].mask.any()
+    with pytest.raises(RuntimeError, match="mask"):
+        other.load_state_dict({key: value for key, value in state.items() if key != name})
+    with pytest.raises(RuntimeError, match=r"mask: expected bool \(4,\)"):
+        other.load_state_dict({**state, name: torch.ones(3, dtype=torch.bool)})
+    assert other.load_state_dict({k: v for k, v in state.items() if k != name}, strict=False).missing_keys == [name]
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.deepcopy,
+        lambda model: pickle.loads(pickle.dumps(model)),
+        lambda model: copy.deepcopy(model).to(torch.float64).to(torch.float32),
+        lambda model: copy.deepcopy(model).to("cpu"),
+    ],
+    ids=["deepcopy", "pickle", "dtype and back", "device"],
+)
+def test_masks_survive_copies_moves_and_pickling(copied: Callable[[nn.Module], nn.Module]) -> None:
+    """Weights, masks, ranks and budget are the original's, and the copy's are its own."""
+    model = pruned()
+    twin = copied(model)
+    assert_same_weights(twin, model)
+    assert tunerkit.tuner(twin).ranks() == tunerkit.tuner(model).ranks()
+    assert tunerkit.tuner(twin).budget() == 6
+    assert torch.equal(twin(X), model(X))
+    layers(twin)[0].mask[:] = False
+    assert layers(model)[0].mask.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_change_of_dtype_leaves_masks_boolean(dtype: torch.dtype) -> None:
+    """`.to(dtype)` converts weights, not masks; training goes on in the new dtype."""
+    model = wrapped()
+    optimizer = attached(model)
+    for _ in range(9):
+        step(model, optimizer)
+    masks = [layer.mask.clone() for layer in layers(model)]
+    model.to(dtype)
+    for layer, mask in zip(layers(model), masks, strict=True):
+        assert layer.lam.dtype == dtype
+        assert layer.mask.dtype == torch.bool
+        assert torch.equal(layer.mask, mask)
+
+
+def test_a_deep_copied_training_goes_on_by_itself() -> None:
+    """The copy has its own averages: training the original doesn't move them."""
+    model = wrapped()
+    optimizer = attached(model)
+    for _ in range(5):
+        step(model, optimizer)
+    twin = copy.deepcopy(model)
+    before = [t.clone() for t in training_of(tunerkit.tuner(twin)).sensitivity]
+    step(model, optimizer)
+    after = training_of(tunerkit.tuner(twin)).sensitivity
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert any(t.any() for t in after)
+
+
+# --- The scale -------------------------------------------------------------------------------------------------------
+
+
+def test_the_scale_is_the_initial_ranks_and_stays_when_ranks_fall() -> None:
+    """Output = base + (alpha / init_rank) · P Λ Q x, before and after pruning."""
+    model = wrapped(alpha=6.0, init_rank=4)
+    base, adapted, layer = net().get_submodule("0"), model.get_submodule("0"), layers(model)[0]
+    optimizer = attached(model)
+    for _ in range(TOTAL):
+        step(model, optimizer)
+        expected = base(X) + (6.0 / 4) * (X @ layer.q.T * layer.lam @ layer.p.T)
+        torch.testing.assert_close(adapted(X), expected)
+    assert layer.rank < 4
+    tunerkit.merge(model)
+    torch.testing.assert_close(adapted(X), expected)
+
+
+# --- Base layers -----------------------------------------------------------------------------------------------------
+
+
+def _conv1d_of_transformers() -> nn.Module:
+    return pytest.importorskip("transformers.pytorch_utils").Conv1D(5, 6)
+
+
+IMAGES = torch.randn(4, 4, 6, 6, generator=torch.Generator().manual_seed(3))
+LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "linear": (lambda: nn.Linear(6, 5), X),
+    "linear without bias": (lambda: nn.Linear(6, 5, bias=False), X),
+    "transformers conv1d": (_conv1d_of_transformers, X),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1, dilation=2), IMAGES[..., 0]),
+    "conv1d circular": (lambda: nn.Conv1d(4, 6, 3, padding=2, padding_mode="circular"), IMAGES[..., 0]),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, stride=2), IMAGES),
+    "conv2d grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), IMAGES),
+    "conv2d depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4, padding="same"), IMAGES),
+    "conv2d reflect": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), IMAGES),
+    "conv2d replicate": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="replicate", groups=2), IMAGES),
+    "conv3d": (lambda: nn.Conv3d(4, 6, 2, padding=1), IMAGES[..., None].expand(-1, -1, -1, -1, 3)),
+    "embedding": (lambda: nn.Embedding(9, 5), torch.arange(8).reshape(2, 4)),
+    "embedding padded": (lambda: nn.Embedding(9, 5, padding_idx=2), torch.arange(8).reshape(2, 4)),
+}
+
+
+@pytest.mark.parametrize("start", ["lora", "gaussian", "orthonormal"])
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_every_kind_of_base_layer_trains_prunes_merges_and_loads(name: str, start: str, tmp_path: Path) -> None:
+    """The loss falls, the budget is exact, merged output equals the adapted one, unmerging restores the base."""
+    build, x = LAYERS[name]
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(build())
+
+    model = tunerkit.wrap(base(), "adalora", {**SETTINGS, "targets": ["0"], "start": start, "gamma": 0.01}, seed=0)
+    y = base()(x).detach()
+    assert torch.equal(model(x), y)
+    target = y + torch.sin(torch.arange(y.numel(), dtype=torch.float32)).reshape(y.shape)
+    optimizer = attached(model)
+    losses = []
+    for _ in range(TOTAL):
+        optimizer.zero_grad()
+        loss = (model(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    assert live(model) == 2
+    adapted = model(x).detach()
+    assert not torch.equal(adapted, y)
+    if name == "embedding padded":
+        assert torch.equal(adapted[x == 2], y[x == 2])
+    loaded = tunerkit.load(base(), tunerkit.save(model, tmp_path))
+    assert torch.equal(loaded(x), adapted)
+    tunerkit.merge(model)
+    assert (model(x) - adapted).abs().max() <= 1e-5 * adapted.abs().max()
+    tunerkit.unmerge(model)
+    with tunerkit.disabled(model):
+        assert torch.equal(model(x), y)
+
+
+# --- The Trainer -----------------------------------------------------------------------------------------------------
+
+
+def test_a_trainer_attached_with_one_line_prunes_to_the_target_and_saves(tmp_path: Path) -> None:
+    """A tiny BERT, epochs and accumulation: budget exact, history on the global step, and the file loads equal."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from tunerkit.testing.transformers_cases import bert
+
+    ids = torch.randint(0, 61, (32, 7), generator=torch.Generator().manual_seed(4))
+    rows = [{"input_ids": row, "labels": int(row[0]) % 2} for row in ids]
+    config = AdaLoraConfig(target_rank=2, init_rank=3, delta_t=2, train_modules=("classifier",), gamma=0.1)
+    model = tunerkit.wrap(bert(), "adalora", config)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "runs"), num_train_epochs=4, per_device_train_batch_size=4, use_cpu=True,
+        gradient_accumulation_steps=2, learning_rate=1e-2, report_to=[], save_strategy="no", disable_tqdm=True,
+        logging_steps=1,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+    tunerkit.attach(model, trainer)
+    trainer.train()
+    tuner = tunerkit.tuner(model)
+    assert tuner.steps == tuner.total_steps == trainer.state.global_step == 16
+    assert sum(tuner.ranks().values()) == 2 * len(tuner.targets) == tuner.budget()
+    assert tuner.history[0].budget > tuner.budget()
+    assert tuner.history[-1].step == 16 - math.floor(0.3 * 16)
+    loaded = tunerkit.load(bert(), tunerkit.save(model, tmp_path / "out")).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+    assert tunerkit.tuner(loaded).ranks() == tuner.ranks()

@@ -1,0 +1,83 @@
+"""Tests of LoRA's config: ranks and scales by target, its way to JSON and back, and the words for bad input."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import tunerkit
+from tunerkit.testing.strategies import configs_of
+from tunerkit_lora import LoraConfig
+
+
+@given(config=configs_of(LoraConfig))
+@settings(max_examples=100, deadline=None)
+def test_every_field_survives_the_way_through_json(config: LoraConfig) -> None:
+    """For any valid config: unstructure, JSON, structure give an equal one."""
+    text = json.dumps(tunerkit.unstructure(config), allow_nan=False)
+    assert tunerkit.structure("lora", json.loads(text)) == config
+
+
+@given(rank=st.integers(1, 256), alpha=st.floats(0.5, 512), rslora=st.booleans())
+def test_the_scale_is_alpha_over_rank_or_over_its_root(rank: int, alpha: float, rslora: bool) -> None:
+    """LoRA's alpha/r, rsLoRA's alpha/√r."""
+    found = LoraConfig(rank=rank, alpha=alpha, rslora=rslora).scale_at("any.path")
+    assert found == pytest.approx(alpha / math.sqrt(rank) if rslora else alpha / rank)
+
+
+@given(rank=st.integers(1, 64), other=st.integers(1, 64), alpha=st.none() | st.floats(1, 64))
+def test_patterns_give_targets_their_own_rank_and_alpha(rank: int, other: int, alpha: float | None) -> None:
+    """The first pattern that matches counts; without alpha it is twice the target's own rank."""
+    config = LoraConfig(
+        rank=rank, alpha=alpha, rank_pattern={"query": other, "*.query": 1, "re:.*key": 7}, alpha_pattern={"key": 21.0}
+    )
+    assert [config.rank_at(path) for path in ("a.query", "a.b.key", "a.value", "a.xquery")] == [other, 7, rank, rank]
+    assert config.scale_at("a.key") == 3.0
+    assert config.scale_at("a.query") == pytest.approx(2.0 if alpha is None else alpha / other)
+
+
+def lines(mapping: dict[str, Any]) -> list[str]:
+    with pytest.raises(tunerkit.ConfigError) as caught:
+        tunerkit.structure("lora", mapping)
+    return [line.removeprefix("- ") for line in str(caught.value).splitlines() if "@ $" in line]
+
+
+@pytest.mark.parametrize(
+    ("mapping", "words"),
+    [
+        ({"rank": 0}, ["expected >= 1, got 0", "@ $.rank"]),
+        ({"rank": "8"}, ["expected int, got str '8'", "@ $.rank"]),
+        ({"rank": 8.0}, ["expected int", "@ $.rank"]),
+        ({"rank": True}, ["expected int", "@ $.rank"]),
+        ({"alpha": 0.0}, ["expected > 0", "@ $.alpha"]),
+        ({"alpha": math.inf}, ["finite", "@ $.alpha"]),
+        ({"dropout": 1.0}, ["expected < 1", "@ $.dropout"]),
+        ({"dropout": -0.1}, ["expected >= 0", "@ $.dropout"]),
+        ({"rslora": 1}, ["expected bool", "@ $.rslora"]),
+        ({"start": "pissa"}, ["'kaiming' or 'gaussian'", "'pissa'", "@ $.start"]),
+        ({"rank_pattern": {"query": 0}}, ["expected >= 1, got 0", "$.rank_pattern", "query"]),
+        ({"rank_pattern": ["query"]}, ["expected mapping of str to int", "@ $.rank_pattern"]),
+        ({"alpha_pattern": {"query": -1.0}}, ["expected > 0", "$.alpha_pattern", "query"]),
+        ({"targets": 3}, ["@ $.targets"]),
+        ({"rnak": 8}, ["unknown key 'rnak'", "rank", "@ $.rnak"]),
+        ({"lora_alpha": 8}, ["unknown key 'lora_alpha'", "@ $.lora_alpha"]),
+    ],
+)
+def test_a_mistake_gets_one_line_with_its_path(mapping: dict[str, Any], words: list[str]) -> None:
+    """What was got, what is allowed, where: nothing else is complained about."""
+    (line,) = lines(mapping)
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(("field", "value"), [("rank_pattern", 4), ("alpha_pattern", 4.0)])
+def test_a_pattern_for_no_target_is_refused_with_the_closest_name(field: str, value: float) -> None:
+    """A mistyped pattern would be ignored in silence; the model stays as it was."""
+    model = nn.ModuleDict({"query": nn.Linear(4, 4), "value": nn.Linear(4, 4)})
+    before = list(model.state_dict())
+    with pytest.raises(tunerkit.ConfigError, match=rf"'qury' matches none.*query.*@ \$\.{field}"):
+        tunerkit.wrap(model, "lora", {"targets": ["query", "value"], field: {"qury": value}})
+    assert list(model.state_dict()) == before

@@ -1,0 +1,190 @@
+"""Two toy methods, a small model with every kind of layer, and what tests do with them; no plugin is installed."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tunerkit
+
+
+@attrs.frozen
+class LowRankConfig(tunerkit.AdapterConfig):
+    """A rank, so that two configs can give adapters of two shapes."""
+
+    rank: int = tunerkit.setting(2, ge=1, doc="Rows of a.")
+
+
+@attrs.frozen
+class ShiftConfig(tunerkit.AdapterConfig):
+    """Nothing beyond what every method has."""
+
+
+class LowRank(tunerkit.Adapter):
+    """Adds b a x; b starts at 0."""
+
+    def __init__(self, base: tunerkit.BaseLayer, rank: int) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(rank, base.in_features))
+        self.b = nn.Parameter(torch.zeros(base.out_features, rank))
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
+        return tunerkit.add_low_rank(base, x, y, q=self.a, p=self.b, scale=0.5)
+
+
+class Shift(tunerkit.Adapter):
+    """Adds a trained vector; it starts at 0."""
+
+    def __init__(self, base: tunerkit.BaseLayer) -> None:
+        super().__init__()
+        self.v = nn.Parameter(torch.zeros(base.out_features))
+
+    def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
+        return y + base.shape_bias(self.v).to(y.dtype)
+
+
+class LowRankPlugin:
+    """LoRA in a few lines."""
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [tunerkit.Method("toy-low-rank", config=LowRankConfig)]
+
+    @tunerkit.hookimpl
+    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer, config: LowRankConfig) -> LowRank:
+        return LowRank(base, config.rank)
+
+    @tunerkit.hookimpl
+    def tunerkit_delta(self, adapter: LowRank, base: tunerkit.BaseLayer) -> tunerkit.Delta:
+        return tunerkit.Delta(weight=tunerkit.low_rank_delta(base, q=adapter.a, p=adapter.b, scale=0.5))
+
+
+class ShiftPlugin:
+    """An adapter without a weight delta; the second method is the same, but useless without steps."""
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [
+            tunerkit.Method("toy-shift", config=ShiftConfig),
+            tunerkit.Method("toy-stepper", config=ShiftConfig, needs_steps=True),
+        ]
+
+    @tunerkit.hookimpl
+    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Shift:
+        return Shift(base)
+
+    @tunerkit.hookimpl
+    def tunerkit_delta(self, adapter: Shift) -> tunerkit.Delta:
+        return tunerkit.Delta(bias=adapter.v)
+
+    @tunerkit.hookimpl
+    def tunerkit_state(self, tuner: tunerkit.Tuner) -> tunerkit.State:
+        return tunerkit.State(tensors={"seen": torch.tensor([tuner.steps])}, values={"steps": tuner.steps})
+
+    @tunerkit.hookimpl
+    def tunerkit_restore(self, tuner: tunerkit.Tuner, state: tunerkit.State) -> None:
+        tuner.state = (state.tensors["seen"], state.values["steps"])
+
+
+class Net(nn.Module):
+    """(N, 3, 5, 5) to (N, 3): a convolution, norms of three kinds, linear layers and a head."""
+
+    def __init__(self, *, batch_norm: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.batch_norm = nn.BatchNorm2d(4) if batch_norm else nn.Identity()
+        self.group_norm = nn.GroupNorm(2, 4)
+        self.layers = nn.ModuleList([nn.Linear(4, 8), nn.Linear(8, 8)])
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.group_norm(self.batch_norm(self.conv(x))).mean((2, 3))
+        for layer in self.layers:
+            h = torch.tanh(layer(h))
+        result: Tensor = self.head(self.norm(h))
+        return result
+
+
+# Everything that a config of core can ask for at once.
+FULL: Mapping[str, Any] = {"targets": ["conv", "layers.0", "layers.1"], "train_modules": ["head"], "bias": "all"}
+
+
+class Toys:
+    """What the fixture `toys` hands to a test."""
+
+    methods = ("toy-low-rank", "toy-shift")
+    full = FULL
+
+    def net(self, *, batch_norm: bool = False, seed: int = 0) -> nn.Module:
+        """The same small model at each call, every value random, in eval mode."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = Net(batch_norm=batch_norm)
+            for tensor in (*model.parameters(), *model.buffers()):
+                if tensor.is_floating_point():
+                    tensor.data.copy_(torch.rand_like(tensor) + 0.1)
+        return model.eval()
+
+    def x(self) -> Tensor:
+        """A batch for `net`."""
+        return torch.randn(6, 3, 5, 5, generator=torch.Generator().manual_seed(1))
+
+    def fill_(self, model: nn.Module, *, seed: int = 7) -> nn.Module:
+        """Stand in for training: move all that the adapters train, by random values."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if ".tunerkit." in name:
+                    parameter += 0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        return model
+
+    def trained(self, method: str = "toy-low-rank", *, batch_norm: bool = False, **config: object) -> nn.Module:
+        """`net` with an adapter that has been moved; without a config, with everything trained that can be."""
+        model = tunerkit.wrap(self.net(batch_norm=batch_norm), method, config or dict(FULL), seed=3)
+        return self.fill_(model)
+
+    def snapshot(self, model: nn.Module) -> dict[str, Any]:
+        """All of a model that wrapping could change: values, types, gradients asked for, hooks, attributes."""
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        return {
+            "values": {name: tensor.detach().clone() for name, tensor in tensors.items()},
+            "identity": {name: id(tensor) for name, tensor in tensors.items()},
+            "grad": {name: p.requires_grad for name, p in model.named_parameters()},
+            "types": {name: type(module) for name, module in model.named_modules()},
+            "keys": list(model.state_dict()),
+            "hooks": {name: (list(m._forward_hooks), list(m._forward_pre_hooks)) for name, m in model.named_modules()},
+            "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
+        }
+
+    def same(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+        """Whether two snapshots are of the same model in the same state, bit for bit."""
+        values = zip(one["values"].values(), other["values"].values(), strict=True)
+        rest = [{key: value for key, value in each.items() if key != "values"} for each in (one, other)]
+        return rest[0] == rest[1] and all(torch.equal(*pair) for pair in values)
+
+    def close(self, found: Tensor, expected: Tensor) -> bool:
+        """Equal within DESIGN's tolerance for two ways of computing one output."""
+        return bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
+
+    def copy(self, model: nn.Module) -> nn.Module:
+        return copy.deepcopy(model)
+
+
+@pytest.fixture(scope="module")
+def toys() -> Iterator[Toys]:
+    """The toy methods, registered in-process while the tests of one file run."""
+    plugins = (LowRankPlugin(), ShiftPlugin())
+    for plugin in plugins:
+        tunerkit.register(plugin)
+    yield Toys()
+    for plugin in plugins:
+        tunerkit.unregister(plugin)

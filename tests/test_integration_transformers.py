@@ -1,0 +1,249 @@
+"""Tests of attaching to a transformers Trainer: its loop drives, its global step is the clock."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import tunerkit
+from tunerkit import registry, steps
+
+pytest.importorskip("transformers", reason="the Trainer is transformers'")
+pytest.importorskip("accelerate", reason="the Trainer needs it")
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+
+@attrs.frozen
+class ToyConfig(tunerkit.AdapterConfig):
+    """What the toy method lets a user set."""
+
+    total_steps: int | None = tunerkit.setting(None, doc="Length of training.")
+
+
+class Shift(tunerkit.Adapter):
+    """``v`` (out,), added to the output."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.v = nn.Parameter(torch.zeros(features))
+
+    def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
+        return y + base.shape_bias(self.v).to(y.dtype)
+
+
+class Stepping:
+    """A method that needs steps; its state is the list of (hook, step) and the total it was given."""
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [tunerkit.Method("stepping", config=ToyConfig, needs_steps=True)]
+
+    @tunerkit.hookimpl
+    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Shift:
+        return Shift(base.out_features)
+
+    @tunerkit.hookimpl
+    def tunerkit_start(self, tuner: tunerkit.Tuner, total_steps: int | None) -> list[tuple[str, int, bool]]:
+        return []
+
+    @tunerkit.hookimpl
+    def tunerkit_before_step(self, tuner: tunerkit.Tuner, step: int) -> None:
+        note(tuner, "before", step)
+
+    @tunerkit.hookimpl
+    def tunerkit_after_step(self, tuner: tunerkit.Tuner, step: int) -> None:
+        note(tuner, "after", step)
+
+
+def note(tuner: tunerkit.Tuner, hook: str, step: int) -> None:
+    """Also whether gradients were there."""
+    assert isinstance(tuner.state, list)
+    tuner.state.append((hook, step, all(p.grad is not None and bool(p.grad.any()) for p in tuner.parameters())))
+
+
+@pytest.fixture(autouse=True)
+def _toy() -> Iterator[None]:
+    plugin = Stepping()
+    tunerkit.register(plugin)
+    yield
+    registry.unregister(plugin)
+
+
+class Net(nn.Module):
+    """A small regression model with the Trainer's calling convention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        found = self.second(torch.tanh(self.first(x)))[:, 0]
+        return {"loss": (found - labels).square().mean(), "logits": found}
+
+
+class Rows(Dataset[dict[str, Tensor]]):
+    """Sixteen rows."""
+
+    def __init__(self) -> None:
+        self.x = torch.linspace(-1, 1, 48).reshape(16, 3)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"x": self.x[index], "labels": torch.tensor(2.0)}
+
+
+def wrapped(**config: Any) -> nn.Module:
+    return tunerkit.wrap(Net(), "stepping", {"targets": ["first", "second"], **config})
+
+
+def trainer_of(model: nn.Module, folder: Path, **options: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 0.1, "use_cpu": True, "report_to": [],
+        "save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no",
+    }  # fmt: skip
+    arguments = TrainingArguments(output_dir=str(folder), **(defaults | options))
+    return Trainer(model=model, args=arguments, train_dataset=Rows())
+
+
+def per_step(count: int) -> list[tuple[str, int, bool]]:
+    return [(hook, step, True) for step in range(1, count + 1) for hook in ("before", "after")]
+
+
+@pytest.mark.parametrize(
+    ("options", "total"),
+    [
+        ({"max_steps": 6}, 6),
+        ({"max_steps": -1, "num_train_epochs": 2}, 8),
+        ({"max_steps": 5, "gradient_accumulation_steps": 3}, 5),
+        ({"max_steps": -1, "num_train_epochs": 3, "gradient_accumulation_steps": 2}, 6),
+        ({"max_steps": 4, "optim": "sgd"}, 4),
+        ({"max_steps": 4, "optim": "adamw_torch"}, 4),
+    ],
+)
+def test_one_line_trains_with_the_trainers_total_and_clock(options: dict[str, Any], total: int, tmp_path: Path) -> None:
+    """By steps or epochs, accumulating or not: the total is the trainer's, each hook fires once per global step."""
+    model = wrapped()
+    trainer = trainer_of(model, tmp_path, **options)
+    tunerkit.attach(model, trainer)
+    before = [p.detach().clone() for p in tunerkit.tuner(model).parameters()]
+    trainer.train()
+    tuner = tunerkit.tuner(model)
+    assert (tuner.total_steps, tuner.steps, trainer.state.global_step) == (total, total, total)
+    assert tuner.state == per_step(total)
+    assert not any(torch.equal(p, old) for p, old in zip(tuner.parameters(), before, strict=True))
+
+
+def test_the_tuners_steps_are_the_global_step(tmp_path: Path) -> None:
+    """Whenever a callback looks at the end of a step, both counts agree."""
+    model = wrapped()
+    trainer = trainer_of(model, tmp_path)
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append((state.global_step, tunerkit.tuner(model).steps))
+
+    trainer.add_callback(Watch())
+    tunerkit.attach(model, trainer)
+    trainer.train()
+    assert seen == [(step, step) for step in range(1, 7)]
+
+
+def test_a_total_that_agrees_is_accepted(tmp_path: Path) -> None:
+    """Saying it again, in the call and in the config, is no mistake."""
+    model = wrapped(total_steps=6)
+    trainer = trainer_of(model, tmp_path)
+    tunerkit.attach(model, trainer, total_steps=6)
+    trainer.train()
+    assert tunerkit.tuner(model).steps == 6
+
+
+@pytest.mark.parametrize("place", ["config", "call"])
+def test_a_disagreeing_total_is_refused_before_any_step(place: str, tmp_path: Path) -> None:
+    """Both numbers are named, nothing is trained, nothing stays attached."""
+    model = wrapped(total_steps=7 if place == "config" else None)
+    trainer = trainer_of(model, tmp_path)
+    tunerkit.attach(model, trainer, total_steps=7 if place == "call" else None)
+    with pytest.raises(tunerkit.StepError, match=r"total_steps=7.* 6 "):
+        trainer.train()
+    assert tunerkit.tuner(model).steps == 0
+    assert not steps.is_attached(tunerkit.tuner(model))
+
+
+def test_a_trainer_of_another_model_is_refused(tmp_path: Path) -> None:
+    """It would never step the adapter."""
+    trainer = trainer_of(wrapped(), tmp_path)
+    with pytest.raises(tunerkit.StepError, match="another model"):
+        tunerkit.attach(wrapped(), trainer)
+
+
+def test_attaching_twice_is_refused(tmp_path: Path) -> None:
+    """To the same trainer again, or to a trainer beside an optimizer, or to an optimizer beside a running trainer."""
+    model = wrapped()
+    trainer = trainer_of(model, tmp_path)
+    tunerkit.attach(model, trainer)
+    with pytest.raises(tunerkit.StepError, match="already"):
+        tunerkit.attach(model, trainer)
+    trainer.train()
+    assert tunerkit.tuner(model).state == per_step(6)
+    other = wrapped()
+    tunerkit.attach(other, torch.optim.SGD(tunerkit.tuner(other).parameters(), lr=0.1), total_steps=3)
+    with pytest.raises(tunerkit.StepError, match="already"):
+        tunerkit.attach(other, trainer_of(other, tmp_path))
+
+
+def test_the_end_of_training_detaches(tmp_path: Path) -> None:
+    """Afterwards the trainer's optimizer drives nothing, and the model can be attached to another."""
+    model = wrapped()
+    trainer = trainer_of(model, tmp_path)
+    tunerkit.attach(model, trainer)
+    trainer.train()
+    assert not steps.is_attached(tunerkit.tuner(model))
+    assert trainer.optimizer is not None
+    trainer.optimizer.step()
+    assert tunerkit.tuner(model).steps == 6
+    tunerkit.attach(model, torch.optim.SGD(tunerkit.tuner(model).parameters(), lr=0.1), total_steps=3)
+    assert tunerkit.tuner(model).steps == 0
+
+
+def test_a_second_train_begins_anew(tmp_path: Path) -> None:
+    """One attach holds for every call of train: state and count start again."""
+    model = wrapped()
+    trainer = trainer_of(model, tmp_path)
+    tunerkit.attach(model, trainer)
+    trainer.train()
+    first = tunerkit.tuner(model).state
+    trainer.train()
+    assert tunerkit.tuner(model).state is not first
+    assert tunerkit.tuner(model).state == per_step(6)
+    assert tunerkit.tuner(model).steps == 6
+
+
+def test_training_that_an_exception_ended_can_be_started_again(tmp_path: Path) -> None:
+    """The interrupted run left the adapter attached; the next one begins anew instead of refusing."""
+    model = wrapped()
+    trainer = trainer_of(model, tmp_path)
+
+    class Interrupt(TrainerCallback):
+        armed = True
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.armed and state.global_step == 2:
+                self.armed = False
+                raise KeyboardInterrupt
+
+    trainer.add_callback(Interrupt())
+    tunerkit.attach(model, trainer)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert tunerkit.tuner(model).steps == 2
+    trainer.train()
+    assert tunerkit.tuner(model).state == per_step(6)

@@ -1,0 +1,548 @@
+"""Tests of driving steps: when the hooks of a method fire, and which attachments are refused."""
+
+import copy
+import gc
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import tunerkit
+from tunerkit import registry, steps
+from tunerkit.tuner import tuners_of
+
+
+@attrs.frozen
+class ToyConfig(tunerkit.AdapterConfig):
+    """What the toy methods let a user set."""
+
+    total_steps: int | None = tunerkit.setting(None, doc="Length of training.")
+    refuses: bool = tunerkit.setting(False, doc="Whether starting is refused.")
+
+
+class Shift(tunerkit.Adapter):
+    """``v`` (out,), added to the output."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.v = nn.Parameter(torch.zeros(features))
+
+    def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
+        return y + base.shape_bias(self.v).to(y.dtype)
+
+
+class Stepping:
+    """A method that needs steps, and writes down every call: (hook, step, weights, gradients, grad_scale)."""
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [tunerkit.Method("stepping", config=ToyConfig, needs_steps=True)]
+
+    @tunerkit.hookimpl
+    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Shift:
+        return Shift(base.out_features)
+
+    @tunerkit.hookimpl
+    def tunerkit_delta(self, adapter: Shift) -> tunerkit.Delta:
+        return tunerkit.Delta(bias=adapter.v)
+
+    @tunerkit.hookimpl
+    def tunerkit_start(self, tuner: tunerkit.Tuner, total_steps: int | None) -> list[Any]:
+        if tuner.config.refuses:  # type: ignore[attr-defined]  # the toy's own setting
+            raise tunerkit.ConfigError(["no room @ $.refuses"])
+        return []
+
+    @tunerkit.hookimpl
+    def tunerkit_before_step(self, tuner: tunerkit.Tuner, step: int, grad_scale: Tensor | None) -> None:
+        note(tuner, "before", step, None if grad_scale is None else float(grad_scale))
+
+    @tunerkit.hookimpl
+    def tunerkit_after_step(self, tuner: tunerkit.Tuner, step: int) -> dict[str, int] | None:
+        note(tuner, "after", step, None)
+        return {"": step} if step % 3 == 0 else None
+
+
+class Plain:
+    """A method that needs no steps, as LoRA: it only builds."""
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [tunerkit.Method("plain", config=ToyConfig)]
+
+    @tunerkit.hookimpl
+    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Shift:
+        return Shift(base.out_features)
+
+
+def note(tuner: tunerkit.Tuner, hook: str, step: int, grad_scale: float | None) -> None:
+    (weight,) = tuner.parameters()
+    grad = None if weight.grad is None else weight.grad.clone()
+    assert isinstance(tuner.state, list)
+    tuner.state.append(
+        SimpleNamespace(hook=hook, step=step, weight=weight.detach().clone(), grad=grad, grad_scale=grad_scale)
+    )
+
+
+@pytest.fixture(autouse=True)
+def _toys() -> Iterator[None]:
+    plugins = (Stepping(), Plain())
+    for plugin in plugins:
+        tunerkit.register(plugin)
+    yield
+    for plugin in plugins:
+        registry.unregister(plugin)
+
+
+X = torch.linspace(-1, 1, 12).reshape(4, 3)
+# d loss / d v is (1, 1) whatever the weights.
+GRADIENT = torch.ones(2)
+
+
+def wrapped(
+    method: str = "stepping", adapter: str = "default", model: nn.Module | None = None, **config: Any
+) -> nn.Module:
+    if model is None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 2))
+    return tunerkit.wrap(model, method, {"targets": ["0"], **config}, adapter=adapter)
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def backward(model: nn.Module, factor: float = 1.0) -> Tensor:
+    loss: Tensor = model(X).sum(1).mean() * factor
+    loss.backward()
+    return loss
+
+
+def calls(model: nn.Module) -> list[SimpleNamespace]:
+    found = tunerkit.tuner(model).state
+    assert isinstance(found, list)
+    return found
+
+
+def names(model: nn.Module) -> list[tuple[str, int]]:
+    return [(call.hook, call.step) for call in calls(model)]
+
+
+def per_step(count: int) -> list[tuple[str, int]]:
+    return [(hook, step) for step in range(1, count + 1) for hook in ("before", "after")]
+
+
+def sgd(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(trained(model), lr=0.1, **options)
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "sgd": sgd,
+    "sgd fused": lambda model: sgd(model, fused=True),
+    "adamw loop": lambda model: torch.optim.AdamW(trained(model), lr=0.1, foreach=False),
+    "adamw foreach": lambda model: torch.optim.AdamW(trained(model), lr=0.1, foreach=True),
+    "adamw fused": lambda model: torch.optim.AdamW(trained(model), lr=0.1, fused=True),
+}
+each_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+AS_KEYWORD = pytest.mark.parametrize("as_keyword", [False, True], ids=["positional", "keyword"])
+
+
+def step_with(optimizer: torch.optim.Optimizer, closure: Callable[[], Any], as_keyword: bool) -> Any:
+    return optimizer.step(closure=closure) if as_keyword else optimizer.step(closure)
+
+
+@each_optimizer
+def test_hooks_fire_once_per_optimizer_step_however_many_micro_batches(
+    make: Callable[[nn.Module], torch.optim.Optimizer],
+) -> None:
+    """Three micro-batches, one step: before sees the summed gradient and old weights, after the new weights."""
+    model = wrapped()
+    optimizer = make(model)
+    tunerkit.attach(model, optimizer, total_steps=9)
+    for _ in range(4):
+        for _ in range(3):
+            backward(model)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert names(model) == per_step(4)
+    assert tunerkit.tuner(model).steps == 4
+    for before, after in zip(calls(model)[::2], calls(model)[1::2], strict=True):
+        torch.testing.assert_close(before.grad, 3 * GRADIENT)
+        assert torch.equal(after.grad, before.grad)
+        assert not torch.equal(after.weight, before.weight)
+        assert before.grad_scale is None
+
+
+@AS_KEYWORD
+@each_optimizer
+def test_with_a_closure_before_fires_when_the_closure_has_made_the_gradients(
+    make: Callable[[nn.Module], torch.optim.Optimizer], as_keyword: bool
+) -> None:
+    """However the closure is handed over, the gradients are complete in before, and its loss is returned."""
+    model = wrapped()
+    optimizer = make(model)
+    tunerkit.attach(model, optimizer, total_steps=9)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        return backward(model)
+
+    losses = [step_with(optimizer, closure, as_keyword) for _ in range(3)]
+    assert names(model) == per_step(3)
+    assert all(isinstance(loss, Tensor) for loss in losses)
+    for before in calls(model)[::2]:
+        torch.testing.assert_close(before.grad, GRADIENT)
+
+
+@AS_KEYWORD
+def test_lbfgs_calls_before_for_each_run_of_the_closure_and_after_once(as_keyword: bool) -> None:
+    """LBFGS evaluates several times in a step: each gradient gets its regulariser, the step is counted once."""
+    model = wrapped()
+    optimizer = torch.optim.LBFGS(trained(model), lr=0.1, max_iter=4)
+    tunerkit.attach(model, optimizer, total_steps=9)
+    runs = 0
+
+    def closure() -> float:
+        nonlocal runs
+        runs += 1
+        optimizer.zero_grad()
+        loss = (model(X) - 1).square().mean()
+        loss.backward()
+        return float(loss.detach())
+
+    step_with(optimizer, closure, as_keyword)
+    assert runs > 1
+    assert names(model) == [("before", 1)] * runs + [("after", 1)]
+    step_with(optimizer, closure, as_keyword)
+    assert names(model)[-1] == ("after", 2)
+
+
+def test_a_closure_of_none_is_no_closure() -> None:
+    """``step(None)`` and ``step(closure=None)`` are plain steps."""
+    model = wrapped()
+    optimizer = sgd(model)
+    tunerkit.attach(model, optimizer, total_steps=9)
+    backward(model)
+    optimizer.step(None)
+    optimizer.step(closure=None)
+    assert names(model) == per_step(2)
+
+
+def test_accelerates_wrapped_optimizer_counts_synchronised_steps_only() -> None:
+    """Under accelerate's accumulation the wrapper is stepped per micro-batch; the real one, and so we, are not."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = wrapped()
+    model, optimizer = accelerator.prepare(model, sgd(model))
+    assert type(optimizer).__name__ == "AcceleratedOptimizer"
+    tunerkit.attach(model, optimizer, total_steps=9)
+    for _ in range(6):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(X).sum(1).mean())
+            optimizer.step()
+            optimizer.zero_grad()
+    assert names(model) == per_step(3)
+
+
+@pytest.mark.parametrize("unscales", [False, True], ids=["unscaled by step", "unscaled by the user"])
+@each_optimizer
+def test_a_step_that_the_grad_scaler_skips_is_not_counted(
+    make: Callable[[nn.Module], torch.optim.Optimizer], unscales: bool
+) -> None:
+    """Step 2 overflows at 2**16: after is not called for it, and the next step has its number."""
+    model = wrapped()
+    optimizer = make(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    tunerkit.attach(model, optimizer, total_steps=9)
+    fused = optimizer.param_groups[0]["fused"]
+    for factor in (1.0, 1e38, 1.0):
+        scaler.scale(model(X).sum(1).mean() * factor).backward()  # type: ignore[no-untyped-call]
+        if unscales:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert [call.step for call in calls(model) if call.hook == "after"] == [1, 2]
+    assert tunerkit.tuner(model).steps == 2
+    for call in calls(model):
+        if call.hook == "after":
+            torch.testing.assert_close(call.grad, GRADIENT)
+    # Only a fused optimizer, left to unscale by itself, is stepped with scaled gradients.
+    befores = [call for call in calls(model) if call.hook == "before"]
+    assert len(befores) == (3 if fused else 2)
+    scales = [2.0**16, 2.0**16, 2.0**15] if fused and not unscales else [None] * len(befores)
+    assert [call.grad_scale for call in befores] == scales
+    torch.testing.assert_close(befores[0].grad, GRADIENT * (scales[0] or 1.0))
+
+
+def test_a_clock_of_its_own_numbers_the_steps() -> None:
+    """A trainer's global step counts skipped steps too: the method sees its numbers, and the tuner takes them over."""
+    model = wrapped()
+    optimizer = sgd(model)
+    numbers = iter([1, 1, 4, 4])
+    steps.drive([tunerkit.tuner(model)], optimizer, total_steps=9, clock=lambda: next(numbers))
+    for expected in (1, 4):
+        backward(model)
+        # before, then after: each asks the clock once.
+        optimizer.step()
+        assert tunerkit.tuner(model).steps == expected
+    assert names(model) == [("before", 1), ("after", 1), ("before", 4), ("after", 4)]
+
+
+def test_ranks_that_after_step_returns_become_history() -> None:
+    """An allocation is noted with its step; a step without one leaves no trace."""
+    model = wrapped()
+    optimizer = sgd(model)
+    tunerkit.attach(model, optimizer, total_steps=9)
+    for _ in range(7):
+        backward(model)
+        optimizer.step()
+    assert [(change.step, change.ranks) for change in tunerkit.tuner(model).history] == [(3, {"": 3}), (6, {"": 6})]
+
+
+@given(micro=st.lists(st.integers(1, 3), min_size=1, max_size=6), name=st.sampled_from(sorted(OPTIMIZERS)))
+@settings(max_examples=30, deadline=None)
+def test_steps_count_optimizer_steps_for_any_accumulation(micro: list[int], name: str) -> None:
+    """For any number of micro-batches in each step: hooks and count go by optimizer steps."""
+    model = wrapped()
+    optimizer = OPTIMIZERS[name](model)
+    tunerkit.attach(model, optimizer, total_steps=9)
+    for count in micro:
+        for _ in range(count):
+            backward(model)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert names(model) == per_step(len(micro))
+    for before, count in zip(calls(model)[::2], micro, strict=True):
+        torch.testing.assert_close(before.grad, count * GRADIENT)
+
+
+def refusal(model: nn.Module, *args: Any, **kwargs: Any) -> str:
+    """The words of a refused attachment, after which the model is as unattached as before."""
+    before = {name: (t.state, t.steps, t.total_steps, steps.is_attached(t)) for name, t in tuners(model).items()}
+    with pytest.raises(tunerkit.StepError) as caught:
+        tunerkit.attach(model, *args, **kwargs)
+    assert {n: (t.state, t.steps, t.total_steps, steps.is_attached(t)) for n, t in tuners(model).items()} == before
+    return str(caught.value)
+
+
+def tuners(model: nn.Module) -> dict[str, tunerkit.Tuner]:
+    return tuners_of(model)
+
+
+def test_unknown_total_steps_are_refused() -> None:
+    """A method that needs steps says where the total can be given."""
+    model = wrapped()
+    words = refusal(model, sgd(model))
+    assert "total_steps=... to tunerkit.attach" in words
+    assert "config" in words
+
+
+def test_disagreeing_total_steps_are_refused_with_both_numbers() -> None:
+    """The config and the call must not say different things; saying the same is fine."""
+    model = wrapped(total_steps=10)
+    words = refusal(model, sgd(model), total_steps=11)
+    assert "total_steps=10" in words
+    assert "11" in words
+    tunerkit.attach(model, sgd(model), total_steps=10)
+    assert tunerkit.tuner(model).total_steps == 10
+
+
+def test_the_configs_total_steps_are_enough() -> None:
+    """Without a total in the call, the config's holds."""
+    model = wrapped(total_steps=10)
+    tunerkit.attach(model, sgd(model))
+    assert tunerkit.tuner(model).total_steps == 10
+
+
+@pytest.mark.parametrize("total", [0, -1, 2.5, True, "10"])
+@pytest.mark.parametrize("method", ["stepping", "plain"])
+def test_a_total_that_is_no_number_of_steps_is_refused(total: object, method: str) -> None:
+    """At least 1, and an int: whatever the method needs."""
+    model = wrapped(method)
+    assert repr(total) in refusal(model, sgd(model), total_steps=total)
+
+
+@pytest.mark.parametrize("method", ["stepping", "plain"])
+def test_an_optimizer_without_the_adapters_parameters_is_refused(method: str) -> None:
+    """It would never move them; the words say how to build the right one."""
+    model = wrapped(method)
+    other = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
+    assert "requires_grad" in refusal(model, other, total_steps=5)
+
+
+def test_attaching_twice_is_refused() -> None:
+    """One optimizer drives an adapter: the same again, or another one, is a mistake; the first goes on."""
+    model = wrapped()
+    optimizer = sgd(model)
+    tunerkit.attach(model, optimizer, total_steps=5)
+    for again in (optimizer, sgd(model)):
+        assert "attached already" in refusal(model, again, total_steps=5)
+    backward(model)
+    optimizer.step()
+    assert names(model) == per_step(1)
+
+
+@pytest.mark.parametrize("thing", [None, "adamw", nn.Linear(1, 1), torch.optim.SGD])
+def test_what_is_no_optimizer_is_refused_by_its_type(thing: object) -> None:
+    """The words name what was got."""
+    model = wrapped()
+    assert type(thing).__name__ in refusal(model, thing, total_steps=5)
+
+
+def test_a_model_without_an_adapter_cannot_be_attached() -> None:
+    """There is nothing to drive."""
+    model = nn.Linear(2, 2)
+    with pytest.raises(tunerkit.AdapterError, match=r"tunerkit\.wrap"):
+        tunerkit.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=5)
+
+
+def test_stepping_while_merged_raises_and_moves_nothing() -> None:
+    """A merged model would train for nothing; after unmerge training goes on."""
+    model = wrapped()
+    optimizer = sgd(model)
+    tunerkit.attach(model, optimizer, total_steps=5)
+    backward(model)
+    before = [p.detach().clone() for p in trained(model)]
+    tunerkit.merge(model)
+    with pytest.raises(tunerkit.StepError, match=r"tunerkit\.unmerge"):
+        optimizer.step()
+    with pytest.raises(tunerkit.StepError, match="merged"):
+        optimizer.step(lambda: 0.0)
+    assert all(torch.equal(p, old) for p, old in zip(trained(model), before, strict=True))
+    assert names(model) == []
+    tunerkit.unmerge(model)
+    optimizer.step()
+    assert names(model) == per_step(1)
+
+
+def test_steps_past_the_total_are_told_once() -> None:
+    """Step 3 of 2 warns, step 4 doesn't again, and both reach the method."""
+    model = wrapped()
+    optimizer = sgd(model)
+    tunerkit.attach(model, optimizer, total_steps=2)
+    backward(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+        optimizer.step()
+    with pytest.warns(tunerkit.TunerkitWarning, match="total_steps=2"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    assert names(model) == per_step(4)
+
+
+def test_a_method_that_needs_no_steps_attaches_as_a_no_op() -> None:
+    """Attaching is legal, without a total too: training is bit for bit what it is without, and steps are counted."""
+    weights = []
+    for attached in (False, True):
+        model = wrapped("plain")
+        optimizer = sgd(model, momentum=0.9)
+        if attached:
+            tunerkit.attach(model, optimizer)
+        for _ in range(5):
+            optimizer.zero_grad()
+            backward(model)
+            optimizer.step()
+        weights.append(trained(model)[0].detach())
+        assert tunerkit.tuner(model).steps == (5 if attached else 0)
+    assert torch.equal(*weights)
+    assert weights[0].abs().min() > 0
+
+
+def test_one_call_attaches_all_adapters_and_a_name_only_one() -> None:
+    """Each adapter has its own count."""
+    model = wrapped("plain", "other", wrapped())
+    optimizer = sgd(model)
+    tunerkit.attach(model, optimizer, total_steps=5, adapter="other")
+    assert [steps.is_attached(tuner) for tuner in tuners(model).values()] == [False, True]
+    tunerkit.attach(model, optimizer, total_steps=5, adapter="default")
+    both = wrapped("plain", "other", wrapped())
+    optimizer = sgd(both)
+    tunerkit.attach(both, optimizer, total_steps=5)
+    backward(both)
+    optimizer.step()
+    assert [tuner.steps for tuner in tuners(both).values()] == [1, 1]
+
+
+@pytest.mark.parametrize("reason", ["attached", "missing", "total", "start"])
+def test_attach_changes_nothing_when_one_of_several_adapters_is_refused(reason: str) -> None:
+    """Whatever is wrong with the second, the first is not attached either, and the optimizer has no hook."""
+    settings_of: dict[str, dict[str, Any]] = {"total": {"total_steps": 7}, "start": {"refuses": True}}
+    second = settings_of.get(reason, {})
+    model = wrapped("stepping", "second", wrapped(), **second)
+    first, other = tuners(model).values()
+    optimizer = torch.optim.SGD([*first.parameters(), *(() if reason == "missing" else other.parameters())], lr=0.1)
+    if reason == "attached":
+        tunerkit.attach(model, sgd(model), total_steps=5, adapter="second")
+    with pytest.raises((tunerkit.StepError, tunerkit.ConfigError)):
+        tunerkit.attach(model, optimizer, total_steps=5)
+    assert not steps.is_attached(first)
+    assert (first.state, first.total_steps) == (None, None)
+    for parameter in trained(model):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert (first.steps, other.steps) == (0, 0)
+
+
+def test_a_frozen_adapter_is_left_alone_and_refused_by_name() -> None:
+    """One that is loaded only to be used beside a trained one must not be driven."""
+    model = wrapped("stepping", "second", wrapped())
+    frozen, training = tuners(model).values()
+    for parameter in frozen.parameters():
+        parameter.requires_grad_(False)
+    optimizer = sgd(model)
+    tunerkit.attach(model, optimizer, total_steps=5)
+    assert [steps.is_attached(tuner) for tuner in (frozen, training)] == [False, True]
+    assert "trainable=True" in refusal(model, optimizer, total_steps=5, adapter="default")
+
+
+def test_unwrap_detaches() -> None:
+    """The optimizer that drove an unwrapped model steps on without a hook."""
+    model = wrapped()
+    optimizer = sgd(model)
+    tunerkit.attach(model, optimizer, total_steps=5)
+    tuner, noted = tunerkit.tuner(model), calls(model)
+    backward(model)
+    tunerkit.unwrap(model)
+    optimizer.step()
+    assert noted == []
+    assert tuner.steps == 0
+    assert not steps.is_attached(tuner)
+
+
+def test_a_deep_copy_is_not_driven_by_the_originals_optimizer() -> None:
+    """The copy has a count of its own and can be attached to an optimizer of its own."""
+    model = wrapped()
+    optimizer = sgd(model)
+    tunerkit.attach(model, optimizer, total_steps=5)
+    twin = copy.deepcopy(model)
+    backward(model)
+    optimizer.step()
+    assert (tunerkit.tuner(model).steps, tunerkit.tuner(twin).steps) == (1, 0)
+    own = sgd(twin)
+    tunerkit.attach(twin, own, total_steps=5)
+    backward(twin)
+    own.step()
+    own.step()
+    assert (tunerkit.tuner(model).steps, tunerkit.tuner(twin).steps) == (1, 2)
+
+
+def test_an_attached_model_is_freed_with_its_optimizer() -> None:
+    """Nothing global keeps a model alive: a search over many runs must not fill the memory."""
+    model = wrapped()
+    optimizer = sgd(model)
+    tunerkit.attach(model, optimizer, total_steps=5)
+    left = weakref.ref(model)
+    del model, optimizer
+    gc.collect()
+    assert left() is None
