@@ -1,11 +1,8 @@
 """The registry: which methods are installed, and the one way to call the plugin that owns a method."""
 
-import os
-import re
 import threading
 from collections.abc import Iterable, Iterator
 from importlib import metadata
-from inspect import getattr_static, isclass, isfunction
 from typing import Any
 from warnings import warn
 
@@ -14,44 +11,12 @@ import pluggy
 
 from tunerkit import hookspecs
 from tunerkit._markers import PROJECT
-from tunerkit.configs import AdapterConfig
+from tunerkit.admission import Plugin, admit, find_hook, heard_by
+from tunerkit.discovery import VARIABLE, Failure, Source, canonical, discover, error_text, import_plugin, read_limit
 from tunerkit.errors import PluginError, TunerkitWarning, UnknownMethodError, closest
 from tunerkit.records import Method, MethodInfo
 
-GROUP = "tunerkit"
-VARIABLE = "TUNERKIT_PLUGINS"
 IN_PROCESS = "in-process"
-_PREFIX = f"{PROJECT}_"
-
-
-@attrs.frozen(eq=False)
-class _Source:
-    """Where a plugin comes from: the entry point's name, the distribution's canonical name, its version."""
-
-    entry: str
-    distribution: str
-    version: str
-    point: metadata.EntryPoint | None = None
-
-    def info(self, error: str | None = None) -> MethodInfo:
-        return MethodInfo(self.distribution, self.version, error)
-
-
-@attrs.frozen(eq=False)
-class _Plugin:
-    """A plugin that is registered with pluggy, and the methods it yields."""
-
-    plugin: object
-    source: _Source
-    methods: tuple[Method, ...]
-
-
-@attrs.frozen(eq=False)
-class _Failure:
-    """A plugin, or one method of it, that is not on offer."""
-
-    name: str
-    info: MethodInfo
 
 
 @attrs.frozen(eq=False)
@@ -60,9 +25,9 @@ class _Catalog:
 
     manager: pluggy.PluginManager
     limit: frozenset[str] | None
-    plugins: list[_Plugin] = attrs.field(factory=list)
-    owners: dict[str, _Plugin] = attrs.field(factory=dict)
-    failures: list[_Failure] = attrs.field(factory=list)
+    plugins: list[Plugin] = attrs.field(factory=list)
+    owners: dict[str, Plugin] = attrs.field(factory=dict)
+    failures: list[Failure] = attrs.field(factory=list)
 
 
 class Registry:
@@ -103,7 +68,7 @@ class Registry:
         with self._lock:
             catalog = self._loaded()
             owner = catalog.owners.get(method_name)
-            implementations = _hook(catalog.manager, hook_name).get_hookimpls()
+            implementations = find_hook(catalog.manager, hook_name).get_hookimpls()
         return owner is not None and any(found.plugin is owner.plugin for found in implementations)
 
     # Any: a hook's result has the type its spec says, which a name known only at run time cannot carry.
@@ -118,7 +83,7 @@ class Registry:
             if owner is None:
                 why = _missing(catalog, method_name)
                 raise PluginError(f"{hook_name} needs the plugin of method {method_name!r}: {why}")
-            caller = _alone(catalog.manager, hook_name, owner.plugin)
+            caller = heard_by(catalog.manager, hook_name, owner.plugin)
         return caller(**arguments)
 
     def call_all(self, hook_name: str, /, **arguments: object) -> list[Any]:
@@ -128,7 +93,7 @@ class Registry:
         """
         with self._lock:
             catalog = self._loaded()
-            asked = [(found, _alone(catalog.manager, hook_name, found.plugin)) for found in catalog.plugins]
+            asked = [(found, heard_by(catalog.manager, hook_name, found.plugin)) for found in catalog.plugins]
         results = []
         for found, caller in asked:
             try:
@@ -136,7 +101,7 @@ class Registry:
             except Exception as error:
                 source = found.source
                 text = f"{hook_name} of plugin {source.entry!r} ({source.distribution}) failed and was left out"
-                warn(f"{text}: {_text(error)}", TunerkitWarning, stacklevel=2)
+                warn(f"{text}: {error_text(error)}", TunerkitWarning, stacklevel=2)
         return results
 
     def register(self, plugin: object) -> None:
@@ -146,8 +111,8 @@ class Registry:
         """
         with self._lock:
             catalog = self._loaded()
-            source = _Source(getattr(plugin, "__name__", type(plugin).__name__), IN_PROCESS, "")
-            admitted = _admit(catalog.manager, plugin, source)
+            source = Source(getattr(plugin, "__name__", type(plugin).__name__), IN_PROCESS, "")
+            admitted = admit(catalog.manager, plugin, source)
             for method in admitted.methods:
                 if method.name in catalog.owners:
                     catalog.manager.unregister(plugin)
@@ -173,7 +138,7 @@ class Registry:
         with self._lock:
             self._catalog = None
 
-    def _owner(self, name: str) -> _Plugin:
+    def _owner(self, name: str) -> Plugin:
         with self._lock:
             catalog = self._loaded()
             if name not in catalog.owners:
@@ -196,164 +161,30 @@ class Registry:
 
 def _load(distributions: Iterable[metadata.Distribution] | None) -> _Catalog:
     """Load every plugin on its own, then settle which of two plugins keeps a method."""
-    sources, failures = _discover(metadata.distributions() if distributions is None else distributions)
-    limit = _limit(sources)
+    sources, failures = discover(metadata.distributions() if distributions is None else distributions)
+    limit = read_limit(sources)
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(hookspecs)
     catalog = _Catalog(manager, limit, failures=failures if limit is None else [])
     for source in sources:
         if limit is None or source.entry in limit:
             try:
-                catalog.plugins.append(_admit(manager, _import(source), source))
+                catalog.plugins.append(admit(manager, import_plugin(source), source))
             # SystemExit: a module that ends the process at import is as broken as one that raises.
             except (Exception, SystemExit) as error:
-                catalog.failures.append(_Failure(source.entry, source.info(_text(error))))
+                catalog.failures.append(Failure(source.entry, source.info(error_text(error))))
     _settle(catalog)
     return catalog
 
 
-def _discover(distributions: Iterable[metadata.Distribution]) -> tuple[list[_Source], list[_Failure]]:
-    """The entry points of the group, ordered by distribution, and the distributions that cannot be read.
-
-    Of two distributions of one name Python imports the one that comes first on the path; the other is hidden here too.
-    """
-    sources: dict[str, list[_Source]] = {}
-    failures = []
-    for distribution in distributions:
-        label = os.path.basename(str(getattr(distribution, "_path", distribution)))
-        try:
-            points = distribution.entry_points.select(group=GROUP)
-            if not points:
-                continue
-            label, version = _canonical(distribution.metadata["Name"]), distribution.metadata["Version"] or ""
-            sources.setdefault(label, [_Source(point.name, label, version, point) for point in points])
-        except Exception as error:
-            failures.append(_Failure(label, MethodInfo(label, "", f"its metadata cannot be read: {_text(error)}")))
-    return [source for _, found in sorted(sources.items()) for source in found], failures
-
-
-def _canonical(name: str) -> str:
-    """A distribution's name as the packaging rules compare it."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def _limit(sources: Iterable[_Source]) -> frozenset[str] | None:
-    """The entry points that the environment allows; None allows all."""
-    value = os.environ.get(VARIABLE)
-    if value is None:
-        return None
-    wanted = frozenset(filter(None, map(str.strip, value.split(","))))
-    installed = sorted({source.entry for source in sources})
-    problems = [f"no plugin named {name!r}{closest(name, installed)}" for name in sorted(wanted - set(installed))]
-    if problems:
-        listed = ", ".join(installed) or "none"
-        raise PluginError(
-            f"{VARIABLE}={value!r}: {'; '.join(problems)}\ninstalled: {listed} (an empty value loads none)"
-        )
-    return wanted
-
-
-def _import(source: _Source) -> object:
-    if source.point is None or not source.point.pattern.match(source.point.value):
-        raise PluginError(f"its entry point is no module: {getattr(source.point, 'value', None)!r}")
-    return source.point.load()
-
-
-def _admit(manager: pluggy.PluginManager, plugin: object, source: _Source) -> _Plugin:
-    """Check a plugin, register it and ask for its methods; raise `PluginError` and leave nothing if it is broken."""
-    names = _check_hooks(manager, plugin)
-    if manager.is_registered(plugin):
-        raise PluginError(f"the plugin is already registered, as {manager.get_name(plugin)!r}")
-    try:
-        # An object's id makes two in-process plugins of one class different.
-        manager.register(plugin, name=f"{source.distribution}:{source.entry}:{id(plugin)}")
-    except pluggy.PluginValidationError as error:
-        raise PluginError(f"it doesn't fit its hook: {_text(error)}") from error
-    try:
-        return _Plugin(plugin, source, _ask_methods(manager, plugin, builds="tunerkit_build_adapter" in names))
-    except BaseException:
-        manager.unregister(plugin)
-        raise
-
-
-def _check_hooks(manager: pluggy.PluginManager, plugin: object) -> set[str]:
-    """The hooks a plugin implements; `PluginError` if that is none, or if one is misspelt, unmarked or a wrapper."""
-    specs = set(vars(manager.hook))
-    names, problems = set(), []
-    try:
-        hash(plugin)
-    except TypeError:
-        raise PluginError(f"a plugin must be hashable, and {type(plugin).__name__} is not") from None
-    for attribute in dir(plugin):
-        options = manager.parse_hookimpl_opts(plugin, attribute)
-        if options is None:
-            if attribute in specs and isfunction(getattr_static(plugin, attribute)):
-                problems.append(f"{attribute} is not marked @tunerkit.hookimpl")
-            continue
-        name = options.get("specname") or attribute
-        names.add(name)
-        problems.extend(_hook_problems(plugin, attribute, name, specs, options=options))
-    if problems:
-        raise PluginError("; ".join(problems))
-    if not names:
-        raise PluginError(f"{plugin!r} is not a plugin: it implements no hook; mark its functions @tunerkit.hookimpl")
-    return names
-
-
-def _hook_problems(
-    plugin: object, attribute: str, name: str, specs: set[str], *, options: pluggy.HookimplOpts
-) -> Iterator[str]:
-    # An optional hook may be one of a newer tunerkit.
-    if name not in specs and not options.get("optionalhook"):
-        yield f"there is no hook {name!r}{closest(name, specs)}"
-    if options.get("wrapper") or options.get("hookwrapper"):
-        yield f"{attribute} is a hook wrapper, and plugins are called one by one: there is nothing to wrap"
-    if isclass(plugin) and isfunction(getattr_static(plugin, attribute)):
-        yield f"{attribute} is an instance's method: pass an instance, {plugin.__name__}()"
-
-
-def _ask_methods(manager: pluggy.PluginManager, plugin: object, *, builds: bool) -> tuple[Method, ...]:
-    answers = _alone(manager, "tunerkit_methods", plugin)()
-    methods: list[Method] = []
-    for answer in answers:
-        for method in answer:
-            _check_method(method, {known.name for known in methods})
-            methods.append(method)
-    if methods and not builds:
-        raise PluginError(f"it yields the method {methods[0].name!r} and has no tunerkit_build_adapter for it")
-    return tuple(methods)
-
-
-# Any: a plugin may yield whatever it likes, and a record holds whatever it was given.
-def _check_method(method: Any, known: set[str]) -> None:
-    if not isinstance(method, Method):
-        raise PluginError(f"tunerkit_methods yielded {method!r}; expected a tunerkit.records.Method")
-    if not re.fullmatch(r"[^\s,/()]+", str(method.name)):
-        raise PluginError(
-            f"a method is named {method.name!r}; expected a word without blanks, commas, slashes or brackets"
-        )
-    if not _is_config(method.config):
-        raise PluginError(
-            f"the config of method {method.name!r} is {method.config!r}; "
-            "expected an attrs class derived from tunerkit.AdapterConfig"
-        )
-    if method.name in known:
-        raise PluginError(f"tunerkit_methods yielded {method.name!r} twice")
-
-
-def _is_config(found: object) -> bool:
-    # attrs.has would take a class for one that merely derives from one: its own fields would be no settings.
-    return isclass(found) and issubclass(found, AdapterConfig) and "__attrs_attrs__" in vars(found)
-
-
 def _settle(catalog: _Catalog) -> None:
     """Give each method one owner: the distribution named after it, else the first by name. Plugins left without go."""
-    claims: dict[str, list[_Plugin]] = {}
+    claims: dict[str, list[Plugin]] = {}
     for found in catalog.plugins:
         for method in found.methods:
             claims.setdefault(method.name, []).append(found)
     for name, plugins in claims.items():
-        namesake = _canonical(f"tunerkit-{name}")
+        namesake = canonical(f"tunerkit-{name}")
         owner, *others = sorted(plugins, key=lambda found: found.source.distribution != namesake)
         catalog.owners[name] = owner
         for other in others:
@@ -361,30 +192,17 @@ def _settle(catalog: _Catalog) -> None:
             error = (
                 f"method {name!r} is also brought by {owner.source.distribution}, which keeps it; {loser}'s is left out"
             )
-            catalog.failures.append(_Failure(f"{name} ({loser})", other.source.info(error)))
+            catalog.failures.append(Failure(f"{name} ({loser})", other.source.info(error)))
     owning = {id(owner) for owner in catalog.owners.values()}
     for found in [found for found in catalog.plugins if found.methods and id(found) not in owning]:
         _drop(catalog, found)
 
 
-def _drop(catalog: _Catalog, found: _Plugin) -> None:
+def _drop(catalog: _Catalog, found: Plugin) -> None:
     catalog.manager.unregister(found.plugin)
     catalog.plugins.remove(found)
     for name in [name for name, owner in catalog.owners.items() if owner is found]:
         del catalog.owners[name]
-
-
-def _hook(manager: pluggy.PluginManager, name: str) -> pluggy.HookCaller:
-    found: pluggy.HookCaller | None = getattr(manager.hook, name, None)
-    if found is None:
-        raise PluginError(f"there is no hook {name!r}{closest(name, vars(manager.hook))}")
-    return found
-
-
-def _alone(manager: pluggy.PluginManager, name: str, plugin: object) -> pluggy.HookCaller:
-    """The hook as only ``plugin`` hears it."""
-    _hook(manager, name)
-    return manager.subset_hook_caller(name, [other for other in manager.get_plugins() if other is not plugin])
 
 
 def _answers(result: Any) -> list[Any]:
@@ -392,11 +210,11 @@ def _answers(result: Any) -> list[Any]:
     return [tuple(answer) if isinstance(answer, Iterator) else answer for answer in result]
 
 
-def _method(owner: _Plugin, name: str) -> Method:
+def _method(owner: Plugin, name: str) -> Method:
     return next(method for method in owner.methods if method.name == name)
 
 
-def _free_name(failure: _Failure, taken: Iterable[str]) -> str:
+def _free_name(failure: Failure, taken: Iterable[str]) -> str:
     """The failure's name, with its distribution and then a number behind it while that is taken."""
     name, number = failure.name, 1
     while name in taken:
@@ -415,12 +233,6 @@ def _missing(catalog: _Catalog, name: str) -> str:
     if catalog.limit is not None:
         parts.append(f"{VARIABLE} limits loading to: {', '.join(sorted(catalog.limit)) or 'none'}")
     return "\n".join(parts)
-
-
-def _text(error: BaseException) -> str:
-    """An exception in one line, its class first unless it is our own."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, PluginError) else f"{type(error).__name__}: {text}"
 
 
 _default = Registry()

@@ -162,7 +162,7 @@ def test_a_schedule_that_cannot_work_is_refused_in_words(change: dict[str, float
     with pytest.raises(ConfigError) as caught:
         plan(**(GOOD | change))  # type: ignore[arg-type]
     (problem,) = caught.value.problems
-    assert problem.startswith(path + ": ")
+    assert problem.endswith(" @ " + path)
     assert words in problem
 
 
@@ -170,7 +170,7 @@ def test_all_problems_are_named_at_once() -> None:
     """One call, one error, every problem; the budget's fields carry the names that the caller gave."""
     with pytest.raises(ConfigError) as caught:
         plan(total_steps=-1, t_init=1.5, t_final=-2, delta_t=-1, initial=3, target=4, target_field="budget")
-    paths = [problem.split(":")[0] for problem in caught.value.problems]
+    paths = [problem.rpartition(" @ ")[2] for problem in caught.value.problems]
     assert paths == ["$.total_steps", "$.delta_t", "$.t_init", "$.t_final", "$.budget"]
 
 

@@ -91,7 +91,7 @@ def plan(
         *_span_problems("t_final", t_final),
         *_budget_problems(initial, target, initial_field, target_field),
     ]
-    if not any(problem.startswith(("$.t_", "$.total_steps")) for problem in problems):
+    if not any(problem.endswith(("@ $.t_init", "@ $.t_final", "@ $.total_steps")) for problem in problems):
         problems += _room_problems(total_steps, t_init, t_final)
     if problems:
         raise ConfigError(problems)
@@ -113,25 +113,25 @@ def _steps(span: int | float, total_steps: int) -> int:
 
 
 def _size_problems(name: str, value: int, advice: str) -> list[str]:
-    return [] if value > 0 else [f"$.{name}: expected at least 1, got {value}; {advice}"]
+    return [] if value > 0 else [f"expected at least 1, got {value}; {advice} @ $.{name}"]
 
 
 def _span_problems(name: str, span: int | float) -> list[str]:
     if isinstance(span, int):
-        return [] if span >= 0 else [f"$.{name}: expected 0 or more steps, got {span}"]
+        return [] if span >= 0 else [f"expected 0 or more steps, got {span} @ $.{name}"]
     if 0 <= span < 1:
         return []
     advice = f"; write {int(span)} for steps" if math.isfinite(span) and span >= 1 else ""
-    return [f"$.{name}: a float is a share of training and must be at least 0 and below 1, got {span}{advice}"]
+    return [f"a float is a share of training and must be at least 0 and below 1, got {span}{advice} @ $.{name}"]
 
 
 def _budget_problems(initial: int, target: int, initial_field: str, target_field: str) -> list[str]:
     if target <= 0:
-        return [f"$.{target_field}: the target budget must be above 0, got {target}; to train nothing, wrap nothing"]
+        return [f"the target budget must be above 0, got {target}; to train nothing, wrap nothing @ $.{target_field}"]
     if target > initial:
         return [
-            f"$.{target_field}: the target budget {target} is above the initial budget {initial}, but a budget "
-            f"only falls; lower {target_field} or raise {initial_field}"
+            f"the target budget {target} is above the initial budget {initial}, but a budget "
+            f"only falls; lower {target_field} or raise {initial_field} @ $.{target_field}"
         ]
     return []
 
@@ -141,6 +141,6 @@ def _room_problems(total_steps: int, t_init: int | float, t_final: int | float) 
     if first + last < total_steps:
         return []
     return [
-        f"$.t_init: t_init ({first} steps) and t_final ({last} steps) leave no room for pruning in {total_steps} "
-        "steps; shorten one of them or train longer"
+        f"t_init ({first} steps) and t_final ({last} steps) leave no room for pruning in {total_steps} "
+        "steps; shorten one of them or train longer @ $.t_init"
     ]
