@@ -37,8 +37,10 @@ from typer.testing import CliRunner  # noqa: E402
 
 from tunerkit.cli import assets, job, outputs, settings  # noqa: E402
 from tunerkit.cli.app import app  # noqa: E402
+from tunerkit.cli.baseline import head_only  # noqa: E402
 from tunerkit.cli.batches import Encoded, shuffled_batches, sorted_batches  # noqa: E402
 from tunerkit.cli.data import DataError, Examples, class_names, class_numbers, read_examples, split  # noqa: E402
+from tunerkit.cli.task import Job  # noqa: E402
 from tunerkit.cli.training import Recipe, evaluate  # noqa: E402
 
 texts = st.text(st.characters(codec="utf-8"), max_size=30)
@@ -460,9 +462,20 @@ def accuracy_of(adapter: Path, tiny: Path, data: Path) -> float:
     """The same held-out rows, scored by a fresh base with the saved adapter."""
     from rich.console import Console
 
-    fresh = job.prepare(job.Job(out=adapter, model=str(tiny), data=data, max_length=8), Console(quiet=True))
+    fresh = job.prepare(Job(out=adapter, model=str(tiny), data=data, max_length=8), Console(quiet=True))
     model = tunerkit.load(fresh.classifier.model, adapter)
     return evaluate(model, fresh.held_out, batch_size=4, device=fresh.device).accuracy
+
+
+def test_what_a_run_is_measured_on_does_not_depend_on_how_it_trains(data: Path, tmp_path: Path) -> None:
+    """Seeds and epochs may differ between runs that are compared; their held-out rows may not."""
+    from rich.console import Console
+
+    recipes = [Recipe(), Recipe(seed=1), Recipe(epochs=9, batch_size=2, learning_rate=1.0)]
+    cuts = [job.read_data(Job(out=tmp_path, data=data, recipe=recipe), Console(quiet=True)) for recipe in recipes]
+    assert cuts[0] == cuts[1] == cuts[2]
+    chosen = Job(out=tmp_path, data=data, eval_data=data)
+    assert job.read_data(chosen, Console(quiet=True))[:2] == (read_examples(data), read_examples(data))
 
 
 def test_the_baseline_trains_the_head_alone_and_starts_anew_for_every_rate(
@@ -471,16 +484,16 @@ def test_the_baseline_trains_the_head_alone_and_starts_anew_for_every_rate(
     """After a run the whole model is bit for bit as before, so the next rate starts where this one did."""
     from rich.console import Console
 
-    task = job.prepare(job.Job(out=tmp_path, model=str(tiny), data=data, max_length=8), Console(quiet=True))
+    task = job.prepare(Job(out=tmp_path, model=str(tiny), data=data, max_length=8), Console(quiet=True))
     model = task.classifier.model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     recipe = Recipe(epochs=3, batch_size=4, learning_rate=0.1)
-    first = job.head_only(task, recipe, ["classifier"], Console(quiet=True))
+    first = head_only(task, recipe, ["classifier"], Console(quiet=True))
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {"classifier.weight", "classifier.bias"}
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     untrained = evaluate(model, task.held_out, batch_size=4, device=task.device)
     assert first.loss != untrained.loss
-    assert job.head_only(task, recipe, ["classifier"], Console(quiet=True)) == first
+    assert head_only(task, recipe, ["classifier"], Console(quiet=True)) == first
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def test_a_disagreeing_total_is_refused_before_any_step(place: str, tmp_path: Pa
     model = wrapped(total_steps=7 if place == "config" else None)
     trainer = trainer_of(model, tmp_path)
     tunerkit.attach(model, trainer, total_steps=7 if place == "call" else None)
-    with pytest.raises(tunerkit.StepError, match=r"total_steps=7.* 6 "):
+    with pytest.raises(tunerkit.StepError, match=r"total_steps=7.* 6\b"):
         trainer.train()
     assert tunerkit.tuner(model).steps == 0
     assert not steps.is_attached(tunerkit.tuner(model))

@@ -3,6 +3,7 @@
 from tunerkit import registry as _registry
 from tunerkit._markers import hookimpl
 from tunerkit.adapter import Adapter
+from tunerkit.attach import attach
 from tunerkit.base_layers import BaseLayer
 from tunerkit.configs import AdapterConfig, setting
 from tunerkit.errors import (
@@ -21,7 +22,6 @@ from tunerkit.files import load, load_state, save, save_state
 from tunerkit.lowrank import add_low_rank, low_rank_delta
 from tunerkit.merge import disabled, merge, unmerge
 from tunerkit.records import Delta, Method, MethodInfo, RankChange, State, Target
-from tunerkit.steps import attach
 from tunerkit.summary import Summary, trainable_parameters
 from tunerkit.tuner import Tuner, tuner
 from tunerkit.wrap import structure, unstructure, unwrap, wrap

@@ -184,6 +184,7 @@ def _tuner_from(header: Header, base: nn.Module, adapter: str, source: Path) -> 
         targets=tuple(by_path[path] for path in header.targets),
         copies=tuple(by_path[path] for path in header.copies),
         biases=tuple(by_path[path] for path in header.biases),
+        total_steps=header.total_steps,
         loaded=True,
     )
 

@@ -8,15 +8,14 @@ from weakref import WeakKeyDictionary
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from tunerkit import registry
 from tunerkit.errors import StepError, TunerkitWarning
 from tunerkit.merge import is_merged
-from tunerkit.tuner import Tuner, require_tuners
-from tunerkit.tuner import tuner as find_tuner
+from tunerkit.tuner import Tuner
 
 
 @attrs.define(eq=False)
@@ -36,38 +35,7 @@ class Driver:
 _handles: WeakKeyDictionary[Tuner, list[RemovableHandle]] = WeakKeyDictionary()
 
 
-def attach(
-    model: nn.Module, optimizer_or_trainer: object, *, total_steps: int | None = None, adapter: str | None = None
-) -> None:
-    """Connect the adapters of ``model`` that are trained (or the one named) with what trains them.
-
-    That is an optimizer or a Trainer; from here on every optimizer step drives the method. ``total_steps`` is the
-    length of training in optimizer steps; a Trainer knows its own. Legal for every method; one that needs no steps
-    only has them counted.
-
-    Raises `StepError`: total steps unknown, disagreeing with the config's, an optimizer that does not hold the
-    adapter's parameters, a frozen adapter, attached twice; and `ConfigError` if the schedule leaves no room. No
-    adapter is attached then.
-    """
-    tuners = _chosen(model, adapter)
-    trainer = _as_trainer(optimizer_or_trainer)
-    if trainer is not None:
-        from tunerkit.integrations import transformers as integration  # transformers is an optional dependency
-
-        integration.attach_trainer(tuners, trainer, total_steps)
-        return
-    drive(tuners, find_optimizer(optimizer_or_trainer), total_steps=total_steps)
-
-
-def _chosen(model: nn.Module, adapter: str | None) -> list[Tuner]:
-    """The adapter named, else all that are trained: a frozen one beside them must not be pruned."""
-    if adapter is not None:
-        return [find_tuner(model, adapter)]
-    tuners = list(require_tuners(model).values())
-    return [tuner for tuner in tuners if not _is_frozen(tuner)] or tuners
-
-
-def _is_frozen(tuner: Tuner) -> bool:
+def is_frozen(tuner: Tuner) -> bool:
     """Whether it has parameters and none is trained."""
     own = list(tuner.parameters())
     return bool(own) and not any(p.requires_grad for p in own)
@@ -91,7 +59,7 @@ def check_attachable(tuner: Tuner, optimizer: Optimizer) -> None:
         raise StepError(
             f"adapter {tuner.name!r} is attached already: one optimizer drives it; wrap again for a new run"
         )
-    if _is_frozen(tuner):
+    if is_frozen(tuner):
         raise StepError(f"adapter {tuner.name!r} is frozen; tunerkit.load(..., trainable=True) loads one to train on")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     own = list(tuner.parameters())
@@ -218,9 +186,3 @@ def _warn_past_total(driver: Driver) -> None:
             TunerkitWarning,
             stacklevel=2,
         )
-
-
-def _as_trainer(candidate: object) -> Any:
-    """``candidate`` if it is a transformers Trainer (TRL's are), without importing transformers for the question."""
-    names = {f"{cls.__module__}.{cls.__name__}" for cls in type(candidate).__mro__}
-    return candidate if "transformers.trainer.Trainer" in names else None

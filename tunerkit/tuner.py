@@ -8,9 +8,9 @@ from torch import nn
 from tunerkit import registry
 from tunerkit.adapter import Adapter
 from tunerkit.configs import AdapterConfig
-from tunerkit.errors import AdapterError, closest
+from tunerkit.errors import AdapterError, StepError, closest
 from tunerkit.records import RankChange, State, Target
-from tunerkit.slots import Slot, slots_of
+from tunerkit.slots import Slot, slots_of, walk
 
 _ATTRIBUTE = "_tunerkit"
 
@@ -74,7 +74,12 @@ class Tuner:
         return sum(self.ranks().values())
 
     def finish(self) -> None:
-        """Make the final allocation now, whatever the schedule says. Nothing happens for methods without one."""
+        """Make the final allocation now, whatever the schedule says. Nothing happens for methods without one.
+
+        Raises `StepError` while the model is merged: the masks would change under merged weights.
+        """
+        if any(slots.merged for _, _, slots in walk(self.model)):
+            raise StepError("the model is merged; call tunerkit.unmerge before finish()")
         self.record(registry.call("tunerkit_finish", self.method, tuner=self))
 
     def record(self, ranks: Mapping[str, int] | None) -> None:

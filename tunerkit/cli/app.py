@@ -12,6 +12,7 @@ from rich.table import Table
 
 import tunerkit
 from tunerkit.cli import job, settings
+from tunerkit.cli.task import Job
 from tunerkit.cli.training import Recipe
 from tunerkit.errors import TunerkitError
 
@@ -54,7 +55,7 @@ def train(
     with one_line_errors():
         if not 0 < lr < float("inf"):
             raise TunerkitError(f"--lr: expected a number above 0, got {lr}")
-        chosen = job.Job(
+        chosen = Job(
             out=out,
             method=method,
             settings=settings.read_settings(config) if config is not None else {},

@@ -91,8 +91,8 @@ def _read_csv(path: Path) -> Iterator[Row]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    # Only "\n" ends a record: JSON strings may hold the other line breaks that Python knows.
-    with path.open(encoding="utf-8", newline="\n") as file:
+    # Not splitlines: JSON strings may hold line breaks that only Unicode knows.
+    with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue

@@ -18,8 +18,8 @@ from tunerkit.cli.batches import Encoded, shuffled_batches, sorted_batches
 class Recipe:
     """How to train; ``warmup`` is the share of steps in which the learning rate rises, after it falls to 0."""
 
-    epochs: int = 2
-    learning_rate: float = 2e-3
+    epochs: int = 3
+    learning_rate: float = 1e-3
     batch_size: int = 32
     seed: int = 0
     warmup: float = 0.06

@@ -54,7 +54,7 @@ def train(model: nn.Module, case: Case, *, steps: int = STEPS, lr: float = 1e-2)
     losses = []
     for _ in range(steps):
         loss = case.loss(model)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))

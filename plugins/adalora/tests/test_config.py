@@ -146,7 +146,7 @@ def test_a_bound_for_no_target_is_refused_with_the_closest_name(field: str) -> N
         (
             {"target_rank": None, "init_rank": 3, "budget": 55, "budget_unit": "parameters"},
             10,
-            r"\$\.budget.* 55 is above the initial budget 54",
+            r"budget 55 is above the initial budget 54.*@ \$\.budget",
         ),
     ],
 )

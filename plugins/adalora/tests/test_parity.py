@@ -129,7 +129,7 @@ def test_weights_and_masks_are_peft_s_at_every_step(name: str, gamma: float) -> 
             adapter_dtype="float64",
             targets=tuple(_names(_model(name))),
             start="gaussian",
-        ),  # fmt: skip
+        ),
     )
     tuner = tunerkit.tuner(model)
     layers = {path: layer for path, layer in tuner.adapters().items() if isinstance(layer, SvdLayer)}

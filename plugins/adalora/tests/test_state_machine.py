@@ -111,7 +111,16 @@ class WrappedModel(RuleBasedStateMachine):
         tunerkit.unmerge(self.model)
         self.merged = False
 
-    @precondition(lambda self: self.attached)
+    @precondition(lambda self: self.attached and self.merged)
+    @rule()
+    def finish_while_merged(self) -> None:
+        try:
+            tunerkit.tuner(self.model).finish()
+        except tunerkit.StepError:
+            return
+        raise AssertionError("finish on a merged model must raise")
+
+    @precondition(lambda self: self.attached and not self.merged and tunerkit.tuner(self.model).steps > 0)
     @rule()
     def finish(self) -> None:
         tunerkit.tuner(self.model).finish()

@@ -91,13 +91,17 @@ class AdaLoraConfig(AdapterConfig):
                 f"target_rank {self.average_rank} is above init_rank {self.initial_rank}: the budget only falls; "
                 "raise init_rank @ $.target_rank"
             )
-        if isinstance(self.t_init, float) and isinstance(self.t_final, float) and self.t_init + self.t_final >= 1:
-            yield f"t_init {self.t_init} + t_final {self.t_final} leave no training to prune in; lower one @ $.t_init"
-        for field in ("t_init", "t_final"):
-            value = getattr(self, field)
-            if isinstance(value, float) and value >= 1:
-                yield f"expected steps (int) or a share of training (float below 1), got {value} @ $.{field}"
+        yield from self._span_problems()
         if isinstance(self.min_rank, int) and self.min_rank > self.initial_rank:
             yield f"min_rank {self.min_rank} is above init_rank {self.initial_rank} @ $.min_rank"
         if isinstance(self.min_rank, int) and isinstance(self.max_rank, int) and self.min_rank > self.max_rank:
             yield f"min_rank {self.min_rank} is above max_rank {self.max_rank} @ $.min_rank"
+
+    def _span_problems(self) -> Iterable[str]:
+        spans = {"t_init": self.t_init, "t_final": self.t_final}
+        wrong = [field for field, value in spans.items() if isinstance(value, float) and value >= 1]
+        for field in wrong:
+            yield f"expected steps (int) or a share of training (float below 1), got {spans[field]} @ $.{field}"
+        shares = [value for value in spans.values() if isinstance(value, float)]
+        if not wrong and sum(shares) >= 1:
+            yield f"t_init {self.t_init} + t_final {self.t_final} leave no training to prune in; lower one @ $.t_init"

@@ -84,6 +84,8 @@ def finish(tuner: Tuner) -> dict[str, int] | None:
     training = training_of(tuner)
     if training.final:
         return None
+    if tuner.steps == 0:
+        raise StepError("no step was taken yet, so every score is 0; call finish() after training")
     _tell_left_out(tuner, training)
     return _allocate(tuner, training, training.schedule.target, final=True)
 

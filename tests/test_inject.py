@@ -1,0 +1,133 @@
+"""Taking adapters out again leaves nothing: no child, no hook, no attribute, no parameter left frozen."""
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import tunerkit
+from tunerkit.errors import AdapterError
+from tunerkit.inject import is_adapter_path
+from tunerkit.tuner import tuners_of
+
+if TYPE_CHECKING:
+    from tests.conftest import Toys
+
+
+@given(
+    mask=st.integers(0, 2**14 - 1),
+    adapters=st.lists(st.sampled_from(["toy-low-rank", "toy-shift"]), min_size=1, max_size=3),
+)
+@settings(max_examples=20)
+def test_unwrapping_leaves_nothing_behind(toys: "Toys", mask: int, adapters: list[str]) -> None:
+    """Whatever was trainable before, and however many adapters went in: afterwards the model is as it was."""
+    model = toys.net()
+    for bit, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(bool(mask >> bit & 1))
+    before = toys.snapshot(model)
+    for number, method in enumerate(adapters):
+        config = {"targets": ["conv", "layers.0"], "bias": "all", **({} if number else {"train_modules": ["layers.1"]})}
+        if number:
+            config["bias"] = "adapters"
+        tunerkit.wrap(model, method, config, adapter=str(number))
+        assert not any(p.requires_grad for name, p in model.named_parameters() if ".tunerkit." not in name)
+    toys.fill_(model)
+    assert tunerkit.unwrap(model) is model
+    assert toys.same(toys.snapshot(model), before)
+    assert tuners_of(model) == {}
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_unwrap_gives_the_base_also_from_merged(toys: "Toys", merged: bool) -> None:
+    """A merge is undone first: every base tensor is the one it was, bit for bit."""
+    model = toys.net(batch_norm=True)
+    before = toys.snapshot(model)
+    with pytest.warns(tunerkit.TunerkitWarning):
+        tunerkit.wrap(model, "toy-low-rank", toys.full)
+    toys.fill_(model)
+    if merged:
+        tunerkit.merge(model)
+    assert toys.same(toys.snapshot(tunerkit.unwrap(model)), before)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_unwrap_may_keep_what_is_merged(toys: "Toys", merged: bool) -> None:
+    """With keep_merged the plain model computes what the wrapped one did, in the base's own keys and types."""
+    model, before = toys.trained(), toys.snapshot(toys.net())
+    output = model(toys.x())
+    if merged:
+        tunerkit.merge(model)
+    tunerkit.unwrap(model, keep_merged=True)
+    after = toys.snapshot(model)
+    assert toys.close(model(toys.x()), output)
+    assert {key: after[key] for key in ("keys", "types", "grad", "attributes")} == {
+        key: before[key] for key in ("keys", "types", "grad", "attributes")
+    }
+    assert tuners_of(model) == {}
+
+
+def test_unwrapping_a_plain_model_is_an_error(toys: "Toys") -> None:
+    """There is nothing to take out; the error says what to call first."""
+    with pytest.raises(AdapterError, match=r"Net has no adapter; call tunerkit\.wrap"):
+        tunerkit.unwrap(toys.net())
+
+
+def test_hooks_of_the_users_stay_and_run(toys: "Toys") -> None:
+    """A user's own forward hooks survive wrapping and unwrapping; ours goes."""
+    model = toys.net()
+    seen: list[int] = []
+    model.conv.register_forward_hook(lambda *_: seen.append(0))
+    tunerkit.wrap(model, "toy-shift", {"targets": ["conv"]})
+    model(toys.x())
+    assert len(model.conv._forward_hooks) == 2
+    tunerkit.unwrap(model)(toys.x())
+    assert len(model.conv._forward_hooks) == 1
+    assert seen == [0, 0]
+
+
+@pytest.mark.parametrize("second", [{"targets": ["head.0"]}, {"targets": ["conv"], "train_modules": ["head"]}])
+def test_what_is_trained_in_full_is_not_adapted_too(toys: "Toys", second: dict[str, Any]) -> None:
+    """A copy replaces its module's output, so no other adapter has a place at or under it."""
+    model = toys.trained()
+    before = toys.snapshot(model)
+    with pytest.raises(AdapterError, match=r"'default'.*head\.0|'head\.0'.*'default'"):
+        tunerkit.wrap(model, "toy-shift", second, adapter="second")
+    assert toys.same(toys.snapshot(model), before)
+
+
+def test_what_holds_an_adapter_is_not_trained_in_full(toys: "Toys") -> None:
+    """The copy would copy the adapter: the error says whose it is and where."""
+    block = nn.Module()
+    block.inner = nn.Linear(2, 2)
+    model = nn.Sequential(nn.Linear(2, 2), copy.deepcopy(block))
+    tunerkit.wrap(model, "toy-shift", {"targets": ["inner"]})
+    with pytest.raises(AdapterError, match=r"cannot train '1' in full: adapter 'default' is at '1\.inner'"):
+        tunerkit.wrap(model, "toy-shift", {"targets": ["0"], "train_modules": ["1"]}, adapter="second")
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter"),
+    [
+        ("layer.tunerkit.default.adapter.a", True),
+        ("tunerkit.default.adapter.a", True),
+        ("layer.tunerkit", False),
+        ("tunerkit_head.weight", False),
+        ("layer.weight", False),
+    ],
+)
+def test_adapter_paths_are_told_by_a_whole_part(name: str, adapter: bool) -> None:
+    """A parameter belongs to an adapter if it lies under a child called tunerkit, not if its name looks alike."""
+    assert is_adapter_path(name) is adapter
+
+
+def test_integers_in_a_copy_do_not_ask_for_gradients(toys: "Toys") -> None:
+    """Torch refuses gradients of integers; a quantised table in a trained module stays as it is."""
+    model = toys.net()
+    model.head[0].table = nn.Parameter(torch.arange(3), requires_grad=False)
+    tunerkit.wrap(model, "toy-shift", toys.full)
+    assert not model.get_parameter("head.0.tunerkit.default.copy.table").requires_grad
+    assert model.get_parameter("head.0.tunerkit.default.copy.weight").requires_grad

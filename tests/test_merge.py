@@ -1,0 +1,304 @@
+"""Merging, unmerging and disabling: outputs within the tolerance, bases bit for bit, refusals that change nothing."""
+
+import copy
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import pytest
+import torch
+from torch import nn
+
+import tunerkit
+from tunerkit.errors import AdapterError, PluginError, StepError
+from tunerkit.merge import is_merged
+
+if TYPE_CHECKING:
+    from tests.conftest import Toys
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*running statistics")
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "adapters": {"targets": ["conv", "layers.0", "layers.1"]},
+    "their biases": {"targets": ["conv", "layers.1"], "bias": "adapters"},
+    "all": {"targets": ["conv", "layers.0"], "train_modules": ["head", "batch_norm"], "bias": "all"},
+}
+
+
+def trained(toys: "Toys", method: str, config: str) -> Any:
+    return toys.trained(method, batch_norm=True, **CONFIGS[config])
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("method", ["toy-low-rank", "toy-shift"])
+def test_merging_keeps_the_output_and_unmerging_the_bits(toys: "Toys", method: str, config: str) -> None:
+    """Merged output is equal within the tolerance, without any adapter running; after unmerge all is as before."""
+    model = trained(toys, method, config)
+    before, output = toys.snapshot(model), model(toys.x())
+    assert not toys.close(output, toys.net(batch_norm=True)(toys.x()))
+    assert tunerkit.merge(model) is model
+    assert is_merged(model)
+    assert toys.close(model(toys.x()), output)
+    plain = toys.net(batch_norm=True)
+    plain.load_state_dict({name: t for name, t in model.state_dict().items() if ".tunerkit." not in name})
+    assert torch.equal(plain(toys.x()), model(toys.x()))
+    assert tunerkit.unmerge(model) is model
+    after = toys.snapshot(model)
+    del before["hooks"], after["hooks"], before["attributes"], after["attributes"]  # the detector's are gone by now
+    assert toys.same(after, before)
+    assert torch.equal(model(toys.x()), output)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_disabled_shows_the_base_bit_for_bit(toys: "Toys", config: str, merged: bool, training: bool) -> None:
+    """Inside the block the output is the base's, copies and biases included; nested too; afterwards the adapters'."""
+    model = trained(toys, "toy-low-rank", config).train(training)
+    base = toys.net(batch_norm=True).train(training)
+    state = copy.deepcopy(model.state_dict())
+    if merged:
+        tunerkit.merge(model)
+        state = copy.deepcopy(model.state_dict())
+    output = model(toys.x())
+    model.load_state_dict(state)  # training mode has moved batch norm's statistics
+    with tunerkit.disabled(model):
+        assert torch.equal(model(toys.x()), base(toys.x()))
+        with tunerkit.disabled(model):
+            assert all(torch.equal(model.get_parameter(name), parameter) for name, parameter in base.named_parameters())
+        assert all(torch.equal(model.get_parameter(name), parameter) for name, parameter in base.named_parameters())
+    model.load_state_dict(state)
+    assert torch.equal(model(toys.x()), output)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_exception_inside_disabled_brings_the_adapters_back(toys: "Toys", merged: bool) -> None:
+    """However the block is left, the adapters are on again."""
+    model = trained(toys, "toy-low-rank", "all")
+    if merged:
+        tunerkit.merge(model)
+    output = model(toys.x())
+    with pytest.raises(KeyboardInterrupt), tunerkit.disabled(model), tunerkit.disabled(model):
+        raise KeyboardInterrupt
+    assert torch.equal(model(toys.x()), output)
+
+
+def test_disabled_and_unmerged_go_by_adapter_free_models_in_words(toys: "Toys") -> None:
+    """A plain model has nothing to merge, unmerge or disable."""
+    for call in (tunerkit.merge, tunerkit.unmerge, lambda model: tunerkit.disabled(model).__enter__()):
+        with pytest.raises(AdapterError, match="has no adapter"):
+            call(toys.net())
+
+
+def test_merging_twice_and_unmerging_what_is_not_merged_are_errors(toys: "Toys") -> None:
+    """Each names the call that is due; the model stays as it is."""
+    model = trained(toys, "toy-low-rank", "all")
+    with pytest.raises(AdapterError, match="not merged"):
+        tunerkit.unmerge(model)
+    tunerkit.merge(model)
+    before = toys.snapshot(model)
+    with pytest.raises(AdapterError, match=r"merged already; call tunerkit\.unmerge"):
+        tunerkit.merge(model)
+    assert toys.same(toys.snapshot(model), before)
+
+
+def test_inside_disabled_nothing_is_merged_or_unmerged(toys: "Toys") -> None:
+    """The base stands in there: merging then would set the wrong tensors aside."""
+    model = trained(toys, "toy-low-rank", "all")
+    output = model(toys.x())
+    with tunerkit.disabled(model), pytest.raises(AdapterError, match="disabled"):
+        tunerkit.merge(model)
+    assert torch.equal(model(toys.x()), output)
+    tunerkit.merge(model)
+    with tunerkit.disabled(model), pytest.raises(AdapterError, match="disabled"):
+        tunerkit.unmerge(model)
+    assert torch.equal(tunerkit.unmerge(model)(toys.x()), output)
+
+
+def test_two_adapters_merge_together(toys: "Toys") -> None:
+    """Both deltas and both biases are in the merged weights, also where they meet at one layer."""
+    model = trained(toys, "toy-low-rank", "their biases")
+    tunerkit.wrap(model, "toy-low-rank", {"targets": ["layers.0", "layers.1"], "bias": "adapters"}, adapter="two")
+    tunerkit.wrap(model, "toy-shift", {"targets": ["layers.1"]}, adapter="three")
+    toys.fill_(model)
+    before, output = toys.snapshot(model), model(toys.x())
+    assert toys.close(tunerkit.merge(model)(toys.x()), output)
+    after = toys.snapshot(tunerkit.unmerge(model))
+    assert all(torch.equal(after["values"][name], value) for name, value in before["values"].items())
+
+
+def test_the_merge_is_counted_in_fp32_at_least(toys: "Toys") -> None:
+    """In a bf16 base the sum is rounded once: each merged weight is the one nearest to the exact sum."""
+    model = tunerkit.wrap(toys.net().bfloat16(), "toy-low-rank", {"targets": ["layers.1"]})
+    toys.fill_(model)
+    layer: Any = model.get_submodule("layers.1")
+    adapter: Any = tunerkit.tuner(model).adapters()["layers.1"]
+    exact = layer.weight.double() + 0.5 * adapter.b.double() @ adapter.a.double()
+    tunerkit.merge(model)
+    assert layer.weight.dtype == torch.bfloat16
+    step = exact.abs() * 2**-8  # half of bf16's spacing, at most
+    assert bool(((layer.weight.double() - exact).abs() <= step).all())
+
+
+def test_a_merged_model_follows_to(toys: "Toys") -> None:
+    """The originals move along: unmerged after model.to(dtype), the base is the base in that dtype."""
+    model = tunerkit.merge(trained(toys, "toy-low-rank", "all")).to(torch.bfloat16)
+    base = toys.net(batch_norm=True).to(torch.bfloat16)
+    with tunerkit.disabled(model):
+        assert torch.equal(model(toys.x().bfloat16()), base(toys.x().bfloat16()))
+    tunerkit.unwrap(model)
+    assert all(torch.equal(model.get_parameter(name), p) for name, p in base.named_parameters())
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_merged_model_unmerges_on_its_own(toys: "Toys", way: Any) -> None:
+    """The copy keeps its own originals."""
+    model = trained(toys, "toy-low-rank", "all")
+    output = model(toys.x())
+    tunerkit.merge(model)
+    twin = way(model)
+    assert torch.equal(tunerkit.unmerge(twin)(toys.x()), output)
+    assert is_merged(model)
+    assert not torch.equal(model.conv.weight, twin.conv.weight)
+
+
+def test_the_originals_are_in_no_state_dict(toys: "Toys") -> None:
+    """Merging changes no key: a checkpoint of a merged model is that of the model."""
+    model = trained(toys, "toy-low-rank", "all")
+    keys = list(model.state_dict())
+    assert list(tunerkit.merge(model).state_dict()) == keys
+
+
+def test_a_step_while_merged_is_refused(toys: "Toys") -> None:
+    """A step would train what forward does not use."""
+    model = trained(toys, "toy-low-rank", "all")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    tunerkit.attach(model, optimizer)
+    tunerkit.merge(model)
+    with pytest.raises(StepError, match="merged"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_permanent_merge_keeps_no_originals_and_says_so(toys: "Toys", tmp_path: Path, config: str) -> None:
+    """What needs the base is refused in words; save goes on, and its file loads on the base; unwrap keeps merged."""
+    model = trained(toys, "toy-low-rank", config)
+    output = model(toys.x())
+    unmerged_file = tunerkit.save(model, tmp_path / "before").read_bytes()
+    tunerkit.merge(model, permanent=True)
+    assert toys.close(model(toys.x()), output)
+    assert not [name for name, _ in model.named_buffers() if "tunerkit./" in name]
+    before = toys.snapshot(model)
+    for refused in (tunerkit.unmerge, tunerkit.unwrap, lambda model: tunerkit.disabled(model).__enter__()):
+        with pytest.raises(AdapterError, match="permanent=True, which kept no originals"):
+            refused(model)
+        assert toys.same(toys.snapshot(model), before)
+    with pytest.raises(AdapterError, match="merged"):
+        tunerkit.merge(model)
+    assert tunerkit.save(model, tmp_path / "after").read_bytes() == unmerged_file
+    loaded = tunerkit.load(toys.net(batch_norm=True), tmp_path / "after")
+    assert torch.equal(loaded(toys.x()), output)
+    assert toys.close(tunerkit.unwrap(model, keep_merged=True)(toys.x()), output)
+
+
+# Plugins that cannot say what they add
+
+
+def broken(delta: Any, *, unasked: bool = False) -> object:
+    """A method like toy-shift whose delta hook answers with ``delta(adapter, base)``, or is missing."""
+
+    @attrs.frozen
+    class Config(tunerkit.AdapterConfig):
+        """Nothing to set."""
+
+    class Adapter(tunerkit.Adapter):
+        def forward(self, base: tunerkit.BaseLayer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return y
+
+    class Plugin:
+        @tunerkit.hookimpl
+        def tunerkit_methods(self) -> list[tunerkit.Method]:
+            return [tunerkit.Method("toy-broken", config=Config)]
+
+        @tunerkit.hookimpl
+        def tunerkit_build_adapter(self) -> Adapter:
+            return Adapter()
+
+    class WithDelta(Plugin):
+        @tunerkit.hookimpl
+        def tunerkit_delta(self, adapter: Adapter, base: tunerkit.BaseLayer) -> Any:
+            return delta(adapter, base)
+
+    return Plugin() if unasked else WithDelta()
+
+
+def fail_at_the_second() -> Any:
+    calls: list[int] = []
+
+    def delta(adapter: Any, base: tunerkit.BaseLayer) -> tunerkit.Delta:
+        calls.append(0)
+        if len(calls) % 2 == 0:
+            raise ZeroDivisionError("the plugin's own")
+        return tunerkit.Delta(weight=torch.ones(base.out_features, base.in_features))
+
+    return delta
+
+
+@pytest.mark.parametrize(
+    ("plugin", "error", "words"),
+    [
+        (broken(None, unasked=True), AdapterError, "does not implement tunerkit_delta"),
+        (broken(fail_at_the_second()), ZeroDivisionError, "own"),
+        (broken(lambda adapter, base: None), PluginError, r"'toy-broken' \(in-process\) must return a tunerkit.Delta"),
+        (broken(lambda adapter, base: torch.ones(1)), PluginError, "got Tensor"),
+        (
+            broken(lambda adapter, base: tunerkit.Delta(weight=torch.ones(1, base.in_features))),
+            PluginError,
+            r"weight of shape \(1, 4\) for 'layers.0', expected \(8, 4\)",
+        ),
+        (broken(lambda adapter, base: tunerkit.Delta(bias=torch.ones(1))), PluginError, r"bias of shape \(1,\)"),
+    ],
+)
+def test_a_plugin_that_fails_to_merge_changes_nothing(
+    toys: "Toys", plugin: object, error: type[Exception], words: str
+) -> None:
+    """All deltas are asked for and checked before the first weight changes."""
+    tunerkit.register(plugin)
+    try:
+        model = tunerkit.wrap(toys.net(), "toy-broken")
+        before = toys.snapshot(model)
+        for permanent in (False, True):
+            with pytest.raises(error, match=words):
+                tunerkit.merge(model, permanent=permanent)
+            assert toys.same(toys.snapshot(model), before)
+            assert not is_merged(model)
+    finally:
+        tunerkit.unregister(plugin)
+
+
+def test_a_bias_where_there_is_none_cannot_be_merged(toys: "Toys") -> None:
+    """The base layer has no place for it: the error names the layer, and no weight has changed."""
+    model = toys.net()
+    model.layers[1] = nn.Linear(8, 8, bias=False)
+    tunerkit.wrap(model, "toy-shift", {"targets": ["layers.0", "layers.1"]})
+    toys.fill_(model)
+    before = toys.snapshot(model)
+    with pytest.raises(AdapterError, match=r"'layers\.1'.*the base layer has none"):
+        tunerkit.merge(model)
+    assert toys.same(toys.snapshot(model), before)
+
+
+def test_an_adapter_that_adds_nothing_is_merged_and_unmerged(toys: "Toys") -> None:
+    """An empty delta sets nothing aside, and is no permanent merge for that."""
+    plugin = broken(lambda adapter, base: tunerkit.Delta())
+    tunerkit.register(plugin)
+    try:
+        model = tunerkit.wrap(toys.net(), "toy-broken")
+        output = model(toys.x())
+        assert torch.equal(tunerkit.merge(model)(toys.x()), output)
+        with tunerkit.disabled(model):
+            assert torch.equal(model(toys.x()), output)
+        assert not is_merged(tunerkit.unmerge(model))
+    finally:
+        tunerkit.unregister(plugin)

@@ -1,0 +1,141 @@
+"""What lies beside a module: slots by any name, originals set aside, and biases in the shape of their module's."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from tunerkit import base_layers
+from tunerkit.slots import Slot, Slots, apply_slots, has_trainable_bias, slots_of, view_bias, walk
+
+# A module with a bias of its own, and an input for it.
+BIASED: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(3, 4), (2, 3)),
+    "linear on sequences": (lambda: nn.Linear(3, 4), (2, 5, 3)),
+    "conv1d": (lambda: nn.Conv1d(3, 4, 2), (2, 3, 5)),
+    "conv2d": (lambda: nn.Conv2d(3, 3, 2), (2, 3, 5, 4)),
+    "conv2d without batch": (lambda: nn.Conv2d(3, 3, 1), (3, 3, 3)),
+    "conv3d": (lambda: nn.Conv3d(3, 4, 2), (2, 3, 4, 4, 4)),
+    "layer norm": (lambda: nn.LayerNorm(4), (2, 4)),
+    "layer norm of two dimensions": (lambda: nn.LayerNorm((3, 4)), (2, 3, 4)),
+    "group norm": (lambda: nn.GroupNorm(2, 4), (2, 4, 4)),
+    "batch norm 1d": (lambda: nn.BatchNorm1d(4), (3, 4)),
+    "batch norm 1d on sequences": (lambda: nn.BatchNorm1d(4), (3, 4, 4)),
+    "batch norm 2d": (lambda: nn.BatchNorm2d(4), (4, 4, 4, 4)),
+    "instance norm 1d": (lambda: nn.InstanceNorm1d(3, affine=True), (2, 3, 4)),
+    "instance norm 1d without batch": (lambda: nn.InstanceNorm1d(3, affine=True), (3, 4)),
+    "instance norm 2d without batch": (lambda: nn.InstanceNorm2d(4, affine=True), (4, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_a_trained_bias_does_what_the_modules_own_would(name: str) -> None:
+    """The slot's output is that of the module with the trained bias in place of its own; untrained, bit for bit."""
+    make, shape = BIASED[name]
+    module, x = make().double(), torch.randn(shape).double()
+    base = base_layers.describe(module)
+    assert has_trainable_bias(module, base)
+    slot = Slot(bias=nn.Parameter(module.bias.detach().clone()))
+    y = module(x)
+    assert torch.equal(slot(module, base, (x,), {}, y), y)
+    assert slot.bias is not None
+    slot.bias.data += torch.arange(slot.bias.numel()).view_as(slot.bias)
+    replaced = copy.deepcopy(module)
+    replaced.bias.data.copy_(slot.bias)
+    assert torch.allclose(slot(module, base, (x,), {}, y), replaced(x))
+
+
+def test_a_bias_that_is_not_understood_is_not_trainable() -> None:
+    """No bias, another kind of module, or a norm with a forward of its own: the answer is no."""
+
+    class ChannelsFirst(nn.LayerNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.mT).mT
+
+    patched: Any = nn.LayerNorm(3)
+    patched.forward = lambda x: x
+    for module in (
+        nn.Linear(2, 2, bias=False),
+        nn.LayerNorm(2, bias=False),
+        nn.Bilinear(2, 2, 2),
+        ChannelsFirst(3),
+        patched,
+    ):
+        assert not has_trainable_bias(module, base_layers.describe(module))
+
+
+def test_view_bias_follows_the_base_layer_where_there_is_one() -> None:
+    """A base-layer kind knows its own shape better than the class of the module."""
+    conv = nn.Conv2d(1, 3, 1)
+    assert view_bias(conv, base_layers.describe(conv), torch.zeros(3), torch.zeros(3, 2, 2)).shape == (3, 1, 1)
+
+
+@given(names=st.lists(st.text(st.characters(exclude_characters="./"), min_size=1, max_size=8), unique=True, max_size=5))
+def test_slots_go_by_name_in_the_order_they_came(names: list[str]) -> None:
+    """put, get, drop and names agree with a plain dict, whatever the names."""
+    slots, model = Slots(None), {name: Slot() for name in names}
+    for name, slot in model.items():
+        slots.put(name, slot)
+    assert slots.names == slots.active == tuple(names)
+    for twin in (slots, copy.deepcopy(slots), pickle.loads(pickle.dumps(slots))):
+        assert twin.names == tuple(names)
+    for name, slot in model.items():
+        assert slots.get(name) is slot
+        slots.train().eval()
+        slots.drop(name)
+        assert slots.get(name) is None
+    assert slots.names == slots.active == ()
+
+
+def test_an_attribute_is_not_taken_for_a_slot() -> None:
+    """Looking up an adapter called "active" finds none while none was put there."""
+    assert all(Slots(None).get(name) is None for name in ("active", "base", "training", "forward"))
+
+
+def test_originals_follow_the_module_and_stay_out_of_its_state() -> None:
+    """What is set aside moves with .to(...), is in no state_dict, and is gone when forgotten."""
+    slots, weight = Slots(None), torch.rand(3)
+    slots.put("default", Slot())
+    slots.set_aside({"weight": weight, "0.bias": weight})
+    assert slots.originals == {"weight": weight, "0.bias": weight}
+    assert slots.state_dict() == {}
+    assert slots.original("weight", torch.zeros(3)) is not None
+    assert torch.equal(slots.original("weight", torch.zeros(3)), weight)
+    assert torch.equal(slots.original("other", torch.ones(3)), torch.ones(3))
+    assert slots.double().originals["weight"].dtype == torch.float64
+    slots.forget_originals()
+    assert slots.originals == {}
+    assert list(slots.buffers()) == []
+    assert slots._non_persistent_buffers_set == set()
+
+
+def test_the_input_is_found_whether_named_or_not() -> None:
+    """An adapter sees the base layer's input also where the caller passes it by keyword."""
+    module = nn.Linear(2, 2)
+    slots = Slots(base_layers.describe(module))
+    module.add_module("tunerkit", slots)
+
+    class Echo(nn.Module):
+        def forward(self, base: object, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x
+
+    slots.put("echo", Slot(adapter=Echo()))  # type: ignore[arg-type]
+    module.register_forward_hook(apply_slots, with_kwargs=True)
+    x = torch.rand(2, 2)
+    assert torch.equal(module(x), x)
+    assert torch.equal(module(input=x), x)
+
+
+def test_walk_finds_every_place_in_model_order() -> None:
+    """Only modules that hold slots are places; a foreign child of that name is not."""
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1)))
+    model[1].add_module("tunerkit", Slots(None))
+    model.get_submodule("2.0").add_module("tunerkit", Slots(None))
+    model[0].add_module("tunerkit", nn.Linear(1, 1))
+    assert [path for path, _, _ in walk(model)] == ["1", "2.0"]
+    assert slots_of(model[0]) is None

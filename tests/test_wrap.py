@@ -1,0 +1,634 @@
+"""Wrapping a model with toy methods: what changes, what does not, and what is refused with the model left as it was."""
+
+import copy
+import io
+import pickle
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import tunerkit
+from tunerkit.errors import AdapterError, ConfigError, PluginError, TargetError, TunerkitWarning, UnknownMethodError
+from tunerkit.wrap import all_kinds
+
+if TYPE_CHECKING:
+    from tests.conftest import Toys
+
+BIASES = ("none", "adapters", "all")
+LEGAL_NAMES = st.text(st.characters(exclude_characters="./"), min_size=1, max_size=64)
+ODD_NAMES = (
+    "keys",
+    "forward",
+    "type",
+    "training",
+    "weight",
+    "_modules",
+    "default",
+    "active",
+    "enabled",
+    "merged",
+    "base",
+)
+
+
+@contextmanager
+def registered(plugin: object) -> Iterator[None]:
+    """An in-process plugin for the length of a block."""
+    tunerkit.register(plugin)
+    try:
+        yield
+    finally:
+        tunerkit.unregister(plugin)
+
+
+@contextmanager
+def untouched(toys: "Toys", model: nn.Module) -> Iterator[None]:
+    """Whatever happens inside, the model is afterwards as it was."""
+    before = toys.snapshot(model)
+    yield
+    assert toys.same(toys.snapshot(model), before)
+
+
+def losing(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model(x).square().sum()  # type: ignore[no-any-return]
+
+
+# What wrapping keeps
+
+
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("method", ["toy-low-rank", "toy-shift"])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_base_keeps_its_keys_its_types_and_its_output(toys: "Toys", method: str, bias: str, training: bool) -> None:
+    """Wrapping returns the same object; its keys, types, values and first output are the base's, bit for bit."""
+    model = toys.net().train(training)
+    before, output = toys.snapshot(model), model(toys.x())
+    assert tunerkit.wrap(model, method, {**toys.full, "bias": bias}) is model
+    after = toys.snapshot(model)
+    assert torch.equal(model(toys.x()), output)
+    assert [key for key in after["keys"] if ".tunerkit." not in key] == before["keys"]
+    for what in ("types", "identity"):
+        assert {name: after[what][name] for name in before[what]} == before[what]
+    assert all(torch.equal(after["values"][name], value) for name, value in before["values"].items())
+    assert all(module.training is training for module in model.modules())
+
+
+@pytest.mark.parametrize("bias", BIASES)
+def test_exactly_adapters_copies_and_biases_are_trained(toys: "Toys", bias: str) -> None:
+    """What asks for gradients is the adapters of the targets, the copies' parameters and the biases asked for."""
+    model = tunerkit.wrap(toys.net(), "toy-low-rank", {**toys.full, "bias": bias})
+    targets = {"conv", "layers.0", "layers.1"}
+    biased = {"none": set(), "adapters": targets, "all": {*targets, "group_norm", "norm"}}[bias]
+    expected = {f"{path}.tunerkit.default.adapter.{name}" for path in targets for name in "ab"}
+    expected |= {f"head.{i}.tunerkit.default.copy.{name}" for i in (0, 2) for name in ("weight", "bias")}
+    expected |= {f"{path}.tunerkit.default.bias" for path in biased}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == expected
+
+
+def test_every_trained_part_reaches_the_output(toys: "Toys") -> None:
+    """After a backward every trained parameter has a gradient, and no base parameter has one."""
+    model = toys.trained()
+    losing(model, toys.x()).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None and bool(parameter.grad.any())) is (".tunerkit." in name), name
+
+
+def test_adapters_are_in_fp32_unless_asked_and_biases_in_the_bases_dtype(toys: "Toys") -> None:
+    """``adapter_dtype`` holds for the method's adapters alone: copies and biases are those of the base."""
+    for dtype in (torch.float32, torch.bfloat16):
+        config = {**toys.full, "adapter_dtype": str(dtype).removeprefix("torch.")}
+        model = tunerkit.wrap(toys.net().double(), "toy-low-rank", config)
+        assert {p.dtype for a in tunerkit.tuner(model).adapters().values() for p in a.parameters()} == {dtype}
+        assert {p.dtype for name, p in model.named_parameters() if ".adapter." not in name} == {torch.float64}
+
+
+def test_two_adapters_both_count(toys: "Toys") -> None:
+    """Two adapters add up, with trained biases too: each adds its own difference to the base."""
+    config = {"targets": ["layers.1"], "bias": "adapters"}
+    model = toys.net()
+    first = tunerkit.wrap(toys.net(), "toy-low-rank", config, adapter="one", seed=1)
+    second = tunerkit.wrap(toys.net(), "toy-shift", config, adapter="two")
+    both = tunerkit.wrap(
+        tunerkit.wrap(toys.net(), "toy-low-rank", config, adapter="one", seed=1), "toy-shift", config, adapter="two"
+    )
+    for wrapped in (first, second, both):
+        for name, parameter in wrapped.named_parameters():
+            if ".tunerkit." in name and parameter.requires_grad:
+                parameter.data += 0.1 * len(name.split(".")[-1]) + (0.2 if ".two." in name else 0.0)
+    h = torch.rand(5, 8)
+    layer = [m.get_submodule("layers.1") for m in (model, first, second, both)]
+    base, one, two, all_of_it = (each(h) for each in layer)
+    assert not torch.allclose(one, two)
+    assert toys.close(all_of_it, one + two - base)
+
+
+# Configs and seeds
+
+
+def test_config_may_be_an_object_a_mapping_or_nothing(toys: "Toys") -> None:
+    """The three ways to say the same config give the same adapters."""
+    config = tunerkit.structure("toy-low-rank", {"rank": 2})
+    for given_config in (config, {"rank": 2}, {}, None):
+        model = tunerkit.wrap(toys.net(), "toy-low-rank", given_config)
+        assert tunerkit.tuner(model).config == config
+        assert tunerkit.tuner(model).ranks() == {"layers.0": 2, "layers.1": 2}
+
+
+@pytest.mark.parametrize(
+    ("method", "config", "error", "words"),
+    [
+        ("toy-low-rnk", None, UnknownMethodError, "did you mean 'toy-low-rank'"),
+        ("toy-low-rank", {"rnk": 3}, ConfigError, r"rank"),
+        ("toy-low-rank", {"rank": "3"}, ConfigError, r"\$.rank"),
+        ("toy-low-rank", {"targets": ["layrs.0"]}, TargetError, "did you mean"),
+        ("toy-low-rank", {"train_modules": ["haed"]}, TargetError, "did you mean 'head'"),
+        ("toy-low-rank", {"train_modules": ["head.1"]}, TargetError, "holds nothing to train"),
+        ("toy-low-rank", 3, ConfigError, "LowRankConfig, a mapping or None, got int"),
+        ("toy-low-rank", "rank=3", ConfigError, "LowRankConfig, a mapping or None, got str"),
+        ("toy-low-rank", {"targets": ["norm"]}, TargetError, "LayerNorm"),
+    ],
+)
+def test_bad_input_is_refused_in_words(
+    toys: "Toys", method: str, config: Any, error: type[Exception], words: str
+) -> None:
+    """An unknown method, key, target or value, and a config of the wrong class: one error that says what is right."""
+    model = toys.net()
+    with untouched(toys, model), pytest.raises(error, match=words):
+        tunerkit.wrap(model, method, config)
+
+
+def test_the_config_of_another_method_is_refused(toys: "Toys") -> None:
+    """A config object must be of the method's own class."""
+    model = toys.net()
+    with untouched(toys, model), pytest.raises(ConfigError, match=r"'toy-shift' takes ShiftConfig.* got LowRankConfig"):
+        tunerkit.wrap(model, "toy-shift", tunerkit.structure("toy-low-rank", {}))
+
+
+def test_a_seed_repeats_the_start_and_leaves_the_global_state_alone(toys: "Toys") -> None:
+    """One seed, one start, whatever the global state; another seed another; no seed draws from the global state."""
+
+    def start(seed: int | None) -> torch.Tensor:
+        model = tunerkit.wrap(toys.net(), "toy-low-rank", {"targets": ["conv"]}, seed=seed)
+        return model.get_parameter("conv.tunerkit.default.adapter.a").detach()
+
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    first = start(1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(6)
+    assert torch.equal(start(1), first)
+    assert not torch.equal(start(2), first)
+    torch.manual_seed(1)
+    unseeded = start(None)
+    assert not torch.equal(start(None), unseeded)
+
+
+# Names
+
+
+@given(name=LEGAL_NAMES)
+@example(name="x" * 64)
+@example(name="tunerkit")
+@example(name="копия 🦜")
+@settings(max_examples=12)
+def test_any_legal_name_works_everywhere(toys: "Toys", name: str) -> None:
+    """A name without "." and "/", up to 64 characters, can be wrapped, trained, merged, copied and taken out."""
+    model = toys.net()
+    before = toys.snapshot(model)
+    tunerkit.wrap(model, "toy-low-rank", toys.full, adapter=name)
+    toys.fill_(model.train().eval())
+    output = model(toys.x())
+    assert not torch.equal(output, toys.net()(toys.x()))
+    assert torch.equal(copy.deepcopy(model)(toys.x()), output)
+    model.load_state_dict(model.state_dict())
+    assert toys.close(tunerkit.merge(model)(toys.x()), output)
+    assert torch.equal(tunerkit.unmerge(model)(toys.x()), output)
+    assert tunerkit.tuner(model, name).name == name
+    assert toys.same(toys.snapshot(tunerkit.unwrap(model)), before)
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_name_that_torch_uses_works_everywhere(toys: "Toys", name: str) -> None:
+    """Names of a module's own attributes and methods are legal, although torch refuses them in add_module."""
+    test_any_legal_name_works_everywhere.hypothesis.inner_test(toys, name)  # type: ignore[attr-defined]
+    model = pickle.loads(pickle.dumps(tunerkit.wrap(toys.net(), "toy-shift", toys.full, adapter=name)))
+    assert torch.equal(model.double()(toys.x().double()), toys.net().double()(toys.x().double()))
+
+
+@pytest.mark.parametrize("name", ["", "x" * 65, "a.b", ".", "a/b", "/", None, 3, b"x"])
+def test_illegal_names_are_refused(toys: "Toys", name: Any) -> None:
+    """Names that cannot be a part of a parameter's name, or are none, are refused in words; in load too."""
+    model = toys.net()
+    with untouched(toys, model), pytest.raises(AdapterError, match="1 to 64 characters"):
+        tunerkit.wrap(model, "toy-shift", adapter=name)
+    with untouched(toys, model), pytest.raises(AdapterError, match="1 to 64 characters"):
+        tunerkit.load(model, "nowhere", adapter=name)
+
+
+def test_a_taken_name_is_refused(toys: "Toys") -> None:
+    """A second adapter needs a name of its own; the first is not disturbed."""
+    model = toys.trained()
+    with untouched(toys, model), pytest.raises(AdapterError, match="'default' already"):
+        tunerkit.wrap(model, "toy-shift")
+
+
+# Models that cannot be wrapped
+
+
+def test_a_model_inside_ddp_is_refused(toys: "Toys") -> None:
+    """DDP has counted its parameters already: adapters put in later would train unsynchronised."""
+    parallel = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(parallel)
+    parallel.module = toys.net()
+    for model in (parallel, nn.Sequential(parallel)):
+        with untouched(toys, model), pytest.raises(AdapterError, match="DistributedDataParallel"):
+            tunerkit.wrap(model, "toy-shift", {"targets": ["conv"]})
+
+
+def test_a_tied_module_cannot_be_trained_in_full(toys: "Toys") -> None:
+    """A copy of a tied module would tear the tie: the error names who shares."""
+    model = toys.net()
+    model.head[0].weight = nn.Parameter(torch.rand(6, 8))
+    model.layers.append(nn.Linear(8, 6))
+    model.layers[2].weight = model.head[0].weight
+    with untouched(toys, model), pytest.raises(TargetError, match=r"layers\.2\.weight"):
+        tunerkit.wrap(model, "toy-shift", {"targets": ["conv"], "train_modules": ["head"]})
+
+
+def test_a_model_that_is_itself_the_layer_is_refused_in_words(toys: "Toys") -> None:
+    """A lone layer has no place inside the model where an adapter could go."""
+    for config in (None, {"targets": ["re:.*"]}, {"targets": ["*"]}, {"targets": ["weight"]}):
+        model = nn.Linear(3, 3)
+        with untouched(toys, model), pytest.raises(TargetError, match=r"no|nothing"):
+            tunerkit.wrap(model, "toy-low-rank", config)
+
+
+def test_a_part_and_a_whole_cannot_both_be_wrapped(toys: "Toys") -> None:
+    """One model holds all adapters: neither a part of a wrapped model nor what contains one is wrapped again."""
+    model = toys.trained(targets=["layers.0", "head.0"])
+    outer = nn.Sequential(model)
+    with untouched(toys, outer):
+        with pytest.raises(AdapterError, match="the Net inside it has adapters already"):
+            tunerkit.wrap(outer, "toy-shift", adapter="other")
+        with pytest.raises(AdapterError, match="the model that it is a part of has adapters already"):
+            tunerkit.wrap(model.head, "toy-shift", {"targets": ["2"]}, adapter="other")
+
+
+def test_a_model_with_an_attribute_where_adapters_go_is_refused(toys: "Toys") -> None:
+    """A child or attribute called tunerkit would be overwritten: the error names its place."""
+    with_child, with_attribute = toys.net(), toys.net()
+    with_child.head[0].add_module("tunerkit", nn.Linear(1, 1))
+    with_attribute.head[0].tunerkit = 3
+    for model in (with_child, with_attribute):
+        with untouched(toys, model), pytest.raises(AdapterError, match=r"'head\.0'"):
+            tunerkit.wrap(model, "toy-shift")
+
+
+def test_a_copy_of_weights_on_meta_is_refused(toys: "Toys") -> None:
+    """There is nothing to copy yet: it would be trained from nowhere."""
+    model = toys.net()
+    model.head.to("meta")
+    with untouched(toys, model), pytest.raises(TargetError, match=r"'head\.0'.*meta"):
+        tunerkit.wrap(model, "toy-shift", {"targets": ["conv"], "train_modules": ["head"]})
+
+
+def test_wrapping_while_disabled_or_merged_is_refused(toys: "Toys") -> None:
+    """Where the base or merged weights stand in, no further adapter is put in and none is taken out by mistake."""
+    model = toys.trained()
+    with tunerkit.disabled(model), untouched(toys, model):
+        with pytest.raises(AdapterError, match="disabled"):
+            tunerkit.wrap(model, "toy-shift", adapter="other")
+        with pytest.raises(AdapterError, match="disabled"):
+            tunerkit.unwrap(model)
+    tunerkit.merge(model)
+    with untouched(toys, model), pytest.raises(AdapterError, match="unmerge"):
+        tunerkit.wrap(model, "toy-shift", adapter="other")
+
+
+# Biases and copies
+
+
+def test_a_bias_that_cannot_be_trained_is_named(toys: "Toys") -> None:
+    """bias='all' means all: attention's, a recurrent layer's, a tied one and an own norm's are refused."""
+
+    class OwnNorm(nn.LayerNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.mT).mT
+
+    model = toys.net()
+    model.attention = nn.MultiheadAttention(8, 2)
+    model.recurrent = nn.LSTM(4, 4)
+    model.own = OwnNorm(4)
+    model.one, model.two = nn.Linear(2, 2), nn.Linear(2, 2)
+    model.two.bias = model.one.bias
+    with untouched(toys, model), pytest.raises(TargetError) as caught:
+        tunerkit.wrap(model, "toy-shift", {"targets": ["conv"], "bias": "all"})
+    for name in ("attention.in_proj_bias", "attention.out_proj.bias", "recurrent.bias_ih_l0", "own.bias", "one.bias"):
+        assert name in str(caught.value)
+    assert "layers" not in str(caught.value)
+    tunerkit.wrap(model, "toy-shift", {"targets": ["conv"], "bias": "adapters"})
+
+
+@pytest.mark.parametrize(
+    "make", [nn.Sequential, lambda *m: nn.ModuleList(m), lambda *m: nn.ModuleDict({"a": m[0], "b": m[1]})]
+)
+def test_a_container_is_trained_by_what_it_holds(toys: "Toys", make: Any) -> None:
+    """A container runs all that it holds, so no copy may lie in it: each thing in it is copied."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(4, 4)
+            self.head = make(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.body(x)
+            for module in self.head.values() if isinstance(self.head, nn.ModuleDict) else self.head:
+                x = module(x)
+            return x
+
+    model, x = Model(), torch.rand(3, 4)
+    output = model(x)
+    tunerkit.wrap(model, "toy-shift", {"targets": ["body"], "train_modules": ["head"]})
+    assert torch.equal(model(x), output)
+    losing(model, x).backward()
+    assert len([p for name, p in model.named_parameters() if ".copy." in name and p.grad is not None]) == 4
+
+
+def test_a_container_with_parameters_of_its_own_is_refused(toys: "Toys") -> None:
+    """Its parameters have no place in the copies of what it holds."""
+
+    class Scaled(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(8, 3))
+            self.scale = nn.Parameter(torch.ones(()))
+
+    model = toys.net()
+    model.head = Scaled()
+    with untouched(toys, model), pytest.raises(TargetError, match="parameters of its own"):
+        tunerkit.wrap(model, "toy-shift", {"targets": ["conv"], "train_modules": ["head"]})
+
+
+def test_moving_statistics_of_the_base_are_told(toys: "Toys") -> None:
+    """A batch norm in the frozen base moves its statistics in training: one warning counts them, none without."""
+    model = nn.Sequential(
+        toys.net(batch_norm=True), toys.net(batch_norm=True), nn.BatchNorm1d(3, track_running_stats=False)
+    )
+    with pytest.warns(TunerkitWarning, match="^2 normalisation layers") as told:
+        tunerkit.wrap(model, "toy-shift", {"targets": ["conv"]})
+    assert len(told) == 1
+    assert told[0].filename == __file__
+
+
+def test_statistics_of_a_copy_are_trained_and_those_of_its_base_stay(toys: "Toys") -> None:
+    """A batch norm trained in full moves its copy's statistics, in no case the base's, and nothing is told."""
+    model = toys.net(batch_norm=True)
+    before = toys.snapshot(model)
+    config = {"targets": ["conv"], "train_modules": ["batch_norm"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TunerkitWarning)
+        tunerkit.wrap(model, "toy-shift", config)
+    copied: Any = model.get_submodule("batch_norm.tunerkit.default.copy")
+    for _ in range(2):
+        model.train()(toys.x())
+    with tunerkit.disabled(model):
+        model(toys.x())
+    assert not torch.equal(copied.running_mean, before["values"]["batch_norm.running_mean"])
+    assert int(copied.num_batches_tracked) == 2
+    tunerkit.unwrap(model.eval())
+    assert toys.same(toys.snapshot(model), before)
+    assert model.batch_norm.track_running_stats
+
+
+# Plugins that do not do what they promise
+
+
+def plugin_of(toys: "Toys", build: Any, name: str = "toy-broken") -> object:
+    """A method whose build hook is ``build(target, base)``."""
+    config = type(tunerkit.structure("toy-shift", {}))
+
+    class Broken:
+        @tunerkit.hookimpl
+        def tunerkit_methods(self) -> list[tunerkit.Method]:
+            return [tunerkit.Method(name, config=config)]
+
+        @tunerkit.hookimpl
+        def tunerkit_build_adapter(self, target: tunerkit.Target, base: tunerkit.BaseLayer) -> Any:
+            return build(target, base)
+
+    return Broken()
+
+
+@pytest.mark.parametrize("built", [None, nn.Linear(1, 1), "adapter", tunerkit.Adapter])
+def test_what_is_no_adapter_is_refused_by_name(toys: "Toys", built: object) -> None:
+    """The error names the method, its distribution, the target and what was built instead."""
+    model = toys.net()
+    plugin, words = plugin_of(toys, lambda target, base: built), r"'toy-broken' \(in-process\) built \w+ for 'layers.0'"
+    with registered(plugin), untouched(toys, model), pytest.raises(PluginError, match=words):
+        tunerkit.wrap(model, "toy-broken")
+
+
+def test_an_adapter_that_holds_its_base_layer_is_refused(toys: "Toys") -> None:
+    """As a child of its own child the base layer would be walked for ever, and cast to the adapter's dtype."""
+
+    class Holder(tunerkit.Adapter):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    model = toys.net().double()
+    plugin = plugin_of(toys, lambda target, base: Holder(target.module))
+    with registered(plugin), untouched(toys, model), pytest.raises(PluginError, match=r"holds 'layers\.0' as a child"):
+        tunerkit.wrap(model, "toy-broken")
+
+
+@given(fails_at=st.integers(0, 2), mask=st.integers(0, 2**6 - 1), first=st.booleans())
+@settings(max_examples=15)
+def test_a_build_that_fails_midway_leaves_the_model_as_it_was(
+    toys: "Toys", fails_at: int, mask: int, first: bool
+) -> None:
+    """Whichever target the plugin fails at, with or without an adapter in the model: nothing at all has changed."""
+    calls: list[str] = []
+
+    def build(target: tunerkit.Target, base: tunerkit.BaseLayer) -> tunerkit.Adapter:
+        calls.append(target.path)
+        if len(calls) > fails_at:
+            raise ZeroDivisionError("the plugin's own")
+        return tunerkit.Adapter()
+
+    model = toys.net() if first else toys.trained(targets=["layers.0"])
+    for bit, parameter in enumerate(list(model.parameters())[:6]):
+        parameter.requires_grad_(bool(mask >> bit & 1))
+    config = {"targets": ["conv", "layers.0", "layers.1"], "train_modules": ["head"], "bias": "all"}
+    with registered(plugin_of(toys, build)), untouched(toys, model), pytest.raises(ZeroDivisionError):
+        tunerkit.wrap(model, "toy-broken", config, adapter="second", seed=1)
+
+
+class Unfinished(tunerkit.BaseLayer):
+    """Defines nothing of what a kind must."""
+
+
+@pytest.mark.parametrize("offered", [[3], [nn.Linear], Unfinished, 3, [Unfinished], "kinds"])
+@pytest.mark.parametrize("with_method", [True, False])
+def test_a_kind_that_is_none_is_refused_by_name(toys: "Toys", offered: Any, with_method: bool) -> None:
+    """What a plugin offers as base-layer kinds is checked before anything is built, and the plugin is named."""
+
+    class Kinds:
+        @tunerkit.hookimpl
+        def tunerkit_base_layers(self) -> Any:
+            return offered
+
+    class KindsAndMethod(Kinds):
+        @tunerkit.hookimpl
+        def tunerkit_methods(self) -> list[tunerkit.Method]:
+            return [tunerkit.Method("toy-kinds", config=type(tunerkit.structure("toy-shift", {})))]
+
+        @tunerkit.hookimpl
+        def tunerkit_build_adapter(self) -> None:
+            return None
+
+    model = toys.net()
+    plugin, words = (KindsAndMethod(), "'toy-kinds'") if with_method else (Kinds(), "a plugin without methods")
+    with registered(plugin), untouched(toys, model), pytest.raises(PluginError, match=words):
+        tunerkit.wrap(model, "toy-shift")
+    assert tunerkit.wrap(model, "toy-shift") is model
+
+
+def test_good_kinds_come_after_cores_own(toys: "Toys") -> None:
+    """A plugin's kinds are asked in their order after core's, from a list or a generator."""
+    kinds = all_kinds()
+
+    class Kinds:
+        @tunerkit.hookimpl
+        def tunerkit_base_layers(self) -> Iterator[type[tunerkit.BaseLayer]]:
+            yield kinds[0]
+
+    with registered(Kinds()):
+        assert all_kinds() == (*kinds, kinds[0])
+    assert all_kinds() == kinds
+
+
+# Copies of a wrapped model
+
+
+def same_but_apart(toys: "Toys", model: nn.Module, twin: nn.Module) -> None:
+    """``twin`` has its own adapters: moving either's leaves the other's output, and its tuner is about itself."""
+    output = model(toys.x())
+    assert torch.equal(twin(toys.x()), output)
+    assert tunerkit.tuner(twin).model is twin
+    assert tunerkit.tuner(model).model is model
+    modules = set(twin.modules())
+    assert all(target.module in modules for target in tunerkit.tuner(twin).targets)
+    toys.fill_(twin, seed=1)
+    moved = twin(toys.x())
+    assert torch.equal(model(toys.x()), output)
+    assert not torch.equal(moved, output)
+    toys.fill_(model, seed=2)
+    assert not torch.equal(model(toys.x()), output)
+    assert torch.equal(twin(toys.x()), moved)
+    with tunerkit.disabled(twin):
+        assert not torch.equal(model(toys.x()), twin(toys.x()))
+    tunerkit.unwrap(twin)
+    assert torch.equal(twin(toys.x()), toys.net()(toys.x()))
+    assert not any(".tunerkit" in name for name, _ in twin.named_modules())
+    assert tunerkit.tuner(model).adapters()
+
+
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_a_copy_of_a_wrapped_model_is_its_own(toys: "Toys", way: str, ran: bool) -> None:
+    """deepcopy, pickle and torch.save give a model whose adapters are its own, before the first forward and after."""
+    model = toys.trained()
+    if ran:
+        model(toys.x())
+    if way == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif way == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    same_but_apart(toys, model, twin)
+
+
+def test_training_a_copy_leaves_the_original(toys: "Toys") -> None:
+    """The copy's optimizer drives the copy's tuner alone."""
+    model = toys.trained()
+    tunerkit.attach(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+    twin = copy.deepcopy(model)
+    optimizer = torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=0.1)
+    tunerkit.attach(twin, optimizer)
+    losing(twin, toys.x()).backward()
+    optimizer.step()
+    assert (tunerkit.tuner(twin).steps, tunerkit.tuner(model).steps) == (1, 0)
+
+
+def test_a_wrapped_model_follows_to_and_loads_its_own_state(toys: "Toys") -> None:
+    """model.to(...) takes the adapters along; state_dict of one model loads strictly into another wrapped alike."""
+    model = toys.trained()
+    output = model(toys.x())
+    other = tunerkit.wrap(toys.net(), "toy-low-rank", toys.full, seed=99)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(toys.x()), output)
+    wide = model.to(torch.float64)(toys.x().double())
+    assert wide.dtype == torch.float64
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert toys.close(wide.float(), output)
+
+
+# Compiled models
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_wrapped_model_compiles_in_one_graph(toys: "Toys", backend: str) -> None:
+    """Fullgraph holds before any eager forward, with adapters, copies and biases; gradients come through."""
+    model = toys.trained()
+    compiled: Any = torch.compile(copy.deepcopy(model), backend=backend, fullgraph=True)
+    output = compiled(toys.x())
+    losing(compiled, toys.x()).backward()
+    losing(model, toys.x()).backward()
+    assert toys.close(output, model(toys.x()))
+    for (name, found), expected in zip(compiled.named_parameters(), model.parameters(), strict=True):
+        if expected.grad is not None:
+            assert torch.allclose(found.grad, expected.grad, rtol=1e-4, atol=1e-5), name
+
+
+def test_wrapping_disabling_and_unwrapping_take_effect_on_a_compiled_model(toys: "Toys") -> None:
+    """Code compiled before is not run after: an adapter put in, switched off or taken out is seen at the next call."""
+    model, x = toys.net(), toys.x()
+    compiled: Any = torch.compile(model, backend="eager")
+    base = compiled(x)
+    tunerkit.wrap(model, "toy-low-rank", toys.full, seed=3)
+    toys.fill_(model)
+    assert toys.close(compiled(x), toys.trained()(x))
+    with tunerkit.disabled(model):
+        assert torch.equal(compiled(x), base)
+    tunerkit.merge(model)
+    assert toys.close(compiled(x), toys.trained()(x))
+    tunerkit.unwrap(model)
+    assert torch.equal(compiled(x), base)
+
+
+def test_a_compiled_model_is_wrapped_inside(toys: "Toys", tmp_path: Any) -> None:
+    """The object of torch.compile may be given: paths, and so files, are those of the model in it."""
+    compiled: Any = torch.compile(toys.net(), backend="eager")
+    base = compiled(toys.x())
+    assert tunerkit.wrap(compiled, "toy-low-rank", toys.full, seed=3) is compiled
+    toys.fill_(compiled)
+    output = compiled(toys.x())
+    assert not torch.equal(output, base)
+    assert list(tunerkit.tuner(compiled).adapters()) == ["conv", "layers.0", "layers.1"]
+    loaded = tunerkit.load(toys.net(), tunerkit.save(compiled, tmp_path))
+    assert toys.close(loaded(toys.x()), output)
+    again = tunerkit.load(cast(nn.Module, torch.compile(toys.net(), backend="eager")), tmp_path)
+    assert toys.close(again(toys.x()), output)
+    assert torch.equal(tunerkit.unwrap(compiled)(toys.x()), base)

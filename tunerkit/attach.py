@@ -1,0 +1,46 @@
+"""Attach: connect the adapters of a model with what trains them."""
+
+from typing import Any
+
+from torch import nn
+
+from tunerkit.steps import drive, find_optimizer, is_frozen
+from tunerkit.tuner import Tuner, require_tuners
+from tunerkit.tuner import tuner as find_tuner
+
+
+def attach(
+    model: nn.Module, optimizer_or_trainer: object, *, total_steps: int | None = None, adapter: str | None = None
+) -> None:
+    """Connect the adapters of ``model`` that are trained (or the one named) with what trains them.
+
+    That is an optimizer or a Trainer; from here on every optimizer step drives the method. ``total_steps`` is the
+    length of training in optimizer steps; a Trainer knows its own. Legal for every method; one that needs no steps
+    only has them counted.
+
+    Raises `StepError`: total steps unknown, disagreeing with the config's, an optimizer that does not hold the
+    adapter's parameters, a frozen adapter, attached twice; and `ConfigError` if the schedule leaves no room. No
+    adapter is attached then.
+    """
+    tuners = _chosen(model, adapter)
+    trainer = _as_trainer(optimizer_or_trainer)
+    if trainer is not None:
+        from tunerkit.integrations import transformers as integration  # transformers is an optional dependency
+
+        integration.attach_trainer(tuners, trainer, total_steps)
+        return
+    drive(tuners, find_optimizer(optimizer_or_trainer), total_steps=total_steps)
+
+
+def _chosen(model: nn.Module, adapter: str | None) -> list[Tuner]:
+    """The adapter named, else all that are trained: a frozen one beside them must not be pruned."""
+    if adapter is not None:
+        return [find_tuner(model, adapter)]
+    tuners = list(require_tuners(model).values())
+    return [tuner for tuner in tuners if not is_frozen(tuner)] or tuners
+
+
+def _as_trainer(candidate: object) -> Any:
+    """``candidate`` if it is a transformers Trainer (TRL's are), without importing transformers for the question."""
+    names = {f"{cls.__module__}.{cls.__name__}" for cls in type(candidate).__mro__}
+    return candidate if "transformers.trainer.Trainer" in names else None

@@ -1,0 +1,74 @@
+"""The figures and pictures of a run, as files."""
+
+import json
+import math
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import attrs
+from rich.console import Console
+
+import tunerkit
+from tunerkit.cli.task import Job, Outcome, Task, say
+from tunerkit.report.rank_map import rank_map
+from tunerkit.tuner import Tuner
+
+
+def metrics(task: Task, job: Job, tuner: Tuner, outcome: Outcome) -> dict[str, Any]:
+    """All figures of the run, as JSON can hold them."""
+    owner = tunerkit.methods()[job.method]
+    return {
+        "method": job.method,
+        "model": task.source,
+        "data": task.data,
+        "classes": list(task.classifier.classes),
+        "rows": {"train": len(task.train.ids), "held_out": len(task.held_out.ids)},
+        "accuracy": outcome.score.accuracy,
+        "loss": finite(outcome.score.loss),
+        "train_losses": [finite(round(loss, 6)) for loss in outcome.losses],
+        "seconds": outcome.seconds,
+        "device": str(task.device),
+        "parameters": {"trained": outcome.parameters.trainable, "all": outcome.parameters.total},
+        "steps": tuner.steps,
+        "budget": {"start": outcome.history[0].budget, "end": tuner.budget(), "live": sum(tuner.ranks().values())},
+        "ranks": tuner.ranks(),
+        "history": [
+            {"step": change.step, "budget": change.budget, "ranks": list(change.ranks.values())}
+            for change in outcome.history
+        ],
+        "config": tunerkit.unstructure(tuner.config),
+        "recipe": {**attrs.asdict(job.recipe), "max_length": job.max_length},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "tunerkit")},
+            owner.distribution: owner.version,
+        },
+    }
+
+
+def finite(number: float) -> float | None:
+    """``number``, or None where training diverged: JSON knows neither NaN nor infinity."""
+    return number if math.isfinite(number) else None
+
+
+def write_json(path: Path, record: Mapping[str, object]) -> None:
+    """Indented JSON, as the standard has it."""
+    path.write_text(json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_pictures(folder: Path, method: str, tuner: Tuner, outcome: Outcome, console: Console) -> None:
+    """``ranks.png`` and ``budget.png``, or a line that says what they need."""
+    try:
+        from tunerkit.report import plots  # the extra [plot] is not a part of [cli]
+    except ModuleNotFoundError:
+        say(console, 'no pictures without matplotlib: pip install "tunerkit[plot]"')
+        return
+    initial = max(outcome.history[0].ranks.values(), default=None)
+    title = f"{method}: live ranks after {tuner.steps} steps"
+    plots.draw_ranks(rank_map(tuner.ranks()), title=title, initial=initial).savefig(folder / "ranks.png", dpi=150)
+    unit = str(tunerkit.unstructure(tuner.config).get("budget_unit", "rank"))
+    figure = plots.draw_budget(outcome.history, title=f"{method}: budget and ranks", unit=unit)
+    figure.savefig(folder / "budget.png", dpi=150)
