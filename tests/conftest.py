@@ -139,12 +139,15 @@ class Toys:
         return torch.randn(6, 3, 5, 5, generator=torch.Generator().manual_seed(1))
 
     def fill_(self, model: nn.Module, *, seed: int = 7) -> nn.Module:
-        """Stand in for training: move all that the adapters train, by random values."""
+        """Stand in for training: move all that the adapters train, and the copies' statistics, by random values."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if ".tunerkit." in name:
                     parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+            for name, buffer in model.named_buffers():
+                if ".tunerkit." in name and buffer.is_floating_point():
+                    buffer.add_(0.3 * torch.rand(buffer.shape, generator=generator).to(buffer.dtype))
         return model
 
     def trained(self, method: str = "toy-low-rank", *, batch_norm: bool = False, **config: object) -> Any:
@@ -161,7 +164,10 @@ class Toys:
             "grad": {name: p.requires_grad for name, p in model.named_parameters()},
             "types": {name: type(module) for name, module in model.named_modules()},
             "keys": list(model.state_dict()),
-            "hooks": {name: (list(m._forward_hooks), list(m._forward_pre_hooks)) for name, m in model.named_modules()},
+            "hooks": {
+                name: [list(hooks) for hooks in (m._forward_hooks, m._forward_hooks_with_kwargs, m._forward_pre_hooks)]
+                for name, m in model.named_modules()
+            },
             "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
         }
 

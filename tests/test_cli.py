@@ -481,16 +481,19 @@ def test_what_a_run_is_measured_on_does_not_depend_on_how_it_trains(data: Path, 
 def test_the_baseline_trains_the_head_alone_and_starts_anew_for_every_rate(
     tiny: Path, data: Path, tmp_path: Path
 ) -> None:
-    """After a run the whole model is bit for bit as before, so the next rate starts where this one did."""
+    """After a run the whole model is bit for bit as before, so the next rate starts there; dropout is off."""
     from rich.console import Console
 
     task = job.prepare(Job(out=tmp_path, model=str(tiny), data=data, max_length=8), Console(quiet=True))
     model = task.classifier.model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     recipe = Recipe(epochs=3, batch_size=4, learning_rate=0.1)
+    training: set[bool] = set()
+    model.register_forward_pre_hook(lambda module, _: training.add(module.training))
     first = head_only(task, recipe, ["classifier"], Console(quiet=True))
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {"classifier.weight", "classifier.bias"}
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert training == {False}
     untrained = evaluate(model, task.held_out, batch_size=4, device=task.device)
     assert first.loss != untrained.loss
     assert head_only(task, recipe, ["classifier"], Console(quiet=True)) == first

@@ -89,6 +89,20 @@ def test_hooks_of_the_users_stay_and_run(toys: "Toys") -> None:
     assert seen == [0, 0]
 
 
+def test_an_unwrapped_model_is_driven_by_no_optimizer(toys: "Toys") -> None:
+    """The optimizer it was attached to goes on without a hook of ours."""
+    model = toys.trained()
+    tuner = tunerkit.tuner(model)
+    optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+    tunerkit.attach(model, optimizer)
+    optimizer.step()
+    tunerkit.unwrap(model)
+    optimizer.step()
+    assert tuner.steps == 1
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
 @pytest.mark.parametrize("second", [{"targets": ["head.0"]}, {"targets": ["conv"], "train_modules": ["head"]}])
 def test_what_is_trained_in_full_is_not_adapted_too(toys: "Toys", second: dict[str, Any]) -> None:
     """A copy replaces its module's output, so no other adapter has a place at or under it."""

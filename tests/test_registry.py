@@ -477,7 +477,9 @@ def test_two_plugins_of_one_class_are_two_plugins() -> None:
     assert sorted(found.methods()) == ["mine", "yours"]
 
 
-@pytest.mark.parametrize("plugin", ["adalora", None, 3, InProcess, object()], ids=repr)
+@pytest.mark.parametrize(
+    "plugin", ["adalora", None, 3, InProcess, object()], ids=["a name", "None", "a number", "a class", "an object"]
+)
 def test_registering_what_is_no_plugin_is_refused(plugin: object) -> None:
     """A name, nothing, a number, a class that should be an instance: each is told what to do."""
     found = Registry([])

@@ -58,9 +58,17 @@ class Outcome:
     history: tuple[RankChange, ...]
 
 
-def fit(task: Task, recipe: Recipe, console: Console, *, title: str, tuner: Tuner | None = None) -> tuple[float, ...]:
-    """Train to the end behind a progress bar; the losses by step."""
-    steps = train(task.classifier.model, task.train, recipe, device=task.device)
+def fit(
+    task: Task,
+    recipe: Recipe,
+    console: Console,
+    *,
+    title: str,
+    tuner: Tuner | None = None,
+    dropout: bool = True,
+) -> tuple[float, ...]:
+    """Train to the end behind a progress bar; the losses by step. ``dropout`` is `train`'s."""
+    steps = train(task.classifier.model, task.train, recipe, device=task.device, dropout=dropout)
     total = recipe.total_steps(len(task.train.ids))
     return tuple(step.loss for step in watched(steps, total, console=console, title=title, tuner=tuner))
 

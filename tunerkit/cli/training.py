@@ -52,10 +52,12 @@ class Score:
     loss: float
 
 
-def train(model: nn.Module, rows: Encoded, recipe: Recipe, *, device: torch.device) -> Iterator[Step]:
+def train(
+    model: nn.Module, rows: Encoded, recipe: Recipe, *, device: torch.device, dropout: bool = True
+) -> Iterator[Step]:
     """Train what requires a gradient, and yield after each step. Adapters in the model are attached first.
 
-    Data order and dropout follow ``recipe.seed``.
+    Data order and dropout follow ``recipe.seed``. Without ``dropout`` the model is in eval mode throughout.
     """
     torch.manual_seed(recipe.seed)
     rng = random.Random(recipe.seed)
@@ -66,7 +68,7 @@ def train(model: nn.Module, rows: Encoded, recipe: Recipe, *, device: torch.devi
     scheduler = LambdaLR(optimizer, lambda step: recipe.rate_at(step, total))
     if is_wrapped(model):
         tunerkit.attach(model, optimizer, total_steps=total)
-    model.train()
+    model.train(dropout)
     batches = (batch for _ in range(recipe.epochs) for batch in shuffled_batches(lengths, recipe.batch_size, rng))
     for number, batch in enumerate(batches, start=1):
         with mixed_precision(device):
