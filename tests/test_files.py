@@ -264,7 +264,13 @@ def test_a_changed_byte_is_refused(toys: "Toys", saved: Path, tmp_path: Path, da
 def test_the_digest_covers_name_dtype_and_shape_of_equal_bytes() -> None:
     """The same bytes under another name, dtype or shape are another file."""
     zeros = torch.zeros(2, 3, dtype=torch.float16)
-    variants = ({"a": zeros}, {"b": zeros}, {"a": zeros.bfloat16()}, {"a": zeros.reshape(3, 2)}, {})
+    variants: tuple[dict[str, torch.Tensor], ...] = (
+        {"a": zeros},
+        {"b": zeros},
+        {"a": zeros.bfloat16()},
+        {"a": zeros.reshape(3, 2)},
+        {},
+    )
     assert len({header.digest("text", tensors) for tensors in variants}) == len(variants)
     assert header.digest("text", {"a": zeros, "b": zeros + 1}) == header.digest("text", {"b": zeros + 1, "a": zeros})
 

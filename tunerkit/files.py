@@ -15,15 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit import inject, registry, targets
+from tunerkit.building import all_kinds, build
 from tunerkit.configs import unstructure
 from tunerkit.errors import AdapterError, BaseMismatchError, FileError, TargetError
 from tunerkit.fingerprint import differences, fingerprint
 from tunerkit.header import Header, decode, encode
+from tunerkit.readiness import check_name, inside_compiled, refuse_unready
 from tunerkit.records import State
 from tunerkit.slots import Slot
 from tunerkit.tuner import Tuner
 from tunerkit.tuner import tuner as find_tuner
-from tunerkit.wrap import all_kinds, build, check_name, inside_compiled, refuse_unready, structure
+from tunerkit.wrap import structure
 
 FILE_NAME = "adapter.safetensors"
 STATE_NAME = "state.safetensors"

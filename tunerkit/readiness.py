@@ -1,0 +1,48 @@
+"""Refuse an adapter name or a model that cannot take an adapter, before anything is built."""
+
+from torch import nn
+
+from tunerkit import inject
+from tunerkit.errors import AdapterError
+from tunerkit.merge import is_merged, refuse_disabled
+from tunerkit.slots import CHILD, slots_of, walk
+from tunerkit.tuner import tuners_of
+
+_NAME_LIMIT = 64
+
+
+def check_name(adapter: object) -> None:
+    """Adapter names become a part of parameter names, hence the limits."""
+    if not isinstance(adapter, str) or not 1 <= len(adapter) <= _NAME_LIMIT or "." in adapter or "/" in adapter:
+        raise AdapterError(
+            f"adapter name {adapter!r}: expected 1 to {_NAME_LIMIT} characters without '.' and '/', choose another"
+        )
+
+
+def refuse_unready(model: nn.Module, adapter: str) -> None:
+    """Refuse a model that cannot take another adapter now."""
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise AdapterError("the model is already inside DistributedDataParallel; wrap it first, then put it into DDP")
+    tuners = tuners_of(model)
+    root = next((other.model for other in tuners.values()), None)
+    if root is not model and (tuners or next(walk(model), None) is not None):
+        whole = f"the {type(root).__name__} inside it" if root is not None else "the model that it is a part of"
+        raise AdapterError(f"{whole} has adapters already; wrap that one, so that one model holds them all")
+    foreign = [path for path, module in model.named_modules() if hasattr(module, CHILD) and slots_of(module) is None]
+    foreign = [path for path in foreign if not inject.is_adapter_path(path + ".")]
+    if foreign:
+        raise AdapterError(
+            f"the model has an attribute {CHILD!r} of its own at {foreign[0]!r}; adapters go there: rename it"
+        )
+    refuse_disabled(model)
+    if adapter in tuners:
+        raise AdapterError(f"the model has an adapter named {adapter!r} already; choose another name or unwrap first")
+    if tuners and is_merged(model):
+        raise AdapterError("the model is merged; call tunerkit.unmerge before adding an adapter")
+
+
+def inside_compiled(model: nn.Module) -> nn.Module:
+    """The model that `torch.compile` was given: paths must not depend on whether it is compiled."""
+    while (inner := model._modules.get("_orig_mod")) is not None:
+        model = inner
+    return model
