@@ -202,7 +202,7 @@ def test_a_broken_plugin_is_named_and_harms_no_other(site: Site, monkeypatch: py
     assert reason.strip() in listed["broken"].error.replace("ModuleNotFoundError", "ImportError")
     assert "\n" not in listed["broken"].error
     assert build(found, "last", 1) == ("zzz", 1)
-    assert found.call_all("tunerkit_base_layers") == [["aaa"], ["zzz"]]
+    assert [answer.value for answer in found.call_all("tunerkit_base_layers")] == [["aaa"], ["zzz"]]
     with pytest.raises(UnknownMethodError, match=r"(?s)installed: first, last.*'broken' of mmm 0\.3: "):
         found.get("broken")
 
@@ -213,7 +213,7 @@ def test_a_plugin_that_fails_leaves_no_hook_behind(site: Site) -> None:
     site.add("mmm", {"broken": HEAD + CONFIG + YIELD + base_layers})
     found = site.registry()
     assert found.methods()["broken"].error is not None
-    assert found.call_all("tunerkit_base_layers") == []
+    assert [answer.value for answer in found.call_all("tunerkit_base_layers")] == []
 
 
 def test_broken_metadata_of_one_distribution_harms_no_other(site: Site) -> None:
@@ -265,14 +265,14 @@ def test_a_plugin_that_lost_every_method_is_not_asked_for_anything(site: Site) -
     """It is listed with its reason and otherwise gone: a fork of a plugin doesn't answer twice."""
     site.good("aaa", "lora")
     site.good("zzz", "lora")
-    assert site.registry().call_all("tunerkit_base_layers") == [["aaa"]]
+    assert [answer.value for answer in site.registry().call_all("tunerkit_base_layers")] == [["aaa"]]
 
 
 def test_a_plugin_without_methods_is_asked_for_base_layers(site: Site) -> None:
     """A distribution may bring base layers alone."""
     site.good("quantised")
     assert site.registry().methods() == {}
-    assert site.registry().call_all("tunerkit_base_layers") == [["quantised"]]
+    assert [answer.value for answer in site.registry().call_all("tunerkit_base_layers")] == [["quantised"]]
 
 
 def test_two_distributions_may_use_one_entry_point_name(site: Site) -> None:
@@ -375,7 +375,7 @@ def test_a_plugin_that_raises_when_all_are_asked_is_named_and_left_out(site: Sit
     site.good("zzz", "last")
     found = site.registry()
     with pytest.warns(TunerkitWarning, match=r"tunerkit_base_layers of plugin 'faulty' \(mmm\) failed"):
-        assert found.call_all("tunerkit_base_layers") == [["aaa"], ["zzz"]]
+        assert [answer.value for answer in found.call_all("tunerkit_base_layers")] == [["aaa"], ["zzz"]]
 
 
 def test_the_environment_limits_which_plugins_load(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,7 +431,7 @@ def test_a_module_and_a_class_of_static_hooks_can_be_registered() -> None:
     found = Registry([])
     found.register(Static)
     found.register(module)
-    assert found.call_all("tunerkit_base_layers") == [["static"], ["module"]]
+    assert [answer.value for answer in found.call_all("tunerkit_base_layers")] == [["static"], ["module"]]
 
 
 def test_calling_a_method_whose_plugin_is_gone_names_it() -> None:
@@ -542,7 +542,7 @@ def test_the_default_registry_reads_what_is_installed_when_first_asked(
             "throwaway-dist",
             1,
         )
-        assert registry.call_all("tunerkit_base_layers") == [["throwaway-dist"]]
+        assert [answer.value for answer in registry.call_all("tunerkit_base_layers")] == [["throwaway-dist"]]
         registry.unregister(plugin)
         assert list(registry.methods()) == ["throwaway"]
         monkeypatch.setenv("TUNERKIT_PLUGINS", "")

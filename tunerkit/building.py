@@ -4,7 +4,6 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from itertools import chain
-from typing import cast
 
 import torch
 from torch import nn
@@ -134,26 +133,17 @@ def _is_called(path: str, modules: Mapping[str, nn.Module]) -> bool:
 
 def all_kinds() -> tuple[type[BaseLayer], ...]:
     """Core's strict base-layer kinds, then those of every plugin: nobody can take over a plain layer."""
-    offered = registry.call_all("tunerkit_base_layers")
-    for kinds in offered:
-        for kind in kinds if isinstance(kinds, tuple | list) else (kinds,):
-            if not _is_kind(kind):
-                raise PluginError(
-                    f"{_offerer(kinds)} offered {kind!r} as a base-layer kind; tunerkit_base_layers must return a list "
-                    "of classes that derive from tunerkit.BaseLayer and define all it asks for"
-                )
-    return (*base_layers.KINDS, *(kind for kinds in offered for kind in cast(list[type[BaseLayer]], kinds)))
+    found: list[type[BaseLayer]] = []
+    for answer in registry.call_all("tunerkit_base_layers"):
+        offered = answer.value
+        if not isinstance(offered, tuple | list) or not all(map(_is_kind, offered)):
+            raise PluginError(
+                f"{answer.plugin} offered {offered!r} as base-layer kinds; tunerkit_base_layers must return a list of "
+                "classes that derive from tunerkit.BaseLayer and define all it asks for"
+            )
+        found += offered
+    return (*base_layers.KINDS, *found)
 
 
 def _is_kind(kind: object) -> bool:
     return isinstance(kind, type) and issubclass(kind, BaseLayer) and not inspect.isabstract(kind)
-
-
-def _offerer(kinds: object) -> str:
-    """Whose answer this is, found by asking again: answers come without names."""
-    for method, info in registry.methods().items():
-        if info.error is None and registry.implements("tunerkit_base_layers", method):
-            answers = registry.call("tunerkit_base_layers", method)
-            if any((tuple(a) if isinstance(a, Iterator) else a) == kinds for a in answers):
-                return f"the plugin of method {method!r} ({info.distribution})"
-    return "a plugin without methods"

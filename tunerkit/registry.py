@@ -30,6 +30,14 @@ class _Catalog:
     failures: list[Failure] = attrs.field(factory=list)
 
 
+@attrs.frozen
+class Answer:
+    """What one plugin said to a hook that all are asked; ``plugin`` names it for messages."""
+
+    plugin: str
+    value: Any
+
+
 class Registry:
     """The plugins of one process, loaded at the first question.
 
@@ -86,7 +94,7 @@ class Registry:
             caller = heard_by(catalog.manager, hook_name, owner.plugin)
         return caller(**arguments)
 
-    def call_all(self, hook_name: str, /, **arguments: object) -> list[Any]:
+    def call_all(self, hook_name: str, /, **arguments: object) -> list[Answer]:
         """Call the hook on each plugin that implements it: by their distributions' names, in-process ones last.
 
         Each is called alone: one that raises is named in a `TunerkitWarning` and left out, and the others are heard.
@@ -94,15 +102,15 @@ class Registry:
         with self._lock:
             catalog = self._loaded()
             asked = [(found, heard_by(catalog.manager, hook_name, found.plugin)) for found in catalog.plugins]
-        results = []
+        answers: list[Answer] = []
         for found, caller in asked:
+            plugin = f"plugin {found.source.entry!r} ({found.source.distribution})"
             try:
-                results.extend(_answers(caller(**arguments)))
+                answers.extend(Answer(plugin, value) for value in _answers(caller(**arguments)))
             except Exception as error:
-                source = found.source
-                text = f"{hook_name} of plugin {source.entry!r} ({source.distribution}) failed and was left out"
-                warn(f"{text}: {error_text(error)}", TunerkitWarning, stacklevel=2)
-        return results
+                text = f"{hook_name} of {plugin} failed and was left out: {error_text(error)}"
+                warn(text, TunerkitWarning, stacklevel=2)
+        return answers
 
     def register(self, plugin: object) -> None:
         """Add an in-process plugin: a module, or an instance of a class with hook implementations.
@@ -264,7 +272,7 @@ def call(hook_name: str, method_name: str, /, **arguments: object) -> Any:
     return _default.call(hook_name, method_name, **arguments)
 
 
-def call_all(hook_name: str, /, **arguments: object) -> list[Any]:
+def call_all(hook_name: str, /, **arguments: object) -> list[Answer]:
     """`Registry.call_all` of the process's registry."""
     return _default.call_all(hook_name, **arguments)
 
