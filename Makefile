@@ -22,8 +22,9 @@ CORE_READY := .venv-core/.ready
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
+# PASSIVE: threads that wait for each other by spinning take the cores away from whatever else the machine does.
 demo: $(DEMO_READY) ## fine-tune MiniLM on movie sentences with AdaLoRA
-	$(BIN)/tunerkit train --out $(DEMO_OUT)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/tunerkit train --out $(DEMO_OUT)
 
 test: test-core test-all ## run the whole test suite
 

@@ -202,7 +202,7 @@ def test_a_failing_write_leaves_what_was_there(
     if existing:
         path.write_bytes(saved.read_bytes())
     monkeypatch.setattr(os, broken, full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(FileError, match="no space"):
         tunerkit.save(toys.trained(targets=["conv"]), tmp_path)
     assert list(tmp_path.iterdir()) == ([path] if existing else [])
     assert not existing or path.read_bytes() == saved.read_bytes()
@@ -341,7 +341,7 @@ def wrong(**fields: object) -> Callable[[dict[str, Any], dict[str, torch.Tensor]
         (wrong(base=[]), FileError, "something else"),
         (wrong(base={"conv.weight": [1]}), FileError, "something else"),
         (wrong(base={"conv.weight": {"shape": [1], "sample": ["x"]}}), FileError, "something else"),
-        (wrong(base={"conv.weight": {"shape": [1]}}), FileError, "expected a shape and a sample"),
+        (wrong(base={"conv.weight": {"shape": [1]}}), FileError, "expected a shape, a dtype and a sample"),
         (wrong(targets=["convolution"]), BaseMismatchError, "no module named 'convolution'"),
         (wrong(targets=["norm"]), TargetError, "LayerNorm"),
         (wrong(targets=[""]), BaseMismatchError, "no module named ''"),
@@ -499,3 +499,15 @@ def test_the_header_says_what_is_inside(toys: "Toys", saved: Path) -> None:
     assert (said["targets"], said["copies"]) == (["conv", "layers.0", "layers.1"], ["head.0", "head.2"])
     assert said["biases"] == ["conv", "group_norm", "layers.0", "layers.1", "norm"]
     assert {"tunerkit", "torch"} <= set(said["versions"])
+
+
+def test_a_place_that_cannot_be_written_is_named(toys: "Toys", tmp_path: Path) -> None:
+    """A file where a folder must be, a folder where the file must be: our own error with the path."""
+    model = toys.trained(targets=["conv"])
+    (tmp_path / "plain").write_text("mine")
+    with pytest.raises(FileError, match="plain"):
+        tunerkit.save(model, tmp_path / "plain")
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(FileError, match="it is a folder"):
+        tunerkit.save(model, tmp_path / "folder.safetensors")
+    assert (tmp_path / "plain").read_text() == "mine"

@@ -104,7 +104,7 @@ def test_every_kind_of_difference_has_its_line_and_long_lists_end() -> None:
     """Missing, unexpected, reshaped and other: one line each, the first five names and how many more."""
 
     def entries(names: range, shape: int = 1, value: float = 1.0) -> dict[str, Any]:
-        return {f"p{i}": {"shape": [shape], "sample": [value] * SAMPLES} for i in names}
+        return {f"p{i}": {"shape": [shape], "dtype": "float32", "sample": [value] * SAMPLES} for i in names}
 
     saved = {**entries(range(7)), **entries(range(10, 11)), **entries(range(20, 21))}
     found = {**entries(range(30, 32)), **entries(range(10, 11), shape=2), **entries(range(20, 21), value=1.1)}
@@ -120,4 +120,22 @@ def test_every_kind_of_difference_has_its_line_and_long_lists_end() -> None:
 def test_its_cost_goes_by_tensors_not_by_bytes(toys: "Toys") -> None:
     """A tensor of 400 GB has a fingerprint too: only a few of its values are read."""
     huge = torch.ones(()).expand(10**6, 10**5)
-    assert of(huge)["values"] == {"shape": [10**6, 10**5], "sample": [1.0] * SAMPLES}
+    assert of(huge)["values"] == {"shape": [10**6, 10**5], "dtype": "float32", "sample": [1.0] * SAMPLES}
+
+
+def test_the_same_dtype_is_compared_to_the_digits_kept_and_another_to_its_own() -> None:
+    """A light fine-tune is another base; a base in bfloat16 is the same one; meta tensors have no values."""
+
+    def entry(dtype: str, value: float, count: int = SAMPLES) -> dict[str, Any]:
+        return {"p": {"shape": [8], "dtype": dtype, "sample": [value] * count}}
+
+    assert differences(entry("float32", 1.0), entry("float32", 1.005)) == ["other values: p"]
+    assert differences(entry("float32", 1.0), entry("float32", 1.000001)) == []
+    assert differences(entry("float32", 1.0), entry("bfloat16", 1.005)) == []
+    assert differences(entry("float32", 1.0), entry("bfloat16", 1.02)) == ["other values: p"]
+    assert differences(entry("float32", 0.0, 0), entry("float32", 1.0)) == []
+
+
+def test_a_meta_tensor_has_no_sample() -> None:
+    """Values that are not there are not made up."""
+    assert of(torch.empty(3, device="meta"))["values"]["sample"] == []

@@ -388,7 +388,7 @@ def test_a_glob_tells_of_the_norms_it_matched_in_one_line() -> None:
 def test_an_expert_tensor_beside_layers_of_the_same_name_is_told() -> None:
     """Law: a plain name that finds layers and expert tensors adapts the layers and tells of the tensors."""
     model = nn.ModuleDict({"dense": nn.ModuleDict({"down_proj": nn.Linear(4, 4)}), "experts": Experts()})
-    with pytest.warns(TunerkitWarning, match=r"experts\.down_proj: is an expert tensor"):
+    with pytest.warns(TunerkitWarning, match=r"experts\.down_proj: is a stack of matrices"):
         assert chosen(model, "down_proj") == ["dense.down_proj"]
 
 
@@ -592,7 +592,7 @@ def test_a_mixture_of_experts_gets_its_attention_and_is_told_of_experts_and_rout
     with pytest.warns(TunerkitWarning) as caught:
         selected = chosen(model, None)
     assert {path.rpartition(".")[2] for path in selected} == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    assert "experts.gate_up_proj and 1 more like it: is an expert tensor" in str(caught[0].message)
+    assert "experts.gate_up_proj and 1 more like it: is a stack of matrices" in str(caught[0].message)
     assert "mlp.gate and 1 more like it: is a" in str(caught[0].message)
     with pytest.raises(TargetError, match="'down_proj' is an expert tensor"):
         chosen(model, ["q_proj", "down_proj"])

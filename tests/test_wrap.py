@@ -639,3 +639,40 @@ def test_a_compiled_model_is_wrapped_inside(toys: "Toys", tmp_path: Any) -> None
     again = tunerkit.load(cast(nn.Module, torch.compile(toys.net(), backend="eager")), tmp_path)
     assert toys.close(again(toys.x()), output)
     assert torch.equal(tunerkit.unwrap(compiled)(toys.x()), base)
+
+
+def test_what_is_no_model_or_has_no_shape_yet_is_refused_in_words(toys: "Toys") -> None:
+    """A name in place of the model, a lazy layer, a seed that is no number: our own errors, nothing frozen."""
+    with pytest.raises(tunerkit.AdapterError, match=r"expected a torch\.nn\.Module, got str"):
+        tunerkit.wrap("bert", "toy-shift")  # type: ignore[type-var]
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4))
+    with pytest.raises(tunerkit.AdapterError, match="run one batch first"):
+        tunerkit.wrap(model, "toy-shift", {"targets": ["0"]})
+    assert all(p.requires_grad for p in model.parameters())
+    with pytest.raises(tunerkit.ConfigError, match="expected an int or None, got str"):
+        tunerkit.wrap(toys.net(), "toy-shift", seed="a")  # type: ignore[arg-type]
+
+
+def test_a_weight_computed_from_others_is_refused(toys: "Toys") -> None:
+    """Merging into a parametrized weight has nowhere to write: told at wrap, not at merge."""
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+    with pytest.raises(tunerkit.TargetError, match="parametrization"):
+        tunerkit.wrap(model, "toy-shift", {"targets": ["0"]})
+
+
+def test_attention_s_own_projection_is_not_trained_alone(toys: "Toys") -> None:
+    """MultiheadAttention never calls its out_proj: a copy of it would be saved untrained."""
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "fc": nn.Linear(4, 4)})
+    with pytest.raises(tunerkit.TargetError, match="name the attention 'attention'"):
+        tunerkit.wrap(model, "toy-shift", {"targets": ["fc"], "train_modules": ["out_proj"]})
+
+
+def test_a_warning_turned_error_leaves_the_model_as_it_was(toys: "Toys") -> None:
+    """What wrap tells, it tells before it changes anything."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(tunerkit.TunerkitWarning):
+            tunerkit.wrap(model, "toy-shift", {"targets": ["0"]})
+    assert list(model.state_dict()) == list(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).state_dict())
+    assert all(p.requires_grad for p in model.parameters())

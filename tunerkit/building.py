@@ -66,6 +66,10 @@ def choose_copies(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
     """
     found: list[str] = []
     for path in targets.resolve_modules(model, names, what="train_modules"):
+        if isinstance(model.get_submodule(parent(path)), nn.MultiheadAttention):
+            raise TargetError(
+                f"train_modules: {path!r} is read past its forward by its owner; name the attention {parent(path)!r}"
+            )
         leaves = [leaf for leaf, module in _uncontained(path, model.get_submodule(path)) if _has_tensors(module)]
         if not leaves:
             raise TargetError(f"train_modules: {path!r} holds nothing to train; leave it out")

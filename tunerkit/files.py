@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import secrets
+import warnings
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from tunerkit import inject, registry, targets
 from tunerkit.building import all_kinds, build
 from tunerkit.configs import unstructure
-from tunerkit.errors import AdapterError, BaseMismatchError, FileError, TargetError
+from tunerkit.errors import AdapterError, BaseMismatchError, FileError, TargetError, TunerkitWarning
 from tunerkit.fingerprint import differences, fingerprint
 from tunerkit.header import Header, decode, encode
 from tunerkit.readiness import check_name, inside_compiled, refuse_unready
@@ -48,6 +49,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None 
             f"adapter {tuner.name!r} was trained with no step: method {tuner.method!r} allocates ranks while the "
             "optimizer steps. Call tunerkit.attach(model, optimizer, total_steps=...) before training"
         )
+    _warn_of_unspent_schedule(tuner)
     tensors = adapter_tensors(tuner)
     target = _file_at(path, FILE_NAME)
     write(target, tensors, encode(describe(tuner, kind="adapter"), tensors))
@@ -101,6 +103,20 @@ def load_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str |
     tuner.steps = header.steps
 
 
+def _warn_of_unspent_schedule(tuner: Tuner) -> None:
+    """Tell of ranks that are still above their final budget: fine for a checkpoint, a surprise at the end."""
+    if tuner.steps == 0 or tuner.total_steps is None:
+        return
+    final = tuner.budget(tuner.total_steps)
+    if tuner.budget() > final:
+        warnings.warn(
+            f"adapter {tuner.name!r} is saved after {tuner.steps} of {tuner.total_steps} steps with a budget of "
+            f"{tuner.budget()}, above the final {final}; if training is over, call tuner.finish() first",
+            TunerkitWarning,
+            stacklevel=3,
+        )
+
+
 def adapter_tensors(tuner: Tuner) -> dict[str, Tensor]:
     """Everything the adapter's file holds, by ``<path of the module>.<name in the slot>``."""
     return {
@@ -132,18 +148,22 @@ def describe(tuner: Tuner, *, kind: str, values: dict[str, object] | None = None
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file whole or not at all: a temporary neighbour, flushed to the disk, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise FileError(f"cannot write {path}: it is a folder; a path that ends in {_SUFFIX} names the file itself")
     # Tensors that share storage (a tied pair inside a trained copy) are refused by safetensors: give each its own.
     data = safetensors.torch.save({name: tensor.clone() for name, tensor in tensors.items()}, metadata)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:  # plain open: the mode follows the umask, as for any file of the user's
             file.writelines(_ordered(data))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise FileError(f"cannot write {path}: {error.strerror or error}; an older file there is as it was") from error
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             temporary.unlink()
 
 

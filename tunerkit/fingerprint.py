@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +15,23 @@ SAMPLES = 4
 _RELATIVE = 2.0**-7
 _SHOWN = 5
 
-Fingerprint = Mapping[str, Mapping[str, list[float]]]
+# Samples are kept with six digits.
+_DIGITS = 1e-5
+
+Fingerprint = Mapping[str, Mapping[str, Any]]
 
 
-def fingerprint(tuner: Tuner) -> dict[str, dict[str, list[float]]]:
-    """``{parameter: {"shape": [...], "sample": [...]}}`` of the base under ``tuner``.
+def fingerprint(tuner: Tuner) -> dict[str, dict[str, Any]]:
+    """``{parameter: {"shape": [...], "dtype": "float32", "sample": [...]}}`` of the base under ``tuner``.
+
+    A tensor on the meta device has no values, so its sample is empty, and only its shape is compared.
 
     What the adapter trains in full (copies, biases) is left out: a fresh head has other values at each load.
     """
     places = base_tensors(tuner)
     samples = _sample(list(places.values()))
     return {
-        name: {"shape": list(tensor.shape), "sample": values}
+        name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."), "sample": values}
         for (name, tensor), values in zip(places.items(), samples, strict=True)
     }
 
@@ -39,7 +45,7 @@ def differences(saved: Fingerprint, found: Fingerprint) -> list[str]:
     misfits = [name for name in shared if saved[name]["shape"] != found[name]["shape"]]
     shapes = [f"{name} {saved[name]['shape']} -> {found[name]['shape']}" for name in misfits]
     alike = [name for name in shared if name not in misfits]
-    values = [name for name in alike if not _close(saved[name]["sample"], found[name]["sample"])]
+    values = [name for name in alike if not _close(saved[name], found[name])]
     for what, names in (
         ("parameters that this base lacks", missing),
         ("parameters that only this base has", unexpected),
@@ -75,19 +81,16 @@ def _original(module: nn.Module, leaf: str, parameter: nn.Parameter) -> Tensor:
 
 
 def _sample(tensors: list[Tensor]) -> list[list[float]]:
-    """`SAMPLES` evenly spaced values of each tensor; one transfer per device, whatever the number of tensors."""
-    rows: list[Tensor] = []
-    for tensor in tensors:
-        count = tensor.numel()
-        if count == 0 or tensor.is_meta:
-            rows.append(torch.zeros(SAMPLES))
-            continue
-        at = [i * (count - 1) // max(SAMPLES - 1, 1) for i in range(SAMPLES)]
-        rows.append(torch.stack([tensor[_index(i, tensor.shape)] for i in at]).float())
+    """`SAMPLES` evenly spaced values of each tensor that has any; one transfer per device for all."""
+    rows: dict[int, Tensor] = {}
     by_device: dict[torch.device, list[int]] = {}
-    for number, row in enumerate(rows):
-        by_device.setdefault(row.device, []).append(number)
-    values: list[list[float]] = [[] for _ in rows]
+    for number, tensor in enumerate(tensors):
+        count = tensor.numel()
+        if count and not tensor.is_meta:
+            at = [i * (count - 1) // max(SAMPLES - 1, 1) for i in range(SAMPLES)]
+            rows[number] = torch.stack([tensor[_index(i, tensor.shape)] for i in at]).float()
+            by_device.setdefault(tensor.device, []).append(number)
+    values: list[list[float]] = [[] for _ in tensors]
     for numbers in by_device.values():
         for number, row_values in zip(numbers, torch.stack([rows[n] for n in numbers]).tolist(), strict=True):
             values[number] = [_short(value) for value in row_values]
@@ -108,7 +111,12 @@ def _short(value: float) -> float:
     return float(f"{value:.6g}") if math.isfinite(value) else 0.0
 
 
-def _close(saved: list[float], found: list[float]) -> bool:
-    return len(saved) == len(found) and all(
-        math.isclose(a, b, rel_tol=_RELATIVE, abs_tol=1e-7) for a, b in zip(saved, found, strict=True)
+def _close(saved: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
+    """Whether two samples are of one tensor: to the digits kept in one dtype, to bfloat16's across dtypes."""
+    if not saved["sample"] or not found["sample"]:
+        return True
+    relative = _DIGITS if saved["dtype"] == found["dtype"] else _RELATIVE
+    return len(saved["sample"]) == len(found["sample"]) and all(
+        math.isclose(a, b, rel_tol=relative, abs_tol=1e-7)
+        for a, b in zip(saved["sample"], found["sample"], strict=True)
     )

@@ -22,9 +22,10 @@ _NUMBERS = deep_iterable(instance_of((int, float)), instance_of(list))
 
 def _is_entry(instance: object, attribute: "attrs.Attribute[Any]", entry: Any) -> None:
     instance_of(dict)(instance, attribute, entry)
-    if set(entry) != {"shape", "sample"}:
-        raise ValueError(f"expected a shape and a sample, got {sorted(entry)}")
-    for numbers in entry.values():
+    if set(entry) != {"shape", "dtype", "sample"}:
+        raise ValueError(f"expected a shape, a dtype and a sample, got {sorted(entry)}")
+    instance_of(str)(instance, attribute, entry["dtype"])
+    for numbers in (entry["shape"], entry["sample"]):
         _NUMBERS(instance, attribute, numbers)
 
 

@@ -1,6 +1,7 @@
 """Refuse an adapter name or a model that cannot take an adapter, before anything is built."""
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from tunerkit import inject
 from tunerkit.errors import AdapterError
@@ -21,6 +22,9 @@ def check_name(adapter: object) -> None:
 
 def refuse_unready(model: nn.Module, adapter: str) -> None:
     """Refuse a model that cannot take another adapter now."""
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
+    if lazy:
+        raise AdapterError(f"the model has parameters without a shape yet ({lazy[0]}, ...); run one batch first")
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise AdapterError("the model is already inside DistributedDataParallel; wrap it first, then put it into DDP")
     tuners = tuners_of(model)
@@ -41,8 +45,10 @@ def refuse_unready(model: nn.Module, adapter: str) -> None:
         raise AdapterError("the model is merged; call tunerkit.unmerge before adding an adapter")
 
 
-def inside_compiled(model: nn.Module) -> nn.Module:
+def inside_compiled(model: object) -> nn.Module:
     """The model that `torch.compile` was given: paths must not depend on whether it is compiled."""
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"expected a torch.nn.Module, got {type(model).__name__}; pass the model itself")
     while (inner := model._modules.get("_orig_mod")) is not None:
         model = inner
     return model

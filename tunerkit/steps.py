@@ -61,12 +61,33 @@ def check_attachable(tuner: Tuner, optimizer: Optimizer) -> None:
         )
     if is_frozen(tuner):
         raise StepError(f"adapter {tuner.name!r} is frozen; tunerkit.load(..., trainable=True) loads one to train on")
+    _check_held(tuner, optimizer)
+
+
+def _check_held(tuner: Tuner, optimizer: Optimizer) -> None:
+    """Refuse an optimizer that holds nothing of the adapter; warn of one that holds a part of it.
+
+    A method that needs steps judges its own adapters by their training: heads trained in full do not count there.
+    """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    own = list(tuner.parameters())
-    if own and not any(id(p) in held for p in own):
+    places = dict(tuner.slots())
+    if registry.get(tuner.method).needs_steps:
+        places = {path: slot for path, slot in places.items() if slot.adapter is not None}
+    trained = {path: [p for p in slot.parameters() if p.requires_grad] for path, slot in places.items()}
+    trained = {path: own for path, own in trained.items() if own}
+    missed = [path for path, own in trained.items() if not any(id(p) in held for p in own)]
+    advice = "build it from (p for p in model.parameters() if p.requires_grad) after tunerkit.wrap"
+    if trained and len(missed) == len(trained):
         raise StepError(
-            f"the optimizer holds none of the {len(own)} parameters of adapter {tuner.name!r}; build it from "
-            "(p for p in model.parameters() if p.requires_grad) after tunerkit.wrap, or name the adapter that it trains"
+            f"the optimizer holds none of the parameters of adapter {tuner.name!r} at its {len(trained)} places; "
+            f"{advice}, or name the adapter that it trains"
+        )
+    if missed:
+        warnings.warn(
+            f"the optimizer does not hold adapter {tuner.name!r} at {', '.join(missed)}: it stays untrained there; "
+            f"{advice}",
+            TunerkitWarning,
+            stacklevel=4,
         )
 
 

@@ -276,7 +276,7 @@ def _check_layers(scanned: Survey, scope: _Scope, findings: _Findings) -> None:
 # What stands in the way
 
 _ATTENTION = "nn.MultiheadAttention reads its weights past their modules' forward: an adapter would never be called"
-_EXPERT = "is an expert tensor (a parameter, not a module), which cannot be adapted yet"
+_EXPERT = "is a stack of matrices in one parameter (an expert tensor), which cannot be adapted yet"
 
 
 def _obstacle(place: Place, scanned: Survey, scope: _Scope) -> str | None:
@@ -292,6 +292,8 @@ def _weight_obstacle(place: Place, scanned: Survey) -> str | None:
     if place.inside_attention:
         return _ATTENTION
     parameters = [parameter for parameter in place.module._parameters.values() if parameter is not None]
+    if isinstance(place.module, nn.Linear | nn.Embedding | _ConvNd) and "weight" not in place.module._parameters:
+        return "has a weight computed from others (a parametrization), which cannot be adapted yet"
     if any(parameter.is_meta for parameter in parameters):
         return "has its weight on the meta device; load the weights first"
     shared = [name for parameter in parameters for name in scanned.sharers.get(id(parameter), ())]
@@ -304,15 +306,18 @@ def _weight_obstacle(place: Place, scanned: Survey) -> str | None:
 
 # Words
 
+_SHOWN = 8
 _NOTHING = 'there is nothing to adapt: no module is left over ("all-linear" and the defaults leave output heads out)'
 
 
-def _unknown(pattern: str, scanned: Survey, names: Collection[str]) -> str:
+def _unknown(pattern: str, scanned: Survey, names: set[str]) -> str:
     """What to say about a pattern that matches no module; ``names`` are those it may have been meant for."""
     match = matcher(pattern)
     parameter = next((name for name in scanned.parameters if match(name)), None)
     if parameter is None:
-        return f"no module named {pattern!r}{closest(pattern, sorted(names))}"
+        listed = sorted(names - {ALL_LINEAR})
+        some = f"; there are: {', '.join(listed[:_SHOWN])}{', ...' if len(listed) > _SHOWN else ''}" if listed else ""
+        return f"no module named {pattern!r}{closest(pattern, sorted(names)) or some}"
     kind = "an expert tensor" if scanned.parameters[parameter].ndim >= 3 else "a parameter"
     return f"{pattern!r} is {kind} ({parameter}), not a module; only modules can be named yet"
 

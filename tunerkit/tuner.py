@@ -1,6 +1,7 @@
 """The tuner: the handle on one adapter of a wrapped model."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import attrs
 from torch import nn
@@ -37,7 +38,7 @@ class Tuner:
     state: object | None = None
     history: list[RankChange] = attrs.field(factory=list)
     loaded: bool = False
-    fingerprint: dict[str, dict[str, list[float]]] | None = None
+    fingerprint: dict[str, dict[str, Any]] | None = None
 
     def slots(self) -> Iterator[tuple[str, Slot]]:
         """This adapter's slots with the paths of their modules: targets, copies, other trained biases."""

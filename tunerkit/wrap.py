@@ -80,8 +80,8 @@ def wrap(
     )
     with seeded(seed):
         plan = build(tuner, kinds)
-    inject.inject_(plan, trainable=True)
     warn_of_statistics(root, copies)
+    inject.inject_(plan, trainable=True)
     return model
 
 
@@ -155,6 +155,8 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
+    if not isinstance(seed, int):
+        raise ConfigError([f"expected an int or None, got {type(seed).__name__} {seed!r} @ seed"])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield

@@ -1,5 +1,6 @@
 """Tests of what AdaLoRA does around an optimizer step: regulariser, masks, budget, state."""
 
+import collections
 import copy
 import math
 import pickle
@@ -176,7 +177,7 @@ def runs(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
         config["budget"] = draw(st.integers(1, 3 * init_rank))
     else:
         config["budget_unit"] = "parameters"
-        config["budget"] = draw(st.integers(1, init_rank * sum(COSTS)))
+        config["budget"] = draw(st.integers(min(COSTS), init_rank * sum(COSTS)))
     return config, total
 
 
@@ -447,7 +448,7 @@ def test_bounds_that_the_budget_cannot_meet_are_refused_when_attaching(bounds: d
     assert tunerkit.tuner(model).state is None
 
 
-@given(budget=st.integers(1, 4 * sum(COSTS)), seed=st.integers(0, 20))
+@given(budget=st.integers(min(COSTS), 4 * sum(COSTS)), seed=st.integers(0, 20))
 @settings(max_examples=25, deadline=None)
 def test_a_budget_in_parameters_keeps_the_longest_prefix_of_the_ranking(budget: int, seed: int) -> None:
     """Against a slow loop over the triplets by score: the first that doesn't fit ends it."""
@@ -544,10 +545,50 @@ def test_attaching_a_loaded_adapter_begins_a_new_training_with_all_triplets(tmp_
     loaded = tunerkit.load(net(), tunerkit.save(model, tmp_path), trainable=True)
     assert live(loaded) == 6
     optimizer = attached(loaded, 10 + 1)
+    assert live(loaded) == tunerkit.tuner(loaded).budget() == 6  # until the first step it can be saved as it is
+    step(loaded, optimizer)
     assert live(loaded) == tunerkit.tuner(loaded).budget() == 12
-    for _ in range(11):
+    for _ in range(10):
         step(loaded, optimizer)
     assert live(loaded) == 6
+
+
+def test_a_budget_that_buys_no_triplet_is_refused() -> None:
+    """A zero budget in effect is refused at attach, with the price of the cheapest triplet."""
+    model = wrapped(target_rank=None, budget=min(COSTS) - 1, budget_unit="parameters")
+    with pytest.raises(tunerkit.ConfigError, match=rf"the cheapest costs {min(COSTS)} @ \$\.budget"):
+        attached(model)
+
+
+def test_adapters_without_any_gradient_are_told_of_at_the_allocation() -> None:
+    """Scores that say nothing prune by position: the warning says so, and names the usual cause."""
+    model = wrapped()
+    optimizer = attached(model)
+    with pytest.warns(tunerkit.TunerkitWarning, match="no gradient at all.*use_reentrant"):
+        collections.deque((optimizer.step() for _ in range(TOTAL)), maxlen=0)
+
+
+def test_an_optimizer_without_the_adapters_is_refused_whatever_heads_it_holds() -> None:
+    """A head trained in full is part of the adapter's file, yet its training says nothing about ranks."""
+    model = wrapped(targets=("0", "2"), train_modules=("4",))
+    head = [p for n, p in model.named_parameters() if ".copy." in n]
+    with pytest.raises(tunerkit.StepError, match="holds none of the parameters"):
+        tunerkit.attach(model, torch.optim.SGD(head, lr=0.1), total_steps=TOTAL)
+    part = [p for n, p in model.named_parameters() if n.startswith("0.tunerkit.")]
+    with pytest.warns(tunerkit.TunerkitWarning, match="at 2: it stays untrained"):
+        tunerkit.attach(model, torch.optim.SGD(part, lr=0.1), total_steps=TOTAL)
+
+
+def test_saving_above_the_final_budget_is_told(tmp_path: Path) -> None:
+    """Training that ends before T - t_f leaves more triplets than asked for; `finish` settles it."""
+    model = wrapped()
+    step(model, attached(model))
+    with pytest.warns(tunerkit.TunerkitWarning, match="above the final"):
+        tunerkit.save(model, tmp_path)
+    tunerkit.tuner(model).finish()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", tunerkit.TunerkitWarning)
+        tunerkit.save(model, tmp_path)
 
 
 def test_saving_without_a_step_is_refused(tmp_path: Path) -> None:

@@ -29,23 +29,25 @@ class Training:
     in_force: int
     last_step: int = 0
     final: bool = False
+    had_gradients: bool = False
 
 
 def start(tuner: Tuner, total_steps: int) -> Training:
-    """The state before the first step: every triplet live, averages at 0."""
+    """The state before the first step: averages at 0. Every triplet is live from the first step on, not before.
+
+    An adapter that was loaded pruned keeps its masks until then, so that it can still be saved as it is.
+    """
     config = config_of(tuner)
     layers = layers_of(tuner)
     schedule = schedule_of(tuner, total_steps)
     check_bounds(config, tuner.targets, layers, schedule.target)
-    for layer in layers:
-        layer.mask = torch.ones_like(layer.mask)
     weights = weights_of(layers)
     return Training(
         schedule=schedule,
         sensitivity=new_averages(weights),
         uncertainty=new_averages(weights),
         left_out=torch.zeros((), dtype=torch.int64, device=layers[0].lam.device),
-        in_force=schedule.initial,
+        in_force=live_budget(config, layers),
     )
 
 
@@ -65,6 +67,10 @@ def advance(tuner: Tuner, step: int) -> dict[str, int] | None:
     """
     training = training_of(tuner)
     layers = layers_of(tuner)
+    if training.last_step == 0 and not training.final:
+        for layer in layers:
+            layer.mask = torch.ones_like(layer.mask)
+        training.in_force = training.schedule.initial
     if not training.final and step < training.schedule.final_step:
         _smooth(config_of(tuner), layers, training)
     due = training.schedule.due(training.last_step, step)
@@ -96,8 +102,7 @@ def budget(tuner: Tuner, step: int | None) -> int:
         return _known_schedule(tuner).budget(step)
     if isinstance(tuner.state, Training):
         return tuner.state.in_force
-    layers = layers_of(tuner)
-    return sum(layer.rank * cost for layer, cost in zip(layers, costs_of(config_of(tuner), layers), strict=True))
+    return live_budget(config_of(tuner), layers_of(tuner))
 
 
 def state(tuner: Tuner) -> State:
@@ -150,6 +155,11 @@ def schedule_of(tuner: Tuner, total_steps: int) -> Schedule:
     )
 
 
+def live_budget(config: AdaLoraConfig, layers: Sequence[SvdLayer]) -> int:
+    """What the masks keep, in the config's budget unit."""
+    return sum(layer.rank * cost for layer, cost in zip(layers, costs_of(config, layers), strict=True))
+
+
 def costs_of(config: AdaLoraConfig, layers: Sequence[SvdLayer]) -> list[int]:
     """What one triplet of each layer costs: 1, or its number of parameters."""
     if config.budget_unit == "rank":
@@ -170,6 +180,8 @@ def check_bounds(
         for path, layer in zip(paths, layers, strict=True)
         if config.minimum_at(path) > (most_at := min(config.maximum_at(path), len(layer.lam)))
     ]
+    if target_budget < min(costs):
+        problems.append(f"{target_budget} parameters buy no triplet, the cheapest costs {min(costs)} @ $.budget")
     if least > target_budget:
         problems.append(f"the minimum ranks need {least}, the final budget is {target_budget} @ $.min_rank")
     if config.budget_unit == "rank" and most < target_budget:
@@ -231,6 +243,7 @@ def _smooth(config: AdaLoraConfig, layers: Sequence[SvdLayer], training: Trainin
         if weight.grad is not None
     ]
     if rows:
+        training.had_gradients = True
         used, grads, sensitivity, uncertainty = (list(column) for column in zip(*rows, strict=True))
         left_out = smooth_(used, grads, sensitivity, uncertainty, beta1=config.beta1, beta2=config.beta2)
         training.left_out += left_out.to(training.left_out.device)
@@ -275,13 +288,22 @@ def _allocate(tuner: Tuner, training: Training, keep: int, *, final: bool) -> di
 
 
 def _tell_left_out(tuner: Tuner, training: Training) -> None:
-    """Say how many gradients were not finite since the last allocation; the only host sync beside the ranks."""
+    """Say what the scores lack since the last allocation; the count is the only host sync beside the ranks."""
+    if not training.had_gradients:
+        _tell(
+            f"adapter {tuner.name!r} had no gradient at all since the last allocation, so its scores say nothing; "
+            "check that the loss depends on it (reentrant checkpointing of a frozen base cuts it off: set "
+            "use_reentrant=False)"
+        )
+    training.had_gradients = False
     count = int(training.left_out)
     if count:
         training.left_out.zero_()
-        warnings.warn(
+        _tell(
             f"adapter {tuner.name!r}: {count} gradients were not finite since the last allocation and were left out of "
-            "the importance averages",
-            TunerkitWarning,
-            stacklevel=2,
+            "the importance averages"
         )
+
+
+def _tell(text: str) -> None:
+    warnings.warn(text, TunerkitWarning, stacklevel=3)
