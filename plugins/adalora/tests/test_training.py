@@ -568,6 +568,17 @@ def test_adapters_without_any_gradient_are_told_of_at_the_allocation() -> None:
         collections.deque((optimizer.step() for _ in range(TOTAL)), maxlen=0)
 
 
+def test_an_allocation_right_after_another_tells_nothing() -> None:
+    """At T - t_f the averages rest: that no gradient came since the step before is as it should be."""
+    model = wrapped(t_init=0, t_final=3, delta_t=2)
+    optimizer = attached(model, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", tunerkit.TunerkitWarning)
+        for _ in range(8):
+            step(model, optimizer)
+    assert [change.step for change in tunerkit.tuner(model).history] == [2, 4, 5]
+
+
 def test_an_optimizer_without_the_adapters_is_refused_whatever_heads_it_holds() -> None:
     """A head trained in full is part of the adapter's file, yet its training says nothing about ranks."""
     model = wrapped(targets=("0", "2"), train_modules=("4",))

@@ -20,7 +20,10 @@ _PER_LAYER = 3
 
 @attrs.define(eq=False)
 class Training:
-    """AdaLoRA's training state. The averages lie in parallel lists: p, lam, q of the first layer, of the second, ..."""
+    """AdaLoRA's training state. The averages lie in parallel lists: p, lam, q of the first layer, of the second, ...
+
+    ``gradients`` says of each step averaged since the last allocation whether any weight had one.
+    """
 
     schedule: Schedule
     sensitivity: list[Tensor]
@@ -29,7 +32,7 @@ class Training:
     in_force: int
     last_step: int = 0
     final: bool = False
-    had_gradients: bool = False
+    gradients: list[bool] = attrs.field(factory=list)
 
 
 def start(tuner: Tuner, total_steps: int) -> Training:
@@ -242,8 +245,8 @@ def _smooth(config: AdaLoraConfig, layers: Sequence[SvdLayer], training: Trainin
         for weight, sensitivity, uncertainty in zip(weights, training.sensitivity, training.uncertainty, strict=True)
         if weight.grad is not None
     ]
+    training.gradients.append(bool(rows))
     if rows:
-        training.had_gradients = True
         used, grads, sensitivity, uncertainty = (list(column) for column in zip(*rows, strict=True))
         left_out = smooth_(used, grads, sensitivity, uncertainty, beta1=config.beta1, beta2=config.beta2)
         training.left_out += left_out.to(training.left_out.device)
@@ -289,13 +292,14 @@ def _allocate(tuner: Tuner, training: Training, keep: int, *, final: bool) -> di
 
 def _tell_left_out(tuner: Tuner, training: Training) -> None:
     """Say what the scores lack since the last allocation; the count is the only host sync beside the ranks."""
-    if not training.had_gradients:
+    # Empty where no step was averaged in between: T - t_f right after another allocation.
+    if training.gradients and not any(training.gradients):
         _tell(
             f"adapter {tuner.name!r} had no gradient at all since the last allocation, so its scores say nothing; "
             "check that the loss depends on it (reentrant checkpointing of a frozen base cuts it off: set "
             "use_reentrant=False)"
         )
-    training.had_gradients = False
+    training.gradients.clear()
     count = int(training.left_out)
     if count:
         training.left_out.zero_()
