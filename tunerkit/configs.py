@@ -1,18 +1,15 @@
 """The base of every method's config, its strict checks, and its way from and to plain mappings."""
 
 # No `from __future__ import annotations` here: the checks read the annotations as types.
-import math
-import re
-import reprlib
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Final, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin
+from typing import Any, Final, Literal, TypeVar, cast
 
 import attrs
 import torch
-from cattrs import Converter, IterableValidationError, IterableValidationNote, transform_error
+from cattrs import transform_error
 
 from tunerkit.errors import ConfigError, closest
+from tunerkit.strict import CONVERTER, SHORT, described, got, is_supported
 
 Config = TypeVar("Config", bound="AdapterConfig")
 _COMPARE: Final[Mapping[str, tuple[str, Callable[[float, float], bool]]]] = {
@@ -21,9 +18,6 @@ _COMPARE: Final[Mapping[str, tuple[str, Callable[[float, float], bool]]]] = {
     "le": ("<=", lambda value, limit: value <= limit),
     "lt": ("<", lambda value, limit: value < limit),
 }
-_SCIENTIFIC: Final = re.compile(r"([+-]?)(\d+)(?:\.(\d*))?[eE]([+-]?)(\d+)")
-_REPR: Final = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 80
 
 
 def setting(
@@ -87,9 +81,9 @@ class AdapterConfig:
         if cls.__attrs_post_init__ is not AdapterConfig.__attrs_post_init__:
             raise TypeError(f"{cls.__name__} overrides __attrs_post_init__, which checks it; override problems()")
         for field in attrs.fields(attrs.resolve_types(cls)):
-            if not _is_supported(field.type):
+            if not is_supported(field.type):
                 raise TypeError(
-                    f"{cls.__name__}.{field.name} is annotated {_described(field.type)}, which a config cannot hold; "
+                    f"{cls.__name__}.{field.name} is annotated {described(field.type)}, which a config cannot hold; "
                     "use bool, int, float, str, None, Literal, tuple[...], Mapping[str, ...] or a union of these"
                 )
 
@@ -138,7 +132,7 @@ def structure(cls: type[Config], mapping: object) -> Config:
     """
     _refuse_non_config(cls)
     if not isinstance(mapping, Mapping):
-        raise ConfigError([f"expected a mapping of settings, {_got(mapping)} @ $"])
+        raise ConfigError([f"expected a mapping of settings, {got(mapping)} @ $"])
     fields = {field.name: field for field in _settings(cls)}
     problems = [_unknown(key, fields) for key in mapping if key not in fields]
     for name, field in fields.items():
@@ -155,7 +149,7 @@ def structure(cls: type[Config], mapping: object) -> Config:
 def unstructure(config: AdapterConfig) -> dict[str, Any]:
     """``config`` as plain dicts, lists, strings and numbers, with every setting: `structure` takes it back."""
     _refuse_non_config(type(config))
-    return {field.name: _CONVERTER.unstructure(getattr(config, field.name)) for field in _settings(type(config))}
+    return {field.name: CONVERTER.unstructure(getattr(config, field.name)) for field in _settings(type(config))}
 
 
 def _settings(cls: type[AdapterConfig]) -> Iterator["attrs.Attribute[Any]"]:
@@ -169,7 +163,7 @@ def _refuse_non_config(cls: object) -> None:
 
 def _unknown(key: object, names: Iterable[str]) -> str:
     if not isinstance(key, str):
-        return f"expected str keys, {_got(key)} @ $"
+        return f"expected str keys, {got(key)} @ $"
     return f"unknown key {key!r}{closest(key, names) or '; known are ' + ', '.join(names)} @ $.{key}"
 
 
@@ -178,7 +172,7 @@ def _read(field: "attrs.Attribute[Any]", value: object) -> tuple[object, list[st
     path = f"$.{field.name}"
     convert = field.metadata.get("converter")
     try:
-        read = _CONVERTER.structure(value if convert is None else convert(value), cast(Any, field.type))
+        read = CONVERTER.structure(value if convert is None else convert(value), cast(Any, field.type))
     except Exception as error:  # cattrs raises groups, a plugin's converter anything: all become lines
         return value, transform_error(error, path, lambda problem, _: str(problem))
     return read, list(_out_of_range(read, field.metadata, path))
@@ -192,167 +186,4 @@ def _out_of_range(value: object, limits: Mapping[str, Any], path: str) -> Iterat
         for name, (sign, holds) in _COMPARE.items():
             limit = limits.get(name)
             if limit is not None and not holds(value, limit):
-                yield f"expected {sign} {limit}, got {_REPR.repr(value)} @ {path}"
-
-
-# What follows makes the one strict converter. cattrs' defaults read "q_proj" as a list of letters, 8.9 as 8, True as 1.
-
-
-class _WrongKindError(ValueError):
-    """The value is of another kind than the annotation; in a union, another member may still take it."""
-
-
-def _got(value: object) -> str:
-    """``got str '8'``, on one line and short."""
-    shown = re.sub(r"\s*\n\s*", " ", _REPR.repr(value))
-    return "got None" if value is None else f"got {type(value).__name__} {shown}"
-
-
-def _refuse(value: object, cls: object) -> NoReturn:
-    raise _WrongKindError(f"expected {_described(cls)}, {_got(value)}{_yaml_hint(value, cls)}")
-
-
-def _yaml_hint(value: object, cls: object) -> str:
-    """How YAML 1.1 wants a float written: with a dot, and a sign in the exponent."""
-    found = _SCIENTIFIC.fullmatch(value) if isinstance(value, str) else None
-    if found is None or float not in (cls, *get_args(cls)):
-        return ""
-    sign, whole, fraction, exponent_sign, exponent = found.groups()
-    return f" (YAML reads this as text: write {sign}{whole}.{fraction or '0'}e{exponent_sign or '+'}{exponent})"
-
-
-def _described(cls: Any) -> str:
-    """An annotation in the words of errors: ``list of str``, for tuples are lists in JSON and YAML."""
-    members = get_args(cls)
-    if _is_union(cls):
-        return " or ".join(map(_described, members))
-    if _is_literal(cls):
-        return " or ".join(map(repr, members))
-    if _is_tuple(cls) and members:
-        return f"list of {' and '.join(_described(member) for member in members if member is not Ellipsis)}"
-    if _is_mapping(cls) and members:
-        return f"mapping of {_described(members[0])} to {_described(members[1])}"
-    return "None" if cls is types.NoneType else getattr(cls, "__name__", repr(cls))
-
-
-def _is_union(cls: Any) -> bool:
-    return get_origin(cls) in (Union, types.UnionType)
-
-
-def _is_literal(cls: Any) -> bool:
-    return get_origin(cls) is Literal
-
-
-def _is_tuple(cls: Any) -> bool:
-    return get_origin(cls) is tuple
-
-
-def _is_mapping(cls: Any) -> bool:
-    return get_origin(cls) in (dict, Mapping)
-
-
-def _is_supported(cls: Any) -> bool:
-    members = get_args(cls)
-    if _is_literal(cls):
-        return all(type(member) in (bool, int, str, types.NoneType) for member in members)
-    if _is_mapping(cls):
-        return members[0] is str and _is_supported(members[1])
-    if _is_union(cls) or _is_tuple(cls):
-        return all(_is_supported(member) for member in members if member is not Ellipsis)
-    return cls in (bool, int, float, str, types.NoneType)
-
-
-def _exact(value: object, cls: type) -> object:
-    return value if type(value) is cls else _refuse(value, cls)
-
-
-def _int(value: object, cls: type) -> int:
-    # int() strips subclasses (an IntEnum), which YAML cannot write.
-    return int(value) if isinstance(value, int) and not isinstance(value, bool) else _refuse(value, cls)
-
-
-def _float(value: object, cls: type) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        _refuse(value, cls)
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"expected a finite float, {_got(value)}")
-    return number
-
-
-def _str(value: object, cls: type) -> str:
-    return str.__str__(value) if isinstance(value, str) else _refuse(value, cls)
-
-
-def _literal(value: object, cls: Any) -> object:
-    # Types first: True == 1, but Literal[1] must not take it; and comparing an array gives an array.
-    for member in get_args(cls):
-        if isinstance(value, type(member)) and isinstance(value, bool) == isinstance(member, bool) and value == member:
-            return member
-    _refuse(value, cls)
-
-
-def _union(value: object, cls: Any) -> object:
-    errors: list[Exception] = []
-    # float comes last because it takes ints too: `float | int` keeps 8 an int.
-    for member in sorted(get_args(cls), key=lambda member: member is float):
-        try:
-            return _CONVERTER.structure(value, member)
-        except Exception as error:
-            errors.append(error)
-    # A member of the right kind knows best what is wrong, such as which element of a list.
-    specific = [error for error in errors if not isinstance(error, _WrongKindError)]
-    if len(specific) == 1:
-        raise specific[0]
-    _refuse(value, cls)
-
-
-def _tuple(value: object, cls: Any) -> tuple[object, ...]:
-    members = get_args(cls)
-    if not isinstance(value, (list, tuple)):
-        _refuse(value, cls)
-    if Ellipsis in members:
-        members = members[:1] * len(value)
-    elif len(value) != len(members):
-        raise ValueError(f"expected {_described(cls)}, got {len(value)} values")
-    return tuple(_each(zip(range(len(value)), value, members, strict=True), cls))
-
-
-def _mapping(value: object, cls: Any) -> dict[str, object]:
-    if not isinstance(value, Mapping):
-        _refuse(value, cls)
-    key_type, value_type = get_args(cls)
-    keys = cast(list[str], _each(((key, key, key_type) for key in value), cls))
-    return dict(zip(keys, _each(((key, value[key], value_type) for key in value), cls), strict=True))
-
-
-def _each(elements: Iterable[tuple[Any, object, Any]], cls: Any) -> list[object]:
-    """Structures (index or key, value, type) one by one; the notes are what `cattrs.transform_error` makes paths of."""
-    read: list[object] = []
-    errors: list[Exception] = []
-    for index, value, member in elements:
-        try:
-            read.append(_CONVERTER.structure(value, member))
-        except Exception as error:
-            error.add_note(IterableValidationNote(f"at {index!r}", index, member))
-            errors.append(error)
-    if errors:
-        raise IterableValidationError(f"while structuring {_described(cls)}", errors, cls)
-    return read
-
-
-def _strict_converter() -> Converter:
-    # Lists for tuples, said here because the default has changed between versions of cattrs.
-    converter = Converter(unstruct_collection_overrides={tuple: list})
-    for scalar, hook in ((bool, _exact), (types.NoneType, _exact), (int, _int), (float, _float), (str, _str)):
-        converter.register_structure_hook(scalar, hook)
-    containers = ((_is_literal, _literal), (_is_union, _union), (_is_tuple, _tuple), (_is_mapping, _mapping))
-    for is_kind, hook in containers:
-        converter.register_structure_hook_func(is_kind, hook)
-    return converter
-
-
-_CONVERTER: Final = _strict_converter()
+                yield f"expected {sign} {limit}, got {SHORT.repr(value)} @ {path}"

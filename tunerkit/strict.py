@@ -1,0 +1,178 @@
+"""The one strict converter: nothing is guessed, and what is wrong is said with what was got and what is allowed.
+
+cattrs' defaults read "q_proj" as a list of letters, 8.9 as 8, True as 1.
+"""
+
+import math
+import re
+import reprlib
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, Literal, NoReturn, Union, cast, get_args, get_origin
+
+from cattrs import Converter, IterableValidationError, IterableValidationNote
+
+_SCIENTIFIC: Final = re.compile(r"([+-]?)(\d+)(?:\.(\d*))?[eE]([+-]?)(\d+)")
+SHORT: Final = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 80
+
+
+class _WrongKindError(ValueError):
+    """The value is of another kind than the annotation; in a union, another member may still take it."""
+
+
+def got(value: object) -> str:
+    """``got str '8'``, on one line and short."""
+    shown = re.sub(r"\s*\n\s*", " ", SHORT.repr(value))
+    return "got None" if value is None else f"got {type(value).__name__} {shown}"
+
+
+def _refuse(value: object, cls: object) -> NoReturn:
+    raise _WrongKindError(f"expected {described(cls)}, {got(value)}{_yaml_hint(value, cls)}")
+
+
+def _yaml_hint(value: object, cls: object) -> str:
+    """How YAML 1.1 wants a float written: with a dot, and a sign in the exponent."""
+    found = _SCIENTIFIC.fullmatch(value) if isinstance(value, str) else None
+    if found is None or float not in (cls, *get_args(cls)):
+        return ""
+    sign, whole, fraction, exponent_sign, exponent = found.groups()
+    return f" (YAML reads this as text: write {sign}{whole}.{fraction or '0'}e{exponent_sign or '+'}{exponent})"
+
+
+def described(cls: Any) -> str:
+    """An annotation in the words of errors: ``list of str``, for tuples are lists in JSON and YAML."""
+    members = get_args(cls)
+    if _is_union(cls):
+        return " or ".join(map(described, members))
+    if _is_literal(cls):
+        return " or ".join(map(repr, members))
+    if _is_tuple(cls) and members:
+        return f"list of {' and '.join(described(member) for member in members if member is not Ellipsis)}"
+    if _is_mapping(cls) and members:
+        return f"mapping of {described(members[0])} to {described(members[1])}"
+    return "None" if cls is types.NoneType else getattr(cls, "__name__", repr(cls))
+
+
+def _is_union(cls: Any) -> bool:
+    return get_origin(cls) in (Union, types.UnionType)
+
+
+def _is_literal(cls: Any) -> bool:
+    return get_origin(cls) is Literal
+
+
+def _is_tuple(cls: Any) -> bool:
+    return get_origin(cls) is tuple
+
+
+def _is_mapping(cls: Any) -> bool:
+    return get_origin(cls) in (dict, Mapping)
+
+
+def is_supported(cls: Any) -> bool:
+    """Whether an annotation is made of what JSON can hold and this converter reads."""
+    members = get_args(cls)
+    if _is_literal(cls):
+        return all(type(member) in (bool, int, str, types.NoneType) for member in members)
+    if _is_mapping(cls):
+        return members[0] is str and is_supported(members[1])
+    if _is_union(cls) or _is_tuple(cls):
+        return all(is_supported(member) for member in members if member is not Ellipsis)
+    return cls in (bool, int, float, str, types.NoneType)
+
+
+def _exact(value: object, cls: type) -> object:
+    return value if type(value) is cls else _refuse(value, cls)
+
+
+def _int(value: object, cls: type) -> int:
+    # int() strips subclasses (an IntEnum), which YAML cannot write.
+    return int(value) if isinstance(value, int) and not isinstance(value, bool) else _refuse(value, cls)
+
+
+def _float(value: object, cls: type) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        _refuse(value, cls)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"expected a finite float, {got(value)}")
+    return number
+
+
+def _str(value: object, cls: type) -> str:
+    return str.__str__(value) if isinstance(value, str) else _refuse(value, cls)
+
+
+def _literal(value: object, cls: Any) -> object:
+    # Types first: True == 1, but Literal[1] must not take it; and comparing an array gives an array.
+    for member in get_args(cls):
+        if isinstance(value, type(member)) and isinstance(value, bool) == isinstance(member, bool) and value == member:
+            return member
+    _refuse(value, cls)
+
+
+def _union(value: object, cls: Any) -> object:
+    errors: list[Exception] = []
+    # float comes last because it takes ints too: `float | int` keeps 8 an int.
+    for member in sorted(get_args(cls), key=lambda member: member is float):
+        try:
+            return CONVERTER.structure(value, member)
+        except Exception as error:
+            errors.append(error)
+    # A member of the right kind knows best what is wrong, such as which element of a list.
+    specific = [error for error in errors if not isinstance(error, _WrongKindError)]
+    if len(specific) == 1:
+        raise specific[0]
+    _refuse(value, cls)
+
+
+def _tuple(value: object, cls: Any) -> tuple[object, ...]:
+    members = get_args(cls)
+    if not isinstance(value, (list, tuple)):
+        _refuse(value, cls)
+    if Ellipsis in members:
+        members = members[:1] * len(value)
+    elif len(value) != len(members):
+        raise ValueError(f"expected {described(cls)}, got {len(value)} values")
+    return tuple(_each(zip(range(len(value)), value, members, strict=True), cls))
+
+
+def _mapping(value: object, cls: Any) -> dict[str, object]:
+    if not isinstance(value, Mapping):
+        _refuse(value, cls)
+    key_type, value_type = get_args(cls)
+    keys = cast(list[str], _each(((key, key, key_type) for key in value), cls))
+    return dict(zip(keys, _each(((key, value[key], value_type) for key in value), cls), strict=True))
+
+
+def _each(elements: Iterable[tuple[Any, object, Any]], cls: Any) -> list[object]:
+    """Structures (index or key, value, type) one by one; the notes are what `cattrs.transform_error` makes paths of."""
+    read: list[object] = []
+    errors: list[Exception] = []
+    for index, value, member in elements:
+        try:
+            read.append(CONVERTER.structure(value, member))
+        except Exception as error:
+            error.add_note(IterableValidationNote(f"at {index!r}", index, member))
+            errors.append(error)
+    if errors:
+        raise IterableValidationError(f"while structuring {described(cls)}", errors, cls)
+    return read
+
+
+def _strict_converter() -> Converter:
+    # Lists for tuples, said here because the default has changed between versions of cattrs.
+    converter = Converter(unstruct_collection_overrides={tuple: list})
+    for scalar, hook in ((bool, _exact), (types.NoneType, _exact), (int, _int), (float, _float), (str, _str)):
+        converter.register_structure_hook(scalar, hook)
+    containers = ((_is_literal, _literal), (_is_union, _union), (_is_tuple, _tuple), (_is_mapping, _mapping))
+    for is_kind, hook in containers:
+        converter.register_structure_hook_func(is_kind, hook)
+    return converter
+
+
+CONVERTER: Final = _strict_converter()
