@@ -27,6 +27,8 @@ def merge(model: M, *, permanent: bool = False) -> M:
 
     The originals are set aside (the adapted weights take twice their memory), so that `unmerge` is bit-exact;
     ``permanent`` keeps none. While merged, `disabled` shows the base, saving works, a step raises.
+    The model's own ``state_dict()`` then holds merged weights and the adapters beside them: take it unmerged, or
+    after ``unwrap(model, keep_merged=True)``.
 
     Raises `AdapterError` if already merged, inside `disabled`, or if a method cannot say what it adds, and
     `PluginError` if it says nonsense; nothing is changed then.
