@@ -19,15 +19,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from tunerkit.base_layers import (
-    KINDS,
-    BaseLayer,
-    Conv1DLayer,
-    ConvLayer,
-    EmbeddingLayer,
-    LinearLayer,
-    describe,
-)
+from tunerkit.attention_layer import AttentionLayer
+from tunerkit.base_layers import BaseLayer, Conv1DLayer, ConvLayer, EmbeddingLayer, LinearLayer
+from tunerkit.kinds import KINDS, describe
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 MODES = ("zeros", "reflect", "replicate", "circular")
@@ -329,6 +323,7 @@ def test_each_layer_has_its_kind_and_features() -> None:
         (nn.Conv2d(4, 6, (3, 2), groups=2), ConvLayer, 12, 6),
         (nn.Conv3d(2, 4, 2, groups=2), ConvLayer, 8, 4),
         (nn.Embedding(7, 3), EmbeddingLayer, 7, 3),
+        (nn.MultiheadAttention(4, 2), AttentionLayer, 4, 12),
     ]
     for module, kind, n_in, n_out in table:
         base = described(module)
@@ -400,7 +395,8 @@ def with_own(name: str, module: nn.Module) -> nn.Module:
         nn.ConvTranspose2d(2, 2, 3),
         nn.EmbeddingBag(5, 3),
         nn.Bilinear(2, 2, 2),
-        nn.MultiheadAttention(4, 2),
+        nn.MultiheadAttention(4, 2, kdim=3),
+        with_own("forward", nn.MultiheadAttention(4, 2)),
         nn.LayerNorm(3),
         nn.Module(),
     ],

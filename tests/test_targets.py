@@ -29,6 +29,8 @@ paths = st.lists(components, min_size=1, max_size=4).map(".".join)
 def is_adaptable(module: nn.Module) -> bool:
     """A small stand-in for core's base-layer kinds."""
     linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    if isinstance(module, nn.MultiheadAttention):
+        return type(module).forward is nn.MultiheadAttention.forward and module.kdim == module.vdim == module.embed_dim
     return linear or type(module).__name__ == "Conv1D" or isinstance(module, nn.Conv2d | nn.Embedding)
 
 
@@ -306,7 +308,12 @@ class Attending(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Linear(4, 4)
-        self.attention = nn.MultiheadAttention(4, 2)
+        self.attention = OwnAttention(4, 2)
+
+
+class OwnAttention(nn.MultiheadAttention):
+    def forward(self, *args: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return self.out_proj(self.in_proj_weight)  # type: ignore[no-any-return]
 
 
 class Mixture(nn.Module):
@@ -328,9 +335,20 @@ def tied_pair() -> nn.ModuleDict:
     return model
 
 
+def held_twice() -> nn.ModuleDict:
+    """A layer that attention reads past its forward, and that another module may call."""
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "attention": nn.MultiheadAttention(4, 2)})
+    model["proj"] = model.get_submodule("attention.out_proj")
+    return model
+
+
 UNFIT = [
-    pytest.param(Attending, "attention", "attention: nn.MultiheadAttention", id="attention"),
+    pytest.param(Attending, "attention", "attention: nn.MultiheadAttention with a forward of its own", id="attention"),
     pytest.param(Attending, "out_proj", r"attention\.out_proj: nn.MultiheadAttention", id="inside attention"),
+    pytest.param(
+        lambda: odd(lambda: nn.MultiheadAttention(4, 2, kdim=3)), "odd", "odd: .* with kdim or vdim", id="kdim"
+    ),
+    pytest.param(lambda: held_twice(), "proj", "attention.out_proj: is held by several", id="read and called"),
     pytest.param(
         lambda: odd(lambda: nn.Linear(4, 4, device="meta")), "odd", "odd: has its weight on the meta", id="meta"
     ),
@@ -377,6 +395,23 @@ def test_what_is_excluded_is_not_told(make: Callable[[], nn.Module], name: str, 
     with silent():
         assert "body" in chosen(make(), "all-linear", exclude=[top])
         assert "body" in chosen(make(), "*", exclude=[top, "embed"] if make is tied_pair else [top])
+
+
+def test_attention_is_one_linear_layer_and_its_output_projection_another() -> None:
+    """Law: by either's name, by a glob, and by all-linear; with kdim only the output projection is left."""
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.TransformerEncoderLayer(4, 2, 4) for _ in range(2)])})
+    both = ["layers.0.self_attn", "layers.0.self_attn.out_proj"]
+    with silent():
+        linear = [f"layers.{layer}.{name}" for layer in "01" for name in ("self_attn", "self_attn.out_proj")]
+        assert [path for path in chosen(model, "all-linear") if "self_attn" in path] == linear
+        assert chosen(model, ["self_attn", "out_proj"], layers=[0]) == both
+        assert chosen(model, "self_attn", layers=[0]) == both[:1]
+        assert chosen(model, "layers.0.self_attn*") == both
+        assert chosen(model, "all-linear", exclude=["self_attn"], layers=[0]) == [
+            "layers.0.linear1",
+            "layers.0.linear2",
+        ]
+        assert chosen(odd(lambda: nn.MultiheadAttention(4, 2, kdim=3)), "out_proj") == ["odd.out_proj"]
 
 
 def test_a_glob_tells_of_the_norms_it_matched_in_one_line() -> None:
@@ -599,7 +634,7 @@ def test_a_mixture_of_experts_gets_its_attention_and_is_told_of_experts_and_rout
 
 
 def test_an_attention_pooling_head_is_told() -> None:
-    """Law: SigLIP's nn.MultiheadAttention is named although it stands in a head."""
+    """Law: SigLIP's nn.MultiheadAttention stands in a head, so a default leaves it out, and says so."""
     model = tiny("SiglipVisionModel", "SiglipVisionConfig", {**IMAGE})
     with pytest.warns(TunerkitWarning, match=r"head\.attention: nn\.MultiheadAttention"):
         assert len(chosen(model, None)) == 12

@@ -316,14 +316,20 @@ def test_wrapping_while_disabled_or_merged_is_refused(toys: "Toys") -> None:
 
 
 def test_a_bias_that_cannot_be_trained_is_named(toys: "Toys") -> None:
-    """bias='all' means all: attention's, a recurrent layer's, a tied one and an own norm's are refused."""
+    """bias='all' means all: own attention's, a recurrent layer's, a tied one and an own norm's are refused."""
 
     class OwnNorm(nn.LayerNorm):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x.mT).mT
 
+    class OwnAttention(nn.MultiheadAttention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return self.out_proj(x)  # type: ignore[no-any-return]
+
     model = toys.net()
-    model.attention = nn.MultiheadAttention(8, 2)
+    model.attention = OwnAttention(8, 2)
+    model.other = nn.MultiheadAttention(8, 2)
+    model.projection = model.other.out_proj
     model.recurrent = nn.LSTM(4, 4)
     model.own = OwnNorm(4)
     model.one, model.two = nn.Linear(2, 2), nn.Linear(2, 2)
@@ -332,6 +338,8 @@ def test_a_bias_that_cannot_be_trained_is_named(toys: "Toys") -> None:
         tunerkit.wrap(model, "toy-shift", {"targets": ["conv"], "bias": "all"})
     for name in ("attention.in_proj_bias", "attention.out_proj.bias", "recurrent.bias_ih_l0", "own.bias", "one.bias"):
         assert name in str(caught.value)
+    assert "other.in_proj_bias" not in str(caught.value)
+    assert "other.out_proj.bias" in str(caught.value)
     assert "layers" not in str(caught.value)
     tunerkit.wrap(model, "toy-shift", {"targets": ["conv"], "bias": "adapters"})
 

@@ -2,7 +2,7 @@
 
 import abc
 import math
-from typing import cast, final
+from typing import ClassVar, cast, final
 
 import attrs
 import torch.nn.functional as F
@@ -19,7 +19,14 @@ class BaseLayer(abc.ABC):
         output with module.weight + pack(p @ q)  ==  output + project_out(project_in(x, q), p)
 
     A kind holds the module and nothing else, and reads it anew at each call: weights may be moved, resized, merged.
+    ``weight_name`` and ``bias_name`` say which of the module's parameters hold W and the bias. A kind that ``lends`` is
+    read whole by the module's own forward: no input of W can be seen from outside, so the delta is lent to the weight
+    (`tunerkit.lending`), and `project_in` and `project_out` raise `AdapterError`.
     """
+
+    weight_name: ClassVar[str] = "weight"
+    bias_name: ClassVar[str] = "bias"
+    lends: ClassVar[bool] = False
 
     module: nn.Module
 
@@ -70,7 +77,7 @@ class BaseLayer(abc.ABC):
 
     @abc.abstractmethod
     def pack(self, weight: Tensor) -> Tensor:
-        """Return ``weight`` (out, in), in its own dtype, in the layout of ``module.weight``."""
+        """Return ``weight`` (out, in), in its own dtype, in the layout of the module's own weight."""
 
 
 @final
@@ -129,7 +136,7 @@ class Conv1DLayer(BaseLayer):
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         """Whether the forward is that of transformers' class, told by name: core never imports transformers."""
-        owner = _forward_owner(module)
+        owner = forward_owner(module)
         return owner.__name__ == "Conv1D" and owner.__module__ == "transformers.pytorch_utils"
 
     @property
@@ -263,7 +270,7 @@ class EmbeddingLayer(BaseLayer):
     @property
     def scale(self) -> float | Tensor:
         """``embed_scale`` as the layer's forward uses it, else 1."""
-        if _forward_owner(self.module) is nn.Embedding:
+        if forward_owner(self.module) is nn.Embedding:
             return 1.0
         scale = self.module.embed_scale
         # Gemma's is a tensor, rounded to the weight's dtype before it multiplies; BART's is a number.
@@ -281,7 +288,7 @@ class EmbeddingLayer(BaseLayer):
     def project_out(self, h: Tensor, p: Tensor) -> Tensor:
         """(..., r) to (..., out), multiplied by `scale`."""
         delta = F.linear(h, p)
-        return delta if _forward_owner(self.module) is nn.Embedding else delta * self.scale
+        return delta if forward_owner(self.module) is nn.Embedding else delta * self.scale
 
     def shape_bias(self, b: Tensor) -> Tensor:
         """(out,) as it is."""
@@ -300,17 +307,6 @@ class EmbeddingLayer(BaseLayer):
         return packed
 
 
-KINDS: tuple[type[BaseLayer], ...] = (LinearLayer, Conv1DLayer, ConvLayer, EmbeddingLayer)
-
-
-def describe(module: nn.Module, kinds: tuple[type[BaseLayer], ...] = KINDS) -> BaseLayer | None:
-    """The first of ``kinds`` that matches ``module``, holding it; None if tunerkit can't adapt it."""
-    for kind in kinds:
-        if kind.matches(module):
-            return kind(module)
-    return None
-
-
 def _drop(x: Tensor, dropout: float) -> Tensor:
     return F.dropout(x, dropout) if dropout > 0 else x
 
@@ -319,7 +315,7 @@ def _weight(module: nn.Module) -> Tensor:
     return cast(Tensor, module.weight)
 
 
-def _forward_owner(module: nn.Module) -> type:
+def forward_owner(module: nn.Module) -> type:
     """The class that defines the forward of ``module``; ``object`` if the instance has its own."""
     if "forward" in vars(module):
         return object
@@ -328,7 +324,7 @@ def _forward_owner(module: nn.Module) -> type:
 
 def _runs_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
     # A lazy layer inherits its forward too, and doesn't know its features yet.
-    return _forward_owner(module) is kind and not is_lazy(_weight(module))
+    return forward_owner(module) is kind and not is_lazy(_weight(module))
 
 
 def _is_scaled_embedding(module: nn.Module) -> bool:
@@ -336,7 +332,7 @@ def _is_scaled_embedding(module: nn.Module) -> bool:
 
     A further parameter means a further row that the forward puts in (T5Gemma2's end-of-image token): not ours.
     """
-    owner = _forward_owner(module)
+    owner = forward_owner(module)
     return (
         isinstance(module, nn.Embedding)
         and owner.__name__.endswith("ScaledWordEmbedding")

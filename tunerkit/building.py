@@ -2,26 +2,28 @@
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import chain
 
 import torch
 from torch import nn
 
-from tunerkit import base_layers, inject, registry, targets
+from tunerkit import inject, lending, registry, targets
 from tunerkit.adapter import Adapter
 from tunerkit.base_layers import BaseLayer
 from tunerkit.errors import PluginError, TargetError
+from tunerkit.kinds import KINDS, describe
+from tunerkit.readers import read_children
 from tunerkit.records import Target
-from tunerkit.slots import Slot, has_trainable_bias
-from tunerkit.survey import is_under, join, parent, tied
+from tunerkit.slots import Slot, bias_name, has_trainable_bias
+from tunerkit.survey import is_under, join, parent, survey, tied
 from tunerkit.tuner import Tuner
 
 
 def build(tuner: Tuner, kinds: tuple[type[BaseLayer], ...]) -> inject.Plan:
     """Build every slot of ``tuner``; the model is only read."""
     inject.refuse_overlap(tuner.model, tuner.modules(), tuple(place.path for place in tuner.copies))
-    bases = {path: base_layers.describe(module, kinds) for path, module in tuner.modules().items()}
+    bases = {path: describe(module, kinds) for path, module in tuner.modules().items()}
     targeted = {target.path: target for target in tuner.targets}
     biased = {place.path for place in tuner.biases}
     copied = {place.path for place in tuner.copies}
@@ -33,8 +35,9 @@ def build(tuner: Tuner, kinds: tuple[type[BaseLayer], ...]) -> inject.Plan:
             slots[path] = Slot(copy=copy.deepcopy(module))
             continue
         built = build_adapter(tuner, targeted[path], bases[path]) if path in targeted else None
-        bias = nn.Parameter(module.get_parameter("bias").detach().clone()) if path in biased else None
-        slots[path] = Slot(adapter=built, bias=bias)
+        name = bias_name(bases[path])
+        bias = nn.Parameter(module.get_parameter(name).detach().clone()) if path in biased else None
+        slots[path] = Slot(method=tuner.method, adapter=built, bias=bias)
     return inject.Plan(tuner=tuner, slots=slots, bases={p: None if p in copied else base for p, base in bases.items()})
 
 
@@ -54,9 +57,26 @@ def build_adapter(tuner: Tuner, target: Target, base: BaseLayer | None) -> Adapt
             f"the plugin of method {tuner.method!r} ({registry.owner_of(tuner.method).distribution}) built an adapter "
             f"that holds {target.path!r} as a child; forward is given the base layer, so do not keep it"
         )
+    if lending.lender(tuner.model, target.path, base) is not None:
+        _refuse_unlendable(tuner, target, base)
     own = chain(target.module.parameters(recurse=False), target.module.buffers(recurse=False))
     device = next((tensor.device for tensor in own), None)
     return built.to(device=device, dtype=getattr(torch, tuner.config.adapter_dtype))
+
+
+def _refuse_unlendable(tuner: Tuner, target: Target, base: BaseLayer) -> None:
+    """Where an owner reads the weight, the method must say what it adds, and the weight must be a plain matrix."""
+    if not registry.implements("tunerkit_delta", tuner.method):
+        raise TargetError(
+            f"{target.path!r} is read past its forward by its owner, so an adapter there works by its delta, and the "
+            f"plugin of method {tuner.method!r} does not implement tunerkit_delta; exclude it from the targets"
+        )
+    weight = target.module._parameters.get(base.weight_name)
+    if weight is None or not weight.is_floating_point():
+        raise TargetError(
+            f"{target.path!r} is read past its forward by its owner, and its weight is no plain matrix that a delta "
+            "can be added to; exclude it from the targets"
+        )
 
 
 def choose_copies(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -66,7 +86,8 @@ def choose_copies(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
     """
     found: list[str] = []
     for path in targets.resolve_modules(model, names, what="train_modules"):
-        if isinstance(model.get_submodule(parent(path)), nn.MultiheadAttention):
+        owner = model.get_submodule(parent(path))
+        if isinstance(owner, nn.MultiheadAttention) or path.rpartition(".")[2] in read_children(owner):
             raise TargetError(
                 f"train_modules: {path!r} is read past its forward by its owner; name the attention {parent(path)!r}"
             )
@@ -103,22 +124,21 @@ def choose_biases(
     if bias == "none":
         return ()
     if bias == "adapters":
-        return tuple(t for t in chosen if has_trainable_bias(t.module, base_layers.describe(t.module, kinds)))
+        return tuple(t for t in chosen if has_trainable_bias(t.module, describe(t.module, kinds)))
     found, problems = [], []
     shared = tied(model)
+    unknown = {id(p.module) for p in survey(model).places if p.inside_attention or p.read_and_called}
     modules = {path: module for path, module in model.named_modules() if not inject.is_adapter_path(path + ".")}
     for path, module in modules.items():
         own = {name: p for name, p in module._parameters.items() if p is not None and "bias" in name}
         if not own or is_under(path, copies):
             continue
-        others = [name for name in shared.get(id(own.get("bias")), ()) if name != join(path, "bias")]
+        base = describe(module, kinds)
+        full = join(path, bias_name(base))
+        others = [name for name in shared.get(id(own.get(bias_name(base))), ()) if name != full]
         if others:
-            problems.append(f"{join(path, 'bias')} (tied to {', '.join(others)})")
-        elif (
-            set(own) == {"bias"}
-            and _is_called(path, modules)
-            and has_trainable_bias(module, base_layers.describe(module, kinds))
-        ):
+            problems.append(f"{full} (tied to {', '.join(others)})")
+        elif set(own) == {bias_name(base)} and id(module) not in unknown and has_trainable_bias(module, base):
             found.append(Target(path=path, module=module))
         else:
             problems += [f"{join(path, name)} (of a {type(module).__name__})" for name in own]
@@ -128,11 +148,6 @@ def choose_biases(
             f"bias='all' cannot train: {listed}; name their modules in train_modules or set bias='adapters'"
         )
     return tuple(found)
-
-
-def _is_called(path: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether the module runs its forward: attention reads its output projection past it."""
-    return not path or not isinstance(modules[parent(path)], nn.MultiheadAttention)
 
 
 def all_kinds() -> tuple[type[BaseLayer], ...]:
@@ -146,7 +161,7 @@ def all_kinds() -> tuple[type[BaseLayer], ...]:
                 "classes that derive from tunerkit.BaseLayer and define all it asks for"
             )
         found += offered
-    return (*base_layers.KINDS, *found)
+    return (*KINDS, *found)
 
 
 def _is_kind(kind: object) -> bool:

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunerkit.slots import CHILD, Slots
+from tunerkit.building import all_kinds
+from tunerkit.kinds import describe
+from tunerkit.slots import CHILD, Slots, bias_name
+from tunerkit.survey import join
 from tunerkit.tuner import Tuner
 
 SAMPLES = 4
@@ -61,7 +64,8 @@ def differences(saved: Fingerprint, found: Fingerprint) -> list[str]:
 def base_tensors(tuner: Tuner) -> dict[str, Tensor]:
     """The base's own parameters by name, originals where merged ones stand now, without what the adapter trains."""
     copied = tuple(place.path for place in tuner.copies)
-    biased = {f"{place.path}.bias" if place.path else "bias" for place in tuner.biases}
+    kinds = all_kinds()
+    biased = {join(place.path, bias_name(describe(place.module, kinds))) for place in tuner.biases}
     found = {}
     for path, module in tuner.model.named_modules():
         if CHILD in path.split(".") or any(path == c or path.startswith(c + ".") for c in copied):

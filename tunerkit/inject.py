@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tunerkit import detector
+from tunerkit import detector, lending
 from tunerkit.base_layers import BaseLayer
 from tunerkit.errors import AdapterError
 from tunerkit.slots import CHILD, Slot, Slots, apply_slots, slots_of, walk
@@ -41,7 +41,8 @@ def inject_(plan: Plan, *, trainable: bool) -> None:
             slots = Slots(plan.bases[path])
             slots.train(module.training)
             module.add_module(CHILD, slots)
-            module.register_forward_hook(apply_slots, with_kwargs=True)
+            if not lending.lend_at_(model, path):
+                module.register_forward_hook(apply_slots, with_kwargs=True)
         slot = plan.slots[path]
         slot.train(module.training)
         slots.put(tuner.name, slot)
@@ -49,7 +50,9 @@ def inject_(plan: Plan, *, trainable: bool) -> None:
         hold_statistics_(place.module)
     tuners = {**tuners_of(model), tuner.name: tuner}
     set_tuners(model, tuners)
-    detector.watch(model, {path: module for other in tuners.values() for path, module in other.modules().items()})
+    adapted = {path: module for other in tuners.values() for path, module in other.modules().items()}
+    hooked = {p: module for p, module in adapted.items() if apply_slots in module._forward_hooks.values()}
+    detector.watch(model, hooked)
     forget_compiled()
 
 
@@ -72,6 +75,7 @@ def eject_(tuner: Tuner) -> None:
     else:
         thaw_base_(tuner.model, tuner.frozen)
     detector.unwatch(tuner.model)
+    lending.forget_idle_(tuner.model)
     set_tuners(tuner.model, left)
     forget_compiled()
 

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit import registry
-from tunerkit.errors import AdapterError, PluginError
+from tunerkit.adapter import Adapter
+from tunerkit.base_layers import BaseLayer
+from tunerkit.deltas import add_delta, ask_delta
+from tunerkit.errors import AdapterError
 from tunerkit.fingerprint import fingerprint
 from tunerkit.records import Delta
-from tunerkit.slots import Slot, Slots, walk
+from tunerkit.slots import Slots, bias_name, walk
 from tunerkit.tuner import Tuner, require_tuners
 
 M = TypeVar("M", bound=nn.Module)
@@ -94,6 +97,7 @@ def refuse_disabled(model: nn.Module) -> None:
         raise AdapterError("the model's adapters are disabled; leave the block of tunerkit.disabled first")
 
 
+@torch.no_grad()
 def _merged_tensors(path: str, module: nn.Module, slots: Slots, tuners: dict[str, Tuner]) -> dict[str, Tensor]:
     """The values that ``module``'s own tensors have with all active slots merged."""
     tensors: dict[str, Tensor] = {}
@@ -104,45 +108,25 @@ def _merged_tensors(path: str, module: nn.Module, slots: Slots, tuners: dict[str
             tensors.update({key: tensor.detach().clone() for key, tensor in _own_tensors(slot.copy).items()})
             continue
         if slot.adapter is not None:
-            _add_delta(path, module, slots, _delta(path, tuners[name].method, slot, slots), tensors)
+            assert slots.base is not None
+            delta = _delta(path, module, tuners[name].method, slot.adapter, slots.base)
+            add_delta(module, slots.base, delta, tensors)
         if slot.bias is not None:
-            own = module.get_parameter("bias").detach()
-            added = tensors.get("bias", own).double() + (slot.bias.detach() - own).double()
-            tensors["bias"] = added.to(own.dtype) if "bias" in tensors else slot.bias.detach().clone()
+            bias = bias_name(slots.base)
+            own = module.get_parameter(bias)
+            added = tensors.get(bias, own).double() + (slot.bias - own).double()
+            tensors[bias] = added.to(own.dtype) if bias in tensors else slot.bias.clone()
     return tensors
 
 
-def _delta(path: str, method: str, slot: Slot, slots: Slots) -> Delta:
-    """What the method's own plugin says that its adapter adds, once it has shown to fit the base layer."""
+def _delta(path: str, module: nn.Module, method: str, adapter: Adapter, base: BaseLayer) -> Delta:
+    """What an adapter adds, if there is a place for it in its base layer."""
     if not registry.implements("tunerkit_delta", method):
         raise AdapterError(f"method {method!r} cannot be merged: its plugin does not implement tunerkit_delta")
-    with torch.no_grad():
-        delta = registry.call("tunerkit_delta", method, adapter=slot.adapter, base=slots.base)
-    plugin = f"the plugin of method {method!r} ({registry.owner_of(method).distribution})"
-    if not isinstance(delta, Delta):
-        raise PluginError(f"{plugin} must return a tunerkit.Delta for {path!r}, got {type(delta).__name__}")
-    assert slots.base is not None
-    features = (slots.base.out_features, slots.base.in_features)
-    for what, tensor, shape in (("weight", delta.weight, features), ("bias", delta.bias, features[:1])):
-        # Broadcasting would take a row for a matrix, and merge something else than forward adds.
-        if tensor is not None and tuple(tensor.shape) != shape:
-            got = tuple(tensor.shape)
-            raise PluginError(f"{plugin} gave a delta {what} of shape {got} for {path!r}, expected {shape}")
+    delta = ask_delta(path, method, adapter, base)
+    if delta.bias is not None and not isinstance(module._parameters.get(base.bias_name), nn.Parameter):
+        raise AdapterError(f"cannot merge into {path!r}: the adapter adds a bias and the base layer has none")
     return delta
-
-
-def _add_delta(path: str, module: nn.Module, slots: Slots, delta: Delta, tensors: dict[str, Tensor]) -> None:
-    if delta.weight is not None:
-        assert slots.base is not None
-        own = module.get_parameter("weight").detach()
-        packed = slots.base.pack(delta.weight.detach())
-        wide = torch.promote_types(packed.dtype, torch.promote_types(own.dtype, torch.float32))
-        tensors["weight"] = (tensors.get("weight", own).to(wide) + packed.to(wide)).to(own.dtype)
-    if delta.bias is not None:
-        if not isinstance(module._parameters.get("bias"), nn.Parameter):
-            raise AdapterError(f"cannot merge into {path!r}: the adapter adds a bias and the base layer has none")
-        own = module.get_parameter("bias").detach()
-        tensors["bias"] = tensors.get("bias", own) + delta.bias.detach().to(own.dtype)
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:

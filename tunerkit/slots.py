@@ -16,17 +16,25 @@ _ASIDE = "/"
 class Slot(nn.Module):
     """What one adapter adds at one module: the method's adapter, a trained copy of the module, a trained bias.
 
-    A copy excludes the other two. ``bias`` (out,) is a trained copy of the module's own bias.
+    A copy excludes the other two. ``bias`` (out,) is a trained copy of the module's own bias. ``method`` says whose
+    plugin knows the adapter.
     """
 
+    method: str
     adapter: Adapter | None
     copy: nn.Module | None
     bias: nn.Parameter | None
 
     def __init__(
-        self, *, adapter: Adapter | None = None, copy: nn.Module | None = None, bias: nn.Parameter | None = None
+        self,
+        *,
+        method: str = "",
+        adapter: Adapter | None = None,
+        copy: nn.Module | None = None,
+        bias: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
+        self.method = method
         self.adapter = adapter
         self.copy = copy
         self.register_parameter("bias", bias)
@@ -137,7 +145,13 @@ def has_trainable_bias(module: nn.Module, base: BaseLayer | None) -> bool:
     own_forward = "forward" in vars(module) or type(module).forward not in {
         kind.forward for kind in (*_TRAILING, *_CHANNELS)
     }
-    return (base is not None or not own_forward) and isinstance(module._parameters.get("bias"), nn.Parameter)
+    name = bias_name(base)
+    return (base is not None or not own_forward) and isinstance(module._parameters.get(name), nn.Parameter)
+
+
+def bias_name(base: BaseLayer | None) -> str:
+    """The local name of a module's bias; a norm has no kind."""
+    return "bias" if base is None else base.bias_name
 
 
 def view_bias(module: nn.Module, base: BaseLayer | None, bias: Tensor, y: Tensor) -> Tensor:

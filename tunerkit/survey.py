@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping
 import attrs
 from torch import nn
 
+from tunerkit.readers import read_children
+
 INJECTED = "tunerkit"  # the child of a base layer that holds its adapters: never a target itself
 
 # Names of output heads in transformers, timm and torchvision. A head is found by name only before the first numbered
@@ -18,15 +20,29 @@ _HEAD_ENDINGS = ("_head", "_heads", "_classifier", "_predictions")
 
 @attrs.frozen(eq=False)
 class Place:
-    """A module of the model; ``paths`` has several entries where one module is registered at several places."""
+    """A module of the model; ``paths`` has several entries where one module is registered at several places.
+
+    ``owners`` are the modules it is registered in, each once.
+    """
 
     paths: tuple[str, ...]
     module: nn.Module
-    inside_attention: bool
+    owners: tuple[nn.Module, ...]
 
     @property
     def path(self) -> str:
         return self.paths[0]
+
+    @property
+    def inside_attention(self) -> bool:
+        """Whether torch's attention holds it in a form that is not known to read it."""
+        return any(isinstance(owner, nn.MultiheadAttention) and not read_children(owner) for owner in self.owners)
+
+    @property
+    def read_and_called(self) -> bool:
+        """Whether several modules hold it, and one of them is known to read its weight past its forward."""
+        names = {path.rpartition(".")[2] for path in self.paths}
+        return len(self.owners) > 1 and any(not names.isdisjoint(read_children(owner)) for owner in self.owners)
 
 
 @attrs.frozen(eq=False)
@@ -50,7 +66,7 @@ def survey(model: nn.Module) -> Survey:
         Place(
             paths=tuple(paths),
             module=by_path[paths[0]],
-            inside_attention=any(isinstance(by_path[parent(path)], nn.MultiheadAttention) for path in paths),
+            owners=tuple({id(owner): owner for owner in (by_path[parent(path)] for path in paths)}.values()),
         )
         for paths in paths_of.values()
     )
@@ -76,9 +92,9 @@ def _is_head_name(path: str) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether ``"all-linear"`` means this module: nn.Linear, transformers' Conv1D, or a quantised one by its sizes."""
+    """Whether ``"all-linear"`` means this module: nn.Linear, attention's projection, Conv1D, or one by its sizes."""
     return (
-        isinstance(module, nn.Linear)
+        isinstance(module, nn.Linear | nn.MultiheadAttention)
         or any(cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers") for cls in type(module).__mro__)
         or all(isinstance(getattr(module, size, None), int) for size in ("in_features", "out_features"))
     )

@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from tunerkit.architectures import DEFAULT_TARGETS
 from tunerkit.errors import TargetError, TunerkitWarning, closest
 from tunerkit.patterns import Matcher, is_broad, matcher, matches
+from tunerkit.readers import read_children
 from tunerkit.records import Target
 from tunerkit.survey import Place, Survey, is_linear, is_number, is_under, join, layer_number, survey, tied
 
@@ -175,7 +176,7 @@ def _may_be_meant(place: Place) -> bool:
     if isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm | _ConvNd):
         return False
     weight = module._parameters.get("weight")
-    return is_linear(module) or isinstance(module, nn.MultiheadAttention) or (weight is not None and weight.ndim == 2)
+    return is_linear(module) or (weight is not None and weight.ndim == 2)
 
 
 def _expert_tensors(scanned: Survey, scope: _Scope) -> Iterator[str]:
@@ -201,11 +202,11 @@ def _choose_linear(scanned: Survey, scope: _Scope, findings: _Findings, *, names
     for place in scanned.places:
         if not scope.covers(place) or scope.trains(place):
             continue
-        if isinstance(place.module, nn.MultiheadAttention):
-            findings.left_out[place.path] = _ATTENTION
-        elif not any(is_under(path, scanned.heads) for path in place.paths):
+        if not any(is_under(path, scanned.heads) for path in place.paths):
             named = any(match(path) for match in matchers for path in place.paths)
             _choose_linear_place(place, named, scanned, scope, findings)
+        elif isinstance(place.module, nn.MultiheadAttention):
+            findings.left_out[place.path] = _HEAD
     findings.left_out.update(dict.fromkeys(_expert_tensors(scanned, scope), _EXPERT))
 
 
@@ -275,15 +276,20 @@ def _check_layers(scanned: Survey, scope: _Scope, findings: _Findings) -> None:
 
 # What stands in the way
 
-_ATTENTION = "nn.MultiheadAttention reads its weights past their modules' forward: an adapter would never be called"
+_ATTENTION = "nn.MultiheadAttention with a forward of its own may do anything with its weights: it cannot be adapted"
+_SEPARATE = "nn.MultiheadAttention with kdim or vdim has three weights in place of one, which cannot be adapted yet"
+_READ_AND_CALLED = (
+    "is held by several modules, and one of them reads its weight past its forward: an adapter would reach only one"
+)
+_HEAD = "nn.MultiheadAttention in an output head, which is meant only if it is named"
 _EXPERT = "is a stack of matrices in one parameter (an expert tensor), which cannot be adapted yet"
 
 
 def _obstacle(place: Place, scanned: Survey, scope: _Scope) -> str | None:
     """Why the module at ``place`` cannot be a target, or None."""
-    if isinstance(place.module, nn.MultiheadAttention) or place.inside_attention:
-        return _ATTENTION
-    if not scope.is_adaptable(place):
+    if isinstance(place.module, nn.MultiheadAttention) and not scope.is_adaptable(place):
+        return _SEPARATE if read_children(place.module) else _ATTENTION
+    if not scope.is_adaptable(place) and not place.inside_attention:
         return f"is a {type(place.module).__name__}, which cannot be adapted"
     return _weight_obstacle(place, scanned)
 
@@ -291,6 +297,8 @@ def _obstacle(place: Place, scanned: Survey, scope: _Scope) -> str | None:
 def _weight_obstacle(place: Place, scanned: Survey) -> str | None:
     if place.inside_attention:
         return _ATTENTION
+    if place.read_and_called:
+        return _READ_AND_CALLED
     parameters = [parameter for parameter in place.module._parameters.values() if parameter is not None]
     if isinstance(place.module, nn.Linear | nn.Embedding | _ConvNd) and "weight" not in place.module._parameters:
         return "has a weight computed from others (a parametrization), which cannot be adapted yet"

@@ -8,10 +8,11 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from tunerkit import base_layers, configs, inject, registry, targets
+from tunerkit import configs, inject, lending, registry, targets
 from tunerkit.building import all_kinds, build, choose_biases, choose_copies
 from tunerkit.configs import AdapterConfig
 from tunerkit.errors import ConfigError, TunerkitWarning, closest
+from tunerkit.kinds import describe
 from tunerkit.merge import is_merged, merge, refuse_disabled, restore_originals_
 from tunerkit.patterns import matches
 from tunerkit.readiness import check_name, inside_compiled, refuse_unready
@@ -63,7 +64,7 @@ def wrap(
         targets=config.targets,
         exclude=config.exclude,
         layers=config.layers,
-        is_adaptable=lambda module: base_layers.describe(module, kinds) is not None,
+        is_adaptable=lambda module: describe(module, kinds) is not None,
         trained=copies,
     )
     refuse_idle_patterns(config, chosen)
@@ -81,6 +82,7 @@ def wrap(
     with seeded(seed):
         plan = build(tuner, kinds)
     warn_of_statistics(root, copies)
+    warn_of_dropout(plan)
     inject.inject_(plan, trainable=True)
     return model
 
@@ -144,6 +146,21 @@ def warn_of_statistics(model: nn.Module, copies: tuple[str, ...]) -> None:
             f"{len(moving)} normalisation layers of the frozen base ({moving[0]}, ...) move their running statistics "
             "in training mode; the adapter's file does not hold them. Put them in eval mode while training, or name "
             "them in train_modules",
+            TunerkitWarning,
+            stacklevel=3,
+        )
+
+
+def warn_of_dropout(plan: inject.Plan) -> None:
+    """Tell of targets whose input is seen by nobody: the adapter's dropout cannot be applied there."""
+    tuner = plan.tuner
+    lent = [t.path for t in tuner.targets if lending.lender(tuner.model, t.path, plan.bases[t.path]) is not None]
+    dropout: object = getattr(tuner.config, "dropout", None)
+    if lent and dropout:
+        warnings.warn(
+            f"dropout is not applied at {len(lent)} targets ({lent[0]}, ...): their owner reads the weight past the "
+            "layer's forward, so the adapter changes the weight and never sees an input. Set dropout to 0 or exclude "
+            "them if that matters",
             TunerkitWarning,
             stacklevel=3,
         )
