@@ -1,22 +1,33 @@
 """Lending: while a module runs that reads weights past a forward, what adapters make of them stands in their place."""
 
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor, nn
 
 from tunerkit.base_layers import BaseLayer
 from tunerkit.deltas import add_delta, ask_delta, plugin_of
-from tunerkit.errors import PluginError
+from tunerkit.errors import AdapterError, PluginError
 from tunerkit.readers import read_children
 from tunerkit.slots import Slot, Slots, slots_of
 from tunerkit.survey import parent
 
-# The attribute of a module that runs now: for each running call, what stood where something is lent.
+# The attribute of a module that runs now, with a loan for each call of it that has not ended.
 _LOANS = "_tunerkit_loans"
+_LOCK = threading.Lock()
 _RUN = nn.Module._call_impl.__code__
+
+
+@attrs.frozen(eq=False)
+class _Loan:
+    """One call of an owner: who runs it, and what stood as an attribute before where something is lent now."""
+
+    thread: int
+    before: list[tuple[nn.Module, str, object]] = attrs.Factory(list)
 
 
 def lender(model: nn.Module, path: str, base: BaseLayer | None) -> nn.Module | None:
@@ -61,29 +72,64 @@ def lend(owner: nn.Module, args: Any) -> None:
     What is lent shadows the parameter as an attribute of the instance: ``parameters()`` and ``state_dict()`` do not
     change, and the parameter is back as soon as the attribute is gone.
     """
-    loans = vars(owner).get(_LOANS, [])
-    if loans and not _is_nested(owner):
-        # KeyboardInterrupt passes by every hook: the call before this one was never given back.
-        _reclaim_(owner)
-        loans = []
-    vars(owner)[_LOANS] = [*loans, []]
-    for module, name, value in _loans(owner):
-        vars(owner)[_LOANS][-1].append((module, name, vars(module).get(name)))
-        _shadow_(module, name, value)
+    if _lends_now(owner) or _LOANS in vars(owner):
+        _uncompiled(_lend)(owner)
 
 
 def give_back(owner: nn.Module, args: Any, output: Any) -> None:
     """The forward hook beside `lend`, called after an exception too."""
-    *loans, last = vars(owner).pop(_LOANS, [[]])
-    for module, name, before in reversed(last):
+    if _LOANS in vars(owner):
+        _uncompiled(_give_back)(owner)
+
+
+def _uncompiled(function: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+    """``function`` as code that dynamo leaves alone: it cannot trace what a plugin is asked through."""
+    # Loading dynamo takes seconds, and who has not loaded it compiles nothing.
+    return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
+
+
+def _lend(owner: nn.Module) -> None:
+    loan = _open_loan_(owner)
+    for module, name, value in _changes(owner):
+        loan.before.append((module, name, vars(module).get(name)))
+        _shadow_(module, name, value)
+
+
+def _open_loan_(owner: nn.Module) -> _Loan:
+    """Note that ``owner`` starts to run. Raises `AdapterError` if it is running in another thread."""
+    loan = _Loan(threading.get_ident())
+    with _LOCK:
+        loans: list[_Loan] = vars(owner).get(_LOANS, [])
+        if loans and loans[-1].thread != loan.thread and loans[-1].thread in sys._current_frames():
+            raise AdapterError(
+                f"{type(owner).__name__} runs in two threads at once, and what adapters lend it is there for one call; "
+                "call tunerkit.merge before serving a model from several threads"
+            )
+        if loans and not _is_nested(owner):
+            # KeyboardInterrupt passes by every hook: the call before this one was never given back.
+            _reclaim_(owner)
+            loans = []
+        vars(owner)[_LOANS] = [*loans, loan]
+    return loan
+
+
+def _give_back(owner: nn.Module) -> None:
+    """Undo the last `_lend`, unless that was another thread's: the one that asks was refused."""
+    loans: list[_Loan] = vars(owner)[_LOANS]
+    if loans[-1].thread != threading.get_ident():
+        return
+    for module, name, before in reversed(loans[-1].before):
         _shadow_(module, name, before)
-    if loans:
-        vars(owner)[_LOANS] = loans
+    vars(owner)[_LOANS] = loans[:-1]
+    if not loans[:-1]:
+        del vars(owner)[_LOANS]
 
 
 def _reclaim_(owner: nn.Module) -> None:
-    while _LOANS in vars(owner):
-        give_back(owner, None, None)
+    """Give back whatever is lent to ``owner``, whoever borrowed it."""
+    for loan in reversed(vars(owner).pop(_LOANS, [])):
+        for module, name, before in reversed(loan.before):
+            _shadow_(module, name, before)
 
 
 def _shadow_(module: nn.Module, name: str, value: object) -> None:
@@ -110,15 +156,21 @@ def _borrowers(owner: nn.Module) -> Iterator[tuple[nn.Module, Slots]]:
             yield module, slots
 
 
+def _lends_now(owner: nn.Module) -> bool:
+    if isinstance(owner, nn.TransformerEncoder):
+        return torch.is_grad_enabled()
+    return any(slots.enabled and not slots.merged for _, slots in _borrowers(owner))
+
+
 def _may_lend(module: nn.Module) -> bool:
     if isinstance(module, nn.TransformerEncoder):
         return any(slots_of(inside) is not None for inside in module.modules())
     return any(True for _ in _borrowers(module))
 
 
-def _loans(owner: nn.Module) -> Iterator[tuple[nn.Module, str, object]]:
+def _changes(owner: nn.Module) -> Iterator[tuple[nn.Module, str, object]]:
     """What stands in place of what while ``owner`` runs; None for nothing."""
-    if isinstance(owner, nn.TransformerEncoder) and torch.is_grad_enabled():
+    if isinstance(owner, nn.TransformerEncoder) and _lends_now(owner):
         # A frozen base in eval mode makes its forward pack padded batches into nested tensors, which attention takes
         # only where no gradient is asked for; it looks at the base's weights to know that, and not at adapters.
         yield owner, "use_nested_tensor", False
