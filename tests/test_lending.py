@@ -588,4 +588,5 @@ def test_a_compiled_model_computes_the_same(toys: "Toys") -> None:
     assert toys.close(compiled(batch()), output)
     tunerkit.merge(model)
     assert toys.close(compiled(batch()), output)
+    assert toys.close(torch.compile(model, backend="eager", fullgraph=True)(batch()), output)
     assert lent(model) == []

@@ -40,7 +40,7 @@ _FAMILIES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("bart", "mbart", "pegasus", "marian", "blenderbot", "m2m_100", "whisper"): _BART,
     ("clip", "clip_text_model", "clip_vision_model", "siglip_text_model", "siglip_vision_model"): _BART,
     ("vit", "deit", "dinov2"): _VIT,
-    ("wav2vec2", "hubert"): (*_QKV, "out_proj", "intermediate_dense", "output_dense"),
+    ("wav2vec2", "hubert", "wavlm"): (*_QKV, "out_proj", "intermediate_dense", "output_dense"),
 }
 
 DEFAULT_TARGETS: Mapping[str, tuple[str, ...]] = MappingProxyType(

@@ -24,6 +24,7 @@ them out of the model. When they fire::
     tunerkit.save_state(model, path)                        # tunerkit_state
     model = tunerkit.load(base_model, path)                 # tunerkit_base_layers, tunerkit_build_adapter per target
     tunerkit.merge(model)                                   # tunerkit_delta per target
+                                                            # (in attention it fires in each forward, too)
     tunerkit.attach(model, optimizer, total_steps=1000)     # tunerkit_start
     tunerkit.load_state(model, path)                        # tunerkit_restore
 
@@ -244,6 +245,10 @@ def tunerkit_delta(adapter: "Adapter", base: "BaseLayer") -> Delta:
 
     Fires once per target in ``merge``, without gradients. Nothing is merged yet; core does the adding, in the base
     layer's own layout, so ``weight`` is always (out, in) as ``nn.Linear`` has it and ``bias`` (out,).
+
+    Fires also in every forward of a module that reads its weights past a layer's forward (attention), for each target
+    there: the adapter's own forward is never called then. Compute the delta from the parameters, not detached, for
+    that is how they are trained.
 
     >>> import tunerkit, torch
     >>> from types import SimpleNamespace

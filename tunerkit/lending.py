@@ -158,8 +158,8 @@ def _borrowers(owner: nn.Module) -> Iterator[tuple[nn.Module, Slots]]:
 
 def _lends_now(owner: nn.Module) -> bool:
     if isinstance(owner, nn.TransformerEncoder):
-        return torch.is_grad_enabled()
-    return any(slots.enabled and not slots.merged for _, slots in _borrowers(owner))
+        return torch.is_grad_enabled() and not owner.training and owner.use_nested_tensor
+    return any(slots.enabled and slots.active and not slots.merged for _, slots in _borrowers(owner))
 
 
 def _may_lend(module: nn.Module) -> bool:

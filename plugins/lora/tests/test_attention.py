@@ -1,0 +1,48 @@
+"""The method keeps core's contract where attention reads the adapted weights past their modules' forward."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import tunerkit
+from tunerkit.testing import conformance
+
+pytest.importorskip("transformers", reason="one of the cases is a transformers model")
+from tunerkit.testing.attention_cases import CASES  # after the skip
+
+CONFIGS: dict[str, dict[str, object]] = {
+    "plain": {"rank": 3},
+    "biases": {"rank": 3, "bias": "adapters", "train_modules": ["classifier"]},
+    "attention alone": {"rank": 2, "targets": "re:.*(self_attn|out_proj|[qkv]_proj)", "adapter_dtype": "float64"},
+}
+
+
+@pytest.mark.parametrize("config", list(CONFIGS))
+@pytest.mark.parametrize("check", conformance.CHECKS, ids=conformance.name_of)
+@pytest.mark.parametrize("case", CASES, ids=conformance.name_of)
+def test_keeps_the_contract(check: conformance.Check, case: conformance.Case, config: str, tmp_path: Path) -> None:
+    """Every check of the conformance kit holds for torch's encoders and for WavLM."""
+    check(case, "lora", CONFIGS[config], tmp_path)
+
+
+@pytest.mark.parametrize("case", CASES, ids=conformance.name_of)
+def test_every_adapter_in_attention_is_trained(case: conformance.Case) -> None:
+    """Each B has a gradient at the start, and the detector has nothing to tell."""
+    model = tunerkit.wrap(case.build(), "lora", CONFIGS["attention alone"], seed=0)
+    case.loss(model).backward()
+    adapters = tunerkit.tuner(model).adapters()
+    assert len(adapters) == {"wavlm": 8}.get(case.name, 4)
+    for path, adapter in adapters.items():
+        gradient = adapter.get_parameter("b").grad
+        assert gradient is not None, path
+        assert float(gradient.abs().max()) > 0, path
+
+
+def test_a_wavlm_without_a_pattern_gets_its_default() -> None:
+    """Attention's four projections and the feed-forward's two matrices, per layer; nothing is left out or unheard."""
+    case = CASES[-1]
+    model = tunerkit.wrap(case.build(), "lora")
+    names = {path.rpartition(".")[2] for path in tunerkit.tuner(model).ranks()}
+    assert names == {"q_proj", "k_proj", "v_proj", "out_proj", "intermediate_dense", "output_dense"}
+    assert torch.isfinite(case.loss(model))
