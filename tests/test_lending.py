@@ -18,6 +18,7 @@ import tunerkit
 from tunerkit import lending
 from tunerkit.attention_layer import AttentionLayer
 from tunerkit.errors import AdapterError, PluginError, TargetError, TunerkitWarning
+from tunerkit.fingerprint import fingerprint
 from tunerkit.inject import eject_
 from tunerkit.kinds import describe
 
@@ -313,6 +314,17 @@ def test_checkpointing_recomputes_with_the_adapters(toys: "Toys", reentrant: boo
     assert lent(model) == []
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+def test_a_forward_replaced_after_wrapping_is_still_lent_to(toys: "Toys", tmp_path: Any) -> None:
+    """As accelerate replaces it on the instance; what is saved then still fits the base."""
+    model, twin = adapted(toys, bias="adapters"), adapted(toys, bias="adapters")
+    model.attention.forward = model.attention.forward
+    assert torch.equal(output(model), output(twin))
+    assert "attention.in_proj_bias" not in fingerprint(tunerkit.tuner(model))
+    assert torch.equal(output(tunerkit.load(attends(), tunerkit.save(model, tmp_path), trainable=True)), output(twin))
+    tunerkit.unwrap(model)
+    assert our_hooks(model) == 0
 
 
 # --- Inference paths --------------------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunerkit.base_layers import BaseLayer
 from tunerkit.building import all_kinds
 from tunerkit.kinds import describe
-from tunerkit.slots import CHILD, Slots, bias_name
+from tunerkit.slots import CHILD, Slots, bias_name, slots_of
 from tunerkit.survey import join
 from tunerkit.tuner import Tuner
 
@@ -65,7 +66,7 @@ def base_tensors(tuner: Tuner) -> dict[str, Tensor]:
     """The base's own parameters by name, originals where merged ones stand now, without what the adapter trains."""
     copied = tuple(place.path for place in tuner.copies)
     kinds = all_kinds()
-    biased = {join(place.path, bias_name(describe(place.module, kinds))) for place in tuner.biases}
+    biased = {join(place.path, bias_name(_base_of(place.module, kinds))) for place in tuner.biases}
     found = {}
     for path, module in tuner.model.named_modules():
         if CHILD in path.split(".") or any(path == c or path.startswith(c + ".") for c in copied):
@@ -75,6 +76,12 @@ def base_tensors(tuner: Tuner) -> dict[str, Tensor]:
             if parameter is not None and name not in biased:
                 found[name] = _original(module, leaf, parameter)
     return found
+
+
+def _base_of(module: nn.Module, kinds: tuple[type[BaseLayer], ...]) -> BaseLayer | None:
+    """What the module was when it was adapted, or is if it was not yet."""
+    slots = slots_of(module)
+    return slots.base if slots is not None else describe(module, kinds)
 
 
 def _original(module: nn.Module, leaf: str, parameter: nn.Parameter) -> Tensor:

@@ -13,7 +13,7 @@ from tunerkit.base_layers import BaseLayer
 from tunerkit.deltas import add_delta, ask_delta, plugin_of
 from tunerkit.errors import AdapterError, PluginError
 from tunerkit.readers import read_children
-from tunerkit.slots import Slot, Slots, slots_of
+from tunerkit.slots import Slot, Slots, apply_slots, slots_of
 from tunerkit.survey import parent
 
 # The attribute of a module that runs now, with a loan for each call of it that has not ended.
@@ -149,10 +149,13 @@ def _is_nested(owner: nn.Module) -> bool:
 
 
 def _borrowers(owner: nn.Module) -> Iterator[tuple[nn.Module, Slots]]:
-    """The adapted modules whose weights the forward of ``owner`` reads."""
-    for module in (owner, *(owner._modules.get(name) for name in read_children(owner))):
-        slots = slots_of(module) if module is not None else None
-        if module is not None and slots is not None and slots.base is not None:
+    """The adapted modules whose weights the forward of ``owner`` reads: those without a hook of their own.
+
+    Who reads what is settled when the hooks are put in: a forward may be replaced afterwards, as accelerate does.
+    """
+    for module in (owner, *owner.children()):
+        slots = slots_of(module)
+        if slots is not None and slots.base is not None and apply_slots not in module._forward_hooks.values():
             yield module, slots
 
 

@@ -278,9 +278,7 @@ def _check_layers(scanned: Survey, scope: _Scope, findings: _Findings) -> None:
 
 _ATTENTION = "nn.MultiheadAttention with a forward of its own may do anything with its weights: it cannot be adapted"
 _SEPARATE = "nn.MultiheadAttention with kdim or vdim has three weights in place of one, which cannot be adapted yet"
-_READ_AND_CALLED = (
-    "is held by several modules, and one of them reads its weight past its forward: an adapter would reach only one"
-)
+_READ_AND_CALLED = "is held by several modules, and one reads its weight past its forward: an adapter would reach one"
 _HEAD = "nn.MultiheadAttention in an output head, which is meant only if it is named"
 _EXPERT = "is a stack of matrices in one parameter (an expert tensor), which cannot be adapted yet"
 
