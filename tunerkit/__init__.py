@@ -18,10 +18,13 @@ from tunerkit.errors import (
     TunerkitWarning,
     UnknownMethodError,
 )
-from tunerkit.files import load, load_state, save, save_state
+from tunerkit.files import load, save
 from tunerkit.lowrank import add_low_rank, low_rank_delta
 from tunerkit.merge import disabled, merge, unmerge
 from tunerkit.records import Delta, Method, MethodInfo, RankChange, State, Target
+from tunerkit.resizing import Cut, resize_, shrink_
+from tunerkit.resume import load_state, save_state
+from tunerkit.steps import optimizer_of
 from tunerkit.summary import Summary, trainable_parameters
 from tunerkit.tuner import Tuner, tuner
 from tunerkit.wrap import structure, unstructure, unwrap, wrap
@@ -37,6 +40,7 @@ __all__ = [
     "BaseLayer",
     "BaseMismatchError",
     "ConfigError",
+    "Cut",
     "Delta",
     "FileError",
     "Method",
@@ -61,10 +65,13 @@ __all__ = [
     "low_rank_delta",
     "merge",
     "methods",
+    "optimizer_of",
     "register",
+    "resize_",
     "save",
     "save_state",
     "setting",
+    "shrink_",
     "structure",
     "trainable_parameters",
     "tuner",

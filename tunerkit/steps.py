@@ -4,7 +4,7 @@ import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import attrs
 import torch
@@ -30,9 +30,17 @@ class Driver:
         return self.tuner.steps + 1 if self.clock is None else self.clock()
 
 
+@attrs.frozen(eq=False)
+class Link:
+    """The hooks that an optimizer drives a tuner by. They stay until `detach`; the optimizer is remembered after it."""
+
+    optimizer: "ref[Optimizer]"
+    handles: tuple[RemovableHandle, ...]
+
+
 # Not in the tuner: a deep copy of the model must not believe that the original's optimizer drives it. The values hold
 # no tuner, else none would ever be freed: the optimizer alone keeps the driver alive.
-_handles: WeakKeyDictionary[Tuner, list[RemovableHandle]] = WeakKeyDictionary()
+_links: WeakKeyDictionary[Tuner, Link] = WeakKeyDictionary()
 
 
 def is_frozen(tuner: Tuner) -> bool:
@@ -129,21 +137,32 @@ def drive(
         tuner.state, tuner.total_steps, tuner.steps = state, total, 0
         tuner.history.clear()
         driver = Driver(tuner=tuner, clock=clock)
-        _handles[tuner] = [
+        handles = (
             optimizer.register_step_pre_hook(functools.partial(_before, driver)),
             optimizer.register_step_post_hook(functools.partial(_after, driver)),
-        ]
+        )
+        _links[tuner] = Link(ref(optimizer), handles)
 
 
 def detach(tuner: Tuner) -> None:
     """Undo `attach`; a tuner that is not attached stays as it is."""
-    for handle in _handles.pop(tuner, ()):
-        handle.remove()
+    link = _links.get(tuner)
+    if link is not None:
+        for handle in link.handles:
+            handle.remove()
+        _links[tuner] = attrs.evolve(link, handles=())
 
 
 def is_attached(tuner: Tuner) -> bool:
     """Whether an optimizer drives ``tuner`` now."""
-    return tuner in _handles
+    link = _links.get(tuner)
+    return link is not None and bool(link.handles) and link.optimizer() is not None
+
+
+def optimizer_of(tuner: Tuner) -> Optimizer | None:
+    """The optimizer that drives ``tuner``, or that drove it last and is still there."""
+    link = _links.get(tuner)
+    return None if link is None else link.optimizer()
 
 
 def _before(
