@@ -48,6 +48,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None 
             "optimizer steps. Call tunerkit.attach(model, optimizer, total_steps=...) before training"
         )
     _warn_of_unspent_schedule(tuner)
+    return save_tuner(tuner, path)
+
+
+def save_tuner(tuner: Tuner, path: str | os.PathLike[str]) -> Path:
+    """`save` of one tuner as it stands, wherever it is in its schedule: a checkpoint."""
     tensors = adapter_tensors(tuner)
     target = file_at(path, FILE_NAME)
     write(target, tensors, encode(describe(tuner, kind="adapter"), tensors))

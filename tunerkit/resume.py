@@ -21,7 +21,20 @@ STATE_NAME = "state.safetensors"
 
 def save_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None = None) -> Path:
     """Write what training needs to go on (importance averages, step, total), apart from the adapter's weights."""
-    tuner = find_tuner(model, adapter)
+    return save_tuner_state(find_tuner(model, adapter), path)
+
+
+def load_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None = None) -> None:
+    """Restore what `save_state` wrote into an attached adapter: the next step continues the interrupted run.
+
+    Raises `FileError` for a file that is damaged or of another run, and `StepError` if the method's state does not
+    fit the adapter; nothing is changed then.
+    """
+    load_tuner_state(find_tuner(model, adapter), path)
+
+
+def save_tuner_state(tuner: Tuner, path: str | os.PathLike[str]) -> Path:
+    """`save_state` of one tuner."""
     state = tuner.training_state()
     target = file_at(path, STATE_NAME)
     history = [[change.step, change.budget, list(change.ranks.values())] for change in tuner.history]
@@ -31,13 +44,8 @@ def save_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str |
     return target
 
 
-def load_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None = None) -> None:
-    """Restore what `save_state` wrote into an attached adapter: the next step continues the interrupted run.
-
-    Raises `FileError` for a file that is damaged or of another run, and `StepError` if the method's state does not
-    fit the adapter; nothing is changed then.
-    """
-    tuner = find_tuner(model, adapter)
+def load_tuner_state(tuner: Tuner, path: str | os.PathLike[str]) -> None:
+    """`load_state` into one tuner."""
     source = file_at(path, STATE_NAME)
     tensors, header = read(source, kind="state")
     differing = _differences(header, describe(tuner, kind="state"))

@@ -1,13 +1,14 @@
 """AdaLoRA's training state on its way to a file and back."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import attrs
+import torch
 from torch import Tensor
 
 from tunerkit import State, StepError, Tuner
-from tunerkit_adalora.svd_layer import SvdLayer
-from tunerkit_adalora.training import Training, layers_of, training_of
+from tunerkit_adalora.importance import new_averages
+from tunerkit_adalora.training import Training, layers_of, training_of, weights_of
 
 
 def state(tuner: Tuner) -> State:
@@ -26,7 +27,8 @@ def state(tuner: Tuner) -> State:
         "seen": training.seen,
         "left_out": int(training.left_out),
     }
-    return State(tensors=_tensors(training, layers_of(tuner)), values=values)
+    masks = [layer.mask for layer in layers_of(tuner)]
+    return State(tensors=_named(training.sensitivity, training.uncertainty, masks), values=values)
 
 
 def restore(tuner: Tuner, saved: State) -> None:
@@ -38,13 +40,15 @@ def restore(tuner: Tuner, saved: State) -> None:
     layers = layers_of(tuner)
     number = {name: int(str(value)) for name, value in saved.values.items() if not isinstance(value, bool)}
     final = bool(saved.values["final"])
-    own = {n: t for n, t in _tensors(training, layers).items() if n.startswith("mask.") or not final}
-    if {n: (t.shape, t.dtype) for n, t in own.items()} != {n: (t.shape, t.dtype) for n, t in saved.tensors.items()}:
+    averages = [] if final else new_averages(weights_of(layers))
+    fitting = _named(averages, averages, [layer.mask for layer in layers])
+    if _shapes(fitting) != _shapes(saved.tensors):
         raise StepError("the saved averages and masks do not fit this adapter; load the adapter they were saved with")
-    for name, tensor in own.items():
-        tensor.copy_(saved.tensors[name])
-    if final:
-        training.sensitivity, training.uncertainty = [], []
+    here = {name: saved.tensors[name].to(tensor.device, copy=True) for name, tensor in fitting.items()}
+    training.sensitivity = [here[f"sensitivity.{i}"] for i in range(len(averages))]
+    training.uncertainty = [here[f"uncertainty.{i}"] for i in range(len(averages))]
+    for i, layer in enumerate(layers):
+        layer.mask = here[f"mask.{i}"]
     training.schedule = attrs.evolve(training.schedule, initial=number["initial"], target=number["target"])
     training.final, training.shrunk = final, bool(saved.values["shrunk"])
     training.last_step, training.in_force = number["last_step"], number["in_force"]
@@ -53,8 +57,11 @@ def restore(tuner: Tuner, saved: State) -> None:
     training.left_out.fill_(number["left_out"])
 
 
-def _tensors(training: Training, layers: Sequence[SvdLayer]) -> dict[str, Tensor]:
-    """What `state` saves and `restore` fills, by position."""
-    tensors = {f"sensitivity.{i}": t for i, t in enumerate(training.sensitivity)}
-    tensors |= {f"uncertainty.{i}": t for i, t in enumerate(training.uncertainty)}
-    return tensors | {f"mask.{i}": layer.mask for i, layer in enumerate(layers)}
+def _named(sensitivity: Sequence[Tensor], uncertainty: Sequence[Tensor], masks: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names that a file has them by."""
+    lists = {"sensitivity": sensitivity, "uncertainty": uncertainty, "mask": masks}
+    return {f"{name}.{i}": tensor for name, tensors in lists.items() for i, tensor in enumerate(tensors)}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
