@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from typing import Any
+from weakref import WeakSet
 
 import attrs
 from torch import nn
@@ -14,6 +15,8 @@ from tunerkit.records import RankChange, State, Target
 from tunerkit.slots import Slot, slots_of, walk
 
 _ATTRIBUTE = "_tunerkit"
+# Every tuner of the process, copies too, for those that watch over all of them.
+alive: WeakSet["Tuner"] = WeakSet()
 
 
 @attrs.define(eq=False)
@@ -39,6 +42,18 @@ class Tuner:
     history: list[RankChange] = attrs.field(factory=list)
     loaded: bool = False
     fingerprint: dict[str, dict[str, Any]] | None = None
+
+    def __attrs_post_init__(self) -> None:
+        alive.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return attrs.asdict(self, recurse=False)
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """For deep copies and pickles, which do not pass through the initialiser."""
+        for name, value in state.items():
+            setattr(self, name, value)
+        alive.add(self)
 
     def slots(self) -> Iterator[tuple[str, Slot]]:
         """This adapter's slots with the paths of their modules: targets, copies, other trained biases."""
