@@ -31,6 +31,7 @@ class Run:
 
     It is stopped after the step ``stop_after``, or killed (SIGKILL) at the end of the step ``kill_at``; with
     ``resume`` it goes on from the last checkpoint there. ``save_steps`` are the steps between two checkpoints.
+    With ``best`` it evaluates at each checkpoint, to which that step looks best, and reloads it at the end.
     """
 
     method: str
@@ -42,11 +43,12 @@ class Run:
     stop_after: int | None = None
     kill_at: int | None = None
     resume: bool = False
+    best: int | None = None
 
 
 def check_stopped_after_every_step(run: Run) -> None:
     """A fresh process for each step, each resuming what the one before left, ends as the run never stopped."""
-    whole = attrs.evolve(run, folder=run.folder / "whole", save_steps=run.steps)
+    whole = attrs.evolve(run, folder=run.folder / "whole")
     assert in_fresh_process(whole) == 0
     for step in range(1, run.steps + 1):
         part = attrs.evolve(run, folder=run.folder / "parts", stop_after=step, resume=step > 1)
@@ -81,7 +83,15 @@ def train(run: Run) -> None:
     """Train, or go on training, and write all that the end consists of."""
     torch.set_num_threads(1)
     model = tunerkit.wrap(_model(), run.method, run.config, seed=0)
-    trainer = Trainer(model, _arguments(run), train_dataset=_Rows(24), callbacks=[_Interrupt(run)])
+    interrupt = _Interrupt(run)
+    trainer = Trainer(
+        model,
+        _arguments(run),
+        train_dataset=_Rows(24),
+        eval_dataset=_Rows(4),
+        callbacks=[interrupt],
+        compute_metrics=interrupt.score,
+    )
     tunerkit.attach(model, trainer)
     trainer.train(resume_from_checkpoint=True if run.resume else None)
     tuner = tunerkit.tuner(model)
@@ -124,12 +134,18 @@ def assert_same(one: object, other: object, where: str = "end") -> None:
 
 
 class _Interrupt(TrainerCallback):
-    """Stops or kills the training where the run says so."""
+    """Stops or kills the training where the run says so, and says how good a step is."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self.step = 0
+
+    def score(self, _: object) -> dict[str, float]:
+        """The nearer to the best step, the better."""
+        return {"score": -abs(self.step - (self.run.best or 0))}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step = state.global_step
         if state.global_step == self.run.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         if state.global_step == self.run.stop_after:
@@ -175,6 +191,11 @@ def _arguments(run: Run) -> TrainingArguments:
         save_strategy="steps",
         save_steps=run.save_steps,
         save_total_limit=2,
+        eval_strategy="no" if run.best is None else "steps",
+        eval_steps=run.save_steps,
+        load_best_model_at_end=run.best is not None,
+        metric_for_best_model="score",
+        greater_is_better=True,
         logging_strategy="no",
         report_to=[],
         use_cpu=True,

@@ -33,3 +33,13 @@ def test_killed_and_resumed_the_end_is_bit_identical(accumulation: int, tmp_path
     run = resuming.Run("adalora", CONFIG, tmp_path, accumulation=accumulation, save_steps=2)
     resuming.check_killed(run, at=(3, 8, 13, 18, 25))
     assert resuming.end_of(tmp_path / "parts")["values"]["shrunk"] is True
+
+
+@pytest.mark.parametrize("best", [4, 12, 24], ids=["before pruning", "while pruning", "shrunk"])
+def test_the_best_model_after_stops_is_the_best_model_without(best: int, tmp_path: Path) -> None:
+    """`load_best_model_at_end` in each of 30 processes: the last one ends with the best step's ranks, bit for bit."""
+    resuming.check_stopped_after_every_step(resuming.Run("adalora", CONFIG, tmp_path, best=best))
+    end = resuming.end_of(tmp_path / "parts")
+    assert end["steps"] == (best, 30)
+    assert end["values"]["last_step"] == best
+    assert end["values"]["shrunk"] is (best >= 18)
