@@ -155,7 +155,7 @@ def test_a_damaged_adapter_changes_nothing_when_resumed(tmp_path: Path) -> None:
 def test_a_trainer_that_builds_its_model_anew_is_refused(tmp_path: Path) -> None:
     """With `model_init` the adapters of the model that was attached are not in the one that is trained."""
     arguments = TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, report_to=[], save_strategy="no")
-    trainer = Trainer(args=arguments, train_dataset=Rows(), model_init=lambda: wrapped())  # type: ignore[arg-type]
+    trainer = Trainer(args=arguments, train_dataset=Rows(), model_init=lambda: wrapped())  # type: ignore[arg-type, return-value]
     assert isinstance(trainer.model, nn.Module)
     tunerkit.attach(trainer.model, trainer)
     with pytest.raises(tunerkit.StepError, match="model_init"):
