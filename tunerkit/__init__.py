@@ -3,6 +3,7 @@
 from tunerkit import registry as _registry
 from tunerkit._markers import hookimpl
 from tunerkit.adapter import Adapter
+from tunerkit.adapters import activate, active, adapters, delete, freeze, rename, thaw
 from tunerkit.attach import attach
 from tunerkit.base_layers import BaseLayer
 from tunerkit.configs import AdapterConfig, setting
@@ -56,9 +57,14 @@ __all__ = [
     "TunerkitError",
     "TunerkitWarning",
     "UnknownMethodError",
+    "activate",
+    "active",
+    "adapters",
     "add_low_rank",
     "attach",
+    "delete",
     "disabled",
+    "freeze",
     "hookimpl",
     "load",
     "load_state",
@@ -67,12 +73,14 @@ __all__ = [
     "methods",
     "optimizer_of",
     "register",
+    "rename",
     "resize_",
     "save",
     "save_state",
     "setting",
     "shrink_",
     "structure",
+    "thaw",
     "trainable_parameters",
     "tuner",
     "unmerge",

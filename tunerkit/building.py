@@ -1,6 +1,5 @@
 """Build what one adapter puts into a model: its slots, with the model only read."""
 
-import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from itertools import chain
@@ -30,7 +29,7 @@ def build(tuner: Tuner, kinds: tuple[type[BaseLayer], ...]) -> inject.Plan:
         if path not in targeted and any(parameter.is_meta for parameter in module.parameters()):
             raise TargetError(f"{path!r} has weights on the meta device and cannot be copied; load the weights first")
         if path in copied:
-            slots[path] = Slot(copy=copy.deepcopy(module))
+            slots[path] = Slot(copy=inject.copy_base(module))
             continue
         built = build_adapter(tuner, targeted[path], bases[path]) if path in targeted else None
         bias = nn.Parameter(module.get_parameter("bias").detach().clone()) if path in biased else None

@@ -47,6 +47,13 @@ def unwatch(model: nn.Module) -> None:
         handle.remove()
 
 
+def forget_(twin: nn.Module) -> None:
+    """Take the watch's hooks off a copy of a watched module."""
+    for key, hook in list(twin._forward_pre_hooks.items()):
+        if isinstance(hook, functools.partial) and hook.func is _note:
+            del twin._forward_pre_hooks[key]
+
+
 def _owner(model: nn.Module, path: str) -> nn.Module:
     """The closest module above ``path`` that has a forward of its own (a ModuleList never runs)."""
     parts = path.split(".")

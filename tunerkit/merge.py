@@ -30,13 +30,15 @@ def merge(model: M, *, permanent: bool = False) -> M:
     The model's own ``state_dict()`` then holds merged weights and the adapters beside them: take it unmerged, or
     after ``unwrap(model, keep_merged=True)``.
 
-    Raises `AdapterError` if already merged, inside `disabled`, or if a method cannot say what it adds, and
-    `PluginError` if it says nonsense; nothing is changed then.
+    Raises `AdapterError` if already merged, inside `disabled`, if none is active, or if a method cannot say what it
+    adds, and `PluginError` if it says nonsense; nothing is changed then.
     """
     tuners = require_tuners(model)
     refuse_disabled(model)
     if is_merged(model):
         raise AdapterError("the model is merged already; call tunerkit.unmerge first")
+    if not any(slots.active for _, _, slots in walk(model)):
+        raise AdapterError("no adapter is active, so nothing can be merged; call tunerkit.activate first")
     merged = [(module, slots, _merged_tensors(path, module, slots, tuners)) for path, module, slots in walk(model)]
     if permanent:
         for tuner in tuners.values():
@@ -92,6 +94,12 @@ def refuse_disabled(model: nn.Module) -> None:
     """Inside a ``with disabled(model)`` block the base stands in place of what merging and wrapping would change."""
     if any(not slots.enabled for _, _, slots in walk(model)):
         raise AdapterError("the model's adapters are disabled; leave the block of tunerkit.disabled first")
+
+
+def refuse_merged(model: nn.Module, what: str) -> None:
+    """While merged, forward is that of the merged weights: ``what`` would change nothing that is seen."""
+    if is_merged(model):
+        raise AdapterError(f"the model is merged; call tunerkit.unmerge before {what}")
 
 
 def _merged_tensors(path: str, module: nn.Module, slots: Slots, tuners: dict[str, Tuner]) -> dict[str, Tensor]:

@@ -75,6 +75,19 @@ class Slots(nn.Module):
         del self._modules[name]
         self.active = tuple(other for other in self.active if other != name)
 
+    def rename(self, old: str, new: str) -> None:
+        """Give a slot another name in its place; nothing else moves, so the order in ``state_dict`` stays."""
+        modules = list(self._modules.items())
+        self._modules.clear()
+        self._modules.update((new if name == old else name, slot) for name, slot in modules)
+        self.active = tuple(new if name == old else name for name in self.active)
+        self.merged = tuple(new if name == old else name for name in self.merged)
+
+    @property
+    def copying(self) -> tuple[str, ...]:
+        """The adapters that train a copy of this module: no two of them can be active together."""
+        return tuple(name for name in self.names if (slot := self.get(name)) is not None and slot.copy is not None)
+
     @property
     def names(self) -> tuple[str, ...]:
         """The adapters that have a slot here, the oldest first."""

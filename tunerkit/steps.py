@@ -49,6 +49,18 @@ def is_frozen(tuner: Tuner) -> bool:
     return bool(own) and not any(p.requires_grad for p in own)
 
 
+def takes_part(driver: Driver) -> bool:
+    """Whether the optimizer's step is one of the adapter's: not while frozen; else if active or given a gradient.
+
+    So adapters that share an optimizer and are trained in turn count their own steps. A clock counts for all of them.
+    """
+    tuner = driver.tuner
+    if is_frozen(tuner):
+        return False
+    active = driver.clock is not None or tuner.turn is not None
+    return active or any(p.grad is not None for p in tuner.parameters())
+
+
 def find_optimizer(candidate: object) -> Optimizer:
     """The torch optimizer itself: accelerate and others wrap it and keep it under ``.optimizer``."""
     while isinstance(inner := getattr(candidate, "optimizer", None), Optimizer):
@@ -198,6 +210,8 @@ def _wrap_closure(driver: Driver, optimizer: Optimizer, closure: Callable[[], An
 def _call_before_step(driver: Driver, optimizer: Optimizer) -> None:
     # A fused optimizer under GradScaler steps on scaled gradients and carries the scale as an attribute.
     grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    if not takes_part(driver):
+        return
     tuner, step = driver.tuner, driver.next_step()
     with torch.no_grad():
         registry.call("tunerkit_before_step", tuner.method, tuner=tuner, step=step, grad_scale=grad_scale)
@@ -207,6 +221,8 @@ def _after(driver: Driver, optimizer: Optimizer, args: tuple[Any, ...], kwargs: 
     """Fires after the update; not for a step that a fused optimizer skipped because its gradients overflowed."""
     found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
     if found_inf is not None and bool(found_inf):
+        return
+    if not takes_part(driver):
         return
     tuner = driver.tuner
     tuner.steps = driver.next_step()
