@@ -97,7 +97,6 @@ def rename_(tuner: Tuner, new: str) -> None:
     tuner.name = new
     tuners = tuners_of(tuner.model)
     set_tuners(tuner.model, {new if name == old else name: other for name, other in tuners.items()})
-    forget_compiled()
 
 
 def train_(tuner: Tuner, *, trained: bool) -> None:
@@ -204,7 +203,7 @@ def refuse_overlap(model: nn.Module, paths: Mapping[str, nn.Module], copies: tup
         shared = path in copies and slots.copying == slots.names
         for copied in copies:
             if _nested(path, copied) and not shared:
-                raise AdapterError(f"cannot train {copied!r} in full: adapter {owners} is at {path!r}; unwrap it first")
+                raise AdapterError(f"cannot train {copied!r} in full: adapter {owners} is at {path!r}; delete it first")
         for wanted in paths:
             if slots.copying and _nested(path, wanted) and not shared:
                 raise AdapterError(f"cannot adapt {wanted!r}: adapter {owners} trains {path!r} in full")

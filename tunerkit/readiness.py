@@ -30,7 +30,7 @@ def check_name(adapter: object) -> None:
 def refuse_taken(names: Collection[str], adapter: str) -> None:
     """Refuse a name that another adapter of the model has."""
     if adapter in names:
-        raise AdapterError(f"the model has an adapter named {adapter!r} already; choose another name or unwrap first")
+        raise AdapterError(f"the model has an adapter named {adapter!r} already; choose another, or delete that one")
 
 
 def refuse_unready(model: nn.Module, adapter: str) -> None:

@@ -45,8 +45,9 @@ _links: WeakKeyDictionary[Tuner, Link] = WeakKeyDictionary()
 
 def is_frozen(tuner: Tuner) -> bool:
     """Whether it has parameters and none is trained."""
-    own = list(tuner.parameters())
-    return bool(own) and not any(p.requires_grad for p in own)
+    own = tuner.parameters()
+    first = next(own, None)  # asked at each step: most often the first one tells
+    return first is not None and not first.requires_grad and not any(p.requires_grad for p in own)
 
 
 def takes_part(driver: Driver) -> bool:
