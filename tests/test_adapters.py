@@ -608,6 +608,17 @@ def test_an_active_adapter_takes_part_without_a_gradient(toys: "Toys") -> None:
     assert [tuner.steps for tuner in tuners] == [1, 0]
 
 
+def test_one_parameter_that_is_trained_is_enough(toys: "Toys") -> None:
+    """An adapter is frozen if all that it has is: not by its first parameter, and not for having none."""
+    model, tuners, optimizer = scaled(toys)
+    next(tuners[0].parameters()).requires_grad_(False)
+    for adapter in tuners[1].adapters().values():
+        adapter._parameters.clear()
+    tunerkit.activate(model, ["a", "b"])
+    optimizer.step()
+    assert [tuner.steps for tuner in tuners] == [1, 1]
+
+
 def test_a_clock_counts_for_all_but_the_frozen(toys: "Toys") -> None:
     """Under a Trainer the global step is every adapter's step, active or not; a frozen one's count stays."""
     model, tuners, _ = scaled(toys)
