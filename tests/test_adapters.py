@@ -619,17 +619,23 @@ def test_one_parameter_that_is_trained_is_enough(toys: "Toys") -> None:
     assert [tuner.steps for tuner in tuners] == [1, 1]
 
 
-def test_a_clock_counts_for_all_but_the_frozen(toys: "Toys") -> None:
-    """Under a Trainer the global step is every adapter's step, active or not; a frozen one's count stays."""
+@pytest.mark.parametrize("out", ["frozen", "inactive"])
+def test_a_clock_numbers_the_steps_that_an_adapter_takes_part_in(toys: "Toys", out: str) -> None:
+    """Under a Trainer the number is its global step; a frozen adapter, or an inactive one, misses those in between."""
     model, tuners, _ = scaled(toys)
     for tuner in tuners:
         steps.detach(tuner)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer.zero_grad()
+    tunerkit.activate(model, ["a", "b"])
     now = [0]
     steps.drive(tuners, optimizer, total_steps=None, clock=lambda: now[0])
-    for frozen in (False, True, False):
+    for left_out in (False, True, False):
         now[0] += 1
-        (tunerkit.freeze if frozen else tunerkit.thaw)(model, "a")
+        if out == "frozen":
+            (tunerkit.freeze if left_out else tunerkit.thaw)(model, "a")
+        else:
+            tunerkit.activate(model, ["b"] if left_out else ["a", "b"])
         optimizer.step()
     assert tuners[0].state == ["before 1", "after 1", "before 3", "after 3"]
     assert tuners[1].state == noted(3)

@@ -50,16 +50,15 @@ def is_frozen(tuner: Tuner) -> bool:
     return first is not None and not first.requires_grad and not any(p.requires_grad for p in own)
 
 
-def takes_part(driver: Driver) -> bool:
+def takes_part(tuner: Tuner) -> bool:
     """Whether the optimizer's step is one of the adapter's: not while frozen; else if active or given a gradient.
 
-    So adapters that share an optimizer and are trained in turn count their own steps. A clock counts for all of them.
+    So adapters that share an optimizer and are trained in turn count their own steps. Under a clock (a Trainer's global
+    step) the number of a step is the same for all, and an adapter sees those that it takes part in.
     """
-    tuner = driver.tuner
     if is_frozen(tuner):
         return False
-    active = driver.clock is not None or tuner.turn is not None
-    return active or any(p.grad is not None for p in tuner.parameters())
+    return tuner.turn is not None or any(p.grad is not None for p in tuner.parameters())
 
 
 def find_optimizer(candidate: object) -> Optimizer:
@@ -211,7 +210,7 @@ def _wrap_closure(driver: Driver, optimizer: Optimizer, closure: Callable[[], An
 def _call_before_step(driver: Driver, optimizer: Optimizer) -> None:
     # A fused optimizer under GradScaler steps on scaled gradients and carries the scale as an attribute.
     grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-    if not takes_part(driver):
+    if not takes_part(driver.tuner):
         return
     tuner, step = driver.tuner, driver.next_step()
     with torch.no_grad():
@@ -223,7 +222,7 @@ def _after(driver: Driver, optimizer: Optimizer, args: tuple[Any, ...], kwargs: 
     found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
     if found_inf is not None and bool(found_inf):
         return
-    if not takes_part(driver):
+    if not takes_part(driver.tuner):
         return
     tuner = driver.tuner
     tuner.steps = driver.next_step()
