@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 
 import attrs
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 INJECTED = "tunerkit"  # the child of a base layer that holds its adapters: never a target itself
 
@@ -82,6 +83,33 @@ def is_linear(module: nn.Module) -> bool:
         or any(cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers") for cls in type(module).__mro__)
         or all(isinstance(getattr(module, size, None), int) for size in ("in_features", "out_features"))
     )
+
+
+def may_be_linear(place: Place) -> bool:
+    """Whether someone who says all linear layers may mean this module, also a router with a matrix of its own."""
+    module = place.module
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm | _ConvNd):
+        return False
+    weight = module._parameters.get("weight")
+    return is_linear(module) or isinstance(module, nn.MultiheadAttention) or (weight is not None and weight.ndim == 2)
+
+
+def default_convolutions(scanned: Survey) -> tuple[Place, ...]:
+    """The convolutions of a model whose numbered blocks hold some, and no linear layer; none of any other model.
+
+    A model that numbers no block has all its convolutions taken, if they are all it has beside its head. Depthwise
+    ones are left out: their matrix is as narrow as one kernel, so a low rank saves nothing.
+    """
+    body = [place for place in scanned.places if not any(is_under(path, scanned.heads) for path in place.paths)]
+    blocks = [place for place in body if layer_number(place.path) is not None]
+    found = [place for place in blocks if _is_wide_convolution(place.module)]
+    if not found:
+        blocks, found = body, [place for place in body if _is_wide_convolution(place.module)]
+    return () if any(is_linear(place.module) for place in blocks) else tuple(found)
+
+
+def _is_wide_convolution(module: nn.Module) -> bool:
+    return isinstance(module, _ConvNd) and (module.groups == 1 or module.groups < module.in_channels)
 
 
 def tied(model: nn.Module) -> Mapping[int, tuple[str, ...]]:
