@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import tunerkit
 from tunerkit.testing import conformance
@@ -113,6 +114,24 @@ def test_the_settings_of_a_case_hold_unless_the_check_is_given_others(toys: "Toy
     assert tuner.ranks() == {"conv": 3, "layers.0": 3}
     tuner = tunerkit.tuner(conformance.wrapped(case, "toy-low-rank", {"targets": ["layers.1"]}))
     assert list(tuner.ranks()) == ["layers.1"]
+
+
+def test_a_parametrized_module_is_no_change_of_type(toys: "Toys", tmp_path: Path) -> None:
+    """Law: weight norm makes a class at each build, and a type that is really another one is still seen."""
+
+    def build() -> nn.Module:
+        model: nn.Module = toys.net(batch_norm=True)
+        weight_norm(model.get_submodule("layers.1"))
+        return model
+
+    case = attrs.evolve(toy_case(toys), build=build)
+    conformance.check_unwraps(case, "toy-low-rank", {}, tmp_path)
+    other = build()
+    norm = type("OtherNorm", (nn.GroupNorm,), {})(2, 4)
+    norm.load_state_dict(other.get_submodule("group_norm").state_dict())
+    other.set_submodule("group_norm", norm)
+    with pytest.raises(AssertionError, match="type at group_norm changed"):
+        conformance.assert_base_untouched(other, case)
 
 
 def test_training_that_moves_the_base_is_caught(toys: "Toys", tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ paths = st.lists(components, min_size=1, max_size=4).map(".".join)
 def is_adaptable(module: nn.Module) -> bool:
     """A small stand-in for core's base-layer kinds."""
     linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return linear or type(module).__name__ == "Conv1D" or isinstance(module, nn.Conv2d | nn.Embedding)
+    return linear or type(module).__name__ in ("Conv1D", "FalconLinear") or isinstance(module, nn.Conv2d | nn.Embedding)
 
 
 def chosen(model: nn.Module, wanted: str | Sequence[str] | None, **options: object) -> list[str]:
@@ -537,6 +537,7 @@ ARCHITECTURES: list[tuple[str, str, Mapping[str, object]]] = [
         {**TINY, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]},
     ),
     ("BloomForCausalLM", "BloomConfig", {"vocab_size": 32, "hidden_size": 16, "n_layer": 2, "n_head": 2}),
+    ("FalconForCausalLM", "FalconConfig", {**TINY}),
     ("OPTForCausalLM", "OPTConfig", {**TINY, "ffn_dim": 32, "word_embed_proj_dim": 8}),
     ("PhiForCausalLM", "PhiConfig", {**TINY}),
     *[(f"{name}ForCausalLM", f"{name}Config", DECODER) for name in LLAMAS],

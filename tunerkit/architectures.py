@@ -35,7 +35,7 @@ _FAMILIES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("gpt2",): ("c_attn", "q_attn", "c_fc", "c_proj"),
     ("gpt_neo",): (*_QKV, "out_proj", "c_fc", "c_proj"),
     ("gptj",): (*_QKV, "out_proj", "fc_in", "fc_out"),
-    ("gpt_neox", "bloom"): _NEOX,
+    ("gpt_neox", "bloom", "falcon"): _NEOX,
     ("opt",): _BART,
     ("phi",): (*_QKV, "self_attn.dense", "fc1", "fc2"),
     ("phi3",): ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),

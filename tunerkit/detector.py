@@ -83,8 +83,9 @@ def _report(calls: Calls, model: nn.Module, args: Any, output: Any) -> None:
     if silent:
         warnings.warn(
             f"these adapters never ran although the module that owns their base layer did: {', '.join(silent)}. "
-            "The owner reads the weight without calling the layer, so the adapter has no effect there; "
-            "leave these layers out (exclude=...) or install a plugin with a base-layer kind for their owner",
+            "Unless this forward had no use for them, the owner reads the weight without calling the layer, and the "
+            "adapter has no effect there: leave these layers out (exclude=...) or install a plugin with a base-layer "
+            "kind for their owner",
             TunerkitWarning,
             stacklevel=2,
         )
