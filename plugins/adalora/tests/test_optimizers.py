@@ -12,15 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tunerkit
+from tunerkit.testing.small import TARGETS, loss_of, net, train, trainable
 from tunerkit_adalora.svd_layer import SvdLayer
 from tunerkit_adalora.training import training_of
 
-X = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
-LABELS = torch.randint(0, 3, (8,), generator=torch.Generator().manual_seed(2))
 TOTAL = 24
 # Allocations at 6, 9, 12, 15 and 16, where the ranks are final and memory shrinks.
 SETTINGS: dict[str, Any] = {
-    "target_rank": 2, "init_rank": 4, "t_init": 4, "t_final": 8, "delta_t": 3, "gamma": 0.1, "targets": ["0", "2", "4"]
+    "target_rank": 2, "init_rank": 4, "t_init": 4, "t_final": 8, "delta_t": 3, "gamma": 0.1, "targets": TARGETS
 }  # fmt: skip
 BUDGET = 6
 
@@ -28,10 +27,8 @@ KINDS: dict[str, dict[str, Any]] = {"foreach": {"foreach": True}, "fused": {"fus
 
 
 def started(kind: str, **changes: Any) -> tuple[nn.Module, torch.optim.AdamW]:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3))
-    model = tunerkit.wrap(model, "adalora", {**SETTINGS, **changes}, seed=0)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, **KINDS[kind])
+    model: nn.Module = tunerkit.wrap(net(), "adalora", {**SETTINGS, **changes}, seed=0)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, **KINDS[kind])
     tunerkit.attach(model, optimizer, total_steps=TOTAL)
     return model, optimizer
 
@@ -40,15 +37,8 @@ def layers(model: nn.Module) -> list[SvdLayer]:
     return [layer for layer in tunerkit.tuner(model).adapters().values() if isinstance(layer, SvdLayer)]
 
 
-def loss_of(model: nn.Module, rows: slice = slice(None)) -> Tensor:
-    return nn.functional.cross_entropy(model(X[rows]), LABELS[rows], reduction="sum") / len(X)
-
-
 def plain(model: nn.Module, optimizer: torch.optim.AdamW) -> None:
-    for _ in range(TOTAL):
-        optimizer.zero_grad()
-        loss_of(model).backward()
-        optimizer.step()
+    train(model, optimizer, TOTAL)
 
 
 def closure(model: nn.Module, optimizer: torch.optim.AdamW) -> None:

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
+from tunerkit.testing.small import SHAPES, TARGETS, X, loss_of, net, train, trainable
 from tunerkit_adalora.svd_layer import SvdLayer
 from tunerkit_adalora.training import training_of
 
-X = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
-LABELS = torch.randint(0, 3, (8,), generator=torch.Generator().manual_seed(2))
 TOTAL = 40
 FINAL = 14  # the last allocation
 SETTINGS: dict[str, Any] = {
-    "target_rank": 2, "init_rank": 5, "t_init": 4, "t_final": TOTAL - FINAL, "delta_t": 3, "targets": ["0", "2", "4"]
+    "target_rank": 2, "init_rank": 5, "t_init": 4, "t_final": TOTAL - FINAL, "delta_t": 3, "targets": TARGETS
 }  # fmt: skip
 BUDGET = 6
 
@@ -43,39 +42,15 @@ ELEMENTWISE: dict[str, Optimizers] = {
 }
 
 
-def net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3))
-
-
-def parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return ELEMENTWISE["adamw foreach"](parameters(model))
+    return ELEMENTWISE["adamw foreach"](trainable(model))
 
 
 def started(make: Optimizers | None = None, **changes: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = tunerkit.wrap(net(), "adalora", {**SETTINGS, **changes}, seed=0)
-    optimizer = (make or ELEMENTWISE["adamw foreach"])(parameters(model))
+    optimizer = (make or ELEMENTWISE["adamw foreach"])(trainable(model))
     tunerkit.attach(model, optimizer, total_steps=TOTAL)
     return model, optimizer
-
-
-def loss_of(model: nn.Module) -> Tensor:
-    return nn.functional.cross_entropy(model(X), LABELS)
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> list[float]:
-    losses = []
-    for _ in range(count):
-        optimizer.zero_grad()
-        loss = loss_of(model)
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return losses
 
 
 def layers(model: nn.Module) -> list[SvdLayer]:
@@ -93,19 +68,17 @@ def live_weights(model: nn.Module) -> list[Tensor]:
 def test_parameters_and_optimizer_state_occupy_the_budget_s_storage() -> None:
     """Bytes of storage, not of views: weights, gradients and both of Adam's averages hold live triplets only."""
     model, optimizer = started()
-    before = [id(p) for p in parameters(model)]
+    before = [id(p) for p in trainable(model)]
     train(model, optimizer, FINAL)
     ranks = [layer.rank for layer in layers(model)]
     assert sum(ranks) == BUDGET < sum([5, 5, 5])
-    expected = 4 * sum(
-        rank * (out + 1 + into) for rank, (out, into) in zip(ranks, [(8, 6), (7, 8), (3, 7)], strict=True)
-    )
+    expected = 4 * sum(rank * (out + 1 + into) for rank, (out, into) in zip(ranks, SHAPES, strict=True))
     own = list(tunerkit.tuner(model).parameters())
     assert sum(p.untyped_storage().nbytes() for p in own) == expected
     assert sum(p.grad.untyped_storage().nbytes() for p in own if p.grad is not None) == expected
     for key in ("exp_avg", "exp_avg_sq"):
         assert sum(optimizer.state[p][key].untyped_storage().nbytes() for p in own) == expected
-    assert [id(p) for p in parameters(model)] == before
+    assert [id(p) for p in trainable(model)] == before
     assert training_of(tunerkit.tuner(model)).sensitivity == []
 
 
@@ -133,7 +106,7 @@ def test_training_goes_on_as_the_masked_run_would(name: str, keep_loss: bool) ->
         runs.append((losses, live_weights(model), alive))
         assert sum(len(layer.lam) for layer in layers(model)) == (BUDGET if shrink else 15)
         assert tunerkit.tuner(model).ranks() == {
-            path: int(layer.mask.sum()) for path, layer in zip(("0", "2", "4"), layers(model), strict=True)
+            path: int(layer.mask.sum()) for path, layer in zip(TARGETS, layers(model), strict=True)
         }
     masked, shrunk = runs
     assert masked[0] == pytest.approx(shrunk[0], abs=1e-5)
@@ -280,9 +253,9 @@ def test_load_state_dict_on_a_live_model_takes_other_ranks(direction: str) -> No
     train(shrunk, optimizer, FINAL)
     full, _ = started()
     source, target = (shrunk, full) if direction == "smaller" else (full, shrunk)
-    before = [id(p) for p in parameters(target)]
+    before = [id(p) for p in trainable(target)]
     target.load_state_dict(copy.deepcopy(source.state_dict()))
-    assert [id(p) for p in parameters(target)] == before
+    assert [id(p) for p in trainable(target)] == before
     assert torch.equal(target(X), source(X))
     assert tunerkit.tuner(target).ranks() == tunerkit.tuner(source).ranks()
 
