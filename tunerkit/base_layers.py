@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from tunerkit import offloading
+
 
 @attrs.frozen(eq=False)
 class BaseLayer(abc.ABC):
@@ -129,7 +131,7 @@ class Conv1DLayer(BaseLayer):
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         """Whether the forward is that of transformers' class, told by name: core never imports transformers."""
-        owner = _forward_owner(module)
+        owner = forward_owner(module)
         return owner.__name__ == "Conv1D" and owner.__module__ == "transformers.pytorch_utils"
 
     @property
@@ -263,7 +265,7 @@ class EmbeddingLayer(BaseLayer):
     @property
     def scale(self) -> float | Tensor:
         """``embed_scale`` as the layer's forward uses it, else 1."""
-        if _forward_owner(self.module) is nn.Embedding:
+        if forward_owner(self.module) is nn.Embedding:
             return 1.0
         scale = self.module.embed_scale
         # Gemma's is a tensor, rounded to the weight's dtype before it multiplies; BART's is a number.
@@ -281,7 +283,7 @@ class EmbeddingLayer(BaseLayer):
     def project_out(self, h: Tensor, p: Tensor) -> Tensor:
         """(..., r) to (..., out), multiplied by `scale`."""
         delta = F.linear(h, p)
-        return delta if _forward_owner(self.module) is nn.Embedding else delta * self.scale
+        return delta if forward_owner(self.module) is nn.Embedding else delta * self.scale
 
     def shape_bias(self, b: Tensor) -> Tensor:
         """(out,) as it is."""
@@ -319,16 +321,16 @@ def _weight(module: nn.Module) -> Tensor:
     return cast(Tensor, module.weight)
 
 
-def _forward_owner(module: nn.Module) -> type:
+def forward_owner(module: nn.Module) -> type:
     """The class that defines the forward of ``module``; ``object`` if the instance has its own."""
-    if "forward" in vars(module):
+    if offloading.overrides_forward(module):
         return object
     return next(owner for owner in type(module).__mro__ if "forward" in vars(owner))
 
 
 def _runs_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
     # A lazy layer inherits its forward too, and doesn't know its features yet.
-    return _forward_owner(module) is kind and not is_lazy(_weight(module))
+    return forward_owner(module) is kind and not is_lazy(_weight(module))
 
 
 def _is_scaled_embedding(module: nn.Module) -> bool:
@@ -336,7 +338,7 @@ def _is_scaled_embedding(module: nn.Module) -> bool:
 
     A further parameter means a further row that the forward puts in (T5Gemma2's end-of-image token): not ours.
     """
-    owner = _forward_owner(module)
+    owner = forward_owner(module)
     return (
         isinstance(module, nn.Embedding)
         and owner.__name__.endswith("ScaledWordEmbedding")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tunerkit import registry
 from tunerkit.errors import AdapterError, PluginError
 from tunerkit.fingerprint import fingerprint
+from tunerkit.offloading import is_offloaded
 from tunerkit.records import Delta
 from tunerkit.slots import Slot, Slots, walk
 from tunerkit.tuner import Tuner, require_tuners
@@ -30,13 +31,14 @@ def merge(model: M, *, permanent: bool = False) -> M:
     The model's own ``state_dict()`` then holds merged weights and the adapters beside them: take it unmerged, or
     after ``unwrap(model, keep_merged=True)``.
 
-    Raises `AdapterError` if already merged, inside `disabled`, or if a method cannot say what it adds, and
-    `PluginError` if it says nonsense; nothing is changed then.
+    Raises `AdapterError` if already merged, inside `disabled`, if weights are offloaded, or if a method cannot say
+    what it adds, and `PluginError` if it says nonsense; nothing is changed then.
     """
     tuners = require_tuners(model)
     refuse_disabled(model)
     if is_merged(model):
         raise AdapterError("the model is merged already; call tunerkit.unmerge first")
+    _refuse_offloaded(model)
     merged = [(module, slots, _merged_tensors(path, module, slots, tuners)) for path, module, slots in walk(model)]
     if permanent:
         for tuner in tuners.values():
@@ -92,6 +94,16 @@ def refuse_disabled(model: nn.Module) -> None:
     """Inside a ``with disabled(model)`` block the base stands in place of what merging and wrapping would change."""
     if any(not slots.enabled for _, _, slots in walk(model)):
         raise AdapterError("the model's adapters are disabled; leave the block of tunerkit.disabled first")
+
+
+def _refuse_offloaded(model: nn.Module) -> None:
+    """Weights that are brought for each forward have no place where a merged value would stay."""
+    away = [path for path, module, _ in walk(model) if is_offloaded(module)]
+    if away:
+        raise AdapterError(
+            f"accelerate offloads the weights of {len(away)} adapted layers ({away[0]}, ...), so nothing can be merged "
+            "into them; call accelerate.hooks.remove_hook_from_submodules(model), which loads them, and then merge"
+        )
 
 
 def _merged_tensors(path: str, module: nn.Module, slots: Slots, tuners: dict[str, Tuner]) -> dict[str, Tensor]:
