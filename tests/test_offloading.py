@@ -179,6 +179,8 @@ def test_the_adapter_is_built_where_the_hook_runs_the_module_and_its_input_is_br
     assert y.is_meta
     q, p = torch.zeros(2, 3, device="meta"), torch.zeros(4, 2, device="meta")
     assert tunerkit.add_low_rank(base, x, y, q=q, p=p, scale=1.0).shape == (2, 4)
+    # What it adds goes where the output is, should the hook have moved that.
+    assert tunerkit.add_low_rank(base, x, y, q=torch.zeros(2, 3), p=torch.zeros(4, 2), scale=1.0).is_meta
     table = nn.Embedding(3, 4)
     hooks.add_hook_to_module(table, hooks.AlignDevicesHook(execution_device="meta", offload=True))
     base = describe(table)
