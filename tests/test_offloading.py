@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -167,26 +167,36 @@ def test_a_bias_that_is_away_is_not_trained(toys: "Toys", tmp_path: Path) -> Non
     assert paths == ["conv", "group_norm", "layers.0", "layers.1", "norm", "head.0", "head.2"]
 
 
-def test_the_adapter_is_built_where_the_hook_runs_the_module_and_its_input_is_brought_there() -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("x", [torch.randn(2, 3), torch.tensor([0, 2])], ids=["floats", "ids"])
+def test_the_input_is_brought_to_the_adapter_and_the_product_to_the_output(x: Tensor, autocast: bool) -> None:
     """On several devices the hook moves what the base sees and not what the adapter sees: the adapter does that."""
-    layer = nn.Linear(3, 4)
-    hook = hooks.AlignDevicesHook(execution_device="meta", offload=True)
-    hooks.add_hook_to_module(layer, hook)
-    assert offloading.execution_device(layer) == torch.device("meta")
-    base = describe(layer)
-    assert base is not None
-    x, y = torch.randn(2, 3), layer(torch.randn(2, 3))
-    assert y.is_meta
-    q, p = torch.zeros(2, 3, device="meta"), torch.zeros(4, 2, device="meta")
-    assert tunerkit.add_low_rank(base, x, y, q=q, p=p, scale=1.0).shape == (2, 4)
-    # What it adds goes where the output is, should the hook have moved that.
-    assert tunerkit.add_low_rank(base, x, y, q=torch.zeros(2, 3), p=torch.zeros(4, 2), scale=1.0).is_meta
-    table = nn.Embedding(3, 4)
-    hooks.add_hook_to_module(table, hooks.AlignDevicesHook(execution_device="meta", offload=True))
-    base = describe(table)
-    assert base is not None
-    ids = torch.tensor([0, 2])
-    assert tunerkit.add_low_rank(base, ids, table(ids), q=q, p=p, scale=1.0).is_meta
+    seen = []
+
+    def project_in(x: Tensor, q: Tensor, dropout: float) -> Tensor:
+        seen.append(x.device.type)
+        return torch.zeros(2, 2, device=q.device)
+
+    base: Any = SimpleNamespace(project_in=project_in, project_out=lambda h, p: h @ p.T)
+    q, p, y = torch.zeros(2, 3), torch.zeros(4, 2), torch.zeros(2, 4)
+    with torch.autocast("cpu", enabled=autocast):
+        there = tunerkit.add_low_rank(base, x, y.to("meta"), q=q.to("meta"), p=p.to("meta"), scale=1.0)
+        back = tunerkit.add_low_rank(base, x, y.to("meta"), q=q, p=p, scale=1.0)
+    assert seen == ["meta", "cpu"]
+    assert there.is_meta
+    assert back.is_meta
+
+
+def test_the_adapter_is_built_where_the_hook_runs_the_module(toys: "Toys") -> None:
+    """The weights are elsewhere in between; the device of the hook is the module's."""
+    model = toys.net()
+    for layer in model.layers:
+        hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="meta", offload=True))
+    tunerkit.wrap(model, "toy-low-rank", {"targets": ["conv", "layers.0"]})
+    devices = [{p.device.type for p in a.parameters()} for a in tunerkit.tuner(model).adapters().values()]
+    assert devices == [{"cpu"}, {"meta"}]
+    assert offloading.execution_device(model.layers[0]) == torch.device("meta")
+    assert offloading.execution_device(model.conv) is None
 
 
 def _own(module: nn.Linear) -> None:

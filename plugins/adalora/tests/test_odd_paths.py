@@ -152,7 +152,7 @@ def test_autocast_trains_as_full_precision_within_its_digits(dtype: torch.dtype,
 
 
 def test_an_offloaded_model_is_pruned_as_the_model_itself(tmp_path: Path) -> None:
-    """accelerate brings the base's weights for each forward: masks, weights and history are the same."""
+    """Hooks of accelerate bring the base's weights for each forward: masks, weights and history are the same."""
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     plain = wrapped()
     torch.manual_seed(0)
