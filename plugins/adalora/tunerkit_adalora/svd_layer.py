@@ -62,10 +62,6 @@ class SvdLayer(Adapter):
         error_msgs: list[str],
     ) -> None:
         mask = state_dict.pop(prefix + "mask", None)
-        # Before the mask, which goes where λ is then: with assign=True that may be off the meta device.
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
         if mask is None:
             missing_keys.append(prefix + "mask")
         elif mask.shape != self.mask.shape or mask.dtype != torch.bool:
@@ -73,7 +69,12 @@ class SvdLayer(Adapter):
                 f"{prefix}mask: expected bool {tuple(self.mask.shape)}, got {mask.dtype} {tuple(mask.shape)}"
             )
         else:
-            self.mask = mask.detach().clone().to(self.lam.device)
+            # With assign=True the weights come as they are, perhaps onto a model on the meta device: so does the mask.
+            assigned = local_metadata.get("assign_to_params_buffers", False)
+            self.mask = mask.detach().clone().to(mask.device if assigned else self.mask.device)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
 def _start(layer: SvdLayer, start: str) -> None:
