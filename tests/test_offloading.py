@@ -128,6 +128,20 @@ def test_offloading_after_wrapping_is_refused_when_attaching(toys: "Toys", tmp_p
         tunerkit.attach(model, optimizer, total_steps=3)
 
 
+def test_an_adapter_that_is_offloaded_itself_runs_and_is_saved_once_it_is_back(toys: "Toys", tmp_path: Path) -> None:
+    """Offloading a trained model is fine for running it; there is nothing to save until the hooks are gone."""
+    model = in_memory(toys.trained(targets=["conv", "layers.0"], train_modules=["head"]), tmp_path)
+    expected = toys.trained(targets=["conv", "layers.0"], train_modules=["head"])
+    with torch.no_grad():
+        assert torch.equal(model(toys.x()), expected(toys.x()))
+    with pytest.raises(AdapterError, match=r"nothing to save.*remove_hook_from_submodules"):
+        tunerkit.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    hooks.remove_hook_from_submodules(model)
+    loaded = tunerkit.load(toys.net(), tunerkit.save(model, tmp_path / "out"))
+    assert torch.equal(loaded(toys.x()), model(toys.x()))
+
+
 def test_a_trained_copy_does_not_carry_the_weights_of_the_model(tmp_path: Path) -> None:
     """The hook's map of all weights is not copied, and the copy stays on the device, ties in it included."""
     model = nn.ModuleDict({"head": nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 6))})
