@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from tunerkit.offloading import forward_owner
+
 
 @attrs.frozen(eq=False)
 class BaseLayer(abc.ABC):
@@ -262,7 +264,7 @@ class EmbeddingLayer(BaseLayer):
     @property
     def scale(self) -> float | Tensor:
         """``embed_scale`` as the layer's forward uses it, else 1."""
-        if _forward_owner(self.module) is nn.Embedding:
+        if forward_owner(self.module) is nn.Embedding:
             return 1.0
         scale = self.module.embed_scale
         # Gemma's is a tensor, rounded to the weight's dtype before it multiplies; BART's is a number.
@@ -280,7 +282,7 @@ class EmbeddingLayer(BaseLayer):
     def project_out(self, h: Tensor, p: Tensor) -> Tensor:
         """(..., r) to (..., out), multiplied by `scale`."""
         delta = F.linear(h, p)
-        return delta if _forward_owner(self.module) is nn.Embedding else delta * self.scale
+        return delta if forward_owner(self.module) is nn.Embedding else delta * self.scale
 
     def shape_bias(self, b: Tensor) -> Tensor:
         """(out,) as it is."""
@@ -318,20 +320,13 @@ def _weight(module: nn.Module) -> Tensor:
     return cast(Tensor, module.weight)
 
 
-def _forward_owner(module: nn.Module) -> type:
-    """The class that defines the forward of ``module``; ``object`` if the instance has its own."""
-    if "forward" in vars(module):
-        return object
-    return next(owner for owner in type(module).__mro__ if "forward" in vars(owner))
-
-
 def _runs_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
     # A lazy layer inherits its forward too, and doesn't know its features yet.
-    return _forward_owner(module) is kind and not is_lazy(_weight(module))
+    return forward_owner(module) is kind and not is_lazy(_weight(module))
 
 
 def _is_transformers(module: nn.Module, place: str, name: str) -> bool:
-    owner = _forward_owner(module)
+    owner = forward_owner(module)
     return owner.__name__ == name and f"{owner.__module__}.".startswith(f"transformers.{place}.")
 
 
@@ -340,7 +335,7 @@ def _is_scaled_embedding(module: nn.Module) -> bool:
 
     A further parameter means a further row that the forward puts in (T5Gemma2's end-of-image token): not ours.
     """
-    owner = _forward_owner(module)
+    owner = forward_owner(module)
     return (
         isinstance(module, nn.Embedding)
         and owner.__name__.endswith("ScaledWordEmbedding")

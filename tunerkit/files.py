@@ -39,7 +39,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None 
     A folder (made if missing) gets ``adapter.safetensors``; a path ending in ``.safetensors`` is the file. An
     existing file is replaced in one move: readers see the old one or the new one.
 
-    Raises `AdapterError` for a method that needs steps and had none.
+    Raises `AdapterError` for a method that needs steps and had none, and for an adapter whose weights are offloaded.
     """
     tuner = find_tuner(model, adapter)
     if registry.get(tuner.method).needs_steps and tuner.steps == 0 and not tuner.loaded:
@@ -96,11 +96,18 @@ def _warn_of_unspent_schedule(tuner: Tuner) -> None:
 
 def adapter_tensors(tuner: Tuner) -> dict[str, Tensor]:
     """Everything the adapter's file holds, by ``<path of the module>.<name in the slot>``."""
-    return {
+    tensors = {
         f"{path}.{name}" if path else name: tensor.detach().contiguous()
         for path, slot in tuner.slots()
         for name, tensor in slot.state_dict().items()
     }
+    away = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if away:
+        raise AdapterError(
+            f"adapter {tuner.name!r} is on the meta device ({away[0]}, ...), so there is nothing to save: if "
+            "accelerate offloads it, call accelerate.hooks.remove_hook_from_submodules(model) first"
+        )
+    return tensors
 
 
 def describe(

@@ -1,6 +1,5 @@
 """Put adapters into a model and take them out again: the only place that changes a model's structure."""
 
-import copy
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tunerkit import detector
+from tunerkit import detector, offloading
 from tunerkit.base_layers import BaseLayer
 from tunerkit.errors import AdapterError
 from tunerkit.slots import CHILD, Slot, Slots, apply_slots, slots_of, walk
@@ -124,7 +123,7 @@ def copy_base(module: nn.Module) -> nn.Module:
     """A copy of the base's own module, without what other adapters have put there."""
     slots = slots_of(module)
     # What the memo knows is not copied: the other adapters' copies may be large.
-    twin = copy.deepcopy(module, {id(slots): nn.Module()} if slots is not None else None)
+    twin = offloading.duplicate(module, {id(slots): nn.Module()} if slots is not None else {})
     if slots is not None:
         del twin._modules[CHILD]
     remove_hook_(twin)

@@ -81,6 +81,11 @@ def check_attachable(tuner: Tuner, optimizer: Optimizer) -> None:
         )
     if is_frozen(tuner):
         raise StepError(f"adapter {tuner.name!r} is frozen; tunerkit.load(..., trainable=True) loads one to train on")
+    if any(p.is_meta for p in tuner.parameters()):
+        raise StepError(
+            f"adapter {tuner.name!r} is on the meta device, where nothing is trained: accelerate offloads it with the "
+            "model. Offload first, then wrap: the adapter then stays on the device where the model runs"
+        )
     _check_held(tuner, optimizer)
 
 

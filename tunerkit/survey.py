@@ -7,6 +7,8 @@ import attrs
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from tunerkit.offloading import identity
+
 INJECTED = "tunerkit"  # the child of a base layer that holds its adapters: never a target itself
 
 # Names of output heads in transformers, timm and torchvision. A head is found by name only before the first numbered
@@ -115,12 +117,14 @@ def _is_wide_convolution(module: nn.Module) -> bool:
 def tied(model: nn.Module) -> Mapping[int, tuple[str, ...]]:
     """The parameters that several modules hold: ``id(parameter)`` to the full names, adapters' own left out."""
     names: dict[int, list[str]] = defaultdict(list)
+    keys: dict[int, int] = {}
     for path, module in model.named_modules():
         if not is_injected(path):
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    names[id(parameter)].append(join(path, name))
-    return {key: tuple(sharing) for key, sharing in names.items() if len(sharing) > 1}
+                    keys[id(parameter)] = identity(module, name, parameter)
+                    names[keys[id(parameter)]].append(join(path, name))
+    return {own: tuple(names[key]) for own, key in keys.items() if len(names[key]) > 1}
 
 
 def is_under(path: str, roots: Collection[str]) -> bool:

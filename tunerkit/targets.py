@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from tunerkit.architectures import default_names
 from tunerkit.errors import TargetError, TunerkitWarning, closest
+from tunerkit.offloading import is_offloaded
 from tunerkit.patterns import Matcher, is_broad, matcher
 from tunerkit.records import Target
 from tunerkit.survey import (
@@ -132,7 +133,7 @@ def refuse_tied(model: nn.Module, paths: Iterable[str]) -> None:
     """
     problems = []
     for path in paths:
-        for names in tied(model).values():
+        for names in dict.fromkeys(tied(model).values()):
             inside = [name for name in names if is_under(name, (path,))]
             if inside and len(inside) < len(names):
                 outside = [name for name in names if name not in inside]
@@ -297,7 +298,7 @@ def _weight_obstacle(place: Place, scanned: Survey) -> str | None:
     parameters = [parameter for parameter in place.module._parameters.values() if parameter is not None]
     if isinstance(place.module, nn.Linear | nn.Embedding | _ConvNd) and "weight" not in place.module._parameters:
         return "has a weight computed from others (a parametrization), which cannot be adapted yet"
-    if any(parameter.is_meta for parameter in parameters):
+    if any(parameter.is_meta for parameter in parameters) and not is_offloaded(place.module):
         return "has its weight on the meta device; load the weights first"
     shared = [name for parameter in parameters for name in scanned.sharers.get(id(parameter), ())]
     if shared:

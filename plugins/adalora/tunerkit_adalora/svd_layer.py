@@ -71,7 +71,9 @@ class SvdLayer(Adapter):
                 f"{prefix}mask: expected bool {tuple(self.mask.shape)}, got {mask.dtype} {tuple(mask.shape)}"
             )
         else:
-            self.mask = mask.detach().clone().to(self.mask.device)
+            # With assign=True the weights come as they are, perhaps onto a model on the meta device: so does the mask.
+            assigned = local_metadata.get("assign_to_params_buffers", False)
+            self.mask = mask.detach().clone().to(mask.device if assigned else self.mask.device)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
