@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tunerkit import registry
-from tunerkit.errors import TunerkitWarning
+from tunerkit.errors import AdapterError, TunerkitWarning
 from tunerkit.steps import is_attached, optimizer_of
-from tunerkit.tuner import Tuner, alive, tuners_of
+from tunerkit.tuner import Tuner, alive
 
 _judged: WeakKeyDictionary[Optimizer, WeakSet[Tuner]] = WeakKeyDictionary()
 
@@ -28,9 +28,7 @@ def tell_of_undriven_steps(optimizer: Optimizer, args: Any, kwargs: Any) -> None
     for tuner in [tuner for tuner in alive if tuner not in judged]:
         if is_attached(tuner) and optimizer_of(tuner) is optimizer:
             continue  # as long as it is: it may be detached
-        if tuners_of(tuner.model).get(tuner.name) is not tuner:
-            continue  # unwrapped, or never put in
-        own = {id(p) for p in tuner.parameters() if p.requires_grad and p.grad is not None}
+        own = _moved(tuner)
         if not own or not registry.implements("tunerkit_after_step", tuner.method):
             continue
         judged.add(tuner)
@@ -43,6 +41,14 @@ def tell_of_undriven_steps(optimizer: Optimizer, args: Any, kwargs: Any) -> None
                 TunerkitWarning,
                 stacklevel=3,
             )
+
+
+def _moved(tuner: Tuner) -> set[int]:
+    """The ids of its parameters that have a gradient; none if the adapter is not in a model, or somebody took it out."""
+    try:
+        return {id(p) for p in tuner.parameters() if p.requires_grad and p.grad is not None}
+    except AdapterError:
+        return set()
 
 
 register_optimizer_step_post_hook(tell_of_undriven_steps)
