@@ -44,7 +44,7 @@ def tell_of_undriven_steps(optimizer: Optimizer, args: Any, kwargs: Any) -> None
 
 
 def _moved(tuner: Tuner) -> set[int]:
-    """The ids of its parameters that have a gradient; none if the adapter is not in a model, or somebody took it out."""
+    """The ids of its parameters that have a gradient; none if the adapter is in no model, or somebody tore it out."""
     try:
         return {id(p) for p in tuner.parameters() if p.requires_grad and p.grad is not None}
     except AdapterError:
