@@ -85,6 +85,10 @@ class ShiftPlugin:
         return tunerkit.Delta(bias=adapter.v)
 
     @tunerkit.hookimpl
+    def tunerkit_after_step(self) -> None:
+        """Looks on, so that its steps matter."""
+
+    @tunerkit.hookimpl
     def tunerkit_state(self, tuner: tunerkit.Tuner) -> tunerkit.State:
         return tunerkit.State(tensors={"seen": torch.tensor([tuner.steps])}, values={"steps": tuner.steps})
 

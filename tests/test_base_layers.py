@@ -140,6 +140,15 @@ def test_transformers_conv1d_keeps_the_law(batch: list[int], n_in: int, n_out: i
     check_law(module, torch.randn(*batch, n_in, dtype=torch.float64).reshape(-1, n_in), rank)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_falcons_linear_layer_keeps_the_law(bias: bool) -> None:
+    """It computes what ``nn.Linear`` does in a forward of its own."""
+    falcon = pytest.importorskip("transformers.models.falcon.modeling_falcon")
+    module = random_(falcon.FalconLinear(4, 3, bias=bias))
+    assert isinstance(describe(module), LinearLayer)
+    check_law(module, torch.randn(2, 5, 4, dtype=torch.float64), 2)
+
+
 @settings(deadline=None)
 @given(batches, st.integers(1, 6), st.integers(1, 5), st.integers(1, 7), st.data())
 def test_an_embedding_keeps_the_law(batch: list[int], rows: int, width: int, rank: int, data: st.DataObject) -> None:

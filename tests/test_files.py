@@ -476,15 +476,17 @@ def test_training_state_goes_into_a_file_of_its_own(toys: "Toys", tmp_path: Path
 
 
 def test_the_state_of_another_run_is_refused(toys: "Toys", tmp_path: Path, saved: Path) -> None:
-    """Another method, other targets or another length of training, and the other of the two files."""
+    """Another method, other targets, another length where the method plans by it, and the other of the two files."""
     path = tunerkit.save_state(toys.trained("toy-shift", targets=["conv"]), tmp_path)
     for other in (toys.trained("toy-shift", targets=["layers.0"]), toys.trained("toy-low-rank", targets=["conv"])):
         with pytest.raises(FileError, match="another run"):
             tunerkit.load_state(other, path)
-    longer = toys.trained("toy-shift", targets=["conv"])
-    tunerkit.attach(longer, torch.optim.SGD(tunerkit.tuner(longer).parameters(), lr=0.1), total_steps=9)
-    with pytest.raises(FileError, match="another run"):
-        tunerkit.load_state(longer, path)
+    planned = toys.trained("toy-stepper", targets=["conv"])
+    tunerkit.attach(planned, torch.optim.SGD(tunerkit.tuner(planned).parameters(), lr=0.1), total_steps=9)
+    longer = toys.trained("toy-stepper", targets=["conv"])
+    tunerkit.attach(longer, torch.optim.SGD(tunerkit.tuner(longer).parameters(), lr=0.1), total_steps=12)
+    with pytest.raises(FileError, match="total_steps 9 -> 12"):
+        tunerkit.load_state(longer, tunerkit.save_state(planned, tmp_path / "planned"))
     with pytest.raises(FileError, match="holds 'adapter', expected 'state'"):
         tunerkit.load_state(toys.trained(), saved)
     refused(toys, path, FileError, "holds 'state', expected 'adapter'")

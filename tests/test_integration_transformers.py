@@ -195,7 +195,8 @@ def test_attaching_twice_is_refused(tmp_path: Path) -> None:
     trainer.train()
     assert tunerkit.tuner(model).state == per_step(6)
     other = wrapped()
-    tunerkit.attach(other, torch.optim.SGD(tunerkit.tuner(other).parameters(), lr=0.1), total_steps=3)
+    optimizer = torch.optim.SGD(tunerkit.tuner(other).parameters(), lr=0.1)
+    tunerkit.attach(other, optimizer, total_steps=3)
     with pytest.raises(tunerkit.StepError, match="already"):
         tunerkit.attach(other, trainer_of(other, tmp_path))
 

@@ -482,8 +482,9 @@ def test_attach_changes_nothing_when_one_of_several_adapters_is_refused(reason: 
     model = wrapped("stepping", "second", wrapped(), **second)
     first, other = tuners(model).values()
     optimizer = torch.optim.SGD([*first.parameters(), *(() if reason == "missing" else other.parameters())], lr=0.1)
+    another = sgd(model)
     if reason == "attached":
-        tunerkit.attach(model, sgd(model), total_steps=5, adapter="second")
+        tunerkit.attach(model, another, total_steps=5, adapter="second")
     with pytest.raises((tunerkit.StepError, tunerkit.ConfigError)):
         tunerkit.attach(model, optimizer, total_steps=5)
     assert not steps.is_attached(first)
@@ -504,6 +505,16 @@ def test_a_frozen_adapter_is_left_alone_and_refused_by_name() -> None:
     tunerkit.attach(model, optimizer, total_steps=5)
     assert [steps.is_attached(tuner) for tuner in (frozen, training)] == [False, True]
     assert "trainable=True" in refusal(model, optimizer, total_steps=5, adapter="default")
+
+
+def test_an_optimizer_that_is_gone_holds_no_adapter() -> None:
+    """A notebook cell run twice makes a new optimizer: the first one is freed, and the second may drive."""
+    model = wrapped()
+    tunerkit.attach(model, sgd(model), total_steps=5)
+    gc.collect()
+    optimizer = sgd(model)
+    tunerkit.attach(model, optimizer, total_steps=5)
+    assert steps.optimizer_of(tunerkit.tuner(model)) is optimizer
 
 
 def test_unwrap_detaches() -> None:

@@ -31,7 +31,7 @@ def is_adaptable(module: nn.Module) -> bool:
     linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     if isinstance(module, nn.MultiheadAttention):
         return type(module).forward is nn.MultiheadAttention.forward and module.kdim == module.vdim == module.embed_dim
-    return linear or type(module).__name__ == "Conv1D" or isinstance(module, nn.Conv2d | nn.Embedding)
+    return linear or type(module).__name__ in ("Conv1D", "FalconLinear") or isinstance(module, nn.Conv2d | nn.Embedding)
 
 
 def chosen(model: nn.Module, wanted: str | Sequence[str] | None, **options: object) -> list[str]:
@@ -63,6 +63,20 @@ class Net(nn.Module):
         self.embed = nn.Embedding(8, 4)
         self.layers = nn.ModuleList(Block() for _ in range(3))
         self.classifier = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+
+
+class ConvNet(nn.Module):
+    """A stem, two blocks of a convolution, a depthwise and a grouped one, and a head of the name that timm gives it."""
+
+    def __init__(self, more: Callable[[], nn.Module] = nn.Identity) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 1, groups=2), more())
+            for _ in range(2)
+        )
+        self.fc = nn.Linear(4, 2)
+        self.classifier = nn.Sequential(nn.Conv2d(4, 2, 1))
 
 
 class Experts(nn.Module):
@@ -558,6 +572,7 @@ ARCHITECTURES: list[tuple[str, str, Mapping[str, object]]] = [
         {**TINY, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]},
     ),
     ("BloomForCausalLM", "BloomConfig", {"vocab_size": 32, "hidden_size": 16, "n_layer": 2, "n_head": 2}),
+    ("FalconForCausalLM", "FalconConfig", {**TINY}),
     ("OPTForCausalLM", "OPTConfig", {**TINY, "ffn_dim": 32, "word_embed_proj_dim": 8}),
     ("PhiForCausalLM", "PhiConfig", {**TINY}),
     *[(f"{name}ForCausalLM", f"{name}Config", DECODER) for name in LLAMAS],
@@ -647,6 +662,35 @@ def test_gpt2_with_its_tied_head_named_is_refused_with_both_names() -> None:
         chosen(model, ["c_attn", "lm_head"])
     with pytest.raises(TargetError, match=r"lm_head\.weight is tied to transformer\.wte\.weight"):
         targets.refuse_tied(model, ["lm_head"])
+
+
+def test_the_default_of_a_convolutional_net_is_the_convolutions_of_its_blocks() -> None:
+    """Law: in the model's order, without stem, head and depthwise ones, whose matrices are as narrow as a kernel."""
+    with silent():
+        assert chosen(ConvNet(), None) == ["layers.0.0", "layers.0.2", "layers.1.0", "layers.1.2"]
+    assert chosen(ConvNet(), None, layers=[1], exclude=["layers.1.0"]) == ["layers.1.2"]
+    assert chosen(ConvNet(), None, trained=["layers.1"]) == ["layers.0.0", "layers.0.2"]
+
+
+def test_a_net_that_numbers_no_block_gets_all_its_convolutions_if_it_has_nothing_else() -> None:
+    """Law: as timm's RegNet names its blocks; one linear layer beside the head, and all-linear serves."""
+    convolutions = nn.ModuleDict({name: nn.Conv2d(4, 4, 3) for name in ("b1", "b2")})
+    assert chosen(nn.ModuleDict({"s1": convolutions, "head": nn.Linear(4, 2)}), None) == ["s1.b1", "s1.b2"]
+    assert chosen(nn.ModuleDict({"s1": convolutions, "neck": nn.Linear(4, 2)}), None) == ["neck"]
+
+
+def test_a_net_with_linear_layers_in_its_blocks_gets_these_by_default() -> None:
+    """Law: convolutions are the default only where blocks hold no linear layer; "all-linear" never means them."""
+    assert chosen(ConvNet(lambda: nn.Linear(4, 4)), None) == ["layers.0.3", "layers.1.3", "fc"]
+    assert chosen(ConvNet(), "all-linear") == ["fc"]
+    with pytest.raises(TargetError, match=r'nothing to adapt.*by "all-linear" no conv'):
+        chosen(nn.Sequential(nn.Conv2d(3, 3, 1)), "all-linear")
+
+
+def test_a_default_tells_of_convolutions_that_cannot_be_adapted() -> None:
+    """Law: a transposed convolution has no kind, and is told."""
+    with pytest.warns(TunerkitWarning, match=r"layers\.0\.3 and 1 more like it: is a ConvTranspose2d"):
+        assert len(chosen(ConvNet(lambda: nn.ConvTranspose2d(4, 4, 3)), None)) == 4
 
 
 def test_a_known_model_type_with_other_modules_falls_back_to_all_linear() -> None:

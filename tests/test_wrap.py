@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tests.conftest import Toys
 
 BIASES = ("none", "adapters", "all")
-LEGAL_NAMES = st.text(st.characters(exclude_characters="./"), min_size=1, max_size=64)
+LEGAL_NAMES = st.text(st.characters(codec="utf-8", exclude_characters="./"), min_size=1, max_size=64)
 ODD_NAMES = (
     "keys",
     "forward",
@@ -230,6 +230,14 @@ def test_illegal_names_are_refused(toys: "Toys", name: Any) -> None:
         tunerkit.wrap(model, "toy-shift", adapter=name)
     with untouched(toys, model), pytest.raises(AdapterError, match="1 to 64 characters"):
         tunerkit.load(model, "nowhere", adapter=name)
+
+
+def test_a_name_that_no_file_can_hold_is_refused(toys: "Toys") -> None:
+    """Half a surrogate pair is a Python string and no UTF-8: the model's own state_dict could never be written."""
+    model = toys.net()
+    for name in ("\ud800", "a\udfff"):
+        with untouched(toys, model), pytest.raises(AdapterError, match="half of a surrogate pair"):
+            tunerkit.wrap(model, "toy-shift", adapter=name)
 
 
 def test_a_taken_name_is_refused(toys: "Toys") -> None:

@@ -3,6 +3,7 @@
 from tunerkit import registry as _registry
 from tunerkit._markers import hookimpl
 from tunerkit.adapter import Adapter
+from tunerkit.adapters import activate, active, adapters, delete, freeze, rename, thaw
 from tunerkit.attach import attach
 from tunerkit.base_layers import BaseLayer
 from tunerkit.configs import AdapterConfig, setting
@@ -18,10 +19,13 @@ from tunerkit.errors import (
     TunerkitWarning,
     UnknownMethodError,
 )
-from tunerkit.files import load, load_state, save, save_state
+from tunerkit.files import load, save
 from tunerkit.lowrank import add_low_rank, low_rank_delta
 from tunerkit.merge import disabled, merge, unmerge
 from tunerkit.records import Delta, Method, MethodInfo, RankChange, State, Target
+from tunerkit.resizing import Cut, resize_, shrink_
+from tunerkit.resume import load_state, save_state
+from tunerkit.steps import optimizer_of
 from tunerkit.summary import Summary, trainable_parameters
 from tunerkit.tuner import Tuner, tuner
 from tunerkit.wrap import structure, unstructure, unwrap, wrap
@@ -37,6 +41,7 @@ __all__ = [
     "BaseLayer",
     "BaseMismatchError",
     "ConfigError",
+    "Cut",
     "Delta",
     "FileError",
     "Method",
@@ -52,20 +57,30 @@ __all__ = [
     "TunerkitError",
     "TunerkitWarning",
     "UnknownMethodError",
+    "activate",
+    "active",
+    "adapters",
     "add_low_rank",
     "attach",
+    "delete",
     "disabled",
+    "freeze",
     "hookimpl",
     "load",
     "load_state",
     "low_rank_delta",
     "merge",
     "methods",
+    "optimizer_of",
     "register",
+    "rename",
+    "resize_",
     "save",
     "save_state",
     "setting",
+    "shrink_",
     "structure",
+    "thaw",
     "trainable_parameters",
     "tuner",
     "unmerge",

@@ -1,12 +1,17 @@
 """The default targets of each known architecture, by transformers' ``config.model_type``.
 
 Each entry names the attention and MLP matrices of the repeated blocks: no embedding, no pooler, no output head.
-An architecture that is not here gets ``"all-linear"``; so do multi-modal models, whose towers differ too much for one
-tuple of names. An entry may name layers that only some versions or variants of the architecture have.
+An architecture that is not here is served by what its blocks are made of (see `tunerkit.targets.select`); so are
+multi-modal models, whose towers differ too much for one tuple of names. An entry may name layers that only some
+versions or variants of the architecture have.
 """
 
 from collections.abc import Mapping
 from types import MappingProxyType
+
+from torch import nn
+
+from tunerkit.patterns import matches
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 _BERT = ("query", "key", "value", "intermediate.dense", "output.dense")
@@ -30,7 +35,7 @@ _FAMILIES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("gpt2",): ("c_attn", "q_attn", "c_fc", "c_proj"),
     ("gpt_neo",): (*_QKV, "out_proj", "c_fc", "c_proj"),
     ("gptj",): (*_QKV, "out_proj", "fc_in", "fc_out"),
-    ("gpt_neox", "bloom"): _NEOX,
+    ("gpt_neox", "bloom", "falcon"): _NEOX,
     ("opt",): _BART,
     ("phi",): (*_QKV, "self_attn.dense", "fc1", "fc2"),
     ("phi3",): ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
@@ -46,3 +51,11 @@ _FAMILIES: Mapping[tuple[str, ...], tuple[str, ...]] = {
 DEFAULT_TARGETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {model_type: names for model_types, names in _FAMILIES.items() for model_type in model_types}
 )
+
+
+def default_names(model: nn.Module) -> tuple[str, ...]:
+    """The default targets of ``model`` as plain names; none if its architecture is not known or has other names."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    names = DEFAULT_TARGETS.get(model_type, ()) if isinstance(model_type, str) else ()
+    # A variant whose modules have other names is served by what it is made of, not refused.
+    return names if any(matches(name, path) for path, _ in model.named_modules() for name in names) else ()

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from tunerkit import watch  # noqa: F401  # registers its hook
 from tunerkit.steps import drive, find_optimizer, is_frozen
 from tunerkit.tuner import Tuner, require_tuners
 from tunerkit.tuner import tuner as find_tuner

@@ -5,8 +5,9 @@ from typing import ClassVar, NoReturn, final
 import attrs
 from torch import Tensor, nn
 
-from tunerkit.base_layers import BaseLayer, forward_owner
+from tunerkit.base_layers import BaseLayer
 from tunerkit.errors import AdapterError
+from tunerkit.offloading import forward_owner
 
 
 @final

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from tunerkit.offloading import forward_owner
+
 
 @attrs.frozen(eq=False)
 class BaseLayer(abc.ABC):
@@ -83,14 +85,14 @@ class BaseLayer(abc.ABC):
 @final
 @attrs.frozen(eq=False)
 class LinearLayer(BaseLayer):
-    """``nn.Linear``, and subclasses that keep its forward."""
+    """``nn.Linear``, and subclasses that keep its forward; Falcon's too, which writes the same out as x Wᵀ + b."""
 
     module: nn.Linear
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Whether the forward is exactly ``nn.Linear``'s."""
-        return _runs_forward_of(module, nn.Linear)
+        """Whether the forward is exactly ``nn.Linear``'s or Falcon's."""
+        return _runs_forward_of(module, nn.Linear) or _is_transformers(module, "models.falcon", "FalconLinear")
 
     @property
     def in_features(self) -> int:
@@ -136,8 +138,7 @@ class Conv1DLayer(BaseLayer):
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         """Whether the forward is that of transformers' class, told by name: core never imports transformers."""
-        owner = forward_owner(module)
-        return owner.__name__ == "Conv1D" and owner.__module__ == "transformers.pytorch_utils"
+        return _is_transformers(module, "pytorch_utils", "Conv1D")
 
     @property
     def in_features(self) -> int:
@@ -315,16 +316,14 @@ def _weight(module: nn.Module) -> Tensor:
     return cast(Tensor, module.weight)
 
 
-def forward_owner(module: nn.Module) -> type:
-    """The class that defines the forward of ``module``; ``object`` if the instance has its own."""
-    if "forward" in vars(module):
-        return object
-    return next(owner for owner in type(module).__mro__ if "forward" in vars(owner))
-
-
 def _runs_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
     # A lazy layer inherits its forward too, and doesn't know its features yet.
     return forward_owner(module) is kind and not is_lazy(_weight(module))
+
+
+def _is_transformers(module: nn.Module, place: str, name: str) -> bool:
+    owner = forward_owner(module)
+    return owner.__name__ == name and f"{owner.__module__}.".startswith(f"transformers.{place}.")
 
 
 def _is_scaled_embedding(module: nn.Module) -> bool:

@@ -1,6 +1,5 @@
 """Build what one adapter puts into a model: its slots, with the model only read."""
 
-import copy
 import inspect
 from collections.abc import Iterator
 from itertools import chain
@@ -8,7 +7,7 @@ from itertools import chain
 import torch
 from torch import nn
 
-from tunerkit import inject, lending, registry, targets
+from tunerkit import inject, lending, offloading, registry, targets
 from tunerkit.adapter import Adapter
 from tunerkit.base_layers import BaseLayer
 from tunerkit.errors import PluginError, TargetError
@@ -29,14 +28,11 @@ def build(tuner: Tuner, kinds: tuple[type[BaseLayer], ...]) -> inject.Plan:
     copied = {place.path for place in tuner.copies}
     slots = {}
     for path, module in tuner.modules().items():
-        if path not in targeted and any(parameter.is_meta for parameter in module.parameters()):
-            raise TargetError(f"{path!r} has weights on the meta device and cannot be copied; load the weights first")
         if path in copied:
-            slots[path] = Slot(copy=copy.deepcopy(module))
+            slots[path] = Slot(copy=_copy_of(path, module))
             continue
         built = build_adapter(tuner, targeted[path], bases[path]) if path in targeted else None
-        name = bias_name(bases[path])
-        bias = nn.Parameter(module.get_parameter(name).detach().clone()) if path in biased else None
+        bias = _bias_of(path, module, bias_name(bases[path])) if path in biased else None
         slots[path] = Slot(method=tuner.method, adapter=built, bias=bias)
     return inject.Plan(tuner=tuner, slots=slots, bases={p: None if p in copied else base for p, base in bases.items()})
 
@@ -59,9 +55,32 @@ def build_adapter(tuner: Tuner, target: Target, base: BaseLayer | None) -> Adapt
         )
     if lending.lender(tuner.model, target.path, base) is not None:
         _refuse_unlendable(tuner, target, base)
-    own = chain(target.module.parameters(recurse=False), target.module.buffers(recurse=False))
-    device = next((tensor.device for tensor in own), None)
-    return built.to(device=device, dtype=getattr(torch, tuner.config.adapter_dtype))
+    return built.to(device=_device_of(target.module), dtype=getattr(torch, tuner.config.adapter_dtype))
+
+
+def _device_of(module: nn.Module) -> torch.device | None:
+    """Where ``module`` runs: its weights may be elsewhere in between."""
+    own = chain(module.parameters(recurse=False), module.buffers(recurse=False))
+    return offloading.execution_device(module) or next((tensor.device for tensor in own), None)
+
+
+def _copy_of(path: str, module: nn.Module) -> nn.Module:
+    for part in module.modules():
+        if any(p.is_meta for p in part.parameters(recurse=False)) and not offloading.is_offloaded(part):
+            raise TargetError(f"{path!r} has weights on the meta device and cannot be copied; load the weights first")
+    return inject.copy_base(module)
+
+
+def _bias_of(path: str, module: nn.Module, name: str) -> nn.Parameter:
+    bias = module.get_parameter(name).detach()
+    if offloading.is_offloaded(module):
+        raise TargetError(
+            f"the bias of {path!r} cannot be trained: accelerate offloads it, and training needs it beside its copy at "
+            "each forward; set bias='none', or keep the module on a device"
+        )
+    if bias.is_meta:
+        raise TargetError(f"{path!r} has weights on the meta device and cannot be copied; load the weights first")
+    return nn.Parameter(bias.clone())
 
 
 def _refuse_unlendable(tuner: Tuner, target: Target, base: BaseLayer) -> None:

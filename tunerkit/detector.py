@@ -47,6 +47,13 @@ def unwatch(model: nn.Module) -> None:
         handle.remove()
 
 
+def forget_(twin: nn.Module) -> None:
+    """Take the watch's hooks off a copy of a watched module."""
+    for key, hook in list(twin._forward_pre_hooks.items()):
+        if isinstance(hook, functools.partial) and hook.func is _note:
+            del twin._forward_pre_hooks[key]
+
+
 def _owner(model: nn.Module, path: str) -> nn.Module:
     """The closest module above ``path`` that has a forward of its own (a ModuleList never runs)."""
     parts = path.split(".")
@@ -76,8 +83,9 @@ def _report(calls: Calls, model: nn.Module, args: Any, output: Any) -> None:
     if silent:
         warnings.warn(
             f"these adapters never ran although the module that owns their base layer did: {', '.join(silent)}. "
-            "The owner reads the weight without calling the layer, so the adapter has no effect there; "
-            "leave these layers out (exclude=...) or install a plugin with a base-layer kind for their owner",
+            "Unless this forward had no use for them, the owner reads the weight without calling the layer, and the "
+            "adapter has no effect there: leave these layers out (exclude=...) or install a plugin with a base-layer "
+            "kind for their owner",
             TunerkitWarning,
             stacklevel=2,
         )

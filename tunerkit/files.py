@@ -22,14 +22,12 @@ from tunerkit.errors import AdapterError, BaseMismatchError, FileError, TargetEr
 from tunerkit.fingerprint import differences, fingerprint
 from tunerkit.header import Header, decode, encode
 from tunerkit.readiness import check_name, inside_compiled, refuse_unready
-from tunerkit.records import State
 from tunerkit.slots import Slot
 from tunerkit.tuner import Tuner
 from tunerkit.tuner import tuner as find_tuner
 from tunerkit.wrap import structure
 
 FILE_NAME = "adapter.safetensors"
-STATE_NAME = "state.safetensors"
 _SUFFIX = ".safetensors"
 
 M = TypeVar("M", bound=nn.Module)
@@ -41,7 +39,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None 
     A folder (made if missing) gets ``adapter.safetensors``; a path ending in ``.safetensors`` is the file. An
     existing file is replaced in one move: readers see the old one or the new one.
 
-    Raises `AdapterError` for a method that needs steps and had none.
+    Raises `AdapterError` for a method that needs steps and had none, and for an adapter whose weights are offloaded.
     """
     tuner = find_tuner(model, adapter)
     if registry.get(tuner.method).needs_steps and tuner.steps == 0 and not tuner.loaded:
@@ -50,8 +48,13 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None 
             "optimizer steps. Call tunerkit.attach(model, optimizer, total_steps=...) before training"
         )
     _warn_of_unspent_schedule(tuner)
+    return save_tuner(tuner, path)
+
+
+def save_tuner(tuner: Tuner, path: str | os.PathLike[str]) -> Path:
+    """`save` of one tuner as it stands, wherever it is in its schedule: a checkpoint."""
     tensors = adapter_tensors(tuner)
-    target = _file_at(path, FILE_NAME)
+    target = file_at(path, FILE_NAME)
     write(target, tensors, encode(describe(tuner, kind="adapter"), tensors))
     return target
 
@@ -66,41 +69,15 @@ def load(base: M, path: str | os.PathLike[str], *, adapter: str = "default", tra
     check_name(adapter)
     root = inside_compiled(base)
     refuse_unready(root, adapter)
-    source = _file_at(path, FILE_NAME)
+    source = file_at(path, FILE_NAME)
     tensors, header = read(source, kind="adapter")
     tuner = _tuner_from(header, root, adapter, source)
-    _refuse_other_base(tuner, header, source)
+    refuse_other_base(tuner, header, source)
     with torch.random.fork_rng(devices=[]):  # the start is overwritten; the caller's random state is not touched
         plan = build(tuner, all_kinds())
-    _fill(plan.slots, tensors, source)
+    fill(plan.slots, tensors, source)
     inject.inject_(plan, trainable=trainable)
     return base
-
-
-def save_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None = None) -> Path:
-    """Write what training needs to go on (importance averages, step, total), apart from the adapter's weights."""
-    tuner = find_tuner(model, adapter)
-    state = tuner.training_state()
-    target = _file_at(path, STATE_NAME)
-    header = describe(tuner, kind="state", values=dict(state.values))
-    tensors = {name: tensor.detach().contiguous() for name, tensor in state.tensors.items()}
-    write(target, tensors, encode(header, tensors))
-    return target
-
-
-def load_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None = None) -> None:
-    """Restore what `save_state` wrote into an attached adapter: the next step continues the interrupted run."""
-    tuner = find_tuner(model, adapter)
-    source = _file_at(path, STATE_NAME)
-    tensors, header = read(source, kind="state")
-    own = describe(tuner, kind="state")
-    if (header.method, header.targets, header.total_steps) != (own.method, own.targets, own.total_steps):
-        raise FileError(
-            f"{source} belongs to another run: method {header.method!r}, {len(header.targets)} targets, total_steps "
-            f"{header.total_steps}; here: {own.method!r}, {len(own.targets)}, {own.total_steps}"
-        )
-    registry.call("tunerkit_restore", tuner.method, tuner=tuner, state=State(tensors=tensors, values=header.values))
-    tuner.steps = header.steps
 
 
 def _warn_of_unspent_schedule(tuner: Tuner) -> None:
@@ -119,14 +96,23 @@ def _warn_of_unspent_schedule(tuner: Tuner) -> None:
 
 def adapter_tensors(tuner: Tuner) -> dict[str, Tensor]:
     """Everything the adapter's file holds, by ``<path of the module>.<name in the slot>``."""
-    return {
+    tensors = {
         f"{path}.{name}" if path else name: tensor.detach().contiguous()
         for path, slot in tuner.slots()
         for name, tensor in slot.state_dict().items()
     }
+    away = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if away:
+        raise AdapterError(
+            f"adapter {tuner.name!r} is on the meta device ({away[0]}, ...), so there is nothing to save: if "
+            "accelerate offloads it, call accelerate.hooks.remove_hook_from_submodules(model) first"
+        )
+    return tensors
 
 
-def describe(tuner: Tuner, *, kind: str, values: dict[str, object] | None = None) -> Header:
+def describe(
+    tuner: Tuner, *, kind: str, values: dict[str, object] | None = None, history: list[list[object]] | None = None
+) -> Header:
     """The header for a file of ``tuner``."""
     owner = registry.owner_of(tuner.method)
     versions = {"tunerkit": metadata.version("tunerkit"), "torch": torch.__version__, owner.distribution: owner.version}
@@ -143,6 +129,7 @@ def describe(tuner: Tuner, *, kind: str, values: dict[str, object] | None = None
         versions=versions,
         base=base if kind == "adapter" else {},
         values=values or {},
+        history=history or [],
     )
 
 
@@ -211,14 +198,15 @@ def _tuner_from(header: Header, base: nn.Module, adapter: str, source: Path) -> 
     )
 
 
-def _refuse_other_base(tuner: Tuner, header: Header, source: Path) -> None:
+def refuse_other_base(tuner: Tuner, header: Header, source: Path) -> None:
+    """Raise `BaseMismatchError` if the base under ``tuner`` is not the one that the file tells of."""
     lines = differences(header.base, fingerprint(tuner))
     if lines:
         listed = "\n".join(f"- {line}" for line in lines)
         raise BaseMismatchError(f"{source} was trained on another base model:\n{listed}")
 
 
-def _fill(slots: Mapping[str, Slot], tensors: Mapping[str, Tensor], source: Path) -> None:
+def fill(slots: Mapping[str, Slot], tensors: Mapping[str, Tensor], source: Path) -> None:
     """Copy the file's tensors into slots that are not in the model yet; every misfit is named at once."""
     problems: list[str] = []
     used: set[str] = set()
@@ -243,6 +231,7 @@ def _load_slot(path: str, slot: Slot, tensors: dict[str, Tensor]) -> list[str]:
     return []
 
 
-def _file_at(path: str | os.PathLike[str], name: str) -> Path:
+def file_at(path: str | os.PathLike[str], name: str) -> Path:
+    """``path`` itself if it names a file of ours, else the file ``name`` in the folder ``path``."""
     place = Path(path)
     return place if place.suffix == _SUFFIX else place / name

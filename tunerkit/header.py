@@ -29,12 +29,23 @@ def _is_entry(instance: object, attribute: "attrs.Attribute[Any]", entry: Any) -
         _NUMBERS(instance, attribute, numbers)
 
 
+def _is_change(instance: object, attribute: "attrs.Attribute[Any]", change: Any) -> None:
+    instance_of(list)(instance, attribute, change)
+    if len(change) != 3:
+        raise ValueError(f"expected a step, a budget and ranks, got {len(change)} values")
+    for number in (*change[:2], *change[2]):
+        instance_of(int)(instance, attribute, number)
+
+
 _FINGERPRINT = deep_mapping(instance_of(str), _is_entry, instance_of(dict))
 
 
 @attrs.frozen
 class Header:
-    """What a file says of itself. ``base`` is the base model's fingerprint, ``values`` a method's own JSON values."""
+    """What a file says of itself. ``base`` is the base model's fingerprint, ``values`` a method's own JSON values.
+
+    ``history`` has one ``[step, budget, [rank of each target]]`` per allocation (training state only).
+    """
 
     kind: str = attrs.field(validator=instance_of(str))
     method: str = attrs.field(validator=instance_of(str))
@@ -47,6 +58,7 @@ class Header:
     versions: dict[str, str] = attrs.field(validator=instance_of(dict))
     base: dict[str, dict[str, list[float]]] = attrs.field(validator=_FINGERPRINT)
     values: dict[str, Any] = attrs.field(factory=dict, validator=instance_of(dict))
+    history: list[Any] = attrs.field(factory=list, validator=deep_iterable(_is_change, instance_of(list)))
     format: int = FORMAT
 
 

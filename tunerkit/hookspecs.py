@@ -144,7 +144,8 @@ def tunerkit_before_step(tuner: "Tuner", step: int, grad_scale: Tensor | None) -
     """Add to the gradients what is no part of the loss: a regulariser's gradient.
 
     Fires once per optimizer step, whatever the accumulation; with ``optimizer.step(closure)`` after each run of the
-    closure. Gradients are complete, no weight is updated. ``step`` is this step's number, the first being 1.
+    closure. Gradients are complete, no weight is updated. ``step`` is this step's number, the first being 1. An
+    adapter that is frozen, or neither active nor given a gradient, has no part in the step: neither hook fires for it.
     ``grad_scale`` is the factor the gradients still carry (a scalar tensor, under a fused optimizer with a
     GradScaler), or None if they carry none: multiply by it what you add.
 

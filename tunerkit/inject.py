@@ -1,14 +1,14 @@
 """Put adapters into a model and take them out again: the only place that changes a model's structure."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import attrs
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tunerkit import detector, lending
+from tunerkit import detector, lending, offloading
 from tunerkit.base_layers import BaseLayer
 from tunerkit.errors import AdapterError
 from tunerkit.slots import CHILD, Slot, Slots, apply_slots, slots_of, walk
@@ -32,8 +32,7 @@ def inject_(plan: Plan, *, trainable: bool) -> None:
     tuner = plan.tuner
     model = tuner.model
     for slot in plan.slots.values():
-        for parameter in slot.parameters():
-            parameter.requires_grad_(trainable and (parameter.is_floating_point() or parameter.is_complex()))
+        _train(slot, trainable)
     tuner.frozen = freeze_base_(model)
     for path, module in tuner.modules().items():
         slots = slots_of(module)
@@ -48,11 +47,10 @@ def inject_(plan: Plan, *, trainable: bool) -> None:
         slots.put(tuner.name, slot)
     for place in tuner.copies:
         hold_statistics_(place.module)
-    tuners = {**tuners_of(model), tuner.name: tuner}
-    set_tuners(model, tuners)
-    adapted = {path: module for other in tuners.values() for path, module in other.modules().items()}
-    hooked = {p: module for p, module in adapted.items() if apply_slots in module._forward_hooks.values()}
-    detector.watch(model, hooked)
+    others = tuners_of(model)
+    tuner.turn = 1 + max((other.turn for other in others.values() if other.turn is not None), default=-1)
+    set_tuners(model, {**others, tuner.name: tuner})
+    _watch(model)
     forget_compiled()
 
 
@@ -67,17 +65,75 @@ def eject_(tuner: Tuner) -> None:
             del module._modules[CHILD]
             remove_hook_(module)
     for place in tuner.copies:
-        release_statistics_(place.module)
+        if slots_of(place.module) is None:  # else another adapter trains it as a copy too
+            release_statistics_(place.module)
+    tuner.turn = None
     left = {name: other for name, other in tuners_of(tuner.model).items() if other is not tuner}
     if left:
         heir = next(iter(left.values()))
         heir.frozen = tuple(dict.fromkeys((*heir.frozen, *tuner.frozen)))
     else:
         thaw_base_(tuner.model, tuner.frozen)
-    detector.unwatch(tuner.model)
     lending.forget_idle_(tuner.model)
     set_tuners(tuner.model, left)
+    _watch(tuner.model)
     forget_compiled()
+
+
+def activate_(model: nn.Module, names: Sequence[str]) -> None:
+    """Apply exactly the adapters named, in that order. Compiled code follows: its guards read the tuples."""
+    for name, tuner in tuners_of(model).items():
+        tuner.turn = names.index(name) if name in names else None
+    for _, _, slots in walk(model):
+        slots.active = tuple(name for name in names if slots.get(name) is not None)
+
+
+def rename_(tuner: Tuner, new: str) -> None:
+    """Give an adapter another name; its parameters stay the objects that its optimizer holds."""
+    old = tuner.name
+    for module in tuner.modules().values():
+        slots = slots_of(module)
+        if slots is not None and slots.get(old) is not None:
+            slots.rename(old, new)
+    tuner.name = new
+    tuners = tuners_of(tuner.model)
+    set_tuners(tuner.model, {new if name == old else name: other for name, other in tuners.items()})
+
+
+def train_(tuner: Tuner, *, trained: bool) -> None:
+    """Let an adapter be trained or not; one that is not keeps no gradient, which a step would still apply."""
+    for _, slot in tuner.slots():
+        _train(slot, trained)
+
+
+def _train(slot: Slot, trained: bool) -> None:
+    for parameter in slot.parameters():
+        parameter.requires_grad_(trained and (parameter.is_floating_point() or parameter.is_complex()))
+        if not trained:
+            parameter.grad = None
+
+
+def _watch(model: nn.Module) -> None:
+    """Watch the next forward anew, for the places that are adapted now."""
+    detector.unwatch(model)
+    places = {path: module for tuner in tuners_of(model).values() for path, module in tuner.modules().items()}
+    # Where weights are lent to an owner the module itself is never called, and rightly.
+    hooked = {path: module for path, module in places.items() if apply_slots in module._forward_hooks.values()}
+    if hooked:
+        detector.watch(model, hooked)
+
+
+def copy_base(module: nn.Module) -> nn.Module:
+    """A copy of the base's own module, without what other adapters have put there."""
+    slots = slots_of(module)
+    # What the memo knows is not copied: the other adapters' copies may be large.
+    twin = offloading.duplicate(module, {id(slots): nn.Module()} if slots is not None else {})
+    if slots is not None:
+        del twin._modules[CHILD]
+    remove_hook_(twin)
+    detector.forget_(twin)
+    release_statistics_(twin)
+    return twin
 
 
 def remove_hook_(module: nn.Module) -> None:
@@ -141,16 +197,35 @@ def thaw_base_(model: nn.Module, names: tuple[str, ...]) -> None:
 
 
 def refuse_overlap(model: nn.Module, paths: Mapping[str, nn.Module], copies: tuple[str, ...]) -> None:
-    """A module trained in full must not hold, lie in, or be another adapter's place: their outputs would fight."""
+    """A module trained in full must not hold, lie in, or be another adapter's place: their outputs would fight.
+
+    Several adapters may each train a copy of one module, where none of the others is active.
+    """
     for path, _, slots in walk(model):
         owners = ", ".join(repr(name) for name in slots.names)
+        shared = path in copies and slots.copying == slots.names
         for copied in copies:
-            if _nested(path, copied):
-                raise AdapterError(f"cannot train {copied!r} in full: adapter {owners} is at {path!r}; unwrap it first")
-        copied_here = any((slot := slots.get(name)) is not None and slot.copy is not None for name in slots.names)
+            if _nested(path, copied) and not shared:
+                raise AdapterError(f"cannot train {copied!r} in full: adapter {owners} is at {path!r}; delete it first")
         for wanted in paths:
-            if copied_here and _nested(path, wanted):
+            if slots.copying and _nested(path, wanted) and not shared:
                 raise AdapterError(f"cannot adapt {wanted!r}: adapter {owners} trains {path!r} in full")
+        if shared and slots.active:
+            raise AdapterError(
+                f"cannot train {path!r} in full: adapter {slots.active[0]!r} does and is active, and one replaces the "
+                "other; call tunerkit.activate(model, []) first, then activate the one that is wanted"
+            )
+
+
+def refuse_rivals(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse to activate two adapters together that train the same module in full."""
+    for path, _, slots in walk(model):
+        rivals = [name for name in names if name in slots.copying]
+        if len(rivals) > 1:
+            raise AdapterError(
+                f"adapters {rivals[0]!r} and {rivals[1]!r} both train {path!r} in full, and one replaces the other; "
+                "activate one of them at a time"
+            )
 
 
 def _nested(one: str, other: str) -> bool:

@@ -26,14 +26,14 @@ def add_low_rank(
     its output, ``q`` (r, in), ``lam`` (r,), ``p`` (out, r); without ``lam``, diag(λ) is the identity. ``dropout`` is
     the share of the input dropped on the way into Q: pass 0 outside training. Neither ``x`` nor ``y`` is written to.
 
-    The product is computed in the dtype of ``q``, or in autocast's where that is on, and only the sum in that of
-    ``y``; with P or λ at 0 the result is ``y`` bit for bit. Rank 0 gives ``y`` itself.
+    The product is computed on the device of ``q`` and in its dtype, or in autocast's where that is on, and only the
+    sum in that of ``y``; with P or λ at 0 the result is ``y`` bit for bit. Rank 0 gives ``y`` itself.
     """
     if q.shape[0] == 0:
         return y
     q, p = _fold(q, p, lam)
-    h = base.project_in(_cast(x, q.dtype), q, dropout)
-    return torch.add(y, base.project_out(h, p).to(y.dtype), alpha=scale)
+    h = base.project_in(_cast(x, q), q, dropout)
+    return torch.add(y, base.project_out(h, p).to(y.device, y.dtype), alpha=scale)
 
 
 def low_rank_delta(base: BaseLayer, *, q: Tensor, p: Tensor, scale: float, lam: Tensor | None = None) -> Tensor:
@@ -64,13 +64,14 @@ def _fold(q: Tensor, p: Tensor, lam: Tensor | None) -> tuple[Tensor, Tensor]:
     return q, p * lam
 
 
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bring ``x`` to the adapter's dtype, unless it is ids or autocast does so; autocast leaves float64 alone."""
-    if not x.is_floating_point():
-        return x
-    if _autocasts(x.device) and torch.float64 not in (x.dtype, dtype):
-        return x
-    return x.to(dtype)
+def _cast(x: Tensor, q: Tensor) -> Tensor:
+    """Bring ``x`` to the adapter's device and dtype; ids keep theirs, and what autocast casts (all but float64).
+
+    The base's own hooks may move its input to where it runs (accelerate's do), and the adapter sees it unmoved.
+    """
+    if not x.is_floating_point() or (_autocasts(q.device) and torch.float64 not in (x.dtype, q.dtype)):
+        return x.to(q.device)
+    return x.to(q.device, q.dtype)
 
 
 def _autocasts(device: torch.device) -> bool:

@@ -13,6 +13,7 @@ from tunerkit.base_layers import BaseLayer
 from tunerkit.deltas import add_delta, ask_delta
 from tunerkit.errors import AdapterError
 from tunerkit.fingerprint import fingerprint
+from tunerkit.offloading import is_offloaded
 from tunerkit.records import Delta
 from tunerkit.slots import Slots, bias_name, walk
 from tunerkit.tuner import Tuner, require_tuners
@@ -33,13 +34,16 @@ def merge(model: M, *, permanent: bool = False) -> M:
     The model's own ``state_dict()`` then holds merged weights and the adapters beside them: take it unmerged, or
     after ``unwrap(model, keep_merged=True)``.
 
-    Raises `AdapterError` if already merged, inside `disabled`, or if a method cannot say what it adds, and
-    `PluginError` if it says nonsense; nothing is changed then.
+    Raises `AdapterError` if already merged, inside `disabled`, if none is active, if weights are offloaded, or if a
+    method cannot say what it adds, and `PluginError` if it says nonsense; nothing is changed then.
     """
     tuners = require_tuners(model)
     refuse_disabled(model)
     if is_merged(model):
         raise AdapterError("the model is merged already; call tunerkit.unmerge first")
+    if not any(slots.active for _, _, slots in walk(model)):
+        raise AdapterError("no adapter is active, so nothing can be merged; call tunerkit.activate first")
+    _refuse_offloaded(model)
     merged = [(module, slots, _merged_tensors(path, module, slots, tuners)) for path, module, slots in walk(model)]
     if permanent:
         for tuner in tuners.values():
@@ -95,6 +99,22 @@ def refuse_disabled(model: nn.Module) -> None:
     """Inside a ``with disabled(model)`` block the base stands in place of what merging and wrapping would change."""
     if any(not slots.enabled for _, _, slots in walk(model)):
         raise AdapterError("the model's adapters are disabled; leave the block of tunerkit.disabled first")
+
+
+def refuse_merged(model: nn.Module, what: str) -> None:
+    """While merged, forward is that of the merged weights: ``what`` would change nothing that is seen."""
+    if is_merged(model):
+        raise AdapterError(f"the model is merged; call tunerkit.unmerge before {what}")
+
+
+def _refuse_offloaded(model: nn.Module) -> None:
+    """Weights that are brought for each forward have no place where a merged value would stay."""
+    away = [path for path, module, _ in walk(model) if is_offloaded(module)]
+    if away:
+        raise AdapterError(
+            f"accelerate offloads the weights of {len(away)} adapted layers ({away[0]}, ...), so nothing can be merged "
+            "into them; call accelerate.hooks.remove_hook_from_submodules(model), which loads them, and then merge"
+        )
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from tunerkit.base_layers import forward_owner
+from tunerkit.offloading import forward_owner
 
 # By the class that defines the forward; core never imports transformers.
 _READ: Mapping[tuple[str, str], tuple[str, ...]] = {

@@ -1,11 +1,13 @@
 """Refuse an adapter name or a model that cannot take an adapter, before anything is built."""
 
+from collections.abc import Collection
+
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from tunerkit import inject
 from tunerkit.errors import AdapterError
-from tunerkit.merge import is_merged, refuse_disabled
+from tunerkit.merge import refuse_disabled, refuse_merged
 from tunerkit.slots import CHILD, slots_of, walk
 from tunerkit.tuner import tuners_of
 
@@ -18,6 +20,17 @@ def check_name(adapter: object) -> None:
         raise AdapterError(
             f"adapter name {adapter!r}: expected 1 to {_NAME_LIMIT} characters without '.' and '/', choose another"
         )
+    if any("\ud800" <= character <= "\udfff" for character in adapter):
+        raise AdapterError(
+            f"adapter name {adapter!r} holds half of a surrogate pair, and so would the names of its parameters: no "
+            "file can hold them; choose another"
+        )
+
+
+def refuse_taken(names: Collection[str], adapter: str) -> None:
+    """Refuse a name that another adapter of the model has."""
+    if adapter in names:
+        raise AdapterError(f"the model has an adapter named {adapter!r} already; choose another, or delete that one")
 
 
 def refuse_unready(model: nn.Module, adapter: str) -> None:
@@ -39,10 +52,8 @@ def refuse_unready(model: nn.Module, adapter: str) -> None:
             f"the model has an attribute {CHILD!r} of its own at {foreign[0]!r}; adapters go there: rename it"
         )
     refuse_disabled(model)
-    if adapter in tuners:
-        raise AdapterError(f"the model has an adapter named {adapter!r} already; choose another name or unwrap first")
-    if tuners and is_merged(model):
-        raise AdapterError("the model is merged; call tunerkit.unmerge before adding an adapter")
+    refuse_taken(tuners, adapter)
+    refuse_merged(model, "adding an adapter")
 
 
 def inside_compiled(model: object) -> nn.Module:

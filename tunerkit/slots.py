@@ -1,12 +1,13 @@
 """The child module ``tunerkit`` of an adapted module, which holds what each adapter adds there."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from tunerkit.adapter import Adapter
 from tunerkit.base_layers import BaseLayer
+from tunerkit.offloading import overrides_forward
 
 CHILD = "tunerkit"
 # Marks the buffers that hold originals: no adapter's name has a "/".
@@ -49,7 +50,9 @@ class Slot(nn.Module):
             y = self.adapter(base, args[0] if args else next(iter(kwargs.values())), y)
         if self.bias is not None:
             # The difference is exactly 0 until the copy is trained, which keeps the first output bit-identical.
-            y = y + view_bias(module, base, self.bias - module.get_parameter("bias"), y).to(y.dtype)
+            # By attribute: in the replicas of DataParallel it is no Parameter.
+            added = self.bias - cast(Tensor, module.bias)
+            y = y + view_bias(module, base, added, y).to(y.dtype)
         return y
 
 
@@ -82,6 +85,19 @@ class Slots(nn.Module):
         """Take a slot out."""
         del self._modules[name]
         self.active = tuple(other for other in self.active if other != name)
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a slot another name in its place; nothing else moves, so the order in ``state_dict`` stays."""
+        modules = list(self._modules.items())
+        self._modules.clear()
+        self._modules.update((new if name == old else name, slot) for name, slot in modules)
+        self.active = tuple(new if name == old else name for name in self.active)
+        self.merged = tuple(new if name == old else name for name in self.merged)
+
+    @property
+    def copying(self) -> tuple[str, ...]:
+        """The adapters that train a copy of this module: no two of them can be active together."""
+        return tuple(name for name in self.names if (slot := self.get(name)) is not None and slot.copy is not None)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -142,7 +158,7 @@ _CHANNELS = (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm, nn.modules.insta
 def has_trainable_bias(module: nn.Module, base: BaseLayer | None) -> bool:
     """Whether `view_bias` knows how ``module`` adds its bias (and there is one)."""
     # As strict as base-layer kinds are: a norm with a forward of its own may put its channels anywhere.
-    own_forward = "forward" in vars(module) or type(module).forward not in {
+    own_forward = overrides_forward(module) or type(module).forward not in {
         kind.forward for kind in (*_TRAILING, *_CHANNELS)
     }
     name = bias_name(base)

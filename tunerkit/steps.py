@@ -4,7 +4,7 @@ import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import attrs
 import torch
@@ -30,15 +30,35 @@ class Driver:
         return self.tuner.steps + 1 if self.clock is None else self.clock()
 
 
+@attrs.frozen(eq=False)
+class Link:
+    """The hooks that an optimizer drives a tuner by. They stay until `detach`; the optimizer is remembered after it."""
+
+    optimizer: "ref[Optimizer]"
+    handles: tuple[RemovableHandle, ...]
+
+
 # Not in the tuner: a deep copy of the model must not believe that the original's optimizer drives it. The values hold
 # no tuner, else none would ever be freed: the optimizer alone keeps the driver alive.
-_handles: WeakKeyDictionary[Tuner, list[RemovableHandle]] = WeakKeyDictionary()
+_links: WeakKeyDictionary[Tuner, Link] = WeakKeyDictionary()
 
 
 def is_frozen(tuner: Tuner) -> bool:
     """Whether it has parameters and none is trained."""
-    own = list(tuner.parameters())
-    return bool(own) and not any(p.requires_grad for p in own)
+    own = tuner.parameters()
+    first = next(own, None)  # asked at each step: most often the first one tells
+    return first is not None and not first.requires_grad and not any(p.requires_grad for p in own)
+
+
+def takes_part(tuner: Tuner) -> bool:
+    """Whether the optimizer's step is one of the adapter's: not while frozen; else if active or given a gradient.
+
+    So adapters that share an optimizer and are trained in turn count their own steps. Under a clock (a Trainer's global
+    step) the number of a step is the same for all, and an adapter sees those that it takes part in.
+    """
+    if is_frozen(tuner):
+        return False
+    return tuner.turn is not None or any(p.grad is not None for p in tuner.parameters())
 
 
 def find_optimizer(candidate: object) -> Optimizer:
@@ -61,6 +81,11 @@ def check_attachable(tuner: Tuner, optimizer: Optimizer) -> None:
         )
     if is_frozen(tuner):
         raise StepError(f"adapter {tuner.name!r} is frozen; tunerkit.load(..., trainable=True) loads one to train on")
+    if any(p.is_meta for p in tuner.parameters()):
+        raise StepError(
+            f"adapter {tuner.name!r} is on the meta device, where nothing is trained: accelerate offloads it with the "
+            "model. Offload first, then wrap: the adapter then stays on the device where the model runs"
+        )
     _check_held(tuner, optimizer)
 
 
@@ -129,21 +154,32 @@ def drive(
         tuner.state, tuner.total_steps, tuner.steps = state, total, 0
         tuner.history.clear()
         driver = Driver(tuner=tuner, clock=clock)
-        _handles[tuner] = [
+        handles = (
             optimizer.register_step_pre_hook(functools.partial(_before, driver)),
             optimizer.register_step_post_hook(functools.partial(_after, driver)),
-        ]
+        )
+        _links[tuner] = Link(ref(optimizer), handles)
 
 
 def detach(tuner: Tuner) -> None:
     """Undo `attach`; a tuner that is not attached stays as it is."""
-    for handle in _handles.pop(tuner, ()):
-        handle.remove()
+    link = _links.get(tuner)
+    if link is not None:
+        for handle in link.handles:
+            handle.remove()
+        _links[tuner] = attrs.evolve(link, handles=())
 
 
 def is_attached(tuner: Tuner) -> bool:
     """Whether an optimizer drives ``tuner`` now."""
-    return tuner in _handles
+    link = _links.get(tuner)
+    return link is not None and bool(link.handles) and link.optimizer() is not None
+
+
+def optimizer_of(tuner: Tuner) -> Optimizer | None:
+    """The optimizer that drives ``tuner``, or that drove it last and is still there."""
+    link = _links.get(tuner)
+    return None if link is None else link.optimizer()
 
 
 def _before(
@@ -179,6 +215,8 @@ def _wrap_closure(driver: Driver, optimizer: Optimizer, closure: Callable[[], An
 def _call_before_step(driver: Driver, optimizer: Optimizer) -> None:
     # A fused optimizer under GradScaler steps on scaled gradients and carries the scale as an attribute.
     grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    if not takes_part(driver.tuner):
+        return
     tuner, step = driver.tuner, driver.next_step()
     with torch.no_grad():
         registry.call("tunerkit_before_step", tuner.method, tuner=tuner, step=step, grad_scale=grad_scale)
@@ -188,6 +226,8 @@ def _after(driver: Driver, optimizer: Optimizer, args: tuple[Any, ...], kwargs: 
     """Fires after the update; not for a step that a fused optimizer skipped because its gradients overflowed."""
     found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
     if found_inf is not None and bool(found_inf):
+        return
+    if not takes_part(driver.tuner):
         return
     tuner = driver.tuner
     tuner.steps = driver.next_step()

@@ -5,7 +5,9 @@ from collections.abc import Collection, Mapping
 
 import attrs
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
+from tunerkit.offloading import identity
 from tunerkit.readers import read_children
 
 INJECTED = "tunerkit"  # the child of a base layer that holds its adapters: never a target itself
@@ -100,15 +102,44 @@ def is_linear(module: nn.Module) -> bool:
     )
 
 
+def may_be_linear(place: Place) -> bool:
+    """Whether someone who says all linear layers may mean this module, also a router with a matrix of its own."""
+    module = place.module
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm | _ConvNd):
+        return False
+    weight = module._parameters.get("weight")
+    return is_linear(module) or (weight is not None and weight.ndim == 2)
+
+
+def default_convolutions(scanned: Survey) -> tuple[Place, ...]:
+    """The convolutions of a model whose numbered blocks hold some, and no linear layer; none of any other model.
+
+    A model that numbers no block has all its convolutions taken, if they are all it has beside its head. Depthwise
+    ones are left out: their matrix is as narrow as one kernel, so a low rank saves nothing.
+    """
+    body = [place for place in scanned.places if not any(is_under(path, scanned.heads) for path in place.paths)]
+    blocks = [place for place in body if layer_number(place.path) is not None]
+    found = [place for place in blocks if _is_wide_convolution(place.module)]
+    if not found:
+        blocks, found = body, [place for place in body if _is_wide_convolution(place.module)]
+    return () if any(is_linear(place.module) for place in blocks) else tuple(found)
+
+
+def _is_wide_convolution(module: nn.Module) -> bool:
+    return isinstance(module, _ConvNd) and (module.groups == 1 or module.groups < module.in_channels)
+
+
 def tied(model: nn.Module) -> Mapping[int, tuple[str, ...]]:
     """The parameters that several modules hold: ``id(parameter)`` to the full names, adapters' own left out."""
     names: dict[int, list[str]] = defaultdict(list)
+    keys: dict[int, int] = {}
     for path, module in model.named_modules():
         if not is_injected(path):
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    names[id(parameter)].append(join(path, name))
-    return {key: tuple(sharing) for key, sharing in names.items() if len(sharing) > 1}
+                    keys[id(parameter)] = identity(module, name, parameter)
+                    names[keys[id(parameter)]].append(join(path, name))
+    return {own: tuple(names[key]) for own, key in keys.items() if len(names[key]) > 1}
 
 
 def is_under(path: str, roots: Collection[str]) -> bool:

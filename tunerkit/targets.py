@@ -13,12 +13,25 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
-from tunerkit.architectures import DEFAULT_TARGETS
+from tunerkit.architectures import default_names
 from tunerkit.errors import TargetError, TunerkitWarning, closest
-from tunerkit.patterns import Matcher, is_broad, matcher, matches
+from tunerkit.offloading import is_offloaded
+from tunerkit.patterns import Matcher, is_broad, matcher
 from tunerkit.readers import read_children
 from tunerkit.records import Target
-from tunerkit.survey import Place, Survey, is_linear, is_number, is_under, join, layer_number, survey, tied
+from tunerkit.survey import (
+    Place,
+    Survey,
+    default_convolutions,
+    is_linear,
+    is_number,
+    is_under,
+    join,
+    layer_number,
+    may_be_linear,
+    survey,
+    tied,
+)
 
 ALL_LINEAR = "all-linear"
 
@@ -64,20 +77,20 @@ def select(
 ) -> tuple[Target, ...]:
     """The targets that the patterns select, in the model's order.
 
-    ``targets`` of None means the architecture's default, else ``"all-linear"``: every linear layer except output
-    heads. ``exclude`` takes patterns too; a container it matches is excluded with all that is in it. ``layers``
-    keeps the targets whose path has one of these numbers as its first number. ``trained`` are paths of modules
-    trained in full: no target lies at or under one. Raises `TargetError` naming every problem at once; warns
-    once, naming what a broad pattern left out.
+    ``targets`` of None means the architecture's default; else the convolutions, where the blocks hold no linear layer
+    (see `default_convolutions`); else ``"all-linear"``: every linear layer except output heads. ``exclude`` takes
+    patterns too; a container it matches is excluded with all that is in it. ``layers`` keeps the targets whose path
+    has one of these numbers as its first number. ``trained`` are paths of modules trained in full: no target lies at
+    or under one. Raises `TargetError` naming every problem at once; warns once, naming what a broad pattern left out.
     """
     scanned = survey(model)
     findings = _Findings()
     adaptable = frozenset(id(place.module) for place in scanned.places if is_adaptable(place.module))
     scope = _Scope(_excluded(scanned, exclude, findings), layers, trained, adaptable)
-    for pattern in _patterns(model, targets):
-        if isinstance(pattern, tuple):
-            _choose_linear(scanned, scope, findings, names=pattern)
-        elif pattern == ALL_LINEAR:
+    if targets is None:
+        _choose_default(model, scanned, scope, findings)
+    for pattern in () if targets is None else _patterns(targets):
+        if pattern == ALL_LINEAR:
             _choose_linear(scanned, scope, findings, names=("*",))
         else:
             _choose_matching(scanned, scope, findings, pattern)
@@ -121,7 +134,7 @@ def refuse_tied(model: nn.Module, paths: Iterable[str]) -> None:
     """
     problems = []
     for path in paths:
-        for names in tied(model).values():
+        for names in dict.fromkeys(tied(model).values()):
             inside = [name for name in names if is_under(name, (path,))]
             if inside and len(inside) < len(names):
                 outside = [name for name in names if name not in inside]
@@ -153,30 +166,12 @@ def from_paths(model: nn.Module, paths: Iterable[str]) -> tuple[Target, ...]:
     return tuple(Target(path, by_path[path]) for path in wanted)
 
 
-def _patterns(model: nn.Module, targets: str | Sequence[str] | None) -> tuple[str | tuple[str, ...], ...]:
-    """The patterns one by one; the names of an architecture's default stand together."""
-    if targets is None:
-        return (_defaults(model) or ALL_LINEAR,)
+def _patterns(targets: str | Sequence[str]) -> tuple[str, ...]:
+    """The patterns one by one."""
     patterns = (targets,) if isinstance(targets, str) else tuple(targets)
     if not patterns:
         raise TargetError('targets is empty; name modules, or say "all-linear", or leave it out for the default')
     return patterns
-
-
-def _defaults(model: nn.Module) -> tuple[str, ...]:
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    names = DEFAULT_TARGETS.get(model_type, ()) if isinstance(model_type, str) else ()
-    # A variant whose modules have other names is served by all-linear, not refused.
-    return names if any(matches(name, path) for path, _ in model.named_modules() for name in names) else ()
-
-
-def _may_be_meant(place: Place) -> bool:
-    """Whether someone who says all linear layers may mean this module, also a router with a matrix of its own."""
-    module = place.module
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm | _ConvNd):
-        return False
-    weight = module._parameters.get("weight")
-    return is_linear(module) or (weight is not None and weight.ndim == 2)
 
 
 def _expert_tensors(scanned: Survey, scope: _Scope) -> Iterator[str]:
@@ -194,6 +189,15 @@ def _expert_tensors(scanned: Survey, scope: _Scope) -> Iterator[str]:
 
 
 # Choosing
+
+
+def _choose_default(model: nn.Module, scanned: Survey, scope: _Scope, findings: _Findings) -> None:
+    names = default_names(model)
+    convolutions = () if names else default_convolutions(scanned)
+    for place in filter(scope.covers, convolutions):
+        _choose_broadly(place, _obstacle(place, scanned, scope), scope, findings)
+    if not convolutions:
+        _choose_linear(scanned, scope, findings, names=names or ("*",))
 
 
 def _choose_linear(scanned: Survey, scope: _Scope, findings: _Findings, *, names: Sequence[str]) -> None:
@@ -214,7 +218,7 @@ def _choose_linear_place(place: Place, named: bool, scanned: Survey, scope: _Sco
     obstacle = _obstacle(place, scanned, scope)
     if obstacle is None and named and is_linear(place.module):
         findings.found[place.path] = place
-    elif obstacle is not None and _may_be_meant(place) and (named or not scope.is_adaptable(place)):
+    elif obstacle is not None and may_be_linear(place) and (named or not scope.is_adaptable(place)):
         findings.left_out[place.path] = obstacle
 
 
@@ -300,7 +304,7 @@ def _weight_obstacle(place: Place, scanned: Survey) -> str | None:
     parameters = [parameter for parameter in place.module._parameters.values() if parameter is not None]
     if isinstance(place.module, nn.Linear | nn.Embedding | _ConvNd) and "weight" not in place.module._parameters:
         return "has a weight computed from others (a parametrization), which cannot be adapted yet"
-    if any(parameter.is_meta for parameter in parameters):
+    if any(parameter.is_meta for parameter in parameters) and not is_offloaded(place.module):
         return "has its weight on the meta device; load the weights first"
     shared = [name for parameter in parameters for name in scanned.sharers.get(id(parameter), ())]
     if shared:
@@ -313,7 +317,7 @@ def _weight_obstacle(place: Place, scanned: Survey) -> str | None:
 # Words
 
 _SHOWN = 8
-_NOTHING = 'there is nothing to adapt: no module is left over ("all-linear" and the defaults leave output heads out)'
+_NOTHING = 'there is nothing to adapt: no module is left over (never output heads; by "all-linear" no convolutions)'
 
 
 def _unknown(pattern: str, scanned: Survey, names: set[str]) -> str:

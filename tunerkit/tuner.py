@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from typing import Any
+from weakref import WeakSet
 
 import attrs
 from torch import nn
@@ -14,6 +15,8 @@ from tunerkit.records import RankChange, State, Target
 from tunerkit.slots import Slot, slots_of, walk
 
 _ATTRIBUTE = "_tunerkit"
+# Tuners, copies too, that the watch over optimizers has not seen yet.
+unseen: WeakSet["Tuner"] = WeakSet()
 
 
 @attrs.define(eq=False)
@@ -21,7 +24,8 @@ class Tuner:
     """One adapter of a wrapped model. It lives in the model, so a deep copy of the model has tuners of its own.
 
     ``copies`` and ``biases`` are the paths of the modules trained in full as copies and of those whose bias is;
-    ``frozen`` are the base parameters that wrapping froze. ``state`` belongs to the method, from attach on.
+    ``frozen`` are the base parameters that wrapping froze. ``turn`` orders the active adapters; None while not active.
+    ``state`` belongs to the method, from attach on.
     ``fingerprint`` is the base's, kept where a permanent merge has overwritten the base.
     """
 
@@ -33,6 +37,7 @@ class Tuner:
     copies: tuple[Target, ...] = ()
     biases: tuple[Target, ...] = ()
     frozen: tuple[str, ...] = ()
+    turn: int | None = None
     steps: int = 0
     total_steps: int | None = None
     state: object | None = None
@@ -40,11 +45,25 @@ class Tuner:
     loaded: bool = False
     fingerprint: dict[str, dict[str, Any]] | None = None
 
+    def __attrs_post_init__(self) -> None:
+        unseen.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return attrs.asdict(self, recurse=False)
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """For deep copies and pickles, which do not pass through the initialiser."""
+        for name, value in state.items():
+            setattr(self, name, value)
+        unseen.add(self)
+
     def slots(self) -> Iterator[tuple[str, Slot]]:
         """This adapter's slots with the paths of their modules: targets, copies, other trained biases."""
+        # By the record first: another adapter may have taken the name of one that was deleted.
+        present = tuners_of(self.model).get(self.name) is self
         for path, module in self.modules().items():
             slots = slots_of(module)
-            slot = slots.get(self.name) if slots is not None else None
+            slot = slots.get(self.name) if slots is not None and present else None
             if slot is None:
                 raise AdapterError(f"adapter {self.name!r} is gone from the model at {path!r}; wrap or load it again")
             yield path, slot

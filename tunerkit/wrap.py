@@ -47,7 +47,7 @@ def wrap(
 
     The base is frozen, keeps its types, names and values, and the first output is bit-identical (dropout off).
     ``config`` is the method's attrs object, a mapping, or None for defaults. ``seed`` makes the start repeatable and
-    leaves the global random state alone.
+    leaves the global random state alone. A further adapter is active beside those that are.
 
     Raises `ConfigError`, `TargetError`, `UnknownMethodError`, `PluginError`, or `AdapterError` (a bad or taken
     adapter name, a model inside DDP, a merged model); the model is then as it was.

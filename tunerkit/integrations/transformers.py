@@ -1,34 +1,63 @@
 """Attach adapters to a transformers Trainer: its own loop, its total steps, its global step as the clock."""
 
 import functools
+import warnings
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tunerkit import steps
-from tunerkit.errors import StepError
+from tunerkit.errors import StepError, TunerkitWarning
+from tunerkit.integrations.checkpoints import load_states, take_over_
 from tunerkit.tuner import Tuner, tuners_of
 
 
 def attach_trainer(tuners: list[Tuner], trainer: Trainer, total_steps: int | None) -> None:
-    """Add the callback that attaches ``tuners`` to the trainer's optimizer when training begins."""
+    """Let the trainer drive ``tuners`` from the beginning of training on, keep them in its checkpoints and logs."""
+    _check_trainer(trainer)
     held = tuners_of(trainer.model).values() if trainer.model is not None else ()
+    present = next((cb for cb in trainer.callback_handler.callbacks if isinstance(cb, StepCallback)), None)
     for tuner in tuners:
         if tuner not in held:
             raise StepError(f"the trainer trains another model than the one that adapter {tuner.name!r} is in")
         if steps.is_attached(tuner):
             raise StepError(f"adapter {tuner.name!r} is attached to an optimizer already; attach one or the other")
-        if any(isinstance(cb, StepCallback) and tuner in cb.tuners for cb in trainer.callback_handler.callbacks):
+        if present is not None and tuner in present.tuners:
             raise StepError(f"adapter {tuner.name!r} is attached to this trainer already")
-    trainer.add_callback(StepCallback(tuners, total_steps))
+    if present is not None:
+        present.add(tuners, total_steps)
+        return
+    callback = StepCallback(trainer, tuners, total_steps)
+    trainer.add_callback(callback)
+    take_over_(trainer, callback.tuners, callback)
+
+
+def _check_trainer(trainer: Trainer) -> None:
+    for engine, enabled in (("DeepSpeed", trainer.is_deepspeed_enabled), ("FSDP", trainer.is_fsdp_enabled)):
+        if enabled:
+            raise StepError(f"a Trainer that runs {engine} cannot be attached yet; train in one process or with DDP")
 
 
 class StepCallback(TrainerCallback):
-    """Attaches when ``trainer.train()`` begins, where optimizer and total steps exist; detaches at its end."""
+    """Attaches when ``trainer.train()`` begins, where optimizer and total steps exist; detaches at its end.
 
-    def __init__(self, tuners: list[Tuner], total_steps: int | None) -> None:
+    ``resumed`` is the checkpoint whose weights were loaded for the training that is about to begin.
+    """
+
+    def __init__(self, trainer: Trainer, tuners: list[Tuner], total_steps: int | None) -> None:
+        self.trainer = trainer
         self.tuners = tuners
         self.total_steps = total_steps
+        self.resumed: Path | None = None
+
+    def add(self, tuners: list[Tuner], total_steps: int | None) -> None:
+        """Drive further adapters too; one trainer has one number of steps."""
+        if total_steps is not None and self.total_steps not in (None, total_steps):
+            raise StepError(f"this trainer was attached with total_steps={self.total_steps}, now with {total_steps}")
+        self.total_steps = total_steps if self.total_steps is None else self.total_steps
+        self.tuners.extend(tuners)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -39,18 +68,40 @@ class StepCallback(TrainerCallback):
                 f"attach says total_steps={self.total_steps}, the trainer trains {state.max_steps} steps; "
                 "leave total_steps out, the trainer knows it"
             )
+        self._refuse_other_model()
         for tuner in self.tuners:
             # A run that an exception ended never reached its end: begin anew.
             steps.detach(tuner)
         # global_step rises after the optimizer's step, and for skipped steps too: the schedule follows it.
         clock = functools.partial(_step_in_progress, state)
         steps.drive(self.tuners, optimizer, total_steps=state.max_steps, clock=clock)
+        resumed, self.resumed = self.resumed, None
+        if resumed is not None:
+            load_states(self.tuners, resumed)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         for tuner in self.tuners:
             steps.detach(tuner)
+            if tuner.steps == 0 and state.global_step > 0:
+                warnings.warn(
+                    f"training ended after {state.global_step} steps and adapter {tuner.name!r} saw none of them: the "
+                    "optimizer's step hooks never fired, so its ranks are those it began with",
+                    TunerkitWarning,
+                    stacklevel=2,
+                )
+
+    def _refuse_other_model(self) -> None:
+        """A trainer with ``model_init`` builds a model at each call of train, and its adapters with it."""
+        model = self.trainer.model
+        held = tuners_of(model).values() if isinstance(model, torch.nn.Module) else ()
+        gone = [tuner.name for tuner in self.tuners if tuner not in held]
+        if gone:
+            raise StepError(
+                f"adapter {gone[0]!r} is not in the model that is about to be trained: a trainer with model_init "
+                "builds a new one; give the Trainer the wrapped model itself"
+            )
 
 
 def _step_in_progress(state: TrainerState) -> int:

@@ -1,7 +1,7 @@
 """The contract of a method, executable: plugin authors run every check over models of their choice.
 
     @pytest.mark.parametrize("check", conformance.CHECKS, ids=conformance.name_of)
-    @pytest.mark.parametrize("case", CASES, ids=conformance.name_of)
+    @pytest.mark.parametrize("case", matrix.cases())
     def test_conforms(check, case, tmp_path):
         check(case, "my-method", {"rank": 2}, tmp_path)
 
@@ -16,6 +16,7 @@ from pathlib import Path
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 import tunerkit
 
@@ -29,13 +30,18 @@ class Case:
     """A model to check a method on.
 
     ``build`` makes the same model at every call (seed it); ``output`` runs it and returns one tensor; ``loss``
-    runs it on training data and returns a scalar.
+    runs it on training data and returns a scalar. ``settings`` are those of every method (`AdapterConfig`) that this
+    model asks for, such as its targets; the settings that a check is called with come on top. ``start_training``
+    puts the model into training mode: a model with batch norms keeps those in eval mode, since training would move
+    the statistics of the base.
     """
 
     name: str
     build: Callable[[], nn.Module]
     output: Callable[[nn.Module], Tensor]
     loss: Callable[[nn.Module], Tensor]
+    settings: Mapping[str, object] = attrs.Factory(dict)
+    start_training: Callable[[nn.Module], object] = nn.Module.train
 
 
 Check = Callable[[Case, str, Mapping[str, object], Path], None]
@@ -47,8 +53,14 @@ def name_of(thing: object) -> str:
     return name.removeprefix("check_")
 
 
+def wrapped(case: Case, method: str, config: Mapping[str, object]) -> nn.Module:
+    """A model of ``case`` with an adapter at its start."""
+    return tunerkit.wrap(case.build(), method, {**case.settings, **config}, seed=0)
+
+
 def train(model: nn.Module, case: Case, *, steps: int = STEPS, lr: float = 1e-2) -> list[float]:
-    """Attach AdamW to the model's adapters and take ``steps`` steps; the losses."""
+    """Attach AdamW to the model's adapters and take ``steps`` steps in training mode; the losses."""
+    case.start_training(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     tunerkit.attach(model, optimizer, total_steps=steps)
     losses = []
@@ -61,6 +73,13 @@ def train(model: nn.Module, case: Case, *, steps: int = STEPS, lr: float = 1e-2)
     return losses
 
 
+def trained(case: Case, method: str, config: Mapping[str, object]) -> nn.Module:
+    """A model wrapped, trained for `STEPS` steps, in eval mode."""
+    model = wrapped(case, method, config)
+    train(model, case)
+    return model.eval()
+
+
 def assert_same(found: Tensor, expected: Tensor, what: str) -> None:
     """Equal within `TOLERANCE` of the largest expected value."""
     worst = float((found - expected).abs().max())
@@ -71,33 +90,52 @@ def assert_same(found: Tensor, expected: Tensor, what: str) -> None:
 def assert_base_untouched(model: nn.Module, case: Case) -> None:
     """Every tensor of the original model stands in ``model`` under its name, bit for bit, in a module of its type."""
     original = case.build()
-    state, types = model.state_dict(), {path: type(module) for path, module in model.named_modules()}
+    state, types = model.state_dict(), {path: _type(module) for path, module in model.named_modules()}
     for name, tensor in original.state_dict().items():
         assert torch.equal(state[name], tensor), f"base tensor {name} changed"
     for path, module in original.named_modules():
-        assert types[path] is type(module), f"type at {path} changed"
+        assert types[path] is _type(module), f"type at {path} changed"
+
+
+def _type(module: nn.Module) -> type[nn.Module]:
+    # A module with a parametrization (weight norm) has a class of its own, which each build makes anew.
+    return type_before_parametrizations(module)
 
 
 def check_wrap_changes_no_output(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """Right after wrap: the same object, keys, types, and output, bit for bit."""
     model = case.build().eval()
     before = case.output(model)
-    wrapped = tunerkit.wrap(model, method, config, seed=0)
-    assert wrapped is model
+    assert tunerkit.wrap(model, method, {**case.settings, **config}, seed=0) is model
     assert torch.equal(case.output(model), before)
     assert_base_untouched(model, case)
 
 
 def check_trains_only_the_adapter(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """Training moves the output and no base tensor; the trainable set is the tuner's own; the loss falls."""
-    model = tunerkit.wrap(case.build(), method, config, seed=0)
+    model = wrapped(case, method, config)
     own = {id(p) for p in tunerkit.tuner(model).parameters()}
     assert {id(p) for p in model.parameters() if p.requires_grad} == own
     before = case.output(model.eval())
-    losses = train(model.train(), case)
+    losses = train(model, case)
     assert losses[-1] < losses[0]
     assert not torch.equal(case.output(model.eval()), before)
     assert_base_untouched(model, case)
+
+
+def check_meets_the_budget(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """After training the budget is the schedule's last; where it counts ranks, they make it up exactly."""
+    model = wrapped(case, method, config)
+    tuner = tunerkit.tuner(model)
+    # A budget may count something else (parameters): then ranks that cost more than 1 do not add up to it at the start.
+    counts_ranks = sum(tuner.ranks().values()) == tuner.budget()
+    train(model, case)
+    assert tuner.budget() == tuner.budget(STEPS)
+    if counts_ranks:
+        live = sum(tuner.ranks().values())
+        assert live == tuner.budget(), f"the ranks make up {live}, the budget is {tuner.budget()}"
+    for change in tuner.history[-1:]:
+        assert (change.budget, change.ranks) == (tuner.budget(), tuner.ranks())
 
 
 def check_disabled_shows_the_base(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
@@ -155,16 +193,10 @@ def check_unwraps(case: Case, method: str, config: Mapping[str, object], tmp_pat
     assert torch.equal(case.output(model), case.output(original.eval()))
 
 
-def trained(case: Case, method: str, config: Mapping[str, object]) -> nn.Module:
-    """A model wrapped, trained for `STEPS` steps, in eval mode."""
-    model = tunerkit.wrap(case.build(), method, config, seed=0).train()
-    train(model, case)
-    return model.eval()
-
-
 CHECKS: tuple[Check, ...] = (
     check_wrap_changes_no_output,
     check_trains_only_the_adapter,
+    check_meets_the_budget,
     check_disabled_shows_the_base,
     check_loads_what_was_saved,
     check_merges_and_unmerges,

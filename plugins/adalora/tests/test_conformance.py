@@ -1,27 +1,59 @@
-"""The method keeps core's contract on small random transformers models."""
+"""The method keeps core's contract on small random models of every architecture, and prunes each to its budget."""
 
 from pathlib import Path
 
 import pytest
 
-from tunerkit.testing import conformance
+import tunerkit
+from tunerkit.testing import conformance, matrix
 
-pytest.importorskip("transformers", reason="the cases are transformers models")
-from tunerkit.testing.transformers_cases import CASES  # after the skip
+# Nothing is told about any of these models, but for the batch norms that a case keeps in eval mode itself.
+pytestmark = pytest.mark.filterwarnings(
+    "error::tunerkit.TunerkitWarning", "ignore:.* normalisation layers of the frozen base:tunerkit.TunerkitWarning"
+)
 
+DEFAULTS: dict[str, object] = {"target_rank": 2, "delta_t": 2}
 CONFIGS: dict[str, dict[str, object]] = {
-    "defaults": {"target_rank": 2, "delta_t": 2},
     "paper": {"target_rank": 2, "delta_t": 1, "start": "gaussian", "gamma": 0.1, "orthogonality": "paper", "alpha": 48},
     "parameters": {"init_rank": 4, "budget": 900, "budget_unit": "parameters", "delta_t": 2, "bias": "adapters"},
 }
+# One for each kind of base layer, to keep the tests short.
+FEW = [case for case in matrix.cases() if case.id in ("bert", "gpt2", "gemma3", "resnet")]
+LINEAR = [case for case in matrix.cases() if case.id != "resnet"]
+
+
+@pytest.mark.parametrize("check", conformance.CHECKS, ids=conformance.name_of)
+@pytest.mark.parametrize("case", matrix.cases())
+def test_keeps_the_contract(check: conformance.Check, case: conformance.Case, tmp_path: Path) -> None:
+    """Every check of the conformance kit holds for every architecture."""
+    check(case, "adalora", DEFAULTS, tmp_path)
 
 
 @pytest.mark.parametrize("config", list(CONFIGS))
 @pytest.mark.parametrize("check", conformance.CHECKS, ids=conformance.name_of)
-@pytest.mark.parametrize("case", CASES, ids=conformance.name_of)
-def test_keeps_the_contract(check: conformance.Check, case: conformance.Case, config: str, tmp_path: Path) -> None:
-    """Every check of the conformance kit holds for every architecture and setting."""
-    settings = {**CONFIGS[config]}
-    if case.name == "bert":
-        settings["train_modules"] = ["classifier"]
-    check(case, "adalora", settings, tmp_path)
+@pytest.mark.parametrize("case", FEW)
+def test_keeps_the_contract_in_every_setting(
+    check: conformance.Check, case: conformance.Case, config: str, tmp_path: Path
+) -> None:
+    """Every check holds for every kind of base layer and setting."""
+    check(case, "adalora", CONFIGS[config], tmp_path)
+
+
+@pytest.mark.parametrize("case", matrix.cases())
+def test_every_architecture_is_pruned_to_exactly_its_target(case: conformance.Case) -> None:
+    """With the default's targets the ranks are ``target_rank`` for each on average at the end, and not all equal."""
+    tuner = pruned(case, None)
+    assert sum(tuner.ranks().values()) == tuner.budget() == 2 * len(tuner.targets)
+    assert len(set(tuner.ranks().values())) > 1
+
+
+@pytest.mark.parametrize("case", LINEAR)
+def test_all_linear_layers_are_pruned_to_exactly_their_target(case: conformance.Case) -> None:
+    """With all linear layers too: pooler, projections and time embeddings beside the blocks."""
+    tuner = pruned(case, "all-linear")
+    assert sum(tuner.ranks().values()) == tuner.budget() == 2 * len(tuner.targets)
+    assert len(set(tuner.ranks().values())) > 1
+
+
+def pruned(case: conformance.Case, targets: str | None) -> tunerkit.Tuner:
+    return tunerkit.tuner(conformance.trained(case, "adalora", {**DEFAULTS, "targets": targets}))

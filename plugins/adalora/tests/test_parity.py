@@ -124,6 +124,7 @@ def test_weights_and_masks_are_peft_s_at_every_step(name: str, gamma: float) -> 
             t_init=10,
             t_final=30,
             delta_t=5,
+            shrink=False,
             gamma=gamma,
             orthogonality="reference",
             adapter_dtype="float64",

@@ -41,6 +41,7 @@ class AdaLoraConfig(AdapterConfig):
     max_rank: int | Mapping[str, int] | None = setting(
         None, ge=0, doc="greatest rank at a target at the end; a mapping goes by target pattern"
     )
+    shrink: bool = setting(True, doc="once the ranks are final, let dead triplets leave memory")
     start: Literal["lora", "gaussian", "orthonormal"] = setting(
         "lora", doc="P = 0, Λ = 1, Q as LoRA's A; or Λ = 0 with Gaussian (the paper's) or orthonormal P and Q"
     )

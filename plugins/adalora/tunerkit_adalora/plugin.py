@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from tunerkit import BaseLayer, Delta, Method, State, Target, Tuner, hookimpl, low_rank_delta
+from tunerkit_adalora import state as saved_state
 from tunerkit_adalora import training
 from tunerkit_adalora.config import AdaLoraConfig
 from tunerkit_adalora.svd_layer import SvdLayer
@@ -61,10 +62,10 @@ def tunerkit_delta(adapter: SvdLayer, base: BaseLayer) -> Delta:
 @hookimpl
 def tunerkit_state(tuner: Tuner) -> State:
     """The importance averages and the place in the schedule."""
-    return training.state(tuner)
+    return saved_state.state(tuner)
 
 
 @hookimpl
 def tunerkit_restore(tuner: Tuner, state: State) -> None:
     """Go on from a saved state."""
-    training.restore(tuner, state)
+    saved_state.restore(tuner, state)

@@ -1,13 +1,13 @@
 """The SVD layer: AdaLoRA's adapter, ΔW = scale · P Λ Q with a mask over its triplets."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tunerkit import Adapter, BaseLayer, add_low_rank
+from tunerkit import Adapter, BaseLayer, add_low_rank, resize_
 
 
 class SvdLayer(Adapter):
@@ -62,6 +62,8 @@ class SvdLayer(Adapter):
         error_msgs: list[str],
     ) -> None:
         mask = state_dict.pop(prefix + "mask", None)
+        if mask is not None:
+            self._resize_for({name: state_dict.get(prefix + name) for name in ("p", "lam", "q")}, mask)
         if mask is None:
             missing_keys.append(prefix + "mask")
         elif mask.shape != self.mask.shape or mask.dtype != torch.bool:
@@ -69,10 +71,23 @@ class SvdLayer(Adapter):
                 f"{prefix}mask: expected bool {tuple(self.mask.shape)}, got {mask.dtype} {tuple(mask.shape)}"
             )
         else:
-            self.mask = mask.detach().clone().to(self.mask.device)
+            # With assign=True the weights come as they are, perhaps onto a model on the meta device: so does the mask.
+            assigned = local_metadata.get("assign_to_params_buffers", False)
+            self.mask = mask.detach().clone().to(mask.device if assigned else self.mask.device)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _resize_for(self, saved: Mapping[str, Tensor | None], mask: Tensor) -> None:
+        """Take the rank of what is about to be loaded, if all of it agrees on one: a shrunk layer's is smaller."""
+        rank = mask.numel()
+        shapes = {"p": (self.p.shape[0], rank), "lam": (rank,), "q": (rank, self.q.shape[1])}
+        agreed = all(value is not None and value.shape == shapes[name] for name, value in saved.items())
+        if agreed and mask.shape == (rank,) and rank != len(self.lam):
+            for name, shape in shapes.items():
+                parameter = self.get_parameter(name)
+                resize_(parameter, parameter.new_empty(shape))
+            self.mask = self.mask.new_ones(rank)
 
 
 def _start(layer: SvdLayer, start: str) -> None:

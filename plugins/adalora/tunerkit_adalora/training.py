@@ -1,4 +1,4 @@
-"""What AdaLoRA does around an optimizer step: importance, budget, allocation, masks, and the state between steps."""
+"""What AdaLoRA does around an optimizer step: importance, budget, allocation, masks, shrinking."""
 
 import warnings
 from collections.abc import Sequence
@@ -7,12 +7,13 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from tunerkit import ConfigError, State, StepError, Target, Tuner, TunerkitWarning
+from tunerkit import ConfigError, StepError, Target, Tuner, TunerkitWarning
 from tunerkit_adalora.allocator import allocate
 from tunerkit_adalora.config import AdaLoraConfig
 from tunerkit_adalora.importance import Triplets, new_averages, smooth_, triplet_scores
 from tunerkit_adalora.orthogonality import add_gradient_
 from tunerkit_adalora.schedule import Schedule, plan
+from tunerkit_adalora.shrinking import shrink_layers_
 from tunerkit_adalora.svd_layer import SvdLayer
 
 _PER_LAYER = 3
@@ -22,7 +23,8 @@ _PER_LAYER = 3
 class Training:
     """AdaLoRA's training state. The averages lie in parallel lists: p, lam, q of the first layer, of the second, ...
 
-    ``gradients`` says of each step averaged since the last allocation whether any weight had one.
+    ``averaged`` counts the steps since the last allocation, ``seen`` their gradients, ``left_out`` (0-d, on the
+    device) the bad ones among these. ``sizes`` are the layers' triplets in memory, dead ones included.
     """
 
     schedule: Schedule
@@ -30,35 +32,47 @@ class Training:
     uncertainty: list[Tensor]
     left_out: Tensor
     in_force: int
+    sizes: list[int]
     last_step: int = 0
     final: bool = False
-    gradients: list[bool] = attrs.field(factory=list)
+    shrunk: bool = False
+    averaged: int = 0
+    seen: int = 0
 
 
 def start(tuner: Tuner, total_steps: int) -> Training:
     """The state before the first step: averages at 0. Every triplet is live from the first step on, not before.
 
-    An adapter that was loaded pruned keeps its masks until then, so that it can still be saved as it is.
+    An adapter that was loaded pruned keeps its masks until then, so that it can still be saved as it is. Triplets that
+    have left memory stay away: the budget then falls from what there is.
     """
     config = config_of(tuner)
     layers = layers_of(tuner)
-    schedule = schedule_of(tuner, total_steps)
-    check_bounds(config, tuner.targets, layers, schedule.target)
+    there = sum(len(layer.lam) * cost for layer, cost in zip(layers, costs_of(config, layers), strict=True))
+    configured = schedule_of(tuner, total_steps)
+    check_bounds(config, tuner.targets, layers, configured.target)
     weights = weights_of(layers)
     return Training(
-        schedule=schedule,
+        schedule=attrs.evolve(configured, initial=there, target=min(configured.target, there)),
         sensitivity=new_averages(weights),
         uncertainty=new_averages(weights),
         left_out=torch.zeros((), dtype=torch.int64, device=layers[0].lam.device),
         in_force=live_budget(config, layers),
+        sizes=[len(layer.lam) for layer in layers],
     )
 
 
 def regularise(tuner: Tuner, grad_scale: Tensor | None) -> None:
     """Add the orthogonality regulariser's gradient, once per step, scaled as the gradients are."""
     config = config_of(tuner)
+    layers = layers_of(tuner)
+    if [len(layer.lam) for layer in layers] != training_of(tuner).sizes:
+        raise StepError(
+            f"adapter {tuner.name!r} has other ranks than when it was attached (load_state_dict of a checkpoint?), so "
+            "the optimizer's state does not fit; load the optimizer's state too, then tunerkit.load_state"
+        )
     if config.gamma > 0:
-        pairs = [(layer.p, layer.q) for layer in layers_of(tuner)]
+        pairs = [(layer.p, layer.q) for layer in layers]
         add_gradient_(pairs, gamma=config.gamma, form=config.orthogonality, grad_scale=grad_scale)
 
 
@@ -78,13 +92,12 @@ def advance(tuner: Tuner, step: int) -> dict[str, int] | None:
         _smooth(config_of(tuner), layers, training)
     due = training.schedule.due(training.last_step, step)
     training.last_step = step
-    if training.final:
+    if training.final and not training.shrunk:
         for layer in layers:
             layer.apply_mask_()
+    if training.final or due is None:
         return None
-    if due is None:
-        return None
-    _tell_left_out(tuner, training)
+    _judge_gradients(tuner, training)
     return _allocate(tuner, training, training.schedule.cubic(due), final=due >= training.schedule.final_step)
 
 
@@ -95,7 +108,7 @@ def finish(tuner: Tuner) -> dict[str, int] | None:
         return None
     if tuner.steps == 0:
         raise StepError("no step was taken yet, so every score is 0; call finish() after training")
-    _tell_left_out(tuner, training)
+    _judge_gradients(tuner, training)
     return _allocate(tuner, training, training.schedule.target, final=True)
 
 
@@ -108,43 +121,11 @@ def budget(tuner: Tuner, step: int | None) -> int:
     return live_budget(config_of(tuner), layers_of(tuner))
 
 
-def state(tuner: Tuner) -> State:
-    """The averages and masks by position, and where in the schedule training stands."""
-    if not isinstance(tuner.state, Training):
-        return State(tensors={}, values={})
-    training = tuner.state
-    values = {
-        "last_step": training.last_step,
-        "in_force": training.in_force,
-        "final": training.final,
-        "left_out": int(training.left_out),
-    }
-    return State(tensors=_tensors(training, layers_of(tuner)), values=values)
-
-
-def restore(tuner: Tuner, saved: State) -> None:
-    """Go on where `state` was taken; the weights are those of the adapter's own file."""
-    training = training_of(tuner)
-    layers = layers_of(tuner)
-    final = bool(saved.values["final"])
-    own = {n: t for n, t in _tensors(training, layers).items() if n.startswith("mask.") or not final}
-    if {n: (t.shape, t.dtype) for n, t in own.items()} != {n: (t.shape, t.dtype) for n, t in saved.tensors.items()}:
-        raise StepError("the saved averages and masks do not fit this adapter; load the adapter they were saved with")
-    for name, tensor in own.items():
-        tensor.copy_(saved.tensors[name])
-    training.final = final
-    if final:
-        training.sensitivity, training.uncertainty = [], []
-    training.last_step, training.in_force = int(str(saved.values["last_step"])), int(str(saved.values["in_force"]))
-    training.left_out.fill_(int(str(saved.values["left_out"])))
-
-
 def schedule_of(tuner: Tuner, total_steps: int) -> Schedule:
-    """The schedule in the config's budget unit."""
+    """The schedule as the config alone describes it, in the config's budget unit."""
     config = config_of(tuner)
     layers = layers_of(tuner)
-    costs = costs_of(config, layers)
-    initial = sum(len(layer.lam) * cost for layer, cost in zip(layers, costs, strict=True))
+    initial = config.initial_rank * sum(costs_of(config, layers))
     target = config.budget if config.budget is not None else config.average_rank * len(layers)
     target_field = "target_rank" if config.budget is None else "budget"
     return plan(
@@ -228,13 +209,6 @@ def _known_schedule(tuner: Tuner) -> Schedule:
     return schedule_of(tuner, total_steps)
 
 
-def _tensors(training: Training, layers: Sequence[SvdLayer]) -> dict[str, Tensor]:
-    """What `state` saves and `restore` fills, by position."""
-    tensors = {f"sensitivity.{i}": t for i, t in enumerate(training.sensitivity)}
-    tensors |= {f"uncertainty.{i}": t for i, t in enumerate(training.uncertainty)}
-    return tensors | {f"mask.{i}": layer.mask for i, layer in enumerate(layers)}
-
-
 def _smooth(config: AdaLoraConfig, layers: Sequence[SvdLayer], training: Training) -> None:
     """Update the averages of every weight that has a gradient; an unused layer's stay."""
     weights = weights_of(layers)
@@ -245,7 +219,8 @@ def _smooth(config: AdaLoraConfig, layers: Sequence[SvdLayer], training: Trainin
         for weight, sensitivity, uncertainty in zip(weights, training.sensitivity, training.uncertainty, strict=True)
         if weight.grad is not None
     ]
-    training.gradients.append(bool(rows))
+    training.averaged += 1
+    training.seen += len(rows)
     if rows:
         used, grads, sensitivity, uncertainty = (list(column) for column in zip(*rows, strict=True))
         left_out = smooth_(used, grads, sensitivity, uncertainty, beta1=config.beta1, beta2=config.beta2)
@@ -287,27 +262,32 @@ def _allocate(tuner: Tuner, training: Training, keep: int, *, final: bool) -> di
     training.final = final
     if final:
         training.sensitivity, training.uncertainty = [], []
+        training.shrunk = config.shrink and shrink_layers_(tuner, layers)
+        training.sizes = [len(layer.lam) for layer in layers]
     return tuner.ranks()
 
 
-def _tell_left_out(tuner: Tuner, training: Training) -> None:
-    """Say what the scores lack since the last allocation; the count is the only host sync beside the ranks."""
-    # Empty where no step was averaged in between: T - t_f right after another allocation.
-    if training.gradients and not any(training.gradients):
-        _tell(
-            f"adapter {tuner.name!r} had no gradient at all since the last allocation, so its scores say nothing; "
+def _judge_gradients(tuner: Tuner, training: Training) -> None:
+    """Tell of bad gradients since the last allocation, and refuse to allocate by scores that know no good one."""
+    bad = int(training.left_out)  # the only host sync beside the ranks
+    # Nothing was averaged at T - t_f right after another allocation, or if every step was skipped: no fault of theirs.
+    if training.averaged and training.seen == bad:
+        why = (
             "check that the loss depends on it (reentrant checkpointing of a frozen base cuts it off: set "
             "use_reentrant=False)"
+            if not bad
+            else f"all {bad} were NaN or infinite: lower the learning rate or mend the loss"
         )
-    training.gradients.clear()
-    count = int(training.left_out)
-    if count:
+        raise StepError(
+            f"adapter {tuner.name!r} had no usable gradient in the {training.averaged} steps since the last "
+            f"allocation, so its scores say nothing; {why}"
+        )
+    if bad:
         training.left_out.zero_()
-        _tell(
-            f"adapter {tuner.name!r}: {count} gradients were not finite since the last allocation and were left out of "
-            "the importance averages"
+        warnings.warn(
+            f"adapter {tuner.name!r}: {bad} of {training.seen} gradients were not finite since the last allocation and "
+            "were left out of the importance averages",
+            TunerkitWarning,
+            stacklevel=3,
         )
-
-
-def _tell(text: str) -> None:
-    warnings.warn(text, TunerkitWarning, stacklevel=3)
+    training.averaged = training.seen = 0

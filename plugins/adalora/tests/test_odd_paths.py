@@ -1,0 +1,196 @@
+"""Tests of what users do to a model beside training it with AdaLoRA: copy, move, reload, autocast."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import tunerkit
+from tunerkit_adalora.svd_layer import SvdLayer
+from tunerkit_adalora.training import training_of
+
+X = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+LABELS = torch.randint(0, 3, (8,), generator=torch.Generator().manual_seed(2))
+TOTAL, HALF = 20, 8
+# Allocations after steps 6, 9, 12 and 14, where the final phase with a budget of 2 x 3 begins.
+SETTINGS = {"targets": ["0", "2", "4"], "target_rank": 2, "init_rank": 4, "t_init": 4, "t_final": 6, "delta_t": 3}
+
+
+def wrapped(**changes: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3))
+    return tunerkit.wrap(model, "adalora", {**SETTINGS, **changes}, seed=0)
+
+
+def attached(model: nn.Module, kind: Any = torch.optim.AdamW) -> torch.optim.Optimizer:
+    optimizer: torch.optim.Optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    tunerkit.attach(model, optimizer, total_steps=TOTAL)
+    return optimizer
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, x: Tensor = X) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x).float(), LABELS).backward()
+        optimizer.step()
+
+
+def layers(model: nn.Module) -> list[SvdLayer]:
+    return [layer for layer in tunerkit.tuner(model).adapters().values() if isinstance(layer, SvdLayer)]
+
+
+def everything(model: nn.Module) -> dict[str, Any]:
+    """All that training moves, as values."""
+    tuner, training = tunerkit.tuner(model), training_of(tunerkit.tuner(model))
+    return {
+        "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "averages": dict(enumerate(t.clone() for t in (*training.sensitivity, *training.uncertainty))),
+        "numbers": (tuner.steps, tuner.budget(), tuner.ranks(), list(tuner.history), training.last_step),
+    }
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    if one["numbers"] != other["numbers"]:
+        return False
+    pairs = [(one[key], other[key]) for key in ("weights", "averages")]
+    return all(a.keys() == b.keys() and all(torch.equal(t, b[name]) for name, t in a.items()) for a, b in pairs)
+
+
+def test_a_copy_of_a_half_pruned_training_is_its_own(tmp_path: Path) -> None:
+    """Weights, masks, averages, steps and history are separate, and both ways go where one alone would have gone."""
+    model = wrapped()
+    optimizer = attached(model)
+    train(model, optimizer, HALF)
+    half = everything(model)
+    twin = copy.deepcopy(model)
+    assert same(everything(twin), half)
+    assert tunerkit.tuner(twin).history
+    # A new run of the copy starts the schedule anew and ends pruned, on other data.
+    train(twin, attached(twin), TOTAL, -X)
+    assert same(everything(model), half)
+    assert sum(tunerkit.tuner(twin).ranks().values()) == 6
+    pruned = everything(twin)
+    train(model, optimizer, TOTAL - HALF)
+    assert same(everything(twin), pruned)
+    assert not same(everything(model), pruned)
+    alone = wrapped()
+    train(alone, attached(alone), TOTAL)
+    assert same(everything(model), everything(alone))
+
+
+def test_a_copy_may_go_on_where_the_original_stands(tmp_path: Path) -> None:
+    """With the original's training state and its optimizer's, the copy's further steps are bit-identical."""
+    model = wrapped()
+    optimizer = attached(model)
+    train(model, optimizer, HALF)
+    twin = copy.deepcopy(model)
+    tunerkit.save_state(model, tmp_path)
+    second = attached(twin)
+    second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    tunerkit.load_state(twin, tmp_path)
+    train(twin, second, TOTAL - HALF)
+    train(model, optimizer, TOTAL - HALF)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in twin.state_dict().items())
+    assert tunerkit.tuner(twin).ranks() == tunerkit.tuner(model).ranks()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("when", [2, HALF, 16])
+def test_training_goes_on_to_the_budget_after_a_change_of_dtype(dtype: torch.dtype, when: int) -> None:
+    """`model.to(dtype)` before the first allocation, between two, or in the final phase: the budget is exact."""
+    model = wrapped()
+    optimizer = attached(model, torch.optim.SGD)
+    train(model, optimizer, when)
+    model.to(dtype)
+    train(model, optimizer, TOTAL - when, X.to(dtype))
+    tuner = tunerkit.tuner(model)
+    assert {p.dtype for p in tuner.parameters()} == {dtype}
+    assert [change.step for change in tuner.history] == [6, 9, 12, 14]
+    assert sum(tuner.ranks().values()) == tuner.budget() == 6
+    assert model(X.to(dtype)).isfinite().all()
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_masks_come_back_from_meta_with_the_weights(assign: bool) -> None:
+    """to("meta"), then a state_dict with assign=True or into to_empty: no mask stays behind."""
+    source = wrapped()
+    train(source, attached(source), HALF)
+    model = wrapped().to("meta")
+    if not assign:
+        model.to_empty(device="cpu")
+    model.load_state_dict(source.state_dict(), assign=assign)
+    assert [layer.mask.tolist() for layer in layers(model)] == [layer.mask.tolist() for layer in layers(source)]
+    assert torch.equal(model(X), source(X))
+    train(model, attached(model), TOTAL)
+    assert sum(tunerkit.tuner(model).ranks().values()) == 6
+
+
+@pytest.mark.parametrize("adapter_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_trains_as_full_precision_within_its_digits(dtype: torch.dtype, adapter_dtype: str) -> None:
+    """On the CPU, with adapters in any dtype: outputs within the dtype's tolerance, the budget exact."""
+    plain, model = wrapped(), wrapped(adapter_dtype=adapter_dtype)
+    optimizers = [attached(each, torch.optim.SGD) for each in (plain, model)]
+    assert {p.dtype for p in tunerkit.tuner(model).parameters()} == {getattr(torch, adapter_dtype)}
+    for _ in range(TOTAL):
+        with torch.autocast("cpu", dtype=dtype):
+            loss = nn.functional.cross_entropy(model(X).float(), LABELS)
+        optimizers[1].zero_grad()
+        loss.backward()
+        optimizers[1].step()
+    train(plain, optimizers[0], TOTAL)
+    with torch.autocast("cpu", dtype=dtype):
+        output = model(X)
+    assert output.dtype == dtype
+    assert (output - plain(X)).abs().max() <= 0.03 * plain(X).abs().max()
+    assert not torch.allclose(plain(X), wrapped()(X), atol=1e-3)
+    assert sum(tunerkit.tuner(model).ranks().values()) == 6
+
+
+def test_an_offloaded_model_is_pruned_as_the_model_itself(tmp_path: Path) -> None:
+    """Hooks of accelerate bring the base's weights for each forward: masks, weights and history are the same."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    plain = wrapped()
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3))
+    offloaded = accelerate.cpu_offload(base, execution_device=torch.device("cpu"))
+    tunerkit.wrap(offloaded, "adalora", SETTINGS, seed=0)
+    assert all(p.is_meta for p in base.parameters() if not p.requires_grad)
+    for model in (plain, offloaded):
+        train(model, attached(model), TOTAL)
+    own = [adapter.state_dict() for adapter in (*layers(plain), *layers(offloaded))]
+    assert len(own) == 6
+    for found, expected in zip(own[3:], own[:3], strict=True):
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert tunerkit.tuner(offloaded).history == tunerkit.tuner(plain).history
+    assert torch.equal(offloaded(X), plain(X))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.reentrant = reentrant
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        for block in self.blocks:
+            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
+        return x
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_blocks_are_pruned_as_others(reentrant: bool) -> None:
+    """Run again in the backward pass, they give the same gradients, averages, masks and weights, bit for bit."""
+    models = [Checkpointed(None), Checkpointed(reentrant)]
+    for model in models:
+        tunerkit.wrap(model, "adalora", {**SETTINGS, "targets": ["blocks.*.[02]"], "dropout": 0.0}, seed=0)
+        train(model, attached(model), TOTAL)
+    one, other = map(everything, models)
+    assert same(one, other)
+    assert sum(tunerkit.tuner(models[1]).ranks().values()) == 8

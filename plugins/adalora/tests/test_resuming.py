@@ -1,0 +1,45 @@
+"""Tests of resuming a Trainer with AdaLoRA: before, during and after pruning and shrinking, bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers", reason="the Trainer is transformers'")
+pytest.importorskip("accelerate", reason="the Trainer needs it")
+from tunerkit.testing import resuming
+
+# Of 30 steps: none is pruned to step 5; allocations at 6, 9, ..., 18, where the ranks are final and memory shrinks.
+CONFIG: dict[str, Any] = {
+    "target_rank": 2, "init_rank": 4, "t_init": 5, "t_final": 12, "delta_t": 3, "gamma": 0.1,
+    "train_modules": ["classifier"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_stopped_after_every_step_and_resumed_the_end_is_bit_identical(accumulation: int, tmp_path: Path) -> None:
+    """Weights, masks, averages, optimizer state, history and random state, after 30 stops in 30 processes."""
+    run = resuming.Run("adalora", CONFIG, tmp_path, accumulation=accumulation)
+    resuming.check_stopped_after_every_step(run)
+    end = resuming.end_of(tmp_path / "parts")
+    assert [change[0] for change in end["history"]] == [6, 9, 12, 15, 18]
+    assert end["values"]["shrunk"] is True
+    assert sum(end["history"][-1][2].values()) == 2 * len(end["history"][-1][2])
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_killed_and_resumed_the_end_is_bit_identical(accumulation: int, tmp_path: Path) -> None:
+    """Kill -9 before, during and after pruning: what was lost since the last checkpoint is done again, the same."""
+    run = resuming.Run("adalora", CONFIG, tmp_path, accumulation=accumulation, save_steps=2)
+    resuming.check_killed(run, at=(3, 8, 13, 18, 25))
+    assert resuming.end_of(tmp_path / "parts")["values"]["shrunk"] is True
+
+
+@pytest.mark.parametrize("best", [4, 12, 24], ids=["before pruning", "while pruning", "shrunk"])
+def test_the_best_model_after_stops_is_the_best_model_without(best: int, tmp_path: Path) -> None:
+    """`load_best_model_at_end` in each of 30 processes: the last one ends with the best step's ranks, bit for bit."""
+    resuming.check_stopped_after_every_step(resuming.Run("adalora", CONFIG, tmp_path, best=best))
+    end = resuming.end_of(tmp_path / "parts")
+    assert end["steps"] == (best, 30)
+    assert end["values"]["last_step"] == best
+    assert end["values"]["shrunk"] is (best >= 18)

@@ -1,0 +1,187 @@
+"""Tests of AdaLoRA under other people's training loops: Lightning, accelerate, DDP."""
+
+import importlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import tunerkit
+
+X = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
+LABELS = torch.randint(0, 3, (64,), generator=torch.Generator().manual_seed(2))
+TOTAL = 20
+# Allocations after steps 6, 9, 12 and 14, where the final phase with a budget of 2 x 3 begins.
+SETTINGS = {"targets": ["0", "2", "4"], "target_rank": 2, "init_rank": 4, "t_init": 4, "t_final": 6, "delta_t": 3}
+
+
+def wrapped() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3))
+    return tunerkit.wrap(model, "adalora", SETTINGS, seed=0)
+
+
+def adamw(model: nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+
+
+def batches(size: int) -> DataLoader[tuple[Tensor, ...]]:
+    return DataLoader(TensorDataset(X, LABELS), batch_size=size)
+
+
+def by_hand(size: int) -> nn.Module:
+    """The model after ``TOTAL`` steps of a plain loop with batches of ``size``."""
+    model = wrapped()
+    optimizer = adamw(model)
+    tunerkit.attach(model, optimizer, total_steps=TOTAL)
+    while tunerkit.tuner(model).steps < TOTAL:
+        for x, labels in batches(size):
+            if tunerkit.tuner(model).steps < TOTAL:
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), labels).backward()
+                optimizer.step()
+    return model
+
+
+def assert_trained_as_by_hand(model: nn.Module, size: int) -> None:
+    """The schedule was kept, the budget is spent exactly, and ranks and outputs are the plain loop's."""
+    tuner, expected = tunerkit.tuner(model), by_hand(size)
+    assert tuner.steps == tuner.total_steps == TOTAL
+    assert [change.step for change in tuner.history] == [6, 9, 12, 14]
+    assert sum(tuner.ranks().values()) == tuner.budget() == 6
+    assert tuner.ranks() == tunerkit.tuner(expected).ranks()
+    with torch.no_grad():
+        assert torch.allclose(model(X), expected(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.filterwarnings("ignore")  # Lightning's own advice on workers and logging
+def test_lightning_trains_to_the_budget(accumulate: int, tmp_path: Path) -> None:
+    """One line in configure_optimizers; Lightning's steps are counted, not its micro-batches."""
+    lightning = pytest.importorskip("lightning", reason="lightning is not installed")
+
+    class Module(lightning.LightningModule):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = wrapped()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.net(x)
+
+        def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            optimizer = adamw(self)
+            tunerkit.attach(self, optimizer, total_steps=int(self.trainer.estimated_stepping_batches))
+            return optimizer
+
+    module = Module()
+    trainer = lightning.Trainer(
+        max_steps=TOTAL, accelerator="cpu", devices=1, accumulate_grad_batches=accumulate, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=str(tmp_path),
+    )  # fmt: skip
+    trainer.fit(module, batches(8 // accumulate))
+    assert_trained_as_by_hand(module.eval(), 8)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_accelerate_trains_to_the_budget(accumulate: int) -> None:
+    """The prepared optimizer is attached; steps that accelerate leaves out while accumulating are not counted."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
+    plain = wrapped()
+    model, optimizer, loader = accelerator.prepare(plain, adamw(plain), batches(8 // accumulate))
+    tunerkit.attach(model, optimizer, total_steps=TOTAL)
+    while tunerkit.tuner(model).steps < TOTAL:
+        for x, labels in loader:
+            if tunerkit.tuner(model).steps < TOTAL:
+                with accelerator.accumulate(model):
+                    accelerator.backward(nn.functional.cross_entropy(model(x), labels))
+                    optimizer.step()
+                    optimizer.zero_grad()
+    assert_trained_as_by_hand(plain, 8)
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_gloo_available()):
+        pytest.skip("this torch has no gloo")
+    address = f"file://{tmp_path / 'store'}"
+    distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1, timeout=timedelta(seconds=60))
+    yield
+    distributed.destroy_process_group()
+
+
+def test_ddp_around_a_wrapped_model_trains_to_the_budget(alone: None) -> None:
+    """With one process DDP changes nothing; the model may be attached through it."""
+    model = wrapped()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    optimizer = adamw(parallel)
+    tunerkit.attach(parallel, optimizer, total_steps=TOTAL)
+    while tunerkit.tuner(parallel).steps < TOTAL:
+        for x, labels in batches(8):
+            if tunerkit.tuner(parallel).steps < TOTAL:
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(parallel(x), labels).backward()
+                optimizer.step()
+    assert_trained_as_by_hand(model, 8)
+
+
+def test_two_processes_agree_on_masks_and_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sees its own half of a batch; DDP averages the gradients, so both allocate alike, and as one alone would."""
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("this torch has no gloo")
+    # A spawned process imports its function by name, and gets this process's path.
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    spawned = importlib.import_module("adalora_spawned")
+    model = wrapped()
+    torch.multiprocessing.spawn(  # type: ignore[attr-defined]
+        spawned.train_in_parallel, (model, X[:16], LABELS[:16], TOTAL, str(tmp_path)), nprocs=2
+    )
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert one["ranks"] == other["ranks"]
+    assert sum(one["ranks"].values()) == 6
+    assert one["steps"] == [6, 9, 12, 14]
+    assert one["weights"].keys() == other["weights"].keys()
+    assert all(torch.equal(tensor, other["weights"][name]) for name, tensor in one["weights"].items())
+    whole = wrapped()
+    optimizer = adamw(whole)
+    tunerkit.attach(whole, optimizer, total_steps=TOTAL)
+    for _ in range(TOTAL):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(whole(X[:16]), LABELS[:16]).backward()
+        optimizer.step()
+    assert tunerkit.tuner(whole).ranks() == one["ranks"]
+    with torch.no_grad():
+        assert torch.allclose(whole(X[:16]), one["output"], rtol=1e-3, atol=1e-4)
+
+
+def test_a_spawned_worker_trains_the_model_it_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A half-trained wrapped model goes to a new interpreter, trains two steps there, and its results come back."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    spawned = importlib.import_module("adalora_spawned")
+    model = wrapped()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    tunerkit.attach(model, optimizer, total_steps=TOTAL)
+    spawned.steps(model, optimizer, X, LABELS, 3)
+    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+        result = pool.apply(spawned.train_two_steps, (model, X, LABELS))
+    assert os.getpid() != result["process"]
+    assert tunerkit.tuner(model).steps == 3
+    assert torch.equal(result["before"], model(X).detach())
+    expected = spawned.train_two_steps(model, X, LABELS)
+    assert result["steps"] == 2
+    assert torch.equal(result["after"], expected["after"])
+    assert result["ranks"] == expected["ranks"]

@@ -1,0 +1,41 @@
+"""Let dead triplets leave memory, once the distribution of the budget is final."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from tunerkit import Cut, Tuner, TunerkitWarning, optimizer_of, shrink_
+from tunerkit_adalora.svd_layer import SvdLayer
+
+
+@torch.no_grad()
+def shrink_layers_(tuner: Tuner, layers: Sequence[SvdLayer]) -> bool:
+    """Cut every masked triplet out of P, Λ and Q; whether no mask is needed any more.
+
+    A masked λ is 0, so the output stays; without a regulariser or clipping, which look at dead triplets too, training
+    goes on as it would masked. Where the shapes must stay, the masks do, and that is said.
+    """
+    masked = [layer for layer in layers if not bool(layer.mask.all())]
+    if not any(layer.rank for layer in layers):
+        # A budget in parameters may buy nothing. With no triplet left the loss might depend on nothing that is trained,
+        # and backward would raise.
+        return False
+    reason = shrink_([cut for layer in masked for cut in _cuts(layer)], optimizer_of(tuner))
+    if reason is not None:
+        warnings.warn(
+            f"adapter {tuner.name!r}: the masked triplets stay in memory, and masked, to the end of training: {reason}",
+            TunerkitWarning,
+            stacklevel=2,
+        )
+        return not masked
+    for layer in masked:
+        layer.mask = layer.mask.new_ones(len(layer.lam))
+    return True
+
+
+def _cuts(layer: SvdLayer) -> Iterator[Cut]:
+    kept = layer.mask.nonzero().squeeze(1)
+    yield Cut(layer.p, dim=1, kept=kept)
+    yield Cut(layer.lam, dim=0, kept=kept)
+    yield Cut(layer.q, dim=0, kept=kept)

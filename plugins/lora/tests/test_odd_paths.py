@@ -1,0 +1,64 @@
+"""Tests of what users do to a model beside training it with LoRA: autocast, adapters in half precision, workers."""
+
+import importlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tunerkit
+
+X = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+
+
+def wrapped(**changes: Any) -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3))
+    return tunerkit.wrap(model, "lora", {"targets": ["0", "2", "4"], "rank": 3, **changes}, seed=0)
+
+
+def train(model: nn.Module, dtype: torch.dtype | None = None, steps: int = 10) -> None:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            loss = (model(X) - 1).float().square().mean()
+        loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("adapter_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None])
+def test_half_precision_trains_as_full_precision_within_its_digits(
+    dtype: torch.dtype | None, adapter_dtype: str
+) -> None:
+    """Autocast on the CPU or none, adapters in any dtype: outputs within the coarsest dtype's tolerance."""
+    plain, model = wrapped(), wrapped(adapter_dtype=adapter_dtype)
+    train(plain)
+    train(model, dtype)
+    assert {p.dtype for p in tunerkit.tuner(model).parameters()} == {getattr(torch, adapter_dtype)}
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        output = model(X)
+    assert output.dtype == (dtype or torch.float32)
+    assert (output - plain(X)).abs().max() <= 0.03 * plain(X).abs().max()
+    assert not torch.allclose(plain(X), wrapped()(X), atol=0.05)
+
+
+def test_a_spawned_worker_trains_the_model_it_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new interpreter gets the wrapped model: its outputs, ranks and further training are as here."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    spawned = importlib.import_module("lora_spawned")
+    model = wrapped()
+    train(model)
+    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+        there = pool.apply(spawned.train_two_steps, (model, X))
+    here = spawned.train_two_steps(pickle.loads(pickle.dumps(model)), X)
+    assert there["process"] != here["process"]
+    assert torch.equal(there["before"], model(X))
+    assert torch.equal(there["after"], here["after"])
+    assert not torch.allclose(there["after"], there["before"])
+    assert (there["steps"], there["ranks"]) == (2, {"0": 3, "2": 3, "4": 3})
+    assert not tunerkit.tuner(model).steps

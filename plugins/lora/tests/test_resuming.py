@@ -1,0 +1,26 @@
+"""Tests of resuming a Trainer with LoRA, bit for bit."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers", reason="the Trainer is transformers'")
+pytest.importorskip("accelerate", reason="the Trainer needs it")
+from tunerkit.testing import resuming
+
+CONFIG = {"rank": 2, "dropout": 0.1, "train_modules": ["classifier"]}
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_stopped_after_every_step_and_resumed_the_end_is_bit_identical(accumulation: int, tmp_path: Path) -> None:
+    """Weights, optimizer state and random state, after 30 stops in 30 processes."""
+    resuming.check_stopped_after_every_step(resuming.Run("lora", CONFIG, tmp_path, accumulation=accumulation))
+    assert resuming.end_of(tmp_path / "parts")["steps"] == (30, 30)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_killed_and_resumed_the_end_is_bit_identical(accumulation: int, tmp_path: Path) -> None:
+    """What kill -9 took since the last checkpoint is done again, the same."""
+    run = resuming.Run("lora", CONFIG, tmp_path, accumulation=accumulation, save_steps=2)
+    resuming.check_killed(run, at=(3, 8, 13, 18, 25))
+    assert resuming.end_of(tmp_path / "parts")["steps"] == (30, 30)

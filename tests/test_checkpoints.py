@@ -1,0 +1,197 @@
+"""Tests of a Trainer's checkpoints with adapters, with toy methods: what is written where, and what is read back."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import tunerkit
+
+pytest.importorskip("transformers", reason="the Trainer is transformers'")
+pytest.importorskip("accelerate", reason="the Trainer needs it")
+from transformers import Trainer, TrainingArguments
+
+if TYPE_CHECKING:
+    from tests.conftest import Toys
+
+
+class Net(nn.Module):
+    """A small regression model with the Trainer's calling convention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        found = self.second(torch.tanh(self.first(x)))[:, 0]
+        return {"loss": (found - labels).square().mean(), "logits": found}
+
+
+class Rows(Dataset[dict[str, Tensor]]):
+    """Sixteen rows."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"x": torch.linspace(-1, 1, 48).reshape(16, 3)[index], "labels": torch.tensor(2.0)}
+
+
+class Tokenizer:
+    """Something that is saved beside a model."""
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        (Path(folder) / "tokenizer.txt").write_text("words")
+
+
+def wrapped(*names: str, method: str = "toy-shift") -> nn.Module:
+    model: nn.Module = Net()
+    for name in names or ("default",):
+        model = tunerkit.wrap(model, method, {"targets": ["first", "second"]}, adapter=name)
+    return model
+
+
+def trainer_of(model: nn.Module, folder: Path, *, attach: bool = True, **options: Any) -> Trainer:
+    extra = {key: options.pop(key) for key in ("processing_class",) if key in options}
+    defaults: dict[str, Any] = {
+        "per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 0.1, "use_cpu": True, "report_to": [],
+        "save_strategy": "steps", "save_steps": 2, "disable_tqdm": True, "logging_strategy": "no",
+    }  # fmt: skip
+    trainer = Trainer(model, TrainingArguments(str(folder), **(defaults | options)), train_dataset=Rows(), **extra)
+    if attach:
+        tunerkit.attach(model, trainer)
+    return trainer
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.usefixtures("toys")
+def test_a_checkpoint_has_the_adapter_s_files_and_what_belongs_to_a_model(tmp_path: Path) -> None:
+    """The processor and the arguments are written as beside a model, which itself is not."""
+    trainer_of(wrapped(), tmp_path, processing_class=Tokenizer()).train()
+    names = {path.name for path in (tmp_path / "checkpoint-6").iterdir()}
+    assert {"adapter.safetensors", "state.safetensors", "tokenizer.txt", "training_args.bin"} <= names
+    assert not any(name.startswith(("model", "pytorch_model")) for name in names)
+
+
+@pytest.mark.usefixtures("toys")
+def test_several_adapters_lie_in_folders_by_their_names(tmp_path: Path) -> None:
+    """Names that a file system may not hold, or not tell apart, get a digest; all are restored."""
+    names = ("a", "A", "x" * 64, "naïve name: *?")
+    model = wrapped(*names)
+    trainer_of(model, tmp_path).train()
+    folders = sorted(path for path in (tmp_path / "checkpoint-6").iterdir() if path.is_dir())
+    assert len(folders) == len(names)
+    assert tmp_path / "checkpoint-6" / "a" in folders
+    assert all({p.name for p in folder.iterdir()} == {"adapter.safetensors", "state.safetensors"} for folder in folders)
+    again = wrapped(*names)
+    trainer_of(again, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert all(torch.equal(a, b) for a, b in zip(weights(again), weights(model), strict=True))
+    assert tunerkit.tuner(again, "A").steps == 6
+
+
+@pytest.mark.usefixtures("toys")
+def test_adapters_attached_one_after_the_other_share_the_trainer(tmp_path: Path) -> None:
+    """The second attach adds to the first; the one that was not named is not driven."""
+    model = wrapped("a", "b", "c")
+    trainer = trainer_of(model, tmp_path, attach=False)
+    tunerkit.attach(model, trainer, adapter="a")
+    tunerkit.attach(model, trainer, adapter="b", total_steps=6)
+    with pytest.raises(tunerkit.StepError, match="attached to this trainer already"):
+        tunerkit.attach(model, trainer, adapter="a")
+    with pytest.raises(tunerkit.StepError, match="total_steps=6, now with 7"):
+        tunerkit.attach(model, trainer, adapter="c", total_steps=7)
+    trainer.train()
+    assert [tunerkit.tuner(model, name).steps for name in "abc"] == [6, 6, 0]
+
+
+@pytest.mark.usefixtures("toys")
+def test_a_whole_model_s_checkpoint_is_still_loaded_by_the_trainer(tmp_path: Path) -> None:
+    """One written before the trainer was attached: its own loading takes over, and training goes on."""
+    model = wrapped()
+    trainer_of(model, tmp_path, attach=False).train()
+    again = wrapped()
+    trainer_of(again, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(a, b) for a, b in zip(weights(again), weights(model), strict=True))
+
+
+@pytest.mark.usefixtures("toys")
+def test_a_method_without_steps_resumes_without_a_state_and_for_longer(tmp_path: Path) -> None:
+    """It has nothing to lose; one that needs steps refuses, and says which file is missing."""
+    trainer_of(wrapped(), tmp_path / "plain", save_only_model=True).train()
+    checkpoint = tmp_path / "plain" / "checkpoint-4"
+    longer = wrapped()
+    trainer_of(longer, tmp_path / "plain", max_steps=9).train(resume_from_checkpoint=str(checkpoint))
+    assert tunerkit.tuner(longer).steps == 9
+    trainer_of(wrapped(method="toy-stepper"), tmp_path / "stepper", save_only_model=True).train()
+    with pytest.raises(tunerkit.FileError, match=r"no state\.safetensors.*save_only_model"):
+        trainer_of(wrapped(method="toy-stepper"), tmp_path / "stepper").train(
+            resume_from_checkpoint=str(tmp_path / "stepper" / "checkpoint-4")
+        )
+
+
+@pytest.mark.usefixtures("toys")
+def test_a_damaged_adapter_changes_nothing_when_resumed(tmp_path: Path) -> None:
+    """Everything is read and checked before anything live is touched."""
+    trainer_of(wrapped(), tmp_path).train()
+    checkpoint = tmp_path / "checkpoint-4"
+    data = bytearray((checkpoint / "adapter.safetensors").read_bytes())
+    data[-1] ^= 1
+    (checkpoint / "adapter.safetensors").write_bytes(data)
+    model = wrapped()
+    before = weights(model)
+    with pytest.raises(tunerkit.FileError, match="damaged"):
+        trainer_of(model, tmp_path).train(resume_from_checkpoint=str(checkpoint))
+    assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
+
+
+@pytest.mark.usefixtures("toys")
+def test_a_trainer_that_builds_its_model_anew_is_refused(tmp_path: Path) -> None:
+    """With `model_init` the adapters of the model that was attached are not in the one that is trained."""
+    arguments = TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, report_to=[], save_strategy="no")
+    trainer = Trainer(args=arguments, train_dataset=Rows(), model_init=lambda: wrapped())  # type: ignore[arg-type, return-value]
+    assert isinstance(trainer.model, nn.Module)
+    tunerkit.attach(trainer.model, trainer)
+    with pytest.raises(tunerkit.StepError, match="model_init"):
+        trainer.train()
+
+
+@pytest.mark.usefixtures("toys")
+@pytest.mark.parametrize("engine", ["is_deepspeed_enabled", "is_fsdp_enabled"])
+def test_engines_that_hide_steps_or_weights_are_refused(engine: str, tmp_path: Path) -> None:
+    """Said at attach, before any hour of training."""
+    model = wrapped()
+    trainer = trainer_of(model, tmp_path, attach=False)
+    setattr(trainer, engine, True)
+    with pytest.raises(tunerkit.StepError, match="cannot be attached yet"):
+        tunerkit.attach(model, trainer)
+
+
+def test_training_whose_steps_nobody_saw_is_told_of(toys: "Toys", tmp_path: Path) -> None:
+    """An optimizer whose step hooks never fire leaves the adapter as it was: the end of training says so."""
+    model = wrapped()
+    trainer = trainer_of(model, tmp_path, save_strategy="no", optim="sgd")
+    trainer.create_optimizer()
+    assert trainer.optimizer is not None
+    trainer.optimizer.step = lambda closure=None: None  # type: ignore[method-assign, assignment]
+    with pytest.warns(tunerkit.TunerkitWarning, match="saw none of them"):
+        trainer.train()
+    assert tunerkit.tuner(model).steps == 0
+
+
+@pytest.mark.usefixtures("toys")
+def test_a_checkpoint_is_a_folder_that_load_reads(tmp_path: Path) -> None:
+    """The Trainer's folder is an adapter's folder: nothing has to be converted."""
+    model = wrapped()
+    trainer_of(model, tmp_path).train()
+    loaded = tunerkit.load(Net(), tmp_path / "checkpoint-6")
+    rows = Rows()[0]
+    assert torch.equal(
+        loaded(rows["x"][None], rows["labels"])["logits"], model(rows["x"][None], rows["labels"])["logits"]
+    )

@@ -1,0 +1,270 @@
+"""Tests of what users do to a wrapped model beside training it: copy, move, reload, call it in unusual ways."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import tunerkit
+from tunerkit.errors import StepError, TargetError
+from tunerkit.slots import walk
+
+if TYPE_CHECKING:
+    from tests.conftest import Toys
+
+METHODS = ["toy-low-rank", "toy-shift"]
+
+
+def wrapped(toys: "Toys", method: str, **changes: Any) -> Any:
+    return tunerkit.wrap(toys.net(), method, {**toys.full, **changes}, seed=3)
+
+
+def own(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def attached(model: nn.Module) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD(own(model), lr=0.1)
+    tunerkit.attach(model, optimizer, total_steps=20)
+    return optimizer
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, steps: int = 1) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def all_equal(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> bool:
+    pairs = list(zip(one, other, strict=True))
+    return all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs)
+
+
+# --- Copies ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_copy_of_a_half_trained_model_trains_on_its_own(toys: "Toys", method: str) -> None:
+    """Everything the copy's tuner names lies in the copy; each of the two trains as it would alone."""
+    model = wrapped(toys, method)
+    optimizer = attached(model)
+    train(model, optimizer, toys.x(), 3)
+    twin = copy.deepcopy(model)
+    tuner, modules = tunerkit.tuner(twin), set(twin.modules())
+    assert tuner.model is twin
+    assert tuner.steps == 3
+    assert {place.module for place in (*tuner.targets, *tuner.copies, *tuner.biases)} <= modules
+    assert {slots.base.module for _, _, slots in walk(twin) if slots.base is not None} <= modules
+    assert not {id(p) for p in tuner.parameters()} & {id(p) for p in model.parameters()}
+    before = values(model)
+    train(twin, attached(twin), -toys.x(), 4)
+    assert same(values(model), before)
+    assert (tunerkit.tuner(model).steps, tuner.steps) == (3, 4)
+    apart = values(twin)
+    train(model, optimizer, toys.x(), 2)
+    assert same(values(twin), apart)
+    assert (tunerkit.tuner(model).steps, tuner.steps) == (5, 4)
+    alone = wrapped(toys, method)
+    train(alone, attached(alone), toys.x(), 5)
+    assert same(values(model), values(alone))
+
+
+def test_a_shallow_copy_is_the_same_model(toys: "Toys") -> None:
+    """`copy.copy` shares every module, as it does for any model: the same adapters, the same handle."""
+    model = toys.trained()
+    twin = copy.copy(model)
+    assert torch.equal(twin(toys.x()), model(toys.x()))
+    assert tunerkit.tuner(twin) is tunerkit.tuner(model)
+
+
+def replica_of(model: nn.Module) -> nn.Module:
+    """What `nn.DataParallel` makes for each device: modules copied flat, parameters as plain tensors on them."""
+    replicas: dict[nn.Module, Any] = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in replicas.items():
+        for name, child in module._modules.items():
+            replica._modules[name] = None if child is None else replicas[child]
+        for name, parameter in module._parameters.items():
+            setattr(replica, name, None if parameter is None else parameter.view_as(parameter))
+    return replicas[model]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_replica_of_data_parallel_does_what_the_model_does(toys: "Toys", method: str) -> None:
+    """There parameters are plain tensors: outputs are equal, and gradients reach adapters, copies and biases."""
+    model = toys.fill_(wrapped(toys, method))
+    replica = replica_of(model)
+    assert torch.equal(replica(toys.x()), model(toys.x()))
+    replica(toys.x()).square().mean().backward()
+    found = [p.grad for p in own(model)]
+    model.zero_grad()
+    model(toys.x()).square().mean().backward()
+    assert all_equal(found, [p.grad for p in own(model)])
+
+
+# --- Moves and reloads -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_training_goes_on_after_a_change_of_dtype(toys: "Toys", method: str, dtype: torch.dtype) -> None:
+    """`model.to(dtype)` in the middle: base and adapters follow, the optimizer's parameters are still the model's."""
+    model = wrapped(toys, method)
+    optimizer = attached(model)
+    train(model, optimizer, toys.x(), 2)
+    model.to(dtype)
+    before = values(model)
+    train(model, optimizer, toys.x().to(dtype), 2)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert tunerkit.tuner(model).steps == 4
+    moved = {name for name, p in model.named_parameters() if not torch.equal(before[name], p)}
+    assert any("adapter" in name for name in moved)
+    assert all("tunerkit" in name for name in moved)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_come_back_from_meta(toys: "Toys", method: str, assign: bool) -> None:
+    """to("meta"), then state_dict with assign=True or into to_empty: the adapters come back with the model."""
+    source = toys.fill_(wrapped(toys, method))
+    model = wrapped(toys, method).to("meta")
+    if not assign:
+        model.to_empty(device="cpu")
+    assert not list(model.load_state_dict(source.state_dict(), strict=True, assign=assign).missing_keys)
+    assert same(values(model), values(source))
+    assert torch.equal(model.eval()(toys.x()), source(toys.x()))
+    train(model, attached(model), toys.x())
+    assert tunerkit.tuner(model).steps == 1
+
+
+def test_a_state_dict_lacks_or_has_too_much_as_ever(toys: "Toys") -> None:
+    """strict=True names what is missing or unexpected, adapters' names too; strict=False loads the rest."""
+    model, base = toys.trained(), toys.net()
+    with pytest.raises(RuntimeError, match=r"Missing key.*conv\.tunerkit\.default\.adapter\.a"):
+        model.load_state_dict(base.state_dict())
+    found = model.load_state_dict(base.state_dict(), strict=False)
+    assert all(".tunerkit." in name for name in found.missing_keys)
+    assert not found.unexpected_keys
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*conv\.tunerkit\.default\.adapter\.a"):
+        base.load_state_dict(model.state_dict())
+
+
+def test_attaching_a_model_frozen_by_hand_is_refused(toys: "Toys") -> None:
+    """`requires_grad_(False)` freezes adapters too; thawed again by hand, all of the model is trained, as asked."""
+    model = wrapped(toys, "toy-shift").requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(StepError, match="frozen"):
+        tunerkit.attach(model, optimizer, total_steps=3)
+    model.requires_grad_(True)
+    tunerkit.attach(model, optimizer, total_steps=3)
+    before = values(model)
+    train(model, optimizer, toys.x())
+    moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert {"conv.weight", "conv.tunerkit.default.adapter.v"} <= set(moved)
+
+
+def test_apply_reaches_base_layers_and_adapters_by_their_types(toys: "Toys") -> None:
+    """`model.apply(fn)` is torch's: an initialisation by type finds the base's layers and leaves other types alone."""
+    model = toys.trained()
+
+    def zero(module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d | tunerkit.Adapter):
+            for parameter in module.parameters(recurse=False):
+                nn.init.zeros_(parameter)
+
+    linear = model.layers[0].weight.clone()
+    model.apply(zero)
+    assert not any(p.any() for adapter in tunerkit.tuner(model).adapters().values() for p in adapter.parameters())
+    assert not model.conv.weight.any()
+    assert torch.equal(model.layers[0].weight, linear)
+
+
+# --- Calls -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_functional_call_uses_the_parameters_it_is_given(toys: "Toys", method: str) -> None:
+    """Output and gradients by `functional_call` are those of a model that holds these parameters."""
+    model = wrapped(toys, method)
+    other = toys.fill_(copy.deepcopy(model))
+    given = {name: p.detach() for name, p in other.named_parameters()}
+    assert torch.equal(torch.func.functional_call(model, given, (toys.x(),)), other(toys.x()))
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        found: Tensor = torch.func.functional_call(model, parameters, (toys.x(),))
+        return found.square().mean()
+
+    grads = torch.func.grad(loss)(given)
+    other(toys.x()).square().mean().backward()
+    trained = {name: p.grad for name, p in other.named_parameters() if p.grad is not None}
+    assert len(trained) == len(own(model))
+    assert all(torch.allclose(grads[name], grad, rtol=1e-5, atol=1e-7) for name, grad in trained.items())
+
+
+@pytest.mark.parametrize("quiet", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("method", METHODS)
+def test_evaluation_without_gradients_changes_nothing(toys: "Toys", method: str, quiet: Callable[[], Any]) -> None:
+    """Equal outputs, no graph, and training goes on as if there had been no evaluation."""
+    model, alone = wrapped(toys, method), wrapped(toys, method)
+    optimizer = attached(model)
+    expected = model(toys.x())
+    with quiet():
+        found = model(toys.x())
+    assert not found.requires_grad
+    assert torch.equal(found, expected)
+    train(model, optimizer, toys.x(), 2)
+    train(alone, attached(alone), toys.x(), 2)
+    assert same(values(model), values(alone))
+
+
+class Checkpointed(nn.Module):
+    """A stack of blocks, each run again in the backward pass."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
+        return x
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpointing_gives_the_same_gradients(toys: "Toys", method: str, reentrant: bool) -> None:
+    """Both kinds; the reentrant one needs an input that requires a gradient, whatever is frozen."""
+    torch.manual_seed(0)
+    model = tunerkit.wrap(Checkpointed(None), method, {"targets": ["blocks.*.[02]"], "bias": "adapters"}, seed=1)
+    toys.fill_(model)
+    again: Any = copy.deepcopy(model)
+    again.reentrant = reentrant
+    x = torch.randn(4, 5)
+    for each in (model, again):
+        each(x.clone().requires_grad_()).square().mean().backward()
+    assert len(own(model)) >= 12
+    assert all_equal([p.grad for p in own(model)], [p.grad for p in own(again)])
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_a_parametrized_base_is_refused(toys: "Toys", name: str) -> None:
+    """The weight is computed from others at each forward: refused by name, and told when chosen broadly."""
+    model = nn.Sequential(nn.Linear(4, 4), getattr(nn.utils.parametrizations, name)(nn.Linear(4, 4)))
+    with pytest.raises(TargetError, match=r"1: .*parametrization"):
+        tunerkit.wrap(model, "toy-shift", {"targets": ["1"]})
+    with pytest.warns(tunerkit.TunerkitWarning, match=r"1: .*parametrization"):
+        tunerkit.wrap(model, "toy-shift", {"targets": "all-linear"})
+    assert list(tunerkit.tuner(model).adapters()) == ["0"]

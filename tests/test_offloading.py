@@ -1,0 +1,246 @@
+"""Tests of models whose weights accelerate's hooks bring for each forward."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from types import MethodType, SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tunerkit
+from tunerkit import offloading
+from tunerkit.errors import AdapterError, StepError, TargetError
+from tunerkit.kinds import describe
+
+if TYPE_CHECKING:
+    from tests.conftest import Toys
+
+accelerate = pytest.importorskip("accelerate")
+hooks = pytest.importorskip("accelerate.hooks")
+
+CONFIG: dict[str, Any] = {"targets": ["conv", "layers.0", "layers.1"], "train_modules": ["head", "batch_norm"]}
+PLACES = ("conv", "batch_norm", "group_norm", "layers", "norm", "head")
+AWAY: dict[str, str | int] = {path: "disk" if path in ("conv", "layers", "head") else "cpu" for path in PLACES}
+
+
+def in_memory(model: nn.Module, folder: Path) -> nn.Module:
+    return cast(nn.Module, accelerate.cpu_offload(model, execution_device=torch.device("cpu")))
+
+
+def on_disk(model: nn.Module, folder: Path) -> nn.Module:
+    options = {"main_device": "cpu", "offload_dir": str(folder / "weights"), "force_hooks": True}
+    return cast(nn.Module, accelerate.dispatch_model(model, AWAY, **options))
+
+
+def not_away(model: nn.Module, folder: Path) -> nn.Module:
+    device_map = dict.fromkeys(PLACES, "cpu")
+    return cast(nn.Module, accelerate.dispatch_model(model, device_map, main_device="cpu", force_hooks=True))
+
+
+OFFLOADS = [
+    pytest.param(in_memory, id="memory"),
+    pytest.param(on_disk, id="disk"),
+    pytest.param(not_away, id="hooks only"),
+]
+Offload = Callable[[nn.Module, Path], nn.Module]
+
+
+def trained(toys: "Toys", model: nn.Module, method: str, *, steps: int = 3) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs of a few steps, and the last gradients with what was trained."""
+    tunerkit.wrap(model, method, dict(CONFIG), seed=0)
+    own = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(own, lr=0.05)
+    tunerkit.attach(model, optimizer, total_steps=steps)
+    outputs = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        outputs.append(model(toys.x()))
+        outputs[-1].square().mean().backward()
+        optimizer.step()
+    return [*outputs, model(toys.x())], [tensor for p in own for tensor in (p.grad, p.detach()) if tensor is not None]
+
+
+@pytest.mark.parametrize("method", ["toy-low-rank", "toy-shift"])
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_an_offloaded_model_trains_as_the_model_itself(
+    toys: "Toys", method: str, offload: Offload, tmp_path: Path
+) -> None:
+    """Outputs, gradients and trained values are bit-identical; the adapter lives where the model runs."""
+    model = offload(toys.net(batch_norm=True), tmp_path)
+    away = any(p.is_meta for p in model.parameters())
+    outputs, values = trained(toys, model, method)
+    assert away == (offload is not not_away)
+    expected_outputs, expected_values = trained(toys, toys.net(batch_norm=True), method)
+    assert len(values) == len(expected_values) > 6
+    for found, expected in zip([*outputs, *values], [*expected_outputs, *expected_values], strict=True):
+        assert torch.equal(found, expected)
+    assert {p.device.type for p in tunerkit.tuner(model).parameters()} == {"cpu"}
+    with tunerkit.disabled(model):
+        assert torch.equal(model(toys.x()), toys.net(batch_norm=True)(toys.x()))
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_an_adapter_goes_between_an_offloaded_model_and_the_model_itself(
+    toys: "Toys", offload: Offload, tmp_path: Path
+) -> None:
+    """Files written on either side load on the other: the fingerprint compares shapes where there are no values."""
+    model = offload(toys.net(batch_norm=True), tmp_path)
+    trained(toys, model, "toy-low-rank")
+    here = tunerkit.load(toys.net(batch_norm=True), tunerkit.save(model, tmp_path / "out"))
+    assert torch.equal(here(toys.x()), model(toys.x()))
+    fresh = offload(toys.net(batch_norm=True), tmp_path / "again")
+    there = tunerkit.load(fresh, tunerkit.save(here, tmp_path / "here"))
+    assert torch.equal(there(toys.x()), model(toys.x()))
+    twin = copy.deepcopy(there)
+    toys.fill_(twin)
+    assert torch.equal(there(toys.x()), model(toys.x()))
+    assert not torch.equal(twin(toys.x()), model(toys.x()))
+
+
+@pytest.mark.parametrize("offload", [in_memory, on_disk])
+def test_merging_waits_until_the_weights_are_loaded(toys: "Toys", offload: Offload, tmp_path: Path) -> None:
+    """Refused with the way out; once the hooks are gone, merging, unmerging and unwrapping are as ever."""
+    model = offload(toys.net(batch_norm=True), tmp_path)
+    trained(toys, model, "toy-low-rank")
+    output = model(toys.x())
+    for refused in (tunerkit.merge, lambda model: tunerkit.unwrap(model, keep_merged=True)):
+        with pytest.raises(AdapterError, match="remove_hook_from_submodules"):
+            refused(model)
+    assert torch.equal(model(toys.x()), output)
+    hooks.remove_hook_from_submodules(model)
+    assert torch.equal(model(toys.x()), output)
+    assert toys.close(tunerkit.merge(model)(toys.x()), output)
+    assert torch.equal(tunerkit.unmerge(model)(toys.x()), output)
+    # Without its hooks a module keeps its own forward on the instance, and can be adapted anew.
+    base = tunerkit.unwrap(model)
+    assert torch.equal(base(toys.x()), toys.net(batch_norm=True)(toys.x()))
+    assert tunerkit.tuner(tunerkit.wrap(base, "toy-low-rank", CONFIG)).adapters()
+
+
+def test_offloading_after_wrapping_is_refused_when_attaching(toys: "Toys", tmp_path: Path) -> None:
+    """Adapters on meta would train nothing without a word: the error says in which order to do it."""
+    model = in_memory(toys.trained(), tmp_path)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(StepError, match="Offload first, then wrap"):
+        tunerkit.attach(model, optimizer, total_steps=3)
+
+
+def test_an_adapter_that_is_offloaded_itself_runs_and_is_saved_once_it_is_back(toys: "Toys", tmp_path: Path) -> None:
+    """Offloading a trained model is fine for running it; there is nothing to save until the hooks are gone."""
+    model = in_memory(toys.trained(targets=["conv", "layers.0"], train_modules=["head"]), tmp_path)
+    expected = toys.trained(targets=["conv", "layers.0"], train_modules=["head"])
+    with torch.no_grad():
+        assert torch.equal(model(toys.x()), expected(toys.x()))
+    with pytest.raises(AdapterError, match=r"nothing to save.*remove_hook_from_submodules"):
+        tunerkit.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    hooks.remove_hook_from_submodules(model)
+    loaded = tunerkit.load(toys.net(), tunerkit.save(model, tmp_path / "out"))
+    assert torch.equal(loaded(toys.x()), model(toys.x()))
+
+
+def test_a_trained_copy_does_not_carry_the_weights_of_the_model(tmp_path: Path) -> None:
+    """The hook's map of all weights is not copied, and the copy stays on the device, ties in it included."""
+    model = nn.ModuleDict({"head": nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 6))})
+    model.get_submodule("head.1").weight = model.get_submodule("head.2").weight
+    head: Any = in_memory(model, tmp_path).get_submodule("head")
+    twin: Any = offloading.duplicate(head, {})
+    assert not any(p.is_meta for p in twin.parameters())
+    assert twin[1].weight is twin[2].weight
+    assert all(part._hf_hook.weights_map is None for part in twin)
+    x = torch.randn(2, 8)
+    assert torch.equal(twin(x), head(x))
+    assert all(p.is_meta for p in head.parameters())
+    assert head[0]._hf_hook.weights_map["weight"].data_ptr() != twin[0].weight.data_ptr()
+
+
+def test_ties_are_seen_though_offloading_breaks_them(toys: "Toys", tmp_path: Path) -> None:
+    """An adapter on one of two tied weights is refused, naming both, also when they are away."""
+    model = nn.ModuleDict({"embed": nn.Embedding(8, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 8)})
+    cast(nn.Linear, model["head"]).weight = cast(nn.Embedding, model["embed"]).weight
+    in_memory(model, tmp_path)
+    with pytest.raises(TargetError, match=r"tied weight, shared as embed\.weight, head\.weight"):
+        tunerkit.wrap(model, "toy-low-rank", {"targets": ["embed"]})
+    with pytest.raises(TargetError, match="'head' cannot be trained in full") as caught:
+        tunerkit.wrap(model, "toy-low-rank", {"targets": ["body"], "train_modules": ["head"]})
+    assert str(caught.value).count("\n") == 0
+
+
+def test_a_bias_that_is_away_is_not_trained(toys: "Toys", tmp_path: Path) -> None:
+    """It would be needed beside its trained copy at each forward; where it stays on a device it is trained."""
+    config = {"targets": ["layers.0"], "bias": "adapters"}
+    model = in_memory(toys.net(), tmp_path)
+    with pytest.raises(TargetError, match=r"bias of 'layers\.0' cannot be trained: accelerate offloads it"):
+        tunerkit.wrap(model, "toy-low-rank", config)
+    assert not tunerkit.tuner(tunerkit.wrap(model, "toy-low-rank", {"targets": ["layers.0"]})).biases
+    here = tunerkit.wrap(not_away(toys.net(), tmp_path), "toy-low-rank", {**config, "bias": "all"})
+    paths = [place.path for place in tunerkit.tuner(here).biases]
+    assert paths == ["conv", "group_norm", "layers.0", "layers.1", "norm", "head.0", "head.2"]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("x", [torch.randn(2, 3), torch.tensor([0, 2])], ids=["floats", "ids"])
+def test_the_input_is_brought_to_the_adapter_and_the_product_to_the_output(x: Tensor, autocast: bool) -> None:
+    """On several devices the hook moves what the base sees and not what the adapter sees: the adapter does that."""
+    seen = []
+
+    def project_in(x: Tensor, q: Tensor, dropout: float) -> Tensor:
+        seen.append(x.device.type)
+        return torch.zeros(2, 2, device=q.device)
+
+    base: Any = SimpleNamespace(project_in=project_in, project_out=lambda h, p: h @ p.T)
+    q, p, y = torch.zeros(2, 3), torch.zeros(4, 2), torch.zeros(2, 4)
+    with torch.autocast("cpu", enabled=autocast):
+        there = tunerkit.add_low_rank(base, x, y.to("meta"), q=q.to("meta"), p=p.to("meta"), scale=1.0)
+        back = tunerkit.add_low_rank(base, x, y.to("meta"), q=q, p=p, scale=1.0)
+    assert seen == ["meta", "cpu"]
+    assert there.is_meta
+    assert back.is_meta
+
+
+def test_the_adapter_is_built_where_the_hook_runs_the_module(toys: "Toys") -> None:
+    """The weights are elsewhere in between; the device of the hook is the module's."""
+    model = toys.net()
+    for layer in model.layers:
+        hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="meta", offload=True))
+    tunerkit.wrap(model, "toy-low-rank", {"targets": ["conv", "layers.0"]})
+    devices = [{p.device.type for p in a.parameters()} for a in tunerkit.tuner(model).adapters().values()]
+    assert devices == [{"cpu"}, {"meta"}]
+    assert offloading.execution_device(model.layers[0]) == torch.device("meta")
+    assert offloading.execution_device(model.conv) is None
+
+
+def _own(module: nn.Linear) -> None:
+    module.forward = MethodType(lambda self, x: nn.functional.linear(x, self.weight.detach()), module)  # type: ignore[method-assign]
+
+
+def _foreign_hook(module: nn.Module) -> None:
+    hooks.add_hook_to_module(module, hooks.ModelHook())
+
+
+def _device_hook(module: nn.Module) -> None:
+    hooks.add_hook_to_module(module, hooks.AlignDevicesHook(execution_device="cpu"), append=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "adapted"),
+    [
+        ([_device_hook], True),
+        ([_device_hook, _device_hook], True),
+        ([_foreign_hook], False),
+        ([_foreign_hook, _device_hook], False),
+        ([_own], False),
+        ([_own, _device_hook], False),
+        ([_device_hook, _own], False),
+    ],
+)
+def test_only_device_hooks_are_seen_through(changes: list[Callable[[Any], None]], adapted: bool) -> None:
+    """A forward of the instance's own, under or over the hook, and a hook that may do anything: no kind, as ever."""
+    layer = nn.Linear(3, 4)
+    for change in changes:
+        change(layer)
+    assert (describe(layer) is not None) == adapted
+    assert (describe(copy.deepcopy(layer)) is not None) == adapted

@@ -1,0 +1,104 @@
+"""Tests of the watch over optimizers that step an adapter without driving it."""
+
+import copy
+import pickle
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+import tunerkit
+
+if TYPE_CHECKING:
+    from tests.conftest import Toys
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+
+def step(toys: "Toys", model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(toys.x()).square().mean().backward()
+    optimizer.step()
+
+
+def told(toys: "Toys", model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 2) -> list[str]:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(count):
+            step(toys, model, optimizer)
+    return [str(w.message) for w in found if "steps adapter" in str(w.message)]
+
+
+def wrapped(toys: "Toys", method: str = "toy-stepper", **options: Any) -> nn.Module:
+    model: nn.Module = tunerkit.wrap(toys.net(), method, {"targets": ["layers.0"]}, **options)
+    return model
+
+
+def test_training_without_attach_is_told_at_the_first_step(toys: "Toys") -> None:
+    """Once, with what to call; a method that does not act on steps has nothing to lose and is not spoken of."""
+    model = wrapped(toys)
+    (text,) = told(toys, model, sgd(model))
+    assert "nothing drives it" in text
+    assert "tunerkit.attach" in text
+    plain = wrapped(toys, "toy-low-rank")
+    assert told(toys, plain, sgd(plain)) == []
+
+
+def test_the_optimizer_that_drives_is_not_told_of(toys: "Toys") -> None:
+    """Attached: silence. A second optimizer that moves the same adapter is named."""
+    model = wrapped(toys)
+    optimizer, second = sgd(model), sgd(model)
+    tunerkit.attach(model, optimizer, total_steps=9)
+    assert told(toys, model, optimizer) == []
+    (text,) = told(toys, model, second)
+    assert "another optimizer drives it" in text
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"]
+)
+def test_a_copied_optimizer_that_lost_its_hooks_is_told_of(toys: "Toys", copied: Any) -> None:
+    """Model and optimizer copied together train on, but nothing drives the copy until it is attached itself."""
+    model = wrapped(toys)
+    optimizer = sgd(model)
+    tunerkit.attach(model, optimizer, total_steps=9)
+    twin, twin_optimizer = copied((model, optimizer))
+    (text,) = told(toys, twin, twin_optimizer)
+    assert "lost its hooks" in text
+    assert tunerkit.tuner(twin).steps == 0
+    tunerkit.attach(twin, twin_optimizer, total_steps=9)
+    assert told(toys, twin, twin_optimizer) == []
+    assert tunerkit.tuner(twin).steps == 2
+    assert tunerkit.tuner(model).steps == 0
+
+
+def test_optimizers_of_other_models_are_left_alone(toys: "Toys") -> None:
+    """Nor is an adapter that was taken out, or one that no gradient reaches."""
+    model = wrapped(toys)
+    other = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        leftover = sgd(model)
+        tunerkit.unwrap(model)
+        leftover.step()
+        torn = wrapped(toys)
+        del torn.get_submodule("layers.0")._modules["tunerkit"]
+        optimizer.step()
+    assert not torch.equal(other.bias, torch.zeros(2))
+
+
+def test_a_compiled_step_of_anybody_s_is_not_broken(toys: "Toys") -> None:
+    """The hook is registered for every optimizer of the process: compiled, it must vanish."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.ones(1, 3)).sum().backward()
+    before = model.weight.detach().clone()
+    torch.compile(optimizer.step, backend="eager")()
+    assert torch.equal(model.weight, before - 0.1)

@@ -1,0 +1,43 @@
+"""A small model with data and a plain loop to train it by: what a method's own tests begin with."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+X = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+LABELS = torch.randint(0, 3, (8,), generator=torch.Generator().manual_seed(2))
+# The linear layers of `net`, and their features out and in.
+TARGETS = ("0", "2", "4")
+SHAPES = ((8, 6), (7, 8), (3, 7))
+
+
+def net() -> nn.Sequential:
+    """The same three layers at each call: (N, 6) to (N, 3)."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """What an optimizer gets."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def loss_of(model: nn.Module, rows: slice = slice(None)) -> Tensor:
+    """The share of ``rows`` in the mean cross-entropy over `X`."""
+    return nn.functional.cross_entropy(model(X[rows]), LABELS[rows], reduction="sum") / len(X)
+
+
+def step(model: nn.Module, optimizer: Optimizer, loss: Callable[[nn.Module], Tensor] = loss_of) -> float:
+    """One step over all of `X`; the loss before it."""
+    optimizer.zero_grad()
+    value = loss(model)
+    value.backward()
+    optimizer.step()
+    return float(value.detach())
+
+
+def train(model: nn.Module, optimizer: Optimizer, steps: int) -> list[float]:
+    """So many steps; their losses."""
+    return [step(model, optimizer) for _ in range(steps)]
