@@ -46,3 +46,11 @@ def test_a_wavlm_without_a_pattern_gets_its_default() -> None:
     names = {path.rpartition(".")[2] for path in tunerkit.tuner(model).ranks()}
     assert names == {"q_proj", "k_proj", "v_proj", "out_proj", "intermediate_dense", "output_dense"}
     assert torch.isfinite(case.loss(model))
+
+
+def test_a_projection_that_wavlm_reads_is_not_trained_in_full() -> None:
+    """Its copy would never be called."""
+    model = CASES[-1].build()
+    with pytest.raises(tunerkit.TargetError, match=r"q_proj' is read past its forward by its owner"):
+        tunerkit.wrap(model, "lora", {"train_modules": ["q_proj"]})
+    assert "tunerkit" not in {name for path, _ in model.named_modules() for name in path.split(".")}
