@@ -15,9 +15,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from tunerkit.architectures import default_names
 from tunerkit.errors import TargetError, TunerkitWarning, closest
-from tunerkit.offloading import is_offloaded
+from tunerkit.obstacles import obstacle_at, weight_obstacle
 from tunerkit.patterns import Matcher, is_broad, matcher
-from tunerkit.readers import read_children
 from tunerkit.records import Target
 from tunerkit.survey import (
     Place,
@@ -147,7 +146,7 @@ def refuse_unfit(model: nn.Module, targets: Iterable[Target]) -> None:
     """Raise `TargetError` naming every target whose weight is tied, on meta, rewritten or read past its forward."""
     scanned = survey(model)
     places = {id(place.module): place for place in scanned.places}
-    obstacles = {target.path: _weight_obstacle(places[id(target.module)], scanned) for target in targets}
+    obstacles = {target.path: weight_obstacle(places[id(target.module)], scanned) for target in targets}
     refused = {path: obstacle for path, obstacle in obstacles.items() if obstacle is not None}
     if refused:
         raise TargetError("\n".join(_lines(refused)))
@@ -195,7 +194,7 @@ def _choose_default(model: nn.Module, scanned: Survey, scope: _Scope, findings: 
     names = default_names(model)
     convolutions = () if names else default_convolutions(scanned)
     for place in filter(scope.covers, convolutions):
-        _choose_broadly(place, _obstacle(place, scanned, scope), scope, findings)
+        _choose_broadly(place, obstacle_at(place, scanned, adaptable=scope.is_adaptable(place)), scope, findings)
     if not convolutions:
         _choose_linear(scanned, scope, findings, names=names or ("*",))
 
@@ -215,7 +214,7 @@ def _choose_linear(scanned: Survey, scope: _Scope, findings: _Findings, *, names
 
 
 def _choose_linear_place(place: Place, named: bool, scanned: Survey, scope: _Scope, findings: _Findings) -> None:
-    obstacle = _obstacle(place, scanned, scope)
+    obstacle = obstacle_at(place, scanned, adaptable=scope.is_adaptable(place))
     if obstacle is None and named and is_linear(place.module):
         findings.found[place.path] = place
     elif obstacle is not None and may_be_linear(place) and (named or not scope.is_adaptable(place)):
@@ -229,7 +228,7 @@ def _choose_matching(scanned: Survey, scope: _Scope, findings: _Findings, patter
         names = _names(filter(scope.is_adaptable, scanned.places), pattern) | {ALL_LINEAR}
         findings.problems.append(_unknown(pattern, scanned, names))
         return
-    obstacles = {place.path: _obstacle(place, scanned, scope) for place in matched}
+    obstacles = {place.path: obstacle_at(place, scanned, adaptable=scope.is_adaptable(place)) for place in matched}
     for place in filter(scope.covers, matched):
         (_choose_broadly if broad else _choose_named)(place, obstacles[place.path], scope, findings)
     findings.left_out.update((name, _EXPERT) for name in _expert_tensors(scanned, scope) if match(name))
@@ -278,43 +277,10 @@ def _check_layers(scanned: Survey, scope: _Scope, findings: _Findings) -> None:
         findings.problems.append(f"the model has no layer {', '.join(map(str, missing))}; {there}")
 
 
-# What stands in the way
+# Words
 
-_ATTENTION = "nn.MultiheadAttention with a forward of its own may do anything with its weights: it cannot be adapted"
-_SEPARATE = "nn.MultiheadAttention with kdim or vdim has three weights in place of one, which cannot be adapted yet"
-_READ_AND_CALLED = "is held by several modules, and one reads its weight past its forward: an adapter would reach one"
 _HEAD = "nn.MultiheadAttention in an output head, which is meant only if it is named"
 _EXPERT = "is a stack of matrices in one parameter (an expert tensor), which cannot be adapted yet"
-
-
-def _obstacle(place: Place, scanned: Survey, scope: _Scope) -> str | None:
-    """Why the module at ``place`` cannot be a target, or None."""
-    if isinstance(place.module, nn.MultiheadAttention) and not scope.is_adaptable(place):
-        return _SEPARATE if read_children(place.module) else _ATTENTION
-    if not scope.is_adaptable(place) and not place.inside_attention:
-        return f"is a {type(place.module).__name__}, which cannot be adapted"
-    return _weight_obstacle(place, scanned)
-
-
-def _weight_obstacle(place: Place, scanned: Survey) -> str | None:
-    if place.inside_attention:
-        return _ATTENTION
-    if place.read_and_called:
-        return _READ_AND_CALLED
-    parameters = [parameter for parameter in place.module._parameters.values() if parameter is not None]
-    if isinstance(place.module, nn.Linear | nn.Embedding | _ConvNd) and "weight" not in place.module._parameters:
-        return "has a weight computed from others (a parametrization), which cannot be adapted yet"
-    if any(parameter.is_meta for parameter in parameters) and not is_offloaded(place.module):
-        return "has its weight on the meta device; load the weights first"
-    shared = [name for parameter in parameters for name in scanned.sharers.get(id(parameter), ())]
-    if shared:
-        return f"has a tied weight, shared as {', '.join(shared)}: an adapter on one would be missing on the others"
-    if isinstance(place.module, nn.Embedding) and place.module.max_norm is not None:
-        return "has max_norm set, so its forward rewrites its weight; build it without max_norm"
-    return None
-
-
-# Words
 
 _SHOWN = 8
 _NOTHING = 'there is nothing to adapt: no module is left over (never output heads; by "all-linear" no convolutions)'
