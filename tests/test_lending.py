@@ -308,12 +308,14 @@ def test_two_threads_at_once_are_refused_and_merged_they_are_not(toys: "Toys") -
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_recomputes_with_the_adapters(toys: "Toys", reentrant: bool) -> None:
     """The forward that runs again in backward is lent the same; gradients are equal, and nothing stays."""
+    # Reentrant, the first forward runs without gradients, where torch may attend with a kernel that rounds otherwise.
+    same = toys.close if reentrant else torch.equal
     model, x = adapted(toys), batch().requires_grad_()
     found = gradients(model, lambda m: checkpoint(m, x, use_reentrant=reentrant))
     expected = gradients(model, lambda m: m(x))
     assert lent(model) == []
     assert set(found) == set(expected)
-    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    assert all(same(found[name], gradient) for name, gradient in expected.items())
 
 
 def test_a_forward_replaced_after_wrapping_is_still_lent_to(toys: "Toys", tmp_path: Any) -> None:
