@@ -1,5 +1,6 @@
 """Tests of what AdaLoRA does around an optimizer step: regulariser, masks, budget."""
 
+import itertools
 import math
 import warnings
 from pathlib import Path
@@ -552,6 +553,23 @@ def test_an_allocation_right_after_another_tells_nothing() -> None:
         for _ in range(8):
             step(model, optimizer)
     assert [change.step for change in tunerkit.tuner(model).history] == [2, 4, 5]
+
+
+@pytest.mark.parametrize("first", [1, 15], ids=["final phase from the first step on", "no part in any step before it"])
+def test_without_an_average_the_next_step_makes_the_scores(first: int) -> None:
+    """Scores of 0 would prune by position: here the earliest layer has no importance, and it goes, not the last one.
+
+    A step's number may jump under a Trainer's clock, for an adapter that was not active or steps that were skipped.
+    """
+    model = wrapped(t_init=0, t_final=TOTAL - 1 if first == 1 else 6)
+    for parameter in layers(model)[0].parameters():
+        parameter.register_hook(torch.zeros_like)
+    clock = itertools.count(first)
+    optimizer = adamw(model)
+    tunerkit.steps.drive([tunerkit.tuner(model)], optimizer, total_steps=TOTAL, clock=lambda: next(clock))
+    train(model, optimizer, 1)
+    assert live(model) == 6
+    assert layers(model)[0].rank == 0
 
 
 def test_an_optimizer_without_the_adapters_is_refused_whatever_heads_it_holds() -> None:

@@ -23,6 +23,7 @@ def state(tuner: Tuner) -> State:
         "in_force": training.in_force,
         "final": training.final,
         "shrunk": training.shrunk,
+        "blank": training.blank,
         "averaged": training.averaged,
         "seen": training.seen,
         "left_out": int(training.left_out),
@@ -50,7 +51,7 @@ def restore(tuner: Tuner, saved: State) -> None:
     for i, layer in enumerate(layers):
         layer.mask = here[f"mask.{i}"]
     training.schedule = attrs.evolve(training.schedule, initial=number["initial"], target=number["target"])
-    training.final, training.shrunk = final, bool(saved.values["shrunk"])
+    training.final, training.shrunk, training.blank = final, bool(saved.values["shrunk"]), bool(saved.values["blank"])
     training.last_step, training.in_force = number["last_step"], number["in_force"]
     training.averaged, training.seen = number["averaged"], number["seen"]
     training.sizes = [len(layer.lam) for layer in layers]

@@ -24,7 +24,7 @@ class Training:
     """AdaLoRA's training state. The averages lie in parallel lists: p, lam, q of the first layer, of the second, ...
 
     ``averaged`` counts the steps since the last allocation, ``seen`` their gradients, ``left_out`` (0-d, on the
-    device) the bad ones among these. ``sizes`` are the layers' triplets in memory, dead ones included.
+    device) the bad ones among these. ``blank`` until a step was averaged at all. ``sizes`` are the layers' triplets in memory, dead ones included.
     """
 
     schedule: Schedule
@@ -36,6 +36,7 @@ class Training:
     last_step: int = 0
     final: bool = False
     shrunk: bool = False
+    blank: bool = True
     averaged: int = 0
     seen: int = 0
 
@@ -79,8 +80,9 @@ def regularise(tuner: Tuner, grad_scale: Tensor | None) -> None:
 def advance(tuner: Tuner, step: int) -> dict[str, int] | None:
     """After the weights moved: smooth the importance, allocate if it is due; the new ranks if it was.
 
-    The averages rest from T - t_f on, as in both public codes. From then on the mask holds after every step;
-    before, λ moves freely between allocations.
+    The averages rest from T - t_f on, as in both public codes, unless no step was averaged before: the first one that
+    comes then makes the scores. From then on the mask holds after every step; before, λ moves freely between
+    allocations.
     """
     training = training_of(tuner)
     layers = layers_of(tuner)
@@ -88,7 +90,7 @@ def advance(tuner: Tuner, step: int) -> dict[str, int] | None:
         for layer in layers:
             layer.mask = torch.ones_like(layer.mask)
         training.in_force = training.schedule.initial
-    if not training.final and step < training.schedule.final_step:
+    if not training.final and (training.blank or step < training.schedule.final_step):
         _smooth(config_of(tuner), layers, training)
     due = training.schedule.due(training.last_step, step)
     training.last_step = step
@@ -219,6 +221,7 @@ def _smooth(config: AdaLoraConfig, layers: Sequence[SvdLayer], training: Trainin
         for weight, sensitivity, uncertainty in zip(weights, training.sensitivity, training.uncertainty, strict=True)
         if weight.grad is not None
     ]
+    training.blank = False
     training.averaged += 1
     training.seen += len(rows)
     if rows:
