@@ -12,7 +12,7 @@ import tunerkit
 
 pytest.importorskip("transformers", reason="the Trainer is transformers'")
 pytest.importorskip("accelerate", reason="the Trainer needs it")
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 if TYPE_CHECKING:
     from tests.conftest import Toys
@@ -149,6 +149,61 @@ def test_a_damaged_adapter_changes_nothing_when_resumed(tmp_path: Path) -> None:
     with pytest.raises(tunerkit.FileError, match="damaged"):
         trainer_of(model, tmp_path).train(resume_from_checkpoint=str(checkpoint))
     assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
+
+
+@pytest.mark.usefixtures("toys")
+def test_a_checkpoint_that_is_written_over_is_incomplete_until_its_end(tmp_path: Path) -> None:
+    """An earlier run's file there would vouch for a mixture of two, if the writing stops in between."""
+    trainer_of(wrapped(), tmp_path).train()
+    again = trainer_of(wrapped(), tmp_path)
+
+    def interrupted(output_dir: str) -> None:
+        raise KeyboardInterrupt
+
+    again._save_optimizer_and_scheduler = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        again.train()
+    with pytest.raises(tunerkit.FileError, match="not complete"):
+        trainer_of(wrapped(), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.usefixtures("toys")
+def test_adapters_may_leave_the_model_at_any_time(tmp_path: Path) -> None:
+    """Deleted in the middle of training, the others go on and are saved and logged; unwrapped, a model is saved."""
+    model = wrapped("a", "b")
+
+    class Delete(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                tunerkit.delete(model, "b")
+
+    trainer = trainer_of(model, tmp_path, logging_strategy="steps", logging_steps=1)
+    trainer.add_callback(Delete())
+    trainer.train()
+    assert tunerkit.tuner(model).steps == 6
+    assert (tmp_path / "checkpoint-2" / "b" / "adapter.safetensors").is_file()
+    loaded = tunerkit.load(Net(), tmp_path / "checkpoint-6")
+    pairs = zip(tunerkit.tuner(loaded).parameters(), tunerkit.tuner(model).parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    tunerkit.unwrap(model, keep_merged=True)
+    trainer.save_model(str(tmp_path / "whole"))
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert "model.safetensors" in names
+    assert "adapter.safetensors" not in names
+
+
+@pytest.mark.usefixtures("toys")
+def test_methods_of_a_subclass_that_are_passed_by_are_told_of(tmp_path: Path) -> None:
+    """A trainer that writes weights in a way of its own would not know that its method is not called any more."""
+
+    class Own(Trainer):
+        def _save(self, *args: Any, **kwargs: Any) -> None:
+            super()._save(*args, **kwargs)
+
+    model = wrapped()
+    trainer = Own(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]), train_dataset=Rows())
+    with pytest.warns(tunerkit.TunerkitWarning, match=r"Own has methods of its own .*\(_save\)"):
+        tunerkit.attach(model, trainer)
 
 
 @pytest.mark.usefixtures("toys")

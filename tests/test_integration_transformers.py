@@ -248,3 +248,43 @@ def test_training_that_an_exception_ended_can_be_started_again(tmp_path: Path) -
     assert tunerkit.tuner(model).steps == 2
     trainer.train()
     assert tunerkit.tuner(model).state == per_step(6)
+
+
+def test_training_that_a_keystroke_ended_leaves_the_adapter_to_another_trainer(tmp_path: Path) -> None:
+    """As in a notebook, where one interrupts and builds a new Trainer around the same model."""
+    model = wrapped()
+    trainer = trainer_of(model, tmp_path)
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    trainer.add_callback(Interrupt())
+    tunerkit.attach(model, trainer)
+    with pytest.raises(KeyboardInterrupt) as kept:  # and the traceback holds every frame of the training
+        trainer.train()
+    other = trainer_of(model, tmp_path)
+    tunerkit.attach(model, other)
+    other.train()
+    assert tunerkit.tuner(model).state == per_step(6)
+    assert kept.traceback
+
+
+def test_an_adapter_attached_while_the_trainer_trains_is_driven_from_there_on(tmp_path: Path) -> None:
+    """If the optimizer holds it; else it is refused, and said."""
+    model = tunerkit.wrap(wrapped(), "stepping", {"targets": ["first"]}, adapter="late")
+    trainer = trainer_of(model, tmp_path)
+
+    class Add(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                tunerkit.attach(model, trainer, adapter="late")
+                tunerkit.wrap(model, "stepping", {"targets": ["first"]}, adapter="stranger")
+                with pytest.raises(tunerkit.StepError, match="holds none"):
+                    tunerkit.attach(model, trainer, adapter="stranger")
+
+    trainer.add_callback(Add())
+    tunerkit.attach(model, trainer, adapter="default")
+    trainer.train()
+    assert [tunerkit.tuner(model, name).steps for name in ("default", "late", "stranger")] == [6, 6, 0]
+    assert tunerkit.tuner(model, "late").total_steps == 6

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -47,7 +47,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None 
             f"adapter {tuner.name!r} was trained with no step: method {tuner.method!r} allocates ranks while the "
             "optimizer steps. Call tunerkit.attach(model, optimizer, total_steps=...) before training"
         )
-    _warn_of_unspent_schedule(tuner)
+    warn_of_unspent_schedule(tuner)
     return save_tuner(tuner, path)
 
 
@@ -80,15 +80,15 @@ def load(base: M, path: str | os.PathLike[str], *, adapter: str = "default", tra
     return base
 
 
-def _warn_of_unspent_schedule(tuner: Tuner) -> None:
+def warn_of_unspent_schedule(tuner: Tuner) -> None:
     """Tell of ranks that are still above their final budget: fine for a checkpoint, a surprise at the end."""
     if tuner.steps == 0 or tuner.total_steps is None:
         return
     final = tuner.budget(tuner.total_steps)
     if tuner.budget() > final:
         warnings.warn(
-            f"adapter {tuner.name!r} is saved after {tuner.steps} of {tuner.total_steps} steps with a budget of "
-            f"{tuner.budget()}, above the final {final}; if training is over, call tuner.finish() first",
+            f"adapter {tuner.name!r} stands at step {tuner.steps} of {tuner.total_steps} with a budget of "
+            f"{tuner.budget()}, above the final {final}; if training is over, call tuner.finish() before it is saved",
             TunerkitWarning,
             stacklevel=3,
         )
@@ -116,7 +116,9 @@ def describe(
     """The header for a file of ``tuner``."""
     owner = registry.owner_of(tuner.method)
     versions = {"tunerkit": metadata.version("tunerkit"), "torch": torch.__version__, owner.distribution: owner.version}
-    base = tuner.fingerprint if tuner.fingerprint is not None else fingerprint(tuner)
+    base: dict[str, dict[str, Any]] = {}
+    if kind == "adapter":
+        base = tuner.fingerprint if tuner.fingerprint is not None else fingerprint(tuner)
     return Header(
         kind=kind,
         method=tuner.method,
@@ -127,7 +129,7 @@ def describe(
         steps=tuner.steps,
         total_steps=tuner.total_steps,
         versions=versions,
-        base=base if kind == "adapter" else {},
+        base=base,
         values=values or {},
         history=history or [],
     )
@@ -207,7 +209,7 @@ def refuse_other_base(tuner: Tuner, header: Header, source: Path) -> None:
 
 
 def fill(slots: Mapping[str, Slot], tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Copy the file's tensors into slots that are not in the model yet; every misfit is named at once."""
+    """Copy the file's tensors into ``slots``; every misfit is named at once, and those that fit are filled by then."""
     problems: list[str] = []
     used: set[str] = set()
     for path, slot in slots.items():

@@ -80,6 +80,12 @@ def restore_(tuner: Tuner, path: str | os.PathLike[str]) -> None:
     tuner.steps = header.steps
 
 
+def forget_state_(tuner: Tuner) -> None:
+    """Let go of a training state that does not go with the weights that were just restored, and of what came later."""
+    tuner.state = None
+    tuner.history[:] = [change for change in tuner.history if change.step <= tuner.steps]
+
+
 def _differences(saved: Header, own: Header) -> list[str]:
     """What a file says of its adapter and this one does not, ``saved -> here``; empty if they are of one run."""
     if saved.method != own.method:

@@ -7,6 +7,7 @@ the instance, and the rest of its checkpointing stays its own.
 import functools
 import hashlib
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,37 +16,66 @@ import torch
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tunerkit import registry
-from tunerkit.errors import FileError
+from tunerkit.errors import FileError, TunerkitWarning
 from tunerkit.files import FILE_NAME, save_tuner
-from tunerkit.resume import STATE_NAME, load_tuner_state, restore_, save_tuner_state
+from tunerkit.resume import STATE_NAME, forget_state_, load_tuner_state, restore_, save_tuner_state
 from tunerkit.tuner import Tuner
 
+# What the Trainer does with a model's weights, and is done with adapters' here instead.
+_REPLACED = ("_save", "_load_from_checkpoint", "_load_best_model")
 
-class Resuming(Protocol):
-    """What remembers the checkpoint that a training resumes from."""
+
+class Attached(Protocol):
+    """The adapters of a trainer that are in its model now, and the checkpoint that a training resumes from."""
 
     resumed: Path | None
 
+    @property
+    def tuners(self) -> list[Tuner]:
+        """May change between two calls."""
 
-def take_over_(trainer: Trainer, tuners: list[Tuner], resuming: Resuming) -> None:
-    """Let ``trainer`` write and read ``tuners`` (a list that may grow) where it would write and read its model."""
+    def release(self) -> None:
+        """Called when a training is over."""
+
+
+def take_over_(trainer: Trainer, attached: Attached) -> None:
+    """Let ``trainer`` write and read adapters where it would write and read its model."""
+    _tell_of_overrides(trainer)
     own: Any = trainer  # replacing a method on an instance is what type checkers are there to stop
-    own._save = functools.partial(_save, trainer, tuners)
-    own._save_optimizer_and_scheduler = functools.partial(_save_states, tuners, trainer._save_optimizer_and_scheduler)
-    own._load_from_checkpoint = functools.partial(_load, tuners, resuming, trainer._load_from_checkpoint)
-    own._load_best_model = functools.partial(_load_best, trainer, tuners)
-    own.log = functools.partial(_log, tuners, {}, trainer.log)
+    own._save = functools.partial(_save, trainer, attached, trainer._save)
+    own._save_optimizer_and_scheduler = functools.partial(
+        _save_states, trainer, attached, trainer._save_optimizer_and_scheduler
+    )
+    own._load_from_checkpoint = functools.partial(_load, attached, trainer._load_from_checkpoint)
+    own._load_best_model = functools.partial(_load_best, trainer, attached, trainer._load_best_model)
+    own.log = functools.partial(_log, attached, {}, trainer.log)
+    own.train = functools.partial(_train, attached, trainer.train)
+
+
+def _tell_of_overrides(trainer: Trainer) -> None:
+    kind = type(trainer)
+    own = [name for name in _REPLACED if getattr(kind, name) is not getattr(Trainer, name)]
+    if own:
+        warnings.warn(
+            f"{kind.__name__} has methods of its own that read or write weights ({', '.join(own)}); with adapters "
+            "attached they are not called, since what a checkpoint holds is the adapter",
+            TunerkitWarning,
+            stacklevel=5,
+        )
 
 
 def folder_of(checkpoint: Path, tuners: Sequence[Tuner], tuner: Tuner) -> Path:
-    """Where one adapter's files lie: in the checkpoint itself if it is the only one, else in a folder by its name."""
-    if len(tuners) == 1:
-        return checkpoint
+    """Where one adapter's files lie: in the checkpoint itself if it is the only one, else in a folder by its name.
+
+    What was written while there were several stays where it is when others are deleted.
+    """
     # Names may hold anything, and file systems may not tell "a" from "A".
     plain = re.fullmatch(r"[a-z0-9_-]+", tuner.name)
-    return checkpoint / (tuner.name if plain else hashlib.sha256(tuner.name.encode()).hexdigest()[:16])
+    named = checkpoint / (tuner.name if plain else hashlib.sha256(tuner.name.encode()).hexdigest()[:16])
+    return named if len(tuners) > 1 or (named / FILE_NAME).is_file() else checkpoint
 
 
 def load_states(tuners: Sequence[Tuner], checkpoint: Path) -> None:
@@ -61,11 +91,24 @@ def load_states(tuners: Sequence[Tuner], checkpoint: Path) -> None:
             )
 
 
-def _save(trainer: Trainer, tuners: Sequence[Tuner], output_dir: str | None = None, state_dict: Any = None) -> None:
+def _save(
+    trainer: Trainer,
+    attached: Attached,
+    save_model: Callable[..., None],
+    output_dir: str | None = None,
+    state_dict: Any = None,
+) -> None:
     """Write the adapters, and beside them what the Trainer writes beside a model: the processor and its arguments."""
+    tuners = attached.tuners
+    if not tuners:
+        save_model(output_dir, state_dict)  # unwrapped: it is a model like others again
+        return
     if not trainer.args.should_save:
         return
     folder = Path(output_dir if output_dir is not None else str(trainer.args.output_dir))
+    if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name):
+        # Written over an earlier run's and interrupted, the folder must not look complete.
+        (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
     for tuner in tuners:
         save_tuner(tuner, folder_of(folder, tuners, tuner))
     processor = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
@@ -74,22 +117,22 @@ def _save(trainer: Trainer, tuners: Sequence[Tuner], output_dir: str | None = No
     torch.save(trainer.args, folder / TRAINING_ARGS_NAME)
 
 
-def _save_states(tuners: Sequence[Tuner], save_optimizer: Callable[[str], None], output_dir: str) -> None:
+def _save_states(trainer: Trainer, attached: Attached, save_optimizer: Callable[[str], None], output_dir: str) -> None:
     """The training states go where the optimizer's goes, and stay away where it does."""
-    for tuner in tuners:
+    tuners = attached.tuners
+    for tuner in tuners if trainer.args.should_save else ():
         save_tuner_state(tuner, folder_of(Path(output_dir), tuners, tuner))
     save_optimizer(output_dir)
 
 
 def _load(
-    tuners: Sequence[Tuner],
-    resuming: Resuming,
+    attached: Attached,
     load_model: Callable[..., None],
     resume_from_checkpoint: str,
     model: nn.Module | None = None,
 ) -> None:
     """Put a checkpoint's adapters into the live ones, ranks first: the optimizer's state then fits what is loaded."""
-    checkpoint = Path(resume_from_checkpoint)
+    checkpoint, tuners = Path(resume_from_checkpoint), attached.tuners
     files = {tuner: folder_of(checkpoint, tuners, tuner) for tuner in tuners}
     if not any((folder / FILE_NAME).is_file() for folder in files.values()):
         load_model(resume_from_checkpoint, model)  # a whole model's, from before this trainer was attached
@@ -101,21 +144,34 @@ def _load(
         )
     for tuner, folder in files.items():
         restore_(tuner, folder)
-    resuming.resumed = checkpoint
+    attached.resumed = checkpoint
 
 
-def _load_best(trainer: Trainer, tuners: Sequence[Tuner]) -> None:
+def _load_best(trainer: Trainer, attached: Attached, load_model: Callable[[], None]) -> None:
     """The best checkpoint's adapters, of whatever ranks they were, with the training state that goes with them."""
-    checkpoint = Path(str(trainer.state.best_model_checkpoint))
-    for tuner in tuners:
-        folder = folder_of(checkpoint, tuners, tuner)
+    checkpoint, tuners = Path(str(trainer.state.best_model_checkpoint)), attached.tuners
+    folders = {tuner: folder_of(checkpoint, tuners, tuner) for tuner in tuners}
+    if not any((folder / FILE_NAME).is_file() for folder in folders.values()):
+        load_model()  # a whole model's; where there is nothing at all, the Trainer says so
+        return
+    for tuner, folder in folders.items():
         restore_(tuner, folder)
         if (folder / STATE_NAME).is_file():
             load_tuner_state(tuner, folder)
+        else:
+            forget_state_(tuner)
+
+
+def _train(attached: Attached, train: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """However a training ends, by an exception or a keystroke too, it leaves the adapters free to be attached."""
+    try:
+        return train(*args, **kwargs)
+    finally:
+        attached.release()
 
 
 def _log(
-    tuners: Sequence[Tuner],
+    attached: Attached,
     told: dict[str, int],
     log: Callable[..., None],
     logs: dict[str, float],
@@ -128,6 +184,7 @@ def _log(
     targets would drown the loss.
     """
     if "loss" in logs:
+        tuners = attached.tuners
         for tuner in tuners:
             if not registry.implements("tunerkit_budget", tuner.method):
                 continue

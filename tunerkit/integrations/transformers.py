@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from tunerkit import steps
 from tunerkit.errors import StepError, TunerkitWarning
+from tunerkit.files import warn_of_unspent_schedule
 from tunerkit.integrations.checkpoints import load_states, take_over_
 from tunerkit.tuner import Tuner, tuners_of
 
@@ -22,16 +24,19 @@ def attach_trainer(tuners: list[Tuner], trainer: Trainer, total_steps: int | Non
     for tuner in tuners:
         if tuner not in held:
             raise StepError(f"the trainer trains another model than the one that adapter {tuner.name!r} is in")
-        if steps.is_attached(tuner):
-            raise StepError(f"adapter {tuner.name!r} is attached to an optimizer already; attach one or the other")
-        if present is not None and tuner in present.tuners:
+        if present is not None and tuner in present.attached:
             raise StepError(f"adapter {tuner.name!r} is attached to this trainer already")
+        if steps.is_attached(tuner):
+            raise StepError(
+                f"adapter {tuner.name!r} is driven by an optimizer already (tunerkit.attach, or a Trainer that is "
+                "training now); attach one or the other"
+            )
     if present is not None:
         present.add(tuners, total_steps)
         return
     callback = StepCallback(trainer, tuners, total_steps)
     trainer.add_callback(callback)
-    take_over_(trainer, callback.tuners, callback)
+    take_over_(trainer, callback)
 
 
 def _check_trainer(trainer: Trainer) -> None:
@@ -41,23 +46,38 @@ def _check_trainer(trainer: Trainer) -> None:
 
 
 class StepCallback(TrainerCallback):
-    """Attaches when ``trainer.train()`` begins, where optimizer and total steps exist; detaches at its end.
+    """Drives adapters while ``trainer.train()`` runs, where optimizer and total steps exist.
 
-    ``resumed`` is the checkpoint whose weights were loaded for the training that is about to begin.
+    ``attached`` are the tuners that were attached, also those that have left their model since. ``resumed`` is the
+    checkpoint whose weights were loaded for this call of train.
     """
 
     def __init__(self, trainer: Trainer, tuners: list[Tuner], total_steps: int | None) -> None:
         self.trainer = trainer
-        self.tuners = tuners
+        self.attached = list(tuners)
         self.total_steps = total_steps
         self.resumed: Path | None = None
+        self._drive: Callable[[Sequence[Tuner]], None] | None = None
+
+    @property
+    def tuners(self) -> list[Tuner]:
+        """Those that are still in their model: one may be deleted, and all unwrapped, at any time."""
+        return [tuner for tuner in self.attached if tuner in tuners_of(tuner.model).values()]
 
     def add(self, tuners: list[Tuner], total_steps: int | None) -> None:
-        """Drive further adapters too; one trainer has one number of steps."""
+        """Drive further adapters too, at once if training is under way; one trainer has one number of steps."""
         if total_steps is not None and self.total_steps not in (None, total_steps):
             raise StepError(f"this trainer was attached with total_steps={self.total_steps}, now with {total_steps}")
+        if self._drive is not None:
+            self._drive(tuners)
         self.total_steps = total_steps if self.total_steps is None else self.total_steps
-        self.tuners.extend(tuners)
+        self.attached.extend(tuners)
+
+    def release(self) -> None:
+        """Training is over, however it ended: another optimizer, or trainer, may drive the adapters now."""
+        for tuner in self.attached:
+            steps.detach(tuner)
+        self.resumed = self._drive = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -70,27 +90,27 @@ class StepCallback(TrainerCallback):
             )
         self._refuse_other_model()
         for tuner in self.tuners:
-            # A run that an exception ended never reached its end: begin anew.
+            # With auto_find_batch_size one call of train begins several times: each time anew.
             steps.detach(tuner)
         # global_step rises after the optimizer's step, and for skipped steps too: the schedule follows it.
         clock = functools.partial(_step_in_progress, state)
-        steps.drive(self.tuners, optimizer, total_steps=state.max_steps, clock=clock)
-        resumed, self.resumed = self.resumed, None
-        if resumed is not None:
-            load_states(self.tuners, resumed)
+        self._drive = functools.partial(steps.drive, optimizer=optimizer, total_steps=state.max_steps, clock=clock)
+        self._drive(self.tuners)
+        if self.resumed is not None:
+            load_states(self.tuners, self.resumed)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         for tuner in self.tuners:
-            steps.detach(tuner)
             if tuner.steps == 0 and state.global_step > 0:
                 warnings.warn(
-                    f"training ended after {state.global_step} steps and adapter {tuner.name!r} saw none of them: the "
-                    "optimizer's step hooks never fired, so its ranks are those it began with",
+                    f"training ended after {state.global_step} steps and adapter {tuner.name!r} saw none of them: it "
+                    "was never active, or the optimizer's step hooks never fired. Its ranks are those it began with",
                     TunerkitWarning,
                     stacklevel=2,
                 )
+            warn_of_unspent_schedule(tuner)
 
     def _refuse_other_model(self) -> None:
         """A trainer with ``model_init`` builds a model at each call of train, and its adapters with it."""

@@ -150,6 +150,22 @@ def test_the_best_model_is_reloaded_at_the_end_whatever_its_ranks(best: int, tmp
     assert all(change.step <= best for change in tuner.history)
 
 
+def test_a_best_model_without_its_state_is_what_its_weights_say(tmp_path: Path) -> None:
+    """With `save_only_model` the best step's ranks come back, and nothing is claimed of the training after it."""
+    model = wrapped()
+    trainer = best_of(model, tmp_path, 3, save_only_model=True)
+    with pytest.warns(tunerkit.TunerkitWarning, match="above the final"):
+        trainer.train()
+    tuner = tunerkit.tuner(model)
+    assert tuner.steps == 3
+    assert tuner.budget() == sum(tuner.ranks().values()) > 2 * TARGETS
+    assert [change.step for change in tuner.history] == [3]
+    with pytest.warns(tunerkit.TunerkitWarning, match="above the final"):
+        tunerkit.save(model, tmp_path / "end")
+    with pytest.raises(tunerkit.StepError, match="not attached"):
+        tuner.finish()
+
+
 def test_training_again_after_the_best_model_was_reloaded(tmp_path: Path) -> None:
     """The optimizer's state belongs to ranks that are gone; a second train begins anew and works."""
     model = wrapped()
@@ -241,8 +257,20 @@ def test_resuming_from_a_checkpoint_without_state_is_refused(tmp_path: Path) -> 
         trainer_of(wrapped(), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
 
 
+def test_a_resume_that_failed_leaves_no_state_to_the_next_training(tmp_path: Path) -> None:
+    """What was loaded for it is not taken for the averages and history of a training that begins anew."""
+    trainer_of(wrapped(), tmp_path, save_strategy="steps", save_steps=7).train()
+    (tmp_path / "checkpoint-7" / "optimizer.pt").write_bytes(b"nothing")
+    model = wrapped()
+    trainer = trainer_of(model, tmp_path)
+    with pytest.raises(Exception, match=r"."):  # torch's own words
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+    trainer.train()
+    assert [change.step for change in tunerkit.tuner(model).history] == [3, 6, 9, 10]
+
+
 def test_resuming_with_another_config_or_length_is_refused(tmp_path: Path) -> None:
-    """What differs is named; nothing of the checkpoint is in the model then."""
+    """What differs is named; with another config nothing of the checkpoint is in the model then."""
     trainer_of(wrapped(), tmp_path, save_strategy="steps", save_steps=5).train()
     checkpoint = str(tmp_path / "checkpoint-5")
     other = wrapped(delta_t=2)

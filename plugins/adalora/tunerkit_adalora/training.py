@@ -24,7 +24,8 @@ class Training:
     """AdaLoRA's training state. The averages lie in parallel lists: p, lam, q of the first layer, of the second, ...
 
     ``averaged`` counts the steps since the last allocation, ``seen`` their gradients, ``left_out`` (0-d, on the
-    device) the bad ones among these. ``blank`` until a step was averaged at all. ``sizes`` are the layers' triplets in memory, dead ones included.
+    device) the bad ones among these. ``blank`` until a step was averaged at all. ``sizes`` are the layers' triplets in
+    memory, dead ones included.
     """
 
     schedule: Schedule
