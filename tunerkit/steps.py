@@ -155,10 +155,16 @@ def drive(
         tuner.history.clear()
         driver = Driver(tuner=tuner, clock=clock)
         handles = (
-            optimizer.register_step_pre_hook(functools.partial(_before, driver)),
-            optimizer.register_step_post_hook(functools.partial(_after, driver)),
+            optimizer.register_step_pre_hook(_uncompiled(_before, driver)),
+            optimizer.register_step_post_hook(_uncompiled(_after, driver)),
         )
         _links[tuner] = Link(ref(optimizer), handles)
+
+
+def _uncompiled(hook: Callable[..., Any], driver: Driver) -> Callable[..., Any]:
+    """Our hook for an optimizer whose step may be compiled: what plugins do there is Python, and changes shapes."""
+    hidden: Callable[..., Any] = torch.compiler.disable(functools.partial(hook, driver))
+    return hidden
 
 
 def detach(tuner: Tuner) -> None:

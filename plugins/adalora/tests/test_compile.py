@@ -91,6 +91,34 @@ def test_masks_change_without_compiling_anew(name: str, backend: str) -> None:
         assert (found - other).abs().max() <= 1e-4 * other.abs().max()
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["the optimizer's step", "the whole training step"])
+def test_a_compiled_step_allocates_as_an_eager_one(whole: bool) -> None:
+    """Importance, masks and shrinking happen outside the graph, at the same steps and with the same ranks."""
+    tuners = []
+    for compiled in (False, True):
+        model = wrapped("tiny")
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        tunerkit.attach(model, optimizer, total_steps=TOTAL)
+
+        def update(optimizer: torch.optim.Optimizer = optimizer) -> None:
+            optimizer.step()
+
+        def training(model: Any = model, update: Any = update) -> None:
+            logits(model).square().mean().backward()
+            update()
+
+        if compiled and whole:
+            training = torch.compile(training, backend="eager")
+        elif compiled:
+            update = torch.compile(update, backend="eager")
+        for _ in range(TOTAL):
+            training(update=update)
+            optimizer.zero_grad()
+        tuners.append(tunerkit.tuner(model))
+    assert tuners[0].history == tuners[1].history
+    assert [change.step for change in tuners[1].history] == [4, 6, 8, FINAL]
+
+
 def test_adapters_take_part_in_a_model_compiled_before() -> None:
     """Code compiled before wrapping is not run after it, though the base was frozen then too."""
     base = cases.bert().train().requires_grad_(False)
