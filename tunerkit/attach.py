@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from tunerkit import watch  # noqa: F401  # registers its hook
+from tunerkit import registry, watch  # noqa: F401  # watch registers its hook
+from tunerkit.resume import carry
 from tunerkit.steps import drive, find_optimizer, is_frozen
 from tunerkit.tuner import Tuner, require_tuners
 from tunerkit.tuner import tuner as find_tuner
@@ -17,7 +18,8 @@ def attach(
 
     That is an optimizer or a Trainer; from here on every optimizer step drives the method. ``total_steps`` is the
     length of training in optimizer steps; a Trainer knows its own. Legal for every method; one that needs no steps
-    only has them counted.
+    only has them counted. The training state of one that needs them travels in the optimizer's ``state_dict``: a loop
+    that saves and loads model and optimizer resumes exactly, if it attaches before it loads.
 
     Raises `StepError`: total steps unknown, disagreeing with the config's, an optimizer that does not hold the
     adapter's parameters, a frozen adapter, attached twice; and `ConfigError` if the schedule leaves no room. No
@@ -30,7 +32,11 @@ def attach(
 
         integration.attach_trainer(tuners, trainer, total_steps)
         return
-    drive(tuners, find_optimizer(optimizer_or_trainer), total_steps=total_steps)
+    optimizer = find_optimizer(optimizer_or_trainer)
+    drive(tuners, optimizer, total_steps=total_steps)
+    for tuner in tuners:
+        if registry.get(tuner.method).needs_steps:
+            carry(tuner, optimizer)  # a Trainer's checkpoints have a file for it
 
 
 def _chosen(model: nn.Module, adapter: str | None) -> list[Tuner]:

@@ -1,22 +1,27 @@
-"""Go on with a training: its state in a file of its own, and saved weights put back into live adapters."""
+"""Go on with a training: its state in a file or in the optimizer's, and saved weights put back into live adapters."""
 
 import copy
+import functools
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from tunerkit import registry
-from tunerkit.errors import FileError
+from tunerkit import registry, steps
+from tunerkit.errors import FileError, TunerkitWarning
 from tunerkit.files import FILE_NAME, describe, file_at, fill, read, refuse_other_base, write
-from tunerkit.header import Header, encode
+from tunerkit.header import Header, decode, encode
 from tunerkit.records import RankChange, State
-from tunerkit.steps import optimizer_of
 from tunerkit.tuner import Tuner
 from tunerkit.tuner import tuner as find_tuner
 
 STATE_NAME = "state.safetensors"
+# The entry of an optimizer's state_dict that holds training states by adapter name.
+CARRIED = "tunerkit"
 
 
 def save_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None = None) -> Path:
@@ -35,19 +40,61 @@ def load_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str |
 
 def save_tuner_state(tuner: Tuner, path: str | os.PathLike[str]) -> Path:
     """`save_state` of one tuner."""
-    state = tuner.training_state()
     target = file_at(path, STATE_NAME)
-    history = [[change.step, change.budget, list(change.ranks.values())] for change in tuner.history]
-    header = describe(tuner, kind="state", values=dict(state.values), history=history)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in state.tensors.items()}
-    write(target, tensors, encode(header, tensors))
+    tensors, metadata = _state_of(tuner)
+    write(target, tensors, metadata)
     return target
 
 
 def load_tuner_state(tuner: Tuner, path: str | os.PathLike[str]) -> None:
     """`load_state` into one tuner."""
     source = file_at(path, STATE_NAME)
-    tensors, header = read(source, kind="state")
+    _go_on_(tuner, *read(source, kind="state"), source=str(source))
+
+
+def carry(tuner: Tuner, optimizer: Optimizer) -> None:
+    """Let the training state travel in ``optimizer.state_dict()``, where each loop's own checkpoints take it along.
+
+    The entry has a name of its own beside torch's, which an optimizer that nothing is attached to passes over.
+    """
+    steps.hold(
+        tuner,
+        optimizer.register_state_dict_post_hook(functools.partial(_put_in, tuner)),
+        optimizer.register_load_state_dict_pre_hook(functools.partial(_take_out, tuner)),
+    )
+
+
+def _put_in(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    tensors, metadata = _state_of(tuner)
+    state_dict.setdefault(CARRIED, {})[tuner.name] = {"tensors": tensors, "metadata": metadata}
+
+
+def _take_out(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    carried = state_dict.get(CARRIED, {}).get(tuner.name)
+    if carried is not None:
+        source = "the optimizer's state_dict"
+        tensors: dict[str, Tensor] = carried["tensors"]
+        _go_on_(tuner, tensors, decode(carried["metadata"], tensors, source=source, kind="state"), source=source)
+    elif state_dict["state"]:
+        warnings.warn(
+            f"the state_dict that the optimizer loads has no training state of adapter {tuner.name!r}, which was not "
+            f"attached where it was taken: the schedule goes on from step {tuner.steps}. To resume a training, load "
+            "its state with tunerkit.load_state",
+            TunerkitWarning,
+            stacklevel=4,
+        )
+
+
+def _state_of(tuner: Tuner) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a training state and what is said of them, as a file holds both."""
+    state = tuner.training_state()
+    history = [[change.step, change.budget, list(change.ranks.values())] for change in tuner.history]
+    header = describe(tuner, kind="state", values=dict(state.values), history=history)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in state.tensors.items()}
+    return tensors, encode(header, tensors)
+
+
+def _go_on_(tuner: Tuner, tensors: Mapping[str, Tensor], header: Header, *, source: str) -> None:
     differing = _differences(header, describe(tuner, kind="state"))
     if registry.get(tuner.method).needs_steps and header.total_steps != tuner.total_steps:
         # A schedule is laid out over the whole training; one that is longer now would have pruned otherwise.
@@ -67,13 +114,13 @@ def restore_(tuner: Tuner, path: str | os.PathLike[str]) -> None:
     """
     source = file_at(path, FILE_NAME)
     tensors, header = read(source, kind="adapter")
-    _refuse_other_run(source, _differences(header, describe(tuner, kind="adapter")))
+    _refuse_other_run(str(source), _differences(header, describe(tuner, kind="adapter")))
     refuse_other_base(tuner, header, source)
     slots = dict(tuner.slots())
     fill(copy.deepcopy(slots), tensors, source)  # whatever does not fit is told before anything live is touched
     shapes = {parameter: parameter.shape for parameter in tuner.parameters()}
     fill(slots, tensors, source)
-    optimizer = optimizer_of(tuner)
+    optimizer = steps.optimizer_of(tuner)
     for parameter, shape in shapes.items():
         if optimizer is not None and parameter.shape != shape:
             optimizer.state.pop(parameter, None)
@@ -102,13 +149,13 @@ def _differences(saved: Header, own: Header) -> list[str]:
     return lines
 
 
-def _refuse_other_run(source: Path, differing: list[str]) -> None:
+def _refuse_other_run(source: str, differing: list[str]) -> None:
     if differing:
         listed = "\n".join(f"- {line}" for line in differing)
         raise FileError(f"{source} belongs to another run (saved -> here):\n{listed}")
 
 
-def _by_target(ranks: object, header: Header, source: Path) -> Mapping[str, int]:
+def _by_target(ranks: object, header: Header, source: str) -> Mapping[str, int]:
     if not isinstance(ranks, list) or len(ranks) != len(header.targets):
         raise FileError(f"{source}: its history does not have one rank per target")
     return dict(zip(header.targets, ranks, strict=True))

@@ -167,6 +167,12 @@ def _uncompiled(hook: Callable[..., Any], driver: Driver) -> Callable[..., Any]:
     return hidden
 
 
+def hold(tuner: Tuner, *handles: RemovableHandle) -> None:
+    """Keep further hooks of the optimizer that drives ``tuner`` until `detach`."""
+    link = _links[tuner]
+    _links[tuner] = attrs.evolve(link, handles=(*link.handles, *handles))
+
+
 def detach(tuner: Tuner) -> None:
     """Undo `attach`; a tuner that is not attached stays as it is."""
     link = _links.get(tuner)

@@ -27,6 +27,10 @@ def wrapped() -> nn.Sequential:
     return tunerkit.wrap(model, "adalora", SETTINGS, seed=0)
 
 
+# Before pruning, while it goes on, and when memory has shrunk.
+AT = (3, 10, 16)
+
+
 def adamw(model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
 
@@ -60,10 +64,17 @@ def assert_trained_as_by_hand(model: nn.Module, size: int) -> None:
         assert torch.allclose(model(X), expected(X), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.filterwarnings("ignore")  # Lightning's own advice on workers and logging
-def test_lightning_trains_to_the_budget(accumulate: int, tmp_path: Path) -> None:
-    """One line in configure_optimizers; Lightning's steps are counted, not its micro-batches."""
+def assert_same_end(one: nn.Module, other: nn.Module) -> None:
+    """Bit for bit, and not by both having pruned nothing."""
+    tuners = tunerkit.tuner(one), tunerkit.tuner(other)
+    assert tuners[0].steps == tuners[1].steps == TOTAL
+    assert tuners[0].history == tuners[1].history
+    assert [change.step for change in tuners[0].history] == [6, 9, 12, 14]
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def lightning_module() -> Any:
     lightning = pytest.importorskip("lightning", reason="lightning is not installed")
 
     class Module(lightning.LightningModule):  # type: ignore[name-defined]
@@ -82,14 +93,42 @@ def test_lightning_trains_to_the_budget(accumulate: int, tmp_path: Path) -> None
             tunerkit.attach(self, optimizer, total_steps=int(self.trainer.estimated_stepping_batches))
             return optimizer
 
-    module = Module()
-    trainer = lightning.Trainer(
-        max_steps=TOTAL, accelerator="cpu", devices=1, accumulate_grad_batches=accumulate, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        default_root_dir=str(tmp_path),
+    return Module()
+
+
+def lightning_trainer(folder: Path, **options: Any) -> Any:
+    lightning = pytest.importorskip("lightning", reason="lightning is not installed")
+    return lightning.Trainer(
+        max_steps=TOTAL, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=str(folder), **options,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.filterwarnings("ignore")  # Lightning's own advice on workers and logging
+def test_lightning_trains_to_the_budget(accumulate: int, tmp_path: Path) -> None:
+    """One line in configure_optimizers; Lightning's steps are counted, not its micro-batches."""
+    module = lightning_module()
+    trainer = lightning_trainer(tmp_path, accumulate_grad_batches=accumulate, enable_checkpointing=False)
     trainer.fit(module, batches(8 // accumulate))
     assert_trained_as_by_hand(module.eval(), 8)
+
+
+@pytest.mark.parametrize("at", AT)
+@pytest.mark.filterwarnings("ignore")  # Lightning's own advice on workers and logging
+def test_lightning_resumes_exactly_from_its_checkpoint(at: int, tmp_path: Path) -> None:
+    """`fit(..., ckpt_path=...)`: averages, masks, steps and history are those of the run that was not stopped.
+
+    One batch is an epoch here: Lightning does not find back to the place in an epoch by itself.
+    """
+    whole = lightning_module()
+    callbacks = pytest.importorskip("lightning").pytorch.callbacks
+    keeper = callbacks.ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    lightning_trainer(tmp_path, callbacks=[keeper]).fit(whole, batches(64))
+    part = lightning_module()
+    trainer = lightning_trainer(tmp_path, enable_checkpointing=False)
+    trainer.fit(part, batches(64), ckpt_path=str(tmp_path / f"step={at}.ckpt"))
+    assert_same_end(part, whole)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -108,6 +147,29 @@ def test_accelerate_trains_to_the_budget(accumulate: int) -> None:
                     optimizer.step()
                     optimizer.zero_grad()
     assert_trained_as_by_hand(plain, 8)
+
+
+@pytest.mark.parametrize("at", AT)
+def test_accelerate_resumes_exactly_from_its_checkpoint(at: int, tmp_path: Path) -> None:
+    """`save_state` and `load_state` of accelerate's own take the training state along, with the optimizer's."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    ends = []
+    for begin in (0, at):
+        accelerator = accelerate.Accelerator(cpu=True)
+        plain = wrapped()
+        model, optimizer = accelerator.prepare(plain, adamw(plain))
+        tunerkit.attach(model, optimizer, total_steps=TOTAL)
+        if begin:
+            accelerator.load_state(tmp_path / "kept")
+        for number in range(begin, TOTAL):
+            if number == at and not begin:
+                accelerator.save_state(tmp_path / "kept", safe_serialization=False)
+            rows = slice(8 * (number % 8), 8 * (number % 8) + 8)
+            accelerator.backward(nn.functional.cross_entropy(model(X[rows]), LABELS[rows]))
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(plain)
+    assert_same_end(ends[1], ends[0])
 
 
 @pytest.fixture

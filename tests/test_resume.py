@@ -1,0 +1,86 @@
+"""Tests of the training state that travels in an optimizer's state_dict; its file is tested in test_files.py."""
+
+import io
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import tunerkit
+
+if TYPE_CHECKING:
+    from tests.conftest import Toys
+
+TOTAL = 9
+
+
+def attached(toys: "Toys", *names: str, method: str = "toy-stepper", total: int = TOTAL) -> tuple[Any, Any]:
+    model: Any = toys.net()
+    for name in names or ("default",):
+        tunerkit.wrap(model, method, {"targets": ["conv"]}, adapter=name)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    tunerkit.attach(model, optimizer, total_steps=total)
+    return model, optimizer
+
+
+def train(toys: "Toys", model: Any, optimizer: Any, count: int) -> None:
+    for _ in range(count):
+        model(toys.x()).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def stored(optimizer: Any) -> dict[str, Any]:
+    """What comes back from a file that holds the optimizer's state_dict, read as safely as torch can."""
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    found: dict[str, Any] = torch.load(file, weights_only=True)
+    return found
+
+
+def test_loading_the_optimizer_s_state_brings_back_the_training_state(toys: "Toys") -> None:
+    """Of each adapter its own, by its name; steps go on from there."""
+    model, optimizer = attached(toys, "a", "b")
+    train(toys, model, optimizer, 2)
+    tunerkit.activate(model, ["a"])
+    train(toys, model, optimizer, 1)
+    again, other = attached(toys, "a", "b")
+    other.load_state_dict(stored(optimizer))
+    assert [tunerkit.tuner(again, name).steps for name in "ab"] == [3, 2]
+    assert tunerkit.tuner(again, "a").state == (torch.tensor([3]), 3)
+
+
+def test_a_method_that_needs_no_steps_leaves_the_optimizer_s_state_as_torch_has_it(toys: "Toys") -> None:
+    """Nothing is added where nothing would be lost, and nothing after the adapter is detached."""
+    _, optimizer = attached(toys, method="toy-shift")
+    assert set(optimizer.state_dict()) == {"state", "param_groups"}
+    model, optimizer = attached(toys)
+    assert set(optimizer.state_dict()) == {"state", "param_groups", "tunerkit"}
+    tunerkit.delete(model, "default")
+    assert set(optimizer.state_dict()) == {"state", "param_groups"}
+
+
+def test_another_run_s_state_is_refused_before_the_optimizer_s_is_touched(toys: "Toys") -> None:
+    """What differs is named, as for a file."""
+    model, optimizer = attached(toys)
+    train(toys, model, optimizer, 2)
+    _, longer = attached(toys, total=TOTAL + 1)
+    with pytest.raises(tunerkit.FileError, match=r"state_dict belongs to another run.*\n- total_steps 9 -> 10"):
+        longer.load_state_dict(stored(optimizer))
+    assert not longer.state
+
+
+def test_a_state_that_was_taken_without_the_adapter_attached_is_told_of(toys: "Toys") -> None:
+    """Else the schedule would begin anew in the middle of training, in silence; an empty state says nothing."""
+    model, optimizer = attached(toys)
+    train(toys, model, optimizer, 2)
+    plain = {key: value for key, value in stored(optimizer).items() if key != "tunerkit"}
+    _, again = attached(toys)
+    with pytest.warns(tunerkit.TunerkitWarning, match="goes on from step 0.*load_state"):
+        again.load_state_dict(plain)
+    _, fresh = attached(toys)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", tunerkit.TunerkitWarning)
+        fresh.load_state_dict({**plain, "state": {}})
