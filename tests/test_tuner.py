@@ -1,8 +1,11 @@
 """The handle on one adapter: found by name, ambiguous or not, and what it says without any step."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from torch import nn
 
 import tunerkit
@@ -41,6 +44,51 @@ def test_wrappers_around_the_model_are_seen_through(toys: "Toys") -> None:
     assert (tunerkit.unmerge(outer)(toys.x()) == output).all()
     assert tunerkit.unwrap(outer) is outer
     assert tuners_of(outer) == tuners_of(model) == {}
+
+
+CALLS: dict[str, Callable[[nn.Module, Path], object]] = {
+    "tuner": lambda model, path: tunerkit.tuner(model, "default"),
+    "adapters": lambda model, path: tunerkit.adapters(model),
+    "attach": lambda model, path: tunerkit.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=3),
+    "merge": lambda model, path: tunerkit.merge(model),
+    "unwrap": lambda model, path: tunerkit.unwrap(model),
+    "save": lambda model, path: tunerkit.save(model, path),
+    "wrap": lambda model, path: tunerkit.wrap(model, "toy-shift", adapter="third"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
+@pytest.mark.parametrize("second", ["default", "other"])
+def test_parts_wrapped_on_their_own_are_named(
+    toys: "Toys", tmp_path: Path, call: Callable[[nn.Module, Path], object], second: str
+) -> None:
+    """Asked of the whole, nothing answers for one of the parts alone: the error names both, and changes nothing."""
+    parts = {name: toys.net() for name in ("text", "image")}
+    model = nn.ModuleDict(parts)
+    for part, adapter in zip(parts.values(), ("default", second), strict=True):
+        toys.fill_(tunerkit.wrap(part, "toy-low-rank", {"targets": ["conv"]}, adapter=adapter, seed=3))
+    before = toys.snapshot(model)
+    with pytest.raises(AdapterError, match=r"ModuleDict were wrapped on their own: 'text', 'image'; call it on one"):
+        call(model, tmp_path)
+    assert toys.same(toys.snapshot(model), before)
+    assert not list(tmp_path.iterdir())
+    output = parts["text"](toys.x())
+    assert toys.close(tunerkit.merge(parts["text"])(toys.x()), output)
+    for part in parts.values():
+        tunerkit.unwrap(part)
+    assert tunerkit.adapters(model) == {}
+
+
+def test_a_part_wrapped_after_the_whole_is_named(toys: "Toys") -> None:
+    """The whole goes on training its own; what is asked of it names both, and the part can be taken out."""
+    model = tunerkit.wrap(toys.net(), "toy-shift", {"targets": ["conv"]})
+    whole = tunerkit.tuner(model)
+    tunerkit.wrap(model.head, "toy-shift", {"targets": ["0"]})
+    with pytest.raises(AdapterError, match=r"Net were wrapped on their own: the model itself, 'head'"):
+        tunerkit.merge(model)
+    assert len(list(whole.parameters())) == 1
+    tunerkit.unwrap(model.head)
+    assert tunerkit.tuner(model) is whole
 
 
 def test_a_plain_model_has_no_tuner(toys: "Toys") -> None:

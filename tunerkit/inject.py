@@ -12,7 +12,7 @@ from tunerkit import detector, lending, offloading
 from tunerkit.base_layers import BaseLayer
 from tunerkit.errors import AdapterError
 from tunerkit.slots import CHILD, Slot, Slots, apply_slots, slots_of, walk
-from tunerkit.tuner import Tuner, set_tuners, tuners_of
+from tunerkit.tuner import Tuner, own_tuners, set_tuners
 
 # Marks a batch norm whose statistics are held, to be moved again after unwrapping.
 _HELD = "_tunerkit_held"
@@ -47,7 +47,7 @@ def inject_(plan: Plan, *, trainable: bool) -> None:
         slots.put(tuner.name, slot)
     for place in tuner.copies:
         hold_statistics_(place.module)
-    others = tuners_of(model)
+    others = own_tuners(model)
     tuner.turn = 1 + max((other.turn for other in others.values() if other.turn is not None), default=-1)
     set_tuners(model, {**others, tuner.name: tuner})
     _watch(model)
@@ -68,7 +68,7 @@ def eject_(tuner: Tuner) -> None:
         if slots_of(place.module) is None:  # else another adapter trains it as a copy too
             release_statistics_(place.module)
     tuner.turn = None
-    left = {name: other for name, other in tuners_of(tuner.model).items() if other is not tuner}
+    left = {name: other for name, other in own_tuners(tuner.model).items() if other is not tuner}
     if left:
         heir = next(iter(left.values()))
         heir.frozen = tuple(dict.fromkeys((*heir.frozen, *tuner.frozen)))
@@ -82,7 +82,7 @@ def eject_(tuner: Tuner) -> None:
 
 def activate_(model: nn.Module, names: Sequence[str]) -> None:
     """Apply exactly the adapters named, in that order. Compiled code follows: its guards read the tuples."""
-    for name, tuner in tuners_of(model).items():
+    for name, tuner in own_tuners(model).items():
         tuner.turn = names.index(name) if name in names else None
     for _, _, slots in walk(model):
         slots.active = tuple(name for name in names if slots.get(name) is not None)
@@ -96,7 +96,7 @@ def rename_(tuner: Tuner, new: str) -> None:
         if slots is not None and slots.get(old) is not None:
             slots.rename(old, new)
     tuner.name = new
-    tuners = tuners_of(tuner.model)
+    tuners = own_tuners(tuner.model)
     set_tuners(tuner.model, {new if name == old else name: other for name, other in tuners.items()})
 
 
@@ -116,7 +116,7 @@ def _train(slot: Slot, trained: bool) -> None:
 def _watch(model: nn.Module) -> None:
     """Watch the next forward anew, for the places that are adapted now."""
     detector.unwatch(model)
-    places = {path: module for tuner in tuners_of(model).values() for path, module in tuner.modules().items()}
+    places = {path: module for tuner in own_tuners(model).values() for path, module in tuner.modules().items()}
     # Where weights are lent to an owner the module itself is never called, and rightly.
     hooked = {path: module for path, module in places.items() if apply_slots in module._forward_hooks.values()}
     if hooked:
