@@ -20,8 +20,8 @@ def attach(
     only has them counted.
 
     Raises `StepError`: total steps unknown, disagreeing with the config's, an optimizer that does not hold the
-    adapter's parameters, a frozen adapter, attached twice; and `ConfigError` if the schedule leaves no room. No
-    adapter is attached then.
+    adapter's parameters, a frozen adapter, attached twice; `AdapterError` if adapted modules were replaced or resized
+    after wrapping; and `ConfigError` if the schedule leaves no room. No adapter is attached then.
     """
     tuners = _chosen(model, adapter)
     trainer = _as_trainer(optimizer_or_trainer)

@@ -21,6 +21,7 @@ from tunerkit.configs import unstructure
 from tunerkit.errors import AdapterError, BaseMismatchError, FileError, TargetError, TunerkitWarning
 from tunerkit.fingerprint import differences, fingerprint
 from tunerkit.header import Header, decode, encode
+from tunerkit.places import refuse_lost
 from tunerkit.readiness import check_name, inside_compiled, refuse_unready
 from tunerkit.slots import Slot
 from tunerkit.tuner import Tuner
@@ -39,7 +40,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None 
     A folder (made if missing) gets ``adapter.safetensors``; a path ending in ``.safetensors`` is the file. An
     existing file is replaced in one move: readers see the old one or the new one.
 
-    Raises `AdapterError` for a method that needs steps and had none, and for an adapter whose weights are offloaded.
+    Raises `AdapterError` for a method that needs steps and had none, for an adapter whose weights are offloaded, and
+    if adapted modules were replaced or resized after wrapping: no base would fit the file.
     """
     tuner = find_tuner(model, adapter)
     if registry.get(tuner.method).needs_steps and tuner.steps == 0 and not tuner.loaded:
@@ -53,6 +55,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None 
 
 def save_tuner(tuner: Tuner, path: str | os.PathLike[str]) -> Path:
     """`save` of one tuner as it stands, wherever it is in its schedule: a checkpoint."""
+    refuse_lost([tuner])
     tensors = adapter_tensors(tuner)
     target = file_at(path, FILE_NAME)
     write(target, tensors, encode(describe(tuner, kind="adapter"), tensors))

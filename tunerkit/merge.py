@@ -14,6 +14,7 @@ from tunerkit.deltas import add_delta, ask_delta
 from tunerkit.errors import AdapterError
 from tunerkit.fingerprint import fingerprint
 from tunerkit.offloading import is_offloaded
+from tunerkit.places import refuse_lost
 from tunerkit.records import Delta
 from tunerkit.slots import Slots, bias_name, walk
 from tunerkit.tuner import Tuner, require_tuners
@@ -34,8 +35,9 @@ def merge(model: M, *, permanent: bool = False) -> M:
     The model's own ``state_dict()`` then holds merged weights and the adapters beside them: take it unmerged, or
     after ``unwrap(model, keep_merged=True)``.
 
-    Raises `AdapterError` if already merged, inside `disabled`, if none is active, if weights are offloaded, or if a
-    method cannot say what it adds, and `PluginError` if it says nonsense; nothing is changed then.
+    Raises `AdapterError` if already merged, inside `disabled`, if none is active, if weights are offloaded, if
+    adapted modules were replaced or resized after wrapping, or if a method cannot say what it adds, and `PluginError`
+    if it says nonsense; nothing is changed then.
     """
     tuners = require_tuners(model)
     refuse_disabled(model)
@@ -44,6 +46,7 @@ def merge(model: M, *, permanent: bool = False) -> M:
     if not any(slots.active for _, _, slots in walk(model)):
         raise AdapterError("no adapter is active, so nothing can be merged; call tunerkit.activate first")
     _refuse_offloaded(model)
+    refuse_lost(tuners.values())
     merged = [(module, slots, _merged_tensors(path, module, slots, tuners)) for path, module, slots in walk(model)]
     if permanent:
         for tuner in tuners.values():

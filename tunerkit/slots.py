@@ -57,11 +57,15 @@ class Slot(nn.Module):
 
 
 class Slots(nn.Module):
-    """All slots of one module, by adapter name; ``active`` are applied in order unless switched off or merged."""
+    """All slots of one module, by adapter name; ``active`` are applied in order unless switched off or merged.
+
+    ``features`` are the base layer's (out, in) when it was adapted.
+    """
 
     def __init__(self, base: BaseLayer | None) -> None:
         super().__init__()
         self.base = base
+        self.features = None if base is None else (base.out_features, base.in_features)
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.merged: tuple[str, ...] = ()

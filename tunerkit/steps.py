@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from tunerkit import registry
 from tunerkit.errors import StepError, TunerkitWarning
 from tunerkit.merge import is_merged
+from tunerkit.places import refuse_lost
 from tunerkit.tuner import Tuner
 
 
@@ -74,7 +75,7 @@ def find_optimizer(candidate: object) -> Optimizer:
 
 
 def check_attachable(tuner: Tuner, optimizer: Optimizer) -> None:
-    """Refuse a second attachment, and an adapter that this optimizer would never move."""
+    """Refuse a second attachment, and an adapter that this optimizer would never move, or in vain."""
     if is_attached(tuner):
         raise StepError(
             f"adapter {tuner.name!r} is attached already: one optimizer drives it; wrap again for a new run"
@@ -86,6 +87,7 @@ def check_attachable(tuner: Tuner, optimizer: Optimizer) -> None:
             f"adapter {tuner.name!r} is on the meta device, where nothing is trained: accelerate offloads it with the "
             "model. Offload first, then wrap: the adapter then stays on the device where the model runs"
         )
+    refuse_lost([tuner])
     _check_held(tuner, optimizer)
 
 
