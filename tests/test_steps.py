@@ -378,6 +378,39 @@ def test_an_optimizer_without_the_adapters_parameters_is_refused(method: str) ->
     assert "requires_grad" in refusal(model, other, total_steps=5)
 
 
+@pytest.mark.parametrize("method", ["stepping", "plain"])
+def test_what_an_optimizer_lacks_of_an_adapter_is_told_in_one_warning(method: str) -> None:
+    """Whatever it is, an adapter here or a head there: named by what it is and where; with everything held, silence."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(3, 3) for _ in range(8)]
+    model = wrapped(method, model=nn.Sequential(*layers), targets="re:[0-6]", train_modules=["7"])
+    own = dict(model.named_parameters())
+    held = [own["0.tunerkit.default.adapter.v"], own["7.tunerkit.default.copy.bias"]]
+    with pytest.warns(tunerkit.TunerkitWarning, match="adapter 'default' trains") as told:
+        tunerkit.attach(model, torch.optim.SGD(held, lr=0.1), total_steps=5)
+    assert len(told) == 1
+    assert "moves it: adapter.v at 1, 2, 3, 4, 5 and 1 more; copy.weight at 7; build it from" in str(told[0].message)
+    tunerkit.unwrap(model)
+    wrapped(method, model=model, targets="re:[0-6]", train_modules=["7"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tunerkit.attach(model, sgd(model), total_steps=5)
+
+
+def test_a_head_alone_does_not_train_an_adapter_that_needs_steps() -> None:
+    """A method that prunes judges its adapters by their training; one that does not may train a head alone."""
+    for method, refused in (("stepping", True), ("plain", False)):
+        torch.manual_seed(0)
+        layers = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+        model = wrapped(method, model=layers, train_modules=["1"])
+        head = torch.optim.SGD([p for n, p in model.named_parameters() if ".copy." in n], lr=0.1)
+        if refused:
+            assert "holds none of the parameters of adapter 'default' at its 1 places" in refusal(model, head)
+        else:
+            with pytest.warns(tunerkit.TunerkitWarning, match=r"adapter\.v at 0;"):
+                tunerkit.attach(model, head)
+
+
 def test_attaching_twice_is_refused() -> None:
     """One optimizer drives an adapter: the same again, or another one, is a mistake; the first goes on."""
     model = wrapped()

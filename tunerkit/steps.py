@@ -2,7 +2,8 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -97,25 +98,40 @@ def _check_held(tuner: Tuner, optimizer: Optimizer) -> None:
     A method that needs steps judges its own adapters by their training: heads trained in full do not count there.
     """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    places = dict(tuner.slots())
+    trained = {path: {n: p for n, p in slot.named_parameters() if p.requires_grad} for path, slot in tuner.slots()}
+    counted = {path: own for path, own in trained.items() if own}
     if registry.get(tuner.method).needs_steps:
-        places = {path: slot for path, slot in places.items() if slot.adapter is not None}
-    trained = {path: [p for p in slot.parameters() if p.requires_grad] for path, slot in places.items()}
-    trained = {path: own for path, own in trained.items() if own}
-    missed = [path for path, own in trained.items() if not any(id(p) in held for p in own)]
-    advice = "build it from (p for p in model.parameters() if p.requires_grad) after tunerkit.wrap"
-    if trained and len(missed) == len(trained):
+        adapters = tuner.adapters()
+        counted = {path: own for path, own in counted.items() if path in adapters}
+    if counted and not any(id(p) in held for own in counted.values() for p in own.values()):
         raise StepError(
-            f"the optimizer holds none of the parameters of adapter {tuner.name!r} at its {len(trained)} places; "
-            f"{advice}, or name the adapter that it trains"
+            f"the optimizer holds none of the parameters of adapter {tuner.name!r} at its {len(counted)} places; "
+            f"{_BUILD_IT}, or name the adapter that it trains"
         )
-    if missed:
+    missing = {path: [n for n, p in own.items() if id(p) not in held] for path, own in trained.items()}
+    if any(missing.values()):
         warnings.warn(
-            f"the optimizer does not hold adapter {tuner.name!r} at {', '.join(missed)}: it stays untrained there; "
-            f"{advice}",
+            f"the optimizer does not hold all that adapter {tuner.name!r} trains, and what it lacks stays as it is "
+            f"unless another optimizer moves it: {_grouped(missing)}; {_BUILD_IT}",
             TunerkitWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
+
+
+_BUILD_IT = "build it from (p for p in model.parameters() if p.requires_grad) after tunerkit.wrap"
+_SHOWN = 5
+
+
+def _grouped(missing: Mapping[str, Sequence[str]]) -> str:
+    """What lacks the same at several paths, said once: ``adapter.lam at 0, 2; copy.weight, copy.bias at head``."""
+    paths: dict[str, list[str]] = defaultdict(list)
+    for path, names in missing.items():
+        if names:
+            paths[", ".join(names)].append(path)
+    return "; ".join(
+        f"{names} at {', '.join(at[:_SHOWN])}{f' and {len(at) - _SHOWN} more' if len(at) > _SHOWN else ''}"
+        for names, at in paths.items()
+    )
 
 
 def agree_on_total(tuner: Tuner, total_steps: int | None) -> int | None:
