@@ -163,6 +163,25 @@ def test_a_copy_of_a_merged_model_unmerges_on_its_own(toys: "Toys", way: Any) ->
     assert not torch.equal(model.conv.weight, twin.conv.weight)
 
 
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_copy_made_while_disabled_is_an_enabled_model(toys: "Toys", way: Any, merged: bool) -> None:
+    """It has no block to leave: it does what the model does outside, and can be merged, unwrapped and trained."""
+    model = toys.trained()
+    output = model(toys.x())
+    if merged:
+        tunerkit.merge(model)
+    with tunerkit.disabled(model):
+        twin = way(model)
+        assert torch.equal(model(toys.x()), toys.net()(toys.x()))
+    assert torch.equal(twin(toys.x()), output)
+    with pytest.raises(AdapterError, match="not merged"):
+        tunerkit.unmerge(twin)
+    assert toys.close(tunerkit.merge(twin)(toys.x()), output)
+    base = toys.net().state_dict()
+    assert all(torch.equal(tensor, base[name]) for name, tensor in tunerkit.unwrap(twin).state_dict().items())
+
+
 def test_the_originals_are_in_no_state_dict(toys: "Toys") -> None:
     """Merging changes no key: a checkpoint of a merged model is that of the model."""
     model = trained(toys, "toy-low-rank", "all")

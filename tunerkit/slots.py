@@ -75,6 +75,17 @@ class Slots(nn.Module):
         # nn.Module refuses to set an attribute that has a child's name, and an adapter may be called "training".
         object.__setattr__(self, name, value)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For deep copies and pickles: one made inside `tunerkit.disabled` has no block to leave, so it is enabled.
+
+        While merged the base stands in the module then, so the copy is not merged.
+        """
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's own
+        if not self.enabled:
+            self.enabled = True
+            self.merged = ()
+            self.forget_originals()
+
     def put(self, name: str, slot: Slot) -> None:
         """Add a slot; straight into ``_modules``, since `add_module` refuses names such as "forward" or "keys"."""
         self._modules[name] = slot
