@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from tunerkit import registry
+from tunerkit import detector, registry
 from tunerkit.errors import StepError, TunerkitWarning
 from tunerkit.merge import is_merged
 from tunerkit.places import refuse_lost
@@ -236,6 +236,7 @@ def _call_before_step(driver: Driver, optimizer: Optimizer) -> None:
     if not takes_part(driver.tuner):
         return
     tuner, step = driver.tuner, driver.next_step()
+    detector.report(tuner.model)
     with torch.no_grad():
         registry.call("tunerkit_before_step", tuner.method, tuner=tuner, step=step, grad_scale=grad_scale)
 
