@@ -6,6 +6,7 @@ import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -258,6 +259,34 @@ def test_a_model_inside_ddp_is_refused(toys: "Toys") -> None:
     for model in (parallel, nn.Sequential(parallel)):
         with untouched(toys, model), pytest.raises(AdapterError, match="DistributedDataParallel"):
             tunerkit.wrap(model, "toy-shift", {"targets": ["conv"]})
+
+
+@pytest.fixture
+def _process_group(tmp_path: Path) -> Iterator[None]:
+    """A group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_the_model_that_ddp_holds_is_refused_too(toys: "Toys", tmp_path: Path) -> None:
+    """`ddp.module`, a part of it, or what it is a part of: nothing of DDP can be seen there, yet it synchronises none.
+
+    A model that DDP does not hold, or holds no more, is fine.
+    """
+    path = tunerkit.save(toys.trained(), tmp_path)
+    model, whole = toys.net(), nn.Module()
+    whole.add_module("part", model)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    for each in (model, model.head, whole):
+        with untouched(toys, model), pytest.raises(AdapterError, match="already inside DistributedDataParallel"):
+            tunerkit.wrap(each, "toy-low-rank")
+    with untouched(toys, model), pytest.raises(AdapterError, match="already inside DistributedDataParallel"):
+        tunerkit.load(model, path)
+    tunerkit.wrap(toys.net(), "toy-low-rank")
+    del parallel
+    tunerkit.load(model, path)
 
 
 def test_a_tied_module_cannot_be_trained_in_full(toys: "Toys") -> None:
