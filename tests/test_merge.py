@@ -163,6 +163,33 @@ def test_a_copy_of_a_merged_model_unmerges_on_its_own(toys: "Toys", way: Any) ->
     assert not torch.equal(model.conv.weight, twin.conv.weight)
 
 
+@pytest.mark.parametrize("permanent", [False, True])
+@pytest.mark.parametrize("inside", ["merge", "unwrap", "both"])
+def test_what_is_merged_in_inference_mode_is_a_model_like_any_other(toys: "Toys", permanent: bool, inside: str) -> None:
+    """A merge for evaluation leaves ordinary weights: unwrapped with them kept, the base can be trained."""
+    model = toys.trained()
+    output = model(toys.x())
+    with torch.inference_mode(inside != "unwrap"):
+        tunerkit.merge(model, permanent=permanent)
+    with torch.inference_mode(inside != "merge"):
+        tunerkit.unwrap(model, keep_merged=True)
+    assert tunerkit.adapters(model) == {}
+    assert not any(".tunerkit." in name for name, _ in model.named_parameters())
+    assert toys.close(model(toys.x()), output)
+    model(toys.x()).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_base_built_in_inference_mode_is_unwrapped_whole(toys: "Toys") -> None:
+    """Its parameters ask for gradients again, as they did, and no adapter is left behind."""
+    with torch.inference_mode():
+        base = toys.net()
+    before = toys.snapshot(base)
+    with torch.inference_mode():
+        tunerkit.wrap(base, "toy-low-rank", {"targets": ["conv"]})
+    assert toys.same(toys.snapshot(tunerkit.unwrap(base)), before)
+
+
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("merged", [False, True])
 def test_a_copy_made_while_disabled_is_an_enabled_model(toys: "Toys", way: Any, merged: bool) -> None:

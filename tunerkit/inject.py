@@ -193,7 +193,9 @@ def thaw_base_(model: nn.Module, names: tuple[str, ...]) -> None:
     parameters = base_parameters(model)
     for name in names:
         if name in parameters:
-            parameters[name].requires_grad_(True)
+            # A base that was built in inference mode asks for a gradient only there.
+            with torch.inference_mode(parameters[name].is_inference()):
+                parameters[name].requires_grad_(True)
 
 
 def refuse_overlap(model: nn.Module, paths: Mapping[str, nn.Module], copies: tuple[str, ...]) -> None:

@@ -120,6 +120,8 @@ def _refuse_offloaded(model: nn.Module) -> None:
         )
 
 
+# Not in inference mode, whoever merges: a base made of inference tensors could neither be trained nor thawed again.
+@torch.inference_mode(False)
 @torch.no_grad()
 def _merged_tensors(path: str, module: nn.Module, slots: Slots, tuners: dict[str, Tuner]) -> dict[str, Tensor]:
     """The values that ``module``'s own tensors have with all active slots merged."""
