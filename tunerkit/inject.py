@@ -31,9 +31,11 @@ def inject_(plan: Plan, *, trainable: bool) -> None:
     """Freeze the base and add the plan's slots beside its modules, each with one forward hook."""
     tuner = plan.tuner
     model = tuner.model
+    others = own_tuners(model)
     for slot in plan.slots.values():
         _train(slot, trainable)
-    tuner.frozen = freeze_base_(model)
+    # Once: what somebody thawed beside the first adapter is meant to be trained.
+    tuner.frozen = () if others else freeze_base_(model)
     for path, module in tuner.modules().items():
         slots = slots_of(module)
         if slots is None:
@@ -47,7 +49,6 @@ def inject_(plan: Plan, *, trainable: bool) -> None:
         slots.put(tuner.name, slot)
     for place in tuner.copies:
         hold_statistics_(place.module)
-    others = own_tuners(model)
     tuner.turn = 1 + max((other.turn for other in others.values() if other.turn is not None), default=-1)
     set_tuners(model, {**others, tuner.name: tuner})
     _watch(model)
