@@ -475,6 +475,12 @@ def test_training_state_goes_into_a_file_of_its_own(toys: "Toys", tmp_path: Path
     assert (int(seen), steps, tunerkit.tuner(other).steps) == (3, 3, 3)
 
 
+def test_a_state_that_is_not_there_is_told_by_its_own_name(toys: "Toys", saved: Path) -> None:
+    """Beside a saved adapter there may be no state: the words say what writes one."""
+    with pytest.raises(FileError, match=r"state\.safetensors; tunerkit\.save_state writes state\.safetensors into"):
+        tunerkit.load_state(toys.trained(), saved.parent)
+
+
 def test_the_state_of_another_run_is_refused(toys: "Toys", tmp_path: Path, saved: Path) -> None:
     """Another method, other targets, another length where the method plans by it, and the other of the two files."""
     path = tunerkit.save_state(toys.trained("toy-shift", targets=["conv"]), tmp_path)

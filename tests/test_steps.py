@@ -528,6 +528,35 @@ def test_attach_changes_nothing_when_one_of_several_adapters_is_refused(reason: 
     assert (first.steps, other.steps) == (0, 0)
 
 
+def test_of_several_adapters_the_one_left_to_attach_is_named() -> None:
+    """Whoever attaches a second adapter to its own optimizer has to say which: the words do."""
+    model = wrapped()
+    first = sgd(model)
+    tunerkit.attach(model, first, total_steps=5)
+    wrapped(adapter="second", model=model)
+    own = torch.optim.SGD(tunerkit.tuner(model, "second").parameters(), lr=0.1)
+    assert refusal(model, own, total_steps=5).endswith("wrap again for a new run, adapter='second' attaches another")
+    tunerkit.attach(model, own, total_steps=5, adapter="second")
+    assert refusal(model, own, total_steps=5).endswith("wrap again for a new run")
+
+
+def test_a_schedule_that_begins_anew_is_told() -> None:
+    """A second optimizer for a method that needs steps: said, with the way to go on; never for one that needs none."""
+    for method in ("stepping", "plain"):
+        model = wrapped(method)
+        optimizer = sgd(model)
+        tunerkit.attach(model, optimizer, total_steps=5)
+        backward(model)
+        optimizer.step()
+        twin = copy.deepcopy(model)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tunerkit.attach(twin, sgd(twin), total_steps=5)
+        told = [str(warning.message) for warning in caught]
+        assert len(told) == (method == "stepping")
+        assert all("anew at step 0 for adapter 'default' after 1 steps" in one and "load_state" in one for one in told)
+
+
 def test_a_frozen_adapter_is_left_alone_and_refused_by_name() -> None:
     """One that is loaded only to be used beside a trained one must not be driven."""
     model = wrapped("stepping", "second", wrapped())
@@ -537,7 +566,9 @@ def test_a_frozen_adapter_is_left_alone_and_refused_by_name() -> None:
     optimizer = sgd(model)
     tunerkit.attach(model, optimizer, total_steps=5)
     assert [steps.is_attached(tuner) for tuner in (frozen, training)] == [False, True]
-    assert "trainable=True" in refusal(model, optimizer, total_steps=5, adapter="default")
+    words = refusal(model, optimizer, total_steps=5, adapter="default")
+    assert "tunerkit.thaw(model, 'default')" in words
+    assert "trainable=True" in words
 
 
 def test_an_optimizer_that_is_gone_holds_no_adapter() -> None:

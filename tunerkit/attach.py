@@ -1,10 +1,16 @@
 """Attach: connect the adapters of a model with what trains them."""
 
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from tunerkit import watch  # noqa: F401  # registers its hook
+from tunerkit import (
+    registry,
+    watch,  # noqa: F401  # registers its hook
+)
+from tunerkit.errors import TunerkitWarning
 from tunerkit.steps import drive, find_optimizer, is_frozen
 from tunerkit.tuner import Tuner, require_tuners
 from tunerkit.tuner import tuner as find_tuner
@@ -30,7 +36,21 @@ def attach(
 
         integration.attach_trainer(tuners, trainer, total_steps)
         return
+    earlier = {tuner.name: tuner.steps for tuner in tuners if tuner.steps and registry.get(tuner.method).needs_steps}
     drive(tuners, find_optimizer(optimizer_or_trainer), total_steps=total_steps)
+    if earlier:
+        _warn_of_restart(earlier)
+
+
+def _warn_of_restart(earlier: Mapping[str, int]) -> None:
+    """Tell of schedules that begin anew although training has been going on; ``earlier`` are the steps by adapter."""
+    told = ", ".join(f"{name!r} after {count} steps" for name, count in earlier.items())
+    warnings.warn(
+        f"the schedule begins anew at step 0 for adapter {told}; to go on with that training instead, call "
+        "tunerkit.load_state with what tunerkit.save_state wrote",
+        TunerkitWarning,
+        stacklevel=3,
+    )
 
 
 def _chosen(model: nn.Module, adapter: str | None) -> list[Tuner]:

@@ -30,6 +30,10 @@ from tunerkit.wrap import structure
 
 FILE_NAME = "adapter.safetensors"
 _SUFFIX = ".safetensors"
+_WRITTEN_BY = {
+    "adapter": f"tunerkit.save writes {FILE_NAME}",
+    "state": "tunerkit.save_state writes state.safetensors",
+}
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -170,7 +174,7 @@ def _ordered(data: bytes) -> tuple[bytes, memoryview]:
 def read(path: Path, *, kind: str) -> tuple[dict[str, Tensor], Header]:
     """The tensors and the checked header of a tunerkit file. Raises `FileError`."""
     if not path.is_file():
-        raise FileError(f"there is no file {path}; tunerkit.save writes {FILE_NAME} into the folder it is given")
+        raise FileError(f"there is no file {path}; {_WRITTEN_BY[kind]} into the folder it is given")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             found = file.metadata()

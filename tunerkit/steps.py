@@ -17,7 +17,7 @@ from tunerkit import detector, registry
 from tunerkit.errors import StepError, TunerkitWarning
 from tunerkit.merge import is_merged
 from tunerkit.places import refuse_lost
-from tunerkit.tuner import Tuner
+from tunerkit.tuner import Tuner, own_tuners
 
 
 @attrs.define(eq=False)
@@ -78,11 +78,16 @@ def find_optimizer(candidate: object) -> Optimizer:
 def check_attachable(tuner: Tuner, optimizer: Optimizer) -> None:
     """Refuse a second attachment, and an adapter that this optimizer would never move, or in vain."""
     if is_attached(tuner):
+        others = [name for name, other in own_tuners(tuner.model).items() if not is_attached(other)]
+        which = f", adapter={others[0]!r} attaches another" if others else ""
         raise StepError(
-            f"adapter {tuner.name!r} is attached already: one optimizer drives it; wrap again for a new run"
+            f"adapter {tuner.name!r} is attached already: one optimizer drives it; wrap again for a new run{which}"
         )
     if is_frozen(tuner):
-        raise StepError(f"adapter {tuner.name!r} is frozen; tunerkit.load(..., trainable=True) loads one to train on")
+        raise StepError(
+            f"adapter {tuner.name!r} is frozen; tunerkit.thaw(model, {tuner.name!r}) trains it on, and "
+            "tunerkit.load(..., trainable=True) loads one to be trained"
+        )
     if any(p.is_meta for p in tuner.parameters()):
         raise StepError(
             f"adapter {tuner.name!r} is on the meta device, where nothing is trained: accelerate offloads it with the "
