@@ -163,6 +163,23 @@ def test_a_copy_of_a_merged_model_unmerges_on_its_own(toys: "Toys", way: Any) ->
     assert not torch.equal(model.conv.weight, twin.conv.weight)
 
 
+@pytest.mark.parametrize(("place", "own"), [("layers.1", "targets"), ("head", "train_modules")])
+def test_what_is_tied_by_now_is_not_merged(toys: "Toys", place: str, own: str) -> None:
+    """Merging would change what shares the weight, without a word: the sharer is named, and nothing is merged."""
+    config: dict[str, Any] = {"targets": ["conv"], own: [place]}
+    model = toys.trained(**config)
+    layer = model.layers[1] if place == "layers.1" else model.head[2]
+    model.register_module("other", nn.Linear(8, 3))
+    model.other.weight = layer.weight
+    path = place if place == "layers.1" else "head.2"
+    for permanent in (False, True):
+        with pytest.raises(AdapterError, match=rf"cannot merge into '{path}': it is tied to other\.weight by now"):
+            tunerkit.merge(model, permanent=permanent)
+        assert not is_merged(model)
+    model.other.weight = nn.Parameter(layer.weight.detach().clone())
+    assert is_merged(tunerkit.merge(model))
+
+
 @pytest.mark.parametrize("permanent", [False, True])
 @pytest.mark.parametrize("inside", ["merge", "unwrap", "both"])
 def test_what_is_merged_in_inference_mode_is_a_model_like_any_other(toys: "Toys", permanent: bool, inside: str) -> None:

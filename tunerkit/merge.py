@@ -17,6 +17,7 @@ from tunerkit.offloading import is_offloaded
 from tunerkit.places import refuse_lost
 from tunerkit.records import Delta
 from tunerkit.slots import Slots, bias_name, walk
+from tunerkit.survey import is_under, tied
 from tunerkit.tuner import Tuner, require_tuners
 
 M = TypeVar("M", bound=nn.Module)
@@ -36,8 +37,8 @@ def merge(model: M, *, permanent: bool = False) -> M:
     after ``unwrap(model, keep_merged=True)``.
 
     Raises `AdapterError` if already merged, inside `disabled`, if none is active, if weights are offloaded, if
-    adapted modules were replaced or resized after wrapping, or if a method cannot say what it adds, and `PluginError`
-    if it says nonsense; nothing is changed then.
+    adapted modules were replaced, resized or tied after wrapping, or if a method cannot say what it adds, and
+    `PluginError` if it says nonsense; nothing is changed then.
     """
     tuners = require_tuners(model)
     refuse_disabled(model)
@@ -47,6 +48,7 @@ def merge(model: M, *, permanent: bool = False) -> M:
         raise AdapterError("no adapter is active, so nothing can be merged; call tunerkit.activate first")
     _refuse_offloaded(model)
     refuse_lost(tuners.values())
+    _refuse_tied(model)
     merged = [(module, slots, _merged_tensors(path, module, slots, tuners)) for path, module, slots in walk(model)]
     if permanent:
         for tuner in tuners.values():
@@ -118,6 +120,18 @@ def _refuse_offloaded(model: nn.Module) -> None:
             f"accelerate offloads the weights of {len(away)} adapted layers ({away[0]}, ...), so nothing can be merged "
             "into them; call accelerate.hooks.remove_hook_from_submodules(model), which loads them, and then merge"
         )
+
+
+def _refuse_tied(model: nn.Module) -> None:
+    """Wrapping refuses tied weights, but they may be tied by now: merging would change what shares them too."""
+    shared = tied(model)
+    for path, module, slots in walk(model):
+        names = [name for p in module.parameters() for name in shared.get(id(p), ()) if not is_under(name, (path,))]
+        if slots.active and names:
+            raise AdapterError(
+                f"cannot merge into {path!r}: it is tied to {', '.join(names)} by now, and merging would change that "
+                "too; give each a parameter of its own first"
+            )
 
 
 # Not in inference mode, whoever merges: a base made of inference tensors could neither be trained nor thawed again.
