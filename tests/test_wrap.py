@@ -686,6 +686,22 @@ def test_a_compiled_model_is_wrapped_inside(toys: "Toys", tmp_path: Any) -> None
     assert torch.equal(tunerkit.unwrap(compiled)(toys.x()), base)
 
 
+def test_a_data_parallel_model_is_wrapped_inside(toys: "Toys", tmp_path: Path) -> None:
+    """Paths, files and targets are those of the bare model, around a compiled one too; a call finds the tuner."""
+    parallel: Any = nn.DataParallel(torch.compile(toys.net(), backend="eager"))
+    assert tunerkit.wrap(parallel, "toy-low-rank", toys.full, seed=3) is parallel
+    toys.fill_(parallel)
+    plain = toys.trained()
+    assert list(tunerkit.tuner(parallel).adapters()) == list(tunerkit.tuner(plain).adapters())
+    assert toys.close(parallel(toys.x()), plain(toys.x()))
+    path = tunerkit.save(parallel, tmp_path)
+    assert torch.equal(tunerkit.load(toys.net(), path)(toys.x()), plain(toys.x()))
+    loaded = tunerkit.load(nn.DataParallel(toys.net()), path)
+    assert torch.equal(loaded(toys.x()), plain(toys.x()))
+    assert tunerkit.active(loaded) == ("default",)
+    assert torch.equal(tunerkit.unwrap(loaded)(toys.x()), toys.net()(toys.x()))
+
+
 def test_what_is_no_model_or_has_no_shape_yet_is_refused_in_words(toys: "Toys") -> None:
     """A name in place of the model, a lazy layer, a seed that is no number: our own errors, nothing frozen."""
     with pytest.raises(tunerkit.AdapterError, match=r"expected a torch\.nn\.Module, got str"):

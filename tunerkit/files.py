@@ -22,11 +22,12 @@ from tunerkit.errors import AdapterError, BaseMismatchError, FileError, TargetEr
 from tunerkit.fingerprint import differences, fingerprint
 from tunerkit.header import Header, decode, encode
 from tunerkit.places import refuse_lost
-from tunerkit.readiness import check_name, inside_compiled, refuse_unready
+from tunerkit.readiness import check_name, refuse_unready
 from tunerkit.slots import Slot
 from tunerkit.tuner import Tuner
 from tunerkit.tuner import tuner as find_tuner
 from tunerkit.wrap import structure
+from tunerkit.wrappers import inside
 
 FILE_NAME = "adapter.safetensors"
 _SUFFIX = ".safetensors"
@@ -74,7 +75,7 @@ def load(base: M, path: str | os.PathLike[str], *, adapter: str = "default", tra
     named at once and nothing is loaded then.
     """
     check_name(adapter)
-    root = inside_compiled(base)
+    root = inside(base)
     refuse_unready(root, adapter)
     source = file_at(path, FILE_NAME)
     tensors, header = read(source, kind="adapter")

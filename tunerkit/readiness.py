@@ -76,12 +76,3 @@ def _is_held_by_ddp(model: nn.Module) -> bool:
     # By type: asking isinstance of any object may run code of its own.
     found = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.parallel.DistributedDataParallel)]
     return any(not modules.isdisjoint(parallel.modules()) for parallel in found)
-
-
-def inside_compiled(model: object) -> nn.Module:
-    """The model that `torch.compile` was given: paths must not depend on whether it is compiled."""
-    if not isinstance(model, nn.Module):
-        raise AdapterError(f"expected a torch.nn.Module, got {type(model).__name__}; pass the model itself")
-    while (inner := model._modules.get("_orig_mod")) is not None:
-        model = inner
-    return model

@@ -13,6 +13,7 @@ from tunerkit.configs import AdapterConfig
 from tunerkit.errors import AdapterError, StepError, closest
 from tunerkit.records import RankChange, State, Target
 from tunerkit.slots import Slot, slots_of, walk
+from tunerkit.wrappers import expect_module
 
 _ATTRIBUTE = "_tunerkit"
 # Tuners, copies too, that the watch over optimizers has not seen yet.
@@ -119,10 +120,12 @@ class Tuner:
 def tuners_of(model: nn.Module) -> dict[str, Tuner]:
     """All tuners of ``model`` by adapter name; wrappers such as DDP and compiled modules are seen through.
 
-    Raises `AdapterError` if several parts of it were wrapped on their own: one answer would leave the others out.
+    Raises `AdapterError` for what is no module, and if several parts of it were wrapped on their own: one answer would
+    leave the others out.
     """
     # By identity: a shallow copy shares the record.
-    roots = {id(own_tuners(module)): (path, module) for path, module in model.named_modules() if own_tuners(module)}
+    modules = expect_module(model).named_modules()
+    roots = {id(own_tuners(module)): (path, module) for path, module in modules if own_tuners(module)}
     if len(roots) > 1:
         paths = ", ".join(repr(path) if path else "the model itself" for path, _ in roots.values())
         raise AdapterError(
@@ -164,7 +167,7 @@ def tuner(model: nn.Module, adapter: str | None = None) -> Tuner:
         if len(tuners) > 1:
             raise AdapterError(f"the model has several adapters: {', '.join(tuners)}; say which: adapter=...")
         return next(iter(tuners.values()))
-    if adapter not in tuners:
+    if adapter not in tuple(tuners):  # what was given need not be hashable
         hint = closest(str(adapter), tuners)
         raise AdapterError(f"no adapter named {adapter!r}; there are: {', '.join(tuners)}{hint}")
     return tuners[adapter]

@@ -15,11 +15,12 @@ from tunerkit.errors import ConfigError, TunerkitWarning, closest
 from tunerkit.kinds import describe
 from tunerkit.merge import is_merged, merge, refuse_disabled, restore_originals_
 from tunerkit.patterns import matches
-from tunerkit.readiness import check_name, inside_compiled, refuse_unready
+from tunerkit.readiness import check_name, refuse_unready
 from tunerkit.records import Target
 from tunerkit.steps import detach
 from tunerkit.survey import is_under
 from tunerkit.tuner import Tuner, require_tuners
+from tunerkit.wrappers import inside
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -53,7 +54,7 @@ def wrap(
     adapter name, a model inside DDP, a merged model); the model is then as it was.
     """
     check_name(adapter)
-    root = inside_compiled(model)
+    root = inside(model)
     refuse_unready(root, adapter)
     config = configure(method, config)
     kinds = all_kinds()
