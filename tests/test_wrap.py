@@ -307,6 +307,24 @@ def test_a_model_that_is_itself_the_layer_is_refused_in_words(toys: "Toys") -> N
             tunerkit.wrap(model, "toy-low-rank", config)
 
 
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+@pytest.mark.parametrize("layer", [nn.Linear(3, 3), nn.Conv1d(3, 3, 2), nn.Embedding(3, 3)])
+def test_what_to_do_with_a_model_that_is_the_layer_is_said(toys: "Toys", layer: nn.Module, targets: Any) -> None:
+    """Put into a module it can be adapted: the words say so, and it is true."""
+    words = f"the {type(layer).__name__} itself: is the model.* nn\\.Sequential"
+    with untouched(toys, layer), pytest.raises(TargetError, match=words):
+        tunerkit.wrap(layer, "toy-low-rank", {"targets": targets})
+    tunerkit.wrap(nn.Sequential(copy.deepcopy(layer)), "toy-low-rank", {"targets": ["0"]})
+
+
+def test_an_attention_that_is_the_model_is_told_as_left_out(toys: "Toys") -> None:
+    """Its output projection is inside it and is adapted; q, k and v are its own."""
+    attention = nn.MultiheadAttention(8, 2)
+    with pytest.warns(TunerkitWarning, match=r"the MultiheadAttention itself: is the model"):
+        tunerkit.wrap(attention, "toy-low-rank")
+    assert list(tunerkit.tuner(attention).ranks()) == ["out_proj"]
+
+
 def test_a_part_and_a_whole_cannot_both_be_wrapped(toys: "Toys") -> None:
     """One model holds all adapters: neither a part of a wrapped model nor what contains one is wrapped again."""
     model = toys.trained(targets=["layers.0", "head.0"])

@@ -86,6 +86,8 @@ def select(
     findings = _Findings()
     adaptable = frozenset(id(place.module) for place in scanned.places if is_adaptable(place.module))
     scope = _Scope(_excluded(scanned, exclude, findings), layers, trained, adaptable)
+    if targets is None or ALL_LINEAR in _patterns(targets):
+        _tell_root(model, findings, adaptable=is_adaptable(model))
     if targets is None:
         _choose_default(model, scanned, scope, findings)
     for pattern in () if targets is None else _patterns(targets):
@@ -199,6 +201,12 @@ def _choose_default(model: nn.Module, scanned: Survey, scope: _Scope, findings: 
         _choose_linear(scanned, scope, findings, names=names or ("*",))
 
 
+def _tell_root(model: nn.Module, findings: _Findings, *, adaptable: bool) -> None:
+    """An adapter is a child of a layer inside the model: a model that is a layer itself has no place for one."""
+    if adaptable:
+        findings.left_out[f"the {type(model).__name__} itself"] = _ROOT
+
+
 def _choose_linear(scanned: Survey, scope: _Scope, findings: _Findings, *, names: Sequence[str]) -> None:
     """The linear layers that one of the patterns ``names`` matches; never an output head."""
     matchers = tuple(map(matcher, names))
@@ -280,6 +288,7 @@ def _check_layers(scanned: Survey, scope: _Scope, findings: _Findings) -> None:
 # Words
 
 _HEAD = "nn.MultiheadAttention in an output head, which is meant only if it is named"
+_ROOT = "is the model, and only modules inside one can be targets; put it into a module, nn.Sequential say, to adapt it"
 _EXPERT = "is a stack of matrices in one parameter (an expert tensor), which cannot be adapted yet"
 
 _SHOWN = 8
