@@ -509,6 +509,16 @@ def test_the_header_says_what_is_inside(toys: "Toys", saved: Path) -> None:
     assert {"tunerkit", "torch"} <= set(said["versions"])
 
 
+@pytest.mark.parametrize("path", [None, 3, ["out"]])
+def test_what_is_no_path_is_refused(toys: "Toys", path: Any) -> None:
+    """In every function that takes one."""
+    for call in (tunerkit.save, tunerkit.save_state, tunerkit.load_state):
+        with pytest.raises(FileError, match=rf"expected the path .* got {type(path).__name__}"):
+            call(toys.trained(), path)
+    with pytest.raises(FileError, match="expected the path"):
+        tunerkit.load(toys.net(), path)
+
+
 def test_a_place_that_cannot_be_written_is_named(toys: "Toys", tmp_path: Path) -> None:
     """A file where a folder must be, a folder where the file must be: our own error with the path."""
     model = toys.trained(targets=["conv"])

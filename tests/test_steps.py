@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import attrs
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -362,7 +363,16 @@ def test_the_configs_total_steps_are_enough() -> None:
     assert tunerkit.tuner(model).total_steps == 10
 
 
-@pytest.mark.parametrize("total", [0, -1, 2.5, True, "10"])
+def test_a_total_that_stands_for_an_int_is_one() -> None:
+    """Numpy's integers come out of many calculations of a length."""
+    model = wrapped()
+    optimizer = sgd(model)
+    tunerkit.attach(model, optimizer, total_steps=np.int64(10))  # type: ignore[arg-type]
+    assert type(tunerkit.tuner(model).total_steps) is int
+    assert tunerkit.tuner(model).total_steps == 10
+
+
+@pytest.mark.parametrize("total", [0, -1, 2.5, True, "10", np.float64(3)])
 @pytest.mark.parametrize("method", ["stepping", "plain"])
 def test_a_total_that_is_no_number_of_steps_is_refused(total: object, method: str) -> None:
     """At least 1, and an int: whatever the method needs."""

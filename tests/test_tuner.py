@@ -25,7 +25,7 @@ def test_a_tuner_is_found_by_name_or_alone(toys: "Toys") -> None:
     with pytest.raises(AdapterError, match=r"several adapters: first, second; say which: adapter="):
         tunerkit.tuner(model)
     assert tunerkit.tuner(model, "second").method == "toy-shift"
-    for wrong in ("frist", 3):
+    for wrong in ("frist", 3, ["first"]):
         with pytest.raises(AdapterError, match=r"no adapter named .*there are: first, second"):
             tunerkit.tuner(model, wrong)  # type: ignore[arg-type]
     with pytest.raises(AdapterError, match="did you mean 'first'"):
@@ -77,6 +77,34 @@ def test_parts_wrapped_on_their_own_are_named(
     for part in parts.values():
         tunerkit.unwrap(part)
     assert tunerkit.adapters(model) == {}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        tunerkit.tuner,
+        tunerkit.adapters,
+        tunerkit.active,
+        tunerkit.merge,
+        tunerkit.unmerge,
+        tunerkit.unwrap,
+        tunerkit.trainable_parameters,
+        lambda thing: tunerkit.disabled(thing).__enter__(),
+        lambda thing: tunerkit.attach(thing, nn.Linear(2, 2)),
+        lambda thing: tunerkit.save(thing, "never"),
+        lambda thing: tunerkit.load(thing, "never"),
+        lambda thing: tunerkit.delete(thing, "default"),
+        lambda thing: tunerkit.save_state(thing, "never"),
+        lambda thing: tunerkit.load_state(thing, "never"),
+    ],
+)
+@pytest.mark.parametrize("thing", [None, "bert", [nn.Linear(2, 2)], torch.optim.SGD([nn.Parameter(torch.ones(1))])])
+def test_what_is_no_model_is_refused_by_its_type(call: Callable[[Any], object], thing: object) -> None:
+    """Nothing, a name, a list, an optimizer in the model's place: our own error, in every function."""
+    with pytest.raises(
+        AdapterError, match=rf"expected a torch\.nn\.Module, got {type(thing).__name__}; pass the model"
+    ):
+        call(thing)
 
 
 def test_a_part_wrapped_after_the_whole_is_named(toys: "Toys") -> None:

@@ -728,8 +728,23 @@ def test_what_is_no_model_or_has_no_shape_yet_is_refused_in_words(toys: "Toys") 
     with pytest.raises(tunerkit.AdapterError, match="run one batch first"):
         tunerkit.wrap(model, "toy-shift", {"targets": ["0"]})
     assert all(p.requires_grad for p in model.parameters())
-    with pytest.raises(tunerkit.ConfigError, match="expected an int or None, got str"):
-        tunerkit.wrap(toys.net(), "toy-shift", seed="a")  # type: ignore[arg-type]
+    for seed in ("a", True, 2**70, -(2**64)):
+        with pytest.raises(
+            tunerkit.ConfigError, match=rf"expected an int of 64 bits or None, got \w+ .*{seed}.* @ seed"
+        ):
+            tunerkit.wrap(toys.net(), "toy-shift", seed=seed)  # type: ignore[arg-type]
+    with pytest.raises(UnknownMethodError, match=r"no method named \['toy-shift'\]; installed: .*toy-shift"):
+        tunerkit.wrap(toys.net(), ["toy-shift"])  # type: ignore[arg-type]
+
+
+def test_a_complex_weight_is_refused(toys: "Toys") -> None:
+    """An adapter is real: named it is refused, chosen broadly it is told."""
+    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64), nn.Linear(4, 4))
+    with pytest.raises(TargetError, match=r"0: has complex weights"):
+        tunerkit.wrap(model, "toy-shift", {"targets": ["0"]})
+    with pytest.warns(TunerkitWarning, match=r"0: has complex weights"):
+        tunerkit.wrap(model, "toy-shift", {"targets": "all-linear"})
+    assert list(tunerkit.tuner(model).adapters()) == ["1"]
 
 
 def test_a_weight_computed_from_others_is_refused(toys: "Toys") -> None:

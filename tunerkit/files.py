@@ -241,5 +241,8 @@ def _load_slot(path: str, slot: Slot, tensors: dict[str, Tensor]) -> list[str]:
 
 def file_at(path: str | os.PathLike[str], name: str) -> Path:
     """``path`` itself if it names a file of ours, else the file ``name`` in the folder ``path``."""
-    place = Path(path)
+    try:
+        place = Path(path)
+    except TypeError:
+        raise FileError(f"expected the path of a folder or a file, got {type(path).__name__} {path!r}") from None
     return place if place.suffix == _SUFFIX else place / name

@@ -32,6 +32,8 @@ def weight_obstacle(place: Place, scanned: Survey) -> str | None:
         return "has a weight computed from others (a parametrization), which cannot be adapted yet"
     if any(parameter.is_meta for parameter in parameters) and not is_offloaded(place.module):
         return "has its weight on the meta device; load the weights first"
+    if any(parameter.is_complex() for parameter in parameters):
+        return "has complex weights, which cannot be adapted yet"
     shared = [name for parameter in parameters for name in scanned.sharers.get(id(parameter), ())]
     if shared:
         return f"has a tied weight, shared as {', '.join(shared)}: an adapter on one would be missing on the others"

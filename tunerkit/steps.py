@@ -1,10 +1,11 @@
 """Drive the methods' step hooks from the optimizer's own: nobody has to remember to call anything."""
 
 import functools
+import operator
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 from weakref import WeakKeyDictionary, ref
 
 import attrs
@@ -148,14 +149,24 @@ def agree_on_total(tuner: Tuner, total_steps: int | None) -> int | None:
             "make them equal or leave the config's out"
         )
     total = configured if total_steps is None else total_steps
-    if total is not None and (type(total) is not int or total < 1):
-        raise StepError(f"total_steps: expected a number of optimizer steps >= 1, got {total!r}")
+    total = None if total is None else _as_count(total)
     if total is None and registry.get(tuner.method).needs_steps:
         raise StepError(
             f"method {tuner.method!r} needs the length of training: pass total_steps=... to tunerkit.attach, "
             "or set total_steps in the config"
         )
     return total
+
+
+def _as_count(total: SupportsIndex) -> int:
+    """``total`` as an int; numpy's integers and others that stand for one are fine."""
+    try:
+        count = 0 if isinstance(total, bool) else operator.index(total)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise StepError(f"total_steps: expected a number of optimizer steps >= 1, got {total!r}")
+    return count
 
 
 def drive(

@@ -173,8 +173,8 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    if not isinstance(seed, int):
-        raise ConfigError([f"expected an int or None, got {type(seed).__name__} {seed!r} @ seed"])
+    if type(seed) is not int or not -(2**63) <= seed < 2**64:
+        raise ConfigError([f"expected an int of 64 bits or None, got {type(seed).__name__} {seed!r} @ seed"])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
