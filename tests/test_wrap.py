@@ -757,7 +757,7 @@ def test_a_weight_computed_from_others_is_refused(toys: "Toys") -> None:
 def test_attention_s_own_projection_is_not_trained_alone(toys: "Toys") -> None:
     """MultiheadAttention never calls its out_proj: a copy of it would be saved untrained."""
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "fc": nn.Linear(4, 4)})
-    with pytest.raises(tunerkit.TargetError, match="name the attention 'attention'"):
+    with pytest.raises(tunerkit.TargetError, match="name the owner 'attention'"):
         tunerkit.wrap(model, "toy-shift", {"targets": ["fc"], "train_modules": ["out_proj"]})
 
 
