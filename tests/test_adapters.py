@@ -462,6 +462,25 @@ def test_renaming_moves_the_name_alone(toys: "Toys", heads: Any) -> None:
     assert tunerkit.active(heads) == ("a",)
 
 
+@pytest.mark.parametrize("way", ["wrap", "load"])
+def test_what_was_thawed_by_hand_stays_thawed(toys: "Toys", tmp_path: Path, way: str) -> None:
+    """The first adapter freezes the base; a further one leaves it as it is, and unwrapping thaws it as ever."""
+    path = tunerkit.save(toys.trained(), tmp_path)
+    model = toys.net()
+    model.conv.requires_grad_(False)
+    tunerkit.wrap(model, "toy-shift", {"targets": ["layers.0"]}, adapter="first")
+    model.norm.requires_grad_(True)
+    if way == "wrap":
+        tunerkit.wrap(model, "toy-shift", {"targets": ["layers.1"]})
+    else:
+        tunerkit.load(model, path)
+    thawed = {name for name, p in model.named_parameters() if p.requires_grad and ".tunerkit." not in name}
+    assert thawed == {"norm.weight", "norm.bias"}
+    tunerkit.delete(model, "first")
+    tunerkit.unwrap(model)
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == {"conv.weight", "conv.bias"}
+
+
 def test_deleting_the_last_adapter_gives_the_base_back(toys: "Toys") -> None:
     """One by one in any order: the base keeps frozen until the last goes, then it is as before the first."""
     for order in (["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"]):

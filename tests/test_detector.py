@@ -107,6 +107,44 @@ def test_a_list_of_which_no_layer_runs_is_an_alarm(toys: "Toys") -> None:
     assert "0.layers.0, 0.layers.1." in told(model, torch.ones(2, 3))[0]
 
 
+class Loop(nn.Module):
+    """What Lightning trains: its forward is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(PastForward(), nn.Linear(3, 3))
+
+    def training_step(self, x: Tensor) -> Tensor:
+        found: Tensor = self.net(x)
+        return found.square().mean()
+
+
+def test_a_loop_that_calls_parts_of_the_model_is_told_at_the_first_step(toys: "Toys") -> None:
+    """Where the whole is never called, the first step of the optimizer tells; the second is silent."""
+    model = tunerkit.wrap(Loop(), "toy-shift", {"targets": "all-linear"})
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    tunerkit.attach(model, optimizer)
+    model.training_step(torch.ones(2, 3)).backward()
+    with pytest.warns(TunerkitWarning, match=r"owns their base layer did: net\.0\.out\."):
+        optimizer.step()
+    assert hooks(model) == 3
+    model.training_step(torch.ones(2, 3)).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+def test_a_step_before_anything_ran_leaves_the_watch(toys: "Toys") -> None:
+    """Gradients may come from elsewhere, or from compiled code that nobody can watch."""
+    model = tunerkit.wrap(nn.Sequential(PastForward()), "toy-shift", {"targets": ["out"]})
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    tunerkit.attach(model, optimizer)
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert "0.out." in told(model, torch.ones(2, 3))[0]
+
+
 @pytest.mark.parametrize("end", ["forward", "unwrap"])
 def test_its_hooks_are_gone_after_the_first_forward_and_after_unwrap(toys: "Toys", end: str) -> None:
     """One hook per adapted module is left, or none."""

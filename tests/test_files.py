@@ -475,6 +475,12 @@ def test_training_state_goes_into_a_file_of_its_own(toys: "Toys", tmp_path: Path
     assert (int(seen), steps, tunerkit.tuner(other).steps) == (3, 3, 3)
 
 
+def test_a_state_that_is_not_there_is_told_by_its_own_name(toys: "Toys", saved: Path) -> None:
+    """Beside a saved adapter there may be no state: the words say what writes one."""
+    with pytest.raises(FileError, match=r"state\.safetensors; tunerkit\.save_state writes state\.safetensors into"):
+        tunerkit.load_state(toys.trained(), saved.parent)
+
+
 def test_the_state_of_another_run_is_refused(toys: "Toys", tmp_path: Path, saved: Path) -> None:
     """Another method, other targets, another length where the method plans by it, and the other of the two files."""
     path = tunerkit.save_state(toys.trained("toy-shift", targets=["conv"]), tmp_path)
@@ -501,6 +507,16 @@ def test_the_header_says_what_is_inside(toys: "Toys", saved: Path) -> None:
     assert (said["targets"], said["copies"]) == (["conv", "layers.0", "layers.1"], ["head.0", "head.2"])
     assert said["biases"] == ["conv", "group_norm", "layers.0", "layers.1", "norm"]
     assert {"tunerkit", "torch"} <= set(said["versions"])
+
+
+@pytest.mark.parametrize("path", [None, 3, ["out"]])
+def test_what_is_no_path_is_refused(toys: "Toys", path: Any) -> None:
+    """In every function that takes one."""
+    for call in (tunerkit.save, tunerkit.save_state, tunerkit.load_state):
+        with pytest.raises(FileError, match=rf"expected the path .* got {type(path).__name__}"):
+            call(toys.trained(), path)
+    with pytest.raises(FileError, match="expected the path"):
+        tunerkit.load(toys.net(), path)
 
 
 def test_a_place_that_cannot_be_written_is_named(toys: "Toys", tmp_path: Path) -> None:

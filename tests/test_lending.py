@@ -563,7 +563,7 @@ def test_the_detector_is_silent_about_known_owners_only(toys: "Toys") -> None:
 
 def test_a_projection_that_is_read_is_not_trained_in_full(toys: "Toys") -> None:
     """Its copy would never be called; the attention that holds it is copied whole."""
-    with pytest.raises(TargetError, match="name the attention 'attention'"):
+    with pytest.raises(TargetError, match="name the owner 'attention'"):
         tunerkit.wrap(attends(), "toy-shift", {"targets": ["first"], "train_modules": ["attention.out_proj"]})
     model = toys.fill_(tunerkit.wrap(attends(), "toy-shift", {"targets": ["first"], "train_modules": ["attention"]}))
     assert our_hooks(model) == 0

@@ -163,6 +163,69 @@ def test_a_copy_of_a_merged_model_unmerges_on_its_own(toys: "Toys", way: Any) ->
     assert not torch.equal(model.conv.weight, twin.conv.weight)
 
 
+@pytest.mark.parametrize(("place", "own"), [("layers.1", "targets"), ("head", "train_modules")])
+def test_what_is_tied_by_now_is_not_merged(toys: "Toys", place: str, own: str) -> None:
+    """Merging would change what shares the weight, without a word: the sharer is named, and nothing is merged."""
+    config: dict[str, Any] = {"targets": ["conv"], own: [place]}
+    model = toys.trained(**config)
+    layer = model.layers[1] if place == "layers.1" else model.head[2]
+    model.register_module("other", nn.Linear(8, 3))
+    model.other.weight = layer.weight
+    path = place if place == "layers.1" else "head.2"
+    for permanent in (False, True):
+        with pytest.raises(AdapterError, match=rf"cannot merge into '{path}': it is tied to other\.weight by now"):
+            tunerkit.merge(model, permanent=permanent)
+        assert not is_merged(model)
+    model.other.weight = nn.Parameter(layer.weight.detach().clone())
+    assert is_merged(tunerkit.merge(model))
+
+
+@pytest.mark.parametrize("permanent", [False, True])
+@pytest.mark.parametrize("inside", ["merge", "unwrap", "both"])
+def test_what_is_merged_in_inference_mode_is_a_model_like_any_other(toys: "Toys", permanent: bool, inside: str) -> None:
+    """A merge for evaluation leaves ordinary weights: unwrapped with them kept, the base can be trained."""
+    model = toys.trained()
+    output = model(toys.x())
+    with torch.inference_mode(inside != "unwrap"):
+        tunerkit.merge(model, permanent=permanent)
+    with torch.inference_mode(inside != "merge"):
+        tunerkit.unwrap(model, keep_merged=True)
+    assert tunerkit.adapters(model) == {}
+    assert not any(".tunerkit." in name for name, _ in model.named_parameters())
+    assert toys.close(model(toys.x()), output)
+    model(toys.x()).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_base_built_in_inference_mode_is_unwrapped_whole(toys: "Toys") -> None:
+    """Its parameters ask for gradients again, as they did, and no adapter is left behind."""
+    with torch.inference_mode():
+        base = toys.net()
+    before = toys.snapshot(base)
+    with torch.inference_mode():
+        tunerkit.wrap(base, "toy-low-rank", {"targets": ["conv"]})
+    assert toys.same(toys.snapshot(tunerkit.unwrap(base)), before)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_copy_made_while_disabled_is_an_enabled_model(toys: "Toys", way: Any, merged: bool) -> None:
+    """It has no block to leave: it does what the model does outside, and can be merged, unwrapped and trained."""
+    model = toys.trained()
+    output = model(toys.x())
+    if merged:
+        tunerkit.merge(model)
+    with tunerkit.disabled(model):
+        twin = way(model)
+        assert torch.equal(model(toys.x()), toys.net()(toys.x()))
+    assert torch.equal(twin(toys.x()), output)
+    with pytest.raises(AdapterError, match="not merged"):
+        tunerkit.unmerge(twin)
+    assert toys.close(tunerkit.merge(twin)(toys.x()), output)
+    base = toys.net().state_dict()
+    assert all(torch.equal(tensor, base[name]) for name, tensor in tunerkit.unwrap(twin).state_dict().items())
+
+
 def test_the_originals_are_in_no_state_dict(toys: "Toys") -> None:
     """Merging changes no key: a checkpoint of a merged model is that of the model."""
     model = trained(toys, "toy-low-rank", "all")

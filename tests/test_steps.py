@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import attrs
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -362,7 +363,16 @@ def test_the_configs_total_steps_are_enough() -> None:
     assert tunerkit.tuner(model).total_steps == 10
 
 
-@pytest.mark.parametrize("total", [0, -1, 2.5, True, "10"])
+def test_a_total_that_stands_for_an_int_is_one() -> None:
+    """Numpy's integers come out of many calculations of a length."""
+    model = wrapped()
+    optimizer = sgd(model)
+    tunerkit.attach(model, optimizer, total_steps=np.int64(10))  # type: ignore[arg-type]
+    assert type(tunerkit.tuner(model).total_steps) is int
+    assert tunerkit.tuner(model).total_steps == 10
+
+
+@pytest.mark.parametrize("total", [0, -1, 2.5, True, "10", np.float64(3)])
 @pytest.mark.parametrize("method", ["stepping", "plain"])
 def test_a_total_that_is_no_number_of_steps_is_refused(total: object, method: str) -> None:
     """At least 1, and an int: whatever the method needs."""
@@ -376,6 +386,39 @@ def test_an_optimizer_without_the_adapters_parameters_is_refused(method: str) ->
     model = wrapped(method)
     other = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
     assert "requires_grad" in refusal(model, other, total_steps=5)
+
+
+@pytest.mark.parametrize("method", ["stepping", "plain"])
+def test_what_an_optimizer_lacks_of_an_adapter_is_told_in_one_warning(method: str) -> None:
+    """Whatever it is, an adapter here or a head there: named by what it is and where; with everything held, silence."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(3, 3) for _ in range(8)]
+    model = wrapped(method, model=nn.Sequential(*layers), targets="re:[0-6]", train_modules=["7"])
+    own = dict(model.named_parameters())
+    held = [own["0.tunerkit.default.adapter.v"], own["7.tunerkit.default.copy.bias"]]
+    with pytest.warns(tunerkit.TunerkitWarning, match="adapter 'default' trains") as told:
+        tunerkit.attach(model, torch.optim.SGD(held, lr=0.1), total_steps=5)
+    assert len(told) == 1
+    assert "moves it: adapter.v at 1, 2, 3, 4, 5 and 1 more; copy.weight at 7; build it from" in str(told[0].message)
+    tunerkit.unwrap(model)
+    wrapped(method, model=model, targets="re:[0-6]", train_modules=["7"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tunerkit.attach(model, sgd(model), total_steps=5)
+
+
+def test_a_head_alone_does_not_train_an_adapter_that_needs_steps() -> None:
+    """A method that prunes judges its adapters by their training; one that does not may train a head alone."""
+    for method, refused in (("stepping", True), ("plain", False)):
+        torch.manual_seed(0)
+        layers = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+        model = wrapped(method, model=layers, train_modules=["1"])
+        head = torch.optim.SGD([p for n, p in model.named_parameters() if ".copy." in n], lr=0.1)
+        if refused:
+            assert "holds none of the parameters of adapter 'default' at its 1 places" in refusal(model, head)
+        else:
+            with pytest.warns(tunerkit.TunerkitWarning, match=r"adapter\.v at 0;"):
+                tunerkit.attach(model, head)
 
 
 def test_attaching_twice_is_refused() -> None:
@@ -495,6 +538,35 @@ def test_attach_changes_nothing_when_one_of_several_adapters_is_refused(reason: 
     assert (first.steps, other.steps) == (0, 0)
 
 
+def test_of_several_adapters_the_one_left_to_attach_is_named() -> None:
+    """Whoever attaches a second adapter to its own optimizer has to say which: the words do."""
+    model = wrapped()
+    first = sgd(model)
+    tunerkit.attach(model, first, total_steps=5)
+    wrapped(adapter="second", model=model)
+    own = torch.optim.SGD(tunerkit.tuner(model, "second").parameters(), lr=0.1)
+    assert refusal(model, own, total_steps=5).endswith("wrap again for a new run, adapter='second' attaches another")
+    tunerkit.attach(model, own, total_steps=5, adapter="second")
+    assert refusal(model, own, total_steps=5).endswith("wrap again for a new run")
+
+
+def test_a_schedule_that_begins_anew_is_told() -> None:
+    """A second optimizer for a method that needs steps: said, with the way to go on; never for one that needs none."""
+    for method in ("stepping", "plain"):
+        model = wrapped(method)
+        optimizer = sgd(model)
+        tunerkit.attach(model, optimizer, total_steps=5)
+        backward(model)
+        optimizer.step()
+        twin = copy.deepcopy(model)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tunerkit.attach(twin, sgd(twin), total_steps=5)
+        told = [str(warning.message) for warning in caught]
+        assert len(told) == (method == "stepping")
+        assert all("anew at step 0 for adapter 'default' after 1 steps" in one and "load_state" in one for one in told)
+
+
 def test_a_frozen_adapter_is_left_alone_and_refused_by_name() -> None:
     """One that is loaded only to be used beside a trained one must not be driven."""
     model = wrapped("stepping", "second", wrapped())
@@ -504,7 +576,9 @@ def test_a_frozen_adapter_is_left_alone_and_refused_by_name() -> None:
     optimizer = sgd(model)
     tunerkit.attach(model, optimizer, total_steps=5)
     assert [steps.is_attached(tuner) for tuner in (frozen, training)] == [False, True]
-    assert "trainable=True" in refusal(model, optimizer, total_steps=5, adapter="default")
+    words = refusal(model, optimizer, total_steps=5, adapter="default")
+    assert "tunerkit.thaw(model, 'default')" in words
+    assert "trainable=True" in words
 
 
 def test_an_optimizer_that_is_gone_holds_no_adapter() -> None:

@@ -369,7 +369,9 @@ UNFIT = [
     pytest.param(tied_pair, "odd", r"odd: has a tied weight, shared as odd\.weight, embed\.weight", id="tied"),
     pytest.param(lambda: odd(lambda: OwnForward(4, 4)), "odd", "odd: is a OwnForward", id="own forward"),
     pytest.param(lambda: odd(lambda: nn.Embedding(4, 4, max_norm=1.0)), "odd", "odd: has max_norm set", id="max_norm"),
-    pytest.param(Mixture, "down_proj", r"expert tensor \(experts\.down_proj\), not a module", id="expert"),
+    pytest.param(
+        Mixture, "down_proj", r"is a stack of matrices in one parameter \(experts\.down_proj\), and no", id="expert"
+    ),
 ]
 
 
@@ -439,6 +441,26 @@ def test_an_expert_tensor_beside_layers_of_the_same_name_is_told() -> None:
     model = nn.ModuleDict({"dense": nn.ModuleDict({"down_proj": nn.Linear(4, 4)}), "experts": Experts()})
     with pytest.warns(TunerkitWarning, match=r"experts\.down_proj: is a stack of matrices"):
         assert chosen(model, "down_proj") == ["dense.down_proj"]
+
+
+def test_stacks_of_matrices_are_not_all_called_experts() -> None:
+    """Law: XLNet's heads and a bilinear form are told as what they are, by a broad choice and by name."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Parameter(torch.zeros(4, 2, 2))
+            self.form = nn.Bilinear(2, 3, 4)
+            self.fc = nn.Linear(4, 4)
+
+    with pytest.warns(TunerkitWarning) as caught:
+        assert chosen(nn.Sequential(Heads()), "all-linear") == ["0.fc"]
+    for name in ("0.q", r"0.form.weight"):
+        assert f"{name}: is a stack of matrices in one parameter (of experts or attention heads" in str(
+            caught[0].message
+        )
+    with pytest.raises(TargetError, match=r"'q' is a stack of matrices in one parameter \(0\.q\), and no module"):
+        chosen(nn.Sequential(Heads()), "q")
 
 
 def test_expert_tensors_that_are_trained_in_full_are_not_told() -> None:
@@ -644,7 +666,7 @@ def test_a_mixture_of_experts_gets_its_attention_and_is_told_of_experts_and_rout
     assert {path.rpartition(".")[2] for path in selected} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert "experts.gate_up_proj and 1 more like it: is a stack of matrices" in str(caught[0].message)
     assert "mlp.gate and 1 more like it: is a" in str(caught[0].message)
-    with pytest.raises(TargetError, match="'down_proj' is an expert tensor"):
+    with pytest.raises(TargetError, match="'down_proj' is a stack of matrices in one parameter"):
         chosen(model, ["q_proj", "down_proj"])
 
 

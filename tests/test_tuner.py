@@ -1,8 +1,11 @@
 """The handle on one adapter: found by name, ambiguous or not, and what it says without any step."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from torch import nn
 
 import tunerkit
@@ -22,7 +25,7 @@ def test_a_tuner_is_found_by_name_or_alone(toys: "Toys") -> None:
     with pytest.raises(AdapterError, match=r"several adapters: first, second; say which: adapter="):
         tunerkit.tuner(model)
     assert tunerkit.tuner(model, "second").method == "toy-shift"
-    for wrong in ("frist", 3):
+    for wrong in ("frist", 3, ["first"]):
         with pytest.raises(AdapterError, match=r"no adapter named .*there are: first, second"):
             tunerkit.tuner(model, wrong)  # type: ignore[arg-type]
     with pytest.raises(AdapterError, match="did you mean 'first'"):
@@ -41,6 +44,79 @@ def test_wrappers_around_the_model_are_seen_through(toys: "Toys") -> None:
     assert (tunerkit.unmerge(outer)(toys.x()) == output).all()
     assert tunerkit.unwrap(outer) is outer
     assert tuners_of(outer) == tuners_of(model) == {}
+
+
+CALLS: dict[str, Callable[[nn.Module, Path], object]] = {
+    "tuner": lambda model, path: tunerkit.tuner(model, "default"),
+    "adapters": lambda model, path: tunerkit.adapters(model),
+    "attach": lambda model, path: tunerkit.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=3),
+    "merge": lambda model, path: tunerkit.merge(model),
+    "unwrap": lambda model, path: tunerkit.unwrap(model),
+    "save": lambda model, path: tunerkit.save(model, path),
+    "wrap": lambda model, path: tunerkit.wrap(model, "toy-shift", adapter="third"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
+@pytest.mark.parametrize("second", ["default", "other"])
+def test_parts_wrapped_on_their_own_are_named(
+    toys: "Toys", tmp_path: Path, call: Callable[[nn.Module, Path], object], second: str
+) -> None:
+    """Asked of the whole, nothing answers for one of the parts alone: the error names both, and changes nothing."""
+    parts = {name: toys.net() for name in ("text", "image")}
+    model = nn.ModuleDict(parts)
+    for part, adapter in zip(parts.values(), ("default", second), strict=True):
+        toys.fill_(tunerkit.wrap(part, "toy-low-rank", {"targets": ["conv"]}, adapter=adapter, seed=3))
+    before = toys.snapshot(model)
+    with pytest.raises(AdapterError, match=r"ModuleDict were wrapped on their own: 'text', 'image'; call it on one"):
+        call(model, tmp_path)
+    assert toys.same(toys.snapshot(model), before)
+    assert not list(tmp_path.iterdir())
+    output = parts["text"](toys.x())
+    assert toys.close(tunerkit.merge(parts["text"])(toys.x()), output)
+    for part in parts.values():
+        tunerkit.unwrap(part)
+    assert tunerkit.adapters(model) == {}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        tunerkit.tuner,
+        tunerkit.adapters,
+        tunerkit.active,
+        tunerkit.merge,
+        tunerkit.unmerge,
+        tunerkit.unwrap,
+        tunerkit.trainable_parameters,
+        lambda thing: tunerkit.disabled(thing).__enter__(),
+        lambda thing: tunerkit.attach(thing, nn.Linear(2, 2)),
+        lambda thing: tunerkit.save(thing, "never"),
+        lambda thing: tunerkit.load(thing, "never"),
+        lambda thing: tunerkit.delete(thing, "default"),
+        lambda thing: tunerkit.save_state(thing, "never"),
+        lambda thing: tunerkit.load_state(thing, "never"),
+    ],
+)
+@pytest.mark.parametrize("thing", [None, "bert", [nn.Linear(2, 2)], torch.optim.SGD([nn.Parameter(torch.ones(1))])])
+def test_what_is_no_model_is_refused_by_its_type(call: Callable[[Any], object], thing: object) -> None:
+    """Nothing, a name, a list, an optimizer in the model's place: our own error, in every function."""
+    with pytest.raises(
+        AdapterError, match=rf"expected a torch\.nn\.Module, got {type(thing).__name__}; pass the model"
+    ):
+        call(thing)
+
+
+def test_a_part_wrapped_after_the_whole_is_named(toys: "Toys") -> None:
+    """The whole goes on training its own; what is asked of it names both, and the part can be taken out."""
+    model = tunerkit.wrap(toys.net(), "toy-shift", {"targets": ["conv"]})
+    whole = tunerkit.tuner(model)
+    tunerkit.wrap(model.head, "toy-shift", {"targets": ["0"]})
+    with pytest.raises(AdapterError, match=r"Net were wrapped on their own: the model itself, 'head'"):
+        tunerkit.merge(model)
+    assert len(list(whole.parameters())) == 1
+    tunerkit.unwrap(model.head)
+    assert tunerkit.tuner(model) is whole
 
 
 def test_a_plain_model_has_no_tuner(toys: "Toys") -> None:

@@ -6,6 +6,7 @@ import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -260,6 +261,34 @@ def test_a_model_inside_ddp_is_refused(toys: "Toys") -> None:
             tunerkit.wrap(model, "toy-shift", {"targets": ["conv"]})
 
 
+@pytest.fixture
+def _process_group(tmp_path: Path) -> Iterator[None]:
+    """A group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_the_model_that_ddp_holds_is_refused_too(toys: "Toys", tmp_path: Path) -> None:
+    """`ddp.module`, a part of it, or what it is a part of: nothing of DDP can be seen there, yet it synchronises none.
+
+    A model that DDP does not hold, or holds no more, is fine.
+    """
+    path = tunerkit.save(toys.trained(), tmp_path)
+    model, whole = toys.net(), nn.Module()
+    whole.add_module("part", model)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    for each in (model, model.head, whole):
+        with untouched(toys, model), pytest.raises(AdapterError, match="already inside DistributedDataParallel"):
+            tunerkit.wrap(each, "toy-low-rank")
+    with untouched(toys, model), pytest.raises(AdapterError, match="already inside DistributedDataParallel"):
+        tunerkit.load(model, path)
+    tunerkit.wrap(toys.net(), "toy-low-rank")
+    del parallel
+    tunerkit.load(model, path)
+
+
 def test_a_tied_module_cannot_be_trained_in_full(toys: "Toys") -> None:
     """A copy of a tied module would tear the tie: the error names who shares."""
     model = toys.net()
@@ -276,6 +305,24 @@ def test_a_model_that_is_itself_the_layer_is_refused_in_words(toys: "Toys") -> N
         model = nn.Linear(3, 3)
         with untouched(toys, model), pytest.raises(TargetError, match=r"no|nothing"):
             tunerkit.wrap(model, "toy-low-rank", config)
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+@pytest.mark.parametrize("layer", [nn.Linear(3, 3), nn.Conv1d(3, 3, 2), nn.Embedding(3, 3)])
+def test_what_to_do_with_a_model_that_is_the_layer_is_said(toys: "Toys", layer: nn.Module, targets: Any) -> None:
+    """Put into a module it can be adapted: the words say so, and it is true."""
+    words = f"the {type(layer).__name__} itself: is the model.* nn\\.Sequential"
+    with untouched(toys, layer), pytest.raises(TargetError, match=words):
+        tunerkit.wrap(layer, "toy-low-rank", {"targets": targets})
+    tunerkit.wrap(nn.Sequential(copy.deepcopy(layer)), "toy-low-rank", {"targets": ["0"]})
+
+
+def test_an_attention_that_is_the_model_is_told_as_left_out(toys: "Toys") -> None:
+    """Its output projection is inside it and is adapted; q, k and v are its own."""
+    attention = nn.MultiheadAttention(8, 2)
+    with pytest.warns(TunerkitWarning, match=r"the MultiheadAttention itself: is the model"):
+        tunerkit.wrap(attention, "toy-low-rank")
+    assert list(tunerkit.tuner(attention).ranks()) == ["out_proj"]
 
 
 def test_a_part_and_a_whole_cannot_both_be_wrapped(toys: "Toys") -> None:
@@ -657,6 +704,22 @@ def test_a_compiled_model_is_wrapped_inside(toys: "Toys", tmp_path: Any) -> None
     assert torch.equal(tunerkit.unwrap(compiled)(toys.x()), base)
 
 
+def test_a_data_parallel_model_is_wrapped_inside(toys: "Toys", tmp_path: Path) -> None:
+    """Paths, files and targets are those of the bare model, around a compiled one too; a call finds the tuner."""
+    parallel: Any = nn.DataParallel(torch.compile(toys.net(), backend="eager"))
+    assert tunerkit.wrap(parallel, "toy-low-rank", toys.full, seed=3) is parallel
+    toys.fill_(parallel)
+    plain = toys.trained()
+    assert list(tunerkit.tuner(parallel).adapters()) == list(tunerkit.tuner(plain).adapters())
+    assert toys.close(parallel(toys.x()), plain(toys.x()))
+    path = tunerkit.save(parallel, tmp_path)
+    assert torch.equal(tunerkit.load(toys.net(), path)(toys.x()), plain(toys.x()))
+    loaded = tunerkit.load(nn.DataParallel(toys.net()), path)
+    assert torch.equal(loaded(toys.x()), plain(toys.x()))
+    assert tunerkit.active(loaded) == ("default",)
+    assert torch.equal(tunerkit.unwrap(loaded)(toys.x()), toys.net()(toys.x()))
+
+
 def test_what_is_no_model_or_has_no_shape_yet_is_refused_in_words(toys: "Toys") -> None:
     """A name in place of the model, a lazy layer, a seed that is no number: our own errors, nothing frozen."""
     with pytest.raises(tunerkit.AdapterError, match=r"expected a torch\.nn\.Module, got str"):
@@ -665,8 +728,23 @@ def test_what_is_no_model_or_has_no_shape_yet_is_refused_in_words(toys: "Toys") 
     with pytest.raises(tunerkit.AdapterError, match="run one batch first"):
         tunerkit.wrap(model, "toy-shift", {"targets": ["0"]})
     assert all(p.requires_grad for p in model.parameters())
-    with pytest.raises(tunerkit.ConfigError, match="expected an int or None, got str"):
-        tunerkit.wrap(toys.net(), "toy-shift", seed="a")  # type: ignore[arg-type]
+    for seed in ("a", True, 2**70, -(2**64)):
+        with pytest.raises(
+            tunerkit.ConfigError, match=rf"expected an int of 64 bits or None, got \w+ .*{seed}.* @ seed"
+        ):
+            tunerkit.wrap(toys.net(), "toy-shift", seed=seed)  # type: ignore[arg-type]
+    with pytest.raises(UnknownMethodError, match=r"no method named \['toy-shift'\]; installed: .*toy-shift"):
+        tunerkit.wrap(toys.net(), ["toy-shift"])  # type: ignore[arg-type]
+
+
+def test_a_complex_weight_is_refused(toys: "Toys") -> None:
+    """An adapter is real: named it is refused, chosen broadly it is told."""
+    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64), nn.Linear(4, 4))
+    with pytest.raises(TargetError, match=r"0: has complex weights"):
+        tunerkit.wrap(model, "toy-shift", {"targets": ["0"]})
+    with pytest.warns(TunerkitWarning, match=r"0: has complex weights"):
+        tunerkit.wrap(model, "toy-shift", {"targets": "all-linear"})
+    assert list(tunerkit.tuner(model).adapters()) == ["1"]
 
 
 def test_a_weight_computed_from_others_is_refused(toys: "Toys") -> None:
@@ -679,7 +757,7 @@ def test_a_weight_computed_from_others_is_refused(toys: "Toys") -> None:
 def test_attention_s_own_projection_is_not_trained_alone(toys: "Toys") -> None:
     """MultiheadAttention never calls its out_proj: a copy of it would be saved untrained."""
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "fc": nn.Linear(4, 4)})
-    with pytest.raises(tunerkit.TargetError, match="name the attention 'attention'"):
+    with pytest.raises(tunerkit.TargetError, match="name the owner 'attention'"):
         tunerkit.wrap(model, "toy-shift", {"targets": ["fc"], "train_modules": ["out_proj"]})
 
 

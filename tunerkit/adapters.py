@@ -7,14 +7,15 @@ from torch import nn
 from tunerkit import inject, steps
 from tunerkit.errors import AdapterError
 from tunerkit.merge import refuse_disabled, refuse_merged
-from tunerkit.readiness import check_name, inside_compiled, refuse_taken
+from tunerkit.readiness import check_name, refuse_taken
 from tunerkit.tuner import Tuner, require_tuners, tuners_of
 from tunerkit.tuner import tuner as find_tuner
+from tunerkit.wrappers import inside
 
 
 def adapters(model: nn.Module) -> dict[str, Tuner]:
     """The tuners of ``model`` by adapter name, the oldest first; empty for a model without adapters."""
-    return dict(tuners_of(inside_compiled(model)))
+    return dict(tuners_of(inside(model)))
 
 
 def active(model: nn.Module) -> tuple[str, ...]:
@@ -88,13 +89,13 @@ def delete(model: nn.Module, adapter: str) -> None:
 
 def _root(model: nn.Module) -> nn.Module:
     """The model that was wrapped, seen through what holds it."""
-    return next(iter(require_tuners(inside_compiled(model)).values())).model
+    return next(iter(require_tuners(inside(model)).values())).model
 
 
 def _named(model: nn.Module, adapter: object) -> Tuner:
     if not isinstance(adapter, str):
         raise AdapterError(f"expected an adapter's name, got {type(adapter).__name__} {adapter!r}")
-    return find_tuner(inside_compiled(model), adapter)
+    return find_tuner(inside(model), adapter)
 
 
 def _refuse_fixed(model: nn.Module, what: str) -> None:

@@ -1,10 +1,13 @@
 """Attach: connect the adapters of a model with what trains them."""
 
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from tunerkit import registry, watch  # noqa: F401  # watch registers its hook
+from tunerkit.errors import TunerkitWarning
 from tunerkit.resume import carry
 from tunerkit.steps import drive, find_optimizer, is_frozen
 from tunerkit.tuner import Tuner, require_tuners
@@ -22,8 +25,8 @@ def attach(
     that saves and loads model and optimizer resumes exactly, if it attaches before it loads.
 
     Raises `StepError`: total steps unknown, disagreeing with the config's, an optimizer that does not hold the
-    adapter's parameters, a frozen adapter, attached twice; and `ConfigError` if the schedule leaves no room. No
-    adapter is attached then.
+    adapter's parameters, a frozen adapter, attached twice; `AdapterError` if adapted modules were replaced or resized
+    after wrapping; and `ConfigError` if the schedule leaves no room. No adapter is attached then.
     """
     tuners = _chosen(model, adapter)
     trainer = _as_trainer(optimizer_or_trainer)
@@ -32,11 +35,25 @@ def attach(
 
         integration.attach_trainer(tuners, trainer, total_steps)
         return
+    earlier = {tuner.name: tuner.steps for tuner in tuners if tuner.steps and registry.get(tuner.method).needs_steps}
     optimizer = find_optimizer(optimizer_or_trainer)
     drive(tuners, optimizer, total_steps=total_steps)
     for tuner in tuners:
         if registry.get(tuner.method).needs_steps:
             carry(tuner, optimizer)  # a Trainer's checkpoints have a file for it
+    if earlier:
+        _warn_of_restart(earlier)
+
+
+def _warn_of_restart(earlier: Mapping[str, int]) -> None:
+    """Tell of schedules that begin anew although training has been going on; ``earlier`` are the steps by adapter."""
+    told = ", ".join(f"{name!r} after {count} steps" for name, count in earlier.items())
+    warnings.warn(
+        f"the schedule begins anew at step 0 for adapter {told}; to go on with that training instead, load "
+        "its state: tunerkit.load_state, or the optimizer's state_dict",
+        TunerkitWarning,
+        stacklevel=3,
+    )
 
 
 def _chosen(model: nn.Module, adapter: str | None) -> list[Tuner]:

@@ -108,7 +108,7 @@ def choose_copies(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
         owner = model.get_submodule(parent(path))
         if isinstance(owner, nn.MultiheadAttention) or path.rpartition(".")[2] in read_children(owner):
             raise TargetError(
-                f"train_modules: {path!r} is read past its forward by its owner; name the attention {parent(path)!r}"
+                f"train_modules: {path!r} is read past its forward by its owner; name the owner {parent(path)!r}"
             )
         leaves = [leaf for leaf, module in _uncontained(path, model.get_submodule(path)) if _has_tensors(module)]
         if not leaves:

@@ -17,7 +17,7 @@ _ATTRIBUTE = "_tunerkit_calls"
 
 @attrs.define(eq=False)
 class Calls:
-    """What ran during the first eager forward of the whole model, by the adapted modules' paths."""
+    """What ran before the first report, in eager mode, by the adapted modules' paths."""
 
     owner_ran: set[str] = attrs.field(factory=set)
     called: set[str] = attrs.field(factory=set)
@@ -25,7 +25,10 @@ class Calls:
 
 
 def watch(model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
-    """Watch the next eager forward of ``model`` and warn about adapted modules that did not run, but their owner did.
+    """Watch ``model`` run and warn about adapted modules that did not run, but their owner did.
+
+    That is told after the next eager forward of the whole, or at a step of the optimizer if that comes first: a custom
+    loop may call parts of the model only.
 
     A layer that a branch or LayerDrop leaves out is no false alarm if its owner is left out with it, or if it is one
     of a list or dict of modules and another of them ran: its owner chose among them.
@@ -36,7 +39,7 @@ def watch(model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
         owner = _owner(model, path)
         calls.handles.append(module.register_forward_pre_hook(functools.partial(_note, calls.called, path)))
         calls.handles.append(owner.register_forward_pre_hook(functools.partial(_note, calls.owner_ran, path)))
-    calls.handles.append(model.register_forward_hook(functools.partial(_report, calls)))
+    calls.handles.append(model.register_forward_hook(_report))
     vars(model)[_ATTRIBUTE] = calls
 
 
@@ -74,8 +77,10 @@ def _note(seen: set[str], path: str, module: nn.Module, args: Any) -> None:
         seen.add(path)
 
 
-def _report(calls: Calls, model: nn.Module, args: Any, output: Any) -> None:
-    if torch.compiler.is_compiling():
+def report(model: nn.Module) -> None:
+    """Tell what has been seen of ``model``, once; while nothing has run in eager mode the watch goes on."""
+    calls: Calls | None = vars(model).get(_ATTRIBUTE)
+    if calls is None or not calls.owner_ran or torch.compiler.is_compiling():
         return
     unwatch(model)
     chosen_among = {path.rpartition(".")[0] for path in calls.called if _is_listed(model, path)}
@@ -87,5 +92,9 @@ def _report(calls: Calls, model: nn.Module, args: Any, output: Any) -> None:
             "adapter has no effect there: leave these layers out (exclude=...) or install a plugin with a base-layer "
             "kind for their owner",
             TunerkitWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
+
+
+def _report(model: nn.Module, args: Any, output: Any) -> None:
+    report(model)

@@ -21,14 +21,20 @@ from tunerkit.configs import unstructure
 from tunerkit.errors import AdapterError, BaseMismatchError, FileError, TargetError, TunerkitWarning
 from tunerkit.fingerprint import differences, fingerprint
 from tunerkit.header import Header, decode, encode
-from tunerkit.readiness import check_name, inside_compiled, refuse_unready
+from tunerkit.places import refuse_lost
+from tunerkit.readiness import check_name, refuse_unready
 from tunerkit.slots import Slot
 from tunerkit.tuner import Tuner
 from tunerkit.tuner import tuner as find_tuner
 from tunerkit.wrap import structure
+from tunerkit.wrappers import inside
 
 FILE_NAME = "adapter.safetensors"
 _SUFFIX = ".safetensors"
+_WRITTEN_BY = {
+    "adapter": f"tunerkit.save writes {FILE_NAME}",
+    "state": "tunerkit.save_state writes state.safetensors",
+}
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -39,7 +45,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None 
     A folder (made if missing) gets ``adapter.safetensors``; a path ending in ``.safetensors`` is the file. An
     existing file is replaced in one move: readers see the old one or the new one.
 
-    Raises `AdapterError` for a method that needs steps and had none, and for an adapter whose weights are offloaded.
+    Raises `AdapterError` for a method that needs steps and had none, for an adapter whose weights are offloaded, and
+    if adapted modules were replaced or resized after wrapping: no base would fit the file.
     """
     tuner = find_tuner(model, adapter)
     if registry.get(tuner.method).needs_steps and tuner.steps == 0 and not tuner.loaded:
@@ -53,6 +60,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None 
 
 def save_tuner(tuner: Tuner, path: str | os.PathLike[str]) -> Path:
     """`save` of one tuner as it stands, wherever it is in its schedule: a checkpoint."""
+    refuse_lost([tuner])
     tensors = adapter_tensors(tuner)
     target = file_at(path, FILE_NAME)
     write(target, tensors, encode(describe(tuner, kind="adapter"), tensors))
@@ -67,7 +75,7 @@ def load(base: M, path: str | os.PathLike[str], *, adapter: str = "default", tra
     named at once and nothing is loaded then.
     """
     check_name(adapter)
-    root = inside_compiled(base)
+    root = inside(base)
     refuse_unready(root, adapter)
     source = file_at(path, FILE_NAME)
     tensors, header = read(source, kind="adapter")
@@ -169,7 +177,7 @@ def _ordered(data: bytes) -> tuple[bytes, memoryview]:
 def read(path: Path, *, kind: str) -> tuple[dict[str, Tensor], Header]:
     """The tensors and the checked header of a tunerkit file. Raises `FileError`."""
     if not path.is_file():
-        raise FileError(f"there is no file {path}; tunerkit.save writes {FILE_NAME} into the folder it is given")
+        raise FileError(f"there is no file {path}; {_WRITTEN_BY[kind]} into the folder it is given")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             found = file.metadata()
@@ -235,5 +243,8 @@ def _load_slot(path: str, slot: Slot, tensors: dict[str, Tensor]) -> list[str]:
 
 def file_at(path: str | os.PathLike[str], name: str) -> Path:
     """``path`` itself if it names a file of ours, else the file ``name`` in the folder ``path``."""
-    place = Path(path)
+    try:
+        place = Path(path)
+    except TypeError:
+        raise FileError(f"expected the path of a folder or a file, got {type(path).__name__} {path!r}") from None
     return place if place.suffix == _SUFFIX else place / name

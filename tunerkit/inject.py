@@ -12,7 +12,7 @@ from tunerkit import detector, lending, offloading
 from tunerkit.base_layers import BaseLayer
 from tunerkit.errors import AdapterError
 from tunerkit.slots import CHILD, Slot, Slots, apply_slots, slots_of, walk
-from tunerkit.tuner import Tuner, set_tuners, tuners_of
+from tunerkit.tuner import Tuner, own_tuners, set_tuners
 
 # Marks a batch norm whose statistics are held, to be moved again after unwrapping.
 _HELD = "_tunerkit_held"
@@ -31,9 +31,11 @@ def inject_(plan: Plan, *, trainable: bool) -> None:
     """Freeze the base and add the plan's slots beside its modules, each with one forward hook."""
     tuner = plan.tuner
     model = tuner.model
+    others = own_tuners(model)
     for slot in plan.slots.values():
         _train(slot, trainable)
-    tuner.frozen = freeze_base_(model)
+    # Once: what somebody thawed beside the first adapter is meant to be trained.
+    tuner.frozen = () if others else freeze_base_(model)
     for path, module in tuner.modules().items():
         slots = slots_of(module)
         if slots is None:
@@ -47,7 +49,6 @@ def inject_(plan: Plan, *, trainable: bool) -> None:
         slots.put(tuner.name, slot)
     for place in tuner.copies:
         hold_statistics_(place.module)
-    others = tuners_of(model)
     tuner.turn = 1 + max((other.turn for other in others.values() if other.turn is not None), default=-1)
     set_tuners(model, {**others, tuner.name: tuner})
     _watch(model)
@@ -68,7 +69,7 @@ def eject_(tuner: Tuner) -> None:
         if slots_of(place.module) is None:  # else another adapter trains it as a copy too
             release_statistics_(place.module)
     tuner.turn = None
-    left = {name: other for name, other in tuners_of(tuner.model).items() if other is not tuner}
+    left = {name: other for name, other in own_tuners(tuner.model).items() if other is not tuner}
     if left:
         heir = next(iter(left.values()))
         heir.frozen = tuple(dict.fromkeys((*heir.frozen, *tuner.frozen)))
@@ -82,7 +83,7 @@ def eject_(tuner: Tuner) -> None:
 
 def activate_(model: nn.Module, names: Sequence[str]) -> None:
     """Apply exactly the adapters named, in that order. Compiled code follows: its guards read the tuples."""
-    for name, tuner in tuners_of(model).items():
+    for name, tuner in own_tuners(model).items():
         tuner.turn = names.index(name) if name in names else None
     for _, _, slots in walk(model):
         slots.active = tuple(name for name in names if slots.get(name) is not None)
@@ -96,7 +97,7 @@ def rename_(tuner: Tuner, new: str) -> None:
         if slots is not None and slots.get(old) is not None:
             slots.rename(old, new)
     tuner.name = new
-    tuners = tuners_of(tuner.model)
+    tuners = own_tuners(tuner.model)
     set_tuners(tuner.model, {new if name == old else name: other for name, other in tuners.items()})
 
 
@@ -116,7 +117,7 @@ def _train(slot: Slot, trained: bool) -> None:
 def _watch(model: nn.Module) -> None:
     """Watch the next forward anew, for the places that are adapted now."""
     detector.unwatch(model)
-    places = {path: module for tuner in tuners_of(model).values() for path, module in tuner.modules().items()}
+    places = {path: module for tuner in own_tuners(model).values() for path, module in tuner.modules().items()}
     # Where weights are lent to an owner the module itself is never called, and rightly.
     hooked = {path: module for path, module in places.items() if apply_slots in module._forward_hooks.values()}
     if hooked:
@@ -193,7 +194,9 @@ def thaw_base_(model: nn.Module, names: tuple[str, ...]) -> None:
     parameters = base_parameters(model)
     for name in names:
         if name in parameters:
-            parameters[name].requires_grad_(True)
+            # A base that was built in inference mode asks for a gradient only there.
+            with torch.inference_mode(parameters[name].is_inference()):
+                parameters[name].requires_grad_(True)
 
 
 def refuse_overlap(model: nn.Module, paths: Mapping[str, nn.Module], copies: tuple[str, ...]) -> None:

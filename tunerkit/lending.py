@@ -55,6 +55,12 @@ def lend_at_(model: nn.Module, path: str) -> bool:
     return owner is not None
 
 
+def is_lent(model: nn.Module, module: nn.Module) -> bool:
+    """Whether a module of ``model`` that reads the weights of ``module`` gets what adapters make of them."""
+    owners = (owner for owner in model.modules() if lend in owner._forward_pre_hooks.values())
+    return any(borrower is module for owner in owners for borrower, _ in _borrowers(owner))
+
+
 def forget_idle_(model: nn.Module) -> None:
     """Take the hooks away from modules that have nothing left to lend; found by the functions, as in ``inject``."""
     for module in model.modules():

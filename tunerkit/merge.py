@@ -14,8 +14,10 @@ from tunerkit.deltas import add_delta, ask_delta
 from tunerkit.errors import AdapterError
 from tunerkit.fingerprint import fingerprint
 from tunerkit.offloading import is_offloaded
+from tunerkit.places import refuse_lost
 from tunerkit.records import Delta
 from tunerkit.slots import Slots, bias_name, walk
+from tunerkit.survey import is_under, tied
 from tunerkit.tuner import Tuner, require_tuners
 
 M = TypeVar("M", bound=nn.Module)
@@ -34,8 +36,9 @@ def merge(model: M, *, permanent: bool = False) -> M:
     The model's own ``state_dict()`` then holds merged weights and the adapters beside them: take it unmerged, or
     after ``unwrap(model, keep_merged=True)``.
 
-    Raises `AdapterError` if already merged, inside `disabled`, if none is active, if weights are offloaded, or if a
-    method cannot say what it adds, and `PluginError` if it says nonsense; nothing is changed then.
+    Raises `AdapterError` if already merged, inside `disabled`, if none is active, if weights are offloaded, if
+    adapted modules were replaced, resized or tied after wrapping, or if a method cannot say what it adds, and
+    `PluginError` if it says nonsense; nothing is changed then.
     """
     tuners = require_tuners(model)
     refuse_disabled(model)
@@ -44,6 +47,8 @@ def merge(model: M, *, permanent: bool = False) -> M:
     if not any(slots.active for _, _, slots in walk(model)):
         raise AdapterError("no adapter is active, so nothing can be merged; call tunerkit.activate first")
     _refuse_offloaded(model)
+    refuse_lost(tuners.values())
+    _refuse_tied(model)
     merged = [(module, slots, _merged_tensors(path, module, slots, tuners)) for path, module, slots in walk(model)]
     if permanent:
         for tuner in tuners.values():
@@ -117,6 +122,20 @@ def _refuse_offloaded(model: nn.Module) -> None:
         )
 
 
+def _refuse_tied(model: nn.Module) -> None:
+    """Wrapping refuses tied weights, but they may be tied by now: merging would change what shares them too."""
+    shared = tied(model)
+    for path, module, slots in walk(model):
+        names = [name for p in module.parameters() for name in shared.get(id(p), ()) if not is_under(name, (path,))]
+        if slots.active and names:
+            raise AdapterError(
+                f"cannot merge into {path!r}: it is tied to {', '.join(names)} by now, and merging would change that "
+                "too; give each a parameter of its own first"
+            )
+
+
+# Not in inference mode, whoever merges: a base made of inference tensors could neither be trained nor thawed again.
+@torch.inference_mode(False)
 @torch.no_grad()
 def _merged_tensors(path: str, module: nn.Module, slots: Slots, tuners: dict[str, Tuner]) -> dict[str, Tensor]:
     """The values that ``module``'s own tensors have with all active slots merged."""

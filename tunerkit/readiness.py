@@ -1,7 +1,9 @@
 """Refuse an adapter name or a model that cannot take an adapter, before anything is built."""
 
+import gc
 from collections.abc import Collection
 
+import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
@@ -38,7 +40,7 @@ def refuse_unready(model: nn.Module, adapter: str) -> None:
     lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
     if lazy:
         raise AdapterError(f"the model has parameters without a shape yet ({lazy[0]}, ...); run one batch first")
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+    if _is_inside_ddp(model):
         raise AdapterError("the model is already inside DistributedDataParallel; wrap it first, then put it into DDP")
     tuners = tuners_of(model)
     root = next((other.model for other in tuners.values()), None)
@@ -56,10 +58,21 @@ def refuse_unready(model: nn.Module, adapter: str) -> None:
     refuse_merged(model, "adding an adapter")
 
 
-def inside_compiled(model: object) -> nn.Module:
-    """The model that `torch.compile` was given: paths must not depend on whether it is compiled."""
-    if not isinstance(model, nn.Module):
-        raise AdapterError(f"expected a torch.nn.Module, got {type(model).__name__}; pass the model itself")
-    while (inner := model._modules.get("_orig_mod")) is not None:
-        model = inner
-    return model
+def _is_inside_ddp(model: nn.Module) -> bool:
+    """Whether DistributedDataParallel holds the model or a part of it: it would not synchronise what is added now."""
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        return True
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    if not _is_held_by_ddp(model):
+        return False
+    gc.collect()  # one that was given up may lie in a cycle
+    return _is_held_by_ddp(model)
+
+
+def _is_held_by_ddp(model: nn.Module) -> bool:
+    """Whether a live DDP shares a module with ``model``: modules do not know what holds them."""
+    modules = set(model.modules())
+    # By type: asking isinstance of any object may run code of its own.
+    found = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.parallel.DistributedDataParallel)]
+    return any(not modules.isdisjoint(parallel.modules()) for parallel in found)

@@ -149,7 +149,7 @@ class Registry:
     def _owner(self, name: str) -> Plugin:
         with self._lock:
             catalog = self._loaded()
-            if name not in catalog.owners:
+            if name not in tuple(catalog.owners):  # what was given need not be hashable
                 raise UnknownMethodError(_missing(catalog, name))
             return catalog.owners[name]
 

@@ -57,11 +57,15 @@ class Slot(nn.Module):
 
 
 class Slots(nn.Module):
-    """All slots of one module, by adapter name; ``active`` are applied in order unless switched off or merged."""
+    """All slots of one module, by adapter name; ``active`` are applied in order unless switched off or merged.
+
+    ``features`` are the base layer's (out, in) when it was adapted.
+    """
 
     def __init__(self, base: BaseLayer | None) -> None:
         super().__init__()
         self.base = base
+        self.features = None if base is None else (base.out_features, base.in_features)
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.merged: tuple[str, ...] = ()
@@ -70,6 +74,17 @@ class Slots(nn.Module):
     def __setattr__(self, name: str, value: object) -> None:
         # nn.Module refuses to set an attribute that has a child's name, and an adapter may be called "training".
         object.__setattr__(self, name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For deep copies and pickles: one made inside `tunerkit.disabled` has no block to leave, so it is enabled.
+
+        While merged the base stands in the module then, so the copy is not merged.
+        """
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's own
+        if not self.enabled:
+            self.enabled = True
+            self.merged = ()
+            self.forget_originals()
 
     def put(self, name: str, slot: Slot) -> None:
         """Add a slot; straight into ``_modules``, since `add_module` refuses names such as "forward" or "keys"."""

@@ -1,9 +1,11 @@
 """Drive the methods' step hooks from the optimizer's own: nobody has to remember to call anything."""
 
 import functools
+import operator
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, SupportsIndex
 from weakref import WeakKeyDictionary, ref
 
 import attrs
@@ -12,10 +14,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from tunerkit import registry
+from tunerkit import detector, registry
 from tunerkit.errors import StepError, TunerkitWarning
 from tunerkit.merge import is_merged
-from tunerkit.tuner import Tuner
+from tunerkit.places import refuse_lost
+from tunerkit.tuner import Tuner, own_tuners
 
 
 @attrs.define(eq=False)
@@ -74,18 +77,24 @@ def find_optimizer(candidate: object) -> Optimizer:
 
 
 def check_attachable(tuner: Tuner, optimizer: Optimizer) -> None:
-    """Refuse a second attachment, and an adapter that this optimizer would never move."""
+    """Refuse a second attachment, and an adapter that this optimizer would never move, or in vain."""
     if is_attached(tuner):
+        others = [name for name, other in own_tuners(tuner.model).items() if not is_attached(other)]
+        which = f", adapter={others[0]!r} attaches another" if others else ""
         raise StepError(
-            f"adapter {tuner.name!r} is attached already: one optimizer drives it; wrap again for a new run"
+            f"adapter {tuner.name!r} is attached already: one optimizer drives it; wrap again for a new run{which}"
         )
     if is_frozen(tuner):
-        raise StepError(f"adapter {tuner.name!r} is frozen; tunerkit.load(..., trainable=True) loads one to train on")
+        raise StepError(
+            f"adapter {tuner.name!r} is frozen; tunerkit.thaw(model, {tuner.name!r}) trains it on, and "
+            "tunerkit.load(..., trainable=True) loads one to be trained"
+        )
     if any(p.is_meta for p in tuner.parameters()):
         raise StepError(
             f"adapter {tuner.name!r} is on the meta device, where nothing is trained: accelerate offloads it with the "
             "model. Offload first, then wrap: the adapter then stays on the device where the model runs"
         )
+    refuse_lost([tuner])
     _check_held(tuner, optimizer)
 
 
@@ -95,25 +104,40 @@ def _check_held(tuner: Tuner, optimizer: Optimizer) -> None:
     A method that needs steps judges its own adapters by their training: heads trained in full do not count there.
     """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    places = dict(tuner.slots())
+    trained = {path: {n: p for n, p in slot.named_parameters() if p.requires_grad} for path, slot in tuner.slots()}
+    counted = {path: own for path, own in trained.items() if own}
     if registry.get(tuner.method).needs_steps:
-        places = {path: slot for path, slot in places.items() if slot.adapter is not None}
-    trained = {path: [p for p in slot.parameters() if p.requires_grad] for path, slot in places.items()}
-    trained = {path: own for path, own in trained.items() if own}
-    missed = [path for path, own in trained.items() if not any(id(p) in held for p in own)]
-    advice = "build it from (p for p in model.parameters() if p.requires_grad) after tunerkit.wrap"
-    if trained and len(missed) == len(trained):
+        adapters = tuner.adapters()
+        counted = {path: own for path, own in counted.items() if path in adapters}
+    if counted and not any(id(p) in held for own in counted.values() for p in own.values()):
         raise StepError(
-            f"the optimizer holds none of the parameters of adapter {tuner.name!r} at its {len(trained)} places; "
-            f"{advice}, or name the adapter that it trains"
+            f"the optimizer holds none of the parameters of adapter {tuner.name!r} at its {len(counted)} places; "
+            f"{_BUILD_IT}, or name the adapter that it trains"
         )
-    if missed:
+    missing = {path: [n for n, p in own.items() if id(p) not in held] for path, own in trained.items()}
+    if any(missing.values()):
         warnings.warn(
-            f"the optimizer does not hold adapter {tuner.name!r} at {', '.join(missed)}: it stays untrained there; "
-            f"{advice}",
+            f"the optimizer does not hold all that adapter {tuner.name!r} trains, and what it lacks stays as it is "
+            f"unless another optimizer moves it: {_grouped(missing)}; {_BUILD_IT}",
             TunerkitWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
+
+
+_BUILD_IT = "build it from (p for p in model.parameters() if p.requires_grad) after tunerkit.wrap"
+_SHOWN = 5
+
+
+def _grouped(missing: Mapping[str, Sequence[str]]) -> str:
+    """What lacks the same at several paths, said once: ``adapter.lam at 0, 2; copy.weight, copy.bias at head``."""
+    paths: dict[str, list[str]] = defaultdict(list)
+    for path, names in missing.items():
+        if names:
+            paths[", ".join(names)].append(path)
+    return "; ".join(
+        f"{names} at {', '.join(at[:_SHOWN])}{f' and {len(at) - _SHOWN} more' if len(at) > _SHOWN else ''}"
+        for names, at in paths.items()
+    )
 
 
 def agree_on_total(tuner: Tuner, total_steps: int | None) -> int | None:
@@ -125,14 +149,24 @@ def agree_on_total(tuner: Tuner, total_steps: int | None) -> int | None:
             "make them equal or leave the config's out"
         )
     total = configured if total_steps is None else total_steps
-    if total is not None and (type(total) is not int or total < 1):
-        raise StepError(f"total_steps: expected a number of optimizer steps >= 1, got {total!r}")
+    total = None if total is None else _as_count(total)
     if total is None and registry.get(tuner.method).needs_steps:
         raise StepError(
             f"method {tuner.method!r} needs the length of training: pass total_steps=... to tunerkit.attach, "
             "or set total_steps in the config"
         )
     return total
+
+
+def _as_count(total: SupportsIndex) -> int:
+    """``total`` as an int; numpy's integers and others that stand for one are fine."""
+    try:
+        count = 0 if isinstance(total, bool) else operator.index(total)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise StepError(f"total_steps: expected a number of optimizer steps >= 1, got {total!r}")
+    return count
 
 
 def drive(
@@ -230,6 +264,7 @@ def _call_before_step(driver: Driver, optimizer: Optimizer) -> None:
     if not takes_part(driver.tuner):
         return
     tuner, step = driver.tuner, driver.next_step()
+    detector.report(tuner.model)
     with torch.no_grad():
         registry.call("tunerkit_before_step", tuner.method, tuner=tuner, step=step, grad_scale=grad_scale)
 

@@ -4,6 +4,7 @@ import attrs
 from torch import nn
 
 from tunerkit.tuner import tuners_of
+from tunerkit.wrappers import expect_module
 
 
 @attrs.frozen
@@ -21,7 +22,7 @@ class Summary:
 
 def trainable_parameters(model: nn.Module) -> Summary:
     """Count what ``model`` trains. A model without adapters is fine too."""
-    parameters = list(model.parameters())
+    parameters = list(expect_module(model).parameters())
     return Summary(
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         total=sum(p.numel() for p in parameters),

@@ -41,10 +41,15 @@ class Place:
         return any(isinstance(owner, nn.MultiheadAttention) and not read_children(owner) for owner in self.owners)
 
     @property
+    def is_read(self) -> bool:
+        """Whether a module that holds it is known to read its weight past its forward."""
+        names = {path.rpartition(".")[2] for path in self.paths}
+        return any(not names.isdisjoint(read_children(owner)) for owner in self.owners)
+
+    @property
     def read_and_called(self) -> bool:
         """Whether several modules hold it, and one of them is known to read its weight past its forward."""
-        names = {path.rpartition(".")[2] for path in self.paths}
-        return len(self.owners) > 1 and any(not names.isdisjoint(read_children(owner)) for owner in self.owners)
+        return len(self.owners) > 1 and self.is_read
 
 
 @attrs.frozen(eq=False)

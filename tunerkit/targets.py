@@ -86,6 +86,8 @@ def select(
     findings = _Findings()
     adaptable = frozenset(id(place.module) for place in scanned.places if is_adaptable(place.module))
     scope = _Scope(_excluded(scanned, exclude, findings), layers, trained, adaptable)
+    if targets is None or ALL_LINEAR in _patterns(targets):
+        _tell_root(model, findings, adaptable=is_adaptable(model))
     if targets is None:
         _choose_default(model, scanned, scope, findings)
     for pattern in () if targets is None else _patterns(targets):
@@ -173,7 +175,7 @@ def _patterns(targets: str | Sequence[str]) -> tuple[str, ...]:
     return patterns
 
 
-def _expert_tensors(scanned: Survey, scope: _Scope) -> Iterator[str]:
+def _stacks(scanned: Survey, scope: _Scope) -> Iterator[str]:
     """Stacks of matrices that a module which is no layer holds itself: full parameter names.
 
     Position embeddings and class tokens have three dimensions too, but one of them is 1 or their name says it.
@@ -199,6 +201,12 @@ def _choose_default(model: nn.Module, scanned: Survey, scope: _Scope, findings: 
         _choose_linear(scanned, scope, findings, names=names or ("*",))
 
 
+def _tell_root(model: nn.Module, findings: _Findings, *, adaptable: bool) -> None:
+    """An adapter is a child of a layer inside the model: a model that is a layer itself has no place for one."""
+    if adaptable:
+        findings.left_out[f"the {type(model).__name__} itself"] = _ROOT
+
+
 def _choose_linear(scanned: Survey, scope: _Scope, findings: _Findings, *, names: Sequence[str]) -> None:
     """The linear layers that one of the patterns ``names`` matches; never an output head."""
     matchers = tuple(map(matcher, names))
@@ -210,7 +218,7 @@ def _choose_linear(scanned: Survey, scope: _Scope, findings: _Findings, *, names
             _choose_linear_place(place, named, scanned, scope, findings)
         elif isinstance(place.module, nn.MultiheadAttention):
             findings.left_out[place.path] = _HEAD
-    findings.left_out.update(dict.fromkeys(_expert_tensors(scanned, scope), _EXPERT))
+    findings.left_out.update(dict.fromkeys(_stacks(scanned, scope), _STACK))
 
 
 def _choose_linear_place(place: Place, named: bool, scanned: Survey, scope: _Scope, findings: _Findings) -> None:
@@ -231,7 +239,7 @@ def _choose_matching(scanned: Survey, scope: _Scope, findings: _Findings, patter
     obstacles = {place.path: obstacle_at(place, scanned, adaptable=scope.is_adaptable(place)) for place in matched}
     for place in filter(scope.covers, matched):
         (_choose_broadly if broad else _choose_named)(place, obstacles[place.path], scope, findings)
-    findings.left_out.update((name, _EXPERT) for name in _expert_tensors(scanned, scope) if match(name))
+    findings.left_out.update((name, _STACK) for name in _stacks(scanned, scope) if match(name))
     if broad and all(obstacles.values()):
         reasons = {path: obstacle for path, obstacle in obstacles.items() if obstacle}
         findings.problems += [f"{pattern!r} matches nothing that can be adapted:", *_lines(reasons)]
@@ -280,7 +288,8 @@ def _check_layers(scanned: Survey, scope: _Scope, findings: _Findings) -> None:
 # Words
 
 _HEAD = "nn.MultiheadAttention in an output head, which is meant only if it is named"
-_EXPERT = "is a stack of matrices in one parameter (an expert tensor), which cannot be adapted yet"
+_ROOT = "is the model, and only modules inside one can be targets; put it into a module, nn.Sequential say, to adapt it"
+_STACK = "is a stack of matrices in one parameter (of experts or attention heads, say), which cannot be adapted yet"
 
 _SHOWN = 8
 _NOTHING = 'there is nothing to adapt: no module is left over (never output heads; by "all-linear" no convolutions)'
@@ -294,8 +303,8 @@ def _unknown(pattern: str, scanned: Survey, names: set[str]) -> str:
         listed = sorted(names - {ALL_LINEAR})
         some = f"; there are: {', '.join(listed[:_SHOWN])}{', ...' if len(listed) > _SHOWN else ''}" if listed else ""
         return f"no module named {pattern!r}{closest(pattern, sorted(names)) or some}"
-    kind = "an expert tensor" if scanned.parameters[parameter].ndim >= 3 else "a parameter"
-    return f"{pattern!r} is {kind} ({parameter}), not a module; only modules can be named yet"
+    kind = "a stack of matrices in one parameter" if scanned.parameters[parameter].ndim >= 3 else "a parameter"
+    return f"{pattern!r} is {kind} ({parameter}), and no module; only modules can be named yet"
 
 
 def _names(places: Iterable[Place], pattern: str) -> set[str]:

@@ -13,6 +13,7 @@ from tunerkit.configs import AdapterConfig
 from tunerkit.errors import AdapterError, StepError, closest
 from tunerkit.records import RankChange, State, Target
 from tunerkit.slots import Slot, slots_of, walk
+from tunerkit.wrappers import expect_module
 
 _ATTRIBUTE = "_tunerkit"
 # Tuners, copies too, that the watch over optimizers has not seen yet.
@@ -60,7 +61,7 @@ class Tuner:
     def slots(self) -> Iterator[tuple[str, Slot]]:
         """This adapter's slots with the paths of their modules: targets, copies, other trained biases."""
         # By the record first: another adapter may have taken the name of one that was deleted.
-        present = tuners_of(self.model).get(self.name) is self
+        present = own_tuners(self.model).get(self.name) is self
         for path, module in self.modules().items():
             slots = slots_of(module)
             slot = slots.get(self.name) if slots is not None and present else None
@@ -117,12 +118,27 @@ class Tuner:
 
 
 def tuners_of(model: nn.Module) -> dict[str, Tuner]:
-    """All tuners of ``model`` by adapter name; wrappers such as DDP and compiled modules are seen through."""
-    for module in model.modules():
-        found: dict[str, Tuner] | None = vars(module).get(_ATTRIBUTE)
-        if found is not None:
-            return found
-    return {}
+    """All tuners of ``model`` by adapter name; wrappers such as DDP and compiled modules are seen through.
+
+    Raises `AdapterError` for what is no module, and if several parts of it were wrapped on their own: one answer would
+    leave the others out.
+    """
+    # By identity: a shallow copy shares the record.
+    modules = expect_module(model).named_modules()
+    roots = {id(own_tuners(module)): (path, module) for path, module in modules if own_tuners(module)}
+    if len(roots) > 1:
+        paths = ", ".join(repr(path) if path else "the model itself" for path, _ in roots.values())
+        raise AdapterError(
+            f"several parts of this {type(model).__name__} were wrapped on their own: {paths}; call it on one of them, "
+            "or unwrap them and wrap the whole"
+        )
+    return next((own_tuners(module) for _, module in roots.values()), {})
+
+
+def own_tuners(model: nn.Module) -> dict[str, Tuner]:
+    """The tuners that ``model`` carries itself: it is what was wrapped, and no module around or inside it."""
+    found: dict[str, Tuner] = vars(model).get(_ATTRIBUTE, {})
+    return found
 
 
 def set_tuners(model: nn.Module, tuners: dict[str, Tuner]) -> None:
@@ -151,7 +167,7 @@ def tuner(model: nn.Module, adapter: str | None = None) -> Tuner:
         if len(tuners) > 1:
             raise AdapterError(f"the model has several adapters: {', '.join(tuners)}; say which: adapter=...")
         return next(iter(tuners.values()))
-    if adapter not in tuners:
+    if adapter not in tuple(tuners):  # what was given need not be hashable
         hint = closest(str(adapter), tuners)
         raise AdapterError(f"no adapter named {adapter!r}; there are: {', '.join(tuners)}{hint}")
     return tuners[adapter]

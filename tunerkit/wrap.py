@@ -15,11 +15,12 @@ from tunerkit.errors import ConfigError, TunerkitWarning, closest
 from tunerkit.kinds import describe
 from tunerkit.merge import is_merged, merge, refuse_disabled, restore_originals_
 from tunerkit.patterns import matches
-from tunerkit.readiness import check_name, inside_compiled, refuse_unready
+from tunerkit.readiness import check_name, refuse_unready
 from tunerkit.records import Target
 from tunerkit.steps import detach
 from tunerkit.survey import is_under
 from tunerkit.tuner import Tuner, require_tuners
+from tunerkit.wrappers import inside
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -53,7 +54,7 @@ def wrap(
     adapter name, a model inside DDP, a merged model); the model is then as it was.
     """
     check_name(adapter)
-    root = inside_compiled(model)
+    root = inside(model)
     refuse_unready(root, adapter)
     config = configure(method, config)
     kinds = all_kinds()
@@ -172,8 +173,8 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    if not isinstance(seed, int):
-        raise ConfigError([f"expected an int or None, got {type(seed).__name__} {seed!r} @ seed"])
+    if type(seed) is not int or not -(2**63) <= seed < 2**64:
+        raise ConfigError([f"expected an int of 64 bits or None, got {type(seed).__name__} {seed!r} @ seed"])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield

@@ -13,7 +13,7 @@ from tunerkit import steps
 from tunerkit.errors import StepError, TunerkitWarning
 from tunerkit.files import warn_of_unspent_schedule
 from tunerkit.integrations.checkpoints import load_states, take_over_
-from tunerkit.tuner import Tuner, tuners_of
+from tunerkit.tuner import Tuner, own_tuners, tuners_of
 
 
 def attach_trainer(tuners: list[Tuner], trainer: Trainer, total_steps: int | None) -> None:
@@ -62,7 +62,7 @@ class StepCallback(TrainerCallback):
     @property
     def tuners(self) -> list[Tuner]:
         """Those that are still in their model: one may be deleted, and all unwrapped, at any time."""
-        return [tuner for tuner in self.attached if tuner in tuners_of(tuner.model).values()]
+        return [tuner for tuner in self.attached if tuner in own_tuners(tuner.model).values()]
 
     def add(self, tuners: list[Tuner], total_steps: int | None) -> None:
         """Drive further adapters too, at once if training is under way; one trainer has one number of steps."""

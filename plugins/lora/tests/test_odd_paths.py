@@ -62,3 +62,17 @@ def test_a_spawned_worker_trains_the_model_it_is_sent(monkeypatch: pytest.Monkey
     assert not torch.allclose(there["after"], there["before"])
     assert (there["steps"], there["ranks"]) == (2, {"0": 3, "2": 3, "4": 3})
     assert not tunerkit.tuner(model).steps
+
+
+@pytest.mark.parametrize("config", [{"targets": ["embed_tokens"]}, {"train_modules": ["embed_tokens"]}])
+def test_embeddings_that_were_resized_after_wrapping_are_not_saved(config: dict[str, Any], tmp_path: Path) -> None:
+    """The table is resized in place: an adapter or a copy of the old one fits no base any more."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaModel(transformers.LlamaConfig(vocab_size=20, num_key_value_heads=2, **sizes))
+    tunerkit.wrap(model, "lora", config)
+    tunerkit.save(model, tmp_path / "before")
+    model.resize_token_embeddings(24)
+    with pytest.raises(tunerkit.AdapterError, match=r"embed_tokens: the Embedding has another size"):
+        tunerkit.save(model, tmp_path / "after")
+    assert not (tmp_path / "after").exists()

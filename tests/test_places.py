@@ -1,0 +1,97 @@
+"""What becomes of adapters where the model is changed after wrapping: told, wherever it would otherwise be silent."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+import tunerkit
+from tunerkit.errors import AdapterError
+
+if TYPE_CHECKING:
+    from tests.conftest import Toys
+
+GONE = "the {} that was adapted is not in the model any more"
+
+
+def replace_layer(model: Any) -> None:
+    model.layers[1] = nn.Linear(8, 8)
+
+
+def remove_layer(model: Any) -> None:
+    model.norm = None
+
+
+def convert_norms(model: Any) -> None:
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def strip_hooks(model: Any) -> None:
+    model.layers[0]._forward_hooks.clear()
+
+
+def widen_linear(model: Any) -> None:
+    layer = model.layers[0]
+    layer.weight.data, layer.out_features = torch.zeros(9, 4), 9
+
+
+def widen_head(model: Any) -> None:
+    model.head[2].weight.data = torch.zeros(4, 6)
+
+
+CHANGES: list[tuple[Callable[[Any], None], str]] = [
+    (replace_layer, f"layers.1: {GONE.format('Linear')}"),
+    (remove_layer, f"norm: {GONE.format('LayerNorm')}"),
+    (convert_norms, f"batch_norm: {GONE.format('BatchNorm2d')}"),
+    (strip_hooks, "layers.0: its forward hook is gone"),
+    (widen_linear, "layers.0: the Linear has another size than when it was adapted"),
+    (widen_head, "head.2: the Linear has another size than when it was adapted"),
+]
+
+
+def calls(model: nn.Module, folder: Path) -> list[Callable[[], object]]:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    return [
+        lambda: tunerkit.attach(model, optimizer),
+        lambda: tunerkit.save(model, folder),
+        lambda: tunerkit.merge(model),
+    ]
+
+
+@pytest.mark.parametrize(("change", "words"), CHANGES, ids=[change.__name__ for change, _ in CHANGES])
+@pytest.mark.parametrize("number", range(3), ids=["attach", "save", "merge"])
+def test_a_place_that_was_changed_is_named(
+    toys: "Toys", tmp_path: Path, change: Callable[[Any], None], words: str, number: int
+) -> None:
+    """Replaced, removed, resized or without its hook: no training in vain, no file that fits nothing, no merge."""
+    model = toys.trained(batch_norm=True, train_modules=["head"], targets=["layers.*"], bias="all")
+    change(model)
+    with pytest.raises(AdapterError, match=f"- {re.escape(words)}\nConvert, replace or resize modules first"):
+        calls(model, tmp_path)[number]()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_owner_that_lost_its_hooks_is_told(toys: "Toys", tmp_path: Path) -> None:
+    """Where weights are lent to attention it is attention's hooks that count."""
+    model: Any = toys.fill_(
+        tunerkit.wrap(nn.TransformerEncoderLayer(8, 2, 8), "toy-low-rank", {"targets": "all-linear"})
+    )
+    tunerkit.save(model, tmp_path)
+    model.self_attn._forward_pre_hooks.clear()
+    with pytest.raises(AdapterError, match=r"self_attn, self_attn\.out_proj: its forward hook is gone"):
+        tunerkit.save(model, tmp_path)
+
+
+def test_a_module_that_is_held_by_another_now_is_still_there(toys: "Toys", tmp_path: Path) -> None:
+    """In a compiled or data-parallel module, or beside a new one, it runs as before."""
+    model = toys.trained(targets=["layers.*"])
+    output = model(toys.x())
+    model.layers[0] = nn.Sequential(model.layers[0], nn.Identity())
+    model.layers[1] = nn.DataParallel(model.layers[1])
+    for call in calls(model, tmp_path):
+        call()
+    assert toys.close(model(toys.x()), output)
