@@ -709,7 +709,21 @@ def test_what_is_done_to_one_adapter_leaves_the_others_training_alone(toys: "Toy
 # Names
 
 TORCHS_OWN = ("keys", "forward", "type", "training", "weight", "bias", "parameters", "_modules", "_buffers", "0")
-OURS = ("adapter", "copy", "tunerkit", "active", "base", "merged", "enabled", "permanent", "names", "default")
+OURS = (
+    "get_classifier",
+    "get_output_embeddings",
+    "_tunerkit",
+    "adapter",
+    "copy",
+    "tunerkit",
+    "active",
+    "base",
+    "merged",
+    "enabled",
+    "permanent",
+    "names",
+    "default",
+)
 NAMES = st.one_of(
     st.text(st.characters(codec="utf-8", exclude_characters="./"), min_size=1, max_size=64),
     st.sampled_from((*TORCHS_OWN, *OURS, "E", "model", "layers", "lin", "norm", "head", "head[0]", "0")),

@@ -1,6 +1,7 @@
 """Tests of what users do to a wrapped model beside training it: copy, move, reload, call it in unusual ways."""
 
 import copy
+import importlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -268,3 +269,15 @@ def test_a_parametrized_base_is_refused(toys: "Toys", name: str) -> None:
     with pytest.warns(tunerkit.TunerkitWarning, match=r"1: .*parametrization"):
         tunerkit.wrap(model, "toy-shift", {"targets": "all-linear"})
     assert list(tunerkit.tuner(model).adapters()) == ["0"]
+
+
+@pytest.mark.parametrize("first", ["plain", "wrapped"])
+def test_code_compiled_for_a_model_without_adapters_is_not_run_for_one_with_some(toys: "Toys", first: str) -> None:
+    """Two models of one class, both frozen and compiled after wrapping (one is a reference), whichever runs first."""
+    importlib.import_module("torch._dynamo").reset()
+    plain = toys.net().requires_grad_(False)
+    wrapped = toys.fill_(tunerkit.wrap(toys.net(), "toy-low-rank", toys.full))
+    models = {"plain": plain, "wrapped": wrapped}
+    compiled: Any = {name: torch.compile(model, backend="eager") for name, model in models.items()}
+    for name in sorted(models, key=lambda name: name != first):
+        assert toys.close(compiled[name](toys.x()), models[name](toys.x()))

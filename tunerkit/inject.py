@@ -1,5 +1,6 @@
 """Put adapters into a model and take them out again: the only place that changes a model's structure."""
 
+import importlib
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -236,6 +237,13 @@ def _nested(one: str, other: str) -> bool:
 
 
 def forget_compiled() -> None:
-    """Drop compiled code: hooks added to a module after its first compiled call are silently ignored otherwise."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
+    """Let compiled code notice our hooks: drop what was compiled before, and have dynamo look at hooks from now on.
+
+    By default it does not, so what it compiled for a model would run, without adapters, for another of the same class
+    that has some. Building an optimizer imports dynamo too, if nothing has before.
+    """
+    before = "torch._dynamo" in sys.modules
+    dynamo = importlib.import_module("torch._dynamo")
+    dynamo.config.skip_nnmodule_hook_guards = False
+    if before:
+        dynamo.reset()

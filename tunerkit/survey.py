@@ -87,7 +87,7 @@ def _head_paths(by_path: Mapping[str, nn.Module]) -> frozenset[str]:
     for module in by_path.values():
         for question in ("get_output_embeddings", "get_classifier"):
             ask = getattr(module, question, None)
-            answer = ask() if callable(ask) else None
+            answer = ask() if callable(ask) and not isinstance(ask, nn.Module) else None  # a child may have any name
             answers = answer if isinstance(answer, list | tuple) else (answer,)
             heads.update(id(head) for head in answers if isinstance(head, nn.Module) and head is not by_path[""])
     return frozenset(path for path, module in by_path.items() if id(module) in heads or _is_head_name(path))
