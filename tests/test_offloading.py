@@ -68,7 +68,10 @@ def trained(toys: "Toys", model: nn.Module, method: str, *, steps: int = 3) -> t
 def test_an_offloaded_model_trains_as_the_model_itself(
     toys: "Toys", method: str, offload: Offload, tmp_path: Path
 ) -> None:
-    """Outputs, gradients and trained values are bit-identical; the adapter lives where the model runs."""
+    """Outputs, gradients and trained values are the same; the adapter lives where the model runs.
+
+    Beside weights that are away the plain form of the low-rank product is used, which rounds otherwise.
+    """
     model = offload(toys.net(batch_norm=True), tmp_path)
     away = any(p.is_meta for p in model.parameters())
     outputs, values = trained(toys, model, method)
@@ -76,7 +79,7 @@ def test_an_offloaded_model_trains_as_the_model_itself(
     expected_outputs, expected_values = trained(toys, toys.net(batch_norm=True), method)
     assert len(values) == len(expected_values) > 6
     for found, expected in zip([*outputs, *values], [*expected_outputs, *expected_values], strict=True):
-        assert torch.equal(found, expected)
+        assert toys.close(found, expected)
     assert {p.device.type for p in tunerkit.tuner(model).parameters()} == {"cpu"}
     with tunerkit.disabled(model):
         assert torch.equal(model(toys.x()), toys.net(batch_norm=True)(toys.x()))

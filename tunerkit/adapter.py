@@ -24,6 +24,7 @@ class Adapter(nn.Module):
         """Return ``y`` plus what the adapter adds.
 
         ``x`` is the base layer's input, ``y`` its output (the base layer's own shape and dtype, which must stay).
-        Never write into ``x`` or ``y``: ``y`` may be a view that autograd still needs.
+        Never write into ``x`` or ``y``: ``y`` may be a view that autograd still needs. What is handed to
+        `tunerkit.add_low_rank` as ``y`` is given up to it.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what it adds: define forward(base, x, y)")

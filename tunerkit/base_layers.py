@@ -21,7 +21,8 @@ class BaseLayer(abc.ABC):
         output with module.weight + pack(p @ q)  ==  output + project_out(project_in(x, q), p)
 
     A kind holds the module and nothing else, and reads it anew at each call: weights may be moved, resized, merged.
-    ``weight_name`` and ``bias_name`` say which of the module's parameters hold W and the bias. A kind that ``lends`` is
+    ``weight_name`` and ``bias_name`` say which of the module's parameters hold W and the bias. A kind is ``linear`` if
+    the output is exactly x Wᵀ + b over the last dimension, so that the product can be fused. A kind that ``lends`` is
     read whole by the module's own forward: no input of W can be seen from outside, so the delta is lent to the weight
     (`tunerkit.lending`), and `project_in` and `project_out` raise `AdapterError`.
     """
@@ -29,6 +30,7 @@ class BaseLayer(abc.ABC):
     weight_name: ClassVar[str] = "weight"
     bias_name: ClassVar[str] = "bias"
     lends: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
 
     module: nn.Module
 
@@ -81,11 +83,17 @@ class BaseLayer(abc.ABC):
     def pack(self, weight: Tensor) -> Tensor:
         """Return ``weight`` (out, in), in its own dtype, in the layout of the module's own weight."""
 
+    def matrix(self) -> Tensor:
+        """Return W (out, in) itself, not detached. Only a `linear` kind is asked."""
+        raise NotImplementedError(f"{type(self).__name__} says that it is linear: define matrix()")
+
 
 @final
 @attrs.frozen(eq=False)
 class LinearLayer(BaseLayer):
     """``nn.Linear``, and subclasses that keep its forward; Falcon's too, which writes the same out as x Wᵀ + b."""
+
+    linear: ClassVar[bool] = True
 
     module: nn.Linear
 
@@ -129,11 +137,17 @@ class LinearLayer(BaseLayer):
         """Return (out, in) as it is."""
         return weight
 
+    def matrix(self) -> Tensor:
+        """Return the weight itself."""
+        return self.module.weight
+
 
 @final
 @attrs.frozen(eq=False)
 class Conv1DLayer(BaseLayer):
     """transformers' ``Conv1D`` (GPT-2): a linear layer whose weight is stored as (in, out)."""
+
+    linear: ClassVar[bool] = True
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -174,6 +188,10 @@ class Conv1DLayer(BaseLayer):
     def pack(self, weight: Tensor) -> Tensor:
         """(out, in) to (in, out), a view."""
         return weight.t()
+
+    def matrix(self) -> Tensor:
+        """Return the weight transposed, a view."""
+        return _weight(self.module).t()
 
 
 @final

@@ -3,10 +3,12 @@
 from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tunerkit.base_layers import BaseLayer
 from tunerkit.errors import AdapterError
+from tunerkit.fused import add_fused, fuses
 
 
 def add_low_rank(
@@ -24,13 +26,20 @@ def add_low_rank(
 
     ``x`` is the base layer's input (an embedding's ids, an unbatched image, an empty batch: whatever it takes), ``y``
     its output, ``q`` (r, in), ``lam`` (r,), ``p`` (out, r); without ``lam``, diag(λ) is the identity. ``dropout`` is
-    the share of the input dropped on the way into Q: pass 0 outside training. Neither ``x`` nor ``y`` is written to.
+    the share of the input dropped on the way into Q: pass 0 outside training.
+
+    ``y`` is given up: where it comes straight from a linear layer the sum is written over it (`tunerkit.fused`), so
+    read the result only. ``x`` is never written to.
 
     The product is computed on the device of ``q`` and in its dtype, or in autocast's where that is on, and only the
     sum in that of ``y``; with P or λ at 0 the result is ``y`` bit for bit. Rank 0 gives ``y`` itself.
     """
     if q.shape[0] == 0:
         return y
+    dtype = _product_dtype(x, q)
+    if not torch.compiler.is_compiling() and fuses(x, y, q, dtype):
+        x = F.dropout(x.to(dtype), dropout) if dropout > 0 else x.to(dtype)
+        return add_fused(base, x, y, q=q, p=p, lam=lam, scale=scale, dropped=dropout > 0)
     q, p = _fold(q, p, lam)
     h = base.project_in(_cast(x, q), q, dropout)
     return torch.add(y, base.project_out(h, p).to(y.device, y.dtype), alpha=scale)
@@ -72,6 +81,13 @@ def _cast(x: Tensor, q: Tensor) -> Tensor:
     if not x.is_floating_point() or (_autocasts(q.device) and torch.float64 not in (x.dtype, q.dtype)):
         return x.to(q.device)
     return x.to(q.device, q.dtype)
+
+
+def _product_dtype(x: Tensor, q: Tensor) -> torch.dtype:
+    """The dtype that the plain form multiplies in: autocast's, which leaves float64 alone, or Q's."""
+    if _autocasts(q.device) and torch.float64 not in (x.dtype, q.dtype):
+        return torch.get_autocast_dtype(q.device.type)
+    return q.dtype
 
 
 def _autocasts(device: torch.device) -> bool:

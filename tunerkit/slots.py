@@ -3,10 +3,12 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from tunerkit.adapter import Adapter
 from tunerkit.base_layers import BaseLayer
+from tunerkit.fused import mark_fresh
 from tunerkit.offloading import overrides_forward
 
 CHILD = "tunerkit"
@@ -160,6 +162,8 @@ def apply_slots(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     slots = module._modules[CHILD]
     assert isinstance(slots, Slots)
     if slots.enabled and not slots.merged:
+        if slots.base is not None and not torch.compiler.is_compiling():
+            mark_fresh(slots.base, output)
         for name in slots.active:
             output = slots._modules[name](module, slots.base, args, kwargs, output)  # type: ignore[misc]
     return output

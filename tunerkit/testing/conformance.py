@@ -12,6 +12,7 @@ the case's model: the checks compare outputs.
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import attrs
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 import tunerkit
+from tunerkit.fused import plain_form
 
 STEPS = 12
 # DESIGN: two ways of computing the same output agree to this share of its largest value, in fp32.
@@ -193,8 +195,43 @@ def check_unwraps(case: Case, method: str, config: Mapping[str, object], tmp_pat
     assert torch.equal(case.output(model), case.output(original.eval()))
 
 
+def check_fused_is_plain(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """In float64 the fused form of the low-rank product gives the plain form's output and gradients to 1e-10."""
+    model = wrapped(case, method, config).double()
+    model.register_forward_pre_hook(_doubled, with_kwargs=True)
+    case.start_training(model)
+    own = list(tunerkit.tuner(model).parameters())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # away from the start, where most of what is added is 0
+        for parameter in own:
+            parameter.add_(0.1 * torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator))
+    fused = _values_and_gradients(case, model, own)
+    with plain_form():
+        plain = _values_and_gradients(case, model, own)
+    for found, expected in zip(fused, plain, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10 * max(1.0, float(expected.abs().max())))
+
+
+def _values_and_gradients(case: Case, model: nn.Module, own: list[nn.Parameter]) -> list[Tensor]:
+    with torch.random.fork_rng(devices=[]):  # the method may drop inputs: the same ones each time
+        torch.manual_seed(1)
+        loss = case.loss(model)
+        output = case.output(model).detach()
+    gradients = torch.autograd.grad(loss, own, allow_unused=True, materialize_grads=True)
+    return [output, loss.detach(), *gradients]
+
+
+def _doubled(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A case's inputs, which are fp32 where they are no ids, for a model in float64."""
+    wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in (*args, *kwargs.values())]
+    return tuple(wide[: len(args)]), dict(zip(kwargs, wide[len(args) :], strict=True))
+
+
 CHECKS: tuple[Check, ...] = (
     check_wrap_changes_no_output,
+    check_fused_is_plain,
     check_trains_only_the_adapter,
     check_meets_the_budget,
     check_disabled_shows_the_base,

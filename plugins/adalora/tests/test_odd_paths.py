@@ -152,7 +152,10 @@ def test_autocast_trains_as_full_precision_within_its_digits(dtype: torch.dtype,
 
 
 def test_an_offloaded_model_is_pruned_as_the_model_itself(tmp_path: Path) -> None:
-    """Hooks of accelerate bring the base's weights for each forward: masks, weights and history are the same."""
+    """Hooks of accelerate bring the base's weights for each forward: masks and history are the same, weights alike.
+
+    Beside weights that are away the plain form of the low-rank product is used, which rounds otherwise.
+    """
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     plain = wrapped()
     torch.manual_seed(0)
@@ -165,9 +168,10 @@ def test_an_offloaded_model_is_pruned_as_the_model_itself(tmp_path: Path) -> Non
     own = [adapter.state_dict() for adapter in (*layers(plain), *layers(offloaded))]
     assert len(own) == 6
     for found, expected in zip(own[3:], own[:3], strict=True):
-        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        assert torch.equal(found["mask"], expected["mask"])
+        assert all(torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-5) for name in ("p", "lam", "q"))
     assert tunerkit.tuner(offloaded).history == tunerkit.tuner(plain).history
-    assert torch.equal(offloaded(X), plain(X))
+    assert torch.allclose(offloaded(X), plain(X), rtol=1e-4, atol=1e-5)
 
 
 class Checkpointed(nn.Module):

@@ -1,0 +1,398 @@
+"""The fused low-rank product against its plain form: values, gradients, errors, and where it must not stand in."""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import tunerkit
+from tunerkit.fused import plain_form
+from tunerkit.kinds import describe
+from tunerkit.lowrank import add_low_rank
+from tunerkit.slots import Slot, Slots, apply_slots
+
+if TYPE_CHECKING:
+    from tests.conftest import Toys
+
+NODE = "_FusedLowRankBackward"
+
+
+class Product(tunerkit.Adapter):
+    """Q (r, in), λ (r,) or none, P (out, r), all away from 0."""
+
+    def __init__(self, base: tunerkit.BaseLayer, rank: int, *, diagonal: bool = True, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.q = nn.Parameter(torch.randn(rank, base.in_features))
+        self.p = nn.Parameter(torch.randn(base.out_features, rank))
+        self.lam = nn.Parameter(torch.randn(rank)) if diagonal else None
+        self.dropout = dropout
+
+    def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
+        return add_low_rank(base, x, y, q=self.q, p=self.p, lam=self.lam, scale=0.7, dropout=self.dropout)
+
+
+def adapted(layer: nn.Module, *adapters: Callable[[tunerkit.BaseLayer], tunerkit.Adapter]) -> Any:
+    """``layer``, frozen, with adapters as `tunerkit.wrap` puts them there."""
+    base = describe(layer.requires_grad_(False))
+    assert base is not None
+    slots = Slots(base)
+    for number, make in enumerate(adapters or (lambda base: Product(base, 3),)):
+        slots.put(str(number), Slot(adapter=make(base)))
+    layer.add_module("tunerkit", slots)
+    layer.register_forward_hook(apply_slots, with_kwargs=True)
+    return layer
+
+
+def conv1d() -> nn.Module:
+    layer: nn.Module = pytest.importorskip("transformers.pytorch_utils").Conv1D(4, 5)
+    return layer
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(5, 4),
+    "without bias": lambda: nn.Linear(5, 4, bias=False),
+    "conv1d": conv1d,
+}
+INPUTS = [(5,), (3, 5), (2, 3, 5), (2, 1, 3, 5), (0, 5), (2, 0, 5)]
+
+
+def is_fused(y: Tensor) -> bool:
+    return y.grad_fn is not None and y.grad_fn.name() == NODE
+
+
+def results(layer: Any, x: Tensor) -> list[Tensor]:
+    """Output, and the gradients of x and of all that is trained, for a loss that is not linear."""
+    x = x.detach().requires_grad_()
+    torch.manual_seed(1)
+    y = layer(x)
+    layer.zero_grad()
+    (y * torch.arange(1.0, 5.0, dtype=y.dtype)).square().sum().backward()
+    return [y.detach(), *(p.grad for p in (x, *layer.parameters()) if p.grad is not None)]
+
+
+def assert_agree(layer: Any, x: Tensor, *, fused: bool = True, atol: float = 1e-10) -> None:
+    """Both forms give the same, and the first is the one expected."""
+    assert is_fused(layer(x.detach().requires_grad_())) == fused
+    with plain_form():
+        assert not is_fused(layer(x.detach().requires_grad_()))
+        expected = results(layer, x)
+    for found, other in zip(results(layer, x), expected, strict=True):
+        torch.testing.assert_close(found, other, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("shape", INPUTS, ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_outputs_and_gradients_are_the_plain_form_s(
+    name: str, shape: tuple[int, ...], dropout: float, diagonal: bool
+) -> None:
+    """Of the input, P, Λ and Q, for every shape of input, batches of nothing too."""
+    layer = adapted(LAYERS[name](), lambda base: Product(base, 3, diagonal=diagonal, dropout=dropout)).double()
+    assert_agree(layer, torch.randn(shape, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("diagonal", [True, False])
+@pytest.mark.parametrize("trained", ["x", "p", "q", "all"])
+def test_first_and_second_derivatives_are_those_of_finite_differences(name: str, diagonal: bool, trained: str) -> None:
+    """Whatever is trained and whatever is frozen; a gradient penalty goes through the fused form as well."""
+    layer = adapted(LAYERS[name](), lambda base: Product(base, 2, diagonal=diagonal)).double()
+    own = {key: p.detach() for key, p in layer.named_parameters() if "tunerkit" in key}
+    values = {"x": torch.randn(2, 3, 5, dtype=torch.float64), **own}
+    wanted = [key for key in values if trained == "all" or key.rpartition(".")[2] == trained]
+
+    def call(*leaves: Tensor) -> Tensor:
+        given = {**values, **dict(zip(wanted, leaves, strict=True))}
+        for key in own:
+            part = layer.get_submodule(key.rpartition(".")[0])
+            part._parameters[key.rpartition(".")[2]] = given[key]
+        y: Tensor = layer(given["x"])
+        assert is_fused(y)
+        return y
+
+    leaves = [values[key].clone().requires_grad_() for key in wanted]
+    assert torch.autograd.gradcheck(call, leaves)
+    assert torch.autograd.gradgradcheck(call, leaves)
+
+
+SIZES = st.sampled_from([1, 2, 7, 32, 65])
+
+
+@given(st.tuples(SIZES, SIZES, SIZES, SIZES), st.booleans(), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_the_fused_error_is_at_most_twice_the_plain_one(
+    sizes: tuple[int, int, int, int], diagonal: bool, seed: int
+) -> None:
+    """Against float64, forward and each gradient; a few roundings of the largest value are nobody's error."""
+    torch.manual_seed(seed)
+    rows, into, out, rank = sizes
+    layer = adapted(nn.Linear(into, out), lambda base: Product(base, rank, diagonal=diagonal))
+    x, slope = torch.randn(rows, into), torch.randn(rows, out)
+
+    def run(layer: Any, x: Tensor) -> list[Tensor]:
+        x = x.detach().requires_grad_()
+        y = layer(x)
+        own = [x, *(p for p in layer.parameters() if p.requires_grad)]
+        return [y.detach(), *torch.autograd.grad(y, own, slope.to(y.dtype))]
+
+    exact, fused = run(copy.deepcopy(layer).double(), x.double()), run(layer, x)
+    with plain_form():
+        plain = run(layer, x)
+    for truth, found, other in zip(exact, fused, plain, strict=True):
+        slack = 2 * torch.finfo(torch.float32).eps * truth.abs().max()
+        assert (found - truth).norm() <= 2 * (other - truth).norm() + slack * truth.numel() ** 0.5
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_under_autocast_it_multiplies_as_autocast_does(diagonal: bool) -> None:
+    """In bf16 for fp32 weights; gradients come in the weights' own dtype, and the error is the plain form's."""
+    torch.manual_seed(0)
+    layer = adapted(nn.Linear(48, 4), lambda base: Product(base, 8, diagonal=diagonal))
+    x = torch.randn(64, 48)
+    exact = results(copy.deepcopy(layer).double(), x.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert is_fused(layer(x))
+        fused = results(layer, x)
+        with plain_form():
+            plain = results(layer, x)
+    assert [t.dtype for t in fused] == [t.dtype for t in plain] == [torch.bfloat16] + [torch.float32] * (len(plain) - 1)
+    for truth, found, other in zip(exact, fused, plain, strict=True):
+        assert (found - truth).norm() <= 2 * (other - truth).norm()
+
+
+class Cached(nn.Linear):
+    """Remembers what it put out, as some layers do for a second caller."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = super().forward(x)
+        return self.last
+
+
+class Sliced(nn.Linear):
+    """Gives a part of a larger output, which somebody else holds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.whole = F.linear(x, torch.cat([self.weight, self.weight]))
+        return self.whole[..., : self.out_features]
+
+
+def keep(kept: list[Tensor]) -> Callable[..., None]:
+    return lambda module, args, output: kept.append(output)
+
+
+@pytest.mark.parametrize("kind", [Cached, Sliced])
+def test_layers_with_a_forward_of_their_own_are_not_written_into(kind: type[nn.Linear]) -> None:
+    """No kind describes them in core; one that a plugin brings computes in the plain form unless it says linear."""
+    layer = kind(5, 4).requires_grad_(False)
+    assert describe(layer) is None
+
+
+def test_an_output_that_a_hook_has_seen_is_not_written_to() -> None:
+    """Somebody who collects the base's outputs (before ours came, or for all modules) keeps them as they were."""
+    kept: list[Tensor] = []
+    layer = nn.Linear(5, 4)
+    layer.register_forward_hook(keep(kept))
+    x = torch.randn(3, 5)
+    expected = layer(x).detach()
+    adapted(layer)
+    assert not is_fused(layer(x.requires_grad_()))
+    assert torch.equal(kept[-1], expected)
+    other = adapted(nn.Linear(5, 4))
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+    try:
+        assert not is_fused(other(x))
+    finally:
+        handle.remove()
+    assert is_fused(other(x))
+
+
+def test_a_forward_replaced_on_the_instance_is_not_fused() -> None:
+    """It may return anything, such as a tensor that it keeps."""
+    layer = adapted(nn.Linear(5, 4))
+    kept = torch.randn(3, 4)
+    layer.forward = lambda x: kept
+    before = kept.clone()
+    layer(torch.randn(3, 5))
+    assert torch.equal(kept, before)
+
+
+def test_a_second_adapter_is_added_to_what_the_first_gives() -> None:
+    """Only the first is given the base's own output: the gradient through the first must not be passed by."""
+    layer = adapted(nn.Linear(5, 4), lambda base: Product(base, 3), lambda base: Product(base, 2)).double()
+    assert_agree(layer, torch.randn(2, 3, 5, dtype=torch.float64), fused=False)
+
+
+class Gated(tunerkit.Adapter):
+    """Changes y before it adds to it, and adds twice."""
+
+    def __init__(self, base: tunerkit.BaseLayer) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.rand(base.out_features))
+        self.one, self.two = Product(base, 2), Product(base, 3)
+
+    def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
+        return self.two(base, x, self.one(base, x, y * self.gate))  # type: ignore[no-any-return]
+
+
+class Twice(Gated):
+    """Adds twice to what it is given: the first product is fused, the second adds to its result."""
+
+    def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
+        return self.two(base, x, self.one(base, x, y)) + 0 * self.gate  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", [Gated, Twice])
+def test_an_adapter_may_do_more_than_one_product(kind: type[tunerkit.Adapter]) -> None:
+    """Nothing is taken for the base's output that is not it."""
+    layer = adapted(nn.Linear(5, 4), kind).double()
+    assert_agree(layer, torch.randn(2, 3, 5, dtype=torch.float64), fused=False)
+
+
+@pytest.mark.parametrize("what", ["weight", "bias"])
+def test_a_base_layer_that_is_trained_too_gets_its_gradient(what: str) -> None:
+    """Somebody thaws the base beside the adapter: its gradient is the plain form's."""
+    layer = adapted(nn.Linear(5, 4)).double()
+    getattr(layer, what).requires_grad_()
+    assert_agree(layer, torch.randn(2, 3, 5, dtype=torch.float64))
+
+
+def test_an_input_without_gradient_and_frozen_adapters_cost_no_graph() -> None:
+    """The first layer's input often asks for none; a loaded adapter that is only used has none at all."""
+    layer = adapted(nn.Linear(5, 4))
+    assert is_fused(layer(torch.randn(3, 5)))
+    layer.requires_grad_(False)
+    assert not layer(torch.randn(3, 5)).requires_grad
+    x = torch.randn(3, 5)
+    expected = results(layer, x)
+    with plain_form():
+        for found, other in zip(expected, results(layer, x), strict=True):
+            torch.testing.assert_close(found, other)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_outputs_are_the_same(mode: Any) -> None:
+    """Generation and evaluation."""
+    layer, x = adapted(nn.Linear(5, 4)), torch.randn(2, 3, 5)
+    with mode():
+        found = layer(x)
+        with plain_form():
+            torch.testing.assert_close(found, layer(x))
+
+
+class Checkpointed(nn.Module):
+    """Runs its layer again in backward."""
+
+    def __init__(self, layer: nn.Module, reentrant: bool) -> None:
+        super().__init__()
+        self.layer, self.reentrant = layer, reentrant
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(self.layer, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_layers_have_the_same_gradients(reentrant: bool) -> None:
+    """What is computed again is written over again."""
+    layer = adapted(nn.Linear(5, 4)).double()
+    x = torch.randn(2, 3, 5, dtype=torch.float64)
+    expected = results(layer, x)
+    found = results(Checkpointed(layer, reentrant), x)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_what_saved_the_output_before_is_told_at_backward() -> None:
+    """A pre-hook's, a caller's: writing over a saved tensor raises in autograd, and is never silent."""
+    layer = nn.Linear(5, 4)
+    saved: list[Tensor] = []
+    adapted(layer, lambda base: Saves(base, saved))
+    layer(torch.randn(3, 5, requires_grad=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved[0].sum().backward()
+
+
+class Saves(Product):
+    """Uses y for something else before it gives it up, against what add_low_rank says."""
+
+    def __init__(self, base: tunerkit.BaseLayer, saved: list[Tensor]) -> None:
+        super().__init__(base, 2)
+        self.saved = saved
+
+    def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
+        self.saved.append(y.square())
+        return super().forward(base, x, y)
+
+
+def test_transforms_and_traces_see_the_plain_form() -> None:
+    """vmap, grad, forward-mode derivatives and tracing look into the operations."""
+    layer, x = adapted(nn.Linear(5, 4)).double(), torch.randn(3, 5, dtype=torch.float64)
+    expected = layer(x).detach()
+    torch.testing.assert_close(torch.func.vmap(layer)(x), expected)
+    slope = torch.func.grad(lambda x: layer(x).sum())(x)
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(slope, torch.autograd.grad(layer(leaf).sum(), leaf)[0])
+    value, tangent, *_ = torch.func.jvp(layer, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(value, expected)
+    assert tangent.any()
+    torch.testing.assert_close(torch.jit.trace(layer, x)(x), expected)  # type: ignore[no-untyped-call]
+
+
+def test_a_batch_of_gradients_at_once_is_right() -> None:
+    """``is_grads_batched`` runs the node's backward under vmap."""
+    layer, x = adapted(nn.Linear(5, 4)).double(), torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    own = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    y = layer(x)
+    slopes = torch.randn(2, *y.shape, dtype=y.dtype)
+    together = torch.autograd.grad(y, own, slopes, is_grads_batched=True, retain_graph=True)
+    for number, slope in enumerate(slopes):
+        for found, expected in zip(together, torch.autograd.grad(y, own, slope, retain_graph=True), strict=True):
+            torch.testing.assert_close(found[number], expected)
+
+
+def test_other_dtypes_and_layouts_take_the_plain_form() -> None:
+    """fp32 adapters beside a bf16 base without autocast multiply in fp32; nothing else is written over."""
+    layer = adapted(nn.Linear(5, 4))
+    layer.bfloat16().tunerkit.float()
+    assert not is_fused(layer(torch.randn(3, 5).bfloat16()))
+    jagged = torch.nested.nested_tensor([torch.randn(2, 5), torch.randn(3, 5)], layout=torch.jagged)
+    assert not is_fused(adapted(nn.Linear(5, 4))(jagged))
+
+
+class Counting(TorchDispatchMode):
+    """How many operations torch dispatches."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operations(model: nn.Module) -> int:
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    with Counting() as mode:
+        model(x).sum().backward()
+    return mode.count
+
+
+def test_a_training_step_dispatches_few_operations(toys: "Toys") -> None:
+    """Forward and backward above the frozen layer: at most 22 for each adapted layer, whatever the method."""
+    depth = 6
+    base = nn.Sequential(*(nn.Linear(8, 8) for _ in range(depth)))
+    floor = operations(copy.deepcopy(base).requires_grad_(False))
+    model = tunerkit.wrap(copy.deepcopy(base), "toy-low-rank", {"targets": "re:\\d+"})
+    assert operations(model) - floor <= 14 * depth
+    for diagonal, limit in ((False, 14), (True, 19)):
+        make = functools.partial(Product, rank=3, diagonal=diagonal)
+        layers = [adapted(nn.Linear(8, 8), make) for _ in range(depth)]
+        assert operations(nn.Sequential(*layers)) - floor <= limit * depth
