@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import tunerkit
@@ -19,6 +18,7 @@ from tunerkit.fused import plain_form
 from tunerkit.kinds import describe
 from tunerkit.lowrank import add_low_rank
 from tunerkit.slots import Slot, Slots, apply_slots
+from tunerkit.testing.counting import Counting
 
 if TYPE_CHECKING:
     from tests.conftest import Toys
@@ -366,16 +366,6 @@ def test_other_dtypes_and_layouts_take_the_plain_form() -> None:
     assert not is_fused(layer(torch.randn(3, 5).bfloat16()))
     jagged = torch.nested.nested_tensor([torch.randn(2, 5), torch.randn(3, 5)], layout=torch.jagged)
     assert not is_fused(adapted(nn.Linear(5, 4))(jagged))
-
-
-class Counting(TorchDispatchMode):
-    """How many operations torch dispatches."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return function(*args, **(kwargs or {}))
 
 
 def operations(model: nn.Module) -> int:

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tunerkit.testing.counting import Counting
 from tunerkit_adalora.allocator import allocate
-from tunerkit_adalora.importance import Triplets, new_averages, smooth_, triplet_scores
+from tunerkit_adalora.importance import new_stacks, smooth_, triplet_scores, unstack
 from tunerkit_adalora.schedule import plan
 
 Array = npt.NDArray[np.float64]
@@ -56,25 +57,36 @@ def random_grads(rng: np.random.Generator, layer: PaperLayer) -> list[Array]:
     return grads
 
 
-@given(seeds)
+@given(seeds, st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_many_steps_agree_with_the_paper_written_as_loops(seed: int) -> None:
-    """Over a whole training, averages, scores and masks are those of the paper's formulas computed one by one."""
+def test_many_steps_agree_with_the_paper_written_as_loops(seed: int, alike: bool) -> None:
+    """Over a whole training, averages, scores and masks are those of the paper's formulas computed one by one.
+
+    Layers of one shape are averaged together, layers of their own each alone; an unused one keeps what it has.
+    """
     rng = np.random.default_rng(seed)
-    layers = [PaperLayer(rng, *rng.integers(1, 5, size=3)) for _ in range(3)]
+    sizes = [rng.integers(1, 5, size=3) for _ in range(3)]
+    layers = [PaperLayer(rng, *(sizes[0] if alike else size)) for size in sizes]
     total = sum(len(layer.weights[1]) for layer in layers)
     target = int(rng.integers(1, total + 1))
     schedule = plan(total_steps=16, t_init=2, t_final=3, delta_t=int(rng.integers(1, 5)), initial=total, target=target)
-    averages = [[new_averages(tensors(layer.weights)) for _ in range(2)] for layer in layers]
+    stacks = new_stacks([weight for layer in layers for weight in tensors(layer.weights)])
+    assert not alike or len(stacks) == 3
     for step in range(1, 17):
-        for layer, (sensitivity, uncertainty) in zip(layers, averages, strict=True):
-            grads = random_grads(rng, layer)
-            skipped = smooth_(
-                tensors(layer.weights), tensors(grads), sensitivity, uncertainty, beta1=BETA1, beta2=BETA2
-            )
-            layer.smooth(grads)
-            assert skipped.item() == sum(not np.isfinite(g).all() for g in grads)
-        scores = [triplet_scores(Triplets(*mean), Triplets(*spread)) for mean, spread in averages]
+        unused = int(rng.integers(0, 6))
+        grads: list[Tensor | None] = []
+        left_out = 0
+        for number, layer in enumerate(layers):
+            slopes = random_grads(rng, layer)
+            if number == unused:
+                grads += [None] * 3
+                continue
+            grads += tensors(slopes)
+            left_out += sum(not np.isfinite(g).all() for g in slopes)
+            layer.smooth(slopes)
+        weights = [weight for layer in layers for weight in tensors(layer.weights)]
+        assert smooth_(weights, grads, stacks, beta1=BETA1, beta2=BETA2).item() == left_out
+        scores = triplet_scores(stacks)
         for ours, layer in zip(scores, layers, strict=True):
             np.testing.assert_allclose(ours.numpy(), layer.scores(), rtol=1e-12, atol=0)
         if schedule.due(step - 1, step) is not None:
@@ -93,6 +105,14 @@ def tensors(arrays: list[Array]) -> list[Tensor]:
     return [torch.tensor(a) for a in arrays]
 
 
+def averaged(weights: list[Tensor], grads: list[Tensor], steps: int = 1) -> tuple[list[Tensor], list[Tensor]]:
+    """Ī and Ū of each weight after the same step several times."""
+    stacks = new_stacks(weights)
+    for _ in range(steps):
+        smooth_(weights, grads, stacks, beta1=BETA1, beta2=BETA2)
+    return unstack(stacks)
+
+
 @given(seeds, st.sampled_from([torch.float16, torch.bfloat16]))
 @settings(max_examples=30)
 def test_averages_of_narrow_weights_are_kept_in_fp32(seed: int, dtype: torch.dtype) -> None:
@@ -100,10 +120,7 @@ def test_averages_of_narrow_weights_are_kept_in_fp32(seed: int, dtype: torch.dty
     generator = torch.Generator().manual_seed(seed)
     w = (1e-4 * torch.randn(3, 2, generator=generator)).to(dtype)
     g = (1e-4 * torch.randn(3, 2, generator=generator)).to(dtype)
-    narrow, wide = [new_averages([w]), new_averages([w])], [new_averages([w.float()]), new_averages([w.float()])]
-    for _ in range(3):
-        smooth_([w], [g], *narrow, beta1=BETA1, beta2=BETA2)
-        smooth_([w.float()], [g.float()], *wide, beta1=BETA1, beta2=BETA2)
+    narrow, wide = averaged([w], [g], 3), averaged([w.float()], [g.float()], 3)
     assert narrow[0][0].dtype == torch.float32
     assert narrow[0][0].count_nonzero() == (w.float() * g.float()).count_nonzero() > 0
     for ours, expected in zip(narrow, wide, strict=True):
@@ -112,35 +129,39 @@ def test_averages_of_narrow_weights_are_kept_in_fp32(seed: int, dtype: torch.dty
 
 def test_averages_of_double_weights_stay_double() -> None:
     """fp64 isn't narrowed."""
-    assert new_averages([torch.ones(2, dtype=torch.float64)])[0].dtype == torch.float64
+    assert new_stacks([torch.ones(2, dtype=torch.float64)])[0].sensitivity.dtype == torch.float64
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("weight", [1.0, 0.0])
 def test_a_bad_gradient_never_reaches_the_averages(bad: float, weight: float) -> None:
-    """One non-finite value leaves its whole tensor out, counted; the other tensors go on."""
-    weights = [torch.tensor([2.0, weight]), torch.tensor([3.0])]
-    averages = [[torch.tensor([5.0, 6.0]), torch.tensor([7.0])] for _ in range(2)]
-    before = [[a.clone() for a in pair] for pair in averages]
-    skipped = smooth_(weights, [torch.tensor([1.0, bad]), torch.tensor([1.0])], *averages, beta1=BETA1, beta2=BETA2)
+    """One non-finite value leaves its whole weight out, counted, bit for bit; the others of its shape go on."""
+    weights = [torch.tensor(w) for w in ([2.0, weight], [3.0], [4.0, 5.0], [6.0, 7.0])]
+    grads = [torch.tensor(g) for g in ([1.0, bad], [1.0], [1.0, 1.0], [1.0, 1.0])]
+    stacks = new_stacks(weights)
+    assert [stack.members for stack in stacks] == [(0, 3), (1,), (2,)]
+    for stack in stacks:
+        stack.sensitivity.uniform_(1, 9)
+        stack.uncertainty.uniform_(1, 9)
+    before = [[average.clone() for average in averages] for averages in unstack(stacks)]
+    skipped = smooth_(weights, grads, stacks, beta1=BETA1, beta2=BETA2)
     assert (skipped.ndim, skipped.dtype, skipped.item()) == (0, torch.int64, 1)
-    for ours, old in zip(averages, before, strict=True):
-        assert torch.equal(ours[0], old[0])
-        assert not torch.equal(ours[1], old[1])
+    for ours, old in zip(unstack(stacks), before, strict=True):
+        assert [torch.equal(now, then) for now, then in zip(ours, old, strict=True)] == [True, False, False, False]
 
 
 def test_a_product_that_overflows_counts_as_bad() -> None:
     """A finite gradient whose sensitivity is infinite is left out too: one infinity would stay for good."""
-    averages = [new_averages([torch.ones(1)]) for _ in range(2)]
-    skipped = smooth_([torch.tensor([1e30])], [torch.tensor([1e30])], *averages, beta1=BETA1, beta2=BETA2)
+    stacks = new_stacks([torch.ones(1)])
+    skipped = smooth_([torch.tensor([1e30])], [torch.tensor([1e30])], stacks, beta1=BETA1, beta2=BETA2)
     assert skipped.item() == 1
-    assert averages[0][0].item() == averages[1][0].item() == 0
+    assert stacks[0].sensitivity.item() == stacks[0].uncertainty.item() == 0
 
 
 def test_the_largest_finite_gradients_are_not_bad() -> None:
     """Looking for bad numbers doesn't itself overflow."""
     w, g = torch.full((64,), 1e-3), torch.full((64,), torch.finfo(torch.float32).max)
-    assert smooth_([w], [g], new_averages([w]), new_averages([w]), beta1=BETA1, beta2=BETA2).item() == 0
+    assert smooth_([w], [g], new_stacks([w]), beta1=BETA1, beta2=BETA2).item() == 0
 
 
 @given(seeds, st.integers(-20, 20))
@@ -152,10 +173,10 @@ def test_scores_scale_with_the_square_of_the_gradients(seed: int, power: int) ->
     grads = [[torch.randn(w.shape, generator=generator, dtype=torch.float64) for w in weights] for _ in range(4)]
 
     def scores(scale: float) -> Tensor:
-        sensitivity, uncertainty = new_averages(weights), new_averages(weights)
+        stacks = new_stacks(weights)
         for step in grads:
-            smooth_(weights, [scale * g for g in step], sensitivity, uncertainty, beta1=BETA1, beta2=BETA2)
-        return triplet_scores(Triplets(*sensitivity), Triplets(*uncertainty))
+            smooth_(weights, [scale * g for g in step], stacks, beta1=BETA1, beta2=BETA2)
+        return triplet_scores(stacks)[0]
 
     assert torch.equal(scores(2.0**power), 4.0**power * scores(1.0))
 
@@ -163,52 +184,65 @@ def test_scores_scale_with_the_square_of_the_gradients(seed: int, power: int) ->
 def test_layers_of_rank_zero_have_no_scores_and_are_not_bad() -> None:
     """A rank of zero is a rank like others."""
     weights = [torch.ones(4, 0), torch.ones(0), torch.ones(0, 3)]
-    averages = [new_averages(weights) for _ in range(2)]
-    assert smooth_(weights, weights, *averages, beta1=BETA1, beta2=BETA2).item() == 0
-    assert triplet_scores(Triplets(*averages[0]), Triplets(*averages[1])).shape == (0,)
+    stacks = new_stacks(weights)
+    assert smooth_(weights, weights, stacks, beta1=BETA1, beta2=BETA2).item() == 0
+    assert [score.shape for score in triplet_scores(stacks)] == [(0,)]
 
 
-@given(st.lists(st.sampled_from([0, 1, 30_000, 40_000, 70_000]), min_size=1, max_size=8), seeds)
+@given(st.lists(st.sampled_from([0, 1, 3, 40]), min_size=1, max_size=8), seeds)
 @settings(max_examples=30, deadline=None)
-def test_many_large_weights_are_averaged_as_each_alone(sizes: list[int], seed: int) -> None:
-    """However the lists are cut into blocks, every tensor is averaged once and every bad one counted once."""
+def test_weights_of_one_shape_are_averaged_as_each_alone(sizes: list[int], seed: int) -> None:
+    """However they are put together, every weight is averaged once and every bad one counted once."""
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(n, generator=generator) for n in sizes]
     grads = [torch.randn(n, generator=generator) for n in sizes]
     for bad in grads[::3]:
         bad[:1] = torch.nan
-    together, alone = ([new_averages(weights) for _ in range(2)] for _ in range(2))
-    skipped = smooth_(weights, grads, *together, beta1=BETA1, beta2=BETA2)
-    for i, (w, g) in enumerate(zip(weights, grads, strict=True)):
-        smooth_([w], [g], [alone[0][i]], [alone[1][i]], beta1=BETA1, beta2=BETA2)
+    stacks = new_stacks(weights)
+    skipped = smooth_(weights, grads, stacks, beta1=BETA1, beta2=BETA2)
     assert skipped.item() == sum(bool(g.isnan().any()) for g in grads)
-    for ours, expected in zip(together, alone, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    for number, together in enumerate(zip(*unstack(stacks), strict=True)):
+        alone = averaged([weights[number]], [grads[number]])
+        assert all(torch.equal(ours, other[0]) for ours, other in zip(together, alone, strict=True))
 
 
 def test_nothing_to_average_is_nothing_left_out() -> None:
     """No weights, no work."""
-    assert smooth_([], [], [], [], beta1=BETA1, beta2=BETA2).item() == 0
+    assert smooth_([], [], [], beta1=BETA1, beta2=BETA2).item() == 0
+    assert triplet_scores([]) == []
 
 
 def test_the_host_never_waits_for_the_device() -> None:
     """On meta tensors, which hold no numbers, all of it runs: nothing looks at a value."""
     weights = [torch.ones(s, device="meta") for s in ((4, 3), (3,), (3, 5))]
-    sensitivity, uncertainty = new_averages(weights), new_averages(weights)
-    assert smooth_(weights, weights, sensitivity, uncertainty, beta1=BETA1, beta2=BETA2).is_meta
-    scores = triplet_scores(Triplets(*sensitivity), Triplets(*uncertainty))
-    assert allocate([scores, scores], 4, minimum=[1, 1])[0].is_meta
+    stacks = new_stacks(weights)
+    assert smooth_(weights, weights, stacks, beta1=BETA1, beta2=BETA2).is_meta
+    scores = triplet_scores(stacks)
+    assert allocate([*scores, *scores], 4, minimum=[1, 1])[0].is_meta
 
 
 def test_averages_are_updated_where_they_are_and_weights_not_at_all() -> None:
     """Only the two averages change, in place; parameters that need gradients are no obstacle."""
     w = torch.nn.Parameter(torch.tensor([2.0, -3.0]))
     g = torch.tensor([0.5, 1.0])
-    sensitivity, uncertainty = new_averages([w]), new_averages([w])
-    place = sensitivity[0].data_ptr()
-    smooth_([w], [g], sensitivity, uncertainty, beta1=0.5, beta2=0.5)
-    assert sensitivity[0].data_ptr() == place
-    assert sensitivity[0].tolist() == [0.5, 1.5]  # half of |w·g| = 1, 3
-    assert uncertainty[0].tolist() == [0.25, 0.75]  # half of |1 − 0.5|, |3 − 1.5|
+    (stack,) = new_stacks([w])
+    place = stack.sensitivity.data_ptr()
+    smooth_([w], [g], [stack], beta1=0.5, beta2=0.5)
+    assert stack.sensitivity.data_ptr() == place
+    assert stack.sensitivity.tolist() == [[0.5, 1.5]]  # half of |w·g| = 1, 3
+    assert stack.uncertainty.tolist() == [[0.25, 0.75]]  # half of |1 − 0.5|, |3 − 1.5|
     assert w.tolist() == [2.0, -3.0]
     assert g.tolist() == [0.5, 1.0]
+
+
+def test_the_number_of_operations_goes_by_shapes_and_not_by_layers() -> None:
+    """Twice as many layers of the same shapes cost the same number of dispatched operations."""
+    counts = []
+    for depth in (2, 9):
+        weights = [torch.ones(s) for _ in range(depth) for s in ((4, 3), (3,), (3, 5))]
+        stacks = new_stacks(weights)
+        with Counting() as mode:
+            smooth_(weights, weights, stacks, beta1=BETA1, beta2=BETA2)
+            allocate(triplet_scores(stacks), 4)
+        counts.append(mode.count)
+    assert counts[0] == counts[1] < 120

@@ -1,6 +1,7 @@
 """Tests of what users do to a model beside training it with AdaLoRA: copy, move, reload, autocast."""
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def everything(model: nn.Module) -> dict[str, Any]:
     tuner, training = tunerkit.tuner(model), training_of(tunerkit.tuner(model))
     return {
         "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        "averages": dict(enumerate(t.clone() for t in (*training.sensitivity, *training.uncertainty))),
+        "averages": dict(enumerate(t.clone() for t in itertools.chain(*training.averages))),
         "numbers": (tuner.steps, tuner.budget(), tuner.ranks(), list(tuner.history), training.last_step),
     }
 

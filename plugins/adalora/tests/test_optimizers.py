@@ -135,7 +135,7 @@ def test_bad_gradients_anywhere_leave_averages_finite_and_the_budget_exact(
                 for index in harmed:
                     own[index].copy_(kept[index])
             training = training_of(tuner)
-            assert all(bool(t.isfinite().all()) for t in (*training.sensitivity, *training.uncertainty))
+            assert all(bool(t.isfinite().all()) for t in itertools.chain(*training.averages))
     costs = [15, 16, 11] if unit == "parameters" else [1, 1, 1]
     spent = sum(cost * rank for cost, rank in zip(costs, tuner.ranks().values(), strict=True))
     assert tuner.budget() == budget
@@ -155,7 +155,7 @@ def test_adapters_of_every_precision_prune_to_the_budget(dtype: str, autocast: t
         loss.backward()
         optimizer.step()
         training = training_of(tunerkit.tuner(model))
-        assert all(t.dtype == torch.float32 for t in itertools.chain(training.sensitivity, training.uncertainty))
+        assert all(t.dtype == torch.float32 for t in itertools.chain(*training.averages))
     tuner = tunerkit.tuner(model)
     assert sum(tuner.ranks().values()) == sum(len(layer.lam) for layer in layers(model)) == BUDGET
     assert all(p.dtype == getattr(torch, dtype) and bool(p.isfinite().all()) for p in tuner.parameters())
@@ -197,10 +197,10 @@ def test_a_layer_that_is_dropped_now_and_then_keeps_its_averages_meanwhile() -> 
     tunerkit.attach(model, optimizer, total_steps=TOTAL)
     for number in range(TOTAL):
         optimizer.zero_grad()
-        before = [t.clone() for t in training_of(tunerkit.tuner(model)).sensitivity]
+        before = [t.clone() for t in training_of(tunerkit.tuner(model)).averages[0]]
         loss_of(model).backward()
         optimizer.step()
-        after = training_of(tunerkit.tuner(model)).sensitivity
+        after = training_of(tunerkit.tuner(model)).averages[0]
         if number % 2 == 0 and after:
             assert all(torch.equal(a, b) for a, b in zip(after[3:6], before[3:6], strict=True))
     assert sum(tunerkit.tuner(model).ranks().values()) == BUDGET

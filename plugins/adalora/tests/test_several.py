@@ -1,5 +1,6 @@
 """Several AdaLoRA adapters in one model, each with its own allocator and step count."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def end(model: nn.Module, name: str, optimizer: torch.optim.Optimizer) -> list[A
     masks = [layer.mask for layer in layers_of(tuner)]
     numbers = [tuner.steps, tuner.total_steps, training.last_step, training.in_force, training.final, tuner.history]
     weights = [p.detach() for p in tuner.parameters()]
-    return [*weights, *masks, *training.sensitivity, *training.uncertainty, *state, *numbers]
+    return [*weights, *masks, *itertools.chain(*training.averages), *state, *numbers]
 
 
 def same(one: list[Any], other: list[Any]) -> bool:

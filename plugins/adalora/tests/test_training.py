@@ -329,6 +329,8 @@ def test_gradients_that_are_not_finite_are_left_out_told_and_harm_no_budget(valu
     """One bad step: the averages stay finite, the next allocation tells how many, pruning goes on exactly."""
     model = wrapped()
     tuner = tunerkit.tuner(model)
+    for layer in layers(model):
+        nn.init.normal_(layer.p)  # at rest, P = 0 would leave every score at 0
     optimizer = torch.optim.SGD(trainable(model), lr=0.0)  # the weights themselves stay finite
     tunerkit.attach(model, optimizer, total_steps=TOTAL)
 
@@ -350,7 +352,7 @@ def test_gradients_that_are_not_finite_are_left_out_told_and_harm_no_budget(valu
     with pytest.warns(tunerkit.TunerkitWarning, match=r"\b2 of 54 gradients were not finite"):
         step(model, optimizer)
     training = training_of(tuner)
-    assert all(bool(t.isfinite().all()) for t in (*training.sensitivity, *training.uncertainty))
+    assert all(bool(t.isfinite().all()) for t in itertools.chain(*training.averages))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(TOTAL - 6):
@@ -435,7 +437,7 @@ def test_a_budget_in_parameters_keeps_the_longest_prefix_of_the_ranking(budget: 
     for _ in range(3):
         step(model, optimizer)
     training = training_of(tunerkit.tuner(model))
-    products = [s * u for s, u in zip(training.sensitivity, training.uncertainty, strict=True)]
+    products = [s * u for s, u in zip(*training.averages, strict=True)]
     ranking = []
     for index, cost in enumerate(COSTS):
         p, lam, q = products[3 * index : 3 * index + 3]
@@ -570,6 +572,17 @@ def test_without_an_average_the_next_step_makes_the_scores(first: int) -> None:
     train(model, optimizer, 1)
     assert live(model) == 6
     assert layers(model)[0].rank == 0
+
+
+def test_an_allocation_by_scores_of_zero_is_told_of() -> None:
+    """Gradients too small for fp32 (or none that count) leave every score at 0: the budget goes by position."""
+    model = wrapped()
+    optimizer = attached(model)
+    for _ in range(5):
+        step(model, optimizer, lambda model: 1e-30 * loss_of(model))
+    with pytest.warns(tunerkit.TunerkitWarning, match="every score is 0"):
+        step(model, optimizer, lambda model: 1e-30 * loss_of(model))
+    assert live(model) == tunerkit.tuner(model).budget()
 
 
 def test_an_optimizer_without_the_adapters_is_refused_whatever_heads_it_holds() -> None:

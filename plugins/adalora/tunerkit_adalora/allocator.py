@@ -27,13 +27,12 @@ def allocate(
     is lowest. The longest prefix of that order whose cost fits ``keep`` stays. As the order doesn't depend on
     ``keep``, masks nest while the budget falls on fixed scores.
 
-    The masks are on their scores' devices; the host waits for no result.
+    The masks are views of one tensor on the first score's device; the host waits for no result.
     """
     if not scores:
         return []
     sizes = [score.numel() for score in scores]
-    # Adding 0.0 turns -0.0 into 0.0: a radix sort compares bits, in which -0.0 lies below 0.0.
-    flat = torch.cat([_ranked(score, scores[0].device) for score in scores]) + 0.0
+    flat = _ranked(torch.cat([score.to(scores[0].device) for score in scores]))
     size, cost, least, most = torch.tensor(
         [
             sizes,
@@ -53,15 +52,16 @@ def allocate(
 
     kept = torch.empty_like(owner, dtype=torch.bool)
     kept[order] = spent <= keep
-    # Copies, because views would keep and pickle the masks of all targets with each one.
-    masks = torch.split(kept, sizes)
-    return [mask.to(score.device, copy=True) for mask, score in zip(masks, scores, strict=True)]
+    return list(torch.split(kept, sizes))
 
 
-def _ranked(score: Tensor, device: torch.device) -> Tensor:
-    """The score in fp32 or wider, NaN turned into the lowest there is."""
-    wide = score.detach().to(device, torch.promote_types(score.dtype, torch.float32))
-    return torch.where(wide.isnan(), -torch.inf, wide)
+def _ranked(scores: Tensor) -> Tensor:
+    """Scores in fp32 or wider as a sort should see them: NaN the lowest there is, and one zero.
+
+    Adding 0.0 turns −0.0 into 0.0: a radix sort compares bits, in which −0.0 lies below 0.0.
+    """
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return torch.where(wide.isnan(), -torch.inf, wide) + 0.0
 
 
 def _places(by_score: Tensor, owner: Tensor, size: Tensor) -> Tensor:

@@ -1,120 +1,136 @@
-"""The importance of weights and of triplets: sensitivity, uncertainty, score (section 3.2 of the paper)."""
+"""The importance of weights and of triplets: sensitivity, uncertainty, score (section 3.2 of the paper).
 
-from collections.abc import Iterator, Sequence
-from functools import reduce
+Lists of weights hold P (out, r), λ (r,) and Q (r, in) of the first SVD layer, then of the second, and so on. Weights
+of one shape are averaged as one tensor, so that the number of operations goes by shapes and not by layers.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
 
 import attrs
 import torch
 from torch import Tensor
 
+_PARTS = 3
+
 
 @attrs.frozen(eq=False)
-class Triplets:
-    """One value for every weight of an SVD layer, shaped like ΔW = P Λ Q: p (out, r), lam (r,), q (r, in)."""
+class Stack:
+    """The running averages Ī and Ū (Eq. 9, 10) of weights of one shape, (count, *shape).
 
-    p: Tensor
-    lam: Tensor
-    q: Tensor
+    ``members`` are the weights' places in the list of all. They are the same part (P, λ or Q) of different layers.
+    """
+
+    members: tuple[int, ...]
+    sensitivity: Tensor
+    uncertainty: Tensor
+
+    @property
+    def part(self) -> int:
+        """0 for P, 1 for λ, 2 for Q."""
+        return self.members[0] % _PARTS
 
 
-def new_averages(weights: Sequence[Tensor]) -> list[Tensor]:
-    """Averages before the first step: zeros shaped like ``weights``, in fp32 or wider.
+def new_stacks(weights: Sequence[Tensor]) -> list[Stack]:
+    """Averages before the first step: zeros, in fp32 or wider.
 
     A score is a product of two averages of small numbers; in fp16 it underflows and everything looks unimportant.
     """
-    return [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
+    groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for place, weight in enumerate(weights):
+        groups[place % _PARTS, weight.shape, weight.dtype, weight.device].append(place)
+    stacks = []
+    for members in groups.values():
+        like = weights[members[0]]
+        wide = torch.promote_types(like.dtype, torch.float32)
+        zeros = [torch.zeros((len(members), *like.shape), dtype=wide, device=like.device) for _ in range(2)]
+        stacks.append(Stack(tuple(members), *zeros))
+    return stacks
+
+
+def unstack(stacks: Sequence[Stack]) -> tuple[list[Tensor], list[Tensor]]:
+    """Ī and Ū of each weight in the order of the list, as views that may be written to."""
+    sensitivity: dict[int, Tensor] = {}
+    uncertainty: dict[int, Tensor] = {}
+    for stack in stacks:
+        sensitivity.update(zip(stack.members, stack.sensitivity.unbind(), strict=True))
+        uncertainty.update(zip(stack.members, stack.uncertainty.unbind(), strict=True))
+    return [sensitivity[i] for i in range(len(sensitivity))], [uncertainty[i] for i in range(len(uncertainty))]
 
 
 @torch.no_grad()
 def smooth_(
     weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    sensitivity: Sequence[Tensor],
-    uncertainty: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    stacks: Sequence[Stack],
     *,
     beta1: float,
     beta2: float,
 ) -> Tensor:
-    """Update the running averages Ī (``sensitivity``) and Ū (``uncertainty``) in place; four parallel lists.
+    """Update the running averages in place with a step's weights and gradients.
 
     Eq. 8:  I = |w · ∂L/∂w|;  Eq. 9:  Ī ← β1 Ī + (1 − β1) I;  Eq. 10:  U = |I − Ī|,  Ū ← β2 Ū + (1 − β2) U,
     with the new Ī in Eq. 10.
 
-    A tensor whose I isn't finite throughout is left out as a whole: its averages stay as they were. Returns how many
-    were left out, as a 0-d int64 tensor on the first weight's device; nothing here waits for the device.
+    A weight without a gradient keeps its averages. So does one whose I isn't finite throughout: it is left out as a
+    whole. Returns how many were left out, as a 0-d int64 tensor on the first weight's device; nothing here waits for
+    the device.
     """
     if not weights:
         return torch.zeros((), dtype=torch.int64)
-    left_out = torch.zeros((), dtype=torch.int64, device=weights[0].device)
-    for block in _blocks(weights):
-        means, spreads = list(sensitivity[block]), list(uncertainty[block])
-        left_out += _smooth_block_(weights[block], grads[block], means, spreads, beta1, beta2).to(left_out.device)
+    left_out = [_smooth_stack_(weights, grads, stack, beta1, beta2) for stack in stacks]
+    return torch.stack([count.to(weights[0].device) for count in left_out]).sum()
+
+
+def triplet_scores(stacks: Sequence[Stack]) -> list[Tensor]:
+    """The score of each triplet, (r,) for each layer: s(λ_i) + mean s(P_·i) + mean s(Q_i·), s = Ī·Ū (Eq. 11-13).
+
+    Views of one tensor, on the device of the first stack.
+    """
+    if not stacks:
+        return []
+    rows: dict[int, Tensor] = {}
+    for stack in stacks:
+        score = stack.sensitivity * stack.uncertainty
+        if stack.part != 1:
+            score = score.mean(dim=1 if stack.part == 0 else 2)
+        rows.update(zip(stack.members, score.to(stacks[0].sensitivity.device).unbind(), strict=True))
+    p, lam, q = (torch.cat([rows[place] for place in range(part, len(rows), _PARTS)]) for part in range(_PARTS))
+    return list(torch.split(lam + (p + q), [len(rows[place]) for place in range(0, len(rows), _PARTS)]))
+
+
+def _smooth_stack_(
+    weights: Sequence[Tensor], grads: Sequence[Tensor | None], stack: Stack, beta1: float, beta2: float
+) -> Tensor:
+    """One stack of `smooth_`; how many of its weights were left out, 0-d int64."""
+    slopes = {row: grad for row, place in enumerate(stack.members) if (grad := grads[place]) is not None}
+    if not slopes or not stack.sensitivity.numel():
+        return torch.zeros((), dtype=torch.int64, device=stack.sensitivity.device)
+    used = [weights[stack.members[row]] for row in slopes]
+    means, spreads = stack.sensitivity, stack.uncertainty
+    if len(slopes) == len(stack.members):
+        return _average_(used, list(slopes.values()), means, spreads, beta1, beta2)
+    rows = torch.tensor(list(slopes), device=means.device)
+    mean, spread = means[rows], spreads[rows]
+    left_out = _average_(used, list(slopes.values()), mean, spread, beta1, beta2)
+    means[rows], spreads[rows] = mean, spread
     return left_out
 
 
-def triplet_scores(sensitivity: Triplets, uncertainty: Triplets) -> Tensor:
-    """The score of each triplet of one SVD layer, (r,): s(λ_i) + mean s(P_·i) + mean s(Q_i·), s = Ī·Ū (Eq. 11-13)."""
-    p = (sensitivity.p * uncertainty.p).mean(dim=0)
-    lam = sensitivity.lam * uncertainty.lam
-    q = (sensitivity.q * uncertainty.q).mean(dim=1)
-    return lam + (p + q)
-
-
-def _blocks(weights: Sequence[Tensor]) -> Iterator[slice]:
-    """Neighbours taken together: few launches on an accelerator, temporaries that stay in the cache on a CPU."""
-    limit = 2**16 if weights[0].device.type == "cpu" else 2**24
-    start = held = 0
-    for i, weight in enumerate(weights):
-        if held and held + weight.numel() > limit:
-            yield slice(start, i)
-            start, held = i, 0
-        held += weight.numel()
-    yield slice(start, len(weights))
-
-
-def _smooth_block_(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    sensitivity: list[Tensor],
-    uncertainty: list[Tensor],
-    beta1: float,
-    beta2: float,
+def _average_(
+    weights: Sequence[Tensor], grads: Sequence[Tensor], mean: Tensor, spread: Tensor, beta1: float, beta2: float
 ) -> Tensor:
-    """One block of `smooth_`; how many of its tensors were left out."""
-    current = _sensitivities(weights, grads, sensitivity)
-    finite = _all_finite(current)
-    averaged = _running(sensitivity, current, beta1)
-    torch._foreach_sub_(current, averaged)
-    torch._foreach_abs_(current)
-    widened = _running(uncertainty, current, beta2)
-    for flag, old, new in zip([*finite, *finite], [*sensitivity, *uncertainty], [*averaged, *widened], strict=True):
-        torch.where(flag.to(old.device), new, old, out=old)
+    """Eq. 8-10 for weights of one shape at once; ``mean`` and ``spread`` (count, *shape) are Ī and Ū."""
+    current = torch.stack(list(weights)).to(mean.dtype)
+    torch._foreach_mul_(list(current.unbind()), list(grads))
+    current.abs_()
+    # Asked of I and not of the gradient: a bad gradient always shows there (0·∞ is NaN), and so does an overflow of the
+    # product. I is never negative, so its largest value says it in one pass: NaN passes through it and is no less.
+    finite = current.amax(dim=tuple(range(1, current.ndim)), keepdim=True) < torch.inf
+    # What is left out moves towards where it is: x + w · (x − x) is x, bit for bit.
+    torch.where(finite, current, mean, out=current)
+    mean.lerp_(current, 1 - beta1)
+    current.sub_(mean).abs_()
+    torch.where(finite, current, spread, out=current)
+    spread.lerp_(current, 1 - beta2)
     return finite.logical_not().sum()
-
-
-def _sensitivities(weights: Sequence[Tensor], grads: Sequence[Tensor], averages: Sequence[Tensor]) -> list[Tensor]:
-    """I of Eq. 8 in the averages' dtype, so that a product of two fp16 numbers doesn't underflow."""
-    wide = [w.detach().to(average.dtype) for w, average in zip(weights, averages, strict=True)]
-    slope = [g.to(average.dtype) for g, average in zip(grads, averages, strict=True)]
-    product = list(torch._foreach_mul(wide, slope))
-    torch._foreach_abs_(product)
-    return product
-
-
-def _all_finite(sensitivities: list[Tensor]) -> Tensor:
-    """For each I, which is never negative, whether all of it is finite: (len,) bool on the first one's device.
-
-    Asked of I and not of the gradient: a bad gradient always shows there (0·∞ is NaN), and so does an overflow of
-    the product. The largest value says it in one pass: it can't overflow, and NaN passes through it.
-    """
-    # The largest of no values is an error, so tensors of rank 0 lend their place to a zero.
-    largest = torch._foreach_max([t if t.numel() else t.new_zeros(1) for t in sensitivities])
-    widest = reduce(torch.promote_types, {t.dtype for t in sensitivities})
-    return torch.stack([value.to(sensitivities[0].device, widest) for value in largest]).isfinite()
-
-
-def _running(averages: list[Tensor], values: list[Tensor], beta: float) -> list[Tensor]:
-    """β·average + (1 − β)·value, as new tensors."""
-    result = list(torch._foreach_mul(averages, beta))
-    torch._foreach_add_(result, values, alpha=1 - beta)
-    return result

@@ -47,12 +47,12 @@ def add_gradient_(pairs: Sequence[Pair], *, gamma: float, form: Form, grad_scale
         stacked = group.stacked()
         excess = _excess(stacked, columns=group.columns)
         if form == "reference":
-            norm = _norm(excess)
-            excess = torch.where(norm > 0, excess / norm, 0.0)
-        slope = weight * (stacked @ excess if group.columns else excess @ stacked)
+            # Where the norm is 0 so is all that is divided.
+            excess.div_(_norm(excess).clamp_min_(torch.finfo(excess.dtype).tiny))
+        excess.mul_(weight)
         if grad_scale is not None:
-            slope = slope * grad_scale.to(slope.device)
-        group.add_(slope)
+            excess.mul_(grad_scale.to(excess.device))
+        group.add_(stacked.bmm(excess) if group.columns else excess.bmm(stacked))
 
 
 @attrs.frozen(eq=False)
@@ -70,7 +70,7 @@ class _Group:
     def add_(self, slope: Tensor) -> None:
         """Add slope (count, rows, columns) to the gradients."""
         grads = [matrix.grad for matrix in self.matrices if matrix.grad is not None]
-        torch._foreach_add_(grads, [part.to(grads[0].dtype) for part in slope.unbind()])
+        torch._foreach_add_(grads, list(slope.to(grads[0].dtype).unbind()))
 
 
 def _groups(pairs: Iterable[Pair], *, trained_only: bool = False) -> list[_Group]:
@@ -86,8 +86,9 @@ def _groups(pairs: Iterable[Pair], *, trained_only: bool = False) -> list[_Group
 
 def _excess(stacked: Tensor, *, columns: bool) -> Tensor:
     """PᵀP − I or QQᵀ − I for each matrix of a stack: (count, r, r)."""
-    gram = stacked.mT @ stacked if columns else stacked @ stacked.mT
-    return gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    rank = stacked.shape[2 if columns else 1]
+    one = torch.eye(rank, dtype=stacked.dtype, device=stacked.device)
+    return torch.baddbmm(one, *((stacked.mT, stacked) if columns else (stacked, stacked.mT)), beta=-1)
 
 
 def _norm(excess: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tunerkit import State, StepError, Tuner
-from tunerkit_adalora.importance import new_averages
+from tunerkit_adalora.importance import new_stacks, unstack
 from tunerkit_adalora.training import Training, layers_of, training_of, weights_of
 
 
@@ -29,7 +29,7 @@ def state(tuner: Tuner) -> State:
         "left_out": int(training.left_out),
     }
     masks = [layer.mask for layer in layers_of(tuner)]
-    return State(tensors=_named(training.sensitivity, training.uncertainty, masks), values=values)
+    return State(tensors=_named(*training.averages, masks), values=values)
 
 
 def restore(tuner: Tuner, saved: State) -> None:
@@ -41,15 +41,15 @@ def restore(tuner: Tuner, saved: State) -> None:
     layers = layers_of(tuner)
     number = {name: int(str(value)) for name, value in saved.values.items() if not isinstance(value, bool)}
     final = bool(saved.values["final"])
-    averages = [] if final else new_averages(weights_of(layers))
-    fitting = _named(averages, averages, [layer.mask for layer in layers])
-    if _shapes(fitting) != _shapes(saved.tensors):
+    stacks = [] if final else new_stacks(weights_of(layers))
+    averages = unstack(stacks)
+    if _shapes(_named(*averages, [layer.mask for layer in layers])) != _shapes(saved.tensors):
         raise StepError("the saved averages and masks do not fit this adapter; load the adapter they were saved with")
-    here = {name: saved.tensors[name].to(tensor.device, copy=True) for name, tensor in fitting.items()}
-    training.sensitivity = [here[f"sensitivity.{i}"] for i in range(len(averages))]
-    training.uncertainty = [here[f"uncertainty.{i}"] for i in range(len(averages))]
+    for name, average in _named(*averages, []).items():
+        average.copy_(saved.tensors[name])
+    training.stacks = stacks
     for i, layer in enumerate(layers):
-        layer.mask = here[f"mask.{i}"]
+        layer.mask = saved.tensors[f"mask.{i}"].to(layer.mask.device, copy=True)
     training.schedule = attrs.evolve(training.schedule, initial=number["initial"], target=number["target"])
     training.final, training.shrunk, training.blank = final, bool(saved.values["shrunk"]), bool(saved.values["blank"])
     training.last_step, training.in_force = number["last_step"], number["in_force"]

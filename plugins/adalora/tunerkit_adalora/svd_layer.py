@@ -1,7 +1,7 @@
 """The SVD layer: AdaLoRA's adapter, ΔW = scale · P Λ Q with a mask over its triplets."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,6 @@ class SvdLayer(Adapter):
     would broadcast a buffer; it goes where the parameters go and into ``state_dict`` all the same.
     """
 
-    mask: Tensor
-
     def __init__(self, base: BaseLayer, *, rank: int, scale: float, dropout: float, start: str) -> None:
         super().__init__()
         self.p = nn.Parameter(torch.zeros(base.out_features, rank))
@@ -30,17 +28,27 @@ class SvdLayer(Adapter):
         _start(self, start)
 
     @property
+    def mask(self) -> Tensor:
+        """Which triplets are live, bool (r,). Assigned whole, never written into."""
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: Tensor) -> None:
+        self.set_mask(mask, rank=None)
+
+    def set_mask(self, mask: Tensor, *, rank: int | None) -> None:
+        """Assign the mask; with its count, if that is known, nobody has to wait for the device to ask for it."""
+        self._mask, self._rank = mask, rank
+
+    @property
     def rank(self) -> int:
-        return int(self.mask.sum())
+        if self._rank is None:
+            self._rank = int(self._mask.sum())
+        return self._rank
 
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         return add_low_rank(base, x, y, q=self.q, p=self.p, lam=self.lam, scale=self.scale, dropout=dropout)
-
-    @torch.no_grad()
-    def apply_mask_(self) -> None:
-        """Zero the λ of masked triplets; P and Q stay as they are and trainable (Eq. 6)."""
-        self.lam.masked_fill_(~self.mask, 0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SvdLayer":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
@@ -88,6 +96,16 @@ class SvdLayer(Adapter):
                 parameter = self.get_parameter(name)
                 resize_(parameter, parameter.new_empty(shape))
             self.mask = self.mask.new_ones(rank)
+
+
+@torch.no_grad()
+def apply_masks_(layers: Sequence[SvdLayer]) -> None:
+    """Zero the λ of masked triplets; P and Q stay as they are and trainable (Eq. 6)."""
+    lams: list[Tensor] = [layer.lam for layer in layers]
+    # One tensor for all: layers may lie on several devices, a mask then lies where the allocation was made.
+    kept = torch.cat([lam.to(lams[0].device) for lam in lams])
+    kept.masked_fill_(torch.cat([layer.mask.to(kept.device) for layer in layers]).logical_not_(), 0)
+    torch._foreach_copy_(lams, list(torch.split(kept, [len(lam) for lam in lams])))
 
 
 def _start(layer: SvdLayer, start: str) -> None:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import attrs
 import torch
@@ -10,18 +11,16 @@ from torch import Tensor, nn
 from tunerkit import ConfigError, StepError, Target, Tuner, TunerkitWarning
 from tunerkit_adalora.allocator import allocate
 from tunerkit_adalora.config import AdaLoraConfig
-from tunerkit_adalora.importance import Triplets, new_averages, smooth_, triplet_scores
+from tunerkit_adalora.importance import Stack, new_stacks, smooth_, triplet_scores, unstack
 from tunerkit_adalora.orthogonality import add_gradient_
 from tunerkit_adalora.schedule import Schedule, plan
 from tunerkit_adalora.shrinking import shrink_layers_
-from tunerkit_adalora.svd_layer import SvdLayer
-
-_PER_LAYER = 3
+from tunerkit_adalora.svd_layer import SvdLayer, apply_masks_
 
 
 @attrs.define(eq=False)
 class Training:
-    """AdaLoRA's training state. The averages lie in parallel lists: p, lam, q of the first layer, of the second, ...
+    """AdaLoRA's training state. ``stacks`` are the averages of all layers' P, λ and Q.
 
     ``averaged`` counts the steps since the last allocation, ``seen`` their gradients, ``left_out`` (0-d, on the
     device) the bad ones among these. ``blank`` until a step was averaged at all. ``sizes`` are the layers' triplets in
@@ -29,8 +28,7 @@ class Training:
     """
 
     schedule: Schedule
-    sensitivity: list[Tensor]
-    uncertainty: list[Tensor]
+    stacks: list[Stack]
     left_out: Tensor
     in_force: int
     sizes: list[int]
@@ -40,6 +38,11 @@ class Training:
     blank: bool = True
     averaged: int = 0
     seen: int = 0
+
+    @property
+    def averages(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Ī and Ū of P, λ, Q of the first layer, of the second, and so on; nothing once the ranks are final."""
+        return unstack(self.stacks)
 
 
 def start(tuner: Tuner, total_steps: int) -> Training:
@@ -53,11 +56,9 @@ def start(tuner: Tuner, total_steps: int) -> Training:
     there = sum(len(layer.lam) * cost for layer, cost in zip(layers, costs_of(config, layers), strict=True))
     configured = schedule_of(tuner, total_steps)
     check_bounds(config, tuner.targets, layers, configured.target)
-    weights = weights_of(layers)
     return Training(
         schedule=attrs.evolve(configured, initial=there, target=min(configured.target, there)),
-        sensitivity=new_averages(weights),
-        uncertainty=new_averages(weights),
+        stacks=new_stacks(weights_of(layers)),
         left_out=torch.zeros((), dtype=torch.int64, device=layers[0].lam.device),
         in_force=live_budget(config, layers),
         sizes=[len(layer.lam) for layer in layers],
@@ -96,11 +97,9 @@ def advance(tuner: Tuner, step: int) -> dict[str, int] | None:
     due = training.schedule.due(training.last_step, step)
     training.last_step = step
     if training.final and not training.shrunk:
-        for layer in layers:
-            layer.apply_mask_()
+        apply_masks_(layers)
     if training.final or due is None:
         return None
-    _judge_gradients(tuner, training)
     return _allocate(tuner, training, training.schedule.cubic(due), final=due >= training.schedule.final_step)
 
 
@@ -111,7 +110,6 @@ def finish(tuner: Tuner) -> dict[str, int] | None:
         return None
     if tuner.steps == 0:
         raise StepError("no step was taken yet, so every score is 0; call finish() after training")
-    _judge_gradients(tuner, training)
     return _allocate(tuner, training, training.schedule.target, final=True)
 
 
@@ -215,65 +213,75 @@ def _known_schedule(tuner: Tuner) -> Schedule:
 def _smooth(config: AdaLoraConfig, layers: Sequence[SvdLayer], training: Training) -> None:
     """Update the averages of every weight that has a gradient; an unused layer's stay."""
     weights = weights_of(layers)
-    training.sensitivity = _beside(weights, training.sensitivity)
-    training.uncertainty = _beside(weights, training.uncertainty)
-    rows = [
-        (weight, weight.grad, sensitivity, uncertainty)
-        for weight, sensitivity, uncertainty in zip(weights, training.sensitivity, training.uncertainty, strict=True)
-        if weight.grad is not None
-    ]
+    grads = [weight.grad for weight in weights]
+    training.stacks = [_beside(weights, stack) for stack in training.stacks]
     training.blank = False
     training.averaged += 1
-    training.seen += len(rows)
-    if rows:
-        used, grads, sensitivity, uncertainty = (list(column) for column in zip(*rows, strict=True))
-        left_out = smooth_(used, grads, sensitivity, uncertainty, beta1=config.beta1, beta2=config.beta2)
-        training.left_out += left_out.to(training.left_out.device)
+    training.seen += sum(grad is not None for grad in grads)
+    left_out = smooth_(weights, grads, training.stacks, beta1=config.beta1, beta2=config.beta2)
+    training.left_out += left_out.to(training.left_out.device)
 
 
-def _beside(weights: Sequence[Tensor], averages: Sequence[Tensor]) -> list[Tensor]:
+def _beside(weights: Sequence[Tensor], stack: Stack) -> Stack:
     """The averages where their weights are now: a model may be moved after it was attached."""
-    return [average.to(weight.device) for weight, average in zip(weights, averages, strict=True)]
-
-
-def _scores(training: Training) -> list[Tensor]:
-    """One score per triplet and layer, (r,) each."""
-    pairs = zip(training.sensitivity, training.uncertainty, strict=True)
-    flat = list(pairs)
-    layers = [flat[i : i + _PER_LAYER] for i in range(0, len(flat), _PER_LAYER)]
-    return [
-        triplet_scores(Triplets(*(sensitivity for sensitivity, _ in layer)), Triplets(*(unc for _, unc in layer)))
-        for layer in layers
-    ]
+    device = weights[stack.members[0]].device
+    if device == stack.sensitivity.device:
+        return stack
+    return Stack(stack.members, stack.sensitivity.to(device), stack.uncertainty.to(device))
 
 
 def _allocate(tuner: Tuner, training: Training, keep: int, *, final: bool) -> dict[str, int]:
     """Give the budget ``keep`` to the triplets with the highest scores, mask the others; the new ranks."""
     config = config_of(tuner)
+    adapters = tuner.adapters()
     layers = layers_of(tuner)
-    paths = list(tuner.adapters())
+    scores = triplet_scores(training.stacks)
     masks = allocate(
-        _scores(training),
+        scores,
         keep,
         costs=costs_of(config, layers) if config.budget_unit == "parameters" else None,
-        minimum=[config.minimum_at(path) for path in paths],
-        maximum=[config.maximum_at(path) for path in paths],
+        minimum=[config.minimum_at(path) for path in adapters],
+        maximum=[config.maximum_at(path) for path in adapters],
     )
-    for layer, mask in zip(layers, masks, strict=True):
-        layer.mask = mask
-        layer.apply_mask_()
+    bad, ranked, *ranks = _brought_to_the_host(training.left_out, scores, masks)
+    _judge_gradients(tuner, training, bad)
+    if not ranked:
+        warnings.warn(
+            f"adapter {tuner.name!r}: every score is 0, so triplets are kept by their position; the gradients are 0 or "
+            "too small for fp32 (scale the loss up)",
+            TunerkitWarning,
+            stacklevel=2,
+        )
+    for layer, mask, rank in zip(layers, masks, ranks, strict=True):
+        layer.set_mask(mask, rank=rank)
+    apply_masks_(layers)
     training.in_force = keep
     training.final = final
     if final:
-        training.sensitivity, training.uncertainty = [], []
+        training.stacks = []
         training.shrunk = config.shrink and shrink_layers_(tuner, layers)
         training.sizes = [len(layer.lam) for layer in layers]
     return tuner.ranks()
 
 
-def _judge_gradients(tuner: Tuner, training: Training) -> None:
+def _brought_to_the_host(left_out: Tensor, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> list[int]:
+    """All that the host has to wait for, at once.
+
+    That is the number of gradients left out, whether any score is above 0, and what each mask counts.
+    """
+    kept = torch.cat(list(masks)).cumsum(0)
+    above = (torch.cat(list(scores)) > 0).any()
+    bad, ranked, *counted = torch.cat([left_out.to(kept.device).view(1), above.view(1), kept]).tolist()
+    ends = accumulate(len(mask) for mask in masks)
+    return [
+        bad,
+        ranked,
+        *(after - before for before, after in pairwise([0, *(counted[end - 1] if end else 0 for end in ends)])),
+    ]
+
+
+def _judge_gradients(tuner: Tuner, training: Training, bad: int) -> None:
     """Tell of bad gradients since the last allocation, and refuse to allocate by scores that know no good one."""
-    bad = int(training.left_out)  # the only host sync beside the ranks
     # Nothing was averaged at T - t_f right after another allocation, or if every step was skipped: no fault of theirs.
     if training.averaged and training.seen == bad:
         why = (
