@@ -16,8 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from tunerkit import detector, registry
 from tunerkit.errors import StepError, TunerkitWarning
-from tunerkit.merge import is_merged
 from tunerkit.places import refuse_lost
+from tunerkit.slots import slots_of
 from tunerkit.tuner import Tuner, own_tuners
 
 
@@ -236,7 +236,7 @@ def _before(
     ``args`` begins with the optimizer itself or not, depending on the torch release: a closure is found by being
     callable.
     """
-    if is_merged(driver.tuner.model):
+    if _stands_merged(driver.tuner):
         raise StepError("the model is merged: a step would train nothing. Call tunerkit.unmerge before training on")
     closure = kwargs.get("closure")
     if closure is not None:
@@ -246,6 +246,11 @@ def _before(
         return (*args[:-1], _wrap_closure(driver, optimizer, args[-1])), kwargs
     _call_before_step(driver, optimizer)
     return None
+
+
+def _stands_merged(tuner: Tuner) -> bool:
+    """Whether merged weights stand where the adapter is: asked of its own places, not of the whole model, each step."""
+    return any(slots is not None and slots.merged for slots in map(slots_of, tuner.modules().values()))
 
 
 def _wrap_closure(driver: Driver, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
