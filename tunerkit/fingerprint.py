@@ -1,6 +1,7 @@
 """The fingerprint of a base model: names, shapes and a few sampled values, at a cost by tensors and not by bytes."""
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,29 +93,22 @@ def _original(module: nn.Module, leaf: str, parameter: nn.Parameter) -> Tensor:
 
 
 def _sample(tensors: list[Tensor]) -> list[list[float]]:
-    """`SAMPLES` evenly spaced values of each tensor that has any; one transfer per device for all."""
-    rows: dict[int, Tensor] = {}
-    by_device: dict[torch.device, list[int]] = {}
+    """`SAMPLES` evenly spaced values of each tensor that has any; one transfer per device and dtype for all.
+
+    ``take`` counts positions through whatever strides a tensor has, so nothing is copied.
+    """
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
     for number, tensor in enumerate(tensors):
-        count = tensor.numel()
-        if count and not tensor.is_meta:
-            at = [i * (count - 1) // max(SAMPLES - 1, 1) for i in range(SAMPLES)]
-            rows[number] = torch.stack([tensor[_index(i, tensor.shape)] for i in at]).float()
-            by_device.setdefault(tensor.device, []).append(number)
+        if tensor.numel() and not tensor.is_meta:
+            alike[tensor.device, tensor.dtype].append(number)
     values: list[list[float]] = [[] for _ in tensors]
-    for numbers in by_device.values():
-        for number, row_values in zip(numbers, torch.stack([rows[n] for n in numbers]).tolist(), strict=True):
-            values[number] = [_short(value) for value in row_values]
+    for (device, _), numbers in alike.items():
+        last = [tensors[number].numel() - 1 for number in numbers]
+        places = torch.tensor([[i * end // (SAMPLES - 1) for i in range(SAMPLES)] for end in last], device=device)
+        taken = [torch.take(tensors[number], row) for number, row in zip(numbers, places.unbind(), strict=True)]
+        for number, found in zip(numbers, torch.stack(taken).float().tolist(), strict=True):
+            values[number] = [_short(value) for value in found]
     return values
-
-
-def _index(flat: int, shape: torch.Size) -> tuple[int, ...]:
-    """The index of a flat position, so that tensors of any strides are sampled without a copy."""
-    index = []
-    for size in reversed(shape):
-        index.append(flat % size)
-        flat //= size
-    return tuple(reversed(index))
 
 
 def _short(value: float) -> float:

@@ -64,7 +64,7 @@ class Header:
 
 def encode(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The safetensors metadata for ``tensors`` with this header."""
-    text = json.dumps(attrs.asdict(header), sort_keys=True, allow_nan=False)
+    text = json.dumps(attrs.asdict(header, recurse=False), sort_keys=True, allow_nan=False)
     return {KEY: text, f"{KEY}.digest": digest(text, tensors)}
 
 
