@@ -4,6 +4,7 @@ PYTHON ?= python3
 # Two workers with one thread each finish sooner than one worker with two threads: the tests' models are tiny.
 WORKERS ?= 2
 PYTEST_ARGS ?=
+BENCHMARK_ARGS ?=
 DEMO_OUT ?= out/demo
 
 BIN := .venv/bin
@@ -17,7 +18,7 @@ DEV_READY := .venv/.dev-ready
 CORE_READY := .venv-core/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-core test-all check format docs clean
+.PHONY: help demo test test-core test-all check format docs benchmark clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -46,6 +47,9 @@ format: $(DEV_READY) ## format the code, and mend what ruff can mend
 
 docs: $(DEV_READY) ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
+
+benchmark: $(DEV_READY) ## measure speed and memory beside PEFT's, into out/speed
+	$(BIN)/python -m benchmarks.speed $(BENCHMARK_ARGS)
 
 clean: ## remove what the other targets made
 	rm -rf .venv .venv-core site dist build .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

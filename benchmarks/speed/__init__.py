@@ -1,0 +1,1 @@
+"""What adapters cost: time, operations and memory, ours and PEFT's side by side in one process."""

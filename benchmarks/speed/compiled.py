@@ -1,0 +1,81 @@
+"""Part `compile`: graph breaks, and the time of compiled steps beside eager ones."""
+
+import types
+from collections.abc import Callable
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from benchmarks.speed import contenders as who
+from benchmarks.speed.contenders import called
+from benchmarks.speed.models import Output, Workload, encoders
+from benchmarks.speed.settings import Settings
+from benchmarks.speed.statistics import Pairs, middle, ratio
+from benchmarks.speed.steps import kinds_of
+from benchmarks.speed.tables import Row, estimated
+from benchmarks.speed.timing import interleave
+
+PART = "compile"
+NAMES = (who.FLOOR, who.PEFT_LORA, who.LORA, who.ADALORA)
+LIMITS = {who.LORA: 0.0, who.ADALORA: 0.0}
+
+
+def measure(settings: Settings) -> list[Row]:
+    """The first encoder alone: compiling takes longer than all else here."""
+    workload = encoders(attrs.evolve(settings, sizes=settings.sizes[:1]))[0]
+    return break_rows(workload, settings) + time_rows(workload, settings)
+
+
+def break_rows(workload: Workload, settings: Settings) -> list[Row]:
+    """Graph breaks of the forward."""
+    return [
+        Row(PART, workload.name, name, "graph breaks", graph_breaks(name, workload, settings), limit=LIMITS.get(name))
+        for name in NAMES
+    ]
+
+
+def graph_breaks(name: str, workload: Workload, settings: Settings) -> int:
+    """How often torch.compile gives up on a graph."""
+    torch.compiler.reset()
+    contender = who.build(name, workload, settings)
+    x = workload.x.detach().requires_grad_()
+    return int(torch._dynamo.explain(called(name, contender.model))(x, workload.target).graph_break_count)
+
+
+def time_rows(workload: Workload, settings: Settings) -> list[Row]:
+    """Whole steps, with the forward compiled as one graph and without, interleaved; a break would be an error."""
+    torch.compiler.reset()
+    training = {}
+    for name in NAMES:
+        training[f"{name}, eager"] = who.build(name, workload, settings)
+        contender = who.build(name, workload, settings)
+        contender.call = compiled(called(name, contender.model), settings.backend)
+        training[f"{name}, compiled"] = contender
+    calls = {name: contender.step for name, contender in training.items()}
+    times = interleave(calls, rounds=settings.pairs, warmup=settings.warmup)
+    kinds = kinds_of(settings)
+    rows = []
+    for name, found in times.items():
+        rows.append(estimated(PART, workload.name, name, "step, ms", middle(1e3 * found, kinds, seed=settings.seed)))
+        plain, _, how = name.rpartition(", ")
+        if how == "compiled":
+            pairs = Pairs(top=found, bottom=times[f"{plain}, eager"], kinds=kinds)
+            rows.append(estimated(PART, workload.name, name, "step / eager's", ratio(pairs, seed=settings.seed)))
+    return rows
+
+
+def compiled(module: nn.Module, backend: str) -> Callable[[Tensor, Tensor], Output]:
+    """The module with its forward compiled as one graph.
+
+    It is called by a function with a code object of its own: dynamo keeps graphs by code object and does not guard
+    hooks, so that two models of one class would run each other's graphs, the floor's in place of an adapter's.
+    """
+
+    def call(x: Tensor, target: Tensor) -> Output:
+        found: Output = module(x, target)
+        return found
+
+    own = types.FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
+    graph: Callable[[Tensor, Tensor], Output] = torch.compile(own, fullgraph=True, backend=backend)
+    return graph

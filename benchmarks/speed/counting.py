@@ -1,0 +1,110 @@
+"""Counts of dispatched operations, and of places where a host would wait for a device."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+# What reads a device's memory whatever its arguments are. On a CPU they stand in for the real thing.
+_WAITING = frozenset(
+    {
+        aten._local_scalar_dense.default,
+        aten.is_nonzero.default,
+        aten.equal.default,
+        aten.nonzero.default,
+        aten.masked_select.default,
+    }
+)
+# On the CPU these reach no dispatcher, so they are caught as calls.
+_READING = frozenset({Tensor.tolist, Tensor.numpy, Tensor.cpu})
+
+
+class Operations(TorchDispatchMode):
+    """Counts every operation by name; of a foreach operation the call, however many tensors it touches."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        self.calls: Counter[str] = Counter()
+        self.views = 0
+
+    @property
+    def total(self) -> int:
+        """All operations so far."""
+        return self.calls.total()
+
+    @property
+    def kernels(self) -> int:
+        """Those that are no views: on a GPU, about the kernels launched."""
+        return self.total - self.views
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self.calls[str(func)] += 1
+        self.views += func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+class Waits:
+    """Counts where the host would wait: values read, masks turned into indices, tensors fetched as lists."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._modes = (_WaitingOperations(self), _ReadingCalls(self))
+
+    def __enter__(self) -> "Waits":
+        for mode in self._modes:
+            mode.__enter__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for mode in reversed(self._modes):
+            mode.__exit__(*error)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+
+
+class _WaitingOperations(TorchDispatchMode):
+    def __init__(self, waits: Waits) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        self.waits = waits
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self.waits.total += func in _WAITING or _indexes_by_mask(func, args) or _asks_for_size(func, kwargs)
+        return func(*args, **(kwargs or {}))
+
+
+class _ReadingCalls(TorchFunctionMode):
+    def __init__(self, waits: Waits) -> None:
+        super().__init__()
+        self.waits = waits
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self.waits.total += func in _READING
+        return func(*args, **(kwargs or {}))
+
+
+def _asks_for_size(func: Any, kwargs: Mapping[str, Any] | None) -> bool:
+    """Whether the size of the result is read from the device, since nobody said it."""
+    return func is aten.repeat_interleave.Tensor and (kwargs or {}).get("output_size") is None
+
+
+def _indexes_by_mask(func: Any, args: tuple[Any, ...]) -> bool:
+    if func not in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+        return False
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+
+
+def count(call: Callable[[], object]) -> Operations:
+    """The operations of one call."""
+    operations = Operations()
+    with operations:
+        call()
+    return operations

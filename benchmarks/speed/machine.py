@@ -1,0 +1,42 @@
+"""What a reader must know of the run: date, versions, and the kind of machine."""
+
+import datetime
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from benchmarks.speed.models import ATTENTION
+from benchmarks.speed.settings import GAMMA, Settings
+
+PACKAGES = ("torch", "transformers", "peft", "tunerkit", "tunerkit-lora", "tunerkit-adalora")
+
+
+def header(settings: Settings) -> dict[str, object]:
+    """Names and values for the head of the table; no host name and no path among them."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "load before": round(os.getloadavg()[0], 2),
+        "pairs": f"{settings.pairs} after {settings.warmup} untimed",
+        "batch": f"{settings.batch} x {settings.tokens} tokens, attention {ATTENTION}, no dropout",
+        "ranks": f"{settings.init_rank} at the start, AdaLoRA down to {settings.target_rank}",
+        "AdaLoRA": f"Δ_T {settings.delta_t}, γ 0 or {GAMMA}; PEFT's γ {GAMMA}",
+        "optimizer": "AdamW, fused",
+        "seed": settings.seed,
+    }
+
+
+def processor() -> str:
+    """The CPU's model name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()

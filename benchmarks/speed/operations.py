@@ -1,0 +1,136 @@
+"""Part `operations`: dispatched operations and host waits, which are the same at every run."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import attrs
+
+from benchmarks.speed import contenders as who
+from benchmarks.speed.counting import Operations, Waits, count
+from benchmarks.speed.marks import Marks
+from benchmarks.speed.models import Workload, encoder, small_llama
+from benchmarks.speed.settings import Settings, Size
+from benchmarks.speed.tables import Row
+
+PART = "operations"
+Counting = Callable[[], AbstractContextManager[Callable[[], float]]]
+PASS_NAMES = (
+    who.PEFT_LORA,
+    who.PEFT_ADALORA_BARE,
+    who.PEFT_ADALORA,
+    who.LORA,
+    who.ADALORA,
+    who.ADALORA_GAMMA,
+    who.ADALORA_SHRUNK,
+)
+PASS_LIMITS = dict.fromkeys((who.LORA, who.ADALORA, who.ADALORA_GAMMA, who.ADALORA_SHRUNK), 22.0)
+# Ours with the regulariser beside PEFT's with its own; without one it is not the same work.
+ALLOCATING = (who.PEFT_ADALORA, who.ADALORA, who.ADALORA_GAMMA)
+FINAL = (who.PEFT_ADALORA_FINAL, who.ADALORA_MASKED, who.ADALORA_SHRUNK)
+MASK_STEP, OTHER_STEP, FINAL_STEP = "mask step", "other step", "step of the final phase"
+LIMITED = (who.ADALORA, who.ADALORA_GAMMA)
+STEP_LIMITS = {MASK_STEP: 400.0, OTHER_STEP: 150.0}
+
+
+def measure(settings: Settings) -> list[Row]:
+    """Counts of forward and backward, then those of the allocators."""
+    small = Size(layers=2, hidden=32)
+    passes = [encoder(small, attrs.evolve(settings, batch=2, tokens=4)), small_llama(2, settings)]
+    rows = [row for workload in passes for row in pass_rows(workload, settings)]
+    least, *more = [small_llama(blocks, settings) for blocks in settings.blocks]
+    rows += allocator_rows(least, settings, STEP_LIMITS)
+    for workload in more:
+        # The more layers may cost no more than the fewer did.
+        found = {(row.who, row.measure): row.value for row in rows if row.where == least.name}
+        rows += allocator_rows(workload, settings, STEP_LIMITS, at_most=found)
+    return rows
+
+
+def pass_rows(workload: Workload, settings: Settings) -> list[Row]:
+    """Operations of forward and backward above the floor's, per adapted layer."""
+    floor = count(who.build(who.FLOOR, workload, settings).pass_through)
+    where = workload.base.body.__class__.__name__
+    rows = []
+    for name in PASS_NAMES:
+        contender = who.build(name, workload, settings)
+        contender.step()  # what is made once, at the first step, is no part of the others
+        found = count(contender.pass_through)
+        per_layer = (found.total - floor.total) / workload.adapted
+        kernels = (found.kernels - floor.kernels) / workload.adapted
+        rows += [
+            Row(PART, where, name, "forward and backward, per layer", per_layer, limit=PASS_LIMITS.get(name)),
+            Row(PART, where, name, "of these no views", kernels),
+        ]
+    return rows
+
+
+def allocator_rows(
+    workload: Workload,
+    settings: Settings,
+    limits: dict[str, float],
+    at_most: dict[tuple[str, str], float] | None = None,
+) -> list[Row]:
+    """Operations and waits of allocator and regulariser in the kinds of steps that there are."""
+    rows = []
+    for name in (*ALLOCATING, *FINAL):
+        steps = [FINAL_STEP] if name in FINAL else [MASK_STEP, OTHER_STEP]
+        operations, waits = (
+            _at_steps(name, workload, settings, _operations),
+            _at_steps(name, workload, settings, _waits),
+        )
+        for step in steps:
+            limit = limits.get(step) if name in LIMITED else None
+            if limit is not None and at_most is not None:
+                limit = min(limit, at_most[name, step])
+            rows.append(Row(PART, workload.name, name, step, operations[step], limit=limit))
+        for step in steps:
+            most = 1.0 if name in LIMITED and step == MASK_STEP else None
+            rows.append(Row(PART, workload.name, name, f"host waits, {step}", waits[step], limit=most))
+    return rows
+
+
+@contextmanager
+def _operations() -> Iterator[Callable[[], float]]:
+    with Operations() as operations:
+        yield lambda: operations.total
+
+
+@contextmanager
+def _waits() -> Iterator[Callable[[], float]]:
+    with Waits() as waits:
+        yield lambda: waits.total
+
+
+def _at_steps(name: str, workload: Workload, settings: Settings, counter: Counting) -> dict[str, float]:
+    """What is counted of a contender's own work by kind of step: beside the update, and of PEFT's in the loss."""
+    settings = attrs.evolve(settings, delta_t=2)
+    reading: list[Callable[[], float]] = [_nothing]
+    marks = Marks(lambda: reading[0]())
+    contender = who.build(name, workload, settings, marks)
+    in_loss = _in_loss(name, workload, settings, counter)
+    found = {}
+    # What is made once, at the first step, is no part of the others.
+    contender.take(2 - contender.steps % 2)
+    for step in (OTHER_STEP, MASK_STEP):
+        with counter() as reading[0]:
+            contender.step()
+        reading[0] = _nothing
+        found[step] = in_loss + marks.before + marks.after
+    return {**found, FINAL_STEP: found[OTHER_STEP]}
+
+
+def _nothing() -> float:
+    return 0.0
+
+
+def _in_loss(name: str, workload: Workload, settings: Settings, counter: Counting) -> float:
+    """PEFT's regulariser is a part of forward and backward: what these count more than without it."""
+    if name not in (who.PEFT_ADALORA, who.PEFT_ADALORA_FINAL):
+        return 0.0
+    counts = []
+    for each in (who.PEFT_ADALORA, who.PEFT_ADALORA_BARE):
+        contender = who.build(each, workload, settings)
+        with counter() as read:
+            contender.pass_through()
+            counts.append(read())
+    return counts[0] - counts[1]

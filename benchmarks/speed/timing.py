@@ -1,0 +1,69 @@
+"""Interleaved timing: in each round every contender has one turn, and the order moves on."""
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Call = Callable[[], object]
+Times = NDArray[np.float64]
+
+
+def seconds(call: Call) -> float:
+    """How long ``call`` takes by the wall clock."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def cuda_seconds(call: Call) -> float:
+    """How long ``call`` keeps the GPU's current stream busy."""
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    began.record()
+    call()
+    ended.record()
+    torch.cuda.synchronize()
+    milliseconds: float = began.elapsed_time(ended)
+    return milliseconds / 1000
+
+
+def order(names: Sequence[str], turn: int) -> list[str]:
+    """The order of round ``turn``: rotated by one each round, and turned round after each full rotation.
+
+    So everyone stands at each place equally often, and behind each of two neighbours.
+    """
+    shift = turn % len(names)
+    rotated = [*names[shift:], *names[:shift]]
+    return rotated[::-1] if turn // len(names) % 2 else rotated
+
+
+def interleave(
+    calls: Mapping[str, Call],
+    *,
+    rounds: int,
+    warmup: int = 0,
+    clock: Callable[[Call], float] = seconds,
+    before_each: Callable[[str], None] | None = None,
+) -> dict[str, Times]:
+    """Seconds of each call in each of ``rounds``, after ``warmup`` more; garbage is collected between rounds only.
+
+    ``before_each`` prepares the named call's turn and is not timed.
+    """
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    was_enabled = gc.isenabled()
+    try:
+        for turn in range(warmup + rounds):
+            gc.collect()
+            gc.disable()
+            for name in order(list(calls), turn):
+                if before_each is not None:
+                    before_each(name)
+                found[name].append(clock(calls[name]))
+    finally:
+        if was_enabled:
+            gc.enable()
+    return {name: np.array(times[warmup:]) for name, times in found.items()}

@@ -1,0 +1,441 @@
+"""The benchmark of speed and memory: its instruments on things whose cost is known, and a short run of each part."""
+
+import functools
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+for _module in ("peft", "transformers", "typer", "rich", "tunerkit_lora", "tunerkit_adalora"):
+    pytest.importorskip(_module, reason=f"the benchmark needs {_module}")
+
+from rich.console import Console  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+import tunerkit  # noqa: E402
+from benchmarks.speed import __main__ as command  # noqa: E402
+from benchmarks.speed import allocator, compiled, contenders, operations, start, statistics, steps  # noqa: E402
+from benchmarks.speed.counting import Operations, Waits, count  # noqa: E402
+from benchmarks.speed.marks import Marks  # noqa: E402
+from benchmarks.speed.models import encoder, small_llama  # noqa: E402
+from benchmarks.speed.settings import Settings, Size, read_sizes  # noqa: E402
+from benchmarks.speed.storages import held_bytes, peak_bytes  # noqa: E402
+from benchmarks.speed.tables import Row, to_json, to_markdown  # noqa: E402
+from benchmarks.speed.timing import Call, interleave, order  # noqa: E402
+
+CPU = torch.device("cpu")
+TINY = Settings(
+    sizes=read_sizes("1x16"),
+    pairs=2,
+    warmup=1,
+    batch=2,
+    tokens=4,
+    init_rank=4,
+    target_rank=2,
+    blocks=(1, 2),
+    growth_blocks=(1,),
+    start_blocks=1,
+    start_hidden=16,
+    delta_t=2,
+    backend="eager",
+)
+# What must be shown, by part: the measures and their limits.
+LIMITS: dict[str, set[tuple[str, float]]] = {
+    "steps": {(steps.RATIO, 1.0), (steps.RATIO, 0.85)},
+    "operations": {
+        ("forward and backward, per layer", 22.0),
+        (operations.MASK_STEP, 400.0),
+        (operations.OTHER_STEP, 150.0),
+        ("host waits, mask step", 1.0),
+    },
+    "allocator": set(),
+    "memory": {("beyond, share of trained", 2.04), ("beyond, share of trained", 0.001)},
+    "start": {("wrap / PEFT's", 0.5), ("load / PEFT's", 0.5), ("save / PEFT's", 1.0)},
+    "compile": {("graph breaks", 0.0)},
+    "growth": set(),
+}
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled() -> Any:
+    yield
+    torch.compiler.reset()
+
+
+@functools.cache
+def short_run(part: str) -> list[Row]:
+    return command.PARTS[part](TINY)
+
+
+def rounds(typical: float, *, of: int = 60, seed: int = 0) -> statistics.Floats:
+    return typical * np.random.default_rng(seed).normal(1, 0.05, of)
+
+
+# Statistics
+
+
+@pytest.mark.parametrize("true", [0.5, 1.0, 3.0])
+def test_the_interval_of_a_ratio_holds_the_ratio(true: float) -> None:
+    """Two noisy series whose typical values stand in a known ratio; the interval is narrow and holds it."""
+    pairs = statistics.Pairs(rounds(true * 2, seed=1), rounds(2, seed=2), statistics.one_kind(60))
+    found = statistics.ratio(pairs, seed=0)
+    assert found.low <= true <= found.high
+    assert found.low <= found.value <= found.high <= 1.1 * found.low
+
+
+def test_an_interval_of_the_mean_covers_as_often_as_it_says() -> None:
+    """Over 200 experiments, the 95 % interval misses the true ratio in about one of twenty."""
+    held = 0
+    for seed in range(200):
+        pairs = statistics.Pairs(rounds(1, seed=2 * seed), rounds(1, seed=2 * seed + 1), statistics.one_kind(60))
+        found = statistics.ratio(pairs, seed=seed, draws=400)
+        held += found.low <= 1 <= found.high
+    assert 180 <= held <= 199
+
+
+def test_a_geometric_mean_of_ratios_is_that() -> None:
+    """Ratios of 1/2 and 2 without noise give 1, with an interval of no width."""
+    kinds = statistics.one_kind(10)
+    several = [statistics.Pairs(np.full(10, r), np.ones(10), kinds) for r in (0.5, 2.0)]
+    found = statistics.geometric_mean(several, seed=0, draws=50)
+    assert attrs.astuple(found) == pytest.approx((1.0, 1.0, 1.0))
+
+
+def test_dear_rounds_count_by_their_share() -> None:
+    """One round in ten of another kind costs 11 instead of 1: typically 2, which neither median nor outliers say."""
+    kinds = np.array([0] * 9 + [1])
+    values = np.where(kinds == 1, 11.0, 1.0)
+    assert statistics.typical(values, kinds) == pytest.approx(2.0)
+    assert statistics.typical(np.where(np.arange(10) == 0, 100.0, values), kinds) == pytest.approx(2.0)
+
+
+def test_an_overhead_below_the_floor_keeps_no_yardstick() -> None:
+    """If noise leaves the yardstick at or below 0, the ratio is infinite and no limit is met by it."""
+    pairs = statistics.Pairs(np.ones(4), np.full(4, -1.0), statistics.one_kind(4))
+    found = statistics.ratio(pairs, seed=0, draws=20)
+    assert found.high == np.inf
+    assert not Row("p", "w", "n", "m", found.value, found.low, found.high, limit=1e9).passed
+
+
+def test_the_same_seed_gives_the_same_interval() -> None:
+    """Published figures can be computed again from the published times."""
+    pairs = statistics.Pairs(rounds(1, seed=1), rounds(1, seed=2), statistics.one_kind(60))
+    assert statistics.ratio(pairs, seed=3) == statistics.ratio(pairs, seed=3) != statistics.ratio(pairs, seed=4)
+
+
+# Timing
+
+
+def test_everyone_stands_at_each_place_equally_often() -> None:
+    """Over two full rotations of n, each name is at each place twice, and no one always follows the same."""
+    names = ["a", "b", "c", "d"]
+    orders = [order(names, turn) for turn in range(2 * len(names))]
+    assert all(sorted(each) == names for each in orders)
+    assert all([each[place] for each in orders].count(name) == 2 for place in range(4) for name in names)
+    before = {each[each.index("b") - 1] for each in orders if each[0] != "b"}
+    assert before == {"a", "c"}
+
+
+def test_rounds_are_timed_after_the_warmup_with_garbage_collection_off() -> None:
+    """Every call runs warmup + rounds times, its last rounds are kept, and gc is back on at the end, also on errors."""
+    seen: list[bool] = []
+
+    def one_second(call: Call) -> float:
+        call()
+        return 1.0
+
+    found = interleave({"a": lambda: seen.append(gc.isenabled())}, rounds=3, warmup=2, clock=one_second)
+    assert found["a"].tolist() == [1.0] * 3
+    assert seen == [False] * 5
+    with pytest.raises(ZeroDivisionError):
+        interleave({"a": lambda: 1 / 0}, rounds=1)
+    assert gc.isenabled()
+
+
+# Counts
+
+
+def test_operations_are_counted_one_by_one() -> None:
+    """A product, its transpose and a foreach call over many tensors: three operations, of which one is a view."""
+    a = torch.ones(2, 3)
+
+    def known() -> None:
+        a @ a.transpose(0, 1)
+        torch._foreach_mul([a, a, a], 2.0)
+
+    found = count(known)
+    assert dict(found.calls) == {"aten.transpose.int": 1, "aten.mm.default": 1, "aten._foreach_mul.Scalar": 1}
+    assert (found.total, found.kernels) == (3, 2)
+
+
+def test_backward_is_counted_with_forward() -> None:
+    """The square's derivative takes operations of its own."""
+    x = torch.ones(3, requires_grad=True)
+    forward = count(lambda: x.square().sum()).total
+    assert count(lambda: x.square().sum().backward()).total > forward == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "waits"),
+    [
+        (lambda x: x.sum().item(), 1),
+        (lambda x: bool(x[0] > 0), 1),
+        (lambda x: x.nonzero(), 1),
+        (lambda x: x[x > 0], 1),
+        (lambda x: x.tolist(), 1),
+        (lambda x: torch.equal(x, x), 1),
+        (lambda x: torch.repeat_interleave(x.long()), 1),
+        (lambda x: torch.repeat_interleave(x.long(), output_size=3), 0),
+        (lambda x: x[torch.tensor([0, 1])], 0),
+        (lambda x: torch.where(x > 0, x, 0.0), 0),
+    ],
+)
+def test_what_waits_for_a_device_is_counted(call: Any, waits: int) -> None:
+    """Reading a value, a list or the places of a mask waits; choosing by mask or by number does not."""
+    x = torch.ones(3)
+    with Waits() as found:
+        call(x)
+    assert found.total == waits
+
+
+# Bytes
+
+
+def test_the_peak_counts_what_lives_at_once() -> None:
+    """Two of three temporaries of 4 kB live at a time; views and in-place results take nothing."""
+    x = torch.ones(1000)
+
+    def known() -> None:
+        y = x + 1
+        z = y * 2
+        del y
+        z.view(10, 100).add_(1)
+        torch.exp(z)
+
+    assert peak_bytes(known, CPU) == 8000
+
+
+def test_the_peak_knows_what_backward_needs() -> None:
+    """The exponential keeps its result for backward: while a chain of three runs, all three results are alive."""
+    x = torch.ones(1000, requires_grad=True)
+    assert peak_bytes(lambda: x.exp().exp().exp(), CPU) == 12000
+    assert peak_bytes(lambda: x.detach().exp().exp().exp(), CPU) == 8000
+
+
+def test_held_bytes_are_those_of_living_tensors() -> None:
+    """A tensor counts while somebody holds it, whoever that is; a view of it costs nothing."""
+    before = held_bytes()
+    hidden = {"somewhere": [torch.ones(1000)]}
+    hidden["somewhere"].append(hidden["somewhere"][0][:10])
+    assert held_bytes() - before == 4000
+    hidden.clear()
+    assert held_bytes() == before
+
+
+# Contenders
+
+
+def test_contenders_share_the_frozen_weights_and_nothing_else() -> None:
+    """One base in memory for all, so that none reads warmer or colder weights; training leaves it as it was."""
+    workload = encoder(TINY.sizes[0], TINY)
+    before = {name: value.clone() for name, value in workload.base.state_dict().items()}
+    training = contenders.build_all(steps.NAMES, workload, TINY)
+    frozen = [
+        {p.data_ptr() for p in c.model.parameters() if not p.requires_grad and p.numel() > 1} for c in training.values()
+    ]
+    own = [{p.data_ptr() for p in c.trained() if p.numel()} for c in training.values()]
+    assert all(each == frozen[0] for each in frozen)
+    assert len(set.union(*own)) == sum(map(len, own))
+    for contender in training.values():
+        contender.take(2)
+    assert all(torch.equal(value, before[name]) for name, value in workload.base.state_dict().items())
+
+
+def test_methods_compared_train_equally_much() -> None:
+    """PEFT's LoRA and ours, and the two AdaLoRAs, start with the same number of parameters at the same layers."""
+    workload = encoder(TINY.sizes[0], TINY)
+
+    def trained(name: str) -> int:
+        return sum(p.numel() for p in contenders.build(name, workload, TINY).trained())
+
+    assert workload.adapted == 6
+    assert trained(contenders.LORA) == trained(contenders.PEFT_LORA)
+    assert trained(contenders.ADALORA) == trained(contenders.PEFT_ADALORA)
+    assert trained(contenders.ADALORA_SHRUNK) < trained(contenders.ADALORA_MASKED) == trained(contenders.ADALORA)
+
+
+def test_timed_steps_lie_before_the_last_allocation() -> None:
+    """Warm-up and rounds together end before it, with mask steps among them in the share that Δ_T gives."""
+    settings = Settings()
+    tuner = tunerkit.tuner(contenders.build(contenders.ADALORA, encoder(Size(1, 16), settings), settings).model)
+    kinds = steps.kinds_of(settings)
+    last = settings.warmup + settings.pairs
+    assert tuner.budget(last) > tuner.budget(settings.lasting)
+    assert kinds.mean() == 1 / settings.delta_t
+
+
+def test_peft_adds_its_regulariser_where_it_should() -> None:
+    """The loss of PEFT's AdaLoRA is higher than that of the same model called past it."""
+    workload = encoder(TINY.sizes[0], TINY)
+    full, bare = (contenders.build(n, workload, TINY) for n in (contenders.PEFT_ADALORA, contenders.PEFT_ADALORA_BARE))
+    losses = [contender.call(workload.x, workload.target).loss for contender in (full, bare)]
+    assert losses[0] > losses[1] > 0
+
+
+def test_marks_read_what_the_hooks_take() -> None:
+    """A counter moved by hooks attached in between shows in the marks, and the update itself in none."""
+    moved = 0.0
+
+    def move(by: float) -> Any:
+        def hook(*_: Any) -> None:
+            nonlocal moved
+            moved += by
+
+        return hook
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))])
+
+    def attach() -> None:
+        optimizer.register_step_pre_hook(move(2))
+        optimizer.register_step_post_hook(move(3))
+
+    marks = Marks(lambda: moved)
+    marks.bracket(optimizer, attach)
+    optimizer.register_step_post_hook(move(100))
+    optimizer.step()
+    assert (marks.before, marks.after) == (2, 3)
+
+
+def test_a_compiled_contender_runs_its_own_graph() -> None:
+    """The floor's graph, compiled first, does not stand in for that of an adapted model of the same class."""
+    workload = encoder(TINY.sizes[0], TINY)
+    floor, lora = (contenders.build(name, workload, TINY) for name in (contenders.FLOOR, contenders.LORA))
+    for parameter in lora.trained():
+        nn.init.normal_(parameter)
+    expected = lora.call(workload.x, workload.target).loss
+    compiled.compiled(floor.model, "eager")(workload.x, workload.target)
+    assert torch.allclose(compiled.compiled(lora.model, "eager")(workload.x, workload.target).loss, expected)
+
+
+# Parts
+
+
+@pytest.mark.parametrize("part", LIMITS)
+def test_a_short_run_of_each_part_finds_numbers_beside_their_limits(part: str) -> None:
+    """A tiny model and two rounds: finite values, their intervals around them, and the project's limits, for ours."""
+    rows = short_run(part)
+    assert rows
+    assert all(row.part == part for row in rows)
+    assert all(np.isfinite(row.value) for row in rows)
+    assert all(row.low <= row.value <= row.high for row in rows if row.low is not None and row.high is not None)
+    assert {(row.measure, row.limit) for row in rows if row.limit is not None} >= LIMITS[part]
+    assert not any(row.who.startswith("PEFT") for row in rows if row.limit is not None)
+
+
+def test_every_part_is_tried_here() -> None:
+    """No part of the command is missing above; that for GPUs is below."""
+    assert {*LIMITS, "gpu"} == set(command.PARTS)
+
+
+def test_the_allocators_share_has_its_limit_at_one_size() -> None:
+    """That size is among the sizes of the run that gets published."""
+    assert allocator.LIMIT == 0.03
+    assert allocator.LIMITED_SIZE in {size.name for size in Settings().sizes}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU this part takes minutes")
+def test_the_part_for_gpus_is_empty_without_one() -> None:
+    """A run of all parts works on any machine."""
+    assert command.PARTS["gpu"](TINY) == []
+
+
+def test_counts_are_the_same_at_every_run() -> None:
+    """The part `operations` depends on nothing but the code."""
+    assert operations.measure(TINY) == short_run("operations")
+
+
+def test_what_a_method_keeps_is_seen() -> None:
+    """PEFT's AdaLoRA keeps three tensors as large as what it trains, plain LoRA none."""
+    rows = {row.who: row.value for row in short_run("memory") if row.measure == "beyond, share of trained"}
+    assert rows[contenders.PEFT_LORA] == rows[contenders.LORA] == 0
+    assert rows[contenders.PEFT_ADALORA] == pytest.approx(3, abs=0.02)
+    assert rows[contenders.ADALORA] == pytest.approx(2, abs=0.05)
+
+
+def test_a_wait_in_every_layer_is_seen() -> None:
+    """PEFT reads one threshold and one mask for each adapted layer."""
+    workload = small_llama(1, TINY)
+    rows = operations.allocator_rows(workload, TINY, operations.STEP_LIMITS)
+    waits = [r.value for r in rows if r.who == contenders.PEFT_ADALORA and r.measure == "host waits, mask step"]
+    assert waits == [workload.adapted + 1]
+
+
+# Tables
+
+
+def limited() -> list[Row]:
+    return [Row("a", "here", "us", "x", 0.5, 0.4, 0.6, limit=0.55), Row("a", "here", "us", "y", 3.0, limit=3.0)]
+
+
+def test_the_intervals_upper_end_decides() -> None:
+    """A value below its limit with an interval across it has not met it; a count without interval decides itself."""
+    assert [row.passed for row in limited()] == [False, True]
+    assert Row("a", "b", "c", "d", 1.0).passed is None
+
+
+def test_tables_hold_every_value_and_limit() -> None:
+    """Markdown shows the limit beside its value and in the table of limits; JSON holds all rows."""
+    text = to_markdown({"date": "today"}, limited())
+    assert "0.5 [0.4, 0.6] (≤ 0.55: missed)" in text
+    assert "| a | here | us | x | 0.5 [0.4, 0.6] | ≤ 0.55 | missed |" in text
+    assert "| date | today |" in text
+    found = json.loads(to_json({"date": "today"}, [*limited(), Row("a", "b", "c", "d", float("nan"))]))
+    assert [row["value"] for row in found["rows"]] == [0.5, 3.0, None]
+    assert [row["passed"] for row in found["rows"]] == [False, True, None]
+
+
+# The command
+
+
+def test_a_run_leaves_its_files(tmp_path: Path) -> None:
+    """JSON and Markdown with date, versions and machine kind; nothing in them names this machine or its folders."""
+    command.measure_all(["operations"], TINY, tmp_path / "new", Console(quiet=True))
+    text = (tmp_path / "new" / "speed.md").read_text(encoding="utf-8")
+    head = json.loads((tmp_path / "new" / "speed.json").read_text(encoding="utf-8"))["header"]
+    assert {"date", "torch", "peft", "tunerkit", "processor", "cores", "threads"} <= set(head)
+    assert str(tmp_path) not in text
+    assert "/home" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--part", "stepz"], "no part named stepz; there are: steps"), (["--sizes", "6by384"], "such as 6x384")],
+)
+def test_a_wrong_option_is_answered_in_words(arguments: list[str], said: str) -> None:
+    """One line that says what was got and what there is; exit code 2."""
+    done = CliRunner().invoke(command.app, arguments)
+    assert done.exit_code == 2
+    assert said in done.output
+
+
+def test_what_is_compared_at_the_start_is_saved_trained(tmp_path: Path) -> None:
+    """The adapters that are saved and loaded have been trained; AdaLoRA's are past their last allocation."""
+    workload = small_llama(1, TINY)
+    start.time_save(workload, TINY, tmp_path)
+    model = tunerkit.load(workload.model(), tmp_path / contenders.ADALORA_SHRUNK)
+    assert sum(tunerkit.tuner(model).ranks().values()) == TINY.target_rank * workload.adapted
+
+
+def test_operations_count_everything_once() -> None:
+    """Entered twice, the counter goes on where it stood."""
+    operations = Operations()
+    for _ in range(2):
+        with operations:
+            torch.ones(2) + 1
+    assert operations.total == 4
