@@ -55,7 +55,15 @@ def build_adapter(tuner: Tuner, target: Target, base: BaseLayer | None) -> Adapt
         )
     if lending.lender(tuner.model, target.path, base) is not None:
         _refuse_unlendable(tuner, target, base)
-    return built.to(device=_device_of(target.module), dtype=getattr(torch, tuner.config.adapter_dtype))
+    return _placed(built, _device_of(target.module), getattr(torch, tuner.config.adapter_dtype))
+
+
+def _placed(built: Adapter, device: torch.device | None, dtype: torch.dtype) -> Adapter:
+    """The adapter at its device and in its dtype. It was built on the CPU, where asking is cheaper than moving it."""
+    own = chain(built.parameters(), built.buffers())
+    there = device is None or device.type == "cpu"
+    there = there and all(t.device.type == "cpu" and (t.dtype == dtype or not t.is_floating_point()) for t in own)
+    return built if there else built.to(device=device, dtype=dtype)
 
 
 def _device_of(module: nn.Module) -> torch.device | None:

@@ -147,8 +147,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -
     """Write a safetensors file whole or not at all: a temporary neighbour, flushed to the disk, then renamed."""
     if path.is_dir():
         raise FileError(f"cannot write {path}: it is a folder; a path that ends in {_SUFFIX} names the file itself")
-    # Tensors that share storage (a tied pair inside a trained copy) are refused by safetensors: give each its own.
-    data = safetensors.torch.save({name: tensor.clone() for name, tensor in tensors.items()}, metadata)
+    data = safetensors.torch.save(_apart(tensors), metadata)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,6 +161,17 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each with storage of its own: safetensors refuses a tied pair, such as one inside a trained copy."""
+    storages: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return found
 
 
 def _ordered(data: bytes) -> tuple[bytes, memoryview]:

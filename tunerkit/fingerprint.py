@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tunerkit.base_layers import BaseLayer
 from tunerkit.building import all_kinds
 from tunerkit.kinds import describe
-from tunerkit.slots import CHILD, Slots, bias_name, slots_of
-from tunerkit.survey import join
+from tunerkit.slots import CHILD, Slots, base_modules, bias_name, slots_of
+from tunerkit.survey import is_under, join
 from tunerkit.tuner import Tuner
 
 SAMPLES = 4
@@ -65,12 +65,12 @@ def differences(saved: Fingerprint, found: Fingerprint) -> list[str]:
 
 def base_tensors(tuner: Tuner) -> dict[str, Tensor]:
     """The base's own parameters by name, originals where merged ones stand now, without what the adapter trains."""
-    copied = tuple(place.path for place in tuner.copies)
-    kinds = all_kinds()
+    copied = frozenset(place.path for place in tuner.copies)
+    kinds = all_kinds() if tuner.biases else ()
     biased = {join(place.path, bias_name(_base_of(place.module, kinds))) for place in tuner.biases}
     found = {}
-    for path, module in tuner.model.named_modules():
-        if CHILD in path.split(".") or any(path == c or path.startswith(c + ".") for c in copied):
+    for path, module in base_modules(tuner.model):
+        if is_under(path, copied):
             continue
         for leaf, parameter in module._parameters.items():
             name = f"{path}.{leaf}" if path else leaf

@@ -41,12 +41,12 @@ def inject_(plan: Plan, *, trainable: bool) -> None:
         slots = slots_of(module)
         if slots is None:
             slots = Slots(plan.bases[path])
-            slots.train(module.training)
+            _follow(slots, module)
             module.add_module(CHILD, slots)
             if not lending.lend_at_(model, path):
                 module.register_forward_hook(apply_slots, with_kwargs=True)
         slot = plan.slots[path]
-        slot.train(module.training)
+        _follow(slot, module)
         slots.put(tuner.name, slot)
     for place in tuner.copies:
         hold_statistics_(place.module)
@@ -113,6 +113,12 @@ def _train(slot: Slot, trained: bool) -> None:
         parameter.requires_grad_(trained and (parameter.is_floating_point() or parameter.is_complex()))
         if not trained:
             parameter.grad = None
+
+
+def _follow(part: nn.Module, module: nn.Module) -> None:
+    """Put ``part``, which is in training mode as any new module is, into the mode of ``module``."""
+    if not module.training:
+        part.eval()
 
 
 def _watch(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ from torch import nn
 
 from tunerkit.errors import AdapterError
 from tunerkit.lending import is_lent
-from tunerkit.slots import Slots, apply_slots, slots_of
+from tunerkit.slots import Slots, apply_slots, base_modules, slots_of
 from tunerkit.tuner import Tuner
 
 
@@ -31,7 +31,7 @@ def refuse_lost(tuners: Iterable[Tuner]) -> None:
 def _lost(tuner: Tuner) -> Iterator[tuple[str, str]]:
     dict(tuner.slots())  # an adapter that was torn out is told by the tuner itself
     # By identity and not by path: a module may have been put into DDP or a compiled one, where it runs as before.
-    present = {id(module) for module in tuner.model.modules()}
+    present = {id(module) for _, module in base_modules(tuner.model)}
     for path, module in tuner.modules().items():
         slots = slots_of(module)
         assert slots is not None

@@ -149,9 +149,28 @@ def slots_of(module: nn.Module) -> Slots | None:
     return slots if isinstance(slots, Slots) else None
 
 
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of ``model`` with their paths, each once and in its order, without what adapters put there.
+
+    ``named_modules`` would walk through every adapter too, which in a wrapped model are most of the modules.
+    """
+    seen: set[int] = set()
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield path, module
+            prefix = f"{path}." if path else ""
+            # From the last to the first, since the end of the list comes next.
+            for name, child in reversed(module._modules.items()):
+                if child is not None and type(child) is not Slots:
+                    waiting.append((prefix + name, child))
+
+
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slots]]:
     """Every adapted module of ``model`` with its dotted path and its slots, in model order."""
-    for path, module in model.named_modules():
+    for path, module in base_modules(model):
         slots = slots_of(module)
         if slots is not None:
             yield path, module, slots

@@ -53,6 +53,7 @@ class _Scope:
     layers: Collection[int] | None
     trained: Collection[str]
     adaptable: Collection[int]  # ids of modules: asking every plugin about a module is not free
+    stacks: Sequence[str] = ()  # names of parameters that are stacks of matrices
 
     def covers(self, place: Place) -> bool:
         in_layers = self.layers is None or layer_number(place.path) in self.layers
@@ -86,6 +87,7 @@ def select(
     findings = _Findings()
     adaptable = frozenset(id(place.module) for place in scanned.places if is_adaptable(place.module))
     scope = _Scope(_excluded(scanned, exclude, findings), layers, trained, adaptable)
+    scope = attrs.evolve(scope, stacks=tuple(_stacks(scanned, scope)))
     if targets is None or ALL_LINEAR in _patterns(targets):
         _tell_root(model, findings, adaptable=is_adaptable(model))
     if targets is None:
@@ -113,6 +115,8 @@ def resolve_modules(model: nn.Module, names: Sequence[str], *, what: str) -> tup
     ``what`` says in errors where the names come from (``"train_modules"``). Raises `TargetError` naming every
     pattern that matches nothing.
     """
+    if not names:
+        return ()
     scanned = survey(model)
     found: set[str] = set()
     problems = []
@@ -218,7 +222,7 @@ def _choose_linear(scanned: Survey, scope: _Scope, findings: _Findings, *, names
             _choose_linear_place(place, named, scanned, scope, findings)
         elif isinstance(place.module, nn.MultiheadAttention):
             findings.left_out[place.path] = _HEAD
-    findings.left_out.update(dict.fromkeys(_stacks(scanned, scope), _STACK))
+    findings.left_out.update(dict.fromkeys(scope.stacks, _STACK))
 
 
 def _choose_linear_place(place: Place, named: bool, scanned: Survey, scope: _Scope, findings: _Findings) -> None:
@@ -239,7 +243,7 @@ def _choose_matching(scanned: Survey, scope: _Scope, findings: _Findings, patter
     obstacles = {place.path: obstacle_at(place, scanned, adaptable=scope.is_adaptable(place)) for place in matched}
     for place in filter(scope.covers, matched):
         (_choose_broadly if broad else _choose_named)(place, obstacles[place.path], scope, findings)
-    findings.left_out.update((name, _STACK) for name in _stacks(scanned, scope) if match(name))
+    findings.left_out.update((name, _STACK) for name in scope.stacks if match(name))
     if broad and all(obstacles.values()):
         reasons = {path: obstacle for path, obstacle in obstacles.items() if obstacle}
         findings.problems += [f"{pattern!r} matches nothing that can be adapted:", *_lines(reasons)]

@@ -12,7 +12,7 @@ from tunerkit.adapter import Adapter
 from tunerkit.configs import AdapterConfig
 from tunerkit.errors import AdapterError, StepError, closest
 from tunerkit.records import RankChange, State, Target
-from tunerkit.slots import Slot, slots_of, walk
+from tunerkit.slots import Slot, base_modules, slots_of, walk
 from tunerkit.wrappers import expect_module
 
 _ATTRIBUTE = "_tunerkit"
@@ -124,8 +124,8 @@ def tuners_of(model: nn.Module) -> dict[str, Tuner]:
     leave the others out.
     """
     # By identity: a shallow copy shares the record.
-    modules = expect_module(model).named_modules()
-    roots = {id(own_tuners(module)): (path, module) for path, module in modules if own_tuners(module)}
+    modules = base_modules(expect_module(model))
+    roots = {id(found): (path, module) for path, module in modules if (found := own_tuners(module))}
     if len(roots) > 1:
         paths = ", ".join(repr(path) if path else "the model itself" for path, _ in roots.values())
         raise AdapterError(
