@@ -139,3 +139,12 @@ def test_the_same_dtype_is_compared_to_the_digits_kept_and_another_to_its_own() 
 def test_a_meta_tensor_has_no_sample() -> None:
     """Values that are not there are not made up."""
     assert of(torch.empty(3, device="meta"))["values"]["sample"] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.uint8, torch.bool])
+def test_every_dtype_of_a_base_is_sampled(dtype: torch.dtype) -> None:
+    """Bases in 8-bit floats, and quantised ones in integers, have values to compare as well."""
+    values = torch.arange(12).reshape(3, 4).remainder(2).to(dtype).t()
+    sample = of(values)["values"]["sample"]
+    flat = [float(value) for value in values.float().reshape(-1)]
+    assert sample == [flat[i * 11 // (SAMPLES - 1)] for i in range(SAMPLES)]

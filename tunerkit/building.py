@@ -192,4 +192,6 @@ def all_kinds() -> tuple[type[BaseLayer], ...]:
 
 
 def _is_kind(kind: object) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseLayer) and not inspect.isabstract(kind)
+    if not isinstance(kind, type) or not issubclass(kind, BaseLayer) or inspect.isabstract(kind):
+        return False
+    return not kind.linear or kind.matrix is not BaseLayer.matrix

@@ -105,10 +105,17 @@ def _sample(tensors: list[Tensor]) -> list[list[float]]:
     for (device, _), numbers in alike.items():
         last = [tensors[number].numel() - 1 for number in numbers]
         places = torch.tensor([[i * end // (SAMPLES - 1) for i in range(SAMPLES)] for end in last], device=device)
-        taken = [torch.take(tensors[number], row) for number, row in zip(numbers, places.unbind(), strict=True)]
+        taken = [_take(tensors[number], row) for number, row in zip(numbers, places.unbind(), strict=True)]
         for number, found in zip(numbers, torch.stack(taken).float().tolist(), strict=True):
             values[number] = [_short(value) for value in found]
     return values
+
+
+def _take(tensor: Tensor, places: Tensor) -> Tensor:
+    """Values at flat positions; those of 8-bit floats by their bytes, which `torch.take` knows."""
+    if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1:
+        return torch.take(tensor.view(torch.uint8), places).view(tensor.dtype)
+    return torch.take(tensor, places)
 
 
 def _short(value: float) -> float:

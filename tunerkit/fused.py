@@ -6,18 +6,33 @@ Here the product is accumulated where the output lies, and one node gives the in
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from weakref import ref
 
+import attrs
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 from torch.nn.modules import module as every_module
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from tunerkit.base_layers import BaseLayer
 
 _MARK = "_tunerkit_fresh"
+# Selective checkpointing keeps outputs that it gives out again in backward: those must not be written over.
+_KEEPERS = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
 _wanted = True
+
+
+@attrs.frozen(eq=False)
+class Fresh:
+    """What is known of a tensor that comes straight from a base layer: whose it is, from which input, unchanged."""
+
+    module: nn.Module
+    x: "ref[Tensor]"
+    version: int | None
 
 
 @contextmanager
@@ -31,56 +46,89 @@ def plain_form() -> Iterator[None]:
         _wanted = before
 
 
-def mark_fresh(base: BaseLayer, y: object) -> None:
-    """Note on ``y`` that it comes straight from the forward of ``base`` and that nobody else has seen it.
+def mark_fresh(base: BaseLayer, x: object, y: object) -> bool:
+    """Note on ``y`` that it comes straight from the forward of ``base`` on ``x``, unseen by anybody; whether it does.
 
-    Only then may it be written to, and only then does its gradient reach the input through W alone. The note is on
-    this very tensor: whatever an adapter makes of it is another one, and bears none.
+    Only then may it be written to. The note is on this very tensor, for as long as it is not changed and until
+    `unmark`: whatever an adapter makes of it is another one, and bears none.
     """
     module = base.module
     unseen = len(module._forward_hooks) == 1 and not every_module._global_forward_hooks
-    plain = type(y) is Tensor and not y.is_nested and y.layout == torch.strided
-    if _wanted and base.linear and unseen and "forward" not in vars(module) and plain:
-        vars(y)[_MARK] = True
+    if not (_wanted and base.linear and unseen and "forward" not in vars(module)):
+        return False
+    if type(x) is not Tensor or type(y) is not Tensor or y.is_nested or y.layout != torch.strided:
+        return False
+    vars(y)[_MARK] = Fresh(module, ref(x), _version(y))
+    return True
 
 
-def fuses(x: Tensor, y: Tensor, q: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `add_fused` may stand in for the plain form, which would multiply in ``dtype``.
+def unmark(y: Tensor) -> None:
+    """Take the note off: the adapters have run."""
+    vars(y).pop(_MARK, None)
 
-    Not under what looks into the operations of a forward (tracing, functorch, forward-mode derivatives), nor for
-    tensors that have arithmetic of their own.
+
+def fresh(base: BaseLayer, x: Tensor, y: Tensor, q: Tensor, dtype: torch.dtype) -> Fresh | None:
+    """What is known of ``y``, if `add_fused` may stand in for the plain form, which would multiply in ``dtype``.
+
+    Not under what looks into the operations of a forward (tracing, functorch, forward-mode derivatives, selective
+    checkpointing), nor for tensors that have arithmetic of their own.
     """
-    return (
-        _MARK in vars(y)
-        and type(x) is Tensor
-        and y.dtype == dtype
-        and y.is_contiguous()
-        and x.device == y.device == q.device
-        and not torch._C._is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    )
+    found: Fresh | None = vars(y).get(_MARK)
+    if found is None or found.module is not base.module or found.version != _version(y):
+        return None
+    if type(x) is not Tensor or y.dtype != dtype or not y.is_contiguous() or not x.device == y.device == q.device:
+        return None
+    return None if _is_looked_into() else found
 
 
 def add_fused(
-    base: BaseLayer, x: Tensor, y: Tensor, *, q: Tensor, p: Tensor, scale: float, lam: Tensor | None, dropped: bool
+    base: BaseLayer, x: Tensor, y: Tensor, *, q: Tensor, p: Tensor, scale: float, lam: Tensor | None, own_input: bool
 ) -> Tensor:
-    """Return y + scale · P diag(λ) Q x, written over ``y``; only where it `fuses`.
+    """Return y + scale · P diag(λ) Q x, written over ``y``; only where `fresh` says so.
 
     ``x`` (..., in) and ``y`` (..., out) in one dtype, ``q`` (r, in), ``lam`` (r,) or None, ``p`` (out, r) in theirs.
-    ``dropped`` says that ``x`` is not the base layer's own input any more, so the two need gradients apart.
+    ``own_input`` says that ``x`` is what the base layer read, so that one gradient serves both; else the two go apart.
     """
-    weight = None if dropped else _frozen_weight(base, y.dtype)
+    weight = _frozen_weight(base, y) if own_input else None
     rows = x.reshape(-1, q.shape[1])
     added: Tensor = _FusedLowRank.apply(rows, y, weight, q, p, lam, scale)  # type: ignore[no-untyped-call]
     return added
 
 
-def _frozen_weight(base: BaseLayer, dtype: torch.dtype) -> Tensor | None:
-    """W (out, in), if the base layer has no gradient that would be lost by going past it, and computes in ``dtype``."""
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on where ``device`` is. The meta device has none, and asking it raises."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def autocast_off(device: torch.device) -> AbstractContextManager[object]:
+    """A block in which products keep the dtype of their factors."""
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
+
+
+def _version(y: Tensor) -> int | None:
+    return None if y.is_inference() else y._version
+
+
+def _is_looked_into() -> bool:
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return torch._C._is_tracing() or transformed or _is_kept()
+
+
+def _is_kept() -> bool:
+    return torch._C._len_torch_dispatch_stack() > 0 and any(
+        isinstance(mode, _KEEPERS) for mode in _get_current_dispatch_mode_stack()
+    )
+
+
+def _frozen_weight(base: BaseLayer, y: Tensor) -> Tensor | None:
+    """W (out, in), if the base layer has no gradient that would be lost by going past it, and is of the kind of ``y``.
+
+    It may lie elsewhere: the replicas of DataParallel still know the module that they were copied from.
+    """
     weight, bias = (base.module._parameters.get(name) for name in (base.weight_name, base.bias_name))
     frozen = all(own is None or (type(own) is nn.Parameter and not own.requires_grad) for own in (weight, bias))
-    return base.matrix() if frozen and weight is not None and weight.dtype == dtype else None
+    there = weight is not None and weight.dtype == y.dtype and weight.device == y.device
+    return base.matrix() if frozen and there else None
 
 
 class _FusedLowRank(Function):
@@ -106,26 +154,32 @@ class _FusedLowRank(Function):
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None:
             return (None,) * 7
-        x, h, w, q, p, lam, narrow_q, narrow_p = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated again: what forward computed has to depend on its inputs
-            narrow_q, narrow_p = _folded(q, p, lam, g.dtype)
-            h = None if x is None else x.mm(narrow_q.t())
-        to_x, to_y, _, to_q, to_p, to_lam, _ = ctx.needs_input_grad
-        s, g2 = ctx.scale, g.reshape(-1, p.shape[0])
-        grad_x = grad_q = grad_p = grad_lam = None
-        if to_x or to_q:
-            grad_h = g2.mm(narrow_p)  # (n, r), without s: the products below take it in for nothing
-        if to_x:
-            grad_x = (grad_h * s).mm(narrow_q) if w is None else g2.mm(w).addmm_(grad_h, narrow_q, alpha=s)
-        if to_q:
-            # With beta=0 the first argument lends nothing but its shape.
-            grad_q = torch.addmm(narrow_q, grad_h.t(), x, beta=0, alpha=s).to(q.dtype)
-        if to_p or to_lam:
-            grad_p = torch.addmm(narrow_p, g2.t(), h, beta=0, alpha=s).to(p.dtype)  # of P diag(λ)
-            if lam is not None:
-                grad_lam = (grad_p * p).sum(0) if to_lam else None
-                grad_p = grad_p * lam
-        return grad_x, g if to_y and w is None else None, None, grad_q, grad_p, grad_lam, None
+        with autocast_off(g.device):  # it may be on now, and have been off in forward
+            return _gradients(ctx, g)
+
+
+def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of x, y, w, q, p, lam and the scale, for the one of the sum (..., out)."""
+    x, h, w, q, p, lam, narrow_q, narrow_p = ctx.saved_tensors
+    if torch.is_grad_enabled():  # to be differentiated again: what forward computed has to depend on its inputs
+        narrow_q, narrow_p = _folded(q, p, lam, g.dtype)
+        h = None if x is None else x.mm(narrow_q.t())
+    to_x, to_y, _, to_q, to_p, to_lam, _ = ctx.needs_input_grad
+    s, g2 = ctx.scale, g.reshape(-1, p.shape[0])
+    grad_x = grad_q = grad_p = grad_lam = None
+    if to_x or to_q:
+        grad_h = g2.mm(narrow_p)  # (n, r), without s: the products below take it in for nothing
+    if to_x:
+        grad_x = (grad_h * s).mm(narrow_q) if w is None else g2.mm(w).addmm_(grad_h, narrow_q, alpha=s)
+    if to_q:
+        # With beta=0 the first argument lends nothing but its shape.
+        grad_q = torch.addmm(narrow_q, grad_h.t(), x, beta=0, alpha=s).to(q.dtype)
+    if to_p or to_lam:
+        grad_p = torch.addmm(narrow_p, g2.t(), h, beta=0, alpha=s).to(p.dtype)  # of P diag(λ)
+        if lam is not None:
+            grad_lam = (grad_p * p).sum(0) if to_lam else None
+            grad_p = grad_p * lam
+    return grad_x, g if to_y and w is None else None, None, grad_q, grad_p, grad_lam, None
 
 
 def _folded(q: Tensor, p: Tensor, lam: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

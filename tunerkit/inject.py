@@ -116,7 +116,7 @@ def _train(slot: Slot, trained: bool) -> None:
 
 
 def _follow(part: nn.Module, module: nn.Module) -> None:
-    """Put ``part``, which is in training mode as any new module is, into the mode of ``module``."""
+    """Put ``part`` into the mode of ``module``. A new part trains; a copy has the modes of what it was copied from."""
     if not module.training:
         part.eval()
 

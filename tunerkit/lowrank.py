@@ -1,14 +1,12 @@
 """The low-rank product that methods add to a base layer, ΔW = scale · P diag(λ) Q: beside it, or as a matrix."""
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tunerkit.base_layers import BaseLayer
 from tunerkit.errors import AdapterError
-from tunerkit.fused import add_fused, fuses
+from tunerkit.fused import add_fused, autocast_off, autocasts, fresh
 
 
 def add_low_rank(
@@ -37,9 +35,11 @@ def add_low_rank(
     if q.shape[0] == 0:
         return y
     dtype = _product_dtype(x, q)
-    if not torch.compiler.is_compiling() and fuses(x, y, q, dtype):
+    known = None if torch.compiler.is_compiling() else fresh(base, x, y, q, dtype)
+    if known is not None:
+        own_input = known.x() is x and dropout == 0
         x = F.dropout(x.to(dtype), dropout) if dropout > 0 else x.to(dtype)
-        return add_fused(base, x, y, q=q, p=p, lam=lam, scale=scale, dropped=dropout > 0)
+        return add_fused(base, x, y, q=q, p=p, lam=lam, scale=scale, own_input=own_input)
     q, p = _fold(q, p, lam)
     h = base.project_in(_cast(x, q), q, dropout)
     return torch.add(y, base.project_out(h, p).to(y.device, y.dtype), alpha=scale)
@@ -59,7 +59,7 @@ def low_rank_delta(base: BaseLayer, *, q: Tensor, p: Tensor, scale: float, lam: 
         )
     wide = torch.promote_types(torch.promote_types(q.dtype, p.dtype), torch.float32)
     # Autocast would multiply in half precision, and merging must not depend on where it is called.
-    with torch.autocast(q.device.type, enabled=False) if _autocasts(q.device) else nullcontext():
+    with autocast_off(q.device):
         q, p = _fold(q.to(wide), p.to(wide), None if lam is None else lam.to(wide))
         return scale * (p @ q)
 
@@ -78,18 +78,13 @@ def _cast(x: Tensor, q: Tensor) -> Tensor:
 
     The base's own hooks may move its input to where it runs (accelerate's do), and the adapter sees it unmoved.
     """
-    if not x.is_floating_point() or (_autocasts(q.device) and torch.float64 not in (x.dtype, q.dtype)):
+    if not x.is_floating_point() or (autocasts(q.device) and torch.float64 not in (x.dtype, q.dtype)):
         return x.to(q.device)
     return x.to(q.device, q.dtype)
 
 
 def _product_dtype(x: Tensor, q: Tensor) -> torch.dtype:
     """The dtype that the plain form multiplies in: autocast's, which leaves float64 alone, or Q's."""
-    if _autocasts(q.device) and torch.float64 not in (x.dtype, q.dtype):
+    if autocasts(q.device) and torch.float64 not in (x.dtype, q.dtype):
         return torch.get_autocast_dtype(q.device.type)
     return q.dtype
-
-
-def _autocasts(device: torch.device) -> bool:
-    # The meta device has no autocast, and asking it raises.
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

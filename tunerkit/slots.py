@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tunerkit.adapter import Adapter
 from tunerkit.base_layers import BaseLayer
-from tunerkit.fused import mark_fresh
+from tunerkit.fused import mark_fresh, unmark
 from tunerkit.offloading import overrides_forward
 
 CHILD = "tunerkit"
@@ -49,13 +49,18 @@ class Slot(nn.Module):
         if self.copy is not None:
             return self.copy(*args, **kwargs)
         if self.adapter is not None:
-            y = self.adapter(base, args[0] if args else next(iter(kwargs.values())), y)
+            y = self.adapter(base, _input(args, kwargs), y)
         if self.bias is not None:
             # The difference is exactly 0 until the copy is trained, which keeps the first output bit-identical.
             # By attribute: in the replicas of DataParallel it is no Parameter.
             added = self.bias - cast(Tensor, module.bias)
             y = y + view_bias(module, base, added, y).to(y.dtype)
         return y
+
+
+def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What the module was called with, however it was handed over."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 class Slots(nn.Module):
@@ -181,10 +186,13 @@ def apply_slots(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     slots = module._modules[CHILD]
     assert isinstance(slots, Slots)
     if slots.enabled and not slots.merged:
-        if slots.base is not None and not torch.compiler.is_compiling():
-            mark_fresh(slots.base, output)
+        own, marked = output, False
+        if slots.active and slots.base is not None and not torch.compiler.is_compiling():
+            marked = mark_fresh(slots.base, _input(args, kwargs), own)
         for name in slots.active:
             output = slots._modules[name](module, slots.base, args, kwargs, output)  # type: ignore[misc]
+        if marked:
+            unmark(own)
     return output
 
 

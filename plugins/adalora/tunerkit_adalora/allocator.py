@@ -33,15 +33,15 @@ def allocate(
         return []
     sizes = [score.numel() for score in scores]
     flat = _ranked(torch.cat([score.to(scores[0].device) for score in scores]))
-    size, cost, least, most = torch.tensor(
+    bounds = torch.tensor(
         [
             sizes,
             [1] * len(sizes) if costs is None else costs,
             [0] * len(sizes) if minimum is None else minimum,
             sizes if maximum is None else maximum,
-        ],
-        device=flat.device,
+        ]
     )
+    size, cost, least, most = bounds.to(flat.device, non_blocking=True)
     owner = torch.repeat_interleave(size, output_size=sum(sizes))
 
     by_score = torch.sort(flat, descending=True, stable=True).indices

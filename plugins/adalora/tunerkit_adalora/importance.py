@@ -110,10 +110,11 @@ def _smooth_stack_(
     means, spreads = stack.sensitivity, stack.uncertainty
     if len(slopes) == len(stack.members):
         return _average_(used, list(slopes.values()), means, spreads, beta1, beta2)
-    rows = torch.tensor(list(slopes), device=means.device)
-    mean, spread = means[rows], spreads[rows]
+    # By rows and not by an index: making one on the device would be waited for.
+    rows = [[average[row] for row in slopes] for average in (list(means.unbind()), list(spreads.unbind()))]
+    mean, spread = torch.stack(rows[0]), torch.stack(rows[1])
     left_out = _average_(used, list(slopes.values()), mean, spread, beta1, beta2)
-    means[rows], spreads[rows] = mean, spread
+    torch._foreach_copy_([*rows[0], *rows[1]], [*mean.unbind(), *spread.unbind()])
     return left_out
 
 

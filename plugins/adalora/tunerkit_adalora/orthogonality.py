@@ -47,8 +47,8 @@ def add_gradient_(pairs: Sequence[Pair], *, gamma: float, form: Form, grad_scale
         stacked = group.stacked()
         excess = _excess(stacked, columns=group.columns)
         if form == "reference":
-            # Where the norm is 0 so is all that is divided.
-            excess.div_(_norm(excess).clamp_min_(torch.finfo(excess.dtype).tiny))
+            # Where the norm is 0 so is all that is divided; where it underflows, nothing is blown up.
+            excess.div_(_norm(excess).clamp_min_(torch.finfo(excess.dtype).eps))
         excess.mul_(weight)
         if grad_scale is not None:
             excess.mul_(grad_scale.to(excess.device))

@@ -16,7 +16,7 @@ def shrink_layers_(tuner: Tuner, layers: Sequence[SvdLayer]) -> bool:
     A masked λ is 0, so the output stays; without a regulariser or clipping, which look at dead triplets too, training
     goes on as it would masked. Where the shapes must stay, the masks do, and that is said.
     """
-    masked = [layer for layer in layers if not bool(layer.mask.all())]
+    masked = [layer for layer in layers if layer.rank < len(layer.mask)]
     if not any(layer.rank for layer in layers):
         # A budget in parameters may buy nothing. With no triplet left the loss might depend on nothing that is trained,
         # and backward would raise.
@@ -30,12 +30,13 @@ def shrink_layers_(tuner: Tuner, layers: Sequence[SvdLayer]) -> bool:
         )
         return not masked
     for layer in masked:
-        layer.mask = layer.mask.new_ones(len(layer.lam))
+        layer.set_mask(layer.mask.new_ones(layer.rank), rank=layer.rank)
     return True
 
 
 def _cuts(layer: SvdLayer) -> Iterator[Cut]:
-    kept = layer.mask.nonzero().squeeze(1)
+    # The live ones in their order; `nonzero` would make the host wait for their number, which is known.
+    kept = torch.sort(layer.mask.to(torch.uint8), descending=True, stable=True).indices[: layer.rank]
     yield Cut(layer.p, dim=1, kept=kept)
     yield Cut(layer.lam, dim=0, kept=kept)
     yield Cut(layer.q, dim=0, kept=kept)

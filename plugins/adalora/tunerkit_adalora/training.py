@@ -90,7 +90,7 @@ def advance(tuner: Tuner, step: int) -> dict[str, int] | None:
     layers = layers_of(tuner)
     if training.last_step == 0 and not training.final:
         for layer in layers:
-            layer.mask = torch.ones_like(layer.mask)
+            layer.set_mask(torch.ones_like(layer.mask), rank=len(layer.mask))
         training.in_force = training.schedule.initial
     if not training.final and (training.blank or step < training.schedule.final_step):
         _smooth(config_of(tuner), layers, training)
@@ -214,20 +214,23 @@ def _smooth(config: AdaLoraConfig, layers: Sequence[SvdLayer], training: Trainin
     """Update the averages of every weight that has a gradient; an unused layer's stay."""
     weights = weights_of(layers)
     grads = [weight.grad for weight in weights]
-    training.stacks = [_beside(weights, stack) for stack in training.stacks]
+    training.stacks = _beside(weights, training.stacks)
     training.blank = False
     training.averaged += 1
     training.seen += sum(grad is not None for grad in grads)
     left_out = smooth_(weights, grads, training.stacks, beta1=config.beta1, beta2=config.beta2)
-    training.left_out += left_out.to(training.left_out.device)
+    training.left_out = training.left_out.to(left_out.device) + left_out
 
 
-def _beside(weights: Sequence[Tensor], stack: Stack) -> Stack:
-    """The averages where their weights are now: a model may be moved after it was attached."""
-    device = weights[stack.members[0]].device
-    if device == stack.sensitivity.device:
-        return stack
-    return Stack(stack.members, stack.sensitivity.to(device), stack.uncertainty.to(device))
+def _beside(weights: Sequence[Tensor], stacks: list[Stack]) -> list[Stack]:
+    """The averages where their weights are now: a model may be moved, or spread over devices, after it was attached."""
+    if all(weights[place].device == stack.sensitivity.device for stack in stacks for place in stack.members):
+        return stacks
+    moved = new_stacks(weights)
+    for new, old in zip(unstack(moved), unstack(stacks), strict=True):
+        for average, value in zip(new, old, strict=True):
+            average.copy_(value)
+    return moved
 
 
 def _allocate(tuner: Tuner, training: Training, keep: int, *, final: bool) -> dict[str, int]:
@@ -245,7 +248,7 @@ def _allocate(tuner: Tuner, training: Training, keep: int, *, final: bool) -> di
     )
     bad, ranked, *ranks = _brought_to_the_host(training.left_out, scores, masks)
     _judge_gradients(tuner, training, bad)
-    if not ranked:
+    if not ranked and keep < training.in_force:
         warnings.warn(
             f"adapter {tuner.name!r}: every score is 0, so triplets are kept by their position; the gradients are 0 or "
             "too small for fp32 (scale the loss up)",
