@@ -66,7 +66,9 @@ def carry(tuner: Tuner, optimizer: Optimizer) -> None:
 
 def _put_in(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     tensors, metadata = _state_of(tuner)
-    state_dict.setdefault(CARRIED, {})[tuner.name] = {"tensors": tensors, "metadata": metadata}
+    # Copies: who keeps the state_dict in memory and trains on would find averages that their digest does not fit.
+    kept = {name: tensor.clone() for name, tensor in tensors.items()}
+    state_dict.setdefault(CARRIED, {})[tuner.name] = {"tensors": kept, "metadata": metadata}
 
 
 def _take_out(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:

@@ -172,6 +172,27 @@ def test_accelerate_resumes_exactly_from_its_checkpoint(at: int, tmp_path: Path)
     assert_same_end(ends[1], ends[0])
 
 
+def test_an_optimizer_s_state_kept_in_memory_is_of_its_moment() -> None:
+    """Training goes on and moves the averages; loading what was kept brings back those of then."""
+    model = wrapped()
+    optimizer = adamw(model)
+    tunerkit.attach(model, optimizer, total_steps=TOTAL)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(X), LABELS).backward()
+        optimizer.step()
+
+    step()
+    kept = optimizer.state_dict()
+    before = {name: tensor.clone() for name, tensor in tunerkit.tuner(model).training_state().tensors.items()}
+    step()
+    optimizer.load_state_dict(kept)
+    after = tunerkit.tuner(model).training_state().tensors
+    assert tunerkit.tuner(model).steps == 1
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:
     """A process group of this process alone."""
