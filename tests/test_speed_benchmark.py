@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from benchmarks.speed import __main__ as command  # noqa: E402
 from benchmarks.speed import allocator, compiled, contenders, operations, start, statistics, steps  # noqa: E402
 from benchmarks.speed.counting import Operations, Waits, count  # noqa: E402
 from benchmarks.speed.marks import Marks  # noqa: E402
-from benchmarks.speed.models import encoder, small_llama  # noqa: E402
+from benchmarks.speed.models import encoder, large_llama, small_llama  # noqa: E402
 from benchmarks.speed.settings import Settings, Size, read_sizes  # noqa: E402
 from benchmarks.speed.storages import held_bytes, peak_bytes  # noqa: E402
 from benchmarks.speed.tables import Row, to_json, to_markdown  # noqa: E402
-from benchmarks.speed.timing import Call, interleave, order  # noqa: E402
+from benchmarks.speed.timing import Call, interleave, orders  # noqa: E402
+from tunerkit import lowrank  # noqa: E402
+from tunerkit.fused import add_fused  # noqa: E402
 
 CPU = torch.device("cpu")
 TINY = Settings(
@@ -133,13 +136,15 @@ def test_the_same_seed_gives_the_same_interval() -> None:
 
 
 def test_everyone_stands_at_each_place_equally_often() -> None:
-    """Over two full rotations of n, each name is at each place twice, and no one always follows the same."""
+    """Over each full rotation every name is at each place once; who follows whom is drawn, the same for a seed."""
     names = ["a", "b", "c", "d"]
-    orders = [order(names, turn) for turn in range(2 * len(names))]
-    assert all(sorted(each) == names for each in orders)
-    assert all([each[place] for each in orders].count(name) == 2 for place in range(4) for name in names)
-    before = {each[each.index("b") - 1] for each in orders if each[0] != "b"}
-    assert before == {"a", "c"}
+    found = list(itertools.islice(orders(names, seed=1), 40))
+    assert all(sorted(each) == names for each in found)
+    for first in range(0, 40, 4):
+        rotation = found[first : first + 4]
+        assert all({each[place] for each in rotation} == set(names) for place in range(4))
+    assert {each[each.index("b") - 1] for each in found if each[0] != "b"} == {"a", "c", "d"}
+    assert found == list(itertools.islice(orders(names, seed=1), 40)) != list(itertools.islice(orders(names, 2), 40))
 
 
 def test_rounds_are_timed_after_the_warmup_with_garbage_collection_off() -> None:
@@ -150,11 +155,11 @@ def test_rounds_are_timed_after_the_warmup_with_garbage_collection_off() -> None
         call()
         return 1.0
 
-    found = interleave({"a": lambda: seen.append(gc.isenabled())}, rounds=3, warmup=2, clock=one_second)
+    found = interleave({"a": lambda: seen.append(gc.isenabled())}, rounds=3, seed=0, warmup=2, clock=one_second)
     assert found["a"].tolist() == [1.0] * 3
     assert seen == [False] * 5
     with pytest.raises(ZeroDivisionError):
-        interleave({"a": lambda: 1 / 0}, rounds=1)
+        interleave({"a": lambda: 1 / 0}, rounds=1, seed=0)
     assert gc.isenabled()
 
 
@@ -350,6 +355,24 @@ def test_the_allocators_share_has_its_limit_at_one_size() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU this part takes minutes")
+def test_the_models_for_gpus_multiply_in_half_precision_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters are fp32 and autocast on, as people train; every product then goes through the fused op."""
+    went: list[torch.dtype] = []
+    fused = add_fused
+
+    def watched(base: Any, x: torch.Tensor, y: torch.Tensor, **rest: Any) -> torch.Tensor:
+        went.append(x.dtype)
+        return fused(base, x, y, **rest)
+
+    monkeypatch.setattr(lowrank, "add_fused", watched)
+    workload = large_llama("tiny", (16, 32, 2, 2, 1), TINY, "cpu")
+    ours, theirs = (contenders.build(name, workload, TINY) for name in (contenders.ADALORA, contenders.PEFT_LORA))
+    assert {p.dtype for each in (ours, theirs) for p in each.trained()} == {torch.float32}
+    ours.step()
+    assert went == [torch.bfloat16] * workload.adapted
+    theirs.step()
+
+
 def test_the_part_for_gpus_is_empty_without_one() -> None:
     """A run of all parts works on any machine."""
     assert command.PARTS["gpu"](TINY) == []

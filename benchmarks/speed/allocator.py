@@ -57,7 +57,7 @@ def time_phases(workload: Workload, settings: Settings) -> dict[str, Spent]:
 
     # The default binds each name: a closure would see the last one.
     calls = {name: (lambda name=name: step(name)) for name in names}
-    times = interleave(calls, rounds=settings.pairs, warmup=settings.warmup)
+    times = interleave(calls, rounds=settings.pairs, seed=settings.seed, warmup=settings.warmup)
     inside = {name: np.array(found[settings.warmup :]) for name, found in read.items()}
     spent = {name: Spent(times[name], inside[name][:, 0], inside[name][:, 1]) for name in names}
     in_loss = times[who.PEFT_ADALORA] - times[who.PEFT_ADALORA_BARE]

@@ -53,7 +53,7 @@ def time_rows(workload: Workload, settings: Settings) -> list[Row]:
         contender.call = compiled(called(name, contender.model), settings.backend)
         training[f"{name}, compiled"] = contender
     calls = {name: contender.step for name, contender in training.items()}
-    times = interleave(calls, rounds=settings.pairs, warmup=settings.warmup)
+    times = interleave(calls, rounds=settings.pairs, seed=settings.seed, warmup=settings.warmup)
     kinds = kinds_of(settings)
     rows = []
     for name, found in times.items():

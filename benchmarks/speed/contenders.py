@@ -48,7 +48,8 @@ class Contender:
     def pass_through(self) -> None:
         """Forward and backward."""
         x = self.workload.x.detach().requires_grad_()
-        loss = self.call(x, self.workload.target).loss
+        with self.workload.precision():
+            loss = self.call(x, self.workload.target).loss
         loss.backward()
 
     def step(self) -> None:

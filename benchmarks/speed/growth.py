@@ -36,7 +36,7 @@ def allocator_rows(workload: Workload, settings: Settings) -> list[Row]:
 
     # The default binds each name: a closure would see the last one.
     calls = {name: (lambda name=name: step(name)) for name in NAMES}
-    interleave(calls, rounds=settings.pairs, warmup=settings.warmup)
+    interleave(calls, rounds=settings.pairs, seed=settings.seed, warmup=settings.warmup)
     kinds = kinds_of(settings)
     rows = []
     for name, found in read.items():
@@ -57,7 +57,7 @@ def wrap_rows(workload: Workload, settings: Settings) -> list[Row]:
     # The default binds each name: a closure would see the last one.
     calls = {name: (lambda name=name: who.wrap(name, fresh[name], workload, settings)) for name in WRAPPED}
     rounds = max(2, settings.pairs // 6)  # PEFT takes a second and more at the largest
-    times = interleave(calls, rounds=rounds, warmup=1, before_each=prepare)
+    times = interleave(calls, rounds=rounds, seed=settings.seed, warmup=1, before_each=prepare)
     return [
         estimated(PART, workload.name, name, "wrap, ms", middle(1e3 * found, one_kind(rounds), seed=settings.seed))
         for name, found in times.items()

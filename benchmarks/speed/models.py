@@ -54,6 +54,11 @@ class Workload:
     targets: tuple[str, ...]
     x: Tensor
     target: Tensor
+    autocast: torch.dtype | None = None
+
+    def precision(self) -> torch.autocast:
+        """The block that a forward runs in: mixed precision, where ``autocast`` says so."""
+        return torch.autocast(self.x.device.type, self.autocast, enabled=self.autocast is not None)
 
     @property
     def adapted(self) -> int:
@@ -100,14 +105,15 @@ def small_llama(blocks: int, settings: Settings, *, hidden: int = 32) -> Workloa
 
 
 def large_llama(name: str, shape: Sequence[int], settings: Settings, device: str) -> Workload:
-    """A Llama of a published shape in bf16, built on ``device``."""
+    """A Llama of a published shape in bf16, built on ``device``; adapters are fp32 and multiply in bf16, as usual."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         torch.manual_seed(settings.seed)
         with torch.device(device):
             body = LlamaModel(_llama_config(*shape))
-            return workload(name, body, LLAMA_TARGETS, (settings.batch, settings.tokens, shape[0]), settings.seed)
+            found = workload(name, body, LLAMA_TARGETS, (settings.batch, settings.tokens, shape[0]), settings.seed)
+            return attrs.evolve(found, autocast=torch.bfloat16)
     finally:
         torch.set_default_dtype(before)
 

@@ -119,7 +119,7 @@ def _timed(
 ) -> dict[str, Times]:
     # The default binds each name: a closure would see the last one.
     calls = {name: (lambda name=name: call(name)) for name in AGAINST}
-    return interleave(calls, rounds=settings.pairs, warmup=1, before_each=prepare)
+    return interleave(calls, rounds=settings.pairs, seed=settings.seed, warmup=1, before_each=prepare)
 
 
 def _rows(where: str, what: str, times: Mapping[str, Times], settings: Settings) -> list[Row]:

@@ -38,7 +38,7 @@ def time_steps(
     """Seconds of each contender's step in each round, all of them in training at once."""
     training = who.build_all(names, workload, settings)
     calls = {name: contender.step for name, contender in training.items()}
-    return interleave(calls, rounds=settings.pairs, warmup=settings.warmup, clock=clock)
+    return interleave(calls, rounds=settings.pairs, seed=settings.seed, warmup=settings.warmup, clock=clock)
 
 
 def rows_of(where: str, times: Mapping[str, Times], settings: Settings, part: str = PART) -> list[Row]:

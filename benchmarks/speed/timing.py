@@ -1,8 +1,9 @@
-"""Interleaved timing: in each round every contender has one turn, and the order moves on."""
+"""Interleaved timing: in each round every contender has one turn, in an order that moves on."""
 
 import gc
+import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -31,20 +32,24 @@ def cuda_seconds(call: Call) -> float:
     return milliseconds / 1000
 
 
-def order(names: Sequence[str], turn: int) -> list[str]:
-    """The order of round ``turn``: rotated by one each round, and turned round after each full rotation.
+def orders(names: Sequence[str], seed: int) -> Iterator[list[str]]:
+    """The order of each round: rotated by one each time, drawn anew after each full rotation.
 
-    So everyone stands at each place equally often, and behind each of two neighbours.
+    So everyone stands at each place equally often, and behind whom is left to chance: some contenders have longer
+    steps at fixed intervals, which a fixed rotation would lay behind the same few again and again.
     """
-    shift = turn % len(names)
-    rotated = [*names[shift:], *names[:shift]]
-    return rotated[::-1] if turn // len(names) % 2 else rotated
+    generator = np.random.default_rng(seed)
+    while True:
+        drawn = list(generator.permutation(names))
+        for shift in range(len(drawn)):
+            yield [*drawn[shift:], *drawn[:shift]]
 
 
 def interleave(
     calls: Mapping[str, Call],
     *,
     rounds: int,
+    seed: int,
     warmup: int = 0,
     clock: Callable[[Call], float] = seconds,
     before_each: Callable[[str], None] | None = None,
@@ -56,10 +61,10 @@ def interleave(
     found: dict[str, list[float]] = {name: [] for name in calls}
     was_enabled = gc.isenabled()
     try:
-        for turn in range(warmup + rounds):
+        for order in itertools.islice(orders(list(calls), seed), warmup + rounds):
             gc.collect()
             gc.disable()
-            for name in order(list(calls), turn):
+            for name in order:
                 if before_each is not None:
                     before_each(name)
                 found[name].append(clock(calls[name]))
