@@ -21,7 +21,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 import tunerkit  # noqa: E402
 from benchmarks.speed import __main__ as command  # noqa: E402
-from benchmarks.speed import allocator, compiled, contenders, operations, start, statistics, steps  # noqa: E402
+from benchmarks.speed import allocator, alternatives, compiled, contenders, operations, start, statistics, steps  # noqa: E402
 from benchmarks.speed.counting import Operations, Waits, count  # noqa: E402
 from benchmarks.speed.marks import Marks  # noqa: E402
 from benchmarks.speed.models import encoder, large_llama, small_llama  # noqa: E402
@@ -30,7 +30,8 @@ from benchmarks.speed.storages import held_bytes, peak_bytes  # noqa: E402
 from benchmarks.speed.tables import Row, to_json, to_markdown  # noqa: E402
 from benchmarks.speed.timing import Call, interleave, orders  # noqa: E402
 from tunerkit import lowrank  # noqa: E402
-from tunerkit.fused import add_fused  # noqa: E402
+from tunerkit.fused import _FusedLowRank, add_fused  # noqa: E402
+from tunerkit_adalora.schedule import plan  # noqa: E402
 
 CPU = torch.device("cpu")
 TINY = Settings(
@@ -62,6 +63,7 @@ LIMITS: dict[str, set[tuple[str, float]]] = {
     "start": {("wrap / PEFT's", 0.5), ("load / PEFT's", 0.5), ("save / PEFT's", 1.0)},
     "compile": {("graph breaks", 0.0)},
     "growth": set(),
+    "alternatives": set(),
 }
 
 
@@ -328,6 +330,44 @@ def test_a_compiled_contender_runs_its_own_graph() -> None:
     assert torch.allclose(compiled.compiled(lora.model, "eager")(workload.x, workload.target).loss, expected)
 
 
+def test_every_alternative_computes_the_same() -> None:
+    """One input product for a group, or one computed again: all as the fused op."""
+    layers = [nn.Linear(6, out).requires_grad_(False) for out in (5, 7)]
+    shared = alternatives.Shared(layers, rank=3)
+    for p in shared.p:
+        nn.init.normal_(p)
+    x = torch.randn(2, 4, 6, requires_grad=True)
+    grads = [torch.randn(2, 4, layer.out_features) for layer in layers]
+    leaves = [x, *shared.q, *shared.p]
+
+    def gradients(outs: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [*outs, *torch.autograd.grad(outs, leaves, grads)]
+
+    def apply(product: Any) -> list[torch.Tensor]:
+        rows = x.reshape(-1, 6)
+        each = zip(layers, shared.q, shared.p, strict=True)
+        return [product.apply(rows, layer(x), layer.weight, q, p, None, alternatives.SCALE) for layer, q, p in each]
+
+    expected = gradients(apply(_FusedLowRank))
+    for found in (gradients(shared(x)), gradients(apply(alternatives.Recomputed))):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_course_in_stages_spends_each_step_at_the_budget_in_force() -> None:
+    """With a step that takes its rank in seconds, the mean step is the schedule's mean rank."""
+    times = {rank: np.full(3, float(rank)) for rank in range(2, 5)}
+    once = alternatives.course(times, TINY, in_stages=False, steps=100)
+    assert once.tolist() == pytest.approx([(69 * 4 + 31 * 2) / 100] * 3)
+    mean = (
+        sum(
+            plan(total_steps=100, t_init=10, t_final=30, delta_t=2, initial=4000, target=2000).budget(t)
+            for t in range(1, 101)
+        )
+        / 1e5
+    )
+    assert alternatives.course(times, TINY, in_stages=True, steps=100).tolist() == pytest.approx([mean] * 3)
+
+
 # Parts
 
 
@@ -354,7 +394,6 @@ def test_the_allocators_share_has_its_limit_at_one_size() -> None:
     assert allocator.LIMITED_SIZE in {size.name for size in Settings().sizes}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU this part takes minutes")
 def test_the_models_for_gpus_multiply_in_half_precision_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapters are fp32 and autocast on, as people train; every product then goes through the fused op."""
     went: list[torch.dtype] = []
@@ -373,6 +412,7 @@ def test_the_models_for_gpus_multiply_in_half_precision_on_both_sides(monkeypatc
     theirs.step()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU this part takes minutes")
 def test_the_part_for_gpus_is_empty_without_one() -> None:
     """A run of all parts works on any machine."""
     assert command.PARTS["gpu"](TINY) == []

@@ -138,16 +138,17 @@ class _FusedLowRank(Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, w: Tensor | None, q: Tensor, p: Tensor, lam: Tensor | None, scale: float
     ) -> Tensor:
-        narrow_q, narrow_p = _folded(q, p, lam, y.dtype)
+        narrow_q, narrow_p = q.to(y.dtype), _folded_by_column(p, lam, y) if _is_thin(q, y) else _folded(p, lam, y)
+        narrow_pt = narrow_p.t()
         h = x.mm(narrow_q.t())
         # Not y itself: autograd would have to know that it was changed, and would copy it where it is a view (a biased
         # linear layer's is). Whoever kept y for a backward of his own is still told, by the version that both share.
         out = y.detach()
-        out.view(-1, p.shape[0]).addmm_(h, narrow_p.t(), alpha=scale)
+        out.view(-1, p.shape[0]).addmm_(h, narrow_pt, alpha=scale)
         ctx.set_materialize_grads(False)
         ctx.scale = scale
         trained = any(ctx.needs_input_grad[3:6])
-        ctx.save_for_backward(*((x, h) if trained else (None, None)), w, q, p, lam, narrow_q, narrow_p)
+        ctx.save_for_backward(*((x, h) if trained else (None, None)), w, q, p, lam, narrow_q, narrow_p, narrow_pt)
         return out
 
     @staticmethod
@@ -160,9 +161,9 @@ class _FusedLowRank(Function):
 
 def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of x, y, w, q, p, lam and the scale, for the one of the sum (..., out)."""
-    x, h, w, q, p, lam, narrow_q, narrow_p = ctx.saved_tensors
+    x, h, w, q, p, lam, narrow_q, narrow_p, narrow_pt = ctx.saved_tensors
     if torch.is_grad_enabled():  # to be differentiated again: what forward computed has to depend on its inputs
-        narrow_q, narrow_p = _folded(q, p, lam, g.dtype)
+        narrow_q, narrow_p = q.to(g.dtype), _folded(p, lam, g)
         h = None if x is None else x.mm(narrow_q.t())
     to_x, to_y, _, to_q, to_p, to_lam, _ = ctx.needs_input_grad
     s, g2 = ctx.scale, g.reshape(-1, p.shape[0])
@@ -171,17 +172,36 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         grad_h = g2.mm(narrow_p)  # (n, r), without s: the products below take it in for nothing
     if to_x:
         grad_x = (grad_h * s).mm(narrow_q) if w is None else g2.mm(w).addmm_(grad_h, narrow_q, alpha=s)
+    # With beta=0 the first argument lends nothing but its shape.
     if to_q:
-        # With beta=0 the first argument lends nothing but its shape.
         grad_q = torch.addmm(narrow_q, grad_h.t(), x, beta=0, alpha=s).to(q.dtype)
     if to_p or to_lam:
-        grad_p = torch.addmm(narrow_p, g2.t(), h, beta=0, alpha=s).to(p.dtype)  # of P diag(λ)
+        # Of P diag(λ).
+        if _is_thin(q, g):
+            grad_p = torch.addmm(narrow_pt, h.t(), g2, beta=0, alpha=s).t().to(p.dtype)
+        else:
+            grad_p = torch.addmm(narrow_p, g2.t(), h, beta=0, alpha=s).to(p.dtype)
         if lam is not None:
             grad_lam = (grad_p * p).sum(0) if to_lam else None
             grad_p = grad_p * lam
     return grad_x, g if to_y and w is None else None, None, grad_q, grad_p, grad_lam, None
 
 
-def _folded(q: Tensor, p: Tensor, lam: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Q and P diag(λ) in the dtype of the product; rounded last, as the plain form rounds under autocast."""
-    return q.to(dtype), (p if lam is None else p * lam).to(dtype)
+def _is_thin(q: Tensor, y: Tensor) -> bool:
+    """Whether P is laid out by columns for the product in the dtype of ``y``, and its gradient comes like that.
+
+    A CPU's library multiplies a tall matrix with one of few columns two to four times as fast if those are contiguous,
+    until a row of them fills a vector register (64 bytes; docs/speed.md). A GPU's does not care.
+    """
+    return y.device.type == "cpu" and q.shape[0] * y.element_size() < 64
+
+
+def _folded(p: Tensor, lam: Tensor | None, y: Tensor) -> Tensor:
+    """P diag(λ) in the dtype of ``y``; rounded last, as the plain form rounds under autocast."""
+    return (p if lam is None else p * lam).to(y.dtype)
+
+
+def _folded_by_column(p: Tensor, lam: Tensor | None, y: Tensor) -> Tensor:
+    """The same with contiguous columns; nothing flows back through it."""
+    folded = torch.empty_permuted(p.shape, (1, 0), dtype=y.dtype, device=y.device)
+    return folded.copy_(p) if lam is None else torch.mul(p, lam, out=folded)

@@ -220,6 +220,16 @@ def test_ddp_around_a_wrapped_model_trains_to_the_budget(alone: None) -> None:
     assert_trained_as_by_hand(model, 8)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+def test_sharded_adapters_are_refused_before_a_step(alone: None, gamma: float) -> None:
+    """fully_shard leaves each process a part of every triplet; scores of parts would be wrong in silence."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp", reason="this torch has no FSDP")
+    model = tunerkit.wrap(nn.Sequential(nn.Linear(6, 8)), "adalora", {**SETTINGS, "targets": ["0"], "gamma": gamma})
+    fsdp.fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
+    with pytest.raises(tunerkit.StepError, match=r"'default' is sharded \(fully_shard\).*with DDP"):
+        tunerkit.attach(model, adamw(model), total_steps=TOTAL)
+
+
 def test_two_processes_agree_on_masks_and_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each sees its own half of a batch; DDP averages the gradients, so both allocate alike, and as one alone would."""
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):

@@ -1,5 +1,6 @@
 """What AdaLoRA does around an optimizer step: importance, budget, allocation, masks, shrinking."""
 
+import sys
 import warnings
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -53,6 +54,7 @@ def start(tuner: Tuner, total_steps: int) -> Training:
     """
     config = config_of(tuner)
     layers = layers_of(tuner)
+    _refuse_sharded(tuner, layers)
     there = sum(len(layer.lam) * cost for layer, cost in zip(layers, costs_of(config, layers), strict=True))
     configured = schedule_of(tuner, total_steps)
     check_bounds(config, tuner.targets, layers, configured.target)
@@ -63,6 +65,16 @@ def start(tuner: Tuner, total_steps: int) -> Training:
         in_force=live_budget(config, layers),
         sizes=[len(layer.lam) for layer in layers],
     )
+
+
+def _refuse_sharded(tuner: Tuner, layers: Sequence[SvdLayer]) -> None:
+    # Where nobody has imported it there is none, and importing it takes long.
+    sharding = sys.modules.get("torch.distributed.tensor")
+    if sharding is not None and any(isinstance(p, sharding.DTensor) for layer in layers for p in layer.parameters()):
+        raise StepError(
+            f"adapter {tuner.name!r} is sharded (fully_shard), and AdaLoRA scores whole triplets: it cannot be "
+            "attached yet; train in one process or with DDP"
+        )
 
 
 def regularise(tuner: Tuner, grad_scale: Tensor | None) -> None:

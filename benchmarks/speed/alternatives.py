@@ -1,0 +1,221 @@
+"""Part `alternatives`: what was tried and not taken, so that it can be weighed again on other machines."""
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+import tunerkit
+from benchmarks.speed import contenders as who
+from benchmarks.speed.models import Workload, encoder
+from benchmarks.speed.settings import Settings, Size
+from benchmarks.speed.statistics import Pairs, middle, one_kind, ratio
+from benchmarks.speed.tables import Row, estimated
+from benchmarks.speed.timing import Call, Times, interleave
+from tunerkit import fused
+from tunerkit_adalora.schedule import plan
+
+PART = "alternatives"
+PLAIN = "frozen floor"
+OURS = "LoRA"
+BY_ROW = "P by row"
+RECOMPUTED = "Q x computed again"
+SHARED = "Q x of the group at once"
+ONCE, STAGES = "shrunk once", "shrunk in stages"
+SCALE = 2.0
+_Fused = fused._FusedLowRank
+_FINE = 1000  # parts of a rank in which budgets are counted
+
+
+def measure(settings: Settings) -> list[Row]:
+    """Groups of layers that read the same input, at every size; the course of a training at the first."""
+    rows = []
+    for size in settings.sizes:
+        hidden = size.hidden
+        rows += group_rows(f"q, k, v of {hidden}", hidden, (hidden,) * 3, settings)
+        rows += group_rows(f"gate, up of {hidden}", hidden, (4 * hidden,) * 2, settings)
+    return rows + stage_rows(settings.sizes[0], settings)
+
+
+# One layer or a group
+
+
+def group_rows(where: str, inputs: int, outputs: Sequence[int], settings: Settings) -> list[Row]:
+    """Forward and backward of one group, above the floor's."""
+    times = time_group(inputs, outputs, settings)
+    kinds = one_kind(settings.pairs)
+    rows = []
+    for name in (OURS, BY_ROW, RECOMPUTED, SHARED):
+        over = times[name] - times[PLAIN]
+        rows.append(estimated(PART, where, name, "overhead, ms", middle(1e3 * over, kinds, seed=settings.seed)))
+        if name != OURS:
+            pairs = Pairs(top=over, bottom=times[OURS] - times[PLAIN], kinds=kinds)
+            rows.append(estimated(PART, where, name, "overhead / ours", ratio(pairs, seed=settings.seed)))
+    return rows
+
+
+def time_group(inputs: int, outputs: Sequence[int], settings: Settings) -> dict[str, Times]:
+    """Seconds of forward and backward in each round, by the way it is computed."""
+    torch.manual_seed(settings.seed)
+    base = [nn.Linear(inputs, out).requires_grad_(False) for out in outputs]
+    x = torch.randn(settings.batch, settings.tokens, inputs)
+    grads = [torch.randn(settings.batch, settings.tokens, out) for out in outputs]
+    apart = nn.ModuleList(nn.Linear(inputs, out).requires_grad_(False) for out in outputs)
+    tunerkit.wrap(
+        apart, "lora", {"targets": "re:.*", "rank": settings.init_rank, "alpha": SCALE * settings.init_rank}, seed=0
+    )
+    ways: dict[str, Callable[[Tensor], list[Tensor]]] = {
+        PLAIN: lambda x: [layer(x) for layer in base],
+        SHARED: Shared(base, settings.init_rank),
+        **{name: lambda x: [layer(x) for layer in apart] for name in (OURS, BY_ROW, RECOMPUTED)},
+    }
+
+    def call(name: str) -> Call:
+        return lambda: torch.autograd.backward(ways[name](x.detach().requires_grad_()), grads)
+
+    def before(name: str) -> None:
+        apart.zero_grad()
+        fused._is_thin = _never if name == BY_ROW else is_thin
+        fused._FusedLowRank = Recomputed if name == RECOMPUTED else _Fused  # type: ignore[misc]
+
+    is_thin = fused._is_thin
+    try:
+        calls = {name: call(name) for name in ways}
+        return interleave(calls, rounds=settings.pairs, seed=settings.seed, warmup=settings.warmup, before_each=before)
+    finally:
+        fused._is_thin, fused._FusedLowRank = is_thin, _Fused  # type: ignore[misc]
+
+
+def _never(q: Tensor, y: Tensor) -> bool:
+    return False
+
+
+class Recomputed(_Fused):
+    """The fused product, but Q x is not kept from forward to backward."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        out = _Fused.forward(ctx, *inputs)
+        x, _, *others = ctx.to_save
+        ctx.save_for_backward(x, None, *others)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        assert g is not None
+        x, _, *others = ctx.saved_tensors
+        narrow_q = others[4]
+        whole = types.SimpleNamespace(
+            saved_tensors=(x, x.mm(narrow_q.t()), *others), needs_input_grad=ctx.needs_input_grad, scale=ctx.scale
+        )
+        return fused._gradients(whole, g)
+
+
+class Shared:
+    """Layers that read the same input, with one product for all their Q: forward, and backward for their gradients."""
+
+    def __init__(self, layers: Sequence[nn.Linear], rank: int) -> None:
+        self.layers = layers
+        self.q = [(0.1 * torch.randn(rank, layer.in_features)).requires_grad_() for layer in layers]
+        self.p = [torch.zeros(layer.out_features, rank, requires_grad=True) for layer in layers]
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        for own in (*self.q, *self.p):
+            own.grad = None
+        rows = x.reshape(-1, x.shape[-1])
+        together: Tensor = _Project.apply(rows, *self.q)  # type: ignore[no-untyped-call]
+        parts = together.split([len(q) for q in self.q], dim=1)
+        return [
+            _Add.apply(rows, layer(x), layer.weight, h, p)  # type: ignore[no-untyped-call]
+            for layer, h, p in zip(self.layers, parts, self.p, strict=True)
+        ]
+
+
+class _Project(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *qs: Tensor) -> Tensor:
+        q = torch.cat(qs)
+        ctx.ranks = [len(each) for each in qs]
+        ctx.save_for_backward(x, q)
+        return x.mm(q.t())
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, ...]:
+        x, q = ctx.saved_tensors
+        return (g.mm(q), *g.t().mm(x).split(ctx.ranks))
+
+
+class _Add(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, w: Tensor, h: Tensor, p: Tensor) -> Tensor:
+        by_column = fused._folded_by_column(p, None, y)
+        out = y.detach()
+        out.view(-1, p.shape[0]).addmm_(h, by_column.t(), alpha=SCALE)
+        ctx.save_for_backward(w, h, by_column)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        w, h, by_column = ctx.saved_tensors
+        g2 = g.reshape(-1, w.shape[0])
+        grad_p = torch.addmm(by_column.t(), h.t(), g2, beta=0, alpha=SCALE).t()
+        return g2.mm(w), None, None, g2.mm(by_column).mul_(SCALE), grad_p
+
+
+# A whole training
+
+
+def stage_rows(size: Size, settings: Settings) -> list[Row]:
+    """Steps at each rank that the budget falls through, and what a training of them takes, shrunk once or in stages."""
+    workload = encoder(size, settings)
+    times = time_ranks(workload, settings)
+    kinds = one_kind(settings.pairs)
+    rows = [
+        estimated(PART, workload.name, f"LoRA of rank {rank}", "step, ms", middle(1e3 * own, kinds, seed=settings.seed))
+        for rank, own in times.items()
+    ]
+    pairs = Pairs(
+        top=course(times, settings, in_stages=True), bottom=course(times, settings, in_stages=False), kinds=kinds
+    )
+    found = ratio(pairs, seed=settings.seed)
+    return [*rows, estimated(PART, workload.name, STAGES, f"training / {ONCE}", found)]
+
+
+def time_ranks(workload: Workload, settings: Settings) -> dict[int, Times]:
+    """Seconds of a step at each rank from the target's to the initial one."""
+    ranks = range(settings.target_rank, settings.init_rank + 1)
+    training = {
+        str(rank): who.build(who.LORA, workload, attrs.evolve(settings, init_rank=rank, target_rank=1))
+        for rank in ranks
+    }
+    calls = {name: contender.step for name, contender in training.items()}
+    found = interleave(calls, rounds=settings.pairs, seed=settings.seed, warmup=settings.warmup)
+    return {int(name): own for name, own in found.items()}
+
+
+def course(times: dict[int, Times], settings: Settings, *, in_stages: bool, steps: int = 1000) -> Times:
+    """The mean step of a training by the default schedule, in each round.
+
+    In stages, every layer has the mean rank of the budget in force; once, the initial one until the last allocation.
+    """
+    highest, lowest = settings.init_rank, settings.target_rank
+    schedule = plan(
+        total_steps=steps,
+        t_init=0.1,
+        t_final=0.3,
+        delta_t=settings.delta_t,
+        initial=_FINE * highest,
+        target=_FINE * lowest,
+    )
+    mean = np.zeros_like(times[highest])
+    for step in range(1, steps + 1):
+        once = lowest if schedule.is_final(step) else highest
+        rank = schedule.budget(step) / _FINE if in_stages else once
+        below = min(int(rank), highest - 1)
+        mean += (times[below] * (below + 1 - rank) + times[below + 1] * (rank - below)) / steps
+    return mean
