@@ -47,7 +47,7 @@ class Settings:
     pairs: int = 60
     warmup: int = 10
     seed: int = 0
-    batch: int = 8
+    batch: int = 4
     tokens: int = 128
     init_rank: int = 8
     target_rank: int = 4
