@@ -71,7 +71,8 @@ def test_an_offloaded_model_trains_as_the_model_itself(
 ) -> None:
     """Outputs, gradients and trained values are the same; the adapter lives where the model runs.
 
-    Beside weights that are away the plain form of the low-rank product is used; it rounds otherwise than the fused one.
+    accelerate's hooks replace forward, so the plain form of the low-rank product is used; it rounds otherwise than the
+    fused one.
     """
     model = offload(toys.net(batch_norm=True), tmp_path)
     away = any(p.is_meta for p in model.parameters())

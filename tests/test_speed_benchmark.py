@@ -1,5 +1,6 @@
 """The benchmark of speed and memory: its instruments on things whose cost is known, and a short run of each part."""
 
+import collections
 import functools
 import gc
 import itertools
@@ -137,16 +138,20 @@ def test_the_same_seed_gives_the_same_interval() -> None:
 # Timing
 
 
-def test_everyone_stands_at_each_place_equally_often() -> None:
-    """Over each full rotation every name is at each place once; who follows whom is drawn, the same for a seed."""
-    names = ["a", "b", "c", "d"]
-    found = list(itertools.islice(orders(names, seed=1), 40))
-    assert all(sorted(each) == names for each in found)
-    for first in range(0, 40, 4):
-        rotation = found[first : first + 4]
-        assert all({each[place] for each in rotation} == set(names) for place in range(4))
-    assert {each[each.index("b") - 1] for each in found if each[0] != "b"} == {"a", "c", "d"}
-    assert found == list(itertools.islice(orders(names, seed=1), 40)) != list(itertools.islice(orders(names, 2), 40))
+@pytest.mark.parametrize("count", [4, 5, 8])
+def test_everyone_stands_equally_often_at_each_place_and_behind_each_other(count: int) -> None:
+    """In each design: at each place, and each behind each other. The same for a seed, and drawn anew for the next."""
+    length, times = (count, 1) if count % 2 == 0 else (2 * count, 2)
+    names = [f"{number}" for number in range(count)]
+    found = list(itertools.islice(orders(names, seed=1), 3 * length))
+    for first in range(0, 3 * length, length):
+        design = found[first : first + length]
+        assert all([each[place] for each in design].count(name) == times for place in range(count) for name in names)
+        pairs = collections.Counter(pair for each in design for pair in itertools.pairwise(each))
+        assert pairs == {pair: times for pair in itertools.permutations(names, 2)}
+    assert found[:length] != found[length : 2 * length]
+    again, other = (list(itertools.islice(orders(names, seed), 3 * length)) for seed in (1, 2))
+    assert found == again != other
 
 
 def test_rounds_are_timed_after_the_warmup_with_garbage_collection_off() -> None:
@@ -343,13 +348,20 @@ def test_every_alternative_computes_the_same() -> None:
     def gradients(outs: list[torch.Tensor]) -> list[torch.Tensor]:
         return [*outs, *torch.autograd.grad(outs, leaves, grads)]
 
-    def apply(product: Any) -> list[torch.Tensor]:
+    def apply(product: Any, *, by_column: bool) -> list[torch.Tensor]:
         rows = x.reshape(-1, 6)
         each = zip(layers, shared.q, shared.p, strict=True)
-        return [product.apply(rows, layer(x), layer.weight, q, p, None, alternatives.SCALE) for layer, q, p in each]
+        return [
+            product.apply(rows, layer(x), layer.weight, q, p, None, alternatives.SCALE, by_column)
+            for layer, q, p in each
+        ]
 
-    expected = gradients(apply(_FusedLowRank))
-    for found in (gradients(shared(x)), gradients(apply(alternatives.Recomputed))):
+    expected = gradients(apply(_FusedLowRank, by_column=True))
+    for found in (
+        gradients(shared(x)),
+        gradients(apply(alternatives.Recomputed, by_column=True)),
+        gradients(apply(_FusedLowRank, by_column=False)),
+    ):
         torch.testing.assert_close(found, expected)
 
 
@@ -409,7 +421,11 @@ def test_the_models_for_gpus_multiply_in_half_precision_on_both_sides(monkeypatc
     assert {p.dtype for each in (ours, theirs) for p in each.trained()} == {torch.float32}
     ours.step()
     assert went == [torch.bfloat16] * workload.adapted
+    factors = [module for name, module in theirs.model.named_modules() if name.endswith("lora_B.default")]
+    for factor in factors:
+        factor.register_forward_hook(lambda _module, _args, output: went.append(output.dtype))
     theirs.step()
+    assert went[workload.adapted :] == [torch.bfloat16] * workload.adapted
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU this part takes minutes")

@@ -91,7 +91,8 @@ def add_fused(
     """
     weight = _frozen_weight(base, y) if own_input else None
     rows = x.reshape(-1, q.shape[1])
-    added: Tensor = _FusedLowRank.apply(rows, y, weight, q, p, lam, scale)  # type: ignore[no-untyped-call]
+    by_column = torch.is_grad_enabled() and is_thin(q, y)
+    added: Tensor = _FusedLowRank.apply(rows, y, weight, q, p, lam, scale, by_column)  # type: ignore[no-untyped-call]
     return added
 
 
@@ -132,13 +133,24 @@ def _frozen_weight(base: BaseLayer, y: Tensor) -> Tensor | None:
 
 
 class _FusedLowRank(Function):
-    """out = y + s · P diag(λ) Q x, x (n, in); with ``w`` = W the node stands for the base layer too going backward."""
+    """out = y + s · P diag(λ) Q x, x (n, in); with ``w`` = W the node stands for the base layer too going backward.
+
+    ``by_column`` says that P is copied into contiguous columns first, and that its gradient is computed like that.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, w: Tensor | None, q: Tensor, p: Tensor, lam: Tensor | None, scale: float
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        w: Tensor | None,
+        q: Tensor,
+        p: Tensor,
+        lam: Tensor | None,
+        scale: float,
+        by_column: bool,
     ) -> Tensor:
-        narrow_q, narrow_p = q.to(y.dtype), _folded_by_column(p, lam, y) if _is_thin(q, y) else _folded(p, lam, y)
+        narrow_q, narrow_p = q.to(y.dtype), folded_by_column(p, lam, y) if by_column else _folded(p, lam, y)
         narrow_pt = narrow_p.t()
         h = x.mm(narrow_q.t())
         # Not y itself: autograd would have to know that it was changed, and would copy it where it is a view (a biased
@@ -148,24 +160,25 @@ class _FusedLowRank(Function):
         ctx.set_materialize_grads(False)
         ctx.scale = scale
         trained = any(ctx.needs_input_grad[3:6])
-        ctx.save_for_backward(*((x, h) if trained else (None, None)), w, q, p, lam, narrow_q, narrow_p, narrow_pt)
+        kept_pt = narrow_pt if by_column else None
+        ctx.save_for_backward(*((x, h) if trained else (None, None)), w, q, p, lam, narrow_q, narrow_p, kept_pt)
         return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None:
-            return (None,) * 7
+            return (None,) * 8
         with autocast_off(g.device):  # it may be on now, and have been off in forward
             return _gradients(ctx, g)
 
 
 def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of x, y, w, q, p, lam and the scale, for the one of the sum (..., out)."""
-    x, h, w, q, p, lam, narrow_q, narrow_p, narrow_pt = ctx.saved_tensors
+    """The gradients of what forward takes, for the one of the sum (..., out)."""
+    x, h, w, q, p, lam, narrow_q, narrow_p, kept_pt = ctx.saved_tensors
     if torch.is_grad_enabled():  # to be differentiated again: what forward computed has to depend on its inputs
         narrow_q, narrow_p = q.to(g.dtype), _folded(p, lam, g)
         h = None if x is None else x.mm(narrow_q.t())
-    to_x, to_y, _, to_q, to_p, to_lam, _ = ctx.needs_input_grad
+    to_x, to_y, _, to_q, to_p, to_lam, *_ = ctx.needs_input_grad
     s, g2 = ctx.scale, g.reshape(-1, p.shape[0])
     grad_x = grad_q = grad_p = grad_lam = None
     if to_x or to_q:
@@ -177,21 +190,22 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         grad_q = torch.addmm(narrow_q, grad_h.t(), x, beta=0, alpha=s).to(q.dtype)
     if to_p or to_lam:
         # Of P diag(λ).
-        if _is_thin(q, g):
-            grad_p = torch.addmm(narrow_pt, h.t(), g2, beta=0, alpha=s).t().to(p.dtype)
+        if kept_pt is not None:
+            grad_p = torch.addmm(kept_pt, h.t(), g2, beta=0, alpha=s).t().to(p.dtype)
         else:
             grad_p = torch.addmm(narrow_p, g2.t(), h, beta=0, alpha=s).to(p.dtype)
         if lam is not None:
             grad_lam = (grad_p * p).sum(0) if to_lam else None
             grad_p = grad_p * lam
-    return grad_x, g if to_y and w is None else None, None, grad_q, grad_p, grad_lam, None
+        grad_p = grad_p.contiguous()  # as P lies, for whoever flattens gradients
+    return grad_x, g if to_y and w is None else None, None, grad_q, grad_p, grad_lam, None, None
 
 
-def _is_thin(q: Tensor, y: Tensor) -> bool:
-    """Whether P is laid out by columns for the product in the dtype of ``y``, and its gradient comes like that.
+def is_thin(q: Tensor, y: Tensor) -> bool:
+    """Whether backward gains from P by columns where the product is in the dtype of ``y``.
 
-    A CPU's library multiplies a tall matrix with one of few columns two to four times as fast if those are contiguous,
-    until a row of them fills a vector register (64 bytes; docs/speed.md). A GPU's does not care.
+    A CPU's library multiplies a tall matrix with one of few columns two to three times as fast if those are
+    contiguous, until a row of them fills a vector register of 64 bytes (docs/speed.md). A GPU's does not care.
     """
     return y.device.type == "cpu" and q.shape[0] * y.element_size() < 64
 
@@ -201,7 +215,7 @@ def _folded(p: Tensor, lam: Tensor | None, y: Tensor) -> Tensor:
     return (p if lam is None else p * lam).to(y.dtype)
 
 
-def _folded_by_column(p: Tensor, lam: Tensor | None, y: Tensor) -> Tensor:
+def folded_by_column(p: Tensor, lam: Tensor | None, y: Tensor) -> Tensor:
     """The same with contiguous columns; nothing flows back through it."""
     folded = torch.empty_permuted(p.shape, (1, 0), dtype=y.dtype, device=y.device)
     return folded.copy_(p) if lam is None else torch.mul(p, lam, out=folded)

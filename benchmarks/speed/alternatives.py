@@ -1,7 +1,8 @@
 """Part `alternatives`: what was tried and not taken, so that it can be weighed again on other machines."""
 
+import copy
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import attrs
@@ -62,16 +63,17 @@ def group_rows(where: str, inputs: int, outputs: Sequence[int], settings: Settin
 def time_group(inputs: int, outputs: Sequence[int], settings: Settings) -> dict[str, Times]:
     """Seconds of forward and backward in each round, by the way it is computed."""
     torch.manual_seed(settings.seed)
-    base = [nn.Linear(inputs, out).requires_grad_(False) for out in outputs]
+    base = nn.ModuleList(nn.Linear(inputs, out).requires_grad_(False) for out in outputs)
     x = torch.randn(settings.batch, settings.tokens, inputs)
     grads = [torch.randn(settings.batch, settings.tokens, out) for out in outputs]
-    apart = nn.ModuleList(nn.Linear(inputs, out).requires_grad_(False) for out in outputs)
+    apart = copy.deepcopy(base, {id(p): p for p in base.parameters()})  # all read the same weights
     tunerkit.wrap(
         apart, "lora", {"targets": "re:.*", "rank": settings.init_rank, "alpha": SCALE * settings.init_rank}, seed=0
     )
+    shared = Shared(base, settings.init_rank)
     ways: dict[str, Callable[[Tensor], list[Tensor]]] = {
         PLAIN: lambda x: [layer(x) for layer in base],
-        SHARED: Shared(base, settings.init_rank),
+        SHARED: shared,
         **{name: lambda x: [layer(x) for layer in apart] for name in (OURS, BY_ROW, RECOMPUTED)},
     }
 
@@ -79,16 +81,17 @@ def time_group(inputs: int, outputs: Sequence[int], settings: Settings) -> dict[
         return lambda: torch.autograd.backward(ways[name](x.detach().requires_grad_()), grads)
 
     def before(name: str) -> None:
-        apart.zero_grad()
-        fused._is_thin = _never if name == BY_ROW else is_thin
+        for own in (*apart.parameters(), *shared.q, *shared.p):
+            own.grad = None
+        fused.is_thin = _never if name == BY_ROW else is_thin
         fused._FusedLowRank = Recomputed if name == RECOMPUTED else _Fused  # type: ignore[misc]
 
-    is_thin = fused._is_thin
+    is_thin = fused.is_thin
     try:
         calls = {name: call(name) for name in ways}
         return interleave(calls, rounds=settings.pairs, seed=settings.seed, warmup=settings.warmup, before_each=before)
     finally:
-        fused._is_thin, fused._FusedLowRank = is_thin, _Fused  # type: ignore[misc]
+        fused.is_thin, fused._FusedLowRank = is_thin, _Fused  # type: ignore[misc]
 
 
 def _never(q: Tensor, y: Tensor) -> bool:
@@ -117,16 +120,17 @@ class Recomputed(_Fused):
 
 
 class Shared:
-    """Layers that read the same input, with one product for all their Q: forward, and backward for their gradients."""
+    """Layers that read the same input, with one product for all their Q: forward, and backward for their gradients.
 
-    def __init__(self, layers: Sequence[nn.Linear], rank: int) -> None:
-        self.layers = layers
-        self.q = [(0.1 * torch.randn(rank, layer.in_features)).requires_grad_() for layer in layers]
-        self.p = [torch.zeros(layer.out_features, rank, requires_grad=True) for layer in layers]
+    It is called as it is, where ours goes through hooks: what such a scheme would need to find its group is left out.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module], rank: int) -> None:
+        self.layers = [layer for layer in layers if isinstance(layer, nn.Linear)]
+        self.q = [(0.1 * torch.randn(rank, layer.in_features)).requires_grad_() for layer in self.layers]
+        self.p = [torch.zeros(layer.out_features, rank, requires_grad=True) for layer in self.layers]
 
     def __call__(self, x: Tensor) -> list[Tensor]:
-        for own in (*self.q, *self.p):
-            own.grad = None
         rows = x.reshape(-1, x.shape[-1])
         together: Tensor = _Project.apply(rows, *self.q)  # type: ignore[no-untyped-call]
         parts = together.split([len(q) for q in self.q], dim=1)
@@ -146,14 +150,16 @@ class _Project(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, ...]:
+        """``g`` lacks the scale, which `_Add` leaves to the products here."""
         x, q = ctx.saved_tensors
-        return (g.mm(q), *g.t().mm(x).split(ctx.ranks))
+        to_q = torch.addmm(q, g.t(), x, beta=0, alpha=SCALE)
+        return torch.addmm(x, g, q, beta=0, alpha=SCALE), *to_q.split(ctx.ranks)
 
 
 class _Add(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, w: Tensor, h: Tensor, p: Tensor) -> Tensor:
-        by_column = fused._folded_by_column(p, None, y)
+        by_column = fused.folded_by_column(p, None, y)
         out = y.detach()
         out.view(-1, p.shape[0]).addmm_(h, by_column.t(), alpha=SCALE)
         ctx.save_for_backward(w, h, by_column)
@@ -164,14 +170,17 @@ class _Add(Function):
         w, h, by_column = ctx.saved_tensors
         g2 = g.reshape(-1, w.shape[0])
         grad_p = torch.addmm(by_column.t(), h.t(), g2, beta=0, alpha=SCALE).t()
-        return g2.mm(w), None, None, g2.mm(by_column).mul_(SCALE), grad_p
+        return g2.mm(w), None, None, g2.mm(by_column), grad_p.contiguous()
 
 
 # A whole training
 
 
 def stage_rows(size: Size, settings: Settings) -> list[Row]:
-    """Steps at each rank that the budget falls through, and what a training of them takes, shrunk once or in stages."""
+    """Steps at each rank that the budget falls through, and what a training of them takes, shrunk once or in stages.
+
+    LoRA's steps: what allocating adds is the same either way, and moving what is left at each stage is not counted.
+    """
     workload = encoder(size, settings)
     times = time_ranks(workload, settings)
     kinds = one_kind(settings.pairs)
@@ -189,10 +198,7 @@ def stage_rows(size: Size, settings: Settings) -> list[Row]:
 def time_ranks(workload: Workload, settings: Settings) -> dict[int, Times]:
     """Seconds of a step at each rank from the target's to the initial one."""
     ranks = range(settings.target_rank, settings.init_rank + 1)
-    training = {
-        str(rank): who.build(who.LORA, workload, attrs.evolve(settings, init_rank=rank, target_rank=1))
-        for rank in ranks
-    }
+    training = {str(rank): who.build(who.LORA, workload, attrs.evolve(settings, init_rank=rank)) for rank in ranks}
     calls = {name: contender.step for name, contender in training.items()}
     found = interleave(calls, rounds=settings.pairs, seed=settings.seed, warmup=settings.warmup)
     return {int(name): own for name, own in found.items()}

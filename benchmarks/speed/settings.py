@@ -44,8 +44,8 @@ class Settings:
     """
 
     sizes: tuple[Size, ...] = read_sizes("6x384,12x256,4x1024")
-    pairs: int = 60
-    warmup: int = 10
+    pairs: int = 80  # ten designs of eight contenders, one round in ten a mask step
+    warmup: int = 8
     seed: int = 0
     batch: int = 4
     tokens: int = 128

@@ -33,16 +33,19 @@ def cuda_seconds(call: Call) -> float:
 
 
 def orders(names: Sequence[str], seed: int) -> Iterator[list[str]]:
-    """The order of each round: rotated by one each time, drawn anew after each full rotation.
+    """The order of each round: a Williams design, rotated by one each time, its names drawn anew when it is through.
 
-    So everyone stands at each place equally often, and behind whom is left to chance: some contenders have longer
-    steps at fixed intervals, which a fixed rotation would lay behind the same few again and again.
+    In each design everyone stands at each place equally often, and behind each other once (twice, where their number
+    is odd). Drawn anew, since some have longer steps at fixed intervals.
     """
     generator = np.random.default_rng(seed)
+    count = len(names)
+    zigzag = [place // 2 if place % 2 == 0 else count - 1 - place // 2 for place in range(count)]
     while True:
         drawn = list(generator.permutation(names))
-        for shift in range(len(drawn)):
-            yield [*drawn[shift:], *drawn[:shift]]
+        for first in (zigzag, zigzag[::-1])[: 1 + count % 2]:
+            for shift in range(count):
+                yield [drawn[(place + shift) % count] for place in first]
 
 
 def interleave(

@@ -127,20 +127,26 @@ def unpack_wheel(wheel: Path, *, inside: str, folder: Path) -> None:
 
 
 def read_sentences(sdist: Path) -> Examples:
-    """The rated movie sentences in the archive inside the archive, each text once, neutral ones left out."""
+    """The rated movie sentences, neutral ones left out."""
+    rated = read_ratings(sdist, "movieReviewSnippets_GroundTruth.txt")
+    kept = {sentence: rating for sentence, rating in rated.items() if abs(rating) > NEUTRAL}
+    return Examples(tuple(kept), tuple("positive" if rating > 0 else "negative" for rating in kept.values()))
+
+
+def read_ratings(sdist: Path, file_name: str) -> dict[str, float]:
+    """The rated sentences of one file in the archive inside the archive, each text once, with its first rating."""
     try:
         with tarfile.open(sdist) as outer:
             nested = io.BytesIO(_member(outer, "hutto_ICWSM_2014.tar.gz"))
         with tarfile.open(fileobj=nested) as inner:
-            text = _member(inner, "movieReviewSnippets_GroundTruth.txt").decode("utf-8")
+            text = _member(inner, file_name).decode("utf-8")
     except (tarfile.TarError, OSError, UnicodeDecodeError) as problem:
         raise AssetError(f"{sdist}: cannot be read: {problem}; delete the file and try again") from problem
     rated: dict[str, float] = {}
     for line in text.splitlines():
         _, rating, sentence = line.split("\t")
         rated.setdefault(sentence.strip(), float(rating))
-    kept = {sentence: rating for sentence, rating in rated.items() if abs(rating) > NEUTRAL}
-    return Examples(tuple(kept), tuple("positive" if rating > 0 else "negative" for rating in kept.values()))
+    return rated
 
 
 def _lines_for(package: Package) -> list[str]:

@@ -17,14 +17,17 @@ POOL = 32
 
 @attrs.frozen(eq=False)
 class Encoded:
-    """Token numbers and class numbers by row, and the token that fills up shorter rows."""
+    """Token numbers and class numbers by row, and the token that fills up shorter rows.
+
+    A subclass may have other labels: `label_tensor` is all that reads them.
+    """
 
     ids: tuple[tuple[int, ...], ...]
     labels: tuple[int, ...]
     padding: int
 
     def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Tensor]:
-        """``input_ids`` and ``attention_mask`` (rows, longest), ``labels`` (rows,)."""
+        """``input_ids`` and ``attention_mask`` (rows, longest), and the ``labels``."""
         longest = max(len(self.ids[row]) for row in rows)
         ids = torch.full((len(rows), longest), self.padding)
         mask = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -32,8 +35,12 @@ class Encoded:
             length = len(self.ids[row])
             ids[place, :length] = torch.tensor(self.ids[row])
             mask[place, :length] = 1
-        labels = torch.tensor([self.labels[row] for row in rows])
+        labels = self.label_tensor(rows, longest)
         return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
+
+    def label_tensor(self, rows: Sequence[int], longest: int) -> Tensor:
+        """The classes of ``rows``, (rows,), whose longest has ``longest`` tokens."""
+        return torch.tensor([self.labels[row] for row in rows])
 
 
 def encode(classifier: Classifier, examples: Examples, *, max_length: int) -> Encoded:

@@ -2,16 +2,18 @@
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import attrs
 import torch
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import tunerkit
 from tunerkit.cli.batches import Encoded, shuffled_batches, sorted_batches
+
+IGNORED = -100  # the label of what is not to be told, as torch and transformers have it
 
 
 @attrs.frozen
@@ -52,12 +54,25 @@ class Score:
     loss: float
 
 
-def train(
-    model: nn.Module, rows: Encoded, recipe: Recipe, *, device: torch.device, dropout: bool = True
-) -> Iterator[Step]:
-    """Train what requires a gradient, and yield after each step. Adapters in the model are attached first.
+def attach_adapters(model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
+    """Attach the adapters in ``model``, if there are any."""
+    if tunerkit.trainable_parameters(model).adapters:
+        tunerkit.attach(model, optimizer, total_steps=total_steps)
 
-    Data order and dropout follow ``recipe.seed``. Without ``dropout`` the model is in eval mode throughout.
+
+def train(
+    model: nn.Module,
+    rows: Encoded,
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    dropout: bool = True,
+    prepare: Callable[[nn.Module, Optimizer, int], None] = attach_adapters,
+) -> Iterator[Step]:
+    """Train what requires a gradient, and yield after each step.
+
+    ``prepare`` is called before the first step with the model, the optimizer and the number of steps. Data order and
+    dropout follow ``recipe.seed``. Without ``dropout`` the model is in eval mode throughout.
     """
     torch.manual_seed(recipe.seed)
     rng = random.Random(recipe.seed)
@@ -66,8 +81,7 @@ def train(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     scheduler = LambdaLR(optimizer, lambda step: recipe.rate_at(step, total))
-    if is_wrapped(model):
-        tunerkit.attach(model, optimizer, total_steps=total)
+    prepare(model, optimizer, total)
     model.train(dropout)
     batches = (batch for _ in range(recipe.epochs) for batch in shuffled_batches(lengths, recipe.batch_size, rng))
     for number, batch in enumerate(batches, start=1):
@@ -83,16 +97,18 @@ def train(
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, rows: Encoded, *, batch_size: int, device: torch.device) -> Score:
-    """Accuracy and mean loss; the model is left in eval mode."""
+    """Accuracy and mean loss by label, of those that are not `IGNORED`; the model is left in eval mode."""
     model.eval()
-    right, loss = 0, 0.0
+    right, labels, loss = 0, 0, 0.0
     for batch in sorted_batches([len(ids) for ids in rows.ids], batch_size):
         inputs = rows.batch(batch, device)
         with mixed_precision(device):
             out = model(**inputs)
         right += int((out.logits.argmax(-1) == inputs["labels"]).sum())
-        loss += out.loss.item() * len(batch)
-    return Score(accuracy=right / len(rows.ids), loss=loss / len(rows.ids))
+        known = int((inputs["labels"] != IGNORED).sum())
+        loss += out.loss.item() * known
+        labels += known
+    return Score(accuracy=right / labels, loss=loss / labels)
 
 
 def choose_device() -> torch.device:
@@ -111,8 +127,3 @@ def has_bf16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # The only question that torch answers about CPUs has an underscore.
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-
-
-def is_wrapped(model: nn.Module) -> bool:
-    """Whether there are adapters in ``model``."""
-    return bool(tunerkit.trainable_parameters(model).adapters)

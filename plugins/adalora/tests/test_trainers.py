@@ -222,12 +222,25 @@ def test_ddp_around_a_wrapped_model_trains_to_the_budget(alone: None) -> None:
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5])
 def test_sharded_adapters_are_refused_before_a_step(alone: None, gamma: float) -> None:
-    """fully_shard leaves each process a part of every triplet; scores of parts would be wrong in silence."""
+    """fully_shard leaves each process a part of every triplet: its scores would be those of parts.
+
+    Before attach or after: sharding replaces the parameters, and the optimizer is built anew.
+    """
     fsdp = pytest.importorskip("torch.distributed.fsdp", reason="this torch has no FSDP")
-    model = tunerkit.wrap(nn.Sequential(nn.Linear(6, 8)), "adalora", {**SETTINGS, "targets": ["0"], "gamma": gamma})
-    fsdp.fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
-    with pytest.raises(tunerkit.StepError, match=r"'default' is sharded \(fully_shard\).*with DDP"):
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    model, other = (
+        tunerkit.wrap(nn.Sequential(nn.Linear(6, 8)), "adalora", {**SETTINGS, "targets": ["0"], "gamma": gamma})
+        for _ in range(2)
+    )
+    fsdp.fully_shard(model, mesh=mesh)
+    with pytest.raises(tunerkit.StepError, match=r"'default' has DTensors for weights .*with DDP"):
         tunerkit.attach(model, adamw(model), total_steps=TOTAL)
+    optimizer = adamw(other)
+    tunerkit.attach(other, optimizer, total_steps=TOTAL)
+    fsdp.fully_shard(other, mesh=mesh)
+    other(X[:4]).sum().backward()
+    with pytest.raises(tunerkit.StepError, match="with DDP"):
+        optimizer.step()
 
 
 def test_two_processes_agree_on_masks_and_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

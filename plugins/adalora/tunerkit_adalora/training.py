@@ -72,8 +72,8 @@ def _refuse_sharded(tuner: Tuner, layers: Sequence[SvdLayer]) -> None:
     sharding = sys.modules.get("torch.distributed.tensor")
     if sharding is not None and any(isinstance(p, sharding.DTensor) for layer in layers for p in layer.parameters()):
         raise StepError(
-            f"adapter {tuner.name!r} is sharded (fully_shard), and AdaLoRA scores whole triplets: it cannot be "
-            "attached yet; train in one process or with DDP"
+            f"adapter {tuner.name!r} has DTensors for weights (fully_shard?), and AdaLoRA scores whole triplets: it "
+            "cannot train them yet; train in one process or with DDP"
         )
 
 
@@ -81,6 +81,7 @@ def regularise(tuner: Tuner, grad_scale: Tensor | None) -> None:
     """Add the orthogonality regulariser's gradient, once per step, scaled as the gradients are."""
     config = config_of(tuner)
     layers = layers_of(tuner)
+    _refuse_sharded(tuner, layers)
     if [len(layer.lam) for layer in layers] != training_of(tuner).sizes:
         raise StepError(
             f"adapter {tuner.name!r} has other ranks than when it was attached (load_state_dict of a checkpoint?), so "
