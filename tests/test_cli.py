@@ -31,10 +31,9 @@ for _module in ("platformdirs", "pyarrow", "rich", "transformers", "typer", "yam
 import pyarrow  # noqa: E402
 import pyarrow.parquet  # noqa: E402
 import yaml  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
+from tests.tiny_classifier import WORDS, save_tiny_classifier  # noqa: E402
 from tunerkit.cli import assets, job, outputs, settings  # noqa: E402
 from tunerkit.cli.app import app  # noqa: E402
 from tunerkit.cli.baseline import head_only  # noqa: E402
@@ -46,7 +45,6 @@ from tunerkit.cli.training import Recipe, evaluate  # noqa: E402
 texts = st.text(st.characters(codec="utf-8"), max_size=30)
 label_names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=5)
 tables = st.lists(st.tuples(texts, label_names), min_size=1, max_size=8)
-WORDS = ("good", "bad", "film", "plot", "the", "a", "very", "not")
 
 
 def write_csv(path: Path, rows: Sequence[tuple[object, object]], columns: tuple[str, str] = ("text", "label")) -> None:
@@ -389,27 +387,7 @@ def test_a_block_that_fails_leaves_no_file(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random BERT of two layers with a vocabulary of eight words, saved as people save models."""
-    folder = tmp_path_factory.mktemp("tiny")
-    vocabulary = {word: n for n, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS))}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-    )
-    BertForSequenceClassification(config).save_pretrained(folder)
-    return folder
+    return save_tiny_classifier(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

@@ -65,6 +65,7 @@ LIMITS: dict[str, set[tuple[str, float]]] = {
     "compile": {("graph breaks", 0.0)},
     "growth": set(),
     "alternatives": set(),
+    "profile": set(),
 }
 
 

@@ -12,14 +12,36 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.speed import allocator, alternatives, compiled, gpu, growth, memory, operations, start, steps
+from benchmarks.speed import (
+    allocator,
+    alternatives,
+    compiled,
+    gpu,
+    growth,
+    memory,
+    operations,
+    profiled,
+    start,
+    steps,
+)
 from benchmarks.speed.machine import header
 from benchmarks.speed.settings import Settings, read_sizes
 from benchmarks.speed.tables import Row, limits_table, to_json, to_markdown
 
 PARTS: dict[str, Callable[[Settings], list[Row]]] = {
     each.PART: each.measure
-    for each in (steps, operations, allocator, memory, start, compiled, growth, alternatives, gpu)
+    for each in (
+        steps,
+        operations,
+        allocator,
+        memory,
+        start,
+        compiled,
+        growth,
+        alternatives,
+        profiled,
+        gpu,
+    )
 }
 _DEFAULT = Settings()
 

@@ -1,0 +1,93 @@
+"""The command ``python -m benchmarks.quality``."""
+
+import concurrent.futures
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.quality import store
+from benchmarks.quality.grids import GRIDS
+from benchmarks.quality.runs import Run, execute
+from benchmarks.quality.tables import headroom_table
+from benchmarks.quality.tasks import TASKS, digest
+from tunerkit.cli.assets import cache_folder, demo_model
+
+ROWS = Path(__file__).parent / "rows"
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def run(
+    grid: Annotated[str, typer.Option(help=f"Which runs: {', '.join(GRIDS)}.")],
+    task: Annotated[str | None, typer.Option(help="Only these tasks, with commas.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many runs now.")] = None,
+    rows: Annotated[Path, typer.Option(help="The folder of rows.")] = ROWS,
+) -> None:
+    """Make the runs of a grid that have no row yet; stopped and called again, it goes on."""
+    try:
+        wanted = chosen(grid, task)
+    except ValueError as problem:
+        print(f"benchmarks.quality: {problem}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    file = rows / f"{grid}.jsonl"
+    done = {row["key"] for row in store.read(file)}
+    left = [each for each in wanted if each.key not in done][:limit]
+    console = Console()
+    console.print(f"{grid}: {len(wanted)} runs, {len(done)} rows, {len(left)} to make now", highlight=False)
+    make(left, file, jobs, console)
+
+
+def chosen(grid: str, task: str | None) -> list[Run]:
+    """The runs of a grid, of some tasks or all. Raises `ValueError` that names those there are."""
+    if grid not in GRIDS:
+        raise ValueError(f"no grid named {grid!r}; there are: {', '.join(GRIDS)}")
+    names = list(TASKS) if task is None else [name.strip() for name in task.split(",")]
+    unknown = [name for name in names if name not in TASKS]
+    if unknown:
+        raise ValueError(f"no task named {', '.join(unknown)}; there are: {', '.join(TASKS)}")
+    return [each for each in GRIDS[grid]() if each.task in names]
+
+
+def make(runs: list[Run], file: Path, jobs: int, console: Console) -> None:
+    """Each run in a process of its own, and its row added by this one alone."""
+    cache = cache_folder()
+    for name in {each.task for each in runs}:
+        TASKS[name].cut(cache)  # fetched once, before processes would race for it
+    demo_model(cache)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    # Spawned: forking a process in which torch has threads is not safe.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        waiting = [pool.submit(execute, each, cache) for each in runs]
+        finished = concurrent.futures.as_completed(waiting)
+        for done in track(finished, total=len(waiting), console=console, description=file.stem):
+            store.append(file, done.result())
+
+
+@app.command()
+def tables(rows: Annotated[Path, typer.Option(help="The folder of rows.")] = ROWS) -> None:
+    """Print the tables that the rows allow, and what they took."""
+    found = store.read(rows / "headroom.jsonl")
+    hours = sum(row["seconds"]["all"] for row in found) / 3600
+    print("\n".join(headroom_table(found)))
+    print(f"\n{len(found)} runs, {hours:.2f} hours of one core")
+
+
+@app.command()
+def splits() -> None:
+    """Print the digest of each part of each task: those in docs/quality.md."""
+    for name, each in TASKS.items():
+        parts = each.cut(cache_folder())
+        print(f"| {name} | {each.steps} | {' | '.join(f'{len(part)} `{digest(part)}`' for part in parts)} |")
+
+
+if __name__ == "__main__":
+    app()

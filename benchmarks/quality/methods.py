@@ -1,0 +1,88 @@
+"""The methods, ours and PEFT's, each put into a model with the same targets, head and scale."""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import peft
+from torch import nn
+from torch.optim import Optimizer
+
+import tunerkit
+from benchmarks.quality.tasks import HEAD, TARGETS
+from tunerkit.cli.training import attach_adapters
+
+if TYPE_CHECKING:
+    from benchmarks.quality.runs import Run
+
+HEAD_ONLY, FULL = "head", "full"
+LORA, ADALORA, PEFT_LORA, PEFT_ADALORA = "lora", "adalora", "peft-lora", "peft-adalora"
+METHODS = (HEAD_ONLY, FULL, PEFT_LORA, LORA, PEFT_ADALORA, ADALORA)
+SCALE = 2.0  # alpha over rank, everywhere
+
+
+@attrs.frozen(eq=False)
+class Prepared:
+    """A model ready to train. ``connect`` is called with it, its optimizer and the number of steps."""
+
+    model: nn.Module
+    connect: Callable[[nn.Module, Optimizer, int], None] = attach_adapters
+
+    def count(self) -> int:
+        """Trained parameters, the head's and live adapters' alone."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def ranks(self) -> dict[str, int]:
+        """The rank at each target, if ours are in the model."""
+        return tunerkit.tuner(self.model).ranks() if tunerkit.trainable_parameters(self.model).adapters else {}
+
+
+def initial_rank(rank: int) -> int:
+    """What AdaLoRA starts at to end at ``rank``."""
+    return math.ceil(1.5 * rank)
+
+
+def prepare(run: "Run", model: nn.Module, total_steps: int) -> Prepared:
+    """Put the run's method into ``model``."""
+    torch_seed = run.seed
+    if run.method == FULL:
+        return Prepared(model)
+    if run.method == HEAD_ONLY:
+        model.requires_grad_(False).get_submodule(HEAD).requires_grad_(True)
+        return Prepared(model)
+    if run.method in (LORA, ADALORA):
+        sizes: dict[str, Any] = {"rank": run.rank} if run.method == LORA else {"target_rank": run.rank}
+        settings = {"targets": f"re:{TARGETS}", "train_modules": [HEAD], **sizes, **run.settings}
+        return Prepared(tunerkit.wrap(model, run.method, settings, seed=torch_seed))
+    return _peft(run, model, total_steps)
+
+
+def _peft(run: "Run", model: nn.Module, total_steps: int) -> Prepared:
+    shared: dict[str, Any] = {"target_modules": TARGETS, "modules_to_save": [HEAD]}
+    if run.method == PEFT_LORA:
+        config = peft.LoraConfig(**{**shared, "r": run.rank, "lora_alpha": SCALE * run.rank, **run.settings})
+        return Prepared(peft.get_peft_model(model, config), _nothing)
+    first = initial_rank(run.rank)
+    sizes = {"init_r": first, "target_r": run.rank, "lora_alpha": SCALE * first}
+    spans = {"tinit": total_steps // 10, "tfinal": 3 * total_steps // 10, "deltaT": 10, "total_step": total_steps}
+    config = peft.AdaLoraConfig(task_type=None, **{**shared, **sizes, **spans, **run.settings})
+    wrapped = peft.get_peft_model(model, config)
+    return Prepared(wrapped, _update_and_allocate)
+
+
+def _nothing(model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
+    pass
+
+
+def _update_and_allocate(model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
+    """Call PEFT's allocator after each step, while the gradients are there."""
+    inner: Any = model.base_model
+    steps = 0
+
+    def after(*_: object) -> None:
+        nonlocal steps
+        steps += 1
+        inner.update_and_allocate(steps)
+
+    optimizer.register_step_post_hook(after)

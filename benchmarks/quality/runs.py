@@ -1,0 +1,83 @@
+"""One run: a method on a task, at a rank, a learning rate and a seed; and what came of it."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+
+from benchmarks.quality import methods
+from benchmarks.quality.tasks import BATCH_SIZE, TASKS
+from tunerkit.cli.training import Recipe, Score, evaluate, train
+
+DEVICE = torch.device("cpu")
+_EVALUATION_BATCH = 64
+
+
+@attrs.frozen
+class Run:
+    """What is trained. ``settings`` are the method's own, over its defaults; ``tested``: test rows are scored too."""
+
+    task: str
+    method: str
+    rank: int
+    learning_rate: float
+    seed: int
+    settings: Mapping[str, Any] = attrs.field(factory=dict)
+    tested: bool = False
+
+    @property
+    def key(self) -> str:
+        """A name that is the same for the same run, wherever it is made."""
+        text = json.dumps(attrs.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def execute(run: Run, cache: Path) -> dict[str, object]:
+    """Train and score; a row for the file."""
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    task = TASKS[run.task]
+    model, parts = task.build(cache, run.seed)
+    recipe = Recipe(epochs=task.epochs, learning_rate=run.learning_rate, batch_size=BATCH_SIZE, seed=run.seed)
+    total = recipe.total_steps(len(parts.train.ids))
+    prepared = methods.prepare(run, model, total)
+    steps = train(
+        prepared.model,
+        parts.train,
+        recipe,
+        device=DEVICE,
+        dropout=run.method != methods.HEAD_ONLY,
+        prepare=prepared.connect,
+    )
+    losses = [step.loss for step in steps]
+    trained = time.perf_counter()
+    scores = {"validation": evaluate(prepared.model, parts.validation, batch_size=_EVALUATION_BATCH, device=DEVICE)}
+    if run.tested:
+        scores["test"] = evaluate(prepared.model, parts.test, batch_size=_EVALUATION_BATCH, device=DEVICE)
+    return {
+        "key": run.key,
+        **attrs.asdict(run),
+        "steps": len(losses),
+        "parameters": prepared.count(),
+        "ranks": prepared.ranks(),
+        "training_loss": _tail(losses),
+        **{name: _plain(score) for name, score in scores.items()},
+        "seconds": {"train": round(trained - began, 1), "all": round(time.perf_counter() - began, 1)},
+    }
+
+
+def _tail(losses: list[float]) -> float | None:
+    """The mean loss of the last tenth of the steps; None if it is no number, which JSON lacks."""
+    last = losses[-max(1, len(losses) // 10) :]
+    mean = sum(last) / len(last)
+    return mean if math.isfinite(mean) else None
+
+
+def _plain(score: Score) -> dict[str, float | None]:
+    return {"accuracy": score.accuracy, "loss": score.loss if math.isfinite(score.loss) else None}

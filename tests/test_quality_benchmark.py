@@ -1,0 +1,203 @@
+"""The benchmark of quality: its tasks' cuts, its rows, its tables, and a short run of each method."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+for _module in ("peft", "transformers", "typer", "rich", "platformdirs", "tunerkit_lora", "tunerkit_adalora"):
+    pytest.importorskip(_module, reason=f"the benchmark needs {_module}")
+
+from transformers import AutoModel  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+from benchmarks.quality import __main__ as command  # noqa: E402
+from benchmarks.quality import grids, methods, runs, store, tables, tasks  # noqa: E402
+from benchmarks.quality.runs import Run, execute  # noqa: E402
+from benchmarks.quality.tasks import Tagged, Task  # noqa: E402
+from tests.tiny_classifier import WORDS, save_tiny_classifier  # noqa: E402
+from tunerkit.cli import assets  # noqa: E402
+from tunerkit.cli.data import Examples  # noqa: E402
+from tunerkit.cli.training import IGNORED  # noqa: E402
+
+
+def sentences(_: Path) -> Examples:
+    texts = [" ".join(words) for words in itertools.islice(itertools.permutations(WORDS, 3), 80)]
+    return Examples(tuple(texts), tuple("x" if "good" in text else "y" for text in texts))
+
+
+def tagged(_: Path) -> Tagged:
+    words = tuple(itertools.islice(itertools.permutations(WORDS, 3), 80))
+    return Tagged(words, tuple(tuple(word[0] for word in row) for row in words))
+
+
+TOY = {"toy": Task("toy", sentences, 48, 16, 16, epochs=6), "toy tags": Task("toy tags", tagged, 48, 16, 16, epochs=6)}
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The toy tasks in place of the real ones, on a tiny model; the cache folder."""
+    folder = save_tiny_classifier(tmp_path / "tiny")
+    AutoModel.from_pretrained(folder).save_pretrained(folder)  # without a head, as the real one
+    for module in (runs, command, grids):
+        monkeypatch.setattr(module, "TASKS", TOY)
+    monkeypatch.setattr(assets, "demo_model", lambda cache: folder)
+    monkeypatch.setattr(command, "demo_model", lambda cache: folder)
+    return tmp_path
+
+
+# Tasks
+
+
+def test_a_cut_is_the_same_every_time_and_no_row_is_in_two_parts(tmp_path: Path) -> None:
+    """The sizes are as said, the digests tell parts apart, and too few rows are an error that counts them."""
+    parts = TOY["toy"].cut(tmp_path)
+    assert [len(part) for part in parts] == [48, 16, 16]
+    assert list(map(tasks.digest, parts)) == list(map(tasks.digest, TOY["toy"].cut(tmp_path)))
+    assert len({*map(tasks.digest, parts)}) == 3
+    texts = [text for part in parts if isinstance(part, Examples) for text in part.texts]
+    assert len({*texts}) == 80
+    with pytest.raises(tasks.TaskError, match="big: 81 rows are wanted and 80 are there"):
+        Task("big", sentences, 49, 16, 16, epochs=1).cut(tmp_path)
+
+
+def test_every_task_takes_three_hundred_steps_or_more() -> None:
+    """Shorter trainings say little of a schedule that is a share of them."""
+    assert all(task.steps >= 300 for task in tasks.TASKS.values())
+
+
+@pytest.mark.parametrize(
+    ("tag", "first"),
+    [("nn-tl", "nn"), ("ppss+hvd", "ppss"), ("bedz*", "bedz"), ("fw-nn", "fw"), ("--", "--"), ("*", "*")],
+)
+def test_joined_tags_are_cut_to_their_first_part(tag: str, first: str) -> None:
+    """Punctuation is whole."""
+    assert tasks.first_part(tag) == first
+
+
+def test_a_word_is_told_by_its_first_token_alone(toy: Path) -> None:
+    """Special tokens, further tokens of a word and padding are ignored, so are tags that training has not."""
+    assert tasks._token_labels([None, 0, 0, 1, None], [5, 7]) == (IGNORED, 5, IGNORED, 7, IGNORED)
+    _, parts = TOY["toy tags"].build(toy, seed=0)
+    batch = parts.train.batch([0, 1], torch.device("cpu"))
+    assert batch["labels"].shape == batch["input_ids"].shape == (2, 5)
+    assert (batch["labels"] == IGNORED).sum(1).tolist() == [2, 2]
+    rows = tasks.TaggedRows(ids=((1,), (1, 1)), labels=(), padding=0, token_labels=((3,), (4, 5)))
+    assert rows.label_tensor([0, 1], 2).tolist() == [[3, IGNORED], [4, 5]]
+
+
+# Runs
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("task", TOY)
+def test_each_method_trains_on_each_kind_of_task(task: str, method: str, toy: Path) -> None:
+    """A row that JSON holds, with scores, the steps taken, and what was trained; the same run gives the same row."""
+    run = Run(task, method, rank=2, learning_rate=5e-3, seed=1, tested=True)
+    row, again = (execute(run, toy) for _ in range(2))
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
+    assert row["steps"] == TOY[task].steps == 12
+    for part in ("validation", "test"):
+        score: Any = row[part]
+        assert 0 <= score["accuracy"] <= 1
+        assert score["loss"] > 0
+    for timed in (row, again):
+        timed.pop("seconds")
+    assert row == again
+
+
+def test_methods_differ_in_what_they_train(toy: Path) -> None:
+    """Head, adapters, all; AdaLoRA ends at the parameters of LoRA's rank; PEFT's LoRA counts as ours."""
+    counts: dict[str, Any] = {
+        method: execute(Run("toy", method, rank=2, learning_rate=5e-3, seed=1), toy)["parameters"]
+        for method in (methods.HEAD_ONLY, methods.LORA, methods.PEFT_LORA, methods.FULL)
+    }
+    assert counts[methods.HEAD_ONLY] == 34  # 16 weights and a bias for either class
+    assert counts[methods.LORA] == counts[methods.PEFT_LORA]
+    assert counts[methods.HEAD_ONLY] < counts[methods.LORA] < counts[methods.FULL]
+    ranks: Any = execute(Run("toy", methods.ADALORA, rank=2, learning_rate=5e-3, seed=1), toy)["ranks"]
+    assert sum(ranks.values()) == 2 * len(ranks) == 24
+
+
+def test_a_run_is_known_by_all_that_it_is_told() -> None:
+    """Any field changes the key, which does not depend on the process."""
+    run = Run("movie-2", "lora", 8, 1e-3, 0)
+    assert run.key == Run("movie-2", "lora", 8, 1e-3, 0, settings={}).key == "b6801681f761c25b"
+    others = [
+        Run("nyt-3", "lora", 8, 1e-3, 0),
+        Run("movie-2", "lora", 8, 1e-3, 0, settings={"dropout": 0.1}),
+        Run("movie-2", "lora", 8, 1e-3, 0, tested=True),
+    ]
+    assert len({run.key, *(other.key for other in others)}) == 4
+
+
+# Rows
+
+
+def test_rows_survive_a_writer_that_was_stopped(tmp_path: Path) -> None:
+    """A last line that was cut off is no row, and the next row takes its place."""
+    file = tmp_path / "rows" / "a.jsonl"
+    assert store.read(file) == []
+    store.append(file, {"key": "1"})
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write('{"key": "2", "val')
+    assert store.read(file) == [{"key": "1"}]
+    store.append(file, {"key": "3"})
+    assert store.read(file) == [{"key": "1"}, {"key": "3"}]
+
+
+def test_a_grid_goes_on_where_it_was_stopped(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a limit some runs are made, called again the rest and none twice; unknown names are told."""
+    monkeypatch.setattr(grids, "HEADROOM_RANKS", (1, 2))
+    monkeypatch.setattr(grids, "HEADROOM_RATES", (1e-3,))
+    monkeypatch.setattr(grids, "HEADROOM_SEEDS", (0,))
+    made: list[Run] = []
+
+    def make(left: list[Run], file: Path, jobs: int, console: object) -> None:
+        made.extend(left)
+        for run in left:
+            store.append(file, {"key": run.key})
+
+    monkeypatch.setattr(command, "make", make)
+    arguments = ["run", "--grid", "headroom", "--rows", str(toy / "rows")]
+    for extra in (["--limit", "3"], []):
+        result = CliRunner().invoke(command.app, [*arguments, *extra])
+        assert result.exit_code == 0, result.output
+    assert len(made) == len({run.key for run in made}) == 4
+    for wrong, message in ((["--grid", "hedroom"], "there are: headroom"), (["--task", "toys"], "there are: toy, toy")):
+        result = CliRunner().invoke(command.app, [*arguments, *wrong])
+        assert result.exit_code == 2
+        assert message in result.output
+
+
+# Tables
+
+
+def rows(task: str, rank: int, rate: float, accuracies: list[float]) -> list[store.Row]:
+    return [
+        {"task": task, "rank": rank, "learning_rate": rate, "seed": seed, "validation": {"accuracy": accuracy}}
+        for seed, accuracy in enumerate(accuracies)
+    ]
+
+
+def test_the_best_rate_is_chosen_by_mean_validation_accuracy() -> None:
+    """Among the rates with the most seeds: one lucky run is none."""
+    cell = tables.best(rows("a", 1, 1e-3, [0.5, 0.6]) + rows("a", 1, 2e-3, [0.7, 0.6]) + rows("a", 1, 4e-3, [0.9]))
+    assert (cell.rate, cell.seeds) == (2e-3, (0, 1))
+    assert cell.mean == pytest.approx(65)
+    assert cell.error == pytest.approx(np.std([70, 60], ddof=1) / 2**0.5)
+
+
+def test_headroom_is_a_point_between_rank_one_and_eight() -> None:
+    """Differences are by seed, so a shift that all seeds share has no spread."""
+    steep = rows("steep", 1, 1e-3, [0.5, 0.7]) + rows("steep", 8, 1e-3, [0.52, 0.72])
+    flat = rows("flat", 1, 1e-3, [0.5, 0.7]) + rows("flat", 8, 1e-3, [0.505, 0.705])
+    table = tables.headroom_table([*steep, *flat, *rows("begun", 1, 1e-3, [0.5, 0.6])])
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| steep", "| flat", "| begun"]
+    assert "+2.00 [+2.00, +2.00] | yes" in table[2]
+    assert "+0.50 [+0.50, +0.50] | no" in table[3]
+    assert "yes" not in table[4]
