@@ -91,7 +91,7 @@ def add_fused(
     """
     weight = _frozen_weight(base, y) if own_input else None
     rows = x.reshape(-1, q.shape[1])
-    by_column = torch.is_grad_enabled() and is_thin(q, y)
+    by_column = is_thin(q, y)  # without gradients too, where nothing gains: outputs are to be the same bit for bit
     added: Tensor = _FusedLowRank.apply(rows, y, weight, q, p, lam, scale, by_column)  # type: ignore[no-untyped-call]
     return added
 

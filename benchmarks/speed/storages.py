@@ -18,7 +18,8 @@ def held_bytes() -> int:
     Whoever keeps them: a method hides nothing in a list, a closure or an optimizer. Gradients nobody looked at are no
     Python objects, so take it between steps.
     """
-    gc.collect()
+    for _ in range(3):  # what finalizers of one collection let go, the next one finds
+        gc.collect()
     tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor) and not is_lazy(found)]
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t.layout == torch.strided}
     return sum(storages.values())
