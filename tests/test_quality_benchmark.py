@@ -123,10 +123,22 @@ def test_methods_differ_in_what_they_train(toy: Path) -> None:
     assert sum(ranks.values()) == 2 * len(ranks) == 24
 
 
+def test_peft_trains_with_its_regulariser_and_is_scored_without(toy: Path) -> None:
+    """Its weight moves the training loss, and not the loss of the model that is scored."""
+    model, parts = TOY["toy"].build(toy, seed=0)
+    run = Run("toy", methods.PEFT_ADALORA, rank=2, learning_rate=5e-3, seed=1)
+    prepared = methods.prepare(run, model, total_steps=12)
+    inputs = parts.train.batch([0, 1], torch.device("cpu"))
+    prepared.model.eval()
+    scored = prepared.scored(**inputs).loss
+    assert prepared.model(**inputs).loss > scored + 1e-3
+    torch.testing.assert_close(prepared.scored(**inputs).loss, scored)
+
+
 def test_a_run_is_known_by_all_that_it_is_told() -> None:
     """Any field changes the key, which does not depend on the process."""
     run = Run("movie-2", "lora", 8, 1e-3, 0)
-    assert run.key == Run("movie-2", "lora", 8, 1e-3, 0, settings={}).key == "b6801681f761c25b"
+    assert run.key == Run("movie-2", "lora", 8, 1e-3, 0, settings={}).key == "5bab23018d18df47"
     others = [
         Run("nyt-3", "lora", 8, 1e-3, 0),
         Run("movie-2", "lora", 8, 1e-3, 0, settings={"dropout": 0.1}),

@@ -65,11 +65,14 @@ def make(runs: list[Run], file: Path, jobs: int, console: Console) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     # Spawned: forking a process in which torch has threads is not safe.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    pool = concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context)
+    try:
         waiting = [pool.submit(execute, each, cache) for each in runs]
         finished = concurrent.futures.as_completed(waiting)
         for done in track(finished, total=len(waiting), console=console, description=file.stem):
             store.append(file, done.result())
+    finally:
+        pool.shutdown(cancel_futures=True)  # one that failed ends it all: what was not begun is left for the next time
 
 
 @app.command()
@@ -83,7 +86,7 @@ def tables(rows: Annotated[Path, typer.Option(help="The folder of rows.")] = ROW
 
 @app.command()
 def splits() -> None:
-    """Print the digest of each part of each task: those in docs/quality.md."""
+    """Print the size and digest of each part of each task: a split that moved shows."""
     for name, each in TASKS.items():
         parts = each.cut(cache_folder())
         print(f"| {name} | {each.steps} | {' | '.join(f'{len(part)} `{digest(part)}`' for part in parts)} |")

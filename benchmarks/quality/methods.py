@@ -24,13 +24,17 @@ SCALE = 2.0  # alpha over rank, everywhere
 
 @attrs.frozen(eq=False)
 class Prepared:
-    """A model ready to train. ``connect`` is called with it, its optimizer and the number of steps."""
+    """A model ready to train. ``connect`` is called with it, its optimizer and the number of steps.
+
+    ``scored`` is what is evaluated, the same model where none is given.
+    """
 
     model: nn.Module
     connect: Callable[[nn.Module, Optimizer, int], None] = attach_adapters
+    scored: nn.Module = attrs.field(default=attrs.Factory(lambda self: self.model, takes_self=True))
 
     def count(self) -> int:
-        """Trained parameters, the head's and live adapters' alone."""
+        """Trained parameters, the head's among them; PEFT's AdaLoRA keeps its masked ones."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     def ranks(self) -> dict[str, int]:
@@ -45,7 +49,6 @@ def initial_rank(rank: int) -> int:
 
 def prepare(run: "Run", model: nn.Module, total_steps: int) -> Prepared:
     """Put the run's method into ``model``."""
-    torch_seed = run.seed
     if run.method == FULL:
         return Prepared(model)
     if run.method == HEAD_ONLY:
@@ -54,7 +57,7 @@ def prepare(run: "Run", model: nn.Module, total_steps: int) -> Prepared:
     if run.method in (LORA, ADALORA):
         sizes: dict[str, Any] = {"rank": run.rank} if run.method == LORA else {"target_rank": run.rank}
         settings = {"targets": f"re:{TARGETS}", "train_modules": [HEAD], **sizes, **run.settings}
-        return Prepared(tunerkit.wrap(model, run.method, settings, seed=torch_seed))
+        return Prepared(tunerkit.wrap(model, run.method, settings, seed=run.seed))
     return _peft(run, model, total_steps)
 
 
@@ -62,22 +65,20 @@ def _peft(run: "Run", model: nn.Module, total_steps: int) -> Prepared:
     shared: dict[str, Any] = {"target_modules": TARGETS, "modules_to_save": [HEAD]}
     if run.method == PEFT_LORA:
         config = peft.LoraConfig(**{**shared, "r": run.rank, "lora_alpha": SCALE * run.rank, **run.settings})
-        return Prepared(peft.get_peft_model(model, config), _nothing)
+        return Prepared(peft.get_peft_model(model, config))
     first = initial_rank(run.rank)
     sizes = {"init_r": first, "target_r": run.rank, "lora_alpha": SCALE * first}
     spans = {"tinit": total_steps // 10, "tfinal": 3 * total_steps // 10, "deltaT": 10, "total_step": total_steps}
-    config = peft.AdaLoraConfig(task_type=None, **{**shared, **sizes, **spans, **run.settings})
+    config = peft.AdaLoraConfig(**{**shared, **sizes, **spans, **run.settings})
     wrapped = peft.get_peft_model(model, config)
-    return Prepared(wrapped, _update_and_allocate)
-
-
-def _nothing(model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
-    pass
+    # PEFT adds its regulariser to the loss in the model below `PeftModel`, which without a task calls past it: trained
+    # is the one, and scored, without the regulariser, the other.
+    return Prepared(wrapped.base_model, _update_and_allocate, scored=wrapped)
 
 
 def _update_and_allocate(model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
     """Call PEFT's allocator after each step, while the gradients are there."""
-    inner: Any = model.base_model
+    inner: Any = model
     steps = 0
 
     def after(*_: object) -> None:

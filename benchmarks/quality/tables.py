@@ -47,7 +47,7 @@ def best(rows: Iterable[Row]) -> Cell:
 
 
 def paired(top: Cell, bottom: Cell) -> tuple[float, float, float]:
-    """Mean difference over the seeds that both have, with its 95 % bootstrap interval."""
+    """Mean difference over the seeds that both have, with its 95 % bootstrap interval: too narrow for few seeds."""
     shared = sorted({*top.seeds} & {*bottom.seeds})
     difference = np.array([top.points[top.seeds.index(s)] - bottom.points[bottom.seeds.index(s)] for s in shared])
     drawn = difference[np.random.default_rng(0).integers(len(shared), size=(_DRAWS, len(shared)))].mean(axis=1)
