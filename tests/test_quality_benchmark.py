@@ -9,20 +9,36 @@ import numpy as np
 import pytest
 import torch
 
-for _module in ("peft", "transformers", "typer", "rich", "platformdirs", "tunerkit_lora", "tunerkit_adalora"):
+for _module in ("peft", "timm", "transformers", "typer", "rich", "platformdirs", "tunerkit_lora", "tunerkit_adalora"):
     pytest.importorskip(_module, reason=f"the benchmark needs {_module}")
 
-from transformers import AutoModel  # noqa: E402
+from transformers import AutoModel, AutoTokenizer, LlamaConfig  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
+import tunerkit  # noqa: E402
 from benchmarks.quality import __main__ as command  # noqa: E402
-from benchmarks.quality import grids, methods, runs, store, tables, tasks  # noqa: E402
+from benchmarks.quality import (  # noqa: E402
+    definitions,
+    grids,
+    images,
+    methods,
+    parity,
+    runs,
+    sources,
+    store,
+    tables,
+    tagging,
+    tasks,
+    variants,
+)
 from benchmarks.quality.runs import Run, execute  # noqa: E402
-from benchmarks.quality.tasks import Tagged, Task  # noqa: E402
+from benchmarks.quality.sources import Tagged  # noqa: E402
+from benchmarks.quality.tasks import Task  # noqa: E402
 from tests.tiny_classifier import WORDS, save_tiny_classifier  # noqa: E402
 from tunerkit.cli import assets  # noqa: E402
 from tunerkit.cli.data import Examples  # noqa: E402
 from tunerkit.cli.training import IGNORED  # noqa: E402
+from tunerkit_adalora import training  # noqa: E402
 
 
 def sentences(_: Path) -> Examples:
@@ -35,7 +51,10 @@ def tagged(_: Path) -> Tagged:
     return Tagged(words, tuple(tuple(word[0] for word in row) for row in words))
 
 
-TOY = {"toy": Task("toy", sentences, 48, 16, 16, epochs=6), "toy tags": Task("toy tags", tagged, 48, 16, 16, epochs=6)}
+TOY = {
+    "toy": Task("toy", sentences, tasks.classify, 48, 16, 16, epochs=6),
+    "toy tags": Task("toy tags", tagged, tasks.tag, 48, 16, 16, epochs=6),
+}
 
 
 @pytest.fixture
@@ -43,7 +62,7 @@ def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The toy tasks in place of the real ones, on a tiny model; the cache folder."""
     folder = save_tiny_classifier(tmp_path / "tiny")
     AutoModel.from_pretrained(folder).save_pretrained(folder)  # without a head, as the real one
-    for module in (runs, command, grids):
+    for module in (runs, command, grids, methods, parity):
         monkeypatch.setattr(module, "TASKS", TOY)
     monkeypatch.setattr(assets, "demo_model", lambda cache: folder)
     monkeypatch.setattr(command, "demo_model", lambda cache: folder)
@@ -61,8 +80,8 @@ def test_a_cut_is_the_same_every_time_and_no_row_is_in_two_parts(tmp_path: Path)
     assert len({*map(tasks.digest, parts)}) == 3
     texts = [text for part in parts if isinstance(part, Examples) for text in part.texts]
     assert len({*texts}) == 80
-    with pytest.raises(tasks.TaskError, match="big: 81 rows are wanted and 80 are there"):
-        Task("big", sentences, 49, 16, 16, epochs=1).cut(tmp_path)
+    with pytest.raises(sources.TaskError, match="big: 81 rows are wanted and 80 are there"):
+        Task("big", sentences, tasks.classify, 49, 16, 16, epochs=1).cut(tmp_path)
 
 
 def test_every_task_takes_three_hundred_steps_or_more() -> None:
@@ -76,18 +95,55 @@ def test_every_task_takes_three_hundred_steps_or_more() -> None:
 )
 def test_joined_tags_are_cut_to_their_first_part(tag: str, first: str) -> None:
     """Punctuation is whole."""
-    assert tasks.first_part(tag) == first
+    assert sources.first_part(tag) == first
 
 
 def test_a_word_is_told_by_its_first_token_alone(toy: Path) -> None:
     """Special tokens, further tokens of a word and padding are ignored, so are tags that training has not."""
-    assert tasks._token_labels([None, 0, 0, 1, None], [5, 7]) == (IGNORED, 5, IGNORED, 7, IGNORED)
+    assert tagging.first_tokens([None, 0, 0, 1, None], [5, 7]) == (IGNORED, 5, IGNORED, 7, IGNORED)
     _, parts = TOY["toy tags"].build(toy, seed=0)
     batch = parts.train.batch([0, 1], torch.device("cpu"))
     assert batch["labels"].shape == batch["input_ids"].shape == (2, 5)
     assert (batch["labels"] == IGNORED).sum(1).tolist() == [2, 2]
-    rows = tasks.TaggedRows(ids=((1,), (1, 1)), labels=(), padding=0, token_labels=((3,), (4, 5)))
+    rows = tagging.TokenRows(ids=((1,), (1, 1)), labels=(), padding=0, token_labels=((3,), (4, 5)))
     assert rows.label_tensor([0, 1], 2).tolist() == [[3, IGNORED], [4, 5]]
+
+
+def test_pictures_are_stretched_and_scaled() -> None:
+    """Grey from 0 to 255 becomes three channels from -1 to 1."""
+    pixels = torch.zeros(2, 28, 28, dtype=torch.uint8)
+    pixels[1] = 255
+    found = images.ImageRows(images.Images(pixels, torch.tensor([3, 4])))
+    batch = found.batch([1, 0], torch.device("cpu"))
+    assert batch["pixels"].shape == (2, 3, images.SIZE, images.SIZE)
+    assert batch["pixels"].unique().tolist() == [-1, 1]
+    assert batch["labels"].tolist() == [4, 3]
+    assert len(found.lengths) == 2
+
+
+def test_a_definition_is_told_and_its_word_is_given(toy: Path) -> None:
+    """The labels begin where the definition does, end with it, and padding has none."""
+    tokenizer = AutoTokenizer.from_pretrained(toy / "tiny")
+    tokenizer.eos_token = "[SEP]"
+    rows = definitions.encode(tokenizer, Examples(("good film", "a very bad plot"), ("plot", "the")), max_length=64)
+    batch = rows.batch([0, 1], torch.device("cpu"))
+    for row, length in enumerate(rows.lengths):
+        told = batch["labels"][row] != IGNORED
+        assert torch.equal(batch["labels"][row][told], batch["input_ids"][row][told])
+        assert told.nonzero().flatten().tolist() == list(range(told.int().argmax(), length))
+
+
+def test_logits_stand_at_the_token_that_they_tell() -> None:
+    """So that accuracy and loss look at the same prediction."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=11, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = definitions.NextToken(config)
+    ids = torch.randint(0, 11, (2, 5))
+    out = model(input_ids=ids, labels=ids)
+    told = torch.nn.functional.cross_entropy(out.logits[:, 1:].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, told)
 
 
 # Runs
@@ -100,7 +156,7 @@ def test_each_method_trains_on_each_kind_of_task(task: str, method: str, toy: Pa
     run = Run(task, method, rank=2, learning_rate=5e-3, seed=1, tested=True)
     row, again = (execute(run, toy) for _ in range(2))
     assert json.loads(json.dumps(row, allow_nan=False)) == row
-    assert row["steps"] == TOY[task].steps == 12
+    assert row["steps"] == TOY[task].steps == 18
     for part in ("validation", "test"):
         score: Any = row[part]
         assert 0 <= score["accuracy"] <= 1
@@ -120,14 +176,34 @@ def test_methods_differ_in_what_they_train(toy: Path) -> None:
     assert counts[methods.LORA] == counts[methods.PEFT_LORA]
     assert counts[methods.HEAD_ONLY] < counts[methods.LORA] < counts[methods.FULL]
     ranks: Any = execute(Run("toy", methods.ADALORA, rank=2, learning_rate=5e-3, seed=1), toy)["ranks"]
-    assert sum(ranks.values()) == 2 * len(ranks) == 24
+    assert len(ranks) == 12
+    assert {*ranks.values()} <= {0, 1, 2, 3}
+
+
+def test_adalora_ends_at_no_more_parameters_than_lora(toy: Path) -> None:
+    """And at no fewer than one triplet less; the head's 34 stand beside both."""
+    lora, adalora = (
+        execute(Run("toy", method, rank=2, learning_rate=5e-3, seed=1), toy)
+        for method in (methods.LORA, methods.ADALORA)
+    )
+    dearest = 16 + 32 + 1
+    assert lora["parameters"] - dearest < adalora["parameters"] <= lora["parameters"]  # type: ignore[operator]
+
+
+def test_the_two_loras_start_and_learn_alike(toy: Path) -> None:
+    """Every loss of a dozen steps, dropout and all."""
+    found = parity.losses("toy", rank=2, learning_rate=5e-3, steps=12, cache=toy)
+    theirs, ours = found[methods.PEFT_LORA], found[methods.LORA]
+    assert len(theirs) == len(ours) == 12
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert ours[-1] != pytest.approx(ours[0], abs=1e-3)
 
 
 def test_peft_trains_with_its_regulariser_and_is_scored_without(toy: Path) -> None:
     """Its weight moves the training loss, and not the loss of the model that is scored."""
     model, parts = TOY["toy"].build(toy, seed=0)
     run = Run("toy", methods.PEFT_ADALORA, rank=2, learning_rate=5e-3, seed=1)
-    prepared = methods.prepare(run, model, total_steps=12)
+    prepared = methods.prepare(run, model, total_steps=18)
     inputs = parts.train.batch([0, 1], torch.device("cpu"))
     prepared.model.eval()
     scored = prepared.scored(**inputs).loss
@@ -138,13 +214,117 @@ def test_peft_trains_with_its_regulariser_and_is_scored_without(toy: Path) -> No
 def test_a_run_is_known_by_all_that_it_is_told() -> None:
     """Any field changes the key, which does not depend on the process."""
     run = Run("movie-2", "lora", 8, 1e-3, 0)
-    assert run.key == Run("movie-2", "lora", 8, 1e-3, 0, settings={}).key == "5bab23018d18df47"
+    assert run.key == Run("movie-2", "lora", 8, 1e-3, 0, settings={}).key == "1e37e1d7918bb14b"
     others = [
         Run("nyt-3", "lora", 8, 1e-3, 0),
         Run("movie-2", "lora", 8, 1e-3, 0, settings={"dropout": 0.1}),
         Run("movie-2", "lora", 8, 1e-3, 0, tested=True),
     ]
     assert len({run.key, *(other.key for other in others)}) == 4
+
+
+# Variants
+
+
+def adalora_net(steps: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A trained net of two layers with AdaLoRA on the first."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.Tanh(), torch.nn.Linear(30, 5))
+    config: dict[str, Any] = {"targets": ["0"], "init_rank": 4, "target_rank": 1, "train_modules": ["2"]}
+    model = tunerkit.wrap(net, "adalora", config, seed=0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    tunerkit.attach(model, optimizer, total_steps=50)
+    for _ in range(steps):
+        loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def loss(model: torch.nn.Module) -> torch.Tensor:
+    found: torch.Tensor = model(torch.randn(64, 20, generator=torch.Generator().manual_seed(1))).square().mean()
+    return found
+
+
+def test_turning_keeps_what_is_added_and_makes_triplets_orthogonal() -> None:
+    """The loss stays, λ is 1, P and Q have orthogonal triplets, and gradients held as averages turn along."""
+    model, optimizer = adalora_net(steps=4)
+    (layer,) = variants.layers_in(model)
+    before = loss(model)
+    before.backward()
+    for weight in (layer.p, layer.q):
+        assert weight.grad is not None
+        optimizer.state[weight]["exp_avg"] = weight.grad.clone()
+    optimizer.zero_grad()
+    variants.rotate_([layer], optimizer)
+    after = loss(model)
+    torch.testing.assert_close(after, before)
+    assert layer.lam.tolist() == [1.0] * 4
+    for gram in (layer.p.T @ layer.p, layer.q @ layer.q.T):
+        torch.testing.assert_close(gram, torch.diag(gram.diag()), atol=1e-6, rtol=0)
+    after.backward()
+    for weight in (layer.p, layer.q):
+        torch.testing.assert_close(optimizer.state[weight]["exp_avg"], weight.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_turning_leaves_dead_triplets_alone() -> None:
+    """Masked columns of P and rows of Q are what they were, and a layer without live ones is passed over."""
+    model, optimizer = adalora_net(steps=4)
+    (layer,) = variants.layers_in(model)
+    layer.mask = torch.tensor([True, False, True, False])
+    with torch.no_grad():
+        layer.lam[~layer.mask] = 0.0
+    p, q, before = layer.p[:, ~layer.mask].clone(), layer.q[~layer.mask].clone(), loss(model)
+    variants.rotate_([layer], optimizer)
+    assert torch.equal(layer.p[:, ~layer.mask], p)
+    assert torch.equal(layer.q[~layer.mask], q)
+    assert layer.lam.tolist() == [1, 0, 1, 0]
+    torch.testing.assert_close(loss(model), before)
+    layer.mask = torch.zeros(4, dtype=torch.bool)
+    kept = layer.p.clone()
+    variants.rotate_([layer], optimizer)
+    assert torch.equal(layer.p, kept)
+
+
+@pytest.mark.parametrize("score", variants.SCORES)
+@pytest.mark.parametrize("rotate", [None, "before", "after"])
+def test_a_variant_is_in_force_while_it_is_entered(score: str, rotate: str | None) -> None:
+    """Training ends at the budget with every score, turned or not; outside nothing is changed."""
+    allocate = training._allocate
+    with variants.changed(score=score, rotate=rotate, per_parameter=True):
+        assert training._allocate is not allocate
+        model, _ = adalora_net(steps=50)
+    assert training._allocate is allocate
+    assert tunerkit.tuner(model).ranks() == {"0": 1}
+
+
+def test_scores_of_a_triplet() -> None:
+    """Its size is its singular value once it is turned; the exact one is the average at λ; without Ū it is Ī."""
+    model, optimizer = adalora_net(steps=4)
+    (layer,) = variants.layers_in(model)
+    stacks = training.training_of(tunerkit.tuner(model)).stacks
+    variants.rotate_([layer], optimizer)
+    sizes = torch.linalg.svdvals(layer.p @ torch.diag(layer.lam) @ layer.q)[:4]
+    torch.testing.assert_close(variants.magnitude(stacks, [layer])[0], sizes)
+    means = {stack.part: stack.sensitivity[0] for stack in stacks}
+    torch.testing.assert_close(variants.exact(stacks, [layer])[0], means[1])
+    torch.testing.assert_close(variants.sensitivity(stacks, [layer])[0], means[1] + means[0].mean(0) + means[2].mean(1))
+
+
+def test_a_factor_stretches_the_steps_of_lambda() -> None:
+    """λ moves that much farther in the first step, and P and Q as far as before."""
+    moved = []
+    for factor in (1.0, 10.0):
+        model, optimizer = adalora_net(steps=0)
+        variants.scale_lambda_steps(model, optimizer, factor)
+        (layer,) = variants.layers_in(model)
+        with torch.no_grad():
+            layer.p.add_(0.1)  # with P at 0 the gradient of λ is 0
+        old = layer.lam.detach().clone()
+        loss(model).backward()
+        optimizer.step()
+        moved.append(layer.lam.detach() - old)
+    torch.testing.assert_close(moved[1], 10 * moved[0])
 
 
 # Rows
@@ -202,6 +382,17 @@ def test_the_best_rate_is_chosen_by_mean_validation_accuracy() -> None:
     assert (cell.rate, cell.seeds) == (2e-3, (0, 1))
     assert cell.mean == pytest.approx(65)
     assert cell.error == pytest.approx(np.std([70, 60], ddof=1) / 2**0.5)
+
+
+def test_an_interval_draws_tasks_and_seeds() -> None:
+    """Its mean weighs tasks alike; tasks that differ widen it, and one number has no width."""
+    steady, other = np.array([1.0, 1.0, 1.0, 1.0]), np.array([3.0, 3.0])
+    assert tables.interval([steady]) == (1, 1, 1)
+    assert tables.interval([steady, other]) == (2, 1, 3)
+    mean, low, high = tables.interval([np.array([0.0, 2.0, 0.0, 2.0])])
+    assert mean == 1
+    assert 0 <= low < 0.5
+    assert 1.5 < high <= 2
 
 
 def test_headroom_is_a_point_between_rank_one_and_eight() -> None:

@@ -13,11 +13,14 @@ from rich.progress import track
 
 from benchmarks.quality import store
 from benchmarks.quality.grids import GRIDS
+from benchmarks.quality.methods import LORA, PEFT_LORA
+from benchmarks.quality.parity import losses
 from benchmarks.quality.runs import Run, execute
 from benchmarks.quality.tables import headroom_table
 from benchmarks.quality.tasks import TASKS, digest
 from tunerkit.cli.assets import cache_folder, demo_model
 
+_MINUTES = 2  # of one core, for a run: the median of the first fifty
 ROWS = Path(__file__).parent / "rows"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -41,7 +44,8 @@ def run(
     done = {row["key"] for row in store.read(file)}
     left = [each for each in wanted if each.key not in done][:limit]
     console = Console()
-    console.print(f"{grid}: {len(wanted)} runs, {len(done)} rows, {len(left)} to make now", highlight=False)
+    cost = f"about {len(left) * _MINUTES / 60:.1f} hours of one core"
+    console.print(f"{grid}: {len(wanted)} runs, {len(done)} rows, {len(left)} to make now, {cost}", highlight=False)
     make(left, file, jobs, console)
 
 
@@ -82,6 +86,21 @@ def tables(rows: Annotated[Path, typer.Option(help="The folder of rows.")] = ROW
     hours = sum(row["seconds"]["all"] for row in found) / 3600
     print("\n".join(headroom_table(found)))
     print(f"\n{len(found)} runs, {hours:.2f} hours of one core")
+
+
+@app.command()
+def parity(
+    task: Annotated[str, typer.Option(help="On which task.")] = "movie-2",
+    rank: Annotated[int, typer.Option(min=1)] = 8,
+    learning_rate: Annotated[float, typer.Option()] = 2e-3,
+    steps: Annotated[int, typer.Option(min=1)] = 50,
+) -> None:
+    """Train our LoRA and PEFT's from one start on the same batches, and print how far their losses part."""
+    found = losses(task, rank=rank, learning_rate=learning_rate, steps=steps, cache=cache_folder())
+    theirs, ours = found[PEFT_LORA], found[LORA]
+    apart = max(abs(one - other) for one, other in zip(theirs, ours, strict=True))
+    print(f"{task}, rank {rank}, {learning_rate:g}: losses of {len(ours)} steps are at most {apart:.2e} apart")
+    print(f"first {theirs[0]:.4f} {ours[0]:.4f}, last {theirs[-1]:.4f} {ours[-1]:.4f} (PEFT's, ours)")
 
 
 @app.command()

@@ -1,16 +1,19 @@
 """The methods, ours and PEFT's, each put into a model with the same targets, head and scale."""
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import peft
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import tunerkit
-from benchmarks.quality.tasks import HEAD, TARGETS
+from benchmarks.quality import variants
+from benchmarks.quality.tasks import TASKS
 from tunerkit.cli.training import attach_adapters
 
 if TYPE_CHECKING:
@@ -20,18 +23,20 @@ HEAD_ONLY, FULL = "head", "full"
 LORA, ADALORA, PEFT_LORA, PEFT_ADALORA = "lora", "adalora", "peft-lora", "peft-adalora"
 METHODS = (HEAD_ONLY, FULL, PEFT_LORA, LORA, PEFT_ADALORA, ADALORA)
 SCALE = 2.0  # alpha over rank, everywhere
+EXPERIMENT = "experiment"  # among AdaLoRA's settings, what `variants` makes of it
 
 
 @attrs.frozen(eq=False)
 class Prepared:
     """A model ready to train. ``connect`` is called with it, its optimizer and the number of steps.
 
-    ``scored`` is what is evaluated, the same model where none is given.
+    ``scored`` is what is evaluated, the same model where none is given. ``running`` is entered while it trains.
     """
 
     model: nn.Module
     connect: Callable[[nn.Module, Optimizer, int], None] = attach_adapters
     scored: nn.Module = attrs.field(default=attrs.Factory(lambda self: self.model, takes_self=True))
+    running: AbstractContextManager[None] = attrs.field(factory=nullcontext)
 
     def count(self) -> int:
         """Trained parameters, the head's among them; PEFT's AdaLoRA keeps its masked ones."""
@@ -49,20 +54,54 @@ def initial_rank(rank: int) -> int:
 
 def prepare(run: "Run", model: nn.Module, total_steps: int) -> Prepared:
     """Put the run's method into ``model``."""
+    task = TASKS[run.task]
     if run.method == FULL:
         return Prepared(model)
     if run.method == HEAD_ONLY:
-        model.requires_grad_(False).get_submodule(HEAD).requires_grad_(True)
+        model.requires_grad_(False)
+        for head in task.heads:
+            model.get_submodule(head).requires_grad_(True)
         return Prepared(model)
-    if run.method in (LORA, ADALORA):
-        sizes: dict[str, Any] = {"rank": run.rank} if run.method == LORA else {"target_rank": run.rank}
-        settings = {"targets": f"re:{TARGETS}", "train_modules": [HEAD], **sizes, **run.settings}
-        return Prepared(tunerkit.wrap(model, run.method, settings, seed=run.seed))
+    if run.method == LORA:
+        return Prepared(tunerkit.wrap(model, "lora", {**_shared(run), "rank": run.rank, **run.settings}, seed=run.seed))
+    if run.method == ADALORA:
+        return _adalora(run, model)
     return _peft(run, model, total_steps)
 
 
+def _shared(run: "Run") -> dict[str, Any]:
+    task = TASKS[run.task]
+    return {"targets": f"re:{task.targets}", "train_modules": list(task.heads)}
+
+
+def _adalora(run: "Run", model: nn.Module) -> Prepared:
+    """Ends at no more parameters than LoRA of the run's rank has; settings may say otherwise."""
+    sizes = {"init_rank": initial_rank(run.rank), "budget_unit": "parameters", "budget": lora_size(model, run)}
+    settings = {**_shared(run), **sizes, **run.settings}
+    experiment: Mapping[str, Any] = settings.pop(EXPERIMENT, {})
+    wrapped = tunerkit.wrap(model, "adalora", settings, seed=run.seed)
+    changes = {name: value for name, value in experiment.items() if name != "lambda_rate"}
+
+    def connect(model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
+        variants.scale_lambda_steps(model, optimizer, experiment["lambda_rate"])
+        attach_adapters(model, optimizer, total_steps)
+
+    return Prepared(
+        wrapped,
+        connect if "lambda_rate" in experiment else attach_adapters,
+        running=variants.changed(**changes) if changes else nullcontext(),
+    )
+
+
+def lora_size(model: nn.Module, run: "Run") -> int:
+    """The parameters of LoRA's factors at the run's targets."""
+    weights = [module.weight for name, module in model.named_modules() if re.fullmatch(TASKS[run.task].targets, name)]
+    return run.rank * sum(len(weight) + weight[0].numel() for weight in weights if isinstance(weight, Tensor))
+
+
 def _peft(run: "Run", model: nn.Module, total_steps: int) -> Prepared:
-    shared: dict[str, Any] = {"target_modules": TARGETS, "modules_to_save": [HEAD]}
+    task = TASKS[run.task]
+    shared: dict[str, Any] = {"target_modules": task.targets, "modules_to_save": list(task.heads) or None}
     if run.method == PEFT_LORA:
         config = peft.LoraConfig(**{**shared, "r": run.rank, "lora_alpha": SCALE * run.rank, **run.settings})
         return Prepared(peft.get_peft_model(model, config))

@@ -12,7 +12,7 @@ import attrs
 import torch
 
 from benchmarks.quality import methods
-from benchmarks.quality.tasks import BATCH_SIZE, TARGETS, TASKS
+from benchmarks.quality.tasks import BATCH_SIZE, TASKS
 from tunerkit.cli.training import Recipe, Score, evaluate, train
 
 DEVICE = torch.device("cpu")
@@ -35,9 +35,15 @@ class Run:
     def key(self) -> str:
         """A name that is the same for the same run on the same task, wherever it is made."""
         task = TASKS[self.task]
-        fixed = [task.train, task.validation, task.test, task.epochs, BATCH_SIZE, TARGETS, methods.SCALE]
+        fixed = [task.train, task.validation, task.test, task.epochs, BATCH_SIZE, task.targets, methods.SCALE]
         text = json.dumps([attrs.asdict(self), fixed], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def recipe(self) -> Recipe:
+        """How it is trained."""
+        epochs = TASKS[self.task].epochs
+        return Recipe(epochs=epochs, learning_rate=self.learning_rate, batch_size=BATCH_SIZE, seed=self.seed)
 
 
 def execute(run: Run, cache: Path) -> dict[str, object]:
@@ -46,18 +52,17 @@ def execute(run: Run, cache: Path) -> dict[str, object]:
     began = time.perf_counter()
     task = TASKS[run.task]
     model, parts = task.build(cache, run.seed)
-    recipe = Recipe(epochs=task.epochs, learning_rate=run.learning_rate, batch_size=BATCH_SIZE, seed=run.seed)
-    total = recipe.total_steps(len(parts.train.ids))
-    prepared = methods.prepare(run, model, total)
-    steps = train(
-        prepared.model,
-        parts.train,
-        recipe,
-        device=DEVICE,
-        dropout=run.method != methods.HEAD_ONLY,
-        prepare=prepared.connect,
-    )
-    losses = [step.loss for step in steps]
+    prepared = methods.prepare(run, model, run.recipe.total_steps(len(parts.train.lengths)))
+    with prepared.running:
+        steps = train(
+            prepared.model,
+            parts.train,
+            run.recipe,
+            device=DEVICE,
+            dropout=run.method != methods.HEAD_ONLY,
+            prepare=prepared.connect,
+        )
+        losses = [step.loss for step in steps]
     trained = time.perf_counter()
     scores = {"validation": evaluate(prepared.scored, parts.validation, batch_size=_EVALUATION_BATCH, device=DEVICE)}
     if run.tested:
@@ -67,7 +72,7 @@ def execute(run: Run, cache: Path) -> dict[str, object]:
         **attrs.asdict(run),
         "steps": len(losses),
         "parameters": prepared.count(),
-        "ranks": prepared.ranks(),
+        "ranks": prepared.ranks() if run.method == methods.ADALORA else {},
         "training_loss": _tail(losses),
         **{name: _plain(score) for name, score in scores.items()},
         "seconds": {"train": round(trained - began, 1), "all": round(time.perf_counter() - began, 1)},

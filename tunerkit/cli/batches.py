@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 import torch
@@ -15,6 +15,17 @@ from tunerkit.cli.models import Classifier
 POOL = 32
 
 
+class Rows(Protocol):
+    """What a model is trained and evaluated on."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """The length of each row, by which batches are made."""
+
+    def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+        """The model's inputs for these rows, with ``labels``."""
+
+
 @attrs.frozen(eq=False)
 class Encoded:
     """Token numbers and class numbers by row, and the token that fills up shorter rows.
@@ -25,6 +36,11 @@ class Encoded:
     ids: tuple[tuple[int, ...], ...]
     labels: tuple[int, ...]
     padding: int
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [len(ids) for ids in self.ids]
 
     def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask`` (rows, longest), and the ``labels``."""

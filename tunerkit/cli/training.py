@@ -11,7 +11,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import tunerkit
-from tunerkit.cli.batches import Encoded, shuffled_batches, sorted_batches
+from tunerkit.cli.batches import Rows, shuffled_batches, sorted_batches
 
 IGNORED = -100  # the label of what is not to be told, as torch and transformers have it
 
@@ -62,7 +62,7 @@ def attach_adapters(model: nn.Module, optimizer: Optimizer, total_steps: int) ->
 
 def train(
     model: nn.Module,
-    rows: Encoded,
+    rows: Rows,
     recipe: Recipe,
     *,
     device: torch.device,
@@ -76,8 +76,8 @@ def train(
     """
     torch.manual_seed(recipe.seed)
     rng = random.Random(recipe.seed)
-    total = recipe.total_steps(len(rows.ids))
-    lengths = [len(ids) for ids in rows.ids]
+    lengths = rows.lengths
+    total = recipe.total_steps(len(lengths))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     scheduler = LambdaLR(optimizer, lambda step: recipe.rate_at(step, total))
@@ -96,11 +96,11 @@ def train(
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, rows: Encoded, *, batch_size: int, device: torch.device) -> Score:
+def evaluate(model: nn.Module, rows: Rows, *, batch_size: int, device: torch.device) -> Score:
     """Accuracy and mean loss by label, of those that are not `IGNORED`; the model is left in eval mode."""
     model.eval()
     right, labels, loss = 0, 0, 0.0
-    for batch in sorted_batches([len(ids) for ids in rows.ids], batch_size):
+    for batch in sorted_batches(rows.lengths, batch_size):
         inputs = rows.batch(batch, device)
         with mixed_precision(device):
             out = model(**inputs)

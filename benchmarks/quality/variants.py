@@ -1,0 +1,139 @@
+"""Forms of AdaLoRA that the package does not have, to measure them against it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import tunerkit
+import tunerkit_adalora.training as inner
+from tunerkit import Tuner, optimizer_of
+from tunerkit_adalora.importance import Stack, new_stacks, triplet_scores
+from tunerkit_adalora.svd_layer import SvdLayer
+
+_ADAM = ("exp_avg", "exp_avg_sq")
+
+Score = Callable[[Sequence[Stack], Sequence[SvdLayer]], list[Tensor]]
+
+
+def sensitivity(stacks: Sequence[Stack], _: Sequence[SvdLayer]) -> list[Tensor]:
+    """The paper's score without its uncertainty: s = Ī."""
+    return triplet_scores([_with_uncertainty(stack, torch.ones_like(stack.sensitivity)) for stack in stacks])
+
+
+def exact(stacks: Sequence[Stack], layers: Sequence[SvdLayer]) -> list[Tensor]:
+    """Ī of λ alone: |λ ∂L/∂λ| is what the loss changes by, to first order, when the whole triplet goes."""
+    rows = {place: row for stack in stacks for place, row in zip(stack.members, stack.sensitivity, strict=True)}
+    return [rows[3 * place + 1].clone() for place in range(len(layers))]
+
+
+def magnitude(_: Sequence[Stack], layers: Sequence[SvdLayer]) -> list[Tensor]:
+    """The size of the triplet's part of ΔW, |λ| ‖P_i‖ ‖Q_i‖: its singular value where triplets are orthogonal."""
+    return [layer.lam.abs() * layer.p.norm(dim=0) * layer.q.norm(dim=1) for layer in layers]
+
+
+def _with_uncertainty(stack: Stack, uncertainty: Tensor) -> Stack:
+    return Stack(stack.members, stack.sensitivity, uncertainty)
+
+
+SCORES: dict[str, Score] = {"sensitivity": sensitivity, "exact": exact, "magnitude": magnitude}
+
+
+def rotate_(layers: Sequence[SvdLayer], optimizer: Optimizer) -> None:
+    """Turn each layer's live triplets into the singular triplets of its ΔW, which stays; Adam's averages turn along.
+
+    As LoRA starts, λ is 1, the rows of Q have one length, and P carries the singular values: a step of the optimizer
+    then moves ΔW as far as it did before.
+    """
+    for layer in layers:
+        if layer.lam[layer.mask].count_nonzero():
+            _rotate_(layer, optimizer)
+
+
+@torch.no_grad()
+def _rotate_(layer: SvdLayer, optimizer: Optimizer) -> None:
+    live = layer.mask & (layer.lam != 0)
+    p, lam, q = layer.p[:, live], layer.lam[live], layer.q[live]
+    length = q.norm() / len(lam) ** 0.5
+    left, r_left = torch.linalg.qr(p * lam)
+    right, r_right = torch.linalg.qr(q.T)
+    u, sigma, vh = torch.linalg.svd(r_left @ r_right.T)
+    layer.p[:, live] = left @ (u * sigma / length)
+    layer.q[live] = length * vh @ right.T
+    layer.lam[live] = 1.0
+    # Q' = M Q and P' = P Λ M⁻¹, so ∂L/∂P' = ∂L/∂P Λ⁻¹ Mᵀ and ∂L/∂Q' = M⁻ᵀ ∂L/∂Q.
+    turn = length * torch.linalg.solve_triangular(r_right.T, vh, upper=False, left=False)
+    on_p, on_q = (turn / lam).T, torch.linalg.inv(turn).T
+    mean_p, spread_p = (optimizer.state[layer.p][name] for name in _ADAM)
+    mean_q, spread_q = (optimizer.state[layer.q][name] for name in _ADAM)
+    mean_p[:, live] = mean_p[:, live] @ on_p
+    spread_p[:, live] = spread_p[:, live] @ on_p.square()
+    mean_q[live] = on_q @ mean_q[live]
+    spread_q[live] = on_q.square() @ spread_q[live]
+    optimizer.state[layer.lam]["exp_avg"][live] = 0.0
+
+
+def scale_lambda_steps(model: nn.Module, optimizer: Optimizer, factor: float) -> None:
+    """Make the steps of every λ ``factor`` times as long."""
+    lams = [layer.lam for layer in layers_in(model)]
+    before: list[Tensor] = []
+
+    def remember(*_: object) -> None:
+        before[:] = [lam.detach().clone() for lam in lams]
+
+    @torch.no_grad()
+    def stretch(*_: object) -> None:
+        for lam, old in zip(lams, before, strict=True):
+            if lam.shape == old.shape:
+                lam.copy_(old + factor * (lam - old))
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(stretch)
+
+
+def layers_in(model: nn.Module) -> list[SvdLayer]:
+    """The SVD layers, in the order of the targets."""
+    return inner.layers_of(tunerkit.tuner(model))
+
+
+def _optimizer_of(tuner: Tuner) -> Optimizer:
+    found = optimizer_of(tuner)
+    assert found is not None
+    return found
+
+
+@contextmanager
+def changed(*, score: str | None = None, per_parameter: bool = False, rotate: str | None = None) -> Iterator[None]:
+    """AdaLoRA with another score, divided by a triplet's number of parameters, or turned at each allocation.
+
+    ``rotate`` is "before" the masks are made, for scores that only look at the weights, or "after", when the averages
+    start anew; either way not once the ranks are final.
+    """
+    allocate = inner._allocate
+
+    def allocating(tuner: Tuner, training: inner.Training, keep: int, *, final: bool) -> dict[str, int]:
+        layers = inner.layers_of(tuner)
+        if rotate == "before":
+            rotate_(layers, _optimizer_of(tuner))
+
+        def scored(stacks: Sequence[Stack]) -> list[Tensor]:
+            scores = triplet_scores(stacks) if score is None else SCORES[score](stacks, layers)
+            return [
+                each / (layer.p.shape[0] + layer.q.shape[1] + 1) if per_parameter else each
+                for each, layer in zip(scores, layers, strict=True)
+            ]
+
+        with mock.patch.object(inner, "triplet_scores", scored):
+            ranks = allocate(tuner, training, keep, final=final)
+        if rotate == "after" and not final:
+            rotate_(layers, _optimizer_of(tuner))
+            training.stacks = new_stacks(inner.weights_of(layers))
+            training.blank = True
+        return ranks
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(inner, "_allocate", allocating))
+        yield
