@@ -170,3 +170,21 @@ def test_a_config_is_never_written_to() -> None:
     assert tunerkit.tuner(model).config is config
     with pytest.raises(AttributeError):
         config.gamma = 1.0  # type: ignore[misc]
+
+
+def test_the_papers_setting_and_pefts_have_names() -> None:
+    """Each is a config like others: what is given goes over it, and it goes to JSON and back."""
+    paper, peft = AdaLoraConfig.paper(target_rank=1, init_rank=3), AdaLoraConfig.peft(gamma=0.1)
+    assert (paper.start, paper.gamma, paper.orthogonality, paper.scale) == ("gaussian", 0.1, "reference", 16 / 3)
+    assert (peft.start, peft.gamma, peft.scale) == ("gaussian", 0.1, 8 / 12)
+    for config in (paper, peft):
+        assert tunerkit.structure("adalora", tunerkit.unstructure(config)) == config
+
+
+def test_pefts_setting_is_what_peft_has() -> None:
+    """Its own defaults, read from it."""
+    peft = pytest.importorskip("peft", reason="peft is the peer that this test compares with")
+    theirs, ours = peft.AdaLoraConfig(total_step=100), AdaLoraConfig.peft()
+    assert (theirs.init_r, theirs.target_r, theirs.lora_alpha) == (ours.initial_rank, ours.average_rank, ours.alpha)
+    assert (theirs.tinit, theirs.tfinal, theirs.deltaT) == (ours.t_init, ours.t_final, ours.delta_t)
+    assert (theirs.beta1, theirs.beta2, theirs.orth_reg_weight) == (ours.beta1, ours.beta2, ours.gamma)
