@@ -190,6 +190,18 @@ def test_adalora_ends_at_no_more_parameters_than_lora(toy: Path) -> None:
     assert lora["parameters"] - dearest < adalora["parameters"] <= lora["parameters"]  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_heads_learn_at_a_rate_of_their_own(method: str, toy: Path) -> None:
+    """Under every wrapping; where nothing else is trained, at the run's."""
+    model, _ = TOY["toy"].build(toy, seed=0)
+    run = Run("toy", method, rank=2, learning_rate=5e-3, seed=1)
+    prepared = methods.prepare(run, model, total_steps=18)
+    optimizer = methods.adamw_with_heads(TOY["toy"], prepared.model, run.recipe)
+    sizes = {group["lr"]: sum(p.numel() for p in group["params"]) for group in optimizer.param_groups}
+    assert sum(sizes.values()) == prepared.count()
+    assert sizes[5e-3 if method == methods.HEAD_ONLY else methods.HEAD_RATE] == 34
+
+
 def test_the_two_loras_start_and_learn_alike(toy: Path) -> None:
     """Every loss of a dozen steps, dropout and all."""
     found = parity.losses("toy", rank=2, learning_rate=5e-3, steps=12, cache=toy)
@@ -214,7 +226,7 @@ def test_peft_trains_with_its_regulariser_and_is_scored_without(toy: Path) -> No
 def test_a_run_is_known_by_all_that_it_is_told() -> None:
     """Any field changes the key, which does not depend on the process."""
     run = Run("movie-2", "lora", 8, 1e-3, 0)
-    assert run.key == Run("movie-2", "lora", 8, 1e-3, 0, settings={}).key == "1e37e1d7918bb14b"
+    assert run.key == Run("movie-2", "lora", 8, 1e-3, 0, settings={}).key == "1cf3d3a41b450335"
     others = [
         Run("nyt-3", "lora", 8, 1e-3, 0),
         Run("movie-2", "lora", 8, 1e-3, 0, settings={"dropout": 0.1}),
@@ -345,7 +357,7 @@ def test_rows_survive_a_writer_that_was_stopped(tmp_path: Path) -> None:
 def test_a_grid_goes_on_where_it_was_stopped(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a limit some runs are made, called again the rest and none twice; unknown names are told."""
     monkeypatch.setattr(grids, "HEADROOM_RANKS", (1, 2))
-    monkeypatch.setattr(grids, "HEADROOM_RATES", (1e-3,))
+    monkeypatch.setattr(grids, "lora_rates", lambda rank: (1e-3,))
     monkeypatch.setattr(grids, "HEADROOM_SEEDS", (0,))
     made: list[Run] = []
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import peft
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 import tunerkit
 from benchmarks.quality import variants
-from benchmarks.quality.tasks import TASKS
-from tunerkit.cli.training import attach_adapters
+from benchmarks.quality.tasks import TASKS, Task
+from tunerkit.cli.training import Recipe, attach_adapters
 
 if TYPE_CHECKING:
     from benchmarks.quality.runs import Run
@@ -23,6 +23,9 @@ HEAD_ONLY, FULL = "head", "full"
 LORA, ADALORA, PEFT_LORA, PEFT_ADALORA = "lora", "adalora", "peft-lora", "peft-adalora"
 METHODS = (HEAD_ONLY, FULL, PEFT_LORA, LORA, PEFT_ADALORA, ADALORA)
 SCALE = 2.0  # alpha over rank, everywhere
+# New heads learn at this rate, whatever the method and its own rate: at an adapter's, which is far lower, most of a
+# training goes into the head, and more rank would gain nothing but a faster start.
+HEAD_RATE = 1e-2
 EXPERIMENT = "experiment"  # among AdaLoRA's settings, what `variants` makes of it
 
 
@@ -45,6 +48,19 @@ class Prepared:
     def ranks(self) -> dict[str, int]:
         """The rank at each target, if ours are in the model."""
         return tunerkit.tuner(self.model).ranks() if tunerkit.trainable_parameters(self.model).adapters else {}
+
+
+def adamw_with_heads(task: Task, model: nn.Module, recipe: Recipe) -> Optimizer:
+    """AdamW in which the task's heads, under whatever wrapping, have the rate `HEAD_RATE`."""
+    heads: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (heads if any(f".{head}." in f".{name}" for head in task.heads) else others).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": others}, {"params": heads}]
+    if others:
+        groups[1]["lr"] = HEAD_RATE
+    return AdamW([group for group in groups if group["params"]], lr=recipe.learning_rate, weight_decay=0.0)
 
 
 def initial_rank(rank: int) -> int:

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,16 @@ class Run:
     def key(self) -> str:
         """A name that is the same for the same run on the same task, wherever it is made."""
         task = TASKS[self.task]
-        fixed = [task.train, task.validation, task.test, task.epochs, BATCH_SIZE, task.targets, methods.SCALE]
+        fixed = [
+            task.train,
+            task.validation,
+            task.test,
+            task.epochs,
+            BATCH_SIZE,
+            task.targets,
+            methods.SCALE,
+            methods.HEAD_RATE,
+        ]
         text = json.dumps([attrs.asdict(self), fixed], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -60,6 +70,7 @@ def execute(run: Run, cache: Path) -> dict[str, object]:
             run.recipe,
             device=DEVICE,
             dropout=run.method != methods.HEAD_ONLY,
+            make_optimizer=partial(methods.adamw_with_heads, task),
             prepare=prepared.connect,
         )
         losses = [step.loss for step in steps]

@@ -127,10 +127,6 @@ TASKS = {
     for task in (
         Task("brown-tags", brown, tag, 4800, 1000, 2000, epochs=1),
         Task("wordnet-41", glosses("field"), classify, 9600, 2000, 4000, epochs=1),
-        Task("movie-2", _rated("movieReviewSnippets", neutral=False), classify, 2400, 1500, 3000, epochs=2),
-        Task("nyt-3", _rated("nytEditorialSnippets", neutral=True), classify, 2400, 1000, 1700, epochs=2),
-        Task("amazon-3", _rated("amazonReviewSnippets", neutral=True), classify, 1600, 900, 1100, epochs=3),
-        Task("tweets-3", _rated("tweets", neutral=True), classify, 1600, 1000, 1500, epochs=3),
         Task(
             "fashion-10",
             fashion,
@@ -142,5 +138,9 @@ TASKS = {
             targets=EFFICIENTNET,
             heads=("backbone.classifier",),
         ),
+        Task("movie-2", _rated("movieReviewSnippets", neutral=False), classify, 2400, 1500, 3000, epochs=2),
+        Task("nyt-3", _rated("nytEditorialSnippets", neutral=True), classify, 2400, 1000, 1700, epochs=2),
+        Task("amazon-3", _rated("amazonReviewSnippets", neutral=True), classify, 1600, 900, 1100, epochs=3),
+        Task("tweets-3", _rated("tweets", neutral=True), classify, 1600, 1000, 1500, epochs=3),
     )
 }

@@ -60,6 +60,12 @@ def attach_adapters(model: nn.Module, optimizer: Optimizer, total_steps: int) ->
         tunerkit.attach(model, optimizer, total_steps=total_steps)
 
 
+def adamw(model: nn.Module, recipe: Recipe) -> Optimizer:
+    """AdamW over what requires a gradient, all of it at one rate."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+
+
 def train(
     model: nn.Module,
     rows: Rows,
@@ -67,6 +73,7 @@ def train(
     *,
     device: torch.device,
     dropout: bool = True,
+    make_optimizer: Callable[[nn.Module, Recipe], Optimizer] = adamw,
     prepare: Callable[[nn.Module, Optimizer, int], None] = attach_adapters,
 ) -> Iterator[Step]:
     """Train what requires a gradient, and yield after each step.
@@ -78,8 +85,8 @@ def train(
     rng = random.Random(recipe.seed)
     lengths = rows.lengths
     total = recipe.total_steps(len(lengths))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    optimizer = make_optimizer(model, recipe)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     scheduler = LambdaLR(optimizer, lambda step: recipe.rate_at(step, total))
     prepare(model, optimizer, total)
     model.train(dropout)
