@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,7 @@ from benchmarks.quality import (  # noqa: E402
     methods,
     parity,
     runs,
+    scores,
     sources,
     store,
     tables,
@@ -119,6 +121,12 @@ def test_pictures_are_stretched_and_scaled() -> None:
     assert batch["pixels"].unique().tolist() == [-1, 1]
     assert batch["labels"].tolist() == [4, 3]
     assert len(found.lengths) == 2
+
+
+def test_a_file_of_pictures_is_read() -> None:
+    """Its shape stands before its bytes, big end first."""
+    content = bytes([0, 0, 8, 2]) + (2).to_bytes(4, "big") + (3).to_bytes(4, "big") + bytes(range(6))
+    assert images.idx(content).tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_a_definition_is_told_and_its_word_is_given(toy: Path) -> None:
@@ -355,27 +363,42 @@ def test_rows_survive_a_writer_that_was_stopped(tmp_path: Path) -> None:
 
 
 def test_a_grid_goes_on_where_it_was_stopped(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a limit some runs are made, called again the rest and none twice; unknown names are told."""
-    monkeypatch.setattr(grids, "HEADROOM_RANKS", (1, 2))
-    monkeypatch.setattr(grids, "lora_rates", lambda rank: (1e-3,))
-    monkeypatch.setattr(grids, "HEADROOM_SEEDS", (0,))
+    """Within a limit some runs are made, called again the rest and none twice; unknown names are told."""
+    monkeypatch.setattr(grids, "ENDS", (1,))
+    monkeypatch.setattr(grids, "BETWEEN", ())
     made: list[Run] = []
 
     def make(left: list[Run], file: Path, jobs: int, console: object) -> None:
         made.extend(left)
         for run in left:
-            store.append(file, {"key": run.key})
+            store.append(file, row_of(run, 1 - abs(run.learning_rate - 2e-3)))
 
     monkeypatch.setattr(command, "make", make)
     arguments = ["run", "--grid", "headroom", "--rows", str(toy / "rows")]
-    for extra in (["--limit", "3"], []):
+    for extra, count in ((["--limit", "3"], 3), ([], 10), ([], 10)):
         result = CliRunner().invoke(command.app, [*arguments, *extra])
         assert result.exit_code == 0, result.output
-    assert len(made) == len({run.key for run in made}) == 4
+        assert len(made) == len({run.key for run in made}) == count  # two tasks, three rates, two more seeds
     for wrong, message in ((["--grid", "hedroom"], "there are: headroom"), (["--task", "toys"], "there are: toy, toy")):
         result = CliRunner().invoke(command.app, [*arguments, *wrong])
         assert result.exit_code == 2
         assert message in result.output
+
+
+def row_of(run: Run, accuracy: float) -> store.Row:
+    return {"key": run.key, **attrs.asdict(run), "validation": {"accuracy": accuracy}}
+
+
+@pytest.mark.parametrize(("peak", "tried"), [(2e-3, 3), (4e-3, 4), (1.6e-2, 6), (2.5e-4, 6)])
+def test_rates_are_tried_until_the_best_lies_between_others(peak: float, tried: int) -> None:
+    """Doubled or halved beyond the first three; then further seeds run at the best alone."""
+    asked = Run("movie-2", "lora", 1, 0.0, 0)
+    found: list[store.Row] = []
+    while (runs := grids.next_runs(asked, found, (0, 1, 2)))[0].seed == 0:
+        found += [row_of(run, 1 - abs(np.log(run.learning_rate / peak)) / 10) for run in runs]
+    assert len(found) == tried
+    assert [run.learning_rate for run in runs] == pytest.approx([peak, peak])
+    assert [run.seed for run in runs] == [1, 2]
 
 
 # Tables
@@ -390,7 +413,7 @@ def rows(task: str, rank: int, rate: float, accuracies: list[float]) -> list[sto
 
 def test_the_best_rate_is_chosen_by_mean_validation_accuracy() -> None:
     """Among the rates with the most seeds: one lucky run is none."""
-    cell = tables.best(rows("a", 1, 1e-3, [0.5, 0.6]) + rows("a", 1, 2e-3, [0.7, 0.6]) + rows("a", 1, 4e-3, [0.9]))
+    cell = scores.best(rows("a", 1, 1e-3, [0.5, 0.6]) + rows("a", 1, 2e-3, [0.7, 0.6]) + rows("a", 1, 4e-3, [0.9]))
     assert (cell.rate, cell.seeds) == (2e-3, (0, 1))
     assert cell.mean == pytest.approx(65)
     assert cell.error == pytest.approx(np.std([70, 60], ddof=1) / 2**0.5)
@@ -399,9 +422,9 @@ def test_the_best_rate_is_chosen_by_mean_validation_accuracy() -> None:
 def test_an_interval_draws_tasks_and_seeds() -> None:
     """Its mean weighs tasks alike; tasks that differ widen it, and one number has no width."""
     steady, other = np.array([1.0, 1.0, 1.0, 1.0]), np.array([3.0, 3.0])
-    assert tables.interval([steady]) == (1, 1, 1)
-    assert tables.interval([steady, other]) == (2, 1, 3)
-    mean, low, high = tables.interval([np.array([0.0, 2.0, 0.0, 2.0])])
+    assert scores.interval([steady]) == (1, 1, 1)
+    assert scores.interval([steady, other]) == (2, 1, 3)
+    mean, low, high = scores.interval([np.array([0.0, 2.0, 0.0, 2.0])])
     assert mean == 1
     assert 0 <= low < 0.5
     assert 1.5 < high <= 2

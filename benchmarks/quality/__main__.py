@@ -4,6 +4,7 @@ import concurrent.futures
 import multiprocessing
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -34,30 +35,36 @@ def run(
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many runs now.")] = None,
     rows: Annotated[Path, typer.Option(help="The folder of rows.")] = ROWS,
 ) -> None:
-    """Make the runs of a grid that have no row yet; stopped and called again, it goes on."""
-    try:
-        wanted = chosen(grid, task)
-    except ValueError as problem:
-        print(f"benchmarks.quality: {problem}", file=sys.stderr)
-        raise typer.Exit(2) from None
+    """Make the runs of a grid that have no row yet, and those that follow from them; called again, it goes on."""
     file = rows / f"{grid}.jsonl"
-    done = {row["key"] for row in store.read(file)}
-    left = [each for each in wanted if each.key not in done][:limit]
     console = Console()
-    cost = f"about {len(left) * _MINUTES / 60:.1f} hours of one core"
-    console.print(f"{grid}: {len(wanted)} runs, {len(done)} rows, {len(left)} to make now, {cost}", highlight=False)
-    make(left, file, jobs, console)
+    while limit is None or limit > 0:
+        try:
+            left = unmade(grid, task, store.read(file))[:limit]
+        except ValueError as problem:
+            print(f"benchmarks.quality: {problem}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        if not left:
+            break
+        cost = f"about {len(left) * _MINUTES / 60:.1f} hours of one core"
+        console.print(f"{grid}: {len(left)} runs next, {cost}", highlight=False)
+        make(left, file, jobs, console)
+        limit = None if limit is None else limit - len(left)
 
 
-def chosen(grid: str, task: str | None) -> list[Run]:
-    """The runs of a grid, of some tasks or all. Raises `ValueError` that names those there are."""
+def unmade(grid: str, task: str | None, rows: Sequence[store.Row]) -> list[Run]:
+    """What a grid wants next, of some tasks or all, and has no row for.
+
+    Raises `ValueError` that names the grids or tasks there are.
+    """
     if grid not in GRIDS:
         raise ValueError(f"no grid named {grid!r}; there are: {', '.join(GRIDS)}")
     names = list(TASKS) if task is None else [name.strip() for name in task.split(",")]
     unknown = [name for name in names if name not in TASKS]
     if unknown:
         raise ValueError(f"no task named {', '.join(unknown)}; there are: {', '.join(TASKS)}")
-    return [each for each in GRIDS[grid]() if each.task in names]
+    done = {row["key"] for row in rows}
+    return [each for each in GRIDS[grid](rows) if each.task in names and each.key not in done]
 
 
 def make(runs: list[Run], file: Path, jobs: int, console: Console) -> None:

@@ -1,29 +1,82 @@
 """The runs that are made together, by name."""
 
 import itertools
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
 
 from benchmarks.quality import methods
+from benchmarks.quality.methods import EXPERIMENT
 from benchmarks.quality.runs import Run
-from benchmarks.quality.tasks import TASKS
+from benchmarks.quality.scores import best
+from benchmarks.quality.store import Row
+from benchmarks.quality.tasks import BERT, TASKS
 
+SEEDS = (0, 1, 2)
 # The ends of the curve come first: they say whether a task has headroom.
-HEADROOM_RANKS = (1, 8, 2, 4, 16)
-HEADROOM_SEEDS = (0, 1)
+ENDS, BETWEEN = (1, 8), (2, 4, 16)
 
 
-def lora_rates(rank: int) -> tuple[float, ...]:
-    """Learning rates to choose from: with more triplets ΔW moves farther at the same rate."""
-    return (1e-3, 2e-3, 4e-3) if rank < 8 else (5e-4, 1e-3, 2e-3)
+def first_rates(task: str, rank: int) -> tuple[float, float, float]:
+    """The learning rates that are tried at first; ΔW moves farther at one rate where there are more triplets."""
+    least = 1e-3 if rank < 8 else 5e-4
+    if TASKS[task].targets != BERT:
+        least *= 2
+    return (2 * least, 4 * least, least)
 
 
-def headroom() -> list[Run]:
+def next_runs(run: Run, rows: Sequence[Row], seeds: Sequence[int]) -> list[Run]:
+    """What to run next to know ``run``'s method at its best learning rate, if ``rows`` are what it has made so far.
+
+    The first seed at three rates; while the best of them is the highest or the lowest, at twice or half of it; then
+    the other seeds at the best.
+    """
+    own = [row for row in rows if row["seed"] == seeds[0]]
+    tried = {row["learning_rate"] for row in own}
+    missing = [rate for rate in first_rates(run.task, run.rank) if rate not in tried]
+    if missing:
+        return [attrs.evolve(run, learning_rate=rate, seed=seeds[0]) for rate in missing]
+    rate = best(own).rate
+    if rate in (max(tried), min(tried)):
+        beyond = 2 * rate if rate == max(tried) else rate / 2
+        return [attrs.evolve(run, learning_rate=beyond, seed=seeds[0])]
+    return [attrs.evolve(run, learning_rate=rate, seed=seed) for seed in seeds[1:]]
+
+
+def headroom(rows: Sequence[Row]) -> list[Run]:
     """Our LoRA over ranks, on validation rows alone: what a task's score gains from rank at all."""
+    made: dict[tuple[str, int], list[Row]] = defaultdict(list)
+    for row in rows:
+        made[row["task"], row["rank"]].append(row)
     return [
-        Run(task, methods.LORA, rank, rate, seed)
-        for seed, rank in itertools.product(HEADROOM_SEEDS, HEADROOM_RANKS)
-        for rate, task in itertools.product(lora_rates(rank), TASKS)
+        run
+        for ranks in (ENDS, BETWEEN)
+        for task, rank in itertools.product(TASKS, ranks)
+        for run in next_runs(Run(task, methods.LORA, rank, 0.0, 0), made[task, rank], SEEDS)
     ]
 
 
-GRIDS: dict[str, Callable[[], list[Run]]] = {"headroom": headroom}
+# One change to AdaLoRA's defaults at a time, and what is worth little alone beside what it needs.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "starts at 4": {"init_rank": 4},
+    "turned": {"init_rank": 4, EXPERIMENT: {"rotate": "after"}},
+    "turned, by size": {"init_rank": 4, EXPERIMENT: {"rotate": "before", "score": "magnitude"}},
+    "by size": {"init_rank": 4, EXPERIMENT: {"score": "magnitude"}},
+    "by exact effect": {"init_rank": 4, EXPERIMENT: {"score": "exact"}},
+    "scale of the target": {"init_rank": 4, "alpha": 2.0},
+    "score per parameter": {"init_rank": 4, EXPERIMENT: {"per_parameter": True}},
+    "ends late": {"init_rank": 4, "t_final": 0.1},
+    "ends early": {"init_rank": 4, "t_final": 0.5},
+    "orthonormal": {"init_rank": 4, "start": "orthonormal"},
+    "gaussian": {"init_rank": 4, "start": "gaussian"},
+    "regularised": {"init_rank": 4, "gamma": 0.1},
+    "λ fixed": {"init_rank": 4, EXPERIMENT: {"lambda_rate": 0.0}},
+    "λ ten times faster": {"init_rank": 4, EXPERIMENT: {"lambda_rate": 10.0}},
+    "without uncertainty": {"init_rank": 4, EXPERIMENT: {"score": "sensitivity"}},
+}
+
+
+GRIDS: dict[str, Callable[[Sequence[Row]], list[Run]]] = {"headroom": headroom}

