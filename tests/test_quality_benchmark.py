@@ -434,8 +434,10 @@ def test_headroom_is_a_point_between_rank_one_and_eight() -> None:
     """Differences are by seed, so a shift that all seeds share has no spread."""
     steep = rows("steep", 1, 1e-3, [0.5, 0.7]) + rows("steep", 8, 1e-3, [0.52, 0.72])
     flat = rows("flat", 1, 1e-3, [0.5, 0.7]) + rows("flat", 8, 1e-3, [0.505, 0.705])
-    table = tables.headroom_table([*steep, *flat, *rows("begun", 1, 1e-3, [0.5, 0.6])])
-    assert [line.split(" | ")[0] for line in table[2:]] == ["| steep", "| flat", "| begun"]
+    once = rows("once", 1, 1e-3, [0.5]) + rows("once", 8, 1e-3, [0.6])
+    table = tables.headroom_table([*steep, *flat, *rows("begun", 1, 1e-3, [0.5, 0.6]), *once])
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| steep", "| flat", "| begun", "| once"]
     assert "+2.00 [+2.00, +2.00] | yes" in table[2]
     assert "+0.50 [+0.50, +0.50] | no" in table[3]
     assert "yes" not in table[4]
+    assert table[5].endswith("| 60.00 (0.001, 1) |  | +10.00 | open |")

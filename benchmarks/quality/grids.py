@@ -3,12 +3,10 @@
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import attrs
 
 from benchmarks.quality import methods
-from benchmarks.quality.methods import EXPERIMENT
 from benchmarks.quality.runs import Run
 from benchmarks.quality.scores import best
 from benchmarks.quality.store import Row
@@ -56,27 +54,6 @@ def headroom(rows: Sequence[Row]) -> list[Run]:
         for task, rank in itertools.product(TASKS, ranks)
         for run in next_runs(Run(task, methods.LORA, rank, 0.0, 0), made[task, rank], SEEDS)
     ]
-
-
-# One change to AdaLoRA's defaults at a time, and what is worth little alone beside what it needs.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "starts at 4": {"init_rank": 4},
-    "turned": {"init_rank": 4, EXPERIMENT: {"rotate": "after"}},
-    "turned, by size": {"init_rank": 4, EXPERIMENT: {"rotate": "before", "score": "magnitude"}},
-    "by size": {"init_rank": 4, EXPERIMENT: {"score": "magnitude"}},
-    "by exact effect": {"init_rank": 4, EXPERIMENT: {"score": "exact"}},
-    "scale of the target": {"init_rank": 4, "alpha": 2.0},
-    "score per parameter": {"init_rank": 4, EXPERIMENT: {"per_parameter": True}},
-    "ends late": {"init_rank": 4, "t_final": 0.1},
-    "ends early": {"init_rank": 4, "t_final": 0.5},
-    "orthonormal": {"init_rank": 4, "start": "orthonormal"},
-    "gaussian": {"init_rank": 4, "start": "gaussian"},
-    "regularised": {"init_rank": 4, "gamma": 0.1},
-    "λ fixed": {"init_rank": 4, EXPERIMENT: {"lambda_rate": 0.0}},
-    "λ ten times faster": {"init_rank": 4, EXPERIMENT: {"lambda_rate": 10.0}},
-    "without uncertainty": {"init_rank": 4, EXPERIMENT: {"score": "sensitivity"}},
-}
 
 
 GRIDS: dict[str, Callable[[Sequence[Row]], list[Run]]] = {"headroom": headroom}

@@ -11,7 +11,7 @@ _RANKS = sorted((*ENDS, *BETWEEN))
 
 
 def headroom_table(rows: Sequence[Row]) -> list[str]:
-    """LoRA's validation accuracy by rank, and whether rank 8 is a point above rank 1."""
+    """LoRA's validation accuracy by rank, and whether rank 8 is a point above rank 1; one seed leaves that open."""
     lines = [
         f"| task | {' | '.join(f'r = {rank}' for rank in _RANKS)} | r = 8 − r = 1 | headroom |",
         f"|---|{'---:|' * (len(_RANKS) + 1)}---|",
@@ -24,8 +24,12 @@ def headroom_table(rows: Sequence[Row]) -> list[str]:
         }
         shown = [_shown(cells[rank]) if rank in cells else "" for rank in _RANKS]
         if {1, 8} <= cells.keys():
-            gain, low, high = interval([paired(cells[8], cells[1])])
-            shown += [f"{gain:+.2f} [{low:+.2f}, {high:+.2f}]", "yes" if gain >= HEADROOM else "no"]
+            difference = paired(cells[8], cells[1])
+            gain, low, high = interval([difference])
+            if len(difference) > 1:
+                shown += [f"{gain:+.2f} [{low:+.2f}, {high:+.2f}]", "yes" if gain >= HEADROOM else "no"]
+            else:
+                shown += [f"{gain:+.2f}", "open"]
         else:
             shown += ["", ""]
         lines.append(f"| {task} | {' | '.join(shown)} |")
@@ -33,4 +37,5 @@ def headroom_table(rows: Sequence[Row]) -> list[str]:
 
 
 def _shown(cell: Cell) -> str:
-    return f"{cell.mean:.2f} ± {cell.error:.2f} ({cell.rate:g}, {len(cell.seeds)})"
+    error = f" ± {cell.error:.2f}" if len(cell.seeds) > 1 else ""
+    return f"{cell.mean:.2f}{error} ({cell.rate:g}, {len(cell.seeds)})"
