@@ -21,7 +21,7 @@ from benchmarks.quality.tables import headroom_table
 from benchmarks.quality.tasks import TASKS, digest
 from tunerkit.cli.assets import cache_folder, demo_model
 
-_MINUTES = 2  # of one core, for a run: the median of the first fifty
+_MINUTES = 2  # of one core, for a run: the median of the rows there are, rounded up
 ROWS = Path(__file__).parent / "rows"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

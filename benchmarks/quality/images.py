@@ -1,4 +1,4 @@
-"""Pictures of clothes, and a network of convolutions to tell them apart."""
+"""Pictures of clothes and of digits, and a network of convolutions to tell them apart."""
 
 import gzip
 import io
