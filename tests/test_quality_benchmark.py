@@ -1,7 +1,13 @@
 """The benchmark of quality: its tasks' cuts, its rows, its tables, and a short run of each method."""
 
+import io
 import itertools
 import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +16,36 @@ import numpy as np
 import pytest
 import torch
 
-for _module in ("peft", "timm", "transformers", "typer", "rich", "platformdirs", "tunerkit_lora", "tunerkit_adalora"):
+for _module in (
+    "filelock",
+    "peft",
+    "PIL",
+    "timm",
+    "transformers",
+    "typer",
+    "rich",
+    "platformdirs",
+    "tunerkit_lora",
+    "tunerkit_adalora",
+):
     pytest.importorskip(_module, reason=f"the benchmark needs {_module}")
 
+from filelock import FileLock  # noqa: E402
+from PIL import Image  # noqa: E402
 from transformers import AutoModel, AutoTokenizer, LlamaConfig  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 import tunerkit  # noqa: E402
 from benchmarks.quality import __main__ as command  # noqa: E402
 from benchmarks.quality import (  # noqa: E402
+    ablation,
+    contest,
     definitions,
     grids,
     images,
     methods,
     parity,
+    rates,
     runs,
     scores,
     sources,
@@ -64,8 +86,9 @@ def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The toy tasks in place of the real ones, on a tiny model; the cache folder."""
     folder = save_tiny_classifier(tmp_path / "tiny")
     AutoModel.from_pretrained(folder).save_pretrained(folder)  # without a head, as the real one
-    for module in (runs, command, grids, methods, parity):
+    for module in (runs, command, methods, parity, rates):
         monkeypatch.setattr(module, "TASKS", TOY)
+    monkeypatch.setattr(grids, "CURVES", tuple(TOY))
     monkeypatch.setattr(assets, "demo_model", lambda cache: folder)
     monkeypatch.setattr(command, "demo_model", lambda cache: folder)
     return tmp_path
@@ -88,7 +111,7 @@ def test_a_cut_is_the_same_every_time_and_no_row_is_in_two_parts(tmp_path: Path)
 
 def test_every_task_takes_three_hundred_steps_or_more() -> None:
     """Shorter trainings say little of a schedule that is a share of them."""
-    assert all(task.steps >= 300 for task in tasks.TASKS.values())
+    assert all(tasks.TASKS[name].steps >= 300 for name in tasks.CURVES)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +136,7 @@ def test_a_word_is_told_by_its_first_token_alone(toy: Path) -> None:
 
 def test_pictures_are_stretched_and_scaled() -> None:
     """Grey from 0 to 255 becomes three channels from -1 to 1."""
-    pixels = torch.zeros(2, 28, 28, dtype=torch.uint8)
+    pixels = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
     pixels[1] = 255
     found = images.ImageRows(images.Images(pixels, torch.tensor([3, 4])))
     batch = found.batch([1, 0], torch.device("cpu"))
@@ -127,6 +150,18 @@ def test_a_file_of_pictures_is_read() -> None:
     """Its shape stands before its bytes, big end first."""
     content = bytes([0, 0, 8, 2]) + (2).to_bytes(4, "big") + (3).to_bytes(4, "big") + bytes(range(6))
     assert images.idx(content).tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_pictures_that_are_lines_of_one_picture_are_read() -> None:
+    """Pixel by pixel from the upper left, a row of 32 after the other."""
+    lines = np.random.default_rng(0).integers(0, 256, (3, 1024, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(lines).save(file, "PNG")
+    found = images.strips(file.getvalue())
+    assert found.shape == (3, 3, 32, 32)
+    assert found[2, :, 1, 5].tolist() == lines[2, 32 + 5].tolist()
+    rows = images.ImageRows(images.Images(found, torch.tensor([0, 1, 2])))
+    assert rows.batch([2], torch.device("cpu"))["pixels"].shape == (1, 3, images.SIZE, images.SIZE)
 
 
 def test_a_definition_is_told_and_its_word_is_given(toy: Path) -> None:
@@ -385,8 +420,199 @@ def test_a_grid_goes_on_where_it_was_stopped(toy: Path, monkeypatch: pytest.Monk
         assert message in result.output
 
 
+def test_one_grid_is_run_once_at_a_time(tmp_path: Path) -> None:
+    """A second call would make the same runs again, and says so."""
+    with FileLock(tmp_path / "headroom.lock"):
+        result = CliRunner().invoke(command.app, ["run", "--grid", "headroom", "--rows", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "'headroom' is being run already" in result.output
+
+
+_POOL = """
+import concurrent.futures, multiprocessing, os, time
+from benchmarks.quality.__main__ import end_with_parent
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent)
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 600)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="processes are looked up in /proc")
+def test_workers_end_with_the_command_that_is_killed(tmp_path: Path) -> None:
+    """Their rows have nobody to write them, and the next call would make them again beside them."""
+    script = tmp_path / "pool.py"
+    script.write_text(_POOL, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        process.kill()
+    deadline = time.monotonic() + 60
+    while is_running(worker):
+        assert time.monotonic() < deadline, "the worker outlived its parent"
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there, and no zombie that nobody has waited for."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return False
+    return state.rpartition(")")[2].split()[0] != "Z"
+
+
 def row_of(run: Run, accuracy: float) -> store.Row:
     return {"key": run.key, **attrs.asdict(run), "validation": {"accuracy": accuracy}}
+
+
+def test_ranks_between_the_ends_take_the_rates_from_one_to_the_other() -> None:
+    """Beyond the last rank the lower one and half of it."""
+    for rank, expected in ((2, [1e-3, 2e-3, 4e-3]), (16, [5e-4, 1e-3])):
+        found = grids.between(Run("movie-2", "lora", rank, 0.0, 0), [4e-3, 1e-3])
+        assert [run.learning_rate for run in found] == pytest.approx(expected)
+        assert {(run.rank, run.seed) for run in found} == {(rank, 0)}
+
+
+def searched(asked: Run, peak: float) -> list[store.Row]:
+    """Every row that finds a method's learning rate, where its accuracy is highest at ``peak``."""
+    found: list[store.Row] = []
+    while rates.rate_of(asked, found) is None:
+        wanted = rates.next_runs(asked, found)
+        found += [row_of(run, 1 - abs(np.log(run.learning_rate / peak)) / 10) for run in wanted]
+    return found
+
+
+def test_a_rate_is_known_when_all_its_seeds_are_made() -> None:
+    """And not while some are missing."""
+    asked = Run("movie-2", "lora", 1, 0.0, 0)
+    found = searched(asked, peak=4e-3)
+    assert rates.rate_of(asked, found) == 4e-3
+    assert rates.rate_of(asked, found[:-1]) is None
+    assert rates.rate_of(asked, []) is None
+
+
+# The ablation
+
+
+@pytest.mark.parametrize("change", ablation.CHANGES)
+def test_every_change_is_a_setting_that_trains(change: str, toy: Path) -> None:
+    """And ends at no more parameters than LoRA's."""
+    run = Run("toy", methods.ADALORA, ablation.RANK, 5e-3, 0, ablation.settings_of(change))
+    lora = execute(attrs.evolve(run, method=methods.LORA, settings={}), toy)
+    assert execute(run, toy)["parameters"] <= lora["parameters"]  # type: ignore[operator]
+
+
+def test_changes_differ() -> None:
+    """No two are the same runs under two names."""
+    found = [json.dumps(ablation.settings_of(change), sort_keys=True) for change in ablation.CHANGES]
+    assert len({*found}) == len(found)
+
+
+def test_an_ablation_stands_at_the_best_rate_of_lora(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its rank and not at another's; LoRA itself is among the runs; before the rate is known it is refused."""
+    monkeypatch.setattr(grids, "ABLATED", ("movie-2",))
+    asked = Run("movie-2", "lora", ablation.RANK, 0.0, 0)
+    made = searched(asked, peak=2e-3)
+    with pytest.raises(ValueError, match="run the grid headroom first"):
+        grids.ablation_runs({"headroom": made[:-1]})
+    found = grids.ablation_runs({"headroom": made + searched(attrs.evolve(asked, rank=8), peak=1e-3)})
+    assert {run.learning_rate for run in found} == {2e-3}
+    assert {run.method for run in found} == {"lora", "adalora"}
+    assert len(found) == len({run.key for run in found}) == len(ablation.SEEDS) * (1 + len(ablation.CHANGES))
+
+
+def test_a_change_is_told_as_points_over_lora() -> None:
+    """By seed; the best first, and a change that one task lacks not at all."""
+    both = ("movie-2", "nyt-3")
+    lora = [row_of(Run(task, "lora", 1, 1e-3, seed), 0.5 + seed / 10) for task in both for seed in (0, 1)]
+    better, worse, half = list(ablation.CHANGES)[:3]
+
+    def made(change: str, tasks: tuple[str, ...], gain: float) -> list[store.Row]:
+        settings = ablation.settings_of(change)
+        return [
+            row_of(Run(task, "adalora", 1, 1e-3, seed, settings), 0.5 + seed / 10 + gain)
+            for task in tasks
+            for seed in (0, 1)
+        ]
+
+    table = ablation.ablation_table(
+        [*lora, *made(worse, both, -0.02), *made(better, both, 0.01), *made(half, both[:1], 1)]
+    )
+    assert [line.split(" | ")[0] for line in table[2:]] == [f"| {better}", f"| {worse}"]
+    assert table[2].endswith("| +1.00 (2) | +1.00 (2) | +1.00 [+1.00, +1.00] |")
+
+
+# The contest
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[store.Row]]:
+    """Two tasks, one with headroom, and the rows that find LoRA's and AdaLoRA's learning rates on them."""
+    monkeypatch.setattr(grids, "COMPARED", ("movie-2", "nyt-3"))
+    monkeypatch.setattr(grids, "HEADROOM", ("movie-2",))
+    peaks = {("lora", 1): 2e-3, ("lora", 8): 1e-3, ("adalora", 1): 4e-3, ("adalora", 8): 1e-3}
+    made: dict[str, list[store.Row]] = {"headroom": [], "rates": []}
+    for (method, rank), peak in peaks.items():
+        for task in grids.COMPARED:
+            made["headroom" if method == "lora" else "rates"] += searched(Run(task, method, rank, 0.0, 0), peak)
+    return made
+
+
+def test_the_contest_takes_each_method_at_its_best_rate_and_adalora_at_loras_too(
+    compared: dict[str, list[store.Row]],
+) -> None:
+    """On test rows, where it is known; the lowest rank only where there is headroom; no seed that chose anything."""
+    found = grids.contest_runs(compared)
+    assert len({run.key for run in found}) == len(found)
+    assert all(run.tested for run in found)
+    counted = Counter((run.task, run.method, run.rank, run.learning_rate) for run in found)
+    eights = {(task, method, 8, 1e-3): 5 for task in ("movie-2", "nyt-3") for method in ("lora", "adalora")}
+    ones = {("movie-2", "lora", 1, 2e-3): 10, ("movie-2", "adalora", 1, 2e-3): 10, ("movie-2", "adalora", 1, 4e-3): 10}
+    assert counted == {**eights, **ones}
+    assert not {run.seed for run in found} & {*rates.SEEDS, *ablation.SEEDS}
+
+
+def test_what_finds_the_rates_of_the_contest_is_asked_for(compared: dict[str, list[store.Row]]) -> None:
+    """Of every method but LoRA, which has its own grid; PEFT's AdaLoRA is not for pictures."""
+    found = {(run.task, run.method, run.rank) for run in grids.rates({"headroom": compared["headroom"]})}
+    rest = {("adalora", 8), ("head", 0), ("full", 0)}
+    assert {(method, rank) for task, method, rank in found if task == "nyt-3"} == rest
+    assert {(method, rank) for task, method, rank in found if task == "movie-2"} == {
+        *rest,
+        ("adalora", 1),
+        ("peft-adalora", 1),
+    }
+    on_pictures = {entry.method for entry in contest.entries("fashion-10", has_headroom=True)}
+    assert on_pictures == {"lora", "adalora", "head", "full"}
+
+
+def test_the_contest_is_told_by_task_and_over_all(compared: dict[str, list[store.Row]]) -> None:
+    """Differences by seed at each method's best rate, at LoRA's, and PEFT's; what is not made stays empty."""
+    gains = {("adalora", 4e-3): 0.02, ("adalora", 2e-3): 0.01, ("lora", 2e-3): 0.0, ("peft-adalora", 2e-3): -0.1}
+    made = [
+        {
+            **row_of(Run("movie-2", method, 1, rate, seed, tested=True), 0.5),
+            "test": {"accuracy": 0.6 + seed / 99 + gain},
+        }
+        for (method, rate), gain in gains.items()
+        for seed in (10, 11)
+    ]
+    table = tables.contest_table({**compared, "contest": made}, rank=1)
+    cells = [cell.strip() for cell in table[2].strip("|").split("|")]
+    assert cells[0] == "movie-2"
+    assert "(0.002, 2)" in cells[1]
+    assert "(0.004, 2)" in cells[2]
+    differences = ["+2.00 [+2.00, +2.00]", "+1.00 [+1.00, +1.00]", "-10.00 [-10.00, -10.00]"]
+    assert cells[3:] == differences
+    assert [cell.strip() for cell in table[3].strip("|").split("|")][3:] == differences
+    assert len(tables.contest_table({**compared, "contest": made}, rank=8)) == 3
+    others = tables.reference_table({**compared, "contest": made})
+    assert [cell.strip() for cell in others[2].strip("|").split("|")] == ["movie-2", "", "", ""]
 
 
 @pytest.mark.parametrize(("peak", "tried"), [(2e-3, 3), (4e-3, 4), (1.6e-2, 6), (2.5e-4, 6)])
@@ -394,7 +620,7 @@ def test_rates_are_tried_until_the_best_lies_between_others(peak: float, tried: 
     """Doubled or halved beyond the first three; then further seeds run at the best alone."""
     asked = Run("movie-2", "lora", 1, 0.0, 0)
     found: list[store.Row] = []
-    while (runs := grids.next_runs(asked, found, (0, 1, 2)))[0].seed == 0:
+    while (runs := rates.next_runs(asked, found, (0, 1, 2)))[0].seed == 0:
         found += [row_of(run, 1 - abs(np.log(run.learning_rate / peak)) / 10) for run in runs]
     assert len(found) == tried
     assert [run.learning_rate for run in runs] == pytest.approx([peak, peak])

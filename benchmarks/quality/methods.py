@@ -121,7 +121,7 @@ def _peft(run: "Run", model: nn.Module, total_steps: int) -> Prepared:
     if run.method == PEFT_LORA:
         config = peft.LoraConfig(**{**shared, "r": run.rank, "lora_alpha": SCALE * run.rank, **run.settings})
         return Prepared(peft.get_peft_model(model, config))
-    first = initial_rank(run.rank)
+    first = run.settings.get("init_r", initial_rank(run.rank))
     sizes = {"init_r": first, "target_r": run.rank, "lora_alpha": SCALE * first}
     spans = {"tinit": total_steps // 10, "tfinal": 3 * total_steps // 10, "deltaT": 10, "total_step": total_steps}
     config = peft.AdaLoraConfig(**{**shared, **sizes, **spans, **run.settings})

@@ -1,6 +1,6 @@
 """What rows say: the best learning rate, and differences with their intervals."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
 import numpy as np
@@ -15,7 +15,7 @@ Floats = NDArray[np.float64]
 
 @attrs.frozen(eq=False)
 class Cell:
-    """Validation accuracies in points at the learning rate that is best on average; seeds in their order."""
+    """Accuracies in points at one learning rate; seeds in their order."""
 
     rate: float
     seeds: tuple[int, ...]
@@ -33,15 +33,24 @@ class Cell:
 
 
 def best(rows: Iterable[Row]) -> Cell:
-    """The learning rate with the highest mean validation accuracy, of those with the most seeds."""
+    """The validation accuracies at the rate that is best on average, of those with the most seeds."""
     by_rate: dict[float, dict[int, float]] = {}
     for row in rows:
         by_rate.setdefault(row["learning_rate"], {})[row["seed"]] = 100 * row["validation"]["accuracy"]
     most = max(map(len, by_rate.values()))
     whole = {rate: found for rate, found in by_rate.items() if len(found) == most}
-    rate = max(whole, key=lambda rate: float(np.mean(list(whole[rate].values()))))
-    seeds = tuple(sorted(whole[rate]))
-    return Cell(rate, seeds, np.array([whole[rate][seed] for seed in seeds]))
+    return _cell(*max(whole.items(), key=lambda item: float(np.mean(list(item[1].values())))))
+
+
+def tested(rows: Iterable[Row], rate: float) -> Cell | None:
+    """The test accuracies at ``rate``; None if there are none."""
+    found = {row["seed"]: 100 * row["test"]["accuracy"] for row in rows if row["learning_rate"] == rate}
+    return _cell(rate, found) if found else None
+
+
+def _cell(rate: float, by_seed: Mapping[int, float]) -> Cell:
+    seeds = tuple(sorted(by_seed))
+    return Cell(rate, seeds, np.array([by_seed[seed] for seed in seeds]))
 
 
 def paired(top: Cell, bottom: Cell) -> Floats:

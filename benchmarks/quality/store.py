@@ -17,6 +17,11 @@ def read(path: Path) -> list[Row]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
+def read_all(folder: Path) -> dict[str, list[Row]]:
+    """The rows of every file in a folder, by its name without the ending."""
+    return {path.stem: read(path) for path in sorted(folder.glob("*.jsonl"))}
+
+
 def append(path: Path, row: Mapping[str, object]) -> None:
     """Add a row, after the last whole one, and see it onto the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from benchmarks.quality.grids import BETWEEN, ENDS
-from benchmarks.quality.scores import Cell, best, interval, paired
+from benchmarks.quality import contest, methods
+from benchmarks.quality.grids import BETWEEN, ENDS, Rows, rate_for
+from benchmarks.quality.scores import Cell, Floats, best, interval, paired, tested
 from benchmarks.quality.store import Row
 
 HEADROOM = 1.0  # points between the ranks 1 and 8, below which a curve counts as flat
@@ -25,15 +26,70 @@ def headroom_table(rows: Sequence[Row]) -> list[str]:
         shown = [_shown(cells[rank]) if rank in cells else "" for rank in _RANKS]
         if {1, 8} <= cells.keys():
             difference = paired(cells[8], cells[1])
-            gain, low, high = interval([difference])
+            gain = float(difference.mean())
             if len(difference) > 1:
-                shown += [f"{gain:+.2f} [{low:+.2f}, {high:+.2f}]", "yes" if gain >= HEADROOM else "no"]
+                shown += [_spread([difference]), "yes" if gain >= HEADROOM else "no"]
             else:
                 shown += [f"{gain:+.2f}", "open"]
         else:
             shown += ["", ""]
         lines.append(f"| {task} | {' | '.join(shown)} |")
     return lines
+
+
+def contest_table(rows: Rows, rank: int) -> list[str]:
+    """AdaLoRA beside LoRA at one size on test rows, and their differences by seed with the interval of all tasks."""
+    lines = ["| task | LoRA | AdaLoRA | AdaLoRA − LoRA | AdaLoRA − LoRA, both at LoRA's rate | PEFT's AdaLoRA − LoRA |"]
+    lines.append(f"|---|{'---:|' * 5}")
+    own: list[Floats] = []
+    same: list[Floats] = []
+    peers: list[Floats] = []
+    for task in dict.fromkeys(row["task"] for row in rows.get("contest", ())):
+        lora = cell_on_test(rows, task, methods.LORA, rank)
+        ours = cell_on_test(rows, task, methods.ADALORA, rank)
+        if lora is None or ours is None:
+            continue
+        there = cell_on_test(rows, task, methods.ADALORA, rank, rate=lora.rate)
+        peer = cell_on_test(rows, task, methods.PEFT_ADALORA, rank, rate=lora.rate)
+        shown = [_shown(lora), _shown(ours)]
+        for cell, differences in ((ours, own), (there, same), (peer, peers)):
+            if cell is None:
+                shown.append("")
+            else:
+                differences.append(paired(cell, lora))
+                shown.append(_spread(differences[-1:]))
+        lines.append(f"| {task} | {' | '.join(shown)} |")
+    means = [_spread(each) if each else "" for each in (own, same, peers)]
+    return [*lines, f"| mean of tasks |  |  | {' | '.join(means)} |"]
+
+
+def reference_table(rows: Rows) -> list[str]:
+    """What else there is, on test rows: the head alone, all weights, and PEFT's AdaLoRA at its own best rate."""
+    columns = {
+        "head only": (methods.HEAD_ONLY, 0),
+        "all weights": (methods.FULL, 0),
+        "PEFT's AdaLoRA, its best rate": (methods.PEFT_ADALORA, contest.LOWEST),
+    }
+    lines = [f"| task | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
+    for task in dict.fromkeys(row["task"] for row in rows.get("contest", ())):
+        cells = [cell_on_test(rows, task, method, rank) for method, rank in columns.values()]
+        lines.append(f"| {task} | {' | '.join(_shown(cell) if cell else '' for cell in cells)} |")
+    return lines
+
+
+def cell_on_test(rows: Rows, task: str, method: str, rank: int, *, rate: float | None = None) -> Cell | None:
+    """A method's test scores at ``rate``, or at its own best one."""
+    wanted = (task, method, rank)
+    chosen = rate_for(*wanted, rows) if rate is None else rate
+    if chosen is None:
+        return None
+    found = [row for row in rows.get("contest", ()) if (row["task"], row["method"], row["rank"]) == wanted]
+    return tested(found, chosen)
+
+
+def _spread(differences: Sequence[Floats]) -> str:
+    mean, low, high = interval(differences)
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def _shown(cell: Cell) -> str:

@@ -10,7 +10,7 @@ import attrs
 from torch import nn
 
 from benchmarks.quality.definitions import load_definer
-from benchmarks.quality.images import Images, digits, fashion, load_image_classifier
+from benchmarks.quality.images import Images, cifar, digits, fashion, load_image_classifier
 from benchmarks.quality.sources import Tagged, TaskError, brown, glosses, rated
 from benchmarks.quality.tagging import load_tagger
 from tunerkit.cli import assets
@@ -133,6 +133,7 @@ _BASIC = (
     Task("wordnet-41", glosses("field"), classify, 9600, 2000, 4000, epochs=1),
     _pictures("fashion-10", fashion),
     _pictures("digits-10", digits),
+    _pictures("cifar-10", cifar),
     Task("movie-2", _rated("movieReviewSnippets", neutral=False), classify, 2400, 1500, 3000, epochs=2),
     Task("amazon-3", _rated("amazonReviewSnippets", neutral=True), classify, 1600, 900, 1100, epochs=3),
     Task("tweets-3", _rated("tweets", neutral=True), classify, 1600, 1000, 1500, epochs=3),
@@ -142,4 +143,8 @@ _BASIC = (
 _NARROW = tuple(
     attrs.evolve(task, name=f"{task.name}/qv", targets=QUERY_VALUE) for task in _BASIC if task.targets == BERT
 )
-TASKS = {task.name: task for task in (*_BASIC, *_NARROW)}
+# A step of this one costs ten of the others', so it is shorter, and no curve is drawn over it.
+_DEFINITIONS = Task("definitions", glosses("word"), define, 1600, 400, 800, epochs=1, targets=LLAMA, heads=())
+TASKS = {task.name: task for task in (*_BASIC, *_NARROW, _DEFINITIONS)}
+CURVES = tuple(task.name for task in (*_BASIC, *_NARROW))
+PICTURES = frozenset(task.name for task in _BASIC if task.targets == EFFICIENTNET)

@@ -30,6 +30,15 @@ def exact(stacks: Sequence[Stack], layers: Sequence[SvdLayer]) -> list[Tensor]:
     return [rows[3 * place + 1].clone() for place in range(len(layers))]
 
 
+def squared(stacks: Sequence[Stack], layers: Sequence[SvdLayer]) -> list[Tensor]:
+    """The square of `exact`: near a minimum it goes as what the loss changes by, which is what parameters should buy.
+
+    Half of λ² times the curvature is what the loss rises by without the triplet, and (∂L/∂λ)² stands for the curvature
+    (the empirical Fisher information).
+    """
+    return [score.square() for score in exact(stacks, layers)]
+
+
 def magnitude(_: Sequence[Stack], layers: Sequence[SvdLayer]) -> list[Tensor]:
     """The size of the triplet's part of ΔW, |λ| ‖P_i‖ ‖Q_i‖: its singular value where triplets are orthogonal."""
     return [layer.lam.abs() * layer.p.norm(dim=0) * layer.q.norm(dim=1) for layer in layers]
@@ -39,7 +48,7 @@ def _with_uncertainty(stack: Stack, uncertainty: Tensor) -> Stack:
     return Stack(stack.members, stack.sensitivity, uncertainty)
 
 
-SCORES: dict[str, Score] = {"sensitivity": sensitivity, "exact": exact, "magnitude": magnitude}
+SCORES: dict[str, Score] = {"sensitivity": sensitivity, "exact": exact, "squared": squared, "magnitude": magnitude}
 
 
 def rotate_(layers: Sequence[SvdLayer], optimizer: Optimizer) -> None:

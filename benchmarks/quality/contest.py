@@ -1,0 +1,59 @@
+"""The methods beside each other: each at the learning rate that is its best on validation rows, scored on test rows."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import attrs
+
+from benchmarks.quality import methods
+from benchmarks.quality.rates import rate_of
+from benchmarks.quality.runs import Run
+from benchmarks.quality.store import Row
+from benchmarks.quality.tasks import PICTURES
+
+LOWEST, USUAL = 1, 8  # the ranks that are compared
+# None of these were seen by the choice of tasks, of learning rates or of AdaLoRA's defaults.
+SEEDS = tuple(range(10, 20))
+FEW = SEEDS[:5]
+
+
+@attrs.frozen
+class Entry:
+    """A method at a rank (0 where it has none), and the seeds that its test scores are of."""
+
+    method: str
+    rank: int
+    seeds: Sequence[int]
+
+
+def entries(task: str, *, has_headroom: bool) -> Iterator[Entry]:
+    """What is compared on a task. PEFT's AdaLoRA knows no convolutions, so it is not there for pictures."""
+    if has_headroom:
+        yield Entry(methods.LORA, LOWEST, SEEDS)
+        yield Entry(methods.ADALORA, LOWEST, SEEDS)
+        if task not in PICTURES:
+            yield Entry(methods.PEFT_ADALORA, LOWEST, FEW)
+    yield Entry(methods.LORA, USUAL, FEW)
+    yield Entry(methods.ADALORA, USUAL, FEW)
+    yield Entry(methods.HEAD_ONLY, 0, FEW)
+    yield Entry(methods.FULL, 0, FEW)
+
+
+def contest(tasks: Sequence[str], headroom: Sequence[str], made: Callable[[Run], Sequence[Row]]) -> list[Run]:
+    """The runs on test rows of every entry whose learning rate is known; ``made`` finds the rows that choose it.
+
+    Where there is headroom, AdaLoRA and PEFT's also run at LoRA's rate.
+    """
+    runs = []
+    for task in tasks:
+        known: dict[tuple[str, int], float] = {}
+        for entry in entries(task, has_headroom=task in headroom):
+            run = Run(task, entry.method, entry.rank, 0.0, 0, tested=True)
+            rate = rate_of(run, made(run))
+            if rate is None:
+                continue
+            known[entry.method, entry.rank] = rate
+            at = {rate}
+            if entry.rank == LOWEST and (methods.LORA, LOWEST) in known:
+                at.add(known[methods.LORA, LOWEST])
+            runs += [attrs.evolve(run, learning_rate=each, seed=seed) for each in sorted(at) for seed in entry.seeds]
+    return runs
