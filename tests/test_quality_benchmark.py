@@ -45,6 +45,7 @@ from benchmarks.quality import (  # noqa: E402
     images,
     methods,
     parity,
+    pool,
     rates,
     runs,
     scores,
@@ -86,11 +87,11 @@ def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The toy tasks in place of the real ones, on a tiny model; the cache folder."""
     folder = save_tiny_classifier(tmp_path / "tiny")
     AutoModel.from_pretrained(folder).save_pretrained(folder)  # without a head, as the real one
-    for module in (runs, command, methods, parity, rates):
+    for module in (runs, command, methods, parity, pool, rates):
         monkeypatch.setattr(module, "TASKS", TOY)
     monkeypatch.setattr(grids, "CURVES", tuple(TOY))
     monkeypatch.setattr(assets, "demo_model", lambda cache: folder)
-    monkeypatch.setattr(command, "demo_model", lambda cache: folder)
+    monkeypatch.setattr(pool, "demo_model", lambda cache: folder)
     return tmp_path
 
 
@@ -430,7 +431,7 @@ def test_one_grid_is_run_once_at_a_time(tmp_path: Path) -> None:
 
 _POOL = """
 import concurrent.futures, multiprocessing, os, time
-from benchmarks.quality.__main__ import end_with_parent
+from benchmarks.quality.pool import end_with_parent
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")

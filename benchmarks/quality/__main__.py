@@ -1,11 +1,6 @@
 """The command ``python -m benchmarks.quality``."""
 
-import concurrent.futures
-import multiprocessing
-import multiprocessing.connection
-import os
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +8,6 @@ from typing import Annotated
 import typer
 from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.progress import track
 
 from benchmarks.quality import store
 from benchmarks.quality.ablation import ablation_table
@@ -21,10 +15,11 @@ from benchmarks.quality.contest import LOWEST, USUAL
 from benchmarks.quality.grids import GRIDS
 from benchmarks.quality.methods import LORA, PEFT_LORA
 from benchmarks.quality.parity import losses
-from benchmarks.quality.runs import Run, execute
+from benchmarks.quality.pool import make
+from benchmarks.quality.runs import Run
 from benchmarks.quality.tables import contest_table, headroom_table, reference_table
 from benchmarks.quality.tasks import TASKS, digest
-from tunerkit.cli.assets import cache_folder, demo_model
+from tunerkit.cli.assets import cache_folder
 
 _MINUTES = 2  # of one core, for a run: the median of the rows there are, rounded up
 ROWS = Path(__file__).parent / "rows"
@@ -78,37 +73,6 @@ def unmade(grid: str, task: str | None, rows: Mapping[str, Sequence[store.Row]])
         raise ValueError(f"no task named {', '.join(unknown)}; there are: {', '.join(TASKS)}")
     done = {row["key"] for row in rows.get(grid, ())}
     return [each for each in GRIDS[grid](rows) if each.task in names and each.key not in done]
-
-
-def make(runs: list[Run], file: Path, jobs: int, console: Console) -> None:
-    """Each run in a process of its own, and its row added by this one alone."""
-    cache = cache_folder()
-    for name in {each.task for each in runs}:
-        TASKS[name].cut(cache)  # fetched once, before processes would race for it
-    demo_model(cache)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    # Spawned: forking a process in which torch has threads is not safe.
-    context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, initializer=end_with_parent)
-    try:
-        waiting = [pool.submit(execute, each, cache) for each in runs]
-        finished = concurrent.futures.as_completed(waiting)
-        for done in track(finished, total=len(waiting), console=console, description=file.stem):
-            store.append(file, done.result())
-    finally:
-        pool.shutdown(cancel_futures=True)  # one that failed ends it all: what was not begun is left for the next time
-
-
-def end_with_parent() -> None:
-    """Let this process end when the one that made it does, killed or not: a row that it made would be lost."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 @app.command()
