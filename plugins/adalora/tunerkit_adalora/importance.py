@@ -128,10 +128,11 @@ def _average_(
     # Asked of I and not of the gradient: a bad gradient always shows there (0·∞ is NaN), and so does an overflow of the
     # product. I is never negative, so its largest value says it in one pass: NaN passes through it and is no less.
     finite = current.amax(dim=tuple(range(1, current.ndim)), keepdim=True) < torch.inf
-    # What is left out moves towards where it is: x + w · (x − x) is x, bit for bit.
-    torch.where(finite, current, mean, out=current)
-    mean.lerp_(current, 1 - beta1)
+    # What is left out moves by 0 towards what is there: x + 0 · (y − x) is x, bit for bit, if only y is finite.
+    current.nan_to_num_(nan=0.0, posinf=0.0)
+    used = finite.to(mean.dtype)
+    pace = used * (1 - beta1)
+    mean.lerp_(current, pace)
     current.sub_(mean).abs_()
-    torch.where(finite, current, spread, out=current)
-    spread.lerp_(current, 1 - beta2)
+    spread.lerp_(current, pace if beta1 == beta2 else used * (1 - beta2))
     return finite.logical_not().sum()

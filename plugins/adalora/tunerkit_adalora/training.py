@@ -54,7 +54,7 @@ def start(tuner: Tuner, total_steps: int) -> Training:
     """
     config = config_of(tuner)
     layers = layers_of(tuner)
-    _refuse_sharded(tuner, layers)
+    _refuse_sharded(tuner, weights_of(layers))
     there = sum(len(layer.lam) * cost for layer, cost in zip(layers, costs_of(config, layers), strict=True))
     configured = schedule_of(tuner, total_steps)
     check_bounds(config, tuner.targets, layers, configured.target)
@@ -67,10 +67,10 @@ def start(tuner: Tuner, total_steps: int) -> Training:
     )
 
 
-def _refuse_sharded(tuner: Tuner, layers: Sequence[SvdLayer]) -> None:
+def _refuse_sharded(tuner: Tuner, weights: Sequence[Tensor]) -> None:
     # Where nobody has imported it there is none, and importing it takes long.
     sharding = sys.modules.get("torch.distributed.tensor")
-    if sharding is not None and any(isinstance(p, sharding.DTensor) for layer in layers for p in layer.parameters()):
+    if sharding is not None and any(isinstance(weight, sharding.DTensor) for weight in weights):
         raise StepError(
             f"adapter {tuner.name!r} has DTensors for weights (fully_shard?), and AdaLoRA scores whole triplets: it "
             "cannot train them yet; train in one process or with DDP"
@@ -80,15 +80,15 @@ def _refuse_sharded(tuner: Tuner, layers: Sequence[SvdLayer]) -> None:
 def regularise(tuner: Tuner, grad_scale: Tensor | None) -> None:
     """Add the orthogonality regulariser's gradient, once per step, scaled as the gradients are."""
     config = config_of(tuner)
-    layers = layers_of(tuner)
-    _refuse_sharded(tuner, layers)
-    if [len(layer.lam) for layer in layers] != training_of(tuner).sizes:
+    weights = weights_of(layers_of(tuner))
+    _refuse_sharded(tuner, weights)
+    if [lam.shape[0] for lam in weights[1::3]] != training_of(tuner).sizes:
         raise StepError(
             f"adapter {tuner.name!r} has other ranks than when it was attached (load_state_dict of a checkpoint?), so "
             "the optimizer's state does not fit; load the optimizer's state too, then tunerkit.load_state"
         )
     if config.gamma > 0:
-        pairs = [(layer.p, layer.q) for layer in layers]
+        pairs = list(zip(weights[0::3], weights[2::3], strict=True))
         add_gradient_(pairs, gamma=config.gamma, form=config.orthogonality, grad_scale=grad_scale)
 
 
