@@ -657,6 +657,13 @@ def test_an_interval_draws_tasks_and_seeds() -> None:
     assert 1.5 < high <= 2
 
 
+def test_tables_of_nothing_are_their_heads(tmp_path: Path) -> None:
+    """Before the first run there is nothing to tell, and it is told."""
+    result = CliRunner().invoke(command.app, ["tables", "--rows", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "| task | r = 1 |" in result.output
+
+
 def test_headroom_is_a_point_between_rank_one_and_eight() -> None:
     """Differences are by seed, so a shift that all seeds share has no spread."""
     steep = rows("steep", 1, 1e-3, [0.5, 0.7]) + rows("steep", 8, 1e-3, [0.52, 0.72])

@@ -96,7 +96,7 @@ def ablation_table(rows: Sequence[Row]) -> list[str]:
     found: list[tuple[float, str]] = []
     for change in CHANGES:
         differences = [each for task in tasks if len(each := over_lora(rows, task, change))]
-        if len(differences) == len(tasks):
+        if differences and len(differences) == len(tasks):
             mean, low, high = interval(differences)
             shown = [f"{each.mean():+.2f} ({len(each)})" for each in differences]
             found.append((mean, f"| {change} | {' | '.join(shown)} | {mean:+.2f} [{low:+.2f}, {high:+.2f}] |"))

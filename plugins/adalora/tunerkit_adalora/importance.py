@@ -78,8 +78,9 @@ def smooth_(
     """
     if not weights:
         return torch.zeros((), dtype=torch.int64)
-    left_out = [_smooth_stack_(weights, grads, stack, beta1, beta2) for stack in stacks]
-    return torch.stack([count.to(weights[0].device) for count in left_out]).sum()
+    taken = [_smooth_stack_(weights, grads, stack, beta1, beta2) for stack in stacks]
+    given = sum(grad is not None and grad.numel() > 0 for grad in grads)
+    return given - torch.stack([count.to(weights[0].device) for count in taken]).sum()
 
 
 def triplet_scores(stacks: Sequence[Stack]) -> list[Tensor]:
@@ -102,7 +103,7 @@ def triplet_scores(stacks: Sequence[Stack]) -> list[Tensor]:
 def _smooth_stack_(
     weights: Sequence[Tensor], grads: Sequence[Tensor | None], stack: Stack, beta1: float, beta2: float
 ) -> Tensor:
-    """One stack of `smooth_`; how many of its weights were left out, 0-d int64."""
+    """One stack of `smooth_`; how many of its weights were averaged, 0-d int64."""
     slopes = {row: grad for row, place in enumerate(stack.members) if (grad := grads[place]) is not None}
     if not slopes or not stack.sensitivity.numel():
         return torch.zeros((), dtype=torch.int64, device=stack.sensitivity.device)
@@ -113,9 +114,9 @@ def _smooth_stack_(
     # By rows and not by an index: making one on the device would be waited for.
     rows = [[average[row] for row in slopes] for average in (list(means.unbind()), list(spreads.unbind()))]
     mean, spread = torch.stack(rows[0]), torch.stack(rows[1])
-    left_out = _average_(used, list(slopes.values()), mean, spread, beta1, beta2)
+    taken = _average_(used, list(slopes.values()), mean, spread, beta1, beta2)
     torch._foreach_copy_([*rows[0], *rows[1]], [*mean.unbind(), *spread.unbind()])
-    return left_out
+    return taken
 
 
 def _average_(
@@ -135,4 +136,4 @@ def _average_(
     mean.lerp_(current, pace)
     current.sub_(mean).abs_()
     spread.lerp_(current, pace if beta1 == beta2 else used * (1 - beta2))
-    return finite.logical_not().sum()
+    return finite.count_nonzero()

@@ -70,7 +70,8 @@ def start(tuner: Tuner, total_steps: int) -> Training:
 def _refuse_sharded(tuner: Tuner, weights: Sequence[Tensor]) -> None:
     # Where nobody has imported it there is none, and importing it takes long.
     sharding = sys.modules.get("torch.distributed.tensor")
-    if sharding is not None and any(isinstance(weight, sharding.DTensor) for weight in weights):
+    # By the few types and not by the many weights: this is asked at each step.
+    if sharding is not None and any(issubclass(kind, sharding.DTensor) for kind in {type(w) for w in weights}):
         raise StepError(
             f"adapter {tuner.name!r} has DTensors for weights (fully_shard?), and AdaLoRA scores whole triplets: it "
             "cannot train them yet; train in one process or with DDP"
