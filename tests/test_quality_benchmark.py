@@ -113,6 +113,7 @@ def test_a_cut_is_the_same_every_time_and_no_row_is_in_two_parts(tmp_path: Path)
 def test_every_task_takes_three_hundred_steps_or_more() -> None:
     """Shorter trainings say little of a schedule that is a share of them."""
     assert all(tasks.TASKS[name].steps >= 300 for name in tasks.CURVES)
+    assert {*tasks.TASKS} - {*tasks.CURVES} == {"definitions"}  # the language model's, a step of which takes seconds
 
 
 @pytest.mark.parametrize(
@@ -506,6 +507,16 @@ def test_every_change_is_a_setting_that_trains(change: str, toy: Path) -> None:
     run = Run("toy", methods.ADALORA, ablation.RANK, 5e-3, 0, ablation.settings_of(change))
     lora = execute(attrs.evolve(run, method=methods.LORA, settings={}), toy)
     assert execute(run, toy)["parameters"] <= lora["parameters"]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("grid", ["ablation", "rates", "contest"])
+def test_a_grid_whose_tasks_are_not_fixed_says_so(grid: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not end as if all had been run."""
+    for name in ("ABLATED", "COMPARED"):
+        monkeypatch.setattr(grids, name, ())
+    result = CliRunner().invoke(command.app, ["run", "--grid", grid, "--rows", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "not fixed yet" in result.output
 
 
 def test_changes_differ() -> None:
