@@ -90,7 +90,8 @@ def load(base: M, path: str | os.PathLike[str], *, adapter: str = "default", tra
 
 def warn_of_unspent_schedule(tuner: Tuner) -> None:
     """Tell of ranks that are still above their final budget: fine for a checkpoint, a surprise at the end."""
-    if tuner.steps == 0 or tuner.total_steps is None:
+    # Without the hook the budget is what the ranks are, now as at the end; to count them takes a while.
+    if tuner.steps == 0 or tuner.total_steps is None or not registry.implements("tunerkit_budget", tuner.method):
         return
     final = tuner.budget(tuner.total_steps)
     if tuner.budget() > final:

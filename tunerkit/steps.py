@@ -5,6 +5,7 @@ import operator
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any, SupportsIndex
 from weakref import WeakKeyDictionary, ref
 
@@ -250,7 +251,8 @@ def _before(
 
 def _stands_merged(tuner: Tuner) -> bool:
     """Whether merged weights stand where the adapter is: asked of its own places, not of the whole model, each step."""
-    return any(slots is not None and slots.merged for slots in map(slots_of, tuner.modules().values()))
+    places = chain(tuner.targets, tuner.copies, tuner.biases)
+    return any((slots := slots_of(place.module)) is not None and slots.merged for place in places)
 
 
 def _wrap_closure(driver: Driver, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:

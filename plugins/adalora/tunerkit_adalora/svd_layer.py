@@ -28,6 +28,12 @@ class SvdLayer(Adapter):
         _start(self, start)
 
     @property
+    def weights(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+        """``p``, ``lam``, ``q``; by name they are looked up in slow Python, which tells where all are asked for."""
+        own: Any = self._parameters
+        return own["p"], own["lam"], own["q"]
+
+    @property
     def mask(self) -> Tensor:
         """Which triplets are live, bool (r,). Assigned whole, never written into."""
         return self._mask

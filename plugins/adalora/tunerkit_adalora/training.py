@@ -21,13 +21,14 @@ from tunerkit_adalora.svd_layer import SvdLayer, apply_masks_
 
 @attrs.define(eq=False)
 class Training:
-    """AdaLoRA's training state. ``stacks`` are the averages of all layers' P, λ and Q.
+    """AdaLoRA's training state. ``layers`` are in the order of the targets, ``stacks`` the averages of their weights.
 
     ``averaged`` counts the steps since the last allocation, ``seen`` their gradients, ``left_out`` (0-d, on the
     device) the bad ones among these. ``blank`` until a step was averaged at all. ``sizes`` are the layers' triplets in
     memory, dead ones included.
     """
 
+    layers: list[SvdLayer]
     schedule: Schedule
     stacks: list[Stack]
     left_out: Tensor
@@ -59,6 +60,7 @@ def start(tuner: Tuner, total_steps: int) -> Training:
     configured = schedule_of(tuner, total_steps)
     check_bounds(config, tuner.targets, layers, configured.target)
     return Training(
+        layers=layers,
         schedule=attrs.evolve(configured, initial=there, target=min(configured.target, there)),
         stacks=new_stacks(weights_of(layers)),
         left_out=torch.zeros((), dtype=torch.int64, device=layers[0].lam.device),
@@ -83,7 +85,7 @@ def regularise(tuner: Tuner, grad_scale: Tensor | None) -> None:
     config = config_of(tuner)
     weights = weights_of(layers_of(tuner))
     _refuse_sharded(tuner, weights)
-    if [lam.shape[0] for lam in weights[1::3]] != training_of(tuner).sizes:
+    if [len(lam) for lam in weights[1::3]] != training_of(tuner).sizes:
         raise StepError(
             f"adapter {tuner.name!r} has other ranks than when it was attached (load_state_dict of a checkpoint?), so "
             "the optimizer's state does not fit; load the optimizer's state too, then tunerkit.load_state"
@@ -196,13 +198,15 @@ def config_of(tuner: Tuner) -> AdaLoraConfig:
 
 
 def layers_of(tuner: Tuner) -> list[SvdLayer]:
-    """The SVD layers in the order of the targets; looked up at each step, since FSDP2 replaces parameters."""
+    """The SVD layers in the order of the targets; those of the training if there is one, to look for none each step."""
+    if isinstance(tuner.state, Training):
+        return tuner.state.layers
     return [adapter for adapter in tuner.adapters().values() if isinstance(adapter, SvdLayer)]
 
 
 def weights_of(layers: Sequence[SvdLayer]) -> list[nn.Parameter]:
-    """p, lam, q of each layer, one after the other."""
-    return [weight for layer in layers for weight in (layer.p, layer.lam, layer.q)]
+    """p, lam, q of each layer, one after the other; taken from the layers at each step, since FSDP2 replaces them."""
+    return [weight for layer in layers for weight in layer.weights]
 
 
 def training_of(tuner: Tuner) -> Training:
@@ -250,15 +254,15 @@ def _beside(weights: Sequence[Tensor], stacks: list[Stack]) -> list[Stack]:
 def _allocate(tuner: Tuner, training: Training, keep: int, *, final: bool) -> dict[str, int]:
     """Give the budget ``keep`` to the triplets with the highest scores, mask the others; the new ranks."""
     config = config_of(tuner)
-    adapters = tuner.adapters()
+    paths = [target.path for target in tuner.targets]
     layers = layers_of(tuner)
     scores = triplet_scores(training.stacks)
     masks = allocate(
         scores,
         keep,
         costs=costs_of(config, layers) if config.budget_unit == "parameters" else None,
-        minimum=[config.minimum_at(path) for path in adapters],
-        maximum=[config.maximum_at(path) for path in adapters],
+        minimum=[config.minimum_at(path) for path in paths],
+        maximum=[config.maximum_at(path) for path in paths],
     )
     bad, ranked, *ranks = _brought_to_the_host(training.left_out, scores, masks)
     _judge_gradients(tuner, training, bad)
