@@ -250,9 +250,14 @@ def _before(
 
 
 def _stands_merged(tuner: Tuner) -> bool:
-    """Whether merged weights stand where the adapter is: asked of its own places, not of the whole model, each step."""
-    places = chain(tuner.targets, tuner.copies, tuner.biases)
-    return any((slots := slots_of(place.module)) is not None and slots.merged for place in places)
+    """Whether merged weights stand where the adapter is: asked of its own places, not of the whole model, each step.
+
+    Raises `AdapterError` if a place has no slots any more.
+    """
+    found = [slots_of(place.module) for place in chain(tuner.targets, tuner.copies, tuner.biases)]
+    if None in found:
+        list(tuner.slots())  # tells which
+    return any(slots is not None and slots.merged for slots in found)
 
 
 def _wrap_closure(driver: Driver, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:

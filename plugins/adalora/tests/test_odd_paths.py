@@ -99,6 +99,49 @@ def test_a_copy_may_go_on_where_the_original_stands(tmp_path: Path) -> None:
     assert tunerkit.tuner(twin).ranks() == tunerkit.tuner(model).ranks()
 
 
+def test_a_second_attach_trains_the_layers_that_are_there() -> None:
+    """Slots put back by hand from a copy are other modules than those that the first training saw."""
+    model = wrapped()
+    before = [copy.deepcopy(model.get_submodule(f"{place}.tunerkit")) for place in SETTINGS["targets"]]
+    train(model, attached(model), HALF)
+    for place, slots in zip(SETTINGS["targets"], before, strict=True):
+        model.get_submodule(place).tunerkit = slots
+    with pytest.warns(tunerkit.TunerkitWarning, match="begins anew"):
+        again = attached(model)
+    train(model, again, TOTAL)
+    alone = wrapped()
+    train(alone, attached(alone), TOTAL)
+    assert same(everything(model), everything(alone))
+
+
+@pytest.mark.parametrize("place", ["0", "2", "4"])
+def test_a_place_that_was_torn_out_is_told_before_anything_moves(place: str) -> None:
+    """At the next step and at `finish`; once it is back, training goes on as if nothing had happened."""
+    model, alone = wrapped(), wrapped()
+    optimizer, other = attached(model), attached(alone)
+    train(model, optimizer, HALF)
+    train(alone, other, HALF)
+    half = everything(model)
+    torn = model.get_submodule(place)._modules.pop("tunerkit")
+    for asked in (optimizer.step, tunerkit.tuner(model).finish):
+        with pytest.raises(tunerkit.AdapterError, match=f"gone from the model at '{place}'"):
+            asked()
+    model.get_submodule(place)._modules["tunerkit"] = torn
+    assert same(everything(model), half)
+    train(model, optimizer, TOTAL - HALF)
+    train(alone, other, TOTAL - HALF)
+    assert same(everything(model), everything(alone))
+
+
+def test_weights_of_a_parametrised_layer_are_its_attributes() -> None:
+    """A parametrised factor is no parameter of the layer any more."""
+    model = wrapped()
+    layer = layers(model)[0]
+    torch.nn.utils.parametrize.register_parametrization(layer, "q", nn.Identity())
+    assert all(a is b for a, b in zip(layer.weights[:2], (layer.p, layer.lam), strict=True))
+    assert torch.equal(layer.weights[2], layer.q)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("when", [2, HALF, 16])
 def test_training_goes_on_to_the_budget_after_a_change_of_dtype(dtype: torch.dtype, when: int) -> None:

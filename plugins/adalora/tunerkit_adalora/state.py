@@ -47,7 +47,7 @@ def restore(tuner: Tuner, saved: State) -> None:
         raise StepError("the saved averages and masks do not fit this adapter; load the adapter they were saved with")
     for name, average in _named(*averages, []).items():
         average.copy_(saved.tensors[name])
-    training.stacks = stacks
+    training.layers, training.stacks = layers, stacks
     for i, layer in enumerate(layers):
         layer.mask = saved.tensors[f"mask.{i}"].to(layer.mask.device, copy=True)
     training.schedule = attrs.evolve(training.schedule, initial=number["initial"], target=number["target"])

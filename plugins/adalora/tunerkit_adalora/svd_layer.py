@@ -29,9 +29,12 @@ class SvdLayer(Adapter):
 
     @property
     def weights(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
-        """``p``, ``lam``, ``q``; by name they are looked up in slow Python, which tells where all are asked for."""
-        own: Any = self._parameters
-        return own["p"], own["lam"], own["q"]
+        """``p``, ``lam``, ``q``; not by attribute, which torch looks up in Python: each step asks all layers."""
+        own = self._parameters
+        p, lam, q = own.get("p"), own.get("lam"), own.get("q")
+        if p is None or lam is None or q is None:  # parametrised or flattened: there as attributes alone
+            return self.p, self.lam, self.q
+        return p, lam, q
 
     @property
     def mask(self) -> Tensor:

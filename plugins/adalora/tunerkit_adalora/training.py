@@ -23,6 +23,9 @@ from tunerkit_adalora.svd_layer import SvdLayer, apply_masks_
 class Training:
     """AdaLoRA's training state. ``layers`` are in the order of the targets, ``stacks`` the averages of their weights.
 
+    The layers were in the model at the last allocation; the step hooks take them from here, since to look for all of
+    them costs more than what is done with them.
+
     ``averaged`` counts the steps since the last allocation, ``seen`` their gradients, ``left_out`` (0-d, on the
     device) the bad ones among these. ``blank`` until a step was averaged at all. ``sizes`` are the layers' triplets in
     memory, dead ones included.
@@ -83,9 +86,10 @@ def _refuse_sharded(tuner: Tuner, weights: Sequence[Tensor]) -> None:
 def regularise(tuner: Tuner, grad_scale: Tensor | None) -> None:
     """Add the orthogonality regulariser's gradient, once per step, scaled as the gradients are."""
     config = config_of(tuner)
-    weights = weights_of(layers_of(tuner))
+    training = training_of(tuner)
+    weights = weights_of(training.layers)
     _refuse_sharded(tuner, weights)
-    if [len(lam) for lam in weights[1::3]] != training_of(tuner).sizes:
+    if [len(lam) for lam in weights[1::3]] != training.sizes:
         raise StepError(
             f"adapter {tuner.name!r} has other ranks than when it was attached (load_state_dict of a checkpoint?), so "
             "the optimizer's state does not fit; load the optimizer's state too, then tunerkit.load_state"
@@ -103,7 +107,7 @@ def advance(tuner: Tuner, step: int) -> dict[str, int] | None:
     allocations.
     """
     training = training_of(tuner)
-    layers = layers_of(tuner)
+    layers = training.layers
     if training.last_step == 0 and not training.final:
         for layer in layers:
             layer.set_mask(torch.ones_like(layer.mask), rank=len(layer.mask))
@@ -198,14 +202,12 @@ def config_of(tuner: Tuner) -> AdaLoraConfig:
 
 
 def layers_of(tuner: Tuner) -> list[SvdLayer]:
-    """The SVD layers in the order of the targets; those of the training if there is one, to look for none each step."""
-    if isinstance(tuner.state, Training):
-        return tuner.state.layers
+    """The SVD layers in the order of the targets, as they are in the model now."""
     return [adapter for adapter in tuner.adapters().values() if isinstance(adapter, SvdLayer)]
 
 
 def weights_of(layers: Sequence[SvdLayer]) -> list[nn.Parameter]:
-    """p, lam, q of each layer, one after the other; taken from the layers at each step, since FSDP2 replaces them."""
+    """p, lam, q of each layer, one after the other; asked for at each step, since loading may replace them."""
     return [weight for layer in layers for weight in layer.weights]
 
 
@@ -255,7 +257,7 @@ def _allocate(tuner: Tuner, training: Training, keep: int, *, final: bool) -> di
     """Give the budget ``keep`` to the triplets with the highest scores, mask the others; the new ranks."""
     config = config_of(tuner)
     paths = [target.path for target in tuner.targets]
-    layers = layers_of(tuner)
+    layers = training.layers = layers_of(tuner)
     scores = triplet_scores(training.stacks)
     masks = allocate(
         scores,
