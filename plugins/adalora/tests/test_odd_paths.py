@@ -18,7 +18,8 @@ X = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
 LABELS = torch.randint(0, 3, (8,), generator=torch.Generator().manual_seed(2))
 TOTAL, HALF = 20, 8
 # Allocations after steps 6, 9, 12 and 14, where the final phase with a budget of 2 x 3 begins.
-SETTINGS = {"targets": ["0", "2", "4"], "target_rank": 2, "init_rank": 4, "t_init": 4, "t_final": 6, "delta_t": 3}
+TARGETS = ["0", "2", "4"]
+SETTINGS = {"targets": TARGETS, "target_rank": 2, "init_rank": 4, "t_init": 4, "t_final": 6, "delta_t": 3}
 
 
 def wrapped(**changes: Any) -> nn.Module:
@@ -102,9 +103,9 @@ def test_a_copy_may_go_on_where_the_original_stands(tmp_path: Path) -> None:
 def test_a_second_attach_trains_the_layers_that_are_there() -> None:
     """Slots put back by hand from a copy are other modules than those that the first training saw."""
     model = wrapped()
-    before = [copy.deepcopy(model.get_submodule(f"{place}.tunerkit")) for place in SETTINGS["targets"]]
+    before = [copy.deepcopy(model.get_submodule(f"{place}.tunerkit")) for place in TARGETS]
     train(model, attached(model), HALF)
-    for place, slots in zip(SETTINGS["targets"], before, strict=True):
+    for place, slots in zip(TARGETS, before, strict=True):
         model.get_submodule(place).tunerkit = slots
     with pytest.warns(tunerkit.TunerkitWarning, match="begins anew"):
         again = attached(model)
