@@ -13,7 +13,7 @@ from benchmarks.quality.tasks import CURVES
 
 # The ends of the curve come first: they say whether a task has headroom.
 ENDS, BETWEEN = (1, 8), (2, 4, 16)
-# Fixed from the grid headroom before any run of AdaLoRA on them: rank 8 is a point or more above rank 1, by three seeds.
+# Fixed before any run of AdaLoRA on them: by three seeds of the grid headroom, rank 8 is a point or more above rank 1.
 HEADROOM: tuple[str, ...] = ("fashion-10", "digits-10", "cifar-10", "nyt-3", "amazon-3/qv")
 # The defaults are chosen on these; digits-10 and amazon-3/qv are left to confirm them.
 ABLATED: tuple[str, ...] = ("fashion-10", "cifar-10", "nyt-3")
