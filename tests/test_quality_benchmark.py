@@ -468,8 +468,8 @@ def is_running(pid: int) -> bool:
     return state.rpartition(")")[2].split()[0] != "Z"
 
 
-def row_of(run: Run, accuracy: float) -> store.Row:
-    return {"key": run.key, **attrs.asdict(run), "validation": {"accuracy": accuracy}}
+def row_of(run: Run, accuracy: float, loss: float | None = 1.0) -> store.Row:
+    return {"key": run.key, **attrs.asdict(run), "validation": {"accuracy": accuracy, "loss": loss}}
 
 
 def test_ranks_between_the_ends_take_the_rates_from_one_to_the_other() -> None:
@@ -539,7 +539,7 @@ def test_an_ablation_stands_at_the_best_rate_of_lora(monkeypatch: pytest.MonkeyP
 
 
 def test_a_change_is_told_as_points_over_lora() -> None:
-    """By seed; the best first, and a change that one task lacks not at all."""
+    """By seed; the best first, and a change that one task lacks not at all. Beside it what it makes of the loss."""
     both = ("movie-2", "nyt-3")
     lora = [row_of(Run(task, "lora", 1, 1e-3, seed), 0.5 + seed / 10) for task in both for seed in (0, 1)]
     better, worse, half = list(ablation.CHANGES)[:3]
@@ -547,7 +547,7 @@ def test_a_change_is_told_as_points_over_lora() -> None:
     def made(change: str, tasks: tuple[str, ...], gain: float) -> list[store.Row]:
         settings = ablation.settings_of(change)
         return [
-            row_of(Run(task, "adalora", 1, 1e-3, seed, settings), 0.5 + seed / 10 + gain)
+            row_of(Run(task, "adalora", 1, 1e-3, seed, settings), 0.5 + seed / 10 + gain, 1 - gain)
             for task in tasks
             for seed in (0, 1)
         ]
@@ -556,7 +556,7 @@ def test_a_change_is_told_as_points_over_lora() -> None:
         [*lora, *made(worse, both, -0.02), *made(better, both, 0.01), *made(half, both[:1], 1)]
     )
     assert [line.split(" | ")[0] for line in table[2:]] == [f"| {better}", f"| {worse}"]
-    assert table[2].endswith("| +1.00 (2) | +1.00 (2) | +1.00 [+1.00, +1.00] |")
+    assert table[2].endswith("| +1.00 (2) | +1.00 (2) | +1.00 [+1.00, +1.00] | -1.0 [-1.0, -1.0] |")
 
 
 # The contest

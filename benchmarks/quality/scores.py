@@ -73,3 +73,9 @@ def interval(differences: Sequence[Floats]) -> tuple[float, float, float]:
     chosen = rng.integers(count, size=(1, count, _DRAWS))
     low, high = np.quantile(np.take_along_axis(means, chosen, axis=0)[0].mean(axis=0), [0.025, 0.975])
     return float(np.mean([each.mean() for each in differences])), float(low), float(high)
+
+
+def told(differences: Sequence[Floats], *, digits: int = 2) -> str:
+    """`interval` in words: the mean, and the interval in brackets where every task has more than one seed."""
+    mean, low, high = (f"{value:+.{digits}f}" for value in interval(differences))
+    return f"{mean} [{low}, {high}]" if min(map(len, differences)) > 1 else mean

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from benchmarks.quality import contest, methods
 from benchmarks.quality.grids import BETWEEN, ENDS, Rows, rate_for
-from benchmarks.quality.scores import Cell, Floats, best, interval, paired, tested
+from benchmarks.quality.scores import Cell, Floats, best, paired, tested, told
 from benchmarks.quality.store import Row
 
 HEADROOM = 1.0  # points between the ranks 1 and 8, below which a curve counts as flat
@@ -28,7 +28,7 @@ def headroom_table(rows: Sequence[Row]) -> list[str]:
             difference = paired(cells[8], cells[1])
             gain = float(difference.mean())
             if len(difference) > 1:
-                shown += [_spread([difference]), "yes" if gain >= HEADROOM else "no"]
+                shown += [told([difference]), "yes" if gain >= HEADROOM else "no"]
             else:
                 shown += [f"{gain:+.2f}", "open"]
         else:
@@ -57,9 +57,9 @@ def contest_table(rows: Rows, rank: int) -> list[str]:
                 shown.append("")
             else:
                 differences.append(paired(cell, lora))
-                shown.append(_spread(differences[-1:]))
+                shown.append(told(differences[-1:]))
         lines.append(f"| {task} | {' | '.join(shown)} |")
-    means = [_spread(each) if each else "" for each in (own, same, peers)]
+    means = [told(each) if each else "" for each in (own, same, peers)]
     return [*lines, f"| mean of tasks |  |  | {' | '.join(means)} |"]
 
 
@@ -85,11 +85,6 @@ def cell_on_test(rows: Rows, task: str, method: str, rank: int, *, rate: float |
         return None
     found = [row for row in rows.get("contest", ()) if (row["task"], row["method"], row["rank"]) == wanted]
     return tested(found, chosen)
-
-
-def _spread(differences: Sequence[Floats]) -> str:
-    mean, low, high = interval(differences)
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def _shown(cell: Cell) -> str:
