@@ -12,7 +12,7 @@ import attrs
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 for _module in ("peft", "transformers", "typer", "rich", "tunerkit_lora", "tunerkit_adalora"):
     pytest.importorskip(_module, reason=f"the benchmark needs {_module}")
@@ -249,6 +249,19 @@ def test_held_bytes_are_those_of_living_tensors() -> None:
     assert held_bytes() - before == 4000
     hidden.clear()
     assert held_bytes() == before
+
+
+def test_held_bytes_pass_by_tensors_without_a_storage() -> None:
+    """What is left of a torch.func transform, wherever somebody keeps it, and sparse tensors."""
+    before = held_bytes()
+    kept = [torch.ones(3).to_sparse()]
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x.sum()
+
+    torch.func.vmap(keep)(torch.ones(3, 2))
+    assert held_bytes() - before < 1000
 
 
 # Contenders

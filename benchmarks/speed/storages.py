@@ -21,7 +21,9 @@ def held_bytes() -> int:
     for _ in range(3):  # what finalizers of one collection let go, the next one finds
         gc.collect()
     tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor) and not is_lazy(found)]
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t.layout == torch.strided}
+    # Sparse tensors have no storage of their own, nor have what vmap and grad wrap around others while they run.
+    own = [tensor.untyped_storage() for tensor in tensors if torch._C._has_storage(tensor)]
+    storages = {storage._cdata: storage.nbytes() for storage in own}
     return sum(storages.values())
 
 
