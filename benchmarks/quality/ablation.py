@@ -28,6 +28,8 @@ BASE: Mapping[str, Any] = {
 }
 _FOUR = {"init_rank": 4, "alpha": 8.0}
 _EIGHT = {"init_rank": 8, "alpha": 16.0}
+_LATE = {"t_init": 0.5, "t_final": 0.2}
+_ONCE = {"t_init": 0.69, "t_final": 0.3}  # one multiple of delta_t lies between, where the final phase begins
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     "nothing": {},
     # How much there is to choose from; the scale stays 2.
@@ -63,6 +65,16 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "init_rank 4, turned after, score squared per parameter": {
         **_FOUR,
         methods.EXPERIMENT: {"rotate": "after", "score": "squared", "per_parameter": True},
+    },
+    # More to learn with for longer: triplets go late, or all at once.
+    "init_rank 4, t_init 0.5, t_final 0.2": {**_FOUR, **_LATE},
+    "init_rank 8, t_init 0.5, t_final 0.2": {**_EIGHT, **_LATE},
+    "init_rank 8, t_init 0.5, t_final 0.2, turned after": {**_EIGHT, **_LATE, methods.EXPERIMENT: {"rotate": "after"}},
+    "init_rank 8, cut once at 0.7": {**_EIGHT, **_ONCE},
+    "init_rank 8, cut once at 0.7, turned before, score by size": {
+        **_EIGHT,
+        **_ONCE,
+        methods.EXPERIMENT: {"rotate": "before", "score": "magnitude"},
     },
     # Where they start and how they move.
     "start gaussian": {"start": "gaussian"},
