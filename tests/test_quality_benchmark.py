@@ -18,6 +18,7 @@ import torch
 
 for _module in (
     "filelock",
+    "matplotlib",
     "peft",
     "PIL",
     "timm",
@@ -31,6 +32,7 @@ for _module in (
     pytest.importorskip(_module, reason=f"the benchmark needs {_module}")
 
 from filelock import FileLock  # noqa: E402
+from matplotlib.container import ErrorbarContainer  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers import AutoModel, AutoTokenizer, LlamaConfig  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
@@ -45,6 +47,7 @@ from benchmarks.quality import (  # noqa: E402
     images,
     methods,
     parity,
+    plots,
     pool,
     rates,
     runs,
@@ -686,3 +689,38 @@ def test_headroom_is_a_point_between_rank_one_and_eight() -> None:
     assert "+0.50 [+0.50, +0.50] | no" in table[3]
     assert "yes" not in table[4]
     assert table[5].endswith("| 60.00 (0.001, 1) |  | +10.00 | open |")
+
+
+# Pictures
+
+
+def test_curves_are_drawn_from_the_best_rates(compared: dict[str, list[store.Row]]) -> None:
+    """LoRA's and AdaLoRA's ranks that have rows, each at its best rate, and the first seed over all rates."""
+    (axes,) = plots.draw_sizes(("movie-2",), compared).axes[:1]
+    curves: dict[str, Any] = {
+        str(each.get_label()): each.lines[0].get_xydata()
+        for each in axes.containers
+        if isinstance(each, ErrorbarContainer)
+    }
+    assert curves.keys() == {"LoRA", "AdaLoRA"}
+    for method, label in (("lora", "LoRA"), ("adalora", "AdaLoRA")):
+        made = {rank: grids.made_for(Run("movie-2", method, rank, 0.0, 0), compared) for rank in (1, 8)}
+        assert curves[label].tolist() == [[rank, scores.best(found).mean] for rank, found in made.items()]
+    (axes,) = plots.draw_rates(("movie-2",), compared).axes[:1]
+    lora = next(line for line in axes.lines if line.get_label() == "LoRA")
+    tried, accuracies = (np.asarray(values) for values in lora.get_data())
+    assert tried.tolist() == sorted({row["learning_rate"] for row in compared["headroom"] if row["rank"] == 1})
+    assert tried[np.argmax(accuracies)] == pytest.approx(2e-3)
+
+
+def test_pictures_are_written_of_what_there_is(tmp_path: Path) -> None:
+    """Of no rows, empty panels; the ranks of the first run of AdaLoRA on a task."""
+    ranks = {f"layer.{layer}.{name}": layer for layer in range(3) for name in ("query", "value")}
+    for seed in (10, 11):
+        row = {**row_of(Run("amazon-3/qv", "adalora", 1, 1e-3, seed, tested=True), 0.5), "ranks": ranks}
+        store.append(tmp_path / "contest.jsonl", row)
+    out = tmp_path / "out"
+    result = CliRunner().invoke(command.app, ["plots", "--rows", str(tmp_path), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert {file.name for file in out.iterdir()} == {"sizes.png", "rates.png", "ranks-amazon-3-qv.png"}
+    assert plots.draw_map(store.read_all(tmp_path)["contest"][0]).axes[0].get_title() == "amazon-3/qv, seed 10"

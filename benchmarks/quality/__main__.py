@@ -12,13 +12,14 @@ from rich.console import Console
 from benchmarks.quality import store
 from benchmarks.quality.ablation import ablation_table
 from benchmarks.quality.contest import LOWEST, USUAL
-from benchmarks.quality.grids import GRIDS
-from benchmarks.quality.methods import LORA, PEFT_LORA
+from benchmarks.quality.grids import GRIDS, HEADROOM
+from benchmarks.quality.methods import ADALORA, LORA, PEFT_LORA
 from benchmarks.quality.parity import losses
+from benchmarks.quality.plots import draw_map, draw_rates, draw_sizes
 from benchmarks.quality.pool import make
 from benchmarks.quality.runs import Run
 from benchmarks.quality.tables import contest_table, headroom_table, reference_table
-from benchmarks.quality.tasks import TASKS, digest
+from benchmarks.quality.tasks import CURVES, TASKS, digest
 from tunerkit.cli.assets import cache_folder
 
 _MINUTES = 2  # of one core, for a run: the median of the rows there are, rounded up
@@ -89,6 +90,22 @@ def tables(rows: Annotated[Path, typer.Option(help="The folder of rows.")] = ROW
         print("\n".join([f"{name}\n", *lines, ""]))
     for name, made in found.items():
         print(f"{name}: {len(made)} runs, {sum(row['seconds']['all'] for row in made) / 3600:.2f} hours of one core")
+
+
+@app.command()
+def plots(
+    out: Annotated[Path, typer.Option(help="The folder of the pictures.")] = Path("out/quality"),
+    rows: Annotated[Path, typer.Option(help="The folder of rows.")] = ROWS,
+) -> None:
+    """Draw accuracy over size and over learning rate, and ranks: those of AdaLoRA's first run on a task's test rows."""
+    found = store.read_all(rows)
+    pictures = {"sizes": draw_sizes(CURVES, found), "rates": draw_rates(HEADROOM, found)}
+    firsts = {row["task"]: row for row in reversed(found.get("contest", ())) if row["method"] == ADALORA}
+    pictures |= {f"ranks-{task.replace('/', '-')}": draw_map(row) for task, row in firsts.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    for name, figure in pictures.items():
+        figure.savefig(out / f"{name}.png", dpi=100)
+        print(out / f"{name}.png")
 
 
 @app.command()

@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.quality import methods
 from benchmarks.quality.runs import Run
-from benchmarks.quality.scores import told
+from benchmarks.quality.scores import points_of, told
 from benchmarks.quality.store import Row
 
 RANK = 1
@@ -114,7 +114,7 @@ def ablation_table(rows: Sequence[Row]) -> list[str]:
     for change in CHANGES:
         pairs = {task: beside_lora(rows, task, change) for task in tasks}
         if pairs and all(pairs.values()):
-            points = [np.array([_points(own) - _points(lora) for own, lora in each]) for each in pairs.values()]
+            points = [np.array([points_of(own) - points_of(lora) for own, lora in each]) for each in pairs.values()]
             losses = [np.array([_loss_over(own, lora) for own, lora in each]) for each in pairs.values()]
             shown = [f"{each.mean():+.2f} ({len(each)})" for each in points]
             line = f"| {' | '.join([change, *shown, told(points), told(losses, digits=1)])} |"
@@ -130,10 +130,6 @@ def beside_lora(rows: Sequence[Row], task: str, change: str) -> list[tuple[Row, 
     return [
         (row, lora[row["seed"]]) for row in own if (row["method"], row["settings"]) == wanted and row["seed"] in lora
     ]
-
-
-def _points(row: Row) -> float:
-    return 100 * float(row["validation"]["accuracy"])
 
 
 def _loss_over(row: Row, other: Row) -> float:

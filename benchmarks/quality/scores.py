@@ -32,11 +32,16 @@ class Cell:
         return float(self.points.std(ddof=1) / len(self.points) ** 0.5) if len(self.points) > 1 else float("nan")
 
 
+def points_of(row: Row, part: str = "validation") -> float:
+    """A row's accuracy on a part, in points."""
+    return 100 * float(row[part]["accuracy"])
+
+
 def best(rows: Iterable[Row]) -> Cell:
     """The validation accuracies at the rate that is best on average, of those with the most seeds."""
     by_rate: dict[float, dict[int, float]] = {}
     for row in rows:
-        by_rate.setdefault(row["learning_rate"], {})[row["seed"]] = 100 * row["validation"]["accuracy"]
+        by_rate.setdefault(row["learning_rate"], {})[row["seed"]] = points_of(row)
     most = max(map(len, by_rate.values()))
     whole = {rate: found for rate, found in by_rate.items() if len(found) == most}
     return _cell(*max(whole.items(), key=lambda item: float(np.mean(list(item[1].values())))))
@@ -44,7 +49,7 @@ def best(rows: Iterable[Row]) -> Cell:
 
 def tested(rows: Iterable[Row], rate: float) -> Cell | None:
     """The test accuracies at ``rate``; None if there are none."""
-    found = {row["seed"]: 100 * row["test"]["accuracy"] for row in rows if row["learning_rate"] == rate}
+    found = {row["seed"]: points_of(row, "test") for row in rows if row["learning_rate"] == rate}
     return _cell(rate, found) if found else None
 
 

@@ -1,0 +1,75 @@
+"""Pictures from rows: accuracy over size and over learning rate, and the ranks that AdaLoRA chose."""
+
+import math
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.quality import methods
+from benchmarks.quality.contest import LOWEST
+from benchmarks.quality.grids import BETWEEN, ENDS, Rows, made_for
+from benchmarks.quality.rates import SEEDS
+from benchmarks.quality.runs import Run
+from benchmarks.quality.scores import best, points_of
+from benchmarks.quality.store import Row
+from tunerkit.report.plots import draw_ranks
+from tunerkit.report.rank_map import rank_map
+
+_COLUMNS = 3
+_NAMES = {methods.LORA: "LoRA", methods.ADALORA: "AdaLoRA", methods.PEFT_ADALORA: "PEFT's AdaLoRA"}
+_RANKS = sorted((*ENDS, *BETWEEN))
+
+
+def draw_sizes(tasks: Sequence[str], rows: Rows) -> Figure:
+    """Validation accuracy, in points, over the rank whose number of parameters a method has; a panel for each task."""
+    figure, panels = _panels(tasks)
+    for task, axes in zip(tasks, panels, strict=True):
+        for method in (methods.LORA, methods.ADALORA):
+            made = {rank: made_for(Run(task, method, rank, 0.0, 0), rows) for rank in _RANKS}
+            cells = {rank: best(found) for rank, found in made.items() if found}
+            errors = [0.0 if math.isnan(cell.error) else cell.error for cell in cells.values()]
+            means = [cell.mean for cell in cells.values()]
+            axes.errorbar(list(cells), means, yerr=errors, marker="o", capsize=3, label=_NAMES[method])
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(_RANKS, [str(rank) for rank in _RANKS])
+        axes.set_xlabel("size, as a rank of LoRA")
+    return _finished(figure, panels)
+
+
+def draw_rates(tasks: Sequence[str], rows: Rows, *, rank: int = LOWEST) -> Figure:
+    """Validation accuracy, in points, over the learning rate, of the first seed of the search."""
+    figure, panels = _panels(tasks)
+    for task, axes in zip(tasks, panels, strict=True):
+        for method, name in _NAMES.items():
+            made = made_for(Run(task, method, rank, 0.0, 0), rows)
+            points = {row["learning_rate"]: points_of(row) for row in made if row["seed"] == SEEDS[0]}
+            order = sorted(points)
+            axes.plot(order, [points[rate] for rate in order], marker="o", label=name)
+        axes.set_xscale("log")
+        axes.set_xlabel("learning rate")
+    return _finished(figure, panels)
+
+
+def draw_map(row: Row) -> Figure:
+    """The rank that AdaLoRA gave each matrix in one run."""
+    return draw_ranks(rank_map(row["ranks"]), title=f"{row['task']}, seed {row['seed']}")
+
+
+def _panels(tasks: Sequence[str]) -> tuple[Figure, list[Axes]]:
+    lines = math.ceil(len(tasks) / _COLUMNS)
+    figure = Figure(figsize=(4 * _COLUMNS, 3 * lines), layout="constrained")
+    panels: list[Axes] = list(figure.subplots(lines, _COLUMNS, squeeze=False).flat)
+    for spare in panels[len(tasks) :]:
+        spare.set_axis_off()
+    for task, axes in zip(tasks, panels, strict=False):
+        axes.set_title(task)
+        axes.set_ylabel("accuracy, points")
+        axes.grid(alpha=0.3)
+    return figure, panels[: len(tasks)]
+
+
+def _finished(figure: Figure, panels: Sequence[Axes]) -> Figure:
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    return figure
