@@ -237,8 +237,7 @@ def _before(
     ``args`` begins with the optimizer itself or not, depending on the torch release: a closure is found by being
     callable.
     """
-    if _stands_merged(driver.tuner):
-        raise StepError("the model is merged: a step would train nothing. Call tunerkit.unmerge before training on")
+    _refuse_misplaced(driver.tuner)
     closure = kwargs.get("closure")
     if closure is not None:
         return args, {**kwargs, "closure": _wrap_closure(driver, optimizer, closure)}
@@ -249,15 +248,16 @@ def _before(
     return None
 
 
-def _stands_merged(tuner: Tuner) -> bool:
-    """Whether merged weights stand where the adapter is: asked of its own places, not of the whole model, each step.
+def _refuse_misplaced(tuner: Tuner) -> None:
+    """Refuse a step while merged weights stand where the adapter is, or where it was torn out.
 
-    Raises `AdapterError` if a place has no slots any more.
+    Each step asks this, and so of the adapter's own places and not of the whole model.
     """
     found = [slots_of(place.module) for place in chain(tuner.targets, tuner.copies, tuner.biases)]
     if None in found:
-        list(tuner.slots())  # tells which
-    return any(slots is not None and slots.merged for slots in found)
+        list(tuner.slots())  # raises, and names the place
+    if any(slots is not None and slots.merged for slots in found):
+        raise StepError("the model is merged: a step would train nothing. Call tunerkit.unmerge before training on")
 
 
 def _wrap_closure(driver: Driver, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:

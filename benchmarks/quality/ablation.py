@@ -1,4 +1,4 @@
-"""AdaLoRA with one thing changed at a time, at LoRA's best learning rate."""
+"""AdaLoRA with one thing changed at a time, or a few together, at LoRA's best learning rate."""
 
 import itertools
 import math
