@@ -151,6 +151,17 @@ def test_pictures_are_stretched_and_scaled() -> None:
     assert len(found.lengths) == 2
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_normalisation_keeps_its_statistics_in_training(frozen: bool) -> None:
+    backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.BatchNorm2d(2), torch.nn.Flatten(1))
+    classifier = images.ImageClassifier(backbone.requires_grad_(not frozen))
+    assert classifier.train() is classifier
+    classifier(torch.randn(4, 3, 1, 1), torch.tensor([0, 1, 0, 1]))
+    assert torch.equal(backbone[1].running_mean, torch.zeros(2)) == frozen
+    assert classifier.training
+    assert not classifier.eval().training
+
+
 def test_a_file_of_pictures_is_read() -> None:
     """Its shape stands before its bytes, big end first."""
     content = bytes([0, 0, 8, 2]) + (2).to_bytes(4, "big") + (3).to_bytes(4, "big") + bytes(range(6))
