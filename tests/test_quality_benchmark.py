@@ -153,11 +153,13 @@ def test_pictures_are_stretched_and_scaled() -> None:
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_frozen_normalisation_keeps_its_statistics_in_training(frozen: bool) -> None:
-    backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.BatchNorm2d(2), torch.nn.Flatten(1))
+    norm = torch.nn.BatchNorm2d(2)
+    backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), norm, torch.nn.Flatten(1))
     classifier = images.ImageClassifier(backbone.requires_grad_(not frozen))
     assert classifier.train() is classifier
     classifier(torch.randn(4, 3, 1, 1), torch.tensor([0, 1, 0, 1]))
-    assert torch.equal(backbone[1].running_mean, torch.zeros(2)) == frozen
+    assert norm.running_mean is not None
+    assert torch.equal(norm.running_mean, torch.zeros(2)) == frozen
     assert classifier.training
     assert not classifier.eval().training
 
@@ -317,8 +319,9 @@ def loss(model: torch.nn.Module) -> torch.Tensor:
     return found
 
 
-def test_turning_keeps_what_is_added_and_makes_triplets_orthogonal() -> None:
-    """The loss stays, λ is 1, P and Q have orthogonal triplets, and gradients held as averages turn along."""
+@pytest.mark.parametrize("level", [1.0, 4.0])
+def test_turning_keeps_what_is_added_and_makes_triplets_orthogonal(level: float) -> None:
+    """The loss stays, λ is as told, P and Q have orthogonal triplets, and gradients held as averages turn along."""
     model, optimizer = adalora_net(steps=4)
     (layer,) = variants.layers_in(model)
     before = loss(model)
@@ -327,15 +330,62 @@ def test_turning_keeps_what_is_added_and_makes_triplets_orthogonal() -> None:
         assert weight.grad is not None
         optimizer.state[weight]["exp_avg"] = weight.grad.clone()
     optimizer.zero_grad()
-    variants.rotate_([layer], optimizer)
+    variants.rotate_([layer], optimizer, level=level)
     after = loss(model)
     torch.testing.assert_close(after, before)
-    assert layer.lam.tolist() == [1.0] * 4
+    assert layer.lam.tolist() == [level] * 4
     for gram in (layer.p.T @ layer.p, layer.q @ layer.q.T):
         torch.testing.assert_close(gram, torch.diag(gram.diag()), atol=1e-6, rtol=0)
     after.backward()
     for weight in (layer.p, layer.q):
         torch.testing.assert_close(optimizer.state[weight]["exp_avg"], weight.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_raising_keeps_what_is_added_and_gradients_held_as_averages() -> None:
+    model, optimizer = adalora_net(steps=4)
+    (layer,) = variants.layers_in(model)
+    before = loss(model)
+    before.backward()
+    for weight in (layer.p, layer.lam):
+        assert weight.grad is not None
+        optimizer.state[weight]["exp_avg"] = weight.grad.clone()
+        optimizer.state[weight]["exp_avg_sq"] = weight.grad.square()
+    optimizer.zero_grad()
+    lam = layer.lam.detach().clone()
+    variants.raise_([layer], optimizer, 4.0)
+    after = loss(model)
+    torch.testing.assert_close(after, before)
+    torch.testing.assert_close(layer.lam.detach(), 4 * lam)
+    after.backward()
+    for weight in (layer.p, layer.lam):
+        assert weight.grad is not None
+        torch.testing.assert_close(optimizer.state[weight]["exp_avg"], weight.grad, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(optimizer.state[weight]["exp_avg_sq"], weight.grad.square(), atol=1e-9, rtol=1e-4)
+
+
+def test_lambda_rises_as_the_budget_falls() -> None:
+    """From 4 triplets to 1, to about 4, but for what the optimizer adds; turned, to 4 at the last turn."""
+    for rotate in (None, "before", "after"):
+        with variants.changed(even=True, rotate=rotate):
+            model, _ = adalora_net(steps=50)
+        (layer,) = variants.layers_in(model)
+        assert layer.lam[layer.mask].item() == pytest.approx(4.0, abs=1.0)
+
+
+def test_q_starts_larger_or_orthonormal() -> None:
+    """What is added stays 0; the first gradient of P, times the scale, stays too where Q is only larger."""
+    slopes = []
+    for q_scale in (1.0, 4.0):
+        model, _ = adalora_net(steps=0)
+        variants.restart_(model, q_scale=q_scale)
+        (layer,) = variants.layers_in(model)
+        loss(model).backward()
+        assert layer.p.grad is not None
+        slopes.append(layer.p.grad.clone())
+    torch.testing.assert_close(slopes[0], slopes[1])
+    length = layer.q.norm()
+    variants.restart_(model, q_orthonormal=True)
+    torch.testing.assert_close(layer.q @ layer.q.T, torch.eye(4) * length.square() / 4)
 
 
 def test_turning_leaves_dead_triplets_alone() -> None:

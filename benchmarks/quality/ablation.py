@@ -12,6 +12,11 @@ from benchmarks.quality.runs import Run
 from benchmarks.quality.scores import points_of, told
 from benchmarks.quality.store import Row
 
+
+def _with(settings: Mapping[str, Any], **experiment: Any) -> dict[str, Any]:
+    return {**settings, methods.EXPERIMENT: {**settings.get(methods.EXPERIMENT, {}), **experiment}}
+
+
 RANK = 1
 SEEDS = (0, 1, 2, 3)
 # Written out, so that a row says what was run even after a default has moved.
@@ -28,6 +33,8 @@ BASE: Mapping[str, Any] = {
 }
 _FOUR = {"init_rank": 4, "alpha": 8.0}
 _EIGHT = {"init_rank": 8, "alpha": 16.0}
+_FOUR_EVEN = {"init_rank": 4, "alpha": 2.0, methods.EXPERIMENT: {"even": True}}
+_EIGHT_EVEN = {"init_rank": 8, "alpha": 2.0, methods.EXPERIMENT: {"even": True}}
 _LATE = {"t_init": 0.5, "t_final": 0.2}
 _ONCE = {"t_init": 0.69, "t_final": 0.3}  # one multiple of delta_t lies between, where the final phase begins
 CHANGES: Mapping[str, Mapping[str, Any]] = {
@@ -36,6 +43,13 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "init_rank 3": {"init_rank": 3, "alpha": 6.0},
     "init_rank 4": _FOUR,
     "init_rank 8": _EIGHT,
+    # The same, but all triplets together move a layer in a step as far as one does: alpha is of the rank there is.
+    "init_rank 2, even": {"alpha": 2.0, methods.EXPERIMENT: {"even": True}},
+    "init_rank 4, even": _FOUR_EVEN,
+    "init_rank 8, even": _EIGHT_EVEN,
+    "init_rank 4, even, turned after": _with(_FOUR_EVEN, rotate="after"),
+    "init_rank 8, even, turned after": _with(_EIGHT_EVEN, rotate="after"),
+    "init_rank 8, even, turned before, score by size": _with(_EIGHT_EVEN, rotate="before", score="magnitude"),
     # When triplets go.
     "t_init 0": {"t_init": 0.0},
     "t_init 0.3": {"t_init": 0.3},
@@ -81,6 +95,10 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "start orthonormal": {"start": "orthonormal"},
     "gamma 0.1": {"gamma": 0.1},
     "gamma 0.5": {"gamma": 0.5},
+    "q orthonormal": {methods.EXPERIMENT: {"q_orthonormal": True}},
+    "q half as large": {methods.EXPERIMENT: {"q_scale": 0.5}},
+    "q twice as large": {methods.EXPERIMENT: {"q_scale": 2.0}},
+    "q four times as large": {methods.EXPERIMENT: {"q_scale": 4.0}},
     "scale 1": {"alpha": 2.0},
     "scale 4": {"alpha": 8.0},
     "lambda still": {methods.EXPERIMENT: {"lambda_rate": 0.0}},

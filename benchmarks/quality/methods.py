@@ -96,7 +96,9 @@ def _adalora(run: "Run", model: nn.Module) -> Prepared:
     settings = {**_shared(run), **sizes, **run.settings}
     experiment: Mapping[str, Any] = settings.pop(EXPERIMENT, {})
     wrapped = tunerkit.wrap(model, "adalora", settings, seed=run.seed)
-    changes = {name: value for name, value in experiment.items() if name != "lambda_rate"}
+    starts = {name: value for name, value in experiment.items() if name.startswith("q_")}
+    changes = {name: value for name, value in experiment.items() if name != "lambda_rate" and name not in starts}
+    variants.restart_(wrapped, **starts)
 
     def connect(model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
         variants.scale_lambda_steps(model, optimizer, experiment["lambda_rate"])

@@ -51,31 +51,31 @@ def _with_uncertainty(stack: Stack, uncertainty: Tensor) -> Stack:
 SCORES: dict[str, Score] = {"sensitivity": sensitivity, "exact": exact, "squared": squared, "magnitude": magnitude}
 
 
-def rotate_(layers: Sequence[SvdLayer], optimizer: Optimizer) -> None:
+def rotate_(layers: Sequence[SvdLayer], optimizer: Optimizer, *, level: float = 1.0) -> None:
     """Turn each layer's live triplets into the singular triplets of its ΔW, which stays; Adam's averages turn along.
 
-    As LoRA starts, λ is 1, the rows of Q have one length, and P carries the singular values: a step of the optimizer
-    then moves ΔW as far as it did before.
+    As LoRA starts, λ is 1 (or ``level``), the rows of Q have one length, and P carries the singular values: a step of
+    the optimizer then moves ΔW as far as it did before.
     """
     for layer in layers:
         if layer.lam[layer.mask].count_nonzero():
-            _rotate_(layer, optimizer)
+            _rotate_(layer, optimizer, level)
 
 
 @torch.no_grad()
-def _rotate_(layer: SvdLayer, optimizer: Optimizer) -> None:
+def _rotate_(layer: SvdLayer, optimizer: Optimizer, level: float) -> None:
     live = layer.mask & (layer.lam != 0)
     p, lam, q = layer.p[:, live], layer.lam[live], layer.q[live]
     length = q.norm() / len(lam) ** 0.5
     left, r_left = torch.linalg.qr(p * lam)
     right, r_right = torch.linalg.qr(q.T)
     u, sigma, vh = torch.linalg.svd(r_left @ r_right.T)
-    layer.p[:, live] = left @ (u * sigma / length)
+    layer.p[:, live] = left @ (u * sigma / (length * level))
     layer.q[live] = length * vh @ right.T
-    layer.lam[live] = 1.0
-    # Q' = M Q and P' = P Λ M⁻¹, so ∂L/∂P' = ∂L/∂P Λ⁻¹ Mᵀ and ∂L/∂Q' = M⁻ᵀ ∂L/∂Q.
+    layer.lam[live] = level
+    # Q' = M Q and P' = P Λ M⁻¹ / level, so ∂L/∂P' = level ∂L/∂P Λ⁻¹ Mᵀ and ∂L/∂Q' = M⁻ᵀ ∂L/∂Q.
     turn = length * torch.linalg.solve_triangular(r_right.T, vh, upper=False, left=False)
-    on_p, on_q = (turn / lam).T, torch.linalg.inv(turn).T
+    on_p, on_q = level * (turn / lam).T, torch.linalg.inv(turn).T
     mean_p, spread_p = (optimizer.state[layer.p][name] for name in _ADAM)
     mean_q, spread_q = (optimizer.state[layer.q][name] for name in _ADAM)
     mean_p[:, live] = mean_p[:, live] @ on_p
@@ -83,6 +83,33 @@ def _rotate_(layer: SvdLayer, optimizer: Optimizer) -> None:
     mean_q[live] = on_q @ mean_q[live]
     spread_q[live] = on_q.square() @ spread_q[live]
     optimizer.state[layer.lam]["exp_avg"][live] = 0.0
+
+
+@torch.no_grad()
+def raise_(layers: Sequence[SvdLayer], optimizer: Optimizer, factor: float) -> None:
+    """Make every λ ``factor`` times as large and P as much smaller: ΔW stays, and the steps of P move it farther."""
+    for layer in layers:
+        layer.lam.mul_(factor)
+        layer.p.div_(factor)
+        for weight, by in ((layer.p, factor), (layer.lam, 1 / factor)):
+            mean, spread = (optimizer.state[weight][name] for name in _ADAM)
+            mean.mul_(by)
+            spread.mul_(by**2)
+
+
+@torch.no_grad()
+def restart_(model: nn.Module, *, q_scale: float = 1.0, q_orthonormal: bool = False) -> None:
+    """Start Q ``q_scale`` times as large, the scale as much smaller, or with orthonormal rows as long as LoRA's.
+
+    A larger Q turns less in a step of the optimizer, while the first steps of P move ΔW as far as before.
+    """
+    for layer in layers_in(model):
+        if q_orthonormal:
+            length = layer.q.norm() / len(layer.q) ** 0.5
+            nn.init.orthogonal_(layer.q)
+            layer.q.mul_(length)
+        layer.q.mul_(q_scale)
+        layer.scale /= q_scale
 
 
 def scale_lambda_steps(model: nn.Module, optimizer: Optimizer, factor: float) -> None:
@@ -115,18 +142,24 @@ def _optimizer_of(tuner: Tuner) -> Optimizer:
 
 
 @contextmanager
-def changed(*, score: str | None = None, per_parameter: bool = False, rotate: str | None = None) -> Iterator[None]:
+def changed(
+    *, score: str | None = None, per_parameter: bool = False, rotate: str | None = None, even: bool = False
+) -> Iterator[None]:
     """AdaLoRA with another score, divided by a triplet's number of parameters, or turned at each allocation.
 
     ``rotate`` is "before" the masks are made, for scores that only look at the weights, or "after", when the averages
-    start anew; either way not once the ranks are final.
+    start anew; either way not once the ranks are final. ``even``: λ rises as the budget falls (`raise_`), so that all
+    triplets together move a layer as far in a step as before, as LoRA's alpha / r says of a rank r.
     """
     allocate = inner._allocate
 
     def allocating(tuner: Tuner, training: inner.Training, keep: int, *, final: bool) -> dict[str, int]:
         layers = inner.layers_of(tuner)
+        schedule = training.schedule
         if rotate == "before":
-            rotate_(layers, _optimizer_of(tuner))
+            rotate_(layers, _optimizer_of(tuner), level=schedule.initial / training.in_force if even else 1.0)
+        if even:
+            raise_(layers, _optimizer_of(tuner), training.in_force / keep)
 
         def scored(stacks: Sequence[Stack]) -> list[Tensor]:
             scores = triplet_scores(stacks) if score is None else SCORES[score](stacks, layers)
@@ -138,7 +171,7 @@ def changed(*, score: str | None = None, per_parameter: bool = False, rotate: st
         with mock.patch.object(inner, "triplet_scores", scored):
             ranks = allocate(tuner, training, keep, final=final)
         if rotate == "after" and not final:
-            rotate_(layers, _optimizer_of(tuner))
+            rotate_(layers, _optimizer_of(tuner), level=schedule.initial / keep if even else 1.0)
             training.stacks = new_stacks(inner.weights_of(layers))
             training.blank = True
         return ranks
