@@ -241,14 +241,14 @@ def test_methods_differ_in_what_they_train(toy: Path) -> None:
     assert {*ranks.values()} <= {0, 1, 2, 3}
 
 
-def test_adalora_ends_at_no_more_parameters_than_lora(toy: Path) -> None:
+def test_adalora_ends_at_no_more_parameters_than_lora_and_the_lambdas(toy: Path) -> None:
     """And at no fewer than one triplet less; the head's 34 stand beside both."""
     lora, adalora = (
         execute(Run("toy", method, rank=2, learning_rate=5e-3, seed=1), toy)
         for method in (methods.LORA, methods.ADALORA)
     )
-    dearest = 16 + 32 + 1
-    assert lora["parameters"] - dearest < adalora["parameters"] <= lora["parameters"]  # type: ignore[operator]
+    dearest, lambdas = 16 + 32 + 1, 2 * 12
+    assert lora["parameters"] + lambdas - dearest < adalora["parameters"] <= lora["parameters"] + lambdas  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("method", methods.METHODS)
@@ -319,8 +319,8 @@ def loss(model: torch.nn.Module) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("level", [1.0, 4.0])
-def test_turning_keeps_what_is_added_and_makes_triplets_orthogonal(level: float) -> None:
+@pytest.mark.parametrize(("level", "power"), [(1.0, 0.0), (4.0, 0.0), (1.0, 1.0), (1.0, 0.5)])
+def test_turning_keeps_what_is_added_and_makes_triplets_orthogonal(level: float, power: float) -> None:
     """The loss stays, λ is as told, P and Q have orthogonal triplets, and gradients held as averages turn along."""
     model, optimizer = adalora_net(steps=4)
     (layer,) = variants.layers_in(model)
@@ -330,10 +330,14 @@ def test_turning_keeps_what_is_added_and_makes_triplets_orthogonal(level: float)
         assert weight.grad is not None
         optimizer.state[weight]["exp_avg"] = weight.grad.clone()
     optimizer.zero_grad()
-    variants.rotate_([layer], optimizer, level=level)
+    variants.rotate_([layer], optimizer, level=level, power=power)
     after = loss(model)
     torch.testing.assert_close(after, before)
-    assert layer.lam.tolist() == [level] * 4
+    if power:
+        sizes = torch.linalg.svdvals(layer.p @ torch.diag(layer.lam) @ layer.q)[:4] ** power
+        torch.testing.assert_close(layer.lam.detach(), 4 * sizes / sizes.sum())
+    else:
+        assert layer.lam.tolist() == [level] * 4
     for gram in (layer.p.T @ layer.p, layer.q @ layer.q.T):
         torch.testing.assert_close(gram, torch.diag(gram.diag()), atol=1e-6, rtol=0)
     after.backward()
@@ -567,10 +571,10 @@ def test_a_rate_is_known_when_all_its_seeds_are_made() -> None:
 
 @pytest.mark.parametrize("change", ablation.CHANGES)
 def test_every_change_is_a_setting_that_trains(change: str, toy: Path) -> None:
-    """And ends at no more parameters than LoRA's."""
+    """And ends at no more parameters than LoRA's and a λ for each triplet."""
     run = Run("toy", methods.ADALORA, ablation.RANK, 5e-3, 0, ablation.settings_of(change))
     lora = execute(attrs.evolve(run, method=methods.LORA, settings={}), toy)
-    assert execute(run, toy)["parameters"] <= lora["parameters"]  # type: ignore[operator]
+    assert execute(run, toy)["parameters"] <= lora["parameters"] + 12  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("grid", ["ablation", "rates", "contest"])

@@ -35,6 +35,8 @@ _FOUR = {"init_rank": 4, "alpha": 8.0}
 _EIGHT = {"init_rank": 8, "alpha": 16.0}
 _FOUR_EVEN = {"init_rank": 4, "alpha": 2.0, methods.EXPERIMENT: {"even": True}}
 _EIGHT_EVEN = {"init_rank": 8, "alpha": 2.0, methods.EXPERIMENT: {"even": True}}
+_BY_SIZE = {"even": False, "rotate": "after", "power": 1.0}
+_BY_ROOT = {"even": False, "rotate": "after", "power": 0.5}
 _LATE = {"t_init": 0.5, "t_final": 0.2}
 _ONCE = {"t_init": 0.69, "t_final": 0.3}  # one multiple of delta_t lies between, where the final phase begins
 CHANGES: Mapping[str, Mapping[str, Any]] = {
@@ -50,6 +52,15 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "init_rank 4, even, turned after": _with(_FOUR_EVEN, rotate="after"),
     "init_rank 8, even, turned after": _with(_EIGHT_EVEN, rotate="after"),
     "init_rank 8, even, turned before, score by size": _with(_EIGHT_EVEN, rotate="before", score="magnitude"),
+    # Turned into the form of an SVD: λ goes by the singular values, so that large triplets take the longer steps.
+    "init_rank 4, turned after, lambda by size": _with(_FOUR_EVEN, **_BY_SIZE),
+    "init_rank 8, turned after, lambda by size": _with(_EIGHT_EVEN, **_BY_SIZE),
+    "init_rank 8, turned after, lambda by its root": _with(_EIGHT_EVEN, **_BY_ROOT),
+    "init_rank 8, turned after, lambda by size, early": {
+        **_with(_EIGHT_EVEN, **_BY_SIZE),
+        "t_init": 0.03,
+        "t_final": 0.5,
+    },
     # When triplets go.
     "t_init 0": {"t_init": 0.0},
     "t_init 0.3": {"t_init": 0.3},

@@ -91,8 +91,12 @@ def _shared(run: "Run") -> dict[str, Any]:
 
 
 def _adalora(run: "Run", model: nn.Module) -> Prepared:
-    """Ends at no more parameters than LoRA of the run's rank has; settings may say otherwise."""
-    sizes = {"init_rank": initial_rank(run.rank), "budget_unit": "parameters", "budget": lora_size(model, run)}
+    """Ends at what LoRA's rank everywhere would cost; settings may say otherwise.
+
+    That is the λ of each triplet more than LoRA has, and no more once it is exported. A budget without them would not
+    buy the last triplet, which of twelve is a lot.
+    """
+    sizes = {"init_rank": initial_rank(run.rank), "budget_unit": "parameters", "budget": triplets_size(model, run)}
     settings = {**_shared(run), **sizes, **run.settings}
     experiment: Mapping[str, Any] = settings.pop(EXPERIMENT, {})
     wrapped = tunerkit.wrap(model, "adalora", settings, seed=run.seed)
@@ -111,10 +115,10 @@ def _adalora(run: "Run", model: nn.Module) -> Prepared:
     )
 
 
-def lora_size(model: nn.Module, run: "Run") -> int:
-    """The parameters of LoRA's factors at the run's targets."""
+def triplets_size(model: nn.Module, run: "Run") -> int:
+    """The parameters of as many triplets as the run's rank at each of its targets."""
     weights = [module.weight for name, module in model.named_modules() if re.fullmatch(TASKS[run.task].targets, name)]
-    return run.rank * sum(len(weight) + weight[0].numel() for weight in weights if isinstance(weight, Tensor))
+    return run.rank * sum(len(weight) + weight[0].numel() + 1 for weight in weights if isinstance(weight, Tensor))
 
 
 def _peft(run: "Run", model: nn.Module, total_steps: int) -> Prepared:

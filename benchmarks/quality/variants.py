@@ -51,31 +51,37 @@ def _with_uncertainty(stack: Stack, uncertainty: Tensor) -> Stack:
 SCORES: dict[str, Score] = {"sensitivity": sensitivity, "exact": exact, "squared": squared, "magnitude": magnitude}
 
 
-def rotate_(layers: Sequence[SvdLayer], optimizer: Optimizer, *, level: float = 1.0) -> None:
+def rotate_(layers: Sequence[SvdLayer], optimizer: Optimizer, *, level: float = 1.0, power: float = 0.0) -> None:
     """Turn each layer's live triplets into the singular triplets of its ΔW, which stays; Adam's averages turn along.
 
     As LoRA starts, λ is 1 (or ``level``), the rows of Q have one length, and P carries the singular values: a step of
-    the optimizer then moves ΔW as far as it did before.
+    the optimizer then moves ΔW as far as it did before. With a ``power`` above 0 each λ goes by that power of its
+    singular value and the λ of a layer add up to its initial rank, so that large triplets take the longer steps; at 1
+    all columns of P have one length too.
     """
     for layer in layers:
         if layer.lam[layer.mask].count_nonzero():
-            _rotate_(layer, optimizer, level)
+            _rotate_(layer, optimizer, level, power)
 
 
 @torch.no_grad()
-def _rotate_(layer: SvdLayer, optimizer: Optimizer, level: float) -> None:
+def _rotate_(layer: SvdLayer, optimizer: Optimizer, level: float, power: float) -> None:
     live = layer.mask & (layer.lam != 0)
     p, lam, q = layer.p[:, live], layer.lam[live], layer.q[live]
     length = q.norm() / len(lam) ** 0.5
     left, r_left = torch.linalg.qr(p * lam)
     right, r_right = torch.linalg.qr(q.T)
     u, sigma, vh = torch.linalg.svd(r_left @ r_right.T)
-    layer.p[:, live] = left @ (u * sigma / (length * level))
+    turned = torch.full_like(sigma, level)
+    if power:
+        shares = sigma.clamp_min(1e-4 * sigma[0]) ** power
+        turned = len(layer.lam) * shares / shares.sum()
+    layer.p[:, live] = left @ (u * sigma / (length * turned))
     layer.q[live] = length * vh @ right.T
-    layer.lam[live] = level
-    # Q' = M Q and P' = P Λ M⁻¹ / level, so ∂L/∂P' = level ∂L/∂P Λ⁻¹ Mᵀ and ∂L/∂Q' = M⁻ᵀ ∂L/∂Q.
+    layer.lam[live] = turned
+    # Q' = M Q and P' Λ' = P Λ M⁻¹, so ∂L/∂P' = ∂L/∂P Λ⁻¹ Mᵀ Λ' and ∂L/∂Q' = M⁻ᵀ ∂L/∂Q.
     turn = length * torch.linalg.solve_triangular(r_right.T, vh, upper=False, left=False)
-    on_p, on_q = level * (turn / lam).T, torch.linalg.inv(turn).T
+    on_p, on_q = (turn / lam).T * turned, torch.linalg.inv(turn).T
     mean_p, spread_p = (optimizer.state[layer.p][name] for name in _ADAM)
     mean_q, spread_q = (optimizer.state[layer.q][name] for name in _ADAM)
     mean_p[:, live] = mean_p[:, live] @ on_p
@@ -143,13 +149,19 @@ def _optimizer_of(tuner: Tuner) -> Optimizer:
 
 @contextmanager
 def changed(
-    *, score: str | None = None, per_parameter: bool = False, rotate: str | None = None, even: bool = False
+    *,
+    score: str | None = None,
+    per_parameter: bool = False,
+    rotate: str | None = None,
+    even: bool = False,
+    power: float = 0.0,
 ) -> Iterator[None]:
     """AdaLoRA with another score, divided by a triplet's number of parameters, or turned at each allocation.
 
     ``rotate`` is "before" the masks are made, for scores that only look at the weights, or "after", when the averages
     start anew; either way not once the ranks are final. ``even``: λ rises as the budget falls (`raise_`), so that all
-    triplets together move a layer as far in a step as before, as LoRA's alpha / r says of a rank r.
+    triplets together move a layer as far in a step as before, as LoRA's alpha / r says of a rank r. ``power``: see
+    `rotate_`.
     """
     allocate = inner._allocate
 
@@ -157,7 +169,9 @@ def changed(
         layers = inner.layers_of(tuner)
         schedule = training.schedule
         if rotate == "before":
-            rotate_(layers, _optimizer_of(tuner), level=schedule.initial / training.in_force if even else 1.0)
+            rotate_(
+                layers, _optimizer_of(tuner), level=schedule.initial / training.in_force if even else 1.0, power=power
+            )
         if even:
             raise_(layers, _optimizer_of(tuner), training.in_force / keep)
 
@@ -171,7 +185,7 @@ def changed(
         with mock.patch.object(inner, "triplet_scores", scored):
             ranks = allocate(tuner, training, keep, final=final)
         if rotate == "after" and not final:
-            rotate_(layers, _optimizer_of(tuner), level=schedule.initial / keep if even else 1.0)
+            rotate_(layers, _optimizer_of(tuner), level=schedule.initial / keep if even else 1.0, power=power)
             training.stacks = new_stacks(inner.weights_of(layers))
             training.blank = True
         return ranks
