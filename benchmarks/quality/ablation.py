@@ -13,107 +13,71 @@ from benchmarks.quality.scores import points_of, told
 from benchmarks.quality.store import Row
 
 
-def _with(settings: Mapping[str, Any], **experiment: Any) -> dict[str, Any]:
-    return {**settings, methods.EXPERIMENT: {**settings.get(methods.EXPERIMENT, {}), **experiment}}
+def _turned(**more: Any) -> dict[str, Any]:
+    return {methods.EXPERIMENT: {"rotate": "after", "power": 1.0, **more}}
 
 
 RANK = 1
 SEEDS = (0, 1, 2, 3)
-# Written out, so that a row says what was run even after a default has moved.
+# Written out, so that a row says what was run even after a default has moved. At each allocation the triplets of a
+# layer are turned into its singular triplets, with λ by their size and as large together as LoRA's scale at `RANK`.
 BASE: Mapping[str, Any] = {
     "start": "lora",
-    "init_rank": 2,
-    "alpha": 4.0,
+    "init_rank": 8,
+    "alpha": 2.0,
     "t_init": 0.1,
     "t_final": 0.3,
     "delta_t": 10,
     "beta1": 0.85,
     "beta2": 0.85,
     "gamma": 0.0,
+    **_turned(),
 }
-_FOUR = {"init_rank": 4, "alpha": 8.0}
-_EIGHT = {"init_rank": 8, "alpha": 16.0}
-_FOUR_EVEN = {"init_rank": 4, "alpha": 2.0, methods.EXPERIMENT: {"even": True}}
-_EIGHT_EVEN = {"init_rank": 8, "alpha": 2.0, methods.EXPERIMENT: {"even": True}}
-_BY_SIZE = {"even": False, "rotate": "after", "power": 1.0}
-_BY_ROOT = {"even": False, "rotate": "after", "power": 0.5}
-_LATE = {"t_init": 0.5, "t_final": 0.2}
-_ONCE = {"t_init": 0.69, "t_final": 0.3}  # one multiple of delta_t lies between, where the final phase begins
+_AS_THEY_ARE: Mapping[str, Any] = {methods.EXPERIMENT: {}}
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     "nothing": {},
-    # How much there is to choose from; the scale stays 2.
-    "init_rank 3": {"init_rank": 3, "alpha": 6.0},
-    "init_rank 4": _FOUR,
-    "init_rank 8": _EIGHT,
-    # The same, but all triplets together move a layer in a step as far as one does: alpha is of the rank there is.
-    "init_rank 2, even": {"alpha": 2.0, methods.EXPERIMENT: {"even": True}},
-    "init_rank 4, even": _FOUR_EVEN,
-    "init_rank 8, even": _EIGHT_EVEN,
-    "init_rank 4, even, turned after": _with(_FOUR_EVEN, rotate="after"),
-    "init_rank 8, even, turned after": _with(_EIGHT_EVEN, rotate="after"),
-    "init_rank 8, even, turned before, score by size": _with(_EIGHT_EVEN, rotate="before", score="magnitude"),
-    # Turned into the form of an SVD: λ goes by the singular values, so that large triplets take the longer steps.
-    "init_rank 4, turned after, lambda by size": _with(_FOUR_EVEN, **_BY_SIZE),
-    "init_rank 8, turned after, lambda by size": _with(_EIGHT_EVEN, **_BY_SIZE),
-    "init_rank 8, turned after, lambda by its root": _with(_EIGHT_EVEN, **_BY_ROOT),
-    "init_rank 8, turned after, lambda by size, early": {
-        **_with(_EIGHT_EVEN, **_BY_SIZE),
-        "t_init": 0.03,
-        "t_final": 0.5,
-    },
+    # How triplets are turned. With 2 or 8 not turned at all, at LoRA's scale: what was the default until then.
+    "not turned, init_rank 2, scale 2": {"init_rank": 2, "alpha": 4.0, **_AS_THEY_ARE},
+    "not turned, scale 2": {"alpha": 16.0, **_AS_THEY_ARE},
+    "not turned, lambda rises": {methods.EXPERIMENT: {"even": True}},
+    "lambda alike, rises": _turned(power=0.0, even=True),
+    "lambda by the root of the size": _turned(power=0.5),
+    "lambda by the square of the size": _turned(power=2.0),
+    "turned before, score by size": _turned(rotate="before", score="magnitude"),
+    # How much there is to choose from, and how far a step goes.
+    "init_rank 2": {"init_rank": 2},
+    "init_rank 4": {"init_rank": 4},
+    "init_rank 16": {"init_rank": 16},
+    "alpha 1": {"alpha": 1.0},
+    "alpha 4": {"alpha": 4.0},
+    "alpha 8": {"alpha": 8.0},
     # When triplets go.
-    "t_init 0": {"t_init": 0.0},
+    "t_init 0.03": {"t_init": 0.03},
     "t_init 0.3": {"t_init": 0.3},
     "t_final 0.1": {"t_final": 0.1},
     "t_final 0.5": {"t_final": 0.5},
     "t_final 0.7": {"t_final": 0.7},
-    "delta_t 1": {"delta_t": 1},
+    "t_init 0.03, t_final 0.5": {"t_init": 0.03, "t_final": 0.5},
+    "delta_t 5": {"delta_t": 5},
     "delta_t 30": {"delta_t": 30},
     # By what they go.
     "beta1 and beta2 0.5": {"beta1": 0.5, "beta2": 0.5},
     "beta1 and beta2 0.95": {"beta1": 0.95, "beta2": 0.95},
-    "score without uncertainty": {methods.EXPERIMENT: {"score": "sensitivity"}},
-    "score exact for the triplet": {methods.EXPERIMENT: {"score": "exact"}},
-    "score by size": {methods.EXPERIMENT: {"score": "magnitude"}},
-    "score per parameter": {methods.EXPERIMENT: {"per_parameter": True}},
-    "turned before, score by size": {methods.EXPERIMENT: {"rotate": "before", "score": "magnitude"}},
-    "turned after": {methods.EXPERIMENT: {"rotate": "after"}},
-    # More to choose from and turned, so that what is worth most in a layer lies in few triplets.
-    "init_rank 4, turned after": {**_FOUR, methods.EXPERIMENT: {"rotate": "after"}},
-    "init_rank 8, turned after": {**_EIGHT, methods.EXPERIMENT: {"rotate": "after"}},
-    "init_rank 8, turned before, score by size": {
-        **_EIGHT,
-        methods.EXPERIMENT: {"rotate": "before", "score": "magnitude"},
-    },
-    "init_rank 4, turned after, score exact": {**_FOUR, methods.EXPERIMENT: {"rotate": "after", "score": "exact"}},
-    "init_rank 8, turned after, score exact": {**_EIGHT, methods.EXPERIMENT: {"rotate": "after", "score": "exact"}},
-    "init_rank 4, turned after, score squared per parameter": {
-        **_FOUR,
-        methods.EXPERIMENT: {"rotate": "after", "score": "squared", "per_parameter": True},
-    },
-    # More to learn with for longer: triplets go late, or all at once.
-    "init_rank 4, t_init 0.5, t_final 0.2": {**_FOUR, **_LATE},
-    "init_rank 8, t_init 0.5, t_final 0.2": {**_EIGHT, **_LATE},
-    "init_rank 8, t_init 0.5, t_final 0.2, turned after": {**_EIGHT, **_LATE, methods.EXPERIMENT: {"rotate": "after"}},
-    "init_rank 8, cut once at 0.7": {**_EIGHT, **_ONCE},
-    "init_rank 8, cut once at 0.7, turned before, score by size": {
-        **_EIGHT,
-        **_ONCE,
-        methods.EXPERIMENT: {"rotate": "before", "score": "magnitude"},
-    },
+    "score without uncertainty": _turned(score="sensitivity"),
+    "score exact for the triplet": _turned(score="exact"),
+    "score by size": _turned(score="magnitude"),
+    "score per parameter": _turned(per_parameter=True),
+    "score squared per parameter": _turned(score="squared", per_parameter=True),
     # Where they start and how they move.
     "start gaussian": {"start": "gaussian"},
     "start orthonormal": {"start": "orthonormal"},
     "gamma 0.1": {"gamma": 0.1},
     "gamma 0.5": {"gamma": 0.5},
-    "q orthonormal": {methods.EXPERIMENT: {"q_orthonormal": True}},
-    "q half as large": {methods.EXPERIMENT: {"q_scale": 0.5}},
-    "q twice as large": {methods.EXPERIMENT: {"q_scale": 2.0}},
-    "q four times as large": {methods.EXPERIMENT: {"q_scale": 4.0}},
-    "scale 1": {"alpha": 2.0},
-    "scale 4": {"alpha": 8.0},
-    "lambda still": {methods.EXPERIMENT: {"lambda_rate": 0.0}},
-    "lambda ten times as fast": {methods.EXPERIMENT: {"lambda_rate": 10.0}},
+    "q half as large": _turned(q_scale=0.5),
+    "q twice as large": _turned(q_scale=2.0),
+    "q orthonormal": _turned(q_orthonormal=True),
+    "lambda still": _turned(lambda_rate=0.0),
+    "lambda ten times as fast": _turned(lambda_rate=10.0),
 }
 
 
