@@ -345,6 +345,16 @@ def test_turning_keeps_what_is_added_and_makes_triplets_orthogonal(level: float,
         torch.testing.assert_close(optimizer.state[weight]["exp_avg"], weight.grad, atol=1e-6, rtol=1e-4)
 
 
+def test_moments_may_stay_as_they_are() -> None:
+    model, optimizer = adalora_net(steps=4)
+    (layer,) = variants.layers_in(model)
+    held = optimizer.state[layer.p]["exp_avg"].clone()
+    variants.rotate_([layer], optimizer, moments=False)
+    assert torch.equal(optimizer.state[layer.p]["exp_avg"], held)
+    variants.rotate_([layer], optimizer)
+    assert not torch.equal(optimizer.state[layer.p]["exp_avg"], held)
+
+
 def test_raising_keeps_what_is_added_and_gradients_held_as_averages() -> None:
     model, optimizer = adalora_net(steps=4)
     (layer,) = variants.layers_in(model)

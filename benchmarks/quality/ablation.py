@@ -43,6 +43,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "lambda alike, rises": _turned(power=0.0, even=True),
     "lambda by the root of the size": _turned(power=0.5),
     "lambda by the square of the size": _turned(power=2.0),
+    "moments as they are": _turned(moments=False),
     "turned before, score by size": _turned(rotate="before", score="magnitude"),
     # How much there is to choose from, and how far a step goes.
     "init_rank 2": {"init_rank": 2},

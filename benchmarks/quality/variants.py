@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -51,21 +52,28 @@ def _with_uncertainty(stack: Stack, uncertainty: Tensor) -> Stack:
 SCORES: dict[str, Score] = {"sensitivity": sensitivity, "exact": exact, "squared": squared, "magnitude": magnitude}
 
 
-def rotate_(layers: Sequence[SvdLayer], optimizer: Optimizer, *, level: float = 1.0, power: float = 0.0) -> None:
+def rotate_(
+    layers: Sequence[SvdLayer],
+    optimizer: Optimizer,
+    *,
+    level: float = 1.0,
+    power: float = 0.0,
+    moments: bool = True,
+) -> None:
     """Turn each layer's live triplets into the singular triplets of its ΔW, which stays; Adam's averages turn along.
 
     As LoRA starts, λ is 1 (or ``level``), the rows of Q have one length, and P carries the singular values: a step of
     the optimizer then moves ΔW as far as it did before. With a ``power`` above 0 each λ goes by that power of its
     singular value and the λ of a layer add up to its initial rank, so that large triplets take the longer steps; at 1
-    all columns of P have one length too.
+    all columns of P have one length too. Without ``moments`` Adam's averages are left as they are.
     """
     for layer in layers:
         if layer.lam[layer.mask].count_nonzero():
-            _rotate_(layer, optimizer, level, power)
+            _rotate_(layer, optimizer if moments else None, level, power)
 
 
 @torch.no_grad()
-def _rotate_(layer: SvdLayer, optimizer: Optimizer, level: float, power: float) -> None:
+def _rotate_(layer: SvdLayer, optimizer: Optimizer | None, level: float, power: float) -> None:
     live = layer.mask & (layer.lam != 0)
     p, lam, q = layer.p[:, live], layer.lam[live], layer.q[live]
     length = q.norm() / len(lam) ** 0.5
@@ -79,6 +87,8 @@ def _rotate_(layer: SvdLayer, optimizer: Optimizer, level: float, power: float) 
     layer.p[:, live] = left @ (u * sigma / (length * turned))
     layer.q[live] = length * vh @ right.T
     layer.lam[live] = turned
+    if optimizer is None:
+        return
     # Q' = M Q and P' Λ' = P Λ M⁻¹, so ∂L/∂P' = ∂L/∂P Λ⁻¹ Mᵀ Λ' and ∂L/∂Q' = M⁻ᵀ ∂L/∂Q.
     turn = length * torch.linalg.solve_triangular(r_right.T, vh, upper=False, left=False)
     on_p, on_q = (turn / lam).T * turned, torch.linalg.inv(turn).T
@@ -155,23 +165,23 @@ def changed(
     rotate: str | None = None,
     even: bool = False,
     power: float = 0.0,
+    moments: bool = True,
 ) -> Iterator[None]:
     """AdaLoRA with another score, divided by a triplet's number of parameters, or turned at each allocation.
 
     ``rotate`` is "before" the masks are made, for scores that only look at the weights, or "after", when the averages
     start anew; either way not once the ranks are final. ``even``: λ rises as the budget falls (`raise_`), so that all
-    triplets together move a layer as far in a step as before, as LoRA's alpha / r says of a rank r. ``power``: see
-    `rotate_`.
+    triplets together move a layer as far in a step as before, as LoRA's alpha / r says of a rank r. ``power`` and
+    ``moments``: see `rotate_`.
     """
     allocate = inner._allocate
+    how: dict[str, Any] = {"power": power, "moments": moments}
 
     def allocating(tuner: Tuner, training: inner.Training, keep: int, *, final: bool) -> dict[str, int]:
         layers = inner.layers_of(tuner)
         schedule = training.schedule
         if rotate == "before":
-            rotate_(
-                layers, _optimizer_of(tuner), level=schedule.initial / training.in_force if even else 1.0, power=power
-            )
+            rotate_(layers, _optimizer_of(tuner), level=schedule.initial / training.in_force if even else 1.0, **how)
         if even:
             raise_(layers, _optimizer_of(tuner), training.in_force / keep)
 
@@ -185,7 +195,7 @@ def changed(
         with mock.patch.object(inner, "triplet_scores", scored):
             ranks = allocate(tuner, training, keep, final=final)
         if rotate == "after" and not final:
-            rotate_(layers, _optimizer_of(tuner), level=schedule.initial / keep if even else 1.0, power=power)
+            rotate_(layers, _optimizer_of(tuner), level=schedule.initial / keep if even else 1.0, **how)
             training.stacks = new_stacks(inner.weights_of(layers))
             training.blank = True
         return ranks
