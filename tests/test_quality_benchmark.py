@@ -153,6 +153,7 @@ def test_pictures_are_stretched_and_scaled() -> None:
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_frozen_normalisation_keeps_its_statistics_in_training(frozen: bool) -> None:
+    """One that is trained moves them, and the rest is in training mode either way."""
     norm = torch.nn.BatchNorm2d(2)
     backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), norm, torch.nn.Flatten(1))
     classifier = images.ImageClassifier(backbone.requires_grad_(not frozen))
@@ -346,6 +347,7 @@ def test_turning_keeps_what_is_added_and_makes_triplets_orthogonal(level: float,
 
 
 def test_moments_may_stay_as_they_are() -> None:
+    """Adam's averages turn with the triplets only if they are to."""
     model, optimizer = adalora_net(steps=4)
     (layer,) = variants.layers_in(model)
     held = optimizer.state[layer.p]["exp_avg"].clone()
@@ -356,6 +358,7 @@ def test_moments_may_stay_as_they_are() -> None:
 
 
 def test_raising_keeps_what_is_added_and_gradients_held_as_averages() -> None:
+    """λ becomes four times as large, the loss stays, and averages of gradients are those of the new weights."""
     model, optimizer = adalora_net(steps=4)
     (layer,) = variants.layers_in(model)
     before = loss(model)
