@@ -320,6 +320,15 @@ def loss(model: torch.nn.Module) -> torch.Tensor:
     return found
 
 
+def hold_gradients(optimizer: torch.optim.Optimizer, *weights: torch.Tensor) -> None:
+    """Put the gradients there are, and their squares, for Adam's averages."""
+    for weight in weights:
+        assert weight.grad is not None
+        optimizer.state[weight]["exp_avg"] = weight.grad.clone()
+        optimizer.state[weight]["exp_avg_sq"] = weight.grad.square()
+    optimizer.zero_grad()
+
+
 @pytest.mark.parametrize(("level", "power"), [(1.0, 0.0), (4.0, 0.0), (1.0, 1.0), (1.0, 0.5)])
 def test_turning_keeps_what_is_added_and_makes_triplets_orthogonal(level: float, power: float) -> None:
     """The loss stays, λ is as told, P and Q have orthogonal triplets, and gradients held as averages turn along."""
@@ -327,10 +336,7 @@ def test_turning_keeps_what_is_added_and_makes_triplets_orthogonal(level: float,
     (layer,) = variants.layers_in(model)
     before = loss(model)
     before.backward()
-    for weight in (layer.p, layer.q):
-        assert weight.grad is not None
-        optimizer.state[weight]["exp_avg"] = weight.grad.clone()
-    optimizer.zero_grad()
+    hold_gradients(optimizer, layer.p, layer.q)
     variants.rotate_([layer], optimizer, level=level, power=power)
     after = loss(model)
     torch.testing.assert_close(after, before)
@@ -363,11 +369,7 @@ def test_raising_keeps_what_is_added_and_gradients_held_as_averages() -> None:
     (layer,) = variants.layers_in(model)
     before = loss(model)
     before.backward()
-    for weight in (layer.p, layer.lam):
-        assert weight.grad is not None
-        optimizer.state[weight]["exp_avg"] = weight.grad.clone()
-        optimizer.state[weight]["exp_avg_sq"] = weight.grad.square()
-    optimizer.zero_grad()
+    hold_gradients(optimizer, layer.p, layer.lam)
     lam = layer.lam.detach().clone()
     variants.raise_([layer], optimizer, 4.0)
     after = loss(model)

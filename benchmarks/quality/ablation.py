@@ -36,7 +36,7 @@ BASE: Mapping[str, Any] = {
 _AS_THEY_ARE: Mapping[str, Any] = {methods.EXPERIMENT: {}}
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     "nothing": {},
-    # How triplets are turned. With 2 or 8 not turned at all, at LoRA's scale: what was the default until then.
+    # How triplets are turned. With 2 or 8 not turned at all, at LoRA's scale; the former is what the defaults are.
     "not turned, init_rank 2, scale 2": {"init_rank": 2, "alpha": 4.0, **_AS_THEY_ARE},
     "not turned, scale 2": {"alpha": 16.0, **_AS_THEY_ARE},
     "not turned, lambda rises": {methods.EXPERIMENT: {"even": True}},

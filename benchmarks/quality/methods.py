@@ -93,8 +93,8 @@ def _shared(run: "Run") -> dict[str, Any]:
 def _adalora(run: "Run", model: nn.Module) -> Prepared:
     """Ends at what LoRA's rank everywhere would cost; settings may say otherwise.
 
-    That is the λ of each triplet more than LoRA has, and no more once it is exported. A budget without them would not
-    buy the last triplet, which of twelve is a lot.
+    That is a λ for each triplet more than LoRA has, which an export folds into P. A budget without them would not buy
+    the last triplet, which of twelve is a lot.
     """
     sizes = {"init_rank": initial_rank(run.rank), "budget_unit": "parameters", "budget": triplets_size(model, run)}
     settings = {**_shared(run), **sizes, **run.settings}
