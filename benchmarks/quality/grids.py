@@ -13,7 +13,8 @@ from benchmarks.quality.tasks import CURVES
 
 # The ends of the curve come first: they say whether a task has headroom.
 ENDS, BETWEEN = (1, 8), (2, 4, 16)
-# Fixed before any run of AdaLoRA on them as they are now: by three seeds of the grid headroom, rank 8 is a point or more above rank 1.
+# Fixed before any run of AdaLoRA on them as they are now: by three seeds of the grid headroom, rank 8 is a point or
+# more above rank 1.
 HEADROOM: tuple[str, ...] = ("fashion-10", "cifar-10", "nyt-3", "amazon-3/qv", "digits-10/pwl")
 # The defaults are chosen on these; amazon-3/qv and digits-10/pwl are left to confirm them.
 ABLATED: tuple[str, ...] = ("fashion-10", "cifar-10", "nyt-3")
