@@ -10,6 +10,7 @@ pytest.importorskip("tunerkit_adalora", reason="the variants are AdaLoRA's")
 import tunerkit
 from benchmarks.quality import variants
 from tunerkit_adalora import training
+from tunerkit_adalora.svd_form import to_svd_form_
 
 
 def adalora_net(steps: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -41,22 +42,19 @@ def hold_gradients(optimizer: torch.optim.Optimizer, *weights: torch.Tensor) -> 
     optimizer.zero_grad()
 
 
-@pytest.mark.parametrize(("level", "power"), [(1.0, 0.0), (4.0, 0.0), (1.0, 1.0), (1.0, 0.5)])
-def test_turning_keeps_what_is_added_and_makes_triplets_orthogonal(level: float, power: float) -> None:
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_turning_keeps_what_is_added_and_makes_triplets_orthogonal(power: float) -> None:
     """The loss stays, λ is as told, P and Q have orthogonal triplets, and gradients held as averages turn along."""
     model, optimizer = adalora_net(steps=4)
     (layer,) = variants.layers_in(model)
     before = loss(model)
     before.backward()
     hold_gradients(optimizer, layer.p, layer.q)
-    variants.rotate_([layer], optimizer, level=level, power=power)
+    variants.turn_([layer], optimizer, total=6.0, power=power)
     after = loss(model)
     torch.testing.assert_close(after, before)
-    if power:
-        sizes = torch.linalg.svdvals(layer.p @ torch.diag(layer.lam) @ layer.q)[:4] ** power
-        torch.testing.assert_close(layer.lam.detach(), 4 * sizes / sizes.sum())
-    else:
-        assert layer.lam.tolist() == [level] * 4
+    sizes = torch.linalg.svdvals(layer.p @ torch.diag(layer.lam) @ layer.q)[:4] ** power
+    torch.testing.assert_close(layer.lam.detach(), 6 * sizes / sizes.sum())
     for gram in (layer.p.T @ layer.p, layer.q @ layer.q.T):
         torch.testing.assert_close(gram, torch.diag(gram.diag()), atol=1e-6, rtol=0)
     after.backward()
@@ -69,38 +67,25 @@ def test_moments_may_stay_as_they_are() -> None:
     model, optimizer = adalora_net(steps=4)
     (layer,) = variants.layers_in(model)
     held = optimizer.state[layer.p]["exp_avg"].clone()
-    variants.rotate_([layer], optimizer, moments=False)
+    variants.turn_([layer], None, total=4.0)
     assert torch.equal(optimizer.state[layer.p]["exp_avg"], held)
-    variants.rotate_([layer], optimizer)
+    variants.turn_([layer], optimizer, total=4.0, power=0.5)
     assert not torch.equal(optimizer.state[layer.p]["exp_avg"], held)
 
 
-def test_raising_keeps_what_is_added_and_gradients_held_as_averages() -> None:
-    """λ becomes four times as large, the loss stays, and averages of gradients are those of the new weights."""
-    model, optimizer = adalora_net(steps=4)
-    (layer,) = variants.layers_in(model)
-    before = loss(model)
-    before.backward()
-    hold_gradients(optimizer, layer.p, layer.lam)
-    lam = layer.lam.detach().clone()
-    variants.raise_([layer], optimizer, 4.0)
-    after = loss(model)
-    torch.testing.assert_close(after, before)
-    torch.testing.assert_close(layer.lam.detach(), 4 * lam)
-    after.backward()
-    for weight in (layer.p, layer.lam):
-        assert weight.grad is not None
-        torch.testing.assert_close(optimizer.state[weight]["exp_avg"], weight.grad, atol=1e-6, rtol=1e-4)
-        torch.testing.assert_close(optimizer.state[weight]["exp_avg_sq"], weight.grad.square(), atol=1e-9, rtol=1e-4)
-
-
-def test_lambda_rises_as_the_budget_falls() -> None:
-    """From 4 triplets to 1, to about 4, but for what the optimizer adds; turned, to 4 at the last turn."""
-    for rotate in (None, "before", "after"):
-        with variants.changed(even=True, rotate=rotate):
-            model, _ = adalora_net(steps=50)
+def test_the_variant_turns_as_the_plugin_does() -> None:
+    """With λ by the singular value, and but for the sign that an SVD leaves open, it leaves the same triplets."""
+    found = []
+    for turn in (
+        lambda layers: variants.turn_(layers, None, total=4.0),
+        lambda layers: to_svd_form_(layers, total=4.0),
+    ):
+        model, _ = adalora_net(steps=4)
         (layer,) = variants.layers_in(model)
-        assert layer.lam[layer.mask].item() == pytest.approx(4.0, abs=1.0)
+        turn([layer])
+        found.append([weight.detach().abs() for weight in layer.weights])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
 def test_q_starts_larger_or_orthonormal() -> None:
@@ -127,27 +112,38 @@ def test_turning_leaves_dead_triplets_alone() -> None:
     with torch.no_grad():
         layer.lam[~layer.mask] = 0.0
     p, q, before = layer.p[:, ~layer.mask].clone(), layer.q[~layer.mask].clone(), loss(model)
-    variants.rotate_([layer], optimizer)
+    variants.turn_([layer], optimizer, total=2.0, power=0.0)
     assert torch.equal(layer.p[:, ~layer.mask], p)
     assert torch.equal(layer.q[~layer.mask], q)
     assert layer.lam.tolist() == [1, 0, 1, 0]
     torch.testing.assert_close(loss(model), before)
     layer.mask = torch.zeros(4, dtype=torch.bool)
     kept = layer.p.clone()
-    variants.rotate_([layer], optimizer)
+    variants.turn_([layer], optimizer, total=2.0)
     assert torch.equal(layer.p, kept)
 
 
 @pytest.mark.parametrize("score", variants.SCORES)
-@pytest.mark.parametrize("rotate", [None, "before", "after"])
-def test_a_variant_is_in_force_while_it_is_entered(score: str, rotate: str | None) -> None:
-    """Training ends at the budget with every score, turned or not; outside nothing is changed."""
+@pytest.mark.parametrize("turn", [{}, {"moments": True}, {"power": 0.5}])
+def test_a_variant_is_in_force_while_it_is_entered(score: str, turn: dict[str, Any]) -> None:
+    """Training ends at the budget with every score, however it is turned; outside nothing is changed."""
     allocate = training._allocate
-    with variants.changed(score=score, rotate=rotate, per_parameter=True):
+    with variants.changed(score=score, per_parameter=True, **turn):
         assert training._allocate is not allocate
         model, _ = adalora_net(steps=50)
     assert training._allocate is allocate
     assert tunerkit.tuner(model).ranks() == {"0": 1}
+
+
+def test_a_way_of_turning_is_the_one_that_is_taken() -> None:
+    """With all λ alike they add up to the initial rank at the last allocation, here of one triplet; moments matter."""
+    ends = []
+    for turn in ({}, {"power": 0.0}, {"moments": True}):
+        with variants.changed(**turn):
+            model, _ = adalora_net(steps=50)
+        ends.append(variants.layers_in(model)[0].p.detach())
+    assert not torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2])
 
 
 def test_scores_of_a_triplet() -> None:
@@ -155,7 +151,7 @@ def test_scores_of_a_triplet() -> None:
     model, optimizer = adalora_net(steps=4)
     (layer,) = variants.layers_in(model)
     stacks = training.training_of(tunerkit.tuner(model)).stacks
-    variants.rotate_([layer], optimizer)
+    variants.turn_([layer], optimizer, total=4.0)
     sizes = torch.linalg.svdvals(layer.p @ torch.diag(layer.lam) @ layer.q)[:4]
     torch.testing.assert_close(variants.magnitude(stacks, [layer])[0], sizes)
     means = {stack.part: stack.sensitivity[0] for stack in stacks}

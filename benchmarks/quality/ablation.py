@@ -13,14 +13,13 @@ from benchmarks.quality.scores import points_of, told
 from benchmarks.quality.store import Row
 
 
-def _turned(**more: Any) -> dict[str, Any]:
-    return {methods.EXPERIMENT: {"rotate": "after", "power": 1.0, **more}}
+def _variant(**more: Any) -> dict[str, Any]:
+    return {methods.EXPERIMENT: more}
 
 
 RANK = 1
 SEEDS = (0, 1, 2, 3)
-# Written out, so that a row says what was run even after a default has moved. At each allocation the triplets of a
-# layer are turned into its singular triplets, with λ by their size and as large together as LoRA's scale at `RANK`.
+# Written out, so that a row says what was run even after a default has moved.
 BASE: Mapping[str, Any] = {
     "start": "lora",
     "init_rank": 8,
@@ -31,20 +30,18 @@ BASE: Mapping[str, Any] = {
     "beta1": 0.85,
     "beta2": 0.85,
     "gamma": 0.0,
-    **_turned(),
+    "exact_svd": True,
 }
-_AS_THEY_ARE: Mapping[str, Any] = {methods.EXPERIMENT: {}}
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     "nothing": {},
-    # How triplets are turned. With 2 or 8 not turned at all, at LoRA's scale; the former is what the defaults are.
-    "not turned, init_rank 2, scale 2": {"init_rank": 2, "alpha": 4.0, **_AS_THEY_ARE},
-    "not turned, scale 2": {"alpha": 16.0, **_AS_THEY_ARE},
-    "not turned, lambda rises": {methods.EXPERIMENT: {"even": True}},
-    "lambda alike, rises": _turned(power=0.0, even=True),
-    "lambda by the root of the size": _turned(power=0.5),
-    "lambda by the square of the size": _turned(power=2.0),
-    "moments as they are": _turned(moments=False),
-    "turned before, score by size": _turned(rotate="before", score="magnitude"),
+    # How triplets are turned at allocations. The first line is what the defaults once were.
+    "not turned, init_rank 2, scale 2": {"init_rank": 2, "alpha": 4.0, "exact_svd": False},
+    "not turned": {"exact_svd": False},
+    "not turned, scale 2": {"alpha": 16.0, "exact_svd": False},
+    "moments turn along": _variant(moments=True),
+    "lambda alike": _variant(power=0.0),
+    "lambda by the root of the size": _variant(power=0.5),
+    "lambda by the square of the size": _variant(power=2.0),
     # How much there is to choose from, and how far a step goes.
     "init_rank 2": {"init_rank": 2},
     "init_rank 4": {"init_rank": 4},
@@ -64,21 +61,21 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     # By what they go.
     "beta1 and beta2 0.5": {"beta1": 0.5, "beta2": 0.5},
     "beta1 and beta2 0.95": {"beta1": 0.95, "beta2": 0.95},
-    "score without uncertainty": _turned(score="sensitivity"),
-    "score exact for the triplet": _turned(score="exact"),
-    "score by size": _turned(score="magnitude"),
-    "score per parameter": _turned(per_parameter=True),
-    "score squared per parameter": _turned(score="squared", per_parameter=True),
+    "score without uncertainty": _variant(score="sensitivity"),
+    "score exact for the triplet": _variant(score="exact"),
+    "score by size": _variant(score="magnitude"),
+    "score per parameter": _variant(per_parameter=True),
+    "score squared per parameter": _variant(score="squared", per_parameter=True),
     # Where they start and how they move.
     "start gaussian": {"start": "gaussian"},
     "start orthonormal": {"start": "orthonormal"},
-    "gamma 0.1": {"gamma": 0.1},
-    "gamma 0.5": {"gamma": 0.5},
-    "q half as large": _turned(q_scale=0.5),
-    "q twice as large": _turned(q_scale=2.0),
-    "q orthonormal": _turned(q_orthonormal=True),
-    "lambda still": _turned(lambda_rate=0.0),
-    "lambda ten times as fast": _turned(lambda_rate=10.0),
+    "not turned, gamma 0.1": {"gamma": 0.1, "exact_svd": False},
+    "not turned, gamma 0.5": {"gamma": 0.5, "exact_svd": False},
+    "q half as large": _variant(q_scale=0.5),
+    "q twice as large": _variant(q_scale=2.0),
+    "q orthonormal": _variant(q_orthonormal=True),
+    "lambda still": _variant(lambda_rate=0.0),
+    "lambda ten times as fast": _variant(lambda_rate=10.0),
 }
 
 

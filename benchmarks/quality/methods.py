@@ -15,6 +15,7 @@ import tunerkit
 from benchmarks.quality import variants
 from benchmarks.quality.tasks import TASKS, Task
 from tunerkit.cli.training import Recipe, attach_adapters
+from tunerkit_adalora import AdaLoraConfig
 
 if TYPE_CHECKING:
     from benchmarks.quality.runs import Run
@@ -63,11 +64,6 @@ def adamw_with_heads(task: Task, model: nn.Module, recipe: Recipe) -> Optimizer:
     return AdamW([group for group in groups if group["params"]], lr=recipe.learning_rate, weight_decay=0.0)
 
 
-def initial_rank(rank: int) -> int:
-    """What AdaLoRA starts at to end at ``rank``."""
-    return math.ceil(1.5 * rank)
-
-
 def prepare(run: "Run", model: nn.Module, total_steps: int) -> Prepared:
     """Put the run's method into ``model``."""
     task = TASKS[run.task]
@@ -96,8 +92,10 @@ def _adalora(run: "Run", model: nn.Module) -> Prepared:
     That is a λ for each triplet more than LoRA has, which an export folds into P. A budget without them would not buy
     the last triplet, which of twelve is a lot.
     """
-    sizes = {"init_rank": initial_rank(run.rank), "budget_unit": "parameters", "budget": triplets_size(model, run)}
-    settings = {**_shared(run), **sizes, **run.settings}
+    ends = AdaLoraConfig(target_rank=run.rank)  # what a rank at the end says of the start, and a budget does not
+    sizes = {"init_rank": ends.initial_rank, "alpha": ends.scale * ends.initial_rank}
+    budget = {"budget_unit": "parameters", "budget": triplets_size(model, run)}
+    settings = {**_shared(run), **sizes, **budget, **run.settings}
     experiment: Mapping[str, Any] = settings.pop(EXPERIMENT, {})
     wrapped = tunerkit.wrap(model, "adalora", settings, seed=run.seed)
     starts = {name: value for name, value in experiment.items() if name.startswith("q_")}
@@ -127,7 +125,7 @@ def _peft(run: "Run", model: nn.Module, total_steps: int) -> Prepared:
     if run.method == PEFT_LORA:
         config = peft.LoraConfig(**{**shared, "r": run.rank, "lora_alpha": SCALE * run.rank, **run.settings})
         return Prepared(peft.get_peft_model(model, config))
-    first = run.settings.get("init_r", initial_rank(run.rank))
+    first = run.settings.get("init_r", math.ceil(1.5 * run.rank))
     sizes = {"init_r": first, "target_r": run.rank, "lora_alpha": SCALE * first}
     spans = {"tinit": total_steps // 10, "tfinal": 3 * total_steps // 10, "deltaT": 10, "total_step": total_steps}
     config = peft.AdaLoraConfig(**{**shared, **sizes, **spans, **run.settings})

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 from unittest import mock
 
 import torch
@@ -12,7 +11,7 @@ from torch.optim import Optimizer
 import tunerkit
 import tunerkit_adalora.training as inner
 from tunerkit import Tuner, optimizer_of
-from tunerkit_adalora.importance import Stack, new_stacks, triplet_scores
+from tunerkit_adalora.importance import Stack, triplet_scores
 from tunerkit_adalora.svd_layer import SvdLayer
 
 _ADAM = ("exp_avg", "exp_avg_sq")
@@ -52,38 +51,26 @@ def _with_uncertainty(stack: Stack, uncertainty: Tensor) -> Stack:
 SCORES: dict[str, Score] = {"sensitivity": sensitivity, "exact": exact, "squared": squared, "magnitude": magnitude}
 
 
-def rotate_(
-    layers: Sequence[SvdLayer],
-    optimizer: Optimizer,
-    *,
-    level: float = 1.0,
-    power: float = 0.0,
-    moments: bool = True,
-) -> None:
-    """Turn each layer's live triplets into the singular triplets of its ΔW, which stays; Adam's averages turn along.
+def turn_(layers: Sequence[SvdLayer], optimizer: Optimizer | None, *, total: float, power: float = 1.0) -> None:
+    """What `to_svd_form_` does, with λ by a ``power`` of the singular value; Adam's averages turn along.
 
-    As LoRA starts, λ is 1 (or ``level``), the rows of Q have one length, and P carries the singular values: a step of
-    the optimizer then moves ΔW as far as it did before. With a ``power`` above 0 each λ goes by that power of its
-    singular value and the λ of a layer add up to its initial rank, so that large triplets take the longer steps; at 1
-    all columns of P have one length too. Without ``moments`` Adam's averages are left as they are.
+    Without an optimizer there are none to turn, or they are left as they are.
     """
     for layer in layers:
         if layer.lam[layer.mask].count_nonzero():
-            _rotate_(layer, optimizer if moments else None, level, power)
+            _turn_(layer, optimizer, total, power)
 
 
 @torch.no_grad()
-def _rotate_(layer: SvdLayer, optimizer: Optimizer | None, level: float, power: float) -> None:
+def _turn_(layer: SvdLayer, optimizer: Optimizer | None, total: float, power: float) -> None:
     live = layer.mask & (layer.lam != 0)
     p, lam, q = layer.p[:, live], layer.lam[live], layer.q[live]
     length = q.norm() / len(lam) ** 0.5
     left, r_left = torch.linalg.qr(p * lam)
     right, r_right = torch.linalg.qr(q.T)
     u, sigma, vh = torch.linalg.svd(r_left @ r_right.T)
-    turned = torch.full_like(sigma, level)
-    if power:
-        shares = sigma.clamp_min(1e-4 * sigma[0]) ** power
-        turned = len(layer.lam) * shares / shares.sum()
+    shares = sigma.clamp_min(1e-4 * sigma[0]) ** power
+    turned = total * shares / shares.sum()
     layer.p[:, live] = left @ (u * sigma / (length * turned))
     layer.q[live] = length * vh @ right.T
     layer.lam[live] = turned
@@ -99,18 +86,6 @@ def _rotate_(layer: SvdLayer, optimizer: Optimizer | None, level: float, power: 
     mean_q[live] = on_q @ mean_q[live]
     spread_q[live] = on_q.square() @ spread_q[live]
     optimizer.state[layer.lam]["exp_avg"][live] = 0.0
-
-
-@torch.no_grad()
-def raise_(layers: Sequence[SvdLayer], optimizer: Optimizer, factor: float) -> None:
-    """Make every λ ``factor`` times as large and P as much smaller: ΔW stays, and the steps of P move it farther."""
-    for layer in layers:
-        layer.lam.mul_(factor)
-        layer.p.div_(factor)
-        for weight, by in ((layer.p, factor), (layer.lam, 1 / factor)):
-            mean, spread = (optimizer.state[weight][name] for name in _ADAM)
-            mean.mul_(by)
-            spread.mul_(by**2)
 
 
 @torch.no_grad()
@@ -151,39 +126,18 @@ def layers_in(model: nn.Module) -> list[SvdLayer]:
     return inner.layers_of(tunerkit.tuner(model))
 
 
-def _optimizer_of(tuner: Tuner) -> Optimizer:
-    found = optimizer_of(tuner)
-    assert found is not None
-    return found
-
-
 @contextmanager
 def changed(
-    *,
-    score: str | None = None,
-    per_parameter: bool = False,
-    rotate: str | None = None,
-    even: bool = False,
-    power: float = 0.0,
-    moments: bool = True,
+    *, score: str | None = None, per_parameter: bool = False, moments: bool = False, power: float = 1.0
 ) -> Iterator[None]:
-    """AdaLoRA with another score, divided by a triplet's number of parameters, or turned at each allocation.
+    """AdaLoRA with another score, divided by a triplet's number of parameters, or turned in another way.
 
-    ``rotate`` is "before" the masks are made, for scores that only look at the weights, or "after", when the averages
-    start anew; either way not once the ranks are final. ``even``: λ rises as the budget falls (`raise_`), so that all
-    triplets together move a layer as far in a step as before, as LoRA's alpha / r says of a rank r. ``power`` and
-    ``moments``: see `rotate_`.
+    For ``moments``, whether Adam's averages turn along, and ``power`` see `turn_`.
     """
     allocate = inner._allocate
-    how: dict[str, Any] = {"power": power, "moments": moments}
 
     def allocating(tuner: Tuner, training: inner.Training, keep: int, *, final: bool) -> dict[str, int]:
         layers = inner.layers_of(tuner)
-        schedule = training.schedule
-        if rotate == "before":
-            rotate_(layers, _optimizer_of(tuner), level=schedule.initial / training.in_force if even else 1.0, **how)
-        if even:
-            raise_(layers, _optimizer_of(tuner), training.in_force / keep)
 
         def scored(stacks: Sequence[Stack]) -> list[Tensor]:
             scores = triplet_scores(stacks) if score is None else SCORES[score](stacks, layers)
@@ -192,14 +146,14 @@ def changed(
                 for each, layer in zip(scores, layers, strict=True)
             ]
 
-        with mock.patch.object(inner, "triplet_scores", scored):
-            ranks = allocate(tuner, training, keep, final=final)
-        if rotate == "after" and not final:
-            rotate_(layers, _optimizer_of(tuner), level=schedule.initial / keep if even else 1.0, **how)
-            training.stacks = new_stacks(inner.weights_of(layers))
-            training.blank = True
-        return ranks
+        def turning(layers: Sequence[SvdLayer], *, total: float) -> None:
+            turn_(layers, optimizer_of(tuner) if moments else None, total=total, power=power)
 
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(inner, "_allocate", allocating))
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(inner, "triplet_scores", scored))
+            if moments or power != 1.0:
+                stack.enter_context(mock.patch.object(inner, "to_svd_form_", turning))
+            return allocate(tuner, training, keep, final=final)
+
+    with mock.patch.object(inner, "_allocate", allocating):
         yield

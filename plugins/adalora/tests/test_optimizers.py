@@ -192,7 +192,9 @@ class Drops(nn.Module):
 @pytest.mark.filterwarnings("ignore:these adapters never ran")
 def test_a_layer_that_is_dropped_now_and_then_keeps_its_averages_meanwhile() -> None:
     """A step without its gradient leaves a layer's averages as they were, and the layer may keep rank."""
-    model = tunerkit.wrap(Drops(), "adalora", {**SETTINGS, "targets": "all-linear", "gamma": 0.0}, seed=0)
+    model = tunerkit.wrap(
+        Drops(), "adalora", {**SETTINGS, "targets": "all-linear", "gamma": 0.0, "exact_svd": False}, seed=0
+    )
     optimizer = torch.optim.AdamW(tunerkit.tuner(model).parameters(), lr=1e-2)
     tunerkit.attach(model, optimizer, total_steps=TOTAL)
     for number in range(TOTAL):

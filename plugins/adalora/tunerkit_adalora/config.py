@@ -10,6 +10,8 @@ from tunerkit import AdapterConfig, setting
 from tunerkit.patterns import lookup
 
 DEFAULT_TARGET_RANK = 8
+_EXCESS = 1.5  # of the initial rank over the one at the end
+_LEAST_INIT_RANK = 8
 
 
 @attrs.frozen
@@ -21,8 +23,12 @@ class AdaLoraConfig(AdapterConfig):
     """
 
     target_rank: int | None = setting(None, ge=1, doc="average rank per target at the end; None: 8, or by budget")
-    init_rank: int | None = setting(None, ge=1, doc="rank at each target at the start; None: 1.5 x target_rank, up")
-    alpha: float | None = setting(None, gt=0, doc="numerator of the scale; None: twice init_rank")
+    init_rank: int | None = setting(
+        None, ge=1, doc="rank at each target at the start; None: 1.5 x target_rank, up, with exact_svd 8 at least"
+    )
+    alpha: float | None = setting(
+        None, gt=0, doc="numerator of the scale; None: twice init_rank, with exact_svd twice the rank it ends at"
+    )
     dropout: float = setting(0.0, ge=0, lt=1, doc="share of the adapter's input that is dropped while training")
     t_init: int | float = setting(0.1, ge=0, doc="t_i: no pruning before")
     t_final: int | float = setting(0.3, ge=0, doc="t_f: length of the final phase, ranks fixed")
@@ -33,6 +39,9 @@ class AdaLoraConfig(AdapterConfig):
     gamma: float = setting(0.0, ge=0, doc="γ: weight of the orthogonality regulariser; 0 switches it off")
     orthogonality: Literal["reference", "paper"] = setting(
         "reference", doc="form of the regulariser: mean of norms (the public codes) or sum of squared norms (the paper)"
+    )
+    exact_svd: bool | None = setting(
+        None, doc="make P Λ Q the SVD of ΔW at each allocation; None: where start is 'lora' and gamma 0"
     )
     total_steps: int | None = setting(None, ge=1, doc="T, if attach or the Trainer should not say it")
     budget: int | None = setting(None, ge=1, doc="total budget at the end, in budget_unit; instead of target_rank")
@@ -68,7 +77,9 @@ class AdaLoraConfig(AdapterConfig):
     @property
     def initial_rank(self) -> int:
         """``init_rank``, or what it is by default."""
-        return self.init_rank if self.init_rank is not None else math.ceil(1.5 * self.average_rank)
+        if self.init_rank is not None:
+            return self.init_rank
+        return max(math.ceil(_EXCESS * self.average_rank), _LEAST_INIT_RANK if self.in_svd_form else 0)
 
     @property
     def average_rank(self) -> int:
@@ -77,9 +88,28 @@ class AdaLoraConfig(AdapterConfig):
 
     @property
     def scale(self) -> float:
-        """The factor of P Λ Q. It uses the initial rank and does not change with pruning."""
-        alpha = self.alpha if self.alpha is not None else 2.0 * self.initial_rank
-        return alpha / self.initial_rank
+        """The factor of P Λ Q. It uses the initial rank and does not change with pruning.
+
+        In SVD form λ adds up to the initial rank at each target, so that the scales of all its triplets add up to
+        alpha: by default to what they do in LoRA with the rank that is left.
+        """
+        return self._alpha / self.initial_rank
+
+    @property
+    def in_svd_form(self) -> bool:
+        """``exact_svd``, or what it is by default: the penalty and a start at Λ = 0 are the paper's own ways."""
+        if self.exact_svd is not None:
+            return self.exact_svd
+        return self.start == "lora" and self.gamma == 0
+
+    @property
+    def _alpha(self) -> float:
+        if self.alpha is not None:
+            return self.alpha
+        if not self.in_svd_form:
+            return 2.0 * self.initial_rank
+        # What a total budget leaves of the rank is known once the targets are: taken for what it is by default.
+        return 2.0 * (self.average_rank if self.budget is None else self.initial_rank / _EXCESS)
 
     def minimum_at(self, path: str) -> int:
         """The least rank at a target."""
@@ -111,6 +141,8 @@ class AdaLoraConfig(AdapterConfig):
                 f"target_rank {self.average_rank} is above init_rank {self.initial_rank}: the budget only falls; "
                 "raise init_rank @ $.target_rank"
             )
+        if self.exact_svd and self.gamma > 0:
+            yield "exact_svd makes P and Q orthogonal, gamma would pull them to length 1; set gamma to 0 @ $.exact_svd"
         yield from self._span_problems()
         if isinstance(self.min_rank, int) and self.min_rank > self.initial_rank:
             yield f"min_rank {self.min_rank} is above init_rank {self.initial_rank} @ $.min_rank"

@@ -9,13 +9,14 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from tunerkit import ConfigError, StepError, Target, Tuner, TunerkitWarning
+from tunerkit import ConfigError, StepError, Target, Tuner, TunerkitWarning, optimizer_of
 from tunerkit_adalora.allocator import allocate
 from tunerkit_adalora.config import AdaLoraConfig
 from tunerkit_adalora.importance import Stack, new_stacks, smooth_, triplet_scores, unstack
 from tunerkit_adalora.orthogonality import add_gradient_
 from tunerkit_adalora.schedule import Schedule, plan
 from tunerkit_adalora.shrinking import shrink_layers_
+from tunerkit_adalora.svd_form import copies_in, to_svd_form_
 from tunerkit_adalora.svd_layer import SvdLayer, apply_masks_
 
 
@@ -278,6 +279,8 @@ def _allocate(tuner: Tuner, training: Training, keep: int, *, final: bool) -> di
     for layer, mask, rank in zip(layers, masks, ranks, strict=True):
         layer.set_mask(mask, rank=rank)
     apply_masks_(layers)
+    if config.in_svd_form:
+        _turn(tuner, training)
     training.in_force = keep
     training.final = final
     if final:
@@ -285,6 +288,24 @@ def _allocate(tuner: Tuner, training: Training, keep: int, *, final: bool) -> di
         training.shrunk = config.shrink and shrink_layers_(tuner, layers)
         training.sizes = [len(layer.lam) for layer in layers]
     return tuner.ranks()
+
+
+def _turn(tuner: Tuner, training: Training) -> None:
+    """Make P Λ Q the SVD of ΔW; the averages, which were of other triplets, start anew."""
+    copies = copies_in(optimizer_of(tuner), weights_of(training.layers))
+    if copies:
+        warnings.warn(
+            f"adapter {tuner.name!r}: the optimizer keeps weights of its own ({', '.join(copies)}), so P, Λ and Q are "
+            "left as they are at allocations; set exact_svd=False to say so",
+            TunerkitWarning,
+            stacklevel=3,
+        )
+        return
+    to_svd_form_(training.layers, total=config_of(tuner).initial_rank)
+    for stack in training.stacks:
+        stack.sensitivity.zero_()
+        stack.uncertainty.zero_()
+    training.blank = True
 
 
 def _brought_to_the_host(left_out: Tensor, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> list[int]:

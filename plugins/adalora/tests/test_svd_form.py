@@ -1,0 +1,290 @@
+"""Tests of the SVD at an allocation: what is added stays, triplets become singular triplets, the rest is left alone."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import tunerkit
+from tunerkit.testing.small import TARGETS, X, net, step, train, trainable
+from tunerkit_adalora import AdaLoraConfig
+from tunerkit_adalora.svd_form import to_svd_form_
+from tunerkit_adalora.svd_layer import SvdLayer
+from tunerkit_adalora.training import training_of
+
+TOTAL = 20
+# Allocations at 6, 9, 12 and 14, the last.
+SETTINGS: dict[str, Any] = {
+    "target_rank": 2, "init_rank": 4, "t_init": 4, "t_final": 6, "delta_t": 3, "shrink": False, "targets": TARGETS
+}  # fmt: skip
+
+
+class Base(nn.Module):
+    """All that an SVD layer asks of its base layer."""
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.out_features, self.in_features = out_features, in_features
+
+
+def random_layer(out: int, into: int, mask: list[bool], seed: int = 0, dtype: torch.dtype = torch.float64) -> SvdLayer:
+    generator = torch.Generator().manual_seed(seed)
+    layer = SvdLayer(Base(out, into), rank=len(mask), scale=0.5, dropout=0.0, start="lora").to(dtype)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for weight in layer.weights:
+            weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64))
+        layer.mask = torch.tensor(mask)
+        layer.lam.masked_fill_(~layer.mask, 0.0)
+    return layer
+
+
+def added(layer: SvdLayer) -> Tensor:
+    return ((layer.p * layer.lam) @ layer.q).detach().double()
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [weight.detach().clone() for layer in layers(model) for weight in layer.weights]
+
+
+def layers(model: nn.Module) -> list[SvdLayer]:
+    return [layer for layer in tunerkit.tuner(model).adapters().values() if isinstance(layer, SvdLayer)]
+
+
+def attached(make: Any = torch.optim.AdamW, **changes: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model: nn.Module = tunerkit.wrap(net(), "adalora", {**SETTINGS, **changes}, seed=0)
+    optimizer = make(trainable(model), lr=2e-2)
+    tunerkit.attach(model, optimizer, total_steps=TOTAL)
+    return model, optimizer
+
+
+# --- The arithmetic ---------------------------------------------------------------------------------------------------
+
+
+@given(
+    out=st.integers(1, 9),
+    into=st.integers(1, 9),
+    mask=st.lists(st.booleans(), min_size=1, max_size=5).filter(any),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=100, deadline=None)
+def test_triplets_become_those_of_the_svd(out: int, into: int, mask: list[bool], seed: int) -> None:
+    """ΔW stays; the live triplets, in their order, are its singular ones, and the dead ones what they were."""
+    layer = random_layer(out, into, mask, seed)
+    before, dead = added(layer), [weight.detach().clone() for weight in layer.weights]
+    live = layer.mask
+    length = layer.q[live].square().sum(1).mean().sqrt()
+    to_svd_form_([layer], total=6.0)
+    torch.testing.assert_close(added(layer), before, rtol=1e-9, atol=1e-9)
+    assert float(layer.lam.sum().detach()) == pytest.approx(6.0)
+    assert (layer.lam[live].diff() <= 0).all()
+
+    number = min(sum(mask), out, into)  # of singular values above 0
+    sizes = (layer.lam * layer.p.norm(dim=0) * layer.q.norm(dim=1)).detach()[live]
+    expected = torch.linalg.svdvals(before)[:number]
+    torch.testing.assert_close(sizes[:number], expected, rtol=1e-6, atol=1e-9)
+    assert (sizes[number:] < 1e-9 * expected[0]).all()
+    rows = layer.q.detach()[live][:number]
+    torch.testing.assert_close(rows @ rows.T, torch.eye(number, dtype=rows.dtype) * length**2, rtol=1e-6, atol=1e-9)
+    large = expected > 1e-3 * expected[0]
+    columns = layer.p.detach()[:, live][:, :number][:, large]
+    common = (expected.sum() / (6.0 * length)).square()
+    size = int(large.sum())
+    torch.testing.assert_close(
+        columns.T @ columns / common, torch.eye(size, dtype=rows.dtype), rtol=0.1, atol=0.01 if size > 1 else 0.1
+    )
+
+    for weight, old, along in zip(layer.weights, dead, (1, 0, 0), strict=True):
+        left = (~live).nonzero().flatten()
+        assert torch.equal(weight.index_select(along, left), old.index_select(along, left))
+
+
+def test_shares_of_lambda_go_by_the_singular_values() -> None:
+    """Where none is too small, λ = total · Σ / sum Σ, and all columns of P have one length."""
+    layer = random_layer(9, 7, [True] * 3)
+    expected = torch.linalg.svdvals(added(layer))[:3]
+    to_svd_form_([layer], total=3.0)
+    torch.testing.assert_close(layer.lam.detach(), 3.0 * expected / expected.sum())
+    torch.testing.assert_close(layer.p.norm(dim=0), layer.p.norm(dim=0).mean().expand(3))
+
+
+def test_layers_are_turned_alike_together_and_alone() -> None:
+    """Layers of one shape are one batch; the batch of one gives the same, whatever each mask says."""
+    masks = [[True] * 4, [True, False, True, False], [False] * 4, [False, True, True, True]]
+    shapes = [(6, 8), (6, 8), (6, 8), (3, 8)]
+
+    def made() -> list[SvdLayer]:
+        return [random_layer(*shape, mask, seed) for seed, (shape, mask) in enumerate(zip(shapes, masks, strict=True))]
+
+    together, alone = made(), made()
+    to_svd_form_(together, total=4.0)
+    for layer in alone:
+        to_svd_form_([layer], total=4.0)
+    for one, other in zip(together, alone, strict=True):
+        for weight, same in zip(one.weights, other.weights, strict=True):
+            torch.testing.assert_close(weight, same)
+
+
+def test_turning_again_changes_nothing() -> None:
+    """The sign that an SVD leaves open is the one that there is, so the optimizer's averages stay with their own."""
+    layer = random_layer(9, 7, [True, False, True, True])
+    to_svd_form_([layer], total=4.0)
+    before = [weight.detach().clone() for weight in layer.weights]
+    to_svd_form_([layer], total=4.0)
+    for weight, old in zip(layer.weights, before, strict=True):
+        torch.testing.assert_close(weight.detach(), old)
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_a_layer_that_adds_nothing_or_no_number_is_left_alone(value: float) -> None:
+    """The SVD of it would raise, or its triplets be anything."""
+    odd, good = random_layer(6, 8, [True] * 3, 0), random_layer(6, 8, [True] * 3, 1)
+    with torch.no_grad():
+        odd.p.fill_(value)
+    before = [weight.detach().clone() for weight in odd.weights]
+    to_svd_form_([odd, good], total=3.0)
+    for weight, old in zip(odd.weights, before, strict=True):
+        assert torch.equal(weight.detach().nan_to_num(7.0), old.nan_to_num(7.0))
+    assert float(good.lam.sum().detach()) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_turned_in_full(dtype: torch.dtype) -> None:
+    """ΔW stays to what the dtype can say of P, λ and Q."""
+    layer = random_layer(6, 8, [True] * 3, dtype=dtype)
+    before = added(layer)
+    to_svd_form_([layer], total=3.0)
+    assert layer.p.dtype == dtype
+    torch.testing.assert_close(
+        added(layer), before, rtol=0, atol=8 * torch.finfo(dtype).eps * float(before.abs().max())
+    )
+
+
+# --- In training ------------------------------------------------------------------------------------------------------
+
+
+def test_each_allocation_leaves_the_svd_of_what_is_kept() -> None:
+    """After an allocation, the final one too, columns of P are orthogonal and λ adds up to the initial rank."""
+    model, optimizer = attached()
+    tuner = tunerkit.tuner(model)
+    seen = 0
+    for _ in range(TOTAL):
+        step(model, optimizer)
+        if tuner.history and tuner.history[-1].step == tuner.steps:
+            seen += 1
+            for layer in layers(model):
+                if layer.rank:
+                    rows = layer.q.detach()[layer.mask]
+                    gram = rows @ rows.T / rows.square().sum(1).mean()
+                    torch.testing.assert_close(gram, torch.eye(layer.rank), rtol=0, atol=1e-4)
+                    assert float(layer.lam.sum().detach()) == pytest.approx(SETTINGS["init_rank"], rel=1e-4)
+    assert seen == 4
+
+
+def test_what_the_model_says_is_the_same_before_and_after_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An allocation changes the output by the triplets that it masks and by nothing else."""
+    from tunerkit_adalora import training
+
+    model, optimizer = attached()
+    outputs: list[Tensor] = []
+
+    def turning(found: list[SvdLayer], *, total: float) -> None:
+        outputs.append(model(X).detach())
+        to_svd_form_(found, total=total)
+        torch.testing.assert_close(model(X).detach(), outputs[-1], rtol=1e-5, atol=1e-6)
+
+    monkeypatch.setattr(training, "to_svd_form_", turning)
+    train(model, optimizer, TOTAL)
+    assert len(outputs) == 4
+
+
+def test_averages_start_anew_with_the_triplets() -> None:
+    """What was averaged was of other triplets; the next step's gradients are the first of these."""
+    model, optimizer = attached()
+    tuner = tunerkit.tuner(model)
+    for _ in range(5):
+        step(model, optimizer)
+    assert any(average.any() for average in training_of(tuner).averages[0])
+    step(model, optimizer)  # the sixth: an allocation
+    assert not any(average.any() for kind in training_of(tuner).averages for average in kind)
+    step(model, optimizer)
+    assert any(average.any() for average in training_of(tuner).averages[0])
+
+
+def test_an_optimizer_with_weights_of_its_own_is_told_of_and_nothing_is_turned() -> None:
+    """ASGD's averaged weights would mix triplets of before and after."""
+    model, optimizer = attached(torch.optim.ASGD)
+    with pytest.warns(tunerkit.TunerkitWarning, match=r"keeps weights of its own \(ax\).*exact_svd=False"):
+        train(model, optimizer, TOTAL)
+    plain, its = attached(torch.optim.ASGD, exact_svd=False, alpha=4.0)
+    train(plain, its, TOTAL)
+    for one, other in zip(weights(model), weights(plain), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_without_it_an_allocation_moves_only_lambda() -> None:
+    """`exact_svd=False`: P and Q stay as they are, as in the paper."""
+    model, optimizer = attached(torch.optim.SGD, exact_svd=False)
+    for _ in range(5):
+        step(model, optimizer)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = weights(model)
+    step(model, optimizer)
+    assert tunerkit.tuner(model).history
+    same = [torch.equal(weight, old) for weight, old in zip(weights(model), before, strict=True)]
+    assert all(same[0::3])
+    assert all(same[2::3])
+    assert not all(same[1::3])
+
+
+# --- Where it is in force ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, True),
+        ({"gamma": 0.1}, False),
+        ({"start": "gaussian"}, False),
+        ({"start": "orthonormal"}, False),
+        ({"start": "gaussian", "exact_svd": True}, True),
+        ({"exact_svd": False}, False),
+    ],
+)
+def test_it_takes_the_penalty_s_place(config: dict[str, Any], expected: bool) -> None:
+    """The default where nothing of the paper's own way to orthogonality was asked for."""
+    assert AdaLoraConfig(**config).in_svd_form is expected
+
+
+def test_the_named_settings_are_without_it() -> None:
+    """The paper's and PEFT's triplets are what their optimizers made of them."""
+    assert not AdaLoraConfig.paper().in_svd_form
+    assert not AdaLoraConfig.peft().in_svd_form
+
+
+def test_it_cannot_go_with_the_penalty() -> None:
+    """One error that says what pulls where."""
+    with pytest.raises(tunerkit.ConfigError, match="gamma would pull them to length 1"):
+        AdaLoraConfig(exact_svd=True, gamma=0.1)
+
+
+@pytest.mark.parametrize(
+    ("config", "initial", "scale"),
+    [
+        ({"target_rank": 1}, 8, 2 / 8),
+        ({"target_rank": 6}, 9, 12 / 9),
+        ({}, 12, 16 / 12),
+        ({"target_rank": 1, "exact_svd": False}, 2, 2.0),
+        ({"budget": 30, "init_rank": 12}, 12, 16 / 12),
+        ({"target_rank": 2, "init_rank": 4, "alpha": 3.0}, 4, 3 / 4),
+    ],
+)
+def test_rank_and_scale_follow_from_the_rank_at_the_end(config: dict[str, Any], initial: int, scale: float) -> None:
+    """In SVD form a target's triplets together have LoRA's scale of the rank that is left."""
+    found = AdaLoraConfig(**config)
+    assert found.initial_rank == initial
+    assert found.scale == pytest.approx(scale)
