@@ -64,7 +64,6 @@ from tests.tiny_classifier import WORDS, save_tiny_classifier  # noqa: E402
 from tunerkit.cli import assets  # noqa: E402
 from tunerkit.cli.data import Examples  # noqa: E402
 from tunerkit.cli.training import IGNORED  # noqa: E402
-from tunerkit_adalora import AdaLoraConfig  # noqa: E402
 
 
 def sentences(_: Path) -> Examples:
@@ -237,7 +236,7 @@ def test_methods_differ_in_what_they_train(toy: Path) -> None:
     assert counts[methods.HEAD_ONLY] < counts[methods.LORA] < counts[methods.FULL]
     ranks: Any = execute(Run("toy", methods.ADALORA, rank=2, learning_rate=5e-3, seed=1), toy)["ranks"]
     assert len(ranks) == 12
-    assert max(ranks.values()) <= AdaLoraConfig(target_rank=2).initial_rank
+    assert len({*ranks.values()}) > 1
 
 
 def test_adalora_ends_at_no_more_parameters_than_lora_and_the_lambdas(toy: Path) -> None:

@@ -78,7 +78,7 @@ def test_the_variant_turns_as_the_plugin_does() -> None:
     found = []
     for turn in (
         lambda layers: variants.turn_(layers, None, total=4.0),
-        lambda layers: to_svd_form_(layers, total=4.0),
+        lambda layers: to_svd_form_(layers, [torch.arange(4.0).flip(0)], total=4.0),
     ):
         model, _ = adalora_net(steps=4)
         (layer,) = variants.layers_in(model)

@@ -146,7 +146,7 @@ def changed(
                 for each, layer in zip(scores, layers, strict=True)
             ]
 
-        def turning(layers: Sequence[SvdLayer], *, total: float) -> None:
+        def turning(layers: Sequence[SvdLayer], _: Sequence[Tensor], *, total: float) -> None:
             turn_(layers, optimizer_of(tuner) if moments else None, total=total, power=power)
 
         with ExitStack() as stack:

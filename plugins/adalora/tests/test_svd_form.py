@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit.testing.small import TARGETS, X, net, step, train, trainable
+from tunerkit.testing.small import TARGETS, X, loss_of, net, step, train, trainable
 from tunerkit_adalora import AdaLoraConfig
 from tunerkit_adalora.svd_form import to_svd_form_
 from tunerkit_adalora.svd_layer import SvdLayer
-from tunerkit_adalora.training import training_of
+from tunerkit_adalora.training import training_of, weights_of
 
 TOTAL = 20
 # Allocations at 6, 9, 12 and 14, the last.
@@ -40,6 +40,11 @@ def random_layer(out: int, into: int, mask: list[bool], seed: int = 0, dtype: to
         layer.mask = torch.tensor(mask)
         layer.lam.masked_fill_(~layer.mask, 0.0)
     return layer
+
+
+def turn(layers: list[SvdLayer], *, total: float) -> None:
+    """Turn ``layers`` whose triplets are the less important the later they come."""
+    to_svd_form_(layers, [torch.arange(len(layer.lam), 0, -1.0) for layer in layers], total=total)
 
 
 def added(layer: SvdLayer) -> Tensor:
@@ -77,7 +82,7 @@ def test_triplets_become_those_of_the_svd(out: int, into: int, mask: list[bool],
     before, dead = added(layer), [weight.detach().clone() for weight in layer.weights]
     live = layer.mask
     length = layer.q[live].square().sum(1).mean().sqrt()
-    to_svd_form_([layer], total=6.0)
+    turn([layer], total=6.0)
     torch.testing.assert_close(added(layer), before, rtol=1e-9, atol=1e-9)
     assert float(layer.lam.sum().detach()) == pytest.approx(6.0)
     assert (layer.lam[live].diff() <= 0).all()
@@ -106,7 +111,7 @@ def test_shares_of_lambda_go_by_the_singular_values() -> None:
     """Where none is too small, λ = total · Σ / sum Σ, and all columns of P have one length."""
     layer = random_layer(9, 7, [True] * 3)
     expected = torch.linalg.svdvals(added(layer))[:3]
-    to_svd_form_([layer], total=3.0)
+    turn([layer], total=3.0)
     torch.testing.assert_close(layer.lam.detach(), 3.0 * expected / expected.sum())
     torch.testing.assert_close(layer.p.norm(dim=0), layer.p.norm(dim=0).mean().expand(3))
 
@@ -120,9 +125,9 @@ def test_layers_are_turned_alike_together_and_alone() -> None:
         return [random_layer(*shape, mask, seed) for seed, (shape, mask) in enumerate(zip(shapes, masks, strict=True))]
 
     together, alone = made(), made()
-    to_svd_form_(together, total=4.0)
+    turn(together, total=4.0)
     for layer in alone:
-        to_svd_form_([layer], total=4.0)
+        turn([layer], total=4.0)
     for one, other in zip(together, alone, strict=True):
         for weight, same in zip(one.weights, other.weights, strict=True):
             torch.testing.assert_close(weight, same)
@@ -131,9 +136,9 @@ def test_layers_are_turned_alike_together_and_alone() -> None:
 def test_turning_again_changes_nothing() -> None:
     """The sign that an SVD leaves open is the one that there is, so the optimizer's averages stay with their own."""
     layer = random_layer(9, 7, [True, False, True, True])
-    to_svd_form_([layer], total=4.0)
+    turn([layer], total=4.0)
     before = [weight.detach().clone() for weight in layer.weights]
-    to_svd_form_([layer], total=4.0)
+    turn([layer], total=4.0)
     for weight, old in zip(layer.weights, before, strict=True):
         torch.testing.assert_close(weight.detach(), old)
 
@@ -145,7 +150,7 @@ def test_a_layer_that_adds_nothing_or_no_number_is_left_alone(value: float) -> N
     with torch.no_grad():
         odd.p.fill_(value)
     before = [weight.detach().clone() for weight in odd.weights]
-    to_svd_form_([odd, good], total=3.0)
+    turn([odd, good], total=3.0)
     for weight, old in zip(odd.weights, before, strict=True):
         assert torch.equal(weight.detach().nan_to_num(7.0), old.nan_to_num(7.0))
     assert float(good.lam.sum().detach()) == pytest.approx(3.0)
@@ -156,7 +161,7 @@ def test_half_precision_is_turned_in_full(dtype: torch.dtype) -> None:
     """ΔW stays to what the dtype can say of P, λ and Q."""
     layer = random_layer(6, 8, [True] * 3, dtype=dtype)
     before = added(layer)
-    to_svd_form_([layer], total=3.0)
+    turn([layer], total=3.0)
     assert layer.p.dtype == dtype
     torch.testing.assert_close(
         added(layer), before, rtol=0, atol=8 * torch.finfo(dtype).eps * float(before.abs().max())
@@ -191,9 +196,9 @@ def test_what_the_model_says_is_the_same_before_and_after_a_turn(monkeypatch: py
     model, optimizer = attached()
     outputs: list[Tensor] = []
 
-    def turning(found: list[SvdLayer], *, total: float) -> None:
+    def turning(found: list[SvdLayer], scores: list[Tensor], *, total: float) -> None:
         outputs.append(model(X).detach())
-        to_svd_form_(found, total=total)
+        to_svd_form_(found, scores, total=total)
         torch.testing.assert_close(model(X).detach(), outputs[-1], rtol=1e-5, atol=1e-6)
 
     monkeypatch.setattr(training, "to_svd_form_", turning)
@@ -202,16 +207,100 @@ def test_what_the_model_says_is_the_same_before_and_after_a_turn(monkeypatch: py
 
 
 def test_averages_start_anew_with_the_triplets() -> None:
-    """What was averaged was of other triplets; the next step's gradients are the first of these."""
+    """What was averaged was of other triplets; Ī after the next step is (1 − β1) I of that step alone."""
     model, optimizer = attached()
     tuner = tunerkit.tuner(model)
-    for _ in range(5):
+    for _ in range(6):  # the sixth: an allocation
         step(model, optimizer)
-    assert any(average.any() for average in training_of(tuner).averages[0])
-    step(model, optimizer)  # the sixth: an allocation
-    assert not any(average.any() for kind in training_of(tuner).averages for average in kind)
+    held = [average.clone() for average in training_of(tuner).averages[0]]
     step(model, optimizer)
-    assert any(average.any() for average in training_of(tuner).averages[0])
+    for weight, old, average in zip(weights_of(layers(model)), held, training_of(tuner).averages[0], strict=True):
+        assert weight.grad is not None
+        torch.testing.assert_close(average, 0.15 * (weight * weight.grad).abs())
+        assert not torch.equal(average, old)
+    step(model, optimizer)
+    for weight, average in zip(weights_of(layers(model)), training_of(tuner).averages[0], strict=True):
+        assert weight.grad is not None
+        assert (average > 0.15 * (weight * weight.grad).abs() + 1e-12).any()
+
+
+def test_finishing_right_after_an_allocation_takes_its_scores() -> None:
+    """No gradient has come since: the budget falls by what was known before the turn, and loses the smallest."""
+    model, optimizer = attached()
+    tuner = tunerkit.tuner(model)
+    for _ in range(9):
+        step(model, optimizer)
+    before = tuner.ranks()
+    sizes = [(layer.lam * layer.p.norm(dim=0) * layer.q.norm(dim=1)).detach() for layer in layers(model)]
+    tuner.finish()
+    after = tuner.ranks()
+    assert all(after[path] <= rank for path, rank in before.items())
+    for layer, size in zip(layers(model), sizes, strict=True):
+        assert torch.equal(layer.mask, size >= size.sort(descending=True).values[layer.rank - 1]) or not layer.rank
+
+
+def test_a_layer_without_gradients_since_an_allocation_is_judged_by_what_was_known() -> None:
+    """A layer that is dropped for a while keeps its averages, and with them its rank."""
+    model, optimizer = attached(t_final=4)
+    tuner = tunerkit.tuner(model)
+    for _ in range(9):
+        step(model, optimizer)
+    path, layer = TARGETS[1], layers(model)[1]
+    rank = tuner.ranks()[path]
+    assert rank
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        for weight in layer.weights:
+            weight.grad = None
+        optimizer.step()
+    assert tuner.history[-1].step == 12
+    assert tuner.ranks()[path] > 0
+
+
+@pytest.mark.parametrize("odd", ["frozen", "shared", "parametrised"])
+def test_weights_that_are_not_the_layer_s_own_are_left_alone(odd: str) -> None:
+    """Frozen ones may not move, shared ones belong to another too, and computed ones cannot be written."""
+    one, other = (random_layer(6, 8, [True] * 3, seed) for seed in (0, 1))
+    if odd == "frozen":
+        one.q.requires_grad_(False)
+    elif odd == "shared":
+        one.q = other.q
+    else:
+        nn.utils.parametrizations.weight_norm(one, "q")
+    before = [weight.detach().clone() for weight in one.weights]
+    turn([one, other], total=3.0)
+    for weight, old in zip(one.weights, before, strict=True):
+        assert torch.equal(weight.detach(), old)
+
+
+def test_autocast_rounds_nothing() -> None:
+    """ΔW stays to fp32 although every product around would be made in bf16."""
+    layer = random_layer(60, 80, [True] * 4, dtype=torch.float32)
+    before = added(layer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        turn([layer], total=4.0)
+    torch.testing.assert_close(added(layer), before, rtol=0, atol=1e-5 * float(before.abs().max()))
+
+
+def test_layers_of_several_ranks_and_dtypes_are_turned_in_one_call() -> None:
+    """Each as alone, in its own dtype."""
+    made = [
+        [random_layer(6, 8, [True] * rank, rank, dtype) for rank in (2, 4) for dtype in (torch.float32, torch.float64)]
+        for _ in range(2)
+    ]
+    turn(made[0], total=4.0)
+    for one, other in zip(*made, strict=True):
+        turn([other], total=4.0)
+        for weight, same in zip(one.weights, other.weights, strict=True):
+            torch.testing.assert_close(weight, same)
+
+
+def test_the_largest_takes_the_place_of_the_most_important() -> None:
+    """Averages stay where they are, so what was known of a place goes to the triplet that is most like it."""
+    layer = random_layer(9, 7, [True, True, False, True])
+    to_svd_form_([layer], [torch.tensor([1.0, 3.0, 9.0, 2.0])], total=4.0)
+    assert layer.lam.argsort(descending=True).tolist() == [1, 3, 0, 2]
 
 
 def test_an_optimizer_with_weights_of_its_own_is_told_of_and_nothing_is_turned() -> None:
@@ -268,7 +357,7 @@ def test_the_named_settings_are_without_it() -> None:
 
 def test_it_cannot_go_with_the_penalty() -> None:
     """One error that says what pulls where."""
-    with pytest.raises(tunerkit.ConfigError, match="gamma would pull them to length 1"):
+    with pytest.raises(tunerkit.ConfigError, match=r"gamma 0\.1 pulls P and Q to length 1"):
         AdaLoraConfig(exact_svd=True, gamma=0.1)
 
 

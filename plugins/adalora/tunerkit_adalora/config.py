@@ -27,7 +27,9 @@ class AdaLoraConfig(AdapterConfig):
         None, ge=1, doc="rank at each target at the start; None: 1.5 x target_rank, up, with exact_svd 8 at least"
     )
     alpha: float | None = setting(
-        None, gt=0, doc="numerator of the scale; None: twice init_rank, with exact_svd twice the rank it ends at"
+        None,
+        gt=0,
+        doc="numerator of the scale; None: 2 init_rank, with exact_svd 2 target_rank (or 4/3 init_rank)",
     )
     dropout: float = setting(0.0, ge=0, lt=1, doc="share of the adapter's input that is dropped while training")
     t_init: int | float = setting(0.1, ge=0, doc="t_i: no pruning before")
@@ -142,7 +144,10 @@ class AdaLoraConfig(AdapterConfig):
                 "raise init_rank @ $.target_rank"
             )
         if self.exact_svd and self.gamma > 0:
-            yield "exact_svd makes P and Q orthogonal, gamma would pull them to length 1; set gamma to 0 @ $.exact_svd"
+            yield (
+                f"gamma {self.gamma} pulls P and Q to length 1, which exact_svd gives lengths of their own; set gamma "
+                "to 0, or exact_svd to False @ $.gamma"
+            )
         yield from self._span_problems()
         if isinstance(self.min_rank, int) and self.min_rank > self.initial_rank:
             yield f"min_rank {self.min_rank} is above init_rank {self.initial_rank} @ $.min_rank"

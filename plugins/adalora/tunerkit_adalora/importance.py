@@ -66,19 +66,20 @@ def smooth_(
     *,
     beta1: float,
     beta2: float,
+    anew: bool = False,
 ) -> Tensor:
     """Update the running averages in place with a step's weights and gradients.
 
     Eq. 8:  I = |w · ∂L/∂w|;  Eq. 9:  Ī ← β1 Ī + (1 − β1) I;  Eq. 10:  U = |I − Ī|,  Ū ← β2 Ū + (1 − β2) U,
     with the new Ī in Eq. 10.
 
-    A weight without a gradient keeps its averages. So does one whose I isn't finite throughout: it is left out as a
-    whole. Returns how many were left out, as a 0-d int64 tensor on the first weight's device; nothing here waits for
-    the device.
+    With ``anew`` Ī and Ū count as 0 before. A weight without a gradient keeps its averages. So does one whose I isn't
+    finite throughout: it is left out as a whole. Returns how many were left out, as a 0-d int64 tensor on the first
+    weight's device; nothing here waits for the device.
     """
     if not weights:
         return torch.zeros((), dtype=torch.int64)
-    taken = [_smooth_stack_(weights, grads, stack, beta1, beta2) for stack in stacks]
+    taken = [_smooth_stack_(weights, grads, stack, beta1, beta2, anew) for stack in stacks]
     given = sum(grad is not None and grad.numel() > 0 for grad in grads)
     return given - torch.stack([count.to(weights[0].device) for count in taken]).sum()
 
@@ -101,7 +102,7 @@ def triplet_scores(stacks: Sequence[Stack]) -> list[Tensor]:
 
 
 def _smooth_stack_(
-    weights: Sequence[Tensor], grads: Sequence[Tensor | None], stack: Stack, beta1: float, beta2: float
+    weights: Sequence[Tensor], grads: Sequence[Tensor | None], stack: Stack, beta1: float, beta2: float, anew: bool
 ) -> Tensor:
     """One stack of `smooth_`; how many of its weights were averaged, 0-d int64."""
     slopes = {row: grad for row, place in enumerate(stack.members) if (grad := grads[place]) is not None}
@@ -110,17 +111,23 @@ def _smooth_stack_(
     used = [weights[stack.members[row]] for row in slopes]
     means, spreads = stack.sensitivity, stack.uncertainty
     if len(slopes) == len(stack.members):
-        return _average_(used, list(slopes.values()), means, spreads, beta1, beta2)
+        return _average_(used, list(slopes.values()), means, spreads, beta1, beta2, anew)
     # By rows and not by an index: making one on the device would be waited for.
     rows = [[average[row] for row in slopes] for average in (list(means.unbind()), list(spreads.unbind()))]
     mean, spread = torch.stack(rows[0]), torch.stack(rows[1])
-    taken = _average_(used, list(slopes.values()), mean, spread, beta1, beta2)
+    taken = _average_(used, list(slopes.values()), mean, spread, beta1, beta2, anew)
     torch._foreach_copy_([*rows[0], *rows[1]], [*mean.unbind(), *spread.unbind()])
     return taken
 
 
 def _average_(
-    weights: Sequence[Tensor], grads: Sequence[Tensor], mean: Tensor, spread: Tensor, beta1: float, beta2: float
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    mean: Tensor,
+    spread: Tensor,
+    beta1: float,
+    beta2: float,
+    anew: bool,
 ) -> Tensor:
     """Eq. 8-10 for weights of one shape at once; ``mean`` and ``spread`` (count, *shape) are Ī and Ū."""
     current = torch.stack(list(weights)).to(mean.dtype)
@@ -132,6 +139,10 @@ def _average_(
     # What is left out moves by 0 towards what is there: x + 0 · (y − x) is x, bit for bit, if only y is finite.
     current.nan_to_num_(nan=0.0, posinf=0.0)
     used = finite.to(mean.dtype)
+    if anew:
+        forgotten = 1 - used
+        mean.mul_(forgotten)
+        spread.mul_(forgotten)
     pace = used * (1 - beta1)
     mean.lerp_(current, pace)
     current.sub_(mean).abs_()

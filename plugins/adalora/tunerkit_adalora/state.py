@@ -24,6 +24,7 @@ def state(tuner: Tuner) -> State:
         "final": training.final,
         "shrunk": training.shrunk,
         "blank": training.blank,
+        "anew": training.anew,
         "averaged": training.averaged,
         "seen": training.seen,
         "left_out": int(training.left_out),
@@ -51,7 +52,8 @@ def restore(tuner: Tuner, saved: State) -> None:
     for i, layer in enumerate(layers):
         layer.mask = saved.tensors[f"mask.{i}"].to(layer.mask.device, copy=True)
     training.schedule = attrs.evolve(training.schedule, initial=number["initial"], target=number["target"])
-    training.final, training.shrunk, training.blank = final, bool(saved.values["shrunk"]), bool(saved.values["blank"])
+    training.final, training.shrunk = final, bool(saved.values["shrunk"])
+    training.blank, training.anew = bool(saved.values["blank"]), bool(saved.values["anew"])
     training.last_step, training.in_force = number["last_step"], number["in_force"]
     training.averaged, training.seen = number["averaged"], number["seen"]
     training.sizes = [len(layer.lam) for layer in layers]

@@ -28,8 +28,8 @@ class Training:
     them costs more than what is done with them.
 
     ``averaged`` counts the steps since the last allocation, ``seen`` their gradients, ``left_out`` (0-d, on the
-    device) the bad ones among these. ``blank`` until a step was averaged at all. ``sizes`` are the layers' triplets in
-    memory, dead ones included.
+    device) the bad ones among these. ``blank`` until a step was averaged at all; ``anew`` from a turn to the next step,
+    whose gradients are the first of the new triplets. ``sizes`` are the layers' triplets in memory, dead ones included.
     """
 
     layers: list[SvdLayer]
@@ -42,6 +42,7 @@ class Training:
     final: bool = False
     shrunk: bool = False
     blank: bool = True
+    anew: bool = False
     averaged: int = 0
     seen: int = 0
 
@@ -239,7 +240,8 @@ def _smooth(config: AdaLoraConfig, layers: Sequence[SvdLayer], training: Trainin
     training.blank = False
     training.averaged += 1
     training.seen += sum(grad is not None for grad in grads)
-    left_out = smooth_(weights, grads, training.stacks, beta1=config.beta1, beta2=config.beta2)
+    left_out = smooth_(weights, grads, training.stacks, beta1=config.beta1, beta2=config.beta2, anew=training.anew)
+    training.anew = False
     training.left_out = training.left_out.to(left_out.device) + left_out
 
 
@@ -280,7 +282,7 @@ def _allocate(tuner: Tuner, training: Training, keep: int, *, final: bool) -> di
         layer.set_mask(mask, rank=rank)
     apply_masks_(layers)
     if config.in_svd_form:
-        _turn(tuner, training)
+        _turn(tuner, training, scores)
     training.in_force = keep
     training.final = final
     if final:
@@ -290,22 +292,19 @@ def _allocate(tuner: Tuner, training: Training, keep: int, *, final: bool) -> di
     return tuner.ranks()
 
 
-def _turn(tuner: Tuner, training: Training) -> None:
+def _turn(tuner: Tuner, training: Training, scores: Sequence[Tensor]) -> None:
     """Make P Λ Q the SVD of ΔW; the averages, which were of other triplets, start anew."""
     copies = copies_in(optimizer_of(tuner), weights_of(training.layers))
     if copies:
         warnings.warn(
             f"adapter {tuner.name!r}: the optimizer keeps weights of its own ({', '.join(copies)}), so P, Λ and Q are "
-            "left as they are at allocations; set exact_svd=False to say so",
+            "left as they are at allocations; to say so set exact_svd=False, init_rank and alpha",
             TunerkitWarning,
             stacklevel=3,
         )
         return
-    to_svd_form_(training.layers, total=config_of(tuner).initial_rank)
-    for stack in training.stacks:
-        stack.sensitivity.zero_()
-        stack.uncertainty.zero_()
-    training.blank = True
+    to_svd_form_(training.layers, scores, total=config_of(tuner).initial_rank)
+    training.anew = True
 
 
 def _brought_to_the_host(left_out: Tensor, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> list[int]:
