@@ -124,7 +124,7 @@ def test_turning_leaves_dead_triplets_alone() -> None:
 
 
 @pytest.mark.parametrize("score", variants.SCORES)
-@pytest.mark.parametrize("turn", [{}, {"moments": True}, {"power": 0.5}])
+@pytest.mark.parametrize("turn", [{}, {"moments": True}, {"power": 0.5}, {"root": 0.5}])
 def test_a_variant_is_in_force_while_it_is_entered(score: str, turn: dict[str, Any]) -> None:
     """Training ends at the budget with every score, however it is turned; outside nothing is changed."""
     allocate = training._allocate
@@ -144,6 +144,16 @@ def test_a_way_of_turning_is_the_one_that_is_taken() -> None:
         ends.append(variants.layers_in(model)[0].p.detach())
     assert not torch.equal(ends[0], ends[1])
     assert not torch.equal(ends[0], ends[2])
+
+
+def test_lambda_adds_up_to_less_where_fewer_triplets_are_left() -> None:
+    """Of 4 triplets 1 is left: λ adds up to 4 · (1/4)^½, but for what the optimizer adds."""
+    with variants.changed(root=0.5):
+        model, _ = adalora_net(steps=50)
+    (layer,) = variants.layers_in(model)
+    assert layer.lam.sum().item() == pytest.approx(2.0, abs=0.5)
+    model, _ = adalora_net(steps=50)
+    assert variants.layers_in(model)[0].lam.sum().item() == pytest.approx(4.0, abs=0.5)
 
 
 def test_scores_of_a_triplet() -> None:

@@ -42,10 +42,14 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "lambda alike": _variant(power=0.0),
     "lambda by the root of the size": _variant(power=0.5),
     "lambda by the square of the size": _variant(power=2.0),
+    # LoRA's alpha / √r of the rank that is there: faster while there are more triplets.
+    "lambda and scale by the root of the rank": {"alpha": 2.0 * 8**0.5, **_variant(root=0.5)},
     # How much there is to choose from, and how far a step goes.
     "init_rank 2": {"init_rank": 2},
     "init_rank 4": {"init_rank": 4},
     "init_rank 16": {"init_rank": 16},
+    "min_rank 1": {"min_rank": 1},
+    "min_rank 1, t_final 0.7": {"min_rank": 1, "t_final": 0.7},
     "alpha 1": {"alpha": 1.0},
     "alpha 4": {"alpha": 4.0},
     "alpha 8": {"alpha": 8.0},
@@ -93,17 +97,18 @@ def ablation(rates: Mapping[str, float]) -> list[Run]:
     return runs
 
 
-def ablation_table(rows: Sequence[Row]) -> list[str]:
+def ablation_table(rows: Sequence[Row], lora: Sequence[Row] = ()) -> list[str]:
     """What each change makes of LoRA's accuracy and loss on validation rows; the best first.
 
     Points over LoRA at the same task, rate and seed: by task, and their mean with its interval. The last column is the
-    loss over LoRA's, in percent of it, which scatters less from seed to seed than the accuracy of so few rows.
+    loss over LoRA's, in percent of it, which scatters less from seed to seed than the accuracy of so few rows. Runs of
+    LoRA that ``rows`` lack may be among ``lora``.
     """
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     lines = [f"| changed | {' | '.join(tasks)} | mean | loss, % |", f"|---|{'---:|' * (len(tasks) + 2)}"]
     found: list[tuple[float, str]] = []
     for change in CHANGES:
-        pairs = {task: beside_lora(rows, task, change) for task in tasks}
+        pairs = {task: beside_lora([*lora, *rows], task, change) for task in tasks}
         if pairs and all(pairs.values()):
             points = [np.array([points_of(own) - points_of(lora) for own, lora in each]) for each in pairs.values()]
             losses = [np.array([_loss_over(own, lora) for own, lora in each]) for each in pairs.values()]
@@ -114,12 +119,14 @@ def ablation_table(rows: Sequence[Row]) -> list[str]:
 
 
 def beside_lora(rows: Sequence[Row], task: str, change: str) -> list[tuple[Row, Row]]:
-    """A change's rows on one task, each with LoRA's of the same seed."""
-    own = [row for row in rows if row["task"] == task]
-    lora = {row["seed"]: row for row in own if row["method"] == methods.LORA}
+    """A change's rows on one task, each with LoRA's of the same rate and seed; of two of these the later."""
+    own = [row for row in rows if (row["task"], row["rank"]) == (task, RANK)]
+    lora = {(row["learning_rate"], row["seed"]): row for row in own if row["method"] == methods.LORA}
     wanted = (methods.ADALORA, settings_of(change))
     return [
-        (row, lora[row["seed"]]) for row in own if (row["method"], row["settings"]) == wanted and row["seed"] in lora
+        (row, lora[at])
+        for row in own
+        if (row["method"], row["settings"]) == wanted and (at := (row["learning_rate"], row["seed"])) in lora
     ]
 
 

@@ -12,6 +12,7 @@ import tunerkit
 import tunerkit_adalora.training as inner
 from tunerkit import Tuner, optimizer_of
 from tunerkit_adalora.importance import Stack, triplet_scores
+from tunerkit_adalora.svd_form import to_svd_form_
 from tunerkit_adalora.svd_layer import SvdLayer
 
 _ADAM = ("exp_avg", "exp_avg_sq")
@@ -128,11 +129,17 @@ def layers_in(model: nn.Module) -> list[SvdLayer]:
 
 @contextmanager
 def changed(
-    *, score: str | None = None, per_parameter: bool = False, moments: bool = False, power: float = 1.0
+    *,
+    score: str | None = None,
+    per_parameter: bool = False,
+    moments: bool = False,
+    power: float = 1.0,
+    root: float = 0.0,
 ) -> Iterator[None]:
     """AdaLoRA with another score, divided by a triplet's number of parameters, or turned in another way.
 
-    For ``moments``, whether Adam's averages turn along, and ``power`` see `turn_`.
+    For ``moments``, whether Adam's averages turn along, and ``power`` see `turn_`. With ``root``, λ adds up to less
+    where fewer triplets are left: to the initial rank times that power of the share that is left.
     """
     allocate = inner._allocate
 
@@ -146,12 +153,16 @@ def changed(
                 for each, layer in zip(scores, layers, strict=True)
             ]
 
-        def turning(layers: Sequence[SvdLayer], _: Sequence[Tensor], *, total: float) -> None:
-            turn_(layers, optimizer_of(tuner) if moments else None, total=total, power=power)
+        def turning(layers: Sequence[SvdLayer], scores: Sequence[Tensor], *, total: float) -> None:
+            if moments or power != 1.0:
+                turn_(layers, optimizer_of(tuner) if moments else None, total=total, power=power)
+                return
+            for layer, each in zip(layers, scores, strict=True):
+                to_svd_form_([layer], [each], total=total * (layer.rank / total) ** root)
 
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(inner, "triplet_scores", scored))
-            if moments or power != 1.0:
+            if moments or power != 1.0 or root:
                 stack.enter_context(mock.patch.object(inner, "to_svd_form_", turning))
             return allocate(tuner, training, keep, final=final)
 
