@@ -237,6 +237,7 @@ def test_methods_differ_in_what_they_train(toy: Path) -> None:
     ranks: Any = execute(Run("toy", methods.ADALORA, rank=2, learning_rate=5e-3, seed=1), toy)["ranks"]
     assert len(ranks) == 12
     assert len({*ranks.values()}) > 1
+    assert max(ranks.values()) <= 8
 
 
 def test_adalora_ends_at_no_more_parameters_than_lora_and_the_lambdas(toy: Path) -> None:

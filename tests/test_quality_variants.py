@@ -136,7 +136,7 @@ def test_a_variant_is_in_force_while_it_is_entered(score: str, turn: dict[str, A
 
 
 def test_a_way_of_turning_is_the_one_that_is_taken() -> None:
-    """With all λ alike they add up to the initial rank at the last allocation, here of one triplet; moments matter."""
+    """Another power of the singular value, or Adam's averages turned along, lead to other weights."""
     ends = []
     for turn in ({}, {"power": 0.0}, {"moments": True}):
         with variants.changed(**turn):

@@ -185,6 +185,9 @@ def test_each_allocation_leaves_the_svd_of_what_is_kept() -> None:
                     rows = layer.q.detach()[layer.mask]
                     gram = rows @ rows.T / rows.square().sum(1).mean()
                     torch.testing.assert_close(gram, torch.eye(layer.rank), rtol=0, atol=1e-4)
+                    columns = layer.p.detach()[:, layer.mask]
+                    gram = columns.T @ columns / columns.square().sum(0).mean()
+                    torch.testing.assert_close(gram, torch.eye(layer.rank), rtol=0, atol=1e-3)
                     assert float(layer.lam.sum().detach()) == pytest.approx(SETTINGS["init_rank"], rel=1e-4)
     assert seen == 4
 
