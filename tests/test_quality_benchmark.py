@@ -61,7 +61,7 @@ from benchmarks.quality.runs import Run, execute  # noqa: E402
 from benchmarks.quality.sources import Tagged  # noqa: E402
 from benchmarks.quality.tasks import Task  # noqa: E402
 from tests.tiny_classifier import WORDS, save_tiny_classifier  # noqa: E402
-from tunerkit.cli import assets  # noqa: E402
+from tunerkit.cli import assets, training  # noqa: E402
 from tunerkit.cli.data import Examples  # noqa: E402
 from tunerkit.cli.training import IGNORED  # noqa: E402
 
@@ -223,6 +223,18 @@ def test_each_method_trains_on_each_kind_of_task(task: str, method: str, toy: Pa
     for timed in (row, again):
         timed.pop("seconds")
     assert row == again
+
+
+def test_a_row_does_not_depend_on_the_arithmetic_of_the_machine(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of machines with and without bf16 stand in one table: all are trained and scored in fp32."""
+    run = Run("toy", methods.LORA, rank=2, learning_rate=5e-3, seed=1, tested=True)
+    rows = []
+    for has_bf16 in (False, True):
+        monkeypatch.setattr(training, "has_bf16", lambda _, found=has_bf16: found)
+        row = execute(run, toy)
+        row.pop("seconds")
+        rows.append(row)
+    assert rows[0] == rows[1]
 
 
 def test_methods_differ_in_what_they_train(toy: Path) -> None:

@@ -25,7 +25,8 @@ def losses(task: str, *, rank: int, learning_rate: float, steps: int, cache: Pat
     _start_alike(ours, theirs)
     return {
         run.method: [
-            step.loss for step in itertools.islice(train(model, parts.train, run.recipe, device=DEVICE), steps)
+            step.loss
+            for step in itertools.islice(train(model, parts.train, run.recipe, device=DEVICE, mixed=False), steps)
         ]
         for run, model, (_, parts) in zip(runs, (theirs, ours), built, strict=True)
     }

@@ -57,7 +57,10 @@ class Run:
 
 
 def execute(run: Run, cache: Path) -> dict[str, object]:
-    """Train and score; a row for the file. In PEFT AdaLoRA's training loss is its regulariser."""
+    """Train and score, in fp32 whatever the machine has; a row for the file.
+
+    In PEFT AdaLoRA's training loss is its regulariser.
+    """
     torch.set_num_threads(1)
     began = time.perf_counter()
     task = TASKS[run.task]
@@ -69,15 +72,17 @@ def execute(run: Run, cache: Path) -> dict[str, object]:
             parts.train,
             run.recipe,
             device=DEVICE,
+            mixed=False,
             dropout=run.method != methods.HEAD_ONLY,
             make_optimizer=partial(methods.adamw_with_heads, task),
             prepare=prepared.connect,
         )
         losses = [step.loss for step in steps]
     trained = time.perf_counter()
-    scores = {"validation": evaluate(prepared.scored, parts.validation, batch_size=_EVALUATION_BATCH, device=DEVICE)}
+    score = partial(evaluate, prepared.scored, batch_size=_EVALUATION_BATCH, device=DEVICE, mixed=False)
+    scores = {"validation": score(parts.validation)}
     if run.tested:
-        scores["test"] = evaluate(prepared.scored, parts.test, batch_size=_EVALUATION_BATCH, device=DEVICE)
+        scores["test"] = score(parts.test)
     return {
         "key": run.key,
         **attrs.asdict(run),

@@ -73,13 +73,15 @@ def train(
     *,
     device: torch.device,
     dropout: bool = True,
+    mixed: bool = True,
     make_optimizer: Callable[[nn.Module, Recipe], Optimizer] = adamw,
     prepare: Callable[[nn.Module, Optimizer, int], None] = attach_adapters,
 ) -> Iterator[Step]:
     """Train what requires a gradient, and yield after each step.
 
     ``prepare`` is called before the first step with the model, the optimizer and the number of steps. Data order and
-    dropout follow ``recipe.seed``. Without ``dropout`` the model is in eval mode throughout.
+    dropout follow ``recipe.seed``. Without ``dropout`` the model is in eval mode throughout. Without ``mixed``
+    precision what comes out does not depend on whether the device multiplies in bf16.
     """
     torch.manual_seed(recipe.seed)
     rng = random.Random(recipe.seed)
@@ -92,7 +94,7 @@ def train(
     model.train(dropout)
     batches = (batch for _ in range(recipe.epochs) for batch in shuffled_batches(lengths, recipe.batch_size, rng))
     for number, batch in enumerate(batches, start=1):
-        with mixed_precision(device):
+        with mixed_precision(device, enabled=mixed):
             loss = model(**rows.batch(batch, device)).loss
         loss.backward()
         nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
@@ -103,13 +105,13 @@ def train(
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, rows: Rows, *, batch_size: int, device: torch.device) -> Score:
+def evaluate(model: nn.Module, rows: Rows, *, batch_size: int, device: torch.device, mixed: bool = True) -> Score:
     """Accuracy and mean loss by label, of those that are not `IGNORED`; the model is left in eval mode."""
     model.eval()
     right, labels, loss = 0, 0, 0.0
     for batch in sorted_batches(rows.lengths, batch_size):
         inputs = rows.batch(batch, device)
-        with mixed_precision(device):
+        with mixed_precision(device, enabled=mixed):
             out = model(**inputs)
         right += int((out.logits.argmax(-1) == inputs["labels"]).sum())
         known = int((inputs["labels"] != IGNORED).sum())
@@ -123,9 +125,9 @@ def choose_device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def mixed_precision(device: torch.device) -> torch.autocast:
+def mixed_precision(device: torch.device, *, enabled: bool = True) -> torch.autocast:
     """Autocast to bf16 where the device multiplies in it, and nothing elsewhere: emulated bf16 is slow."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and has_bf16(device))
 
 
 def has_bf16(device: torch.device) -> bool:
