@@ -40,7 +40,7 @@ from tunerkit.cli.baseline import head_only  # noqa: E402
 from tunerkit.cli.batches import Encoded, shuffled_batches, sorted_batches  # noqa: E402
 from tunerkit.cli.data import DataError, Examples, class_names, class_numbers, read_examples, split  # noqa: E402
 from tunerkit.cli.task import Job  # noqa: E402
-from tunerkit.cli.training import Recipe, evaluate  # noqa: E402
+from tunerkit.cli.training import Recipe, evaluate, has_bf16  # noqa: E402
 
 texts = st.text(st.characters(codec="utf-8"), max_size=30)
 label_names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=5)
@@ -554,3 +554,11 @@ def test_without_the_extra_the_command_says_how_to_get_it(
         command.main()
     assert caught.value.code == 2
     assert capsys.readouterr().err == 'tunerkit: the command needs typer: pip install "tunerkit[cli]"\n'
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_a_cpu_trains_in_bf16_where_it_has_tiles(tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AVX-512's bf16 alone made a step 1.4 times as long as in fp32."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    assert has_bf16(torch.device("cpu")) is tiles
