@@ -106,7 +106,10 @@ def train(
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, rows: Rows, *, batch_size: int, device: torch.device, mixed: bool = True) -> Score:
-    """Accuracy and mean loss by label, of those that are not `IGNORED`; the model is left in eval mode."""
+    """Accuracy and mean loss by label, of those that are not `IGNORED`; the model is left in eval mode.
+
+    ``mixed`` is as in `train`.
+    """
     model.eval()
     right, labels, loss = 0, 0, 0.0
     for batch in sorted_batches(rows.lengths, batch_size):
@@ -126,7 +129,7 @@ def choose_device() -> torch.device:
 
 
 def mixed_precision(device: torch.device, *, enabled: bool = True) -> torch.autocast:
-    """Autocast to bf16 where the device multiplies in it, and nothing elsewhere: emulated bf16 is slow."""
+    """Autocast to bf16 if ``enabled`` and faster there, nothing elsewhere: emulated bf16 is slow."""
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled and has_bf16(device))
 
 
