@@ -225,7 +225,7 @@ def test_the_budget_is_exact_whatever_the_scores(case: str, unit: str) -> None:
 
 def test_a_masked_lambda_moves_freely_until_the_next_allocation_and_may_come_back() -> None:
     """The mask zeroes λ at an allocation only; gradients may raise it again, and with it the score."""
-    model = wrapped(t_init=1, delta_t=2, t_final=2, beta1=0.3, beta2=0.3)
+    model = wrapped(t_init=1, delta_t=2, t_final=2, beta1=0.3, beta2=0.3, train_lambda=True)
     tuner = tunerkit.tuner(model)
     optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     tunerkit.attach(model, optimizer, total_steps=12)
@@ -258,7 +258,7 @@ def test_a_masked_lambda_moves_freely_until_the_next_allocation_and_may_come_bac
 
 def test_in_the_final_phase_the_mask_holds_after_every_step() -> None:
     """Ranks stay as the final allocation left them; dead λ are 0 after each step, the live ones go on training."""
-    model = wrapped()
+    model = wrapped(train_lambda=True)
     optimizer = attached(model)
     for _ in range(14):
         step(model, optimizer)

@@ -45,6 +45,9 @@ class AdaLoraConfig(AdapterConfig):
     exact_svd: bool | None = setting(
         None, doc="make P Λ Q the SVD of ΔW at each allocation; None: where start is 'lora' and gamma 0"
     )
+    train_lambda: bool | None = setting(
+        None, doc="let the optimizer move Λ too; None: unless exact_svd, which sets it, is on and start is 'lora'"
+    )
     total_steps: int | None = setting(None, ge=1, doc="T, if attach or the Trainer should not say it")
     budget: int | None = setting(None, ge=1, doc="total budget at the end, in budget_unit; instead of target_rank")
     budget_unit: Literal["rank", "parameters"] = setting("rank", doc="what budget counts: triplets or their parameters")
@@ -105,6 +108,13 @@ class AdaLoraConfig(AdapterConfig):
         return self.start == "lora" and self.gamma == 0
 
     @property
+    def trains_lambda(self) -> bool:
+        """``train_lambda``, or what it is by default."""
+        if self.train_lambda is not None:
+            return self.train_lambda
+        return not self.in_svd_form or self.start != "lora"
+
+    @property
     def _alpha(self) -> float:
         if self.alpha is not None:
             return self.alpha
@@ -147,6 +157,11 @@ class AdaLoraConfig(AdapterConfig):
             yield (
                 f"gamma {self.gamma} pulls P and Q to length 1, which exact_svd gives lengths of their own; set gamma "
                 "to 0, or exact_svd to False @ $.gamma"
+            )
+        if self.start != "lora" and not self.trains_lambda:
+            yield (
+                f"start {self.start!r} begins with Λ = 0, where nothing is learnt until Λ moves; set train_lambda to "
+                "True, or start to 'lora' @ $.train_lambda"
             )
         yield from self._span_problems()
         if isinstance(self.min_rank, int) and self.min_rank > self.initial_rank:

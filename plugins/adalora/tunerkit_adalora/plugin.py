@@ -31,14 +31,14 @@ def tunerkit_start(tuner: Tuner, total_steps: int) -> training.Training:
 
 @hookimpl
 def tunerkit_before_step(tuner: Tuner, grad_scale: Tensor | None) -> None:
-    """Add the regulariser's gradient."""
-    training.regularise(tuner, grad_scale)
+    """Add the regulariser's gradient, keep λ from the optimizer where it is not trained."""
+    training.before_step(tuner, grad_scale)
 
 
 @hookimpl
 def tunerkit_after_step(tuner: Tuner, step: int) -> Mapping[str, int] | None:
     """Importance, allocation, masks."""
-    return training.advance(tuner, step)
+    return training.after_step(tuner, step)
 
 
 @hookimpl

@@ -27,6 +27,7 @@ class Training:
     The layers were in the model at the last allocation; the step hooks take them from here, since to look for all of
     them costs more than what is done with them.
 
+    ``held`` are the λ that the step now taken leaves alone, with their gradients.
     ``averaged`` counts the steps since the last allocation, ``seen`` their gradients, ``left_out`` (0-d, on the
     device) the bad ones among these. ``blank`` until a step was averaged at all; ``anew`` from a turn to the next step,
     whose gradients are the first of the new triplets. ``sizes`` are the layers' triplets in memory, dead ones included.
@@ -38,6 +39,7 @@ class Training:
     left_out: Tensor
     in_force: int
     sizes: list[int]
+    held: list[tuple[nn.Parameter, Tensor]] = attrs.field(factory=list)
     last_step: int = 0
     final: bool = False
     shrunk: bool = False
@@ -85,8 +87,8 @@ def _refuse_sharded(tuner: Tuner, weights: Sequence[Tensor]) -> None:
         )
 
 
-def regularise(tuner: Tuner, grad_scale: Tensor | None) -> None:
-    """Add the orthogonality regulariser's gradient, once per step, scaled as the gradients are."""
+def before_step(tuner: Tuner, grad_scale: Tensor | None) -> None:
+    """Before the weights move: add the regulariser's gradient, once per step, scaled as the gradients are; hold λ."""
     config = config_of(tuner)
     training = training_of(tuner)
     weights = weights_of(training.layers)
@@ -99,9 +101,23 @@ def regularise(tuner: Tuner, grad_scale: Tensor | None) -> None:
     if config.gamma > 0:
         pairs = list(zip(weights[0::3], weights[2::3], strict=True))
         add_gradient_(pairs, gamma=config.gamma, form=config.orthogonality, grad_scale=grad_scale)
+    training.held = [] if config.trains_lambda else _without_gradients(weights[1::3], grad_scale)
 
 
-def advance(tuner: Tuner, step: int) -> dict[str, int] | None:
+def _without_gradients(
+    lams: Sequence[nn.Parameter], grad_scale: Tensor | None
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """Take the gradients away, which every optimizer passes over, momentum and weight decay too; ``grad_scale`` out."""
+    held = [(lam, lam.grad) for lam in lams if lam.grad is not None]
+    if held and grad_scale is not None:
+        # A fused optimizer unscales the gradients that it sees, and importance compares all of them.
+        torch._foreach_div_([grad for _, grad in held], grad_scale)
+    for lam, _ in held:
+        lam.grad = None
+    return held
+
+
+def after_step(tuner: Tuner, step: int) -> dict[str, int] | None:
     """After the weights moved: smooth the importance, allocate if it is due; the new ranks if it was.
 
     The averages rest from T - t_f on, as in both public codes, unless no step was averaged before: the first one that
@@ -110,6 +126,9 @@ def advance(tuner: Tuner, step: int) -> dict[str, int] | None:
     """
     training = training_of(tuner)
     layers = training.layers
+    for lam, grad in training.held:
+        lam.grad = grad
+    training.held = []
     if training.last_step == 0 and not training.final:
         for layer in layers:
             layer.set_mask(torch.ones_like(layer.mask), rank=len(layer.mask))

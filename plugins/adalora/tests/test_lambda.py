@@ -1,0 +1,119 @@
+"""Tests of Λ where the SVD at an allocation sets it: between allocations the optimizer leaves it as it is."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tunerkit
+from tunerkit.testing.small import TARGETS, loss_of, net, train, trainable
+from tunerkit_adalora import AdaLoraConfig
+from tunerkit_adalora.svd_layer import SvdLayer
+from tunerkit_adalora.training import training_of
+
+TOTAL = 20
+# Allocations at 6, 9, 12 and 14, the last.
+SETTINGS: dict[str, Any] = {
+    "target_rank": 2, "init_rank": 4, "t_init": 4, "t_final": 6, "delta_t": 3, "shrink": False, "targets": TARGETS
+}  # fmt: skip
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "AdamW": lambda own: torch.optim.AdamW(own, lr=1e-2, weight_decay=0.1),
+    "SGD": lambda own: torch.optim.SGD(own, lr=1e-2, momentum=0.9, weight_decay=0.1),
+    "LBFGS": lambda own: torch.optim.LBFGS(own, lr=1e-2, max_iter=3),
+}
+
+
+def started(make: Callable[..., torch.optim.Optimizer], **changes: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model: nn.Module = tunerkit.wrap(net(), "adalora", {**SETTINGS, **changes}, seed=0)
+    optimizer = make(trainable(model))
+    tunerkit.attach(model, optimizer, total_steps=TOTAL)
+    return model, optimizer
+
+
+def layers(model: nn.Module) -> list[SvdLayer]:
+    return [layer for layer in tunerkit.tuner(model).adapters().values() if isinstance(layer, SvdLayer)]
+
+
+def lambdas(model: nn.Module) -> list[Tensor]:
+    return [layer.lam.detach().clone() for layer in layers(model)]
+
+
+def one_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def again() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return loss
+
+    optimizer.step(again)  # type: ignore[arg-type]  # torch's stub has closures return float alone
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_lambda_moves_at_allocations_and_at_no_other_step(name: str) -> None:
+    """Momentum, weight decay and line searches do not reach it either; P and Q move at every step."""
+    model, optimizer = started(OPTIMIZERS[name])
+    for number in range(1, TOTAL + 1):
+        before = lambdas(model), [layer.p.detach().clone() for layer in layers(model)]
+        one_step(model, optimizer)
+        same = [torch.equal(layer.lam, old) for layer, old in zip(layers(model), before[0], strict=True)]
+        assert not any(same) if number in (6, 9, 12, 14) else all(same)
+        assert not any(torch.equal(layer.p, old) for layer, old in zip(layers(model), before[1], strict=True))
+
+
+def test_its_gradient_is_there_after_the_step_and_counts_for_the_scores() -> None:
+    """It is only kept from the optimizer: who logs gradients after a step, and importance, see it as ever."""
+    model, optimizer = started(OPTIMIZERS["AdamW"])
+    loss_of(model).backward()
+    expected = [layer.lam.grad.clone() for layer in layers(model) if layer.lam.grad is not None]
+    optimizer.step()
+    found = [layer.lam.grad for layer in layers(model)]
+    assert len(expected) == len(found) == len(TARGETS)
+    for grad, wanted in zip(found, expected, strict=True):
+        assert grad is not None
+        assert torch.equal(grad, wanted)
+    train(model, optimizer, 1)  # at the first step P = 0, and with it the gradients of λ
+    sensitivity, _ = training_of(tunerkit.tuner(model)).averages
+    assert all((average > 0).all() for average in sensitivity[1::3])
+
+
+def test_one_lambda_for_two_targets_keeps_its_gradient() -> None:
+    """A tied λ is taken once and put back once."""
+    model, optimizer = started(OPTIMIZERS["AdamW"])
+    first, second = layers(model)[:2]
+    second.lam = first.lam
+    train(model, optimizer, 2)
+    assert first.lam.grad is not None
+    assert torch.equal(first.lam, torch.ones(4))
+
+
+def test_train_lambda_lets_the_optimizer_move_it() -> None:
+    """As the paper has it."""
+    model, optimizer = started(OPTIMIZERS["AdamW"], train_lambda=True)
+    train(model, optimizer, 2)
+    assert not any(torch.equal(lam, torch.ones(4)) for lam in lambdas(model))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, False),
+        ({"exact_svd": False}, True),
+        ({"gamma": 0.1}, True),
+        ({"start": "gaussian"}, True),
+        ({"start": "gaussian", "exact_svd": True}, True),
+        ({"train_lambda": True}, True),
+        ({"exact_svd": False, "train_lambda": False}, False),
+    ],
+)
+def test_it_is_trained_where_nothing_else_sets_it(config: dict[str, Any], expected: bool) -> None:
+    """The default follows `exact_svd`, but for a start at Λ = 0, which would stay there."""
+    assert AdaLoraConfig(**config).trains_lambda is expected
+
+
+def test_the_named_settings_train_it() -> None:
+    """The paper's and PEFT's Λ is a parameter like others."""
+    assert AdaLoraConfig.paper().trains_lambda
+    assert AdaLoraConfig.peft().trains_lambda
