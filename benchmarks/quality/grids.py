@@ -30,8 +30,8 @@ def headroom(rows: Rows) -> list[Run]:
     runs, further = [], []
     for task in CURVES:
         ends = [Run(task, methods.LORA, rank, 0.0, 0) for rank in ENDS]
-        runs += [run for end in ends for run in next_runs(end, made_for(end, rows))]
-        known = [rate for end in ends if (rate := rate_of(end, made_for(end, rows))) is not None]
+        runs += [run for end in ends for run in next_runs(end, made_for(end, rows, "headroom"))]
+        known = [rate for end in ends if (rate := rate_of(end, made_for(end, rows, "headroom"))) is not None]
         if len(known) == len(ENDS):
             further += [run for rank in BETWEEN for run in between(Run(task, methods.LORA, rank, 0.0, 0), known)]
     return runs + further
@@ -55,12 +55,11 @@ def ablation_runs(rows: Rows) -> list[Run]:
 
 
 def rates(rows: Rows) -> list[Run]:
-    """What finds the learning rates of the contest; LoRA's are those of its headroom."""
+    """What finds the learning rates of the contest, LoRA's too: those of its headroom are not all of fp32."""
     return [
         run
         for task in _fixed(COMPARED)
         for entry in contest.entries(task, has_headroom=task in HEADROOM)
-        if entry.method != methods.LORA
         for asked in [Run(task, entry.method, entry.rank, 0.0, 0)]
         for run in next_runs(asked, made_for(asked, rows))
     ]
@@ -81,9 +80,8 @@ def generation(_: Rows) -> list[Run]:
     ]
 
 
-def made_for(run: Run, rows: Rows) -> list[Row]:
-    """The validated rows of a run's method at its rank, which choose its learning rate."""
-    grid = "headroom" if run.method == methods.LORA else "rates"
+def made_for(run: Run, rows: Rows, grid: str = "rates") -> list[Row]:
+    """A grid's validated rows of a run's method at its rank, which choose its learning rate."""
     wanted = (run.task, run.method, run.rank)
     return [row for row in rows.get(grid, ()) if (row["task"], row["method"], row["rank"]) == wanted]
 
@@ -101,7 +99,8 @@ def _fixed(tasks: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _lora_rate(task: str, rank: int, rows: Rows) -> float:
-    found = rate_for(task, methods.LORA, rank, rows)
+    run = Run(task, methods.LORA, rank, 0.0, 0)
+    found = rate_of(run, made_for(run, rows, "headroom"))
     if found is None:
         raise ValueError(f"LoRA's learning rate on {task} at rank {rank} is not known yet; run the grid headroom first")
     return found

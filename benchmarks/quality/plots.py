@@ -26,7 +26,8 @@ def draw_sizes(tasks: Sequence[str], rows: Rows) -> Figure:
     figure, panels = _panels(tasks)
     for task, axes in zip(tasks, panels, strict=True):
         for method in (methods.LORA, methods.ADALORA):
-            made = {rank: made_for(Run(task, method, rank, 0.0, 0), rows) for rank in _RANKS}
+            grid = "headroom" if method == methods.LORA else "rates"  # LoRA's whole curve is of one grid
+            made = {rank: made_for(Run(task, method, rank, 0.0, 0), rows, grid) for rank in _RANKS}
             cells = {rank: best(found) for rank, found in made.items() if found}
             errors = [0.0 if math.isnan(cell.error) else cell.error for cell in cells.values()]
             means = [cell.mean for cell in cells.values()]

@@ -101,7 +101,10 @@ def lines(mapping: dict[str, Any]) -> list[str]:
         ({"min_rank": 3, "max_rank": 2}, ["min_rank 3 is above max_rank 2", "@ $.min_rank"]),
         ({"min_rank": {"query": "3"}}, ["expected int, got str '3'", "$.min_rank", "query"]),
         ({"orthogonality": "papre"}, ["'reference' or 'paper'", "'papre'", "@ $.orthogonality"]),
-        ({"start": "gaussian", "train_lambda": False}, ["begins with Λ = 0", "train_lambda to True", "@ $.train_lambda"]),
+        (
+            {"start": "gaussian", "train_lambda": False},
+            ["begins with Λ = 0", "train_lambda to True", "@ $.train_lambda"],
+        ),
         ({"start": "pissa"}, ["'lora'", "'pissa'", "@ $.start"]),
         ({"target_rank": "8"}, ["expected int", "str '8'", "@ $.target_rank"]),
         ({"target_rank": 8.9}, ["expected int", "8.9", "@ $.target_rank"]),

@@ -104,9 +104,7 @@ def before_step(tuner: Tuner, grad_scale: Tensor | None) -> None:
     training.held = [] if config.trains_lambda else _without_gradients(weights[1::3], grad_scale)
 
 
-def _without_gradients(
-    lams: Sequence[nn.Parameter], grad_scale: Tensor | None
-) -> list[tuple[nn.Parameter, Tensor]]:
+def _without_gradients(lams: Sequence[nn.Parameter], grad_scale: Tensor | None) -> list[tuple[nn.Parameter, Tensor]]:
     """Take the gradients away, which every optimizer passes over, momentum and weight decay too; ``grad_scale`` out."""
     held = [(lam, lam.grad) for lam in lams if lam.grad is not None]
     if held and grad_scale is not None:
