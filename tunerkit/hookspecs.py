@@ -141,7 +141,9 @@ def tunerkit_start(tuner: "Tuner", total_steps: int | None) -> object | None:
 
 @hookspec(firstresult=True)
 def tunerkit_before_step(tuner: "Tuner", step: int, grad_scale: Tensor | None) -> None:
-    """Add to the gradients what is no part of the loss: a regulariser's gradient.
+    """Add to the gradients what is no part of the loss, a regulariser's gradient; or keep a parameter from the step.
+
+    What has no gradient here, the optimizer leaves alone: take it away, and put it back in `tunerkit_after_step`.
 
     Fires once per optimizer step, whatever the accumulation; with ``optimizer.step(closure)`` after each run of the
     closure. Gradients are complete, no weight is updated. ``step`` is this step's number, the first being 1. An

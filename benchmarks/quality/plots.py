@@ -18,6 +18,12 @@ from tunerkit.report.rank_map import rank_map
 
 _COLUMNS = 3
 _NAMES = {methods.LORA: "LoRA", methods.ADALORA: "AdaLoRA", methods.PEFT_ADALORA: "PEFT's AdaLoRA"}
+# LoRA's whole curve is of a grid of its own, whose runs are not all of fp32.
+_CURVES = {
+    "LoRA's headroom": (methods.LORA, "headroom"),
+    "LoRA": (methods.LORA, "rates"),
+    "AdaLoRA": (methods.ADALORA, "rates"),
+}
 _RANKS = sorted((*ENDS, *BETWEEN))
 
 
@@ -25,13 +31,12 @@ def draw_sizes(tasks: Sequence[str], rows: Rows) -> Figure:
     """Validation accuracy, in points, over the rank whose number of parameters a method has; a panel for each task."""
     figure, panels = _panels(tasks)
     for task, axes in zip(tasks, panels, strict=True):
-        for method in (methods.LORA, methods.ADALORA):
-            grid = "headroom" if method == methods.LORA else "rates"  # LoRA's whole curve is of one grid
+        for name, (method, grid) in _CURVES.items():
             made = {rank: made_for(Run(task, method, rank, 0.0, 0), rows, grid) for rank in _RANKS}
             cells = {rank: best(found) for rank, found in made.items() if found}
             errors = [0.0 if math.isnan(cell.error) else cell.error for cell in cells.values()]
             means = [cell.mean for cell in cells.values()]
-            axes.errorbar(list(cells), means, yerr=errors, marker="o", capsize=3, label=_NAMES[method])
+            axes.errorbar(list(cells), means, yerr=errors, marker="o", capsize=3, label=name)
         axes.set_xscale("log", base=2)
         axes.set_xticks(_RANKS, [str(rank) for rank in _RANKS])
         axes.set_xlabel("size, as a rank of LoRA")

@@ -86,7 +86,8 @@ def _turn_(layer: SvdLayer, optimizer: Optimizer | None, total: float, power: fl
     spread_p[:, live] = spread_p[:, live] @ on_p.square()
     mean_q[live] = on_q @ mean_q[live]
     spread_q[live] = on_q.square() @ spread_q[live]
-    optimizer.state[layer.lam]["exp_avg"][live] = 0.0
+    if layer.lam in optimizer.state:
+        optimizer.state[layer.lam]["exp_avg"][live] = 0.0
 
 
 @torch.no_grad()

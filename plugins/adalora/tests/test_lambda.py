@@ -11,7 +11,7 @@ import tunerkit
 from tunerkit.testing.small import TARGETS, loss_of, net, train, trainable
 from tunerkit_adalora import AdaLoraConfig
 from tunerkit_adalora.svd_layer import SvdLayer
-from tunerkit_adalora.training import training_of
+from tunerkit_adalora.training import after_step, before_step, training_of
 
 TOTAL = 20
 # Allocations at 6, 9, 12 and 14, the last.
@@ -27,9 +27,9 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def started(make: Callable[..., torch.optim.Optimizer], **changes: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
-    model: nn.Module = tunerkit.wrap(net(), "adalora", {**SETTINGS, **changes}, seed=0)
+    model: nn.Module = tunerkit.wrap(net(), "adalora", {"total_steps": TOTAL, **SETTINGS, **changes}, seed=0)
     optimizer = make(trainable(model))
-    tunerkit.attach(model, optimizer, total_steps=TOTAL)
+    tunerkit.attach(model, optimizer)
     return model, optimizer
 
 
@@ -80,13 +80,30 @@ def test_its_gradient_is_there_after_the_step_and_counts_for_the_scores() -> Non
 
 
 def test_one_lambda_for_two_targets_keeps_its_gradient() -> None:
-    """A tied λ is taken once and put back once."""
-    model, optimizer = started(OPTIMIZERS["AdamW"])
+    """A tied λ is taken once, unscaled once where a fused optimizer would do that, and put back."""
+    model, _ = started(OPTIMIZERS["AdamW"])
+    tuner = tunerkit.tuner(model)
     first, second = layers(model)[:2]
     second.lam = first.lam
-    train(model, optimizer, 2)
+    train(model, OPTIMIZERS["AdamW"](trainable(model)), 1)
+    loss_of(model).backward()
     assert first.lam.grad is not None
-    assert torch.equal(first.lam, torch.ones(4))
+    expected = first.lam.grad / 8
+    before_step(tuner, torch.tensor(8.0))
+    assert first.lam.grad is None
+    with torch.no_grad():
+        after_step(tuner, 1)
+    assert torch.equal(first.lam.grad, expected)
+
+
+def test_a_masked_triplet_does_not_come_back_where_nothing_would_move_it() -> None:
+    """Not turned and not trained, λ stays 0, whatever the averages remember: no budget is spent on it."""
+    changes = {"exact_svd": False, "train_lambda": False, "init_rank": 6, "t_init": 10, "t_final": 30, "delta_t": 1}
+    model, optimizer = started(lambda own: torch.optim.AdamW(own, lr=1e-3), total_steps=100, **changes)
+    for _ in range(100):
+        train(model, optimizer, 1)
+        live = [layer.mask & (layer.lam != 0) for layer in layers(model)]
+        assert sum(int(mask.sum()) for mask in live) == tunerkit.tuner(model).budget()
 
 
 def test_train_lambda_lets_the_optimizer_move_it() -> None:

@@ -309,7 +309,9 @@ def test_the_largest_takes_the_place_of_the_most_important() -> None:
 def test_an_optimizer_with_weights_of_its_own_is_told_of_and_nothing_is_turned() -> None:
     """ASGD's averaged weights would mix triplets of before and after."""
     model, optimizer = attached(torch.optim.ASGD)
-    with pytest.warns(tunerkit.TunerkitWarning, match=r"keeps weights of its own \(ax\).*exact_svd=False"):
+    with pytest.warns(
+        tunerkit.TunerkitWarning, match=r"keeps weights of its own \(ax\).*exact_svd=False, train_lambda=False"
+    ):
         train(model, optimizer, TOTAL)
     plain, its = attached(torch.optim.ASGD, exact_svd=False, train_lambda=False, alpha=4.0)
     train(plain, its, TOTAL)

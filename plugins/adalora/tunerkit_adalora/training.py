@@ -105,13 +105,16 @@ def before_step(tuner: Tuner, grad_scale: Tensor | None) -> None:
 
 
 def _without_gradients(lams: Sequence[nn.Parameter], grad_scale: Tensor | None) -> list[tuple[nn.Parameter, Tensor]]:
-    """Take the gradients away, which every optimizer passes over, momentum and weight decay too; ``grad_scale`` out."""
-    held = [(lam, lam.grad) for lam in lams if lam.grad is not None]
-    if held and grad_scale is not None:
-        # A fused optimizer unscales the gradients that it sees, and importance compares all of them.
-        torch._foreach_div_([grad for _, grad in held], grad_scale)
-    for lam, _ in held:
-        lam.grad = None
+    """Take away the gradients, unscaled; every optimizer leaves alone what has none, momentum and weight decay too."""
+    held = []
+    for lam in lams:
+        if lam.grad is not None:  # a shared one is taken once
+            held.append((lam, lam.grad))
+            lam.grad = None
+    if grad_scale is not None:
+        # A fused optimizer unscales what it sees, and importance compares all gradients.
+        for device in {grad.device for _, grad in held}:
+            torch._foreach_div_([grad for _, grad in held if grad.device == device], grad_scale.to(device))
     return held
 
 
@@ -119,8 +122,8 @@ def after_step(tuner: Tuner, step: int) -> dict[str, int] | None:
     """After the weights moved: smooth the importance, allocate if it is due; the new ranks if it was.
 
     The averages rest from T - t_f on, as in both public codes, unless no step was averaged before: the first one that
-    comes then makes the scores. From then on the mask holds after every step; before, λ moves freely between
-    allocations.
+    comes then makes the scores. From then on the mask holds after every step; before, a λ that is trained moves
+    freely between allocations.
     """
     training = training_of(tuner)
     layers = training.layers
@@ -279,6 +282,8 @@ def _allocate(tuner: Tuner, training: Training, keep: int, *, final: bool) -> di
     paths = [target.path for target in tuner.targets]
     layers = training.layers = layers_of(tuner)
     scores = triplet_scores(training.stacks)
+    if not config.trains_lambda:
+        scores = _of_what_moves(scores, layers)
     masks = allocate(
         scores,
         keep,
@@ -309,13 +314,20 @@ def _allocate(tuner: Tuner, training: Training, keep: int, *, final: bool) -> di
     return tuner.ranks()
 
 
+def _of_what_moves(scores: Sequence[Tensor], layers: Sequence[SvdLayer]) -> list[Tensor]:
+    """0 where λ is 0: nothing would ever move there again, whatever the averages remember."""
+    kept = torch.cat(list(scores))
+    kept = kept * torch.cat([layer.lam.to(kept.device) for layer in layers]).ne(0)
+    return list(torch.split(kept, [len(score) for score in scores]))
+
+
 def _turn(tuner: Tuner, training: Training, scores: Sequence[Tensor]) -> None:
     """Make P Λ Q the SVD of ΔW; the averages, which were of other triplets, start anew."""
     copies = copies_in(optimizer_of(tuner), weights_of(training.layers))
     if copies:
         warnings.warn(
             f"adapter {tuner.name!r}: the optimizer keeps weights of its own ({', '.join(copies)}), so P, Λ and Q are "
-            "left as they are at allocations; to say so set exact_svd=False, init_rank and alpha",
+            "left as they are at allocations; to say so set exact_svd=False, train_lambda=False, init_rank and alpha",
             TunerkitWarning,
             stacklevel=3,
         )
