@@ -627,11 +627,13 @@ def test_curves_are_drawn_from_the_best_rates(compared: dict[str, list[store.Row
         for each in axes.containers
         if isinstance(each, ErrorbarContainer)
     }
-    assert curves.keys() == {"LoRA", "AdaLoRA"}
-    for method, label, grid, ranks in (
-        ("lora", "LoRA", "headroom", (1, 2, 8)),
-        ("adalora", "AdaLoRA", "rates", (1, 8)),
-    ):
+    drawn = {
+        "LoRA's headroom": ("lora", "headroom", (1, 2, 8)),
+        "LoRA": ("lora", "rates", (1, 8)),
+        "AdaLoRA": ("adalora", "rates", (1, 8)),
+    }
+    assert curves.keys() == drawn.keys()
+    for label, (method, grid, ranks) in drawn.items():
         made = {rank: grids.made_for(Run("movie-2", method, rank, 0.0, 0), compared, grid) for rank in ranks}
         assert curves[label].tolist() == [[rank, scores.best(found).mean] for rank, found in made.items()]
     lora_s = [row for row in compared["rates"] if (row["task"], row["method"], row["rank"]) == ("movie-2", "lora", 1)]
