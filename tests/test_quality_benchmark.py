@@ -403,11 +403,11 @@ def test_ranks_between_the_ends_take_the_rates_from_one_to_the_other() -> None:
         assert {(run.rank, run.seed) for run in found} == {(rank, 0)}
 
 
-def searched(asked: Run, peak: float) -> list[store.Row]:
+def searched(asked: Run, peak: float, *, finalists: int = 1) -> list[store.Row]:
     """Every row that finds a method's learning rate, where its accuracy is highest at ``peak``."""
     found: list[store.Row] = []
-    while rates.rate_of(asked, found) is None:
-        wanted = rates.next_runs(asked, found)
+    while rates.rate_of(asked, found, finalists=finalists) is None:
+        wanted = rates.next_runs(asked, found, finalists=finalists)
         found += [row_of(run, 1 - abs(np.log(run.learning_rate / peak)) / 10) for run in wanted]
     return found
 
@@ -419,6 +419,22 @@ def test_a_rate_is_known_when_all_its_seeds_are_made() -> None:
     assert rates.rate_of(asked, found) == 4e-3
     assert rates.rate_of(asked, found[:-1]) is None
     assert rates.rate_of(asked, []) is None
+
+
+def test_the_best_two_rates_of_one_seed_are_decided_by_all() -> None:
+    """The first seed's second best wins if the others say so; until all have run at both, nothing is known."""
+    asked = Run("movie-2", "lora", 8, 0.0, 0)
+    found = searched(asked, peak=1e-3)
+    wanted = rates.next_runs(asked, found, finalists=2)
+    first, second = wanted[0].learning_rate, wanted[-1].learning_rate
+    assert [(run.learning_rate, run.seed) for run in wanted] == [(first, 1), (first, 2), (second, 1), (second, 2)]
+    assert first == 1e-3
+    assert rates.rate_of(asked, found, finalists=2) is None
+    found += [row_of(run, 0.999) for run in wanted if run.learning_rate == second]
+    assert rates.rate_of(asked, found, finalists=2) == first
+    better = [row_of(run, 1.2) for run in wanted if run.learning_rate == second]
+    assert rates.rate_of(asked, found[: -len(better)] + better, finalists=2) == second
+    assert rates.rate_of(asked, found) == first
 
 
 # The ablation
@@ -496,7 +512,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[store.Row]]:
     made: dict[str, list[store.Row]] = {"headroom": [], "rates": []}
     for (method, rank), peak in peaks.items():
         for task in grids.COMPARED:
-            made["rates"] += searched(Run(task, method, rank, 0.0, 0), peak)
+            made["rates"] += searched(Run(task, method, rank, 0.0, 0), peak, finalists=contest.FINALISTS)
     # Other rates than those of the contest: LoRA's curve is drawn from these, and nothing else is.
     made["headroom"] = [row for rank in (1, 2, 8) for row in searched(Run("movie-2", "lora", rank, 0.0, 0), 5e-4)]
     return made
@@ -560,7 +576,7 @@ def test_rates_are_tried_until_the_best_lies_between_others(peak: float, tried: 
     """Doubled or halved beyond the first three; then further seeds run at the best alone."""
     asked = Run("movie-2", "lora", 1, 0.0, 0)
     found: list[store.Row] = []
-    while (runs := rates.next_runs(asked, found, (0, 1, 2)))[0].seed == 0:
+    while (runs := rates.next_runs(asked, found))[0].seed == 0:
         found += [row_of(run, 1 - abs(np.log(run.learning_rate / peak)) / 10) for run in runs]
     assert len(found) == tried
     assert [run.learning_rate for run in runs] == pytest.approx([peak, peak])

@@ -6,7 +6,7 @@ import attrs
 
 from benchmarks.quality import methods
 from benchmarks.quality.runs import Run
-from benchmarks.quality.scores import best
+from benchmarks.quality.scores import best, points_of
 from benchmarks.quality.store import Row
 from benchmarks.quality.tasks import BERT, TASKS
 
@@ -24,26 +24,30 @@ def first_rates(run: Run) -> tuple[float, float, float]:
     return (2 * least, 4 * least, least)
 
 
-def next_runs(run: Run, rows: Sequence[Row], seeds: Sequence[int] = SEEDS) -> list[Run]:
+def next_runs(run: Run, rows: Sequence[Row], *, finalists: int = 1) -> list[Run]:
     """What to run next to know ``run``'s method at its best learning rate, if ``rows`` are what it has made so far.
 
     The first seed at three rates; while the best of them is the highest or the lowest, at twice or half of it; then
-    the other seeds at the best.
+    the other seeds at the best ``finalists``: one seed is off by more than two neighbouring rates are apart.
     """
-    own = [row for row in rows if row["seed"] == seeds[0]]
+    own = [row for row in rows if row["seed"] == SEEDS[0]]
     tried = {row["learning_rate"] for row in own}
     missing = [rate for rate in first_rates(run) if rate not in tried]
     if missing:
-        return [attrs.evolve(run, learning_rate=rate, seed=seeds[0]) for rate in missing]
-    rate = best(own).rate
+        return [attrs.evolve(run, learning_rate=rate, seed=SEEDS[0]) for rate in missing]
+    leading = [row["learning_rate"] for row in sorted(own, key=points_of, reverse=True)]
+    rate = leading[0]
     if rate in (max(tried), min(tried)):
         beyond = 2 * rate if rate == max(tried) else rate / 2
-        return [attrs.evolve(run, learning_rate=beyond, seed=seeds[0])]
-    return [attrs.evolve(run, learning_rate=rate, seed=seed) for seed in seeds[1:]]
+        return [attrs.evolve(run, learning_rate=beyond, seed=SEEDS[0])]
+    return [attrs.evolve(run, learning_rate=rate, seed=seed) for rate in leading[:finalists] for seed in SEEDS[1:]]
 
 
-def rate_of(run: Run, rows: Sequence[Row], seeds: Sequence[int] = SEEDS) -> float | None:
+def rate_of(run: Run, rows: Sequence[Row], *, finalists: int = 1) -> float | None:
     """The best learning rate of ``run``'s method, once ``rows`` hold every run that finds it."""
     done = {(row["learning_rate"], row["seed"]) for row in rows}
-    wanted = next_runs(run, rows, seeds)
-    return wanted[0].learning_rate if all((each.learning_rate, each.seed) in done for each in wanted) else None
+    wanted = {(each.learning_rate, each.seed) for each in next_runs(run, rows, finalists=finalists)}
+    if not wanted <= done:
+        return None
+    rates = {rate for rate, _ in wanted}
+    return best(row for row in rows if row["learning_rate"] in rates).rate
