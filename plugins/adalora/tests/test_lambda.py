@@ -11,7 +11,7 @@ import tunerkit
 from tunerkit.testing.small import TARGETS, loss_of, net, train, trainable
 from tunerkit_adalora import AdaLoraConfig
 from tunerkit_adalora.svd_layer import SvdLayer
-from tunerkit_adalora.training import after_step, before_step, training_of
+from tunerkit_adalora.training import after_step, before_step, layers_of, training_of
 
 TOTAL = 20
 # Allocations at 6, 9, 12 and 14, the last.
@@ -34,7 +34,7 @@ def started(make: Callable[..., torch.optim.Optimizer], **changes: Any) -> tuple
 
 
 def layers(model: nn.Module) -> list[SvdLayer]:
-    return [layer for layer in tunerkit.tuner(model).adapters().values() if isinstance(layer, SvdLayer)]
+    return layers_of(tunerkit.tuner(model))
 
 
 def lambdas(model: nn.Module) -> list[Tensor]:

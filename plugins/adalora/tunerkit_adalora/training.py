@@ -9,12 +9,13 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from tunerkit import ConfigError, StepError, Target, Tuner, TunerkitWarning, optimizer_of
+from tunerkit import StepError, Tuner, TunerkitWarning, optimizer_of
 from tunerkit_adalora.allocator import allocate
+from tunerkit_adalora.budget import check_bounds, costs_of, live_budget, schedule_of
 from tunerkit_adalora.config import AdaLoraConfig
 from tunerkit_adalora.importance import Stack, new_stacks, smooth_, triplet_scores, unstack
 from tunerkit_adalora.orthogonality import add_gradient_
-from tunerkit_adalora.schedule import Schedule, plan
+from tunerkit_adalora.schedule import Schedule
 from tunerkit_adalora.shrinking import shrink_layers_
 from tunerkit_adalora.svd_form import copies_in, to_svd_form_
 from tunerkit_adalora.svd_layer import SvdLayer, apply_masks_
@@ -64,7 +65,7 @@ def start(tuner: Tuner, total_steps: int) -> Training:
     layers = layers_of(tuner)
     _refuse_sharded(tuner, weights_of(layers))
     there = sum(len(layer.lam) * cost for layer, cost in zip(layers, costs_of(config, layers), strict=True))
-    configured = schedule_of(tuner, total_steps)
+    configured = schedule_of(config, layers, total_steps)
     check_bounds(config, tuner.targets, layers, configured.target)
     return Training(
         layers=layers,
@@ -164,59 +165,6 @@ def budget(tuner: Tuner, step: int | None) -> int:
     return live_budget(config_of(tuner), layers_of(tuner))
 
 
-def schedule_of(tuner: Tuner, total_steps: int) -> Schedule:
-    """The schedule as the config alone describes it, in the config's budget unit."""
-    config = config_of(tuner)
-    layers = layers_of(tuner)
-    initial = config.initial_rank * sum(costs_of(config, layers))
-    target = config.budget if config.budget is not None else config.average_rank * len(layers)
-    target_field = "target_rank" if config.budget is None else "budget"
-    return plan(
-        total_steps=total_steps,
-        t_init=config.t_init,
-        t_final=config.t_final,
-        delta_t=config.delta_t,
-        initial=initial,
-        target=target,
-        target_field=target_field,
-    )
-
-
-def live_budget(config: AdaLoraConfig, layers: Sequence[SvdLayer]) -> int:
-    """What the masks keep, in the config's budget unit."""
-    return sum(layer.rank * cost for layer, cost in zip(layers, costs_of(config, layers), strict=True))
-
-
-def costs_of(config: AdaLoraConfig, layers: Sequence[SvdLayer]) -> list[int]:
-    """What one triplet of each layer costs: 1, or its number of parameters."""
-    if config.budget_unit == "rank":
-        return [1] * len(layers)
-    return [layer.p.shape[0] + layer.q.shape[1] + 1 for layer in layers]
-
-
-def check_bounds(
-    config: AdaLoraConfig, targets: Sequence[Target], layers: Sequence[SvdLayer], target_budget: int
-) -> None:
-    """Refuse minimum and maximum ranks that the final budget cannot meet, and patterns that match no target."""
-    paths = [target.path for target in targets]
-    costs = costs_of(config, layers)
-    least = sum(config.minimum_at(path) * cost for path, cost in zip(paths, costs, strict=True))
-    most = sum(config.maximum_at(path) * cost for path, cost in zip(paths, costs, strict=True))
-    problems = [
-        f"minimum {config.minimum_at(path)} is above maximum {most_at} at {path} @ $.min_rank"
-        for path, layer in zip(paths, layers, strict=True)
-        if config.minimum_at(path) > (most_at := min(config.maximum_at(path), len(layer.lam)))
-    ]
-    if target_budget < min(costs):
-        problems.append(f"{target_budget} parameters buy no triplet, the cheapest costs {min(costs)} @ $.budget")
-    if least > target_budget:
-        problems.append(f"the minimum ranks need {least}, the final budget is {target_budget} @ $.min_rank")
-    if config.budget_unit == "rank" and most < target_budget:
-        problems.append(f"the maximum ranks admit {most}, the final budget is {target_budget} @ $.max_rank")
-    if problems:
-        raise ConfigError(problems)
-
-
 def config_of(tuner: Tuner) -> AdaLoraConfig:
     """The tuner's config as AdaLoRA's own."""
     assert isinstance(tuner.config, AdaLoraConfig)
@@ -249,7 +197,7 @@ def _known_schedule(tuner: Tuner) -> Schedule:
     total_steps = tuner.total_steps if tuner.total_steps is not None else config_of(tuner).total_steps
     if total_steps is None:
         raise StepError("the schedule needs the total steps: call tunerkit.attach first, or set total_steps")
-    return schedule_of(tuner, total_steps)
+    return schedule_of(config_of(tuner), layers_of(tuner), total_steps)
 
 
 def _smooth(config: AdaLoraConfig, layers: Sequence[SvdLayer], training: Training) -> None:
