@@ -93,7 +93,9 @@ def _adalora(run: "Run", model: nn.Module) -> Prepared:
     the last triplet, which of twelve is a lot.
     """
     ends = AdaLoraConfig(target_rank=run.rank)  # what a rank at the end says of the start, and a budget does not
-    sizes = {"init_rank": ends.initial_rank, "alpha": ends.scale * ends.initial_rank}
+    sizes: dict[str, Any] = {"init_rank": ends.initial_rank, "alpha": ends.scale * ends.initial_rank}
+    if not ends.in_svd_form:
+        sizes["exact_svd"] = False  # a budget's default would be to turn
     budget = {"budget_unit": "parameters", "budget": triplets_size(model, run)}
     settings = {**_shared(run), **sizes, **budget, **run.settings}
     experiment: Mapping[str, Any] = settings.pop(EXPERIMENT, {})

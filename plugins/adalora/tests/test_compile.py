@@ -21,7 +21,7 @@ TARGETS = {
 }
 TOTAL, FINAL = 14, 10
 # Allocations after steps 4, 6, 8 and 10, where the distribution is final.
-SETTINGS = {"target_rank": 2, "init_rank": 4, "t_init": 2, "t_final": TOTAL - FINAL, "delta_t": 2}
+SETTINGS = {"target_rank": 2, "init_rank": 4, "exact_svd": True, "t_init": 2, "t_final": TOTAL - FINAL, "delta_t": 2}
 
 
 class Tiny(nn.Module):

@@ -16,7 +16,8 @@ from tunerkit_adalora.training import after_step, before_step, layers_of, traini
 TOTAL = 20
 # Allocations at 6, 9, 12 and 14, the last.
 SETTINGS: dict[str, Any] = {
-    "target_rank": 2, "init_rank": 4, "t_init": 4, "t_final": 6, "delta_t": 3, "shrink": False, "targets": TARGETS
+    "target_rank": 2, "init_rank": 4, "exact_svd": True, "t_init": 4, "t_final": 6, "delta_t": 3, "shrink": False,
+    "targets": TARGETS,
 }  # fmt: skip
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -116,9 +117,10 @@ def test_train_lambda_lets_the_optimizer_move_it() -> None:
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ({}, False),
-        ({"exact_svd": False}, True),
-        ({"gamma": 0.1}, True),
+        ({}, True),
+        ({"target_rank": 1}, False),
+        ({"target_rank": 1, "exact_svd": False}, True),
+        ({"target_rank": 1, "gamma": 0.1}, True),
         ({"start": "gaussian"}, True),
         ({"start": "gaussian", "exact_svd": True}, True),
         ({"train_lambda": True}, True),

@@ -19,7 +19,15 @@ LABELS = torch.randint(0, 3, (8,), generator=torch.Generator().manual_seed(2))
 TOTAL, HALF = 20, 8
 # Allocations after steps 6, 9, 12 and 14, where the final phase with a budget of 2 x 3 begins.
 TARGETS = ["0", "2", "4"]
-SETTINGS = {"targets": TARGETS, "target_rank": 2, "init_rank": 4, "t_init": 4, "t_final": 6, "delta_t": 3}
+SETTINGS = {
+    "targets": TARGETS,
+    "target_rank": 2,
+    "init_rank": 4,
+    "exact_svd": True,
+    "t_init": 4,
+    "t_final": 6,
+    "delta_t": 3,
+}
 
 
 def wrapped(**changes: Any) -> nn.Module:

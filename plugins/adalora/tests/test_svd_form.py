@@ -19,7 +19,8 @@ from tunerkit_adalora.training import training_of, weights_of
 TOTAL = 20
 # Allocations at 6, 9, 12 and 14, the last.
 SETTINGS: dict[str, Any] = {
-    "target_rank": 2, "init_rank": 4, "t_init": 4, "t_final": 6, "delta_t": 3, "shrink": False, "targets": TARGETS
+    "target_rank": 2, "init_rank": 4, "exact_svd": True, "t_init": 4, "t_final": 6, "delta_t": 3, "shrink": False,
+    "targets": TARGETS,
 }  # fmt: skip
 
 
@@ -341,16 +342,34 @@ def test_without_it_an_allocation_moves_only_lambda() -> None:
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ({}, True),
-        ({"gamma": 0.1}, False),
-        ({"start": "gaussian"}, False),
-        ({"start": "orthonormal"}, False),
+        ({"target_rank": 1}, True),
+        ({"target_rank": 1, "gamma": 0.1}, False),
+        ({"target_rank": 1, "start": "gaussian"}, False),
+        ({"target_rank": 1, "start": "orthonormal"}, False),
         ({"start": "gaussian", "exact_svd": True}, True),
-        ({"exact_svd": False}, False),
+        ({"target_rank": 1, "exact_svd": False}, False),
     ],
 )
 def test_it_takes_the_penalty_s_place(config: dict[str, Any], expected: bool) -> None:
     """The default where nothing of the paper's own way to orthogonality was asked for."""
+    assert AdaLoraConfig(**config).in_svd_form is expected
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, False),
+        ({"target_rank": 3}, True),
+        ({"target_rank": 4}, False),
+        ({"target_rank": 4, "init_rank": 8}, False),
+        ({"target_rank": 4, "init_rank": 9}, True),
+        ({"target_rank": 1, "init_rank": 2}, False),
+        ({"budget": 30, "init_rank": 12}, True),
+        ({"exact_svd": True}, True),
+    ],
+)
+def test_it_is_the_default_of_a_deep_cut(config: dict[str, Any], expected: bool) -> None:
+    """Where over half of the triplets go, or a total budget does not say yet how many."""
     assert AdaLoraConfig(**config).in_svd_form is expected
 
 
@@ -370,15 +389,18 @@ def test_it_cannot_go_with_the_penalty() -> None:
     ("config", "initial", "scale"),
     [
         ({"target_rank": 1}, 8, 2 / 8),
-        ({"target_rank": 6}, 9, 12 / 9),
-        ({}, 12, 16 / 12),
+        ({"target_rank": 3}, 8, 6 / 8),
+        ({"target_rank": 4}, 6, 2.0),
+        ({}, 12, 2.0),
+        ({"init_rank": 20}, 20, 16 / 20),
+        ({"exact_svd": True}, 12, 16 / 12),
         ({"target_rank": 1, "exact_svd": False}, 2, 2.0),
         ({"budget": 30, "init_rank": 12}, 12, 16 / 12),
-        ({"target_rank": 2, "init_rank": 4, "alpha": 3.0}, 4, 3 / 4),
+        ({"target_rank": 2, "init_rank": 5, "alpha": 3.0}, 5, 3 / 5),
     ],
 )
 def test_rank_and_scale_follow_from_the_rank_at_the_end(config: dict[str, Any], initial: int, scale: float) -> None:
-    """In SVD form a target's triplets together have LoRA's scale of the rank that is left."""
+    """In SVD form a target's triplets together have LoRA's scale of the rank that is left, else each has it."""
     found = AdaLoraConfig(**config)
     assert found.initial_rank == initial
     assert found.scale == pytest.approx(scale)

@@ -20,7 +20,8 @@ VOCABULARY = 61
 STEPS = 20
 # Allocations at 3, 6, 9 and 10, where the ranks are final.
 CONFIG: dict[str, Any] = {
-    "target_rank": 2, "init_rank": 4, "t_init": 2, "t_final": 10, "delta_t": 3, "train_modules": ["classifier"]
+    "target_rank": 2, "init_rank": 4, "exact_svd": True, "t_init": 2, "t_final": 10, "delta_t": 3,
+    "train_modules": ["classifier"],
 }  # fmt: skip
 TARGETS = 2 * 6
 

@@ -11,7 +11,10 @@ from tunerkit.patterns import lookup
 
 DEFAULT_TARGET_RANK = 8
 _EXCESS = 1.5  # of the initial rank over the one at the end
-_LEAST_INIT_RANK = 8
+_LEAST_INIT_RANK = 8  # in SVD form
+# What a turn gains where most triplets go, it loses where most stay: Adam's averages do not turn along, and triplets of
+# small singular values take short steps (docs/quality.md).
+_DEEP_CUT = 2.0  # initial rank over the one at the end, from above which triplets are turned
 
 
 @attrs.frozen
@@ -24,12 +27,12 @@ class AdaLoraConfig(AdapterConfig):
 
     target_rank: int | None = setting(None, ge=1, doc="average rank per target at the end; None: 8, or by budget")
     init_rank: int | None = setting(
-        None, ge=1, doc="rank at each target at the start; None: 1.5 x target_rank, up, with exact_svd 8 at least"
+        None, ge=1, doc="rank at each target at the start; None: 1.5 x target_rank, up, in SVD form 8 at least"
     )
     alpha: float | None = setting(
         None,
         gt=0,
-        doc="numerator of the scale; None: 2 init_rank, with exact_svd 2 target_rank (or 4/3 init_rank)",
+        doc="numerator of the scale; None: 2 init_rank, in SVD form 2 target_rank (or 4/3 init_rank)",
     )
     dropout: float = setting(0.0, ge=0, lt=1, doc="share of the adapter's input that is dropped while training")
     t_init: int | float = setting(0.1, ge=0, doc="t_i: no pruning before")
@@ -43,7 +46,9 @@ class AdaLoraConfig(AdapterConfig):
         "reference", doc="form of the regulariser: mean of norms (the public codes) or sum of squared norms (the paper)"
     )
     exact_svd: bool | None = setting(
-        None, doc="make P Λ Q the SVD of ΔW at each allocation; None: where start is 'lora' and gamma 0"
+        None,
+        doc="make P Λ Q the SVD of ΔW at each allocation; None: where over half of the triplets go or budget says how "
+        "many, start is 'lora' and gamma 0",
     )
     train_lambda: bool | None = setting(
         None, doc="let the optimizer move Λ too; None: unless exact_svd, which sets it, is on and start is 'lora'"
@@ -105,7 +110,7 @@ class AdaLoraConfig(AdapterConfig):
         """``exact_svd``, or what it is by default: the penalty and a start at Λ = 0 are the paper's own ways."""
         if self.exact_svd is not None:
             return self.exact_svd
-        return self.start == "lora" and self.gamma == 0
+        return self.start == "lora" and self.gamma == 0 and self._cuts_deep
 
     @property
     def trains_lambda(self) -> bool:
@@ -113,6 +118,12 @@ class AdaLoraConfig(AdapterConfig):
         if self.train_lambda is not None:
             return self.train_lambda
         return not self.in_svd_form or self.start != "lora"
+
+    @property
+    def _cuts_deep(self) -> bool:
+        """Whether few of the triplets are left at the end; how many a total budget leaves, its targets say later."""
+        initial = self.init_rank if self.init_rank is not None else _LEAST_INIT_RANK
+        return self.budget is not None or initial > _DEEP_CUT * self.average_rank
 
     @property
     def _alpha(self) -> float:
