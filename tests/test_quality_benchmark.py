@@ -653,7 +653,7 @@ def test_curves_are_drawn_from_the_best_rates(compared: dict[str, list[store.Row
         made = {rank: grids.made_for(Run("movie-2", method, rank, 0.0, 0), compared, grid) for rank in ranks}
         assert curves[label].tolist() == [[rank, scores.best(found).mean] for rank, found in made.items()]
     lora_s = [row for row in compared["rates"] if (row["task"], row["method"], row["rank"]) == ("movie-2", "lora", 1)]
-    (axes,) = plots.draw_rates(("movie-2",), compared).axes[:1]
+    (axes,) = plots.draw_rates(("movie-2",), compared, rank=1).axes[:1]
     lora = next(line for line in axes.lines if line.get_label() == "LoRA")
     tried, accuracies = (np.asarray(values) for values in lora.get_data())
     assert tried.tolist() == sorted({row["learning_rate"] for row in lora_s})
@@ -669,5 +669,5 @@ def test_pictures_are_written_of_what_there_is(tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = CliRunner().invoke(command.app, ["plots", "--rows", str(tmp_path), "--out", str(out)])
     assert result.exit_code == 0, result.output
-    assert {file.name for file in out.iterdir()} == {"sizes.png", "rates.png", "ranks-amazon-3-qv.png"}
+    assert {file.name for file in out.iterdir()} == {"sizes.png", "rates-1.png", "rates-8.png", "ranks-amazon-3-qv.png"}
     assert plots.draw_map(store.read_all(tmp_path)["contest"][0]).axes[0].get_title() == "amazon-3/qv, seed 10"

@@ -12,14 +12,14 @@ from rich.console import Console
 from benchmarks.quality import store
 from benchmarks.quality.ablation import ablation_table
 from benchmarks.quality.contest import LOWEST, USUAL
-from benchmarks.quality.grids import GRIDS, HEADROOM
+from benchmarks.quality.grids import COMPARED, GRIDS, HEADROOM
 from benchmarks.quality.methods import ADALORA, LORA, PEFT_LORA
 from benchmarks.quality.parity import losses
 from benchmarks.quality.plots import draw_map, draw_rates, draw_sizes
 from benchmarks.quality.pool import make
 from benchmarks.quality.runs import Run
 from benchmarks.quality.tables import contest_table, headroom_table, reference_table
-from benchmarks.quality.tasks import CURVES, TASKS, digest
+from benchmarks.quality.tasks import TASKS, digest
 from tunerkit.cli.assets import cache_folder
 
 _MINUTES = 2  # of one core, for a run: the median of the rows there are, rounded up
@@ -99,7 +99,11 @@ def plots(
 ) -> None:
     """Draw accuracy over size and over learning rate, and ranks: those of AdaLoRA's first run on a task's test rows."""
     found = store.read_all(rows)
-    pictures = {"sizes": draw_sizes(CURVES, found), "rates": draw_rates(HEADROOM, found)}
+    pictures = {
+        "sizes": draw_sizes(COMPARED, found),
+        f"rates-{LOWEST}": draw_rates(HEADROOM, found, rank=LOWEST),
+        f"rates-{USUAL}": draw_rates(COMPARED, found, rank=USUAL),
+    }
     firsts = {row["task"]: row for row in reversed(found.get("contest", ())) if row["method"] == ADALORA}
     pictures |= {f"ranks-{task.replace('/', '-')}": draw_map(row) for task, row in firsts.items()}
     out.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.quality import methods
-from benchmarks.quality.contest import LOWEST
 from benchmarks.quality.grids import BETWEEN, ENDS, Rows, made_for
 from benchmarks.quality.rates import SEEDS
 from benchmarks.quality.runs import Run
@@ -25,6 +24,8 @@ _CURVES = {
     "AdaLoRA": (methods.ADALORA, "rates"),
 }
 _RANKS = sorted((*ENDS, *BETWEEN))
+_FRAME = 6.0  # points below the best that a panel shows: what diverged lies far under all that can be told apart
+_ABOVE = 0.5  # points above the best
 
 
 def draw_sizes(tasks: Sequence[str], rows: Rows) -> Figure:
@@ -37,22 +38,31 @@ def draw_sizes(tasks: Sequence[str], rows: Rows) -> Figure:
             errors = [0.0 if math.isnan(cell.error) else cell.error for cell in cells.values()]
             means = [cell.mean for cell in cells.values()]
             axes.errorbar(list(cells), means, yerr=errors, marker="o", capsize=3, label=name)
+            axes.margins(y=0.1)
         axes.set_xscale("log", base=2)
         axes.set_xticks(_RANKS, [str(rank) for rank in _RANKS])
         axes.set_xlabel("size, as a rank of LoRA")
     return _finished(figure, panels)
 
 
-def draw_rates(tasks: Sequence[str], rows: Rows, *, rank: int = LOWEST) -> Figure:
-    """Validation accuracy, in points, over the learning rate, of the first seed of the search."""
+def draw_rates(tasks: Sequence[str], rows: Rows, *, rank: int) -> Figure:
+    """Validation accuracy, in points, over the learning rate, of the first seed of the search.
+
+    A line that leaves the frame goes to a training that came to `_FRAME` points or more below the best.
+    """
     figure, panels = _panels(tasks)
     for task, axes in zip(tasks, panels, strict=True):
+        highest, tried = 0.0, set[float]()
         for method, name in _NAMES.items():
             made = made_for(Run(task, method, rank, 0.0, 0), rows)
             points = {row["learning_rate"]: points_of(row) for row in made if row["seed"] == SEEDS[0]}
             order = sorted(points)
             axes.plot(order, [points[rate] for rate in order], marker="o", label=name)
-        axes.set_xscale("log")
+            highest, tried = max([highest, *points.values()]), tried | points.keys()
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(tried), [f"{rate:g}" for rate in sorted(tried)])
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, highest - _FRAME), min(high, highest + _ABOVE))
         axes.set_xlabel("learning rate")
     return _finished(figure, panels)
 
