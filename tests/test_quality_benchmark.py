@@ -37,6 +37,7 @@ from PIL import Image  # noqa: E402
 from transformers import AutoModel, AutoTokenizer, LlamaConfig  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
+import tunerkit  # noqa: E402
 from benchmarks.quality import __main__ as command  # noqa: E402
 from benchmarks.quality import (  # noqa: E402
     ablation,
@@ -64,6 +65,7 @@ from tests.tiny_classifier import WORDS, save_tiny_classifier  # noqa: E402
 from tunerkit.cli import assets, training  # noqa: E402
 from tunerkit.cli.data import Examples  # noqa: E402
 from tunerkit.cli.training import IGNORED  # noqa: E402
+from tunerkit_adalora import AdaLoraConfig  # noqa: E402
 
 
 def sentences(_: Path) -> Examples:
@@ -250,6 +252,27 @@ def test_methods_differ_in_what_they_train(toy: Path) -> None:
     assert len(ranks) == 12
     assert len({*ranks.values()}) > 1
     assert max(ranks.values()) <= 8
+
+
+@pytest.mark.parametrize(
+    ("rank", "settings", "expected"),
+    [
+        (8, {}, (12, 2.0, False)),
+        (1, {}, (8, 2 / 8, True)),
+        (8, {"exact_svd": True}, (12, 16 / 12, True)),
+        (1, {"gamma": 0.1}, (2, 2.0, False)),
+        (2, {"init_rank": 6, "alpha": 3.0}, (6, 3 / 6, True)),
+    ],
+)
+def test_adalora_starts_as_its_rank_at_the_end_would_have_it(
+    toy: Path, rank: int, settings: dict[str, Any], expected: tuple[int, float, bool]
+) -> None:
+    """Its budget is a number of parameters, which by itself says neither rank nor scale nor treatment."""
+    model, _ = TOY["toy"].build(toy, 0)
+    prepared = methods.prepare(Run("toy", methods.ADALORA, rank, 1e-3, 0, settings), model, 18)
+    config = tunerkit.tuner(prepared.model).config
+    assert isinstance(config, AdaLoraConfig)
+    assert (config.initial_rank, config.scale, config.in_svd_form) == expected
 
 
 def test_adalora_ends_at_no_more_parameters_than_lora_and_the_lambdas(toy: Path) -> None:
@@ -658,6 +681,15 @@ def test_curves_are_drawn_from_the_best_rates(compared: dict[str, list[store.Row
     tried, accuracies = (np.asarray(values) for values in lora.get_data())
     assert tried.tolist() == sorted({row["learning_rate"] for row in lora_s})
     assert tried[np.argmax(accuracies)] == pytest.approx(2e-3)
+
+
+def test_a_diverged_run_does_not_set_the_frame() -> None:
+    """What lies within six points of the best can be told apart; ticks are the rates that were tried."""
+    both = [*rows("movie-2", 8, 1e-3, [0.8]), *rows("movie-2", 8, 2e-3, [0.3])]
+    made = [{**row, "method": "lora"} for row in both]
+    (axes,) = plots.draw_rates(("movie-2",), {"rates": made}, rank=8).axes[:1]
+    assert axes.get_ylim() == (74.0, 80.5)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.001", "0.002"]
 
 
 def test_pictures_are_written_of_what_there_is(tmp_path: Path) -> None:

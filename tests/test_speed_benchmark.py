@@ -469,6 +469,12 @@ def test_a_wait_in_every_layer_is_seen() -> None:
     assert waits == [workload.adapted + 1]
 
 
+def test_the_turn_is_among_what_is_counted() -> None:
+    """An allocation with `exact_svd` takes more operations than one without."""
+    rows = {row.who: row.value for row in short_run("operations") if row.measure == operations.MASK_STEP}
+    assert rows[contenders.ADALORA_TURNED] > rows[contenders.ADALORA] + 100
+
+
 # Tables
 
 

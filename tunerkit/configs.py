@@ -2,7 +2,7 @@
 
 # No `from __future__ import annotations` here: the checks read the annotations as types.
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Final, Literal, TypeVar, cast
+from typing import Any, Final, Literal, Self, TypeVar, cast
 
 import attrs
 import torch
@@ -106,6 +106,13 @@ class AdapterConfig:
         Each is one line that ends in the path: ``"expected init_rank <= 8, got 12 @ $.init_rank"``.
         """
         return ()
+
+    def settled(self) -> Self:
+        """The same with what was left to defaults that depend on other settings written out, for methods to override.
+
+        Files hold it, so that an adapter stays what it was when a later version chooses otherwise.
+        """
+        return self
 
 
 def check(config: AdapterConfig) -> None:

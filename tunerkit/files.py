@@ -131,7 +131,7 @@ def describe(
     return Header(
         kind=kind,
         method=tuner.method,
-        config=unstructure(tuner.config),
+        config=unstructure(tuner.config.settled()),
         targets=[target.path for target in tuner.targets],
         copies=[place.path for place in tuner.copies],
         biases=[place.path for place in tuner.biases],

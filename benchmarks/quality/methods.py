@@ -92,10 +92,10 @@ def _adalora(run: "Run", model: nn.Module) -> Prepared:
     That is a λ for each triplet more than LoRA has, which an export folds into P. A budget without them would not buy
     the last triplet, which of twelve is a lot.
     """
-    ends = AdaLoraConfig(target_rank=run.rank)  # what a rank at the end says of the start, and a budget does not
-    sizes: dict[str, Any] = {"init_rank": ends.initial_rank, "alpha": ends.scale * ends.initial_rank}
-    if not ends.in_svd_form:
-        sizes["exact_svd"] = False  # a budget's default would be to turn
+    # What the rank at the end says of the start, and a budget does not.
+    own = {name: value for name, value in run.settings.items() if name not in (EXPERIMENT, "budget", "budget_unit")}
+    ends = AdaLoraConfig(target_rank=run.rank, **own).settled()
+    sizes = {"init_rank": ends.init_rank, "alpha": ends.alpha, "exact_svd": ends.exact_svd}
     budget = {"budget_unit": "parameters", "budget": triplets_size(model, run)}
     settings = {**_shared(run), **sizes, **budget, **run.settings}
     experiment: Mapping[str, Any] = settings.pop(EXPERIMENT, {})

@@ -38,7 +38,7 @@ def draw_sizes(tasks: Sequence[str], rows: Rows) -> Figure:
             errors = [0.0 if math.isnan(cell.error) else cell.error for cell in cells.values()]
             means = [cell.mean for cell in cells.values()]
             axes.errorbar(list(cells), means, yerr=errors, marker="o", capsize=3, label=name)
-            axes.margins(y=0.1)
+        axes.margins(y=0.1)
         axes.set_xscale("log", base=2)
         axes.set_xticks(_RANKS, [str(rank) for rank in _RANKS])
         axes.set_xlabel("size, as a rank of LoRA")

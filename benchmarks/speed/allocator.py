@@ -15,7 +15,7 @@ from benchmarks.speed.tables import Row, estimated
 from benchmarks.speed.timing import Times, interleave
 
 PART = "allocator"
-ALLOCATING = (who.PEFT_ADALORA, who.ADALORA, who.ADALORA_GAMMA)
+ALLOCATING = (who.PEFT_ADALORA, who.ADALORA, who.ADALORA_GAMMA, who.ADALORA_TURNED)
 FINAL = (who.PEFT_ADALORA_FINAL, who.ADALORA_MASKED, who.ADALORA_SHRUNK)
 LIMIT, LIMITED_SIZE = 0.03, "12x256"
 

@@ -24,6 +24,7 @@ PEFT_ADALORA_FINAL = "PEFT AdaLoRA, final phase"
 LORA = "LoRA"
 ADALORA = "AdaLoRA"
 ADALORA_GAMMA = "AdaLoRA, regulariser"
+ADALORA_TURNED = "AdaLoRA, exact_svd"
 ADALORA_MASKED = "AdaLoRA, final phase, masks kept"
 ADALORA_SHRUNK = "AdaLoRA, shrunk"
 
@@ -146,6 +147,7 @@ def our_config(name: str, workload: Workload, settings: Settings) -> dict[str, o
         "t_final": schedule.total_steps - schedule.final_step,
         "delta_t": schedule.delta_t,
         "gamma": GAMMA if name == ADALORA_GAMMA else 0.0,
+        "exact_svd": name == ADALORA_TURNED,
         "shrink": name != ADALORA_MASKED,
     }
 

@@ -25,10 +25,10 @@ PASS_NAMES = (
 )
 PASS_LIMITS = dict.fromkeys((who.LORA, who.ADALORA, who.ADALORA_GAMMA, who.ADALORA_SHRUNK), 22.0)
 # Ours with the regulariser beside PEFT's with its own; without one it is not the same work.
-ALLOCATING = (who.PEFT_ADALORA, who.ADALORA, who.ADALORA_GAMMA)
+ALLOCATING = (who.PEFT_ADALORA, who.ADALORA, who.ADALORA_GAMMA, who.ADALORA_TURNED)
 FINAL = (who.PEFT_ADALORA_FINAL, who.ADALORA_MASKED, who.ADALORA_SHRUNK)
 MASK_STEP, OTHER_STEP, FINAL_STEP = "mask step", "other step", "step of the final phase"
-LIMITED = (who.ADALORA, who.ADALORA_GAMMA)
+LIMITED = (who.ADALORA, who.ADALORA_GAMMA, who.ADALORA_TURNED)
 STEP_LIMITS = {MASK_STEP: 400.0, OTHER_STEP: 150.0}
 
 

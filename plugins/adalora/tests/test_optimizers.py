@@ -73,16 +73,19 @@ def scaler(model: nn.Module, optimizer: torch.optim.AdamW) -> None:
         scale.update()
 
 
-@pytest.mark.parametrize("gamma", [0.1, 0.0], ids=["lambda trained", "lambda held"])
+LAMBDA: list[dict[str, Any]] = [{"gamma": 0.1}, {"gamma": 0.0, "exact_svd": True}]
+
+
+@pytest.mark.parametrize("changes", LAMBDA, ids=["lambda trained", "lambda held"])
 @pytest.mark.parametrize("form", [plain, closure, accumulation, scaler], ids=lambda form: form.__name__)
-def test_every_kind_of_adamw_gives_the_same_masks_in_every_form(form: Any, gamma: float) -> None:
+def test_every_kind_of_adamw_gives_the_same_masks_in_every_form(form: Any, changes: dict[str, Any]) -> None:
     """Foreach, fused and loop: at each allocation the ranks of the plain loop, and the budget exact at the end."""
-    model, optimizer = started("foreach", gamma=gamma)
+    model, optimizer = started("foreach", **changes)
     plain(model, optimizer)
     expected = tunerkit.tuner(model).history
     assert [change.step for change in expected] == [6, 9, 12, 15, 16]
     for kind in KINDS:
-        model, optimizer = started(kind, gamma=gamma)
+        model, optimizer = started(kind, **changes)
         form(model, optimizer)
         tuner = tunerkit.tuner(model)
         assert tuner.history == expected
@@ -91,15 +94,15 @@ def test_every_kind_of_adamw_gives_the_same_masks_in_every_form(form: Any, gamma
         assert all(bool(p.isfinite().all()) for p in tuner.parameters())
 
 
-@pytest.mark.parametrize("gamma", [0.1, 0.0], ids=["lambda trained", "lambda held"])
+@pytest.mark.parametrize("changes", LAMBDA, ids=["lambda trained", "lambda held"])
 @pytest.mark.parametrize("form", [plain, closure, accumulation, scaler], ids=lambda form: form.__name__)
-def test_masks_agree_triplet_by_triplet(form: Any, gamma: float) -> None:
+def test_masks_agree_triplet_by_triplet(form: Any, changes: dict[str, Any]) -> None:
     """Not the counts alone: with every triplet kept in memory, the masks are equal elementwise over kinds and forms."""
-    model, optimizer = started("foreach", shrink=False, gamma=gamma)
+    model, optimizer = started("foreach", shrink=False, **changes)
     plain(model, optimizer)
     expected = [layer.mask for layer in layers(model)]
     for kind in KINDS:
-        model, optimizer = started(kind, shrink=False, gamma=gamma)
+        model, optimizer = started(kind, shrink=False, **changes)
         form(model, optimizer)
         assert all(torch.equal(layer.mask, mask) for layer, mask in zip(layers(model), expected, strict=True))
 

@@ -29,6 +29,12 @@ TOTAL = 20
 SETTINGS: dict[str, Any] = {"target_rank": 2, "init_rank": 4, "t_init": 4, "t_final": 6, "delta_t": 3}
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["", "turned"])
+def exact_svd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them with and without the turn."""
+    monkeypatch.setitem(SETTINGS, "exact_svd", request.param)
+
+
 class Net(nn.Module):
     """Three layers; the answer comes as a tensor, a tuple or a dict."""
 
@@ -117,7 +123,7 @@ def test_the_orthogonality_term_acts_whatever_the_model_returns(form: str) -> No
     """Its gradient comes through the optimizer, so it needs no ``.loss``, no task type and no particular output."""
     ends = []
     for gamma in (0.0, 1.0):
-        model = wrapped(Net(form), gamma=gamma, start="gaussian")
+        model = wrapped(Net(form), gamma=gamma, start="gaussian", exact_svd=False)
         train(model, attached(model), 3)
         ends.append(layers(model)[0].p.detach().clone())
     assert not torch.equal(*ends)
@@ -128,7 +134,7 @@ def test_the_loss_is_the_task_s_alone_under_accumulation_evaluation_and_disable(
     """Accumulating multiplies no regulariser; eval loss and the disabled model's loss are those of γ = 0."""
     losses = []
     for gamma in (0.0, 0.5):
-        model = wrapped(gamma=gamma)
+        model = wrapped(gamma=gamma, exact_svd=False)
         total = 0.0
         for rows in X.chunk(micro_batches):
             loss = loss_of(model, rows) / micro_batches
@@ -397,7 +403,7 @@ def test_layers_that_peft_refuses_are_adapted(kind: str, tmp_path: Path) -> None
 
     def new() -> nn.Module:
         torch.manual_seed(0)
-        for module in (made := Pooled(layer, 4 if "depthwise" in kind else 6)).modules():
+        for module in (made := Pooled(copy.deepcopy(layer), 4 if "depthwise" in kind else 6)).modules():
             for parameter in module.parameters(recurse=False):
                 nn.init.normal_(parameter, std=0.3)
         return made

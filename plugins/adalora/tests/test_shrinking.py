@@ -18,7 +18,8 @@ from tunerkit_adalora.training import training_of
 TOTAL = 40
 FINAL = 14  # the last allocation
 SETTINGS: dict[str, Any] = {
-    "target_rank": 2, "init_rank": 5, "t_init": 4, "t_final": TOTAL - FINAL, "delta_t": 3, "targets": TARGETS
+    "target_rank": 2, "init_rank": 5, "exact_svd": True, "t_init": 4, "t_final": TOTAL - FINAL, "delta_t": 3,
+    "targets": TARGETS,
 }  # fmt: skip
 BUDGET = 6
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import tunerkit
 from tunerkit.testing.small import TARGETS, X, loss_of, net, step, train, trainable
+from tunerkit_adalora import AdaLoraConfig
 from tunerkit_adalora.svd_layer import SvdLayer
 from tunerkit_adalora.training import training_of
 
@@ -122,10 +123,11 @@ def resumed(
     return again, fresh
 
 
+@pytest.mark.parametrize("changes", [{"gamma": 0.1}, {"exact_svd": True}], ids=["regulariser", "turned"])
 @pytest.mark.parametrize("at", range(1, TOTAL))
-def test_a_run_split_at_any_step_continues_bit_identically(at: int, tmp_path: Path) -> None:
+def test_a_run_split_at_any_step_continues_bit_identically(at: int, changes: dict[str, Any], tmp_path: Path) -> None:
     """Before, at, between and after allocations the resumed run has the whole run's weights, masks and budget."""
-    whole = wrapped(gamma=0.1)
+    whole = wrapped(**changes)
     optimizer = attached(whole)
     for _ in range(at):
         step(whole, optimizer)
@@ -321,3 +323,14 @@ def test_every_kind_of_base_layer_trains_prunes_merges_and_loads(name: str, star
     tunerkit.unmerge(model)
     with tunerkit.disabled(model):
         assert torch.equal(model(x), y)
+
+
+def test_files_say_what_defaults_came_to(tmp_path: Path) -> None:
+    """An adapter stays what it was where a later version's defaults are others."""
+    given = {"targets": TARGETS, "target_rank": 2}
+    model = tunerkit.wrap(net(), "adalora", given, seed=0)
+    step(model, attached(model))
+    config = tunerkit.tuner(tunerkit.load(net(), tunerkit.save(model, tmp_path))).config
+    assert isinstance(config, AdaLoraConfig)
+    assert (config.target_rank, config.init_rank, config.alpha) == (2, 8, 4.0)
+    assert (config.exact_svd, config.train_lambda) == (True, False)

@@ -35,14 +35,21 @@ class WrappedModel(RuleBasedStateMachine):
         self.merged = False
         self.attached = True
 
-    @initialize(t_init=st.integers(0, 4), t_final=st.integers(1, 8), delta_t=st.integers(1, 4), seed=st.integers(0, 99))
-    def wrap(self, t_init: int, t_final: int, delta_t: int, seed: int) -> None:
+    @initialize(
+        t_init=st.integers(0, 4),
+        t_final=st.integers(1, 8),
+        delta_t=st.integers(1, 4),
+        seed=st.integers(0, 99),
+        exact_svd=st.booleans(),
+    )
+    def wrap(self, t_init: int, t_final: int, delta_t: int, seed: int, exact_svd: bool) -> None:
         config = AdaLoraConfig(
             target_rank=2,
             init_rank=4,
             t_init=t_init,
             t_final=t_final,
             delta_t=delta_t,
+            exact_svd=exact_svd,
             targets=("0", "2"),
             train_modules=("4",),
         )

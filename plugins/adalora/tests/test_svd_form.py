@@ -364,12 +364,12 @@ def test_it_takes_the_penalty_s_place(config: dict[str, Any], expected: bool) ->
         ({"target_rank": 4, "init_rank": 8}, False),
         ({"target_rank": 4, "init_rank": 9}, True),
         ({"target_rank": 1, "init_rank": 2}, False),
-        ({"budget": 30, "init_rank": 12}, True),
+        ({"budget": 30, "init_rank": 12}, False),
         ({"exact_svd": True}, True),
     ],
 )
-def test_it_is_the_default_of_a_deep_cut(config: dict[str, Any], expected: bool) -> None:
-    """Where over half of the triplets go, or a total budget does not say yet how many."""
+def test_it_is_the_default_where_most_triplets_go(config: dict[str, Any], expected: bool) -> None:
+    """Over half of them, by `target_rank`: a total budget does not say it."""
     assert AdaLoraConfig(**config).in_svd_form is expected
 
 
@@ -395,7 +395,8 @@ def test_it_cannot_go_with_the_penalty() -> None:
         ({"init_rank": 20}, 20, 16 / 20),
         ({"exact_svd": True}, 12, 16 / 12),
         ({"target_rank": 1, "exact_svd": False}, 2, 2.0),
-        ({"budget": 30, "init_rank": 12}, 12, 16 / 12),
+        ({"budget": 30, "init_rank": 12}, 12, 2.0),
+        ({"budget": 30, "init_rank": 12, "exact_svd": True}, 12, 16 / 12),
         ({"target_rank": 2, "init_rank": 5, "alpha": 3.0}, 5, 3 / 5),
     ],
 )

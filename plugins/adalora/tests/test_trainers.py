@@ -18,7 +18,15 @@ X = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
 LABELS = torch.randint(0, 3, (64,), generator=torch.Generator().manual_seed(2))
 TOTAL = 20
 # Allocations after steps 6, 9, 12 and 14, where the final phase with a budget of 2 x 3 begins.
-SETTINGS = {"targets": ["0", "2", "4"], "target_rank": 2, "init_rank": 5, "t_init": 4, "t_final": 6, "delta_t": 3}
+SETTINGS = {
+    "targets": ["0", "2", "4"],
+    "target_rank": 2,
+    "init_rank": 4,
+    "exact_svd": True,
+    "t_init": 4,
+    "t_final": 6,
+    "delta_t": 3,
+}
 
 
 def wrapped() -> nn.Sequential:
@@ -229,7 +237,9 @@ def test_sharded_adapters_are_refused_before_a_step(alone: None, gamma: float) -
     fsdp = pytest.importorskip("torch.distributed.fsdp", reason="this torch has no FSDP")
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
     model, other = (
-        tunerkit.wrap(nn.Sequential(nn.Linear(6, 8)), "adalora", {**SETTINGS, "targets": ["0"], "gamma": gamma})
+        tunerkit.wrap(
+            nn.Sequential(nn.Linear(6, 8)), "adalora", {**SETTINGS, "targets": ["0"], "gamma": gamma, "exact_svd": None}
+        )
         for _ in range(2)
     )
     fsdp.fully_shard(model, mesh=mesh)

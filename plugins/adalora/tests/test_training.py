@@ -324,10 +324,11 @@ def test_a_frozen_weight_has_no_importance_and_stays(frozen: str) -> None:
     assert live(model) == 6
 
 
+@pytest.mark.parametrize("exact_svd", [False, True])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_gradients_that_are_not_finite_are_left_out_told_and_harm_no_budget(value: float) -> None:
+def test_gradients_that_are_not_finite_are_left_out_told_and_harm_no_budget(value: float, exact_svd: bool) -> None:
     """One bad step: the averages stay finite, the next allocation tells how many, pruning goes on exactly."""
-    model = wrapped()
+    model = wrapped(exact_svd=exact_svd)
     tuner = tunerkit.tuner(model)
     for layer in layers(model):
         nn.init.normal_(layer.p)  # at rest, P = 0 would leave every score at 0
@@ -514,9 +515,10 @@ def test_budget_of_a_step_before_attaching_and_after_loading(tmp_path: Path) -> 
         tunerkit.tuner(wrapped()).budget(3)
 
 
-def test_attaching_a_loaded_adapter_begins_a_new_training_with_all_triplets(tmp_path: Path) -> None:
+@pytest.mark.parametrize("exact_svd", [False, True])
+def test_attaching_a_loaded_adapter_begins_a_new_training_with_all_triplets(exact_svd: bool, tmp_path: Path) -> None:
     """Training on what was pruned starts from b(0) again, and prunes again."""
-    model = wrapped()
+    model = wrapped(exact_svd=exact_svd)
     optimizer = attached(model)
     for _ in range(TOTAL):
         step(model, optimizer)

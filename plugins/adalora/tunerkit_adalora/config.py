@@ -11,10 +11,10 @@ from tunerkit.patterns import lookup
 
 DEFAULT_TARGET_RANK = 8
 _EXCESS = 1.5  # of the initial rank over the one at the end
-_LEAST_INIT_RANK = 8  # in SVD form
-# What a turn gains where most triplets go, it loses where most stay: Adam's averages do not turn along, and triplets of
-# small singular values take short steps (docs/quality.md).
-_DEEP_CUT = 2.0  # initial rank over the one at the end, from above which triplets are turned
+_LEAST_INIT_RANK = 8  # where triplets are turned
+# The initial rank over the one at the end from above which triplets are turned: measured to help at 8 to 1 and to hurt
+# at 8 to 4 and 12 to 8 (docs/quality.md); between is a choice.
+_TURNED_ABOVE = 2.0
 
 
 @attrs.frozen
@@ -27,12 +27,12 @@ class AdaLoraConfig(AdapterConfig):
 
     target_rank: int | None = setting(None, ge=1, doc="average rank per target at the end; None: 8, or by budget")
     init_rank: int | None = setting(
-        None, ge=1, doc="rank at each target at the start; None: 1.5 x target_rank, up, in SVD form 8 at least"
+        None, ge=1, doc="rank at each target at the start; None: 1.5 x target_rank, up, with exact_svd 8 at least"
     )
     alpha: float | None = setting(
         None,
         gt=0,
-        doc="numerator of the scale; None: 2 init_rank, in SVD form 2 target_rank (or 4/3 init_rank)",
+        doc="numerator of the scale; None: 2 init_rank, with exact_svd 2 target_rank (or 4/3 init_rank)",
     )
     dropout: float = setting(0.0, ge=0, lt=1, doc="share of the adapter's input that is dropped while training")
     t_init: int | float = setting(0.1, ge=0, doc="t_i: no pruning before")
@@ -47,8 +47,8 @@ class AdaLoraConfig(AdapterConfig):
     )
     exact_svd: bool | None = setting(
         None,
-        doc="make P Λ Q the SVD of ΔW at each allocation; None: where over half of the triplets go or budget says how "
-        "many, start is 'lora' and gamma 0",
+        doc="make P Λ Q the SVD of ΔW at each allocation; None: where over half of the triplets are to go by "
+        "target_rank, start is 'lora' and gamma 0",
     )
     train_lambda: bool | None = setting(
         None, doc="let the optimizer move Λ too; None: unless exact_svd, which sets it, is on and start is 'lora'"
@@ -110,7 +110,7 @@ class AdaLoraConfig(AdapterConfig):
         """``exact_svd``, or what it is by default: the penalty and a start at Λ = 0 are the paper's own ways."""
         if self.exact_svd is not None:
             return self.exact_svd
-        return self.start == "lora" and self.gamma == 0 and self._cuts_deep
+        return self.start == "lora" and self.gamma == 0 and self._loses_most
 
     @property
     def trains_lambda(self) -> bool:
@@ -120,10 +120,13 @@ class AdaLoraConfig(AdapterConfig):
         return not self.in_svd_form or self.start != "lora"
 
     @property
-    def _cuts_deep(self) -> bool:
-        """Whether few of the triplets are left at the end; how many a total budget leaves, its targets say later."""
+    def _loses_most(self) -> bool:
+        """Whether over half of the triplets go, which a total budget does not say before the targets are known.
+
+        By the initial rank that turned triplets would have: what it is by default depends on whether they are.
+        """
         initial = self.init_rank if self.init_rank is not None else _LEAST_INIT_RANK
-        return self.budget is not None or initial > _DEEP_CUT * self.average_rank
+        return self.budget is None and initial > _TURNED_ABOVE * self.average_rank
 
     @property
     def _alpha(self) -> float:
@@ -133,6 +136,17 @@ class AdaLoraConfig(AdapterConfig):
             return 2.0 * self.initial_rank
         # What a total budget leaves of the rank is known once the targets are: taken for what it is by default.
         return 2.0 * (self.average_rank if self.budget is None else self.initial_rank / _EXCESS)
+
+    def settled(self) -> Self:
+        """With its ranks, scale and treatment of Λ written out."""
+        return attrs.evolve(
+            self,
+            target_rank=self.average_rank if self.budget is None else None,
+            init_rank=self.initial_rank,
+            alpha=self._alpha,
+            exact_svd=self.in_svd_form,
+            train_lambda=self.trains_lambda,
+        )
 
     def minimum_at(self, path: str) -> int:
         """The least rank at a target."""
