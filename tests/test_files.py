@@ -109,6 +109,14 @@ def test_loading_draws_no_random_numbers(toys: "Toys", saved: Path, global_seed:
     assert torch.equal(loaded(toys.x()), toys.trained()(toys.x()))
 
 
+def test_files_hold_the_settled_config(toys: "Toys", monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a method makes of its defaults is written, in the file of an adapter and in that of its state."""
+    tuner = tunerkit.tuner(toys.trained())
+    assert tuner.config.settled() == tuner.config
+    monkeypatch.setattr(type(tuner.config), "settled", lambda config: attrs.evolve(config, rank=5))
+    assert [files.describe(tuner, kind=kind).config["rank"] for kind in ("adapter", "state")] == [5, 5]
+
+
 def test_each_of_two_adapters_has_its_own_file(toys: "Toys", tmp_path: Path) -> None:
     """Both are saved by name and loaded under any name, in any order; without a name saving is ambiguous."""
     model = toys.trained(targets=["conv"])

@@ -20,14 +20,8 @@ TOTAL, HALF = 20, 8
 # Allocations after steps 6, 9, 12 and 14, where the final phase with a budget of 2 x 3 begins.
 TARGETS = ["0", "2", "4"]
 SETTINGS = {
-    "targets": TARGETS,
-    "target_rank": 2,
-    "init_rank": 4,
-    "exact_svd": True,
-    "t_init": 4,
-    "t_final": 6,
-    "delta_t": 3,
-}
+    "targets": TARGETS, "target_rank": 2, "init_rank": 4, "exact_svd": True, "t_init": 4, "t_final": 6, "delta_t": 3
+}  # fmt: skip
 
 
 def wrapped(**changes: Any) -> nn.Module:

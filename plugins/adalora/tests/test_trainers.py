@@ -19,14 +19,9 @@ LABELS = torch.randint(0, 3, (64,), generator=torch.Generator().manual_seed(2))
 TOTAL = 20
 # Allocations after steps 6, 9, 12 and 14, where the final phase with a budget of 2 x 3 begins.
 SETTINGS = {
-    "targets": ["0", "2", "4"],
-    "target_rank": 2,
-    "init_rank": 4,
-    "exact_svd": True,
-    "t_init": 4,
-    "t_final": 6,
-    "delta_t": 3,
-}
+    "targets": ["0", "2", "4"], "target_rank": 2, "init_rank": 4, "exact_svd": True,
+    "t_init": 4, "t_final": 6, "delta_t": 3,
+}  # fmt: skip
 
 
 def wrapped() -> nn.Sequential:
