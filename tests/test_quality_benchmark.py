@@ -594,6 +594,24 @@ def test_the_contest_is_told_by_task_and_over_all(compared: dict[str, list[store
     assert [cell.strip() for cell in others[2].strip("|").split("|")] == ["movie-2", "", "", ""]
 
 
+def test_the_language_model_is_told_by_rate_and_method() -> None:
+    """The contenders at both rates, LoRA first; the loss of a run that diverged is none, and so is their mean."""
+    made: list[store.Row] = []
+    for run in grids.generation({}):
+        gain = 0.02 if run.method == "adalora" else 0.0
+        loss = None if run.learning_rate == 4e-3 and run.method == "peft-adalora" else 2.0 + run.seed - 11
+        made.append({**row_of(run, 0.5), "test": {"accuracy": 0.4 + gain + run.seed / 1000, "loss": loss}})
+    assert len(made) == 18
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables.generation_table(made)[2:]]
+    assert [line[:2] for line in table] == [
+        [rate, name] for rate in ("0.001", "0.004") for name in ("LoRA", "AdaLoRA", "PEFT's AdaLoRA")
+    ]
+    assert table[0][2:] == ["41.10 ± 0.06 (3)", "2.0000", ""]
+    assert table[1][2:] == ["43.10 ± 0.06 (3)", "2.0000", "+2.00 [+2.00, +2.00]"]
+    assert table[5][3:] == ["", "+0.00 [+0.00, +0.00]"]
+    assert len(tables.generation_table(made[:1])) == 3
+
+
 @pytest.mark.parametrize(("peak", "tried"), [(2e-3, 3), (4e-3, 4), (1.6e-2, 6), (2.5e-4, 6)])
 def test_rates_are_tried_until_the_best_lies_between_others(peak: float, tried: int) -> None:
     """Doubled or halved beyond the first three; then further seeds run at the best alone."""

@@ -76,7 +76,7 @@ def generation(_: Rows) -> list[Run]:
         Run("definitions", method, contest.LOWEST, rate, seed, tested=True)
         for seed in contest.SEEDS[:3]
         for rate in GENERATION_RATES
-        for method in (methods.LORA, methods.ADALORA, methods.PEFT_ADALORA)
+        for method in methods.NAMES
     ]
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 HEAD_ONLY, FULL = "head", "full"
 LORA, ADALORA, PEFT_LORA, PEFT_ADALORA = "lora", "adalora", "peft-lora", "peft-adalora"
 METHODS = (HEAD_ONLY, FULL, PEFT_LORA, LORA, PEFT_ADALORA, ADALORA)
+# Those that are compared, as tables and pictures call them.
+NAMES = {LORA: "LoRA", ADALORA: "AdaLoRA", PEFT_ADALORA: "PEFT's AdaLoRA"}
 SCALE = 2.0  # alpha over rank, everywhere
 # New heads learn at this rate, whatever the method and its own rate: at an adapter's, which is far lower, most of a
 # training goes into the head, and more rank would gain nothing but a faster start.

@@ -16,7 +16,6 @@ from tunerkit.report.plots import draw_ranks
 from tunerkit.report.rank_map import rank_map
 
 _COLUMNS = 3
-_NAMES = {methods.LORA: "LoRA", methods.ADALORA: "AdaLoRA", methods.PEFT_ADALORA: "PEFT's AdaLoRA"}
 # LoRA's whole curve is of a grid of its own, whose runs are not all of fp32.
 _CURVES = {
     "LoRA's headroom": (methods.LORA, "headroom"),
@@ -53,7 +52,7 @@ def draw_rates(tasks: Sequence[str], rows: Rows, *, rank: int) -> Figure:
     figure, panels = _panels(tasks)
     for task, axes in zip(tasks, panels, strict=True):
         highest, tried = 0.0, set[float]()
-        for method, name in _NAMES.items():
+        for method, name in methods.NAMES.items():
             made = made_for(Run(task, method, rank, 0.0, 0), rows)
             points = {row["learning_rate"]: points_of(row) for row in made if row["seed"] == SEEDS[0]}
             order = sorted(points)

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from benchmarks.quality import contest, methods
 from benchmarks.quality.grids import BETWEEN, ENDS, Rows, rate_for
 from benchmarks.quality.scores import Cell, Floats, best, paired, tested, told
@@ -74,6 +76,28 @@ def reference_table(rows: Rows) -> list[str]:
     for task in dict.fromkeys(row["task"] for row in rows.get("contest", ())):
         cells = [cell_on_test(rows, task, method, rank) for method, rank in columns.values()]
         lines.append(f"| {task} | {' | '.join(_shown(cell) if cell else '' for cell in cells)} |")
+    return lines
+
+
+def generation_table(rows: Sequence[Row]) -> list[str]:
+    """The language model on test rows, each method at each rate: accuracy of tokens, loss, and points over LoRA's."""
+    columns = ("learning rate", "method", "accuracy", "loss", "accuracy − LoRA's")
+    lines = [f"| {' | '.join(columns)} |", "|---:|---|---:|---:|---:|"]
+    for rate in sorted({row["learning_rate"] for row in rows}):
+        by_method = {
+            method: [row for row in rows if (row["learning_rate"], row["method"]) == (rate, method)]
+            for method in methods.NAMES
+        }
+        lora = tested(by_method[methods.LORA], rate)
+        for method, name in methods.NAMES.items():
+            cell = tested(by_method[method], rate)
+            if cell is None:
+                continue
+            losses = [row["test"]["loss"] for row in by_method[method]]
+            loss = "" if None in losses else f"{np.mean(losses):.4f}"
+            over = "" if lora is None or method == methods.LORA else told([paired(cell, lora)])
+            error = f" ± {cell.error:.2f}" if len(cell.seeds) > 1 else ""
+            lines.append(f"| {rate:g} | {name} | {cell.mean:.2f}{error} ({len(cell.seeds)}) | {loss} | {over} |")
     return lines
 
 
