@@ -491,10 +491,11 @@ def test_an_ablation_stands_at_the_best_rate_of_lora(monkeypatch: pytest.MonkeyP
     """At its rank and not at another's; LoRA itself is among the runs; before the rate is known it is refused."""
     monkeypatch.setattr(grids, "ABLATED", ("movie-2",))
     asked = Run("movie-2", "lora", ablation.RANK, 0.0, 0)
-    made = searched(asked, peak=2e-3)
-    with pytest.raises(ValueError, match="run the grid headroom first"):
-        grids.ablation_runs({"headroom": made[:-1]})
-    found = grids.ablation_runs({"headroom": made + searched(attrs.evolve(asked, rank=8), peak=1e-3)})
+    made = searched(asked, peak=2e-3, finalists=contest.FINALISTS)
+    with pytest.raises(ValueError, match="run the grid rates first"):
+        grids.ablation_runs({"rates": made[:-1]})
+    elsewhere = searched(attrs.evolve(asked, rank=8), peak=1e-3, finalists=contest.FINALISTS)
+    found = grids.ablation_runs({"rates": made + elsewhere, "headroom": searched(asked, peak=4e-3)})
     assert {run.learning_rate for run in found} == {2e-3}
     assert {run.method for run in found} == {"lora", "adalora"}
     assert len(found) == len({run.key for run in found}) == len(ablation.SEEDS) * (1 + len(ablation.CHANGES))

@@ -82,7 +82,7 @@ def tables(rows: Annotated[Path, typer.Option(help="The folder of rows.")] = ROW
     found = store.read_all(rows)
     shown = {
         "headroom": headroom_table(found.get("headroom", ())),
-        "ablation": ablation_table(found.get("ablation", ()), found.get("headroom", ())),
+        "ablation": ablation_table(found.get("ablation", ()), found.get("rates", ())),
         **{f"contest, rank {rank}": contest_table(found, rank) for rank in (LOWEST, USUAL)},
         "contest, others": reference_table(found),
         "generation": generation_table(found.get("generation", ())),

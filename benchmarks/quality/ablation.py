@@ -21,7 +21,7 @@ def _variant(**more: Any) -> dict[str, Any]:
 _NOT_TURNED: Mapping[str, Any] = {"exact_svd": False, "train_lambda": True}
 
 RANK = 1
-SEEDS = (0, 1, 2, 3)
+SEEDS = (0, 1)
 # Written out, so that a row says what was run even after a default has moved.
 BASE: Mapping[str, Any] = {
     "start": "lora",

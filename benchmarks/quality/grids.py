@@ -99,10 +99,9 @@ def _fixed(tasks: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _lora_rate(task: str, rank: int, rows: Rows) -> float:
-    run = Run(task, methods.LORA, rank, 0.0, 0)
-    found = rate_of(run, made_for(run, rows, "headroom"))
+    found = rate_for(task, methods.LORA, rank, rows)
     if found is None:
-        raise ValueError(f"LoRA's learning rate on {task} at rank {rank} is not known yet; run the grid headroom first")
+        raise ValueError(f"LoRA's learning rate on {task} at rank {rank} is not known yet; run the grid rates first")
     return found
 
 
