@@ -13,7 +13,7 @@ DEFAULT_TARGET_RANK = 8
 _EXCESS = 1.5  # of the initial rank over the one at the end
 _LEAST_INIT_RANK = 8  # where triplets are turned
 # The initial rank over the one at the end from above which triplets are turned: measured to help at 8 to 1 and to hurt
-# at 8 to 4 and 12 to 8 (docs/quality.md); between is a choice.
+# at 8 to 4 and 12 to 8 (docs/quality-tried.md); between is a choice.
 _TURNED_ABOVE = 2.0
 
 
