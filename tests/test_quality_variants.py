@@ -1,5 +1,7 @@
 """The variants of AdaLoRA that the benchmark of quality measures."""
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,14 +12,16 @@ pytest.importorskip("tunerkit_adalora", reason="the variants are AdaLoRA's")
 import tunerkit
 from benchmarks.quality import variants
 from tunerkit_adalora import training
+from tunerkit_adalora.allocator import allocate
 from tunerkit_adalora.svd_form import to_svd_form_
 
 
-def adalora_net(steps: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """A trained net of two layers with AdaLoRA on the first."""
+def adalora_net(steps: int, targets: Sequence[str] = ("0",)) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A trained net of two layers with AdaLoRA on the first; the second is trained, too, where it is no target."""
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.Tanh(), torch.nn.Linear(30, 5))
-    config: dict[str, Any] = {"targets": ["0"], "init_rank": 4, "target_rank": 1, "train_modules": ["2"]}
+    config: dict[str, Any] = {"targets": [*targets], "init_rank": 4, "target_rank": 1}
+    config["train_modules"] = [name for name in ("2",) if name not in targets]
     model = tunerkit.wrap(net, "adalora", config, seed=0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     tunerkit.attach(model, optimizer, total_steps=50)
@@ -50,7 +54,7 @@ def test_turning_keeps_what_is_added_and_makes_triplets_orthogonal(power: float)
     before = loss(model)
     before.backward()
     hold_gradients(optimizer, layer.p, layer.q)
-    variants.turn_([layer], optimizer, total=6.0, power=power)
+    variants.turn_([layer], [torch.arange(4.0).flip(0)], optimizer, total=6.0, power=power)
     after = loss(model)
     torch.testing.assert_close(after, before)
     sizes = torch.linalg.svdvals(layer.p @ torch.diag(layer.lam) @ layer.q)[:4] ** power
@@ -67,23 +71,25 @@ def test_moments_may_stay_as_they_are() -> None:
     model, optimizer = adalora_net(steps=4)
     (layer,) = variants.layers_in(model)
     held = optimizer.state[layer.p]["exp_avg"].clone()
-    variants.turn_([layer], None, total=4.0)
+    variants.turn_([layer], [torch.ones(4)], None, total=4.0)
     assert torch.equal(optimizer.state[layer.p]["exp_avg"], held)
-    variants.turn_([layer], optimizer, total=4.0, power=0.5)
+    variants.turn_([layer], [torch.ones(4)], optimizer, total=4.0, power=0.5)
     assert not torch.equal(optimizer.state[layer.p]["exp_avg"], held)
 
 
-def test_the_variant_turns_as_the_plugin_does() -> None:
-    """With λ by the singular value, and but for the sign that an SVD leaves open, it leaves the same triplets."""
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4)))[::5])
+def test_the_variant_turns_as_the_plugin_does(order: tuple[int, ...]) -> None:
+    """With λ by the singular value it leaves the same triplets, in the same places and with the same signs."""
     found = []
+    scores = [torch.tensor(order, dtype=torch.float32)]
     for turn in (
-        lambda layers: variants.turn_(layers, None, total=4.0),
-        lambda layers: to_svd_form_(layers, [torch.arange(4.0).flip(0)], total=4.0),
+        lambda layers: variants.turn_(layers, scores, None, total=4.0),
+        lambda layers: to_svd_form_(layers, scores, total=4.0),
     ):
         model, _ = adalora_net(steps=4)
         (layer,) = variants.layers_in(model)
         turn([layer])
-        found.append([weight.detach().abs() for weight in layer.weights])
+        found.append([weight.detach() for weight in layer.weights])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
@@ -112,15 +118,34 @@ def test_turning_leaves_dead_triplets_alone() -> None:
     with torch.no_grad():
         layer.lam[~layer.mask] = 0.0
     p, q, before = layer.p[:, ~layer.mask].clone(), layer.q[~layer.mask].clone(), loss(model)
-    variants.turn_([layer], optimizer, total=2.0, power=0.0)
+    variants.turn_([layer], [torch.ones(4)], optimizer, total=2.0, power=0.0)
     assert torch.equal(layer.p[:, ~layer.mask], p)
     assert torch.equal(layer.q[~layer.mask], q)
     assert layer.lam.tolist() == [1, 0, 1, 0]
     torch.testing.assert_close(loss(model), before)
     layer.mask = torch.zeros(4, dtype=torch.bool)
     kept = layer.p.clone()
-    variants.turn_([layer], optimizer, total=2.0)
+    variants.turn_([layer], [torch.ones(4)], optimizer, total=2.0)
     assert torch.equal(layer.p, kept)
+
+
+def test_a_score_and_what_parameters_cost_say_where_rank_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reaches the allocation: squares of the exact scores, divided by what a triplet of each layer costs."""
+    given: dict[str, list[torch.Tensor]] = {}
+    for name, score, per_parameter in (("exact", "exact", False), ("squared", "squared", True)):
+        seen: list[list[torch.Tensor]] = []
+
+        def recording(scores: Any, keep: int, seen: Any = seen, **more: Any) -> Any:
+            seen.append(list(scores))
+            return allocate(scores, keep, **more)
+
+        monkeypatch.setattr(training, "allocate", recording)
+        with variants.changed(score=score, per_parameter=per_parameter):
+            adalora_net(steps=10, targets=["0", "2"])
+        given[name] = seen[0]
+    for one, other, cost in zip(given["exact"], given["squared"], (20 + 30 + 1, 30 + 5 + 1), strict=True):
+        assert (one > 0).all()
+        torch.testing.assert_close(other, one.square() / cost)
 
 
 @pytest.mark.parametrize("score", variants.SCORES)
@@ -147,13 +172,13 @@ def test_a_way_of_turning_is_the_one_that_is_taken() -> None:
 
 
 def test_lambda_adds_up_to_less_where_fewer_triplets_are_left() -> None:
-    """Of 4 triplets 1 is left: λ adds up to 4 · (1/4)^½, but for what the optimizer adds."""
+    """Of 4 triplets 1 is left: λ adds up to 4 · (1/4)^½."""
     with variants.changed(root=0.5):
         model, _ = adalora_net(steps=50)
     (layer,) = variants.layers_in(model)
-    assert layer.lam.sum().item() == pytest.approx(2.0, abs=0.5)
+    assert layer.lam.sum().item() == pytest.approx(2.0)
     model, _ = adalora_net(steps=50)
-    assert variants.layers_in(model)[0].lam.sum().item() == pytest.approx(4.0, abs=0.5)
+    assert variants.layers_in(model)[0].lam.sum().item() == pytest.approx(4.0)
 
 
 def test_scores_of_a_triplet() -> None:
@@ -161,7 +186,7 @@ def test_scores_of_a_triplet() -> None:
     model, optimizer = adalora_net(steps=4)
     (layer,) = variants.layers_in(model)
     stacks = training.training_of(tunerkit.tuner(model)).stacks
-    variants.turn_([layer], optimizer, total=4.0)
+    variants.turn_([layer], [torch.arange(4.0).flip(0)], optimizer, total=4.0)
     sizes = torch.linalg.svdvals(layer.p @ torch.diag(layer.lam) @ layer.q)[:4]
     torch.testing.assert_close(variants.magnitude(stacks, [layer])[0], sizes)
     means = {stack.part: stack.sensitivity[0] for stack in stacks}

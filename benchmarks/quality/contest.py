@@ -11,10 +11,11 @@ from benchmarks.quality.store import Row
 from benchmarks.quality.tasks import PICTURES
 
 LOWEST, USUAL = 1, 8  # the ranks that are compared
-# None of these were seen by the choice of tasks, of learning rates or of AdaLoRA's defaults.
-SEEDS = tuple(range(10, 20))
+# None of these were seen by the choice of tasks, of learning rates or of AdaLoRA's defaults. Those from 10 to 19 had
+# been scored at rank 1 before a defect there was found and mended, so rank 1 has others.
+SEEDS = tuple(range(20, 30))
 FEW = SEEDS[:5]
-FINALISTS = 2  # learning rates whose validation accuracies all seeds of the search decide
+USUAL_SEEDS = tuple(range(10, 15))
 
 
 @attrs.frozen
@@ -33,10 +34,10 @@ def entries(task: str, *, has_headroom: bool) -> Iterator[Entry]:
         yield Entry(methods.ADALORA, LOWEST, SEEDS)
         if task not in PICTURES:
             yield Entry(methods.PEFT_ADALORA, LOWEST, FEW)
-    yield Entry(methods.LORA, USUAL, FEW)
-    yield Entry(methods.ADALORA, USUAL, FEW)
-    yield Entry(methods.HEAD_ONLY, 0, FEW)
-    yield Entry(methods.FULL, 0, FEW)
+        yield Entry(methods.HEAD_ONLY, 0, FEW)
+        yield Entry(methods.FULL, 0, FEW)
+    yield Entry(methods.LORA, USUAL, USUAL_SEEDS)
+    yield Entry(methods.ADALORA, USUAL, USUAL_SEEDS)
 
 
 def contest(tasks: Sequence[str], headroom: Sequence[str], made: Callable[[Run], Sequence[Row]]) -> list[Run]:
@@ -49,7 +50,7 @@ def contest(tasks: Sequence[str], headroom: Sequence[str], made: Callable[[Run],
         known: dict[tuple[str, int], float] = {}
         for entry in entries(task, has_headroom=task in headroom):
             run = Run(task, entry.method, entry.rank, 0.0, 0, tested=True)
-            rate = rate_of(run, made(run), finalists=FINALISTS)
+            rate = rate_of(run, made(run), by_all_seeds=True)
             if rate is None:
                 continue
             known[entry.method, entry.rank] = rate

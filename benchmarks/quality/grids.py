@@ -61,7 +61,7 @@ def rates(rows: Rows) -> list[Run]:
         for task in _fixed(COMPARED)
         for entry in contest.entries(task, has_headroom=task in HEADROOM)
         for asked in [Run(task, entry.method, entry.rank, 0.0, 0)]
-        for run in next_runs(asked, made_for(asked, rows), finalists=contest.FINALISTS)
+        for run in next_runs(asked, made_for(asked, rows), by_all_seeds=True)
     ]
 
 
@@ -89,7 +89,7 @@ def made_for(run: Run, rows: Rows, grid: str = "rates") -> list[Row]:
 def rate_for(task: str, method: str, rank: int, rows: Rows) -> float | None:
     """A method's best learning rate at a rank of a task; None while it is not known."""
     run = Run(task, method, rank, 0.0, 0)
-    return rate_of(run, made_for(run, rows), finalists=contest.FINALISTS)
+    return rate_of(run, made_for(run, rows), by_all_seeds=True)
 
 
 def _fixed(tasks: tuple[str, ...]) -> tuple[str, ...]:

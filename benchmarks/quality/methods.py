@@ -1,14 +1,13 @@
 """The methods, ours and PEFT's, each put into a model with the same targets, head and scale."""
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import peft
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW, Optimizer
 
 import tunerkit
@@ -48,9 +47,13 @@ class Prepared:
         """Trained parameters, the head's among them; PEFT's AdaLoRA keeps its masked ones."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
-    def ranks(self) -> dict[str, int]:
-        """The rank at each target, if ours are in the model."""
-        return tunerkit.tuner(self.model).ranks() if tunerkit.trainable_parameters(self.model).adapters else {}
+    def adapter(self) -> dict[str, Any]:
+        """Of our methods, what their defaults came to, and of AdaLoRA the rank at each target."""
+        if not tunerkit.trainable_parameters(self.model).adapters:
+            return {"config": {}, "ranks": {}}
+        tuner = tunerkit.tuner(self.model)
+        adaptive = isinstance(tuner.config, AdaLoraConfig)
+        return {"config": tunerkit.unstructure(tuner.config.settled()), "ranks": tuner.ranks() if adaptive else {}}
 
 
 def adamw_with_heads(task: Task, model: nn.Module, recipe: Recipe) -> Optimizer:
@@ -89,17 +92,8 @@ def _shared(run: "Run") -> dict[str, Any]:
 
 
 def _adalora(run: "Run", model: nn.Module) -> Prepared:
-    """Ends at what LoRA's rank everywhere would cost; settings may say otherwise.
-
-    That is a λ for each triplet more than LoRA has, which an export folds into P. A budget without them would not buy
-    the last triplet, which of twelve is a lot.
-    """
-    # What the rank at the end says of the start, and a budget does not.
-    own = {name: value for name, value in run.settings.items() if name not in (EXPERIMENT, "budget", "budget_unit")}
-    ends = AdaLoraConfig(target_rank=run.rank, **own).settled()
-    sizes = {"init_rank": ends.init_rank, "alpha": ends.alpha, "exact_svd": ends.exact_svd}
-    budget = {"budget_unit": "parameters", "budget": triplets_size(model, run)}
-    settings = {**_shared(run), **sizes, **budget, **run.settings}
+    """Ends at what LoRA's rank everywhere would cost, and a λ for each triplet, which an export folds into P."""
+    settings = {**_shared(run), "target_rank": run.rank, "budget_unit": "parameters", **run.settings}
     experiment: Mapping[str, Any] = settings.pop(EXPERIMENT, {})
     wrapped = tunerkit.wrap(model, "adalora", settings, seed=run.seed)
     starts = {name: value for name, value in experiment.items() if name.startswith("q_")}
@@ -115,12 +109,6 @@ def _adalora(run: "Run", model: nn.Module) -> Prepared:
         connect if "lambda_rate" in experiment else attach_adapters,
         running=variants.changed(**changes) if changes else nullcontext(),
     )
-
-
-def triplets_size(model: nn.Module, run: "Run") -> int:
-    """The parameters of as many triplets as the run's rank at each of its targets."""
-    weights = [module.weight for name, module in model.named_modules() if re.fullmatch(TASKS[run.task].targets, name)]
-    return run.rank * sum(len(weight) + weight[0].numel() + 1 for weight in weights if isinstance(weight, Tensor))
 
 
 def _peft(run: "Run", model: nn.Module, total_steps: int) -> Prepared:

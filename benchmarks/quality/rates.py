@@ -24,29 +24,43 @@ def first_rates(run: Run) -> tuple[float, float, float]:
     return (2 * least, 4 * least, least)
 
 
-def next_runs(run: Run, rows: Sequence[Row], *, finalists: int = 1) -> list[Run]:
+def next_runs(run: Run, rows: Sequence[Row], *, by_all_seeds: bool = False) -> list[Run]:
     """What to run next to know ``run``'s method at its best learning rate, if ``rows`` are what it has made so far.
 
-    The first seed at three rates; while the best of them is the highest or the lowest, at twice or half of it; then
-    the other seeds at the best ``finalists``: one seed is off by more than two neighbouring rates are apart.
+    The first seed at three rates; while the best of them is the highest or the lowest, at twice or half of it. Then the
+    other seeds at the best. ``by_all_seeds``: at its two neighbours too, and beyond them while the best by the mean of
+    all seeds is at an edge, since one seed is off by more than two neighbouring rates are apart.
     """
     own = [row for row in rows if row["seed"] == SEEDS[0]]
     tried = {row["learning_rate"] for row in own}
     missing = [rate for rate in first_rates(run) if rate not in tried]
     if missing:
         return [attrs.evolve(run, learning_rate=rate, seed=SEEDS[0]) for rate in missing]
-    leading = [row["learning_rate"] for row in sorted(own, key=points_of, reverse=True)]
-    rate = leading[0]
+    rate = max(own, key=points_of)["learning_rate"]
     if rate in (max(tried), min(tried)):
         beyond = 2 * rate if rate == max(tried) else rate / 2
         return [attrs.evolve(run, learning_rate=beyond, seed=SEEDS[0])]
-    return [attrs.evolve(run, learning_rate=rate, seed=seed) for rate in leading[:finalists] for seed in SEEDS[1:]]
+    if not by_all_seeds:
+        return [attrs.evolve(run, learning_rate=rate, seed=seed) for seed in SEEDS[1:]]
+    done = {(row["learning_rate"], row["seed"]) for row in rows}
+    between = [rate / 2, rate, 2 * rate]
+    while True:
+        wanted = [attrs.evolve(run, learning_rate=each, seed=seed) for each in between for seed in SEEDS]
+        if not {(each.learning_rate, each.seed) for each in wanted} <= done:
+            return wanted
+        found = best(row for row in rows if row["learning_rate"] in between).rate
+        if found == between[0]:
+            between = [found / 2, *between]
+        elif found == between[-1]:
+            between = [*between, 2 * found]
+        else:
+            return wanted
 
 
-def rate_of(run: Run, rows: Sequence[Row], *, finalists: int = 1) -> float | None:
+def rate_of(run: Run, rows: Sequence[Row], *, by_all_seeds: bool = False) -> float | None:
     """The best learning rate of ``run``'s method, once ``rows`` hold every run that finds it."""
     done = {(row["learning_rate"], row["seed"]) for row in rows}
-    wanted = {(each.learning_rate, each.seed) for each in next_runs(run, rows, finalists=finalists)}
+    wanted = {(each.learning_rate, each.seed) for each in next_runs(run, rows, by_all_seeds=by_all_seeds)}
     if not wanted <= done:
         return None
     rates = {rate for rate, _ in wanted}

@@ -52,25 +52,37 @@ def _with_uncertainty(stack: Stack, uncertainty: Tensor) -> Stack:
 SCORES: dict[str, Score] = {"sensitivity": sensitivity, "exact": exact, "squared": squared, "magnitude": magnitude}
 
 
-def turn_(layers: Sequence[SvdLayer], optimizer: Optimizer | None, *, total: float, power: float = 1.0) -> None:
+def turn_(
+    layers: Sequence[SvdLayer],
+    scores: Sequence[Tensor],
+    optimizer: Optimizer | None,
+    *,
+    total: float,
+    power: float = 1.0,
+) -> None:
     """What `to_svd_form_` does, with λ by a ``power`` of the singular value; Adam's averages turn along.
 
     Without an optimizer there are none to turn, or they are left as they are.
     """
-    for layer in layers:
+    for layer, score in zip(layers, scores, strict=True):
         if layer.lam[layer.mask].count_nonzero():
-            _turn_(layer, optimizer, total, power)
+            _turn_(layer, score, optimizer, total, power)
 
 
 @torch.no_grad()
-def _turn_(layer: SvdLayer, optimizer: Optimizer | None, total: float, power: float) -> None:
+def _turn_(layer: SvdLayer, score: Tensor, optimizer: Optimizer | None, total: float, power: float) -> None:
     live = layer.mask & (layer.lam != 0)
     p, lam, q = layer.p[:, live], layer.lam[live], layer.q[live]
     length = q.norm() / len(lam) ** 0.5
     left, r_left = torch.linalg.qr(p * lam)
     right, r_right = torch.linalg.qr(q.T)
     u, sigma, vh = torch.linalg.svd(r_left @ r_right.T)
-    shares = sigma.clamp_min(1e-4 * sigma[0]) ** power
+    # As in the plugin: the largest in the place of the highest score, with the sign that P Λ has there.
+    place = score[live].argsort(descending=True, stable=True).argsort()
+    u, sigma, vh = u[:, place], sigma[place], vh[place]
+    sign = torch.where((r_left * u).sum(0) < 0, -1.0, 1.0)
+    u, vh = u * sign, vh * sign[:, None]
+    shares = sigma.clamp_min(1e-4 * sigma.max()) ** power
     turned = total * shares / shares.sum()
     layer.p[:, live] = left @ (u * sigma / (length * turned))
     layer.q[live] = length * vh @ right.T
@@ -156,7 +168,7 @@ def changed(
 
         def turning(layers: Sequence[SvdLayer], scores: Sequence[Tensor], *, total: float) -> None:
             if moments or power != 1.0:
-                turn_(layers, optimizer_of(tuner) if moments else None, total=total, power=power)
+                turn_(layers, scores, optimizer_of(tuner) if moments else None, total=total, power=power)
                 return
             for layer, each in zip(layers, scores, strict=True):
                 to_svd_form_([layer], [each], total=total * (layer.rank / total) ** root)

@@ -107,6 +107,38 @@ def test_a_masked_triplet_does_not_come_back_where_nothing_would_move_it() -> No
         assert sum(int(mask.sum()) for mask in live) == tunerkit.tuner(model).budget()
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("exact_svd", [False, True])
+def test_what_a_budget_in_parameters_has_left_over_buys_no_dead_triplet(seed: int, exact_svd: bool) -> None:
+    """A dear triplet that does not fit leaves a rest, which the next budgets would spend on the cheapest masked ones.
+
+    They would come back with λ at nothing, and count. So masks only lose, and every live triplet is worth its place.
+    """
+    torch.manual_seed(seed)
+    base = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 90), nn.Tanh())
+    base.append(nn.Linear(90, 40))
+    config = {"targets": "all-linear", "target_rank": 1, "init_rank": 4, "budget_unit": "parameters", "t_init": 5,
+              "t_final": 10, "delta_t": 1, "shrink": False, "exact_svd": exact_svd, "train_lambda": False}  # fmt: skip
+    model = tunerkit.wrap(base, "adalora", config, seed=seed)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    tunerkit.attach(model, optimizer, total_steps=100)
+    before = [layer.mask.clone() for layer in layers(model)]
+    for _ in range(100):
+        model(torch.randn(16, 4)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for layer, mask in zip(layers(model), before, strict=True):
+            assert not (layer.mask & ~mask).any()
+            assert torch.equal(layer.lam != 0, layer.mask)
+            if exact_svd and layer.rank:
+                assert layer.lam.max() < 1e3 * layer.lam[layer.mask].min()
+        before = [layer.mask.clone() for layer in layers(model)]
+    costs = [layer.p.shape[0] + layer.q.shape[1] + 1 for layer in layers(model)]
+    assert tunerkit.tuner(model).budget() == sum(costs)
+    spent = sum(layer.rank * cost for layer, cost in zip(layers(model), costs, strict=True))
+    assert sum(costs) - max(costs) < spent <= sum(costs)
+
+
 def test_train_lambda_lets_the_optimizer_move_it() -> None:
     """As the paper has it."""
     model, optimizer = started(OPTIMIZERS["AdamW"], train_lambda=True)

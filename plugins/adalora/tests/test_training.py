@@ -143,9 +143,10 @@ def runs(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
         "init_rank": init_rank, "target_rank": None, "t_init": t_init, "t_final": t_final,
         "delta_t": draw(st.integers(1, 4)), "start": draw(st.sampled_from(["lora", "gaussian", "orthonormal"])),
     }  # fmt: skip
-    kind = draw(st.sampled_from(["average", "rank", "parameters"]))
-    if kind == "average":
+    kind = draw(st.sampled_from(["average", "average in parameters", "rank", "parameters"]))
+    if kind.startswith("average"):
         config["target_rank"] = draw(st.integers(1, init_rank))
+        config["budget_unit"] = "parameters" if kind.endswith("parameters") else "rank"
     elif kind == "rank":
         config["budget"] = draw(st.integers(1, 3 * init_rank))
     else:
@@ -174,7 +175,7 @@ def test_the_masks_count_the_budget_in_force_at_every_step(run: tuple[dict[str, 
     in_parameters = config.get("budget_unit") == "parameters"
     costs = COSTS if in_parameters else (1, 1, 1)
     initial = sum(cost * config["init_rank"] for cost in costs)
-    target = config.get("budget") or 3 * config["target_rank"]
+    target = config.get("budget") or sum(costs) * config["target_rank"]
     assert tuner.budget(0) == initial
     final_step = total - config["t_final"]
     previous = initial

@@ -10,8 +10,9 @@ from tunerkit_adalora.svd_layer import SvdLayer
 
 def schedule_of(config: AdaLoraConfig, layers: Sequence[SvdLayer], total_steps: int) -> Schedule:
     """The schedule as the config alone describes it, in the config's budget unit."""
-    initial = config.initial_rank * sum(costs_of(config, layers))
-    target = config.budget if config.budget is not None else config.average_rank * len(layers)
+    once = sum(costs_of(config, layers))  # a triplet at each target
+    initial = config.initial_rank * once
+    target = config.budget if config.budget is not None else config.average_rank * once
     target_field = "target_rank" if config.budget is None else "budget"
     return plan(
         total_steps=total_steps,

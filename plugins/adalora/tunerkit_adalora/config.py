@@ -21,11 +21,14 @@ _TURNED_ABOVE = 2.0
 class AdaLoraConfig(AdapterConfig):
     """ΔW = (alpha/init_rank) · P Λ Q, pruned from ``init_rank`` at each target to one global budget.
 
-    The budget is ``target_rank`` per target on average, or ``budget`` in total (triplets, or parameters).
+    The budget is ``target_rank`` per target on average, or ``budget`` in total. Either is counted in ``budget_unit``:
+    in parameters, ``target_rank`` is what so many triplets at each target have together, LoRA's size at that rank.
     ``t_init`` and ``t_final`` are optimizer steps (int) or shares of training (float below 1).
     """
 
-    target_rank: int | None = setting(None, ge=1, doc="average rank per target at the end; None: 8, or by budget")
+    target_rank: int | None = setting(
+        None, ge=1, doc="average rank per target at the end, or the size of that rank everywhere; None: 8, or by budget"
+    )
     init_rank: int | None = setting(
         None, ge=1, doc="rank at each target at the start; None: 1.5 x target_rank, up, with exact_svd 8 at least"
     )
@@ -55,7 +58,9 @@ class AdaLoraConfig(AdapterConfig):
     )
     total_steps: int | None = setting(None, ge=1, doc="T, if attach or the Trainer should not say it")
     budget: int | None = setting(None, ge=1, doc="total budget at the end, in budget_unit; instead of target_rank")
-    budget_unit: Literal["rank", "parameters"] = setting("rank", doc="what budget counts: triplets or their parameters")
+    budget_unit: Literal["rank", "parameters"] = setting(
+        "rank", doc="what the budget counts: triplets or their parameters"
+    )
     min_rank: int | Mapping[str, int] = setting(0, ge=0, doc="least rank at a target; a mapping goes by target pattern")
     max_rank: int | Mapping[str, int] | None = setting(
         None, ge=0, doc="greatest rank at a target at the end; a mapping goes by target pattern"
@@ -81,7 +86,7 @@ class AdaLoraConfig(AdapterConfig):
 
         As the paper starts, but α = 8 over an initial rank of 12, γ = 0.5, and an allocation at every step of training.
         """
-        defaults = {"start": "gaussian", "alpha": 8.0, "gamma": 0.5, "orthogonality": "reference"}
+        defaults = {"start": "gaussian", "init_rank": 12, "alpha": 8.0, "gamma": 0.5, "orthogonality": "reference"}
         return cls(**{**defaults, "t_init": 0, "t_final": 0, "delta_t": 1, **settings})
 
     @property
@@ -171,8 +176,6 @@ class AdaLoraConfig(AdapterConfig):
             yield "target_rank and budget both say how much is left at the end; give one @ $.budget"
         if self.budget is not None and self.init_rank is None:
             yield "a total budget needs init_rank, the rank at each target at the start @ $.init_rank"
-        if self.budget is None and self.budget_unit == "parameters":
-            yield "budget_unit 'parameters' needs budget, the number of parameters left at the end @ $.budget"
         if self.budget is None and self.average_rank > self.initial_rank:
             yield (
                 f"target_rank {self.average_rank} is above init_rank {self.initial_rank}: the budget only falls; "

@@ -230,8 +230,11 @@ def _allocate(tuner: Tuner, training: Training, keep: int, *, final: bool) -> di
     paths = [target.path for target in tuner.targets]
     layers = training.layers = layers_of(tuner)
     scores = triplet_scores(training.stacks)
-    if not config.trains_lambda:
-        scores = _of_what_moves(scores, layers)
+    # Where nothing moves λ, what is at 0 stays there, whatever the averages remember: it is ranked last, and is not
+    # paid for where the budget reaches that far.
+    moves = None if config.trains_lambda else _lambda_is_there(scores, layers)
+    if moves is not None:
+        scores = _each(scores, torch.cat(scores).where(moves, -torch.inf))
     masks = allocate(
         scores,
         keep,
@@ -239,6 +242,8 @@ def _allocate(tuner: Tuner, training: Training, keep: int, *, final: bool) -> di
         minimum=[config.minimum_at(path) for path in paths],
         maximum=[config.maximum_at(path) for path in paths],
     )
+    if moves is not None:
+        masks = _each(scores, torch.cat(masks) & moves)
     bad, ranked, *ranks = _brought_to_the_host(training.left_out, scores, masks)
     _judge_gradients(tuner, training, bad)
     if not ranked and keep < training.in_force:
@@ -262,11 +267,14 @@ def _allocate(tuner: Tuner, training: Training, keep: int, *, final: bool) -> di
     return tuner.ranks()
 
 
-def _of_what_moves(scores: Sequence[Tensor], layers: Sequence[SvdLayer]) -> list[Tensor]:
-    """0 where λ is 0: nothing would ever move there again, whatever the averages remember."""
-    kept = torch.cat(list(scores))
-    kept = kept * torch.cat([layer.lam.to(kept.device) for layer in layers]).ne(0)
-    return list(torch.split(kept, [len(score) for score in scores]))
+def _lambda_is_there(scores: Sequence[Tensor], layers: Sequence[SvdLayer]) -> Tensor:
+    """Where λ is not 0, all layers' one after the other, on the device of the scores."""
+    return torch.cat([layer.lam.to(scores[0].device) for layer in layers]).ne(0)
+
+
+def _each(scores: Sequence[Tensor], joined: Tensor) -> list[Tensor]:
+    """The parts of ``joined`` that belong to each layer, as views."""
+    return list(torch.split(joined, [len(score) for score in scores]))
 
 
 def _turn(tuner: Tuner, training: Training, scores: Sequence[Tensor]) -> None:
