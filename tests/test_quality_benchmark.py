@@ -586,7 +586,8 @@ def test_the_contest_is_told_by_task_and_over_all(compared: dict[str, list[store
     made = [
         {
             **row_of(Run("movie-2", method, 1, rate, seed, tested=True), 0.5),
-            "test": {"accuracy": 0.6 + seed / 99 + gain},
+            "test": {"accuracy": 0.6 + seed / 99 + gain, "loss": 2 - 10 * gain},
+            "training_loss": 1 + gain,
         }
         for (method, rate), gain in gains.items()
         for seed in (10, 11)
@@ -600,6 +601,11 @@ def test_the_contest_is_told_by_task_and_over_all(compared: dict[str, list[store
     assert cells[3:] == differences
     assert [cell.strip() for cell in table[3].strip("|").split("|")][3:] == differences
     assert len(tables.contest_table({**compared, "contest": made}, rank=8)) == 3
+    beside = tables.beside_table({**compared, "contest": made}, rank=1)
+    assert beside[2:] == ["| movie-2 | +2.00 | +0.00 | -10.0 | +0.0 | +2.0 |"]
+    assert len(tables.beside_table({**compared, "contest": made}, rank=8)) == 2
+    apart = [row for row in made if (row["method"] == "lora") == (row["seed"] == 10)]
+    assert tables.contest_table({**compared, "contest": apart}, rank=1)[2].endswith("|  |  |  |")
     others = tables.reference_table({**compared, "contest": made})
     assert [cell.strip() for cell in others[2].strip("|").split("|")] == ["movie-2", "", "", ""]
 
@@ -610,7 +616,9 @@ def test_the_language_model_is_told_by_rate_and_method() -> None:
     for run in grids.generation({}):
         gain = 0.02 if run.method == "adalora" else 0.0
         loss = None if run.learning_rate == 4e-3 and run.method == "peft-adalora" else 2.0 + run.seed - contest.SEEDS[1]
-        made.append({**row_of(run, 0.5), "test": {"accuracy": 0.4 + gain + (run.seed - contest.SEEDS[1]) / 1000, "loss": loss}})
+        made.append(
+            {**row_of(run, 0.5), "test": {"accuracy": 0.4 + gain + (run.seed - contest.SEEDS[1]) / 1000, "loss": loss}}
+        )
     assert len(made) == 18
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables.generation_table(made)[2:]]
     assert [line[:2] for line in table] == [

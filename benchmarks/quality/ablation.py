@@ -1,7 +1,6 @@
 """AdaLoRA with one thing changed at a time, or a few together, at LoRA's best learning rate."""
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 
 from benchmarks.quality import methods
 from benchmarks.quality.runs import Run
-from benchmarks.quality.scores import points_of, told
+from benchmarks.quality.scores import percent_over, points_of, told
 from benchmarks.quality.store import Row
 
 
@@ -115,7 +114,10 @@ def ablation_table(rows: Sequence[Row], lora: Sequence[Row] = ()) -> list[str]:
         pairs = {task: beside_lora([*lora, *rows], task, change) for task in tasks}
         if pairs and all(pairs.values()):
             points = [np.array([points_of(own) - points_of(lora) for own, lora in each]) for each in pairs.values()]
-            losses = [np.array([_loss_over(own, lora) for own, lora in each]) for each in pairs.values()]
+            losses = [
+                np.array([percent_over(own["validation"]["loss"], lora["validation"]["loss"]) for own, lora in each])
+                for each in pairs.values()
+            ]
             shown = [f"{each.mean():+.2f} ({len(each)})" for each in points]
             line = f"| {' | '.join([change, *shown, told(points), told(losses, digits=1)])} |"
             found.append((float(np.mean([each.mean() for each in points])), line))
@@ -132,11 +134,3 @@ def beside_lora(rows: Sequence[Row], task: str, change: str) -> list[tuple[Row, 
         for row in own
         if (row["method"], row["settings"]) == wanted and (at := (row["learning_rate"], row["seed"])) in lora
     ]
-
-
-def _loss_over(row: Row, other: Row) -> float:
-    """Not a number where a loss is none."""
-    own, theirs = (
-        math.nan if each["validation"]["loss"] is None else each["validation"]["loss"] for each in (row, other)
-    )
-    return 100 * (own / theirs - 1)

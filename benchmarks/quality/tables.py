@@ -1,16 +1,21 @@
 """Tables from rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from benchmarks.quality import contest, methods
 from benchmarks.quality.grids import BETWEEN, ENDS, Rows, rate_for
-from benchmarks.quality.scores import Cell, Floats, best, paired, tested, told
+from benchmarks.quality.scores import Cell, Floats, best, paired, percent_over, points_of, tested, told
 from benchmarks.quality.store import Row
 
 HEADROOM = 1.0  # points between the ranks 1 and 8, below which a curve counts as flat
 _RANKS = sorted((*ENDS, *BETWEEN))
+_LOSSES: tuple[Callable[[Row], float | None], ...] = (
+    lambda row: row["test"]["loss"],
+    lambda row: row["validation"]["loss"],
+    lambda row: row["training_loss"],
+)
 
 
 def headroom_table(rows: Sequence[Row]) -> list[str]:
@@ -55,14 +60,33 @@ def contest_table(rows: Rows, rank: int) -> list[str]:
         peer = cell_on_test(rows, task, methods.PEFT_ADALORA, rank, rate=lora.rate)
         shown = [_shown(lora), _shown(ours)]
         for cell, differences in ((ours, own), (there, same), (peer, peers)):
-            if cell is None:
+            over = None if cell is None else paired(cell, lora)
+            if over is None or not len(over):  # none yet, or of no seed that LoRA has
                 shown.append("")
-            else:
-                differences.append(paired(cell, lora))
-                shown.append(told(differences[-1:]))
+                continue
+            differences.append(over)
+            shown.append(told([over]))
         lines.append(f"| {task} | {' | '.join(shown)} |")
     means = [told(each) if each else "" for each in (own, same, peers)]
     return [*lines, f"| mean of tasks |  |  | {' | '.join(means)} |"]
+
+
+def beside_table(rows: Rows, rank: int) -> list[str]:
+    """The contest's runs at each method's best rate once more: AdaLoRA over LoRA, means of the seeds that both have."""
+    columns = ("test accuracy", "validation accuracy", "test loss, %", "validation loss, %", "training loss, %")
+    lines = [f"| task | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
+    for task in dict.fromkeys(row["task"] for row in rows.get("contest", ())):
+        ours, theirs = (_at_its_rate(rows, task, method, rank) for method in (methods.ADALORA, methods.LORA))
+        pairs = [(ours[seed], theirs[seed]) for seed in sorted({*ours} & {*theirs})]
+        if not pairs:
+            continue
+        points = [
+            np.mean([points_of(own, part) - points_of(lora, part) for own, lora in pairs])
+            for part in ("test", "validation")
+        ]
+        losses = [np.mean([percent_over(loss(own), loss(lora)) for own, lora in pairs]) for loss in _LOSSES]
+        lines.append(f"| {task} | {' | '.join([f'{x:+.2f}' for x in points] + [f'{x:+.1f}' for x in losses])} |")
+    return lines
 
 
 def reference_table(rows: Rows) -> list[str]:
@@ -109,6 +133,16 @@ def cell_on_test(rows: Rows, task: str, method: str, rank: int, *, rate: float |
         return None
     found = [row for row in rows.get("contest", ()) if (row["task"], row["method"], row["rank"]) == wanted]
     return tested(found, chosen)
+
+
+def _at_its_rate(rows: Rows, task: str, method: str, rank: int) -> dict[int, Row]:
+    """The contest's runs of a method at its best rate, by seed."""
+    wanted = (task, method, rank, rate_for(task, method, rank, rows))
+    return {
+        row["seed"]: row
+        for row in rows.get("contest", ())
+        if (row["task"], row["method"], row["rank"], row["learning_rate"]) == wanted
+    }
 
 
 def _shown(cell: Cell) -> str:
