@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import compress
 
 import attrs
 import pytest
@@ -149,6 +150,19 @@ def test_costs_spend_the_longest_prefix_that_fits(p: Problem) -> None:
     assert spent <= max(0, p.keep)
     if not all(bool(mask.all()) for mask in masks):
         assert p.keep - spent < max(p.costs)
+
+
+@given(problems(), st.data())
+def test_a_triplet_without_lambda_costs_nothing_and_never_stays(p: Problem, data: st.DataObject) -> None:
+    """Without bounds the others are allocated as if it were not there, whatever its score."""
+    scores = [[0.0 if math.isnan(score) else max(score, -1e30) for score in row] for row in p.scores]
+    alive = [[data.draw(st.booleans()) for _ in row] for row in scores]
+    lams = [-0.5 * torch.tensor(row, dtype=torch.float32) for row in alive]
+    found = lists(allocate(tensors(scores), p.keep, costs=p.costs, lams=lams))
+    others = [list(compress(row, living)) for row, living in zip(scores, alive, strict=True)]
+    expected = lists(allocate(tensors(others), p.keep, costs=p.costs))
+    assert [list(compress(row, living)) for row, living in zip(found, alive, strict=True)] == expected
+    assert sum(map(sum, found)) == sum(map(sum, expected))
 
 
 @given(rows(st.integers(-1000, 1000).map(float)), st.integers(0, 25), st.integers(-60, 60))

@@ -14,12 +14,14 @@ def allocate(
     costs: Sequence[int] | None = None,
     minimum: Sequence[int] | None = None,
     maximum: Sequence[int] | None = None,
+    lams: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Spend the budget ``keep`` where the scores are highest over all targets together; one mask (r_i,) per target.
 
     ``scores``: one tensor (r_i,) per target. ``costs``: what one triplet of each target costs, above 0, in the unit
     of ``keep`` (default 1, so exactly ``keep`` triplets stay). ``minimum``, ``maximum``: the fewest and the most
-    triplets of each target, for as long as the budget allows it.
+    triplets of each target, for as long as the budget allows it. ``lams``: λ (r_i,) of each target, where a triplet at
+    λ = 0 is dead for good: it ranks last in its tier and never stays, even if the budget would reach that far.
 
     All triplets stand in one order: first the best ``minimum`` of each target, then those within its ``maximum``,
     then the rest, so that a maximum yields only where the budget can't be spent otherwise. Inside each of the
@@ -33,6 +35,9 @@ def allocate(
         return []
     sizes = [score.numel() for score in scores]
     flat = _ranked(torch.cat([score.to(scores[0].device) for score in scores]))
+    alive = None if lams is None else torch.cat([lam.to(flat.device) for lam in lams]).ne(0)
+    if alive is not None:
+        flat = flat.where(alive, -torch.inf)
     bounds = torch.tensor(
         [
             sizes,
@@ -52,6 +57,8 @@ def allocate(
 
     kept = torch.empty_like(owner, dtype=torch.bool)
     kept[order] = spent <= keep
+    if alive is not None:
+        kept &= alive
     return list(torch.split(kept, sizes))
 
 

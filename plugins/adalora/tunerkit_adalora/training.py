@@ -230,20 +230,15 @@ def _allocate(tuner: Tuner, training: Training, keep: int, *, final: bool) -> di
     paths = [target.path for target in tuner.targets]
     layers = training.layers = layers_of(tuner)
     scores = triplet_scores(training.stacks)
-    # Where nothing moves λ, what is at 0 stays there, whatever the averages remember: it is ranked last, and is not
-    # paid for where the budget reaches that far.
-    moves = None if config.trains_lambda else _lambda_is_there(scores, layers)
-    if moves is not None:
-        scores = _each(scores, torch.cat(scores).where(moves, -torch.inf))
     masks = allocate(
         scores,
         keep,
         costs=costs_of(config, layers) if config.budget_unit == "parameters" else None,
         minimum=[config.minimum_at(path) for path in paths],
         maximum=[config.maximum_at(path) for path in paths],
+        # Where nothing moves λ, what is at 0 stays there, whatever the averages remember.
+        lams=None if config.trains_lambda else [layer.lam for layer in layers],
     )
-    if moves is not None:
-        masks = _each(scores, torch.cat(masks) & moves)
     bad, ranked, *ranks = _brought_to_the_host(training.left_out, scores, masks)
     _judge_gradients(tuner, training, bad)
     if not ranked and keep < training.in_force:
@@ -265,16 +260,6 @@ def _allocate(tuner: Tuner, training: Training, keep: int, *, final: bool) -> di
         training.shrunk = config.shrink and shrink_layers_(tuner, layers)
         training.sizes = [len(layer.lam) for layer in layers]
     return tuner.ranks()
-
-
-def _lambda_is_there(scores: Sequence[Tensor], layers: Sequence[SvdLayer]) -> Tensor:
-    """Where λ is not 0, all layers' one after the other, on the device of the scores."""
-    return torch.cat([layer.lam.to(scores[0].device) for layer in layers]).ne(0)
-
-
-def _each(scores: Sequence[Tensor], joined: Tensor) -> list[Tensor]:
-    """The parts of ``joined`` that belong to each layer, as views."""
-    return list(torch.split(joined, [len(score) for score in scores]))
 
 
 def _turn(tuner: Tuner, training: Training, scores: Sequence[Tensor]) -> None:
