@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import compress
+from typing import Any
 
 import attrs
 import pytest
@@ -176,7 +177,7 @@ def test_the_scale_of_the_scores_does_not_matter(scores: list[list[float]], keep
 def test_masks_nest_while_the_budget_falls_on_fixed_scores(p: Problem, less: int) -> None:
     """What a smaller budget keeps, a larger one keeps too."""
     small, large = sorted((p.keep, less))
-    bounds = {"costs": p.costs, "minimum": p.minimum, "maximum": p.maximum}
+    bounds: dict[str, Any] = {"costs": p.costs, "minimum": p.minimum, "maximum": p.maximum}
     inner, outer = (allocate(tensors(p.scores), keep, **bounds) for keep in (small, large))
     assert all(bool((i <= o).all()) for i, o in zip(inner, outer, strict=True))
 
