@@ -592,7 +592,7 @@ def test_the_contest_is_told_by_task_and_over_all(compared: dict[str, list[store
         for (method, rate), gain in gains.items()
         for seed in (10, 11)
     ]
-    table = tables.contest_table({**compared, "contest": made}, rank=1)
+    table = tables.compared_table({**compared, "contest": made}, rank=1)
     cells = [cell.strip() for cell in table[2].strip("|").split("|")]
     assert cells[0] == "movie-2"
     assert "(0.002, 2)" in cells[1]
@@ -600,12 +600,14 @@ def test_the_contest_is_told_by_task_and_over_all(compared: dict[str, list[store
     differences = ["+2.00 [+2.00, +2.00]", "+1.00 [+1.00, +1.00]", "-10.00 [-10.00, -10.00]"]
     assert cells[3:] == differences
     assert [cell.strip() for cell in table[3].strip("|").split("|")][3:] == differences
-    assert len(tables.contest_table({**compared, "contest": made}, rank=8)) == 3
+    assert len(tables.compared_table({**compared, "contest": made}, rank=8)) == 3
+    validated = tables.compared_table(compared, rank=1, part="validation")
+    assert validated[2].endswith("| +0.00 [+0.00, +0.00] | -6.93 [-6.93, -6.93] |  |")
     beside = tables.beside_table({**compared, "contest": made}, rank=1)
     assert beside[2:] == ["| movie-2 | +2.00 | +0.00 | -10.0 | +0.0 | +2.0 |"]
     assert len(tables.beside_table({**compared, "contest": made}, rank=8)) == 2
     apart = [row for row in made if (row["method"] == "lora") == (row["seed"] == 10)]
-    assert tables.contest_table({**compared, "contest": apart}, rank=1)[2].endswith("|  |  |  |")
+    assert tables.compared_table({**compared, "contest": apart}, rank=1)[2].endswith("|  |  |  |")
     others = tables.reference_table({**compared, "contest": made})
     assert [cell.strip() for cell in others[2].strip("|").split("|")] == ["movie-2", "", "", ""]
 

@@ -18,7 +18,7 @@ from benchmarks.quality.parity import losses
 from benchmarks.quality.plots import draw_map, draw_rates, draw_sizes
 from benchmarks.quality.pool import make
 from benchmarks.quality.runs import Run
-from benchmarks.quality.tables import beside_table, contest_table, generation_table, headroom_table, reference_table
+from benchmarks.quality.tables import beside_table, compared_table, generation_table, headroom_table, reference_table
 from benchmarks.quality.tasks import TASKS, digest
 from tunerkit.cli.assets import cache_folder
 
@@ -83,7 +83,9 @@ def tables(rows: Annotated[Path, typer.Option(help="The folder of rows.")] = ROW
     shown = {
         "headroom": headroom_table(found.get("headroom", ())),
         "ablation": ablation_table(found.get("ablation", ()), found.get("rates", ())),
-        **{f"contest, rank {rank}": contest_table(found, rank) for rank in (LOWEST, USUAL)},
+        "headroom, all in fp32": headroom_table([row for row in found.get("rates", ()) if row["method"] == LORA]),
+        **{f"rates, rank {rank}": compared_table(found, rank, "validation") for rank in (LOWEST, USUAL)},
+        **{f"contest, rank {rank}": compared_table(found, rank) for rank in (LOWEST, USUAL)},
         **{f"contest, rank {rank}, losses": beside_table(found, rank) for rank in (LOWEST, USUAL)},
         "contest, others": reference_table(found),
         "generation": generation_table(found.get("generation", ())),

@@ -53,9 +53,9 @@ def best(rows: Iterable[Row]) -> Cell:
     return _cell(*max(whole.items(), key=lambda item: float(np.mean(list(item[1].values())))))
 
 
-def tested(rows: Iterable[Row], rate: float) -> Cell | None:
-    """The test accuracies at ``rate``; None if there are none."""
-    found = {row["seed"]: points_of(row, "test") for row in rows if row["learning_rate"] == rate}
+def at_rate(rows: Iterable[Row], rate: float, part: str = "test") -> Cell | None:
+    """The accuracies on a part at ``rate``; None if there are none."""
+    found = {row["seed"]: points_of(row, part) for row in rows if row["learning_rate"] == rate}
     return _cell(rate, found) if found else None
 
 

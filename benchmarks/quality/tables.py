@@ -6,11 +6,12 @@ import numpy as np
 
 from benchmarks.quality import contest, methods
 from benchmarks.quality.grids import BETWEEN, ENDS, Rows, rate_for
-from benchmarks.quality.scores import Cell, Floats, best, paired, percent_over, points_of, tested, told
+from benchmarks.quality.scores import Cell, Floats, at_rate, best, paired, percent_over, points_of, told
 from benchmarks.quality.store import Row
 
 HEADROOM = 1.0  # points between the ranks 1 and 8, below which a curve counts as flat
 _RANKS = sorted((*ENDS, *BETWEEN))
+_GRIDS = {"validation": "rates", "test": "contest"}  # whose rows are scored where
 _LOSSES: tuple[Callable[[Row], float | None], ...] = (
     lambda row: row["test"]["loss"],
     lambda row: row["validation"]["loss"],
@@ -44,20 +45,23 @@ def headroom_table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def contest_table(rows: Rows, rank: int) -> list[str]:
-    """AdaLoRA beside LoRA at one size on test rows, and their differences by seed with the interval of all tasks."""
+def compared_table(rows: Rows, rank: int, part: str = "test") -> list[str]:
+    """AdaLoRA beside LoRA at one size, and their differences by seed with the interval of all tasks.
+
+    On test rows the runs are those of the contest, on validation rows those that found its learning rates.
+    """
     lines = ["| task | LoRA | AdaLoRA | AdaLoRA − LoRA | AdaLoRA − LoRA, both at LoRA's rate | PEFT's AdaLoRA − LoRA |"]
     lines.append(f"|---|{'---:|' * 5}")
     own: list[Floats] = []
     same: list[Floats] = []
     peers: list[Floats] = []
-    for task in dict.fromkeys(row["task"] for row in rows.get("contest", ())):
-        lora = cell_on_test(rows, task, methods.LORA, rank)
-        ours = cell_on_test(rows, task, methods.ADALORA, rank)
+    for task in dict.fromkeys(row["task"] for row in rows.get(_GRIDS[part], ())):
+        lora = cell_of(rows, task, methods.LORA, rank, part)
+        ours = cell_of(rows, task, methods.ADALORA, rank, part)
         if lora is None or ours is None:
             continue
-        there = cell_on_test(rows, task, methods.ADALORA, rank, rate=lora.rate)
-        peer = cell_on_test(rows, task, methods.PEFT_ADALORA, rank, rate=lora.rate)
+        there = cell_of(rows, task, methods.ADALORA, rank, part, rate=lora.rate)
+        peer = cell_of(rows, task, methods.PEFT_ADALORA, rank, part, rate=lora.rate)
         shown = [_shown(lora), _shown(ours)]
         for cell, differences in ((ours, own), (there, same), (peer, peers)):
             over = None if cell is None else paired(cell, lora)
@@ -98,7 +102,7 @@ def reference_table(rows: Rows) -> list[str]:
     }
     lines = [f"| task | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
     for task in dict.fromkeys(row["task"] for row in rows.get("contest", ())):
-        cells = [cell_on_test(rows, task, method, rank) for method, rank in columns.values()]
+        cells = [cell_of(rows, task, method, rank) for method, rank in columns.values()]
         lines.append(f"| {task} | {' | '.join(_shown(cell) if cell else '' for cell in cells)} |")
     return lines
 
@@ -112,9 +116,9 @@ def generation_table(rows: Sequence[Row]) -> list[str]:
             method: [row for row in rows if (row["learning_rate"], row["method"]) == (rate, method)]
             for method in methods.NAMES
         }
-        lora = tested(by_method[methods.LORA], rate)
+        lora = at_rate(by_method[methods.LORA], rate)
         for method, name in methods.NAMES.items():
-            cell = tested(by_method[method], rate)
+            cell = at_rate(by_method[method], rate)
             if cell is None:
                 continue
             losses = [row["test"]["loss"] for row in by_method[method]]
@@ -125,14 +129,16 @@ def generation_table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def cell_on_test(rows: Rows, task: str, method: str, rank: int, *, rate: float | None = None) -> Cell | None:
-    """A method's test scores at ``rate``, or at its own best one."""
+def cell_of(
+    rows: Rows, task: str, method: str, rank: int, part: str = "test", *, rate: float | None = None
+) -> Cell | None:
+    """A method's scores on a part at ``rate``, or at its own best one."""
     wanted = (task, method, rank)
     chosen = rate_for(*wanted, rows) if rate is None else rate
     if chosen is None:
         return None
-    found = [row for row in rows.get("contest", ()) if (row["task"], row["method"], row["rank"]) == wanted]
-    return tested(found, chosen)
+    found = [row for row in rows.get(_GRIDS[part], ()) if (row["task"], row["method"], row["rank"]) == wanted]
+    return at_rate(found, chosen, part)
 
 
 def _at_its_rate(rows: Rows, task: str, method: str, rank: int) -> dict[int, Row]:
