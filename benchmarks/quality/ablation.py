@@ -51,6 +51,8 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "init_rank 2": {"init_rank": 2},
     "init_rank 4": {"init_rank": 4},
     "init_rank 16": {"init_rank": 16},
+    # As by default: as many triplets, whatever they cost, so that the number of parameters is another one.
+    "budget in triplets": {"budget_unit": "rank"},
     "min_rank 1": {"min_rank": 1},
     "min_rank 1, t_final 0.7": {"min_rank": 1, "t_final": 0.7},
     "alpha 1": {"alpha": 1.0},
