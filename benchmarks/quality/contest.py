@@ -16,6 +16,12 @@ LOWEST, USUAL = 1, 8  # the ranks that are compared
 SEEDS = tuple(range(20, 30))
 FEW = SEEDS[:5]
 USUAL_SEEDS = tuple(range(10, 15))
+# At whose best rates a method runs besides its own.
+_ALSO_AT = {
+    methods.LORA: (methods.ADALORA,),
+    methods.ADALORA: (methods.LORA,),
+    methods.PEFT_ADALORA: (methods.LORA,),
+}
 
 
 @attrs.frozen
@@ -24,7 +30,7 @@ class Entry:
 
     method: str
     rank: int
-    seeds: Sequence[int]
+    seeds: tuple[int, ...]
 
 
 def entries(task: str, *, has_headroom: bool) -> Iterator[Entry]:
@@ -43,19 +49,19 @@ def entries(task: str, *, has_headroom: bool) -> Iterator[Entry]:
 def contest(tasks: Sequence[str], headroom: Sequence[str], made: Callable[[Run], Sequence[Row]]) -> list[Run]:
     """The runs on test rows of every entry whose learning rate is known; ``made`` finds the rows that choose it.
 
-    Where there is headroom, AdaLoRA and PEFT's also run at LoRA's rate.
+    AdaLoRA and PEFT's also run at LoRA's rate, and LoRA at AdaLoRA's.
     """
     runs = []
     for task in tasks:
-        known: dict[tuple[str, int], float] = {}
+        known: dict[Entry, float] = {}
         for entry in entries(task, has_headroom=task in headroom):
             run = Run(task, entry.method, entry.rank, 0.0, 0, tested=True)
             rate = rate_of(run, made(run), by_all_seeds=True)
-            if rate is None:
-                continue
-            known[entry.method, entry.rank] = rate
-            at = {rate}
-            if entry.rank == LOWEST and (methods.LORA, LOWEST) in known:
-                at.add(known[methods.LORA, LOWEST])
+            if rate is not None:
+                known[entry] = rate
+        for entry, rate in known.items():
+            run = Run(task, entry.method, entry.rank, 0.0, 0, tested=True)
+            others = _ALSO_AT.get(entry.method, ())
+            at = {rate, *(its for each, its in known.items() if each.rank == entry.rank and each.method in others)}
             runs += [attrs.evolve(run, learning_rate=each, seed=seed) for each in sorted(at) for seed in entry.seeds]
     return runs

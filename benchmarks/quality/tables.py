@@ -50,28 +50,35 @@ def compared_table(rows: Rows, rank: int, part: str = "test") -> list[str]:
 
     On test rows the runs are those of the contest, on validation rows those that found its learning rates.
     """
-    lines = ["| task | LoRA | AdaLoRA | AdaLoRA − LoRA | AdaLoRA − LoRA, both at LoRA's rate | PEFT's AdaLoRA − LoRA |"]
-    lines.append(f"|---|{'---:|' * 5}")
-    own: list[Floats] = []
-    same: list[Floats] = []
-    peers: list[Floats] = []
+    columns = (
+        "AdaLoRA − LoRA, each at its own",
+        "both at LoRA's",
+        "both at AdaLoRA's",
+        "PEFT's AdaLoRA − LoRA, both at LoRA's",
+    )
+    lines = [f"| task | LoRA (rate) | AdaLoRA (rate) | {' | '.join(columns)} |", f"|---|{'---:|' * 6}"]
+    found: list[list[Floats]] = [[] for _ in columns]
     for task in dict.fromkeys(row["task"] for row in rows.get(_GRIDS[part], ())):
         lora = cell_of(rows, task, methods.LORA, rank, part)
         ours = cell_of(rows, task, methods.ADALORA, rank, part)
         if lora is None or ours is None:
             continue
-        there = cell_of(rows, task, methods.ADALORA, rank, part, rate=lora.rate)
-        peer = cell_of(rows, task, methods.PEFT_ADALORA, rank, part, rate=lora.rate)
+        pairs = (
+            (ours, lora),
+            (cell_of(rows, task, methods.ADALORA, rank, part, rate=lora.rate), lora),
+            (ours, cell_of(rows, task, methods.LORA, rank, part, rate=ours.rate)),
+            (cell_of(rows, task, methods.PEFT_ADALORA, rank, part, rate=lora.rate), lora),
+        )
         shown = [_shown(lora), _shown(ours)]
-        for cell, differences in ((ours, own), (there, same), (peer, peers)):
-            over = None if cell is None else paired(cell, lora)
+        for (top, bottom), differences in zip(pairs, found, strict=True):
+            over = None if top is None or bottom is None else paired(top, bottom)
             if over is None or not len(over):  # none yet, or of no seed that LoRA has
                 shown.append("")
                 continue
             differences.append(over)
             shown.append(told([over]))
         lines.append(f"| {task} | {' | '.join(shown)} |")
-    means = [told(each) if each else "" for each in (own, same, peers)]
+    means = [told(each) if each else "" for each in found]
     return [*lines, f"| mean of tasks |  |  | {' | '.join(means)} |"]
 
 
