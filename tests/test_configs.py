@@ -323,7 +323,7 @@ def test_drawn_configs_reach_every_kind_of_value() -> None:
         "groups": lambda value: value is not None and any(value),
         "rank": lambda value: value > 500,
     }.items():
-        find(values_of(FIELDS[name]), wanted, settings=UNSHRUNK)
+        assert wanted(find(values_of(FIELDS[name]), wanted, settings=UNSHRUNK))
 
 
 def test_given_strategies_replace_the_drawn_ones() -> None:

@@ -47,7 +47,7 @@ class Prepared:
         """Trained parameters, the head's among them; PEFT's AdaLoRA keeps its masked ones."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
-    def adapter(self) -> dict[str, Any]:
+    def settings_and_ranks(self) -> dict[str, Any]:
         """Of our methods, what their defaults came to, and of AdaLoRA the rank at each target."""
         if not tunerkit.trainable_parameters(self.model).adapters:
             return {"config": {}, "ranks": {}}

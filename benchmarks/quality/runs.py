@@ -88,7 +88,7 @@ def execute(run: Run, cache: Path) -> dict[str, object]:
         **attrs.asdict(run),
         "steps": len(losses),
         "parameters": prepared.count(),
-        **prepared.adapter(),
+        **prepared.settings_and_ranks(),
         "training_loss": _tail(losses),
         **{name: _plain(score) for name, score in scores.items()},
         "seconds": {"train": round(trained - began, 1), "all": round(time.perf_counter() - began, 1)},

@@ -65,33 +65,30 @@ def turn_(
     Without an optimizer there are none to turn, or they are left as they are.
     """
     for layer, score in zip(layers, scores, strict=True):
-        if layer.lam[layer.mask].count_nonzero():
-            _turn_(layer, score, optimizer, total, power)
+        lam, q = layer.lam.detach().clone(), layer.q.detach().clone()
+        to_svd_form_([layer], [score], total=total)
+        if not torch.equal(layer.q, q):  # as it is where there is nothing to turn
+            _spread_(layer, total, power)
+            if optimizer is not None:
+                _turn_averages_(layer, optimizer, lam, q)
 
 
 @torch.no_grad()
-def _turn_(layer: SvdLayer, score: Tensor, optimizer: Optimizer | None, total: float, power: float) -> None:
-    live = layer.mask & (layer.lam != 0)
-    p, lam, q = layer.p[:, live], layer.lam[live], layer.q[live]
-    length = q.norm() / len(lam) ** 0.5
-    left, r_left = torch.linalg.qr(p * lam)
-    right, r_right = torch.linalg.qr(q.T)
-    u, sigma, vh = torch.linalg.svd(r_left @ r_right.T)
-    # As in the plugin: the largest in the place of the highest score, with the sign that P Λ has there.
-    place = score[live].argsort(descending=True, stable=True).argsort()
-    u, sigma, vh = u[:, place], sigma[place], vh[place]
-    sign = torch.where((r_left * u).sum(0) < 0, -1.0, 1.0)
-    u, vh = u * sign, vh * sign[:, None]
-    shares = sigma.clamp_min(1e-4 * sigma.max()) ** power
-    turned = total * shares / shares.sum()
-    layer.p[:, live] = left @ (u * sigma / (length * turned))
-    layer.q[live] = length * vh @ right.T
-    layer.lam[live] = turned
-    if optimizer is None:
-        return
+def _spread_(layer: SvdLayer, total: float, power: float) -> None:
+    """λ by a power of what it is, which goes by the singular value; P Λ stays."""
+    shares = layer.lam[layer.mask] ** power
+    lam = total * shares / shares.sum()
+    layer.p[:, layer.mask] *= layer.lam[layer.mask] / lam
+    layer.lam[layer.mask] = lam
+
+
+@torch.no_grad()
+def _turn_averages_(layer: SvdLayer, optimizer: Optimizer, lam: Tensor, q: Tensor) -> None:
+    """Adam's averages of the live triplets, from those with ``lam`` and ``q`` to those that there are now."""
+    live = layer.mask
     # Q' = M Q and P' Λ' = P Λ M⁻¹, so ∂L/∂P' = ∂L/∂P Λ⁻¹ Mᵀ Λ' and ∂L/∂Q' = M⁻ᵀ ∂L/∂Q.
-    turn = length * torch.linalg.solve_triangular(r_right.T, vh, upper=False, left=False)
-    on_p, on_q = (turn / lam).T * turned, torch.linalg.inv(turn).T
+    turn = torch.linalg.lstsq(q[live].T.double(), layer.q[live].T.double()).solution.T.to(q.dtype)
+    on_p, on_q = (turn / lam[live]).T * layer.lam[live], torch.linalg.inv(turn).T
     mean_p, spread_p = (optimizer.state[layer.p][name] for name in _ADAM)
     mean_q, spread_q = (optimizer.state[layer.q][name] for name in _ADAM)
     mean_p[:, live] = mean_p[:, live] @ on_p

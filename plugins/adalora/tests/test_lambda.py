@@ -1,6 +1,7 @@
 """Tests of Λ where the SVD at an allocation sets it: between allocations the optimizer leaves it as it is."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -137,6 +138,22 @@ def test_what_a_budget_in_parameters_has_left_over_buys_no_dead_triplet(seed: in
     assert tunerkit.tuner(model).budget() == sum(costs)
     spent = sum(layer.rank * cost for layer, cost in zip(layers(model), costs, strict=True))
     assert sum(costs) - max(costs) < spent <= sum(costs)
+
+
+def test_dead_triplets_of_a_loaded_adapter_go_at_the_first_allocation(tmp_path: Path) -> None:
+    """Attached again all triplets are there, but those at λ = 0 learn nothing: no allocation pays for them."""
+    model, optimizer = started(OPTIMIZERS["AdamW"])
+    train(model, optimizer, TOTAL)
+    kept = [layer.mask.clone() for layer in layers(model)]
+    assert sum(int(mask.sum()) for mask in kept) == 6
+    loaded = tunerkit.load(net(), tunerkit.save(model, tmp_path), trainable=True)
+    again = OPTIMIZERS["AdamW"](trainable(loaded))
+    tunerkit.attach(loaded, again)
+    train(loaded, again, 5)
+    assert all(layer.mask.all() for layer in layers(loaded))
+    for number in range(6, TOTAL + 1):
+        train(loaded, again, 1)
+        assert all(torch.equal(layer.mask, mask) for layer, mask in zip(layers(loaded), kept, strict=True)), number
 
 
 def test_train_lambda_lets_the_optimizer_move_it() -> None:
