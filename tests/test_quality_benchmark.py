@@ -605,6 +605,15 @@ def test_the_contest_is_told_by_task_and_over_all(compared: dict[str, list[store
     assert len(tables.compared_table({**compared, "contest": made}, rank=8)) == 3
     validated = tables.compared_table(compared, rank=1, part="validation")
     assert validated[2].endswith("| +0.00 [+0.00, +0.00] | -6.93 [-6.93, -6.93] | +6.93 [+6.93, +6.93] |  |")
+    elsewhere = [
+        row
+        for method, peak in (("lora", 2e-3), ("adalora", 4e-3))
+        for row in searched(Run("nyt-3", method, 1, 0.0, 0), peak, by_all_seeds=True)
+    ]
+    more = {**compared, "rates": [*compared["rates"], *elsewhere]}
+    fewer = [{**row, "task": "nyt-3"} for row in made if (row["method"], row["learning_rate"]) != ("adalora", 2e-3)]
+    means = tables.compared_table({**more, "contest": [*made, *fewer]}, rank=1)[-1]
+    assert "| +2.00 [+2.00, +2.00] | +1.00 [+1.00, +1.00] (1 of 2 tasks) |" in means
     beside = tables.beside_table({**compared, "contest": made}, rank=1)
     assert beside[2:] == ["| movie-2 | +2.00 | +0.00 | -10.0 | +0.0 | +2.0 |"]
     assert len(tables.beside_table({**compared, "contest": made}, rank=8)) == 2

@@ -12,6 +12,7 @@ from benchmarks.quality.store import Row
 HEADROOM = 1.0  # points between the ranks 1 and 8, below which a curve counts as flat
 _RANKS = sorted((*ENDS, *BETWEEN))
 _GRIDS = {"validation": "rates", "test": "contest"}  # whose rows are scored where
+_HEAD = 2  # lines of a table before its rows
 _LOSSES: tuple[Callable[[Row], float | None], ...] = (
     lambda row: row["test"]["loss"],
     lambda row: row["validation"]["loss"],
@@ -78,7 +79,12 @@ def compared_table(rows: Rows, rank: int, part: str = "test") -> list[str]:
             differences.append(over)
             shown.append(told([over]))
         lines.append(f"| {task} | {' | '.join(shown)} |")
-    means = [told(each) if each else "" for each in found]
+    # A mean of fewer tasks than have a line says so: it must not be read beside that of all.
+    tasks = len(lines) - _HEAD
+    means = [
+        (told(each) + (f" ({len(each)} of {tasks} tasks)" if len(each) < tasks else "")) if each else ""
+        for each in found
+    ]
     return [*lines, f"| mean of tasks |  |  | {' | '.join(means)} |"]
 
 
@@ -131,8 +137,7 @@ def generation_table(rows: Sequence[Row]) -> list[str]:
             losses = [row["test"]["loss"] for row in by_method[method]]
             loss = "" if None in losses else f"{np.mean(losses):.4f}"
             over = "" if lora is None or method == methods.LORA else told([paired(cell, lora)])
-            error = f" ± {cell.error:.2f}" if len(cell.seeds) > 1 else ""
-            lines.append(f"| {rate:g} | {name} | {cell.mean:.2f}{error} ({len(cell.seeds)}) | {loss} | {over} |")
+            lines.append(f"| {rate:g} | {name} | {_mean(cell)} ({len(cell.seeds)}) | {loss} | {over} |")
     return lines
 
 
@@ -159,5 +164,9 @@ def _at_its_rate(rows: Rows, task: str, method: str, rank: int) -> dict[int, Row
 
 
 def _shown(cell: Cell) -> str:
+    return f"{_mean(cell)} ({cell.rate:g}, {len(cell.seeds)})"
+
+
+def _mean(cell: Cell) -> str:
     error = f" ± {cell.error:.2f}" if len(cell.seeds) > 1 else ""
-    return f"{cell.mean:.2f}{error} ({cell.rate:g}, {len(cell.seeds)})"
+    return f"{cell.mean:.2f}{error}"
