@@ -741,6 +741,18 @@ def test_a_diverged_run_does_not_set_the_frame() -> None:
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.001", "0.002"]
 
 
+def test_learning_rates_show_each_seed_and_only_methods_that_ran() -> None:
+    """A dot for each seed, a line through the means; the legend is of all panels, not of the first alone."""
+    lora = [{**row, "method": "lora"} for row in rows("movie-2", 1, 1e-3, [0.8, 0.82])]
+    peft = [{**row, "method": "peft-adalora"} for row in rows("nyt-3", 1, 2e-3, [0.7])]
+    figure = plots.draw_rates(("movie-2", "nyt-3"), {"rates": [*lora, *peft]}, rank=1)
+    first = figure.axes[0]
+    assert np.asarray(first.lines[0].get_xydata()).tolist() == [[1e-3, pytest.approx(81.0)]]
+    (dots,) = first.collections
+    assert np.asarray(dots.get_offsets())[:, 1].tolist() == pytest.approx([80.0, 82.0])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["LoRA", "PEFT's AdaLoRA"]
+
+
 def test_pictures_are_written_of_what_there_is(tmp_path: Path) -> None:
     """Of no rows, empty panels; the ranks of the first run of AdaLoRA on a task."""
     ranks = {f"layer.{layer}.{name}": layer for layer in range(3) for name in ("query", "value")}
@@ -750,5 +762,10 @@ def test_pictures_are_written_of_what_there_is(tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = CliRunner().invoke(command.app, ["plots", "--rows", str(tmp_path), "--out", str(out)])
     assert result.exit_code == 0, result.output
-    assert {file.name for file in out.iterdir()} == {"sizes.png", "rates-1.png", "rates-8.png", "ranks-amazon-3-qv.png"}
-    assert plots.draw_map(store.read_all(tmp_path)["contest"][0]).axes[0].get_title() == "amazon-3/qv, seed 10"
+    assert {file.name for file in out.iterdir()} == {
+        "sizes.png",
+        "rates-1.png",
+        "rates-8.png",
+        "ranks-amazon-3-qv-1.png",
+    }
+    assert plots.draw_map(store.read_all(tmp_path)["contest"][0]).axes[0].get_title() == "amazon-3/qv, rank 1, seed 10"

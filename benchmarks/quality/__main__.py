@@ -101,15 +101,15 @@ def plots(
     out: Annotated[Path, typer.Option(help="The folder of the pictures.")] = Path("out/quality"),
     rows: Annotated[Path, typer.Option(help="The folder of rows.")] = ROWS,
 ) -> None:
-    """Draw accuracy over size and over learning rate, and ranks: those of AdaLoRA's first run on a task's test rows."""
+    """Draw accuracy over size and over learning rate, and ranks: those of AdaLoRA's first run of a contest."""
     found = store.read_all(rows)
     pictures = {
         "sizes": draw_sizes(COMPARED, found),
         f"rates-{LOWEST}": draw_rates(HEADROOM, found, rank=LOWEST),
         f"rates-{USUAL}": draw_rates(COMPARED, found, rank=USUAL),
     }
-    firsts = {row["task"]: row for row in reversed(found.get("contest", ())) if row["method"] == ADALORA}
-    pictures |= {f"ranks-{task.replace('/', '-')}": draw_map(row) for task, row in firsts.items()}
+    firsts = {(row["task"], row["rank"]): row for row in reversed(found.get("contest", ())) if row["method"] == ADALORA}
+    pictures |= {f"ranks-{task.replace('/', '-')}-{rank}": draw_map(row) for (task, rank), row in firsts.items()}
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in pictures.items():
         figure.savefig(out / f"{name}.png", dpi=100)

@@ -1,14 +1,16 @@
 """Pictures from rows: accuracy over size and over learning rate, and the ranks that AdaLoRA chose."""
 
+import itertools
 import math
+from collections import defaultdict
 from collections.abc import Sequence
+from statistics import fmean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.quality import methods
 from benchmarks.quality.grids import BETWEEN, ENDS, Rows, made_for
-from benchmarks.quality.rates import SEEDS
 from benchmarks.quality.runs import Run
 from benchmarks.quality.scores import best, points_of
 from benchmarks.quality.store import Row
@@ -45,19 +47,23 @@ def draw_sizes(tasks: Sequence[str], rows: Rows) -> Figure:
 
 
 def draw_rates(tasks: Sequence[str], rows: Rows, *, rank: int) -> Figure:
-    """Validation accuracy, in points, over the learning rate, of the first seed of the search.
+    """Validation accuracy, in points, over the learning rate: a dot for each seed, and a line through the means.
 
-    A line that leaves the frame goes to a training that came to `_FRAME` points or more below the best.
+    A line that leaves the frame goes to a mean that lies `_FRAME` points or more below the best seed.
     """
     figure, panels = _panels(tasks)
     for task, axes in zip(tasks, panels, strict=True):
         highest, tried = 0.0, set[float]()
-        for method, name in methods.NAMES.items():
-            made = made_for(Run(task, method, rank, 0.0, 0), rows)
-            points = {row["learning_rate"]: points_of(row) for row in made if row["seed"] == SEEDS[0]}
-            order = sorted(points)
-            axes.plot(order, [points[rate] for rate in order], marker="o", label=name)
-            highest, tried = max([highest, *points.values()]), tried | points.keys()
+        for colour, (method, name) in enumerate(methods.NAMES.items()):
+            dots = defaultdict[float, list[float]](list)
+            for row in made_for(Run(task, method, rank, 0.0, 0), rows):
+                dots[row["learning_rate"]].append(points_of(row))
+            if dots:
+                order = sorted(dots)
+                axes.plot(order, [fmean(dots[rate]) for rate in order], color=f"C{colour}", label=name)
+                for rate in order:
+                    axes.scatter([rate] * len(dots[rate]), dots[rate], color=f"C{colour}", s=12)
+                highest, tried = max(highest, *itertools.chain(*dots.values())), tried | dots.keys()
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted(tried), [f"{rate:g}" for rate in sorted(tried)])
         low, high = axes.get_ylim()
@@ -68,7 +74,7 @@ def draw_rates(tasks: Sequence[str], rows: Rows, *, rank: int) -> Figure:
 
 def draw_map(row: Row) -> Figure:
     """The rank that AdaLoRA gave each matrix in one run."""
-    return draw_ranks(rank_map(row["ranks"]), title=f"{row['task']}, seed {row['seed']}")
+    return draw_ranks(rank_map(row["ranks"]), title=f"{row['task']}, rank {row['rank']}, seed {row['seed']}")
 
 
 def _panels(tasks: Sequence[str]) -> tuple[Figure, list[Axes]]:
@@ -85,6 +91,7 @@ def _panels(tasks: Sequence[str]) -> tuple[Figure, list[Axes]]:
 
 
 def _finished(figure: Figure, panels: Sequence[Axes]) -> Figure:
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    """With one legend, of what any panel shows."""
+    shown = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=max(1, len(shown)), frameon=False)
     return figure
