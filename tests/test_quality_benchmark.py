@@ -506,7 +506,8 @@ def test_an_ablation_stands_at_the_best_rate_of_lora(monkeypatch: pytest.MonkeyP
     found = grids.ablation_runs({"rates": made + elsewhere, "headroom": searched(asked, peak=4e-3)})
     assert {run.learning_rate for run in found} == {2e-3}
     assert {run.method for run in found} == {"lora", "adalora"}
-    assert len(found) == len({run.key for run in found}) == len(ablation.SEEDS) * (1 + len(ablation.CHANGES))
+    assert len(found) == len({run.key for run in found}) == 2 + len(ablation.CHANGES) + len(ablation.AGAIN)
+    assert Counter(run.seed for run in found)[1] == 1 + len(ablation.AGAIN)
 
 
 def test_a_change_is_told_as_points_over_lora() -> None:

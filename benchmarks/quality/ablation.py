@@ -1,6 +1,5 @@
 """AdaLoRA with one thing changed at a time, or a few together, at LoRA's best learning rate."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ def _variant(**more: Any) -> dict[str, Any]:
 _NOT_TURNED: Mapping[str, Any] = {"exact_svd": False, "train_lambda": True}
 
 RANK = 1
-SEEDS = (0, 1)
+SEEDS = (0, 1)  # every change with the first, those in AGAIN with the next
 # Written out, so that a row says what was run even after a default has moved.
 BASE: Mapping[str, Any] = {
     "start": "lora",
@@ -86,6 +85,15 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "lambda trained": {"train_lambda": True},
     "lambda ten times as fast": {"train_lambda": True, **_variant(lambda_rate=10.0)},
 }
+# What had at least the accuracy of no change with the first seed, on average.
+AGAIN = (
+    "nothing",
+    "init_rank 4",
+    "min_rank 1",
+    "min_rank 1, t_final 0.7",
+    "score without uncertainty",
+    "score exact for the triplet",
+)
 
 
 def settings_of(change: str) -> dict[str, Any]:
@@ -94,11 +102,12 @@ def settings_of(change: str) -> dict[str, Any]:
 
 
 def ablation(rates: Mapping[str, float]) -> list[Run]:
-    """LoRA and every change on each task, at its rate in ``rates``; all with the first seed, then with the next."""
+    """LoRA and every change on each task, at its rate in ``rates``, with the first seed; the best with the next."""
     runs = []
-    for seed, (task, rate) in itertools.product(SEEDS, rates.items()):
-        runs.append(Run(task, methods.LORA, RANK, rate, seed))
-        runs += [Run(task, methods.ADALORA, RANK, rate, seed, settings_of(change)) for change in CHANGES]
+    for seed, changes in zip(SEEDS, (CHANGES, AGAIN), strict=True):
+        for task, rate in rates.items():
+            runs.append(Run(task, methods.LORA, RANK, rate, seed))
+            runs += [Run(task, methods.ADALORA, RANK, rate, seed, settings_of(change)) for change in changes]
     return runs
 
 
