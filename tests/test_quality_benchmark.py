@@ -526,11 +526,10 @@ def test_a_change_is_told_as_points_over_lora() -> None:
 
     changed = [*made(worse, both, -0.02), *made(better, both, 0.01), *made(half, both[:1], 1)]
     table = ablation.ablation_table([*lora, *changed])
-    assert ablation.ablation_table(changed, lora) == table
     assert [line.split(" | ")[0] for line in table[2:]] == [f"| {better}", f"| {worse}"]
     assert table[2].endswith("| +1.00 (2) | +1.00 (2) | +1.00 [+1.00, +1.00] | -1.0 [-1.0, -1.0] |")
     elsewhere = [{**row, "learning_rate": 2e-3} for row in lora] + [{**row, "rank": 8} for row in lora]
-    assert ablation.ablation_table(changed, elsewhere) == table[:2]
+    assert ablation.ablation_table([*elsewhere, *changed]) == table[:2]
 
 
 # The contest

@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from benchmarks.quality import store
-from benchmarks.quality.ablation import ablation_table
+from benchmarks.quality.ablation import SEEDS, ablation_table
 from benchmarks.quality.contest import LOWEST, USUAL
 from benchmarks.quality.grids import COMPARED, GRIDS, HEADROOM
 from benchmarks.quality.methods import ADALORA, LORA, PEFT_LORA
@@ -82,7 +82,7 @@ def tables(rows: Annotated[Path, typer.Option(help="The folder of rows.")] = ROW
     found = store.read_all(rows)
     shown = {
         "headroom": headroom_table(found.get("headroom", ())),
-        "ablation": ablation_table(found.get("ablation", ()), found.get("rates", ())),
+        **{f"ablation, seed {seed}": ablation_table(_of_seed(found.get("ablation", ()), seed)) for seed in SEEDS},
         "headroom, all in fp32": headroom_table([row for row in found.get("rates", ()) if row["method"] == LORA]),
         **{f"rates, rank {rank}": compared_table(found, rank, "validation") for rank in (LOWEST, USUAL)},
         **{f"contest, rank {rank}": compared_table(found, rank) for rank in (LOWEST, USUAL)},
@@ -94,6 +94,10 @@ def tables(rows: Annotated[Path, typer.Option(help="The folder of rows.")] = ROW
         print("\n".join([f"{name}\n", *lines, ""]))
     for name, made in found.items():
         print(f"{name}: {len(made)} runs, {sum(row['seconds']['all'] for row in made) / 3600:.2f} hours of one core")
+
+
+def _of_seed(rows: Sequence[store.Row], seed: int) -> list[store.Row]:
+    return [row for row in rows if row["seed"] == seed]
 
 
 @app.command()

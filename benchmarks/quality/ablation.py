@@ -111,18 +111,17 @@ def ablation(rates: Mapping[str, float]) -> list[Run]:
     return runs
 
 
-def ablation_table(rows: Sequence[Row], lora: Sequence[Row] = ()) -> list[str]:
+def ablation_table(rows: Sequence[Row]) -> list[str]:
     """What each change makes of LoRA's accuracy and loss on validation rows; the best first.
 
     Points over LoRA at the same task, rate and seed: by task, and their mean with its interval. The last column is the
-    loss over LoRA's, in percent of it, which scatters less from seed to seed than the accuracy of so few rows. Runs of
-    LoRA that ``rows`` lack may be among ``lora``.
+    loss over LoRA's, in percent of it, which scatters less from seed to seed than the accuracy of so few rows.
     """
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     lines = [f"| changed | {' | '.join(tasks)} | mean | loss, % |", f"|---|{'---:|' * (len(tasks) + 2)}"]
     found: list[tuple[float, str]] = []
     for change in CHANGES:
-        pairs = {task: beside_lora([*lora, *rows], task, change) for task in tasks}
+        pairs = {task: beside_lora(rows, task, change) for task in tasks}
         if pairs and all(pairs.values()):
             points = [np.array([points_of(own) - points_of(lora) for own, lora in each]) for each in pairs.values()]
             losses = [
