@@ -79,7 +79,7 @@ def draw_map(row: Row) -> Figure:
 
 def _panels(tasks: Sequence[str]) -> tuple[Figure, list[Axes]]:
     lines = math.ceil(len(tasks) / _COLUMNS)
-    figure = Figure(figsize=(4 * _COLUMNS, 3 * lines), layout="constrained")
+    figure = Figure(figsize=(3.2 * _COLUMNS, 2.5 * lines), layout="constrained")
     panels: list[Axes] = list(figure.subplots(lines, _COLUMNS, squeeze=False).flat)
     for spare in panels[len(tasks) :]:
         spare.set_axis_off()
