@@ -641,6 +641,8 @@ def test_the_language_model_is_told_by_rate_and_method() -> None:
     assert table[1][2:] == ["42.00 ± 0.06 (3)", "2.0000", "+2.00 [+2.00, +2.00]"]
     assert table[5][3:] == ["", "+0.00 [+0.00, +0.00]"]
     assert len(tables.generation_table(made[:1])) == 3
+    begun = [made[0], next(row for row in made if row["method"] == "adalora" and row["seed"] != made[0]["seed"])]
+    assert [line.split("|")[-2].strip() for line in tables.generation_table(begun)[2:]] == ["", ""]
 
 
 @pytest.mark.parametrize(("peak", "tried"), [(2e-3, 3), (4e-3, 4), (1.6e-2, 6), (2.5e-4, 6)])
@@ -689,6 +691,24 @@ def test_tables_of_nothing_are_their_heads(tmp_path: Path) -> None:
     result = CliRunner().invoke(command.app, ["tables", "--rows", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "| task | r = 1 |" in result.output
+
+
+def test_each_seed_of_the_ablation_has_its_own_table(tmp_path: Path) -> None:
+    """LoRA's luck with a seed is every change's, so a change of both seeds is not ranked beside one of the first."""
+    gains = {(0, "nothing"): 0.01, (1, "nothing"): 0.02, (0, "t_final 0.5"): 0.03}
+    lora = [Run("nyt-3", "lora", 1, 1e-3, seed) for seed in ablation.SEEDS]
+    made = [row_of(run, 0.5) for run in lora]
+    for (seed, change), gain in gains.items():
+        run = attrs.evolve(lora[seed], method="adalora", settings=ablation.settings_of(change))
+        made.append(row_of(run, 0.5 + gain))
+    for row in made:
+        store.append(tmp_path / "ablation.jsonl", row)
+    shown = CliRunner().invoke(command.app, ["tables", "--rows", str(tmp_path)]).output
+    first, second = shown.split("ablation, seed 1")
+    assert "| t_final 0.5 | +3.00 (1) | +3.00 |" in first
+    assert "| nothing | +1.00 (1) | +1.00 |" in first
+    assert "| nothing | +2.00 (1) | +2.00 |" in second
+    assert "t_final 0.5" not in second
 
 
 def test_headroom_is_a_point_between_rank_one_and_eight() -> None:

@@ -89,6 +89,11 @@ def interval(differences: Sequence[Floats]) -> tuple[float, float, float]:
 
 
 def told(differences: Sequence[Floats], *, digits: int = 2) -> str:
-    """`interval` in words: the mean, and the interval in brackets where every task has more than one seed."""
+    """`interval` in words: the mean, and the interval in brackets where every task has more than one seed.
+
+    Nothing where there is no task, or one without a seed: a grid that has only been begun is not told as numbers.
+    """
+    if not differences or not all(map(len, differences)):
+        return ""
     mean, low, high = (f"{value:+.{digits}f}" for value in interval(differences))
     return f"{mean} [{low}, {high}]" if min(map(len, differences)) > 1 else mean

@@ -72,19 +72,14 @@ def compared_table(rows: Rows, rank: int, part: str = "test") -> list[str]:
         )
         shown = [_shown(lora), _shown(ours)]
         for (top, bottom), differences in zip(pairs, found, strict=True):
-            over = None if top is None or bottom is None else paired(top, bottom)
-            if over is None or not len(over):  # none yet, or of no seed that LoRA has
-                shown.append("")
-                continue
-            differences.append(over)
-            shown.append(told([over]))
+            # Empty if one has not been run yet, or with no seed that the other has.
+            over = [] if top is None or bottom is None else [paired(top, bottom)]
+            shown.append(told(over))
+            differences += over if shown[-1] else []
         lines.append(f"| {task} | {' | '.join(shown)} |")
     # A mean of fewer tasks than have a line says so: it must not be read beside that of all.
     tasks = len(lines) - _HEAD
-    means = [
-        (told(each) + (f" ({len(each)} of {tasks} tasks)" if len(each) < tasks else "")) if each else ""
-        for each in found
-    ]
+    means = [told(each) + (f" ({len(each)} of {tasks} tasks)" if 0 < len(each) < tasks else "") for each in found]
     return [*lines, f"| mean of tasks |  |  | {' | '.join(means)} |"]
 
 
