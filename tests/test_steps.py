@@ -252,6 +252,54 @@ def test_accelerates_wrapped_optimizer_counts_synchronised_steps_only() -> None:
     assert names(model) == per_step(3)
 
 
+class Averaging(torch.optim.Optimizer):
+    """Wraps an optimizer and has a state for itself, as most of the Lookaheads that there are."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.optimizer = inner
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """The inner step, and halfway back to where the last ended."""
+        loss = self.optimizer.step(closure)
+        for weight in (weight for group in self.param_groups for weight in group["params"]):
+            slow = self.state[weight].setdefault("slow", weight.clone())
+            weight.copy_(slow.lerp_(weight, 0.5))
+        return loss
+
+
+def test_a_wrapper_with_state_of_its_own_is_refused_where_steps_count() -> None:
+    """It would put back what an allocation prunes; nothing is attached then, and its inner one can be."""
+    model = wrapped()
+    inner = sgd(model)
+    outer = Averaging(inner)
+    with pytest.raises(tunerkit.StepError, match=r"Averaging keeps state of its own around SGD.*SGD alone"):
+        tunerkit.attach(model, outer, total_steps=9)
+    assert not steps.is_attached(tunerkit.tuner(model))
+    tunerkit.attach(model, inner, total_steps=9)
+
+
+def test_a_wrapper_with_state_of_its_own_is_fine_where_no_method_needs_steps() -> None:
+    """Its steps are counted."""
+    model = wrapped("plain")
+    optimizer = Averaging(sgd(model))
+    tunerkit.attach(model, optimizer)
+    backward(model)
+    optimizer.step()
+    assert tunerkit.tuner(model).steps == 1
+
+
+def test_an_optimizer_that_takes_no_hooks_is_refused_and_nothing_is_attached() -> None:
+    """The Lookahead of timm has what hooks of steps need and not what hooks of states do."""
+    optim = pytest.importorskip("timm.optim")
+    model = wrapped()
+    inner = sgd(model)
+    with pytest.raises(tunerkit.StepError, match=r"Lookahead takes no hooks.*with that one alone"):
+        tunerkit.attach(model, optim.Lookahead(inner), total_steps=9)
+    tunerkit.attach(model, inner, total_steps=9)
+
+
 @pytest.mark.parametrize("unscales", [False, True], ids=["unscaled by step", "unscaled by the user"])
 @each_optimizer
 def test_a_step_that_the_grad_scaler_skips_is_not_counted(

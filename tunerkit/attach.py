@@ -25,8 +25,9 @@ def attach(
     that saves and loads model and optimizer resumes exactly, if it attaches before it loads.
 
     Raises `StepError`: total steps unknown, disagreeing with the config's, an optimizer that does not hold the
-    adapter's parameters, a frozen adapter, attached twice; `AdapterError` if adapted modules were replaced or resized
-    after wrapping; and `ConfigError` if the schedule leaves no room. No adapter is attached then.
+    adapter's parameters, takes no hooks or is wrapped in one with state of its own, a frozen adapter, attached twice;
+    `AdapterError` if adapted modules were replaced or resized after wrapping; and `ConfigError` if the schedule leaves
+    no room. No adapter is attached then.
     """
     tuners = _chosen(model, adapter)
     trainer = _as_trainer(optimizer_or_trainer)
@@ -36,7 +37,7 @@ def attach(
         integration.attach_trainer(tuners, trainer, total_steps)
         return
     earlier = {tuner.name: tuner.steps for tuner in tuners if tuner.steps and registry.get(tuner.method).needs_steps}
-    optimizer = find_optimizer(optimizer_or_trainer)
+    optimizer = find_optimizer(optimizer_or_trainer, tuners)
     drive(tuners, optimizer, total_steps=total_steps)
     for tuner in tuners:
         if registry.get(tuner.method).needs_steps:

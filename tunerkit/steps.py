@@ -65,16 +65,40 @@ def takes_part(tuner: Tuner) -> bool:
     return tuner.turn is not None or any(p.grad is not None for p in tuner.parameters())
 
 
-def find_optimizer(candidate: object) -> Optimizer:
-    """The torch optimizer itself: accelerate and others wrap it and keep it under ``.optimizer``."""
+def find_optimizer(candidate: object, tuners: Sequence[Tuner]) -> Optimizer:
+    """The torch optimizer itself: accelerate and others wrap it and keep it under ``.optimizer``.
+
+    Refused where a method of ``tuners`` needs steps: a wrapper with state of its own. Lookahead, or an average of
+    weights, would put back what an allocation has pruned, in shapes of before.
+    """
     while isinstance(inner := getattr(candidate, "optimizer", None), Optimizer):
+        needing = [tuner.name for tuner in tuners if registry.get(tuner.method).needs_steps]
+        if needing and getattr(candidate, "state", inner.state) is not inner.state:
+            wrapper, wrapped = type(candidate).__name__, type(inner).__name__
+            raise StepError(
+                f"{wrapper} keeps state of its own around {wrapped}, which knows nothing of the weights that adapter "
+                f"{needing[0]!r} prunes; train it with {wrapped} alone, or with a method that needs no steps"
+            )
         candidate = inner
     if not isinstance(candidate, Optimizer):
         raise StepError(
             f"attach takes a torch optimizer or a transformers Trainer, got {type(candidate).__name__}; "
             "pass the optimizer that steps the adapter"
         )
+    if not _takes_hooks(candidate):
+        raise StepError(
+            f"{type(candidate).__name__} takes no hooks, since it does not call torch.optim.Optimizer.__init__; "
+            "train with an optimizer that does: if it wraps one, with that one alone"
+        )
     return candidate
+
+
+def _takes_hooks(optimizer: Optimizer) -> bool:
+    try:
+        optimizer.register_state_dict_post_hook(lambda *_: None).remove()
+    except AttributeError:
+        return False
+    return True
 
 
 def check_attachable(tuner: Tuner, optimizer: Optimizer) -> None:

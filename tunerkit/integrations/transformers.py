@@ -82,7 +82,7 @@ class StepCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        optimizer = steps.find_optimizer(kwargs["optimizer"])
+        optimizer = steps.find_optimizer(kwargs["optimizer"], self.tuners)
         if self.total_steps is not None and self.total_steps != state.max_steps:
             raise StepError(
                 f"attach says total_steps={self.total_steps}, the trainer trains {state.max_steps} steps; "

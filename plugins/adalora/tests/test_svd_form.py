@@ -1,6 +1,7 @@
 """Tests of the SVD at an allocation: what is added stays, triplets become singular triplets, the rest is left alone."""
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -318,6 +319,17 @@ def test_an_optimizer_with_weights_of_its_own_is_told_of_and_nothing_is_turned()
     train(plain, its, TOTAL)
     for one, other in zip(weights(model), weights(plain), strict=True):
         assert torch.equal(one, other)
+
+
+def test_timms_lookahead_around_the_attached_optimizer_is_told_of() -> None:
+    """It keeps its slow weights in the state of the optimizer inside."""
+    optim = pytest.importorskip("timm.optim")
+    model, optimizer = attached(torch.optim.AdamW)
+    slow = optim.Lookahead(optimizer, k=1)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        train(model, slow, TOTAL)
+    assert any("keeps weights of its own (lookahead_slow_buff)" in str(each.message) for each in told)
 
 
 def test_without_it_an_allocation_moves_only_lambda() -> None:

@@ -14,9 +14,9 @@ from tunerkit_adalora.svd_layer import SvdLayer
 # Of the greatest λ of a layer. At 0 a triplet would never move again: the gradients of P and Q would be 0.
 _LEAST_SHARE = 1e-4
 # What optimizers call a second copy of the weights in their state: ASGD, schedule-free ones, Prodigy, D-Adaptation,
-# Lookahead, Ranger, those with weights in full precision.
+# Ranger, timm's Lookahead, those with weights in full precision.
 _COPIES = frozenset(
-    {"ax", "z", "p0", "x0", "slow_buffer", "slow_params", "lookahead_params", "master_param", "master_weights"}
+    {"ax", "z", "p0", "x0", "slow_buffer", "lookahead_params", "lookahead_slow_buff", "master_param", "master_weights"}
 )
 
 

@@ -157,7 +157,11 @@ def finish(tuner: Tuner) -> dict[str, int] | None:
 
 
 def budget(tuner: Tuner, step: int | None) -> int:
-    """The budget in force after ``step`` steps by the schedule; for None, the one that the masks count now."""
+    """The budget in force after ``step`` steps by the schedule; for None, that of the last allocation.
+
+    A loaded adapter has the one that its masks count. In parameters the masks may count less than the budget in force,
+    where what is left of it is too little for another triplet.
+    """
     if step is not None:
         return _known_schedule(tuner).budget(step)
     if isinstance(tuner.state, Training):
