@@ -474,6 +474,20 @@ def test_a_literal_tells_ints_from_bools() -> None:
     ]
 
 
+def test_a_mistyped_choice_is_told_the_closest() -> None:
+    """As mistyped keys are; a value that is like none of them gets the list alone."""
+
+    @attrs.frozen
+    class Choosing(AdapterConfig):
+        which: Literal["adapters", "all"] = setting("all", doc="One of two.")
+        perhaps: Literal["adapters", "all"] | None = setting(None, doc="One of two, or neither.")
+
+    for value, hint in (("adaptors", "; did you mean 'adapters'?"), ("none of it", "")):
+        for name in ("which", "perhaps"):
+            (problem,) = problems_of(lambda name=name, value=value: structure(Choosing, {name: value}))  # type: ignore[misc]
+            assert problem.endswith(f"got str {value!r}{hint} @ $.{name}")
+
+
 def test_a_range_is_about_numbers_alone() -> None:
     """None, bools and text in a field with a range are exempt; the numbers beside them are not."""
 

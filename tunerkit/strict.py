@@ -12,6 +12,8 @@ from typing import Any, Final, Literal, NoReturn, Union, cast, get_args, get_ori
 
 from cattrs import Converter, IterableValidationError, IterableValidationNote
 
+from tunerkit.errors import closest
+
 _SCIENTIFIC: Final = re.compile(r"([+-]?)(\d+)(?:\.(\d*))?[eE]([+-]?)(\d+)")
 SHORT: Final = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 80
@@ -28,7 +30,8 @@ def got(value: object) -> str:
 
 
 def _refuse(value: object, cls: object) -> NoReturn:
-    raise _WrongKindError(f"expected {described(cls)}, {got(value)}{_yaml_hint(value, cls)}")
+    hint = _yaml_hint(value, cls) or _choice_hint(value, cls)
+    raise _WrongKindError(f"expected {described(cls)}, {got(value)}{hint}")
 
 
 def _yaml_hint(value: object, cls: object) -> str:
@@ -38,6 +41,11 @@ def _yaml_hint(value: object, cls: object) -> str:
         return ""
     sign, whole, fraction, exponent_sign, exponent = found.groups()
     return f" (YAML reads this as text: write {sign}{whole}.{fraction or '0'}e{exponent_sign or '+'}{exponent})"
+
+
+def _choice_hint(value: object, cls: object) -> str:
+    choices = (choice for kind in (cls, *get_args(cls)) if _is_literal(kind) for choice in get_args(kind))
+    return closest(value, (choice for choice in choices if isinstance(choice, str))) if isinstance(value, str) else ""
 
 
 def described(cls: Any) -> str:
