@@ -18,12 +18,13 @@ from tunerkit.report.plots import draw_ranks
 from tunerkit.report.rank_map import rank_map
 
 _COLUMNS = 3
-# LoRA's whole curve is of a grid of its own, whose runs are not all of fp32.
-_CURVES = {
-    "LoRA's headroom": (methods.LORA, "headroom"),
-    "LoRA": (methods.LORA, "rates"),
-    "AdaLoRA": (methods.ADALORA, "rates"),
-}
+# Name, method, grid and colour, which is a method's in every picture. LoRA's whole curve is of a grid of its own,
+# whose runs are not all of fp32.
+_CURVES = (
+    ("LoRA, the headroom's runs", methods.LORA, "headroom", "grey"),
+    ("LoRA", methods.LORA, "rates", "C0"),
+    ("AdaLoRA", methods.ADALORA, "rates", "C1"),
+)
 _RANKS = sorted((*ENDS, *BETWEEN))
 _FRAME = 6.0  # points below the best that a panel shows: what diverged lies far under all that can be told apart
 _ABOVE = 0.5  # points above the best
@@ -33,12 +34,12 @@ def draw_sizes(tasks: Sequence[str], rows: Rows) -> Figure:
     """Validation accuracy, in points, over the rank whose number of parameters a method has; a panel for each task."""
     figure, panels = _panels(tasks)
     for task, axes in zip(tasks, panels, strict=True):
-        for name, (method, grid) in _CURVES.items():
+        for name, method, grid, colour in _CURVES:
             made = {rank: made_for(Run(task, method, rank, 0.0, 0), rows, grid) for rank in _RANKS}
             cells = {rank: best(found) for rank, found in made.items() if found}
             errors = [0.0 if math.isnan(cell.error) else cell.error for cell in cells.values()]
             means = [cell.mean for cell in cells.values()]
-            axes.errorbar(list(cells), means, yerr=errors, marker="o", capsize=3, label=name)
+            axes.errorbar(list(cells), means, yerr=errors, marker="o", capsize=3, color=colour, label=name)
         axes.margins(y=0.1)
         axes.set_xscale("log", base=2)
         axes.set_xticks(_RANKS, [str(rank) for rank in _RANKS])
