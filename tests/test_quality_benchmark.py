@@ -1,11 +1,13 @@
 """The benchmark of quality: its tasks' cuts, its rows, its tables, and a short run of each method."""
 
+import concurrent.futures
 import io
 import itertools
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -34,6 +36,7 @@ for _module in (
 from filelock import FileLock  # noqa: E402
 from matplotlib.container import ErrorbarContainer  # noqa: E402
 from PIL import Image  # noqa: E402
+from rich.console import Console  # noqa: E402
 from transformers import AutoModel, AutoTokenizer, LlamaConfig  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
@@ -379,6 +382,38 @@ def test_one_grid_is_run_once_at_a_time(tmp_path: Path) -> None:
         result = CliRunner().invoke(command.app, ["run", "--grid", "headroom", "--rows", str(tmp_path)])
     assert result.exit_code == 2
     assert "'headroom' is being run already" in result.output
+
+
+class Threads(concurrent.futures.ThreadPoolExecutor):
+    """In place of processes, which would not see what a test has put in."""
+
+    shutting = threading.Event()
+
+    def __init__(self, jobs: int, **_: object) -> None:
+        super().__init__(jobs)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self.shutting.set()
+        super().shutdown(wait, cancel_futures=cancel_futures)
+
+
+def test_a_run_that_fails_ends_it_all_and_loses_none_that_was_under_way(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other run ends after the failure is known, and has its row."""
+    failing, other = (Run("toy", "lora", 1, 1e-3, seed) for seed in (0, 1))
+
+    def execute(run: Run, _: Path) -> store.Row:
+        if run == failing:
+            raise OSError("no space left")
+        assert Threads.shutting.wait(60)
+        return row_of(run, 1.0)
+
+    monkeypatch.setattr(pool, "execute", execute)
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Threads)
+    with pytest.raises(OSError, match="no space left"):
+        pool.make([failing, other], toy / "rows.jsonl", 2, Console(quiet=True))
+    assert [row["key"] for row in store.read(toy / "rows.jsonl")] == [other.key]
 
 
 _POOL = """

@@ -26,13 +26,19 @@ def make(runs: list[Run], file: Path, jobs: int, console: Console) -> None:
     # Spawned: forking a process in which torch has threads is not safe.
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, initializer=end_with_parent)
+    unwritten: set[concurrent.futures.Future[store.Row]] = set()
     try:
-        waiting = [pool.submit(execute, each, cache) for each in runs]
-        finished = concurrent.futures.as_completed(waiting)
-        for done in track(finished, total=len(waiting), console=console, description=file.stem):
+        unwritten |= {pool.submit(execute, each, cache) for each in runs}
+        finished = concurrent.futures.as_completed(list(unwritten))
+        for done in track(finished, total=len(unwritten), console=console, description=file.stem):
+            unwritten.discard(done)
             store.append(file, done.result())
     finally:
-        pool.shutdown(cancel_futures=True)  # one that failed ends it all: what was not begun is left for the next time
+        # One that failed ends it all: what was not begun is left for the next time, what was under way is kept.
+        pool.shutdown(cancel_futures=True)
+        for left in unwritten:
+            if not left.cancelled() and left.exception() is None:
+                store.append(file, left.result())
 
 
 def end_with_parent() -> None:

