@@ -387,7 +387,7 @@ def test_one_grid_is_run_once_at_a_time(tmp_path: Path) -> None:
 class Threads(concurrent.futures.ThreadPoolExecutor):
     """In place of processes, which would not see what a test has put in."""
 
-    shutting = threading.Event()
+    shutting: threading.Event
 
     def __init__(self, jobs: int, **_: object) -> None:
         super().__init__(jobs)
@@ -409,7 +409,9 @@ def test_a_run_that_fails_ends_it_all_and_loses_none_that_was_under_way(
         assert Threads.shutting.wait(60)
         return row_of(run, 1.0)
 
+    monkeypatch.setattr(Threads, "shutting", threading.Event(), raising=False)
     monkeypatch.setattr(pool, "execute", execute)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which it sets, and is taken back so
     monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Threads)
     with pytest.raises(OSError, match="no space left"):
         pool.make([failing, other], toy / "rows.jsonl", 2, Console(quiet=True))

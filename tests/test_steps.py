@@ -269,18 +269,18 @@ class Averaging(torch.optim.Optimizer):
         return loss
 
 
-def test_a_wrapper_with_state_of_its_own_is_refused_where_steps_count() -> None:
+def test_a_wrapper_with_a_state_of_its_own_is_refused_where_steps_count() -> None:
     """It would put back what an allocation prunes; nothing is attached then, and its inner one can be."""
     model = wrapped()
     inner = sgd(model)
     outer = Averaging(inner)
-    with pytest.raises(tunerkit.StepError, match=r"Averaging keeps state of its own around SGD.*SGD alone"):
+    with pytest.raises(tunerkit.StepError, match=r"Averaging has a state of its own beside that of SGD.*SGD alone"):
         tunerkit.attach(model, outer, total_steps=9)
     assert not steps.is_attached(tunerkit.tuner(model))
     tunerkit.attach(model, inner, total_steps=9)
 
 
-def test_a_wrapper_with_state_of_its_own_is_fine_where_no_method_needs_steps() -> None:
+def test_a_wrapper_with_a_state_of_its_own_is_fine_where_no_method_needs_steps() -> None:
     """Its steps are counted."""
     model = wrapped("plain")
     optimizer = Averaging(sgd(model))
@@ -295,7 +295,7 @@ def test_an_optimizer_that_takes_no_hooks_is_refused_and_nothing_is_attached() -
     optim = pytest.importorskip("timm.optim")
     model = wrapped()
     inner = sgd(model)
-    with pytest.raises(tunerkit.StepError, match=r"Lookahead takes no hooks.*with that one alone"):
+    with pytest.raises(tunerkit.StepError, match=r"Lookahead takes no hooks.*if it wraps one, that one"):
         tunerkit.attach(model, optim.Lookahead(inner), total_steps=9)
     tunerkit.attach(model, inner, total_steps=9)
 

@@ -25,7 +25,7 @@ def attach(
     that saves and loads model and optimizer resumes exactly, if it attaches before it loads.
 
     Raises `StepError`: total steps unknown, disagreeing with the config's, an optimizer that does not hold the
-    adapter's parameters, takes no hooks or is wrapped in one with state of its own, a frozen adapter, attached twice;
+    adapter's parameters, takes no hooks or is wrapped in one with a state of its own, a frozen adapter, attached twice;
     `AdapterError` if adapted modules were replaced or resized after wrapping; and `ConfigError` if the schedule leaves
     no room. No adapter is attached then.
     """

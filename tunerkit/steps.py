@@ -68,7 +68,7 @@ def takes_part(tuner: Tuner) -> bool:
 def find_optimizer(candidate: object, tuners: Sequence[Tuner]) -> Optimizer:
     """The torch optimizer itself: accelerate and others wrap it and keep it under ``.optimizer``.
 
-    Refused where a method of ``tuners`` needs steps: a wrapper with state of its own. Lookahead, or an average of
+    Refused where a method of ``tuners`` needs steps: a wrapper with a state of its own. Lookahead, or an average of
     weights, would put back what an allocation has pruned, in shapes of before.
     """
     while isinstance(inner := getattr(candidate, "optimizer", None), Optimizer):
@@ -76,7 +76,7 @@ def find_optimizer(candidate: object, tuners: Sequence[Tuner]) -> Optimizer:
         if needing and getattr(candidate, "state", inner.state) is not inner.state:
             wrapper, wrapped = type(candidate).__name__, type(inner).__name__
             raise StepError(
-                f"{wrapper} keeps state of its own around {wrapped}, which knows nothing of the weights that adapter "
+                f"{wrapper} has a state of its own beside that of {wrapped}, where weights may live on that adapter "
                 f"{needing[0]!r} prunes; train it with {wrapped} alone, or with a method that needs no steps"
             )
         candidate = inner
@@ -88,7 +88,7 @@ def find_optimizer(candidate: object, tuners: Sequence[Tuner]) -> Optimizer:
     if not _takes_hooks(candidate):
         raise StepError(
             f"{type(candidate).__name__} takes no hooks, since it does not call torch.optim.Optimizer.__init__; "
-            "train with an optimizer that does: if it wraps one, with that one alone"
+            "attach one that does: if it wraps one, that one"
         )
     return candidate
 

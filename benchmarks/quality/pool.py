@@ -31,10 +31,10 @@ def make(runs: list[Run], file: Path, jobs: int, console: Console) -> None:
         unwritten |= {pool.submit(execute, each, cache) for each in runs}
         finished = concurrent.futures.as_completed(list(unwritten))
         for done in track(finished, total=len(unwritten), console=console, description=file.stem):
-            unwritten.discard(done)
             store.append(file, done.result())
+            unwritten.discard(done)
     finally:
-        # One that failed ends it all: what was not begun is left for the next time, what was under way is kept.
+        # One that failed ends it all: what is not under way is left for the next time, and the rest is kept.
         pool.shutdown(cancel_futures=True)
         for left in unwritten:
             if not left.cancelled() and left.exception() is None:
