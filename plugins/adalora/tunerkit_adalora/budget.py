@@ -51,10 +51,16 @@ def check_bounds(
         if config.minimum_at(path) > (most_at := min(config.maximum_at(path), len(layer.lam)))
     ]
     if target_budget < min(costs):
-        problems.append(f"{target_budget} parameters buy no triplet, the cheapest costs {min(costs)} @ $.budget")
+        problems.append(
+            f"{target_budget} parameters buy no triplet, the cheapest costs {min(costs)}; raise it @ $.budget"
+        )
     if least > target_budget:
-        problems.append(f"the minimum ranks need {least}, the final budget is {target_budget} @ $.min_rank")
+        problems.append(
+            f"the minimum ranks need {least}, the final budget is {target_budget}; lower them or raise it @ $.min_rank"
+        )
     if config.budget_unit == "rank" and most < target_budget:
-        problems.append(f"the maximum ranks admit {most}, the final budget is {target_budget} @ $.max_rank")
+        problems.append(
+            f"the maximum ranks admit {most}, the final budget is {target_budget}; raise them or lower it @ $.max_rank"
+        )
     if problems:
         raise ConfigError(problems)
