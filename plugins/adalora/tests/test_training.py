@@ -537,7 +537,7 @@ def test_attaching_a_loaded_adapter_begins_a_new_training_with_all_triplets(exac
 def test_a_budget_that_buys_no_triplet_is_refused() -> None:
     """A zero budget in effect is refused at attach, with the price of the cheapest triplet."""
     model = wrapped(target_rank=None, budget=min(COSTS) - 1, budget_unit="parameters")
-    with pytest.raises(tunerkit.ConfigError, match=rf"the cheapest costs {min(COSTS)} @ \$\.budget"):
+    with pytest.raises(tunerkit.ConfigError, match=rf"the cheapest costs {min(COSTS)}; raise it @ \$\.budget"):
         attached(model)
 
 
