@@ -773,7 +773,7 @@ def test_curves_are_drawn_from_the_best_rates(compared: dict[str, list[store.Row
         if isinstance(each, ErrorbarContainer)
     }
     drawn = {
-        "LoRA's headroom": ("lora", "headroom", (1, 2, 8)),
+        "LoRA, the headroom's runs": ("lora", "headroom", (1, 2, 8)),
         "LoRA": ("lora", "rates", (1, 8)),
         "AdaLoRA": ("adalora", "rates", (1, 8)),
     }
