@@ -41,7 +41,9 @@ def saved(toys: "Toys", tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tunerkit.save(toys.trained(), tmp_path_factory.mktemp("saved"))
 
 
-def refused(toys: "Toys", path: Path, error: type[Exception], words: str = "", base: nn.Module | None = None) -> str:
+def assert_refused(
+    toys: "Toys", path: Path, error: type[Exception], words: str = "", base: nn.Module | None = None
+) -> str:
     """Loading ``path`` raises this, leaves base and global random state as they were, and says ``words``."""
     base = toys.net() if base is None else base
     before, state = toys.snapshot(base), torch.random.get_rng_state()
@@ -246,7 +248,7 @@ def test_a_truncated_file_is_refused(toys: "Toys", saved: Path, tmp_path: Path) 
         path.write_bytes(data[:end])
         with pytest.raises(FileError):
             files.read(path, kind="adapter")
-    refused(toys, path, FileError, "cannot be read as a safetensors file")
+    assert_refused(toys, path, FileError, "cannot be read as a safetensors file")
 
 
 @given(data=st.data())
@@ -290,22 +292,22 @@ def test_an_edited_header_is_damage(toys: "Toys", saved: Path, tmp_path: Path, w
     assert word.encode() in data
     path = tmp_path / "adapter.safetensors"
     path.write_bytes(data.replace(word.encode(), word[:-1].encode() + b"1", 1))
-    refused(toys, path, FileError, "digest|safetensors")
+    assert_refused(toys, path, FileError, "digest|safetensors")
 
 
 def test_another_programs_file_is_refused(toys: "Toys", tmp_path: Path) -> None:
     """A safetensors file without our header, no safetensors file at all, and none: each is said."""
     path = tmp_path / "adapter.safetensors"
-    refused(toys, tmp_path, FileError, "there is no file .*adapter.safetensors")
+    assert_refused(toys, tmp_path, FileError, "there is no file .*adapter.safetensors")
     safetensors.torch.save_file({"a": torch.ones(1)}, path)
-    refused(toys, path, FileError, "no tunerkit header")
+    assert_refused(toys, path, FileError, "no tunerkit header")
     safetensors.torch.save_file({"a": torch.ones(1)}, path, {"format": "pt"})
-    refused(toys, path, FileError, "no tunerkit header")
+    assert_refused(toys, path, FileError, "no tunerkit header")
     torch.save({"a": torch.ones(1)}, path)
-    refused(toys, path, FileError, "cannot be read as a safetensors file")
+    assert_refused(toys, path, FileError, "cannot be read as a safetensors file")
     path.unlink()
     path.mkdir()
-    refused(toys, path, FileError, "there is no file")
+    assert_refused(toys, path, FileError, "there is no file")
 
 
 def test_every_misfit_of_tensors_is_named_at_once(toys: "Toys", saved: Path, tmp_path: Path) -> None:
@@ -318,7 +320,9 @@ def test_every_misfit_of_tensors_is_named_at_once(toys: "Toys", saved: Path, tmp
         tensors["conv.adapter.c"] = torch.ones(1)
         tensors["stray"] = torch.ones(1)
 
-    text = refused(toys, rewritten(saved, tmp_path / "x.safetensors", change), FileError, "does not fit its own header")
+    text = assert_refused(
+        toys, rewritten(saved, tmp_path / "x.safetensors", change), FileError, "does not fit its own header"
+    )
     for words in (
         "missing: conv.adapter.a", "missing: head.2.copy.bias", "unexpected: conv.adapter.c", "unexpected: stray",
         "at layers.0: ", "at layers.1: ",
@@ -359,7 +363,7 @@ def test_a_header_that_says_nonsense_is_refused(
     toys: "Toys", saved: Path, tmp_path: Path, change: Any, error: type[Exception], words: str
 ) -> None:
     """With a right digest too: another release's format, other fields, other types, unknown methods and modules."""
-    refused(toys, rewritten(saved, tmp_path / "x.safetensors", change), error, words)
+    assert_refused(toys, rewritten(saved, tmp_path / "x.safetensors", change), error, words)
 
 
 @given(text=st.one_of(st.text(), st.just("[" * 100_000)))
@@ -397,7 +401,7 @@ def changed(toys: "Toys", change: Callable[[Any], object]) -> nn.Module:
 )
 def test_another_base_is_refused(toys: "Toys", saved: Path, change: Any, words: str) -> None:
     """Other layers, other shapes or other values: refused with what differs, nothing loaded."""
-    refused(toys, saved, BaseMismatchError, words, base=changed(toys, change))
+    assert_refused(toys, saved, BaseMismatchError, words, base=changed(toys, change))
 
 
 @pytest.mark.parametrize(
@@ -442,7 +446,7 @@ def test_a_target_that_is_unfit_by_now_is_refused(toys: "Toys", saved: Path, cha
     if words is None:
         assert torch.equal(tunerkit.load(base, saved)(toys.x()), toys.trained()(toys.x()))
     else:
-        refused(toys, saved, TargetError, words, base=base)
+        assert_refused(toys, saved, TargetError, words, base=base)
 
 
 def test_a_target_or_copy_that_is_tied_by_now_is_refused(toys: "Toys", tmp_path: Path) -> None:
@@ -459,7 +463,7 @@ def test_a_target_or_copy_that_is_tied_by_now_is_refused(toys: "Toys", tmp_path:
     config = {"targets": ["0"], "train_modules": ["2"]}
     path = tunerkit.save(tunerkit.wrap(build(tie=None), "toy-shift", config), tmp_path)
     for tie in ("0", "2"):
-        refused(toys, path, TargetError, "tied", base=build(tie=tie))
+        assert_refused(toys, path, TargetError, "tied", base=build(tie=tie))
     assert list(tunerkit.tuner(tunerkit.load(build(tie=None), path)).adapters()) == ["0"]
 
 
@@ -503,7 +507,7 @@ def test_the_state_of_another_run_is_refused(toys: "Toys", tmp_path: Path, saved
         tunerkit.load_state(longer, tunerkit.save_state(planned, tmp_path / "planned"))
     with pytest.raises(FileError, match="holds 'adapter', expected 'state'"):
         tunerkit.load_state(toys.trained(), saved)
-    refused(toys, path, FileError, "holds 'state', expected 'adapter'")
+    assert_refused(toys, path, FileError, "holds 'state', expected 'adapter'")
 
 
 def test_the_header_says_what_is_inside(toys: "Toys", saved: Path) -> None:

@@ -588,7 +588,7 @@ def test_good_kinds_come_after_cores_own(toys: "Toys") -> None:
 # Copies of a wrapped model
 
 
-def same_but_apart(toys: "Toys", model: nn.Module, twin: nn.Module) -> None:
+def assert_same_but_apart(toys: "Toys", model: nn.Module, twin: nn.Module) -> None:
     """``twin`` has its own adapters: moving either's leaves the other's output, and its tuner is about itself."""
     output = model(toys.x())
     assert torch.equal(twin(toys.x()), output)
@@ -627,7 +627,7 @@ def test_a_copy_of_a_wrapped_model_is_its_own(toys: "Toys", way: str, ran: bool)
         torch.save(model, file)
         file.seek(0)
         twin = torch.load(file, weights_only=False)
-    same_but_apart(toys, model, twin)
+    assert_same_but_apart(toys, model, twin)
 
 
 def test_training_a_copy_leaves_the_original(toys: "Toys") -> None:
