@@ -270,6 +270,19 @@ def test_training_that_a_keystroke_ended_leaves_the_adapter_to_another_trainer(t
     assert kept.traceback
 
 
+def test_a_trainers_optimizer_that_wraps_one_with_a_state_of_its_own_is_refused(tmp_path: Path) -> None:
+    """As by `tunerkit.attach`, through accelerate's wrapper too; nothing is attached after it."""
+    model = wrapped()
+    trainer = trainer_of(model, tmp_path)
+    outer, inner = (torch.optim.SGD(tunerkit.tuner(model).parameters(), lr=0.1) for _ in range(2))
+    trainer.optimizer = outer
+    outer.optimizer = inner  # type: ignore[attr-defined]  # where wrappers keep what they wrap
+    tunerkit.attach(model, trainer)
+    with pytest.raises(tunerkit.StepError, match=r"SGD has a state of its own beside that of SGD"):
+        trainer.train()
+    assert not steps.is_attached(tunerkit.tuner(model))
+
+
 def test_an_adapter_attached_while_the_trainer_trains_is_driven_from_there_on(tmp_path: Path) -> None:
     """If the optimizer holds it; else it is refused, and said."""
     model = tunerkit.wrap(wrapped(), "stepping", {"targets": ["first"]}, adapter="late")

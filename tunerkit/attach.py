@@ -9,7 +9,7 @@ from torch import nn
 from tunerkit import registry, watch  # noqa: F401  # watch registers its hook
 from tunerkit.errors import TunerkitWarning
 from tunerkit.resume import carry
-from tunerkit.steps import drive, find_optimizer, is_frozen
+from tunerkit.steps import drive, is_frozen
 from tunerkit.tuner import Tuner, require_tuners
 from tunerkit.tuner import tuner as find_tuner
 
@@ -37,8 +37,7 @@ def attach(
         integration.attach_trainer(tuners, trainer, total_steps)
         return
     earlier = {tuner.name: tuner.steps for tuner in tuners if tuner.steps and registry.get(tuner.method).needs_steps}
-    optimizer = find_optimizer(optimizer_or_trainer, tuners)
-    drive(tuners, optimizer, total_steps=total_steps)
+    optimizer = drive(tuners, optimizer_or_trainer, total_steps=total_steps)
     for tuner in tuners:
         if registry.get(tuner.method).needs_steps:
             carry(tuner, optimizer)  # a Trainer's checkpoints have a file for it

@@ -196,12 +196,16 @@ def _as_count(total: SupportsIndex) -> int:
 
 def drive(
     tuners: Sequence[Tuner],
-    optimizer: Optimizer,
+    candidate: object,
     *,
     total_steps: int | None,
     clock: Callable[[], int] | None = None,
-) -> None:
-    """Start the methods' training states and hook into ``optimizer``: all of ``tuners``, or none if one is refused."""
+) -> Optimizer:
+    """Start the methods' training states and hook into the optimizer that ``candidate`` is or wraps, which is returned.
+
+    All of ``tuners``, or none if one is refused.
+    """
+    optimizer = find_optimizer(candidate, tuners)
     for tuner in tuners:
         check_attachable(tuner, optimizer)
     totals = [agree_on_total(tuner, total_steps) for tuner in tuners]
@@ -218,6 +222,7 @@ def drive(
             optimizer.register_step_post_hook(_uncompiled(_after, driver)),
         )
         _links[tuner] = Link(ref(optimizer), handles)
+    return optimizer
 
 
 def _uncompiled(hook: Callable[..., Any], driver: Driver) -> Callable[..., Any]:

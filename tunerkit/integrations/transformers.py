@@ -57,7 +57,7 @@ class StepCallback(TrainerCallback):
         self.attached = list(tuners)
         self.total_steps = total_steps
         self.resumed: Path | None = None
-        self._drive: Callable[[Sequence[Tuner]], None] | None = None
+        self._drive: Callable[[Sequence[Tuner]], object] | None = None
 
     @property
     def tuners(self) -> list[Tuner]:
@@ -82,7 +82,6 @@ class StepCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        optimizer = steps.find_optimizer(kwargs["optimizer"], self.tuners)
         if self.total_steps is not None and self.total_steps != state.max_steps:
             raise StepError(
                 f"attach says total_steps={self.total_steps}, the trainer trains {state.max_steps} steps; "
@@ -94,7 +93,8 @@ class StepCallback(TrainerCallback):
             steps.detach(tuner)
         # global_step rises after the optimizer's step, and for skipped steps too: the schedule follows it.
         clock = functools.partial(_step_in_progress, state)
-        self._drive = functools.partial(steps.drive, optimizer=optimizer, total_steps=state.max_steps, clock=clock)
+        candidate = kwargs["optimizer"]
+        self._drive = functools.partial(steps.drive, candidate=candidate, total_steps=state.max_steps, clock=clock)
         self._drive(self.tuners)
         if self.resumed is not None:
             load_states(self.tuners, self.resumed)
