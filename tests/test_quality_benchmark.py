@@ -149,16 +149,19 @@ def test_pictures_are_stretched_and_scaled() -> None:
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_frozen_normalisation_keeps_its_statistics_in_training(frozen: bool) -> None:
-    """One that is trained moves them, and the rest is in training mode either way."""
+def test_normalisation_keeps_its_statistics_in_training(frozen: bool) -> None:
+    """Its weight may be trained or not, and the rest is in training mode."""
     norm = torch.nn.BatchNorm2d(2)
     backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), norm, torch.nn.Flatten(1))
     classifier = images.ImageClassifier(backbone.requires_grad_(not frozen))
     assert classifier.train() is classifier
     classifier(torch.randn(4, 3, 1, 1), torch.tensor([0, 1, 0, 1]))
     assert norm.running_mean is not None
-    assert torch.equal(norm.running_mean, torch.zeros(2)) == frozen
+    assert torch.equal(norm.running_mean, torch.zeros(2))
+    assert norm.running_var is not None
+    assert torch.equal(norm.running_var, torch.ones(2))
     assert classifier.training
+    assert norm.weight.requires_grad != frozen
     assert not classifier.eval().training
 
 
