@@ -102,16 +102,21 @@ def beside_table(rows: Rows, rank: int) -> list[str]:
 
 
 def reference_table(rows: Rows) -> list[str]:
-    """What else there is, on test rows: the head alone, all weights, and PEFT's AdaLoRA at its own best rate."""
+    """What else there is, on test rows, each at its best rate and over LoRA of rank 1 on the same seeds."""
     columns = {
         "head only": (methods.HEAD_ONLY, 0),
         "all weights": (methods.FULL, 0),
-        "PEFT's AdaLoRA, its best rate": (methods.PEFT_ADALORA, contest.LOWEST),
+        "PEFT's AdaLoRA": (methods.PEFT_ADALORA, contest.LOWEST),
     }
-    lines = [f"| task | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
+    names = [*columns, *(f"{name} − LoRA" for name in columns)]
+    lines = [f"| task | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
     for task in dict.fromkeys(row["task"] for row in rows.get("contest", ())):
-        cells = [cell_of(rows, task, method, rank) for method, rank in columns.values()]
-        lines.append(f"| {task} | {' | '.join(_shown(cell) if cell else '' for cell in cells)} |")
+        cells = [cell_of(rows, task, *column) for column in columns.values()]
+        if not any(cells):
+            continue
+        lora = cell_of(rows, task, methods.LORA, contest.LOWEST)
+        over = [told([paired(cell, lora)]) if cell and lora else "" for cell in cells]
+        lines.append(f"| {task} | {' | '.join([_shown(cell) if cell else '' for cell in cells] + over)} |")
     return lines
 
 
