@@ -179,11 +179,15 @@ def test_what_finds_the_rates_of_the_contest_is_asked_for(compared: dict[str, li
         ("adalora", 1),
         ("peft-adalora", 1),
     }
+    later = {(entry.method, entry.rank) for entry in contest.entries("amazon-3", has_headroom=False, later=True)}
+    assert later == {(method, rank) for method in ("lora", "adalora") for rank in (1, 8)}
     on_pictures = {entry.method for entry in contest.entries("fashion-10", has_headroom=True)}
     assert on_pictures == {"lora", "adalora", "head", "full"}
 
 
-def test_the_contest_is_told_by_task_and_over_all(compared: dict[str, list[store.Row]]) -> None:
+def test_the_contest_is_told_by_task_and_over_all(
+    compared: dict[str, list[store.Row]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Differences by seed at each method's best rate, at LoRA's, and PEFT's; what is not made stays empty."""
     gains = {("adalora", 4e-3): 0.02, ("adalora", 2e-3): 0.01, ("lora", 2e-3): 0.0, ("peft-adalora", 2e-3): -0.1}
     made = [
@@ -215,21 +219,29 @@ def test_the_contest_is_told_by_task_and_over_all(compared: dict[str, list[store
     fewer = [{**row, "task": "nyt-3"} for row in made if (row["method"], row["learning_rate"]) != ("adalora", 2e-3)]
     means = tables.compared_table({**more, "contest": [*made, *fewer]}, rank=1)[-1]
     assert "| +2.00 [+2.00, +2.00] | +1.00 [+1.00, +1.00] (1 of 2 tasks) |" in means
+    monkeypatch.setattr(tables, "LATER", ("nyt-3",))
+    two_means = tables.compared_table({**more, "contest": [*made, *fewer]}, rank=1)[-2:]
+    assert [line.split(" | ")[:5] for line in two_means] == [
+        ["| mean of tasks", "", "", "+2.00 [+2.00, +2.00]", "+1.00 [+1.00, +1.00]"],
+        ["| with those that came later", "", "", "+2.00 [+2.00, +2.00]", "+1.00 [+1.00, +1.00] (1 of 2 tasks)"],
+    ]
+    assert len(tables.compared_table({**more, "contest": [*made, *fewer]}, rank=8)) == 3
     beside = tables.beside_table({**compared, "contest": made}, rank=1)
     assert beside[2:] == ["| movie-2 | +2.00 | +0.00 | -10.0 | +0.0 | +2.0 |"]
     assert len(tables.beside_table({**compared, "contest": made}, rank=8)) == 2
     apart = [row for row in made if (row["method"] == "lora") == (row["seed"] == 10)]
     assert tables.compared_table({**compared, "contest": apart}, rank=1)[2].endswith("|  |  |  |  |")
-    assert len(tables.reference_table({**compared, "contest": made})) == 2
+    assert len(tables.reference_table({**compared, "contest": made})) == 3
 
 
 def test_what_else_there_is_stands_beside_lora_of_rank_1(compared: dict[str, list[store.Row]]) -> None:
-    """Over the seeds that both have, the second of which is a point better; a task without any has no line."""
-    peaks = {"head": 2e-2, "full": 8e-5}
+    """Over the seeds that both have, each a point above the one before; a task without any has no line."""
+    peaks = {("head", 0): 2e-2, ("full", 0): 8e-5, ("peft-adalora", 1): 4e-3}
     known = [
         row
-        for method, peak in peaks.items()
-        for row in searched(Run("movie-2", method, 0, 0.0, 0), peak, by_all_seeds=True)
+        for (method, rank), peak in peaks.items()
+        for task in ("movie-2", "nyt-3")
+        for row in searched(Run(task, method, rank, 0.0, 0), peak, by_all_seeds=True)
     ]
     made = [
         {
@@ -238,32 +250,26 @@ def test_what_else_there_is_stands_beside_lora_of_rank_1(compared: dict[str, lis
         }
         for task, method, rank, rate, accuracy, seeds in (
             ("movie-2", "lora", 1, 2e-3, 0.6, (1, 2, 3)),
+            ("movie-2", "lora", 8, 1e-3, 0.9, (1, 2, 3)),
             ("movie-2", "head", 0, 2e-2, 0.4, (1, 2)),
             ("movie-2", "full", 0, 8e-5, 0.7, (2, 3)),
+            ("movie-2", "peft-adalora", 1, 4e-3, 0.5, (3,)),
             ("nyt-3", "lora", 8, 1e-3, 0.6, (1, 2)),
+            ("nyt-3", "head", 0, 2e-2, 0.3, (1, 2)),
+            ("tweets-3", "lora", 8, 1e-3, 0.6, (1, 2)),
         )
         for seed in seeds
     ]
-    rows = {**compared, "rates": [*compared["rates"], *known], "contest": made}
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables.reference_table(rows)]
-    assert lines[0][1:] == [
-        "head only",
-        "all weights",
-        "PEFT's AdaLoRA",
-        "head only − LoRA",
-        "all weights − LoRA",
-        "PEFT's AdaLoRA − LoRA",
-    ]
+    table = tables.reference_table({**compared, "rates": [*compared["rates"], *known], "contest": made})
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    names = ["head alone", "all weights", "PEFT's AdaLoRA"]
+    assert lines[0][1:] == [*names, *(f"{name} − LoRA" for name in names)]
+    cells = ["41.50 ± 0.50 (0.02, 2)", "72.50 ± 0.50 (8e-05, 2)", "53.00 (0.004, 1)"]
+    over = ["-20.00 [-20.00, -20.00]", "+10.00 [+10.00, +10.00]"]
     assert lines[2:] == [
-        [
-            "movie-2",
-            "41.50 ± 0.50 (0.02, 2)",
-            "72.50 ± 0.50 (8e-05, 2)",
-            "",
-            "-20.00 [-20.00, -20.00]",
-            "+10.00 [+10.00, +10.00]",
-            "",
-        ]
+        ["movie-2", *cells, *over, "-10.00"],
+        ["nyt-3", "31.50 ± 0.50 (0.02, 2)", *[""] * 5],
+        ["mean of tasks", *[""] * 3, *(f"{each} (1 of 2 tasks)" for each in (*over, "-10.00"))],
     ]
 
 
@@ -317,6 +323,12 @@ def test_the_best_rate_is_chosen_by_mean_validation_accuracy() -> None:
     assert (cell.rate, cell.seeds) == (2e-3, (0, 1))
     assert cell.mean == pytest.approx(65)
     assert cell.error == pytest.approx(np.std([70, 60], ddof=1) / 2**0.5)
+
+
+def test_of_two_rates_that_are_as_good_the_lower_is_chosen() -> None:
+    """Whichever ran first, and however their means are rounded."""
+    higher, lower = [0.889, 0.893, 0.896], [0.8915, 0.8935, 0.893]
+    assert scores.best(rows("a", 0, 1e-2, higher) + rows("a", 0, 5e-3, lower)).rate == 5e-3
 
 
 def test_an_interval_draws_tasks_and_seeds() -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from benchmarks.quality import store
 from benchmarks.quality.ablation import SEEDS, ablation_table
 from benchmarks.quality.contest import LOWEST, USUAL
-from benchmarks.quality.grids import COMPARED, GRIDS, HEADROOM
+from benchmarks.quality.grids import COMPARED, GRIDS, HEADROOM, LATER
 from benchmarks.quality.methods import ADALORA, LORA, PEFT_LORA
 from benchmarks.quality.parity import losses
 from benchmarks.quality.plots import draw_map, draw_rates, draw_sizes
@@ -109,7 +109,7 @@ def plots(
     found = store.read_all(rows)
     pictures = {
         "sizes": draw_sizes(COMPARED, found),
-        f"rates-{LOWEST}": draw_rates(HEADROOM, found, rank=LOWEST),
+        f"rates-{LOWEST}": draw_rates((*HEADROOM, *LATER), found, rank=LOWEST),
         f"rates-{USUAL}": draw_rates(COMPARED, found, rank=USUAL),
     }
     firsts = {(row["task"], row["rank"]): row for row in reversed(found.get("contest", ())) if row["method"] == ADALORA}

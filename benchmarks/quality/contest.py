@@ -33,11 +33,15 @@ class Entry:
     seeds: tuple[int, ...]
 
 
-def entries(task: str, *, has_headroom: bool) -> Iterator[Entry]:
-    """What is compared on a task. PEFT's AdaLoRA knows no convolutions, so it is not there for pictures."""
-    if has_headroom:
+def entries(task: str, *, has_headroom: bool, later: bool = False) -> Iterator[Entry]:
+    """What is compared on a task. PEFT's AdaLoRA knows no convolutions, so it is not there for pictures.
+
+    ``later``: its headroom showed when the tasks had been fixed, so it has the two contenders alone at the lowest rank.
+    """
+    if has_headroom or later:
         yield Entry(methods.LORA, LOWEST, SEEDS)
         yield Entry(methods.ADALORA, LOWEST, SEEDS)
+    if has_headroom:
         if task not in PICTURES:
             yield Entry(methods.PEFT_ADALORA, LOWEST, FEW)
         yield Entry(methods.HEAD_ONLY, 0, FEW)
@@ -46,7 +50,9 @@ def entries(task: str, *, has_headroom: bool) -> Iterator[Entry]:
     yield Entry(methods.ADALORA, USUAL, USUAL_SEEDS)
 
 
-def contest(tasks: Sequence[str], headroom: Sequence[str], made: Callable[[Run], Sequence[Row]]) -> list[Run]:
+def contest(
+    tasks: Sequence[str], headroom: Sequence[str], later: Sequence[str], made: Callable[[Run], Sequence[Row]]
+) -> list[Run]:
     """The runs on test rows of every entry whose learning rate is known; ``made`` finds the rows that choose it.
 
     AdaLoRA and PEFT's also run at LoRA's rate, and LoRA at AdaLoRA's.
@@ -54,7 +60,7 @@ def contest(tasks: Sequence[str], headroom: Sequence[str], made: Callable[[Run],
     runs = []
     for task in tasks:
         known: dict[Entry, float] = {}
-        for entry in entries(task, has_headroom=task in headroom):
+        for entry in entries(task, has_headroom=task in headroom, later=task in later):
             run = Run(task, entry.method, entry.rank, 0.0, 0, tested=True)
             rate = rate_of(run, made(run), by_all_seeds=True)
             if rate is not None:

@@ -16,9 +16,12 @@ ENDS, BETWEEN = (1, 8), (2, 4, 16)
 # Fixed before any run of AdaLoRA on them as they are now: by three seeds of the grid headroom, rank 8 is a point or
 # more above rank 1.
 HEADROOM: tuple[str, ...] = ("fashion-10", "cifar-10", "nyt-3", "amazon-3/qv", "digits-10/pwl")
+# Its headroom showed with three seeds, run after that list had been fixed and the contest made: what stands at rank 1
+# runs on it too, and is told apart.
+LATER: tuple[str, ...] = ("amazon-3",)
 # The defaults were to be chosen on these and confirmed on the other two, which were looked at since (docs/quality.md).
 ABLATED: tuple[str, ...] = ("fashion-10", "cifar-10", "nyt-3")
-COMPARED: tuple[str, ...] = (*HEADROOM, "brown-tags", "wordnet-41", "movie-2", "amazon-3", "tweets-3", "digits-10")
+COMPARED: tuple[str, ...] = (*HEADROOM, "brown-tags", "wordnet-41", "movie-2", *LATER, "tweets-3", "digits-10")
 
 GENERATION_RATES = (1e-3, 4e-3)
 
@@ -59,7 +62,7 @@ def rates(rows: Rows) -> list[Run]:
     return [
         run
         for task in _fixed(COMPARED)
-        for entry in contest.entries(task, has_headroom=task in HEADROOM)
+        for entry in contest.entries(task, has_headroom=task in HEADROOM, later=task in LATER)
         for asked in [Run(task, entry.method, entry.rank, 0.0, 0)]
         for run in next_runs(asked, made_for(asked, rows), by_all_seeds=True)
     ]
@@ -67,7 +70,7 @@ def rates(rows: Rows) -> list[Run]:
 
 def contest_runs(rows: Rows) -> list[Run]:
     """The methods on test rows, each once its learning rate is known."""
-    return contest.contest(_fixed(COMPARED), HEADROOM, lambda run: made_for(run, rows))
+    return contest.contest(_fixed(COMPARED), HEADROOM, LATER, lambda run: made_for(run, rows))
 
 
 def generation(_: Rows) -> list[Run]:

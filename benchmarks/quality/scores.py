@@ -44,13 +44,14 @@ def percent_over(loss: float | None, other: float | None) -> float:
 
 
 def best(rows: Iterable[Row]) -> Cell:
-    """The validation accuracies at the rate that is best on average, of those with the most seeds."""
+    """The validation accuracies at the rate that is best on average, of those with the most seeds; ties go lowest."""
     by_rate: dict[float, dict[int, float]] = {}
     for row in rows:
         by_rate.setdefault(row["learning_rate"], {})[row["seed"]] = points_of(row)
     most = max(map(len, by_rate.values()))
-    whole = {rate: found for rate, found in by_rate.items() if len(found) == most}
-    return _cell(*max(whole.items(), key=lambda item: float(np.mean(list(item[1].values())))))
+    whole = {rate: found for rate, found in sorted(by_rate.items()) if len(found) == most}
+    # Rounded, so that two means of as many right answers are a tie however they add up.
+    return _cell(*max(whole.items(), key=lambda item: round(float(np.mean(list(item[1].values()))), 6)))
 
 
 def at_rate(rows: Iterable[Row], rate: float, part: str = "test") -> Cell | None:

@@ -1,18 +1,17 @@
 """Tables from rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from benchmarks.quality import contest, methods
-from benchmarks.quality.grids import BETWEEN, ENDS, Rows, rate_for
+from benchmarks.quality.grids import BETWEEN, ENDS, LATER, Rows, rate_for
 from benchmarks.quality.scores import Cell, Floats, at_rate, best, paired, percent_over, points_of, told
 from benchmarks.quality.store import Row
 
 HEADROOM = 1.0  # points between the ranks 1 and 8, below which a curve counts as flat
 _RANKS = sorted((*ENDS, *BETWEEN))
 _GRIDS = {"validation": "rates", "test": "contest"}  # whose rows are scored where
-_HEAD = 2  # lines of a table before its rows
 _LOSSES: tuple[Callable[[Row], float | None], ...] = (
     lambda row: row["test"]["loss"],
     lambda row: row["validation"]["loss"],
@@ -42,14 +41,15 @@ def headroom_table(rows: Sequence[Row]) -> list[str]:
                 shown += [f"{gain:+.2f}", "open"]
         else:
             shown += ["", ""]
-        lines.append(f"| {task} | {' | '.join(shown)} |")
+        lines.append(_line(task, *shown))
     return lines
 
 
 def compared_table(rows: Rows, rank: int, part: str = "test") -> list[str]:
     """AdaLoRA beside LoRA at one size, and their differences by seed with the interval of all tasks.
 
-    On test rows the runs are those of the contest, on validation rows those that found its learning rates.
+    On test rows the runs are those of the contest, on validation rows those that found its learning rates. At the
+    lowest rank, whose tasks had been fixed, a second mean counts those that came later too.
     """
     columns = (
         "AdaLoRA − LoRA, each at its own",
@@ -58,7 +58,7 @@ def compared_table(rows: Rows, rank: int, part: str = "test") -> list[str]:
         "PEFT's AdaLoRA − LoRA, both at LoRA's",
     )
     lines = [f"| task | LoRA (rate) | AdaLoRA (rate) | {' | '.join(columns)} |", f"|---|{'---:|' * 6}"]
-    found: list[list[Floats]] = [[] for _ in columns]
+    found: dict[str, list[Floats]] = {}
     for task in dict.fromkeys(row["task"] for row in rows.get(_GRIDS[part], ())):
         lora = cell_of(rows, task, methods.LORA, rank, part)
         ours = cell_of(rows, task, methods.ADALORA, rank, part)
@@ -70,17 +70,13 @@ def compared_table(rows: Rows, rank: int, part: str = "test") -> list[str]:
             (ours, cell_of(rows, task, methods.LORA, rank, part, rate=ours.rate)),
             (cell_of(rows, task, methods.PEFT_ADALORA, rank, part, rate=lora.rate), lora),
         )
-        shown = [_shown(lora), _shown(ours)]
-        for (top, bottom), differences in zip(pairs, found, strict=True):
-            # Empty if one has not been run yet, or with no seed that the other has.
-            over = [] if top is None or bottom is None else [paired(top, bottom)]
-            shown.append(told(over))
-            differences += over if shown[-1] else []
-        lines.append(f"| {task} | {' | '.join(shown)} |")
-    # A mean of fewer tasks than have a line says so: it must not be read beside that of all.
-    tasks = len(lines) - _HEAD
-    means = [told(each) + (f" ({len(each)} of {tasks} tasks)" if 0 < len(each) < tasks else "") for each in found]
-    return [*lines, f"| mean of tasks |  |  | {' | '.join(means)} |"]
+        found[task] = [_over(top, bottom) for top, bottom in pairs]
+        lines.append(_line(task, _shown(lora), _shown(ours), *(told([over]) for over in found[task])))
+    fixed = [over for task, over in found.items() if rank != contest.LOWEST or task not in LATER]
+    means = {"mean of tasks": fixed}
+    if len(fixed) < len(found):
+        means["with those that came later"] = [*found.values()]
+    return [*lines, *(_line(name, "", "", *_means(each, len(columns))) for name, each in means.items())]
 
 
 def beside_table(rows: Rows, rank: int) -> list[str]:
@@ -97,27 +93,28 @@ def beside_table(rows: Rows, rank: int) -> list[str]:
             for part in ("test", "validation")
         ]
         losses = [np.mean([percent_over(loss(own), loss(lora)) for own, lora in pairs]) for loss in _LOSSES]
-        lines.append(f"| {task} | {' | '.join([f'{x:+.2f}' for x in points] + [f'{x:+.1f}' for x in losses])} |")
+        lines.append(_line(task, *(f"{x:+.2f}" for x in points), *(f"{x:+.1f}" for x in losses)))
     return lines
 
 
 def reference_table(rows: Rows) -> list[str]:
     """What else there is, on test rows, each at its best rate and over LoRA of rank 1 on the same seeds."""
     columns = {
-        "head only": (methods.HEAD_ONLY, 0),
+        "head alone": (methods.HEAD_ONLY, 0),
         "all weights": (methods.FULL, 0),
         "PEFT's AdaLoRA": (methods.PEFT_ADALORA, contest.LOWEST),
     }
     names = [*columns, *(f"{name} − LoRA" for name in columns)]
     lines = [f"| task | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
+    found: list[list[Floats]] = []
     for task in dict.fromkeys(row["task"] for row in rows.get("contest", ())):
         cells = [cell_of(rows, task, *column) for column in columns.values()]
         if not any(cells):
             continue
         lora = cell_of(rows, task, methods.LORA, contest.LOWEST)
-        over = [told([paired(cell, lora)]) if cell and lora else "" for cell in cells]
-        lines.append(f"| {task} | {' | '.join([_shown(cell) if cell else '' for cell in cells] + over)} |")
-    return lines
+        found.append([_over(cell, lora) for cell in cells])
+        lines.append(_line(task, *(_shown(cell) for cell in cells), *(told([over]) for over in found[-1])))
+    return [*lines, _line("mean of tasks", *[""] * len(columns), *_means(found, len(columns)))]
 
 
 def generation_table(rows: Sequence[Row]) -> list[str]:
@@ -137,7 +134,7 @@ def generation_table(rows: Sequence[Row]) -> list[str]:
             losses = [row["test"]["loss"] for row in by_method[method]]
             loss = "" if None in losses else f"{np.mean(losses):.4f}"
             over = "" if lora is None or method == methods.LORA else told([paired(cell, lora)])
-            lines.append(f"| {rate:g} | {name} | {_mean(cell)} ({len(cell.seeds)}) | {loss} | {over} |")
+            lines.append(_line(f"{rate:g}", name, f"{_mean(cell)} ({len(cell.seeds)})", loss, over))
     return lines
 
 
@@ -163,8 +160,24 @@ def _at_its_rate(rows: Rows, task: str, method: str, rank: int) -> dict[int, Row
     }
 
 
-def _shown(cell: Cell) -> str:
-    return f"{_mean(cell)} ({cell.rate:g}, {len(cell.seeds)})"
+def _over(top: Cell | None, bottom: Cell | None) -> Floats:
+    """The differences by seed: empty if one has not been run yet, or with no seed that the other has."""
+    return np.array([]) if top is None or bottom is None else paired(top, bottom)
+
+
+def _means(by_task: Sequence[Sequence[Floats]], columns: int) -> Iterator[str]:
+    """Of each column over the tasks. One of fewer tasks than there are says so: it is not to be read beside theirs."""
+    for column in range(columns):
+        known = [over[column] for over in by_task if len(over[column])]
+        yield told(known) + (f" ({len(known)} of {len(by_task)} tasks)" if 0 < len(known) < len(by_task) else "")
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _shown(cell: Cell | None) -> str:
+    return "" if cell is None else f"{_mean(cell)} ({cell.rate:g}, {len(cell.seeds)})"
 
 
 def _mean(cell: Cell) -> str:
