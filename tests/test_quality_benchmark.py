@@ -17,20 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-for _module in (
-    "filelock",
-    "matplotlib",
-    "peft",
-    "PIL",
-    "timm",
-    "transformers",
-    "typer",
-    "rich",
-    "platformdirs",
-    "tunerkit_lora",
-    "tunerkit_adalora",
-):
-    pytest.importorskip(_module, reason=f"the benchmark needs {_module}")
+from tests.quality_needs import skip_without_what_quality_needs
+
+skip_without_what_quality_needs()
 
 from filelock import FileLock  # noqa: E402
 from PIL import Image  # noqa: E402

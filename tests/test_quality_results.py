@@ -9,20 +9,9 @@ import attrs
 import numpy as np
 import pytest
 
-for _module in (
-    "filelock",
-    "matplotlib",
-    "peft",
-    "PIL",
-    "timm",
-    "transformers",
-    "typer",
-    "rich",
-    "platformdirs",
-    "tunerkit_lora",
-    "tunerkit_adalora",
-):
-    pytest.importorskip(_module, reason=f"the benchmark needs {_module}")
+from tests.quality_needs import skip_without_what_quality_needs
+
+skip_without_what_quality_needs()
 
 from matplotlib.container import ErrorbarContainer  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402

@@ -1,6 +1,6 @@
 """The methods beside each other: each at the learning rate that is its best on validation rows, scored on test rows."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import attrs
 
@@ -50,17 +50,15 @@ def entries(task: str, *, has_headroom: bool, later: bool = False) -> Iterator[E
     yield Entry(methods.ADALORA, USUAL, USUAL_SEEDS)
 
 
-def contest(
-    tasks: Sequence[str], headroom: Sequence[str], later: Sequence[str], made: Callable[[Run], Sequence[Row]]
-) -> list[Run]:
-    """The runs on test rows of every entry whose learning rate is known; ``made`` finds the rows that choose it.
+def contest(compared: Mapping[str, Iterable[Entry]], made: Callable[[Run], Sequence[Row]]) -> list[Run]:
+    """The runs on test rows of each entry whose learning rate is known, by task; ``made`` finds the rows for that.
 
     AdaLoRA and PEFT's also run at LoRA's rate, and LoRA at AdaLoRA's.
     """
     runs = []
-    for task in tasks:
+    for task, found in compared.items():
         known: dict[Entry, float] = {}
-        for entry in entries(task, has_headroom=task in headroom, later=task in later):
+        for entry in found:
             run = Run(task, entry.method, entry.rank, 0.0, 0, tested=True)
             rate = rate_of(run, made(run), by_all_seeds=True)
             if rate is not None:

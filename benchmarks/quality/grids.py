@@ -61,8 +61,8 @@ def rates(rows: Rows) -> list[Run]:
     """What finds the learning rates of the contest, LoRA's too: those of its headroom are not all of fp32."""
     return [
         run
-        for task in _fixed(COMPARED)
-        for entry in contest.entries(task, has_headroom=task in HEADROOM, later=task in LATER)
+        for task, entries in _compared().items()
+        for entry in entries
         for asked in [Run(task, entry.method, entry.rank, 0.0, 0)]
         for run in next_runs(asked, made_for(asked, rows), by_all_seeds=True)
     ]
@@ -70,7 +70,7 @@ def rates(rows: Rows) -> list[Run]:
 
 def contest_runs(rows: Rows) -> list[Run]:
     """The methods on test rows, each once its learning rate is known."""
-    return contest.contest(_fixed(COMPARED), HEADROOM, LATER, lambda run: made_for(run, rows))
+    return contest.contest(_compared(), lambda run: made_for(run, rows))
 
 
 def generation(_: Rows) -> list[Run]:
@@ -93,6 +93,12 @@ def rate_for(task: str, method: str, rank: int, rows: Rows) -> float | None:
     """A method's best learning rate at a rank of a task; None while it is not known."""
     run = Run(task, method, rank, 0.0, 0)
     return rate_of(run, made_for(run, rows), by_all_seeds=True)
+
+
+def _compared() -> dict[str, list[contest.Entry]]:
+    return {
+        task: [*contest.entries(task, has_headroom=task in HEADROOM, later=task in LATER)] for task in _fixed(COMPARED)
+    }
 
 
 def _fixed(tasks: tuple[str, ...]) -> tuple[str, ...]:
