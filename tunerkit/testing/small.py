@@ -41,3 +41,25 @@ def step(model: nn.Module, optimizer: Optimizer, loss: Callable[[nn.Module], Ten
 def train(model: nn.Module, optimizer: Optimizer, steps: int) -> list[float]:
     """So many steps; their losses."""
     return [step(model, optimizer) for _ in range(steps)]
+
+
+def counted_net() -> nn.Sequential:
+    """A model whose weights are counted out and not drawn, so that every release of torch builds the same one.
+
+    The files in the plugins' fixtures were trained on it: (N, 6) to (N, 2).
+    """
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4), nn.Linear(4, 2))
+    for number, parameter in enumerate(model.parameters(), 1):
+        values = torch.arange(parameter.numel(), dtype=torch.float32).reshape(parameter.shape)
+        parameter.data = torch.sin(values * 0.37 + number)
+    return model
+
+
+def counted_inputs() -> Tensor:
+    """The batch that goes with `counted_net`, (5, 6)."""
+    return torch.cos(torch.arange(30, dtype=torch.float32).reshape(5, 6) * 0.71)
+
+
+def counted_loss(model: nn.Module) -> Tensor:
+    """The squared distance of the outputs from 1."""
+    return (model(counted_inputs()) - 1).square().mean()

@@ -1,0 +1,280 @@
+"""Measure the structure of a Python package from its source: imports, size, attribute look-ups, mutable state.
+
+    python scripts/structure.py              # the figures of this repository's core
+    python scripts/structure.py --edges      # and every import between packages
+    python scripts/structure.py path/to/tunerkit
+
+Every import counts, also those inside functions and those for type checkers alone. Nothing is imported or run.
+"""
+
+import argparse
+import ast
+import graphlib
+import io
+import tokenize
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+Graph = Mapping[str, frozenset[str]]
+
+CORE = Path(__file__).resolve().parents[1] / "tunerkit"
+# Parts that stand on top of the core, and whose lines are counted apart.
+OUTER = ("cli", "testing", "report", "integrations")
+LOOK_UPS = ("getattr", "hasattr")
+_MUTABLE_CALLS = ("dict", "list", "set", "defaultdict", "deque", "Counter", "Lock", "RLock")
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """One module: its dotted name, its syntax tree, whether it is a package's ``__init__``, and its text."""
+
+    name: str
+    tree: ast.Module
+    is_package: bool = False
+    text: str = ""
+
+    @property
+    def package(self) -> str:
+        """The package that relative imports start from."""
+        return self.name if self.is_package else self.name.rpartition(".")[0]
+
+
+Sources = Mapping[str, Source]
+
+
+def read(package: str, folder: Path) -> Iterator[Source]:
+    """Every module below ``folder``, which is imported as ``package``."""
+    for file in sorted(folder.rglob("*.py")):
+        parts = [package, *file.relative_to(folder).with_suffix("").parts]
+        is_package = parts[-1] == "__init__"
+        text = file.read_text(encoding="utf-8")
+        yield Source(".".join(parts[:-1] if is_package else parts), ast.parse(text), is_package, text)
+
+
+# --- Imports ----------------------------------------------------------------------------------------------------------
+
+
+def import_statements(tree: ast.Module, *, deep: bool) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The imports that run when the module is imported, or with ``deep`` all of them."""
+    for statement in ast.walk(tree) if deep else _run_at_import(tree.body):
+        if isinstance(statement, ast.Import | ast.ImportFrom):
+            yield statement
+
+
+def _run_at_import(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements that run at import: none in functions, none for type checkers alone."""
+    for statement in body:
+        yield statement
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(statement, ast.If) and ast.unparse(statement.test).endswith("TYPE_CHECKING"):
+            yield from _run_at_import(statement.orelse)
+            continue
+        for block in ("body", "orelse", "finalbody"):
+            yield from _run_at_import(getattr(statement, block, ()))
+        for handler in getattr(statement, "handlers", ()):
+            yield from _run_at_import(handler.body)
+
+
+def imported_names(source: Source, *, deep: bool) -> Iterator[tuple[str, str]]:
+    """(module, name) of each import, ``("a.b", "")`` for ``import a.b``; relative ones made absolute."""
+    for statement in import_statements(source.tree, deep=deep):
+        if isinstance(statement, ast.Import):
+            yield from ((alias.name, "") for alias in statement.names)
+        else:
+            yield from ((absolute(statement, source), alias.name) for alias in statement.names)
+
+
+def absolute(statement: ast.ImportFrom, source: Source) -> str:
+    """The module that a ``from … import`` reads."""
+    if not statement.level:
+        return statement.module or ""
+    parts = source.package.split(".")
+    parts = parts[: len(parts) - statement.level + 1]
+    return ".".join([*parts, statement.module] if statement.module else parts)
+
+
+def imported(source: Source, sources: Sources, *, deep: bool = False) -> frozenset[str]:
+    """The modules that ``source`` imports, each by the name that was written: a package, or a file in it."""
+    return frozenset(
+        f"{module}.{name}" if name and f"{module}.{name}" in sources else module
+        for module, name in imported_names(source, deep=deep)
+    )
+
+
+def defining(module: str, name: str, sources: Sources) -> str:
+    """The module that ``name`` comes from, looked for behind the ``__init__`` of a package."""
+    package = sources.get(module)
+    if package is None or not name:
+        return module
+    if package.is_package:
+        for statement in package.tree.body:
+            if isinstance(statement, ast.ImportFrom) and name in {a.asname or a.name for a in statement.names}:
+                original = next(a.name for a in statement.names if (a.asname or a.name) == name)
+                return defining(absolute(statement, package), original, sources)
+    return f"{module}.{name}" if f"{module}.{name}" in sources else module
+
+
+def defining_imports(source: Source, sources: Sources, *, deep: bool = False) -> frozenset[str]:
+    """The modules that ``source`` imports; a name taken from one of our packages counts as the file it stands in."""
+    return frozenset(defining(module, name, sources) for module, name in imported_names(source, deep=deep))
+
+
+def by_file(sources: Sources, *, deep: bool = True) -> Graph:
+    """The import graph with files as nodes, behind the packages' ``__init__``."""
+    return {
+        name: frozenset(m for m in defining_imports(source, sources, deep=deep) if m in sources and m != name)
+        for name, source in sources.items()
+        if not source.is_package or "." not in name
+    }
+
+
+def by_package(sources: Sources) -> Graph:
+    """The import graph with the packages and the lone files of the root as nodes; ``__init__`` is the root's own."""
+    graph: dict[str, set[str]] = {}
+    for name, source in sources.items():
+        node = node_of(name)
+        edges = graph.setdefault(node, set())
+        edges.update(node_of(module) for module in imported(source, sources, deep=True) if module in sources)
+    return {node: frozenset(edges - {node}) for node, edges in graph.items()}
+
+
+def node_of(module: str) -> str:
+    """The package of the core that a module lies in: ``tunerkit.steps.driver`` lies in ``steps``."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def cycle(graph: Graph) -> list[str]:
+    """The nodes of one import cycle, or nothing."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def levels(graph: Graph) -> int:
+    """The length of the longest chain of imports, in nodes; edges that close a cycle are left out."""
+    done: dict[str, int] = {}
+    on_the_way: set[str] = set()
+
+    def depth(node: str) -> int:
+        if node not in done:
+            on_the_way.add(node)
+            done[node] = 1 + max((depth(n) for n in graph.get(node, ()) if n not in on_the_way), default=0)
+            on_the_way.discard(node)
+        return done[node]
+
+    return max(map(depth, graph), default=0)
+
+
+# --- Size and habits --------------------------------------------------------------------------------------------------
+
+
+def code_lines(source: Source) -> int:
+    """Lines of code: without blank lines, comments and docstrings."""
+    shown = _docstring_lines(source.tree)
+    skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source.text).readline):
+        if token.type not in skipped:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    return len(lines - shown)
+
+
+def _docstring_lines(tree: ast.Module) -> set[int]:
+    found: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                found.update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+    return found
+
+
+def functions(source: Source) -> Iterator[tuple[int, str]]:
+    """(lines, name) of every function, docstring included."""
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield (node.end_lineno or node.lineno) - node.lineno + 1, f"{source.name}.{node.name}"
+
+
+def look_ups(source: Source) -> list[str]:
+    """Where attributes are looked up by ``getattr`` or ``hasattr``: ``"tunerkit.x:12"``."""
+    calls = (node for node in ast.walk(source.tree) if isinstance(node, ast.Call))
+    return [f"{source.name}:{call.lineno}" for call in calls if ast.unparse(call.func) in LOOK_UPS]
+
+
+def mutable_state(source: Source) -> list[str]:
+    """Names at module level whose value can change: containers, weak containers, locks, names declared ``global``.
+
+    ``Final`` and upper-case names of plain containers are taken for constants; a registry or a record is found by
+    being lower-case.
+    """
+    changed = {name for node in ast.walk(source.tree) if isinstance(node, ast.Global) for name in node.names}
+    found = []
+    for statement in source.tree.body:
+        if not isinstance(statement, ast.Assign | ast.AnnAssign) or statement.value is None:
+            continue
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        names = [target.id for target in targets if isinstance(target, ast.Name)]
+        if any(name in changed or _may_change(name, statement.value) for name in names):
+            found.append(f"{source.name}.{', '.join(names)}")
+    return found
+
+
+def _may_change(name: str, value: ast.expr) -> bool:
+    if name.startswith("__"):
+        return False
+    if isinstance(value, ast.List | ast.Dict | ast.Set | ast.ListComp | ast.DictComp | ast.SetComp):
+        return not name.isupper()
+    if not isinstance(value, ast.Call):
+        return False
+    called = ast.unparse(value.func).rpartition(".")[2].partition("[")[0]
+    return called.startswith("Weak") or called in _MUTABLE_CALLS or called in ("Registry", "_State", "Watch")
+
+
+# --- The report -------------------------------------------------------------------------------------------------------
+
+
+def figures(graph: Graph) -> str:
+    """``18 nodes, 12 levels, 69 edges, no cycle``."""
+    found = cycle(graph)
+    edges = sum(map(len, graph.values()))
+    ends = f"a cycle: {' -> '.join(found)}" if found else "no cycle"
+    return f"{len(graph)} nodes, {levels(graph)} levels, {edges} edges, {ends}"
+
+
+def report(folder: Path, *, edges: bool) -> Iterator[str]:
+    """The lines that the command prints."""
+    sources = {source.name: source for source in read(folder.name, folder)}
+    packages = by_package(sources)
+    yield f"imports by package: {figures(packages)}"
+    yield f"imports by file:    {figures(by_file(sources))}"
+    sizes = {name: code_lines(source) for name, source in sources.items()}
+    core = sum(size for name, size in sizes.items() if node_of(name) not in OUTER)
+    yield f"lines of code:      {core} in the core, {sum(sizes.values())} with {', '.join(OUTER)}"
+    longest = sorted((f for s in sources.values() for f in functions(s)), reverse=True)[:3]
+    yield f"longest functions:  {', '.join(f'{name} ({lines})' for lines, name in longest)}"
+    found = [place for source in sources.values() for place in look_ups(source)]
+    yield f"getattr, hasattr:   {len(found)}"
+    state = [place for source in sources.values() for place in mutable_state(source)]
+    yield f"mutable state:      {len(state)}: {', '.join(state)}"
+    if edges:
+        yield from (f"  {node} -> {', '.join(sorted(others)) or '-'}" for node, others in sorted(packages.items()))
+        yield from (f"  {place}" for place in found)
+
+
+def main() -> None:
+    """Print the figures of the folder that is named, or of the core."""
+    parser = argparse.ArgumentParser(description="Measure the structure of a package from its source.")
+    parser.add_argument("folder", type=Path, nargs="?", default=CORE, help="the package's folder (default: the core)")
+    parser.add_argument("--edges", action="store_true", help="list the imports between packages too")
+    arguments = parser.parse_args()
+    print("\n".join(report(arguments.folder.resolve(), edges=arguments.edges)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The public names: none is removed, and no parameter changes."""
+
+import importlib
+import inspect
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import tunerkit
+
+SNAPSHOT = Path(__file__).parent / "fixtures" / "public_api.json"
+# What this release has beyond the snapshot, which was taken at commit 9d060d1.
+ADDED: frozenset[str] = frozenset()
+MODULES = ("tunerkit.errors", "tunerkit.patterns")
+
+
+def parameters(function: object) -> Iterator[str]:
+    """Each parameter as ``kind name = default``; annotations may be spelt otherwise."""
+    if callable(function):
+        for parameter in inspect.signature(function).parameters.values():
+            default = "" if parameter.default is parameter.empty else f" = {_constant(parameter.default)}"
+            yield f"{parameter.kind.name} {parameter.name}{default}"
+
+
+def _constant(value: object) -> str:
+    # The repr of an object names its address.
+    return repr(value) if isinstance(value, str | int | float | tuple | None) else type(value).__name__
+
+
+def described(name: str, found: object) -> Iterator[str]:
+    """``name(parameters)`` for a function; for a class its constructor, methods, properties and fields as well."""
+    if not inspect.isclass(found):
+        yield f"{name}({', '.join(parameters(found))})"
+        return
+    if "__init__" in vars(found):
+        yield f"{name}({', '.join(parameters(found))})"
+    fields = [field.name for field in getattr(found, "__attrs_attrs__", ())]
+    for attribute in sorted({*vars(found), *fields}):
+        if not attribute.startswith("_"):
+            member = inspect.getattr_static(found, attribute, None)
+            member = member.__func__ if isinstance(member, classmethod | staticmethod) else member
+            arguments = f"({', '.join(parameters(member))})" if inspect.isfunction(member) else ""
+            yield f"{name}.{attribute}{arguments}"
+
+
+def public_api() -> list[str]:
+    """What a user may call, a line each."""
+    named = [(f"tunerkit.{name}", getattr(tunerkit, name)) for name in tunerkit.__all__]
+    for module in map(importlib.import_module, MODULES):
+        for name, found in vars(module).items():
+            if not name.startswith("_") and getattr(found, "__module__", None) == module.__name__:
+                named.append((f"{module.__name__}.{name}", found))
+    return sorted(line for name, found in named for line in described(name, found))
+
+
+def test_no_public_name_is_gone_and_no_parameter_changed() -> None:
+    """Everything in the snapshot is still there, with the same parameters; what is new is listed here."""
+    snapshot = set(json.loads(SNAPSHOT.read_text(encoding="utf-8")))
+    found = set(public_api())
+    assert sorted(snapshot - found) == []
+    assert sorted(found - snapshot) == sorted(ADDED)
+
+
+def test_names_that_plugins_import_keep_their_path() -> None:
+    """``tunerkit.patterns.lookup`` reads a mapping by target pattern; plugins import it from there."""
+    from tunerkit.patterns import lookup
+
+    assert lookup({"q_proj": 1}, "layers.0.q_proj", default=2) == 1
