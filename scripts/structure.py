@@ -96,24 +96,32 @@ def absolute(statement: ast.ImportFrom, source: Source) -> str:
 
 
 def imported(source: Source, sources: Sources, *, deep: bool = False) -> frozenset[str]:
-    """The modules that ``source`` imports, each by the name that was written: a package, or a file in it."""
+    """The modules that ``source`` imports, each by the name that was written: a package, or a file in it.
+
+    A name that the package's ``__init__`` offers is taken from the package, also where a file has the same name.
+    """
     return frozenset(
-        f"{module}.{name}" if name and f"{module}.{name}" in sources else module
+        f"{module}.{name}" if f"{module}.{name}" in sources and not _offers(sources.get(module), name) else module
         for module, name in imported_names(source, deep=deep)
     )
 
 
+def _offers(package: Source | None, name: str) -> bool:
+    statements = () if package is None else import_statements(package.tree, deep=False)
+    return any(name == (alias.asname or alias.name) for statement in statements for alias in statement.names)
+
+
 def defining(module: str, name: str, sources: Sources) -> str:
     """The module that ``name`` comes from, looked for behind the ``__init__`` of a package."""
+    if f"{module}.{name}" in sources:
+        return f"{module}.{name}"
     package = sources.get(module)
-    if package is None or not name:
-        return module
-    if package.is_package:
+    if package is not None and package.is_package:
         for statement in package.tree.body:
             if isinstance(statement, ast.ImportFrom) and name in {a.asname or a.name for a in statement.names}:
                 original = next(a.name for a in statement.names if (a.asname or a.name) == name)
                 return defining(absolute(statement, package), original, sources)
-    return f"{module}.{name}" if f"{module}.{name}" in sources else module
+    return module
 
 
 def defining_imports(source: Source, sources: Sources, *, deep: bool = False) -> frozenset[str]:

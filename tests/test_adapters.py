@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import tunerkit
-from tunerkit import steps
 from tunerkit.errors import AdapterError, StepError
-from tunerkit.slots import apply_slots, slots_of, walk
+from tunerkit.injection import slots_of, walk
+from tunerkit.injection.slots import apply_slots
+from tunerkit.steps import detach, drive
 
 if TYPE_CHECKING:
     from tests.conftest import Toys
@@ -643,12 +644,12 @@ def test_a_clock_numbers_the_steps_that_an_adapter_takes_part_in(toys: "Toys", o
     """Under a Trainer the number is its global step; a frozen adapter, or an inactive one, misses those in between."""
     model, tuners, _ = scaled(toys)
     for tuner in tuners:
-        steps.detach(tuner)
+        detach(tuner)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     optimizer.zero_grad()
     tunerkit.activate(model, ["a", "b"])
     now = [0]
-    steps.drive(tuners, optimizer, total_steps=None, clock=lambda: now[0])
+    drive(tuners, optimizer, total_steps=None, clock=lambda: now[0])
     for left_out in (False, True, False):
         now[0] += 1
         if out == "frozen":

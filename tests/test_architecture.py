@@ -1,50 +1,54 @@
 """The import graph and the cut between plugins, held to DESIGN's rules by reading the source."""
 
 import ast
-import graphlib
 import re
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import attrs
 import pytest
+
+from scripts.structure import (
+    Graph,
+    Source,
+    Sources,
+    by_package,
+    cycle,
+    defining_imports,
+    import_statements,
+    imported,
+    node_of,
+    read,
+)
 
 ROOT = Path(__file__).parents[1]
 CORE = "tunerkit"
 PACKAGES = {CORE: ROOT / CORE, **{path.name: path for path in sorted(ROOT.glob("plugins/*/tunerkit_*"))}}
 OPTIONAL = ("cli", "integrations", "report", "testing")  # these parts of core may need an extra
 TEST_FILES = sorted([*ROOT.glob("tests/**/test_*.py"), *ROOT.glob("plugins/*/tests/**/test_*.py")])
-PLUGGY = frozenset({"pluggy", "tunerkit._markers", "tunerkit.hookspecs", "tunerkit.registry"})
+PLUGGY = frozenset({"pluggy", "tunerkit.hooks.markers", "tunerkit.hooks.specs", "tunerkit.hooks.registry"})
 ARITHMETIC_MODULES = frozenset({"cmath", "math", "numpy", "operator", "statistics"})
 ARITHMETIC_BUILTINS = frozenset({"abs", "divmod", "pow", "round", "sum"})
 
-Graph = Mapping[str, frozenset[str]]
-
-
-@attrs.frozen(eq=False)
-class Source:
-    """One module: its dotted name, its syntax tree, and whether it is a package's ``__init__``."""
-
-    name: str
-    tree: ast.Module
-    is_package: bool = False
-
-    @property
-    def package(self) -> str:
-        return self.name if self.is_package else self.name.rpartition(".")[0]
-
-
-Sources = Mapping[str, Source]
-
-
-def read(package: str, folder: Path) -> Iterator[Source]:
-    for file in sorted(folder.rglob("*.py")):
-        parts = [package, *file.relative_to(folder).with_suffix("").parts]
-        is_package = parts[-1] == "__init__"
-        name = ".".join(parts[:-1] if is_package else parts)
-        yield Source(name, ast.parse(file.read_text(encoding="utf-8")), is_package)
+# The layout (DESIGN.md, section 6). Every import, lazy and typing-only ones included, goes to an earlier row, and
+# packages in one row never import each other.
+ROWS: tuple[tuple[str, ...], ...] = (
+    ("errors", "paths", "records"),
+    ("patterns", "config", "report"),
+    ("libraries",),
+    ("layers", "parallel"),
+    ("hooks", "targets"),
+    ("injection",),
+    ("steps",),
+    ("serialization",),
+    ("integrations",),
+    ("api",),
+    ("__init__",),
+    ("testing",),
+    ("cli",),
+    ("__main__",),
+)
 
 
 def sample(**texts: str) -> Sources:
@@ -53,70 +57,8 @@ def sample(**texts: str) -> Sources:
     return {name: Source(name, ast.parse(text), is_package="." not in name) for name, text in named.items()}
 
 
-def run_at_import(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements that run when the module is imported: none in functions, none for type checkers alone."""
-    for statement in body:
-        yield statement
-        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        if isinstance(statement, ast.If) and ast.unparse(statement.test).endswith("TYPE_CHECKING"):
-            yield from run_at_import(statement.orelse)
-            continue
-        for block in ("body", "orelse", "finalbody"):
-            yield from run_at_import(getattr(statement, block, ()))
-        for handler in getattr(statement, "handlers", ()):
-            yield from run_at_import(handler.body)
-
-
-def imported(source: Source, sources: Sources, *, deep: bool = False) -> frozenset[str]:
-    """The modules that ``source`` imports at module level, or with ``deep`` anywhere.
-
-    A name taken from one of our packages counts as the module that its ``__init__`` takes it from:
-    ``from tunerkit import Adapter`` imports ``tunerkit.adapter`` here.
-    """
-    statements = ast.walk(source.tree) if deep else run_at_import(source.tree.body)
-    found: set[str] = set()
-    for statement in statements:
-        if isinstance(statement, ast.Import):
-            found.update(alias.name for alias in statement.names)
-        elif isinstance(statement, ast.ImportFrom):
-            module = absolute(statement, source)
-            found.update(defining(module, alias.name, sources) for alias in statement.names)
-    return frozenset(found)
-
-
-def absolute(statement: ast.ImportFrom, source: Source) -> str:
-    if not statement.level:
-        return statement.module or ""
-    parts = source.package.split(".")
-    parts = parts[: len(parts) - statement.level + 1]
-    return ".".join([*parts, statement.module] if statement.module else parts)
-
-
-def defining(module: str, name: str, sources: Sources) -> str:
-    if f"{module}.{name}" in sources:
-        return f"{module}.{name}"
-    package = sources.get(module)
-    if package is None or not package.is_package:
-        return module
-    for statement in package.tree.body:
-        if isinstance(statement, ast.ImportFrom) and name in {a.asname or a.name for a in statement.names}:
-            original = next(a.name for a in statement.names if (a.asname or a.name) == name)
-            return defining(absolute(statement, package), original, sources)
-    return module
-
-
 def graph_of(sources: Sources) -> Graph:
-    return {name: imported(source, sources) for name, source in sources.items()}
-
-
-def cycle(graph: Graph) -> list[str]:
-    """The modules of one import cycle, or nothing."""
-    try:
-        graphlib.TopologicalSorter(graph).prepare()
-    except graphlib.CycleError as error:
-        return list(error.args[1])
-    return []
+    return {name: defining_imports(source, sources) for name, source in sources.items()}
 
 
 def reached(graph: Graph, start: str) -> set[str]:
@@ -130,6 +72,53 @@ def reached(graph: Graph, start: str) -> set[str]:
     return found
 
 
+def upward(sources: Sources, rows: tuple[tuple[str, ...], ...]) -> list[str]:
+    """Imports that go to a later row or to another package of the same row, and packages that stand in no row."""
+    row_of = {name: number for number, row in enumerate(rows) for name in row}
+    graph = by_package(sources)
+    problems = [f"{node} stands in no row" for node in graph if node not in row_of]
+    for node, others in graph.items():
+        problems += [
+            f"{node} imports {other}" for other in sorted(others) if row_of.get(other, len(rows)) >= row_of.get(node, 0)
+        ]
+    return problems
+
+
+def past_packages(sources: Sources, package: str) -> list[str]:
+    """Imports of a file inside one of the packages of ``package`` from outside it."""
+    return [
+        f"{name} imports {module}"
+        for name, source in sources.items()
+        for module in sorted(imported(source, sources, deep=True))
+        if module.startswith(f"{package}.") and module.count(".") > 1 and not _shares_package(name, module)
+    ]
+
+
+def _shares_package(name: str, module: str) -> bool:
+    return name.split(".")[:2] == module.split(".")[:2]
+
+
+def private_names(source: Source, library: str) -> list[str]:
+    """Private names of ``library`` that a module imports or looks up below one that it imports."""
+    bound = {}
+    for statement in import_statements(source.tree, deep=True):
+        for alias in statement.names:
+            origin = f"{statement.module}.{alias.name}" if isinstance(statement, ast.ImportFrom) else alias.name
+            name = alias.asname or (alias.name if isinstance(statement, ast.ImportFrom) else alias.name.split(".")[0])
+            bound[name] = origin
+    found = [origin for origin in bound.values() if belongs(origin, [library]) and _is_private(origin)]
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Attribute):
+            root, _, rest = ast.unparse(node).partition(".")
+            if belongs(bound.get(root, ""), [library]) and _is_private(rest):
+                found.append(f"{bound[root]}.{rest}")
+    return found
+
+
+def _is_private(path: str) -> bool:
+    return any(part.startswith("_") and not part.startswith("__") for part in path.split("."))
+
+
 def belongs(module: str, packages: Iterable[str]) -> bool:
     return any(module == package or module.startswith(f"{package}.") for package in packages)
 
@@ -141,7 +130,7 @@ def foreign_imports(sources: Sources, package: str, others: Iterable[str]) -> li
         f"{name} imports {module}"
         for name, source in sources.items()
         if belongs(name, [package])
-        for module in sorted(imported(source, sources, deep=True))
+        for module in sorted(defining_imports(source, sources, deep=True))
         if belongs(module, wanted)
     ]
 
@@ -208,7 +197,7 @@ def undeclared(sources: Sources, declared: frozenset[str]) -> list[str]:
         f"{name} imports {module}"
         for name, source in sources.items()
         if belongs(name, [CORE]) and not is_optional(name)
-        for module in sorted(imported(source, sources))
+        for module in sorted(defining_imports(source, sources))
         if module.partition(".")[0] not in allowed
     ]
 
@@ -233,7 +222,7 @@ def sources() -> Sources:
 
 def test_there_is_something_to_hold_to_the_rules(sources: Sources) -> None:
     """The laws below are about modules that exist: core's, and each plugin's ``plugin`` module."""
-    assert f"{CORE}.registry" in sources
+    assert f"{CORE}.hooks.registry" in sources
     assert all(f"{package}.plugin" in sources for package in PACKAGES if package != CORE)
     assert len(adapter_modules(sources)) > len(PACKAGES) - 1
 
@@ -241,6 +230,31 @@ def test_there_is_something_to_hold_to_the_rules(sources: Sources) -> None:
 def test_no_import_leads_back_to_where_it_came_from(sources: Sources) -> None:
     """The import graph of core and all plugins has no cycle at module level."""
     assert cycle(graph_of(sources)) == []
+
+
+def test_every_import_of_core_goes_to_an_earlier_row(sources: Sources) -> None:
+    """The layout is a stack: what stands lower knows nothing of what stands higher, not even lazily or for types."""
+    core = {name: source for name, source in sources.items() if belongs(name, [CORE])}
+    assert upward(core, ROWS) == []
+
+
+def test_files_inside_a_package_import_each_other_without_cycles(sources: Sources) -> None:
+    """Lazy and typing-only imports count here too."""
+    graph = {name: defining_imports(source, sources, deep=True) for name, source in sources.items()}
+    packages = {node_of(name) for name in sources if belongs(name, [CORE])}
+    for package in packages:
+        inside = {name for name in sources if belongs(name, [f"{CORE}.{package}"])}
+        files = {name: graph[name] & inside - {name} for name in inside if not sources[name].is_package}
+        assert cycle(files) == []
+
+
+def test_code_outside_a_package_imports_from_the_package(sources: Sources) -> None:
+    """A package's ``__init__`` is its face: its files may be split and renamed without anybody noticing."""
+    measured = "benchmarks.speed.alternatives"  # swaps parts of the fused product for others, to compare them
+    benchmarks = {s.name: s for s in read("benchmarks", ROOT / "benchmarks") if s.name != measured}
+    optional = tuple(f"{CORE}.{part}" for part in OPTIONAL)  # imported by file: each needs an extra of its own
+    found = past_packages({**sources, **benchmarks}, CORE)
+    assert [line for line in found if not belongs(line.rpartition(" ")[2], optional)] == []
 
 
 def test_core_imports_no_plugin(sources: Sources) -> None:
@@ -271,20 +285,20 @@ def test_plugin_modules_hold_no_arithmetic(sources: Sources) -> None:
 def test_only_plugin_modules_of_a_plugin_know_pluggy(sources: Sources) -> None:
     """The arithmetic of a method can be read, tested and used without the plugin machinery."""
     plugins = [name for name in sources if not belongs(name, [CORE]) and not name.endswith(".plugin")]
-    offenders = {name: imported(sources[name], sources, deep=True) & PLUGGY for name in plugins}
+    offenders = {name: defining_imports(sources[name], sources, deep=True) & PLUGGY for name in plugins}
     assert {name: found for name, found in offenders.items() if found} == {}
 
 
 def test_only_the_registry_and_what_it_is_made_of_import_pluggy(sources: Sources) -> None:
     """Everything else in core speaks to plugins through the registry."""
     users = {n for n, s in sources.items() if belongs(n, [CORE]) and "pluggy" in imported(s, sources, deep=True)}
-    assert users == {f"{CORE}._markers", f"{CORE}.admission", f"{CORE}.registry"}
+    assert users == {f"{CORE}.hooks.{name}" for name in ("markers", "validation", "registry")}
 
 
 def test_adapters_never_import_the_registry(sources: Sources) -> None:
     """Importing the module of an adapter leads to the registry by no way; only the way down is open."""
     graph = graph_of(sources)
-    assert [name for name in adapter_modules(sources) if f"{CORE}.registry" in reached(graph, name)] == []
+    assert [name for name in adapter_modules(sources) if f"{CORE}.hooks.registry" in reached(graph, name)] == []
 
 
 @pytest.mark.parametrize("file", TEST_FILES, ids=lambda file: str(file.relative_to(ROOT)))
@@ -317,6 +331,58 @@ def test_a_cycle_is_found_however_it_is_written(texts: dict[str, str]) -> None:
 def test_what_does_not_run_at_import_makes_no_cycle(text: str) -> None:
     """Imports inside functions and for type checkers don't count."""
     assert cycle(graph_of(sample(a="", a__b="import a.c", a__c=text))) == []
+
+
+PLANTED = {
+    "upward": "from tunerkit.high import thing",
+    "upward, by the file": "import tunerkit.high.file",
+    "upward, relative": "from ..high import thing",
+    "lazy": "def f():\n    from tunerkit.high import thing",
+    "typing-only": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from tunerkit.high import thing",
+    "through the package itself": "from tunerkit import high",
+    "the same row": "from tunerkit.beside import thing",
+    "the public face": "import tunerkit",
+}
+
+
+@pytest.mark.parametrize("text", PLANTED.values(), ids=PLANTED)
+def test_an_import_against_the_rule_is_found(text: str) -> None:
+    """Upward, lazy or typing-only, however it is written, and between packages of one row."""
+    rows = (("low", "beside"), ("high",), ("__init__",))
+    core = {
+        "tunerkit": Source("tunerkit", ast.parse("from tunerkit.high import thing"), is_package=True),
+        "tunerkit.beside": Source("tunerkit.beside", ast.parse(""), is_package=True),
+        "tunerkit.high": Source("tunerkit.high", ast.parse("from tunerkit.high.file import thing"), is_package=True),
+        "tunerkit.high.file": Source("tunerkit.high.file", ast.parse("from tunerkit.low import thing")),
+        "tunerkit.low": Source("tunerkit.low", ast.parse(""), is_package=True),
+        "tunerkit.low.file": Source("tunerkit.low.file", ast.parse("")),
+    }
+    assert upward(core, rows) == []
+    planted = {**core, "tunerkit.low.file": Source("tunerkit.low.file", ast.parse(text))}
+    assert len(upward(planted, rows)) == 1
+
+
+def test_a_package_without_a_row_is_found() -> None:
+    """A new package is placed in the table before it is used."""
+    assert upward(sample(tunerkit="", tunerkit__new=""), (("__init__",),)) == ["new stands in no row"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("from tunerkit.low.file import thing", ["tunerkit.high imports tunerkit.low.file"]),
+        ("def f():\n    import tunerkit.low.file", ["tunerkit.high imports tunerkit.low.file"]),
+        ("from tunerkit.low import file", ["tunerkit.high imports tunerkit.low.file"]),
+        ("from tunerkit.low import thing", []),
+        ("from tunerkit.high.file import thing", []),
+    ],
+)
+def test_an_import_past_a_package_s_face_is_found(text: str, found: list[str]) -> None:
+    """A file of another package, in whatever form; files of one's own package are fine."""
+    names = ("tunerkit.low", "tunerkit.low.file", "tunerkit.high.file")
+    core = {name: Source(name, ast.parse(""), is_package=name.count(".") == 1) for name in names}
+    core["tunerkit.high"] = Source("tunerkit.high", ast.parse(text), is_package=True)
+    assert past_packages(core, "tunerkit") == found
 
 
 @pytest.mark.parametrize("text", ["import other.x", "def f():\n    from other import x", "from other.x import y"])

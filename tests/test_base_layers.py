@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from tunerkit.attention_layer import AttentionLayer
-from tunerkit.base_layers import BaseLayer, Conv1DLayer, ConvLayer, EmbeddingLayer, LinearLayer
-from tunerkit.kinds import KINDS, describe
+from tunerkit.layers import KINDS, BaseLayer, describe
+from tunerkit.layers.attention import AttentionLayer
+from tunerkit.layers.convolution import ConvLayer
+from tunerkit.layers.embedding import EmbeddingLayer
+from tunerkit.layers.linear import Conv1DLayer, LinearLayer
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 MODES = ("zeros", "reflect", "replicate", "circular")

@@ -17,7 +17,8 @@ import yaml
 from hypothesis import Phase, example, find, given, settings
 from hypothesis import strategies as st
 
-from tunerkit.configs import AdapterConfig, check, setting, structure, unstructure
+from tunerkit.config import AdapterConfig, from_mapping, to_mapping
+from tunerkit.config.settings import check, setting
 from tunerkit.errors import ConfigError
 from tunerkit.testing.strategies import configs_of, values_of
 
@@ -66,10 +67,10 @@ def problems_of(build: Callable[[], object]) -> list[str]:
 @given(configs_of(Sample))
 def test_every_config_survives_json_and_yaml(config: Sample) -> None:
     """structure(unstructure(c)) == c, field by field and type by type, through both file formats."""
-    plain = unstructure(config)
+    plain = to_mapping(config)
     for again in (plain, json.loads(json.dumps(plain, allow_nan=False)), yaml.safe_load(yaml.safe_dump(plain))):
         assert again == plain
-        copied = structure(Sample, again)
+        copied = from_mapping(Sample, again)
         assert copied == config
         for name in FIELDS:
             assert type(getattr(copied, name)) is type(getattr(config, name))
@@ -79,7 +80,7 @@ def test_every_config_survives_json_and_yaml(config: Sample) -> None:
 def test_each_field_survives_the_round_trip_alone(data: st.DataObject, name: str) -> None:
     """A mapping of one key sets that field and leaves every other at its default."""
     value = data.draw(values_of(FIELDS[name]))
-    config = structure(Sample, json.loads(json.dumps({name: value})))
+    config = from_mapping(Sample, json.loads(json.dumps({name: value})))
     assert getattr(config, name) == value
     assert config == Sample(**{name: value})  # type: ignore[arg-type]
     assert attrs.evolve(config, **{name: getattr(Sample(), name)}) == Sample()
@@ -97,7 +98,7 @@ def is_plain(value: object) -> bool:
 @given(configs_of(Sample))
 def test_unstructured_configs_hold_only_json_types_and_every_setting(config: Sample) -> None:
     """Unstructure gives every field, in plain lists, dicts and scalars that are the config's no longer."""
-    plain = unstructure(config)
+    plain = to_mapping(config)
     assert is_plain(plain)
     assert list(plain) == list(FIELDS)
     before = copy.deepcopy(config)
@@ -110,7 +111,7 @@ def test_values_of_subclasses_are_stored_as_plain_values() -> None:
     """Enum members and NumPy floats are stored as the number or text they are, which YAML can write."""
     config = Sample(Size.BIG, np.float64(0.5), note=Colour.RED, targets=Colour.RED)
     assert (type(config.rank), type(config.alpha), type(config.note), type(config.targets)) == (int, float, str, str)
-    assert structure(Sample, yaml.safe_load(yaml.safe_dump(unstructure(config)))) == config
+    assert from_mapping(Sample, yaml.safe_load(yaml.safe_dump(to_mapping(config)))) == config
 
 
 def test_own_fields_are_positional_and_shared_ones_are_not() -> None:
@@ -147,7 +148,9 @@ def test_a_torch_dtype_is_stored_by_its_name(dtype: torch.dtype) -> None:
     """torch.bfloat16 and "bfloat16" are the same setting, in a call and in a mapping."""
     by_dtype: Any = dtype
     name: Any = str(dtype).split(".")[1]
-    assert Sample(adapter_dtype=by_dtype) == Sample(adapter_dtype=name) == structure(Sample, {"adapter_dtype": dtype})
+    assert (
+        Sample(adapter_dtype=by_dtype) == Sample(adapter_dtype=name) == from_mapping(Sample, {"adapter_dtype": dtype})
+    )
     assert Sample(adapter_dtype=by_dtype).adapter_dtype == name
 
 
@@ -202,7 +205,7 @@ def test_a_wrong_value_is_named_the_same_way_however_the_config_is_built(
 ) -> None:
     """A call and a mapping give the same one line: what is allowed, what was got, and where."""
     wrong: Any = {name: value}
-    assert problems_of(lambda: Sample(**wrong)) == problems_of(lambda: structure(Sample, wrong)) == [problem]
+    assert problems_of(lambda: Sample(**wrong)) == problems_of(lambda: from_mapping(Sample, wrong)) == [problem]
 
 
 KINDS: dict[str, st.SearchStrategy[Any]] = {
@@ -250,9 +253,9 @@ def test_no_field_takes_a_value_of_another_kind(name: str, kind: str, data: st.D
     if (name, kind) in SPECIAL:
         return
     if kind in TAKES[name]:
-        assert getattr(structure(Sample, {name: value}), name) == (tuple(value) if type(value) is list else value)
+        assert getattr(from_mapping(Sample, {name: value}), name) == (tuple(value) if type(value) is list else value)
     else:
-        lines = problems_of(lambda: structure(Sample, {name: value}))
+        lines = problems_of(lambda: from_mapping(Sample, {name: value}))
         assert lines
         assert all(re.search(rf" @ \$\.{name}(\[|$)", line) for line in lines)
 
@@ -338,14 +341,14 @@ def test_all_problems_are_named_at_once(chosen: set[int]) -> None:
     """However many fields are wrong, one error has one line for each, in the order of the fields."""
     by_name = {WRONG[index][0]: WRONG[index] for index in sorted(chosen)}
     wrong: Any = {name: value for name, value, _ in by_name.values()}
-    lines = problems_of(lambda: structure(Sample, wrong))
+    lines = problems_of(lambda: from_mapping(Sample, wrong))
     assert lines == [by_name[name][2] for name in FIELDS if name in by_name]
     assert problems_of(lambda: Sample(**wrong)) == lines
 
 
 def test_several_wrong_elements_of_one_list_are_all_named() -> None:
     """Each wrong element has its own line with its own index."""
-    assert problems_of(lambda: structure(Sample, {"groups": [["a", 1], 2, [3, 4.5]]})) == [
+    assert problems_of(lambda: from_mapping(Sample, {"groups": [["a", 1], 2, [3, 4.5]]})) == [
         "expected int, got str 'a' @ $.groups[0][0]",
         "expected list of int, got int 2 @ $.groups[1]",
         "expected int, got float 4.5 @ $.groups[2][1]",
@@ -356,7 +359,7 @@ def test_checks_across_fields_come_after_the_checks_of_each() -> None:
     """problems() is asked only when every field is right, for it may compute with them."""
     late = "expected t_init <= total_steps, got 9 > 5 @ $.t_init"
     assert problems_of(lambda: Sample(t_init=9, total_steps=5)) == [late]
-    assert problems_of(lambda: structure(Sample, {"t_init": 9, "total_steps": 5})) == [late]
+    assert problems_of(lambda: from_mapping(Sample, {"t_init": 9, "total_steps": 5})) == [late]
     wrong: Any = "9"
     assert problems_of(lambda: Sample(t_init=wrong, total_steps=5)) == ["expected int or float, got str '9' @ $.t_init"]
     assert problems_of(lambda: Sample(0, t_init=9, total_steps=5)) == ["expected >= 1, got 0 @ $.rank"]
@@ -369,7 +372,7 @@ def test_an_evolved_config_is_checked_again() -> None:
 
 def test_unknown_keys_are_refused_with_the_closest_names() -> None:
     """A mistyped key is named with the key that was meant, beside every other problem."""
-    lines = problems_of(lambda: structure(Sample, {"rnak": 4, "zzzzzz": 1, 3: 4, "alpha": "x"}))
+    lines = problems_of(lambda: from_mapping(Sample, {"rnak": 4, "zzzzzz": 1, 3: 4, "alpha": "x"}))
     assert lines == [
         "unknown key 'rnak'; did you mean 'rank' or 'ranks'? @ $.rnak",
         f"unknown key 'zzzzzz'; known are {', '.join(FIELDS)} @ $.zzzzzz",
@@ -381,26 +384,26 @@ def test_unknown_keys_are_refused_with_the_closest_names() -> None:
 @given(st.text().filter(lambda key: key not in FIELDS))
 def test_no_unknown_key_is_ignored(key: str) -> None:
     """Every key that is no setting is an error."""
-    assert len(problems_of(lambda: structure(Sample, {"rank": 4, key: 1}))) == 1
+    assert len(problems_of(lambda: from_mapping(Sample, {"rank": 4, key: 1}))) == 1
 
 
 @pytest.mark.parametrize("key", [1, None, 1.5, True, ("rank",), b"rank"])
 def test_keys_that_are_no_text_are_refused(key: object) -> None:
     """YAML allows any key; a config has names."""
-    assert problems_of(lambda: structure(Sample, {key: 1}))[0].startswith("expected str keys, got ")
+    assert problems_of(lambda: from_mapping(Sample, {key: 1}))[0].startswith("expected str keys, got ")
 
 
 @pytest.mark.parametrize("other", [[1], [], (), "rank", "", 1, None, True, {"rank"}, [("rank", 4)], Sample])
 def test_what_is_no_mapping_is_refused(other: object) -> None:
     """[1] and None do not become a default config."""
-    (line,) = problems_of(lambda: structure(Sample, other))
+    (line,) = problems_of(lambda: from_mapping(Sample, other))
     assert line.startswith("expected a mapping of settings, got ")
     assert line.endswith(" @ $")
 
 
 def test_an_empty_mapping_is_the_default_config() -> None:
     """Every setting of Sample has a default."""
-    assert structure(Sample, {}) == Sample()
+    assert from_mapping(Sample, {}) == Sample()
 
 
 def test_a_setting_without_a_default_must_be_given() -> None:
@@ -410,8 +413,8 @@ def test_a_setting_without_a_default_must_be_given() -> None:
     class Needy(AdapterConfig):
         task: str = setting(doc="No default fits.")
 
-    assert structure(Needy, {"task": "x"}) == Needy("x")
-    assert problems_of(lambda: structure(Needy, {"layers": 1})) == [
+    assert from_mapping(Needy, {"task": "x"}) == Needy("x")
+    assert problems_of(lambda: from_mapping(Needy, {"layers": 1})) == [
         "missing, and it has no default @ $.task",
         "expected list of int or None, got int 1 @ $.layers",
     ]
@@ -430,7 +433,7 @@ def test_scientific_notation_that_yaml_reads_as_text_gets_a_hint(text: str, name
         assert loaded == float(text)
         return
     value = [loaded, 0.5] if name == "betas" else loaded
-    (line,) = problems_of(lambda: structure(Sample, {name: value}))
+    (line,) = problems_of(lambda: from_mapping(Sample, {name: value}))
     hint = re.search(r"\(YAML reads this as text: write (.*)\) @ ", line)
     assert hint is not None
     assert yaml.safe_load(hint[1]) == float(text)
@@ -438,15 +441,15 @@ def test_scientific_notation_that_yaml_reads_as_text_gets_a_hint(text: str, name
 
 def test_ints_and_texts_get_no_hint_about_floats() -> None:
     """The hint appears only where a float would be right."""
-    assert problems_of(lambda: structure(Sample, {"rank": "1e3"})) == ["expected int, got str '1e3' @ $.rank"]
-    assert problems_of(lambda: structure(Sample, {"alpha": "e3"})) == ["expected float, got str 'e3' @ $.alpha"]
-    assert structure(Sample, {"note": "1e3"}).note == "1e3"
+    assert problems_of(lambda: from_mapping(Sample, {"rank": "1e3"})) == ["expected int, got str '1e3' @ $.rank"]
+    assert problems_of(lambda: from_mapping(Sample, {"alpha": "e3"})) == ["expected float, got str 'e3' @ $.alpha"]
+    assert from_mapping(Sample, {"note": "1e3"}).note == "1e3"
 
 
 def test_a_name_of_usual_length_is_shown_whole() -> None:
     """A path or a module's name in an error is not cut: one has to recognise it."""
     name = "model.encoder.layers.11.self_attn.q_proj"
-    assert problems_of(lambda: structure(Sample, {"exclude": name})) == [
+    assert problems_of(lambda: from_mapping(Sample, {"exclude": name})) == [
         f"expected list of str, got str {name!r} @ $.exclude"
     ]
 
@@ -455,7 +458,7 @@ def test_long_and_odd_values_are_shown_short_and_on_one_line() -> None:
     """An error stays readable when somebody passes a tensor, a page of text or an array."""
     for value in (torch.zeros(40, 40), np.zeros((40, 40)), "x\n" * 5000, list(range(9999)), object()):
         for name in ("rank", "bias", "total_steps", "groups"):
-            for line in problems_of(lambda name=name, value=value: structure(Sample, {name: value})):  # type: ignore[misc]
+            for line in problems_of(lambda name=name, value=value: from_mapping(Sample, {name: value})):  # type: ignore[misc]
                 assert len(line) < 200
                 assert "\n" not in line
 
@@ -468,7 +471,7 @@ def test_a_literal_tells_ints_from_bools() -> None:
         one: Literal[1] = setting(1, doc="The int.")
         yes: Literal[True] = setting(True, doc="The bool.")
 
-    assert problems_of(lambda: structure(Exact, {"one": True, "yes": 1})) == [
+    assert problems_of(lambda: from_mapping(Exact, {"one": True, "yes": 1})) == [
         "expected 1, got bool True @ $.one",
         "expected True, got int 1 @ $.yes",
     ]
@@ -484,7 +487,7 @@ def test_a_mistyped_choice_is_told_the_closest() -> None:
 
     for value, hint in (("adaptors", "; did you mean 'adapters'?"), ("none of it", "")):
         for name in ("which", "perhaps"):
-            (problem,) = problems_of(lambda name=name, value=value: structure(Choosing, {name: value}))  # type: ignore[misc]
+            (problem,) = problems_of(lambda name=name, value=value: from_mapping(Choosing, {name: value}))  # type: ignore[misc]
             assert problem.endswith(f"got str {value!r}{hint} @ $.{name}")
 
 
@@ -519,7 +522,7 @@ def test_a_converter_that_fails_is_a_problem_with_a_path() -> None:
     wrong: Any = "x"
     assert Halved(3.0).half == 1.5
     assert problems_of(lambda: Halved(wrong))[0].endswith("@ $.half")
-    assert problems_of(lambda: structure(Halved, {"half": wrong, "layers": 1}))[0].startswith("expected list of int")
+    assert problems_of(lambda: from_mapping(Halved, {"half": wrong, "layers": 1}))[0].startswith("expected list of int")
 
 
 def test_configs_are_frozen() -> None:
@@ -553,7 +556,7 @@ def test_the_base_config_is_abstract() -> None:
     with pytest.raises(TypeError, match="AdapterConfig is abstract: build the config of a method"):
         AdapterConfig()
     with pytest.raises(TypeError, match="AdapterConfig is abstract"):
-        structure(AdapterConfig, {})
+        from_mapping(AdapterConfig, {})
 
 
 def test_what_is_no_config_class_is_refused_in_words() -> None:
@@ -561,10 +564,10 @@ def test_what_is_no_config_class_is_refused_in_words() -> None:
     wrong: Any
     for wrong in (int, dict, Sample()):
         with pytest.raises(TypeError, match=r"derived from tunerkit\.AdapterConfig, got "):
-            structure(wrong, {})
+            from_mapping(wrong, {})
     for wrong in ({}, None, Sample):
         with pytest.raises(TypeError, match=r"derived from tunerkit\.AdapterConfig, got "):
-            unstructure(wrong)
+            to_mapping(wrong)
 
 
 def test_a_derived_class_that_is_no_attrs_class_is_refused() -> None:
@@ -617,8 +620,8 @@ def test_annotations_written_as_text_are_resolved() -> None:
     class Postponed(AdapterConfig):
         value: "int | None" = setting(0, doc="Postponed.")  # noqa: RUF009 (an attrs field)
 
-    assert structure(Postponed, {"value": None}).value is None
-    assert problems_of(lambda: structure(Postponed, {"value": "1"})) == [
+    assert from_mapping(Postponed, {"value": None}).value is None
+    assert problems_of(lambda: from_mapping(Postponed, {"value": "1"})) == [
         "expected int or None, got str '1' @ $.value",
     ]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import attrs
 import pytest
 
-from tunerkit.configs import AdapterConfig
-from tunerkit.header import Header
+from tunerkit.config import AdapterConfig
+from tunerkit.serialization.header import Header
 
 DOCS = Path(__file__).parents[1] / "docs"
 METHODS = {"LoraConfig": "tunerkit_lora", "AdaLoraConfig": "tunerkit_adalora"}

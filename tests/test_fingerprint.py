@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tunerkit
-from tunerkit.fingerprint import SAMPLES, differences, fingerprint
+from tunerkit.serialization.fingerprint import SAMPLES, differences, fingerprint
 
 if TYPE_CHECKING:
     from tests.conftest import Toys

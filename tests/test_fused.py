@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import tunerkit
-from tunerkit import fused
-from tunerkit.fused import mark_fresh, plain_form
-from tunerkit.kinds import describe
-from tunerkit.lowrank import add_low_rank
-from tunerkit.slots import Slot, Slots, apply_slots
+from tunerkit.injection.slots import Slot, Slots, apply_slots
+from tunerkit.layers import describe, fused
+from tunerkit.layers.fused import mark_fresh, plain_form
+from tunerkit.layers.low_rank import add_low_rank
 from tunerkit.testing.counting import Counting
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import types
 import pluggy
 import pytest
 
-from tunerkit import hookspecs
-from tunerkit._markers import PROJECT
+from tunerkit.hooks import specs as hookspecs
+from tunerkit.hooks.markers import PROJECT
 
 _manager = pluggy.PluginManager(PROJECT)
 _manager.add_hookspecs(hookspecs)

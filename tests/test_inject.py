@@ -11,8 +11,8 @@ from torch import nn
 
 import tunerkit
 from tunerkit.errors import AdapterError
-from tunerkit.inject import is_adapter_path
-from tunerkit.tuner import tuners_of
+from tunerkit.injection import tuners_of
+from tunerkit.paths import is_adapter_path
 
 if TYPE_CHECKING:
     from tests.conftest import Toys

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import tunerkit
-from tunerkit import registry, steps
+from tunerkit.hooks import registry
+from tunerkit.steps import is_attached
 
 pytest.importorskip("transformers", reason="the Trainer is transformers'")
 pytest.importorskip("accelerate", reason="the Trainer needs it")
@@ -175,7 +176,7 @@ def test_a_disagreeing_total_is_refused_before_any_step(place: str, tmp_path: Pa
     with pytest.raises(tunerkit.StepError, match=r"total_steps=7.* 6\b"):
         trainer.train()
     assert tunerkit.tuner(model).steps == 0
-    assert not steps.is_attached(tunerkit.tuner(model))
+    assert not is_attached(tunerkit.tuner(model))
 
 
 def test_a_trainer_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -207,7 +208,7 @@ def test_the_end_of_training_detaches(tmp_path: Path) -> None:
     trainer = trainer_of(model, tmp_path)
     tunerkit.attach(model, trainer)
     trainer.train()
-    assert not steps.is_attached(tunerkit.tuner(model))
+    assert not is_attached(tunerkit.tuner(model))
     assert trainer.optimizer is not None
     trainer.optimizer.step()
     assert tunerkit.tuner(model).steps == 6
@@ -280,7 +281,7 @@ def test_a_trainers_optimizer_that_wraps_one_with_a_state_of_its_own_is_refused(
     tunerkit.attach(model, trainer)
     with pytest.raises(tunerkit.StepError, match=r"SGD has a state of its own beside that of SGD"):
         trainer.train()
-    assert not steps.is_attached(tunerkit.tuner(model))
+    assert not is_attached(tunerkit.tuner(model))
 
 
 def test_an_adapter_attached_while_the_trainer_trains_is_driven_from_there_on(tmp_path: Path) -> None:

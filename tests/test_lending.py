@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import tunerkit
-from tunerkit import lending
-from tunerkit.attention_layer import AttentionLayer
 from tunerkit.errors import AdapterError, PluginError, TargetError, TunerkitWarning
-from tunerkit.fingerprint import fingerprint
-from tunerkit.inject import eject_
-from tunerkit.kinds import describe
+from tunerkit.injection import eject_
+from tunerkit.injection.weight_override import give_back, lend
+from tunerkit.layers import describe
+from tunerkit.layers.attention import AttentionLayer
+from tunerkit.serialization.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from tests.conftest import Toys
@@ -104,8 +104,8 @@ def lent(model: nn.Module) -> list[str]:
 
 
 def our_hooks(model: nn.Module) -> int:
-    return sum(h is lending.lend for m in model.modules() for h in m._forward_pre_hooks.values()) + sum(
-        h is lending.give_back for m in model.modules() for h in m._forward_hooks.values()
+    return sum(h is lend for m in model.modules() for h in m._forward_pre_hooks.values()) + sum(
+        h is give_back for m in model.modules() for h in m._forward_hooks.values()
     )
 
 

@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tunerkit.base_layers import BaseLayer
 from tunerkit.errors import AdapterError
-from tunerkit.kinds import describe
-from tunerkit.lowrank import add_low_rank, low_rank_delta
+from tunerkit.layers import BaseLayer, describe
+from tunerkit.layers.low_rank import add_low_rank, low_rank_delta
 
 LAYERS = ("linear", "conv1d", "conv2d", "conv3d", "embedding", "transposed", "scaled")
 FLOATING = ("linear", "conv1d", "conv2d", "conv3d", "transposed")

@@ -12,7 +12,7 @@ from torch import nn
 
 import tunerkit
 from tunerkit.errors import AdapterError, PluginError, StepError
-from tunerkit.merge import is_merged
+from tunerkit.injection import is_merged
 
 if TYPE_CHECKING:
     from tests.conftest import Toys

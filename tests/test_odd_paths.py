@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tunerkit
 from tunerkit.errors import StepError, TargetError
-from tunerkit.slots import walk
+from tunerkit.injection import walk
 
 if TYPE_CHECKING:
     from tests.conftest import Toys

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit import offloading
 from tunerkit.errors import AdapterError, StepError, TargetError
-from tunerkit.fused import plain_form
-from tunerkit.kinds import describe
+from tunerkit.layers import describe, plain_form
+from tunerkit.libraries import duplicate, execution_device
 
 if TYPE_CHECKING:
     from tests.conftest import Toys
@@ -153,7 +152,7 @@ def test_a_trained_copy_does_not_carry_the_weights_of_the_model(tmp_path: Path) 
     model = nn.ModuleDict({"head": nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 6))})
     model.get_submodule("head.1").weight = model.get_submodule("head.2").weight
     head: Any = in_memory(model, tmp_path).get_submodule("head")
-    twin: Any = offloading.duplicate(head, {})
+    twin: Any = duplicate(head, {})
     assert not any(p.is_meta for p in twin.parameters())
     assert twin[1].weight is twin[2].weight
     assert all(part._hf_hook.weights_map is None for part in twin)
@@ -215,8 +214,8 @@ def test_the_adapter_is_built_where_the_hook_runs_the_module(toys: "Toys") -> No
     tunerkit.wrap(model, "toy-low-rank", {"targets": ["conv", "layers.0"]})
     devices = [{p.device.type for p in a.parameters()} for a in tunerkit.tuner(model).adapters().values()]
     assert devices == [{"cpu"}, {"meta"}]
-    assert offloading.execution_device(model.layers[0]) == torch.device("meta")
-    assert offloading.execution_device(model.conv) is None
+    assert execution_device(model.layers[0]) == torch.device("meta")
+    assert execution_device(model.conv) is None
 
 
 def _own(module: nn.Linear) -> None:

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tunerkit import registry
-from tunerkit._markers import hookimpl
-from tunerkit.configs import AdapterConfig
+from tunerkit.config import AdapterConfig
 from tunerkit.errors import PluginError, TunerkitWarning, UnknownMethodError
+from tunerkit.hooks import registry
+from tunerkit.hooks.markers import hookimpl
+from tunerkit.hooks.registry import Registry
 from tunerkit.records import Method
-from tunerkit.registry import Registry
 
 # A plugin that owns the methods listed and answers with its own name, so that a test sees who was asked.
 GOOD = """

@@ -30,8 +30,8 @@ from benchmarks.speed.settings import Settings, Size, read_sizes  # noqa: E402
 from benchmarks.speed.storages import held_bytes, peak_bytes  # noqa: E402
 from benchmarks.speed.tables import Row, to_json, to_markdown  # noqa: E402
 from benchmarks.speed.timing import Call, interleave, orders  # noqa: E402
-from tunerkit import lowrank  # noqa: E402
-from tunerkit.fused import _FusedLowRank, add_fused  # noqa: E402
+from tunerkit.layers import low_rank as lowrank  # noqa: E402
+from tunerkit.layers.fused import _FusedLowRank, add_fused  # noqa: E402
 from tunerkit_adalora.schedule import plan  # noqa: E402
 
 CPU = torch.device("cpu")

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit import registry, steps
-from tunerkit.tuner import tuners_of
+from tunerkit.hooks import registry
+from tunerkit.injection import tuners_of
+from tunerkit.steps import drive, is_attached, optimizer_of
 
 
 @attrs.frozen
@@ -276,7 +277,7 @@ def test_a_wrapper_with_a_state_of_its_own_is_refused_where_steps_count() -> Non
     outer = Averaging(inner)
     with pytest.raises(tunerkit.StepError, match=r"Averaging has a state of its own beside that of SGD.*SGD alone"):
         tunerkit.attach(model, outer, total_steps=9)
-    assert not steps.is_attached(tunerkit.tuner(model))
+    assert not is_attached(tunerkit.tuner(model))
     tunerkit.attach(model, inner, total_steps=9)
 
 
@@ -336,7 +337,7 @@ def test_a_clock_of_its_own_numbers_the_steps() -> None:
     model = wrapped()
     optimizer = sgd(model)
     numbers = iter([1, 1, 4, 4])
-    steps.drive([tunerkit.tuner(model)], optimizer, total_steps=9, clock=lambda: next(numbers))
+    drive([tunerkit.tuner(model)], optimizer, total_steps=9, clock=lambda: next(numbers))
     for expected in (1, 4):
         backward(model)
         # before, then after: each asks the clock once.
@@ -375,10 +376,10 @@ def test_steps_count_optimizer_steps_for_any_accumulation(micro: list[int], name
 
 def refusal(model: nn.Module, *args: Any, **kwargs: Any) -> str:
     """The words of a refused attachment, after which the model is as unattached as before."""
-    before = {name: (t.state, t.steps, t.total_steps, steps.is_attached(t)) for name, t in tuners(model).items()}
+    before = {name: (t.state, t.steps, t.total_steps, is_attached(t)) for name, t in tuners(model).items()}
     with pytest.raises(tunerkit.StepError) as caught:
         tunerkit.attach(model, *args, **kwargs)
-    assert {n: (t.state, t.steps, t.total_steps, steps.is_attached(t)) for n, t in tuners(model).items()} == before
+    assert {n: (t.state, t.steps, t.total_steps, is_attached(t)) for n, t in tuners(model).items()} == before
     return str(caught.value)
 
 
@@ -555,7 +556,7 @@ def test_one_call_attaches_all_adapters_and_a_name_only_one() -> None:
     model = wrapped("plain", "other", wrapped())
     optimizer = sgd(model)
     tunerkit.attach(model, optimizer, total_steps=5, adapter="other")
-    assert [steps.is_attached(tuner) for tuner in tuners(model).values()] == [False, True]
+    assert [is_attached(tuner) for tuner in tuners(model).values()] == [False, True]
     tunerkit.attach(model, optimizer, total_steps=5, adapter="default")
     both = wrapped("plain", "other", wrapped())
     optimizer = sgd(both)
@@ -578,7 +579,7 @@ def test_attach_changes_nothing_when_one_of_several_adapters_is_refused(reason: 
         tunerkit.attach(model, another, total_steps=5, adapter="second")
     with pytest.raises((tunerkit.StepError, tunerkit.ConfigError)):
         tunerkit.attach(model, optimizer, total_steps=5)
-    assert not steps.is_attached(first)
+    assert not is_attached(first)
     assert (first.state, first.total_steps) == (None, None)
     for parameter in trained(model):
         parameter.grad = torch.ones_like(parameter)
@@ -623,7 +624,7 @@ def test_a_frozen_adapter_is_left_alone_and_refused_by_name() -> None:
         parameter.requires_grad_(False)
     optimizer = sgd(model)
     tunerkit.attach(model, optimizer, total_steps=5)
-    assert [steps.is_attached(tuner) for tuner in (frozen, training)] == [False, True]
+    assert [is_attached(tuner) for tuner in (frozen, training)] == [False, True]
     words = refusal(model, optimizer, total_steps=5, adapter="default")
     assert "tunerkit.thaw(model, 'default')" in words
     assert "trainable=True" in words
@@ -636,7 +637,7 @@ def test_an_optimizer_that_is_gone_holds_no_adapter() -> None:
     gc.collect()
     optimizer = sgd(model)
     tunerkit.attach(model, optimizer, total_steps=5)
-    assert steps.optimizer_of(tunerkit.tuner(model)) is optimizer
+    assert optimizer_of(tunerkit.tuner(model)) is optimizer
 
 
 def test_unwrap_detaches() -> None:
@@ -650,7 +651,7 @@ def test_unwrap_detaches() -> None:
     optimizer.step()
     assert noted == []
     assert tuner.steps == 0
-    assert not steps.is_attached(tuner)
+    assert not is_attached(tuner)
 
 
 def test_a_deep_copy_is_not_driven_by_the_originals_optimizer() -> None:

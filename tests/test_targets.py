@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tunerkit import patterns, targets
-from tunerkit.architectures import DEFAULT_TARGETS
 from tunerkit.errors import TargetError, TunerkitWarning
+from tunerkit.libraries.default_targets import DEFAULT_TARGETS
 from tunerkit.patterns import matches
-from tunerkit.survey import tied
+from tunerkit.targets.scan import tied
 
 # Few and alike, so that generated names do end generated paths, at dots and elsewhere.
 components = st.sampled_from(["a", "aa", "ba", "0"])

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import tunerkit
-from tunerkit.adapter import Adapter
 from tunerkit.errors import AdapterError
-from tunerkit.tuner import tuners_of
+from tunerkit.injection import tuners_of
+from tunerkit.layers import Adapter
 
 if TYPE_CHECKING:
     from tests.conftest import Toys

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tunerkit
-from tunerkit.building import all_kinds
 from tunerkit.errors import AdapterError, ConfigError, PluginError, TargetError, TunerkitWarning, UnknownMethodError
+from tunerkit.hooks import all_kinds
 
 if TYPE_CHECKING:
     from tests.conftest import Toys

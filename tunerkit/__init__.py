@@ -1,12 +1,7 @@
 """tunerkit: adapters for torch models, with methods that are plugins."""
 
-from tunerkit import registry as _registry
-from tunerkit._markers import hookimpl
-from tunerkit.adapter import Adapter
-from tunerkit.adapters import activate, active, adapters, delete, freeze, rename, thaw
-from tunerkit.attach import attach
-from tunerkit.base_layers import BaseLayer
-from tunerkit.configs import AdapterConfig, setting
+from tunerkit.api import activate, active, adapters, attach, delete, freeze, rename, thaw, unwrap, wrap
+from tunerkit.config import AdapterConfig, setting
 from tunerkit.errors import (
     AdapterError,
     BaseMismatchError,
@@ -19,16 +14,13 @@ from tunerkit.errors import (
     TunerkitWarning,
     UnknownMethodError,
 )
-from tunerkit.files import load, save
-from tunerkit.lowrank import add_low_rank, low_rank_delta
-from tunerkit.merge import disabled, merge, unmerge
+from tunerkit.hooks import hookimpl, structure, unstructure
+from tunerkit.hooks import registry as _registry
+from tunerkit.injection import Summary, Tuner, trainable_parameters, tuner
+from tunerkit.layers import Adapter, BaseLayer, add_low_rank, low_rank_delta
 from tunerkit.records import Delta, Method, MethodInfo, RankChange, State, Target
-from tunerkit.resizing import Cut, resize_, shrink_
-from tunerkit.resume import load_state, save_state
-from tunerkit.steps import optimizer_of
-from tunerkit.summary import Summary, trainable_parameters
-from tunerkit.tuner import Tuner, tuner
-from tunerkit.wrap import structure, unstructure, unwrap, wrap
+from tunerkit.serialization import disabled, load, load_state, merge, save, save_state, unmerge
+from tunerkit.steps import Cut, optimizer_of, resize_, shrink_
 
 methods = _registry.methods
 register = _registry.register

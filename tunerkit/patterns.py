@@ -17,7 +17,6 @@ import regex
 from tunerkit.errors import TargetError
 
 REGEX_SECONDS = 1.0
-
 Matcher = Callable[[str], bool]
 Value = TypeVar("Value")
 

@@ -18,7 +18,7 @@ from benchmarks.speed.settings import Settings, Size
 from benchmarks.speed.statistics import Pairs, middle, one_kind, ratio
 from benchmarks.speed.tables import Row, estimated
 from benchmarks.speed.timing import Call, Times, interleave
-from tunerkit import fused
+from tunerkit.layers import fused
 from tunerkit_adalora.schedule import plan
 
 PART = "alternatives"

@@ -9,7 +9,7 @@ from rich.console import Console
 import tunerkit
 from tunerkit.cli.task import Job, Outcome, Task, fit, say, score
 from tunerkit.cli.training import Recipe, Score
-from tunerkit.tuner import Tuner
+from tunerkit.injection import Tuner
 
 # Trained alone, a head wants far larger steps than adapters do: on the demo, smaller rates than these do worse.
 HEAD_RATES = (3e-2, 1e-1, 3e-1)

@@ -14,10 +14,10 @@ from tunerkit.cli.models import load_classifier
 from tunerkit.cli.results import metrics, write_json, write_pictures
 from tunerkit.cli.task import Job, Outcome, Task, fit, say, score
 from tunerkit.cli.training import choose_device
+from tunerkit.injection import Tuner
 from tunerkit.records import RankChange
 from tunerkit.report.rank_map import rank_map
 from tunerkit.report.terminal import rank_table
-from tunerkit.tuner import Tuner
 
 DEMO_TRAIN_ROWS = 4000
 DEMO_HELD_OUT_ROWS = 3000

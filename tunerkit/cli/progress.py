@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tunerkit.cli.training import Step
-from tunerkit.tuner import Tuner
+from tunerkit.injection import Tuner
 
 # The loss of one batch jumps about; shown is a running average with this much of the past in it.
 SMOOTHING = 0.95

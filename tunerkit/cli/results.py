@@ -13,8 +13,8 @@ from rich.console import Console
 
 import tunerkit
 from tunerkit.cli.task import Job, Outcome, Task, say
+from tunerkit.injection import Tuner
 from tunerkit.report.rank_map import rank_map
-from tunerkit.tuner import Tuner
 
 
 def metrics(task: Task, job: Job, tuner: Tuner, outcome: Outcome) -> dict[str, Any]:

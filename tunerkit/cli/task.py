@@ -11,9 +11,8 @@ from tunerkit.cli.batches import Encoded
 from tunerkit.cli.models import Classifier
 from tunerkit.cli.progress import watched
 from tunerkit.cli.training import Recipe, Score, evaluate, train
+from tunerkit.injection import Summary, Tuner
 from tunerkit.records import RankChange
-from tunerkit.summary import Summary
-from tunerkit.tuner import Tuner
 
 EVALUATION_BATCH = 64
 

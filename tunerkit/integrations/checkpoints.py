@@ -18,11 +18,18 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from tunerkit import registry
 from tunerkit.errors import FileError, TunerkitWarning
-from tunerkit.files import FILE_NAME, save_tuner
-from tunerkit.resume import STATE_NAME, forget_state_, load_tuner_state, restore_, save_tuner_state
-from tunerkit.tuner import Tuner
+from tunerkit.hooks import registry
+from tunerkit.injection import Tuner
+from tunerkit.serialization import (
+    FILE_NAME,
+    STATE_NAME,
+    forget_state_,
+    load_tuner_state,
+    restore_,
+    save_tuner,
+    save_tuner_state,
+)
 
 # What the Trainer does with a model's weights, and is done with adapters' here instead.
 _REPLACED = ("_save", "_load_from_checkpoint", "_load_best_model")

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tunerkit import steps
 from tunerkit.errors import StepError, TunerkitWarning
-from tunerkit.files import warn_of_unspent_schedule
+from tunerkit.injection import Tuner, own_tuners, tuners_of
 from tunerkit.integrations.checkpoints import load_states, take_over_
-from tunerkit.tuner import Tuner, own_tuners, tuners_of
+from tunerkit.serialization import warn_of_unspent_schedule
+from tunerkit.steps import detach, drive, is_attached
 
 
 def attach_trainer(tuners: list[Tuner], trainer: Trainer, total_steps: int | None) -> None:
@@ -26,7 +26,7 @@ def attach_trainer(tuners: list[Tuner], trainer: Trainer, total_steps: int | Non
             raise StepError(f"the trainer trains another model than the one that adapter {tuner.name!r} is in")
         if present is not None and tuner in present.attached:
             raise StepError(f"adapter {tuner.name!r} is attached to this trainer already")
-        if steps.is_attached(tuner):
+        if is_attached(tuner):
             raise StepError(
                 f"adapter {tuner.name!r} is driven by an optimizer already (tunerkit.attach, or a Trainer that is "
                 "training now); attach one or the other"
@@ -76,7 +76,7 @@ class StepCallback(TrainerCallback):
     def release(self) -> None:
         """Training is over, however it ended: another optimizer, or trainer, may drive the adapters now."""
         for tuner in self.attached:
-            steps.detach(tuner)
+            detach(tuner)
         self.resumed = self._drive = None
 
     def on_train_begin(
@@ -90,11 +90,11 @@ class StepCallback(TrainerCallback):
         self._refuse_other_model()
         for tuner in self.tuners:
             # With auto_find_batch_size one call of train begins several times: each time anew.
-            steps.detach(tuner)
+            detach(tuner)
         # global_step rises after the optimizer's step, and for skipped steps too: the schedule follows it.
         clock = functools.partial(_step_in_progress, state)
         candidate = kwargs["optimizer"]
-        self._drive = functools.partial(steps.drive, candidate=candidate, total_steps=state.max_steps, clock=clock)
+        self._drive = functools.partial(drive, candidate=candidate, total_steps=state.max_steps, clock=clock)
         self._drive(self.tuners)
         if self.resumed is not None:
             load_states(self.tuners, self.resumed)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 import tunerkit
-from tunerkit.fused import plain_form
+from tunerkit.layers import plain_form
 
 STEPS = 12
 # DESIGN: two ways of computing the same output agree to this share of its largest value, in fp32.

@@ -10,7 +10,7 @@ from hypothesis import reject
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from tunerkit.configs import AdapterConfig
+from tunerkit.config import AdapterConfig
 from tunerkit.errors import ConfigError
 
 Config = TypeVar("Config", bound=AdapterConfig)

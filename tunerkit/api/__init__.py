@@ -1,0 +1,5 @@
+"""The verbs a user calls: each combines the groups below."""
+
+from tunerkit.api.adapters import activate, active, adapters, delete, freeze, rename, thaw
+from tunerkit.api.attach import attach
+from tunerkit.api.wrap import unwrap, wrap

@@ -1,0 +1,114 @@
+"""Wrap a model: choose targets, build adapters through the method's plugin, inject them; and take them out again."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from tunerkit.config import AdapterConfig
+from tunerkit.errors import ConfigError
+from tunerkit.hooks import all_kinds, configure
+from tunerkit.injection import (
+    Tuner,
+    build,
+    check_name,
+    eject_,
+    inject_,
+    inside,
+    is_merged,
+    refuse_disabled,
+    refuse_idle_patterns,
+    refuse_unready,
+    require_tuners,
+    warn_of_dropout,
+    warn_of_statistics,
+)
+from tunerkit.layers import describe
+from tunerkit.serialization import merge, restore_originals_
+from tunerkit.steps import detach
+from tunerkit.targets import choose_biases, choose_copies, from_paths, refuse_tied, select
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def wrap(
+    model: M,
+    method: str,
+    config: AdapterConfig | Mapping[str, object] | None = None,
+    *,
+    adapter: str = "default",
+    seed: int | None = None,
+) -> M:
+    """Put an adapter of ``method`` into ``model``, in place, and return the same object.
+
+    The base is frozen, keeps its types, names and values, and the first output is bit-identical (dropout off).
+    ``config`` is the method's attrs object, a mapping, or None for defaults. ``seed`` makes the start repeatable and
+    leaves the global random state alone. A further adapter is active beside those that are.
+
+    Raises `ConfigError`, `TargetError`, `UnknownMethodError`, `PluginError`, or `AdapterError` (a bad or taken
+    adapter name, a model inside DDP, a merged model); the model is then as it was.
+    """
+    check_name(adapter)
+    root = inside(model)
+    refuse_unready(root, adapter)
+    config = configure(method, config)
+    kinds = all_kinds()
+    copies = choose_copies(root, config.train_modules)
+    refuse_tied(root, copies)
+    chosen = select(
+        root,
+        targets=config.targets,
+        exclude=config.exclude,
+        layers=config.layers,
+        is_adaptable=lambda module: describe(module, kinds) is not None,
+        trained=copies,
+    )
+    refuse_idle_patterns(config, chosen)
+    biases = choose_biases(root, config.bias, chosen, copies, kinds)
+    tuner = Tuner(
+        name=adapter,
+        method=method,
+        config=config,
+        model=root,
+        targets=chosen,
+        copies=from_paths(root, copies),
+        biases=biases,
+        total_steps=getattr(config, "total_steps", None),
+    )
+    with seeded(seed):
+        plan = build(tuner, kinds)
+    warn_of_statistics(root, copies)
+    warn_of_dropout(plan)
+    inject_(plan, trainable=True)
+    return model
+
+
+def unwrap(model: M, *, keep_merged: bool = False) -> M:
+    """Take every adapter out of ``model`` and return it: the base, bit for bit, or merged with ``keep_merged``."""
+    tuners = require_tuners(model)
+    refuse_disabled(model)
+    root = next(iter(tuners.values())).model
+    if keep_merged:
+        if not is_merged(root):
+            merge(root, permanent=True)
+    else:
+        restore_originals_(root)
+    for tuner in list(tuners.values()):
+        detach(tuner)
+        eject_(tuner)
+    return model
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Draw from a CPU random state of its own (adapters are built there); without a seed from the global one."""
+    if seed is None:
+        yield
+        return
+    if type(seed) is not int or not -(2**63) <= seed < 2**64:
+        raise ConfigError([f"expected an int of 64 bits or None, got {type(seed).__name__} {seed!r} @ seed"])
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield

@@ -1,0 +1,75 @@
+"""The packed projection of ``nn.MultiheadAttention`` as a base layer: q, k and v in one (3·E, E) matrix."""
+
+from typing import ClassVar, NoReturn, final
+
+import attrs
+from torch import Tensor, nn
+
+from tunerkit.errors import AdapterError
+from tunerkit.layers.base import BaseLayer
+from tunerkit.libraries import forward_owner
+
+
+@final
+@attrs.frozen(eq=False)
+class AttentionLayer(BaseLayer):
+    """``nn.MultiheadAttention`` whose q, k and v have one width, E: W is ``in_proj_weight``, q above k above v.
+
+    Its output projection is a linear layer of its own, ``out_proj``. With ``kdim`` or ``vdim`` there are three weights
+    and not one, which this kind doesn't say.
+    """
+
+    weight_name: ClassVar[str] = "in_proj_weight"
+    bias_name: ClassVar[str] = "in_proj_bias"
+    lends: ClassVar[bool] = True
+
+    module: nn.MultiheadAttention
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Whether the forward is exactly torch's, and the projection one parameter."""
+        return forward_owner(module) is nn.MultiheadAttention and isinstance(
+            module._parameters.get(cls.weight_name), nn.Parameter
+        )
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input, E."""
+        found: int = self.module.embed_dim
+        return found
+
+    @property
+    def out_features(self) -> int:
+        """Rows of q, k and v together, 3·E."""
+        return 3 * self.in_features
+
+    @property
+    def scale(self) -> float:
+        """Always 1."""
+        return 1.0
+
+    def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> NoReturn:
+        """Raise `AdapterError`: query, key and value go in apart, and what they give is mixed before it comes out."""
+        raise AdapterError(_INSIDE)
+
+    def project_out(self, h: Tensor, p: Tensor) -> NoReturn:
+        """Raise `AdapterError`, as `project_in` does."""
+        raise AdapterError(_INSIDE)
+
+    def shape_bias(self, b: Tensor) -> Tensor:
+        """(3·E,) as it is."""
+        return b
+
+    def dense(self) -> Tensor:
+        """Return ``in_proj_weight`` itself."""
+        return self.module.in_proj_weight.detach()
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """(3·E, E) as it is."""
+        return weight
+
+
+_INSIDE = (
+    "nn.MultiheadAttention projects inside its forward, so nothing can be added to that output from outside; "
+    "an adapter there works by what tunerkit_delta says, not by its forward"
+)

@@ -1,0 +1,19 @@
+"""The base-layer kinds that core brings, and which of several kinds a module has."""
+
+from torch import nn
+
+from tunerkit.layers.attention import AttentionLayer
+from tunerkit.layers.base import BaseLayer
+from tunerkit.layers.convolution import ConvLayer
+from tunerkit.layers.embedding import EmbeddingLayer
+from tunerkit.layers.linear import Conv1DLayer, LinearLayer
+
+KINDS: tuple[type[BaseLayer], ...] = (LinearLayer, Conv1DLayer, ConvLayer, EmbeddingLayer, AttentionLayer)
+
+
+def describe(module: nn.Module, kinds: tuple[type[BaseLayer], ...] = KINDS) -> BaseLayer | None:
+    """The first of ``kinds`` that matches ``module``, holding it; None if tunerkit can't adapt it."""
+    for kind in kinds:
+        if kind.matches(module):
+            return kind(module)
+    return None

@@ -1,0 +1,75 @@
+"""Convolutions as base layers."""
+
+import math
+from typing import final
+
+import attrs
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunerkit.layers.base import BaseLayer, drop, runs_forward_of
+
+
+@final
+@attrs.frozen(eq=False)
+class ConvLayer(BaseLayer):
+    """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d`` with whatever groups, stride, dilation and padding.
+
+    W is the weight (C_out, C_in/groups, *kernel) with all but its first dimension flattened, so in = C_in/groups ·
+    positions of the kernel. Q is a convolution to r channels per group, which the layer runs itself in place of its
+    own weight, so that stride, dilation and every padding mode are its own; P is a 1×1 convolution of what comes out.
+    """
+
+    module: nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Whether both methods that make up a convolution's forward are torch's own."""
+        return any(
+            runs_forward_of(module, kind)
+            and type(module)._conv_forward is kind._conv_forward  # type: ignore[attr-defined]
+            and "_conv_forward" not in vars(module)
+            for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        )
+
+    @property
+    def in_features(self) -> int:
+        """Inputs that one position of one output channel sees: C_in/groups · positions of the kernel."""
+        return self.module.in_channels // self.module.groups * math.prod(self.module.kernel_size)
+
+    @property
+    def out_features(self) -> int:
+        """Output channels."""
+        return self.module.out_channels
+
+    @property
+    def scale(self) -> float:
+        """Always 1."""
+        return 1.0
+
+    def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> Tensor:
+        """(N, C_in, *size) to (N, groups · r, *size out); N may be missing."""
+        kernel = q.reshape(q.shape[0], -1, *self.module.kernel_size)  # (r, C_in/groups, *kernel)
+        if self.module.groups > 1:
+            # Every group reads its own channels through the same Q, as the rows of W in every group do.
+            kernel = kernel.repeat(self.module.groups, *[1] * (kernel.ndim - 1))
+        h: Tensor = self.module._conv_forward(drop(x, dropout), kernel, None)
+        return h
+
+    def project_out(self, h: Tensor, p: Tensor) -> Tensor:
+        """(N, groups · r, *size out) to (N, C_out, *size out); N may be missing."""
+        dimensions = len(self.module.kernel_size)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[dimensions - 1]
+        return convolve(h, p.reshape(*p.shape, *[1] * dimensions), groups=self.module.groups)
+
+    def shape_bias(self, b: Tensor) -> Tensor:
+        """(out,) to (out, 1, ...): right for batched and unbatched outputs."""
+        return b.reshape(-1, *[1] * len(self.module.kernel_size))
+
+    def dense(self) -> Tensor:
+        """Return the weight flattened behind its first dimension, a view if it is contiguous."""
+        return self.module.weight.detach().flatten(1)
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """(out, in) to (C_out, C_in/groups, *kernel)."""
+        return weight.reshape(weight.shape[0], -1, *self.module.kernel_size)

@@ -1,0 +1,92 @@
+"""Embeddings as base layers."""
+
+from typing import cast, final
+
+import attrs
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunerkit.layers.base import BaseLayer, runs_forward_of
+from tunerkit.libraries import forward_owner
+
+
+@final
+@attrs.frozen(eq=False)
+class EmbeddingLayer(BaseLayer):
+    """``nn.Embedding`` and transformers' embeddings that multiply what they looked up (Gemma, BART).
+
+    The input is a one-hot row, so in = num_embeddings and W is the weight transposed. At ``padding_idx`` the delta is
+    exactly 0 and has no gradient, as the layer's own weight has none there: dropping that column of Q is part of
+    `project_in`, and `pack` zeroes its row.
+    """
+
+    module: nn.Embedding
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Whether the forward is ``nn.Embedding``'s, or that times ``embed_scale``."""
+        return runs_forward_of(module, nn.Embedding) or _is_scaled_embedding(module)
+
+    @property
+    def in_features(self) -> int:
+        """Rows of the table."""
+        return self.module.num_embeddings
+
+    @property
+    def out_features(self) -> int:
+        """Width of a row."""
+        return self.module.embedding_dim
+
+    @property
+    def scale(self) -> float | Tensor:
+        """``embed_scale`` as the layer's forward uses it, else 1."""
+        if forward_owner(self.module) is nn.Embedding:
+            return 1.0
+        scale = self.module.embed_scale
+        # Gemma's is a tensor, rounded to the weight's dtype before it multiplies; BART's is a number.
+        return scale.to(self.module.weight.dtype) if isinstance(scale, Tensor) else cast(float, scale)
+
+    def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> Tensor:
+        """Ids (...) to (..., r); ``dropout`` drops whole ids, as dropping elements of a one-hot row would."""
+        h = F.embedding(x, q.t())
+        if dropout > 0:
+            h = h * F.dropout(h.new_ones((*x.shape, 1)), dropout)
+        if self.module.padding_idx is None:
+            return h
+        return h.masked_fill((x == self.module.padding_idx).unsqueeze(-1), 0)
+
+    def project_out(self, h: Tensor, p: Tensor) -> Tensor:
+        """(..., r) to (..., out), multiplied by `scale`."""
+        delta = F.linear(h, p)
+        return delta if forward_owner(self.module) is nn.Embedding else delta * self.scale
+
+    def shape_bias(self, b: Tensor) -> Tensor:
+        """(out,) as it is."""
+        return b
+
+    def dense(self) -> Tensor:
+        """Return the weight transposed, a view; without the scale, and with the row of ``padding_idx`` as it is."""
+        return self.module.weight.detach().t()
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """(out, in) to (in, out), with the row of ``padding_idx`` zeroed: a delta never touches it."""
+        if self.module.padding_idx is None:
+            return weight.t()
+        packed = weight.t().clone()
+        packed[self.module.padding_idx] = 0
+        return packed
+
+
+def _is_scaled_embedding(module: nn.Module) -> bool:
+    """Whether this is one of the twenty-odd classes in transformers that return ``super().forward(ids) * embed_scale``.
+
+    A further parameter means a further row that the forward puts in (T5Gemma2's end-of-image token): not ours.
+    """
+    owner = forward_owner(module)
+    return (
+        isinstance(module, nn.Embedding)
+        and owner.__name__.endswith("ScaledWordEmbedding")
+        and owner.__module__.startswith("transformers.")
+        and isinstance(getattr(module, "embed_scale", None), float | int | Tensor)
+        and list(module._parameters) == ["weight"]
+    )

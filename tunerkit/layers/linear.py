@@ -1,0 +1,115 @@
+"""Linear layers as base layers: ``nn.Linear`` and transformers' ``Conv1D``."""
+
+from typing import ClassVar, final
+
+import attrs
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunerkit.layers.base import BaseLayer, drop, is_transformers, runs_forward_of, weight_of
+
+
+@final
+@attrs.frozen(eq=False)
+class LinearLayer(BaseLayer):
+    """``nn.Linear``, and subclasses that keep its forward; Falcon's too, which writes the same out as x Wᵀ + b."""
+
+    linear: ClassVar[bool] = True
+
+    module: nn.Linear
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Whether the forward is exactly ``nn.Linear``'s or Falcon's."""
+        return runs_forward_of(module, nn.Linear) or is_transformers(module, "models.falcon", "FalconLinear")
+
+    @property
+    def in_features(self) -> int:
+        """Features of the input."""
+        return self.module.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Features of the output."""
+        return self.module.out_features
+
+    @property
+    def scale(self) -> float:
+        """Always 1."""
+        return 1.0
+
+    def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> Tensor:
+        """(..., in) to (..., r)."""
+        return F.linear(drop(x, dropout), q)
+
+    def project_out(self, h: Tensor, p: Tensor) -> Tensor:
+        """(..., r) to (..., out)."""
+        return F.linear(h, p)
+
+    def shape_bias(self, b: Tensor) -> Tensor:
+        """(out,) as it is."""
+        return b
+
+    def dense(self) -> Tensor:
+        """Return the weight itself."""
+        return self.module.weight.detach()
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """Return (out, in) as it is."""
+        return weight
+
+    def matrix(self) -> Tensor:
+        """Return the weight itself."""
+        return self.module.weight
+
+
+@final
+@attrs.frozen(eq=False)
+class Conv1DLayer(BaseLayer):
+    """transformers' ``Conv1D`` (GPT-2): a linear layer whose weight is stored as (in, out)."""
+
+    linear: ClassVar[bool] = True
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Whether the forward is that of transformers' class, told by name: core never imports transformers."""
+        return is_transformers(module, "pytorch_utils", "Conv1D")
+
+    @property
+    def in_features(self) -> int:
+        """Features of the input."""
+        return weight_of(self.module).shape[0]
+
+    @property
+    def out_features(self) -> int:
+        """Features of the output."""
+        return weight_of(self.module).shape[1]
+
+    @property
+    def scale(self) -> float:
+        """Always 1."""
+        return 1.0
+
+    def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> Tensor:
+        """(..., in) to (..., r)."""
+        return F.linear(drop(x, dropout), q)
+
+    def project_out(self, h: Tensor, p: Tensor) -> Tensor:
+        """(..., r) to (..., out)."""
+        return F.linear(h, p)
+
+    def shape_bias(self, b: Tensor) -> Tensor:
+        """(out,) as it is."""
+        return b
+
+    def dense(self) -> Tensor:
+        """Return the weight transposed, a view."""
+        return weight_of(self.module).detach().t()
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """(out, in) to (in, out), a view."""
+        return weight.t()
+
+    def matrix(self) -> Tensor:
+        """Return the weight transposed, a view."""
+        return weight_of(self.module).t()

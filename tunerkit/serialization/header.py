@@ -1,0 +1,112 @@
+"""The header of tunerkit's files: a JSON text in the safetensors metadata, with a digest over itself and the data."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+from attrs.validators import deep_iterable, deep_mapping, instance_of, optional
+from torch import Tensor
+
+from tunerkit.errors import FileError
+
+KEY = "tunerkit"
+FORMAT = 1
+# A file is checked by its digest against damage, not against an author with ideas: the types are checked too.
+_PATHS = deep_iterable(instance_of(str), instance_of(list))
+_NUMBERS = deep_iterable(instance_of((int, float)), instance_of(list))
+
+
+def _is_entry(instance: object, attribute: "attrs.Attribute[Any]", entry: Any) -> None:
+    instance_of(dict)(instance, attribute, entry)
+    if set(entry) != {"shape", "dtype", "sample"}:
+        raise ValueError(f"expected a shape, a dtype and a sample, got {sorted(entry)}")
+    instance_of(str)(instance, attribute, entry["dtype"])
+    for numbers in (entry["shape"], entry["sample"]):
+        _NUMBERS(instance, attribute, numbers)
+
+
+def _is_change(instance: object, attribute: "attrs.Attribute[Any]", change: Any) -> None:
+    instance_of(list)(instance, attribute, change)
+    if len(change) != 3:
+        raise ValueError(f"expected a step, a budget and ranks, got {len(change)} values")
+    for number in (*change[:2], *change[2]):
+        instance_of(int)(instance, attribute, number)
+
+
+_FINGERPRINT = deep_mapping(instance_of(str), _is_entry, instance_of(dict))
+
+
+@attrs.frozen
+class Header:
+    """What a file says of itself. ``base`` is the base model's fingerprint, ``values`` a method's own JSON values.
+
+    ``history`` has one ``[step, budget, [rank of each target]]`` per allocation (training state only).
+    """
+
+    kind: str = attrs.field(validator=instance_of(str))
+    method: str = attrs.field(validator=instance_of(str))
+    config: dict[str, Any] = attrs.field(validator=instance_of(dict))
+    targets: list[str] = attrs.field(validator=_PATHS)
+    copies: list[str] = attrs.field(validator=_PATHS)
+    biases: list[str] = attrs.field(validator=_PATHS)
+    steps: int = attrs.field(validator=instance_of(int))
+    total_steps: int | None = attrs.field(validator=optional(instance_of(int)))
+    versions: dict[str, str] = attrs.field(validator=instance_of(dict))
+    base: dict[str, dict[str, list[float]]] = attrs.field(validator=_FINGERPRINT)
+    values: dict[str, Any] = attrs.field(factory=dict, validator=instance_of(dict))
+    history: list[Any] = attrs.field(factory=list, validator=deep_iterable(_is_change, instance_of(list)))
+    format: int = FORMAT
+
+
+def encode(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The safetensors metadata for ``tensors`` with this header."""
+    text = json.dumps(attrs.asdict(header, recurse=False), sort_keys=True, allow_nan=False)
+    return {KEY: text, f"{KEY}.digest": digest(text, tensors)}
+
+
+def decode(metadata: Mapping[str, str] | None, tensors: Mapping[str, Tensor], *, source: str, kind: str) -> Header:
+    """The header, once the digest has shown that neither it nor the data was changed. Raises `FileError`."""
+    if not metadata or KEY not in metadata or f"{KEY}.digest" not in metadata:
+        raise FileError(f"{source} is a safetensors file, but not one that tunerkit wrote (it has no tunerkit header)")
+    text = metadata[KEY]
+    if digest(text, tensors) != metadata[f"{KEY}.digest"]:
+        raise FileError(f"{source} is damaged: its digest does not match its content; copy or save it again")
+    fields = _parse(text, source)
+    if fields.get("format") != FORMAT:
+        raise FileError(
+            f"{source} has format {fields.get('format')!r}, this tunerkit reads {FORMAT}; install a matching release"
+        )
+    expected = {field.name for field in attrs.fields(Header)}
+    if set(fields) != expected:
+        raise FileError(f"{source}: header fields {sorted(fields)} are not {sorted(expected)}")
+    try:
+        header = Header(**fields)
+    except (TypeError, ValueError) as error:
+        raise FileError(f"{source}: its header holds something else than tunerkit writes: {error.args[0]}") from error
+    if header.kind != kind:
+        raise FileError(f"{source} holds {header.kind!r}, expected {kind!r}: give the other of the two files")
+    return header
+
+
+def _parse(text: str, source: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{source}: the header is not JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise FileError(f"{source}: the header is not a JSON object")
+    return fields
+
+
+def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over the header's text and every tensor's name, dtype, shape and bytes, in the order of the names."""
+    hasher = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        hasher.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        if tensor.numel():
+            hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return hasher.hexdigest()

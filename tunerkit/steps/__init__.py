@@ -1,0 +1,5 @@
+"""Step callbacks: drive the methods from the optimizer's own steps."""
+
+from tunerkit.steps.driver import drive
+from tunerkit.steps.links import detach, hold, is_attached, optimizer_of
+from tunerkit.steps.resizing import Cut, resize_, shrink_

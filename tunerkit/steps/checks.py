@@ -1,0 +1,143 @@
+"""What attaching an optimizer to an adapter needs: the torch optimizer itself, its parameters, the total of steps."""
+
+import operator
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import SupportsIndex
+
+from torch.optim import Optimizer
+
+from tunerkit.errors import StepError, TunerkitWarning
+from tunerkit.hooks import registry
+from tunerkit.injection import Tuner, is_frozen, own_tuners, refuse_lost
+from tunerkit.steps.links import is_attached
+
+
+def find_optimizer(candidate: object, tuners: Sequence[Tuner]) -> Optimizer:
+    """The torch optimizer itself: accelerate and others wrap it and keep it under ``.optimizer``.
+
+    Refused where a method of ``tuners`` needs steps: a wrapper with a state of its own. Lookahead, or an average of
+    weights, would put back what an allocation has pruned, in shapes of before.
+    """
+    while isinstance(inner := getattr(candidate, "optimizer", None), Optimizer):
+        needing = [tuner.name for tuner in tuners if registry.get(tuner.method).needs_steps]
+        if needing and getattr(candidate, "state", inner.state) is not inner.state:
+            wrapper, wrapped = type(candidate).__name__, type(inner).__name__
+            raise StepError(
+                f"{wrapper} has a state of its own beside that of {wrapped}, where weights may live on that adapter "
+                f"{needing[0]!r} prunes; train it with {wrapped} alone, or with a method that needs no steps"
+            )
+        candidate = inner
+    if not isinstance(candidate, Optimizer):
+        raise StepError(
+            f"attach takes a torch optimizer or a transformers Trainer, got {type(candidate).__name__}; "
+            "pass the optimizer that steps the adapter"
+        )
+    if not _takes_hooks(candidate):
+        raise StepError(
+            f"{type(candidate).__name__} takes no hooks, since it does not call torch.optim.Optimizer.__init__; "
+            "attach one that does: if it wraps one, that one"
+        )
+    return candidate
+
+
+def _takes_hooks(optimizer: Optimizer) -> bool:
+    try:
+        optimizer.register_state_dict_post_hook(lambda *_: None).remove()
+    except AttributeError:
+        return False
+    return True
+
+
+def check_attachable(tuner: Tuner, optimizer: Optimizer) -> None:
+    """Refuse a second attachment, and an adapter that this optimizer would never move, or in vain."""
+    if is_attached(tuner):
+        others = [name for name, other in own_tuners(tuner.model).items() if not is_attached(other)]
+        which = f", adapter={others[0]!r} attaches another" if others else ""
+        raise StepError(
+            f"adapter {tuner.name!r} is attached already: one optimizer drives it; wrap again for a new run{which}"
+        )
+    if is_frozen(tuner):
+        raise StepError(
+            f"adapter {tuner.name!r} is frozen; tunerkit.thaw(model, {tuner.name!r}) trains it on, and "
+            "tunerkit.load(..., trainable=True) loads one to be trained"
+        )
+    if any(p.is_meta for p in tuner.parameters()):
+        raise StepError(
+            f"adapter {tuner.name!r} is on the meta device, where nothing is trained: accelerate offloads it with the "
+            "model. Offload first, then wrap: the adapter then stays on the device where the model runs"
+        )
+    refuse_lost([tuner])
+    _check_held(tuner, optimizer)
+
+
+def _check_held(tuner: Tuner, optimizer: Optimizer) -> None:
+    """Refuse an optimizer that holds nothing of the adapter; warn of one that holds a part of it.
+
+    A method that needs steps judges its own adapters by their training: heads trained in full do not count there.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = {path: {n: p for n, p in slot.named_parameters() if p.requires_grad} for path, slot in tuner.slots()}
+    counted = {path: own for path, own in trained.items() if own}
+    if registry.get(tuner.method).needs_steps:
+        adapters = tuner.adapters()
+        counted = {path: own for path, own in counted.items() if path in adapters}
+    if counted and not any(id(p) in held for own in counted.values() for p in own.values()):
+        raise StepError(
+            f"the optimizer holds none of the parameters of adapter {tuner.name!r} at its {len(counted)} places; "
+            f"{_BUILD_IT}, or name the adapter that it trains"
+        )
+    missing = {path: [n for n, p in own.items() if id(p) not in held] for path, own in trained.items()}
+    if any(missing.values()):
+        warnings.warn(
+            f"the optimizer does not hold all that adapter {tuner.name!r} trains, and what it lacks stays as it is "
+            f"unless another optimizer moves it: {_grouped(missing)}; {_BUILD_IT}",
+            TunerkitWarning,
+            stacklevel=5,
+        )
+
+
+_BUILD_IT = "build it from (p for p in model.parameters() if p.requires_grad) after tunerkit.wrap"
+_SHOWN = 5
+
+
+def _grouped(missing: Mapping[str, Sequence[str]]) -> str:
+    """What lacks the same at several paths, said once: ``adapter.lam at 0, 2; copy.weight, copy.bias at head``."""
+    paths: dict[str, list[str]] = defaultdict(list)
+    for path, names in missing.items():
+        if names:
+            paths[", ".join(names)].append(path)
+    return "; ".join(
+        f"{names} at {', '.join(at[:_SHOWN])}{f' and {len(at) - _SHOWN} more' if len(at) > _SHOWN else ''}"
+        for names, at in paths.items()
+    )
+
+
+def agree_on_total(tuner: Tuner, total_steps: int | None) -> int | None:
+    """The total from the call and the config, which must not disagree; required where the method needs steps."""
+    configured: int | None = getattr(tuner.config, "total_steps", None)
+    if total_steps is not None and configured is not None and total_steps != configured:
+        raise StepError(
+            f"adapter {tuner.name!r}: the config says total_steps={configured}, training has {total_steps}; "
+            "make them equal or leave the config's out"
+        )
+    total = configured if total_steps is None else total_steps
+    total = None if total is None else _as_count(total)
+    if total is None and registry.get(tuner.method).needs_steps:
+        raise StepError(
+            f"method {tuner.method!r} needs the length of training: pass total_steps=... to tunerkit.attach, "
+            "or set total_steps in the config"
+        )
+    return total
+
+
+def _as_count(total: SupportsIndex) -> int:
+    """``total`` as an int; numpy's integers and others that stand for one are fine."""
+    try:
+        count = 0 if isinstance(total, bool) else operator.index(total)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise StepError(f"total_steps: expected a number of optimizer steps >= 1, got {total!r}")
+    return count
