@@ -8,6 +8,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -16,10 +17,13 @@ from hypothesis import strategies as st
 
 from tunerkit.config import AdapterConfig
 from tunerkit.errors import PluginError, TunerkitWarning, UnknownMethodError
-from tunerkit.hooks import registry
+from tunerkit.hooks import registry, specs
 from tunerkit.hooks.markers import hookimpl
 from tunerkit.hooks.registry import Registry
 from tunerkit.records import Method
+
+# Any: tests hand in plain values where a spec wants modules and configs.
+SPECS: Any = specs
 
 # A plugin that owns the methods listed and answers with its own name, so that a test sees who was asked.
 GOOD = """
@@ -131,7 +135,7 @@ def site(make_site: Callable[[], Site]) -> Site:
 
 def build(found: Registry, method: str, target: object) -> object:
     """What the plugin that owns ``method`` builds at ``target``."""
-    return found.call("tunerkit_build_adapter", method, target=target, base=None, config=None)
+    return found.call(SPECS.tunerkit_build_adapter, method, target=target, base=None, config=None)
 
 
 @attrs.frozen
@@ -202,7 +206,7 @@ def test_a_broken_plugin_is_named_and_harms_no_other(site: Site, monkeypatch: py
     assert reason.strip() in listed["broken"].error.replace("ModuleNotFoundError", "ImportError")
     assert "\n" not in listed["broken"].error
     assert build(found, "last", 1) == ("zzz", 1)
-    assert [answer.value for answer in found.call_all("tunerkit_base_layers")] == [["aaa"], ["zzz"]]
+    assert [answer.value for answer in found.call_all(SPECS.tunerkit_base_layers)] == [["aaa"], ["zzz"]]
     with pytest.raises(UnknownMethodError, match=r"(?s)installed: first, last.*'broken' of mmm 0\.3: "):
         found.get("broken")
 
@@ -213,7 +217,7 @@ def test_a_plugin_that_fails_leaves_no_hook_behind(site: Site) -> None:
     site.add("mmm", {"broken": HEAD + CONFIG + YIELD + base_layers})
     found = site.registry()
     assert found.methods()["broken"].error is not None
-    assert [answer.value for answer in found.call_all("tunerkit_base_layers")] == []
+    assert [answer.value for answer in found.call_all(SPECS.tunerkit_base_layers)] == []
 
 
 def test_broken_metadata_of_one_distribution_harms_no_other(site: Site) -> None:
@@ -265,14 +269,14 @@ def test_a_plugin_that_lost_every_method_is_not_asked_for_anything(site: Site) -
     """It is listed with its reason and otherwise gone: a fork of a plugin doesn't answer twice."""
     site.good("aaa", "lora")
     site.good("zzz", "lora")
-    assert [answer.value for answer in site.registry().call_all("tunerkit_base_layers")] == [["aaa"]]
+    assert [answer.value for answer in site.registry().call_all(SPECS.tunerkit_base_layers)] == [["aaa"]]
 
 
 def test_a_plugin_without_methods_is_asked_for_base_layers(site: Site) -> None:
     """A distribution may bring base layers alone."""
     site.good("quantised")
     assert site.registry().methods() == {}
-    assert [answer.value for answer in site.registry().call_all("tunerkit_base_layers")] == [["quantised"]]
+    assert [answer.value for answer in site.registry().call_all(SPECS.tunerkit_base_layers)] == [["quantised"]]
 
 
 def test_two_distributions_may_use_one_entry_point_name(site: Site) -> None:
@@ -337,19 +341,22 @@ def test_a_careless_plugin_is_never_asked_for_another_plugins_method(site: Site)
     site.good("zzz", "lora")
     found = site.registry()
     assert build(found, "lora", 1) == ("zzz", 1)
-    assert found.call("tunerkit_delta", "lora", adapter=None, base=None) is None
-    assert found.implements("tunerkit_delta", "broken")
-    assert not found.implements("tunerkit_delta", "lora")
-    assert not found.implements("tunerkit_delta", "nowhere")
+    assert found.call(SPECS.tunerkit_delta, "lora", adapter=None, base=None) is None
+    assert found.implements(SPECS.tunerkit_delta, "broken")
+    assert not found.implements(SPECS.tunerkit_delta, "lora")
+    assert not found.implements(SPECS.tunerkit_delta, "nowhere")
 
 
 def test_a_hook_nobody_specified_is_an_error_even_for_core(site: Site) -> None:
-    """A misspelt call is no silent None."""
+    """A function that is no hook's spec is no silent None."""
+
+    def tunerkit_build() -> None: ...
+
     site.good("zzz", "lora")
     with pytest.raises(PluginError, match="no hook 'tunerkit_build'"):
-        site.registry().call("tunerkit_build", "lora")
+        site.registry().call(tunerkit_build, "lora")
     with pytest.raises(PluginError, match="no hook 'tunerkit_build'"):
-        site.registry().implements("tunerkit_build", "lora")
+        site.registry().implements(tunerkit_build, "lora")
 
 
 def test_an_optional_hook_of_a_newer_version_is_accepted(site: Site) -> None:
@@ -375,7 +382,7 @@ def test_a_plugin_that_raises_when_all_are_asked_is_named_and_left_out(site: Sit
     site.good("zzz", "last")
     found = site.registry()
     with pytest.warns(TunerkitWarning, match=r"tunerkit_base_layers of plugin 'faulty' \(mmm\) failed"):
-        assert [answer.value for answer in found.call_all("tunerkit_base_layers")] == [["aaa"], ["zzz"]]
+        assert [answer.value for answer in found.call_all(SPECS.tunerkit_base_layers)] == [["aaa"], ["zzz"]]
 
 
 def test_the_environment_limits_which_plugins_load(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,7 +438,7 @@ def test_a_module_and_a_class_of_static_hooks_can_be_registered() -> None:
     found = Registry([])
     found.register(Static)
     found.register(module)
-    assert [answer.value for answer in found.call_all("tunerkit_base_layers")] == [["static"], ["module"]]
+    assert [answer.value for answer in found.call_all(SPECS.tunerkit_base_layers)] == [["static"], ["module"]]
 
 
 def test_calling_a_method_whose_plugin_is_gone_names_it() -> None:
@@ -440,7 +447,7 @@ def test_calling_a_method_whose_plugin_is_gone_names_it() -> None:
     found.register(plugin)
     found.unregister(plugin)
     with pytest.raises(PluginError, match="tunerkit_delta needs the plugin of method 'mine'"):
-        found.call("tunerkit_delta", "mine", adapter=None, base=None)
+        found.call(SPECS.tunerkit_delta, "mine", adapter=None, base=None)
 
 
 def test_registering_a_name_that_is_taken_leaves_nothing_behind(site: Site) -> None:
@@ -537,12 +544,12 @@ def test_the_default_registry_reads_what_is_installed_when_first_asked(
         assert list(registry.methods()) == ["mine", "throwaway"]
         assert registry.get("throwaway").name == "throwaway"
         assert registry.owner_of("throwaway").distribution == "throwaway-dist"
-        assert registry.implements("tunerkit_build_adapter", "throwaway")
-        assert registry.call("tunerkit_build_adapter", "throwaway", target=1, base=None, config=None) == (
+        assert registry.implements(SPECS.tunerkit_build_adapter, "throwaway")
+        assert registry.call(SPECS.tunerkit_build_adapter, "throwaway", target=1, base=None, config=None) == (
             "throwaway-dist",
             1,
         )
-        assert [answer.value for answer in registry.call_all("tunerkit_base_layers")] == [["throwaway-dist"]]
+        assert [answer.value for answer in registry.call_all(SPECS.tunerkit_base_layers)] == [["throwaway-dist"]]
         registry.unregister(plugin)
         assert list(registry.methods()) == ["throwaway"]
         monkeypatch.setenv("TUNERKIT_PLUGINS", "")

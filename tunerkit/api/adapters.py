@@ -19,6 +19,7 @@ from tunerkit.injection import (
     require_tuners,
     train_,
     tuners_of,
+    wrapped_of,
 )
 from tunerkit.injection import tuner as find_tuner
 from tunerkit.steps import detach
@@ -31,8 +32,8 @@ def adapters(model: nn.Module) -> dict[str, Tuner]:
 
 def active(model: nn.Module) -> tuple[str, ...]:
     """The names of the active adapters in the order they are applied; empty for a model without adapters."""
-    turns = [(tuner.turn, name) for name, tuner in adapters(model).items() if tuner.turn is not None]
-    return tuple(name for _, name in sorted(turns))
+    tuners = adapters(model)
+    return wrapped_of(next(iter(tuners.values())).model).active if tuners else ()
 
 
 def activate(model: nn.Module, names: str | Sequence[str]) -> None:

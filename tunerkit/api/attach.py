@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from tunerkit.errors import TunerkitWarning
-from tunerkit.hooks import registry
 from tunerkit.injection import Tuner, is_frozen, require_tuners
 from tunerkit.injection import tuner as find_tuner
 from tunerkit.serialization import carry
@@ -36,10 +35,10 @@ def attach(
 
         integration.attach_trainer(tuners, trainer, total_steps)
         return
-    earlier = {tuner.name: tuner.steps for tuner in tuners if tuner.steps and registry.get(tuner.method).needs_steps}
+    earlier = {tuner.name: tuner.steps for tuner in tuners if tuner.steps and tuner.needs_steps}
     optimizer = drive(tuners, optimizer_or_trainer, total_steps=total_steps)
     for tuner in tuners:
-        if registry.get(tuner.method).needs_steps:
+        if tuner.needs_steps:
             carry(tuner, optimizer)  # a Trainer's checkpoints have a file for it
     if earlier:
         _warn_of_restart(earlier)

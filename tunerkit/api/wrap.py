@@ -7,10 +7,11 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from tunerkit import hooks
 from tunerkit.config import AdapterConfig
 from tunerkit.errors import ConfigError
-from tunerkit.hooks import all_kinds, configure
 from tunerkit.injection import (
+    Progress,
     Tuner,
     build,
     check_name,
@@ -53,8 +54,8 @@ def wrap(
     check_name(adapter)
     root = inside(model)
     refuse_unready(root, adapter)
-    config = configure(method, config)
-    kinds = all_kinds()
+    config = hooks.configure(method, config)
+    kinds = hooks.all_kinds()
     copies = choose_copies(root, config.train_modules)
     refuse_tied(root, copies)
     chosen = select(
@@ -75,7 +76,7 @@ def wrap(
         targets=chosen,
         copies=from_paths(root, copies),
         biases=biases,
-        total_steps=getattr(config, "total_steps", None),
+        progress=Progress(total_steps=config.total_steps),
     )
     with seeded(seed):
         plan = build(tuner, kinds)

@@ -76,6 +76,16 @@ class AdapterConfig:
         "float32", converter=_dtype_name, doc="The dtype of the adapter's weights; a torch.dtype will do."
     )
 
+    @property
+    def total_steps(self) -> int | None:
+        """The length of training in optimizer steps, for a method to have as a setting of this name."""
+        return None
+
+    @property
+    def dropout(self) -> float:
+        """The share of the adapter's input dropped in training, for a method to have as a setting of this name."""
+        return 0.0
+
     @classmethod
     def __attrs_init_subclass__(cls) -> None:
         if cls.__attrs_post_init__ is not AdapterConfig.__attrs_post_init__:

@@ -1,6 +1,21 @@
 """The hooks and the plugins that answer them: specs, discovery, validation, the registry."""
 
 from tunerkit.hooks.base_layer_kinds import all_kinds
+from tunerkit.hooks.calls import (
+    after_step,
+    before_step,
+    budget,
+    build_adapter,
+    delta,
+    finish,
+    has_budget,
+    has_delta,
+    ranks_changed,
+    restore,
+    start,
+    state,
+    watches_steps,
+)
 from tunerkit.hooks.markers import hookimpl
 from tunerkit.hooks.method_config import configure, structure, unstructure
 from tunerkit.hooks.registry import registry

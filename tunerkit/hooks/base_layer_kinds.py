@@ -3,6 +3,7 @@
 import inspect
 
 from tunerkit.errors import PluginError
+from tunerkit.hooks import specs
 from tunerkit.hooks.registry import registry
 from tunerkit.layers import KINDS, BaseLayer
 
@@ -10,7 +11,7 @@ from tunerkit.layers import KINDS, BaseLayer
 def all_kinds() -> tuple[type[BaseLayer], ...]:
     """Core's strict base-layer kinds, then those of every plugin: nobody can take over a plain layer."""
     found: list[type[BaseLayer]] = []
-    for answer in registry.call_all("tunerkit_base_layers"):
+    for answer in registry.call_all(specs.tunerkit_base_layers):
         offered = answer.value
         if not isinstance(offered, tuple | list) or not all(map(_is_kind, offered)):
             raise PluginError(

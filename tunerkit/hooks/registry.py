@@ -1,9 +1,9 @@
 """The registry: which methods are installed, and the one way to call the plugin that owns a method."""
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from warnings import warn
 
 import attrs
@@ -26,6 +26,9 @@ from tunerkit.hooks.validation import Plugin, admit, find_hook, heard_by
 from tunerkit.records import Method, MethodInfo
 
 IN_PROCESS = "in-process"
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @attrs.frozen(eq=False)
@@ -80,44 +83,48 @@ class Registry:
         """The distribution and version that bring ``method``, or `UnknownMethodError`."""
         return self._owner(method).source.info()
 
-    def implements(self, hook_name: str, method_name: str) -> bool:
+    def plugin_of(self, method: str) -> str:
+        """How errors name the plugin that owns ``method``."""
+        return f"the plugin of method {method!r} ({self.owner_of(method).distribution})"
+
+    def implements(self, hook: Callable[..., object], method_name: str) -> bool:
         """Whether the plugin that owns the method implements the hook; False if no plugin owns it."""
         with self._lock:
             catalog = self._loaded()
             owner = catalog.owners.get(method_name)
-            implementations = find_hook(catalog.manager, hook_name).get_hookimpls()
+            implementations = find_hook(catalog.manager, hook.__name__).get_hookimpls()
         return owner is not None and any(found.plugin is owner.plugin for found in implementations)
 
-    # Any: a hook's result has the type its spec says, which a name known only at run time cannot carry.
-    def call(self, hook_name: str, method_name: str, /, **arguments: object) -> Any:
-        """Call the hook on the plugin that owns the method, and on no other; None if it doesn't implement the hook.
+    def call(self, hook: Callable[P, R], method_name: str, /, *args: P.args, **arguments: P.kwargs) -> R | None:
+        """Call a hook, given as its spec, on the plugin that owns the method; None if it doesn't implement the hook.
 
-        Raises `PluginError` if the method is gone; what the plugin raises goes through unchanged.
+        Arguments go by name. Raises `PluginError` if the method is gone; what the plugin raises goes through unchanged.
         """
         with self._lock:
             catalog = self._loaded()
             owner = catalog.owners.get(method_name)
             if owner is None:
                 why = _missing(catalog, method_name)
-                raise PluginError(f"{hook_name} needs the plugin of method {method_name!r}: {why}")
-            caller = heard_by(catalog.manager, hook_name, owner.plugin)
-        return caller(**arguments)
+                raise PluginError(f"{hook.__name__} needs the plugin of method {method_name!r}: {why}")
+            caller = heard_by(catalog.manager, hook.__name__, owner.plugin)
+        found: R | None = caller(**arguments)
+        return found
 
-    def call_all(self, hook_name: str, /, **arguments: object) -> list[Answer]:
+    def call_all(self, hook: Callable[P, object], /, *args: P.args, **arguments: P.kwargs) -> list[Answer]:
         """Call the hook on each plugin that implements it: by their distributions' names, in-process ones last.
 
         Each is called alone: one that raises is named in a `TunerkitWarning` and left out, and the others are heard.
         """
         with self._lock:
             catalog = self._loaded()
-            asked = [(found, heard_by(catalog.manager, hook_name, found.plugin)) for found in catalog.plugins]
+            asked = [(found, heard_by(catalog.manager, hook.__name__, found.plugin)) for found in catalog.plugins]
         answers: list[Answer] = []
         for found, caller in asked:
             plugin = f"plugin {found.source.entry!r} ({found.source.distribution})"
             try:
                 answers.extend(Answer(plugin, value) for value in _answers(caller(**arguments)))
             except Exception as error:
-                text = f"{hook_name} of {plugin} failed and was left out: {error_text(error)}"
+                text = f"{hook.__name__} of {plugin} failed and was left out: {error_text(error)}"
                 warn(text, TunerkitWarning, stacklevel=2)
         return answers
 

@@ -1,7 +1,7 @@
 """Layer injection: put adapters into a model and take them out again."""
 
 from tunerkit.injection.build import build
-from tunerkit.injection.delta import add_delta, ask_delta
+from tunerkit.injection.delta import adapted_tensors
 from tunerkit.injection.inject import activate_, eject_, inject_, rename_, train_
 from tunerkit.injection.integrity import refuse_lost
 from tunerkit.injection.merged_state import is_merged, refuse_disabled, refuse_merged
@@ -15,7 +15,8 @@ from tunerkit.injection.preconditions import (
     warn_of_dropout,
     warn_of_statistics,
 )
+from tunerkit.injection.progress import Link, Progress
 from tunerkit.injection.root import inside
 from tunerkit.injection.slots import Slot, Slots, base_modules, slots_of, walk
-from tunerkit.injection.tuner import Tuner, is_frozen, own_tuners, require_tuners, takes_part, tuner, tuners_of, unseen
+from tunerkit.injection.tuner import Tuner, is_frozen, require_tuners, takes_part, tuner, tuners_of, unseen, wrapped_of
 from tunerkit.injection.uncalled import report

@@ -5,8 +5,8 @@ from itertools import chain
 import torch
 from torch import nn
 
-from tunerkit.errors import PluginError, TargetError
-from tunerkit.hooks import registry
+from tunerkit import hooks
+from tunerkit.errors import TargetError
 from tunerkit.injection.inject import Plan, copy_base
 from tunerkit.injection.preconditions import refuse_overlap
 from tunerkit.injection.slots import Slot
@@ -40,17 +40,7 @@ def build_adapter(tuner: Tuner, target: Target, base: BaseLayer | None) -> Adapt
     if base is None:
         kind = type(target.module).__name__
         raise TargetError(f"{target.path!r} is a {kind}: no installed base-layer kind adapts it")
-    built = registry.call("tunerkit_build_adapter", tuner.method, target=target, base=base, config=tuner.config)
-    if not isinstance(built, Adapter):
-        raise PluginError(
-            f"the plugin of method {tuner.method!r} ({registry.owner_of(tuner.method).distribution}) built "
-            f"{type(built).__name__} for {target.path!r}; tunerkit_build_adapter must return a tunerkit.Adapter"
-        )
-    if target.module in built.modules():
-        raise PluginError(
-            f"the plugin of method {tuner.method!r} ({registry.owner_of(tuner.method).distribution}) built an adapter "
-            f"that holds {target.path!r} as a child; forward is given the base layer, so do not keep it"
-        )
+    built = hooks.build_adapter(tuner.method, target, base, tuner.config)
     if lender(tuner.model, target.path, base) is not None:
         _refuse_unlendable(tuner, target, base)
     return _placed(built, _device_of(target.module), getattr(torch, tuner.config.adapter_dtype))
@@ -91,7 +81,7 @@ def _bias_of(path: str, module: nn.Module, name: str) -> nn.Parameter:
 
 def _refuse_unlendable(tuner: Tuner, target: Target, base: BaseLayer) -> None:
     """Where an owner reads the weight, the method must say what it adds, and the weight must be a plain matrix."""
-    if not registry.implements("tunerkit_delta", tuner.method):
+    if not hooks.has_delta(tuner.method):
         raise TargetError(
             f"{target.path!r} is read past its forward by its owner, so an adapter there works by its delta, and the "
             f"plugin of method {tuner.method!r} does not implement tunerkit_delta; exclude it from the targets"

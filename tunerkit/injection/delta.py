@@ -1,52 +1,87 @@
-"""What an adapter adds to its base layer's own tensors, as the method's plugin says it."""
+"""A module's own tensors with its adapters applied, for merging and for a temporary weight override."""
 
 import torch
 from torch import Tensor, nn
 
+from tunerkit import hooks
 from tunerkit.errors import PluginError
-from tunerkit.hooks import registry
-from tunerkit.layers import Adapter, BaseLayer
+from tunerkit.injection.slots import Slot, Slots
+from tunerkit.layers import BaseLayer, bias_name
 from tunerkit.records import Delta
 
 
-def ask_delta(path: str, method: str, adapter: Adapter, base: BaseLayer) -> Delta:
-    """What the method's own plugin says that its adapter adds, once it has shown to fit the base layer."""
-    delta = registry.call("tunerkit_delta", method, adapter=adapter, base=base)
-    if not isinstance(delta, Delta):
-        raise PluginError(f"{plugin_of(method)} must return a tunerkit.Delta for {path!r}, got {type(delta).__name__}")
-    features = (base.out_features, base.in_features)
-    for what, tensor, shape in (("weight", delta.weight, features), ("bias", delta.bias, features[:1])):
-        # Broadcasting would take a row for a matrix, and add something else than was meant.
-        if tensor is not None and tuple(tensor.shape) != shape:
-            got = tuple(tensor.shape)
-            raise PluginError(f"{plugin_of(method)} gave a delta {what} of shape {got} for {path!r}, expected {shape}")
-    return delta
+def adapted_tensors(path: str, module: nn.Module, slots: Slots) -> dict[str, Tensor]:
+    """The parameters and buffers of ``module`` with all active slots applied; those that none changes are missing.
 
+    Args:
+        path: What errors call the module.
+        module: The adapted module; it is only read.
+        slots: Its slots.
 
-def add_delta(module: nn.Module, base: BaseLayer, delta: Delta, tensors: dict[str, Tensor]) -> None:
-    """Add ``delta`` to ``tensors``, which hold by name what stands in place of the module's own; none is written to.
+    Returns:
+        New tensors by their local name, in the dtypes of the module's own. A bias that the module lacks counts as
+        zeros. With gradients on they depend on the parameters of the adapters.
 
-    A bias that the module lacks counts as zeros.
+    Raises:
+        PluginError: A plugin answers with no delta, with one of another shape, or with one that has no gradient where
+            one is needed.
     """
-    if delta.weight is not None:
+    tensors: dict[str, Tensor] = {}
+    for name in slots.active:
+        slot = slots.get(name)
+        assert slot is not None
+        if slot.copy is not None:
+            own = (*slot.copy.named_parameters(), *slot.copy.named_buffers())
+            tensors.update({key: tensor.detach().clone() for key, tensor in own})
+            continue
+        assert slots.base is not None or slot.adapter is None
+        if slot.adapter is not None and slots.base is not None:
+            found = hooks.delta(path, slot.method, slot.adapter, slots.base)
+            _refuse_untrainable(slot, found)
+            _add_delta(module, slots.base, found, tensors)
+        if slot.bias is not None:
+            _add_bias(module, bias_name(slots.base), slot.bias, tensors)
+    return tensors
+
+
+def _add_delta(module: nn.Module, base: BaseLayer, found: Delta, tensors: dict[str, Tensor]) -> None:
+    if found.weight is not None:
         own = _own(module, base.weight_name)
-        packed = base.pack(delta.weight)
+        packed = base.pack(found.weight)
         wide = torch.promote_types(packed.dtype, torch.promote_types(own.dtype, torch.float32))
         tensors[base.weight_name] = (tensors.get(base.weight_name, own).to(wide) + packed.to(wide)).to(own.dtype)
-    if delta.bias is not None:
+    if found.bias is not None:
         before = tensors.get(base.bias_name, module._parameters.get(base.bias_name))
         if before is None:
-            before = torch.zeros_like(delta.bias, dtype=_own(module, base.weight_name).dtype)
-        tensors[base.bias_name] = before + delta.bias.to(before.dtype)
+            before = torch.zeros_like(found.bias, dtype=_own(module, base.weight_name).dtype)
+        tensors[base.bias_name] = before + found.bias.to(before.dtype)
+
+
+def _add_bias(module: nn.Module, name: str, trained: Tensor, tensors: dict[str, Tensor]) -> None:
+    """Put the trained bias in place of the module's own, or its difference on top of what other slots made of it."""
+    own = _own(module, name)
+    if name in tensors:
+        wide = torch.promote_types(own.dtype, torch.float32)
+        tensors[name] = (tensors[name].to(wide) + (trained - own).to(wide)).to(own.dtype)
+    else:
+        tensors[name] = trained.clone()
 
 
 def _own(module: nn.Module, name: str) -> nn.Parameter:
-    """The module's parameter itself, also while something lent stands before it."""
+    """The module's parameter itself, also while a temporary override stands before it."""
     own = module._parameters[name]
     assert own is not None
     return own
 
 
-def plugin_of(method: str) -> str:
-    """How errors name the plugin that owns ``method``."""
-    return f"the plugin of method {method!r} ({registry.owner_of(method).distribution})"
+def _refuse_untrainable(slot: Slot, found: Delta) -> None:
+    """A delta cut off from the adapter's parameters would be used, and never trained."""
+    assert slot.adapter is not None
+    trained = any(parameter.requires_grad and parameter.numel() for parameter in slot.adapter.parameters())
+    has_gradient = any(part is not None and part.requires_grad for part in (found.weight, found.bias))
+    if torch.is_grad_enabled() and trained and not has_gradient:
+        raise PluginError(
+            f"{hooks.registry.plugin_of(slot.method)} answers tunerkit_delta with tensors that have no gradient, so "
+            "the adapter would not be trained where only its delta is used; compute the delta from the parameters, "
+            "not detached"
+        )

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tunerkit.injection.slots import Slot, Slots, apply_slots, slots_of, walk
-from tunerkit.injection.tuner import Tuner, own_tuners, set_tuners
+from tunerkit.injection.tuner import Tuner, set_wrapped, wrapped_of
 from tunerkit.injection.uncalled import forget_, unwatch, watch
 from tunerkit.injection.weight_override import forget_idle_, lend_at_
 from tunerkit.layers import BaseLayer
@@ -34,11 +34,12 @@ def inject_(plan: Plan, *, trainable: bool) -> None:
     """Freeze the base and add the plan's slots beside its modules, each with one forward hook."""
     tuner = plan.tuner
     model = tuner.model
-    others = own_tuners(model)
+    wrapped = wrapped_of(model)
     for slot in plan.slots.values():
         _train(slot, trainable)
-    # Once: what somebody thawed beside the first adapter is meant to be trained.
-    tuner.frozen = () if others else freeze_base_(model)
+    if not wrapped.tuners:
+        # Once: what somebody thawed beside the first adapter is meant to be trained.
+        wrapped.frozen = freeze_base_(model)
     for path, module in tuner.modules().items():
         slots = slots_of(module)
         if slots is None:
@@ -52,8 +53,9 @@ def inject_(plan: Plan, *, trainable: bool) -> None:
         slots.put(tuner.name, slot)
     for place in tuner.copies:
         hold_statistics_(place.module)
-    tuner.turn = 1 + max((other.turn for other in others.values() if other.turn is not None), default=-1)
-    set_tuners(model, {**others, tuner.name: tuner})
+    wrapped.tuners[tuner.name] = tuner
+    wrapped.active = (*wrapped.active, tuner.name)
+    set_wrapped(model, wrapped)
     _watch(model)
     forget_compiled()
 
@@ -71,23 +73,21 @@ def eject_(tuner: Tuner) -> None:
     for place in tuner.copies:
         if slots_of(place.module) is None:  # else another adapter trains it as a copy too
             release_statistics_(place.module)
-    tuner.turn = None
-    left = {name: other for name, other in own_tuners(tuner.model).items() if other is not tuner}
-    if left:
-        heir = next(iter(left.values()))
-        heir.frozen = tuple(dict.fromkeys((*heir.frozen, *tuner.frozen)))
-    else:
-        thaw_base_(tuner.model, tuner.frozen)
+    wrapped = wrapped_of(tuner.model)
+    del wrapped.tuners[tuner.name]
+    wrapped.active = tuple(name for name in wrapped.active if name != tuner.name)
+    wrapped.fingerprints.pop(tuner.name, None)
+    if not wrapped.tuners:
+        thaw_base_(tuner.model, wrapped.frozen)
     forget_idle_(tuner.model)
-    set_tuners(tuner.model, left)
+    set_wrapped(tuner.model, wrapped)
     _watch(tuner.model)
     forget_compiled()
 
 
 def activate_(model: nn.Module, names: Sequence[str]) -> None:
     """Apply exactly the adapters named, in that order. Compiled code follows: its guards read the tuples."""
-    for name, tuner in own_tuners(model).items():
-        tuner.turn = names.index(name) if name in names else None
+    wrapped_of(model).active = tuple(names)
     for _, _, slots in walk(model):
         slots.active = tuple(name for name in names if slots.get(name) is not None)
 
@@ -99,9 +99,11 @@ def rename_(tuner: Tuner, new: str) -> None:
         slots = slots_of(module)
         if slots is not None and slots.get(old) is not None:
             slots.rename(old, new)
-    tuner.name = new
-    tuners = own_tuners(tuner.model)
-    set_tuners(tuner.model, {new if name == old else name: other for name, other in tuners.items()})
+    wrapped = wrapped_of(tuner.model)
+    tuner.rename_(new)
+    wrapped.tuners = {other.name: other for other in wrapped.tuners.values()}
+    wrapped.active = tuple(new if name == old else name for name in wrapped.active)
+    wrapped.fingerprints = {new if name == old else name: kept for name, kept in wrapped.fingerprints.items()}
 
 
 def train_(tuner: Tuner, *, trained: bool) -> None:
@@ -126,7 +128,7 @@ def _follow(part: nn.Module, module: nn.Module) -> None:
 def _watch(model: nn.Module) -> None:
     """Watch the next forward anew, for the places that are adapted now."""
     unwatch(model)
-    places = {path: module for tuner in own_tuners(model).values() for path, module in tuner.modules().items()}
+    places = {path: module for tuner in wrapped_of(model).tuners.values() for path, module in tuner.modules().items()}
     # Where weights are lent to an owner the module itself is never called, and rightly.
     hooked = {path: module for path, module in places.items() if apply_slots in module._forward_hooks.values()}
     if hooked:

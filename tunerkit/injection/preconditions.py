@@ -58,8 +58,7 @@ def warn_of_dropout(plan: Plan) -> None:
     """Tell of targets whose input is seen by nobody: the adapter's dropout cannot be applied there."""
     tuner = plan.tuner
     lent = [t.path for t in tuner.targets if lender(tuner.model, t.path, plan.bases[t.path]) is not None]
-    dropout: object = getattr(tuner.config, "dropout", None)
-    if lent and dropout:
+    if lent and tuner.config.dropout:
         warnings.warn(
             f"dropout is not applied at {len(lent)} targets ({lent[0]}, ...): their owner reads the weight past the "
             "layer's forward, so the adapter changes the weight and never sees an input. Set dropout to 0 or exclude "

@@ -7,9 +7,10 @@ from weakref import WeakSet
 import attrs
 from torch import nn
 
+from tunerkit import hooks
 from tunerkit.config import AdapterConfig
 from tunerkit.errors import AdapterError, StepError, closest
-from tunerkit.hooks import registry
+from tunerkit.injection.progress import Progress
 from tunerkit.injection.root import expect_module
 from tunerkit.injection.slots import Slot, base_modules, slots_of, walk
 from tunerkit.layers import Adapter
@@ -20,14 +21,13 @@ _ATTRIBUTE = "_tunerkit"
 unseen: WeakSet["Tuner"] = WeakSet()
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, on_setattr=attrs.setters.frozen)
 class Tuner:
     """One adapter of a wrapped model. It lives in the model, so a deep copy of the model has tuners of its own.
 
-    ``copies`` and ``biases`` are the paths of the modules trained in full as copies and of those whose bias is;
-    ``frozen`` are the base parameters that wrapping froze. ``turn`` orders the active adapters; None while not active.
-    ``state`` belongs to the method, from attach on.
-    ``fingerprint`` is the base's, kept where a permanent merge has overwritten the base.
+    It is a handle: what it says of the adapter stays, and all that training changes stands in ``progress``.
+    ``copies`` and ``biases`` are the modules trained in full as copies, and those whose bias is. ``loaded`` says that
+    the adapter came from a file.
     """
 
     name: str
@@ -37,14 +37,8 @@ class Tuner:
     targets: tuple[Target, ...]
     copies: tuple[Target, ...] = ()
     biases: tuple[Target, ...] = ()
-    frozen: tuple[str, ...] = ()
-    turn: int | None = None
-    steps: int = 0
-    total_steps: int | None = None
-    state: object | None = None
-    history: list[RankChange] = attrs.field(factory=list)
     loaded: bool = False
-    fingerprint: dict[str, dict[str, Any]] | None = None
+    progress: Progress = attrs.field(factory=Progress)
 
     def __attrs_post_init__(self) -> None:
         unseen.add(self)
@@ -55,13 +49,51 @@ class Tuner:
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """For deep copies and pickles, which do not pass through the initialiser."""
         for name, value in state.items():
-            setattr(self, name, value)
+            object.__setattr__(self, name, value)
         unseen.add(self)
+
+    def rename_(self, name: str) -> None:
+        """Take another name; injection calls it, with the slots and the record of the model."""
+        object.__setattr__(self, "name", name)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken since `attach`, or in the training that the loaded file came from."""
+        return self.progress.steps
+
+    @property
+    def total_steps(self) -> int | None:
+        """The length of training in optimizer steps, if it is known."""
+        return self.progress.total_steps
+
+    @property
+    def history(self) -> list[RankChange]:
+        """The allocations so far, the oldest first."""
+        return self.progress.history
+
+    @property
+    def state(self) -> object | None:
+        """The method's own training state, from `attach` on; `tunerkit_restore` may replace it."""
+        return self.progress.state
+
+    @state.setter
+    def state(self, state: object | None) -> None:
+        self.progress.state = state
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether the method is useless unless the optimizer drives it."""
+        return hooks.registry.get(self.method).needs_steps
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the adapter is applied in forward."""
+        return self.name in wrapped_of(self.model).active
 
     def slots(self) -> Iterator[tuple[str, Slot]]:
         """This adapter's slots with the paths of their modules: targets, copies, other trained biases."""
         # By the record first: another adapter may have taken the name of one that was deleted.
-        present = own_tuners(self.model).get(self.name) is self
+        present = wrapped_of(self.model).tuners.get(self.name) is self
         for path, module in self.modules().items():
             slots = slots_of(module)
             slot = slots.get(self.name) if slots is not None and present else None
@@ -89,10 +121,9 @@ class Tuner:
 
     def budget(self, step: int | None = None) -> int:
         """The budget in force after ``step`` optimizer steps (None: now), in the method's budget unit."""
-        if registry.implements("tunerkit_budget", self.method):
-            found: int = registry.call("tunerkit_budget", self.method, tuner=self, step=step)
-            return found
-        return sum(self.ranks().values())
+        found = hooks.budget(self, step) if hooks.has_budget(self.method) else sum(self.ranks().values())
+        assert found is not None
+        return found
 
     def finish(self) -> None:
         """Make the final allocation now, whatever the schedule says. Nothing happens for methods without one.
@@ -101,7 +132,7 @@ class Tuner:
         """
         if any(slots.merged for _, _, slots in walk(self.model)):
             raise StepError("the model is merged; call tunerkit.unmerge before finish()")
-        self.record(registry.call("tunerkit_finish", self.method, tuner=self))
+        self.record(hooks.finish(self))
 
     def record(self, ranks: Mapping[str, int] | None) -> None:
         """Note an allocation in ``history`` and tell every plugin; None means that no mask changed."""
@@ -109,12 +140,25 @@ class Tuner:
             return
         change = RankChange(step=self.steps, budget=self.budget(), ranks=dict(ranks))
         self.history.append(change)
-        registry.call_all("tunerkit_ranks_changed", tuner=self, change=change)
+        hooks.ranks_changed(self, change)
 
     def training_state(self) -> State:
         """What training needs to go on, apart from the adapter's weights."""
-        found: State | None = registry.call("tunerkit_state", self.method, tuner=self)
-        return found if found is not None else State(tensors={}, values={})
+        return hooks.state(self)
+
+
+@attrs.define(eq=False)
+class Wrapped:
+    """What a wrapped model carries: its tuners by name, the oldest first, and what concerns all of them.
+
+    ``active`` are the names of the adapters that forward applies, in order. ``frozen`` are the base parameters that
+    wrapping froze. ``fingerprints`` are the base's for each adapter, kept where a permanent merge overwrote the base.
+    """
+
+    tuners: dict[str, Tuner] = attrs.field(factory=dict)
+    active: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+    fingerprints: dict[str, dict[str, dict[str, Any]]] = attrs.field(factory=dict)
 
 
 def tuners_of(model: nn.Module) -> dict[str, Tuner]:
@@ -125,26 +169,26 @@ def tuners_of(model: nn.Module) -> dict[str, Tuner]:
     """
     # By identity: a shallow copy shares the record.
     modules = base_modules(expect_module(model))
-    roots = {id(found): (path, module) for path, module in modules if (found := own_tuners(module))}
+    roots = {id(found): (path, found) for path, module in modules if (found := vars(module).get(_ATTRIBUTE))}
     if len(roots) > 1:
         paths = ", ".join(repr(path) if path else "the model itself" for path, _ in roots.values())
         raise AdapterError(
             f"several parts of this {type(model).__name__} were wrapped on their own: {paths}; call it on one of them, "
             "or unwrap them and wrap the whole"
         )
-    return next((own_tuners(module) for _, module in roots.values()), {})
+    return next((dict(found.tuners) for _, found in roots.values()), {})
 
 
-def own_tuners(model: nn.Module) -> dict[str, Tuner]:
-    """The tuners that ``model`` carries itself: it is what was wrapped, and no module around or inside it."""
-    found: dict[str, Tuner] = vars(model).get(_ATTRIBUTE, {})
-    return found
+def wrapped_of(model: nn.Module) -> Wrapped:
+    """What ``model`` carries itself, and no module around or inside it; an empty record if it was not wrapped."""
+    found: Wrapped | None = vars(model).get(_ATTRIBUTE)
+    return Wrapped() if found is None else found
 
 
-def set_tuners(model: nn.Module, tuners: dict[str, Tuner]) -> None:
-    """Let ``model`` carry ``tuners``; nothing of tunerkit stays behind when there are none."""
-    if tuners:
-        vars(model)[_ATTRIBUTE] = tuners
+def set_wrapped(model: nn.Module, wrapped: Wrapped) -> None:
+    """Let ``model`` carry ``wrapped``; nothing of tunerkit stays behind when there are no tuners."""
+    if wrapped.tuners:
+        vars(model)[_ATTRIBUTE] = wrapped
     else:
         vars(model).pop(_ATTRIBUTE, None)
 
@@ -188,4 +232,4 @@ def takes_part(tuner: Tuner) -> bool:
     """
     if is_frozen(tuner):
         return False
-    return tuner.turn is not None or any(p.grad is not None for p in tuner.parameters())
+    return tuner.is_active or any(p.grad is not None for p in tuner.parameters())

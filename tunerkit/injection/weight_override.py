@@ -7,11 +7,11 @@ from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tunerkit.errors import AdapterError, PluginError
-from tunerkit.injection.delta import add_delta, ask_delta, plugin_of
-from tunerkit.injection.slots import Slot, Slots, apply_slots, slots_of
+from tunerkit.errors import AdapterError
+from tunerkit.injection.delta import adapted_tensors
+from tunerkit.injection.slots import Slots, apply_slots, slots_of
 from tunerkit.layers import BaseLayer
 from tunerkit.libraries import read_children
 from tunerkit.paths import parent
@@ -185,35 +185,7 @@ def _changes(owner: nn.Module) -> Iterator[tuple[nn.Module, str, object]]:
         yield owner, "use_nested_tensor", False
     for module, slots in _borrowers(owner):
         assert slots.base is not None
-        tensors = _changed(module, slots, slots.base) if slots.enabled and not slots.merged else {}
+        shown = slots.enabled and not slots.merged
+        tensors = adapted_tensors(type(module).__name__, module, slots) if shown else {}
         for name in (slots.base.weight_name, slots.base.bias_name):
             yield module, name, tensors.get(name)
-
-
-def _changed(module: nn.Module, slots: Slots, base: BaseLayer) -> dict[str, Tensor]:
-    """The module's own tensors as all active slots change them, by local name; those that none changes are missing."""
-    tensors: dict[str, Tensor] = {}
-    for name in slots.active:
-        slot = slots.get(name)
-        assert slot is not None
-        if slot.adapter is not None:
-            delta = ask_delta(type(module).__name__, slot.method, slot.adapter, base)
-            _refuse_untrainable(slot, delta.weight, delta.bias)
-            add_delta(module, base, delta, tensors)
-        if slot.bias is not None:
-            own = module._parameters[base.bias_name]
-            assert own is not None
-            # The difference is exactly 0 until the copy is trained, which keeps the first output bit-identical.
-            tensors[base.bias_name] = tensors.get(base.bias_name, own) + (slot.bias - own).to(own.dtype)
-    return tensors
-
-
-def _refuse_untrainable(slot: Slot, *parts: Tensor | None) -> None:
-    """A delta cut off from the adapter's parameters would be used, and never trained."""
-    assert slot.adapter is not None
-    trained = any(parameter.requires_grad and parameter.numel() for parameter in slot.adapter.parameters())
-    if torch.is_grad_enabled() and trained and not any(part is not None and part.requires_grad for part in parts):
-        raise PluginError(
-            f"{plugin_of(slot.method)} answers tunerkit_delta with tensors that have no gradient, so the adapter "
-            "would not be trained where only its delta is used; compute the delta from the parameters, not detached"
-        )

@@ -18,8 +18,8 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from tunerkit import hooks
 from tunerkit.errors import FileError, TunerkitWarning
-from tunerkit.hooks import registry
 from tunerkit.injection import Tuner
 from tunerkit.serialization import (
     FILE_NAME,
@@ -91,7 +91,7 @@ def load_states(tuners: Sequence[Tuner], checkpoint: Path) -> None:
         folder = folder_of(checkpoint, tuners, tuner)
         if (folder / STATE_NAME).is_file():
             load_tuner_state(tuner, folder)
-        elif registry.get(tuner.method).needs_steps:
+        elif tuner.needs_steps:
             raise FileError(
                 f"{checkpoint} has no {STATE_NAME} for adapter {tuner.name!r} (save_only_model?), and method "
                 f"{tuner.method!r} cannot go on without; load the adapter from it and begin a new training instead"
@@ -193,7 +193,7 @@ def _log(
     if "loss" in logs:
         tuners = attached.tuners
         for tuner in tuners:
-            if not registry.implements("tunerkit_budget", tuner.method):
+            if not hooks.has_budget(tuner.method):
                 continue
             prefix = "" if len(tuners) == 1 else f"{tuner.name}/"
             logs[f"{prefix}budget"] = tuner.budget()

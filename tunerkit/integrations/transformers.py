@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tunerkit.errors import StepError, TunerkitWarning
-from tunerkit.injection import Tuner, own_tuners, tuners_of
+from tunerkit.injection import Tuner, tuners_of, wrapped_of
 from tunerkit.integrations.checkpoints import load_states, take_over_
 from tunerkit.serialization import warn_of_unspent_schedule
 from tunerkit.steps import detach, drive, is_attached
@@ -62,7 +62,7 @@ class StepCallback(TrainerCallback):
     @property
     def tuners(self) -> list[Tuner]:
         """Those that are still in their model: one may be deleted, and all unwrapped, at any time."""
-        return [tuner for tuner in self.attached if tuner in own_tuners(tuner.model).values()]
+        return [tuner for tuner in self.attached if tuner in wrapped_of(tuner.model).tuners.values()]
 
     def add(self, tuners: list[Tuner], total_steps: int | None) -> None:
         """Drive further adapters too, at once if training is under way; one trainer has one number of steps."""

@@ -12,10 +12,21 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from tunerkit import hooks
 from tunerkit.config import to_mapping
 from tunerkit.errors import AdapterError, BaseMismatchError, FileError, TargetError, TunerkitWarning
-from tunerkit.hooks import all_kinds, registry, structure
-from tunerkit.injection import Slot, Tuner, build, check_name, inject_, inside, refuse_lost, refuse_unready
+from tunerkit.injection import (
+    Progress,
+    Slot,
+    Tuner,
+    build,
+    check_name,
+    inject_,
+    inside,
+    refuse_lost,
+    refuse_unready,
+    wrapped_of,
+)
 from tunerkit.injection import tuner as find_tuner
 from tunerkit.serialization.fingerprint import differences, fingerprint
 from tunerkit.serialization.header import Header, decode, encode
@@ -40,7 +51,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None 
     if adapted modules were replaced or resized after wrapping: no base would fit the file.
     """
     tuner = find_tuner(model, adapter)
-    if registry.get(tuner.method).needs_steps and tuner.steps == 0 and not tuner.loaded:
+    if tuner.needs_steps and tuner.steps == 0 and not tuner.loaded:
         raise AdapterError(
             f"adapter {tuner.name!r} was trained with no step: method {tuner.method!r} allocates ranks while the "
             "optimizer steps. Call tunerkit.attach(model, optimizer, total_steps=...) before training"
@@ -73,7 +84,7 @@ def load(base: M, path: str | os.PathLike[str], *, adapter: str = "default", tra
     tuner = _tuner_from(header, root, adapter, source)
     refuse_other_base(tuner, header, source)
     with torch.random.fork_rng(devices=[]):  # the start is overwritten; the caller's random state is not touched
-        plan = build(tuner, all_kinds())
+        plan = build(tuner, hooks.all_kinds())
     fill(plan.slots, tensors, source)
     inject_(plan, trainable=trainable)
     return base
@@ -82,7 +93,7 @@ def load(base: M, path: str | os.PathLike[str], *, adapter: str = "default", tra
 def warn_of_unspent_schedule(tuner: Tuner) -> None:
     """Tell of ranks that are still above their final budget: fine for a checkpoint, a surprise at the end."""
     # Without the hook the budget is what the ranks are, now as at the end; to count them takes a while.
-    if tuner.steps == 0 or tuner.total_steps is None or not registry.implements("tunerkit_budget", tuner.method):
+    if tuner.steps == 0 or tuner.total_steps is None or not hooks.has_budget(tuner.method):
         return
     final = tuner.budget(tuner.total_steps)
     if tuner.budget() > final:
@@ -114,11 +125,11 @@ def describe(
     tuner: Tuner, *, kind: str, values: dict[str, object] | None = None, history: list[list[object]] | None = None
 ) -> Header:
     """The header for a file of ``tuner``."""
-    owner = registry.owner_of(tuner.method)
+    owner = hooks.registry.owner_of(tuner.method)
     versions = {"tunerkit": metadata.version("tunerkit"), "torch": torch.__version__, owner.distribution: owner.version}
     base: dict[str, dict[str, Any]] = {}
     if kind == "adapter":
-        base = tuner.fingerprint if tuner.fingerprint is not None else fingerprint(tuner)
+        base = wrapped_of(tuner.model).fingerprints.get(tuner.name) or fingerprint(tuner)
     return Header(
         kind=kind,
         method=tuner.method,
@@ -159,13 +170,13 @@ def _tuner_from(header: Header, base: nn.Module, adapter: str, source: Path) -> 
     return Tuner(
         name=adapter,
         method=header.method,
-        config=structure(header.method, header.config),
+        config=hooks.structure(header.method, header.config),
         model=base,
         targets=tuple(by_path[path] for path in header.targets),
         copies=tuple(by_path[path] for path in header.copies),
         biases=tuple(by_path[path] for path in header.biases),
-        total_steps=header.total_steps,
         loaded=True,
+        progress=Progress(total_steps=header.total_steps),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunerkit.hooks import all_kinds
+from tunerkit import hooks
 from tunerkit.injection import Slots, Tuner, base_modules, slots_of
 from tunerkit.layers import BaseLayer, bias_name, describe
 from tunerkit.paths import CHILD, is_under, join
@@ -62,7 +62,7 @@ def differences(saved: Fingerprint, found: Fingerprint) -> list[str]:
 def base_tensors(tuner: Tuner) -> dict[str, Tensor]:
     """The base's own parameters by name, originals where merged ones stand now, without what the adapter trains."""
     copied = frozenset(place.path for place in tuner.copies)
-    kinds = all_kinds() if tuner.biases else ()
+    kinds = hooks.all_kinds() if tuner.biases else ()
     biased = {join(place.path, bias_name(_base_of(place.module, kinds))) for place in tuner.biases}
     found = {}
     for path, module in base_modules(tuner.model):

@@ -7,23 +7,20 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from tunerkit import hooks
 from tunerkit.errors import AdapterError
-from tunerkit.hooks import registry
 from tunerkit.injection import (
     Slots,
-    Tuner,
-    add_delta,
-    ask_delta,
+    adapted_tensors,
     is_merged,
     refuse_disabled,
     refuse_lost,
     require_tuners,
     walk,
+    wrapped_of,
 )
-from tunerkit.layers import Adapter, BaseLayer, bias_name
 from tunerkit.libraries import is_offloaded
 from tunerkit.paths import is_under
-from tunerkit.records import Delta
 from tunerkit.serialization.fingerprint import fingerprint
 from tunerkit.targets import tied
 
@@ -51,10 +48,10 @@ def merge(model: M, *, permanent: bool = False) -> M:
     _refuse_offloaded(model)
     refuse_lost(tuners.values())
     _refuse_tied(model)
-    merged = [(module, slots, _merged_tensors(path, module, slots, tuners)) for path, module, slots in walk(model)]
+    merged = [(module, slots, _merged_tensors(path, module, slots)) for path, module, slots in walk(model)]
     if permanent:
         for tuner in tuners.values():
-            tuner.fingerprint = fingerprint(tuner)
+            wrapped_of(tuner.model).fingerprints[tuner.name] = fingerprint(tuner)
     for module, slots, tensors in merged:
         slots.merged = slots.active
         slots.permanent = permanent
@@ -127,40 +124,17 @@ def _refuse_tied(model: nn.Module) -> None:
 # Not in inference mode, whoever merges: a base made of inference tensors could neither be trained nor thawed again.
 @torch.inference_mode(False)
 @torch.no_grad()
-def _merged_tensors(path: str, module: nn.Module, slots: Slots, tuners: dict[str, Tuner]) -> dict[str, Tensor]:
-    """The values that ``module``'s own tensors have with all active slots merged."""
-    tensors: dict[str, Tensor] = {}
+def _merged_tensors(path: str, module: nn.Module, slots: Slots) -> dict[str, Tensor]:
+    """The values that ``module``'s own tensors have with all active slots merged, if there is a place for them."""
     for name in slots.active:
         slot = slots.get(name)
-        assert slot is not None
-        if slot.copy is not None:
-            tensors.update({key: tensor.detach().clone() for key, tensor in _own_tensors(slot.copy).items()})
-            continue
-        if slot.adapter is not None:
-            assert slots.base is not None
-            delta = _delta(path, module, tuners[name].method, slot.adapter, slots.base)
-            add_delta(module, slots.base, delta, tensors)
-        if slot.bias is not None:
-            bias = bias_name(slots.base)
-            own = module.get_parameter(bias)
-            added = tensors.get(bias, own).double() + (slot.bias - own).double()
-            tensors[bias] = added.to(own.dtype) if bias in tensors else slot.bias.clone()
-    return tensors
-
-
-def _delta(path: str, module: nn.Module, method: str, adapter: Adapter, base: BaseLayer) -> Delta:
-    """What an adapter adds, if there is a place for it in its base layer."""
-    if not registry.implements("tunerkit_delta", method):
-        raise AdapterError(f"method {method!r} cannot be merged: its plugin does not implement tunerkit_delta")
-    delta = ask_delta(path, method, adapter, base)
-    if delta.bias is not None and not isinstance(module._parameters.get(base.bias_name), nn.Parameter):
+        if slot is not None and slot.adapter is not None and not hooks.has_delta(slot.method):
+            raise AdapterError(f"method {slot.method!r} cannot be merged: its plugin does not implement tunerkit_delta")
+    tensors = adapted_tensors(path, module, slots)
+    bias = None if slots.base is None else slots.base.bias_name
+    if bias in tensors and module._parameters.get(bias) is None:
         raise AdapterError(f"cannot merge into {path!r}: the adapter adds a bias and the base layer has none")
-    return delta
-
-
-def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of a trained copy by local name: no adapter lies in one."""
-    return {name: tensor.detach() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    return tensors
 
 
 def _replace(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

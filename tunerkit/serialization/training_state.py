@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tunerkit import hooks
 from tunerkit.errors import FileError, TunerkitWarning
-from tunerkit.hooks import registry
 from tunerkit.injection import Tuner
 from tunerkit.injection import tuner as find_tuner
 from tunerkit.records import RankChange, State
@@ -100,14 +100,14 @@ def _state_of(tuner: Tuner) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _go_on_(tuner: Tuner, tensors: Mapping[str, Tensor], header: Header, *, source: str) -> None:
     differing = _differences(header, describe(tuner, kind="state"))
-    if registry.get(tuner.method).needs_steps and header.total_steps != tuner.total_steps:
+    if tuner.needs_steps and header.total_steps != tuner.total_steps:
         # A schedule is laid out over the whole training; one that is longer now would have pruned otherwise.
         differing.append(f"total_steps {header.total_steps} -> {tuner.total_steps}")
     _refuse_other_run(source, differing)
     history = [RankChange(step, budget, _by_target(ranks, header, source)) for step, budget, ranks in header.history]
-    registry.call("tunerkit_restore", tuner.method, tuner=tuner, state=State(tensors=tensors, values=header.values))
-    tuner.steps = header.steps
-    tuner.history[:] = history
+    hooks.restore(tuner, State(tensors=tensors, values=header.values))
+    tuner.progress.steps = header.steps
+    tuner.progress.history[:] = history
 
 
 def restore_(tuner: Tuner, path: str | os.PathLike[str]) -> None:
@@ -128,13 +128,13 @@ def restore_(tuner: Tuner, path: str | os.PathLike[str]) -> None:
     for parameter, shape in shapes.items():
         if optimizer is not None and parameter.shape != shape:
             optimizer.state.pop(parameter, None)
-    tuner.steps = header.steps
+    tuner.progress.steps = header.steps
 
 
 def forget_state_(tuner: Tuner) -> None:
     """Let go of a training state that does not go with the weights that were just restored, and of what came later."""
-    tuner.state = None
-    tuner.history[:] = [change for change in tuner.history if change.step <= tuner.steps]
+    tuner.progress.state = None
+    tuner.progress.history[:] = [change for change in tuner.history if change.step <= tuner.steps]
 
 
 def _differences(saved: Header, own: Header) -> list[str]:

@@ -9,8 +9,7 @@ from typing import SupportsIndex
 from torch.optim import Optimizer
 
 from tunerkit.errors import StepError, TunerkitWarning
-from tunerkit.hooks import registry
-from tunerkit.injection import Tuner, is_frozen, own_tuners, refuse_lost
+from tunerkit.injection import Tuner, is_frozen, refuse_lost, wrapped_of
 from tunerkit.steps.links import is_attached
 
 
@@ -21,7 +20,7 @@ def find_optimizer(candidate: object, tuners: Sequence[Tuner]) -> Optimizer:
     weights, would put back what an allocation has pruned, in shapes of before.
     """
     while isinstance(inner := getattr(candidate, "optimizer", None), Optimizer):
-        needing = [tuner.name for tuner in tuners if registry.get(tuner.method).needs_steps]
+        needing = [tuner.name for tuner in tuners if tuner.needs_steps]
         if needing and getattr(candidate, "state", inner.state) is not inner.state:
             wrapper, wrapped = type(candidate).__name__, type(inner).__name__
             raise StepError(
@@ -53,7 +52,7 @@ def _takes_hooks(optimizer: Optimizer) -> bool:
 def check_attachable(tuner: Tuner, optimizer: Optimizer) -> None:
     """Refuse a second attachment, and an adapter that this optimizer would never move, or in vain."""
     if is_attached(tuner):
-        others = [name for name, other in own_tuners(tuner.model).items() if not is_attached(other)]
+        others = [name for name, other in wrapped_of(tuner.model).tuners.items() if not is_attached(other)]
         which = f", adapter={others[0]!r} attaches another" if others else ""
         raise StepError(
             f"adapter {tuner.name!r} is attached already: one optimizer drives it; wrap again for a new run{which}"
@@ -80,7 +79,7 @@ def _check_held(tuner: Tuner, optimizer: Optimizer) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     trained = {path: {n: p for n, p in slot.named_parameters() if p.requires_grad} for path, slot in tuner.slots()}
     counted = {path: own for path, own in trained.items() if own}
-    if registry.get(tuner.method).needs_steps:
+    if tuner.needs_steps:
         adapters = tuner.adapters()
         counted = {path: own for path, own in counted.items() if path in adapters}
     if counted and not any(id(p) in held for own in counted.values() for p in own.values()):
@@ -116,7 +115,7 @@ def _grouped(missing: Mapping[str, Sequence[str]]) -> str:
 
 def agree_on_total(tuner: Tuner, total_steps: int | None) -> int | None:
     """The total from the call and the config, which must not disagree; required where the method needs steps."""
-    configured: int | None = getattr(tuner.config, "total_steps", None)
+    configured = tuner.config.total_steps
     if total_steps is not None and configured is not None and total_steps != configured:
         raise StepError(
             f"adapter {tuner.name!r}: the config says total_steps={configured}, training has {total_steps}; "
@@ -124,7 +123,7 @@ def agree_on_total(tuner: Tuner, total_steps: int | None) -> int | None:
         )
     total = configured if total_steps is None else total_steps
     total = None if total is None else _as_count(total)
-    if total is None and registry.get(tuner.method).needs_steps:
+    if total is None and tuner.needs_steps:
         raise StepError(
             f"method {tuner.method!r} needs the length of training: pass total_steps=... to tunerkit.attach, "
             "or set total_steps in the config"

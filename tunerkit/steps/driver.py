@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from tunerkit import hooks
 from tunerkit.errors import StepError, TunerkitWarning
-from tunerkit.hooks import registry
-from tunerkit.injection import Tuner, report, slots_of, takes_part
+from tunerkit.injection import Link, Tuner, report, slots_of, takes_part
 from tunerkit.steps.checks import agree_on_total, check_attachable, find_optimizer
-from tunerkit.steps.links import Link, _links
 
 
 @attrs.define(eq=False)
@@ -46,19 +45,17 @@ def drive(
     for tuner in tuners:
         check_attachable(tuner, optimizer)
     totals = [agree_on_total(tuner, total_steps) for tuner in tuners]
-    states = [
-        registry.call("tunerkit_start", tuner.method, tuner=tuner, total_steps=total)
-        for tuner, total in zip(tuners, totals, strict=True)
-    ]
+    states = [hooks.start(tuner, total) for tuner, total in zip(tuners, totals, strict=True)]
     for tuner, total, state in zip(tuners, totals, states, strict=True):
-        tuner.state, tuner.total_steps, tuner.steps = state, total, 0
-        tuner.history.clear()
+        progress = tuner.progress
+        progress.state, progress.total_steps, progress.steps = state, total, 0
+        progress.history.clear()
         driver = Driver(tuner=tuner, clock=clock)
         handles = (
             optimizer.register_step_pre_hook(_uncompiled(_before, driver)),
             optimizer.register_step_post_hook(_uncompiled(_after, driver)),
         )
-        _links[tuner] = Link(ref(optimizer), handles)
+        progress.link = Link(ref(optimizer), handles)
     return optimizer
 
 
@@ -117,7 +114,7 @@ def _call_before_step(driver: Driver, optimizer: Optimizer) -> None:
     tuner, step = driver.tuner, driver.next_step()
     report(tuner.model)
     with torch.no_grad():
-        registry.call("tunerkit_before_step", tuner.method, tuner=tuner, step=step, grad_scale=grad_scale)
+        hooks.before_step(tuner, step, grad_scale)
 
 
 def _after(driver: Driver, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -128,9 +125,9 @@ def _after(driver: Driver, optimizer: Optimizer, args: tuple[Any, ...], kwargs: 
     if not takes_part(driver.tuner):
         return
     tuner = driver.tuner
-    tuner.steps = driver.next_step()
+    tuner.progress.steps = driver.next_step()
     with torch.no_grad():
-        ranks = registry.call("tunerkit_after_step", tuner.method, tuner=tuner, step=tuner.steps)
+        ranks = hooks.after_step(tuner, tuner.steps)
     tuner.record(ranks)
     _warn_past_total(driver)
 

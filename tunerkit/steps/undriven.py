@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from tunerkit import hooks
 from tunerkit.errors import AdapterError, TunerkitWarning
-from tunerkit.hooks import registry
 from tunerkit.injection import Tuner, unseen
 from tunerkit.steps.links import is_attached, optimizer_of
 
@@ -56,7 +56,7 @@ def _note_new() -> None:
     global _known
     for tuner in list(unseen):
         unseen.discard(tuner)
-        if registry.implements("tunerkit_after_step", tuner.method):
+        if hooks.watches_steps(tuner.method):
             _known += 1
             for parameter in _parameters(tuner):
                 _owners[parameter] = ref(tuner)
