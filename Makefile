@@ -1,7 +1,7 @@
-# What one does with a clone of tunerkit. `make help` lists it; only python, git and make are needed.
+# Targets for working in a clone of tunerkit. `make help` lists them. You need only python, git and make.
 
 PYTHON ?= python3
-# Two workers with one thread each finish sooner than one worker with two threads: the tests' models are tiny.
+# The tests' models are tiny, so two workers with one thread each finish sooner than one worker with two threads.
 WORKERS ?= 2
 PYTEST_ARGS ?=
 BENCHMARK_ARGS ?=
@@ -23,38 +23,38 @@ CORE_READY := .venv-core/.ready
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
-# PASSIVE: threads that wait for each other by spinning take the cores away from whatever else the machine does.
+# PASSIVE: threads that wait by spinning would take the cores away from everything else on the machine.
 demo: $(DEMO_READY) ## fine-tune MiniLM on movie sentences with AdaLoRA
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/tunerkit train --out $(DEMO_OUT)
 
 test: test-core test-all ## run the whole test suite
 
-test-core: $(CORE_READY) ## core's tests, with no plugin installed
+test-core: $(CORE_READY) ## run core's tests, with no plugin installed
 	$(ONE_THREAD) $(CORE_BIN)/python $(PYTEST) tests
 
-test-all: $(DEV_READY) ## core's and the plugins' tests, with everything installed
+test-all: $(DEV_READY) ## run core's and the plugins' tests, with everything installed
 	$(ONE_THREAD) $(BIN)/python $(PYTEST) tests $(wildcard plugins/*/tests)
 
-check: $(DEV_READY) ## lint, formatting and types
+check: $(DEV_READY) ## check lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy -p tunerkit_lora -p tunerkit_adalora
 
-format: $(DEV_READY) ## format the code, and mend what ruff can mend
+format: $(DEV_READY) ## format the code, and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 docs: $(DEV_READY) ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
-benchmark: $(DEV_READY) ## measure speed and memory beside PEFT's, into out/speed
+benchmark: $(DEV_READY) ## measure speed and memory compared with PEFT's, into out/speed
 	$(BIN)/python -m benchmarks.speed $(BENCHMARK_ARGS)
 
-clean: ## remove what the other targets made
+clean: ## remove what the other targets created
 	rm -rf .venv .venv-core site dist build .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-# A venv made by hand is kept; what is missing from it gets installed.
+# An existing venv is kept; missing packages are installed into it.
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
@@ -69,7 +69,7 @@ $(DEV_READY): $(PROJECTS) | $(BIN)/python
 	$(BIN)/python -m pip install -e ".[dev]" $(PLUGINS)
 	touch $@ $(DEMO_READY)
 
-# Everything but the plugins: what passes here does not lean on a method.
+# Everything except the plugins: tests that pass here do not depend on a method.
 $(CORE_READY): pyproject.toml | $(CORE_BIN)/python
 	$(CORE_BIN)/python -m pip install -e ".[cli,hf,plot,test]"
 	touch $@
