@@ -19,7 +19,7 @@ from torch import nn
 
 import tunerkit
 from tunerkit.errors import AdapterError, BaseMismatchError, ConfigError, FileError, TargetError, UnknownMethodError
-from tunerkit.serialization.adapter_file import describe, read
+from tunerkit.serialization.adapter_file import header_of, read
 from tunerkit.serialization.header import decode, digest
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def test_files_hold_the_settled_config(toys: "Toys", monkeypatch: pytest.MonkeyP
     tuner = tunerkit.tuner(toys.trained())
     assert tuner.config.settled() == tuner.config
     monkeypatch.setattr(type(tuner.config), "settled", lambda config: attrs.evolve(config, rank=5))
-    assert [describe(tuner, kind=kind).config["rank"] for kind in ("adapter", "state")] == [5, 5]
+    assert [header_of(tuner, content=kind).config["rank"] for kind in ("adapter", "state")] == [5, 5]
 
 
 def test_each_of_two_adapters_has_its_own_file(toys: "Toys", tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_truncated_file_is_refused(toys: "Toys", saved: Path, tmp_path: Path) 
     for end in (*range(0, len(data), 50), len(data) - 1):
         path.write_bytes(data[:end])
         with pytest.raises(FileError):
-            read(path, kind="adapter")
+            read(path, content="adapter")
     assert_refused(toys, path, FileError, "cannot be read as a safetensors file")
 
 
@@ -256,11 +256,11 @@ def test_a_changed_byte_is_refused(toys: "Toys", saved: Path, tmp_path: Path, da
     path = tmp_path / "adapter.safetensors"
     path.write_bytes(whole)
     try:
-        tensors, found = read(path, kind="adapter")
+        tensors, found = read(path, content="adapter")
     except FileError as error:
         assert str(path) in str(error)  # noqa: PT017  # an error is one of the two right ends
         return
-    right, expected = read(saved, kind="adapter")
+    right, expected = read(saved, content="adapter")
     assert found == expected
     assert all(torch.equal(tensors[name], tensor) for name, tensor in right.items())
 
@@ -369,7 +369,7 @@ def test_a_header_that_is_no_object_is_refused(tmp_path: Path, text: str) -> Non
     """Any text may stand there; only an object with our fields is read."""
     metadata = {"tunerkit": text, "tunerkit.digest": digest(text, {})}
     with pytest.raises(FileError):
-        decode(metadata, {}, source="x", kind="adapter")
+        decode(metadata, {}, source="x", content="adapter")
 
 
 # Bases
@@ -506,7 +506,7 @@ def test_the_state_of_another_run_is_refused(toys: "Toys", tmp_path: Path, saved
 
 def test_the_header_says_what_is_inside(toys: "Toys", saved: Path) -> None:
     """Method, config, places, steps and the versions that wrote it can be read without loading anything."""
-    _, found = read(saved, kind="adapter")
+    _, found = read(saved, content="adapter")
     said = attrs.asdict(found)
     assert (said["method"], said["steps"], said["format"], said["kind"]) == ("toy-low-rank", 0, 1, "adapter")
     assert tunerkit.structure("toy-low-rank", said["config"]) == tunerkit.tuner(toys.trained()).config

@@ -65,7 +65,7 @@ def save_tuner(tuner: Tuner, path: str | os.PathLike[str]) -> Path:
     refuse_lost([tuner])
     tensors = adapter_tensors(tuner)
     target = file_at(path, FILE_NAME)
-    write(target, tensors, encode(describe(tuner, kind="adapter"), tensors))
+    write(target, tensors, encode(header_of(tuner, content="adapter"), tensors))
     return target
 
 
@@ -80,7 +80,7 @@ def load(base: M, path: str | os.PathLike[str], *, adapter: str = "default", tra
     root = inside(base)
     refuse_unready(root, adapter)
     source = file_at(path, FILE_NAME)
-    tensors, header = read(source, kind="adapter")
+    tensors, header = read(source, content="adapter")
     tuner = _tuner_from(header, root, adapter, source)
     refuse_other_base(tuner, header, source)
     with torch.random.fork_rng(devices=[]):  # the start is overwritten; the caller's random state is not touched
@@ -121,17 +121,17 @@ def adapter_tensors(tuner: Tuner) -> dict[str, Tensor]:
     return tensors
 
 
-def describe(
-    tuner: Tuner, *, kind: str, values: dict[str, object] | None = None, history: list[list[object]] | None = None
+def header_of(
+    tuner: Tuner, *, content: str, values: dict[str, object] | None = None, history: list[list[object]] | None = None
 ) -> Header:
     """The header for a file of ``tuner``."""
     owner = hooks.registry.owner_of(tuner.method)
     versions = {"tunerkit": metadata.version("tunerkit"), "torch": torch.__version__, owner.distribution: owner.version}
     base: dict[str, dict[str, Any]] = {}
-    if kind == "adapter":
+    if content == "adapter":
         base = wrapped_of(tuner.model).fingerprints.get(tuner.name) or fingerprint(tuner)
     return Header(
-        kind=kind,
+        kind=content,
         method=tuner.method,
         config=to_mapping(tuner.config.settled()),
         targets=[target.path for target in tuner.targets],
@@ -146,17 +146,17 @@ def describe(
     )
 
 
-def read(path: Path, *, kind: str) -> tuple[dict[str, Tensor], Header]:
+def read(path: Path, *, content: str) -> tuple[dict[str, Tensor], Header]:
     """The tensors and the checked header of a tunerkit file. Raises `FileError`."""
     if not path.is_file():
-        raise FileError(f"there is no file {path}; {_WRITTEN_BY[kind]} into the folder it is given")
+        raise FileError(f"there is no file {path}; {_WRITTEN_BY[content]} into the folder it is given")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             found = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise FileError(f"{path} cannot be read as a safetensors file: {error}") from error
-    return tensors, decode(found, tensors, source=str(path), kind=kind)
+    return tensors, decode(found, tensors, source=str(path), content=content)
 
 
 def _tuner_from(header: Header, base: nn.Module, adapter: str, source: Path) -> Tuner:

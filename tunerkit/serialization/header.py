@@ -67,7 +67,7 @@ def encode(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {KEY: text, f"{KEY}.digest": digest(text, tensors)}
 
 
-def decode(metadata: Mapping[str, str] | None, tensors: Mapping[str, Tensor], *, source: str, kind: str) -> Header:
+def decode(metadata: Mapping[str, str] | None, tensors: Mapping[str, Tensor], *, source: str, content: str) -> Header:
     """The header, once the digest has shown that neither it nor the data was changed. Raises `FileError`."""
     if not metadata or KEY not in metadata or f"{KEY}.digest" not in metadata:
         raise FileError(f"{source} is a safetensors file, but not one that tunerkit wrote (it has no tunerkit header)")
@@ -86,8 +86,8 @@ def decode(metadata: Mapping[str, str] | None, tensors: Mapping[str, Tensor], *,
         header = Header(**fields)
     except (TypeError, ValueError) as error:
         raise FileError(f"{source}: its header holds something else than tunerkit writes: {error.args[0]}") from error
-    if header.kind != kind:
-        raise FileError(f"{source} holds {header.kind!r}, expected {kind!r}: give the other of the two files")
+    if header.kind != content:
+        raise FileError(f"{source} holds {header.kind!r}, expected {content!r}: give the other of the two files")
     return header
 
 

@@ -16,7 +16,7 @@ from tunerkit.errors import FileError, TunerkitWarning
 from tunerkit.injection import Tuner
 from tunerkit.injection import tuner as find_tuner
 from tunerkit.records import RankChange, State
-from tunerkit.serialization.adapter_file import FILE_NAME, describe, fill, read, refuse_other_base
+from tunerkit.serialization.adapter_file import FILE_NAME, fill, header_of, read, refuse_other_base
 from tunerkit.serialization.header import Header, decode, encode
 from tunerkit.serialization.safetensors_file import file_at, write
 from tunerkit.steps import hold, optimizer_of
@@ -51,7 +51,7 @@ def save_tuner_state(tuner: Tuner, path: str | os.PathLike[str]) -> Path:
 def load_tuner_state(tuner: Tuner, path: str | os.PathLike[str]) -> None:
     """`load_state` into one tuner."""
     source = file_at(path, STATE_NAME)
-    _go_on_(tuner, *read(source, kind="state"), source=str(source))
+    _go_on_(tuner, *read(source, content="state"), source=str(source))
 
 
 def carry(tuner: Tuner, optimizer: Optimizer) -> None:
@@ -78,7 +78,7 @@ def _take_out(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) ->
     if carried is not None:
         source = "the optimizer's state_dict"
         tensors: dict[str, Tensor] = carried["tensors"]
-        _go_on_(tuner, tensors, decode(carried["metadata"], tensors, source=source, kind="state"), source=source)
+        _go_on_(tuner, tensors, decode(carried["metadata"], tensors, source=source, content="state"), source=source)
     elif state_dict["state"]:
         warnings.warn(
             f"the state_dict that the optimizer loads has no training state of adapter {tuner.name!r}, which was not "
@@ -93,13 +93,13 @@ def _state_of(tuner: Tuner) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a training state and what is said of them, as a file holds both."""
     state = tuner.training_state()
     history = [[change.step, change.budget, list(change.ranks.values())] for change in tuner.history]
-    header = describe(tuner, kind="state", values=dict(state.values), history=history)
+    header = header_of(tuner, content="state", values=dict(state.values), history=history)
     tensors = {name: tensor.detach().contiguous() for name, tensor in state.tensors.items()}
     return tensors, encode(header, tensors)
 
 
 def _go_on_(tuner: Tuner, tensors: Mapping[str, Tensor], header: Header, *, source: str) -> None:
-    differing = _differences(header, describe(tuner, kind="state"))
+    differing = _differences(header, header_of(tuner, content="state"))
     if tuner.needs_steps and header.total_steps != tuner.total_steps:
         # A schedule is laid out over the whole training; one that is longer now would have pruned otherwise.
         differing.append(f"total_steps {header.total_steps} -> {tuner.total_steps}")
@@ -117,8 +117,8 @@ def restore_(tuner: Tuner, path: str | os.PathLike[str]) -> None:
     another tensor now.
     """
     source = file_at(path, FILE_NAME)
-    tensors, header = read(source, kind="adapter")
-    _refuse_other_run(str(source), _differences(header, describe(tuner, kind="adapter")))
+    tensors, header = read(source, content="adapter")
+    _refuse_other_run(str(source), _differences(header, header_of(tuner, content="adapter")))
     refuse_other_base(tuner, header, source)
     slots = dict(tuner.slots())
     fill(copy.deepcopy(slots), tensors, source)  # whatever does not fit is told before anything live is touched
