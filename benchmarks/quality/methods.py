@@ -13,7 +13,7 @@ from torch.optim import AdamW, Optimizer
 import tunerkit
 from benchmarks.quality import variants
 from benchmarks.quality.tasks import TASKS, Task
-from tunerkit.cli.training import Recipe, attach_adapters
+from benchmarks.quality.training import Recipe
 from tunerkit_adalora import AdaLoraConfig
 
 if TYPE_CHECKING:
@@ -29,6 +29,12 @@ SCALE = 2.0  # alpha over rank, everywhere
 # training goes into the head, and more rank would gain nothing but a faster start.
 HEAD_RATE = 1e-2
 EXPERIMENT = "experiment"  # among AdaLoRA's settings, what `variants` makes of it
+
+
+def attach_adapters(model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
+    """Attach the adapters in ``model``, if there are any."""
+    if tunerkit.trainable_parameters(model).adapters:
+        tunerkit.attach(model, optimizer, total_steps=total_steps)
 
 
 @attrs.frozen(eq=False)

@@ -1,16 +1,19 @@
 """Whether our LoRA and PEFT's are one method: the losses of both, from one start and on the same batches."""
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim import AdamW
 
 import tunerkit
 from benchmarks.quality import methods
-from benchmarks.quality.runs import DEVICE, Run
+from benchmarks.quality.batches import Rows
+from benchmarks.quality.runs import Run
 from benchmarks.quality.tasks import TASKS
-from tunerkit.cli.training import train
+from benchmarks.quality.training import Recipe, train
 from tunerkit_lora.adapter import LoraAdapter
 
 
@@ -24,12 +27,16 @@ def losses(task: str, *, rank: int, learning_rate: float, steps: int, cache: Pat
     )
     _start_alike(ours, theirs)
     return {
-        run.method: [
-            step.loss
-            for step in itertools.islice(train(model, parts.train, run.recipe, device=DEVICE, mixed=False), steps)
-        ]
+        run.method: list(itertools.islice(_train(model, parts.train, run.recipe), steps))
         for run, model, (_, parts) in zip(runs, (theirs, ours), built, strict=True)
     }
+
+
+def _train(model: nn.Module, rows: Rows, recipe: Recipe) -> Iterator[float]:
+    """Train all that requires a gradient at one rate, the head too."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = AdamW(trained, lr=recipe.learning_rate, weight_decay=0.0)
+    return train(model, rows, recipe, optimizer, connect=methods.attach_adapters)
 
 
 @torch.no_grad()

@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.quality import store
+from benchmarks.quality import minilm, store
+from benchmarks.quality.packages import cache_folder
 from benchmarks.quality.runs import Run, execute
 from benchmarks.quality.tasks import TASKS
-from tunerkit.cli.assets import cache_folder, demo_model
 
 
 def make(runs: list[Run], file: Path, jobs: int, console: Console) -> None:
@@ -21,7 +21,7 @@ def make(runs: list[Run], file: Path, jobs: int, console: Console) -> None:
     cache = cache_folder()
     for name in {each.task for each in runs}:
         TASKS[name].cut(cache)  # fetched once, before processes would race for it
-    demo_model(cache)
+    minilm.folder(cache)
     os.environ["OMP_NUM_THREADS"] = "1"
     # Spawned: forking a process in which torch has threads is not safe.
     context = multiprocessing.get_context("spawn")

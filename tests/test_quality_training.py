@@ -1,0 +1,112 @@
+"""The quality benchmark's training loop, compared with the same steps written out."""
+
+import random
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import SGD, Optimizer
+
+from benchmarks.quality.batches import shuffled_batches
+from benchmarks.quality.training import Recipe, rate_at, train
+
+RECIPE = Recipe(epochs=2, learning_rate=0.5, batch_size=4, seed=3)
+
+
+class Classifier(nn.Module):
+    """Dropout before a linear layer, and a loss as models of transformers return it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.dropout = nn.Dropout(0.5)
+        self.linear = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Any:
+        logits = self.linear(self.dropout(x))
+        return SimpleNamespace(loss=functional.cross_entropy(logits, labels), logits=logits)
+
+
+class Points:
+    """Ten random rows, each with a length of its own."""
+
+    lengths = range(10, 0, -1)
+    x = 20 * torch.randn(10, 5, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(10) % 3
+
+    def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        return {"x": self.x[list(rows)], "labels": self.labels[list(rows)]}
+
+
+def nothing(model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
+    """Connect nothing."""
+
+
+def losses(model: nn.Module, recipe: Recipe = RECIPE, *, dropout: bool = True) -> list[float]:
+    optimizer = SGD(model.parameters(), lr=recipe.learning_rate)
+    return list(train(model, Points(), recipe, optimizer, connect=nothing, dropout=dropout))
+
+
+@given(st.integers(1, 400))
+def test_the_rate_rises_to_its_peak_and_falls_towards_zero(total: int) -> None:
+    """The factor lies in (0, 1], reaches 1, never rises again after it, and ends within one step of 0."""
+    factors = [rate_at(step, total) for step in range(total)]
+    assert all(0 < factor <= 1 for factor in factors)
+    peak = factors.index(max(factors))
+    assert max(factors) == pytest.approx(1)
+    assert factors[: peak + 1] == sorted(factors[: peak + 1])
+    assert factors[peak:] == sorted(factors[peak:], reverse=True)
+    assert rate_at(total, total) == 0
+
+
+def test_the_losses_are_those_of_plain_gradient_descent() -> None:
+    """Without dropout a step is: gradient, clipped to length 1, times the rate of the step."""
+    model = Classifier()
+    weight, bias = (p.detach().clone().requires_grad_() for p in (model.linear.weight, model.linear.bias))
+    rng, points = random.Random(RECIPE.seed), Points()
+    expected: list[float] = []
+    for batch in [batch for _ in range(2) for batch in shuffled_batches(points.lengths, 4, rng)]:
+        loss = functional.cross_entropy(points.x[batch] @ weight.T + bias, points.labels[batch])
+        gradients = torch.autograd.grad(loss, (weight, bias))
+        length = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
+        rate = RECIPE.learning_rate * rate_at(len(expected), 6) / max(1.0, length)
+        with torch.no_grad():
+            weight -= rate * gradients[0]
+            bias -= rate * gradients[1]
+        expected.append(loss.item())
+    assert losses(model, dropout=False) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_seed_decides_order_and_dropout() -> None:
+    """Whatever was drawn before: the same seed gives the same losses, another seed and no dropout others."""
+    first, second = Classifier(), Classifier()
+    found = losses(first)
+    torch.rand(7)
+    assert losses(second) == found
+    assert losses(Classifier(), Recipe(epochs=2, learning_rate=0.5, batch_size=4, seed=4)) != found
+    assert losses(Classifier(), dropout=False) != found
+
+
+@pytest.mark.parametrize("dropout", [True, False])
+def test_the_model_is_connected_before_the_first_step(dropout: bool) -> None:
+    """Once, with the number of steps, while no parameter has moved; from then on dropout is as it was asked for."""
+    model = Classifier()
+    start = model.linear.weight.detach().clone()
+    optimizer = SGD(model.parameters(), lr=0.5)
+    connected: list[int] = []
+
+    def connect(given: nn.Module, its: Optimizer, total_steps: int) -> None:
+        assert given is model
+        assert its is optimizer
+        assert torch.equal(model.linear.weight, start)
+        connected.append(total_steps)
+
+    for _ in train(model, Points(), RECIPE, optimizer, connect=connect, dropout=dropout):
+        assert model.training is dropout
+    assert connected == [RECIPE.total_steps(10)] == [6]
