@@ -56,7 +56,7 @@ def test_the_initial_rank_defaults_to_one_and_a_half_times_the_target(target: in
 def test_the_defaults_work() -> None:
     """Without a word: 12 triplets per target, pruned to 8 on average."""
     config = AdaLoraConfig()
-    assert (config.initial_rank, config.average_rank) == (12, 8)
+    assert (config.resolved().init_rank, config.resolved().target_rank) == (12, 8)
 
 
 @given(alpha=st.floats(0.1, 100), rank=st.integers(8, 64))
@@ -190,6 +190,10 @@ def test_pefts_setting_is_what_peft_has(rank: int) -> None:
     peft = pytest.importorskip("peft", reason="peft is the peer that this test compares with")
     theirs = peft.AdaLoraConfig(total_step=100) if rank == 8 else peft.AdaLoraConfig(total_step=100, target_r=rank)
     ours = AdaLoraConfig.peft() if rank == 8 else AdaLoraConfig.peft(target_rank=rank)
-    assert (theirs.init_r, theirs.target_r, theirs.lora_alpha) == (ours.initial_rank, ours.average_rank, ours.alpha)
+    assert (theirs.init_r, theirs.target_r, theirs.lora_alpha) == (
+        ours.resolved().init_rank,
+        ours.resolved().target_rank,
+        ours.alpha,
+    )
     assert (theirs.tinit, theirs.tfinal, theirs.deltaT) == (ours.t_init, ours.t_final, ours.delta_t)
     assert (theirs.beta1, theirs.beta2, theirs.orth_reg_weight) == (ours.beta1, ours.beta2, ours.gamma)

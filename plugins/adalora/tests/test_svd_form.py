@@ -196,7 +196,7 @@ def test_each_allocation_leaves_the_svd_of_what_is_kept() -> None:
 
 def test_what_the_model_says_is_the_same_before_and_after_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """An allocation changes the output by the triplets that it masks and by nothing else."""
-    from tunerkit_adalora import training
+    from tunerkit_adalora import step as steps
 
     model, optimizer = attached()
     outputs: list[Tensor] = []
@@ -206,7 +206,7 @@ def test_what_the_model_says_is_the_same_before_and_after_a_turn(monkeypatch: py
         to_svd_form_(found, scores, total=total)
         torch.testing.assert_close(model(X).detach(), outputs[-1], rtol=1e-5, atol=1e-6)
 
-    monkeypatch.setattr(training, "to_svd_form_", turning)
+    monkeypatch.setattr(steps, "to_svd_form_", turning)
     train(model, optimizer, TOTAL)
     assert len(outputs) == 4
 
