@@ -72,12 +72,28 @@ class OldGatePlugin(GatePlugin):
         note(tuner, "after")
 
 
-class MistakenPlugin(GatePlugin):
+class NamingPlugin(GatePlugin):
     """Returns the gate's name instead of the gate."""
 
     @tunerkit.hookimpl
     def tunerkit_before_step(self, tuner: tunerkit.Tuner) -> object:
         return ["gate"]
+
+
+class BarePlugin(GatePlugin):
+    """Returns the gate alone, not in a list."""
+
+    @tunerkit.hookimpl
+    def tunerkit_before_step(self, tuner: tunerkit.Tuner) -> object:
+        return gates(tuner)[0]
+
+
+class AffirmingPlugin(GatePlugin):
+    """Returns that all is well."""
+
+    @tunerkit.hookimpl
+    def tunerkit_before_step(self, tuner: tunerkit.Tuner) -> object:
+        return True
 
 
 def gates(tuner: tunerkit.Tuner) -> list[nn.Parameter]:
@@ -262,13 +278,19 @@ def test_a_closure_that_accumulates_finds_what_it_has_accumulated() -> None:
     torch.testing.assert_close(gate.grad, sums[-1])
 
 
-@pytest.mark.parametrize("_plugin", [MistakenPlugin], indirect=True)
-def test_what_is_no_parameter_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("_plugin", "words"),
+    [(NamingPlugin, "a list with a str"), (BarePlugin, "a Parameter;"), (AffirmingPlugin, "a bool;")],
+    indirect=["_plugin"],
+)
+def test_what_is_no_list_of_parameters_is_refused(words: str) -> None:
     """The words say what came and what is allowed; nothing was updated."""
     model, optimizer = started(SGD)
     backward(model)
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(tunerkit.PluginError, match="tunerkit_before_step returned a str among the parameters"):
+    with pytest.raises(
+        tunerkit.PluginError, match=f"tunerkit_before_step returned {words}.*return a list of the adapter's parameters"
+    ):
         optimizer.step()
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 

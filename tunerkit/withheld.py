@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from tunerkit.errors import PluginError
 
+_EXPECTED = "return a list of the adapter's parameters, or None"
+
 
 @attrs.define(eq=False)
 class Withheld:
@@ -16,7 +18,7 @@ class Withheld:
     An optimizer skips a parameter without a gradient: no update, no momentum, no weight decay.
     """
 
-    gradients: list[tuple[nn.Parameter, Tensor]] = attrs.field(factory=list)
+    gradients: list[tuple[Tensor, Tensor]] = attrs.field(factory=list)
     grad_scale: Tensor | None = None
 
     def take_(self, parameters: Iterable[nn.Parameter] | None, grad_scale: Tensor | None) -> None:
@@ -27,15 +29,10 @@ class Withheld:
             grad_scale: The factor that the gradients carry (0-d), or None if they carry none.
 
         Raises:
-            PluginError: If ``parameters`` contains something that is not a tensor.
+            PluginError: If ``parameters`` is no collection of tensors.
         """
         self.grad_scale = grad_scale
-        for parameter in parameters or ():
-            if not isinstance(parameter, Tensor):
-                raise PluginError(
-                    f"tunerkit_before_step returned a {type(parameter).__name__} among the parameters to withhold; "
-                    "return parameters of the adapter, or None"
-                )
+        for parameter in _listed(parameters):
             if parameter.grad is not None:  # a parameter that is listed twice is taken once
                 self.gradients.append((parameter, parameter.grad))
                 parameter.grad = None
@@ -63,3 +60,16 @@ class Withheld:
             # Time has passed since an interrupted step: a newer gradient stays, and the parameter may have changed.
             elif parameter.grad is None and parameter.shape == grad.shape:
                 parameter.grad = grad.to(parameter)
+
+
+def _listed(parameters: object) -> list[Tensor]:
+    """What a plugin returned, checked: a tensor alone would be taken apart without a word."""
+    if parameters is None:
+        return []
+    if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
+        raise PluginError(f"tunerkit_before_step returned a {type(parameters).__name__}; {_EXPECTED}")
+    found = list(parameters)
+    for each in found:
+        if not isinstance(each, Tensor):
+            raise PluginError(f"tunerkit_before_step returned a list with a {type(each).__name__}; {_EXPECTED}")
+    return found

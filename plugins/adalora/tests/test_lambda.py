@@ -144,7 +144,7 @@ def raising(*_: object) -> None:
 
 
 def test_a_masked_triplet_does_not_come_back_where_nothing_would_move_it() -> None:
-    """Not turned and not trained, λ stays 0, whatever the averages remember: no budget is spent on it."""
+    """Neither rotated nor trained, λ stays 0, whatever the averages remember: no budget is spent on it."""
     changes = {"exact_svd": False, "train_lambda": False, "init_rank": 6, "t_init": 10, "t_final": 30, "delta_t": 1}
     model, optimizer = started(lambda own: torch.optim.AdamW(own, lr=1e-3), total_steps=100, **changes)
     for _ in range(100):

@@ -78,5 +78,7 @@ def test_every_combination_of_flags_has_one_phase() -> None:
 
 
 def values(**flags: bool) -> SavedValues:
-    numbers = dict.fromkeys(("initial", "target", "last_step", "in_force", "averaged", "seen", "left_out"), 0)
+    numbers: dict[str, Any] = dict.fromkeys(
+        ("initial", "target", "last_step", "in_force", "averaged", "seen", "left_out"), 0
+    )
     return SavedValues(**numbers, **flags)
