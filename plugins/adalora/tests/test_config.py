@@ -45,6 +45,20 @@ def test_every_field_survives_the_way_through_json(config: AdaLoraConfig) -> Non
     assert tunerkit.structure("adalora", json.loads(text)) == config
 
 
+@given(config=CONFIGS | BUDGETS)
+@settings(max_examples=100, deadline=None)
+def test_settling_writes_out_what_a_config_resolves_to(config: AdaLoraConfig) -> None:
+    """A settled config leaves no default open, resolves to the same settings, and is settled."""
+    settled, resolved = config.settled(), config.resolved()
+    assert settled.resolved() == resolved
+    assert settled.settled() == settled
+    assert (settled.init_rank, settled.alpha) == (resolved.init_rank, resolved.alpha)
+    assert (settled.exact_svd, settled.train_lambda) == (resolved.exact_svd, resolved.train_lambda)
+    assert settled.target_rank == (resolved.target_rank if config.budget is None else None)
+    assert (config.initial_rank, config.in_svd_form) == (resolved.init_rank, resolved.exact_svd)
+    assert config.scale == resolved.scale == resolved.alpha / resolved.init_rank
+
+
 @given(target=st.integers(1, 64))
 def test_the_initial_rank_defaults_to_one_and_a_half_times_the_target(target: int) -> None:
     """Rounded up, so that there is always something to prune."""

@@ -121,9 +121,8 @@ def plan(
         ConfigError: With one line for each problem.
     """
     problems = [
-        *_size_problems("delta_t", delta_t, "set the number of steps between two allocations"),
+        *_length_problems(total_steps, t_init, t_final, delta_t),
         *_budget_problems(initial, target, initial_field, target_field),
-        *_phase_problems(total_steps, t_init, t_final),
     ]
     if problems:
         raise ConfigError(problems)
@@ -168,14 +167,13 @@ def _budget_problems(initial: int, target: int, initial_field: str, target_field
     return []
 
 
-def _phase_problems(total_steps: int, t_init: int | float, t_final: int | float) -> list[str]:
+def _length_problems(total_steps: int, t_init: int | float, t_final: int | float, delta_t: int) -> list[str]:
     """Each length by itself, then whether they leave room for pruning."""
-    problems = [
-        *_size_problems("total_steps", total_steps, "set total_steps to the number of optimizer steps"),
-        *_span_problems("t_init", t_init),
-        *_span_problems("t_final", t_final),
-    ]
-    return problems or _room_problems(total_steps, t_init, t_final)
+    total = _size_problems("total_steps", total_steps, "set total_steps to the number of optimizer steps")
+    between = _size_problems("delta_t", delta_t, "set the number of steps between two allocations")
+    spans = [*_span_problems("t_init", t_init), *_span_problems("t_final", t_final)]
+    room = [] if total or spans else _room_problems(total_steps, t_init, t_final)
+    return [*total, *between, *spans, *room]
 
 
 def _room_problems(total_steps: int, t_init: int | float, t_final: int | float) -> list[str]:
