@@ -11,9 +11,11 @@ pytest.importorskip("tunerkit_adalora", reason="the variants are AdaLoRA's")
 
 import tunerkit
 from benchmarks.quality import variants
-from tunerkit_adalora import training
+from tunerkit_adalora import step
 from tunerkit_adalora.allocator import allocate
+from tunerkit_adalora.averages import Part
 from tunerkit_adalora.svd_form import to_svd_form_
+from tunerkit_adalora.training import training_of
 
 
 def adalora_net(steps: int, targets: Sequence[str] = ("0",)) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -139,7 +141,7 @@ def test_a_score_and_what_parameters_cost_say_where_rank_goes(monkeypatch: pytes
             seen.append(list(scores))
             return allocate(scores, keep, **more)
 
-        monkeypatch.setattr(training, "allocate", recording)
+        monkeypatch.setattr(step, "allocate", recording)
         with variants.changed(score=score, per_parameter=per_parameter):
             adalora_net(steps=10, targets=["0", "2"])
         given[name] = seen[0]
@@ -152,11 +154,11 @@ def test_a_score_and_what_parameters_cost_say_where_rank_goes(monkeypatch: pytes
 @pytest.mark.parametrize("turn", [{}, {"moments": True}, {"power": 0.5}, {"root": 0.5}])
 def test_a_variant_is_in_force_while_it_is_entered(score: str, turn: dict[str, Any]) -> None:
     """Training ends at the budget with every score, however it is turned; outside nothing is changed."""
-    allocate = training._allocate
+    allocate = step._allocate
     with variants.changed(score=score, per_parameter=True, **turn):
-        assert training._allocate is not allocate
+        assert step._allocate is not allocate
         model, _ = adalora_net(steps=50)
-    assert training._allocate is allocate
+    assert step._allocate is allocate
     assert tunerkit.tuner(model).ranks() == {"0": 1}
 
 
@@ -185,13 +187,15 @@ def test_scores_of_a_triplet() -> None:
     """Its size is its singular value once it is turned; the exact one is the average at λ; without Ū it is Ī."""
     model, optimizer = adalora_net(steps=4)
     (layer,) = variants.layers_in(model)
-    stacks = training.training_of(tunerkit.tuner(model)).stacks
+    stacks = training_of(tunerkit.tuner(model)).stacks
     variants.turn_([layer], [torch.arange(4.0).flip(0)], optimizer, total=4.0)
     sizes = torch.linalg.svdvals(layer.p @ torch.diag(layer.lam) @ layer.q)[:4]
     torch.testing.assert_close(variants.magnitude(stacks, [layer])[0], sizes)
     means = {stack.part: stack.sensitivity[0] for stack in stacks}
-    torch.testing.assert_close(variants.exact(stacks, [layer])[0], means[1])
-    torch.testing.assert_close(variants.sensitivity(stacks, [layer])[0], means[1] + means[0].mean(0) + means[2].mean(1))
+    torch.testing.assert_close(variants.exact(stacks, [layer])[0], means[Part.LAM])
+    torch.testing.assert_close(
+        variants.sensitivity(stacks, [layer])[0], means[Part.LAM] + means[Part.P].mean(0) + means[Part.Q].mean(1)
+    )
 
 
 def test_a_factor_stretches_the_steps_of_lambda() -> None:

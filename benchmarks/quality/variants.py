@@ -9,11 +9,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import tunerkit
-import tunerkit_adalora.training as inner
+import tunerkit_adalora.step as inner
 from tunerkit import Tuner, optimizer_of
-from tunerkit_adalora.importance import Stack, triplet_scores
+from tunerkit_adalora.averages import Part, Stack
+from tunerkit_adalora.importance import triplet_scores
+from tunerkit_adalora.schedule import Allocation
 from tunerkit_adalora.svd_form import to_svd_form_
 from tunerkit_adalora.svd_layer import SvdLayer
+from tunerkit_adalora.training import Training, layers_of
 
 _ADAM = ("exp_avg", "exp_avg_sq")
 
@@ -25,10 +28,11 @@ def sensitivity(stacks: Sequence[Stack], _: Sequence[SvdLayer]) -> list[Tensor]:
     return triplet_scores([_with_uncertainty(stack, torch.ones_like(stack.sensitivity)) for stack in stacks])
 
 
-def exact(stacks: Sequence[Stack], layers: Sequence[SvdLayer]) -> list[Tensor]:
+def exact(stacks: Sequence[Stack], _: Sequence[SvdLayer]) -> list[Tensor]:
     """Ī of λ alone: |λ ∂L/∂λ| is what the loss changes by, to first order, when the whole triplet goes."""
-    rows = {place: row for stack in stacks for place, row in zip(stack.members, stack.sensitivity, strict=True)}
-    return [rows[3 * place + 1].clone() for place in range(len(layers))]
+    own = [stack for stack in stacks if stack.part is Part.LAM]
+    found = {index: mean for stack in own for index, mean in zip(stack.members, stack.sensitivity, strict=True)}
+    return [found[index].clone() for index in sorted(found)]
 
 
 def squared(stacks: Sequence[Stack], layers: Sequence[SvdLayer]) -> list[Tensor]:
@@ -134,7 +138,7 @@ def scale_lambda_steps(model: nn.Module, optimizer: Optimizer, factor: float) ->
 
 def layers_in(model: nn.Module) -> list[SvdLayer]:
     """The SVD layers, in the order of the targets."""
-    return inner.layers_of(tunerkit.tuner(model))
+    return layers_of(tunerkit.tuner(model))
 
 
 @contextmanager
@@ -153,8 +157,8 @@ def changed(
     """
     allocate = inner._allocate
 
-    def allocating(tuner: Tuner, training: inner.Training, keep: int, *, final: bool) -> dict[str, int]:
-        layers = inner.layers_of(tuner)
+    def allocating(tuner: Tuner, training: Training, due: Allocation) -> dict[str, int]:
+        layers = layers_of(tuner)
 
         def scored(stacks: Sequence[Stack]) -> list[Tensor]:
             scores = triplet_scores(stacks) if score is None else SCORES[score](stacks, layers)
@@ -174,7 +178,7 @@ def changed(
             stack.enter_context(mock.patch.object(inner, "triplet_scores", scored))
             if moments or power != 1.0 or root:
                 stack.enter_context(mock.patch.object(inner, "to_svd_form_", turning))
-            return allocate(tuner, training, keep, final=final)
+            return allocate(tuner, training, due)
 
     with mock.patch.object(inner, "_allocate", allocating):
         yield

@@ -4,9 +4,9 @@ All but `ranks_changed` ask only the plugin that owns the method. Without an imp
 stands for nothing to say.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tunerkit.config import AdapterConfig
 from tunerkit.errors import PluginError
@@ -39,9 +39,9 @@ def start(tuner: TunerView, total_steps: int | None) -> object | None:
     return registry.call(specs.tunerkit_start, tuner.method, tuner=tuner, total_steps=total_steps)
 
 
-def before_step(tuner: TunerView, step: int, grad_scale: Tensor | None) -> None:
-    """Tell the method that its gradients are complete and nothing is updated."""
-    registry.call(specs.tunerkit_before_step, tuner.method, tuner=tuner, step=step, grad_scale=grad_scale)
+def before_step(tuner: TunerView, step: int, grad_scale: Tensor | None) -> Iterable[nn.Parameter] | None:
+    """Tell the method that its gradients are complete and nothing is updated; the parameters that must not move."""
+    return registry.call(specs.tunerkit_before_step, tuner.method, tuner=tuner, step=step, grad_scale=grad_scale)
 
 
 def after_step(tuner: TunerView, step: int) -> Mapping[str, int] | None:

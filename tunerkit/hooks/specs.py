@@ -34,7 +34,7 @@ plugin alone. All others call only the plugin that owns the method, so no plugin
 
 from collections.abc import Iterable, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tunerkit.config import AdapterConfig
 from tunerkit.hooks.markers import hookspec
@@ -136,10 +136,8 @@ def tunerkit_start(tuner: TunerView, total_steps: int | None) -> object | None:
 
 
 @hookspec(firstresult=True)
-def tunerkit_before_step(tuner: TunerView, step: int, grad_scale: Tensor | None) -> None:
-    """Add to the gradients what is no part of the loss, a regulariser's gradient; or keep a parameter from the step.
-
-    What has no gradient here, the optimizer leaves alone: take it away, and put it back in `tunerkit_after_step`.
+def tunerkit_before_step(tuner: TunerView, step: int, grad_scale: Tensor | None) -> Iterable[nn.Parameter] | None:
+    """Add to the gradients what is not part of the loss, such as a regulariser's gradient; return what must not move.
 
     Fires once per optimizer step, whatever the accumulation; with ``optimizer.step(closure)`` after each run of the
     closure. Gradients are complete, no weight is updated. ``step`` is this step's number, the first being 1. An
@@ -147,16 +145,23 @@ def tunerkit_before_step(tuner: TunerView, step: int, grad_scale: Tensor | None)
     ``grad_scale`` is the factor the gradients still carry (a scalar tensor, under a fused optimizer with a
     GradScaler), or None if they carry none: multiply by it what you add.
 
+    The step leaves the returned parameters alone. Core takes their gradients away, so that no optimizer touches these
+    parameters, and puts them back before `tunerkit_after_step` fires: then they carry no scale, like all others. After
+    a step that was skipped or raised, the gradients go back unchanged. Return None to withhold nothing.
+
     >>> import tunerkit, torch
     >>> from types import SimpleNamespace
     >>> @tunerkit.hookimpl
     ... def tunerkit_before_step(tuner, grad_scale):
-    ...     for weight in tuner.parameters():
-    ...         decay = 0.1 * weight.detach()
-    ...         weight.grad += decay if grad_scale is None else decay * grad_scale
-    >>> weight = torch.nn.Parameter(torch.ones(2))
+    ...     weight, gate = tuner.parameters()
+    ...     decay = 0.1 * weight.detach()
+    ...     weight.grad += decay if grad_scale is None else decay * grad_scale
+    ...     return [gate]  # the method sets it, the optimizer does not
+    >>> weight, gate = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(1))
     >>> weight.grad = torch.zeros(2)
-    >>> tunerkit_before_step(SimpleNamespace(parameters=lambda: [weight]), grad_scale=torch.tensor(1024.0))
+    >>> tuner = SimpleNamespace(parameters=lambda: [weight, gate])
+    >>> tunerkit_before_step(tuner, grad_scale=torch.tensor(1024.0)) == [gate]
+    True
     >>> weight.grad
     tensor([102.4000, 102.4000])
     """

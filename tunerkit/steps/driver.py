@@ -16,15 +16,20 @@ from tunerkit import hooks
 from tunerkit.errors import StepError, TunerkitWarning
 from tunerkit.injection import Link, Tuner, report, slots_of, takes_part
 from tunerkit.steps.checks import agree_on_total, check_attachable, find_optimizer
+from tunerkit.steps.withheld import Withheld
 
 
 @attrs.define(eq=False)
 class Driver:
-    """What connects one tuner with one optimizer. ``clock`` gives the number of the step being taken, from 1."""
+    """What connects one tuner with one optimizer. ``clock`` gives the number of the step being taken, from 1.
+
+    ``withheld`` are the gradients that the method keeps from the step being taken.
+    """
 
     tuner: Tuner
     clock: Callable[[], int] | None
     told_past_total: bool = False
+    withheld: Withheld = attrs.field(factory=Withheld)
 
     def next_step(self) -> int:
         return self.tuner.steps + 1 if self.clock is None else self.clock()
@@ -73,6 +78,7 @@ def _before(
     ``args`` begins with the optimizer itself or not, depending on the torch release: a closure is found by being
     callable.
     """
+    driver.withheld.put_back_(stepped=False)  # if the last step raised, no hook fired after it
     _refuse_misplaced(driver.tuner)
     closure = kwargs.get("closure")
     if closure is not None:
@@ -99,6 +105,7 @@ def _refuse_misplaced(tuner: Tuner) -> None:
 def _wrap_closure(driver: Driver, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
     @functools.wraps(closure)
     def then_before_step() -> Any:
+        driver.withheld.put_back_(stepped=False)  # the closure may run several times, and may accumulate
         loss = closure()
         _call_before_step(driver, optimizer)
         return loss
@@ -114,13 +121,15 @@ def _call_before_step(driver: Driver, optimizer: Optimizer) -> None:
     tuner, step = driver.tuner, driver.next_step()
     report(tuner.model)
     with torch.no_grad():
-        hooks.before_step(tuner, step, grad_scale)
+        driver.withheld.take_(hooks.before_step(tuner, step, grad_scale), grad_scale)
 
 
 def _after(driver: Driver, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Fires after the update; not for a step that a fused optimizer skipped because its gradients overflowed."""
     found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
-    if found_inf is not None and bool(found_inf):
+    skipped = found_inf is not None and bool(found_inf)
+    driver.withheld.put_back_(stepped=not skipped)
+    if skipped:
         return
     if not takes_part(driver.tuner):
         return

@@ -45,6 +45,20 @@ def test_every_field_survives_the_way_through_json(config: AdaLoraConfig) -> Non
     assert tunerkit.structure("adalora", json.loads(text)) == config
 
 
+@given(config=CONFIGS | BUDGETS)
+@settings(max_examples=100, deadline=None)
+def test_settling_writes_out_what_a_config_resolves_to(config: AdaLoraConfig) -> None:
+    """A settled config leaves no default open, resolves to the same settings, and is settled."""
+    settled, resolved = config.settled(), config.resolved()
+    assert settled.resolved() == resolved
+    assert settled.settled() == settled
+    assert (settled.init_rank, settled.alpha) == (resolved.init_rank, resolved.alpha)
+    assert (settled.exact_svd, settled.train_lambda) == (resolved.exact_svd, resolved.train_lambda)
+    assert settled.target_rank == (resolved.target_rank if config.budget is None else None)
+    assert (config.initial_rank, config.in_svd_form) == (resolved.init_rank, resolved.exact_svd)
+    assert config.scale == resolved.scale == resolved.alpha / resolved.init_rank
+
+
 @given(target=st.integers(1, 64))
 def test_the_initial_rank_defaults_to_one_and_a_half_times_the_target(target: int) -> None:
     """Rounded up, so that there is always something to prune."""
@@ -56,7 +70,7 @@ def test_the_initial_rank_defaults_to_one_and_a_half_times_the_target(target: in
 def test_the_defaults_work() -> None:
     """Without a word: 12 triplets per target, pruned to 8 on average."""
     config = AdaLoraConfig()
-    assert (config.initial_rank, config.average_rank) == (12, 8)
+    assert (config.resolved().init_rank, config.resolved().target_rank) == (12, 8)
 
 
 @given(alpha=st.floats(0.1, 100), rank=st.integers(8, 64))
@@ -190,6 +204,10 @@ def test_pefts_setting_is_what_peft_has(rank: int) -> None:
     peft = pytest.importorskip("peft", reason="peft is the peer that this test compares with")
     theirs = peft.AdaLoraConfig(total_step=100) if rank == 8 else peft.AdaLoraConfig(total_step=100, target_r=rank)
     ours = AdaLoraConfig.peft() if rank == 8 else AdaLoraConfig.peft(target_rank=rank)
-    assert (theirs.init_r, theirs.target_r, theirs.lora_alpha) == (ours.initial_rank, ours.average_rank, ours.alpha)
+    assert (theirs.init_r, theirs.target_r, theirs.lora_alpha) == (
+        ours.resolved().init_rank,
+        ours.resolved().target_rank,
+        ours.alpha,
+    )
     assert (theirs.tinit, theirs.tfinal, theirs.deltaT) == (ours.t_init, ours.t_final, ours.delta_t)
     assert (theirs.beta1, theirs.beta2, theirs.orth_reg_weight) == (ours.beta1, ours.beta2, ours.gamma)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings(
 DEFAULTS: dict[str, object] = {"target_rank": 2, "delta_t": 2}
 CONFIGS: dict[str, dict[str, object]] = {
     "paper": {"target_rank": 2, "delta_t": 1, "start": "gaussian", "gamma": 0.1, "orthogonality": "paper", "alpha": 48},
-    "not turned": {"target_rank": 4, "delta_t": 2},
+    "not rotated": {"target_rank": 4, "delta_t": 2},
     "parameters": {"init_rank": 4, "budget": 900, "budget_unit": "parameters", "delta_t": 2, "bias": "adapters"},
 }
 # One for each kind of base layer, to keep the tests short.

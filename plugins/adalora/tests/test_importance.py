@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tunerkit.testing.counting import Counting
 from tunerkit_adalora.allocator import allocate
-from tunerkit_adalora.importance import new_stacks, smooth_, triplet_scores, unstack
+from tunerkit_adalora.averages import new_stacks, unstack
+from tunerkit_adalora.importance import smooth_, triplet_scores
 from tunerkit_adalora.schedule import plan
 
 Array = npt.NDArray[np.float64]

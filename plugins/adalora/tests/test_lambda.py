@@ -12,7 +12,7 @@ import tunerkit
 from tunerkit.testing.small import TARGETS, loss_of, net, train, trainable
 from tunerkit_adalora import AdaLoraConfig
 from tunerkit_adalora.svd_layer import SvdLayer
-from tunerkit_adalora.training import after_step, before_step, layers_of, training_of
+from tunerkit_adalora.training import layers_of, training_of
 
 TOTAL = 20
 # Allocations at 6, 9, 12 and 14, the last.
@@ -23,6 +23,7 @@ SETTINGS: dict[str, Any] = {
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamW": lambda own: torch.optim.AdamW(own, lr=1e-2, weight_decay=0.1),
+    "fused AdamW": lambda own: torch.optim.AdamW(own, lr=1e-2, weight_decay=0.1, fused=True),
     "SGD": lambda own: torch.optim.SGD(own, lr=1e-2, momentum=0.9, weight_decay=0.1),
     "LBFGS": lambda own: torch.optim.LBFGS(own, lr=1e-2, max_iter=3),
 }
@@ -83,23 +84,67 @@ def test_its_gradient_is_there_after_the_step_and_counts_for_the_scores() -> Non
 
 def test_one_lambda_for_two_targets_keeps_its_gradient() -> None:
     """A tied λ is taken once, unscaled once where a fused optimizer would do that, and put back."""
-    model, _ = started(OPTIMIZERS["AdamW"])
-    tuner = tunerkit.tuner(model)
+    model, optimizer = started(OPTIMIZERS["fused AdamW"])
     first, second = layers(model)[:2]
+    train(model, optimizer, 1)
     second.lam = first.lam
-    train(model, OPTIMIZERS["AdamW"](trainable(model)), 1)
+    optimizer.zero_grad()
     loss_of(model).backward()
     assert first.lam.grad is not None
     expected = first.lam.grad / 8
-    before_step(tuner, torch.tensor(8.0))
-    assert first.lam.grad is None
-    with torch.no_grad():
-        after_step(tuner, 1)
+    seen: list[Tensor | None] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(first.lam.grad))
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(0.0)  # type: ignore[attr-defined]
+    optimizer.step()
+    assert seen == [None]
     assert torch.equal(first.lam.grad, expected)
 
 
+@pytest.mark.parametrize("scale", [2.0**16, 3.0e4])
+def test_its_gradient_is_there_after_a_step_that_a_fused_optimizer_skipped(scale: float) -> None:
+    """It is what it was before the step, scaled like all others; the next step is as if this one had not been."""
+    model, optimizer = started(OPTIMIZERS["fused AdamW"])
+    train(model, optimizer, 2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    optimizer.zero_grad()
+    scaler.scale(loss_of(model)).backward()  # type: ignore[no-untyped-call]
+    layers(model)[0].q.grad[0, 0] = torch.inf  # type: ignore[index]
+    weights = [weight for layer in layers(model) for weight in layer.weights]
+    expected = [weight.grad.clone() for weight in weights if weight.grad is not None]
+    before = [weight.detach().clone() for weight in weights]
+    scaler.step(optimizer)
+    assert tunerkit.tuner(model).steps == 2
+    assert len(expected) == len(weights)
+    for weight, grad, old in zip(weights, expected, before, strict=True):
+        assert weight.grad is not None
+        assert torch.equal(weight.grad, grad)
+        assert torch.equal(weight, old)
+
+
+def test_a_step_that_raised_does_not_lose_its_gradient() -> None:
+    """The optimizer is repaired and steps again with the same gradients: the end is that of a run without the error."""
+    ends = []
+    for fails in (False, True):
+        model, optimizer = started(OPTIMIZERS["AdamW"])
+        for number in range(TOTAL):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            if fails and number in (3, 5):  # before a plain step, and before an allocation
+                handle = optimizer.register_step_pre_hook(raising)
+                with pytest.raises(ZeroDivisionError):
+                    optimizer.step()
+                handle.remove()
+            optimizer.step()
+        ends.append([weight.detach().clone() for layer in layers(model) for weight in (*layer.weights, layer.mask)])
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+
+
+def raising(*_: object) -> None:
+    raise ZeroDivisionError
+
+
 def test_a_masked_triplet_does_not_come_back_where_nothing_would_move_it() -> None:
-    """Not turned and not trained, λ stays 0, whatever the averages remember: no budget is spent on it."""
+    """Neither rotated nor trained, λ stays 0, whatever the averages remember: no budget is spent on it."""
     changes = {"exact_svd": False, "train_lambda": False, "init_rank": 6, "t_init": 10, "t_final": 30, "delta_t": 1}
     model, optimizer = started(lambda own: torch.optim.AdamW(own, lr=1e-3), total_steps=100, **changes)
     for _ in range(100):
@@ -178,10 +223,10 @@ def test_train_lambda_lets_the_optimizer_move_it() -> None:
 )
 def test_it_is_trained_where_nothing_else_sets_it(config: dict[str, Any], expected: bool) -> None:
     """The default follows `exact_svd`, but for a start at Λ = 0, which would stay there."""
-    assert AdaLoraConfig(**config).trains_lambda is expected
+    assert AdaLoraConfig(**config).resolved().train_lambda is expected
 
 
 def test_the_named_settings_train_it() -> None:
     """The paper's and PEFT's Λ is a parameter like others."""
-    assert AdaLoraConfig.paper().trains_lambda
-    assert AdaLoraConfig.peft().trains_lambda
+    assert AdaLoraConfig.paper().resolved().train_lambda
+    assert AdaLoraConfig.peft().resolved().train_lambda

@@ -29,9 +29,9 @@ TOTAL = 20
 SETTINGS: dict[str, Any] = {"target_rank": 2, "init_rank": 4, "t_init": 4, "t_final": 6, "delta_t": 3}
 
 
-@pytest.fixture(autouse=True, params=[False, True], ids=["", "turned"])
+@pytest.fixture(autouse=True, params=[False, True], ids=["", "svd form"])
 def exact_svd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of them with and without the turn."""
+    """Each of them with and without the SVD form."""
     monkeypatch.setitem(SETTINGS, "exact_svd", request.param)
 
 

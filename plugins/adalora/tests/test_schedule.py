@@ -1,5 +1,6 @@
 """The schedule against the paper's formula in exact fractions, walked step by step."""
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -9,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tunerkit.errors import ConfigError
-from tunerkit_adalora.schedule import Schedule, plan
+from tunerkit_adalora.schedule import Allocation, Schedule, plan
 
 
 @st.composite
@@ -66,6 +67,19 @@ def test_the_budget_never_rises_and_its_ends_are_exact(s: Schedule) -> None:
     assert budgets == sorted(budgets, reverse=True)
     assert set(budgets[: min(s.t_init + 1, s.final_step)]) == {s.initial}
     assert set(budgets[s.final_step :]) == {s.target}
+
+
+@given(schedules(), st.lists(st.integers(1, 9), max_size=30))
+def test_the_allocations_of_a_walk_spend_the_budget_and_end_with_the_final_one(s: Schedule, jumps: list[int]) -> None:
+    """However a step's number jumps: each allocation spends b(t) of the last t in the gap, and only one is final."""
+    steps = [0, *itertools.accumulate([*jumps, s.total_steps])]
+    found = [s.allocation(previous, step) for previous, step in itertools.pairwise(steps)]
+    for (previous, step), allocation in zip(itertools.pairwise(steps), found, strict=True):
+        inside = [t for t in paper_allocations(s) if previous < t <= step]
+        assert (allocation is None) == (not inside)
+        if allocation is not None:
+            assert allocation == Allocation(paper_budget(s, inside[-1]), final=inside[-1] == s.final_step)
+    assert [allocation for allocation in found if allocation and allocation.final] == [s.final_allocation]
 
 
 @given(schedules())

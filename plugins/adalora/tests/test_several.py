@@ -78,7 +78,7 @@ def end(model: nn.Module, name: str, optimizer: torch.optim.Optimizer) -> list[A
     training = training_of(tuner)
     state = [value for p in tuner.parameters() for value in optimizer.state[p].values()]
     masks = [layer.mask for layer in layers_of(tuner)]
-    numbers = [tuner.steps, tuner.total_steps, training.last_step, training.in_force, training.final, tuner.history]
+    numbers = [tuner.steps, tuner.total_steps, training.last_step, training.in_force, training.phase, tuner.history]
     weights = [p.detach() for p in tuner.parameters()]
     return [*weights, *masks, *itertools.chain(*training.averages), *state, *numbers]
 

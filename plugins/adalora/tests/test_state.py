@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import tunerkit
 from tunerkit.testing.small import TARGETS, X, loss_of, net, step, train, trainable
 from tunerkit_adalora import AdaLoraConfig
+from tunerkit_adalora.state import restore
 from tunerkit_adalora.svd_layer import SvdLayer
 from tunerkit_adalora.training import training_of
 
@@ -123,7 +124,7 @@ def resumed(
     return again, fresh
 
 
-@pytest.mark.parametrize("changes", [{"gamma": 0.1}, {"exact_svd": True}], ids=["regulariser", "turned"])
+@pytest.mark.parametrize("changes", [{"gamma": 0.1}, {"exact_svd": True}], ids=["regulariser", "rotated"])
 @pytest.mark.parametrize("at", range(1, TOTAL))
 def test_a_run_split_at_any_step_continues_bit_identically(at: int, changes: dict[str, Any], tmp_path: Path) -> None:
     """Before, at, between and after allocations the resumed run has the whole run's weights, masks and budget."""
@@ -146,7 +147,7 @@ def test_gradients_left_out_before_saving_are_told_after_loading(tmp_path: Path)
     model = wrapped()
     optimizer = attached(model)
     step(model, optimizer)
-    training_of(tunerkit.tuner(model)).left_out += 3
+    training_of(tunerkit.tuner(model)).gradients.left_out += 3
     part, again = resumed(model, optimizer, tmp_path)
     with pytest.warns(tunerkit.TunerkitWarning, match=r"\b3 of 54 gradients"):
         train(part, again, 5)
@@ -166,6 +167,113 @@ def test_a_state_of_other_shapes_is_refused_and_changes_nothing(tmp_path: Path) 
         assert tunerkit.tuner(other).steps == 0
         assert tunerkit.tuner(other).history == []
         assert live(other) == 3 * rank
+
+
+WRONG_VALUES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "missing": (lambda values: values.pop("averaged"), "'averaged' is missing"),
+    "no number": (lambda values: values.update(last_step="5"), "'last_step' is '5', expected an integer"),
+    "a fraction": (lambda values: values.update(seen=9.0), "'seen' is 9.0, expected an integer"),
+    "a flag for a number": (lambda values: values.update(seen=True), "'seen' is True, expected an integer"),
+    "a number for a flag": (lambda values: values.update(final=0), "'final' is 0, expected true or false"),
+    "negative": (lambda values: values.update(in_force=-1), "'in_force' is -1, expected 0 or more"),
+    "too large": (lambda values: values.update(seen=2**63), "below 2"),
+    "null": (lambda values: values.update(anew=None), "'anew' is None, expected true or false"),
+    "a budget that rises": (lambda values: values.update(target=13), "'target' 13 is above 'initial' 12"),
+    "more in force than ever": (lambda values: values.update(in_force=13), "'in_force' 13 is above 'initial' 12"),
+    "more left out than seen": (lambda values: values.update(left_out=99), "'left_out' 99 is above 'seen'"),
+    "shrunk too early": (lambda values: values.update(shrunk=True), "'shrunk' is true and 'final' is not"),
+    "blank after steps": (lambda values: values.update(blank=True), "'blank' is true although steps were taken"),
+    "all at once": (
+        lambda values: values.clear(),
+        "'initial' is missing; 'target' is missing; .*'left_out' is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_VALUES)
+def test_a_state_with_a_wrong_value_is_refused_and_changes_nothing(name: str) -> None:
+    """Each value is checked before anything is touched; the words name the value, what it is and what it may be."""
+    spoil, words = WRONG_VALUES[name]
+    model = wrapped()
+    optimizer = attached(model)
+    train(model, optimizer, 7)
+    state = tunerkit.tuner(model).training_state()
+    values = dict(state.values)
+    spoil(values)
+    assert_refused(tunerkit.State(state.tensors, values), tunerkit.FileError, words)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("name", ["sensitivity.0", "uncertainty.8"])
+def test_averages_that_cannot_be_are_refused_and_change_nothing(name: str, value: float) -> None:
+    """Averages of absolute values are finite and not negative: from NaN no score would come back."""
+    model = wrapped()
+    train(model, attached(model), 7)
+    state = tunerkit.tuner(model).training_state()
+    tensors = {name: tensor.clone() for name, tensor in state.tensors.items()}
+    tensors[name].view(-1)[0] = value
+    assert_refused(tunerkit.State(tensors, state.values), tunerkit.FileError, f"'{name}' has negative or non-finite")
+
+
+@pytest.mark.parametrize("name", ["sensitivity.4", "mask.1"])
+def test_a_state_without_a_tensor_is_refused_and_changes_nothing(name: str) -> None:
+    """As for tensors of other shapes."""
+    model = wrapped()
+    train(model, attached(model), 7)
+    state = tunerkit.tuner(model).training_state()
+    tensors = {key: tensor for key, tensor in state.tensors.items() if key != name}
+    assert_refused(tunerkit.State(tensors, state.values), tunerkit.StepError, "do not fit")
+
+
+def assert_refused(state: tunerkit.State, error: type[Exception], words: str) -> None:
+    """Another training, which stands elsewhere, refuses the state and stays where it is."""
+    model = wrapped(seed=1)
+    optimizer = attached(model)
+    train(model, optimizer, 9)
+    tuner = tunerkit.tuner(model)
+    before, kept = tuner.training_state(), tuner.state
+    copied = {name: tensor.clone() for name, tensor in before.tensors.items()}
+    with pytest.raises(error, match=words):
+        restore(tuner, state)
+    assert tuner.state is kept
+    after = tuner.training_state()
+    assert after.values == before.values
+    assert all(torch.equal(after.tensors[name], tensor) for name, tensor in copied.items())
+
+
+@pytest.mark.parametrize("at", [0, 3, 6, 14])
+@pytest.mark.parametrize("changes", [{}, {"exact_svd": True}, {"shrink": True}], ids=["masked", "rotated", "shrunk"])
+def test_the_values_in_a_file_keep_their_names_and_kinds(at: int, changes: dict[str, Any]) -> None:
+    """Files of before must load, and files of now must be what they were: numbers and flags under these names."""
+    model = wrapped(**changes)
+    train(model, attached(model), at)
+    values = dict(tunerkit.tuner(model).training_state().values)
+    svd, shrunk = bool(changes.get("exact_svd")), bool(changes.get("shrink"))
+    expected: dict[int, dict[str, object]] = {
+        0: {"last_step": 0, "in_force": 12, "blank": True, "averaged": 0, "seen": 0},
+        3: {"last_step": 3, "in_force": 12, "averaged": 3, "seen": 27},
+        6: {"last_step": 6, "in_force": 9, "anew": svd, "averaged": 0, "seen": 0},
+        14: {"last_step": 14, "in_force": 6, "final": True, "shrunk": shrunk, "averaged": 0, "seen": 0},
+    }
+    flags = dict.fromkeys(("final", "shrunk", "blank", "anew"), False)
+    assert values == {"initial": 12, "target": 6, **flags, "left_out": 0, **expected[at]}
+    assert {name: type(value) for name, value in values.items()} == {
+        name: bool if name in flags else int for name in values
+    }
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_file_of_before_is_read(anew: bool) -> None:
+    """Once the ranks were final, files of before said `anew` if the last allocation had rotated: it means nothing."""
+    model = wrapped(exact_svd=True)
+    train(model, attached(model), 14)
+    state = tunerkit.tuner(model).training_state()
+    other = wrapped(exact_svd=True, seed=1)
+    optimizer = attached(other)
+    restore(tunerkit.tuner(other), tunerkit.State(state.tensors, {**state.values, "anew": anew, "later": [1, 2]}))
+    assert tunerkit.tuner(other).training_state().values == state.values
+    train(other, optimizer, 2)
+    assert not masked_lambdas(other).any()
 
 
 def pruned(**changes: Any) -> nn.Module:

@@ -44,8 +44,8 @@ def random_layer(out: int, into: int, mask: list[bool], seed: int = 0, dtype: to
     return layer
 
 
-def turn(layers: list[SvdLayer], *, total: float) -> None:
-    """Turn ``layers`` whose triplets are the less important the later they come."""
+def rotate(layers: list[SvdLayer], *, total: float) -> None:
+    """Rotate ``layers`` whose triplets are the less important the later they come."""
     to_svd_form_(layers, [torch.arange(len(layer.lam), 0, -1.0) for layer in layers], total=total)
 
 
@@ -84,7 +84,7 @@ def test_triplets_become_those_of_the_svd(out: int, into: int, mask: list[bool],
     before, dead = added(layer), [weight.detach().clone() for weight in layer.weights]
     live = layer.mask
     length = layer.q[live].square().sum(1).mean().sqrt()
-    turn([layer], total=6.0)
+    rotate([layer], total=6.0)
     torch.testing.assert_close(added(layer), before, rtol=1e-9, atol=1e-9)
     assert float(layer.lam.sum().detach()) == pytest.approx(6.0)
     assert (layer.lam[live].diff() <= 0).all()
@@ -113,12 +113,12 @@ def test_shares_of_lambda_go_by_the_singular_values() -> None:
     """Where none is too small, λ = total · Σ / sum Σ, and all columns of P have one length."""
     layer = random_layer(9, 7, [True] * 3)
     expected = torch.linalg.svdvals(added(layer))[:3]
-    turn([layer], total=3.0)
+    rotate([layer], total=3.0)
     torch.testing.assert_close(layer.lam.detach(), 3.0 * expected / expected.sum())
     torch.testing.assert_close(layer.p.norm(dim=0), layer.p.norm(dim=0).mean().expand(3))
 
 
-def test_layers_are_turned_alike_together_and_alone() -> None:
+def test_layers_are_rotated_alike_together_and_alone() -> None:
     """Layers of one shape are one batch; the batch of one gives the same, whatever each mask says."""
     masks = [[True] * 4, [True, False, True, False], [False] * 4, [False, True, True, True]]
     shapes = [(6, 8), (6, 8), (6, 8), (3, 8)]
@@ -127,20 +127,20 @@ def test_layers_are_turned_alike_together_and_alone() -> None:
         return [random_layer(*shape, mask, seed) for seed, (shape, mask) in enumerate(zip(shapes, masks, strict=True))]
 
     together, alone = made(), made()
-    turn(together, total=4.0)
+    rotate(together, total=4.0)
     for layer in alone:
-        turn([layer], total=4.0)
+        rotate([layer], total=4.0)
     for one, other in zip(together, alone, strict=True):
         for weight, same in zip(one.weights, other.weights, strict=True):
             torch.testing.assert_close(weight, same)
 
 
-def test_turning_again_changes_nothing() -> None:
+def test_rotating_again_changes_nothing() -> None:
     """The sign that an SVD leaves open is the one that there is, so the optimizer's averages stay with their own."""
     layer = random_layer(9, 7, [True, False, True, True])
-    turn([layer], total=4.0)
+    rotate([layer], total=4.0)
     before = [weight.detach().clone() for weight in layer.weights]
-    turn([layer], total=4.0)
+    rotate([layer], total=4.0)
     for weight, old in zip(layer.weights, before, strict=True):
         torch.testing.assert_close(weight.detach(), old)
 
@@ -152,18 +152,18 @@ def test_a_layer_that_adds_nothing_or_no_number_is_left_alone(value: float) -> N
     with torch.no_grad():
         odd.p.fill_(value)
     before = [weight.detach().clone() for weight in odd.weights]
-    turn([odd, good], total=3.0)
+    rotate([odd, good], total=3.0)
     for weight, old in zip(odd.weights, before, strict=True):
         assert torch.equal(weight.detach().nan_to_num(7.0), old.nan_to_num(7.0))
     assert float(good.lam.sum().detach()) == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_turned_in_full(dtype: torch.dtype) -> None:
+def test_half_precision_is_rotated_in_full(dtype: torch.dtype) -> None:
     """ΔW stays to what the dtype can say of P, λ and Q."""
     layer = random_layer(6, 8, [True] * 3, dtype=dtype)
     before = added(layer)
-    turn([layer], total=3.0)
+    rotate([layer], total=3.0)
     assert layer.p.dtype == dtype
     torch.testing.assert_close(
         added(layer), before, rtol=0, atol=8 * torch.finfo(dtype).eps * float(before.abs().max())
@@ -194,19 +194,19 @@ def test_each_allocation_leaves_the_svd_of_what_is_kept() -> None:
     assert seen == 4
 
 
-def test_what_the_model_says_is_the_same_before_and_after_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_model_says_is_the_same_before_and_after_a_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
     """An allocation changes the output by the triplets that it masks and by nothing else."""
-    from tunerkit_adalora import training
+    from tunerkit_adalora import step as steps
 
     model, optimizer = attached()
     outputs: list[Tensor] = []
 
-    def turning(found: list[SvdLayer], scores: list[Tensor], *, total: float) -> None:
+    def rotating(found: list[SvdLayer], scores: list[Tensor], *, total: float) -> None:
         outputs.append(model(X).detach())
         to_svd_form_(found, scores, total=total)
         torch.testing.assert_close(model(X).detach(), outputs[-1], rtol=1e-5, atol=1e-6)
 
-    monkeypatch.setattr(training, "to_svd_form_", turning)
+    monkeypatch.setattr(steps, "to_svd_form_", rotating)
     train(model, optimizer, TOTAL)
     assert len(outputs) == 4
 
@@ -230,7 +230,7 @@ def test_averages_start_anew_with_the_triplets() -> None:
 
 
 def test_finishing_right_after_an_allocation_takes_its_scores() -> None:
-    """No gradient has come since: the budget falls by what was known before the turn, and loses the smallest."""
+    """No gradient has come since: the budget falls by what was known before the rotation, and loses the smallest."""
     model, optimizer = attached()
     tuner = tunerkit.tuner(model)
     for _ in range(9):
@@ -274,7 +274,7 @@ def test_weights_that_are_not_the_layer_s_own_are_left_alone(odd: str) -> None:
     else:
         nn.utils.parametrizations.weight_norm(one, "q")
     before = [weight.detach().clone() for weight in one.weights]
-    turn([one, other], total=3.0)
+    rotate([one, other], total=3.0)
     for weight, old in zip(one.weights, before, strict=True):
         assert torch.equal(weight.detach(), old)
 
@@ -284,19 +284,19 @@ def test_autocast_rounds_nothing() -> None:
     layer = random_layer(60, 80, [True] * 4, dtype=torch.float32)
     before = added(layer)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        turn([layer], total=4.0)
+        rotate([layer], total=4.0)
     torch.testing.assert_close(added(layer), before, rtol=0, atol=1e-5 * float(before.abs().max()))
 
 
-def test_layers_of_several_ranks_and_dtypes_are_turned_in_one_call() -> None:
+def test_layers_of_several_ranks_and_dtypes_are_rotated_in_one_call() -> None:
     """Each as alone, in its own dtype."""
     made = [
         [random_layer(6, 8, [True] * rank, rank, dtype) for rank in (2, 4) for dtype in (torch.float32, torch.float64)]
         for _ in range(2)
     ]
-    turn(made[0], total=4.0)
+    rotate(made[0], total=4.0)
     for one, other in zip(*made, strict=True):
-        turn([other], total=4.0)
+        rotate([other], total=4.0)
         for weight, same in zip(one.weights, other.weights, strict=True):
             torch.testing.assert_close(weight, same)
 
@@ -308,7 +308,7 @@ def test_the_largest_takes_the_place_of_the_most_important() -> None:
     assert layer.lam.argsort(descending=True).tolist() == [1, 3, 0, 2]
 
 
-def test_an_optimizer_with_weights_of_its_own_is_told_of_and_nothing_is_turned() -> None:
+def test_an_optimizer_with_weights_of_its_own_is_told_of_and_nothing_is_rotated() -> None:
     """ASGD's averaged weights would mix triplets of before and after."""
     model, optimizer = attached(torch.optim.ASGD)
     with pytest.warns(

@@ -16,42 +16,47 @@ def allocate(
     maximum: Sequence[int] | None = None,
     lams: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Spend the budget ``keep`` where the scores are highest over all targets together; one mask (r_i,) per target.
+    """Spend the budget ``keep`` where the scores are highest over all targets together.
 
-    ``scores``: one tensor (r_i,) per target. ``costs``: what one triplet of each target costs, above 0, in the unit
-    of ``keep`` (default 1, so exactly ``keep`` triplets stay). ``minimum``, ``maximum``: the fewest and the most
-    triplets of each target, for as long as the budget allows it. ``lams``: λ (r_i,) of each target, where a triplet at
-    λ = 0 is dead for good: it ranks last in its tier and never stays, even if the budget would reach that far.
+    All triplets form one ranking: first the best ``minimum`` of each target, then those within its ``maximum``, then
+    the rest. So a maximum yields only where the budget cannot be spent otherwise. Within each of these tiers the higher
+    score comes first; ties go to the earlier target, then to the lower index. −0.0 equals 0.0, and NaN is lowest. The
+    longest prefix of the ranking whose cost fits ``keep`` stays. The ranking does not depend on ``keep``, so masks nest
+    while the budget falls on fixed scores. The host waits for no result.
 
-    All triplets stand in one order: first the best ``minimum`` of each target, then those within its ``maximum``,
-    then the rest, so that a maximum yields only where the budget can't be spent otherwise. Inside each of the
-    three the higher score comes first; ties go to the earlier target, then to the lower index; −0.0 equals 0.0, NaN
-    is lowest. The longest prefix of that order whose cost fits ``keep`` stays. As the order doesn't depend on
-    ``keep``, masks nest while the budget falls on fixed scores.
+    Args:
+        scores: One tensor (r_i,) per target.
+        keep: The budget, in the unit of ``costs``.
+        costs: Cost of one triplet of each target, above 0; by default 1, so that exactly ``keep`` triplets stay.
+        minimum: The fewest triplets of each target, for as long as the budget allows it; by default 0.
+        maximum: The most triplets of each target; by default all.
+        lams: λ (r_i,) of each target, where a triplet at λ = 0 is dead for good. Such a triplet ranks last in its tier
+            and never stays, even if the budget would reach that far.
 
-    The masks are views of one tensor on the first score's device; the host waits for no result.
+    Returns:
+        One bool mask (r_i,) per target: views of one tensor, on the first score's device.
     """
     if not scores:
         return []
     sizes = [score.numel() for score in scores]
-    flat = _ranked(torch.cat([score.to(scores[0].device) for score in scores]))
+    nothing, one = [0] * len(sizes), [1] * len(sizes)
+    limits = torch.tensor([sizes, costs or one, minimum or nothing, maximum or sizes])
+    flat = torch.cat([score.to(scores[0].device) for score in scores])
     alive = None if lams is None else torch.cat([lam.to(flat.device) for lam in lams]).ne(0)
+    return list(torch.split(_keep(flat, keep, limits, alive, total=sum(sizes)), sizes))
+
+
+def _keep(scores: Tensor, keep: int, limits: Tensor, alive: Tensor | None, *, total: int) -> Tensor:
+    """The mask (n,) over all triplets; ``limits`` (4, targets) are size, cost, minimum and maximum of each target."""
+    flat = _sortable(scores)
     if alive is not None:
         flat = flat.where(alive, -torch.inf)
-    bounds = torch.tensor(
-        [
-            sizes,
-            [1] * len(sizes) if costs is None else costs,
-            [0] * len(sizes) if minimum is None else minimum,
-            sizes if maximum is None else maximum,
-        ]
-    )
-    size, cost, least, most = bounds.to(flat.device, non_blocking=True)
-    owner = torch.repeat_interleave(size, output_size=sum(sizes))
+    size, cost, least, most = limits.to(flat.device, non_blocking=True)
+    owner = torch.repeat_interleave(size, output_size=total)
 
     by_score = torch.sort(flat, descending=True, stable=True).indices
-    place = _places(by_score, owner, size)
-    tier = torch.where(place < least[owner], 0, torch.where(place < most[owner], 1, 2))
+    standing = _standings(by_score, owner, size)
+    tier = torch.where(standing < least[owner], 0, torch.where(standing < most[owner], 1, 2))
     order = by_score[torch.sort(tier[by_score], stable=True).indices]
     spent = torch.cumsum(cost[owner[order]], dim=0)
 
@@ -59,11 +64,11 @@ def allocate(
     kept[order] = spent <= keep
     if alive is not None:
         kept &= alive
-    return list(torch.split(kept, sizes))
+    return kept
 
 
-def _ranked(scores: Tensor) -> Tensor:
-    """Scores in fp32 or wider as a sort should see them: NaN the lowest there is, and one zero.
+def _sortable(scores: Tensor) -> Tensor:
+    """Scores in fp32 or wider as a sort should see them: NaN lowest, and only one zero.
 
     Adding 0.0 turns −0.0 into 0.0: a radix sort compares bits, in which −0.0 lies below 0.0.
     """
@@ -71,10 +76,10 @@ def _ranked(scores: Tensor) -> Tensor:
     return torch.where(wide.isnan(), -torch.inf, wide) + 0.0
 
 
-def _places(by_score: Tensor, owner: Tensor, size: Tensor) -> Tensor:
-    """The place of each triplet among those of its own target, the best at 0: (n,) from a best-first order (n,)."""
+def _standings(by_score: Tensor, owner: Tensor, size: Tensor) -> Tensor:
+    """The standing (n,) of each triplet among those of its own target, 0 for the best, from a best-first order (n,)."""
     grouped = by_score[torch.sort(owner[by_score], stable=True).indices]
     start = torch.cumsum(size, dim=0) - size
-    place = torch.empty_like(owner)
-    place[grouped] = torch.arange(owner.numel(), device=owner.device) - start[owner]
-    return place
+    standing = torch.empty_like(owner)
+    standing[grouped] = torch.arange(owner.numel(), device=owner.device) - start[owner]
+    return standing

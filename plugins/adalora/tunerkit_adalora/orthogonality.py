@@ -15,10 +15,18 @@ Pair = tuple[Tensor, Tensor]
 
 
 def penalty(pairs: Sequence[Pair], *, form: Form) -> Tensor:
-    """How far P's columns and Q's rows are from orthonormal; pairs of p (out, r), q (r, in); a 0-d tensor.
+    """Measure how far P's columns and Q's rows are from orthonormal: R(P, Q).
 
-    "paper": Σ ‖PᵀP − I‖²_F + ‖QQᵀ − I‖²_F (Eq. 4, summed over the pairs). "reference": the mean of the unsquared
-    norms over all matrices, two per pair, which is what both public codes add to the loss.
+    Args:
+        pairs: P (out, r) and Q (r, in) of each layer.
+        form: "paper": Σ ‖PᵀP − I‖²_F + ‖QQᵀ − I‖²_F (Eq. 4), summed over the pairs. "reference": the mean of the
+            unsquared norms over all matrices, two per pair, which both public codes add to the loss.
+
+    Returns:
+        R, 0-d.
+
+    Raises:
+        ConfigError: If the form is unknown.
     """
     _check(form)
     if not pairs:
@@ -31,13 +39,22 @@ def penalty(pairs: Sequence[Pair], *, form: Form) -> Tensor:
 
 @torch.no_grad()
 def add_gradient_(pairs: Sequence[Pair], *, gamma: float, form: Form, grad_scale: Tensor | None = None) -> None:
-    """Add γ·∂R/∂P and γ·∂R/∂Q to the gradients of ``pairs``, times ``grad_scale`` where gradients are scaled.
+    """Add γ·∂R/∂P and γ·∂R/∂Q to the gradients of ``pairs``.
 
-    ∂‖PᵀP − I‖²_F/∂P = 4 P (PᵀP − I) and ∂‖QQᵀ − I‖²_F/∂Q = 4 (QQᵀ − I) Q; for "reference" that is divided by
-    twice the norm and by the number of matrices, and is 0 where the norm is 0.
+    ∂‖PᵀP − I‖²_F/∂P = 4 P (PᵀP − I) and ∂‖QQᵀ − I‖²_F/∂Q = 4 (QQᵀ − I) Q. For "reference" this is divided by twice
+    the norm and by the number of matrices, and is 0 where the norm is 0.
 
-    Matrices without a gradient (not used in this step) or frozen are left alone; they still count in the mean, so
-    that γ pulls equally at each matrix whichever others were used.
+    Frozen matrices, and those without a gradient in this step, are left alone. They still count in the mean, so that γ
+    pulls equally at each matrix whichever others were used.
+
+    Args:
+        pairs: P (out, r) and Q (r, in) of each layer.
+        gamma: γ.
+        form: The form of R, as for `penalty`.
+        grad_scale: The factor that the gradients carry (0-d), or None.
+
+    Raises:
+        ConfigError: If the form is unknown.
     """
     _check(form)
     if gamma == 0 or not pairs:
@@ -47,7 +64,7 @@ def add_gradient_(pairs: Sequence[Pair], *, gamma: float, form: Form, grad_scale
         stacked = group.stacked()
         excess = _excess(stacked, columns=group.columns)
         if form == "reference":
-            # Where the norm is 0 so is all that is divided; where it underflows, nothing is blown up.
+            # A norm of 0 divides only zeros. The clamp keeps a norm that underflows from inflating the rest.
             excess.div_(_norm(excess).clamp_min_(torch.finfo(excess.dtype).eps))
         excess.mul_(weight)
         if grad_scale is not None:
@@ -57,7 +74,7 @@ def add_gradient_(pairs: Sequence[Pair], *, gamma: float, form: Form, grad_scale
 
 @attrs.frozen(eq=False)
 class _Group:
-    """Matrices of one shape, dtype and device: taken together they cost a handful of operations, not that many each."""
+    """Matrices of one shape, dtype and device: together they cost as many operations as one."""
 
     columns: bool  # P, orthonormal by columns; else Q, by rows
     matrices: list[Tensor]

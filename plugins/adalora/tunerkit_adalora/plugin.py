@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tunerkit import BaseLayer, Delta, Method, State, Target, Tuner, hookimpl, low_rank_delta
 from tunerkit_adalora import state as saved_state
+from tunerkit_adalora import step as steps
 from tunerkit_adalora import training
 from tunerkit_adalora.config import AdaLoraConfig
 from tunerkit_adalora.svd_layer import SvdLayer
@@ -20,36 +21,37 @@ def tunerkit_methods() -> Iterable[Method]:
 @hookimpl
 def tunerkit_build_adapter(target: Target, base: BaseLayer, config: AdaLoraConfig) -> SvdLayer:
     """Build the SVD layer at one target."""
-    return SvdLayer(base, rank=config.initial_rank, scale=config.scale, dropout=config.dropout, start=config.start)
+    settings = config.resolved()
+    return SvdLayer(base, rank=settings.init_rank, scale=settings.scale, dropout=config.dropout, start=config.start)
 
 
 @hookimpl
 def tunerkit_start(tuner: Tuner, total_steps: int) -> training.Training:
-    """Check the schedule and begin with every triplet live."""
+    """Check the schedule; prepare the averages."""
     return training.start(tuner, total_steps)
 
 
 @hookimpl
-def tunerkit_before_step(tuner: Tuner, grad_scale: Tensor | None) -> None:
-    """Add the regulariser's gradient, keep λ from the optimizer where it is not trained."""
-    training.before_step(tuner, grad_scale)
+def tunerkit_before_step(tuner: Tuner, grad_scale: Tensor | None) -> Iterable[nn.Parameter] | None:
+    """Add the regulariser's gradient; return the λ where the optimizer must leave them alone."""
+    return steps.before_step(tuner, grad_scale)
 
 
 @hookimpl
 def tunerkit_after_step(tuner: Tuner, step: int) -> Mapping[str, int] | None:
-    """Importance, allocation, masks."""
-    return training.after_step(tuner, step)
+    """Importance, budget, allocation, masks."""
+    return steps.after_step(tuner, step)
 
 
 @hookimpl
 def tunerkit_finish(tuner: Tuner) -> Mapping[str, int] | None:
-    """The final allocation now."""
-    return training.finish(tuner)
+    """Make the final allocation now."""
+    return steps.finish(tuner)
 
 
 @hookimpl
 def tunerkit_budget(tuner: Tuner, step: int | None) -> int:
-    """The schedule, or what is in force."""
+    """Answer from the schedule, or say what is in force."""
     return training.budget(tuner, step)
 
 
@@ -61,11 +63,11 @@ def tunerkit_delta(adapter: SvdLayer, base: BaseLayer) -> Delta:
 
 @hookimpl
 def tunerkit_state(tuner: Tuner) -> State:
-    """The importance averages and the place in the schedule."""
+    """Collect the importance averages, the masks, and the position in the schedule."""
     return saved_state.state(tuner)
 
 
 @hookimpl
 def tunerkit_restore(tuner: Tuner, state: State) -> None:
-    """Go on from a saved state."""
+    """Continue from a saved state."""
     saved_state.restore(tuner, state)

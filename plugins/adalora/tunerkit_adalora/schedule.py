@@ -1,4 +1,4 @@
-"""The budget schedule b(t): which budget is in force at a step, and at which steps it is allocated anew."""
+"""The budget schedule b(t): which budget is in force at a step, and at which steps it is allocated."""
 
 import math
 from fractions import Fraction
@@ -9,11 +9,26 @@ from tunerkit.errors import ConfigError
 
 
 @attrs.frozen
+class Allocation:
+    """One allocation: the budget ``keep`` to spend, and whether the ranks are ``final`` after it."""
+
+    keep: int
+    final: bool
+
+
+@attrs.frozen
 class Schedule:
     """b(t) of the paper (section 3.3): b(0) until t_i, cubic down to b(T) at T − t_f, constant from there on.
 
-    Steps are counted from 1, ``total_steps`` (T), ``t_init`` (t_i), ``t_final`` (t_f) and ``delta_t`` (Δ_T) are in
-    steps; ``initial`` (b(0)) and ``target`` (b(T)) share any one unit. Built by `plan`, which checks the values.
+    `plan` builds it and checks the values. Steps are counted from 1.
+
+    Attributes:
+        total_steps: T, in steps.
+        t_init: t_i, in steps.
+        t_final: t_f, in steps.
+        delta_t: Δ_T, in steps.
+        initial: b(0), in any unit.
+        target: b(T), in the same unit.
     """
 
     total_steps: int
@@ -60,6 +75,16 @@ class Schedule:
         last -= last % self.delta_t
         return last if last > max(previous, self.t_init) else None
 
+    def allocation(self, previous: int, step: int) -> Allocation | None:
+        """The allocation that is `due` in (``previous``, ``step``], or None."""
+        t = self.due(previous, step)
+        return None if t is None else Allocation(self.cubic(t), final=self.is_final(t))
+
+    @property
+    def final_allocation(self) -> Allocation:
+        """The allocation of T − t_f."""
+        return Allocation(self.target, final=True)
+
     def budget(self, step: int) -> int:
         """The budget in force after ``step``: b at the last allocation up to it, b(0) before the first."""
         last = self.due(0, step)
@@ -77,22 +102,28 @@ def plan(
     initial_field: str = "init_rank",
     target_field: str = "target_rank",
 ) -> Schedule:
-    """The schedule for a training of ``total_steps``, checked.
+    """Lay out and check the schedule of a training.
 
-    ``t_init`` and ``t_final`` are steps (int) or a share of ``total_steps`` (float below 1, rounded down to steps).
-    ``initial`` and ``target`` are budgets in one unit; the ``*_field`` names say which config fields they came from.
+    Args:
+        total_steps: T, in optimizer steps.
+        t_init: t_i, in steps (int) or as a share of T (float below 1, rounded down to steps).
+        t_final: t_f, given like t_i.
+        delta_t: Δ_T, in steps.
+        initial: b(0), in any unit.
+        target: b(T), in the same unit.
+        initial_field: The config field that ``initial`` came from, for the errors.
+        target_field: The config field that ``target`` came from.
 
-    Raises `tunerkit.errors.ConfigError` with one line for every problem found.
+    Returns:
+        The schedule.
+
+    Raises:
+        ConfigError: With one line for each problem.
     """
     problems = [
-        *_size_problems("total_steps", total_steps, "set total_steps to the number of optimizer steps"),
-        *_size_problems("delta_t", delta_t, "set the number of steps between two allocations"),
-        *_span_problems("t_init", t_init),
-        *_span_problems("t_final", t_final),
+        *_length_problems(total_steps, t_init, t_final, delta_t),
         *_budget_problems(initial, target, initial_field, target_field),
     ]
-    if not any(problem.endswith(("@ $.t_init", "@ $.t_final", "@ $.total_steps")) for problem in problems):
-        problems += _room_problems(total_steps, t_init, t_final)
     if problems:
         raise ConfigError(problems)
     return Schedule(
@@ -134,6 +165,15 @@ def _budget_problems(initial: int, target: int, initial_field: str, target_field
             f"only falls; lower {target_field} or raise {initial_field} @ $.{target_field}"
         ]
     return []
+
+
+def _length_problems(total_steps: int, t_init: int | float, t_final: int | float, delta_t: int) -> list[str]:
+    """Each length by itself, then whether they leave room for pruning."""
+    total = _size_problems("total_steps", total_steps, "set total_steps to the number of optimizer steps")
+    between = _size_problems("delta_t", delta_t, "set the number of steps between two allocations")
+    spans = [*_span_problems("t_init", t_init), *_span_problems("t_final", t_final)]
+    room = [] if total or spans else _room_problems(total_steps, t_init, t_final)
+    return [*total, *between, *spans, *room]
 
 
 def _room_problems(total_steps: int, t_init: int | float, t_final: int | float) -> list[str]:

@@ -1,4 +1,4 @@
-"""Let dead triplets leave memory, once the distribution of the budget is final."""
+"""Remove dead triplets from memory, once the distribution of the budget is final."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -11,15 +11,22 @@ from tunerkit_adalora.svd_layer import SvdLayer
 
 @torch.no_grad()
 def shrink_layers_(tuner: Tuner, layers: Sequence[SvdLayer]) -> bool:
-    """Cut every masked triplet out of P, Λ and Q; whether no mask is needed any more.
+    """Cut every masked triplet out of P, Λ and Q, and out of the optimizer's state.
 
-    A masked λ is 0, so the output stays; without a regulariser or clipping, which look at dead triplets too, training
-    goes on as it would masked. Where the shapes must stay, the masks do, and that is said.
+    A masked λ is 0, so the output stays. Without a regulariser or clipping, which look at dead triplets too, training
+    continues as it would with masks. Where the shapes must stay, the masks stay too, and a warning says so.
+
+    Args:
+        tuner: The tuner, whose optimizer's state is cut along.
+        layers: Its layers, with the final masks.
+
+    Returns:
+        Whether no mask is needed any more.
     """
     masked = [layer for layer in layers if layer.rank < len(layer.mask)]
     if not any(layer.rank for layer in layers):
-        # A budget in parameters may buy nothing. With no triplet left the loss might depend on nothing that is trained,
-        # and backward would raise.
+        # A budget in parameters may buy nothing. Without any triplet the loss might depend on no trained weight, and
+        # backward would raise.
         return False
     reason = shrink_([cut for layer in masked for cut in _cuts(layer)], optimizer_of(tuner))
     if reason is not None:
@@ -35,7 +42,7 @@ def shrink_layers_(tuner: Tuner, layers: Sequence[SvdLayer]) -> bool:
 
 
 def _cuts(layer: SvdLayer) -> Iterator[Cut]:
-    # The live ones in their order; `nonzero` would make the host wait for their number, which is known.
+    # The live triplets in their order. `nonzero` would make the host wait for their number, which is known.
     kept = torch.sort(layer.mask.to(torch.uint8), descending=True, stable=True).indices[: layer.rank]
     yield Cut(layer.p, dim=1, kept=kept)
     yield Cut(layer.lam, dim=0, kept=kept)

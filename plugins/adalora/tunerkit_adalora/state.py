@@ -6,62 +6,91 @@ import attrs
 import torch
 from torch import Tensor
 
-from tunerkit import State, StepError, Tuner
-from tunerkit_adalora.importance import new_stacks, unstack
+from tunerkit import FileError, State, StepError, Tuner
+from tunerkit_adalora.averages import Stack, new_stacks, unstack
+from tunerkit_adalora.gradients import GradientCount
+from tunerkit_adalora.saved_values import SavedValues, flags_of, read_values
+from tunerkit_adalora.svd_layer import SvdLayer
 from tunerkit_adalora.training import Training, layers_of, training_of, weights_of
 
 
 def state(tuner: Tuner) -> State:
-    """The averages and masks by position, and where in the schedule training stands."""
+    """Collect the averages, the masks, and where in the schedule the training stands.
+
+    Args:
+        tuner: The tuner.
+
+    Returns:
+        The state, which is empty if the tuner is not attached. Tensors are numbered as weights and layers are.
+    """
     if not isinstance(tuner.state, Training):
         return State(tensors={}, values={})
     training = tuner.state
-    values = {
-        "initial": training.schedule.initial,
-        "target": training.schedule.target,
-        "last_step": training.last_step,
-        "in_force": training.in_force,
-        "final": training.final,
-        "shrunk": training.shrunk,
-        "blank": training.blank,
-        "anew": training.anew,
-        "averaged": training.averaged,
-        "seen": training.seen,
-        "left_out": int(training.left_out),
-    }
+    values = SavedValues(
+        initial=training.schedule.initial,
+        target=training.schedule.target,
+        last_step=training.last_step,
+        in_force=training.in_force,
+        averaged=training.gradients.averaged,
+        seen=training.gradients.seen,
+        left_out=int(training.gradients.left_out),
+        **flags_of(training.phase),
+    )
     masks = [layer.mask for layer in layers_of(tuner)]
-    return State(tensors=_named(*training.averages, masks), values=values)
+    return State(tensors=_named(*training.averages, masks), values=attrs.asdict(values))
 
 
 def restore(tuner: Tuner, saved: State) -> None:
-    """Go on where `state` was taken; the weights are those of the adapter's own file.
+    """Continue where `state` was taken; the weights are those of the adapter's own file.
 
-    Raises `StepError`, and changes nothing, if averages and masks do not fit the adapter.
+    Everything is checked and prepared first. If an error is raised, nothing has changed.
+
+    Args:
+        tuner: The attached tuner.
+        saved: What `state` returned.
+
+    Raises:
+        FileError: If a value or a tensor is missing, of another type, or out of range.
+        StepError: If averages and masks do not fit the adapter, or the tuner is not attached.
     """
     training = training_of(tuner)
     layers = layers_of(tuner)
-    number = {name: int(str(value)) for name, value in saved.values.items() if not isinstance(value, bool)}
-    final = bool(saved.values["final"])
-    stacks = [] if final else new_stacks(weights_of(layers))
+    values = read_values(saved.values)
+    stacks = _filled(layers, saved, averaging=not values.phase.is_final)
+    masks = [saved.tensors[f"mask.{i}"].to(layer.mask.device, copy=True) for i, layer in enumerate(layers)]
+    left_out = torch.full_like(training.gradients.left_out, values.left_out)
+    restored = attrs.evolve(
+        training,
+        layers=layers,
+        schedule=attrs.evolve(training.schedule, initial=values.initial, target=values.target),
+        stacks=stacks,
+        gradients=GradientCount(left_out, averaged=values.averaged, seen=values.seen),
+        in_force=values.in_force,
+        sizes=[len(layer.lam) for layer in layers],
+        last_step=values.last_step,
+        phase=values.phase,
+    )
+    for layer, mask in zip(layers, masks, strict=True):
+        layer.mask = mask
+    tuner.state = restored
+
+
+def _filled(layers: Sequence[SvdLayer], saved: State, *, averaging: bool) -> list[Stack]:
+    """New stacks with the saved averages, once these and the masks are known to fit; none if the ranks are final."""
+    stacks = new_stacks(weights_of(layers)) if averaging else []
     averages = unstack(stacks)
     if _shapes(_named(*averages, [layer.mask for layer in layers])) != _shapes(saved.tensors):
         raise StepError("the saved averages and masks do not fit this adapter; load the adapter they were saved with")
     for name, average in _named(*averages, []).items():
-        average.copy_(saved.tensors[name])
-    training.layers, training.stacks = layers, stacks
-    for i, layer in enumerate(layers):
-        layer.mask = saved.tensors[f"mask.{i}"].to(layer.mask.device, copy=True)
-    training.schedule = attrs.evolve(training.schedule, initial=number["initial"], target=number["target"])
-    training.final, training.shrunk = final, bool(saved.values["shrunk"])
-    training.blank, training.anew = bool(saved.values["blank"]), bool(saved.values["anew"])
-    training.last_step, training.in_force = number["last_step"], number["in_force"]
-    training.averaged, training.seen = number["averaged"], number["seen"]
-    training.sizes = [len(layer.lam) for layer in layers]
-    training.left_out.fill_(number["left_out"])
+        value = saved.tensors[name]
+        if not bool(((value >= 0) & value.isfinite()).all()):
+            raise FileError(f"the training state cannot be restored: {name!r} has negative or non-finite averages")
+        average.copy_(value)
+    return stacks
 
 
 def _named(sensitivity: Sequence[Tensor], uncertainty: Sequence[Tensor], masks: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Tensors under the names that a file has them by."""
+    """Tensors under the names that they have in a file."""
     lists = {"sensitivity": sensitivity, "uncertainty": uncertainty, "mask": masks}
     return {f"{name}.{i}": tensor for name, tensors in lists.items() for i, tensor in enumerate(tensors)}
 

@@ -1,61 +1,53 @@
-"""The SVD of ΔW at an allocation: exact, where the orthogonality regulariser only pulls P and Q towards it."""
+"""The SVD form: rotate triplets into the singular triplets of ΔW. The penalty only pulls P and Q towards it."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
-from torch.optim import Optimizer
 
 from tunerkit_adalora.svd_layer import SvdLayer
 
-# Of the greatest λ of a layer. At 0 a triplet would never move again: the gradients of P and Q would be 0.
+# The least λ, relative to the largest λ of the layer. At 0 a triplet would never move again: P and Q would have
+# gradients of 0.
 _LEAST_SHARE = 1e-4
-# What optimizers call a second copy of the weights in their state: ASGD, schedule-free ones, Prodigy, D-Adaptation,
-# Ranger, timm's Lookahead, those with weights in full precision.
-_COPIES = frozenset(
-    {"ax", "z", "p0", "x0", "slow_buffer", "lookahead_params", "lookahead_slow_buff", "master_param", "master_weights"}
-)
 
 
 @torch.no_grad()
 def to_svd_form_(layers: Sequence[SvdLayer], scores: Sequence[Tensor], *, total: float) -> None:
-    """Make the live triplets of each layer the singular triplets of its ΔW; ΔW stays.
+    """Re-parametrise: make the live triplets of each layer the singular triplets of its ΔW. ΔW stays.
 
-    P Λ Q = U Σ Vᵀ, from the QR of P Λ and of Qᵀ and the SVD of the product of their small factors. λ goes by Σ and adds
-    up to ``total`` in each layer; the columns of P get one length, and the rows of Q the root mean square of theirs.
-    The largest takes the place of the live triplet with the highest of the ``scores`` (r,), the next that of the next,
-    so that what is known of a place holds for what comes there, as well as it can. Dead triplets stay as they are, and
-    so do layers in which ΔW is 0 or not finite, or weights are frozen, shared or made of others.
+    P Λ Q = U Σ Vᵀ, from the QR of P Λ and of Qᵀ and the SVD of the product of their small factors. λ is proportional to
+    Σ. The columns of P get one length, and the rows of Q get the root mean square of theirs. The largest singular
+    triplet takes the index of the live triplet with the highest score, the next that of the next. So what is known of
+    an index holds as well as it can for the triplet that comes there.
 
-    The number of operations goes by shapes of layers and not by layers.
+    Dead triplets stay as they are. So do layers whose ΔW is 0 or not finite, and layers whose weights are frozen,
+    shared or parametrised. The number of operations scales with the number of distinct shapes, not of layers.
+
+    Args:
+        layers: The layers, with masks and λ as the allocation left them.
+        scores: The score (r,) of each layer's triplets.
+        total: What λ adds up to in each layer.
     """
-    seen = Counter(id(weight) for layer in layers for weight in layer.weights)
+    uses = Counter(id(weight) for layer in layers for weight in layer.weights)
     batches: dict[tuple[object, ...], list[tuple[SvdLayer, Tensor]]] = defaultdict(list)
     for layer, score in zip(layers, scores, strict=True):
-        own = all(weight.is_leaf and weight.requires_grad and seen[id(weight)] == 1 for weight in layer.weights)
+        own = all(weight.is_leaf and weight.requires_grad and uses[id(weight)] == 1 for weight in layer.weights)
         if layer.rank and own:
             batches[layer.lam.device, layer.lam.dtype, len(layer.lam)].append((layer, score))
     for batch in batches.values():
-        _turn_(batch, total)
-
-
-def copies_in(optimizer: Optimizer | None, weights: Sequence[nn.Parameter]) -> list[str]:
-    """The names under which an optimizer keeps copies of the weights, which would pull them back after a turn."""
-    if optimizer is None:
-        return []
-    kept = (optimizer.state[weight] for weight in weights if weight in optimizer.state)
-    return sorted({str(name) for state in kept for name in state if name in _COPIES})
+        _rotate_(batch, total)
 
 
 @attrs.frozen(eq=False)
 class _Factors:
     """The QR of P Λ and of Qᵀ of n layers of one shape, without the dead triplets.
 
-    ``left`` (n, out, k) and ``right`` (n, in, k') have orthonormal columns, k = min(out, r) and k' = min(in, r); the
-    small factors are filled up with rows of 0 to (n, r, r).
+    ``left`` (n, out, k) and ``right`` (n, in, k') have orthonormal columns, k = min(out, r) and k' = min(in, r). The
+    small factors are filled up with zero rows to (n, r, r).
     """
 
     left: Tensor
@@ -64,8 +56,22 @@ class _Factors:
     small_right: Tensor
 
 
-def _turn_(batch: Sequence[tuple[SvdLayer, Tensor]], total: float) -> None:
-    """Layers on one device, of one dtype and rank in memory: what is large by shapes, what is small all at once."""
+@attrs.frozen(eq=False)
+class _Rotation:
+    """The SVD of small_left small_rightᵀ, as new values; where ``rotated`` is False, the others say nothing.
+
+    ``rotated`` (n, r): which triplets get new values. ``lam`` (n, r): the new λ. ``to_p`` and ``to_q`` (n, r, r): what
+    makes P of ``left``, and Q of ``right``.
+    """
+
+    rotated: Tensor
+    lam: Tensor
+    to_p: Tensor
+    to_q: Tensor
+
+
+def _rotate_(batch: Sequence[tuple[SvdLayer, Tensor]], total: float) -> None:
+    """Rotate layers of one device, dtype and rank in memory: large tensors by shape, small ones all at once."""
     shapes: dict[tuple[object, ...], list[tuple[SvdLayer, Tensor]]] = defaultdict(list)
     for layer, score in batch:
         shapes[layer.p.shape, layer.q.shape].append((layer, score))
@@ -79,22 +85,19 @@ def _turn_(batch: Sequence[tuple[SvdLayer, Tensor]], total: float) -> None:
         _factor(group, *parts)
         for group, *parts in zip(groups, torch.split(lam * live, sizes), torch.split(live, sizes), strict=True)
     ]
-    turned, new_lam, on_left, on_right = _singular(
-        torch.cat([each.small_left for each in factors]),
-        torch.cat([each.small_right for each in factors]),
-        live,
-        score,
-        total,
-    )
-    _write_([layer.lam for layer in layers], new_lam, turned)
-    parts = (torch.split(part, sizes) for part in (turned, on_left, on_right))
-    for group, each, its, to_p, to_q in zip(groups, factors, *parts, strict=True):
-        _write_([layer.p for layer in group], each.left @ to_p[:, : each.left.shape[2]], its.unsqueeze(1))
-        _write_([layer.q for layer in group], to_q[:, :, : each.right.shape[2]] @ each.right.mT, its.unsqueeze(2))
+    small_left, small_right = torch.cat([f.small_left for f in factors]), torch.cat([f.small_right for f in factors])
+    rotation = _singular(small_left, small_right, live, score, total)
+    _write_([layer.lam for layer in layers], rotation.lam, rotation.rotated)
+    parts = (torch.split(part, sizes) for part in (rotation.rotated, rotation.to_p, rotation.to_q))
+    for group, factor, rotated, to_p, to_q in zip(groups, factors, *parts, strict=True):
+        p = factor.left @ to_p[:, : factor.left.shape[2]]
+        _write_([layer.p for layer in group], p, rotated.unsqueeze(1))
+        q = to_q[:, :, : factor.right.shape[2]] @ factor.right.mT
+        _write_([layer.q for layer in group], q, rotated.unsqueeze(2))
 
 
 def _factor(layers: Sequence[SvdLayer], lam: Tensor, live: Tensor) -> _Factors:
-    """``lam`` (n, r) is 0 for dead triplets."""
+    """The QR of each layer; ``lam`` (n, r) is 0 for dead triplets."""
     left, small_left = torch.linalg.qr(_wide([layer.p for layer in layers]).mul_(lam.unsqueeze(1)))
     right, small_right = torch.linalg.qr(_wide([layer.q for layer in layers]).mul_(live.unsqueeze(2)).mT)
     return _Factors(left, right, _filled(small_left), _filled(small_right))
@@ -105,39 +108,33 @@ def _filled(small: Tensor) -> Tensor:
     return pad(small, (0, 0, 0, missing)) if missing else small
 
 
-def _singular(
-    small_left: Tensor, small_right: Tensor, live: Tensor, score: Tensor, total: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Which triplets are turned (n, r), the new λ (n, r), and what makes P of ``left`` and Q of ``right``, (n, r, r).
-
-    ``small_left`` and ``small_right`` (n, r, r) are the small factors of P Λ and of Qᵀ. Where a triplet is not turned,
-    the others say nothing.
-    """
+def _singular(small_left: Tensor, small_right: Tensor, live: Tensor, score: Tensor, total: float) -> _Rotation:
+    """The SVD of P Λ Q from the small factors (n, r, r) of P Λ and of Qᵀ."""
     core = small_left @ small_right.mT
-    # The SVD of what is not finite raises.
+    # The SVD of a matrix that is not finite raises.
     finite = core.sum((1, 2)).isfinite().unsqueeze(1)
     u, sigma, vh = torch.linalg.svd(core.where(finite.unsqueeze(2), 0))
-    turned = live & finite & (sigma[:, :1] > 0)
-    place = score.where(live, -1).argsort(descending=True, stable=True).argsort()
-    shares = sigma.maximum(_LEAST_SHARE * sigma[:, :1]).gather(1, place) * live
+    rotated = live & finite & (sigma[:, :1] > 0)
+    standing = score.where(live, -1).argsort(descending=True, stable=True).argsort()
+    shares = sigma.maximum(_LEAST_SHARE * sigma[:, :1]).gather(1, standing) * live
     new_lam = total * shares / shares.sum(1, keepdim=True)
     # right is orthonormal: the squares of Q's rows add up to those of its small factor.
     length = (small_right.square().sum((1, 2)) / live.sum(1)).sqrt().unsqueeze(1)
-    u = u.gather(2, place.unsqueeze(1).expand_as(u))
-    # Of the two signs that an SVD leaves open, the one that P Λ has already: the optimizer's averages then still hold.
+    u = u.gather(2, standing.unsqueeze(1).expand_as(u))
+    # An SVD leaves two signs open. Take the one that P Λ has already: the optimizer's averages then still fit.
     sign = torch.where((small_left * u).sum(1) < 0, -1.0, 1.0)
-    on_left = u * (sign * sigma.gather(1, place) / (length * new_lam)).unsqueeze(1)
-    on_right = vh.gather(1, place.unsqueeze(2).expand_as(vh)) * (sign * length).unsqueeze(2)
-    return turned, new_lam, on_left, on_right
+    to_p = u * (sign * sigma.gather(1, standing) / (length * new_lam)).unsqueeze(1)
+    to_q = vh.gather(1, standing.unsqueeze(2).expand_as(vh)) * (sign * length).unsqueeze(2)
+    return _Rotation(rotated, new_lam, to_p, to_q)
 
 
 def _wide(weights: Sequence[Tensor]) -> Tensor:
-    """All in one tensor of fp64, which neither autocast nor TF32 rounds; MPS has only fp32."""
+    """All weights in one fp64 tensor, which neither autocast nor TF32 rounds; MPS has only fp32."""
     stacked = torch.stack(list(weights))
     return stacked.to(torch.float32 if stacked.device.type == "mps" else torch.float64)
 
 
-def _write_(weights: Sequence[Tensor], values: Tensor, turned: Tensor) -> None:
-    """Put ``values`` (n, …) where ``turned``."""
-    there = torch.stack(list(weights))
-    torch._foreach_copy_(list(weights), list(values.to(there.dtype).where(turned, there).unbind()))
+def _write_(weights: Sequence[Tensor], values: Tensor, where: Tensor) -> None:
+    """Write ``values`` (n, …) into the weights, only where ``where``."""
+    old = torch.stack(list(weights))
+    torch._foreach_copy_(list(weights), list(values.to(old.dtype).where(where, old).unbind()))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,26 @@ from torch import Tensor, nn
 from tunerkit import Adapter, BaseLayer, add_low_rank, resize_
 
 
+class Weights(NamedTuple):
+    """P (out, r), λ (r,) and Q (r, in) of one layer."""
+
+    p: nn.Parameter
+    lam: nn.Parameter
+    q: nn.Parameter
+
+
 class SvdLayer(Adapter):
     """``p`` (out, r), ``lam`` (r,), ``q`` (r, in): triplet i is column i of P, λ_i, row i of Q (Eq. 2).
 
     ``mask`` (r,) says which triplets the last allocation left live. It is neither parameter nor buffer, since DDP
-    would broadcast a buffer; it goes where the parameters go and into ``state_dict`` all the same.
+    would broadcast a buffer. It follows the parameters to other devices, and into ``state_dict``, all the same.
+
+    Args:
+        base: The base layer, which says the features in and out.
+        rank: r, the number of triplets.
+        scale: The factor of P Λ Q.
+        dropout: Share of the input that is dropped while training.
+        start: "lora" (P = 0, Λ = 1), or "gaussian" or "orthonormal" (Λ = 0).
     """
 
     def __init__(self, base: BaseLayer, *, rank: int, scale: float, dropout: float, start: str) -> None:
@@ -28,13 +43,13 @@ class SvdLayer(Adapter):
         _start(self, start)
 
     @property
-    def weights(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+    def weights(self) -> Weights:
         """``p``, ``lam``, ``q``; not by attribute, which torch looks up in Python: each step asks all layers."""
         own = self._parameters
         p, lam, q = own.get("p"), own.get("lam"), own.get("q")
         if p is None or lam is None or q is None:  # parametrised or flattened: there as attributes alone
-            return self.p, self.lam, self.q
-        return p, lam, q
+            return Weights(self.p, self.lam, self.q)
+        return Weights(p, lam, q)
 
     @property
     def mask(self) -> Tensor:
@@ -46,7 +61,12 @@ class SvdLayer(Adapter):
         self.set_mask(mask, rank=None)
 
     def set_mask(self, mask: Tensor, *, rank: int | None) -> None:
-        """Assign the mask; with its count, if that is known, nobody has to wait for the device to ask for it."""
+        """Assign the mask.
+
+        Args:
+            mask: Bool (r,).
+            rank: How many triplets it keeps, if that is known: `rank` then need not wait for the device.
+        """
         self._mask, self._rank = mask, rank
 
     @property
@@ -96,7 +116,7 @@ class SvdLayer(Adapter):
         )
 
     def _resize_for(self, saved: Mapping[str, Tensor | None], mask: Tensor) -> None:
-        """Take the rank of what is about to be loaded, if all of it agrees on one: a shrunk layer's is smaller."""
+        """Take the rank of the weights about to be loaded, if they agree on one: a shrunk layer has a smaller one."""
         rank = mask.numel()
         shapes = {"p": (self.p.shape[0], rank), "lam": (rank,), "q": (rank, self.q.shape[1])}
         agreed = all(value is not None and value.shape == shapes[name] for name, value in saved.items())
@@ -109,7 +129,11 @@ class SvdLayer(Adapter):
 
 @torch.no_grad()
 def apply_masks_(layers: Sequence[SvdLayer]) -> None:
-    """Zero the λ of masked triplets; P and Q stay as they are and trainable (Eq. 6)."""
+    """Zero the λ of masked triplets (Eq. 6); P and Q stay as they are, and trainable.
+
+    Args:
+        layers: The layers with their masks, on any devices.
+    """
     lams: list[Tensor] = [layer.lam for layer in layers]
     # One tensor for all: layers may lie on several devices, a mask then lies where the allocation was made.
     kept = torch.cat([lam.to(lams[0].device) for lam in lams])

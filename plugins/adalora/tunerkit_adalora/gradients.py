@@ -1,0 +1,69 @@
+"""How many gradients the importance averages saw since the last allocation, and how many of them were unusable."""
+
+import warnings
+
+import attrs
+from torch import Tensor
+
+from tunerkit import StepError, TunerkitWarning
+
+
+@attrs.define(eq=False)
+class GradientCount:
+    """Counts since the last allocation.
+
+    Attributes:
+        left_out: Gradients that were not finite; 0-d int64 on the device, so that counting waits for nothing.
+        averaged: Steps whose gradients were averaged.
+        seen: Gradients in these steps, one per weight that had one.
+    """
+
+    left_out: Tensor
+    averaged: int = 0
+    seen: int = 0
+
+    def add_(self, *, seen: int, left_out: Tensor) -> None:
+        """Count one averaged step.
+
+        Args:
+            seen: Its gradients.
+            left_out: How many of them were not finite; 0-d int64, on any device.
+        """
+        self.averaged += 1
+        self.seen += seen
+        self.left_out = self.left_out.to(left_out.device) + left_out
+
+    def judge_(self, adapter: str, bad: int) -> None:
+        """Warn of gradients that were left out, then start counting again.
+
+        Args:
+            adapter: The adapter's name, for the message.
+            bad: The value of ``left_out``, read from the device.
+
+        Raises:
+            StepError: If steps were averaged and no gradient in them was usable: the scores then say nothing.
+        """
+        # No step is averaged between two allocations if they follow each other at T − t_f, or if all were skipped.
+        if self.averaged and self.seen == bad:
+            raise StepError(
+                f"adapter {adapter!r} had no usable gradient in the {self.averaged} steps since the last allocation, "
+                f"so its scores say nothing; {_advice(bad)}"
+            )
+        if bad:
+            self.left_out.zero_()
+            warnings.warn(
+                f"adapter {adapter!r}: {bad} of {self.seen} gradients were not finite since the last allocation and "
+                "were left out of the importance averages",
+                TunerkitWarning,
+                stacklevel=4,
+            )
+        self.averaged = self.seen = 0
+
+
+def _advice(bad: int) -> str:
+    if bad:
+        return f"all {bad} were NaN or infinite: lower the learning rate or check the loss"
+    return (
+        "check that the loss depends on it (reentrant checkpointing of a frozen base cuts it off: set "
+        "use_reentrant=False)"
+    )

@@ -1,0 +1,50 @@
+"""What AdaLoRA cannot train: refused before the first step, and before each one."""
+
+import sys
+from collections.abc import Sequence
+
+from torch import nn
+
+from tunerkit import StepError
+from tunerkit_adalora.svd_layer import Weights
+
+
+def refuse_sharded(adapter: str, weights: Sequence[Weights]) -> None:
+    """Refuse DTensors: AdaLoRA scores whole triplets, and a shard does not contain them.
+
+    Args:
+        adapter: The adapter's name, for the message.
+        weights: P, λ and Q of each layer.
+
+    Raises:
+        StepError: If any weight is a DTensor.
+    """
+    # If nobody has imported the module, no DTensor exists. Importing it takes long.
+    sharding = sys.modules.get("torch.distributed.tensor")
+    if sharding is None:
+        return
+    # Each step asks this: check the few types, not the many weights.
+    kinds: set[type[nn.Parameter]] = {type(weight) for each in weights for weight in each}
+    if any(issubclass(kind, sharding.DTensor) for kind in kinds):
+        raise StepError(
+            f"adapter {adapter!r} has DTensors for weights (fully_shard?), and AdaLoRA scores whole triplets: it "
+            "cannot train them yet; train in one process or with DDP"
+        )
+
+
+def refuse_other_ranks(adapter: str, weights: Sequence[Weights], ranks: Sequence[int]) -> None:
+    """Refuse layers whose size has changed behind the training's back.
+
+    Args:
+        adapter: The adapter's name, for the message.
+        weights: P, λ and Q of each layer.
+        ranks: Triplets in memory that the training knows of, per layer.
+
+    Raises:
+        StepError: If the layers have other ranks.
+    """
+    if [len(each.lam) for each in weights] != ranks:
+        raise StepError(
+            f"adapter {adapter!r} has other ranks than when it was attached (load_state_dict of a checkpoint?), so "
+            "the optimizer's state does not fit; load the optimizer's state too, then tunerkit.load_state"
+        )
