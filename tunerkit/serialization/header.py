@@ -14,7 +14,7 @@ from tunerkit.errors import FileError
 
 KEY = "tunerkit"
 FORMAT = 1
-# The digest detects damage, but not a header that someone edited and signed again. So the types are checked too.
+# The digest detects damage, but not a header that someone edited and hashed again. So the types are checked too.
 _PATHS = deep_iterable(instance_of(str), instance_of(list))
 _NUMBERS = deep_iterable(instance_of((int, float)), instance_of(list))
 
