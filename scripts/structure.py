@@ -1,10 +1,10 @@
 """Measure the structure of a Python package from its source: imports, size, attribute look-ups, mutable state.
 
-    python scripts/structure.py              # the figures of this repository's core
-    python scripts/structure.py --edges      # and every import between packages
+    python scripts/structure.py              # measure this repository's core
+    python scripts/structure.py --edges      # also list every import between packages
     python scripts/structure.py path/to/tunerkit
 
-Every import counts, also those inside functions and those for type checkers alone. Nothing is imported or run.
+Every import counts, including those inside functions and those for type checkers only. No code is imported or run.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 Graph = Mapping[str, frozenset[str]]
 
 CORE = Path(__file__).resolve().parents[1] / "tunerkit"
-# Parts that stand on top of the core, and whose lines are counted apart.
+# Packages that build on the core. Their lines are counted separately.
 OUTER = ("cli", "testing", "report", "integrations")
 LOOK_UPS = ("getattr", "hasattr")
 _MUTABLE_CALLS = ("dict", "list", "set", "defaultdict", "deque", "Counter", "Lock", "RLock")
@@ -44,7 +44,7 @@ Sources = Mapping[str, Source]
 
 
 def read(package: str, folder: Path) -> Iterator[Source]:
-    """Every module below ``folder``, which is imported as ``package``."""
+    """Read every module below ``folder``, which is imported as ``package``."""
     for file in sorted(folder.rglob("*.py")):
         parts = [package, *file.relative_to(folder).with_suffix("").parts]
         is_package = parts[-1] == "__init__"
@@ -56,14 +56,14 @@ def read(package: str, folder: Path) -> Iterator[Source]:
 
 
 def import_statements(tree: ast.Module, *, deep: bool) -> Iterator[ast.Import | ast.ImportFrom]:
-    """The imports that run when the module is imported, or with ``deep`` all of them."""
+    """Yield the imports that run when the module is imported; with ``deep``, all of them."""
     for statement in ast.walk(tree) if deep else _run_at_import(tree.body):
         if isinstance(statement, ast.Import | ast.ImportFrom):
             yield statement
 
 
 def _run_at_import(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements that run at import: none in functions, none for type checkers alone."""
+    """Yield the statements that run at import: not those in functions or only for type checkers."""
     for statement in body:
         yield statement
         if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -78,7 +78,7 @@ def _run_at_import(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def imported_names(source: Source, *, deep: bool) -> Iterator[tuple[str, str]]:
-    """(module, name) of each import, ``("a.b", "")`` for ``import a.b``; relative ones made absolute."""
+    """Yield (module, name) for each import, ``("a.b", "")`` for ``import a.b``. Relative names become absolute."""
     for statement in import_statements(source.tree, deep=deep):
         if isinstance(statement, ast.Import):
             yield from ((alias.name, "") for alias in statement.names)
@@ -87,7 +87,7 @@ def imported_names(source: Source, *, deep: bool) -> Iterator[tuple[str, str]]:
 
 
 def absolute(statement: ast.ImportFrom, source: Source) -> str:
-    """The module that a ``from … import`` reads."""
+    """Return the absolute name of the module that a ``from … import`` imports from."""
     if not statement.level:
         return statement.module or ""
     parts = source.package.split(".")
@@ -96,9 +96,9 @@ def absolute(statement: ast.ImportFrom, source: Source) -> str:
 
 
 def imported(source: Source, sources: Sources, *, deep: bool = False) -> frozenset[str]:
-    """The modules that ``source`` imports, each by the name that was written: a package, or a file in it.
+    """Return the modules that ``source`` imports, as they are written: a package, or a file in it.
 
-    A name that the package's ``__init__`` offers is taken from the package, also where a file has the same name.
+    If a package's ``__init__`` exports a name, the import counts as one of the package, even if a file has that name.
     """
     return frozenset(
         f"{module}.{name}" if f"{module}.{name}" in sources and not _offers(sources.get(module), name) else module
@@ -112,7 +112,7 @@ def _offers(package: Source | None, name: str) -> bool:
 
 
 def defining(module: str, name: str, sources: Sources) -> str:
-    """The module that ``name`` comes from, looked for behind the ``__init__`` of a package."""
+    """Return the module that defines ``name``, followed through the ``__init__`` of packages."""
     if f"{module}.{name}" in sources:
         return f"{module}.{name}"
     package = sources.get(module)
@@ -125,12 +125,12 @@ def defining(module: str, name: str, sources: Sources) -> str:
 
 
 def defining_imports(source: Source, sources: Sources, *, deep: bool = False) -> frozenset[str]:
-    """The modules that ``source`` imports; a name taken from one of our packages counts as the file it stands in."""
+    """Return the modules that ``source`` imports. A name from one of our packages counts as its defining file."""
     return frozenset(defining(module, name, sources) for module, name in imported_names(source, deep=deep))
 
 
 def by_file(sources: Sources, *, deep: bool = True) -> Graph:
-    """The import graph with files as nodes, behind the packages' ``__init__``."""
+    """Return the import graph with files as nodes, followed through the packages' ``__init__``."""
     return {
         name: frozenset(m for m in defining_imports(source, sources, deep=deep) if m in sources and m != name)
         for name, source in sources.items()
@@ -139,7 +139,7 @@ def by_file(sources: Sources, *, deep: bool = True) -> Graph:
 
 
 def by_package(sources: Sources) -> Graph:
-    """The import graph with the packages and the lone files of the root as nodes; ``__init__`` is the root's own."""
+    """Return the import graph whose nodes are the packages and the root's files; ``__init__`` is the root's own."""
     graph: dict[str, set[str]] = {}
     for name, source in sources.items():
         node = node_of(name)
@@ -149,13 +149,13 @@ def by_package(sources: Sources) -> Graph:
 
 
 def node_of(module: str) -> str:
-    """The package of the core that a module lies in: ``tunerkit.steps.driver`` lies in ``steps``."""
+    """Return the package of the core that contains a module: ``steps`` for ``tunerkit.steps.driver``."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else "__init__"
 
 
 def cycle(graph: Graph) -> list[str]:
-    """The nodes of one import cycle, or nothing."""
+    """Return the nodes of one import cycle, or an empty list."""
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
@@ -164,7 +164,7 @@ def cycle(graph: Graph) -> list[str]:
 
 
 def levels(graph: Graph) -> int:
-    """The length of the longest chain of imports, in nodes; edges that close a cycle are left out."""
+    """Return the length of the longest chain of imports, in nodes. Edges that close a cycle are ignored."""
     done: dict[str, int] = {}
     on_the_way: set[str] = set()
 
@@ -182,7 +182,7 @@ def levels(graph: Graph) -> int:
 
 
 def code_lines(source: Source) -> int:
-    """Lines of code: without blank lines, comments and docstrings."""
+    """Count lines of code, without blank lines, comments and docstrings."""
     shown = _docstring_lines(source.tree)
     skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
     lines: set[int] = set()
@@ -203,23 +203,22 @@ def _docstring_lines(tree: ast.Module) -> set[int]:
 
 
 def functions(source: Source) -> Iterator[tuple[int, str]]:
-    """(lines, name) of every function, docstring included."""
+    """Yield (lines, name) for every function; docstrings count."""
     for node in ast.walk(source.tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield (node.end_lineno or node.lineno) - node.lineno + 1, f"{source.name}.{node.name}"
 
 
 def look_ups(source: Source) -> list[str]:
-    """Where attributes are looked up by ``getattr`` or ``hasattr``: ``"tunerkit.x:12"``."""
+    """List the calls of ``getattr`` and ``hasattr``: ``"tunerkit.x:12"``."""
     calls = (node for node in ast.walk(source.tree) if isinstance(node, ast.Call))
     return [f"{source.name}:{call.lineno}" for call in calls if ast.unparse(call.func) in LOOK_UPS]
 
 
 def mutable_state(source: Source) -> list[str]:
-    """Names at module level whose value can change: containers, weak containers, locks, names declared ``global``.
+    """List module-level names whose value can change: containers, weak containers, locks, and ``global`` names.
 
-    ``Final`` and upper-case names of plain containers are taken for constants; a registry or a record is found by
-    being lower-case.
+    Plain containers with an upper-case name are constants. Registries and records are recognised by their class's name.
     """
     changed = {name for node in ast.walk(source.tree) if isinstance(node, ast.Global) for name in node.names}
     found = []
@@ -256,7 +255,7 @@ def figures(graph: Graph) -> str:
 
 
 def report(folder: Path, *, edges: bool) -> Iterator[str]:
-    """The lines that the command prints."""
+    """Yield the lines that the command prints."""
     sources = {source.name: source for source in read(folder.name, folder)}
     packages = by_package(sources)
     yield f"imports by package: {figures(packages)}"
@@ -276,10 +275,10 @@ def report(folder: Path, *, edges: bool) -> Iterator[str]:
 
 
 def main() -> None:
-    """Print the figures of the folder that is named, or of the core."""
+    """Print the measurements of a folder, by default the core."""
     parser = argparse.ArgumentParser(description="Measure the structure of a package from its source.")
     parser.add_argument("folder", type=Path, nargs="?", default=CORE, help="the package's folder (default: the core)")
-    parser.add_argument("--edges", action="store_true", help="list the imports between packages too")
+    parser.add_argument("--edges", action="store_true", help="also list the imports between packages")
     arguments = parser.parse_args()
     print("\n".join(report(arguments.folder.resolve(), edges=arguments.edges)))
 

@@ -375,7 +375,7 @@ def test_unknown_keys_are_refused_with_the_closest_names() -> None:
     lines = problems_of(lambda: from_mapping(Sample, {"rnak": 4, "zzzzzz": 1, 3: 4, "alpha": "x"}))
     assert lines == [
         "unknown key 'rnak'; did you mean 'rank' or 'ranks'? @ $.rnak",
-        f"unknown key 'zzzzzz'; known are {', '.join(FIELDS)} @ $.zzzzzz",
+        f"unknown key 'zzzzzz'; known keys: {', '.join(FIELDS)} @ $.zzzzzz",
         "expected str keys, got int 3 @ $",
         "expected float, got str 'x' @ $.alpha",
     ]

@@ -148,6 +148,6 @@ def test_ranks_that_do_not_make_up_the_budget_are_caught(toys: "Toys", claimed: 
     if claimed == 2:
         conformance.check_meets_the_budget(case, "toy-row", {}, tmp_path)
     else:
-        with pytest.raises(AssertionError, match="the ranks make up 4"):
+        with pytest.raises(AssertionError, match="the live ranks sum to 4, the budget is"):
             conformance.check_meets_the_budget(case, "toy-row", {}, tmp_path)
     assert claimed in (1, 2, 3)

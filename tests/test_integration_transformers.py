@@ -279,7 +279,7 @@ def test_a_trainers_optimizer_that_wraps_one_with_a_state_of_its_own_is_refused(
     trainer.optimizer = outer
     outer.optimizer = inner  # type: ignore[attr-defined]  # where wrappers keep what they wrap
     tunerkit.attach(model, trainer)
-    with pytest.raises(tunerkit.StepError, match=r"SGD has a state of its own beside that of SGD"):
+    with pytest.raises(tunerkit.StepError, match=r"SGD keeps its own state in addition to that of SGD"):
         trainer.train()
     assert not is_attached(tunerkit.tuner(model))
 

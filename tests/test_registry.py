@@ -73,7 +73,7 @@ BROKEN = {
     "pass an instance": f"{HEAD}class P:\n    @hookimpl\n    def tunerkit_base_layers(self): ...\n"
     "import sys; sys.modules[__name__] = P\n",
     "must be hashable": "import sys\nclass P:\n    __hash__ = None\nsys.modules[__name__] = P()\n",
-    "must not ask for methods at import": "from tests_current_registry import current\ncurrent.methods()\n",
+    "must not use the registry at import": "from tests_current_registry import current\ncurrent.methods()\n",
 }
 
 _numbers = itertools.count()
@@ -182,7 +182,7 @@ def test_an_unknown_method_is_answered_with_what_is_installed_and_the_closest_na
 def test_without_any_plugin_the_error_says_how_to_get_one(site: Site) -> None:
     """The core alone has no method, and says so instead of listing nothing."""
     assert site.registry().methods() == {}
-    with pytest.raises(UnknownMethodError, match=r"installed: none .*a distribution of its own"):
+    with pytest.raises(UnknownMethodError, match=r"installed: none .*a separate distribution"):
         site.registry().get("lora")
 
 
@@ -229,7 +229,7 @@ def test_broken_metadata_of_one_distribution_harms_no_other(site: Site) -> None:
     (site.folder / "nnn-1.0.dist-info" / "entry_points.txt").write_bytes(b"[tunerkit]\n\xff = \xfe\n")
     listed = site.registry().methods()
     assert listed["first"].error is None
-    assert "is no module: 'not a module!'" in str(listed["broken"].error)
+    assert "is not a module: 'not a module!'" in str(listed["broken"].error)
     assert "metadata cannot be read" in str(listed["nnn-1.0.dist-info"].error)
 
 
@@ -454,7 +454,7 @@ def test_registering_a_name_that_is_taken_leaves_nothing_behind(site: Site) -> N
     """The whole plugin is refused, with the owner's distribution; its other methods and hooks are not there."""
     site.good("zzz", "lora")
     found, plugin = site.registry(), InProcess("other", "lora")
-    with pytest.raises(PluginError, match=r"'lora' is already brought by zzz 1\.0"):
+    with pytest.raises(PluginError, match=r"'lora' is already provided by zzz 1\.0"):
         found.register(plugin)
     assert list(found.methods()) == ["lora"]
     assert build(found, "lora", 1) == ("zzz", 1)
@@ -466,7 +466,7 @@ def test_a_refused_plugin_may_come_again_once_its_mistake_is_mended(site: Site) 
     """Nothing of it stays registered, neither after a collision nor after a fault of its own."""
     site.good("zzz", "lora")
     found, plugin = site.registry(), InProcess("lora")
-    with pytest.raises(PluginError, match="already brought by"):
+    with pytest.raises(PluginError, match="already provided by"):
         found.register(plugin)
     plugin.names = ("two words",)
     with pytest.raises(PluginError, match="expected a word"):

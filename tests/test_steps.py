@@ -275,7 +275,9 @@ def test_a_wrapper_with_a_state_of_its_own_is_refused_where_steps_count() -> Non
     model = wrapped()
     inner = sgd(model)
     outer = Averaging(inner)
-    with pytest.raises(tunerkit.StepError, match=r"Averaging has a state of its own beside that of SGD.*SGD alone"):
+    with pytest.raises(
+        tunerkit.StepError, match=r"Averaging keeps its own state in addition to that of SGD.*SGD alone"
+    ):
         tunerkit.attach(model, outer, total_steps=9)
     assert not is_attached(tunerkit.tuner(model))
     tunerkit.attach(model, inner, total_steps=9)
@@ -296,7 +298,10 @@ def test_an_optimizer_that_takes_no_hooks_is_refused_and_nothing_is_attached() -
     optim = pytest.importorskip("timm.optim")
     model = wrapped()
     inner = sgd(model)
-    with pytest.raises(tunerkit.StepError, match=r"Lookahead takes no hooks.*if it wraps one, that one"):
+    with pytest.raises(
+        tunerkit.StepError,
+        match=r"Lookahead does not support hooks.*If it wraps an optimizer that does, attach that one",
+    ):
         tunerkit.attach(model, optim.Lookahead(inner), total_steps=9)
     tunerkit.attach(model, inner, total_steps=9)
 
@@ -448,7 +453,9 @@ def test_what_an_optimizer_lacks_of_an_adapter_is_told_in_one_warning(method: st
     with pytest.warns(tunerkit.TunerkitWarning, match="adapter 'default' trains") as told:
         tunerkit.attach(model, torch.optim.SGD(held, lr=0.1), total_steps=5)
     assert len(told) == 1
-    assert "moves it: adapter.v at 1, 2, 3, 4, 5 and 1 more; copy.weight at 7; build it from" in str(told[0].message)
+    assert "do not change: adapter.v at 1, 2, 3, 4, 5 and 1 more; copy.weight at 7; build it from" in str(
+        told[0].message
+    )
     tunerkit.unwrap(model)
     wrapped(method, model=model, targets="re:[0-6]", train_modules=["7"])
     with warnings.catch_warnings():
@@ -594,7 +601,9 @@ def test_of_several_adapters_the_one_left_to_attach_is_named() -> None:
     tunerkit.attach(model, first, total_steps=5)
     wrapped(adapter="second", model=model)
     own = torch.optim.SGD(tunerkit.tuner(model, "second").parameters(), lr=0.1)
-    assert refusal(model, own, total_steps=5).endswith("wrap again for a new run, adapter='second' attaches another")
+    assert refusal(model, own, total_steps=5).endswith(
+        "wrap again for a new run, or pass adapter='second' to attach another"
+    )
     tunerkit.attach(model, own, total_steps=5, adapter="second")
     assert refusal(model, own, total_steps=5).endswith("wrap again for a new run")
 
@@ -613,7 +622,8 @@ def test_a_schedule_that_begins_anew_is_told() -> None:
             tunerkit.attach(twin, sgd(twin), total_steps=5)
         told = [str(warning.message) for warning in caught]
         assert len(told) == (method == "stepping")
-        assert all("anew at step 0 for adapter 'default' after 1 steps" in one and "load_state" in one for one in told)
+        restart = "restarts at step 0 for adapter 'default' after 1 steps"
+        assert all(restart in one and "load_state" in one for one in told)
 
 
 def test_a_frozen_adapter_is_left_alone_and_refused_by_name() -> None:

@@ -1,15 +1,22 @@
-"""The exceptions tunerkit raises, one class per mistake a caller may want to catch."""
+"""The exceptions that tunerkit raises: one class per mistake that a caller may want to catch."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class TunerkitError(Exception):
-    """The root of every error tunerkit raises on purpose."""
+    """The base class of every error that tunerkit raises on purpose."""
 
 
 class ConfigError(TunerkitError, ValueError):
-    """A configuration is wrong: one line per problem, each with its path (``$.target_rank``)."""
+    """A config is invalid.
+
+    Args:
+        problems: One line per problem, each with its path, such as ``"expected >= 1, got 0 @ $.target_rank"``.
+
+    Attributes:
+        problems: The same lines, as a tuple.
+    """
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = tuple(problems)
@@ -20,39 +27,39 @@ class ConfigError(TunerkitError, ValueError):
 
 
 class PluginError(TunerkitError):
-    """A plugin is broken, collides with another, or does not do what its hook promises."""
+    """A plugin is broken, conflicts with another one, or violates the contract of a hook."""
 
 
 class UnknownMethodError(TunerkitError, LookupError):
-    """No installed plugin yields a method of that name."""
+    """No installed plugin provides a method with that name."""
 
 
 class TargetError(TunerkitError, ValueError):
-    """A target cannot be found, or the module there cannot be adapted."""
+    """A target cannot be found, or its module cannot be adapted."""
 
 
 class AdapterError(TunerkitError):
-    """An adapter is missing, ambiguous, already there, or in the wrong state for what was asked."""
+    """An adapter is missing, ambiguous or already there, or its state does not allow the operation."""
 
 
 class StepError(TunerkitError):
-    """What trains the model and the adapter disagree: attached wrongly, or stepped when it must not be."""
+    """An adapter is attached incorrectly, or the optimizer steps at a time when it must not."""
 
 
 class FileError(TunerkitError, ValueError):
-    """An adapter file is damaged, foreign, or lacks what it should hold."""
+    """An adapter file is damaged or incomplete, or tunerkit did not write it."""
 
 
 class BaseMismatchError(FileError):
-    """The adapter file was trained on another base model."""
+    """The adapter in the file was trained on a different base model."""
 
 
 class TunerkitWarning(UserWarning):
-    """Something was left out or looks unintended, and training can still go on."""
+    """Something was left out or looks unintended, but training can continue."""
 
 
 def closest(name: str, names: Iterable[str]) -> str:
-    """The hint that ends an error about a mistyped name: ``; did you mean 'adalora'?``, or nothing."""
+    """Return a hint for an error about a mistyped name, ``; did you mean 'adalora'?``, or an empty string."""
     found = difflib.get_close_matches(name, list(names), n=3, cutoff=0.6)
     if not found:
         return ""

@@ -1,4 +1,4 @@
-"""Dotted paths of modules: their parts, their numbers, and which of them lie in an adapter."""
+"""Dotted module paths: their parts, layer numbers, and whether they belong to an adapter."""
 
 from collections.abc import Collection
 
@@ -6,15 +6,15 @@ CHILD = "tunerkit"
 
 
 def is_adapter_path(name: str) -> bool:
-    """Whether a parameter's dotted name lies in an adapter (below a child named ``tunerkit``)."""
+    """Whether a parameter with this dotted name belongs to an adapter: it is below a child named ``tunerkit``."""
     return CHILD in name.split(".")[:-1]
 
 
-INJECTED = "tunerkit"  # the child of a base layer that holds its adapters: never a target itself
+INJECTED = "tunerkit"  # the child of a base layer that holds its adapters; never a target itself
 
 
 def is_under(path: str, roots: Collection[str]) -> bool:
-    """Whether ``path`` or one of the containers it lies in is among ``roots``."""
+    """Whether ``path`` or one of its ancestors is in ``roots``."""
     while path:
         if path in roots:
             return True
@@ -23,25 +23,25 @@ def is_under(path: str, roots: Collection[str]) -> bool:
 
 
 def parent(path: str) -> str:
-    """The path of the container that ``path`` lies in; empty for the model itself."""
+    """The path of the parent module; empty if the parent is the model itself."""
     return path.rpartition(".")[0]
 
 
 def join(path: str, name: str) -> str:
-    """The path of ``name`` inside ``path``."""
+    """The path of the child ``name`` of ``path``."""
     return f"{path}.{name}" if path else name
 
 
 def layer_number(path: str) -> int | None:
-    """The first number in a path: the index of its block, in every stacked model."""
+    """The first number in a path, which is the index of the block in a model of stacked blocks."""
     return next((int(part) for part in path.split(".") if is_number(part)), None)
 
 
 def is_number(part: str) -> bool:
-    """Whether a part of a path is an index."""
+    """Whether one part of a path is an index."""
     return part.isascii() and part.isdigit()
 
 
 def is_injected(path: str) -> bool:
-    """Whether ``path`` lies in an adapter."""
+    """Whether ``path`` belongs to an adapter."""
     return INJECTED in path.split(".")

@@ -1,10 +1,10 @@
-"""Patterns over module paths, as `targets`, `exclude` and per-target settings are written.
+"""Patterns that match module paths, for `targets`, `exclude` and per-target settings.
 
-A pattern is written in one of three ways:
+There are three kinds of pattern:
 
-- a plain name, ``"q_proj"`` or ``"attention.query"``: the whole end of a dotted path, cut only at dots;
-- with ``*``, ``?`` or ``[``: a glob over the whole path, where ``*`` also crosses dots;
-- ``"re:..."``: a regular expression that matches the whole path, and has a second for the whole model.
+- a plain name, ``"q_proj"`` or ``"attention.query"``, matches the end of a path, cut at dots;
+- a pattern with ``*``, ``?`` or ``[`` is a glob for the whole path, in which ``*`` also matches dots;
+- ``"re:..."`` is a regular expression for the whole path. Matching is limited to one second for the whole model.
 """
 
 import time
@@ -22,25 +22,34 @@ Value = TypeVar("Value")
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether ``pattern`` selects the module at ``path``.
+    """Whether ``pattern`` matches ``path``.
 
-    Raises `TargetError` for a regular expression that is malformed or takes longer than a second.
+    Raises `TargetError` if a regular expression is malformed or takes longer than a second.
     """
     return matcher(pattern)(path)
 
 
 def lookup(table: Mapping[str, Value], path: str, default: Value) -> Value:
-    """The value of the first pattern of ``table`` that matches ``path``, else ``default``."""
+    """Look up a per-target setting.
+
+    Args:
+        table: Maps target patterns to values. The first match counts.
+        path: The target's dotted path.
+        default: The value if no pattern matches.
+
+    Raises:
+        TargetError: A regular expression is malformed or takes longer than a second.
+    """
     return next((value for pattern, value in table.items() if matches(pattern, path)), default)
 
 
 def is_broad(pattern: str) -> bool:
-    """Whether ``pattern`` is a glob or a regular expression, which choose broadly; a plain name does not."""
+    """Whether ``pattern`` is a glob or a regular expression, which may match many kinds of module."""
     return pattern.startswith("re:") or any(character in pattern for character in "*?[")
 
 
 def matcher(pattern: str) -> Matcher:
-    """A test of paths against ``pattern``; raises `TargetError` as `matches` does."""
+    """Compile ``pattern`` into a function of a path. It raises `TargetError` like `matches`."""
     if pattern.startswith("re:"):
         return _regex_matcher(pattern)
     if is_broad(pattern):
@@ -49,7 +58,7 @@ def matcher(pattern: str) -> Matcher:
 
 
 def _regex_matcher(pattern: str) -> Matcher:
-    """One second for all paths together: a bound per path would let a large model take hours."""
+    """The limit is for all paths together: with a limit per path, a large model could take hours."""
     try:
         compiled = regex.compile(pattern.removeprefix("re:"))
     except regex.error as error:

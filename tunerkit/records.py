@@ -1,4 +1,4 @@
-"""The frozen records that flow through tunerkit."""
+"""The frozen records that tunerkit and its plugins exchange."""
 
 from collections.abc import Mapping
 
@@ -8,10 +8,13 @@ from torch import Tensor, nn
 
 @attrs.frozen
 class Method:
-    """A way of tuning, as a plugin yields it from ``tunerkit_methods``.
+    """A way of fine-tuning, as a plugin returns it from ``tunerkit_methods``.
 
-    ``config`` is a frozen attrs class derived from `tunerkit.AdapterConfig`. ``needs_steps`` says that the method
-    is useless unless the optimizer drives it: saving it untrained is then an error.
+    Attributes:
+        name: The name that users pass to `tunerkit.wrap`.
+        config: The config class: a frozen attrs class derived from `tunerkit.AdapterConfig`.
+        needs_steps: Whether the method only works if optimizer steps drive it, as AdaLoRA does. Saving such an adapter
+            untrained is an error.
     """
 
     name: str
@@ -21,7 +24,13 @@ class Method:
 
 @attrs.frozen
 class MethodInfo:
-    """Where a method comes from, and what went wrong with it if anything did."""
+    """The distribution that provides a method.
+
+    Attributes:
+        distribution: The distribution's name, or ``"in-process"``.
+        version: The distribution's version; empty for an in-process plugin.
+        error: Why the plugin or the method cannot be used; None if it can.
+    """
 
     distribution: str
     version: str
@@ -30,7 +39,12 @@ class MethodInfo:
 
 @attrs.frozen(eq=False)
 class Target:
-    """A place in the model: the dotted path and the module there."""
+    """A place in the model.
+
+    Attributes:
+        path: The dotted path.
+        module: The module at this path.
+    """
 
     path: str
     module: nn.Module
@@ -38,7 +52,12 @@ class Target:
 
 @attrs.frozen(eq=False)
 class Delta:
-    """What an adapter adds to its base layer, densely: ``weight`` (out, in) and ``bias`` (out,), or nothing."""
+    """What an adapter adds to the parameters of its base layer, as dense tensors.
+
+    Attributes:
+        weight: Added to the weight, (out, in); None adds nothing.
+        bias: Added to the bias, (out,); None adds nothing.
+    """
 
     weight: Tensor | None = None
     bias: Tensor | None = None
@@ -46,7 +65,12 @@ class Delta:
 
 @attrs.frozen(eq=False)
 class State:
-    """What training needs to go on, apart from the adapter's weights: tensors by name, and JSON values."""
+    """What a method needs to resume training, in addition to the adapter's weights.
+
+    Attributes:
+        tensors: Tensors by name.
+        values: Values that JSON can hold, by name.
+    """
 
     tensors: Mapping[str, Tensor]
     values: Mapping[str, object]
@@ -54,7 +78,13 @@ class State:
 
 @attrs.frozen
 class RankChange:
-    """One allocation, for the history: at which step, the budget in force from then on, live ranks by target."""
+    """One allocation, as `Tuner.history` records it.
+
+    Attributes:
+        step: The optimizer step of the allocation.
+        budget: The budget in force from this step on.
+        ranks: The live rank by target path.
+    """
 
     step: int
     budget: int

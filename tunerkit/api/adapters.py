@@ -1,4 +1,4 @@
-"""Manage the adapters of a model by name."""
+"""Manage a model's adapters by name."""
 
 from collections.abc import Sequence
 
@@ -26,24 +26,42 @@ from tunerkit.steps import detach
 
 
 def adapters(model: nn.Module) -> dict[str, Tuner]:
-    """The tuners of ``model`` by adapter name, the oldest first; empty for a model without adapters."""
+    """Return the tuners of a model.
+
+    Args:
+        model: A model, wrapped or not.
+
+    Returns:
+        The tuners by adapter name, the oldest first; empty for a model without adapters.
+    """
     return dict(tuners_of(inside(model)))
 
 
 def active(model: nn.Module) -> tuple[str, ...]:
-    """The names of the active adapters in the order they are applied; empty for a model without adapters."""
+    """Return the names of the active adapters.
+
+    Args:
+        model: A model, wrapped or not.
+
+    Returns:
+        The names in the order in which the adapters are applied; empty for a model without adapters.
+    """
     tuners = adapters(model)
     return wrapped_of(next(iter(tuners.values())).model).active if tuners else ()
 
 
 def activate(model: nn.Module, names: str | Sequence[str]) -> None:
-    """Apply exactly the adapters named, in that order; the others stay in the model and do nothing.
+    """Apply exactly these adapters, in this order. The others stay in the model without effect.
 
-    An empty sequence shows the base. Adapters stay attached: a step of the optimizer is one of those that are active
-    or have a gradient.
+    Adapters stay attached. An adapter takes part in an optimizer step if it is active or has a gradient.
 
-    Raises `AdapterError`: an unknown name, a name given twice, two adapters that train the same module in full, a
-    merged model, inside `disabled`. Nothing is changed then.
+    Args:
+        model: The wrapped model.
+        names: An adapter's name, or several names in order. An empty sequence shows the base model.
+
+    Raises:
+        AdapterError: A name is unknown or given twice, two of the adapters train the same module in full, the model is
+            merged, or the call is inside `disabled`. Nothing is changed then.
     """
     if not isinstance(names, Sequence):
         raise AdapterError(f"expected a name or a list of names in order, got {type(names).__name__} {names!r}")
@@ -59,25 +77,45 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
 
 
 def freeze(model: nn.Module, adapter: str) -> None:
-    """Stop training one adapter: it is applied as before, and takes no step where it is attached, until `thaw`.
+    """Stop training an adapter but keep applying it, until `thaw`. It takes part in no optimizer step.
 
-    Its gradients are dropped, so that a stale one moves nothing. Raises `AdapterError` for an unknown name.
+    Its gradients are dropped, so that a stale gradient cannot change it.
+
+    Args:
+        model: The wrapped model.
+        adapter: The adapter's name.
+
+    Raises:
+        AdapterError: The name is unknown.
     """
     train_(_named(model, adapter), trained=False)
 
 
 def thaw(model: nn.Module, adapter: str) -> None:
-    """Train an adapter (on): the one frozen before, or one loaded to be used. Attached, it goes on where it stood.
+    """Make an adapter trainable: one that was frozen, or one that was loaded for inference.
 
-    All its parameters are trained then (integers aside). Raises `AdapterError` for an unknown name.
+    An attached adapter resumes training at its own step count. All its parameters but integers become trainable.
+
+    Args:
+        model: The wrapped model.
+        adapter: The adapter's name.
+
+    Raises:
+        AdapterError: The name is unknown.
     """
     train_(_named(model, adapter), trained=True)
 
 
 def rename(model: nn.Module, old: str, new: str) -> None:
-    """Give an adapter another name; it stays attached, and its parameters are the same objects.
+    """Give an adapter another name. It stays attached, and its parameters stay the same objects.
 
-    Raises `AdapterError`: an unknown name, or a new one that is taken or no legal name.
+    Args:
+        model: The wrapped model.
+        old: The current name.
+        new: The new name: any text without "." or "/", up to 64 characters.
+
+    Raises:
+        AdapterError: The old name is unknown, or the new one is taken or invalid.
     """
     tuner = _named(model, old)
     check_name(new)
@@ -86,11 +124,17 @@ def rename(model: nn.Module, old: str, new: str) -> None:
 
 
 def delete(model: nn.Module, adapter: str) -> None:
-    """Take one adapter out and detach it; the others stay as they are. After the last one the model is the base.
+    """Take one adapter out of the model and detach it. After the last one, the model is the base model again.
 
-    An optimizer that holds its parameters goes on holding them, without gradients.
+    An optimizer that was given its parameters still holds them, without gradients.
 
-    Raises `AdapterError`: an unknown name, a merged model, inside `disabled`. Nothing is changed then.
+    Args:
+        model: The wrapped model.
+        adapter: The adapter's name.
+
+    Raises:
+        AdapterError: The name is unknown, the model is merged, or the call is inside `disabled`. Nothing is changed
+            then.
     """
     tuner = _named(model, adapter)
     _refuse_fixed(tuner.model, "deleting an adapter")
@@ -100,7 +144,7 @@ def delete(model: nn.Module, adapter: str) -> None:
 
 
 def _root(model: nn.Module) -> nn.Module:
-    """The model that was wrapped, seen through what holds it."""
+    """Return the model that was wrapped, which may be inside another module, such as DDP."""
     return next(iter(require_tuners(inside(model)).values())).model
 
 

@@ -1,4 +1,4 @@
-"""Attach: connect the adapters of a model with what trains them."""
+"""Attach: connect a model's adapters to the optimizer or Trainer that trains them."""
 
 import warnings
 from collections.abc import Mapping
@@ -16,17 +16,26 @@ from tunerkit.steps import drive
 def attach(
     model: nn.Module, optimizer_or_trainer: object, *, total_steps: int | None = None, adapter: str | None = None
 ) -> None:
-    """Connect the adapters of ``model`` that are trained (or the one named) with what trains them.
+    """Connect adapters to the optimizer or Trainer that trains them. From then on, its steps drive the method.
 
-    That is an optimizer or a Trainer; from here on every optimizer step drives the method. ``total_steps`` is the
-    length of training in optimizer steps; a Trainer knows its own. Legal for every method; one that needs no steps
-    only has them counted. The training state of one that needs them travels in the optimizer's ``state_dict``: a loop
-    that saves and loads model and optimizer resumes exactly, if it attaches before it loads.
+    This works with every method. If a method needs no steps, they are only counted. If it does, the optimizer's
+    ``state_dict`` also contains the method's training state (with a Trainer, its checkpoints do). To resume exactly,
+    save and load the model and the optimizer, and attach before you load.
 
-    Raises `StepError`: total steps unknown, disagreeing with the config's, an optimizer that does not hold the
-    adapter's parameters, takes no hooks or is wrapped in one with a state of its own, a frozen adapter, attached twice;
-    `AdapterError` if adapted modules were replaced or resized after wrapping; and `ConfigError` if the schedule leaves
-    no room. No adapter is attached then.
+    If this raises, no adapter is attached.
+
+    Args:
+        model: The wrapped model.
+        optimizer_or_trainer: A torch optimizer (accelerate's wrapper works too), or a transformers or TRL Trainer.
+        total_steps: The length of training in optimizer steps. A Trainer knows its own.
+        adapter: The name of one adapter; by default all that are not frozen.
+
+    Raises:
+        StepError: The total number of steps is missing or differs from the config's; the optimizer does not hold the
+            adapter's parameters, does not support hooks, or is inside a wrapper that keeps its own state; the adapter
+            is frozen or already attached; or the Trainer trains another model.
+        AdapterError: Adapted modules were replaced or resized after wrapping, or there is no such adapter.
+        ConfigError: Training is too short for the method's schedule.
     """
     tuners = _chosen(model, adapter)
     trainer = _as_trainer(optimizer_or_trainer)
@@ -39,16 +48,16 @@ def attach(
     optimizer = drive(tuners, optimizer_or_trainer, total_steps=total_steps)
     for tuner in tuners:
         if tuner.needs_steps:
-            carry(tuner, optimizer)  # a Trainer's checkpoints have a file for it
+            carry(tuner, optimizer)  # only here: a Trainer's checkpoints have a file for the state
     if earlier:
         _warn_of_restart(earlier)
 
 
 def _warn_of_restart(earlier: Mapping[str, int]) -> None:
-    """Tell of schedules that begin anew although training has been going on; ``earlier`` are the steps by adapter."""
-    told = ", ".join(f"{name!r} after {count} steps" for name, count in earlier.items())
+    """Warn that schedules restart although adapters have been trained; ``earlier`` maps each adapter to its steps."""
+    listed = ", ".join(f"{name!r} after {count} steps" for name, count in earlier.items())
     warnings.warn(
-        f"the schedule begins anew at step 0 for adapter {told}; to go on with that training instead, load "
+        f"the schedule restarts at step 0 for adapter {listed}; to resume that training instead, load "
         "its state: tunerkit.load_state, or the optimizer's state_dict",
         TunerkitWarning,
         stacklevel=3,
@@ -56,7 +65,7 @@ def _warn_of_restart(earlier: Mapping[str, int]) -> None:
 
 
 def _chosen(model: nn.Module, adapter: str | None) -> list[Tuner]:
-    """The adapter named, else all that are trained: a frozen one beside them must not be pruned."""
+    """Return the adapter with this name, or all that are not frozen: a frozen one must not be pruned."""
     if adapter is not None:
         return [find_tuner(model, adapter)]
     tuners = list(require_tuners(model).values())
@@ -64,6 +73,6 @@ def _chosen(model: nn.Module, adapter: str | None) -> list[Tuner]:
 
 
 def _as_trainer(candidate: object) -> Any:
-    """``candidate`` if it is a transformers Trainer (TRL's are), without importing transformers for the question."""
+    """Return ``candidate`` if it is a transformers (or TRL) Trainer, else None, without importing transformers."""
     names = {f"{cls.__module__}.{cls.__name__}" for cls in type(candidate).__mro__}
     return candidate if "transformers.trainer.Trainer" in names else None

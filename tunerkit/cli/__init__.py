@@ -1,12 +1,12 @@
-"""The command ``tunerkit``, behind the extra ``[cli]``."""
+"""The command ``tunerkit``; it needs the extra ``[cli]``."""
 
 import sys
 
 
 def main() -> None:
-    """Run the command, or say in one line which extra is missing."""
+    """Run the command. If a package is missing, print one line that names the extra to install."""
     try:
-        from tunerkit.cli.app import run  # what the extra brings is imported from here on
+        from tunerkit.cli.app import run  # everything that needs the extra is imported below this line
     except ModuleNotFoundError as missing:
         if missing.name is None or missing.name.startswith("tunerkit"):
             raise

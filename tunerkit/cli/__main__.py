@@ -1,4 +1,4 @@
-"""``python -m tunerkit.cli``, for where scripts are not on the path."""
+"""``python -m tunerkit.cli``: the command, when installed scripts are not on the PATH."""
 
 from tunerkit.cli import main
 

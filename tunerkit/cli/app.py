@@ -1,4 +1,4 @@
-"""The command line: options in, one job out."""
+"""The command line: parses the options and starts one job."""
 
 import sys
 from collections.abc import Iterator
@@ -26,30 +26,30 @@ _DEFAULT = Recipe()
 
 
 def run() -> None:
-    """What the command ``tunerkit`` starts."""
+    """Run the command ``tunerkit``."""
     app()
 
 
 @app.command()
 def train(
-    method: Annotated[str, typer.Option(help="The method; `tunerkit methods` lists them.")] = "adalora",
-    model: Annotated[str | None, typer.Option(help="A folder or hub name. Default: all-MiniLM-L6-v2.")] = None,
+    method: Annotated[str, typer.Option(help="The method. `tunerkit methods` lists the installed ones.")] = "adalora",
+    model: Annotated[str | None, typer.Option(help="A local folder or a hub name. Default: all-MiniLM-L6-v2.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Training rows: .csv, .jsonl or .parquet. Default: movie sentences.")
+        Path | None, typer.Option(help="The training data: .csv, .jsonl or .parquet. Default: movie sentences.")
     ] = None,
-    eval_data: Annotated[Path | None, typer.Option(help="Held-out rows. Default: a fifth of --data.")] = None,
-    text_column: Annotated[str, typer.Option(help="The column with the text.")] = "text",
-    label_column: Annotated[str, typer.Option(help="The column with the class.")] = "label",
+    eval_data: Annotated[Path | None, typer.Option(help="The held-out data. Default: a fifth of --data.")] = None,
+    text_column: Annotated[str, typer.Option(help="The name of the text column.")] = "text",
+    label_column: Annotated[str, typer.Option(help="The name of the label column.")] = "label",
     config: Annotated[
-        Path | None, typer.Option(help="The method's settings, YAML or JSON; `tunerkit config` prints them.")
+        Path | None, typer.Option(help="The method's settings, as YAML or JSON. `tunerkit config` prints them.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="The folder for the adapter, metrics and pictures.")] = Path("out"),
+    out: Annotated[Path, typer.Option(help="The output folder: adapter, metrics and plots.")] = Path("out"),
     epochs: Annotated[int, typer.Option(min=1)] = _DEFAULT.epochs,
-    lr: Annotated[float, typer.Option(help="The highest learning rate.")] = _DEFAULT.learning_rate,
+    lr: Annotated[float, typer.Option(help="The peak learning rate.")] = _DEFAULT.learning_rate,
     batch_size: Annotated[int, typer.Option(min=1)] = _DEFAULT.batch_size,
-    max_length: Annotated[int, typer.Option(min=4, help="Tokens kept of each text.")] = 128,
+    max_length: Annotated[int, typer.Option(min=4, help="Longer texts are truncated to this many tokens.")] = 128,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = _DEFAULT.seed,
-    baseline: Annotated[bool, typer.Option(help="Train the head alone too, for comparison.")] = True,
+    baseline: Annotated[bool, typer.Option(help="Also train the head alone, for comparison.")] = True,
 ) -> None:
     """Train a text classifier's adapter. Without options: all-MiniLM-L6-v2 on movie sentiment, with AdaLoRA."""
     with one_line_errors():
@@ -73,7 +73,7 @@ def train(
 
 @app.command()
 def methods() -> None:
-    """List the installed methods, with what is wrong where something is."""
+    """List the installed methods. A plugin that failed to load is listed with its error."""
     table = Table("method", "distribution", "version", "error")
     for name, info in tunerkit.methods().items():
         table.add_row(name, info.distribution, info.version, info.error or "")
@@ -83,9 +83,9 @@ def methods() -> None:
 @app.command()
 def config(
     method: Annotated[str, typer.Argument(help="The method.")] = "adalora",
-    file: Annotated[Path | None, typer.Option("--config", help="Settings to check and complete.")] = None,
+    file: Annotated[Path | None, typer.Option("--config", help="A settings file to check and complete.")] = None,
 ) -> None:
-    """Print a method's settings as YAML, those in a file or the defaults; `tunerkit train --config` reads it."""
+    """Print a method's settings as YAML, for `tunerkit train --config`: the defaults, or those in a file."""
     with one_line_errors():
         given = settings.read_settings(file) if file is not None else {}
         typer.echo(settings.write_settings(tunerkit.unstructure(tunerkit.structure(method, given))), nl=False)
@@ -93,7 +93,7 @@ def config(
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Our own errors are answers to the user: one line on stderr and exit code 2, no traceback."""
+    """Print a `TunerkitError` as one line on stderr and exit with code 2, without a traceback."""
     try:
         yield
     except TunerkitError as problem:

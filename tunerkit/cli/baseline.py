@@ -1,4 +1,4 @@
-"""The baseline: the same heads, trained alone on the frozen base."""
+"""The baseline: train only the heads, on the frozen base model."""
 
 import time
 from collections.abc import Sequence
@@ -11,19 +11,19 @@ from tunerkit.cli.task import Job, Outcome, Task, fit, say, score
 from tunerkit.cli.training import Recipe, Score
 from tunerkit.injection import Tuner
 
-# Trained alone, a head wants far larger steps than adapters do: on the demo, smaller rates than these do worse.
+# A head trained alone needs a much higher learning rate than adapters. On the demo, lower rates than these are worse.
 HEAD_RATES = (3e-2, 1e-1, 3e-1)
 
 
 def compare(task: Task, job: Job, tuner: Tuner, outcome: Outcome, console: Console) -> dict[str, object]:
-    """Train the same heads on the frozen base: same rows, order and epochs; the best of three rates.
+    """Train the same heads on the frozen base model: same rows, order and epochs, at three learning rates.
 
-    The best is chosen by the held-out accuracy itself, which favours this baseline.
+    The best rate is chosen by held-out accuracy, which favours this baseline.
     """
     model = tunerkit.unwrap(task.classifier.model)
     heads = [place.path for place in tuner.copies]
     if not heads:
-        say(console, "no baseline: the settings train no module in full")
+        say(console, "no baseline: the settings do not train any module in full")
         return {}
     began = time.perf_counter()
     scores = {
@@ -49,9 +49,9 @@ def compare(task: Task, job: Job, tuner: Tuner, outcome: Outcome, console: Conso
 
 
 def head_only(task: Task, recipe: Recipe, heads: Sequence[str], console: Console) -> Score:
-    """One run of the baseline; the heads are then as they were before.
+    """Run the baseline once, then restore the heads.
 
-    Without dropout: in the frozen part it is noise that only holds the head back.
+    Dropout is off: in the frozen part it only adds noise that slows the head down.
     """
     model = task.classifier.model
     model.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Encoded sentences in batches of like length."""
+"""Encoded sentences, in batches of similar length."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -11,26 +11,26 @@ from torch import Tensor
 from tunerkit.cli.data import Examples, class_numbers
 from tunerkit.cli.models import Classifier
 
-# Batches are cut from sorted pools of this many: little padding, and still another mixture in every epoch.
+# Batches are cut from sorted pools of this many batches: little padding, and different batches in every epoch.
 POOL = 32
 
 
 class Rows(Protocol):
-    """What a model is trained and evaluated on."""
+    """The rows that a model is trained or evaluated on."""
 
     @property
     def lengths(self) -> Sequence[int]:
-        """The length of each row, by which batches are made."""
+        """The length of each row; batches group rows of similar length."""
 
     def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Tensor]:
-        """The model's inputs for these rows, with ``labels``."""
+        """The model's inputs for these rows, including ``labels``."""
 
 
 @attrs.frozen(eq=False)
 class Encoded:
-    """Token numbers and class numbers by row, and the token that fills up shorter rows.
+    """Token ids and class numbers of each row, and the padding token.
 
-    A subclass may have other labels: `label_tensor` is all that reads them.
+    A subclass may have other labels: only `label_tensor` reads them.
     """
 
     ids: tuple[tuple[int, ...], ...]
@@ -39,11 +39,11 @@ class Encoded:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each row."""
+        """The number of tokens in each row."""
         return [len(ids) for ids in self.ids]
 
     def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Tensor]:
-        """``input_ids`` and ``attention_mask`` (rows, longest), and the ``labels``."""
+        """``input_ids`` and ``attention_mask``, both (rows, longest), and the ``labels``."""
         longest = max(len(self.ids[row]) for row in rows)
         ids = torch.full((len(rows), longest), self.padding)
         mask = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -55,12 +55,12 @@ class Encoded:
         return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
 
     def label_tensor(self, rows: Sequence[int], longest: int) -> Tensor:
-        """The classes of ``rows``, (rows,), whose longest has ``longest`` tokens."""
+        """The class numbers of ``rows``, (rows,). The longest row has ``longest`` tokens."""
         return torch.tensor([self.labels[row] for row in rows])
 
 
 def encode(classifier: Classifier, examples: Examples, *, max_length: int) -> Encoded:
-    """Tokenize, cut to ``max_length`` tokens or what the model can take, and number the classes."""
+    """Tokenize, truncate to ``max_length`` tokens or the model's limit, and number the classes."""
     tokenizer, config = classifier.tokenizer, classifier.model.config
     positions: Any = getattr(config, "max_position_embeddings", None)  # models with relative positions have no limit
     limit = min(max_length, tokenizer.model_max_length, positions or max_length)
@@ -70,7 +70,7 @@ def encode(classifier: Classifier, examples: Examples, *, max_length: int) -> En
 
 
 def shuffled_batches(lengths: Sequence[int], size: int, rng: random.Random) -> Iterator[list[int]]:
-    """Every row once, in batches of ``size`` (the last of a pool may be smaller), in random order."""
+    """Yield every row once, in batches of ``size`` in random order. The last batch of a pool may be smaller."""
     order = list(range(len(lengths)))
     rng.shuffle(order)
     batches = []
@@ -82,6 +82,6 @@ def shuffled_batches(lengths: Sequence[int], size: int, rng: random.Random) -> I
 
 
 def sorted_batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Every row once, shortest first: the least padding."""
+    """Yield every row once, shortest first, which needs the least padding."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     yield from (order[start : start + size] for start in range(0, len(order), size))

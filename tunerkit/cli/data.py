@@ -1,4 +1,4 @@
-"""Labelled sentences: read from csv, jsonl or parquet, split, and made into class numbers."""
+"""Labelled sentences: read from csv, jsonl or parquet, split, and converted to class numbers."""
 
 import csv
 import json
@@ -12,17 +12,17 @@ import pyarrow.parquet
 
 from tunerkit.errors import TunerkitError, closest
 
-# The csv reader keeps what is beyond the header under the key None.
+# The csv reader keeps values beyond the header under the key None.
 Row = Mapping[str | None, object]
 
 
 class DataError(TunerkitError, ValueError):
-    """A data file cannot be read as texts with labels."""
+    """A data file cannot be read as labelled texts."""
 
 
 @attrs.frozen
 class Examples:
-    """Texts and their labels, side by side. A label is a class's name, never a number to fit."""
+    """Texts and their labels, in the same order. A label is a class name, never a regression target."""
 
     texts: tuple[str, ...]
     labels: tuple[str, ...]
@@ -31,15 +31,15 @@ class Examples:
         return len(self.texts)
 
     def take(self, rows: Iterable[int]) -> "Examples":
-        """These rows, in this order."""
+        """Select these rows, in this order."""
         chosen = list(rows)
         return Examples(tuple(self.texts[row] for row in chosen), tuple(self.labels[row] for row in chosen))
 
 
 def read_examples(path: Path, *, text_column: str = "text", label_column: str = "label") -> Examples:
-    """Read ``path`` by its ending: .csv (with a header), .jsonl or .parquet.
+    """Read ``path`` in the format of its suffix: .csv (with a header), .jsonl or .parquet.
 
-    Labels are strings, whole numbers or booleans. Raises `DataError`, naming the file and the row (from 1).
+    Labels are strings, whole numbers or booleans. Raises `DataError`, which names the file and the row (from 1).
     """
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
@@ -55,12 +55,12 @@ def read_examples(path: Path, *, text_column: str = "text", label_column: str = 
     except (OSError, UnicodeDecodeError, csv.Error, pyarrow.lib.ArrowException) as problem:
         raise DataError(f"{path}: cannot be read as {path.suffix}: {_first_line(problem)}") from problem
     if not texts:
-        raise DataError(f"{path}: holds no rows")
+        raise DataError(f"{path}: the file has no rows")
     return Examples(tuple(texts), tuple(labels))
 
 
 def class_names(labels: Iterable[str]) -> tuple[str, ...]:
-    """The classes in their order: by number if all are whole numbers, else by name."""
+    """Sort the classes: by number if all are whole numbers, else by name."""
     names = set(labels)
     if all(name.removeprefix("-").isdecimal() for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
@@ -68,7 +68,7 @@ def class_names(labels: Iterable[str]) -> tuple[str, ...]:
 
 
 def class_numbers(labels: Iterable[str], names: tuple[str, ...]) -> list[int]:
-    """Each label's place in ``names``. Raises `DataError` for labels that training has never seen."""
+    """Return each label's index in ``names``. Raises `DataError` for labels that are not in the training data."""
     number = {name: place for place, name in enumerate(names)}
     labels = list(labels)
     unknown = sorted(set(labels) - set(names))
@@ -78,20 +78,20 @@ def class_numbers(labels: Iterable[str], names: tuple[str, ...]) -> list[int]:
 
 
 def split(examples: Examples, *, train_rows: int, seed: int) -> tuple[Examples, Examples]:
-    """Shuffle by ``seed`` and cut into ``train_rows`` rows and the rest: the same cut in every run and place."""
+    """Shuffle by ``seed`` and split into ``train_rows`` rows and the rest; the same split in every run."""
     order = list(range(len(examples)))
     random.Random(seed).shuffle(order)
     return examples.take(order[:train_rows]), examples.take(order[train_rows:])
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    # utf-8-sig: spreadsheets put a byte-order mark before the first column's name.
+    # utf-8-sig: spreadsheets write a byte-order mark before the first column's name.
     with path.open(encoding="utf-8-sig", newline="") as file:
         yield from csv.DictReader(file, strict=True)
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    # Not splitlines: JSON strings may hold line breaks that only Unicode knows.
+    # Not splitlines: it would also split at Unicode line breaks inside JSON strings.
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -123,11 +123,11 @@ def _value(row: Row, column: str, path: Path, number: int, option: str) -> objec
         names = [name for name in row if name is not None]
         raise DataError(
             f"{path}: row {number} has no column {column!r}, only {names}{closest(column, names)} "
-            f"Name the column with {option}"
+            f"(set the column's name with {option})"
         )
     value = row[column]
     if value is None:
-        raise DataError(f"{path}: row {number} has nothing in column {column!r}")
+        raise DataError(f"{path}: row {number} has no value in column {column!r}")
     return value
 
 

@@ -1,4 +1,4 @@
-"""The main job: load, wrap, train, score, save, and tell what came of it."""
+"""The main job: load, wrap, train, evaluate, save, and print the results."""
 
 import functools
 import time
@@ -22,17 +22,17 @@ from tunerkit.report.terminal import rank_table
 DEMO_TRAIN_ROWS = 4000
 DEMO_HELD_OUT_ROWS = 3000
 HELD_OUT_SHARE = 0.2
-# The demo's split is a constant: --seed changes the run, never what it is measured on.
+# The split is fixed: --seed changes the training, never the rows it is evaluated on.
 SPLIT_SEED = 0
 
 
 def run(job: Job, console: Console) -> None:
-    """Do the job, print what came of it, and leave the files in ``job.out``."""
-    tunerkit.structure(job.method, job.settings)  # a typing error is told before anything is made or downloaded
+    """Run the job, print the results, and write the files into ``job.out``."""
+    tunerkit.structure(job.method, job.settings)  # report a typo before creating or downloading anything
     outputs.prepare(job.out)
     task = prepare(job, console)
     model = task.classifier.model
-    # A fresh head knows nothing: it is trained in full, unless the settings name other modules.
+    # A new head is untrained, so it is trained in full unless the settings name other modules.
     trained = job.settings.get("train_modules") or list(task.classifier.heads)
     tunerkit.wrap(model, job.method, {**job.settings, "train_modules": trained}, seed=job.recipe.seed)
     tuner = tunerkit.tuner(model)
@@ -43,7 +43,7 @@ def run(job: Job, console: Console) -> None:
         write_json(scratch / "metrics.json", record)
         write_pictures(scratch, job.method, tuner, outcome, console)
     console.print(rank_table(rank_map(tuner.ranks()), initial=max(outcome.history[0].ranks.values(), default=None)))
-    say(console, f"budget {tuner.budget()}, live triplets in the masks {sum(tuner.ranks().values())}")
+    say(console, f"budget {tuner.budget()}, live triplets {sum(tuner.ranks().values())}")
     say(console, f"{job.method}: accuracy {outcome.score.accuracy:.4f} on {len(task.held_out.ids)} held-out rows")
     if job.baseline:
         record["baseline"] = compare(task, job, tuner, outcome, console)
@@ -53,12 +53,12 @@ def run(job: Job, console: Console) -> None:
 
 
 def prepare(job: Job, console: Console) -> Task:
-    """Read and split the data, load the model with a head for its classes, and encode the texts."""
+    """Read and split the data, load the model with a head for the classes, and encode the texts."""
     examples, held_out, data = read_data(job, console)
     classes = class_names(examples.labels)
     if len(classes) < 2:
         raise DataError(
-            f"{data}: every training row is labelled {classes[0]!r}; a classifier needs two classes or more"
+            f"{data}: every training row has the label {classes[0]!r}; a classifier needs at least two classes"
         )
     source = job.model or str(assets.demo_model(assets.cache_folder(), functools.partial(say, console)))
     classifier = load_classifier(source, classes, seed=job.recipe.seed)
@@ -69,11 +69,11 @@ def prepare(job: Job, console: Console) -> Task:
 
 
 def read_data(job: Job, console: Console) -> tuple[Examples, Examples, str]:
-    """Training rows, held-out rows, and where they are from."""
+    """Return the training rows, the held-out rows, and the name of their source."""
     columns = {"text_column": job.text_column, "label_column": job.label_column}
     if job.data is None:
         if job.eval_data is not None:
-            raise DataError("--eval-data needs --data: the demo has held-out sentences of its own")
+            raise DataError("--eval-data needs --data: the demo has its own held-out sentences")
         sentences = assets.demo_sentences(assets.cache_folder(), functools.partial(say, console))
         examples, rest = split(sentences, train_rows=DEMO_TRAIN_ROWS, seed=SPLIT_SEED)
         return examples, rest.take(range(DEMO_HELD_OUT_ROWS)), "movie sentences"
@@ -82,12 +82,12 @@ def read_data(job: Job, console: Console) -> tuple[Examples, Examples, str]:
         return examples, read_examples(job.eval_data, **columns), str(job.data)
     held_out = round(HELD_OUT_SHARE * len(examples))
     if held_out == 0:
-        raise DataError(f"{job.data}: {len(examples)} rows are too few to hold some out; name others with --eval-data")
+        raise DataError(f"{job.data}: {len(examples)} rows are too few to hold some out; pass others with --eval-data")
     return *split(examples, train_rows=len(examples) - held_out, seed=SPLIT_SEED), str(job.data)
 
 
 def tune(task: Task, job: Job, tuner: Tuner, console: Console) -> Outcome:
-    """Train the wrapped model and score it."""
+    """Train the wrapped model and evaluate it."""
     model = task.classifier.model
     parameters = tunerkit.trainable_parameters(model)
     say(console, f"{job.method} on {len(tuner.targets)} matrices of {task.source}: {parameters}")

@@ -1,4 +1,4 @@
-"""A sequence classifier with its tokenizer, from a folder or a hub name."""
+"""A sequence classifier and its tokenizer, loaded from a folder or by hub name."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ class ModelError(TunerkitError):
 
 @attrs.frozen(eq=False)
 class Classifier:
-    """A model, its tokenizer, the classes in the order of its outputs, and the paths of its untrained heads."""
+    """A model, its tokenizer, the classes in the order of the logits, and the paths of its untrained heads."""
 
     model: nn.Module
     tokenizer: Any
@@ -27,12 +27,12 @@ class Classifier:
 
 
 def load_classifier(source: str, classes: Sequence[str], *, seed: int) -> Classifier:
-    """Load ``source`` (a local folder or a hub name) in fp32, with a head for ``classes`` drawn by ``seed``.
+    """Load ``source`` (a local folder or a hub name) in fp32, with a new head for ``classes`` initialised by ``seed``.
 
-    Raises `ModelError` with what transformers said, in one line.
+    Raises `ModelError` with transformers' message, on one line.
     """
-    transformers.logging.set_verbosity_error()  # a report on the new head
-    transformers.logging.disable_progress_bar()  # theirs would break ours
+    transformers.logging.set_verbosity_error()  # it would report that the head is new
+    transformers.logging.disable_progress_bar()  # it would break our own progress bar
     transformers.set_seed(seed)
     names = dict(enumerate(classes))
     try:
@@ -44,14 +44,14 @@ def load_classifier(source: str, classes: Sequence[str], *, seed: int) -> Classi
         reason = " ".join(str(problem).split())
         raise ModelError(f"cannot load {source!r} as a classifier of {len(classes)} classes: {reason}") from problem
     model.config.problem_type = "single_label_classification"
-    if tokenizer.pad_token_id is None:  # decoders have none; what stands there is masked out anyway
+    if tokenizer.pad_token_id is None:  # decoders have none; padding is masked out anyway
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     return Classifier(model=model, tokenizer=tokenizer, classes=tuple(classes), heads=_heads(model))
 
 
 def _heads(model: Any) -> tuple[str, ...]:
-    """The children with parameters beside the pretrained part: what a fresh classifier must learn in full."""
+    """The children with parameters outside the pretrained part: the new layers, to be trained in full."""
     return tuple(
         name for name, child in model.named_children() if name != model.base_model_prefix and list(child.parameters())
     )

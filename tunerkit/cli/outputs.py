@@ -1,4 +1,4 @@
-"""The output folder: every file in it is complete or not there."""
+"""The output folder: every file in it is complete or absent."""
 
 import tempfile
 from collections.abc import Iterator
@@ -13,17 +13,17 @@ class OutputError(TunerkitError):
 
 
 def prepare(folder: Path) -> None:
-    """Make ``folder`` before hours are spent on what goes into it. Raises `OutputError`."""
+    """Create ``folder`` and check that it is writable, before hours of training. Raises `OutputError`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as problem:
-        raise OutputError(f"--out {folder}: cannot write there: {problem.strerror}") from problem
+        raise OutputError(f"--out {folder}: cannot write to this folder: {problem.strerror}") from problem
 
 
 @contextmanager
 def publishing(folder: Path) -> Iterator[Path]:
-    """A scratch folder whose files move into ``folder`` at the end of the block, or vanish if the block fails."""
+    """Yield a scratch folder. At the end its files move into ``folder``; if the block fails, they are deleted."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
         yield Path(scratch)
         for file in sorted(Path(scratch).iterdir()):

@@ -1,4 +1,4 @@
-"""Progress bars with loss, budget and live rank."""
+"""Progress bars that show loss, budget and mean rank."""
 
 from collections.abc import Iterable, Iterator
 
@@ -8,14 +8,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tunerkit.cli.training import Step
 from tunerkit.injection import Tuner
 
-# The loss of one batch jumps about; shown is a running average with this much of the past in it.
+# The loss of single batches is noisy, so the bar shows an exponential moving average with this decay.
 SMOOTHING = 0.95
 
 
 def watched(
     steps: Iterable[Step], total: int, *, console: Console, title: str, tuner: Tuner | None = None
 ) -> Iterator[Step]:
-    """Pass ``steps`` on and draw a bar meanwhile; with a ``tuner``, its budget and mean live rank too."""
+    """Yield ``steps`` unchanged and draw a progress bar. With a ``tuner``, it also shows budget and mean rank."""
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}")]
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
         bar = progress.add_task(title, total=total, facts="")
@@ -23,7 +23,7 @@ def watched(
         seen = 0
         for step in steps:
             average = step.loss if average is None else SMOOTHING * average + (1 - SMOOTHING) * step.loss
-            if tuner is not None and len(tuner.history) != seen:  # counting masks costs a wait for the device
+            if tuner is not None and len(tuner.history) != seen:  # counting ranks synchronises with the device
                 seen, ranks = len(tuner.history), _ranks(tuner)
             progress.update(bar, completed=step.number, facts=f"loss {average:.3f}{ranks}")
             yield step

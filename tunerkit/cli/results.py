@@ -1,4 +1,4 @@
-"""The figures and pictures of a run, as files."""
+"""The metrics and plots of a run, as files."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from tunerkit.report.rank_map import rank_map
 
 
 def metrics(task: Task, job: Job, tuner: Tuner, outcome: Outcome) -> dict[str, Any]:
-    """All figures of the run, as JSON can hold them."""
+    """Collect all metrics of the run, as values that JSON can hold."""
     owner = tunerkit.methods()[job.method]
     return {
         "method": job.method,
@@ -50,21 +50,21 @@ def metrics(task: Task, job: Job, tuner: Tuner, outcome: Outcome) -> dict[str, A
 
 
 def finite(number: float) -> float | None:
-    """``number``, or None where training diverged: JSON knows neither NaN nor infinity."""
+    """Return ``number``, or None if it is NaN or infinite, which JSON cannot hold."""
     return number if math.isfinite(number) else None
 
 
 def write_json(path: Path, record: Mapping[str, object]) -> None:
-    """Indented JSON, as the standard has it."""
+    """Write ``record`` as indented, standard JSON."""
     path.write_text(json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_pictures(folder: Path, method: str, tuner: Tuner, outcome: Outcome, console: Console) -> None:
-    """``ranks.png`` and ``budget.png``, or a line that says what they need."""
+    """Write ``ranks.png`` and ``budget.png``. Without matplotlib, print a line that says how to install it."""
     try:
-        from tunerkit.report import plots  # the extra [plot] is not a part of [cli]
+        from tunerkit.report import plots  # needs the extra [plot], which [cli] does not include
     except ModuleNotFoundError:
-        say(console, 'no pictures without matplotlib: pip install "tunerkit[plot]"')
+        say(console, 'no plots: matplotlib is not installed; pip install "tunerkit[plot]"')
         return
     initial = max(outcome.history[0].ranks.values(), default=None)
     title = f"{method}: live ranks after {tuner.steps} steps"

@@ -12,7 +12,7 @@ from tunerkit.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which ``2e-3`` is a number, as in YAML 1.2 and JSON, and a key stands once."""
+    """Safe YAML that reads ``2e-3`` as a number, as YAML 1.2 and JSON do, and rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         pairs = [(self.construct_object(key, deep=True), None) for key, _ in node.value]
@@ -21,7 +21,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """The counterpart, which puts the text "2e-3" into quotes."""
+    """The matching writer, which quotes the text "2e-3"."""
 
 
 for _side in (_Loader, _Dumper):
@@ -31,9 +31,9 @@ for _side in (_Loader, _Dumper):
 
 
 def read_settings(path: Path) -> dict[str, object]:
-    """The mapping in ``path`` (.yaml, .yml or .json); `tunerkit.structure` makes it a config.
+    """Read the mapping in ``path`` (.yaml, .yml or .json); `tunerkit.structure` converts it to a config.
 
-    Raises `ConfigError`: no such file, not that format, not a mapping, a key given twice.
+    Raises `ConfigError` if there is no such file, or if it is malformed, is not a mapping or has a duplicate key.
     """
     suffix = path.suffix.lower()
     if suffix not in (".yaml", ".yml", ".json"):
@@ -46,15 +46,15 @@ def read_settings(path: Path) -> dict[str, object]:
     except (OSError, ValueError, yaml.YAMLError) as problem:
         raise ConfigError([f"{path}: cannot be read as {suffix}: {' '.join(str(problem).split())}"]) from problem
     if found is None:
-        return {}  # a YAML file with nothing but comments: all defaults
+        return {}  # a YAML file with only comments: all defaults
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise ConfigError([f"{path}: expected a mapping of setting to value, got {type(found).__name__}"])
+        raise ConfigError([f"{path}: expected a mapping of settings to values, got {type(found).__name__}"])
     return found
 
 
 def write_settings(settings: dict[str, object]) -> str:
     """YAML text that `read_settings` reads back to the same mapping."""
-    # Not allow_unicode: it would leave U+0085 as it is, which YAML reads as a line break.
+    # Without allow_unicode: it would write U+0085 unescaped, which YAML reads as a line break.
     return yaml.dump(settings, Dumper=_Dumper, sort_keys=False)
 
 

@@ -1,4 +1,4 @@
-"""What a run works on, and what it came to."""
+"""The input of a run, and its results."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ EVALUATION_BATCH = 64
 
 @attrs.frozen
 class Job:
-    """All that ``tunerkit train`` was told. No ``model`` or no ``data``: the demo's."""
+    """All options of ``tunerkit train``. If ``model`` or ``data`` is None, the demo's is used."""
 
     out: Path
     method: str = "adalora"
@@ -36,7 +36,7 @@ class Job:
 
 @attrs.frozen(eq=False)
 class Task:
-    """The model with its data, ready for any way of tuning."""
+    """The model and its encoded data, ready for any method of fine-tuning."""
 
     classifier: Classifier
     source: str
@@ -48,7 +48,7 @@ class Task:
 
 @attrs.frozen(eq=False)
 class Outcome:
-    """What one way of tuning came to. ``history`` begins before the first step."""
+    """The results of one training run. ``history`` starts with the state before the first step."""
 
     score: Score
     losses: tuple[float, ...]
@@ -66,17 +66,17 @@ def fit(
     tuner: Tuner | None = None,
     dropout: bool = True,
 ) -> tuple[float, ...]:
-    """Train to the end behind a progress bar; the losses by step. ``dropout`` is `train`'s."""
+    """Train to the end, show a progress bar, and return the loss of each step. See `train` for ``dropout``."""
     steps = train(task.classifier.model, task.train, recipe, device=task.device, dropout=dropout)
     total = recipe.total_steps(len(task.train.ids))
     return tuple(step.loss for step in watched(steps, total, console=console, title=title, tuner=tuner))
 
 
 def score(task: Task) -> Score:
-    """Accuracy and loss on the held-out rows."""
+    """Evaluate on the held-out rows."""
     return evaluate(task.classifier.model, task.held_out, batch_size=EVALUATION_BATCH, device=task.device)
 
 
 def say(console: Console, text: str) -> None:
-    """Print a line as it is: in a log it is not broken at 80 columns, and no name in it is taken for markup."""
+    """Print a line as it is, without wrapping it at 80 columns and without reading names as markup."""
     console.print(text, soft_wrap=True, markup=False, highlight=False)

@@ -13,12 +13,12 @@ from torch.optim.lr_scheduler import LambdaLR
 import tunerkit
 from tunerkit.cli.batches import Rows, shuffled_batches, sorted_batches
 
-IGNORED = -100  # the label of what is not to be told, as torch and transformers have it
+IGNORED = -100  # the label that the loss ignores, the same as in torch and transformers
 
 
 @attrs.frozen
 class Recipe:
-    """How to train; ``warmup`` is the share of steps in which the learning rate rises, after it falls to 0."""
+    """Hyperparameters. ``warmup`` is the share of steps in which the learning rate rises; then it decays to 0."""
 
     epochs: int = 3
     learning_rate: float = 1e-3
@@ -29,18 +29,18 @@ class Recipe:
     max_grad_norm: float = 1.0
 
     def total_steps(self, rows: int) -> int:
-        """Optimizer steps for ``rows`` training rows."""
+        """The number of optimizer steps for ``rows`` training rows."""
         return self.epochs * math.ceil(rows / self.batch_size)
 
     def rate_at(self, step: int, total: int) -> float:
-        """The factor of the learning rate at ``step`` (from 0): up in a line, down in a line."""
+        """The learning rate's factor at ``step`` (from 0): linear warm-up, then linear decay."""
         rise = max(1, round(self.warmup * total))
         return min((step + 1) / rise, (total - step) / max(1, total - rise))
 
 
 @attrs.frozen
 class Step:
-    """One optimizer step, from 1, and the loss before it."""
+    """The number of one optimizer step (from 1), and the loss before it."""
 
     number: int
     loss: float
@@ -55,13 +55,13 @@ class Score:
 
 
 def attach_adapters(model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
-    """Attach the adapters in ``model``, if there are any."""
+    """Attach the adapters in ``model``, if it has any."""
     if tunerkit.trainable_parameters(model).adapters:
         tunerkit.attach(model, optimizer, total_steps=total_steps)
 
 
 def adamw(model: nn.Module, recipe: Recipe) -> Optimizer:
-    """AdamW over what requires a gradient, all of it at one rate."""
+    """AdamW over all trainable parameters, with one learning rate."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
 
@@ -77,11 +77,11 @@ def train(
     make_optimizer: Callable[[nn.Module, Recipe], Optimizer] = adamw,
     prepare: Callable[[nn.Module, Optimizer, int], None] = attach_adapters,
 ) -> Iterator[Step]:
-    """Train what requires a gradient, and yield after each step.
+    """Train all trainable parameters, and yield after each step.
 
-    ``prepare`` is called before the first step with the model, the optimizer and the number of steps. Data order and
-    dropout follow ``recipe.seed``. Without ``dropout`` the model is in eval mode throughout. Without ``mixed``
-    precision what comes out does not depend on whether the device multiplies in bf16.
+    ``prepare`` is called before the first step with the model, the optimizer and the number of steps.
+    ``recipe.seed`` determines data order and dropout. Without ``dropout`` the model stays in eval mode. Without
+    ``mixed`` precision the result does not depend on whether the device supports bf16.
     """
     torch.manual_seed(recipe.seed)
     rng = random.Random(recipe.seed)
@@ -106,9 +106,9 @@ def train(
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, rows: Rows, *, batch_size: int, device: torch.device, mixed: bool = True) -> Score:
-    """Accuracy and mean loss by label, of those that are not `IGNORED`; the model is left in eval mode.
+    """Return accuracy and mean loss over all labels that are not `IGNORED`. The model is left in eval mode.
 
-    ``mixed`` is as in `train`.
+    See `train` for ``mixed``.
     """
     model.eval()
     right, labels, loss = 0, 0, 0.0
@@ -124,19 +124,19 @@ def evaluate(model: nn.Module, rows: Rows, *, batch_size: int, device: torch.dev
 
 
 def choose_device() -> torch.device:
-    """The accelerator if there is one, else the CPU."""
+    """Return the accelerator if there is one, else the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def mixed_precision(device: torch.device, *, enabled: bool = True) -> torch.autocast:
-    """Autocast to bf16 if ``enabled`` and faster there, nothing elsewhere: emulated bf16 is slow."""
+    """Autocast to bf16 if ``enabled`` and fast on ``device``; emulated bf16 would be slow."""
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled and has_bf16(device))
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether ``device`` multiplies matrices faster in bf16."""
+    """Whether ``device`` multiplies matrices faster in bf16 than in fp32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # AVX-512's bf16 does not make up for the casts: a step of the demo took 1.4 times as long with it as in fp32.
-    # The only question that torch answers about CPUs has an underscore.
+    # With AVX-512's bf16 the casts cost more than is saved: a step of the demo took 1.4 times as long as in fp32.
+    # For CPUs, torch offers only a private function.
     return device.type == "cpu" and torch.cpu._is_amx_tile_supported()

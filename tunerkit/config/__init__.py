@@ -1,3 +1,3 @@
-"""The configs of methods: their base class and the strict converter."""
+"""Method configs: their base class and the strict converter."""
 
 from tunerkit.config.settings import AdapterConfig, from_mapping, setting, to_mapping

@@ -1,6 +1,6 @@
-"""The one strict converter: nothing is guessed, and what is wrong is said with what was got and what is allowed.
+"""The strict converter: it guesses nothing, and its errors name the value found and the values allowed.
 
-cattrs' defaults read "q_proj" as a list of letters, 8.9 as 8, True as 1.
+By default, cattrs reads "q_proj" as a list of letters, 8.9 as 8, and True as 1.
 """
 
 import math
@@ -20,11 +20,11 @@ SHORT.maxstring = SHORT.maxother = 80
 
 
 class _WrongKindError(ValueError):
-    """The value is of another kind than the annotation; in a union, another member may still take it."""
+    """The value has a different type from the annotation. Another member of a union may still accept it."""
 
 
 def got(value: object) -> str:
-    """``got str '8'``, on one line and short."""
+    """Describe a value in one short line: ``got str '8'``."""
     shown = re.sub(r"\s*\n\s*", " ", SHORT.repr(value))
     return "got None" if value is None else f"got {type(value).__name__} {shown}"
 
@@ -35,7 +35,7 @@ def _refuse(value: object, cls: object) -> NoReturn:
 
 
 def _yaml_hint(value: object, cls: object) -> str:
-    """How YAML 1.1 wants a float written: with a dot, and a sign in the exponent."""
+    """Show how to write a float in YAML 1.1: with a dot and a signed exponent."""
     found = _SCIENTIFIC.fullmatch(value) if isinstance(value, str) else None
     if found is None or float not in (cls, *get_args(cls)):
         return ""
@@ -49,7 +49,7 @@ def _choice_hint(value: object, cls: object) -> str:
 
 
 def described(cls: Any) -> str:
-    """An annotation in the words of errors: ``list of str``, for tuples are lists in JSON and YAML."""
+    """Describe an annotation for an error, such as ``list of str``: tuples are lists in JSON and YAML."""
     members = get_args(cls)
     if _is_union(cls):
         return " or ".join(map(described, members))
@@ -79,7 +79,7 @@ def _is_mapping(cls: Any) -> bool:
 
 
 def is_supported(cls: Any) -> bool:
-    """Whether an annotation is made of what JSON can hold and this converter reads."""
+    """Whether JSON can hold values of this annotation and the converter can read them."""
     members = get_args(cls)
     if _is_literal(cls):
         return all(type(member) in (bool, int, str, types.NoneType) for member in members)
@@ -95,7 +95,7 @@ def _exact(value: object, cls: type) -> object:
 
 
 def _int(value: object, cls: type) -> int:
-    # int() strips subclasses (an IntEnum), which YAML cannot write.
+    # int() converts subclasses such as IntEnum, which YAML cannot write.
     return int(value) if isinstance(value, int) and not isinstance(value, bool) else _refuse(value, cls)
 
 
@@ -116,7 +116,7 @@ def _str(value: object, cls: type) -> str:
 
 
 def _literal(value: object, cls: Any) -> object:
-    # Types first: True == 1, but Literal[1] must not take it; and comparing an array gives an array.
+    # Compare types first: True == 1, but Literal[1] must not accept True. Comparing an array gives an array.
     for member in get_args(cls):
         if isinstance(value, type(member)) and isinstance(value, bool) == isinstance(member, bool) and value == member:
             return member
@@ -125,13 +125,13 @@ def _literal(value: object, cls: Any) -> object:
 
 def _union(value: object, cls: Any) -> object:
     errors: list[Exception] = []
-    # float comes last because it takes ints too: `float | int` keeps 8 an int.
+    # Try float last, because it also accepts ints: with `float | int`, 8 stays an int.
     for member in sorted(get_args(cls), key=lambda member: member is float):
         try:
             return CONVERTER.structure(value, member)
         except Exception as error:
             errors.append(error)
-    # A member of the right kind knows best what is wrong, such as which element of a list.
+    # The error of a member with the right type is more precise: it names the element of a list, for example.
     specific = [error for error in errors if not isinstance(error, _WrongKindError)]
     if len(specific) == 1:
         raise specific[0]
@@ -158,7 +158,7 @@ def _mapping(value: object, cls: Any) -> dict[str, object]:
 
 
 def _each(elements: Iterable[tuple[Any, object, Any]], cls: Any) -> list[object]:
-    """Structures (index or key, value, type) one by one; the notes are what `cattrs.transform_error` makes paths of."""
+    """Structure (index or key, value, type) one by one. `cattrs.transform_error` builds paths from the notes."""
     read: list[object] = []
     errors: list[Exception] = []
     for index, value, member in elements:
@@ -173,7 +173,7 @@ def _each(elements: Iterable[tuple[Any, object, Any]], cls: Any) -> list[object]
 
 
 def _strict_converter() -> Converter:
-    # Lists for tuples, said here because the default has changed between versions of cattrs.
+    # Write tuples as lists. This is explicit because the default differs between versions of cattrs.
     converter = Converter(unstruct_collection_overrides={tuple: list})
     for scalar, hook in ((bool, _exact), (types.NoneType, _exact), (int, _int), (float, _float), (str, _str)):
         converter.register_structure_hook(scalar, hook)

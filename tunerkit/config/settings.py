@@ -1,6 +1,6 @@
-"""The base of every method's config, its strict checks, and its way from and to plain mappings."""
+"""The base class of every method's config, its strict checks, and its conversion from and to mappings."""
 
-# No `from __future__ import annotations` here: the checks read the annotations as types.
+# Without `from __future__ import annotations`: the checks need annotations that are types, not strings.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final, Literal, Self, TypeVar, cast
 
@@ -30,13 +30,23 @@ def setting(
     lt: float | None = None,
     converter: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """A field of a config: its default, what it means, and the range its numbers lie in.
+    """Define a config field: its default, its meaning and its range.
 
-    The range holds for every number in the field: in a tuple or a mapping for each value, and ``None`` is exempt.
-    ``converter`` runs before the checks, and also on values that come from a file; what it does not know, it returns
-    unchanged, so that the check can say what is wrong.
+    The range applies to every number in the field, including each value of a tuple or mapping. ``None`` is exempt.
+    The return type is ``Any``, so that type checkers use the annotation: ``rank: int = setting(8, ...)``.
 
-    The return type is ``Any`` so that a type checker takes the annotation's word: ``rank: int = setting(8, ...)``.
+    Args:
+        default: The default value, or an ``attrs.Factory``. Without one, the setting is required.
+        doc: What the setting does, for users.
+        ge: Values must be at least this.
+        gt: Values must be above this.
+        le: Values must be at most this.
+        lt: Values must be below this.
+        converter: Applied before the checks, also to values from a file. It must return values that it cannot convert
+            unchanged, so that the check can report them.
+
+    Returns:
+        An attrs field.
     """
     metadata = {"doc": doc, "ge": ge, "gt": gt, "le": le, "lt": lt, "converter": converter}
     return attrs.field(default=default, metadata=metadata)
@@ -48,17 +58,21 @@ def _dtype_name(value: object) -> object:
 
 @attrs.frozen(kw_only=True)
 class AdapterConfig:
-    """What every method's config says; methods derive from it and add their own settings.
+    """The settings that every method has. A method's config class derives from it and adds its own settings.
 
-    It is abstract: derive from it with ``@attrs.frozen``. Own fields may then be positional::
+    The class is abstract. Derive from it with ``@attrs.frozen``; the new fields may be positional::
 
         @attrs.frozen
         class LoraConfig(AdapterConfig):
             rank: int = setting(8, ge=1, doc="The rank of every update.")
 
-    A field's annotation is made of ``bool``, ``int``, ``float``, ``str``, ``None``, ``Literal[...]``, ``tuple[...]``,
+    Annotations may use ``bool``, ``int``, ``float``, ``str``, ``None``, ``Literal[...]``, ``tuple[...]``,
     ``Mapping[str, ...]`` and unions of these, so that every config can be written as JSON. Building a config checks
-    all of it and raises one `ConfigError` that names every problem. Lists become tuples, mappings are copied.
+    all fields, converts lists to tuples and copies mappings. The ``doc`` of each field explains it.
+
+    Raises:
+        ConfigError: Some fields are invalid; the error lists every problem.
+        TypeError: The derived class is not an attrs class, or one of its annotations is not supported.
     """
 
     targets: str | tuple[str, ...] | None = setting(
@@ -67,23 +81,23 @@ class AdapterConfig:
         "None takes the architecture's default.",
     )
     exclude: tuple[str, ...] = setting((), doc="Targets to leave out, written like `targets`.")
-    layers: tuple[int, ...] | None = setting(None, doc="Indices of the layers to adapt; None means all.")
-    train_modules: tuple[str, ...] = setting((), doc="Modules trained in full, as copies (a new head).")
+    layers: tuple[int, ...] | None = setting(None, doc="Numbers of the layers to adapt; None means all.")
+    train_modules: tuple[str, ...] = setting((), doc="Modules trained in full, as copies, such as a new head.")
     bias: Literal["none", "adapters", "all"] = setting(
-        "none", doc="Which biases are trained, as copies: none, those of the adapted layers, or all."
+        "none", doc="Which biases are trained, as copies: none, those of the adapted layers (adapters), or all."
     )
     adapter_dtype: Literal["float32", "float64", "bfloat16", "float16"] = setting(
-        "float32", converter=_dtype_name, doc="The dtype of the adapter's weights; a torch.dtype will do."
+        "float32", converter=_dtype_name, doc="The dtype of the adapter's weights: a name or a torch.dtype."
     )
 
     @property
     def total_steps(self) -> int | None:
-        """The length of training in optimizer steps, for a method to have as a setting of this name."""
+        """The length of training in optimizer steps. A method may define such a setting."""
         return None
 
     @property
     def dropout(self) -> float:
-        """The share of the adapter's input dropped in training, for a method to have as a setting of this name."""
+        """The share of the adapter's input that is dropped in training. A method may define such a setting."""
         return 0.0
 
     @classmethod
@@ -107,29 +121,37 @@ class AdapterConfig:
         check(self)
 
     def target_patterns(self) -> Iterable[tuple[str, str]]:
-        """(pattern, field) of every pattern that must match one of the chosen targets, for methods to override."""
+        """Override this if settings contain target patterns. `tunerkit.wrap` rejects a pattern that matches no target.
+
+        Returns:
+            Pairs of a pattern and the name of its field.
+        """
         return ()
 
     def problems(self) -> Iterable[str]:
-        """The problems across fields, for methods to override; asked only once each field is right by itself.
+        """Override this to check fields against each other. It is called once each field is valid by itself.
 
-        Each is one line that ends in the path: ``"expected init_rank <= 8, got 12 @ $.init_rank"``.
+        Returns:
+            One line per problem, which ends in the path: ``"expected init_rank <= 8, got 12 @ $.init_rank"``.
         """
         return ()
 
     def settled(self) -> Self:
-        """The same with what was left to defaults that depend on other settings written out, for methods to override.
+        """Override this if some defaults depend on other settings.
 
-        Files hold it, so that an adapter stays what it was when a later version chooses otherwise.
+        Files store the result, so that an adapter does not change if a later version computes other defaults.
+
+        Returns:
+            A config in which the resolved defaults are explicit.
         """
         return self
 
 
 def check(config: AdapterConfig) -> None:
-    """Hold every field against its annotation and range, then ask ``config.problems()``.
+    """Check every field against its annotation and range, then call ``config.problems()``.
 
-    Called while the config is built, which is why it may still bring values into their one form (list to tuple, the
-    int in a float field to float). Raises `ConfigError` with all problems.
+    This runs while the config is built, so it may still normalise values: a list to a tuple, an int in a float field
+    to a float. Raises `ConfigError` with all problems.
     """
     found: list[str] = []
     for field in _settings(type(config)):
@@ -142,9 +164,9 @@ def check(config: AdapterConfig) -> None:
 
 
 def from_mapping(cls: type[Config], mapping: object) -> Config:
-    """The config that ``mapping`` (from JSON, YAML or a file's header) describes.
+    """Build the config that ``mapping`` (from JSON, YAML or a file's header) describes.
 
-    Nothing is guessed: no text for numbers or lists, no bool for int, no unknown or non-text keys.
+    Nothing is guessed. A string for a number or a list, a bool for an int, and an unknown or non-string key are errors.
     Raises `ConfigError` with every problem and its path.
     """
     _refuse_non_config(cls)
@@ -164,7 +186,7 @@ def from_mapping(cls: type[Config], mapping: object) -> Config:
 
 
 def to_mapping(config: AdapterConfig) -> dict[str, Any]:
-    """``config`` as plain dicts, lists, strings and numbers, with every setting: `structure` takes it back."""
+    """Convert ``config`` to plain dicts, lists, strings and numbers, with every setting. `structure` reverses it."""
     _refuse_non_config(type(config))
     return {field.name: CONVERTER.unstructure(getattr(config, field.name)) for field in _settings(type(config))}
 
@@ -181,16 +203,16 @@ def _refuse_non_config(cls: object) -> None:
 def _unknown(key: object, names: Iterable[str]) -> str:
     if not isinstance(key, str):
         return f"expected str keys, {got(key)} @ $"
-    return f"unknown key {key!r}{closest(key, names) or '; known are ' + ', '.join(names)} @ $.{key}"
+    return f"unknown key {key!r}{closest(key, names) or '; known keys: ' + ', '.join(names)} @ $.{key}"
 
 
 def _read(field: "attrs.Attribute[Any]", value: object) -> tuple[object, list[str]]:
-    """``value`` as ``field`` stores it, and what is wrong with it."""
+    """Return ``value`` as ``field`` stores it, and the problems found."""
     path = f"$.{field.name}"
     convert = field.metadata.get("converter")
     try:
         read = CONVERTER.structure(value if convert is None else convert(value), cast(Any, field.type))
-    except Exception as error:  # cattrs raises groups, a plugin's converter anything: all become lines
+    except Exception as error:  # cattrs raises groups, a plugin's converter may raise anything: each becomes a line
         return value, transform_error(error, path, lambda problem, _: str(problem))
     return read, list(_out_of_range(read, field.metadata, path))
 

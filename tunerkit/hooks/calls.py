@@ -1,7 +1,7 @@
 """Call the hooks: one typed function for each hook that core calls.
 
-All but `ranks_changed` ask only the plugin that owns the method. Without an implementation they return None, or what
-stands for nothing to say.
+All but `ranks_changed` call only the plugin that owns the method. If it does not implement the hook, they return None
+or an empty value.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,7 +18,7 @@ from tunerkit.records import Delta, RankChange, State, Target
 
 
 def build_adapter(method: str, target: Target, base: BaseLayer, config: AdapterConfig) -> Adapter:
-    """One adapter from the method's own plugin. Raises `PluginError` if it built something else."""
+    """Build one adapter with the method's plugin. Raises `PluginError` if the result is not an adapter."""
     built = registry.call(specs.tunerkit_build_adapter, method, target=target, base=base, config=config)
     if not isinstance(built, Adapter):
         raise PluginError(
@@ -27,40 +27,40 @@ def build_adapter(method: str, target: Target, base: BaseLayer, config: AdapterC
         )
     if target.module in built.modules():
         raise PluginError(
-            f"{registry.plugin_of(method)} built an adapter that holds {target.path!r} as a child; forward is given "
-            "the base layer, so do not keep it"
+            f"{registry.plugin_of(method)} built an adapter that holds {target.path!r} as a child; forward receives "
+            "the base layer as an argument, so do not store it"
         )
     return built
 
 
 def start(tuner: TunerView, total_steps: int | None) -> object | None:
-    """The method's own training state at the start of training."""
-    # Not every plugin knows that None means an unknown length: the spec says which methods see it.
+    """Return the method's initial training state."""
+    # The spec says which methods may get None, which means that the length is unknown.
     return registry.call(specs.tunerkit_start, tuner.method, tuner=tuner, total_steps=total_steps)
 
 
 def before_step(tuner: TunerView, step: int, grad_scale: Tensor | None) -> Iterable[nn.Parameter] | None:
-    """Tell the method that its gradients are complete and nothing is updated; the parameters that must not move."""
+    """Notify the method that its gradients are complete; the parameters that this step must not move."""
     return registry.call(specs.tunerkit_before_step, tuner.method, tuner=tuner, step=step, grad_scale=grad_scale)
 
 
 def after_step(tuner: TunerView, step: int) -> Mapping[str, int] | None:
-    """Tell the method that its weights were updated; the ranks by target path if it allocated."""
+    """Notify the method that its weights were updated. Returns the ranks by target path if it made an allocation."""
     return registry.call(specs.tunerkit_after_step, tuner.method, tuner=tuner, step=step)
 
 
 def finish(tuner: TunerView) -> Mapping[str, int] | None:
-    """Let the method make its final allocation; the ranks by target path if it did."""
+    """Let the method make its final allocation. Returns the ranks by target path if it did."""
     return registry.call(specs.tunerkit_finish, tuner.method, tuner=tuner)
 
 
 def has_budget(method: str) -> bool:
-    """Whether the method has a budget other than the sum of its live ranks."""
+    """Whether the method defines its own budget, instead of the sum of its live ranks."""
     return registry.implements(specs.tunerkit_budget, method)
 
 
 def budget(tuner: TunerView, step: int | None) -> int | None:
-    """The budget in force after ``step`` optimizer steps (None: now), if the method has one of its own."""
+    """Return the budget in force after ``step`` optimizer steps (None: now), if the method defines one."""
     return registry.call(specs.tunerkit_budget, tuner.method, tuner=tuner, step=step)
 
 
@@ -70,19 +70,19 @@ def ranks_changed(tuner: TunerView, change: RankChange) -> None:
 
 
 def watches_steps(method: str) -> bool:
-    """Whether the method does anything after a step."""
+    """Whether the method acts after a step."""
     return registry.implements(specs.tunerkit_after_step, method)
 
 
 def has_delta(method: str) -> bool:
-    """Whether the method can say what it adds as a dense matrix."""
+    """Whether the method can return what it adds as a dense matrix."""
     return registry.implements(specs.tunerkit_delta, method)
 
 
 def delta(path: str, method: str, adapter: Adapter, base: BaseLayer) -> Delta:
-    """What an adapter adds to its base layer: ``weight`` (out, in), ``bias`` (out,).
+    """Return what an adapter adds to its base layer: ``weight`` (out, in) and ``bias`` (out,).
 
-    Raises `PluginError` for another type, and for shapes that broadcasting would silently turn into something else.
+    Raises `PluginError` for a wrong type or shape; broadcasting could hide a wrong shape.
     """
     found = registry.call(specs.tunerkit_delta, method, adapter=adapter, base=base)
     plugin = registry.plugin_of(method)
@@ -92,16 +92,16 @@ def delta(path: str, method: str, adapter: Adapter, base: BaseLayer) -> Delta:
     for what, tensor, shape in (("weight", found.weight, features), ("bias", found.bias, features[:1])):
         if tensor is not None and tuple(tensor.shape) != shape:
             got = tuple(tensor.shape)
-            raise PluginError(f"{plugin} gave a delta {what} of shape {got} for {path!r}, expected {shape}")
+            raise PluginError(f"{plugin} returned a delta {what} of shape {got} for {path!r}, expected {shape}")
     return found
 
 
 def state(tuner: TunerView) -> State:
-    """What training needs to resume, apart from the adapter's weights."""
+    """Return what training needs to resume, in addition to the adapter's weights."""
     found = registry.call(specs.tunerkit_state, tuner.method, tuner=tuner)
     return found if found is not None else State(tensors={}, values={})
 
 
 def restore(tuner: TunerView, saved: State) -> None:
-    """Give the method back what `state` returned."""
+    """Restore what `state` returned."""
     registry.call(specs.tunerkit_restore, tuner.method, tuner=tuner, state=saved)

@@ -1,4 +1,4 @@
-"""Discovery: the entry points that installed distributions offer, and what the environment lets load."""
+"""Discovery: finds the entry points of installed distributions, and reads which of them may load."""
 
 import os
 import re
@@ -16,7 +16,7 @@ VARIABLE = "TUNERKIT_PLUGINS"
 
 @attrs.frozen(eq=False)
 class Source:
-    """Where a plugin comes from: the entry point's name, the distribution's canonical name, its version."""
+    """The origin of a plugin: the entry point's name, and the distribution's canonical name and version."""
 
     entry: str
     distribution: str
@@ -29,16 +29,16 @@ class Source:
 
 @attrs.frozen(eq=False)
 class Failure:
-    """A plugin, or one method of it, that is not on offer."""
+    """A plugin, or one of its methods, that cannot be used."""
 
     name: str
     info: MethodInfo
 
 
 def discover(distributions: Iterable[metadata.Distribution]) -> tuple[list[Source], list[Failure]]:
-    """The entry points of the group, ordered by distribution, and the distributions that cannot be read.
+    """Return the entry points of the group, sorted by distribution, and the distributions that cannot be read.
 
-    Of two distributions of one name Python imports the one that comes first on the path; the other is hidden here too.
+    If two distributions have the same name, only the first one on the path counts, as for Python's imports.
     """
     sources: dict[str, list[Source]] = {}
     failures = []
@@ -56,12 +56,12 @@ def discover(distributions: Iterable[metadata.Distribution]) -> tuple[list[Sourc
 
 
 def canonical(name: str) -> str:
-    """A distribution's name as the packaging rules compare it."""
+    """Normalise a distribution's name as the packaging standard does."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def read_limit(sources: Iterable[Source]) -> frozenset[str] | None:
-    """The entry points that the environment allows; None allows all."""
+    """Return the entry points that the environment variable allows; None allows all."""
     value = os.environ.get(VARIABLE)
     if value is None:
         return None
@@ -77,13 +77,13 @@ def read_limit(sources: Iterable[Source]) -> frozenset[str] | None:
 
 
 def import_plugin(source: Source) -> object:
-    """Import the module that the entry point names; whatever that raises goes through."""
+    """Import the module that the entry point names. Exceptions of the module propagate."""
     if source.point is None or not source.point.pattern.match(source.point.value):
-        raise PluginError(f"its entry point is no module: {getattr(source.point, 'value', None)!r}")
+        raise PluginError(f"its entry point is not a module: {getattr(source.point, 'value', None)!r}")
     return source.point.load()
 
 
 def error_text(error: BaseException) -> str:
-    """An exception in one line, its class first unless it is our own."""
+    """Format an exception in one line. It starts with the class, except for a `PluginError`."""
     text = " ".join(str(error).split())
     return text if isinstance(error, PluginError) else f"{type(error).__name__}: {text}"

@@ -1,4 +1,4 @@
-"""The pluggy markers; apart from the hook specs, so that plugins import them cheaply."""
+"""The pluggy markers, separate from the hook specs, so that plugins can import them cheaply."""
 
 import pluggy
 

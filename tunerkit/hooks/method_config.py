@@ -1,4 +1,4 @@
-"""The config of a method by the method's name: from a mapping, to a mapping, and from what a user passed."""
+"""Build a method's config by the method's name, and convert configs from and to mappings."""
 
 from collections.abc import Mapping
 
@@ -8,18 +8,37 @@ from tunerkit.hooks.registry import registry
 
 
 def structure(method: str, mapping: Mapping[str, object]) -> AdapterConfig:
-    """The config of ``method`` from a mapping (parsed YAML or JSON), strictly; `ConfigError` names every problem."""
+    """Build a method's config from a mapping. Nothing is guessed, so a string is never read as a number.
+
+    Args:
+        method: The method's name.
+        mapping: Settings by name, such as parsed YAML or JSON. Missing settings keep their defaults.
+
+    Returns:
+        An instance of the method's config class.
+
+    Raises:
+        ConfigError: The mapping is invalid; the error lists every problem with its path.
+        UnknownMethodError: No installed plugin provides the method.
+    """
     config: AdapterConfig = from_mapping(registry.get(method).config, mapping)
     return config
 
 
 def unstructure(config: AdapterConfig) -> dict[str, object]:
-    """A config as a mapping that JSON and YAML can hold; `structure` gives the equal config back."""
+    """Convert a config to a mapping; `structure` reverses it.
+
+    Args:
+        config: Any method's config.
+
+    Returns:
+        All settings by name, as values that JSON and YAML can hold.
+    """
     return to_mapping(config)
 
 
 def configure(method: str, config: object) -> AdapterConfig:
-    """Whatever the user gave as config, as the method's own class."""
+    """Convert what the user passed as config (an object, a mapping or None) to the method's config class."""
     expected = registry.get(method).config
     if config is None:
         config = {}

@@ -1,4 +1,4 @@
-"""The registry: which methods are installed, and the one way to call the plugin that owns a method."""
+"""The registry: which methods are installed, and how core calls the plugin that owns a method."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -33,7 +33,7 @@ R = TypeVar("R")
 
 @attrs.frozen(eq=False)
 class _Catalog:
-    """What is loaded: pluggy's manager, the plugins in load order, the methods' owners, and what failed."""
+    """The loaded state: pluggy's manager, the plugins in load order, each method's owner, and the failures."""
 
     manager: pluggy.PluginManager
     limit: frozenset[str] | None
@@ -44,17 +44,17 @@ class _Catalog:
 
 @attrs.frozen
 class Answer:
-    """What one plugin said to a hook that all are asked; ``plugin`` names it for messages."""
+    """One plugin's answer to a hook that is called on all plugins; ``plugin`` names it in messages."""
 
     plugin: str
     value: Any
 
 
 class Registry:
-    """The plugins of one process, loaded at the first question.
+    """The plugins of one process, loaded at the first call.
 
-    ``distributions`` are searched for entry points of the group ``tunerkit``; None means all that are installed when
-    the first question comes.
+    ``distributions`` are searched for entry points of the group ``tunerkit``. None means all that are installed at the
+    first call.
     """
 
     def __init__(self, distributions: Iterable[metadata.Distribution] | None = None) -> None:
@@ -64,13 +64,18 @@ class Registry:
         self._catalog: _Catalog | None = None
 
     def get(self, name: str) -> Method:
-        """The method of that name, or `UnknownMethodError` with the closest names and the plugins that failed."""
+        """Return the method with this name. Raises `UnknownMethodError` with close matches and failed plugins."""
         return _method(self._owner(name), name)
 
     def methods(self) -> dict[str, MethodInfo]:
-        """What is installed, by name: methods, and under their entry point's name the plugins that failed, with why.
+        """List the installed methods and the plugins that failed to load.
 
-        A method refused because another distribution has its name stands as ``"name (distribution)"``.
+        Returns:
+            A record for each method, by its name. A plugin that failed is listed by the name of its entry point, with
+            its error. If two distributions provide the same method, the rejected one is ``"name (distribution)"``.
+
+        Raises:
+            PluginError: ``TUNERKIT_PLUGINS`` names a plugin that is not installed.
         """
         with self._lock:
             catalog = self._loaded()
@@ -80,11 +85,11 @@ class Registry:
         return dict(sorted(found.items()))
 
     def owner_of(self, method: str) -> MethodInfo:
-        """The distribution and version that bring ``method``, or `UnknownMethodError`."""
+        """Return the distribution and version that provide ``method``. Raises `UnknownMethodError`."""
         return self._owner(method).source.info()
 
     def plugin_of(self, method: str) -> str:
-        """How errors name the plugin that owns ``method``."""
+        """Describe the plugin that owns ``method``, for an error."""
         return f"the plugin of method {method!r} ({self.owner_of(method).distribution})"
 
     def implements(self, hook: Callable[..., object], method_name: str) -> bool:
@@ -98,7 +103,7 @@ class Registry:
     def call(self, hook: Callable[P, R], method_name: str, /, *args: P.args, **arguments: P.kwargs) -> R | None:
         """Call a hook, given as its spec, on the plugin that owns the method; None if it doesn't implement the hook.
 
-        Arguments go by name. Raises `PluginError` if the method is gone; what the plugin raises goes through unchanged.
+        Pass arguments by name. Raises `PluginError` if the method is gone. Exceptions of the plugin propagate.
         """
         with self._lock:
             catalog = self._loaded()
@@ -111,9 +116,9 @@ class Registry:
         return found
 
     def call_all(self, hook: Callable[P, object], /, *args: P.args, **arguments: P.kwargs) -> list[Answer]:
-        """Call the hook on each plugin that implements it: by their distributions' names, in-process ones last.
+        """Call the hook on every plugin that implements it: sorted by distribution, in-process plugins last.
 
-        Each is called alone: one that raises is named in a `TunerkitWarning` and left out, and the others are heard.
+        Each plugin is called separately. If one raises, a `TunerkitWarning` names it, and the others are still called.
         """
         with self._lock:
             catalog = self._loaded()
@@ -129,9 +134,13 @@ class Registry:
         return answers
 
     def register(self, plugin: object) -> None:
-        """Add an in-process plugin: a module, or an instance of a class with hook implementations.
+        """Register an in-process plugin, for notebooks and tests.
 
-        Raises `PluginError` if it is broken or yields a method that is already there; nothing of it stays behind.
+        Args:
+            plugin: A module with hook implementations, or an instance of a class with them.
+
+        Raises:
+            PluginError: The plugin is broken, or provides a method that is already there. Nothing is registered then.
         """
         with self._lock:
             catalog = self._loaded()
@@ -142,14 +151,21 @@ class Registry:
                     catalog.manager.unregister(plugin)
                     owner = catalog.owners[method.name].source
                     raise PluginError(
-                        f"method {method.name!r} is already brought by {owner.distribution} {owner.version}".rstrip()
+                        f"method {method.name!r} is already provided by {owner.distribution} {owner.version}".rstrip()
                         + "; give yours another name, or unregister that plugin first"
                     )
             catalog.plugins.append(admitted)
             catalog.owners.update({method.name: admitted for method in admitted.methods})
 
     def unregister(self, plugin: object) -> None:
-        """Take a plugin and its methods away again, or raise `PluginError` if it isn't registered."""
+        """Remove a plugin and its methods.
+
+        Args:
+            plugin: The object that was passed to `register`.
+
+        Raises:
+            PluginError: The plugin is not registered.
+        """
         with self._lock:
             catalog = self._loaded()
             found = next((known for known in catalog.plugins if known.plugin is plugin), None)
@@ -158,23 +174,23 @@ class Registry:
             _drop(catalog, found)
 
     def reset(self) -> None:
-        """Forget everything, in-process plugins too: the next question reads the environment and loads afresh."""
+        """Forget all plugins, in-process ones too. The next call reads the environment and loads them again."""
         with self._lock:
             self._catalog = None
 
     def _owner(self, name: str) -> Plugin:
         with self._lock:
             catalog = self._loaded()
-            if name not in tuple(catalog.owners):  # what was given need not be hashable
+            if name not in tuple(catalog.owners):  # the name may be unhashable
                 raise UnknownMethodError(_missing(catalog, name))
             return catalog.owners[name]
 
     def _loaded(self) -> _Catalog:
-        """The catalog; the caller holds the lock."""
+        """Return the catalog, loaded if necessary. The caller holds the lock."""
         if self._catalog is None:
-            # The lock lets its own thread in again: only a plugin that asks while it is imported comes here twice.
+            # The lock is reentrant, so only a plugin that uses the registry during its own import gets here.
             if self._loading:
-                raise PluginError("the plugins are still being loaded; a plugin must not ask for methods at import")
+                raise PluginError("the plugins are still being loaded; a plugin must not use the registry at import")
             self._loading = True
             try:
                 self._catalog = _load(self._distributions)
@@ -184,7 +200,7 @@ class Registry:
 
 
 def _load(distributions: Iterable[metadata.Distribution] | None) -> _Catalog:
-    """Load every plugin on its own, then settle which of two plugins keeps a method."""
+    """Load each plugin separately, then decide which plugin owns each method."""
     sources, failures = discover(metadata.distributions() if distributions is None else distributions)
     limit = read_limit(sources)
     manager = pluggy.PluginManager(PROJECT)
@@ -194,7 +210,7 @@ def _load(distributions: Iterable[metadata.Distribution] | None) -> _Catalog:
         if limit is None or source.entry in limit:
             try:
                 catalog.plugins.append(admit(manager, import_plugin(source), source))
-            # SystemExit: a module that ends the process at import is as broken as one that raises.
+            # SystemExit too: a module that exits at import is as broken as one that raises.
             except (Exception, SystemExit) as error:
                 catalog.failures.append(Failure(source.entry, source.info(error_text(error))))
     _settle(catalog)
@@ -202,7 +218,10 @@ def _load(distributions: Iterable[metadata.Distribution] | None) -> _Catalog:
 
 
 def _settle(catalog: _Catalog) -> None:
-    """Give each method one owner: the distribution named after it, else the first by name. Plugins left without go."""
+    """Give each method one owner: the distribution named after the method, else the first by name.
+
+    A plugin whose methods all went to others is unregistered.
+    """
     claims: dict[str, list[Plugin]] = {}
     for found in catalog.plugins:
         for method in found.methods:
@@ -214,7 +233,7 @@ def _settle(catalog: _Catalog) -> None:
         for other in others:
             loser = other.source.distribution
             error = (
-                f"method {name!r} is also brought by {owner.source.distribution}, which keeps it; {loser}'s is left out"
+                f"method {name!r} is also provided by {owner.source.distribution}, which is used; {loser}'s is left out"
             )
             catalog.failures.append(Failure(f"{name} ({loser})", other.source.info(error)))
     owning = {id(owner) for owner in catalog.owners.values()}
@@ -230,7 +249,7 @@ def _drop(catalog: _Catalog, found: Plugin) -> None:
 
 
 def _answers(result: Any) -> list[Any]:
-    """One plugin's answers, generators run out: they would raise later, where nobody knows whose they are."""
+    """Return one plugin's answers. Generators are exhausted here, so that their errors can name the plugin."""
     return [tuple(answer) if isinstance(answer, Iterator) else answer for answer in result]
 
 
@@ -239,7 +258,7 @@ def _method(owner: Plugin, name: str) -> Method:
 
 
 def _free_name(failure: Failure, taken: Iterable[str]) -> str:
-    """The failure's name, with its distribution and then a number behind it while that is taken."""
+    """Return the failure's name. If it is taken, append the distribution, and then a number."""
     name, number = failure.name, 1
     while name in taken:
         name = f"{failure.name} ({failure.info.distribution})" + (f" {number}" if number > 1 else "")
@@ -248,8 +267,8 @@ def _free_name(failure: Failure, taken: Iterable[str]) -> str:
 
 
 def _missing(catalog: _Catalog, name: str) -> str:
-    """Why there is no such method: what is installed, what is close, what failed, what was kept out."""
-    installed = ", ".join(sorted(catalog.owners)) or "none (each is a distribution of its own, such as tunerkit-lora)"
+    """Explain why a method is missing: what is installed, close matches, failed plugins, and the limit on loading."""
+    installed = ", ".join(sorted(catalog.owners)) or "none (each is a separate distribution, such as tunerkit-lora)"
     parts = [f"no method named {name!r}; installed: {installed}{closest(str(name), catalog.owners)}"]
     for failure in catalog.failures:
         whose = f"{failure.info.distribution} {failure.info.version}".rstrip()

@@ -1,4 +1,4 @@
-"""What a hook may use of a tuner: the hooks know no more of it, so that they need nothing from layer injection."""
+"""The part of a tuner that hooks may use. With this Protocol, the hooks do not depend on layer injection."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -11,7 +11,7 @@ from tunerkit.records import Target
 
 
 class TunerView(Protocol):
-    """The handle on one adapter of a wrapped model, as `tunerkit.Tuner` is one.
+    """The handle on one adapter of a wrapped model. `tunerkit.Tuner` implements it.
 
     ``state`` belongs to the method: `tunerkit_start` returns it, and only `tunerkit_restore` may replace it.
     """
@@ -32,11 +32,11 @@ class TunerView(Protocol):
 
     @property
     def targets(self) -> tuple[Target, ...]:
-        """The places that have an adapter of the method, in the model's order."""
+        """The targets with an adapter of the method, in the model's order."""
 
     @property
     def steps(self) -> int:
-        """Optimizer steps taken since `attach`."""
+        """The number of optimizer steps since `attach`."""
 
     @property
     def total_steps(self) -> int | None:
@@ -46,7 +46,7 @@ class TunerView(Protocol):
         """The method's adapters by target path."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What the adapter trains."""
+        """The parameters that the adapter trains."""
 
     def ranks(self) -> dict[str, int]:
-        """Live rank by target path."""
+        """The live rank by target path."""

@@ -1,4 +1,4 @@
-"""Admission: a plugin is checked, registered with pluggy and asked for its methods, or refused without a trace."""
+"""Validation: checks a plugin, registers it with pluggy and collects its methods, or rejects it completely."""
 
 import re
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from tunerkit.records import Method
 
 @attrs.frozen(eq=False)
 class Plugin:
-    """A plugin that is registered with pluggy, and the methods it yields."""
+    """A plugin that is registered with pluggy, and its methods."""
 
     plugin: object
     source: Source
@@ -24,15 +24,15 @@ class Plugin:
 
 
 def admit(manager: pluggy.PluginManager, plugin: object, source: Source) -> Plugin:
-    """Check a plugin, register it and ask for its methods; raise `PluginError` and leave nothing if it is broken."""
+    """Check a plugin, register it and collect its methods. If it is broken, undo everything and raise `PluginError`."""
     names = _check_hooks(manager, plugin)
     if manager.is_registered(plugin):
         raise PluginError(f"the plugin is already registered, as {manager.get_name(plugin)!r}")
     try:
-        # An object's id makes two in-process plugins of one class different.
+        # The id distinguishes two in-process plugins of the same class.
         manager.register(plugin, name=f"{source.distribution}:{source.entry}:{id(plugin)}")
     except pluggy.PluginValidationError as error:
-        raise PluginError(f"it doesn't fit its hook: {error_text(error)}") from error
+        raise PluginError(f"a hook implementation does not match its spec: {error_text(error)}") from error
     try:
         return Plugin(plugin, source, _ask_methods(manager, plugin, builds="tunerkit_build_adapter" in names))
     except BaseException:
@@ -41,7 +41,10 @@ def admit(manager: pluggy.PluginManager, plugin: object, source: Source) -> Plug
 
 
 def _check_hooks(manager: pluggy.PluginManager, plugin: object) -> set[str]:
-    """The hooks a plugin implements; `PluginError` if that is none, or if one is misspelt, unmarked or a wrapper."""
+    """Return the names of the hooks that a plugin implements.
+
+    Raises `PluginError` if there are none, or if one is misspelt, not marked or a hook wrapper.
+    """
     specs = set(vars(manager.hook))
     names, problems = set(), []
     try:
@@ -67,13 +70,13 @@ def _check_hooks(manager: pluggy.PluginManager, plugin: object) -> set[str]:
 def _hook_problems(
     plugin: object, attribute: str, name: str, specs: set[str], *, options: pluggy.HookimplOpts
 ) -> Iterator[str]:
-    # An optional hook may be one of a newer tunerkit.
+    # An optional hook may belong to a newer tunerkit.
     if name not in specs and not options.get("optionalhook"):
         yield f"there is no hook {name!r}{closest(name, specs)}"
     if options.get("wrapper") or options.get("hookwrapper"):
-        yield f"{attribute} is a hook wrapper, and plugins are called one by one: there is nothing to wrap"
+        yield f"{attribute} is a hook wrapper; plugins are called one at a time, so there is nothing to wrap"
     if isclass(plugin) and isfunction(getattr_static(plugin, attribute)):
-        yield f"{attribute} is an instance's method: pass an instance, {plugin.__name__}()"
+        yield f"{attribute} is an instance method: pass an instance, {plugin.__name__}()"
 
 
 def _ask_methods(manager: pluggy.PluginManager, plugin: object, *, builds: bool) -> tuple[Method, ...]:
@@ -84,17 +87,17 @@ def _ask_methods(manager: pluggy.PluginManager, plugin: object, *, builds: bool)
             _check_method(method, {known.name for known in methods})
             methods.append(method)
     if methods and not builds:
-        raise PluginError(f"it yields the method {methods[0].name!r} and has no tunerkit_build_adapter for it")
+        raise PluginError(f"it provides the method {methods[0].name!r} but has no tunerkit_build_adapter for it")
     return tuple(methods)
 
 
-# Any: a plugin may yield whatever it likes, and a record holds whatever it was given.
+# Any: nothing has checked yet what the plugin yielded, or what the record contains.
 def _check_method(method: Any, known: set[str]) -> None:
     if not isinstance(method, Method):
         raise PluginError(f"tunerkit_methods yielded {method!r}; expected a tunerkit.records.Method")
     if not re.fullmatch(r"[^\s,/()]+", str(method.name)):
         raise PluginError(
-            f"a method is named {method.name!r}; expected a word without blanks, commas, slashes or brackets"
+            f"a method is named {method.name!r}; expected a word without spaces, commas, slashes or brackets"
         )
     if not _is_config(method.config):
         raise PluginError(
@@ -106,12 +109,12 @@ def _check_method(method: Any, known: set[str]) -> None:
 
 
 def _is_config(found: object) -> bool:
-    # attrs.has would take a class for one that merely derives from one: its own fields would be no settings.
+    # attrs.has also accepts an undecorated subclass of an attrs class, whose new fields would be ignored.
     return isclass(found) and issubclass(found, AdapterConfig) and "__attrs_attrs__" in vars(found)
 
 
 def find_hook(manager: pluggy.PluginManager, name: str) -> pluggy.HookCaller:
-    """The hook of that name, or `PluginError` with the closest names."""
+    """Return the hook with this name. Raises `PluginError` with the closest names."""
     found: pluggy.HookCaller | None = getattr(manager.hook, name, None)
     if found is None:
         raise PluginError(f"there is no hook {name!r}{closest(name, vars(manager.hook))}")
@@ -119,6 +122,6 @@ def find_hook(manager: pluggy.PluginManager, name: str) -> pluggy.HookCaller:
 
 
 def heard_by(manager: pluggy.PluginManager, name: str, plugin: object) -> pluggy.HookCaller:
-    """The hook as only ``plugin`` hears it."""
+    """Return a caller of the hook that reaches only ``plugin``."""
     find_hook(manager, name)
     return manager.subset_hook_caller(name, [other for other in manager.get_plugins() if other is not plugin])

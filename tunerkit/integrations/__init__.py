@@ -1,1 +1,1 @@
-"""Connections with what trains models, each imported only when it is used."""
+"""Integrations with training libraries; each is imported only when it is used."""

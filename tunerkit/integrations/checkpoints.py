@@ -1,7 +1,7 @@
-"""A Trainer's checkpoints and logs with adapters: adapter files in place of the model's, ranks and budget in the logs.
+"""A Trainer's checkpoints and logs: adapter files instead of the model's, and ranks and budget in the logs.
 
-The Trainer knows adapters only as peft's classes, so the few methods that read and write weights are taken over on
-the instance, and the rest of its checkpointing stays its own.
+The Trainer supports adapters only as peft's classes. So this module replaces the few methods that read and write
+weights, on the instance. The rest of the Trainer's checkpointing is unchanged.
 """
 
 import functools
@@ -31,27 +31,27 @@ from tunerkit.serialization import (
     save_tuner_state,
 )
 
-# What the Trainer does with a model's weights, and is done with adapters' here instead.
+# The Trainer's methods that read or write a model's weights; here they are replaced by the adapters' equivalents.
 _REPLACED = ("_save", "_load_from_checkpoint", "_load_best_model")
 
 
 class Attached(Protocol):
-    """The adapters of a trainer that are in its model now, and the checkpoint that a training resumes from."""
+    """The adapters of a trainer that are now in its model, and the checkpoint that training resumes from."""
 
     resumed: Path | None
 
     @property
     def tuners(self) -> list[Tuner]:
-        """May change between two calls."""
+        """The adapters in the model; they may change between two calls."""
 
     def release(self) -> None:
-        """Called when a training is over."""
+        """Called when training has ended."""
 
 
 def take_over_(trainer: Trainer, attached: Attached) -> None:
-    """Let ``trainer`` write and read adapters where it would write and read its model."""
-    _tell_of_overrides(trainer)
-    own: Any = trainer  # replacing a method on an instance is what type checkers are there to stop
+    """Make ``trainer`` write and read adapters instead of its model."""
+    _warn_of_overrides(trainer)
+    own: Any = trainer  # Any: type checkers reject replacing a method on an instance
     own._save = functools.partial(_save, trainer, attached, trainer._save)
     own._save_optimizer_and_scheduler = functools.partial(
         _save_states, trainer, attached, trainer._save_optimizer_and_scheduler
@@ -62,31 +62,31 @@ def take_over_(trainer: Trainer, attached: Attached) -> None:
     own.train = functools.partial(_train, attached, trainer.train)
 
 
-def _tell_of_overrides(trainer: Trainer) -> None:
+def _warn_of_overrides(trainer: Trainer) -> None:
     kind = type(trainer)
     own = [name for name in _REPLACED if getattr(kind, name) is not getattr(Trainer, name)]
     if own:
         warnings.warn(
-            f"{kind.__name__} has methods of its own that read or write weights ({', '.join(own)}); with adapters "
-            "attached they are not called, since what a checkpoint holds is the adapter",
+            f"{kind.__name__} overrides methods that read or write weights ({', '.join(own)}); with adapters "
+            "attached they are not called, because a checkpoint contains the adapter instead of the model",
             TunerkitWarning,
             stacklevel=5,
         )
 
 
 def folder_of(checkpoint: Path, tuners: Sequence[Tuner], tuner: Tuner) -> Path:
-    """Where one adapter's files lie: in the checkpoint itself if it is the only one, else in a folder by its name.
+    """Return the folder of one adapter's files: the checkpoint itself if it is the only one, else a subfolder.
 
-    What was written while there were several stays where it is when others are deleted.
+    If a subfolder exists because there were several adapters, it is used even after the others were deleted.
     """
-    # Names may hold anything, and file systems may not tell "a" from "A".
+    # Names may contain any character, and some file systems do not distinguish "a" from "A".
     plain = re.fullmatch(r"[a-z0-9_-]+", tuner.name)
     named = checkpoint / (tuner.name if plain else hashlib.sha256(tuner.name.encode()).hexdigest()[:16])
     return named if len(tuners) > 1 or (named / FILE_NAME).is_file() else checkpoint
 
 
 def load_states(tuners: Sequence[Tuner], checkpoint: Path) -> None:
-    """Restore the training states that lie in ``checkpoint``; refuse to begin anew where a method needs its own."""
+    """Restore the training states in ``checkpoint``. Raises `FileError` if a method needs its state and has none."""
     for tuner in tuners:
         folder = folder_of(checkpoint, tuners, tuner)
         if (folder / STATE_NAME).is_file():
@@ -94,7 +94,7 @@ def load_states(tuners: Sequence[Tuner], checkpoint: Path) -> None:
         elif tuner.needs_steps:
             raise FileError(
                 f"{checkpoint} has no {STATE_NAME} for adapter {tuner.name!r} (save_only_model?), and method "
-                f"{tuner.method!r} cannot go on without; load the adapter from it and begin a new training instead"
+                f"{tuner.method!r} cannot resume without it; load the adapter and start a new training run instead"
             )
 
 
@@ -105,16 +105,16 @@ def _save(
     output_dir: str | None = None,
     state_dict: Any = None,
 ) -> None:
-    """Write the adapters, and beside them what the Trainer writes beside a model: the processor and its arguments."""
+    """Write the adapters, and also what the Trainer writes with a model: the processor and the arguments."""
     tuners = attached.tuners
     if not tuners:
-        save_model(output_dir, state_dict)  # unwrapped: it is a model like others again
+        save_model(output_dir, state_dict)  # unwrapped: it is an ordinary model again
         return
     if not trainer.args.should_save:
         return
     folder = Path(output_dir if output_dir is not None else str(trainer.args.output_dir))
     if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name):
-        # Written over an earlier run's and interrupted, the folder must not look complete.
+        # If this overwrites an earlier run's folder and is interrupted, the folder must not look complete.
         (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
     for tuner in tuners:
         save_tuner(tuner, folder_of(folder, tuners, tuner))
@@ -125,7 +125,7 @@ def _save(
 
 
 def _save_states(trainer: Trainer, attached: Attached, save_optimizer: Callable[[str], None], output_dir: str) -> None:
-    """The training states go where the optimizer's goes, and stay away where it does."""
+    """Write the training states whenever the Trainer writes the optimizer's state, into the same folder."""
     tuners = attached.tuners
     for tuner in tuners if trainer.args.should_save else ():
         save_tuner_state(tuner, folder_of(Path(output_dir), tuners, tuner))
@@ -138,15 +138,15 @@ def _load(
     resume_from_checkpoint: str,
     model: nn.Module | None = None,
 ) -> None:
-    """Put a checkpoint's adapters into the live ones, ranks first: the optimizer's state then fits what is loaded."""
+    """Load a checkpoint's adapters into the live ones. Ranks first, so that the optimizer's state fits them."""
     checkpoint, tuners = Path(resume_from_checkpoint), attached.tuners
     files = {tuner: folder_of(checkpoint, tuners, tuner) for tuner in tuners}
     if not any((folder / FILE_NAME).is_file() for folder in files.values()):
-        load_model(resume_from_checkpoint, model)  # a whole model's, from before this trainer was attached
+        load_model(resume_from_checkpoint, model)  # a whole model, saved before this trainer was attached
         return
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
         raise FileError(
-            f"{checkpoint} is not complete: its writing was interrupted before {TRAINER_STATE_NAME}; resume from an "
+            f"{checkpoint} is not complete: writing it was interrupted before {TRAINER_STATE_NAME}; resume from an "
             "earlier checkpoint"
         )
     for tuner, folder in files.items():
@@ -155,11 +155,11 @@ def _load(
 
 
 def _load_best(trainer: Trainer, attached: Attached, load_model: Callable[[], None]) -> None:
-    """The best checkpoint's adapters, of whatever ranks they were, with the training state that goes with them."""
+    """Load the best checkpoint's adapters, with their ranks and their training state."""
     checkpoint, tuners = Path(str(trainer.state.best_model_checkpoint)), attached.tuners
     folders = {tuner: folder_of(checkpoint, tuners, tuner) for tuner in tuners}
     if not any((folder / FILE_NAME).is_file() for folder in folders.values()):
-        load_model()  # a whole model's; where there is nothing at all, the Trainer says so
+        load_model()  # a whole model; if there is nothing at all, the Trainer reports it
         return
     for tuner, folder in folders.items():
         restore_(tuner, folder)
@@ -170,7 +170,7 @@ def _load_best(trainer: Trainer, attached: Attached, load_model: Callable[[], No
 
 
 def _train(attached: Attached, train: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """However a training ends, by an exception or a keystroke too, it leaves the adapters free to be attached."""
+    """Train, then release the adapters, even after an exception or an interrupt, so that they can be attached again."""
     try:
         return train(*args, **kwargs)
     finally:
@@ -179,7 +179,7 @@ def _train(attached: Attached, train: Callable[..., Any], *args: Any, **kwargs: 
 
 def _log(
     attached: Attached,
-    told: dict[str, int],
+    logged: dict[str, int],
     log: Callable[..., None],
     logs: dict[str, float],
     *args: Any,
@@ -187,8 +187,8 @@ def _log(
 ) -> None:
     """Add the budget to each row with a training loss, and the ranks to the first one after an allocation.
 
-    ``told`` remembers how many allocations of each adapter have been logged: a row per step with the ranks of all
-    targets would drown the loss.
+    ``logged`` counts the allocations that have been logged for each adapter. Logging the ranks of all targets in every
+    row would bury the loss.
     """
     if "loss" in logs:
         tuners = attached.tuners
@@ -197,7 +197,7 @@ def _log(
                 continue
             prefix = "" if len(tuners) == 1 else f"{tuner.name}/"
             logs[f"{prefix}budget"] = tuner.budget()
-            if told.get(tuner.name) != len(tuner.history):
-                told[tuner.name] = len(tuner.history)
+            if logged.get(tuner.name) != len(tuner.history):
+                logged[tuner.name] = len(tuner.history)
                 logs |= {f"{prefix}rank/{path}": rank for path, rank in tuner.ranks().items()}
     log(logs, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Attach adapters to a transformers Trainer: its own loop, its total steps, its global step as the clock."""
+"""Attach adapters to a transformers Trainer, with its own loop, its total steps and its global step."""
 
 import functools
 import warnings
@@ -17,19 +17,19 @@ from tunerkit.steps import detach, drive, is_attached
 
 
 def attach_trainer(tuners: list[Tuner], trainer: Trainer, total_steps: int | None) -> None:
-    """Let the trainer drive ``tuners`` from the beginning of training on, keep them in its checkpoints and logs."""
+    """Let the trainer drive ``tuners`` from the start of training, and include them in its checkpoints and logs."""
     _check_trainer(trainer)
     held = tuners_of(trainer.model).values() if trainer.model is not None else ()
     present = next((cb for cb in trainer.callback_handler.callbacks if isinstance(cb, StepCallback)), None)
     for tuner in tuners:
         if tuner not in held:
-            raise StepError(f"the trainer trains another model than the one that adapter {tuner.name!r} is in")
+            raise StepError(f"the trainer trains another model, without adapter {tuner.name!r}; pass the wrapped one")
         if present is not None and tuner in present.attached:
             raise StepError(f"adapter {tuner.name!r} is attached to this trainer already")
         if is_attached(tuner):
             raise StepError(
-                f"adapter {tuner.name!r} is driven by an optimizer already (tunerkit.attach, or a Trainer that is "
-                "training now); attach one or the other"
+                f"adapter {tuner.name!r} is already driven by an optimizer (tunerkit.attach, or a Trainer that is "
+                "training now); attach only one of them"
             )
     if present is not None:
         present.add(tuners, total_steps)
@@ -46,10 +46,10 @@ def _check_trainer(trainer: Trainer) -> None:
 
 
 class StepCallback(TrainerCallback):
-    """Drives adapters while ``trainer.train()`` runs, where optimizer and total steps exist.
+    """Drives adapters while ``trainer.train()`` runs, because the optimizer and the total steps only exist then.
 
-    ``attached`` are the tuners that were attached, also those that have left their model since. ``resumed`` is the
-    checkpoint whose weights were loaded for this call of train.
+    ``attached`` are all tuners that were attached, even if they have left their model since. ``resumed`` is the
+    checkpoint whose weights were loaded in this call of train.
     """
 
     def __init__(self, trainer: Trainer, tuners: list[Tuner], total_steps: int | None) -> None:
@@ -61,11 +61,11 @@ class StepCallback(TrainerCallback):
 
     @property
     def tuners(self) -> list[Tuner]:
-        """Those that are still in their model: one may be deleted, and all unwrapped, at any time."""
+        """The tuners that are still in their model: adapters may be deleted or unwrapped at any time."""
         return [tuner for tuner in self.attached if tuner in wrapped_of(tuner.model).tuners.values()]
 
     def add(self, tuners: list[Tuner], total_steps: int | None) -> None:
-        """Drive further adapters too, at once if training is under way; one trainer has one number of steps."""
+        """Drive more adapters, immediately if training is running. The total steps must be the same for all."""
         if total_steps is not None and self.total_steps not in (None, total_steps):
             raise StepError(f"this trainer was attached with total_steps={self.total_steps}, now with {total_steps}")
         if self._drive is not None:
@@ -74,7 +74,7 @@ class StepCallback(TrainerCallback):
         self.attached.extend(tuners)
 
     def release(self) -> None:
-        """Training is over, however it ended: another optimizer, or trainer, may drive the adapters now."""
+        """Detach the adapters after training, so that another optimizer or Trainer may drive them."""
         for tuner in self.attached:
             detach(tuner)
         self.resumed = self._drive = None
@@ -84,14 +84,14 @@ class StepCallback(TrainerCallback):
     ) -> None:
         if self.total_steps is not None and self.total_steps != state.max_steps:
             raise StepError(
-                f"attach says total_steps={self.total_steps}, the trainer trains {state.max_steps} steps; "
-                "leave total_steps out, the trainer knows it"
+                f"attach was given total_steps={self.total_steps}, but the trainer trains {state.max_steps} steps; "
+                "leave total_steps out, because the trainer knows it"
             )
         self._refuse_other_model()
         for tuner in self.tuners:
-            # With auto_find_batch_size one call of train begins several times: each time anew.
+            # With auto_find_batch_size one call of train may start several times; each start begins at step 0.
             detach(tuner)
-        # global_step rises after the optimizer's step, and for skipped steps too: the schedule follows it.
+        # global_step rises after the optimizer's step, and also for skipped steps. The schedule follows it.
         clock = functools.partial(_step_in_progress, state)
         candidate = kwargs["optimizer"]
         self._drive = functools.partial(drive, candidate=candidate, total_steps=state.max_steps, clock=clock)
@@ -105,22 +105,22 @@ class StepCallback(TrainerCallback):
         for tuner in self.tuners:
             if tuner.steps == 0 and state.global_step > 0:
                 warnings.warn(
-                    f"training ended after {state.global_step} steps and adapter {tuner.name!r} saw none of them: it "
-                    "was never active, or the optimizer's step hooks never fired. Its ranks are those it began with",
+                    f"training ended after {state.global_step} steps, and adapter {tuner.name!r} took part in none: it "
+                    "was never active, or the optimizer's step hooks never fired. Its ranks did not change",
                     TunerkitWarning,
                     stacklevel=2,
                 )
             warn_of_unspent_schedule(tuner)
 
     def _refuse_other_model(self) -> None:
-        """A trainer with ``model_init`` builds a model at each call of train, and its adapters with it."""
+        """Reject a model without the attached adapters: with ``model_init``, each call of train builds a new model."""
         model = self.trainer.model
         held = tuners_of(model).values() if isinstance(model, torch.nn.Module) else ()
         gone = [tuner.name for tuner in self.tuners if tuner not in held]
         if gone:
             raise StepError(
-                f"adapter {gone[0]!r} is not in the model that is about to be trained: a trainer with model_init "
-                "builds a new one; give the Trainer the wrapped model itself"
+                f"adapter {gone[0]!r} is not in the model that is about to be trained: with model_init, a trainer "
+                "builds a new model; give the Trainer the wrapped model instead"
             )
 
 

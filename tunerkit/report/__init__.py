@@ -1,1 +1,1 @@
-"""What became of the ranks: in the terminal (extra ``[cli]``), and as pictures (extra ``[plot]``)."""
+"""Reports on the ranks: tables for the terminal (extra ``[cli]``) and plots (extra ``[plot]``)."""

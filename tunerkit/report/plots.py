@@ -1,4 +1,4 @@
-"""Pictures of ranks, through matplotlib."""
+"""Plots of ranks and budget, with matplotlib."""
 
 from collections.abc import Callable, Sequence
 from statistics import fmean
@@ -10,11 +10,11 @@ from matplotlib.ticker import MaxNLocator
 from tunerkit.records import RankChange
 from tunerkit.report.rank_map import RankMap
 
-# Figures are built without pyplot: no global state, no window, and nothing to close.
+# Figures are built without pyplot, so there is no global state and nothing to close.
 
 
 def draw_ranks(map_: RankMap, *, title: str, initial: int | None = None) -> Figure:
-    """A heatmap, layer x matrix, with each rank in its cell. ``initial`` is the upper end of the colours."""
+    """Draw a heatmap, layer by matrix, with the rank in each cell. ``initial`` is the upper end of the colour scale."""
     cells = [[float("nan") if cell is None else float(cell) for cell in row] for row in map_.cells]
     highest = initial or max((cell or 0 for row in map_.cells for cell in row), default=1) or 1
     figure = Figure(figsize=_heatmap_size(map_), layout="constrained")
@@ -31,10 +31,10 @@ def draw_ranks(map_: RankMap, *, title: str, initial: int | None = None) -> Figu
 
 
 def draw_budget(history: Sequence[RankChange], *, title: str, unit: str = "rank") -> Figure:
-    """Two panels over optimizer steps: the budget in force, and the mean, least and greatest rank.
+    """Draw two panels over optimizer steps: the budget in force, and the mean, minimum and maximum rank.
 
-    ``history`` starts with the state before the first step; a value holds until the next change. ``unit`` is what
-    the budget counts.
+    ``history`` starts with the state before the first step. Each value holds until the next change. ``unit`` is the
+    unit of the budget.
     """
     steps = [change.step for change in history]
     figure = Figure(figsize=(8, 6), layout="constrained")
@@ -49,12 +49,12 @@ def draw_budget(history: Sequence[RankChange], *, title: str, unit: str = "rank"
     below.set_ylabel("rank of a matrix")
     below.set_xlabel("optimizer step")
     for axes in (above, below):
-        # A line at 0 would hide in the frame.
+        # Start below 0: a line at 0 would coincide with the frame.
         axes.set_ylim(bottom=-0.04 * axes.get_ylim()[1])
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    # Between the panels no curve runs under it.
+    # Between the panels, the legend covers no curve.
     below.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(summaries), frameon=False)
     return figure
 
@@ -67,6 +67,6 @@ def _write_numbers(axes: Axes, map_: RankMap, highest: int) -> None:
     for y, row in enumerate(map_.cells):
         for x, cell in enumerate(row):
             if cell is not None:
-                # viridis is light at its upper end
+                # viridis is light at its upper end, so use black text there
                 colour = "black" if cell > 0.6 * highest else "white"
                 axes.text(x, y, str(cell), ha="center", va="center", color=colour, fontsize=9)

@@ -1,4 +1,4 @@
-"""Ranks by target path, laid out as layer x matrix."""
+"""Ranks by target path, arranged as a table: layer by matrix."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,7 +8,7 @@ import attrs
 
 @attrs.frozen
 class RankMap:
-    """``cells[row][column]``: the live rank of one matrix in one layer, None where that layer has no such target."""
+    """``cells[row][column]`` is the live rank of one matrix in one layer, or None if the layer has no such target."""
 
     layers: tuple[str, ...]
     matrices: tuple[str, ...]
@@ -16,14 +16,14 @@ class RankMap:
 
     @property
     def total(self) -> int:
-        """All live triplets together: the budget, where it counts ranks."""
+        """The number of live triplets in all targets: the budget, if it counts ranks."""
         return sum(cell for row in self.cells for cell in row if cell is not None)
 
 
 def rank_map(ranks: Mapping[str, int]) -> RankMap:
-    """Lay out ``tuner.ranks()``. A path's first number is its layer; what follows it names the matrix.
+    """Arrange ``tuner.ranks()``. The first number in a path is its layer; the rest of the path names the matrix.
 
-    Rows and columns keep the model's order. Paths without a number stand in a row of their own, named "-".
+    Rows and columns keep the model's order. Paths without a number share a row named "-".
     """
     places = {path: _place(path) for path in ranks}
     stacks = {stack for stack, _, _ in places.values()}
@@ -38,7 +38,7 @@ def rank_map(ranks: Mapping[str, int]) -> RankMap:
 
 
 def shortened(names: Iterable[str]) -> Iterator[str]:
-    """Each dotted name cut from the left to the shortest end that no other name has."""
+    """Shorten each dotted name to its shortest suffix that no other name ends with."""
     names = list(names)
     for name in names:
         parts = name.split(".")
@@ -48,7 +48,7 @@ def shortened(names: Iterable[str]) -> Iterator[str]:
 
 
 def _place(path: str) -> tuple[str, str, str]:
-    """The stack, the layer's number and the matrix's name: ("bert.encoder.layer", "0", "attention.self.query")."""
+    """Split a path into stack, layer number and matrix: ("bert.encoder.layer", "0", "attention.self.query")."""
     match = re.fullmatch(r"(.*?)\.?\b(\d+)\.(.+)", path)
     return (match[1], match[2], match[3]) if match else ("", "", path)
 

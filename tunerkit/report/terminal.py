@@ -8,12 +8,12 @@ _SHADES = ("grey50", "steel_blue", "cyan", "green", "bold yellow")
 
 
 def rank_table(map_: RankMap, *, initial: int | None = None) -> Table:
-    """A row per layer, a column per matrix, sums at the edges. ``initial`` is the rank that counts as full colour."""
+    """Build a table with a row per layer, a column per matrix, and sums. A rank of ``initial`` has the full colour."""
     full = initial or max((cell or 0 for row in map_.cells for cell in row), default=1) or 1
-    table = Table(title=f"live ranks, {map_.total} together", title_justify="left", show_footer=True)
+    table = Table(title=f"live ranks, {map_.total} in total", title_justify="left", show_footer=True)
     table.add_column("layer", footer="sum")
     for name, column in zip(map_.matrices, zip(*map_.cells, strict=True), strict=True):
-        # Broken at its dots, a long name leaves room for the numbers of its neighbours.
+        # Break long names at their dots, so that the columns stay narrow.
         table.add_column(name.replace(".", ".\n"), footer=str(_sum(column)), justify="right")
     table.add_column("sum", footer=str(map_.total), justify="right")
     for layer, row in zip(map_.layers, map_.cells, strict=True):

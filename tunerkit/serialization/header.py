@@ -1,4 +1,4 @@
-"""The header of tunerkit's files: a JSON text in the safetensors metadata, with a digest over itself and the data."""
+"""The header of tunerkit's files: JSON in the safetensors metadata, with a digest of the header and the tensors."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from tunerkit.errors import FileError
 
 KEY = "tunerkit"
 FORMAT = 1
-# A file is checked by its digest against damage, not against an author with ideas: the types are checked too.
+# The digest detects damage, but not a header that someone edited and hashed again. So the types are checked too.
 _PATHS = deep_iterable(instance_of(str), instance_of(list))
 _NUMBERS = deep_iterable(instance_of((int, float)), instance_of(list))
 
@@ -41,9 +41,10 @@ _FINGERPRINT = deep_mapping(instance_of(str), _is_entry, instance_of(dict))
 
 @attrs.frozen
 class Header:
-    """What a file says of itself. ``base`` is the base model's fingerprint, ``values`` a method's own JSON values.
+    """The fields of a header; docs/files.md explains each.
 
-    ``history`` has one ``[step, budget, [rank of each target]]`` per allocation (training state only).
+    ``base`` is the base model's fingerprint, and ``values`` are the method's own JSON values. ``history`` has one
+    ``[step, budget, [rank of each target]]`` per allocation (training state only).
     """
 
     kind: str = attrs.field(validator=instance_of(str))
@@ -62,13 +63,13 @@ class Header:
 
 
 def encode(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The safetensors metadata for ``tensors`` with this header."""
+    """Return the safetensors metadata for ``tensors`` with this header."""
     text = json.dumps(attrs.asdict(header, recurse=False), sort_keys=True, allow_nan=False)
     return {KEY: text, f"{KEY}.digest": digest(text, tensors)}
 
 
 def decode(metadata: Mapping[str, str] | None, tensors: Mapping[str, Tensor], *, source: str, content: str) -> Header:
-    """The header, once the digest has shown that neither it nor the data was changed. Raises `FileError`."""
+    """Verify the digest, then return the header. Raises `FileError` if the file is damaged or not ours."""
     if not metadata or KEY not in metadata or f"{KEY}.digest" not in metadata:
         raise FileError(f"{source} is a safetensors file, but not one that tunerkit wrote (it has no tunerkit header)")
     text = metadata[KEY]
@@ -85,9 +86,9 @@ def decode(metadata: Mapping[str, str] | None, tensors: Mapping[str, Tensor], *,
     try:
         header = Header(**fields)
     except (TypeError, ValueError) as error:
-        raise FileError(f"{source}: its header holds something else than tunerkit writes: {error.args[0]}") from error
+        raise FileError(f"{source}: its header has a field that tunerkit would not write: {error.args[0]}") from error
     if header.kind != content:
-        raise FileError(f"{source} holds {header.kind!r}, expected {content!r}: give the other of the two files")
+        raise FileError(f"{source} holds {header.kind!r}, expected {content!r}: pass the other of the two files")
     return header
 
 
@@ -102,7 +103,7 @@ def _parse(text: str, source: str) -> dict[str, Any]:
 
 
 def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over the header's text and every tensor's name, dtype, shape and bytes, in the order of the names."""
+    """Return the sha256 of the header's text and of each tensor's name, dtype, shape and bytes, sorted by name."""
     hasher = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

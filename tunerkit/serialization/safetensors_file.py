@@ -1,4 +1,4 @@
-"""Write one safetensors file, whole or not at all."""
+"""Write one safetensors file, completely or not at all."""
 
 import contextlib
 import json
@@ -17,27 +17,27 @@ _SUFFIX = ".safetensors"
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file whole or not at all: a temporary neighbour, flushed to the disk, then renamed."""
+    """Write a safetensors file completely or not at all: to a temporary file, flushed to disk, then renamed."""
     if path.is_dir():
         raise FileError(f"cannot write {path}: it is a folder; a path that ends in {_SUFFIX} names the file itself")
     data = safetensors.torch.save(_apart(tensors), metadata)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:  # plain open: the mode follows the umask, as for any file of the user's
+        with open(temporary, "xb") as file:  # plain open: the file mode follows the user's umask
             file.writelines(_ordered(data))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise FileError(f"cannot write {path}: {error.strerror or error}; an older file there is as it was") from error
+        raise FileError(f"cannot write {path}: {error.strerror or error}; an older file there is unchanged") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each with storage of its own: safetensors refuses a tied pair, such as one inside a trained copy."""
+    """Give each tensor its own storage: safetensors rejects tied tensors, which a trained copy may contain."""
     storages: set[int] = set()
     found = {}
     for name, tensor in tensors.items():
@@ -48,7 +48,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _ordered(data: bytes) -> tuple[bytes, memoryview]:
-    """A safetensors file with its metadata in order, so that equal adapters give equal bytes: theirs is shuffled."""
+    """Sort the metadata, which safetensors writes in random order, so that equal adapters give equal bytes."""
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -58,7 +58,7 @@ def _ordered(data: bytes) -> tuple[bytes, memoryview]:
 
 
 def file_at(path: str | os.PathLike[str], name: str) -> Path:
-    """``path`` itself if it names a file of ours, else the file ``name`` in the folder ``path``."""
+    """Return ``path`` if it ends in ``.safetensors``, else the file ``name`` in the folder ``path``."""
     try:
         place = Path(path)
     except TypeError:

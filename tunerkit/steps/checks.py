@@ -1,4 +1,4 @@
-"""What attaching an optimizer to an adapter needs: the torch optimizer itself, its parameters, the total of steps."""
+"""Checks before attaching: find the torch optimizer, and check its parameters and the total number of steps."""
 
 import operator
 import warnings
@@ -14,18 +14,18 @@ from tunerkit.steps.links import is_attached
 
 
 def find_optimizer(candidate: object, tuners: Sequence[Tuner]) -> Optimizer:
-    """The torch optimizer itself: accelerate and others wrap it and keep it under ``.optimizer``.
+    """Return the torch optimizer inside wrappers such as accelerate's, which store it as ``.optimizer``.
 
-    Refused where a method of ``tuners`` needs steps: a wrapper with a state of its own. Lookahead, or an average of
-    weights, would put back what an allocation has pruned, in shapes of before.
+    If a method of ``tuners`` needs steps, a wrapper that keeps its own state is rejected. Lookahead or weight averaging
+    would restore pruned weights, in their old shapes.
     """
     while isinstance(inner := getattr(candidate, "optimizer", None), Optimizer):
         needing = [tuner.name for tuner in tuners if tuner.needs_steps]
         if needing and getattr(candidate, "state", inner.state) is not inner.state:
             wrapper, wrapped = type(candidate).__name__, type(inner).__name__
             raise StepError(
-                f"{wrapper} has a state of its own beside that of {wrapped}, where weights may live on that adapter "
-                f"{needing[0]!r} prunes; train it with {wrapped} alone, or with a method that needs no steps"
+                f"{wrapper} keeps its own state in addition to that of {wrapped}, and may restore weights that adapter "
+                f"{needing[0]!r} pruned; train it with {wrapped} alone, or use a method that needs no steps"
             )
         candidate = inner
     if not isinstance(candidate, Optimizer):
@@ -35,8 +35,8 @@ def find_optimizer(candidate: object, tuners: Sequence[Tuner]) -> Optimizer:
         )
     if not _takes_hooks(candidate):
         raise StepError(
-            f"{type(candidate).__name__} takes no hooks, since it does not call torch.optim.Optimizer.__init__; "
-            "attach one that does: if it wraps one, that one"
+            f"{type(candidate).__name__} does not support hooks: it does not call torch.optim.Optimizer.__init__. "
+            "If it wraps an optimizer that does, attach that one; otherwise attach another optimizer"
         )
     return candidate
 
@@ -50,21 +50,21 @@ def _takes_hooks(optimizer: Optimizer) -> bool:
 
 
 def check_attachable(tuner: Tuner, optimizer: Optimizer) -> None:
-    """Refuse a second attachment, and an adapter that this optimizer would never move, or in vain."""
+    """Reject a second attachment, and an adapter that this optimizer cannot train."""
     if is_attached(tuner):
         others = [name for name, other in wrapped_of(tuner.model).tuners.items() if not is_attached(other)]
-        which = f", adapter={others[0]!r} attaches another" if others else ""
+        which = f", or pass adapter={others[0]!r} to attach another" if others else ""
         raise StepError(
             f"adapter {tuner.name!r} is attached already: one optimizer drives it; wrap again for a new run{which}"
         )
     if is_frozen(tuner):
         raise StepError(
-            f"adapter {tuner.name!r} is frozen; tunerkit.thaw(model, {tuner.name!r}) trains it on, and "
-            "tunerkit.load(..., trainable=True) loads one to be trained"
+            f"adapter {tuner.name!r} is frozen; tunerkit.thaw(model, {tuner.name!r}) resumes training it, and "
+            "tunerkit.load(..., trainable=True) loads an adapter for training"
         )
     if any(p.is_meta for p in tuner.parameters()):
         raise StepError(
-            f"adapter {tuner.name!r} is on the meta device, where nothing is trained: accelerate offloads it with the "
+            f"adapter {tuner.name!r} is on the meta device and cannot be trained: accelerate offloads it with the "
             "model. Offload first, then wrap: the adapter then stays on the device where the model runs"
         )
     refuse_lost([tuner])
@@ -72,9 +72,10 @@ def check_attachable(tuner: Tuner, optimizer: Optimizer) -> None:
 
 
 def _check_held(tuner: Tuner, optimizer: Optimizer) -> None:
-    """Refuse an optimizer that holds nothing of the adapter; warn of one that holds a part of it.
+    """Reject an optimizer that holds no parameter of the adapter; warn about one that holds only some of them.
 
-    A method that needs steps judges its own adapters by their training: heads trained in full do not count there.
+    For a method that needs steps, heads that are trained in full do not count: its allocations depend on how the
+    adapters themselves are trained.
     """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     trained = {path: {n: p for n, p in slot.named_parameters() if p.requires_grad} for path, slot in tuner.slots()}
@@ -85,13 +86,13 @@ def _check_held(tuner: Tuner, optimizer: Optimizer) -> None:
     if counted and not any(id(p) in held for own in counted.values() for p in own.values()):
         raise StepError(
             f"the optimizer holds none of the parameters of adapter {tuner.name!r} at its {len(counted)} places; "
-            f"{_BUILD_IT}, or name the adapter that it trains"
+            f"{_BUILD_IT}, or pass adapter=... to name the adapter that it trains"
         )
     missing = {path: [n for n, p in own.items() if id(p) not in held] for path, own in trained.items()}
     if any(missing.values()):
         warnings.warn(
-            f"the optimizer does not hold all that adapter {tuner.name!r} trains, and what it lacks stays as it is "
-            f"unless another optimizer moves it: {_grouped(missing)}; {_BUILD_IT}",
+            f"the optimizer does not hold all parameters that adapter {tuner.name!r} trains. Unless another optimizer "
+            f"trains them, these do not change: {_grouped(missing)}; {_BUILD_IT}",
             TunerkitWarning,
             stacklevel=5,
         )
@@ -102,7 +103,7 @@ _SHOWN = 5
 
 
 def _grouped(missing: Mapping[str, Sequence[str]]) -> str:
-    """What lacks the same at several paths, said once: ``adapter.lam at 0, 2; copy.weight, copy.bias at head``."""
+    """Group the paths by what is missing there: ``adapter.lam at 0, 2; copy.weight, copy.bias at head``."""
     paths: dict[str, list[str]] = defaultdict(list)
     for path, names in missing.items():
         if names:
@@ -114,7 +115,7 @@ def _grouped(missing: Mapping[str, Sequence[str]]) -> str:
 
 
 def agree_on_total(tuner: Tuner, total_steps: int | None) -> int | None:
-    """The total from the call and the config, which must not disagree; required where the method needs steps."""
+    """Return the total steps of the call or the config. They must agree; a method that needs steps requires one."""
     configured = tuner.config.total_steps
     if total_steps is not None and configured is not None and total_steps != configured:
         raise StepError(
@@ -132,7 +133,7 @@ def agree_on_total(tuner: Tuner, total_steps: int | None) -> int | None:
 
 
 def _as_count(total: SupportsIndex) -> int:
-    """``total`` as an int; numpy's integers and others that stand for one are fine."""
+    """Convert ``total`` to an int; numpy's integers are accepted too."""
     try:
         count = 0 if isinstance(total, bool) else operator.index(total)
     except TypeError:

@@ -1,4 +1,4 @@
-"""Attached or not: which optimizer drives an adapter."""
+"""The link between an adapter and the optimizer that drives it."""
 
 import attrs
 from torch.optim import Optimizer
@@ -8,14 +8,14 @@ from tunerkit.injection import Tuner
 
 
 def hold(tuner: Tuner, *handles: RemovableHandle) -> None:
-    """Keep further hooks of the optimizer that drives ``tuner`` until `detach`."""
+    """Store more hook handles of the optimizer that drives ``tuner``; `detach` removes them."""
     link = tuner.progress.link
     assert link is not None
     tuner.progress.link = attrs.evolve(link, handles=(*link.handles, *handles))
 
 
 def detach(tuner: Tuner) -> None:
-    """Undo `attach`; a tuner that is not attached stays as it is."""
+    """Undo `attach`. If ``tuner`` is not attached, nothing happens."""
     link = tuner.progress.link
     if link is not None:
         for handle in link.handles:
@@ -24,12 +24,19 @@ def detach(tuner: Tuner) -> None:
 
 
 def is_attached(tuner: Tuner) -> bool:
-    """Whether an optimizer drives ``tuner`` now."""
+    """Whether an optimizer currently drives ``tuner``."""
     link = tuner.progress.link
     return link is not None and bool(link.handles) and link.optimizer() is not None
 
 
 def optimizer_of(tuner: Tuner) -> Optimizer | None:
-    """The optimizer that drives ``tuner``, or that drove it last and is still there."""
+    """Return the optimizer that drives an adapter, or that drove it last.
+
+    Args:
+        tuner: The adapter's handle.
+
+    Returns:
+        The optimizer; None if the adapter was never attached, or if the optimizer no longer exists.
+    """
     link = tuner.progress.link
     return None if link is None else link.optimizer()

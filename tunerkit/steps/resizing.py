@@ -1,4 +1,4 @@
-"""Give parameters another size in place, with their gradients and optimizer state: the same Parameter objects."""
+"""Resize parameters in place, with their gradients and optimizer state; the Parameter objects stay the same."""
 
 import inspect
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
-# Each element of a parameter is updated from its own gradient and its own state alone, so cutting others away changes
-# nothing for it. Not so where a step looks at the whole tensor: Adafactor, Muon, LBFGS, blocks of 8-bit states.
+# These update each element from its own gradient and state only, so removing other elements does not affect it. That is
+# wrong for optimizers that use the whole tensor: Adafactor, Muon, LBFGS, or 8-bit states in blocks.
 _ELEMENTWISE: tuple[type[Optimizer], ...] = (
     optim.ASGD,
     optim.Adadelta,
@@ -27,7 +27,13 @@ _ELEMENTWISE: tuple[type[Optimizer], ...] = (
 
 @attrs.frozen(eq=False)
 class Cut:
-    """Of ``parameter``, keep the entries ``kept`` (k,) int64 along ``dim``."""
+    """Which entries of a parameter to keep.
+
+    Attributes:
+        parameter: The parameter to shrink.
+        dim: The dimension along which to select.
+        kept: The indices to keep, (k,) int64, in the order of the result.
+    """
 
     parameter: nn.Parameter
     dim: int
@@ -35,10 +41,17 @@ class Cut:
 
 
 def shrink_(cuts: Sequence[Cut], optimizer: Optimizer | None) -> str | None:
-    """Make all ``cuts``, or none of them and return why the shapes must stay.
+    """Shrink parameters, with their gradients and optimizer state, which frees memory.
 
-    Parameter objects stay the same; their values, gradients and what ``optimizer`` keeps for their elements get
-    storage of the new size.
+    The Parameter objects stay the same; their data moves to smaller storage.
+
+    Args:
+        cuts: What to keep of each parameter.
+        optimizer: The optimizer that holds the parameters, if there is one.
+
+    Returns:
+        None if all cuts were made. Otherwise none was made, and the text says why the shapes must not change: a process
+        group is running, or ``optimizer`` is not known to work elementwise.
     """
     reason = _obstacle([cut.parameter for cut in cuts], optimizer) if cuts else None
     if reason is None:
@@ -49,11 +62,14 @@ def shrink_(cuts: Sequence[Cut], optimizer: Optimizer | None) -> str | None:
 
 @torch.no_grad()
 def resize_(parameter: nn.Parameter, values: Tensor) -> None:
-    """Give ``parameter`` other values of any shape; its gradient, which has the old one, is dropped.
+    """Replace a parameter's values in place; its gradient is dropped.
 
-    While a loss of an earlier step is alive, autograd keeps the node that accumulates this parameter's gradient, and
-    the node remembers the old shape. It is only forgotten when the data changes its type: hence the way round.
+    Args:
+        parameter: The parameter to change.
+        values: The new values, of any shape.
     """
+    # While a loss of an earlier step is alive, autograd keeps the node that accumulates this gradient, with the old
+    # shape. Changing the dtype makes autograd discard that node, hence the detour.
     parameter.grad = None
     other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
     parameter.data = torch.empty(0, dtype=other, device=parameter.device)
@@ -62,26 +78,26 @@ def resize_(parameter: nn.Parameter, values: Tensor) -> None:
 
 def _obstacle(parameters: Sequence[nn.Parameter], optimizer: Optimizer | None) -> str | None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return "torch.distributed is initialised, and DDP or FSDP keep the shapes that they were given"
+        return "torch.distributed is initialised, and DDP and FSDP do not allow shapes to change"
     for parameter in parameters:
         if type(parameter.data) is not Tensor:
-            return f"a parameter is a {type(parameter.data).__name__}, whose shape is not its own to change"
+            return f"a parameter is a {type(parameter.data).__name__}, whose shape must not be changed"
     if optimizer is None:
         return None
     name = type(optimizer).__name__
     if inspect.unwrap(type(optimizer).step) not in {inspect.unwrap(kind.step) for kind in _ELEMENTWISE}:
-        return f"{name} is not known to update every element by itself"
+        return f"{name} is not known to update each element independently"
     odd = {key for p in parameters for key, value in _state(optimizer, p).items() if not _is_known(value, p)}
-    return f"{name} keeps {', '.join(sorted(odd))} in a shape of its own" if odd else None
+    return f"{name} keeps {', '.join(sorted(odd))} in a shape other than the parameter's" if odd else None
 
 
 def _is_known(value: object, parameter: nn.Parameter) -> bool:
-    """Whether a piece of optimizer state is a number for the whole parameter, or one for each of its elements."""
+    """Whether an entry of the optimizer state is one number for the parameter, or one for each element."""
     return not isinstance(value, Tensor) or value.ndim == 0 or value.shape == parameter.shape
 
 
 def _state(optimizer: Optimizer | None, parameter: nn.Parameter) -> dict[str, object]:
-    # `state` is a defaultdict: asking it makes an entry, which optimizers take for an initialised one.
+    # `state` is a defaultdict: a lookup would add an empty entry, which optimizers take for an initialised one.
     return optimizer.state[parameter] if optimizer is not None and parameter in optimizer.state else {}
 
 

@@ -1,1 +1,1 @@
-"""What authors of methods test their plugins with."""
+"""The conformance tests and test tools for authors of method plugins."""

@@ -1,4 +1,4 @@
-"""Small random models whose attention reads weights past their modules' forward, as conformance cases."""
+"""Conformance cases: small random models whose attention uses weights directly, bypassing the layer's forward()."""
 
 from typing import Any
 
@@ -14,12 +14,12 @@ _CLASSES = torch.tensor([0, 1, 1, 0])
 
 
 class Encoder(nn.Module):
-    """(N, L, 16) to two logits: torch's encoder, the mean over time, a classifier."""
+    """Maps (N, L, 16) to two logits: torch's encoder, the mean over time, a classifier."""
 
     def __init__(self, *, batch_first: bool) -> None:
         super().__init__()
-        # An activation that torch's fused layer does not know: wrapped layers cannot run it, and outputs are compared
-        # bit for bit.
+        # An activation that torch's fused layer does not support. Wrapped layers cannot use the fused layer, and the
+        # checks compare outputs bit for bit.
         layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, activation=F.silu, batch_first=batch_first)
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.classifier = nn.Linear(16, 2)
@@ -32,19 +32,19 @@ class Encoder(nn.Module):
 
 
 def batch_first() -> nn.Module:
-    """An encoder of (N, L, E)."""
+    """An encoder with input (N, L, E)."""
     torch.manual_seed(0)
     return Encoder(batch_first=True)
 
 
 def sequence_first() -> nn.Module:
-    """An encoder of (L, N, E)."""
+    """An encoder with input (L, N, E)."""
     torch.manual_seed(0)
     return Encoder(batch_first=False)
 
 
 def wavlm() -> nn.Module:
-    """A speech classifier of two layers, whose attention reads four projections of its own."""
+    """A speech classifier with two layers, whose attention uses the weights of its four projections directly."""
     torch.manual_seed(0)
     model = WavLMForSequenceClassification(
         WavLMConfig(
@@ -69,7 +69,7 @@ def wavlm() -> nn.Module:
             apply_spec_augment=False,
         )
     )
-    # A parametrized module has a class of its own in every model, and the checks compare types across models.
+    # Each parametrized module gets its own class, and the checks compare types across models.
     remove_parametrizations(model.wavlm.encoder.pos_conv_embed.conv, "weight")
     return model
 

@@ -1,12 +1,15 @@
-"""The contract of a method, executable: plugin authors run every check over models of their choice.
+"""The conformance tests of a method: plugin authors run every check on the models they choose.
+
+::
 
     @pytest.mark.parametrize("check", conformance.CHECKS, ids=conformance.name_of)
     @pytest.mark.parametrize("case", matrix.cases())
     def test_conforms(check, case, tmp_path):
         check(case, "my-method", {"rank": 2}, tmp_path)
 
-Each check builds models of its own, so the order and the number of checks do not matter. Dropout must be off in
-the case's model: the checks compare outputs.
+Every check takes the same arguments: a case, the method's name, its config as a mapping, and a folder for files. A
+check raises `AssertionError` if the method does not conform. Each check builds its own models, so you can run any
+subset in any order. Dropout must be off in the case's model, because the checks compare outputs.
 """
 
 import copy
@@ -23,7 +26,7 @@ import tunerkit
 from tunerkit.layers import plain_form
 
 STEPS = 12
-# DESIGN: two ways of computing the same output agree to this share of its largest value, in fp32.
+# In fp32, two ways of computing the same output may differ by this share of its largest absolute value.
 TOLERANCE = 1e-5
 
 
@@ -31,11 +34,15 @@ TOLERANCE = 1e-5
 class Case:
     """A model to check a method on.
 
-    ``build`` makes the same model at every call (seed it); ``output`` runs it and returns one tensor; ``loss``
-    runs it on training data and returns a scalar. ``settings`` are those of every method (`AdapterConfig`) that this
-    model asks for, such as its targets; the settings that a check is called with come on top. ``start_training``
-    puts the model into training mode: a model with batch norms keeps those in eval mode, since training would move
-    the statistics of the base.
+    Attributes:
+        name: The test id.
+        build: Builds the model. Every call must return the same weights, so seed it.
+        output: Runs the model on fixed inputs and returns one tensor.
+        loss: Runs the model on fixed training data and returns a scalar.
+        settings: Settings of `AdapterConfig` that this model needs, such as its targets. The config that a check is
+            called with takes precedence.
+        start_training: Puts the model into training mode. With batch norms, keep those in eval mode: training would
+            change the running statistics of the base model.
     """
 
     name: str
@@ -50,18 +57,38 @@ Check = Callable[[Case, str, Mapping[str, object], Path], None]
 
 
 def name_of(thing: object) -> str:
-    """A short test id for a case or a check."""
+    """Return a short test id.
+
+    Args:
+        thing: A case or a check.
+    """
     name: str = getattr(thing, "__name__", "") or getattr(thing, "name", "") or str(thing)
     return name.removeprefix("check_")
 
 
 def wrapped(case: Case, method: str, config: Mapping[str, object]) -> nn.Module:
-    """A model of ``case`` with an adapter at its start."""
+    """Build the model of ``case`` and add an untrained adapter.
+
+    Args:
+        case: The model.
+        method: The method's name.
+        config: The method's config as a mapping; it takes precedence over ``case.settings``.
+    """
     return tunerkit.wrap(case.build(), method, {**case.settings, **config}, seed=0)
 
 
 def train(model: nn.Module, case: Case, *, steps: int = STEPS, lr: float = 1e-2) -> list[float]:
-    """Attach AdamW to the model's adapters and take ``steps`` steps in training mode; the losses."""
+    """Attach AdamW to the model's adapters and train.
+
+    Args:
+        model: A wrapped model of ``case``. It is left in training mode.
+        case: Provides the loss and the training mode.
+        steps: The number of optimizer steps.
+        lr: The learning rate.
+
+    Returns:
+        The loss before each step.
+    """
     case.start_training(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     tunerkit.attach(model, optimizer, total_steps=steps)
@@ -76,21 +103,41 @@ def train(model: nn.Module, case: Case, *, steps: int = STEPS, lr: float = 1e-2)
 
 
 def trained(case: Case, method: str, config: Mapping[str, object]) -> nn.Module:
-    """A model wrapped, trained for `STEPS` steps, in eval mode."""
+    """Wrap a model, train it for `STEPS` steps, and return it in eval mode.
+
+    Args:
+        case: The model.
+        method: The method's name.
+        config: The method's config as a mapping.
+    """
     model = wrapped(case, method, config)
     train(model, case)
     return model.eval()
 
 
 def assert_same(found: Tensor, expected: Tensor, what: str) -> None:
-    """Equal within `TOLERANCE` of the largest expected value."""
+    """Assert that two outputs are equal, up to `TOLERANCE` times the largest absolute value expected.
+
+    Args:
+        found: The output to check.
+        expected: The reference output, of the same shape.
+        what: What is compared, for the message.
+    """
     worst = float((found - expected).abs().max())
     limit = TOLERANCE * float(expected.abs().max())
     assert worst <= limit, f"{what}: outputs differ by {worst:.3g}, allowed {limit:.3g}"
 
 
 def assert_base_untouched(model: nn.Module, case: Case) -> None:
-    """Every tensor of the original model stands in ``model`` under its name, bit for bit, in a module of its type."""
+    """Assert that wrapping and training left the base model alone.
+
+    Every tensor of the original model must be in ``model`` under the same name, with the same bits. Every module must
+    have its original type.
+
+    Args:
+        model: The model to check, wrapped or not.
+        case: Builds the original model.
+    """
     original = case.build()
     state, types = model.state_dict(), {path: _type(module) for path, module in model.named_modules()}
     for name, tensor in original.state_dict().items():
@@ -100,12 +147,12 @@ def assert_base_untouched(model: nn.Module, case: Case) -> None:
 
 
 def _type(module: nn.Module) -> type[nn.Module]:
-    # A module with a parametrization (weight norm) has a class of its own, which each build makes anew.
+    # Each build creates a new class for a module with a parametrization, such as weight norm.
     return type_before_parametrizations(module)
 
 
 def check_wrap_changes_no_output(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """Right after wrap: the same object, keys, types, and output, bit for bit."""
+    """`wrap` returns the same object and keeps names, types and output; the output is bit-identical."""
     model = case.build().eval()
     before = case.output(model)
     assert tunerkit.wrap(model, method, {**case.settings, **config}, seed=0) is model
@@ -114,7 +161,7 @@ def check_wrap_changes_no_output(case: Case, method: str, config: Mapping[str, o
 
 
 def check_trains_only_the_adapter(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """Training moves the output and no base tensor; the trainable set is the tuner's own; the loss falls."""
+    """Only the tuner's parameters are trainable. Training lowers the loss and changes no base tensor."""
     model = wrapped(case, method, config)
     own = {id(p) for p in tunerkit.tuner(model).parameters()}
     assert {id(p) for p in model.parameters() if p.requires_grad} == own
@@ -126,22 +173,22 @@ def check_trains_only_the_adapter(case: Case, method: str, config: Mapping[str, 
 
 
 def check_meets_the_budget(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """After training the budget is the schedule's last; where it counts ranks, they make it up exactly."""
+    """After training, the budget is the schedule's final one. If it counts ranks, the live ranks sum to it exactly."""
     model = wrapped(case, method, config)
     tuner = tunerkit.tuner(model)
-    # A budget may count something else (parameters): then ranks that cost more than 1 do not add up to it at the start.
+    # If the budget counts something else, such as parameters, the ranks do not sum to it at the start.
     counts_ranks = sum(tuner.ranks().values()) == tuner.budget()
     train(model, case)
     assert tuner.budget() == tuner.budget(STEPS)
     if counts_ranks:
         live = sum(tuner.ranks().values())
-        assert live == tuner.budget(), f"the ranks make up {live}, the budget is {tuner.budget()}"
+        assert live == tuner.budget(), f"the live ranks sum to {live}, the budget is {tuner.budget()}"
     for change in tuner.history[-1:]:
         assert (change.budget, change.ranks) == (tuner.budget(), tuner.ranks())
 
 
 def check_disabled_shows_the_base(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """Inside ``disabled`` the model is the base, bit for bit, merged or not; afterwards it is adapted again."""
+    """Inside ``disabled`` the output is bit-identical to the base model's, merged or not; then it is adapted again."""
     expected = case.output(case.build().eval())
     model = trained(case, method, config)
     adapted = case.output(model)
@@ -154,7 +201,7 @@ def check_disabled_shows_the_base(case: Case, method: str, config: Mapping[str, 
 
 
 def check_loads_what_was_saved(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """A fresh base with the loaded file gives the trained model's output and ranks; saving it again works."""
+    """A new base model with the saved adapter has the trained model's output and ranks, and can be saved again."""
     model = trained(case, method, config)
     path = tunerkit.save(model, tmp_path / "out")
     loaded = tunerkit.load(case.build(), path).eval()
@@ -167,7 +214,7 @@ def check_loads_what_was_saved(case: Case, method: str, config: Mapping[str, obj
 
 
 def check_merges_and_unmerges(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """Merged output equals the adapted one; unmerging restores every base tensor bit for bit; saving merged works."""
+    """Merging keeps the output. Unmerging restores every base tensor bit for bit. A merged model can be saved."""
     model = trained(case, method, config)
     adapted = case.output(model)
     tunerkit.merge(model)
@@ -180,7 +227,7 @@ def check_merges_and_unmerges(case: Case, method: str, config: Mapping[str, obje
 
 
 def check_unwraps(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """Unwrapping leaves the base as it was, flags included; ``keep_merged`` leaves the merged model."""
+    """`unwrap` restores the base model and its ``requires_grad`` flags. ``keep_merged`` keeps the adapted output."""
     original = case.build()
     model = trained(case, method, config)
     adapted = case.output(model)
@@ -196,13 +243,13 @@ def check_unwraps(case: Case, method: str, config: Mapping[str, object], tmp_pat
 
 
 def check_fused_is_plain(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """In float64 the fused form of the low-rank product gives the plain form's output and gradients to 1e-10."""
+    """In float64, the fused low-rank product has the plain form's output and gradients, to 1e-10."""
     model = wrapped(case, method, config).double()
     model.register_forward_pre_hook(_doubled, with_kwargs=True)
     case.start_training(model)
     own = list(tunerkit.tuner(model).parameters())
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # away from the start, where most of what is added is 0
+    with torch.no_grad():  # move away from the initial values, at which most terms are 0
         for parameter in own:
             parameter.add_(0.1 * torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator))
     fused = _values_and_gradients(case, model, own)
@@ -213,7 +260,7 @@ def check_fused_is_plain(case: Case, method: str, config: Mapping[str, object], 
 
 
 def _values_and_gradients(case: Case, model: nn.Module, own: list[nn.Parameter]) -> list[Tensor]:
-    with torch.random.fork_rng(devices=[]):  # the method may drop inputs: the same ones each time
+    with torch.random.fork_rng(devices=[]):  # the method may use dropout: draw the same mask each time
         torch.manual_seed(1)
         loss = case.loss(model)
         output = case.output(model).detach()
@@ -224,7 +271,7 @@ def _values_and_gradients(case: Case, model: nn.Module, own: list[nn.Parameter])
 def _doubled(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A case's inputs, which are fp32 where they are no ids, for a model in float64."""
+    """Convert a case's floating-point inputs to float64."""
     wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in (*args, *kwargs.values())]
     return tuple(wide[: len(args)]), dict(zip(kwargs, wide[len(args) :], strict=True))
 

@@ -1,4 +1,4 @@
-"""Counts the operations that torch dispatches: what a step costs, deterministically."""
+"""Counts the operations that torch dispatches: a deterministic measure of cost."""
 
 from typing import Any
 
@@ -6,13 +6,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Counting(TorchDispatchMode):
-    """``count`` operations were dispatched inside the block; one on a list of tensors is one, however long the list.
+    """Counts the operations dispatched inside the block; an operation on a list of tensors counts once.
 
     ::
 
         with Counting() as mode:
             loss(model).backward()
         assert mode.count < 1000
+
+    Attributes:
+        count: The number of operations so far.
     """
 
     count = 0

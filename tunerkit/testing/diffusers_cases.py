@@ -1,4 +1,4 @@
-"""A small random diffusers model as a conformance case: its output holds no loss, so the case computes one."""
+"""Conformance cases: a small random diffusers model. Its output has no loss, so the cases compute one."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ _SHAPE = (2, 3, 8, 8)
 
 
 def unet() -> nn.Module:
-    """A UNet of two levels with attention at the lower one."""
+    """A UNet with two levels and attention at the lower one."""
     torch.manual_seed(0)
     model: nn.Module = UNet2DModel(
         sample_size=_SHAPE[-1],

@@ -1,4 +1,4 @@
-"""Every case of the kit as pytest parameters; those of a library that is not installed skip and say so."""
+"""All conformance cases as pytest parameters. If a library is missing, its cases are skipped with a reason."""
 
 from collections.abc import Iterator
 from importlib import import_module
@@ -11,12 +11,15 @@ LIBRARIES = ("transformers", "diffusers", "timm")
 
 
 def cases() -> list[Any]:
-    """One parameter for each case, named after it, and one that skips for each library that is missing.
+    """Return one parameter per case, with the case's name as its id.
 
     ::
 
         @pytest.mark.parametrize("case", matrix.cases())
         def test_conforms(case): ...
+
+    Returns:
+        ``pytest.param`` objects. Each missing library has one, which is skipped with a reason.
     """
     return [parameter for library in LIBRARIES for parameter in _cases_of(library)]
 

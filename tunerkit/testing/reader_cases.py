@@ -1,4 +1,4 @@
-"""Small random models of other libraries that read weights past their modules' forward, as pytest parameters."""
+"""Small random models of other libraries that use weights directly, bypassing a layer's forward()."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -24,7 +24,11 @@ _JAMBA = {
 
 
 def cases() -> list[Any]:
-    """A parameter for each case, named after it; one of a library that is not installed skips and says so."""
+    """Return one pytest parameter per case, with the case's name as its id.
+
+    Returns:
+        ``pytest.param`` objects. Those of a library that is not installed are skipped with a reason.
+    """
     return [
         pytest.param(case, id=case.name, marks=pytest.mark.skipif(find_spec(library) is None, reason=f"no {library}"))
         for library, found in _CASES.items()
@@ -33,7 +37,7 @@ def cases() -> list[Any]:
 
 
 def _torchvision(name: str) -> nn.Module:
-    """A Swin transformer of one stage; its second block shifts its windows. ``name`` is that of its block's class."""
+    """A Swin transformer with one stage, whose second block shifts its windows. ``name`` is the block's class name."""
     swin = import_module("torchvision.models.swin_transformer")
     merging = swin.PatchMergingV2 if name.endswith("V2") else swin.PatchMerging
     kind = {"block": getattr(swin, name), "downsample_layer": merging, "stochastic_depth_prob": 0.0}
@@ -84,8 +88,8 @@ def _read_loss(model: nn.Module) -> Tensor:
 def _built(build: Callable[..., nn.Module], *arguments: str, **options: Any) -> Callable[[], nn.Module]:
     def built() -> nn.Module:
         torch.manual_seed(0)
-        # Frozen: torch orders some products by whether a weight asks for a gradient, and outputs are compared bit for
-        # bit. Moved away from starts that hide a branch.
+        # Frozen: torch chooses the order of some products by requires_grad, and outputs are compared bit for bit.
+        # The added noise moves weights away from initial zeros that would hide a branch.
         model = build(*arguments, **options).requires_grad_(False)
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

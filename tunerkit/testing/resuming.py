@@ -1,9 +1,11 @@
-"""Stop a Trainer, by hand or by force, and resume it in a fresh process: the end must not tell.
+"""Stop or kill a Trainer and resume it in a new process: the result must be bit-identical to an uninterrupted run.
 
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_resumes(tmp_path, accumulation):
-run = resuming.Run("my-method", {"rank": 2}, tmp_path, accumulation=accumulation)
-resuming.check_stopped_after_every_step(run)
+::
+
+    @pytest.mark.parametrize("accumulation", [1, 3])
+    def test_resumes(tmp_path, accumulation):
+        run = resuming.Run("my-method", {"rank": 2}, tmp_path, accumulation=accumulation)
+        resuming.check_stopped_after_every_step(run)
 """
 
 import multiprocessing
@@ -27,11 +29,20 @@ _END = "end.pt"
 
 @attrs.frozen
 class Run:
-    """One training of a small BERT, with dropout, that writes its checkpoints and its end into ``folder``.
+    """A training run of a small BERT with dropout.
 
-    It is stopped after the step ``stop_after``, or killed (SIGKILL) at the end of the step ``kill_at``; with
-    ``resume`` it goes on from the last checkpoint there. ``save_steps`` are the steps between two checkpoints.
-    With ``best`` it evaluates at each checkpoint, to which that step looks best, and reloads it at the end.
+    Attributes:
+        method: The method's name.
+        config: The method's config as a mapping.
+        folder: The folder for checkpoints and for the final state.
+        steps: The total number of optimizer steps.
+        accumulation: Micro-batches per optimizer step.
+        save_steps: Optimizer steps between two checkpoints.
+        stop_after: Stop after this step; None trains to the end.
+        kill_at: Kill the process (SIGKILL) at the end of this step; None does not.
+        resume: Resume from the last checkpoint in ``folder``.
+        best: Evaluate at each checkpoint with a score that is highest at this step, and reload the best checkpoint at
+            the end. None does not evaluate.
     """
 
     method: str
@@ -47,7 +58,14 @@ class Run:
 
 
 def check_stopped_after_every_step(run: Run) -> None:
-    """A fresh process for each step, each resuming what the one before left, ends as the run never stopped."""
+    """Train each step in a new process that resumes the previous one; the final state equals an uninterrupted run's.
+
+    Args:
+        run: The run. Its files go into two folders under ``run.folder``.
+
+    Raises:
+        AssertionError: A process failed, or the final states differ.
+    """
     whole = attrs.evolve(run, folder=run.folder / "whole")
     assert in_fresh_process(whole) == 0
     for step in range(1, run.steps + 1):
@@ -57,7 +75,15 @@ def check_stopped_after_every_step(run: Run) -> None:
 
 
 def check_killed(run: Run, at: tuple[int, ...]) -> None:
-    """Killed at the end of each of the steps ``at`` in turn and resumed from its last checkpoint, it ends the same."""
+    """Kill the run several times and resume it; the final state equals an uninterrupted run's.
+
+    Args:
+        run: The run. Its files go into two folders under ``run.folder``.
+        at: The steps at whose end the process is killed, in this order.
+
+    Raises:
+        AssertionError: A process ended unexpectedly, or the final states differ.
+    """
     whole = attrs.evolve(run, folder=run.folder / "whole", save_steps=run.steps)
     assert in_fresh_process(whole) == 0
     parts = run.folder / "parts"
@@ -69,7 +95,14 @@ def check_killed(run: Run, at: tuple[int, ...]) -> None:
 
 
 def in_fresh_process(run: Run) -> int:
-    """Run it in an interpreter that has imported its modules and done nothing else; the exit code."""
+    """Train in a new interpreter that has only imported the modules.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The exit code, negative if a signal ended the process.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     process = context.Process(target=train, args=(run,))
@@ -80,7 +113,11 @@ def in_fresh_process(run: Run) -> int:
 
 
 def train(run: Run) -> None:
-    """Train, or go on training, and write all that the end consists of."""
+    """Start or resume training, then write the final state into ``run.folder``.
+
+    Args:
+        run: The run.
+    """
     torch.set_num_threads(1)
     model = tunerkit.wrap(_model(), run.method, run.config, seed=0)
     interrupt = _Interrupt(run)
@@ -111,13 +148,23 @@ def train(run: Run) -> None:
 
 
 def end_of(folder: Path) -> dict[str, Any]:
-    """What `train` wrote at the end of a run."""
+    """Read the final state that `train` wrote.
+
+    Args:
+        folder: The run's folder.
+    """
     found: dict[str, Any] = torch.load(folder / _END)
     return found
 
 
 def assert_same(one: object, other: object, where: str = "end") -> None:
-    """Bit for bit, and key for key."""
+    """Assert that two final states are equal, bit for bit and key for key.
+
+    Args:
+        one: A state, or a part of one.
+        other: The state to compare with.
+        where: The path of this part, for the message.
+    """
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         assert one.keys() == other.keys(), f"{where}: {sorted(map(str, one.keys() ^ other.keys()))}"
         for key in one:
@@ -134,14 +181,14 @@ def assert_same(one: object, other: object, where: str = "end") -> None:
 
 
 class _Interrupt(TrainerCallback):
-    """Stops or kills the training where the run says so, and says how good a step is."""
+    """Stops or kills the training at the step that the run names, and scores each step for evaluation."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.step = 0
 
     def score(self, _: object) -> dict[str, float]:
-        """The nearer to the best step, the better."""
+        """Score the current step: 0 at the best step, lower the farther away."""
         return {"score": -abs(self.step - (self.run.best or 0))}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

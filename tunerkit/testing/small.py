@@ -1,4 +1,4 @@
-"""A small model with data and a plain loop to train it by: what a method's own tests begin with."""
+"""A small model, its data and a plain training loop, for a method's own tests."""
 
 from collections.abc import Callable
 
@@ -8,29 +8,52 @@ from torch.optim import Optimizer
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
 LABELS = torch.randint(0, 3, (8,), generator=torch.Generator().manual_seed(2))
-# The linear layers of `net`, and their features out and in.
+# The paths of the linear layers of `net`, and their shapes (out, in).
 TARGETS = ("0", "2", "4")
 SHAPES = ((8, 6), (7, 8), (3, 7))
 
 
 def net() -> nn.Sequential:
-    """The same three layers at each call: (N, 6) to (N, 3)."""
+    """Build three linear layers with the same weights at each call: (N, 6) to (N, 3)."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3))
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """What an optimizer gets."""
+    """Return the parameters to pass to an optimizer.
+
+    Args:
+        model: Any model; its parameters that require a gradient are returned.
+    """
     return [p for p in model.parameters() if p.requires_grad]
 
 
 def loss_of(model: nn.Module, rows: slice = slice(None)) -> Tensor:
-    """The share of ``rows`` in the mean cross-entropy over `X`."""
+    """Return the contribution of some rows to the mean cross-entropy over `X`.
+
+    The contributions of disjoint slices add up to the full loss, which tests of gradient accumulation use.
+
+    Args:
+        model: Maps (N, 6) to (N, 3).
+        rows: Rows of `X`; by default all of them.
+
+    Returns:
+        A scalar.
+    """
     return nn.functional.cross_entropy(model(X[rows]), LABELS[rows], reduction="sum") / len(X)
 
 
 def step(model: nn.Module, optimizer: Optimizer, loss: Callable[[nn.Module], Tensor] = loss_of) -> float:
-    """One step over all of `X`; the loss before it."""
+    """Take one optimizer step.
+
+    Args:
+        model: The model to train.
+        optimizer: Steps the model's parameters.
+        loss: Maps the model to a scalar; by default the loss over all of `X`.
+
+    Returns:
+        The loss before the step.
+    """
     optimizer.zero_grad()
     value = loss(model)
     value.backward()
@@ -39,14 +62,23 @@ def step(model: nn.Module, optimizer: Optimizer, loss: Callable[[nn.Module], Ten
 
 
 def train(model: nn.Module, optimizer: Optimizer, steps: int) -> list[float]:
-    """So many steps; their losses."""
+    """Take several optimizer steps over all of `X`.
+
+    Args:
+        model: The model to train.
+        optimizer: Steps the model's parameters.
+        steps: The number of steps.
+
+    Returns:
+        The loss before each step.
+    """
     return [step(model, optimizer) for _ in range(steps)]
 
 
 def counted_net() -> nn.Sequential:
-    """A model whose weights are counted out and not drawn, so that every release of torch builds the same one.
+    """Build a model whose weights come from a formula, so that every release of torch builds the same one.
 
-    The files in the plugins' fixtures were trained on it: (N, 6) to (N, 2).
+    It maps (N, 6) to (N, 2). The files in the plugins' fixtures were trained on it.
     """
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4), nn.Linear(4, 2))
     for number, parameter in enumerate(model.parameters(), 1):
@@ -56,11 +88,15 @@ def counted_net() -> nn.Sequential:
 
 
 def counted_inputs() -> Tensor:
-    """The batch that goes with `counted_net`, (5, 6)."""
+    """Return the input batch for `counted_net`, (5, 6)."""
     return torch.cos(torch.arange(30, dtype=torch.float32).reshape(5, 6) * 0.71)
 
 
 def counted_loss(model: nn.Module) -> Tensor:
-    """The squared distance of the outputs from 1."""
+    """Return the mean squared error to 1, a scalar.
+
+    Args:
+        model: Maps (5, 6) to any shape.
+    """
     loss: Tensor = (model(counted_inputs()) - 1).square().mean()
     return loss

@@ -1,4 +1,4 @@
-"""Hypothesis strategies that draw a method's configs from their annotations and ranges."""
+"""Hypothesis strategies that draw configs of a method from its fields' annotations and ranges."""
 
 import math
 from collections.abc import Mapping
@@ -17,11 +17,19 @@ Config = TypeVar("Config", bound=AdapterConfig)
 
 
 def configs_of(cls: type[Config], **given: SearchStrategy[Any]) -> SearchStrategy[Config]:
-    """Every valid config of ``cls``: each field is drawn from its annotation within its range.
+    """Draw valid configs: each field is drawn from its annotation, within its range.
 
-    ``given`` replaces the strategies of single fields, where checks across fields would throw most draws away::
+    If checks across fields would discard most draws, pass strategies for single fields::
 
         configs_of(AdaLoraConfig, init_rank=st.integers(8, 16), target_rank=st.integers(1, 8))
+
+    Args:
+        cls: The config class.
+        **given: Strategies by field name; they replace the default ones.
+
+    Returns:
+        A strategy for instances of ``cls``. Its draws raise `ConfigError` if a field rejects a value that its
+        annotation and range allow.
     """
     fields = {str(field.alias): values_of(field) for field in attrs.fields(cls) if field.init}
 
@@ -31,7 +39,7 @@ def configs_of(cls: type[Config], **given: SearchStrategy[Any]) -> SearchStrateg
         try:
             return cls(**values)
         except ConfigError:
-            # Only what `problems` says across fields is thrown away; a field that is wrong by itself is a defect.
+            # Discard a draw only for problems across fields. A field that is wrong by itself is a defect.
             if _wrong_alone(cls, values):
                 raise
             reject()
@@ -40,12 +48,16 @@ def configs_of(cls: type[Config], **given: SearchStrategy[Any]) -> SearchStrateg
 
 
 def values_of(field: "attrs.Attribute[Any]") -> SearchStrategy[Any]:
-    """The valid values of one field of a config class."""
+    """Draw valid values of one field.
+
+    Args:
+        field: A field of a config class, from ``attrs.fields``.
+    """
     return _of(field.type, field.metadata)
 
 
 def _wrong_alone(cls: type[AdapterConfig], values: Mapping[str, Any]) -> bool:
-    """Whether the fields are wrong one by one: then they still are where nothing is asked across fields."""
+    """Whether a field is wrong by itself: then building fails even without the checks across fields."""
     body = {"problems": AdapterConfig.problems}
     lenient = attrs.make_class(f"Lenient{cls.__name__}", {}, bases=(cls,), class_body=body, frozen=True)
     try:
@@ -81,7 +93,7 @@ def _scalar(cls: Any, limits: Mapping[str, Any]) -> SearchStrategy[Any]:
 
 
 def _bounds(limits: Mapping[str, Any]) -> tuple[float, float, bool, bool]:
-    """Lowest and highest value, and whether each is itself left out."""
+    """Return the lowest and the highest value, and whether each is excluded."""
     ge, gt, le, lt = (limits.get(name) for name in ("ge", "gt", "le", "lt"))
     low = max((limit for limit in (ge, gt) if limit is not None), default=-math.inf)
     high = min((limit for limit in (le, lt) if limit is not None), default=math.inf)

@@ -1,4 +1,4 @@
-"""Small random convolutional nets of timm as conformance cases."""
+"""Conformance cases: small random convolutional networks of timm."""
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +12,14 @@ _CLASSES = 3
 
 
 def convnext() -> nn.Module:
-    """Four stages of depthwise convolutions with layer norms and linear layers; no scale that hides its branches."""
+    """Four stages of depthwise convolutions, layer norms and linear layers. No layer scale hides a branch."""
     torch.manual_seed(0)
     model: nn.Module = ConvNeXt(depths=(1,) * 4, dims=(4, 8, 12, 16), num_classes=_CLASSES, ls_init_value=None)
     return model
 
 
 def resnet() -> nn.Module:
-    """Four stages of convolutions with batch norms; none starts at 0, where it would hide its branch for good."""
+    """Four stages of convolutions with batch norms. None is initialised to 0, which would hide its branch."""
     torch.manual_seed(0)
     model: nn.Module = ResNet(
         BasicBlock,

@@ -1,4 +1,4 @@
-"""Small random transformers models as conformance cases: one for each family with something of its own."""
+"""Conformance cases: small random transformers models, one for each family with a special feature."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -38,7 +38,7 @@ _VOCABULARY = 61
 _SHAPE = (4, 7)
 _FRAMES = 20
 
-# What most configs call their sizes, and dropout.
+# The names that most configs use for their sizes, and for dropout.
 _TEXT: Mapping[str, Any] = {
     "vocab_size": _VOCABULARY,
     "hidden_size": 16,
@@ -68,7 +68,7 @@ _WHISPER_TOWERS: Mapping[str, Any] = {
 def _builder(
     model: type[PreTrainedModel], config: type[PreTrainedConfig], options: Mapping[str, Any], **more: Any
 ) -> Callable[[], nn.Module]:
-    """A function that builds the same model at every call."""
+    """Return a function that builds the same model at every call."""
 
     def build() -> nn.Module:
         torch.manual_seed(0)
@@ -78,7 +78,7 @@ def _builder(
 
 
 bert = _builder(BertForSequenceClassification, BertConfig, _TEXT, **_NO_DROPOUT)
-# Queries and keys project the positions too: each of these modules runs twice in one forward.
+# The query and key layers also project the positions, so each of them runs twice in one forward.
 deberta = _builder(
     DebertaV2ForSequenceClassification,
     DebertaV2Config,
@@ -91,7 +91,7 @@ deberta = _builder(
     position_biased_input=False,
     norm_rel_ebd="layer_norm",
 )
-# Conv1D matrices, and a head tied to the embeddings.
+# Uses Conv1D layers, and a head tied to the embeddings.
 gpt2 = _builder(
     GPT2LMHeadModel,
     GPT2Config,
@@ -102,7 +102,7 @@ gpt2 = _builder(
 )
 llama = _builder(LlamaForCausalLM, LlamaConfig, _GROUPED)
 qwen3 = _builder(Qwen3ForCausalLM, Qwen3Config, _GROUPED, head_dim=8)
-# Embeddings that multiply what they look up; untied, so that they can be adapted.
+# Its embeddings scale their output. They are untied, so that they can be adapted.
 gemma3 = _builder(
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -141,7 +141,7 @@ def _generator() -> torch.Generator:
 
 
 def _ids() -> dict[str, Tensor]:
-    # From 3 on: padding and the ends of a text stand below.
+    # From 3 on: lower ids are padding, start and end tokens.
     return {"input_ids": torch.randint(3, _VOCABULARY, _SHAPE, generator=_generator())}
 
 
@@ -173,7 +173,7 @@ def _tokens() -> dict[str, Any]:
 
 
 def _pairs() -> dict[str, Any]:
-    # The loss is between the two towers, so it needs no labels.
+    # The loss compares the two towers, so it needs no labels.
     return {"return_loss": True}
 
 
@@ -186,7 +186,7 @@ def _case(
     shown: str = "logits",
     **settings: object,
 ) -> Case:
-    """A case that runs its model on ``batch``: the output's ``shown`` is compared, the loss is that of ``wanted``."""
+    """Build a case: the model runs on ``batch``, ``shown`` is the output compared, ``wanted`` gives the labels."""
 
     def output(model: nn.Module) -> Tensor:
         with torch.no_grad():

@@ -109,7 +109,7 @@ def test_a_second_attach_trains_the_layers_that_are_there() -> None:
     train(model, attached(model), HALF)
     for place, slots in zip(TARGETS, before, strict=True):
         model.get_submodule(place).tunerkit = slots
-    with pytest.warns(tunerkit.TunerkitWarning, match="begins anew"):
+    with pytest.warns(tunerkit.TunerkitWarning, match="restarts at step 0"):
         again = attached(model)
     train(model, again, TOTAL)
     alone = wrapped()

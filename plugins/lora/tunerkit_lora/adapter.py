@@ -1,4 +1,4 @@
-"""The LoRA adapter: two matrices beside a base layer."""
+"""The LoRA adapter: two low-rank matrices beside a base layer."""
 
 import math
 
@@ -9,7 +9,7 @@ from tunerkit import Adapter, BaseLayer, add_low_rank
 
 
 class LoraAdapter(Adapter):
-    """``a`` (r, in) and ``b`` (out, r); adds scale · b a x to the base layer's output."""
+    """Adds scale · b a x to the base layer's output, with ``a`` (r, in) and ``b`` (out, r)."""
 
     def __init__(self, base: BaseLayer, *, rank: int, scale: float, dropout: float, start: str) -> None:
         super().__init__()

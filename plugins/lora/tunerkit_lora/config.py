@@ -1,4 +1,4 @@
-"""What a user sets for LoRA."""
+"""The settings of LoRA."""
 
 from collections.abc import Iterable, Mapping
 from typing import Literal
@@ -11,26 +11,40 @@ from tunerkit.patterns import lookup
 
 @attrs.frozen
 class LoraConfig(AdapterConfig):
-    """ΔW = scale · B A with A (r, in), B (out, r); scale = alpha/r, or alpha/√r with ``rslora`` (arXiv 2312.03732)."""
+    """The settings of LoRA: ΔW = scale · B A, with A (r, in) and B (out, r).
 
-    rank: int = setting(8, ge=1, doc="columns of B and rows of A at each target")
-    alpha: float | None = setting(None, gt=0, doc="numerator of the scale; None: twice the target's rank")
-    dropout: float = setting(0.0, ge=0, lt=1, doc="share of the adapter's input that is dropped while training")
+    The scale is alpha/r, or alpha/√r with ``rslora`` (arXiv 2312.03732). The ``doc`` of each field explains it.
+
+    Raises:
+        ConfigError: Some fields are invalid; the error lists every problem.
+    """
+
+    rank: int = setting(8, ge=1, doc="rows of A and columns of B")
+    alpha: float | None = setting(None, gt=0, doc="numerator of the scale; None means twice the target's rank")
+    dropout: float = setting(0.0, ge=0, lt=1, doc="share of the adapter's input that is dropped in training")
     rslora: bool = setting(False, doc="divide alpha by the root of the rank instead of the rank")
     rank_pattern: Mapping[str, int] = setting(
-        attrs.Factory(dict), ge=1, doc="target pattern -> rank there; the first match counts"
+        attrs.Factory(dict), ge=1, doc="maps a target pattern to a rank; the first match counts"
     )
     alpha_pattern: Mapping[str, float] = setting(
-        attrs.Factory(dict), gt=0, doc="target pattern -> alpha there; the first match counts"
+        attrs.Factory(dict), gt=0, doc="maps a target pattern to an alpha; the first match counts"
     )
-    start: Literal["kaiming", "gaussian"] = setting("kaiming", doc="how A starts; B starts at 0, so ΔW does too")
+    start: Literal["kaiming", "gaussian"] = setting("kaiming", doc="initialisation of A; B starts at 0, and so does ΔW")
 
     def rank_at(self, path: str) -> int:
-        """The rank at a target."""
+        """Return the rank at a target.
+
+        Args:
+            path: The target's dotted path.
+        """
         return lookup(self.rank_pattern, path, self.rank)
 
     def scale_at(self, path: str) -> float:
-        """The scale at a target."""
+        """Return the scale at a target.
+
+        Args:
+            path: The target's dotted path.
+        """
         rank = self.rank_at(path)
         alpha = lookup(self.alpha_pattern, path, self.alpha)
         if alpha is None:
@@ -38,6 +52,6 @@ class LoraConfig(AdapterConfig):
         return float(alpha / rank**0.5 if self.rslora else alpha / rank)
 
     def target_patterns(self) -> Iterable[tuple[str, str]]:
-        """Patterns that must each match a target, with the field they stand in."""
+        """Return every pattern, each of which must match a target, with the name of its field."""
         yield from ((pattern, "rank_pattern") for pattern in self.rank_pattern)
         yield from ((pattern, "alpha_pattern") for pattern in self.alpha_pattern)

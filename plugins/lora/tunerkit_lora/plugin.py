@@ -9,7 +9,7 @@ from tunerkit_lora.config import LoraConfig
 
 @hookimpl
 def tunerkit_methods() -> Iterable[Method]:
-    """Name the method."""
+    """Register the method."""
     return [Method(name="lora", config=LoraConfig)]
 
 
@@ -27,5 +27,5 @@ def tunerkit_build_adapter(target: Target, base: BaseLayer, config: LoraConfig) 
 
 @hookimpl
 def tunerkit_delta(adapter: LoraAdapter, base: BaseLayer) -> Delta:
-    """Say what the adapter adds, for merging."""
+    """Return what the adapter adds to the weight, for merging."""
     return Delta(weight=low_rank_delta(base, q=adapter.a, p=adapter.b, scale=adapter.scale))
