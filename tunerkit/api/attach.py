@@ -10,6 +10,7 @@ from tunerkit.errors import TunerkitWarning
 from tunerkit.hooks import registry
 from tunerkit.injection import Tuner, is_frozen, require_tuners
 from tunerkit.injection import tuner as find_tuner
+from tunerkit.libraries import TRAINER, derives_from
 from tunerkit.serialization import carry
 from tunerkit.steps import drive
 
@@ -66,5 +67,4 @@ def _chosen(model: nn.Module, adapter: str | None) -> list[Tuner]:
 
 def _as_trainer(candidate: object) -> Any:
     """``candidate`` if it is a transformers Trainer (TRL's are), without importing transformers for the question."""
-    names = {f"{cls.__module__}.{cls.__name__}" for cls in type(candidate).__mro__}
-    return candidate if "transformers.trainer.Trainer" in names else None
+    return candidate if derives_from(candidate, TRAINER) else None

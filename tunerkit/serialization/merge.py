@@ -14,6 +14,7 @@ from tunerkit.injection import (
     Tuner,
     add_delta,
     ask_delta,
+    base_modules,
     is_merged,
     refuse_disabled,
     refuse_lost,
@@ -114,7 +115,7 @@ def _refuse_offloaded(model: nn.Module) -> None:
 
 def _refuse_tied(model: nn.Module) -> None:
     """Wrapping refuses tied weights, but they may be tied by now: merging would change what shares them too."""
-    shared = tied(model)
+    shared = tied(base_modules(model))
     for path, module, slots in walk(model):
         names = [name for p in module.parameters() for name in shared.get(id(p), ()) if not is_under(name, (path,))]
         if slots.active and names:
