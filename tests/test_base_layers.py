@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from tunerkit.layers import KINDS, BaseLayer, describe
+from tunerkit.layers import KINDS, BaseLayer, as_base_layer
 from tunerkit.layers.attention import AttentionLayer
 from tunerkit.layers.convolution import ConvLayer
 from tunerkit.layers.embedding import EmbeddingLayer
@@ -38,7 +38,7 @@ def random_(module: nn.Module) -> nn.Module:
 
 def described(module: nn.Module) -> BaseLayer:
     """The module's kind, which it must have."""
-    base = describe(module)
+    base = as_base_layer(module)
     assert base is not None
     return base
 
@@ -138,7 +138,7 @@ def test_transformers_conv1d_keeps_the_law(batch: list[int], n_in: int, n_out: i
     """Its weight is (in, out)."""
     conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
     module = random_(conv1d(n_out, n_in))
-    assert isinstance(describe(module), Conv1DLayer)
+    assert isinstance(as_base_layer(module), Conv1DLayer)
     check_law(module, torch.randn(*batch, n_in, dtype=torch.float64).reshape(-1, n_in), rank)
 
 
@@ -147,7 +147,7 @@ def test_falcons_linear_layer_keeps_the_law(bias: bool) -> None:
     """It computes what ``nn.Linear`` does in a forward of its own."""
     falcon = pytest.importorskip("transformers.models.falcon.modeling_falcon")
     module = random_(falcon.FalconLinear(4, 3, bias=bias))
-    assert isinstance(describe(module), LinearLayer)
+    assert isinstance(as_base_layer(module), LinearLayer)
     check_law(module, torch.randn(2, 5, 4, dtype=torch.float64), 2)
 
 
@@ -178,7 +178,7 @@ def test_scaled_embeddings_of_transformers_keep_the_law_or_are_refused() -> None
     refused = set()
     for name, cls in classes.items():
         module = random_(cls(7, 4, 2, embed_scale=3.0))
-        if describe(module) is None:
+        if as_base_layer(module) is None:
             refused.add(name)
         else:
             check_law(module, torch.arange(7).reshape(1, 7), 3)
@@ -415,13 +415,13 @@ def with_own(name: str, module: nn.Module) -> nn.Module:
 )
 def test_a_layer_that_may_do_something_else_has_no_kind(module: nn.Module) -> None:
     """Own forwards, lookalikes by name, layers without features yet, and other arithmetic."""
-    assert describe(module) is None
+    assert as_base_layer(module) is None
 
 
 def test_a_subclass_that_keeps_the_forward_has_its_parents_kind() -> None:
     """Also once torch's parametrizations have swapped the class."""
     for module in (Renamed(3, 2), weight_norm(nn.Linear(3, 2)), nn.MultiheadAttention(4, 2).out_proj):
-        assert isinstance(describe(module), LinearLayer)
+        assert isinstance(as_base_layer(module), LinearLayer)
 
 
 def test_a_transformers_class_with_its_own_forward_has_no_kind() -> None:
@@ -431,10 +431,10 @@ def test_a_transformers_class_with_its_own_forward_has_no_kind() -> None:
     for parent, arguments in ((utils.Conv1D, (2, 3)), (gemma.Gemma3TextScaledWordEmbedding, (5, 3, 0))):
         kept = type("Kept", (parent,), {})
         changed = type(parent.__name__, (parent,), {"forward": lambda self, x: x})
-        assert type(describe(kept(*arguments))) is type(describe(parent(*arguments)))
-        assert describe(kept(*arguments)) is not None
-        assert describe(changed(*arguments)) is None
-        assert describe(with_own("forward", parent(*arguments))) is None
+        assert type(as_base_layer(kept(*arguments))) is type(as_base_layer(parent(*arguments)))
+        assert as_base_layer(kept(*arguments)) is not None
+        assert as_base_layer(changed(*arguments)) is None
+        assert as_base_layer(with_own("forward", parent(*arguments))) is None
 
 
 def test_an_embedding_of_transformers_has_a_kind_only_if_it_is_a_scaled_one() -> None:
@@ -442,14 +442,14 @@ def test_an_embedding_of_transformers_has_a_kind_only_if_it_is_a_scaled_one() ->
     bart = pytest.importorskip("transformers.models.bart.modeling_bart")
     positions = bart.BartLearnedPositionalEmbedding(5, 3)
     positions.embed_scale = 2.0
-    assert describe(positions) is None
+    assert as_base_layer(positions) is None
     body = {"forward": lambda self, x: x, "__module__": "transformers.models.new"}
     for parent, scale in ((nn.Linear, 2.0), (nn.Embedding, None)):
         module = type("NewScaledWordEmbedding", (parent,), body)(5, 3)
         module.register_parameter("bias", None)
         del module._parameters["bias"]
         module.embed_scale = scale
-        assert describe(module) is None
+        assert as_base_layer(module) is None
 
 
 def test_the_first_kind_that_matches_wins_and_plugins_need_no_attrs() -> None:
@@ -461,9 +461,9 @@ def test_the_first_kind_that_matches_wins_and_plugins_need_no_attrs() -> None:
             return True
 
     plugin: Any = type("Plugin", (Anything,), {name: None for name in Anything.__abstractmethods__})
-    assert isinstance(describe(nn.Linear(2, 2), (*KINDS, plugin)), LinearLayer)
+    assert isinstance(as_base_layer(nn.Linear(2, 2), (*KINDS, plugin)), LinearLayer)
     norm = nn.LayerNorm(2)
-    found: Any = describe(norm, (*KINDS, plugin))
+    found: Any = as_base_layer(norm, (*KINDS, plugin))
     assert type(found) is plugin
     assert found.module is norm
     with pytest.raises(TypeError, match="abstract"):

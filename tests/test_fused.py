@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import tunerkit
 from tunerkit.injection.slots import Slot, Slots, apply_slots
-from tunerkit.layers import describe, fused
+from tunerkit.layers import as_base_layer, fused
 from tunerkit.layers.fused import mark_fresh, plain_form
 from tunerkit.layers.low_rank import add_low_rank
 from tunerkit.testing.counting import Counting
@@ -42,7 +42,7 @@ class Product(tunerkit.Adapter):
 
 def adapted(layer: nn.Module, *adapters: Callable[[tunerkit.BaseLayer], tunerkit.Adapter]) -> Any:
     """``layer``, frozen, with adapters as `tunerkit.wrap` puts them there."""
-    base = describe(layer.requires_grad_(False))
+    base = as_base_layer(layer.requires_grad_(False))
     assert base is not None
     slots = Slots(base)
     for number, make in enumerate(adapters or (lambda base: Product(base, 3),)):
@@ -239,7 +239,7 @@ def keep(kept: list[Tensor]) -> Callable[..., None]:
 def test_layers_with_a_forward_of_their_own_are_not_written_into(kind: type[nn.Linear]) -> None:
     """No kind describes them in core; one that a plugin brings computes in the plain form unless it says linear."""
     layer = kind(5, 4).requires_grad_(False)
-    assert describe(layer) is None
+    assert as_base_layer(layer) is None
 
 
 def test_an_output_that_a_hook_has_seen_is_not_written_to() -> None:
@@ -352,7 +352,7 @@ def test_a_weight_elsewhere_is_not_gone_through() -> None:
     layer = adapted(nn.Linear(5, 4)).double()
     slots = layer.tunerkit
     elsewhere = nn.Linear(5, 4, device="meta", dtype=torch.float64).requires_grad_(False)
-    base, x = describe(elsewhere), torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    base, x = as_base_layer(elsewhere), torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     assert base is not None
     elsewhere.register_forward_hook(apply_slots, with_kwargs=True)
     y = F.linear(x, layer.weight, layer.bias)

@@ -18,7 +18,7 @@ import tunerkit
 from tunerkit.errors import AdapterError, PluginError, TargetError, TunerkitWarning
 from tunerkit.injection import eject_
 from tunerkit.injection.weight_override import give_back, lend
-from tunerkit.layers import describe
+from tunerkit.layers import as_base_layer
 from tunerkit.layers.attention import AttentionLayer
 from tunerkit.serialization.fingerprint import fingerprint
 
@@ -456,7 +456,7 @@ def test_an_attention_that_is_the_model_itself_is_lent_to_too(toys: "Toys") -> N
 
 def test_the_kind_has_no_input_to_project() -> None:
     """Its features are those of the packed matrix, and a method that asks for its input is told why there is none."""
-    base = describe(nn.MultiheadAttention(WIDTH, HEADS))
+    base = as_base_layer(nn.MultiheadAttention(WIDTH, HEADS))
     assert isinstance(base, AttentionLayer)
     assert (base.in_features, base.out_features, base.scale) == (WIDTH, 3 * WIDTH, 1.0)
     assert torch.equal(base.dense(), base.module.in_proj_weight)

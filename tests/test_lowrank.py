@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tunerkit.errors import AdapterError
-from tunerkit.layers import BaseLayer, describe
+from tunerkit.layers import BaseLayer, as_base_layer
 from tunerkit.layers.low_rank import add_low_rank, low_rank_delta
 
 LAYERS = ("linear", "conv1d", "conv2d", "conv3d", "embedding", "transposed", "scaled")
@@ -40,7 +40,7 @@ def layer(name: str, dtype: torch.dtype = torch.float64) -> tuple[BaseLayer, Ten
         module = gemma.Gemma3TextScaledWordEmbedding(5, 4, 1, embed_scale=3.0)
     for parameter in module.parameters():
         nn.init.normal_(parameter)
-    base = describe(module.to(dtype).requires_grad_(False))
+    base = as_base_layer(module.to(dtype).requires_grad_(False))
     assert base is not None
     return base, x.to(dtype) if x.is_floating_point() else x
 
@@ -265,7 +265,7 @@ def test_factors_of_another_layer_are_refused_in_words() -> None:
 
 def test_the_meta_device_works() -> None:
     """Shapes can be asked for without memory; that device knows no autocast."""
-    base = describe(nn.Linear(5, 4, device="meta"))
+    base = as_base_layer(nn.Linear(5, 4, device="meta"))
     assert base is not None
     q, p = torch.empty(2, 5, device="meta"), torch.empty(4, 2, device="meta")
     x = torch.empty(3, 5, device="meta")

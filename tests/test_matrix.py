@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tunerkit.layers import describe
-from tunerkit.targets import select
+from tunerkit.layers import KINDS
+from tunerkit.targets import scan, select
 from tunerkit.testing import matrix
 from tunerkit.testing.conformance import Case
 
@@ -64,11 +64,7 @@ def test_every_layer_that_a_case_names_can_be_adapted(case: Case) -> None:
     """Law: a case's targets and the default both find layers, and the loss reaches each of them."""
     model = case.build()
     for wanted in (case.settings.get("targets"), None):
-        found = select(
-            model,
-            targets=wanted,  # type: ignore[arg-type]
-            is_adaptable=lambda module: describe(module) is not None,
-        )
+        found = select(scan(model, KINDS), targets=wanted)  # type: ignore[arg-type]
         model.zero_grad()
         case.loss(model).backward()
         weights = [target.module.get_parameter("weight") for target in found]

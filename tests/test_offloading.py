@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tunerkit
 from tunerkit.errors import AdapterError, StepError, TargetError
-from tunerkit.layers import describe, plain_form
+from tunerkit.layers import as_base_layer, plain_form
 from tunerkit.libraries import duplicate, execution_device
 
 if TYPE_CHECKING:
@@ -247,5 +247,5 @@ def test_only_device_hooks_are_seen_through(changes: list[Callable[[Any], None]]
     layer = nn.Linear(3, 4)
     for change in changes:
         change(layer)
-    assert (describe(layer) is not None) == adapted
-    assert (describe(copy.deepcopy(layer)) is not None) == adapted
+    assert (as_base_layer(layer) is not None) == adapted
+    assert (as_base_layer(copy.deepcopy(layer)) is not None) == adapted

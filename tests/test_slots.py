@@ -12,7 +12,7 @@ from torch import nn
 
 from tunerkit.injection import Slot, Slots, slots_of, walk
 from tunerkit.injection.slots import apply_slots
-from tunerkit.layers import describe, has_trainable_bias, view_bias
+from tunerkit.layers import as_base_layer, has_trainable_bias, view_bias
 
 # A module with a bias of its own, and an input for it.
 BIASED: dict[str, tuple[Any, tuple[int, ...]]] = {
@@ -39,7 +39,7 @@ def test_a_trained_bias_does_what_the_modules_own_would(name: str) -> None:
     """The slot's output is that of the module with the trained bias in place of its own; untrained, bit for bit."""
     make, shape = BIASED[name]
     module, x = make().double(), torch.randn(shape).double()
-    base = describe(module)
+    base = as_base_layer(module)
     assert has_trainable_bias(module, base)
     slot = Slot(bias=nn.Parameter(module.bias.detach().clone()))
     y = module(x)
@@ -67,13 +67,13 @@ def test_a_bias_that_is_not_understood_is_not_trainable() -> None:
         ChannelsFirst(3),
         patched,
     ):
-        assert not has_trainable_bias(module, describe(module))
+        assert not has_trainable_bias(module, as_base_layer(module))
 
 
 def test_view_bias_follows_the_base_layer_where_there_is_one() -> None:
     """A base-layer kind knows its own shape better than the class of the module."""
     conv = nn.Conv2d(1, 3, 1)
-    assert view_bias(conv, describe(conv), torch.zeros(3), torch.zeros(3, 2, 2)).shape == (3, 1, 1)
+    assert view_bias(conv, as_base_layer(conv), torch.zeros(3), torch.zeros(3, 2, 2)).shape == (3, 1, 1)
 
 
 @given(names=st.lists(st.text(st.characters(exclude_characters="./"), min_size=1, max_size=8), unique=True, max_size=5))
@@ -118,7 +118,7 @@ def test_originals_follow_the_module_and_stay_out_of_its_state() -> None:
 def test_the_input_is_found_whether_named_or_not() -> None:
     """An adapter sees the base layer's input also where the caller passes it by keyword."""
     module = nn.Linear(2, 2)
-    slots = Slots(describe(module))
+    slots = Slots(as_base_layer(module))
     module.add_module("tunerkit", slots)
 
     class Echo(nn.Module):

@@ -46,6 +46,7 @@ TINY = Settings(
     blocks=(1, 2),
     growth_blocks=(1,),
     start_blocks=1,
+    select_blocks=1,
     start_hidden=16,
     delta_t=2,
     backend="eager",

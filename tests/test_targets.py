@@ -16,27 +16,26 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tunerkit import patterns, targets
-from tunerkit.errors import TargetError, TunerkitWarning
+from tunerkit.errors import TargetError, TunerkitWarning, closest
+from tunerkit.layers import KINDS
+from tunerkit.layers.convolution import ConvLayer
 from tunerkit.libraries.default_targets import DEFAULT_TARGETS
 from tunerkit.patterns import matches
-from tunerkit.targets.scan import tied
+from tunerkit.targets import Scan
 
 # Few and alike, so that generated names do end generated paths, at dots and elsewhere.
 components = st.sampled_from(["a", "aa", "ba", "0"])
 paths = st.lists(components, min_size=1, max_size=4).map(".".join)
 
 
-def is_adaptable(module: nn.Module) -> bool:
-    """A small stand-in for core's base-layer kinds."""
-    linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    if isinstance(module, nn.MultiheadAttention):
-        return type(module).forward is nn.MultiheadAttention.forward and module.kdim == module.vdim == module.embed_dim
-    return linear or type(module).__name__ in ("Conv1D", "FalconLinear") or isinstance(module, nn.Conv2d | nn.Embedding)
+def scanned(model: nn.Module) -> Scan:
+    """The scan of a model, with core's own base-layer kinds."""
+    return targets.scan(model, KINDS)
 
 
 def chosen(model: nn.Module, wanted: str | Sequence[str] | None, **options: object) -> list[str]:
     """The selected paths, each checked to lead to its module."""
-    selected = targets.select(model, targets=wanted, is_adaptable=is_adaptable, **options)  # type: ignore[arg-type]
+    selected = targets.select(scanned(model), targets=wanted, **options)  # type: ignore[arg-type]
     assert all(model.get_submodule(target.path) is target.module for target in selected)
     return [target.path for target in selected]
 
@@ -235,7 +234,7 @@ def test_the_modules_of_other_adapters_are_invisible() -> None:
     with pytest.raises(TargetError, match="no module named 'default'"):
         chosen(model, "default")
     with pytest.raises(TargetError, match="no module named"):
-        targets.from_paths(model, ["layers.0.mlp.tunerkit.default"])
+        targets.from_paths(scanned(model), ["layers.0.mlp.tunerkit.default"])
 
 
 def test_a_module_registered_twice_is_one_target_under_its_first_path_and_found_by_both() -> None:
@@ -487,26 +486,26 @@ def test_tied_names_every_parameter_that_several_modules_hold() -> None:
     model = tied_pair()
     model["again"] = model["body"]
     model["body"].add_module("tunerkit", tied_pair())  # what adapters share among themselves is their own affair
-    assert dict(tied(model)) == {id(model["embed"].weight): ("odd.weight", "embed.weight")}
+    assert dict(scanned(model).sharers) == {id(model["embed"].weight): ("odd.weight", "embed.weight")}
 
 
 def test_training_a_module_whose_parameter_lives_elsewhere_too_is_refused() -> None:
     """Law: a copy would break the tie; a tie that lies wholly inside the copied module stays."""
     model = nn.ModuleDict({"inner": tied_pair(), "other": nn.Linear(2, 2)})
-    targets.refuse_tied(model, ["inner", "other"])
+    targets.refuse_tied(scanned(model), ["inner", "other"])
     with pytest.raises(TargetError, match=r"inner\.odd\.weight is tied to inner\.embed\.weight"):
-        targets.refuse_tied(model, ["other", "inner.odd"])
+        targets.refuse_tied(scanned(model), ["other", "inner.odd"])
     with pytest.raises(TargetError, match="is tied to"):
-        targets.refuse_tied(model, ["inner.odd", "inner.embed"])
+        targets.refuse_tied(scanned(model), ["inner.odd", "inner.embed"])
 
 
 def test_refuse_unfit_names_every_target_that_must_not_be_adapted() -> None:
     """Law: what select refuses for its weight is refused for targets from elsewhere too."""
     model = nn.ModuleDict({"attending": Attending(), "pair": tied_pair()})
-    targets.refuse_unfit(model, targets.from_paths(model, ["attending.body", "pair.body"]))
-    unfit = targets.from_paths(model, ["attending.attention.out_proj", "pair.body", "pair.odd"])
+    targets.refuse_unfit(scanned(model), targets.from_paths(scanned(model), ["attending.body", "pair.body"]))
+    unfit = targets.from_paths(scanned(model), ["attending.attention.out_proj", "pair.body", "pair.odd"])
     with pytest.raises(TargetError) as caught:
-        targets.refuse_unfit(model, unfit)
+        targets.refuse_unfit(scanned(model), unfit)
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [unfit[0].path, unfit[2].path]
 
 
@@ -516,18 +515,21 @@ def test_refuse_unfit_names_every_target_that_must_not_be_adapted() -> None:
 def test_resolve_modules_gives_the_outermost_modules_in_model_order() -> None:
     """Law: what lies in another match is not listed again."""
     model = Net()
-    assert targets.resolve_modules(model, ["classifier", "embed"], what="train_modules") == ("embed", "classifier")
-    assert targets.resolve_modules(model, ["0", "classifier.0", "mlp"], what="x") == (
+    assert targets.resolve_modules(scanned(model), ["classifier", "embed"], what="train_modules") == (
+        "embed",
+        "classifier",
+    )
+    assert targets.resolve_modules(scanned(model), ["0", "classifier.0", "mlp"], what="x") == (
         *("layers.0", "layers.1.mlp", "layers.2.mlp", "classifier.0"),
     )
-    assert targets.resolve_modules(model, ["classifier*"], what="x") == ("classifier",)
-    assert targets.resolve_modules(model, [], what="x") == ()
+    assert targets.resolve_modules(scanned(model), ["classifier*"], what="x") == ("classifier",)
+    assert targets.resolve_modules(scanned(model), [], what="x") == ()
 
 
 def test_resolve_modules_names_every_name_that_matches_nothing() -> None:
     """Law: with where the name stood, and the closest names."""
     with pytest.raises(TargetError) as caught:
-        targets.resolve_modules(Net(), ["clasifier", "nrom", "mlp"], what="train_modules")
+        targets.resolve_modules(scanned(Net()), ["clasifier", "nrom", "mlp"], what="train_modules")
     first, second = str(caught.value).splitlines()
     assert first.startswith("train_modules: no module named 'clasifier'; did you mean 'classifier'")
     assert second.startswith("train_modules: no module named 'nrom'; did you mean 'norm'")
@@ -536,10 +538,48 @@ def test_resolve_modules_names_every_name_that_matches_nothing() -> None:
 def test_from_paths_takes_exact_paths_only_and_names_all_that_are_missing() -> None:
     """Law: a file's paths are data: no suffix, no pattern, not the model itself."""
     model = Net()
-    assert [target.path for target in targets.from_paths(model, ["layers.1.mlp", "embed"])] == ["layers.1.mlp", "embed"]
+    assert [target.path for target in targets.from_paths(scanned(model), ["layers.1.mlp", "embed"])] == [
+        "layers.1.mlp",
+        "embed",
+    ]
     with pytest.raises(TargetError) as caught:
-        targets.from_paths(model, ["mlp", "embed", "", "layers.*.mlp", "re:("])
+        targets.from_paths(scanned(model), ["mlp", "embed", "", "layers.*.mlp", "re:("])
     assert str(caught.value).count("no module named") == 4
+
+
+def test_from_paths_names_the_first_of_many_missing_paths_and_counts_the_others() -> None:
+    """Law: a file of another architecture is refused at once: looking for the closest names of all takes long."""
+    found = scanned(nn.ModuleDict({"body": nn.ModuleList(Net() for _ in range(80))}))
+    wanted = [f"model.layers.{layer}.{name}" for layer in range(80) for name in ALL[:7]]
+    began = time.process_time()
+    with pytest.raises(TargetError) as caught:
+        targets.from_paths(found, wanted)
+    assert time.process_time() - began <= 1.5
+    *named, last = str(caught.value).splitlines()
+    assert named == [f"no module named {path!r}{closest(path, found.by_path)}" for path in wanted[: len(named)]]
+    assert "did you mean" in named[0]
+    assert last == f"and {560 - len(named)} more modules that it lacks"
+    assert 4 <= len(named) <= 58
+
+
+def test_each_module_is_asked_once_for_its_kind() -> None:
+    """Law: asking every plugin about a module is not free; one that is registered twice is one module."""
+    asked: list[nn.Module] = []
+
+    class Kind(ConvLayer):  # type: ignore[misc]  # final: nobody else may derive from it
+        @classmethod
+        def matches(cls, module: nn.Module) -> bool:
+            asked.append(module)
+            return False
+
+    model = Net()
+    model.again = model.embed
+    found = targets.scan(model, (Kind,))
+    with pytest.raises(TargetError):
+        targets.choose_biases(found, "all", (), targets.choose_copies(found, ("embed",)))
+    with pytest.raises(TargetError):
+        targets.select(found, targets="all-linear")
+    assert asked == list(model.modules())
 
 
 # Architectures
@@ -683,7 +723,7 @@ def test_gpt2_with_its_tied_head_named_is_refused_with_both_names() -> None:
     with pytest.raises(TargetError, match=r"lm_head: .*transformer\.wte\.weight, lm_head\.weight"):
         chosen(model, ["c_attn", "lm_head"])
     with pytest.raises(TargetError, match=r"lm_head\.weight is tied to transformer\.wte\.weight"):
-        targets.refuse_tied(model, ["lm_head"])
+        targets.refuse_tied(scanned(model), ["lm_head"])
 
 
 def test_the_default_of_a_convolutional_net_is_the_convolutions_of_its_blocks() -> None:

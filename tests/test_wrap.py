@@ -18,6 +18,8 @@ from torch import nn
 import tunerkit
 from tunerkit.errors import AdapterError, ConfigError, PluginError, TargetError, TunerkitWarning, UnknownMethodError
 from tunerkit.hooks import all_kinds
+from tunerkit.layers import as_base_layer
+from tunerkit.layers.linear import LinearLayer
 
 if TYPE_CHECKING:
     from tests.conftest import Toys
@@ -583,6 +585,33 @@ def test_good_kinds_come_after_cores_own(toys: "Toys") -> None:
     with registered(Kinds()):
         assert all_kinds() == (*kinds, kinds[0])
     assert all_kinds() == kinds
+
+
+def test_wrapping_and_loading_ask_each_module_once(toys: "Toys", tmp_path: Path) -> None:
+    """The model is scanned once: copies, targets and biases are chosen, and adapters built, from one scan."""
+    asked: list[nn.Module] = []
+
+    class Kind(LinearLayer):  # type: ignore[misc]  # final: nobody else may derive from it
+        @classmethod
+        def matches(cls, module: nn.Module) -> bool:
+            asked.append(module)
+            return False
+
+    class Kinds:
+        @tunerkit.hookimpl
+        def tunerkit_base_layers(self) -> list[type[tunerkit.BaseLayer]]:
+            return [Kind]
+
+    config = {"targets": ["layers.1"], "train_modules": ["batch_norm"], "bias": "adapters"}
+    model, base = toys.net(batch_norm=True), toys.net(batch_norm=True)
+    unknown = [[m for m in net.modules() if as_base_layer(m) is None] for net in (model, base)]
+    with registered(Kinds()):
+        tunerkit.wrap(model, "toy-shift", config)
+        assert asked == unknown[0]
+        path = tunerkit.save(model, tmp_path)
+        asked.clear()
+        tunerkit.load(base, path)
+    assert asked == unknown[1]
 
 
 # Copies of a wrapped model

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-CHILD = "tunerkit"
+CHILD = "tunerkit"  # the child of a base layer that holds its adapters: never a target itself
 
 
 def is_adapter_path(name: str) -> bool:
@@ -10,12 +10,9 @@ def is_adapter_path(name: str) -> bool:
     return CHILD in name.split(".")[:-1]
 
 
-INJECTED = "tunerkit"  # the child of a base layer that holds its adapters; never a target itself
-
-
 def is_under(path: str, roots: Collection[str]) -> bool:
     """Whether ``path`` or one of its ancestors is in ``roots``."""
-    while path:
+    while path and roots:
         if path in roots:
             return True
         path = parent(path)
@@ -40,8 +37,3 @@ def layer_number(path: str) -> int | None:
 def is_number(part: str) -> bool:
     """Whether one part of a path is an index."""
     return part.isascii() and part.isdigit()
-
-
-def is_injected(path: str) -> bool:
-    """Whether ``path`` belongs to an adapter."""
-    return INJECTED in path.split(".")

@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedModel
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from benchmarks.speed.settings import BLOCK_LINEARS, Settings, Size
@@ -17,8 +17,12 @@ ATTENTION = "sdpa"
 KERNEL: dict[str, Any] = {"attn_implementation": ATTENTION}  # the configs take it without declaring it
 BERT_TARGETS = ("query", "key", "value", "dense")
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# hidden, intermediate, blocks, heads, key-value heads of Llama 3.2 1B and Llama 3.1 8B.
-LLAMA_SHAPES = {"llama-1b": (2048, 8192, 16, 32, 8), "llama-8b": (4096, 14336, 32, 32, 8)}
+# hidden, intermediate, blocks, heads, key-value heads of Llama 3.2 1B, Llama 3.1 8B and Llama 3.1 70B.
+LLAMA_SHAPES = {
+    "llama-1b": (2048, 8192, 16, 32, 8),
+    "llama-8b": (4096, 14336, 32, 32, 8),
+    "llama-70b": (8192, 28672, 80, 64, 8),
+}
 
 
 @dataclasses.dataclass
@@ -116,6 +120,17 @@ def large_llama(name: str, shape: Sequence[int], settings: Settings, device: str
             return attrs.evolve(found, autocast=torch.bfloat16)
     finally:
         torch.set_default_dtype(before)
+
+
+def hollow_llama(name: str, blocks: int) -> LlamaForCausalLM:
+    """A causal Llama of a published shape with ``blocks`` blocks, whose weights take no memory and are all zero."""
+    hidden, intermediate, _, heads, kv_heads = LLAMA_SHAPES[name]
+    with torch.device("meta"):
+        model = LlamaForCausalLM(_llama_config(hidden, intermediate, blocks, heads, kv_heads))
+    for module in model.modules():
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            module.register_parameter(leaf, nn.Parameter(torch.zeros(()).expand(parameter.shape)))
+    return model
 
 
 def workload(name: str, body: PreTrainedModel, targets: tuple[str, ...], shape: Sequence[int], seed: int) -> Workload:

@@ -40,7 +40,8 @@ class Settings:
     """What all parts share; the defaults are the run that gets published.
 
     ``pairs`` are the rounds in which every contender takes one timed step, after ``warmup`` untimed ones. ``blocks``
-    are those of the counted Llama models, ``start_blocks`` those of the model that is wrapped, saved and loaded.
+    are those of the counted Llama models, ``start_blocks`` those of the model that is wrapped, saved and loaded,
+    ``select_blocks`` those of the large one whose targets are selected.
     """
 
     sizes: tuple[Size, ...] = read_sizes("6x384,12x256,4x1024")
@@ -55,6 +56,7 @@ class Settings:
     growth_blocks: tuple[int, ...] = (4, 28, 64, 143)
     start_blocks: int = 64
     start_hidden: int = 128
+    select_blocks: int = 80
     delta_t: int = 10  # steps between two allocations, our default
     backend: str = "inductor"
 

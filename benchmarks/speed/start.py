@@ -1,6 +1,7 @@
-"""Part `start`: the time to wrap, save, load and merge."""
+"""Part `start`: the time to wrap, save, load and merge, and to select the targets of a large model."""
 
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,11 +11,13 @@ from torch import nn
 
 import tunerkit
 from benchmarks.speed import contenders as who
-from benchmarks.speed.models import Workload, small_llama
+from benchmarks.speed.models import Workload, hollow_llama, small_llama
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.statistics import Pairs, middle, one_kind, ratio
 from benchmarks.speed.tables import Row, estimated
-from benchmarks.speed.timing import Times, interleave
+from benchmarks.speed.timing import Call, Times, interleave
+from tunerkit.hooks import all_kinds
+from tunerkit.targets import scan, select
 
 PART = "start"
 # Of each, whose time it is compared with. AdaLoRA is saved and loaded after its last allocation.
@@ -30,7 +33,7 @@ OURS = (who.LORA, who.ADALORA_SHRUNK)
 
 
 def measure(settings: Settings) -> list[Row]:
-    """All four, at one number of layers."""
+    """All four, at one number of layers; the selection alone in a model of the 70B shape."""
     workload = small_llama(settings.start_blocks, settings, hidden=settings.start_hidden)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -40,7 +43,28 @@ def measure(settings: Settings) -> list[Row]:
             "load": time_load(workload, settings, Path(folder)),
             "merge": time_merge(workload, settings),
         }
-    return [row for what, times in runs.items() for row in _rows(workload.name, what, times, settings)]
+    rows = [row for what, times in runs.items() for row in _rows(workload.name, what, times, settings)]
+    return [*rows, selection_row("llama-70b", settings)]
+
+
+def selection_row(shape: str, settings: Settings) -> Row:
+    """Finding the default targets, in processor time: the scan of the whole model and the choice."""
+    model, kinds = hollow_llama(shape, settings.select_blocks), all_kinds()
+
+    def choose() -> None:
+        select(scan(model, kinds), targets=None)
+
+    times = interleave(
+        {who.LORA: choose}, rounds=settings.pairs, seed=settings.seed, warmup=1, clock=_processor_seconds
+    )
+    found = middle(1e3 * times[who.LORA], one_kind(settings.pairs), seed=settings.seed)
+    return estimated(PART, shape, who.LORA, "select, ms", found)
+
+
+def _processor_seconds(call: Call) -> float:
+    began = time.process_time()
+    call()
+    return time.process_time() - began
 
 
 def time_wrap(workload: Workload, settings: Settings) -> dict[str, Times]:

@@ -9,6 +9,7 @@ from torch import nn
 from tunerkit.errors import TunerkitWarning
 from tunerkit.injection import Tuner, is_frozen, require_tuners
 from tunerkit.injection import tuner as find_tuner
+from tunerkit.libraries import TRAINER, derives_from
 from tunerkit.serialization import carry
 from tunerkit.steps import drive
 
@@ -74,5 +75,4 @@ def _chosen(model: nn.Module, adapter: str | None) -> list[Tuner]:
 
 def _as_trainer(candidate: object) -> Any:
     """Return ``candidate`` if it is a transformers (or TRL) Trainer, else None, without importing transformers."""
-    names = {f"{cls.__module__}.{cls.__name__}" for cls in type(candidate).__mro__}
-    return candidate if "transformers.trainer.Trainer" in names else None
+    return candidate if derives_from(candidate, TRAINER) else None

@@ -26,10 +26,9 @@ from tunerkit.injection import (
     warn_of_dropout,
     warn_of_statistics,
 )
-from tunerkit.layers import describe
 from tunerkit.serialization import merge, restore_originals_
 from tunerkit.steps import detach
-from tunerkit.targets import choose_biases, choose_copies, from_paths, refuse_tied, select
+from tunerkit.targets import choose_biases, choose_copies, from_paths, refuse_tied, scan, select
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -55,32 +54,24 @@ def wrap(
     root = inside(model)
     refuse_unready(root, adapter)
     config = hooks.configure(method, config)
-    kinds = hooks.all_kinds()
-    copies = choose_copies(root, config.train_modules)
-    refuse_tied(root, copies)
-    chosen = select(
-        root,
-        targets=config.targets,
-        exclude=config.exclude,
-        layers=config.layers,
-        is_adaptable=lambda module: describe(module, kinds) is not None,
-        trained=copies,
-    )
+    scanned = scan(root, hooks.all_kinds())
+    copies = choose_copies(scanned, config.train_modules)
+    refuse_tied(scanned, copies)
+    chosen = select(scanned, targets=config.targets, exclude=config.exclude, layers=config.layers, trained=copies)
     refuse_idle_patterns(config, chosen)
-    biases = choose_biases(root, config.bias, chosen, copies, kinds)
     tuner = Tuner(
         name=adapter,
         method=method,
         config=config,
         model=root,
         targets=chosen,
-        copies=from_paths(root, copies),
-        biases=biases,
+        copies=from_paths(scanned, copies),
+        biases=choose_biases(scanned, config.bias, chosen, copies),
         progress=Progress(total_steps=config.total_steps),
     )
     with seeded(seed):
-        plan = build(tuner, kinds)
-    warn_of_statistics(root, copies)
+        plan = build(scanned, tuner)
+    warn_of_statistics(scanned, copies)
     warn_of_dropout(plan)
     inject_(plan, trainable=True)
     return model

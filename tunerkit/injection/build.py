@@ -11,37 +11,40 @@ from tunerkit.injection.inject import Plan, copy_base
 from tunerkit.injection.preconditions import refuse_overlap
 from tunerkit.injection.slots import Slot
 from tunerkit.injection.tuner import Tuner
-from tunerkit.injection.weight_override import lender
-from tunerkit.layers import Adapter, BaseLayer, bias_name, describe
+from tunerkit.layers import Adapter, BaseLayer, bias_name
 from tunerkit.libraries import execution_device, is_offloaded
 from tunerkit.records import Target
+from tunerkit.targets import Scan
 
 
-def build(tuner: Tuner, kinds: tuple[type[BaseLayer], ...]) -> Plan:
+def build(scanned: Scan, tuner: Tuner) -> Plan:
     """Build every slot of ``tuner``; the model is only read."""
-    refuse_overlap(tuner.model, tuner.modules(), tuple(place.path for place in tuner.copies))
-    bases = {path: describe(module, kinds) for path, module in tuner.modules().items()}
+    modules = tuner.modules()
+    copied = frozenset(place.path for place in tuner.copies)
+    refuse_overlap(tuner.model, modules, copied)
     targeted = {target.path: target for target in tuner.targets}
     biased = {place.path for place in tuner.biases}
-    copied = {place.path for place in tuner.copies}
+    bases = {path: None if path in copied else scanned.at(path).base for path in modules}
+    asked = ((path, scanned.at(path).reader) for path in modules if path not in copied)
+    readers = {path: reader for path, reader in asked if reader is not None}
     slots = {}
-    for path, module in tuner.modules().items():
+    for path, module in modules.items():
         if path in copied:
             slots[path] = Slot(copy=_copy_of(path, module))
             continue
-        built = build_adapter(tuner, targeted[path], bases[path]) if path in targeted else None
+        built = _adapter(tuner, targeted[path], bases[path], lent=path in readers) if path in targeted else None
         bias = _bias_of(path, module, bias_name(bases[path])) if path in biased else None
         slots[path] = Slot(method=tuner.method, adapter=built, bias=bias)
-    return Plan(tuner=tuner, slots=slots, bases={p: None if p in copied else base for p, base in bases.items()})
+    return Plan(tuner=tuner, slots=slots, bases=bases, readers=readers)
 
 
-def build_adapter(tuner: Tuner, target: Target, base: BaseLayer | None) -> Adapter:
+def _adapter(tuner: Tuner, target: Target, base: BaseLayer | None, *, lent: bool) -> Adapter:
     """One adapter from the method's own plugin, moved to its base layer's device and the config's dtype."""
     if base is None:
         kind = type(target.module).__name__
         raise TargetError(f"{target.path!r} is a {kind}: no installed base-layer kind adapts it")
     built = hooks.build_adapter(tuner.method, target, base, tuner.config)
-    if lender(tuner.model, target.path, base) is not None:
+    if lent:
         _refuse_unlendable(tuner, target, base)
     return _placed(built, _device_of(target.module), getattr(torch, tuner.config.adapter_dtype))
 

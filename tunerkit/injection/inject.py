@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tunerkit.injection.slots import Slot, Slots, apply_slots, slots_of, walk
 from tunerkit.injection.tuner import Tuner, set_wrapped, wrapped_of
 from tunerkit.injection.uncalled import forget_, unwatch, watch
-from tunerkit.injection.weight_override import forget_idle_, lend_at_
+from tunerkit.injection.weight_override import forget_idle_, lend_in_
 from tunerkit.layers import BaseLayer
 from tunerkit.libraries import duplicate
 from tunerkit.paths import CHILD, is_adapter_path
@@ -23,11 +23,15 @@ _HELD = "_tunerkit_held"
 
 @attrs.frozen(eq=False)
 class Plan:
-    """Everything that one adapter puts into a model, built and checked, the model still untouched."""
+    """Everything that one adapter puts into a model, built and checked, the model still untouched.
+
+    ``readers`` are, by path, the modules whose forward uses the weight of an adapted module directly.
+    """
 
     tuner: Tuner
     slots: Mapping[str, Slot]
     bases: Mapping[str, BaseLayer | None]
+    readers: Mapping[str, nn.Module]
 
 
 def inject_(plan: Plan, *, trainable: bool) -> None:
@@ -46,11 +50,12 @@ def inject_(plan: Plan, *, trainable: bool) -> None:
             slots = Slots(plan.bases[path])
             _follow(slots, module)
             module.add_module(CHILD, slots)
-            if not lend_at_(model, path):
+            if path not in plan.readers:
                 module.register_forward_hook(apply_slots, with_kwargs=True)
         slot = plan.slots[path]
         _follow(slot, module)
         slots.put(tuner.name, slot)
+    lend_in_(model, plan.readers.values())
     for place in tuner.copies:
         hold_statistics_(place.module)
     wrapped.tuners[tuner.name] = tuner
@@ -188,11 +193,10 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def freeze_base_(model: nn.Module) -> tuple[str, ...]:
     """Freeze what the model trains of its own; the names, so that unwrapping can undo it."""
-    names = tuple(name for name, p in base_parameters(model).items() if p.requires_grad)
-    parameters = base_parameters(model)
-    for name in names:
-        parameters[name].requires_grad_(False)
-    return names
+    trained = {name: p for name, p in base_parameters(model).items() if p.requires_grad}
+    for parameter in trained.values():
+        parameter.requires_grad_(False)
+    return tuple(trained)
 
 
 def thaw_base_(model: nn.Module, names: tuple[str, ...]) -> None:

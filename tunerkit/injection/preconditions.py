@@ -2,7 +2,7 @@
 
 import gc
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
@@ -12,12 +12,12 @@ from tunerkit.config import AdapterConfig
 from tunerkit.errors import AdapterError, ConfigError, TunerkitWarning, closest
 from tunerkit.injection.inject import Plan
 from tunerkit.injection.merged_state import refuse_disabled, refuse_merged
-from tunerkit.injection.slots import slots_of, walk
+from tunerkit.injection.slots import base_modules, slots_of, walk
 from tunerkit.injection.tuner import tuners_of
-from tunerkit.injection.weight_override import lender
-from tunerkit.paths import CHILD, is_adapter_path, is_under
+from tunerkit.paths import CHILD, is_under, join
 from tunerkit.patterns import matches
 from tunerkit.records import Target
+from tunerkit.targets import Scan
 
 
 def refuse_idle_patterns(config: AdapterConfig, chosen: tuple[Target, ...]) -> None:
@@ -33,16 +33,15 @@ def refuse_idle_patterns(config: AdapterConfig, chosen: tuple[Target, ...]) -> N
         raise ConfigError(problems)
 
 
-def warn_of_statistics(model: nn.Module, copies: tuple[str, ...]) -> None:
+def warn_of_statistics(scanned: Scan, copies: tuple[str, ...]) -> None:
     """Tell of norms in the frozen base whose statistics training moves all the same: an adapter's file lacks them."""
     moving = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._NormBase)
-        and module.track_running_stats
-        and module.running_mean is not None
-        and not is_under(path, copies)
-        and not is_adapter_path(path + ".")
+        each.path
+        for each in (scanned.root, *scanned.modules)
+        if isinstance(each.module, nn.modules.batchnorm._NormBase)
+        and each.module.track_running_stats
+        and each.module.running_mean is not None
+        and not is_under(each.path, copies)
     ]
     if moving:
         warnings.warn(
@@ -57,7 +56,7 @@ def warn_of_statistics(model: nn.Module, copies: tuple[str, ...]) -> None:
 def warn_of_dropout(plan: Plan) -> None:
     """Tell of targets whose input is seen by nobody: the adapter's dropout cannot be applied there."""
     tuner = plan.tuner
-    lent = [t.path for t in tuner.targets if lender(tuner.model, t.path, plan.bases[t.path]) is not None]
+    lent = [target.path for target in tuner.targets if target.path in plan.readers]
     if lent and tuner.config.dropout:
         warnings.warn(
             f"dropout is not applied at {len(lent)} targets ({lent[0]}, ...): their owner reads the weight past the "
@@ -68,7 +67,7 @@ def warn_of_dropout(plan: Plan) -> None:
         )
 
 
-def refuse_overlap(model: nn.Module, paths: Mapping[str, nn.Module], copies: tuple[str, ...]) -> None:
+def refuse_overlap(model: nn.Module, paths: Collection[str], copies: Collection[str]) -> None:
     """A module trained in full must not hold, lie in, or be another adapter's place: their outputs would fight.
 
     Several adapters may each train a copy of one module, where none of the others is active.
@@ -128,7 +127,13 @@ def refuse_taken(names: Collection[str], adapter: str) -> None:
 
 def refuse_unready(model: nn.Module, adapter: str) -> None:
     """Refuse a model that cannot take another adapter now."""
-    lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
+    own = tuple(base_modules(model))
+    lazy = [
+        join(path, name)
+        for path, module in own
+        for name, parameter in module._parameters.items()
+        if issubclass(type(parameter), UninitializedParameter)
+    ]
     if lazy:
         raise AdapterError(f"the model has parameters without a shape yet ({lazy[0]}, ...); run one batch first")
     if _is_inside_ddp(model):
@@ -138,8 +143,7 @@ def refuse_unready(model: nn.Module, adapter: str) -> None:
     if root is not model and (tuners or next(walk(model), None) is not None):
         whole = f"the {type(root).__name__} inside it" if root is not None else "the model that it is a part of"
         raise AdapterError(f"{whole} has adapters already; wrap that one, so that one model holds them all")
-    foreign = [path for path, module in model.named_modules() if hasattr(module, CHILD) and slots_of(module) is None]
-    foreign = [path for path in foreign if not is_adapter_path(path + ".")]
+    foreign = [path for path, module in own if hasattr(module, CHILD) and slots_of(module) is None]
     if foreign:
         raise AdapterError(
             f"the model has an attribute {CHILD!r} of its own at {foreign[0]!r}; adapters go there: rename it"

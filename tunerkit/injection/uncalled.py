@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from tunerkit.errors import TunerkitWarning
+from tunerkit.paths import parent
 
 _ATTRIBUTE = "_tunerkit_calls"
 
@@ -35,8 +36,9 @@ def watch(model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
     """
     unwatch(model)
     calls = Calls()
+    owners = {above: _running(model, above) for above in {parent(path) for path in adapted}}
     for path, module in adapted.items():
-        owner = _owner(model, path)
+        owner = owners[parent(path)]
         calls.handles.append(module.register_forward_pre_hook(functools.partial(_note, calls.called, path)))
         calls.handles.append(owner.register_forward_pre_hook(functools.partial(_note, calls.owner_ran, path)))
     calls.handles.append(model.register_forward_hook(_report))
@@ -57,18 +59,14 @@ def forget_(twin: nn.Module) -> None:
             del twin._forward_pre_hooks[key]
 
 
-def _owner(model: nn.Module, path: str) -> nn.Module:
-    """The closest module above ``path`` that has a forward of its own (a ModuleList never runs)."""
-    parts = path.split(".")
-    for end in range(len(parts) - 1, -1, -1):
-        owner = model.get_submodule(".".join(parts[:end]))
-        if not isinstance(owner, nn.ModuleList | nn.ModuleDict):
-            return owner
-    return model
+def _running(model: nn.Module, path: str) -> nn.Module:
+    """The module at ``path``, or the closest above that has a forward of its own: a ModuleList never runs."""
+    found = model.get_submodule(path)
+    return _running(model, parent(path)) if path and isinstance(found, nn.ModuleList | nn.ModuleDict) else found
 
 
-def _is_listed(model: nn.Module, path: str) -> bool:
-    return isinstance(model.get_submodule(path.rpartition(".")[0]), nn.ModuleList | nn.ModuleDict)
+def _is_list(model: nn.Module, path: str) -> bool:
+    return isinstance(model.get_submodule(path), nn.ModuleList | nn.ModuleDict)
 
 
 def _note(seen: set[str], path: str, module: nn.Module, args: Any) -> None:
@@ -83,8 +81,8 @@ def report(model: nn.Module) -> None:
     if calls is None or not calls.owner_ran or torch.compiler.is_compiling():
         return
     unwatch(model)
-    chosen_among = {path.rpartition(".")[0] for path in calls.called if _is_listed(model, path)}
-    silent = sorted(path for path in calls.owner_ran - calls.called if path.rpartition(".")[0] not in chosen_among)
+    chosen_among = {path for path in map(parent, calls.called) if _is_list(model, path)}
+    silent = sorted(path for path in calls.owner_ran - calls.called if parent(path) not in chosen_among)
     if silent:
         warnings.warn(
             f"these adapters never ran although the module that owns their base layer did: {', '.join(silent)}. "

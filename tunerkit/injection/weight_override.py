@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import attrs
@@ -11,10 +11,7 @@ from torch import nn
 
 from tunerkit.errors import AdapterError
 from tunerkit.injection.delta import adapted_tensors
-from tunerkit.injection.slots import Slots, apply_slots, slots_of
-from tunerkit.layers import BaseLayer
-from tunerkit.libraries import read_children
-from tunerkit.paths import parent
+from tunerkit.injection.slots import Slots, apply_slots, base_modules, slots_of
 
 # The attribute of a module that runs now, with a loan for each call of it that has not ended.
 _LOANS = "_tunerkit_loans"
@@ -30,29 +27,13 @@ class _Loan:
     before: list[tuple[nn.Module, str, object]] = attrs.Factory(list)
 
 
-def lender(model: nn.Module, path: str, base: BaseLayer | None) -> nn.Module | None:
-    """The module whose forward reads the weight at ``path``, if no hook there would do; None where a hook does.
-
-    A copy or a norm (``base`` None) is called, or replaced whole.
-    """
-    if base is None:
-        return None
-    if base.lends:
-        return base.module
-    owner = model.get_submodule(parent(path))
-    return owner if path.rpartition(".")[2] in read_children(owner) else None
-
-
-def lend_at_(model: nn.Module, path: str) -> bool:
-    """Let the slots at ``path`` lend if that is how they work; whether it is."""
-    slots = slots_of(model.get_submodule(path))
-    owner = lender(model, path, slots.base if slots is not None else None)
-    above = [model, *(model.get_submodule(path[:end]) for end, sign in enumerate(path) if sign == ".")]
-    for module in (owner, *(one for one in above if isinstance(one, nn.TransformerEncoder))):
-        if module is not None and lend not in module._forward_pre_hooks.values():
+def lend_in_(model: nn.Module, readers: Iterable[nn.Module]) -> None:
+    """Let ``readers``, which use weights of adapted modules directly, and encoders around adapted modules lend."""
+    encoders = (module for _, module in base_modules(model) if isinstance(module, nn.TransformerEncoder))
+    for module in (*readers, *filter(_may_lend, encoders)):
+        if lend not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(lend)
             module.register_forward_hook(give_back, always_call=True, prepend=True)
-    return owner is not None
 
 
 def is_lent(model: nn.Module, module: nn.Module) -> bool:

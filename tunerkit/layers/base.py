@@ -101,9 +101,3 @@ def runs_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether the forward of ``module`` is exactly that of ``kind``."""
     # A lazy layer inherits its forward too, and doesn't know its features yet.
     return forward_owner(module) is kind and not is_lazy(weight_of(module))
-
-
-def is_transformers(module: nn.Module, place: str, name: str) -> bool:
-    """Whether the forward is that of transformers' class ``name``, matched by its qualified name."""
-    owner = forward_owner(module)
-    return owner.__name__ == name and f"{owner.__module__}.".startswith(f"transformers.{place}.")

@@ -11,7 +11,7 @@ from tunerkit.layers.linear import Conv1DLayer, LinearLayer
 KINDS: tuple[type[BaseLayer], ...] = (LinearLayer, Conv1DLayer, ConvLayer, EmbeddingLayer, AttentionLayer)
 
 
-def describe(module: nn.Module, kinds: tuple[type[BaseLayer], ...] = KINDS) -> BaseLayer | None:
+def as_base_layer(module: nn.Module, kinds: tuple[type[BaseLayer], ...] = KINDS) -> BaseLayer | None:
     """The first of ``kinds`` that matches ``module``, holding it; None if tunerkit can't adapt it."""
     for kind in kinds:
         if kind.matches(module):

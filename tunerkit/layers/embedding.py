@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunerkit.layers.base import BaseLayer, runs_forward_of
-from tunerkit.libraries import forward_owner
+from tunerkit.libraries import forward_owner, is_scaled_embedding
 
 
 @final
@@ -25,7 +25,7 @@ class EmbeddingLayer(BaseLayer):
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         """Whether the forward is ``nn.Embedding``'s, or that times ``embed_scale``."""
-        return runs_forward_of(module, nn.Embedding) or _is_scaled_embedding(module)
+        return runs_forward_of(module, nn.Embedding) or is_scaled_embedding(module)
 
     @property
     def in_features(self) -> int:
@@ -75,18 +75,3 @@ class EmbeddingLayer(BaseLayer):
         packed = weight.t().clone()
         packed[self.module.padding_idx] = 0
         return packed
-
-
-def _is_scaled_embedding(module: nn.Module) -> bool:
-    """Whether this is one of the twenty-odd classes in transformers that return ``super().forward(ids) * embed_scale``.
-
-    A further parameter means a further row that the forward puts in (T5Gemma2's end-of-image token): not ours.
-    """
-    owner = forward_owner(module)
-    return (
-        isinstance(module, nn.Embedding)
-        and owner.__name__.endswith("ScaledWordEmbedding")
-        and owner.__module__.startswith("transformers.")
-        and isinstance(getattr(module, "embed_scale", None), float | int | Tensor)
-        and list(module._parameters) == ["weight"]
-    )

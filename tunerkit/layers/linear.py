@@ -6,7 +6,8 @@ import attrs
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunerkit.layers.base import BaseLayer, drop, is_transformers, runs_forward_of, weight_of
+from tunerkit.layers.base import BaseLayer, drop, runs_forward_of, weight_of
+from tunerkit.libraries import CONV1D, FALCON_LINEAR, forward_name
 
 
 @final
@@ -21,7 +22,7 @@ class LinearLayer(BaseLayer):
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         """Whether the forward is exactly ``nn.Linear``'s or Falcon's."""
-        return runs_forward_of(module, nn.Linear) or is_transformers(module, "models.falcon", "FalconLinear")
+        return runs_forward_of(module, nn.Linear) or forward_name(module) == FALCON_LINEAR
 
     @property
     def in_features(self) -> int:
@@ -72,8 +73,8 @@ class Conv1DLayer(BaseLayer):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Whether the forward is that of transformers' class, told by name: core never imports transformers."""
-        return is_transformers(module, "pytorch_utils", "Conv1D")
+        """Whether the forward is that of transformers' class, matched by qualified name."""
+        return forward_name(module) == CONV1D
 
     @property
     def in_features(self) -> int:

@@ -34,7 +34,16 @@ def forward_owner(module: nn.Module) -> type:
     """The class that defines the forward of ``module``; ``object`` if the instance has its own."""
     if overrides_forward(module):
         return object
-    return next(owner for owner in type(module).__mro__ if "forward" in vars(owner))
+    for owner in type(module).__mro__:  # no generator: each module of a model is asked several times
+        if "forward" in vars(owner):
+            break
+    return owner
+
+
+def forward_name(module: nn.Module) -> str:
+    """The qualified name of `forward_owner`."""
+    owner = forward_owner(module)
+    return f"{owner.__module__}.{owner.__qualname__}"
 
 
 def execution_device(module: nn.Module) -> torch.device | None:

@@ -11,8 +11,6 @@ from types import MappingProxyType
 
 from torch import nn
 
-from tunerkit.patterns import matches
-
 _QKV = ("q_proj", "k_proj", "v_proj")
 _BERT = ("query", "key", "value", "intermediate.dense", "output.dense")
 _LLAMA = (*_QKV, "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -52,8 +50,8 @@ DEFAULT_TARGETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 def default_names(model: nn.Module) -> tuple[str, ...]:
-    """The default targets of ``model`` as plain names; none if its architecture is not known or has other names."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    names = DEFAULT_TARGETS.get(model_type, ()) if isinstance(model_type, str) else ()
-    # A variant whose modules have other names is served by what it is made of, not refused.
-    return names if any(matches(name, path) for path, _ in model.named_modules() for name in names) else ()
+    """The default targets of ``model`` as plain names; none if its architecture is not known."""
+    match model:
+        case nn.Module(config=object(model_type=str(model_type))):
+            return DEFAULT_TARGETS.get(model_type, ())
+    return ()

@@ -31,7 +31,7 @@ from tunerkit.injection import tuner as find_tuner
 from tunerkit.serialization.fingerprint import differences, fingerprint
 from tunerkit.serialization.header import Header, decode, encode
 from tunerkit.serialization.safetensors_file import file_at, write
-from tunerkit.targets import from_paths, refuse_tied, refuse_unfit
+from tunerkit.targets import Scan, from_paths, refuse_tied, refuse_unfit, scan
 
 FILE_NAME = "adapter.safetensors"
 _WRITTEN_BY = {
@@ -81,10 +81,11 @@ def load(base: M, path: str | os.PathLike[str], *, adapter: str = "default", tra
     refuse_unready(root, adapter)
     source = file_at(path, FILE_NAME)
     tensors, header = read(source, content="adapter")
-    tuner = _tuner_from(header, root, adapter, source)
-    refuse_other_base(tuner, header, source)
+    scanned = scan(root, hooks.all_kinds())
+    tuner = _tuner_from(header, scanned, adapter, source)
+    refuse_other_base(tuner, header, source, scanned)
     with torch.random.fork_rng(devices=[]):  # the start is overwritten; the caller's random state is not touched
-        plan = build(tuner, hooks.all_kinds())
+        plan = build(scanned, tuner)
     fill(plan.slots, tensors, source)
     inject_(plan, trainable=trainable)
     return base
@@ -159,19 +160,19 @@ def read(path: Path, *, content: str) -> tuple[dict[str, Tensor], Header]:
     return tensors, decode(found, tensors, source=str(path), content=content)
 
 
-def _tuner_from(header: Header, base: nn.Module, adapter: str, source: Path) -> Tuner:
+def _tuner_from(header: Header, scanned: Scan, adapter: str, source: Path) -> Tuner:
     try:
-        places = from_paths(base, [*header.targets, *header.copies, *header.biases])
+        places = from_paths(scanned, [*header.targets, *header.copies, *header.biases])
     except TargetError as error:
         raise BaseMismatchError(f"{source} was trained on another base: {error}") from error
     by_path = {place.path: place for place in places}
-    refuse_unfit(base, [by_path[path] for path in header.targets])
-    refuse_tied(base, header.copies)
+    refuse_unfit(scanned, [by_path[path] for path in header.targets])
+    refuse_tied(scanned, header.copies)
     return Tuner(
         name=adapter,
         method=header.method,
         config=hooks.structure(header.method, header.config),
-        model=base,
+        model=scanned.root.module,
         targets=tuple(by_path[path] for path in header.targets),
         copies=tuple(by_path[path] for path in header.copies),
         biases=tuple(by_path[path] for path in header.biases),
@@ -180,9 +181,9 @@ def _tuner_from(header: Header, base: nn.Module, adapter: str, source: Path) -> 
     )
 
 
-def refuse_other_base(tuner: Tuner, header: Header, source: Path) -> None:
+def refuse_other_base(tuner: Tuner, header: Header, source: Path, scanned: Scan | None = None) -> None:
     """Raise `BaseMismatchError` if the base under ``tuner`` is not the one that the file tells of."""
-    lines = differences(header.base, fingerprint(tuner))
+    lines = differences(header.base, fingerprint(tuner, scanned))
     if lines:
         listed = "\n".join(f"- {line}" for line in lines)
         raise BaseMismatchError(f"{source} was trained on another base model:\n{listed}")

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunerkit import hooks
 from tunerkit.injection import Slots, Tuner, base_modules, slots_of
-from tunerkit.layers import BaseLayer, bias_name, describe
+from tunerkit.layers import BaseLayer, bias_name
 from tunerkit.paths import CHILD, is_under, join
+from tunerkit.records import Target
+from tunerkit.targets import Scan
 
 SAMPLES = 4
 # A base loaded in another precision is the same base: bfloat16 keeps 8 bits of mantissa.
@@ -22,14 +23,15 @@ _DIGITS = 1e-5
 Fingerprint = Mapping[str, Mapping[str, Any]]
 
 
-def fingerprint(tuner: Tuner) -> dict[str, dict[str, Any]]:
+def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str, Any]]:
     """``{parameter: {"shape": [...], "dtype": "float32", "sample": [...]}}`` of the base under ``tuner``.
 
     A tensor on the meta device has no values, so its sample is empty, and only its shape is compared.
 
-    What the adapter trains in full (copies, biases) is left out: a fresh head has other values at each load.
+    What the adapter trains in full (copies, biases) is left out: a fresh head has other values at each load. Before
+    the adapter is in the model, ``scanned`` says how its biases are named.
     """
-    places = base_tensors(tuner)
+    places = base_tensors(tuner, scanned)
     samples = _sample(list(places.values()))
     return {
         name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."), "sample": values}
@@ -59,11 +61,10 @@ def differences(saved: Fingerprint, found: Fingerprint) -> list[str]:
     return lines
 
 
-def base_tensors(tuner: Tuner) -> dict[str, Tensor]:
+def base_tensors(tuner: Tuner, scanned: Scan | None) -> dict[str, Tensor]:
     """The base's own parameters by name, originals where merged ones stand now, without what the adapter trains."""
     copied = frozenset(place.path for place in tuner.copies)
-    kinds = hooks.all_kinds() if tuner.biases else ()
-    biased = {join(place.path, bias_name(_base_of(place.module, kinds))) for place in tuner.biases}
+    biased = {join(place.path, bias_name(_base_of(place, scanned))) for place in tuner.biases}
     found = {}
     for path, module in base_modules(tuner.model):
         if is_under(path, copied):
@@ -75,10 +76,12 @@ def base_tensors(tuner: Tuner) -> dict[str, Tensor]:
     return found
 
 
-def _base_of(module: nn.Module, kinds: tuple[type[BaseLayer], ...]) -> BaseLayer | None:
+def _base_of(place: Target, scanned: Scan | None) -> BaseLayer | None:
     """What the module was when it was adapted, or is if it was not yet."""
-    slots = slots_of(module)
-    return slots.base if slots is not None else describe(module, kinds)
+    slots = slots_of(place.module)
+    if slots is not None:
+        return slots.base
+    return scanned.at(place.path).base if scanned is not None else None
 
 
 def _original(module: nn.Module, leaf: str, parameter: nn.Parameter) -> Tensor:

@@ -12,6 +12,7 @@ from tunerkit.errors import AdapterError
 from tunerkit.injection import (
     Slots,
     adapted_tensors,
+    base_modules,
     is_merged,
     refuse_disabled,
     refuse_lost,
@@ -111,7 +112,7 @@ def _refuse_offloaded(model: nn.Module) -> None:
 
 def _refuse_tied(model: nn.Module) -> None:
     """Wrapping refuses tied weights, but they may be tied by now: merging would change what shares them too."""
-    shared = tied(model)
+    shared = tied(base_modules(model))
     for path, module, slots in walk(model):
         names = [name for p in module.parameters() for name in shared.get(id(p), ()) if not is_under(name, (path,))]
         if slots.active and names:

@@ -1,10 +1,10 @@
-"""What stands in the way of adapting the module at a place, in words that end a sentence about its path."""
+"""What stands in the way of adapting a module, in words that end a sentence about its path."""
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from tunerkit.libraries import is_offloaded, read_children
-from tunerkit.targets.scan import Place, Survey
+from tunerkit.libraries import forward_owner, is_offloaded
+from tunerkit.targets.scan import Scan, ScannedModule
 
 _ATTENTION = "nn.MultiheadAttention with a forward of its own may do anything with its weights: it cannot be adapted"
 _SEPARATE = "nn.MultiheadAttention with kdim or vdim has three weights in place of one, which cannot be adapted yet"
@@ -14,33 +14,34 @@ _READ_AND_AWAY = (
 )
 
 
-def obstacle_at(place: Place, scanned: Survey, *, adaptable: bool) -> str | None:
-    """Why the module at ``place`` cannot be a target, or None; ``adaptable``: whether a base-layer kind matches it."""
-    if isinstance(place.module, nn.MultiheadAttention) and not adaptable:
-        return _SEPARATE if read_children(place.module) else _ATTENTION
-    if not adaptable and not place.inside_attention:
-        return f"is a {type(place.module).__name__}, which cannot be adapted"
-    return weight_obstacle(place, scanned)
+def obstacle_at(found: ScannedModule, scanned: Scan) -> str | None:
+    """Why the module cannot be a target, or None."""
+    if found.base is None and isinstance(found.module, nn.MultiheadAttention):
+        return _SEPARATE if forward_owner(found.module) is nn.MultiheadAttention else _ATTENTION
+    if found.base is None and not found.inside_attention:
+        return f"is a {type(found.module).__name__}, which cannot be adapted"
+    return weight_obstacle(found, scanned)
 
 
-def weight_obstacle(place: Place, scanned: Survey) -> str | None:
-    """Why the weight at ``place`` cannot have an adapter beside it, or None."""
-    if place.inside_attention:
+def weight_obstacle(found: ScannedModule, scanned: Scan) -> str | None:
+    """Why the module's weight cannot have an adapter beside it, or None."""
+    module = found.module
+    if found.inside_attention:
         return _ATTENTION
-    if place.read_and_called:
+    if found.read_and_called:
         return _READ_AND_CALLED
-    if is_offloaded(place.module) and (place.is_read or isinstance(place.module, nn.MultiheadAttention)):
+    if (found.readers or isinstance(module, nn.MultiheadAttention)) and is_offloaded(module):
         return _READ_AND_AWAY
-    parameters = [parameter for parameter in place.module._parameters.values() if parameter is not None]
-    if isinstance(place.module, nn.Linear | nn.Embedding | _ConvNd) and "weight" not in place.module._parameters:
+    parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
+    if isinstance(module, nn.Linear | nn.Embedding | _ConvNd) and "weight" not in module._parameters:
         return "has a weight computed from others (a parametrization), which cannot be adapted yet"
-    if any(parameter.is_meta for parameter in parameters) and not is_offloaded(place.module):
+    if any(parameter.is_meta for parameter in parameters) and not is_offloaded(module):
         return "has its weight on the meta device; load the weights first"
     if any(parameter.is_complex() for parameter in parameters):
         return "has complex weights, which cannot be adapted yet"
     shared = [name for parameter in parameters for name in scanned.sharers.get(id(parameter), ())]
     if shared:
         return f"has a tied weight, shared as {', '.join(shared)}: an adapter on one would be missing on the others"
-    if isinstance(place.module, nn.Embedding) and place.module.max_norm is not None:
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "has max_norm set, so its forward rewrites its weight; build it without max_norm"
     return None

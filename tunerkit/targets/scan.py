@@ -1,145 +1,173 @@
-"""A survey of a model: its modules by path, its parameters and which are shared, and its output heads."""
+"""The scan of a model: its modules by path and as base layers, its tied parameters, its output heads."""
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import attrs
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from tunerkit.libraries import identity, read_children
-from tunerkit.paths import is_injected, is_number, is_under, join, layer_number, parent
-
-# Names of output heads in transformers, timm and torchvision. A head is found by name only before the first numbered
-# block: a "score" or "head" inside a block belongs to its attention. "proj_out" is missing on purpose: Whisper's is
-# found through get_output_embeddings, and in diffusion models it is an ordinary projection.
-OUTPUT_HEADS = frozenset({"head", "lm_head", "score", "classifier", "qa_outputs", "cls", "embed_out", "predictions"})
-OUTPUT_HEADS |= {"pre_classifier", "vocab_transform", "vocab_projector", "logits_proj"}
-_HEAD_ENDINGS = ("_head", "_heads", "_classifier", "_predictions")
+from tunerkit.layers import BaseLayer, as_base_layer
+from tunerkit.libraries import CONV1D, derives_from, identity, is_head_name, named_heads, read_children
+from tunerkit.paths import CHILD, is_number, join
 
 
 @attrs.frozen(eq=False)
-class Place:
-    """A module of the model; ``paths`` has several entries where one module is registered at several places.
+class ScannedModule:
+    """A module of the model, with every path under which it is registered, and the module in which it is each time.
 
-    ``owners`` are the modules it is registered in, each once.
+    ``base`` is the module as a base layer, None if no kind matches it. ``readers`` are the owners whose forward uses
+    its weight directly, bypassing its own. ``inside_attention`` says that torch's attention holds it in a form that is
+    not known to do so. ``layer`` is the first number in its path: the index of its block.
     """
 
     paths: tuple[str, ...]
     module: nn.Module
+    base: BaseLayer | None
     owners: tuple[nn.Module, ...]
+    readers: tuple[nn.Module, ...]
+    inside_attention: bool
+    layer: int | None
+    in_head: bool
 
     @property
     def path(self) -> str:
+        """The first path, which names the module."""
         return self.paths[0]
 
     @property
-    def inside_attention(self) -> bool:
-        """Whether torch's attention holds it in a form that is not known to read it."""
-        return any(isinstance(owner, nn.MultiheadAttention) and not read_children(owner) for owner in self.owners)
-
-    @property
-    def is_read(self) -> bool:
-        """Whether a module that holds it is known to read its weight past its forward."""
-        names = {path.rpartition(".")[2] for path in self.paths}
-        return any(not names.isdisjoint(read_children(owner)) for owner in self.owners)
+    def reader(self) -> nn.Module | None:
+        """The module whose forward uses this base layer's weight directly; None if the layer is called."""
+        if self.base is None:
+            return None
+        return self.module if self.base.lends else next(iter(self.readers), None)
 
     @property
     def read_and_called(self) -> bool:
-        """Whether several modules hold it, and one of them is known to read its weight past its forward."""
-        return len(self.owners) > 1 and self.is_read
+        """Whether several modules hold it, and one of them uses its weight directly."""
+        return bool(self.readers) and len(set(self.owners)) > 1
 
 
 @attrs.frozen(eq=False)
-class Survey:
-    """What selection reads of a model, gathered once."""
+class Scan:
+    """What selection and injection read of a model, gathered once; the adapters in it are left out.
 
-    places: tuple[Place, ...]
-    parameters: Mapping[str, nn.Parameter]
+    ``modules`` are those inside ``root``, the model itself, in its order. ``sharers`` gives for ``id(parameter)`` the
+    full names under which several modules hold it.
+    """
+
+    root: ScannedModule
+    modules: tuple[ScannedModule, ...]
+    by_path: Mapping[str, ScannedModule]
     sharers: Mapping[int, tuple[str, ...]]
-    heads: Collection[str]
+
+    def at(self, path: str) -> ScannedModule:
+        """The module at ``path``; the empty path is the model's own."""
+        return self.by_path[path] if path else self.root
 
 
-def survey(model: nn.Module) -> Survey:
-    """Gather what target selection reads of ``model``, once; adapters already in it are left out."""
-    by_path = dict(model.named_modules(remove_duplicate=False))
-    paths_of: dict[int, list[str]] = defaultdict(list)
-    for path, module in by_path.items():
-        if module is not model and not is_injected(path):
-            paths_of[id(module)].append(path)
-    places = tuple(
-        Place(
-            paths=tuple(paths),
-            module=by_path[paths[0]],
-            owners=tuple({id(owner): owner for owner in (by_path[parent(path)] for path in paths)}.values()),
-        )
-        for paths in paths_of.values()
+class _Registration(NamedTuple):
+    """A module at one of its paths; ``read`` are the children whose weights its owner's forward uses directly."""
+
+    path: str
+    module: nn.Module
+    owner: nn.Module | None = None
+    read: tuple[str, ...] = ()
+    layer: int | None = None
+    in_head: bool = False
+
+
+def scan(model: nn.Module, kinds: tuple[type[BaseLayer], ...]) -> Scan:
+    """Read ``model`` once; each module is asked once which of ``kinds`` it has."""
+    places: dict[int, list[_Registration]] = defaultdict(list)
+    for registration in _registrations(model):
+        places[id(registration.module)].append(registration)
+    root, *modules = (_scanned(found, kinds) for found in places.values())
+    return Scan(
+        root=root,
+        modules=tuple(modules),
+        by_path={path: scanned for scanned in modules for path in scanned.paths},
+        sharers=tied((scanned.path, scanned.module) for scanned in (root, *modules)),
     )
-    parameters = {name: parameter for name, parameter in model.named_parameters() if not is_injected(name)}
-    return Survey(places, parameters, tied(model), _head_paths(by_path))
 
 
-def _head_paths(by_path: Mapping[str, nn.Module]) -> frozenset[str]:
-    """The paths of output heads, as the model (or a model inside it) names them itself, or by their names."""
+def _registrations(model: nn.Module) -> Iterator[_Registration]:
+    """Every module at each of its paths, in the model's order; nothing that lies in an adapter."""
     heads: set[int] = set()
-    for module in by_path.values():
-        for question in ("get_output_embeddings", "get_classifier"):
-            ask = getattr(module, question, None)
-            answer = ask() if callable(ask) and not isinstance(ask, nn.Module) else None  # a child may have any name
-            answers = answer if isinstance(answer, list | tuple) else (answer,)
-            heads.update(id(head) for head in answers if isinstance(head, nn.Module) and head is not by_path[""])
-    return frozenset(path for path, module in by_path.items() if id(module) in heads or _is_head_name(path))
+    waiting = [_Registration("", model)]
+    while waiting:
+        place = waiting.pop()
+        yield place
+        if not (children := place.module._modules):
+            continue
+        heads.update(map(id, named_heads(place.module)))
+        read, prefix = read_children(place.module), f"{place.path}." if place.path else ""
+        # From the last to the first, since the end of the list comes next.
+        for name, child in reversed(children.items()):
+            if child is not None and name != CHILD:
+                layer = int(name) if place.layer is None and is_number(name) else place.layer
+                # Known by its name only before the first numbered block: one in a block belongs to its attention.
+                in_head = place.in_head or id(child) in heads or (layer is None and is_head_name(name))
+                waiting.append(_Registration(prefix + name, child, place.module, read, layer, in_head))
 
 
-def _is_head_name(path: str) -> bool:
-    *before, name = path.split(".")
-    return not any(map(is_number, before)) and (name in OUTPUT_HEADS or name.endswith(_HEAD_ENDINGS))
+def _scanned(places: Sequence[_Registration], kinds: tuple[type[BaseLayer], ...]) -> ScannedModule:
+    first = places[0]
+    readers = (place.owner for place in places if place.read and place.path.rpartition(".")[2] in place.read)
+    return ScannedModule(
+        paths=tuple([place.path for place in places]),
+        module=first.module,
+        base=as_base_layer(first.module, kinds),
+        owners=tuple([place.owner for place in places if place.owner is not None]),
+        readers=tuple([owner for owner in readers if owner is not None]),
+        inside_attention=any(isinstance(place.owner, nn.MultiheadAttention) and not place.read for place in places),
+        layer=first.layer,
+        in_head=any(place.in_head for place in places),
+    )
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether ``"all-linear"`` means this module: nn.Linear, attention's projection, Conv1D, or one by its sizes."""
-    return (
-        isinstance(module, nn.Linear | nn.MultiheadAttention)
-        or any(cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers") for cls in type(module).__mro__)
-        or all(isinstance(getattr(module, size, None), int) for size in ("in_features", "out_features"))
-    )
+    match module:
+        case nn.Linear() | nn.MultiheadAttention() | nn.Module(in_features=int(), out_features=int()):
+            return True
+    return derives_from(module, CONV1D)
 
 
-def may_be_linear(place: Place) -> bool:
+def may_be_linear(module: nn.Module) -> bool:
     """Whether someone who says all linear layers may mean this module, also a router with a matrix of its own."""
-    module = place.module
     if isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm | _ConvNd):
         return False
     weight = module._parameters.get("weight")
-    return is_linear(module) or (weight is not None and weight.ndim == 2)
+    return (weight is not None and weight.ndim == 2) or is_linear(module)
 
 
-def default_convolutions(scanned: Survey) -> tuple[Place, ...]:
+def default_convolutions(scanned: Scan) -> tuple[ScannedModule, ...]:
     """The convolutions of a model whose numbered blocks hold some, and no linear layer; none of any other model.
 
     A model that numbers no block has all its convolutions taken, if they are all it has beside its head. Depthwise
     ones are left out: their matrix is as narrow as one kernel, so a low rank saves nothing.
     """
-    body = [place for place in scanned.places if not any(is_under(path, scanned.heads) for path in place.paths)]
-    blocks = [place for place in body if layer_number(place.path) is not None]
-    found = [place for place in blocks if _is_wide_convolution(place.module)]
+    body = [each for each in scanned.modules if not each.in_head]
+    blocks = [each for each in body if each.layer is not None]
+    found = [each for each in blocks if _is_wide_convolution(each.module)]
     if not found:
-        blocks, found = body, [place for place in body if _is_wide_convolution(place.module)]
-    return () if any(is_linear(place.module) for place in blocks) else tuple(found)
+        blocks, found = body, [each for each in body if _is_wide_convolution(each.module)]
+    return tuple(found) if found and not any(is_linear(each.module) for each in blocks) else ()
 
 
 def _is_wide_convolution(module: nn.Module) -> bool:
     return isinstance(module, _ConvNd) and (module.groups == 1 or module.groups < module.in_channels)
 
 
-def tied(model: nn.Module) -> Mapping[int, tuple[str, ...]]:
-    """The parameters that several modules hold: ``id(parameter)`` to the full names, adapters' own left out."""
+def tied(modules: Iterable[tuple[str, nn.Module]]) -> Mapping[int, tuple[str, ...]]:
+    """The parameters that several of ``modules`` (path and module, each once) hold: ``id`` to the full names."""
     names: dict[int, list[str]] = defaultdict(list)
     keys: dict[int, int] = {}
-    for path, module in model.named_modules():
-        if not is_injected(path):
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    keys[id(parameter)] = identity(module, name, parameter)
-                    names[keys[id(parameter)]].append(join(path, name))
+    for path, module in modules:
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                key = keys[id(parameter)] = identity(module, name, parameter)
+                names[key].append(join(path, name))
     return {own: tuple(names[key]) for own, key in keys.items() if len(names[key]) > 1}

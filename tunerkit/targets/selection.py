@@ -5,7 +5,7 @@ expressions, ``"all-linear"`` and the defaults choose broadly: what they leave o
 """
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import attrs
 from torch import nn
@@ -14,19 +14,19 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from tunerkit.errors import TargetError, TunerkitWarning
 from tunerkit.libraries import default_names
-from tunerkit.paths import is_under, join, layer_number
-from tunerkit.patterns import is_broad, matcher
+from tunerkit.paths import is_under, join
+from tunerkit.patterns import Matcher, is_broad, matcher
 from tunerkit.records import Target
 from tunerkit.targets.eligibility import obstacle_at
 from tunerkit.targets.resolution import ALL_LINEAR, lines, matching, names_of, unknown
-from tunerkit.targets.scan import Place, Survey, default_convolutions, is_linear, may_be_linear, survey
+from tunerkit.targets.scan import Scan, ScannedModule, default_convolutions, is_linear, may_be_linear
 
 
 @attrs.define(eq=False)
 class _Findings:
-    """What the patterns led to: ``found`` by path, problems, and by reason the paths left out and those in the way."""
+    """What the patterns led to: paths ``found``, problems, and by reason the paths left out and those in the way."""
 
-    found: dict[str, Place] = attrs.Factory(dict)
+    found: set[str] = attrs.Factory(set)
     problems: list[str] = attrs.Factory(list)
     left_out: dict[str, str] = attrs.Factory(dict)
     refused: dict[str, str] = attrs.Factory(dict)
@@ -36,30 +36,25 @@ class _Findings:
 class _Scope:
     """The part of the model the caller wants: without ``excluded``, in ``layers`` if given."""
 
-    excluded: Collection[str]
+    excluded: frozenset[str]
     layers: Collection[int] | None
     trained: Collection[str]
-    adaptable: Collection[int]  # ids of modules: asking every plugin about a module is not free
     stacks: Sequence[str] = ()  # names of parameters that are stacks of matrices
 
-    def covers(self, place: Place) -> bool:
-        in_layers = self.layers is None or layer_number(place.path) in self.layers
-        return in_layers and not any(path in self.excluded for path in place.paths)
+    def covers(self, module: ScannedModule) -> bool:
+        in_layers = self.layers is None or module.layer in self.layers
+        return in_layers and self.excluded.isdisjoint(module.paths)
 
-    def is_adaptable(self, place: Place) -> bool:
-        return id(place.module) in self.adaptable
-
-    def trains(self, place: Place) -> bool:
-        return any(is_under(path, self.trained) for path in place.paths)
+    def trains(self, module: ScannedModule) -> bool:
+        return any(is_under(path, self.trained) for path in module.paths)
 
 
 def select(
-    model: nn.Module,
+    scanned: Scan,
     *,
     targets: str | Sequence[str] | None,
     exclude: Sequence[str] = (),
     layers: Sequence[int] | None = None,
-    is_adaptable: Callable[[nn.Module], bool],
     trained: Collection[str] = (),
 ) -> tuple[Target, ...]:
     """The targets that the patterns select, in the model's order.
@@ -70,18 +65,18 @@ def select(
     has one of these numbers as its first number. ``trained`` are paths of modules trained in full: no target lies at
     or under one. Raises `TargetError` naming every problem at once; warns once, naming what a broad pattern left out.
     """
-    scanned = survey(model)
     findings = _Findings()
-    adaptable = frozenset(id(place.module) for place in scanned.places if is_adaptable(place.module))
-    scope = _Scope(_excluded(scanned, exclude, findings), layers, trained, adaptable)
+    scope = _Scope(_excluded(scanned, exclude, findings), layers, trained)
     scope = attrs.evolve(scope, stacks=tuple(_stacks(scanned, scope)))
-    if targets is None or ALL_LINEAR in _patterns(targets):
-        _tell_root(model, findings, adaptable=is_adaptable(model))
-    if targets is None:
-        _choose_default(model, scanned, scope, findings)
-    for pattern in () if targets is None else _patterns(targets):
+    patterns = None if targets is None else _patterns(targets)
+    if scanned.root.base is not None and (patterns is None or ALL_LINEAR in patterns):
+        # An adapter is a child of a layer inside the model: a model that is a layer itself has no place for one.
+        findings.left_out[f"the {type(scanned.root.module).__name__} itself"] = _ROOT
+    if patterns is None:
+        _choose_default(scanned, scope, findings)
+    for pattern in patterns or ():
         if pattern == ALL_LINEAR:
-            _choose_linear(scanned, scope, findings, names=("*",))
+            _choose_linear(scanned, scope, findings, matcher("*"))
         else:
             _choose_matching(scanned, scope, findings, pattern)
     _check_layers(scanned, scope, findings)
@@ -93,7 +88,7 @@ def select(
     if findings.left_out:
         told = "\n  ".join(lines(findings.left_out))
         warnings.warn(f"left out, neither adapted nor trained:\n  {told}", TunerkitWarning, stacklevel=3)
-    return tuple(Target(place.path, place.module) for place in scanned.places if place.path in findings.found)
+    return tuple(Target(each.path, each.module) for each in scanned.modules if each.path in findings.found)
 
 
 def _patterns(targets: str | Sequence[str]) -> tuple[str, ...]:
@@ -104,108 +99,100 @@ def _patterns(targets: str | Sequence[str]) -> tuple[str, ...]:
     return patterns
 
 
-def _stacks(scanned: Survey, scope: _Scope) -> Iterator[str]:
+def _stacks(scanned: Scan, scope: _Scope) -> Iterator[str]:
     """Stacks of matrices that a module which is no layer holds itself: full parameter names.
 
     Position embeddings and class tokens have three dimensions too, but one of them is 1 or their name says it.
     """
-    for place in scanned.places:
-        if not scope.covers(place) or scope.trains(place) or scope.is_adaptable(place):
+    for each in scanned.modules:
+        if each.base is not None or isinstance(each.module, _ConvNd | ParametrizationList):
             continue
-        if not isinstance(place.module, _ConvNd | ParametrizationList):
-            for name, tensor in place.module._parameters.items():
-                if tensor is not None and tensor.ndim >= 3 and min(tensor.shape) > 1 and "embed" not in name:
-                    yield join(place.path, name)
+        for name, tensor in each.module._parameters.items():
+            stacked = tensor is not None and tensor.ndim >= 3 and min(tensor.shape) > 1 and "embed" not in name
+            if stacked and scope.covers(each) and not scope.trains(each):
+                yield join(each.path, name)
 
 
 # Choosing
 
 
-def _choose_default(model: nn.Module, scanned: Survey, scope: _Scope, findings: _Findings) -> None:
-    names = default_names(model)
-    convolutions = () if names else default_convolutions(scanned)
-    for place in filter(scope.covers, convolutions):
-        _choose_broadly(place, obstacle_at(place, scanned, adaptable=scope.is_adaptable(place)), scope, findings)
+def _choose_default(scanned: Scan, scope: _Scope, findings: _Findings) -> None:
+    ends = tuple(f".{name}" for name in default_names(scanned.root.module))
+    # A variant whose modules have other names is served by what it is made of, not refused.
+    if any(f".{path}".endswith(ends) for path in scanned.by_path):
+        _choose_linear(scanned, scope, findings, lambda path: f".{path}".endswith(ends))
+        return
+    convolutions = default_convolutions(scanned)
+    for each in filter(scope.covers, convolutions):
+        _choose_broadly(each, obstacle_at(each, scanned), scope, findings)
     if not convolutions:
-        _choose_linear(scanned, scope, findings, names=names or ("*",))
+        _choose_linear(scanned, scope, findings, matcher("*"))
 
 
-def _tell_root(model: nn.Module, findings: _Findings, *, adaptable: bool) -> None:
-    """An adapter is a child of a layer inside the model: a model that is a layer itself has no place for one."""
-    if adaptable:
-        findings.left_out[f"the {type(model).__name__} itself"] = _ROOT
-
-
-def _choose_linear(scanned: Survey, scope: _Scope, findings: _Findings, *, names: Sequence[str]) -> None:
-    """The linear layers that one of the patterns ``names`` matches; never an output head."""
-    matchers = tuple(map(matcher, names))
-    for place in scanned.places:
-        if not scope.covers(place) or scope.trains(place):
-            continue
-        if not any(is_under(path, scanned.heads) for path in place.paths):
-            named = any(match(path) for match in matchers for path in place.paths)
-            _choose_linear_place(place, named, scanned, scope, findings)
-        elif isinstance(place.module, nn.MultiheadAttention):
-            findings.left_out[place.path] = _HEAD
+def _choose_linear(scanned: Scan, scope: _Scope, findings: _Findings, match: Matcher) -> None:
+    """The linear layers of which one path matches; never an output head."""
+    for each in scanned.modules:
+        if each.in_head:
+            if isinstance(each.module, nn.MultiheadAttention) and scope.covers(each) and not scope.trains(each):
+                findings.left_out[each.path] = _HEAD
+        # What has a base-layer kind and no such name was left out on purpose.
+        elif (each.base is None or any(map(match, each.paths))) and scope.covers(each) and not scope.trains(each):
+            obstacle = obstacle_at(each, scanned)
+            if obstacle is None and is_linear(each.module):
+                findings.found.add(each.path)
+            elif obstacle is not None and may_be_linear(each.module):
+                findings.left_out[each.path] = obstacle
     findings.left_out.update(dict.fromkeys(scope.stacks, _STACK))
 
 
-def _choose_linear_place(place: Place, named: bool, scanned: Survey, scope: _Scope, findings: _Findings) -> None:
-    obstacle = obstacle_at(place, scanned, adaptable=scope.is_adaptable(place))
-    if obstacle is None and named and is_linear(place.module):
-        findings.found[place.path] = place
-    elif obstacle is not None and may_be_linear(place) and (named or not scope.is_adaptable(place)):
-        findings.left_out[place.path] = obstacle
-
-
-def _choose_matching(scanned: Survey, scope: _Scope, findings: _Findings, pattern: str) -> None:
+def _choose_matching(scanned: Scan, scope: _Scope, findings: _Findings, pattern: str) -> None:
     match, broad = matcher(pattern), is_broad(pattern)
-    matched = matching(scanned.places, match)
+    matched = matching(scanned.modules, match)
     if not matched:
-        names = names_of(filter(scope.is_adaptable, scanned.places), pattern) | {ALL_LINEAR}
+        names = names_of((each for each in scanned.modules if each.base is not None), pattern) | {ALL_LINEAR}
         findings.problems.append(unknown(pattern, scanned, names))
         return
-    obstacles = {place.path: obstacle_at(place, scanned, adaptable=scope.is_adaptable(place)) for place in matched}
-    for place in filter(scope.covers, matched):
-        (_choose_broadly if broad else _choose_named)(place, obstacles[place.path], scope, findings)
+    obstacles = {each.path: obstacle_at(each, scanned) for each in matched}
+    for each in filter(scope.covers, matched):
+        (_choose_broadly if broad else _choose_named)(each, obstacles[each.path], scope, findings)
     findings.left_out.update((name, _STACK) for name in scope.stacks if match(name))
     if broad and all(obstacles.values()):
         reasons = {path: obstacle for path, obstacle in obstacles.items() if obstacle}
         findings.problems += [f"{pattern!r} matches nothing that can be adapted:", *lines(reasons)]
 
 
-def _choose_named(place: Place, obstacle: str | None, scope: _Scope, findings: _Findings) -> None:
-    if obstacle is None and scope.trains(place):
+def _choose_named(each: ScannedModule, obstacle: str | None, scope: _Scope, findings: _Findings) -> None:
+    if obstacle is None and scope.trains(each):
         obstacle = "is trained in full (train_modules); exclude it from the targets, or do not train it"
     if obstacle is None:
-        findings.found[place.path] = place
+        findings.found.add(each.path)
     else:
-        findings.refused[place.path] = obstacle
+        findings.refused[each.path] = obstacle
 
 
-def _choose_broadly(place: Place, obstacle: str | None, scope: _Scope, findings: _Findings) -> None:
-    if scope.trains(place):
+def _choose_broadly(each: ScannedModule, obstacle: str | None, scope: _Scope, findings: _Findings) -> None:
+    if scope.trains(each):
         return
     if obstacle is None:
-        findings.found[place.path] = place
-    elif any(parameter is not None for parameter in place.module._parameters.values()):
-        findings.left_out[place.path] = obstacle
+        findings.found.add(each.path)
+    elif any(parameter is not None for parameter in each.module._parameters.values()):
+        findings.left_out[each.path] = obstacle
 
 
-def _excluded(scanned: Survey, exclude: Sequence[str], findings: _Findings) -> frozenset[str]:
+def _excluded(scanned: Scan, exclude: Sequence[str], findings: _Findings) -> frozenset[str]:
     """Every path at or under a match: somebody who excludes a container means what is in it."""
     matched: set[str] = set()
     for pattern in [exclude] if isinstance(exclude, str) else exclude:
         match = matcher(pattern)
-        hits = [path for place in scanned.places for path in place.paths if match(path)]
+        hits = [path for path in scanned.by_path if match(path)]
         matched.update(hits)
         if not hits:
-            findings.problems.append(f"exclude: {unknown(pattern, scanned, names_of(scanned.places, pattern))}")
-    return frozenset(path for place in scanned.places for path in place.paths if is_under(path, matched))
+            findings.problems.append(f"exclude: {unknown(pattern, scanned, names_of(scanned.modules, pattern))}")
+    return frozenset(path for path in scanned.by_path if is_under(path, matched))
 
 
-def _check_layers(scanned: Survey, scope: _Scope, findings: _Findings) -> None:
-    present = sorted({layer for place in scanned.places if (layer := layer_number(place.path)) is not None})
+def _check_layers(scanned: Scan, scope: _Scope, findings: _Findings) -> None:
+    present = sorted({each.layer for each in scanned.modules if each.layer is not None})
     missing = [layer for layer in scope.layers or () if layer not in present]
     if scope.layers is not None and not scope.layers:
         findings.problems.append("layers is empty; give layer numbers, or leave it out for all layers")
