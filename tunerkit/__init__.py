@@ -26,58 +26,22 @@ methods = _registry.methods
 register = _registry.register
 unregister = _registry.unregister
 
-__all__ = [
-    "Adapter",
-    "AdapterConfig",
-    "AdapterError",
-    "BaseLayer",
-    "BaseMismatchError",
-    "ConfigError",
-    "Cut",
-    "Delta",
-    "FileError",
-    "Method",
-    "MethodInfo",
-    "PluginError",
-    "RankChange",
-    "State",
-    "StepError",
-    "Summary",
-    "Target",
-    "TargetError",
-    "Tuner",
-    "TunerkitError",
-    "TunerkitWarning",
-    "UnknownMethodError",
-    "activate",
-    "active",
-    "adapters",
-    "add_low_rank",
-    "attach",
-    "delete",
-    "disabled",
-    "freeze",
-    "hookimpl",
-    "load",
-    "load_state",
-    "low_rank_delta",
-    "merge",
-    "methods",
-    "optimizer_of",
-    "register",
-    "rename",
-    "resize_",
-    "save",
-    "save_state",
-    "setting",
-    "shrink_",
-    "structure",
-    "thaw",
-    "trainable_parameters",
-    "tuner",
-    "unmerge",
-    "unregister",
-    "unstructure",
-    "unwrap",
-    "wrap",
-]
+# Put adapters in and take them out
+__all__ = ["load", "save", "structure", "unstructure", "unwrap", "wrap"]
+# Use and inspect them
+__all__ += ["disabled", "merge", "trainable_parameters", "tuner", "unmerge"]
+# Manage several in one model
+__all__ += ["activate", "active", "adapters", "delete", "freeze", "rename", "thaw"]
+# Train them
+__all__ += ["attach", "load_state", "save_state"]
+# Find plugins
+__all__ += ["hookimpl", "methods", "register", "unregister"]
+# Write a method
+__all__ += ["Adapter", "AdapterConfig", "BaseLayer", "add_low_rank", "low_rank_delta", "setting"]
+# Change sizes while training
+__all__ += ["Cut", "optimizer_of", "resize_", "shrink_"]
+# Records
+__all__ += ["Delta", "Method", "MethodInfo", "RankChange", "State", "Summary", "Target", "Tuner"]
+# Errors
+__all__ += ["AdapterError", "BaseMismatchError", "ConfigError", "FileError", "PluginError", "StepError", "TargetError"]
+__all__ += ["TunerkitError", "TunerkitWarning", "UnknownMethodError"]
