@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import tunerkit
 from tunerkit.cli.batches import Rows, shuffled_batches, sorted_batches
+from tunerkit.libraries import torch_private
 
 IGNORED = -100  # the label of what is not to be told, as torch and transformers have it
 
@@ -138,5 +139,4 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # AVX-512's bf16 does not make up for the casts: a step of the demo took 1.4 times as long with it as in fp32.
-    # The only question that torch answers about CPUs has an underscore.
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and torch_private.multiplies_bf16_in_tiles()

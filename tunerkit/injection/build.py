@@ -11,9 +11,9 @@ from tunerkit.injection.inject import Plan, copy_base
 from tunerkit.injection.preconditions import refuse_overlap
 from tunerkit.injection.slots import Slot
 from tunerkit.injection.tuner import Tuner
-from tunerkit.injection.weight_override import lender
+from tunerkit.injection.weight_override import weight_reader
 from tunerkit.layers import Adapter, BaseLayer, bias_name, describe
-from tunerkit.libraries import execution_device, is_offloaded
+from tunerkit.libraries import execution_device, is_offloaded, torch_private
 from tunerkit.records import Target
 
 
@@ -51,8 +51,8 @@ def build_adapter(tuner: Tuner, target: Target, base: BaseLayer | None) -> Adapt
             f"the plugin of method {tuner.method!r} ({registry.owner_of(tuner.method).distribution}) built an adapter "
             f"that holds {target.path!r} as a child; forward is given the base layer, so do not keep it"
         )
-    if lender(tuner.model, target.path, base) is not None:
-        _refuse_unlendable(tuner, target, base)
+    if weight_reader(tuner.model, target.path, base) is not None:
+        _refuse_unreadable(tuner, target, base)
     return _placed(built, _device_of(target.module), getattr(torch, tuner.config.adapter_dtype))
 
 
@@ -89,14 +89,14 @@ def _bias_of(path: str, module: nn.Module, name: str) -> nn.Parameter:
     return nn.Parameter(bias.clone())
 
 
-def _refuse_unlendable(tuner: Tuner, target: Target, base: BaseLayer) -> None:
+def _refuse_unreadable(tuner: Tuner, target: Target, base: BaseLayer) -> None:
     """Where an owner reads the weight, the method must say what it adds, and the weight must be a plain matrix."""
     if not registry.implements("tunerkit_delta", tuner.method):
         raise TargetError(
             f"{target.path!r} is read past its forward by its owner, so an adapter there works by its delta, and the "
             f"plugin of method {tuner.method!r} does not implement tunerkit_delta; exclude it from the targets"
         )
-    weight = target.module._parameters.get(base.weight_name)
+    weight = torch_private.own_parameters(target.module).get(base.weight_name)
     if weight is None or not weight.is_floating_point():
         raise TargetError(
             f"{target.path!r} is read past its forward by its owner, and its weight is no plain matrix that a delta "

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from tunerkit.errors import PluginError
 from tunerkit.hooks import registry
 from tunerkit.layers import Adapter, BaseLayer
+from tunerkit.libraries import torch_private
 from tunerkit.records import Delta
 
 
@@ -34,15 +35,15 @@ def add_delta(module: nn.Module, base: BaseLayer, delta: Delta, tensors: dict[st
         wide = torch.promote_types(packed.dtype, torch.promote_types(own.dtype, torch.float32))
         tensors[base.weight_name] = (tensors.get(base.weight_name, own).to(wide) + packed.to(wide)).to(own.dtype)
     if delta.bias is not None:
-        before = tensors.get(base.bias_name, module._parameters.get(base.bias_name))
+        before = tensors.get(base.bias_name, torch_private.own_parameters(module).get(base.bias_name))
         if before is None:
             before = torch.zeros_like(delta.bias, dtype=_own(module, base.weight_name).dtype)
         tensors[base.bias_name] = before + delta.bias.to(before.dtype)
 
 
 def _own(module: nn.Module, name: str) -> nn.Parameter:
-    """The module's parameter itself, also while something lent stands before it."""
-    own = module._parameters[name]
+    """The module's parameter itself, also while an override stands in front of it."""
+    own = torch_private.own_parameters(module)[name]
     assert own is not None
     return own
 

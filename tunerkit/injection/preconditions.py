@@ -1,20 +1,19 @@
 """Refuse an adapter name or a model that cannot take an adapter, before anything is built."""
 
-import gc
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 
-import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from tunerkit.config import AdapterConfig
+from tunerkit.config import AdapterConfig, to_mapping
 from tunerkit.errors import AdapterError, ConfigError, TunerkitWarning, closest
 from tunerkit.injection.inject import Plan
 from tunerkit.injection.merged_state import refuse_disabled, refuse_merged
 from tunerkit.injection.slots import slots_of, walk
 from tunerkit.injection.tuner import tuners_of
-from tunerkit.injection.weight_override import lender
+from tunerkit.injection.weight_override import weight_reader
+from tunerkit.libraries import torch_private
 from tunerkit.paths import CHILD, is_adapter_path, is_under
 from tunerkit.patterns import matches
 from tunerkit.records import Target
@@ -38,7 +37,7 @@ def warn_of_statistics(model: nn.Module, copies: tuple[str, ...]) -> None:
     moving = [
         path
         for path, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._NormBase)
+        if torch_private.has_statistics(module)
         and module.track_running_stats
         and module.running_mean is not None
         and not is_under(path, copies)
@@ -57,13 +56,12 @@ def warn_of_statistics(model: nn.Module, copies: tuple[str, ...]) -> None:
 def warn_of_dropout(plan: Plan) -> None:
     """Tell of targets whose input is seen by nobody: the adapter's dropout cannot be applied there."""
     tuner = plan.tuner
-    lent = [t.path for t in tuner.targets if lender(tuner.model, t.path, plan.bases[t.path]) is not None]
-    dropout: object = getattr(tuner.config, "dropout", None)
-    if lent and dropout:
+    unseen = [t.path for t in tuner.targets if weight_reader(tuner.model, t.path, plan.bases[t.path]) is not None]
+    if unseen and to_mapping(tuner.config).get("dropout"):
         warnings.warn(
-            f"dropout is not applied at {len(lent)} targets ({lent[0]}, ...): their owner reads the weight past the "
-            "layer's forward, so the adapter changes the weight and never sees an input. Set dropout to 0 or exclude "
-            "them if that matters",
+            f"dropout is not applied at {len(unseen)} targets ({unseen[0]}, ...): their owner reads the weight past "
+            "the layer's forward, so the adapter changes the weight and never sees an input. Set dropout to 0 or "
+            "exclude them if that matters",
             TunerkitWarning,
             stacklevel=3,
         )
@@ -132,7 +130,7 @@ def refuse_unready(model: nn.Module, adapter: str) -> None:
     lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
     if lazy:
         raise AdapterError(f"the model has parameters without a shape yet ({lazy[0]}, ...); run one batch first")
-    if _is_inside_ddp(model):
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise AdapterError("the model is already inside DistributedDataParallel; wrap it first, then put it into DDP")
     tuners = tuners_of(model)
     root = next((other.model for other in tuners.values()), None)
@@ -148,23 +146,3 @@ def refuse_unready(model: nn.Module, adapter: str) -> None:
     refuse_disabled(model)
     refuse_taken(tuners, adapter)
     refuse_merged(model, "adding an adapter")
-
-
-def _is_inside_ddp(model: nn.Module) -> bool:
-    """Whether DistributedDataParallel holds the model or a part of it: it would not synchronise what is added now."""
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
-        return True
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return False
-    if not _is_held_by_ddp(model):
-        return False
-    gc.collect()  # one that was given up may lie in a cycle
-    return _is_held_by_ddp(model)
-
-
-def _is_held_by_ddp(model: nn.Module) -> bool:
-    """Whether a live DDP shares a module with ``model``: modules do not know what holds them."""
-    modules = set(model.modules())
-    # By type: asking isinstance of any object may run code of its own.
-    found = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.parallel.DistributedDataParallel)]
-    return any(not modules.isdisjoint(parallel.modules()) for parallel in found)

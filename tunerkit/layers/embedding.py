@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunerkit.layers.base import BaseLayer, runs_forward_of
-from tunerkit.libraries import forward_owner
+from tunerkit.libraries import forward_owner, torch_private
 
 
 @final
@@ -88,5 +88,5 @@ def _is_scaled_embedding(module: nn.Module) -> bool:
         and owner.__name__.endswith("ScaledWordEmbedding")
         and owner.__module__.startswith("transformers.")
         and isinstance(getattr(module, "embed_scale", None), float | int | Tensor)
-        and list(module._parameters) == ["weight"]
+        and list(torch_private.own_parameters(module)) == ["weight"]
     )

@@ -21,7 +21,7 @@ from tunerkit.injection import (
     walk,
 )
 from tunerkit.layers import Adapter, BaseLayer, bias_name
-from tunerkit.libraries import is_offloaded
+from tunerkit.libraries import is_offloaded, torch_private
 from tunerkit.paths import is_under
 from tunerkit.records import Delta
 from tunerkit.serialization.fingerprint import fingerprint
@@ -153,7 +153,7 @@ def _delta(path: str, module: nn.Module, method: str, adapter: Adapter, base: Ba
     if not registry.implements("tunerkit_delta", method):
         raise AdapterError(f"method {method!r} cannot be merged: its plugin does not implement tunerkit_delta")
     delta = ask_delta(path, method, adapter, base)
-    if delta.bias is not None and not isinstance(module._parameters.get(base.bias_name), nn.Parameter):
+    if delta.bias is not None and torch_private.own_parameters(module).get(base.bias_name) is None:
         raise AdapterError(f"cannot merge into {path!r}: the adapter adds a bias and the base layer has none")
     return delta
 
@@ -169,7 +169,8 @@ def _replace(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]
     for name, tensor in tensors.items():
         owner_path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(owner_path)
-        live = getattr(owner, leaf)
+        own = dict((*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)))
+        live = own[leaf]
         before[name] = live.data
         live.data = tensor
     return before

@@ -1,9 +1,8 @@
 """What stands in the way of adapting the module at a place, in words that end a sentence about its path."""
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
-from tunerkit.libraries import is_offloaded, read_children
+from tunerkit.libraries import is_offloaded, read_children, torch_private
 from tunerkit.targets.scan import Place, Survey
 
 _ATTENTION = "nn.MultiheadAttention with a forward of its own may do anything with its weights: it cannot be adapted"
@@ -31,8 +30,9 @@ def weight_obstacle(place: Place, scanned: Survey) -> str | None:
         return _READ_AND_CALLED
     if is_offloaded(place.module) and (place.is_read or isinstance(place.module, nn.MultiheadAttention)):
         return _READ_AND_AWAY
-    parameters = [parameter for parameter in place.module._parameters.values() if parameter is not None]
-    if isinstance(place.module, nn.Linear | nn.Embedding | _ConvNd) and "weight" not in place.module._parameters:
+    own, parameters = torch_private.own_parameters(place.module), list(place.module.parameters(recurse=False))
+    usual = isinstance(place.module, nn.Linear | nn.Embedding) or torch_private.is_convolution(place.module)
+    if usual and "weight" not in own:
         return "has a weight computed from others (a parametrization), which cannot be adapted yet"
     if any(parameter.is_meta for parameter in parameters) and not is_offloaded(place.module):
         return "has its weight on the meta device; load the weights first"

@@ -5,9 +5,8 @@ from collections.abc import Collection, Mapping
 
 import attrs
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
-from tunerkit.libraries import identity, read_children
+from tunerkit.libraries import identity, read_children, torch_private
 from tunerkit.paths import is_injected, is_number, is_under, join, layer_number, parent
 
 # Names of output heads in transformers, timm and torchvision. A head is found by name only before the first numbered
@@ -108,9 +107,9 @@ def is_linear(module: nn.Module) -> bool:
 def may_be_linear(place: Place) -> bool:
     """Whether someone who says all linear layers may mean this module, also a router with a matrix of its own."""
     module = place.module
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm | _ConvNd):
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm) or torch_private.is_convolution(module):
         return False
-    weight = module._parameters.get("weight")
+    weight = torch_private.own_parameters(module).get("weight")
     return is_linear(module) or (weight is not None and weight.ndim == 2)
 
 
@@ -129,7 +128,7 @@ def default_convolutions(scanned: Survey) -> tuple[Place, ...]:
 
 
 def _is_wide_convolution(module: nn.Module) -> bool:
-    return isinstance(module, _ConvNd) and (module.groups == 1 or module.groups < module.in_channels)
+    return torch_private.is_convolution(module) and (module.groups == 1 or module.groups < module.in_channels)
 
 
 def tied(model: nn.Module) -> Mapping[int, tuple[str, ...]]:
@@ -138,7 +137,7 @@ def tied(model: nn.Module) -> Mapping[int, tuple[str, ...]]:
     keys: dict[int, int] = {}
     for path, module in model.named_modules():
         if not is_injected(path):
-            for name, parameter in module._parameters.items():
+            for name, parameter in torch_private.own_parameters(module).items():
                 if parameter is not None:
                     keys[id(parameter)] = identity(module, name, parameter)
                     names[keys[id(parameter)]].append(join(path, name))

@@ -9,11 +9,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import attrs
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
 from tunerkit.errors import TargetError, TunerkitWarning
-from tunerkit.libraries import default_names
+from tunerkit.libraries import default_names, torch_private
 from tunerkit.paths import is_under, join, layer_number
 from tunerkit.patterns import is_broad, matcher
 from tunerkit.records import Target
@@ -112,8 +111,8 @@ def _stacks(scanned: Survey, scope: _Scope) -> Iterator[str]:
     for place in scanned.places:
         if not scope.covers(place) or scope.trains(place) or scope.is_adaptable(place):
             continue
-        if not isinstance(place.module, _ConvNd | ParametrizationList):
-            for name, tensor in place.module._parameters.items():
+        if not (torch_private.is_convolution(place.module) or isinstance(place.module, ParametrizationList)):
+            for name, tensor in torch_private.own_parameters(place.module).items():
                 if tensor is not None and tensor.ndim >= 3 and min(tensor.shape) > 1 and "embed" not in name:
                     yield join(place.path, name)
 
@@ -188,7 +187,7 @@ def _choose_broadly(place: Place, obstacle: str | None, scope: _Scope, findings:
         return
     if obstacle is None:
         findings.found[place.path] = place
-    elif any(parameter is not None for parameter in place.module._parameters.values()):
+    elif next(place.module.parameters(recurse=False), None) is not None:
         findings.left_out[place.path] = obstacle
 
 

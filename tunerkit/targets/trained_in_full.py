@@ -37,7 +37,7 @@ def _uncontained(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]
     if not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         yield path, module
         return
-    if any(parameter is not None for parameter in module._parameters.values()):
+    if next(module.parameters(recurse=False), None) is not None:
         kind = type(module).__name__
         raise TargetError(f"train_modules: {path!r} is a {kind} with parameters of its own; name the modules in it")
     for name, child in module.named_children():
@@ -65,7 +65,7 @@ def choose_biases(
     unknown = {id(p.module) for p in survey(model).places if p.inside_attention or p.read_and_called}
     modules = {path: module for path, module in model.named_modules() if not is_adapter_path(path + ".")}
     for path, module in modules.items():
-        own = {name: p for name, p in module._parameters.items() if p is not None and "bias" in name}
+        own = {name: p for name, p in module.named_parameters(recurse=False, remove_duplicate=False) if "bias" in name}
         if not own or is_under(path, copies):
             continue
         base = describe(module, kinds)
