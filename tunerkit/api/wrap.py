@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from tunerkit.config import AdapterConfig
+from tunerkit.config import AdapterConfig, to_mapping
 from tunerkit.errors import ConfigError
 from tunerkit.hooks import all_kinds, configure
 from tunerkit.injection import (
@@ -27,7 +27,7 @@ from tunerkit.injection import (
 )
 from tunerkit.layers import describe
 from tunerkit.serialization import merge, restore_originals_
-from tunerkit.steps import detach
+from tunerkit.steps import detach, watch_optimizers
 from tunerkit.targets import choose_biases, choose_copies, from_paths, refuse_tied, select
 
 M = TypeVar("M", bound=nn.Module)
@@ -66,7 +66,6 @@ def wrap(
         trained=copies,
     )
     refuse_idle_patterns(config, chosen)
-    biases = choose_biases(root, config.bias, chosen, copies, kinds)
     tuner = Tuner(
         name=adapter,
         method=method,
@@ -74,14 +73,15 @@ def wrap(
         model=root,
         targets=chosen,
         copies=from_paths(root, copies),
-        biases=biases,
-        total_steps=getattr(config, "total_steps", None),
+        biases=choose_biases(root, config.bias, chosen, copies, kinds),
+        total_steps=to_mapping(config).get("total_steps"),
     )
     with seeded(seed):
         plan = build(tuner, kinds)
     warn_of_statistics(root, copies)
     warn_of_dropout(plan)
     inject_(plan, trainable=True)
+    watch_optimizers(method)
     return model
 
 

@@ -20,6 +20,7 @@ from tunerkit.injection import tuner as find_tuner
 from tunerkit.serialization.fingerprint import differences, fingerprint
 from tunerkit.serialization.header import Header, decode, encode
 from tunerkit.serialization.safetensors_file import file_at, write
+from tunerkit.steps import watch_optimizers
 from tunerkit.targets import from_paths, refuse_tied, refuse_unfit
 
 FILE_NAME = "adapter.safetensors"
@@ -76,6 +77,7 @@ def load(base: M, path: str | os.PathLike[str], *, adapter: str = "default", tra
         plan = build(tuner, all_kinds())
     fill(plan.slots, tensors, source)
     inject_(plan, trainable=trainable)
+    watch_optimizers(tuner.method)
     return base
 
 
