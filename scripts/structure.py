@@ -11,6 +11,7 @@ import argparse
 import ast
 import graphlib
 import io
+import re
 import tokenize
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,10 @@ CORE = Path(__file__).resolve().parents[1] / "tunerkit"
 # Packages that build on the core. Their lines are counted separately.
 OUTER = ("cli", "testing", "report", "integrations")
 LOOK_UPS = ("getattr", "hasattr")
-_MUTABLE_CALLS = ("dict", "list", "set", "defaultdict", "deque", "Counter", "Lock", "RLock")
+_CONTAINERS = ("dict", "list", "set", "bytearray", "defaultdict", "deque", "local")
+_CHANGING = ("Lock", "RLock", "Condition", "Semaphore", "Event", "ContextVar")
+# What a call of these makes never changes, or is no instance: a marker, a type, a view that nobody can write to.
+_IMMUTABLE = ("Marker", "TypeVar", "ParamSpec", "NewType", "NamedTuple", "MappingProxyType", "Path", "Fraction")
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,9 +220,10 @@ def look_ups(source: Source) -> list[str]:
 
 
 def mutable_state(source: Source) -> list[str]:
-    """List module-level names whose value can change: containers, weak containers, locks, and ``global`` names.
+    """List module-level names whose value can change: containers, instances, locks, and ``global`` names.
 
-    Plain containers with an upper-case name are constants. Registries and records are recognised by their class's name.
+    ``Final`` and upper-case names are constants, unless what is bound can do nothing but change: a weak container, a
+    lock, a context variable. Markers, type variables and what ``Final`` names are constants too.
     """
     changed = {name for node in ast.walk(source.tree) if isinstance(node, ast.Global) for name in node.names}
     found = []
@@ -227,20 +232,70 @@ def mutable_state(source: Source) -> list[str]:
             continue
         targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
         names = [target.id for target in targets if isinstance(target, ast.Name)]
-        if any(name in changed or _may_change(name, statement.value) for name in names):
+        constant = isinstance(statement, ast.AnnAssign) and "Final" in ast.unparse(statement.annotation)
+        if any(name in changed or _may_change(name, statement.value, constant=constant) for name in names):
             found.append(f"{source.name}.{', '.join(names)}")
     return found
 
 
-def _may_change(name: str, value: ast.expr) -> bool:
-    if name.startswith("__"):
-        return False
+def _may_change(name: str, value: ast.expr, *, constant: bool) -> bool:
+    constant = constant or name.isupper() or name.startswith("__")
     if isinstance(value, ast.List | ast.Dict | ast.Set | ast.ListComp | ast.DictComp | ast.SetComp):
-        return not name.isupper()
+        return not constant
     if not isinstance(value, ast.Call):
         return False
-    called = ast.unparse(value.func).rpartition(".")[2].partition("[")[0]
-    return called.startswith("Weak") or called in _MUTABLE_CALLS or called in ("Registry", "_State", "Watch")
+    # ``weakref.WeakSet[Tuner]()`` is a call of a WeakSet.
+    called = ast.unparse(value.func).partition("[")[0].rpartition(".")[2]
+    if called.startswith("Weak") or called in _CHANGING:
+        return True
+    makes_instance = called in _CONTAINERS or called.lstrip("_")[:1].isupper()
+    return makes_instance and not constant and not called.endswith(_IMMUTABLE)
+
+
+# --- Private names ----------------------------------------------------------------------------------------------------
+
+
+def private_names(source: Source, library: str) -> list[str]:
+    """Private names of ``library`` that a module imports or looks up below one that it imports."""
+    bound = {}
+    for statement in import_statements(source.tree, deep=True):
+        for alias in statement.names:
+            origin = f"{statement.module}.{alias.name}" if isinstance(statement, ast.ImportFrom) else alias.name
+            name = alias.asname or (alias.name if isinstance(statement, ast.ImportFrom) else alias.name.split(".")[0])
+            bound[name] = origin if alias.asname or isinstance(statement, ast.ImportFrom) else name
+    origins = [f"{m}.{n}" if n else m for m, n in imported_names(source, deep=True)]
+    found = [origin for origin in origins if belongs(origin, [library]) and is_private(origin)]
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Attribute):
+            root, _, rest = ast.unparse(node).partition(".")
+            if belongs(bound.get(root, ""), [library]) and is_private(rest):
+                found.append(f"{bound[root]}.{rest}")
+    return found
+
+
+def private_attributes(source: Source) -> list[str]:
+    """Names with an underscore that a module looks up on anything, overrides in a class, or writes as a string."""
+    found: dict[str, None] = {}
+    for node in ast.walk(source.tree):
+        match node:
+            case ast.Attribute(attr=name) if is_private(name):
+                found[name] = None
+            case ast.Constant(value=str(name)) if re.fullmatch(r"[\w.]+", name) and is_private(name):
+                found[name] = None
+            case ast.ClassDef(body=body):
+                methods = (part.name for part in body if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef))
+                found.update(dict.fromkeys(filter(is_private, methods)))
+    return list(found)
+
+
+def is_private(path: str) -> bool:
+    """Whether a part of a dotted path has one leading underscore."""
+    return any(part.startswith("_") and not part.startswith("__") for part in path.split("."))
+
+
+def belongs(module: str, packages: Iterable[str]) -> bool:
+    """Whether a module is one of ``packages``, or lies in one."""
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 
 # --- The report -------------------------------------------------------------------------------------------------------

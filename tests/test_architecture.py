@@ -1,24 +1,31 @@
 """The import graph and the cut between plugins, held to DESIGN's rules by reading the source."""
 
 import ast
+import importlib.util
 import re
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from scripts.structure import (
     Graph,
     Source,
     Sources,
+    belongs,
     by_package,
     cycle,
     defining_imports,
-    import_statements,
     imported,
+    is_private,
+    mutable_state,
     node_of,
+    private_attributes,
+    private_names,
     read,
 )
 
@@ -28,6 +35,13 @@ PACKAGES = {CORE: ROOT / CORE, **{path.name: path for path in sorted(ROOT.glob("
 OPTIONAL = ("cli", "integrations", "report", "testing")  # these parts of core may need an extra
 TEST_FILES = sorted([*ROOT.glob("tests/**/test_*.py"), *ROOT.glob("plugins/*/tests/**/test_*.py")])
 PLUGGY = frozenset({"pluggy", "tunerkit.hooks.markers", "tunerkit.hooks.specs", "tunerkit.hooks.registry"})
+# Where the private names of a library may be touched, and no other file of core.
+PRIVATE = {"torch": f"{CORE}.libraries.torch_private", "transformers": f"{CORE}.libraries.transformers_private"}
+# What lives as long as the process, each with its reason beside it.
+PROCESS_STATE = {
+    *(f"{CORE}.cli.app.app", f"{CORE}.hooks.registry.registry", f"{CORE}.injection.tuner.unseen"),
+    *(f"{CORE}.steps.links._links", f"{CORE}.steps.undriven._watch"),
+}
 ARITHMETIC_MODULES = frozenset({"cmath", "math", "numpy", "operator", "statistics"})
 ARITHMETIC_BUILTINS = frozenset({"abs", "divmod", "pow", "round", "sum"})
 
@@ -98,31 +112,6 @@ def _shares_package(name: str, module: str) -> bool:
     return name.split(".")[:2] == module.split(".")[:2]
 
 
-def private_names(source: Source, library: str) -> list[str]:
-    """Private names of ``library`` that a module imports or looks up below one that it imports."""
-    bound = {}
-    for statement in import_statements(source.tree, deep=True):
-        for alias in statement.names:
-            origin = f"{statement.module}.{alias.name}" if isinstance(statement, ast.ImportFrom) else alias.name
-            name = alias.asname or (alias.name if isinstance(statement, ast.ImportFrom) else alias.name.split(".")[0])
-            bound[name] = origin
-    found = [origin for origin in bound.values() if belongs(origin, [library]) and _is_private(origin)]
-    for node in ast.walk(source.tree):
-        if isinstance(node, ast.Attribute):
-            root, _, rest = ast.unparse(node).partition(".")
-            if belongs(bound.get(root, ""), [library]) and _is_private(rest):
-                found.append(f"{bound[root]}.{rest}")
-    return found
-
-
-def _is_private(path: str) -> bool:
-    return any(part.startswith("_") and not part.startswith("__") for part in path.split("."))
-
-
-def belongs(module: str, packages: Iterable[str]) -> bool:
-    return any(module == package or module.startswith(f"{package}.") for package in packages)
-
-
 def foreign_imports(sources: Sources, package: str, others: Iterable[str]) -> list[str]:
     """Imports of ``others`` anywhere in ``package``, in functions and for type checkers too."""
     wanted = [other for other in others if other != package]
@@ -133,6 +122,24 @@ def foreign_imports(sources: Sources, package: str, others: Iterable[str]) -> li
         for module in sorted(defining_imports(source, sources, deep=True))
         if belongs(module, wanted)
     ]
+
+
+def torch_attributes() -> frozenset[str]:
+    """Every private name of torch's modules, tensors and optimizers, by which torch itself calls it."""
+    modules = (
+        nn.Conv1d(1, 1, 1),
+        nn.InstanceNorm1d(1),
+        nn.MultiheadAttention(2, 1),
+        nn.parallel.DistributedDataParallel,
+    )
+    things = (*modules, torch.zeros(1), torch.optim.SGD([torch.zeros(1)]), torch, torch._C, nn.modules.module)
+    return frozenset(name for thing in things for name in dir(thing) if is_private(name))
+
+
+def private_of(library: str, source: Source, attributes: Collection[str]) -> list[str]:
+    """The private names of ``library`` that a module touches: imported, below what it imports, or on anything."""
+    own = [name for name in private_attributes(source) if name in attributes or belongs(name, [library])]
+    return [*private_names(source, library), *own]
 
 
 def adapter_modules(sources: Sources) -> list[str]:
@@ -301,6 +308,34 @@ def test_adapters_never_import_the_registry(sources: Sources) -> None:
     assert [name for name in adapter_modules(sources) if f"{CORE}.hooks.registry" in reached(graph, name)] == []
 
 
+def test_private_names_of_torch_stand_in_one_file(sources: Sources) -> None:
+    """A new release of torch is met in one place: the testing kit and the command count too."""
+    core = {name: source for name, source in sources.items() if belongs(name, [CORE]) and name != PRIVATE["torch"]}
+    attributes = torch_attributes() | set(private_attributes(sources[PRIVATE["torch"]]))
+    found = {name: private_of("torch", source, attributes) for name, source in core.items()}
+    assert {name: touched for name, touched in found.items() if touched} == {}
+
+
+def test_private_names_of_transformers_stand_in_one_file(sources: Sources) -> None:
+    """Those of its Trainer and of its models; where transformers is missing, those that the file itself names."""
+    attributes = set(private_attributes(sources[PRIVATE["transformers"]]))
+    if importlib.util.find_spec("transformers") is not None:
+        import transformers
+
+        kinds = (transformers.Trainer, transformers.PreTrainedModel, transformers.PreTrainedConfig)
+        attributes |= {name for kind in kinds for name in dir(kind) if is_private(name)} - torch_attributes()
+    core = {name: s for name, s in sources.items() if belongs(name, [CORE]) and name not in PRIVATE.values()}
+    found = {name: private_of("transformers", source, attributes) for name, source in core.items()}
+    assert {name: touched for name, touched in found.items() if touched} == {}
+    assert "transformers" not in imported(sources[PRIVATE["transformers"]], sources, deep=True)
+
+
+def test_what_lives_as_long_as_the_process_is_listed(sources: Sources) -> None:
+    """Everything else belongs to a model, an optimizer or a call, so that two of them never meet."""
+    core = [source for name, source in sources.items() if belongs(name, [CORE])]
+    assert {name for source in core for name in mutable_state(source)} <= PROCESS_STATE
+
+
 @pytest.mark.parametrize("file", TEST_FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_every_test_states_its_law(file: Path) -> None:
     """A test without a docstring doesn't say what it holds the code to."""
@@ -464,3 +499,64 @@ def test_a_test_without_a_docstring_is_found() -> None:
     """Helpers need none."""
     text = "class C:\n    def test_a(self): ...\ndef helper(): ...\ndef test_b():\n    'law'"
     assert without_docstring(ast.parse(text)) == ["test_a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("import torch\ntorch._C._is_tracing()", {"torch._C._is_tracing", "_is_tracing"}),
+        ("from torch.nn.modules.conv import _ConvNd", {"torch.nn.modules.conv._ConvNd"}),
+        ("from torch.nn.modules import conv\nconv._ConvNd", {"torch.nn.modules.conv._ConvNd"}),
+        ("def f():\n    from torch import _dynamo as d\n    d.reset()", {"torch._dynamo"}),
+        ("import torch._dynamo", {"torch._dynamo"}),
+        ("import importlib\nimportlib.import_module('torch._dynamo')", {"torch._dynamo"}),
+        ("def f(module):\n    return module._parameters", {"_parameters"}),
+        ("class C:\n    def f(self):\n        del self._modules['a']", {"_modules"}),
+        ("class C:\n    def _apply(self, fn): ...", {"_apply"}),
+        ("def f(module):\n    return getattr(module, '_forward_hooks')", {"_forward_hooks"}),
+    ],
+)
+def test_a_private_name_is_found_however_it_is_reached(text: str, found: set[str]) -> None:
+    """Imported, below an import, on anything, overridden, or as a string."""
+    attributes = torch_attributes()
+    assert found <= set(private_of("torch", sample(a__b=text)["a.b"], attributes))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import torch\nfrom torch import nn\nnn.Module.register_buffer\ntorch.__version__",
+        "class C:\n    def f(self): return self._mine\n    def _mine(self): ...",
+        "x = '_tunerkit_calls'",
+        "from tunerkit.libraries import torch_private\ntorch_private.own_children(x)",
+    ],
+)
+def test_public_names_and_our_own_are_not_taken_for_private_ones(text: str) -> None:
+    """An underscore alone says nothing: it must be one of torch's."""
+    assert private_of("torch", sample(a__b=text)["a.b"], torch_attributes()) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("x = []", "x: dict[str, int] = {}", "_x = WeakSet()", "X = weakref.WeakKeyDictionary[str, int]()"),
+        *("_watch = _Watch()", "registry = hooks.Registry()", "_LOCK = threading.Lock()", "_X = ContextVar('x')"),
+        *("app = typer.Typer()", "x = 1\ndef f():\n    global x\n    x = 2"),
+    ],
+)
+def test_state_of_the_process_is_found(text: str) -> None:
+    """Containers, records, locks, context variables, and names that a function rebinds."""
+    assert len(mutable_state(sample(a__b=text)["a.b"])) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("NAMES = ['a']", "M = TypeVar('M')", "hookimpl = pluggy.HookimplMarker('x')", "__all__ = ['a']"),
+        *("converter: Final = Converter()", "x = frozenset()", "x = re.compile('a')", "_SHORT = Repr()"),
+        *("x = MappingProxyType({})", "def f():\n    x = []", "class C:\n    x: int = 1"),
+    ],
+)
+def test_constants_are_no_state(text: str) -> None:
+    """Upper-case names, ``Final`` ones, markers, types, and whatever is made inside a function."""
+    assert mutable_state(sample(a__b=text)["a.b"]) == []

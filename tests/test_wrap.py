@@ -4,7 +4,7 @@ import copy
 import io
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,8 +18,10 @@ from torch import nn
 import tunerkit
 from tunerkit.errors import AdapterError, ConfigError, PluginError, TargetError, TunerkitWarning, UnknownMethodError
 from tunerkit.hooks import all_kinds
+from tunerkit.injection.unsynchronised import refuse_unsynchronised
 from tunerkit.layers import as_base_layer
 from tunerkit.layers.linear import LinearLayer
+from tunerkit.libraries.torch_private import has_hook
 
 if TYPE_CHECKING:
     from tests.conftest import Toys
@@ -271,24 +273,62 @@ def _process_group(tmp_path: Path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+def ddp(model: nn.Module) -> nn.Module:
+    parallel: nn.Module = nn.parallel.DistributedDataParallel(model)
+    return parallel
+
+
+INTO: dict[str, Callable[[Any, Path], object]] = {
+    "its module": lambda model, path: tunerkit.wrap(model, "toy-low-rank"),
+    "a part of it": lambda model, path: tunerkit.wrap(model.head, "toy-low-rank"),
+    "what it is a part of": lambda model, path: tunerkit.wrap(nn.Sequential(model), "toy-low-rank"),
+    "loaded": lambda model, path: tunerkit.load(model, path, trainable=True),
+}
+
+
 @pytest.mark.usefixtures("_process_group")
-def test_the_model_that_ddp_holds_is_refused_too(toys: "Toys", tmp_path: Path) -> None:
+@pytest.mark.parametrize("put", INTO.values(), ids=INTO)
+def test_an_adapter_that_ddp_does_not_know_is_refused_at_its_first_forward(
+    toys: "Toys", tmp_path: Path, put: Callable[[Any, Path], object]
+) -> None:
     """`ddp.module`, a part of it, or what it is a part of: nothing of DDP can be seen there, yet it synchronises none.
 
-    A model that DDP does not hold, or holds no more, is fine.
+    Whatever ran before outside DDP, and again at each call: nothing is trained until the model is put into DDP anew.
     """
     path = tunerkit.save(toys.trained(), tmp_path)
-    model, whole = toys.net(), nn.Module()
-    whole.add_module("part", model)
-    parallel = nn.parallel.DistributedDataParallel(model)
-    for each in (model, model.head, whole):
-        with untouched(toys, model), pytest.raises(AdapterError, match="already inside DistributedDataParallel"):
-            tunerkit.wrap(each, "toy-low-rank")
-    with untouched(toys, model), pytest.raises(AdapterError, match="already inside DistributedDataParallel"):
-        tunerkit.load(model, path)
-    tunerkit.wrap(toys.net(), "toy-low-rank")
+    model = toys.net()
+    parallel = ddp(model)
+    put(model, path)
+    model(toys.x())
+    for _ in range(2):
+        with pytest.raises(AdapterError, match="already inside DistributedDataParallel when adapter 'default'"):
+            parallel(toys.x())
+    parallel = ddp(model)
+    assert torch.equal(parallel(toys.x()), model(toys.x()))
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_an_adapter_that_ddp_knows_is_checked_once(toys: "Toys", tmp_path: Path) -> None:
+    """Wrapped first, also beside or after a model that DDP holds, or holds no more: nothing of the check stays."""
+    free, model = toys.net(), toys.trained()
+    parallel = ddp(free)
+    expected = model(toys.x())
+    assert [module for module in model.modules() if has_hook(module, refuse_unsynchronised)] != []
+    assert toys.close(ddp(model)(toys.x()), expected)
+    assert [module for module in model.modules() if has_hook(module, refuse_unsynchronised)] == []
     del parallel
-    tunerkit.load(model, path)
+    before = toys.snapshot(free)
+    tunerkit.load(free, tunerkit.save(model, tmp_path))
+    assert toys.close(free(toys.x()), expected)
+    assert toys.same(toys.snapshot(tunerkit.unwrap(free)), before)
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_the_check_for_ddp_breaks_no_compiled_graph(toys: "Toys") -> None:
+    """Where a process group is there and DDP is not, a compiled model stays one graph."""
+    model = toys.trained(targets=["layers.*"])
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    assert toys.close(compiled(toys.x()), model(toys.x()))
 
 
 def test_a_tied_module_cannot_be_trained_in_full(toys: "Toys") -> None:

@@ -27,7 +27,7 @@ from tunerkit.injection import (
     warn_of_statistics,
 )
 from tunerkit.serialization import merge, restore_originals_
-from tunerkit.steps import detach
+from tunerkit.steps import detach, watch_optimizers
 from tunerkit.targets import choose_biases, choose_copies, from_paths, refuse_tied, scan, select
 
 M = TypeVar("M", bound=nn.Module)
@@ -74,6 +74,7 @@ def wrap(
     warn_of_statistics(scanned, copies)
     warn_of_dropout(plan)
     inject_(plan, trainable=True)
+    watch_optimizers(method)
     return model
 
 

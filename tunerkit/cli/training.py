@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import tunerkit
 from tunerkit.cli.batches import Rows, shuffled_batches, sorted_batches
+from tunerkit.libraries import torch_private
 
 IGNORED = -100  # the label that the loss ignores, the same as in torch and transformers
 
@@ -138,5 +139,4 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # With AVX-512's bf16 the casts cost more than is saved: a step of the demo took 1.4 times as long as in fp32.
-    # For CPUs, torch offers only a private function.
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and torch_private.multiplies_bf16_in_tiles()

@@ -12,7 +12,7 @@ from tunerkit.injection.preconditions import refuse_overlap
 from tunerkit.injection.slots import Slot
 from tunerkit.injection.tuner import Tuner
 from tunerkit.layers import Adapter, BaseLayer, bias_name
-from tunerkit.libraries import execution_device, is_offloaded
+from tunerkit.libraries import execution_device, is_offloaded, torch_private
 from tunerkit.records import Target
 from tunerkit.targets import Scan
 
@@ -45,7 +45,7 @@ def _adapter(tuner: Tuner, target: Target, base: BaseLayer | None, *, lent: bool
         raise TargetError(f"{target.path!r} is a {kind}: no installed base-layer kind adapts it")
     built = hooks.build_adapter(tuner.method, target, base, tuner.config)
     if lent:
-        _refuse_unlendable(tuner, target, base)
+        _refuse_unreadable(tuner, target, base)
     return _placed(built, _device_of(target.module), getattr(torch, tuner.config.adapter_dtype))
 
 
@@ -82,14 +82,14 @@ def _bias_of(path: str, module: nn.Module, name: str) -> nn.Parameter:
     return nn.Parameter(bias.clone())
 
 
-def _refuse_unlendable(tuner: Tuner, target: Target, base: BaseLayer) -> None:
+def _refuse_unreadable(tuner: Tuner, target: Target, base: BaseLayer) -> None:
     """Where an owner reads the weight, the method must say what it adds, and the weight must be a plain matrix."""
     if not hooks.has_delta(tuner.method):
         raise TargetError(
             f"{target.path!r} is read past its forward by its owner, so an adapter there works by its delta, and the "
             f"plugin of method {tuner.method!r} does not implement tunerkit_delta; exclude it from the targets"
         )
-    weight = target.module._parameters.get(base.weight_name)
+    weight = torch_private.own_parameters(target.module).get(base.weight_name)
     if weight is None or not weight.is_floating_point():
         raise TargetError(
             f"{target.path!r} is read past its forward by its owner, and its weight is no plain matrix that a delta "

@@ -7,6 +7,7 @@ from tunerkit import hooks
 from tunerkit.errors import PluginError
 from tunerkit.injection.slots import Slot, Slots
 from tunerkit.layers import BaseLayer, bias_name
+from tunerkit.libraries import torch_private
 from tunerkit.records import Delta
 
 
@@ -51,7 +52,7 @@ def _add_delta(module: nn.Module, base: BaseLayer, found: Delta, tensors: dict[s
         wide = torch.promote_types(packed.dtype, torch.promote_types(own.dtype, torch.float32))
         tensors[base.weight_name] = (tensors.get(base.weight_name, own).to(wide) + packed.to(wide)).to(own.dtype)
     if found.bias is not None:
-        before = tensors.get(base.bias_name, module._parameters.get(base.bias_name))
+        before = tensors.get(base.bias_name, torch_private.own_parameters(module).get(base.bias_name))
         if before is None:
             before = torch.zeros_like(found.bias, dtype=_own(module, base.weight_name).dtype)
         tensors[base.bias_name] = before + found.bias.to(before.dtype)
@@ -69,7 +70,7 @@ def _add_bias(module: nn.Module, name: str, trained: Tensor, tensors: dict[str, 
 
 def _own(module: nn.Module, name: str) -> nn.Parameter:
     """The module's parameter itself, also while a temporary override stands before it."""
-    own = module._parameters[name]
+    own = torch_private.own_parameters(module)[name]
     assert own is not None
     return own
 

@@ -1,20 +1,18 @@
 """Put adapters into a model and take them out again: the only place that changes a model's structure."""
 
-import importlib
-import sys
 from collections.abc import Mapping, Sequence
 
 import attrs
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from tunerkit.injection.slots import Slot, Slots, apply_slots, slots_of, walk
 from tunerkit.injection.tuner import Tuner, set_wrapped, wrapped_of
 from tunerkit.injection.uncalled import forget_, unwatch, watch
-from tunerkit.injection.weight_override import forget_idle_, lend_in_
+from tunerkit.injection.unsynchronised import check_at_next_forward_, forget_check_, refuse_unsynchronised
+from tunerkit.injection.weight_override import forget_idle_, override_in_
 from tunerkit.layers import BaseLayer
-from tunerkit.libraries import duplicate
+from tunerkit.libraries import duplicate, torch_private
 from tunerkit.paths import CHILD, is_adapter_path
 
 # Marks a batch norm whose statistics are held, to be moved again after unwrapping.
@@ -55,14 +53,14 @@ def inject_(plan: Plan, *, trainable: bool) -> None:
         slot = plan.slots[path]
         _follow(slot, module)
         slots.put(tuner.name, slot)
-    lend_in_(model, plan.readers.values())
+    override_in_(model, plan.readers.values())
     for place in tuner.copies:
         hold_statistics_(place.module)
     wrapped.tuners[tuner.name] = tuner
     wrapped.active = (*wrapped.active, tuner.name)
     set_wrapped(model, wrapped)
     _watch(model)
-    forget_compiled()
+    torch_private.forget_compiled()
 
 
 def eject_(tuner: Tuner) -> None:
@@ -73,8 +71,8 @@ def eject_(tuner: Tuner) -> None:
             continue
         slots.drop(tuner.name)
         if not slots.names:
-            del module._modules[CHILD]
-            remove_hook_(module)
+            delattr(module, CHILD)
+            torch_private.remove_hooks_(module, apply_slots)
     for place in tuner.copies:
         if slots_of(place.module) is None:  # else another adapter trains it as a copy too
             release_statistics_(place.module)
@@ -87,7 +85,7 @@ def eject_(tuner: Tuner) -> None:
     forget_idle_(tuner.model)
     set_wrapped(tuner.model, wrapped)
     _watch(tuner.model)
-    forget_compiled()
+    torch_private.forget_compiled()
 
 
 def activate_(model: nn.Module, names: Sequence[str]) -> None:
@@ -133,11 +131,14 @@ def _follow(part: nn.Module, module: nn.Module) -> None:
 def _watch(model: nn.Module) -> None:
     """Watch the next forward anew, for the places that are adapted now."""
     unwatch(model)
+    forget_check_(model)
     places = {path: module for tuner in wrapped_of(model).tuners.values() for path, module in tuner.modules().items()}
-    # Where weights are lent to an owner the module itself is never called, and rightly.
-    hooked = {path: module for path, module in places.items() if apply_slots in module._forward_hooks.values()}
+    # Where an owner reads overridden weights the module itself is never called, and rightly.
+    hooked = {path: module for path, module in places.items() if torch_private.has_hook(module, apply_slots)}
     if hooked:
         watch(model, hooked)
+    if places:
+        check_at_next_forward_([model, *places.values()])
 
 
 def copy_base(module: nn.Module) -> nn.Module:
@@ -146,18 +147,11 @@ def copy_base(module: nn.Module) -> nn.Module:
     # What the memo knows is not copied: the other adapters' copies may be large.
     twin = duplicate(module, {id(slots): nn.Module()} if slots is not None else {})
     if slots is not None:
-        del twin._modules[CHILD]
-    remove_hook_(twin)
+        delattr(twin, CHILD)
+    torch_private.remove_hooks_(twin, apply_slots, refuse_unsynchronised)
     forget_(twin)
     release_statistics_(twin)
     return twin
-
-
-def remove_hook_(module: nn.Module) -> None:
-    """Remove our forward hook; found by the function itself, since a handle would not survive a deep copy."""
-    for key in [key for key, hook in module._forward_hooks.items() if hook is apply_slots]:
-        del module._forward_hooks[key]
-        module._forward_hooks_with_kwargs.pop(key, None)
 
 
 def hold_statistics_(module: nn.Module) -> None:
@@ -165,9 +159,10 @@ def hold_statistics_(module: nn.Module) -> None:
 
     Without ``track_running_stats`` a batch norm reads its statistics as before and does not move them.
     """
-    for norm in _tracking(module):
-        norm.track_running_stats = False
-        vars(norm)[_HELD] = True
+    for name, norm in module.named_modules():
+        if torch_private.is_batch_norm(norm) and norm.track_running_stats and not is_adapter_path(name + "."):
+            norm.track_running_stats = False
+            vars(norm)[_HELD] = True
 
 
 def release_statistics_(module: nn.Module) -> None:
@@ -175,15 +170,6 @@ def release_statistics_(module: nn.Module) -> None:
     for norm in module.modules():
         if vars(norm).pop(_HELD, False):
             vars(norm)["track_running_stats"] = True
-
-
-def _tracking(module: nn.Module) -> list[_BatchNorm]:
-    """The batch norms of ``module`` itself, its copies' left out, that move statistics in training mode."""
-    return [
-        norm
-        for name, norm in module.named_modules()
-        if isinstance(norm, _BatchNorm) and norm.track_running_stats and not is_adapter_path(name + ".")
-    ]
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -207,16 +193,3 @@ def thaw_base_(model: nn.Module, names: tuple[str, ...]) -> None:
             # A base that was built in inference mode asks for a gradient only there.
             with torch.inference_mode(parameters[name].is_inference()):
                 parameters[name].requires_grad_(True)
-
-
-def forget_compiled() -> None:
-    """Let compiled code notice our hooks: drop what was compiled before, and have dynamo look at hooks from now on.
-
-    By default it does not, so what it compiled for a model would run, without adapters, for another of the same class
-    that has some. Building an optimizer imports dynamo too, if nothing has before.
-    """
-    before = "torch._dynamo" in sys.modules
-    dynamo = importlib.import_module("torch._dynamo")
-    dynamo.config.skip_nnmodule_hook_guards = False
-    if before:
-        dynamo.reset()

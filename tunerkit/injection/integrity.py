@@ -8,7 +8,8 @@ from torch import nn
 from tunerkit.errors import AdapterError
 from tunerkit.injection.slots import Slots, apply_slots, base_modules, slots_of
 from tunerkit.injection.tuner import Tuner
-from tunerkit.injection.weight_override import is_lent
+from tunerkit.injection.weight_override import is_overridden
+from tunerkit.libraries import torch_private
 
 
 def refuse_lost(tuners: Iterable[Tuner]) -> None:
@@ -37,7 +38,7 @@ def _lost(tuner: Tuner) -> Iterator[tuple[str, str]]:
         assert slots is not None
         if id(module) not in present:
             yield path, f"the {type(module).__name__} that was adapted is not in the model any more"
-        elif apply_slots not in module._forward_hooks.values() and not is_lent(tuner.model, module):
+        elif not torch_private.has_hook(module, apply_slots) and not is_overridden(tuner.model, module):
             yield path, "its forward hook is gone"
         elif _is_resized(module, slots):
             yield path, f"the {type(module).__name__} has another size than when it was adapted"

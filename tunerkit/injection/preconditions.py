@@ -1,10 +1,8 @@
 """Refuse an adapter name or a model that cannot take an adapter, before anything is built."""
 
-import gc
 import warnings
 from collections.abc import Collection, Sequence
 
-import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
@@ -14,6 +12,7 @@ from tunerkit.injection.inject import Plan
 from tunerkit.injection.merged_state import refuse_disabled, refuse_merged
 from tunerkit.injection.slots import base_modules, slots_of, walk
 from tunerkit.injection.tuner import tuners_of
+from tunerkit.libraries import torch_private
 from tunerkit.paths import CHILD, is_under, join
 from tunerkit.patterns import matches
 from tunerkit.records import Target
@@ -38,7 +37,7 @@ def warn_of_statistics(scanned: Scan, copies: tuple[str, ...]) -> None:
     moving = [
         each.path
         for each in (scanned.root, *scanned.modules)
-        if isinstance(each.module, nn.modules.batchnorm._NormBase)
+        if torch_private.has_statistics(each.module)
         and each.module.track_running_stats
         and each.module.running_mean is not None
         and not is_under(each.path, copies)
@@ -56,12 +55,12 @@ def warn_of_statistics(scanned: Scan, copies: tuple[str, ...]) -> None:
 def warn_of_dropout(plan: Plan) -> None:
     """Tell of targets whose input is seen by nobody: the adapter's dropout cannot be applied there."""
     tuner = plan.tuner
-    lent = [target.path for target in tuner.targets if target.path in plan.readers]
-    if lent and tuner.config.dropout:
+    unseen = [target.path for target in tuner.targets if target.path in plan.readers]
+    if unseen and tuner.config.dropout:
         warnings.warn(
-            f"dropout is not applied at {len(lent)} targets ({lent[0]}, ...): their owner reads the weight past the "
-            "layer's forward, so the adapter changes the weight and never sees an input. Set dropout to 0 or exclude "
-            "them if that matters",
+            f"dropout is not applied at {len(unseen)} targets ({unseen[0]}, ...): their owner reads the weight past "
+            "the layer's forward, so the adapter changes the weight and never sees an input. Set dropout to 0 or "
+            "exclude them if that matters",
             TunerkitWarning,
             stacklevel=3,
         )
@@ -131,12 +130,12 @@ def refuse_unready(model: nn.Module, adapter: str) -> None:
     lazy = [
         join(path, name)
         for path, module in own
-        for name, parameter in module._parameters.items()
+        for name, parameter in torch_private.own_parameters(module).items()
         if issubclass(type(parameter), UninitializedParameter)
     ]
     if lazy:
         raise AdapterError(f"the model has parameters without a shape yet ({lazy[0]}, ...); run one batch first")
-    if _is_inside_ddp(model):
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise AdapterError("the model is already inside DistributedDataParallel; wrap it first, then put it into DDP")
     tuners = tuners_of(model)
     root = next((other.model for other in tuners.values()), None)
@@ -151,23 +150,3 @@ def refuse_unready(model: nn.Module, adapter: str) -> None:
     refuse_disabled(model)
     refuse_taken(tuners, adapter)
     refuse_merged(model, "adding an adapter")
-
-
-def _is_inside_ddp(model: nn.Module) -> bool:
-    """Whether DistributedDataParallel holds the model or a part of it: it would not synchronise what is added now."""
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
-        return True
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return False
-    if not _is_held_by_ddp(model):
-        return False
-    gc.collect()  # one that was given up may lie in a cycle
-    return _is_held_by_ddp(model)
-
-
-def _is_held_by_ddp(model: nn.Module) -> bool:
-    """Whether a live DDP shares a module with ``model``: modules do not know what holds them."""
-    modules = set(model.modules())
-    # By type: asking isinstance of any object may run code of its own.
-    found = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.parallel.DistributedDataParallel)]
-    return any(not modules.isdisjoint(parallel.modules()) for parallel in found)

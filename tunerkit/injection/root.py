@@ -3,6 +3,7 @@
 from torch import nn
 
 from tunerkit.errors import AdapterError
+from tunerkit.libraries import torch_private
 
 
 def expect_module(model: object) -> nn.Module:
@@ -24,4 +25,4 @@ def inside(model: object) -> nn.Module:
 
 
 def _inner(model: nn.Module) -> nn.Module | None:
-    return model._modules.get("module" if isinstance(model, nn.DataParallel) else "_orig_mod")
+    return model.module if isinstance(model, nn.DataParallel) else torch_private.compiled_from(model)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit.layers import Adapter, BaseLayer, mark_fresh, unmark, view_bias
+from tunerkit.libraries import torch_private
 from tunerkit.paths import CHILD
 
 # Marks the buffers that hold originals: no adapter's name has a "/".
@@ -91,25 +92,26 @@ class Slots(nn.Module):
             self.forget_originals()
 
     def put(self, name: str, slot: Slot) -> None:
-        """Add a slot; straight into ``_modules``, since `add_module` refuses names such as "forward" or "keys"."""
-        self._modules[name] = slot
+        """Add a slot; into the dict of children, since `add_module` refuses names such as "forward" or "keys"."""
+        torch_private.own_children(self)[name] = slot
         self.active = (*self.active, name)
 
     def get(self, name: str) -> Slot | None:
         """The slot of one adapter; by name alone, for an attribute may have it too."""
-        slot = self._modules.get(name)
+        slot = torch_private.own_children(self).get(name)
         return slot if isinstance(slot, Slot) else None
 
     def drop(self, name: str) -> None:
         """Take a slot out."""
-        del self._modules[name]
+        del torch_private.own_children(self)[name]
         self.active = tuple(other for other in self.active if other != name)
 
     def rename(self, old: str, new: str) -> None:
         """Give a slot another name in its place; nothing else moves, so the order in ``state_dict`` stays."""
-        modules = list(self._modules.items())
-        self._modules.clear()
-        self._modules.update((new if name == old else name, slot) for name, slot in modules)
+        modules = torch_private.own_children(self)
+        slots = list(modules.items())
+        modules.clear()
+        modules.update((new if name == old else name, slot) for name, slot in slots)
         self.active = tuple(new if name == old else name for name in self.active)
         self.merged = tuple(new if name == old else name for name in self.merged)
 
@@ -121,24 +123,23 @@ class Slots(nn.Module):
     @property
     def names(self) -> tuple[str, ...]:
         """The adapters that have a slot here, the oldest first."""
-        return tuple(self._modules)
+        return tuple(torch_private.own_children(self))
 
     @property
     def originals(self) -> dict[str, Tensor]:
         """The tensors set aside by a merge, by their local name in the module."""
-        return {name[1:]: t for name, t in self._buffers.items() if name.startswith(_ASIDE) and t is not None}
+        buffers = self.named_buffers(recurse=False, remove_duplicate=False)
+        return {name[1:]: tensor for name, tensor in buffers if name.startswith(_ASIDE)}
 
     def set_aside(self, originals: Mapping[str, Tensor]) -> None:
         """Keep ``originals``, in buffers so that they follow `model.to(...)`, outside ``state_dict``."""
         for name, tensor in originals.items():
-            self._buffers[_ASIDE + name] = tensor
-            self._non_persistent_buffers_set.add(_ASIDE + name)
+            torch_private.set_aside_(self, _ASIDE + name, tensor)
 
     def forget_originals(self) -> None:
         """Drop what `set_aside` kept."""
         for name in self.originals:
-            del self._buffers[_ASIDE + name]
-            self._non_persistent_buffers_set.discard(_ASIDE + name)
+            torch_private.set_aside_(self, _ASIDE + name, None)
 
     def original(self, name: str, live: Tensor) -> Tensor:
         """The base's own tensor, also while a merged one stands in its place."""
@@ -147,7 +148,7 @@ class Slots(nn.Module):
 
 def slots_of(module: nn.Module) -> Slots | None:
     """The slots at ``module`` itself, or None."""
-    slots = module._modules.get(CHILD)
+    slots = torch_private.own_children(module).get(CHILD)
     return slots if isinstance(slots, Slots) else None
 
 
@@ -165,7 +166,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
             prefix = f"{path}." if path else ""
             # From the last to the first, since the end of the list comes next.
-            for name, child in reversed(module._modules.items()):
+            for name, child in reversed(torch_private.own_children(module).items()):
                 if child is not None and type(child) is not Slots:
                     waiting.append((prefix + name, child))
 
@@ -180,14 +181,14 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slots]]:
 
 def apply_slots(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """The forward hook of every adapted module. It writes no Python state: that would recompile compiled models."""
-    slots = module._modules[CHILD]
+    slots = torch_private.own_children(module)[CHILD]
     assert isinstance(slots, Slots)
     if slots.enabled and not slots.merged:
-        own, marked = output, False
+        own, marked, children = output, False, torch_private.own_children(slots)
         if slots.active and slots.base is not None and not torch.compiler.is_compiling():
             marked = mark_fresh(slots.base, _input(args, kwargs), own)
         for name in slots.active:
-            output = slots._modules[name](module, slots.base, args, kwargs, output)  # type: ignore[misc]
+            output = children[name](module, slots.base, args, kwargs, output)  # type: ignore[misc]
         if marked:
             unmark(own)
     return output

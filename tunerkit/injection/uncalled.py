@@ -8,9 +8,9 @@ from typing import Any
 import attrs
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from tunerkit.errors import TunerkitWarning
+from tunerkit.libraries import torch_private
 from tunerkit.paths import parent
 
 _ATTRIBUTE = "_tunerkit_calls"
@@ -22,7 +22,6 @@ class Calls:
 
     owner_ran: set[str] = attrs.field(factory=set)
     called: set[str] = attrs.field(factory=set)
-    handles: list[RemovableHandle] = attrs.field(factory=list)
 
 
 def watch(model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
@@ -38,25 +37,22 @@ def watch(model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
     calls = Calls()
     owners = {above: _running(model, above) for above in {parent(path) for path in adapted}}
     for path, module in adapted.items():
-        owner = owners[parent(path)]
-        calls.handles.append(module.register_forward_pre_hook(functools.partial(_note, calls.called, path)))
-        calls.handles.append(owner.register_forward_pre_hook(functools.partial(_note, calls.owner_ran, path)))
-    calls.handles.append(model.register_forward_hook(_report))
+        module.register_forward_pre_hook(functools.partial(_note, calls.called, path))
+        owners[parent(path)].register_forward_pre_hook(functools.partial(_note, calls.owner_ran, path))
+    model.register_forward_hook(_report)
     vars(model)[_ATTRIBUTE] = calls
 
 
 def unwatch(model: nn.Module) -> None:
     """Stop watching: after the first forward, or when the adapters leave the model."""
-    calls: Calls | None = vars(model).pop(_ATTRIBUTE, None)
-    for handle in calls.handles if calls is not None else ():
-        handle.remove()
+    if vars(model).pop(_ATTRIBUTE, None) is not None:
+        for module in model.modules():
+            forget_(module)
 
 
-def forget_(twin: nn.Module) -> None:
-    """Take the watch's hooks off a copy of a watched module."""
-    for key, hook in list(twin._forward_pre_hooks.items()):
-        if isinstance(hook, functools.partial) and hook.func is _note:
-            del twin._forward_pre_hooks[key]
+def forget_(module: nn.Module) -> None:
+    """Remove the watch's hooks from a watched module, or from a copy of one."""
+    torch_private.remove_hooks_(module, _note, _report)
 
 
 def _running(model: nn.Module, path: str) -> nn.Module:

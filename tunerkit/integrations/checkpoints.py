@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from tunerkit import hooks
 from tunerkit.errors import FileError, TunerkitWarning
 from tunerkit.injection import Tuner
+from tunerkit.libraries import transformers_private
 from tunerkit.serialization import (
     FILE_NAME,
     STATE_NAME,
@@ -30,9 +31,6 @@ from tunerkit.serialization import (
     save_tuner,
     save_tuner_state,
 )
-
-# The Trainer's methods that read or write a model's weights; here they are replaced by the adapters' equivalents.
-_REPLACED = ("_save", "_load_from_checkpoint", "_load_best_model")
 
 
 class Attached(Protocol):
@@ -52,19 +50,20 @@ def take_over_(trainer: Trainer, attached: Attached) -> None:
     """Make ``trainer`` write and read adapters instead of its model."""
     _warn_of_overrides(trainer)
     own: Any = trainer  # Any: type checkers reject replacing a method on an instance
-    own._save = functools.partial(_save, trainer, attached, trainer._save)
-    own._save_optimizer_and_scheduler = functools.partial(
-        _save_states, trainer, attached, trainer._save_optimizer_and_scheduler
+    transformers_private.replace_(
+        trainer,
+        save=functools.partial(_save, trainer, attached),
+        save_states=functools.partial(_save_states, trainer, attached),
+        load=functools.partial(_load, attached),
+        load_best=functools.partial(_load_best, trainer, attached),
     )
-    own._load_from_checkpoint = functools.partial(_load, attached, trainer._load_from_checkpoint)
-    own._load_best_model = functools.partial(_load_best, trainer, attached, trainer._load_best_model)
     own.log = functools.partial(_log, attached, {}, trainer.log)
     own.train = functools.partial(_train, attached, trainer.train)
 
 
 def _warn_of_overrides(trainer: Trainer) -> None:
     kind = type(trainer)
-    own = [name for name in _REPLACED if getattr(kind, name) is not getattr(Trainer, name)]
+    own = transformers_private.overridden(kind, Trainer)
     if own:
         warnings.warn(
             f"{kind.__name__} overrides methods that read or write weights ({', '.join(own)}); with adapters "

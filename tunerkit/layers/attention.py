@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tunerkit.errors import AdapterError
 from tunerkit.layers.base import BaseLayer
-from tunerkit.libraries import forward_owner
+from tunerkit.libraries import forward_owner, torch_private
 
 
 @final
@@ -29,7 +29,7 @@ class AttentionLayer(BaseLayer):
     def matches(cls, module: nn.Module) -> bool:
         """Whether the forward is exactly torch's, and the projection one parameter."""
         return forward_owner(module) is nn.MultiheadAttention and isinstance(
-            module._parameters.get(cls.weight_name), nn.Parameter
+            torch_private.own_parameters(module).get(cls.weight_name), nn.Parameter
         )
 
     @property

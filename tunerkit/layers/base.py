@@ -22,8 +22,8 @@ class BaseLayer(abc.ABC):
     A kind holds the module and nothing else, and reads it anew at each call: weights may be moved, resized, merged.
     ``weight_name`` and ``bias_name`` say which of the module's parameters hold W and the bias. A kind is ``linear`` if
     the output is exactly x Wᵀ + b over the last dimension, so that the product can be fused. A kind that ``lends`` is
-    read whole by the module's own forward: no input of W can be seen from outside, so the delta is lent to the weight
-    (`tunerkit.lending`), and `project_in` and `project_out` raise `AdapterError`.
+    read whole by the module's own forward: no input of W can be seen from outside, so the weight is overridden for each
+    call (`tunerkit.injection.weight_override`), and `project_in` and `project_out` raise `AdapterError`.
     """
 
     weight_name: ClassVar[str] = "weight"

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunerkit.layers.base import BaseLayer, drop, runs_forward_of
+from tunerkit.libraries import torch_private
 
 
 @final
@@ -26,9 +27,7 @@ class ConvLayer(BaseLayer):
     def matches(cls, module: nn.Module) -> bool:
         """Whether both methods that make up a convolution's forward are torch's own."""
         return any(
-            runs_forward_of(module, kind)
-            and type(module)._conv_forward is kind._conv_forward  # type: ignore[attr-defined]
-            and "_conv_forward" not in vars(module)
+            runs_forward_of(module, kind) and torch_private.runs_convolution_of(module, kind)
             for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
         )
 
@@ -53,8 +52,7 @@ class ConvLayer(BaseLayer):
         if self.module.groups > 1:
             # Every group reads its own channels through the same Q, as the rows of W in every group do.
             kernel = kernel.repeat(self.module.groups, *[1] * (kernel.ndim - 1))
-        h: Tensor = self.module._conv_forward(drop(x, dropout), kernel, None)
-        return h
+        return torch_private.convolve(self.module, drop(x, dropout), kernel)
 
     def project_out(self, h: Tensor, p: Tensor) -> Tensor:
         """(N, groups · r, *size out) to (N, C_out, *size out); N may be missing."""

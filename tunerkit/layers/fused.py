@@ -5,25 +5,20 @@ delta, the sum, and the input's gradient through the adapter, which is then adde
 Here the product is accumulated where the output lies, and one node gives the input's gradient through both.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import ref
 
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function, forward_ad
-from torch.nn.modules import module as every_module
-from torch.utils import checkpoint
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.autograd import Function
+from torch.nn.modules.module import register_module_forward_hook
 
 from tunerkit.layers.base import BaseLayer
+from tunerkit.libraries import torch_private
 
 _MARK = "_tunerkit_fresh"
-# Selective checkpointing keeps outputs that it gives out again in backward: those must not be written over.
-_KEEPERS = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
-_wanted = True
 
 
 @attrs.frozen(eq=False)
@@ -35,15 +30,10 @@ class Fresh:
     version: int | None
 
 
-@contextmanager
-def plain_form() -> Iterator[None]:
-    """Compute every low-rank product in its plain form inside the block, to compare with."""
-    global _wanted
-    before, _wanted = _wanted, False
-    try:
-        yield
-    finally:
-        _wanted = before
+def plain_form() -> AbstractContextManager[object]:
+    """Compute every low-rank product in its plain form from now until the end of the block, to compare with."""
+    # Nothing is fused where somebody sees the base layers' outputs: this hook does, and ignores them.
+    return register_module_forward_hook(lambda module, args, output: None)
 
 
 def mark_fresh(base: BaseLayer, x: object, y: object) -> bool:
@@ -53,12 +43,11 @@ def mark_fresh(base: BaseLayer, x: object, y: object) -> bool:
     `unmark`: whatever an adapter makes of it is another one, and bears none.
     """
     module = base.module
-    unseen = len(module._forward_hooks) == 1 and not every_module._global_forward_hooks
-    if not (_wanted and base.linear and unseen and "forward" not in vars(module)):
+    if not (base.linear and torch_private.has_single_hook(module) and "forward" not in vars(module)):
         return False
     if type(x) is not Tensor or type(y) is not Tensor or y.is_nested or y.layout != torch.strided:
         return False
-    vars(y)[_MARK] = Fresh(module, ref(x), _version(y))
+    vars(y)[_MARK] = Fresh(module, ref(x), torch_private.version(y))
     return True
 
 
@@ -74,11 +63,11 @@ def fresh(base: BaseLayer, x: Tensor, y: Tensor, q: Tensor, dtype: torch.dtype) 
     checkpointing), nor for tensors that have arithmetic of their own.
     """
     found: Fresh | None = vars(y).get(_MARK)
-    if found is None or found.module is not base.module or found.version != _version(y):
+    if found is None or found.module is not base.module or found.version != torch_private.version(y):
         return None
     if type(x) is not Tensor or y.dtype != dtype or not y.is_contiguous() or not x.device == y.device == q.device:
         return None
-    return None if _is_looked_into() else found
+    return None if torch_private.is_observed() else found
 
 
 def add_fused(
@@ -106,27 +95,13 @@ def autocast_off(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 
-def _version(y: Tensor) -> int | None:
-    return None if y.is_inference() else y._version
-
-
-def _is_looked_into() -> bool:
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return torch._C._is_tracing() or transformed or _is_kept()
-
-
-def _is_kept() -> bool:
-    return torch._C._len_torch_dispatch_stack() > 0 and any(
-        isinstance(mode, _KEEPERS) for mode in _get_current_dispatch_mode_stack()
-    )
-
-
 def _frozen_weight(base: BaseLayer, y: Tensor) -> Tensor | None:
     """W (out, in), if the base layer has no gradient that would be lost by going past it, and is of the kind of ``y``.
 
     It may lie elsewhere: the replicas of DataParallel still know the module that they were copied from.
     """
-    weight, bias = (base.module._parameters.get(name) for name in (base.weight_name, base.bias_name))
+    parameters = torch_private.own_parameters(base.module)
+    weight, bias = parameters.get(base.weight_name), parameters.get(base.bias_name)
     frozen = all(own is None or (type(own) is nn.Parameter and not own.requires_grad) for own in (weight, bias))
     there = weight is not None and weight.dtype == y.dtype and weight.device == y.device
     return base.matrix() if frozen and there else None
@@ -185,7 +160,7 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         grad_h = g2.mm(narrow_p)  # (n, r), without s: the products below take it in for nothing
     if to_x:
         grad_x = (grad_h * s).mm(narrow_q) if w is None else g2.mm(w).addmm_(grad_h, narrow_q, alpha=s)
-    # With beta=0 the first argument lends nothing but its shape.
+    # With beta=0 the first argument gives nothing but its shape.
     if to_q:
         grad_q = torch.addmm(narrow_q, grad_h.t(), x, beta=0, alpha=s).to(q.dtype)
     if to_p or to_lam:

@@ -1,5 +1,6 @@
 """What tunerkit knows of other libraries, as data, and the private names it relies on."""
 
+from tunerkit.libraries import torch_private, transformers_private
 from tunerkit.libraries.accelerate import (
     duplicate,
     execution_device,

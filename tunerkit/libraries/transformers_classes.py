@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from tunerkit.libraries.accelerate import forward_name
+from tunerkit.libraries.torch_private import own_parameters
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
 FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
@@ -23,5 +24,5 @@ def is_scaled_embedding(module: nn.Module) -> bool:
         case nn.Embedding(embed_scale=float() | int() | Tensor()):
             name = forward_name(module)
             named = name.startswith("transformers.") and name.endswith("ScaledWordEmbedding")
-            return named and list(module._parameters) == ["weight"]
+            return named and list(own_parameters(module)) == ["weight"]
     return False

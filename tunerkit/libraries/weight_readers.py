@@ -10,7 +10,7 @@ _PROJECTIONS = ("qkv", "proj")
 # Reads these whatever it runs; kernels that fuse a training step read the two projections too.
 _MAMBA = ("conv1d", "x_proj", "dt_proj", "out_proj")
 # By the class that defines the forward; core never imports these libraries. One that calls a child in some of its
-# configurations may stand here: what is lent is there for a call as well.
+# configurations may stand here: an override is there for a call as well.
 _READ: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("torch.nn.modules.activation", "MultiheadAttention"): ("out_proj",),
     ("torchvision.models.swin_transformer", "ShiftedWindowAttention"): _PROJECTIONS,

@@ -31,6 +31,7 @@ from tunerkit.injection import tuner as find_tuner
 from tunerkit.serialization.fingerprint import differences, fingerprint
 from tunerkit.serialization.header import Header, decode, encode
 from tunerkit.serialization.safetensors_file import file_at, write
+from tunerkit.steps import watch_optimizers
 from tunerkit.targets import Scan, from_paths, refuse_tied, refuse_unfit, scan
 
 FILE_NAME = "adapter.safetensors"
@@ -88,6 +89,7 @@ def load(base: M, path: str | os.PathLike[str], *, adapter: str = "default", tra
         plan = build(scanned, tuner)
     fill(plan.slots, tensors, source)
     inject_(plan, trainable=trainable)
+    watch_optimizers(tuner.method)
     return base
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunerkit.injection import Slots, Tuner, base_modules, slots_of
+from tunerkit.injection import Tuner, base_modules, slots_of
 from tunerkit.layers import BaseLayer, bias_name
-from tunerkit.paths import CHILD, is_under, join
+from tunerkit.libraries import torch_private
+from tunerkit.paths import is_under, join
 from tunerkit.records import Target
 from tunerkit.targets import Scan
 
@@ -69,7 +70,7 @@ def base_tensors(tuner: Tuner, scanned: Scan | None) -> dict[str, Tensor]:
     for path, module in base_modules(tuner.model):
         if is_under(path, copied):
             continue
-        for leaf, parameter in module._parameters.items():
+        for leaf, parameter in torch_private.own_parameters(module).items():
             name = f"{path}.{leaf}" if path else leaf
             if parameter is not None and name not in biased:
                 found[name] = _original(module, leaf, parameter)
@@ -85,10 +86,8 @@ def _base_of(place: Target, scanned: Scan | None) -> BaseLayer | None:
 
 
 def _original(module: nn.Module, leaf: str, parameter: nn.Parameter) -> Tensor:
-    slots = module._modules.get(CHILD)
-    if isinstance(slots, Slots):
-        return slots.original(leaf, parameter)
-    return parameter.detach()
+    slots = slots_of(module)
+    return parameter.detach() if slots is None else slots.original(leaf, parameter)
 
 
 def _sample(tensors: list[Tensor]) -> list[list[float]]:

@@ -20,7 +20,7 @@ from tunerkit.injection import (
     walk,
     wrapped_of,
 )
-from tunerkit.libraries import is_offloaded
+from tunerkit.libraries import is_offloaded, torch_private
 from tunerkit.paths import is_under
 from tunerkit.serialization.fingerprint import fingerprint
 from tunerkit.targets import tied
@@ -133,7 +133,7 @@ def _merged_tensors(path: str, module: nn.Module, slots: Slots) -> dict[str, Ten
             raise AdapterError(f"method {slot.method!r} cannot be merged: its plugin does not implement tunerkit_delta")
     tensors = adapted_tensors(path, module, slots)
     bias = None if slots.base is None else slots.base.bias_name
-    if bias in tensors and module._parameters.get(bias) is None:
+    if bias in tensors and torch_private.own_parameters(module).get(bias) is None:
         raise AdapterError(f"cannot merge into {path!r}: the adapter adds a bias and the base layer has none")
     return tensors
 
@@ -144,7 +144,8 @@ def _replace(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]
     for name, tensor in tensors.items():
         owner_path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(owner_path)
-        live = getattr(owner, leaf)
+        own = dict((*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)))
+        live = own[leaf]
         before[name] = live.data
         live.data = tensor
     return before

@@ -1,9 +1,8 @@
 """What stands in the way of adapting a module, in words that end a sentence about its path."""
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
-from tunerkit.libraries import forward_owner, is_offloaded
+from tunerkit.libraries import forward_owner, is_offloaded, torch_private
 from tunerkit.targets.scan import Scan, ScannedModule
 
 _ATTENTION = "nn.MultiheadAttention with a forward of its own may do anything with its weights: it cannot be adapted"
@@ -32,8 +31,9 @@ def weight_obstacle(found: ScannedModule, scanned: Scan) -> str | None:
         return _READ_AND_CALLED
     if (found.readers or isinstance(module, nn.MultiheadAttention)) and is_offloaded(module):
         return _READ_AND_AWAY
-    parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
-    if isinstance(module, nn.Linear | nn.Embedding | _ConvNd) and "weight" not in module._parameters:
+    own, parameters = torch_private.own_parameters(module), list(module.parameters(recurse=False))
+    usual = isinstance(module, nn.Linear | nn.Embedding) or torch_private.is_convolution(module)
+    if usual and "weight" not in own:
         return "has a weight computed from others (a parametrization), which cannot be adapted yet"
     if any(parameter.is_meta for parameter in parameters) and not is_offloaded(module):
         return "has its weight on the meta device; load the weights first"

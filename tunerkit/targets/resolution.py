@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from tunerkit.errors import TargetError, closest
+from tunerkit.libraries import torch_private
 from tunerkit.paths import is_number, is_under, join, parent
 from tunerkit.patterns import Matcher, matcher
 from tunerkit.records import Target
@@ -81,7 +82,7 @@ def unknown(pattern: str, scanned: Scan, names: set[str]) -> str:
     named = (
         (join(found.path, name), parameter)
         for found in (scanned.root, *scanned.modules)
-        for name, parameter in found.module._parameters.items()
+        for name, parameter in torch_private.own_parameters(found.module).items()
         if parameter is not None
     )
     name, parameter = next(((name, parameter) for name, parameter in named if match(name)), ("", None))

@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 import attrs
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from tunerkit.layers import BaseLayer, as_base_layer
-from tunerkit.libraries import CONV1D, derives_from, identity, is_head_name, named_heads, read_children
+from tunerkit.libraries import CONV1D, derives_from, identity, is_head_name, named_heads, read_children, torch_private
 from tunerkit.paths import CHILD, is_number, join
 
 
@@ -99,7 +98,7 @@ def _registrations(model: nn.Module) -> Iterator[_Registration]:
     while waiting:
         place = waiting.pop()
         yield place
-        if not (children := place.module._modules):
+        if not (children := torch_private.own_children(place.module)):
             continue
         heads.update(map(id, named_heads(place.module)))
         read, prefix = read_children(place.module), f"{place.path}." if place.path else ""
@@ -137,9 +136,9 @@ def is_linear(module: nn.Module) -> bool:
 
 def may_be_linear(module: nn.Module) -> bool:
     """Whether someone who says all linear layers may mean this module, also a router with a matrix of its own."""
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm | _ConvNd):
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm) or torch_private.is_convolution(module):
         return False
-    weight = module._parameters.get("weight")
+    weight = torch_private.own_parameters(module).get("weight")
     return (weight is not None and weight.ndim == 2) or is_linear(module)
 
 
@@ -158,7 +157,7 @@ def default_convolutions(scanned: Scan) -> tuple[ScannedModule, ...]:
 
 
 def _is_wide_convolution(module: nn.Module) -> bool:
-    return isinstance(module, _ConvNd) and (module.groups == 1 or module.groups < module.in_channels)
+    return torch_private.is_convolution(module) and (module.groups == 1 or module.groups < module.in_channels)
 
 
 def tied(modules: Iterable[tuple[str, nn.Module]]) -> Mapping[int, tuple[str, ...]]:
@@ -166,7 +165,7 @@ def tied(modules: Iterable[tuple[str, nn.Module]]) -> Mapping[int, tuple[str, ..
     names: dict[int, list[str]] = defaultdict(list)
     keys: dict[int, int] = {}
     for path, module in modules:
-        for name, parameter in module._parameters.items():
+        for name, parameter in torch_private.own_parameters(module).items():
             if parameter is not None:
                 key = keys[id(parameter)] = identity(module, name, parameter)
                 names[key].append(join(path, name))

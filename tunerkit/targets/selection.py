@@ -9,11 +9,10 @@ from collections.abc import Collection, Iterator, Sequence
 
 import attrs
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
 from tunerkit.errors import TargetError, TunerkitWarning
-from tunerkit.libraries import default_names
+from tunerkit.libraries import default_names, torch_private
 from tunerkit.paths import is_under, join
 from tunerkit.patterns import Matcher, is_broad, matcher
 from tunerkit.records import Target
@@ -105,9 +104,10 @@ def _stacks(scanned: Scan, scope: _Scope) -> Iterator[str]:
     Position embeddings and class tokens have three dimensions too, but one of them is 1 or their name says it.
     """
     for each in scanned.modules:
-        if each.base is not None or isinstance(each.module, _ConvNd | ParametrizationList):
+        unstacked = isinstance(each.module, ParametrizationList) or torch_private.is_convolution(each.module)
+        if each.base is not None or unstacked:
             continue
-        for name, tensor in each.module._parameters.items():
+        for name, tensor in torch_private.own_parameters(each.module).items():
             stacked = tensor is not None and tensor.ndim >= 3 and min(tensor.shape) > 1 and "embed" not in name
             if stacked and scope.covers(each) and not scope.trains(each):
                 yield join(each.path, name)
@@ -175,7 +175,7 @@ def _choose_broadly(each: ScannedModule, obstacle: str | None, scope: _Scope, fi
         return
     if obstacle is None:
         findings.found.add(each.path)
-    elif any(parameter is not None for parameter in each.module._parameters.values()):
+    elif next(each.module.parameters(recurse=False), None) is not None:
         findings.left_out[each.path] = obstacle
 
 

@@ -36,7 +36,7 @@ def _uncontained(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]
     if not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         yield path, module
         return
-    if any(parameter is not None for parameter in module._parameters.values()):
+    if next(module.parameters(recurse=False), None) is not None:
         kind = type(module).__name__
         raise TargetError(f"train_modules: {path!r} is a {kind} with parameters of its own; name the modules in it")
     for name, child in module.named_children():
@@ -56,7 +56,7 @@ def choose_biases(scanned: Scan, bias: str, chosen: tuple[Target, ...], copies: 
     found, problems = [], []
     for each in (scanned.root, *scanned.modules):
         path, module, base = each.path, each.module, each.base
-        own = {name: p for name, p in module._parameters.items() if p is not None and "bias" in name}
+        own = {name: p for name, p in module.named_parameters(recurse=False, remove_duplicate=False) if "bias" in name}
         if not own or is_under(path, copies):
             continue
         full = join(path, bias_name(base))

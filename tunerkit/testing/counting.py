@@ -1,11 +1,11 @@
 """Counts the operations that torch dispatches: a deterministic measure of cost."""
 
-from typing import Any
+from contextlib import ExitStack
 
-from torch.utils._python_dispatch import TorchDispatchMode
+from tunerkit.libraries import torch_private
 
 
-class Counting(TorchDispatchMode):
+class Counting:
     """Counts the operations dispatched inside the block; an operation on a list of tensors counts once.
 
     ::
@@ -18,8 +18,16 @@ class Counting(TorchDispatchMode):
         count: The number of operations so far.
     """
 
-    count = 0
+    def __init__(self) -> None:
+        self.count = 0
+        self._block = ExitStack()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __enter__(self) -> "Counting":
+        self._block.enter_context(torch_private.counting(self._add))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._block.close()
+
+    def _add(self) -> None:
         self.count += 1
-        return function(*args, **(kwargs or {}))

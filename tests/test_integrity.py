@@ -76,7 +76,7 @@ def test_a_place_that_was_changed_is_named(
 
 
 def test_an_owner_that_lost_its_hooks_is_told(toys: "Toys", tmp_path: Path) -> None:
-    """Where weights are lent to attention it is attention's hooks that count."""
+    """Where attention's weights are overridden it is attention's hooks that count."""
     model: Any = toys.fill_(
         tunerkit.wrap(nn.TransformerEncoderLayer(8, 2, 8), "toy-low-rank", {"targets": "all-linear"})
     )

@@ -2,7 +2,10 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -102,3 +105,41 @@ def test_a_compiled_step_of_anybody_s_is_not_broken(toys: "Toys") -> None:
     before = model.weight.detach().clone()
     torch.compile(optimizer.step, backend="eager")()
     assert torch.equal(model.weight, before - 0.1)
+
+
+SCRIPT = """
+import torch
+from torch.optim import optimizer
+
+def count():
+    return len(optimizer._global_optimizer_pre_hooks) + len(optimizer._global_optimizer_post_hooks)
+
+import tunerkit
+from tests.conftest import LowRankPlugin, ShiftPlugin
+
+counts = [count()]
+tunerkit.register(LowRankPlugin())
+tunerkit.register(ShiftPlugin())
+for method in ("toy-low-rank", "toy-stepper", "toy-stepper"):
+    model = tunerkit.wrap(torch.nn.Sequential(torch.nn.Linear(2, 2)), method, {"targets": ["0"]})
+    counts.append(count())
+print(counts)
+"""
+
+
+def test_the_hook_for_all_optimizers_comes_with_the_first_adapter_that_acts_on_steps() -> None:
+    """Importing tunerkit registers nothing in torch, nor does a method that no step matters to; then it is one."""
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    assert done.stdout.strip() == "[0, 0, 1, 1]", done.stderr
+
+
+def test_a_loaded_adapter_is_watched_too(toys: "Toys", tmp_path: Path) -> None:
+    """A process may load what another one wrapped, and train it on."""
+    model = wrapped(toys)
+    tunerkit.attach(model, sgd(model), total_steps=9)
+    tunerkit.tuner(model).progress.steps = 1
+    path = tunerkit.save(model, tmp_path)
+    loaded = tunerkit.load(toys.net(), path, trainable=True)
+    (text,) = told(toys, loaded, sgd(loaded))
+    assert "nothing drives it" in text

@@ -1,7 +1,8 @@
-"""Lending: adapters of weights that their owner reads past a forward, against attention written out by hand."""
+"""Temporary weight overrides, against attention written out by hand."""
 
 import copy
 import pickle
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import tunerkit
 from tunerkit.errors import AdapterError, PluginError, TargetError, TunerkitWarning
 from tunerkit.injection import eject_
-from tunerkit.injection.weight_override import give_back, lend
+from tunerkit.injection.weight_override import override, restore
 from tunerkit.layers import as_base_layer
 from tunerkit.layers.attention import AttentionLayer
 from tunerkit.serialization.fingerprint import fingerprint
@@ -97,15 +98,17 @@ def by_hand(model: Any, x: Tensor) -> Tensor:
     return linear("last", linear("attention.out_proj", (share @ v).transpose(1, 2).flatten(2)))
 
 
-def lent(model: nn.Module) -> list[str]:
+def overridden(model: nn.Module) -> list[str]:
     """What stands as an attribute where a parameter should: nothing, between two calls."""
-    found = [f"{type(m).__name__}.{n}" for m in model.modules() for n in vars(m) if n in (*NAMES, "_tunerkit_loans")]
+    found = [
+        f"{type(m).__name__}.{n}" for m in model.modules() for n in vars(m) if n in (*NAMES, "_tunerkit_overrides")
+    ]
     return [name for name in found if name != "TransformerEncoder.use_nested_tensor"]
 
 
 def our_hooks(model: nn.Module) -> int:
-    return sum(h is lend for m in model.modules() for h in m._forward_pre_hooks.values()) + sum(
-        h is give_back for m in model.modules() for h in m._forward_hooks.values()
+    return sum(h is override for m in model.modules() for h in m._forward_pre_hooks.values()) + sum(
+        h is restore for m in model.modules() for h in m._forward_hooks.values()
     )
 
 
@@ -228,12 +231,12 @@ def test_nothing_is_lent_between_two_calls(toys: "Toys") -> None:
     handle.remove()
     assert inside[0][:2] == (Tensor, True)
     assert inside[0][2]["identity"] == before["identity"]
-    assert lent(model) == []
+    assert overridden(model) == []
     assert type(model.attention.in_proj_weight) is nn.Parameter
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_exception_inside_leaves_nothing_lent(toys: "Toys", error: type[BaseException]) -> None:
+def test_an_exception_inside_leaves_nothing_overridden(toys: "Toys", error: type[BaseException]) -> None:
     """After an error at once; after an interrupt, which no hook sees, with the next call; later outputs are right."""
     model, twin = adapted(toys), adapted(toys)
     armed = [True]
@@ -246,20 +249,92 @@ def test_an_exception_inside_leaves_nothing_lent(toys: "Toys", error: type[BaseE
     with pytest.raises(error):
         model(batch())
     if error is ValueError:
-        assert lent(model) == []
+        assert overridden(model) == []
     with tunerkit.disabled(model):
         assert torch.equal(output(model), output(attends()))
     assert torch.equal(output(model), output(twin))
-    assert lent(model) == []
+    assert overridden(model) == []
 
 
-def test_an_error_in_the_plugin_s_own_hook_leaves_nothing_lent(toys: "Toys", monkeypatch: Any) -> None:
-    """The second delta fails: the first is given back."""
+def interrupt(model: nn.Module, place: nn.Module) -> pytest.ExceptionInfo[KeyboardInterrupt]:
+    """Call the model and press Ctrl-C inside ``place``; what is returned keeps the traceback."""
+
+    def fail(module: nn.Module, args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with place.register_forward_pre_hook(fail), pytest.raises(KeyboardInterrupt) as info:
+        model(batch())
+    return info
+
+
+def test_an_interrupted_call_is_no_running_one_while_its_traceback_is_kept(toys: "Toys") -> None:
+    """As an except block and a notebook keep it: the next call of the model restores, the one of a part is right."""
+    model, twin = adapted(toys), adapted(toys)
+    before = toys.snapshot(model)
+    for _ in range(2):
+        info = interrupt(model, model.attention)
+        assert overridden(model) != []
+        h = twin.first(batch())
+        assert torch.equal(model.attention(h, h, h)[0], twin.attention(h, h, h)[0])
+        toys.fill_(model, seed=9)
+        toys.fill_(twin, seed=9)
+        assert torch.equal(model(batch()), twin(batch()))
+        assert overridden(model) == []
+        assert info.type is KeyboardInterrupt
+    interrupt(model, model.attention)
+    tunerkit.unwrap(model)
+    assert overridden(model) == []
+    assert toys.snapshot(model)["attributes"] == toys.snapshot(attends())["attributes"]
+    assert toys.snapshot(model)["identity"].items() <= before["identity"].items()
+
+
+def test_an_interrupted_call_does_not_change_what_is_merged(toys: "Toys") -> None:
+    """Merging adds to the module's own weights, whatever stands in front of them."""
+    model, twin = adapted(toys), adapted(toys)
+    interrupt(model, model.attention)
+    tunerkit.merge(model)
+    tunerkit.merge(twin)
+    assert torch.equal(output(model), output(twin))
+    assert torch.equal(model.attention.in_proj_weight, twin.attention.in_proj_weight)
+    assert torch.equal(output(tunerkit.unmerge(model)), output(tunerkit.unmerge(twin)))
+
+
+def test_a_thread_that_died_inside_a_call_is_not_waited_for(toys: "Toys") -> None:
+    """Its overrides are restored by the next thread that runs the owner."""
+    model, twin = adapted(toys), adapted(toys)
+    model.attention.forward = lambda *args, **kwargs: sys.exit()
+    thread = threading.Thread(target=lambda: model(batch()))
+    thread.start()
+    thread.join()
+    del model.attention.forward
+    assert overridden(model) != []
+    h = twin.first(batch())
+    assert torch.equal(model.attention(h, h, h)[0], twin.attention(h, h, h)[0])
+    assert overridden(model) == []
+
+
+def test_the_whole_model_called_inside_an_owner_is_refused(toys: "Toys") -> None:
+    """It looks like a call after an interrupted one, so the outer call would go on without its adapters."""
+    model, twin = adapted(toys), adapted(toys)
+    armed = [True]
+
+    def whole(module: Any, args: Any) -> None:
+        if armed.pop() if armed else False:
+            assert torch.equal(model(batch()), twin(batch()))
+
+    with model.attention.register_forward_pre_hook(whole), pytest.raises(AdapterError, match="whole model was called"):
+        model(batch())
+    assert overridden(model) == []
+    assert torch.equal(model(batch()), twin(batch()))
+
+
+def test_an_error_in_the_plugin_s_own_hook_leaves_nothing_overridden(toys: "Toys", monkeypatch: Any) -> None:
+    """The second delta fails: the first is restored."""
     model = adapted(toys)
     model.attention.out_proj.tunerkit.get("default").method = "gone"
     with pytest.raises(PluginError, match="'gone'"):
         model(batch())
-    assert lent(model) == []
+    assert overridden(model) == []
 
 
 def test_a_call_inside_a_call_takes_nothing_away_from_it(toys: "Toys") -> None:
@@ -276,7 +351,7 @@ def test_a_call_inside_a_call_takes_nothing_away_from_it(toys: "Toys") -> None:
     assert torch.equal(model(batch()), twin(batch()))
     h = twin.first(batch())
     assert torch.equal(inner[1], twin.attention(h, h, h)[0])
-    assert lent(model) == []
+    assert overridden(model) == []
 
 
 def test_two_threads_at_once_are_refused_and_merged_they_are_not(toys: "Toys") -> None:
@@ -307,13 +382,13 @@ def test_two_threads_at_once_are_refused_and_merged_they_are_not(toys: "Toys") -
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_recomputes_with_the_adapters(toys: "Toys", reentrant: bool) -> None:
-    """The forward that runs again in backward is lent the same; gradients are equal, and nothing stays."""
+    """The forward that runs again in backward is overridden the same; gradients are equal, and nothing stays."""
     # Reentrant, the first forward runs without gradients, where torch may attend with a kernel that rounds otherwise.
     same = toys.close if reentrant else torch.equal
     model, x = adapted(toys), batch().requires_grad_()
     found = gradients(model, lambda m: checkpoint(m, x, use_reentrant=reentrant))
     expected = gradients(model, lambda m: m(x))
-    assert lent(model) == []
+    assert overridden(model) == []
     assert set(found) == set(expected)
     assert all(same(found[name], gradient) for name, gradient in expected.items())
 
@@ -332,7 +407,7 @@ def test_a_forward_replaced_after_wrapping_is_still_lent_to(toys: "Toys", tmp_pa
 # --- Inference paths --------------------------------------------------------------------------------------------------
 
 
-def test_attention_s_fast_path_gets_what_is_lent(toys: "Toys", monkeypatch: Any) -> None:
+def test_attention_s_fast_path_gets_the_overrides(toys: "Toys", monkeypatch: Any) -> None:
     """Without gradients torch hands the weights to one kernel: it is called, and with the changed ones."""
     model = adapted(toys).eval()
     expected = model(batch())
@@ -367,7 +442,7 @@ def test_a_transformer_encoder_is_right_in_every_mode(toys: "Toys", targets: Any
                 z = model(x)
             assert toys.close(y[kept], expected(x, src_key_padding_mask=pad)[kept])
             assert toys.close(z, expected(x))
-    assert lent(model) == []
+    assert overridden(model) == []
 
 
 @pytest.mark.parametrize("grad", [torch.enable_grad, torch.no_grad])
@@ -429,7 +504,7 @@ def test_a_saved_adapter_loads(toys: "Toys", tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_lends_its_own(toys: "Toys", way: Any) -> None:
+def test_a_copy_overrides_its_own(toys: "Toys", way: Any) -> None:
     """The copy computes the same, trains apart, and unwraps apart."""
     model = adapted(toys)
     twin = way(model)
@@ -570,7 +645,7 @@ def test_a_projection_that_is_read_is_not_trained_in_full(toys: "Toys") -> None:
     assert "attention.tunerkit.default.copy.out_proj.weight" in gradients(model, lambda m: m(batch()))
 
 
-def test_a_loaded_adapter_at_a_place_that_cannot_lend_is_refused(toys: "Toys", tmp_path: Any) -> None:
+def test_a_loaded_adapter_at_a_place_that_cannot_be_overridden_is_refused(toys: "Toys", tmp_path: Any) -> None:
     """Between saving and loading the base's attention got a forward of its own."""
 
     class Own(nn.MultiheadAttention):
@@ -603,4 +678,4 @@ def test_a_compiled_model_computes_the_same(toys: "Toys") -> None:
     tunerkit.merge(model)
     assert toys.close(compiled(batch()), output)
     assert toys.close(torch.compile(model, backend="eager", fullgraph=True)(batch()), output)
-    assert lent(model) == []
+    assert overridden(model) == []

@@ -1,0 +1,145 @@
+"""Canaries: each private method of a transformers Trainer that core replaces exists and does what it is taken for."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from scripts.structure import private_attributes, read
+from tunerkit.libraries import transformers_private
+
+transformers = pytest.importorskip("transformers", reason="the canaries are about its Trainer")
+pytest.importorskip("accelerate", reason="the Trainer needs it")
+
+ROOT = Path(__file__).parents[1]
+FILE = "tunerkit/libraries/transformers_private.py"
+USER = "integrations.checkpoints"
+
+
+class Net(nn.Module):
+    """A regression with the Trainer's calling convention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": (self.layer(x) - labels).square().mean()}
+
+
+def trainer(folder: Path, **options: Any) -> Any:
+    rows = [{"x": torch.ones(2), "labels": torch.ones(1)}] * 4
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=2,
+        per_device_train_batch_size=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        **{"save_strategy": "no", **options},
+    )
+    return transformers.Trainer(model=Net(), args=arguments, train_dataset=rows, eval_dataset=rows)
+
+
+def weights(own: Any) -> Tensor:
+    found: Tensor = own.model.layer.weight
+    return found.detach().clone()
+
+
+def calls(own: Any, **replaced: str) -> list[str]:
+    """Let `transformers_private.replace_` note each method that is called, and call it."""
+    noted: list[str] = []
+
+    def noting(name: str) -> Callable[..., None]:
+        def call(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+            noted.append(name)
+            original(*args, **kwargs)
+
+        return call
+
+    names = ("save", "save_states", "load", "load_best")
+    transformers_private.replace_(own, **{name: noting(name) for name in names})
+    return noted
+
+
+def saves(folder: Path) -> bool:
+    """Writes the weights, and is what `save_model` calls."""
+    own = trainer(folder)
+    noted = calls(own)
+    own.save_model(str(folder / "model"))
+    return noted == ["save"] and any((folder / "model").glob("*.safetensors"))
+
+
+def saves_states(folder: Path) -> bool:
+    """Called for each checkpoint, beside `_save`, with the folder."""
+    own = trainer(folder, save_strategy="steps", save_steps=2)
+    noted = calls(own)
+    own.train()
+    return sorted(noted) == ["save", "save_states"] and (folder / "checkpoint-2" / "optimizer.pt").is_file()
+
+
+def loads(folder: Path) -> bool:
+    """Called once when a training resumes, and reads the checkpoint's weights."""
+    first = trainer(folder, save_strategy="steps", save_steps=2)
+    first.train()
+    own = trainer(folder)
+    noted = calls(own)
+    own.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    return noted == ["load"] and torch.equal(weights(own), weights(first))
+
+
+def loads_best(folder: Path) -> bool:
+    """Called at the end of a training, with the best checkpoint's path in the trainer's state."""
+    own = trainer(
+        folder, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True
+    )
+    noted = calls(own)
+    own.train()
+    return noted.count("load_best") == 1 and own.state.best_model_checkpoint is not None
+
+
+CANARIES: dict[str, tuple[list[str], Callable[[Path], bool]]] = {
+    "_save": (["output_dir", "state_dict"], saves),
+    "_save_optimizer_and_scheduler": (["output_dir"], saves_states),
+    "_load_from_checkpoint": (["resume_from_checkpoint", "model"], loads),
+    "_load_best_model": ([], loads_best),
+}
+
+
+@pytest.mark.parametrize("name", CANARIES)
+def test_a_private_method_of_the_trainer_does_what_it_is_taken_for(name: str, tmp_path: Path) -> None:
+    """If this fails, the message says what broke, what uses it, and where to mend it."""
+    expected, check = CANARIES[name]
+    version = transformers.__version__
+    where = f"transformers {version}: Trainer.{name} is not what it was. {USER} relies on it: mend {FILE}"
+    method = vars(transformers.Trainer).get(name)
+    assert method is not None, where
+    taken = list(inspect.signature(functools.partial(method, None)).parameters)
+    assert taken == expected, f"{where} (it takes {taken})"
+    try:
+        right = check(tmp_path)
+    except Exception as error:
+        pytest.fail(f"{where} ({type(error).__name__}: {error})")
+    assert right, where
+
+
+def test_every_private_name_in_the_file_has_a_canary() -> None:
+    """And no canary is about a name that is used no more."""
+    source = next(s for s in read("libraries", ROOT / "tunerkit/libraries") if s.name.endswith("transformers_private"))
+    assert set(private_attributes(source)) == set(CANARIES)
+
+
+def test_methods_for_weights_of_a_trainer_s_own_are_named() -> None:
+    """Those that a subclass overrides; the rest it shares with its base."""
+
+    class Own(transformers.Trainer):
+        def _load_best_model(self) -> None:
+            """Does nothing."""
+
+    assert transformers_private.overridden(Own, transformers.Trainer) == ["_load_best_model"]
+    assert transformers_private.overridden(transformers.Trainer, transformers.Trainer) == []
