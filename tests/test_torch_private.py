@@ -105,6 +105,13 @@ def versions() -> bool:
         return before is not None and torch_private.version(tensor) == before + 1 and not versions_of_inference()
 
 
+def divided() -> bool:
+    """Every tensor of the list is divided in place."""
+    tensors = [torch.ones(2), torch.ones(1)]
+    torch_private.divide_(tensors, torch.tensor(4.0))
+    return [tensor.tolist() for tensor in tensors] == [[0.25, 0.25], [0.25]]
+
+
 def versions_of_inference() -> int | None:
     return torch_private.version(torch.zeros(2))
 
@@ -167,7 +174,7 @@ def ddp() -> bool:
             found.append(torch_private.running_ddp())
             return super().forward(x)
 
-    store = torch.distributed.HashStore()
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         module = Looks(2, 2)
@@ -198,6 +205,7 @@ def dynamo() -> bool:
 # By the names that stand in torch_private.py: what uses them, and a check.
 CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
     "_C": ("is_observed (layers.fused)", lambda: isinstance(torch._C, type(torch))),
+    "_foreach_div_": ("divide_ (steps.withheld)", divided),
     "_parameters": ("own_parameters (everywhere)", parameters),
     "_modules": ("own_children, compiled_from (injection.slots, injection.root)", children),
     "_orig_mod": ("compiled_from (injection.root)", compiled),
@@ -250,6 +258,7 @@ DELETED = (
     *("_CachingTorchDispatchMode", "_CachedTorchDispatchMode", "torch.utils._python_dispatch", "_ConvNd"),
     *("_BatchNorm", "_NormBase", "_InstanceNorm", "_get_no_batch_dim", "_conv_forward", "_global_forward_hooks"),
     *("_get_current_dispatch_mode_stack", "_is_amx_tile_supported", "_active_ddp_module"),
+    "_foreach_div_",
 )
 OF_INSTANCES = {
     *("_parameters", "_modules", "_orig_mod", "_buffers", "_non_persistent_buffers_set", "_forward_hooks", "_version"),

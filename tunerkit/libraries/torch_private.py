@@ -166,6 +166,14 @@ def synchronised(ddp: nn.parallel.DistributedDataParallel) -> list[nn.Parameter]
     return ddp._module_parameters
 
 
+# --- Lists of tensors -------------------------------------------------------------------------------------------------
+
+
+def divide_(tensors: list[Tensor], divisor: Tensor) -> None:
+    """Divide ``tensors``, which lie on the device of ``divisor``, in place and in one operation."""
+    torch._foreach_div_(tensors, divisor)
+
+
 # --- The compiler ----------------------------------------------------------------------------------------------------
 
 _DYNAMO = "torch._dynamo"

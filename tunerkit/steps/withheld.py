@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit.errors import PluginError
+from tunerkit.libraries import torch_private
 
 _EXPECTED = "return a list of the adapter's parameters, or None"
 
@@ -53,7 +54,7 @@ class Withheld:
         if stepped and self.grad_scale is not None:
             for device in {grad.device for _, grad in held}:
                 own = [grad for _, grad in held if grad.device == device]
-                torch._foreach_div_(own, self.grad_scale.to(device))
+                torch_private.divide_(own, self.grad_scale.to(device))
         for parameter, grad in held:
             if stepped:
                 parameter.grad = grad
