@@ -18,7 +18,7 @@ from tunerkit.injection.slots import Slot, Slots, apply_slots
 from tunerkit.layers import describe, fused
 from tunerkit.layers.fused import mark_fresh, plain_form
 from tunerkit.layers.low_rank import add_low_rank
-from tunerkit.testing.counting import Counting
+from tunerkit.testing.counting import counting
 
 if TYPE_CHECKING:
     from tests.conftest import Toys
@@ -550,7 +550,7 @@ def test_other_dtypes_and_layouts_take_the_plain_form() -> None:
 
 def operations(model: nn.Module) -> int:
     x = torch.randn(2, 3, 8, requires_grad=True)
-    with Counting() as mode:
+    with counting() as mode:
         model(x).sum().backward()
     return mode.count
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from tunerkit.injection.slots import Slot, Slots, apply_slots, slots_of, walk
 from tunerkit.injection.tuner import Tuner, own_tuners, set_tuners
-from tunerkit.injection.uncalled import forget_, unwatch, watch
+from tunerkit.injection.uncalled import note_call, unwatch, watch
 from tunerkit.injection.unsynchronised import check_at_next_forward_, forget_check_, refuse_unsynchronised
 from tunerkit.injection.weight_override import forget_idle_, override_at_
 from tunerkit.layers import BaseLayer
@@ -130,8 +130,7 @@ def _watch(model: nn.Module) -> None:
     hooked = {path: module for path, module in places.items() if torch_private.has_hook(module, apply_slots)}
     if hooked:
         watch(model, hooked)
-    if places:
-        check_at_next_forward_([model, *places.values()])
+    check_at_next_forward_([model, *places.values()] if places else [])
 
 
 def copy_base(module: nn.Module) -> nn.Module:
@@ -141,8 +140,7 @@ def copy_base(module: nn.Module) -> nn.Module:
     twin = duplicate(module, {id(slots): nn.Module()} if slots is not None else {})
     if slots is not None:
         delattr(twin, CHILD)
-    torch_private.remove_hooks_(twin, apply_slots, refuse_unsynchronised)
-    forget_(twin)
+    torch_private.remove_hooks_(twin, apply_slots, refuse_unsynchronised, note_call)
     release_statistics_(twin)
     return twin
 
@@ -172,11 +170,10 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def freeze_base_(model: nn.Module) -> tuple[str, ...]:
     """Freeze what the model trains of its own; the names, so that unwrapping can undo it."""
-    names = tuple(name for name, p in base_parameters(model).items() if p.requires_grad)
-    parameters = base_parameters(model)
-    for name in names:
-        parameters[name].requires_grad_(False)
-    return names
+    trained = {name: p for name, p in base_parameters(model).items() if p.requires_grad}
+    for parameter in trained.values():
+        parameter.requires_grad_(False)
+    return tuple(trained)
 
 
 def thaw_base_(model: nn.Module, names: tuple[str, ...]) -> None:

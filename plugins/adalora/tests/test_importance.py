@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tunerkit.testing.counting import Counting
+from tunerkit.testing.counting import counting
 from tunerkit_adalora.allocator import allocate
 from tunerkit_adalora.importance import new_stacks, smooth_, triplet_scores, unstack
 from tunerkit_adalora.schedule import plan
@@ -241,7 +241,7 @@ def test_the_number_of_operations_goes_by_shapes_and_not_by_layers() -> None:
     for depth in (2, 9):
         weights = [torch.ones(s) for _ in range(depth) for s in ((4, 3), (3,), (3, 5))]
         stacks = new_stacks(weights)
-        with Counting() as mode:
+        with counting() as mode:
             smooth_(weights, weights, stacks, beta1=BETA1, beta2=BETA2)
             allocate(triplet_scores(stacks), 4)
         counts.append(mode.count)
