@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from scripts.structure import private_attributes, read
 from tunerkit.libraries import torch_private
+from tunerkit.testing.counting import Counting
 
 ROOT = Path(__file__).parents[1]
 FILE = "tunerkit/libraries/torch_private.py"
@@ -34,15 +35,6 @@ def children() -> bool:
     module = nn.Module()
     torch_private.own_children(module)["forward"] = nn.ReLU()
     return [name for name, _ in module.named_modules()] == ["", "forward"]
-
-
-def buffers() -> bool:
-    """A dotted name moves with the module, is in no state_dict, and leaves nothing behind."""
-    module = nn.Module()
-    torch_private.set_aside_(module, "a.b", torch.ones(1))
-    kept = module.double().state_dict() == {} and [t.dtype for t in module.buffers()] == [torch.float64]
-    torch_private.set_aside_(module, "a.b", None)
-    return kept and list(module.buffers()) == [] and module._non_persistent_buffers_set == set()
 
 
 def compiled() -> bool:
@@ -153,15 +145,14 @@ def kept(policy: CheckpointPolicy) -> Callable[[Callable[[Tensor], Tensor]], obj
 
 def operations() -> bool:
     """Each operation that is dispatched is counted; an in-place one too."""
-    counted: list[int] = []
-    with torch_private.counting(lambda: counted.append(1)):
+    with Counting() as operations:
         torch.ones(2).add_(1)
-    return len(counted) == 2
+    return operations.count == 2
 
 
 def other_modes() -> bool:
     """A dispatch mode that keeps nothing observes nothing."""
-    with torch_private.counting(nothing):
+    with Counting():
         return not torch_private.is_observed()
 
 
@@ -209,8 +200,6 @@ CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
     "_parameters": ("own_parameters (everywhere)", parameters),
     "_modules": ("own_children, compiled_from (injection.slots, injection.root)", children),
     "_orig_mod": ("compiled_from (injection.root)", compiled),
-    "_buffers": ("set_aside_ (injection.slots)", buffers),
-    "_non_persistent_buffers_set": ("set_aside_ (injection.slots)", buffers),
     "_forward_hooks": ("has_hook, has_single_hook, remove_hooks_ (injection, layers.fused)", hooks),
     "_forward_pre_hooks": ("has_hook, remove_hooks_ (injection)", hooks),
     "_forward_hooks_with_kwargs": ("remove_hooks_ (injection)", hooks),
@@ -242,7 +231,7 @@ CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
         "is_observed (layers.fused)",
         observed_inside(kept(CheckpointPolicy.MUST_SAVE)),
     ),
-    "torch.utils._python_dispatch": ("is_observed, counting (layers.fused, testing.counting)", operations),
+    "torch.utils._python_dispatch": ("is_observed, dispatch_mode (layers.fused, testing.counting)", operations),
     "_is_amx_tile_supported": (
         "multiplies_bf16_in_tiles (cli.training)",
         lambda: isinstance(torch_private.multiplies_bf16_in_tiles(), bool),
@@ -261,7 +250,7 @@ DELETED = (
     "_foreach_div_",
 )
 OF_INSTANCES = {
-    *("_parameters", "_modules", "_orig_mod", "_buffers", "_non_persistent_buffers_set", "_forward_hooks", "_version"),
+    *("_parameters", "_modules", "_orig_mod", "_forward_hooks", "_version"),
     *("_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_module_parameters"),
 }
 # Children of one process that has torch: importing it anew for each name would take a minute.

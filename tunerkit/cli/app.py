@@ -16,6 +16,7 @@ from tunerkit.cli.task import Job
 from tunerkit.cli.training import Recipe
 from tunerkit.errors import TunerkitError
 
+# Changes while this file is imported, and never after: typer notes the commands below in it.
 app = typer.Typer(
     help="Fine-tune a model through small adapters; every method is a plugin.",
     no_args_is_help=True,

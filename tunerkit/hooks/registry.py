@@ -278,4 +278,5 @@ def _missing(catalog: _Catalog, name: str) -> str:
     return "\n".join(parts)
 
 
+# State of the process, as what is installed is: a plugin is loaded and checked once, whichever model asks.
 registry = Registry()

@@ -8,7 +8,7 @@ from torch import nn
 
 from tunerkit.injection.slots import Slot, Slots, apply_slots, slots_of, walk
 from tunerkit.injection.tuner import Tuner, set_wrapped, wrapped_of
-from tunerkit.injection.uncalled import forget_, unwatch, watch
+from tunerkit.injection.uncalled import note_call, unwatch, watch
 from tunerkit.injection.unsynchronised import check_at_next_forward_, forget_check_, refuse_unsynchronised
 from tunerkit.injection.weight_override import forget_idle_, override_in_
 from tunerkit.layers import BaseLayer
@@ -137,8 +137,7 @@ def _watch(model: nn.Module) -> None:
     hooked = {path: module for path, module in places.items() if torch_private.has_hook(module, apply_slots)}
     if hooked:
         watch(model, hooked)
-    if places:
-        check_at_next_forward_([model, *places.values()])
+    check_at_next_forward_([model, *places.values()] if places else [])
 
 
 def copy_base(module: nn.Module) -> nn.Module:
@@ -148,8 +147,7 @@ def copy_base(module: nn.Module) -> nn.Module:
     twin = duplicate(module, {id(slots): nn.Module()} if slots is not None else {})
     if slots is not None:
         delattr(twin, CHILD)
-    torch_private.remove_hooks_(twin, apply_slots, refuse_unsynchronised)
-    forget_(twin)
+    torch_private.remove_hooks_(twin, apply_slots, refuse_unsynchronised, note_call)
     release_statistics_(twin)
     return twin
 

@@ -10,8 +10,9 @@ from tunerkit.layers import Adapter, BaseLayer, mark_fresh, unmark, view_bias
 from tunerkit.libraries import torch_private
 from tunerkit.paths import CHILD
 
-# Marks the buffers that hold originals: no adapter's name has a "/".
-_ASIDE = "/"
+# Marks the buffers that hold originals: no adapter's name has a "/". A buffer's name takes no dot, and those of the
+# tensors of a trained copy have some.
+_ASIDE, _DOT = "/", "\0"
 
 
 class Slot(nn.Module):
@@ -21,9 +22,6 @@ class Slot(nn.Module):
     plugin knows the adapter.
     """
 
-    method: str
-    adapter: Adapter | None
-    copy: nn.Module | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -129,21 +127,25 @@ class Slots(nn.Module):
     def originals(self) -> dict[str, Tensor]:
         """The tensors set aside by a merge, by their local name in the module."""
         buffers = self.named_buffers(recurse=False, remove_duplicate=False)
-        return {name[1:]: tensor for name, tensor in buffers if name.startswith(_ASIDE)}
+        return {name[1:].replace(_DOT, "."): tensor for name, tensor in buffers if name.startswith(_ASIDE)}
 
     def set_aside(self, originals: Mapping[str, Tensor]) -> None:
         """Keep ``originals``, in buffers so that they follow `model.to(...)`, outside ``state_dict``."""
         for name, tensor in originals.items():
-            torch_private.set_aside_(self, _ASIDE + name, tensor)
+            self.register_buffer(_aside(name), tensor, persistent=False)
 
     def forget_originals(self) -> None:
         """Drop what `set_aside` kept."""
         for name in self.originals:
-            torch_private.set_aside_(self, _ASIDE + name, None)
+            delattr(self, _aside(name))
 
     def original(self, name: str, live: Tensor) -> Tensor:
         """The base's own tensor, also while a merged one stands in its place."""
         return self.originals.get(name, live).detach() if self.enabled else live.detach()
+
+
+def _aside(name: str) -> str:
+    return _ASIDE + name.replace(".", _DOT)
 
 
 def slots_of(module: nn.Module) -> Slots | None:

@@ -37,8 +37,8 @@ def watch(model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
     calls = Calls()
     owners = {above: _running(model, above) for above in {parent(path) for path in adapted}}
     for path, module in adapted.items():
-        module.register_forward_pre_hook(functools.partial(_note, calls.called, path))
-        owners[parent(path)].register_forward_pre_hook(functools.partial(_note, calls.owner_ran, path))
+        module.register_forward_pre_hook(functools.partial(note_call, calls.called, path))
+        owners[parent(path)].register_forward_pre_hook(functools.partial(note_call, calls.owner_ran, path))
     model.register_forward_hook(_report)
     vars(model)[_ATTRIBUTE] = calls
 
@@ -47,12 +47,7 @@ def unwatch(model: nn.Module) -> None:
     """Stop watching: after the first forward, or when the adapters leave the model."""
     if vars(model).pop(_ATTRIBUTE, None) is not None:
         for module in model.modules():
-            forget_(module)
-
-
-def forget_(module: nn.Module) -> None:
-    """Remove the watch's hooks from a watched module, or from a copy of one."""
-    torch_private.remove_hooks_(module, _note, _report)
+            torch_private.remove_hooks_(module, note_call, _report)
 
 
 def _running(model: nn.Module, path: str) -> nn.Module:
@@ -65,7 +60,8 @@ def _is_list(model: nn.Module, path: str) -> bool:
     return isinstance(model.get_submodule(path), nn.ModuleList | nn.ModuleDict)
 
 
-def _note(seen: set[str], path: str, module: nn.Module, args: Any) -> None:
+def note_call(seen: set[str], path: str, module: nn.Module, args: Any) -> None:
+    """The forward pre-hook of watched modules and their owners, once it is given where to note the call."""
     # Under compile the watch is off: a Python side effect per call is what compiled code must not have.
     if not torch.compiler.is_compiling():
         seen.add(path)

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunerkit.libraries.torch_private import own_parameters
-
 _HOOK = "_hf_hook"
 _WRAPPED = "_old_forward"
 # Those that only move tensors between devices; any other hook may change what goes in and out.
@@ -133,8 +131,8 @@ def _only_moving(hook: Any) -> Any:
 def _bring(part: nn.Module, original: nn.Module, brought: dict[int, nn.Parameter]) -> None:
     """Give ``part``, a copy of ``original``, its weights; those that were tied stay so."""
     loader, device = _loader(original), execution_device(original)
-    for name, parameter in own_parameters(original).items():
-        if parameter is not None and parameter.is_meta:
+    for name, parameter in original.named_parameters(recurse=False, remove_duplicate=False):
+        if parameter.is_meta:
             key = identity(original, name, parameter)
             if key not in brought:
                 value = loader.weights_map[name].detach().to(device, copy=True)

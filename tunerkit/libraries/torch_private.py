@@ -5,10 +5,9 @@ If a release of torch renames one, tests/test_torch_private.py names it, and thi
 
 import importlib
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +25,6 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
 def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
     """The direct children of ``module``: the live dict, which takes names that `add_module` refuses."""
     return module._modules
-
-
-def set_aside_(module: nn.Module, name: str, tensor: Tensor | None) -> None:
-    """Keep ``tensor`` in a buffer outside ``state_dict``, or drop it; `register_buffer` refuses a dotted name."""
-    module._non_persistent_buffers_set.discard(name)
-    module._buffers.pop(name, None)
-    if tensor is not None:
-        module._buffers[name] = tensor
-        module._non_persistent_buffers_set.add(name)
 
 
 def compiled_from(module: nn.Module) -> nn.Module | None:
@@ -88,8 +78,7 @@ def is_batch_norm(module: nn.Module) -> "TypeGuard[nn.modules.batchnorm._BatchNo
 
 def channel_norms() -> tuple[type[nn.Module], ...]:
     """The classes of norms whose forwards add the bias along the channels."""
-    norms = nn.modules
-    return norms.batchnorm._BatchNorm, nn.SyncBatchNorm, norms.instancenorm._InstanceNorm, nn.GroupNorm
+    return nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm
 
 
 def is_batched(norm: nn.Module, y: Tensor) -> bool:
@@ -97,16 +86,14 @@ def is_batched(norm: nn.Module, y: Tensor) -> bool:
     return not isinstance(norm, nn.modules.instancenorm._InstanceNorm) or y.dim() > norm._get_no_batch_dim()
 
 
-def runs_convolution_of(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether the method in which ``module`` convolves is that of ``kind``."""
-    own: Any = module
-    return type(own)._conv_forward is kind._conv_forward and "_conv_forward" not in vars(module)  # type: ignore[attr-defined]
+def runs_convolution_of(module: Any, kind: Any) -> bool:
+    """Whether the method in which ``module`` convolves is that of ``kind``, both convolutions."""
+    return type(module)._conv_forward is kind._conv_forward and "_conv_forward" not in vars(module)
 
 
-def convolve(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor, kernel: Tensor) -> Tensor:
+def convolve(module: Any, x: Tensor, kernel: Tensor) -> Tensor:
     """Run the convolution of ``module`` on ``x`` with another weight and no bias."""
-    y: Tensor = module._conv_forward(x, kernel, None)
-    return y
+    return cast(Tensor, module._conv_forward(x, kernel, None))
 
 
 # --- Modes -----------------------------------------------------------------------------------------------------------
@@ -123,29 +110,21 @@ def is_observed() -> bool:
     That is tracing, a transform of functorch, forward-mode differentiation, or selective checkpointing, which gives
     the outputs that it keeps out again in backward.
     """
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return transformed or torch._C._is_tracing() or (torch._C._len_torch_dispatch_stack() > 0 and _is_kept())
-
-
-def _is_kept() -> bool:
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._is_tracing():
+        return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
     keepers = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
-    modes: Iterable[object] = importlib.import_module(_DISPATCH)._get_current_dispatch_mode_stack()
-    return any(isinstance(mode, keepers) for mode in modes)
+    return any(isinstance(mode, keepers) for mode in _python_dispatch()._get_current_dispatch_mode_stack())
 
 
-def counting(count: Callable[[], object]) -> AbstractContextManager[object]:
-    """A block in which ``count`` is called for each operation that torch dispatches."""
-
-    def dispatch(self: object, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        count()
-        return function(*args, **(kwargs or {}))
-
-    base = importlib.import_module(_DISPATCH).TorchDispatchMode
-    block: AbstractContextManager[object] = type("Counting", (base,), {"__torch_dispatch__": dispatch})()
-    return block
+def dispatch_mode() -> Any:
+    """The class whose ``__torch_dispatch__`` is called, inside a block of it, for each operation."""
+    return _python_dispatch().TorchDispatchMode
 
 
-_DISPATCH = "torch.utils._python_dispatch"
+def _python_dispatch() -> Any:
+    return importlib.import_module("torch.utils._python_dispatch")
 
 
 def multiplies_bf16_in_tiles() -> bool:

@@ -7,15 +7,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+Method = Callable[..., None]
 
-def replace_(
-    trainer: Any,
-    *,
-    save: Callable[..., None],
-    save_states: Callable[..., None],
-    load: Callable[..., None],
-    load_best: Callable[..., None],
-) -> None:
+
+def replace_(trainer: Any, *, save: Method, save_states: Method, load: Method, load_best: Method) -> None:
     """Replace methods on the instance; each function is given the trainer's own method first, then its arguments."""
     trainer._save = partial(save, trainer._save)
     trainer._save_optimizer_and_scheduler = partial(save_states, trainer._save_optimizer_and_scheduler)
@@ -25,9 +20,6 @@ def replace_(
 
 def overridden(kind: Any, base: Any) -> list[str]:
     """The names of the methods for weights that ``kind``, a class of trainers, does not share with ``base``."""
-    pairs = {
-        "_save": (kind._save, base._save),
-        "_load_from_checkpoint": (kind._load_from_checkpoint, base._load_from_checkpoint),
-        "_load_best_model": (kind._load_best_model, base._load_best_model),
-    }
-    return [name for name, (own, original) in pairs.items() if own is not original]
+    own = (kind._save, kind._load_from_checkpoint, kind._load_best_model)
+    originals = (base._save, base._load_from_checkpoint, base._load_best_model)
+    return [original.__name__ for method, original in zip(own, originals, strict=True) if method is not original]

@@ -1,6 +1,6 @@
 """Counts the operations that torch dispatches: a deterministic measure of cost."""
 
-from contextlib import ExitStack
+from typing import Any
 
 from tunerkit.libraries import torch_private
 
@@ -20,14 +20,16 @@ class Counting:
 
     def __init__(self) -> None:
         self.count = 0
-        self._block = ExitStack()
+
+        def dispatch(mode: object, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += 1
+            return function(*args, **(kwargs or {}))
+
+        self._mode = type("Mode", (torch_private.dispatch_mode(),), {"__torch_dispatch__": dispatch})()
 
     def __enter__(self) -> "Counting":
-        self._block.enter_context(torch_private.counting(self._add))
+        self._mode.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._block.close()
-
-    def _add(self) -> None:
-        self.count += 1
+        self._mode.__exit__(*error)
