@@ -10,7 +10,16 @@ import tunerkit
 
 SNAPSHOT = Path(__file__).parent / "fixtures" / "public_api.json"
 # What this release has beyond the snapshot, which was taken at commit 9d060d1.
-ADDED: frozenset[str] = frozenset()
+ADDED = frozenset(
+    {
+        "tunerkit.DefaultTargets(POSITIONAL_OR_KEYWORD model_types, POSITIONAL_OR_KEYWORD names)",
+        "tunerkit.DefaultTargets.model_types",
+        "tunerkit.DefaultTargets.names",
+        "tunerkit.WeightReader(POSITIONAL_OR_KEYWORD owner, POSITIONAL_OR_KEYWORD children)",
+        "tunerkit.WeightReader.children",
+        "tunerkit.WeightReader.owner",
+    }
+)
 MODULES = ("tunerkit.errors", "tunerkit.patterns")
 
 

@@ -18,7 +18,7 @@ from tunerkit.hooks import hookimpl, structure, unstructure
 from tunerkit.hooks import registry as _registry
 from tunerkit.injection import Summary, Tuner, trainable_parameters, tuner
 from tunerkit.layers import Adapter, BaseLayer, add_low_rank, low_rank_delta
-from tunerkit.records import Delta, Method, MethodInfo, RankChange, State, Target
+from tunerkit.records import DefaultTargets, Delta, Method, MethodInfo, RankChange, State, Target, WeightReader
 from tunerkit.serialization import disabled, load, load_state, merge, save, save_state, unmerge
 from tunerkit.steps import Cut, optimizer_of, resize_, shrink_
 
@@ -34,6 +34,7 @@ __all__ = [
     "BaseMismatchError",
     "ConfigError",
     "Cut",
+    "DefaultTargets",
     "Delta",
     "FileError",
     "Method",
@@ -49,6 +50,7 @@ __all__ = [
     "TunerkitError",
     "TunerkitWarning",
     "UnknownMethodError",
+    "WeightReader",
     "activate",
     "active",
     "adapters",

@@ -9,7 +9,7 @@ from torch import nn
 
 from tunerkit.config import AdapterConfig
 from tunerkit.errors import ConfigError
-from tunerkit.hooks import all_kinds, configure
+from tunerkit.hooks import configure, gather_knowledge
 from tunerkit.injection import (
     Tuner,
     build,
@@ -53,7 +53,7 @@ def wrap(
     root = inside(model)
     refuse_unready(root, adapter)
     config = configure(method, config)
-    scanned = scan(root, all_kinds())
+    scanned = scan(root, gather_knowledge())
     copies = choose_copies(scanned, config.train_modules)
     refuse_tied(scanned, copies)
     chosen = select(scanned, targets=config.targets, exclude=config.exclude, layers=config.layers, trained=copies)

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tunerkit.injection.slots import Slot, Slots, apply_slots, slots_of, walk
+from tunerkit.injection.slots import Slot, Slots, apply_slots, base_modules, slots_of, walk
 from tunerkit.injection.tuner import Tuner, own_tuners, set_tuners
 from tunerkit.injection.uncalled import forget_, unwatch, watch
 from tunerkit.injection.weight_override import forget_idle_, lend_in_
-from tunerkit.layers import BaseLayer
 from tunerkit.libraries import duplicate
 from tunerkit.paths import CHILD, is_adapter_path
+from tunerkit.targets import ScannedModule
 
 # Marks a batch norm whose statistics are held, to be moved again after unwrapping.
 _HELD = "_tunerkit_held"
@@ -25,13 +25,12 @@ _HELD = "_tunerkit_held"
 class Plan:
     """Everything that one adapter puts into a model, built and checked, the model still untouched.
 
-    ``readers`` are, by path, the modules whose forward uses the weight of an adapted module directly.
+    ``places`` says of each path what the scan found there; what is trained as a copy is no base layer.
     """
 
     tuner: Tuner
     slots: Mapping[str, Slot]
-    bases: Mapping[str, BaseLayer | None]
-    readers: Mapping[str, nn.Module]
+    places: Mapping[str, ScannedModule]
 
 
 def inject_(plan: Plan, *, trainable: bool) -> None:
@@ -46,15 +45,15 @@ def inject_(plan: Plan, *, trainable: bool) -> None:
     for path, module in tuner.modules().items():
         slots = slots_of(module)
         if slots is None:
-            slots = Slots(plan.bases[path])
+            slots = Slots(plan.places[path].base)
             _follow(slots, module)
             module.add_module(CHILD, slots)
-            if path not in plan.readers:
+            if plan.places[path].reader is None:
                 module.register_forward_hook(apply_slots, with_kwargs=True)
         slot = plan.slots[path]
         _follow(slot, module)
         slots.put(tuner.name, slot)
-    lend_in_(model, plan.readers.values())
+    lend_in_(model, (place.reader for place in plan.places.values()))
     for place in tuner.copies:
         hold_statistics_(place.module)
     tuner.turn = 1 + max((other.turn for other in others.values() if other.turn is not None), default=-1)
@@ -177,11 +176,7 @@ def release_statistics_(module: nn.Module) -> None:
 
 def _tracking(module: nn.Module) -> list[_BatchNorm]:
     """The batch norms of ``module`` itself, its copies' left out, that move statistics in training mode."""
-    return [
-        norm
-        for name, norm in module.named_modules()
-        if isinstance(norm, _BatchNorm) and norm.track_running_stats and not is_adapter_path(name + ".")
-    ]
+    return [norm for _, norm in base_modules(module) if isinstance(norm, _BatchNorm) and norm.track_running_stats]
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -55,7 +55,7 @@ def warn_of_statistics(scanned: Scan, copies: tuple[str, ...]) -> None:
 
 def warn_of_dropout(plan: Plan) -> None:
     """Tell of targets whose input is seen by nobody: the adapter's dropout cannot be applied there."""
-    lent = [target.path for target in plan.tuner.targets if target.path in plan.readers]
+    lent = [target.path for target in plan.tuner.targets if plan.places[target.path].reader is not None]
     match plan.tuner.config:
         case object(dropout=dropout) if dropout and lent:
             warnings.warn(
@@ -128,12 +128,8 @@ def refuse_taken(names: Collection[str], adapter: str) -> None:
 def refuse_unready(model: nn.Module, adapter: str) -> None:
     """Refuse a model that cannot take another adapter now."""
     own = tuple(base_modules(model))
-    lazy = [
-        join(path, name)
-        for path, module in own
-        for name, parameter in module._parameters.items()
-        if issubclass(type(parameter), UninitializedParameter)
-    ]
+    parameters = ((join(path, name), p) for path, module in own for name, p in module._parameters.items())
+    lazy = [name for name, parameter in parameters if issubclass(type(parameter), UninitializedParameter)]
     if lazy:
         raise AdapterError(f"the model has parameters without a shape yet ({lazy[0]}, ...); run one batch first")
     if _is_inside_ddp(model):

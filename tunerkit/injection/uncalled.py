@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from tunerkit.errors import TunerkitWarning
+from tunerkit.libraries import forward_name
 from tunerkit.paths import parent
 
 _ATTRIBUTE = "_tunerkit_calls"
@@ -65,10 +66,6 @@ def _running(model: nn.Module, path: str) -> nn.Module:
     return _running(model, parent(path)) if path and isinstance(found, nn.ModuleList | nn.ModuleDict) else found
 
 
-def _is_list(model: nn.Module, path: str) -> bool:
-    return isinstance(model.get_submodule(path), nn.ModuleList | nn.ModuleDict)
-
-
 def _note(seen: set[str], path: str, module: nn.Module, args: Any) -> None:
     # Under compile the watch is off: a Python side effect per call is what compiled code must not have.
     if not torch.compiler.is_compiling():
@@ -81,14 +78,16 @@ def report(model: nn.Module) -> None:
     if calls is None or not calls.owner_ran or torch.compiler.is_compiling():
         return
     unwatch(model)
-    chosen_among = {path for path in map(parent, calls.called) if _is_list(model, path)}
+    holders = {path: model.get_submodule(path) for path in map(parent, calls.called)}
+    chosen_among = {path for path, holder in holders.items() if isinstance(holder, nn.ModuleList | nn.ModuleDict)}
     silent = sorted(path for path in calls.owner_ran - calls.called if parent(path) not in chosen_among)
     if silent:
+        owners = sorted({forward_name(_running(model, parent(path))) for path in silent})
         warnings.warn(
             f"these adapters never ran although the module that owns their base layer did: {', '.join(silent)}. "
-            "Unless this forward had no use for them, the owner reads the weight without calling the layer, and the "
-            "adapter has no effect there: leave these layers out (exclude=...) or install a plugin with a base-layer "
-            "kind for their owner",
+            "Unless this forward had no use for them, the owner uses the weight without calling the layer, and the "
+            "adapter has no effect there: leave these layers out (exclude=...), or install a plugin that names the "
+            f"owner ({', '.join(owners)}) and these children through tunerkit_weight_readers",
             TunerkitWarning,
             stacklevel=3,
         )

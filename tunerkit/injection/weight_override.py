@@ -28,11 +28,11 @@ class _Loan:
     before: list[tuple[nn.Module, str, object]] = attrs.Factory(list)
 
 
-def lend_in_(model: nn.Module, readers: Iterable[nn.Module]) -> None:
+def lend_in_(model: nn.Module, readers: Iterable[nn.Module | None]) -> None:
     """Let ``readers``, which use weights of adapted modules directly, and encoders around adapted modules lend."""
     encoders = (module for _, module in base_modules(model) if isinstance(module, nn.TransformerEncoder))
     for module in (*readers, *filter(_may_lend, encoders)):
-        if lend not in module._forward_pre_hooks.values():
+        if module is not None and lend not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(lend)
             module.register_forward_hook(give_back, always_call=True, prepend=True)
 

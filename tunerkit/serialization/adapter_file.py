@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tunerkit.config import to_mapping
 from tunerkit.errors import AdapterError, BaseMismatchError, FileError, TargetError, TunerkitWarning
-from tunerkit.hooks import all_kinds, registry, structure
+from tunerkit.hooks import gather_knowledge, registry, structure
 from tunerkit.injection import Slot, Tuner, build, check_name, inject_, inside, refuse_lost, refuse_unready
 from tunerkit.injection import tuner as find_tuner
 from tunerkit.serialization.fingerprint import differences, fingerprint
@@ -70,7 +70,7 @@ def load(base: M, path: str | os.PathLike[str], *, adapter: str = "default", tra
     refuse_unready(root, adapter)
     source = file_at(path, FILE_NAME)
     tensors, header = read(source, kind="adapter")
-    scanned = scan(root, all_kinds())
+    scanned = scan(root, gather_knowledge())
     tuner = _tuner_from(header, scanned, adapter, source)
     refuse_other_base(tuner, header, source, scanned)
     with torch.random.fork_rng(devices=[]):  # the start is overwritten; the caller's random state is not touched

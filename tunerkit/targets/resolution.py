@@ -66,7 +66,7 @@ def from_paths(scanned: Scan, paths: Iterable[str]) -> tuple[Target, ...]:
     Raises `TargetError` naming the first paths that the model lacks, each with the closest names, and how many more.
     """
     wanted = tuple(paths)
-    missing = [path for path in wanted if path not in scanned.by_path]
+    missing = [path for path in wanted if not path or path not in scanned.by_path]
     if missing:
         # To look for the closest name takes a while, and another architecture lacks them all.
         problems = [f"no module named {path!r}{closest(path, scanned.by_path)}" for path in missing[:_SHOWN]]
@@ -78,13 +78,8 @@ def from_paths(scanned: Scan, paths: Iterable[str]) -> tuple[Target, ...]:
 def unknown(pattern: str, scanned: Scan, names: set[str]) -> str:
     """What to say about a pattern that matches no module; ``names`` are those it may have been meant for."""
     match = matcher(pattern)
-    named = (
-        (join(found.path, name), parameter)
-        for found in (scanned.root, *scanned.modules)
-        for name, parameter in found.module._parameters.items()
-        if parameter is not None
-    )
-    name, parameter = next(((name, parameter) for name, parameter in named if match(name)), ("", None))
+    own = ((join(path, name), p) for path, at in scanned.by_path.items() for name, p in at.module._parameters.items())
+    name, parameter = next(((name, p) for name, p in own if p is not None and match(name)), ("", None))
     if parameter is None:
         listed = sorted(names - {ALL_LINEAR})
         some = f"; there are: {', '.join(listed[:_SHOWN])}{', ...' if len(listed) > _SHOWN else ''}" if listed else ""
