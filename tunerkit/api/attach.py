@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -31,11 +31,10 @@ def attach(
     no room. No adapter is attached then.
     """
     tuners = _chosen(model, adapter)
-    trainer = _as_trainer(optimizer_or_trainer)
-    if trainer is not None:
+    if derives_from(optimizer_or_trainer, TRAINER):  # TRL's are too
         from tunerkit.integrations import transformers as integration  # transformers is an optional dependency
 
-        integration.attach_trainer(tuners, trainer, total_steps)
+        integration.attach_trainer(tuners, cast(Any, optimizer_or_trainer), total_steps)
         return
     earlier = {tuner.name: tuner.steps for tuner in tuners if tuner.steps and registry.get(tuner.method).needs_steps}
     optimizer = drive(tuners, optimizer_or_trainer, total_steps=total_steps)
@@ -63,8 +62,3 @@ def _chosen(model: nn.Module, adapter: str | None) -> list[Tuner]:
         return [find_tuner(model, adapter)]
     tuners = list(require_tuners(model).values())
     return [tuner for tuner in tuners if not is_frozen(tuner)] or tuners
-
-
-def _as_trainer(candidate: object) -> Any:
-    """``candidate`` if it is a transformers Trainer (TRL's are), without importing transformers for the question."""
-    return candidate if derives_from(candidate, TRAINER) else None

@@ -42,8 +42,7 @@ def _adapter(tuner: Tuner, target: Target, found: ScannedModule) -> Adapter:
     """One adapter from the method's own plugin, moved to its base layer's device and the config's dtype."""
     base = found.base
     if base is None:
-        kind = type(target.module).__name__
-        raise TargetError(f"{target.path!r} is a {kind}: no installed base-layer kind adapts it")
+        raise TargetError(f"{target.path!r} is a {type(found.module).__name__}: no installed base-layer kind adapts it")
     built = registry.call("tunerkit_build_adapter", tuner.method, target=target, base=base, config=tuner.config)
     if not isinstance(built, Adapter):
         raise PluginError(

@@ -162,9 +162,10 @@ def hold_statistics_(module: nn.Module) -> None:
 
     Without ``track_running_stats`` a batch norm reads its statistics as before and does not move them.
     """
-    for norm in _tracking(module):
-        norm.track_running_stats = False
-        vars(norm)[_HELD] = True
+    for _, norm in base_modules(module):
+        if isinstance(norm, _BatchNorm) and norm.track_running_stats:
+            norm.track_running_stats = False
+            vars(norm)[_HELD] = True
 
 
 def release_statistics_(module: nn.Module) -> None:
@@ -172,11 +173,6 @@ def release_statistics_(module: nn.Module) -> None:
     for norm in module.modules():
         if vars(norm).pop(_HELD, False):
             vars(norm)["track_running_stats"] = True
-
-
-def _tracking(module: nn.Module) -> list[_BatchNorm]:
-    """The batch norms of ``module`` itself, its copies' left out, that move statistics in training mode."""
-    return [norm for _, norm in base_modules(module) if isinstance(norm, _BatchNorm) and norm.track_running_stats]
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -120,11 +120,10 @@ def _choose_default(scanned: Scan, scope: _Scope, findings: _Findings) -> None:
     # A variant whose modules have other names is served by what it is made of, not refused.
     if any(f".{path}".endswith(ends) for path in scanned.by_path):
         _choose_linear(scanned, scope, findings, lambda path: f".{path}".endswith(ends))
-        return
-    convolutions = default_convolutions(scanned)
-    for each in filter(scope.covers, convolutions):
-        _choose(each, obstacle_at(each, scanned), scope, findings, broad=True)
-    if not convolutions:
+    elif convolutions := default_convolutions(scanned):
+        for each in filter(scope.covers, convolutions):
+            _choose(each, obstacle_at(each, scanned), scope, findings, broad=True)
+    else:
         _choose_linear(scanned, scope, findings, matcher("*"))
 
 
