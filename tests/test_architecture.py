@@ -42,6 +42,11 @@ PROCESS_STATE = {
     *(f"{CORE}.cli.app.app", f"{CORE}.hooks.registry.registry", f"{CORE}.injection.tuner.unseen"),
     *(f"{CORE}.steps.links._links", f"{CORE}.steps.undriven._watch"),
 }
+LIBRARIES = frozenset(
+    {"transformers", "accelerate", "timm", "diffusers", "torchvision", "peft", "trl", "bitsandbytes", "deepspeed"}
+    | {"lightning", "pytorch_lightning", "torchao", "torchaudio", "sentence_transformers", "huggingface_hub"}
+)
+NAMES_OF_LIBRARIES = ("libraries", "integrations", "cli", "testing")  # the parts of core where these may stand
 ARITHMETIC_MODULES = frozenset({"cmath", "math", "numpy", "operator", "statistics"})
 ARITHMETIC_BUILTINS = frozenset({"abs", "divmod", "pow", "round", "sum"})
 
@@ -110,6 +115,27 @@ def past_packages(sources: Sources, package: str) -> list[str]:
 
 def _shares_package(name: str, module: str) -> bool:
     return name.split(".")[:2] == module.split(".")[:2]
+
+
+def library_names(source: Source) -> list[str]:
+    """Strings that name a part of another library: ``"line 3: 'transformers.trainer'"``.
+
+    A string with blanks is a sentence: errors and warnings tell a user what to call in that library.
+    """
+    shown = {id(text) for text in docstrings(source.tree)}
+    texts = [n for n in ast.walk(source.tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    return [
+        f"line {text.lineno}: {text.value!r}"
+        for text in texts
+        if id(text) not in shown and " " not in str(text.value) and LIBRARIES & {*re.split(r"\W+", str(text.value))}
+    ]
+
+
+def docstrings(tree: ast.Module) -> Iterator[ast.expr]:
+    """The strings that stand first in a module, class or function."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from (first.value for first in node.body[:1] if isinstance(first, ast.Expr))
 
 
 def foreign_imports(sources: Sources, package: str, others: Iterable[str]) -> list[str]:
@@ -336,6 +362,14 @@ def test_what_lives_as_long_as_the_process_is_listed(sources: Sources) -> None:
     assert {name for source in core for name in mutable_state(source)} <= PROCESS_STATE
 
 
+def test_names_of_other_libraries_stand_in_the_parts_that_know_them(sources: Sources) -> None:
+    """What core knows of another library is data in ``libraries/``: a string elsewhere would be knowledge in code."""
+    parts = [f"{CORE}.{part}" for part in NAMES_OF_LIBRARIES]
+    found = {n: library_names(s) for n, s in sources.items() if belongs(n, [CORE]) and not belongs(n, parts)}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+    assert any(library_names(source) for name, source in sources.items() if belongs(name, parts[:1]))
+
+
 @pytest.mark.parametrize("file", TEST_FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_every_test_states_its_law(file: Path) -> None:
     """A test without a docstring doesn't say what it holds the code to."""
@@ -425,6 +459,22 @@ def test_an_import_of_another_package_is_found_wherever_it_stands(text: str) -> 
     """Core would lean on the plugin in a function just as well."""
     assert foreign_imports(sample(a="", a__b=text), "a", ["a", "other"]) != []
     assert foreign_imports(sample(a="", a__b=text.replace("other", "others")), "a", ["a", "other"]) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("NAME = 'transformers.trainer.Trainer'", ["line 1: 'transformers.trainer.Trainer'"]),
+        ("def f(x):\n    return x.__module__.startswith('timm')", ["line 2: 'timm'"]),
+        ("f(f'accelerate.{name}')", ["line 1: 'accelerate.'"]),
+        ("raise ValueError('call accelerate.hooks.remove_hook_from_module first')", []),
+        ("'transformers.'\ndef f():\n    'peft.'\n    return 'mytransformers.part'", []),
+        ("import transformers", []),
+    ],
+)
+def test_a_name_of_another_library_is_found(text: str, found: list[str]) -> None:
+    """Whole or in parts, in an f-string too; docstrings and sentences are for readers, and imports have other laws."""
+    assert library_names(Source("core", ast.parse(text))) == found
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ _manager = pluggy.PluginManager(PROJECT)
 _manager.add_hookspecs(hookspecs)
 HOOKS = sorted(vars(_manager.hook))
 ALL_ARE_ASKED = {"tunerkit_methods", "tunerkit_base_layers", "tunerkit_ranks_changed"}
+ALL_ARE_ASKED |= {"tunerkit_weight_readers", "tunerkit_default_targets"}
 
 
 @pytest.mark.parametrize("name", HOOKS)
@@ -50,7 +51,9 @@ def test_the_hooks_stand_under_their_groups_in_the_order_of_the_data() -> None:
     }
     assert list(found) == ["Discovery", "Layer injection", "Step callbacks", "Serialization"]
     assert found["Discovery"] == ["tunerkit_methods"]
-    assert found["Layer injection"] == ["tunerkit_base_layers", "tunerkit_build_adapter"]
+    assert found["Layer injection"] == [
+        *("tunerkit_base_layers", "tunerkit_weight_readers", "tunerkit_default_targets", "tunerkit_build_adapter")
+    ]
     assert found["Serialization"] == ["tunerkit_delta", "tunerkit_state", "tunerkit_restore"]
     assert sorted(itertools.chain(*found.values())) == HOOKS
 
@@ -58,7 +61,7 @@ def test_the_hooks_stand_under_their_groups_in_the_order_of_the_data() -> None:
 def test_the_training_loop_names_every_hook_at_its_moment() -> None:
     """The pseudo-code of the module says when each hook fires: before the optimizer's update or after it."""
     assert hookspecs.__doc__ is not None
-    loop = hookspecs.__doc__.split("::", 1)[1].split("Two hooks ask", 1)[0]
+    loop = hookspecs.__doc__.split("::", 1)[1].split("Four hooks ask", 1)[0]
     # A budget is asked for at any time, so no line of a loop could name it.
     assert set(re.findall(r"tunerkit_\w+", loop)) == set(HOOKS) - {"tunerkit_budget"}
     moments = ["tunerkit_start", ".backward()", "tunerkit_before_step", "updates the weights", "tunerkit_after_step",

@@ -12,6 +12,12 @@ SNAPSHOT = Path(__file__).parent / "fixtures" / "public_api.json"
 # What this release has beyond the snapshot, which was taken at commit 9d060d1.
 ADDED = frozenset(
     {
+        "tunerkit.DefaultTargets(POSITIONAL_OR_KEYWORD model_types, POSITIONAL_OR_KEYWORD names)",
+        "tunerkit.DefaultTargets.model_types",
+        "tunerkit.DefaultTargets.names",
+        "tunerkit.WeightReader(POSITIONAL_OR_KEYWORD owner, POSITIONAL_OR_KEYWORD children)",
+        "tunerkit.WeightReader.children",
+        "tunerkit.WeightReader.owner",
         "tunerkit.AdapterConfig.dropout",
         "tunerkit.AdapterConfig.total_steps",
         "tunerkit.Tuner.is_active",

@@ -17,20 +17,21 @@ from torch import nn
 
 from tunerkit import patterns, targets
 from tunerkit.errors import TargetError, TunerkitWarning, closest
-from tunerkit.layers import KINDS
+from tunerkit.layers import CORE, Knowledge
 from tunerkit.layers.convolution import ConvLayer
-from tunerkit.libraries.default_targets import DEFAULT_TARGETS
+from tunerkit.libraries import DEFAULT_TARGETS
 from tunerkit.patterns import matches
 from tunerkit.targets import Scan
 
+DEFAULTS = {model_type: known.names for known in DEFAULT_TARGETS for model_type in known.model_types}
 # Few and alike, so that generated names do end generated paths, at dots and elsewhere.
 components = st.sampled_from(["a", "aa", "ba", "0"])
 paths = st.lists(components, min_size=1, max_size=4).map(".".join)
 
 
 def scanned(model: nn.Module) -> Scan:
-    """The scan of a model, with core's own base-layer kinds."""
-    return targets.scan(model, KINDS)
+    """The scan of a model, with what core knows."""
+    return targets.scan(model, CORE)
 
 
 def chosen(model: nn.Module, wanted: str | Sequence[str] | None, **options: object) -> list[str]:
@@ -574,7 +575,7 @@ def test_each_module_is_asked_once_for_its_kind() -> None:
 
     model = Net()
     model.again = model.embed
-    found = targets.scan(model, (Kind,))
+    found = targets.scan(model, Knowledge((Kind,), (), ()))
     with pytest.raises(TargetError):
         targets.choose_biases(found, "all", (), targets.choose_copies(found, ("embed",)))
     with pytest.raises(TargetError):
@@ -669,7 +670,7 @@ def test_the_default_of_an_architecture_is_every_matrix_of_its_blocks_and_nothin
 ) -> None:
     """Law: exactly the linear layers inside numbered blocks: no pooler, head or projection beside them."""
     model = tiny(model_class, config_class, options)
-    assert model.config.model_type in DEFAULT_TARGETS
+    assert model.config.model_type in DEFAULTS
     expected = [
         path
         for path, module in model.named_modules()
@@ -685,15 +686,15 @@ def test_every_name_of_every_tested_default_matches_somewhere() -> None:
     by_type: dict[str, set[str]] = {}
     for model_class, config_class, options in ARCHITECTURES:
         model = tiny(model_class, config_class, options)
-        used = by_type.setdefault("|".join(DEFAULT_TARGETS[model.config.model_type]), set())
+        used = by_type.setdefault("|".join(DEFAULTS[model.config.model_type]), set())
         used.update(
             name
-            for name in DEFAULT_TARGETS[model.config.model_type]
+            for name in DEFAULTS[model.config.model_type]
             for path, _ in model.named_modules()
             if matches(name, path)
         )
     unused = {name for key, used in by_type.items() for name in key.split("|") if name not in used}
-    assert unused <= {*DEFAULT_TARGETS["bert"]}
+    assert unused <= {*DEFAULTS["bert"]}
 
 
 @pytest.mark.parametrize("name", ["Qwen3Moe", "Mixtral"])

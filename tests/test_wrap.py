@@ -3,7 +3,10 @@
 import copy
 import io
 import pickle
+import re
+import types
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +20,7 @@ from torch import nn
 
 import tunerkit
 from tunerkit.errors import AdapterError, ConfigError, PluginError, TargetError, TunerkitWarning, UnknownMethodError
-from tunerkit.hooks import all_kinds
+from tunerkit.hooks import gather_knowledge
 from tunerkit.injection.unsynchronised import refuse_unsynchronised
 from tunerkit.layers import as_base_layer
 from tunerkit.layers.linear import LinearLayer
@@ -615,7 +618,7 @@ def test_a_kind_that_is_none_is_refused_by_name(toys: "Toys", offered: Any) -> N
 
 def test_good_kinds_come_after_cores_own(toys: "Toys") -> None:
     """A plugin's kinds are asked in their order after core's, from a list or a generator."""
-    kinds = all_kinds()
+    kinds = gather_knowledge().kinds
 
     class Kinds:
         @tunerkit.hookimpl
@@ -623,8 +626,133 @@ def test_good_kinds_come_after_cores_own(toys: "Toys") -> None:
             yield kinds[0]
 
     with registered(Kinds()):
-        assert all_kinds() == (*kinds, kinds[0])
-    assert all_kinds() == kinds
+        assert gather_knowledge().kinds == (*kinds, kinds[0])
+    assert gather_knowledge().kinds == kinds
+
+
+WRONG = [
+    ("tunerkit_weight_readers", "no list"),
+    ("tunerkit_weight_readers", [("package.Owner", ("out",))]),
+    ("tunerkit_weight_readers", [tunerkit.WeightReader("package.Owner", "out")]),  # type: ignore[arg-type]
+    ("tunerkit_weight_readers", [tunerkit.WeightReader(nn.Linear, ("out",))]),  # type: ignore[arg-type]
+    ("tunerkit_default_targets", tunerkit.DefaultTargets(("decoder",), ("out",))),
+    ("tunerkit_default_targets", [tunerkit.DefaultTargets("decoder", ("out",))]),  # type: ignore[arg-type]
+    ("tunerkit_default_targets", [tunerkit.DefaultTargets(("decoder",), ("*.out",))]),
+]
+
+
+def answering(hook: str, answer: Any) -> Any:
+    """A plugin that answers one hook; an exception as the answer is raised."""
+
+    def implementation() -> Any:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    plugin = types.ModuleType("answering")
+    setattr(plugin, hook, tunerkit.hookimpl(implementation))
+    return plugin
+
+
+@pytest.mark.parametrize(("hook", "answer"), WRONG)
+def test_records_of_a_wrong_form_are_refused_by_name(toys: "Toys", hook: str, answer: Any) -> None:
+    """What was got, what is expected and whose it is; the model stays as it was."""
+    model = toys.net()
+    expected = "WeightReader" if "readers" in hook else "DefaultTargets"
+    with (
+        registered(answering(hook, answer)),
+        untouched(toys, model),
+        pytest.raises(PluginError, match=rf"(?s)plugin 'answering' \(in-process\).*{hook} must .*{expected}") as caught,
+    ):
+        tunerkit.wrap(model, "toy-shift")
+    assert repr(answer) in str(caught.value)
+
+
+@pytest.mark.parametrize("hook", ["tunerkit_base_layers", "tunerkit_weight_readers", "tunerkit_default_targets"])
+def test_a_plugin_that_raises_when_asked_what_it_knows_is_left_out(toys: "Toys", hook: str) -> None:
+    """A warning names hook and plugin, and wrapping goes on without it."""
+    with (
+        registered(answering(hook, ValueError("broken"))),
+        pytest.warns(TunerkitWarning, match=f"{hook} of plugin 'answering' .*: ValueError: broken"),
+    ):
+        tunerkit.wrap(toys.net(), "toy-shift")
+
+
+class Reader(nn.Module):
+    """Uses one child's weight and bias directly; calls the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(self.inner(x), self.out.weight, self.out.bias)
+
+
+def reading() -> Any:
+    """A plugin that knows `Reader`."""
+    return answering("tunerkit_weight_readers", [tunerkit.WeightReader(f"{__name__}.Reader", ("out",))])
+
+
+@pytest.mark.parametrize("method", ["toy-low-rank", "toy-shift"])
+def test_an_adapter_at_a_child_that_its_owner_reads_trains_and_merges(
+    toys: "Toys", method: str, tmp_path: Path
+) -> None:
+    """With the owner named by a plugin: as in a model that calls the child, in output, gradients, file and merge."""
+    torch.manual_seed(0)
+    reader, head, x = Reader(), nn.Linear(3, 2), torch.randn(5, 3)
+    net = nn.Sequential(reader, head)
+    called = nn.Sequential(OrderedDict(inner=reader.inner, out=reader.out, head=head))
+    calling, base = copy.deepcopy(called), copy.deepcopy(net)
+    with registered(reading()), warnings.catch_warnings():
+        warnings.simplefilter("error", TunerkitWarning)
+        for model in (net, calling):
+            toys.fill_(tunerkit.wrap(model, method, {"targets": ["out"], "bias": "adapters"}, seed=0))
+            model(x).square().sum().backward()
+        own, expected = (dict(next(tunerkit.tuner(model).slots())[1].named_parameters()) for model in (net, calling))
+        assert own.keys() == expected.keys()
+        assert all(p.grad is not None and p.grad.count_nonzero() for p in own.values())
+        for name, parameter in own.items():
+            torch.testing.assert_close(parameter.grad, expected[name].grad)
+        output = net(x).detach()
+        torch.testing.assert_close(output, calling(x).detach())
+        loaded = tunerkit.load(base, tunerkit.save(net, tmp_path))
+    assert torch.equal(loaded(x), output)  # who reads what was settled when the adapter went in
+    torch.testing.assert_close(tunerkit.merge(net)(x), output)
+    assert torch.equal(tunerkit.unmerge(net)(x), output)
+
+
+def test_the_detector_names_the_owner_as_the_hook_asks_for_it(toys: "Toys") -> None:
+    """What the warning advises helps: a record with the name that it gives, and the adapter runs."""
+    model = nn.Sequential(Reader())
+    tunerkit.wrap(model, "toy-shift", {"targets": ["out"]})
+    with pytest.warns(TunerkitWarning, match="through tunerkit_weight_readers") as caught:
+        model(torch.ones(2, 3))
+    named = re.search(r"names the owner \((.*)\) and", str(caught[0].message))
+    assert named is not None
+    plugin = answering("tunerkit_weight_readers", [tunerkit.WeightReader(named[1], ("out",))])
+    tunerkit.unwrap(model)
+    with registered(plugin), warnings.catch_warnings():
+        warnings.simplefilter("error", TunerkitWarning)
+        tunerkit.wrap(model, "toy-shift", {"targets": ["out"]})
+        model(torch.ones(2, 3))
+
+
+def test_a_plugin_gives_an_architecture_its_default_targets(toys: "Toys") -> None:
+    """By the model type; core's own come first, and a model without such names is served by what it is made of."""
+    plugin = answering(
+        "tunerkit_default_targets",
+        [tunerkit.DefaultTargets(("decoder", "bert"), ("out",)), tunerkit.DefaultTargets(("other",), ("missing",))],
+    )
+    chosen = {}
+    for model_type in ("decoder", "bert", "other", "unknown"):
+        model = nn.ModuleDict({"out": nn.Linear(3, 3), "query": nn.Linear(3, 3), "rest": nn.Linear(3, 3)})
+        model.config = types.SimpleNamespace(model_type=model_type)  # type: ignore[assignment]
+        with registered(plugin):
+            tunerkit.wrap(model, "toy-shift")
+        chosen[model_type] = [target.path for target in tunerkit.tuner(model).targets]
+    everything = ["out", "query", "rest"]
+    assert chosen == {"decoder": ["out"], "bert": ["query"], "other": everything, "unknown": everything}
 
 
 def test_wrapping_and_loading_ask_each_module_once(toys: "Toys", tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tunerkit.hooks import hookimpl, structure, unstructure
 from tunerkit.hooks import registry as _registry
 from tunerkit.injection import Summary, Tuner, trainable_parameters, tuner
 from tunerkit.layers import Adapter, BaseLayer, add_low_rank, low_rank_delta
-from tunerkit.records import Delta, Method, MethodInfo, RankChange, State, Target
+from tunerkit.records import DefaultTargets, Delta, Method, MethodInfo, RankChange, State, Target, WeightReader
 from tunerkit.serialization import disabled, load, load_state, merge, save, save_state, unmerge
 from tunerkit.steps import Cut, optimizer_of, resize_, shrink_
 
@@ -41,7 +41,8 @@ __all__ += ["Adapter", "AdapterConfig", "BaseLayer", "add_low_rank", "low_rank_d
 # Change sizes while training
 __all__ += ["Cut", "optimizer_of", "resize_", "shrink_"]
 # Records
-__all__ += ["Delta", "Method", "MethodInfo", "RankChange", "State", "Summary", "Target", "Tuner"]
+__all__ += ["DefaultTargets", "Delta", "Method", "MethodInfo", "RankChange", "State", "Summary", "Target", "Tuner"]
+__all__ += ["WeightReader"]
 # Errors
 __all__ += ["AdapterError", "BaseMismatchError", "ConfigError", "FileError", "PluginError", "StepError", "TargetError"]
 __all__ += ["TunerkitError", "TunerkitWarning", "UnknownMethodError"]

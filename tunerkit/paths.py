@@ -29,11 +29,6 @@ def join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def layer_number(path: str) -> int | None:
-    """The first number in a path, which is the index of the block in a model of stacked blocks."""
-    return next((int(part) for part in path.split(".") if is_number(part)), None)
-
-
 def is_number(part: str) -> bool:
     """Whether one part of a path is an index."""
     return part.isascii() and part.isdigit()

@@ -50,6 +50,35 @@ class Target:
     module: nn.Module
 
 
+@attrs.frozen
+class DefaultTargets:
+    """The default targets of architectures, as a plugin yields them from ``tunerkit_default_targets``.
+
+    Args:
+        model_types: The values of ``model.config.model_type`` that have these targets.
+        names: Plain names, each the end of a path: the attention and MLP matrices of the repeated blocks. An
+            architecture need not have all of them.
+    """
+
+    model_types: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+@attrs.frozen
+class WeightReader:
+    """A class that uses its children's weights directly, bypassing their forward, where no hook would be called.
+
+    A plugin yields it from ``tunerkit_weight_readers``.
+
+    Args:
+        owner: The qualified name of the class that defines the forward: ``"package.module.Class"``.
+        children: The names of the children whose weights that forward uses.
+    """
+
+    owner: str
+    children: tuple[str, ...]
+
+
 @attrs.frozen(eq=False)
 class Delta:
     """What an adapter adds to the parameters of its base layer, as dense tensors.

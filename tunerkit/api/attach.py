@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -39,11 +39,10 @@ def attach(
         ConfigError: Training is too short for the method's schedule.
     """
     tuners = _chosen(model, adapter)
-    trainer = _as_trainer(optimizer_or_trainer)
-    if trainer is not None:
+    if derives_from(optimizer_or_trainer, TRAINER):  # TRL's are too
         from tunerkit.integrations import transformers as integration  # transformers is an optional dependency
 
-        integration.attach_trainer(tuners, trainer, total_steps)
+        integration.attach_trainer(tuners, cast(Any, optimizer_or_trainer), total_steps)
         return
     earlier = {tuner.name: tuner.steps for tuner in tuners if tuner.steps and tuner.needs_steps}
     optimizer = drive(tuners, optimizer_or_trainer, total_steps=total_steps)
@@ -71,8 +70,3 @@ def _chosen(model: nn.Module, adapter: str | None) -> list[Tuner]:
         return [find_tuner(model, adapter)]
     tuners = list(require_tuners(model).values())
     return [tuner for tuner in tuners if not is_frozen(tuner)] or tuners
-
-
-def _as_trainer(candidate: object) -> Any:
-    """Return ``candidate`` if it is a transformers (or TRL) Trainer, else None, without importing transformers."""
-    return candidate if derives_from(candidate, TRAINER) else None

@@ -54,7 +54,7 @@ def wrap(
     root = inside(model)
     refuse_unready(root, adapter)
     config = hooks.configure(method, config)
-    scanned = scan(root, hooks.all_kinds())
+    scanned = scan(root, hooks.gather_knowledge())
     copies = choose_copies(scanned, config.train_modules)
     refuse_tied(scanned, copies)
     chosen = select(scanned, targets=config.targets, exclude=config.exclude, layers=config.layers, trained=copies)

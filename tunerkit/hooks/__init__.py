@@ -1,6 +1,5 @@
 """The hooks and the plugins that answer them: specs, discovery, validation, the registry."""
 
-from tunerkit.hooks.base_layer_kinds import all_kinds
 from tunerkit.hooks.calls import (
     after_step,
     before_step,
@@ -16,6 +15,7 @@ from tunerkit.hooks.calls import (
     state,
     watches_steps,
 )
+from tunerkit.hooks.knowledge import gather_knowledge
 from tunerkit.hooks.markers import hookimpl
 from tunerkit.hooks.method_config import configure, structure, unstructure
 from tunerkit.hooks.registry import registry

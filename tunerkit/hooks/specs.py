@@ -6,7 +6,9 @@ way of the data: *Layer injection* puts adapters beside base layers, *Step callb
 them out of the model. When they fire::
 
     tunerkit.wrap(model, "method", config)                  # tunerkit_methods, once per process
-                                                            # tunerkit_base_layers, tunerkit_build_adapter per target
+                                                            # tunerkit_base_layers, tunerkit_weight_readers,
+                                                            # tunerkit_default_targets: the model is scanned once
+                                                            # tunerkit_build_adapter per target
     tunerkit.attach(model, optimizer, total_steps=1000)     # tunerkit_start: nothing is trained yet
     for batch in batches:
         for part in batch.micro_batches():                  # no hook fires per micro-batch
@@ -22,14 +24,15 @@ them out of the model. When they fire::
     tunerkit.tuner(model).finish()                          # tunerkit_finish, tunerkit_ranks_changed
     tunerkit.save(model, path)                              # no hook fires: core writes the adapters' tensors
     tunerkit.save_state(model, path)                        # tunerkit_state
-    model = tunerkit.load(base_model, path)                 # tunerkit_base_layers, tunerkit_build_adapter per target
+    model = tunerkit.load(base_model, path)                 # the same hooks as in wrap
     tunerkit.merge(model)                                   # tunerkit_delta per target
                                                             # (in attention it fires in each forward, too)
     tunerkit.attach(model, optimizer, total_steps=1000)     # tunerkit_start
     tunerkit.load_state(model, path)                        # tunerkit_restore
 
-Two hooks ask every plugin: `tunerkit_base_layers` and `tunerkit_ranks_changed`. `tunerkit_methods` is asked of each
-plugin alone. All others call only the plugin that owns the method, so no plugin is ever handed another's layers.
+Four hooks ask every plugin: `tunerkit_base_layers`, `tunerkit_weight_readers`, `tunerkit_default_targets` and
+`tunerkit_ranks_changed`. `tunerkit_methods` is asked of each plugin alone. All others call only the plugin that owns
+the method, so no plugin is ever handed another's layers.
 """
 
 from collections.abc import Iterable, Mapping
@@ -40,7 +43,7 @@ from tunerkit.config import AdapterConfig
 from tunerkit.hooks.markers import hookspec
 from tunerkit.hooks.tuner_view import TunerView
 from tunerkit.layers import Adapter, BaseLayer
-from tunerkit.records import Delta, Method, RankChange, State, Target
+from tunerkit.records import DefaultTargets, Delta, Method, RankChange, State, Target, WeightReader
 
 # --- Discovery -------------------------------------------------------------------------------------------------------
 
@@ -84,6 +87,43 @@ def tunerkit_base_layers() -> Iterable[type[BaseLayer]]:
     ...     return [QuantisedLinear]
     >>> [kind.__name__ for kind in tunerkit_base_layers()]
     ['QuantisedLinear']
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def tunerkit_weight_readers() -> Iterable[WeightReader]:
+    """Yield the classes that use a child's weight directly, bypassing the child's forward.
+
+    Fires when a model is wrapped and when an adapter is loaded; every plugin is asked. An adapter beside such a child
+    would never run. Instead, core overrides the child's weight in each forward of the owner with what the adapter
+    makes of it. For that the method must implement `tunerkit_delta`. Core's own records come first and cannot be
+    changed.
+
+    >>> import tunerkit
+    >>> @tunerkit.hookimpl
+    ... def tunerkit_weight_readers():
+    ...     return [tunerkit.WeightReader(owner="my_library.attention.FusedAttention", children=("qkv", "proj"))]
+    >>> [reader.children for reader in tunerkit_weight_readers()]
+    [('qkv', 'proj')]
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def tunerkit_default_targets() -> Iterable[DefaultTargets]:
+    """Yield the default targets of further architectures, by ``model.config.model_type``.
+
+    Fires when a model is wrapped and when an adapter is loaded; every plugin is asked. They are the targets if the
+    config names none. Core's own records come first and cannot be changed. If a model has no module of these names, its
+    layers decide, as in an unknown architecture.
+
+    >>> import tunerkit
+    >>> @tunerkit.hookimpl
+    ... def tunerkit_default_targets():
+    ...     return [tunerkit.DefaultTargets(model_types=("my_decoder",), names=("attention.qkv", "mlp.up", "mlp.down"))]
+    >>> [defaults.model_types for defaults in tunerkit_default_targets()]
+    [('my_decoder',)]
     """
     raise NotImplementedError
 

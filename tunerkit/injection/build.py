@@ -2,6 +2,7 @@
 
 from itertools import chain
 
+import attrs
 import torch
 from torch import nn
 
@@ -14,7 +15,7 @@ from tunerkit.injection.tuner import Tuner
 from tunerkit.layers import Adapter, BaseLayer, bias_name
 from tunerkit.libraries import execution_device, is_offloaded, torch_private
 from tunerkit.records import Target
-from tunerkit.targets import Scan
+from tunerkit.targets import Scan, ScannedModule
 
 
 def build(scanned: Scan, tuner: Tuner) -> Plan:
@@ -24,27 +25,26 @@ def build(scanned: Scan, tuner: Tuner) -> Plan:
     refuse_overlap(tuner.model, modules, copied)
     targeted = {target.path: target for target in tuner.targets}
     biased = {place.path for place in tuner.biases}
-    bases = {path: None if path in copied else scanned.at(path).base for path in modules}
-    asked = ((path, scanned.at(path).reader) for path in modules if path not in copied)
-    readers = {path: reader for path, reader in asked if reader is not None}
+    places = {path: scanned.by_path[path] for path in modules}
     slots = {}
     for path, module in modules.items():
         if path in copied:
             slots[path] = Slot(copy=_copy_of(path, module))
+            places[path] = attrs.evolve(places[path], base=None)  # replaced whole, by whatever it is
             continue
-        built = _adapter(tuner, targeted[path], bases[path], lent=path in readers) if path in targeted else None
-        bias = _bias_of(path, module, bias_name(bases[path])) if path in biased else None
+        built = _adapter(tuner, targeted[path], places[path]) if path in targeted else None
+        bias = _bias_of(path, module, bias_name(places[path].base)) if path in biased else None
         slots[path] = Slot(method=tuner.method, adapter=built, bias=bias)
-    return Plan(tuner=tuner, slots=slots, bases=bases, readers=readers)
+    return Plan(tuner=tuner, slots=slots, places=places)
 
 
-def _adapter(tuner: Tuner, target: Target, base: BaseLayer | None, *, lent: bool) -> Adapter:
+def _adapter(tuner: Tuner, target: Target, found: ScannedModule) -> Adapter:
     """One adapter from the method's own plugin, moved to its base layer's device and the config's dtype."""
+    base = found.base
     if base is None:
-        kind = type(target.module).__name__
-        raise TargetError(f"{target.path!r} is a {kind}: no installed base-layer kind adapts it")
+        raise TargetError(f"{target.path!r} is a {type(found.module).__name__}: no installed base-layer kind adapts it")
     built = hooks.build_adapter(tuner.method, target, base, tuner.config)
-    if lent:
+    if found.reader is not None:
         _refuse_unreadable(tuner, target, base)
     return _placed(built, _device_of(target.module), getattr(torch, tuner.config.adapter_dtype))
 

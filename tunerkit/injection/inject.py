@@ -6,14 +6,14 @@ import attrs
 import torch
 from torch import nn
 
-from tunerkit.injection.slots import Slot, Slots, apply_slots, slots_of, walk
+from tunerkit.injection.slots import Slot, Slots, apply_slots, base_modules, slots_of, walk
 from tunerkit.injection.tuner import Tuner, set_wrapped, wrapped_of
 from tunerkit.injection.uncalled import note_call, unwatch, watch
 from tunerkit.injection.unsynchronised import check_at_next_forward_, forget_check_, refuse_unsynchronised
 from tunerkit.injection.weight_override import forget_idle_, override_in_
-from tunerkit.layers import BaseLayer
 from tunerkit.libraries import duplicate, torch_private
 from tunerkit.paths import CHILD, is_adapter_path
+from tunerkit.targets import ScannedModule
 
 # Marks a batch norm whose statistics are held, to be moved again after unwrapping.
 _HELD = "_tunerkit_held"
@@ -23,13 +23,12 @@ _HELD = "_tunerkit_held"
 class Plan:
     """Everything that one adapter puts into a model, built and checked, the model still untouched.
 
-    ``readers`` are, by path, the modules whose forward uses the weight of an adapted module directly.
+    ``places`` says of each path what the scan found there; what is trained as a copy is no base layer.
     """
 
     tuner: Tuner
     slots: Mapping[str, Slot]
-    bases: Mapping[str, BaseLayer | None]
-    readers: Mapping[str, nn.Module]
+    places: Mapping[str, ScannedModule]
 
 
 def inject_(plan: Plan, *, trainable: bool) -> None:
@@ -45,15 +44,15 @@ def inject_(plan: Plan, *, trainable: bool) -> None:
     for path, module in tuner.modules().items():
         slots = slots_of(module)
         if slots is None:
-            slots = Slots(plan.bases[path])
+            slots = Slots(plan.places[path].base)
             _follow(slots, module)
             module.add_module(CHILD, slots)
-            if path not in plan.readers:
+            if plan.places[path].reader is None:
                 module.register_forward_hook(apply_slots, with_kwargs=True)
         slot = plan.slots[path]
         _follow(slot, module)
         slots.put(tuner.name, slot)
-    override_in_(model, plan.readers.values())
+    override_in_(model, (place.reader for place in plan.places.values()))
     for place in tuner.copies:
         hold_statistics_(place.module)
     wrapped.tuners[tuner.name] = tuner
@@ -157,8 +156,8 @@ def hold_statistics_(module: nn.Module) -> None:
 
     Without ``track_running_stats`` a batch norm reads its statistics as before and does not move them.
     """
-    for name, norm in module.named_modules():
-        if torch_private.is_batch_norm(norm) and norm.track_running_stats and not is_adapter_path(name + "."):
+    for _, norm in base_modules(module):
+        if torch_private.is_batch_norm(norm) and norm.track_running_stats:
             norm.track_running_stats = False
             vars(norm)[_HELD] = True
 

@@ -55,7 +55,7 @@ def warn_of_statistics(scanned: Scan, copies: tuple[str, ...]) -> None:
 def warn_of_dropout(plan: Plan) -> None:
     """Tell of targets whose input is seen by nobody: the adapter's dropout cannot be applied there."""
     tuner = plan.tuner
-    unseen = [target.path for target in tuner.targets if target.path in plan.readers]
+    unseen = [target.path for target in tuner.targets if plan.places[target.path].reader is not None]
     if unseen and tuner.config.dropout:
         warnings.warn(
             f"dropout is not applied at {len(unseen)} targets ({unseen[0]}, ...): their owner reads the weight past "
@@ -127,12 +127,10 @@ def refuse_taken(names: Collection[str], adapter: str) -> None:
 def refuse_unready(model: nn.Module, adapter: str) -> None:
     """Refuse a model that cannot take another adapter now."""
     own = tuple(base_modules(model))
-    lazy = [
-        join(path, name)
-        for path, module in own
-        for name, parameter in torch_private.own_parameters(module).items()
-        if issubclass(type(parameter), UninitializedParameter)
-    ]
+    parameters = (
+        (join(path, name), p) for path, module in own for name, p in torch_private.own_parameters(module).items()
+    )
+    lazy = [name for name, parameter in parameters if issubclass(type(parameter), UninitializedParameter)]
     if lazy:
         raise AdapterError(f"the model has parameters without a shape yet ({lazy[0]}, ...); run one batch first")
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):

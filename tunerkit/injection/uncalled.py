@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tunerkit.errors import TunerkitWarning
-from tunerkit.libraries import torch_private
+from tunerkit.libraries import forward_name, torch_private
 from tunerkit.paths import parent
 
 _ATTRIBUTE = "_tunerkit_calls"
@@ -56,10 +56,6 @@ def _running(model: nn.Module, path: str) -> nn.Module:
     return _running(model, parent(path)) if path and isinstance(found, nn.ModuleList | nn.ModuleDict) else found
 
 
-def _is_list(model: nn.Module, path: str) -> bool:
-    return isinstance(model.get_submodule(path), nn.ModuleList | nn.ModuleDict)
-
-
 def note_call(seen: set[str], path: str, module: nn.Module, args: Any) -> None:
     """The forward pre-hook of watched modules and their owners, once it is given where to note the call."""
     # Under compile the watch is off: a Python side effect per call is what compiled code must not have.
@@ -73,14 +69,16 @@ def report(model: nn.Module) -> None:
     if calls is None or not calls.owner_ran or torch.compiler.is_compiling():
         return
     unwatch(model)
-    chosen_among = {path for path in map(parent, calls.called) if _is_list(model, path)}
+    holders = {path: model.get_submodule(path) for path in map(parent, calls.called)}
+    chosen_among = {path for path, holder in holders.items() if isinstance(holder, nn.ModuleList | nn.ModuleDict)}
     silent = sorted(path for path in calls.owner_ran - calls.called if parent(path) not in chosen_among)
     if silent:
+        owners = sorted({forward_name(_running(model, parent(path))) for path in silent})
         warnings.warn(
             f"these adapters never ran although the module that owns their base layer did: {', '.join(silent)}. "
-            "Unless this forward had no use for them, the owner reads the weight without calling the layer, and the "
-            "adapter has no effect there: leave these layers out (exclude=...) or install a plugin with a base-layer "
-            "kind for their owner",
+            "Unless this forward had no use for them, the owner uses the weight without calling the layer, and the "
+            "adapter has no effect there: leave these layers out (exclude=...), or install a plugin that names the "
+            f"owner ({', '.join(owners)}) and these children through tunerkit_weight_readers",
             TunerkitWarning,
             stacklevel=3,
         )

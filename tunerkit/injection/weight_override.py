@@ -29,11 +29,11 @@ class _Overrides:
     calls: list[list[tuple[nn.Module, str, object]]] = attrs.Factory(list)
 
 
-def override_in_(model: nn.Module, readers: Iterable[nn.Module]) -> None:
+def override_in_(model: nn.Module, readers: Iterable[nn.Module | None]) -> None:
     """Let ``readers``, which use weights of adapted modules directly, and encoders around adapted modules override."""
     encoders = (module for _, module in base_modules(model) if isinstance(module, nn.TransformerEncoder))
     for module in (*readers, *filter(_may_override, encoders)):
-        if not torch_private.has_hook(module, override):
+        if module is not None and not torch_private.has_hook(module, override):
             module.register_forward_pre_hook(override)
             module.register_forward_hook(restore, always_call=True, prepend=True)
             _set_owners_(model, (*_owners(model), module))

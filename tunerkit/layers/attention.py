@@ -28,9 +28,8 @@ class AttentionLayer(BaseLayer):
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         """Whether the forward is exactly torch's, and the projection one parameter."""
-        return forward_owner(module) is nn.MultiheadAttention and isinstance(
-            torch_private.own_parameters(module).get(cls.weight_name), nn.Parameter
-        )
+        packed = isinstance(torch_private.own_parameters(module).get(cls.weight_name), nn.Parameter)
+        return packed and forward_owner(module) is nn.MultiheadAttention
 
     @property
     def in_features(self) -> int:
@@ -43,11 +42,6 @@ class AttentionLayer(BaseLayer):
         """Rows of q, k and v together, 3·E."""
         return 3 * self.in_features
 
-    @property
-    def scale(self) -> float:
-        """Always 1."""
-        return 1.0
-
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> NoReturn:
         """Raise `AdapterError`: query, key and value go in apart, and what they give is mixed before it comes out."""
         raise AdapterError(_INSIDE)
@@ -55,10 +49,6 @@ class AttentionLayer(BaseLayer):
     def project_out(self, h: Tensor, p: Tensor) -> NoReturn:
         """Raise `AdapterError`, as `project_in` does."""
         raise AdapterError(_INSIDE)
-
-    def shape_bias(self, b: Tensor) -> Tensor:
-        """(3·E,) as it is."""
-        return b
 
     def dense(self) -> Tensor:
         """Return ``in_proj_weight`` itself."""

@@ -23,7 +23,7 @@ class BaseLayer(abc.ABC):
     ``weight_name`` and ``bias_name`` say which of the module's parameters hold W and the bias. A kind is ``linear`` if
     the output is exactly x Wᵀ + b over the last dimension, so that the product can be fused. A kind that ``lends`` is
     read whole by the module's own forward: no input of W can be seen from outside, so the weight is overridden for each
-    call (`tunerkit.injection.weight_override`), and `project_in` and `project_out` raise `AdapterError`.
+    call (`tunerkit.injection`), and `project_in` and `project_out` raise `AdapterError`.
     """
 
     weight_name: ClassVar[str] = "weight"
@@ -53,9 +53,9 @@ class BaseLayer(abc.ABC):
         """Rows of W."""
 
     @property
-    @abc.abstractmethod
     def scale(self) -> float | Tensor:
-        """What the layer multiplies W's output with; 1.0 nearly everywhere. `project_out` has it in already."""
+        """What the layer multiplies W's output with, 1 unless a kind says otherwise; `project_out` includes it."""
+        return 1.0
 
     @abc.abstractmethod
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> Tensor:
@@ -70,9 +70,9 @@ class BaseLayer(abc.ABC):
     def project_out(self, h: Tensor, p: Tensor) -> Tensor:
         """Return what P h adds to the layer's output, in its layout: ``h`` from `project_in`, ``p`` (out, r)."""
 
-    @abc.abstractmethod
     def shape_bias(self, b: Tensor) -> Tensor:
-        """Return ``b`` (out,) shaped to broadcast over the layer's output."""
+        """Return ``b`` (out,) shaped to broadcast over the layer's output: as it is, if features come last there."""
+        return b
 
     @abc.abstractmethod
     def dense(self) -> Tensor:
@@ -100,4 +100,4 @@ def weight_of(module: nn.Module) -> Tensor:
 def runs_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether the forward of ``module`` is exactly that of ``kind``."""
     # A lazy layer inherits its forward too, and doesn't know its features yet.
-    return forward_owner(module) is kind and not is_lazy(weight_of(module))
+    return isinstance(module, kind) and forward_owner(module) is kind and not is_lazy(weight_of(module))

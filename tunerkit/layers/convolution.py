@@ -41,11 +41,6 @@ class ConvLayer(BaseLayer):
         """Output channels."""
         return self.module.out_channels
 
-    @property
-    def scale(self) -> float:
-        """Always 1."""
-        return 1.0
-
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> Tensor:
         """(N, C_in, *size) to (N, groups · r, *size out); N may be missing."""
         kernel = q.reshape(q.shape[0], -1, *self.module.kernel_size)  # (r, C_in/groups, *kernel)

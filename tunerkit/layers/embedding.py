@@ -60,10 +60,6 @@ class EmbeddingLayer(BaseLayer):
         delta = F.linear(h, p)
         return delta if forward_owner(self.module) is nn.Embedding else delta * self.scale
 
-    def shape_bias(self, b: Tensor) -> Tensor:
-        """(out,) as it is."""
-        return b
-
     def dense(self) -> Tensor:
         """Return the weight transposed, a view; without the scale, and with the row of ``padding_idx`` as it is."""
         return self.module.weight.detach().t()

@@ -34,11 +34,6 @@ class LinearLayer(BaseLayer):
         """Features of the output."""
         return self.module.out_features
 
-    @property
-    def scale(self) -> float:
-        """Always 1."""
-        return 1.0
-
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> Tensor:
         """(..., in) to (..., r)."""
         return F.linear(drop(x, dropout), q)
@@ -46,10 +41,6 @@ class LinearLayer(BaseLayer):
     def project_out(self, h: Tensor, p: Tensor) -> Tensor:
         """(..., r) to (..., out)."""
         return F.linear(h, p)
-
-    def shape_bias(self, b: Tensor) -> Tensor:
-        """(out,) as it is."""
-        return b
 
     def dense(self) -> Tensor:
         """Return the weight itself."""
@@ -86,11 +77,6 @@ class Conv1DLayer(BaseLayer):
         """Features of the output."""
         return weight_of(self.module).shape[1]
 
-    @property
-    def scale(self) -> float:
-        """Always 1."""
-        return 1.0
-
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> Tensor:
         """(..., in) to (..., r)."""
         return F.linear(drop(x, dropout), q)
@@ -98,10 +84,6 @@ class Conv1DLayer(BaseLayer):
     def project_out(self, h: Tensor, p: Tensor) -> Tensor:
         """(..., r) to (..., out)."""
         return F.linear(h, p)
-
-    def shape_bias(self, b: Tensor) -> Tensor:
-        """(out,) as it is."""
-        return b
 
     def dense(self) -> Tensor:
         """Return the weight transposed, a view."""

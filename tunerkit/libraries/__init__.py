@@ -10,7 +10,7 @@ from tunerkit.libraries.accelerate import (
     is_offloaded,
     overrides_forward,
 )
-from tunerkit.libraries.default_targets import default_names
+from tunerkit.libraries.default_targets import DEFAULT_TARGETS
 from tunerkit.libraries.output_heads import is_head_name, named_heads
 from tunerkit.libraries.transformers_classes import CONV1D, FALCON_LINEAR, TRAINER, derives_from, is_scaled_embedding
-from tunerkit.libraries.weight_readers import read_children
+from tunerkit.libraries.weight_readers import WEIGHT_READERS

@@ -34,10 +34,7 @@ def forward_owner(module: nn.Module) -> type:
     """The class that defines the forward of ``module``; ``object`` if the instance has its own."""
     if overrides_forward(module):
         return object
-    for owner in type(module).__mro__:  # no generator: each module of a model is asked several times
-        if "forward" in vars(owner):
-            break
-    return owner
+    return next(owner for owner in type(module).__mro__ if "forward" in vars(owner))
 
 
 def forward_name(module: nn.Module) -> str:

@@ -6,52 +6,35 @@ multi-modal models, whose towers differ too much for one tuple of names. An entr
 versions or variants of the architecture have.
 """
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
-from torch import nn
+from tunerkit.records import DefaultTargets
 
 _QKV = ("q_proj", "k_proj", "v_proj")
-_BERT = ("query", "key", "value", "intermediate.dense", "output.dense")
+_MLP = ("intermediate.dense", "output.dense")
+_BERT = ("query", "key", "value", *_MLP)
+_ALBERT = ("attention.query", "attention.key", "attention.value", "attention.dense", "ffn", "ffn_output")
 _LLAMA = (*_QKV, "o_proj", "gate_proj", "up_proj", "down_proj")
 _BART = (*_QKV, "out_proj", "fc1", "fc2")
-_T5 = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")
 _NEOX = ("query_key_value", "attention.dense", "self_attention.dense", "dense_h_to_4h", "dense_4h_to_h")
-# transformers has renamed the matrices of some vision models: the second half is the older names.
-_VIT = (*_QKV, "o_proj", "fc1", "fc2", *_BERT)
-_FAMILIES: Mapping[tuple[str, ...], tuple[str, ...]] = {
-    ("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie"): _BERT,
-    ("deberta-v2",): (
-        *("query_proj", "key_proj", "value_proj", "pos_query_proj", "pos_key_proj"),
-        *("intermediate.dense", "output.dense"),
-    ),
-    ("distilbert",): ("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"),
-    ("albert",): ("attention.query", "attention.key", "attention.value", "attention.dense", "ffn", "ffn_output"),
-    ("mpnet",): ("attn.q", "attn.k", "attn.v", "attn.o", "intermediate.dense", "output.dense"),
-    ("modernbert",): ("Wqkv", "Wi", "Wo"),
-    ("gpt2",): ("c_attn", "q_attn", "c_fc", "c_proj"),
-    ("gpt_neo",): (*_QKV, "out_proj", "c_fc", "c_proj"),
-    ("gptj",): (*_QKV, "out_proj", "fc_in", "fc_out"),
-    ("gpt_neox", "bloom", "falcon"): _NEOX,
-    ("opt",): _BART,
-    ("phi",): (*_QKV, "self_attn.dense", "fc1", "fc2"),
-    ("phi3",): ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
-    ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"): _LLAMA,
-    ("granite", "cohere", "olmo", "olmo2", "smollm3", "stablelm"): _LLAMA,
-    ("t5", "mt5", "umt5"): _T5,
-    ("bart", "mbart", "pegasus", "marian", "blenderbot", "m2m_100", "whisper"): _BART,
-    ("clip", "clip_text_model", "clip_vision_model", "siglip_text_model", "siglip_vision_model"): _BART,
-    ("vit", "deit", "dinov2"): _VIT,
-    ("wav2vec2", "hubert", "wavlm"): (*_QKV, "out_proj", "intermediate_dense", "output_dense"),
-}
-DEFAULT_TARGETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {model_type: names for model_types, names in _FAMILIES.items() for model_type in model_types}
+
+DEFAULT_TARGETS = (
+    DefaultTargets(("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie"), _BERT),
+    DefaultTargets(("deberta-v2",), ("query_proj", "key_proj", "value_proj", "pos_query_proj", "pos_key_proj", *_MLP)),
+    DefaultTargets(("distilbert",), ("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2")),
+    DefaultTargets(("albert",), _ALBERT),
+    DefaultTargets(("mpnet",), ("attn.q", "attn.k", "attn.v", "attn.o", *_MLP)),
+    DefaultTargets(("modernbert",), ("Wqkv", "Wi", "Wo")),
+    DefaultTargets(("gpt2",), ("c_attn", "q_attn", "c_fc", "c_proj")),
+    DefaultTargets(("gpt_neo",), (*_QKV, "out_proj", "c_fc", "c_proj")),
+    DefaultTargets(("gptj",), (*_QKV, "out_proj", "fc_in", "fc_out")),
+    DefaultTargets(("gpt_neox", "bloom", "falcon"), _NEOX),
+    DefaultTargets(("phi",), (*_QKV, "self_attn.dense", "fc1", "fc2")),
+    DefaultTargets(("phi3",), ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+    DefaultTargets(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _LLAMA),
+    DefaultTargets(("granite", "cohere", "olmo", "olmo2", "smollm3", "stablelm"), _LLAMA),
+    DefaultTargets(("t5", "mt5", "umt5"), ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")),
+    DefaultTargets(("bart", "mbart", "pegasus", "marian", "blenderbot", "m2m_100", "whisper", "opt"), _BART),
+    DefaultTargets(("clip", "clip_text_model", "clip_vision_model", "siglip_text_model", "siglip_vision_model"), _BART),
+    # transformers has renamed the matrices of these: the second half is the older names.
+    DefaultTargets(("vit", "deit", "dinov2"), (*_QKV, "o_proj", "fc1", "fc2", *_BERT)),
+    DefaultTargets(("wav2vec2", "hubert", "wavlm"), (*_QKV, "out_proj", "intermediate_dense", "output_dense")),
 )
-
-
-def default_names(model: nn.Module) -> tuple[str, ...]:
-    """The default targets of ``model`` as plain names; none if its architecture is not known."""
-    match model:
-        case nn.Module(config=object(model_type=str(model_type))):
-            return DEFAULT_TARGETS.get(model_type, ())
-    return ()

@@ -82,7 +82,7 @@ def load(base: M, path: str | os.PathLike[str], *, adapter: str = "default", tra
     refuse_unready(root, adapter)
     source = file_at(path, FILE_NAME)
     tensors, header = read(source, content="adapter")
-    scanned = scan(root, hooks.all_kinds())
+    scanned = scan(root, hooks.gather_knowledge())
     tuner = _tuner_from(header, scanned, adapter, source)
     refuse_other_base(tuner, header, source, scanned)
     with torch.random.fork_rng(devices=[]):  # the start is overwritten; the caller's random state is not touched

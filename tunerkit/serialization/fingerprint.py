@@ -82,7 +82,7 @@ def _base_of(place: Target, scanned: Scan | None) -> BaseLayer | None:
     slots = slots_of(place.module)
     if slots is not None:
         return slots.base
-    return scanned.at(place.path).base if scanned is not None else None
+    return scanned.by_path[place.path].base if scanned is not None else None
 
 
 def _original(module: nn.Module, leaf: str, parameter: nn.Parameter) -> Tensor:

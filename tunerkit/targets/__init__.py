@@ -1,6 +1,6 @@
 """Target selection: from a model and patterns to the modules to adapt."""
 
 from tunerkit.targets.resolution import from_paths, refuse_tied, refuse_unfit, resolve_modules
-from tunerkit.targets.scan import Scan, scan, tied
+from tunerkit.targets.scan import Scan, ScannedModule, scan, tied
 from tunerkit.targets.selection import select
 from tunerkit.targets.trained_in_full import choose_biases, choose_copies

@@ -61,31 +61,29 @@ def refuse_unfit(scanned: Scan, targets: Iterable[Target]) -> None:
 _SHOWN = 8
 
 
-def from_paths(scanned: Scan, paths: Iterable[str]) -> tuple[Target, ...]:
+def from_paths(scanned: Scan, paths: Sequence[str]) -> tuple[Target, ...]:
     """The modules at exactly ``paths`` (an adapter file's), in their order. No path is read as a pattern.
 
     Raises `TargetError` naming the first paths that the model lacks, each with the closest names, and how many more.
     """
-    wanted = tuple(paths)
-    missing = [path for path in wanted if path not in scanned.by_path]
+    missing = [path for path in paths if not path or path not in scanned.by_path]
     if missing:
         # To look for the closest name takes a while, and another architecture lacks them all.
         problems = [f"no module named {path!r}{closest(path, scanned.by_path)}" for path in missing[:_SHOWN]]
         more = [f"and {len(missing) - _SHOWN} more modules that it lacks"] if len(missing) > _SHOWN else []
         raise TargetError("\n".join([*problems, *more]))
-    return tuple(Target(path, scanned.by_path[path].module) for path in wanted)
+    return tuple(Target(path, scanned.by_path[path].module) for path in paths)
 
 
 def unknown(pattern: str, scanned: Scan, names: set[str]) -> str:
     """What to say about a pattern that matches no module; ``names`` are those it may have been meant for."""
     match = matcher(pattern)
-    named = (
-        (join(found.path, name), parameter)
-        for found in (scanned.root, *scanned.modules)
-        for name, parameter in torch_private.own_parameters(found.module).items()
-        if parameter is not None
+    own = (
+        (join(path, name), p)
+        for path, at in scanned.by_path.items()
+        for name, p in torch_private.own_parameters(at.module).items()
     )
-    name, parameter = next(((name, parameter) for name, parameter in named if match(name)), ("", None))
+    name, parameter = next(((name, p) for name, p in own if p is not None and match(name)), ("", None))
     if parameter is None:
         listed = sorted(names - {ALL_LINEAR})
         some = f"; there are: {', '.join(listed[:_SHOWN])}{', ...' if len(listed) > _SHOWN else ''}" if listed else ""

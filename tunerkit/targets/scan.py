@@ -7,8 +7,8 @@ from typing import NamedTuple
 import attrs
 from torch import nn
 
-from tunerkit.layers import BaseLayer, as_base_layer
-from tunerkit.libraries import CONV1D, derives_from, identity, is_head_name, named_heads, read_children, torch_private
+from tunerkit.layers import BaseLayer, Knowledge, as_base_layer
+from tunerkit.libraries import CONV1D, derives_from, forward_name, identity, is_head_name, named_heads, torch_private
 from tunerkit.paths import CHILD, is_number, join
 
 
@@ -52,18 +52,16 @@ class ScannedModule:
 class Scan:
     """What selection and injection read of a model, gathered once; the adapters in it are left out.
 
-    ``modules`` are those inside ``root``, the model itself, in its order. ``sharers`` gives for ``id(parameter)`` the
-    full names under which several modules hold it.
+    ``modules`` are those inside ``root``, the model itself, in its order; ``by_path`` has ``root`` too, under an empty
+    path. ``sharers`` gives for ``id(parameter)`` the full names under which several modules hold it. ``default_names``
+    are the default targets of its architecture.
     """
 
     root: ScannedModule
     modules: tuple[ScannedModule, ...]
     by_path: Mapping[str, ScannedModule]
     sharers: Mapping[int, tuple[str, ...]]
-
-    def at(self, path: str) -> ScannedModule:
-        """The module at ``path``; the empty path is the model's own."""
-        return self.by_path[path] if path else self.root
+    default_names: tuple[str, ...]
 
 
 class _Registration(NamedTuple):
@@ -77,22 +75,32 @@ class _Registration(NamedTuple):
     in_head: bool = False
 
 
-def scan(model: nn.Module, kinds: tuple[type[BaseLayer], ...]) -> Scan:
-    """Read ``model`` once; each module is asked once which of ``kinds`` it has."""
+def scan(model: nn.Module, knowledge: Knowledge) -> Scan:
+    """Read ``model`` once; each module is asked once which base-layer kind it has."""
     places: dict[int, list[_Registration]] = defaultdict(list)
-    for registration in _registrations(model):
+    for registration in _registrations(model, knowledge):
         places[id(registration.module)].append(registration)
-    root, *modules = (_scanned(found, kinds) for found in places.values())
+    root, *modules = (_scanned(found, knowledge) for found in places.values())
     return Scan(
         root=root,
         modules=tuple(modules),
-        by_path={path: scanned for scanned in modules for path in scanned.paths},
+        by_path={path: scanned for scanned in (root, *modules) for path in scanned.paths},
         sharers=tied((scanned.path, scanned.module) for scanned in (root, *modules)),
+        default_names=_default_names(model, knowledge),
     )
 
 
-def _registrations(model: nn.Module) -> Iterator[_Registration]:
+def _default_names(model: nn.Module, knowledge: Knowledge) -> tuple[str, ...]:
+    match model:
+        case nn.Module(config=object(model_type=str(model_type))):
+            known = (defaults.names for defaults in knowledge.default_targets if model_type in defaults.model_types)
+            return next(known, ())
+    return ()
+
+
+def _registrations(model: nn.Module, knowledge: Knowledge) -> Iterator[_Registration]:
     """Every module at each of its paths, in the model's order; nothing that lies in an adapter."""
+    readers = {reader.owner: reader.children for reader in reversed(knowledge.weight_readers)}
     heads: set[int] = set()
     waiting = [_Registration("", model)]
     while waiting:
@@ -101,7 +109,7 @@ def _registrations(model: nn.Module) -> Iterator[_Registration]:
         if not (children := torch_private.own_children(place.module)):
             continue
         heads.update(map(id, named_heads(place.module)))
-        read, prefix = read_children(place.module), f"{place.path}." if place.path else ""
+        read, prefix = readers.get(forward_name(place.module), ()), f"{place.path}." if place.path else ""
         # From the last to the first, since the end of the list comes next.
         for name, child in reversed(children.items()):
             if child is not None and name != CHILD:
@@ -111,13 +119,13 @@ def _registrations(model: nn.Module) -> Iterator[_Registration]:
                 waiting.append(_Registration(prefix + name, child, place.module, read, layer, in_head))
 
 
-def _scanned(places: Sequence[_Registration], kinds: tuple[type[BaseLayer], ...]) -> ScannedModule:
+def _scanned(places: Sequence[_Registration], knowledge: Knowledge) -> ScannedModule:
     first = places[0]
     readers = (place.owner for place in places if place.read and place.path.rpartition(".")[2] in place.read)
     return ScannedModule(
         paths=tuple([place.path for place in places]),
         module=first.module,
-        base=as_base_layer(first.module, kinds),
+        base=as_base_layer(first.module, knowledge.kinds),
         owners=tuple([place.owner for place in places if place.owner is not None]),
         readers=tuple([owner for owner in readers if owner is not None]),
         inside_attention=any(isinstance(place.owner, nn.MultiheadAttention) and not place.read for place in places),

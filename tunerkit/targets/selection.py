@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from tunerkit.errors import TargetError, TunerkitWarning
-from tunerkit.libraries import default_names, torch_private
+from tunerkit.libraries import torch_private
 from tunerkit.paths import is_under, join
 from tunerkit.patterns import Matcher, is_broad, matcher
 from tunerkit.records import Target
@@ -117,15 +117,14 @@ def _stacks(scanned: Scan, scope: _Scope) -> Iterator[str]:
 
 
 def _choose_default(scanned: Scan, scope: _Scope, findings: _Findings) -> None:
-    ends = tuple(f".{name}" for name in default_names(scanned.root.module))
+    ends = tuple(f".{name}" for name in scanned.default_names)
     # A variant whose modules have other names is served by what it is made of, not refused.
     if any(f".{path}".endswith(ends) for path in scanned.by_path):
         _choose_linear(scanned, scope, findings, lambda path: f".{path}".endswith(ends))
-        return
-    convolutions = default_convolutions(scanned)
-    for each in filter(scope.covers, convolutions):
-        _choose_broadly(each, obstacle_at(each, scanned), scope, findings)
-    if not convolutions:
+    elif convolutions := default_convolutions(scanned):
+        for each in filter(scope.covers, convolutions):
+            _choose(each, obstacle_at(each, scanned), scope, findings, broad=True)
+    else:
         _choose_linear(scanned, scope, findings, matcher("*"))
 
 
@@ -154,28 +153,21 @@ def _choose_matching(scanned: Scan, scope: _Scope, findings: _Findings, pattern:
         return
     obstacles = {each.path: obstacle_at(each, scanned) for each in matched}
     for each in filter(scope.covers, matched):
-        (_choose_broadly if broad else _choose_named)(each, obstacles[each.path], scope, findings)
+        _choose(each, obstacles[each.path], scope, findings, broad=broad)
     findings.left_out.update((name, _STACK) for name in scope.stacks if match(name))
     if broad and all(obstacles.values()):
         reasons = {path: obstacle for path, obstacle in obstacles.items() if obstacle}
         findings.problems += [f"{pattern!r} matches nothing that can be adapted:", *lines(reasons)]
 
 
-def _choose_named(each: ScannedModule, obstacle: str | None, scope: _Scope, findings: _Findings) -> None:
-    if obstacle is None and scope.trains(each):
+def _choose(each: ScannedModule, obstacle: str | None, scope: _Scope, findings: _Findings, *, broad: bool) -> None:
+    if scope.trains(each) and (broad or obstacle is None):
         obstacle = "is trained in full (train_modules); exclude it from the targets, or do not train it"
     if obstacle is None:
         findings.found.add(each.path)
-    else:
+    elif not broad:
         findings.refused[each.path] = obstacle
-
-
-def _choose_broadly(each: ScannedModule, obstacle: str | None, scope: _Scope, findings: _Findings) -> None:
-    if scope.trains(each):
-        return
-    if obstacle is None:
-        findings.found.add(each.path)
-    elif next(each.module.parameters(recurse=False), None) is not None:
+    elif not scope.trains(each) and next(each.module.parameters(recurse=False), None) is not None:
         findings.left_out[each.path] = obstacle
 
 

@@ -37,8 +37,8 @@ def _uncontained(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]
         yield path, module
         return
     if next(module.parameters(recurse=False), None) is not None:
-        kind = type(module).__name__
-        raise TargetError(f"train_modules: {path!r} is a {kind} with parameters of its own; name the modules in it")
+        name = type(module).__name__
+        raise TargetError(f"train_modules: {path!r} is a {name} with parameters of its own; name the modules in it")
     for name, child in module.named_children():
         yield from _uncontained(join(path, name), child)
 
