@@ -119,7 +119,12 @@ class AdapterConfig:
             raise TypeError("AdapterConfig is abstract: build the config of a method, such as LoraConfig")
 
     def __attrs_post_init__(self) -> None:
-        check(self)
+        # The config is still being built, so this may normalise values: a list to a tuple, an int to a float.
+        values, problems = _read(type(self), attrs.asdict(self, recurse=False))
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        if found := problems or list(self.problems()):
+            raise ConfigError(found)
 
     def target_patterns(self) -> Iterable[tuple[str, str]]:
         """Override this if settings contain target patterns. `tunerkit.wrap` rejects a pattern that matches no target.
@@ -148,20 +153,6 @@ class AdapterConfig:
         return self
 
 
-def check(config: AdapterConfig) -> None:
-    """Check every field against its annotation and range, then call ``config.problems()``.
-
-    This runs while the config is built, so it may still normalise values: a list to a tuple, an int in a float field
-    to a float. Raises `ConfigError` with all problems.
-    """
-    values, found = _read(type(config), attrs.asdict(config, recurse=False))
-    for name, value in values.items():
-        object.__setattr__(config, name, value)
-    found = found or list(config.problems())
-    if found:
-        raise ConfigError(found)
-
-
 def from_mapping(cls: type[Config], mapping: object) -> Config:
     """Build the config that ``mapping`` (from JSON, YAML or a file's header) describes.
 
@@ -172,9 +163,8 @@ def from_mapping(cls: type[Config], mapping: object) -> Config:
     if not isinstance(mapping, Mapping):
         raise ConfigError([f"expected a mapping of settings, {got(mapping)} @ $"])
     problems = [_unknown(key, fields) for key in mapping if key not in fields]
-    for name, field in fields.items():
-        if name not in mapping and field.default is attrs.NOTHING:
-            problems.append(f"missing, and it has no default @ $.{name}")
+    required = [name for name, field in fields.items() if field.default is attrs.NOTHING]
+    problems += [f"missing, and it has no default @ $.{name}" for name in required if name not in mapping]
     if problems:
         raise ConfigError([*problems, *_read(cls, mapping)[1]])
     return cls(**{str(fields[name].alias): value for name, value in mapping.items()})

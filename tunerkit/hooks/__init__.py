@@ -8,7 +8,6 @@ from tunerkit.hooks.calls import (
     build_adapter,
     delta,
     finish,
-    has_budget,
     has_delta,
     ranks_changed,
     restore,

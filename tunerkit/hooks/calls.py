@@ -54,13 +54,8 @@ def finish(tuner: TunerView) -> Mapping[str, int] | None:
     return registry.call(specs.tunerkit_finish, tuner.method, tuner=tuner)
 
 
-def has_budget(method: str) -> bool:
-    """Whether the method defines its own budget, instead of the sum of its live ranks."""
-    return registry.implements(specs.tunerkit_budget, method)
-
-
 def budget(tuner: TunerView, step: int | None) -> int | None:
-    """Return the budget in force after ``step`` optimizer steps (None: now), if the method defines one."""
+    """Return the budget in force after ``step`` optimizer steps (None: now). None: it is the sum of the live ranks."""
     return registry.call(specs.tunerkit_budget, tuner.method, tuner=tuner, step=step)
 
 

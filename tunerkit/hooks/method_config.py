@@ -39,13 +39,10 @@ def unstructure(config: AdapterConfig) -> dict[str, object]:
 
 def configure(method: str, config: object) -> AdapterConfig:
     """Convert what the user passed as config (an object, a mapping or None) to the method's config class."""
+    if config is None or isinstance(config, Mapping):
+        return structure(method, config or {})
     expected = registry.get(method).config
-    if config is None:
-        config = {}
-    if isinstance(config, Mapping):
-        return structure(method, config)
-    if not isinstance(config, expected) or not isinstance(config, AdapterConfig):
-        raise ConfigError(
-            [f"method {method!r} takes {expected.__name__}, a mapping or None, got {type(config).__name__} @ $"]
-        )
-    return config
+    if isinstance(config, AdapterConfig) and isinstance(config, expected):
+        return config
+    takes = f"method {method!r} takes {expected.__name__}, a mapping or None"
+    raise ConfigError([f"{takes}, got {type(config).__name__} @ $"])
