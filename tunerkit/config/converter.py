@@ -105,16 +105,15 @@ def _literal(value: object, cls: Any) -> object:
 
 
 def _union(value: object, cls: Any) -> object:
-    # The error of a member with the right type is more precise: it names the element of a list, for example.
-    specific: list[Exception] = []
+    errors: list[Exception] = []
     # Try float last, because it also accepts ints: with `float | int`, 8 stays an int.
     for member in sorted(get_args(cls), key=lambda member: member is float):
         try:
             return CONVERTER.structure(value, member)
-        except _WrongKindError:
-            continue
         except Exception as error:
-            specific.append(error)
+            errors.append(error)
+    # The error of a member with the right type is more precise: it names the element of a list, for example.
+    specific = [error for error in errors if not isinstance(error, _WrongKindError)]
     if len(specific) == 1:
         raise specific[0]
     _refuse(value, cls)

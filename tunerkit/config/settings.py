@@ -170,8 +170,15 @@ def from_mapping(cls: type[Config], mapping: object) -> Config:
     return cls(**{str(fields[name].alias): value for name, value in mapping.items()})
 
 
-def to_mapping(config: AdapterConfig) -> dict[str, Any]:
-    """Convert ``config`` to plain dicts, lists, strings and numbers, with every setting. `structure` reverses it."""
+def unstructure(config: AdapterConfig) -> dict[str, Any]:
+    """Convert a config to a mapping; `structure` reverses it.
+
+    Args:
+        config: Any method's config.
+
+    Returns:
+        All settings by name, as values that JSON and YAML can hold.
+    """
     plain = CONVERTER.unstructure(config)
     return {name: plain[name] for name in _settings(type(config))}
 

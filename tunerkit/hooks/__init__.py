@@ -16,5 +16,5 @@ from tunerkit.hooks.calls import (
     watches_steps,
 )
 from tunerkit.hooks.markers import hookimpl
-from tunerkit.hooks.method_config import configure, structure, unstructure
+from tunerkit.hooks.method_config import configure, structure
 from tunerkit.hooks.registry import registry

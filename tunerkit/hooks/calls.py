@@ -85,8 +85,7 @@ def delta(path: str, method: str, adapter: Adapter, base: BaseLayer) -> Delta:
         raise PluginError(f"{plugin} must return a tunerkit.Delta for {path!r}, got {type(found).__name__}")
     features = (base.out_features, base.in_features)
     for what, tensor, shape in (("weight", found.weight, features), ("bias", found.bias, features[:1])):
-        if tensor is not None and tuple(tensor.shape) != shape:
-            got = tuple(tensor.shape)
+        if tensor is not None and (got := tuple(tensor.shape)) != shape:
             raise PluginError(f"{plugin} returned a delta {what} of shape {got} for {path!r}, expected {shape}")
     return found
 

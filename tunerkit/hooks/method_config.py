@@ -1,8 +1,8 @@
-"""Build a method's config by the method's name, and convert configs from and to mappings."""
+"""Build a method's config from what the user passed: a mapping, a config or nothing."""
 
 from collections.abc import Mapping
 
-from tunerkit.config import AdapterConfig, from_mapping, to_mapping
+from tunerkit.config import AdapterConfig, from_mapping
 from tunerkit.errors import ConfigError
 from tunerkit.hooks.registry import registry
 
@@ -23,18 +23,6 @@ def structure(method: str, mapping: Mapping[str, object]) -> AdapterConfig:
     """
     config: AdapterConfig = from_mapping(registry.get(method).config, mapping)
     return config
-
-
-def unstructure(config: AdapterConfig) -> dict[str, object]:
-    """Convert a config to a mapping; `structure` reverses it.
-
-    Args:
-        config: Any method's config.
-
-    Returns:
-        All settings by name, as values that JSON and YAML can hold.
-    """
-    return to_mapping(config)
 
 
 def configure(method: str, config: object) -> AdapterConfig:

@@ -92,23 +92,23 @@ class Registry:
         """Describe the plugin that owns ``method``, for an error."""
         return f"the plugin of method {method!r} ({self.owner_of(method).distribution})"
 
-    def implements(self, hook: Callable[..., object], method_name: str) -> bool:
+    def implements(self, hook: Callable[..., object], method: str) -> bool:
         """Whether the plugin that owns the method implements the hook; False if no plugin owns it."""
         with self._loaded() as catalog:
-            owner = catalog.owners.get(method_name)
+            owner = catalog.owners.get(method)
+            # No plugin is None, so without an owner the caller reaches nobody.
             caller = heard_by(catalog.manager, hook.__name__, owner and owner.plugin)
         return bool(caller.get_hookimpls())
 
-    def call(self, hook: Callable[P, R], method_name: str, /, *args: P.args, **arguments: P.kwargs) -> R | None:
+    def call(self, hook: Callable[P, R], method: str, /, *args: P.args, **arguments: P.kwargs) -> R | None:
         """Call a hook, given as its spec, on the plugin that owns the method; None if it doesn't implement the hook.
 
         Pass arguments by name. Raises `PluginError` if the method is gone. Exceptions of the plugin propagate.
         """
         with self._loaded() as catalog:
-            owner = catalog.owners.get(method_name)
+            owner = catalog.owners.get(method)
             if owner is None:
-                why = _missing(catalog, method_name)
-                raise PluginError(f"{hook.__name__} needs the plugin of method {method_name!r}: {why}")
+                raise PluginError(f"{hook.__name__} needs the plugin of method {method!r}: {_missing(catalog, method)}")
             caller = heard_by(catalog.manager, hook.__name__, owner.plugin)
         found: R | None = caller(**arguments)
         return found
@@ -144,14 +144,14 @@ class Registry:
         entry = plugin.__name__ if isinstance(plugin, ModuleType | type) else type(plugin).__name__
         with self._loaded() as catalog:
             admitted = admit(catalog.manager, plugin, entry, MethodInfo(IN_PROCESS, ""))
-            for name in admitted.methods:
-                if name in catalog.owners:
-                    catalog.manager.unregister(plugin)
-                    owner = catalog.owners[name].info
-                    raise PluginError(
-                        f"method {name!r} is already provided by {owner.distribution} {owner.version}".rstrip()
-                        + "; give yours another name, or unregister that plugin first"
-                    )
+            taken = [name for name in admitted.methods if name in catalog.owners]
+            if taken:
+                catalog.manager.unregister(plugin)
+                owner = catalog.owners[taken[0]].info
+                raise PluginError(
+                    f"method {taken[0]!r} is already provided by {owner.distribution} {owner.version}".rstrip()
+                    + "; give yours another name, or unregister that plugin first"
+                )
             catalog.plugins.append(admitted)
             catalog.owners.update(dict.fromkeys(admitted.methods, admitted))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit import hooks
-from tunerkit.config import to_mapping
+from tunerkit.config import unstructure
 from tunerkit.errors import AdapterError, BaseMismatchError, FileError, TargetError, TunerkitWarning
 from tunerkit.injection import (
     Progress,
@@ -134,7 +134,7 @@ def header_of(
     return Header(
         kind=content,
         method=tuner.method,
-        config=to_mapping(tuner.config.settled()),
+        config=unstructure(tuner.config.settled()),
         targets=[target.path for target in tuner.targets],
         copies=[place.path for place in tuner.copies],
         biases=[place.path for place in tuner.biases],
