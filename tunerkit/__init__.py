@@ -1,7 +1,7 @@
 """tunerkit: adapters for torch models, with methods that are plugins."""
 
 from tunerkit.api import activate, active, adapters, attach, delete, freeze, rename, thaw, unwrap, wrap
-from tunerkit.config import AdapterConfig, setting
+from tunerkit.config import AdapterConfig, setting, unstructure
 from tunerkit.errors import (
     AdapterError,
     BaseMismatchError,
@@ -14,7 +14,7 @@ from tunerkit.errors import (
     TunerkitWarning,
     UnknownMethodError,
 )
-from tunerkit.hooks import hookimpl, structure, unstructure
+from tunerkit.hooks import hookimpl, structure
 from tunerkit.hooks import registry as _registry
 from tunerkit.injection import Summary, Tuner, trainable_parameters, tuner
 from tunerkit.layers import Adapter, BaseLayer, add_low_rank, low_rank_delta

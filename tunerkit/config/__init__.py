@@ -1,3 +1,3 @@
 """Method configs: their base class and the strict converter."""
 
-from tunerkit.config.settings import AdapterConfig, from_mapping, setting, to_mapping
+from tunerkit.config.settings import AdapterConfig, from_mapping, setting, unstructure

@@ -3,18 +3,21 @@
 By default, cattrs reads "q_proj" as a list of letters, 8.9 as 8, and True as 1.
 """
 
-import math
 import re
 import reprlib
-import types
-from collections.abc import Iterable, Mapping
-from typing import Any, Final, Literal, NoReturn, Union, cast, get_args, get_origin
+import sys
+from collections.abc import Callable, Mapping
+from types import NoneType, UnionType
+from typing import Any, Final, Literal, NoReturn, Union, get_args, get_origin
 
-from cattrs import Converter, IterableValidationError, IterableValidationNote
+from cattrs import Converter
 
 from tunerkit.errors import closest
 
-_SCIENTIFIC: Final = re.compile(r"([+-]?)(\d+)(?:\.(\d*))?[eE]([+-]?)(\d+)")
+# What `get_origin` returns for the annotations that have members.
+_UNIONS: Final = (Union, UnionType)
+_MAPPINGS: Final = (dict, Mapping)
+_SCIENTIFIC: Final = re.compile(r"([+-]?\d+)(?:\.(\d*))?[eE]([+-]?)(\d+)")
 SHORT: Final = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 80
 
@@ -30,64 +33,46 @@ def got(value: object) -> str:
 
 
 def _refuse(value: object, cls: object) -> NoReturn:
-    hint = _yaml_hint(value, cls) or _choice_hint(value, cls)
+    hint = _hint(value, (cls, *get_args(cls))) if isinstance(value, str) else ""
     raise _WrongKindError(f"expected {described(cls)}, {got(value)}{hint}")
 
 
-def _yaml_hint(value: object, cls: object) -> str:
-    """Show how to write a float in YAML 1.1: with a dot and a signed exponent."""
-    found = _SCIENTIFIC.fullmatch(value) if isinstance(value, str) else None
-    if found is None or float not in (cls, *get_args(cls)):
-        return ""
-    sign, whole, fraction, exponent_sign, exponent = found.groups()
-    return f" (YAML reads this as text: write {sign}{whole}.{fraction or '0'}e{exponent_sign or '+'}{exponent})"
-
-
-def _choice_hint(value: object, cls: object) -> str:
-    choices = (choice for kind in (cls, *get_args(cls)) if _is_literal(kind) for choice in get_args(kind))
-    return closest(value, (choice for choice in choices if isinstance(choice, str))) if isinstance(value, str) else ""
+def _hint(text: str, kinds: tuple[object, ...]) -> str:
+    """Show how to write a float in YAML 1.1, with a dot and a signed exponent, or name the closest choices."""
+    found = _SCIENTIFIC.fullmatch(text)
+    if found and float in kinds:
+        whole, fraction, sign, exponent = found.groups()
+        return f" (YAML reads this as text: write {whole}.{fraction or '0'}e{sign or '+'}{exponent})"
+    choices = (choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind))
+    return closest(text, (choice for choice in choices if isinstance(choice, str)))
 
 
 def described(cls: Any) -> str:
     """Describe an annotation for an error, such as ``list of str``: tuples are lists in JSON and YAML."""
-    members = get_args(cls)
-    if _is_union(cls):
+    origin, members = get_origin(cls), get_args(cls)
+    if origin in _UNIONS:
         return " or ".join(map(described, members))
-    if _is_literal(cls):
+    if origin is Literal:
         return " or ".join(map(repr, members))
-    if _is_tuple(cls) and members:
+    if origin is tuple:
         return f"list of {' and '.join(described(member) for member in members if member is not Ellipsis)}"
-    if _is_mapping(cls) and members:
-        return f"mapping of {described(members[0])} to {described(members[1])}"
-    return "None" if cls is types.NoneType else getattr(cls, "__name__", repr(cls))
-
-
-def _is_union(cls: Any) -> bool:
-    return get_origin(cls) in (Union, types.UnionType)
-
-
-def _is_literal(cls: Any) -> bool:
-    return get_origin(cls) is Literal
-
-
-def _is_tuple(cls: Any) -> bool:
-    return get_origin(cls) is tuple
-
-
-def _is_mapping(cls: Any) -> bool:
-    return get_origin(cls) in (dict, Mapping)
+    if origin in _MAPPINGS:
+        return f"mapping of {' to '.join(map(described, members))}"
+    if cls is NoneType:
+        return "None"
+    return cls.__name__ if isinstance(cls, type) else repr(cls)
 
 
 def is_supported(cls: Any) -> bool:
     """Whether JSON can hold values of this annotation and the converter can read them."""
-    members = get_args(cls)
-    if _is_literal(cls):
-        return all(type(member) in (bool, int, str, types.NoneType) for member in members)
-    if _is_mapping(cls):
-        return members[0] is str and is_supported(members[1])
-    if _is_union(cls) or _is_tuple(cls):
+    origin, members = get_origin(cls), get_args(cls)
+    if origin is Literal:
+        return all(type(member) in (bool, int, str, NoneType) for member in members)
+    if origin in _MAPPINGS:
+        return members[:1] == (str,) and is_supported(members[1])
+    if origin in (*_UNIONS, tuple):
         return all(is_supported(member) for member in members if member is not Ellipsis)
-    return cls in (bool, int, float, str, types.NoneType)
+    return cls in (bool, int, float, str, NoneType)
 
 
 def _exact(value: object, cls: type) -> object:
@@ -99,20 +84,16 @@ def _int(value: object, cls: type) -> int:
     return int(value) if isinstance(value, int) and not isinstance(value, bool) else _refuse(value, cls)
 
 
+def _str(value: object, cls: type) -> str:
+    return str.__str__(value) if isinstance(value, str) else _refuse(value, cls)
+
+
 def _float(value: object, cls: type) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         _refuse(value, cls)
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
+    if not abs(value) <= sys.float_info.max:  # also if it is NaN, or an int too large for a float
         raise ValueError(f"expected a finite float, {got(value)}")
-    return number
-
-
-def _str(value: object, cls: type) -> str:
-    return str.__str__(value) if isinstance(value, str) else _refuse(value, cls)
+    return float(value)
 
 
 def _literal(value: object, cls: Any) -> object:
@@ -138,49 +119,32 @@ def _union(value: object, cls: Any) -> object:
     _refuse(value, cls)
 
 
-def _tuple(value: object, cls: Any) -> tuple[object, ...]:
-    members = get_args(cls)
-    if not isinstance(value, (list, tuple)):
-        _refuse(value, cls)
-    if Ellipsis in members:
-        members = members[:1] * len(value)
-    elif len(value) != len(members):
-        raise ValueError(f"expected {described(cls)}, got {len(value)} values")
-    return tuple(_each(zip(range(len(value)), value, members, strict=True), cls))
+def _container(cls: Any) -> Callable[[object, Any], object]:
+    """Make the hook of a tuple or mapping: it checks kind and length, then calls cattrs' own hook, which adds paths."""
+    is_tuple, members = get_origin(cls) is tuple, get_args(cls)
+    # In this converter, cattrs reads the container and the strict converter reads its elements.
+    elements = _SCALARS.copy()
+    elements.register_structure_hook_func(lambda member: member in members, CONVERTER.structure)
+
+    def structure(value: Any, _: object) -> object:
+        if not isinstance(value, (list, tuple) if is_tuple else Mapping):
+            _refuse(value, cls)
+        if is_tuple and Ellipsis not in members and len(value) != len(members):
+            raise ValueError(f"expected {described(cls)}, got {len(value)} values")
+        return elements.structure(value, cls)
+
+    return structure
 
 
-def _mapping(value: object, cls: Any) -> dict[str, object]:
-    if not isinstance(value, Mapping):
-        _refuse(value, cls)
-    key_type, value_type = get_args(cls)
-    keys = cast(list[str], _each(((key, key, key_type) for key in value), cls))
-    return dict(zip(keys, _each(((key, value[key], value_type) for key in value), cls), strict=True))
+def _has_origin(*origins: object) -> Callable[[Any], bool]:
+    return lambda cls: get_origin(cls) in origins
 
 
-def _each(elements: Iterable[tuple[Any, object, Any]], cls: Any) -> list[object]:
-    """Structure (index or key, value, type) one by one. `cattrs.transform_error` builds paths from the notes."""
-    read: list[object] = []
-    errors: list[Exception] = []
-    for index, value, member in elements:
-        try:
-            read.append(CONVERTER.structure(value, member))
-        except Exception as error:
-            error.add_note(IterableValidationNote(f"at {index!r}", index, member))
-            errors.append(error)
-    if errors:
-        raise IterableValidationError(f"while structuring {described(cls)}", errors, cls)
-    return read
-
-
-def _strict_converter() -> Converter:
-    # Write tuples as lists. This is explicit because the default differs between versions of cattrs.
-    converter = Converter(unstruct_collection_overrides={tuple: list})
-    for scalar, hook in ((bool, _exact), (types.NoneType, _exact), (int, _int), (float, _float), (str, _str)):
-        converter.register_structure_hook(scalar, hook)
-    containers = ((_is_literal, _literal), (_is_union, _union), (_is_tuple, _tuple), (_is_mapping, _mapping))
-    for is_kind, hook in containers:
-        converter.register_structure_hook_func(is_kind, hook)
-    return converter
-
-
-CONVERTER: Final = _strict_converter()
+# Write tuples as lists. This is explicit because the default differs between versions of cattrs.
+_SCALARS: Final = Converter(unstruct_collection_overrides={tuple: list})
+for scalar, hook in ((bool, _exact), (NoneType, _exact), (int, _int), (float, _float), (str, _str)):
+    _SCALARS.register_structure_hook(scalar, hook)
+CONVERTER: Final = _SCALARS.copy()
+CONVERTER.register_structure_hook_func(_has_origin(Literal), _literal)
+CONVERTER.register_structure_hook_func(_has_origin(*_UNIONS), _union)
+CONVERTER.register_structure_hook_factory(_has_origin(tuple, *_MAPPINGS), _container)

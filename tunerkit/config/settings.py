@@ -1,6 +1,7 @@
 """The base class of every method's config, its strict checks, and its conversion from and to mappings."""
 
 # Without `from __future__ import annotations`: the checks need annotations that are types, not strings.
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final, Literal, Self, TypeVar, cast
 
@@ -12,11 +13,11 @@ from tunerkit.config.converter import CONVERTER, SHORT, described, got, is_suppo
 from tunerkit.errors import ConfigError, closest
 
 Config = TypeVar("Config", bound="AdapterConfig")
-_COMPARE: Final[Mapping[str, tuple[str, Callable[[float, float], bool]]]] = {
-    "ge": (">=", lambda value, limit: value >= limit),
-    "gt": (">", lambda value, limit: value > limit),
-    "le": ("<=", lambda value, limit: value <= limit),
-    "lt": ("<", lambda value, limit: value < limit),
+_COMPARE: Final = {
+    "ge": (">=", operator.ge),
+    "gt": (">", operator.gt),
+    "le": ("<=", operator.le),
+    "lt": ("<", operator.lt),
 }
 
 
@@ -118,7 +119,12 @@ class AdapterConfig:
             raise TypeError("AdapterConfig is abstract: build the config of a method, such as LoraConfig")
 
     def __attrs_post_init__(self) -> None:
-        check(self)
+        # The config is still being built, so this may normalise values: a list to a tuple, an int to a float.
+        values, problems = _read(type(self), attrs.asdict(self, recurse=False))
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        if found := problems or list(self.problems()):
+            raise ConfigError(found)
 
     def target_patterns(self) -> Iterable[tuple[str, str]]:
         """Override this if settings contain target patterns. `tunerkit.wrap` rejects a pattern that matches no target.
@@ -147,57 +153,41 @@ class AdapterConfig:
         return self
 
 
-def check(config: AdapterConfig) -> None:
-    """Check every field against its annotation and range, then call ``config.problems()``.
-
-    This runs while the config is built, so it may still normalise values: a list to a tuple, an int in a float field
-    to a float. Raises `ConfigError` with all problems.
-    """
-    found: list[str] = []
-    for field in _settings(type(config)):
-        value, problems = _read(field, getattr(config, field.name))
-        object.__setattr__(config, field.name, value)
-        found += problems
-    found = found or list(config.problems())
-    if found:
-        raise ConfigError(found)
-
-
 def from_mapping(cls: type[Config], mapping: object) -> Config:
     """Build the config that ``mapping`` (from JSON, YAML or a file's header) describes.
 
     Nothing is guessed. A string for a number or a list, a bool for an int, and an unknown or non-string key are errors.
     Raises `ConfigError` with every problem and its path.
     """
-    _refuse_non_config(cls)
+    fields = _settings(cls)
     if not isinstance(mapping, Mapping):
         raise ConfigError([f"expected a mapping of settings, {got(mapping)} @ $"])
-    fields = {field.name: field for field in _settings(cls)}
     problems = [_unknown(key, fields) for key in mapping if key not in fields]
-    for name, field in fields.items():
-        if name not in mapping and field.default is attrs.NOTHING:
-            problems.append(f"missing, and it has no default @ $.{name}")
-    if not problems:
-        return cls(**{str(field.alias): mapping[name] for name, field in fields.items() if name in mapping})
-    for name, field in fields.items():
-        if name in mapping:
-            problems += _read(field, mapping[name])[1]
-    raise ConfigError(problems)
+    required = [name for name, field in fields.items() if field.default is attrs.NOTHING]
+    problems += [f"missing, and it has no default @ $.{name}" for name in required if name not in mapping]
+    if problems:
+        raise ConfigError([*problems, *_read(cls, mapping)[1]])
+    return cls(**{str(fields[name].alias): value for name, value in mapping.items()})
 
 
-def to_mapping(config: AdapterConfig) -> dict[str, Any]:
-    """Convert ``config`` to plain dicts, lists, strings and numbers, with every setting. `structure` reverses it."""
-    _refuse_non_config(type(config))
-    return {field.name: CONVERTER.unstructure(getattr(config, field.name)) for field in _settings(type(config))}
+def unstructure(config: AdapterConfig) -> dict[str, Any]:
+    """Convert a config to a mapping; `structure` reverses it.
+
+    Args:
+        config: Any method's config.
+
+    Returns:
+        All settings by name, as values that JSON and YAML can hold.
+    """
+    plain = CONVERTER.unstructure(config)
+    return {name: plain[name] for name in _settings(type(config))}
 
 
-def _settings(cls: type[AdapterConfig]) -> Iterator["attrs.Attribute[Any]"]:
-    return (field for field in attrs.fields(cls) if field.init)
-
-
-def _refuse_non_config(cls: object) -> None:
+def _settings(cls: object) -> dict[str, "attrs.Attribute[Any]"]:
+    """Return the fields that a config is built from, by name. Raises `TypeError` if ``cls`` is no config class."""
     if not (isinstance(cls, type) and issubclass(cls, AdapterConfig)):
         raise TypeError(f"expected a config class derived from tunerkit.AdapterConfig, got {cls!r}")
+    return {field.name: field for field in attrs.fields(cls) if field.init}
 
 
 def _unknown(key: object, names: Iterable[str]) -> str:
@@ -206,15 +196,19 @@ def _unknown(key: object, names: Iterable[str]) -> str:
     return f"unknown key {key!r}{closest(key, names) or '; known keys: ' + ', '.join(names)} @ $.{key}"
 
 
-def _read(field: "attrs.Attribute[Any]", value: object) -> tuple[object, list[str]]:
-    """Return ``value`` as ``field`` stores it, and the problems found."""
-    path = f"$.{field.name}"
-    convert = field.metadata.get("converter")
-    try:
-        read = CONVERTER.structure(value if convert is None else convert(value), cast(Any, field.type))
-    except Exception as error:  # cattrs raises groups, a plugin's converter may raise anything: each becomes a line
-        return value, transform_error(error, path, lambda problem, _: str(problem))
-    return read, list(_out_of_range(read, field.metadata, path))
+def _read(cls: type[AdapterConfig], mapping: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+    """Return the valid settings of ``mapping`` as the fields store them, and the problems of the others."""
+    values, problems = {}, []
+    for name, field in _settings(cls).items():
+        if name in mapping:
+            convert = field.metadata.get("converter") or (lambda value: value)
+            try:
+                values[name] = CONVERTER.structure(convert(mapping[name]), cast(Any, field.type))
+            except Exception as error:  # cattrs raises groups, a plugin's converter may raise anything
+                problems += transform_error(error, f"$.{name}", lambda problem, _: str(problem))
+            else:
+                problems += _out_of_range(values[name], field.metadata, f"$.{name}")
+    return values, problems
 
 
 def _out_of_range(value: object, limits: Mapping[str, Any], path: str) -> Iterator[str]:

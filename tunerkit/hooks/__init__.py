@@ -7,7 +7,6 @@ from tunerkit.hooks.calls import (
     build_adapter,
     delta,
     finish,
-    has_budget,
     has_delta,
     ranks_changed,
     restore,
@@ -17,5 +16,5 @@ from tunerkit.hooks.calls import (
 )
 from tunerkit.hooks.knowledge import gather_knowledge
 from tunerkit.hooks.markers import hookimpl
-from tunerkit.hooks.method_config import configure, structure, unstructure
+from tunerkit.hooks.method_config import configure, structure
 from tunerkit.hooks.registry import registry

@@ -54,13 +54,8 @@ def finish(tuner: TunerView) -> Mapping[str, int] | None:
     return registry.call(specs.tunerkit_finish, tuner.method, tuner=tuner)
 
 
-def has_budget(method: str) -> bool:
-    """Whether the method defines its own budget, instead of the sum of its live ranks."""
-    return registry.implements(specs.tunerkit_budget, method)
-
-
 def budget(tuner: TunerView, step: int | None) -> int | None:
-    """Return the budget in force after ``step`` optimizer steps (None: now), if the method defines one."""
+    """Return the budget in force after ``step`` optimizer steps (None: now). None: it is the sum of the live ranks."""
     return registry.call(specs.tunerkit_budget, tuner.method, tuner=tuner, step=step)
 
 
@@ -90,8 +85,7 @@ def delta(path: str, method: str, adapter: Adapter, base: BaseLayer) -> Delta:
         raise PluginError(f"{plugin} must return a tunerkit.Delta for {path!r}, got {type(found).__name__}")
     features = (base.out_features, base.in_features)
     for what, tensor, shape in (("weight", found.weight, features), ("bias", found.bias, features[:1])):
-        if tensor is not None and tuple(tensor.shape) != shape:
-            got = tuple(tensor.shape)
+        if tensor is not None and (got := tuple(tensor.shape)) != shape:
             raise PluginError(f"{plugin} returned a delta {what} of shape {got} for {path!r}, expected {shape}")
     return found
 

@@ -5,34 +5,13 @@ import re
 from collections.abc import Iterable
 from importlib import metadata
 
-import attrs
-
 from tunerkit.errors import PluginError, closest
 from tunerkit.records import MethodInfo
 
 GROUP = "tunerkit"
 VARIABLE = "TUNERKIT_PLUGINS"
-
-
-@attrs.frozen(eq=False)
-class Source:
-    """The origin of a plugin: the entry point's name, and the distribution's canonical name and version."""
-
-    entry: str
-    distribution: str
-    version: str
-    point: metadata.EntryPoint | None = None
-
-    def info(self, error: str | None = None) -> MethodInfo:
-        return MethodInfo(self.distribution, self.version, error)
-
-
-@attrs.frozen(eq=False)
-class Failure:
-    """A plugin, or one of its methods, that cannot be used."""
-
-    name: str
-    info: MethodInfo
+Source = tuple[metadata.EntryPoint, MethodInfo]
+Failure = tuple[str, MethodInfo]
 
 
 def discover(distributions: Iterable[metadata.Distribution]) -> tuple[list[Source], list[Failure]]:
@@ -43,15 +22,17 @@ def discover(distributions: Iterable[metadata.Distribution]) -> tuple[list[Sourc
     sources: dict[str, list[Source]] = {}
     failures = []
     for distribution in distributions:
-        label = os.path.basename(str(getattr(distribution, "_path", distribution)))
         try:
             points = distribution.entry_points.select(group=GROUP)
             if not points:
                 continue
-            label, version = canonical(distribution.metadata["Name"]), distribution.metadata["Version"] or ""
-            sources.setdefault(label, [Source(point.name, label, version, point) for point in points])
+            info = MethodInfo(canonical(distribution.metadata["Name"]), distribution.metadata["Version"] or "")
         except Exception as error:
-            failures.append(Failure(label, MethodInfo(label, "", f"its metadata cannot be read: {error_text(error)}")))
+            path = distribution._path if isinstance(distribution, metadata.PathDistribution) else distribution
+            label = os.path.basename(str(path))
+            failures.append((label, MethodInfo(label, "", f"its metadata cannot be read: {error_text(error)}")))
+        else:
+            sources.setdefault(info.distribution, [(point, info) for point in points])
     return [source for _, found in sorted(sources.items()) for source in found], failures
 
 
@@ -60,27 +41,29 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def read_limit(sources: Iterable[Source]) -> frozenset[str] | None:
-    """Return the entry points that the environment variable allows; None allows all."""
+def read_limit(installed: Iterable[str]) -> frozenset[str] | None:
+    """Return the entry points that the environment variable allows; None allows all.
+
+    Raises `PluginError` if one of them is not installed.
+    """
     value = os.environ.get(VARIABLE)
     if value is None:
         return None
-    wanted = frozenset(filter(None, map(str.strip, value.split(","))))
-    installed = sorted({source.entry for source in sources})
-    problems = [f"no plugin named {name!r}{closest(name, installed)}" for name in sorted(wanted - set(installed))]
+    wanted, known = frozenset(filter(None, map(str.strip, value.split(",")))), sorted(set(installed))
+    problems = [f"no plugin named {name!r}{closest(name, known)}" for name in sorted(wanted.difference(known))]
     if problems:
-        listed = ", ".join(installed) or "none"
         raise PluginError(
-            f"{VARIABLE}={value!r}: {'; '.join(problems)}\ninstalled: {listed} (an empty value loads none)"
+            f"{VARIABLE}={value!r}: {'; '.join(problems)}\n"
+            f"installed: {', '.join(known) or 'none'} (an empty value loads none)"
         )
     return wanted
 
 
-def import_plugin(source: Source) -> object:
+def import_plugin(point: metadata.EntryPoint) -> object:
     """Import the module that the entry point names. Exceptions of the module propagate."""
-    if source.point is None or not source.point.pattern.match(source.point.value):
-        raise PluginError(f"its entry point is not a module: {getattr(source.point, 'value', None)!r}")
-    return source.point.load()
+    if not point.pattern.match(point.value):
+        raise PluginError(f"its entry point is not a module: {point.value!r}")
+    return point.load()
 
 
 def error_text(error: BaseException) -> str:

@@ -1,8 +1,8 @@
-"""Build a method's config by the method's name, and convert configs from and to mappings."""
+"""Build a method's config from what the user passed: a mapping, a config or nothing."""
 
 from collections.abc import Mapping
 
-from tunerkit.config import AdapterConfig, from_mapping, to_mapping
+from tunerkit.config import AdapterConfig, from_mapping
 from tunerkit.errors import ConfigError
 from tunerkit.hooks.registry import registry
 
@@ -25,27 +25,12 @@ def structure(method: str, mapping: Mapping[str, object]) -> AdapterConfig:
     return config
 
 
-def unstructure(config: AdapterConfig) -> dict[str, object]:
-    """Convert a config to a mapping; `structure` reverses it.
-
-    Args:
-        config: Any method's config.
-
-    Returns:
-        All settings by name, as values that JSON and YAML can hold.
-    """
-    return to_mapping(config)
-
-
 def configure(method: str, config: object) -> AdapterConfig:
     """Convert what the user passed as config (an object, a mapping or None) to the method's config class."""
+    if config is None or isinstance(config, Mapping):
+        return structure(method, config or {})
     expected = registry.get(method).config
-    if config is None:
-        config = {}
-    if isinstance(config, Mapping):
-        return structure(method, config)
-    if not isinstance(config, expected) or not isinstance(config, AdapterConfig):
-        raise ConfigError(
-            [f"method {method!r} takes {expected.__name__}, a mapping or None, got {type(config).__name__} @ $"]
-        )
-    return config
+    if isinstance(config, AdapterConfig) and isinstance(config, expected):
+        return config
+    takes = f"method {method!r} takes {expected.__name__}, a mapping or None"
+    raise ConfigError([f"{takes}, got {type(config).__name__} @ $"])

@@ -121,9 +121,8 @@ class Tuner:
 
     def budget(self, step: int | None = None) -> int:
         """The budget in force after ``step`` optimizer steps (None: now), in the method's budget unit."""
-        found = hooks.budget(self, step) if hooks.has_budget(self.method) else sum(self.ranks().values())
-        assert found is not None
-        return found
+        found = hooks.budget(self, step)
+        return sum(self.ranks().values()) if found is None else found
 
     def finish(self) -> None:
         """Make the final allocation now, whatever the schedule says. Nothing happens for methods without one.

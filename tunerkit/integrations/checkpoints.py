@@ -192,10 +192,11 @@ def _log(
     if "loss" in logs:
         tuners = attached.tuners
         for tuner in tuners:
-            if not hooks.has_budget(tuner.method):
+            budget = hooks.budget(tuner, None)
+            if budget is None:
                 continue
             prefix = "" if len(tuners) == 1 else f"{tuner.name}/"
-            logs[f"{prefix}budget"] = tuner.budget()
+            logs[f"{prefix}budget"] = budget
             if logged.get(tuner.name) != len(tuner.history):
                 logged[tuner.name] = len(tuner.history)
                 logs |= {f"{prefix}rank/{path}": rank for path, rank in tuner.ranks().items()}

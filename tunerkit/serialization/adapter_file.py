@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit import hooks
-from tunerkit.config import to_mapping
+from tunerkit.config import unstructure
 from tunerkit.errors import AdapterError, BaseMismatchError, FileError, TargetError, TunerkitWarning
 from tunerkit.injection import (
     Progress,
@@ -95,11 +95,11 @@ def load(base: M, path: str | os.PathLike[str], *, adapter: str = "default", tra
 
 def warn_of_unspent_schedule(tuner: Tuner) -> None:
     """Tell of ranks that are still above their final budget: fine for a checkpoint, a surprise at the end."""
-    # Without the hook the budget is what the ranks are, now as at the end; to count them takes a while.
-    if tuner.steps == 0 or tuner.total_steps is None or not hooks.has_budget(tuner.method):
+    if tuner.steps == 0 or tuner.total_steps is None:
         return
-    final = tuner.budget(tuner.total_steps)
-    if tuner.budget() > final:
+    # Without the hook the budget is what the ranks are, now as at the end; to count them takes a while.
+    final = hooks.budget(tuner, tuner.total_steps)
+    if final is not None and tuner.budget() > final:
         warnings.warn(
             f"adapter {tuner.name!r} stands at step {tuner.steps} of {tuner.total_steps} with a budget of "
             f"{tuner.budget()}, above the final {final}; if training is over, call tuner.finish() before it is saved",
@@ -136,7 +136,7 @@ def header_of(
     return Header(
         kind=content,
         method=tuner.method,
-        config=to_mapping(tuner.config.settled()),
+        config=unstructure(tuner.config.settled()),
         targets=[target.path for target in tuner.targets],
         copies=[place.path for place in tuner.copies],
         biases=[place.path for place in tuner.biases],
