@@ -9,7 +9,7 @@ from torch import nn
 from tunerkit.errors import TunerkitWarning
 from tunerkit.injection import Tuner, is_frozen, require_tuners
 from tunerkit.injection import tuner as find_tuner
-from tunerkit.libraries import TRAINER, derives_from
+from tunerkit.integrations import is_trainer
 from tunerkit.serialization import carry
 from tunerkit.steps import drive
 
@@ -39,7 +39,7 @@ def attach(
         ConfigError: Training is too short for the method's schedule.
     """
     tuners = _chosen(model, adapter)
-    if derives_from(optimizer_or_trainer, TRAINER):  # TRL's are too
+    if is_trainer(optimizer_or_trainer):  # TRL's are too
         from tunerkit.integrations import transformers as integration  # transformers is an optional dependency
 
         integration.attach_trainer(tuners, cast(Any, optimizer_or_trainer), total_steps)

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 import tunerkit
+from tunerkit import TunerkitError
 from tunerkit.cli import job, settings
 from tunerkit.cli.task import Job
 from tunerkit.cli.training import Recipe
-from tunerkit.errors import TunerkitError
 
 # Changes while this file is imported, and never after: typer notes the commands below in it.
 app = typer.Typer(

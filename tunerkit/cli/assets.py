@@ -15,8 +15,8 @@ from pathlib import Path
 import attrs
 import platformdirs
 
+from tunerkit import TunerkitError
 from tunerkit.cli.data import Examples
-from tunerkit.errors import TunerkitError
 
 REQUIREMENTS = Path(__file__).with_name("demo-assets.txt")
 CACHE_VARIABLE = "TUNERKIT_CACHE"

@@ -7,9 +7,9 @@ import attrs
 from rich.console import Console
 
 import tunerkit
+from tunerkit import Tuner
 from tunerkit.cli.task import Job, Outcome, Task, fit, say, score
 from tunerkit.cli.training import Recipe, Score
-from tunerkit.injection import Tuner
 
 # A head trained alone needs a much higher learning rate than adapters. On the demo, lower rates than these are worse.
 HEAD_RATES = (3e-2, 1e-1, 3e-1)

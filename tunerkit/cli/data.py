@@ -10,7 +10,8 @@ import attrs
 import pyarrow.lib
 import pyarrow.parquet
 
-from tunerkit.errors import TunerkitError, closest
+from tunerkit import TunerkitError
+from tunerkit.errors import closest
 
 # The csv reader keeps values beyond the header under the key None.
 Row = Mapping[str | None, object]

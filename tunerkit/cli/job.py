@@ -6,6 +6,7 @@ import time
 from rich.console import Console
 
 import tunerkit
+from tunerkit import RankChange, Tuner
 from tunerkit.cli import assets, outputs
 from tunerkit.cli.baseline import compare
 from tunerkit.cli.batches import encode
@@ -14,8 +15,6 @@ from tunerkit.cli.models import load_classifier
 from tunerkit.cli.results import metrics, write_json, write_pictures
 from tunerkit.cli.task import Job, Outcome, Task, fit, say, score
 from tunerkit.cli.training import choose_device
-from tunerkit.injection import Tuner
-from tunerkit.records import RankChange
 from tunerkit.report.rank_map import rank_map
 from tunerkit.report.terminal import rank_table
 

@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from tunerkit.errors import TunerkitError
+from tunerkit import TunerkitError
 
 
 class ModelError(TunerkitError):

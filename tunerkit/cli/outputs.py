@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tunerkit.errors import TunerkitError
+from tunerkit import TunerkitError
 
 
 class OutputError(TunerkitError):

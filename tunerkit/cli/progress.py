@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tunerkit import Tuner
 from tunerkit.cli.training import Step
-from tunerkit.injection import Tuner
 
 # The loss of single batches is noisy, so the bar shows an exponential moving average with this decay.
 SMOOTHING = 0.95

@@ -12,8 +12,8 @@ import attrs
 from rich.console import Console
 
 import tunerkit
+from tunerkit import Tuner
 from tunerkit.cli.task import Job, Outcome, Task, say
-from tunerkit.injection import Tuner
 from tunerkit.report.rank_map import rank_map
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from tunerkit.errors import ConfigError
+from tunerkit import ConfigError
 
 
 class _Loader(yaml.SafeLoader):

@@ -7,12 +7,11 @@ import attrs
 import torch
 from rich.console import Console
 
+from tunerkit import RankChange, Summary, Tuner
 from tunerkit.cli.batches import Encoded
 from tunerkit.cli.models import Classifier
 from tunerkit.cli.progress import watched
 from tunerkit.cli.training import Recipe, Score, evaluate, train
-from tunerkit.injection import Summary, Tuner
-from tunerkit.records import RankChange
 
 EVALUATION_BATCH = 64
 

@@ -10,8 +10,7 @@ from hypothesis import reject
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from tunerkit.config import AdapterConfig
-from tunerkit.errors import ConfigError
+from tunerkit import AdapterConfig, ConfigError
 
 Config = TypeVar("Config", bound=AdapterConfig)
 
