@@ -3,3 +3,4 @@
 from tunerkit.steps.driver import drive
 from tunerkit.steps.links import detach, hold, is_attached, optimizer_of
 from tunerkit.steps.resizing import Cut, resize_, shrink_
+from tunerkit.steps.undriven import warn_of_undriven_steps  # importing it registers the hook for all optimizers

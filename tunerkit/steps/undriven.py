@@ -35,7 +35,7 @@ _known = 0
 _looks: WeakKeyDictionary[Optimizer, _Look] = WeakKeyDictionary()
 
 
-def tell_of_undriven_steps(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def warn_of_undriven_steps(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Warn, once, of each adapter that ``optimizer`` has just moved although something else, or nothing, drives it."""
     if torch.compiler.is_compiling():
         return  # somebody's compiled step must not be traced through weak references
@@ -91,4 +91,4 @@ def _tell(tuner: Tuner, optimizer: Optimizer) -> None:
     )
 
 
-register_optimizer_step_post_hook(tell_of_undriven_steps)
+register_optimizer_step_post_hook(warn_of_undriven_steps)
