@@ -1,7 +1,7 @@
 """The exceptions that tunerkit raises: one class per mistake that a caller may want to catch."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 
 class TunerkitError(Exception):
@@ -56,12 +56,6 @@ class BaseMismatchError(FileError):
 
 class TunerkitWarning(UserWarning):
     """Something was left out or looks unintended, but training can continue."""
-
-
-def few(names: Sequence[str], *, shown: int) -> str:
-    """Return the first names and how many more there are: ``a, b and 3 more``."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
 
 
 def closest(name: str, names: Iterable[str]) -> str:

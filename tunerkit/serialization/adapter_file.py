@@ -133,6 +133,7 @@ def _tensors_of(tuner: Tuner) -> dict[str, Tensor]:
 def header_of(tuner: Tuner, *, content: str) -> Header:
     """Return the header for a file of ``tuner``, without the fields that only one kind of file fills in."""
     owner = hooks.registry.owner_of(tuner.method)
+    versions = {"tunerkit": metadata.version("tunerkit"), "torch": torch.__version__, owner.distribution: owner.version}
     return Header(
         kind=content,
         method=tuner.method,
@@ -142,11 +143,7 @@ def header_of(tuner: Tuner, *, content: str) -> Header:
         biases=[place.path for place in tuner.biases],
         steps=tuner.steps,
         total_steps=tuner.total_steps,
-        versions={
-            "tunerkit": metadata.version("tunerkit"),
-            "torch": torch.__version__,
-            owner.distribution: owner.version,
-        },
+        versions=versions,
         base={},
     )
 

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from tunerkit import injection, layers
-from tunerkit.errors import few
 from tunerkit.injection import Tuner
 from tunerkit.layers import BaseLayer
-from tunerkit.paths import is_under, join
+from tunerkit.paths import few, is_under, join
 from tunerkit.records import Target
 from tunerkit.targets import Scan
 
@@ -34,11 +33,11 @@ def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str
         tuner: The adapter's handle.
         scanned: The scan of the model; only needed before the adapter is in the model, to find its biases.
     """
-    places = base_tensors(tuner, scanned)
-    samples = _sample(list(places.values()))
+    tensors = base_tensors(tuner, scanned)
+    samples = _sample(tensors)
     return {
-        name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."), "sample": values}
-        for (name, tensor), values in zip(places.items(), samples, strict=True)
+        name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "sample": samples[name]}
+        for name, t in tensors.items()
     }
 
 
@@ -79,23 +78,23 @@ def _base_of(place: Target, scanned: Scan | None) -> BaseLayer | None:
     return scanned.at(place.path).base if scanned is not None else None
 
 
-def _sample(tensors: list[Tensor]) -> list[list[float]]:
+def _sample(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
     """Return `SAMPLES` evenly spaced values of each tensor with values, with one transfer per device and dtype.
 
     ``torch.take`` handles any strides, so nothing is copied.
     """
-    alike: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
-    for number, tensor in enumerate(tensors):
+    alike: dict[tuple[torch.device, torch.dtype], list[str]] = defaultdict(list)
+    for name, tensor in tensors.items():
         if tensor.numel() and not tensor.is_meta:
-            alike[tensor.device, tensor.dtype].append(number)
-    values: list[list[float]] = [[] for _ in tensors]
-    for (device, _), numbers in alike.items():
-        last = [tensors[number].numel() - 1 for number in numbers]
-        places = torch.tensor([[i * end // (SAMPLES - 1) for i in range(SAMPLES)] for end in last], device=device)
-        taken = [_take(tensors[number], row) for number, row in zip(numbers, places.unbind(), strict=True)]
-        for number, found in zip(numbers, torch.stack(taken).float().tolist(), strict=True):
-            values[number] = [_short(value) for value in found]
-    return values
+            alike[tensor.device, tensor.dtype].append(name)
+    samples: dict[str, list[float]] = {name: [] for name in tensors}
+    for (device, _), names in alike.items():
+        last = torch.tensor([tensors[name].numel() - 1 for name in names], device=device)
+        places = last[:, None] * torch.arange(SAMPLES, device=device) // (SAMPLES - 1)  # (names, SAMPLES)
+        taken = torch.stack([_take(tensors[name], row) for name, row in zip(names, places, strict=True)])
+        for name, values in zip(names, taken.float().tolist(), strict=True):
+            samples[name] = [_short(value) for value in values]
+    return samples
 
 
 def _take(tensor: Tensor, places: Tensor) -> Tensor:

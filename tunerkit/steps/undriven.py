@@ -1,7 +1,7 @@
-"""Tell of an optimizer that steps an adapter without driving it: what would otherwise be silent for a whole training.
+"""Warn if an optimizer steps an adapter that it does not drive: otherwise a whole training could go wrong silently.
 
-Importing this registers one hook for all optimizers of the process. It looks once at the parameters of each optimizer,
-and from then on only at the adapters that were found among them.
+Importing this module registers one hook for all optimizers of the process. The hook reads each optimizer's parameters
+once. After that it only looks at the adapters that it found among them.
 """
 
 import warnings
@@ -14,20 +14,22 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tunerkit import hooks
+from tunerkit import hooks, injection
 from tunerkit.errors import AdapterError, TunerkitWarning
-from tunerkit.injection import Tuner, unseen
+from tunerkit.injection import Tuner
 from tunerkit.steps.links import is_attached, optimizer_of
 
 
 @attrs.define(eq=False)
 class _Look:
-    """The adapters that an optimizer was found to hold, when it had so many groups and so many adapters were known."""
+    """The adapters that an optimizer holds, and those that a warning has named.
 
-    groups: int
-    known: int
-    held: WeakSet[Tuner]
-    told: WeakSet[Tuner] = attrs.field(factory=WeakSet)
+    ``seen`` is the optimizer's number of parameter groups and the number of known adapters when ``held`` was filled.
+    """
+
+    seen: tuple[int, int] = (0, 0)
+    held: WeakSet[Tuner] = attrs.field(factory=WeakSet)
+    warned: WeakSet[Tuner] = attrs.field(factory=WeakSet)
 
 
 _owners = WeakIdKeyDictionary()  # from each parameter of an adapter to a reference to its tuner
@@ -36,26 +38,26 @@ _looks: WeakKeyDictionary[Optimizer, _Look] = WeakKeyDictionary()
 
 
 def warn_of_undriven_steps(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Warn, once, of each adapter that ``optimizer`` has just moved although something else, or nothing, drives it."""
+    """Warn once about each adapter that ``optimizer`` has just moved but does not drive."""
     if torch.compiler.is_compiling():
-        return  # somebody's compiled step must not be traced through weak references
-    _note_new()
-    look = _looks.get(optimizer)
-    if look is None or (look.groups, look.known) != (len(optimizer.param_groups), _known):
-        told = WeakSet[Tuner]() if look is None else look.told
-        look = _looks[optimizer] = _Look(len(optimizer.param_groups), _known, _held_by(optimizer), told)
-    for tuner in [tuner for tuner in look.held if tuner not in look.told]:
+        return  # a compiled step must not be traced through weak references
+    _register_new()
+    look = _looks.setdefault(optimizer, _Look())
+    if look.seen != (len(optimizer.param_groups), _known):
+        look.seen = (len(optimizer.param_groups), _known)
+        look.held = _held_by(optimizer)
+    for tuner in [tuner for tuner in look.held if tuner not in look.warned]:
         driven = is_attached(tuner) and optimizer_of(tuner) is optimizer
-        if not driven and _was_moved(tuner):
-            look.told.add(tuner)
-            _tell(tuner, optimizer)
+        if not driven and any(p.requires_grad and p.grad is not None for p in _parameters(tuner)):
+            look.warned.add(tuner)
+            _warn(tuner, optimizer)
 
 
-def _note_new() -> None:
-    """Learn whose the parameters of new tuners are. Not when they are made: a copy has no parameters yet then."""
+def _register_new() -> None:
+    """Record the parameters of new tuners. Not when a tuner is created: a copy has no parameters yet then."""
     global _known
-    for tuner in list(unseen):
-        unseen.discard(tuner)
+    for tuner in list(injection.unseen):
+        injection.unseen.discard(tuner)
         if hooks.watches_steps(tuner.method):
             _known += 1
             for parameter in _parameters(tuner):
@@ -68,24 +70,20 @@ def _held_by(optimizer: Optimizer) -> WeakSet[Tuner]:
     return WeakSet(tuner for tuner in found if tuner is not None)
 
 
-def _was_moved(tuner: Tuner) -> bool:
-    return any(p.requires_grad and p.grad is not None for p in _parameters(tuner))
-
-
 def _parameters(tuner: Tuner) -> list[torch.nn.Parameter]:
-    """Its parameters; none if the adapter is in no model, or somebody tore it out."""
+    """Return an adapter's parameters; none if it is in no model any more."""
     try:
         return list(tuner.parameters())
     except AdapterError:
         return []
 
 
-def _tell(tuner: Tuner, optimizer: Optimizer) -> None:
+def _warn(tuner: Tuner, optimizer: Optimizer) -> None:
     driver = "another optimizer drives it" if is_attached(tuner) else "nothing drives it"
     warnings.warn(
         f"an optimizer ({type(optimizer).__name__}) steps adapter {tuner.name!r}, but {driver}: method "
-        f"{tuner.method!r} does not see these steps. Call tunerkit.attach with this optimizer; one that was "
-        "deep-copied lost its hooks, and a deep-copied model is attached by itself",
+        f"{tuner.method!r} does not see these steps. Call tunerkit.attach with this optimizer. A deep-copied optimizer "
+        "has lost its hooks, and a deep-copied model must be attached itself",
         TunerkitWarning,
         stacklevel=4,
     )
