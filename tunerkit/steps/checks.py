@@ -3,7 +3,7 @@
 import operator
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import SupportsIndex
 
 from torch.optim import Optimizer
@@ -13,6 +13,8 @@ from tunerkit.errors import StepError, TunerkitWarning
 from tunerkit.injection import Tuner
 from tunerkit.paths import few
 from tunerkit.steps.links import is_attached
+
+_BUILD_IT = "build it from (p for p in model.parameters() if p.requires_grad) after tunerkit.wrap"
 
 
 def find_optimizer(candidate: object, tuners: Sequence[Tuner]) -> Optimizer:
@@ -82,26 +84,18 @@ def _check_held(tuner: Tuner, optimizer: Optimizer) -> None:
             f"the optimizer holds none of the parameters of adapter {tuner.name!r} at its {len(counted)} places; "
             f"{_BUILD_IT}, or pass adapter=... to name the adapter that it trains"
         )
-    missing = {path: [n for n, p in own.items() if id(p) not in held] for path, own in trained.items()}
-    if any(missing.values()):
+    missing: dict[str, list[str]] = defaultdict(list)  # the places by what is missing there
+    for path, own in trained.items():
+        if names := ", ".join(name for name, p in own.items() if id(p) not in held):
+            missing[names].append(path)
+    if missing:
+        listed = "; ".join(f"{names} at {few(paths, shown=5)}" for names, paths in missing.items())
         warnings.warn(
             f"the optimizer does not hold all parameters that adapter {tuner.name!r} trains. Unless another optimizer "
-            f"trains them, these do not change: {_grouped(missing)}; {_BUILD_IT}",
+            f"trains them, these do not change: {listed}; {_BUILD_IT}",
             TunerkitWarning,
             stacklevel=5,
         )
-
-
-_BUILD_IT = "build it from (p for p in model.parameters() if p.requires_grad) after tunerkit.wrap"
-
-
-def _grouped(missing: Mapping[str, Sequence[str]]) -> str:
-    """Group the paths by what is missing there: ``adapter.lam at 0, 2; copy.weight, copy.bias at head``."""
-    paths: dict[str, list[str]] = defaultdict(list)
-    for path, names in missing.items():
-        if names:
-            paths[", ".join(names)].append(path)
-    return "; ".join(f"{names} at {few(at, shown=5)}" for names, at in paths.items())
 
 
 def agree_on_total(tuner: Tuner, total_steps: int | None) -> int | None:
