@@ -256,11 +256,11 @@ def test_a_changed_byte_is_refused(toys: "Toys", saved: Path, tmp_path: Path, da
     path = tmp_path / "adapter.safetensors"
     path.write_bytes(whole)
     try:
-        tensors, found = read(path, content="adapter")
+        _, tensors, found = read(path, content="adapter")
     except FileError as error:
         assert str(path) in str(error)  # noqa: PT017  # an error is one of the two right ends
         return
-    right, expected = read(saved, content="adapter")
+    _, right, expected = read(saved, content="adapter")
     assert found == expected
     assert all(torch.equal(tensors[name], tensor) for name, tensor in right.items())
 
@@ -506,7 +506,7 @@ def test_the_state_of_another_run_is_refused(toys: "Toys", tmp_path: Path, saved
 
 def test_the_header_says_what_is_inside(toys: "Toys", saved: Path) -> None:
     """Method, config, places, steps and the versions that wrote it can be read without loading anything."""
-    _, found = read(saved, content="adapter")
+    _, _, found = read(saved, content="adapter")
     said = attrs.asdict(found)
     assert (said["method"], said["steps"], said["format"], said["kind"]) == ("toy-low-rank", 0, 1, "adapter")
     assert tunerkit.structure("toy-low-rank", said["config"]) == tunerkit.tuner(toys.trained()).config

@@ -78,7 +78,7 @@ def test_a_state_that_was_taken_without_the_adapter_attached_is_told_of(toys: "T
     train(toys, model, optimizer, 2)
     plain = {key: value for key, value in stored(optimizer).items() if key != "tunerkit"}
     _, again = attached(toys)
-    with pytest.warns(tunerkit.TunerkitWarning, match="goes on from step 0.*load_state"):
+    with pytest.warns(tunerkit.TunerkitWarning, match="restarts at step 0.*load_state"):
         again.load_state_dict(plain)
     _, fresh = attached(toys)
     with warnings.catch_warnings():

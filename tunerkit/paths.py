@@ -1,6 +1,6 @@
-"""Dotted module paths: their parts, layer numbers, and whether they belong to an adapter."""
+"""Dotted module paths: their parts, layer numbers, whether they belong to an adapter, and short lists of them."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 CHILD = "tunerkit"  # the child of a base layer that holds its adapters: never a target itself
 
@@ -27,6 +27,12 @@ def parent(path: str) -> str:
 def join(path: str, name: str) -> str:
     """The path of the child ``name`` of ``path``."""
     return f"{path}.{name}" if path else name
+
+
+def few(paths: Sequence[str], *, shown: int) -> str:
+    """Return the first paths and how many more there are, for a message: ``a, b and 3 more``."""
+    more = f" and {len(paths) - shown} more" if len(paths) > shown else ""
+    return ", ".join(paths[:shown]) + more
 
 
 def is_number(part: str) -> bool:

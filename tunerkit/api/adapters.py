@@ -4,25 +4,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from tunerkit import injection, steps
 from tunerkit.errors import AdapterError
-from tunerkit.injection import (
-    Tuner,
-    activate_,
-    check_name,
-    eject_,
-    inside,
-    refuse_disabled,
-    refuse_merged,
-    refuse_rivals,
-    refuse_taken,
-    rename_,
-    require_tuners,
-    train_,
-    tuners_of,
-    wrapped_of,
-)
-from tunerkit.injection import tuner as find_tuner
-from tunerkit.steps import detach
+from tunerkit.injection import Tuner
 
 
 def adapters(model: nn.Module) -> dict[str, Tuner]:
@@ -34,7 +18,7 @@ def adapters(model: nn.Module) -> dict[str, Tuner]:
     Returns:
         The tuners by adapter name, the oldest first; empty for a model without adapters.
     """
-    return dict(tuners_of(inside(model)))
+    return dict(injection.tuners_of(injection.inside(model)))
 
 
 def active(model: nn.Module) -> tuple[str, ...]:
@@ -47,7 +31,7 @@ def active(model: nn.Module) -> tuple[str, ...]:
         The names in the order in which the adapters are applied; empty for a model without adapters.
     """
     tuners = adapters(model)
-    return wrapped_of(next(iter(tuners.values())).model).active if tuners else ()
+    return injection.wrapped_of(next(iter(tuners.values())).model).active if tuners else ()
 
 
 def activate(model: nn.Module, names: str | Sequence[str]) -> None:
@@ -72,8 +56,8 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
     if twice := [name for number, name in enumerate(names) if name in names[:number]]:
         raise AdapterError(f"adapter {twice[0]!r} is named twice; name each adapter once")
     _refuse_fixed(root, "activating adapters")
-    refuse_rivals(root, names)
-    activate_(root, names)
+    injection.refuse_rivals(root, names)
+    injection.activate_(root, names)
 
 
 def freeze(model: nn.Module, adapter: str) -> None:
@@ -88,7 +72,7 @@ def freeze(model: nn.Module, adapter: str) -> None:
     Raises:
         AdapterError: The name is unknown.
     """
-    train_(_named(model, adapter), trained=False)
+    injection.train_(_named(model, adapter), trained=False)
 
 
 def thaw(model: nn.Module, adapter: str) -> None:
@@ -103,7 +87,7 @@ def thaw(model: nn.Module, adapter: str) -> None:
     Raises:
         AdapterError: The name is unknown.
     """
-    train_(_named(model, adapter), trained=True)
+    injection.train_(_named(model, adapter), trained=True)
 
 
 def rename(model: nn.Module, old: str, new: str) -> None:
@@ -118,9 +102,9 @@ def rename(model: nn.Module, old: str, new: str) -> None:
         AdapterError: The old name is unknown, or the new one is taken or invalid.
     """
     tuner = _named(model, old)
-    check_name(new)
-    refuse_taken(adapters(model), new)
-    rename_(tuner, new)
+    injection.check_name(new)
+    injection.refuse_taken(adapters(model), new)
+    injection.rename_(tuner, new)
 
 
 def delete(model: nn.Module, adapter: str) -> None:
@@ -138,22 +122,22 @@ def delete(model: nn.Module, adapter: str) -> None:
     """
     tuner = _named(model, adapter)
     _refuse_fixed(tuner.model, "deleting an adapter")
-    detach(tuner)
-    train_(tuner, trained=False)
-    eject_(tuner)
+    steps.detach(tuner)
+    injection.train_(tuner, trained=False)
+    injection.eject_(tuner)
 
 
 def _root(model: nn.Module) -> nn.Module:
     """Return the model that was wrapped, which may be inside another module, such as DDP."""
-    return next(iter(require_tuners(inside(model)).values())).model
+    return next(iter(injection.require_tuners(injection.inside(model)).values())).model
 
 
 def _named(model: nn.Module, adapter: object) -> Tuner:
     if not isinstance(adapter, str):
         raise AdapterError(f"expected an adapter's name, got {type(adapter).__name__} {adapter!r}")
-    return find_tuner(inside(model), adapter)
+    return injection.tuner(injection.inside(model), adapter)
 
 
 def _refuse_fixed(model: nn.Module, what: str) -> None:
-    refuse_disabled(model)
-    refuse_merged(model, what)
+    injection.refuse_disabled(model)
+    injection.refuse_merged(model, what)

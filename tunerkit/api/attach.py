@@ -2,16 +2,14 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
+from tunerkit import injection, serialization, steps
 from tunerkit.errors import TunerkitWarning
-from tunerkit.injection import Tuner, is_frozen, require_tuners
-from tunerkit.injection import tuner as find_tuner
+from tunerkit.injection import Tuner
 from tunerkit.integrations import is_trainer
-from tunerkit.serialization import carry
-from tunerkit.steps import drive
 
 
 def attach(
@@ -39,16 +37,17 @@ def attach(
         ConfigError: Training is too short for the method's schedule.
     """
     tuners = _chosen(model, adapter)
-    if is_trainer(optimizer_or_trainer):  # TRL's are too
+    if is_trainer(optimizer_or_trainer):
         from tunerkit.integrations import transformers as integration  # transformers is an optional dependency
 
-        integration.attach_trainer(tuners, cast(Any, optimizer_or_trainer), total_steps)
+        trainer: Any = optimizer_or_trainer
+        integration.attach_trainer(tuners, trainer, total_steps)
         return
     earlier = {tuner.name: tuner.steps for tuner in tuners if tuner.steps and tuner.needs_steps}
-    optimizer = drive(tuners, optimizer_or_trainer, total_steps=total_steps)
+    optimizer = steps.drive(tuners, optimizer_or_trainer, total_steps=total_steps)
     for tuner in tuners:
         if tuner.needs_steps:
-            carry(tuner, optimizer)  # only here: a Trainer's checkpoints have a file for the state
+            serialization.carry(tuner, optimizer)  # only here: a Trainer's checkpoints have a file for the state
     if earlier:
         _warn_of_restart(earlier)
 
@@ -67,6 +66,6 @@ def _warn_of_restart(earlier: Mapping[str, int]) -> None:
 def _chosen(model: nn.Module, adapter: str | None) -> list[Tuner]:
     """Return the adapter with this name, or all that are not frozen: a frozen one must not be pruned."""
     if adapter is not None:
-        return [find_tuner(model, adapter)]
-    tuners = list(require_tuners(model).values())
-    return [tuner for tuner in tuners if not is_frozen(tuner)] or tuners
+        return [injection.tuner(model, adapter)]
+    tuners = list(injection.require_tuners(model).values())
+    return [tuner for tuner in tuners if not injection.is_frozen(tuner)] or tuners

@@ -1,4 +1,4 @@
-"""Wrap a model: choose targets, build adapters through the method's plugin, inject them; and take them out again."""
+"""Wrap and unwrap a model: choose targets, build adapters with the method's plugin, inject them, take them out."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,28 +7,12 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from tunerkit import hooks
+from tunerkit import hooks, injection, serialization, steps, targets
 from tunerkit.config import AdapterConfig
 from tunerkit.errors import ConfigError
-from tunerkit.injection import (
-    Progress,
-    Tuner,
-    build,
-    check_name,
-    eject_,
-    inject_,
-    inside,
-    is_merged,
-    refuse_disabled,
-    refuse_idle_patterns,
-    refuse_unready,
-    require_tuners,
-    warn_of_dropout,
-    warn_of_statistics,
-)
-from tunerkit.serialization import merge, restore_originals_
-from tunerkit.steps import detach, watch_optimizers
-from tunerkit.targets import choose_biases, choose_copies, from_paths, refuse_tied, scan, select
+from tunerkit.injection import Progress, Tuner
+from tunerkit.records import Target
+from tunerkit.targets import Scan
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -41,62 +25,94 @@ def wrap(
     adapter: str = "default",
     seed: int | None = None,
 ) -> M:
-    """Put an adapter of ``method`` into ``model``, in place, and return the same object.
+    """Put an adapter into a model, in place, and freeze the base model. If this raises, the model is unchanged.
 
-    The base is frozen, keeps its types, names and values, and the first output is bit-identical (dropout off).
-    ``config`` is the method's attrs object, a mapping, or None for defaults. ``seed`` makes the start repeatable and
-    leaves the global random state alone. A further adapter is active beside those that are.
+    The base keeps its types, parameter names and values. If the adapter adds nothing at its start, as in LoRA and
+    AdaLoRA, the first output is bit-identical to the base's (with dropout off).
 
-    Raises `ConfigError`, `TargetError`, `UnknownMethodError`, `PluginError`, or `AdapterError` (a bad or taken
-    adapter name, a model inside DDP, a merged model); the model is then as it was.
+    Args:
+        model: The model. If it has adapters already, the new one is active in addition to the active ones.
+        method: The name of an installed method, such as ``"adalora"``.
+        config: The method's config: an instance of its config class, a mapping of settings, or None for the defaults.
+        adapter: The adapter's name: any text without "." or "/", up to 64 characters.
+        seed: A 64-bit integer that makes the initial values repeatable; None uses the global random state.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ConfigError: The config or the seed is invalid; the error lists every problem with its path.
+        TargetError: A target cannot be found, or its module cannot be adapted.
+        UnknownMethodError: No installed plugin provides the method.
+        PluginError: The method's plugin violates the contract of a hook.
+        AdapterError: The name is taken or invalid, or the model is merged, disabled or inside DDP.
     """
-    check_name(adapter)
-    root = inside(model)
-    refuse_unready(root, adapter)
+    injection.check_name(adapter)
+    root = injection.inside(model)
+    injection.refuse_unready(root, adapter)
     config = hooks.configure(method, config)
-    scanned = scan(root, hooks.gather_knowledge())
-    copies = choose_copies(scanned, config.train_modules)
-    refuse_tied(scanned, copies)
-    chosen = select(scanned, targets=config.targets, exclude=config.exclude, layers=config.layers, trained=copies)
-    refuse_idle_patterns(config, chosen)
-    tuner = Tuner(
-        name=adapter,
-        method=method,
-        config=config,
-        model=root,
-        targets=chosen,
-        copies=from_paths(scanned, copies),
-        biases=choose_biases(scanned, config.bias, chosen, copies),
-        progress=Progress(total_steps=config.total_steps),
+    scanned = targets.scan(root, hooks.gather_knowledge())
+    copies = targets.choose_copies(scanned, config.train_modules)
+    targets.refuse_tied(scanned, copies)
+    chosen = targets.select(
+        scanned, targets=config.targets, exclude=config.exclude, layers=config.layers, trained=copies
     )
-    with seeded(seed):
-        plan = build(scanned, tuner)
-    warn_of_statistics(scanned, copies)
-    warn_of_dropout(plan)
-    inject_(plan, trainable=True)
-    watch_optimizers(method)
+    injection.refuse_idle_patterns(config, chosen)
+    with _seeded(seed):
+        plan = injection.build(scanned, _tuner_of(scanned, chosen, copies, method, config, adapter))
+    injection.warn_of_statistics(scanned, copies)
+    injection.warn_of_dropout(plan)
+    injection.inject_(plan, trainable=True)
+    steps.watch_optimizers(method)
     return model
 
 
+def _tuner_of(
+    scanned: Scan, chosen: tuple[Target, ...], copies: tuple[str, ...], method: str, config: AdapterConfig, adapter: str
+) -> Tuner:
+    return Tuner(
+        name=adapter,
+        method=method,
+        config=config,
+        model=scanned.root.module,
+        targets=chosen,
+        copies=targets.from_paths(scanned, copies),
+        biases=targets.choose_biases(scanned, config.bias, chosen, copies),
+        progress=Progress(total_steps=config.total_steps),
+    )
+
+
 def unwrap(model: M, *, keep_merged: bool = False) -> M:
-    """Take every adapter out of ``model`` and return it: the base, bit for bit, or merged with ``keep_merged``."""
-    tuners = require_tuners(model)
-    refuse_disabled(model)
+    """Take every adapter out of a model, and detach it from its optimizer.
+
+    Args:
+        model: The wrapped model.
+        keep_merged: Whether to merge the active adapters into the weights first. By default the base is restored
+            exactly, also if the model is merged.
+
+    Returns:
+        The same object, without adapters.
+
+    Raises:
+        AdapterError: The model has no adapter, is disabled, cannot be merged, or was merged with ``permanent=True``, so
+            that the base cannot be restored.
+    """
+    tuners = injection.require_tuners(model)
+    injection.refuse_disabled(model)
     root = next(iter(tuners.values())).model
-    if keep_merged:
-        if not is_merged(root):
-            merge(root, permanent=True)
-    else:
-        restore_originals_(root)
+    if not keep_merged:
+        serialization.restore_originals_(root)
+    elif not injection.is_merged(root):
+        serialization.merge(root, permanent=True)
     for tuner in list(tuners.values()):
-        detach(tuner)
-        eject_(tuner)
+        steps.detach(tuner)
+        injection.eject_(tuner)
     return model
 
 
 @contextmanager
-def seeded(seed: int | None) -> Iterator[None]:
-    """Draw from a CPU random state of its own (adapters are built there); without a seed from the global one."""
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Use a separate CPU random state, where adapters are built; without a seed use the global one."""
     if seed is None:
         yield
         return

@@ -18,19 +18,10 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from tunerkit import hooks
+from tunerkit import hooks, serialization
 from tunerkit.errors import FileError, TunerkitWarning
 from tunerkit.injection import Tuner
 from tunerkit.libraries import transformers_private
-from tunerkit.serialization import (
-    FILE_NAME,
-    STATE_NAME,
-    forget_state_,
-    load_tuner_state,
-    restore_,
-    save_tuner,
-    save_tuner_state,
-)
 
 
 class Attached(Protocol):
@@ -81,18 +72,23 @@ def folder_of(checkpoint: Path, tuners: Sequence[Tuner], tuner: Tuner) -> Path:
     # Names may contain any character, and some file systems do not distinguish "a" from "A".
     plain = re.fullmatch(r"[a-z0-9_-]+", tuner.name)
     named = checkpoint / (tuner.name if plain else hashlib.sha256(tuner.name.encode()).hexdigest()[:16])
-    return named if len(tuners) > 1 or (named / FILE_NAME).is_file() else checkpoint
+    return named if len(tuners) > 1 or _has(named, "adapter") else checkpoint
+
+
+def _has(folder: Path, content: str) -> bool:
+    """Whether the folder contains a file of this kind, ``"adapter"`` or ``"state"``."""
+    return serialization.file_at(folder, content).is_file()
 
 
 def load_states(tuners: Sequence[Tuner], checkpoint: Path) -> None:
     """Restore the training states in ``checkpoint``. Raises `FileError` if a method needs its state and has none."""
     for tuner in tuners:
         folder = folder_of(checkpoint, tuners, tuner)
-        if (folder / STATE_NAME).is_file():
-            load_tuner_state(tuner, folder)
+        if _has(folder, "state"):
+            serialization.load_state(tuner.model, folder, adapter=tuner.name)
         elif tuner.needs_steps:
             raise FileError(
-                f"{checkpoint} has no {STATE_NAME} for adapter {tuner.name!r} (save_only_model?), and method "
+                f"{checkpoint} has no state.safetensors for adapter {tuner.name!r} (save_only_model?), and method "
                 f"{tuner.method!r} cannot resume without it; load the adapter and start a new training run instead"
             )
 
@@ -116,7 +112,7 @@ def _save(
         # If this overwrites an earlier run's folder and is interrupted, the folder must not look complete.
         (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
     for tuner in tuners:
-        save_tuner(tuner, folder_of(folder, tuners, tuner))
+        serialization.save_tuner(tuner, folder_of(folder, tuners, tuner))
     processor = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
     if processor is not None:
         processor.save_pretrained(folder)
@@ -127,7 +123,8 @@ def _save_states(trainer: Trainer, attached: Attached, save_optimizer: Callable[
     """Write the training states whenever the Trainer writes the optimizer's state, into the same folder."""
     tuners = attached.tuners
     for tuner in tuners if trainer.args.should_save else ():
-        save_tuner_state(tuner, folder_of(Path(output_dir), tuners, tuner))
+        folder = folder_of(Path(output_dir), tuners, tuner)
+        serialization.save_state(tuner.model, folder, adapter=tuner.name)
     save_optimizer(output_dir)
 
 
@@ -140,7 +137,7 @@ def _load(
     """Load a checkpoint's adapters into the live ones. Ranks first, so that the optimizer's state fits them."""
     checkpoint, tuners = Path(resume_from_checkpoint), attached.tuners
     files = {tuner: folder_of(checkpoint, tuners, tuner) for tuner in tuners}
-    if not any((folder / FILE_NAME).is_file() for folder in files.values()):
+    if not any(_has(folder, "adapter") for folder in files.values()):
         load_model(resume_from_checkpoint, model)  # a whole model, saved before this trainer was attached
         return
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
@@ -149,7 +146,7 @@ def _load(
             "earlier checkpoint"
         )
     for tuner, folder in files.items():
-        restore_(tuner, folder)
+        serialization.restore_(tuner, folder)
     attached.resumed = checkpoint
 
 
@@ -157,15 +154,15 @@ def _load_best(trainer: Trainer, attached: Attached, load_model: Callable[[], No
     """Load the best checkpoint's adapters, with their ranks and their training state."""
     checkpoint, tuners = Path(str(trainer.state.best_model_checkpoint)), attached.tuners
     folders = {tuner: folder_of(checkpoint, tuners, tuner) for tuner in tuners}
-    if not any((folder / FILE_NAME).is_file() for folder in folders.values()):
+    if not any(_has(folder, "adapter") for folder in folders.values()):
         load_model()  # a whole model; if there is nothing at all, the Trainer reports it
         return
     for tuner, folder in folders.items():
-        restore_(tuner, folder)
-        if (folder / STATE_NAME).is_file():
-            load_tuner_state(tuner, folder)
+        serialization.restore_(tuner, folder)
+        if _has(folder, "state"):
+            serialization.load_state(tuner.model, folder, adapter=tuner.name)
         else:
-            forget_state_(tuner)
+            serialization.forget_state_(tuner)
 
 
 def _train(attached: Attached, train: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,57 +1,52 @@
-"""Write an adapter to one safetensors file and read it back: the way in is the way of `wrap`, entered again."""
+"""Save an adapter to one safetensors file, and load it: loading repeats the steps of `wrap` with the file's choices."""
 
 import os
 import warnings
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+import attrs
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tunerkit import hooks
+from tunerkit import hooks, injection, steps, targets
 from tunerkit.config import unstructure
 from tunerkit.errors import AdapterError, BaseMismatchError, FileError, TargetError, TunerkitWarning
-from tunerkit.injection import (
-    Progress,
-    Slot,
-    Tuner,
-    build,
-    check_name,
-    inject_,
-    inside,
-    refuse_lost,
-    refuse_unready,
-    wrapped_of,
-)
-from tunerkit.injection import tuner as find_tuner
+from tunerkit.injection import Progress, Slot, Tuner
+from tunerkit.paths import join
 from tunerkit.serialization.fingerprint import differences, fingerprint
 from tunerkit.serialization.header import Header, decode, encode
 from tunerkit.serialization.safetensors_file import file_at, write
-from tunerkit.steps import watch_optimizers
-from tunerkit.targets import Scan, from_paths, refuse_tied, refuse_unfit, scan
+from tunerkit.targets import Scan
 
-FILE_NAME = "adapter.safetensors"
-_WRITTEN_BY = {
-    "adapter": f"tunerkit.save writes {FILE_NAME}",
-    "state": "tunerkit.save_state writes state.safetensors",
-}
+# The public function that writes each kind of file.
+_WRITERS = {"adapter": "save", "state": "save_state"}
 M = TypeVar("M", bound=nn.Module)
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None = None) -> Path:
-    """Write one adapter of ``model`` and return the file's path.
+    """Write one adapter to a file.
 
-    A folder (made if missing) gets ``adapter.safetensors``; a path ending in ``.safetensors`` is the file. An
-    existing file is replaced in one move: readers see the old one or the new one.
+    An existing file is replaced atomically: a reader sees the old file or the new one.
 
-    Raises `AdapterError` for a method that needs steps and had none, for an adapter whose weights are offloaded, and
-    if adapted modules were replaced or resized after wrapping: no base would fit the file.
+    Args:
+        model: The wrapped model.
+        path: A folder, which gets ``adapter.safetensors`` and is created if it is missing; or a file, if the path ends
+            in ``.safetensors``.
+        adapter: The adapter's name. It may be left out if the model has only one.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        AdapterError: The method needs steps and the adapter was trained for none; its weights are offloaded; or adapted
+            modules were replaced or resized after wrapping, so that no base model would fit the file.
+        FileError: The file cannot be written. An older file is unchanged then.
     """
-    tuner = find_tuner(model, adapter)
+    tuner = injection.tuner(model, adapter)
     if tuner.needs_steps and tuner.steps == 0 and not tuner.loaded:
         raise AdapterError(
             f"adapter {tuner.name!r} was trained with no step: method {tuner.method!r} allocates ranks while the "
@@ -62,59 +57,70 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None 
 
 
 def save_tuner(tuner: Tuner, path: str | os.PathLike[str]) -> Path:
-    """`save` of one tuner as it stands, wherever it is in its schedule: a checkpoint."""
-    refuse_lost([tuner])
-    tensors = adapter_tensors(tuner)
-    target = file_at(path, FILE_NAME)
-    write(target, tensors, encode(header_of(tuner, content="adapter"), tensors))
-    return target
+    """Write one adapter as it is now, at any point of its schedule. Checkpoints use this."""
+    injection.refuse_lost([tuner])
+    tensors = _tensors_of(tuner)
+    kept = injection.wrapped_of(tuner.model).fingerprints.get(tuner.name)  # from before a permanent merge
+    header = attrs.evolve(header_of(tuner, content="adapter"), base=kept or fingerprint(tuner))
+    return write(file_at(path, "adapter"), tensors, encode(header, tensors))
 
 
 def load(base: M, path: str | os.PathLike[str], *, adapter: str = "default", trainable: bool = False) -> M:
-    """Put the adapter saved at ``path`` into ``base``, in place, and return the same object.
+    """Put a saved adapter into a model, in place.
 
-    Raises `FileError` (damaged, foreign, missing or unexpected tensors), `BaseMismatchError`, `TargetError` (a
-    target's weight is tied or on meta), `AdapterError`, `UnknownMethodError`, `ConfigError`; everything wrong is
-    named at once and nothing is loaded then.
+    If this raises, nothing is loaded. The error lists every problem.
+
+    Args:
+        base: The base model. It may already have other adapters.
+        path: The file, or the folder that contains ``adapter.safetensors``.
+        adapter: The name that the adapter gets: any text without "." or "/", up to 64 characters.
+        trainable: Whether to train the adapter further. By default it is loaded for inference.
+
+    Returns:
+        The same object, with the adapter active in addition to those that are.
+
+    Raises:
+        FileError: The file is missing or damaged, tunerkit did not write it, or its tensors do not fit its header.
+        BaseMismatchError: The adapter was trained on a different base model.
+        TargetError: The weight of a target is tied, or on the meta device.
+        AdapterError: The name is taken or invalid, or the model cannot take an adapter now: it is merged, disabled or
+            inside DDP.
+        UnknownMethodError: No installed plugin provides the method.
+        ConfigError: The method rejects the config in the file.
     """
-    check_name(adapter)
-    root = inside(base)
-    refuse_unready(root, adapter)
-    source = file_at(path, FILE_NAME)
-    tensors, header = read(source, content="adapter")
-    scanned = scan(root, hooks.gather_knowledge())
+    injection.check_name(adapter)
+    root = injection.inside(base)
+    injection.refuse_unready(root, adapter)
+    source, tensors, header = read(path, content="adapter")
+    scanned = targets.scan(root, hooks.gather_knowledge())
     tuner = _tuner_from(header, scanned, adapter, source)
     refuse_other_base(tuner, header, source, scanned)
-    with torch.random.fork_rng(devices=[]):  # the start is overwritten; the caller's random state is not touched
-        plan = build(scanned, tuner)
+    with torch.random.fork_rng(devices=[]):  # the file overwrites the initial values; keep the caller's random state
+        plan = injection.build(scanned, tuner)
     fill(plan.slots, tensors, source)
-    inject_(plan, trainable=trainable)
-    watch_optimizers(tuner.method)
+    injection.inject_(plan, trainable=trainable)
+    steps.watch_optimizers(tuner.method)
     return base
 
 
 def warn_of_unspent_schedule(tuner: Tuner) -> None:
-    """Tell of ranks that are still above their final budget: fine for a checkpoint, a surprise at the end."""
+    """Warn if the ranks are above their final budget: expected in a checkpoint, but not after training."""
     if tuner.steps == 0 or tuner.total_steps is None:
         return
     # Without the hook the budget is what the ranks are, now as at the end; to count them takes a while.
     final = hooks.budget(tuner, tuner.total_steps)
     if final is not None and tuner.budget() > final:
         warnings.warn(
-            f"adapter {tuner.name!r} stands at step {tuner.steps} of {tuner.total_steps} with a budget of "
-            f"{tuner.budget()}, above the final {final}; if training is over, call tuner.finish() before it is saved",
+            f"adapter {tuner.name!r} is at step {tuner.steps} of {tuner.total_steps} with a budget of "
+            f"{tuner.budget()}, above the final {final}; if training is over, call tuner.finish() before you save",
             TunerkitWarning,
             stacklevel=3,
         )
 
 
-def adapter_tensors(tuner: Tuner) -> dict[str, Tensor]:
-    """Everything the adapter's file holds, by ``<path of the module>.<name in the slot>``."""
-    tensors = {
-        f"{path}.{name}" if path else name: tensor.detach().contiguous()
-        for path, slot in tuner.slots()
-        for name, tensor in slot.state_dict().items()
-    }
+def _tensors_of(tuner: Tuner) -> dict[str, Tensor]:
+    """Return all tensors of an adapter, by ``<path of the module>.<name in the slot>``."""
+    tensors = {join(path, name): tensor for path, slot in tuner.slots() for name, tensor in slot.state_dict().items()}
     away = [name for name, tensor in tensors.items() if tensor.is_meta]
     if away:
         raise AdapterError(
@@ -124,15 +130,10 @@ def adapter_tensors(tuner: Tuner) -> dict[str, Tensor]:
     return tensors
 
 
-def header_of(
-    tuner: Tuner, *, content: str, values: dict[str, object] | None = None, history: list[list[object]] | None = None
-) -> Header:
-    """The header for a file of ``tuner``."""
+def header_of(tuner: Tuner, *, content: str) -> Header:
+    """Return the header for a file of ``tuner``, without the fields that only one kind of file fills in."""
     owner = hooks.registry.owner_of(tuner.method)
     versions = {"tunerkit": metadata.version("tunerkit"), "torch": torch.__version__, owner.distribution: owner.version}
-    base: dict[str, dict[str, Any]] = {}
-    if content == "adapter":
-        base = wrapped_of(tuner.model).fingerprints.get(tuner.name) or fingerprint(tuner)
     return Header(
         kind=content,
         method=tuner.method,
@@ -143,74 +144,76 @@ def header_of(
         steps=tuner.steps,
         total_steps=tuner.total_steps,
         versions=versions,
-        base=base,
-        values=values or {},
-        history=history or [],
+        base={},
     )
 
 
-def read(path: Path, *, content: str) -> tuple[dict[str, Tensor], Header]:
-    """The tensors and the checked header of a tunerkit file. Raises `FileError`."""
-    if not path.is_file():
-        raise FileError(f"there is no file {path}; {_WRITTEN_BY[content]} into the folder it is given")
+def read(path: str | os.PathLike[str], *, content: str) -> tuple[str, dict[str, Tensor], Header]:
+    """Return the file's own path, its tensors, and its header after all checks. Raises `FileError`."""
+    source = file_at(path, content)
+    if not source.is_file():
+        raise FileError(
+            f"there is no file {source}; tunerkit.{_WRITERS[content]} writes {content}.safetensors into the folder "
+            "it is given"
+        )
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(source, framework="pt") as file:
             found = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise FileError(f"{path} cannot be read as a safetensors file: {error}") from error
-    return tensors, decode(found, tensors, source=str(path), content=content)
+        raise FileError(f"{source} cannot be read as a safetensors file: {error}") from error
+    return str(source), tensors, decode(found, tensors, source=str(source), content=content)
 
 
-def _tuner_from(header: Header, scanned: Scan, adapter: str, source: Path) -> Tuner:
+def _tuner_from(header: Header, scanned: Scan, adapter: str, source: str) -> Tuner:
     try:
-        places = from_paths(scanned, [*header.targets, *header.copies, *header.biases])
+        found = targets.from_paths(scanned, [*header.targets, *header.copies, *header.biases])
     except TargetError as error:
         raise BaseMismatchError(f"{source} was trained on another base: {error}") from error
-    by_path = {place.path: place for place in places}
-    refuse_unfit(scanned, [by_path[path] for path in header.targets])
-    refuse_tied(scanned, header.copies)
+    by_path = {place.path: place for place in found}
+    chosen, copies, biases = (tuple(by_path[path] for path in paths) for paths in header.places.values())
+    targets.refuse_unfit(scanned, chosen)
+    targets.refuse_tied(scanned, header.copies)
     return Tuner(
         name=adapter,
         method=header.method,
         config=hooks.structure(header.method, header.config),
         model=scanned.root.module,
-        targets=tuple(by_path[path] for path in header.targets),
-        copies=tuple(by_path[path] for path in header.copies),
-        biases=tuple(by_path[path] for path in header.biases),
+        targets=chosen,
+        copies=copies,
+        biases=biases,
         loaded=True,
         progress=Progress(total_steps=header.total_steps),
     )
 
 
-def refuse_other_base(tuner: Tuner, header: Header, source: Path, scanned: Scan | None = None) -> None:
-    """Raise `BaseMismatchError` if the base under ``tuner`` is not the one that the file tells of."""
+def refuse_other_base(tuner: Tuner, header: Header, source: str, scanned: Scan | None = None) -> None:
+    """Raise `BaseMismatchError` if the base under ``tuner`` differs from the fingerprint in the file."""
     lines = differences(header.base, fingerprint(tuner, scanned))
     if lines:
-        listed = "\n".join(f"- {line}" for line in lines)
-        raise BaseMismatchError(f"{source} was trained on another base model:\n{listed}")
+        raise BaseMismatchError("\n- ".join([f"{source} was trained on another base model:", *lines]))
 
 
-def fill(slots: Mapping[str, Slot], tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Copy the file's tensors into ``slots``; every misfit is named at once, and those that fit are filled by then."""
+def fill(slots: Mapping[str, Slot], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy the file's tensors into ``slots``.
+
+    Raises `FileError` that lists all misfits at once; the slots that fit are filled by then.
+    """
     problems: list[str] = []
     used: set[str] = set()
     for path, slot in slots.items():
-        prefix = f"{path}." if path else ""
-        names = {name: prefix + name for name in slot.state_dict()}
+        names = {name: join(path, name) for name in slot.state_dict()}
         used.update(names.values())
-        missing = [full for full in names.values() if full not in tensors]
-        problems += [f"missing: {full}" for full in missing]
-        if not missing:
-            problems += _load_slot(path, slot, {name: tensors[full] for name, full in names.items()})
+        missing = [f"missing: {full}" for full in names.values() if full not in tensors]
+        problems += missing or _load_slot(path, slot, {name: tensors[full] for name, full in names.items()})
     problems += [f"unexpected: {name}" for name in tensors if name not in used]
     if problems:
-        raise FileError(f"{source} does not fit its own header:\n" + "\n".join(f"- {line}" for line in problems))
+        raise FileError("\n- ".join([f"{source} does not fit its own header:", *problems]))
 
 
 def _load_slot(path: str, slot: Slot, tensors: dict[str, Tensor]) -> list[str]:
     try:
         slot.load_state_dict(tensors)
-    except RuntimeError as error:  # torch reports misfits of shape so
+    except RuntimeError as error:  # torch's way to report wrong shapes
         return [f"at {path}: {line.strip()}" for line in str(error).splitlines()[1:]]
     return []

@@ -1,4 +1,4 @@
-"""The fingerprint of a base model: names, shapes and a few sampled values, at a cost by tensors and not by bytes."""
+"""The fingerprint of a base model: names, shapes and sampled values. Its cost depends on the number of tensors."""
 
 import math
 from collections import defaultdict
@@ -6,123 +6,112 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tunerkit.injection import Tuner, base_modules, slots_of
-from tunerkit.layers import BaseLayer, bias_name
+from tunerkit import injection, layers
+from tunerkit.injection import Tuner
+from tunerkit.layers import BaseLayer
 from tunerkit.libraries import torch_private
-from tunerkit.paths import is_under, join
+from tunerkit.paths import few, is_under, join
 from tunerkit.records import Target
 from tunerkit.targets import Scan
 
 SAMPLES = 4
-# A base loaded in another precision is the same base: bfloat16 keeps 8 bits of mantissa.
+# A base that was loaded in another precision is the same base: bfloat16 has 8 bits of mantissa.
 _RELATIVE = 2.0**-7
-_SHOWN = 5
-# Samples are kept with six digits.
+# Samples are stored with six digits.
 _DIGITS = 1e-5
 Fingerprint = Mapping[str, Mapping[str, Any]]
 
 
 def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str, Any]]:
-    """``{parameter: {"shape": [...], "dtype": "float32", "sample": [...]}}`` of the base under ``tuner``.
+    """Return ``{parameter: {"shape": [...], "dtype": "float32", "sample": [...]}}`` of the base under ``tuner``.
 
-    A tensor on the meta device has no values, so its sample is empty, and only its shape is compared.
+    A tensor on the meta device has no values, so its sample is empty and only its shape is compared. What the adapter
+    trains in full (copies and biases) is left out, because a new head has other values at each load.
 
-    What the adapter trains in full (copies, biases) is left out: a fresh head has other values at each load. Before
-    the adapter is in the model, ``scanned`` says how its biases are named.
+    Args:
+        tuner: The adapter's handle.
+        scanned: The scan of the model; only needed before the adapter is in the model, to find its biases.
     """
-    places = base_tensors(tuner, scanned)
-    samples = _sample(list(places.values()))
+    tensors = base_tensors(tuner, scanned)
+    samples = _sample(tensors)
     return {
-        name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."), "sample": values}
-        for (name, tensor), values in zip(places.items(), samples, strict=True)
+        name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "sample": samples[name]}
+        for name, t in tensors.items()
     }
 
 
 def differences(saved: Fingerprint, found: Fingerprint) -> list[str]:
-    """What differs between two fingerprints, one line per kind of difference; empty if they agree."""
-    lines = []
-    missing = [name for name in saved if name not in found]
-    unexpected = [name for name in found if name not in saved]
-    shared = [name for name in saved if name in found]
-    misfits = [name for name in shared if saved[name]["shape"] != found[name]["shape"]]
-    shapes = [f"{name} {saved[name]['shape']} -> {found[name]['shape']}" for name in misfits]
-    alike = [name for name in shared if name not in misfits]
-    values = [name for name in alike if not _close(saved[name], found[name])]
-    for what, names in (
-        ("parameters that this base lacks", missing),
-        ("parameters that only this base has", unexpected),
-        ("other shapes (saved -> here)", shapes),
-        ("other values", values),
-    ):
-        if names:
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            lines.append(f"{what}: {', '.join(names[:_SHOWN])}{more}")
-    return lines
+    """List what differs between two fingerprints, one line per kind of difference; empty if they agree."""
+    pairs = {name: (entry, found[name]) for name, entry in saved.items() if name in found}
+    reshaped = {name: pair for name, pair in pairs.items() if pair[0]["shape"] != pair[1]["shape"]}
+    kinds = {
+        "parameters that this base lacks": [name for name in saved if name not in found],
+        "parameters that only this base has": [name for name in found if name not in saved],
+        "other shapes (saved -> here)": [f"{n} {a['shape']} -> {b['shape']}" for n, (a, b) in reshaped.items()],
+        "other values": [name for name, pair in pairs.items() if name not in reshaped and not _close(*pair)],
+    }
+    return [f"{what}: {few(names, shown=5)}" for what, names in kinds.items() if names]
 
 
 def base_tensors(tuner: Tuner, scanned: Scan | None) -> dict[str, Tensor]:
-    """The base's own parameters by name, originals where merged ones stand now, without what the adapter trains."""
+    """Return the base's own parameters by name: originals where merged, and without those that the adapter trains."""
     copied = frozenset(place.path for place in tuner.copies)
-    biased = {join(place.path, bias_name(_base_of(place, scanned))) for place in tuner.biases}
+    biased = {join(place.path, layers.bias_name(_base_of(place, scanned))) for place in tuner.biases}
     found = {}
-    for path, module in base_modules(tuner.model):
+    for path, module in injection.base_modules(tuner.model):
         if is_under(path, copied):
             continue
+        slots = injection.slots_of(module)
         for leaf, parameter in torch_private.own_parameters(module).items():
-            name = f"{path}.{leaf}" if path else leaf
+            name = join(path, leaf)
             if parameter is not None and name not in biased:
-                found[name] = _original(module, leaf, parameter)
+                found[name] = parameter.detach() if slots is None else slots.original(leaf, parameter)
     return found
 
 
 def _base_of(place: Target, scanned: Scan | None) -> BaseLayer | None:
-    """What the module was when it was adapted, or is if it was not yet."""
-    slots = slots_of(place.module)
+    """Return the module's base layer as it was when the module was adapted, or as it is if it is not adapted yet."""
+    slots = injection.slots_of(place.module)
     if slots is not None:
         return slots.base
     return scanned.by_path[place.path].base if scanned is not None else None
 
 
-def _original(module: nn.Module, leaf: str, parameter: nn.Parameter) -> Tensor:
-    slots = slots_of(module)
-    return parameter.detach() if slots is None else slots.original(leaf, parameter)
+def _sample(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """Return `SAMPLES` evenly spaced values of each tensor with values, with one transfer per device and dtype.
 
-
-def _sample(tensors: list[Tensor]) -> list[list[float]]:
-    """`SAMPLES` evenly spaced values of each tensor that has any; one transfer per device and dtype for all.
-
-    ``take`` counts positions through whatever strides a tensor has, so nothing is copied.
+    ``torch.take`` handles any strides, so nothing is copied.
     """
-    alike: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
-    for number, tensor in enumerate(tensors):
+    alike: dict[tuple[torch.device, torch.dtype], list[str]] = defaultdict(list)
+    for name, tensor in tensors.items():
         if tensor.numel() and not tensor.is_meta:
-            alike[tensor.device, tensor.dtype].append(number)
-    values: list[list[float]] = [[] for _ in tensors]
-    for (device, _), numbers in alike.items():
-        last = [tensors[number].numel() - 1 for number in numbers]
-        places = torch.tensor([[i * end // (SAMPLES - 1) for i in range(SAMPLES)] for end in last], device=device)
-        taken = [_take(tensors[number], row) for number, row in zip(numbers, places.unbind(), strict=True)]
-        for number, found in zip(numbers, torch.stack(taken).float().tolist(), strict=True):
-            values[number] = [_short(value) for value in found]
-    return values
+            alike[tensor.device, tensor.dtype].append(name)
+    samples: dict[str, list[float]] = {name: [] for name in tensors}
+    for (device, _), names in alike.items():
+        last = torch.tensor([tensors[name].numel() - 1 for name in names], device=device)
+        places = last[:, None] * torch.arange(SAMPLES, device=device) // (SAMPLES - 1)  # (names, SAMPLES)
+        taken = torch.stack([_take(tensors[name], row) for name, row in zip(names, places, strict=True)])
+        for name, values in zip(names, taken.float().tolist(), strict=True):
+            samples[name] = [_short(value) for value in values]
+    return samples
 
 
 def _take(tensor: Tensor, places: Tensor) -> Tensor:
-    """Values at flat positions; those of 8-bit floats by their bytes, which `torch.take` knows."""
+    """Return the values at flat positions. `torch.take` does not support 8-bit floats, so their bytes are read."""
     if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1:
         return torch.take(tensor.view(torch.uint8), places).view(tensor.dtype)
     return torch.take(tensor, places)
 
 
 def _short(value: float) -> float:
-    # JSON has no NaN or inf; a base that holds one still gets a fingerprint.
+    # JSON has no NaN or inf, but a base that contains them needs a fingerprint too.
     return float(f"{value:.6g}") if math.isfinite(value) else 0.0
 
 
 def _close(saved: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
-    """Whether two samples are of one tensor: to the digits kept in one dtype, to bfloat16's across dtypes."""
+    """Whether two samples are of the same tensor: within the stored digits, or within bfloat16's if dtypes differ."""
     if not saved["sample"] or not found["sample"]:
         return True
     relative = _DIGITS if saved["dtype"] == found["dtype"] else _RELATIVE

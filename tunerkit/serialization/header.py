@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,10 +29,10 @@ def _is_entry(instance: object, attribute: "attrs.Attribute[Any]", entry: Any) -
         _NUMBERS(instance, attribute, numbers)
 
 
-def _is_change(instance: object, attribute: "attrs.Attribute[Any]", change: Any) -> None:
+def _is_change(instance: "Header", attribute: "attrs.Attribute[Any]", change: Any) -> None:
     instance_of(list)(instance, attribute, change)
-    if len(change) != 3:
-        raise ValueError(f"expected a step, a budget and ranks, got {len(change)} values")
+    if len(change) != 3 or not isinstance(change[2], list) or len(change[2]) != len(instance.targets):
+        raise ValueError(f"expected a step, a budget and a list of one rank per target, got {reprlib.repr(change)}")
     for number in (*change[:2], *change[2]):
         instance_of(int)(instance, attribute, number)
 
@@ -60,6 +61,11 @@ class Header:
     values: dict[str, Any] = attrs.field(factory=dict, validator=instance_of(dict))
     history: list[Any] = attrs.field(factory=list, validator=deep_iterable(_is_change, instance_of(list)))
     format: int = FORMAT
+
+    @property
+    def places(self) -> dict[str, list[str]]:
+        """The paths of the adapted modules, by the field that lists them."""
+        return {"targets": self.targets, "copies": self.copies, "biases": self.biases}
 
 
 def encode(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -1,73 +1,82 @@
-"""Merge adapters into their base layers, unmerge them bit for bit, and show the base while adapters stay in."""
+"""Merge adapters into their base layers, unmerge them exactly, and show the base model while adapters stay in."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tunerkit import hooks
+from tunerkit import hooks, injection, libraries, targets
 from tunerkit.errors import AdapterError
-from tunerkit.injection import (
-    Slots,
-    adapted_tensors,
-    base_modules,
-    is_merged,
-    refuse_disabled,
-    refuse_lost,
-    require_tuners,
-    walk,
-    wrapped_of,
-)
-from tunerkit.libraries import is_offloaded, torch_private
+from tunerkit.injection import Slots
 from tunerkit.paths import is_under
 from tunerkit.serialization.fingerprint import fingerprint
-from tunerkit.targets import tied
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def merge(model: M, *, permanent: bool = False) -> M:
-    """Add every active adapter to its base layer's weights, in place; forward then costs what the base's costs.
+    """Add every active adapter to its base layer's weights, in place. A forward pass then costs as much as the base's.
 
-    The originals are set aside (the adapted weights take twice their memory), so that `unmerge` is bit-exact;
-    ``permanent`` keeps none. While merged, `disabled` shows the base, saving works, a step raises.
-    The model's own ``state_dict()`` then holds merged weights and the adapters beside them: take it unmerged, or
-    after ``unwrap(model, keep_merged=True)``.
+    While merged, `disabled` shows the base model, saving works, and an optimizer step raises `StepError`. The model's
+    own ``state_dict()`` contains the merged weights and also the adapters. To get only one of them, take it after
+    `unmerge`, or after ``unwrap(model, keep_merged=True)``.
 
-    Raises `AdapterError` if already merged, inside `disabled`, if none is active, if weights are offloaded, if
-    adapted modules were replaced, resized or tied after wrapping, or if a method cannot say what it adds, and
-    `PluginError` if it says nonsense; nothing is changed then.
+    If this raises, nothing is changed.
+
+    Args:
+        model: The wrapped model.
+        permanent: Whether to discard the original weights. By default they are kept, so that `unmerge` restores them
+            exactly; the adapted weights then take twice their memory.
+
+    Returns:
+        The same object.
+
+    Raises:
+        AdapterError: The model is already merged or disabled; no adapter is active; weights are offloaded; adapted
+            modules were replaced, resized or tied after wrapping; a base layer has no place for a bias; or a method
+            does not implement ``tunerkit_delta``.
+        PluginError: A method returns an invalid delta.
     """
-    tuners = require_tuners(model)
-    refuse_disabled(model)
-    if is_merged(model):
+    tuners = injection.require_tuners(model)
+    injection.refuse_disabled(model)
+    if injection.is_merged(model):
         raise AdapterError("the model is merged already; call tunerkit.unmerge first")
-    if not any(slots.active for _, _, slots in walk(model)):
+    places = list(injection.walk(model))
+    if not any(slots.active for _, _, slots in places):
         raise AdapterError("no adapter is active, so nothing can be merged; call tunerkit.activate first")
-    _refuse_offloaded(model)
-    refuse_lost(tuners.values())
-    _refuse_tied(model)
-    merged = [(module, slots, _merged_tensors(path, module, slots)) for path, module, slots in walk(model)]
+    _refuse_offloaded(places)
+    injection.refuse_lost(tuners.values())
+    _refuse_tied(model, places)
+    merged = [_merged_tensors(path, module, slots) for path, module, slots in places]
     if permanent:
         for tuner in tuners.values():
-            wrapped_of(tuner.model).fingerprints[tuner.name] = fingerprint(tuner)
-    for module, slots, tensors in merged:
+            injection.wrapped_of(tuner.model).fingerprints[tuner.name] = fingerprint(tuner)
+    for (_, module, slots), tensors in zip(places, merged, strict=True):
         slots.merged = slots.active
         slots.permanent = permanent
-        if permanent:
-            _replace(module, tensors)
-        else:
-            slots.set_aside(_replace(module, tensors))
+        originals = _replace_(module, tensors)
+        if not permanent:
+            slots.set_aside(originals)
     return model
 
 
 def unmerge(model: M) -> M:
-    """Put the originals back, bit for bit. Raises `AdapterError` if the model is not merged or no original is left."""
-    require_tuners(model)
-    refuse_disabled(model)
-    if not is_merged(model):
+    """Restore the original weights exactly.
+
+    Args:
+        model: The merged model.
+
+    Returns:
+        The same object.
+
+    Raises:
+        AdapterError: The model is not merged, it is disabled, or it was merged with ``permanent=True``.
+    """
+    injection.require_tuners(model)
+    injection.refuse_disabled(model)
+    if not injection.is_merged(model):
         raise AdapterError("the model is not merged; there is nothing to unmerge")
     restore_originals_(model)
     return model
@@ -75,34 +84,49 @@ def unmerge(model: M) -> M:
 
 def restore_originals_(model: nn.Module) -> None:
     """Undo a merge if there is one."""
-    places = [(module, slots) for _, module, slots in walk(model) if slots.merged]
-    _refuse_permanent([slots for _, slots in places])
-    for module, slots in places:
-        _replace(module, slots.originals)
-        slots.forget_originals()
-        slots.merged = ()
+    places = list(injection.walk(model))
+    _refuse_permanent(places)
+    for _, module, slots in places:
+        if slots.merged:
+            _replace_(module, slots.originals)
+            slots.forget_originals()
+            slots.merged = ()
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Show the base inside the ``with`` block: adapters off, trained copies and biases off, merged weights swapped."""
-    require_tuners(model)
-    places = [(module, slots) for _, module, slots in walk(model) if slots.enabled]
-    _refuse_permanent([slots for _, slots in places if slots.merged])
-    for module, slots in places:
-        slots.enabled = False
-        _swap(module, slots)
+    """Show the base model inside a ``with`` block: without adapters, trained copies, trained biases or merged weights.
+
+    Args:
+        model: The wrapped model, merged or not.
+
+    Raises:
+        AdapterError: The model has no adapter, or it was merged with ``permanent=True``.
+    """
+    injection.require_tuners(model)
+    places = [place for place in injection.walk(model) if place[2].enabled]
+    _refuse_permanent(places)
+    _enable_(places, False)
     try:
         yield
     finally:
-        for module, slots in places:
-            _swap(module, slots)
-            slots.enabled = True
+        _enable_(places, True)
 
 
-def _refuse_offloaded(model: nn.Module) -> None:
-    """Weights that are brought for each forward have no place where a merged value would stay."""
-    away = [path for path, module, _ in walk(model) if is_offloaded(module)]
+_Places = Sequence[tuple[str, nn.Module, Slots]]  # as `injection.walk` yields them
+
+
+def _enable_(places: _Places, enabled: bool) -> None:
+    """Switch adapters on or off; where they are merged, exchange the merged and the original values."""
+    for _, module, slots in places:
+        slots.enabled = enabled
+        if slots.merged:
+            slots.set_aside(_replace_(module, slots.originals))
+
+
+def _refuse_offloaded(places: _Places) -> None:
+    """Raise `AdapterError` if weights are loaded for each forward pass only: merged values would be lost."""
+    away = [path for path, module, _ in places if libraries.is_offloaded(module)]
     if away:
         raise AdapterError(
             f"accelerate offloads the weights of {len(away)} adapted layers ({away[0]}, ...), so nothing can be merged "
@@ -110,10 +134,10 @@ def _refuse_offloaded(model: nn.Module) -> None:
         )
 
 
-def _refuse_tied(model: nn.Module) -> None:
-    """Wrapping refuses tied weights, but they may be tied by now: merging would change what shares them too."""
-    shared = tied(base_modules(model))
-    for path, module, slots in walk(model):
+def _refuse_tied(model: nn.Module, places: _Places) -> None:
+    """Raise `AdapterError` if weights were tied after wrapping: merging would also change the other module."""
+    shared = targets.tied(injection.base_modules(model))
+    for path, module, slots in places:
         names = [name for p in module.parameters() for name in shared.get(id(p), ()) if not is_under(name, (path,))]
         if slots.active and names:
             raise AdapterError(
@@ -122,44 +146,38 @@ def _refuse_tied(model: nn.Module) -> None:
             )
 
 
-# Not in inference mode, whoever merges: a base made of inference tensors could neither be trained nor thawed again.
-@torch.inference_mode(False)
-@torch.no_grad()
-def _merged_tensors(path: str, module: nn.Module, slots: Slots) -> dict[str, Tensor]:
-    """The values that ``module``'s own tensors have with all active slots merged, if there is a place for them."""
-    for name in slots.active:
-        slot = slots.get(name)
-        if slot is not None and slot.adapter is not None and not hooks.has_delta(slot.method):
-            raise AdapterError(f"method {slot.method!r} cannot be merged: its plugin does not implement tunerkit_delta")
-    tensors = adapted_tensors(path, module, slots)
-    bias = None if slots.base is None else slots.base.bias_name
-    if bias in tensors and torch_private.own_parameters(module).get(bias) is None:
-        raise AdapterError(f"cannot merge into {path!r}: the adapter adds a bias and the base layer has none")
-    return tensors
-
-
-def _replace(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give the module's tensors other storage, the Parameter objects staying the same; what they had before."""
-    before = {}
-    for name, tensor in tensors.items():
-        owner_path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(owner_path)
-        own = dict((*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)))
-        live = own[leaf]
-        before[name] = live.data
-        live.data = tensor
-    return before
-
-
-def _swap(module: nn.Module, slots: Slots) -> None:
-    """Exchange merged and original values."""
-    if slots.merged:
-        slots.set_aside(_replace(module, slots.originals))
-
-
-def _refuse_permanent(merged: list[Slots]) -> None:
-    if any(slots.permanent for slots in merged):
+def _refuse_permanent(places: _Places) -> None:
+    if any(slots.permanent for _, _, slots in places):
         raise AdapterError(
             "the model was merged with permanent=True, which kept no originals; the base cannot be shown again. "
             "Use tunerkit.unwrap(model, keep_merged=True) to take the adapters out, or load the base model again"
         )
+
+
+# Never in inference mode: inference tensors in the base could not be trained later.
+@torch.inference_mode(False)
+@torch.no_grad()
+def _merged_tensors(path: str, module: nn.Module, slots: Slots) -> dict[str, Tensor]:
+    """Return ``module``'s own tensors with all active slots merged, by name. Raises `AdapterError` if it cannot."""
+    for name in slots.active:
+        slot = slots.get(name)
+        if slot is not None and slot.adapter is not None and not hooks.has_delta(slot.method):
+            raise AdapterError(f"method {slot.method!r} cannot be merged: its plugin does not implement tunerkit_delta")
+    tensors = injection.adapted_tensors(path, module, slots)
+    bias = None if slots.base is None else slots.base.bias_name
+    if bias in tensors and libraries.torch_private.own_parameters(module).get(bias) is None:
+        raise AdapterError(f"cannot merge into {path!r}: the adapter adds a bias and the base layer has none")
+    return tensors
+
+
+def _replace_(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give a module's parameters and buffers new values in other storage, and return the old values by name.
+
+    The Parameter objects stay the same.
+    """
+    own: dict[str, Tensor] = dict(module.named_buffers(remove_duplicate=False))
+    own.update(module.named_parameters(remove_duplicate=False))
+    before = {name: own[name].data for name in tensors}
+    for name, tensor in tensors.items():
+        own[name].data = tensor
+    return before

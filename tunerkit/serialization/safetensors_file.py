@@ -16,8 +16,8 @@ from tunerkit.errors import FileError
 _SUFFIX = ".safetensors"
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file completely or not at all: to a temporary file, flushed to disk, then renamed."""
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Path:
+    """Write a safetensors file and return its path: to a temporary file, flushed to disk, then renamed."""
     if path.is_dir():
         raise FileError(f"cannot write {path}: it is a folder; a path that ends in {_SUFFIX} names the file itself")
     data = safetensors.torch.save(_apart(tensors), metadata)
@@ -34,6 +34,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+    return path
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -41,6 +42,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     storages: set[int] = set()
     found = {}
     for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
         storage = tensor.untyped_storage().data_ptr()
         found[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
@@ -57,10 +59,15 @@ def _ordered(data: bytes) -> tuple[bytes, memoryview]:
     return len(text).to_bytes(8, "little") + text, memoryview(data)[end:]
 
 
-def file_at(path: str | os.PathLike[str], name: str) -> Path:
-    """Return ``path`` if it ends in ``.safetensors``, else the file ``name`` in the folder ``path``."""
+def file_at(path: str | os.PathLike[str], content: str) -> Path:
+    """Return ``path`` if it ends in ``.safetensors``, else the file for ``content`` in that folder.
+
+    Args:
+        path: The file or the folder.
+        content: The kind of file: ``"adapter"`` or ``"state"``.
+    """
     try:
         place = Path(path)
     except TypeError:
         raise FileError(f"expected the path of a folder or a file, got {type(path).__name__} {path!r}") from None
-    return place if place.suffix == _SUFFIX else place / name
+    return place if place.suffix == _SUFFIX else place / f"{content}{_SUFFIX}"

@@ -1,4 +1,4 @@
-"""Go on with a training: its state in a file or in the optimizer's, and saved weights put back into live adapters."""
+"""Resume training: save and load training states, carry them in the optimizer's, and restore weights in place."""
 
 import copy
 import functools
@@ -8,58 +8,67 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tunerkit import hooks
+from tunerkit import hooks, injection, steps
 from tunerkit.errors import FileError, TunerkitWarning
 from tunerkit.injection import Tuner
-from tunerkit.injection import tuner as find_tuner
 from tunerkit.records import RankChange, State
-from tunerkit.serialization.adapter_file import FILE_NAME, fill, header_of, read, refuse_other_base
+from tunerkit.serialization.adapter_file import fill, header_of, read, refuse_other_base
 from tunerkit.serialization.header import Header, decode, encode
 from tunerkit.serialization.safetensors_file import file_at, write
-from tunerkit.steps import hold, optimizer_of
 
-STATE_NAME = "state.safetensors"
 # The entry of an optimizer's state_dict that holds training states by adapter name.
 CARRIED = "tunerkit"
 
 
 def save_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None = None) -> Path:
-    """Write what training needs to go on (importance averages, step, total), apart from the adapter's weights."""
-    return save_tuner_state(find_tuner(model, adapter), path)
+    """Write an adapter's training state: importance averages, masks, history and step count, but not the weights.
+
+    Args:
+        model: The wrapped model, with the adapter attached.
+        path: A folder, which gets ``state.safetensors`` and is created if it is missing; or a file, if the path ends in
+            ``.safetensors``.
+        adapter: The adapter's name. It may be left out if the model has only one.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        FileError: The file cannot be written. An older file is unchanged then.
+        AdapterError: There is no such adapter, or a method with a schedule was never attached.
+    """
+    return write(file_at(path, "state"), *_state_of(injection.tuner(model, adapter)))
 
 
 def load_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None = None) -> None:
-    """Restore what `save_state` wrote into an attached adapter: the next step continues the interrupted run.
+    """Restore a training state that `save_state` wrote. The next step continues the interrupted training.
 
-    Raises `FileError` for a file that is damaged or of another run, and `StepError` if the method's state does not
-    fit the adapter; nothing is changed then.
+    If this raises, nothing is changed.
+
+    Args:
+        model: The wrapped model, with the saved weights and with the adapter attached.
+        path: The file, or the folder that contains ``state.safetensors``.
+        adapter: The adapter's name. It may be left out if the model has only one.
+
+    Raises:
+        FileError: The file is missing, damaged or of another run.
+        StepError: The method's state does not fit the adapter.
+        AdapterError: There is no such adapter.
     """
-    load_tuner_state(find_tuner(model, adapter), path)
-
-
-def save_tuner_state(tuner: Tuner, path: str | os.PathLike[str]) -> Path:
-    """`save_state` of one tuner."""
-    target = file_at(path, STATE_NAME)
-    tensors, metadata = _state_of(tuner)
-    write(target, tensors, metadata)
-    return target
-
-
-def load_tuner_state(tuner: Tuner, path: str | os.PathLike[str]) -> None:
-    """`load_state` into one tuner."""
-    source = file_at(path, STATE_NAME)
-    _go_on_(tuner, *read(source, content="state"), source=str(source))
+    tuner = injection.tuner(model, adapter)
+    source, tensors, header = read(path, content="state")
+    _resume_(tuner, tensors, header, source)
 
 
 def carry(tuner: Tuner, optimizer: Optimizer) -> None:
-    """Let the training state travel in ``optimizer.state_dict()``, where each loop's own checkpoints take it along.
+    """Add the training state to ``optimizer.state_dict()``, so that any loop's own checkpoints contain it.
 
-    The entry has a name of its own beside torch's, which an optimizer that nothing is attached to passes over.
+    The entry has its own name beside torch's. An optimizer without attached adapters ignores it.
     """
-    hold(
+    steps.hold(
         tuner,
         optimizer.register_state_dict_post_hook(functools.partial(_put_in, tuner)),
         optimizer.register_load_state_dict_pre_hook(functools.partial(_take_out, tuner)),
@@ -68,63 +77,58 @@ def carry(tuner: Tuner, optimizer: Optimizer) -> None:
 
 def _put_in(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     tensors, metadata = _state_of(tuner)
-    # Copies: who keeps the state_dict in memory and trains on would find averages that their digest does not fit.
-    kept = {name: tensor.clone() for name, tensor in tensors.items()}
+    # Clone: training may continue while the state_dict stays in memory, and its digest must fit its tensors.
+    kept = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     state_dict.setdefault(CARRIED, {})[tuner.name] = {"tensors": kept, "metadata": metadata}
 
 
 def _take_out(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     carried = state_dict.get(CARRIED, {}).get(tuner.name)
     if carried is not None:
-        source = "the optimizer's state_dict"
-        tensors: dict[str, Tensor] = carried["tensors"]
-        _go_on_(tuner, tensors, decode(carried["metadata"], tensors, source=source, content="state"), source=source)
+        source, tensors = "the optimizer's state_dict", carried["tensors"]
+        _resume_(tuner, tensors, decode(carried["metadata"], tensors, source=source, content="state"), source)
     elif state_dict["state"]:
         warnings.warn(
             f"the state_dict that the optimizer loads has no training state of adapter {tuner.name!r}, which was not "
-            f"attached where it was taken: the schedule goes on from step {tuner.steps}. To resume a training, load "
-            "its state with tunerkit.load_state",
+            f"attached when it was saved: the schedule restarts at step {tuner.steps}. To resume that training "
+            "instead, load its state: tunerkit.load_state",
             TunerkitWarning,
             stacklevel=4,
         )
 
 
-def _state_of(tuner: Tuner) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a training state and what is said of them, as a file holds both."""
+def _state_of(tuner: Tuner) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+    """Return the tensors of the training state, and the metadata that a file stores with them."""
     state = tuner.training_state()
     history = [[change.step, change.budget, list(change.ranks.values())] for change in tuner.history]
-    header = header_of(tuner, content="state", values=dict(state.values), history=history)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in state.tensors.items()}
-    return tensors, encode(header, tensors)
+    header = attrs.evolve(header_of(tuner, content="state"), values=dict(state.values), history=history)
+    return state.tensors, encode(header, state.tensors)
 
 
-def _go_on_(tuner: Tuner, tensors: Mapping[str, Tensor], header: Header, *, source: str) -> None:
-    differing = _differences(header, header_of(tuner, content="state"))
-    if tuner.needs_steps and header.total_steps != tuner.total_steps:
-        # A schedule is laid out over the whole training; one that is longer now would have pruned otherwise.
-        differing.append(f"total_steps {header.total_steps} -> {tuner.total_steps}")
-    _refuse_other_run(source, differing)
-    history = [RankChange(step, budget, _by_target(ranks, header, source)) for step, budget, ranks in header.history]
+def _resume_(tuner: Tuner, tensors: Mapping[str, Tensor], header: Header, source: str) -> None:
+    _refuse_other_run(tuner, header, source)
     hooks.restore(tuner, State(tensors=tensors, values=header.values))
     tuner.progress.steps = header.steps
-    tuner.progress.history[:] = history
+    tuner.progress.history[:] = [
+        RankChange(step, budget, dict(zip(header.targets, ranks, strict=True)))
+        for step, budget, ranks in header.history
+    ]
 
 
 def restore_(tuner: Tuner, path: str | os.PathLike[str]) -> None:
-    """Put the weights saved at ``path`` into the live adapter, of other ranks too: all of them, or an error.
+    """Load the weights at ``path`` into the live adapter, which may have other ranks: all of them, or raise an error.
 
-    The Parameter objects stay. What an optimizer keeps for one that changed its shape is dropped: it belongs to
-    another tensor now.
+    The Parameter objects stay the same. If a parameter changes its shape, its optimizer state is dropped, because it
+    belongs to the old tensor.
     """
-    source = file_at(path, FILE_NAME)
-    tensors, header = read(source, content="adapter")
-    _refuse_other_run(str(source), _differences(header, header_of(tuner, content="adapter")))
+    source, tensors, header = read(path, content="adapter")
+    _refuse_other_run(tuner, header, source)
     refuse_other_base(tuner, header, source)
     slots = dict(tuner.slots())
-    fill(copy.deepcopy(slots), tensors, source)  # whatever does not fit is told before anything live is touched
+    fill(copy.deepcopy(slots), tensors, source)  # a misfit is found on a copy, before anything live is changed
     shapes = {parameter: parameter.shape for parameter in tuner.parameters()}
     fill(slots, tensors, source)
-    optimizer = optimizer_of(tuner)
+    optimizer = steps.optimizer_of(tuner)
     for parameter, shape in shapes.items():
         if optimizer is not None and parameter.shape != shape:
             optimizer.state.pop(parameter, None)
@@ -132,34 +136,26 @@ def restore_(tuner: Tuner, path: str | os.PathLike[str]) -> None:
 
 
 def forget_state_(tuner: Tuner) -> None:
-    """Let go of a training state that does not go with the weights that were just restored, and of what came later."""
+    """Drop a training state that does not belong to the weights just restored, and the history after their step."""
     tuner.progress.state = None
     tuner.progress.history[:] = [change for change in tuner.history if change.step <= tuner.steps]
 
 
-def _differences(saved: Header, own: Header) -> list[str]:
-    """What a file says of its adapter and this one does not, ``saved -> here``; empty if they are of one run."""
+def _refuse_other_run(tuner: Tuner, saved: Header, source: str) -> None:
+    """Raise `FileError` if a file's method, config, modules or schedule differ from the adapter's."""
+    own = header_of(tuner, content=saved.kind)
     if saved.method != own.method:
-        return [f"method {saved.method!r} -> {own.method!r}"]
-    lines = [
-        f"{name} {saved.config.get(name)!r} -> {own.config.get(name)!r}"
-        for name in sorted({*saved.config, *own.config})
-        if saved.config.get(name) != own.config.get(name)
-    ]
-    for what in ("targets", "copies", "biases"):
-        one, other = getattr(saved, what), getattr(own, what)
-        if one != other:
-            lines.append(f"{len(one)} {what} -> {len(other)}, not the same ones")
-    return lines
-
-
-def _refuse_other_run(source: str, differing: list[str]) -> None:
-    if differing:
-        listed = "\n".join(f"- {line}" for line in differing)
-        raise FileError(f"{source} belongs to another run (saved -> here):\n{listed}")
-
-
-def _by_target(ranks: object, header: Header, source: str) -> Mapping[str, int]:
-    if not isinstance(ranks, list) or len(ranks) != len(header.targets):
-        raise FileError(f"{source}: its history does not have one rank per target")
-    return dict(zip(header.targets, ranks, strict=True))
+        lines = [f"method {saved.method!r} -> {own.method!r}"]
+    else:
+        settings = {name: (saved.config.get(name), own.config.get(name)) for name in {*saved.config, *own.config}}
+        lines = [f"{name} {there!r} -> {here!r}" for name, (there, here) in sorted(settings.items()) if there != here]
+        lines += [
+            f"{len(there)} {what} -> {len(here)}, not the same ones"
+            for (what, there), here in zip(saved.places.items(), own.places.values(), strict=True)
+            if there != here
+        ]
+    if saved.kind == "state" and tuner.needs_steps and saved.total_steps != own.total_steps:
+        # The schedule covers the whole training, so in a longer training it would have pruned differently.
+        lines.append(f"total_steps {saved.total_steps} -> {own.total_steps}")
+    if lines:
+        raise FileError("\n- ".join([f"{source} belongs to another run (saved -> here):", *lines]))

@@ -3,14 +3,18 @@
 import operator
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import SupportsIndex
 
 from torch.optim import Optimizer
 
+from tunerkit import injection
 from tunerkit.errors import StepError, TunerkitWarning
-from tunerkit.injection import Tuner, is_frozen, refuse_lost, wrapped_of
+from tunerkit.injection import Tuner
+from tunerkit.paths import few
 from tunerkit.steps.links import is_attached
+
+_BUILD_IT = "build it from (p for p in model.parameters() if p.requires_grad) after tunerkit.wrap"
 
 
 def find_optimizer(candidate: object, tuners: Sequence[Tuner]) -> Optimizer:
@@ -33,31 +37,25 @@ def find_optimizer(candidate: object, tuners: Sequence[Tuner]) -> Optimizer:
             f"attach takes a torch optimizer or a transformers Trainer, got {type(candidate).__name__}; "
             "pass the optimizer that steps the adapter"
         )
-    if not _takes_hooks(candidate):
+    try:
+        candidate.register_state_dict_post_hook(lambda *_: None).remove()
+    except AttributeError as error:
         raise StepError(
             f"{type(candidate).__name__} does not support hooks: it does not call torch.optim.Optimizer.__init__. "
             "If it wraps an optimizer that does, attach that one; otherwise attach another optimizer"
-        )
+        ) from error
     return candidate
-
-
-def _takes_hooks(optimizer: Optimizer) -> bool:
-    try:
-        optimizer.register_state_dict_post_hook(lambda *_: None).remove()
-    except AttributeError:
-        return False
-    return True
 
 
 def check_attachable(tuner: Tuner, optimizer: Optimizer) -> None:
     """Reject a second attachment, and an adapter that this optimizer cannot train."""
     if is_attached(tuner):
-        others = [name for name, other in wrapped_of(tuner.model).tuners.items() if not is_attached(other)]
+        others = [name for name, other in injection.wrapped_of(tuner.model).tuners.items() if not is_attached(other)]
         which = f", or pass adapter={others[0]!r} to attach another" if others else ""
         raise StepError(
             f"adapter {tuner.name!r} is attached already: one optimizer drives it; wrap again for a new run{which}"
         )
-    if is_frozen(tuner):
+    if injection.is_frozen(tuner):
         raise StepError(
             f"adapter {tuner.name!r} is frozen; tunerkit.thaw(model, {tuner.name!r}) resumes training it, and "
             "tunerkit.load(..., trainable=True) loads an adapter for training"
@@ -67,7 +65,7 @@ def check_attachable(tuner: Tuner, optimizer: Optimizer) -> None:
             f"adapter {tuner.name!r} is on the meta device and cannot be trained: accelerate offloads it with the "
             "model. Offload first, then wrap: the adapter then stays on the device where the model runs"
         )
-    refuse_lost([tuner])
+    injection.refuse_lost([tuner])
     _check_held(tuner, optimizer)
 
 
@@ -79,57 +77,42 @@ def _check_held(tuner: Tuner, optimizer: Optimizer) -> None:
     """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     trained = {path: {n: p for n, p in slot.named_parameters() if p.requires_grad} for path, slot in tuner.slots()}
-    counted = {path: own for path, own in trained.items() if own}
-    if tuner.needs_steps:
-        adapters = tuner.adapters()
-        counted = {path: own for path, own in counted.items() if path in adapters}
-    if counted and not any(id(p) in held for own in counted.values() for p in own.values()):
+    adapters = tuner.adapters() if tuner.needs_steps else trained
+    counted = [own for path, own in trained.items() if own and path in adapters]
+    if counted and not any(id(p) in held for own in counted for p in own.values()):
         raise StepError(
             f"the optimizer holds none of the parameters of adapter {tuner.name!r} at its {len(counted)} places; "
             f"{_BUILD_IT}, or pass adapter=... to name the adapter that it trains"
         )
-    missing = {path: [n for n, p in own.items() if id(p) not in held] for path, own in trained.items()}
-    if any(missing.values()):
+    missing: dict[str, list[str]] = defaultdict(list)  # the places by what is missing there
+    for path, own in trained.items():
+        if names := ", ".join(name for name, p in own.items() if id(p) not in held):
+            missing[names].append(path)
+    if missing:
+        listed = "; ".join(f"{names} at {few(paths, shown=5)}" for names, paths in missing.items())
         warnings.warn(
             f"the optimizer does not hold all parameters that adapter {tuner.name!r} trains. Unless another optimizer "
-            f"trains them, these do not change: {_grouped(missing)}; {_BUILD_IT}",
+            f"trains them, these do not change: {listed}; {_BUILD_IT}",
             TunerkitWarning,
             stacklevel=5,
         )
 
 
-_BUILD_IT = "build it from (p for p in model.parameters() if p.requires_grad) after tunerkit.wrap"
-_SHOWN = 5
-
-
-def _grouped(missing: Mapping[str, Sequence[str]]) -> str:
-    """Group the paths by what is missing there: ``adapter.lam at 0, 2; copy.weight, copy.bias at head``."""
-    paths: dict[str, list[str]] = defaultdict(list)
-    for path, names in missing.items():
-        if names:
-            paths[", ".join(names)].append(path)
-    return "; ".join(
-        f"{names} at {', '.join(at[:_SHOWN])}{f' and {len(at) - _SHOWN} more' if len(at) > _SHOWN else ''}"
-        for names, at in paths.items()
-    )
-
-
 def agree_on_total(tuner: Tuner, total_steps: int | None) -> int | None:
     """Return the total steps of the call or the config. They must agree; a method that needs steps requires one."""
     configured = tuner.config.total_steps
-    if total_steps is not None and configured is not None and total_steps != configured:
+    total = configured if total_steps is None else total_steps
+    if configured is not None and total != configured:
         raise StepError(
             f"adapter {tuner.name!r}: the config says total_steps={configured}, training has {total_steps}; "
             "make them equal or leave the config's out"
         )
-    total = configured if total_steps is None else total_steps
-    total = None if total is None else _as_count(total)
     if total is None and tuner.needs_steps:
         raise StepError(
             f"method {tuner.method!r} needs the length of training: pass total_steps=... to tunerkit.attach, "
             "or set total_steps in the config"
         )
-    return total
+    return None if total is None else _as_count(total)
 
 
 def _as_count(total: SupportsIndex) -> int:

@@ -1,9 +1,8 @@
-"""Drive the methods' step hooks from the optimizer's own: nobody has to remember to call anything."""
+"""Call the methods' step hooks from the optimizer's own hooks, so that users do not have to call anything."""
 
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Any
 from weakref import ref
 
@@ -12,23 +11,24 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tunerkit import hooks
+from tunerkit import hooks, injection
 from tunerkit.errors import StepError, TunerkitWarning
-from tunerkit.injection import Link, Tuner, report, slots_of, takes_part
+from tunerkit.injection import Link, Tuner
 from tunerkit.steps.checks import agree_on_total, check_attachable, find_optimizer
 from tunerkit.steps.withheld import Withheld
 
 
 @attrs.define(eq=False)
-class Driver:
-    """What connects one tuner with one optimizer. ``clock`` gives the number of the step being taken, from 1.
+class _Driver:
+    """The connection between one tuner and one optimizer.
 
-    ``withheld`` are the gradients that the method keeps from the step being taken.
+    ``clock`` returns the number of the current step, from 1. ``withheld`` are the gradients that the method withholds
+    from the current step.
     """
 
     tuner: Tuner
     clock: Callable[[], int] | None
-    told_past_total: bool = False
+    warned_past_total: bool = False
     withheld: Withheld = attrs.field(factory=Withheld)
 
     def next_step(self) -> int:
@@ -42,9 +42,18 @@ def drive(
     total_steps: int | None,
     clock: Callable[[], int] | None = None,
 ) -> Optimizer:
-    """Start the methods' training states and hook into the optimizer that ``candidate`` is or wraps, which is returned.
+    """Start the methods' training states, and register step hooks on an optimizer.
 
-    All of ``tuners``, or none if one is refused.
+    If this raises, no adapter is attached.
+
+    Args:
+        tuners: The adapters to drive.
+        candidate: A torch optimizer, or a wrapper around one.
+        total_steps: The length of training in optimizer steps, if it is known.
+        clock: Returns the number of the current step, from 1; by default the steps of each adapter are counted.
+
+    Returns:
+        The torch optimizer.
     """
     optimizer = find_optimizer(candidate, tuners)
     for tuner in tuners:
@@ -55,7 +64,7 @@ def drive(
         progress = tuner.progress
         progress.state, progress.total_steps, progress.steps = state, total, 0
         progress.history.clear()
-        driver = Driver(tuner=tuner, clock=clock)
+        driver = _Driver(tuner=tuner, clock=clock)
         handles = (
             optimizer.register_step_pre_hook(_uncompiled(_before, driver)),
             optimizer.register_step_post_hook(_uncompiled(_after, driver)),
@@ -64,26 +73,24 @@ def drive(
     return optimizer
 
 
-def _uncompiled(hook: Callable[..., Any], driver: Driver) -> Callable[..., Any]:
-    """Our hook for an optimizer whose step may be compiled: what plugins do there is Python, and changes shapes."""
+def _uncompiled(hook: Callable[..., Any], driver: _Driver) -> Callable[..., Any]:
+    """Exclude a hook from a compiled optimizer step: plugins run any Python code there, and may change shapes."""
     hidden: Callable[..., Any] = torch.compiler.disable(functools.partial(hook, driver))
     return hidden
 
 
 def _before(
-    driver: Driver, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    driver: _Driver, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Fires inside ``optimizer.step`` before anything is updated.
+    """Run inside ``optimizer.step``, before anything is updated.
 
-    ``args`` begins with the optimizer itself or not, depending on the torch release: a closure is found by being
-    callable.
+    With a closure the gradients are computed later, inside it, perhaps several times. Depending on the torch release,
+    ``args`` starts with the optimizer or not, so a positional closure is recognised by being callable.
     """
-    driver.withheld.put_back_(stepped=False)  # if the last step raised, no hook fired after it
+    driver.withheld.put_back_(stepped=False)  # if the last step raised, no hook ran after it
     _refuse_misplaced(driver.tuner)
-    closure = kwargs.get("closure")
-    if closure is not None:
-        return args, {**kwargs, "closure": _wrap_closure(driver, optimizer, closure)}
-    # With a closure the gradients come later, inside it, and perhaps several times.
+    if kwargs.get("closure") is not None:
+        return args, {**kwargs, "closure": _wrap_closure(driver, optimizer, kwargs["closure"])}
     if args and args[-1] is not optimizer and callable(args[-1]):
         return (*args[:-1], _wrap_closure(driver, optimizer, args[-1])), kwargs
     _call_before_step(driver, optimizer)
@@ -91,18 +98,18 @@ def _before(
 
 
 def _refuse_misplaced(tuner: Tuner) -> None:
-    """Refuse a step while merged weights stand where the adapter is, or where it was torn out.
+    """Reject a step while the model is merged, or after the adapter was removed by hand.
 
-    Each step asks this, and so of the adapter's own places and not of the whole model.
+    This runs at each step, so it looks only at the adapter's own modules, not at the whole model.
     """
-    found = [slots_of(place.module) for place in chain(tuner.targets, tuner.copies, tuner.biases)]
+    found = [injection.slots_of(module) for module in tuner.modules().values()]
     if None in found:
-        list(tuner.slots())  # raises, and names the place
+        list(tuner.slots())  # raises an error that names the module
     if any(slots is not None and slots.merged for slots in found):
-        raise StepError("the model is merged: a step would train nothing. Call tunerkit.unmerge before training on")
+        raise StepError("the model is merged: a step would train nothing. Call tunerkit.unmerge before more training")
 
 
-def _wrap_closure(driver: Driver, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+def _wrap_closure(driver: _Driver, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
     @functools.wraps(closure)
     def then_before_step() -> Any:
         driver.withheld.put_back_(stepped=False)  # the closure may run several times, and may accumulate
@@ -113,27 +120,23 @@ def _wrap_closure(driver: Driver, optimizer: Optimizer, closure: Callable[[], An
     return then_before_step
 
 
-def _call_before_step(driver: Driver, optimizer: Optimizer) -> None:
-    # A fused optimizer under GradScaler steps on scaled gradients and carries the scale as an attribute.
-    grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-    if not takes_part(driver.tuner):
-        return
-    tuner, step = driver.tuner, driver.next_step()
-    report(tuner.model)
-    with torch.no_grad():
-        driver.withheld.take_(hooks.before_step(tuner, step, grad_scale), grad_scale)
-
-
-def _after(driver: Driver, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Fires after the update; not for a step that a fused optimizer skipped because its gradients overflowed."""
-    found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
-    skipped = found_inf is not None and bool(found_inf)
-    driver.withheld.put_back_(stepped=not skipped)
-    if skipped:
-        return
-    if not takes_part(driver.tuner):
-        return
+def _call_before_step(driver: _Driver, optimizer: Optimizer) -> None:
     tuner = driver.tuner
+    if injection.takes_part(tuner):
+        injection.report(tuner.model)
+        # Under a GradScaler a fused optimizer steps on scaled gradients; the scale is its attribute, if there is one.
+        grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+        with torch.no_grad():
+            driver.withheld.take_(hooks.before_step(tuner, driver.next_step(), grad_scale), grad_scale)
+
+
+def _after(driver: _Driver, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Run after the update. A step that a fused optimizer skipped, because gradients overflowed, does not count."""
+    tuner = driver.tuner
+    skipped = bool(getattr(optimizer, "found_inf", None))
+    driver.withheld.put_back_(stepped=not skipped)
+    if skipped or not injection.takes_part(tuner):
+        return
     tuner.progress.steps = driver.next_step()
     with torch.no_grad():
         ranks = hooks.after_step(tuner, tuner.steps)
@@ -141,13 +144,13 @@ def _after(driver: Driver, optimizer: Optimizer, args: tuple[Any, ...], kwargs: 
     _warn_past_total(driver)
 
 
-def _warn_past_total(driver: Driver) -> None:
+def _warn_past_total(driver: _Driver) -> None:
     tuner = driver.tuner
-    if tuner.total_steps is not None and tuner.steps > tuner.total_steps and not driver.told_past_total:
-        driver.told_past_total = True
+    if tuner.total_steps is not None and tuner.steps > tuner.total_steps and not driver.warned_past_total:
+        driver.warned_past_total = True
         warnings.warn(
-            f"adapter {tuner.name!r}: step {tuner.steps} lies past total_steps={tuner.total_steps}; "
-            "ranks stay as the final allocation left them",
+            f"adapter {tuner.name!r}: step {tuner.steps} is after total_steps={tuner.total_steps}; "
+            "the ranks stay as the final allocation set them",
             TunerkitWarning,
             stacklevel=2,
         )

@@ -5,24 +5,12 @@ from collections.abc import Sequence
 
 import attrs
 import torch
-from torch import Tensor, nn, optim
-from torch.optim import Optimizer
+from torch import Tensor, nn
+from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
 
 # These update each element from its own gradient and state only, so removing other elements does not affect it. That is
 # wrong for optimizers that use the whole tensor: Adafactor, Muon, LBFGS, or 8-bit states in blocks.
-_ELEMENTWISE: tuple[type[Optimizer], ...] = (
-    optim.ASGD,
-    optim.Adadelta,
-    optim.Adagrad,
-    optim.Adam,
-    optim.AdamW,
-    optim.Adamax,
-    optim.NAdam,
-    optim.RAdam,
-    optim.RMSprop,
-    optim.Rprop,
-    optim.SGD,
-)
+_ELEMENTWISE = (ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, Rprop)
 
 
 @attrs.frozen(eq=False)
@@ -87,18 +75,16 @@ def _obstacle(parameters: Sequence[nn.Parameter], optimizer: Optimizer | None) -
     name = type(optimizer).__name__
     if inspect.unwrap(type(optimizer).step) not in {inspect.unwrap(kind.step) for kind in _ELEMENTWISE}:
         return f"{name} is not known to update each element independently"
-    odd = {key for p in parameters for key, value in _state(optimizer, p).items() if not _is_known(value, p)}
+    states = ((p, key, value) for p in parameters for key, value in _tensors_of(optimizer, p).items())
+    odd = {key for p, key, value in states if value.shape != p.shape}
     return f"{name} keeps {', '.join(sorted(odd))} in a shape other than the parameter's" if odd else None
 
 
-def _is_known(value: object, parameter: nn.Parameter) -> bool:
-    """Whether an entry of the optimizer state is one number for the parameter, or one for each element."""
-    return not isinstance(value, Tensor) or value.ndim == 0 or value.shape == parameter.shape
-
-
-def _state(optimizer: Optimizer | None, parameter: nn.Parameter) -> dict[str, object]:
+def _tensors_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Return the optimizer state of a parameter without single numbers, such as a step count, which have no shape."""
     # `state` is a defaultdict: a lookup would add an empty entry, which optimizers take for an initialised one.
-    return optimizer.state[parameter] if optimizer is not None and parameter in optimizer.state else {}
+    state = optimizer.state.get(parameter, {})
+    return {key: value for key, value in state.items() if isinstance(value, Tensor) and value.ndim > 0}
 
 
 @torch.no_grad()
@@ -106,9 +92,8 @@ def _cut_(cut: Cut, optimizer: Optimizer | None) -> None:
     parameter = cut.parameter
     kept = cut.kept.to(parameter.device)
     grad = parameter.grad
-    state = _state(optimizer, parameter)
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.ndim > 0:
-            state[key] = value.index_select(cut.dim, kept.to(value.device))
+    if optimizer is not None:
+        for key, value in _tensors_of(optimizer, parameter).items():
+            optimizer.state[parameter][key] = value.index_select(cut.dim, kept.to(value.device))
     resize_(parameter, parameter.data.index_select(cut.dim, kept))
     parameter.grad = None if grad is None else grad.index_select(cut.dim, kept)

@@ -1,7 +1,7 @@
-"""Warns of an optimizer that steps an adapter without driving it, which would be silent for a whole training.
+"""Warn if an optimizer steps an adapter that it does not drive: otherwise a whole training could go wrong silently.
 
-One hook serves all optimizers of the process. It looks once at the parameters of each optimizer, and from then on only
-at the adapters that it found among them.
+One hook serves all optimizers of the process. It reads each optimizer's parameters once. After that it only looks at
+the adapters that it found among them.
 """
 
 import warnings
@@ -13,19 +13,21 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from tunerkit import hooks
+from tunerkit import hooks, injection
 from tunerkit.errors import AdapterError, TunerkitWarning
-from tunerkit.injection import Tuner, unseen
+from tunerkit.injection import Tuner
 from tunerkit.steps.links import is_attached, optimizer_of
 
 
 @attrs.define(eq=False)
 class _Look:
-    """The adapters that an optimizer held when it had so many groups and so many adapters had been seen."""
+    """The adapters that an optimizer holds, and those that a warning has named.
 
-    groups: int
-    seen: int
-    held: WeakSet[Tuner]
+    ``seen`` is the optimizer's number of parameter groups and the number of known adapters when ``held`` was filled.
+    """
+
+    seen: tuple[int, int] = (0, 0)
+    held: WeakSet[Tuner] = attrs.field(factory=WeakSet)
     warned: WeakSet[Tuner] = attrs.field(factory=WeakSet)
 
 
@@ -51,15 +53,14 @@ def watch_optimizers(method: str) -> None:
 
 
 def warn_of_undriven_steps(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Warn, once, of each adapter that ``optimizer`` has just moved although something else, or nothing, drives it."""
+    """Warn once about each adapter that ``optimizer`` has just moved but does not drive."""
     if torch.compiler.is_compiling():
-        return  # somebody's compiled step must not be traced through weak references
-    _note_new()
-    look = _watch.looks.get(optimizer)
-    if look is None or (look.groups, look.seen) != (len(optimizer.param_groups), _watch.seen):
-        warned = WeakSet[Tuner]() if look is None else look.warned
-        look = _Look(len(optimizer.param_groups), _watch.seen, _held_by(optimizer), warned)
-        _watch.looks[optimizer] = look
+        return  # a compiled step must not be traced through weak references
+    _register_new()
+    look = _watch.looks.setdefault(optimizer, _Look())
+    if look.seen != (len(optimizer.param_groups), _watch.seen):
+        look.seen = (len(optimizer.param_groups), _watch.seen)
+        look.held = _held_by(optimizer)
     for tuner in [tuner for tuner in look.held if tuner not in look.warned]:
         driven = is_attached(tuner) and optimizer_of(tuner) is optimizer
         if not driven and any(p.requires_grad and p.grad is not None for p in _parameters(tuner)):
@@ -67,10 +68,10 @@ def warn_of_undriven_steps(optimizer: Optimizer, args: Any, kwargs: Any) -> None
             _warn(tuner, optimizer)
 
 
-def _note_new() -> None:
-    """Take in new tuners. Not when they are made: a copy has no parameters yet then."""
-    for tuner in list(unseen):
-        unseen.discard(tuner)
+def _register_new() -> None:
+    """Record the parameters of new tuners. Not when a tuner is created: a copy has no parameters yet then."""
+    for tuner in list(injection.unseen):
+        injection.unseen.discard(tuner)
         if hooks.watches_steps(tuner.method):
             _watch.seen += 1
             _watch.tuners.add(tuner)
@@ -82,7 +83,7 @@ def _held_by(optimizer: Optimizer) -> WeakSet[Tuner]:
 
 
 def _parameters(tuner: Tuner) -> list[torch.nn.Parameter]:
-    """Its parameters; none if the adapter is in no model, or somebody tore it out."""
+    """Return an adapter's parameters; none if it is in no model any more."""
     try:
         return list(tuner.parameters())
     except AdapterError:
@@ -93,8 +94,8 @@ def _warn(tuner: Tuner, optimizer: Optimizer) -> None:
     driver = "another optimizer drives it" if is_attached(tuner) else "nothing drives it"
     warnings.warn(
         f"an optimizer ({type(optimizer).__name__}) steps adapter {tuner.name!r}, but {driver}: method "
-        f"{tuner.method!r} does not see these steps. Call tunerkit.attach with this optimizer; one that was "
-        "deep-copied lost its hooks, and a deep-copied model is attached by itself",
+        f"{tuner.method!r} does not see these steps. Call tunerkit.attach with this optimizer. A deep-copied optimizer "
+        "has lost its hooks, and a deep-copied model must be attached itself",
         TunerkitWarning,
         stacklevel=4,
     )

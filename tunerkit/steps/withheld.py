@@ -1,4 +1,4 @@
-"""Gradients withheld from an optimizer step: taken away before it, put back after it."""
+"""Withhold gradients from an optimizer step: remove them before the step and put them back after it."""
 
 from collections.abc import Iterable
 
@@ -14,38 +14,38 @@ _EXPECTED = "return a list of the adapter's parameters, or None"
 
 @attrs.define(eq=False)
 class Withheld:
-    """The gradients that the current step must not see, with the scale that they carry.
+    """The gradients that the current step must not use, and their scale.
 
-    An optimizer skips a parameter without a gradient: no update, no momentum, no weight decay.
+    An optimizer skips a parameter without a gradient: it applies no update, no momentum and no weight decay.
     """
 
     gradients: list[tuple[Tensor, Tensor]] = attrs.field(factory=list)
     grad_scale: Tensor | None = None
 
     def take_(self, parameters: Iterable[nn.Parameter] | None, grad_scale: Tensor | None) -> None:
-        """Take away the gradients of ``parameters``; those without a gradient are passed over.
+        """Remove the gradients of ``parameters``. A parameter without a gradient is skipped.
 
         Args:
             parameters: What a method returned from `tunerkit_before_step`; None withholds nothing.
-            grad_scale: The factor that the gradients carry (0-d), or None if they carry none.
+            grad_scale: The factor by which the gradients are scaled (0-d), or None if they are not scaled.
 
         Raises:
-            PluginError: If ``parameters`` is no collection of tensors.
+            PluginError: ``parameters`` is not a collection of tensors.
         """
         self.grad_scale = grad_scale
         for parameter in _listed(parameters):
-            if parameter.grad is not None:  # a parameter that is listed twice is taken once
+            if parameter.grad is not None:
                 self.gradients.append((parameter, parameter.grad))
                 parameter.grad = None
 
     @torch.no_grad()
     def put_back_(self, *, stepped: bool) -> None:
-        """Put every withheld gradient back; calling this again does nothing.
+        """Put back every withheld gradient. Calling this again does nothing.
 
-        A fused optimizer divides the gradients it sees by ``grad_scale`` while it steps. Withheld gradients get the
-        same division, so that after the step all gradients are in one unit. After a skipped or interrupted step they
-        go back as they were, still scaled: the optimizer has not divided the others either. Multiplying by the scale
-        again would not restore what the division rounded, so the division waits until the step is known to count.
+        A fused optimizer divides the gradients by ``grad_scale`` while it steps. Withheld gradients are divided too, so
+        that afterwards all gradients have the same scale. After a skipped or interrupted step they are put back still
+        scaled, because the optimizer has not divided the others either. The division happens only here, because
+        multiplying again could not undo its rounding.
 
         Args:
             stepped: Whether the optimizer updated its parameters.
@@ -58,13 +58,13 @@ class Withheld:
         for parameter, grad in held:
             if stepped:
                 parameter.grad = grad
-            # Time has passed since an interrupted step: a newer gradient stays, and the parameter may have changed.
+            # After an interrupted step a newer gradient may exist, or the parameter may have another shape.
             elif parameter.grad is None and parameter.shape == grad.shape:
                 parameter.grad = grad.to(parameter)
 
 
 def _listed(parameters: object) -> list[Tensor]:
-    """What a plugin returned, checked: a tensor alone would be taken apart without a word."""
+    """Check what a plugin returned. A single tensor is rejected: iterating over it would yield its rows."""
     if parameters is None:
         return []
     if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
