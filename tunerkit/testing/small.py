@@ -43,6 +43,18 @@ def train(model: nn.Module, optimizer: Optimizer, steps: int) -> list[float]:
     return [step(model, optimizer) for _ in range(steps)]
 
 
+def closure_of(model: nn.Module, optimizer: Optimizer) -> Callable[[], float]:
+    """What ``optimizer.step`` may call, as often as it likes: new gradients over all of `X`, and the loss."""
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return float(loss.detach())
+
+    return closure
+
+
 def counted_net() -> nn.Sequential:
     """A model whose weights are counted out and not drawn, so that every release of torch builds the same one.
 
