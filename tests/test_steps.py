@@ -19,20 +19,15 @@ from tunerkit.injection import tuners_of
 from tunerkit.steps import drive, is_attached, optimizer_of
 from tunerkit.testing.noting import Call, NotingPlugin, calls_of, hooks_of, per_step
 from tunerkit.testing.registering import registered
-from tunerkit.testing.toy_adapters import Shift
-from tunerkit.testing.toy_methods import ShiftConfig
+from tunerkit.testing.toy_methods import ShiftConfig, Shifting
 
 
-class Plain:
-    """A method that needs no steps, as LoRA: it only builds."""
+class Plain(Shifting):
+    """A method that needs no steps and implements no step hook, as LoRA."""
 
     @tunerkit.hookimpl
     def tunerkit_methods(self) -> list[tunerkit.Method]:
         return [tunerkit.Method("plain", config=ShiftConfig)]
-
-    @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Shift:
-        return Shift(base)
 
 
 @pytest.fixture(autouse=True)

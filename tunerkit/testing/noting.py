@@ -4,7 +4,7 @@ import attrs
 from torch import Tensor
 
 import tunerkit
-from tunerkit.testing.toy_adapters import Shift
+from tunerkit.testing.toy_methods import Shifting
 
 
 @attrs.frozen
@@ -30,7 +30,7 @@ class Call:
     grad_scale: float | None
 
 
-class NotingPlugin:
+class NotingPlugin(Shifting):
     """``noting``, and ``noting-stepper``, which needs steps: both add a `Shift` and keep a list of `Call`."""
 
     @tunerkit.hookimpl
@@ -39,14 +39,6 @@ class NotingPlugin:
             tunerkit.Method("noting", config=NotingConfig),
             tunerkit.Method("noting-stepper", config=NotingConfig, needs_steps=True),
         ]
-
-    @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Shift:
-        return Shift(base)
-
-    @tunerkit.hookimpl
-    def tunerkit_delta(self, adapter: Shift) -> tunerkit.Delta:
-        return tunerkit.Delta(bias=adapter.v)
 
     @tunerkit.hookimpl
     def tunerkit_start(self, tuner: tunerkit.Tuner) -> list[Call]:

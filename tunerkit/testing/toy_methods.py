@@ -35,7 +35,19 @@ class LowRankPlugin:
         return tunerkit.Delta(weight=tunerkit.low_rank_delta(base, q=adapter.a, p=adapter.b, scale=SCALE))
 
 
-class ShiftPlugin:
+class Shifting:
+    """Abstract. What the plugins share whose methods add a `Shift`; each says itself which methods these are."""
+
+    @tunerkit.hookimpl
+    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Shift:
+        return Shift(base)
+
+    @tunerkit.hookimpl
+    def tunerkit_delta(self, adapter: Shift) -> tunerkit.Delta:
+        return tunerkit.Delta(bias=adapter.v)
+
+
+class ShiftPlugin(Shifting):
     """``toy-shift``, and ``toy-stepper``, which needs steps: both have a bias delta and a training state.
 
     The state is the number of steps. A restored one is left in ``tuner.state`` as ``(seen, steps)``.
@@ -47,14 +59,6 @@ class ShiftPlugin:
             tunerkit.Method("toy-shift", config=ShiftConfig),
             tunerkit.Method("toy-stepper", config=ShiftConfig, needs_steps=True),
         ]
-
-    @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Shift:
-        return Shift(base)
-
-    @tunerkit.hookimpl
-    def tunerkit_delta(self, adapter: Shift) -> tunerkit.Delta:
-        return tunerkit.Delta(bias=adapter.v)
 
     @tunerkit.hookimpl
     def tunerkit_after_step(self) -> None:
