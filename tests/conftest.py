@@ -1,100 +1,15 @@
-"""Two toy methods, a small model with every kind of layer, and what tests do with them; no plugin is installed."""
+"""The fixture `toys`: toy methods, a small model with every kind of layer, and what tests do with them."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import attrs
 import pytest
 import torch
 from torch import Tensor, nn
 
 import tunerkit
-
-
-@attrs.frozen
-class LowRankConfig(tunerkit.AdapterConfig):
-    """A rank, so that two configs can give adapters of two shapes."""
-
-    rank: int = tunerkit.setting(2, ge=1, doc="Rows of a.")
-
-
-@attrs.frozen
-class ShiftConfig(tunerkit.AdapterConfig):
-    """Nothing beyond what every method has."""
-
-
-class LowRank(tunerkit.Adapter):
-    """Adds b a x; b starts at 0."""
-
-    def __init__(self, base: tunerkit.BaseLayer, rank: int) -> None:
-        super().__init__()
-        self.a = nn.Parameter(torch.randn(rank, base.in_features))
-        self.b = nn.Parameter(torch.zeros(base.out_features, rank))
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-    def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
-        return tunerkit.add_low_rank(base, x, y, q=self.a, p=self.b, scale=0.5)
-
-
-class Shift(tunerkit.Adapter):
-    """Adds a trained vector; it starts at 0."""
-
-    def __init__(self, base: tunerkit.BaseLayer) -> None:
-        super().__init__()
-        self.v = nn.Parameter(torch.zeros(base.out_features))
-
-    def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
-        return y + base.shape_bias(self.v).to(y.dtype)
-
-
-class LowRankPlugin:
-    """LoRA in a few lines."""
-
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-low-rank", config=LowRankConfig)]
-
-    @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer, config: LowRankConfig) -> LowRank:
-        return LowRank(base, config.rank)
-
-    @tunerkit.hookimpl
-    def tunerkit_delta(self, adapter: LowRank, base: tunerkit.BaseLayer) -> tunerkit.Delta:
-        return tunerkit.Delta(weight=tunerkit.low_rank_delta(base, q=adapter.a, p=adapter.b, scale=0.5))
-
-
-class ShiftPlugin:
-    """An adapter without a weight delta; the second method is the same, but useless without steps."""
-
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [
-            tunerkit.Method("toy-shift", config=ShiftConfig),
-            tunerkit.Method("toy-stepper", config=ShiftConfig, needs_steps=True),
-        ]
-
-    @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Shift:
-        return Shift(base)
-
-    @tunerkit.hookimpl
-    def tunerkit_delta(self, adapter: Shift) -> tunerkit.Delta:
-        return tunerkit.Delta(bias=adapter.v)
-
-    @tunerkit.hookimpl
-    def tunerkit_after_step(self) -> None:
-        """Looks on, so that its steps matter."""
-
-    @tunerkit.hookimpl
-    def tunerkit_state(self, tuner: tunerkit.Tuner) -> tunerkit.State:
-        return tunerkit.State(tensors={"seen": torch.tensor([tuner.steps])}, values={"steps": tuner.steps})
-
-    @tunerkit.hookimpl
-    def tunerkit_restore(self, tuner: tunerkit.Tuner, state: tunerkit.State) -> None:
-        tuner.state = (state.tensors["seen"], state.values["steps"])
+from tunerkit.testing.registering import registered
+from tunerkit.testing.toy_methods import LowRankPlugin, ShiftPlugin
 
 
 class Net(nn.Module):
@@ -189,9 +104,5 @@ class Toys:
 @pytest.fixture(scope="module")
 def toys() -> Iterator[Toys]:
     """The toy methods, registered in-process while the tests of one file run."""
-    plugins = (LowRankPlugin(), ShiftPlugin())
-    for plugin in plugins:
-        tunerkit.register(plugin)
-    yield Toys()
-    for plugin in plugins:
-        tunerkit.unregister(plugin)
+    with registered(LowRankPlugin(), ShiftPlugin()):
+        yield Toys()

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import attrs
 import pytest
 import safetensors.torch
 import torch
@@ -20,6 +19,9 @@ from tunerkit.errors import AdapterError, StepError
 from tunerkit.injection import slots_of, walk
 from tunerkit.injection.slots import apply_slots
 from tunerkit.steps import detach, drive
+from tunerkit.testing.noting import NotingPlugin, hooks_of, per_step
+from tunerkit.testing.registering import registered
+from tunerkit.testing.toy_methods import ShiftConfig
 
 if TYPE_CHECKING:
     from tests.conftest import Toys
@@ -27,11 +29,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.filterwarnings("ignore:.*running statistics")
 LAYERS = {"targets": ["layers.0", "layers.1"]}
 WITH_HEAD = {**LAYERS, "train_modules": ["head"]}
-
-
-@attrs.frozen
-class ScalingConfig(tunerkit.AdapterConfig):
-    """Nothing beyond what every method has."""
 
 
 class Scaling(tunerkit.Adapter):
@@ -46,37 +43,19 @@ class Scaling(tunerkit.Adapter):
 
 
 class ScalingPlugin:
-    """Notes in the tuner's state which of its step hooks were called."""
-
     @tunerkit.hookimpl
     def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-scaling", config=ScalingConfig)]
+        return [tunerkit.Method("toy-scaling", config=ShiftConfig)]
 
     @tunerkit.hookimpl
     def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Scaling:
         return Scaling(base)
 
-    @tunerkit.hookimpl
-    def tunerkit_start(self) -> list[str]:
-        return []
-
-    @tunerkit.hookimpl
-    def tunerkit_before_step(self, tuner: tunerkit.Tuner, step: int) -> None:
-        assert isinstance(tuner.state, list)
-        tuner.state.append(f"before {step}")
-
-    @tunerkit.hookimpl
-    def tunerkit_after_step(self, tuner: tunerkit.Tuner, step: int) -> None:
-        assert isinstance(tuner.state, list)
-        tuner.state.append(f"after {step}")
-
 
 @pytest.fixture(autouse=True, scope="module")
-def _scaling() -> Iterator[None]:
-    plugin = ScalingPlugin()
-    tunerkit.register(plugin)
-    yield
-    tunerkit.unregister(plugin)
+def _plugins() -> Iterator[None]:
+    with registered(ScalingPlugin(), NotingPlugin()):
+        yield
 
 
 def moved(model: nn.Module, name: str, *, seed: int) -> None:
@@ -574,25 +553,21 @@ def test_merging_takes_the_active_ones_only(toys: "Toys") -> None:
 # Whose step it is
 
 
-def scaled(toys: "Toys") -> tuple[Any, list[tunerkit.Tuner], torch.optim.Optimizer]:
+def noting(toys: "Toys") -> tuple[Any, list[tunerkit.Tuner], torch.optim.Optimizer]:
     """Adapters "a" and "b" that note their step hooks, on one optimizer; "a" is active."""
     model = toys.net()
     for name in ("a", "b"):
-        tunerkit.wrap(model, "toy-scaling", LAYERS, adapter=name)
+        tunerkit.wrap(model, "noting", LAYERS, adapter=name)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     tunerkit.attach(model, optimizer)
     tunerkit.activate(model, "a")
     return model, list(tunerkit.adapters(model).values()), optimizer
 
 
-def noted(count: int) -> list[str]:
-    return [f"{hook} {step}" for step in range(1, count + 1) for hook in ("before", "after")]
-
-
 @pytest.mark.parametrize("closure", [False, True])
 def test_a_step_is_one_of_those_that_take_part(toys: "Toys", closure: bool) -> None:
     """Neither hook of an adapter that is not active and has no gradient is called, and its count stays."""
-    model, tuners, optimizer = scaled(toys)
+    model, tuners, optimizer = noting(toys)
 
     def gradients() -> float:
         optimizer.zero_grad()
@@ -608,29 +583,29 @@ def test_a_step_is_one_of_those_that_take_part(toys: "Toys", closure: bool) -> N
             gradients()
             optimizer.step()
     assert [tuner.steps for tuner in tuners] == [3, 1]
-    assert [tuner.state for tuner in tuners] == [noted(3), noted(1)]
+    assert [hooks_of(tuner) for tuner in tuners] == [per_step(3), per_step(1)]
 
 
 def test_a_gradient_makes_an_inactive_adapter_take_part(toys: "Toys") -> None:
     """The gradients of two batches, one per adapter, gathered into one step: it is both adapters' step."""
-    model, tuners, optimizer = scaled(toys)
+    model, tuners, optimizer = noting(toys)
     for name in ("a", "b"):
         tunerkit.activate(model, name)
         model(toys.x()).sum().backward()
     optimizer.step()
-    assert [tuner.state for tuner in tuners] == [noted(1), noted(1)]
+    assert [hooks_of(tuner) for tuner in tuners] == [per_step(1), per_step(1)]
 
 
 def test_an_active_adapter_takes_part_without_a_gradient(toys: "Toys") -> None:
     """A batch that skips its layers is a step of training all the same, as for a single adapter."""
-    _, tuners, optimizer = scaled(toys)
+    _, tuners, optimizer = noting(toys)
     optimizer.step()
     assert [tuner.steps for tuner in tuners] == [1, 0]
 
 
 def test_one_parameter_that_is_trained_is_enough(toys: "Toys") -> None:
     """An adapter is frozen if all that it has is: not by its first parameter, and not for having none."""
-    model, tuners, optimizer = scaled(toys)
+    model, tuners, optimizer = noting(toys)
     next(tuners[0].parameters()).requires_grad_(False)
     for adapter in tuners[1].adapters().values():
         adapter._parameters.clear()
@@ -642,7 +617,7 @@ def test_one_parameter_that_is_trained_is_enough(toys: "Toys") -> None:
 @pytest.mark.parametrize("out", ["frozen", "inactive"])
 def test_a_clock_numbers_the_steps_that_an_adapter_takes_part_in(toys: "Toys", out: str) -> None:
     """Under a Trainer the number is its global step; a frozen adapter, or an inactive one, misses those in between."""
-    model, tuners, _ = scaled(toys)
+    model, tuners, _ = noting(toys)
     for tuner in tuners:
         detach(tuner)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -657,8 +632,8 @@ def test_a_clock_numbers_the_steps_that_an_adapter_takes_part_in(toys: "Toys", o
         else:
             tunerkit.activate(model, ["b"] if left_out else ["a", "b"])
         optimizer.step()
-    assert tuners[0].state == ["before 1", "after 1", "before 3", "after 3"]
-    assert tuners[1].state == noted(3)
+    assert hooks_of(tuners[0]) == [("before", 1), ("after", 1), ("before", 3), ("after", 3)]
+    assert hooks_of(tuners[1]) == per_step(3)
 
 
 OTHERS: dict[str, Callable[["Toys", nn.Module, torch.optim.Optimizer, int], None]] = {

@@ -6,39 +6,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 import tunerkit
 
 pytest.importorskip("transformers", reason="the Trainer is transformers'")
 pytest.importorskip("accelerate", reason="the Trainer needs it")
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
+
+from tunerkit.testing.trainer_toys import Regression, RegressionRows, arguments
 
 if TYPE_CHECKING:
     from tests.conftest import Toys
-
-
-class Net(nn.Module):
-    """A small regression model with the Trainer's calling convention."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 1)
-
-    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        found = self.second(torch.tanh(self.first(x)))[:, 0]
-        return {"loss": (found - labels).square().mean(), "logits": found}
-
-
-class Rows(Dataset[dict[str, Tensor]]):
-    """Sixteen rows."""
-
-    def __len__(self) -> int:
-        return 16
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"x": torch.linspace(-1, 1, 48).reshape(16, 3)[index], "labels": torch.tensor(2.0)}
 
 
 class Tokenizer:
@@ -49,19 +27,16 @@ class Tokenizer:
 
 
 def wrapped(*names: str, method: str = "toy-shift") -> nn.Module:
-    model: nn.Module = Net()
+    model: nn.Module = Regression()
     for name in names or ("default",):
         model = tunerkit.wrap(model, method, {"targets": ["first", "second"]}, adapter=name)
     return model
 
 
 def trainer_of(model: nn.Module, folder: Path, *, attach: bool = True, **options: Any) -> Trainer:
-    extra = {key: options.pop(key) for key in ("processing_class",) if key in options}
-    defaults: dict[str, Any] = {
-        "per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 0.1, "use_cpu": True, "report_to": [],
-        "save_strategy": "steps", "save_steps": 2, "disable_tqdm": True, "logging_strategy": "no",
-    }  # fmt: skip
-    trainer = Trainer(model, TrainingArguments(str(folder), **(defaults | options)), train_dataset=Rows(), **extra)
+    defaults: dict[str, Any] = {"max_steps": 6, "learning_rate": 0.1, "save_strategy": "steps", "save_steps": 2}
+    chosen = arguments(folder, **(defaults | options))
+    trainer = Trainer(model, chosen, train_dataset=RegressionRows())
     if attach:
         tunerkit.attach(model, trainer)
     return trainer
@@ -74,7 +49,9 @@ def weights(model: nn.Module) -> list[Tensor]:
 @pytest.mark.usefixtures("toys")
 def test_a_checkpoint_has_the_adapter_s_files_and_what_belongs_to_a_model(tmp_path: Path) -> None:
     """The processor and the arguments are written as beside a model, which itself is not."""
-    trainer_of(wrapped(), tmp_path, processing_class=Tokenizer()).train()
+    trainer = trainer_of(wrapped(), tmp_path)
+    trainer.processing_class = Tokenizer()  # type: ignore[assignment]  # the Trainer only calls save_pretrained
+    trainer.train()
     names = {path.name for path in (tmp_path / "checkpoint-6").iterdir()}
     assert {"adapter.safetensors", "state.safetensors", "tokenizer.txt", "training_args.bin"} <= names
     assert not any(name.startswith(("model", "pytorch_model")) for name in names)
@@ -182,7 +159,7 @@ def test_adapters_may_leave_the_model_at_any_time(tmp_path: Path) -> None:
     trainer.train()
     assert tunerkit.tuner(model).steps == 6
     assert (tmp_path / "checkpoint-2" / "b" / "adapter.safetensors").is_file()
-    loaded = tunerkit.load(Net(), tmp_path / "checkpoint-6")
+    loaded = tunerkit.load(Regression(), tmp_path / "checkpoint-6")
     pairs = zip(tunerkit.tuner(loaded).parameters(), tunerkit.tuner(model).parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
     tunerkit.unwrap(model, keep_merged=True)
@@ -201,7 +178,7 @@ def test_methods_of_a_subclass_that_are_passed_by_are_told_of(tmp_path: Path) ->
             super()._save(*args, **kwargs)
 
     model = wrapped()
-    trainer = Own(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]), train_dataset=Rows())
+    trainer = Own(model, arguments(tmp_path), train_dataset=RegressionRows())
     with pytest.warns(tunerkit.TunerkitWarning, match=r"Own overrides methods that read or write weights \(_save\)"):
         tunerkit.attach(model, trainer)
 
@@ -209,8 +186,8 @@ def test_methods_of_a_subclass_that_are_passed_by_are_told_of(tmp_path: Path) ->
 @pytest.mark.usefixtures("toys")
 def test_a_trainer_that_builds_its_model_anew_is_refused(tmp_path: Path) -> None:
     """With `model_init` the adapters of the model that was attached are not in the one that is trained."""
-    arguments = TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, report_to=[], save_strategy="no")
-    trainer = Trainer(args=arguments, train_dataset=Rows(), model_init=lambda: wrapped())  # type: ignore[arg-type, return-value]
+    chosen = arguments(tmp_path, max_steps=2)
+    trainer = Trainer(args=chosen, train_dataset=RegressionRows(), model_init=lambda: wrapped())  # type: ignore[arg-type, return-value]
     assert isinstance(trainer.model, nn.Module)
     tunerkit.attach(trainer.model, trainer)
     with pytest.raises(tunerkit.StepError, match="model_init"):
@@ -245,8 +222,8 @@ def test_a_checkpoint_is_a_folder_that_load_reads(tmp_path: Path) -> None:
     """The Trainer's folder is an adapter's folder: nothing has to be converted."""
     model = wrapped()
     trainer_of(model, tmp_path).train()
-    loaded = tunerkit.load(Net(), tmp_path / "checkpoint-6")
-    rows = Rows()[0]
+    loaded = tunerkit.load(Regression(), tmp_path / "checkpoint-6")
+    rows = RegressionRows()[0]
     assert torch.equal(
         loaded(rows["x"][None], rows["labels"])["logits"], model(rows["x"][None], rows["labels"])["logits"]
     )

@@ -14,6 +14,9 @@ from torch.nn.utils.parametrizations import weight_norm
 import tunerkit
 from tunerkit.testing import conformance
 from tunerkit.testing.conformance import Case
+from tunerkit.testing.registering import registered
+from tunerkit.testing.toy_adapters import Shift
+from tunerkit.testing.toy_methods import ShiftConfig
 
 if TYPE_CHECKING:
     from tests.conftest import Toys
@@ -21,22 +24,10 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.filterwarnings("ignore:.*running statistics")
 
 
-@attrs.frozen
-class RowConfig(tunerkit.AdapterConfig):
-    pass
-
-
-class Row(tunerkit.Adapter):
-    """Adds a vector, and claims to have a rank."""
+class Row(Shift):
+    """Claims to have a rank."""
 
     rank = 3
-
-    def __init__(self, base: tunerkit.BaseLayer) -> None:
-        super().__init__()
-        self.v = nn.Parameter(torch.zeros(base.out_features))
-
-    def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
-        return y + base.shape_bias(self.v).to(y.dtype)
 
 
 @attrs.frozen
@@ -47,7 +38,7 @@ class RowPlugin:
 
     @tunerkit.hookimpl
     def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-row", config=RowConfig)]
+        return [tunerkit.Method("toy-row", config=ShiftConfig)]
 
     @tunerkit.hookimpl
     def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Row:
@@ -67,10 +58,8 @@ class RowPlugin:
 @pytest.fixture
 def claimed(request: pytest.FixtureRequest) -> Iterator[int]:
     """The budget for each target that a registered ``toy-row`` claims at the end."""
-    plugin = RowPlugin(request.param)
-    tunerkit.register(plugin)
-    yield plugin.last
-    tunerkit.unregister(plugin)
+    with registered(RowPlugin(request.param)):
+        yield request.param
 
 
 def keep_statistics(model: nn.Module) -> None:
@@ -135,7 +124,7 @@ def test_a_parametrized_module_is_no_change_of_type(toys: "Toys", tmp_path: Path
 
 
 def test_training_that_moves_the_base_is_caught(toys: "Toys", tmp_path: Path) -> None:
-    """Law: batch norms that a case leaves in training mode are told by name."""
+    """Law: batch norms that a case leaves in training mode are named."""
     case = toy_case(toys, start_training=nn.Module.train)
     with pytest.raises(AssertionError, match=r"base tensor batch_norm\.running_mean changed"):
         conformance.check_trains_only_the_adapter(case, "toy-low-rank", {}, tmp_path)

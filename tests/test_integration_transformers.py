@@ -4,118 +4,43 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import attrs
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import nn
 
 import tunerkit
-from tunerkit.hooks import registry
 from tunerkit.steps import is_attached
+from tunerkit.testing.noting import NotingPlugin, calls_of, hooks_of, per_step
+from tunerkit.testing.registering import registered
 
 pytest.importorskip("transformers", reason="the Trainer is transformers'")
 pytest.importorskip("accelerate", reason="the Trainer needs it")
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
+from tunerkit.testing.trainer_toys import Regression, RegressionRows, arguments
 
-@attrs.frozen
-class ToyConfig(tunerkit.AdapterConfig):
-    """What the toy method lets a user set."""
-
-    total_steps: int | None = tunerkit.setting(None, doc="Length of training.")
-
-
-class Shift(tunerkit.Adapter):
-    """``v`` (out,), added to the output."""
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.v = nn.Parameter(torch.zeros(features))
-
-    def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
-        return y + base.shape_bias(self.v).to(y.dtype)
-
-
-class Stepping:
-    """A method that needs steps; its state is the list of (hook, step) and the total it was given."""
-
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("stepping", config=ToyConfig, needs_steps=True)]
-
-    @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Shift:
-        return Shift(base.out_features)
-
-    @tunerkit.hookimpl
-    def tunerkit_start(self, tuner: tunerkit.Tuner, total_steps: int | None) -> list[tuple[str, int, bool]]:
-        return []
-
-    @tunerkit.hookimpl
-    def tunerkit_before_step(self, tuner: tunerkit.Tuner, step: int) -> None:
-        note(tuner, "before", step)
-
-    @tunerkit.hookimpl
-    def tunerkit_after_step(self, tuner: tunerkit.Tuner, step: int) -> None:
-        note(tuner, "after", step)
-
-
-def note(tuner: tunerkit.Tuner, hook: str, step: int) -> None:
-    """Also whether gradients were there."""
-    assert isinstance(tuner.state, list)
-    tuner.state.append((hook, step, all(p.grad is not None and bool(p.grad.any()) for p in tuner.parameters())))
+ROWS = RegressionRows()
 
 
 @pytest.fixture(autouse=True)
-def _toy() -> Iterator[None]:
-    plugin = Stepping()
-    tunerkit.register(plugin)
-    yield
-    registry.unregister(plugin)
-
-
-class Net(nn.Module):
-    """A small regression model with the Trainer's calling convention."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 1)
-
-    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        found = self.second(torch.tanh(self.first(x)))[:, 0]
-        return {"loss": (found - labels).square().mean(), "logits": found}
-
-
-class Rows(Dataset[dict[str, Tensor]]):
-    """Sixteen rows."""
-
-    def __init__(self) -> None:
-        self.x = torch.linspace(-1, 1, 48).reshape(16, 3)
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"x": self.x[index], "labels": torch.tensor(2.0)}
+def _noting() -> Iterator[None]:
+    with registered(NotingPlugin()):
+        yield
 
 
 def wrapped(**config: Any) -> nn.Module:
-    return tunerkit.wrap(Net(), "stepping", {"targets": ["first", "second"], **config})
+    return tunerkit.wrap(Regression(), "noting-stepper", {"targets": ["first", "second"], **config})
 
 
 def trainer_of(model: nn.Module, folder: Path, **options: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 0.1, "use_cpu": True, "report_to": [],
-        "save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no",
-    }  # fmt: skip
-    arguments = TrainingArguments(output_dir=str(folder), **(defaults | options))
-    return Trainer(model=model, args=arguments, train_dataset=Rows())
+    return Trainer(model, arguments(folder, **{"max_steps": 6, "learning_rate": 0.1, **options}), train_dataset=ROWS)
 
 
-def per_step(count: int) -> list[tuple[str, int, bool]]:
-    return [(hook, step, True) for step in range(1, count + 1) for hook in ("before", "after")]
+def assert_stepped(tuner: tunerkit.Tuner, count: int) -> None:
+    """Each hook was called once in each step, and every parameter had a gradient then."""
+    assert hooks_of(tuner) == per_step(count)
+    grads = [grad for call in calls_of(tuner) for grad in call.grads]
+    assert all(grad is not None and bool(grad.any()) for grad in grads)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +63,7 @@ def test_one_line_trains_with_the_trainers_total_and_clock(options: dict[str, An
     trainer.train()
     tuner = tunerkit.tuner(model)
     assert (tuner.total_steps, tuner.steps, trainer.state.global_step) == (total, total, total)
-    assert tuner.state == per_step(total)
+    assert_stepped(tuner, total)
     assert not any(torch.equal(p, old) for p, old in zip(tuner.parameters(), before, strict=True))
 
 
@@ -194,7 +119,7 @@ def test_attaching_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(tunerkit.StepError, match="already"):
         tunerkit.attach(model, trainer)
     trainer.train()
-    assert tunerkit.tuner(model).state == per_step(6)
+    assert_stepped(tunerkit.tuner(model), 6)
     other = wrapped()
     optimizer = torch.optim.SGD(tunerkit.tuner(other).parameters(), lr=0.1)
     tunerkit.attach(other, optimizer, total_steps=3)
@@ -225,7 +150,7 @@ def test_a_second_train_begins_anew(tmp_path: Path) -> None:
     first = tunerkit.tuner(model).state
     trainer.train()
     assert tunerkit.tuner(model).state is not first
-    assert tunerkit.tuner(model).state == per_step(6)
+    assert_stepped(tunerkit.tuner(model), 6)
     assert tunerkit.tuner(model).steps == 6
 
 
@@ -248,7 +173,7 @@ def test_training_that_an_exception_ended_can_be_started_again(tmp_path: Path) -
         trainer.train()
     assert tunerkit.tuner(model).steps == 2
     trainer.train()
-    assert tunerkit.tuner(model).state == per_step(6)
+    assert_stepped(tunerkit.tuner(model), 6)
 
 
 def test_training_that_a_keystroke_ended_leaves_the_adapter_to_another_trainer(tmp_path: Path) -> None:
@@ -267,7 +192,7 @@ def test_training_that_a_keystroke_ended_leaves_the_adapter_to_another_trainer(t
     other = trainer_of(model, tmp_path)
     tunerkit.attach(model, other)
     other.train()
-    assert tunerkit.tuner(model).state == per_step(6)
+    assert_stepped(tunerkit.tuner(model), 6)
     assert kept.traceback
 
 
@@ -286,14 +211,14 @@ def test_a_trainers_optimizer_that_wraps_one_with_a_state_of_its_own_is_refused(
 
 def test_an_adapter_attached_while_the_trainer_trains_is_driven_from_there_on(tmp_path: Path) -> None:
     """If the optimizer holds it; else it is refused, and said."""
-    model = tunerkit.wrap(wrapped(), "stepping", {"targets": ["first"]}, adapter="late")
+    model = tunerkit.wrap(wrapped(), "noting-stepper", {"targets": ["first"]}, adapter="late")
     trainer = trainer_of(model, tmp_path)
 
     class Add(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 2:
                 tunerkit.attach(model, trainer, adapter="late")
-                tunerkit.wrap(model, "stepping", {"targets": ["first"]}, adapter="stranger")
+                tunerkit.wrap(model, "noting-stepper", {"targets": ["first"]}, adapter="stranger")
                 with pytest.raises(tunerkit.StepError, match="holds none"):
                     tunerkit.attach(model, trainer, adapter="stranger")
 

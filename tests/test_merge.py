@@ -5,7 +5,6 @@ import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import attrs
 import pytest
 import torch
 from torch import nn
@@ -13,6 +12,8 @@ from torch import nn
 import tunerkit
 from tunerkit.errors import AdapterError, PluginError, StepError
 from tunerkit.injection import is_merged
+from tunerkit.testing.registering import registered
+from tunerkit.testing.toy_methods import ShiftConfig
 
 if TYPE_CHECKING:
     from tests.conftest import Toys
@@ -28,6 +29,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def trained(toys: "Toys", method: str, config: str) -> Any:
     return toys.trained(method, batch_norm=True, **CONFIGS[config])
+
+
+def assert_merging_fails(toys: "Toys", model: nn.Module, error: type[Exception], words: str, **options: bool) -> None:
+    """`merge` raises ``error`` with ``words``, and the model is the same before and after."""
+    before = toys.snapshot(model)
+    with pytest.raises(error, match=words):
+        tunerkit.merge(model, **options)
+    assert toys.same(toys.snapshot(model), before)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -97,10 +106,7 @@ def test_merging_twice_and_unmerging_what_is_not_merged_are_errors(toys: "Toys")
     with pytest.raises(AdapterError, match="not merged"):
         tunerkit.unmerge(model)
     tunerkit.merge(model)
-    before = toys.snapshot(model)
-    with pytest.raises(AdapterError, match=r"merged already; call tunerkit\.unmerge"):
-        tunerkit.merge(model)
-    assert toys.same(toys.snapshot(model), before)
+    assert_merging_fails(toys, model, AdapterError, r"merged already; call tunerkit\.unmerge")
 
 
 def test_inside_disabled_nothing_is_merged_or_unmerged(toys: "Toys") -> None:
@@ -271,10 +277,6 @@ def test_a_permanent_merge_keeps_no_originals_and_says_so(toys: "Toys", tmp_path
 def broken(delta: Any, *, unasked: bool = False) -> object:
     """A method like toy-shift whose delta hook answers with ``delta(adapter, base)``, or is missing."""
 
-    @attrs.frozen
-    class Config(tunerkit.AdapterConfig):
-        """Nothing to set."""
-
     class Adapter(tunerkit.Adapter):
         def forward(self, base: tunerkit.BaseLayer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             return y
@@ -282,7 +284,7 @@ def broken(delta: Any, *, unasked: bool = False) -> object:
     class Plugin:
         @tunerkit.hookimpl
         def tunerkit_methods(self) -> list[tunerkit.Method]:
-            return [tunerkit.Method("toy-broken", config=Config)]
+            return [tunerkit.Method("toy-broken", config=ShiftConfig)]
 
         @tunerkit.hookimpl
         def tunerkit_build_adapter(self) -> Adapter:
@@ -327,17 +329,11 @@ def test_a_plugin_that_fails_to_merge_changes_nothing(
     toys: "Toys", plugin: object, error: type[Exception], words: str
 ) -> None:
     """All deltas are asked for and checked before the first weight changes."""
-    tunerkit.register(plugin)
-    try:
+    with registered(plugin):
         model = tunerkit.wrap(toys.net(), "toy-broken")
-        before = toys.snapshot(model)
         for permanent in (False, True):
-            with pytest.raises(error, match=words):
-                tunerkit.merge(model, permanent=permanent)
-            assert toys.same(toys.snapshot(model), before)
+            assert_merging_fails(toys, model, error, words, permanent=permanent)
             assert not is_merged(model)
-    finally:
-        tunerkit.unregister(plugin)
 
 
 def test_a_bias_where_there_is_none_cannot_be_merged(toys: "Toys") -> None:
@@ -346,22 +342,15 @@ def test_a_bias_where_there_is_none_cannot_be_merged(toys: "Toys") -> None:
     model.layers[1] = nn.Linear(8, 8, bias=False)
     tunerkit.wrap(model, "toy-shift", {"targets": ["layers.0", "layers.1"]})
     toys.fill_(model)
-    before = toys.snapshot(model)
-    with pytest.raises(AdapterError, match=r"'layers\.1'.*the base layer has none"):
-        tunerkit.merge(model)
-    assert toys.same(toys.snapshot(model), before)
+    assert_merging_fails(toys, model, AdapterError, r"'layers\.1'.*the base layer has none")
 
 
 def test_an_adapter_that_adds_nothing_is_merged_and_unmerged(toys: "Toys") -> None:
     """An empty delta sets nothing aside, and is no permanent merge for that."""
-    plugin = broken(lambda adapter, base: tunerkit.Delta())
-    tunerkit.register(plugin)
-    try:
+    with registered(broken(lambda adapter, base: tunerkit.Delta())):
         model = tunerkit.wrap(toys.net(), "toy-broken")
         output = model(toys.x())
         assert torch.equal(tunerkit.merge(model)(toys.x()), output)
         with tunerkit.disabled(model):
             assert torch.equal(model(toys.x()), output)
         assert not is_merged(tunerkit.unmerge(model))
-    finally:
-        tunerkit.unregister(plugin)

@@ -5,10 +5,8 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
-import attrs
 import numpy as np
 import pytest
 import torch
@@ -17,90 +15,25 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit.hooks import registry
 from tunerkit.injection import tuners_of
 from tunerkit.steps import drive, is_attached, optimizer_of
+from tunerkit.testing.noting import Call, NotingPlugin, calls_of, hooks_of, per_step
+from tunerkit.testing.registering import registered
+from tunerkit.testing.toy_methods import ShiftConfig, Shifting
 
 
-@attrs.frozen
-class ToyConfig(tunerkit.AdapterConfig):
-    """What the toy methods let a user set."""
-
-    total_steps: int | None = tunerkit.setting(None, doc="Length of training.")
-    refuses: bool = tunerkit.setting(False, doc="Whether starting is refused.")
-
-
-class Shift(tunerkit.Adapter):
-    """``v`` (out,), added to the output."""
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.v = nn.Parameter(torch.zeros(features))
-
-    def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
-        return y + base.shape_bias(self.v).to(y.dtype)
-
-
-class Stepping:
-    """A method that needs steps, and writes down every call: (hook, step, weights, gradients, grad_scale)."""
+class Plain(Shifting):
+    """A method that needs no steps and implements no step hook, as LoRA."""
 
     @tunerkit.hookimpl
     def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("stepping", config=ToyConfig, needs_steps=True)]
-
-    @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Shift:
-        return Shift(base.out_features)
-
-    @tunerkit.hookimpl
-    def tunerkit_delta(self, adapter: Shift) -> tunerkit.Delta:
-        return tunerkit.Delta(bias=adapter.v)
-
-    @tunerkit.hookimpl
-    def tunerkit_start(self, tuner: tunerkit.Tuner, total_steps: int | None) -> list[Any]:
-        if tuner.config.refuses:  # type: ignore[attr-defined]  # the toy's own setting
-            raise tunerkit.ConfigError(["no room @ $.refuses"])
-        return []
-
-    @tunerkit.hookimpl
-    def tunerkit_before_step(self, tuner: tunerkit.Tuner, step: int, grad_scale: Tensor | None) -> None:
-        note(tuner, "before", step, None if grad_scale is None else float(grad_scale))
-
-    @tunerkit.hookimpl
-    def tunerkit_after_step(self, tuner: tunerkit.Tuner, step: int) -> dict[str, int] | None:
-        note(tuner, "after", step, None)
-        return {"": step} if step % 3 == 0 else None
-
-
-class Plain:
-    """A method that needs no steps, as LoRA: it only builds."""
-
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("plain", config=ToyConfig)]
-
-    @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Shift:
-        return Shift(base.out_features)
-
-
-def note(tuner: tunerkit.Tuner, hook: str, step: int, grad_scale: float | None) -> None:
-    (weight,) = tuner.parameters()
-    grad = None if weight.grad is None else weight.grad.clone()
-    assert isinstance(tuner.state, list)
-    tuner.state.append(
-        SimpleNamespace(hook=hook, step=step, weight=weight.detach().clone(), grad=grad, grad_scale=grad_scale)
-    )
+        return [tunerkit.Method("plain", config=ShiftConfig)]
 
 
 @pytest.fixture(autouse=True)
-def _toys() -> Iterator[None]:
-    plugins = (Stepping(), Plain())
-    for plugin in plugins:
-        tunerkit.register(plugin)
-    yield
-    for plugin in plugins:
-        registry.unregister(plugin)
+def _methods() -> Iterator[None]:
+    with registered(NotingPlugin(), Plain()):
+        yield
 
 
 X = torch.linspace(-1, 1, 12).reshape(4, 3)
@@ -109,7 +42,7 @@ GRADIENT = torch.ones(2)
 
 
 def wrapped(
-    method: str = "stepping", adapter: str = "default", model: nn.Module | None = None, **config: Any
+    method: str = "noting-stepper", adapter: str = "default", model: nn.Module | None = None, **config: Any
 ) -> nn.Module:
     if model is None:
         torch.manual_seed(0)
@@ -127,18 +60,12 @@ def backward(model: nn.Module, factor: float = 1.0) -> Tensor:
     return loss
 
 
-def calls(model: nn.Module) -> list[SimpleNamespace]:
-    found = tunerkit.tuner(model).state
-    assert isinstance(found, list)
-    return found
+def calls(model: nn.Module) -> list[Call]:
+    return calls_of(tunerkit.tuner(model))
 
 
 def names(model: nn.Module) -> list[tuple[str, int]]:
-    return [(call.hook, call.step) for call in calls(model)]
-
-
-def per_step(count: int) -> list[tuple[str, int]]:
-    return [(hook, step) for step in range(1, count + 1) for hook in ("before", "after")]
+    return hooks_of(tunerkit.tuner(model))
 
 
 def sgd(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
@@ -176,9 +103,9 @@ def test_hooks_fire_once_per_optimizer_step_however_many_micro_batches(
     assert names(model) == per_step(4)
     assert tunerkit.tuner(model).steps == 4
     for before, after in zip(calls(model)[::2], calls(model)[1::2], strict=True):
-        torch.testing.assert_close(before.grad, 3 * GRADIENT)
-        assert torch.equal(after.grad, before.grad)
-        assert not torch.equal(after.weight, before.weight)
+        torch.testing.assert_close(before.grads[0], 3 * GRADIENT)
+        torch.testing.assert_close(after.grads, before.grads, rtol=0, atol=0)
+        assert not torch.equal(after.weights[0], before.weights[0])
         assert before.grad_scale is None
 
 
@@ -200,7 +127,7 @@ def test_with_a_closure_before_fires_when_the_closure_has_made_the_gradients(
     assert names(model) == per_step(3)
     assert all(isinstance(loss, Tensor) for loss in losses)
     for before in calls(model)[::2]:
-        torch.testing.assert_close(before.grad, GRADIENT)
+        torch.testing.assert_close(before.grads[0], GRADIENT)
 
 
 @AS_KEYWORD
@@ -328,13 +255,13 @@ def test_a_step_that_the_grad_scaler_skips_is_not_counted(
     assert tunerkit.tuner(model).steps == 2
     for call in calls(model):
         if call.hook == "after":
-            torch.testing.assert_close(call.grad, GRADIENT)
+            torch.testing.assert_close(call.grads[0], GRADIENT)
     # Only a fused optimizer, left to unscale by itself, is stepped with scaled gradients.
     befores = [call for call in calls(model) if call.hook == "before"]
     assert len(befores) == (3 if fused else 2)
     scales = [2.0**16, 2.0**16, 2.0**15] if fused and not unscales else [None] * len(befores)
     assert [call.grad_scale for call in befores] == scales
-    torch.testing.assert_close(befores[0].grad, GRADIENT * (scales[0] or 1.0))
+    torch.testing.assert_close(befores[0].grads[0], GRADIENT * (scales[0] or 1.0))
 
 
 def test_a_clock_of_its_own_numbers_the_steps() -> None:
@@ -353,7 +280,7 @@ def test_a_clock_of_its_own_numbers_the_steps() -> None:
 
 def test_ranks_that_after_step_returns_become_history() -> None:
     """An allocation is noted with its step; a step without one leaves no trace."""
-    model = wrapped()
+    model = wrapped(ranks_every=3)
     optimizer = sgd(model)
     tunerkit.attach(model, optimizer, total_steps=9)
     for _ in range(7):
@@ -376,7 +303,7 @@ def test_steps_count_optimizer_steps_for_any_accumulation(micro: list[int], name
         optimizer.zero_grad()
     assert names(model) == per_step(len(micro))
     for before, count in zip(calls(model)[::2], micro, strict=True):
-        torch.testing.assert_close(before.grad, count * GRADIENT)
+        torch.testing.assert_close(before.grads[0], count * GRADIENT)
 
 
 def refusal(model: nn.Module, *args: Any, **kwargs: Any) -> str:
@@ -427,14 +354,14 @@ def test_a_total_that_stands_for_an_int_is_one() -> None:
 
 
 @pytest.mark.parametrize("total", [0, -1, 2.5, True, "10", np.float64(3)])
-@pytest.mark.parametrize("method", ["stepping", "plain"])
+@pytest.mark.parametrize("method", ["noting-stepper", "plain"])
 def test_a_total_that_is_no_number_of_steps_is_refused(total: object, method: str) -> None:
     """At least 1, and an int: whatever the method needs."""
     model = wrapped(method)
     assert repr(total) in refusal(model, sgd(model), total_steps=total)
 
 
-@pytest.mark.parametrize("method", ["stepping", "plain"])
+@pytest.mark.parametrize("method", ["noting-stepper", "plain"])
 def test_an_optimizer_without_the_adapters_parameters_is_refused(method: str) -> None:
     """It would never move them; the words say how to build the right one."""
     model = wrapped(method)
@@ -442,7 +369,7 @@ def test_an_optimizer_without_the_adapters_parameters_is_refused(method: str) ->
     assert "requires_grad" in refusal(model, other, total_steps=5)
 
 
-@pytest.mark.parametrize("method", ["stepping", "plain"])
+@pytest.mark.parametrize("method", ["noting-stepper", "plain"])
 def test_what_an_optimizer_lacks_of_an_adapter_is_told_in_one_warning(method: str) -> None:
     """Whatever it is, an adapter here or a head there: named by what it is and where; with everything held, silence."""
     torch.manual_seed(0)
@@ -465,7 +392,7 @@ def test_what_an_optimizer_lacks_of_an_adapter_is_told_in_one_warning(method: st
 
 def test_a_head_alone_does_not_train_an_adapter_that_needs_steps() -> None:
     """A method that prunes judges its adapters by their training; one that does not may train a head alone."""
-    for method, refused in (("stepping", True), ("plain", False)):
+    for method, refused in (("noting-stepper", True), ("plain", False)):
         torch.manual_seed(0)
         layers = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
         model = wrapped(method, model=layers, train_modules=["1"])
@@ -578,7 +505,7 @@ def test_attach_changes_nothing_when_one_of_several_adapters_is_refused(reason: 
     """Whatever is wrong with the second, the first is not attached either, and the optimizer has no hook."""
     settings_of: dict[str, dict[str, Any]] = {"total": {"total_steps": 7}, "start": {"refuses": True}}
     second = settings_of.get(reason, {})
-    model = wrapped("stepping", "second", wrapped(), **second)
+    model = wrapped("noting-stepper", "second", wrapped(), **second)
     first, other = tuners(model).values()
     optimizer = torch.optim.SGD([*first.parameters(), *(() if reason == "missing" else other.parameters())], lr=0.1)
     another = sgd(model)
@@ -610,7 +537,7 @@ def test_of_several_adapters_the_one_left_to_attach_is_named() -> None:
 
 def test_a_schedule_that_begins_anew_is_told() -> None:
     """A second optimizer for a method that needs steps: said, with the way to go on; never for one that needs none."""
-    for method in ("stepping", "plain"):
+    for method in ("noting-stepper", "plain"):
         model = wrapped(method)
         optimizer = sgd(model)
         tunerkit.attach(model, optimizer, total_steps=5)
@@ -621,14 +548,14 @@ def test_a_schedule_that_begins_anew_is_told() -> None:
             warnings.simplefilter("always")
             tunerkit.attach(twin, sgd(twin), total_steps=5)
         told = [str(warning.message) for warning in caught]
-        assert len(told) == (method == "stepping")
+        assert len(told) == (method == "noting-stepper")
         restart = "restarts at step 0 for adapter 'default' after 1 steps"
         assert all(restart in one and "load_state" in one for one in told)
 
 
 def test_a_frozen_adapter_is_left_alone_and_refused_by_name() -> None:
     """One that is loaded only to be used beside a trained one must not be driven."""
-    model = wrapped("stepping", "second", wrapped())
+    model = wrapped("noting-stepper", "second", wrapped())
     frozen, training = tuners(model).values()
     for parameter in frozen.parameters():
         parameter.requires_grad_(False)

@@ -12,6 +12,7 @@ import tunerkit
 from tunerkit.errors import AdapterError
 from tunerkit.injection import tuners_of
 from tunerkit.layers import Adapter
+from tunerkit.testing.registering import registered
 
 if TYPE_CHECKING:
     from tests.conftest import Toys
@@ -167,12 +168,9 @@ def test_an_allocation_is_recorded_and_told_to_everybody(toys: "Toys") -> None:
 
     tuner = tunerkit.tuner(tunerkit.wrap(toys.net(), "toy-low-rank", {"targets": ["conv"]}))
     watcher = Watcher()
-    tunerkit.register(watcher)
-    try:
+    with registered(watcher):
         tuner.record(None)
         tuner.record({"conv": 1})
-    finally:
-        tunerkit.unregister(watcher)
     assert tuner.history == [tunerkit.RankChange(step=0, budget=2, ranks={"conv": 1})]
     assert heard == [(tuner, tuner.history[0])]
 

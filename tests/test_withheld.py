@@ -3,20 +3,15 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import attrs
 import pytest
 import torch
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit.hooks import registry
 from tunerkit.steps.withheld import Withheld
 from tunerkit.testing.counting import Counting
-
-
-@attrs.frozen
-class GateConfig(tunerkit.AdapterConfig):
-    """Nothing to set beyond what every method has."""
+from tunerkit.testing.registering import registered
+from tunerkit.testing.toy_methods import ShiftConfig
 
 
 class Gated(tunerkit.Adapter):
@@ -36,7 +31,7 @@ class GatePlugin:
 
     @tunerkit.hookimpl
     def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("gated", config=GateConfig, needs_steps=True)]
+        return [tunerkit.Method("gated", config=ShiftConfig, needs_steps=True)]
 
     @tunerkit.hookimpl
     def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Gated:
@@ -112,10 +107,8 @@ def note(tuner: tunerkit.Tuner, hook: str) -> None:
 
 @pytest.fixture(params=[GatePlugin])
 def _plugin(request: pytest.FixtureRequest) -> Iterator[None]:
-    plugin = request.param()
-    tunerkit.register(plugin)
-    yield
-    registry.unregister(plugin)
+    with registered(request.param()):
+        yield
 
 
 pytestmark = pytest.mark.usefixtures("_plugin")

@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from tunerkit import injection, serialization, steps
+from tunerkit import injection, libraries, serialization, steps
 from tunerkit.errors import TunerkitWarning
 from tunerkit.injection import Tuner
-from tunerkit.integrations import is_trainer
 
 
 def attach(
@@ -37,7 +36,7 @@ def attach(
         ConfigError: Training is too short for the method's schedule.
     """
     tuners = _chosen(model, adapter)
-    if is_trainer(optimizer_or_trainer):
+    if libraries.derives_from(optimizer_or_trainer, libraries.TRAINER):
         from tunerkit.integrations import transformers as integration  # transformers is an optional dependency
 
         trainer: Any = optimizer_or_trainer

@@ -24,6 +24,16 @@ def cases() -> list[Any]:
     return [parameter for library in LIBRARIES for parameter in _cases_of(library)]
 
 
+def few() -> list[Any]:
+    """Of `cases` one for each kind of base layer, for tests that have many configs."""
+    return [case for case in cases() if case.id in ("bert", "gpt2", "gemma3", "resnet")]
+
+
+def linear() -> list[Any]:
+    """Those of `cases` that have linear layers beside a head."""
+    return [case for case in cases() if case.id != "resnet"]
+
+
 def _cases_of(library: str) -> Iterator[Any]:
     if find_spec(library) is None:
         reason = f"the cases are {library} models, and {library} is not installed"

@@ -18,12 +18,11 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 import tunerkit
+from tunerkit.testing.trainer_toys import VOCABULARY, TokenRows
 
-_VOCABULARY = 61
 _END = "end.pt"
 
 
@@ -124,8 +123,8 @@ def train(run: Run) -> None:
     trainer = Trainer(
         model,
         _arguments(run),
-        train_dataset=_Rows(24),
-        eval_dataset=_Rows(4),
+        train_dataset=TokenRows(24),
+        eval_dataset=TokenRows(4),
         callbacks=[interrupt],
         compute_metrics=interrupt.score,
     )
@@ -199,26 +198,11 @@ class _Interrupt(TrainerCallback):
             control.should_training_stop = True
 
 
-class _Rows(Dataset[dict[str, Tensor]]):
-    """Random tokens with random labels."""
-
-    def __init__(self, count: int) -> None:
-        generator = torch.Generator().manual_seed(1)
-        self.ids = torch.randint(0, _VOCABULARY, (count, 6), generator=generator)
-        self.labels = torch.randint(0, 2, (count,), generator=generator)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.ids[index], "labels": self.labels[index]}
-
-
 def _model() -> BertForSequenceClassification:
     torch.manual_seed(0)
     return BertForSequenceClassification(
         BertConfig(
-            vocab_size=_VOCABULARY,
+            vocab_size=VOCABULARY,
             hidden_size=16,
             num_hidden_layers=2,
             num_attention_heads=2,

@@ -75,6 +75,18 @@ def train(model: nn.Module, optimizer: Optimizer, steps: int) -> list[float]:
     return [step(model, optimizer) for _ in range(steps)]
 
 
+def closure_of(model: nn.Module, optimizer: Optimizer) -> Callable[[], float]:
+    """What ``optimizer.step`` may call, as often as it likes: new gradients over all of `X`, and the loss."""
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return float(loss.detach())
+
+    return closure
+
+
 def counted_net() -> nn.Sequential:
     """Build a model whose weights come from a formula, so that every release of torch builds the same one.
 

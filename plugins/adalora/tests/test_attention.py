@@ -1,5 +1,6 @@
 """The method keeps core's contract where attention reads the adapted weights past their modules' forward."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 
 import tunerkit
 from tunerkit.testing import conformance
+from tunerkit.testing.conformance import Case, Check
+from tunerkit.testing.parametrization import each_check
 
 pytest.importorskip("transformers", reason="one of the cases is a transformers model")
 from tunerkit.testing.attention_cases import CASES  # after the skip
@@ -18,16 +21,14 @@ CONFIGS: dict[str, dict[str, object]] = {
 ATTENTION = "re:.*(self_attn|out_proj|[qkv]_proj)"
 
 
-@pytest.mark.parametrize("config", list(CONFIGS))
-@pytest.mark.parametrize("check", conformance.CHECKS, ids=conformance.name_of)
-@pytest.mark.parametrize("case", CASES, ids=conformance.name_of)
-def test_keeps_the_contract(check: conformance.Check, case: conformance.Case, config: str, tmp_path: Path) -> None:
+@each_check(CASES, CONFIGS)
+def test_keeps_the_contract(check: Check, case: Case, config: Mapping[str, object], tmp_path: Path) -> None:
     """Every check of the conformance kit holds for torch's encoders and for WavLM."""
-    check(case, "adalora", CONFIGS[config], tmp_path)
+    check(case, "adalora", config, tmp_path)
 
 
 @pytest.mark.parametrize("case", CASES, ids=conformance.name_of)
-def test_prunes_attention_to_the_exact_budget(case: conformance.Case) -> None:
+def test_prunes_attention_to_the_exact_budget(case: Case) -> None:
     """With adapters inside attention alone: every triplet is scored, the budget holds, and dead triplets have λ = 0."""
     config = {"targets": ATTENTION, "budget": 7, "init_rank": 4, "delta_t": 2, "t_init": 2, "t_final": 4}
     model = tunerkit.wrap(case.build(), "adalora", config, seed=0).train()

@@ -1,6 +1,5 @@
-"""Tests of AdaLoRA's config: what it means, its way to JSON and back, and the words for bad input."""
+"""Tests of AdaLoRA's config: what it means, JSON and back, and the errors for bad input."""
 
-import json
 import math
 from typing import Any
 
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tunerkit
+from tunerkit.testing.config_checks import check_one_mistake, check_survives_json, check_unmatched_pattern, mistakes
 from tunerkit.testing.strategies import configs_of
 from tunerkit_adalora import AdaLoraConfig
 
@@ -39,10 +39,9 @@ BUDGETS = configs_of(
 
 @given(config=CONFIGS | BUDGETS)
 @settings(max_examples=100, deadline=None)
-def test_every_field_survives_the_way_through_json(config: AdaLoraConfig) -> None:
+def test_every_field_survives_json(config: AdaLoraConfig) -> None:
     """For any valid config: unstructure, JSON, structure give an equal one."""
-    text = json.dumps(tunerkit.unstructure(config), allow_nan=False)
-    assert tunerkit.structure("adalora", json.loads(text)) == config
+    check_survives_json("adalora", config)
 
 
 @given(config=CONFIGS | BUDGETS)
@@ -77,12 +76,6 @@ def test_the_defaults_work() -> None:
 def test_the_scale_is_alpha_over_the_initial_rank(alpha: float, rank: int) -> None:
     """Whatever the target rank is."""
     assert AdaLoraConfig(alpha=alpha, init_rank=rank, target_rank=3).scale == alpha / rank
-
-
-def lines(mapping: dict[str, Any]) -> list[str]:
-    with pytest.raises(tunerkit.ConfigError) as caught:
-        tunerkit.structure("adalora", mapping)
-    return [line.removeprefix("- ") for line in str(caught.value).splitlines() if "@ $" in line]
 
 
 @pytest.mark.parametrize(
@@ -128,14 +121,13 @@ def lines(mapping: dict[str, Any]) -> list[str]:
     ],
 )
 def test_a_mistake_gets_one_line_with_its_path(mapping: dict[str, Any], words: list[str]) -> None:
-    """What was got, what is allowed, where: nothing else is complained about."""
-    (line,) = lines(mapping)
-    assert all(word in line for word in words), line
+    """What was got, what is allowed, and where; nothing else is reported."""
+    check_one_mistake("adalora", mapping, words)
 
 
-def test_all_mistakes_are_told_at_once() -> None:
+def test_all_mistakes_are_reported_at_once() -> None:
     """Three wrong fields, three lines."""
-    assert len(lines({"target_rank": 0, "gamma": -1.0, "detla_t": 3})) == 3
+    assert len(mistakes("adalora", {"target_rank": 0, "gamma": -1.0, "detla_t": 3})) == 3
 
 
 def net() -> nn.Module:
@@ -145,12 +137,7 @@ def net() -> nn.Module:
 @pytest.mark.parametrize("field", ["min_rank", "max_rank"])
 def test_a_bound_for_no_target_is_refused_with_the_closest_name(field: str) -> None:
     """A mistyped pattern would be ignored in silence; the model stays as it was."""
-    model = net()
-    before = list(model.state_dict())
-    config = AdaLoraConfig(targets=("query", "value"), **{field: {"qury": 4}})  # type: ignore[arg-type]
-    with pytest.raises(tunerkit.ConfigError, match=rf"'qury' matches none.*query.*@ \$\.{field}"):
-        tunerkit.wrap(model, "adalora", config)
-    assert list(model.state_dict()) == before
+    check_unmatched_pattern("adalora", field, 4)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
 """The method keeps core's contract on small random models of every architecture, and prunes each to its budget."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 import tunerkit
 from tunerkit.testing import conformance, matrix
+from tunerkit.testing.conformance import Case, Check
+from tunerkit.testing.parametrization import each_check
 
-# Nothing is told about any of these models, but for the batch norms that a case keeps in eval mode itself.
+# No warning about any of these models, except for the batch norms that a case keeps in eval mode itself.
 pytestmark = pytest.mark.filterwarnings(
     "error::tunerkit.TunerkitWarning", "ignore:.* normalisation layers of the frozen base:tunerkit.TunerkitWarning"
 )
@@ -18,43 +21,37 @@ CONFIGS: dict[str, dict[str, object]] = {
     "not rotated": {"target_rank": 4, "delta_t": 2},
     "parameters": {"init_rank": 4, "budget": 900, "budget_unit": "parameters", "delta_t": 2, "bias": "adapters"},
 }
-# One for each kind of base layer, to keep the tests short.
-FEW = [case for case in matrix.cases() if case.id in ("bert", "gpt2", "gemma3", "resnet")]
-LINEAR = [case for case in matrix.cases() if case.id != "resnet"]
 
 
-@pytest.mark.parametrize("check", conformance.CHECKS, ids=conformance.name_of)
-@pytest.mark.parametrize("case", matrix.cases())
-def test_keeps_the_contract(check: conformance.Check, case: conformance.Case, tmp_path: Path) -> None:
+@each_check(matrix.cases(), {"default": DEFAULTS})
+def test_keeps_the_contract(check: Check, case: Case, config: Mapping[str, object], tmp_path: Path) -> None:
     """Every check of the conformance kit holds for every architecture."""
-    check(case, "adalora", DEFAULTS, tmp_path)
+    check(case, "adalora", config, tmp_path)
 
 
-@pytest.mark.parametrize("config", list(CONFIGS))
-@pytest.mark.parametrize("check", conformance.CHECKS, ids=conformance.name_of)
-@pytest.mark.parametrize("case", FEW)
+@each_check(matrix.few(), CONFIGS)
 def test_keeps_the_contract_in_every_setting(
-    check: conformance.Check, case: conformance.Case, config: str, tmp_path: Path
+    check: Check, case: Case, config: Mapping[str, object], tmp_path: Path
 ) -> None:
     """Every check holds for every kind of base layer and setting."""
-    check(case, "adalora", CONFIGS[config], tmp_path)
+    check(case, "adalora", config, tmp_path)
 
 
 @pytest.mark.parametrize("case", matrix.cases())
-def test_every_architecture_is_pruned_to_exactly_its_target(case: conformance.Case) -> None:
+def test_every_architecture_is_pruned_to_exactly_its_target(case: Case) -> None:
     """With the default's targets the ranks are ``target_rank`` for each on average at the end, and not all equal."""
     tuner = pruned(case, None)
     assert sum(tuner.ranks().values()) == tuner.budget() == 2 * len(tuner.targets)
     assert len(set(tuner.ranks().values())) > 1
 
 
-@pytest.mark.parametrize("case", LINEAR)
-def test_all_linear_layers_are_pruned_to_exactly_their_target(case: conformance.Case) -> None:
+@pytest.mark.parametrize("case", matrix.linear())
+def test_all_linear_layers_are_pruned_to_exactly_their_target(case: Case) -> None:
     """With all linear layers too: pooler, projections and time embeddings beside the blocks."""
     tuner = pruned(case, "all-linear")
     assert sum(tuner.ranks().values()) == tuner.budget() == 2 * len(tuner.targets)
     assert len(set(tuner.ranks().values())) > 1
 
 
-def pruned(case: conformance.Case, targets: str | None) -> tunerkit.Tuner:
+def pruned(case: Case, targets: str | None) -> tunerkit.Tuner:
     return tunerkit.tuner(conformance.trained(case, "adalora", {**DEFAULTS, "targets": targets}))

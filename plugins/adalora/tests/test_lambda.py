@@ -9,17 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit.testing.small import TARGETS, loss_of, net, train, trainable
+from plugins.adalora.tests.short_training import TOTAL, layers, wrapped
+from tunerkit.testing.small import TARGETS, closure_of, loss_of, net, train, trainable
 from tunerkit_adalora import AdaLoraConfig
-from tunerkit_adalora.svd_layer import SvdLayer
-from tunerkit_adalora.training import layers_of, training_of
-
-TOTAL = 20
-# Allocations at 6, 9, 12 and 14, the last.
-SETTINGS: dict[str, Any] = {
-    "target_rank": 2, "init_rank": 4, "exact_svd": True, "t_init": 4, "t_final": 6, "delta_t": 3, "shrink": False,
-    "targets": TARGETS,
-}  # fmt: skip
+from tunerkit_adalora.training import training_of
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamW": lambda own: torch.optim.AdamW(own, lr=1e-2, weight_decay=0.1),
@@ -30,28 +23,14 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def started(make: Callable[..., torch.optim.Optimizer], **changes: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
-    model: nn.Module = tunerkit.wrap(net(), "adalora", {"total_steps": TOTAL, **SETTINGS, **changes}, seed=0)
+    model = wrapped(**{"exact_svd": True, "total_steps": TOTAL, **changes})
     optimizer = make(trainable(model))
     tunerkit.attach(model, optimizer)
     return model, optimizer
 
 
-def layers(model: nn.Module) -> list[SvdLayer]:
-    return layers_of(tunerkit.tuner(model))
-
-
 def lambdas(model: nn.Module) -> list[Tensor]:
     return [layer.lam.detach().clone() for layer in layers(model)]
-
-
-def one_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    def again() -> Tensor:
-        optimizer.zero_grad()
-        loss = loss_of(model)
-        loss.backward()
-        return loss
-
-    optimizer.step(again)  # type: ignore[arg-type]  # torch's stub has closures return float alone
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -60,7 +39,7 @@ def test_lambda_moves_at_allocations_and_at_no_other_step(name: str) -> None:
     model, optimizer = started(OPTIMIZERS[name])
     for number in range(1, TOTAL + 1):
         before = lambdas(model), [layer.p.detach().clone() for layer in layers(model)]
-        one_step(model, optimizer)
+        optimizer.step(closure_of(model, optimizer))
         same = [torch.equal(layer.lam, old) for layer, old in zip(layers(model), before[0], strict=True)]
         assert not any(same) if number in (6, 9, 12, 14) else all(same)
         assert not any(torch.equal(layer.p, old) for layer, old in zip(layers(model), before[1], strict=True))

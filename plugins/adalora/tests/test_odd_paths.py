@@ -11,29 +11,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import tunerkit
-from tunerkit_adalora.svd_layer import SvdLayer
+from plugins.adalora.tests import short_training
+from plugins.adalora.tests.short_training import attached, layers
+from tunerkit.testing.small import LABELS, TARGETS, X
 from tunerkit_adalora.training import training_of
 
-X = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
-LABELS = torch.randint(0, 3, (8,), generator=torch.Generator().manual_seed(2))
-TOTAL, HALF = 20, 8
-# Allocations after steps 6, 9, 12 and 14, where the final phase with a budget of 2 x 3 begins.
-TARGETS = ["0", "2", "4"]
-SETTINGS = {
-    "targets": TARGETS, "target_rank": 2, "init_rank": 4, "exact_svd": True, "t_init": 4, "t_final": 6, "delta_t": 3
-}  # fmt: skip
+TOTAL, HALF = short_training.TOTAL, 8
+SETTINGS = {**short_training.SETTINGS, "exact_svd": True, "shrink": True}
 
 
 def wrapped(**changes: Any) -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3))
-    return tunerkit.wrap(model, "adalora", {**SETTINGS, **changes}, seed=0)
-
-
-def attached(model: nn.Module, kind: Any = torch.optim.AdamW) -> torch.optim.Optimizer:
-    optimizer: torch.optim.Optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=2e-2)
-    tunerkit.attach(model, optimizer, total_steps=TOTAL)
-    return optimizer
+    return short_training.wrapped(**{**SETTINGS, **changes})
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, x: Tensor = X) -> None:
@@ -41,10 +29,6 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, x: Ten
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x).float(), LABELS).backward()
         optimizer.step()
-
-
-def layers(model: nn.Module) -> list[SvdLayer]:
-    return [layer for layer in tunerkit.tuner(model).adapters().values() if isinstance(layer, SvdLayer)]
 
 
 def everything(model: nn.Module) -> dict[str, Any]:
@@ -150,7 +134,7 @@ def test_weights_of_a_parametrised_layer_are_its_attributes() -> None:
 def test_training_goes_on_to_the_budget_after_a_change_of_dtype(dtype: torch.dtype, when: int) -> None:
     """`model.to(dtype)` before the first allocation, between two, or in the final phase: the budget is exact."""
     model = wrapped()
-    optimizer = attached(model, torch.optim.SGD)
+    optimizer = attached(model, make=torch.optim.SGD)
     train(model, optimizer, when)
     model.to(dtype)
     train(model, optimizer, TOTAL - when, X.to(dtype))
@@ -181,7 +165,7 @@ def test_masks_come_back_from_meta_with_the_weights(assign: bool) -> None:
 def test_autocast_trains_as_full_precision_within_its_digits(dtype: torch.dtype, adapter_dtype: str) -> None:
     """On the CPU, with adapters in any dtype: outputs within the dtype's tolerance, the budget exact."""
     plain, model = wrapped(), wrapped(adapter_dtype=adapter_dtype)
-    optimizers = [attached(each, torch.optim.SGD) for each in (plain, model)]
+    optimizers = [attached(each, make=torch.optim.SGD) for each in (plain, model)]
     assert {p.dtype for p in tunerkit.tuner(model).parameters()} == {getattr(torch, adapter_dtype)}
     for _ in range(TOTAL):
         with torch.autocast("cpu", dtype=dtype):

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit.testing.small import TARGETS, loss_of, net, train, trainable
-from tunerkit_adalora.svd_layer import SvdLayer
+from plugins.adalora.tests.short_training import layers
+from tunerkit.testing.small import TARGETS, closure_of, loss_of, net, train, trainable
 from tunerkit_adalora.training import training_of
 
 TOTAL = 24
@@ -33,24 +33,15 @@ def started(kind: str, **changes: Any) -> tuple[nn.Module, torch.optim.AdamW]:
     return model, optimizer
 
 
-def layers(model: nn.Module) -> list[SvdLayer]:
-    return [layer for layer in tunerkit.tuner(model).adapters().values() if isinstance(layer, SvdLayer)]
-
-
 def plain(model: nn.Module, optimizer: torch.optim.AdamW) -> None:
     train(model, optimizer, TOTAL)
 
 
 def closure(model: nn.Module, optimizer: torch.optim.AdamW) -> None:
-    def again() -> Tensor:
-        optimizer.zero_grad()
-        loss = loss_of(model)
-        loss.backward()
-        return loss
-
+    again = closure_of(model, optimizer)
     for number in range(TOTAL):
         # Both ways in which a closure can be handed over.
-        optimizer.step(again) if number % 2 else optimizer.step(closure=again)  # type: ignore[call-overload]
+        optimizer.step(again) if number % 2 else optimizer.step(closure=again)
 
 
 def accumulation(model: nn.Module, optimizer: torch.optim.AdamW) -> None:

@@ -66,10 +66,10 @@ def loss_of(model: nn.Module, x: Tensor = X) -> Tensor:
     return nn.functional.cross_entropy(logits, LABELS[: len(logits)])
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = TOTAL) -> None:
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = TOTAL, x: Tensor = X) -> None:
     for _ in range(count):
         optimizer.zero_grad()
-        loss_of(model).backward()
+        loss_of(model, x).backward()
         optimizer.step()
 
 
@@ -226,11 +226,7 @@ def test_convolutions_of_every_padding_mode_equal_their_merged_weight(mode: Any)
     base = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode), nn.Flatten(), nn.Linear(64, 3))
     model = tunerkit.wrap(base, "adalora", {**SETTINGS, "targets": ["0"]}, seed=0)
     x = torch.randn(8, 3, 4, 4)
-    optimizer = attached(model)
-    for _ in range(TOTAL):
-        optimizer.zero_grad()
-        loss_of(model, x).backward()
-        optimizer.step()
+    train(model, attached(model), x=x)
     adapted = model(x).detach()
     tunerkit.merge(model)
     assert (model(x) - adapted).abs().max() <= 1e-5 * adapted.abs().max()
@@ -409,11 +405,7 @@ def test_layers_that_peft_refuses_are_adapted(kind: str, tmp_path: Path) -> None
         return made
 
     model = tunerkit.wrap(new(), "adalora", {**SETTINGS, "targets": ["layer"], "train_modules": ["head"]}, seed=0)
-    optimizer = attached(model)
-    for _ in range(TOTAL):
-        optimizer.zero_grad()
-        loss_of(model, x).backward()
-        optimizer.step()
+    train(model, attached(model), x=x)
     adapted = model(x).detach()
     assert live(model) == 2
     path = tunerkit.save(model, tmp_path)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tunerkit
+from tunerkit.testing.small import net
 from tunerkit_adalora.training import layers_of, training_of
 
 TOTAL = 16
@@ -31,11 +32,6 @@ OPTIMIZERS: dict[str, Make] = {
     "adamw loop": lambda parameters: torch.optim.AdamW(parameters, lr=2e-2, foreach=False),
 }
 each_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
-
-
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3))
 
 
 def add(model: nn.Module, name: str, **changes: Any) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
+from plugins.adalora.tests.short_training import layers
 from tunerkit.testing.small import SHAPES, TARGETS, X, loss_of, net, train, trainable
-from tunerkit_adalora.svd_layer import SvdLayer
 from tunerkit_adalora.training import training_of
 
 TOTAL = 40
@@ -52,10 +52,6 @@ def started(make: Optimizers | None = None, **changes: Any) -> tuple[nn.Module, 
     optimizer = (make or ELEMENTWISE["adamw foreach"])(trainable(model))
     tunerkit.attach(model, optimizer, total_steps=TOTAL)
     return model, optimizer
-
-
-def layers(model: nn.Module) -> list[SvdLayer]:
-    return [layer for layer in tunerkit.tuner(model).adapters().values() if isinstance(layer, SvdLayer)]
 
 
 def live_weights(model: nn.Module) -> list[Tensor]:

@@ -12,54 +12,21 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
+from plugins.adalora.tests.short_training import (
+    SETTINGS,
+    TOTAL,
+    adamw,
+    assert_same_weights,
+    attached,
+    layers,
+    live,
+    masked_lambdas,
+    wrapped,
+)
 from tunerkit.testing.small import TARGETS, X, loss_of, net, step, train, trainable
 from tunerkit_adalora import AdaLoraConfig
 from tunerkit_adalora.state import restore
-from tunerkit_adalora.svd_layer import SvdLayer
 from tunerkit_adalora.training import training_of
-
-TOTAL = 20
-# b(0) = 12 until step 4, allocations at 6, 9, 12 and 14, where the final phase with b(T) = 6 begins. Dead triplets stay
-# in memory, so that the masks can be looked at; test_shrinking.py lets them go.
-SETTINGS: dict[str, Any] = {
-    "target_rank": 2, "init_rank": 4, "t_init": 4, "t_final": 6, "delta_t": 3, "shrink": False
-}  # fmt: skip
-
-
-def wrapped(model: nn.Module | None = None, *, seed: int = 0, **changes: Any) -> nn.Module:
-    config = {**SETTINGS, "targets": TARGETS, **changes}
-    return tunerkit.wrap(net() if model is None else model, "adalora", config, seed=seed)
-
-
-def adamw(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(trainable(model), lr=2e-2, **options)
-
-
-def attached(model: nn.Module, total_steps: int = TOTAL) -> torch.optim.Optimizer:
-    optimizer = adamw(model)
-    tunerkit.attach(model, optimizer, total_steps=total_steps)
-    return optimizer
-
-
-def layers(model: nn.Module) -> list[SvdLayer]:
-    return [layer for layer in tunerkit.tuner(model).adapters().values() if isinstance(layer, SvdLayer)]
-
-
-def live(model: nn.Module) -> int:
-    return sum(int(layer.mask.sum()) for layer in layers(model))
-
-
-def masked_lambdas(model: nn.Module) -> Tensor:
-    return torch.cat([layer.lam.detach()[~layer.mask] for layer in layers(model)])
-
-
-def weights(model: nn.Module) -> list[Tensor]:
-    return [w.detach().clone() for layer in layers(model) for w in (layer.p, layer.lam, layer.q, layer.mask)]
-
-
-def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
-
 
 # --- Precision --------------------------------------------------------------------------------------------------------
 

@@ -11,18 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit.testing.small import TARGETS, X, loss_of, net, step, train, trainable
+from plugins.adalora.tests.short_training import SETTINGS, TOTAL, attached, layers, wrapped
+from tunerkit.testing.small import TARGETS, X, loss_of, step, train
 from tunerkit_adalora import AdaLoraConfig
 from tunerkit_adalora.svd_form import to_svd_form_
 from tunerkit_adalora.svd_layer import SvdLayer
 from tunerkit_adalora.training import training_of, weights_of
-
-TOTAL = 20
-# Allocations at 6, 9, 12 and 14, the last.
-SETTINGS: dict[str, Any] = {
-    "target_rank": 2, "init_rank": 4, "exact_svd": True, "t_init": 4, "t_final": 6, "delta_t": 3, "shrink": False,
-    "targets": TARGETS,
-}  # fmt: skip
 
 
 class Base(nn.Module):
@@ -57,15 +51,9 @@ def weights(model: nn.Module) -> list[Tensor]:
     return [weight.detach().clone() for layer in layers(model) for weight in layer.weights]
 
 
-def layers(model: nn.Module) -> list[SvdLayer]:
-    return [layer for layer in tunerkit.tuner(model).adapters().values() if isinstance(layer, SvdLayer)]
-
-
-def attached(make: Any = torch.optim.AdamW, **changes: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
-    model: nn.Module = tunerkit.wrap(net(), "adalora", {**SETTINGS, **changes}, seed=0)
-    optimizer = make(trainable(model), lr=2e-2)
-    tunerkit.attach(model, optimizer, total_steps=TOTAL)
-    return model, optimizer
+def started(make: Any = torch.optim.AdamW, **changes: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = wrapped(**{"exact_svd": True, **changes})
+    return model, attached(model, make=make)
 
 
 # --- The arithmetic ---------------------------------------------------------------------------------------------------
@@ -175,7 +163,7 @@ def test_half_precision_is_rotated_in_full(dtype: torch.dtype) -> None:
 
 def test_each_allocation_leaves_the_svd_of_what_is_kept() -> None:
     """After an allocation, the final one too, columns of P are orthogonal and λ adds up to the initial rank."""
-    model, optimizer = attached()
+    model, optimizer = started()
     tuner = tunerkit.tuner(model)
     seen = 0
     for _ in range(TOTAL):
@@ -198,7 +186,7 @@ def test_what_the_model_says_is_the_same_before_and_after_a_rotation(monkeypatch
     """An allocation changes the output by the triplets that it masks and by nothing else."""
     from tunerkit_adalora import step as steps
 
-    model, optimizer = attached()
+    model, optimizer = started()
     outputs: list[Tensor] = []
 
     def rotating(found: list[SvdLayer], scores: list[Tensor], *, total: float) -> None:
@@ -213,7 +201,7 @@ def test_what_the_model_says_is_the_same_before_and_after_a_rotation(monkeypatch
 
 def test_averages_start_anew_with_the_triplets() -> None:
     """What was averaged was of other triplets; Ī after the next step is (1 − β1) I of that step alone."""
-    model, optimizer = attached()
+    model, optimizer = started()
     tuner = tunerkit.tuner(model)
     for _ in range(6):  # the sixth: an allocation
         step(model, optimizer)
@@ -231,7 +219,7 @@ def test_averages_start_anew_with_the_triplets() -> None:
 
 def test_finishing_right_after_an_allocation_takes_its_scores() -> None:
     """No gradient has come since: the budget falls by what was known before the rotation, and loses the smallest."""
-    model, optimizer = attached()
+    model, optimizer = started()
     tuner = tunerkit.tuner(model)
     for _ in range(9):
         step(model, optimizer)
@@ -246,7 +234,7 @@ def test_finishing_right_after_an_allocation_takes_its_scores() -> None:
 
 def test_a_layer_without_gradients_since_an_allocation_is_judged_by_what_was_known() -> None:
     """A layer that is dropped for a while keeps its averages, and with them its rank."""
-    model, optimizer = attached(t_final=4)
+    model, optimizer = started(t_final=4)
     tuner = tunerkit.tuner(model)
     for _ in range(9):
         step(model, optimizer)
@@ -310,12 +298,12 @@ def test_the_largest_takes_the_place_of_the_most_important() -> None:
 
 def test_an_optimizer_with_weights_of_its_own_is_told_of_and_nothing_is_rotated() -> None:
     """ASGD's averaged weights would mix triplets of before and after."""
-    model, optimizer = attached(torch.optim.ASGD)
+    model, optimizer = started(torch.optim.ASGD)
     with pytest.warns(
         tunerkit.TunerkitWarning, match=r"keeps weights of its own \(ax\).*exact_svd=False, train_lambda=False"
     ):
         train(model, optimizer, TOTAL)
-    plain, its = attached(torch.optim.ASGD, exact_svd=False, train_lambda=False, alpha=4.0)
+    plain, its = started(torch.optim.ASGD, exact_svd=False, train_lambda=False, alpha=4.0)
     train(plain, its, TOTAL)
     for one, other in zip(weights(model), weights(plain), strict=True):
         assert torch.equal(one, other)
@@ -324,7 +312,7 @@ def test_an_optimizer_with_weights_of_its_own_is_told_of_and_nothing_is_rotated(
 def test_timms_lookahead_around_the_attached_optimizer_is_told_of() -> None:
     """It keeps its slow weights in the state of the optimizer inside."""
     optim = pytest.importorskip("timm.optim")
-    model, optimizer = attached(torch.optim.AdamW)
+    model, optimizer = started(torch.optim.AdamW)
     slow = optim.Lookahead(optimizer, k=1)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -334,7 +322,7 @@ def test_timms_lookahead_around_the_attached_optimizer_is_told_of() -> None:
 
 def test_without_it_an_allocation_moves_only_lambda() -> None:
     """`exact_svd=False`: P and Q stay as they are, as in the paper."""
-    model, optimizer = attached(torch.optim.SGD, exact_svd=False)
+    model, optimizer = started(torch.optim.SGD, exact_svd=False)
     for _ in range(5):
         step(model, optimizer)
     for group in optimizer.param_groups:

@@ -7,16 +7,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 import tunerkit
 from tunerkit_adalora.svd_layer import SvdLayer
 
 pytest.importorskip("transformers", reason="the Trainer is transformers'")
 pytest.importorskip("accelerate", reason="the Trainer needs it")
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
-VOCABULARY = 61
+from tunerkit.testing.trainer_toys import VOCABULARY, TokenRows, arguments
+from tunerkit.testing.transformers_cases import bert
+
 STEPS = 20
 # Allocations at 3, 6, 9 and 10, where the ranks are final.
 CONFIG: dict[str, Any] = {
@@ -24,37 +25,6 @@ CONFIG: dict[str, Any] = {
     "train_modules": ["classifier"],
 }  # fmt: skip
 TARGETS = 2 * 6
-
-
-class Rows(Dataset[dict[str, Tensor]]):
-    """Random tokens with random labels."""
-
-    def __init__(self, count: int = 32) -> None:
-        generator = torch.Generator().manual_seed(1)
-        self.ids = torch.randint(0, VOCABULARY, (count, 6), generator=generator)
-        self.labels = torch.randint(0, 2, (count,), generator=generator)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.ids[index], "labels": self.labels[index]}
-
-
-def bert() -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=24,
-            max_position_embeddings=8,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
-    )
 
 
 class Plain(nn.Module):
@@ -73,12 +43,8 @@ class Plain(nn.Module):
 
 def trainer_of(model: nn.Module, folder: Path, **options: Any) -> Trainer:
     metrics = {key: options.pop(key) for key in ("compute_metrics", "callbacks") if key in options}
-    defaults: dict[str, Any] = {
-        "per_device_train_batch_size": 4, "max_steps": STEPS, "learning_rate": 1e-2, "use_cpu": True, "report_to": [],
-        "save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no",
-    }  # fmt: skip
-    arguments = TrainingArguments(output_dir=str(folder), **(defaults | options))
-    trainer = Trainer(model, arguments, train_dataset=Rows(), eval_dataset=Rows(8), **metrics)
+    chosen = arguments(folder, **({"max_steps": STEPS, "learning_rate": 1e-2} | options))
+    trainer = Trainer(model, chosen, train_dataset=TokenRows(32), eval_dataset=TokenRows(8), **metrics)
     tunerkit.attach(model, trainer)
     return trainer
 
@@ -89,7 +55,7 @@ def wrapped(model: nn.Module | None = None, **changes: Any) -> nn.Module:
 
 def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
-        found = model.eval()(input_ids=Rows(8).ids)
+        found = model.eval()(input_ids=TokenRows(8).ids)
     result: Tensor = found["logits"]
     return result
 
@@ -168,7 +134,7 @@ def test_a_best_model_without_its_state_is_what_its_weights_say(tmp_path: Path) 
 
 
 def test_training_again_after_the_best_model_was_reloaded(tmp_path: Path) -> None:
-    """The optimizer's state belongs to ranks that are gone; a second train begins anew and works."""
+    """The optimizer's state belongs to ranks that are gone; a second train restarts and works."""
     model = wrapped()
     trainer = best_of(model, tmp_path, 3)
     trainer.train()
@@ -259,7 +225,7 @@ def test_resuming_from_a_checkpoint_without_state_is_refused(tmp_path: Path) -> 
 
 
 def test_a_resume_that_failed_leaves_no_state_to_the_next_training(tmp_path: Path) -> None:
-    """What was loaded for it is not taken for the averages and history of a training that begins anew."""
+    """What was loaded for it is not taken for the averages and history of a training that restarts."""
     trainer_of(wrapped(), tmp_path, save_strategy="steps", save_steps=7).train()
     (tmp_path / "checkpoint-7" / "optimizer.pt").write_bytes(b"nothing")
     model = wrapped()
@@ -320,7 +286,7 @@ def test_trl_s_trainer_is_attached_the_same_way(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="TRL takes its data from it")
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    rows = datasets.Dataset.from_dict({"input_ids": Rows().ids.tolist()})
+    rows = datasets.Dataset.from_dict({"input_ids": TokenRows(32).ids.tolist()})
 
     def new(steps: int | None = None) -> tuple[nn.Module, Any]:
         torch.manual_seed(0)

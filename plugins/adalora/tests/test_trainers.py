@@ -1,7 +1,5 @@
 """Tests of AdaLoRA under other people's training loops: Lightning, accelerate, DDP."""
 
-import importlib
-import os
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -13,29 +11,22 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import tunerkit
+from plugins.adalora.tests import short_training
+from plugins.adalora.tests.short_training import TOTAL, adamw
+from tunerkit.testing import spawned
+from tunerkit.testing.small import train, trainable
 
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
 LABELS = torch.randint(0, 3, (64,), generator=torch.Generator().manual_seed(2))
-TOTAL = 20
-# Allocations after steps 6, 9, 12 and 14, where the final phase with a budget of 2 x 3 begins.
-SETTINGS = {
-    "targets": ["0", "2", "4"], "target_rank": 2, "init_rank": 4, "exact_svd": True,
-    "t_init": 4, "t_final": 6, "delta_t": 3,
-}  # fmt: skip
+SETTINGS = {**short_training.SETTINGS, "exact_svd": True, "shrink": True}
 
 
-def wrapped() -> nn.Sequential:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3))
-    return tunerkit.wrap(model, "adalora", SETTINGS, seed=0)
+def wrapped() -> nn.Module:
+    return short_training.wrapped(**SETTINGS)
 
 
 # Before pruning, while it goes on, and when memory has shrunk.
 AT = (3, 10, 16)
-
-
-def adamw(model: nn.Module) -> torch.optim.AdamW:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
 
 
 def batches(size: int) -> DataLoader[tuple[Tensor, ...]]:
@@ -252,10 +243,7 @@ def test_two_processes_agree_on_masks_and_weights(tmp_path: Path, monkeypatch: p
     """Each sees its own half of a batch; DDP averages the gradients, so both allocate alike, and as one alone would."""
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("this torch has no gloo")
-    # A spawned process imports its function by name, and gets this process's path.
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    spawned = importlib.import_module("adalora_spawned")
     model = wrapped()
     torch.multiprocessing.spawn(  # type: ignore[attr-defined]
         spawned.train_in_parallel, (model, X[:16], LABELS[:16], TOTAL, str(tmp_path)), nprocs=2
@@ -278,21 +266,12 @@ def test_two_processes_agree_on_masks_and_weights(tmp_path: Path, monkeypatch: p
         assert torch.allclose(whole(X[:16]), one["output"], rtol=1e-3, atol=1e-4)
 
 
-def test_a_spawned_worker_trains_the_model_it_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spawned_worker_trains_the_model_it_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     """A half-trained wrapped model goes to a new interpreter, trains two steps there, and its results come back."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    spawned = importlib.import_module("adalora_spawned")
     model = wrapped()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     tunerkit.attach(model, optimizer, total_steps=TOTAL)
-    spawned.steps(model, optimizer, X, LABELS, 3)
-    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
-        result = pool.apply(spawned.train_two_steps, (model, X, LABELS))
-    assert os.getpid() != result["process"]
+    train(model, optimizer, 3)
     assert tunerkit.tuner(model).steps == 3
-    assert torch.equal(result["before"], model(X).detach())
-    expected = spawned.train_two_steps(model, X, LABELS)
-    assert result["steps"] == 2
-    assert torch.equal(result["after"], expected["after"])
-    assert result["ranks"] == expected["ranks"]
+    spawned.check_trains_in_a_worker(model)

@@ -1,5 +1,6 @@
 """The method keeps core's contract where attention reads the adapted weights past their modules' forward."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,9 @@ import torch
 
 import tunerkit
 from tunerkit.testing import conformance
+from tunerkit.testing.conformance import Case, Check
+from tunerkit.testing.gradients import check_reach_every_adapter
+from tunerkit.testing.parametrization import each_check
 
 pytest.importorskip("transformers", reason="one of the cases is a transformers model")
 from tunerkit.testing.attention_cases import CASES  # after the skip
@@ -18,25 +22,17 @@ CONFIGS: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("config", list(CONFIGS))
-@pytest.mark.parametrize("check", conformance.CHECKS, ids=conformance.name_of)
-@pytest.mark.parametrize("case", CASES, ids=conformance.name_of)
-def test_keeps_the_contract(check: conformance.Check, case: conformance.Case, config: str, tmp_path: Path) -> None:
+@each_check(CASES, CONFIGS)
+def test_keeps_the_contract(check: Check, case: Case, config: Mapping[str, object], tmp_path: Path) -> None:
     """Every check of the conformance kit holds for torch's encoders and for WavLM."""
-    check(case, "lora", CONFIGS[config], tmp_path)
+    check(case, "lora", config, tmp_path)
 
 
 @pytest.mark.parametrize("case", CASES, ids=conformance.name_of)
-def test_every_adapter_in_attention_is_trained(case: conformance.Case) -> None:
-    """Each B has a gradient at the start, and the detector has nothing to tell."""
-    model = tunerkit.wrap(case.build(), "lora", CONFIGS["attention alone"], seed=0)
-    case.loss(model).backward()
-    adapters = tunerkit.tuner(model).adapters()
-    assert len(adapters) == {"wavlm": 8}.get(case.name, 4)
-    for path, adapter in adapters.items():
-        gradient = adapter.get_parameter("b").grad
-        assert gradient is not None, path
-        assert float(gradient.abs().max()) > 0, path
+def test_every_adapter_in_attention_is_trained(case: Case) -> None:
+    """Each B has a gradient at the start, and the detector of uncalled adapters gives no warning."""
+    tuner = check_reach_every_adapter(case, "lora", CONFIGS["attention alone"], "b")
+    assert len(tuner.adapters()) == {"wavlm": 8}.get(case.name, 4)
 
 
 def test_a_wavlm_without_a_pattern_gets_its_default() -> None:

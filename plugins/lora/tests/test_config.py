@@ -1,25 +1,22 @@
-"""Tests of LoRA's config: ranks and scales by target, its way to JSON and back, and the words for bad input."""
+"""Tests of LoRA's config: ranks and scales by target, JSON and back, and the errors for bad input."""
 
-import json
 import math
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
-import tunerkit
+from tunerkit.testing.config_checks import check_one_mistake, check_survives_json, check_unmatched_pattern
 from tunerkit.testing.strategies import configs_of
 from tunerkit_lora import LoraConfig
 
 
 @given(config=configs_of(LoraConfig))
 @settings(max_examples=100, deadline=None)
-def test_every_field_survives_the_way_through_json(config: LoraConfig) -> None:
+def test_every_field_survives_json(config: LoraConfig) -> None:
     """For any valid config: unstructure, JSON, structure give an equal one."""
-    text = json.dumps(tunerkit.unstructure(config), allow_nan=False)
-    assert tunerkit.structure("lora", json.loads(text)) == config
+    check_survives_json("lora", config)
 
 
 @given(rank=st.integers(1, 256), alpha=st.floats(0.5, 512), rslora=st.booleans())
@@ -38,12 +35,6 @@ def test_patterns_give_targets_their_own_rank_and_alpha(rank: int, other: int, a
     assert [config.rank_at(path) for path in ("a.query", "a.b.key", "a.value", "a.xquery")] == [other, 7, rank, rank]
     assert config.scale_at("a.key") == 3.0
     assert config.scale_at("a.query") == pytest.approx(2.0 if alpha is None else alpha / other)
-
-
-def lines(mapping: dict[str, Any]) -> list[str]:
-    with pytest.raises(tunerkit.ConfigError) as caught:
-        tunerkit.structure("lora", mapping)
-    return [line.removeprefix("- ") for line in str(caught.value).splitlines() if "@ $" in line]
 
 
 @pytest.mark.parametrize(
@@ -68,16 +59,11 @@ def lines(mapping: dict[str, Any]) -> list[str]:
     ],
 )
 def test_a_mistake_gets_one_line_with_its_path(mapping: dict[str, Any], words: list[str]) -> None:
-    """What was got, what is allowed, where: nothing else is complained about."""
-    (line,) = lines(mapping)
-    assert all(word in line for word in words), line
+    """What was got, what is allowed, and where; nothing else is reported."""
+    check_one_mistake("lora", mapping, words)
 
 
 @pytest.mark.parametrize(("field", "value"), [("rank_pattern", 4), ("alpha_pattern", 4.0)])
 def test_a_pattern_for_no_target_is_refused_with_the_closest_name(field: str, value: float) -> None:
     """A mistyped pattern would be ignored in silence; the model stays as it was."""
-    model = nn.ModuleDict({"query": nn.Linear(4, 4), "value": nn.Linear(4, 4)})
-    before = list(model.state_dict())
-    with pytest.raises(tunerkit.ConfigError, match=rf"'qury' matches none.*query.*@ \$\.{field}"):
-        tunerkit.wrap(model, "lora", {"targets": ["query", "value"], field: {"qury": value}})
-    assert list(model.state_dict()) == before
+    check_unmatched_pattern("lora", field, value)

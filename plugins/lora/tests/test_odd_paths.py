@@ -1,7 +1,5 @@
 """Tests of what users do to a model beside training it with LoRA: autocast, adapters in half precision, workers."""
 
-import importlib
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +8,16 @@ import torch
 from torch import nn
 
 import tunerkit
-
-X = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+from tunerkit.testing import spawned
+from tunerkit.testing.small import TARGETS, X, net, trainable
 
 
 def wrapped(**changes: Any) -> Any:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3))
-    return tunerkit.wrap(model, "lora", {"targets": ["0", "2", "4"], "rank": 3, **changes}, seed=0)
+    return tunerkit.wrap(net(), "lora", {"targets": TARGETS, "rank": 3, **changes}, seed=0)
 
 
 def train(model: nn.Module, dtype: torch.dtype | None = None, steps: int = 10) -> None:
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.2)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.2)
     for _ in range(steps):
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
@@ -47,20 +43,12 @@ def test_half_precision_trains_as_full_precision_within_its_digits(
     assert not torch.allclose(plain(X), wrapped()(X), atol=0.05)
 
 
-def test_a_spawned_worker_trains_the_model_it_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spawned_worker_trains_the_model_it_is_sent() -> None:
     """A new interpreter gets the wrapped model: its outputs, ranks and further training are as here."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    spawned = importlib.import_module("lora_spawned")
     model = wrapped()
     train(model)
-    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
-        there = pool.apply(spawned.train_two_steps, (model, X))
-    here = spawned.train_two_steps(pickle.loads(pickle.dumps(model)), X)
-    assert there["process"] != here["process"]
-    assert torch.equal(there["before"], model(X))
-    assert torch.equal(there["after"], here["after"])
-    assert not torch.allclose(there["after"], there["before"])
-    assert (there["steps"], there["ranks"]) == (2, {"0": 3, "2": 3, "4": 3})
+    spawned.check_trains_in_a_worker(model)
+    assert tunerkit.tuner(model).ranks() == {"0": 3, "2": 3, "4": 3}
     assert not tunerkit.tuner(model).steps
 
 

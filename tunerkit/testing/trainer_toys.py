@@ -1,0 +1,74 @@
+"""A small model, rows of data and quiet arguments for tests that run a transformers Trainer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
+
+VOCABULARY = 61
+
+
+class Regression(nn.Module):
+    """Two linear layers, ``first`` and ``second``, called as a Trainer calls a model; the same at each construction."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        found = self.second(torch.tanh(self.first(x)))[:, 0]
+        return {"loss": (found - labels).square().mean(), "logits": found}
+
+
+class RegressionRows(Dataset[dict[str, Tensor]]):
+    """Sixteen rows for `Regression`: ``x`` (3,) and a label that is always 2."""
+
+    def __init__(self) -> None:
+        self.x = torch.linspace(-1, 1, 48).reshape(16, 3)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"x": self.x[index], "labels": torch.tensor(2.0)}
+
+
+class TokenRows(Dataset[dict[str, Tensor]]):
+    """Six random tokens of `VOCABULARY` a row, with one of two random labels; the same at each construction.
+
+    Args:
+        count: the number of rows.
+    """
+
+    def __init__(self, count: int) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.ids = torch.randint(0, VOCABULARY, (count, 6), generator=generator)
+        self.labels = torch.randint(0, 2, (count,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.labels[index]}
+
+
+def arguments(folder: Path, **options: Any) -> TrainingArguments:
+    """Arguments of a Trainer that runs on the CPU, reports nothing and saves nothing.
+
+    Args:
+        folder: where the Trainer may write.
+        options: arguments of `transformers.TrainingArguments` that are added or replace a default here.
+    """
+    defaults: dict[str, Any] = {
+        "per_device_train_batch_size": 4,
+        "use_cpu": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+    }
+    return TrainingArguments(str(folder), **(defaults | options))
