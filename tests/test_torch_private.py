@@ -193,6 +193,15 @@ def dynamo() -> bool:
     return not before and noted > 0 and forgotten and torch._dynamo.config.skip_nnmodule_hook_guards is False
 
 
+def compilations() -> bool:
+    """A function that is compiled once and called twice has one compilation."""
+    counter = torch_private.compile_counter("eager")
+    compiled_function = torch.compile(torch.sin, backend=counter)
+    compiled_function(torch.ones(2)), compiled_function(torch.zeros(2))
+    torch.compiler.reset()
+    return bool(counter.frame_count == 1)
+
+
 # By the names that stand in torch_private.py: what uses them, and a check.
 CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
     "_C": ("is_observed (layers.fused)", lambda: isinstance(torch._C, type(torch))),
@@ -238,7 +247,10 @@ CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
     ),
     "_active_ddp_module": ("running_ddp (injection.unsynchronised)", ddp),
     "_module_parameters": ("synchronised (injection.unsynchronised)", ddp),
-    "torch._dynamo": ("uncompiled, forget_compiled (injection)", dynamo),
+    "torch._dynamo": (
+        "uncompiled, forget_compiled (injection), compile_counter (testing.compiling)",
+        lambda: dynamo() and compilations(),
+    ),
 }
 
 # What can be deleted from torch before anything of ours is imported; the rest are attributes of instances.

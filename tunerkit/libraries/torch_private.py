@@ -175,3 +175,8 @@ def forget_compiled() -> None:
     dynamo.config.skip_nnmodule_hook_guards = False
     if dynamo.convert_frame.input_codes.seen:  # nothing was compiled yet, most often
         dynamo.reset()
+
+
+def compile_counter(backend: str) -> Any:
+    """A backend of `torch.compile` that runs ``backend`` and counts its compilations in ``frame_count``."""
+    return importlib.import_module(f"{_DYNAMO}.testing").CompileCounterWithBackend(backend)

@@ -9,9 +9,9 @@ import attrs
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import tunerkit
+from tunerkit.libraries import torch_private
 from tunerkit.testing import transformers_cases
 
 # The models by name, with targets in each.
@@ -81,7 +81,7 @@ def logits(model: Any) -> Tensor:
     return result
 
 
-def train(model: nn.Module, called: Any, steps: int, counter: CompileCounterWithBackend | None = None) -> Training:
+def train(model: nn.Module, called: Any, steps: int, counter: Any = None) -> Training:
     """Train ``model`` through ``called``, then run it in eval mode.
 
     Args:
@@ -115,7 +115,7 @@ def check_trains_in_one_graph(
     """
     model = wrapped(name, method, config)
     eager = copy.deepcopy(model)
-    counter = CompileCounterWithBackend(backend)
+    counter = torch_private.compile_counter(backend)
     found = train(model, torch.compile(model, backend=counter, fullgraph=True), steps, counter)
     assert_same(found, train(eager, eager, steps))
     assert not torch.allclose(found.outputs[0], found.outputs[steps - 1])
