@@ -11,10 +11,7 @@ from tunerkit.injection import (
     check_name,
     eject_,
     inside,
-    refuse_disabled,
-    refuse_merged,
-    refuse_rivals,
-    refuse_taken,
+    refuse_fixed,
     rename_,
     require_tuners,
     train_,
@@ -71,8 +68,7 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
         _named(root, name)
     if twice := [name for number, name in enumerate(names) if name in names[:number]]:
         raise AdapterError(f"adapter {twice[0]!r} is named twice; name each adapter once")
-    _refuse_fixed(root, "activating adapters")
-    refuse_rivals(root, names)
+    refuse_fixed(root, "activating adapters")
     activate_(root, names)
 
 
@@ -118,8 +114,7 @@ def rename(model: nn.Module, old: str, new: str) -> None:
         AdapterError: The old name is unknown, or the new one is taken or invalid.
     """
     tuner = _named(model, old)
-    check_name(new)
-    refuse_taken(adapters(model), new)
+    check_name(new, taken=adapters(model))
     rename_(tuner, new)
 
 
@@ -137,7 +132,7 @@ def delete(model: nn.Module, adapter: str) -> None:
             then.
     """
     tuner = _named(model, adapter)
-    _refuse_fixed(tuner.model, "deleting an adapter")
+    refuse_fixed(tuner.model, "deleting an adapter")
     detach(tuner)
     train_(tuner, trained=False)
     eject_(tuner)
@@ -152,8 +147,3 @@ def _named(model: nn.Module, adapter: object) -> Tuner:
     if not isinstance(adapter, str):
         raise AdapterError(f"expected an adapter's name, got {type(adapter).__name__} {adapter!r}")
     return find_tuner(inside(model), adapter)
-
-
-def _refuse_fixed(model: nn.Module, what: str) -> None:
-    refuse_disabled(model)
-    refuse_merged(model, what)

@@ -14,17 +14,14 @@ from tunerkit.injection import (
     Progress,
     Tuner,
     build,
-    check_name,
     eject_,
     inject_,
-    inside,
     is_merged,
+    ready_model,
     refuse_disabled,
     refuse_idle_patterns,
-    refuse_unready,
     require_tuners,
-    warn_of_dropout,
-    warn_of_statistics,
+    warn_of_limits,
 )
 from tunerkit.serialization import merge, restore_originals_
 from tunerkit.steps import detach, watch_optimizers
@@ -50,9 +47,7 @@ def wrap(
     Raises `ConfigError`, `TargetError`, `UnknownMethodError`, `PluginError`, or `AdapterError` (a bad or taken
     adapter name, a model inside DDP, a merged model); the model is then as it was.
     """
-    check_name(adapter)
-    root = inside(model)
-    refuse_unready(root, adapter)
+    root = ready_model(model, adapter)
     config = hooks.configure(method, config)
     scanned = scan(root, hooks.gather_knowledge())
     copies = choose_copies(scanned, config.train_modules)
@@ -70,10 +65,9 @@ def wrap(
         progress=Progress(total_steps=config.total_steps),
     )
     with seeded(seed):
-        plan = build(scanned, tuner)
-    warn_of_statistics(scanned, copies)
-    warn_of_dropout(plan)
-    inject_(plan, trainable=True)
+        built = build(scanned, tuner)
+    warn_of_limits(scanned, built)
+    inject_(built, trainable=True)
     watch_optimizers(method)
     return model
 

@@ -20,12 +20,9 @@ from tunerkit.injection import (
     Slot,
     Tuner,
     build,
-    check_name,
     inject_,
-    inside,
+    ready_model,
     refuse_lost,
-    refuse_unready,
-    wrapped_of,
 )
 from tunerkit.injection import tuner as find_tuner
 from tunerkit.serialization.fingerprint import differences, fingerprint
@@ -77,18 +74,16 @@ def load(base: M, path: str | os.PathLike[str], *, adapter: str = "default", tra
     target's weight is tied or on meta), `AdapterError`, `UnknownMethodError`, `ConfigError`; everything wrong is
     named at once and nothing is loaded then.
     """
-    check_name(adapter)
-    root = inside(base)
-    refuse_unready(root, adapter)
+    root = ready_model(base, adapter)
     source = file_at(path, FILE_NAME)
     tensors, header = read(source, content="adapter")
     scanned = scan(root, hooks.gather_knowledge())
     tuner = _tuner_from(header, scanned, adapter, source)
     refuse_other_base(tuner, header, source, scanned)
     with torch.random.fork_rng(devices=[]):  # the start is overwritten; the caller's random state is not touched
-        plan = build(scanned, tuner)
-    fill(plan.slots, tensors, source)
-    inject_(plan, trainable=trainable)
+        built = build(scanned, tuner)
+    fill(built.slots, tensors, source)
+    inject_(built, trainable=trainable)
     watch_optimizers(tuner.method)
     return base
 
@@ -132,7 +127,7 @@ def header_of(
     versions = {"tunerkit": metadata.version("tunerkit"), "torch": torch.__version__, owner.distribution: owner.version}
     base: dict[str, dict[str, Any]] = {}
     if content == "adapter":
-        base = wrapped_of(tuner.model).fingerprints.get(tuner.name) or fingerprint(tuner)
+        base = tuner.progress.fingerprint or fingerprint(tuner)
     return Header(
         kind=content,
         method=tuner.method,

@@ -18,7 +18,6 @@ from tunerkit.injection import (
     refuse_lost,
     require_tuners,
     walk,
-    wrapped_of,
 )
 from tunerkit.libraries import is_offloaded, torch_private
 from tunerkit.paths import is_under
@@ -52,7 +51,7 @@ def merge(model: M, *, permanent: bool = False) -> M:
     merged = [(module, slots, _merged_tensors(path, module, slots)) for path, module, slots in walk(model)]
     if permanent:
         for tuner in tuners.values():
-            wrapped_of(tuner.model).fingerprints[tuner.name] = fingerprint(tuner)
+            tuner.progress.fingerprint = fingerprint(tuner)
     for module, slots, tensors in merged:
         slots.merged = slots.active
         slots.permanent = permanent
@@ -127,9 +126,8 @@ def _refuse_tied(model: nn.Module) -> None:
 @torch.no_grad()
 def _merged_tensors(path: str, module: nn.Module, slots: Slots) -> dict[str, Tensor]:
     """The values that ``module``'s own tensors have with all active slots merged, if there is a place for them."""
-    for name in slots.active:
-        slot = slots.get(name)
-        if slot is not None and slot.adapter is not None and not hooks.has_delta(slot.method):
+    for slot in slots.applied:
+        if slot.adapter is not None and not hooks.has_delta(slot.method):
             raise AdapterError(f"method {slot.method!r} cannot be merged: its plugin does not implement tunerkit_delta")
     tensors = adapted_tensors(path, module, slots)
     bias = None if slots.base is None else slots.base.bias_name
