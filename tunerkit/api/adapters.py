@@ -10,7 +10,6 @@ from tunerkit.injection import (
     activate_,
     check_name,
     eject_,
-    inside,
     refuse_fixed,
     rename_,
     require_tuners,
@@ -31,7 +30,7 @@ def adapters(model: nn.Module) -> dict[str, Tuner]:
     Returns:
         The tuners by adapter name, the oldest first; empty for a model without adapters.
     """
-    return dict(tuners_of(inside(model)))
+    return tuners_of(model)
 
 
 def active(model: nn.Module) -> tuple[str, ...]:
@@ -140,10 +139,10 @@ def delete(model: nn.Module, adapter: str) -> None:
 
 def _root(model: nn.Module) -> nn.Module:
     """Return the model that was wrapped, which may be inside another module, such as DDP."""
-    return next(iter(require_tuners(inside(model)).values())).model
+    return next(iter(require_tuners(model).values())).model
 
 
 def _named(model: nn.Module, adapter: object) -> Tuner:
     if not isinstance(adapter, str):
         raise AdapterError(f"expected an adapter's name, got {type(adapter).__name__} {adapter!r}")
-    return find_tuner(inside(model), adapter)
+    return find_tuner(model, adapter)

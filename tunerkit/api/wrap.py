@@ -53,7 +53,6 @@ def wrap(
     copies = choose_copies(scanned, config.train_modules)
     refuse_tied(scanned, copies)
     chosen = select(scanned, targets=config.targets, exclude=config.exclude, layers=config.layers, trained=copies)
-    refuse_idle_patterns(config, chosen)
     tuner = Tuner(
         name=adapter,
         method=method,
@@ -64,10 +63,11 @@ def wrap(
         biases=choose_biases(scanned, config.bias, chosen, copies),
         progress=Progress(total_steps=config.total_steps),
     )
+    refuse_idle_patterns(tuner)
     with seeded(seed):
-        built = build(scanned, tuner)
-    warn_of_limits(scanned, built)
-    inject_(built, trainable=True)
+        slots = build(scanned, tuner)
+    warn_of_limits(scanned, tuner)
+    inject_(tuner, slots, scanned, trainable=True)
     watch_optimizers(method)
     return model
 

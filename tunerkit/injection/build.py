@@ -2,13 +2,12 @@
 
 from itertools import chain
 
-import attrs
 import torch
 from torch import nn
 
 from tunerkit import hooks
 from tunerkit.errors import TargetError
-from tunerkit.injection.inject import BuiltAdapter, copy_base
+from tunerkit.injection.inject import copy_base
 from tunerkit.injection.preconditions import refuse_overlap
 from tunerkit.injection.slots import Slot
 from tunerkit.injection.tuner import Tuner
@@ -18,20 +17,17 @@ from tunerkit.records import Target
 from tunerkit.targets import Scan, ScannedModule
 
 
-def build(scanned: Scan, tuner: Tuner) -> BuiltAdapter:
-    """Build every slot of ``tuner``: the adapters through the method's plugin, the copies and the trained biases."""
-    found = {path: scanned.by_path[path] for path in tuner.modules()}
-    # A copy replaces the whole module, so there is no base layer.
-    found.update({copied.path: attrs.evolve(found[copied.path], base=None) for copied in tuner.copies})
-    refuse_overlap(tuner.model, found, [copied.path for copied in tuner.copies])
+def build(scanned: Scan, tuner: Tuner) -> dict[str, Slot]:
+    """Build the slots of ``tuner`` by module path: adapters through the method's plugin, copies and trained biases."""
+    paths, found = tuner.modules(), scanned.by_path
+    refuse_overlap(tuner.model, paths, [copied.path for copied in tuner.copies])
     adapters = {target.path: _adapter(tuner, target, found[target.path]) for target in tuner.targets}
     copies = {copied.path: _copy_of(copied) for copied in tuner.copies}
     biases = {biased.path: _bias_of(biased, found[biased.path].base) for biased in tuner.biases}
-    slots = {
+    return {
         path: Slot(method=tuner.method, adapter=adapters.get(path), copy=copies.get(path), bias=biases.get(path))
-        for path in found
+        for path in paths
     }
-    return BuiltAdapter(tuner=tuner, slots=slots, scanned=found)
 
 
 def _adapter(tuner: Tuner, target: Target, found: ScannedModule) -> Adapter:
@@ -51,8 +47,7 @@ def _placed(built: Adapter, module: nn.Module, dtype: torch.dtype) -> Adapter:
     device = execution_device(module) or next((tensor.device for tensor in weights), None)
     # It was built on the CPU. Checking whether it must be moved is cheaper than moving it.
     own = chain(built.parameters(), built.buffers())
-    there = device is None or device.type == "cpu"
-    there = there and all(t.device.type == "cpu" and (t.dtype == dtype or not t.is_floating_point()) for t in own)
+    there = all(device in (None, t.device) and (t.dtype == dtype or not t.is_floating_point()) for t in own)
     return built if there else built.to(device=device, dtype=dtype)
 
 

@@ -1,5 +1,7 @@
 """A module's own tensors with its adapters applied, for merging and for temporary weight overrides."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -67,9 +69,7 @@ def _add_bias(module: nn.Module, name: str, trained: Tensor, tensors: dict[str, 
 
 def _own(module: nn.Module, name: str) -> nn.Parameter:
     """Return the module's parameter itself, also during a temporary override."""
-    own = torch_private.own_parameters(module)[name]
-    assert own is not None
-    return own
+    return cast(nn.Parameter, torch_private.own_parameters(module)[name])
 
 
 def _refuse_untrainable(method: str, adapter: Adapter, delta: Delta) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence, Set
 
-import attrs
 import torch
 from torch import nn
 
@@ -14,50 +13,38 @@ from tunerkit.injection.unsynchronised import check_at_next_forward_, refuse_uns
 from tunerkit.injection.weight_override import update_overrides_
 from tunerkit.libraries import duplicate, torch_private
 from tunerkit.paths import CHILD, is_adapter_path
-from tunerkit.targets import ScannedModule
+from tunerkit.targets import Scan
 
 # Marks a batch norm whose statistics are held, so that unwrapping can release them.
 _HELD = "_tunerkit_held"
 
 
-@attrs.frozen(eq=False)
-class BuiltAdapter:
-    """What one adapter puts into a model, built and checked before the model is changed.
-
-    Attributes:
-        tuner: The adapter's tuner.
-        slots: Its slots by module path.
-        scanned: What the scan found at these paths, without the base layer where a copy replaces the module.
-    """
-
-    tuner: Tuner
-    slots: Mapping[str, Slot]
-    scanned: Mapping[str, ScannedModule]
-
-
-def inject_(built: BuiltAdapter, *, trainable: bool) -> None:
-    """Freeze the base and add the slots to its modules, each with one forward hook."""
-    tuner, model, wrapped = built.tuner, built.tuner.model, wrapped_of(built.tuner.model)
+def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, *, trainable: bool) -> None:
+    """Freeze the base and add the adapter's slots, ``built`` by path, to its modules, each with one forward hook."""
+    model, wrapped, readers = tuner.model, wrapped_of(tuner.model), []
     if not wrapped.tuners:  # a base parameter that is unfrozen later is meant to be trained
         wrapped.frozen = _freeze_base_(model)
     for path, module in tuner.modules().items():
-        slot, slots = built.slots[path], slots_of(module)
+        slot, slots, found = built[path], slots_of(module), scanned.by_path[path]
+        # A copy replaces the whole module, so there is no base layer.
+        base, reader = (found.base, found.reader) if slot.copy is None else (None, None)
+        readers.append(reader)
         if slots is None:
-            slots = Slots(built.scanned[path].base).train(module.training)
+            slots = Slots(base).train(module.training)
             module.add_module(CHILD, slots)
-            if built.scanned[path].reader is None:
+            if reader is None:
                 module.register_forward_hook(apply_slots, with_kwargs=True)
         if not module.training:  # new parts are in training mode, and a copy has the modes of its original
             slot.eval()
         slots.put(tuner.name, slot)
-    update_overrides_(model, (found.reader for found in built.scanned.values()))
+    update_overrides_(model, readers)
     for copied in tuner.copies:
         _hold_statistics_(copied.module)
     wrapped.tuners[tuner.name] = tuner
     wrapped.active = (*wrapped.active, tuner.name)
     vars(model)[WRAPPED] = wrapped
     train_(tuner, trained=trainable)
-    _check_next_forward_(model)
+    _prepare_next_forward_(model)
 
 
 def eject_(tuner: Tuner) -> None:
@@ -66,19 +53,18 @@ def eject_(tuner: Tuner) -> None:
     for module in tuner.modules().values():
         if (slots := slots_of(module)) is not None:
             slots.drop(tuner.name)
-            if not slots.names:
-                delattr(module, CHILD)
-                torch_private.remove_hooks_(module, apply_slots)
-    for copied in tuner.copies:
-        if slots_of(copied.module) is None:  # otherwise another adapter also trains a copy of it
-            _release_statistics_(copied.module)
+            if slots.names:
+                continue
+            delattr(module, CHILD)
+        torch_private.remove_hooks_(module, apply_slots)
+        _release_statistics_(module)
     update_overrides_(model)
     del wrapped.tuners[tuner.name]
     wrapped.active = tuple(name for name in wrapped.active if name != tuner.name)
     if not wrapped.tuners:
         _thaw_base_(model, set(wrapped.frozen))
         del vars(model)[WRAPPED]
-    _check_next_forward_(model)
+    _prepare_next_forward_(model)
 
 
 def activate_(model: nn.Module, names: Sequence[str]) -> None:
@@ -119,8 +105,8 @@ def train_(tuner: Tuner, *, trained: bool) -> None:
             parameter.grad = None
 
 
-def _check_next_forward_(model: nn.Module) -> None:
-    """Start the checks of the next forward again, for the modules that are adapted now."""
+def _prepare_next_forward_(model: nn.Module) -> None:
+    """Restart the checks of the next forward, for the modules that are adapted now, and drop compiled code."""
     adapted = {path: module for tuner in wrapped_of(model).tuners.values() for path, module in tuner.modules().items()}
     # A module without the hook is not called: its owner uses the overridden weight directly.
     watch(model, {path: module for path, module in adapted.items() if torch_private.has_hook(module, apply_slots)})

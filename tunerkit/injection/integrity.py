@@ -1,6 +1,5 @@
 """Checks that each adapted module is still in the model, has its size, and runs its adapters."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from torch import nn
@@ -17,12 +16,10 @@ def refuse_lost(tuners: Iterable[Tuner]) -> None:
 
     An adapter has no effect there, or does not fit, and no forward would show it.
     """
-    lost: dict[str, dict[str, None]] = defaultdict(dict)  # one module may be lost to several adapters
-    for tuner in tuners:
-        for path, reason in _lost(tuner):
-            lost[reason][path] = None
+    lost = dict.fromkeys(found for tuner in tuners for found in _lost(tuner))  # several adapters may lose one module
     if lost:
-        lines = "\n".join(f"- {', '.join(paths)}: {reason}" for reason, paths in lost.items())
+        grouped = {reason: [path for path, other in lost if other == reason] for _, reason in lost}
+        lines = "\n".join(f"- {', '.join(paths)}: {reason}" for reason, paths in grouped.items())
         raise AdapterError(
             f"adapters have no effect, or do not fit, where the model was changed after wrapping:\n{lines}\n"
             "Convert, replace or resize modules first, then call tunerkit.wrap or tunerkit.load"

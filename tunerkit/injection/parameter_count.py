@@ -3,7 +3,7 @@
 import attrs
 from torch import nn
 
-from tunerkit.injection.root import expect_module
+from tunerkit.injection.root import inside
 from tunerkit.injection.tuner import tuners_of
 
 
@@ -38,7 +38,7 @@ def trainable_parameters(model: nn.Module) -> Summary:
     Raises:
         AdapterError: ``model`` is not a module, or several parts of it were wrapped on their own.
     """
-    parameters = list(expect_module(model).parameters())
+    parameters = list(inside(model).parameters())
     return Summary(
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         total=sum(p.numel() for p in parameters),

@@ -1,37 +1,31 @@
 """Rejects models, adapter names and settings with which no adapter can be put in, and warns about doubtful ones."""
 
+import re
 import warnings
 from collections.abc import Collection
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from tunerkit.config import AdapterConfig
 from tunerkit.errors import AdapterError, ConfigError, TunerkitWarning, closest
-from tunerkit.injection.inject import BuiltAdapter
 from tunerkit.injection.merged_state import refuse_fixed
 from tunerkit.injection.root import inside
 from tunerkit.injection.slots import base_modules, slots_of, walk
-from tunerkit.injection.tuner import tuners_of
+from tunerkit.injection.tuner import Tuner, tuners_of
 from tunerkit.libraries import torch_private
 from tunerkit.paths import CHILD, is_under
 from tunerkit.patterns import matches
-from tunerkit.records import Target
 from tunerkit.targets import Scan
 
-_NAME_LIMIT = 64
+_NAME = r"[^./\ud800-\udfff]{1,64}"
 
 
 def check_name(adapter: object, taken: Collection[str]) -> None:
     """Raise `AdapterError` for a name that cannot be a part of parameter names, or that another adapter has."""
-    if not isinstance(adapter, str) or not 1 <= len(adapter) <= _NAME_LIMIT or "." in adapter or "/" in adapter:
+    if not isinstance(adapter, str) or not re.fullmatch(_NAME, adapter):
         raise AdapterError(
-            f"adapter name {adapter!r}: expected 1 to {_NAME_LIMIT} characters without '.' and '/', choose another"
-        )
-    if any("\ud800" <= character <= "\udfff" for character in adapter):
-        raise AdapterError(
-            f"adapter name {adapter!r} contains half of a surrogate pair, which no file can store in the names of its "
-            "parameters; choose another"
+            f"adapter name {adapter!r}: expected 1 to 64 characters without '.', '/' or half of a surrogate pair, "
+            "which no file can store in the names of parameters; choose another"
         )
     if adapter in taken:
         raise AdapterError(f"the model has an adapter named {adapter!r} already; choose another, or delete that one")
@@ -60,13 +54,13 @@ def ready_model(model: object, adapter: str) -> nn.Module:
     return root
 
 
-def refuse_idle_patterns(config: AdapterConfig, chosen: tuple[Target, ...]) -> None:
+def refuse_idle_patterns(tuner: Tuner) -> None:
     """Raise `ConfigError` for a per-target setting that matches no target: most often the name is mistyped."""
-    paths = [target.path for target in chosen]
+    paths = [target.path for target in tuner.targets]
     names = {path.rpartition(".")[2] for path in paths}
     problems = [
         f"{pattern!r} matches none of the {len(paths)} targets{closest(pattern, names)} @ $.{field}"
-        for pattern, field in config.target_patterns()
+        for pattern, field in tuner.config.target_patterns()
         if not any(matches(pattern, path) for path in paths)
     ]
     if problems:
@@ -81,12 +75,11 @@ def refuse_overlap(model: nn.Module, paths: Collection[str], copies: Collection[
     for path, _, slots in walk(model):
         owners = ", ".join(repr(name) for name in slots.names)
         shared = path in copies and len(slots.copies) == len(slots.names)
-        for copied in copies:
-            if _nested(path, copied) and not shared:
-                raise AdapterError(f"cannot train {copied!r} in full: adapter {owners} is at {path!r}; delete it first")
-        for wanted in paths:
-            if slots.copies and _nested(path, wanted) and not shared:
-                raise AdapterError(f"cannot adapt {wanted!r}: adapter {owners} trains {path!r} in full")
+        nested = [wanted for wanted in paths if _nested(path, wanted) and not shared]
+        if copied := [wanted for wanted in nested if wanted in copies]:
+            raise AdapterError(f"cannot train {copied[0]!r} in full: adapter {owners} is at {path!r}; delete it first")
+        if nested and slots.copies:
+            raise AdapterError(f"cannot adapt {nested[0]!r}: adapter {owners} trains {path!r} in full")
         if shared and slots.active:
             raise AdapterError(
                 f"cannot train {path!r} in full: adapter {slots.active[0]!r} does and is active, and one replaces the "
@@ -98,9 +91,8 @@ def _nested(one: str, other: str) -> bool:
     return one == other or one.startswith(other + ".") or other.startswith(one + ".")
 
 
-def warn_of_limits(scanned: Scan, built: BuiltAdapter) -> None:
+def warn_of_limits(scanned: Scan, tuner: Tuner) -> None:
     """Warn about norms of the frozen base that training still changes, and about targets without dropout."""
-    tuner = built.tuner
     copies = {copied.path for copied in tuner.copies}
     moving = [
         found.path
@@ -118,7 +110,7 @@ def warn_of_limits(scanned: Scan, built: BuiltAdapter) -> None:
             TunerkitWarning,
             stacklevel=3,
         )
-    bypassed = [target.path for target in tuner.targets if built.scanned[target.path].reader is not None]
+    bypassed = [target.path for target in tuner.targets if scanned.by_path[target.path].reader is not None]
     if bypassed and tuner.config.dropout:
         warnings.warn(
             f"dropout is not applied at {len(bypassed)} targets ({bypassed[0]}, ...): their owner uses the weight "

@@ -6,19 +6,13 @@ from tunerkit.errors import AdapterError
 from tunerkit.libraries import torch_private
 
 
-def expect_module(model: object) -> nn.Module:
-    """Return ``model``, or raise `AdapterError` if it is not a module."""
-    if not isinstance(model, nn.Module):
-        raise AdapterError(f"expected a torch.nn.Module, got {type(model).__name__}; pass the model itself")
-    return model
-
-
 def inside(model: object) -> nn.Module:
     """Return the model that `torch.compile` or ``nn.DataParallel`` was given: paths must not depend on the wrapper.
 
     Raises:
         AdapterError: ``model`` is not a module.
     """
-    outer = expect_module(model)
-    inner = outer.module if isinstance(outer, nn.DataParallel) else torch_private.compiled_from(outer)
-    return outer if inner is None else inside(inner)
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"expected a torch.nn.Module, got {type(model).__name__}; pass the model itself")
+    inner = model.module if isinstance(model, nn.DataParallel) else torch_private.compiled_from(model)
+    return model if inner is None else inside(inner)

@@ -12,7 +12,7 @@ from tunerkit.config import AdapterConfig
 from tunerkit.errors import AdapterError, StepError, closest
 from tunerkit.injection.merged_state import is_merged
 from tunerkit.injection.progress import Progress
-from tunerkit.injection.root import expect_module
+from tunerkit.injection.root import inside
 from tunerkit.injection.slots import Slot, base_modules, slots_of
 from tunerkit.layers import Adapter
 from tunerkit.records import RankChange, State, Target
@@ -194,7 +194,7 @@ def tuners_of(model: nn.Module) -> dict[str, Tuner]:
             leave the others out.
     """
     # By identity: a shallow copy shares the record.
-    modules = base_modules(expect_module(model))
+    modules = base_modules(inside(model))
     roots = {id(found): (path, found) for path, module in modules if (found := vars(module).get(WRAPPED))}
     if len(roots) > 1:
         paths = ", ".join(repr(path) if path else "the model itself" for path, _ in roots.values())

@@ -3,9 +3,8 @@
 import functools
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-import attrs
 import torch
 from torch import nn
 
@@ -17,8 +16,7 @@ _ATTRIBUTE = "_tunerkit_calls"
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 
 
-@attrs.define(eq=False)
-class Calls:
+class Calls(NamedTuple):
     """What ran in eager mode before the report.
 
     Attributes:
@@ -26,8 +24,8 @@ class Calls:
         called: The paths of the adapted modules that ran themselves.
     """
 
-    owner_ran: set[str] = attrs.field(factory=set)
-    called: set[str] = attrs.field(factory=set)
+    owner_ran: set[str]
+    called: set[str]
 
 
 def watch(model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
@@ -42,7 +40,7 @@ def watch(model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
     _unwatch(model)
     if not adapted:
         return
-    calls = Calls()
+    calls = Calls(set(), set())
     owners = {above: _running(model, above) for above in {parent(path) for path in adapted}}
     for path, module in adapted.items():
         module.register_forward_pre_hook(functools.partial(note_call, calls.called, path))

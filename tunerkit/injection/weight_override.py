@@ -28,7 +28,7 @@ class _Call:
             entry is the owner's earlier call, so undoing one call shows the one around it.
     """
 
-    thread: int
+    thread: int | None
     before: list[tuple[nn.Module, str, object]]
 
     def undo(self) -> None:
@@ -117,7 +117,6 @@ def _override(owner: nn.Module) -> None:
 def _begin_call_(owner: nn.Module) -> _Call:
     """Record that ``owner`` starts to run. Raises `AdapterError` if it runs in another thread."""
     thread = threading.current_thread().ident  # not get_ident: this also registers threads that C++ started
-    assert thread is not None
     call = _Call(thread, [(owner, _CALL, None)])
     # setdefault is atomic: if two threads begin at once, one of them sees the other.
     while (around := vars(owner).setdefault(_CALL, call)).thread != thread:

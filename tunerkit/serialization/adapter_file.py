@@ -81,9 +81,9 @@ def load(base: M, path: str | os.PathLike[str], *, adapter: str = "default", tra
     tuner = _tuner_from(header, scanned, adapter, source)
     refuse_other_base(tuner, header, source, scanned)
     with torch.random.fork_rng(devices=[]):  # the start is overwritten; the caller's random state is not touched
-        built = build(scanned, tuner)
-    fill(built.slots, tensors, source)
-    inject_(built, trainable=trainable)
+        slots = build(scanned, tuner)
+    fill(slots, tensors, source)
+    inject_(tuner, slots, scanned, trainable=trainable)
     watch_optimizers(tuner.method)
     return base
 
