@@ -304,7 +304,7 @@ def test_several_adapters_train_the_same_module_each_its_own(toys: "Toys", heads
     for module in (heads.head[0], heads.head[2]):
         slots = slots_of(module)
         assert slots is not None
-        assert slots.names == slots.copying == ("a", "b", "fresh")
+        assert slots.names == tuple(slots.copies) == ("a", "b", "fresh")
         for name in slots.names:
             slot: Any = slots.get(name)
             assert "tunerkit" not in slot.copy._modules

@@ -23,7 +23,6 @@ ADDED = frozenset(
         "tunerkit.Tuner.is_active",
         "tunerkit.Tuner.needs_steps",
         "tunerkit.Tuner.progress",
-        "tunerkit.Tuner.rename_(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD name)",
     }
 )
 # What core alone used: a tuner is made by `tunerkit.wrap` and `tunerkit.load`, and its bookkeeping lies in the model.

@@ -186,7 +186,7 @@ def test_two_adapters_at_one_place_add_up(toys: "Toys") -> None:
     assert toys.close(model(batch()), expected(batch()))
 
 
-def test_a_delta_bias_is_lent_where_the_base_has_none(toys: "Toys") -> None:
+def test_a_delta_bias_is_added_where_the_base_has_none(toys: "Toys") -> None:
     """As at a called layer: the output gets it. Merging has no place for it, and says so."""
     model = adapted(toys, attends(bias=False), "toy-shift")
     expected = attends(bias=False)
@@ -217,7 +217,7 @@ def test_attention_s_biases_are_trained(toys: "Toys", bias: str) -> None:
 # --- For the time of a call and no longer ----------------------------------------------------------------------------
 
 
-def test_nothing_is_lent_between_two_calls(toys: "Toys") -> None:
+def test_nothing_is_overridden_between_two_calls(toys: "Toys") -> None:
     """Inside the call the weight is changed; parameters and state_dict never are."""
     model = adapted(toys)
     before = toys.snapshot(model)
@@ -393,7 +393,7 @@ def test_checkpointing_recomputes_with_the_adapters(toys: "Toys", reentrant: boo
     assert all(same(found[name], gradient) for name, gradient in expected.items())
 
 
-def test_a_forward_replaced_after_wrapping_is_still_lent_to(toys: "Toys", tmp_path: Any) -> None:
+def test_a_forward_replaced_after_wrapping_still_gets_the_overrides(toys: "Toys", tmp_path: Any) -> None:
     """As accelerate replaces it on the instance; what is saved then still fits the base."""
     model, twin = adapted(toys, bias="adapters"), adapted(toys, bias="adapters")
     model.attention.forward = model.attention.forward
@@ -517,7 +517,7 @@ def test_a_copy_overrides_its_own(toys: "Toys", way: Any) -> None:
     assert torch.equal(twin(batch()), attends()(batch()))
 
 
-def test_an_attention_that_is_the_model_itself_is_lent_to_too(toys: "Toys") -> None:
+def test_an_attention_that_is_the_model_itself_gets_the_overrides_too(toys: "Toys") -> None:
     """The owner of out_proj has an empty path then."""
     base = filled(nn.MultiheadAttention(WIDTH, HEADS))
     model: Any = adapted(toys, copy.deepcopy(base), targets=["out_proj"])

@@ -18,7 +18,7 @@ def adapters(model: nn.Module) -> dict[str, Tuner]:
     Returns:
         The tuners by adapter name, the oldest first; empty for a model without adapters.
     """
-    return dict(injection.tuners_of(injection.inside(model)))
+    return injection.tuners_of(model)
 
 
 def active(model: nn.Module) -> tuple[str, ...]:
@@ -55,8 +55,7 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
         _named(root, name)
     if twice := [name for number, name in enumerate(names) if name in names[:number]]:
         raise AdapterError(f"adapter {twice[0]!r} is named twice; name each adapter once")
-    _refuse_fixed(root, "activating adapters")
-    injection.refuse_rivals(root, names)
+    injection.refuse_fixed(root, "activating adapters")
     injection.activate_(root, names)
 
 
@@ -102,8 +101,7 @@ def rename(model: nn.Module, old: str, new: str) -> None:
         AdapterError: The old name is unknown, or the new one is taken or invalid.
     """
     tuner = _named(model, old)
-    injection.check_name(new)
-    injection.refuse_taken(adapters(model), new)
+    injection.check_name(new, taken=adapters(model))
     injection.rename_(tuner, new)
 
 
@@ -121,7 +119,7 @@ def delete(model: nn.Module, adapter: str) -> None:
             then.
     """
     tuner = _named(model, adapter)
-    _refuse_fixed(tuner.model, "deleting an adapter")
+    injection.refuse_fixed(tuner.model, "deleting an adapter")
     steps.detach(tuner)
     injection.train_(tuner, trained=False)
     injection.eject_(tuner)
@@ -129,15 +127,10 @@ def delete(model: nn.Module, adapter: str) -> None:
 
 def _root(model: nn.Module) -> nn.Module:
     """Return the model that was wrapped, which may be inside another module, such as DDP."""
-    return next(iter(injection.require_tuners(injection.inside(model)).values())).model
+    return next(iter(injection.require_tuners(model).values())).model
 
 
 def _named(model: nn.Module, adapter: object) -> Tuner:
     if not isinstance(adapter, str):
         raise AdapterError(f"expected an adapter's name, got {type(adapter).__name__} {adapter!r}")
-    return injection.tuner(injection.inside(model), adapter)
-
-
-def _refuse_fixed(model: nn.Module, what: str) -> None:
-    injection.refuse_disabled(model)
-    injection.refuse_merged(model, what)
+    return injection.tuner(model, adapter)

@@ -47,9 +47,7 @@ def wrap(
         PluginError: The method's plugin violates the contract of a hook.
         AdapterError: The name is taken or invalid, or the model is merged, disabled or inside DDP.
     """
-    injection.check_name(adapter)
-    root = injection.inside(model)
-    injection.refuse_unready(root, adapter)
+    root = injection.ready_model(model, adapter)
     config = hooks.configure(method, config)
     scanned = targets.scan(root, hooks.gather_knowledge())
     copies = targets.choose_copies(scanned, config.train_modules)
@@ -57,12 +55,12 @@ def wrap(
     chosen = targets.select(
         scanned, targets=config.targets, exclude=config.exclude, layers=config.layers, trained=copies
     )
-    injection.refuse_idle_patterns(config, chosen)
+    tuner = _tuner_of(scanned, chosen, copies, method, config, adapter)
+    injection.refuse_idle_patterns(tuner)
     with _seeded(seed):
-        plan = injection.build(scanned, _tuner_of(scanned, chosen, copies, method, config, adapter))
-    injection.warn_of_statistics(scanned, copies)
-    injection.warn_of_dropout(plan)
-    injection.inject_(plan, trainable=True)
+        slots = injection.build(scanned, tuner)
+    injection.warn_of_limits(scanned, tuner)
+    injection.inject_(tuner, slots, scanned, trainable=True)
     steps.watch_optimizers(method)
     return model
 

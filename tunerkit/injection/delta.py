@@ -1,65 +1,64 @@
-"""A module's own tensors with its adapters applied, for merging and for a temporary weight override."""
+"""A module's own tensors with its adapters applied, for merging and for temporary weight overrides."""
+
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from tunerkit import hooks
 from tunerkit.errors import PluginError
-from tunerkit.injection.slots import Slot, Slots
-from tunerkit.layers import BaseLayer, bias_name
+from tunerkit.injection.slots import Slots
+from tunerkit.layers import Adapter, BaseLayer, bias_name
 from tunerkit.libraries import torch_private
 from tunerkit.records import Delta
 
 
 def adapted_tensors(path: str, module: nn.Module, slots: Slots) -> dict[str, Tensor]:
-    """The parameters and buffers of ``module`` with all active slots applied; those that none changes are missing.
+    """Compute the parameters and buffers of ``module`` with all active slots applied.
 
     Args:
-        path: What errors call the module.
+        path: The module's name in errors.
         module: The adapted module; it is only read.
         slots: Its slots.
 
     Returns:
-        New tensors by their local name, in the dtypes of the module's own. A bias that the module lacks counts as
-        zeros. With gradients on they depend on the parameters of the adapters.
+        New tensors by their local name, in the dtypes of the module's own. Tensors that no slot changes are missing. A
+        bias that the module lacks counts as zeros. With gradients on, they depend on the adapters' parameters.
 
     Raises:
-        PluginError: A plugin answers with no delta, with one of another shape, or with one that has no gradient where
-            one is needed.
+        PluginError: A plugin returns no delta, one of another shape, or one without the gradient that is needed.
     """
     tensors: dict[str, Tensor] = {}
-    for name in slots.active:
-        slot = slots.get(name)
-        assert slot is not None
+    for slot in slots.applied:
         if slot.copy is not None:
             own = (*slot.copy.named_parameters(), *slot.copy.named_buffers())
             tensors.update({key: tensor.detach().clone() for key, tensor in own})
             continue
-        assert slots.base is not None or slot.adapter is None
-        if slot.adapter is not None and slots.base is not None:
-            found = hooks.delta(path, slot.method, slot.adapter, slots.base)
-            _refuse_untrainable(slot, found)
-            _add_delta(module, slots.base, found, tensors)
+        if slot.adapter is not None:
+            assert slots.base is not None
+            delta = hooks.delta(path, slot.method, slot.adapter, slots.base)
+            _refuse_untrainable(slot.method, slot.adapter, delta)
+            _add_delta(module, slots.base, delta, tensors)
         if slot.bias is not None:
             _add_bias(module, bias_name(slots.base), slot.bias, tensors)
     return tensors
 
 
-def _add_delta(module: nn.Module, base: BaseLayer, found: Delta, tensors: dict[str, Tensor]) -> None:
-    if found.weight is not None:
+def _add_delta(module: nn.Module, base: BaseLayer, delta: Delta, tensors: dict[str, Tensor]) -> None:
+    if delta.weight is not None:
         own = _own(module, base.weight_name)
-        packed = base.pack(found.weight)
+        packed = base.pack(delta.weight)
         wide = torch.promote_types(packed.dtype, torch.promote_types(own.dtype, torch.float32))
         tensors[base.weight_name] = (tensors.get(base.weight_name, own).to(wide) + packed.to(wide)).to(own.dtype)
-    if found.bias is not None:
+    if delta.bias is not None:
         before = tensors.get(base.bias_name, torch_private.own_parameters(module).get(base.bias_name))
         if before is None:
-            before = torch.zeros_like(found.bias, dtype=_own(module, base.weight_name).dtype)
-        tensors[base.bias_name] = before + found.bias.to(before.dtype)
+            before = torch.zeros_like(delta.bias, dtype=_own(module, base.weight_name).dtype)
+        tensors[base.bias_name] = before + delta.bias.to(before.dtype)
 
 
 def _add_bias(module: nn.Module, name: str, trained: Tensor, tensors: dict[str, Tensor]) -> None:
-    """Put the trained bias in place of the module's own, or its difference on top of what other slots made of it."""
+    """Replace the module's own bias with the trained one. If other slots changed it, add the difference to theirs."""
     own = _own(module, name)
     if name in tensors:
         wide = torch.promote_types(own.dtype, torch.float32)
@@ -69,20 +68,17 @@ def _add_bias(module: nn.Module, name: str, trained: Tensor, tensors: dict[str, 
 
 
 def _own(module: nn.Module, name: str) -> nn.Parameter:
-    """The module's parameter itself, also while a temporary override stands before it."""
-    own = torch_private.own_parameters(module)[name]
-    assert own is not None
-    return own
+    """Return the module's parameter itself, also during a temporary override."""
+    return cast(nn.Parameter, torch_private.own_parameters(module)[name])
 
 
-def _refuse_untrainable(slot: Slot, found: Delta) -> None:
-    """A delta cut off from the adapter's parameters would be used, and never trained."""
-    assert slot.adapter is not None
-    trained = any(parameter.requires_grad and parameter.numel() for parameter in slot.adapter.parameters())
-    has_gradient = any(part is not None and part.requires_grad for part in (found.weight, found.bias))
+def _refuse_untrainable(method: str, adapter: Adapter, delta: Delta) -> None:
+    """Reject a delta that is detached from the adapter's parameters: it would be used, but never trained."""
+    trained = any(parameter.requires_grad and parameter.numel() for parameter in adapter.parameters())
+    has_gradient = any(part is not None and part.requires_grad for part in (delta.weight, delta.bias))
     if torch.is_grad_enabled() and trained and not has_gradient:
         raise PluginError(
-            f"{hooks.registry.plugin_of(slot.method)} answers tunerkit_delta with tensors that have no gradient, so "
-            "the adapter would not be trained where only its delta is used; compute the delta from the parameters, "
-            "not detached"
+            f"{hooks.registry.plugin_of(method)} returns tensors from tunerkit_delta that have no gradient, so the "
+            "adapter would not be trained where only its delta is used; compute the delta from the parameters, not "
+            "detached"
         )

@@ -1,4 +1,4 @@
-"""Whether adapters are merged or disabled now, and what is refused then."""
+"""Whether adapters are merged or disabled, and what is rejected meanwhile."""
 
 from torch import nn
 
@@ -7,17 +7,18 @@ from tunerkit.injection.slots import walk
 
 
 def is_merged(model: nn.Module) -> bool:
-    """Whether adapters are merged into ``model`` now."""
+    """Return whether adapters are merged into ``model`` now."""
     return any(slots.merged for _, _, slots in walk(model))
 
 
 def refuse_disabled(model: nn.Module) -> None:
-    """Inside a ``with disabled(model)`` block the base stands in place of what merging and wrapping would change."""
+    """Raise `AdapterError` inside ``with disabled(model)``, where the base replaces what a caller would change."""
     if any(not slots.enabled for _, _, slots in walk(model)):
         raise AdapterError("the model's adapters are disabled; leave the block of tunerkit.disabled first")
 
 
-def refuse_merged(model: nn.Module, what: str) -> None:
-    """While merged, forward is that of the merged weights: ``what`` would change nothing that is seen."""
+def refuse_fixed(model: nn.Module, what: str) -> None:
+    """Raise `AdapterError` if ``model`` is disabled or merged: then ``what`` would not change the output."""
+    refuse_disabled(model)
     if is_merged(model):
         raise AdapterError(f"the model is merged; call tunerkit.unmerge before {what}")

@@ -1,15 +1,21 @@
-"""How much of a wrapped model is trained."""
+"""Counts how many parameters of a model are trained."""
 
 import attrs
 from torch import nn
 
-from tunerkit.injection.root import expect_module
+from tunerkit.injection.root import inside
 from tunerkit.injection.tuner import tuners_of
 
 
 @attrs.frozen
 class Summary:
-    """Counts of parameters: trained now, in the whole model with its adapters, and trained by adapter name."""
+    """The numbers of parameters of a model.
+
+    Attributes:
+        trainable: The parameters that are trained now.
+        total: All parameters, those of the adapters included.
+        adapters: The parameters that each adapter trains, by its name.
+    """
 
     trainable: int
     total: int
@@ -21,8 +27,18 @@ class Summary:
 
 
 def trainable_parameters(model: nn.Module) -> Summary:
-    """Count what ``model`` trains. A model without adapters is fine too."""
-    parameters = list(expect_module(model).parameters())
+    """Count the parameters that a model trains.
+
+    Args:
+        model: A model, wrapped or not.
+
+    Returns:
+        The counts. Printed, they give the share: ``"1,536 of 66,048 parameters are trained (2.33 %)"``.
+
+    Raises:
+        AdapterError: ``model`` is not a module, or several parts of it were wrapped on their own.
+    """
+    parameters = list(inside(model).parameters())
     return Summary(
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         total=sum(p.numel() for p in parameters),

@@ -1,4 +1,4 @@
-"""How far the training of one adapter is, and which optimizer drives it."""
+"""The training progress of one adapter, and the link to the optimizer that drives it."""
 
 from typing import Any
 from weakref import ref
@@ -14,18 +14,28 @@ from tunerkit.records import RankChange
 class Link:
     """The hooks through which an optimizer drives an adapter. They stay until `detach`, which remembers the optimizer.
 
-    It holds no tuner: the optimizer alone keeps its driver alive, so that a model can be freed.
+    It holds no tuner: only the optimizer keeps its driver alive, so that a model can be freed.
     """
 
     optimizer: "ref[Optimizer]"
     handles: tuple[RemovableHandle, ...]
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        # A deep copy or pickle holds None instead: the optimizer does not drive the copy.
+        return type(None), ()
+
 
 @attrs.define(eq=False)
 class Progress:
-    """What changes while an adapter trains. Only the step driver and resuming write to it.
+    """What changes after an adapter was put into a model. Only the step driver, resuming and merging write to it.
 
-    ``state`` belongs to the method, from `attach` on.
+    Attributes:
+        steps: The optimizer steps taken.
+        total_steps: The length of training in optimizer steps, if it is known.
+        state: The method's own training state, from `attach` on.
+        history: The allocations so far, the oldest first.
+        link: The connection to the optimizer, from `attach` on.
+        fingerprint: The base's fingerprint, kept if a permanent merge overwrote the base.
     """
 
     steps: int = 0
@@ -33,11 +43,4 @@ class Progress:
     state: object | None = None
     history: list[RankChange] = attrs.field(factory=list)
     link: Link | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The optimizer of the original does not drive a deep copy.
-        return {**attrs.asdict(self, recurse=False), "link": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
+    fingerprint: dict[str, dict[str, Any]] | None = None

@@ -1,4 +1,4 @@
-"""The child module ``tunerkit`` of an adapted module, which holds what each adapter adds there."""
+"""The child module ``tunerkit`` of an adapted module: it holds what each adapter adds there."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -8,18 +8,23 @@ from torch import Tensor, nn
 
 from tunerkit.layers import Adapter, BaseLayer, mark_fresh, unmark, view_bias
 from tunerkit.libraries import torch_private
-from tunerkit.paths import CHILD
+from tunerkit.paths import CHILD, join
 
-# Marks the buffers that hold originals: no adapter's name has a "/". A buffer's name takes no dot, and those of the
-# tensors of a trained copy have some.
-_ASIDE, _DOT = "/", "\0"
+# Buffers hold the originals. Adapter names have no "/", so the prefix keeps the two apart. Buffer names must have no
+# dot, and the tensors of a trained copy have dots in theirs.
+_ORIGINAL, _DOT = "/", "\0"
 
 
 class Slot(nn.Module):
     """What one adapter adds at one module: the method's adapter, a trained copy of the module, a trained bias.
 
-    A copy excludes the other two. ``bias`` (out,) is a trained copy of the module's own bias. ``method`` says whose
-    plugin knows the adapter.
+    A copy excludes the other two.
+
+    Attributes:
+        method: The method's name; its plugin computes the adapter's delta.
+        adapter: The method's adapter.
+        copy: A trained copy of the module, which replaces its output.
+        bias: A trained copy of the module's own bias, (out,).
     """
 
     bias: nn.Parameter | None
@@ -41,28 +46,34 @@ class Slot(nn.Module):
     def forward(
         self, module: nn.Module, base: BaseLayer | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any
     ) -> Any:
-        """Return the output of ``module`` as this slot changes it."""
+        """Return the output ``y`` of ``module`` as this slot changes it."""
         if self.copy is not None:
             return self.copy(*args, **kwargs)
         if self.adapter is not None:
             y = self.adapter(base, _input(args, kwargs), y)
         if self.bias is not None:
-            # The difference is exactly 0 until the copy is trained, which keeps the first output bit-identical.
-            # By attribute: in the replicas of DataParallel it is no Parameter.
+            # Until the copy is trained, the difference is exactly 0, so the first output is bit-identical.
+            # ``module.bias`` and not get_parameter: in the replicas of DataParallel it is no Parameter.
             added = self.bias - cast(Tensor, module.bias)
             y = y + view_bias(module, base, added, y).to(y.dtype)
         return y
 
 
 def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What the module was called with, however it was handed over."""
+    """Return the module's input, passed by position or by keyword."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
 class Slots(nn.Module):
-    """All slots of one module, by adapter name; ``active`` are applied in order unless switched off or merged.
+    """All slots of one module, by adapter name.
 
-    ``features`` are the base layer's (out, in) when it was adapted.
+    Attributes:
+        base: The module as a base layer; None if no kind matches it.
+        features: The base layer's (out, in) at the time when it was adapted.
+        active: The adapters that forward applies, in order, unless switched off or merged.
+        enabled: False inside `tunerkit.disabled`.
+        merged: The adapters that are merged into the module.
+        permanent: Whether the merge kept no originals.
     """
 
     def __init__(self, base: BaseLayer | None) -> None:
@@ -75,13 +86,13 @@ class Slots(nn.Module):
         self.permanent = False
 
     def __setattr__(self, name: str, value: object) -> None:
-        # nn.Module refuses to set an attribute that has a child's name, and an adapter may be called "training".
+        # nn.Module refuses to set an attribute with the name of a child, and an adapter may be called "training".
         object.__setattr__(self, name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """For deep copies and pickles: one made inside `tunerkit.disabled` has no block to leave, so it is enabled.
+        """Restore a deep copy or pickle. One made inside `tunerkit.disabled` has no block to leave, so it is enabled.
 
-        While merged the base stands in the module then, so the copy is not merged.
+        If the original was merged, its module held the base at that time, so the copy is not merged.
         """
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's own
         if not self.enabled:
@@ -90,33 +101,27 @@ class Slots(nn.Module):
             self.forget_originals()
 
     def put(self, name: str, slot: Slot) -> None:
-        """Add a slot; into the dict of children, since `add_module` refuses names such as "forward" or "keys"."""
+        """Add a slot. It goes directly into the dict of children: `add_module` refuses names such as "forward"."""
         torch_private.own_children(self)[name] = slot
         self.active = (*self.active, name)
 
     def get(self, name: str) -> Slot | None:
-        """The slot of one adapter; by name alone, for an attribute may have it too."""
-        slot = torch_private.own_children(self).get(name)
-        return slot if isinstance(slot, Slot) else None
+        """Return the slot of one adapter. Attributes of the same name are ignored."""
+        return cast(Slot | None, torch_private.own_children(self).get(name))
 
     def drop(self, name: str) -> None:
-        """Take a slot out."""
-        del torch_private.own_children(self)[name]
+        """Remove a slot, if the adapter has one here."""
+        torch_private.own_children(self).pop(name, None)
         self.active = tuple(other for other in self.active if other != name)
 
     def rename(self, old: str, new: str) -> None:
-        """Give a slot another name in its place; nothing else moves, so the order in ``state_dict`` stays."""
-        modules = torch_private.own_children(self)
-        slots = list(modules.items())
-        modules.clear()
-        modules.update((new if name == old else name, slot) for name, slot in slots)
+        """Rename a slot in its place, if the adapter has one here. The order in ``state_dict`` stays."""
+        children = torch_private.own_children(self)
+        slots = [(new if name == old else name, slot) for name, slot in children.items()]
+        children.clear()
+        children.update(slots)
         self.active = tuple(new if name == old else name for name in self.active)
         self.merged = tuple(new if name == old else name for name in self.merged)
-
-    @property
-    def copying(self) -> tuple[str, ...]:
-        """The adapters that train a copy of this module: no two of them can be active together."""
-        return tuple(name for name in self.names if (slot := self.get(name)) is not None and slot.copy is not None)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -124,40 +129,47 @@ class Slots(nn.Module):
         return tuple(torch_private.own_children(self))
 
     @property
+    def applied(self) -> list[Slot]:
+        """The slots of the active adapters, in order."""
+        return [slot for name in self.active if (slot := self.get(name)) is not None]
+
+    @property
+    def copies(self) -> dict[str, nn.Module]:
+        """The trained copies of this module by adapter. No two of them can be active together."""
+        slots = self.named_children()
+        return {name: slot.copy for name, slot in slots if isinstance(slot, Slot) and slot.copy is not None}
+
+    @property
     def originals(self) -> dict[str, Tensor]:
-        """The tensors set aside by a merge, by their local name in the module."""
+        """The tensors that a merge has set aside, by their local name in the module."""
         buffers = self.named_buffers(recurse=False, remove_duplicate=False)
-        return {name[1:].replace(_DOT, "."): tensor for name, tensor in buffers if name.startswith(_ASIDE)}
+        return {name.removeprefix(_ORIGINAL).replace(_DOT, "."): tensor for name, tensor in buffers}
 
     def set_aside(self, originals: Mapping[str, Tensor]) -> None:
-        """Keep ``originals``, in buffers so that they follow `model.to(...)`, outside ``state_dict``."""
+        """Keep ``originals`` in buffers, so that they follow `model.to(...)`, but outside ``state_dict``."""
         for name, tensor in originals.items():
-            self.register_buffer(_aside(name), tensor, persistent=False)
+            self.register_buffer(_ORIGINAL + name.replace(".", _DOT), tensor, persistent=False)
 
     def forget_originals(self) -> None:
-        """Drop what `set_aside` kept."""
-        for name in self.originals:
-            delattr(self, _aside(name))
+        """Free what `set_aside` kept."""
+        for name, _ in list(self.named_buffers(recurse=False, remove_duplicate=False)):
+            delattr(self, name)
 
     def original(self, name: str, live: Tensor) -> Tensor:
-        """The base's own tensor, also while a merged one stands in its place."""
+        """Return the base's own tensor, also while a merged one replaces it in the module."""
         return self.originals.get(name, live).detach() if self.enabled else live.detach()
 
 
-def _aside(name: str) -> str:
-    return _ASIDE + name.replace(".", _DOT)
-
-
 def slots_of(module: nn.Module) -> Slots | None:
-    """The slots at ``module`` itself, or None."""
+    """Return the slots at ``module`` itself, or None."""
     slots = torch_private.own_children(module).get(CHILD)
     return slots if isinstance(slots, Slots) else None
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of ``model`` with their paths, each once and in its order, without what adapters put there.
+    """Yield the modules of ``model`` with their paths, each once and in its order, without what adapters put there.
 
-    ``named_modules`` would walk through every adapter too, which in a wrapped model are most of the modules.
+    ``named_modules`` would also visit every adapter, and most modules of a wrapped model are in adapters.
     """
     seen: set[int] = set()
     waiting = [("", model)]
@@ -166,23 +178,24 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if id(module) not in seen:
             seen.add(id(module))
             yield path, module
-            prefix = f"{path}." if path else ""
-            # From the last to the first, since the end of the list comes next.
+            # In reverse, since the last entry of the list is visited first.
             for name, child in reversed(torch_private.own_children(module).items()):
                 if child is not None and type(child) is not Slots:
-                    waiting.append((prefix + name, child))
+                    waiting.append((join(path, name), child))
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slots]]:
-    """Every adapted module of ``model`` with its dotted path and its slots, in model order."""
+    """Yield every adapted module of ``model`` with its dotted path and its slots, in model order."""
     for path, module in base_modules(model):
-        slots = slots_of(module)
-        if slots is not None:
+        if (slots := slots_of(module)) is not None:
             yield path, module, slots
 
 
 def apply_slots(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """The forward hook of every adapted module. It writes no Python state: that would recompile compiled models."""
+    """Apply the active slots: the forward hook of every adapted module.
+
+    It writes no Python state, which would recompile compiled models.
+    """
     slots = torch_private.own_children(module)[CHILD]
     assert isinstance(slots, Slots)
     if slots.enabled and not slots.merged:

@@ -10,24 +10,33 @@ from torch import nn
 from tunerkit import hooks
 from tunerkit.config import AdapterConfig
 from tunerkit.errors import AdapterError, StepError, closest
+from tunerkit.injection.merged_state import is_merged
 from tunerkit.injection.progress import Progress
-from tunerkit.injection.root import expect_module
-from tunerkit.injection.slots import Slot, base_modules, slots_of, walk
+from tunerkit.injection.root import inside
+from tunerkit.injection.slots import Slot, base_modules, slots_of
 from tunerkit.layers import Adapter
 from tunerkit.records import RankChange, State, Target
 
-_ATTRIBUTE = "_tunerkit"
-# Tuners, copies too, that the watch over optimizers has not seen yet.
+# The attribute of a wrapped model that holds its `Wrapped`.
+WRAPPED = "_tunerkit"
+# Tuners, including copies, that the watch over optimizers has not seen yet.
 unseen: WeakSet["Tuner"] = WeakSet()
 
 
 @attrs.define(eq=False, on_setattr=attrs.setters.frozen)
 class Tuner:
-    """One adapter of a wrapped model. It lives in the model, so a deep copy of the model has tuners of its own.
+    """The handle on one adapter of a wrapped model. It lives in the model, so a deep copy of the model has its own.
 
-    It is a handle: what it says of the adapter stays, and all that training changes stands in ``progress``.
-    ``copies`` and ``biases`` are the modules trained in full as copies, and those whose bias is. ``loaded`` says that
-    the adapter came from a file.
+    Attributes:
+        name: The adapter's name.
+        method: The method's name.
+        config: The method's settings.
+        model: The wrapped model.
+        targets: The targets with an adapter of the method, in the model's order.
+        copies: The modules that are trained in full, as copies.
+        biases: The other modules whose bias is trained.
+        loaded: Whether the adapter came from a file.
+        progress: What changes during training. The other fields stay as they are.
     """
 
     name: str
@@ -43,22 +52,15 @@ class Tuner:
     def __attrs_post_init__(self) -> None:
         unseen.add(self)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return attrs.asdict(self, recurse=False)
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        """For deep copies and pickles, which do not pass through the initialiser."""
-        for name, value in state.items():
+    def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:
+        """Restore a deep copy or pickle, for which `__init__` does not run. ``state`` is Python's default for slots."""
+        for name, value in state[1].items():
             object.__setattr__(self, name, value)
         unseen.add(self)
 
-    def rename_(self, name: str) -> None:
-        """Take another name; injection calls it, with the slots and the record of the model."""
-        object.__setattr__(self, "name", name)
-
     @property
     def steps(self) -> int:
-        """Optimizer steps taken since `attach`, or in the training that the loaded file came from."""
+        """The number of optimizer steps since `attach`, or in the training that the loaded file came from."""
         return self.progress.steps
 
     @property
@@ -82,16 +84,23 @@ class Tuner:
 
     @property
     def needs_steps(self) -> bool:
-        """Whether the method is useless unless the optimizer drives it."""
+        """Whether the method only works if an optimizer drives it."""
         return hooks.registry.get(self.method).needs_steps
 
     @property
     def is_active(self) -> bool:
-        """Whether the adapter is applied in forward."""
+        """Whether forward applies the adapter."""
         return self.name in wrapped_of(self.model).active
 
     def slots(self) -> Iterator[tuple[str, Slot]]:
-        """This adapter's slots with the paths of their modules: targets, copies, other trained biases."""
+        """Find the adapter's slots in the model.
+
+        Returns:
+            Pairs of a module's path and the adapter's slot there: targets, copies, then other trained biases.
+
+        Raises:
+            AdapterError: The adapter is not in the model any more, or not at one of its modules.
+        """
         # By the record first: another adapter may have taken the name of one that was deleted.
         present = wrapped_of(self.model).tuners.get(self.name) is self
         for path, module in self.modules().items():
@@ -102,73 +111,91 @@ class Tuner:
             yield path, slot
 
     def modules(self) -> dict[str, nn.Module]:
-        """The adapted modules by path."""
-        return {place.path: place.module for place in (*self.targets, *self.copies, *self.biases)}
+        """Return the adapted modules by path."""
+        return {target.path: target.module for target in (*self.targets, *self.copies, *self.biases)}
 
     def adapters(self) -> dict[str, Adapter]:
-        """The method's adapters by target path."""
-        paths = {target.path for target in self.targets}
-        return {path: slot.adapter for path, slot in self.slots() if path in paths and slot.adapter is not None}
+        """Return the method's adapters by target path."""
+        return {path: slot.adapter for path, slot in self.slots() if slot.adapter is not None}
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What this adapter trains. Looked up afresh each time: FSDP2 replaces Parameter objects."""
+        """Yield the adapter's parameters. They are looked up at each call, since FSDP2 replaces Parameter objects."""
         for _, slot in self.slots():
             yield from slot.parameters()
 
     def ranks(self) -> dict[str, int]:
-        """Live rank by target path: AdaLoRA's last mask, LoRA's constant."""
+        """Return the live rank by target path: AdaLoRA's last mask, LoRA's constant."""
         return {path: adapter.rank for path, adapter in self.adapters().items()}
 
     def budget(self, step: int | None = None) -> int:
-        """The budget in force after ``step`` optimizer steps (None: now), in the method's budget unit."""
+        """Return the budget in force after an optimizer step.
+
+        Args:
+            step: The number of the step, from 1; None for now.
+
+        Returns:
+            The budget in the method's unit. Without a budget of the method, the sum of the ranks.
+        """
         found = hooks.budget(self, step)
         return sum(self.ranks().values()) if found is None else found
 
     def finish(self) -> None:
-        """Make the final allocation now, whatever the schedule says. Nothing happens for methods without one.
+        """Make the final allocation now, regardless of the schedule. Methods without one do nothing.
 
-        Raises `StepError` while the model is merged: the masks would change under merged weights.
+        Raises:
+            StepError: The model is merged, so the masks would change under merged weights.
         """
-        if any(slots.merged for _, _, slots in walk(self.model)):
+        if is_merged(self.model):
             raise StepError("the model is merged; call tunerkit.unmerge before finish()")
         self.record(hooks.finish(self))
 
     def record(self, ranks: Mapping[str, int] | None) -> None:
-        """Note an allocation in ``history`` and tell every plugin; None means that no mask changed."""
-        if ranks is None:
-            return
-        change = RankChange(step=self.steps, budget=self.budget(), ranks=dict(ranks))
-        self.history.append(change)
-        hooks.ranks_changed(self, change)
+        """Add an allocation to ``history`` and notify every plugin.
+
+        Args:
+            ranks: The live rank by target path; None if no mask changed, which records nothing.
+        """
+        if ranks is not None:
+            change = RankChange(step=self.steps, budget=self.budget(), ranks=dict(ranks))
+            self.history.append(change)
+            hooks.ranks_changed(self, change)
 
     def training_state(self) -> State:
-        """What training needs to go on, apart from the adapter's weights."""
+        """Return what is needed to resume training, in addition to the adapter's weights."""
         return hooks.state(self)
 
 
 @attrs.define(eq=False)
 class Wrapped:
-    """What a wrapped model carries: its tuners by name, the oldest first, and what concerns all of them.
+    """What a wrapped model holds of tunerkit, for all its adapters.
 
-    ``active`` are the names of the adapters that forward applies, in order. ``frozen`` are the base parameters that
-    wrapping froze. ``fingerprints`` are the base's for each adapter, kept where a permanent merge overwrote the base.
+    Attributes:
+        tuners: The tuners by adapter name, the oldest first.
+        active: The names of the adapters that forward applies, in order.
+        frozen: The names of the base parameters that wrapping froze.
     """
 
     tuners: dict[str, Tuner] = attrs.field(factory=dict)
     active: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
-    fingerprints: dict[str, dict[str, dict[str, Any]]] = attrs.field(factory=dict)
+
+
+def wrapped_of(model: nn.Module) -> Wrapped:
+    """Return what ``model`` itself holds, not the modules around or inside it; an empty record if it is not wrapped."""
+    found: Wrapped | None = vars(model).get(WRAPPED)
+    return Wrapped() if found is None else found
 
 
 def tuners_of(model: nn.Module) -> dict[str, Tuner]:
-    """All tuners of ``model`` by adapter name; wrappers such as DDP and compiled modules are seen through.
+    """Return all tuners of ``model`` by adapter name, also if it is inside DDP or a compiled module.
 
-    Raises `AdapterError` for what is no module, and if several parts of it were wrapped on their own: one answer would
-    leave the others out.
+    Raises:
+        AdapterError: ``model`` is not a module, or several parts of it were wrapped on their own: one answer would
+            leave the others out.
     """
     # By identity: a shallow copy shares the record.
-    modules = base_modules(expect_module(model))
-    roots = {id(found): (path, found) for path, module in modules if (found := vars(module).get(_ATTRIBUTE))}
+    modules = base_modules(inside(model))
+    roots = {id(found): (path, found) for path, module in modules if (found := vars(module).get(WRAPPED))}
     if len(roots) > 1:
         paths = ", ".join(repr(path) if path else "the model itself" for path, _ in roots.values())
         raise AdapterError(
@@ -178,22 +205,8 @@ def tuners_of(model: nn.Module) -> dict[str, Tuner]:
     return next((dict(found.tuners) for _, found in roots.values()), {})
 
 
-def wrapped_of(model: nn.Module) -> Wrapped:
-    """What ``model`` carries itself, and no module around or inside it; an empty record if it was not wrapped."""
-    found: Wrapped | None = vars(model).get(_ATTRIBUTE)
-    return Wrapped() if found is None else found
-
-
-def set_wrapped(model: nn.Module, wrapped: Wrapped) -> None:
-    """Let ``model`` carry ``wrapped``; nothing of tunerkit stays behind when there are no tuners."""
-    if wrapped.tuners:
-        vars(model)[_ATTRIBUTE] = wrapped
-    else:
-        vars(model).pop(_ATTRIBUTE, None)
-
-
 def require_tuners(model: nn.Module) -> dict[str, Tuner]:
-    """`tuners_of`, or an error if the model has no adapter."""
+    """Return `tuners_of`, or raise `AdapterError` if the model has no adapter."""
     tuners = tuners_of(model)
     if not tuners:
         raise AdapterError(f"this {type(model).__name__} has no adapter; call tunerkit.wrap or tunerkit.load first")
@@ -201,34 +214,40 @@ def require_tuners(model: nn.Module) -> dict[str, Tuner]:
 
 
 def tuner(model: nn.Module, adapter: str | None = None) -> Tuner:
-    """The handle on one adapter of ``model``; without a name the model must have exactly one.
+    """Return the handle on one adapter of a wrapped model.
 
-    Raises `AdapterError` if the model is not wrapped, the name is unknown, or the choice is ambiguous.
+    Args:
+        model: The wrapped model, which may be inside DDP or a compiled module.
+        adapter: The adapter's name. It may be omitted if the model has only one.
+
+    Returns:
+        The tuner. Each call returns the same object.
+
+    Raises:
+        AdapterError: The model is not wrapped, the name is unknown, or there are several adapters and no name.
     """
     tuners = require_tuners(model)
     if adapter is None:
         if len(tuners) > 1:
             raise AdapterError(f"the model has several adapters: {', '.join(tuners)}; say which: adapter=...")
         return next(iter(tuners.values()))
-    if adapter not in tuple(tuners):  # what was given need not be hashable
+    if adapter not in tuple(tuners):  # a wrong argument may not be hashable
         hint = closest(str(adapter), tuners)
         raise AdapterError(f"no adapter named {adapter!r}; there are: {', '.join(tuners)}{hint}")
     return tuners[adapter]
 
 
 def is_frozen(tuner: Tuner) -> bool:
-    """Whether it has parameters and none is trained."""
+    """Return whether the adapter has parameters and trains none of them."""
     own = tuner.parameters()
-    first = next(own, None)  # asked at each step: most often the first one tells
+    first = next(own, None)  # each step calls this, and the first parameter is usually enough
     return first is not None and not first.requires_grad and not any(p.requires_grad for p in own)
 
 
 def takes_part(tuner: Tuner) -> bool:
-    """Whether the optimizer's step is one of the adapter's: not while frozen; else if active or given a gradient.
+    """Return whether the adapter takes part in an optimizer step: it is not frozen, and is active or has a gradient.
 
-    So adapters that share an optimizer and are trained in turn count their own steps. Under a clock (a Trainer's global
-    step) the number of a step is the same for all, and an adapter sees those that it takes part in.
+    So adapters that share an optimizer and are trained alternately count their own steps. With a clock (a Trainer's
+    global step), a step has the same number for all, and an adapter sees those in which it takes part.
     """
-    if is_frozen(tuner):
-        return False
-    return tuner.is_active or any(p.grad is not None for p in tuner.parameters())
+    return not is_frozen(tuner) and (tuner.is_active or any(p.grad is not None for p in tuner.parameters()))

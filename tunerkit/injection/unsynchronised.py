@@ -1,9 +1,9 @@
-"""Refuses adapters that DistributedDataParallel would not synchronise: it was built before they were put in.
+"""Rejects adapters that DistributedDataParallel would not synchronise, because it was built before them.
 
-A module does not know what holds it, so wrapping a part of a DDP cannot see this. DDP's next forward can.
+A module does not know which DDP contains it, so wrapping a part of a DDP cannot detect this. DDP's next forward can.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -14,21 +14,17 @@ from tunerkit.injection.slots import walk
 from tunerkit.libraries import torch_private
 
 
-def check_at_next_forward_(modules: Iterable[nn.Module]) -> None:
-    """Check the adapters in ``modules`` when DDP first runs one; without a process group there is no DDP."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for module in modules:
+def check_at_next_forward_(model: nn.Module, adapted: Collection[nn.Module]) -> None:
+    """Check the adapters when DDP next runs ``model`` or one of its adapted modules. Earlier checks are removed."""
+    _remove_check_(model)
+    # Without a process group there is no DDP.
+    if adapted and torch.distributed.is_available() and torch.distributed.is_initialized():
+        for module in (model, *adapted):
             module.register_forward_pre_hook(refuse_unsynchronised)
 
 
-def forget_check_(model: nn.Module) -> None:
-    """Undo `check_at_next_forward_` in ``model``."""
-    for module in model.modules():
-        torch_private.remove_hooks_(module, refuse_unsynchronised)
-
-
 def refuse_unsynchronised(module: nn.Module, args: Any) -> None:
-    """The forward pre-hook: raise `AdapterError` if the DDP that runs ``module`` lacks a parameter of its adapters."""
+    """Raise `AdapterError` if the DDP that runs ``module`` lacks a parameter of its adapters: a forward pre-hook."""
     if torch_private.running_ddp() is not None:
         torch_private.uncompiled(_check)(module)
 
@@ -41,6 +37,11 @@ def _check(module: nn.Module) -> None:
     if unknown:
         raise AdapterError(
             f"the model was already inside DistributedDataParallel when adapter {', '.join(sorted(unknown))} was put "
-            "into it, which would be trained without synchronisation; wrap it first, then put it into DDP"
+            "into it, so DDP would not synchronise the adapter; wrap the model first, then put it into DDP"
         )
-    forget_check_(module)
+    _remove_check_(module)
+
+
+def _remove_check_(model: nn.Module) -> None:
+    for module in model.modules():
+        torch_private.remove_hooks_(module, refuse_unsynchronised)

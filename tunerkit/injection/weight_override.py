@@ -1,5 +1,6 @@
-"""Temporary weight overrides: while a module reads a weight past its layer's forward, the adapted one stands there."""
+"""Temporary weight overrides: while an owner uses a layer's weight directly, the adapted weight replaces it."""
 
+import functools
 import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -10,149 +11,148 @@ from torch import nn
 
 from tunerkit.errors import AdapterError
 from tunerkit.injection.delta import adapted_tensors
-from tunerkit.injection.slots import Slots, apply_slots, base_modules, slots_of
+from tunerkit.injection.slots import Slots, apply_slots, base_modules, slots_of, walk
 from tunerkit.libraries import torch_private
 
-# The attribute of a module that runs now, with what is overridden for it, and the model's with the modules that may.
-_OVERRIDES = "_tunerkit_overrides"
-_OWNERS = "_tunerkit_owners"
+# The attribute of a running owner with its last call.
+_CALL = "_tunerkit_overrides"
 
 
 @attrs.frozen(eq=False)
-class _Overrides:
-    """What is overridden for one owner: by the thread that runs it, for each call that has not ended.
+class _Call:
+    """One call of an owner that has not ended.
 
-    A call notes what was an attribute of the instance before, by module and name; None for nothing.
+    Attributes:
+        thread: The thread that runs it.
+        before: The attributes that it changed, as (module, name, earlier value); None if there was none. The first
+            entry is the owner's earlier call, so undoing one call shows the one around it.
     """
 
-    thread: int
-    calls: list[list[tuple[nn.Module, str, object]]] = attrs.Factory(list)
+    thread: int | None
+    before: list[tuple[nn.Module, str, object]]
+
+    def undo(self) -> None:
+        for module, name, value in reversed(self.before):
+            _set_(module, name, value)
 
 
-def override_in_(model: nn.Module, readers: Iterable[nn.Module | None]) -> None:
-    """Let ``readers``, which use weights of adapted modules directly, and encoders around adapted modules override."""
+def update_overrides_(model: nn.Module, readers: Iterable[nn.Module | None] = ()) -> None:
+    """Register the hooks that override weights, and remove those of owners that have nothing left to override.
+
+    Args:
+        model: The model that was wrapped. At each call, it restores what an interrupted call of an owner left
+            overridden.
+        readers: The owners that use weights of adapted modules directly. Transformer encoders around adapted modules
+            get the hooks too.
+    """
     encoders = (module for _, module in base_modules(model) if isinstance(module, nn.TransformerEncoder))
     for module in (*readers, *filter(_may_override, encoders)):
         if module is not None and not torch_private.has_hook(module, override):
             module.register_forward_pre_hook(override)
             module.register_forward_hook(restore, always_call=True, prepend=True)
-            _set_owners_(model, (*_owners(model), module))
-
-
-def is_overridden(model: nn.Module, module: nn.Module) -> bool:
-    """Whether a module of ``model`` that reads the weights of ``module`` gets what adapters make of them."""
-    return any(read is module for owner in _owners(model) for read, _ in _read_modules(owner))
-
-
-def forget_idle_(model: nn.Module) -> None:
-    """Remove the hooks from modules that have nothing left to override."""
     for owner in _owners(model):
         if not _may_override(owner):
-            _restore_all_(owner)
+            _restore_all(owner)
             torch_private.remove_hooks_(owner, override, restore)
-    _set_owners_(model, _owners(model))
+    torch_private.remove_hooks_(model, restore_abandoned)
+    if owners := _owners(model):
+        model.register_forward_pre_hook(functools.partial(restore_abandoned, owners), prepend=True)
+
+
+def overridden_in(model: nn.Module) -> set[int]:
+    """Return the ids of the modules whose weights are overridden for an owner in ``model``."""
+    return {id(module) for owner in _owners(model) for module, _ in _read_modules(owner)}
 
 
 def _owners(model: nn.Module) -> tuple[nn.Module, ...]:
-    return tuple(owner for owner in vars(model).get(_OWNERS, ()) if torch_private.has_hook(owner, override))
-
-
-def _set_owners_(model: nn.Module, owners: tuple[nn.Module, ...]) -> None:
-    """Let ``model`` itself restore at each call what an earlier one left overridden for ``owners``."""
-    torch_private.remove_hooks_(model, restore_abandoned)
-    vars(model)[_OWNERS] = owners
-    if owners:
-        model.register_forward_pre_hook(restore_abandoned, prepend=True)
-    else:
-        del vars(model)[_OWNERS]
+    return tuple(module for _, module in base_modules(model) if torch_private.has_hook(module, override))
 
 
 def override(owner: nn.Module, args: Any) -> None:
-    """The forward pre-hook of every module that reads weights past a forward.
+    """Override the weights that ``owner`` uses directly: its forward pre-hook.
 
-    What overrides a parameter shadows it as an attribute of the instance: ``parameters()`` and ``state_dict()`` do not
-    change, and the parameter is back as soon as the attribute is gone.
+    The adapted weight becomes an attribute of the module, which hides the parameter. ``parameters()`` and
+    ``state_dict()`` do not change, and without the attribute the parameter is visible again.
     """
-    if _overrides_now(owner) or _OVERRIDES in vars(owner):
+    if _overrides_now(owner) or _CALL in vars(owner):
         torch_private.uncompiled(_override)(owner)
 
 
 def restore(owner: nn.Module, args: Any, output: Any) -> None:
-    """The forward hook beside `override`, called after an exception too, without an output."""
-    if _OVERRIDES in vars(owner):
-        torch_private.uncompiled(_restore)(owner)
+    """Undo `override`: the owner's forward hook, which is also called after an exception, without an output."""
+    if _CALL in vars(owner):
+        torch_private.uncompiled(_restore_last)(owner)
     elif output is not None and _overrides_now(owner):
         raise AdapterError(
-            f"{type(owner).__name__} was running when the whole model was called again, and its adapters were taken "
-            "for those of an interrupted call: they had no effect. Do not call a model from a hook inside it"
+            f"{type(owner).__name__} was running when the whole model was called again. Its overrides were mistaken "
+            "for those of an interrupted call and removed, so its adapters had no effect. Do not call a model from a "
+            "hook inside it"
         )
 
 
-def restore_abandoned(model: nn.Module, args: Any) -> None:
-    """The forward pre-hook of the model itself: restore what an interrupted call has left overridden.
+def restore_abandoned(owners: tuple[nn.Module, ...], model: nn.Module, args: Any) -> None:
+    """Restore what an interrupted call has left overridden: with ``owners`` bound, the model's forward pre-hook.
 
-    No forward hook sees a KeyboardInterrupt, so the call that it ended never restored anything. Such a call looks like
-    one that is still running and calls its owner again: nothing short of the interpreter's frames tells them apart,
-    and a traceback that somebody keeps, as an except block does, keeps everything that the call owned alive. So both
-    are treated alike at first: a call overrides afresh and restores what it found, which is right for either. They
-    part when the model is called, since calls inside a module end before it does: what is open in this thread then
-    was abandoned. A hook inside an owner that calls the whole model would refute that, and `restore` raises.
+    After a KeyboardInterrupt no forward hook is called, so the interrupted call of an owner restores nothing. It looks
+    like a call that still runs and calls its owner again. Only the interpreter's frames could tell the two apart, and
+    a traceback that somebody keeps, as an except block does, keeps these alive. So `override` treats both alike: a
+    nested call overrides again and restores what it found, which is right for either.
+
+    They differ when the whole model is called, since calls inside a model end before it does. A call that is still
+    open in this thread was then abandoned. A hook inside an owner that calls the whole model would break this rule,
+    and `restore` raises.
     """
-    for owner in vars(model)[_OWNERS]:
-        if _OVERRIDES in vars(owner):
-            torch_private.uncompiled(_restore_own_)(owner)
+    for owner in owners:
+        if _CALL in vars(owner):
+            torch_private.uncompiled(_restore_own)(owner)
 
 
 def _override(owner: nn.Module) -> None:
-    before = _begin_call_(owner)
+    call = _begin_call_(owner)
     for module, name, value in _changes(owner):
-        before.append((module, name, vars(module).get(name)))
-        _shadow_(module, name, value)
+        call.before.append((module, name, vars(module).get(name)))
+        _set_(module, name, value)
 
 
-def _begin_call_(owner: nn.Module) -> list[tuple[nn.Module, str, object]]:
-    """Note that ``owner`` starts to run. Raises `AdapterError` if it is running in another thread."""
-    thread = threading.current_thread().ident  # not get_ident: a thread of C++ is listed once it has asked this
-    assert thread is not None
-    while True:
-        # One operation on a dict: of two threads that begin at once, one is told of the other.
-        found: _Overrides = vars(owner).setdefault(_OVERRIDES, _Overrides(thread))
-        if found.thread == thread:
-            found.calls.append([])
-            return found.calls[-1]
-        if any(other.ident == found.thread for other in threading.enumerate()):
+def _begin_call_(owner: nn.Module) -> _Call:
+    """Record that ``owner`` starts to run. Raises `AdapterError` if it runs in another thread."""
+    thread = threading.current_thread().ident  # not get_ident: this also registers threads that C++ started
+    call = _Call(thread, [(owner, _CALL, None)])
+    # setdefault is atomic: if two threads begin at once, one of them sees the other.
+    while (around := vars(owner).setdefault(_CALL, call)).thread != thread:
+        if any(other.ident == around.thread for other in threading.enumerate()):
             raise AdapterError(
-                f"{type(owner).__name__} runs in two threads at once, and its weights are overridden for one call at a "
-                "time; call tunerkit.merge before serving a model from several threads"
+                f"{type(owner).__name__} runs in two threads at once, but its weights can be overridden for only one "
+                "call at a time; call tunerkit.merge before serving a model from several threads"
             )
-        _restore_all_(owner)  # that thread died inside the call
+        _restore_all(owner)  # that thread died inside the call
+    if around is not call:
+        call.before[0] = (owner, _CALL, around)
+        _set_(owner, _CALL, call)
+    return call
 
 
-def _restore(owner: nn.Module) -> None:
-    """Undo the last `_override`, unless that was another thread's: the one that asks was refused."""
-    found: _Overrides = vars(owner)[_OVERRIDES]
-    if found.thread != threading.get_ident():
-        return
-    for module, name, before in reversed(found.calls.pop()):
-        _shadow_(module, name, before)
-    if not found.calls:
-        del vars(owner)[_OVERRIDES]
+def _restore_last(owner: nn.Module) -> None:
+    """Undo the last call of ``owner``, unless another thread runs it: then the call of this thread was rejected."""
+    call: _Call = vars(owner)[_CALL]
+    if call.thread == threading.get_ident():
+        call.undo()
 
 
-def _restore_own_(owner: nn.Module) -> None:
-    """Undo every `_override` of ``owner`` that this thread made."""
-    if vars(owner)[_OVERRIDES].thread == threading.get_ident():
-        _restore_all_(owner)
+def _restore_own(owner: nn.Module) -> None:
+    """Undo every call of ``owner`` in this thread. Only one thread has open calls of an owner."""
+    if vars(owner)[_CALL].thread == threading.get_ident():
+        _restore_all(owner)
 
 
-def _restore_all_(owner: nn.Module) -> None:
-    """Undo every `_override` of ``owner``, whichever thread made it."""
-    found: _Overrides | None = vars(owner).pop(_OVERRIDES, None)
-    for module, name, before in reversed([change for call in found.calls for change in call] if found else []):
-        _shadow_(module, name, before)
+def _restore_all(owner: nn.Module) -> None:
+    """Undo every call of ``owner``, whichever thread made it."""
+    while (call := vars(owner).get(_CALL)) is not None:
+        call.undo()
 
 
-def _shadow_(module: nn.Module, name: str, value: object) -> None:
+def _set_(module: nn.Module, name: str, value: object) -> None:
+    """Set an attribute of the instance; None removes it."""
     if value is None:
         vars(module).pop(name, None)
     else:
@@ -160,9 +160,9 @@ def _shadow_(module: nn.Module, name: str, value: object) -> None:
 
 
 def _read_modules(owner: nn.Module) -> Iterator[tuple[nn.Module, Slots]]:
-    """The adapted modules whose weights the forward of ``owner`` reads: those without a hook of their own.
+    """Yield the adapted modules whose weights ``owner`` uses directly: those without a hook of their own.
 
-    Who reads what is settled when the hooks are put in: a forward may be replaced afterwards, as accelerate does.
+    This is decided when the hooks are registered: the forward may be replaced afterwards, as accelerate does.
     """
     for module in (owner, *owner.children()):
         slots = slots_of(module)
@@ -177,16 +177,14 @@ def _overrides_now(owner: nn.Module) -> bool:
 
 
 def _may_override(module: nn.Module) -> bool:
-    if isinstance(module, nn.TransformerEncoder):
-        return any(slots_of(inside) is not None for inside in module.modules())
-    return any(True for _ in _read_modules(module))
+    return any(walk(module) if isinstance(module, nn.TransformerEncoder) else _read_modules(module))
 
 
 def _changes(owner: nn.Module) -> Iterator[tuple[nn.Module, str, object]]:
-    """What stands in place of what while ``owner`` runs; None for nothing."""
+    """Yield (module, attribute, value) for each override of ``owner``; None if the module's own value is used."""
     if isinstance(owner, nn.TransformerEncoder) and _overrides_now(owner):
-        # A frozen base in eval mode makes its forward pack padded batches into nested tensors, which attention takes
-        # only where no gradient is asked for; it looks at the base's weights to know that, and not at adapters.
+        # With a frozen base in eval mode, the encoder packs padded batches into nested tensors. Attention accepts
+        # these only without gradients. The encoder checks that on the base's weights and ignores adapters.
         yield owner, "use_nested_tensor", False
     for module, slots in _read_modules(owner):
         assert slots.base is not None

@@ -60,7 +60,7 @@ def save_tuner(tuner: Tuner, path: str | os.PathLike[str]) -> Path:
     """Write one adapter as it is now, at any point of its schedule. Checkpoints use this."""
     injection.refuse_lost([tuner])
     tensors = _tensors_of(tuner)
-    kept = injection.wrapped_of(tuner.model).fingerprints.get(tuner.name)  # from before a permanent merge
+    kept = tuner.progress.fingerprint  # from before a permanent merge
     header = attrs.evolve(header_of(tuner, content="adapter"), base=kept or fingerprint(tuner))
     return write(file_at(path, "adapter"), tensors, encode(header, tensors))
 
@@ -88,17 +88,15 @@ def load(base: M, path: str | os.PathLike[str], *, adapter: str = "default", tra
         UnknownMethodError: No installed plugin provides the method.
         ConfigError: The method rejects the config in the file.
     """
-    injection.check_name(adapter)
-    root = injection.inside(base)
-    injection.refuse_unready(root, adapter)
+    root = injection.ready_model(base, adapter)
     source, tensors, header = read(path, content="adapter")
     scanned = targets.scan(root, hooks.gather_knowledge())
     tuner = _tuner_from(header, scanned, adapter, source)
     refuse_other_base(tuner, header, source, scanned)
     with torch.random.fork_rng(devices=[]):  # the file overwrites the initial values; keep the caller's random state
-        plan = injection.build(scanned, tuner)
-    fill(plan.slots, tensors, source)
-    injection.inject_(plan, trainable=trainable)
+        slots = injection.build(scanned, tuner)
+    fill(slots, tensors, source)
+    injection.inject_(tuner, slots, scanned, trainable=trainable)
     steps.watch_optimizers(tuner.method)
     return base
 

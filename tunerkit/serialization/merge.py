@@ -52,7 +52,7 @@ def merge(model: M, *, permanent: bool = False) -> M:
     merged = [_merged_tensors(path, module, slots) for path, module, slots in places]
     if permanent:
         for tuner in tuners.values():
-            injection.wrapped_of(tuner.model).fingerprints[tuner.name] = fingerprint(tuner)
+            tuner.progress.fingerprint = fingerprint(tuner)
     for (_, module, slots), tensors in zip(places, merged, strict=True):
         slots.merged = slots.active
         slots.permanent = permanent
@@ -159,9 +159,8 @@ def _refuse_permanent(places: _Places) -> None:
 @torch.no_grad()
 def _merged_tensors(path: str, module: nn.Module, slots: Slots) -> dict[str, Tensor]:
     """Return ``module``'s own tensors with all active slots merged, by name. Raises `AdapterError` if it cannot."""
-    for name in slots.active:
-        slot = slots.get(name)
-        if slot is not None and slot.adapter is not None and not hooks.has_delta(slot.method):
+    for slot in slots.applied:
+        if slot.adapter is not None and not hooks.has_delta(slot.method):
             raise AdapterError(f"method {slot.method!r} cannot be merged: its plugin does not implement tunerkit_delta")
     tensors = injection.adapted_tensors(path, module, slots)
     bias = None if slots.base is None else slots.base.bias_name
