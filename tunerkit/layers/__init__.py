@@ -1,4 +1,4 @@
-"""Base layers: how each kind reads its input, is added to, and shows its weight as a matrix."""
+"""Base layers: how each kind reads its input, is added to, and shows its weight as a matrix; low-rank products."""
 
 from tunerkit.layers.adapter import Adapter
 from tunerkit.layers.base import BaseLayer

@@ -1,4 +1,4 @@
-"""The base-layer kinds that core brings, and which of several kinds a module has."""
+"""The base-layer kinds that core provides, and which of several kinds a module has."""
 
 from torch import nn
 
@@ -12,8 +12,5 @@ KINDS: tuple[type[BaseLayer], ...] = (LinearLayer, Conv1DLayer, ConvLayer, Embed
 
 
 def as_base_layer(module: nn.Module, kinds: tuple[type[BaseLayer], ...] = KINDS) -> BaseLayer | None:
-    """The first of ``kinds`` that matches ``module``, holding it; None if tunerkit can't adapt it."""
-    for kind in kinds:
-        if kind.matches(module):
-            return kind(module)
-    return None
+    """The module as the first of ``kinds`` that matches it; None if tunerkit cannot adapt it."""
+    return next((kind(module) for kind in kinds if kind.matches(module)), None)

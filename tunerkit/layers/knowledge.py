@@ -10,9 +10,12 @@ from tunerkit.records import DefaultTargets, WeightReader
 
 @attrs.frozen(eq=False)
 class Knowledge:
-    """Base-layer kinds, classes that use a child's weight directly, and architectures' default targets.
+    """What is known of layers and models. If two records describe the same class or architecture, the first counts.
 
-    Of two records that speak of one module, class or architecture, the first one counts.
+    Attributes:
+        kinds: The base-layer kinds.
+        weight_readers: The classes that use a child's weight directly.
+        default_targets: The default targets of architectures.
     """
 
     kinds: tuple[type[BaseLayer], ...]

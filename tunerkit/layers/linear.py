@@ -13,7 +13,7 @@ from tunerkit.libraries import CONV1D, FALCON_LINEAR, forward_name
 @final
 @attrs.frozen(eq=False)
 class LinearLayer(BaseLayer):
-    """``nn.Linear``, and subclasses that keep its forward; Falcon's too, which writes the same out as x Wᵀ + b."""
+    """``nn.Linear``, and subclasses that keep its forward; also Falcon's, whose forward writes out x Wᵀ + b."""
 
     linear: ClassVar[bool] = True
 
@@ -43,11 +43,11 @@ class LinearLayer(BaseLayer):
         return F.linear(h, p)
 
     def dense(self) -> Tensor:
-        """Return the weight itself."""
+        """Return the weight itself, detached."""
         return self.module.weight.detach()
 
     def pack(self, weight: Tensor) -> Tensor:
-        """Return (out, in) as it is."""
+        """(out, in), unchanged."""
         return weight
 
     def matrix(self) -> Tensor:
@@ -86,7 +86,7 @@ class Conv1DLayer(BaseLayer):
         return F.linear(h, p)
 
     def dense(self) -> Tensor:
-        """Return the weight transposed, a view."""
+        """Return the weight transposed and detached, a view."""
         return weight_of(self.module).detach().t()
 
     def pack(self, weight: Tensor) -> Tensor:
