@@ -54,14 +54,14 @@ class BaseLayer(abc.ABC):
         """
 
     @property
-    @abc.abstractmethod
     def in_features(self) -> int:
-        """Number of columns of W."""
+        """Number of columns of W. A kind overrides it to avoid calling `dense`."""
+        return self.dense().shape[1]
 
     @property
-    @abc.abstractmethod
     def out_features(self) -> int:
-        """Number of rows of W."""
+        """Number of rows of W. A kind overrides it to avoid calling `dense`."""
+        return self.dense().shape[0]
 
     @property
     def scale(self) -> float | Tensor:
@@ -146,12 +146,7 @@ def drop(x: Tensor, dropout: float) -> Tensor:
     return F.dropout(x, dropout) if dropout > 0 else x
 
 
-def weight_of(module: nn.Module) -> Tensor:
-    """The attribute ``weight``, which is a tensor in every base layer."""
-    return cast(Tensor, module.weight)
-
-
 def runs_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether the forward of ``module`` is exactly that of ``kind``."""
     # A lazy layer inherits the forward too, but its features are still unknown.
-    return isinstance(module, kind) and forward_owner(module) is kind and not is_lazy(weight_of(module))
+    return isinstance(module, kind) and forward_owner(module) is kind and not is_lazy(cast(Tensor, module.weight))

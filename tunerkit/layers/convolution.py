@@ -26,10 +26,8 @@ class ConvLayer(BaseLayer):
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         """Whether both methods that make up a convolution's forward are torch's own."""
-        return any(
-            runs_forward_of(module, kind) and torch_private.runs_convolution_of(module, kind)
-            for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-        )
+        kind = next((kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if runs_forward_of(module, kind)), None)
+        return kind is not None and torch_private.runs_convolution_of(module, kind)
 
     @property
     def in_features(self) -> int:

@@ -28,16 +28,6 @@ class EmbeddingLayer(BaseLayer):
         return runs_forward_of(module, nn.Embedding) or is_scaled_embedding(module)
 
     @property
-    def in_features(self) -> int:
-        """Rows of the table."""
-        return self.module.num_embeddings
-
-    @property
-    def out_features(self) -> int:
-        """Width of a row."""
-        return self.module.embedding_dim
-
-    @property
     def scale(self) -> float | Tensor:
         """``embed_scale`` as the layer's forward uses it; 1 for ``nn.Embedding``."""
         if forward_owner(self.module) is nn.Embedding:

@@ -6,10 +6,9 @@ accumulated in the output's own memory, and one node computes the input's gradie
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
-import attrs
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
@@ -21,8 +20,7 @@ from tunerkit.libraries import torch_private
 _MARK = "_tunerkit_fresh"
 
 
-@attrs.frozen(eq=False)
-class Fresh:
+class Fresh(NamedTuple):
     """The origin of a tensor that comes straight from a base layer: the module, its input, the tensor's version."""
 
     module: nn.Module
@@ -126,9 +124,8 @@ class _FusedLowRank(Function):
         out.view(-1, p.shape[0]).addmm_(h, narrow_pt, alpha=scale)
         ctx.set_materialize_grads(False)
         ctx.scale = scale
-        trained = any(ctx.needs_input_grad[3:6])
-        kept_pt = narrow_pt if by_column else None
-        ctx.save_for_backward(*((x, h) if trained else (None, None)), w, q, p, lam, narrow_q, narrow_p, kept_pt)
+        kept = (x, h) if any(ctx.needs_input_grad[3:6]) else (None, None)
+        ctx.save_for_backward(*kept, w, q, p, lam, narrow_q, narrow_p, narrow_pt if by_column else None)
         return out
 
     @staticmethod

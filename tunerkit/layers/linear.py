@@ -1,12 +1,12 @@
 """Linear layers as base layers: ``nn.Linear`` and transformers' ``Conv1D``."""
 
-from typing import ClassVar, final
+from typing import ClassVar, cast, final
 
 import attrs
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunerkit.layers.base import BaseLayer, drop, runs_forward_of, weight_of
+from tunerkit.layers.base import BaseLayer, drop, runs_forward_of
 from tunerkit.libraries import CONV1D, FALCON_LINEAR, forward_name
 
 
@@ -67,16 +67,6 @@ class Conv1DLayer(BaseLayer):
         """Whether the forward is that of transformers' class, matched by qualified name."""
         return forward_name(module) == CONV1D
 
-    @property
-    def in_features(self) -> int:
-        """Features of the input."""
-        return weight_of(self.module).shape[0]
-
-    @property
-    def out_features(self) -> int:
-        """Features of the output."""
-        return weight_of(self.module).shape[1]
-
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> Tensor:
         """(..., in) to (..., r)."""
         return F.linear(drop(x, dropout), q)
@@ -87,7 +77,7 @@ class Conv1DLayer(BaseLayer):
 
     def dense(self) -> Tensor:
         """Return the weight transposed and detached, a view."""
-        return weight_of(self.module).detach().t()
+        return self.matrix().detach()
 
     def pack(self, weight: Tensor) -> Tensor:
         """(out, in) to (in, out), a view."""
@@ -95,4 +85,4 @@ class Conv1DLayer(BaseLayer):
 
     def matrix(self) -> Tensor:
         """Return the weight transposed, a view."""
-        return weight_of(self.module).t()
+        return cast(Tensor, self.module.weight).t()

@@ -62,7 +62,7 @@ def duplicate(module: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module
     ``replaced`` maps the id of a submodule to the module that takes its place in the copy.
     """
     # A hook may hold the weights of the whole model. They must not be copied with it.
-    hooks = {id(hook): _only_moving(hook) for part in module.modules() if (hook := vars(part).get(_HOOK)) is not None}
+    hooks = {id(hook): _only_moving(hook) for part in module.modules() for hook in _hooks(part)}
     twin = copy.deepcopy(module, {**replaced, **hooks})
     loaded: dict[int, Tensor] = {}
     for path, part in twin.named_modules():
@@ -89,11 +89,9 @@ def _loader(module: nn.Module) -> Any:
 
 
 def _only_moving(hook: Any) -> Any:
-    """A copy of ``hook`` that still moves inputs but does not offload weights."""
+    """A copy of ``hook`` that still moves inputs but loads and offloads no weights."""
     calm = copy.copy(hook)
-    if type(hook).__name__ == "SequentialHook":
-        calm.hooks = [_only_moving(part) for part in hook.hooks]
-    elif type(hook).__name__ == "AlignDevicesHook":
+    if type(hook).__name__ == "AlignDevicesHook":
         calm.offload, calm.weights_map, calm.tied_params_map = False, None, None
     return calm
 

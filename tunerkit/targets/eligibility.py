@@ -7,13 +7,8 @@ from tunerkit.targets.scan import Scan, ScannedModule
 
 _ATTENTION = "nn.MultiheadAttention with a forward of its own may use its weights in any way, so it cannot be adapted"
 _SEPARATE = "nn.MultiheadAttention with kdim or vdim has three weights instead of one, which cannot be adapted yet"
-_READ_AND_CALLED = (
-    "is held by several modules, and one of them uses its weight directly, bypassing its forward(): an adapter would "
-    "not reach all of them"
-)
-_READ_AND_OFFLOADED = (
-    "is offloaded, and its weight is used directly, bypassing its forward(), so an adapter cannot override the weight"
-)
+_READ_AND_CALLED = "is held by several modules, one of which bypasses its forward(): an adapter would not reach all"
+_READ_AND_OFFLOADED = "is offloaded, and its weight is used directly, bypassing its forward(): it cannot be overridden"
 
 
 def obstacle_at(found: ScannedModule, scanned: Scan) -> str | None:
@@ -32,7 +27,7 @@ def weight_obstacle(found: ScannedModule, scanned: Scan) -> str | None:
         return _ATTENTION
     if found.read_and_called:
         return _READ_AND_CALLED
-    if (found.readers or isinstance(module, nn.MultiheadAttention)) and is_offloaded(module):
+    if (found.reading_owner is not None or isinstance(module, nn.MultiheadAttention)) and is_offloaded(module):
         return _READ_AND_OFFLOADED
     own, parameters = torch_private.own_parameters(module), list(module.parameters(recurse=False))
     usual = isinstance(module, nn.Linear | nn.Embedding) or torch_private.is_convolution(module)

@@ -20,8 +20,8 @@ class ScannedModule:
         paths: Every path at which the module is registered.
         module: The module.
         base: The module as a base layer; None if no kind matches it.
-        owners: The modules that hold it as a child.
-        readers: The owners whose forward uses its weight directly, bypassing its own.
+        reading_owner: The first of the modules that hold it whose forward uses its weight directly, bypassing its own.
+        read_and_called: Whether there is one, and another module that holds it may call it.
         inside_attention: Whether an ``nn.MultiheadAttention`` holds it whose forward is not torch's.
         layer: The first number in its first path: the index of its block.
         in_head: Whether it is an output head or inside one.
@@ -30,8 +30,8 @@ class ScannedModule:
     paths: tuple[str, ...]
     module: nn.Module
     base: BaseLayer | None
-    owners: tuple[nn.Module, ...]
-    readers: tuple[nn.Module, ...]
+    reading_owner: nn.Module | None
+    read_and_called: bool
     inside_attention: bool
     layer: int | None
     in_head: bool
@@ -46,12 +46,7 @@ class ScannedModule:
         """The module whose forward uses this base layer's weight directly; None if the layer is called."""
         if self.base is None:
             return None
-        return self.module if self.base.lends else next(iter(self.readers), None)
-
-    @property
-    def read_and_called(self) -> bool:
-        """Whether several modules hold it, one of which uses its weight directly while the others may call it."""
-        return bool(self.readers) and len(set(self.owners)) > 1
+        return self.module if self.base.lends else self.reading_owner
 
 
 @attrs.frozen(eq=False)
@@ -102,8 +97,7 @@ def scan(model: nn.Module, knowledge: Knowledge) -> Scan:
 def _default_names(model: nn.Module, knowledge: Knowledge) -> tuple[str, ...]:
     match model:
         case nn.Module(config=object(model_type=str(model_type))):
-            known = (defaults.names for defaults in knowledge.default_targets if model_type in defaults.model_types)
-            return next(known, ())
+            return next((known.names for known in knowledge.default_targets if model_type in known.model_types), ())
     return ()
 
 
@@ -130,13 +124,13 @@ def _registrations(model: nn.Module, knowledge: Knowledge) -> Iterator[_Registra
 
 def _scanned(places: Sequence[_Registration], knowledge: Knowledge) -> ScannedModule:
     first = places[0]
-    readers = (place.owner for place in places if place.read and place.path.rpartition(".")[2] in place.read)
+    readers = [place.owner for place in places if place.path.rpartition(".")[2] in place.read]
     return ScannedModule(
         paths=tuple([place.path for place in places]),
         module=first.module,
         base=as_base_layer(first.module, knowledge.kinds),
-        owners=tuple([place.owner for place in places if place.owner is not None]),
-        readers=tuple([owner for owner in readers if owner is not None]),
+        reading_owner=readers[0] if readers else None,
+        read_and_called=bool(readers) and len({place.owner for place in places}) > 1,
         inside_attention=any(isinstance(place.owner, nn.MultiheadAttention) and not place.read for place in places),
         layer=first.layer,
         in_head=any(place.in_head for place in places),

@@ -132,8 +132,7 @@ def _choices(scope: _Scope, targets: str | Sequence[str] | None, problems: list[
     elif not patterns:
         raise TargetError('targets is empty; name modules, use "all-linear", or leave it out for the default')
     for pattern in patterns or ():
-        linear = pattern == ALL_LINEAR
-        yield from _choose_linear(scope, matcher("*")) if linear else _choose_matching(scope, pattern, problems)
+        yield from _choose_linear(scope) if pattern == ALL_LINEAR else _choose_matching(scope, pattern, problems)
 
 
 def _choose_default(scope: _Scope) -> Iterator[_Choice]:
@@ -142,10 +141,10 @@ def _choose_default(scope: _Scope) -> Iterator[_Choice]:
     if any(f".{path}".endswith(ends) for path in scope.scanned.by_path):
         return _choose_linear(scope, lambda path: f".{path}".endswith(ends))
     convolutions = default_convolutions(scope.scanned)
-    return _choose_broadly(scope, convolutions) if convolutions else _choose_linear(scope, matcher("*"))
+    return _choose_broadly(scope, convolutions) if convolutions else _choose_linear(scope)
 
 
-def _choose_linear(scope: _Scope, match: Matcher) -> Iterator[_Choice]:
+def _choose_linear(scope: _Scope, match: Matcher = lambda path: True) -> Iterator[_Choice]:
     """The linear layers of which one path matches; never an output head."""
     for each in scope.free:
         if each.in_head:

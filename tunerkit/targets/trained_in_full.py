@@ -32,10 +32,9 @@ def choose_copies(scanned: Scan, names: tuple[str, ...]) -> tuple[str, ...]:
     chosen: list[str] = []
     for path in resolve_modules(scanned, names, what="train_modules"):
         found = scanned.by_path[path]
-        if found.inside_attention or found.readers:
+        if found.inside_attention or found.reading_owner is not None:
             raise TargetError(
-                f"train_modules: {path!r} is used directly by its owner, bypassing its forward(), so a copy would have "
-                f"no effect; name the owner {parent(path)!r}"
+                f"train_modules: {path!r} is used directly by its owner, bypassing its forward(); name {parent(path)!r}"
             )
         leaves = [leaf for leaf, module in _uncontained(path, found.module) if _has_tensors(module)]
         if not leaves:
