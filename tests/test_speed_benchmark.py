@@ -30,6 +30,7 @@ from benchmarks.speed.settings import Settings, Size, read_sizes  # noqa: E402
 from benchmarks.speed.storages import held_bytes, peak_bytes  # noqa: E402
 from benchmarks.speed.tables import Row, to_json, to_markdown  # noqa: E402
 from benchmarks.speed.timing import Call, interleave, orders  # noqa: E402
+from tunerkit.layers import fused  # noqa: E402
 from tunerkit.layers import low_rank as lowrank  # noqa: E402
 from tunerkit.layers.fused import _FusedLowRank, add_fused  # noqa: E402
 from tunerkit_adalora.schedule import plan  # noqa: E402
@@ -350,7 +351,7 @@ def test_a_compiled_contender_runs_its_own_graph() -> None:
     assert torch.allclose(compiled.compiled(lora.model, "eager")(workload.x, workload.target).loss, expected)
 
 
-def test_every_alternative_computes_the_same() -> None:
+def test_every_alternative_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """One input product for a group, or one computed again: all as the fused op."""
     layers = [nn.Linear(6, out).requires_grad_(False) for out in (5, 7)]
     shared = alternatives.Shared(layers, rank=3)
@@ -364,12 +365,10 @@ def test_every_alternative_computes_the_same() -> None:
         return [*outs, *torch.autograd.grad(outs, leaves, grads)]
 
     def apply(product: Any, *, by_column: bool) -> list[torch.Tensor]:
+        monkeypatch.setattr(fused, "is_thin", lambda q, y: by_column)
         rows = x.reshape(-1, 6)
         each = zip(layers, shared.q, shared.p, strict=True)
-        return [
-            product.apply(rows, layer(x), layer.weight, q, p, None, alternatives.SCALE, by_column)
-            for layer, q, p in each
-        ]
+        return [product.apply(rows, layer(x), layer.weight, q, p, None, alternatives.SCALE) for layer, q, p in each]
 
     expected = gradients(apply(_FusedLowRank, by_column=True))
     for found in (

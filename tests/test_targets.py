@@ -746,7 +746,7 @@ def test_a_net_with_linear_layers_in_its_blocks_gets_these_by_default() -> None:
     """Law: convolutions are the default only where blocks hold no linear layer; "all-linear" never means them."""
     assert chosen(ConvNet(lambda: nn.Linear(4, 4)), None) == ["layers.0.3", "layers.1.3", "fc"]
     assert chosen(ConvNet(), "all-linear") == ["fc"]
-    with pytest.raises(TargetError, match=r'nothing to adapt.*by "all-linear" no conv'):
+    with pytest.raises(TargetError, match=r'nothing to adapt.*with "all-linear" no conv'):
         chosen(nn.Sequential(nn.Conv2d(3, 3, 1)), "all-linear")
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
-CHILD = "tunerkit"  # the child of a base layer that holds its adapters: never a target itself
+CHILD = "tunerkit"  # the child of an adapted module that holds its adapters; never a target itself
 
 
 def is_adapter_path(name: str) -> bool:
@@ -36,5 +36,5 @@ def few(paths: Sequence[str], *, shown: int) -> str:
 
 
 def is_number(part: str) -> bool:
-    """Whether one part of a path is an index."""
+    """Whether ``part``, one part of a path, is an index."""
     return part.isascii() and part.isdigit()

@@ -22,9 +22,17 @@ Value = TypeVar("Value")
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether ``pattern`` matches ``path``.
+    """Check whether a pattern matches a path.
 
-    Raises `TargetError` if a regular expression is malformed or takes longer than a second.
+    Args:
+        pattern: A plain name, a glob or a regular expression.
+        path: A dotted module path.
+
+    Returns:
+        Whether it matches.
+
+    Raises:
+        TargetError: A regular expression is malformed or takes longer than a second.
     """
     return matcher(pattern)(path)
 
@@ -37,6 +45,9 @@ def lookup(table: Mapping[str, Value], path: str, default: Value) -> Value:
         path: The target's dotted path.
         default: The value if no pattern matches.
 
+    Returns:
+        The value of the first pattern that matches, or ``default``.
+
     Raises:
         TargetError: A regular expression is malformed or takes longer than a second.
     """
@@ -44,12 +55,30 @@ def lookup(table: Mapping[str, Value], path: str, default: Value) -> Value:
 
 
 def is_broad(pattern: str) -> bool:
-    """Whether ``pattern`` is a glob or a regular expression, which may match many kinds of module."""
+    """Check whether a pattern is a glob or a regular expression, which may match many kinds of modules.
+
+    Args:
+        pattern: The pattern.
+
+    Returns:
+        False for a plain name.
+    """
     return pattern.startswith("re:") or any(character in pattern for character in "*?[")
 
 
 def matcher(pattern: str) -> Matcher:
-    """Compile ``pattern`` into a function of a path. It raises `TargetError` like `matches`."""
+    """Compile a pattern.
+
+    Args:
+        pattern: The pattern.
+
+    Returns:
+        A function that checks whether a path matches. It raises `TargetError` if a regular expression takes longer than
+        a second for all paths together.
+
+    Raises:
+        TargetError: A regular expression is malformed.
+    """
     if pattern.startswith("re:"):
         return _regex_matcher(pattern)
     if is_broad(pattern):
@@ -58,7 +87,7 @@ def matcher(pattern: str) -> Matcher:
 
 
 def _regex_matcher(pattern: str) -> Matcher:
-    """The limit is for all paths together: with a limit per path, a large model could take hours."""
+    """The time limit covers all paths together. With a limit per path, a large model could take hours."""
     try:
         compiled = regex.compile(pattern.removeprefix("re:"))
     except regex.error as error:

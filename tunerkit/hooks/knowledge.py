@@ -1,4 +1,4 @@
-"""What core and every plugin know of layers and models, collected for target selection."""
+"""What core and all plugins know of layers and models, collected for target selection."""
 
 import inspect
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from tunerkit.records import DefaultTargets, WeightReader
 
 
 def gather_knowledge() -> Knowledge:
-    """Core's records first, then those of every plugin: nobody can take over what core knows."""
+    """Core's records first, then every plugin's, so that a plugin cannot replace what core knows."""
     return Knowledge(
         kinds=(*CORE.kinds, *_ask(specs.tunerkit_base_layers, _is_kind, _KINDS)),
         weight_readers=(*CORE.weight_readers, *_ask(specs.tunerkit_weight_readers, _is_reader, _READERS)),
@@ -21,19 +21,19 @@ def gather_knowledge() -> Knowledge:
     )
 
 
-_KINDS = "classes that derive from tunerkit.BaseLayer and define all it asks for"
+_KINDS = "classes that derive from tunerkit.BaseLayer and define all its abstract methods (and matrix(), if linear)"
 _READERS = "tunerkit.WeightReader, each with a class's qualified name as owner and a tuple of its children's names"
 _DEFAULTS = "tunerkit.DefaultTargets, each with a tuple of model types and a tuple of plain names"
 
 
-# Any: what the hook's spec says, once it is checked.
+# Any: each answer is checked to be what the hook's spec declares.
 def _ask(hook: Callable[[], object], is_valid: Callable[[object], bool], expected: str) -> list[Any]:
-    """What the plugins answer to ``hook``; `PluginError` naming the plugin whose answer is not what is expected."""
+    """The plugins' answers to ``hook``. Raises `PluginError` naming the plugin if an answer is not as expected."""
     found: list[Any] = []
     for answer in registry.call_all(hook):
         if not isinstance(answer.value, tuple | list) or not all(map(is_valid, answer.value)):
             raise PluginError(
-                f"{answer.plugin} offered {answer.value!r}; {hook.__name__} must return a list of {expected}"
+                f"{answer.plugin} returned {answer.value!r}; {hook.__name__} must return a list of {expected}"
             )
         found += answer.value
     return found
@@ -45,7 +45,7 @@ def _is_kind(kind: object) -> bool:
     return not kind.linear or kind.matrix is not BaseLayer.matrix
 
 
-# Any: a record holds whatever the plugin gave it.
+# Any: attrs does not check the types of a record's fields.
 def _is_reader(record: Any) -> bool:
     return isinstance(record, WeightReader) and _are_names((record.owner,)) and _are_names(record.children)
 

@@ -1,9 +1,9 @@
-"""The hooks through which a plugin speaks: what it brings, and what happens when.
+"""The hooks that a plugin implements, and when each one fires.
 
-A plugin is a module (or an object) with functions marked ``@tunerkit.hookimpl`` and named like the hooks below; it may
-leave out hooks and arguments that it doesn't need. *Discovery* says which methods it brings. Three groups follow the
-way of the data: *Layer injection* puts adapters beside base layers, *Step callbacks* train them, *Serialization* takes
-them out of the model. When they fire::
+A plugin is a module (or an object) with functions marked ``@tunerkit.hookimpl`` and named like the hooks below. It may
+leave out hooks and arguments that it does not need. *Discovery* declares the plugin's methods. The other three groups
+follow the data flow: *Layer injection* builds adapters, *Step callbacks* train them, *Serialization* saves and merges
+them. When they fire::
 
     tunerkit.wrap(model, "method", config)                  # tunerkit_methods, once per process
                                                             # tunerkit_base_layers, tunerkit_weight_readers,
@@ -14,26 +14,30 @@ them out of the model. When they fire::
         for part in batch.micro_batches():                  # no hook fires per micro-batch
             loss(model, part).backward()
         clip_gradients(model)
-        optimizer.step()                                    # tunerkit_before_step: gradients complete, nothing updated
+        optimizer.step()                                    # tunerkit_before_step: gradients complete, weights not yet
+                                                            # updated
                                                             # (the optimizer updates the weights)
-                                                            # tunerkit_after_step: weights updated, gradients alive
-                                                            # tunerkit_ranks_changed, if that was an allocation
+                                                            # tunerkit_after_step: weights updated, gradients kept
+                                                            # tunerkit_ranks_changed, if ranks were allocated
         scheduler.step()
         optimizer.zero_grad()                               # no hook fires: the gradients are gone
         model(validation_batch)                             # no hook fires
     tunerkit.tuner(model).finish()                          # tunerkit_finish, tunerkit_ranks_changed
-    tunerkit.save(model, path)                              # no hook fires: core writes the adapters' tensors
+    tunerkit.save(model, path)                              # no hook fires: core saves the adapters' tensors
     tunerkit.save_state(model, path)                        # tunerkit_state
     model = tunerkit.load(base_model, path)                 # the same hooks as in wrap
     tunerkit.merge(model)                                   # tunerkit_delta per target
-                                                            # (in attention it fires in each forward, too)
+                                                            # (also in each forward of attention)
     tunerkit.attach(model, optimizer, total_steps=1000)     # tunerkit_start
     tunerkit.load_state(model, path)                        # tunerkit_restore
 
 Four hooks ask every plugin: `tunerkit_base_layers`, `tunerkit_weight_readers`, `tunerkit_default_targets` and
-`tunerkit_ranks_changed`. `tunerkit_methods` is asked of each plugin alone. All others call only the plugin that owns
-the method, so no plugin is ever handed another's layers.
+`tunerkit_ranks_changed`. `tunerkit_methods` is called for each plugin separately. All others call only the plugin that
+owns the method, so no plugin ever receives another plugin's layers.
 """
+
+# A hook spec has a docstring and no body: pluggy reads its signature, and nobody calls it.
+# mypy: disable-error-code="empty-body"
 
 from collections.abc import Iterable, Mapping
 
@@ -50,22 +54,21 @@ from tunerkit.records import DefaultTargets, Delta, Method, RankChange, State, T
 
 @hookspec
 def tunerkit_methods() -> Iterable[Method]:
-    """Yield the methods this plugin brings.
+    """Yield the methods that this plugin provides.
 
-    Fires once, when the plugin is loaded: at the first use of any method, or in ``tunerkit.register``. No model exists
-    yet, and other plugins may not be loaded. A plugin that brings only base layers or watches ranks leaves it out.
+    Fires once, when the plugin is loaded: at the first use of any method, or in ``tunerkit.register``. At that moment
+    no model exists, and other plugins may not be loaded. A plugin without methods leaves it out.
 
     >>> import attrs, tunerkit
     >>> @attrs.frozen
     ... class BiasConfig(tunerkit.AdapterConfig):
-    ...     '''Nothing to set beyond what every method has.'''
+    ...     '''No settings beyond those of every method.'''
     >>> @tunerkit.hookimpl
     ... def tunerkit_methods():
     ...     yield tunerkit.Method("bias", config=BiasConfig)
     >>> [method.name for method in tunerkit_methods()]
     ['bias']
     """
-    raise NotImplementedError
 
 
 # --- Layer injection -------------------------------------------------------------------------------------------------
@@ -73,32 +76,30 @@ def tunerkit_methods() -> Iterable[Method]:
 
 @hookspec
 def tunerkit_base_layers() -> Iterable[type[BaseLayer]]:
-    """Yield further kinds of base layers: how to read features and dense weights of a module core doesn't know.
+    """Return additional kinds of base layers, for modules that core cannot adapt.
 
-    Fires when a model is wrapped; every plugin is asked. Core's own kinds come first, so a plugin cannot change what
-    a plain ``nn.Linear`` means; then follow the plugins' in the order of their distributions' names. The model is
-    still as the user passed it.
+    Fires when a model is wrapped and when an adapter is loaded; every plugin is asked. The model is unchanged at that
+    moment. Core's own kinds come first, so a plugin cannot redefine ``nn.Linear``. The plugins' kinds follow in the
+    order of their distributions' names.
 
     >>> import tunerkit
     >>> class QuantisedLinear(tunerkit.BaseLayer):
-    ...     '''Says how to read and write a quantised weight.'''
+    ...     '''Reads and writes a quantised weight.'''
     >>> @tunerkit.hookimpl
     ... def tunerkit_base_layers():
     ...     return [QuantisedLinear]
     >>> [kind.__name__ for kind in tunerkit_base_layers()]
     ['QuantisedLinear']
     """
-    raise NotImplementedError
 
 
 @hookspec
 def tunerkit_weight_readers() -> Iterable[WeightReader]:
-    """Yield the classes that use a child's weight directly, bypassing the child's forward.
+    """Return the classes that use a child's weight directly, bypassing the child's forward().
 
-    Fires when a model is wrapped and when an adapter is loaded; every plugin is asked. An adapter beside such a child
-    would never run. Instead, core overrides the child's weight in each forward of the owner with what the adapter
-    makes of it. For that the method must implement `tunerkit_delta`. Core's own records come first and cannot be
-    changed.
+    Fires when a model is wrapped and when an adapter is loaded; every plugin is asked. A forward hook on such a child
+    would never run. Instead, core overrides the child's weight with the adapted weight in each forward of the owner.
+    The method must implement `tunerkit_delta` for that. Core's own records come first and cannot be changed.
 
     >>> import tunerkit
     >>> @tunerkit.hookimpl
@@ -107,16 +108,15 @@ def tunerkit_weight_readers() -> Iterable[WeightReader]:
     >>> [reader.children for reader in tunerkit_weight_readers()]
     [('qkv', 'proj')]
     """
-    raise NotImplementedError
 
 
 @hookspec
 def tunerkit_default_targets() -> Iterable[DefaultTargets]:
-    """Yield the default targets of further architectures, by ``model.config.model_type``.
+    """Return the default targets of additional architectures, by ``model.config.model_type``.
 
-    Fires when a model is wrapped and when an adapter is loaded; every plugin is asked. They are the targets if the
-    config names none. Core's own records come first and cannot be changed. If a model has no module of these names, its
-    layers decide, as in an unknown architecture.
+    Fires when a model is wrapped and when an adapter is loaded; every plugin is asked. The defaults apply if the config
+    names no targets. Core's own records come first and cannot be changed. If a model has no module with these names,
+    tunerkit chooses targets by layer type, as for an unknown architecture.
 
     >>> import tunerkit
     >>> @tunerkit.hookimpl
@@ -125,16 +125,15 @@ def tunerkit_default_targets() -> Iterable[DefaultTargets]:
     >>> [defaults.model_types for defaults in tunerkit_default_targets()]
     [('my_decoder',)]
     """
-    raise NotImplementedError
 
 
 @hookspec(firstresult=True)
 def tunerkit_build_adapter(target: Target, base: BaseLayer, config: AdapterConfig) -> Adapter:
-    """Build the adapter of one target. Only the plugin that owns the method is called; it must implement this hook.
+    """Build the adapter of one target. Every plugin with a method must implement this hook.
 
-    Fires once per target in ``wrap`` and in ``load``, under core's seed. The base's weights are in place and must not
-    be changed; ``base`` says its features in and out; nothing is injected yet. Core moves the adapter to the base
-    layer's device and to the config's dtype afterwards.
+    Fires once per target in ``wrap`` and in ``load``, with core's seed set. At that moment nothing is injected yet.
+    The base layer has its weights; do not change them. ``base`` has the number of input and output features. Core then
+    moves the adapter to the base layer's device and to the config's dtype.
 
     >>> import tunerkit, torch
     >>> class Bias(tunerkit.Adapter):
@@ -150,7 +149,6 @@ def tunerkit_build_adapter(target: Target, base: BaseLayer, config: AdapterConfi
     >>> adapter(None, torch.ones(2, 4), torch.ones(2, 3)).shape
     torch.Size([2, 3])
     """
-    raise NotImplementedError
 
 
 # --- Step callbacks --------------------------------------------------------------------------------------------------
@@ -158,10 +156,10 @@ def tunerkit_build_adapter(target: Target, base: BaseLayer, config: AdapterConfi
 
 @hookspec(firstresult=True)
 def tunerkit_start(tuner: TunerView, total_steps: int | None) -> object | None:
-    """Check the schedule, and return the method's own training state; core keeps it at ``tuner.state``.
+    """Check the schedule, and return the method's own training state. Core stores it as ``tuner.state``.
 
-    Fires when the model is attached to what trains it, before the first step. ``total_steps`` is known now if it ever
-    will be; None means that nobody said. A method that cannot do without refuses here, not in the middle of training.
+    Fires when the model is attached to an optimizer or a trainer, before the first step. ``total_steps`` is None if the
+    length of training is unknown, and it stays unknown. A method that needs it must raise here, not during training.
 
     >>> import tunerkit
     >>> @tunerkit.hookimpl
@@ -172,22 +170,23 @@ def tunerkit_start(tuner: TunerView, total_steps: int | None) -> object | None:
     >>> tunerkit_start(tuner=None, total_steps=1000)
     {'warmup': 100}
     """
-    raise NotImplementedError
 
 
 @hookspec(firstresult=True)
 def tunerkit_before_step(tuner: TunerView, step: int, grad_scale: Tensor | None) -> Iterable[nn.Parameter] | None:
-    """Add to the gradients what is not part of the loss, such as a regulariser's gradient; return what must not move.
+    """Add gradients that are not part of the loss, such as a regulariser's; return the parameters not to update.
 
-    Fires once per optimizer step, whatever the accumulation; with ``optimizer.step(closure)`` after each run of the
-    closure. Gradients are complete, no weight is updated. ``step`` is this step's number, the first being 1. An
-    adapter that is frozen, or neither active nor given a gradient, has no part in the step: neither hook fires for it.
-    ``grad_scale`` is the factor the gradients still carry (a scalar tensor, under a fused optimizer with a
-    GradScaler), or None if they carry none: multiply by it what you add.
+    Fires once per optimizer step, independent of gradient accumulation. With ``optimizer.step(closure)`` it fires after
+    each run of the closure. At that moment the gradients are complete and no weight is updated. ``step`` is this step's
+    number, starting at 1. Step hooks do not fire for an adapter that is frozen, nor for one that is inactive and has no
+    gradients.
 
-    The step leaves the returned parameters alone. Core takes their gradients away, so that no optimizer touches these
-    parameters, and puts them back before `tunerkit_after_step` fires: then they carry no scale, like all others. After
-    a step that was skipped or raised, the gradients go back unchanged. Return None to withhold nothing.
+    ``grad_scale`` is the factor by which the gradients are still scaled, a scalar tensor; this happens with a fused
+    optimizer and a GradScaler. Multiply by it what you add. It is None if the gradients are unscaled.
+
+    The optimizer does not update the returned parameters: core removes their gradients for the step. It restores them
+    before `tunerkit_after_step` fires, unscaled like all others. After a step that was skipped or raised an error, it
+    restores them unchanged. Return None to let the optimizer update everything.
 
     >>> import tunerkit, torch
     >>> from types import SimpleNamespace
@@ -196,7 +195,7 @@ def tunerkit_before_step(tuner: TunerView, step: int, grad_scale: Tensor | None)
     ...     weight, gate = tuner.parameters()
     ...     decay = 0.1 * weight.detach()
     ...     weight.grad += decay if grad_scale is None else decay * grad_scale
-    ...     return [gate]  # the method sets it, the optimizer does not
+    ...     return [gate]  # the method updates it, not the optimizer
     >>> weight, gate = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(1))
     >>> weight.grad = torch.zeros(2)
     >>> tuner = SimpleNamespace(parameters=lambda: [weight, gate])
@@ -205,16 +204,15 @@ def tunerkit_before_step(tuner: TunerView, step: int, grad_scale: Tensor | None)
     >>> weight.grad
     tensor([102.4000, 102.4000])
     """
-    raise NotImplementedError
 
 
 @hookspec(firstresult=True)
 def tunerkit_after_step(tuner: TunerView, step: int) -> Mapping[str, int] | None:
-    """Measure and allocate; return the ranks by target path if an allocation changed masks, else None.
+    """Measure importance and allocate ranks; return the ranks by target path after an allocation, else None.
 
-    Fires right after the optimizer updated the weights. The gradients of this step are still there, without any
-    scale; clipping, if the user clips, is in them. It doesn't fire for a step that was skipped because its gradients
-    overflowed. ``step`` is this step's number, the same as in `tunerkit_before_step`.
+    Fires right after the optimizer updated the weights. At that moment this step's gradients still exist, unscaled, and
+    clipped if the user clips them. It does not fire for a step that was skipped because its gradients overflowed.
+    ``step`` is this step's number, the same as in `tunerkit_before_step`.
 
     >>> import tunerkit
     >>> @tunerkit.hookimpl
@@ -224,15 +222,14 @@ def tunerkit_after_step(tuner: TunerView, step: int) -> Mapping[str, int] | None
     >>> tunerkit_after_step(tuner=None, step=100)
     {'head': 3}
     """
-    raise NotImplementedError
 
 
 @hookspec(firstresult=True)
 def tunerkit_finish(tuner: TunerView) -> Mapping[str, int] | None:
-    """Make the final allocation now, whatever the schedule says; return the ranks by target path.
+    """Make the final allocation now, regardless of the schedule; return the ranks by target path.
 
-    Fires in ``tuner.finish()``: training ended earlier than planned. No gradients need exist. A method without a
-    schedule leaves it out.
+    Fires in ``tuner.finish()``, when training ends earlier than planned. Gradients may be missing at that moment. A
+    method without a schedule leaves it out.
 
     >>> import tunerkit
     >>> @tunerkit.hookimpl
@@ -243,15 +240,14 @@ def tunerkit_finish(tuner: TunerView) -> Mapping[str, int] | None:
     >>> tunerkit_finish(SimpleNamespace(state={"final": False}))
     {'head': 2}
     """
-    raise NotImplementedError
 
 
 @hookspec(firstresult=True)
 def tunerkit_budget(tuner: TunerView, step: int | None) -> int:
     """Return the budget in force after ``step`` optimizer steps; None means now.
 
-    Fires whenever somebody asks ``tuner.budget(step)``, before attaching too, and changes nothing. A method of
-    constant rank leaves it out: core then counts the live ranks.
+    Fires in ``tuner.budget(step)``, possibly before the tuner is attached. It must not change anything. A method with
+    constant ranks leaves it out: the budget is then the sum of the live ranks.
 
     >>> import tunerkit
     >>> @tunerkit.hookimpl
@@ -260,15 +256,14 @@ def tunerkit_budget(tuner: TunerView, step: int | None) -> int:
     >>> [tunerkit_budget(step=step) for step in (0, 2, 100)]
     [12, 10, 8]
     """
-    raise NotImplementedError
 
 
 @hookspec
 def tunerkit_ranks_changed(tuner: TunerView, change: RankChange) -> None:
-    """Watch the ranks: for loggers and plots.
+    """Observe the ranks, for loggers and plots.
 
-    Fires after each allocation of any method; every plugin is told. The masks are already in force. Watch only: an
-    exception here is told as a warning, and training goes on.
+    Fires after each allocation of any method; every plugin is notified. The new masks are already in force. Only
+    observe: an exception here becomes a warning, and training continues.
 
     >>> import tunerkit
     >>> @tunerkit.hookimpl
@@ -277,7 +272,6 @@ def tunerkit_ranks_changed(tuner: TunerView, change: RankChange) -> None:
     >>> tunerkit_ranks_changed(tunerkit.RankChange(step=100, budget=5, ranks={"query": 3, "value": 2}))
     step 100: budget 5, {'query': 3, 'value': 2}
     """
-    raise NotImplementedError
 
 
 # --- Serialization ---------------------------------------------------------------------------------------------------
@@ -285,14 +279,15 @@ def tunerkit_ranks_changed(tuner: TunerView, change: RankChange) -> None:
 
 @hookspec(firstresult=True)
 def tunerkit_delta(adapter: Adapter, base: BaseLayer) -> Delta:
-    """Return what one adapter adds to its base layer, densely: the weights as they stand now.
+    """Return what one adapter currently adds to its base layer, as dense tensors.
 
-    Fires once per target in ``merge``, without gradients. Nothing is merged yet; core does the adding, in the base
-    layer's own layout, so ``weight`` is always (out, in) as ``nn.Linear`` has it and ``bias`` (out,).
+    Fires once per target in ``merge``, with gradients disabled. At that moment nothing is merged yet. ``weight`` is
+    always (out, in), as in ``nn.Linear``, and ``bias`` is (out,). Core converts the weight to the base layer's own
+    layout and adds it.
 
-    Fires also in every forward of a module that reads its weights past a layer's forward (attention), for each target
-    there: the adapter's own forward is never called then. Compute the delta from the parameters, not detached, for
-    that is how they are trained.
+    It also fires in every forward of a module that uses a layer's weight directly, bypassing the layer's forward(), as
+    attention does. The adapter's own forward is never called there. Compute the delta from the parameters without
+    detaching them: its gradients train the adapter.
 
     >>> import tunerkit, torch
     >>> from types import SimpleNamespace
@@ -302,15 +297,14 @@ def tunerkit_delta(adapter: Adapter, base: BaseLayer) -> Delta:
     >>> tunerkit_delta(SimpleNamespace(up=torch.ones(3, 2), down=torch.ones(2, 4))).weight.shape
     torch.Size([3, 4])
     """
-    raise NotImplementedError
 
 
 @hookspec(firstresult=True)
 def tunerkit_state(tuner: TunerView) -> State:
-    """Return what training needs to go on, apart from the adapter's weights: averages, masks.
+    """Return what training needs to resume, apart from the adapter's weights, such as averages and masks.
 
-    Fires in ``save_state``, between two steps, on an attached tuner. Core saves the weights, the config and the step
-    count itself. Tensors go by name; values must be what JSON can say.
+    Fires in ``save_state``, between two steps, for an attached tuner. Core saves the weights, the config and the step
+    count itself. ``tensors`` and ``values`` are by name; values must be representable in JSON.
 
     >>> import tunerkit, torch
     >>> from types import SimpleNamespace
@@ -320,16 +314,15 @@ def tunerkit_state(tuner: TunerView) -> State:
     >>> tunerkit_state(SimpleNamespace(state={"mask": torch.tensor([True, False])})).tensors
     {'head.mask': tensor([ True, False])}
     """
-    raise NotImplementedError
 
 
 @hookspec(firstresult=True)
 def tunerkit_restore(tuner: TunerView, state: State) -> None:
-    """Take back what `tunerkit_state` returned: the next step continues the interrupted run.
+    """Restore what `tunerkit_state` returned, so that the next step resumes the interrupted run.
 
-    Fires in ``load_state``, after `tunerkit_start` and before the first step; the adapters' weights are those of the
-    saved run. The state is undamaged and of the same method and targets, and still came from a file: refuse names and
-    shapes that don't fit.
+    Fires in ``load_state``, after `tunerkit_start` and before the first step. At that moment the adapters have the
+    saved run's weights. Core has verified that the state is undamaged and that the method and targets match. The state
+    still comes from a file, so raise an error if names or shapes do not fit.
 
     >>> import tunerkit, torch
     >>> from types import SimpleNamespace
@@ -341,4 +334,3 @@ def tunerkit_restore(tuner: TunerView, state: State) -> None:
     >>> tuner.state
     {'mask': tensor([ True, False])}
     """
-    raise NotImplementedError

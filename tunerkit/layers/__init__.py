@@ -1,9 +1,8 @@
-"""Base layers: how each kind reads its input, is added to, and shows its weight as a matrix."""
+"""Base layers: how each kind reads its input, is added to, and shows its weight as a matrix; low-rank products."""
 
 from tunerkit.layers.adapter import Adapter
 from tunerkit.layers.base import BaseLayer
 from tunerkit.layers.bias import bias_name, has_trainable_bias, view_bias
-from tunerkit.layers.builtin import KINDS, as_base_layer
 from tunerkit.layers.fused import mark_fresh, plain_form, unmark
-from tunerkit.layers.knowledge import CORE, Knowledge
+from tunerkit.layers.knowledge import CORE, KINDS, Knowledge, as_base_layer
 from tunerkit.layers.low_rank import add_low_rank, low_rank_delta

@@ -1,4 +1,4 @@
-"""The trainable module of a method at a target: the class every method's adapter derives from."""
+"""The trainable module of a method at a target: the base class of every method's adapter."""
 
 from torch import Tensor, nn
 
@@ -6,22 +6,32 @@ from tunerkit.layers.base import BaseLayer
 
 
 class Adapter(nn.Module):
-    """Abstract. A method's plugin builds one per target; core registers it beside the base layer.
+    """Abstract. A method's plugin builds one per target; core registers it as a child of the base layer.
 
-    Build the parameters on the CPU in the default dtype: core moves the adapter to its base layer's device and to
-    the config's ``adapter_dtype`` afterwards, so one seed gives one start on every device.
+    Build the parameters on the CPU in the default dtype. Core then moves the adapter to its base layer's device and
+    to the config's ``adapter_dtype``, so one seed gives the same start on every device.
     """
 
     @property
     def rank(self) -> int:
-        """Live triplets (or columns) of this adapter; 0 for a method that has no rank."""
+        """Number of live triplets (or columns) of this adapter; 0 for a method without a rank."""
         return 0
 
     def forward(self, base: "BaseLayer", x: Tensor, y: Tensor) -> Tensor:
-        """Return ``y`` plus what the adapter adds.
+        """Add the adapter's contribution to the base layer's output.
 
-        ``x`` is the base layer's input, ``y`` its output (the base layer's own shape and dtype, which must stay).
-        Never write into ``x`` or ``y``: ``y`` may be a view that autograd still needs. What is handed to
-        `tunerkit.add_low_rank` as ``y`` is given up to it.
+        Never write into ``x`` or ``y``: ``y`` may be a view that autograd still needs. Only
+        `tunerkit.add_low_rank` may overwrite the ``y`` that you pass to it; do not reuse that ``y``.
+
+        Args:
+            base: The base layer.
+            x: The base layer's input.
+            y: The base layer's output.
+
+        Returns:
+            The sum, in the shape and dtype of ``y``.
+
+        Raises:
+            NotImplementedError: The class does not define `forward`.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what it adds: define forward(base, x, y)")

@@ -15,8 +15,8 @@ from tunerkit.libraries import forward_owner, torch_private
 class AttentionLayer(BaseLayer):
     """``nn.MultiheadAttention`` whose q, k and v have one width, E: W is ``in_proj_weight``, q above k above v.
 
-    Its output projection is a linear layer of its own, ``out_proj``. With ``kdim`` or ``vdim`` there are three weights
-    and not one, which this kind doesn't say.
+    The output projection, ``out_proj``, is a linear layer of its own. With ``kdim`` or ``vdim`` there are three weights
+    instead of one; this kind does not match those.
     """
 
     weight_name: ClassVar[str] = "in_proj_weight"
@@ -34,16 +34,15 @@ class AttentionLayer(BaseLayer):
     @property
     def in_features(self) -> int:
         """Width of the input, E."""
-        found: int = self.module.embed_dim
-        return found
+        return self.module.in_proj_weight.shape[1]
 
     @property
     def out_features(self) -> int:
         """Rows of q, k and v together, 3·E."""
-        return 3 * self.in_features
+        return self.module.in_proj_weight.shape[0]
 
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> NoReturn:
-        """Raise `AdapterError`: query, key and value go in apart, and what they give is mixed before it comes out."""
+        """Raise `AdapterError`: the output mixes the projections of three inputs, so nothing can be added to it."""
         raise AdapterError(_INSIDE)
 
     def project_out(self, h: Tensor, p: Tensor) -> NoReturn:
@@ -51,15 +50,15 @@ class AttentionLayer(BaseLayer):
         raise AdapterError(_INSIDE)
 
     def dense(self) -> Tensor:
-        """Return ``in_proj_weight`` itself."""
+        """Return ``in_proj_weight`` itself, detached."""
         return self.module.in_proj_weight.detach()
 
     def pack(self, weight: Tensor) -> Tensor:
-        """(3·E, E) as it is."""
+        """(3·E, E), unchanged."""
         return weight
 
 
 _INSIDE = (
-    "nn.MultiheadAttention projects inside its forward, so nothing can be added to that output from outside; "
-    "an adapter there works by what tunerkit_delta says, not by its forward"
+    "nn.MultiheadAttention projects inside its forward(), so nothing can be added to that output from outside; an "
+    "adapter there works through the weight that tunerkit_delta returns, not through its own forward()"
 )

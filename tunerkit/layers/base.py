@@ -15,15 +15,20 @@ from tunerkit.libraries import forward_owner
 class BaseLayer(abc.ABC):
     """Abstract. A view of ``module`` as a matrix W: (out, in), whatever its own layout and arithmetic.
 
-    The law that every kind keeps, for q (r, in) and p (out, r)::
+    Every kind obeys this law, for q (r, in) and p (out, r)::
 
         output with module.weight + pack(p @ q)  ==  output + project_out(project_in(x, q), p)
 
-    A kind holds the module and nothing else, and reads it anew at each call: weights may be moved, resized, merged.
-    ``weight_name`` and ``bias_name`` say which of the module's parameters hold W and the bias. A kind is ``linear`` if
-    the output is exactly x Wᵀ + b over the last dimension, so that the product can be fused. A kind that ``lends`` is
-    read whole by the module's own forward: no input of W can be seen from outside, so the weight is overridden for each
-    call (`tunerkit.injection`), and `project_in` and `project_out` raise `AdapterError`.
+    A kind holds only the module and reads it at each call, because weights may be moved, resized or merged.
+
+    Attributes:
+        module: The model's own module.
+        weight_name: The name of the module's parameter that holds W.
+        bias_name: The name of the module's parameter that holds the bias.
+        linear: Whether the output is exactly x Wᵀ + b over the last dimension, so that the product can be fused.
+        lends: Whether the module's own forward reads the whole weight, so that the input of W cannot be seen from
+            outside. Core then overrides the weight for each call, and `project_in` and `project_out` raise
+            `AdapterError`.
     """
 
     weight_name: ClassVar[str] = "weight"
@@ -36,54 +41,103 @@ class BaseLayer(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Whether this kind says the truth about ``module``.
+        """Check whether this kind describes ``module`` correctly.
 
-        Be strict: a subclass or an instance with its own ``forward`` may do anything with its weight, and an adapter
-        beside it would be wrong without an error.
+        Be strict: a subclass or an instance with its own ``forward`` may do anything with its weight. An adapter
+        would then be wrong without an error.
+
+        Args:
+            module: Any module of the model.
+
+        Returns:
+            True only if the law above holds for ``module``.
         """
 
     @property
-    @abc.abstractmethod
     def in_features(self) -> int:
-        """Columns of W."""
+        """Number of columns of W. A kind overrides it to avoid calling `dense`."""
+        return self.dense().shape[1]
 
     @property
-    @abc.abstractmethod
     def out_features(self) -> int:
-        """Rows of W."""
+        """Number of rows of W. A kind overrides it to avoid calling `dense`."""
+        return self.dense().shape[0]
 
     @property
     def scale(self) -> float | Tensor:
-        """What the layer multiplies W's output with, 1 unless a kind says otherwise; `project_out` includes it."""
+        """The factor by which the layer multiplies W's output, 1 by default; `project_out` includes it."""
         return 1.0
 
     @abc.abstractmethod
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> Tensor:
-        """Return h = Q x, reading ``x`` as the layer itself does.
+        """Compute h = Q x, reading ``x`` as the layer itself does.
 
-        ``x`` is the layer's input (for an embedding the ids), ``q`` (r, in). ``dropout`` is the share of the input
-        that is dropped; the caller passes 0 outside training. ``h`` has the layout of the layer's output with r in
-        place of out (times the groups, for a convolution).
+        Args:
+            x: The layer's input; for an embedding the ids.
+            q: Q, (r, in).
+            dropout: The share of the input to drop. The caller passes 0 outside training.
+
+        Returns:
+            h in the layout of the layer's output, with r in place of out (r times the groups, for a convolution).
+
+        Raises:
+            AdapterError: The kind ``lends``.
         """
 
     @abc.abstractmethod
     def project_out(self, h: Tensor, p: Tensor) -> Tensor:
-        """Return what P h adds to the layer's output, in its layout: ``h`` from `project_in`, ``p`` (out, r)."""
+        """Compute what P h adds to the layer's output.
+
+        Args:
+            h: The result of `project_in`.
+            p: P, (out, r).
+
+        Returns:
+            P h times `scale`, in the layout of the layer's output.
+
+        Raises:
+            AdapterError: The kind ``lends``.
+        """
 
     def shape_bias(self, b: Tensor) -> Tensor:
-        """Return ``b`` (out,) shaped to broadcast over the layer's output: as it is, if features come last there."""
+        """Shape a bias to broadcast over the layer's output.
+
+        Args:
+            b: The bias, (out,).
+
+        Returns:
+            By default ``b`` itself, which fits an output whose features are the last dimension.
+        """
         return b
 
     @abc.abstractmethod
     def dense(self) -> Tensor:
-        """Return W (out, in), detached and in the weight's dtype: a view where there can be one, so only read it."""
+        """Read W.
+
+        Returns:
+            W, (out, in), detached and in the weight's dtype. It may be a view of the weight, so never write to it.
+        """
 
     @abc.abstractmethod
     def pack(self, weight: Tensor) -> Tensor:
-        """Return ``weight`` (out, in), in its own dtype, in the layout of the module's own weight."""
+        """Convert a matrix to the layout of the module's own weight.
+
+        Args:
+            weight: A matrix (out, in).
+
+        Returns:
+            The same values in the weight's layout, in the dtype of the argument.
+        """
 
     def matrix(self) -> Tensor:
-        """Return W (out, in) itself, not detached. Only a `linear` kind is asked."""
+        """Read W with gradients. Only a `linear` kind defines it.
+
+        Returns:
+            W, (out, in), not detached.
+
+        Raises:
+            NotImplementedError: The kind is `linear` and does not define it.
+        """
         raise NotImplementedError(f"{type(self).__name__} says that it is linear: define matrix()")
 
 
@@ -92,12 +146,7 @@ def drop(x: Tensor, dropout: float) -> Tensor:
     return F.dropout(x, dropout) if dropout > 0 else x
 
 
-def weight_of(module: nn.Module) -> Tensor:
-    """The attribute ``weight`` as the tensor that it is in every base layer."""
-    return cast(Tensor, module.weight)
-
-
 def runs_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether the forward of ``module`` is exactly that of ``kind``."""
-    # A lazy layer inherits its forward too, and doesn't know its features yet.
-    return isinstance(module, kind) and forward_owner(module) is kind and not is_lazy(weight_of(module))
+    # A lazy layer inherits the forward too, but its features are still unknown.
+    return isinstance(module, kind) and forward_owner(module) is kind and not is_lazy(cast(Tensor, module.weight))

@@ -14,11 +14,11 @@ from tunerkit.libraries import torch_private
 @final
 @attrs.frozen(eq=False)
 class ConvLayer(BaseLayer):
-    """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d`` with whatever groups, stride, dilation and padding.
+    """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d`` with any groups, stride, dilation and padding.
 
     W is the weight (C_out, C_in/groups, *kernel) with all but its first dimension flattened, so in = C_in/groups ·
-    positions of the kernel. Q is a convolution to r channels per group, which the layer runs itself in place of its
-    own weight, so that stride, dilation and every padding mode are its own; P is a 1×1 convolution of what comes out.
+    positions of the kernel. Q is a convolution to r channels per group. The layer runs it in place of its own weight,
+    so it has the layer's stride, dilation and padding mode. P is a 1×1 convolution of its output.
     """
 
     module: nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -26,14 +26,12 @@ class ConvLayer(BaseLayer):
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         """Whether both methods that make up a convolution's forward are torch's own."""
-        return any(
-            runs_forward_of(module, kind) and torch_private.runs_convolution_of(module, kind)
-            for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-        )
+        kind = next((kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if runs_forward_of(module, kind)), None)
+        return kind is not None and torch_private.runs_convolution_of(module, kind)
 
     @property
     def in_features(self) -> int:
-        """Inputs that one position of one output channel sees: C_in/groups · positions of the kernel."""
+        """Number of inputs to one position of one output channel: C_in/groups · positions of the kernel."""
         return self.module.in_channels // self.module.groups * math.prod(self.module.kernel_size)
 
     @property
@@ -45,7 +43,7 @@ class ConvLayer(BaseLayer):
         """(N, C_in, *size) to (N, groups · r, *size out); N may be missing."""
         kernel = q.reshape(q.shape[0], -1, *self.module.kernel_size)  # (r, C_in/groups, *kernel)
         if self.module.groups > 1:
-            # Every group reads its own channels through the same Q, as the rows of W in every group do.
+            # Each group applies the same Q to its own channels, just as p @ q has the same Q in each group's rows.
             kernel = kernel.repeat(self.module.groups, *[1] * (kernel.ndim - 1))
         return torch_private.convolve(self.module, drop(x, dropout), kernel)
 
@@ -60,7 +58,7 @@ class ConvLayer(BaseLayer):
         return b.reshape(-1, *[1] * len(self.module.kernel_size))
 
     def dense(self) -> Tensor:
-        """Return the weight flattened behind its first dimension, a view if it is contiguous."""
+        """Return the weight with all but its first dimension flattened; a view if it is contiguous."""
         return self.module.weight.detach().flatten(1)
 
     def pack(self, weight: Tensor) -> Tensor:

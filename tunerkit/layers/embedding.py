@@ -13,11 +13,11 @@ from tunerkit.libraries import forward_owner, is_scaled_embedding
 @final
 @attrs.frozen(eq=False)
 class EmbeddingLayer(BaseLayer):
-    """``nn.Embedding`` and transformers' embeddings that multiply what they looked up (Gemma, BART).
+    """``nn.Embedding``, and transformers' embeddings that multiply the rows they look up (Gemma, BART).
 
     The input is a one-hot row, so in = num_embeddings and W is the weight transposed. At ``padding_idx`` the delta is
-    exactly 0 and has no gradient, as the layer's own weight has none there: dropping that column of Q is part of
-    `project_in`, and `pack` zeroes its row.
+    exactly 0 and has no gradient, like the layer's own weight: `project_in` drops that column of Q, and `pack` zeroes
+    that row.
     """
 
     module: nn.Embedding
@@ -28,18 +28,8 @@ class EmbeddingLayer(BaseLayer):
         return runs_forward_of(module, nn.Embedding) or is_scaled_embedding(module)
 
     @property
-    def in_features(self) -> int:
-        """Rows of the table."""
-        return self.module.num_embeddings
-
-    @property
-    def out_features(self) -> int:
-        """Width of a row."""
-        return self.module.embedding_dim
-
-    @property
     def scale(self) -> float | Tensor:
-        """``embed_scale`` as the layer's forward uses it, else 1."""
+        """``embed_scale`` as the layer's forward uses it; 1 for ``nn.Embedding``."""
         if forward_owner(self.module) is nn.Embedding:
             return 1.0
         scale = self.module.embed_scale
@@ -47,7 +37,7 @@ class EmbeddingLayer(BaseLayer):
         return scale.to(self.module.weight.dtype) if isinstance(scale, Tensor) else cast(float, scale)
 
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> Tensor:
-        """Ids (...) to (..., r); ``dropout`` drops whole ids, as dropping elements of a one-hot row would."""
+        """Ids (...) to (..., r). ``dropout`` drops whole ids, just as it would drop elements of one-hot rows."""
         h = F.embedding(x, q.t())
         if dropout > 0:
             h = h * F.dropout(h.new_ones((*x.shape, 1)), dropout)
@@ -61,7 +51,7 @@ class EmbeddingLayer(BaseLayer):
         return delta if forward_owner(self.module) is nn.Embedding else delta * self.scale
 
     def dense(self) -> Tensor:
-        """Return the weight transposed, a view; without the scale, and with the row of ``padding_idx`` as it is."""
+        """Return the weight transposed, a view: without the scale, and with the row of ``padding_idx`` unchanged."""
         return self.module.weight.detach().t()
 
     def pack(self, weight: Tensor) -> Tensor:

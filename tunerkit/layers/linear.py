@@ -1,19 +1,19 @@
 """Linear layers as base layers: ``nn.Linear`` and transformers' ``Conv1D``."""
 
-from typing import ClassVar, final
+from typing import ClassVar, cast, final
 
 import attrs
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunerkit.layers.base import BaseLayer, drop, runs_forward_of, weight_of
+from tunerkit.layers.base import BaseLayer, drop, runs_forward_of
 from tunerkit.libraries import CONV1D, FALCON_LINEAR, forward_name
 
 
 @final
 @attrs.frozen(eq=False)
 class LinearLayer(BaseLayer):
-    """``nn.Linear``, and subclasses that keep its forward; Falcon's too, which writes the same out as x Wᵀ + b."""
+    """``nn.Linear``, and subclasses that keep its forward; also Falcon's, whose forward writes out x Wᵀ + b."""
 
     linear: ClassVar[bool] = True
 
@@ -43,11 +43,11 @@ class LinearLayer(BaseLayer):
         return F.linear(h, p)
 
     def dense(self) -> Tensor:
-        """Return the weight itself."""
+        """Return the weight itself, detached."""
         return self.module.weight.detach()
 
     def pack(self, weight: Tensor) -> Tensor:
-        """Return (out, in) as it is."""
+        """(out, in), unchanged."""
         return weight
 
     def matrix(self) -> Tensor:
@@ -67,16 +67,6 @@ class Conv1DLayer(BaseLayer):
         """Whether the forward is that of transformers' class, matched by qualified name."""
         return forward_name(module) == CONV1D
 
-    @property
-    def in_features(self) -> int:
-        """Features of the input."""
-        return weight_of(self.module).shape[0]
-
-    @property
-    def out_features(self) -> int:
-        """Features of the output."""
-        return weight_of(self.module).shape[1]
-
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> Tensor:
         """(..., in) to (..., r)."""
         return F.linear(drop(x, dropout), q)
@@ -86,8 +76,8 @@ class Conv1DLayer(BaseLayer):
         return F.linear(h, p)
 
     def dense(self) -> Tensor:
-        """Return the weight transposed, a view."""
-        return weight_of(self.module).detach().t()
+        """Return the weight transposed and detached, a view."""
+        return self.matrix().detach()
 
     def pack(self, weight: Tensor) -> Tensor:
         """(out, in) to (in, out), a view."""
@@ -95,4 +85,4 @@ class Conv1DLayer(BaseLayer):
 
     def matrix(self) -> Tensor:
         """Return the weight transposed, a view."""
-        return weight_of(self.module).t()
+        return cast(Tensor, self.module.weight).t()

@@ -1,4 +1,4 @@
-"""The low-rank product that methods add to a base layer, ΔW = scale · P diag(λ) Q: beside it, or as a matrix."""
+"""The low-rank product that methods add to a base layer, ΔW = scale · P diag(λ) Q: in its output, or as a matrix."""
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +20,27 @@ def add_low_rank(
     lam: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Return y + scale · P diag(λ) Q x, in the shape and dtype of ``y``.
+    """Add a low-rank product to a base layer's output: y + scale · P diag(λ) Q x.
 
-    ``x`` is the base layer's input (an embedding's ids, an unbatched image, an empty batch: whatever it takes), ``y``
-    its output, ``q`` (r, in), ``lam`` (r,), ``p`` (out, r); without ``lam``, diag(λ) is the identity. ``dropout`` is
-    the share of the input dropped on the way into Q: pass 0 outside training.
+    ``y`` may be overwritten in place; do not reuse it. This happens where it comes straight from a linear layer, and
+    saves memory. ``x`` is never written to.
 
-    ``y`` is given up: where it comes straight from a linear layer the sum is written over it (`tunerkit.fused`), so
-    read the result only. ``x`` is never written to.
+    The product is computed on the device of ``q`` and in its dtype, or in autocast's dtype if autocast is on. Only the
+    sum is computed in the dtype of ``y``. If P or λ is 0, the result equals ``y`` bit for bit.
 
-    The product is computed on the device of ``q`` and in its dtype, or in autocast's where that is on, and only the
-    sum in that of ``y``; with P or λ at 0 the result is ``y`` bit for bit. Rank 0 gives ``y`` itself.
+    Args:
+        base: The base layer.
+        x: The base layer's input, of any shape that it takes, such as an embedding's ids, an unbatched image or an
+            empty batch.
+        y: The base layer's output for ``x``.
+        q: Q, (r, in).
+        p: P, (out, r).
+        scale: The factor of the product.
+        lam: λ, (r,). Without it, diag(λ) is the identity.
+        dropout: The share of the input of Q to drop. Pass 0 outside training.
+
+    Returns:
+        The sum, in the shape and dtype of ``y``; ``y`` itself for rank 0.
     """
     if q.shape[0] == 0:
         return y
@@ -41,31 +51,44 @@ def add_low_rank(
         x = F.dropout(x.to(dtype), dropout) if dropout > 0 else x.to(dtype)
         return add_fused(base, x, y, q=q, p=p, lam=lam, scale=scale, own_input=own_input)
     q, p = _fold(q, p, lam)
-    h = base.project_in(_cast(x, q), q, dropout)
+    # The base's own hooks may move its input to its device (accelerate's do); the adapter gets the input before that.
+    # Ids keep their dtype, and so does what autocast casts.
+    cast = x.is_floating_point() and _product_dtype(x, q) == q.dtype
+    h = base.project_in(x.to(q.device, q.dtype if cast else x.dtype), q, dropout)
     return torch.add(y, base.project_out(h, p).to(y.device, y.dtype), alpha=scale)
 
 
 def low_rank_delta(base: BaseLayer, *, q: Tensor, p: Tensor, scale: float, lam: Tensor | None = None) -> Tensor:
-    """Return ΔW = scale · P diag(λ) Q as a matrix (out, in), in fp32 or wider: what `tunerkit_delta` wants.
+    """Compute ΔW = scale · P diag(λ) Q as a matrix, as `tunerkit_delta` returns it.
 
-    ``q`` (r, in), ``p`` (out, r), ``lam`` (r,), as for `add_low_rank`. Raises `AdapterError` if they don't fit
-    ``base``, which multiplying would not notice.
+    Args:
+        base: The base layer.
+        q: Q, (r, in).
+        p: P, (out, r).
+        scale: The factor of the product.
+        lam: λ, (r,). Without it, diag(λ) is the identity.
+
+    Returns:
+        ΔW, (out, in), in fp32 or a wider dtype.
+
+    Raises:
+        AdapterError: The shapes do not fit ``base``. The product alone would not detect this.
     """
     expected = (base.out_features, base.in_features)
     if (p.shape[0], q.shape[1]) != expected:
         raise AdapterError(
-            f"P and Q give a delta of shape {(p.shape[0], q.shape[1])}, and the base layer has {expected}; "
+            f"P and Q give a delta of shape {(p.shape[0], q.shape[1])}, but the base layer has {expected}; "
             "build p as (base.out_features, r) and q as (r, base.in_features)"
         )
     wide = torch.promote_types(torch.promote_types(q.dtype, p.dtype), torch.float32)
-    # Autocast would multiply in half precision, and merging must not depend on where it is called.
+    # Autocast would multiply in half precision, and the result of merging must not depend on the context.
     with autocast_off(q.device):
         q, p = _fold(q.to(wide), p.to(wide), None if lam is None else lam.to(wide))
         return scale * (p @ q)
 
 
 def _fold(q: Tensor, p: Tensor, lam: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Put diag(λ) into the smaller of Q's rows and P's columns: a vocabulary on one side is not worth a copy."""
+    """Multiply λ into the smaller of Q and P, so that a side as large as a vocabulary is not copied."""
     if lam is None:
         return q, p
     if q.shape[1] <= p.shape[0]:
@@ -73,18 +96,8 @@ def _fold(q: Tensor, p: Tensor, lam: Tensor | None) -> tuple[Tensor, Tensor]:
     return q, p * lam
 
 
-def _cast(x: Tensor, q: Tensor) -> Tensor:
-    """Bring ``x`` to the adapter's device and dtype; ids keep theirs, and what autocast casts (all but float64).
-
-    The base's own hooks may move its input to where it runs (accelerate's do), and the adapter sees it unmoved.
-    """
-    if not x.is_floating_point() or (autocasts(q.device) and torch.float64 not in (x.dtype, q.dtype)):
-        return x.to(q.device)
-    return x.to(q.device, q.dtype)
-
-
 def _product_dtype(x: Tensor, q: Tensor) -> torch.dtype:
-    """The dtype that the plain form multiplies in: autocast's, which leaves float64 alone, or Q's."""
+    """The dtype of the plain form's products: autocast's, which does not apply to float64, or else Q's."""
     if autocasts(q.device) and torch.float64 not in (x.dtype, q.dtype):
         return torch.get_autocast_dtype(q.device.type)
     return q.dtype

@@ -1,4 +1,4 @@
-"""Sees past accelerate's device hooks: a module's own forward, the device it runs on, and its weights while away.
+"""accelerate's device hooks: the forward behind them, the device that a module runs on, and its offloaded weights.
 
 `accelerate.cpu_offload`, `dispatch_model` and ``device_map="auto"`` wrap the forward of each module on the instance.
 Offloaded weights are on the meta device except inside that forward. Nothing here imports accelerate.
@@ -7,7 +7,6 @@ Offloaded weights are on the meta device except inside that forward. Nothing her
 import copy
 import functools
 from collections.abc import Mapping
-from types import MethodType
 from typing import Any
 
 import torch
@@ -15,76 +14,64 @@ from torch import Tensor, nn
 
 _HOOK = "_hf_hook"
 _WRAPPED = "_old_forward"
-# Those that only move tensors between devices; any other hook may change what goes in and out.
+# These only move tensors between devices. Any other hook may change the input or the output.
 _MOVERS = frozenset({"AlignDevicesHook", "CpuOffload"})
 
 
-def overrides_forward(module: nn.Module) -> bool:
-    """Whether the instance has a forward that may do something else than its class's."""
-    if "forward" not in vars(module):
-        return False
-    own = vars(module)["forward"]
-    if _is_device_wrapper(own) and all(type(hook).__name__ in _MOVERS for hook in _hooks(module)):
-        own = vars(module).get(_WRAPPED)
-    # Removing the hooks leaves the class's own forward on the instance, as a bound method.
-    return not (isinstance(own, MethodType) and own.__self__ is module and own.__func__ is type(module).forward)
-
-
-def forward_owner(module: nn.Module) -> type:
-    """The class that defines the forward of ``module``; ``object`` if the instance has its own."""
-    if overrides_forward(module):
-        return object
-    return next(owner for owner in type(module).__mro__ if "forward" in vars(owner))
-
-
-def forward_name(module: nn.Module) -> str:
-    """The qualified name of `forward_owner`."""
-    owner = forward_owner(module)
-    return f"{owner.__module__}.{owner.__qualname__}"
+def forward_on_instance(module: nn.Module) -> object | None:
+    """The forward that is set on the instance, without hooks that only move tensors; None if the class's is used."""
+    own = vars(module).get("forward")
+    wrapped = isinstance(own, functools.partial) and own.func.__module__ == "accelerate.hooks"
+    if wrapped and all(type(hook).__name__ in _MOVERS for hook in _hooks(module)):
+        return vars(module).get(_WRAPPED, own)
+    return own
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """The device to which a hook brings the module and its input, or None if there is no such hook."""
+    """The device to which a hook moves the module and its input; None if there is no such hook."""
     found = [hook.execution_device for hook in _aligners(module) if hook.execution_device is not None]
     return torch.device(found[-1]) if found else None
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether the module's weights are brought by a hook of its own for each forward, and are away in between."""
+    """Whether the module's own weights are offloaded: a hook loads them for each forward and removes them after it."""
     return _loader(module) is not None
 
 
-def identity(module: nn.Module, name: str, parameter: nn.Parameter) -> int:
-    """What tied parameters have in common: the object, or the stored weight, since offloading breaks the objects' tie.
+def identity(module: nn.Module, name: str, tensor: Tensor) -> int:
+    """A number that tied parameters share: the object's id, or the address of the offloaded weight.
 
-    Weights on a disk have no identity without being read: a tie among those is not seen.
+    Offloading gives each of two tied modules its own object. Weights on disk would have to be read, so a tie among
+    those is not found.
     """
-    stored = _in_memory(module, name) if parameter.is_meta else None
-    return id(parameter) if stored is None else stored.data_ptr()
+    loader = _loader(module) if tensor.is_meta else None
+    if loader is None:
+        return id(tensor)
+    kept, key = loader.weights_map, name
+    while not isinstance(kept, dict):
+        # A view of another mapping by prefix, or a mapping that combines weights in memory with those on disk.
+        key = vars(kept).get("prefix", "") + key
+        kept = vars(kept).get("dataset", vars(kept).get("state_dict", {}))
+    stored: Tensor | None = kept.get(key)
+    return id(tensor) if stored is None else stored.data_ptr()
 
 
 def duplicate(module: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module:
-    """A deep copy whose weights stay where the module runs, whatever offloads the module's own.
+    """A deep copy whose weights stay on the device that the module runs on, even if its own are offloaded.
 
-    ``replaced`` gives, by the id of a part, what stands in its place in the copy.
+    ``replaced`` maps the id of a submodule to the module that takes its place in the copy.
     """
-    # A hook may hold the whole model's weights, which must not be copied with it.
-    hooks = {id(hook): _only_moving(hook) for part in module.modules() if (hook := vars(part).get(_HOOK)) is not None}
+    # A hook may hold the weights of the whole model. They must not be copied with it.
+    hooks = {id(hook): _only_moving(hook) for part in module.modules() for hook in _hooks(part)}
     twin = copy.deepcopy(module, {**replaced, **hooks})
-    brought: dict[int, nn.Parameter] = {}
+    loaded: dict[int, Tensor] = {}
     for path, part in twin.named_modules():
-        original = module.get_submodule(path)
-        if is_offloaded(original):
-            _bring(part, original, brought)
+        _load_(part, module.get_submodule(path), loaded)
     return twin
 
 
-def _is_device_wrapper(forward: object) -> bool:
-    return isinstance(forward, functools.partial) and forward.func.__module__ == "accelerate.hooks"
-
-
 def _hooks(module: nn.Module) -> list[Any]:
-    """The hooks at ``module`` itself, those in a chain one by one."""
+    """The hooks of ``module`` itself; a chain's hooks one by one."""
     hook = vars(module).get(_HOOK)
     if hook is None:
         return []
@@ -92,49 +79,31 @@ def _hooks(module: nn.Module) -> list[Any]:
 
 
 def _aligners(module: nn.Module) -> list[Any]:
-    """The hooks at ``module`` that bring it and its input to one device; `CpuOffload` moves a whole model instead."""
+    """The hooks that move ``module`` and its input to one device; `CpuOffload` moves a whole model instead."""
     return [hook for hook in _hooks(module) if type(hook).__name__ == "AlignDevicesHook"]
 
 
 def _loader(module: nn.Module) -> Any:
-    """The hook that brings the module's own weights, if one does."""
+    """The hook that loads the module's own weights; None if they are not offloaded."""
     return next((hook for hook in _aligners(module) if hook.offload), None)
 
 
-def _in_memory(module: nn.Module, name: str) -> Tensor | None:
-    """The offloaded weight ``name`` if it lies in memory."""
-    loader = _loader(module)
-    if loader is None:
-        return None
-    kept, key = loader.weights_map, name
-    while not isinstance(kept, dict):
-        # Views of one mapping by prefix, and a mapping of what is in memory and what is on the disk.
-        key = vars(kept).get("prefix", "") + key
-        kept = vars(kept).get("dataset", vars(kept).get("state_dict", {}))
-    found: Tensor | None = kept.get(key)
-    return found
-
-
 def _only_moving(hook: Any) -> Any:
-    """``hook`` as one that brings inputs to its device and leaves the weights alone."""
+    """A copy of ``hook`` that still moves inputs but loads and offloads no weights."""
     calm = copy.copy(hook)
-    if type(hook).__name__ == "SequentialHook":
-        calm.hooks = [_only_moving(part) for part in hook.hooks]
-    elif type(hook).__name__ == "AlignDevicesHook":
+    if type(hook).__name__ == "AlignDevicesHook":
         calm.offload, calm.weights_map, calm.tied_params_map = False, None, None
     return calm
 
 
-def _bring(part: nn.Module, original: nn.Module, brought: dict[int, nn.Parameter]) -> None:
-    """Give ``part``, a copy of ``original``, its weights; those that were tied stay so."""
-    loader, device = _loader(original), execution_device(original)
-    for name, parameter in original.named_parameters(recurse=False, remove_duplicate=False):
-        if parameter.is_meta:
-            key = identity(original, name, parameter)
-            if key not in brought:
-                value = loader.weights_map[name].detach().to(device, copy=True)
-                brought[key] = nn.Parameter(value, requires_grad=parameter.requires_grad)
-            part.register_parameter(name, brought[key])
-    for name, buffer in original.named_buffers(recurse=False):
-        if buffer.is_meta:
-            setattr(part, name, loader.weights_map[name].detach().to(device, copy=True))
+def _load_(part: nn.Module, original: nn.Module, loaded: dict[int, Tensor]) -> None:
+    """Load the offloaded weights of ``original`` into ``part``, its copy. Tied weights stay tied."""
+    own = original.named_parameters(recurse=False, remove_duplicate=False)
+    for name, tensor in (*own, *original.named_buffers(recurse=False, remove_duplicate=False)):
+        if tensor.is_meta and (loader := _loader(original)) is not None:
+            key = identity(original, name, tensor)
+            if key not in loaded:
+                value = loader.weights_map[name].detach().to(execution_device(original), copy=True)
+                trained = isinstance(tensor, nn.Parameter)
+                loaded[key] = nn.Parameter(value, requires_grad=tensor.requires_grad) if trained else value
+            setattr(part, name, loaded[key])

@@ -1,7 +1,7 @@
 """The default targets of each known architecture, by transformers' ``config.model_type``.
 
 Each entry names the attention and MLP matrices of the repeated blocks: no embedding, no pooler, no output head.
-An architecture that is not here is served by what its blocks are made of (see `tunerkit.targets.select`); so are
+For other architectures, the kinds of layers in the blocks decide (see `tunerkit.targets.select`). So they do for
 multi-modal models, whose towers differ too much for one tuple of names. An entry may name layers that only some
 versions or variants of the architecture have.
 """
@@ -34,7 +34,7 @@ DEFAULT_TARGETS = (
     DefaultTargets(("t5", "mt5", "umt5"), ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")),
     DefaultTargets(("bart", "mbart", "pegasus", "marian", "blenderbot", "m2m_100", "whisper", "opt"), _BART),
     DefaultTargets(("clip", "clip_text_model", "clip_vision_model", "siglip_text_model", "siglip_vision_model"), _BART),
-    # transformers has renamed the matrices of these: the second half is the older names.
+    # transformers renamed the matrices of these models; the second half lists the older names.
     DefaultTargets(("vit", "deit", "dinov2"), (*_QKV, "o_proj", "fc1", "fc2", *_BERT)),
     DefaultTargets(("wav2vec2", "hubert", "wavlm"), (*_QKV, "out_proj", "intermediate_dense", "output_dense")),
 )

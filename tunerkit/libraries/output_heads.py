@@ -1,21 +1,21 @@
-"""Output heads: their names in transformers, timm and torchvision, and the questions these libraries answer."""
+"""Output heads: their names in transformers, timm and torchvision, and the methods that return them."""
 
 from torch import nn
 
-# "proj_out" is missing on purpose: Whisper's is found through get_output_embeddings, and in diffusion models it is an
-# ordinary projection.
+# "proj_out" is missing on purpose: Whisper's is found through get_output_embeddings, and in diffusion models the name
+# stands for an ordinary projection.
 OUTPUT_HEADS = frozenset({"head", "lm_head", "score", "classifier", "qa_outputs", "cls", "embed_out", "predictions"})
 OUTPUT_HEADS |= {"pre_classifier", "vocab_transform", "vocab_projector", "logits_proj"}
 _ENDINGS = ("_head", "_heads", "_classifier", "_predictions")
 
 
 def is_head_name(name: str) -> bool:
-    """Whether a module of this name is an output head, where it lies in no numbered block."""
+    """Whether a module of this name is an output head, if it is not inside a numbered block."""
     return name in OUTPUT_HEADS or name.endswith(_ENDINGS)
 
 
 def named_heads(model: nn.Module) -> list[nn.Module]:
-    """The output heads as ``model`` names them itself."""
+    """The output heads that the model's own methods return."""
     questions: list[object] = []
     match model:
         case nn.Module(get_output_embeddings=question):  # transformers
@@ -23,7 +23,7 @@ def named_heads(model: nn.Module) -> list[nn.Module]:
     match model:
         case nn.Module(get_classifier=question):  # timm
             questions.append(question)
-    # A child may have any name.
+    # A child module may have the name of either method.
     answers = [ask() for ask in questions if callable(ask) and not isinstance(ask, nn.Module)]
     heads = [head for answer in answers for head in (answer if isinstance(answer, list | tuple) else [answer])]
     return [head for head in heads if isinstance(head, nn.Module)]

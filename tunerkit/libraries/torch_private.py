@@ -1,6 +1,6 @@
-"""The private names of torch that tunerkit relies on, each looked up when it is used and never by an import.
+"""The private names of torch that tunerkit relies on. Each is looked up at use, never by an import.
 
-If a release of torch renames one, tests/test_torch_private.py names it, and this is the file to change.
+If a release of torch renames one, tests/test_torch_private.py reports its name, and this is the file to change.
 """
 
 import importlib
@@ -14,21 +14,21 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils import checkpoint
 
-# --- What a module holds itself --------------------------------------------------------------------------------------
+# --- A module's own parameters and children --------------------------------------------------------------------------
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The parameters of ``module`` itself: the live dict, also while an attribute stands in front of one."""
+    """The parameters of ``module`` itself, as the live dict; an attribute of the same name does not hide them."""
     return module._parameters
 
 
 def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
-    """The direct children of ``module``: the live dict, which takes names that `add_module` refuses."""
+    """The direct children of ``module``, as the live dict; it accepts names that `add_module` rejects."""
     return module._modules
 
 
 def compiled_from(module: nn.Module) -> nn.Module | None:
-    """The module that `torch.compile` was given, if it returned ``module``."""
+    """The module that was passed to `torch.compile`, if ``module`` is its result; None otherwise."""
     return module._modules.get("_orig_mod")
 
 
@@ -41,14 +41,14 @@ def has_hook(module: nn.Module, function: Callable[..., Any]) -> bool:
 
 
 def has_single_hook(module: nn.Module) -> bool:
-    """Whether one forward hook sees the output of ``module``, and no other hook does."""
+    """Whether exactly one forward hook sees the output of ``module``, counting global hooks."""
     return len(module._forward_hooks) == 1 and not nn.modules.module._global_forward_hooks
 
 
 def remove_hooks_(module: nn.Module, *functions: Callable[..., Any]) -> None:
     """Remove the forward hooks and pre-hooks that are one of ``functions``, or a ``partial`` of one.
 
-    A handle would not survive a deep copy.
+    Hooks are found by function because a handle does not survive a deep copy.
     """
     flags = (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
@@ -62,12 +62,12 @@ def remove_hooks_(module: nn.Module, *functions: Callable[..., Any]) -> None:
 
 
 def is_convolution(module: nn.Module) -> "TypeGuard[nn.modules.conv._ConvNd]":
-    """Whether ``module`` is a convolution, transposed ones included."""
+    """Whether ``module`` is a convolution, including transposed ones."""
     return isinstance(module, nn.modules.conv._ConvNd)
 
 
 def has_statistics(module: nn.Module) -> "TypeGuard[nn.modules.batchnorm._NormBase]":
-    """Whether ``module`` is a batch norm or an instance norm: these may keep running statistics."""
+    """Whether ``module`` is a batch norm or an instance norm, which may have running statistics."""
     return isinstance(module, nn.modules.batchnorm._NormBase)
 
 
@@ -77,22 +77,22 @@ def is_batch_norm(module: nn.Module) -> "TypeGuard[nn.modules.batchnorm._BatchNo
 
 
 def channel_norms() -> tuple[type[nn.Module], ...]:
-    """The classes of norms whose forwards add the bias along the channels."""
+    """The classes of norms whose forward adds the bias along the channel dimension."""
     return nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm
 
 
 def is_batched(norm: nn.Module, y: Tensor) -> bool:
-    """Whether the output ``y`` of ``norm`` has a batch dimension; instance norm alone works without one."""
+    """Whether the output ``y`` of ``norm`` has a batch dimension; only instance norm works without one."""
     return not isinstance(norm, nn.modules.instancenorm._InstanceNorm) or y.dim() > norm._get_no_batch_dim()
 
 
 def runs_convolution_of(module: Any, kind: Any) -> bool:
-    """Whether the method in which ``module`` convolves is that of ``kind``, both convolutions."""
+    """Whether ``module`` convolves with the method of ``kind``; both are convolutions."""
     return type(module)._conv_forward is kind._conv_forward and "_conv_forward" not in vars(module)
 
 
 def convolve(module: Any, x: Tensor, kernel: Tensor) -> Tensor:
-    """Run the convolution of ``module`` on ``x`` with another weight and no bias."""
+    """Run the convolution of ``module`` on ``x`` with ``kernel`` as the weight and no bias."""
     return cast(Tensor, module._conv_forward(x, kernel, None))
 
 
@@ -100,15 +100,15 @@ def convolve(module: Any, x: Tensor, kernel: Tensor) -> Tensor:
 
 
 def version(tensor: Tensor) -> int | None:
-    """The counter that rises with every in-place change of ``tensor``; inference tensors have none."""
+    """The counter that every in-place change of ``tensor`` increments; None for inference tensors, which have none."""
     return None if tensor.is_inference() else tensor._version
 
 
 def is_observed() -> bool:
-    """Whether something looks into the operations of a forward, or keeps their outputs.
+    """Whether something records the operations of a forward, or keeps their outputs.
 
-    That is tracing, a transform of functorch, forward-mode differentiation, or selective checkpointing, which gives
-    the outputs that it keeps out again in backward.
+    That is tracing, a functorch transform, forward-mode differentiation, or selective checkpointing, which returns the
+    kept outputs again in backward.
     """
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._is_tracing():
         return True
@@ -119,7 +119,7 @@ def is_observed() -> bool:
 
 
 def dispatch_mode() -> Any:
-    """The class whose ``__torch_dispatch__`` is called, inside a block of it, for each operation."""
+    """The base class of dispatch modes: inside a mode's block, each operation calls its ``__torch_dispatch__``."""
     return _python_dispatch().TorchDispatchMode
 
 
@@ -128,7 +128,7 @@ def _python_dispatch() -> Any:
 
 
 def multiplies_bf16_in_tiles() -> bool:
-    """Whether the CPU has AMX."""
+    """Whether the CPU has AMX, which speeds up matrix products in bf16."""
     return torch.cpu._is_amx_tile_supported()
 
 
@@ -136,12 +136,12 @@ def multiplies_bf16_in_tiles() -> bool:
 
 
 def running_ddp() -> nn.parallel.DistributedDataParallel | None:
-    """The DistributedDataParallel whose forward is running, if there is one."""
+    """The DistributedDataParallel whose forward is running; None outside of one."""
     return nn.parallel.DistributedDataParallel._active_ddp_module
 
 
 def synchronised(ddp: nn.parallel.DistributedDataParallel) -> list[nn.Parameter]:
-    """The parameters that ``ddp`` was built around; those added to its module later are missing."""
+    """The parameters that ``ddp`` synchronises: those that its module had when ``ddp`` was built."""
     return ddp._module_parameters
 
 
@@ -149,7 +149,7 @@ def synchronised(ddp: nn.parallel.DistributedDataParallel) -> list[nn.Parameter]
 
 
 def divide_(tensors: list[Tensor], divisor: Tensor) -> None:
-    """Divide ``tensors``, which lie on the device of ``divisor``, in place and in one operation."""
+    """Divide ``tensors`` in place, in one operation. All are on the device of ``divisor``."""
     torch._foreach_div_(tensors, divisor)
 
 
@@ -159,21 +159,21 @@ _DYNAMO = "torch._dynamo"
 
 
 def uncompiled(function: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
-    """``function`` as code that dynamo leaves alone: it cannot trace what a plugin is asked through."""
-    # Loading dynamo takes seconds, and who has not loaded it compiles nothing.
+    """``function`` as code that dynamo does not trace, since it cannot trace the hook calls in it."""
+    # Loading dynamo takes seconds. Where it is not loaded, nothing is compiled.
     return torch.compiler.disable(function) if _DYNAMO in sys.modules else function
 
 
 def forget_compiled() -> None:
-    """Let compiled code notice our hooks: drop what was compiled before, and have dynamo look at hooks from now on.
+    """Make compiled code respect our hooks: discard what was compiled before, and let dynamo guard on hooks.
 
-    By default it does not, so what it compiled for a model would run, without adapters, for another of the same class
-    that has some. This loads dynamo, which takes seconds and which building an optimizer does too: nothing calls us
-    when somebody else loads it, and code that was compiled before the setting is changed would ignore adapters.
+    By default dynamo does not guard on hooks. Code compiled for a bare model would then also run, without adapters,
+    for a wrapped model of the same class. Loading dynamo takes seconds, but building an optimizer loads it too, and
+    nothing notifies us then: code compiled before this setting is changed would ignore adapters.
     """
     dynamo = importlib.import_module(_DYNAMO)
     dynamo.config.skip_nnmodule_hook_guards = False
-    if dynamo.convert_frame.input_codes.seen:  # nothing was compiled yet, most often
+    if dynamo.convert_frame.input_codes.seen:  # usually empty: nothing was compiled yet
         dynamo.reset()
 
 

@@ -1,8 +1,8 @@
-"""Classes of transformers that core treats in a way of their own, by qualified name: core never imports them."""
+"""The classes of transformers that core treats specially, by qualified name: core never imports them."""
 
 from torch import Tensor, nn
 
-from tunerkit.libraries.accelerate import forward_name
+from tunerkit.libraries.forwards import forward_name
 from tunerkit.libraries.torch_private import own_parameters
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
@@ -10,15 +10,11 @@ FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
 TRAINER = "transformers.trainer.Trainer"
 
 
-def derives_from(candidate: object, name: str) -> bool:
-    """Whether the class of ``candidate`` is the one of that qualified name, or derives from it."""
-    return any(f"{cls.__module__}.{cls.__qualname__}" == name for cls in type(candidate).__mro__)
-
-
 def is_scaled_embedding(module: nn.Module) -> bool:
     """Whether this is one of the twenty-odd classes whose forward is ``super().forward(ids) * self.embed_scale``.
 
-    A further parameter means a further row that the forward puts in (T5Gemma2's end-of-image token): not ours.
+    An additional parameter means that the forward inserts an additional row (T5Gemma2's end-of-image token); such a
+    module cannot be adapted.
     """
     match module:
         case nn.Embedding(embed_scale=float() | int() | Tensor()):

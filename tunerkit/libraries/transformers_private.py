@@ -1,6 +1,6 @@
 """The private methods of a transformers Trainer that write and read weights and optimizer states.
 
-Nothing here imports transformers. If a release renames one, tests/test_transformers_private.py names it.
+Nothing here imports transformers. If a release renames a method, tests/test_transformers_private.py reports it.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ Method = Callable[..., None]
 
 
 def replace_(trainer: Any, *, save: Method, save_states: Method, load: Method, load_best: Method) -> None:
-    """Replace methods on the instance; each function is given the trainer's own method first, then its arguments."""
+    """Replace methods on the instance. Each function gets the trainer's own method first, then that one's arguments."""
     trainer._save = partial(save, trainer._save)
     trainer._save_optimizer_and_scheduler = partial(save_states, trainer._save_optimizer_and_scheduler)
     trainer._load_from_checkpoint = partial(load, trainer._load_from_checkpoint)
@@ -19,7 +19,7 @@ def replace_(trainer: Any, *, save: Method, save_states: Method, load: Method, l
 
 
 def overridden(kind: Any, base: Any) -> list[str]:
-    """The names of the methods for weights that ``kind``, a class of trainers, does not share with ``base``."""
+    """The names of the weight methods that ``kind``, a class of trainers, does not inherit from ``base``."""
     own = (kind._save, kind._load_from_checkpoint, kind._load_best_model)
     originals = (base._save, base._load_from_checkpoint, base._load_best_model)
     return [original.__name__ for method, original in zip(own, originals, strict=True) if method is not original]

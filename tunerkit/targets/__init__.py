@@ -1,4 +1,4 @@
-"""Target selection: from a model and patterns to the modules to adapt."""
+"""Target selection: from a model and patterns to the modules to adapt or train."""
 
 from tunerkit.targets.resolution import from_paths, refuse_tied, refuse_unfit, resolve_modules
 from tunerkit.targets.scan import Scan, ScannedModule, scan, tied

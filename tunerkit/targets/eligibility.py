@@ -1,16 +1,14 @@
-"""What stands in the way of adapting a module, in words that end a sentence about its path."""
+"""What prevents a module from being adapted, as the end of a sentence about its path."""
 
 from torch import nn
 
 from tunerkit.libraries import forward_owner, is_offloaded, torch_private
 from tunerkit.targets.scan import Scan, ScannedModule
 
-_ATTENTION = "nn.MultiheadAttention with a forward of its own may do anything with its weights: it cannot be adapted"
-_SEPARATE = "nn.MultiheadAttention with kdim or vdim has three weights in place of one, which cannot be adapted yet"
-_READ_AND_CALLED = "is held by several modules, and one reads its weight past its forward: an adapter would reach one"
-_READ_AND_AWAY = (
-    "is offloaded, and its weight is read past its forward, so there is nothing that a delta could be added to"
-)
+_ATTENTION = "nn.MultiheadAttention with a forward of its own may use its weights in any way, so it cannot be adapted"
+_SEPARATE = "nn.MultiheadAttention with kdim or vdim has three weights instead of one, which cannot be adapted yet"
+_READ_AND_CALLED = "is held by several modules, one of which bypasses its forward(): an adapter would not reach all"
+_READ_AND_OFFLOADED = "is offloaded, and its weight is used directly, bypassing its forward(): it cannot be overridden"
 
 
 def obstacle_at(found: ScannedModule, scanned: Scan) -> str | None:
@@ -23,14 +21,14 @@ def obstacle_at(found: ScannedModule, scanned: Scan) -> str | None:
 
 
 def weight_obstacle(found: ScannedModule, scanned: Scan) -> str | None:
-    """Why the module's weight cannot have an adapter beside it, or None."""
+    """Why the module's weight cannot be adapted, or None."""
     module = found.module
     if found.inside_attention:
         return _ATTENTION
     if found.read_and_called:
         return _READ_AND_CALLED
-    if (found.readers or isinstance(module, nn.MultiheadAttention)) and is_offloaded(module):
-        return _READ_AND_AWAY
+    if (found.reading_owner is not None or isinstance(module, nn.MultiheadAttention)) and is_offloaded(module):
+        return _READ_AND_OFFLOADED
     own, parameters = torch_private.own_parameters(module), list(module.parameters(recurse=False))
     usual = isinstance(module, nn.Linear | nn.Embedding) or torch_private.is_convolution(module)
     if usual and "weight" not in own:
@@ -41,7 +39,7 @@ def weight_obstacle(found: ScannedModule, scanned: Scan) -> str | None:
         return "has complex weights, which cannot be adapted yet"
     shared = [name for parameter in parameters for name in scanned.sharers.get(id(parameter), ())]
     if shared:
-        return f"has a tied weight, shared as {', '.join(shared)}: an adapter on one would be missing on the others"
+        return f"has a tied weight, shared as {', '.join(shared)}: an adapter on one would not change the others"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        return "has max_norm set, so its forward rewrites its weight; build it without max_norm"
+        return "has max_norm set, so its forward() rewrites its weight; build it without max_norm"
     return None

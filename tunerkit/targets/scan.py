@@ -14,25 +14,31 @@ from tunerkit.paths import CHILD, is_number, join
 
 @attrs.frozen(eq=False)
 class ScannedModule:
-    """A module of the model, with every path under which it is registered, and the module in which it is each time.
+    """A module of the model.
 
-    ``base`` is the module as a base layer, None if no kind matches it. ``readers`` are the owners whose forward uses
-    its weight directly, bypassing its own. ``inside_attention`` says that torch's attention holds it in a form that is
-    not known to do so. ``layer`` is the first number in its path: the index of its block.
+    Attributes:
+        paths: Every path at which the module is registered.
+        module: The module.
+        base: The module as a base layer; None if no kind matches it.
+        reading_owner: The first of the modules that hold it whose forward uses its weight directly, bypassing its own.
+        read_and_called: Whether there is one, and another module that holds it may call it.
+        inside_attention: Whether an ``nn.MultiheadAttention`` holds it whose forward is not torch's.
+        layer: The first number in its first path: the index of its block.
+        in_head: Whether it is an output head or inside one.
     """
 
     paths: tuple[str, ...]
     module: nn.Module
     base: BaseLayer | None
-    owners: tuple[nn.Module, ...]
-    readers: tuple[nn.Module, ...]
+    reading_owner: nn.Module | None
+    read_and_called: bool
     inside_attention: bool
     layer: int | None
     in_head: bool
 
     @property
     def path(self) -> str:
-        """The first path, which names the module."""
+        """The first path, by which the module is called in results and messages."""
         return self.paths[0]
 
     @property
@@ -40,21 +46,19 @@ class ScannedModule:
         """The module whose forward uses this base layer's weight directly; None if the layer is called."""
         if self.base is None:
             return None
-        return self.module if self.base.lends else next(iter(self.readers), None)
-
-    @property
-    def read_and_called(self) -> bool:
-        """Whether several modules hold it, and one of them uses its weight directly."""
-        return bool(self.readers) and len(set(self.owners)) > 1
+        return self.module if self.base.lends else self.reading_owner
 
 
 @attrs.frozen(eq=False)
 class Scan:
-    """What selection and injection read of a model, gathered once; the adapters in it are left out.
+    """What selection and injection need to know of a model, collected once. Adapters in it are left out.
 
-    ``modules`` are those inside ``root``, the model itself, in its order; ``by_path`` has ``root`` too, under an empty
-    path. ``sharers`` gives for ``id(parameter)`` the full names under which several modules hold it. ``default_names``
-    are the default targets of its architecture.
+    Attributes:
+        root: The model itself.
+        modules: The modules inside it, in its order.
+        by_path: The modules by each of their paths; the root has an empty path.
+        sharers: For the id of each tied parameter, the full names under which modules hold it.
+        default_names: The default targets of its architecture; empty if there are none.
     """
 
     root: ScannedModule
@@ -65,7 +69,7 @@ class Scan:
 
 
 class _Registration(NamedTuple):
-    """A module at one of its paths; ``read`` are the children whose weights its owner's forward uses directly."""
+    """A module at one of its paths; ``read`` names the children whose weights its owner's forward uses directly."""
 
     path: str
     module: nn.Module
@@ -76,7 +80,7 @@ class _Registration(NamedTuple):
 
 
 def scan(model: nn.Module, knowledge: Knowledge) -> Scan:
-    """Read ``model`` once; each module is asked once which base-layer kind it has."""
+    """Scan ``model``. The base-layer kind of each module is determined once."""
     places: dict[int, list[_Registration]] = defaultdict(list)
     for registration in _registrations(model, knowledge):
         places[id(registration.module)].append(registration)
@@ -93,13 +97,12 @@ def scan(model: nn.Module, knowledge: Knowledge) -> Scan:
 def _default_names(model: nn.Module, knowledge: Knowledge) -> tuple[str, ...]:
     match model:
         case nn.Module(config=object(model_type=str(model_type))):
-            known = (defaults.names for defaults in knowledge.default_targets if model_type in defaults.model_types)
-            return next(known, ())
+            return next((known.names for known in knowledge.default_targets if model_type in known.model_types), ())
     return ()
 
 
 def _registrations(model: nn.Module, knowledge: Knowledge) -> Iterator[_Registration]:
-    """Every module at each of its paths, in the model's order; nothing that lies in an adapter."""
+    """Every module at each of its paths, in the model's order, without the modules of adapters."""
     readers = {reader.owner: reader.children for reader in reversed(knowledge.weight_readers)}
     heads: set[int] = set()
     waiting = [_Registration("", model)]
@@ -110,24 +113,24 @@ def _registrations(model: nn.Module, knowledge: Knowledge) -> Iterator[_Registra
             continue
         heads.update(map(id, named_heads(place.module)))
         read, prefix = readers.get(forward_name(place.module), ()), f"{place.path}." if place.path else ""
-        # From the last to the first, since the end of the list comes next.
+        # In reverse, since the end of the list is visited next.
         for name, child in reversed(children.items()):
             if child is not None and name != CHILD:
                 layer = int(name) if place.layer is None and is_number(name) else place.layer
-                # Known by its name only before the first numbered block: one in a block belongs to its attention.
+                # A name counts only outside numbered blocks: inside one, "head" names a part of its attention.
                 in_head = place.in_head or id(child) in heads or (layer is None and is_head_name(name))
                 waiting.append(_Registration(prefix + name, child, place.module, read, layer, in_head))
 
 
 def _scanned(places: Sequence[_Registration], knowledge: Knowledge) -> ScannedModule:
     first = places[0]
-    readers = (place.owner for place in places if place.read and place.path.rpartition(".")[2] in place.read)
+    readers = [place.owner for place in places if place.path.rpartition(".")[2] in place.read]
     return ScannedModule(
         paths=tuple([place.path for place in places]),
         module=first.module,
         base=as_base_layer(first.module, knowledge.kinds),
-        owners=tuple([place.owner for place in places if place.owner is not None]),
-        readers=tuple([owner for owner in readers if owner is not None]),
+        reading_owner=readers[0] if readers else None,
+        read_and_called=bool(readers) and len({place.owner for place in places}) > 1,
         inside_attention=any(isinstance(place.owner, nn.MultiheadAttention) and not place.read for place in places),
         layer=first.layer,
         in_head=any(place.in_head for place in places),
@@ -135,7 +138,7 @@ def _scanned(places: Sequence[_Registration], knowledge: Knowledge) -> ScannedMo
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether ``"all-linear"`` means this module: nn.Linear, attention's projection, Conv1D, or one by its sizes."""
+    """Whether ``"all-linear"`` includes this module: nn.Linear, attention, Conv1D, or one with in and out features."""
     match module:
         case nn.Linear() | nn.MultiheadAttention() | nn.Module(in_features=int(), out_features=int()):
             return True
@@ -143,7 +146,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def may_be_linear(module: nn.Module) -> bool:
-    """Whether someone who says all linear layers may mean this module, also a router with a matrix of its own."""
+    """Whether a user may expect ``"all-linear"`` to include this module, such as a router with its own matrix."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm) or torch_private.is_convolution(module):
         return False
     weight = torch_private.own_parameters(module).get("weight")
@@ -151,17 +154,16 @@ def may_be_linear(module: nn.Module) -> bool:
 
 
 def default_convolutions(scanned: Scan) -> tuple[ScannedModule, ...]:
-    """The convolutions of a model whose numbered blocks hold some, and no linear layer; none of any other model.
+    """The convolutions in the numbered blocks of a model, if these hold no linear layer; else none.
 
-    A model that numbers no block has all its convolutions taken, if they are all it has beside its head. Depthwise
-    ones are left out: their matrix is as narrow as one kernel, so a low rank saves nothing.
+    If no numbered block holds a convolution, the whole model except its head is searched instead. Depthwise
+    convolutions are left out: their matrix is as narrow as one kernel, so a low rank saves nothing.
     """
     body = [each for each in scanned.modules if not each.in_head]
-    blocks = [each for each in body if each.layer is not None]
-    found = [each for each in blocks if _is_wide_convolution(each.module)]
-    if not found:
-        blocks, found = body, [each for each in body if _is_wide_convolution(each.module)]
-    return tuple(found) if found and not any(is_linear(each.module) for each in blocks) else ()
+    for part in ([each for each in body if each.layer is not None], body):
+        if found := tuple(each for each in part if _is_wide_convolution(each.module)):
+            return () if any(is_linear(each.module) for each in part) else found
+    return ()
 
 
 def _is_wide_convolution(module: nn.Module) -> bool:
@@ -169,7 +171,7 @@ def _is_wide_convolution(module: nn.Module) -> bool:
 
 
 def tied(modules: Iterable[tuple[str, nn.Module]]) -> Mapping[int, tuple[str, ...]]:
-    """The parameters that several of ``modules`` (path and module, each once) hold: ``id`` to the full names."""
+    """The full names of each tied parameter by its id; ``modules`` are pairs of path and module, each module once."""
     names: dict[int, list[str]] = defaultdict(list)
     keys: dict[int, int] = {}
     for path, module in modules:

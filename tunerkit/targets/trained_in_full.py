@@ -14,16 +14,27 @@ from tunerkit.targets.scan import Scan
 
 
 def choose_copies(scanned: Scan, names: tuple[str, ...]) -> tuple[str, ...]:
-    """The modules trained in full as copies: those named, and in place of containers what they hold.
+    """Find the modules that are trained in full, as copies.
 
-    A container runs whatever it holds, or is not run itself: a copy beside its children would be run as one of them.
+    A container is replaced by the modules in it: it either runs all its children, so it would run a copy as one of
+    them, or it is never run itself.
+
+    Args:
+        scanned: The scan of the model.
+        names: The patterns of ``train_modules``.
+
+    Returns:
+        The paths of the modules.
+
+    Raises:
+        TargetError: A pattern matches nothing, or a module it matches cannot be trained as a copy.
     """
     chosen: list[str] = []
     for path in resolve_modules(scanned, names, what="train_modules"):
         found = scanned.by_path[path]
-        if found.inside_attention or found.readers:
+        if found.inside_attention or found.reading_owner is not None:
             raise TargetError(
-                f"train_modules: {path!r} is read past its forward by its owner; name the owner {parent(path)!r}"
+                f"train_modules: {path!r} is used directly by its owner, bypassing its forward(); name {parent(path)!r}"
             )
         leaves = [leaf for leaf, module in _uncontained(path, found.module) if _has_tensors(module)]
         if not leaves:
@@ -48,29 +59,41 @@ def _has_tensors(module: nn.Module) -> bool:
 
 
 def choose_biases(scanned: Scan, bias: str, chosen: tuple[Target, ...], copies: tuple[str, ...]) -> tuple[Target, ...]:
-    """The modules whose bias is trained: none, the targets' own, or all of the model's."""
+    """Find the modules whose bias is trained.
+
+    Args:
+        scanned: The scan of the model.
+        bias: ``"none"``, ``"adapters"`` for those of the targets that have one, or ``"all"`` for the whole model's.
+        chosen: The targets.
+        copies: The paths of modules trained in full. They already train their biases.
+
+    Returns:
+        The modules.
+
+    Raises:
+        TargetError: Biases of the model cannot be trained; the error lists all of them.
+    """
     if bias == "none":
         return ()
     if bias == "adapters":
         return tuple(t for t in chosen if has_trainable_bias(t.module, scanned.by_path[t.path].base))
     found, problems = [], []
     for each in (scanned.root, *scanned.modules):
-        path, module, base = each.path, each.module, each.base
-        own = {name: p for name, p in module.named_parameters(recurse=False, remove_duplicate=False) if "bias" in name}
-        if not own or is_under(path, copies):
+        named = each.module.named_parameters(recurse=False, remove_duplicate=False)
+        own = {name: p for name, p in named if "bias" in name}
+        if not own or is_under(each.path, copies):
             continue
-        full = join(path, bias_name(base))
-        others = [name for name in scanned.sharers.get(id(own.get(bias_name(base))), ()) if name != full]
-        known = not (each.inside_attention or each.read_and_called) and has_trainable_bias(module, base)
+        name = bias_name(each.base)
+        full = join(each.path, name)
+        others = [other for other in scanned.sharers.get(id(own.get(name)), ()) if other != full]
+        known = not (each.inside_attention or each.read_and_called) and has_trainable_bias(each.module, each.base)
         if others:
             problems.append(f"{full} (tied to {', '.join(others)})")
-        elif known and set(own) == {bias_name(base)}:
-            found.append(Target(path=path, module=module))
+        elif known and set(own) == {name}:
+            found.append(Target(each.path, each.module))
         else:
-            problems += [f"{join(path, name)} (of a {type(module).__name__})" for name in own]
+            problems += [f"{join(each.path, other)} (of a {type(each.module).__name__})" for other in own]
     if problems:
-        listed = ", ".join(problems)
-        raise TargetError(
-            f"bias='all' cannot train: {listed}; name their modules in train_modules or set bias='adapters'"
-        )
+        way_out = "name their modules in train_modules or set bias='adapters'"
+        raise TargetError(f"bias='all' cannot train: {', '.join(problems)}; {way_out}")
     return tuple(found)

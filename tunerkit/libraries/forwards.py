@@ -1,0 +1,35 @@
+"""The class that defines a module's forward, and classes by qualified name: no other library is imported."""
+
+from types import MethodType
+
+from torch import nn
+
+from tunerkit.libraries.accelerate import forward_on_instance
+
+
+def overrides_forward(module: nn.Module) -> bool:
+    """Whether the instance has a forward that may differ from its class's."""
+    own = forward_on_instance(module)
+    # Removing accelerate's hooks leaves the class's forward on the instance, as a bound method.
+    return own is not None and own != MethodType(type(module).forward, module)
+
+
+def forward_owner(module: nn.Module) -> type:
+    """The class that defines the forward of ``module``; ``object`` if the instance has its own."""
+    if overrides_forward(module):
+        return object
+    return next(owner for owner in type(module).__mro__ if "forward" in vars(owner))
+
+
+def forward_name(module: nn.Module) -> str:
+    """The qualified name of `forward_owner`."""
+    return _qualified(forward_owner(module))
+
+
+def derives_from(candidate: object, name: str) -> bool:
+    """Whether the class of ``candidate`` is the one with this qualified name, or derives from it."""
+    return name in map(_qualified, type(candidate).__mro__)
+
+
+def _qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
