@@ -14,7 +14,7 @@ from tunerkit.hooks.calls import (
     state,
     watches_steps,
 )
-from tunerkit.hooks.knowledge import gather_knowledge
+from tunerkit.hooks.gather import gather_knowledge
 from tunerkit.hooks.markers import hookimpl
 from tunerkit.hooks.method_config import configure, structure
 from tunerkit.hooks.registry import registry

@@ -1,4 +1,4 @@
-"""What is known of layers and models, as one record: core's own, to which plugins add."""
+"""The base-layer kinds that core brings, and all that it knows of layers and models as one record."""
 
 import attrs
 from torch import nn

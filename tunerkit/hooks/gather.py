@@ -1,4 +1,4 @@
-"""What core and all plugins know of layers and models, collected for target selection."""
+"""Gather what core and all plugins know of other libraries: base-layer kinds, weight readers, default targets."""
 
 import inspect
 from collections.abc import Callable
