@@ -13,7 +13,7 @@ from tunerkit.libraries import forward_owner
 
 @attrs.frozen(eq=False)
 class BaseLayer(abc.ABC):
-    """Abstract. A view of ``module`` as a matrix W: (out, in), whatever its own layout and arithmetic.
+    """Abstract. A view of ``module`` as a matrix W: (out, in), independent of its own layout and arithmetic.
 
     Every kind obeys this law, for q (r, in) and p (out, r)::
 

@@ -34,7 +34,7 @@ def choose_copies(scanned: Scan, names: tuple[str, ...]) -> tuple[str, ...]:
         found = scanned.by_path[path]
         if found.inside_attention or found.reading_owner is not None:
             raise TargetError(
-                f"train_modules: {path!r} is used directly by its owner, bypassing its forward(); name {parent(path)!r}"
+                f"train_modules: {path!r} is used directly, bypassing its forward(); name the owner {parent(path)!r}"
             )
         leaves = [leaf for leaf, module in _uncontained(path, found.module) if _has_tensors(module)]
         if not leaves:
