@@ -50,10 +50,17 @@ def ratio(pairs: Pairs, *, seed: int, draws: int = DRAWS) -> Estimate:
 def geometric_mean(several: Sequence[Pairs], *, seed: int, draws: int = DRAWS) -> Estimate:
     """The geometric mean of several ratios, the rounds of each drawn anew by themselves."""
     generator = np.random.default_rng(seed)
-    value = np.exp(np.mean([_log_ratio(pairs, np.arange(len(pairs.top))) for pairs in several]))
+    value = np.exp(_mean([_log_ratio(pairs, np.arange(len(pairs.top))) for pairs in several]))
     drawn = [_log_ratio(pairs, _draw(pairs.kinds, draws, generator)) for pairs in several]
-    low, high = _bounds(np.exp(np.mean(drawn, axis=0)))
+    low, high = _bounds(np.exp(_mean(drawn)))
     return Estimate(float(value), low, high)
+
+
+def _mean(logs: Sequence[Floats]) -> Floats:
+    """The mean over the first axis; infinite where one of the values is, whatever the others are."""
+    with np.errstate(invalid="ignore"):
+        mean: Floats = np.where(np.isposinf(logs).any(axis=0), np.inf, np.mean(logs, axis=0))
+    return mean
 
 
 def middle(values: Floats, kinds: Kinds, *, seed: int, draws: int = DRAWS) -> Estimate:
