@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import tunerkit
+from tunerkit.steps import undriven
 
 if TYPE_CHECKING:
     from tests.conftest import Toys
@@ -143,3 +144,15 @@ def test_a_loaded_adapter_is_watched_too(toys: "Toys", tmp_path: Path) -> None:
     loaded = tunerkit.load(toys.net(), path, trainable=True)
     (text,) = told(toys, loaded, sgd(loaded))
     assert "nothing drives it" in text
+
+
+def test_attaching_watches_where_nothing_was_wrapped(toys: "Toys", monkeypatch: pytest.MonkeyPatch) -> None:
+    """A spawned worker gets a wrapped model by pickle, and never calls wrap itself."""
+    model = wrapped(toys)
+    registered: list[object] = []
+    monkeypatch.setattr(undriven, "_watch", undriven._Watch())
+    monkeypatch.setattr(undriven, "register_optimizer_step_post_hook", registered.append)
+    for _ in range(2):
+        twin = copy.deepcopy(model)
+        tunerkit.attach(twin, sgd(twin), total_steps=9)
+    assert registered == [undriven.warn_of_undriven_steps]

@@ -45,6 +45,7 @@ def attach(
     earlier = {tuner.name: tuner.steps for tuner in tuners if tuner.steps and tuner.needs_steps}
     optimizer = steps.drive(tuners, optimizer_or_trainer, total_steps=total_steps)
     for tuner in tuners:
+        steps.watch_optimizers(tuner.method)  # an unpickled adapter was wrapped in another process
         if tuner.needs_steps:
             serialization.carry(tuner, optimizer)  # only here: a Trainer's checkpoints have a file for the state
     if earlier:
