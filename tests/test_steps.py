@@ -411,7 +411,7 @@ def test_a_head_alone_does_not_train_an_adapter_that_needs_steps() -> None:
 
 
 def test_attaching_twice_is_refused() -> None:
-    """One optimizer drives an adapter: the same again, or another one, is a mistake; the first goes on."""
+    """One optimizer drives an adapter: attaching it again, or another one, is an error; the first stays attached."""
     model = wrapped()
     optimizer = sgd(model)
     tunerkit.attach(model, optimizer, total_steps=5)
@@ -508,7 +508,7 @@ def test_one_call_attaches_all_adapters_and_a_name_only_one() -> None:
 
 @pytest.mark.parametrize("reason", ["attached", "missing", "total", "start"])
 def test_attach_changes_nothing_when_one_of_several_adapters_is_refused(reason: str) -> None:
-    """Whatever is wrong with the second, the first is not attached either, and the optimizer has no hook."""
+    """If the second adapter is rejected for any reason, the first is not attached, and the optimizer has no hook."""
     settings_of: dict[str, dict[str, Any]] = {"total": {"total_steps": 7}, "start": {"refuses": True}}
     second = settings_of.get(reason, {})
     model = wrapped("noting-stepper", "second", wrapped(), **second)
@@ -577,7 +577,7 @@ def test_a_frozen_adapter_is_left_alone_and_refused_by_name() -> None:
 
 
 def test_an_optimizer_that_is_gone_holds_no_adapter() -> None:
-    """A notebook cell run twice makes a new optimizer: the first one is freed, and the second may drive."""
+    """A notebook cell that runs twice makes a second optimizer: the first is freed, and the second can drive."""
     model = wrapped()
     tunerkit.attach(model, sgd(model), total_steps=5)
     gc.collect()

@@ -166,7 +166,7 @@ def test_config_may_be_an_object_a_mapping_or_nothing(toys: "Toys") -> None:
 def test_bad_input_is_refused_in_words(
     toys: "Toys", method: str, config: Any, error: type[Exception], words: str
 ) -> None:
-    """An unknown method, key, target or value, and a config of the wrong class: one error that says what is right."""
+    """An unknown method, key, target or value, or a config of the wrong class, raises one error that helps."""
     model = toys.net()
     with untouched(toys, model), pytest.raises(error, match=words):
         tunerkit.wrap(model, method, config)
@@ -315,7 +315,7 @@ def test_an_adapter_that_ddp_does_not_know_is_refused_at_its_first_forward(
 
 @pytest.mark.usefixtures("_process_group")
 def test_an_adapter_that_ddp_knows_is_checked_once(toys: "Toys", tmp_path: Path) -> None:
-    """Wrapped first, also beside or after a model that DDP holds, or holds no more: nothing of the check stays."""
+    """A model wrapped before DDP passes, also next to other DDP models or after DDP is gone. No hook remains."""
     free, model = toys.net(), toys.trained()
     parallel = ddp(free)
     expected = model(toys.x())

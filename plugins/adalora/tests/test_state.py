@@ -94,7 +94,7 @@ def resumed(
 @pytest.mark.parametrize("changes", [{"gamma": 0.1}, {"exact_svd": True}], ids=["regulariser", "rotated"])
 @pytest.mark.parametrize("at", range(1, TOTAL))
 def test_a_run_split_at_any_step_continues_bit_identically(at: int, changes: dict[str, Any], tmp_path: Path) -> None:
-    """Before, at, between and after allocations the resumed run has the whole run's weights, masks and budget."""
+    """Split before, at, between or after allocations, the resumed run has the whole run's weights, masks and budget."""
     whole = wrapped(**changes)
     optimizer = attached(whole)
     for _ in range(at):
@@ -121,7 +121,7 @@ def test_gradients_left_out_before_saving_are_reported_after_loading(tmp_path: P
 
 
 def test_a_state_of_other_shapes_is_refused_and_changes_nothing(tmp_path: Path) -> None:
-    """Averages of another config's ranks, and a shrunk adapter's masks for one that has all its triplets."""
+    """Averages of another config's ranks, or the masks of a shrunk adapter for one that still has all triplets."""
     model = wrapped(shrink=True)
     optimizer = attached(model)
     train(model, optimizer, TOTAL)
