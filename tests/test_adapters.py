@@ -145,8 +145,8 @@ def test_a_new_adapter_is_active_beside_the_others(toys: "Toys", tmp_path: Path)
     assert tunerkit.active(model) == ("c", "b", "d")
 
 
-def test_each_adapter_alone_is_what_it_is_in_a_model_of_its_own(toys: "Toys", tmp_path: Path) -> None:
-    """Activated alone, an adapter's output is bit for bit that without the others; none active shows the base."""
+def test_each_adapter_alone_is_what_it_is_in_a_separate_model(toys: "Toys", tmp_path: Path) -> None:
+    """Activated alone, an adapter's output is bit-identical to that without the others. With none, it is the base's."""
     configs = {"a": LAYERS, "b": WITH_HEAD, "c": {**LAYERS, "bias": "adapters"}, "d": {"targets": ["conv"]}}
     model = several(toys, configs)
     for name in configs:
@@ -444,7 +444,10 @@ def test_renaming_moves_the_name_alone(toys: "Toys", heads: Any) -> None:
 
 @pytest.mark.parametrize("way", ["wrap", "load"])
 def test_what_was_thawed_by_hand_stays_thawed(toys: "Toys", tmp_path: Path, way: str) -> None:
-    """The first adapter freezes the base; a further one leaves it as it is, and unwrapping thaws it as ever."""
+    """The first adapter freezes the base.
+
+    A second one leaves unfrozen weights alone, and unwrapping unfreezes the rest.
+    """
     path = tunerkit.save(toys.trained(), tmp_path)
     model = toys.net()
     model.conv.requires_grad_(False)
@@ -462,7 +465,7 @@ def test_what_was_thawed_by_hand_stays_thawed(toys: "Toys", tmp_path: Path, way:
 
 
 def test_deleting_the_last_adapter_gives_the_base_back(toys: "Toys") -> None:
-    """One by one in any order: the base keeps frozen until the last goes, then it is as before the first."""
+    """In any order: the base stays frozen until the last one is deleted. Then it is as it was before the first."""
     for order in (["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"]):
         model = toys.net(batch_norm=True)
         model.conv.bias.requires_grad_(False)
