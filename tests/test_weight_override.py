@@ -666,7 +666,10 @@ def test_a_loaded_adapter_at_a_place_that_cannot_be_overridden_is_refused(toys: 
 
 
 def test_a_compiled_model_computes_the_same(toys: "Toys") -> None:
-    """Outputs, gradients, disabled, merged and with moved adapters: graph breaks, and nothing stale."""
+    """Outputs and gradients, also disabled, merged and with changed adapters.
+
+    It has graph breaks, but is never stale.
+    """
     model = adapted(toys)
     compiled = torch.compile(model, backend="eager")
     assert toys.close(compiled(batch()), model(batch()))

@@ -159,7 +159,7 @@ with_both = pytest.mark.parametrize("_plugin", [GatePlugin, OldGatePlugin], indi
     [(AdamW, {}), (AdamW, {"fused": True}), (SGD, {"momentum": 0.9, "weight_decay": 0.1}), (torch.optim.RMSprop, {})],
 )
 def test_a_withheld_parameter_stays_and_has_its_gradient_again(make: Any, options: dict[str, Any]) -> None:
-    """Core withholds what the hook returns, or the plugin does so itself: the optimizer never sees the parameter."""
+    """If the core withholds what the hook returns, or the plugin does so, the optimizer never sees it."""
     model, optimizer = started(make, **options)
     gate = gate_of(model)
     seen: list[Tensor | None] = []

@@ -184,7 +184,7 @@ CHANGES = {f.__name__: f for f in (freeze_and_thaw, delete, rename, add_and_load
 @each_optimizer
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_what_is_done_to_one_in_the_middle_of_training_leaves_the_other_alone(make: Make, change: Any) -> None:
-    """Frozen, deleted, renamed, or a third one added and trained: the other ends bit for bit as if it were alone."""
+    """One is frozen, deleted or renamed, or a third is trained. The other ends bit-identically as if alone."""
     model = wrapped("a", "b")
     optimizer = attached(model, make, "a", "b")
     for at in range(TOTAL):

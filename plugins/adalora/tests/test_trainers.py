@@ -267,7 +267,7 @@ def test_two_processes_agree_on_masks_and_weights(tmp_path: Path, monkeypatch: p
 
 
 def test_a_spawned_worker_trains_the_model_it_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A half-trained wrapped model goes to a new interpreter, trains two steps there, and its results come back."""
+    """A half-trained wrapped model is sent to a new interpreter, which trains it for two steps and returns it."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     model = wrapped()
     optimizer = torch.optim.SGD(trainable(model), lr=0.1)
