@@ -1,4 +1,4 @@
-"""Saving and loading: one file, whole or not at all; damage and other bases are refused with nothing loaded."""
+"""Save and load: one complete file or none; damaged files and other bases are rejected, and nothing is loaded."""
 
 import io
 import json

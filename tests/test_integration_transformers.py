@@ -55,7 +55,7 @@ def assert_stepped(tuner: tunerkit.Tuner, count: int) -> None:
     ],
 )
 def test_one_line_trains_with_the_trainers_total_and_clock(options: dict[str, Any], total: int, tmp_path: Path) -> None:
-    """By steps or epochs, accumulating or not: the total is the trainer's, each hook fires once per global step."""
+    """By steps or epochs, accumulating or not: the total is the trainer's, and hooks fire once per global step."""
     model = wrapped()
     trainer = trainer_of(model, tmp_path, **options)
     tunerkit.attach(model, trainer)

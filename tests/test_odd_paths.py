@@ -120,8 +120,8 @@ def test_a_replica_of_data_parallel_does_what_the_model_does(toys: "Toys", metho
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_training_goes_on_after_a_change_of_dtype(toys: "Toys", method: str, dtype: torch.dtype) -> None:
-    """`model.to(dtype)` in the middle: base and adapters follow, the optimizer's parameters are still the model's."""
+def test_training_continues_after_a_change_of_dtype(toys: "Toys", method: str, dtype: torch.dtype) -> None:
+    """`model.to(dtype)` during training converts base and adapters, and keeps the optimizer's parameters."""
     model = wrapped(toys, method)
     optimizer = attached(model)
     train(model, optimizer, toys.x(), 2)
