@@ -84,7 +84,7 @@ def two(toys: "Toys") -> Any:
 
 
 def alone(toys: "Toys", model: nn.Module, name: str, folder: Path) -> Tensor:
-    """What one adapter puts out in a base of its own: the oracle."""
+    """The output of one adapter in a separate base: the oracle."""
     tuner = tunerkit.tuner(model, name)
     fresh = toys.net(batch_norm=isinstance(model.get_submodule("batch_norm"), _BatchNorm))
     output: Tensor = tunerkit.load(fresh, tunerkit.save(model, folder / str(tuner.steps), adapter=name))(toys.x())

@@ -540,7 +540,7 @@ def test_copies_and_pickles_are_equal_and_share_nothing(config: Sample) -> None:
     for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
         assert copied == config
         assert copied.ranks is not config.ranks
-        assert attrs.evolve(copied) == config  # builds it anew, so its fields are checked again
+        assert attrs.evolve(copied) == config  # builds a new config, so its fields are checked again
 
 
 def test_the_error_survives_pickling() -> None:

@@ -119,7 +119,7 @@ def test_merging_waits_until_the_weights_are_loaded(toys: "Toys", offload: Offlo
     assert torch.equal(model(toys.x()), output)
     assert toys.close(tunerkit.merge(model)(toys.x()), output)
     assert torch.equal(tunerkit.unmerge(model)(toys.x()), output)
-    # Without its hooks a module keeps its own forward on the instance, and can be adapted anew.
+    # Without its hooks a module keeps its own forward on the instance, and can be adapted again.
     base = tunerkit.unwrap(model)
     assert torch.equal(base(toys.x()), toys.net(batch_norm=True)(toys.x()))
     assert tunerkit.tuner(tunerkit.wrap(base, "toy-low-rank", CONFIG)).adapters()

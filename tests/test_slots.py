@@ -14,7 +14,7 @@ from tunerkit.injection import Slot, Slots, slots_of, walk
 from tunerkit.injection.slots import apply_slots
 from tunerkit.layers import as_base_layer, has_trainable_bias, view_bias
 
-# A module with a bias of its own, and an input for it.
+# Modules that have a bias, and the shape of an input for each.
 BIASED: dict[str, tuple[Any, tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(3, 4), (2, 3)),
     "linear on sequences": (lambda: nn.Linear(3, 4), (2, 5, 3)),

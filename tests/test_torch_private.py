@@ -265,7 +265,7 @@ OF_INSTANCES = {
     *("_parameters", "_modules", "_orig_mod", "_forward_hooks", "_version"),
     *("_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_module_parameters"),
 }
-# Children of one process that has torch: importing it anew for each name would take a minute.
+# Children of one process that has torch: a fresh import for each name would take a minute.
 SCRIPT = """
 import json, os, sys, torch, torch.distributed, torch.nn.parallel, torch.utils.checkpoint
 def owners(name):

@@ -214,7 +214,7 @@ def test_attention_s_biases_are_trained(toys: "Toys", bias: str) -> None:
     assert torch.equal(model.attention.in_proj_bias, model.attention.tunerkit.get("default").bias)
 
 
-# --- For the time of a call and no longer ----------------------------------------------------------------------------
+# --- Only for the duration of a call ---------------------------------------------------------------------------------
 
 
 def test_nothing_is_overridden_between_two_calls(toys: "Toys") -> None:
@@ -529,7 +529,7 @@ def test_an_attention_that_is_the_model_itself_gets_the_overrides_too(toys: "Toy
     assert toys.close(model(*[batch()] * 3)[0], base(*[batch()] * 3)[0])
 
 
-# --- What is refused and told -----------------------------------------------------------------------------------------
+# --- Errors and warnings ----------------------------------------------------------------------------------------------
 
 
 def test_the_kind_has_no_input_to_project() -> None:

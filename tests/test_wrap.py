@@ -883,7 +883,7 @@ def test_a_wrapped_model_compiles_in_one_graph(toys: "Toys", backend: str) -> No
 
 def test_wrapping_disabling_and_unwrapping_take_effect_on_a_compiled_model(toys: "Toys") -> None:
     """Code compiled earlier is not reused: adding, disabling or removing an adapter takes effect at the next call."""
-    # Frozen before: a change of requires_grad would make torch compile anew by itself, and hide that hooks do not.
+    # Frozen before: a change of requires_grad makes torch recompile by itself, which would hide that hooks do not.
     model, x = toys.net().requires_grad_(False), toys.x()
     compiled: Any = torch.compile(model, backend="eager")
     base = compiled(x)

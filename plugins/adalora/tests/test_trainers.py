@@ -25,7 +25,7 @@ def wrapped() -> nn.Module:
     return short_training.wrapped(**SETTINGS)
 
 
-# Before pruning, while it goes on, and when memory has shrunk.
+# Before pruning, during it, and after memory has shrunk.
 AT = (3, 10, 16)
 
 
