@@ -1,4 +1,4 @@
-"""The fixture `toys`: toy methods, a small model with every kind of layer, and what tests do with them."""
+"""The fixture `toys`: toy methods, a small model with every kind of layer, and helpers."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -37,14 +37,14 @@ FULL: Mapping[str, Any] = {"targets": ["conv", "layers.0", "layers.1"], "train_m
 
 
 class Toys:
-    """What the fixture `toys` hands to a test."""
+    """The helpers that the fixture `toys` gives to a test."""
 
     methods = ("toy-low-rank", "toy-shift")
     full = FULL
 
     # Any: tests reach for the layers of these models by name, which nn.Module's types do not know.
     def net(self, *, batch_norm: bool = False, seed: int = 0) -> Any:
-        """The same small model at each call, every value random, in eval mode."""
+        """The same small model at every call, with random values, in eval mode."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = Net(batch_norm=batch_norm)
@@ -58,7 +58,7 @@ class Toys:
         return torch.randn(6, 3, 5, 5, generator=torch.Generator().manual_seed(1))
 
     def fill_(self, model: nn.Module, *, seed: int = 7) -> nn.Module:
-        """Stand in for training: move all that the adapters train, and the copies' statistics, by random values."""
+        """Simulate training: change all that adapters train, and the copies' statistics, to random values."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -70,12 +70,12 @@ class Toys:
         return model
 
     def trained(self, method: str = "toy-low-rank", *, batch_norm: bool = False, **config: object) -> Any:
-        """`net` with an adapter that has been moved; without a config, with everything trained that can be."""
+        """`net` with an adapter whose values were changed; by default everything that can be trained is."""
         model = tunerkit.wrap(self.net(batch_norm=batch_norm), method, config or dict(FULL), seed=3)
         return self.fill_(model)
 
     def snapshot(self, model: nn.Module) -> dict[str, Any]:
-        """All of a model that wrapping could change: values, types, gradients asked for, hooks, attributes."""
+        """Everything in a model that wrapping could change: values, types, requires_grad, hooks, attributes."""
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         return {
             "values": {name: tensor.detach().clone() for name, tensor in tensors.items()},
@@ -97,12 +97,12 @@ class Toys:
         return rest[0] == rest[1] and all(a.is_meta or torch.equal(a, b) for a, b in values)
 
     def close(self, found: Tensor, expected: Tensor) -> bool:
-        """Equal within DESIGN's tolerance for two ways of computing one output."""
+        """Whether outputs are equal within DESIGN's tolerance for two ways of computing one output."""
         return bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
 
 
 @pytest.fixture(scope="module")
 def toys() -> Iterator[Toys]:
-    """The toy methods, registered in-process while the tests of one file run."""
+    """The toy methods, registered in-process for the tests of one file."""
     with registered(LowRankPlugin(), ShiftPlugin()):
         yield Toys()

@@ -1,10 +1,10 @@
-"""What the benchmark of quality needs beyond the core."""
+"""The packages that the quality benchmark needs besides the core."""
 
 import pytest
 
 
 def skip_without_what_quality_needs() -> None:
-    """Skip the module that calls this, with a reason, where a package of the benchmark or a plugin is missing."""
+    """Skip the calling module, with a reason, if a package of the benchmark or a plugin is missing."""
     for module in (
         "filelock",
         "matplotlib",

@@ -1,4 +1,4 @@
-"""Rows of the benchmark of quality without its runs."""
+"""Rows of the quality benchmark without its runs."""
 
 import attrs
 import numpy as np
@@ -8,12 +8,12 @@ from benchmarks.quality.runs import Run
 
 
 def row_of(run: Run, accuracy: float, loss: float | None = 1.0) -> store.Row:
-    """What a run of that accuracy leaves."""
+    """The row of a run with that accuracy."""
     return {"key": run.key, **attrs.asdict(run), "validation": {"accuracy": accuracy, "loss": loss}}
 
 
 def searched(asked: Run, peak: float, *, by_all_seeds: bool = False) -> list[store.Row]:
-    """Every row that finds a method's learning rate, where its accuracy is highest at ``peak``."""
+    """All rows of the search for a method's learning rate, with the highest accuracy at ``peak``."""
     found: list[store.Row] = []
     while rates.rate_of(asked, found, by_all_seeds=by_all_seeds) is None:
         wanted = rates.next_runs(asked, found, by_all_seeds=by_all_seeds)

@@ -84,7 +84,7 @@ def two(toys: "Toys") -> Any:
 
 
 def alone(toys: "Toys", model: nn.Module, name: str, folder: Path) -> Tensor:
-    """What one adapter puts out in a base of its own: the oracle."""
+    """The output of one adapter in a separate base: the oracle."""
     tuner = tunerkit.tuner(model, name)
     fresh = toys.net(batch_norm=isinstance(model.get_submodule("batch_norm"), _BatchNorm))
     output: Tensor = tunerkit.load(fresh, tunerkit.save(model, folder / str(tuner.steps), adapter=name))(toys.x())
@@ -124,7 +124,7 @@ def test_a_plain_model_has_no_adapters(toys: "Toys") -> None:
 
 
 def test_adapters_are_listed_in_the_order_they_came(toys: "Toys") -> None:
-    """Names and tuners, the oldest first; the dict is the caller's own."""
+    """Names and tuners, the oldest first; callers may change the returned dict."""
     model = several(toys, {"z": LAYERS, "a": LAYERS, "m": LAYERS})
     found = tunerkit.adapters(model)
     assert list(found) == ["z", "a", "m"]
@@ -135,7 +135,7 @@ def test_adapters_are_listed_in_the_order_they_came(toys: "Toys") -> None:
 
 
 def test_a_new_adapter_is_active_beside_the_others(toys: "Toys", tmp_path: Path) -> None:
-    """Wrapping and loading add to what is active, at the end."""
+    """Wrapping and loading append to the list of active adapters."""
     model = several(toys, {"a": LAYERS, "b": {"targets": ["conv"]}})
     tunerkit.activate(model, ("b", "a"))
     assert tunerkit.active(model) == ("b", "a")
@@ -145,8 +145,8 @@ def test_a_new_adapter_is_active_beside_the_others(toys: "Toys", tmp_path: Path)
     assert tunerkit.active(model) == ("c", "b", "d")
 
 
-def test_each_adapter_alone_is_what_it_is_in_a_model_of_its_own(toys: "Toys", tmp_path: Path) -> None:
-    """Activated alone, an adapter's output is bit for bit that without the others; none active shows the base."""
+def test_each_adapter_alone_is_what_it_is_in_a_separate_model(toys: "Toys", tmp_path: Path) -> None:
+    """Activated alone, an adapter's output is bit-identical to that without the others. With none, it is the base's."""
     configs = {"a": LAYERS, "b": WITH_HEAD, "c": {**LAYERS, "bias": "adapters"}, "d": {"targets": ["conv"]}}
     model = several(toys, configs)
     for name in configs:
@@ -158,7 +158,7 @@ def test_each_adapter_alone_is_what_it_is_in_a_model_of_its_own(toys: "Toys", tm
 
 
 def test_adapters_are_applied_in_the_order_given(toys: "Toys") -> None:
-    """(y · s) + v is not (y + v) · s: the output says who came first, whatever the order they were added in."""
+    """(y · s) + v is not (y + v) · s: the output follows the order of activation, not the order of adding."""
     model = toys.net()
     for name, method in (("scale", "toy-scaling"), ("shift", "toy-shift")):
         tunerkit.wrap(model, method, {"targets": ["head.2"]}, adapter=name)
@@ -172,7 +172,7 @@ def test_adapters_are_applied_in_the_order_given(toys: "Toys") -> None:
 
 
 def test_a_compiled_model_follows(toys: "Toys") -> None:
-    """Activating, renaming, deleting, freezing and thawing take effect in code compiled before, gradients too."""
+    """Activate, rename, delete, freeze and unfreeze take effect in code compiled earlier, for gradients too."""
     model, x = two(toys), toys.x()
     compiled: Any = torch.compile(model, backend="eager")
     changes: list[Callable[[], None]] = [
@@ -219,7 +219,7 @@ def test_a_compiled_model_follows(toys: "Toys") -> None:
     ],
 )
 def test_what_cannot_be_activated_is_refused_in_words(toys: "Toys", names: Any, words: str) -> None:
-    """Unknown names with the closest ones, names given twice, what is no name; nothing changes then."""
+    """Unknown names (with the closest ones), repeated names and values that are no names; nothing changes."""
     model = several(toys, {"first": LAYERS, "second": LAYERS})
     tunerkit.activate(model, "second")
     before = model(toys.x())
@@ -240,7 +240,7 @@ CHANGES: dict[str, Callable[[nn.Module, Any], None]] = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 @pytest.mark.parametrize("name", ["frist", None, 3])
 def test_an_unknown_adapter_is_refused_by_its_name(toys: "Toys", change: Any, name: Any) -> None:
-    """Also where the model has only one adapter: what changes it has to be told which."""
+    """Functions that change an adapter require its name, even if the model has only one."""
     model = several(toys, {"first": LAYERS})
     before = toys.snapshot(model)
     with pytest.raises(AdapterError, match="did you mean 'first'" if name == "frist" else "expected an adapter's name"):
@@ -250,7 +250,7 @@ def test_an_unknown_adapter_is_refused_by_its_name(toys: "Toys", change: Any, na
 
 @pytest.mark.parametrize("new", ["a.b", "", "x" * 65, None, "\ud800", "b", "a"])
 def test_a_new_name_is_checked_as_in_wrap(toys: "Toys", new: Any) -> None:
-    """An illegal name, and one that is taken, are refused with nothing renamed."""
+    """An illegal or taken name is rejected, and nothing is renamed."""
     model = two(toys)
     before = toys.snapshot(model)
     with pytest.raises(AdapterError, match="already" if new in ("a", "b") else "adapter name"):
@@ -259,7 +259,7 @@ def test_a_new_name_is_checked_as_in_wrap(toys: "Toys", new: Any) -> None:
 
 
 def test_merged_or_disabled_nothing_is_activated_or_deleted(toys: "Toys") -> None:
-    """The errors say what to call first; a name may still change, and everything comes back."""
+    """The errors say what to call first; renaming still works, and everything is restored."""
     model = two(toys)
     output = model(toys.x())
     for change in (tunerkit.activate, tunerkit.delete):
@@ -276,7 +276,7 @@ def test_merged_or_disabled_nothing_is_activated_or_deleted(toys: "Toys") -> Non
 
 
 def test_with_none_active_there_is_nothing_to_merge(toys: "Toys") -> None:
-    """A merge that changed nothing would leave a model that is not merged; unwrap(keep_merged=True) alike."""
+    """A merge without changes would leave the model unmerged, so it is an error, as is unwrap(keep_merged=True)."""
     model = two(toys)
     tunerkit.activate(model, [])
     before = toys.snapshot(model)
@@ -292,14 +292,14 @@ def test_with_none_active_there_is_nothing_to_merge(toys: "Toys") -> None:
 
 @pytest.fixture
 def heads(toys: "Toys") -> Any:
-    """Adapters "a" and "b", each with the whole head trained as a copy, a batch norm among their modules."""
+    """Adapters "a" and "b", each with a trained copy of the whole head, which includes a batch norm."""
     config = {"targets": ["layers.0"], "train_modules": ["head", "batch_norm"]}
     model = several(toys, {"a": config, "b": config}, batch_norm=True)
     return model
 
 
-def test_several_adapters_train_the_same_module_each_its_own(toys: "Toys", heads: Any, tmp_path: Path) -> None:
-    """Each one's copy is of the base's own module, without slots and hooks, and is used when it is active."""
+def test_several_adapters_train_separate_copies_of_one_module(toys: "Toys", heads: Any, tmp_path: Path) -> None:
+    """Each copy is of the base's own module, without slots and hooks, and is used while its adapter is active."""
     tunerkit.wrap(heads, "toy-shift", {"targets": ["layers.1"], "train_modules": ["head"]}, adapter="fresh")
     for module in (heads.head[0], heads.head[2]):
         slots = slots_of(module)
@@ -324,7 +324,7 @@ def test_several_adapters_train_the_same_module_each_its_own(toys: "Toys", heads
 
 
 def test_two_that_train_one_module_are_not_active_together(toys: "Toys", heads: Any, tmp_path: Path) -> None:
-    """One copy would replace the other: activating both is refused, and adding one beside an active one."""
+    """One copy would replace the other: activating both is an error, as is adding one while the other is active."""
     with pytest.raises(AdapterError, match=r"'b' and 'a' both train 'batch_norm' in full"):
         tunerkit.activate(heads, ["b", "a"])
     assert tunerkit.active(heads) == ()
@@ -346,7 +346,7 @@ def test_two_that_train_one_module_are_not_active_together(toys: "Toys", heads: 
 
 
 def test_a_place_of_another_kind_stays_refused(toys: "Toys") -> None:
-    """A copy shares its module with copies alone: with no target, no bias, and nothing above or below it."""
+    """A copy shares its module only with other copies: not with a target, a bias, or anything above or below it."""
     model = several(toys, {"a": WITH_HEAD})
     for config in (
         {"targets": ["head.0"]},
@@ -359,7 +359,7 @@ def test_a_place_of_another_kind_stays_refused(toys: "Toys") -> None:
 
 
 def test_statistics_are_held_until_the_last_copy_leaves(toys: "Toys", heads: Any) -> None:
-    """Training moves the active copy's statistics alone; the base's own move again when no copy is left."""
+    """Training updates only the active copy's statistics; the base's are updated again when no copy is left."""
     heads.train()
     slots = slots_of(heads.batch_norm)
     assert slots is not None
@@ -387,7 +387,7 @@ def test_statistics_are_held_until_the_last_copy_leaves(toys: "Toys", heads: Any
 
 
 def test_a_frozen_adapter_keeps_its_values_and_its_output_counts(toys: "Toys") -> None:
-    """Frozen it is still applied and neither a stale gradient nor momentum moves it; thawed it is trained on."""
+    """It is still applied; neither a stale gradient nor momentum changes it. Unfrozen, its training resumes."""
     model = two(toys)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
     tunerkit.attach(model, optimizer)
@@ -408,7 +408,7 @@ def test_a_frozen_adapter_keeps_its_values_and_its_output_counts(toys: "Toys") -
 
 
 def test_thawing_spares_what_cannot_have_a_gradient(toys: "Toys") -> None:
-    """Integers in a trained copy stay as they are; a loaded adapter can be thawed and attached."""
+    """Integers in a trained copy stay as they are; a loaded adapter can be unfrozen and attached."""
     model = toys.net()
     model.head[0].table = nn.Parameter(torch.arange(3), requires_grad=False)
     tunerkit.wrap(model, "toy-shift", WITH_HEAD)
@@ -422,7 +422,7 @@ def test_thawing_spares_what_cannot_have_a_gradient(toys: "Toys") -> None:
 
 
 def test_renaming_moves_the_name_alone(toys: "Toys", heads: Any) -> None:
-    """Same parameters, same output, same order, still attached; state_dict has the new name in the old place."""
+    """Parameters, output and order stay, and it is still attached; state_dict has the new name in the same position."""
     tunerkit.activate(heads, "a")
     tuner, output = tunerkit.tuner(heads, "a"), heads(toys.x())
     parameters, keys = list(tuner.parameters()), list(heads.state_dict())
@@ -444,7 +444,10 @@ def test_renaming_moves_the_name_alone(toys: "Toys", heads: Any) -> None:
 
 @pytest.mark.parametrize("way", ["wrap", "load"])
 def test_what_was_thawed_by_hand_stays_thawed(toys: "Toys", tmp_path: Path, way: str) -> None:
-    """The first adapter freezes the base; a further one leaves it as it is, and unwrapping thaws it as ever."""
+    """The first adapter freezes the base.
+
+    A second one leaves unfrozen weights alone, and unwrapping unfreezes the rest.
+    """
     path = tunerkit.save(toys.trained(), tmp_path)
     model = toys.net()
     model.conv.requires_grad_(False)
@@ -462,7 +465,7 @@ def test_what_was_thawed_by_hand_stays_thawed(toys: "Toys", tmp_path: Path, way:
 
 
 def test_deleting_the_last_adapter_gives_the_base_back(toys: "Toys") -> None:
-    """One by one in any order: the base keeps frozen until the last goes, then it is as before the first."""
+    """In any order: the base stays frozen until the last one is deleted. Then it is as it was before the first."""
     for order in (["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"]):
         model = toys.net(batch_norm=True)
         model.conv.bias.requires_grad_(False)
@@ -478,7 +481,10 @@ def test_deleting_the_last_adapter_gives_the_base_back(toys: "Toys") -> None:
 
 
 def test_a_deleted_adapter_is_trained_no_more(toys: "Toys") -> None:
-    """Its optimizer has no hook of it and no gradient for it; its handle says that it is gone, the others' work."""
+    """Its optimizer has no hook of it and no gradient for it.
+
+    Its handle reports the deletion; the others' handles work.
+    """
     model = two(toys)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     tunerkit.attach(model, optimizer)
@@ -500,7 +506,7 @@ def test_a_deleted_adapter_is_trained_no_more(toys: "Toys") -> None:
 
 
 def test_the_others_are_still_watched_after_a_deletion(toys: "Toys") -> None:
-    """An adapter that never runs is told of, although another one was deleted before the first forward."""
+    """An adapter that never runs triggers a warning, although another one was deleted before the first forward."""
     model = toys.net()
     model.layers[0].idle = nn.Linear(2, 2)
     for name in ("a", "b"):
@@ -511,7 +517,7 @@ def test_the_others_are_still_watched_after_a_deletion(toys: "Toys") -> None:
 
 
 def test_all_adapters_are_counted_and_saved_active_or_not(toys: "Toys", tmp_path: Path) -> None:
-    """trainable_parameters counts what is trained, whatever is active; an inactive adapter is saved as it is."""
+    """trainable_parameters counts all trained parameters, active or not; an inactive adapter is saved unchanged."""
     model = two(toys)
     counts = tunerkit.trainable_parameters(model)
     path = tunerkit.save(model, tmp_path / "active", adapter="a")
@@ -524,8 +530,8 @@ def test_all_adapters_are_counted_and_saved_active_or_not(toys: "Toys", tmp_path
 
 
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_of_the_model_has_adapters_of_its_own(toys: "Toys", twin_of: Any) -> None:
-    """What is active in the copy and what is done to it leaves the original alone."""
+def test_a_copy_of_the_model_has_independent_adapters(toys: "Toys", twin_of: Any) -> None:
+    """Changes to the copy's adapters, or to which are active, don't affect the original."""
     model = two(toys)
     tunerkit.activate(model, ["b", "a"])
     output = model(toys.x())
@@ -540,7 +546,7 @@ def test_a_copy_of_the_model_has_adapters_of_its_own(toys: "Toys", twin_of: Any)
 
 
 def test_merging_takes_the_active_ones_only(toys: "Toys") -> None:
-    """The merged model is that of the active ones, at every module, and unmerging gives all back."""
+    """The merged model equals the one with the active adapters, at every module; unmerge restores everything."""
     model = several(toys, {"a": LAYERS, "b": {"targets": ["conv", "layers.0"]}})
     for names in (["a"], ["b"], ["b", "a"]):
         tunerkit.activate(model, names)
@@ -554,7 +560,7 @@ def test_merging_takes_the_active_ones_only(toys: "Toys") -> None:
 
 
 def noting(toys: "Toys") -> tuple[Any, list[tunerkit.Tuner], torch.optim.Optimizer]:
-    """Adapters "a" and "b" that note their step hooks, on one optimizer; "a" is active."""
+    """Adapters "a" and "b" that record their step hooks, on one optimizer; "a" is active."""
     model = toys.net()
     for name in ("a", "b"):
         tunerkit.wrap(model, "noting", LAYERS, adapter=name)
@@ -565,8 +571,8 @@ def noting(toys: "Toys") -> tuple[Any, list[tunerkit.Tuner], torch.optim.Optimiz
 
 
 @pytest.mark.parametrize("closure", [False, True])
-def test_a_step_is_one_of_those_that_take_part(toys: "Toys", closure: bool) -> None:
-    """Neither hook of an adapter that is not active and has no gradient is called, and its count stays."""
+def test_a_step_counts_only_for_adapters_that_take_part(toys: "Toys", closure: bool) -> None:
+    """For an inactive adapter without gradients no hook is called, and its count stays."""
     model, tuners, optimizer = noting(toys)
 
     def gradients() -> float:
@@ -587,7 +593,7 @@ def test_a_step_is_one_of_those_that_take_part(toys: "Toys", closure: bool) -> N
 
 
 def test_a_gradient_makes_an_inactive_adapter_take_part(toys: "Toys") -> None:
-    """The gradients of two batches, one per adapter, gathered into one step: it is both adapters' step."""
+    """Two batches, one per adapter, accumulate gradients for one step: both adapters take part in it."""
     model, tuners, optimizer = noting(toys)
     for name in ("a", "b"):
         tunerkit.activate(model, name)
@@ -597,14 +603,14 @@ def test_a_gradient_makes_an_inactive_adapter_take_part(toys: "Toys") -> None:
 
 
 def test_an_active_adapter_takes_part_without_a_gradient(toys: "Toys") -> None:
-    """A batch that skips its layers is a step of training all the same, as for a single adapter."""
+    """A batch that skips its layers is still a training step, as for a single adapter."""
     _, tuners, optimizer = noting(toys)
     optimizer.step()
     assert [tuner.steps for tuner in tuners] == [1, 0]
 
 
 def test_one_parameter_that_is_trained_is_enough(toys: "Toys") -> None:
-    """An adapter is frozen if all that it has is: not by its first parameter, and not for having none."""
+    """An adapter is frozen only if all its parameters are, not just the first, and not if it has none."""
     model, tuners, optimizer = noting(toys)
     next(tuners[0].parameters()).requires_grad_(False)
     for adapter in tuners[1].adapters().values():
@@ -616,7 +622,7 @@ def test_one_parameter_that_is_trained_is_enough(toys: "Toys") -> None:
 
 @pytest.mark.parametrize("out", ["frozen", "inactive"])
 def test_a_clock_numbers_the_steps_that_an_adapter_takes_part_in(toys: "Toys", out: str) -> None:
-    """Under a Trainer the number is its global step; a frozen adapter, or an inactive one, misses those in between."""
+    """Under a Trainer the number is its global step; a frozen or inactive adapter misses the steps in between."""
     model, tuners, _ = noting(toys)
     for tuner in tuners:
         detach(tuner)
@@ -647,7 +653,7 @@ OTHERS: dict[str, Callable[["Toys", nn.Module, torch.optim.Optimizer, int], None
 
 
 def add(model: nn.Module, optimizer: torch.optim.Optimizer, name: str) -> None:
-    """Another adapter, trained by the same optimizer for a step of its own."""
+    """Another adapter, trained by the same optimizer for one step."""
     before = tunerkit.active(model)
     tunerkit.wrap(model, "toy-shift", LAYERS, adapter=name, seed=0)
     optimizer.add_param_group({"params": trained_by(model, name)})
@@ -664,7 +670,7 @@ def merge_and_unmerge(model: nn.Module) -> None:
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("change", OTHERS.values(), ids=OTHERS.keys())
 def test_what_is_done_to_one_adapter_leaves_the_others_training_alone(toys: "Toys", make: Any, change: Any) -> None:
-    """The end of "a" is bit for bit the same whether or not something is done to "b" at every step."""
+    """The training of "a" ends bit-identically whether or not "b" is changed at every step."""
     ends = []
     for disturbed in (False, True):
         model = two(toys)
@@ -711,7 +717,7 @@ NAMES = st.one_of(
 def test_an_adapter_of_any_name_can_be_trained_beside_another(
     toys: "Toys", tmp_path: Path, name: str, data: st.DataObject
 ) -> None:
-    """Wrap, train, save, load under that name, merge, unmerge, state_dict, rename, delete: any legal name will do."""
+    """Every operation works with any legal name: train, save, load, merge, unmerge, state_dict, rename, delete."""
     other = data.draw(NAMES.filter(lambda drawn: drawn != name))
     model = several(toys, {other: LAYERS, name: WITH_HEAD})
     tunerkit.activate(model, [name, other])

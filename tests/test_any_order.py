@@ -1,4 +1,4 @@
-"""Any order of adding, training, renaming, freezing, activating, merging and deleting keeps adapters apart."""
+"""Adding, training, renaming, freezing, activating, merging and deleting in any order keeps adapters independent."""
 
 import tempfile
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ CONFIGS = (
 
 
 class Several(RuleBasedStateMachine):
-    """A model and, as the oracle, plain records of what each adapter is; `toys` is set by the test."""
+    """A model and, as the oracle, plain records of each adapter; `toys` is set by the test."""
 
     toys: "Toys"
     seen: ClassVar[set[str]] = set()
@@ -53,7 +53,7 @@ class Several(RuleBasedStateMachine):
         self.merged = False
 
     def output(self, *names: str) -> Tensor:
-        """What the model puts out with exactly these active."""
+        """The model's output with exactly these active."""
         before = tunerkit.active(self.model)
         tunerkit.activate(self.model, names)
         found: Tensor = self.model(self.x).detach()
@@ -64,7 +64,7 @@ class Several(RuleBasedStateMachine):
         return any(self.copied[one] & self.copied[two] for one in names for two in names if one != two)
 
     def note(self, name: str) -> None:
-        """A new adapter is in: active, attached and, like any, alone what it will be."""
+        """Record a new adapter: active, attached, and with its output alone."""
         self.active.append(name)
         self.steps[name] = 0
         parameters = [p for p in tunerkit.tuner(self.model, name).parameters() if p.requires_grad]
@@ -211,6 +211,6 @@ def machine(toys: "Toys") -> Iterator[type[Several]]:
 
 
 def test_adapters_stay_apart_in_any_order(machine: type[Several]) -> None:
-    """Names, activity, counts, the base, and each adapter's output alone: nothing but its own training moves it."""
+    """Names, activity, counts, the base, and each adapter's output alone: only its own training changes them."""
     run_state_machine_as_test(machine, settings=settings(max_examples=60, stateful_step_count=25, deadline=None))
     assert machine.seen >= {"merged", "trained"}

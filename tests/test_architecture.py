@@ -1,4 +1,4 @@
-"""The import graph and the cut between plugins, held to DESIGN's rules by reading the source."""
+"""The import graph and the separation of plugins, checked against DESIGN's rules by reading the source."""
 
 import ast
 import importlib.util
@@ -35,9 +35,9 @@ PACKAGES = {CORE: ROOT / CORE, **{path.name: path for path in sorted(ROOT.glob("
 OPTIONAL = ("cli", "integrations", "report", "testing")  # these parts of core may need an extra
 TEST_FILES = sorted([*ROOT.glob("tests/**/test_*.py"), *ROOT.glob("plugins/*/tests/**/test_*.py")])
 PLUGGY = frozenset({"pluggy", "tunerkit.hooks.markers", "tunerkit.hooks.specs", "tunerkit.hooks.registry"})
-# Where the private names of a library may be touched, and no other file of core.
+# The only core files that may use a library's private names.
 PRIVATE = {"torch": f"{CORE}.libraries.torch_private", "transformers": f"{CORE}.libraries.transformers_private"}
-# What lives as long as the process, each with its reason beside it.
+# State that lives as long as the process, each entry with its reason.
 PROCESS_STATE = {
     *(f"{CORE}.cli.app.app", f"{CORE}.hooks.registry.registry", f"{CORE}.injection.tuner.unseen"),
     *(f"{CORE}.steps.links._links", f"{CORE}.steps.undriven._watch"),
@@ -81,7 +81,7 @@ def graph_of(sources: Sources) -> Graph:
 
 
 def reached(graph: Graph, start: str) -> set[str]:
-    """All modules that importing ``start`` leads to, ``start`` left out."""
+    """All modules that importing ``start`` imports, without ``start``."""
     found: set[str] = set()
     waiting = [start]
     while waiting:
@@ -92,7 +92,7 @@ def reached(graph: Graph, start: str) -> set[str]:
 
 
 def upward(sources: Sources, rows: tuple[tuple[str, ...], ...]) -> list[str]:
-    """Imports that go to a later row or to another package of the same row, and packages that stand in no row."""
+    """Imports that go to a later row or to another package of the same row, and packages without a row."""
     row_of = {name: number for number, row in enumerate(rows) for name in row}
     graph = by_package(sources)
     problems = [f"{node} stands in no row" for node in graph if node not in row_of]
@@ -104,7 +104,7 @@ def upward(sources: Sources, rows: tuple[tuple[str, ...], ...]) -> list[str]:
 
 
 def past_packages(sources: Sources, package: str) -> list[str]:
-    """Imports of a file inside one of the packages of ``package`` from outside it."""
+    """Imports of a file inside one of the packages of ``package`` by code outside that package."""
     return [
         f"{name} imports {module}"
         for name, source in sources.items()
@@ -132,14 +132,14 @@ def library_names(source: Source) -> list[str]:
 
 
 def docstrings(tree: ast.Module) -> Iterator[ast.expr]:
-    """The strings that stand first in a module, class or function."""
+    """The docstrings of modules, classes and functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield from (first.value for first in node.body[:1] if isinstance(first, ast.Expr))
 
 
 def foreign_imports(sources: Sources, package: str, others: Iterable[str]) -> list[str]:
-    """Imports of ``others`` anywhere in ``package``, in functions and for type checkers too."""
+    """Imports of ``others`` anywhere in ``package``, also in functions and for type checkers."""
     wanted = [other for other in others if other != package]
     return [
         f"{name} imports {module}"
@@ -163,7 +163,7 @@ def torch_attributes() -> frozenset[str]:
 
 
 def private_of(library: str, source: Source, attributes: Collection[str]) -> list[str]:
-    """The private names of ``library`` that a module touches: imported, below what it imports, or on anything."""
+    """The private names of ``library`` that a module uses: imported, below an import, or on any object."""
     own = [name for name in private_attributes(source) if name in attributes or belongs(name, [library])]
     return [*private_names(source, library), *own]
 
@@ -181,7 +181,7 @@ def adapter_modules(sources: Sources) -> list[str]:
 
 
 def arithmetic(tree: ast.Module) -> list[str]:
-    """Where a module computes: ``"line 3: a + b"``. Type unions and the formatting of strings are no arithmetic."""
+    """Where a module computes: ``"line 3: a + b"``. Type unions and string formatting are no arithmetic."""
     spared = {id(part) for annotation in annotations(tree) for part in ast.walk(annotation)}
     nodes = [node for node in ast.walk(tree) if id(node) not in spared and computes(node)]
     return [f"line {getattr(node, 'lineno', 0)}: {ast.unparse(node)}" for node in nodes]
@@ -224,7 +224,7 @@ def requirement_names(requirements: Iterable[str]) -> frozenset[str]:
 
 
 def undeclared(sources: Sources, declared: frozenset[str]) -> list[str]:
-    """Modules that core's plain part imports though core's distribution doesn't ask for them."""
+    """Modules that core's plain part imports although its distribution doesn't declare them."""
     allowed = declared | sys.stdlib_module_names | {CORE}
     return [
         f"{name} imports {module}"
@@ -236,7 +236,7 @@ def undeclared(sources: Sources, declared: frozenset[str]) -> list[str]:
 
 
 def without_docstring(tree: ast.Module) -> list[str]:
-    """The tests, in classes too, that have none."""
+    """The tests without a docstring, also in classes."""
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     return [node.name for node in functions if node.name.startswith("test_") and not ast.get_docstring(node)]
 
@@ -253,8 +253,8 @@ def sources() -> Sources:
 # --- The laws ---------------------------------------------------------------------------------------------------------
 
 
-def test_there_is_something_to_hold_to_the_rules(sources: Sources) -> None:
-    """The laws below are about modules that exist: core's, and each plugin's ``plugin`` module."""
+def test_the_modules_that_the_rules_are_about_exist(sources: Sources) -> None:
+    """The laws below apply to core's modules and to each plugin's ``plugin`` module."""
     assert f"{CORE}.hooks.registry" in sources
     assert all(f"{package}.plugin" in sources for package in PACKAGES if package != CORE)
     assert len(adapter_modules(sources)) > len(PACKAGES) - 1
@@ -266,7 +266,7 @@ def test_no_import_leads_back_to_where_it_came_from(sources: Sources) -> None:
 
 
 def test_every_import_of_core_goes_to_an_earlier_row(sources: Sources) -> None:
-    """The layout is a stack: what stands lower knows nothing of what stands higher, not even lazily or for types."""
+    """The layout is a stack: lower modules never import higher ones, not even lazily or for types."""
     core = {name: source for name, source in sources.items() if belongs(name, [CORE])}
     assert upward(core, ROWS) == []
 
@@ -282,27 +282,27 @@ def test_files_inside_a_package_import_each_other_without_cycles(sources: Source
 
 
 def test_code_outside_a_package_imports_from_the_package(sources: Sources) -> None:
-    """A package's ``__init__`` is its face: its files may be split and renamed without anybody noticing."""
+    """A package's ``__init__`` is its interface: its files can be split and renamed freely."""
     measured = "benchmarks.speed.alternatives"  # swaps parts of the fused product for others, to compare them
     benchmarks = {s.name: s for s in read("benchmarks", ROOT / "benchmarks") if s.name != measured}
-    optional = tuple(f"{CORE}.{part}" for part in OPTIONAL)  # imported by file: each needs an extra of its own
+    optional = tuple(f"{CORE}.{part}" for part in OPTIONAL)  # imported by file: each needs a separate extra
     found = past_packages({**sources, **benchmarks}, CORE)
     assert [line for line in found if not belongs(line.rpartition(" ")[2], optional)] == []
 
 
 def test_core_imports_no_plugin(sources: Sources) -> None:
-    """Core knows no method: no module of it imports a plugin's package, not even inside a function."""
+    """No core module imports a plugin's package, not even inside a function."""
     assert foreign_imports(sources, CORE, PACKAGES) == []
 
 
 @pytest.mark.parametrize("package", [package for package in PACKAGES if package != CORE])
 def test_plugins_do_not_import_each_other(sources: Sources, package: str) -> None:
-    """A plugin imports core and its own modules, and no other plugin."""
+    """A plugin imports only the core and its own modules."""
     assert foreign_imports(sources, package, [other for other in PACKAGES if other != CORE]) == []
 
 
 def test_core_imports_at_module_level_only_what_its_distribution_asks_for(sources: Sources) -> None:
-    """``import tunerkit`` works with the plain dependencies installed: extras are needed by optional parts alone."""
+    """``import tunerkit`` works with the plain dependencies installed: only optional parts need extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert undeclared(sources, requirement_names(project["dependencies"])) == []
     leads_to = reached(graph_of(sources), CORE)
@@ -310,7 +310,7 @@ def test_core_imports_at_module_level_only_what_its_distribution_asks_for(source
 
 
 def test_plugin_modules_hold_no_arithmetic(sources: Sources) -> None:
-    """A ``plugin`` module says which function answers which hook, and computes nothing itself."""
+    """A ``plugin`` module only maps hooks to functions, and computes nothing itself."""
     found = {name: arithmetic(source.tree) for name, source in sources.items() if name.endswith(".plugin")}
     assert {name: lines for name, lines in found.items() if lines} == {}
 
@@ -323,19 +323,19 @@ def test_only_plugin_modules_of_a_plugin_know_pluggy(sources: Sources) -> None:
 
 
 def test_only_the_registry_and_what_it_is_made_of_import_pluggy(sources: Sources) -> None:
-    """Everything else in core speaks to plugins through the registry."""
+    """All other core modules call plugins through the registry."""
     users = {n for n, s in sources.items() if belongs(n, [CORE]) and "pluggy" in imported(s, sources, deep=True)}
     assert users == {f"{CORE}.hooks.{name}" for name in ("markers", "validation", "registry")}
 
 
 def test_adapters_never_import_the_registry(sources: Sources) -> None:
-    """Importing the module of an adapter leads to the registry by no way; only the way down is open."""
+    """Importing an adapter's module never imports the registry, directly or indirectly."""
     graph = graph_of(sources)
     assert [name for name in adapter_modules(sources) if f"{CORE}.hooks.registry" in reached(graph, name)] == []
 
 
 def test_private_names_of_torch_stand_in_one_file(sources: Sources) -> None:
-    """A new release of torch is met in one place: the testing kit and the command count too."""
+    """A new release of torch then affects one file; the testing kit and the command are checked too."""
     core = {name: source for name, source in sources.items() if belongs(name, [CORE]) and name != PRIVATE["torch"]}
     attributes = torch_attributes() | set(private_attributes(sources[PRIVATE["torch"]]))
     found = {name: private_of("torch", source, attributes) for name, source in core.items()}
@@ -343,7 +343,7 @@ def test_private_names_of_torch_stand_in_one_file(sources: Sources) -> None:
 
 
 def test_private_names_of_transformers_stand_in_one_file(sources: Sources) -> None:
-    """Those of its Trainer and of its models; where transformers is missing, those that the file itself names."""
+    """Names of its Trainer and its models; without transformers installed, the names that the file itself lists."""
     attributes = set(private_attributes(sources[PRIVATE["transformers"]]))
     if importlib.util.find_spec("transformers") is not None:
         import transformers
@@ -357,13 +357,13 @@ def test_private_names_of_transformers_stand_in_one_file(sources: Sources) -> No
 
 
 def test_what_lives_as_long_as_the_process_is_listed(sources: Sources) -> None:
-    """Everything else belongs to a model, an optimizer or a call, so that two of them never meet."""
+    """All other state belongs to a model, an optimizer or a call, so two of them never interfere."""
     core = [source for name, source in sources.items() if belongs(name, [CORE])]
     assert {name for source in core for name in mutable_state(source)} <= PROCESS_STATE
 
 
 def test_names_of_other_libraries_stand_in_the_parts_that_know_them(sources: Sources) -> None:
-    """What core knows of another library is data in ``libraries/``: a string elsewhere would be knowledge in code."""
+    """Facts about another library are data in ``libraries/``; a string elsewhere would put them into code."""
     parts = [f"{CORE}.{part}" for part in NAMES_OF_LIBRARIES]
     found = {n: library_names(s) for n, s in sources.items() if belongs(n, [CORE]) and not belongs(n, parts)}
     assert {name: lines for name, lines in found.items() if lines} == {}
@@ -372,7 +372,7 @@ def test_names_of_other_libraries_stand_in_the_parts_that_know_them(sources: Sou
 
 @pytest.mark.parametrize("file", TEST_FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_every_test_states_its_law(file: Path) -> None:
-    """A test without a docstring doesn't say what it holds the code to."""
+    """A test without a docstring doesn't say what it requires of the code."""
     assert without_docstring(ast.parse(file.read_text(encoding="utf-8"))) == []
 
 
@@ -390,7 +390,7 @@ def test_every_test_states_its_law(file: Path) -> None:
     ],
 )
 def test_a_cycle_is_found_however_it_is_written(texts: dict[str, str]) -> None:
-    """Absolute, relative, through a package's names, in a ``try`` or in a class: it runs at import."""
+    """Absolute, relative, through a package's names, in a ``try`` or in a class: all run at import."""
     assert set(cycle(graph_of(sample(**texts)))) > {"a.b"}
 
 
@@ -416,7 +416,7 @@ PLANTED = {
 
 @pytest.mark.parametrize("text", PLANTED.values(), ids=PLANTED)
 def test_an_import_against_the_rule_is_found(text: str) -> None:
-    """Upward, lazy or typing-only, however it is written, and between packages of one row."""
+    """Upward, lazy or typing-only, in any form, and between packages of one row."""
     rows = (("low", "beside"), ("high",), ("__init__",))
     core = {
         "tunerkit": Source("tunerkit", ast.parse("from tunerkit.high import thing"), is_package=True),
@@ -432,7 +432,7 @@ def test_an_import_against_the_rule_is_found(text: str) -> None:
 
 
 def test_a_package_without_a_row_is_found() -> None:
-    """A new package is placed in the table before it is used."""
+    """A new package must be added to the table before it is used."""
     assert upward(sample(tunerkit="", tunerkit__new=""), (("__init__",),)) == ["new stands in no row"]
 
 
@@ -446,8 +446,8 @@ def test_a_package_without_a_row_is_found() -> None:
         ("from tunerkit.high.file import thing", []),
     ],
 )
-def test_an_import_past_a_package_s_face_is_found(text: str, found: list[str]) -> None:
-    """A file of another package, in whatever form; files of one's own package are fine."""
+def test_an_import_that_bypasses_a_package_s_interface_is_found(text: str, found: list[str]) -> None:
+    """A file of another package, in any form; files of the same package are allowed."""
     names = ("tunerkit.low", "tunerkit.low.file", "tunerkit.high.file")
     core = {name: Source(name, ast.parse(""), is_package=name.count(".") == 1) for name in names}
     core["tunerkit.high"] = Source("tunerkit.high", ast.parse(text), is_package=True)
@@ -456,7 +456,7 @@ def test_an_import_past_a_package_s_face_is_found(text: str, found: list[str]) -
 
 @pytest.mark.parametrize("text", ["import other.x", "def f():\n    from other import x", "from other.x import y"])
 def test_an_import_of_another_package_is_found_wherever_it_stands(text: str) -> None:
-    """Core would lean on the plugin in a function just as well."""
+    """An import inside a function makes the core depend on the plugin too."""
     assert foreign_imports(sample(a="", a__b=text), "a", ["a", "other"]) != []
     assert foreign_imports(sample(a="", a__b=text.replace("other", "others")), "a", ["a", "other"]) == []
 
@@ -473,7 +473,7 @@ def test_an_import_of_another_package_is_found_wherever_it_stands(text: str) -> 
     ],
 )
 def test_a_name_of_another_library_is_found(text: str, found: list[str]) -> None:
-    """Whole or in parts, in an f-string too; docstrings and sentences are for readers, and imports have other laws."""
+    """Whole or in parts, also in an f-string; docstrings, sentences and imports are exempt."""
     assert library_names(Source("core", ast.parse(text))) == found
 
 
@@ -493,7 +493,7 @@ def test_a_name_of_another_library_is_found(text: str, found: list[str]) -> None
     ],
 )
 def test_arithmetic_is_found(text: str) -> None:
-    """Operators, their assignments, negation, and the functions that stand for them."""
+    """Operators, augmented assignments, negation, and the equivalent functions."""
     assert arithmetic(ast.parse(text)) != []
 
 
@@ -511,7 +511,7 @@ def test_arithmetic_is_found(text: str) -> None:
     ],
 )
 def test_type_unions_and_formatting_are_no_arithmetic(text: str) -> None:
-    """What a hook implementation needs to hand values on."""
+    """A hook implementation needs them to pass values on."""
     assert arithmetic(ast.parse(text)) == []
 
 
@@ -540,7 +540,7 @@ def test_the_registry_is_found_behind_other_modules(text: str) -> None:
 
 
 def test_an_undeclared_dependency_is_found() -> None:
-    """In core's plain part only: an optional part names its extra."""
+    """Only in core's plain part: an optional part declares an extra."""
     core = sample(tunerkit="import torch", tunerkit__wrap="import yaml", tunerkit__cli="import typer")
     assert undeclared(core, requirement_names(["torch>=2.9"])) == ["tunerkit.wrap imports yaml"]
 
@@ -567,7 +567,7 @@ def test_a_test_without_a_docstring_is_found() -> None:
     ],
 )
 def test_a_private_name_is_found_however_it_is_reached(text: str, found: set[str]) -> None:
-    """Imported, below an import, on anything, overridden, or as a string."""
+    """Imported, below an import, on any object, overridden, or as a string."""
     attributes = torch_attributes()
     assert found <= set(private_of("torch", sample(a__b=text)["a.b"], attributes))
 
@@ -582,7 +582,7 @@ def test_a_private_name_is_found_however_it_is_reached(text: str, found: set[str
     ],
 )
 def test_public_names_and_our_own_are_not_taken_for_private_ones(text: str) -> None:
-    """An underscore alone says nothing: it must be one of torch's."""
+    """An underscore alone is not enough: the name must be one of torch's."""
     assert private_of("torch", sample(a__b=text)["a.b"], torch_attributes()) == []
 
 
@@ -608,5 +608,5 @@ def test_state_of_the_process_is_found(text: str) -> None:
     ],
 )
 def test_constants_are_no_state(text: str) -> None:
-    """Upper-case names, ``Final`` ones, markers, types, and whatever is made inside a function."""
+    """Upper-case names, ``Final`` names, markers, types, and objects created inside a function."""
     assert mutable_state(sample(a__b=text)["a.b"]) == []

@@ -1,4 +1,4 @@
-"""The kinds of base layers against float64 layers with merged weights, over shapes, groups, strides and paddings."""
+"""Base-layer kinds compared with float64 layers with merged weights, over shapes, groups, strides and paddings."""
 
 import copy
 import importlib
@@ -30,14 +30,14 @@ MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 def random_(module: nn.Module) -> nn.Module:
-    """The module in float64 with every entry random, the row of a padding_idx too, as in pretrained tables."""
+    """The module in float64 with random values, including the row of a padding_idx, as in pretrained tables."""
     for parameter in module.double().parameters():
         nn.init.normal_(parameter)
     return module
 
 
 def described(module: nn.Module) -> BaseLayer:
-    """The module's kind, which it must have."""
+    """The module's kind; fails if it has none."""
     base = as_base_layer(module)
     assert base is not None
     return base
@@ -118,7 +118,7 @@ def test_a_convolution_keeps_the_law_for_every_dimension_and_geometry(groups: in
 @settings(max_examples=150, deadline=None)
 @given(convolutions(), st.integers(1, 4))
 def test_a_convolution_keeps_the_law_whatever_its_settings(layer: tuple[nn.Module, Tensor], rank: int) -> None:
-    """Uneven kernels, strides and dilations per axis; "same" and "valid"; batched or not; any rank."""
+    """Different kernels, strides and dilations per axis; "same" and "valid"; batched or not; any rank."""
     check_law(*layer, rank)
 
 
@@ -128,7 +128,7 @@ batches = st.lists(st.integers(0, 3), max_size=3)
 @settings(deadline=None)
 @given(batches, st.integers(1, 5), st.integers(1, 5), st.integers(1, 7), st.booleans())
 def test_a_linear_layer_keeps_the_law(batch: list[int], n_in: int, n_out: int, rank: int, bias: bool) -> None:
-    """For any leading dimensions, none and empty ones too, and ranks above the features."""
+    """For any leading dimensions, including none and empty ones, and ranks above the number of features."""
     check_law(random_(nn.Linear(n_in, n_out, bias=bias)), torch.randn(*batch, n_in, dtype=torch.float64), rank)
 
 
@@ -144,7 +144,7 @@ def test_transformers_conv1d_keeps_the_law(batch: list[int], n_in: int, n_out: i
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_falcons_linear_layer_keeps_the_law(bias: bool) -> None:
-    """It computes what ``nn.Linear`` does in a forward of its own."""
+    """Its custom forward computes the same as ``nn.Linear``."""
     falcon = pytest.importorskip("transformers.models.falcon.modeling_falcon")
     module = random_(falcon.FalconLinear(4, 3, bias=bias))
     assert isinstance(as_base_layer(module), LinearLayer)
@@ -154,7 +154,7 @@ def test_falcons_linear_layer_keeps_the_law(bias: bool) -> None:
 @settings(deadline=None)
 @given(batches, st.integers(1, 6), st.integers(1, 5), st.integers(1, 7), st.data())
 def test_an_embedding_keeps_the_law(batch: list[int], rows: int, width: int, rank: int, data: st.DataObject) -> None:
-    """With padding_idx or without, counted from the end too; scalar ids and no ids."""
+    """With or without padding_idx, also counted from the end; scalar ids and no ids."""
     padding = data.draw(st.none() | st.integers(-rows, rows - 1))
     check_law(random_(nn.Embedding(rows, width, padding_idx=padding)), torch.randint(rows, batch), rank)
 
@@ -172,7 +172,7 @@ def scaled_embeddings() -> list[Any]:
 
 
 def test_scaled_embeddings_of_transformers_keep_the_law_or_are_refused() -> None:
-    """Gemma's scale is a tensor, BART's a number; T5Gemma2's forward puts in a row of its own."""
+    """Gemma's scale is a tensor, BART's a number; T5Gemma2's forward inserts a separate row."""
     classes = {cls.__name__: cls for cls in scaled_embeddings()}
     assert {"Gemma3TextScaledWordEmbedding", "BartScaledWordEmbedding"} <= classes.keys()
     refused = set()
@@ -187,7 +187,7 @@ def test_scaled_embeddings_of_transformers_keep_the_law_or_are_refused() -> None
 
 
 def test_a_tensor_scale_is_rounded_as_the_forward_rounds_it() -> None:
-    """In bf16, Gemma multiplies by its scale in bf16: 19.6 becomes 19.625, and an adapter must see the same."""
+    """In bf16, Gemma multiplies by its scale in bf16: 19.6 becomes 19.625, and an adapter must do the same."""
     gemma = pytest.importorskip("transformers.models.gemma3.modeling_gemma3")
     module = gemma.Gemma3TextScaledWordEmbedding(5, 3, 0, embed_scale=384**0.5).bfloat16()
     module.embed_scale = torch.tensor(384**0.5)
@@ -224,7 +224,7 @@ LAYERS = ("linear", "conv1d", "conv2d", "conv3d", "embedding", "transposed")
 
 
 def layer(name: str) -> tuple[Any, Tensor]:
-    """One layer of each kind in fp32, with an input; transformers' is skipped if it isn't there."""
+    """One layer of each kind in fp32, with an input; skipped for transformers' layers if it is not installed."""
     if name == "linear":
         return nn.Linear(6, 4), torch.randn(3, 5, 6)
     if name == "conv1d":
@@ -254,7 +254,7 @@ def test_dropout_is_that_of_the_input(name: str) -> None:
 
 
 def test_dropout_of_an_embedding_drops_whole_ids() -> None:
-    """Each occurrence of an id is lost with the given chance, or kept whole and scaled by 1/(1 - dropout)."""
+    """Each occurrence of an id is dropped with that probability, or kept whole and scaled by 1/(1 - dropout)."""
     base = described(nn.Embedding(9, 4))
     q = torch.rand(3, 9) + 1
     ids = torch.randint(9, (40, 100))
@@ -272,7 +272,7 @@ def test_dropout_of_an_embedding_drops_whole_ids() -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_pack_undoes_dense_in_any_dtype(name: str) -> None:
-    """The dense weight is (out, in), shares the layer's memory, and packs to the layer's own layout, dtype kept."""
+    """The dense weight is (out, in), shares the layer's memory, and packs back to the layer's layout and dtype."""
     module, _ = layer(name)
     base = described(module)
     dense = base.dense()
@@ -287,7 +287,7 @@ def test_pack_undoes_dense_in_any_dtype(name: str) -> None:
 
 
 def test_pack_zeroes_the_padding_row_of_a_copy_only() -> None:
-    """The weight handed in keeps its column."""
+    """The caller's weight keeps its column."""
     base = described(nn.Embedding(4, 3, padding_idx=1))
     weight = torch.ones(3, 4)
     assert torch.equal(base.pack(weight)[:, 0], torch.tensor([1.0, 0.0, 1.0, 1.0]))
@@ -313,7 +313,7 @@ def test_a_shaped_bias_adds_like_the_layers_own(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_weights_are_read_anew_at_each_call(name: str) -> None:
+def test_weights_are_read_at_every_call(name: str) -> None:
     """A kind keeps no copy: it follows dtype changes and merged weights."""
     module, _ = layer(name)
     base = described(module)
@@ -327,7 +327,7 @@ def test_weights_are_read_anew_at_each_call(name: str) -> None:
 
 
 def test_each_layer_has_its_kind_and_features() -> None:
-    """The table of core's kinds; in of a convolution is C_in/groups · positions of its kernel."""
+    """The table of core kinds; a convolution's `in` is C_in/groups · positions of its kernel."""
     table: list[tuple[nn.Module, type[BaseLayer], int, int]] = [
         (nn.Linear(5, 3), LinearLayer, 5, 3),
         (nn.Conv1d(4, 6, 3), ConvLayer, 12, 6),
@@ -414,7 +414,7 @@ def with_own(name: str, module: nn.Module) -> nn.Module:
     ids=lambda module: type(module).__name__,
 )
 def test_a_layer_that_may_do_something_else_has_no_kind(module: nn.Module) -> None:
-    """Own forwards, lookalikes by name, layers without features yet, and other arithmetic."""
+    """Custom forwards, classes with the same name, layers without features yet, and other arithmetic."""
     assert as_base_layer(module) is None
 
 
@@ -438,7 +438,7 @@ def test_a_transformers_class_with_its_own_forward_has_no_kind() -> None:
 
 
 def test_an_embedding_of_transformers_has_a_kind_only_if_it_is_a_scaled_one() -> None:
-    """By its name, its parent and its scale; BART's positions are shifted, and no scaled embedding."""
+    """Name, parent and scale decide; BART's position embeddings are shifted, and not scaled embeddings."""
     bart = pytest.importorskip("transformers.models.bart.modeling_bart")
     positions = bart.BartLearnedPositionalEmbedding(5, 3)
     positions.embed_scale = 2.0
@@ -453,7 +453,7 @@ def test_an_embedding_of_transformers_has_a_kind_only_if_it_is_a_scaled_one() ->
 
 
 def test_the_first_kind_that_matches_wins_and_plugins_need_no_attrs() -> None:
-    """Core's kinds stand before a plugin's, which is a plain subclass."""
+    """Core kinds come before a plugin's, which is a plain subclass."""
 
     class Anything(BaseLayer):
         @classmethod
@@ -471,7 +471,7 @@ def test_the_first_kind_that_matches_wins_and_plugins_need_no_attrs() -> None:
 
 
 def test_kinds_are_final_and_frozen() -> None:
-    """Nobody derives from a kind that can be built, and the module it holds stays."""
+    """A kind that can be built cannot be subclassed, and its module cannot be replaced."""
     for kind in KINDS:
         assert kind.__bases__ == (BaseLayer,)
         assert not inspect.isabstract(kind)
@@ -484,14 +484,14 @@ def test_kinds_are_final_and_frozen() -> None:
 
 
 def pickled(value: Any) -> Any:
-    """A copy by way of pickle, as a spawned worker gets it."""
+    """A copy through pickle, as a spawned worker gets it."""
     return pickle.loads(pickle.dumps(value))
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_copied_layer_holds_a_kind_that_points_at_the_copy(name: str, duplicate: Callable[[Any], Any]) -> None:
-    """A kind kept in a child of its own layer, as injection keeps it, goes with the copy."""
+    """A kind stored in a child of its own layer, as injection does, is copied with the layer."""
     module, _ = layer(name)
     base: Any = described(module)
     child: Any = nn.Module()

@@ -1,4 +1,4 @@
-"""What the benchmarks import, read out of their sources."""
+"""The imports of the benchmarks, read from their sources."""
 
 import ast
 from pathlib import Path
@@ -27,7 +27,7 @@ def imports(package: str, text: str) -> bool:
 
 
 def test_the_benchmarks_and_their_tests_do_not_use_the_command() -> None:
-    """The command's training may change; a committed row can be made again as long as the benchmarks' does not."""
+    """The command's training may change; committed rows stay reproducible as long as the benchmarks' does not."""
     texts = {file: file.read_text(encoding="utf-8") for file in (*BENCHMARKS, *TESTS)}
     ours = [file for file, text in texts.items() if file in BENCHMARKS or imports("benchmarks", text)]
     assert len(ours) > len(BENCHMARKS) > 0
@@ -45,6 +45,6 @@ def test_the_benchmarks_and_their_tests_do_not_use_the_command() -> None:
     ],
 )
 def test_an_import_of_the_command_is_found_however_it_is_written(text: str) -> None:
-    """Whole, in part, and inside a function; another module whose name begins alike is not one."""
+    """As a whole, in part, and inside a function; a module with a similar name does not count."""
     assert imports("tunerkit.cli", text)
     assert not imports("tunerkit.cli", text.replace("cli", "client"))

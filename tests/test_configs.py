@@ -1,4 +1,4 @@
-"""The law of configs: strict, complete about what is wrong, and unchanged by a round trip."""
+"""The law of configs: strict, with complete error messages, and unchanged by a round trip."""
 
 import copy
 import enum
@@ -58,7 +58,7 @@ class Size(enum.IntEnum):
 
 
 def problems_of(build: Callable[[], object]) -> list[str]:
-    """The lines of the one error that ``build`` raises."""
+    """The lines of the error that ``build`` raises."""
     with pytest.raises(ConfigError) as caught:
         build()
     return list(caught.value.problems)
@@ -87,7 +87,7 @@ def test_each_field_survives_the_round_trip_alone(data: st.DataObject, name: str
 
 
 def is_plain(value: object) -> bool:
-    """Whether JSON knows the value: exactly these types, no subclasses, no tuples."""
+    """Whether JSON has the value: exactly these types, no subclasses, no tuples."""
     if type(value) is list:
         return all(map(is_plain, value))
     if type(value) is dict:
@@ -97,7 +97,7 @@ def is_plain(value: object) -> bool:
 
 @given(configs_of(Sample))
 def test_unstructured_configs_hold_only_json_types_and_every_setting(config: Sample) -> None:
-    """Unstructure gives every field, in plain lists, dicts and scalars that are the config's no longer."""
+    """Unstructure returns every field, in plain lists, dicts and scalars that are independent of the config."""
     plain = unstructure(config)
     assert is_plain(plain)
     assert list(plain) == list(FIELDS)
@@ -108,7 +108,7 @@ def test_unstructured_configs_hold_only_json_types_and_every_setting(config: Sam
 
 
 def test_values_of_subclasses_are_stored_as_plain_values() -> None:
-    """Enum members and NumPy floats are stored as the number or text they are, which YAML can write."""
+    """Enum members and NumPy floats are stored as plain numbers or text, which YAML can write."""
     config = Sample(Size.BIG, np.float64(0.5), note=Colour.RED, targets=Colour.RED)
     assert (type(config.rank), type(config.alpha), type(config.note), type(config.targets)) == (int, float, str, str)
     assert from_mapping(Sample, yaml.safe_load(yaml.safe_dump(unstructure(config)))) == config
@@ -133,7 +133,7 @@ def test_lists_become_tuples_and_mappings_are_copied() -> None:
 
 
 def test_a_union_of_int_and_float_keeps_what_was_written() -> None:
-    """8 steps stay an int and a share stays a float, whichever order the annotation has."""
+    """8 steps stay an int and a share stays a float, whatever the order in the annotation."""
 
     @attrs.frozen
     class FloatFirst(AdapterConfig):
@@ -203,7 +203,7 @@ WRONG: list[tuple[str, object, str]] = [
 def test_a_wrong_value_is_named_the_same_way_however_the_config_is_built(
     name: str, value: object, problem: str
 ) -> None:
-    """A call and a mapping give the same one line: what is allowed, what was got, and where."""
+    """A call and a mapping give the same line: what is allowed, what was passed, and where."""
     wrong: Any = {name: value}
     assert problems_of(lambda: Sample(**wrong)) == problems_of(lambda: from_mapping(Sample, wrong)) == [problem]
 
@@ -248,7 +248,7 @@ SPECIAL = {("dropout", "int"), ("unit", "int"), ("bias", "text"), ("adapter_dtyp
 @settings(max_examples=15)
 @given(data=st.data())
 def test_no_field_takes_a_value_of_another_kind(name: str, kind: str, data: st.DataObject) -> None:
-    """A bool is no int, 8.0 is no int, text is no list and no number: nothing is guessed."""
+    """A bool is no int, 8.0 is no int, text is neither a list nor a number: nothing is converted."""
     value = data.draw(KINDS[kind])
     if (name, kind) in SPECIAL:
         return
@@ -270,7 +270,7 @@ LIMITS = st.one_of(st.none(), st.integers(-3, 3))
 def test_a_range_takes_exactly_the_numbers_inside_it(
     ge: int | None, gt: int | None, le: int | None, lt: int | None, value: int, as_float: bool
 ) -> None:
-    """Each limit holds for itself, ge and le take the limit and gt and lt do not; every one missed is named."""
+    """Ge and le include the limit, gt and lt exclude it; every limit that a value violates is named."""
 
     @attrs.frozen
     class Ranged(AdapterConfig):
@@ -297,7 +297,7 @@ def test_a_range_takes_exactly_the_numbers_inside_it(
 def test_drawn_values_lie_in_the_range(
     data: st.DataObject, low: float | None, high: float | None, open_below: bool, open_above: bool
 ) -> None:
-    """configs_of draws only what the config takes, for ints and floats and any mix of limits."""
+    """configs_of draws only valid values, for ints and floats and any mix of limits."""
     if low is not None and high is not None and high < low + 2:
         return  # leave room for an int
 
@@ -315,7 +315,7 @@ def test_drawn_values_lie_in_the_range(
 
 
 def test_drawn_configs_reach_every_kind_of_value() -> None:
-    """The strategy is not trivially right: each member of a union, empty and filled containers turn up."""
+    """The strategy is not trivial: it draws each member of a union, empty and nonempty containers."""
     for name, wanted in {
         "targets": lambda value: isinstance(value, str),
         "exclude": lambda value: len(value) > 1,
@@ -330,7 +330,7 @@ def test_drawn_configs_reach_every_kind_of_value() -> None:
 
 
 def test_given_strategies_replace_the_drawn_ones() -> None:
-    """configs_of(Sample, rank=...) draws the rank from there."""
+    """configs_of(Sample, rank=...) draws the rank from the given strategy."""
     find(configs_of(Sample, rank=st.just(77)), lambda config: config.rank == 77, settings=UNSHRUNK)
     with pytest.raises(ConfigError, match=r"expected >= 1, got 0 @ \$\.rank"):
         find(configs_of(Sample, rank=st.just(0)), lambda config: True, settings=UNSHRUNK)
@@ -338,7 +338,7 @@ def test_given_strategies_replace_the_drawn_ones() -> None:
 
 @given(st.sets(st.sampled_from(range(len(WRONG))), min_size=1))
 def test_all_problems_are_named_at_once(chosen: set[int]) -> None:
-    """However many fields are wrong, one error has one line for each, in the order of the fields."""
+    """However many fields are wrong, one error has a line for each, in field order."""
     by_name = {WRONG[index][0]: WRONG[index] for index in sorted(chosen)}
     wrong: Any = {name: value for name, value, _ in by_name.values()}
     lines = problems_of(lambda: from_mapping(Sample, wrong))
@@ -347,7 +347,7 @@ def test_all_problems_are_named_at_once(chosen: set[int]) -> None:
 
 
 def test_several_wrong_elements_of_one_list_are_all_named() -> None:
-    """Each wrong element has its own line with its own index."""
+    """Each wrong element has a separate line with its index."""
     assert problems_of(lambda: from_mapping(Sample, {"groups": [["a", 1], 2, [3, 4.5]]})) == [
         "expected int, got str 'a' @ $.groups[0][0]",
         "expected list of int, got int 2 @ $.groups[1]",
@@ -356,7 +356,7 @@ def test_several_wrong_elements_of_one_list_are_all_named() -> None:
 
 
 def test_checks_across_fields_come_after_the_checks_of_each() -> None:
-    """problems() is asked only when every field is right, for it may compute with them."""
+    """problems() is called only if every field is valid, because it may compute with them."""
     late = "expected t_init <= total_steps, got 9 > 5 @ $.t_init"
     assert problems_of(lambda: Sample(t_init=9, total_steps=5)) == [late]
     assert problems_of(lambda: from_mapping(Sample, {"t_init": 9, "total_steps": 5})) == [late]
@@ -366,12 +366,12 @@ def test_checks_across_fields_come_after_the_checks_of_each() -> None:
 
 
 def test_an_evolved_config_is_checked_again() -> None:
-    """attrs.evolve builds a new config, so it cannot smuggle in a wrong value."""
+    """attrs.evolve builds a new config, so it cannot introduce a wrong value."""
     assert problems_of(lambda: attrs.evolve(Sample(), rank=0)) == ["expected >= 1, got 0 @ $.rank"]
 
 
 def test_unknown_keys_are_refused_with_the_closest_names() -> None:
-    """A mistyped key is named with the key that was meant, beside every other problem."""
+    """A mistyped key is listed with its closest match, together with every other problem."""
     lines = problems_of(lambda: from_mapping(Sample, {"rnak": 4, "zzzzzz": 1, 3: 4, "alpha": "x"}))
     assert lines == [
         "unknown key 'rnak'; did you mean 'rank' or 'ranks'? @ $.rnak",
@@ -383,13 +383,13 @@ def test_unknown_keys_are_refused_with_the_closest_names() -> None:
 
 @given(st.text().filter(lambda key: key not in FIELDS))
 def test_no_unknown_key_is_ignored(key: str) -> None:
-    """Every key that is no setting is an error."""
+    """Every key that is not a setting is an error."""
     assert len(problems_of(lambda: from_mapping(Sample, {"rank": 4, key: 1}))) == 1
 
 
 @pytest.mark.parametrize("key", [1, None, 1.5, True, ("rank",), b"rank"])
 def test_keys_that_are_no_text_are_refused(key: object) -> None:
-    """YAML allows any key; a config has names."""
+    """YAML allows any key type; a config accepts only text."""
     assert problems_of(lambda: from_mapping(Sample, {key: 1}))[0].startswith("expected str keys, got ")
 
 
@@ -407,7 +407,7 @@ def test_an_empty_mapping_is_the_default_config() -> None:
 
 
 def test_a_setting_without_a_default_must_be_given() -> None:
-    """A missing setting is named beside the other problems."""
+    """A missing setting is listed together with the other problems."""
 
     @attrs.frozen
     class Needy(AdapterConfig):
@@ -447,7 +447,7 @@ def test_ints_and_texts_get_no_hint_about_floats() -> None:
 
 
 def test_a_name_of_usual_length_is_shown_whole() -> None:
-    """A path or a module's name in an error is not cut: one has to recognise it."""
+    """Paths and module names in an error are not truncated, so they can be recognised."""
     name = "model.encoder.layers.11.self_attn.q_proj"
     assert problems_of(lambda: from_mapping(Sample, {"exclude": name})) == [
         f"expected list of str, got str {name!r} @ $.exclude"
@@ -455,7 +455,7 @@ def test_a_name_of_usual_length_is_shown_whole() -> None:
 
 
 def test_long_and_odd_values_are_shown_short_and_on_one_line() -> None:
-    """An error stays readable when somebody passes a tensor, a page of text or an array."""
+    """An error stays readable if the value is a tensor, a page of text or an array."""
     for value in (torch.zeros(40, 40), np.zeros((40, 40)), "x\n" * 5000, list(range(9999)), object()):
         for name in ("rank", "bias", "total_steps", "groups"):
             for line in problems_of(lambda name=name, value=value: from_mapping(Sample, {name: value})):  # type: ignore[misc]
@@ -464,7 +464,7 @@ def test_long_and_odd_values_are_shown_short_and_on_one_line() -> None:
 
 
 def test_a_literal_tells_ints_from_bools() -> None:
-    """True == 1 in Python, and still Literal[1] takes no True and Literal[True] no 1."""
+    """True == 1 in Python, yet Literal[1] rejects True and Literal[True] rejects 1."""
 
     @attrs.frozen
     class Exact(AdapterConfig):
@@ -477,8 +477,8 @@ def test_a_literal_tells_ints_from_bools() -> None:
     ]
 
 
-def test_a_mistyped_choice_is_told_the_closest() -> None:
-    """As mistyped keys are; a value that is like none of them gets the list alone."""
+def test_a_mistyped_choice_is_answered_with_the_closest() -> None:
+    """As for mistyped keys; a value that resembles no choice gets only the list."""
 
     @attrs.frozen
     class Choosing(AdapterConfig):
@@ -492,7 +492,7 @@ def test_a_mistyped_choice_is_told_the_closest() -> None:
 
 
 def test_a_range_is_about_numbers_alone() -> None:
-    """None, bools and text in a field with a range are exempt; the numbers beside them are not."""
+    """None, bools and text in a field with a range are exempt; numbers in the same field are not."""
 
     @attrs.frozen
     class Mixed(AdapterConfig):
@@ -504,13 +504,13 @@ def test_a_range_is_about_numbers_alone() -> None:
 
 
 def test_an_int_too_large_for_a_float_is_refused() -> None:
-    """10**400 has no float; where an int is allowed it stays one."""
+    """10**400 is no float; if an int is allowed, it stays one."""
     assert "expected a finite float, got int 1000" in problems_of(lambda: Sample(alpha=10**400))[0]
     assert Sample(t_init=10**400).t_init == 10**400
 
 
 def test_a_converter_that_fails_is_a_problem_with_a_path() -> None:
-    """What a converter raises becomes a line of the error, not a traceback of its own."""
+    """An exception of a converter becomes a line of the error, not a separate traceback."""
 
     def halve(value: Any) -> Any:
         return value / 2
@@ -526,7 +526,7 @@ def test_a_converter_that_fails_is_a_problem_with_a_path() -> None:
 
 
 def test_configs_are_frozen() -> None:
-    """Nothing writes to a config after it is built, and it takes no new attributes."""
+    """A built config can't be changed, and accepts no new attributes."""
     config: Any = Sample()
     for name in (*FIELDS, "new"):
         with pytest.raises((attrs.exceptions.FrozenInstanceError, AttributeError)):
@@ -536,15 +536,15 @@ def test_configs_are_frozen() -> None:
 
 @given(configs_of(Sample))
 def test_copies_and_pickles_are_equal_and_share_nothing(config: Sample) -> None:
-    """Deepcopy and pickle give an equal config whose mappings are its own."""
+    """Deepcopy and pickle give an equal config with separate mappings."""
     for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
         assert copied == config
         assert copied.ranks is not config.ranks
-        assert attrs.evolve(copied) == config  # builds it anew, so its fields are checked again
+        assert attrs.evolve(copied) == config  # builds a new config, so its fields are checked again
 
 
 def test_the_error_survives_pickling() -> None:
-    """A worker's ConfigError arrives with its problems."""
+    """A ConfigError from a worker process keeps its problems."""
     with pytest.raises(ConfigError) as caught:
         Sample(0, t_init=-1)
     assert pickle.loads(pickle.dumps(caught.value)).problems == caught.value.problems
@@ -552,7 +552,7 @@ def test_the_error_survives_pickling() -> None:
 
 
 def test_the_base_config_is_abstract() -> None:
-    """AdapterConfig has no method, so it cannot be built, nor structured."""
+    """AdapterConfig has no method, so it can be neither built nor structured."""
     with pytest.raises(TypeError, match="AdapterConfig is abstract: build the config of a method"):
         AdapterConfig()
     with pytest.raises(TypeError, match="AdapterConfig is abstract"):
@@ -560,7 +560,7 @@ def test_the_base_config_is_abstract() -> None:
 
 
 def test_what_is_no_config_class_is_refused_in_words() -> None:
-    """Structure and unstructure name what they wanted."""
+    """Structure and unstructure say what they expect."""
     wrong: Any
     for wrong in (int, dict, Sample()):
         with pytest.raises(TypeError, match=r"derived from tunerkit\.AdapterConfig, got "):
@@ -571,7 +571,7 @@ def test_what_is_no_config_class_is_refused_in_words() -> None:
 
 
 def test_a_derived_class_that_is_no_attrs_class_is_refused() -> None:
-    """Without the decorator its fields would be silently missing."""
+    """Without the decorator its fields would be missing silently."""
 
     class Bare(AdapterConfig):
         rank: int = 8
@@ -581,7 +581,7 @@ def test_a_derived_class_that_is_no_attrs_class_is_refused() -> None:
 
 
 def test_a_derived_class_that_switches_the_checks_off_is_refused() -> None:
-    """__attrs_post_init__ is where the checks run; problems() is the place for more of them."""
+    """The checks run in __attrs_post_init__; further checks belong into problems()."""
     with pytest.raises(TypeError, match=r"Loose overrides __attrs_post_init__.*override problems\(\)"):
 
         @attrs.frozen
@@ -607,14 +607,14 @@ def test_a_derived_class_that_switches_the_checks_off_is_refused() -> None:
     ],
 )
 def test_annotations_that_json_cannot_hold_are_refused_when_the_class_is_made(annotation: Any) -> None:
-    """A method's author learns at import, not a user at save time."""
+    """The method's author gets the error at import, not a user when saving."""
     field = attrs.field(default=0, type=annotation)
     with pytest.raises(TypeError, match=r"Odd\.value is annotated .*, which a config cannot hold; use bool, "):
         attrs.make_class("Odd", {"value": field}, bases=(AdapterConfig,), frozen=True)
 
 
 def test_annotations_written_as_text_are_resolved() -> None:
-    """A plugin's file may postpone its annotations; its config is checked all the same."""
+    """A plugin may postpone the evaluation of annotations; its config is checked all the same."""
 
     @attrs.frozen
     class Postponed(AdapterConfig):
@@ -627,5 +627,5 @@ def test_annotations_written_as_text_are_resolved() -> None:
 
 
 def test_every_shared_setting_says_what_it_means() -> None:
-    """The documentation and the command line are made from these."""
+    """The documentation and the command line use these texts."""
     assert all(field.metadata["doc"] for field in attrs.fields(AdapterConfig))

@@ -1,4 +1,4 @@
-"""The conformance kit passes what keeps the contract and catches what breaks it."""
+"""The conformance tests accept methods that fulfil the contract, and detect violations."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +32,7 @@ class Row(Shift):
 
 @attrs.frozen
 class RowPlugin:
-    """Goes from 3 to 2 ranks for each target in the first step, and says that the budget goes from 3 to ``last``."""
+    """Each target goes from rank 3 to 2 in the first step, while the reported budget goes from 3 to ``last``."""
 
     last: int
 
@@ -90,14 +90,14 @@ def toy_case(toys: "Toys", start_training: Callable[[nn.Module], object] = keep_
 def test_a_method_that_keeps_the_contract_passes(
     toys: "Toys", check: conformance.Check, method: str, tmp_path: Path
 ) -> None:
-    """Law: no check asks more than the contract, of a model with batch norms and targets of its own either."""
+    """Law: no check requires more than the contract, also for a model with batch norms and its own targets."""
     case = toy_case(toys)
     check(case, method, {}, tmp_path)
     assert conformance.name_of(case) == "toy"
 
 
 def test_the_settings_of_a_case_hold_unless_the_check_is_given_others(toys: "Toys") -> None:
-    """Law: the case says its targets, and a method's own config comes on top."""
+    """Law: the case gives the targets, and a method's own config overrides them."""
     case = toy_case(toys)
     tuner = tunerkit.tuner(conformance.wrapped(case, "toy-low-rank", {"rank": 3}))
     assert tuner.ranks() == {"conv": 3, "layers.0": 3}
@@ -106,7 +106,7 @@ def test_the_settings_of_a_case_hold_unless_the_check_is_given_others(toys: "Toy
 
 
 def test_a_parametrized_module_is_no_change_of_type(toys: "Toys", tmp_path: Path) -> None:
-    """Law: weight norm makes a class at each build, and a type that is really another one is still seen."""
+    """Law: weight norm makes a new class at each build; a real change of type is still detected."""
 
     def build() -> nn.Module:
         model: nn.Module = toys.net(batch_norm=True)
@@ -132,7 +132,7 @@ def test_training_that_moves_the_base_is_caught(toys: "Toys", tmp_path: Path) ->
 
 @pytest.mark.parametrize("claimed", [1, 2, 3], indirect=True)
 def test_ranks_that_do_not_make_up_the_budget_are_caught(toys: "Toys", claimed: int, tmp_path: Path) -> None:
-    """Law: where the budget counts ranks, one more or less than their sum is a failure."""
+    """Law: if the budget counts ranks, any difference from their sum is a failure."""
     case = toy_case(toys)
     if claimed == 2:
         conformance.check_meets_the_budget(case, "toy-row", {}, tmp_path)

@@ -1,4 +1,4 @@
-"""The reference tables in docs say what the code says."""
+"""The reference tables in docs match the code."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""Saving and loading: one file, whole or not at all; damage and other bases are refused with nothing loaded."""
+"""Save and load: one complete file or none; damaged files and other bases are rejected, and nothing is loaded."""
 
 import io
 import json
@@ -38,7 +38,7 @@ def saved(toys: "Toys", tmp_path_factory: pytest.TempPathFactory) -> Path:
 def assert_refused(
     toys: "Toys", path: Path, error: type[Exception], words: str = "", base: nn.Module | None = None
 ) -> str:
-    """Loading ``path`` raises this, leaves base and global random state as they were, and says ``words``."""
+    """Check that loading ``path`` raises this error with ``words``, and leaves base and random state unchanged."""
     base = toys.net() if base is None else base
     before, state = toys.snapshot(base), torch.random.get_rng_state()
     with pytest.raises(error, match=words) as caught:
@@ -49,7 +49,7 @@ def assert_refused(
 
 
 def rewritten(path: Path, to: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> Path:
-    """A file with a right digest whose fields or tensors somebody has changed."""
+    """A file with a valid digest but changed fields or tensors."""
     tensors = safetensors.torch.load_file(path)
     with safetensors.safe_open(path, framework="pt") as file:
         fields = json.loads(file.metadata()["tunerkit"])
@@ -74,7 +74,7 @@ def rewritten(path: Path, to: Path, change: Callable[[dict[str, Any], dict[str, 
     ],
 )
 def test_what_was_saved_is_loaded(toys: "Toys", tmp_path: Path, method: str, config: dict[str, Any]) -> None:
-    """On a fresh base the loaded adapter gives the same output bit for bit, frozen, and its file saves to the same."""
+    """On a fresh base the output is bit-identical, the adapter is frozen, and saving it gives the same file."""
     model = toys.trained(method, batch_norm=True, **config)
     path = tunerkit.save(model, tmp_path / "one")
     base = toys.net(batch_norm=True)
@@ -88,7 +88,7 @@ def test_what_was_saved_is_loaded(toys: "Toys", tmp_path: Path, method: str, con
 
 
 def test_a_loaded_adapter_may_be_trained_on(toys: "Toys", saved: Path) -> None:
-    """With trainable=True exactly what was trained asks for gradients again."""
+    """With trainable=True exactly the parameters trained before require gradients."""
     model, loaded = toys.trained(), tunerkit.load(toys.net(), saved, trainable=True)
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
         n for n, p in model.named_parameters() if p.requires_grad
@@ -97,7 +97,7 @@ def test_a_loaded_adapter_may_be_trained_on(toys: "Toys", saved: Path) -> None:
 
 @pytest.mark.parametrize("global_seed", [0, 1])
 def test_loading_draws_no_random_numbers(toys: "Toys", saved: Path, global_seed: int) -> None:
-    """The global random state is the same before and after, and has no influence."""
+    """The global random state does not change, and has no influence."""
     torch.manual_seed(global_seed)
     state = torch.random.get_rng_state()
     loaded = tunerkit.load(toys.net(), saved)
@@ -106,7 +106,7 @@ def test_loading_draws_no_random_numbers(toys: "Toys", saved: Path, global_seed:
 
 
 def test_files_hold_the_settled_config(toys: "Toys", monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a method makes of its defaults is written, in the file of an adapter and in that of its state."""
+    """Files of adapters and of training states store the resolved defaults."""
     tuner = tunerkit.tuner(toys.trained())
     assert tuner.config.settled() == tuner.config
     monkeypatch.setattr(type(tuner.config), "settled", lambda config: attrs.evolve(config, rank=5))
@@ -114,7 +114,7 @@ def test_files_hold_the_settled_config(toys: "Toys", monkeypatch: pytest.MonkeyP
 
 
 def test_each_of_two_adapters_has_its_own_file(toys: "Toys", tmp_path: Path) -> None:
-    """Both are saved by name and loaded under any name, in any order; without a name saving is ambiguous."""
+    """Both are saved by name and loaded under any name, in any order; save without a name is ambiguous."""
     model = toys.trained(targets=["conv"])
     tunerkit.wrap(model, "toy-shift", {"targets": ["layers.0"]}, adapter="second")
     toys.fill_(model)
@@ -130,7 +130,7 @@ def test_each_of_two_adapters_has_its_own_file(toys: "Toys", tmp_path: Path) -> 
 
 
 def test_a_merged_or_disabled_model_saves_the_same_file(toys: "Toys", saved: Path, tmp_path: Path) -> None:
-    """The file is about the adapter and the base under it, whatever the model shows at the moment."""
+    """The file describes the adapter and its base, whatever the model's current state."""
     model = tunerkit.merge(toys.trained())
     assert tunerkit.save(model, tmp_path).read_bytes() == saved.read_bytes()
     with tunerkit.disabled(model):
@@ -138,7 +138,7 @@ def test_a_merged_or_disabled_model_saves_the_same_file(toys: "Toys", saved: Pat
 
 
 def test_a_method_that_needs_steps_is_not_saved_untrained(toys: "Toys", tmp_path: Path) -> None:
-    """Without a step its adapter is useless: an error, no file. One step is enough, and so is having been loaded."""
+    """Without a step its adapter is useless: an error, and no file. One step, or having been loaded, is enough."""
     model = toys.trained("toy-stepper", targets=["conv"])
     with pytest.raises(AdapterError, match=r"no step.*tunerkit\.attach"):
         tunerkit.save(model, tmp_path)
@@ -155,7 +155,7 @@ def test_a_method_that_needs_steps_is_not_saved_untrained(toys: "Toys", tmp_path
 
 
 def test_a_folder_gets_the_file_and_a_path_is_the_file(toys: "Toys", tmp_path: Path) -> None:
-    """Folders are made; the ending decides which is which; str and Path both do."""
+    """Folders are created; the suffix decides between file and folder; str and Path work."""
     model = toys.trained(targets=["conv"])
     assert tunerkit.save(model, tmp_path / "new" / "folder") == tmp_path / "new" / "folder" / "adapter.safetensors"
     assert tunerkit.save(model, str(tmp_path / "a.safetensors")) == tmp_path / "a.safetensors"
@@ -165,17 +165,17 @@ def test_a_folder_gets_the_file_and_a_path_is_the_file(toys: "Toys", tmp_path: P
 
 
 def test_equal_adapters_give_equal_bytes(toys: "Toys", saved: Path, tmp_path: Path) -> None:
-    """A file can be compared by its digest: saving again changes no byte."""
+    """Files can be compared by digest: saving again changes no byte."""
     assert {tunerkit.save(toys.trained(), tmp_path).read_bytes() for _ in range(6)} == {saved.read_bytes()}
 
 
 def test_tensors_lie_at_multiples_of_eight_bytes(saved: Path) -> None:
-    """Readers map the file into memory: its data must be aligned."""
+    """Readers map the file into memory, so data must be aligned."""
     assert int.from_bytes(saved.read_bytes()[:8], "little") % 8 == 0
 
 
 def test_the_file_holds_no_pickle(saved: Path) -> None:
-    """It is safetensors, which other programs read, and nothing that could run code."""
+    """It is safetensors, which other programs can read, and contains no executable code."""
     assert safetensors.torch.load_file(saved)
     with pytest.raises(ValueError):
         pickletools.dis(saved.read_bytes(), out=io.StringIO())
@@ -183,7 +183,7 @@ def test_the_file_holds_no_pickle(saved: Path) -> None:
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
 def test_the_files_mode_follows_the_umask(toys: "Toys", tmp_path: Path, umask: int) -> None:
-    """A colleague may read what he may read of any other file of the user."""
+    """Others can read it like any other file of the user."""
     before = os.umask(umask)
     try:
         path = tunerkit.save(toys.trained(targets=["conv"]), tmp_path)
@@ -197,7 +197,7 @@ def test_the_files_mode_follows_the_umask(toys: "Toys", tmp_path: Path, umask: i
 def test_a_failing_write_leaves_what_was_there(
     toys: "Toys", saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, existing: bool
 ) -> None:
-    """On a full disk the old file stays whole, or there is none; no temporary file is left either way."""
+    """On a full disk the old file stays complete, or there is none; no temporary file is left."""
 
     def full(*_: object) -> None:
         raise OSError(28, "no space left on device")
@@ -213,7 +213,7 @@ def test_a_failing_write_leaves_what_was_there(
 
 
 def test_a_file_is_replaced_in_one_move(toys: "Toys", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is moved into place is complete and on the disk; it comes from the same folder, so the move is atomic."""
+    """A complete file, flushed to disk, is moved within its folder, so the move is atomic."""
     model, moves, synced = toys.trained(targets=["conv"]), [], []
     replace, fsync = os.replace, os.fsync
 
@@ -236,7 +236,7 @@ def test_a_file_is_replaced_in_one_move(toys: "Toys", tmp_path: Path, monkeypatc
 
 
 def test_a_truncated_file_is_refused(toys: "Toys", saved: Path, tmp_path: Path) -> None:
-    """Wherever it ends early, at every fiftieth byte: refused, nothing loaded."""
+    """Truncated at every fiftieth byte, it is rejected, and nothing is loaded."""
     data, path = saved.read_bytes(), tmp_path / "adapter.safetensors"
     for end in (*range(0, len(data), 50), len(data) - 1):
         path.write_bytes(data[:end])
@@ -248,7 +248,7 @@ def test_a_truncated_file_is_refused(toys: "Toys", saved: Path, tmp_path: Path) 
 @given(data=st.data())
 @in_place
 def test_a_changed_byte_is_refused(toys: "Toys", saved: Path, tmp_path: Path, data: st.DataObject) -> None:
-    """Whichever byte is changed and to what: the file is refused in words, or it says exactly the same."""
+    """Whichever byte is changed, the file is rejected with a clear error, or its content is the same."""
     whole = bytearray(saved.read_bytes())
     header_end = 8 + int.from_bytes(whole[:8], "little")
     at = data.draw(st.one_of(st.integers(0, header_end - 1), st.integers(header_end, len(whole) - 1)))
@@ -281,7 +281,7 @@ def test_the_digest_covers_name_dtype_and_shape_of_equal_bytes() -> None:
 
 @pytest.mark.parametrize("word", ["toy-low-rank", "conv", "sample", '\\"steps\\": 0'])
 def test_an_edited_header_is_damage(toys: "Toys", saved: Path, tmp_path: Path, word: str) -> None:
-    """The digest covers the header's text: an edit that keeps the length is seen."""
+    """The digest covers the header's text: an edit of the same length is detected."""
     data = saved.read_bytes()
     assert word.encode() in data
     path = tmp_path / "adapter.safetensors"
@@ -290,7 +290,7 @@ def test_an_edited_header_is_damage(toys: "Toys", saved: Path, tmp_path: Path, w
 
 
 def test_another_programs_file_is_refused(toys: "Toys", tmp_path: Path) -> None:
-    """A safetensors file without our header, no safetensors file at all, and none: each is said."""
+    """A safetensors file without our header, another file type, or a missing file: each has its own error."""
     path = tmp_path / "adapter.safetensors"
     assert_refused(toys, tmp_path, FileError, "there is no file .*adapter.safetensors")
     safetensors.torch.save_file({"a": torch.ones(1)}, path)
@@ -305,7 +305,7 @@ def test_another_programs_file_is_refused(toys: "Toys", tmp_path: Path) -> None:
 
 
 def test_every_misfit_of_tensors_is_named_at_once(toys: "Toys", saved: Path, tmp_path: Path) -> None:
-    """Missing, unexpected and misshapen tensors stand in one error, and nothing is loaded."""
+    """One error lists missing, unexpected and misshapen tensors, and nothing is loaded."""
 
     def change(fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         del tensors["conv.adapter.a"], tensors["head.2.copy.bias"]
@@ -356,7 +356,7 @@ def wrong(**fields: object) -> Callable[[dict[str, Any], dict[str, torch.Tensor]
 def test_a_header_that_says_nonsense_is_refused(
     toys: "Toys", saved: Path, tmp_path: Path, change: Any, error: type[Exception], words: str
 ) -> None:
-    """With a right digest too: another release's format, other fields, other types, unknown methods and modules."""
+    """Even with a valid digest: another format version, wrong fields or types, unknown methods and modules."""
     assert_refused(toys, rewritten(saved, tmp_path / "x.safetensors", change), error, words)
 
 
@@ -366,7 +366,7 @@ def test_a_header_that_says_nonsense_is_refused(
 @example(text="null")
 @in_place
 def test_a_header_that_is_no_object_is_refused(tmp_path: Path, text: str) -> None:
-    """Any text may stand there; only an object with our fields is read."""
+    """Only a JSON object with our fields is accepted."""
     metadata = {"tunerkit": text, "tunerkit.digest": digest(text, {})}
     with pytest.raises(FileError):
         decode(metadata, {}, source="x", content="adapter")
@@ -394,7 +394,7 @@ def changed(toys: "Toys", change: Callable[[Any], object]) -> nn.Module:
     ],
 )
 def test_another_base_is_refused(toys: "Toys", saved: Path, change: Any, words: str) -> None:
-    """Other layers, other shapes or other values: refused with what differs, nothing loaded."""
+    """Other layers, shapes or values: the error names the differences, and nothing is loaded."""
     assert_refused(toys, saved, BaseMismatchError, words, base=changed(toys, change))
 
 
@@ -411,13 +411,13 @@ def test_another_base_is_refused(toys: "Toys", saved: Path, change: Any, words: 
     ],
 )
 def test_the_same_base_is_accepted(toys: "Toys", saved: Path, change: Any) -> None:
-    """In another precision it is the same base; so is one whose head or bias, trained in full, came out afresh."""
+    """The base may have another precision, or fresh values in a head or bias that is trained in full."""
     loaded = tunerkit.load(changed(toys, change), saved).float().eval()
     assert torch.allclose(loaded(toys.x()), toys.trained()(toys.x()), rtol=0.1, atol=0.1)
 
 
 def test_a_fresh_head_is_replaced_and_shown_when_disabled(toys: "Toys", saved: Path) -> None:
-    """The trained head counts; disabled shows the one that this base has."""
+    """The trained head is used; disabled shows this base's own head."""
     base = changed(toys, lambda m: m.head[2].weight.add_(1))
     fresh = base(toys.x())
     loaded = tunerkit.load(base, saved)
@@ -434,7 +434,7 @@ def test_a_fresh_head_is_replaced_and_shown_when_disabled(toys: "Toys", saved: P
     ],
 )
 def test_a_target_that_is_unfit_by_now_is_refused(toys: "Toys", saved: Path, change: Any, words: str | None) -> None:
-    """A weight on meta is refused as in wrap; a module that merely has two names is not."""
+    """A weight on meta is rejected as in wrap; a module that only has two names is not."""
     base = toys.net()
     change(base)
     if words is None:
@@ -444,7 +444,7 @@ def test_a_target_that_is_unfit_by_now_is_refused(toys: "Toys", saved: Path, cha
 
 
 def test_a_target_or_copy_that_is_tied_by_now_is_refused(toys: "Toys", tmp_path: Path) -> None:
-    """An adapter beside one of two that share a weight would be missing on the other, as in wrap."""
+    """With a tied weight, the module that shares it would lack the adapter, as in wrap."""
 
     def build(*, tie: str | None) -> nn.Module:
         model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
@@ -464,8 +464,8 @@ def test_a_target_or_copy_that_is_tied_by_now_is_refused(toys: "Toys", tmp_path:
 # Training state
 
 
-def test_training_state_goes_into_a_file_of_its_own(toys: "Toys", tmp_path: Path) -> None:
-    """save_state and load_state bring back the method's tensors and values, and the step count."""
+def test_training_state_goes_into_a_separate_file(toys: "Toys", tmp_path: Path) -> None:
+    """save_state and load_state restore the method's tensors and values, and the step count."""
     model = toys.trained("toy-shift", targets=["conv"])
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     tunerkit.attach(model, optimizer, total_steps=9)
@@ -481,14 +481,14 @@ def test_training_state_goes_into_a_file_of_its_own(toys: "Toys", tmp_path: Path
     assert (int(seen), steps, tunerkit.tuner(other).steps) == (3, 3, 3)
 
 
-def test_a_state_that_is_not_there_is_told_by_its_own_name(toys: "Toys", saved: Path) -> None:
-    """Beside a saved adapter there may be no state: the words say what writes one."""
+def test_a_missing_state_file_is_named(toys: "Toys", saved: Path) -> None:
+    """A saved adapter may have no state file: the error says what writes one."""
     with pytest.raises(FileError, match=r"state\.safetensors; tunerkit\.save_state writes state\.safetensors into"):
         tunerkit.load_state(toys.trained(), saved.parent)
 
 
 def test_the_state_of_another_run_is_refused(toys: "Toys", tmp_path: Path, saved: Path) -> None:
-    """Another method, other targets, another length where the method plans by it, and the other of the two files."""
+    """Another method, other targets, another length if the method's schedule depends on it, or an adapter file."""
     path = tunerkit.save_state(toys.trained("toy-shift", targets=["conv"]), tmp_path)
     for other in (toys.trained("toy-shift", targets=["layers.0"]), toys.trained("toy-low-rank", targets=["conv"])):
         with pytest.raises(FileError, match="another run"):
@@ -505,7 +505,7 @@ def test_the_state_of_another_run_is_refused(toys: "Toys", tmp_path: Path, saved
 
 
 def test_the_header_says_what_is_inside(toys: "Toys", saved: Path) -> None:
-    """Method, config, places, steps and the versions that wrote it can be read without loading anything."""
+    """Method, config, targets, steps and library versions can be read without loading anything."""
     _, _, found = read(saved, content="adapter")
     said = attrs.asdict(found)
     assert (said["method"], said["steps"], said["format"], said["kind"]) == ("toy-low-rank", 0, 1, "adapter")
@@ -517,7 +517,7 @@ def test_the_header_says_what_is_inside(toys: "Toys", saved: Path) -> None:
 
 @pytest.mark.parametrize("path", [None, 3, ["out"]])
 def test_what_is_no_path_is_refused(toys: "Toys", path: Any) -> None:
-    """In every function that takes one."""
+    """This holds in every function that takes a path."""
     for call in (tunerkit.save, tunerkit.save_state, tunerkit.load_state):
         with pytest.raises(FileError, match=rf"expected the path .* got {type(path).__name__}"):
             call(toys.trained(), path)
@@ -526,7 +526,7 @@ def test_what_is_no_path_is_refused(toys: "Toys", path: Any) -> None:
 
 
 def test_a_place_that_cannot_be_written_is_named(toys: "Toys", tmp_path: Path) -> None:
-    """A file where a folder must be, a folder where the file must be: our own error with the path."""
+    """A file instead of a folder, or a folder instead of the file: our error names the path."""
     model = toys.trained(targets=["conv"])
     (tmp_path / "plain").write_text("mine")
     with pytest.raises(FileError, match="plain"):

@@ -1,4 +1,4 @@
-"""The fingerprint: the same for the same base in any precision and state, another for another base, and cheap."""
+"""The fingerprint: equal for the same base in any precision and state, different for another base, and cheap."""
 
 import json
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ def of(values: torch.Tensor) -> Any:
 
 
 def test_it_names_every_parameter_of_the_base_but_those_trained(toys: "Toys") -> None:
-    """Names and shapes are the plain model's; copies and trained biases are left out, adapters do not appear."""
+    """Names and shapes are the plain model's; copies, trained biases and adapters are left out."""
     found = fingerprint(tunerkit.tuner(toys.trained(targets=["conv"], train_modules=["head"], bias="adapters")))
     expected = {
         n: list(p.shape) for n, p in toys.net().named_parameters() if not n.startswith("head") and n != "conv.bias"
@@ -76,7 +76,7 @@ def test_another_precision_is_the_same_base(toys: "Toys", values: list[float], d
 def test_another_value_is_seen_in_small_tensors_wherever_it_is(
     toys: "Toys", size: int, data: st.DataObject, start: float
 ) -> None:
-    """A tensor of few values is sampled whole: one value off by two percent is another base."""
+    """Small tensors are sampled completely: one value that differs by two percent is another base."""
     values = torch.full((size,), start)
     other = values.clone()
     other[data.draw(st.integers(0, size - 1))] *= 1.02
@@ -84,7 +84,7 @@ def test_another_value_is_seen_in_small_tensors_wherever_it_is(
 
 
 def test_first_and_last_values_are_sampled_whatever_the_strides(toys: "Toys") -> None:
-    """The samples are spread over the whole tensor, and a transposed view reads as the tensor it shows."""
+    """Samples are spread over the whole tensor, and a transposed view is sampled in its own order."""
     tensor = torch.arange(1.0, 13.0).reshape(3, 4)
     assert of(tensor)["values"]["sample"] == [1.0, 4.0, 8.0, 12.0]
     assert of(tensor.t().contiguous().t()) == of(tensor)
@@ -94,14 +94,14 @@ def test_first_and_last_values_are_sampled_whatever_the_strides(toys: "Toys") ->
     "tensor", [torch.zeros(0, 3), torch.tensor(2.0), torch.tensor([3, 5]), torch.tensor([torch.nan, torch.inf])]
 )
 def test_odd_tensors_have_a_fingerprint_that_json_can_hold(toys: "Toys", tensor: torch.Tensor) -> None:
-    """Empty, scalar, integer and non-finite parameters are no obstacle."""
+    """Empty, scalar, integer and non-finite parameters work."""
     entry = of(tensor)["values"]
     assert entry["shape"] == list(tensor.shape)
     assert json.loads(json.dumps(entry, allow_nan=False)) == entry
 
 
 def test_every_kind_of_difference_has_its_line_and_long_lists_end() -> None:
-    """Missing, unexpected, reshaped and other: one line each, the first five names and how many more."""
+    """Missing, unexpected, reshaped and changed: one line each, with the first five names and the count of others."""
 
     def entries(names: range, shape: int = 1, value: float = 1.0) -> dict[str, Any]:
         return {f"p{i}": {"shape": [shape], "dtype": "float32", "sample": [value] * SAMPLES} for i in names}
@@ -117,7 +117,7 @@ def test_every_kind_of_difference_has_its_line_and_long_lists_end() -> None:
     assert differences(saved, saved) == []
 
 
-def test_its_cost_goes_by_tensors_not_by_bytes(toys: "Toys") -> None:
+def test_its_cost_scales_with_tensors_not_with_bytes(toys: "Toys") -> None:
     """A tensor of 400 GB has a fingerprint too: only a few of its values are read."""
     huge = torch.ones(()).expand(10**6, 10**5)
     assert of(huge)["values"] == {"shape": [10**6, 10**5], "dtype": "float32", "sample": [1.0] * SAMPLES}
@@ -137,13 +137,13 @@ def test_the_same_dtype_is_compared_to_the_digits_kept_and_another_to_its_own() 
 
 
 def test_a_meta_tensor_has_no_sample() -> None:
-    """Values that are not there are not made up."""
+    """Missing values are not invented."""
     assert of(torch.empty(3, device="meta"))["values"]["sample"] == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.uint8, torch.bool])
 def test_every_dtype_of_a_base_is_sampled(dtype: torch.dtype) -> None:
-    """Bases in 8-bit floats, and quantised ones in integers, have values to compare as well."""
+    """Bases in 8-bit floats and quantised integer bases have values to compare, too."""
     values = torch.arange(12).reshape(3, 4).remainder(2).to(dtype).t()
     sample = of(values)["values"]["sample"]
     flat = [float(value) for value in values.float().reshape(-1)]

@@ -1,4 +1,4 @@
-"""The fused low-rank product against its plain form: values, gradients, errors, and where it must not stand in."""
+"""The fused low-rank product compared with the plain form: values, gradients, errors, and when it must not be used."""
 
 import copy
 import functools
@@ -27,7 +27,7 @@ NODE = "_FusedLowRankBackward"
 
 
 class Product(tunerkit.Adapter):
-    """Q (r, in), λ (r,) or none, P (out, r), all away from 0."""
+    """Q (r, in), λ (r,) or None, P (out, r), with no value near 0."""
 
     def __init__(self, base: tunerkit.BaseLayer, rank: int, *, diagonal: bool = True, dropout: float = 0.0) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Product(tunerkit.Adapter):
 
 
 def adapted(layer: nn.Module, *adapters: Callable[[tunerkit.BaseLayer], tunerkit.Adapter]) -> Any:
-    """``layer``, frozen, with adapters as `tunerkit.wrap` puts them there."""
+    """``layer``, frozen, with adapters as `tunerkit.wrap` adds them."""
     base = as_base_layer(layer.requires_grad_(False))
     assert base is not None
     slots = Slots(base)
@@ -70,7 +70,7 @@ def is_fused(y: Tensor) -> bool:
 
 
 def results(layer: Any, x: Tensor) -> list[Tensor]:
-    """Output, and the gradients of x and of all that is trained, for a loss that is not linear."""
+    """The output, and the gradients of x and of all trained parameters, for a nonlinear loss."""
     x = x.detach().requires_grad_()
     torch.manual_seed(1)
     y = layer(x)
@@ -80,7 +80,7 @@ def results(layer: Any, x: Tensor) -> list[Tensor]:
 
 
 def assert_agree(layer: Any, x: Tensor, *, fused: bool = True, atol: float = 1e-10) -> None:
-    """Both forms give the same, and the first is the one expected."""
+    """Check that both forms give the same, and that the first is the expected one."""
     assert is_fused(layer(x.detach().requires_grad_())) == fused
     with plain_form():
         assert not is_fused(layer(x.detach().requires_grad_()))
@@ -96,7 +96,7 @@ def assert_agree(layer: Any, x: Tensor, *, fused: bool = True, atol: float = 1e-
 def test_outputs_and_gradients_are_the_plain_form_s(
     name: str, shape: tuple[int, ...], dropout: float, diagonal: bool
 ) -> None:
-    """Of the input, P, Λ and Q, for every shape of input, batches of nothing too."""
+    """Gradients of the input, P, Λ and Q agree for every input shape, including empty batches."""
     layer = adapted(LAYERS[name](), lambda base: Product(base, 3, diagonal=diagonal, dropout=dropout)).double()
     assert_agree(layer, torch.randn(shape, dtype=torch.float64))
 
@@ -110,7 +110,7 @@ def test_outputs_and_gradients_are_the_plain_form_s(
 def test_first_and_second_derivatives_are_those_of_finite_differences(
     name: str, diagonal: bool, trained: str, by_column: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is trained and whatever is frozen; a gradient penalty goes through the fused form as well."""
+    """For any choice of frozen parameters; a gradient penalty works with the fused form too."""
     monkeypatch.setattr(fused, "is_thin", lambda q, y: by_column)
     layer = adapted(LAYERS[name](), lambda base: Product(base, 2, diagonal=diagonal)).double()
     own = {key: p.detach() for key, p in layer.named_parameters() if "tunerkit" in key}
@@ -138,7 +138,7 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(
 def test_columns_are_laid_out_below_the_width_of_a_register_and_gradients_as_the_weights(
     dtype: torch.dtype, rank: int, diagonal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With gradients and without, which gives the same bits. The gradient of P is contiguous either way."""
+    """With and without gradients, with the same bits. The gradient of P is always contiguous."""
     copied: list[int] = []
 
     def watched(p: Tensor, lam: Tensor | None, y: Tensor) -> Tensor:
@@ -169,10 +169,9 @@ SIZES = st.sampled_from([1, 2, 7, 15, 16, 32, 65])
 def test_the_fused_error_is_at_most_twice_the_plain_one(
     sizes: tuple[int, int, int, int], diagonal: bool, seed: int
 ) -> None:
-    """Against float64, forward and each gradient.
+    """Compared with float64, forward and each gradient.
 
-    Two roundings of what is summed, were it all of one sign, are nobody's error: a sum of one element may be exact by
-    chance in one form.
+    A tolerance of two roundings of the sum of absolute values is allowed: in one form, a sum may be exact by chance.
     """
     torch.manual_seed(seed)
     rows, into, out, rank = sizes
@@ -200,7 +199,7 @@ def test_the_fused_error_is_at_most_twice_the_plain_one(
 
 @pytest.mark.parametrize("diagonal", [True, False])
 def test_under_autocast_it_multiplies_as_autocast_does(diagonal: bool) -> None:
-    """In bf16 for fp32 weights; gradients come in the weights' own dtype, and the error is the plain form's."""
+    """bf16 products for fp32 weights; gradients have the weights' dtype, and errors are those of the plain form."""
     torch.manual_seed(0)
     layer = adapted(nn.Linear(48, 4), lambda base: Product(base, 8, diagonal=diagonal))
     x = torch.randn(64, 48)
@@ -216,7 +215,7 @@ def test_under_autocast_it_multiplies_as_autocast_does(diagonal: bool) -> None:
 
 
 class Cached(nn.Linear):
-    """Remembers what it put out, as some layers do for a second caller."""
+    """Stores its output, as some layers do for a second caller."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.last = super().forward(x)
@@ -224,7 +223,7 @@ class Cached(nn.Linear):
 
 
 class Sliced(nn.Linear):
-    """Gives a part of a larger output, which somebody else holds."""
+    """Returns a part of a larger output that something else references."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.whole = F.linear(x, torch.cat([self.weight, self.weight]))
@@ -236,14 +235,14 @@ def keep(kept: list[Tensor]) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("kind", [Cached, Sliced])
-def test_layers_with_a_forward_of_their_own_are_not_written_into(kind: type[nn.Linear]) -> None:
-    """No kind describes them in core; one that a plugin brings computes in the plain form unless it says linear."""
+def test_layers_with_a_custom_forward_are_not_written_into(kind: type[nn.Linear]) -> None:
+    """No core kind describes them; a kind from a plugin uses the plain form unless it declares itself linear."""
     layer = kind(5, 4).requires_grad_(False)
     assert as_base_layer(layer) is None
 
 
 def test_an_output_that_a_hook_has_seen_is_not_written_to() -> None:
-    """Somebody who collects the base's outputs (before ours came, or for all modules) keeps them as they were."""
+    """Outputs that a hook collects, registered before ours or for all modules, stay unchanged."""
     kept: list[Tensor] = []
     layer = nn.Linear(5, 4)
     layer.register_forward_hook(keep(kept))
@@ -262,7 +261,7 @@ def test_an_output_that_a_hook_has_seen_is_not_written_to() -> None:
 
 
 def test_a_forward_replaced_on_the_instance_is_not_fused() -> None:
-    """It may return anything, such as a tensor that it keeps."""
+    """It may return any tensor, such as one that it keeps."""
     layer = adapted(nn.Linear(5, 4))
     kept = torch.randn(3, 4)
     layer.forward = lambda x: kept
@@ -272,13 +271,13 @@ def test_a_forward_replaced_on_the_instance_is_not_fused() -> None:
 
 
 def test_a_second_adapter_is_added_to_what_the_first_gives() -> None:
-    """Only the first is given the base's own output: the gradient through the first must not be passed by."""
+    """Only the first gets the base's own output; the second must not bypass the gradient through the first."""
     layer = adapted(nn.Linear(5, 4), lambda base: Product(base, 3), lambda base: Product(base, 2)).double()
     assert_agree(layer, torch.randn(2, 3, 5, dtype=torch.float64), fused=False)
 
 
 class Gated(tunerkit.Adapter):
-    """Changes y before it adds to it, and adds twice."""
+    """Changes y before adding to it, and adds twice."""
 
     def __init__(self, base: tunerkit.BaseLayer) -> None:
         super().__init__()
@@ -290,7 +289,7 @@ class Gated(tunerkit.Adapter):
 
 
 class Twice(Gated):
-    """Adds twice to what it is given: the first product is fused, the second adds to its result."""
+    """Adds twice to its input: the first product is fused, the second adds to the result."""
 
     def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         return self.two(base, x, self.one(base, x, y)) + 0 * self.gate  # type: ignore[no-any-return]
@@ -298,7 +297,7 @@ class Twice(Gated):
 
 @pytest.mark.parametrize("kind", [Gated, Twice])
 def test_an_adapter_may_do_more_than_one_product(kind: type[tunerkit.Adapter]) -> None:
-    """Nothing is taken for the base's output that is not it."""
+    """No other tensor is mistaken for the base's output."""
     layer = adapted(nn.Linear(5, 4), kind).double()
     assert_agree(layer, torch.randn(2, 3, 5, dtype=torch.float64), fused=False)
 
@@ -311,7 +310,7 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Reads(Product):
-    """Reads another input than the base layer does."""
+    """Uses another input than the base layer does."""
 
     def __init__(self, base: tunerkit.BaseLayer, change: str) -> None:
         super().__init__(base, 3)
@@ -323,32 +322,32 @@ class Reads(Product):
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_an_adapter_may_read_another_input_than_its_base_layer(change: str) -> None:
-    """The base's gradient then reaches its own input and not the adapter's."""
+    """The base's gradient then goes to the base's input, not to the adapter's."""
     layer = adapted(nn.Linear(5, 4), lambda base: Reads(base, change)).double()
     assert_agree(layer, torch.randn(2, 3, 5, dtype=torch.float64))
 
 
 class Writes(Gated):
-    """Changes y in place, which an adapter is told not to do."""
+    """Changes y in place, which adapters must not do."""
 
     def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         return self.two(base, x, y.mul_(self.gate))  # type: ignore[no-any-return]
 
 
 def test_an_output_that_was_changed_is_not_taken_for_the_base_s() -> None:
-    """The change has a gradient of its own."""
+    """The in-place change has its own gradient."""
     layer = adapted(nn.Linear(5, 4, bias=False), Writes).double()
     assert_agree(layer, torch.randn(3, 5, dtype=torch.float64), fused=False)
 
 
 def test_the_note_on_an_output_goes_with_the_adapters() -> None:
-    """An output that nothing was added to leaves the layer as any other tensor."""
+    """An output to which nothing was added leaves the layer as an ordinary tensor."""
     layer = adapted(nn.Linear(5, 4), lambda base: Product(base, 0))
     assert not vars(layer(torch.randn(3, 5)))
 
 
 def test_a_weight_elsewhere_is_not_gone_through() -> None:
-    """In a replica of DataParallel the module that is known is the first device's."""
+    """In a replica of DataParallel, the registered module is the first device's."""
     layer = adapted(nn.Linear(5, 4)).double()
     slots = layer.tunerkit
     elsewhere = nn.Linear(5, 4, device="meta", dtype=torch.float64).requires_grad_(False)
@@ -367,7 +366,7 @@ def test_a_weight_elsewhere_is_not_gone_through() -> None:
 
 @pytest.mark.parametrize("island", ["forward", "backward"])
 def test_autocast_may_be_on_in_one_direction_alone(island: str) -> None:
-    """An fp32 island in an autocast block, and a forward before the block: gradients are the plain form's."""
+    """An fp32 block inside autocast, and a forward before autocast: gradients are those of the plain form."""
     torch.manual_seed(0)
     layer, x = adapted(nn.Linear(5, 4)), torch.randn(3, 5)
 
@@ -388,7 +387,7 @@ def test_autocast_may_be_on_in_one_direction_alone(island: str) -> None:
 
 
 def test_a_bf16_base_under_autocast_is_gone_through() -> None:
-    """With fp32 adapters: the base's weight has the dtype of the product, and one node serves both."""
+    """With fp32 adapters, the base's weight has the dtype of the product, so one autograd node covers both."""
     torch.manual_seed(0)
     layer = adapted(nn.Linear(48, 4))
     layer.weight.data, layer.bias.data = layer.weight.data.bfloat16(), layer.bias.data.bfloat16()
@@ -402,7 +401,7 @@ def test_a_bf16_base_under_autocast_is_gone_through() -> None:
 
 
 def test_selective_checkpointing_keeps_what_it_saved() -> None:
-    """Outputs that a policy saves are given out again in backward: nothing is written over them."""
+    """Outputs that a policy saves are reused in backward, so they must not be overwritten."""
     policy = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
     layer = adapted(nn.Linear(5, 4)).double()
     leaf = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
@@ -416,7 +415,7 @@ def test_selective_checkpointing_keeps_what_it_saved() -> None:
 
 
 def test_operations_in_place_behind_it_and_a_second_backward_are_right() -> None:
-    """ReLU in place writes over the sum, which nobody saved; a graph that is kept can be gone through again."""
+    """An in-place ReLU overwrites the sum, which is not saved; a retained graph supports a second backward."""
     layer = adapted(nn.Linear(5, 4)).double()
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     y = torch.relu_(layer(x))
@@ -429,7 +428,7 @@ def test_operations_in_place_behind_it_and_a_second_backward_are_right() -> None
 
 
 def test_saved_tensors_may_be_kept_elsewhere() -> None:
-    """Hooks on saved tensors (offloading activations) see what the node keeps, and give it back."""
+    """Hooks on saved tensors (activation offloading) get what the node saves, and return it."""
     layer = adapted(nn.Linear(5, 4)).double()
     x = torch.randn(3, 5, dtype=torch.float64)
     expected = results(layer, x)
@@ -440,14 +439,14 @@ def test_saved_tensors_may_be_kept_elsewhere() -> None:
 
 @pytest.mark.parametrize("what", ["weight", "bias"])
 def test_a_base_layer_that_is_trained_too_gets_its_gradient(what: str) -> None:
-    """Somebody thaws the base beside the adapter: its gradient is the plain form's."""
+    """If the base is unfrozen along with the adapter, its gradient is that of the plain form."""
     layer = adapted(nn.Linear(5, 4)).double()
     getattr(layer, what).requires_grad_()
     assert_agree(layer, torch.randn(2, 3, 5, dtype=torch.float64))
 
 
 def test_an_input_without_gradient_and_frozen_adapters_cost_no_graph() -> None:
-    """The first layer's input often asks for none; a loaded adapter that is only used has none at all."""
+    """The first layer's input often needs no gradient; an adapter loaded for inference has none at all."""
     layer = adapted(nn.Linear(5, 4))
     assert is_fused(layer(torch.randn(3, 5)))
     layer.requires_grad_(False)
@@ -461,7 +460,7 @@ def test_an_input_without_gradient_and_frozen_adapters_cost_no_graph() -> None:
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_outputs_are_the_same(mode: Any) -> None:
-    """Generation and evaluation."""
+    """As in generation and evaluation."""
     layer, x = adapted(nn.Linear(5, 4)), torch.randn(2, 3, 5)
     with mode():
         found = layer(x)
@@ -470,7 +469,7 @@ def test_without_gradients_outputs_are_the_same(mode: Any) -> None:
 
 
 class Checkpointed(nn.Module):
-    """Runs its layer again in backward."""
+    """Recomputes its layer in backward."""
 
     def __init__(self, layer: nn.Module, reentrant: bool) -> None:
         super().__init__()
@@ -482,7 +481,7 @@ class Checkpointed(nn.Module):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_layers_have_the_same_gradients(reentrant: bool) -> None:
-    """What is computed again is written over again."""
+    """The recomputed output is overwritten again."""
     layer = adapted(nn.Linear(5, 4)).double()
     x = torch.randn(2, 3, 5, dtype=torch.float64)
     expected = results(layer, x)
@@ -491,8 +490,8 @@ def test_checkpointed_layers_have_the_same_gradients(reentrant: bool) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
-def test_what_saved_the_output_before_is_told_at_backward() -> None:
-    """A pre-hook's, a caller's: writing over a saved tensor raises in autograd, and is never silent."""
+def test_overwriting_an_output_saved_before_is_an_error_at_backward() -> None:
+    """If a pre-hook or a caller saved the tensor, autograd raises; the result is never silently wrong."""
     layer = nn.Linear(5, 4)
     saved: list[Tensor] = []
     adapted(layer, lambda base: Saves(base, saved))
@@ -502,7 +501,7 @@ def test_what_saved_the_output_before_is_told_at_backward() -> None:
 
 
 class Saves(Product):
-    """Uses y for something else before it gives it up, against what add_low_rank says."""
+    """Uses y for something else before the product overwrites it, which the docs of add_low_rank forbid."""
 
     def __init__(self, base: tunerkit.BaseLayer, saved: list[Tensor]) -> None:
         super().__init__(base, 2)
@@ -514,7 +513,7 @@ class Saves(Product):
 
 
 def test_transforms_and_traces_see_the_plain_form() -> None:
-    """vmap, grad, forward-mode derivatives and tracing look into the operations."""
+    """vmap, grad, forward-mode derivatives and tracing need the individual operations."""
     layer, x = adapted(nn.Linear(5, 4)).double(), torch.randn(3, 5, dtype=torch.float64)
     expected = layer(x).detach()
     torch.testing.assert_close(torch.func.vmap(layer)(x), expected)
@@ -540,7 +539,7 @@ def test_a_batch_of_gradients_at_once_is_right() -> None:
 
 
 def test_other_dtypes_and_layouts_take_the_plain_form() -> None:
-    """fp32 adapters beside a bf16 base without autocast multiply in fp32; nothing else is written over."""
+    """fp32 adapters on a bf16 base multiply in fp32 without autocast; nothing else is overwritten."""
     layer = adapted(nn.Linear(5, 4))
     layer.bfloat16().tunerkit.float()
     assert not is_fused(layer(torch.randn(3, 5).bfloat16()))
@@ -556,7 +555,7 @@ def operations(model: nn.Module) -> int:
 
 
 def test_a_training_step_dispatches_few_operations(toys: "Toys") -> None:
-    """Forward and backward above the frozen layer: 18 for each adapted layer with two factors, 22 with a diagonal."""
+    """Forward and backward above the frozen layer: 18 per adapted layer with two factors, 22 with a diagonal."""
     depth = 6
     base = nn.Sequential(*(nn.Linear(8, 8) for _ in range(depth)))
     floor = operations(copy.deepcopy(base).requires_grad_(False))

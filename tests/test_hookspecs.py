@@ -1,4 +1,4 @@
-"""Tests of the hook specs: every hook is documented by an example that runs and fits its own signature."""
+"""The hook specs: each hook is documented by an example that runs and matches its signature."""
 
 import doctest
 import inspect
@@ -21,7 +21,7 @@ ALL_ARE_ASKED |= {"tunerkit_weight_readers", "tunerkit_default_targets"}
 
 @pytest.mark.parametrize("name", HOOKS)
 def test_every_hook_says_when_it_fires_and_shows_an_example_that_runs(name: str) -> None:
-    """The docstring names the moment; its example implements this very hook, runs, and is accepted by pluggy."""
+    """The docstring states the moment; its example implements the hook, runs, and pluggy accepts it."""
     spec = getattr(hookspecs, name)
     assert re.search(r"^Fires ", inspect.getdoc(spec) or "", flags=re.MULTILINE)
     example = doctest.DocTestParser().get_doctest(spec.__doc__, {}, name, "hookspecs.py", 0)
@@ -37,7 +37,7 @@ def test_every_hook_says_when_it_fires_and_shows_an_example_that_runs(name: str)
 
 @pytest.mark.parametrize("name", HOOKS)
 def test_a_hook_of_the_owner_alone_gives_one_result(name: str) -> None:
-    """Only hooks that ask every plugin give a list."""
+    """Only hooks that ask every plugin return a list."""
     spec = getattr(_manager.hook, name).spec
     assert bool(spec.opts["firstresult"]) == (name not in ALL_ARE_ASKED)
 

@@ -1,4 +1,4 @@
-"""Taking adapters out again leaves nothing: no child, no hook, no attribute, no parameter left frozen."""
+"""After unwrap nothing is left: no child, no hook, no attribute, no frozen parameter."""
 
 import copy
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 )
 @settings(max_examples=20)
 def test_unwrapping_leaves_nothing_behind(toys: "Toys", mask: int, adapters: list[str]) -> None:
-    """Whatever was trainable before, and however many adapters went in: afterwards the model is as it was."""
+    """Whatever was trainable before, and for any number of adapters, the model is as it was."""
     model = toys.net()
     for bit, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(bool(mask >> bit & 1))
@@ -43,7 +43,7 @@ def test_unwrapping_leaves_nothing_behind(toys: "Toys", mask: int, adapters: lis
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_unwrap_gives_the_base_also_from_merged(toys: "Toys", merged: bool) -> None:
-    """A merge is undone first: every base tensor is the one it was, bit for bit."""
+    """A merge is undone first: every base tensor is restored bit for bit."""
     model = toys.net(batch_norm=True)
     before = toys.snapshot(model)
     with pytest.warns(tunerkit.TunerkitWarning):
@@ -56,7 +56,7 @@ def test_unwrap_gives_the_base_also_from_merged(toys: "Toys", merged: bool) -> N
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_unwrap_may_keep_what_is_merged(toys: "Toys", merged: bool) -> None:
-    """With keep_merged the plain model computes what the wrapped one did, in the base's own keys and types."""
+    """With keep_merged, the plain model computes the same as the wrapped one, with the base's keys and types."""
     model, before = toys.trained(), toys.snapshot(toys.net())
     output = model(toys.x())
     if merged:
@@ -71,13 +71,13 @@ def test_unwrap_may_keep_what_is_merged(toys: "Toys", merged: bool) -> None:
 
 
 def test_unwrapping_a_plain_model_is_an_error(toys: "Toys") -> None:
-    """There is nothing to take out; the error says what to call first."""
+    """There is no adapter; the error says what to call first."""
     with pytest.raises(AdapterError, match=r"Net has no adapter; call tunerkit\.wrap"):
         tunerkit.unwrap(toys.net())
 
 
 def test_hooks_of_the_users_stay_and_run(toys: "Toys") -> None:
-    """A user's own forward hooks survive wrapping and unwrapping; ours goes."""
+    """Only our hooks are removed; a user's forward hooks survive wrapping and unwrapping."""
     model = toys.net()
     seen: list[int] = []
     model.conv.register_forward_hook(lambda *_: seen.append(0))
@@ -90,7 +90,7 @@ def test_hooks_of_the_users_stay_and_run(toys: "Toys") -> None:
 
 
 def test_an_unwrapped_model_is_driven_by_no_optimizer(toys: "Toys") -> None:
-    """The optimizer it was attached to goes on without a hook of ours."""
+    """The optimizer that it was attached to continues without our hooks."""
     model = toys.trained()
     tuner = tunerkit.tuner(model)
     optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
@@ -105,7 +105,7 @@ def test_an_unwrapped_model_is_driven_by_no_optimizer(toys: "Toys") -> None:
 
 @pytest.mark.parametrize("second", [{"targets": ["head.0"]}, {"targets": ["conv"], "train_modules": ["head"]}])
 def test_what_is_trained_in_full_is_not_adapted_too(toys: "Toys", second: dict[str, Any]) -> None:
-    """A copy replaces its module's output, so no other adapter has a place at or under it."""
+    """A copy replaces its module's output, so no other adapter can be at or below it."""
     model = toys.trained()
     before = toys.snapshot(model)
     with pytest.raises(AdapterError, match=r"'default'.*head\.0|'head\.0'.*'default'"):
@@ -114,7 +114,7 @@ def test_what_is_trained_in_full_is_not_adapted_too(toys: "Toys", second: dict[s
 
 
 def test_what_holds_an_adapter_is_not_trained_in_full(toys: "Toys") -> None:
-    """The copy would copy the adapter: the error says whose it is and where."""
+    """The copy would include the adapter: the error names the adapter and its place."""
     block = nn.Module()
     block.inner = nn.Linear(2, 2)
     model = nn.Sequential(nn.Linear(2, 2), copy.deepcopy(block))
@@ -133,13 +133,13 @@ def test_what_holds_an_adapter_is_not_trained_in_full(toys: "Toys") -> None:
         ("layer.weight", False),
     ],
 )
-def test_adapter_paths_are_told_by_a_whole_part(name: str, adapter: bool) -> None:
-    """A parameter belongs to an adapter if it lies under a child called tunerkit, not if its name looks alike."""
+def test_adapter_paths_are_recognised_by_a_whole_component(name: str, adapter: bool) -> None:
+    """A parameter belongs to an adapter only if it is below a child called tunerkit; similar names don't count."""
     assert is_adapter_path(name) is adapter
 
 
 def test_integers_in_a_copy_do_not_ask_for_gradients(toys: "Toys") -> None:
-    """Torch refuses gradients of integers; a quantised table in a trained module stays as it is."""
+    """Integers cannot have gradients in torch; a quantised table in a trained module stays unchanged."""
     model = toys.net()
     model.head[0].table = nn.Parameter(torch.arange(3), requires_grad=False)
     tunerkit.wrap(model, "toy-shift", toys.full)

@@ -1,4 +1,4 @@
-"""Tests of attaching to a transformers Trainer: its loop drives, its global step is the clock."""
+"""Attaching to a transformers Trainer: its loop drives, its global step is the clock."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +37,7 @@ def trainer_of(model: nn.Module, folder: Path, **options: Any) -> Trainer:
 
 
 def assert_stepped(tuner: tunerkit.Tuner, count: int) -> None:
-    """Each hook was called once in each step, and every parameter had a gradient then."""
+    """Check that each hook was called once in each step, when every parameter had a gradient."""
     assert hooks_of(tuner) == per_step(count)
     grads = [grad for call in calls_of(tuner) for grad in call.grads]
     assert all(grad is not None and bool(grad.any()) for grad in grads)
@@ -55,7 +55,7 @@ def assert_stepped(tuner: tunerkit.Tuner, count: int) -> None:
     ],
 )
 def test_one_line_trains_with_the_trainers_total_and_clock(options: dict[str, Any], total: int, tmp_path: Path) -> None:
-    """By steps or epochs, accumulating or not: the total is the trainer's, each hook fires once per global step."""
+    """By steps or epochs, accumulating or not: the total is the trainer's, and hooks fire once per global step."""
     model = wrapped()
     trainer = trainer_of(model, tmp_path, **options)
     tunerkit.attach(model, trainer)
@@ -68,7 +68,7 @@ def test_one_line_trains_with_the_trainers_total_and_clock(options: dict[str, An
 
 
 def test_the_tuners_steps_are_the_global_step(tmp_path: Path) -> None:
-    """Whenever a callback looks at the end of a step, both counts agree."""
+    """At the end of every step, a callback sees equal counts."""
     model = wrapped()
     trainer = trainer_of(model, tmp_path)
     seen = []
@@ -84,7 +84,7 @@ def test_the_tuners_steps_are_the_global_step(tmp_path: Path) -> None:
 
 
 def test_a_total_that_agrees_is_accepted(tmp_path: Path) -> None:
-    """Saying it again, in the call and in the config, is no mistake."""
+    """Passing the same total in the call and in the config is no error."""
     model = wrapped(total_steps=6)
     trainer = trainer_of(model, tmp_path)
     tunerkit.attach(model, trainer, total_steps=6)
@@ -94,7 +94,7 @@ def test_a_total_that_agrees_is_accepted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["config", "call"])
 def test_a_disagreeing_total_is_refused_before_any_step(place: str, tmp_path: Path) -> None:
-    """Both numbers are named, nothing is trained, nothing stays attached."""
+    """The error has both numbers, nothing is trained, and nothing stays attached."""
     model = wrapped(total_steps=7 if place == "config" else None)
     trainer = trainer_of(model, tmp_path)
     tunerkit.attach(model, trainer, total_steps=7 if place == "call" else None)
@@ -112,7 +112,7 @@ def test_a_trainer_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_attaching_twice_is_refused(tmp_path: Path) -> None:
-    """To the same trainer again, or to a trainer beside an optimizer, or to an optimizer beside a running trainer."""
+    """To the same trainer again, to a trainer in addition to an optimizer, or to an optimizer during training."""
     model = wrapped()
     trainer = trainer_of(model, tmp_path)
     tunerkit.attach(model, trainer)
@@ -128,7 +128,7 @@ def test_attaching_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_end_of_training_detaches(tmp_path: Path) -> None:
-    """Afterwards the trainer's optimizer drives nothing, and the model can be attached to another."""
+    """After it, the trainer's optimizer drives nothing, and the model can be attached to another."""
     model = wrapped()
     trainer = trainer_of(model, tmp_path)
     tunerkit.attach(model, trainer)
@@ -141,8 +141,8 @@ def test_the_end_of_training_detaches(tmp_path: Path) -> None:
     assert tunerkit.tuner(model).steps == 0
 
 
-def test_a_second_train_begins_anew(tmp_path: Path) -> None:
-    """One attach holds for every call of train: state and count start again."""
+def test_a_second_train_restarts(tmp_path: Path) -> None:
+    """One attach covers every call of train(): state and count restart."""
     model = wrapped()
     trainer = trainer_of(model, tmp_path)
     tunerkit.attach(model, trainer)
@@ -155,7 +155,7 @@ def test_a_second_train_begins_anew(tmp_path: Path) -> None:
 
 
 def test_training_that_an_exception_ended_can_be_started_again(tmp_path: Path) -> None:
-    """The interrupted run left the adapter attached; the next one begins anew instead of refusing."""
+    """The interrupted run left the adapter attached; the next run restarts instead of raising an error."""
     model = wrapped()
     trainer = trainer_of(model, tmp_path)
 
@@ -177,7 +177,7 @@ def test_training_that_an_exception_ended_can_be_started_again(tmp_path: Path) -
 
 
 def test_training_that_a_keystroke_ended_leaves_the_adapter_to_another_trainer(tmp_path: Path) -> None:
-    """As in a notebook, where one interrupts and builds a new Trainer around the same model."""
+    """As in a notebook, where you interrupt and build a new Trainer around the same model."""
     model = wrapped()
     trainer = trainer_of(model, tmp_path)
 
@@ -196,8 +196,8 @@ def test_training_that_a_keystroke_ended_leaves_the_adapter_to_another_trainer(t
     assert kept.traceback
 
 
-def test_a_trainers_optimizer_that_wraps_one_with_a_state_of_its_own_is_refused(tmp_path: Path) -> None:
-    """As by `tunerkit.attach`, through accelerate's wrapper too; nothing is attached after it."""
+def test_a_trainers_optimizer_wrapper_with_a_separate_state_is_refused(tmp_path: Path) -> None:
+    """As in `tunerkit.attach`, also through accelerate's wrapper; nothing is attached after the error."""
     model = wrapped()
     trainer = trainer_of(model, tmp_path)
     outer, inner = (torch.optim.SGD(tunerkit.tuner(model).parameters(), lr=0.1) for _ in range(2))
@@ -210,7 +210,7 @@ def test_a_trainers_optimizer_that_wraps_one_with_a_state_of_its_own_is_refused(
 
 
 def test_an_adapter_attached_while_the_trainer_trains_is_driven_from_there_on(tmp_path: Path) -> None:
-    """If the optimizer holds it; else it is refused, and said."""
+    """This requires that the optimizer contains it; otherwise attach raises an error."""
     model = tunerkit.wrap(wrapped(), "noting-stepper", {"targets": ["first"]}, adapter="late")
     trainer = trainer_of(model, tmp_path)
 

@@ -1,4 +1,4 @@
-"""What becomes of adapters where the model is changed after wrapping: told, wherever it would otherwise be silent."""
+"""Changes to a model after wrapping: an error or a warning whenever an adapter would silently have no effect."""
 
 import re
 from collections.abc import Callable
@@ -67,7 +67,7 @@ def calls(model: nn.Module, folder: Path) -> list[Callable[[], object]]:
 def test_a_place_that_was_changed_is_named(
     toys: "Toys", tmp_path: Path, change: Callable[[Any], None], words: str, number: int
 ) -> None:
-    """Replaced, removed, resized or without its hook: no training in vain, no file that fits nothing, no merge."""
+    """Replaced, removed, resized or without its hook: no useless training, no file that fits nothing, no merge."""
     model = toys.trained(batch_norm=True, train_modules=["head"], targets=["layers.*"], bias="all")
     change(model)
     with pytest.raises(AdapterError, match=f"- {re.escape(words)}\nConvert, replace or resize modules first"):
@@ -75,8 +75,8 @@ def test_a_place_that_was_changed_is_named(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_owner_that_lost_its_hooks_is_told(toys: "Toys", tmp_path: Path) -> None:
-    """Where attention's weights are overridden it is attention's hooks that count."""
+def test_an_owner_that_lost_its_hooks_is_an_error(toys: "Toys", tmp_path: Path) -> None:
+    """If attention's weights are overridden, attention's hooks are the ones that matter."""
     model: Any = toys.fill_(
         tunerkit.wrap(nn.TransformerEncoderLayer(8, 2, 8), "toy-low-rank", {"targets": "all-linear"})
     )
@@ -87,7 +87,7 @@ def test_an_owner_that_lost_its_hooks_is_told(toys: "Toys", tmp_path: Path) -> N
 
 
 def test_a_module_that_is_held_by_another_now_is_still_there(toys: "Toys", tmp_path: Path) -> None:
-    """In a compiled or data-parallel module, or beside a new one, it runs as before."""
+    """Inside a compiled or data-parallel module, or next to a new one, it works as before."""
     model = toys.trained(targets=["layers.*"])
     output = model(toys.x())
     model.layers[0] = nn.Sequential(model.layers[0], nn.Identity())

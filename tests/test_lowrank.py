@@ -1,4 +1,4 @@
-"""The low-rank product against layers with merged weights: values, gradients, dtypes and the edges."""
+"""The low-rank product compared with layers with merged weights: values, gradients, dtypes and edge cases."""
 
 import copy
 import importlib
@@ -99,7 +99,7 @@ def test_gradients_are_those_of_finite_differences(name: str, dropout: float) ->
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_dropout_falls_on_the_input_of_the_product_alone(name: str) -> None:
-    """Dropping all leaves y, dropping half of it gives the same on average: y itself is never dropped."""
+    """Dropping everything leaves y, dropping half gives the same on average: y itself is never dropped."""
     base, x = layer(name)
     factors = triplets(base, 2)
     y = base.module(x)
@@ -116,7 +116,7 @@ def test_dropout_falls_on_the_input_of_the_product_alone(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("zero", ["p", "lam"])
 def test_a_zero_delta_leaves_the_output_bit_for_bit(name: str, dtype: torch.dtype, zero: str) -> None:
-    """With fp32 adapters beside a base in any dtype; shape and dtype stay, under autocast too."""
+    """With fp32 adapters on a base of any dtype, shape and dtype stay, also under autocast."""
     base, x = layer(name, dtype)
     factors = triplets(base, 3, torch.float32)
     factors[zero].zero_()
@@ -130,7 +130,7 @@ def test_a_zero_delta_leaves_the_output_bit_for_bit(name: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_adapters_in_fp32_compute_in_fp32_beside_a_bf16_base(name: str) -> None:
-    """Only the finished delta is rounded to the base's dtype."""
+    """Only the final delta is rounded to the base's dtype."""
     base, x = layer(name, torch.bfloat16)
     factors = triplets(base, 3, torch.float32)
     y = base.module(x)
@@ -141,7 +141,7 @@ def test_adapters_in_fp32_compute_in_fp32_beside_a_bf16_base(name: str) -> None:
 
 @pytest.mark.parametrize("name", FLOATING)
 def test_autocast_chooses_the_dtype_of_the_product(name: str) -> None:
-    """Under autocast, fp32 factors multiply as bf16 ones do; what they are added to keeps its dtype."""
+    """Under autocast, fp32 factors multiply like bf16 ones; the tensor they are added to keeps its dtype."""
     base, x = layer(name, torch.float32)
     factors = triplets(base, 3, torch.float32)
     del factors["lam"]
@@ -154,7 +154,7 @@ def test_autocast_chooses_the_dtype_of_the_product(name: str) -> None:
 
 
 def test_autocast_does_not_widen_the_input_first() -> None:
-    """Casting a bf16 input to fp32 only for autocast to cast it back would cost two copies: it reaches Q as it is."""
+    """A bf16 input reaches Q unchanged: casting it to fp32, and autocast casting it back, would cost two copies."""
     seen = []
     base, x = layer("linear", torch.bfloat16)
     factors = triplets(base, 2, torch.float32)
@@ -172,7 +172,7 @@ def test_autocast_does_not_widen_the_input_first() -> None:
 
 @pytest.mark.parametrize(("base_dtype", "dtype"), [(torch.float64, torch.float32), (torch.float32, torch.float64)])
 def test_float64_on_one_side_works_under_autocast(base_dtype: torch.dtype, dtype: torch.dtype) -> None:
-    """Autocast leaves float64 alone, so it would not bring the two together."""
+    """Autocast ignores float64, so it would not convert the two to one dtype."""
     base, x = layer("linear", base_dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = base.module(x)
@@ -215,7 +215,7 @@ def test_an_unbatched_image_equals_a_batch_of_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_neither_input_nor_output_nor_factors_are_written_to(name: str) -> None:
-    """Autograd may still need all of them."""
+    """Autograd may still need them."""
     base, x = layer(name)
     tensors = {"x": x, "y": base.module(x), **triplets(base, 2)}
     before = {key: value.clone() for key, value in tensors.items()}
@@ -264,7 +264,7 @@ def test_factors_of_another_layer_are_refused_in_words() -> None:
 
 
 def test_the_meta_device_works() -> None:
-    """Shapes can be asked for without memory; that device knows no autocast."""
+    """Shapes can be computed without memory; that device has no autocast."""
     base = as_base_layer(nn.Linear(5, 4, device="meta"))
     assert base is not None
     q, p = torch.empty(2, 5, device="meta"), torch.empty(4, 2, device="meta")
@@ -275,7 +275,7 @@ def test_the_meta_device_works() -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_it_traces_as_one_graph(name: str) -> None:
-    """torch.compile finds no break in it, so a compiled model stays one graph."""
+    """torch.compile finds no graph break, so a compiled model stays one graph."""
     importlib.import_module("torch._dynamo").reset()
     base, x = layer(name)
     factors = triplets(base, 2)

@@ -1,4 +1,4 @@
-"""The models of the conformance matrix are what checks need: small, the same at every build, without dropout."""
+"""Models of the conformance matrix are small, the same at every build, and without dropout."""
 
 import importlib.util
 from collections.abc import Callable
@@ -19,7 +19,7 @@ FAMILIES = {
 
 
 def test_the_matrix_holds_every_family_of_the_installed_libraries() -> None:
-    """Law: a family stands for each way in which layers are built and called."""
+    """Law: there is a family for each way in which layers are built and called."""
     expected = set()
     for library, names in FAMILIES.items():
         expected |= names if importlib.util.find_spec(library) else {library}
@@ -27,7 +27,7 @@ def test_the_matrix_holds_every_family_of_the_installed_libraries() -> None:
 
 
 def test_a_missing_library_skips_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Law: without a library its cases are one test that skips and names it; the others stay."""
+    """Law: the cases of a missing library are one skipped test that names it; the others stay."""
     find: Callable[[str], object] = importlib.util.find_spec
     monkeypatch.setattr(matrix, "find_spec", lambda name: None if name == "timm" else find(name))
     skipped = [case for case in matrix.cases() if case.id == "timm"]
@@ -39,7 +39,7 @@ def test_a_missing_library_skips_with_a_reason(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("case", matrix.cases())
 def test_a_case_is_small_and_the_same_at_every_build(case: Case) -> None:
-    """Law: two builds are equal bit for bit, also in what they put out, and a build has few parameters."""
+    """Law: two builds and their outputs are equal bit for bit, and a build has few parameters."""
     first, second = case.build(), case.build()
     assert sum(parameter.numel() for parameter in first.parameters()) < 50_000
     others = second.state_dict()
@@ -49,7 +49,7 @@ def test_a_case_is_small_and_the_same_at_every_build(case: Case) -> None:
 
 @pytest.mark.parametrize("case", matrix.cases())
 def test_a_case_trains_as_it_is_evaluated(case: Case) -> None:
-    """Law: no dropout, no layer left out, no statistics moved: training mode changes neither loss nor state."""
+    """Law: without dropout, dropped layers or updated statistics, training mode changes neither loss nor state."""
     model = case.build().eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     expected = case.loss(model)

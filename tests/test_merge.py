@@ -1,4 +1,4 @@
-"""Merging, unmerging and disabling: outputs within the tolerance, bases bit for bit, refusals that change nothing."""
+"""Merge, unmerge and disable: outputs within the tolerance, bases bit for bit, errors that change nothing."""
 
 import copy
 import pickle
@@ -42,7 +42,7 @@ def assert_merging_fails(toys: "Toys", model: nn.Module, error: type[Exception],
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("method", ["toy-low-rank", "toy-shift"])
 def test_merging_keeps_the_output_and_unmerging_the_bits(toys: "Toys", method: str, config: str) -> None:
-    """Merged output is equal within the tolerance, without any adapter running; after unmerge all is as before."""
+    """Merged output is equal within the tolerance, and no adapter runs; unmerge restores everything."""
     model = trained(toys, method, config)
     before, output = toys.snapshot(model), model(toys.x())
     assert not toys.close(output, toys.net(batch_norm=True)(toys.x()))
@@ -63,7 +63,7 @@ def test_merging_keeps_the_output_and_unmerging_the_bits(toys: "Toys", method: s
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_disabled_shows_the_base_bit_for_bit(toys: "Toys", config: str, merged: bool, training: bool) -> None:
-    """Inside the block the output is the base's, copies and biases included; nested too; afterwards the adapters'."""
+    """Inside the block, also nested, the output is the base's, including its head; after it, the adapters'."""
     model = trained(toys, "toy-low-rank", config).train(training)
     base = toys.net(batch_norm=True).train(training)
     state = copy.deepcopy(model.state_dict())
@@ -83,7 +83,7 @@ def test_disabled_shows_the_base_bit_for_bit(toys: "Toys", config: str, merged: 
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_an_exception_inside_disabled_brings_the_adapters_back(toys: "Toys", merged: bool) -> None:
-    """However the block is left, the adapters are on again."""
+    """However the block ends, the adapters are enabled again."""
     model = trained(toys, "toy-low-rank", "all")
     if merged:
         tunerkit.merge(model)
@@ -93,15 +93,15 @@ def test_an_exception_inside_disabled_brings_the_adapters_back(toys: "Toys", mer
     assert torch.equal(model(toys.x()), output)
 
 
-def test_disabled_and_unmerged_go_by_adapter_free_models_in_words(toys: "Toys") -> None:
-    """A plain model has nothing to merge, unmerge or disable."""
+def test_models_without_adapters_cannot_be_disabled_or_unmerged(toys: "Toys") -> None:
+    """A plain model raises an error in merge, unmerge and disabled."""
     for call in (tunerkit.merge, tunerkit.unmerge, lambda model: tunerkit.disabled(model).__enter__()):
         with pytest.raises(AdapterError, match="has no adapter"):
             call(toys.net())
 
 
 def test_merging_twice_and_unmerging_what_is_not_merged_are_errors(toys: "Toys") -> None:
-    """Each names the call that is due; the model stays as it is."""
+    """Each error names the call to make instead; the model is unchanged."""
     model = trained(toys, "toy-low-rank", "all")
     with pytest.raises(AdapterError, match="not merged"):
         tunerkit.unmerge(model)
@@ -110,7 +110,7 @@ def test_merging_twice_and_unmerging_what_is_not_merged_are_errors(toys: "Toys")
 
 
 def test_inside_disabled_nothing_is_merged_or_unmerged(toys: "Toys") -> None:
-    """The base stands in there: merging then would set the wrong tensors aside."""
+    """The base's values are active there: merge would store the wrong tensors as originals."""
     model = trained(toys, "toy-low-rank", "all")
     output = model(toys.x())
     with tunerkit.disabled(model), pytest.raises(AdapterError, match="disabled"):
@@ -123,7 +123,7 @@ def test_inside_disabled_nothing_is_merged_or_unmerged(toys: "Toys") -> None:
 
 
 def test_two_adapters_merge_together(toys: "Toys") -> None:
-    """Both deltas and both biases are in the merged weights, also where they meet at one layer."""
+    """The merged weights include both deltas and both biases, also at a common layer."""
     model = trained(toys, "toy-low-rank", "their biases")
     tunerkit.wrap(model, "toy-low-rank", {"targets": ["layers.0", "layers.1"], "bias": "adapters"}, adapter="two")
     tunerkit.wrap(model, "toy-shift", {"targets": ["layers.1"]}, adapter="three")
@@ -135,7 +135,7 @@ def test_two_adapters_merge_together(toys: "Toys") -> None:
 
 
 def test_the_merge_is_counted_in_fp32_at_least(toys: "Toys") -> None:
-    """In a bf16 base the sum is rounded once: each merged weight is the one nearest to the exact sum."""
+    """In a bf16 base the sum is rounded once: each merged weight is the nearest to the exact sum."""
     model = tunerkit.wrap(toys.net().bfloat16(), "toy-low-rank", {"targets": ["layers.1"]})
     toys.fill_(model)
     layer: Any = model.get_submodule("layers.1")
@@ -148,7 +148,7 @@ def test_the_merge_is_counted_in_fp32_at_least(toys: "Toys") -> None:
 
 
 def test_a_merged_model_follows_to(toys: "Toys") -> None:
-    """The originals move along: unmerged after model.to(dtype), the base is the base in that dtype."""
+    """model.to(dtype) converts the originals too: after unmerge the base has its values in that dtype."""
     model = tunerkit.merge(trained(toys, "toy-low-rank", "all")).to(torch.bfloat16)
     base = toys.net(batch_norm=True).to(torch.bfloat16)
     with tunerkit.disabled(model):
@@ -159,7 +159,7 @@ def test_a_merged_model_follows_to(toys: "Toys") -> None:
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_of_a_merged_model_unmerges_on_its_own(toys: "Toys", way: Any) -> None:
-    """The copy keeps its own originals."""
+    """The copy has separate originals."""
     model = trained(toys, "toy-low-rank", "all")
     output = model(toys.x())
     tunerkit.merge(model)
@@ -171,7 +171,7 @@ def test_a_copy_of_a_merged_model_unmerges_on_its_own(toys: "Toys", way: Any) ->
 
 @pytest.mark.parametrize(("place", "own"), [("layers.1", "targets"), ("head", "train_modules")])
 def test_what_is_tied_by_now_is_not_merged(toys: "Toys", place: str, own: str) -> None:
-    """Merging would change what shares the weight, without a word: the sharer is named, and nothing is merged."""
+    """Merging would silently change a module that shares the weight: the error names it, and nothing is merged."""
     config: dict[str, Any] = {"targets": ["conv"], own: [place]}
     model = toys.trained(**config)
     layer = model.layers[1] if place == "layers.1" else model.head[2]
@@ -189,7 +189,7 @@ def test_what_is_tied_by_now_is_not_merged(toys: "Toys", place: str, own: str) -
 @pytest.mark.parametrize("permanent", [False, True])
 @pytest.mark.parametrize("inside", ["merge", "unwrap", "both"])
 def test_what_is_merged_in_inference_mode_is_a_model_like_any_other(toys: "Toys", permanent: bool, inside: str) -> None:
-    """A merge for evaluation leaves ordinary weights: unwrapped with them kept, the base can be trained."""
+    """Merging for evaluation leaves ordinary weights: after unwrap(keep_merged=True) the base can be trained."""
     model = toys.trained()
     output = model(toys.x())
     with torch.inference_mode(inside != "unwrap"):
@@ -204,7 +204,7 @@ def test_what_is_merged_in_inference_mode_is_a_model_like_any_other(toys: "Toys"
 
 
 def test_a_base_built_in_inference_mode_is_unwrapped_whole(toys: "Toys") -> None:
-    """Its parameters ask for gradients again, as they did, and no adapter is left behind."""
+    """Its parameters require gradients again, as before, and no adapter is left."""
     with torch.inference_mode():
         base = toys.net()
     before = toys.snapshot(base)
@@ -216,7 +216,7 @@ def test_a_base_built_in_inference_mode_is_unwrapped_whole(toys: "Toys") -> None
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("merged", [False, True])
 def test_a_copy_made_while_disabled_is_an_enabled_model(toys: "Toys", way: Any, merged: bool) -> None:
-    """It has no block to leave: it does what the model does outside, and can be merged, unwrapped and trained."""
+    """There is no block around it: it acts like the model outside, and can be merged, unwrapped and trained."""
     model = toys.trained()
     output = model(toys.x())
     if merged:
@@ -233,14 +233,14 @@ def test_a_copy_made_while_disabled_is_an_enabled_model(toys: "Toys", way: Any, 
 
 
 def test_the_originals_are_in_no_state_dict(toys: "Toys") -> None:
-    """Merging changes no key: a checkpoint of a merged model is that of the model."""
+    """Merging changes no key: a checkpoint of a merged model has the model's keys."""
     model = trained(toys, "toy-low-rank", "all")
     keys = list(model.state_dict())
     assert list(tunerkit.merge(model).state_dict()) == keys
 
 
 def test_a_step_while_merged_is_refused(toys: "Toys") -> None:
-    """A step would train what forward does not use."""
+    """A step would train parameters that forward does not use."""
     model = trained(toys, "toy-low-rank", "all")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     tunerkit.attach(model, optimizer)
@@ -251,7 +251,7 @@ def test_a_step_while_merged_is_refused(toys: "Toys") -> None:
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_permanent_merge_keeps_no_originals_and_says_so(toys: "Toys", tmp_path: Path, config: str) -> None:
-    """What needs the base is refused in words; save goes on, and its file loads on the base; unwrap keeps merged."""
+    """Functions that need the base raise an error. save works, and its file loads on the base; unwrap keeps merged."""
     model = trained(toys, "toy-low-rank", config)
     output = model(toys.x())
     unmerged_file = tunerkit.save(model, tmp_path / "before").read_bytes()
@@ -275,7 +275,7 @@ def test_a_permanent_merge_keeps_no_originals_and_says_so(toys: "Toys", tmp_path
 
 
 def broken(delta: Any, *, unasked: bool = False) -> object:
-    """A method like toy-shift whose delta hook answers with ``delta(adapter, base)``, or is missing."""
+    """A method like toy-shift whose delta hook returns ``delta(adapter, base)``, or is missing."""
 
     class Adapter(tunerkit.Adapter):
         def forward(self, base: tunerkit.BaseLayer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -328,7 +328,7 @@ def fail_at_the_second() -> Any:
 def test_a_plugin_that_fails_to_merge_changes_nothing(
     toys: "Toys", plugin: object, error: type[Exception], words: str
 ) -> None:
-    """All deltas are asked for and checked before the first weight changes."""
+    """All deltas are computed and checked before the first weight changes."""
     with registered(plugin):
         model = tunerkit.wrap(toys.net(), "toy-broken")
         for permanent in (False, True):
@@ -337,7 +337,7 @@ def test_a_plugin_that_fails_to_merge_changes_nothing(
 
 
 def test_a_bias_where_there_is_none_cannot_be_merged(toys: "Toys") -> None:
-    """The base layer has no place for it: the error names the layer, and no weight has changed."""
+    """The base layer has no bias to store it: the error names the layer, and no weight has changed."""
     model = toys.net()
     model.layers[1] = nn.Linear(8, 8, bias=False)
     tunerkit.wrap(model, "toy-shift", {"targets": ["layers.0", "layers.1"]})
@@ -346,7 +346,7 @@ def test_a_bias_where_there_is_none_cannot_be_merged(toys: "Toys") -> None:
 
 
 def test_an_adapter_that_adds_nothing_is_merged_and_unmerged(toys: "Toys") -> None:
-    """An empty delta sets nothing aside, and is no permanent merge for that."""
+    """An empty delta stores no originals, and still is no permanent merge."""
     with registered(broken(lambda adapter, base: tunerkit.Delta())):
         model = tunerkit.wrap(toys.net(), "toy-broken")
         output = model(toys.x())

@@ -1,4 +1,4 @@
-"""Tests of what users do to a wrapped model beside training it: copy, move, reload, call it in unusual ways."""
+"""Operations besides training on a wrapped model: copy, move, reload, unusual calls."""
 
 import copy
 import importlib
@@ -58,8 +58,8 @@ def all_equal(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> b
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_copy_of_a_half_trained_model_trains_on_its_own(toys: "Toys", method: str) -> None:
-    """Everything the copy's tuner names lies in the copy; each of the two trains as it would alone."""
+def test_a_copy_of_a_half_trained_model_trains_independently(toys: "Toys", method: str) -> None:
+    """The copy's tuner refers only to the copy; each of the two trains as it would alone."""
     model = wrapped(toys, method)
     optimizer = attached(model)
     train(model, optimizer, toys.x(), 3)
@@ -84,7 +84,7 @@ def test_a_copy_of_a_half_trained_model_trains_on_its_own(toys: "Toys", method: 
 
 
 def test_a_shallow_copy_is_the_same_model(toys: "Toys") -> None:
-    """`copy.copy` shares every module, as it does for any model: the same adapters, the same handle."""
+    """`copy.copy` shares every module, as for any model: the same adapters and tuner."""
     model = toys.trained()
     twin = copy.copy(model)
     assert torch.equal(twin(toys.x()), model(toys.x()))
@@ -92,7 +92,7 @@ def test_a_shallow_copy_is_the_same_model(toys: "Toys") -> None:
 
 
 def replica_of(model: nn.Module) -> nn.Module:
-    """What `nn.DataParallel` makes for each device: modules copied flat, parameters as plain tensors on them."""
+    """A replica as `nn.DataParallel` makes it per device: modules copied flat, parameters as plain tensors."""
     replicas: dict[nn.Module, Any] = {module: module._replicate_for_data_parallel() for module in model.modules()}
     for module, replica in replicas.items():
         for name, child in module._modules.items():
@@ -104,7 +104,7 @@ def replica_of(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_replica_of_data_parallel_does_what_the_model_does(toys: "Toys", method: str) -> None:
-    """There parameters are plain tensors: outputs are equal, and gradients reach adapters, copies and biases."""
+    """Its parameters are plain tensors: outputs are equal, and gradients reach adapters, copies and biases."""
     model = toys.fill_(wrapped(toys, method))
     replica = replica_of(model)
     assert torch.equal(replica(toys.x()), model(toys.x()))
@@ -120,8 +120,8 @@ def test_a_replica_of_data_parallel_does_what_the_model_does(toys: "Toys", metho
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_training_goes_on_after_a_change_of_dtype(toys: "Toys", method: str, dtype: torch.dtype) -> None:
-    """`model.to(dtype)` in the middle: base and adapters follow, the optimizer's parameters are still the model's."""
+def test_training_continues_after_a_change_of_dtype(toys: "Toys", method: str, dtype: torch.dtype) -> None:
+    """`model.to(dtype)` during training converts base and adapters, and keeps the optimizer's parameters."""
     model = wrapped(toys, method)
     optimizer = attached(model)
     train(model, optimizer, toys.x(), 2)
@@ -138,7 +138,7 @@ def test_training_goes_on_after_a_change_of_dtype(toys: "Toys", method: str, dty
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_come_back_from_meta(toys: "Toys", method: str, assign: bool) -> None:
-    """to("meta"), then state_dict with assign=True or into to_empty: the adapters come back with the model."""
+    """to("meta"), then state_dict with assign=True or into to_empty: the adapters are restored with the model."""
     source = toys.fill_(wrapped(toys, method))
     model = wrapped(toys, method).to("meta")
     if not assign:
@@ -151,7 +151,7 @@ def test_weights_come_back_from_meta(toys: "Toys", method: str, assign: bool) ->
 
 
 def test_a_state_dict_lacks_or_has_too_much_as_ever(toys: "Toys") -> None:
-    """strict=True names what is missing or unexpected, adapters' names too; strict=False loads the rest."""
+    """strict=True names missing and unexpected keys, including adapters' keys; strict=False loads the rest."""
     model, base = toys.trained(), toys.net()
     with pytest.raises(RuntimeError, match=r"Missing key.*conv\.tunerkit\.default\.adapter\.a"):
         model.load_state_dict(base.state_dict())
@@ -163,7 +163,7 @@ def test_a_state_dict_lacks_or_has_too_much_as_ever(toys: "Toys") -> None:
 
 
 def test_attaching_a_model_frozen_by_hand_is_refused(toys: "Toys") -> None:
-    """`requires_grad_(False)` freezes adapters too; thawed again by hand, all of the model is trained, as asked."""
+    """`requires_grad_(False)` freezes adapters too; if the user unfreezes everything, the whole model is trained."""
     model = wrapped(toys, "toy-shift").requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(StepError, match="frozen"):
@@ -177,7 +177,7 @@ def test_attaching_a_model_frozen_by_hand_is_refused(toys: "Toys") -> None:
 
 
 def test_apply_reaches_base_layers_and_adapters_by_their_types(toys: "Toys") -> None:
-    """`model.apply(fn)` is torch's: an initialisation by type finds the base's layers and leaves other types alone."""
+    """`model.apply(fn)` works as in torch: an initialisation by type changes the base's layers, and no other type."""
     model = toys.trained()
 
     def zero(module: nn.Module) -> None:
@@ -197,7 +197,7 @@ def test_apply_reaches_base_layers_and_adapters_by_their_types(toys: "Toys") -> 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_functional_call_uses_the_parameters_it_is_given(toys: "Toys", method: str) -> None:
-    """Output and gradients by `functional_call` are those of a model that holds these parameters."""
+    """Output and gradients of `functional_call` are those of a model with these parameters."""
     model = wrapped(toys, method)
     other = toys.fill_(copy.deepcopy(model))
     given = {name: p.detach() for name, p in other.named_parameters()}
@@ -217,7 +217,7 @@ def test_a_functional_call_uses_the_parameters_it_is_given(toys: "Toys", method:
 @pytest.mark.parametrize("quiet", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("method", METHODS)
 def test_evaluation_without_gradients_changes_nothing(toys: "Toys", method: str, quiet: Callable[[], Any]) -> None:
-    """Equal outputs, no graph, and training goes on as if there had been no evaluation."""
+    """Outputs are equal, there is no graph, and training continues unaffected."""
     model, alone = wrapped(toys, method), wrapped(toys, method)
     optimizer = attached(model)
     expected = model(toys.x())
@@ -231,7 +231,7 @@ def test_evaluation_without_gradients_changes_nothing(toys: "Toys", method: str,
 
 
 class Checkpointed(nn.Module):
-    """A stack of blocks, each run again in the backward pass."""
+    """A stack of blocks, each recomputed in backward."""
 
     def __init__(self, reentrant: bool | None) -> None:
         super().__init__()
@@ -262,7 +262,7 @@ def test_checkpointing_gives_the_same_gradients(toys: "Toys", method: str, reent
 
 @pytest.mark.parametrize("name", ["weight_norm", "spectral_norm", "orthogonal"])
 def test_a_parametrized_base_is_refused(toys: "Toys", name: str) -> None:
-    """The weight is computed from others at each forward: refused by name, and told when chosen broadly."""
+    """Its weight is recomputed at each forward: an error by name, a warning for a broad pattern."""
     model = nn.Sequential(nn.Linear(4, 4), getattr(nn.utils.parametrizations, name)(nn.Linear(4, 4)))
     with pytest.raises(TargetError, match=r"1: .*parametrization"):
         tunerkit.wrap(model, "toy-shift", {"targets": ["1"]})
@@ -273,7 +273,7 @@ def test_a_parametrized_base_is_refused(toys: "Toys", name: str) -> None:
 
 @pytest.mark.parametrize("first", ["plain", "wrapped"])
 def test_code_compiled_for_a_model_without_adapters_is_not_run_for_one_with_some(toys: "Toys", first: str) -> None:
-    """Two models of one class, both frozen and compiled after wrapping (one is a reference), whichever runs first."""
+    """Two models of one class, frozen and compiled after wrapping (one without adapters), in any order."""
     importlib.import_module("torch._dynamo").reset()
     plain = toys.net().requires_grad_(False)
     wrapped = toys.fill_(tunerkit.wrap(toys.net(), "toy-low-rank", toys.full))

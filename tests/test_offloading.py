@@ -1,4 +1,4 @@
-"""Tests of models whose weights accelerate's hooks bring for each forward."""
+"""Models whose weights accelerate's hooks load for each forward."""
 
 import copy
 from collections.abc import Callable
@@ -49,7 +49,7 @@ Offload = Callable[[nn.Module, Path], nn.Module]
 
 
 def trained(toys: "Toys", model: nn.Module, method: str, *, steps: int = 3) -> tuple[list[Tensor], list[Tensor]]:
-    """The outputs of a few steps, and the last gradients with what was trained."""
+    """The outputs of a few steps, and the last gradients and values of trained parameters."""
     tunerkit.wrap(model, method, dict(CONFIG), seed=0)
     own = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(own, lr=0.05)
@@ -68,10 +68,10 @@ def trained(toys: "Toys", model: nn.Module, method: str, *, steps: int = 3) -> t
 def test_an_offloaded_model_trains_as_the_model_itself(
     toys: "Toys", method: str, offload: Offload, tmp_path: Path
 ) -> None:
-    """Outputs, gradients and trained values are the same; the adapter lives where the model runs.
+    """Outputs, gradients and trained values are equal; the adapter is on the device where the model runs.
 
-    accelerate's hooks replace forward, so the plain form of the low-rank product is used; it rounds otherwise than the
-    fused one.
+    accelerate's hooks replace forward, so the plain form of the low-rank product is used; it rounds differently from
+    the fused one.
     """
     model = offload(toys.net(batch_norm=True), tmp_path)
     away = any(p.is_meta for p in model.parameters())
@@ -91,7 +91,7 @@ def test_an_offloaded_model_trains_as_the_model_itself(
 def test_an_adapter_goes_between_an_offloaded_model_and_the_model_itself(
     toys: "Toys", offload: Offload, tmp_path: Path
 ) -> None:
-    """Files written on either side load on the other: the fingerprint compares shapes where there are no values."""
+    """Files written on either side load on the other: without values, the fingerprint compares shapes."""
     model = offload(toys.net(batch_norm=True), tmp_path)
     trained(toys, model, "toy-low-rank")
     here = tunerkit.load(toys.net(batch_norm=True), tunerkit.save(model, tmp_path / "out"))
@@ -107,7 +107,7 @@ def test_an_adapter_goes_between_an_offloaded_model_and_the_model_itself(
 
 @pytest.mark.parametrize("offload", [in_memory, on_disk])
 def test_merging_waits_until_the_weights_are_loaded(toys: "Toys", offload: Offload, tmp_path: Path) -> None:
-    """Refused with the way out; once the hooks are gone, merging, unmerging and unwrapping are as ever."""
+    """The error says what to do; once the hooks are removed, merge, unmerge and unwrap work as usual."""
     model = offload(toys.net(batch_norm=True), tmp_path)
     trained(toys, model, "toy-low-rank")
     output = model(toys.x())
@@ -119,14 +119,14 @@ def test_merging_waits_until_the_weights_are_loaded(toys: "Toys", offload: Offlo
     assert torch.equal(model(toys.x()), output)
     assert toys.close(tunerkit.merge(model)(toys.x()), output)
     assert torch.equal(tunerkit.unmerge(model)(toys.x()), output)
-    # Without its hooks a module keeps its own forward on the instance, and can be adapted anew.
+    # Without its hooks a module keeps its own forward on the instance, and can be adapted again.
     base = tunerkit.unwrap(model)
     assert torch.equal(base(toys.x()), toys.net(batch_norm=True)(toys.x()))
     assert tunerkit.tuner(tunerkit.wrap(base, "toy-low-rank", CONFIG)).adapters()
 
 
 def test_offloading_after_wrapping_is_refused_when_attaching(toys: "Toys", tmp_path: Path) -> None:
-    """Adapters on meta would train nothing without a word: the error says in which order to do it."""
+    """Adapters on meta would silently train nothing: the error gives the right order of calls."""
     model = in_memory(toys.trained(), tmp_path)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     with pytest.raises(StepError, match="Offload first, then wrap"):
@@ -134,7 +134,7 @@ def test_offloading_after_wrapping_is_refused_when_attaching(toys: "Toys", tmp_p
 
 
 def test_an_adapter_that_is_offloaded_itself_runs_and_is_saved_once_it_is_back(toys: "Toys", tmp_path: Path) -> None:
-    """Offloading a trained model is fine for running it; there is nothing to save until the hooks are gone."""
+    """Offloading a trained model is fine for inference; it can be saved only after the hooks are removed."""
     model = in_memory(toys.trained(targets=["conv", "layers.0"], train_modules=["head"]), tmp_path)
     expected = toys.trained(targets=["conv", "layers.0"], train_modules=["head"])
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_an_adapter_that_is_offloaded_itself_runs_and_is_saved_once_it_is_back(t
 
 
 def test_a_trained_copy_does_not_carry_the_weights_of_the_model(tmp_path: Path) -> None:
-    """The hook's map of all weights is not copied, and the copy stays on the device, ties in it included."""
+    """The hook's map of all weights is not copied, and the copy stays on the device, including its ties."""
     model = nn.ModuleDict({"head": nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 6))})
     model.get_submodule("head.1").weight = model.get_submodule("head.2").weight
     head: Any = in_memory(model, tmp_path).get_submodule("head")
@@ -163,7 +163,7 @@ def test_a_trained_copy_does_not_carry_the_weights_of_the_model(tmp_path: Path) 
 
 
 def test_ties_are_seen_though_offloading_breaks_them(toys: "Toys", tmp_path: Path) -> None:
-    """An adapter on one of two tied weights is refused, naming both, also when they are away."""
+    """An adapter on one of two tied weights is an error that names both, also while they are offloaded."""
     model = nn.ModuleDict({"embed": nn.Embedding(8, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 8)})
     cast(nn.Linear, model["head"]).weight = cast(nn.Embedding, model["embed"]).weight
     in_memory(model, tmp_path)
@@ -174,8 +174,8 @@ def test_ties_are_seen_though_offloading_breaks_them(toys: "Toys", tmp_path: Pat
     assert str(caught.value).count("\n") == 0
 
 
-def test_a_bias_that_is_away_is_not_trained(toys: "Toys", tmp_path: Path) -> None:
-    """It would be needed beside its trained copy at each forward; where it stays on a device it is trained."""
+def test_an_offloaded_bias_is_not_trained(toys: "Toys", tmp_path: Path) -> None:
+    """Each forward would need it next to its trained copy; a bias that stays on a device is trained."""
     config = {"targets": ["layers.0"], "bias": "adapters"}
     model = in_memory(toys.net(), tmp_path)
     with pytest.raises(TargetError, match=r"bias of 'layers\.0' cannot be trained: accelerate offloads it"):
@@ -189,7 +189,7 @@ def test_a_bias_that_is_away_is_not_trained(toys: "Toys", tmp_path: Path) -> Non
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("x", [torch.randn(2, 3), torch.tensor([0, 2])], ids=["floats", "ids"])
 def test_the_input_is_brought_to_the_adapter_and_the_product_to_the_output(x: Tensor, autocast: bool) -> None:
-    """On several devices the hook moves what the base sees and not what the adapter sees: the adapter does that."""
+    """With several devices the hook moves the base's input but not the adapter's: the adapter does that itself."""
     seen = []
 
     def project_in(x: Tensor, q: Tensor, dropout: float) -> Tensor:
@@ -207,7 +207,7 @@ def test_the_input_is_brought_to_the_adapter_and_the_product_to_the_output(x: Te
 
 
 def test_the_adapter_is_built_where_the_hook_runs_the_module(toys: "Toys") -> None:
-    """The weights are elsewhere in between; the device of the hook is the module's."""
+    """Between calls the weights are elsewhere; the hook's device is the module's."""
     model = toys.net()
     for layer in model.layers:
         hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="meta", offload=True))
@@ -243,7 +243,7 @@ def _device_hook(module: nn.Module) -> None:
     ],
 )
 def test_only_device_hooks_are_seen_through(changes: list[Callable[[Any], None]], adapted: bool) -> None:
-    """A forward of the instance's own, under or over the hook, and a hook that may do anything: no kind, as ever."""
+    """A custom forward of the instance, below or above the hook, or a hook that may do anything: no kind."""
     layer = nn.Linear(3, 4)
     for change in changes:
         change(layer)

@@ -1,4 +1,4 @@
-"""Tests of a plugin from outside: built and installed by pip, used in a process of its own, with bad ones beside it."""
+"""A third-party plugin: built and installed by pip, used in a separate process, next to bad plugins."""
 
 import json
 import os
@@ -175,7 +175,7 @@ def write_distribution(folder: Path, distribution: str, text: str, *, entry: str
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What `SESSION` found in a process where the plugin and three bad ones are installed."""
+    """The results of `SESSION` in a process where the plugin and three bad ones are installed."""
     folder = tmp_path_factory.mktemp("outside")
     projects = [
         write_distribution(folder, "tunerkit-shift", PLUGIN, entry="shift", version="0.7.0"),
@@ -204,12 +204,12 @@ def _run(command: list[str], env: dict[str, str] | None = None) -> str:
 
 
 def test_an_installed_plugin_is_listed_with_its_distribution(session: dict[str, Any]) -> None:
-    """One pip install is all a user needs: the method is there, with name and version of what brought it."""
+    """After pip install the method is available, with the name and version of its distribution."""
     assert session["methods"]["shift"] == {"distribution": "tunerkit-shift", "version": "0.7.0", "error": None}
 
 
 def test_its_method_wraps_and_trains(session: dict[str, Any]) -> None:
-    """Its adapters stand at both targets, change nothing at first, and learn through the attached optimizer."""
+    """Its adapters are at both targets, don't change the first output, and learn through the attached optimizer."""
     assert session["adapters"] == {"0": "tunerkit_shift.Shift", "2": "tunerkit_shift.Shift"}
     assert session["starts as the base"]
     assert session["all train"]
@@ -218,21 +218,21 @@ def test_its_method_wraps_and_trains(session: dict[str, Any]) -> None:
 
 
 def test_its_adapter_saves_loads_merges_and_leaves_the_base_as_it_was(session: dict[str, Any]) -> None:
-    """Loaded output is bit-identical, merged output equal within 1e-5, and the base comes back bit for bit."""
+    """Loaded output is bit-identical, merged output is equal to 1e-5, and the base is restored bit for bit."""
     assert session["loads equal"]
     assert session["merge error"] <= 1e-5
     assert session["base untouched"]
 
 
 def test_a_broken_plugin_beside_it_is_named_with_its_reason(session: dict[str, Any]) -> None:
-    """Its entry point, its distribution and what went wrong at import."""
+    """The list has its entry point, its distribution and the error at import."""
     broken = session["methods"]["broken"]
     assert (broken["distribution"], broken["version"]) == ("acme-broken", "0.1.0")
     assert broken["error"] == "ModuleNotFoundError: No module named 'a_module_that_nobody_has'"
 
 
 def test_a_colliding_plugin_beside_it_is_named_with_both_distributions(session: dict[str, Any]) -> None:
-    """It comes first by name and still doesn't get the method; the list says who has it."""
+    """Its name sorts first, yet it doesn't get the method; the list says which distribution owns it."""
     colliding = session["methods"]["shift (acme-colliding)"]
     assert colliding["distribution"] == "acme-colliding"
     assert "tunerkit-shift" in colliding["error"]
@@ -240,9 +240,9 @@ def test_a_colliding_plugin_beside_it_is_named_with_both_distributions(session: 
 
 
 def test_a_careless_plugin_beside_it_keeps_to_its_own_method(session: dict[str, Any]) -> None:
-    """It would build, step and merge for everybody, and is not asked: else the tests above would fail.
+    """It would build, step and merge for every method, but is never asked: otherwise the tests above would fail.
 
-    It stays listed, and where all plugins are asked, its failure is told with its name.
+    It stays listed, and when all plugins are asked, a warning names it and its failure.
     """
     assert session["methods"]["careless"]["error"] is None
     assert [text for text in session["told"] if "'careless' (acme-careless) failed" in text]

@@ -60,7 +60,7 @@ def described(name: str, found: object) -> Iterator[str]:
 
 
 def public_api() -> list[str]:
-    """What a user may call, a line each."""
+    """All public functions and classes, one per line."""
     named = [(f"tunerkit.{name}", getattr(tunerkit, name)) for name in tunerkit.__all__]
     for module in map(importlib.import_module, MODULES):
         for name, found in vars(module).items():
@@ -70,7 +70,7 @@ def public_api() -> list[str]:
 
 
 def test_no_public_name_is_gone_and_no_parameter_changed() -> None:
-    """Everything in the snapshot is still there, with the same parameters; what is new is listed here."""
+    """Everything in the snapshot still exists with the same parameters; new names are listed here."""
     snapshot, found = (
         # A tuner is a handle that nobody builds, so its constructor is not public.
         {line for line in lines if not line.startswith("tunerkit.Tuner(")}

@@ -1,4 +1,4 @@
-"""The quality benchmark's batches: every row once, little padding, another order in every epoch."""
+"""The quality benchmark's batches: every row once, little padding, a different order in every epoch."""
 
 import math
 import random
@@ -11,15 +11,15 @@ from benchmarks.quality.batches import padded, shuffled_batches, sorted_batches
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=300), st.integers(1, 16), st.integers(0, 5))
 def test_batches_hold_every_row_once(lengths: list[int], size: int, seed: int) -> None:
-    """No batch order loses or repeats a row or exceeds the size, and both need as few batches as can be."""
+    """No batch order loses or repeats a row or exceeds the size, and both use the minimum number of batches."""
     for batches in (list(shuffled_batches(lengths, size, random.Random(seed))), list(sorted_batches(lengths, size))):
         assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
         assert max(map(len, batches)) <= size
         assert len(batches) == math.ceil(len(lengths) / size)
 
 
-def test_shuffled_batches_hold_rows_of_like_length_and_change_with_the_epoch() -> None:
-    """Within a pool, padding is what sorting leaves; the next draw from the same generator is another mixture."""
+def test_shuffled_batches_have_rows_of_similar_length_and_change_with_the_epoch() -> None:
+    """Within a pool there is only the padding that sorting leaves; the next draw of the same generator differs."""
     lengths = random.Random(7).choices(range(1, 101), k=256)
     rng = random.Random(0)
     first, second = (list(shuffled_batches(lengths, 8, rng)) for _ in range(2))
@@ -30,7 +30,7 @@ def test_shuffled_batches_hold_rows_of_like_length_and_change_with_the_epoch() -
 
 
 def test_the_seed_alone_decides_the_order() -> None:
-    """A committed row can be made again: the same seed gives the same batches, another seed others."""
+    """A committed row can be reproduced: the same seed gives the same batches, another seed gives others."""
     lengths = random.Random(7).choices(range(1, 101), k=256)
     one, same, other = (list(shuffled_batches(lengths, 8, random.Random(seed))) for seed in (0, 0, 1))
     assert one == same != other

@@ -1,4 +1,4 @@
-"""The benchmark of quality: its tasks' cuts, a short run of each method, and its rows."""
+"""The quality benchmark: the splits of its tasks, a short run of each method, and its rows."""
 
 import concurrent.futures
 import io
@@ -72,7 +72,7 @@ TOY = {
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The toy tasks in place of the real ones, on a tiny model; the cache folder."""
+    """Replaces the real tasks by toy tasks on a tiny model; returns the cache folder."""
     folder = save_tiny_classifier(tmp_path / "tiny")
     AutoModel.from_pretrained(folder).save_pretrained(folder)  # without a head, as the real one
     for module in (runs, command, methods, parity, pool, rates):
@@ -85,8 +85,8 @@ def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 # Tasks
 
 
-def test_a_cut_is_the_same_every_time_and_no_row_is_in_two_parts(tmp_path: Path) -> None:
-    """The sizes are as said, the digests tell parts apart, and too few rows are an error that counts them."""
+def test_a_split_is_the_same_every_time_and_no_row_is_in_two_parts(tmp_path: Path) -> None:
+    """The sizes are as configured, digests differ between parts, and too few rows are an error with both counts."""
     parts = TOY["toy"].cut(tmp_path)
     assert [len(part) for part in parts] == [48, 16, 16]
     assert list(map(tasks.digest, parts)) == list(map(tasks.digest, TOY["toy"].cut(tmp_path)))
@@ -98,7 +98,7 @@ def test_a_cut_is_the_same_every_time_and_no_row_is_in_two_parts(tmp_path: Path)
 
 
 def test_every_task_takes_three_hundred_steps_or_more() -> None:
-    """Shorter trainings say little of a schedule that is a share of them."""
+    """Shorter trainings say little about a schedule that is a share of the steps."""
     assert all(tasks.TASKS[name].steps >= 300 for name in tasks.CURVES)
     assert {*tasks.TASKS} - {*tasks.CURVES} == {"definitions"}  # the language model's, a step of which takes seconds
 
@@ -108,12 +108,12 @@ def test_every_task_takes_three_hundred_steps_or_more() -> None:
     [("nn-tl", "nn"), ("ppss+hvd", "ppss"), ("bedz*", "bedz"), ("fw-nn", "fw"), ("--", "--"), ("*", "*")],
 )
 def test_joined_tags_are_cut_to_their_first_part(tag: str, first: str) -> None:
-    """Punctuation is whole."""
+    """Punctuation is kept whole."""
     assert sources.first_part(tag) == first
 
 
-def test_a_word_is_told_by_its_first_token_alone(toy: Path) -> None:
-    """Special tokens, further tokens of a word and padding are ignored, so are tags that training has not."""
+def test_a_word_is_labelled_at_its_first_token_only(toy: Path) -> None:
+    """Special tokens, further tokens of a word, padding and tags that are not in the training rows are ignored."""
     assert tagging.first_tokens([None, 0, 0, 1, None], [5, 7]) == (IGNORED, 5, IGNORED, 7, IGNORED)
     _, parts = TOY["toy tags"].build(toy, seed=0)
     batch = parts.train.batch([0, 1])
@@ -123,7 +123,7 @@ def test_a_word_is_told_by_its_first_token_alone(toy: Path) -> None:
     assert rows.batch([0, 1])["labels"].tolist() == [[3, IGNORED], [4, 5]]
 
 
-def test_pictures_are_stretched_and_scaled() -> None:
+def test_images_are_resized_and_scaled() -> None:
     """Grey from 0 to 255 becomes three channels from -1 to 1."""
     pixels = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
     pixels[1] = 255
@@ -137,7 +137,7 @@ def test_pictures_are_stretched_and_scaled() -> None:
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_normalisation_keeps_its_statistics_in_training(frozen: bool) -> None:
-    """Its weight may be trained or not, and the rest is in training mode."""
+    """Its weight may be trained or not, and the rest of the model is in training mode."""
     norm = torch.nn.BatchNorm2d(2)
     backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), norm, torch.nn.Flatten(1))
     classifier = images.ImageClassifier(backbone.requires_grad_(not frozen))
@@ -152,14 +152,14 @@ def test_normalisation_keeps_its_statistics_in_training(frozen: bool) -> None:
     assert not classifier.eval().training
 
 
-def test_a_file_of_pictures_is_read() -> None:
-    """Its shape stands before its bytes, big end first."""
+def test_a_file_of_images_is_read() -> None:
+    """The shape comes before the bytes, as big-endian numbers."""
     content = bytes([0, 0, 8, 2]) + (2).to_bytes(4, "big") + (3).to_bytes(4, "big") + bytes(range(6))
     assert images.idx(content).tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
-def test_pictures_that_are_lines_of_one_picture_are_read() -> None:
-    """Pixel by pixel from the upper left, a row of 32 after the other."""
+def test_images_that_are_lines_of_one_image_are_read() -> None:
+    """Pixels run from the upper left, one row of 32 after the other."""
     lines = np.random.default_rng(0).integers(0, 256, (3, 1024, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(lines).save(file, "PNG")
@@ -170,8 +170,8 @@ def test_pictures_that_are_lines_of_one_picture_are_read() -> None:
     assert rows.batch([2])["pixels"].shape == (1, 3, images.SIZE, images.SIZE)
 
 
-def test_a_definition_is_told_and_its_word_is_given(toy: Path) -> None:
-    """The labels begin where the definition does, end with it, and padding has none."""
+def test_a_definition_is_the_target_and_its_word_is_the_prompt(toy: Path) -> None:
+    """Labels begin and end with the definition; padding has none."""
     tokenizer = AutoTokenizer.from_pretrained(toy / "tiny")
     tokenizer.eos_token = "[SEP]"
     rows = definitions.encode(tokenizer, Examples(("good film", "a very bad plot"), ("plot", "the")), max_length=64)
@@ -182,8 +182,8 @@ def test_a_definition_is_told_and_its_word_is_given(toy: Path) -> None:
         assert told.nonzero().flatten().tolist() == list(range(told.int().argmax(), length))
 
 
-def test_logits_stand_at_the_token_that_they_tell() -> None:
-    """So that accuracy and loss look at the same prediction."""
+def test_logits_are_aligned_with_the_token_that_they_predict() -> None:
+    """Accuracy and loss therefore use the same prediction."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=11, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
@@ -201,7 +201,7 @@ def test_logits_stand_at_the_token_that_they_tell() -> None:
 @pytest.mark.parametrize("method", methods.METHODS)
 @pytest.mark.parametrize("task", TOY)
 def test_each_method_trains_on_each_kind_of_task(task: str, method: str, toy: Path) -> None:
-    """A row that JSON holds, with scores, the steps taken, and what was trained; the same run gives the same row."""
+    """The row is valid JSON with scores, steps and trained parameters; repeating the run gives the same row."""
     run = Run(task, method, rank=2, learning_rate=5e-3, seed=1, tested=True)
     row, again = (execute(run, toy) for _ in range(2))
     assert json.loads(json.dumps(row, allow_nan=False)) == row
@@ -221,7 +221,7 @@ def test_each_method_trains_on_each_kind_of_task(task: str, method: str, toy: Pa
 
 
 def test_a_row_does_not_depend_on_the_arithmetic_of_the_machine(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of machines with and without bf16 stand in one table: all are trained and scored in fp32."""
+    """Rows of machines with and without bf16 are in one table: all are trained and scored in fp32."""
     run = Run("toy", methods.LORA, rank=2, learning_rate=5e-3, seed=1, tested=True)
     found = []
     for has_bf16 in (False, True):
@@ -234,7 +234,7 @@ def test_a_row_does_not_depend_on_the_arithmetic_of_the_machine(toy: Path, monke
 
 
 def test_methods_differ_in_what_they_train(toy: Path) -> None:
-    """Head, adapters, all; AdaLoRA ends at the parameters of LoRA's rank; PEFT's LoRA counts as ours."""
+    """Head, adapters or all weights; AdaLoRA ends at the parameters of LoRA's rank; PEFT's LoRA has as many as ours."""
     counts: dict[str, Any] = {
         method: execute(Run("toy", method, rank=2, learning_rate=5e-3, seed=1), toy)["parameters"]
         for method in (methods.HEAD_ONLY, methods.LORA, methods.PEFT_LORA, methods.FULL)
@@ -258,10 +258,10 @@ def test_methods_differ_in_what_they_train(toy: Path) -> None:
         (2, {"init_rank": 6, "alpha": 3.0}, (6, 3 / 6, True)),
     ],
 )
-def test_adalora_starts_as_its_rank_at_the_end_would_have_it(
+def test_adalora_starts_as_its_target_rank_implies(
     toy: Path, rank: int, settings: dict[str, Any], expected: tuple[int, float, bool]
 ) -> None:
-    """As a user's would who gives the rank alone, but that the budget is counted in parameters."""
+    """Settings equal those of a user who gives only the rank, except that the budget is counted in parameters."""
     model, _ = TOY["toy"].build(toy, 0)
     prepared = methods.prepare(Run("toy", methods.ADALORA, rank, 1e-3, 0, settings), model, 18)
     config = tunerkit.tuner(prepared.model).config
@@ -270,7 +270,7 @@ def test_adalora_starts_as_its_rank_at_the_end_would_have_it(
 
 
 def test_adalora_ends_at_no_more_parameters_than_lora_and_the_lambdas(toy: Path) -> None:
-    """And at no fewer than one triplet less; the head's 34 stand beside both."""
+    """It also has at most one triplet less; both have the head's 34 parameters in addition."""
     lora, adalora = (
         execute(Run("toy", method, rank=2, learning_rate=5e-3, seed=1), toy)
         for method in (methods.LORA, methods.ADALORA)
@@ -280,8 +280,8 @@ def test_adalora_ends_at_no_more_parameters_than_lora_and_the_lambdas(toy: Path)
 
 
 @pytest.mark.parametrize("method", methods.METHODS)
-def test_heads_learn_at_a_rate_of_their_own(method: str, toy: Path) -> None:
-    """Under every wrapping; where nothing else is trained, at the run's."""
+def test_heads_learn_at_a_separate_rate(method: str, toy: Path) -> None:
+    """This holds under every wrapper; if only the head is trained, it has the run's rate."""
     model, _ = TOY["toy"].build(toy, seed=0)
     run = Run("toy", method, rank=2, learning_rate=5e-3, seed=1)
     prepared = methods.prepare(run, model, total_steps=18)
@@ -292,7 +292,7 @@ def test_heads_learn_at_a_rate_of_their_own(method: str, toy: Path) -> None:
 
 
 def test_the_two_loras_start_and_learn_alike(toy: Path) -> None:
-    """Every loss of a dozen steps, dropout and all."""
+    """Every loss of a dozen steps is equal, with dropout."""
     found = parity.losses("toy", rank=2, learning_rate=5e-3, steps=12, cache=toy)
     theirs, ours = found[methods.PEFT_LORA], found[methods.LORA]
     assert len(theirs) == len(ours) == 12
@@ -301,7 +301,7 @@ def test_the_two_loras_start_and_learn_alike(toy: Path) -> None:
 
 
 def test_peft_trains_with_its_regulariser_and_is_scored_without(toy: Path) -> None:
-    """Its weight moves the training loss, and not the loss of the model that is scored."""
+    """The regulariser's weight changes the training loss, but not the loss of the scored model."""
     model, parts = TOY["toy"].build(toy, seed=0)
     run = Run("toy", methods.PEFT_ADALORA, rank=2, learning_rate=5e-3, seed=1)
     prepared = methods.prepare(run, model, total_steps=18)
@@ -312,8 +312,8 @@ def test_peft_trains_with_its_regulariser_and_is_scored_without(toy: Path) -> No
     torch.testing.assert_close(prepared.scored(**inputs).loss, scored)
 
 
-def test_a_run_is_known_by_all_that_it_is_told() -> None:
-    """Any field changes the key, which does not depend on the process."""
+def test_a_run_is_identified_by_all_its_fields() -> None:
+    """Changing any field changes the key, which does not depend on the process."""
     run = Run("movie-2", "lora", 8, 1e-3, 0)
     assert run.key == Run("movie-2", "lora", 8, 1e-3, 0, settings={}).key == "1cf3d3a41b450335"
     others = [
@@ -326,7 +326,7 @@ def test_a_run_is_known_by_all_that_it_is_told() -> None:
 
 @pytest.mark.parametrize("change", ablation.CHANGES)
 def test_every_change_is_a_setting_that_trains(change: str, toy: Path) -> None:
-    """And ends at no more parameters than LoRA's and a λ for each triplet, if the budget is of parameters."""
+    """It ends at no more parameters than LoRA's plus one λ per triplet, if the budget is counted in parameters."""
     run = Run("toy", methods.ADALORA, ablation.RANK, 5e-3, 0, ablation.settings_of(change))
     lora = execute(attrs.evolve(run, method=methods.LORA, settings={}), toy)
     dearer = 12 * (48 - 32) if run.settings.get("budget_unit") == "rank" else 0
@@ -337,7 +337,7 @@ def test_every_change_is_a_setting_that_trains(change: str, toy: Path) -> None:
 
 
 def test_rows_survive_a_writer_that_was_stopped(tmp_path: Path) -> None:
-    """A last line that was cut off is no row, and the next row takes its place."""
+    """A truncated last line is no row, and the next row replaces it."""
     file = tmp_path / "rows" / "a.jsonl"
     assert store.read(file) == []
     store.append(file, {"key": "1"})
@@ -348,8 +348,8 @@ def test_rows_survive_a_writer_that_was_stopped(tmp_path: Path) -> None:
     assert store.read(file) == [{"key": "1"}, {"key": "3"}]
 
 
-def test_a_grid_goes_on_where_it_was_stopped(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within a limit some runs are made, called again the rest and none twice; unknown names are told."""
+def test_a_grid_resumes_where_it_was_stopped(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit stops early, the second call makes the rest and repeats none; unknown names are an error."""
     monkeypatch.setattr(grids, "ENDS", (1,))
     monkeypatch.setattr(grids, "BETWEEN", ())
     made: list[Run] = []
@@ -372,7 +372,7 @@ def test_a_grid_goes_on_where_it_was_stopped(toy: Path, monkeypatch: pytest.Monk
 
 
 def test_one_grid_is_run_once_at_a_time(tmp_path: Path) -> None:
-    """A second call would make the same runs again, and says so."""
+    """A second call at the same time would repeat the same runs, so it is an error."""
     with FileLock(tmp_path / "headroom.lock"):
         result = CliRunner().invoke(command.app, ["run", "--grid", "headroom", "--rows", str(tmp_path)])
     assert result.exit_code == 2
@@ -380,7 +380,7 @@ def test_one_grid_is_run_once_at_a_time(tmp_path: Path) -> None:
 
 
 class Threads(concurrent.futures.ThreadPoolExecutor):
-    """In place of processes, which would not see what a test has put in."""
+    """Replaces processes, which would not see a test's patches."""
 
     shutting: threading.Event
 
@@ -392,10 +392,8 @@ class Threads(concurrent.futures.ThreadPoolExecutor):
         super().shutdown(wait, cancel_futures=cancel_futures)
 
 
-def test_a_run_that_fails_ends_it_all_and_loses_none_that_was_under_way(
-    toy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The other run ends after the failure is known, and has its row."""
+def test_a_failed_run_stops_the_grid_and_loses_no_running_one(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other run finishes after the failure is known, and its row is written."""
     failing, other = (Run("toy", "lora", 1, 1e-3, seed) for seed in (0, 1))
 
     def execute(run: Run, _: Path) -> store.Row:
@@ -428,7 +426,7 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="processes are looked up in /proc")
 def test_workers_end_with_the_command_that_is_killed(tmp_path: Path) -> None:
-    """Their rows have nobody to write them, and the next call would make them again beside them."""
+    """Nobody would write their rows, and the next call would repeat the runs at the same time."""
     script = tmp_path / "pool.py"
     script.write_text(_POOL, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -443,7 +441,7 @@ def test_workers_end_with_the_command_that_is_killed(tmp_path: Path) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process is there, and no zombie that nobody has waited for."""
+    """Whether the process exists and is not a zombie."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     except FileNotFoundError:

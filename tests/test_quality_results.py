@@ -1,4 +1,4 @@
-"""What the benchmark of quality makes of its rows: learning rates, grids that follow, tables and pictures."""
+"""The quality benchmark's use of its rows: learning rates, dependent grids, tables and plots."""
 
 import json
 from collections import Counter
@@ -32,7 +32,7 @@ from tests.quality_rows import row_of, searched  # noqa: E402
 
 
 def test_ranks_between_the_ends_take_the_rates_from_one_to_the_other() -> None:
-    """Beyond the last rank the lower one and half of it."""
+    """Ranks beyond the last one take the lower rate and half of it."""
     for rank, expected in ((2, [1e-3, 2e-3, 4e-3]), (16, [5e-4, 1e-3])):
         found = grids.between(Run("movie-2", "lora", rank, 0.0, 0), [4e-3, 1e-3])
         assert [run.learning_rate for run in found] == pytest.approx(expected)
@@ -40,7 +40,7 @@ def test_ranks_between_the_ends_take_the_rates_from_one_to_the_other() -> None:
 
 
 def test_a_rate_is_known_when_all_its_seeds_are_made() -> None:
-    """And not while some are missing."""
+    """While some are missing, it is unknown."""
     asked = Run("movie-2", "lora", 1, 0.0, 0)
     found = searched(asked, peak=4e-3)
     assert rates.rate_of(asked, found) == 4e-3
@@ -49,7 +49,7 @@ def test_a_rate_is_known_when_all_its_seeds_are_made() -> None:
 
 
 def test_neighbours_of_the_first_seeds_best_are_decided_by_all_seeds() -> None:
-    """Three rates by the mean of three seeds; a best at their edge asks for the next, until it lies between others."""
+    """The mean of three seeds decides between three rates. If the best is at an edge, the next rate is tried."""
     asked = Run("movie-2", "lora", 8, 0.0, 0)
     found = [row for row in searched(asked, peak=1e-3) if row["seed"] == 0]
     accuracies = {2.5e-4: 0.7, 5e-4: 0.95, 1e-3: 0.8, 2e-3: 0.75}
@@ -71,7 +71,7 @@ def test_neighbours_of_the_first_seeds_best_are_decided_by_all_seeds() -> None:
 
 @pytest.mark.parametrize("grid", ["ablation", "rates", "contest"])
 def test_a_grid_whose_tasks_are_not_fixed_says_so(grid: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It does not end as if all had been run."""
+    """It does not look as if all runs were done."""
     for name in ("ABLATED", "COMPARED"):
         monkeypatch.setattr(grids, name, ())
     result = CliRunner().invoke(command.app, ["run", "--grid", grid, "--rows", str(tmp_path)])
@@ -80,13 +80,13 @@ def test_a_grid_whose_tasks_are_not_fixed_says_so(grid: str, tmp_path: Path, mon
 
 
 def test_changes_differ() -> None:
-    """No two are the same runs under two names."""
+    """No two labels stand for the same runs."""
     found = [json.dumps(ablation.settings_of(change), sort_keys=True) for change in ablation.CHANGES]
     assert len({*found}) == len(found)
 
 
-def test_an_ablation_stands_at_the_best_rate_of_lora(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At its rank and not at another's; LoRA itself is among the runs; before the rate is known it is refused."""
+def test_an_ablation_runs_at_the_best_rate_of_lora(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LoRA's rate at the ablation's rank is used, and LoRA itself runs too. An unknown rate is an error."""
     monkeypatch.setattr(grids, "ABLATED", ("movie-2",))
     asked = Run("movie-2", "lora", ablation.RANK, 0.0, 0)
     made = searched(asked, peak=2e-3, by_all_seeds=True)
@@ -100,8 +100,8 @@ def test_an_ablation_stands_at_the_best_rate_of_lora(monkeypatch: pytest.MonkeyP
     assert Counter(run.seed for run in found)[1] == 1 + len(ablation.AGAIN)
 
 
-def test_a_change_is_told_as_points_over_lora() -> None:
-    """By seed; the best first, and a change that one task lacks not at all. Beside it what it makes of the loss."""
+def test_a_change_is_shown_as_points_over_lora() -> None:
+    """Differences are by seed, the best first, with the loss. A change that is missing on one task is left out."""
     both = ("movie-2", "nyt-3")
     lora = [row_of(Run(task, "lora", 1, 1e-3, seed), 0.5 + seed / 10) for task in both for seed in (0, 1)]
     better, worse, half = list(ablation.CHANGES)[:3]
@@ -143,7 +143,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[store.Row]]:
 def test_the_contest_takes_each_method_at_its_best_rate_and_at_the_others_too(
     compared: dict[str, list[store.Row]],
 ) -> None:
-    """On test rows, where it is known; the lowest rank only where there is headroom; no seed that chose anything."""
+    """On test rows, if rates are known; the lowest rank only on tasks with headroom; with no seed used for a choice."""
     found = grids.contest_runs(compared)
     assert len({run.key for run in found}) == len(found)
     assert all(run.tested for run in found)
@@ -155,8 +155,8 @@ def test_the_contest_takes_each_method_at_its_best_rate_and_at_the_others_too(
     assert not {run.seed for run in found} & {*rates.SEEDS, *ablation.SEEDS}
 
 
-def test_what_finds_the_rates_of_the_contest_is_asked_for(compared: dict[str, list[store.Row]]) -> None:
-    """Of every method, LoRA too, whatever its headroom showed; PEFT's AdaLoRA is not for pictures."""
+def test_the_grid_of_rates_has_every_method_of_the_contest(compared: dict[str, list[store.Row]]) -> None:
+    """LoRA is included whatever its headroom showed; PEFT's AdaLoRA is not run on image tasks."""
     found = {(run.task, run.method, run.rank) for run in grids.rates({"headroom": compared["headroom"]})}
     assert {(method, rank) for task, method, rank in found if task == "nyt-3"} == {("lora", 8), ("adalora", 8)}
     assert {(method, rank) for task, method, rank in found if task == "movie-2"} == {
@@ -174,10 +174,10 @@ def test_what_finds_the_rates_of_the_contest_is_asked_for(compared: dict[str, li
     assert on_pictures == {"lora", "adalora", "head", "full"}
 
 
-def test_the_contest_is_told_by_task_and_over_all(
+def test_the_contest_is_shown_by_task_and_over_all(
     compared: dict[str, list[store.Row]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Differences by seed at each method's best rate, at LoRA's, and PEFT's; what is not made stays empty."""
+    """Differences by seed at each method's best rate, at LoRA's rate, and PEFT's; missing cells stay empty."""
     gains = {("adalora", 4e-3): 0.02, ("adalora", 2e-3): 0.01, ("lora", 2e-3): 0.0, ("peft-adalora", 2e-3): -0.1}
     made = [
         {
@@ -223,8 +223,8 @@ def test_the_contest_is_told_by_task_and_over_all(
     assert len(tables.reference_table({**compared, "contest": made})) == 3
 
 
-def test_what_else_there_is_stands_beside_lora_of_rank_1(compared: dict[str, list[store.Row]]) -> None:
-    """Over the seeds that both have, each a point above the one before; a task without any has no line."""
+def test_other_methods_are_compared_with_lora_of_rank_1(compared: dict[str, list[store.Row]]) -> None:
+    """Only common seeds count; each method is a point above the one before; a task without rows has no line."""
     peaks = {("head", 0): 2e-2, ("full", 0): 8e-5, ("peft-adalora", 1): 4e-3}
     known = [
         row
@@ -262,8 +262,8 @@ def test_what_else_there_is_stands_beside_lora_of_rank_1(compared: dict[str, lis
     ]
 
 
-def test_the_language_model_is_told_by_rate_and_method() -> None:
-    """The contenders at both rates, LoRA first; the loss of a run that diverged is none, and so is their mean."""
+def test_the_language_model_is_shown_by_rate_and_method() -> None:
+    """Both methods at both rates, LoRA first; a diverged run has no loss, and neither has the mean."""
     made: list[store.Row] = []
     for run in grids.generation({}):
         gain = 0.02 if run.method == "adalora" else 0.0
@@ -286,7 +286,7 @@ def test_the_language_model_is_told_by_rate_and_method() -> None:
 
 @pytest.mark.parametrize(("peak", "tried"), [(2e-3, 3), (4e-3, 4), (1.6e-2, 6), (2.5e-4, 6)])
 def test_rates_are_tried_until_the_best_lies_between_others(peak: float, tried: int) -> None:
-    """Doubled or halved beyond the first three; then further seeds run at the best alone."""
+    """After the first three, rates are doubled or halved; then further seeds run at the best rate only."""
     asked = Run("movie-2", "lora", 1, 0.0, 0)
     found: list[store.Row] = []
     while (runs := rates.next_runs(asked, found))[0].seed == 0:
@@ -307,7 +307,7 @@ def rows(task: str, rank: int, rate: float, accuracies: list[float]) -> list[sto
 
 
 def test_the_best_rate_is_chosen_by_mean_validation_accuracy() -> None:
-    """Among the rates with the most seeds: one lucky run is none."""
+    """Only rates with the most seeds count: one lucky run is not enough."""
     cell = scores.best(rows("a", 1, 1e-3, [0.5, 0.6]) + rows("a", 1, 2e-3, [0.7, 0.6]) + rows("a", 1, 4e-3, [0.9]))
     assert (cell.rate, cell.seeds) == (2e-3, (0, 1))
     assert cell.mean == pytest.approx(65)
@@ -315,13 +315,13 @@ def test_the_best_rate_is_chosen_by_mean_validation_accuracy() -> None:
 
 
 def test_of_two_rates_that_are_as_good_the_lower_is_chosen() -> None:
-    """Whichever ran first, and however their means are rounded."""
+    """The order of the runs and rounding of the means do not matter."""
     higher, lower = [0.889, 0.893, 0.896], [0.8915, 0.8935, 0.893]
     assert scores.best(rows("a", 0, 1e-2, higher) + rows("a", 0, 5e-3, lower)).rate == 5e-3
 
 
 def test_an_interval_draws_tasks_and_seeds() -> None:
-    """Its mean weighs tasks alike; tasks that differ widen it, and one number has no width."""
+    """The mean weighs tasks equally; tasks that differ widen the interval, and a single number has no width."""
     steady, other = np.array([1.0, 1.0, 1.0, 1.0]), np.array([3.0, 3.0])
     assert scores.interval([steady]) == (1, 1, 1)
     assert scores.interval([steady, other]) == (2, 1, 3)
@@ -332,14 +332,14 @@ def test_an_interval_draws_tasks_and_seeds() -> None:
 
 
 def test_tables_of_nothing_are_their_heads(tmp_path: Path) -> None:
-    """Before the first run there is nothing to tell, and it is told."""
+    """Without rows, tables are printed with their header only."""
     result = CliRunner().invoke(command.app, ["tables", "--rows", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "| task | r = 1 |" in result.output
 
 
 def test_each_seed_of_the_ablation_has_its_own_table(tmp_path: Path) -> None:
-    """LoRA's luck with a seed is every change's, so a change of both seeds is not ranked beside one of the first."""
+    """LoRA's luck with a seed affects every change, so changes are ranked only within one seed."""
     gains = {(0, "nothing"): 0.01, (1, "nothing"): 0.02, (0, "t_final 0.5"): 0.03}
     lora = [Run("nyt-3", "lora", 1, 1e-3, seed) for seed in ablation.SEEDS]
     made = [row_of(run, 0.5) for run in lora]
@@ -357,7 +357,7 @@ def test_each_seed_of_the_ablation_has_its_own_table(tmp_path: Path) -> None:
 
 
 def test_headroom_is_a_point_between_rank_one_and_eight() -> None:
-    """Differences are by seed, so a shift that all seeds share has no spread."""
+    """Differences are by seed, so a shift that all seeds share does not add to the spread."""
     steep = rows("steep", 1, 1e-3, [0.5, 0.7]) + rows("steep", 8, 1e-3, [0.52, 0.72])
     flat = rows("flat", 1, 1e-3, [0.5, 0.7]) + rows("flat", 8, 1e-3, [0.505, 0.705])
     once = rows("once", 1, 1e-3, [0.5]) + rows("once", 8, 1e-3, [0.6])
@@ -373,7 +373,7 @@ def test_headroom_is_a_point_between_rank_one_and_eight() -> None:
 
 
 def test_curves_are_drawn_from_the_best_rates(compared: dict[str, list[store.Row]]) -> None:
-    """LoRA's and AdaLoRA's ranks that have rows, each at its best rate, and the first seed over all rates."""
+    """Each rank with rows at its best rate, and the first seed at all rates."""
     (axes,) = plots.draw_sizes(("movie-2",), compared).axes[:1]
     curves: dict[str, Any] = {
         str(each.get_label()): each.lines[0].get_xydata()
@@ -398,7 +398,7 @@ def test_curves_are_drawn_from_the_best_rates(compared: dict[str, list[store.Row
 
 
 def test_a_diverged_run_does_not_set_the_frame() -> None:
-    """What lies within six points of the best can be told apart; ticks are the rates that were tried."""
+    """Values within six points of the best are readable; ticks are the rates that were tried."""
     both = [*rows("movie-2", 8, 1e-3, [0.8]), *rows("movie-2", 8, 2e-3, [0.3])]
     made = [{**row, "method": "lora"} for row in both]
     (axes,) = plots.draw_rates(("movie-2",), {"rates": made}, rank=8).axes[:1]
@@ -407,7 +407,7 @@ def test_a_diverged_run_does_not_set_the_frame() -> None:
 
 
 def test_learning_rates_show_each_seed_and_only_methods_that_ran() -> None:
-    """A dot for each seed, a line through the means; the legend is of all panels, not of the first alone."""
+    """One dot per seed, a line through the means; the legend covers all panels, not only the first."""
     lora = [{**row, "method": "lora"} for row in rows("movie-2", 1, 1e-3, [0.8, 0.82])]
     peft = [{**row, "method": "peft-adalora"} for row in rows("nyt-3", 1, 2e-3, [0.7])]
     figure = plots.draw_rates(("movie-2", "nyt-3"), {"rates": [*lora, *peft]}, rank=1)
@@ -418,8 +418,8 @@ def test_learning_rates_show_each_seed_and_only_methods_that_ran() -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["LoRA", "PEFT's AdaLoRA"]
 
 
-def test_pictures_are_written_of_what_there_is(tmp_path: Path) -> None:
-    """Of no rows, empty panels; the ranks of the first run of AdaLoRA on a task."""
+def test_plots_are_written_from_the_rows_that_exist(tmp_path: Path) -> None:
+    """Without rows, panels are empty. Ranks come from AdaLoRA's first run on a task."""
     ranks = {f"layer.{layer}.{name}": layer for layer in range(3) for name in ("query", "value")}
     for seed in (10, 11):
         row = {**row_of(Run("amazon-3/qv", "adalora", 1, 1e-3, seed, tested=True), 0.5), "ranks": ranks}

@@ -1,4 +1,4 @@
-"""The quality benchmark's rows, read out of archives that a test makes."""
+"""The quality benchmark's rows, read from archives that a test makes."""
 
 import hashlib
 import io
@@ -24,7 +24,7 @@ def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache that holds four rated sentences in place of the real ones."""
+    """A cache with four rated sentences instead of the real ones."""
     inner = io.BytesIO()
     with tarfile.open(fileobj=inner, mode="w:gz") as archive:
         add(archive, "hutto_ICWSM_2014/films.txt", "".join(LINES).encode())
@@ -38,7 +38,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_sentences_are_read_from_the_archive_in_the_archive(cache: Path) -> None:
-    """Ratings beyond 0.5 are classes, those within a third one or left out; a text counts once, first rating first."""
+    """Ratings beyond 0.5 are classes; the others are a third class or left out.
+
+    A repeated text keeps its first rating.
+    """
     film, plot, neutral = "Fine film.", "Bad\u2019s plot.", "So so."
     assert rated("films.txt", neutral=False)(cache) == Examples((film, plot), ("positive", "negative"))
     assert rated("films.txt", neutral=True)(cache) == Examples(

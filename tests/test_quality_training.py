@@ -20,7 +20,7 @@ RECIPE = Recipe(epochs=2, learning_rate=0.5, batch_size=4, seed=3)
 
 
 class Classifier(nn.Module):
-    """Dropout before a linear layer, and a loss as models of transformers return it."""
+    """Dropout before a linear layer; it returns a loss as models of transformers do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Classifier(nn.Module):
 
 
 class Points:
-    """Ten random rows, each with a length of its own."""
+    """Ten random rows of different lengths."""
 
     lengths = range(10, 0, -1)
     x = 20 * torch.randn(10, 5, generator=torch.Generator().manual_seed(1))
@@ -55,7 +55,7 @@ def losses(model: nn.Module, recipe: Recipe = RECIPE, *, dropout: bool = True) -
 
 @given(st.integers(1, 400))
 def test_the_rate_rises_to_its_peak_and_falls_towards_zero(total: int) -> None:
-    """The factor lies in (0, 1], reaches 1, never rises again after it, and ends within one step of 0."""
+    """The factor is in (0, 1], reaches 1, never rises again after that, and ends within one step of 0."""
     factors = [rate_at(step, total) for step in range(total)]
     assert all(0 < factor <= 1 for factor in factors)
     peak = factors.index(max(factors))
@@ -66,7 +66,7 @@ def test_the_rate_rises_to_its_peak_and_falls_towards_zero(total: int) -> None:
 
 
 def test_the_losses_are_those_of_plain_gradient_descent() -> None:
-    """Without dropout a step is: gradient, clipped to length 1, times the rate of the step."""
+    """Without dropout a step is the gradient, clipped to length 1, times the step's rate."""
     model = Classifier()
     weight, bias = (p.detach().clone().requires_grad_() for p in (model.linear.weight, model.linear.bias))
     rng, points = random.Random(RECIPE.seed), Points()
@@ -84,7 +84,7 @@ def test_the_losses_are_those_of_plain_gradient_descent() -> None:
 
 
 def test_the_seed_decides_order_and_dropout() -> None:
-    """Whatever was drawn before: the same seed gives the same losses, another seed and no dropout others."""
+    """Earlier random draws don't matter: the same seed gives the same losses, another seed or no dropout others."""
     first, second = Classifier(), Classifier()
     found = losses(first)
     torch.rand(7)
@@ -95,7 +95,7 @@ def test_the_seed_decides_order_and_dropout() -> None:
 
 @pytest.mark.parametrize("dropout", [True, False])
 def test_the_model_is_connected_before_the_first_step(dropout: bool) -> None:
-    """Once, with the number of steps, while no parameter has moved; from then on dropout is as it was asked for."""
+    """`connect` is called once, with the number of steps, before any update; from then on dropout is as requested."""
     model = Classifier()
     start = model.linear.weight.detach().clone()
     optimizer = SGD(model.parameters(), lr=0.5)

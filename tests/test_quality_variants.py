@@ -1,4 +1,4 @@
-"""The variants of AdaLoRA that the benchmark of quality measures."""
+"""The variants of AdaLoRA that the quality benchmark measures."""
 
 import itertools
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from tunerkit_adalora.training import training_of
 
 
 def adalora_net(steps: int, targets: Sequence[str] = ("0",)) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """A trained net of two layers with AdaLoRA on the first; the second is trained, too, where it is no target."""
+    """A trained net of two layers with AdaLoRA on the first; the second is trained in full if it is no target."""
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.Tanh(), torch.nn.Linear(30, 5))
     config: dict[str, Any] = {"targets": [*targets], "init_rank": 4, "target_rank": 1}
@@ -40,7 +40,7 @@ def loss(model: torch.nn.Module) -> torch.Tensor:
 
 
 def hold_gradients(optimizer: torch.optim.Optimizer, *weights: torch.Tensor) -> None:
-    """Put the gradients there are, and their squares, for Adam's averages."""
+    """Store the current gradients and their squares as Adam's averages."""
     for weight in weights:
         assert weight.grad is not None
         optimizer.state[weight]["exp_avg"] = weight.grad.clone()
@@ -49,8 +49,8 @@ def hold_gradients(optimizer: torch.optim.Optimizer, *weights: torch.Tensor) -> 
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
-def test_turning_keeps_what_is_added_and_makes_triplets_orthogonal(power: float) -> None:
-    """The loss stays, λ is as told, P and Q have orthogonal triplets, and gradients held as averages turn along."""
+def test_rotating_keeps_the_update_and_makes_triplets_orthogonal(power: float) -> None:
+    """The loss stays, λ is as requested, triplets are orthogonal, and gradients stored as averages are rotated too."""
     model, optimizer = adalora_net(steps=4)
     (layer,) = variants.layers_in(model)
     before = loss(model)
@@ -69,7 +69,7 @@ def test_turning_keeps_what_is_added_and_makes_triplets_orthogonal(power: float)
 
 
 def test_moments_may_stay_as_they_are() -> None:
-    """Adam's averages turn with the triplets only if they are to."""
+    """Adam's averages are rotated with the triplets only on request."""
     model, optimizer = adalora_net(steps=4)
     (layer,) = variants.layers_in(model)
     held = optimizer.state[layer.p]["exp_avg"].clone()
@@ -80,8 +80,8 @@ def test_moments_may_stay_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4)))[::5])
-def test_the_variant_turns_as_the_plugin_does(order: tuple[int, ...]) -> None:
-    """With λ by the singular value it leaves the same triplets, in the same places and with the same signs."""
+def test_the_variant_rotates_as_the_plugin_does(order: tuple[int, ...]) -> None:
+    """With λ in proportion to the singular value, triplets have the same values, positions and signs."""
     found = []
     scores = [torch.tensor(order, dtype=torch.float32)]
     for turn in (
@@ -97,7 +97,7 @@ def test_the_variant_turns_as_the_plugin_does(order: tuple[int, ...]) -> None:
 
 
 def test_q_starts_larger_or_orthonormal() -> None:
-    """What is added stays 0; the first gradient of P, times the scale, stays too where Q is only larger."""
+    """ΔW stays 0; if Q is only larger, the first gradient of P times the scale stays the same too."""
     slopes = []
     for q_scale in (1.0, 4.0):
         model, _ = adalora_net(steps=0)
@@ -112,8 +112,8 @@ def test_q_starts_larger_or_orthonormal() -> None:
     torch.testing.assert_close(layer.q @ layer.q.T, torch.eye(4) * length.square() / 4)
 
 
-def test_turning_leaves_dead_triplets_alone() -> None:
-    """Masked columns of P and rows of Q are what they were, and a layer without live ones is passed over."""
+def test_rotating_leaves_dead_triplets_alone() -> None:
+    """Masked columns of P and rows of Q are unchanged, and a layer without live triplets is skipped."""
     model, optimizer = adalora_net(steps=4)
     (layer,) = variants.layers_in(model)
     layer.mask = torch.tensor([True, False, True, False])
@@ -131,8 +131,8 @@ def test_turning_leaves_dead_triplets_alone() -> None:
     assert torch.equal(layer.p, kept)
 
 
-def test_a_score_and_what_parameters_cost_say_where_rank_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What reaches the allocation: squares of the exact scores, divided by what a triplet of each layer costs."""
+def test_scores_and_cost_decide_where_rank_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocation gets squares of the exact scores, divided by the cost of a triplet of each layer."""
     given: dict[str, list[torch.Tensor]] = {}
     for name, score, per_parameter in (("exact", "exact", False), ("squared", "squared", True)):
         seen: list[list[torch.Tensor]] = []
@@ -152,8 +152,8 @@ def test_a_score_and_what_parameters_cost_say_where_rank_goes(monkeypatch: pytes
 
 @pytest.mark.parametrize("score", variants.SCORES)
 @pytest.mark.parametrize("turn", [{}, {"moments": True}, {"power": 0.5}, {"root": 0.5}])
-def test_a_variant_is_in_force_while_it_is_entered(score: str, turn: dict[str, Any]) -> None:
-    """Training ends at the budget with every score, however it is turned; outside nothing is changed."""
+def test_a_variant_applies_only_inside_its_context(score: str, turn: dict[str, Any]) -> None:
+    """Training ends at the budget with every score and rotation; outside the context nothing is changed."""
     allocate = step._allocate
     with variants.changed(score=score, per_parameter=True, **turn):
         assert step._allocate is not allocate
@@ -162,8 +162,8 @@ def test_a_variant_is_in_force_while_it_is_entered(score: str, turn: dict[str, A
     assert tunerkit.tuner(model).ranks() == {"0": 1}
 
 
-def test_a_way_of_turning_is_the_one_that_is_taken() -> None:
-    """Another power of the singular value, or Adam's averages turned along, lead to other weights."""
+def test_each_way_of_rotating_has_an_effect() -> None:
+    """Another power of the singular value, or rotating Adam's averages too, gives different weights."""
     ends = []
     for turn in ({}, {"power": 0.0}, {"moments": True}):
         with variants.changed(**turn):
@@ -184,7 +184,7 @@ def test_lambda_adds_up_to_less_where_fewer_triplets_are_left() -> None:
 
 
 def test_scores_of_a_triplet() -> None:
-    """Its size is its singular value once it is turned; the exact one is the average at λ; without Ū it is Ī."""
+    """The size is the singular value after rotation; the exact score is the average at λ; without Ū the score is Ī."""
     model, optimizer = adalora_net(steps=4)
     (layer,) = variants.layers_in(model)
     stacks = training_of(tunerkit.tuner(model)).stacks
@@ -199,7 +199,7 @@ def test_scores_of_a_triplet() -> None:
 
 
 def test_a_factor_stretches_the_steps_of_lambda() -> None:
-    """λ moves that much farther in the first step, and P and Q as far as before."""
+    """In the first step λ changes that many times as much, P and Q as much as before."""
     moved = []
     for factor in (1.0, 10.0):
         model, optimizer = adalora_net(steps=0)

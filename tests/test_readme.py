@@ -1,4 +1,4 @@
-"""What the README and the pages in docs say is true: their examples run, and the options they name exist."""
+"""The README and the pages in docs are true: their examples run, and their options exist."""
 
 import os
 import re
@@ -36,7 +36,7 @@ def blocks(page: str, language: str) -> list[Block]:
 
 
 def script(page: str) -> str:
-    """All Python blocks of a page as one script, each on the lines it has in the page: tracebacks then tell."""
+    """All Python blocks of a page as one script with the page's line numbers, so tracebacks point into the page."""
     lines: list[str] = []
     for block in blocks(page, "python"):
         lines += [""] * (block.line - 1 - len(lines)) + block.text.splitlines()

@@ -1,4 +1,4 @@
-"""Tests of the registry: loading one by one, collisions, ownership, and errors that name the culprit."""
+"""The registry: plugins that load independently, collisions, ownership, and errors that name the faulty plugin."""
 
 import importlib
 import itertools
@@ -80,7 +80,7 @@ _numbers = itertools.count()
 
 
 class Site:
-    """A folder on ``sys.path`` with throw-away distributions; a module's text may name itself as ``{module}``."""
+    """A folder on ``sys.path`` with temporary distributions; a module's text may name itself as ``{module}``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -102,14 +102,14 @@ class Site:
         self.add(distribution, {entry or distribution: GOOD.replace("{methods!r}", repr(methods))})
 
     def registry(self) -> Registry:
-        """A registry that sees this folder's distributions and nothing else."""
+        """A registry that sees only the distributions of this folder."""
         importlib.invalidate_caches()
         return Registry(metadata.distributions(path=[str(self.folder)]))
 
 
 @pytest.fixture(autouse=True)
 def _no_limit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The developer's own environment plays no part, and no throw-away module stays imported."""
+    """The developer's environment has no influence, and no temporary module stays imported."""
     monkeypatch.delenv("TUNERKIT_PLUGINS", raising=False)
     before = set(sys.modules)
     yield
@@ -140,11 +140,11 @@ def build(found: Registry, method: str, target: object) -> object:
 
 @attrs.frozen
 class Config(AdapterConfig):
-    """The least a method must have."""
+    """The minimum config of a method."""
 
 
 class InProcess:
-    """A plugin as a notebook would write it."""
+    """A plugin as a notebook would define it."""
 
     def __init__(self, *names: str) -> None:
         self.names = names
@@ -170,7 +170,7 @@ def test_an_installed_method_is_found_with_its_distribution_and_version(site: Si
 
 
 def test_an_unknown_method_is_answered_with_what_is_installed_and_the_closest_name(site: Site) -> None:
-    """One error says what was got, what is there, and what was probably meant."""
+    """One error has the unknown name, the installed methods, and the closest match."""
     site.good("tunerkit-lora", "lora")
     site.good("tunerkit-adalora", "adalora")
     expected = "no method named 'adalor'; installed: adalora, lora; did you mean 'adalora'"
@@ -180,17 +180,17 @@ def test_an_unknown_method_is_answered_with_what_is_installed_and_the_closest_na
 
 
 def test_without_any_plugin_the_error_says_how_to_get_one(site: Site) -> None:
-    """The core alone has no method, and says so instead of listing nothing."""
+    """The core has no method: the error says so instead of listing nothing."""
     assert site.registry().methods() == {}
     with pytest.raises(UnknownMethodError, match=r"installed: none .*a separate distribution"):
         site.registry().get("lora")
 
 
 @pytest.mark.parametrize("reason", BROKEN)
-def test_a_broken_plugin_is_named_and_harms_no_other(site: Site, monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+def test_a_broken_plugin_is_named_and_the_others_work(site: Site, monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
     """Whatever is wrong with it, it is listed with distribution, version and reason.
 
-    Nothing of it stays registered, and the plugins before and after it work.
+    Nothing of it stays registered, and all other plugins work.
     """
     site.good("aaa", "first")
     site.add("mmm", {"broken": BROKEN[reason]}, version="0.3")
@@ -212,7 +212,7 @@ def test_a_broken_plugin_is_named_and_harms_no_other(site: Site, monkeypatch: py
 
 
 def test_a_plugin_that_fails_leaves_no_hook_behind(site: Site) -> None:
-    """Its base layers came before its mistake; they are not offered."""
+    """Base-layer kinds that it registered before the failure are not offered."""
     base_layers = "@hookimpl\ndef tunerkit_base_layers():\n    return ['of the broken one']\n"
     site.add("mmm", {"broken": HEAD + CONFIG + YIELD + base_layers})
     found = site.registry()
@@ -220,8 +220,8 @@ def test_a_plugin_that_fails_leaves_no_hook_behind(site: Site) -> None:
     assert [answer.value for answer in found.call_all(SPECS.tunerkit_base_layers)] == []
 
 
-def test_broken_metadata_of_one_distribution_harms_no_other(site: Site) -> None:
-    """An entry point that is no module, and metadata in no encoding, are named; the rest loads."""
+def test_broken_metadata_of_one_distribution_does_not_affect_others(site: Site) -> None:
+    """An entry point that is no module, and metadata that cannot be decoded, are named; the rest loads."""
     site.good("aaa", "first")
     site.add("mmm", {"broken": ""})
     (site.folder / "mmm-1.0.dist-info" / "entry_points.txt").write_text("[tunerkit]\nbroken = not a module!\n")
@@ -234,7 +234,7 @@ def test_broken_metadata_of_one_distribution_harms_no_other(site: Site) -> None:
 
 
 def test_of_two_copies_of_a_distribution_the_first_on_the_path_counts(make_site: Callable[[], Site]) -> None:
-    """Python imports the first as well; the copy behind it is neither loaded nor a collision."""
+    """Python imports the first one too; the second is neither loaded nor counted as a collision."""
     hidden, seen = make_site(), make_site()
     hidden.good("acme", "old")
     seen.good("Acme", "new")
@@ -243,7 +243,7 @@ def test_of_two_copies_of_a_distribution_the_first_on_the_path_counts(make_site:
 
 
 def test_the_distribution_named_after_a_method_keeps_it(site: Site) -> None:
-    """`tunerkit-lora` owns "lora", even against a distribution that comes first; the other's methods keep working."""
+    """`tunerkit-lora` owns "lora" even if another distribution sorts first; the other's remaining methods work."""
     site.good("acme", "lora", "other")
     site.good("tunerkit_LoRA", "lora")
     found = site.registry()
@@ -257,7 +257,7 @@ def test_the_distribution_named_after_a_method_keeps_it(site: Site) -> None:
 
 
 def test_without_a_namesake_the_first_distribution_by_name_keeps_a_method(site: Site) -> None:
-    """The order of installation plays no part."""
+    """The order of installation does not matter."""
     site.good("zzz", "lora")
     site.good("aaa", "lora")
     found = site.registry()
@@ -266,21 +266,21 @@ def test_without_a_namesake_the_first_distribution_by_name_keeps_a_method(site: 
 
 
 def test_a_plugin_that_lost_every_method_is_not_asked_for_anything(site: Site) -> None:
-    """It is listed with its reason and otherwise gone: a fork of a plugin doesn't answer twice."""
+    """It is only listed with its reason: a fork of a plugin doesn't answer a second time."""
     site.good("aaa", "lora")
     site.good("zzz", "lora")
     assert [answer.value for answer in site.registry().call_all(SPECS.tunerkit_base_layers)] == [["aaa"]]
 
 
 def test_a_plugin_without_methods_is_asked_for_base_layers(site: Site) -> None:
-    """A distribution may bring base layers alone."""
+    """A distribution may provide only base layers."""
     site.good("quantised")
     assert site.registry().methods() == {}
     assert [answer.value for answer in site.registry().call_all(SPECS.tunerkit_base_layers)] == [["quantised"]]
 
 
 def test_two_distributions_may_use_one_entry_point_name(site: Site) -> None:
-    """The entry point's name is no identity: both load, and of two that fail both are listed."""
+    """An entry point's name is no identity: both load, and if both fail, both are listed."""
     site.good("aaa", "first", entry="plugin")
     site.good("bbb", "second", entry="plugin")
     site.add("ccc", {"plugin": "1 / 0"})
@@ -289,7 +289,7 @@ def test_two_distributions_may_use_one_entry_point_name(site: Site) -> None:
 
 
 def test_a_failed_plugin_never_hides_a_method_of_its_name(site: Site) -> None:
-    """A broken entry point "lora" stands beside the method "lora" of another distribution."""
+    """A broken entry point "lora" does not affect the method "lora" of another distribution."""
     site.add("aaa", {"lora": "1 / 0"})
     site.good("bbb", "lora")
     listed = site.registry().methods()
@@ -310,10 +310,10 @@ _installed = st.dictionaries(
 def test_every_method_has_the_owner_the_rule_names(
     make_site: Callable[[], Site], installed: dict[str, list[str] | None]
 ) -> None:
-    """For any set of distributions, broken ones (None) among them, nothing is lost and nothing given twice.
+    """For any set of distributions, including broken ones (None), no method is lost or offered twice.
 
-    Each method yielded anywhere is on offer, from its namesake or else from the first by name; only that plugin
-    builds; each refused claim and each failure is listed.
+    Each method is offered by its namesake, or else by the first distribution by name. Only that plugin builds. Each
+    rejected claim and each failure is listed.
     """
     here = make_site()
     for distribution, methods in installed.items():
@@ -334,7 +334,7 @@ def test_every_method_has_the_owner_the_rule_names(
 
 
 def test_a_careless_plugin_is_never_asked_for_another_plugins_method(site: Site) -> None:
-    """It would build for anyone, first of all and with priority; only the owner is asked, and `implements` agrees."""
+    """It would build for every method, with priority; only the owner is asked, and `implements` agrees."""
     careless = HEAD + CONFIG + YIELD + BUILD.replace("@hookimpl", "@hookimpl(tryfirst=True)")
     careless += "@hookimpl(tryfirst=True)\ndef tunerkit_delta():\n    return 'taken over'\n"
     site.add("aaa", {"careless": careless})
@@ -348,7 +348,7 @@ def test_a_careless_plugin_is_never_asked_for_another_plugins_method(site: Site)
 
 
 def test_a_hook_nobody_specified_is_an_error_even_for_core(site: Site) -> None:
-    """A function that is no hook's spec is no silent None."""
+    """A function that is no hook spec raises instead of returning None silently."""
 
     def tunerkit_build() -> None: ...
 
@@ -360,14 +360,14 @@ def test_a_hook_nobody_specified_is_an_error_even_for_core(site: Site) -> None:
 
 
 def test_an_optional_hook_of_a_newer_version_is_accepted(site: Site) -> None:
-    """A plugin may mark what only a later tunerkit knows."""
+    """A plugin may mark a hook that only a later tunerkit has."""
     later = GOOD.replace("{methods!r}", "('lora',)") + "@hookimpl(optionalhook=True)\ndef tunerkit_later(): ...\n"
     site.add("zzz", {"lora": later})
     assert site.registry().methods()["lora"].error is None
 
 
 def test_an_exception_of_the_owner_reaches_the_caller_unchanged(site: Site) -> None:
-    """The plugin's own words say best what is wrong with a config or a target."""
+    """The plugin's own message explains best what is wrong with a config or a target."""
     refusing = BUILD.replace("return target", "raise LookupError('no such layer here')")
     site.add("zzz", {"broken": HEAD + CONFIG + YIELD + refusing})
     with pytest.raises(LookupError, match="no such layer here"):
@@ -376,7 +376,7 @@ def test_an_exception_of_the_owner_reaches_the_caller_unchanged(site: Site) -> N
 
 @pytest.mark.parametrize("body", ["raise LookupError('gone')", "yield 1 / 0"])
 def test_a_plugin_that_raises_when_all_are_asked_is_named_and_left_out(site: Site, body: str) -> None:
-    """A broken plugin must not stop every model from being wrapped, at once or when its generator runs."""
+    """A broken plugin must not prevent wrapping, whether its hook raises at once or its generator does later."""
     site.good("aaa", "first")
     site.add("mmm", {"faulty": f"{HEAD}@hookimpl\ndef tunerkit_base_layers():\n    {body}\n"})
     site.good("zzz", "last")
@@ -386,7 +386,7 @@ def test_a_plugin_that_raises_when_all_are_asked_is_named_and_left_out(site: Sit
 
 
 def test_the_environment_limits_which_plugins_load(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unset loads all, names load these, empty loads none; what isn't named isn't even imported."""
+    """Unset loads all, names load only these, empty loads none; other plugins aren't even imported."""
     site.good("aaa", "first", entry="one")
     site.add("bbb", {"two": "1 / 0"})
     site.add("ccc", {"three": ""})
@@ -401,7 +401,7 @@ def test_the_environment_limits_which_plugins_load(site: Site, monkeypatch: pyte
 
 
 def test_a_limit_that_names_no_plugin_is_an_error(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A typing mistake in the environment must not look like a missing method; it is told at every use."""
+    """A typo in the environment must not look like a missing method; every use reports it."""
     site.good("aaa", "first", entry="adalora")
     monkeypatch.setenv("TUNERKIT_PLUGINS", "adalor")
     found = site.registry()
@@ -411,7 +411,7 @@ def test_a_limit_that_names_no_plugin_is_an_error(site: Site, monkeypatch: pytes
 
 
 def test_an_in_process_plugin_comes_and_goes() -> None:
-    """`register` offers its methods, `unregister` takes them away, and both may be repeated."""
+    """`register` offers its methods, `unregister` removes them, and both can be repeated."""
     found, plugin = Registry([]), InProcess("mine", "yours")
     for _ in range(2):
         found.register(plugin)
@@ -425,7 +425,7 @@ def test_an_in_process_plugin_comes_and_goes() -> None:
 
 
 def test_a_module_and_a_class_of_static_hooks_can_be_registered() -> None:
-    """What pluggy calls a plugin is one here too."""
+    """Everything that pluggy accepts as a plugin is accepted here."""
 
     class Static:
         @staticmethod
@@ -442,7 +442,7 @@ def test_a_module_and_a_class_of_static_hooks_can_be_registered() -> None:
 
 
 def test_calling_a_method_whose_plugin_is_gone_names_it() -> None:
-    """A model may outlive its plugin's registration."""
+    """A model may be used longer than its plugin is registered."""
     found, plugin = Registry([]), InProcess("mine")
     found.register(plugin)
     found.unregister(plugin)
@@ -451,7 +451,7 @@ def test_calling_a_method_whose_plugin_is_gone_names_it() -> None:
 
 
 def test_registering_a_name_that_is_taken_leaves_nothing_behind(site: Site) -> None:
-    """The whole plugin is refused, with the owner's distribution; its other methods and hooks are not there."""
+    """The whole plugin is rejected, naming the owner's distribution; its other methods and hooks are not registered."""
     site.good("zzz", "lora")
     found, plugin = site.registry(), InProcess("other", "lora")
     with pytest.raises(PluginError, match=r"'lora' is already provided by zzz 1\.0"):
@@ -462,8 +462,8 @@ def test_registering_a_name_that_is_taken_leaves_nothing_behind(site: Site) -> N
         found.unregister(plugin)
 
 
-def test_a_refused_plugin_may_come_again_once_its_mistake_is_mended(site: Site) -> None:
-    """Nothing of it stays registered, neither after a collision nor after a fault of its own."""
+def test_a_rejected_plugin_can_be_registered_once_it_is_fixed(site: Site) -> None:
+    """Nothing of it stays registered after a collision or an error."""
     site.good("zzz", "lora")
     found, plugin = site.registry(), InProcess("lora")
     with pytest.raises(PluginError, match="already provided by"):
@@ -477,7 +477,7 @@ def test_a_refused_plugin_may_come_again_once_its_mistake_is_mended(site: Site) 
 
 
 def test_two_plugins_of_one_class_are_two_plugins() -> None:
-    """In-process plugins are told apart as objects."""
+    """In-process plugins are distinguished by object identity."""
     found = Registry([])
     found.register(InProcess("mine"))
     found.register(InProcess("yours"))
@@ -488,7 +488,7 @@ def test_two_plugins_of_one_class_are_two_plugins() -> None:
     "plugin", ["adalora", None, 3, InProcess, object()], ids=["a name", "None", "a number", "a class", "an object"]
 )
 def test_registering_what_is_no_plugin_is_refused(plugin: object) -> None:
-    """A name, nothing, a number, a class that should be an instance: each is told what to do."""
+    """A name, None, a number, or a class instead of an instance: the error says what to pass."""
     found = Registry([])
     with pytest.raises(PluginError, match=r"mark its functions|pass an instance"):
         found.register(plugin)
@@ -496,7 +496,7 @@ def test_registering_what_is_no_plugin_is_refused(plugin: object) -> None:
 
 
 def test_registering_twice_is_refused_and_keeps_the_first() -> None:
-    """The second call is an error, not a second plugin; it doesn't take the first away."""
+    """The second call is an error; the first registration stays."""
     found, plugin = Registry([]), InProcess("mine")
     found.register(plugin)
     with pytest.raises(PluginError, match="already registered"):
@@ -505,7 +505,7 @@ def test_registering_twice_is_refused_and_keeps_the_first() -> None:
 
 
 def test_two_threads_load_the_plugins_once(site: Site) -> None:
-    """The first question loads; those who ask meanwhile wait and get the same records."""
+    """The first call loads; concurrent calls wait and get the same records."""
     slow = "import time\ntime.sleep(0.1)\n" + GOOD.replace("{methods!r}", "('lora',)")
     site.add("aaa", {"slow": slow})
     found, seen = site.registry(), []
@@ -519,7 +519,7 @@ def test_two_threads_load_the_plugins_once(site: Site) -> None:
 
 
 def test_an_interrupted_load_starts_afresh(site: Site) -> None:
-    """Ctrl-C during a slow import is the user's: it is no plugin's failure, and the next question loads all."""
+    """Ctrl-C during a slow import is not a plugin's failure, and the next call loads everything."""
     flag = "throwaway_interrupted"
     interrupted = f"import sys, types\nif {flag!r} not in sys.modules:\n"
     interrupted += f"    sys.modules[{flag!r}] = types.ModuleType('x')\n    raise KeyboardInterrupt\n"
@@ -534,7 +534,7 @@ def test_an_interrupted_load_starts_afresh(site: Site) -> None:
 def test_the_default_registry_reads_what_is_installed_when_first_asked(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The functions of the module share one registry; `reset` makes it read environment and path afresh."""
+    """The functions of the module share one registry; `reset` makes it read environment and path again."""
     site.good("throwaway-dist", "throwaway", entry="throwaway-entry")
     monkeypatch.setenv("TUNERKIT_PLUGINS", "throwaway-entry")
     registry.reset()

@@ -1,4 +1,4 @@
-"""Rank maps: laid out, tabled and drawn."""
+"""Rank maps: layout, table and plot."""
 
 import io
 import itertools
@@ -23,7 +23,7 @@ def by_path(ranks: dict[tuple[int, str], int]) -> dict[str, int]:
 
 @given(ranks_of_layers)
 def test_every_rank_stands_in_the_cell_of_its_layer_and_matrix(ranks: dict[tuple[int, str], int]) -> None:
-    """Reading the map back cell by cell gives the ranks, and nothing else."""
+    """Reading the map cell by cell gives exactly the ranks."""
     found = rank_map(by_path(ranks))
     short = dict(zip(shortened(dict.fromkeys(m for _, m in ranks)), dict.fromkeys(m for _, m in ranks), strict=True))
     back = {
@@ -38,7 +38,7 @@ def test_every_rank_stands_in_the_cell_of_its_layer_and_matrix(ranks: dict[tuple
 
 @given(st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map(".".join), unique=True))
 def test_shortened_names_are_ends_that_tell_names_apart(names: list[str]) -> None:
-    """A short name is an end of its own name at a dot, no two are equal, and one part less would be ambiguous."""
+    """A short name is the end of a name at a dot; all are distinct, and one component less would be ambiguous."""
     short = list(shortened(names))
     assert len(set(short)) == len(names)
     for name, end in zip(names, short, strict=True):
@@ -47,21 +47,21 @@ def test_shortened_names_are_ends_that_tell_names_apart(names: list[str]) -> Non
         assert not less or end == name or any(f".{other}".endswith(f".{less}") for other in names if other != name)
 
 
-def test_layers_of_two_stacks_and_targets_without_a_number_have_rows_of_their_own() -> None:
-    """Encoder and decoder layers of the same number are not mixed up, and an embedding is not lost."""
+def test_layers_of_two_stacks_and_targets_without_a_number_have_separate_rows() -> None:
+    """Encoder and decoder layers of the same number are kept apart, and an embedding is included."""
     found = rank_map({"embed": 1, "encoder.block.0.q": 2, "decoder.block.0.q": 3})
     assert found.layers == ("-", "encoder.block.0", "decoder.block.0")
     assert found.cells == ((1, None), (None, 2), (None, 3))
 
 
 def test_one_stack_is_named_by_numbers_alone() -> None:
-    """Where only one stack has numbers, its name would be noise."""
+    """If only one stack has numbers, its name would be redundant."""
     assert rank_map({"a.layer.0.q": 1, "a.layer.1.q": 1, "embed": 2}).layers == ("0", "1", "-")
 
 
 @given(ranks_of_layers)
 def test_the_terminal_table_shows_every_rank_and_the_sums(ranks: dict[tuple[int, str], int]) -> None:
-    """The printed table holds each layer's ranks in order and its sum, and the total below."""
+    """The printed table has each layer's ranks in order with their sum, and the total below."""
     console_module = pytest.importorskip("rich.console", reason="the table needs the extra [cli]")
     from tunerkit.report.terminal import rank_table
 
@@ -79,7 +79,7 @@ def test_the_terminal_table_shows_every_rank_and_the_sums(ranks: dict[tuple[int,
 @settings(max_examples=25)  # drawing is slow
 @given(ranks_of_layers)
 def test_the_heatmap_has_the_ranks_as_colours_and_as_numbers(ranks: dict[tuple[int, str], int]) -> None:
-    """Each cell's colour value and its written number are the rank; cells without a target stay blank."""
+    """Each cell's colour and its number are the rank; cells without a target stay blank."""
     plots = pytest.importorskip("tunerkit.report.plots", reason="pictures need the extra [plot]")
     map_ = rank_map(by_path(ranks))
     axes = plots.draw_ranks(map_, title="ranks", initial=12).axes[0]
@@ -97,7 +97,7 @@ def test_the_heatmap_has_the_ranks_as_colours_and_as_numbers(ranks: dict[tuple[i
 
 
 def test_the_curves_hold_the_budget_and_the_mean_least_and_greatest_rank() -> None:
-    """What is drawn is the history, a value holding until the next change."""
+    """Curves show the history; a value stays until the next change."""
     plots = pytest.importorskip("tunerkit.report.plots", reason="pictures need the extra [plot]")
     history = [
         RankChange(0, 8, {"a": 4, "b": 4}),
@@ -115,7 +115,7 @@ def test_the_curves_hold_the_budget_and_the_mean_least_and_greatest_rank() -> No
 
 
 def test_pictures_are_written_and_their_labels_do_not_overlap(tmp_path: Path) -> None:
-    """With many layers and long names, the drawn tick labels are apart from each other, and the file is a PNG."""
+    """With many layers and long names, tick labels don't overlap, and the file is a PNG."""
     plots = pytest.importorskip("tunerkit.report.plots", reason="pictures need the extra [plot]")
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "a_projection_with_a_long_name")
     map_ = RankMap(

@@ -1,4 +1,4 @@
-"""Tests of giving parameters another size in place, and of the optimizers that allow it."""
+"""Resizing parameters in place, and the optimizers that allow it."""
 
 import socket
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from tunerkit import Cut, resize_, shrink_
 
 
 def stepped(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> tuple[nn.Parameter, torch.optim.Optimizer]:
-    """A parameter (4, 3) with a gradient and two steps of optimizer state behind it."""
+    """A parameter (4, 3) with a gradient and the optimizer state of two steps."""
     parameter = nn.Parameter(torch.arange(12.0).reshape(4, 3))
     optimizer = make([parameter])
     for _ in range(2):
@@ -26,7 +26,7 @@ def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 @pytest.mark.parametrize(("dim", "kept"), [(0, [1, 3]), (1, [2]), (0, []), (1, [0, 1, 2])])
 def test_values_gradient_and_state_are_cut_alike(dim: int, kept: list[int]) -> None:
-    """The same Parameter; each tensor is the selection of what it was, in storage of its own size."""
+    """The Parameter object stays; each tensor becomes the selected part, in storage of its own size."""
     parameter, optimizer = stepped(adamw)
     assert parameter.grad is not None
     state = optimizer.state[parameter]
@@ -44,7 +44,7 @@ def test_values_gradient_and_state_are_cut_alike(dim: int, kept: list[int]) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_a_graph_that_is_still_alive_does_not_keep_the_old_shape(dtype: torch.dtype) -> None:
-    """Autograd's accumulating node would expect the old shape: the next backward must not."""
+    """Autograd's accumulation node would expect the old shape: the next backward must not fail."""
     parameter = nn.Parameter(torch.ones(4, 3, dtype=dtype))
     alive = parameter.sum()
     resize_(parameter, torch.full((2, 3), 2, dtype=dtype))
@@ -54,7 +54,7 @@ def test_a_graph_that_is_still_alive_does_not_keep_the_old_shape(dtype: torch.dt
 
 
 def test_without_an_optimizer_the_parameter_alone_is_cut() -> None:
-    """Nobody drives it: nothing to keep in step with. No cut at all is no mistake."""
+    """Without an optimizer there is no state to resize. Selecting everything is no error."""
     parameter = nn.Parameter(torch.arange(4.0))
     assert shrink_([Cut(parameter, 0, torch.tensor([2]))], None) is None
     assert torch.equal(parameter.detach(), torch.tensor([2.0]))
@@ -62,14 +62,14 @@ def test_without_an_optimizer_the_parameter_alone_is_cut() -> None:
 
 
 class OwnStep(torch.optim.SGD):
-    """A step of its own, which may do anything."""
+    """A custom step, which may do anything."""
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         return super().step(closure)
 
 
 class OddState(torch.optim.SGD):
-    """SGD's own step, and something per row beside it."""
+    """SGD's own step, with additional state per row."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__(parameters, lr=0.1)
@@ -89,7 +89,7 @@ class OddState(torch.optim.SGD):
 def test_an_optimizer_that_may_look_at_whole_tensors_keeps_every_shape(
     make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], words: str
 ) -> None:
-    """The reason comes back and nothing is cut, not even what could have been."""
+    """The reason is returned and nothing is resized, not even the tensors that could be."""
     parameter, optimizer = stepped(make)
     plain = nn.Parameter(torch.arange(4.0))
     reason = shrink_([Cut(plain, 0, torch.tensor([0])), Cut(parameter, 0, torch.tensor([0]))], optimizer)
@@ -110,17 +110,17 @@ def _process_group() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_process_group")
 def test_in_a_process_group_shapes_stay() -> None:
-    """DDP's reducer and FSDP's shards know the shapes from the start."""
+    """DDP's reducer and FSDP's shards rely on the initial shapes."""
     parameter, optimizer = stepped(adamw)
     assert "DDP" in str(shrink_([Cut(parameter, 0, torch.tensor([0]))], optimizer))
     assert parameter.shape == (4, 3)
 
 
 class Tagged(Tensor):
-    """A tensor subclass, as DTensor and quantised tensors are."""
+    """A tensor subclass, like DTensor and quantised tensors."""
 
 
 def test_a_tensor_subclass_keeps_its_shape() -> None:
-    """What its storage means is the subclass's business."""
+    """Only the subclass knows the meaning of its storage."""
     parameter = nn.Parameter(torch.ones(4).as_subclass(Tagged))
     assert "Tagged" in str(shrink_([Cut(parameter, 0, torch.tensor([0]))], None))

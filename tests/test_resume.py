@@ -1,4 +1,4 @@
-"""Tests of the training state that travels in an optimizer's state_dict; its file is tested in test_files.py."""
+"""The training state in an optimizer's state_dict; its file is tested in test_files.py."""
 
 import io
 import warnings
@@ -32,7 +32,7 @@ def train(toys: "Toys", model: Any, optimizer: Any, count: int) -> None:
 
 
 def stored(optimizer: Any) -> dict[str, Any]:
-    """What comes back from a file that holds the optimizer's state_dict, read as safely as torch can."""
+    """The optimizer's state_dict after a round trip through a file, loaded with weights_only."""
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
@@ -41,7 +41,7 @@ def stored(optimizer: Any) -> dict[str, Any]:
 
 
 def test_loading_the_optimizer_s_state_brings_back_the_training_state(toys: "Toys") -> None:
-    """Of each adapter its own, by its name; steps go on from there."""
+    """Each adapter gets its own state by name, and steps continue from there."""
     model, optimizer = attached(toys, "a", "b")
     train(toys, model, optimizer, 2)
     tunerkit.activate(model, ["a"])
@@ -53,7 +53,7 @@ def test_loading_the_optimizer_s_state_brings_back_the_training_state(toys: "Toy
 
 
 def test_a_method_that_needs_no_steps_leaves_the_optimizer_s_state_as_torch_has_it(toys: "Toys") -> None:
-    """Nothing is added where nothing would be lost, and nothing after the adapter is detached."""
+    """If there is no state to lose, nothing is added, and nothing after the adapter is detached."""
     _, optimizer = attached(toys, method="toy-shift")
     assert set(optimizer.state_dict()) == {"state", "param_groups"}
     model, optimizer = attached(toys)
@@ -63,7 +63,7 @@ def test_a_method_that_needs_no_steps_leaves_the_optimizer_s_state_as_torch_has_
 
 
 def test_another_run_s_state_is_refused_before_the_optimizer_s_is_touched(toys: "Toys") -> None:
-    """What differs is named, as for a file."""
+    """The error names the differences, as for a file."""
     model, optimizer = attached(toys)
     train(toys, model, optimizer, 2)
     _, longer = attached(toys, total=TOTAL + 1)
@@ -72,8 +72,8 @@ def test_another_run_s_state_is_refused_before_the_optimizer_s_is_touched(toys: 
     assert not longer.state
 
 
-def test_a_state_that_was_taken_without_the_adapter_attached_is_told_of(toys: "Toys") -> None:
-    """Else the schedule would begin anew in the middle of training, in silence; an empty state says nothing."""
+def test_a_state_taken_without_the_adapter_attached_triggers_a_warning(toys: "Toys") -> None:
+    """Otherwise the schedule would silently restart in the middle of training; an empty state triggers none."""
     model, optimizer = attached(toys)
     train(toys, model, optimizer, 2)
     plain = {key: value for key, value in stored(optimizer).items() if key != "tunerkit"}

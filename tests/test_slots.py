@@ -1,4 +1,4 @@
-"""What lies beside a module: slots by any name, originals set aside, and biases in the shape of their module's."""
+"""Slots by any name, stored originals, and biases in the shape of their module's."""
 
 import copy
 import pickle
@@ -14,7 +14,7 @@ from tunerkit.injection import Slot, Slots, slots_of, walk
 from tunerkit.injection.slots import apply_slots
 from tunerkit.layers import as_base_layer, has_trainable_bias, view_bias
 
-# A module with a bias of its own, and an input for it.
+# Modules that have a bias, and the shape of an input for each.
 BIASED: dict[str, tuple[Any, tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(3, 4), (2, 3)),
     "linear on sequences": (lambda: nn.Linear(3, 4), (2, 5, 3)),
@@ -36,7 +36,7 @@ BIASED: dict[str, tuple[Any, tuple[int, ...]]] = {
 
 @pytest.mark.parametrize("name", BIASED)
 def test_a_trained_bias_does_what_the_modules_own_would(name: str) -> None:
-    """The slot's output is that of the module with the trained bias in place of its own; untrained, bit for bit."""
+    """The slot's output equals that of the module with the trained bias; untrained, bit for bit."""
     make, shape = BIASED[name]
     module, x = make().double(), torch.randn(shape).double()
     base = as_base_layer(module)
@@ -52,7 +52,7 @@ def test_a_trained_bias_does_what_the_modules_own_would(name: str) -> None:
 
 
 def test_a_bias_that_is_not_understood_is_not_trainable() -> None:
-    """No bias, another kind of module, or a norm with a forward of its own: the answer is no."""
+    """No bias, an unknown kind of module, or a norm with a custom forward: the answer is no."""
 
     class ChannelsFirst(nn.LayerNorm):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -71,14 +71,14 @@ def test_a_bias_that_is_not_understood_is_not_trainable() -> None:
 
 
 def test_view_bias_follows_the_base_layer_where_there_is_one() -> None:
-    """A base-layer kind knows its own shape better than the class of the module."""
+    """A base-layer kind, if there is one, decides the shape, not the module's class."""
     conv = nn.Conv2d(1, 3, 1)
     assert view_bias(conv, as_base_layer(conv), torch.zeros(3), torch.zeros(3, 2, 2)).shape == (3, 1, 1)
 
 
 @given(names=st.lists(st.text(st.characters(exclude_characters="./"), min_size=1, max_size=8), unique=True, max_size=5))
-def test_slots_go_by_name_in_the_order_they_came(names: list[str]) -> None:
-    """put, get, drop and names agree with a plain dict, whatever the names."""
+def test_slots_are_found_by_name_in_insertion_order(names: list[str]) -> None:
+    """put, get, drop and names agree with a plain dict for any names."""
     slots, model = Slots(None), {name: Slot() for name in names}
     for name, slot in model.items():
         slots.put(name, slot)
@@ -94,12 +94,12 @@ def test_slots_go_by_name_in_the_order_they_came(names: list[str]) -> None:
 
 
 def test_an_attribute_is_not_taken_for_a_slot() -> None:
-    """Looking up an adapter called "active" finds none while none was put there."""
+    """Looking up an adapter called "active" finds none unless one was added."""
     assert all(Slots(None).get(name) is None for name in ("active", "base", "training", "forward"))
 
 
 def test_originals_follow_the_module_and_stay_out_of_its_state() -> None:
-    """What is set aside moves with .to(...), is in no state_dict, and is gone when forgotten."""
+    """Stored originals move with .to(...), are in no state_dict, and can be dropped."""
     slots, weight = Slots(None), torch.rand(3)
     slots.put("default", Slot())
     slots.set_aside({"weight": weight, "0.bias": weight})
@@ -116,7 +116,7 @@ def test_originals_follow_the_module_and_stay_out_of_its_state() -> None:
 
 
 def test_the_input_is_found_whether_named_or_not() -> None:
-    """An adapter sees the base layer's input also where the caller passes it by keyword."""
+    """An adapter gets the base layer's input also if the caller passes it by keyword."""
     module = nn.Linear(2, 2)
     slots = Slots(as_base_layer(module))
     module.add_module("tunerkit", slots)
@@ -133,7 +133,7 @@ def test_the_input_is_found_whether_named_or_not() -> None:
 
 
 def test_walk_finds_every_place_in_model_order() -> None:
-    """Only modules that hold slots are places; a foreign child of that name is not."""
+    """Only modules with slots are listed; a foreign child of that name is not."""
     model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1)))
     model[1].add_module("tunerkit", Slots(None))
     model.get_submodule("2.0").add_module("tunerkit", Slots(None))

@@ -1,4 +1,4 @@
-"""The benchmark of speed and memory: its instruments on things whose cost is known, and a short run of each part."""
+"""The benchmark of speed and memory: its instruments on known costs, and a short run of each part."""
 
 import collections
 import functools
@@ -95,7 +95,7 @@ def rounds(typical: float, *, of: int = 60, seed: int = 0) -> statistics.Floats:
 
 @pytest.mark.parametrize("true", [0.5, 1.0, 3.0])
 def test_the_interval_of_a_ratio_holds_the_ratio(true: float) -> None:
-    """Two noisy series whose typical values stand in a known ratio; the interval is narrow and holds it."""
+    """Two noisy series have typical values of a known ratio; the interval is narrow and contains it."""
     pairs = statistics.Pairs(rounds(true * 2, seed=1), rounds(2, seed=2), statistics.one_kind(60))
     found = statistics.ratio(pairs, seed=0)
     assert found.low <= true <= found.high
@@ -113,15 +113,15 @@ def test_an_interval_of_the_mean_covers_as_often_as_it_says() -> None:
 
 
 def test_a_geometric_mean_of_ratios_is_that() -> None:
-    """Ratios of 1/2 and 2 without noise give 1, with an interval of no width."""
+    """Ratios of 1/2 and 2 without noise give 1, with an interval of zero width."""
     kinds = statistics.one_kind(10)
     several = [statistics.Pairs(np.full(10, r), np.ones(10), kinds) for r in (0.5, 2.0)]
     found = statistics.geometric_mean(several, seed=0, draws=50)
     assert attrs.astuple(found) == pytest.approx((1.0, 1.0, 1.0))
 
 
-def test_dear_rounds_count_by_their_share() -> None:
-    """One round in ten of another kind costs 11 instead of 1: typically 2, which neither median nor outliers say."""
+def test_expensive_rounds_count_by_their_share() -> None:
+    """One round in ten costs 11 instead of 1: the typical value is 2, which neither a median nor outliers give."""
     kinds = np.array([0] * 9 + [1])
     values = np.where(kinds == 1, 11.0, 1.0)
     assert statistics.typical(values, kinds) == pytest.approx(2.0)
@@ -129,7 +129,7 @@ def test_dear_rounds_count_by_their_share() -> None:
 
 
 def test_an_overhead_below_the_floor_keeps_no_yardstick() -> None:
-    """If noise leaves the yardstick at or below 0, the ratio is infinite and no limit is met by it."""
+    """If noise makes the denominator 0 or less, the ratio is infinite and misses every limit."""
     pairs = statistics.Pairs(np.ones(4), np.full(4, -1.0), statistics.one_kind(4))
     found = statistics.ratio(pairs, seed=0, draws=20)
     assert found.high == np.inf
@@ -146,7 +146,7 @@ def test_an_infinite_ratio_makes_the_mean_infinite() -> None:
 
 
 def test_the_same_seed_gives_the_same_interval() -> None:
-    """Published figures can be computed again from the published times."""
+    """Published numbers can be recomputed from the published times."""
     pairs = statistics.Pairs(rounds(1, seed=1), rounds(1, seed=2), statistics.one_kind(60))
     assert statistics.ratio(pairs, seed=3) == statistics.ratio(pairs, seed=3) != statistics.ratio(pairs, seed=4)
 
@@ -156,7 +156,7 @@ def test_the_same_seed_gives_the_same_interval() -> None:
 
 @pytest.mark.parametrize("count", [4, 5, 8])
 def test_everyone_stands_equally_often_at_each_place_and_behind_each_other(count: int) -> None:
-    """In each design: at each place, and each behind each other. The same for a seed, and drawn anew for the next."""
+    """In each design; the order is the same for a seed, and reshuffled for the next design."""
     length, times = (count, 1) if count % 2 == 0 else (2 * count, 2)
     names = [f"{number}" for number in range(count)]
     found = list(itertools.islice(orders(names, seed=1), 3 * length))
@@ -171,7 +171,7 @@ def test_everyone_stands_equally_often_at_each_place_and_behind_each_other(count
 
 
 def test_rounds_are_timed_after_the_warmup_with_garbage_collection_off() -> None:
-    """Every call runs warmup + rounds times, its last rounds are kept, and gc is back on at the end, also on errors."""
+    """Every call runs warmup + rounds times and the last rounds are kept. At the end gc is on again, also on errors."""
     seen: list[bool] = []
 
     def one_second(call: Call) -> float:
@@ -203,7 +203,7 @@ def test_operations_are_counted_one_by_one() -> None:
 
 
 def test_backward_is_counted_with_forward() -> None:
-    """The square's derivative takes operations of its own."""
+    """The derivative of the square takes additional operations."""
     x = torch.ones(3, requires_grad=True)
     forward = count(lambda: x.square().sum()).total
     assert count(lambda: x.square().sum().backward()).total > forward == 2
@@ -225,7 +225,7 @@ def test_backward_is_counted_with_forward() -> None:
     ],
 )
 def test_what_waits_for_a_device_is_counted(call: Any, waits: int) -> None:
-    """Reading a value, a list or the places of a mask waits; choosing by mask or by number does not."""
+    """Reading a value, a list or the indices of a mask waits; torch.where and integer indexing do not."""
     x = torch.ones(3)
     with Waits() as found:
         call(x)
@@ -236,7 +236,7 @@ def test_what_waits_for_a_device_is_counted(call: Any, waits: int) -> None:
 
 
 def test_the_peak_counts_what_lives_at_once() -> None:
-    """Two of three temporaries of 4 kB live at a time; views and in-place results take nothing."""
+    """Two of three temporaries of 4 kB are live at a time; views and in-place results need no memory."""
     x = torch.ones(1000)
 
     def known() -> None:
@@ -250,14 +250,14 @@ def test_the_peak_counts_what_lives_at_once() -> None:
 
 
 def test_the_peak_knows_what_backward_needs() -> None:
-    """The exponential keeps its result for backward: while a chain of three runs, all three results are alive."""
+    """The exponential saves its result for backward: in a chain of three, all three results are live."""
     x = torch.ones(1000, requires_grad=True)
     assert peak_bytes(lambda: x.exp().exp().exp(), CPU) == 12000
     assert peak_bytes(lambda: x.detach().exp().exp().exp(), CPU) == 8000
 
 
 def test_held_bytes_are_those_of_living_tensors() -> None:
-    """A tensor counts while somebody holds it, whoever that is; a view of it costs nothing."""
+    """A tensor counts while anything references it; a view of it costs nothing."""
     before = held_bytes()
     hidden = {"somewhere": [torch.ones(1000)]}
     hidden["somewhere"].append(hidden["somewhere"][0][:10])
@@ -267,7 +267,7 @@ def test_held_bytes_are_those_of_living_tensors() -> None:
 
 
 def test_held_bytes_pass_by_tensors_without_a_storage() -> None:
-    """What is left of a torch.func transform, wherever somebody keeps it, and sparse tensors."""
+    """Leftovers of a torch.func transform that something references, and sparse tensors, are skipped."""
     before = held_bytes()
     kept = [torch.ones(3).to_sparse()]
 
@@ -283,7 +283,7 @@ def test_held_bytes_pass_by_tensors_without_a_storage() -> None:
 
 
 def test_contenders_share_the_frozen_weights_and_nothing_else() -> None:
-    """One base in memory for all, so that none reads warmer or colder weights; training leaves it as it was."""
+    """One base in memory serves all, so caches are equally warm for each; training doesn't change it."""
     workload = encoder(TINY.sizes[0], TINY)
     before = {name: value.clone() for name, value in workload.base.state_dict().items()}
     training = contenders.build_all(steps.NAMES, workload, TINY)
@@ -299,7 +299,7 @@ def test_contenders_share_the_frozen_weights_and_nothing_else() -> None:
 
 
 def test_methods_compared_train_equally_much() -> None:
-    """PEFT's LoRA and ours, and the two AdaLoRAs, start with the same number of parameters at the same layers."""
+    """PEFT's LoRA and ours, and the two AdaLoRAs, start with equally many parameters at the same layers."""
     workload = encoder(TINY.sizes[0], TINY)
 
     def trained(name: str) -> int:
@@ -312,7 +312,7 @@ def test_methods_compared_train_equally_much() -> None:
 
 
 def test_timed_steps_lie_before_the_last_allocation() -> None:
-    """Warm-up and rounds together end before it, with mask steps among them in the share that Δ_T gives."""
+    """Warm-up and rounds end before it, and the share of mask steps among them follows from Δ_T."""
     settings = Settings()
     tuner = tunerkit.tuner(contenders.build(contenders.ADALORA, encoder(Size(1, 16), settings), settings).model)
     kinds = steps.kinds_of(settings)
@@ -322,7 +322,7 @@ def test_timed_steps_lie_before_the_last_allocation() -> None:
 
 
 def test_peft_adds_its_regulariser_where_it_should() -> None:
-    """The loss of PEFT's AdaLoRA is higher than that of the same model called past it."""
+    """The loss of PEFT's AdaLoRA is higher than that of the same model with the regulariser bypassed."""
     workload = encoder(TINY.sizes[0], TINY)
     full, bare = (contenders.build(n, workload, TINY) for n in (contenders.PEFT_ADALORA, contenders.PEFT_ADALORA_BARE))
     losses = [contender.call(workload.x, workload.target).loss for contender in (full, bare)]
@@ -330,7 +330,7 @@ def test_peft_adds_its_regulariser_where_it_should() -> None:
 
 
 def test_marks_read_what_the_hooks_take() -> None:
-    """A counter moved by hooks attached in between shows in the marks, and the update itself in none."""
+    """Marks show a counter's increase in hooks attached in between, but not in the update itself."""
     moved = 0.0
 
     def move(by: float) -> Any:
@@ -354,7 +354,7 @@ def test_marks_read_what_the_hooks_take() -> None:
 
 
 def test_a_compiled_contender_runs_its_own_graph() -> None:
-    """The floor's graph, compiled first, does not stand in for that of an adapted model of the same class."""
+    """The floor's graph, compiled first, is not reused for an adapted model of the same class."""
     workload = encoder(TINY.sizes[0], TINY)
     floor, lora = (contenders.build(name, workload, TINY) for name in (contenders.FLOOR, contenders.LORA))
     for parameter in lora.trained():
@@ -365,7 +365,7 @@ def test_a_compiled_contender_runs_its_own_graph() -> None:
 
 
 def test_every_alternative_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One input product for a group, or one computed again: all as the fused op."""
+    """One input product for a group, or recomputing it, gives the same as the fused op."""
     layers = [nn.Linear(6, out).requires_grad_(False) for out in (5, 7)]
     shared = alternatives.Shared(layers, rank=3)
     for p in shared.p:
@@ -393,7 +393,7 @@ def test_every_alternative_computes_the_same(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_course_in_stages_spends_each_step_at_the_budget_in_force() -> None:
-    """With a step that takes its rank in seconds, the mean step is the schedule's mean rank."""
+    """If a step takes as many seconds as its rank, the mean step is the schedule's mean rank."""
     times = {rank: np.full(3, float(rank)) for rank in range(2, 5)}
     once = alternatives.course(times, TINY, in_stages=False, steps=100)
     assert once.tolist() == pytest.approx([(69 * 4 + 31 * 2) / 100] * 3)
@@ -412,7 +412,7 @@ def test_a_course_in_stages_spends_each_step_at_the_budget_in_force() -> None:
 
 @pytest.mark.parametrize("part", LIMITS)
 def test_a_short_run_of_each_part_finds_numbers_beside_their_limits(part: str) -> None:
-    """A tiny model and two rounds: numbers, their intervals around them, and the project's limits, for ours.
+    """A tiny model and two rounds give numbers, intervals around them, and the project's limits for ours.
 
     On a busy machine two rounds may lose an overhead in noise; a ratio to it is then infinite.
     """
@@ -426,18 +426,18 @@ def test_a_short_run_of_each_part_finds_numbers_beside_their_limits(part: str) -
 
 
 def test_every_part_is_tried_here() -> None:
-    """No part of the command is missing above; that for GPUs is below."""
+    """No part of the command is missing above; the part for GPUs is tested below."""
     assert {*LIMITS, "gpu"} == set(command.PARTS)
 
 
 def test_the_allocators_share_has_its_limit_at_one_size() -> None:
-    """That size is among the sizes of the run that gets published."""
+    """That size is among the sizes of the published run."""
     assert allocator.LIMIT == 0.03
     assert allocator.LIMITED_SIZE in {size.name for size in Settings().sizes}
 
 
 def test_the_models_for_gpus_multiply_in_half_precision_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Adapters are fp32 and autocast on, as people train; every product then goes through the fused op."""
+    """Adapters are fp32 and autocast is on, as in real use; every product then goes through the fused op."""
     went: list[torch.dtype] = []
     fused = add_fused
 
@@ -465,12 +465,12 @@ def test_the_part_for_gpus_is_empty_without_one() -> None:
 
 
 def test_counts_are_the_same_at_every_run() -> None:
-    """The part `operations` depends on nothing but the code."""
+    """The part `operations` depends only on the code."""
     assert operations.measure(TINY) == short_run("operations")
 
 
 def test_what_a_method_keeps_is_seen() -> None:
-    """PEFT's AdaLoRA keeps three tensors as large as what it trains, plain LoRA none."""
+    """PEFT's AdaLoRA keeps three tensors as large as its trained parameters, plain LoRA none."""
     rows = {row.who: row.value for row in short_run("memory") if row.measure == "beyond, share of trained"}
     assert rows[contenders.PEFT_LORA] == rows[contenders.LORA] == 0
     assert rows[contenders.PEFT_ADALORA] == pytest.approx(3, abs=0.02)
@@ -485,7 +485,7 @@ def test_a_wait_in_every_layer_is_seen() -> None:
     assert waits == [workload.adapted + 1]
 
 
-def test_the_turn_is_among_what_is_counted() -> None:
+def test_the_svd_re_parametrisation_is_counted() -> None:
     """An allocation with `exact_svd` takes more operations than one without."""
     rows = {row.who: row.value for row in short_run("operations") if row.measure == operations.MASK_STEP}
     assert rows[contenders.ADALORA_TURNED] > rows[contenders.ADALORA] + 100
@@ -499,13 +499,13 @@ def limited() -> list[Row]:
 
 
 def test_the_intervals_upper_end_decides() -> None:
-    """A value below its limit with an interval across it has not met it; a count without interval decides itself."""
+    """An interval across the limit misses it, even if the value is below; a count without an interval decides alone."""
     assert [row.passed for row in limited()] == [False, True]
     assert Row("a", "b", "c", "d", 1.0).passed is None
 
 
 def test_tables_hold_every_value_and_limit() -> None:
-    """Markdown shows the limit beside its value and in the table of limits; JSON holds all rows."""
+    """Markdown shows the limit with its value and in the table of limits; JSON has all rows."""
     text = to_markdown({"date": "today"}, limited())
     assert "0.5 [0.4, 0.6] (≤ 0.55: missed)" in text
     assert "| a | here | us | x | 0.5 [0.4, 0.6] | ≤ 0.55 | missed |" in text
@@ -519,7 +519,7 @@ def test_tables_hold_every_value_and_limit() -> None:
 
 
 def test_a_run_leaves_its_files(tmp_path: Path) -> None:
-    """JSON and Markdown with date, versions and machine kind; nothing in them names this machine or its folders."""
+    """JSON and Markdown have date, versions and kind of machine; nothing in them names this machine or its folders."""
     command.measure_all(["operations"], TINY, tmp_path / "new", Console(quiet=True))
     text = (tmp_path / "new" / "speed.md").read_text(encoding="utf-8")
     head = json.loads((tmp_path / "new" / "speed.json").read_text(encoding="utf-8"))["header"]
@@ -533,14 +533,14 @@ def test_a_run_leaves_its_files(tmp_path: Path) -> None:
     [(["--part", "stepz"], "no part named stepz; there are: steps"), (["--sizes", "6by384"], "such as 6x384")],
 )
 def test_a_wrong_option_is_answered_in_words(arguments: list[str], said: str) -> None:
-    """One line that says what was got and what there is; exit code 2."""
+    """One line says what was passed and what is allowed; the exit code is 2."""
     done = CliRunner().invoke(command.app, arguments)
     assert done.exit_code == 2
     assert said in done.output
 
 
 def test_what_is_compared_at_the_start_is_saved_trained(tmp_path: Path) -> None:
-    """The adapters that are saved and loaded have been trained; AdaLoRA's are past their last allocation."""
+    """Adapters that are saved and loaded have been trained; AdaLoRA's are past their last allocation."""
     workload = small_llama(1, TINY)
     start.time_save(workload, TINY, tmp_path)
     model = tunerkit.load(workload.model(), tmp_path / contenders.ADALORA_SHRUNK)
@@ -548,7 +548,7 @@ def test_what_is_compared_at_the_start_is_saved_trained(tmp_path: Path) -> None:
 
 
 def test_operations_count_everything_once() -> None:
-    """Entered twice, the counter goes on where it stood."""
+    """If entered twice, the counter continues from its last value."""
     operations = Operations()
     for _ in range(2):
         with operations:

@@ -1,4 +1,4 @@
-"""Tests of driving steps: when the hooks of a method fire, and which attachments are refused."""
+"""Driving steps: when a method's hooks fire, and which attachments are rejected."""
 
 import copy
 import gc
@@ -23,7 +23,7 @@ from tunerkit.testing.toy_methods import ShiftConfig, Shifting
 
 
 class Plain(Shifting):
-    """A method that needs no steps and implements no step hook, as LoRA."""
+    """A method that needs no steps and implements no step hook, like LoRA."""
 
     @tunerkit.hookimpl
     def tunerkit_methods(self) -> list[tunerkit.Method]:
@@ -91,7 +91,7 @@ def step_with(optimizer: torch.optim.Optimizer, closure: Callable[[], Any], as_k
 def test_hooks_fire_once_per_optimizer_step_however_many_micro_batches(
     make: Callable[[nn.Module], torch.optim.Optimizer],
 ) -> None:
-    """Three micro-batches, one step: before sees the summed gradient and old weights, after the new weights."""
+    """Three micro-batches, one step: `before` sees the summed gradient and old weights, `after` the new weights."""
     model = wrapped()
     optimizer = make(model)
     tunerkit.attach(model, optimizer, total_steps=9)
@@ -114,7 +114,7 @@ def test_hooks_fire_once_per_optimizer_step_however_many_micro_batches(
 def test_with_a_closure_before_fires_when_the_closure_has_made_the_gradients(
     make: Callable[[nn.Module], torch.optim.Optimizer], as_keyword: bool
 ) -> None:
-    """However the closure is handed over, the gradients are complete in before, and its loss is returned."""
+    """However the closure is passed, gradients are complete when `before` fires, and the closure's loss is returned."""
     model = wrapped()
     optimizer = make(model)
     tunerkit.attach(model, optimizer, total_steps=9)
@@ -132,7 +132,7 @@ def test_with_a_closure_before_fires_when_the_closure_has_made_the_gradients(
 
 @AS_KEYWORD
 def test_lbfgs_calls_before_for_each_run_of_the_closure_and_after_once(as_keyword: bool) -> None:
-    """LBFGS evaluates several times in a step: each gradient gets its regulariser, the step is counted once."""
+    """LBFGS evaluates several times per step: each gradient gets its regulariser, and the step is counted once."""
     model = wrapped()
     optimizer = torch.optim.LBFGS(trained(model), lr=0.1, max_iter=4)
     tunerkit.attach(model, optimizer, total_steps=9)
@@ -165,7 +165,10 @@ def test_a_closure_of_none_is_no_closure() -> None:
 
 
 def test_accelerates_wrapped_optimizer_counts_synchronised_steps_only() -> None:
-    """Under accelerate's accumulation the wrapper is stepped per micro-batch; the real one, and so we, are not."""
+    """Accelerate steps its wrapper per micro-batch, the real optimizer only when it synchronises.
+
+    Only the latter counts.
+    """
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = wrapped()
@@ -181,7 +184,7 @@ def test_accelerates_wrapped_optimizer_counts_synchronised_steps_only() -> None:
 
 
 class Averaging(torch.optim.Optimizer):
-    """Wraps an optimizer and has a state for itself, as most of the Lookaheads that there are."""
+    """Wraps an optimizer and has its own state, like most Lookahead implementations."""
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         super().__init__(inner.param_groups, {})
@@ -189,7 +192,7 @@ class Averaging(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """The inner step, and halfway back to where the last ended."""
+        """The inner step, then halfway back to the end of the last step."""
         loss = self.optimizer.step(closure)
         for weight in (weight for group in self.param_groups for weight in group["params"]):
             slow = self.state[weight].setdefault("slow", weight.clone())
@@ -197,8 +200,8 @@ class Averaging(torch.optim.Optimizer):
         return loss
 
 
-def test_a_wrapper_with_a_state_of_its_own_is_refused_where_steps_count() -> None:
-    """It would put back what an allocation prunes; nothing is attached then, and its inner one can be."""
+def test_a_wrapper_with_a_separate_state_is_refused_where_steps_count() -> None:
+    """It would restore pruned values. Nothing is attached after the error, and the inner optimizer can be attached."""
     model = wrapped()
     inner = sgd(model)
     outer = Averaging(inner)
@@ -210,7 +213,7 @@ def test_a_wrapper_with_a_state_of_its_own_is_refused_where_steps_count() -> Non
     tunerkit.attach(model, inner, total_steps=9)
 
 
-def test_a_wrapper_with_a_state_of_its_own_is_fine_where_no_method_needs_steps() -> None:
+def test_a_wrapper_with_a_separate_state_is_fine_where_no_method_needs_steps() -> None:
     """Its steps are counted."""
     model = wrapped("plain")
     optimizer = Averaging(sgd(model))
@@ -221,7 +224,7 @@ def test_a_wrapper_with_a_state_of_its_own_is_fine_where_no_method_needs_steps()
 
 
 def test_an_optimizer_that_takes_no_hooks_is_refused_and_nothing_is_attached() -> None:
-    """The Lookahead of timm has what hooks of steps need and not what hooks of states do."""
+    """Timm's Lookahead supports step hooks but not the hooks of state dicts."""
     optim = pytest.importorskip("timm.optim")
     model = wrapped()
     inner = sgd(model)
@@ -238,7 +241,7 @@ def test_an_optimizer_that_takes_no_hooks_is_refused_and_nothing_is_attached() -
 def test_a_step_that_the_grad_scaler_skips_is_not_counted(
     make: Callable[[nn.Module], torch.optim.Optimizer], unscales: bool
 ) -> None:
-    """Step 2 overflows at 2**16: after is not called for it, and the next step has its number."""
+    """Step 2 overflows at 2**16: `after` is not called for it, and the next step gets its number."""
     model = wrapped()
     optimizer = make(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
@@ -264,8 +267,8 @@ def test_a_step_that_the_grad_scaler_skips_is_not_counted(
     torch.testing.assert_close(befores[0].grads[0], GRADIENT * (scales[0] or 1.0))
 
 
-def test_a_clock_of_its_own_numbers_the_steps() -> None:
-    """A trainer's global step counts skipped steps too: the method sees its numbers, and the tuner takes them over."""
+def test_a_trainers_clock_numbers_the_steps() -> None:
+    """A trainer's global step also counts skipped steps: the method gets these numbers, and the tuner stores them."""
     model = wrapped()
     optimizer = sgd(model)
     numbers = iter([1, 1, 4, 4])
@@ -279,7 +282,7 @@ def test_a_clock_of_its_own_numbers_the_steps() -> None:
 
 
 def test_ranks_that_after_step_returns_become_history() -> None:
-    """An allocation is noted with its step; a step without one leaves no trace."""
+    """An allocation is recorded with its step; a step without one is not recorded."""
     model = wrapped(ranks_every=3)
     optimizer = sgd(model)
     tunerkit.attach(model, optimizer, total_steps=9)
@@ -292,7 +295,7 @@ def test_ranks_that_after_step_returns_become_history() -> None:
 @given(micro=st.lists(st.integers(1, 3), min_size=1, max_size=6), name=st.sampled_from(sorted(OPTIMIZERS)))
 @settings(max_examples=30, deadline=None)
 def test_steps_count_optimizer_steps_for_any_accumulation(micro: list[int], name: str) -> None:
-    """For any number of micro-batches in each step: hooks and count go by optimizer steps."""
+    """For any number of micro-batches per step, hooks and count follow optimizer steps."""
     model = wrapped()
     optimizer = OPTIMIZERS[name](model)
     tunerkit.attach(model, optimizer, total_steps=9)
@@ -307,7 +310,7 @@ def test_steps_count_optimizer_steps_for_any_accumulation(micro: list[int], name
 
 
 def refusal(model: nn.Module, *args: Any, **kwargs: Any) -> str:
-    """The words of a refused attachment, after which the model is as unattached as before."""
+    """The message of a rejected attachment; also checks that the model is still unattached."""
     before = {name: (t.state, t.steps, t.total_steps, is_attached(t)) for name, t in tuners(model).items()}
     with pytest.raises(tunerkit.StepError) as caught:
         tunerkit.attach(model, *args, **kwargs)
@@ -320,7 +323,7 @@ def tuners(model: nn.Module) -> dict[str, tunerkit.Tuner]:
 
 
 def test_unknown_total_steps_are_refused() -> None:
-    """A method that needs steps says where the total can be given."""
+    """A method that needs steps says where to pass the total."""
     model = wrapped()
     words = refusal(model, sgd(model))
     assert "total_steps=... to tunerkit.attach" in words
@@ -328,7 +331,7 @@ def test_unknown_total_steps_are_refused() -> None:
 
 
 def test_disagreeing_total_steps_are_refused_with_both_numbers() -> None:
-    """The config and the call must not say different things; saying the same is fine."""
+    """The totals in the config and in the call must not differ; equal totals are accepted."""
     model = wrapped(total_steps=10)
     words = refusal(model, sgd(model), total_steps=11)
     assert "total_steps=10" in words
@@ -338,14 +341,14 @@ def test_disagreeing_total_steps_are_refused_with_both_numbers() -> None:
 
 
 def test_the_configs_total_steps_are_enough() -> None:
-    """Without a total in the call, the config's holds."""
+    """Without a total in the call, the config's is used."""
     model = wrapped(total_steps=10)
     tunerkit.attach(model, sgd(model))
     assert tunerkit.tuner(model).total_steps == 10
 
 
 def test_a_total_that_stands_for_an_int_is_one() -> None:
-    """Numpy's integers come out of many calculations of a length."""
+    """NumPy integers are accepted: computed lengths are often of that type."""
     model = wrapped()
     optimizer = sgd(model)
     tunerkit.attach(model, optimizer, total_steps=np.int64(10))  # type: ignore[arg-type]
@@ -356,22 +359,22 @@ def test_a_total_that_stands_for_an_int_is_one() -> None:
 @pytest.mark.parametrize("total", [0, -1, 2.5, True, "10", np.float64(3)])
 @pytest.mark.parametrize("method", ["noting-stepper", "plain"])
 def test_a_total_that_is_no_number_of_steps_is_refused(total: object, method: str) -> None:
-    """At least 1, and an int: whatever the method needs."""
+    """The total must be an int of at least 1, whatever the method needs."""
     model = wrapped(method)
     assert repr(total) in refusal(model, sgd(model), total_steps=total)
 
 
 @pytest.mark.parametrize("method", ["noting-stepper", "plain"])
 def test_an_optimizer_without_the_adapters_parameters_is_refused(method: str) -> None:
-    """It would never move them; the words say how to build the right one."""
+    """It would never update them; the message says how to build the right optimizer."""
     model = wrapped(method)
     other = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
     assert "requires_grad" in refusal(model, other, total_steps=5)
 
 
 @pytest.mark.parametrize("method", ["noting-stepper", "plain"])
-def test_what_an_optimizer_lacks_of_an_adapter_is_told_in_one_warning(method: str) -> None:
-    """Whatever it is, an adapter here or a head there: named by what it is and where; with everything held, silence."""
+def test_parameters_missing_from_an_optimizer_are_listed_in_one_warning(method: str) -> None:
+    """The warning names each missing part, adapter or head, and its place. If nothing is missing, there is none."""
     torch.manual_seed(0)
     layers = [nn.Linear(3, 3) for _ in range(8)]
     model = wrapped(method, model=nn.Sequential(*layers), targets="re:[0-6]", train_modules=["7"])
@@ -391,7 +394,10 @@ def test_what_an_optimizer_lacks_of_an_adapter_is_told_in_one_warning(method: st
 
 
 def test_a_head_alone_does_not_train_an_adapter_that_needs_steps() -> None:
-    """A method that prunes judges its adapters by their training; one that does not may train a head alone."""
+    """A pruning method scores its adapters by their training, so they must be trained.
+
+    Other methods may train only a head.
+    """
     for method, refused in (("noting-stepper", True), ("plain", False)):
         torch.manual_seed(0)
         layers = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
@@ -405,7 +411,7 @@ def test_a_head_alone_does_not_train_an_adapter_that_needs_steps() -> None:
 
 
 def test_attaching_twice_is_refused() -> None:
-    """One optimizer drives an adapter: the same again, or another one, is a mistake; the first goes on."""
+    """One optimizer drives an adapter: attaching it again, or another one, is an error; the first stays attached."""
     model = wrapped()
     optimizer = sgd(model)
     tunerkit.attach(model, optimizer, total_steps=5)
@@ -418,7 +424,7 @@ def test_attaching_twice_is_refused() -> None:
 
 @pytest.mark.parametrize("thing", [None, "adamw", nn.Linear(1, 1), torch.optim.SGD])
 def test_what_is_no_optimizer_is_refused_by_its_type(thing: object) -> None:
-    """The words name what was got."""
+    """The message names the type of the object."""
     model = wrapped()
     assert type(thing).__name__ in refusal(model, thing, total_steps=5)
 
@@ -431,7 +437,7 @@ def test_a_model_without_an_adapter_cannot_be_attached() -> None:
 
 
 def test_stepping_while_merged_raises_and_moves_nothing() -> None:
-    """A merged model would train for nothing; after unmerge training goes on."""
+    """Training a merged model has no effect; after unmerge training continues."""
     model = wrapped()
     optimizer = sgd(model)
     tunerkit.attach(model, optimizer, total_steps=5)
@@ -449,8 +455,8 @@ def test_stepping_while_merged_raises_and_moves_nothing() -> None:
     assert names(model) == per_step(1)
 
 
-def test_steps_past_the_total_are_told_once() -> None:
-    """Step 3 of 2 warns, step 4 doesn't again, and both reach the method."""
+def test_steps_beyond_the_total_trigger_one_warning() -> None:
+    """Step 3 of 2 triggers a warning, step 4 does not, and the method gets both steps."""
     model = wrapped()
     optimizer = sgd(model)
     tunerkit.attach(model, optimizer, total_steps=2)
@@ -468,7 +474,7 @@ def test_steps_past_the_total_are_told_once() -> None:
 
 
 def test_a_method_that_needs_no_steps_attaches_as_a_no_op() -> None:
-    """Attaching is legal, without a total too: training is bit for bit what it is without, and steps are counted."""
+    """Attaching is allowed, even without a total: training is bit-identical, and steps are counted."""
     weights = []
     for attached in (False, True):
         model = wrapped("plain")
@@ -486,7 +492,7 @@ def test_a_method_that_needs_no_steps_attaches_as_a_no_op() -> None:
 
 
 def test_one_call_attaches_all_adapters_and_a_name_only_one() -> None:
-    """Each adapter has its own count."""
+    """Each adapter has a separate count."""
     model = wrapped("plain", "other", wrapped())
     optimizer = sgd(model)
     tunerkit.attach(model, optimizer, total_steps=5, adapter="other")
@@ -502,7 +508,7 @@ def test_one_call_attaches_all_adapters_and_a_name_only_one() -> None:
 
 @pytest.mark.parametrize("reason", ["attached", "missing", "total", "start"])
 def test_attach_changes_nothing_when_one_of_several_adapters_is_refused(reason: str) -> None:
-    """Whatever is wrong with the second, the first is not attached either, and the optimizer has no hook."""
+    """If the second adapter is rejected for any reason, the first is not attached, and the optimizer has no hook."""
     settings_of: dict[str, dict[str, Any]] = {"total": {"total_steps": 7}, "start": {"refuses": True}}
     second = settings_of.get(reason, {})
     model = wrapped("noting-stepper", "second", wrapped(), **second)
@@ -522,7 +528,7 @@ def test_attach_changes_nothing_when_one_of_several_adapters_is_refused(reason: 
 
 
 def test_of_several_adapters_the_one_left_to_attach_is_named() -> None:
-    """Whoever attaches a second adapter to its own optimizer has to say which: the words do."""
+    """To attach a second adapter to another optimizer you must name it: the message says so."""
     model = wrapped()
     first = sgd(model)
     tunerkit.attach(model, first, total_steps=5)
@@ -535,8 +541,11 @@ def test_of_several_adapters_the_one_left_to_attach_is_named() -> None:
     assert refusal(model, own, total_steps=5).endswith("wrap again for a new run")
 
 
-def test_a_schedule_that_begins_anew_is_told() -> None:
-    """A second optimizer for a method that needs steps: said, with the way to go on; never for one that needs none."""
+def test_a_restarted_schedule_triggers_a_warning() -> None:
+    """A second optimizer for a method that needs steps triggers a warning that says how to resume.
+
+    Other methods get none.
+    """
     for method in ("noting-stepper", "plain"):
         model = wrapped(method)
         optimizer = sgd(model)
@@ -554,7 +563,7 @@ def test_a_schedule_that_begins_anew_is_told() -> None:
 
 
 def test_a_frozen_adapter_is_left_alone_and_refused_by_name() -> None:
-    """One that is loaded only to be used beside a trained one must not be driven."""
+    """An adapter that was loaded only for inference, along with a trained one, must not be driven."""
     model = wrapped("noting-stepper", "second", wrapped())
     frozen, training = tuners(model).values()
     for parameter in frozen.parameters():
@@ -568,7 +577,7 @@ def test_a_frozen_adapter_is_left_alone_and_refused_by_name() -> None:
 
 
 def test_an_optimizer_that_is_gone_holds_no_adapter() -> None:
-    """A notebook cell run twice makes a new optimizer: the first one is freed, and the second may drive."""
+    """A notebook cell that runs twice makes a second optimizer: the first is freed, and the second can drive."""
     model = wrapped()
     tunerkit.attach(model, sgd(model), total_steps=5)
     gc.collect()
@@ -578,7 +587,7 @@ def test_an_optimizer_that_is_gone_holds_no_adapter() -> None:
 
 
 def test_unwrap_detaches() -> None:
-    """The optimizer that drove an unwrapped model steps on without a hook."""
+    """The optimizer that drove an unwrapped model continues without our hooks."""
     model = wrapped()
     optimizer = sgd(model)
     tunerkit.attach(model, optimizer, total_steps=5)
@@ -592,7 +601,7 @@ def test_unwrap_detaches() -> None:
 
 
 def test_a_deep_copy_is_not_driven_by_the_originals_optimizer() -> None:
-    """The copy has a count of its own and can be attached to an optimizer of its own."""
+    """The copy has a separate count and can be attached to its own optimizer."""
     model = wrapped()
     optimizer = sgd(model)
     tunerkit.attach(model, optimizer, total_steps=5)
@@ -609,7 +618,7 @@ def test_a_deep_copy_is_not_driven_by_the_originals_optimizer() -> None:
 
 
 def test_an_attached_model_is_freed_with_its_optimizer() -> None:
-    """Nothing global keeps a model alive: a search over many runs must not fill the memory."""
+    """No global state keeps a model alive: a search over many runs must not fill the memory."""
     model = wrapped()
     optimizer = sgd(model)
     tunerkit.attach(model, optimizer, total_steps=5)

@@ -1,4 +1,4 @@
-"""How much is trained, counted against the model's own shapes."""
+"""The number of trained parameters, compared with the model's own shapes."""
 
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def test_what_is_trained_is_counted(toys: "Toys") -> None:
-    """Trained parameters by adapter, all that the model holds, and the share in words."""
+    """Trained parameters by adapter, the model's total, and the share as text."""
     base = sum(p.numel() for p in toys.net().parameters())
     model = tunerkit.wrap(toys.net(), "toy-low-rank", {"targets": ["layers.1"], "rank": 3}, adapter="one")
     tunerkit.wrap(
@@ -25,7 +25,7 @@ def test_what_is_trained_is_counted(toys: "Toys") -> None:
 
 
 def test_a_loaded_adapter_is_not_trained(toys: "Toys", tmp_path: object) -> None:
-    """Frozen parameters count for the total alone."""
+    """Frozen parameters count only for the total."""
     model = tunerkit.load(toys.net(), tunerkit.save(toys.trained(), str(tmp_path)))
     found = tunerkit.trainable_parameters(model)
     assert (found.trainable, found.adapters) == (0, {"default": 0})
@@ -33,7 +33,7 @@ def test_a_loaded_adapter_is_not_trained(toys: "Toys", tmp_path: object) -> None
 
 
 def test_plain_and_empty_models_are_counted_too(toys: "Toys") -> None:
-    """A model without adapters is trained as a whole; one without parameters divides by nothing."""
+    """A model without adapters is trained as a whole; a model without parameters does not divide by zero."""
     total = sum(p.numel() for p in toys.net().parameters())
     assert tunerkit.trainable_parameters(toys.net()) == tunerkit.Summary(trainable=total, total=total, adapters={})
     assert str(tunerkit.trainable_parameters(nn.Identity())) == "0 of 0 parameters are trained (0.00 %)"

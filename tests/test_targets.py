@@ -1,4 +1,4 @@
-"""Target selection against slow obvious oracles, odd modules and real architectures with small random configs."""
+"""Target selection, compared with slow but obvious oracles, on odd modules and on real architectures."""
 
 import itertools
 import re
@@ -24,13 +24,13 @@ from tunerkit.patterns import matches
 from tunerkit.targets import Scan
 
 DEFAULTS = {model_type: known.names for known in DEFAULT_TARGETS for model_type in known.model_types}
-# Few and alike, so that generated names do end generated paths, at dots and elsewhere.
+# Few and similar names, so generated names do match the ends of generated paths, at dots and elsewhere.
 components = st.sampled_from(["a", "aa", "ba", "0"])
 paths = st.lists(components, min_size=1, max_size=4).map(".".join)
 
 
 def scanned(model: nn.Module) -> Scan:
-    """The scan of a model, with what core knows."""
+    """The scan of a model with the kinds that the core knows."""
     return targets.scan(model, CORE)
 
 
@@ -43,7 +43,7 @@ def chosen(model: nn.Module, wanted: str | Sequence[str] | None, **options: obje
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Nothing is told inside."""
+    """Check that the block triggers no warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", TunerkitWarning)
         yield
@@ -66,7 +66,7 @@ class Net(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """A stem, two blocks of a convolution, a depthwise and a grouped one, and a head of the name that timm gives it."""
+    """A stem, two blocks of a plain, a depthwise and a grouped convolution, and a head named as in timm."""
 
     def __init__(self, more: Callable[[], nn.Module] = nn.Identity) -> None:
         super().__init__()
@@ -99,14 +99,14 @@ ALL = [f"layers.{layer}.{name}" for layer in range(3) for name in BLOCK]
 
 @given(paths, paths)
 def test_a_plain_name_matches_the_whole_end_of_a_path_and_nothing_else(name: str, path: str) -> None:
-    """Law: the components of the name are the last components of the path."""
+    """Law: a name matches if its components are the last components of the path."""
     wanted, there = name.split("."), path.split(".")
     assert matches(name, path) == (there[-len(wanted) :] == wanted)
 
 
 @given(st.lists(st.one_of(components, st.sampled_from(["*", "?", "[ab]", "[!a]"])), min_size=1, max_size=4), paths)
 def test_a_glob_matches_the_full_path_as_its_translation_does(parts: list[str], path: str) -> None:
-    """Law: * is any text, ? one character, [..] a class, [!..] its complement; all else stands for itself."""
+    """Law: * is any text, ? one character, [..] a class, [!..] its complement; every other character is literal."""
     pattern = ".".join([*parts, "*"])
     words = {"*": ".*", "?": ".", "[ab]": "[ab]", "[!a]": "[^a]"}
     translated = r"\.".join(words.get(part, re.escape(part)) for part in [*parts, "*"])
@@ -121,13 +121,13 @@ def test_a_regular_expression_matches_the_full_path_or_not_at_all(name: str, pat
 
 
 def test_case_counts() -> None:
-    """Law: patterns tell upper from lower case, on every system."""
+    """Law: patterns are case-sensitive on every system."""
     assert not matches("Q_proj", "a.q_proj")
     assert not matches("*.Q_proj", "a.q_proj")
 
 
 def test_a_slow_regular_expression_is_stopped_after_a_second() -> None:
-    """Law: a pattern that would take hours becomes an error in words."""
+    """Law: a pattern that would take hours raises a clear error."""
     model = nn.ModuleDict({"a" * 60 + "b": nn.Linear(1, 1)})
     start = time.process_time()  # a busy machine takes time, but not this process's
     with pytest.raises(TargetError, match=r"'re:\(a\|aa\|a\)\+c' took longer than 1 s"):
@@ -136,7 +136,7 @@ def test_a_slow_regular_expression_is_stopped_after_a_second() -> None:
 
 
 def test_the_second_of_a_regular_expression_is_for_all_paths_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Law: on a clock where each match takes 0.3 s, three paths are within the bound and thirty are not."""
+    """Law: with a clock where each match takes 0.3 s, three paths are within the limit and thirty are not."""
     ticks = itertools.count(step=0.3)
     monkeypatch.setattr(patterns, "time", types.SimpleNamespace(monotonic=lambda: next(ticks)))
     assert chosen(nn.ModuleDict({f"a{number}": nn.Linear(1, 1) for number in range(3)}), "re:a.") == ["a0", "a1", "a2"]
@@ -145,7 +145,7 @@ def test_the_second_of_a_regular_expression_is_for_all_paths_together(monkeypatc
 
 
 def test_a_malformed_regular_expression_is_named() -> None:
-    """Law: a bad pattern is a TargetError with the parser's words."""
+    """Law: a bad pattern is a TargetError with the parser's message."""
     with pytest.raises(TargetError, match=r"'re:\(' is not a regular expression: missing \)"):
         chosen(Net(), "re:(")
 
@@ -155,7 +155,7 @@ def test_a_malformed_regular_expression_is_named() -> None:
 
 @given(st.lists(st.sampled_from(["query", "key", "mlp", "attention.key"]), min_size=1, unique=True))
 def test_targets_come_in_model_order_whatever_the_order_of_the_patterns(names: list[str]) -> None:
-    """Law: the result is the model's modules, filtered; each once."""
+    """Law: the result is the model's modules, filtered, each once."""
     expected = [path for path in ALL if any(("." + path).endswith("." + name) for name in names)]
     with silent():
         assert chosen(Net(), names) == expected
@@ -163,14 +163,14 @@ def test_targets_come_in_model_order_whatever_the_order_of_the_patterns(names: l
 
 
 def test_all_linear_is_every_linear_layer_except_output_heads() -> None:
-    """Law: no head, no embedding, and nothing is worth telling."""
+    """Law: heads and embeddings are left out, without a warning."""
     with silent():
         assert chosen(Net(), "all-linear") == ALL
         assert chosen(Net(), None) == ALL
 
 
-def test_all_linear_stands_in_a_list_beside_other_patterns() -> None:
-    """Law: a list selects what its patterns select together."""
+def test_all_linear_works_in_a_list_with_other_patterns() -> None:
+    """Law: a list selects the union of what its patterns select."""
     assert chosen(Net(), ["all-linear", "embed"]) == ["embed", *ALL]
 
 
@@ -178,14 +178,14 @@ def test_all_linear_stands_in_a_list_beside_other_patterns() -> None:
     "name", ["lm_head", "score", "classifier", "qa_outputs", "cls", "head", "pre_classifier", "x_head"]
 )
 def test_a_head_is_known_by_its_name_outside_the_numbered_blocks_only(name: str) -> None:
-    """Law: "score" at the top is a head; "score" inside block 0 belongs to the block."""
+    """Law: "score" at the top level is a head; "score" inside block 0 belongs to the block."""
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({name: nn.Linear(2, 2)})]), name: nn.Linear(2, 2)})
     assert chosen(model, "all-linear") == [f"blocks.0.{name}"]
 
 
 @pytest.mark.parametrize("question", ["get_output_embeddings", "get_classifier"])
 def test_a_head_is_known_by_what_the_model_or_a_model_inside_it_says(question: str) -> None:
-    """Law: the answer of transformers' and timm's question is left out, under any name."""
+    """Law: the head that a transformers or timm model reports is left out, whatever its name."""
     inner = odd(lambda: nn.Linear(2, 2))
     setattr(inner, question, lambda: inner["odd"])
     assert chosen(inner, "all-linear") == ["body"]
@@ -200,7 +200,7 @@ def test_a_head_named_by_a_pattern_is_selected() -> None:
 
 @given(st.sets(st.integers(0, 2), min_size=1))
 def test_layers_keeps_the_targets_whose_first_number_is_given(layers: set[int]) -> None:
-    """Law: layer 1 is where the first number of the path is 1."""
+    """Law: a target is in layer 1 if the first number of its path is 1."""
     expected = [path for path in ALL if int(path.split(".")[1]) in layers]
     assert chosen(Net(), "all-linear", layers=tuple(layers)) == expected
 
@@ -212,14 +212,14 @@ def test_only_the_first_number_of_a_path_is_its_layer() -> None:
 
 
 def test_exclude_takes_the_same_patterns_and_a_container_with_all_in_it() -> None:
-    """Law: what exclude matches, or what lies in it, is no target."""
+    """Law: a module that exclude matches is no target, nor is anything inside it."""
     assert chosen(Net(), "all-linear", exclude=["key"]) == [path for path in ALL if "key" not in path]
     assert chosen(Net(), "all-linear", exclude=["layers.[01].*", r"re:.*\.mlp"]) == ALL[6:8]
     assert chosen(Net(), "all-linear", exclude=["attention"]) == [path for path in ALL if path.endswith("mlp")]
 
 
 def test_what_is_trained_in_full_is_never_a_target_of_a_broad_pattern() -> None:
-    """Law: nothing at or under a path in trained is selected, and no more than that."""
+    """Law: nothing at or below a path in `trained` is selected; everything else is."""
     with silent():
         assert chosen(Net(), "all-linear", trained=["layers.1", "layers.0.mlp"]) == [*ALL[:2], *ALL[6:]]
     assert chosen(Net(), "*.mlp", trained=["layers.1"]) == ["layers.0.mlp", "layers.2.mlp"]
@@ -227,7 +227,7 @@ def test_what_is_trained_in_full_is_never_a_target_of_a_broad_pattern() -> None:
 
 
 def test_the_modules_of_other_adapters_are_invisible() -> None:
-    """Law: a path through a child named tunerkit is matched by nothing, and the layer that has it still is."""
+    """Law: no pattern matches a path through a child named tunerkit; the layer with that child still matches."""
     model = Net()
     model.get_submodule("layers.0.mlp").add_module("tunerkit", nn.ModuleDict({"default": nn.Linear(4, 4)}))
     assert chosen(model, "all-linear") == ALL
@@ -239,7 +239,7 @@ def test_the_modules_of_other_adapters_are_invisible() -> None:
 
 
 def test_a_module_registered_twice_is_one_target_under_its_first_path_and_found_by_both() -> None:
-    """Law: sharing a module is not tying a weight: the adapter goes with the module."""
+    """Law: sharing a module is not tying a weight: all its users get the adapter."""
     layer = nn.Linear(2, 2)
     model = nn.ModuleDict({"first": layer, "second": layer})
     with silent():
@@ -250,7 +250,7 @@ def test_a_module_registered_twice_is_one_target_under_its_first_path_and_found_
 
 
 def test_selection_changes_nothing() -> None:
-    """Law: selecting is pure."""
+    """Law: selection has no side effects."""
     model = Net()
     before = [(name, id(module), list(module._forward_hooks)) for name, module in model.named_modules()]
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -263,7 +263,7 @@ def test_selection_changes_nothing() -> None:
 
 
 def test_every_problem_is_named_at_once_with_the_closest_names() -> None:
-    """Law: one error for targets, exclude and layers together."""
+    """Law: targets, exclude and layers together raise one error."""
     with pytest.raises(TargetError) as caught:
         chosen(Net(), ["qeury", "attention.kye", "norm", "mlp"], exclude=["embde"], layers=[1, 7])
     text = str(caught.value)
@@ -282,13 +282,13 @@ def test_a_misspelt_full_path_gets_the_full_path_as_hint() -> None:
 
 @pytest.mark.parametrize("wanted", ["*.qeury", r"re:.*\.qeury"])
 def test_a_glob_or_regular_expression_that_matches_nothing_is_an_error(wanted: str) -> None:
-    """Law: no pattern of any kind may match nothing, also beside others that match."""
+    """Law: every pattern must match something, also in a list with patterns that match."""
     with pytest.raises(TargetError, match="no module named"):
         chosen(Net(), ["mlp", wanted])
 
 
 def test_a_broad_pattern_that_matches_only_what_cannot_be_adapted_is_an_error() -> None:
-    """Law: matching a norm is as good as matching nothing; the error says what was matched."""
+    """Law: matching only a norm counts as matching nothing; the error says what was matched."""
     with pytest.raises(TargetError, match=r"'\*norm' matches nothing that can be adapted:\nlayers\.0\.norm and 2 more"):
         chosen(Net(), ["mlp", "*norm"])
 
@@ -306,13 +306,13 @@ def test_a_broad_pattern_that_matches_only_what_cannot_be_adapted_is_an_error() 
     ],
 )
 def test_an_empty_choice_is_an_error(wanted: list[str] | str, options: dict[str, list[int]], words: str) -> None:
-    """Law: a wrap without targets never happens."""
+    """Law: a model is never wrapped without targets."""
     with pytest.raises(TargetError, match=words):
         chosen(Net(), wanted, **options)
 
 
 def test_a_plain_name_trained_in_full_is_refused() -> None:
-    """Law: two ways of training one layer, both asked for by name, contradict each other."""
+    """Law: requesting one layer by name both as a target and for full training is a contradiction."""
     with pytest.raises(TargetError, match=r"layers\.1\.mlp: is trained in full \(train_modules\)"):
         chosen(Net(), "mlp", trained=["layers.1"])
     assert chosen(Net(), "mlp", trained=["layers.1"], exclude=["layers.1"]) == ["layers.0.mlp", "layers.2.mlp"]
@@ -338,7 +338,7 @@ class Mixture(nn.Module):
 
 
 def odd(make: Callable[[], nn.Module]) -> nn.ModuleDict:
-    """A model of an ordinary layer and an odd one."""
+    """A model of an ordinary layer and an unusual one."""
     return nn.ModuleDict({"body": nn.Linear(4, 4), "odd": make()})
 
 
@@ -350,7 +350,7 @@ def tied_pair() -> nn.ModuleDict:
 
 
 def held_twice() -> nn.ModuleDict:
-    """A layer that attention reads past its forward, and that another module may call."""
+    """A layer whose forward() attention bypasses, and that another module may call."""
     model = nn.ModuleDict({"body": nn.Linear(4, 4), "attention": nn.MultiheadAttention(4, 2)})
     model["proj"] = model.get_submodule("attention.out_proj")
     return model
@@ -379,17 +379,17 @@ UNFIT = [
 def test_a_plain_name_for_what_cannot_be_adapted_is_refused(
     make: Callable[[], nn.Module], name: str, words: str
 ) -> None:
-    """Law: never skipped in silence, also when other names are fine."""
+    """Law: it is never skipped silently, even if other names match."""
     with pytest.raises(TargetError, match=words):
         chosen(make(), ["body", name])
 
 
 @pytest.mark.parametrize(("make", "name", "words"), UNFIT)
 @pytest.mark.parametrize("wanted", ["*o*", "re:.*", "all-linear", None])
-def test_a_broad_pattern_tells_what_it_left_out(
+def test_a_broad_pattern_warns_about_what_it_left_out(
     make: Callable[[], nn.Module], name: str, words: str, wanted: str | None
 ) -> None:
-    """Law: one warning with the path of everything that may have been meant; the rest is selected."""
+    """Law: one warning has the path of everything that may have been meant; the rest is selected."""
     if words.startswith("odd: has max_norm") and wanted in ("all-linear", None):
         with silent():  # an embedding is not a linear layer
             assert chosen(make(), wanted) == ["body"]
@@ -405,8 +405,8 @@ def test_a_broad_pattern_tells_what_it_left_out(
 
 
 @pytest.mark.parametrize(("make", "name", "words"), UNFIT)
-def test_what_is_excluded_is_not_told(make: Callable[[], nn.Module], name: str, words: str) -> None:
-    """Law: exclude is how a user says that leaving out is meant."""
+def test_excluded_modules_trigger_no_warning(make: Callable[[], nn.Module], name: str, words: str) -> None:
+    """Law: with exclude a user says that leaving modules out is intended."""
     top = {"out_proj": "attention", "down_proj": "experts"}.get(name, name)
     with silent():
         assert "body" in chosen(make(), "all-linear", exclude=[top])
@@ -414,7 +414,7 @@ def test_what_is_excluded_is_not_told(make: Callable[[], nn.Module], name: str, 
 
 
 def test_attention_is_one_linear_layer_and_its_output_projection_another() -> None:
-    """Law: by either's name, by a glob, and by all-linear; with kdim only the output projection is left."""
+    """Law: by either's name, by a glob and by all-linear; with kdim only the output projection can be adapted."""
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.TransformerEncoderLayer(4, 2, 4) for _ in range(2)])})
     both = ["layers.0.self_attn", "layers.0.self_attn.out_proj"]
     with silent():
@@ -430,21 +430,21 @@ def test_attention_is_one_linear_layer_and_its_output_projection_another() -> No
         assert chosen(odd(lambda: nn.MultiheadAttention(4, 2, kdim=3)), "out_proj") == ["odd.out_proj"]
 
 
-def test_a_glob_tells_of_the_norms_it_matched_in_one_line() -> None:
-    """Law: paths that differ by their numbers alone are one line, with the first path and a count."""
+def test_a_glob_lists_the_norms_it_matched_in_one_line() -> None:
+    """Law: paths that differ only by their numbers are one line, with the first path and a count."""
     with pytest.warns(TunerkitWarning, match=r"layers\.0\.norm and 2 more like it: is a LayerNorm"):
         assert chosen(Net(), "layers.*") == ALL
 
 
-def test_an_expert_tensor_beside_layers_of_the_same_name_is_told() -> None:
-    """Law: a plain name that finds layers and expert tensors adapts the layers and tells of the tensors."""
+def test_an_expert_tensor_named_like_layers_triggers_a_warning() -> None:
+    """Law: if a plain name matches layers and expert tensors, the layers are adapted and the tensors are reported."""
     model = nn.ModuleDict({"dense": nn.ModuleDict({"down_proj": nn.Linear(4, 4)}), "experts": Experts()})
     with pytest.warns(TunerkitWarning, match=r"experts\.down_proj: is a stack of matrices"):
         assert chosen(model, "down_proj") == ["dense.down_proj"]
 
 
 def test_stacks_of_matrices_are_not_all_called_experts() -> None:
-    """Law: XLNet's heads and a bilinear form are told as what they are, by a broad choice and by name."""
+    """Law: XLNet's heads and a bilinear form are reported as what they are, for broad patterns and for names."""
 
     class Heads(nn.Module):
         def __init__(self) -> None:
@@ -463,13 +463,13 @@ def test_stacks_of_matrices_are_not_all_called_experts() -> None:
         chosen(nn.Sequential(Heads()), "q")
 
 
-def test_expert_tensors_that_are_trained_in_full_are_not_told() -> None:
-    """Law: only what is neither adapted nor trained is told."""
+def test_expert_tensors_that_are_trained_in_full_trigger_no_warning() -> None:
+    """Law: only modules that are neither adapted nor trained are reported."""
     with silent():
         assert chosen(Mixture(), "all-linear", trained=["experts"]) == ["body"]
 
 
-def test_a_default_tells_of_layers_that_cannot_be_adapted_and_not_of_those_it_does_not_name() -> None:
+def test_a_default_reports_layers_that_cannot_be_adapted_but_not_those_it_does_not_name() -> None:
     """Law: a default's names leave layers out on purpose; a layer of an unknown kind may have been meant."""
     model = Net()
     model.config = type("Config", (), {"model_type": "bert"})()  # type: ignore[assignment]
@@ -483,15 +483,15 @@ def test_a_default_tells_of_layers_that_cannot_be_adapted_and_not_of_those_it_do
 
 
 def test_tied_names_every_parameter_that_several_modules_hold() -> None:
-    """Law: by identity of the Parameter, with all full names; a shared module alone is no tie."""
+    """Law: a tie is one Parameter object under several full names; a shared module alone is no tie."""
     model = tied_pair()
     model["again"] = model["body"]
-    model["body"].add_module("tunerkit", tied_pair())  # what adapters share among themselves is their own affair
+    model["body"].add_module("tunerkit", tied_pair())  # adapters may share parameters with each other
     assert dict(scanned(model).sharers) == {id(model["embed"].weight): ("odd.weight", "embed.weight")}
 
 
 def test_training_a_module_whose_parameter_lives_elsewhere_too_is_refused() -> None:
-    """Law: a copy would break the tie; a tie that lies wholly inside the copied module stays."""
+    """Law: a copy would break the tie; a tie that is wholly inside the copied module stays."""
     model = nn.ModuleDict({"inner": tied_pair(), "other": nn.Linear(2, 2)})
     targets.refuse_tied(scanned(model), ["inner", "other"])
     with pytest.raises(TargetError, match=r"inner\.odd\.weight is tied to inner\.embed\.weight"):
@@ -501,7 +501,7 @@ def test_training_a_module_whose_parameter_lives_elsewhere_too_is_refused() -> N
 
 
 def test_refuse_unfit_names_every_target_that_must_not_be_adapted() -> None:
-    """Law: what select refuses for its weight is refused for targets from elsewhere too."""
+    """Law: a target that select rejects for its weight is rejected too if it comes from elsewhere."""
     model = nn.ModuleDict({"attending": Attending(), "pair": tied_pair()})
     targets.refuse_unfit(scanned(model), targets.from_paths(scanned(model), ["attending.body", "pair.body"]))
     unfit = targets.from_paths(scanned(model), ["attending.attention.out_proj", "pair.body", "pair.odd"])
@@ -514,7 +514,7 @@ def test_refuse_unfit_names_every_target_that_must_not_be_adapted() -> None:
 
 
 def test_resolve_modules_gives_the_outermost_modules_in_model_order() -> None:
-    """Law: what lies in another match is not listed again."""
+    """Law: a module inside another match is not listed again."""
     model = Net()
     assert targets.resolve_modules(scanned(model), ["classifier", "embed"], what="train_modules") == (
         "embed",
@@ -528,7 +528,7 @@ def test_resolve_modules_gives_the_outermost_modules_in_model_order() -> None:
 
 
 def test_resolve_modules_names_every_name_that_matches_nothing() -> None:
-    """Law: with where the name stood, and the closest names."""
+    """Law: the error says where the name was given, and lists the closest names."""
     with pytest.raises(TargetError) as caught:
         targets.resolve_modules(scanned(Net()), ["clasifier", "nrom", "mlp"], what="train_modules")
     first, second = str(caught.value).splitlines()
@@ -537,7 +537,7 @@ def test_resolve_modules_names_every_name_that_matches_nothing() -> None:
 
 
 def test_from_paths_takes_exact_paths_only_and_names_all_that_are_missing() -> None:
-    """Law: a file's paths are data: no suffix, no pattern, not the model itself."""
+    """Law: a file's paths are exact: no suffix, no pattern, and not the model itself."""
     model = Net()
     assert [target.path for target in targets.from_paths(scanned(model), ["layers.1.mlp", "embed"])] == [
         "layers.1.mlp",
@@ -549,7 +549,7 @@ def test_from_paths_takes_exact_paths_only_and_names_all_that_are_missing() -> N
 
 
 def test_from_paths_names_the_first_of_many_missing_paths_and_counts_the_others() -> None:
-    """Law: a file of another architecture is refused at once: looking for the closest names of all takes long."""
+    """Law: a file of another architecture is rejected quickly: finding the closest names of all paths would be slow."""
     found = scanned(nn.ModuleDict({"body": nn.ModuleList(Net() for _ in range(80))}))
     wanted = [f"model.layers.{layer}.{name}" for layer in range(80) for name in ALL[:7]]
     began = time.process_time()
@@ -564,7 +564,7 @@ def test_from_paths_names_the_first_of_many_missing_paths_and_counts_the_others(
 
 
 def test_each_module_is_asked_once_for_its_kind() -> None:
-    """Law: asking every plugin about a module is not free; one that is registered twice is one module."""
+    """Law: asking every plugin about a module is costly; a module that is registered twice is asked about once."""
     asked: list[nn.Module] = []
 
     class Kind(ConvLayer):  # type: ignore[misc]  # final: nobody else may derive from it
@@ -682,7 +682,7 @@ def test_the_default_of_an_architecture_is_every_matrix_of_its_blocks_and_nothin
 
 
 def test_every_name_of_every_tested_default_matches_somewhere() -> None:
-    """Law: a default holds no name that none of the architectures sharing it has, older vision names aside."""
+    """Law: every name of a default matches in some architecture that shares it, except older vision names."""
     by_type: dict[str, set[str]] = {}
     for model_class, config_class, options in ARCHITECTURES:
         model = tiny(model_class, config_class, options)
@@ -698,8 +698,8 @@ def test_every_name_of_every_tested_default_matches_somewhere() -> None:
 
 
 @pytest.mark.parametrize("name", ["Qwen3Moe", "Mixtral"])
-def test_a_mixture_of_experts_gets_its_attention_and_is_told_of_experts_and_routers(name: str) -> None:
-    """Law: an architecture without a default gets all-linear; experts and routers are no layers, and are told."""
+def test_a_mixture_of_experts_gets_its_attention_and_a_warning_about_experts_and_routers(name: str) -> None:
+    """Law: an architecture without a default gets all-linear; experts and routers are not layers, and are reported."""
     experts = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
     model = tiny(f"{name}ForCausalLM", f"{name}Config", DECODER | experts)
     with pytest.warns(TunerkitWarning) as caught:
@@ -711,15 +711,15 @@ def test_a_mixture_of_experts_gets_its_attention_and_is_told_of_experts_and_rout
         chosen(model, ["q_proj", "down_proj"])
 
 
-def test_an_attention_pooling_head_is_told() -> None:
-    """Law: SigLIP's nn.MultiheadAttention stands in a head, so a default leaves it out, and says so."""
+def test_an_attention_pooling_head_triggers_a_warning() -> None:
+    """Law: SigLIP's nn.MultiheadAttention is inside a head, so a default leaves it out and reports it."""
     model = tiny("SiglipVisionModel", "SiglipVisionConfig", {**IMAGE})
     with pytest.warns(TunerkitWarning, match=r"head\.attention: nn\.MultiheadAttention"):
         assert len(chosen(model, None)) == 12
 
 
 def test_gpt2_with_its_tied_head_named_is_refused_with_both_names() -> None:
-    """Law: the sharers are named in full."""
+    """Law: the error has the full names of the modules that share the weight."""
     model = tiny("GPT2LMHeadModel", "GPT2Config", {**GPT})
     with pytest.raises(TargetError, match=r"lm_head: .*transformer\.wte\.weight, lm_head\.weight"):
         chosen(model, ["c_attn", "lm_head"])
@@ -728,7 +728,7 @@ def test_gpt2_with_its_tied_head_named_is_refused_with_both_names() -> None:
 
 
 def test_the_default_of_a_convolutional_net_is_the_convolutions_of_its_blocks() -> None:
-    """Law: in the model's order, without stem, head and depthwise ones, whose matrices are as narrow as a kernel."""
+    """Law: in model order, without stem, head and depthwise convolutions, whose matrices are only kernel-wide."""
     with silent():
         assert chosen(ConvNet(), None) == ["layers.0.0", "layers.0.2", "layers.1.0", "layers.1.2"]
     assert chosen(ConvNet(), None, layers=[1], exclude=["layers.1.0"]) == ["layers.1.2"]
@@ -736,28 +736,28 @@ def test_the_default_of_a_convolutional_net_is_the_convolutions_of_its_blocks() 
 
 
 def test_a_net_that_numbers_no_block_gets_all_its_convolutions_if_it_has_nothing_else() -> None:
-    """Law: as timm's RegNet names its blocks; one linear layer beside the head, and all-linear serves."""
+    """Law: timm's RegNet names its blocks like that. With one linear layer outside the head, all-linear is used."""
     convolutions = nn.ModuleDict({name: nn.Conv2d(4, 4, 3) for name in ("b1", "b2")})
     assert chosen(nn.ModuleDict({"s1": convolutions, "head": nn.Linear(4, 2)}), None) == ["s1.b1", "s1.b2"]
     assert chosen(nn.ModuleDict({"s1": convolutions, "neck": nn.Linear(4, 2)}), None) == ["neck"]
 
 
 def test_a_net_with_linear_layers_in_its_blocks_gets_these_by_default() -> None:
-    """Law: convolutions are the default only where blocks hold no linear layer; "all-linear" never means them."""
+    """Law: convolutions are the default only if blocks contain no linear layer; "all-linear" never includes them."""
     assert chosen(ConvNet(lambda: nn.Linear(4, 4)), None) == ["layers.0.3", "layers.1.3", "fc"]
     assert chosen(ConvNet(), "all-linear") == ["fc"]
     with pytest.raises(TargetError, match=r'nothing to adapt.*with "all-linear" no conv'):
         chosen(nn.Sequential(nn.Conv2d(3, 3, 1)), "all-linear")
 
 
-def test_a_default_tells_of_convolutions_that_cannot_be_adapted() -> None:
-    """Law: a transposed convolution has no kind, and is told."""
+def test_a_default_reports_convolutions_that_cannot_be_adapted() -> None:
+    """Law: a transposed convolution has no kind, so it is reported."""
     with pytest.warns(TunerkitWarning, match=r"layers\.0\.3 and 1 more like it: is a ConvTranspose2d"):
         assert len(chosen(ConvNet(lambda: nn.ConvTranspose2d(4, 4, 3)), None)) == 4
 
 
 def test_a_known_model_type_with_other_modules_falls_back_to_all_linear() -> None:
-    """Law: a default that matches nothing is no default."""
+    """Law: a default that matches nothing is ignored."""
     model = Net()
     model.config = type("Config", (), {"model_type": "llama"})()  # type: ignore[assignment]
     assert chosen(model, None) == ALL

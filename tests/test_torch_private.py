@@ -1,4 +1,4 @@
-"""Canaries: each private name of torch that core relies on exists and does what it is taken for."""
+"""Canaries: each private name of torch that the core uses exists and behaves as expected."""
 
 import json
 import os
@@ -23,7 +23,7 @@ FILE = "tunerkit/libraries/torch_private.py"
 
 
 def parameters() -> bool:
-    """The live dict: what is put in is a parameter, also behind an attribute of the instance."""
+    """The live dict: an entry is a parameter, even if an instance attribute hides it."""
     module = nn.Linear(2, 2)
     vars(module)["weight"] = "in front"
     torch_private.own_parameters(module)["further"] = nn.Parameter(torch.ones(1))
@@ -38,7 +38,7 @@ def children() -> bool:
 
 
 def compiled() -> bool:
-    """The module behind `torch.compile`; none behind another."""
+    """The module behind `torch.compile`; None for any other module."""
     module = nn.Linear(2, 2)
     return torch_private.compiled_from(torch.compile(module)) is module and torch_private.compiled_from(module) is None  # type: ignore[arg-type]
 
@@ -48,7 +48,7 @@ def nothing(*_: object, **__: object) -> None:
 
 
 def hooks() -> bool:
-    """Found by the function and removed with every flag; a second one, or a global one, is no single hook."""
+    """Hooks are found by function and removed with every flag; a second or a global one is not a single hook."""
     module = nn.Linear(2, 2)
     module.register_forward_hook(nothing, with_kwargs=True, always_call=True)
     single, found = torch_private.has_single_hook(module), torch_private.has_hook(module, nothing)
@@ -109,7 +109,7 @@ def versions_of_inference() -> int | None:
 
 
 def observed_inside(block: Callable[[Callable[[Tensor], Tensor]], object]) -> Callable[[], bool]:
-    """Whether `is_observed` is true inside ``block``, which is given a function to run, and false outside."""
+    """Whether `is_observed` is true inside ``block``, which gets a function to run, and false outside."""
 
     def check() -> bool:
         seen: list[bool] = []
@@ -131,7 +131,7 @@ def in_forward_mode(look: Callable[[Tensor], Tensor]) -> None:
 
 
 def kept(policy: CheckpointPolicy) -> Callable[[Callable[[Tensor], Tensor]], object]:
-    """In both passes of selective checkpointing: the one that keeps outputs, and the one that gives them out."""
+    """In both passes of selective checkpointing: the one that saves outputs, and the one that reuses them."""
 
     def block(look: Callable[[Tensor], Tensor]) -> None:
         def contexts() -> Any:
@@ -144,20 +144,20 @@ def kept(policy: CheckpointPolicy) -> Callable[[Callable[[Tensor], Tensor]], obj
 
 
 def operations() -> bool:
-    """Each operation that is dispatched is counted; an in-place one too."""
+    """Each dispatched operation is counted, including in-place ones."""
     with Counting() as operations:
         torch.ones(2).add_(1)
     return operations.count == 2
 
 
 def other_modes() -> bool:
-    """A dispatch mode that keeps nothing observes nothing."""
+    """A dispatch mode that saves nothing does not count as observing."""
     with Counting():
         return not torch_private.is_observed()
 
 
 def ddp() -> bool:
-    """Outside a forward of DDP none runs; inside one it is that, with the parameters it was built around."""
+    """No DDP runs outside a forward of DDP; inside one it is found, with the parameters it was built for."""
     found: list[Any] = []
 
     class Looks(nn.Linear):
@@ -181,7 +181,7 @@ def ddp() -> bool:
 
 
 def dynamo() -> bool:
-    """Code that was compiled is noted, and a reset forgets it."""
+    """Compiled code is detected until a reset."""
     import torch._dynamo
 
     torch._dynamo.reset()
@@ -265,7 +265,7 @@ OF_INSTANCES = {
     *("_parameters", "_modules", "_orig_mod", "_forward_hooks", "_version"),
     *("_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_module_parameters"),
 }
-# Children of one process that has torch: importing it anew for each name would take a minute.
+# Children of one process that has torch: a fresh import for each name would take a minute.
 SCRIPT = """
 import json, os, sys, torch, torch.distributed, torch.nn.parallel, torch.utils.checkpoint
 def owners(name):
@@ -299,7 +299,7 @@ print(json.dumps(results))
 
 @pytest.fixture(scope="module")
 def imported() -> dict[str, str]:
-    """What importing tunerkit raised without each name; ``-`` for nothing."""
+    """The exception that importing tunerkit raises without each name; ``-`` for none."""
     command = [sys.executable, "-c", SCRIPT, json.dumps(DELETED)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, env={**os.environ})
     assert done.returncode == 0, done.stderr
@@ -309,7 +309,7 @@ def imported() -> dict[str, str]:
 
 @pytest.mark.parametrize("name", CANARIES)
 def test_a_private_name_of_torch_does_what_it_is_taken_for(name: str) -> None:
-    """If this fails, the message says what broke, what uses it, and where to mend it."""
+    """On failure, the message says what broke, what uses it, and where to fix it."""
     users, check = CANARIES[name]
     where = f"torch {torch.__version__}: its private name {name} is not what it was. {users} relies on it: mend {FILE}"
     try:
@@ -320,7 +320,7 @@ def test_a_private_name_of_torch_does_what_it_is_taken_for(name: str) -> None:
 
 
 def test_every_private_name_in_the_file_has_a_canary() -> None:
-    """And no canary is about a name that is used no more."""
+    """Also, no canary is for a name that is no longer used."""
     source = next(s for s in read("libraries", ROOT / "tunerkit/libraries") if s.name.endswith("torch_private"))
     assert set(private_attributes(source)) == set(CANARIES)
     assert set(DELETED) | OF_INSTANCES | {"_C", "torch._dynamo"} == set(CANARIES)
@@ -329,5 +329,5 @@ def test_every_private_name_in_the_file_has_a_canary() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the children of one process are forked")
 @pytest.mark.parametrize("name", DELETED)
 def test_tunerkit_is_imported_without_a_private_name_of_torch(imported: dict[str, str], name: str) -> None:
-    """A renamed one breaks what uses it, when it is used, and never the import; dynamo isn't imported either."""
+    """A renamed one breaks its users when they run, never the import; dynamo isn't imported either."""
     assert imported[name] == "-"

@@ -1,4 +1,4 @@
-"""Canaries: each private method of a transformers Trainer that core replaces exists and does what it is taken for."""
+"""Canaries: each private Trainer method that the core replaces exists and behaves as expected."""
 
 import functools
 import inspect
@@ -52,7 +52,7 @@ def weights(own: Any) -> Tensor:
 
 
 def calls(own: Any, **replaced: str) -> list[str]:
-    """Let `transformers_private.replace_` note each method that is called, and call it."""
+    """Make `transformers_private.replace_` record each called method, and call it."""
     noted: list[str] = []
 
     def noting(name: str) -> Callable[..., None]:
@@ -68,7 +68,7 @@ def calls(own: Any, **replaced: str) -> list[str]:
 
 
 def saves(folder: Path) -> bool:
-    """Writes the weights, and is what `save_model` calls."""
+    """Writes the weights, and `save_model` calls it."""
     own = trainer(folder)
     noted = calls(own)
     own.save_model(str(folder / "model"))
@@ -76,7 +76,7 @@ def saves(folder: Path) -> bool:
 
 
 def saves_states(folder: Path) -> bool:
-    """Called for each checkpoint, beside `_save`, with the folder."""
+    """Called for each checkpoint, in addition to `_save`, with the folder."""
     own = trainer(folder, save_strategy="steps", save_steps=2)
     noted = calls(own)
     own.train()
@@ -84,7 +84,7 @@ def saves_states(folder: Path) -> bool:
 
 
 def loads(folder: Path) -> bool:
-    """Called once when a training resumes, and reads the checkpoint's weights."""
+    """Called once when a training resumes, and loads the checkpoint's weights."""
     first = trainer(folder, save_strategy="steps", save_steps=2)
     first.train()
     own = trainer(folder)
@@ -113,7 +113,7 @@ CANARIES: dict[str, tuple[list[str], Callable[[Path], bool]]] = {
 
 @pytest.mark.parametrize("name", CANARIES)
 def test_a_private_method_of_the_trainer_does_what_it_is_taken_for(name: str, tmp_path: Path) -> None:
-    """If this fails, the message says what broke, what uses it, and where to mend it."""
+    """On failure, the message says what broke, what uses it, and where to fix it."""
     expected, check = CANARIES[name]
     version = transformers.__version__
     where = f"transformers {version}: Trainer.{name} is not what it was. {USER} relies on it: mend {FILE}"
@@ -129,13 +129,13 @@ def test_a_private_method_of_the_trainer_does_what_it_is_taken_for(name: str, tm
 
 
 def test_every_private_name_in_the_file_has_a_canary() -> None:
-    """And no canary is about a name that is used no more."""
+    """Also, no canary is for a name that is no longer used."""
     source = next(s for s in read("libraries", ROOT / "tunerkit/libraries") if s.name.endswith("transformers_private"))
     assert set(private_attributes(source)) == set(CANARIES)
 
 
 def test_methods_for_weights_of_a_trainer_s_own_are_named() -> None:
-    """Those that a subclass overrides; the rest it shares with its base."""
+    """The methods that a subclass overrides; all others are shared with its base."""
     own = type("Own", (transformers.Trainer,), {"_load_best_model": lambda self: None})
     assert transformers_private.overridden(own, transformers.Trainer) == ["_load_best_model"]
     assert transformers_private.overridden(transformers.Trainer, transformers.Trainer) == []

@@ -1,4 +1,4 @@
-"""The handle on one adapter: found by name, ambiguous or not, and what it says without any step."""
+"""The handle on one adapter: found by name or not, and what it reports without any step."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def test_a_tuner_is_found_by_name_or_alone(toys: "Toys") -> None:
-    """One adapter needs no name; of two, the name decides; an unknown name gets the closest."""
+    """A single adapter needs no name; with two, the name decides; for an unknown name the error lists the closest."""
     model = tunerkit.wrap(toys.net(), "toy-low-rank", adapter="first")
     assert tunerkit.tuner(model) is tunerkit.tuner(model, "first")
     tunerkit.wrap(model, "toy-shift", adapter="second")
@@ -34,7 +34,7 @@ def test_a_tuner_is_found_by_name_or_alone(toys: "Toys") -> None:
 
 
 def test_wrappers_around_the_model_are_seen_through(toys: "Toys") -> None:
-    """DDP, value heads and others put the model into another: every call finds it there."""
+    """DDP, value heads and others contain the model: every call finds the adapters in it."""
     model = toys.trained()
     output = model(toys.x())
     outer = nn.Sequential(model, nn.Identity())
@@ -60,10 +60,10 @@ CALLS: dict[str, Callable[[nn.Module, Path], object]] = {
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
 @pytest.mark.parametrize("second", ["default", "other"])
-def test_parts_wrapped_on_their_own_are_named(
+def test_separately_wrapped_parts_are_named(
     toys: "Toys", tmp_path: Path, call: Callable[[nn.Module, Path], object], second: str
 ) -> None:
-    """Asked of the whole, nothing answers for one of the parts alone: the error names both, and changes nothing."""
+    """If two parts were wrapped separately, asking the whole model raises an error with both names; nothing changes."""
     parts = {name: toys.net() for name in ("text", "image")}
     model = nn.ModuleDict(parts)
     for part, adapter in zip(parts.values(), ("default", second), strict=True):
@@ -101,7 +101,7 @@ def test_parts_wrapped_on_their_own_are_named(
 )
 @pytest.mark.parametrize("thing", [None, "bert", [nn.Linear(2, 2)], torch.optim.SGD([nn.Parameter(torch.ones(1))])])
 def test_what_is_no_model_is_refused_by_its_type(call: Callable[[Any], object], thing: object) -> None:
-    """Nothing, a name, a list, an optimizer in the model's place: our own error, in every function."""
+    """None, a name, a list or an optimizer instead of a model raises our error, in every function."""
     with pytest.raises(
         AdapterError, match=rf"expected a torch\.nn\.Module, got {type(thing).__name__}; pass the model"
     ):
@@ -109,7 +109,7 @@ def test_what_is_no_model_is_refused_by_its_type(call: Callable[[Any], object], 
 
 
 def test_a_part_wrapped_after_the_whole_is_named(toys: "Toys") -> None:
-    """The whole goes on training its own; what is asked of it names both, and the part can be taken out."""
+    """The whole model keeps training its adapter. Other calls on it name both, and the part can be unwrapped."""
     model = tunerkit.wrap(toys.net(), "toy-shift", {"targets": ["conv"]})
     whole = tunerkit.tuner(model)
     tunerkit.wrap(model.head, "toy-shift", {"targets": ["0"]})
@@ -121,13 +121,13 @@ def test_a_part_wrapped_after_the_whole_is_named(toys: "Toys") -> None:
 
 
 def test_a_plain_model_has_no_tuner(toys: "Toys") -> None:
-    """The error says what to call."""
+    """The error says which function to call."""
     with pytest.raises(AdapterError, match=r"Net has no adapter; call tunerkit\.wrap or tunerkit\.load"):
         tunerkit.tuner(toys.net())
 
 
 def test_ranks_and_budget_of_a_method_without_a_schedule_are_constants(toys: "Toys") -> None:
-    """Without hooks of its own a method's budget is the sum of its ranks, at any step; finish changes nothing."""
+    """Without hooks, a method's budget is the sum of its ranks at any step; `finish` changes nothing."""
     tuner = tunerkit.tuner(tunerkit.wrap(toys.net(), "toy-low-rank", {"targets": ["conv", "layers.0"], "rank": 3}))
     for _ in range(2):
         assert tuner.ranks() == {"conv": 3, "layers.0": 3}
@@ -138,8 +138,8 @@ def test_ranks_and_budget_of_a_method_without_a_schedule_are_constants(toys: "To
     assert tunerkit.tuner(tunerkit.wrap(toys.net(), "toy-shift")).budget() == 0
 
 
-def test_what_it_holds_is_what_lies_in_the_model(toys: "Toys") -> None:
-    """Slots cover targets, copies and biases, adapters the targets alone; parameters are those that are trained."""
+def test_what_it_returns_is_what_the_model_contains(toys: "Toys") -> None:
+    """Slots cover targets, copies and biases, adapters only targets; parameters are the trained ones."""
     model = toys.trained()
     tuner = tunerkit.tuner(model)
     assert list(tuner.adapters()) == ["conv", "layers.0", "layers.1"]
@@ -148,8 +148,8 @@ def test_what_it_holds_is_what_lies_in_the_model(toys: "Toys") -> None:
     assert {id(p) for p in tuner.parameters()} == trained
 
 
-def test_an_adapter_torn_out_by_hand_is_said(toys: "Toys") -> None:
-    """Code that replaces a layer takes its adapter away: the next question names the place."""
+def test_an_adapter_removed_by_hand_is_reported(toys: "Toys") -> None:
+    """Code that replaces a layer removes its adapter: the next call raises an error with the path."""
     model = toys.trained()
     tuner = tunerkit.tuner(model)
     del model.layers[0]._modules["tunerkit"]
@@ -157,8 +157,8 @@ def test_an_adapter_torn_out_by_hand_is_said(toys: "Toys") -> None:
         tuner.ranks()
 
 
-def test_an_allocation_is_recorded_and_told_to_everybody(toys: "Toys") -> None:
-    """Record notes step, budget and ranks in the history and tells every plugin; None is no allocation."""
+def test_an_allocation_is_recorded_and_every_plugin_is_notified(toys: "Toys") -> None:
+    """`record` stores step, budget and ranks in the history and notifies every plugin; None is no allocation."""
     heard: list[Any] = []
 
     class Watcher:
@@ -176,7 +176,7 @@ def test_an_allocation_is_recorded_and_told_to_everybody(toys: "Toys") -> None:
 
 
 def test_an_adapter_that_does_not_say_what_it_adds_is_named() -> None:
-    """The base class is abstract: its forward tells the author what to define, and it has no rank."""
+    """The base class is abstract: its forward tells plugin authors what to define, and it has no rank."""
 
     class Mute(Adapter):
         pass

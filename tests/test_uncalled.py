@@ -1,4 +1,4 @@
-"""The detector: an adapter whose base layer's owner reads the weight past forward is told, once, and no other."""
+"""The detector: one warning if an adapter has no effect because the owner bypasses the layer's forward()."""
 
 import copy
 import pickle
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class PastForward(nn.Module):
-    """Reads one projection past its forward, as attention does with its output projection."""
+    """Uses one projection's weight directly, bypassing its forward(), as attention does with its output projection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class PastForward(nn.Module):
 
 
 class Dropped(nn.Module):
-    """Layers of which some are left out, as LayerDrop does; each layer has two linear layers."""
+    """Layers of which some are skipped, as LayerDrop does; each layer has two linear layers."""
 
     def __init__(self, *, plain: bool = False) -> None:
         super().__init__()
@@ -45,8 +45,8 @@ class Dropped(nn.Module):
         return result
 
 
-def told(model: nn.Module, x: Tensor) -> list[str]:
-    """What a forward warns of."""
+def warnings_of(model: nn.Module, x: Tensor) -> list[str]:
+    """The warnings of a forward pass."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model(x)
@@ -57,41 +57,41 @@ def hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-def test_a_layer_read_past_its_forward_is_named_once(toys: "Toys") -> None:
-    """The first forward names the path of each such layer and of no other; the second is silent."""
+def test_a_layer_whose_forward_is_bypassed_is_named_once(toys: "Toys") -> None:
+    """The first forward names the path of each such layer and of no other; the second triggers no warning."""
     model = tunerkit.wrap(nn.Sequential(PastForward(), PastForward()), "toy-shift", {"targets": ["inner", "out"]})
-    first = told(model, torch.ones(2, 3))
+    first = warnings_of(model, torch.ones(2, 3))
     assert len(first) == 1
     assert "0.out, 1.out." in first[0]
     assert "inner" not in first[0]
-    assert told(model, torch.ones(2, 3)) == []
+    assert warnings_of(model, torch.ones(2, 3)) == []
 
 
 def test_copies_and_biases_are_watched_too(toys: "Toys") -> None:
-    """A trained copy or bias of a layer that never runs has no more effect than an adapter."""
+    """A trained copy or bias of a layer that never runs is as useless as an adapter there."""
     for config in ({"train_modules": ["0.out"]}, {"bias": "all"}):
         model = tunerkit.wrap(
             nn.Sequential(PastForward(), nn.Linear(3, 3)), "toy-shift", {"targets": ["inner"], **config}
         )
-        assert "0.out." in told(model, torch.ones(2, 3))[0]
+        assert "0.out." in warnings_of(model, torch.ones(2, 3))[0]
 
 
 def test_a_second_adapter_does_not_hide_the_first(toys: "Toys") -> None:
-    """Wrapping again before the first forward goes on watching what was watched."""
+    """After a second wrap before the first forward, the first adapter is still watched."""
     model = tunerkit.wrap(nn.Sequential(PastForward()), "toy-shift", {"targets": ["out"]})
     tunerkit.wrap(model, "toy-shift", {"targets": ["inner"]}, adapter="second")
-    assert "0.out." in told(model, torch.ones(2, 3))[0]
+    assert "0.out." in warnings_of(model, torch.ones(2, 3))[0]
 
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_what_a_choice_leaves_out_is_no_alarm(toys: "Toys", plain: bool) -> None:
-    """Blocks left out as a whole, and layers of a list of which others ran, are told by nobody."""
+    """Blocks skipped as a whole, and skipped layers of a list of which others ran, trigger no warning."""
     model = tunerkit.wrap(Dropped(plain=plain), "toy-shift", {"targets": "all-linear"})
-    assert told(model, torch.ones(2, 3)) == []
+    assert warnings_of(model, torch.ones(2, 3)) == []
 
 
 def test_a_list_of_which_no_layer_runs_is_an_alarm(toys: "Toys") -> None:
-    """An owner that reads all its layers past their forward has not chosen among them."""
+    """If no layer of a list runs, its owner does not choose among them but bypasses all their forwards."""
 
     class Lists(nn.Module):
         def __init__(self) -> None:
@@ -104,11 +104,11 @@ def test_a_list_of_which_no_layer_runs_is_an_alarm(toys: "Toys") -> None:
             return x
 
     model = tunerkit.wrap(nn.Sequential(Lists()), "toy-shift", {"targets": ["layers.0", "layers.1"]})
-    assert "0.layers.0, 0.layers.1." in told(model, torch.ones(2, 3))[0]
+    assert "0.layers.0, 0.layers.1." in warnings_of(model, torch.ones(2, 3))[0]
 
 
 class Loop(nn.Module):
-    """What Lightning trains: its forward is never called."""
+    """A module as Lightning trains it: its forward is never called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,8 +119,8 @@ class Loop(nn.Module):
         return found.square().mean()
 
 
-def test_a_loop_that_calls_parts_of_the_model_is_told_at_the_first_step(toys: "Toys") -> None:
-    """Where the whole is never called, the first step of the optimizer tells; the second is silent."""
+def test_a_loop_that_calls_parts_of_the_model_triggers_a_warning_at_the_first_step(toys: "Toys") -> None:
+    """If the whole model is never called, the warning comes at the first optimizer step, and only once."""
     model = tunerkit.wrap(Loop(), "toy-shift", {"targets": "all-linear"})
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     tunerkit.attach(model, optimizer)
@@ -135,19 +135,19 @@ def test_a_loop_that_calls_parts_of_the_model_is_told_at_the_first_step(toys: "T
 
 
 def test_a_step_before_anything_ran_leaves_the_watch(toys: "Toys") -> None:
-    """Gradients may come from elsewhere, or from compiled code that nobody can watch."""
+    """Gradients may have another source, or come from compiled code that cannot be watched."""
     model = tunerkit.wrap(nn.Sequential(PastForward()), "toy-shift", {"targets": ["out"]})
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     tunerkit.attach(model, optimizer)
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    assert "0.out." in told(model, torch.ones(2, 3))[0]
+    assert "0.out." in warnings_of(model, torch.ones(2, 3))[0]
 
 
 @pytest.mark.parametrize("end", ["forward", "unwrap"])
 def test_its_hooks_are_gone_after_the_first_forward_and_after_unwrap(toys: "Toys", end: str) -> None:
-    """One hook per adapted module is left, or none."""
+    """One hook per adapted module remains after the first forward, and none after unwrap."""
     model = tunerkit.wrap(toys.net(), "toy-shift", toys.full)
     assert hooks(model) > 7
     if end == "forward":
@@ -161,19 +161,19 @@ def test_its_hooks_are_gone_after_the_first_forward_and_after_unwrap(toys: "Toys
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_is_watched_on_its_own(toys: "Toys", way: Any) -> None:
-    """The copy's first forward tells about the copy and leaves the original watched."""
+    """The copy's first forward warns about the copy; the original is still watched."""
     model = tunerkit.wrap(nn.Sequential(PastForward()), "toy-shift", {"targets": ["out", "inner"]})
     twin = way(model)
-    assert len(told(twin, torch.ones(2, 3))) == 1
+    assert len(warnings_of(twin, torch.ones(2, 3))) == 1
     assert hooks(twin) == 2
     assert hooks(model) > 2
-    assert len(told(model, torch.ones(2, 3))) == 1
+    assert len(warnings_of(model, torch.ones(2, 3))) == 1
     assert hooks(model) == 2
 
 
 def test_loading_watches_too(toys: "Toys", tmp_path: Any) -> None:
-    """A loaded adapter that is never called is as much in vain."""
+    """A loaded adapter that is never called has no effect either, so it is watched too."""
     torch.manual_seed(0)
     base = nn.Sequential(PastForward())
     path = tunerkit.save(tunerkit.wrap(copy.deepcopy(base), "toy-shift", {"targets": ["out"]}), tmp_path)
-    assert "0.out." in told(tunerkit.load(base, path), torch.ones(2, 3))[0]
+    assert "0.out." in warnings_of(tunerkit.load(base, path), torch.ones(2, 3))[0]

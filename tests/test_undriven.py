@@ -1,4 +1,4 @@
-"""Tests of the watch over optimizers that step an adapter without driving it."""
+"""The watch for optimizers that step an adapter without driving it."""
 
 import copy
 import pickle
@@ -42,8 +42,8 @@ def wrapped(toys: "Toys", method: str = "toy-stepper", **options: Any) -> nn.Mod
     return model
 
 
-def test_training_without_attach_is_told_at_the_first_step(toys: "Toys") -> None:
-    """Once, with what to call; a method that does not act on steps has nothing to lose and is not spoken of."""
+def test_training_without_attach_triggers_a_warning_at_the_first_step(toys: "Toys") -> None:
+    """One warning says what to call. A method that does not act on steps loses nothing and triggers none."""
     model = wrapped(toys)
     (text,) = told(toys, model, sgd(model))
     assert "nothing drives it" in text
@@ -52,8 +52,8 @@ def test_training_without_attach_is_told_at_the_first_step(toys: "Toys") -> None
     assert told(toys, plain, sgd(plain)) == []
 
 
-def test_the_optimizer_that_drives_is_not_told_of(toys: "Toys") -> None:
-    """Attached: silence. A second optimizer that moves the same adapter is named."""
+def test_the_optimizer_that_drives_triggers_no_warning(toys: "Toys") -> None:
+    """The attached optimizer triggers no warning. A second optimizer that updates the same adapter does."""
     model = wrapped(toys)
     optimizer, second = sgd(model), sgd(model)
     tunerkit.attach(model, optimizer, total_steps=9)
@@ -65,8 +65,8 @@ def test_the_optimizer_that_drives_is_not_told_of(toys: "Toys") -> None:
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"]
 )
-def test_a_copied_optimizer_that_lost_its_hooks_is_told_of(toys: "Toys", copied: Any) -> None:
-    """Model and optimizer copied together train on, but nothing drives the copy until it is attached itself."""
+def test_a_copied_optimizer_that_lost_its_hooks_triggers_a_warning(toys: "Toys", copied: Any) -> None:
+    """Model and optimizer copied together keep training, but nothing drives the copy until it is attached."""
     model = wrapped(toys)
     optimizer = sgd(model)
     tunerkit.attach(model, optimizer, total_steps=9)
@@ -81,7 +81,7 @@ def test_a_copied_optimizer_that_lost_its_hooks_is_told_of(toys: "Toys", copied:
 
 
 def test_optimizers_of_other_models_are_left_alone(toys: "Toys") -> None:
-    """Nor is an adapter that was taken out, or one that no gradient reaches."""
+    """An adapter that was removed, or that gets no gradient, triggers no warning either."""
     model = wrapped(toys)
     other = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
@@ -98,8 +98,8 @@ def test_optimizers_of_other_models_are_left_alone(toys: "Toys") -> None:
     assert not torch.equal(other.bias, torch.zeros(2))
 
 
-def test_a_compiled_step_of_anybody_s_is_not_broken(toys: "Toys") -> None:
-    """The hook is registered for every optimizer of the process: compiled, it must vanish."""
+def test_a_compiled_step_of_any_optimizer_is_not_broken(toys: "Toys") -> None:
+    """The hook is registered for every optimizer of the process: in compiled code it must disappear."""
     model = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(torch.ones(1, 3)).sum().backward()
@@ -129,14 +129,17 @@ print(counts)
 
 
 def test_the_hook_for_all_optimizers_comes_with_the_first_adapter_that_acts_on_steps() -> None:
-    """Importing tunerkit registers nothing in torch, nor does a method that no step matters to; then it is one."""
+    """Importing tunerkit registers nothing in torch, nor does a method that ignores steps.
+
+    Any other method registers one hook.
+    """
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
     assert done.stdout.strip() == "[0, 0, 1, 1]", done.stderr
 
 
 def test_a_loaded_adapter_is_watched_too(toys: "Toys", tmp_path: Path) -> None:
-    """A process may load what another one wrapped, and train it on."""
+    """A process may load an adapter that another process wrapped, and resume training it."""
     model = wrapped(toys)
     tunerkit.attach(model, sgd(model), total_steps=9)
     tunerkit.tuner(model).progress.steps = 1

@@ -1,4 +1,4 @@
-"""Temporary weight overrides, against attention written out by hand."""
+"""Temporary weight overrides, compared with attention written out by hand."""
 
 import copy
 import pickle
@@ -49,7 +49,7 @@ class Attends(nn.Module):
 
 
 def filled(model: nn.Module) -> nn.Module:
-    """The model with every value random, frozen: torch orders some products by whether a weight asks for a gradient."""
+    """The model frozen and with random values: torch orders some products by whether a weight requires a gradient."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator)
@@ -57,12 +57,12 @@ def filled(model: nn.Module) -> nn.Module:
 
 
 def attends(**options: Any) -> Any:
-    """The same model at each call."""
+    """The same model at every call."""
     return filled(Attends(**{"batch_first": True, **options}))
 
 
 def encoder(activation: Any = "relu", *, batch_first: bool = True) -> Any:
-    """Two of torch's own layers; with relu or gelu they have a fused path for inference."""
+    """Two of torch's own layers; with relu or gelu they have a fused inference path."""
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 12, dropout=0.0, activation=activation, batch_first=batch_first)
     return filled(nn.TransformerEncoder(layer, 2, enable_nested_tensor=batch_first and activation == "relu"))
 
@@ -78,7 +78,7 @@ def output(model: nn.Module) -> Tensor:
 
 
 def adapted(toys: "Toys", model: nn.Module | None = None, method: str = "toy-low-rank", **config: Any) -> Any:
-    """The model with adapters at all its linear layers, moved away from their start."""
+    """The model with adapters at all its linear layers, with values away from their start."""
     model = attends() if model is None else model
     return toys.fill_(tunerkit.wrap(model, method, {"targets": "all-linear", **config}, seed=3))
 
@@ -99,7 +99,7 @@ def by_hand(model: Any, x: Tensor) -> Tensor:
 
 
 def overridden(model: nn.Module) -> list[str]:
-    """What stands as an attribute where a parameter should: nothing, between two calls."""
+    """Paths where a plain attribute replaces a parameter; between two calls there are none."""
     found = [
         f"{type(m).__name__}.{n}" for m in model.modules() for n in vars(m) if n in (*NAMES, "_tunerkit_overrides")
     ]
@@ -123,14 +123,14 @@ def gradients(model: nn.Module, run: Callable[[Any], Tensor]) -> dict[str, Tenso
 
 
 def test_the_output_is_that_of_attention_written_out_by_hand(toys: "Toys") -> None:
-    """Float64, to 1e-10: one low-rank product at the packed projection, one at the output projection."""
+    """In float64, to 1e-10: one low-rank product at the packed projection, one at the output projection."""
     model, x = adapted(toys, adapter_dtype="float64").double(), batch().double()
     torch.testing.assert_close(model(x), by_hand(model, x), rtol=1e-10, atol=1e-10)
     assert not torch.allclose(model(x), attends().double()(x), atol=1e-2)
 
 
 def test_every_gradient_is_that_of_attention_written_out_by_hand(toys: "Toys") -> None:
-    """Float64, to 1e-10, and every adapter has one; the base has none."""
+    """In float64, to 1e-10: every adapter has a gradient, the base has none."""
     model, x = adapted(toys, adapter_dtype="float64").double(), batch().double()
     found, expected = gradients(model, lambda m: m(x)), gradients(model, lambda m: by_hand(m, x))
     assert set(found) == set(expected) == {name for name, p in model.named_parameters() if ".tunerkit." in name}
@@ -139,7 +139,7 @@ def test_every_gradient_is_that_of_attention_written_out_by_hand(toys: "Toys") -
 
 
 def test_gradients_agree_with_finite_differences(toys: "Toys") -> None:
-    """`torch.autograd.gradcheck` through attention, for both adapters in it."""
+    """`torch.autograd.gradcheck` through attention, for both of its adapters."""
     model, x = adapted(toys, adapter_dtype="float64").double(), batch().double()[:2, :3]
     parameters = [model.get_parameter(f"{path}.{name}") for path in (IN, OUT) for name in "ab"]
     assert torch.autograd.gradcheck(lambda *p: model(x).tanh(), parameters)
@@ -149,7 +149,7 @@ def test_gradients_agree_with_finite_differences(toys: "Toys") -> None:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 def test_the_first_output_is_bit_identical(toys: "Toys", batch_first: bool, bias: bool, training: bool) -> None:
-    """With and without gradients, in both layouts, with need_weights and masks: what starts at nothing adds nothing."""
+    """With and without gradients, in both layouts, with need_weights and masks: a zero ΔW changes nothing."""
     options: list[dict[str, Any]] = [{}, {"need_weights": False}, {"attn_mask": torch.ones(5, 5).triu(1).bool()}]
     plain = attends(batch_first=batch_first, bias=bias).train(training)
     model = tunerkit.wrap(copy.deepcopy(plain), "toy-low-rank", {"targets": "all-linear"})
@@ -173,7 +173,7 @@ def test_the_delta_of_a_half_precision_base_is_added_in_full_precision(toys: "To
 
 
 def test_two_adapters_at_one_place_add_up(toys: "Toys") -> None:
-    """And one of them taken away by a copy of the model leaves the other's output."""
+    """If one of them is removed from a copy of the model, the copy has the other's output."""
     model = tunerkit.wrap(attends(), "toy-low-rank", {"targets": ["attention"]})
     tunerkit.wrap(model, "toy-shift", {"targets": ["attention", "out_proj"]}, adapter="two")
     toys.fill_(model)
@@ -187,7 +187,7 @@ def test_two_adapters_at_one_place_add_up(toys: "Toys") -> None:
 
 
 def test_a_delta_bias_is_added_where_the_base_has_none(toys: "Toys") -> None:
-    """As at a called layer: the output gets it. Merging has no place for it, and says so."""
+    """The output includes it, as at a called layer. Merging has nowhere to store it, and raises an error."""
     model = adapted(toys, attends(bias=False), "toy-shift")
     expected = attends(bias=False)
     expected.attention.in_proj_bias = nn.Parameter(model.attention.tunerkit.get("default").adapter.v.detach())
@@ -201,7 +201,7 @@ def test_a_delta_bias_is_added_where_the_base_has_none(toys: "Toys") -> None:
 
 @pytest.mark.parametrize("bias", ["adapters", "all"])
 def test_attention_s_biases_are_trained(toys: "Toys", bias: str) -> None:
-    """A copy of in_proj_bias and of out_proj's bias, which start as the base's and merge to their own values."""
+    """The copies of in_proj_bias and of out_proj's bias start as the base's and merge to their own values."""
     targets = "all-linear" if bias == "adapters" else ["first"]
     model = tunerkit.wrap(attends(), "toy-low-rank", {"targets": targets, "bias": bias})
     assert torch.equal(output(model), output(attends()))
@@ -214,11 +214,11 @@ def test_attention_s_biases_are_trained(toys: "Toys", bias: str) -> None:
     assert torch.equal(model.attention.in_proj_bias, model.attention.tunerkit.get("default").bias)
 
 
-# --- For the time of a call and no longer ----------------------------------------------------------------------------
+# --- Only for the duration of a call ---------------------------------------------------------------------------------
 
 
 def test_nothing_is_overridden_between_two_calls(toys: "Toys") -> None:
-    """Inside the call the weight is changed; parameters and state_dict never are."""
+    """Inside a call the weight is overridden; parameters and state_dict never change."""
     model = adapted(toys)
     before = toys.snapshot(model)
     inside: list[Any] = []
@@ -237,7 +237,7 @@ def test_nothing_is_overridden_between_two_calls(toys: "Toys") -> None:
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_exception_inside_leaves_nothing_overridden(toys: "Toys", error: type[BaseException]) -> None:
-    """After an error at once; after an interrupt, which no hook sees, with the next call; later outputs are right."""
+    """An error restores at once, an interrupt, which no hook sees, at the next call; later outputs are right."""
     model, twin = adapted(toys), adapted(toys)
     armed = [True]
 
@@ -257,7 +257,7 @@ def test_an_exception_inside_leaves_nothing_overridden(toys: "Toys", error: type
 
 
 def interrupt(model: nn.Module, place: nn.Module) -> pytest.ExceptionInfo[KeyboardInterrupt]:
-    """Call the model and press Ctrl-C inside ``place``; what is returned keeps the traceback."""
+    """Call the model and press Ctrl-C inside ``place``; return the exception with its traceback."""
 
     def fail(module: nn.Module, args: Any) -> None:
         raise KeyboardInterrupt
@@ -268,7 +268,10 @@ def interrupt(model: nn.Module, place: nn.Module) -> pytest.ExceptionInfo[Keyboa
 
 
 def test_an_interrupted_call_is_no_running_one_while_its_traceback_is_kept(toys: "Toys") -> None:
-    """As an except block and a notebook keep it: the next call of the model restores, the one of a part is right."""
+    """An except block or a notebook keeps it.
+
+    The model's next call restores the weights; a part's next call is right.
+    """
     model, twin = adapted(toys), adapted(toys)
     before = toys.snapshot(model)
     for _ in range(2):
@@ -289,7 +292,7 @@ def test_an_interrupted_call_is_no_running_one_while_its_traceback_is_kept(toys:
 
 
 def test_an_interrupted_call_does_not_change_what_is_merged(toys: "Toys") -> None:
-    """Merging adds to the module's own weights, whatever stands in front of them."""
+    """Merging adds to the module's own weights, even while they are overridden."""
     model, twin = adapted(toys), adapted(toys)
     interrupt(model, model.attention)
     tunerkit.merge(model)
@@ -300,7 +303,7 @@ def test_an_interrupted_call_does_not_change_what_is_merged(toys: "Toys") -> Non
 
 
 def test_a_thread_that_died_inside_a_call_is_not_waited_for(toys: "Toys") -> None:
-    """Its overrides are restored by the next thread that runs the owner."""
+    """The next thread that runs the owner restores its overrides."""
     model, twin = adapted(toys), adapted(toys)
     model.attention.forward = lambda *args, **kwargs: sys.exit()
     thread = threading.Thread(target=lambda: model(batch()))
@@ -314,7 +317,7 @@ def test_a_thread_that_died_inside_a_call_is_not_waited_for(toys: "Toys") -> Non
 
 
 def test_the_whole_model_called_inside_an_owner_is_refused(toys: "Toys") -> None:
-    """It looks like a call after an interrupted one, so the outer call would go on without its adapters."""
+    """It looks like a call after an interrupted one, so the outer call would continue without its adapters."""
     model, twin = adapted(toys), adapted(toys)
     armed = [True]
 
@@ -329,7 +332,7 @@ def test_the_whole_model_called_inside_an_owner_is_refused(toys: "Toys") -> None
 
 
 def test_an_error_in_the_plugin_s_own_hook_leaves_nothing_overridden(toys: "Toys", monkeypatch: Any) -> None:
-    """The second delta fails: the first is restored."""
+    """If the second delta fails, the first is restored."""
     model = adapted(toys)
     model.attention.out_proj.tunerkit.get("default").method = "gone"
     with pytest.raises(PluginError, match="'gone'"):
@@ -338,7 +341,7 @@ def test_an_error_in_the_plugin_s_own_hook_leaves_nothing_overridden(toys: "Toys
 
 
 def test_a_call_inside_a_call_takes_nothing_away_from_it(toys: "Toys") -> None:
-    """A hook that runs the same attention again before its forward: both calls are adapted."""
+    """A hook runs the same attention again before its forward: both calls are adapted."""
     model, twin = adapted(toys), adapted(toys)
     inner: list[Tensor] = []
 
@@ -355,7 +358,7 @@ def test_a_call_inside_a_call_takes_nothing_away_from_it(toys: "Toys") -> None:
 
 
 def test_two_threads_at_once_are_refused_and_merged_they_are_not(toys: "Toys") -> None:
-    """One would read the other's weights, or the base's, without a sign of it."""
+    """Otherwise one thread would silently use the other's weights, or the base's."""
     model = adapted(toys)
     expected = model(batch())
     errors: list[Exception] = []
@@ -382,7 +385,7 @@ def test_two_threads_at_once_are_refused_and_merged_they_are_not(toys: "Toys") -
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_recomputes_with_the_adapters(toys: "Toys", reentrant: bool) -> None:
-    """The forward that runs again in backward is overridden the same; gradients are equal, and nothing stays."""
+    """The forward that backward recomputes is overridden too; gradients are equal, and no override remains."""
     # Reentrant, the first forward runs without gradients, where torch may attend with a kernel that rounds otherwise.
     same = toys.close if reentrant else torch.equal
     model, x = adapted(toys), batch().requires_grad_()
@@ -394,7 +397,7 @@ def test_checkpointing_recomputes_with_the_adapters(toys: "Toys", reentrant: boo
 
 
 def test_a_forward_replaced_after_wrapping_still_gets_the_overrides(toys: "Toys", tmp_path: Any) -> None:
-    """As accelerate replaces it on the instance; what is saved then still fits the base."""
+    """Accelerate replaces it on the instance; a file saved after that still fits the base."""
     model, twin = adapted(toys, bias="adapters"), adapted(toys, bias="adapters")
     model.attention.forward = model.attention.forward
     assert torch.equal(output(model), output(twin))
@@ -408,7 +411,7 @@ def test_a_forward_replaced_after_wrapping_still_gets_the_overrides(toys: "Toys"
 
 
 def test_attention_s_fast_path_gets_the_overrides(toys: "Toys", monkeypatch: Any) -> None:
-    """Without gradients torch hands the weights to one kernel: it is called, and with the changed ones."""
+    """Without gradients torch passes the weights to one kernel: it is called, with the overridden weights."""
     model = adapted(toys).eval()
     expected = model(batch())
     handed: list[Tensor] = []
@@ -428,7 +431,7 @@ def test_attention_s_fast_path_gets_the_overrides(toys: "Toys", monkeypatch: Any
 @pytest.mark.parametrize("targets", ["all-linear", ["linear1"], ["self_attn"], ["out_proj"]])
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_a_transformer_encoder_is_right_in_every_mode(toys: "Toys", targets: Any, batch_first: bool) -> None:
-    """Trained, evaluated with gradients and without, with padding that torch would pack into nested tensors, merged."""
+    """In training, in evaluation with and without gradients, with padding (nested tensors in torch), and merged."""
     model = adapted(toys, encoder(batch_first=batch_first), targets=targets)
     merged = copy.deepcopy(model)
     expected = tunerkit.unwrap(merged, keep_merged=True).train().requires_grad_()
@@ -447,7 +450,7 @@ def test_a_transformer_encoder_is_right_in_every_mode(toys: "Toys", targets: Any
 
 @pytest.mark.parametrize("grad", [torch.enable_grad, torch.no_grad])
 def test_a_disabled_encoder_is_the_base(toys: "Toys", grad: Any) -> None:
-    """Bit for bit where the base runs the same operations: its layers are not fused, and attention's kernel is."""
+    """Bit for bit if the base runs the same operations: its layers are not fused, but attention's kernel is."""
     base = encoder(F.silu).eval()
     model = adapted(toys, encoder(F.silu)).eval()
     tunerkit.merge(model)
@@ -460,7 +463,7 @@ def test_a_disabled_encoder_is_the_base(toys: "Toys", grad: Any) -> None:
 
 @pytest.mark.parametrize("method", ["toy-low-rank", "toy-shift"])
 def test_merge_unmerge_and_unwrap_keep_their_promises(toys: "Toys", method: str) -> None:
-    """Merged equals adapted, unmerged is bit-exact, unwrapped is the model that never was wrapped, hooks included."""
+    """Merged equals adapted, unmerge is bit-exact, and unwrap restores the original model, including hooks."""
     plain = attends()
     before = toys.snapshot(plain)
     changed = "in_proj_weight" if method == "toy-low-rank" else "in_proj_bias"
@@ -480,7 +483,7 @@ def test_merge_unmerge_and_unwrap_keep_their_promises(toys: "Toys", method: str)
 
 
 def test_one_of_two_adapters_taken_out_leaves_the_hooks_for_the_other(toys: "Toys") -> None:
-    """The owner's hooks go with the last adapter of the places it reads."""
+    """The owner's hooks are removed with the last adapter at the weights that it uses."""
     model = adapted(toys, targets=["attention"])
     output = model(batch())
     tunerkit.wrap(model, "toy-shift", {"targets": ["out_proj"]}, adapter="two")
@@ -490,7 +493,7 @@ def test_one_of_two_adapters_taken_out_leaves_the_hooks_for_the_other(toys: "Toy
 
 
 def test_a_saved_adapter_loads(toys: "Toys", tmp_path: Any) -> None:
-    """Weights and biases of attention are in the file by their module's path, and a fresh base gets them."""
+    """The file has attention's weights and biases under their module's path, and a fresh base gets them."""
     model = adapted(toys, bias="adapters")
     path = tunerkit.save(model, tmp_path)
     assert torch.equal(output(tunerkit.load(attends(), path, trainable=True)), output(model))
@@ -505,7 +508,7 @@ def test_a_saved_adapter_loads(toys: "Toys", tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_overrides_its_own(toys: "Toys", way: Any) -> None:
-    """The copy computes the same, trains apart, and unwraps apart."""
+    """The copy computes the same, and trains and unwraps independently."""
     model = adapted(toys)
     twin = way(model)
     assert torch.equal(twin(batch()), model(batch()))
@@ -518,7 +521,7 @@ def test_a_copy_overrides_its_own(toys: "Toys", way: Any) -> None:
 
 
 def test_an_attention_that_is_the_model_itself_gets_the_overrides_too(toys: "Toys") -> None:
-    """The owner of out_proj has an empty path then."""
+    """The owner of out_proj then has an empty path."""
     base = filled(nn.MultiheadAttention(WIDTH, HEADS))
     model: Any = adapted(toys, copy.deepcopy(base), targets=["out_proj"])
     delta = model.out_proj.tunerkit.get("default").adapter
@@ -526,11 +529,11 @@ def test_an_attention_that_is_the_model_itself_gets_the_overrides_too(toys: "Toy
     assert toys.close(model(*[batch()] * 3)[0], base(*[batch()] * 3)[0])
 
 
-# --- What is refused and told -----------------------------------------------------------------------------------------
+# --- Errors and warnings ----------------------------------------------------------------------------------------------
 
 
 def test_the_kind_has_no_input_to_project() -> None:
-    """Its features are those of the packed matrix, and a method that asks for its input is told why there is none."""
+    """Its features are those of the packed matrix; a method that asks for its input gets an error that explains why."""
     base = as_base_layer(nn.MultiheadAttention(WIDTH, HEADS))
     assert isinstance(base, AttentionLayer)
     assert (base.in_features, base.out_features, base.scale) == (WIDTH, 3 * WIDTH, 1.0)
@@ -549,7 +552,7 @@ class Shift(tunerkit.Adapter):
 
 
 class Mute:
-    """A method that does not say what it adds."""
+    """A method that does not define its delta."""
 
     @tunerkit.hookimpl
     def tunerkit_methods(self) -> list[tunerkit.Method]:
@@ -561,7 +564,7 @@ class Mute:
 
 
 class Detached(Mute):
-    """A method that says it without a gradient."""
+    """A method that returns its delta without a gradient."""
 
     @tunerkit.hookimpl
     def tunerkit_delta(self, adapter: Shift) -> tunerkit.Delta:
@@ -570,7 +573,7 @@ class Detached(Mute):
 
 @attrs.frozen
 class MuteConfig(tunerkit.AdapterConfig):
-    """With a dropout that an adapter may have."""
+    """With a dropout setting, which adapters may have."""
 
     dropout: float = tunerkit.setting(0.0, ge=0, doc="Share dropped.")
 
@@ -585,8 +588,8 @@ def method(request: Any) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("method", [Mute], indirect=True)
-def test_a_method_that_does_not_say_what_it_adds_is_refused_at_wrap(toys: "Toys", method: str) -> None:
-    """Naming the place and the hook, with the model as it was."""
+def test_a_method_without_a_delta_is_refused_at_wrap(toys: "Toys", method: str) -> None:
+    """The error names the target and the hook, and the model is unchanged."""
     model = attends()
     before = toys.snapshot(model)
     for path in ("attention", "attention.out_proj"):
@@ -597,7 +600,7 @@ def test_a_method_that_does_not_say_what_it_adds_is_refused_at_wrap(toys: "Toys"
 
 @pytest.mark.parametrize("method", [Detached], indirect=True)
 def test_a_delta_without_a_gradient_is_refused_where_it_should_train(toys: "Toys", method: str) -> None:
-    """In a forward that asks for gradients; without them, or frozen, the value is all that is needed."""
+    """The error comes in a forward with gradients; without gradients, or frozen, the value is enough."""
     model = tunerkit.wrap(attends(), method, {"targets": ["attention"]})
     with pytest.raises(PluginError, match="have no gradient"):
         model(batch())
@@ -608,8 +611,8 @@ def test_a_delta_without_a_gradient_is_refused_where_it_should_train(toys: "Toys
 
 
 @pytest.mark.parametrize("method", [Detached], indirect=True)
-def test_dropout_that_has_no_place_is_told(method: str) -> None:
-    """Once, with the targets; where every target is called, or dropout is 0, nothing is."""
+def test_dropout_that_cannot_be_applied_triggers_a_warning(method: str) -> None:
+    """One warning has the targets; if every target is called, or dropout is 0, there is none."""
     with pytest.warns(TunerkitWarning, match=r"dropout is not applied at 2 targets \(attention, \.\.\.\)"):
         tunerkit.wrap(attends(), method, {"targets": "all-linear", "dropout": 0.1})
     with warnings.catch_warnings():
@@ -620,7 +623,7 @@ def test_dropout_that_has_no_place_is_told(method: str) -> None:
 
 
 def test_the_detector_is_silent_about_known_owners_only(toys: "Toys") -> None:
-    """Attention's places run without being called; another owner that reads past forward is still told."""
+    """Attention's targets run without being called; another owner that bypasses forward() still triggers a warning."""
 
     class Reads(nn.Module):
         def __init__(self) -> None:
@@ -637,7 +640,7 @@ def test_the_detector_is_silent_about_known_owners_only(toys: "Toys") -> None:
 
 
 def test_a_projection_that_is_read_is_not_trained_in_full(toys: "Toys") -> None:
-    """Its copy would never be called; the attention that holds it is copied whole."""
+    """Its copy would never be called; the attention around it is copied as a whole."""
     with pytest.raises(TargetError, match="name the owner 'attention'"):
         tunerkit.wrap(attends(), "toy-shift", {"targets": ["first"], "train_modules": ["attention.out_proj"]})
     model = toys.fill_(tunerkit.wrap(attends(), "toy-shift", {"targets": ["first"], "train_modules": ["attention"]}))
@@ -646,7 +649,7 @@ def test_a_projection_that_is_read_is_not_trained_in_full(toys: "Toys") -> None:
 
 
 def test_a_loaded_adapter_at_a_place_that_cannot_be_overridden_is_refused(toys: "Toys", tmp_path: Any) -> None:
-    """Between saving and loading the base's attention got a forward of its own."""
+    """Between saving and loading, the base's attention got a custom forward."""
 
     class Own(nn.MultiheadAttention):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -663,7 +666,10 @@ def test_a_loaded_adapter_at_a_place_that_cannot_be_overridden_is_refused(toys: 
 
 
 def test_a_compiled_model_computes_the_same(toys: "Toys") -> None:
-    """Outputs, gradients, disabled, merged and with moved adapters: graph breaks, and nothing stale."""
+    """Outputs and gradients, also disabled, merged and with changed adapters.
+
+    It has graph breaks, but is never stale.
+    """
     model = adapted(toys)
     compiled = torch.compile(model, backend="eager")
     assert toys.close(compiled(batch()), model(batch()))

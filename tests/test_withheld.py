@@ -1,4 +1,4 @@
-"""Tests of gradients withheld from a step: taken away before it, back after it, whatever happens in between."""
+"""Gradients withheld from a step: removed before it and restored after it, whatever happens in between."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +15,7 @@ from tunerkit.testing.toy_methods import ShiftConfig
 
 
 class Gated(tunerkit.Adapter):
-    """``gate`` · ``v`` (out,), added to the output. The method alone sets the gate."""
+    """``gate`` · ``v`` (out,), added to the output. Only the method sets the gate."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Gated(tunerkit.Adapter):
 
 
 class GatePlugin:
-    """Withholds the gate; writes down its gradient whenever a hook fires."""
+    """Withholds the gate, and records its gradient whenever a hook fires."""
 
     @tunerkit.hookimpl
     def tunerkit_methods(self) -> list[tunerkit.Method]:
@@ -52,7 +52,7 @@ class GatePlugin:
 
 
 class OldGatePlugin(GatePlugin):
-    """Takes the gradient away and puts it back by itself, as methods did before they could return the parameters."""
+    """Removes and restores the gradient itself, as methods did before hooks could return parameters."""
 
     @tunerkit.hookimpl
     def tunerkit_before_step(self, tuner: tunerkit.Tuner) -> None:  # type: ignore[override]
@@ -76,7 +76,7 @@ class NamingPlugin(GatePlugin):
 
 
 class BarePlugin(GatePlugin):
-    """Returns the gate alone, not in a list."""
+    """Returns the gate itself, not in a list."""
 
     @tunerkit.hookimpl
     def tunerkit_before_step(self, tuner: tunerkit.Tuner) -> object:
@@ -84,7 +84,7 @@ class BarePlugin(GatePlugin):
 
 
 class AffirmingPlugin(GatePlugin):
-    """Returns that all is well."""
+    """Returns True."""
 
     @tunerkit.hookimpl
     def tunerkit_before_step(self, tuner: tunerkit.Tuner) -> object:
@@ -159,7 +159,7 @@ with_both = pytest.mark.parametrize("_plugin", [GatePlugin, OldGatePlugin], indi
     [(AdamW, {}), (AdamW, {"fused": True}), (SGD, {"momentum": 0.9, "weight_decay": 0.1}), (torch.optim.RMSprop, {})],
 )
 def test_a_withheld_parameter_stays_and_has_its_gradient_again(make: Any, options: dict[str, Any]) -> None:
-    """Core withholds what the hook returns, or the plugin does so itself: the optimizer never sees the parameter."""
+    """If the core withholds what the hook returns, or the plugin does so, the optimizer never sees it."""
     model, optimizer = started(make, **options)
     gate = gate_of(model)
     seen: list[Tensor | None] = []
@@ -181,7 +181,7 @@ def test_a_withheld_parameter_stays_and_has_its_gradient_again(make: Any, option
 @pytest.mark.parametrize("factor", [1.0, 1e38], ids=["taken", "skipped"])
 @pytest.mark.parametrize("scale", [2.0**16, 3.0e4])
 def test_under_a_grad_scaler_all_gradients_end_in_one_unit(factor: float, scale: float) -> None:
-    """A fused step unscales what it sees, and a skipped one nothing: the withheld gradient follows, bit for bit.
+    """A fused step unscales the gradients it sees, a skipped step none: the withheld gradient matches, bit for bit.
 
     3.0e4 is no power of two, so dividing by it and multiplying again would not restore the gradient.
     """
@@ -197,7 +197,7 @@ def test_under_a_grad_scaler_all_gradients_end_in_one_unit(factor: float, scale:
 
 
 def test_after_a_step_that_raised_the_gradients_are_there_for_the_next() -> None:
-    """The optimizer failed in the middle of its step: the next one withholds the same gradient and puts it back."""
+    """The optimizer failed in the middle of its step: the next step withholds and restores the same gradient."""
     model, optimizer = started(SGD)
     backward(model)
     expected = grads(model)
@@ -218,7 +218,7 @@ def test_after_a_step_that_raised_the_gradients_are_there_for_the_next() -> None
 
 
 def test_what_came_after_a_step_that_raised_wins() -> None:
-    """A newer gradient is not overwritten by an old one, and an old one of another size is dropped."""
+    """An old gradient doesn't overwrite a newer one, and an old one of another size is dropped."""
     one, other = (nn.Parameter(torch.ones(3)) for _ in range(2))
     for parameter in (one, other):
         parameter.grad = torch.ones(3)
@@ -234,7 +234,7 @@ def test_what_came_after_a_step_that_raised_wins() -> None:
 @pytest.mark.parametrize("set_to_none", [True, False])
 @with_both
 def test_each_run_of_a_closure_sees_and_makes_its_own_gradient(set_to_none: bool) -> None:
-    """LBFGS runs it several times: the gate stays through all of them, and ends with the last run's gradient."""
+    """LBFGS runs it several times: the gate stays unchanged, and ends with the last run's gradient."""
     model, optimizer = started(torch.optim.LBFGS, max_iter=4)
     gate = gate_of(model)
     made: list[Tensor] = []
@@ -254,7 +254,7 @@ def test_each_run_of_a_closure_sees_and_makes_its_own_gradient(set_to_none: bool
 
 
 def test_a_closure_that_accumulates_finds_what_it_has_accumulated() -> None:
-    """Without `zero_grad` the second run adds to the first one's gradient, withheld or not."""
+    """Without `zero_grad` the second run adds to the first run's gradient, withheld or not."""
     model, optimizer = started(torch.optim.LBFGS, max_iter=3)
     gate, sums = gate_of(model), [torch.zeros(1)]
 
@@ -277,7 +277,7 @@ def test_a_closure_that_accumulates_finds_what_it_has_accumulated() -> None:
     indirect=["_plugin"],
 )
 def test_what_is_no_list_of_parameters_is_refused(words: str) -> None:
-    """The words say what came and what is allowed; nothing was updated."""
+    """The error says what was returned and what is allowed; no parameter was updated."""
     model, optimizer = started(SGD)
     backward(model)
     before = [p.detach().clone() for p in model.parameters()]
@@ -289,7 +289,7 @@ def test_what_is_no_list_of_parameters_is_refused(words: str) -> None:
 
 
 def test_a_shared_parameter_is_taken_once_and_unscaled_once() -> None:
-    """Listed twice, it is divided by the scale once; the division of all of them is one operation."""
+    """A parameter that is listed twice is divided by the scale once; all divisions are one operation."""
     shared, others = nn.Parameter(torch.ones(2)), [nn.Parameter(torch.ones(n)) for n in range(1, 9)]
     for parameter in (shared, *others):
         parameter.grad = torch.full_like(parameter, 8.0)

@@ -1,4 +1,4 @@
-"""Wrapping a model with toy methods: what changes, what does not, and what is refused with the model left as it was."""
+"""Wrapping with toy methods: what changes, what stays the same, and which errors leave the model unchanged."""
 
 import copy
 import io
@@ -48,7 +48,7 @@ ODD_NAMES = (
 
 @contextmanager
 def registered(plugin: object) -> Iterator[None]:
-    """An in-process plugin for the length of a block."""
+    """An in-process plugin, registered inside the block."""
     tunerkit.register(plugin)
     try:
         yield
@@ -58,7 +58,7 @@ def registered(plugin: object) -> Iterator[None]:
 
 @contextmanager
 def untouched(toys: "Toys", model: nn.Module) -> Iterator[None]:
-    """Whatever happens inside, the model is afterwards as it was."""
+    """Check that the model is unchanged after the block, whatever happens inside."""
     before = toys.snapshot(model)
     yield
     assert toys.same(toys.snapshot(model), before)
@@ -90,7 +90,7 @@ def test_the_base_keeps_its_keys_its_types_and_its_output(toys: "Toys", method: 
 
 @pytest.mark.parametrize("bias", BIASES)
 def test_exactly_adapters_copies_and_biases_are_trained(toys: "Toys", bias: str) -> None:
-    """What asks for gradients is the adapters of the targets, the copies' parameters and the biases asked for."""
+    """Only the targets' adapters, the copies' parameters and the requested biases require gradients."""
     model = tunerkit.wrap(toys.net(), "toy-low-rank", {**toys.full, "bias": bias})
     targets = {"conv", "layers.0", "layers.1"}
     biased = {"none": set(), "adapters": targets, "all": {*targets, "group_norm", "norm"}}[bias]
@@ -101,7 +101,7 @@ def test_exactly_adapters_copies_and_biases_are_trained(toys: "Toys", bias: str)
 
 
 def test_every_trained_part_reaches_the_output(toys: "Toys") -> None:
-    """After a backward every trained parameter has a gradient, and no base parameter has one."""
+    """After backward every trained parameter has a gradient, and no base parameter has one."""
     model = toys.trained()
     losing(model, toys.x()).backward()
     for name, parameter in model.named_parameters():
@@ -109,7 +109,7 @@ def test_every_trained_part_reaches_the_output(toys: "Toys") -> None:
 
 
 def test_adapters_are_in_fp32_unless_asked_and_biases_in_the_bases_dtype(toys: "Toys") -> None:
-    """``adapter_dtype`` holds for the method's adapters alone: copies and biases are those of the base."""
+    """``adapter_dtype`` applies only to the method's adapters; copies and biases keep the base's dtype."""
     for dtype in (torch.float32, torch.bfloat16):
         config = {**toys.full, "adapter_dtype": str(dtype).removeprefix("torch.")}
         model = tunerkit.wrap(toys.net().double(), "toy-low-rank", config)
@@ -118,7 +118,7 @@ def test_adapters_are_in_fp32_unless_asked_and_biases_in_the_bases_dtype(toys: "
 
 
 def test_two_adapters_both_count(toys: "Toys") -> None:
-    """Two adapters add up, with trained biases too: each adds its own difference to the base."""
+    """The effects of two adapters add up, also with trained biases: each adds its own difference to the base."""
     config = {"targets": ["layers.1"], "bias": "adapters"}
     model = toys.net()
     first = tunerkit.wrap(toys.net(), "toy-low-rank", config, adapter="one", seed=1)
@@ -141,7 +141,7 @@ def test_two_adapters_both_count(toys: "Toys") -> None:
 
 
 def test_config_may_be_an_object_a_mapping_or_nothing(toys: "Toys") -> None:
-    """The three ways to say the same config give the same adapters."""
+    """The three ways to pass the same config give the same adapters."""
     config = tunerkit.structure("toy-low-rank", {"rank": 2})
     for given_config in (config, {"rank": 2}, {}, None):
         model = tunerkit.wrap(toys.net(), "toy-low-rank", given_config)
@@ -166,21 +166,24 @@ def test_config_may_be_an_object_a_mapping_or_nothing(toys: "Toys") -> None:
 def test_bad_input_is_refused_in_words(
     toys: "Toys", method: str, config: Any, error: type[Exception], words: str
 ) -> None:
-    """An unknown method, key, target or value, and a config of the wrong class: one error that says what is right."""
+    """An unknown method, key, target or value, or a config of the wrong class, raises one error that helps."""
     model = toys.net()
     with untouched(toys, model), pytest.raises(error, match=words):
         tunerkit.wrap(model, method, config)
 
 
 def test_the_config_of_another_method_is_refused(toys: "Toys") -> None:
-    """A config object must be of the method's own class."""
+    """A config object must be of the method's own config class."""
     model = toys.net()
     with untouched(toys, model), pytest.raises(ConfigError, match=r"'toy-shift' takes ShiftConfig.* got LowRankConfig"):
         tunerkit.wrap(model, "toy-shift", tunerkit.structure("toy-low-rank", {}))
 
 
 def test_a_seed_repeats_the_start_and_leaves_the_global_state_alone(toys: "Toys") -> None:
-    """One seed, one start, whatever the global state; another seed another; no seed draws from the global state."""
+    """The same seed gives the same initial values, whatever the global random state.
+
+    Without a seed they depend on that state.
+    """
 
     def start(seed: int | None) -> torch.Tensor:
         model = tunerkit.wrap(toys.net(), "toy-low-rank", {"targets": ["conv"]}, seed=seed)
@@ -207,7 +210,7 @@ def test_a_seed_repeats_the_start_and_leaves_the_global_state_alone(toys: "Toys"
 @example(name="копия 🦜")
 @settings(max_examples=12)
 def test_any_legal_name_works_everywhere(toys: "Toys", name: str) -> None:
-    """A name without "." and "/", up to 64 characters, can be wrapped, trained, merged, copied and taken out."""
+    """A name without "." and "/", up to 64 characters, works in wrap, training, merge, copies and unwrap."""
     model = toys.net()
     before = toys.snapshot(model)
     tunerkit.wrap(model, "toy-low-rank", toys.full, adapter=name)
@@ -224,7 +227,7 @@ def test_any_legal_name_works_everywhere(toys: "Toys", name: str) -> None:
 
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_a_name_that_torch_uses_works_everywhere(toys: "Toys", name: str) -> None:
-    """Names of a module's own attributes and methods are legal, although torch refuses them in add_module."""
+    """Names of a module's own attributes and methods are legal, although add_module of torch rejects them."""
     test_any_legal_name_works_everywhere.hypothesis.inner_test(toys, name)  # type: ignore[attr-defined]
     model = pickle.loads(pickle.dumps(tunerkit.wrap(toys.net(), "toy-shift", toys.full, adapter=name)))
     assert torch.equal(model.double()(toys.x().double()), toys.net().double()(toys.x().double()))
@@ -232,7 +235,7 @@ def test_a_name_that_torch_uses_works_everywhere(toys: "Toys", name: str) -> Non
 
 @pytest.mark.parametrize("name", ["", "x" * 65, "a.b", ".", "a/b", "/", None, 3, b"x"])
 def test_illegal_names_are_refused(toys: "Toys", name: Any) -> None:
-    """Names that cannot be a part of a parameter's name, or are none, are refused in words; in load too."""
+    """Names that cannot be part of a parameter's name, and empty names, raise a clear error, also in load."""
     model = toys.net()
     with untouched(toys, model), pytest.raises(AdapterError, match="1 to 64 characters"):
         tunerkit.wrap(model, "toy-shift", adapter=name)
@@ -241,7 +244,7 @@ def test_illegal_names_are_refused(toys: "Toys", name: Any) -> None:
 
 
 def test_a_name_that_no_file_can_hold_is_refused(toys: "Toys") -> None:
-    """Half a surrogate pair is a Python string and no UTF-8: the model's own state_dict could never be written."""
+    """Half a surrogate pair is a valid Python string but not valid UTF-8: the state_dict could never be saved."""
     model = toys.net()
     for name in ("\ud800", "a\udfff"):
         with untouched(toys, model), pytest.raises(AdapterError, match="half of a surrogate pair"):
@@ -249,7 +252,7 @@ def test_a_name_that_no_file_can_hold_is_refused(toys: "Toys") -> None:
 
 
 def test_a_taken_name_is_refused(toys: "Toys") -> None:
-    """A second adapter needs a name of its own; the first is not disturbed."""
+    """A second adapter needs a different name; the first is unaffected."""
     model = toys.trained()
     with untouched(toys, model), pytest.raises(AdapterError, match="'default' already"):
         tunerkit.wrap(model, "toy-shift")
@@ -259,7 +262,7 @@ def test_a_taken_name_is_refused(toys: "Toys") -> None:
 
 
 def test_a_model_inside_ddp_is_refused(toys: "Toys") -> None:
-    """DDP has counted its parameters already: adapters put in later would train unsynchronised."""
+    """DDP has already registered its parameters: adapters added later would be trained unsynchronised."""
     parallel = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
     nn.Module.__init__(parallel)
     parallel.module = toys.net()
@@ -270,7 +273,7 @@ def test_a_model_inside_ddp_is_refused(toys: "Toys") -> None:
 
 @pytest.fixture
 def _process_group(tmp_path: Path) -> Iterator[None]:
-    """A group of this process alone."""
+    """A process group with this process only."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
@@ -294,9 +297,9 @@ INTO: dict[str, Callable[[Any, Path], object]] = {
 def test_an_adapter_that_ddp_does_not_know_is_refused_at_its_first_forward(
     toys: "Toys", tmp_path: Path, put: Callable[[Any, Path], object]
 ) -> None:
-    """`ddp.module`, a part of it, or what it is a part of: nothing of DDP can be seen there, yet it synchronises none.
+    """Inside `ddp.module`, or around it, wrap cannot see DDP, which does not synchronise the new adapters.
 
-    Whatever ran before outside DDP, and again at each call: nothing is trained until the model is put into DDP anew.
+    The error comes whatever ran before outside DDP, and again at each call, until the model is put into a new DDP.
     """
     path = tunerkit.save(toys.trained(), tmp_path)
     model = toys.net()
@@ -312,7 +315,7 @@ def test_an_adapter_that_ddp_does_not_know_is_refused_at_its_first_forward(
 
 @pytest.mark.usefixtures("_process_group")
 def test_an_adapter_that_ddp_knows_is_checked_once(toys: "Toys", tmp_path: Path) -> None:
-    """Wrapped first, also beside or after a model that DDP holds, or holds no more: nothing of the check stays."""
+    """A model wrapped before DDP passes, also next to other DDP models or after DDP is gone. No hook remains."""
     free, model = toys.net(), toys.trained()
     parallel = ddp(free)
     expected = model(toys.x())
@@ -328,14 +331,14 @@ def test_an_adapter_that_ddp_knows_is_checked_once(toys: "Toys", tmp_path: Path)
 
 @pytest.mark.usefixtures("_process_group")
 def test_the_check_for_ddp_breaks_no_compiled_graph(toys: "Toys") -> None:
-    """Where a process group is there and DDP is not, a compiled model stays one graph."""
+    """With a process group but without DDP, a compiled model stays one graph."""
     model = toys.trained(targets=["layers.*"])
     compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
     assert toys.close(compiled(toys.x()), model(toys.x()))
 
 
 def test_a_tied_module_cannot_be_trained_in_full(toys: "Toys") -> None:
-    """A copy of a tied module would tear the tie: the error names who shares."""
+    """A copy of a tied module would break the tie: the error names the modules that share the parameter."""
     model = toys.net()
     model.head[0].weight = nn.Parameter(torch.rand(6, 8))
     model.layers.append(nn.Linear(8, 6))
@@ -345,7 +348,7 @@ def test_a_tied_module_cannot_be_trained_in_full(toys: "Toys") -> None:
 
 
 def test_a_model_that_is_itself_the_layer_is_refused_in_words(toys: "Toys") -> None:
-    """A lone layer has no place inside the model where an adapter could go."""
+    """A model that is a single layer has no submodule where an adapter could go."""
     for config in (None, {"targets": ["re:.*"]}, {"targets": ["*"]}, {"targets": ["weight"]}):
         model = nn.Linear(3, 3)
         with untouched(toys, model), pytest.raises(TargetError, match=r"no|nothing"):
@@ -355,15 +358,15 @@ def test_a_model_that_is_itself_the_layer_is_refused_in_words(toys: "Toys") -> N
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 @pytest.mark.parametrize("layer", [nn.Linear(3, 3), nn.Conv1d(3, 3, 2), nn.Embedding(3, 3)])
 def test_what_to_do_with_a_model_that_is_the_layer_is_said(toys: "Toys", layer: nn.Module, targets: Any) -> None:
-    """Put into a module it can be adapted: the words say so, and it is true."""
+    """The error advises to put the layer into a module, and following the advice works."""
     words = f"the {type(layer).__name__} itself: is the model.* nn\\.Sequential"
     with untouched(toys, layer), pytest.raises(TargetError, match=words):
         tunerkit.wrap(layer, "toy-low-rank", {"targets": targets})
     tunerkit.wrap(nn.Sequential(copy.deepcopy(layer)), "toy-low-rank", {"targets": ["0"]})
 
 
-def test_an_attention_that_is_the_model_is_told_as_left_out(toys: "Toys") -> None:
-    """Its output projection is inside it and is adapted; q, k and v are its own."""
+def test_an_attention_that_is_the_model_is_reported_as_left_out(toys: "Toys") -> None:
+    """Its output projection is a submodule and gets an adapter; q, k and v are parameters of the model itself."""
     attention = nn.MultiheadAttention(8, 2)
     with pytest.warns(TunerkitWarning, match=r"the MultiheadAttention itself: is the model"):
         tunerkit.wrap(attention, "toy-low-rank")
@@ -371,7 +374,7 @@ def test_an_attention_that_is_the_model_is_told_as_left_out(toys: "Toys") -> Non
 
 
 def test_a_part_and_a_whole_cannot_both_be_wrapped(toys: "Toys") -> None:
-    """One model holds all adapters: neither a part of a wrapped model nor what contains one is wrapped again."""
+    """One model holds all adapters: neither a part of a wrapped model nor a model around it can be wrapped again."""
     model = toys.trained(targets=["layers.0", "head.0"])
     outer = nn.Sequential(model)
     with untouched(toys, outer):
@@ -382,7 +385,7 @@ def test_a_part_and_a_whole_cannot_both_be_wrapped(toys: "Toys") -> None:
 
 
 def test_a_model_with_an_attribute_where_adapters_go_is_refused(toys: "Toys") -> None:
-    """A child or attribute called tunerkit would be overwritten: the error names its place."""
+    """A child or attribute called tunerkit would be overwritten: the error gives its path."""
     with_child, with_attribute = toys.net(), toys.net()
     with_child.head[0].add_module("tunerkit", nn.Linear(1, 1))
     with_attribute.head[0].tunerkit = 3
@@ -392,7 +395,7 @@ def test_a_model_with_an_attribute_where_adapters_go_is_refused(toys: "Toys") ->
 
 
 def test_a_copy_of_weights_on_meta_is_refused(toys: "Toys") -> None:
-    """There is nothing to copy yet: it would be trained from nowhere."""
+    """There are no values to copy yet, so the copy would start from undefined weights."""
     model = toys.net()
     model.head.to("meta")
     with untouched(toys, model), pytest.raises(TargetError, match=r"'head\.0'.*meta"):
@@ -400,7 +403,7 @@ def test_a_copy_of_weights_on_meta_is_refused(toys: "Toys") -> None:
 
 
 def test_wrapping_while_disabled_or_merged_is_refused(toys: "Toys") -> None:
-    """Where the base or merged weights stand in, no further adapter is put in and none is taken out by mistake."""
+    """While a model is disabled or merged, no adapter can be added, and none is removed by mistake."""
     model = toys.trained()
     with tunerkit.disabled(model), untouched(toys, model):
         with pytest.raises(AdapterError, match="disabled"):
@@ -416,7 +419,7 @@ def test_wrapping_while_disabled_or_merged_is_refused(toys: "Toys") -> None:
 
 
 def test_a_bias_that_cannot_be_trained_is_named(toys: "Toys") -> None:
-    """bias='all' means all: own attention's, a recurrent layer's, a tied one and an own norm's are refused."""
+    """bias='all' means every bias: one of attention, a recurrent layer, a tied layer or a custom norm is an error."""
 
     class OwnNorm(nn.LayerNorm):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -448,7 +451,7 @@ def test_a_bias_that_cannot_be_trained_is_named(toys: "Toys") -> None:
     "make", [nn.Sequential, lambda *m: nn.ModuleList(m), lambda *m: nn.ModuleDict({"a": m[0], "b": m[1]})]
 )
 def test_a_container_is_trained_by_what_it_holds(toys: "Toys", make: Any) -> None:
-    """A container runs all that it holds, so no copy may lie in it: each thing in it is copied."""
+    """A container runs its children, so it cannot be copied as a whole: each child is copied instead."""
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -471,7 +474,7 @@ def test_a_container_is_trained_by_what_it_holds(toys: "Toys", make: Any) -> Non
 
 
 def test_a_container_with_parameters_of_its_own_is_refused(toys: "Toys") -> None:
-    """Its parameters have no place in the copies of what it holds."""
+    """Copies of a container's children cannot include the container's own parameters."""
 
     class Scaled(nn.Sequential):
         def __init__(self) -> None:
@@ -484,8 +487,11 @@ def test_a_container_with_parameters_of_its_own_is_refused(toys: "Toys") -> None
         tunerkit.wrap(model, "toy-shift", {"targets": ["conv"], "train_modules": ["head"]})
 
 
-def test_moving_statistics_of_the_base_are_told(toys: "Toys") -> None:
-    """A batch norm in the frozen base moves its statistics in training: one warning counts them, none without."""
+def test_changing_statistics_of_the_base_trigger_a_warning(toys: "Toys") -> None:
+    """A batch norm in the frozen base updates its statistics in training.
+
+    One warning counts such layers, if there are any.
+    """
     model = nn.Sequential(
         toys.net(batch_norm=True), toys.net(batch_norm=True), nn.BatchNorm1d(3, track_running_stats=False)
     )
@@ -496,8 +502,8 @@ def test_moving_statistics_of_the_base_are_told(toys: "Toys") -> None:
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.InstanceNorm2d(4, track_running_stats=True)])
-def test_statistics_of_a_copy_are_not_told(toys: "Toys", norm: nn.Module) -> None:
-    """What is trained in full, by this adapter or by an earlier one, is in a file."""
+def test_statistics_of_a_copy_trigger_no_warning(toys: "Toys", norm: nn.Module) -> None:
+    """A module that this adapter or an earlier one trains in full is saved in a file, statistics included."""
     model = toys.net()
     model.batch_norm = norm
     config = {"targets": ["conv"], "train_modules": ["batch_norm"]}
@@ -510,7 +516,7 @@ def test_statistics_of_a_copy_are_not_told(toys: "Toys", norm: nn.Module) -> Non
 
 
 def test_statistics_of_a_copy_are_trained_and_those_of_its_base_stay(toys: "Toys") -> None:
-    """A batch norm trained in full moves its copy's statistics, in no case the base's, and nothing is told."""
+    """A batch norm trained in full updates the statistics of its copy, never those of the base, without a warning."""
     model = toys.net(batch_norm=True)
     before = toys.snapshot(model)
     config = {"targets": ["conv"], "train_modules": ["batch_norm"]}
@@ -550,7 +556,7 @@ def plugin_of(toys: "Toys", build: Any, name: str = "toy-broken") -> object:
 
 @pytest.mark.parametrize("built", [None, nn.Linear(1, 1), "adapter", tunerkit.Adapter])
 def test_what_is_no_adapter_is_refused_by_name(toys: "Toys", built: object) -> None:
-    """The error names the method, its distribution, the target and what was built instead."""
+    """The error names the method, its distribution, the target and the object that was built instead."""
     model = toys.net()
     plugin, words = plugin_of(toys, lambda target, base: built), r"'toy-broken' \(in-process\) built \w+ for 'layers.0'"
     with registered(plugin), untouched(toys, model), pytest.raises(PluginError, match=words):
@@ -558,7 +564,7 @@ def test_what_is_no_adapter_is_refused_by_name(toys: "Toys", built: object) -> N
 
 
 def test_an_adapter_that_holds_its_base_layer_is_refused(toys: "Toys") -> None:
-    """As a child of its own child the base layer would be walked for ever, and cast to the adapter's dtype."""
+    """As a descendant of itself, the base layer would make module walks endless and be cast to the adapter's dtype."""
 
     class Holder(tunerkit.Adapter):
         def __init__(self, module: nn.Module) -> None:
@@ -576,7 +582,7 @@ def test_an_adapter_that_holds_its_base_layer_is_refused(toys: "Toys") -> None:
 def test_a_build_that_fails_midway_leaves_the_model_as_it_was(
     toys: "Toys", fails_at: int, mask: int, first: bool
 ) -> None:
-    """Whichever target the plugin fails at, with or without an adapter in the model: nothing at all has changed."""
+    """The plugin fails at any target, with or without another adapter in the model: nothing has changed."""
     calls: list[str] = []
 
     def build(target: tunerkit.Target, base: tunerkit.BaseLayer) -> tunerkit.Adapter:
@@ -594,12 +600,12 @@ def test_a_build_that_fails_midway_leaves_the_model_as_it_was(
 
 
 class Unfinished(tunerkit.BaseLayer):
-    """Defines nothing of what a kind must."""
+    """Defines none of the methods that a kind must define."""
 
 
 @pytest.mark.parametrize("offered", [[3], [nn.Linear], Unfinished, 3, [Unfinished], "kinds"])
 def test_a_kind_that_is_none_is_refused_by_name(toys: "Toys", offered: Any) -> None:
-    """What a plugin offers as base-layer kinds is checked before anything is built, and the plugin is named."""
+    """A plugin's base-layer kinds are checked before anything is built, and the error names the plugin."""
 
     class Kinds:
         @tunerkit.hookimpl
@@ -617,7 +623,7 @@ def test_a_kind_that_is_none_is_refused_by_name(toys: "Toys", offered: Any) -> N
 
 
 def test_good_kinds_come_after_cores_own(toys: "Toys") -> None:
-    """A plugin's kinds are asked in their order after core's, from a list or a generator."""
+    """A plugin's kinds are tried in their order after those of the core, from a list or a generator."""
     kinds = gather_knowledge().kinds
 
     class Kinds:
@@ -642,7 +648,7 @@ WRONG = [
 
 
 def answering(hook: str, answer: Any) -> Any:
-    """A plugin that answers one hook; an exception as the answer is raised."""
+    """A plugin that answers one hook; if the answer is an exception, it is raised."""
 
     def implementation() -> Any:
         if isinstance(answer, Exception):
@@ -656,7 +662,7 @@ def answering(hook: str, answer: Any) -> Any:
 
 @pytest.mark.parametrize(("hook", "answer"), WRONG)
 def test_records_of_a_wrong_form_are_refused_by_name(toys: "Toys", hook: str, answer: Any) -> None:
-    """What was got, what is expected and whose it is; the model stays as it was."""
+    """The error says what was returned, what is expected and by which plugin; the model is unchanged."""
     model = toys.net()
     expected = "WeightReader" if "readers" in hook else "DefaultTargets"
     with (
@@ -670,7 +676,7 @@ def test_records_of_a_wrong_form_are_refused_by_name(toys: "Toys", hook: str, an
 
 @pytest.mark.parametrize("hook", ["tunerkit_base_layers", "tunerkit_weight_readers", "tunerkit_default_targets"])
 def test_a_plugin_that_raises_when_asked_what_it_knows_is_left_out(toys: "Toys", hook: str) -> None:
-    """A warning names hook and plugin, and wrapping goes on without it."""
+    """A warning names the hook and the plugin, and wrapping continues without it."""
     with (
         registered(answering(hook, ValueError("broken"))),
         pytest.warns(TunerkitWarning, match=f"{hook} of plugin 'answering' .*: ValueError: broken"),
@@ -690,7 +696,7 @@ class Reader(nn.Module):
 
 
 def reading() -> Any:
-    """A plugin that knows `Reader`."""
+    """A plugin that describes `Reader`."""
     return answering("tunerkit_weight_readers", [tunerkit.WeightReader(f"{__name__}.Reader", ("out",))])
 
 
@@ -698,7 +704,7 @@ def reading() -> Any:
 def test_an_adapter_at_a_child_that_its_owner_reads_trains_and_merges(
     toys: "Toys", method: str, tmp_path: Path
 ) -> None:
-    """With the owner named by a plugin: as in a model that calls the child, in output, gradients, file and merge."""
+    """If a plugin names the owner, output, gradients, file and merge equal those of a model that calls the child."""
     torch.manual_seed(0)
     reader, head, x = Reader(), nn.Linear(3, 2), torch.randn(5, 3)
     net = nn.Sequential(reader, head)
@@ -723,7 +729,7 @@ def test_an_adapter_at_a_child_that_its_owner_reads_trains_and_merges(
 
 
 def test_the_detector_names_the_owner_as_the_hook_asks_for_it(toys: "Toys") -> None:
-    """What the warning advises helps: a record with the name that it gives, and the adapter runs."""
+    """The warning's advice works: after a record with the name that it gives, the adapter takes effect."""
     model = nn.Sequential(Reader())
     tunerkit.wrap(model, "toy-shift", {"targets": ["out"]})
     with pytest.warns(TunerkitWarning, match="through tunerkit_weight_readers") as caught:
@@ -739,7 +745,10 @@ def test_the_detector_names_the_owner_as_the_hook_asks_for_it(toys: "Toys") -> N
 
 
 def test_a_plugin_gives_an_architecture_its_default_targets(toys: "Toys") -> None:
-    """By the model type; core's own come first, and a model without such names is served by what it is made of."""
+    """Defaults depend on the model type, and those of the core win.
+
+    If their names match nothing, layer types decide.
+    """
     plugin = answering(
         "tunerkit_default_targets",
         [tunerkit.DefaultTargets(("decoder", "bert"), ("out",)), tunerkit.DefaultTargets(("other",), ("missing",))],
@@ -756,7 +765,7 @@ def test_a_plugin_gives_an_architecture_its_default_targets(toys: "Toys") -> Non
 
 
 def test_wrapping_and_loading_ask_each_module_once(toys: "Toys", tmp_path: Path) -> None:
-    """The model is scanned once: copies, targets and biases are chosen, and adapters built, from one scan."""
+    """The model is scanned once; copies, targets, biases and adapters all use that scan."""
     asked: list[nn.Module] = []
 
     class Kind(LinearLayer):  # type: ignore[misc]  # final: nobody else may derive from it
@@ -786,7 +795,7 @@ def test_wrapping_and_loading_ask_each_module_once(toys: "Toys", tmp_path: Path)
 
 
 def assert_same_but_apart(toys: "Toys", model: nn.Module, twin: nn.Module) -> None:
-    """``twin`` has its own adapters: moving either's leaves the other's output, and its tuner is about itself."""
+    """``twin`` is independent: changing either's adapters leaves the other's output, and its tuner refers to itself."""
     output = model(toys.x())
     assert torch.equal(twin(toys.x()), output)
     assert tunerkit.tuner(twin).model is twin
@@ -811,7 +820,7 @@ def assert_same_but_apart(toys: "Toys", model: nn.Module, twin: nn.Module) -> No
 @pytest.mark.parametrize("ran", [False, True])
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
 def test_a_copy_of_a_wrapped_model_is_its_own(toys: "Toys", way: str, ran: bool) -> None:
-    """deepcopy, pickle and torch.save give a model whose adapters are its own, before the first forward and after."""
+    """deepcopy, pickle and torch.save give a model with independent adapters, before the first forward and after it."""
     model = toys.trained()
     if ran:
         model(toys.x())
@@ -828,7 +837,7 @@ def test_a_copy_of_a_wrapped_model_is_its_own(toys: "Toys", way: str, ran: bool)
 
 
 def test_training_a_copy_leaves_the_original(toys: "Toys") -> None:
-    """The copy's optimizer drives the copy's tuner alone."""
+    """The copy's optimizer drives only the copy's tuner."""
     model = toys.trained()
     tunerkit.attach(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
     twin = copy.deepcopy(model)
@@ -840,7 +849,10 @@ def test_training_a_copy_leaves_the_original(toys: "Toys") -> None:
 
 
 def test_a_wrapped_model_follows_to_and_loads_its_own_state(toys: "Toys") -> None:
-    """model.to(...) takes the adapters along; state_dict of one model loads strictly into another wrapped alike."""
+    """model.to(...) moves the adapters too.
+
+    A state_dict loads strictly into another model that was wrapped the same way.
+    """
     model = toys.trained()
     output = model(toys.x())
     other = tunerkit.wrap(toys.net(), "toy-low-rank", toys.full, seed=99)
@@ -857,7 +869,7 @@ def test_a_wrapped_model_follows_to_and_loads_its_own_state(toys: "Toys") -> Non
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_wrapped_model_compiles_in_one_graph(toys: "Toys", backend: str) -> None:
-    """Fullgraph holds before any eager forward, with adapters, copies and biases; gradients come through."""
+    """Fullgraph works before any eager forward, with adapters, copies and biases; gradients are computed."""
     model = toys.trained()
     compiled: Any = torch.compile(copy.deepcopy(model), backend=backend, fullgraph=True)
     output = compiled(toys.x())
@@ -870,8 +882,8 @@ def test_a_wrapped_model_compiles_in_one_graph(toys: "Toys", backend: str) -> No
 
 
 def test_wrapping_disabling_and_unwrapping_take_effect_on_a_compiled_model(toys: "Toys") -> None:
-    """Code compiled before is not run after: an adapter put in, switched off or taken out is seen at the next call."""
-    # Frozen before: a change of requires_grad would make torch compile anew by itself, and hide that hooks do not.
+    """Code compiled earlier is not reused: adding, disabling or removing an adapter takes effect at the next call."""
+    # Frozen before: a change of requires_grad makes torch recompile by itself, which would hide that hooks do not.
     model, x = toys.net().requires_grad_(False), toys.x()
     compiled: Any = torch.compile(model, backend="eager")
     base = compiled(x)
@@ -887,7 +899,7 @@ def test_wrapping_disabling_and_unwrapping_take_effect_on_a_compiled_model(toys:
 
 
 def test_a_compiled_model_is_wrapped_inside(toys: "Toys", tmp_path: Any) -> None:
-    """The object of torch.compile may be given: paths, and so files, are those of the model in it."""
+    """Wrap accepts the object of torch.compile: paths, and so files, are those of the inner model."""
     compiled: Any = torch.compile(toys.net(), backend="eager")
     base = compiled(toys.x())
     assert tunerkit.wrap(compiled, "toy-low-rank", toys.full, seed=3) is compiled
@@ -903,7 +915,7 @@ def test_a_compiled_model_is_wrapped_inside(toys: "Toys", tmp_path: Any) -> None
 
 
 def test_a_data_parallel_model_is_wrapped_inside(toys: "Toys", tmp_path: Path) -> None:
-    """Paths, files and targets are those of the bare model, around a compiled one too; a call finds the tuner."""
+    """Paths, files and targets are those of the bare model, also around a compiled one; tuner() finds the adapter."""
     parallel: Any = nn.DataParallel(torch.compile(toys.net(), backend="eager"))
     assert tunerkit.wrap(parallel, "toy-low-rank", toys.full, seed=3) is parallel
     toys.fill_(parallel)
@@ -919,7 +931,7 @@ def test_a_data_parallel_model_is_wrapped_inside(toys: "Toys", tmp_path: Path) -
 
 
 def test_what_is_no_model_or_has_no_shape_yet_is_refused_in_words(toys: "Toys") -> None:
-    """A name in place of the model, a lazy layer, a seed that is no number: our own errors, nothing frozen."""
+    """A name instead of a model, a lazy layer or a seed that is no number raises our error, and nothing is frozen."""
     with pytest.raises(tunerkit.AdapterError, match=r"expected a torch\.nn\.Module, got str"):
         tunerkit.wrap("bert", "toy-shift")  # type: ignore[type-var]
     model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4))
@@ -936,7 +948,10 @@ def test_what_is_no_model_or_has_no_shape_yet_is_refused_in_words(toys: "Toys") 
 
 
 def test_a_complex_weight_is_refused(toys: "Toys") -> None:
-    """An adapter is real: named it is refused, chosen broadly it is told."""
+    """Adapters are real.
+
+    A complex layer that is named is an error; one that a broad pattern matches triggers a warning.
+    """
     model = nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64), nn.Linear(4, 4))
     with pytest.raises(TargetError, match=r"0: has complex weights"):
         tunerkit.wrap(model, "toy-shift", {"targets": ["0"]})
@@ -946,21 +961,21 @@ def test_a_complex_weight_is_refused(toys: "Toys") -> None:
 
 
 def test_a_weight_computed_from_others_is_refused(toys: "Toys") -> None:
-    """Merging into a parametrized weight has nowhere to write: told at wrap, not at merge."""
+    """Merging cannot write into a parametrized weight: the error comes at wrap, not at merge."""
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
     with pytest.raises(tunerkit.TargetError, match="parametrization"):
         tunerkit.wrap(model, "toy-shift", {"targets": ["0"]})
 
 
 def test_attention_s_own_projection_is_not_trained_alone(toys: "Toys") -> None:
-    """MultiheadAttention never calls its out_proj: a copy of it would be saved untrained."""
+    """MultiheadAttention never calls its out_proj, so a copy of it would be saved untrained."""
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "fc": nn.Linear(4, 4)})
     with pytest.raises(tunerkit.TargetError, match="name the owner 'attention'"):
         tunerkit.wrap(model, "toy-shift", {"targets": ["fc"], "train_modules": ["out_proj"]})
 
 
-def test_a_warning_turned_error_leaves_the_model_as_it_was(toys: "Toys") -> None:
-    """What wrap tells, it tells before it changes anything."""
+def test_a_warning_raised_as_an_error_leaves_the_model_as_it_was(toys: "Toys") -> None:
+    """Wrap issues its warnings before it changes anything."""
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""A classifier small enough to train in a test, saved as people save models."""
+"""A classifier that is small enough to train in a test, saved in the usual way."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ WORDS = ("good", "bad", "film", "plot", "the", "a", "very", "not")
 
 
 def save_tiny_classifier(folder: Path) -> Path:
-    """A random BERT of two layers with a vocabulary of `WORDS`; ``folder`` itself."""
+    """Save a random BERT of two layers with a vocabulary of `WORDS` and return ``folder``."""
     vocabulary = {word: n for n, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS))}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

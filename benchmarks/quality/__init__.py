@@ -1,1 +1,1 @@
-"""What adapters are worth: accuracy of LoRA and AdaLoRA, ours and PEFT's, on real tasks that need no hub."""
+"""Accuracy of LoRA and AdaLoRA, ours and PEFT's, on real tasks whose data and models come from package registries."""

@@ -22,7 +22,7 @@ from benchmarks.quality.runs import Run
 from benchmarks.quality.tables import beside_table, compared_table, generation_table, headroom_table, reference_table
 from benchmarks.quality.tasks import TASKS, digest
 
-_MINUTES = 2  # of one core, for a run: the median of the rows there are, rounded up
+_MINUTES = 2  # of one core per run: the median of the existing rows, rounded up
 ROWS = Path(__file__).parent / "rows"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -31,12 +31,12 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def run(
     grid: Annotated[str, typer.Option(help=f"Which runs: {', '.join(GRIDS)}.")],
-    task: Annotated[str | None, typer.Option(help="Only these tasks, with commas.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many runs now.")] = None,
+    task: Annotated[str | None, typer.Option(help="Only these tasks, separated by commas.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs in parallel, one thread each.")] = 2,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many runs in this call.")] = None,
     rows: Annotated[Path, typer.Option(help="The folder of rows.")] = ROWS,
 ) -> None:
-    """Make the runs of a grid that have no row yet, and those that follow from them; called again, it goes on."""
+    """Execute the runs of a grid that have no row yet, and the runs that depend on them. A second call resumes."""
     rows.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(rows / f"{grid}.lock", timeout=0):
@@ -62,9 +62,9 @@ def _run(grid: str, task: str | None, jobs: int, limit: int | None, rows: Path) 
 
 
 def unmade(grid: str, task: str | None, rows: Mapping[str, Sequence[store.Row]]) -> list[Run]:
-    """What a grid wants next, of some tasks or all, and has no row for; ``rows`` by grid.
+    """The next runs of a grid that have no row yet, for some tasks or all. ``rows`` maps a grid to its rows.
 
-    Raises `ValueError` that names the grids or tasks there are.
+    Raises `ValueError`, which lists the known names, if the grid or a task is unknown.
     """
     if grid not in GRIDS:
         raise ValueError(f"no grid named {grid!r}; there are: {', '.join(GRIDS)}")
@@ -78,7 +78,7 @@ def unmade(grid: str, task: str | None, rows: Mapping[str, Sequence[store.Row]])
 
 @app.command()
 def tables(rows: Annotated[Path, typer.Option(help="The folder of rows.")] = ROWS) -> None:
-    """Print the tables that the rows allow, and what they took."""
+    """Print every table that the existing rows allow, and how long the runs took."""
     found = store.read_all(rows)
     shown = {
         "headroom": headroom_table(found.get("headroom", ())),
@@ -102,10 +102,10 @@ def _of_seed(rows: Sequence[store.Row], seed: int) -> list[store.Row]:
 
 @app.command()
 def plots(
-    out: Annotated[Path, typer.Option(help="The folder of the pictures.")] = Path("out/quality"),
+    out: Annotated[Path, typer.Option(help="The folder for the plots.")] = Path("out/quality"),
     rows: Annotated[Path, typer.Option(help="The folder of rows.")] = ROWS,
 ) -> None:
-    """Draw accuracy over size and over learning rate, and ranks: those of AdaLoRA's first run of a contest."""
+    """Plot accuracy over size and over learning rate, and the ranks of AdaLoRA's first run on each contest task."""
     found = store.read_all(rows)
     pictures = {
         "sizes": draw_sizes(COMPARED, found),
@@ -122,22 +122,22 @@ def plots(
 
 @app.command()
 def parity(
-    task: Annotated[str, typer.Option(help="On which task.")] = "movie-2",
+    task: Annotated[str, typer.Option(help="The task to train on.")] = "movie-2",
     rank: Annotated[int, typer.Option(min=1)] = 8,
     learning_rate: Annotated[float, typer.Option()] = 2e-3,
     steps: Annotated[int, typer.Option(min=1)] = 50,
 ) -> None:
-    """Train our LoRA and PEFT's from one start on the same batches, and print how far their losses part."""
+    """Train our LoRA and PEFT's from the same start on the same batches, and print how far their losses differ."""
     found = losses(task, rank=rank, learning_rate=learning_rate, steps=steps, cache=cache_folder())
     theirs, ours = found[PEFT_LORA], found[LORA]
     apart = max(abs(one - other) for one, other in zip(theirs, ours, strict=True))
-    print(f"{task}, rank {rank}, {learning_rate:g}: losses of {len(ours)} steps are at most {apart:.2e} apart")
+    print(f"{task}, rank {rank}, {learning_rate:g}: losses of {len(ours)} steps differ by at most {apart:.2e}")
     print(f"first {theirs[0]:.4f} {ours[0]:.4f}, last {theirs[-1]:.4f} {ours[-1]:.4f} (PEFT's, ours)")
 
 
 @app.command()
 def splits() -> None:
-    """Print the size and digest of each part of each task: a split that moved shows."""
+    """Print the size and digest of each part of each task, to detect a split that changed."""
     for name, each in TASKS.items():
         parts = each.cut(cache_folder())
         print(f"| {name} | {each.steps} | {' | '.join(f'{len(part)} `{digest(part)}`' for part in parts)} |")

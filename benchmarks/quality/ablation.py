@@ -1,4 +1,4 @@
-"""AdaLoRA with one thing changed at a time, or a few together, at LoRA's best learning rate."""
+"""AdaLoRA with one setting changed at a time, or a few together, at LoRA's best learning rate."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,12 +15,12 @@ def _variant(**more: Any) -> dict[str, Any]:
     return {methods.EXPERIMENT: more}
 
 
-# The turn sets λ; without it the optimizer has to.
+# The SVD re-parametrisation sets λ; without it, λ must be trained.
 _NOT_TURNED: Mapping[str, Any] = {"exact_svd": False, "train_lambda": True}
 
 RANK = 1
-SEEDS = (0, 1)  # every change with the first, those in AGAIN with the next
-# Written out, so that a row says what was run even after a default has moved.
+SEEDS = (0, 1)  # every change runs with the first, those in AGAIN also with the second
+# Written out: a row then states its settings even after a default has changed.
 BASE: Mapping[str, Any] = {
     "start": "lora",
     "init_rank": 8,
@@ -36,28 +36,28 @@ BASE: Mapping[str, Any] = {
 }
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     "nothing": {},
-    # How triplets are turned at allocations. The first line is what the defaults once were, and λ was trained then.
-    "not turned, init_rank 2, scale 2": {"init_rank": 2, "alpha": 4.0, **_NOT_TURNED},
-    "not turned": _NOT_TURNED,
-    "not turned, scale 2": {"alpha": 16.0, **_NOT_TURNED},
-    "moments turn along": _variant(moments=True),
+    # How triplets are rotated at allocations. The first line has the earlier defaults, when λ was trained.
+    "`exact_svd` off, init_rank 2, scale 2": {"init_rank": 2, "alpha": 4.0, **_NOT_TURNED},
+    "`exact_svd` off": _NOT_TURNED,
+    "`exact_svd` off, scale 2": {"alpha": 16.0, **_NOT_TURNED},
+    "Adam's averages rotated too": _variant(moments=True),
     "lambda alike": _variant(power=0.0),
     "lambda by the root of the size": _variant(power=0.5),
     "lambda by the square of the size": _variant(power=2.0),
-    # LoRA's alpha / √r of the rank that is there: faster while there are more triplets.
+    # LoRA's alpha / √r with the current rank r: faster while there are more triplets.
     "lambda and scale by the root of the rank": {"alpha": 2.0 * 8**0.5, **_variant(root=0.5)},
-    # How much there is to choose from, and how far a step goes.
+    # How many triplets there are to choose from, and how large a step is.
     "init_rank 2": {"init_rank": 2},
     "init_rank 4": {"init_rank": 4},
     "init_rank 16": {"init_rank": 16},
-    # As by default: as many triplets, whatever they cost, so that the number of parameters is another one.
+    # AdaLoRA's default: the same number of triplets whatever their cost, hence another number of parameters.
     "budget in triplets": {"budget_unit": "rank"},
     "min_rank 1": {"min_rank": 1},
     "min_rank 1, t_final 0.7": {"min_rank": 1, "t_final": 0.7},
     "alpha 1": {"alpha": 1.0},
     "alpha 4": {"alpha": 4.0},
     "alpha 8": {"alpha": 8.0},
-    # When triplets go.
+    # When triplets are pruned.
     "t_init 0.03": {"t_init": 0.03},
     "t_init 0.3": {"t_init": 0.3},
     "t_final 0.1": {"t_final": 0.1},
@@ -66,7 +66,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "t_init 0.03, t_final 0.5": {"t_init": 0.03, "t_final": 0.5},
     "delta_t 5": {"delta_t": 5},
     "delta_t 30": {"delta_t": 30},
-    # By what they go.
+    # Which score decides what is pruned.
     "beta1 and beta2 0.5": {"beta1": 0.5, "beta2": 0.5},
     "beta1 and beta2 0.95": {"beta1": 0.95, "beta2": 0.95},
     "score without uncertainty": _variant(score="sensitivity"),
@@ -74,18 +74,18 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "score by size": _variant(score="magnitude"),
     "score per parameter": _variant(per_parameter=True),
     "score squared per parameter": _variant(score="squared", per_parameter=True),
-    # Where they start and how they move.
+    # How they are initialised and regularised.
     "start gaussian": {"start": "gaussian", "train_lambda": True},
     "start orthonormal": {"start": "orthonormal", "train_lambda": True},
-    "not turned, gamma 0.1": {"gamma": 0.1, **_NOT_TURNED},
-    "not turned, gamma 0.5": {"gamma": 0.5, **_NOT_TURNED},
+    "`exact_svd` off, gamma 0.1": {"gamma": 0.1, **_NOT_TURNED},
+    "`exact_svd` off, gamma 0.5": {"gamma": 0.5, **_NOT_TURNED},
     "q half as large": _variant(q_scale=0.5),
     "q twice as large": _variant(q_scale=2.0),
     "q orthonormal": _variant(q_orthonormal=True),
     "lambda trained": {"train_lambda": True},
     "lambda ten times as fast": {"train_lambda": True, **_variant(lambda_rate=10.0)},
 }
-# What had at least the accuracy of no change with the first seed, on average.
+# The changes that were on average at least as accurate as no change, with the first seed.
 AGAIN = (
     "nothing",
     "init_rank 4",
@@ -97,12 +97,12 @@ AGAIN = (
 
 
 def settings_of(change: str) -> dict[str, Any]:
-    """What AdaLoRA is given for a change."""
+    """AdaLoRA's settings for a change."""
     return {**BASE, **CHANGES[change]}
 
 
 def ablation(rates: Mapping[str, float]) -> list[Run]:
-    """LoRA and every change on each task, at its rate in ``rates``, with the first seed; the best with the next."""
+    """LoRA and every change on each task, at its rate in ``rates``, with the first seed; the best with the second."""
     runs = []
     for seed, changes in zip(SEEDS, (CHANGES, AGAIN), strict=True):
         for task, rate in rates.items():
@@ -112,10 +112,10 @@ def ablation(rates: Mapping[str, float]) -> list[Run]:
 
 
 def ablation_table(rows: Sequence[Row]) -> list[str]:
-    """What each change makes of LoRA's accuracy and loss on validation rows; the best first.
+    """The accuracy and loss of each change relative to LoRA's, on validation rows; the best first.
 
-    Points over LoRA at the same task, rate and seed: by task, and their mean with its interval. The last column is the
-    loss over LoRA's, in percent of it, which scatters less from seed to seed than the accuracy of so few rows.
+    Columns are points over LoRA of the same task, rate and seed, by task, and their mean with its interval. The last
+    column is the validation loss relative to LoRA's, in percent. It varies less between seeds than the accuracy does.
     """
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     lines = [f"| changed | {' | '.join(tasks)} | mean | loss, % |", f"|---|{'---:|' * (len(tasks) + 2)}"]
@@ -135,7 +135,7 @@ def ablation_table(rows: Sequence[Row]) -> list[str]:
 
 
 def beside_lora(rows: Sequence[Row], task: str, change: str) -> list[tuple[Row, Row]]:
-    """A change's rows on one task, each with LoRA's of the same rate and seed; of two of these the later."""
+    """A change's rows on one task, each paired with LoRA's row of the same rate and seed (the later of two)."""
     own = [row for row in rows if (row["task"], row["rank"]) == (task, RANK)]
     lora = {(row["learning_rate"], row["seed"]): row for row in own if row["method"] == methods.LORA}
     wanted = (methods.ADALORA, settings_of(change))

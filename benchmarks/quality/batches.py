@@ -1,4 +1,4 @@
-"""Rows in batches of like length."""
+"""Batches of rows of similar length."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -7,24 +7,24 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-IGNORED = -100  # the label where none is to be predicted, as torch and transformers have it
-# Batches are cut from sorted pools of this many: little padding, and still another mixture in every epoch.
+IGNORED = -100  # the label of positions without a prediction, as in torch and transformers
+# Batches are cut from sorted pools of this many batches: little padding, but a different mixture in every epoch.
 POOL = 32
 
 
 class Rows(Protocol):
-    """What a model is trained and evaluated on."""
+    """The rows that a model is trained and evaluated on."""
 
     @property
     def lengths(self) -> Sequence[int]:
-        """The length of each row, by which batches are made."""
+        """The length of each row; batches group rows of similar length."""
 
     def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """The model's inputs for these rows, with ``labels``, `IGNORED` where none is to be predicted."""
+        """The model's inputs for these rows, with ``labels`` (`IGNORED` where nothing is predicted)."""
 
 
 def padded(ids: Sequence[Sequence[int]], padding: int) -> dict[str, Tensor]:
-    """``input_ids``, filled up with the token ``padding``, and ``attention_mask``, both (rows, longest)."""
+    """``input_ids``, padded with the token ``padding``, and ``attention_mask``, both (rows, longest)."""
     longest = max(map(len, ids))
     filled = torch.full((len(ids), longest), padding)
     mask = torch.zeros(len(ids), longest, dtype=torch.long)
@@ -47,6 +47,6 @@ def shuffled_batches(lengths: Sequence[int], size: int, rng: random.Random) -> I
 
 
 def sorted_batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Every row once, shortest first: the least padding."""
+    """Every row once, shortest first, which needs the least padding."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     yield from (order[start : start + size] for start in range(0, len(order), size))

@@ -1,4 +1,4 @@
-"""Models that label sentences, and their rows."""
+"""Sentence classifiers and their rows."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from benchmarks.quality.sources import Examples
 
 @attrs.frozen(eq=False)
 class SentenceRows:
-    """Encoded sentences with a class for each, and the token of padding."""
+    """Encoded sentences with a class for each, and the padding token."""
 
     ids: tuple[tuple[int, ...], ...]
     labels: tuple[int, ...]
@@ -36,7 +36,7 @@ class SentenceRows:
 def load_classifier(
     parts: Sequence[Examples], cache: Path, *, seed: int, max_length: int
 ) -> tuple[nn.Module, list[SentenceRows]]:
-    """A model for the labels of the first part, and every part encoded, cut to ``max_length`` tokens."""
+    """A model for the labels of the first part, and every part encoded, truncated to ``max_length`` tokens."""
     classes = sorted(set(parts[0].labels))
     model, tokenizer = minilm.load(AutoModelForSequenceClassification, cache, classes=len(classes), seed=seed)
     numbers = {label: number for number, label in enumerate(classes)}

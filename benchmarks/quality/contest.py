@@ -1,4 +1,4 @@
-"""The methods beside each other: each at the learning rate that is its best on validation rows, scored on test rows."""
+"""The comparison of methods on test rows, each at the learning rate that is its best on validation rows."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -11,12 +11,12 @@ from benchmarks.quality.store import Row
 from benchmarks.quality.tasks import PICTURES
 
 LOWEST, USUAL = 1, 8  # the ranks that are compared
-# None of these were seen by the choice of tasks, of learning rates or of AdaLoRA's defaults. Those from 10 to 19 had
-# been scored at rank 1 before a defect there was found and mended, so rank 1 has others.
+# No seed was used to choose tasks, learning rates or AdaLoRA's defaults. Seeds 10 to 19 had been scored at rank 1
+# before a defect there was found and fixed, so rank 1 uses other seeds.
 SEEDS = tuple(range(20, 30))
 FEW = SEEDS[:5]
 USUAL_SEEDS = tuple(range(10, 15))
-# At whose best rates a method runs besides its own.
+# The methods at whose best rates a method also runs, besides its own.
 _ALSO_AT = {
     methods.LORA: (methods.ADALORA,),
     methods.ADALORA: (methods.LORA,),
@@ -26,7 +26,7 @@ _ALSO_AT = {
 
 @attrs.frozen
 class Entry:
-    """A method at a rank (0 where it has none), and the seeds that its test scores are of."""
+    """A method at a rank (0 if it has none), and the seeds of its test scores."""
 
     method: str
     rank: int
@@ -34,9 +34,10 @@ class Entry:
 
 
 def entries(task: str, *, has_headroom: bool, later: bool = False) -> Iterator[Entry]:
-    """What is compared on a task. PEFT's AdaLoRA knows no convolutions, so it is not there for pictures.
+    """The methods compared on a task. PEFT's AdaLoRA does not support convolutions, so it is not run on image tasks.
 
-    ``later``: its headroom showed when the tasks had been fixed, so it has the two contenders alone at the lowest rank.
+    ``later``: the task's headroom showed after the tasks had been fixed. At the lowest rank it has only LoRA and
+    AdaLoRA.
     """
     if has_headroom or later:
         yield Entry(methods.LORA, LOWEST, SEEDS)
@@ -51,7 +52,7 @@ def entries(task: str, *, has_headroom: bool, later: bool = False) -> Iterator[E
 
 
 def contest(compared: Mapping[str, Iterable[Entry]], made: Callable[[Run], Sequence[Row]]) -> list[Run]:
-    """The runs on test rows of each entry whose learning rate is known, by task; ``made`` finds the rows for that.
+    """The test runs of each entry whose learning rate is known, by task. ``made`` finds the rows that choose the rate.
 
     AdaLoRA and PEFT's also run at LoRA's rate, and LoRA at AdaLoRA's.
     """

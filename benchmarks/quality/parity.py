@@ -1,4 +1,4 @@
-"""Whether our LoRA and PEFT's are one method: the losses of both, from one start and on the same batches."""
+"""Check that our LoRA and PEFT's are the same method: their losses from the same start on the same batches."""
 
 import itertools
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ def losses(task: str, *, rank: int, learning_rate: float, steps: int, cache: Pat
 
 
 def _train(model: nn.Module, rows: Rows, recipe: Recipe) -> Iterator[float]:
-    """Train all that requires a gradient at one rate, the head too."""
+    """Train all parameters that require a gradient, the head included, at one rate."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = AdamW(trained, lr=recipe.learning_rate, weight_decay=0.0)
     return train(model, rows, recipe, optimizer, connect=methods.attach_adapters)
@@ -41,7 +41,7 @@ def _train(model: nn.Module, rows: Rows, recipe: Recipe) -> Iterator[float]:
 
 @torch.no_grad()
 def _start_alike(ours: nn.Module, theirs: nn.Module) -> None:
-    """Give our factors the values of theirs. The heads are alike already: both were drawn by one seed."""
+    """Copy their factors into ours. The heads are equal already: both were drawn with the same seed."""
     inside = theirs.get_submodule("base_model.model")
     for path, adapter in tunerkit.tuner(ours).adapters().items():
         assert isinstance(adapter, LoraAdapter)

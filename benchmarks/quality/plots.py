@@ -1,4 +1,4 @@
-"""Pictures from rows: accuracy over size and over learning rate, and the ranks that AdaLoRA chose."""
+"""Plots from rows: accuracy over size and over learning rate, and the ranks that AdaLoRA chose."""
 
 import itertools
 import math
@@ -18,20 +18,20 @@ from tunerkit.report.plots import draw_ranks
 from tunerkit.report.rank_map import rank_map
 
 _COLUMNS = 3
-# Name, method, grid and colour, which is a method's in every picture. LoRA's whole curve is of a grid of its own,
-# whose runs are not all of fp32.
+# Name, method, grid and colour; a method has the same colour in every plot. LoRA's whole curve comes from the headroom
+# grid, whose runs are not all fp32.
 _CURVES = (
     ("LoRA, the headroom's runs", methods.LORA, "headroom", "grey"),
     ("LoRA", methods.LORA, "rates", "C0"),
     ("AdaLoRA", methods.ADALORA, "rates", "C1"),
 )
 _RANKS = sorted((*ENDS, *BETWEEN))
-_FRAME = 6.0  # points below the best that a panel shows: what diverged lies far under all that can be told apart
+_FRAME = 6.0  # points below the best that a panel shows: diverged runs are far below and would flatten the rest
 _ABOVE = 0.5  # points above the best
 
 
 def draw_sizes(tasks: Sequence[str], rows: Rows) -> Figure:
-    """Validation accuracy, in points, over the rank whose number of parameters a method has; a panel for each task."""
+    """Validation accuracy, in points, over size (as the LoRA rank of the same cost); one panel per task."""
     figure, panels = _panels(tasks)
     for task, axes in zip(tasks, panels, strict=True):
         for name, method, grid, colour in _CURVES:
@@ -48,9 +48,9 @@ def draw_sizes(tasks: Sequence[str], rows: Rows) -> Figure:
 
 
 def draw_rates(tasks: Sequence[str], rows: Rows, *, rank: int) -> Figure:
-    """Validation accuracy, in points, over the learning rate: a dot for each seed, and a line through the means.
+    """Validation accuracy, in points, over the learning rate: one dot per seed, and a line through the means.
 
-    A line that leaves the frame goes to a mean that lies `_FRAME` points or more below the best seed.
+    A line that leaves the panel leads to a mean at least `_FRAME` points below the best seed.
     """
     figure, panels = _panels(tasks)
     for task, axes in zip(tasks, panels, strict=True):
@@ -92,7 +92,7 @@ def _panels(tasks: Sequence[str]) -> tuple[Figure, list[Axes]]:
 
 
 def _finished(figure: Figure, panels: Sequence[Axes]) -> Figure:
-    """With one legend, of what any panel shows."""
+    """Add one legend for all panels."""
     shown = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=max(1, len(shown)), frameon=False)
     return figure

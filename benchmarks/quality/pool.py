@@ -1,4 +1,4 @@
-"""Runs side by side, each in a process of its own."""
+"""Parallel runs, each in its own process."""
 
 import concurrent.futures
 import multiprocessing
@@ -17,10 +17,10 @@ from benchmarks.quality.tasks import TASKS
 
 
 def make(runs: list[Run], file: Path, jobs: int, console: Console) -> None:
-    """Each run in a process of its own, and its row added by this one alone."""
+    """Execute each run in its own process; only this process writes the rows."""
     cache = cache_folder()
     for name in {each.task for each in runs}:
-        TASKS[name].cut(cache)  # fetched once, before processes would race for it
+        TASKS[name].cut(cache)  # downloaded once, before several processes race for it
     minilm.folder(cache)
     os.environ["OMP_NUM_THREADS"] = "1"
     # Spawned: forking a process in which torch has threads is not safe.
@@ -34,7 +34,7 @@ def make(runs: list[Run], file: Path, jobs: int, console: Console) -> None:
             store.append(file, done.result())
             unwritten.discard(done)
     finally:
-        # One that failed ends it all: what is not under way is left for the next time, and the rest is kept.
+        # A failed run stops everything: queued runs are cancelled, and the rows of running ones are still written.
         pool.shutdown(cancel_futures=True)
         for left in unwritten:
             if not left.cancelled() and left.exception() is None:
@@ -42,7 +42,7 @@ def make(runs: list[Run], file: Path, jobs: int, console: Console) -> None:
 
 
 def end_with_parent() -> None:
-    """Let this process end when the one that made it does, killed or not: a row that it made would be lost."""
+    """End this process when its parent ends, even if killed: nobody would write its row."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -1,4 +1,4 @@
-"""How a method's learning rate is found, on validation rows."""
+"""The search for a method's learning rate, on validation rows."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ _LEAST = {methods.HEAD_ONLY: 1e-2, methods.FULL: 2e-5}
 
 
 def first_rates(run: Run) -> tuple[float, float, float]:
-    """The learning rates that are tried at first; ΔW moves farther at one rate where there are more triplets."""
+    """The learning rates to try first. At the same rate, ΔW moves farther if there are more triplets."""
     least = _LEAST.get(run.method)
     if least is None:
         least = 1e-3 if run.rank < 8 else 5e-4
@@ -25,11 +25,11 @@ def first_rates(run: Run) -> tuple[float, float, float]:
 
 
 def next_runs(run: Run, rows: Sequence[Row], *, by_all_seeds: bool = False) -> list[Run]:
-    """What to run next to know ``run``'s method at its best learning rate, if ``rows`` are what it has made so far.
+    """The next runs that the search for the best learning rate of ``run``'s method needs, after ``rows``.
 
-    The first seed at three rates; while the best of them is the highest or the lowest, at twice or half of it. Then the
-    other seeds at the best. ``by_all_seeds``: at its two neighbours too, and beyond them while the best by the mean of
-    all seeds is at an edge, since one seed is off by more than two neighbouring rates are apart.
+    The first seed tries three rates. While the best is at an edge, it tries twice or half of it. Then the other seeds
+    run at the best rate. With ``by_all_seeds`` they also run at its two neighbours, and beyond while the best mean of
+    all seeds is at an edge: one seed varies more than neighbouring rates differ.
     """
     own = [row for row in rows if row["seed"] == SEEDS[0]]
     tried = {row["learning_rate"] for row in own}
@@ -58,7 +58,7 @@ def next_runs(run: Run, rows: Sequence[Row], *, by_all_seeds: bool = False) -> l
 
 
 def rate_of(run: Run, rows: Sequence[Row], *, by_all_seeds: bool = False) -> float | None:
-    """The best learning rate of ``run``'s method, once ``rows`` hold every run that finds it."""
+    """The best learning rate of ``run``'s method, if ``rows`` contain every run of the search; otherwise None."""
     done = {(row["learning_rate"], row["seed"]) for row in rows}
     wanted = {(each.learning_rate, each.seed) for each in next_runs(run, rows, by_all_seeds=by_all_seeds)}
     if not wanted <= done:

@@ -1,4 +1,4 @@
-"""One run: a method on a task, at a rank, a learning rate and a seed; and what came of it."""
+"""One run: a method on a task, at a rank, a learning rate and a seed; and its result."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from benchmarks.quality.training import Recipe, train
 
 @attrs.frozen
 class Run:
-    """What is trained. ``settings`` are the method's own, over its defaults; ``tested``: test rows are scored too."""
+    """The run's inputs. ``settings`` override the method's defaults; with ``tested``, test rows are scored too."""
 
     task: str
     method: str
@@ -31,7 +31,7 @@ class Run:
 
     @property
     def key(self) -> str:
-        """A name that is the same for the same run on the same task, wherever it is made."""
+        """A name that identifies the same run on every machine."""
         task = TASKS[self.task]
         fixed = [
             task.train,
@@ -48,15 +48,15 @@ class Run:
 
     @property
     def recipe(self) -> Recipe:
-        """How it is trained."""
+        """The training recipe."""
         epochs = TASKS[self.task].epochs
         return Recipe(epochs=epochs, learning_rate=self.learning_rate, batch_size=BATCH_SIZE, seed=self.seed)
 
 
 def execute(run: Run, cache: Path) -> dict[str, object]:
-    """Train and score, in fp32 whatever the machine has; a row for the file.
+    """Train and score in fp32, on every machine, and return a row for the file.
 
-    In PEFT AdaLoRA's training loss is its regulariser.
+    The training loss of PEFT's AdaLoRA includes its regulariser.
     """
     torch.set_num_threads(1)
     began = time.perf_counter()
@@ -85,7 +85,7 @@ def execute(run: Run, cache: Path) -> dict[str, object]:
 
 
 def _tail(losses: list[float]) -> float | None:
-    """The mean loss of the last tenth of the steps; None if it is no number, which JSON lacks."""
+    """The mean loss of the last tenth of the steps; None if it is not finite, because JSON has no such number."""
     last = losses[-max(1, len(losses) // 10) :]
     mean = sum(last) / len(last)
     return mean if math.isfinite(mean) else None

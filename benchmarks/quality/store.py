@@ -1,4 +1,4 @@
-"""Rows in a file of JSON lines: one for each run, added as soon as it is made."""
+"""Rows in a JSON-lines file: one for each run, appended as soon as the run is finished."""
 
 import json
 import os
@@ -10,7 +10,7 @@ Row = dict[str, Any]
 
 
 def read(path: Path) -> list[Row]:
-    """All whole rows; a last line that was cut off in writing is none."""
+    """All complete rows; a truncated last line is ignored."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -18,12 +18,12 @@ def read(path: Path) -> list[Row]:
 
 
 def read_all(folder: Path) -> dict[str, list[Row]]:
-    """The rows of every file in a folder, by its name without the ending."""
+    """The rows of every file in a folder, by file name without its suffix."""
     return {path.stem: read(path) for path in sorted(folder.glob("*.jsonl"))}
 
 
 def append(path: Path, row: Mapping[str, object]) -> None:
-    """Add a row, after the last whole one, and see it onto the disk."""
+    """Append a row after the last complete one, and flush it to disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(row, sort_keys=True, allow_nan=False) + "\n"
     with open(path, "a+b") as file:

@@ -9,9 +9,9 @@ from benchmarks.quality.grids import BETWEEN, ENDS, LATER, Rows, rate_for
 from benchmarks.quality.scores import Cell, Floats, at_rate, best, paired, percent_over, points_of, told
 from benchmarks.quality.store import Row
 
-HEADROOM = 1.0  # points between the ranks 1 and 8, below which a curve counts as flat
+HEADROOM = 1.0  # points between ranks 1 and 8; with less, a curve counts as flat
 _RANKS = sorted((*ENDS, *BETWEEN))
-_GRIDS = {"validation": "rates", "test": "contest"}  # whose rows are scored where
+_GRIDS = {"validation": "rates", "test": "contest"}  # the grid that scores each part
 _LOSSES: tuple[Callable[[Row], float | None], ...] = (
     lambda row: row["test"]["loss"],
     lambda row: row["validation"]["loss"],
@@ -20,7 +20,7 @@ _LOSSES: tuple[Callable[[Row], float | None], ...] = (
 
 
 def headroom_table(rows: Sequence[Row]) -> list[str]:
-    """LoRA's validation accuracy by rank, and whether rank 8 is a point above rank 1; one seed leaves that open."""
+    """LoRA's validation accuracy by rank, and whether rank 8 is a point above rank 1 ("open" with one seed)."""
     lines = [
         f"| task | {' | '.join(f'r = {rank}' for rank in _RANKS)} | r = 8 − r = 1 | headroom |",
         f"|---|{'---:|' * (len(_RANKS) + 1)}---|",
@@ -46,10 +46,10 @@ def headroom_table(rows: Sequence[Row]) -> list[str]:
 
 
 def compared_table(rows: Rows, rank: int, part: str = "test") -> list[str]:
-    """AdaLoRA beside LoRA at one size, and their differences by seed with the interval of all tasks.
+    """AdaLoRA and LoRA at one size, and their differences by seed with the interval over all tasks.
 
-    On test rows the runs are those of the contest, on validation rows those that found its learning rates. At the
-    lowest rank, whose tasks had been fixed, a second mean counts those that came later too.
+    Test rows come from the contest, validation rows from the search for learning rates. At the lowest rank, whose tasks
+    had been fixed, a second mean also includes tasks that were added later.
     """
     columns = (
         "AdaLoRA − LoRA, each at its own",
@@ -80,7 +80,7 @@ def compared_table(rows: Rows, rank: int, part: str = "test") -> list[str]:
 
 
 def beside_table(rows: Rows, rank: int) -> list[str]:
-    """The contest's runs at each method's best rate once more: AdaLoRA over LoRA, means of the seeds that both have."""
+    """AdaLoRA relative to LoRA, each at its best rate: accuracy and losses, means over the seeds that both have."""
     columns = ("test accuracy", "validation accuracy", "test loss, %", "validation loss, %", "training loss, %")
     lines = [f"| task | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
     for task in dict.fromkeys(row["task"] for row in rows.get("contest", ())):
@@ -98,7 +98,7 @@ def beside_table(rows: Rows, rank: int) -> list[str]:
 
 
 def reference_table(rows: Rows) -> list[str]:
-    """What else there is, on test rows, each at its best rate and over LoRA of rank 1 on the same seeds."""
+    """The other methods on test rows, each at its best rate and relative to LoRA of rank 1 on the same seeds."""
     columns = {
         "head alone": (methods.HEAD_ONLY, 0),
         "all weights": (methods.FULL, 0),
@@ -118,7 +118,7 @@ def reference_table(rows: Rows) -> list[str]:
 
 
 def generation_table(rows: Sequence[Row]) -> list[str]:
-    """The language model on test rows, each method at each rate: accuracy of tokens, loss, and points over LoRA's."""
+    """The language model on test rows, each method at each rate: token accuracy, loss, and points over LoRA."""
     columns = ("learning rate", "method", "accuracy", "loss", "accuracy − LoRA's")
     lines = [f"| {' | '.join(columns)} |", "|---:|---|---:|---:|---:|"]
     for rate in sorted({row["learning_rate"] for row in rows}):
@@ -141,7 +141,7 @@ def generation_table(rows: Sequence[Row]) -> list[str]:
 def cell_of(
     rows: Rows, task: str, method: str, rank: int, part: str = "test", *, rate: float | None = None
 ) -> Cell | None:
-    """A method's scores on a part at ``rate``, or at its own best one."""
+    """A method's scores on a part at ``rate``, by default its own best rate."""
     wanted = (task, method, rank)
     chosen = rate_for(*wanted, rows) if rate is None else rate
     if chosen is None:
@@ -161,12 +161,12 @@ def _at_its_rate(rows: Rows, task: str, method: str, rank: int) -> dict[int, Row
 
 
 def _over(top: Cell | None, bottom: Cell | None) -> Floats:
-    """The differences by seed: empty if one has not been run yet, or with no seed that the other has."""
+    """The differences by seed; empty if one has not run yet, or if they share no seed."""
     return np.array([]) if top is None or bottom is None else paired(top, bottom)
 
 
 def _means(by_task: Sequence[Sequence[Floats]], columns: int) -> Iterator[str]:
-    """Of each column over the tasks. One of fewer tasks than there are says so: it is not to be read beside theirs."""
+    """The mean of each column over the tasks. A mean of only some tasks says so, as it isn't comparable."""
     for column in range(columns):
         known = [over[column] for over in by_task if len(over[column])]
         yield told(known) + (f" ({len(known)} of {len(by_task)} tasks)" if 0 < len(known) < len(by_task) else "")

@@ -1,4 +1,4 @@
-"""Models that label tokens, and their rows."""
+"""Token classifiers and their rows."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from benchmarks.quality.sources import Tagged
 
 @attrs.frozen(eq=False)
 class TokenRows:
-    """Encoded sentences with a class for each token, `IGNORED` where none is, and the token of padding."""
+    """Encoded sentences with a class for each token (`IGNORED` if it has none), and the padding token."""
 
     ids: tuple[tuple[int, ...], ...]
     labels: tuple[tuple[int, ...], ...]
@@ -39,7 +39,7 @@ class TokenRows:
 def load_tagger(
     parts: Sequence[Tagged], cache: Path, *, seed: int, max_length: int
 ) -> tuple[nn.Module, list[TokenRows]]:
-    """A model for the tags of the first part, and every part encoded; words with other tags are not told."""
+    """A model for the tags of the first part, and every part encoded; words with other tags are ignored."""
     classes = sorted({tag for tags in parts[0].tags for tag in tags})
     model, tokenizer = minilm.load(AutoModelForTokenClassification, cache, classes=len(classes), seed=seed)
     numbers = {tag: number for number, tag in enumerate(classes)}
@@ -58,7 +58,7 @@ def _encode(tokenizer: Any, rows: Tagged, numbers: dict[str, int], max_length: i
 
 
 def first_tokens(words: Sequence[int | None], labels: Sequence[int]) -> tuple[int, ...]:
-    """The label of each token's word, at a word's first token alone."""
+    """The label of each word at its first token; `IGNORED` at all other tokens."""
     before = [None, *words[:-1]]
     return tuple(
         IGNORED if word is None or word == last else labels[word] for word, last in zip(words, before, strict=True)

@@ -1,4 +1,4 @@
-"""The tasks: which rows, and how they are cut, fixed before anything is trained on them."""
+"""The tasks: their rows and splits, fixed before any training."""
 
 import hashlib
 import random
@@ -19,13 +19,13 @@ from tunerkit.errors import TunerkitError
 
 MAX_LENGTH = 128
 BATCH_SIZE = 16
-# All linear layers of the blocks, or all dense convolutions, by one pattern that we and PEFT read alike.
+# All linear layers of the blocks, or all dense convolutions, by one pattern that means the same here and in PEFT.
 BERT = r".*encoder\.layer\..*\.(query|key|value|dense)"
 QUERY_VALUE = r".*encoder\.layer\..*\.(query|value)"
 LLAMA = r".*layers\..*_proj"
 EFFICIENTNET = r".*blocks\..*\.(conv_pw|conv_pwl)"
 PROJECTIONS = r".*blocks\..*\.conv_pwl"
-_SPLIT_SEED = 0  # a constant: a run's seed never changes what it is measured on
+_SPLIT_SEED = 0  # a constant: a run's seed never changes the split
 
 
 class TaskError(TunerkitError):
@@ -33,7 +33,7 @@ class TaskError(TunerkitError):
 
 
 class Table(Protocol):
-    """Rows as they are read, before a model's tokenizer has seen them."""
+    """Raw rows, before tokenization."""
 
     def __len__(self) -> int: ...
 
@@ -46,7 +46,7 @@ Loader = Callable[[Sequence[Any], Path, int], tuple[nn.Module, Sequence[Rows]]]
 
 @attrs.frozen(eq=False)
 class Parts:
-    """The rows of a task as its model takes them."""
+    """The rows of a task as model inputs."""
 
     train: Rows
     validation: Rows
@@ -55,10 +55,10 @@ class Parts:
 
 @attrs.frozen
 class Task:
-    """What is read, into how many rows it is cut, how often the training rows are seen, and by which model.
+    """A data source, the number of rows in each part, the number of epochs, and a model.
 
-    ``load`` makes the model and the rows of each part from the parts, the cache folder and a seed. ``targets`` are the
-    modules that get adapters, ``heads`` those that are new and trained in full.
+    ``load`` builds the model and the rows of each part from the parts, the cache folder and a seed. ``targets`` are the
+    modules that get adapters; ``heads`` are new modules that are trained in full.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Task:
         return self.epochs * -(-self.train // BATCH_SIZE)
 
     def cut(self, cache: Path) -> tuple[Table, Table, Table]:
-        """Training, validation and test rows: always the same. Raises `TaskError` if there are too few."""
+        """Training, validation and test rows; the split is fixed. Raises `TaskError` if there are too few rows."""
         found = self.read(cache)
         needed = self.train + self.validation + self.test
         if len(found) < needed:
@@ -94,7 +94,7 @@ class Task:
 
 
 def digest(rows: Table) -> str:
-    """A digest of rows in their order, to tell that a split has not moved."""
+    """A digest of rows in their order, to detect a changed split."""
     match rows:
         case Tagged():
             content = repr(list(zip(rows.words, rows.tags, strict=True))).encode()
@@ -118,7 +118,7 @@ def tag(parts: Sequence[Tagged], cache: Path, seed: int) -> tuple[nn.Module, Seq
 
 
 def define(parts: Sequence[Examples], cache: Path, seed: int) -> tuple[nn.Module, Sequence[Rows]]:
-    """SmolLM2-135M-Instruct, which has its head already."""
+    """SmolLM2-135M-Instruct, which already has its head."""
     return load_definer(parts, cache, seed=seed, max_length=MAX_LENGTH)
 
 
@@ -142,15 +142,15 @@ _BASIC = (
     Task("tweets-3", _rated("tweets", neutral=True), classify, 1600, 1000, 1500, epochs=3),
     Task("nyt-3", _rated("nytEditorialSnippets", neutral=True), classify, 2400, 1000, 1700, epochs=2),
 )
-# The same rows with adapters on queries and values alone, as LoRA's authors had them: a third of the matrices. Of the
-# pictures' network, on the convolutions that end a block: half of them.
+# The same rows with adapters on queries and values only, as in the LoRA paper: a third of the matrices. In the image
+# network, adapters are only on the convolutions that end a block: half of them.
 _FEWER = {BERT: ("qv", QUERY_VALUE), EFFICIENTNET: ("pwl", PROJECTIONS)}
 _NARROW = tuple(
     attrs.evolve(task, name=f"{task.name}/{name}", targets=targets)
     for task in _BASIC
     for name, targets in [_FEWER[task.targets]]
 )
-# A step of this one costs ten of the others', so it is shorter, and no curve is drawn over it.
+# A step of this task costs ten times as much, so training is shorter, and there are no curves.
 _DEFINITIONS = Task("definitions", glosses("word"), define, 1600, 400, 800, epochs=1, targets=LLAMA, heads=())
 TASKS = {task.name: task for task in (*_BASIC, *_NARROW, _DEFINITIONS)}
 CURVES = tuple(task.name for task in (*_BASIC, *_NARROW))

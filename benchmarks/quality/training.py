@@ -1,4 +1,4 @@
-"""A plain training loop, on the CPU in fp32 whatever the machine has."""
+"""A plain training loop, on the CPU in fp32 on every machine."""
 
 import math
 import random
@@ -12,13 +12,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.quality.batches import Rows, shuffled_batches
 
-_WARMUP = 0.06  # the share of steps in which the learning rate rises
+_WARMUP = 0.06  # the share of steps in which the learning rate rises linearly
 _MAX_GRAD_NORM = 1.0
 
 
 @attrs.frozen
 class Recipe:
-    """Passes over the rows, the peak of the learning rate, rows in a batch, and the seed of order and dropout."""
+    """Epochs, peak learning rate, batch size, and the seed of order and dropout."""
 
     epochs: int
     learning_rate: float
@@ -31,7 +31,7 @@ class Recipe:
 
 
 def rate_at(step: int, total: int) -> float:
-    """The factor of the learning rate at ``step`` (from 0) of ``total``: up in a line, down to 0 in a line."""
+    """The learning rate's factor at ``step`` (from 0) of ``total``: linear warmup, then linear decay to 0."""
     rise = max(1, round(_WARMUP * total))
     return min((step + 1) / rise, (total - step) / max(1, total - rise))
 
@@ -45,7 +45,7 @@ def train(
     connect: Callable[[nn.Module, Optimizer, int], None],
     dropout: bool = True,
 ) -> Iterator[float]:
-    """Train what ``optimizer`` holds, and yield the loss of each step after it.
+    """Train the parameters of ``optimizer``, and yield the loss of each step after it.
 
     ``connect`` is called before the first step with the model, the optimizer and the number of steps. Without
     ``dropout`` the model is in eval mode throughout.

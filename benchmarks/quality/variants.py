@@ -1,4 +1,4 @@
-"""Forms of AdaLoRA that the package does not have, to measure them against it."""
+"""Variants of AdaLoRA that the package does not offer, to measure them against it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,23 +29,23 @@ def sensitivity(stacks: Sequence[Stack], _: Sequence[SvdLayer]) -> list[Tensor]:
 
 
 def exact(stacks: Sequence[Stack], _: Sequence[SvdLayer]) -> list[Tensor]:
-    """Ī of λ alone: |λ ∂L/∂λ| is what the loss changes by, to first order, when the whole triplet goes."""
+    """Ī of λ alone: |λ ∂L/∂λ| is the first-order change of the loss when the whole triplet is removed."""
     own = [stack for stack in stacks if stack.part is Part.LAM]
     found = {index: mean for stack in own for index, mean in zip(stack.members, stack.sensitivity, strict=True)}
     return [found[index].clone() for index in sorted(found)]
 
 
 def squared(stacks: Sequence[Stack], layers: Sequence[SvdLayer]) -> list[Tensor]:
-    """The square of `exact`: near a minimum it goes as what the loss changes by, which is what parameters should buy.
+    """The square of `exact`: near a minimum it is proportional to the change of the loss, so a cost can divide it.
 
-    Half of λ² times the curvature is what the loss rises by without the triplet, and (∂L/∂λ)² stands for the curvature
-    (the empirical Fisher information).
+    Without the triplet, the loss rises by half of λ² times the curvature. (∂L/∂λ)² approximates the curvature (the
+    empirical Fisher information).
     """
     return [score.square() for score in exact(stacks, layers)]
 
 
 def magnitude(_: Sequence[Stack], layers: Sequence[SvdLayer]) -> list[Tensor]:
-    """The size of the triplet's part of ΔW, |λ| ‖P_i‖ ‖Q_i‖: its singular value where triplets are orthogonal."""
+    """The size of the triplet's part of ΔW, |λ| ‖P_i‖ ‖Q_i‖: its singular value if triplets are orthogonal."""
     return [layer.lam.abs() * layer.p.norm(dim=0) * layer.q.norm(dim=1) for layer in layers]
 
 
@@ -64,14 +64,14 @@ def turn_(
     total: float,
     power: float = 1.0,
 ) -> None:
-    """What `to_svd_form_` does, with λ by a ``power`` of the singular value; Adam's averages turn along.
+    """Do what `to_svd_form_` does, with λ in proportion to a ``power`` of the singular value.
 
-    Without an optimizer there are none to turn, or they are left as they are.
+    With an ``optimizer``, Adam's averages are rotated too; without one they stay as they are.
     """
     for layer, score in zip(layers, scores, strict=True):
         lam, q = layer.lam.detach().clone(), layer.q.detach().clone()
         to_svd_form_([layer], [score], total=total)
-        if not torch.equal(layer.q, q):  # as it is where there is nothing to turn
+        if not torch.equal(layer.q, q):  # Q is unchanged if there is nothing to rotate
             _spread_(layer, total, power)
             if optimizer is not None:
                 _turn_averages_(layer, optimizer, lam, q)
@@ -79,7 +79,7 @@ def turn_(
 
 @torch.no_grad()
 def _spread_(layer: SvdLayer, total: float, power: float) -> None:
-    """λ by a power of what it is, which goes by the singular value; P Λ stays."""
+    """Set λ in proportion to a power of the singular value; P Λ stays the same."""
     shares = layer.lam[layer.mask] ** power
     lam = total * shares / shares.sum()
     layer.p[:, layer.mask] *= layer.lam[layer.mask] / lam
@@ -88,7 +88,7 @@ def _spread_(layer: SvdLayer, total: float, power: float) -> None:
 
 @torch.no_grad()
 def _turn_averages_(layer: SvdLayer, optimizer: Optimizer, lam: Tensor, q: Tensor) -> None:
-    """Adam's averages of the live triplets, from those with ``lam`` and ``q`` to those that there are now."""
+    """Rotate Adam's averages of the live triplets from the old ``lam`` and ``q`` to the current triplets."""
     live = layer.mask
     # Q' = M Q and P' Λ' = P Λ M⁻¹, so ∂L/∂P' = ∂L/∂P Λ⁻¹ Mᵀ Λ' and ∂L/∂Q' = M⁻ᵀ ∂L/∂Q.
     turn = torch.linalg.lstsq(q[live].T.double(), layer.q[live].T.double()).solution.T.to(q.dtype)
@@ -105,9 +105,9 @@ def _turn_averages_(layer: SvdLayer, optimizer: Optimizer, lam: Tensor, q: Tenso
 
 @torch.no_grad()
 def restart_(model: nn.Module, *, q_scale: float = 1.0, q_orthonormal: bool = False) -> None:
-    """Start Q ``q_scale`` times as large, the scale as much smaller, or with orthonormal rows as long as LoRA's.
+    """Start with Q ``q_scale`` times as large and the scale divided by it, or with orthogonal rows as long as LoRA's.
 
-    A larger Q turns less in a step of the optimizer, while the first steps of P move ΔW as far as before.
+    A larger Q changes its direction less per optimizer step, while the first steps of P move ΔW as far as before.
     """
     for layer in layers_in(model):
         if q_orthonormal:
@@ -119,7 +119,7 @@ def restart_(model: nn.Module, *, q_scale: float = 1.0, q_orthonormal: bool = Fa
 
 
 def scale_lambda_steps(model: nn.Module, optimizer: Optimizer, factor: float) -> None:
-    """Make the steps of every λ ``factor`` times as long."""
+    """Multiply the steps of every λ by ``factor``."""
     lams = [layer.lam for layer in layers_in(model)]
     before: list[Tensor] = []
 
@@ -150,10 +150,10 @@ def changed(
     power: float = 1.0,
     root: float = 0.0,
 ) -> Iterator[None]:
-    """AdaLoRA with another score, divided by a triplet's number of parameters, or turned in another way.
+    """AdaLoRA with another score, with scores per parameter, or with another re-parametrisation.
 
-    For ``moments``, whether Adam's averages turn along, and ``power`` see `turn_`. With ``root``, λ adds up to less
-    where fewer triplets are left: to the initial rank times that power of the share that is left.
+    ``moments`` (whether Adam's averages are rotated too) and ``power`` are explained at `turn_`. With ``root``, the λ
+    of a target add up to less when fewer triplets are left: to the initial rank times that power of the share left.
     """
     allocate = inner._allocate
 

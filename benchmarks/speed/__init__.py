@@ -1,1 +1,1 @@
-"""What adapters cost: time, operations and memory, ours and PEFT's side by side in one process."""
+"""The cost of adapters: time, operations and memory, ours and PEFT's measured together in one process."""

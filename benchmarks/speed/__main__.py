@@ -50,19 +50,19 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def run(
-    part: Annotated[str, typer.Option(help="Parts to run, with commas; all by default.")] = ",".join(PARTS),
-    sizes: Annotated[str, typer.Option(help="Encoders, layers x hidden, with commas.")] = ",".join(
+    part: Annotated[str, typer.Option(help="Parts to run, separated by commas; all by default.")] = ",".join(PARTS),
+    sizes: Annotated[str, typer.Option(help="Encoders as layers x hidden, separated by commas.")] = ",".join(
         size.name for size in _DEFAULT.sizes
     ),
     pairs: Annotated[int, typer.Option(min=2, help="Timed rounds of each comparison.")] = _DEFAULT.pairs,
-    warmup: Annotated[int, typer.Option(min=0, help="Untimed rounds before.")] = _DEFAULT.warmup,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = _DEFAULT.batch,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens in a sequence.")] = _DEFAULT.tokens,
+    warmup: Annotated[int, typer.Option(min=0, help="Untimed rounds before the timed ones.")] = _DEFAULT.warmup,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences per batch.")] = _DEFAULT.batch,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = _DEFAULT.tokens,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 2)] = _DEFAULT.seed,
-    threads: Annotated[int | None, typer.Option(min=1, help="torch's threads; by default its own choice.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch; by default, torch chooses.")] = None,
     out: Annotated[Path, typer.Option(help="The folder for speed.json and speed.md.")] = Path("out/speed"),
 ) -> None:
-    """Measure what adapters cost, ours and PEFT's side by side."""
+    """Measure the cost of adapters, ours and PEFT's together."""
     if threads is not None:
         torch.set_num_threads(threads)
     try:
@@ -77,7 +77,7 @@ def run(
 
 
 def read_parts(text: str) -> list[str]:
-    """Names of parts from "steps,memory". Raises `ValueError` that names those there are."""
+    """Names of parts from "steps,memory". Raises `ValueError`, which lists the known parts, if one is unknown."""
     chosen = [name.strip() for name in text.split(",")]
     unknown = [name for name in chosen if name not in PARTS]
     if unknown:
@@ -86,7 +86,7 @@ def read_parts(text: str) -> list[str]:
 
 
 def measure_all(chosen: Sequence[str], settings: Settings, out: Path, console: Console) -> list[Row]:
-    """Run the parts one after the other; what is found is written after each, so that a stopped run keeps something."""
+    """Run the parts one after the other. Results are written after each part, so a stopped run keeps them."""
     head = header(settings)
     rows: list[Row] = []
     out.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def measure_all(chosen: Sequence[str], settings: Settings, out: Path, console: C
 
 
 def show_limits(rows: Sequence[Row], console: Console) -> None:
-    """The limits on the screen; all else is in the files."""
+    """Print the limits; everything else is only in the files."""
     head, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in limits_table(rows))
     table = Table(*head)
     for line in lines:

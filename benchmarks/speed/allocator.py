@@ -1,4 +1,4 @@
-"""Part `allocator`: where the time of allocator and regulariser goes, and its share of a step."""
+"""Part `allocator`: the time of the allocator and the regulariser by phase, and its share of a step."""
 
 import time
 
@@ -22,7 +22,7 @@ LIMIT, LIMITED_SIZE = 0.03, "12x256"
 
 @attrs.frozen(eq=False)
 class Spent:
-    """Seconds by round, (rounds,) each: of the whole step, of the work before the update, and of that after it."""
+    """Seconds by round, (rounds,) each: the whole step, the work before the update, and the work after it."""
 
     step: Times
     before: Times
@@ -35,7 +35,7 @@ def measure(settings: Settings) -> list[Row]:
 
 
 def rows_of(workload: Workload, settings: Settings) -> list[Row]:
-    """The phases of those that allocate, and what is left of them once ranks are final."""
+    """The phases of methods that allocate, and the remaining cost once ranks are final."""
     spent = time_phases(workload, settings)
     kinds = kinds_of(settings)
     rows = [row for name in ALLOCATING for row in _phase_rows(workload.name, name, spent[name], kinds, settings)]
@@ -45,7 +45,7 @@ def rows_of(workload: Workload, settings: Settings) -> list[Row]:
 
 
 def time_phases(workload: Workload, settings: Settings) -> dict[str, Spent]:
-    """Each contender's seconds by round and phase. PEFT's regulariser is what a step takes longer than without it."""
+    """Each contender's seconds by round and phase. PEFT's regulariser is the difference to a step without it."""
     names = (*ALLOCATING, *FINAL, who.PEFT_ADALORA_BARE)
     marks = {name: Marks(time.perf_counter) for name in names}
     training = {name: who.build(name, workload, settings, marks[name]) for name in names}
@@ -81,5 +81,5 @@ def _phase_rows(where: str, name: str, spent: Spent, kinds: Kinds, settings: Set
 
 
 def _median(values: Times) -> float:
-    """The median; not a number where there was no such round."""
+    """The median; not a number if there was no such round."""
     return float(np.median(values)) if len(values) else float("nan")

@@ -1,4 +1,4 @@
-"""Part `alternatives`: what was tried and not taken, so that it can be weighed again on other machines."""
+"""Part `alternatives`: implementations that were tried and rejected, kept to compare them on other machines."""
 
 import copy
 import types
@@ -30,11 +30,11 @@ SHARED = "Q x of the group at once"
 ONCE, STAGES = "shrunk once", "shrunk in stages"
 SCALE = 2.0
 _Fused = fused._FusedLowRank
-_FINE = 1000  # parts of a rank in which budgets are counted
+_FINE = 1000  # budgets are counted in this fraction of a rank
 
 
 def measure(settings: Settings) -> list[Row]:
-    """Groups of layers that read the same input, at every size; the course of a training at the first."""
+    """Groups of layers that read the same input, at every size; a whole training at the first size."""
     rows = []
     for size in settings.sizes:
         hidden = size.hidden
@@ -61,7 +61,7 @@ def group_rows(where: str, inputs: int, outputs: Sequence[int], settings: Settin
 
 
 def time_group(inputs: int, outputs: Sequence[int], settings: Settings) -> dict[str, Times]:
-    """Seconds of forward and backward in each round, by the way it is computed."""
+    """Seconds of forward and backward in each round, by implementation."""
     torch.manual_seed(settings.seed)
     base = nn.ModuleList(nn.Linear(inputs, out).requires_grad_(False) for out in outputs)
     x = torch.randn(settings.batch, settings.tokens, inputs)
@@ -99,7 +99,7 @@ def _never(q: Tensor, y: Tensor) -> bool:
 
 
 class Recomputed(_Fused):
-    """The fused product, but Q x is not kept from forward to backward."""
+    """The fused product, but backward recomputes Q x instead of storing it."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -120,9 +120,9 @@ class Recomputed(_Fused):
 
 
 class Shared:
-    """Layers that read the same input, with one product for all their Q: forward, and backward for their gradients.
+    """Layers that read the same input, with one product for all their Q, in forward and in backward.
 
-    It is called as it is, where ours goes through hooks: what such a scheme would need to find its group is left out.
+    It is called directly, while ours runs in hooks. The cost of finding the group is not included.
     """
 
     def __init__(self, layers: Iterable[nn.Module], rank: int) -> None:
@@ -150,7 +150,7 @@ class _Project(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, ...]:
-        """``g`` lacks the scale, which `_Add` leaves to the products here."""
+        """``g`` is not scaled yet: `_Add` leaves the scale to the products here."""
         x, q = ctx.saved_tensors
         to_q = torch.addmm(q, g.t(), x, beta=0, alpha=SCALE)
         return torch.addmm(x, g, q, beta=0, alpha=SCALE), *to_q.split(ctx.ranks)
@@ -177,9 +177,10 @@ class _Add(Function):
 
 
 def stage_rows(size: Size, settings: Settings) -> list[Row]:
-    """Steps at each rank that the budget falls through, and what a training of them takes, shrunk once or in stages.
+    """The step time at each rank of the falling budget, and the time of a training, shrunk once or in stages.
 
-    LoRA's steps: what allocating adds is the same either way, and moving what is left at each stage is not counted.
+    It uses LoRA's steps: the cost of allocation is the same either way. Copying the remaining triplets at each stage is
+    not counted.
     """
     workload = encoder(size, settings)
     times = time_ranks(workload, settings)
@@ -196,7 +197,7 @@ def stage_rows(size: Size, settings: Settings) -> list[Row]:
 
 
 def time_ranks(workload: Workload, settings: Settings) -> dict[int, Times]:
-    """Seconds of a step at each rank from the target's to the initial one."""
+    """Seconds of a step at each rank from the target rank to the initial rank."""
     ranks = range(settings.target_rank, settings.init_rank + 1)
     training = {str(rank): who.build(who.LORA, workload, attrs.evolve(settings, init_rank=rank)) for rank in ranks}
     calls = {name: contender.step for name, contender in training.items()}
@@ -205,9 +206,10 @@ def time_ranks(workload: Workload, settings: Settings) -> dict[int, Times]:
 
 
 def course(times: dict[int, Times], settings: Settings, *, in_stages: bool, steps: int = 1000) -> Times:
-    """The mean step of a training by the default schedule, in each round.
+    """The mean step time of a training with the default schedule, in each round.
 
-    In stages, every layer has the mean rank of the budget in force; once, the initial one until the last allocation.
+    In stages, every layer has the mean rank of the current budget. Shrunk once, it has the initial rank until the last
+    allocation.
     """
     highest, lowest = settings.init_rank, settings.target_rank
     schedule = plan(

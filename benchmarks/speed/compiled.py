@@ -1,4 +1,4 @@
-"""Part `compile`: graph breaks, and the time of compiled steps beside eager ones."""
+"""Part `compile`: graph breaks, and the time of compiled steps compared with eager ones."""
 
 import types
 from collections.abc import Callable
@@ -22,7 +22,7 @@ LIMITS = {who.LORA: 0.0, who.ADALORA: 0.0}
 
 
 def measure(settings: Settings) -> list[Row]:
-    """The first encoder alone: compiling takes longer than all else here."""
+    """The first encoder only: compiling takes longer than everything else here."""
     workload = encoders(attrs.evolve(settings, sizes=settings.sizes[:1]))[0]
     return break_rows(workload, settings) + time_rows(workload, settings)
 
@@ -36,7 +36,7 @@ def break_rows(workload: Workload, settings: Settings) -> list[Row]:
 
 
 def graph_breaks(name: str, workload: Workload, settings: Settings) -> int:
-    """How often torch.compile gives up on a graph."""
+    """The number of graph breaks of torch.compile."""
     torch.compiler.reset()
     contender = who.build(name, workload, settings)
     x = workload.x.detach().requires_grad_()
@@ -44,7 +44,7 @@ def graph_breaks(name: str, workload: Workload, settings: Settings) -> int:
 
 
 def time_rows(workload: Workload, settings: Settings) -> list[Row]:
-    """Whole steps, with the forward compiled as one graph and without, interleaved; a break would be an error."""
+    """Whole steps, eager and with the forward compiled as one graph, interleaved; a graph break raises an error."""
     torch.compiler.reset()
     training = {}
     for name in NAMES:
@@ -68,8 +68,8 @@ def time_rows(workload: Workload, settings: Settings) -> list[Row]:
 def compiled(module: nn.Module, backend: str) -> Callable[[Tensor, Tensor], Output]:
     """The module with its forward compiled as one graph.
 
-    It is called by a function with a code object of its own: dynamo keeps graphs by code object and does not guard
-    hooks, so that two models of one class would run each other's graphs, the floor's in place of an adapter's.
+    A function with a separate code object calls it. Dynamo caches graphs by code object and does not guard hooks.
+    Otherwise two models of one class would run each other's graphs, for example the floor's instead of an adapter's.
     """
 
     def call(x: Tensor, target: Tensor) -> Output:

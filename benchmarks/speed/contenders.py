@@ -1,4 +1,4 @@
-"""Who is compared: the frozen floor, PEFT's LoRA and AdaLoRA, and ours, each with a training of its own."""
+"""The contenders: the frozen floor, PEFT's LoRA and AdaLoRA, and ours, each with its own training."""
 
 import warnings
 from collections.abc import Callable, Iterable
@@ -28,14 +28,14 @@ ADALORA_TURNED = "AdaLoRA, exact_svd"
 ADALORA_MASKED = "AdaLoRA, final phase, masks kept"
 ADALORA_SHRUNK = "AdaLoRA, shrunk"
 
-_SOON = 6  # the step of the last allocation, where training past it is wanted
+_SOON = 6  # the step of the last allocation, for contenders that are measured after it
 
 
 @attrs.define(eq=False)
 class Contender:
-    """A model in training. ``call`` gives the output of a batch, ``model`` was wrapped; the floor has no optimizer.
+    """A model in training. ``call`` computes the output of a batch, ``model`` is wrapped; the floor has no optimizer.
 
-    ``allocate`` is what PEFT's user must call after each step, with the number of the step from 1.
+    ``allocate`` is the function that a user of PEFT must call after each step, with the step number from 1.
     """
 
     name: str
@@ -70,13 +70,13 @@ class Contender:
             self.step()
 
     def trained(self) -> list[nn.Parameter]:
-        """What is trained."""
+        """The trained parameters."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
 
 @attrs.frozen
 class Schedule:
-    """Where AdaLoRA's last allocation is; from there on ranks are final."""
+    """AdaLoRA's schedule; after the last allocation, at ``final_step``, ranks are final."""
 
     total_steps: int
     final_step: int
@@ -84,9 +84,9 @@ class Schedule:
 
 
 def build(name: str, workload: Workload, settings: Settings, marks: Marks | None = None) -> Contender:
-    """The contender of that name, before its first step; one past its last allocation has taken steps for that.
+    """The contender of that name, before its first step, or trained past its last allocation if the name says so.
 
-    ``marks`` reads around AdaLoRA's work beside the optimizer.
+    ``marks`` measures AdaLoRA's work in the optimizer's step hooks.
     """
     if name == FLOOR:
         base = workload.model()
@@ -119,8 +119,8 @@ def wrap(name: str, model: nn.Module, workload: Workload, settings: Settings) ->
 def called(name: str, model: nn.Module) -> nn.Module:
     """The module whose forward is timed.
 
-    PEFT adds its regulariser in the model just below `PeftModel`; without a task, `PeftModel` calls past it. Both its
-    methods are called there: cheaper than through `PeftModel`, to PEFT's advantage.
+    PEFT adds its regulariser in the model just below `PeftModel`; `PeftModel` without a task type bypasses it. Both of
+    PEFT's methods are called there, which is cheaper than through `PeftModel`, to PEFT's advantage.
     """
     if not isinstance(model, peft.PeftModel):
         return model
@@ -154,7 +154,7 @@ def our_config(name: str, workload: Workload, settings: Settings) -> dict[str, o
 
 def _peft_model(name: str, model: nn.Module, workload: Workload, settings: Settings) -> nn.Module:
     torch.manual_seed(settings.seed)
-    # PEFT says that a model without a transformers config is unusual, and that r is not used.
+    # PEFT warns that a model without a transformers config is unusual, and that r is not used.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped: nn.Module = peft.get_peft_model(model, _peft_config(name, workload, settings))
@@ -181,13 +181,13 @@ def _peft_config(name: str, workload: Workload, settings: Settings) -> "peft.Pef
 
 def _schedule(name: str, settings: Settings) -> Schedule:
     if name in (PEFT_ADALORA_FINAL, ADALORA_MASKED, ADALORA_SHRUNK):
-        # Long after the last allocation, so that no step lies past the end.
+        # The training ends long after the last allocation, so no measured step is past its end.
         return Schedule(total_steps=1_000_000, final_step=_SOON, delta_t=2)
     return Schedule(settings.lasting, final_step=settings.lasting * 3 // 4, delta_t=settings.delta_t)
 
 
 def _connect(contender: Contender, schedule: Schedule, marks: Marks | None) -> None:
-    """Attach ours; have PEFT's allocator called."""
+    """Attach our adapters, or register the call of PEFT's allocator."""
     model, optimizer = contender.model, contender.optimizer
     assert optimizer is not None
     if isinstance(model, peft.PeftModel):

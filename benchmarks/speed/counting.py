@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
-# What reads a device's memory whatever its arguments are. On a CPU they stand in for the real thing.
+# Operations that always read device memory. On a CPU they stand in for synchronizations of a GPU.
 _WAITING = frozenset(
     {
         aten._local_scalar_dense.default,
@@ -20,12 +20,12 @@ _WAITING = frozenset(
         aten.masked_select.default,
     }
 )
-# On the CPU these reach no dispatcher, so they are caught as calls.
+# On the CPU these are not dispatched, so they are intercepted as calls.
 _READING = frozenset({Tensor.tolist, Tensor.numpy, Tensor.cpu})
 
 
 class Operations(TorchDispatchMode):
-    """Counts every operation by name; of a foreach operation the call, however many tensors it touches."""
+    """Counts every operation by name. A foreach operation counts once, however many tensors it updates."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
@@ -39,7 +39,7 @@ class Operations(TorchDispatchMode):
 
     @property
     def kernels(self) -> int:
-        """Those that are no views: on a GPU, about the kernels launched."""
+        """Operations that are not views: on a GPU, roughly the number of kernel launches."""
         return self.total - self.views
 
     def __torch_dispatch__(
@@ -51,7 +51,7 @@ class Operations(TorchDispatchMode):
 
 
 class Waits:
-    """Counts where the host would wait: values read, masks turned into indices, tensors fetched as lists."""
+    """Counts host waits: values read, masks converted to indices, tensors copied to lists."""
 
     def __init__(self) -> None:
         self.total = 0
@@ -92,7 +92,7 @@ class _ReadingCalls(TorchFunctionMode):
 
 
 def _asks_for_size(func: Any, kwargs: Mapping[str, Any] | None) -> bool:
-    """Whether the size of the result is read from the device, since nobody said it."""
+    """Whether the size of the result is read from the device, because the caller did not pass it."""
     return func is aten.repeat_interleave.Tensor and (kwargs or {}).get("output_size") is None
 
 

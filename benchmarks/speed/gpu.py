@@ -1,4 +1,4 @@
-"""Part `gpu`: steps and memory at Llama's shapes, in bf16, where there is a GPU."""
+"""Part `gpu`: steps and memory at Llama's shapes, in bf16, if there is a GPU."""
 
 import attrs
 import torch
@@ -14,7 +14,7 @@ BATCH, TOKENS = 4, 512
 
 
 def measure(settings: Settings) -> list[Row]:
-    """Nothing without a GPU. One shape after the other: all contenders of one share its base."""
+    """One shape after the other; all contenders of a shape share its base. Without a GPU there are no rows."""
     if not torch.cuda.is_available():
         return []
     settings = attrs.evolve(settings, batch=BATCH, tokens=TOKENS)

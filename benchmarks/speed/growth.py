@@ -25,7 +25,7 @@ def measure(settings: Settings) -> list[Row]:
 
 
 def allocator_rows(workload: Workload, settings: Settings) -> list[Row]:
-    """Time per step of what is called beside the update, mask steps in proportion; PEFT's without its regulariser."""
+    """Time per step of the work outside the update, with mask steps in proportion; PEFT's without its regulariser."""
     marks = {name: Marks(time.perf_counter) for name in NAMES}
     training = {name: who.build(name, workload, settings, marks[name]) for name in NAMES}
     read: dict[str, list[float]] = {name: [] for name in NAMES}
@@ -48,7 +48,7 @@ def allocator_rows(workload: Workload, settings: Settings) -> list[Row]:
 
 
 def wrap_rows(workload: Workload, settings: Settings) -> list[Row]:
-    """Time to put the adapters in."""
+    """The time of wrapping."""
     fresh = {name: workload.model() for name in WRAPPED}
 
     def prepare(name: str) -> None:
@@ -56,7 +56,7 @@ def wrap_rows(workload: Workload, settings: Settings) -> list[Row]:
 
     # The default binds each name: a closure would see the last one.
     calls = {name: (lambda name=name: who.wrap(name, fresh[name], workload, settings)) for name in WRAPPED}
-    rounds = max(2, settings.pairs // 6)  # PEFT takes a second and more at the largest
+    rounds = max(2, settings.pairs // 6)  # PEFT takes more than a second at the largest
     times = interleave(calls, rounds=rounds, seed=settings.seed, warmup=1, before_each=prepare)
     return [
         estimated(PART, workload.name, name, "wrap, ms", middle(1e3 * found, one_kind(rounds), seed=settings.seed))

@@ -1,4 +1,4 @@
-"""What a reader must know of the run: date, versions, and the kind of machine."""
+"""The context of a run that a reader needs: date, versions, and the kind of machine."""
 
 import datetime
 import os
@@ -15,7 +15,7 @@ PACKAGES = ("torch", "transformers", "peft", "tunerkit", "tunerkit-lora", "tuner
 
 
 def header(settings: Settings) -> dict[str, object]:
-    """Names and values for the head of the table; no host name and no path among them."""
+    """Names and values for the header of the report, without host names and paths."""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "python": platform.python_version(),

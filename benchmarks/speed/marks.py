@@ -1,4 +1,4 @@
-"""Readings of a clock or a counter around what a method does beside an optimizer's update."""
+"""Readings of a clock or a counter around a method's work outside the optimizer's update."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,14 +9,14 @@ from torch.optim import Optimizer
 
 @attrs.define(eq=False)
 class Marks:
-    """How far ``read`` moved in the last step: in the hooks ``before`` the update, and in those ``after`` it."""
+    """The increase of ``read`` in the last step: in the hooks ``before`` the update, and in those ``after`` it."""
 
     read: Callable[[], float]
     before: float = 0.0
     after: float = 0.0
 
     def bracket(self, optimizer: Optimizer, attach: Callable[[], None]) -> None:
-        """Call ``attach``, and read before and after the step hooks that it registers: hooks fire in that order."""
+        """Call ``attach``, and read before and after the step hooks that it registers (hooks fire in that order)."""
         began = {"before": 0.0, "after": 0.0}
 
         def begin(phase: str) -> Callable[..., None]:
@@ -38,7 +38,7 @@ class Marks:
         optimizer.register_step_post_hook(end("after"))
 
     def around(self, call: Callable[[int], None]) -> Callable[[int], None]:
-        """``call``, with what it takes noted as what happens after the update."""
+        """Wrap ``call`` so that its cost counts as work after the update."""
 
         def marked(step: int) -> None:
             began = self.read()

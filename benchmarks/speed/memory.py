@@ -21,14 +21,14 @@ NAMES = (
     who.ADALORA_MASKED,
     who.ADALORA_SHRUNK,
 )
-# Two averages with 2 % on top; nothing once they rest, but for masks: a byte for each triplet.
+# Two averages plus 2 %. In the final phase there are only masks: a byte for each triplet.
 LIMITS = {who.LORA: 0.001, who.ADALORA: 2.04, who.ADALORA_GAMMA: 2.04, who.ADALORA_SHRUNK: 0.001}
 _MIB = 2**20
 
 
 @attrs.frozen
 class Bytes:
-    """What one contender takes: its trained parameters, all it holds between steps, the most within a step."""
+    """One contender's memory: its trained parameters, all that is held between steps, and the peak within a step."""
 
     trained: int
     tensors: int
@@ -42,7 +42,7 @@ def measure(settings: Settings) -> list[Row]:
 
 
 def rows_of(workload: Workload, settings: Settings) -> list[Row]:
-    """What each contender holds, and its peak above the floor's."""
+    """The memory that each contender holds, and its peak above the floor's."""
     found = {name: weigh(name, workload, settings) for name in NAMES}
     floor = found[who.FLOOR]
     rows = [Row(PART, workload.name, who.FLOOR, "peak in a step, MiB", floor.peak / _MIB)]
@@ -62,7 +62,7 @@ def rows_of(workload: Workload, settings: Settings) -> list[Row]:
 
 
 def weigh(name: str, workload: Workload, settings: Settings) -> Bytes:
-    """Train one contender alone past a mask step; the peak is the highest of as many steps as lie between two."""
+    """Train one contender alone past a mask step. The peak is the highest of ``delta_t`` steps."""
     before = held_bytes()
     contender = who.build(name, workload, settings)
     contender.step()
@@ -73,5 +73,5 @@ def weigh(name: str, workload: Workload, settings: Settings) -> Bytes:
 
 
 def plain_bytes(taken: Bytes) -> int:
-    """What the same parameters take without a method: themselves, AdamW's two moments and its counters in fp32."""
+    """Bytes that plain training of the same parameters takes: the parameters, AdamW's moments and its fp32 counters."""
     return 3 * taken.trained + taken.tensors * torch.float32.itemsize

@@ -1,4 +1,4 @@
-"""The models, with random weights, and what they are trained on."""
+"""The models, with random weights, and their training data."""
 
 import copy
 import dataclasses
@@ -14,7 +14,7 @@ from transformers.utils.generic import ModelOutput
 from benchmarks.speed.settings import BLOCK_LINEARS, Settings, Size
 
 ATTENTION = "sdpa"
-KERNEL: dict[str, Any] = {"attn_implementation": ATTENTION}  # the configs take it without declaring it
+KERNEL: dict[str, Any] = {"attn_implementation": ATTENTION}  # the configs accept it without declaring it
 BERT_TARGETS = ("query", "key", "value", "dense")
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # hidden, intermediate, blocks, heads, key-value heads of Llama 3.2 1B, Llama 3.1 8B and Llama 3.1 70B.
@@ -27,13 +27,13 @@ LLAMA_SHAPES = {
 
 @dataclasses.dataclass
 class Output(ModelOutput):
-    """The loss alone, where PEFT's AdaLoRA looks for it to add its regulariser."""
+    """The loss alone, in the attribute where PEFT's AdaLoRA adds its regulariser."""
 
     loss: Tensor
 
 
 class Regression(nn.Module):
-    """A transformer whose last hidden states are drawn to a fixed target."""
+    """A transformer whose last hidden states are trained towards a fixed target."""
 
     def __init__(self, body: PreTrainedModel) -> None:
         super().__init__()
@@ -47,10 +47,10 @@ class Regression(nn.Module):
 
 @attrs.frozen(eq=False)
 class Workload:
-    """A frozen base, which of its layers are adapted, and the one batch that every step sees.
+    """A frozen base, the names of its adapted layers, and the one batch that every step uses.
 
-    ``x`` stands for the embeddings' output. It requires a gradient in every contender, the floor too, as
-    ``enable_input_require_grads`` has it: gradients flow through all activations however little is trained.
+    ``x`` represents the embeddings' output. It requires a gradient in every contender, the floor included, as after
+    ``enable_input_require_grads``: gradients flow through all activations, however few parameters are trained.
     """
 
     name: str
@@ -61,21 +61,21 @@ class Workload:
     autocast: torch.dtype | None = None
 
     def precision(self) -> torch.autocast:
-        """The block that a forward runs in: mixed precision, where ``autocast`` says so."""
+        """The context of a forward pass: mixed precision if ``autocast`` is set."""
         return torch.autocast(self.x.device.type, self.autocast, enabled=self.autocast is not None)
 
     @property
     def adapted(self) -> int:
-        """How many layers get an adapter."""
+        """The number of layers that get an adapter."""
         linears = (path for path, module in self.base.named_modules() if isinstance(module, nn.Linear))
         return sum(path.endswith(tuple(f".{target}" for target in self.targets)) for path in linears)
 
     def model(self) -> Regression:
-        """A model of its own that shares the frozen weights: all contenders read the same memory."""
+        """A new model that shares the frozen weights: all contenders read the same memory."""
         return copy.deepcopy(self.base, {id(p): p for p in self.base.parameters()})
 
     def apart(self) -> "Workload":
-        """The same with weights of its own, for whoever changes them."""
+        """The same workload with separate weights, for callers that change them."""
         return attrs.evolve(self, base=copy.deepcopy(self.base))
 
 
@@ -85,7 +85,7 @@ def encoders(settings: Settings) -> list[Workload]:
 
 
 def encoder(size: Size, settings: Settings) -> Workload:
-    """A BERT-like encoder without embeddings' cost, pooler or dropout."""
+    """A BERT-like encoder without the cost of embeddings, and without pooler or dropout."""
     config = BertConfig(
         vocab_size=8,
         hidden_size=size.hidden,

@@ -1,4 +1,4 @@
-"""Part `operations`: dispatched operations and host waits, which are the same at every run."""
+"""Part `operations`: counts of dispatched operations and host waits, which are the same in every run."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -24,7 +24,7 @@ PASS_NAMES = (
     who.ADALORA_SHRUNK,
 )
 PASS_LIMITS = dict.fromkeys((who.LORA, who.ADALORA, who.ADALORA_GAMMA, who.ADALORA_SHRUNK), 22.0)
-# Ours with the regulariser beside PEFT's with its own; without one it is not the same work.
+# Ours with the regulariser is compared with PEFT's, which has one too; otherwise the work would differ.
 ALLOCATING = (who.PEFT_ADALORA, who.ADALORA, who.ADALORA_GAMMA, who.ADALORA_TURNED)
 FINAL = (who.PEFT_ADALORA_FINAL, who.ADALORA_MASKED, who.ADALORA_SHRUNK)
 MASK_STEP, OTHER_STEP, FINAL_STEP = "mask step", "other step", "step of the final phase"
@@ -33,14 +33,14 @@ STEP_LIMITS = {MASK_STEP: 400.0, OTHER_STEP: 150.0}
 
 
 def measure(settings: Settings) -> list[Row]:
-    """Counts of forward and backward, then those of the allocators."""
+    """Counts of forward and backward, then of the allocators."""
     small = Size(layers=2, hidden=32)
     passes = [encoder(small, attrs.evolve(settings, batch=2, tokens=4)), small_llama(2, settings)]
     rows = [row for workload in passes for row in pass_rows(workload, settings)]
     least, *more = [small_llama(blocks, settings) for blocks in settings.blocks]
     rows += allocator_rows(least, settings, STEP_LIMITS)
     for workload in more:
-        # The more layers may cost no more than the fewer did.
+        # The larger model may cost no more than the smaller one.
         found = {(row.who, row.measure): row.value for row in rows if row.where == least.name}
         rows += allocator_rows(workload, settings, STEP_LIMITS, at_most=found)
     return rows
@@ -70,7 +70,7 @@ def allocator_rows(
     limits: dict[str, float],
     at_most: dict[tuple[str, str], float] | None = None,
 ) -> list[Row]:
-    """Operations and waits of allocator and regulariser in the kinds of steps that there are."""
+    """Operations and waits of the allocator and the regulariser, by kind of step."""
     rows = []
     for name in (*ALLOCATING, *FINAL):
         steps = [FINAL_STEP] if name in FINAL else [MASK_STEP, OTHER_STEP]
@@ -102,7 +102,7 @@ def _waits() -> Iterator[Callable[[], float]]:
 
 
 def _at_steps(name: str, workload: Workload, settings: Settings, counter: Counting) -> dict[str, float]:
-    """What is counted of a contender's own work by kind of step: beside the update, and of PEFT's in the loss."""
+    """Counts of a contender's own work by kind of step: outside the update, and for PEFT also in the loss."""
     settings = attrs.evolve(settings, delta_t=2)
     reading: list[Callable[[], float]] = [_nothing]
     marks = Marks(lambda: reading[0]())
@@ -124,7 +124,7 @@ def _nothing() -> float:
 
 
 def _in_loss(name: str, workload: Workload, settings: Settings, counter: Counting) -> float:
-    """PEFT's regulariser is a part of forward and backward: what these count more than without it."""
+    """The cost of PEFT's regulariser: the additional count of forward and backward, of which it is a part."""
     if name not in (who.PEFT_ADALORA, who.PEFT_ADALORA_FINAL):
         return 0.0
     counts = []

@@ -1,4 +1,4 @@
-"""Part `profile`: in which operations a step spends what it takes above the frozen floor."""
+"""Part `profile`: a step's time above the frozen floor, by kind of operation."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ PART = "profile"
 NAMES = (who.PEFT_LORA, who.PEFT_ADALORA, who.LORA, who.ADALORA, who.ADALORA_SHRUNK)
 REST = "rest"
 _PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm")}
-# By the first that matches an event's name.
+# The first entry that matches an event's name decides its kind.
 KINDS: dict[str, Callable[[str], bool]] = {
     "products": lambda event: event in _PRODUCTS,
     "sums, products by element, copies": lambda event: (
@@ -30,7 +30,7 @@ KINDS: dict[str, Callable[[str], bool]] = {
 
 
 def measure(settings: Settings) -> list[Row]:
-    """One size: milliseconds of each kind per step, in the profiler's own time of each event, above the floor's."""
+    """One size: milliseconds per step of each kind above the floor's, from the profiler's self time of each event."""
     workload = encoder(read_sizes(LIMITED_SIZE)[0], settings)
     floor = spent(who.FLOOR, workload, settings)
     return [
@@ -41,7 +41,7 @@ def measure(settings: Settings) -> list[Row]:
 
 
 def spent(name: str, workload: Workload, settings: Settings) -> dict[str, float]:
-    """Milliseconds per step by kind, over as many steps as lie between two mask steps, from one on."""
+    """Milliseconds per step by kind, over one full interval between mask steps."""
     contender = who.build(name, workload, settings)
     contender.take(settings.delta_t - 1)
     with profile(activities=[ProfilerActivity.CPU]) as recorded:

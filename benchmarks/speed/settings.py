@@ -1,8 +1,8 @@
-"""What a run of the benchmark is told."""
+"""The settings of a benchmark run."""
 
 import attrs
 
-GAMMA = 0.5  # weight of the regulariser where it is on, PEFT's default
+GAMMA = 0.5  # the regulariser's weight when it is on, PEFT's default
 BLOCK_LINEARS = 7  # adapted layers in one Llama block
 DRAWS = 2000  # of the bootstrap
 
@@ -24,7 +24,7 @@ class Size:
 
 
 def read_sizes(text: str) -> tuple[Size, ...]:
-    """Sizes from "6x384,12x256". Raises `ValueError` with what was got and what is allowed."""
+    """Sizes from "6x384,12x256". Raises `ValueError`, which names the bad size and what is allowed."""
     return tuple(_read_size(part.strip()) for part in text.split(","))
 
 
@@ -37,7 +37,7 @@ def _read_size(text: str) -> Size:
 
 @attrs.frozen
 class Settings:
-    """What all parts share; the defaults are the run that gets published.
+    """The settings of all parts; the defaults are those of the published run.
 
     ``pairs`` are the rounds in which every contender takes one timed step, after ``warmup`` untimed ones. ``blocks``
     are those of the counted Llama models, ``start_blocks`` those of the model that is wrapped, saved and loaded,
@@ -62,5 +62,5 @@ class Settings:
 
     @property
     def lasting(self) -> int:
-        """Steps of a training whose every timed step lies before the last allocation."""
+        """The length of a training in which every timed step is before the last allocation."""
         return 4 * max(self.pairs + self.warmup, 2 * self.delta_t)

@@ -20,7 +20,7 @@ from tunerkit.hooks import gather_knowledge
 from tunerkit.targets import scan, select
 
 PART = "start"
-# Of each, whose time it is compared with. AdaLoRA is saved and loaded after its last allocation.
+# Each contender and the one it is compared with. AdaLoRA is saved and loaded after its last allocation.
 AGAINST = {
     who.PEFT_LORA: None,
     who.PEFT_LORA_AGAIN: who.PEFT_LORA,
@@ -33,7 +33,7 @@ OURS = (who.LORA, who.ADALORA_SHRUNK)
 
 
 def measure(settings: Settings) -> list[Row]:
-    """All four, at one number of layers; the selection alone in a model of the 70B shape."""
+    """All measurements at one number of layers; target selection only, in a model of the 70B shape."""
     workload = small_llama(settings.start_blocks, settings, hidden=settings.start_hidden)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -48,7 +48,7 @@ def measure(settings: Settings) -> list[Row]:
 
 
 def selection_row(shape: str, settings: Settings) -> Row:
-    """Finding the default targets, in processor time: the scan of the whole model and the choice."""
+    """The processor time of finding the default targets: the scan of the whole model and the selection."""
     model, knowledge = hollow_llama(shape, settings.select_blocks), gather_knowledge()
 
     def choose() -> None:
@@ -68,7 +68,7 @@ def _processor_seconds(call: Call) -> float:
 
 
 def time_wrap(workload: Workload, settings: Settings) -> dict[str, Times]:
-    """Putting adapters into a fresh model."""
+    """The time to put adapters into a fresh model."""
     fresh: dict[str, nn.Module] = {}
 
     def prepare(name: str) -> None:
@@ -78,13 +78,13 @@ def time_wrap(workload: Workload, settings: Settings) -> dict[str, Times]:
 
 
 def time_save(workload: Workload, settings: Settings, folder: Path) -> dict[str, Times]:
-    """Writing the adapter; what `time_load` reads is left in ``folder``."""
+    """The time to write the adapter. The files stay in ``folder`` for `time_load`."""
     trained = {name: _trained(name, workload, settings) for name in AGAINST}
     return _timed(lambda name: save(trained[name], folder / name), settings)
 
 
 def time_load(workload: Workload, settings: Settings, folder: Path) -> dict[str, Times]:
-    """Reading it onto a fresh base model."""
+    """The time to load the adapter onto a fresh base model."""
     fresh: dict[str, nn.Module] = {}
 
     def prepare(name: str) -> None:
@@ -94,7 +94,7 @@ def time_load(workload: Workload, settings: Settings, folder: Path) -> dict[str,
 
 
 def time_merge(workload: Workload, settings: Settings) -> dict[str, Times]:
-    """Adding the adapters to the weights, of models that share none; taking them off again is not timed."""
+    """The time to merge, in models that share no weights; unmerging is not timed."""
     trained = {name: _trained(name, workload, settings, separate=True) for name in AGAINST}
     merged: set[str] = set()
 

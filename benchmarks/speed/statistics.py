@@ -25,7 +25,7 @@ class Estimate:
 
 @attrs.frozen(eq=False)
 class Pairs:
-    """Two values of each round, (rounds,) each, and each round's kind: a mask step is another kind than the rest."""
+    """Two values of each round, (rounds,) each, and each round's kind: mask steps are a separate kind."""
 
     top: Floats
     bottom: Floats
@@ -35,7 +35,7 @@ class Pairs:
 def typical(values: Floats, kinds: Kinds) -> Floats:
     """The median of each kind of round, weighted by the kind's share; over the last axis, (..., rounds) to (...).
 
-    A median alone would forget the mask steps, one in ten; a mean would remember each time the machine was disturbed.
+    A plain median would ignore the mask steps, one in ten. A mean would include every disturbance of the machine.
     """
     found = [np.mean(kinds == kind) * np.median(values[..., kinds == kind], axis=-1) for kind in np.unique(kinds)]
     total: Floats = np.sum(found, axis=0)
@@ -43,12 +43,12 @@ def typical(values: Floats, kinds: Kinds) -> Floats:
 
 
 def ratio(pairs: Pairs, *, seed: int, draws: int = DRAWS) -> Estimate:
-    """typical(top) / typical(bottom) with its percentile interval over rounds drawn anew within their kinds."""
+    """typical(top) / typical(bottom) with its percentile interval over rounds resampled within their kinds."""
     return geometric_mean([pairs], seed=seed, draws=draws)
 
 
 def geometric_mean(several: Sequence[Pairs], *, seed: int, draws: int = DRAWS) -> Estimate:
-    """The geometric mean of several ratios, the rounds of each drawn anew by themselves."""
+    """The geometric mean of several ratios, each with its rounds resampled separately."""
     generator = np.random.default_rng(seed)
     value = np.exp(_mean([_log_ratio(pairs, np.arange(len(pairs.top))) for pairs in several]))
     drawn = [_log_ratio(pairs, _draw(pairs.kinds, draws, generator)) for pairs in several]
@@ -71,12 +71,12 @@ def middle(values: Floats, kinds: Kinds, *, seed: int, draws: int = DRAWS) -> Es
 
 
 def one_kind(rounds: int) -> Kinds:
-    """Rounds that are all alike."""
+    """Rounds of a single kind."""
     return np.zeros(rounds, dtype=np.int64)
 
 
 def _log_ratio(pairs: Pairs, chosen: NDArray[np.int64]) -> Floats:
-    """The logarithm, with -inf for an overhead lost in noise and +inf where the yardstick is."""
+    """The logarithm of the ratio: -inf if the top's overhead is not positive, +inf if the bottom's is not."""
     top, bottom = typical(pairs.top[chosen], pairs.kinds), typical(pairs.bottom[chosen], pairs.kinds)
     with np.errstate(divide="ignore", invalid="ignore"):
         found = np.log(np.maximum(top, 0.0)) - np.log(np.maximum(bottom, 0.0))
@@ -85,7 +85,7 @@ def _log_ratio(pairs: Pairs, chosen: NDArray[np.int64]) -> Floats:
 
 
 def _draw(kinds: Kinds, draws: int, generator: np.random.Generator) -> NDArray[np.int64]:
-    """(draws, rounds) of numbers of rounds, each drawn from those of the kind that it replaces."""
+    """Round numbers, (draws, rounds), each drawn from the rounds of the kind that it replaces."""
     chosen = np.empty((draws, len(kinds)), dtype=np.int64)
     for kind in np.unique(kinds):
         places = np.flatnonzero(kinds == kind)
@@ -94,7 +94,7 @@ def _draw(kinds: Kinds, draws: int, generator: np.random.Generator) -> NDArray[n
 
 
 def _bounds(drawn: Floats) -> tuple[float, float]:
-    # Values that were observed: between two infinite ones there is nothing to interpolate.
+    # Only observed values: interpolation between two infinite ones is undefined.
     tail = (1 - _LEVEL) / 2
     low, high = np.quantile(drawn, tail, method="lower"), np.quantile(drawn, 1 - tail, method="higher")
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""Part `steps`: what a training step costs above the frozen floor."""
+"""Part `steps`: the cost of a training step above the frozen floor."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -27,7 +27,7 @@ RATIO = "overhead / PEFT LoRA's"
 
 
 def measure(settings: Settings) -> list[Row]:
-    """All encoders, and the geometric mean of their ratios, for which the limits hold."""
+    """All encoders, and the geometric mean of their ratios, to which the limits apply."""
     times = {workload.name: time_steps(workload, settings) for workload in encoders(settings)}
     return [row for name, found in times.items() for row in rows_of(name, found, settings)] + means(times, settings)
 
@@ -35,7 +35,7 @@ def measure(settings: Settings) -> list[Row]:
 def time_steps(
     workload: Workload, settings: Settings, *, clock: Callable[[Call], float] = seconds, names: Sequence[str] = NAMES
 ) -> dict[str, Times]:
-    """Seconds of each contender's step in each round, all of them in training at once."""
+    """Seconds of each contender's step in each round; all contenders are trained in the same rounds."""
     training = who.build_all(names, workload, settings)
     calls = {name: contender.step for name, contender in training.items()}
     return interleave(calls, rounds=settings.pairs, seed=settings.seed, warmup=settings.warmup, clock=clock)
@@ -60,7 +60,7 @@ def rows_of(where: str, times: Mapping[str, Times], settings: Settings, part: st
 
 
 def means(times: Mapping[str, Mapping[str, Times]], settings: Settings) -> list[Row]:
-    """The geometric means over the workloads, beside their limits."""
+    """The geometric means over the workloads, with their limits."""
     kinds = kinds_of(settings)
     rows = []
     for name in [name for name in NAMES if name not in (who.FLOOR, who.PEFT_LORA)]:
@@ -77,7 +77,7 @@ def overheads(times: Mapping[str, Times], name: str, kinds: Kinds) -> Pairs:
 
 
 def kinds_of(settings: Settings) -> Kinds:
-    """1 for the rounds in which those that allocate take a mask step, 0 for the others."""
+    """1 for rounds with a mask step of the contenders that allocate, 0 for the others."""
     steps = np.arange(settings.warmup + 1, settings.warmup + settings.pairs + 1)
     kinds: Kinds = (steps % settings.delta_t == 0).astype(np.int64)
     return kinds

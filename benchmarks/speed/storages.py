@@ -1,4 +1,4 @@
-"""Bytes: those that live tensors hold, and the most that were live at once during a call."""
+"""Bytes that live tensors hold, and the peak of live bytes during a call."""
 
 import gc
 import weakref
@@ -13,22 +13,22 @@ from torch.utils._pytree import tree_leaves
 
 
 def held_bytes() -> int:
-    """What all tensors of the process hold that Python can reach, shared storages counted once.
+    """Bytes of all tensors of the process that Python can reach; shared storages count once.
 
-    Whoever keeps them: a method hides nothing in a list, a closure or an optimizer. Gradients nobody looked at are no
-    Python objects, so take it between steps.
+    It finds tensors wherever they are kept: in a list, a closure or an optimizer. Gradients that nobody accessed are
+    not Python objects, so call it between steps.
     """
-    for _ in range(3):  # what finalizers of one collection let go, the next one finds
+    for _ in range(3):  # finalizers of one collection free objects that only the next collection finds
         gc.collect()
     tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor) and not is_lazy(found)]
-    # Sparse tensors have no storage of their own, nor have what vmap and grad wrap around others while they run.
+    # Sparse tensors have no storage, nor have the wrapper tensors of vmap and grad while they run.
     own = [tensor.untyped_storage() for tensor in tensors if torch._C._has_storage(tensor)]
     storages = {storage._cdata: storage.nbytes() for storage in own}
     return sum(storages.values())
 
 
 class Storages(TorchDispatchMode):
-    """Follows the storages that operations make, until they are freed. Scratch space inside a kernel isn't seen."""
+    """Tracks storages that operations allocate until they are freed. Scratch space inside kernels is not tracked."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
@@ -47,7 +47,7 @@ class Storages(TorchDispatchMode):
         return found
 
     def _note(self, storage: torch.UntypedStorage, given: set[int]) -> None:
-        # What came in and goes out again, a view's or an in-place result's storage, was noted before or is older.
+        # The storage of a view or an in-place result is an input's: it is tracked already, or existed before.
         key = storage._cdata
         if key in self._sizes or key in given:
             return
@@ -61,7 +61,7 @@ class Storages(TorchDispatchMode):
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The most that was live at once during ``call`` beyond what was live before."""
+    """The peak of live bytes during ``call``, beyond those live before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,4 +1,4 @@
-"""What was found, as rows of JSON and as Markdown tables."""
+"""Results as rows of JSON and as Markdown tables."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from benchmarks.speed.statistics import Estimate
 
 @attrs.frozen
 class Row:
-    """One measured value: of which part, where, of whom, and the limit that its interval's upper end must keep."""
+    """One measured value: its part, place and contender, and the limit for the upper end of its interval."""
 
     part: str
     where: str
@@ -24,7 +24,7 @@ class Row:
 
     @property
     def passed(self) -> bool | None:
-        """Whether the limit holds; None where there is none. A value that is not a number keeps no limit."""
+        """Whether the limit is met; None if there is none. A value that is not a number misses every limit."""
         if self.limit is None:
             return None
         return (self.value if self.high is None else self.high) <= self.limit
@@ -36,14 +36,14 @@ def estimated(part: str, where: str, who: str, measure: str, found: Estimate, li
 
 
 def to_json(header: Mapping[str, object], rows: Sequence[Row]) -> str:
-    """Header and rows; numbers that JSON lacks become null."""
+    """Header and rows; numbers that JSON cannot represent become null."""
     plain = [{**attrs.asdict(row), "passed": row.passed} for row in rows]
     tame = [{key: _tame(value) for key, value in row.items()} for row in plain]
     return json.dumps({"header": dict(header), "rows": tame}, indent=1) + "\n"
 
 
 def to_markdown(header: Mapping[str, object], rows: Sequence[Row]) -> str:
-    """A table of the header, one of the limits, and one for each part: who was measured where, by measure."""
+    """A table of the header, one of the limits, and one for each part."""
     lines = ["# Speed and memory", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in header.items()]
     lines += ["", "## Limits", "", *limits_table(rows)]
@@ -53,7 +53,7 @@ def to_markdown(header: Mapping[str, object], rows: Sequence[Row]) -> str:
 
 
 def limits_table(rows: Sequence[Row]) -> list[str]:
-    """The rows that have a limit, with what became of it."""
+    """The rows that have a limit, and whether it is met."""
     lines = ["| part | where | who | measure | found | limit | |", "|---|---|---|---|---|---|---|"]
     return lines + [
         f"| {row.part} | {row.where} | {row.who} | {row.measure} | {_found(row)} | ≤ {_number(row.limit)} "

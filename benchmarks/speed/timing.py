@@ -1,4 +1,4 @@
-"""Interleaved timing: in each round every contender has one turn, in an order that moves on."""
+"""Interleaved timing: in each round every contender is timed once, in a changing order."""
 
 import gc
 import itertools
@@ -33,10 +33,10 @@ def cuda_seconds(call: Call) -> float:
 
 
 def orders(names: Sequence[str], seed: int) -> Iterator[list[str]]:
-    """The order of each round: a Williams design, rotated by one each time, its names drawn anew when it is through.
+    """The order of each round: a Williams design, rotated by one each time, with names reshuffled for each design.
 
-    In each design everyone stands at each place equally often, and behind each other once (twice, where their number
-    is odd). Drawn anew, since some have longer steps at fixed intervals.
+    In each design every contender is at each place equally often, and follows every other once (twice if their number
+    is odd). Names are reshuffled because some contenders have longer steps at fixed intervals.
     """
     generator = np.random.default_rng(seed)
     count = len(names)
@@ -59,7 +59,7 @@ def interleave(
 ) -> dict[str, Times]:
     """Seconds of each call in each of ``rounds``, after ``warmup`` more; garbage is collected between rounds only.
 
-    ``before_each`` prepares the named call's turn and is not timed.
+    ``before_each`` prepares the named call and is not timed.
     """
     found: dict[str, list[float]] = {name: [] for name in calls}
     was_enabled = gc.isenabled()

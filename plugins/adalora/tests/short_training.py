@@ -1,4 +1,4 @@
-"""A training of twenty steps that prunes a small model: what several test files begin with."""
+"""A training of twenty steps that prunes a small model, shared by several test files."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,19 +12,19 @@ from tunerkit_adalora.svd_layer import SvdLayer
 
 TOTAL = 20
 # b(0) = 12 until step 4, allocations at 6, 9, 12 and 14, where the final phase with b(T) = 6 begins. Dead triplets stay
-# in memory, so that the masks can be looked at; test_shrinking.py lets them go.
+# in memory, so tests can inspect the masks; test_shrinking.py removes them.
 SETTINGS: dict[str, Any] = {
     "target_rank": 2, "init_rank": 4, "t_init": 4, "t_final": 6, "delta_t": 3, "shrink": False, "targets": TARGETS
 }  # fmt: skip
 
 
 def wrapped(model: nn.Module | None = None, *, seed: int = 0, **changes: Any) -> nn.Module:
-    """``model``, or `net`, with AdaLoRA; ``changes`` come on top of `SETTINGS`."""
+    """``model``, or `net`, with AdaLoRA; ``changes`` override `SETTINGS`."""
     return tunerkit.wrap(net() if model is None else model, "adalora", {**SETTINGS, **changes}, seed=seed)
 
 
 def adamw(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-    """AdamW over all that ``model`` trains."""
+    """AdamW for all trained parameters of ``model``."""
     return torch.optim.AdamW(trainable(model), lr=2e-2, **options)
 
 

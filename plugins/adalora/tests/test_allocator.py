@@ -1,4 +1,4 @@
-"""The allocation against a brute-force order written as plain Python."""
+"""The allocation compared with a brute-force ranking written in plain Python."""
 
 import math
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ class Problem:
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    """Any scores, costs, bounds and budget, the budget from just below zero to just above everything."""
+    """Any scores, costs, bounds and budgets, from just below zero to just above the total cost."""
     scores = draw(rows(any_float))
     each = [st.integers(0, len(row) + 1) for row in scores]
     dearest = draw(st.sampled_from([1, 4]))
@@ -89,7 +89,7 @@ def brute_force(p: Problem) -> list[list[bool]]:
 @given(problems())
 @settings(max_examples=400)
 def test_an_allocation_is_the_brute_force_one(p: Problem) -> None:
-    """For any scores, costs, bounds and budget the masks are those of the obvious sort."""
+    """For any scores, costs, bounds and budget the masks equal those of an obvious sort."""
     masks = allocate(tensors(p.scores), p.keep, costs=p.costs, minimum=p.minimum, maximum=p.maximum)
     assert lists(masks) == brute_force(p)
 
@@ -97,7 +97,7 @@ def test_an_allocation_is_the_brute_force_one(p: Problem) -> None:
 @given(rows(finite), st.integers(-3, 30))
 @example([[0.0, -0.0], [0.0]], 2)
 def test_an_allocation_keeps_exactly_the_budget(scores: list[list[float]], keep: int) -> None:
-    """For any finite scores, equal ones and zeros too, exactly ``keep`` triplets stay, or all, or none."""
+    """For any finite scores, including ties and zeros, exactly ``keep`` triplets stay, or all, or none."""
     masks = allocate(tensors(scores), keep)
     total = sum(map(len, scores))
     assert [len(mask) for mask in masks] == [len(row) for row in scores]
@@ -107,7 +107,7 @@ def test_an_allocation_keeps_exactly_the_budget(scores: list[list[float]], keep:
 
 @given(rows(finite), st.integers(0, 25))
 def test_no_lower_score_is_kept_over_a_higher_one(scores: list[list[float]], keep: int) -> None:
-    """Every score that stays is at least as high as every score that goes."""
+    """Every score that is kept is at least as high as every score that is pruned."""
     masks = lists(allocate(tensors(scores), keep))
     flat = [(s, m) for row, mask in zip(scores, masks, strict=True) for s, m in zip(row, mask, strict=True)]
     kept, gone = [s for s, m in flat if m], [s for s, m in flat if not m]
@@ -131,7 +131,7 @@ def test_within_the_bounds_no_lower_score_is_kept_over_a_higher_one(p: Problem) 
 @given(problems())
 @settings(max_examples=200)
 def test_minimum_and_maximum_hold_wherever_the_budget_allows(p: Problem) -> None:
-    """Minima hold if the budget pays for all of them; a maximum is passed only when every maximum is filled."""
+    """Minima hold if the budget covers all of them; a maximum is exceeded only if every maximum is reached."""
     ranks = [int(mask.sum()) for mask in allocate(tensors(p.scores), p.keep, minimum=p.minimum, maximum=p.maximum)]
     least = [min(low, len(row)) for low, row in zip(p.minimum, p.scores, strict=True)]
     most = [max(low, min(high, len(row))) for low, high, row in zip(least, p.maximum, p.scores, strict=True)]
@@ -145,7 +145,7 @@ def test_minimum_and_maximum_hold_wherever_the_budget_allows(p: Problem) -> None
 
 @given(problems())
 def test_costs_spend_the_longest_prefix_that_fits(p: Problem) -> None:
-    """What stays never costs more than the budget, and what is left of it doesn't pay for the dearest triplet."""
+    """The kept triplets never cost more than the budget, and the rest is less than the most expensive triplet."""
     masks = allocate(tensors(p.scores), p.keep, costs=p.costs)
     spent = sum(cost * int(mask.sum()) for cost, mask in zip(p.costs, masks, strict=True))
     assert spent <= max(0, p.keep)
@@ -155,7 +155,7 @@ def test_costs_spend_the_longest_prefix_that_fits(p: Problem) -> None:
 
 @given(problems(), st.data())
 def test_a_triplet_without_lambda_costs_nothing_and_never_stays(p: Problem, data: st.DataObject) -> None:
-    """Without bounds the others are allocated as if it were not there, whatever its score."""
+    """Without bounds the others are allocated as if it did not exist, whatever its score."""
     scores = [[0.0 if math.isnan(score) else max(score, -1e30) for score in row] for row in p.scores]
     alive = [[data.draw(st.booleans()) for _ in row] for row in scores]
     lams = [-0.5 * torch.tensor(row, dtype=torch.float32) for row in alive]
@@ -184,7 +184,7 @@ def test_masks_nest_while_the_budget_falls_on_fixed_scores(p: Problem, less: int
 
 @pytest.mark.parametrize("zeros", [(0.0, 0.0, 0.0), (-0.0, 0.0, -0.0), (0.0, -0.0, 0.0)])
 def test_ties_go_to_the_earlier_target_then_the_lower_index(zeros: tuple[float, float, float]) -> None:
-    """Equal scores, zeros of either sign among them, are kept in the order in which they stand."""
+    """Equal scores, including zeros of either sign, are kept in order."""
     a, b, c = zeros
     scores = tensors([[a, b], [5.0, c]])
     assert lists(allocate(scores, 2)) == [[True, False], [True, False]]
@@ -192,12 +192,12 @@ def test_ties_go_to_the_earlier_target_then_the_lower_index(zeros: tuple[float, 
 
 
 def test_nan_scores_are_the_lowest() -> None:
-    """A NaN, which sorts count as the largest, is the first to go."""
+    """Sorting treats NaN as the largest; here it is pruned first."""
     assert lists(allocate(tensors([[math.nan, -1e30], [math.nan, 3.0]]), 2)) == [[False, True], [False, True]]
 
 
 def test_a_maximum_yields_only_where_the_budget_cannot_be_spent_otherwise() -> None:
-    """A full target gives way to worse scores elsewhere, until there is nothing else to keep."""
+    """A target at its maximum yields to worse scores elsewhere until nothing else can be kept."""
     scores = tensors([[9.0, 8.0, 7.0], [2.0, 1.0]])
     kept = [lists(allocate(scores, keep, maximum=[1, 2])) for keep in (2, 3, 4)]
     assert kept[0] == [[True, False, False], [True, False]]
@@ -220,7 +220,7 @@ def test_half_precision_and_double_scores_are_ranked_together() -> None:
 
 
 def test_scores_are_left_as_they_were() -> None:
-    """Allocation is pure: its arguments don't change."""
+    """Allocation is pure: it doesn't change its arguments."""
     scores = tensors([[math.nan, -0.0], [1.0]])
     allocate(scores, 1)
     assert math.isnan(scores[0][0])
@@ -228,6 +228,6 @@ def test_scores_are_left_as_they_were() -> None:
 
 
 def test_nothing_to_allocate_is_no_masks() -> None:
-    """No targets, no masks; targets of rank 0, empty masks."""
+    """No targets give no masks; targets of rank 0 give empty masks."""
     assert allocate([], 3) == []
     assert lists(allocate(tensors([[], []]), 3)) == [[], []]

@@ -1,4 +1,4 @@
-"""The method keeps core's contract where attention reads the adapted weights past their modules' forward."""
+"""The method passes the conformance tests if attention uses weights directly, bypassing their modules' forward()."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,13 +23,13 @@ ATTENTION = "re:.*(self_attn|out_proj|[qkv]_proj)"
 
 @each_check(CASES, CONFIGS)
 def test_keeps_the_contract(check: Check, case: Case, config: Mapping[str, object], tmp_path: Path) -> None:
-    """Every check of the conformance kit holds for torch's encoders and for WavLM."""
+    """Every conformance test passes for torch's encoders and for WavLM."""
     check(case, "adalora", config, tmp_path)
 
 
 @pytest.mark.parametrize("case", CASES, ids=conformance.name_of)
 def test_prunes_attention_to_the_exact_budget(case: Case) -> None:
-    """With adapters inside attention alone: every triplet is scored, the budget holds, and dead triplets have λ = 0."""
+    """With adapters only inside attention, every triplet is scored, the budget is exact, and dead λ are 0."""
     config = {"targets": ATTENTION, "budget": 7, "init_rank": 4, "delta_t": 2, "t_init": 2, "t_final": 4}
     model = tunerkit.wrap(case.build(), "adalora", config, seed=0).train()
     tuner = tunerkit.tuner(model)
@@ -44,7 +44,7 @@ def test_prunes_attention_to_the_exact_budget(case: Case) -> None:
 
 
 def test_what_attention_averages_is_what_a_linear_layer_would() -> None:
-    """The scores rest on gradients: those of W + ΔW in attention equal those of an SVD layer beside a called layer."""
+    """Scores depend on gradients: those of W + ΔW in attention equal those of an SVD layer at a called layer."""
     torch.manual_seed(0)
     attention, linear = torch.nn.MultiheadAttention(8, 2).double(), torch.nn.Linear(8, 24).double()
     with torch.no_grad():

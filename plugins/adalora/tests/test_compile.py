@@ -1,4 +1,4 @@
-"""Tests of AdaLoRA in compiled models."""
+"""AdaLoRA in compiled models."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ SETTINGS = {"target_rank": 2, "init_rank": 4, "exact_svd": True, "t_init": 2, "t
 
 @compiling.each_model
 def test_masks_change_without_recompiling(name: str, backend: str) -> None:
-    """One graph without a break, compiled once until the distribution is final, then at most once more."""
+    """One graph without a break is compiled once until ranks are final, then at most once more."""
     training = compiling.check_trains_in_one_graph(name, "adalora", SETTINGS, backend=backend, steps=TOTAL)
     assert training.compilations[:FINAL] == [1] * FINAL
     assert training.compilations[TOTAL - 1] <= 2
@@ -55,6 +55,6 @@ def test_a_compiled_step_allocates_as_an_eager_one(whole: bool) -> None:
 
 
 def test_adapters_take_part_in_a_model_compiled_before() -> None:
-    """Code compiled before wrapping is not run after it, though the base was frozen then too."""
+    """Code compiled before wrapping is not reused after it, even if the base was frozen already."""
     training = compiling.check_adapts_what_was_compiled("bert", "adalora", SETTINGS, backend="eager", steps=TOTAL)
     assert sum(training.tuner.ranks().values()) == 2 * len(training.tuner.targets)

@@ -1,4 +1,4 @@
-"""Tests of AdaLoRA's config: what it means, JSON and back, and the errors for bad input."""
+"""AdaLoRA's config: its meaning, the JSON round trip, and the errors for bad input."""
 
 import math
 from typing import Any
@@ -47,7 +47,7 @@ def test_every_field_survives_json(config: AdaLoraConfig) -> None:
 @given(config=CONFIGS | BUDGETS)
 @settings(max_examples=100, deadline=None)
 def test_settling_writes_out_what_a_config_resolves_to(config: AdaLoraConfig) -> None:
-    """A settled config leaves no default open, resolves to the same settings, and is settled."""
+    """A settled config has no open default, resolves to the same settings, and is itself settled."""
     settled, resolved = config.settled(), config.resolved()
     assert settled.resolved() == resolved
     assert settled.settled() == settled
@@ -60,21 +60,21 @@ def test_settling_writes_out_what_a_config_resolves_to(config: AdaLoraConfig) ->
 
 @given(target=st.integers(1, 64))
 def test_the_initial_rank_defaults_to_one_and_a_half_times_the_target(target: int) -> None:
-    """Rounded up, so that there is always something to prune."""
+    """It is rounded up, so there is always something to prune."""
     config = AdaLoraConfig(target_rank=target, exact_svd=False)
     assert config.initial_rank == math.ceil(1.5 * target) > target
     assert config.scale == 2.0
 
 
 def test_the_defaults_work() -> None:
-    """Without a word: 12 triplets per target, pruned to 8 on average."""
+    """Without any setting: 12 triplets per target, pruned to 8 on average."""
     config = AdaLoraConfig()
     assert (config.resolved().init_rank, config.resolved().target_rank) == (12, 8)
 
 
 @given(alpha=st.floats(0.1, 100), rank=st.integers(8, 64))
 def test_the_scale_is_alpha_over_the_initial_rank(alpha: float, rank: int) -> None:
-    """Whatever the target rank is."""
+    """It does not depend on the target rank."""
     assert AdaLoraConfig(alpha=alpha, init_rank=rank, target_rank=3).scale == alpha / rank
 
 
@@ -121,7 +121,7 @@ def test_the_scale_is_alpha_over_the_initial_rank(alpha: float, rank: int) -> No
     ],
 )
 def test_a_mistake_gets_one_line_with_its_path(mapping: dict[str, Any], words: list[str]) -> None:
-    """What was got, what is allowed, and where; nothing else is reported."""
+    """The line has the value, what is allowed, and the path; nothing else is reported."""
     check_one_mistake("adalora", mapping, words)
 
 
@@ -136,7 +136,7 @@ def net() -> nn.Module:
 
 @pytest.mark.parametrize("field", ["min_rank", "max_rank"])
 def test_a_bound_for_no_target_is_refused_with_the_closest_name(field: str) -> None:
-    """A mistyped pattern would be ignored in silence; the model stays as it was."""
+    """A mistyped pattern would be ignored silently; the model is unchanged."""
     check_unmatched_pattern("adalora", field, 4)
 
 
@@ -155,7 +155,7 @@ def test_a_bound_for_no_target_is_refused_with_the_closest_name(field: str) -> N
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused_when_attaching(config: dict[str, Any], total: int, words: str) -> None:
-    """Only with the model and the total is it known; no step is taken."""
+    """It depends on the model and the total; no step is taken."""
     model = tunerkit.wrap(net(), "adalora", {"target_rank": 2, "targets": ["query", "value"], **config})
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     with pytest.raises(tunerkit.ConfigError, match=words):
@@ -164,7 +164,7 @@ def test_a_schedule_that_cannot_be_is_refused_when_attaching(config: dict[str, A
 
 
 def test_a_config_is_never_written_to() -> None:
-    """It describes; wrapping and training leave it equal, and its fields refuse assignment."""
+    """Wrapping and training leave it equal, and its fields reject assignment."""
     config = AdaLoraConfig(targets=("query", "value"))
     model = tunerkit.wrap(net(), "adalora", config)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -177,7 +177,7 @@ def test_a_config_is_never_written_to() -> None:
 
 
 def test_the_papers_setting_and_pefts_have_names() -> None:
-    """Each is a config like others: what is given goes over it, and it goes to JSON and back."""
+    """Each is an ordinary config: arguments override it, and it survives JSON."""
     paper, peft = AdaLoraConfig.paper(target_rank=1, init_rank=3), AdaLoraConfig.peft(gamma=0.1)
     assert (paper.start, paper.gamma, paper.orthogonality, paper.scale) == ("gaussian", 0.1, "reference", 16 / 3)
     assert (peft.start, peft.gamma, peft.scale) == ("gaussian", 0.1, 8 / 12)
@@ -187,7 +187,7 @@ def test_the_papers_setting_and_pefts_have_names() -> None:
 
 @pytest.mark.parametrize("rank", [8, 4])
 def test_pefts_setting_is_what_peft_has(rank: int) -> None:
-    """Its own defaults, read from it, whatever the rank at the end."""
+    """Its values are PEFT's own defaults, read from PEFT, whatever the target rank."""
     peft = pytest.importorskip("peft", reason="peft is the peer that this test compares with")
     theirs = peft.AdaLoraConfig(total_step=100) if rank == 8 else peft.AdaLoraConfig(total_step=100, target_r=rank)
     ours = AdaLoraConfig.peft() if rank == 8 else AdaLoraConfig.peft(target_rank=rank)

@@ -1,4 +1,4 @@
-"""The method keeps core's contract on small random models of every architecture, and prunes each to its budget."""
+"""The method passes the conformance tests on small random models of every architecture, and meets each budget."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +25,7 @@ CONFIGS: dict[str, dict[str, object]] = {
 
 @each_check(matrix.cases(), {"default": DEFAULTS})
 def test_keeps_the_contract(check: Check, case: Case, config: Mapping[str, object], tmp_path: Path) -> None:
-    """Every check of the conformance kit holds for every architecture."""
+    """Every conformance test passes for every architecture."""
     check(case, "adalora", config, tmp_path)
 
 
@@ -33,13 +33,13 @@ def test_keeps_the_contract(check: Check, case: Case, config: Mapping[str, objec
 def test_keeps_the_contract_in_every_setting(
     check: Check, case: Case, config: Mapping[str, object], tmp_path: Path
 ) -> None:
-    """Every check holds for every kind of base layer and setting."""
+    """Every test passes for every kind of base layer and setting."""
     check(case, "adalora", config, tmp_path)
 
 
 @pytest.mark.parametrize("case", matrix.cases())
 def test_every_architecture_is_pruned_to_exactly_its_target(case: Case) -> None:
-    """With the default's targets the ranks are ``target_rank`` for each on average at the end, and not all equal."""
+    """With the default's targets the final ranks are ``target_rank`` on average, and not all equal."""
     tuner = pruned(case, None)
     assert sum(tuner.ranks().values()) == tuner.budget() == 2 * len(tuner.targets)
     assert len(set(tuner.ranks().values())) > 1
@@ -47,7 +47,7 @@ def test_every_architecture_is_pruned_to_exactly_its_target(case: Case) -> None:
 
 @pytest.mark.parametrize("case", matrix.linear())
 def test_all_linear_layers_are_pruned_to_exactly_their_target(case: Case) -> None:
-    """With all linear layers too: pooler, projections and time embeddings beside the blocks."""
+    """The same with all linear layers, including pooler, projections and time embeddings outside the blocks."""
     tuner = pruned(case, "all-linear")
     assert sum(tuner.ranks().values()) == tuner.budget() == 2 * len(tuner.targets)
     assert len(set(tuner.ranks().values())) > 1

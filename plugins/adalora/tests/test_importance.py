@@ -1,4 +1,4 @@
-"""Importance against a float64 loop written from the paper, number by number."""
+"""Importance compared with a float64 loop written from the paper, number by number."""
 
 import numpy as np
 import numpy.typing as npt
@@ -42,14 +42,14 @@ class PaperLayer:
 
 
 def paper_allocation(scores: list[list[float]], keep: int) -> list[list[bool]]:
-    """The best ``keep`` of all triplets, earlier ones first where scores are equal."""
+    """The best ``keep`` of all triplets; earlier ones win ties."""
     order = sorted((-score, layer, i) for layer, row in enumerate(scores) for i, score in enumerate(row))
     kept = {(layer, i) for _, layer, i in order[:keep]}
     return [[(layer, i) in kept for i in range(len(row))] for layer, row in enumerate(scores)]
 
 
 def random_grads(rng: np.random.Generator, layer: PaperLayer) -> list[Array]:
-    """Gradients as they come: of any size, now and then zero for a whole layer or with a bad number in it."""
+    """Realistic gradients of any size, sometimes zero for a whole layer or with a non-finite number."""
     scale = 0.0 if rng.random() < 0.1 else 10.0 ** rng.integers(-4, 3)
     grads: list[Array] = [scale * rng.normal(size=w.shape) for w in layer.weights]
     if rng.random() < 0.15:
@@ -61,9 +61,9 @@ def random_grads(rng: np.random.Generator, layer: PaperLayer) -> list[Array]:
 @given(seeds, st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_many_steps_agree_with_the_paper_written_as_loops(seed: int, alike: bool) -> None:
-    """Over a whole training, averages, scores and masks are those of the paper's formulas computed one by one.
+    """Over a whole training, averages, scores and masks equal those of the paper's formulas computed one by one.
 
-    Layers of one shape are averaged together, layers of their own each alone; an unused one keeps what it has.
+    Layers of one shape are averaged together, layers of a unique shape alone; an unused layer keeps its averages.
     """
     rng = np.random.default_rng(seed)
     sizes = [rng.integers(1, 5, size=3) for _ in range(3)]
@@ -107,7 +107,7 @@ def tensors(arrays: list[Array]) -> list[Tensor]:
 
 
 def averaged(weights: list[Tensor], grads: list[Tensor], steps: int = 1) -> tuple[list[Tensor], list[Tensor]]:
-    """Ī and Ū of each weight after the same step several times."""
+    """Ī and Ū of each weight after repeating the same step."""
     stacks = new_stacks(weights)
     for _ in range(steps):
         smooth_(weights, grads, stacks, beta1=BETA1, beta2=BETA2)
@@ -117,7 +117,7 @@ def averaged(weights: list[Tensor], grads: list[Tensor], steps: int = 1) -> tupl
 @given(seeds, st.sampled_from([torch.float16, torch.bfloat16]))
 @settings(max_examples=30)
 def test_averages_of_narrow_weights_are_kept_in_fp32(seed: int, dtype: torch.dtype) -> None:
-    """Half-precision weights are averaged as if they and their gradients had been fp32 all along."""
+    """Half-precision weights are averaged as if they and their gradients were fp32."""
     generator = torch.Generator().manual_seed(seed)
     w = (1e-4 * torch.randn(3, 2, generator=generator)).to(dtype)
     g = (1e-4 * torch.randn(3, 2, generator=generator)).to(dtype)
@@ -129,14 +129,14 @@ def test_averages_of_narrow_weights_are_kept_in_fp32(seed: int, dtype: torch.dty
 
 
 def test_averages_of_double_weights_stay_double() -> None:
-    """fp64 isn't narrowed."""
+    """fp64 isn't converted to fp32."""
     assert new_stacks([torch.ones(2, dtype=torch.float64)])[0].sensitivity.dtype == torch.float64
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("weight", [1.0, 0.0])
 def test_a_bad_gradient_never_reaches_the_averages(bad: float, weight: float) -> None:
-    """One non-finite value leaves its whole weight out, counted, bit for bit; the others of its shape go on."""
+    """One non-finite value skips the whole weight and counts it; others of its shape are averaged as usual."""
     weights = [torch.tensor(w) for w in ([2.0, weight], [3.0], [4.0, 5.0], [6.0, 7.0])]
     grads = [torch.tensor(g) for g in ([1.0, bad], [1.0], [1.0, 1.0], [1.0, 1.0])]
     stacks = new_stacks(weights)
@@ -152,7 +152,7 @@ def test_a_bad_gradient_never_reaches_the_averages(bad: float, weight: float) ->
 
 
 def test_a_product_that_overflows_counts_as_bad() -> None:
-    """A finite gradient whose sensitivity is infinite is left out too: one infinity would stay for good."""
+    """A finite gradient with infinite sensitivity is skipped too: an infinity would never decay."""
     stacks = new_stacks([torch.ones(1)])
     skipped = smooth_([torch.tensor([1e30])], [torch.tensor([1e30])], stacks, beta1=BETA1, beta2=BETA2)
     assert skipped.item() == 1
@@ -160,7 +160,7 @@ def test_a_product_that_overflows_counts_as_bad() -> None:
 
 
 def test_the_largest_finite_gradients_are_not_bad() -> None:
-    """Looking for bad numbers doesn't itself overflow."""
+    """The check for bad numbers doesn't overflow itself."""
     w, g = torch.full((64,), 1e-3), torch.full((64,), torch.finfo(torch.float32).max)
     assert smooth_([w], [g], new_stacks([w]), beta1=BETA1, beta2=BETA2).item() == 0
 
@@ -168,7 +168,7 @@ def test_the_largest_finite_gradients_are_not_bad() -> None:
 @given(seeds, st.integers(-20, 20))
 @settings(max_examples=30)
 def test_scores_scale_with_the_square_of_the_gradients(seed: int, power: int) -> None:
-    """Gradients times 2^k give scores times exactly 4^k, hence the same masks: the loss's scale doesn't matter."""
+    """Gradients times 2^k give scores times exactly 4^k, so masks do not depend on the loss's scale."""
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(s, generator=generator, dtype=torch.float64) for s in ((4, 3), (3,), (3, 5))]
     grads = [[torch.randn(w.shape, generator=generator, dtype=torch.float64) for w in weights] for _ in range(4)]
@@ -183,7 +183,7 @@ def test_scores_scale_with_the_square_of_the_gradients(seed: int, power: int) ->
 
 
 def test_layers_of_rank_zero_have_no_scores_and_are_not_bad() -> None:
-    """A rank of zero is a rank like others."""
+    """A rank of zero is valid."""
     weights = [torch.ones(4, 0), torch.ones(0), torch.ones(0, 3)]
     stacks = new_stacks(weights)
     assert smooth_(weights, weights, stacks, beta1=BETA1, beta2=BETA2).item() == 0
@@ -193,7 +193,7 @@ def test_layers_of_rank_zero_have_no_scores_and_are_not_bad() -> None:
 @given(st.lists(st.sampled_from([0, 1, 3, 40]), min_size=1, max_size=8), seeds)
 @settings(max_examples=30, deadline=None)
 def test_weights_of_one_shape_are_averaged_as_each_alone(sizes: list[int], seed: int) -> None:
-    """However they are put together, every weight is averaged once and every bad one counted once."""
+    """However they are grouped, every weight is averaged once and every bad one counted once."""
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(n, generator=generator) for n in sizes]
     grads = [torch.randn(n, generator=generator) for n in sizes]
@@ -208,13 +208,13 @@ def test_weights_of_one_shape_are_averaged_as_each_alone(sizes: list[int], seed:
 
 
 def test_nothing_to_average_is_nothing_left_out() -> None:
-    """No weights, no work."""
+    """Without weights, nothing is counted as skipped."""
     assert smooth_([], [], [], beta1=BETA1, beta2=BETA2).item() == 0
     assert triplet_scores([]) == []
 
 
 def test_the_host_never_waits_for_the_device() -> None:
-    """On meta tensors, which hold no numbers, all of it runs: nothing looks at a value."""
+    """It runs on meta tensors, which have no values, so nothing reads a value."""
     weights = [torch.ones(s, device="meta") for s in ((4, 3), (3,), (3, 5))]
     stacks = new_stacks(weights)
     assert smooth_(weights, weights, stacks, beta1=BETA1, beta2=BETA2).is_meta
@@ -223,7 +223,7 @@ def test_the_host_never_waits_for_the_device() -> None:
 
 
 def test_averages_are_updated_where_they_are_and_weights_not_at_all() -> None:
-    """Only the two averages change, in place; parameters that need gradients are no obstacle."""
+    """Only the two averages change, in place; parameters may require gradients."""
     w = torch.nn.Parameter(torch.tensor([2.0, -3.0]))
     g = torch.tensor([0.5, 1.0])
     (stack,) = new_stacks([w])
@@ -236,8 +236,8 @@ def test_averages_are_updated_where_they_are_and_weights_not_at_all() -> None:
     assert g.tolist() == [0.5, 1.0]
 
 
-def test_the_number_of_operations_goes_by_shapes_and_not_by_layers() -> None:
-    """Twice as many layers of the same shapes cost the same number of dispatched operations."""
+def test_the_number_of_operations_scales_with_shapes_and_not_with_layers() -> None:
+    """Twice as many layers of the same shapes need the same number of dispatched operations."""
     counts = []
     for depth in (2, 9):
         weights = [torch.ones(s) for _ in range(depth) for s in ((4, 3), (3,), (3, 5))]

@@ -1,4 +1,4 @@
-"""Tests of Λ where the SVD at an allocation sets it: between allocations the optimizer leaves it as it is."""
+"""An untrained Λ, set by the SVD at each allocation: between allocations it stays unchanged."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +35,7 @@ def lambdas(model: nn.Module) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_lambda_moves_at_allocations_and_at_no_other_step(name: str) -> None:
-    """Momentum, weight decay and line searches do not reach it either; P and Q move at every step."""
+    """Momentum, weight decay and line searches don't change it; P and Q change at every step."""
     model, optimizer = started(OPTIMIZERS[name])
     for number in range(1, TOTAL + 1):
         before = lambdas(model), [layer.p.detach().clone() for layer in layers(model)]
@@ -46,7 +46,7 @@ def test_lambda_moves_at_allocations_and_at_no_other_step(name: str) -> None:
 
 
 def test_its_gradient_is_there_after_the_step_and_counts_for_the_scores() -> None:
-    """It is only kept from the optimizer: who logs gradients after a step, and importance, see it as ever."""
+    """The gradient is hidden only from the optimizer: logging after a step, and importance, see it as usual."""
     model, optimizer = started(OPTIMIZERS["AdamW"])
     loss_of(model).backward()
     expected = [layer.lam.grad.clone() for layer in layers(model) if layer.lam.grad is not None]
@@ -62,7 +62,7 @@ def test_its_gradient_is_there_after_the_step_and_counts_for_the_scores() -> Non
 
 
 def test_one_lambda_for_two_targets_keeps_its_gradient() -> None:
-    """A tied λ is taken once, unscaled once where a fused optimizer would do that, and put back."""
+    """A tied λ is withheld once, unscaled once if a fused optimizer would do that, and restored."""
     model, optimizer = started(OPTIMIZERS["fused AdamW"])
     first, second = layers(model)[:2]
     train(model, optimizer, 1)
@@ -81,7 +81,7 @@ def test_one_lambda_for_two_targets_keeps_its_gradient() -> None:
 
 @pytest.mark.parametrize("scale", [2.0**16, 3.0e4])
 def test_its_gradient_is_there_after_a_step_that_a_fused_optimizer_skipped(scale: float) -> None:
-    """It is what it was before the step, scaled like all others; the next step is as if this one had not been."""
+    """It equals the one before the step, scaled like all others; the next step is unaffected by the skipped one."""
     model, optimizer = started(OPTIMIZERS["fused AdamW"])
     train(model, optimizer, 2)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
@@ -101,7 +101,7 @@ def test_its_gradient_is_there_after_a_step_that_a_fused_optimizer_skipped(scale
 
 
 def test_a_step_that_raised_does_not_lose_its_gradient() -> None:
-    """The optimizer is repaired and steps again with the same gradients: the end is that of a run without the error."""
+    """The optimizer is repaired and repeats the step: training ends as in a run without the error."""
     ends = []
     for fails in (False, True):
         model, optimizer = started(OPTIMIZERS["AdamW"])
@@ -123,7 +123,7 @@ def raising(*_: object) -> None:
 
 
 def test_a_masked_triplet_does_not_come_back_where_nothing_would_move_it() -> None:
-    """Neither rotated nor trained, λ stays 0, whatever the averages remember: no budget is spent on it."""
+    """If λ is neither rotated nor trained, it stays 0, whatever the averages: no budget is spent on it."""
     changes = {"exact_svd": False, "train_lambda": False, "init_rank": 6, "t_init": 10, "t_final": 30, "delta_t": 1}
     model, optimizer = started(lambda own: torch.optim.AdamW(own, lr=1e-3), total_steps=100, **changes)
     for _ in range(100):
@@ -134,10 +134,11 @@ def test_a_masked_triplet_does_not_come_back_where_nothing_would_move_it() -> No
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("exact_svd", [False, True])
-def test_what_a_budget_in_parameters_has_left_over_buys_no_dead_triplet(seed: int, exact_svd: bool) -> None:
-    """A dear triplet that does not fit leaves a rest, which the next budgets would spend on the cheapest masked ones.
+def test_an_unused_part_of_a_budget_in_parameters_buys_no_dead_triplet(seed: int, exact_svd: bool) -> None:
+    """An expensive triplet that does not fit leaves part of the budget unused. Later budgets must not spend it.
 
-    They would come back with λ at nothing, and count. So masks only lose, and every live triplet is worth its place.
+    They would spend it on the cheapest masked triplets, which would count with a λ near 0. So masks only shrink, and
+    every live triplet is useful.
     """
     torch.manual_seed(seed)
     base = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 90), nn.Tanh())
@@ -165,7 +166,7 @@ def test_what_a_budget_in_parameters_has_left_over_buys_no_dead_triplet(seed: in
 
 
 def test_dead_triplets_of_a_loaded_adapter_go_at_the_first_allocation(tmp_path: Path) -> None:
-    """Attached again all triplets are there, but those at λ = 0 learn nothing: no allocation pays for them."""
+    """After attaching again all triplets exist, but those with λ = 0 learn nothing: no allocation keeps them."""
     model, optimizer = started(OPTIMIZERS["AdamW"])
     train(model, optimizer, TOTAL)
     kept = [layer.mask.clone() for layer in layers(model)]
@@ -181,7 +182,7 @@ def test_dead_triplets_of_a_loaded_adapter_go_at_the_first_allocation(tmp_path: 
 
 
 def test_train_lambda_lets_the_optimizer_move_it() -> None:
-    """As the paper has it."""
+    """As in the paper."""
     model, optimizer = started(OPTIMIZERS["AdamW"], train_lambda=True)
     train(model, optimizer, 2)
     assert not any(torch.equal(lam, torch.ones(4)) for lam in lambdas(model))
@@ -201,11 +202,11 @@ def test_train_lambda_lets_the_optimizer_move_it() -> None:
     ],
 )
 def test_it_is_trained_where_nothing_else_sets_it(config: dict[str, Any], expected: bool) -> None:
-    """The default follows `exact_svd`, but for a start at Λ = 0, which would stay there."""
+    """The default follows `exact_svd`, except for a start at Λ = 0, which would never change."""
     assert AdaLoraConfig(**config).resolved().train_lambda is expected
 
 
 def test_the_named_settings_train_it() -> None:
-    """The paper's and PEFT's Λ is a parameter like others."""
+    """In the presets of the paper and of PEFT, Λ is an ordinary parameter."""
     assert AdaLoraConfig.paper().resolved().train_lambda
     assert AdaLoraConfig.peft().resolved().train_lambda

@@ -1,4 +1,4 @@
-"""Tests of what users do to a model beside training it with AdaLoRA: copy, move, reload, autocast."""
+"""Operations besides training with AdaLoRA: copy, move, reload, autocast."""
 
 import copy
 import itertools
@@ -32,7 +32,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, x: Ten
 
 
 def everything(model: nn.Module) -> dict[str, Any]:
-    """All that training moves, as values."""
+    """Copies of all values that training changes."""
     tuner, training = tunerkit.tuner(model), training_of(tunerkit.tuner(model))
     return {
         "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
@@ -48,8 +48,8 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(a.keys() == b.keys() and all(torch.equal(t, b[name]) for name, t in a.items()) for a, b in pairs)
 
 
-def test_a_copy_of_a_half_pruned_training_is_its_own(tmp_path: Path) -> None:
-    """Weights, masks, averages, steps and history are separate, and both ways go where one alone would have gone."""
+def test_a_copy_of_a_half_pruned_training_is_independent(tmp_path: Path) -> None:
+    """Weights, masks, averages, steps and history are separate; both trainings end as each alone would."""
     model = wrapped()
     optimizer = attached(model)
     train(model, optimizer, HALF)
@@ -57,7 +57,7 @@ def test_a_copy_of_a_half_pruned_training_is_its_own(tmp_path: Path) -> None:
     twin = copy.deepcopy(model)
     assert same(everything(twin), half)
     assert tunerkit.tuner(twin).history
-    # A new run of the copy starts the schedule anew and ends pruned, on other data.
+    # A new run of the copy restarts the schedule and ends pruned, on other data.
     train(twin, attached(twin), TOTAL, -X)
     assert same(everything(model), half)
     assert sum(tunerkit.tuner(twin).ranks().values()) == 6
@@ -70,8 +70,8 @@ def test_a_copy_of_a_half_pruned_training_is_its_own(tmp_path: Path) -> None:
     assert same(everything(model), everything(alone))
 
 
-def test_a_copy_may_go_on_where_the_original_stands(tmp_path: Path) -> None:
-    """With the original's training state and its optimizer's, the copy's further steps are bit-identical."""
+def test_a_copy_can_resume_where_the_original_is(tmp_path: Path) -> None:
+    """With the training states of the original and its optimizer, the copy's further steps are bit-identical."""
     model = wrapped()
     optimizer = attached(model)
     train(model, optimizer, HALF)
@@ -87,7 +87,7 @@ def test_a_copy_may_go_on_where_the_original_stands(tmp_path: Path) -> None:
 
 
 def test_a_second_attach_trains_the_layers_that_are_there() -> None:
-    """Slots put back by hand from a copy are other modules than those that the first training saw."""
+    """Slots restored by hand from a copy are other modules than those of the first training."""
     model = wrapped()
     before = [copy.deepcopy(model.get_submodule(f"{place}.tunerkit")) for place in TARGETS]
     train(model, attached(model), HALF)
@@ -102,8 +102,8 @@ def test_a_second_attach_trains_the_layers_that_are_there() -> None:
 
 
 @pytest.mark.parametrize("place", ["0", "2", "4"])
-def test_a_place_that_was_torn_out_is_told_before_anything_moves(place: str) -> None:
-    """At the next step and at `finish`; once it is back, training goes on as if nothing had happened."""
+def test_a_removed_adapter_is_an_error_before_anything_changes(place: str) -> None:
+    """The error comes at the next step and at `finish`; once the adapter is back, training continues unaffected."""
     model, alone = wrapped(), wrapped()
     optimizer, other = attached(model), attached(alone)
     train(model, optimizer, HALF)
@@ -121,7 +121,7 @@ def test_a_place_that_was_torn_out_is_told_before_anything_moves(place: str) -> 
 
 
 def test_weights_of_a_parametrised_layer_are_its_attributes() -> None:
-    """A parametrised factor is no parameter of the layer any more."""
+    """A parametrised factor is no longer a parameter of the layer."""
     model = wrapped()
     layer = layers(model)[0]
     torch.nn.utils.parametrize.register_parametrization(layer, "q", nn.Identity())
@@ -131,7 +131,7 @@ def test_weights_of_a_parametrised_layer_are_its_attributes() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("when", [2, HALF, 16])
-def test_training_goes_on_to_the_budget_after_a_change_of_dtype(dtype: torch.dtype, when: int) -> None:
+def test_training_reaches_the_budget_after_a_change_of_dtype(dtype: torch.dtype, when: int) -> None:
     """`model.to(dtype)` before the first allocation, between two, or in the final phase: the budget is exact."""
     model = wrapped()
     optimizer = attached(model, make=torch.optim.SGD)
@@ -147,7 +147,7 @@ def test_training_goes_on_to_the_budget_after_a_change_of_dtype(dtype: torch.dty
 
 @pytest.mark.parametrize("assign", [False, True])
 def test_masks_come_back_from_meta_with_the_weights(assign: bool) -> None:
-    """to("meta"), then a state_dict with assign=True or into to_empty: no mask stays behind."""
+    """to("meta"), then a state_dict with assign=True or into to_empty: every mask is restored."""
     source = wrapped()
     train(source, attached(source), HALF)
     model = wrapped().to("meta")
@@ -163,7 +163,7 @@ def test_masks_come_back_from_meta_with_the_weights(assign: bool) -> None:
 @pytest.mark.parametrize("adapter_dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_trains_as_full_precision_within_its_digits(dtype: torch.dtype, adapter_dtype: str) -> None:
-    """On the CPU, with adapters in any dtype: outputs within the dtype's tolerance, the budget exact."""
+    """On the CPU, with adapters in any dtype: outputs agree within the dtype's tolerance, and the budget is exact."""
     plain, model = wrapped(), wrapped(adapter_dtype=adapter_dtype)
     optimizers = [attached(each, make=torch.optim.SGD) for each in (plain, model)]
     assert {p.dtype for p in tunerkit.tuner(model).parameters()} == {getattr(torch, adapter_dtype)}
@@ -183,9 +183,9 @@ def test_autocast_trains_as_full_precision_within_its_digits(dtype: torch.dtype,
 
 
 def test_an_offloaded_model_is_pruned_as_the_model_itself(tmp_path: Path) -> None:
-    """Hooks of accelerate bring the base's weights for each forward: masks and history are the same, weights alike.
+    """Hooks of accelerate load the base's weights for each forward: masks and history are equal, weights close.
 
-    Beside weights that are away the plain form of the low-rank product is used, which rounds otherwise.
+    While weights are offloaded the plain form of the low-rank product is used, which rounds differently.
     """
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     plain = wrapped()
@@ -221,7 +221,7 @@ class Checkpointed(nn.Module):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_blocks_are_pruned_as_others(reentrant: bool) -> None:
-    """Run again in the backward pass, they give the same gradients, averages, masks and weights, bit for bit."""
+    """Recomputed in backward, they give bit-identical gradients, averages, masks and weights."""
     models = [Checkpointed(None), Checkpointed(reentrant)]
     for model in models:
         tunerkit.wrap(model, "adalora", {**SETTINGS, "targets": ["blocks.*.[02]"], "dropout": 0.0}, seed=0)

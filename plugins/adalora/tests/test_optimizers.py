@@ -1,4 +1,4 @@
-"""Tests of AdaLoRA under every form of an optimizer's step, and of gradients as they come."""
+"""AdaLoRA with every form of an optimizer's step, and with realistic gradients."""
 
 import itertools
 import math
@@ -53,7 +53,7 @@ def accumulation(model: nn.Module, optimizer: torch.optim.AdamW) -> None:
 
 
 def scaler(model: nn.Module, optimizer: torch.optim.AdamW) -> None:
-    """The default scale of 2**16; four batches overflow and their steps are skipped, one at an allocation's turn."""
+    """The default scale of 2**16; four batches overflow and their steps are skipped, one at an allocation."""
     scale = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     skipped = (0, 5, 9, 20)
     for number in range(TOTAL + len(skipped)):
@@ -70,7 +70,7 @@ LAMBDA: list[dict[str, Any]] = [{"gamma": 0.1}, {"gamma": 0.0, "exact_svd": True
 @pytest.mark.parametrize("changes", LAMBDA, ids=["lambda trained", "lambda held"])
 @pytest.mark.parametrize("form", [plain, closure, accumulation, scaler], ids=lambda form: form.__name__)
 def test_every_kind_of_adamw_gives_the_same_masks_in_every_form(form: Any, changes: dict[str, Any]) -> None:
-    """Foreach, fused and loop: at each allocation the ranks of the plain loop, and the budget exact at the end."""
+    """Foreach, fused and loop: each allocation has the ranks of the plain loop, and the final budget is exact."""
     model, optimizer = started("foreach", **changes)
     plain(model, optimizer)
     expected = tunerkit.tuner(model).history
@@ -88,7 +88,7 @@ def test_every_kind_of_adamw_gives_the_same_masks_in_every_form(form: Any, chang
 @pytest.mark.parametrize("changes", LAMBDA, ids=["lambda trained", "lambda held"])
 @pytest.mark.parametrize("form", [plain, closure, accumulation, scaler], ids=lambda form: form.__name__)
 def test_masks_agree_triplet_by_triplet(form: Any, changes: dict[str, Any]) -> None:
-    """Not the counts alone: with every triplet kept in memory, the masks are equal elementwise over kinds and forms."""
+    """With every triplet kept in memory, masks are equal elementwise over kinds and forms, not only in counts."""
     model, optimizer = started("foreach", shrink=False, **changes)
     plain(model, optimizer)
     expected = [layer.mask for layer in layers(model)]
@@ -109,7 +109,7 @@ INJECTED = st.sampled_from([math.nan, math.inf, -math.inf, None])
 def test_bad_gradients_anywhere_leave_averages_finite_and_the_budget_exact(
     bad: dict[tuple[int, int], float | None], unit: str
 ) -> None:
-    """NaN, ±inf or None in any weight's gradient but the first one's, at any steps: skipped, never averaged."""
+    """NaN, ±inf or None in any weight's gradient but the first one's, at any steps, is skipped, never averaged."""
     budget = BUDGET if unit == "rank" else 90
     model, _ = started("foreach", target_rank=None, budget=budget, budget_unit=unit, shrink=False)
     tuner = tunerkit.tuner(model)
@@ -159,7 +159,7 @@ def test_adapters_of_every_precision_prune_to_the_budget(dtype: str, autocast: t
 
 @pytest.mark.parametrize("clip", [1e-3, 1.0])
 def test_clipped_gradients_rank_what_was_stepped_with(clip: float) -> None:
-    """Clipping scales all gradients of a step alike: scores of one step scale with it, and the budget stays exact."""
+    """Clipping scales all gradients of a step equally: its scores scale too, and the budget stays exact."""
     model, optimizer = started("foreach", gamma=0.0)
     for _ in range(TOTAL):
         optimizer.zero_grad()
@@ -170,7 +170,7 @@ def test_clipped_gradients_rank_what_was_stepped_with(clip: float) -> None:
 
 
 class Drops(nn.Module):
-    """Leaves its middle layer out of every second forward, as LayerDrop does."""
+    """Skips its middle layer in every second forward, as LayerDrop does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class Drops(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:these adapters never ran")
 def test_a_layer_that_is_dropped_now_and_then_keeps_its_averages_meanwhile() -> None:
-    """A step without its gradient leaves a layer's averages as they were, and the layer may keep rank."""
+    """A step without its gradient doesn't change a layer's averages, and the layer may keep rank."""
     model = tunerkit.wrap(
         Drops(), "adalora", {**SETTINGS, "targets": "all-linear", "gamma": 0.0, "exact_svd": False}, seed=0
     )

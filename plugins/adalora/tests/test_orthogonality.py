@@ -1,4 +1,4 @@
-"""The orthogonality regulariser against loops, and its hand-written gradient against finite differences."""
+"""The orthogonality regulariser compared with loops, and its gradient with finite differences."""
 
 import math
 from typing import get_args
@@ -20,7 +20,7 @@ Pairs = list[tuple[Parameter, Parameter]]
 
 @st.composite
 def pairs(draw: st.DrawFn, least: int = 1) -> Pairs:
-    """Up to four pairs of any small shapes, equal ones and rank 0 among them, in float64."""
+    """Up to four pairs of any small shapes, including equal ones and rank 0, in float64."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     shapes = draw(
         st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3), st.integers(1, 4)), min_size=least, max_size=4)
@@ -48,7 +48,7 @@ def slow_penalty(given_pairs: Pairs, form: Form) -> float:
 
 
 def matrices(given_pairs: Pairs) -> list[Parameter]:
-    """P and Q of every pair, in turn."""
+    """P and Q of every pair, alternating."""
     return [m for pair in given_pairs for m in pair]
 
 
@@ -69,14 +69,14 @@ def differences(given_pairs: Pairs, form: Form, matrix: Parameter) -> Tensor:
 @given(pairs(), st.sampled_from(FORMS))
 @settings(deadline=None)
 def test_the_penalty_is_the_formula_entry_by_entry(some: Pairs, form: Form) -> None:
-    """Both forms are what loops over single entries give."""
+    """Both forms equal loops over single entries."""
     assert penalty(some, form=form).item() == pytest.approx(slow_penalty(some, form), rel=1e-12, abs=1e-12)
 
 
 @given(pairs(), st.sampled_from(FORMS), st.floats(0.01, 10))
 @settings(max_examples=60, deadline=None)
 def test_the_gradient_is_the_slope_of_the_penalty(some: Pairs, form: Form, gamma: float) -> None:
-    """What is added to each gradient is γ times the slope found by finite differences, on top of what was there."""
+    """Each gradient increases by γ times the slope from finite differences."""
     for m in matrices(some):
         m.grad = torch.ones_like(m)
     add_gradient_(some, gamma=gamma, form=form)
@@ -88,7 +88,7 @@ def test_the_gradient_is_the_slope_of_the_penalty(some: Pairs, form: Form, gamma
 @given(pairs(), st.sampled_from(FORMS), st.integers(-8, 16))
 @settings(max_examples=40)
 def test_the_gradient_grows_with_the_scale_of_the_gradients(some: Pairs, form: Form, power: int) -> None:
-    """With a GradScaler's 2^k the part added is exactly 2^k times as large, as the loss's own gradients are."""
+    """With a GradScaler's 2^k the added part is exactly 2^k times as large, like the loss's gradients."""
     plain = added(some, form, None)
     scaled = added(some, form, torch.tensor(2.0**power))
     for a, b in zip(plain, scaled, strict=True):
@@ -96,7 +96,7 @@ def test_the_gradient_grows_with_the_scale_of_the_gradients(some: Pairs, form: F
 
 
 def added(some: Pairs, form: Form, grad_scale: Tensor | None) -> list[Tensor]:
-    """What add_gradient_ adds to gradients of zero."""
+    """The amount that add_gradient_ adds to zero gradients."""
     for m in matrices(some):
         m.grad = torch.zeros_like(m)
     add_gradient_(some, gamma=0.3, form=form, grad_scale=grad_scale)
@@ -108,7 +108,7 @@ def added(some: Pairs, form: Form, grad_scale: Tensor | None) -> list[Tensor]:
 def test_matrices_without_a_gradient_or_frozen_are_left_alone_but_count(
     some: Pairs, form: Form, data: st.DataObject
 ) -> None:
-    """The others get the same gradient as if all had been used: the mean stays one over all matrices."""
+    """The others get the same gradient as if all had been used: the mean is over all matrices."""
     everything = added(some, form, None)
     for m in matrices(some):
         m.grad = torch.zeros_like(m)
@@ -130,7 +130,7 @@ def test_matrices_without_a_gradient_or_frozen_are_left_alone_but_count(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_orthonormal_matrices_cost_nothing_and_are_not_pulled(form: Form) -> None:
-    """At the minimum penalty and gradient are 0, the unsquared norm's too, which has no slope there."""
+    """At the minimum, penalty and gradient are 0, even for the unsquared norm, which is not differentiable there."""
     some = [(Parameter(torch.eye(4, 2)), Parameter(torch.eye(2, 5)))]
     assert penalty(some, form=form).item() == 0
     assert all(not grad.any() for grad in added(some, form, None))
@@ -138,7 +138,7 @@ def test_orthonormal_matrices_cost_nothing_and_are_not_pulled(form: Form) -> Non
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_step_down_the_gradient_lowers_the_penalty(form: Form) -> None:
-    """The gradient points uphill."""
+    """The gradient has the right sign."""
     torch.manual_seed(0)
     some = [(Parameter(torch.randn(6, 3)), Parameter(torch.randn(3, 5)))]
     before = penalty(some, form=form).item()
@@ -148,7 +148,7 @@ def test_a_step_down_the_gradient_lowers_the_penalty(form: Form) -> None:
 
 
 def test_no_pull_asked_for_touches_nothing() -> None:
-    """γ = 0 leaves gradients bit for bit as they were, even beside weights that are not finite."""
+    """γ = 0 leaves gradients bit-identical, even if weights are not finite."""
     p = Parameter(torch.full((2, 2), torch.inf))
     p.grad = torch.full((2, 2), -0.0)
     add_gradient_([(p, p)], gamma=0.0, form="paper")
@@ -156,7 +156,7 @@ def test_no_pull_asked_for_touches_nothing() -> None:
 
 
 def test_narrow_weights_are_measured_in_fp32() -> None:
-    """An fp16 product would overflow here; the gradient keeps its parameter's type."""
+    """An fp16 product would overflow here; the gradient keeps its parameter's dtype."""
     p = Parameter(torch.full((3, 1), 300.0, dtype=torch.float16))
     q = Parameter(torch.ones(1, 1, dtype=torch.float16))
     assert penalty([(p, q)], form="reference").item() == pytest.approx((3 * 300**2 - 1) / 2)
@@ -169,7 +169,7 @@ def test_narrow_weights_are_measured_in_fp32() -> None:
 @given(pairs(), st.sampled_from(FORMS))
 @settings(max_examples=20)
 def test_the_penalty_itself_is_differentiable_to_the_same_gradient(some: Pairs, form: Form) -> None:
-    """Whoever wants the term in a loss gets through autograd what add_gradient_ adds."""
+    """If you add the term to a loss, autograd gives the gradient that add_gradient_ adds."""
     by_hand = added(some, form, None)
     by_autograd = torch.autograd.grad(0.3 * penalty(some, form=form), matrices(some))
     for ours, expected in zip(by_hand, by_autograd, strict=True):
@@ -177,12 +177,12 @@ def test_the_penalty_itself_is_differentiable_to_the_same_gradient(some: Pairs, 
 
 
 def test_no_pairs_are_no_penalty() -> None:
-    """Nothing adapted, nothing added."""
+    """Without adapted layers, nothing is added."""
     assert penalty([], form="paper").item() == 0
     add_gradient_([], gamma=1.0, form="reference")
 
 
 def test_an_unknown_form_is_refused_with_the_known_ones() -> None:
-    """A mistyped form names the allowed ones and the closest."""
+    """The error for a mistyped form has the allowed ones and the closest."""
     with pytest.raises(ConfigError, match=r"orthogonality: .*paper, reference, got 'papr'; did you mean 'paper'"):
         penalty([], form="papr")  # type: ignore[arg-type]

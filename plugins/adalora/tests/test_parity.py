@@ -1,4 +1,4 @@
-"""Parity with peft's AdaLoRA where peft is right: float64, same weights, data and scale, shrinking off."""
+"""Parity with PEFT's AdaLoRA where PEFT is right: float64, same weights, data and scale, shrinking off."""
 
 from collections.abc import Iterator
 
@@ -112,7 +112,7 @@ def _peft_run(name: str, gamma: float) -> Iterator[dict[str, tuple[Tensor, Tenso
 @pytest.mark.parametrize("gamma", [0.0, 0.5], ids=["regulariser off", "regulariser on"])
 @pytest.mark.parametrize("name", list(MODELS))
 def test_weights_and_masks_are_peft_s_at_every_step(name: str, gamma: float) -> None:
-    """Over 100 steps in float64 every mask is peft's and every weight lies within 1e-9 of peft's."""
+    """Over 100 steps in float64 every mask equals PEFT's, and every weight is within 1e-9 of PEFT's."""
     theirs = list(_peft_run(name, gamma))
     model = tunerkit.wrap(
         _model(name),

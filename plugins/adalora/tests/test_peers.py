@@ -31,12 +31,12 @@ SETTINGS: dict[str, Any] = {"target_rank": 2, "init_rank": 4, "t_init": 4, "t_fi
 
 @pytest.fixture(autouse=True, params=[False, True], ids=["", "svd form"])
 def exact_svd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of them with and without the SVD form."""
+    """Each test runs with and without the SVD re-parametrisation."""
     monkeypatch.setitem(SETTINGS, "exact_svd", request.param)
 
 
 class Net(nn.Module):
-    """Three layers; the answer comes as a tensor, a tuple or a dict."""
+    """Three layers; the output is a tensor, a tuple or a dict."""
 
     def __init__(self, form: str = "tensor") -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def bert_batch() -> dict[str, Tensor]:
 
 
 def test_the_trainer_prunes_without_a_handwritten_callback(tmp_path: Path) -> None:
-    """One line attaches; nobody calls anything at a step."""
+    """One line attaches; the user calls nothing in a step."""
     model = wrapped(bert(), targets=None)
     batch = bert_batch()
     rows = [{key: value[i] for key, value in batch.items()} for i in range(4)]
@@ -108,8 +108,8 @@ def test_the_trainer_prunes_without_a_handwritten_callback(tmp_path: Path) -> No
     assert live(model) == 2 * len(tunerkit.tuner(model).targets)
 
 
-def test_forgetting_to_connect_the_allocator_is_told_and_such_an_adapter_is_not_saved(tmp_path: Path) -> None:
-    """A warning at the first step, an error at save; never a whole training without pruning in silence."""
+def test_forgetting_to_connect_the_allocator_triggers_a_warning_and_an_error_at_save(tmp_path: Path) -> None:
+    """A warning at the first step, an error at save: a whole training never runs silently without pruning."""
     model = wrapped()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     with pytest.warns(tunerkit.TunerkitWarning, match="nothing drives it"):
@@ -120,7 +120,7 @@ def test_forgetting_to_connect_the_allocator_is_told_and_such_an_adapter_is_not_
 
 @pytest.mark.parametrize("form", ["tensor", "tuple", "dict"])
 def test_the_orthogonality_term_acts_whatever_the_model_returns(form: str) -> None:
-    """Its gradient comes through the optimizer, so it needs no ``.loss``, no task type and no particular output."""
+    """Its gradient is added through the optimizer, so it needs no ``.loss``, no task type and no special output."""
     ends = []
     for gamma in (0.0, 1.0):
         model = wrapped(Net(form), gamma=gamma, start="gaussian", exact_svd=False)
@@ -131,7 +131,7 @@ def test_the_orthogonality_term_acts_whatever_the_model_returns(form: str) -> No
 
 @pytest.mark.parametrize("micro_batches", [1, 4, 8])
 def test_the_loss_is_the_task_s_alone_under_accumulation_evaluation_and_disable(micro_batches: int) -> None:
-    """Accumulating multiplies no regulariser; eval loss and the disabled model's loss are those of γ = 0."""
+    """Accumulation does not multiply the regulariser; evaluation and disabled losses equal those of γ = 0."""
     losses = []
     for gamma in (0.0, 0.5):
         model = wrapped(gamma=gamma, exact_svd=False)
@@ -147,7 +147,7 @@ def test_the_loss_is_the_task_s_alone_under_accumulation_evaluation_and_disable(
 
 
 def test_one_overflow_step_does_not_stop_pruning() -> None:
-    """GradScaler's default 2**16 overflows once: no infinity in the averages, the target budget at the end."""
+    """GradScaler's default 2**16 overflows once: averages stay finite, and training ends at the target budget."""
     model = wrapped()
     optimizer = attached(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
@@ -162,7 +162,7 @@ def test_one_overflow_step_does_not_stop_pruning() -> None:
 
 
 def test_fp16_adapters_are_not_pruned_away() -> None:
-    """Scores of products that fp16 cannot hold are fp32's: the budget is met, not 0."""
+    """Scores whose products fp16 cannot represent are fp32: the budget is met, not 0."""
     model = wrapped(adapter_dtype="float16")
     tunerkit.attach(model, optimizer := torch.optim.SGD(tunerkit.tuner(model).parameters(), lr=1e-3), total_steps=TOTAL)
     for _ in range(TOTAL):
@@ -173,7 +173,7 @@ def test_fp16_adapters_are_not_pruned_away() -> None:
 
 
 def test_ties_do_not_prune_more_than_the_budget_says() -> None:
-    """All scores equal: exactly the budget stays."""
+    """With equal scores, exactly the budget stays."""
     model = wrapped()
     with torch.no_grad():
         for parameter in tunerkit.tuner(model).parameters():
@@ -189,7 +189,7 @@ def test_ties_do_not_prune_more_than_the_budget_says() -> None:
 
 @pytest.mark.parametrize("step", [7, 8, 10, 15])
 def test_between_two_masks_the_file_is_the_live_model(step: int, tmp_path: Path) -> None:
-    """λ as it stands is what is saved: the loaded model computes what the live one does."""
+    """The current λ is saved: the loaded model computes the same as the live one."""
     model = wrapped()
     train(model, attached(model), step)
     with warnings.catch_warnings():
@@ -200,7 +200,7 @@ def test_between_two_masks_the_file_is_the_live_model(step: int, tmp_path: Path)
 
 @pytest.mark.parametrize("shrink", [True, False])
 def test_dead_ranks_do_not_revive_when_stepping_stops_in_the_final_phase(shrink: bool) -> None:
-    """From the last allocation on dead triplets stay dead, after each step and after the last one seen."""
+    """From the last allocation on, dead triplets stay dead, after each step and after the last one."""
     model = wrapped(shrink=shrink)
     optimizer = attached(model)
     train(model, optimizer, 16)
@@ -214,14 +214,14 @@ def test_dead_ranks_do_not_revive_when_stepping_stops_in_the_final_phase(shrink:
 
 @pytest.mark.parametrize("name", ["alpha_pattern", "use_rslora", "init_lora_weights", "rank_pattern"])
 def test_settings_that_do_nothing_are_refused(name: str) -> None:
-    """No key is accepted and ignored."""
+    """No key is accepted and then ignored."""
     with pytest.raises(tunerkit.ConfigError, match=f"unknown key '{name}'"):
         tunerkit.wrap(Net(), "adalora", {**SETTINGS, name: "pissa"})
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 def test_convolutions_of_every_padding_mode_equal_their_merged_weight(mode: Any) -> None:
-    """The adapter's input is padded as the base layer pads its own."""
+    """The adapter's input has the padding of the base layer."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode), nn.Flatten(), nn.Linear(64, 3))
     model = tunerkit.wrap(base, "adalora", {**SETTINGS, "targets": ["0"]}, seed=0)
@@ -233,7 +233,7 @@ def test_convolutions_of_every_padding_mode_equal_their_merged_weight(mode: Any)
 
 
 def test_no_mask_changes_under_merged_weights_and_unmerging_is_exact() -> None:
-    """A step while merged is refused, so nothing moves between merge and unmerge: all comes back bit for bit."""
+    """A step while merged is an error, so nothing changes in between: unmerge restores everything bit for bit."""
     model = wrapped()
     optimizer = attached(model)
     train(model, optimizer, 13)
@@ -251,7 +251,7 @@ def test_no_mask_changes_under_merged_weights_and_unmerging_is_exact() -> None:
 
 
 def test_a_loaded_adapter_takes_labels(tmp_path: Path) -> None:
-    """Loss and backward of a model whose adapter was loaded, to use and to train on."""
+    """Loss and backward work in a model with a loaded adapter, for inference and for training."""
     model = wrapped(bert(), targets=None)
     optimizer = attached(model)
     for _ in range(TOTAL):
@@ -268,7 +268,7 @@ def test_a_loaded_adapter_takes_labels(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("at", [7, 13, 16], ids=["after the first prune", "before the last", "shrunk"])
 def test_training_resumes_after_pruning(at: int, tmp_path: Path) -> None:
-    """Saved, loaded, attached, state restored: the end is bit-identical; test_resuming.py has the Trainer."""
+    """Save, load, attach, restore the state: the end is bit-identical. The Trainer is in test_resuming.py."""
     whole = wrapped()
     optimizer = attached(whole)
     train(whole, optimizer, at)
@@ -288,7 +288,7 @@ def test_training_resumes_after_pruning(at: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"save_total_limit": 1}])
 def test_the_best_model_is_loaded_at_the_end_after_pruning(options: dict[str, Any], tmp_path: Path) -> None:
-    """A best step of other ranks than the last: no size mismatch, and its ranks afterwards."""
+    """The best step has other ranks than the last: no size mismatch, and the model has its ranks."""
     model = wrapped(bert(), targets=None)
     batch = bert_batch()
     rows = [{key: value[i] for key, value in batch.items()} for i in range(4)]
@@ -311,7 +311,7 @@ def test_the_best_model_is_loaded_at_the_end_after_pruning(options: dict[str, An
 
 
 def test_init_rank_equal_to_target_rank_works_and_below_it_is_refused() -> None:
-    """Equal: nothing to prune, training goes through. A target above the start cannot be reached: words, no crash."""
+    """If equal, there is nothing to prune, and training works. A target above the initial rank is a clear error."""
     model = wrapped(init_rank=2, target_rank=2)
     train(model, attached(model))
     assert live(model) == 6
@@ -322,7 +322,7 @@ def test_init_rank_equal_to_target_rank_works_and_below_it_is_refused() -> None:
 @pytest.mark.filterwarnings("ignore:these adapters never ran")
 @pytest.mark.parametrize("how", ["unused", "frozen"])
 def test_a_target_that_is_unused_or_frozen_is_no_crash(how: str) -> None:
-    """No gradient, no importance: it is pruned first, and the budget is exact."""
+    """Without a gradient it has no importance: it is pruned first, and the budget is exact."""
     model = wrapped()
     if how == "unused":
         model.forward = lambda x: model.c(torch.tanh(torch.zeros(len(x), 7) + model.a(x)[:, :7]))  # type: ignore[method-assign, operator]
@@ -335,7 +335,7 @@ def test_a_target_that_is_unused_or_frozen_is_no_crash(how: str) -> None:
 
 
 def test_missing_the_one_step_of_the_last_allocation_only_delays_it() -> None:
-    """The step T − t_f is skipped: the next one that fires allocates, and the budget is exact."""
+    """If step T − t_f is skipped, the next step allocates, and the budget is exact."""
     model = wrapped()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
     numbers = iter(number for number in range(1, TOTAL + 1) for _ in range(2) if number != 14)
@@ -348,7 +348,7 @@ def test_missing_the_one_step_of_the_last_allocation_only_delays_it() -> None:
 
 @pytest.mark.parametrize("name", ["E", "model", "layers", "lin", "bert", "query", "lora_E", "weight"])
 def test_adapter_names_that_are_part_of_a_module_path_train_save_and_load(name: str, tmp_path: Path) -> None:
-    """A name is a name, never matched against paths; test_adapters.py draws 300."""
+    """Names are never matched against paths; test_adapters.py draws 300."""
     model = tunerkit.wrap(bert(), "adalora", SETTINGS, adapter=name, seed=0)
     optimizer = attached(model)
     for _ in range(TOTAL):
@@ -360,7 +360,7 @@ def test_adapter_names_that_are_part_of_a_module_path_train_save_and_load(name: 
 
 
 def test_a_pruned_adapter_is_loaded_into_a_base_that_was_built_without_memory(tmp_path: Path) -> None:
-    """The base comes from the meta device with its weights assigned, as low-memory loading does it."""
+    """The base is built on meta, and its weights are assigned, as in low-memory loading."""
     model = wrapped()
     train(model, attached(model))
     path = tunerkit.save(model, tmp_path)
@@ -380,7 +380,7 @@ LAYERS: dict[str, tuple[nn.Module, Tensor]] = {
 
 
 class Pooled(nn.Module):
-    """One layer of some kind, averaged over whatever positions it has, and a classifier."""
+    """One layer of a kind, averaged over its positions, and a classifier."""
 
     def __init__(self, layer: nn.Module, features: int) -> None:
         super().__init__()
@@ -394,7 +394,7 @@ class Pooled(nn.Module):
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_layers_that_peft_refuses_are_adapted(kind: str, tmp_path: Path) -> None:
-    """Trained, pruned to the budget, saved, loaded, merged: the same outputs."""
+    """Train, prune to the budget, save, load, merge: the outputs are the same."""
     layer, x = LAYERS[kind]
 
     def new() -> nn.Module:
@@ -416,7 +416,10 @@ def test_layers_that_peft_refuses_are_adapted(kind: str, tmp_path: Path) -> None
 
 
 def test_a_compiled_model_is_one_graph() -> None:
-    """`fullgraph=True` raises at a break; the compiled output is the eager one. On recompiling: test_compile.py."""
+    """`fullgraph=True` raises at a break; compiled output equals eager output.
+
+    For recompilation see test_compile.py.
+    """
     model = wrapped()
     train(model, attached(model), 3)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -424,7 +427,7 @@ def test_a_compiled_model_is_one_graph() -> None:
 
 
 def test_a_second_trainable_adapter_is_no_error() -> None:
-    """Two in one model, both trained, each to its own budget. In turn, bit for bit: test_several.py."""
+    """Two in one model, both trained, each to its own budget. Alternating training is in test_several.py."""
     model = tunerkit.wrap(wrapped(), "adalora", {"targets": ["a", "b"], **SETTINGS}, adapter="second", seed=1)
     train(model, attached(model))
     assert [sum(tunerkit.tuner(model, name).ranks().values()) for name in ("default", "second")] == [6, 4]

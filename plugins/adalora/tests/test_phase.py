@@ -1,4 +1,4 @@
-"""Tests of the phases of a training, and of the flags by which a file says which one it is."""
+"""The phases of a training, and the flags that store a phase in a file."""
 
 import itertools
 from typing import Any
@@ -33,7 +33,7 @@ def phase(model: nn.Module) -> Phase:
 @pytest.mark.parametrize("exact_svd", [False, True])
 @pytest.mark.parametrize("shrink", [False, True])
 def test_a_training_goes_through_its_phases_in_order(exact_svd: bool, shrink: bool) -> None:
-    """Waiting, averaging, after each rotation restarting, and from the final allocation on final in one of two ways."""
+    """Waiting, averaging, restarting after each rotation, and one of two final phases from the last allocation on."""
     model, optimizer = started(exact_svd=exact_svd, shrink=shrink)
     seen = [phase(model)]
     for _ in range(TOTAL):
@@ -45,7 +45,7 @@ def test_a_training_goes_through_its_phases_in_order(exact_svd: bool, shrink: bo
 
 
 def test_finishing_early_leads_to_the_final_phase() -> None:
-    """From averaging and from restarting alike; the phase is never left."""
+    """From averaging and from restarting alike; the final phase is never left."""
     for steps in (2, 4):
         model, optimizer = started(exact_svd=True)
         train(model, optimizer, steps)
@@ -56,7 +56,7 @@ def test_finishing_early_leads_to_the_final_phase() -> None:
 
 
 def test_ranks_that_nothing_prunes_need_no_mask_in_the_end() -> None:
-    """The budget falls by nothing: there is no dead triplet to remove, nor a mask to hold."""
+    """The budget stays constant: there is no dead triplet to remove, and no mask to apply."""
     model, optimizer = started(init_rank=2)
     train(model, optimizer, TOTAL)
     assert phase(model) is Phase.FINAL_SHRUNK
@@ -64,13 +64,13 @@ def test_ranks_that_nothing_prunes_need_no_mask_in_the_end() -> None:
 
 @pytest.mark.parametrize("each", list(Phase))
 def test_the_flags_of_a_file_name_each_phase(each: Phase) -> None:
-    """There and back."""
+    """Phases survive the round trip through flags."""
     assert values(**flags_of(each)).phase is each
     assert each.is_final == flags_of(each)["final"]
 
 
 def test_every_combination_of_flags_has_one_phase() -> None:
-    """Files of before could say `anew` beside `final`; the final phases win over what came before them."""
+    """Older files could have `anew` together with `final`; the final phases win."""
     for final, shrunk, blank, anew in itertools.product([False, True], repeat=4):
         found = values(final=final, shrunk=shrunk, blank=blank, anew=anew).phase
         assert found.is_final == final

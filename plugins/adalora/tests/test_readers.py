@@ -1,4 +1,4 @@
-"""The method keeps core's contract in other libraries' models that read weights past their modules' forward."""
+"""The method passes the conformance tests in models of other libraries that bypass their modules' forward()."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,12 +17,12 @@ CONFIGS: dict[str, dict[str, object]] = {
 
 @each_check(cases(), CONFIGS)
 def test_keeps_the_contract(check: Check, case: Case, config: Mapping[str, object], tmp_path: Path) -> None:
-    """Every check of the conformance kit holds: outputs, gradients, budgets, files, merging."""
+    """Every conformance test passes: outputs, gradients, budgets, files, merging."""
     check(case, "adalora", config, tmp_path)
 
 
 @pytest.mark.parametrize("case", cases())
 def test_every_adapter_is_trained(case: Case) -> None:
-    """Each P, where the default start is 0, and each λ of a Gaussian start has a gradient; there is no warning."""
+    """Each P (if it starts at 0) and each λ (of a Gaussian start) has a gradient; there is no warning."""
     for start, name in (("lora", "p"), ("gaussian", "lam")):
         check_reach_every_adapter(case, "adalora", {"target_rank": 2, "start": start}, name)

@@ -1,4 +1,4 @@
-"""Tests of resuming a Trainer with AdaLoRA: before, during and after pruning and shrinking, bit for bit."""
+"""Resuming a Trainer with AdaLoRA before, during and after pruning and shrinking, bit for bit."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def test_stopped_after_every_step_and_resumed_the_end_is_bit_identical(accumulat
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_killed_and_resumed_the_end_is_bit_identical(accumulation: int, tmp_path: Path) -> None:
-    """Kill -9 before, during and after pruning: what was lost since the last checkpoint is done again, the same."""
+    """Kill -9 before, during and after pruning: steps since the last checkpoint are repeated identically."""
     run = resuming.Run("adalora", CONFIG, tmp_path, accumulation=accumulation, save_steps=2)
     resuming.check_killed(run, at=(3, 8, 13, 18, 25))
     assert resuming.end_of(tmp_path / "parts")["values"]["shrunk"] is True

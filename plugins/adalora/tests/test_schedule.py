@@ -1,4 +1,4 @@
-"""The schedule against the paper's formula in exact fractions, walked step by step."""
+"""The schedule, compared step by step with the paper's formula in exact fractions."""
 
 import itertools
 import math
@@ -54,7 +54,7 @@ def test_b_of_t_is_the_cubic_of_the_paper_rounded_down(s: Schedule) -> None:
 
 
 def test_b_of_t_does_not_lose_a_unit_to_floating_point() -> None:
-    """Where the cubic is a whole number, it is that number, although floats land below it."""
+    """If the cubic is a whole number, the budget is that number, although floats end below it."""
     s = plan(total_steps=10, t_init=0, t_final=0, delta_t=1, initial=1001, target=1)
     assert int(1000 * (1 - 3 / 10) ** 3 + 1) == 343  # the float's answer
     assert s.cubic(3) == 344
@@ -71,7 +71,7 @@ def test_the_budget_never_rises_and_its_ends_are_exact(s: Schedule) -> None:
 
 @given(schedules(), st.lists(st.integers(1, 9), max_size=30))
 def test_the_allocations_of_a_walk_spend_the_budget_and_end_with_the_final_one(s: Schedule, jumps: list[int]) -> None:
-    """However a step's number jumps: each allocation spends b(t) of the last t in the gap, and only one is final."""
+    """However step numbers jump, each allocation spends b(t) of the last t in the gap, and only one is final."""
     steps = [0, *itertools.accumulate([*jumps, s.total_steps])]
     found = [s.allocation(previous, step) for previous, step in itertools.pairwise(steps)]
     for (previous, step), allocation in zip(itertools.pairwise(steps), found, strict=True):
@@ -84,7 +84,7 @@ def test_the_allocations_of_a_walk_spend_the_budget_and_end_with_the_final_one(s
 
 @given(schedules())
 def test_the_budget_in_force_changes_at_allocations_only(s: Schedule) -> None:
-    """budget(step) is what a walk over all steps finds that takes b(t) over at each allocation."""
+    """budget(step) equals the result of a loop over all steps that takes b(t) at each allocation."""
     in_force = s.initial
     for t in range(s.total_steps + 3):
         if t in paper_allocations(s):
@@ -109,7 +109,7 @@ def test_due_is_the_last_allocation_among_the_steps_since(s: Schedule, data: st.
 
 @given(schedules(), st.lists(st.integers(1, 130), max_size=12))
 def test_skipped_steps_never_miss_an_allocation(s: Schedule, seen: list[int]) -> None:
-    """Whoever asks due() at only some of the steps has at each of them the budget of one who asked at all."""
+    """Calling due() at only some steps gives, at each of them, the same budget as calling it at every step."""
     previous, in_force = 0, s.initial
     for step in sorted(seen):
         due = s.due(previous, step)
@@ -141,7 +141,7 @@ def test_a_share_of_training_is_rounded_down_to_steps(total: int, init: int, fin
 
 
 def test_a_third_of_three_steps_is_one() -> None:
-    """A share computed by a division means that fraction, though the float is a little below it."""
+    """A share computed by a division means that fraction, although the float is slightly below it."""
     assert plan(total_steps=3, t_init=1 / 3, t_final=0, delta_t=1, initial=2, target=1).t_init == 1
 
 
@@ -172,7 +172,7 @@ GOOD = {"total_steps": 100, "t_init": 10, "t_final": 20, "delta_t": 5, "initial"
     ],
 )
 def test_a_schedule_that_cannot_work_is_refused_in_words(change: dict[str, float], path: str, words: str) -> None:
-    """Each impossible value is one problem, at its path, saying what was got."""
+    """Each impossible value is one problem with its path and the value."""
     with pytest.raises(ConfigError) as caught:
         plan(**(GOOD | change))  # type: ignore[arg-type]
     (problem,) = caught.value.problems
@@ -181,7 +181,7 @@ def test_a_schedule_that_cannot_work_is_refused_in_words(change: dict[str, float
 
 
 def test_all_problems_are_named_at_once() -> None:
-    """One call, one error, every problem; the budget's fields carry the names that the caller gave."""
+    """One call raises one error with every problem; the budget's fields have the caller's names."""
     with pytest.raises(ConfigError) as caught:
         plan(total_steps=-1, t_init=1.5, t_final=-2, delta_t=-1, initial=3, target=4, target_field="budget")
     paths = [problem.rpartition(" @ ")[2] for problem in caught.value.problems]
@@ -189,7 +189,7 @@ def test_all_problems_are_named_at_once() -> None:
 
 
 def test_room_for_a_single_step_is_room() -> None:
-    """t_i + t_f may be one less than T, and no more."""
+    """t_i + t_f may be at most T - 1."""
     assert plan(**(GOOD | {"t_init": 79})).final_step == 80  # type: ignore[arg-type]
 
 

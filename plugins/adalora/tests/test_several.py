@@ -1,4 +1,4 @@
-"""Several AdaLoRA adapters in one model, each with its own allocator and step count."""
+"""Several AdaLoRA adapters in one model, each with a separate allocator and step count."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -52,7 +52,7 @@ def parameters(model: nn.Module, *names: str) -> list[nn.Parameter]:
 
 
 def attached(model: nn.Module, make: Make, *names: str) -> torch.optim.Optimizer:
-    """One optimizer that holds and drives the adapters named."""
+    """One optimizer that contains and drives the named adapters."""
     optimizer = make(parameters(model, *names))
     for name in names:
         tunerkit.attach(model, optimizer, total_steps=TOTAL, adapter=name)
@@ -69,7 +69,7 @@ def step(model: nn.Module, name: str, optimizer: torch.optim.Optimizer) -> None:
 
 
 def end(model: nn.Module, name: str, optimizer: torch.optim.Optimizer) -> list[Any]:
-    """All that one adapter's training has made: weights, masks, averages, optimizer state, count, history."""
+    """The complete result of one adapter's training: weights, masks, averages, optimizer state, count, history."""
     tuner = tunerkit.tuner(model, name)
     training = training_of(tuner)
     state = [value for p in tuner.parameters() for value in optimizer.state[p].values()]
@@ -97,7 +97,7 @@ def alone(name: str, make: Make, steps: int = TOTAL) -> list[Any]:
 @pytest.mark.parametrize("shared", [True, False], ids=["one optimizer", "one each"])
 @pytest.mark.parametrize("steps", [5, TOTAL], ids=["averages", "the end"])
 def test_adapters_trained_in_turn_end_as_each_alone(make: Make, shared: bool, steps: int) -> None:
-    """On alternating batches, one active at a time, each ends bit for bit where it ends in a model of its own."""
+    """On alternating batches, one active at a time, each ends bit-identically as in a separate model."""
     model = wrapped("a", "b")
     both = attached(model, make, "a", "b") if shared else None
     optimizers = {name: both or attached(model, make, name) for name in CONFIGS}
@@ -115,7 +115,7 @@ def test_adapters_trained_in_turn_end_as_each_alone(make: Make, shared: bool, st
 @given(turns=st.lists(st.sampled_from(["a", "b"]), max_size=2 * TOTAL), shared=st.booleans())
 @settings(max_examples=15, deadline=None)
 def test_the_turns_may_come_in_any_order(turns: list[str], shared: bool) -> None:
-    """However the steps of two adapters are mixed, each has its own count, budget and end."""
+    """In any order of the two adapters' steps, each has its own count, budget and result."""
     make = OPTIMIZERS["adamw"]
     model = wrapped("a", "b")
     both = attached(model, make, "a", "b") if shared else None
@@ -131,7 +131,7 @@ def test_the_turns_may_come_in_any_order(turns: list[str], shared: bool) -> None
 
 @pytest.mark.parametrize("together", [True, False])
 def test_adapters_active_together_count_and_allocate_apart(together: bool) -> None:
-    """Both active, each step is a step of both; the masks are each schedule's own and the output is merged of both."""
+    """Each step counts for both; masks follow each schedule, and the merged output is that of both."""
     model = wrapped("a", "b", train_modules=())
     optimizer = attached(model, OPTIMIZERS["adamw"], "a", "b")
     names = ("a", "b") if together else ("b",)
@@ -184,7 +184,7 @@ CHANGES = {f.__name__: f for f in (freeze_and_thaw, delete, rename, add_and_load
 @each_optimizer
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_what_is_done_to_one_in_the_middle_of_training_leaves_the_other_alone(make: Make, change: Any) -> None:
-    """Frozen, deleted, renamed, or a third one added and trained: the other ends bit for bit as if it were alone."""
+    """One is frozen, deleted or renamed, or a third is trained. The other ends bit-identically as if alone."""
     model = wrapped("a", "b")
     optimizer = attached(model, make, "a", "b")
     for at in range(TOTAL):
@@ -198,8 +198,8 @@ def test_what_is_done_to_one_in_the_middle_of_training_leaves_the_other_alone(ma
 
 
 @each_optimizer
-def test_a_frozen_adapter_goes_on_where_it_stood(make: Make) -> None:
-    """Frozen after five steps while another one trains, thawed after: it ends as if it had never waited."""
+def test_a_frozen_adapter_resumes_where_it_was(make: Make) -> None:
+    """Frozen after five steps while another one trains, then unfrozen: it ends as if it had not paused."""
     model = wrapped("a", "b")
     optimizer = attached(model, make, "a", "b")
     for at in range(TOTAL):
@@ -216,8 +216,8 @@ def test_a_frozen_adapter_goes_on_where_it_stood(make: Make) -> None:
     assert same(end(model, "a", optimizer), alone("a", make))
 
 
-def test_a_renamed_adapter_goes_on_too(tmp_path: Path) -> None:
-    """Its schedule, averages and optimizer follow it; its file and its training state are found by the new name."""
+def test_a_renamed_adapter_keeps_training(tmp_path: Path) -> None:
+    """Its schedule, averages and optimizer follow it; its file and training state are found by the new name."""
     make = OPTIMIZERS["adamw"]
     model = wrapped("a", "b")
     optimizer = attached(model, make, "a", "b")

@@ -1,4 +1,4 @@
-"""Tests of shrinking: dead triplets leave parameters, gradients and optimizer state, and nothing else changes."""
+"""Shrinking: dead triplets are removed from parameters, gradients and optimizer state; nothing else changes."""
 
 import copy
 import warnings
@@ -63,7 +63,7 @@ def live_weights(model: nn.Module) -> list[Tensor]:
 
 
 def test_parameters_and_optimizer_state_occupy_the_budget_s_storage() -> None:
-    """Bytes of storage, not of views: weights, gradients and both of Adam's averages hold live triplets only."""
+    """Storage bytes, not views: weights, gradients and both of Adam's averages contain only live triplets."""
     model, optimizer = started()
     before = [id(p) for p in trainable(model)]
     train(model, optimizer, FINAL)
@@ -94,8 +94,8 @@ def test_outputs_before_and_after_shrinking_are_equal() -> None:
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
 @pytest.mark.parametrize("keep_loss", [False, True], ids=["", "earlier loss alive"])
-def test_training_goes_on_as_the_masked_run_would(name: str, keep_loss: bool) -> None:
-    """γ = 0, no clipping: losses of 20 steps agree within 1e-5, and the live weights with them."""
+def test_training_continues_as_the_masked_run_would(name: str, keep_loss: bool) -> None:
+    """With γ = 0 and no clipping, losses of 20 steps and the live weights agree within 1e-5."""
     runs = []
     for shrink in (False, True):
         model, optimizer = started(ELEMENTWISE[name], shrink=shrink)
@@ -115,7 +115,7 @@ def test_training_goes_on_as_the_masked_run_would(name: str, keep_loss: bool) ->
 
 
 def test_an_earlier_loss_does_not_keep_the_old_shape() -> None:
-    """Control: without the way round in resize_, backward would raise about the shape of a gradient."""
+    """A control: without the workaround in resize_, backward would raise about the shape of a gradient."""
     model, optimizer = started()
     train(model, optimizer, FINAL - 1)
     alive = loss_of(model)
@@ -134,7 +134,7 @@ def lbfgs(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 class OwnStep(torch.optim.SGD):
-    """An optimizer that nobody knows: its step may look at whole tensors."""
+    """An unknown optimizer: its step may use whole tensors."""
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         return super().step(closure)
@@ -150,7 +150,7 @@ class OwnStep(torch.optim.SGD):
     ids=["factored", "whole tensors", "unknown"],
 )
 def test_where_shapes_must_stay_masks_do_and_it_is_said_once(make: Optimizers, words: str) -> None:
-    """Factored or unknown state: nothing is cut, masks hold to the end, one warning says why."""
+    """With factored or unknown state nothing is cut, masks stay to the end, and one warning says why."""
     model, optimizer = started(make)
 
     def closure() -> Tensor:
@@ -172,7 +172,7 @@ def test_where_shapes_must_stay_masks_do_and_it_is_said_once(make: Optimizers, w
 
 
 def test_a_subclass_that_keeps_its_parent_s_step_shrinks() -> None:
-    """Only the step matters: a subclass for a name or a default is elementwise as its parent is."""
+    """Only the step matters: a subclass with another name or default is elementwise like its parent."""
     kind = type("MyAdamW", (torch.optim.AdamW,), {})
     model, optimizer = started(lambda p: kind(p, lr=1e-2))  # type: ignore[no-any-return]
     train(model, optimizer, FINAL)
@@ -180,7 +180,7 @@ def test_a_subclass_that_keeps_its_parent_s_step_shrinks() -> None:
 
 
 def test_the_config_can_opt_out() -> None:
-    """``shrink=False``: masks to the end, no word about it."""
+    """With ``shrink=False`` masks stay to the end, without a warning."""
     model, optimizer = started(shrink=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error", tunerkit.TunerkitWarning)
@@ -189,7 +189,7 @@ def test_the_config_can_opt_out() -> None:
 
 
 def test_finish_shrinks_too_with_the_optimizer_that_drove_last() -> None:
-    """The final allocation now: also after training, when nothing drives any more, and steps go on afterwards."""
+    """It makes the final allocation, also after training when nothing drives any more; later steps work."""
     model, optimizer = started()
     train(model, optimizer, 6)
     tunerkit.tuner(model).finish()
@@ -199,7 +199,7 @@ def test_finish_shrinks_too_with_the_optimizer_that_drove_last() -> None:
 
 
 def test_a_budget_that_buys_nothing_leaves_something_to_train() -> None:
-    """The first of the ranking is too dear: every triplet is masked and none cut, so backward still has a way."""
+    """The first triplet of the ranking is too expensive: all are masked and none cut, so backward still works."""
     model, optimizer = started(target_rank=None, budget=11, budget_unit="parameters", init_rank=1)
     train(model, optimizer, TOTAL)
     if all(layer.rank == 0 for layer in layers(model)):
@@ -209,7 +209,7 @@ def test_a_budget_that_buys_nothing_leaves_something_to_train() -> None:
 
 @pytest.mark.parametrize("at", [5, 9, FINAL - 1, FINAL, FINAL + 3, TOTAL - 1])
 def test_a_plain_loop_resumes_bit_identically_around_shrinking(at: int, tmp_path: Path) -> None:
-    """Weights, masks, averages and Adam's state of the resumed run are those of the run that was never stopped."""
+    """Weights, masks, averages and Adam's state of the resumed run equal those of the uninterrupted run."""
     whole, optimizer = started()
     train(whole, optimizer, at)
     with warnings.catch_warnings():
@@ -247,7 +247,7 @@ def assert_same_run(
 
 @pytest.mark.parametrize("direction", ["smaller", "larger"])
 def test_load_state_dict_on_a_live_model_takes_other_ranks(direction: str) -> None:
-    """A checkpoint with other ranks: resized first, then loaded; the Parameter objects stay the same."""
+    """A checkpoint with other ranks resizes the model, then loads; Parameter objects stay the same."""
     shrunk, optimizer = started()
     train(shrunk, optimizer, FINAL)
     full, _ = started()
@@ -260,7 +260,7 @@ def test_load_state_dict_on_a_live_model_takes_other_ranks(direction: str) -> No
 
 
 def test_a_step_after_loading_other_ranks_without_their_optimizer_is_refused() -> None:
-    """The optimizer's state has the old shapes: the words say what to load besides."""
+    """The optimizer's state has the old shapes: the error says what else to load."""
     model, optimizer = started()
     train(model, optimizer, 3)
     shrunk, other = started()
@@ -272,7 +272,7 @@ def test_a_step_after_loading_other_ranks_without_their_optimizer_is_refused() -
 
 
 def test_training_on_a_shrunk_adapter_keeps_its_triplets(tmp_path: Path) -> None:
-    """Loaded after shrinking and attached anew: the budget begins with what there is, and a run through it works."""
+    """Loaded and attached after shrinking, the budget starts with the remaining triplets, and training works."""
     model, optimizer = started()
     train(model, optimizer, TOTAL)
     ranks = tunerkit.tuner(model).ranks()
@@ -288,7 +288,7 @@ def test_training_on_a_shrunk_adapter_keeps_its_triplets(tmp_path: Path) -> None
 
 
 def test_merging_unmerging_and_unwrapping_after_shrinking(tmp_path: Path) -> None:
-    """Targets left with no triplet at all among them: outputs equal, base bit-identical."""
+    """Also with targets that have no triplet left: outputs are equal, the base bit-identical."""
     model, optimizer = started(budget=2, target_rank=None)
     train(model, optimizer, TOTAL)
     assert 0 in tunerkit.tuner(model).ranks().values()

@@ -1,4 +1,4 @@
-"""Tests of AdaLoRA's training state: in every precision, saved and restored, copied, with every kind of base layer."""
+"""AdaLoRA's training state: in every precision, saved and restored, copied, with every kind of base layer."""
 
 import copy
 import itertools
@@ -33,9 +33,9 @@ from tunerkit_adalora.training import training_of
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_scores_do_not_underflow_in_any_adapter_dtype(dtype: str) -> None:
-    """Importance is averaged in fp32 or wider: tiny gradients in fp16 still rank triplets, not positions.
+    """Importance is averaged in fp32 or wider: with tiny fp16 gradients, scores still rank triplets.
 
-    Every second triplet's gradients are a hundred times smaller; products of these would all be 0 in fp16.
+    The gradients of every second triplet are a hundred times smaller. In fp16, their products would all be 0.
     """
     model = wrapped(adapter_dtype=dtype)
     optimizer = torch.optim.SGD(trainable(model), lr=0.0)
@@ -54,7 +54,7 @@ def test_scores_do_not_underflow_in_any_adapter_dtype(dtype: str) -> None:
 
 @pytest.mark.parametrize("kind", ["foreach", "fused", "loop"])
 def test_under_a_grad_scaler_with_an_overflow_the_budget_is_exact_at_the_end(kind: str) -> None:
-    """The default scale of 2**16 and an overflow on the way: no infinity gets into the averages, pruning goes on."""
+    """The default scale of 2**16 overflows once: no infinity reaches the averages, and pruning continues."""
     options = {"foreach": {"foreach": True}, "fused": {"fused": True}, "loop": {"foreach": False}}[kind]
     model = wrapped(gamma=0.1)
     optimizer = adamw(model, **options)
@@ -80,7 +80,7 @@ def test_under_a_grad_scaler_with_an_overflow_the_budget_is_exact_at_the_end(kin
 def resumed(
     model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A fresh model and optimizer that go on where the given ones stand."""
+    """A fresh model and optimizer that resume from the state of the given ones."""
     path = tunerkit.save(model, folder)
     tunerkit.save_state(model, folder)
     again = tunerkit.load(net(), path, trainable=True)
@@ -94,7 +94,7 @@ def resumed(
 @pytest.mark.parametrize("changes", [{"gamma": 0.1}, {"exact_svd": True}], ids=["regulariser", "rotated"])
 @pytest.mark.parametrize("at", range(1, TOTAL))
 def test_a_run_split_at_any_step_continues_bit_identically(at: int, changes: dict[str, Any], tmp_path: Path) -> None:
-    """Before, at, between and after allocations the resumed run has the whole run's weights, masks and budget."""
+    """Split before, at, between or after allocations, the resumed run has the whole run's weights, masks and budget."""
     whole = wrapped(**changes)
     optimizer = attached(whole)
     for _ in range(at):
@@ -109,7 +109,7 @@ def test_a_run_split_at_any_step_continues_bit_identically(at: int, changes: dic
     assert live(part) == 6
 
 
-def test_gradients_left_out_before_saving_are_told_after_loading(tmp_path: Path) -> None:
+def test_gradients_left_out_before_saving_are_reported_after_loading(tmp_path: Path) -> None:
     """The count of bad gradients is part of the state."""
     model = wrapped()
     optimizer = attached(model)
@@ -121,7 +121,7 @@ def test_gradients_left_out_before_saving_are_told_after_loading(tmp_path: Path)
 
 
 def test_a_state_of_other_shapes_is_refused_and_changes_nothing(tmp_path: Path) -> None:
-    """Averages of another config's ranks, and a shrunk adapter's masks for one that has all its triplets."""
+    """Averages of another config's ranks, or the masks of a shrunk adapter for one that still has all triplets."""
     model = wrapped(shrink=True)
     optimizer = attached(model)
     train(model, optimizer, TOTAL)
@@ -159,7 +159,7 @@ WRONG_VALUES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 @pytest.mark.parametrize("name", WRONG_VALUES)
 def test_a_state_with_a_wrong_value_is_refused_and_changes_nothing(name: str) -> None:
-    """Each value is checked before anything is touched; the words name the value, what it is and what it may be."""
+    """All values are checked before anything is changed; the message has the name, the value and what is allowed."""
     spoil, words = WRONG_VALUES[name]
     model = wrapped()
     optimizer = attached(model)
@@ -173,7 +173,7 @@ def test_a_state_with_a_wrong_value_is_refused_and_changes_nothing(name: str) ->
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
 @pytest.mark.parametrize("name", ["sensitivity.0", "uncertainty.8"])
 def test_averages_that_cannot_be_are_refused_and_change_nothing(name: str, value: float) -> None:
-    """Averages of absolute values are finite and not negative: from NaN no score would come back."""
+    """Averages of absolute values are finite and not negative: a score would never recover from NaN."""
     model = wrapped()
     train(model, attached(model), 7)
     state = tunerkit.tuner(model).training_state()
@@ -184,7 +184,7 @@ def test_averages_that_cannot_be_are_refused_and_change_nothing(name: str, value
 
 @pytest.mark.parametrize("name", ["sensitivity.4", "mask.1"])
 def test_a_state_without_a_tensor_is_refused_and_changes_nothing(name: str) -> None:
-    """As for tensors of other shapes."""
+    """A missing tensor is treated like one of another shape."""
     model = wrapped()
     train(model, attached(model), 7)
     state = tunerkit.tuner(model).training_state()
@@ -193,7 +193,7 @@ def test_a_state_without_a_tensor_is_refused_and_changes_nothing(name: str) -> N
 
 
 def assert_refused(state: tunerkit.State, error: type[Exception], words: str) -> None:
-    """Another training, which stands elsewhere, refuses the state and stays where it is."""
+    """Another training, at another step, rejects the state and keeps its own."""
     model = wrapped(seed=1)
     optimizer = attached(model)
     train(model, optimizer, 9)
@@ -211,7 +211,7 @@ def assert_refused(state: tunerkit.State, error: type[Exception], words: str) ->
 @pytest.mark.parametrize("at", [0, 3, 6, 14])
 @pytest.mark.parametrize("changes", [{}, {"exact_svd": True}, {"shrink": True}], ids=["masked", "rotated", "shrunk"])
 def test_the_values_in_a_file_keep_their_names_and_kinds(at: int, changes: dict[str, Any]) -> None:
-    """Files of before must load, and files of now must be what they were: numbers and flags under these names."""
+    """Older files must load, and new files must keep the format: numbers and flags under these names."""
     model = wrapped(**changes)
     train(model, attached(model), at)
     values = dict(tunerkit.tuner(model).training_state().values)
@@ -230,8 +230,8 @@ def test_the_values_in_a_file_keep_their_names_and_kinds(at: int, changes: dict[
 
 
 @pytest.mark.parametrize("anew", [False, True])
-def test_a_file_of_before_is_read(anew: bool) -> None:
-    """Once the ranks were final, files of before said `anew` if the last allocation had rotated: it means nothing."""
+def test_an_older_file_is_read(anew: bool) -> None:
+    """When ranks were final, older files stored `anew` if the last allocation had rotated; it is ignored."""
     model = wrapped(exact_svd=True)
     train(model, attached(model), 14)
     state = tunerkit.tuner(model).training_state()
@@ -252,7 +252,7 @@ def pruned(**changes: Any) -> nn.Module:
 
 
 def test_masks_travel_with_the_state_dict() -> None:
-    """They are no parameters and no buffers, and still saved and loaded; a missing or wrong one is told by torch."""
+    """Masks are neither parameters nor buffers, yet saved and loaded; torch reports a missing or wrong one."""
     model, other = pruned(), wrapped()
     state = model.state_dict()
     assert [name for name, _ in model.named_buffers()] == []
@@ -281,7 +281,7 @@ def test_masks_travel_with_the_state_dict() -> None:
     ids=["deepcopy", "pickle", "dtype and back", "device"],
 )
 def test_masks_survive_copies_moves_and_pickling(copied: Callable[[nn.Module], nn.Module]) -> None:
-    """Weights, masks, ranks and budget are the original's, and the copy's are its own."""
+    """Weights, masks, ranks and budget equal the original's, and the copy's are independent."""
     model = pruned()
     twin = copied(model)
     assert_same_weights(twin, model)
@@ -294,7 +294,7 @@ def test_masks_survive_copies_moves_and_pickling(copied: Callable[[nn.Module], n
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_a_change_of_dtype_leaves_masks_boolean(dtype: torch.dtype) -> None:
-    """`.to(dtype)` converts weights, not masks; training goes on in the new dtype."""
+    """`.to(dtype)` converts weights but not masks; training continues in the new dtype."""
     model = wrapped()
     optimizer = attached(model)
     for _ in range(9):
@@ -307,8 +307,8 @@ def test_a_change_of_dtype_leaves_masks_boolean(dtype: torch.dtype) -> None:
         assert torch.equal(layer.mask, mask)
 
 
-def test_a_deep_copied_training_goes_on_by_itself() -> None:
-    """The copy has its own averages: training the original doesn't move them."""
+def test_a_deep_copied_training_is_independent() -> None:
+    """The copy has separate averages: training the original doesn't change them."""
     model = wrapped()
     optimizer = attached(model)
     for _ in range(5):
@@ -400,8 +400,8 @@ def test_every_kind_of_base_layer_trains_prunes_merges_and_loads(name: str, star
         assert torch.equal(model(x), y)
 
 
-def test_files_say_what_defaults_came_to(tmp_path: Path) -> None:
-    """An adapter stays what it was where a later version's defaults are others."""
+def test_files_store_the_resolved_defaults(tmp_path: Path) -> None:
+    """An adapter keeps its settings even if a later version changes the defaults."""
     given = {"targets": TARGETS, "target_rank": 2}
     model = tunerkit.wrap(net(), "adalora", given, seed=0)
     step(model, attached(model))

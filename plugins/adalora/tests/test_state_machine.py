@@ -1,4 +1,4 @@
-"""Any order of stepping, saving, loading, merging and disabling keeps the invariants of a wrapped model."""
+"""Steps, save, load, merge and disable in any order keep the invariants of a wrapped model."""
 
 import tempfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tests of the SVD at an allocation: what is added stays, triplets become singular triplets, the rest is left alone."""
+"""The SVD re-parametrisation at an allocation: ΔW stays, triplets become singular triplets, all else is unchanged."""
 
 import math
 import warnings
@@ -20,7 +20,7 @@ from tunerkit_adalora.training import training_of, weights_of
 
 
 class Base(nn.Module):
-    """All that an SVD layer asks of its base layer."""
+    """All that an SVD layer needs from its base layer."""
 
     def __init__(self, out_features: int, in_features: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ def random_layer(out: int, into: int, mask: list[bool], seed: int = 0, dtype: to
 
 
 def rotate(layers: list[SvdLayer], *, total: float) -> None:
-    """Rotate ``layers`` whose triplets are the less important the later they come."""
+    """Rotate ``layers``; earlier triplets are more important."""
     to_svd_form_(layers, [torch.arange(len(layer.lam), 0, -1.0) for layer in layers], total=total)
 
 
@@ -67,7 +67,7 @@ def started(make: Any = torch.optim.AdamW, **changes: Any) -> tuple[nn.Module, t
 )
 @settings(max_examples=100, deadline=None)
 def test_triplets_become_those_of_the_svd(out: int, into: int, mask: list[bool], seed: int) -> None:
-    """ΔW stays; the live triplets, in their order, are its singular ones, and the dead ones what they were."""
+    """ΔW stays; live triplets become its singular triplets in their order, and dead ones are unchanged."""
     layer = random_layer(out, into, mask, seed)
     before, dead = added(layer), [weight.detach().clone() for weight in layer.weights]
     live = layer.mask
@@ -97,8 +97,8 @@ def test_triplets_become_those_of_the_svd(out: int, into: int, mask: list[bool],
         assert torch.equal(weight.index_select(along, left), old.index_select(along, left))
 
 
-def test_shares_of_lambda_go_by_the_singular_values() -> None:
-    """Where none is too small, λ = total · Σ / sum Σ, and all columns of P have one length."""
+def test_shares_of_lambda_are_proportional_to_the_singular_values() -> None:
+    """If none is too small, λ = total · Σ / sum Σ, and all columns of P have the same length."""
     layer = random_layer(9, 7, [True] * 3)
     expected = torch.linalg.svdvals(added(layer))[:3]
     rotate([layer], total=3.0)
@@ -107,7 +107,7 @@ def test_shares_of_lambda_go_by_the_singular_values() -> None:
 
 
 def test_layers_are_rotated_alike_together_and_alone() -> None:
-    """Layers of one shape are one batch; the batch of one gives the same, whatever each mask says."""
+    """Layers of one shape are one batch; a batch of one gives the same, whatever the masks are."""
     masks = [[True] * 4, [True, False, True, False], [False] * 4, [False, True, True, True]]
     shapes = [(6, 8), (6, 8), (6, 8), (3, 8)]
 
@@ -124,7 +124,7 @@ def test_layers_are_rotated_alike_together_and_alone() -> None:
 
 
 def test_rotating_again_changes_nothing() -> None:
-    """The sign that an SVD leaves open is the one that there is, so the optimizer's averages stay with their own."""
+    """The SVD leaves signs open: the current sign is kept, so the optimizer's averages still match."""
     layer = random_layer(9, 7, [True, False, True, True])
     rotate([layer], total=4.0)
     before = [weight.detach().clone() for weight in layer.weights]
@@ -135,7 +135,7 @@ def test_rotating_again_changes_nothing() -> None:
 
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
 def test_a_layer_that_adds_nothing_or_no_number_is_left_alone(value: float) -> None:
-    """The SVD of it would raise, or its triplets be anything."""
+    """For zeros or NaN an SVD would raise, or give arbitrary triplets."""
     odd, good = random_layer(6, 8, [True] * 3, 0), random_layer(6, 8, [True] * 3, 1)
     with torch.no_grad():
         odd.p.fill_(value)
@@ -148,7 +148,7 @@ def test_a_layer_that_adds_nothing_or_no_number_is_left_alone(value: float) -> N
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_rotated_in_full(dtype: torch.dtype) -> None:
-    """ΔW stays to what the dtype can say of P, λ and Q."""
+    """ΔW stays the same up to the precision of P, λ and Q."""
     layer = random_layer(6, 8, [True] * 3, dtype=dtype)
     before = added(layer)
     rotate([layer], total=3.0)
@@ -162,7 +162,7 @@ def test_half_precision_is_rotated_in_full(dtype: torch.dtype) -> None:
 
 
 def test_each_allocation_leaves_the_svd_of_what_is_kept() -> None:
-    """After an allocation, the final one too, columns of P are orthogonal and λ adds up to the initial rank."""
+    """After each allocation, including the last, columns of P are orthogonal and λ adds up to the initial rank."""
     model, optimizer = started()
     tuner = tunerkit.tuner(model)
     seen = 0
@@ -182,8 +182,8 @@ def test_each_allocation_leaves_the_svd_of_what_is_kept() -> None:
     assert seen == 4
 
 
-def test_what_the_model_says_is_the_same_before_and_after_a_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An allocation changes the output by the triplets that it masks and by nothing else."""
+def test_the_output_is_the_same_before_and_after_a_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An allocation changes the output only by the triplets that it masks."""
     from tunerkit_adalora import step as steps
 
     model, optimizer = started()
@@ -199,8 +199,8 @@ def test_what_the_model_says_is_the_same_before_and_after_a_rotation(monkeypatch
     assert len(outputs) == 4
 
 
-def test_averages_start_anew_with_the_triplets() -> None:
-    """What was averaged was of other triplets; Ī after the next step is (1 − β1) I of that step alone."""
+def test_averages_restart_with_the_triplets() -> None:
+    """The old averages belong to other triplets: after the next step, Ī is (1 − β1) I of that step alone."""
     model, optimizer = started()
     tuner = tunerkit.tuner(model)
     for _ in range(6):  # the sixth: an allocation
@@ -218,7 +218,7 @@ def test_averages_start_anew_with_the_triplets() -> None:
 
 
 def test_finishing_right_after_an_allocation_takes_its_scores() -> None:
-    """No gradient has come since: the budget falls by what was known before the rotation, and loses the smallest."""
+    """Without new gradients, `finish` uses the scores from before the rotation: the smallest triplets are pruned."""
     model, optimizer = started()
     tuner = tunerkit.tuner(model)
     for _ in range(9):
@@ -232,7 +232,7 @@ def test_finishing_right_after_an_allocation_takes_its_scores() -> None:
         assert torch.equal(layer.mask, size >= size.sort(descending=True).values[layer.rank - 1]) or not layer.rank
 
 
-def test_a_layer_without_gradients_since_an_allocation_is_judged_by_what_was_known() -> None:
+def test_a_layer_without_gradients_since_an_allocation_keeps_its_scores() -> None:
     """A layer that is dropped for a while keeps its averages, and with them its rank."""
     model, optimizer = started(t_final=4)
     tuner = tunerkit.tuner(model)
@@ -253,7 +253,7 @@ def test_a_layer_without_gradients_since_an_allocation_is_judged_by_what_was_kno
 
 @pytest.mark.parametrize("odd", ["frozen", "shared", "parametrised"])
 def test_weights_that_are_not_the_layer_s_own_are_left_alone(odd: str) -> None:
-    """Frozen ones may not move, shared ones belong to another too, and computed ones cannot be written."""
+    """Frozen weights must not change, shared ones belong to another module too, and computed ones cannot be written."""
     one, other = (random_layer(6, 8, [True] * 3, seed) for seed in (0, 1))
     if odd == "frozen":
         one.q.requires_grad_(False)
@@ -268,7 +268,7 @@ def test_weights_that_are_not_the_layer_s_own_are_left_alone(odd: str) -> None:
 
 
 def test_autocast_rounds_nothing() -> None:
-    """ΔW stays to fp32 although every product around would be made in bf16."""
+    """ΔW stays the same to fp32 although autocast would run every product in bf16."""
     layer = random_layer(60, 80, [True] * 4, dtype=torch.float32)
     before = added(layer)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -277,7 +277,7 @@ def test_autocast_rounds_nothing() -> None:
 
 
 def test_layers_of_several_ranks_and_dtypes_are_rotated_in_one_call() -> None:
-    """Each as alone, in its own dtype."""
+    """The result equals that of each layer alone, in its own dtype."""
     made = [
         [random_layer(6, 8, [True] * rank, rank, dtype) for rank in (2, 4) for dtype in (torch.float32, torch.float64)]
         for _ in range(2)
@@ -290,14 +290,14 @@ def test_layers_of_several_ranks_and_dtypes_are_rotated_in_one_call() -> None:
 
 
 def test_the_largest_takes_the_place_of_the_most_important() -> None:
-    """Averages stay where they are, so what was known of a place goes to the triplet that is most like it."""
+    """Averages stay in place, so those of a position go to the triplet most like its old one."""
     layer = random_layer(9, 7, [True, True, False, True])
     to_svd_form_([layer], [torch.tensor([1.0, 3.0, 9.0, 2.0])], total=4.0)
     assert layer.lam.argsort(descending=True).tolist() == [1, 3, 0, 2]
 
 
-def test_an_optimizer_with_weights_of_its_own_is_told_of_and_nothing_is_rotated() -> None:
-    """ASGD's averaged weights would mix triplets of before and after."""
+def test_an_optimizer_with_averaged_weights_triggers_a_warning_and_nothing_is_rotated() -> None:
+    """ASGD's averaged weights would mix triplets from before and after a rotation."""
     model, optimizer = started(torch.optim.ASGD)
     with pytest.warns(
         tunerkit.TunerkitWarning, match=r"keeps weights of its own \(ax\).*exact_svd=False, train_lambda=False"
@@ -309,8 +309,8 @@ def test_an_optimizer_with_weights_of_its_own_is_told_of_and_nothing_is_rotated(
         assert torch.equal(one, other)
 
 
-def test_timms_lookahead_around_the_attached_optimizer_is_told_of() -> None:
-    """It keeps its slow weights in the state of the optimizer inside."""
+def test_timms_lookahead_around_the_attached_optimizer_triggers_a_warning() -> None:
+    """It keeps its slow weights in the state of the inner optimizer."""
     optim = pytest.importorskip("timm.optim")
     model, optimizer = started(torch.optim.AdamW)
     slow = optim.Lookahead(optimizer, k=1)
@@ -321,7 +321,7 @@ def test_timms_lookahead_around_the_attached_optimizer_is_told_of() -> None:
 
 
 def test_without_it_an_allocation_moves_only_lambda() -> None:
-    """`exact_svd=False`: P and Q stay as they are, as in the paper."""
+    """With `exact_svd=False`, P and Q are unchanged, as in the paper."""
     model, optimizer = started(torch.optim.SGD, exact_svd=False)
     for _ in range(5):
         step(model, optimizer)
@@ -351,7 +351,7 @@ def test_without_it_an_allocation_moves_only_lambda() -> None:
     ],
 )
 def test_it_takes_the_penalty_s_place(config: dict[str, Any], expected: bool) -> None:
-    """The default where nothing of the paper's own way to orthogonality was asked for."""
+    """It is the default unless the paper's orthogonality penalty was requested."""
     assert AdaLoraConfig(**config).in_svd_form is expected
 
 
@@ -369,18 +369,18 @@ def test_it_takes_the_penalty_s_place(config: dict[str, Any], expected: bool) ->
     ],
 )
 def test_it_is_the_default_where_most_triplets_go(config: dict[str, Any], expected: bool) -> None:
-    """Over half of them, by `target_rank`: a total budget does not say it."""
+    """The default is on if `target_rank` prunes over half of the triplets; a total budget does not count."""
     assert AdaLoraConfig(**config).in_svd_form is expected
 
 
 def test_the_named_settings_are_without_it() -> None:
-    """The paper's and PEFT's triplets are what their optimizers made of them."""
+    """The presets of the paper and of PEFT keep the triplets as the optimizer leaves them."""
     assert not AdaLoraConfig.paper().in_svd_form
     assert not AdaLoraConfig.peft().in_svd_form
 
 
 def test_it_cannot_go_with_the_penalty() -> None:
-    """One error that says what pulls where."""
+    """One error says which settings conflict."""
     with pytest.raises(tunerkit.ConfigError, match=r"gamma 0\.1 pulls P and Q to length 1"):
         AdaLoraConfig(exact_svd=True, gamma=0.1)
 
@@ -401,7 +401,7 @@ def test_it_cannot_go_with_the_penalty() -> None:
     ],
 )
 def test_rank_and_scale_follow_from_the_rank_at_the_end(config: dict[str, Any], initial: int, scale: float) -> None:
-    """In SVD form a target's triplets together have LoRA's scale of the rank that is left, else each has it."""
+    """In SVD form all triplets of a target together have LoRA's scale of the target rank, otherwise each one has."""
     found = AdaLoraConfig(**config)
     assert found.initial_rank == initial
     assert found.scale == pytest.approx(scale)

@@ -1,4 +1,4 @@
-"""Tests of AdaLoRA under a transformers Trainer: checkpoints, best model, logs, and the Trainer's own options."""
+"""AdaLoRA with a transformers Trainer: checkpoints, best model, logs, and the Trainer's own options."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ TARGETS = 2 * 6
 
 
 class Plain(nn.Module):
-    """No PreTrainedModel: the Trainer would save its whole state dict."""
+    """Not a PreTrainedModel: the Trainer would save its whole state dict."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def sizes(model: nn.Module) -> list[int]:
 
 @pytest.mark.parametrize("make", [bert, Plain], ids=["transformers model", "plain module"])
 def test_a_checkpoint_holds_the_adapter_and_no_model(make: Any, tmp_path: Path) -> None:
-    """Two files of ours beside the Trainer's own; each checkpoint loads into a fresh base, `save_model` writes one."""
+    """Two files besides the Trainer's; each checkpoint loads into a fresh base, and `save_model` writes one too."""
     changes = {} if make is bert else {"targets": ["first", "second"], "train_modules": []}
     model = wrapped(make(), **changes)
     trainer = trainer_of(model, tmp_path, save_strategy="steps", save_steps=5, save_total_limit=2)
@@ -82,7 +82,7 @@ def test_a_checkpoint_holds_the_adapter_and_no_model(make: Any, tmp_path: Path) 
 
 
 def best_of(model: nn.Module, folder: Path, best: int, **options: Any) -> Trainer:
-    """A trainer to which the step ``best`` looks best."""
+    """A trainer for which the step ``best`` has the best metric."""
     made: list[Trainer] = []
 
     def score(_: Any) -> dict[str, float]:
@@ -100,7 +100,7 @@ def best_of(model: nn.Module, folder: Path, best: int, **options: Any) -> Traine
 
 @pytest.mark.parametrize("best", [3, 9, 15], ids=["before pruning", "while pruning", "shrunk"])
 def test_the_best_model_is_reloaded_at_the_end_whatever_its_ranks(best: int, tmp_path: Path) -> None:
-    """`load_best_model_at_end`: weights, ranks, masks and budget are those of the best step, in place."""
+    """`load_best_model_at_end`: weights, ranks, masks and budget become those of the best step, in place."""
     model = wrapped()
     trainer = best_of(model, tmp_path, best, save_total_limit=1)
     before = [id(p) for p in tunerkit.tuner(model).parameters()]
@@ -118,7 +118,7 @@ def test_the_best_model_is_reloaded_at_the_end_whatever_its_ranks(best: int, tmp
 
 
 def test_a_best_model_without_its_state_is_what_its_weights_say(tmp_path: Path) -> None:
-    """With `save_only_model` the best step's ranks come back, and nothing is claimed of the training after it."""
+    """With `save_only_model` the best step's ranks are restored; the training state after it is not."""
     model = wrapped()
     trainer = best_of(model, tmp_path, 3, save_only_model=True)
     with pytest.warns(tunerkit.TunerkitWarning, match="above the final"):
@@ -134,7 +134,7 @@ def test_a_best_model_without_its_state_is_what_its_weights_say(tmp_path: Path) 
 
 
 def test_training_again_after_the_best_model_was_reloaded(tmp_path: Path) -> None:
-    """The optimizer's state belongs to ranks that are gone; a second train restarts and works."""
+    """The optimizer's state belongs to other ranks; a second train() restarts and works."""
     model = wrapped()
     trainer = best_of(model, tmp_path, 3)
     trainer.train()
@@ -144,7 +144,7 @@ def test_training_again_after_the_best_model_was_reloaded(tmp_path: Path) -> Non
 
 
 def test_ranks_and_budget_are_in_the_logs(tmp_path: Path) -> None:
-    """Each row with a loss has the budget; the first after an allocation has every target's rank."""
+    """Each row with a loss has the budget; the first row after an allocation has every target's rank."""
     model = wrapped()
     trainer = trainer_of(model, tmp_path, logging_strategy="steps", logging_steps=1)
     trainer.train()
@@ -157,7 +157,7 @@ def test_ranks_and_budget_are_in_the_logs(tmp_path: Path) -> None:
 
 
 def test_ranks_and_budget_are_in_tensorboard(tmp_path: Path) -> None:
-    """The Trainer's own TensorBoard callback writes them: one curve for the budget and one per target."""
+    """The Trainer's TensorBoard callback writes them: one curve for the budget and one per target."""
     pytest.importorskip("tensorboard", reason="the curves are read back with it")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -188,7 +188,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_trainer_s_options_leave_the_budget_exact(name: str, tmp_path: Path) -> None:
-    """One line attaches; every adapter moved, the final ranks are in memory, and the file has what was trained."""
+    """One line attaches; every adapter was trained, final ranks are in memory, and the file has the trained values."""
     model = wrapped()
     trainer = trainer_of(model, tmp_path, **OPTIONS[name])
     trainer.train()
@@ -203,7 +203,7 @@ def test_the_trainer_s_options_leave_the_budget_exact(name: str, tmp_path: Path)
 
 
 def test_checkpointing_gives_the_gradients_of_the_plain_run(tmp_path: Path) -> None:
-    """Both modes end where the run without it does."""
+    """Both modes give the same end as the run without it."""
     ends = []
     for name in ("no clipping", "checkpointing", "reentrant"):
         model = wrapped()
@@ -216,7 +216,7 @@ def test_checkpointing_gives_the_gradients_of_the_plain_run(tmp_path: Path) -> N
 
 
 def test_resuming_from_a_checkpoint_without_state_is_refused(tmp_path: Path) -> None:
-    """`save_only_model` leaves the averages out: going on would prune by nothing, so the words say what to do."""
+    """`save_only_model` leaves the averages out, so pruning would have no scores: the error says what to do."""
     model = wrapped()
     trainer_of(model, tmp_path, save_strategy="steps", save_steps=5, save_only_model=True).train()
     assert not (tmp_path / "checkpoint-10" / "state.safetensors").exists()
@@ -225,7 +225,7 @@ def test_resuming_from_a_checkpoint_without_state_is_refused(tmp_path: Path) -> 
 
 
 def test_a_resume_that_failed_leaves_no_state_to_the_next_training(tmp_path: Path) -> None:
-    """What was loaded for it is not taken for the averages and history of a training that restarts."""
+    """State loaded for it is not used as averages and history of a training that restarts."""
     trainer_of(wrapped(), tmp_path, save_strategy="steps", save_steps=7).train()
     (tmp_path / "checkpoint-7" / "optimizer.pt").write_bytes(b"nothing")
     model = wrapped()
@@ -237,7 +237,7 @@ def test_a_resume_that_failed_leaves_no_state_to_the_next_training(tmp_path: Pat
 
 
 def test_resuming_with_another_config_or_length_is_refused(tmp_path: Path) -> None:
-    """What differs is named; with another config nothing of the checkpoint is in the model then."""
+    """The error names the differences; with another config the model has nothing of the checkpoint."""
     trainer_of(wrapped(), tmp_path, save_strategy="steps", save_steps=5).train()
     checkpoint = str(tmp_path / "checkpoint-5")
     other = wrapped(delta_t=2)
@@ -250,7 +250,7 @@ def test_resuming_with_another_config_or_length_is_refused(tmp_path: Path) -> No
 
 
 def test_a_checkpoint_whose_writing_was_interrupted_is_refused(tmp_path: Path) -> None:
-    """The Trainer writes its own state last: without it the checkpoint is half of one."""
+    """The Trainer writes its own state last: a checkpoint without it is incomplete."""
     trainer_of(wrapped(), tmp_path, save_strategy="steps", save_steps=5).train()
     (tmp_path / "checkpoint-20" / "trainer_state.json").unlink()
     model = wrapped()
@@ -260,7 +260,7 @@ def test_a_checkpoint_whose_writing_was_interrupted_is_refused(tmp_path: Path) -
 
 
 def test_steps_that_are_skipped_still_move_the_schedule(tmp_path: Path) -> None:
-    """Under the Trainer the step is its global step: an overflow on the day of the last allocation only delays it."""
+    """The Trainer's global step counts: an overflow at the last allocation only delays it."""
     model = wrapped()
 
     class Overflow(TrainerCallback):
@@ -281,7 +281,7 @@ def test_steps_that_are_skipped_still_move_the_schedule(tmp_path: Path) -> None:
 
 
 def test_trl_s_trainer_is_attached_the_same_way(tmp_path: Path) -> None:
-    """SFTTrainer on a causal model: pruned to the budget, adapter-only checkpoints, resumed bit for bit."""
+    """SFTTrainer on a causal model: pruned to the budget, adapter-only checkpoints, bit-identical resume."""
     trl = pytest.importorskip("trl", reason="the trainer is TRL's")
     datasets = pytest.importorskip("datasets", reason="TRL takes its data from it")
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -315,7 +315,7 @@ def test_trl_s_trainer_is_attached_the_same_way(tmp_path: Path) -> None:
 
 
 def tokenizer(folder: Path) -> Any:
-    """A word-level tokenizer made on the spot: no hub is asked."""
+    """A word-level tokenizer that is built here: nothing is downloaded."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""Tests of AdaLoRA under other people's training loops: Lightning, accelerate, DDP."""
+"""AdaLoRA in other training loops: Lightning, accelerate, DDP."""
 
 from collections.abc import Iterator
 from datetime import timedelta
@@ -25,7 +25,7 @@ def wrapped() -> nn.Module:
     return short_training.wrapped(**SETTINGS)
 
 
-# Before pruning, while it goes on, and when memory has shrunk.
+# Before pruning, during it, and after memory has shrunk.
 AT = (3, 10, 16)
 
 
@@ -48,7 +48,7 @@ def by_hand(size: int) -> nn.Module:
 
 
 def assert_trained_as_by_hand(model: nn.Module, size: int) -> None:
-    """The schedule was kept, the budget is spent exactly, and ranks and outputs are the plain loop's."""
+    """Check that the budget is exact, and that ranks and outputs are those of the plain loop."""
     tuner, expected = tunerkit.tuner(model), by_hand(size)
     assert tuner.steps == tuner.total_steps == TOTAL
     assert [change.step for change in tuner.history] == [6, 9, 12, 14]
@@ -59,7 +59,7 @@ def assert_trained_as_by_hand(model: nn.Module, size: int) -> None:
 
 
 def assert_same_end(one: nn.Module, other: nn.Module) -> None:
-    """Bit for bit, and not by both having pruned nothing."""
+    """Check that both are bit-identical, and that both have been pruned."""
     tuners = tunerkit.tuner(one), tunerkit.tuner(other)
     assert tuners[0].steps == tuners[1].steps == TOTAL
     assert tuners[0].history == tuners[1].history
@@ -101,7 +101,7 @@ def lightning_trainer(folder: Path, **options: Any) -> Any:
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.filterwarnings("ignore")  # Lightning's own advice on workers and logging
 def test_lightning_trains_to_the_budget(accumulate: int, tmp_path: Path) -> None:
-    """One line in configure_optimizers; Lightning's steps are counted, not its micro-batches."""
+    """One line in configure_optimizers; Lightning's optimizer steps count, not its micro-batches."""
     module = lightning_module()
     trainer = lightning_trainer(tmp_path, accumulate_grad_batches=accumulate, enable_checkpointing=False)
     trainer.fit(module, batches(8 // accumulate))
@@ -111,9 +111,9 @@ def test_lightning_trains_to_the_budget(accumulate: int, tmp_path: Path) -> None
 @pytest.mark.parametrize("at", AT)
 @pytest.mark.filterwarnings("ignore")  # Lightning's own advice on workers and logging
 def test_lightning_resumes_exactly_from_its_checkpoint(at: int, tmp_path: Path) -> None:
-    """`fit(..., ckpt_path=...)`: averages, masks, steps and history are those of the run that was not stopped.
+    """`fit(..., ckpt_path=...)`: averages, masks, steps and history equal those of the uninterrupted run.
 
-    One batch is an epoch here: Lightning does not find back to the place in an epoch by itself.
+    One batch is an epoch here: Lightning does not resume in the middle of an epoch by itself.
     """
     whole = lightning_module()
     callbacks = pytest.importorskip("lightning").pytorch.callbacks
@@ -127,7 +127,7 @@ def test_lightning_resumes_exactly_from_its_checkpoint(at: int, tmp_path: Path) 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_accelerate_trains_to_the_budget(accumulate: int) -> None:
-    """The prepared optimizer is attached; steps that accelerate leaves out while accumulating are not counted."""
+    """The prepared optimizer is attached; steps that accelerate skips while accumulating are not counted."""
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
     plain = wrapped()
@@ -145,7 +145,7 @@ def test_accelerate_trains_to_the_budget(accumulate: int) -> None:
 
 @pytest.mark.parametrize("at", AT)
 def test_accelerate_resumes_exactly_from_its_checkpoint(at: int, tmp_path: Path) -> None:
-    """`save_state` and `load_state` of accelerate's own take the training state along, with the optimizer's."""
+    """Accelerate's `save_state` and `load_state` include the training state in the optimizer's state."""
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     ends = []
     for begin in (0, at):
@@ -167,7 +167,7 @@ def test_accelerate_resumes_exactly_from_its_checkpoint(at: int, tmp_path: Path)
 
 
 def test_an_optimizer_s_state_kept_in_memory_is_of_its_moment() -> None:
-    """Training goes on and moves the averages; loading what was kept brings back those of then."""
+    """Training continues and changes the averages; loading the stored state restores the old ones."""
     model = wrapped()
     optimizer = adamw(model)
     tunerkit.attach(model, optimizer, total_steps=TOTAL)
@@ -189,7 +189,7 @@ def test_an_optimizer_s_state_kept_in_memory_is_of_its_moment() -> None:
 
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone."""
+    """A process group with this process only."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_gloo_available()):
         pytest.skip("this torch has no gloo")
@@ -200,7 +200,7 @@ def alone(tmp_path: Path) -> Iterator[None]:
 
 
 def test_ddp_around_a_wrapped_model_trains_to_the_budget(alone: None) -> None:
-    """With one process DDP changes nothing; the model may be attached through it."""
+    """With one process DDP changes nothing; the model can be attached through it."""
     model = wrapped()
     parallel = nn.parallel.DistributedDataParallel(model)
     optimizer = adamw(parallel)
@@ -216,9 +216,9 @@ def test_ddp_around_a_wrapped_model_trains_to_the_budget(alone: None) -> None:
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5])
 def test_sharded_adapters_are_refused_before_a_step(alone: None, gamma: float) -> None:
-    """fully_shard leaves each process a part of every triplet: its scores would be those of parts.
+    """With fully_shard each process has a part of every triplet: scores would be of parts.
 
-    Before attach or after: sharding replaces the parameters, and the optimizer is built anew.
+    Sharding replaces the parameters before or after attach, and the optimizer is rebuilt.
     """
     fsdp = pytest.importorskip("torch.distributed.fsdp", reason="this torch has no FSDP")
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
@@ -240,7 +240,7 @@ def test_sharded_adapters_are_refused_before_a_step(alone: None, gamma: float) -
 
 
 def test_two_processes_agree_on_masks_and_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each sees its own half of a batch; DDP averages the gradients, so both allocate alike, and as one alone would."""
+    """Each has half of a batch; DDP averages the gradients, so both allocate equally, and like a single process."""
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("this torch has no gloo")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -267,7 +267,7 @@ def test_two_processes_agree_on_masks_and_weights(tmp_path: Path, monkeypatch: p
 
 
 def test_a_spawned_worker_trains_the_model_it_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A half-trained wrapped model goes to a new interpreter, trains two steps there, and its results come back."""
+    """A half-trained wrapped model is sent to a new interpreter, which trains it for two steps and returns it."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     model = wrapped()
     optimizer = torch.optim.SGD(trainable(model), lr=0.1)

@@ -1,4 +1,4 @@
-"""Tests of what AdaLoRA does around an optimizer step: regulariser, masks, budget."""
+"""AdaLoRA's work around an optimizer step: regulariser, masks, budget."""
 
 import itertools
 import math
@@ -24,7 +24,7 @@ from tunerkit_adalora.training import training_of
 
 @pytest.mark.parametrize("form", ["reference", "paper"])
 def test_the_loss_never_contains_the_regulariser(form: str) -> None:
-    """With the same weights the loss is bit for bit the same for γ = 0 and γ = 1, training, evaluating or disabled."""
+    """With the same weights the loss is bit-identical for γ = 0 and γ = 1, in training, evaluation or disabled."""
     without, with_it = (wrapped(gamma=gamma, orthogonality=form, start="gaussian") for gamma in (0.0, 1.0))
     optimizers = [attached(model) for model in (without, with_it)]
     for _ in range(3):
@@ -43,7 +43,7 @@ def test_the_loss_never_contains_the_regulariser(form: str) -> None:
 @pytest.mark.parametrize("micro_batches", [1, 2, 5])
 @pytest.mark.parametrize("form", ["reference", "paper"])
 def test_accumulation_does_not_multiply_the_regulariser(form: str, micro_batches: int) -> None:
-    """What is stepped with is the accumulated gradient of the task plus γ·∂R once; autograd says what ∂R is."""
+    """The step uses the accumulated task gradient plus γ·∂R once; autograd computes the expected ∂R."""
     gamma = 0.7
     model = wrapped(gamma=gamma, orthogonality=form, start="gaussian")
     optimizer = attached(model)
@@ -66,7 +66,7 @@ def test_accumulation_does_not_multiply_the_regulariser(form: str, micro_batches
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize("kind", ["foreach", "fused", "loop"])
 def test_under_a_grad_scaler_the_regulariser_is_as_without(kind: str, unscale: bool) -> None:
-    """Scaled gradients get a scaled regulariser: three steps end where three unscaled ones end."""
+    """Scaled gradients get a scaled regulariser: three steps give the same weights as three unscaled steps."""
     options = {"foreach": {"foreach": True}, "fused": {"fused": True}, "loop": {"foreach": False}}[kind]
     ends = []
     for enabled in (False, True):
@@ -91,7 +91,7 @@ def test_under_a_grad_scaler_the_regulariser_is_as_without(kind: str, unscale: b
 
 @st.composite
 def runs(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
-    """A config and a total that leave room, in triplets or in parameters."""
+    """A config and a total that leave part of the budget to allocate, in triplets or in parameters."""
     total = draw(st.integers(2, 12))
     t_init = draw(st.integers(0, total - 1))
     t_final = draw(st.integers(0, total - t_init - 1))
@@ -119,11 +119,11 @@ COSTS = (8 + 6 + 1, 7 + 8 + 1, 3 + 7 + 1)
 @given(run=runs(), seed=st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
 def test_the_masks_count_the_budget_in_force_at_every_step(run: tuple[dict[str, Any], int], seed: int) -> None:
-    """For any schedule, size and unit: after each step the masks cost the scheduled budget exactly.
+    """For any schedule, size and unit: after each step the masks cost exactly the scheduled budget.
 
-    In parameters they cost at most that, and no further triplet of the cheapest target would fit on top... unless a
-    dearer one stands before it in the ranking: the gap is smaller than the dearest triplet. What is masked is 0 right
-    after an allocation and from the final phase on.
+    In parameters they cost at most that, and the gap is smaller than the most expensive triplet. A further triplet of
+    the cheapest target fits only if a more expensive one is before it in the ranking. Masked λ are 0 right after an
+    allocation and from the final phase on.
     """
     config, total = run
     model = wrapped(seed=seed, **config)
@@ -162,7 +162,7 @@ def allocates(config: dict[str, Any], number: int, final_step: int) -> bool:
 @pytest.mark.parametrize("case", ["ties", "zero gradients"])
 @pytest.mark.parametrize("unit", ["rank", "parameters"])
 def test_the_budget_is_exact_whatever_the_scores(case: str, unit: str) -> None:
-    """Equal scores, or all 0: the budget is kept exactly, and ties go to the first targets and indices."""
+    """With equal scores or all 0, the budget is exact, and ties go to the first targets and indices."""
     budget = 7 if unit == "rank" else 4 * COSTS[0] + 2 * COSTS[1] + 1
     model = wrapped(target_rank=None, budget=budget, budget_unit=unit, exact_svd=False)
     with torch.no_grad():
@@ -182,14 +182,14 @@ def test_the_budget_is_exact_whatever_the_scores(case: str, unit: str) -> None:
 
 
 def test_a_masked_lambda_moves_freely_until_the_next_allocation_and_may_come_back() -> None:
-    """The mask zeroes λ at an allocation only; gradients may raise it again, and with it the score."""
+    """The mask zeroes λ only at an allocation; gradients may raise it again, and with it the score."""
     model = wrapped(t_init=1, delta_t=2, t_final=2, beta1=0.3, beta2=0.3, train_lambda=True)
     tuner = tunerkit.tuner(model)
     optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     tunerkit.attach(model, optimizer, total_steps=12)
 
     def push(favoured: int) -> None:
-        """Give the triplets with index % 2 == ``favoured`` gradients that matter; grow them from step to step."""
+        """Give triplets with index % 2 == ``favoured`` large gradients that grow from step to step."""
         for layer in layers(model):
             index = torch.arange(len(layer.lam))
             size = torch.where(index % 2 == favoured, 1.0 + tuner.steps, 1e-4)
@@ -215,7 +215,7 @@ def test_a_masked_lambda_moves_freely_until_the_next_allocation_and_may_come_bac
 
 
 def test_in_the_final_phase_the_mask_holds_after_every_step() -> None:
-    """Ranks stay as the final allocation left them; dead λ are 0 after each step, the live ones go on training."""
+    """Ranks stay as the final allocation set them; dead λ are 0 after each step, live ones keep training."""
     model = wrapped(train_lambda=True)
     optimizer = attached(model)
     for _ in range(14):
@@ -233,7 +233,7 @@ def test_in_the_final_phase_the_mask_holds_after_every_step() -> None:
 
 @pytest.mark.parametrize("gamma", [0.0, 0.1])
 def test_init_rank_equal_to_target_rank_trains_and_prunes_nothing(gamma: float) -> None:
-    """Every mask stays full through every allocation."""
+    """Masks stay full through every allocation, and training works."""
     model = wrapped(init_rank=2, target_rank=2, gamma=gamma)
     optimizer = attached(model)
     losses = [step(model, optimizer) for _ in range(TOTAL)]
@@ -245,7 +245,7 @@ def test_init_rank_equal_to_target_rank_trains_and_prunes_nothing(gamma: float) 
 @pytest.mark.filterwarnings("ignore:these adapters never ran")  # core tells it, rightly
 @pytest.mark.parametrize("gamma", [0.0, 0.1])
 def test_a_layer_without_gradient_is_pruned_first(gamma: float) -> None:
-    """A layer that the forward doesn't use has no importance; nothing fails, and the budget is exact."""
+    """A layer that forward doesn't use has no importance; nothing fails, and the budget is exact."""
 
     class Skips(nn.Module):
         def __init__(self) -> None:
@@ -268,7 +268,7 @@ def test_a_layer_without_gradient_is_pruned_first(gamma: float) -> None:
 
 @pytest.mark.parametrize("frozen", ["p", "lam", "q"])
 def test_a_frozen_weight_has_no_importance_and_stays(frozen: str) -> None:
-    """Freezing one of a layer's three weights leaves the rest training and the budget exact."""
+    """If one of a layer's three weights is frozen, the rest trains and the budget is exact."""
     model = wrapped(gamma=0.1)
     weight = getattr(layers(model)[0], frozen)
     weight.requires_grad_(False)
@@ -284,8 +284,8 @@ def test_a_frozen_weight_has_no_importance_and_stays(frozen: str) -> None:
 
 @pytest.mark.parametrize("exact_svd", [False, True])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_gradients_that_are_not_finite_are_left_out_told_and_harm_no_budget(value: float, exact_svd: bool) -> None:
-    """One bad step: the averages stay finite, the next allocation tells how many, pruning goes on exactly."""
+def test_gradients_that_are_not_finite_are_left_out_and_reported(value: float, exact_svd: bool) -> None:
+    """One bad step: averages stay finite, the next allocation warns with the count, and pruning stays exact."""
     model = wrapped(exact_svd=exact_svd)
     tuner = tunerkit.tuner(model)
     for layer in layers(model):
@@ -321,7 +321,7 @@ def test_gradients_that_are_not_finite_are_left_out_told_and_harm_no_budget(valu
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_gradients_that_are_all_bad_since_the_last_allocation_are_an_error(value: float) -> None:
-    """A run that diverged has scores that know nothing of it: the allocation refuses, and the masks stay."""
+    """The scores of a diverged run are outdated: the allocation raises, and the masks stay."""
     model = wrapped()
     optimizer = attached(model)
     train(model, optimizer, 6)
@@ -333,7 +333,7 @@ def test_gradients_that_are_all_bad_since_the_last_allocation_are_an_error(value
 
 
 def bad_steps(model: nn.Module, optimizer: torch.optim.Optimizer, value: float | None) -> None:
-    """Step with the same gradient everywhere, or with none, until something raises or training is over."""
+    """Step with the same gradient everywhere, or with none, until something raises or training ends."""
     for _ in range(TOTAL):
         for parameter in trainable(model):
             parameter.grad = None if value is None else torch.full_like(parameter, value)
@@ -354,7 +354,7 @@ def bad_steps(model: nn.Module, optimizer: torch.optim.Optimizer, value: float |
 def test_minimum_and_maximum_ranks_hold_at_the_end(
     bounds: dict[str, Any], least: tuple[int, ...], most: tuple[int, ...]
 ) -> None:
-    """Given for all or by target, they bound the final ranks, and the budget is still exact."""
+    """Set for all targets or by target, they bound the final ranks, and the budget is still exact."""
     for favoured in range(3):
         model = wrapped(start="gaussian", **bounds)
         with torch.no_grad():  # without bounds this one would take all it can
@@ -378,7 +378,7 @@ def test_minimum_and_maximum_ranks_hold_at_the_end(
     ],
 )
 def test_bounds_that_the_budget_cannot_meet_are_refused_when_attaching(bounds: dict[str, Any], words: str) -> None:
-    """The words have the numbers and the target; nothing is attached."""
+    """The message has the numbers and the target; nothing is attached."""
     model = wrapped(**bounds)
     with pytest.raises(tunerkit.ConfigError, match=words):
         attached(model)
@@ -388,7 +388,7 @@ def test_bounds_that_the_budget_cannot_meet_are_refused_when_attaching(bounds: d
 @given(budget=st.integers(min(COSTS), 4 * sum(COSTS)), seed=st.integers(0, 20))
 @settings(max_examples=25, deadline=None)
 def test_a_budget_in_parameters_keeps_the_longest_prefix_of_the_ranking(budget: int, seed: int) -> None:
-    """Against a slow loop over the triplets by score: the first that doesn't fit ends it."""
+    """Compared with a slow loop over the triplets by score: the first that doesn't fit ends it."""
     model = wrapped(
         seed=seed, target_rank=None, budget=budget, budget_unit="parameters", t_init=0, t_final=1, delta_t=99
     )
@@ -414,7 +414,7 @@ def test_a_budget_in_parameters_keeps_the_longest_prefix_of_the_ranking(budget: 
 
 
 def test_finish_makes_the_final_allocation_early() -> None:
-    """After 5 of 20 steps: the final budget, masked λ 0, a line of history; steps keep it, a second finish is idle."""
+    """After 5 of 20 steps it prunes to the final budget with one history entry. A second call does nothing."""
     model = wrapped()
     tuner = tunerkit.tuner(model)
     optimizer = attached(model)
@@ -440,7 +440,7 @@ def test_finish_before_attaching_is_refused() -> None:
 
 
 def test_history_has_each_allocation_with_its_budget_and_ranks() -> None:
-    """Steps as scheduled, budgets as the cubic says, ranks that sum to them; the last are the tuner's."""
+    """Steps follow the schedule, budgets the cubic; ranks sum to the budgets, and the last are the tuner's."""
     model = wrapped()
     tuner = tunerkit.tuner(model)
     optimizer = attached(model)
@@ -454,7 +454,10 @@ def test_history_has_each_allocation_with_its_budget_and_ranks() -> None:
 
 
 def test_budget_of_a_step_before_attaching_and_after_loading(tmp_path: Path) -> None:
-    """With total_steps in the config the schedule is known at once and from the file; else words say what to do."""
+    """With total_steps in the config or the file, the schedule is known at once.
+
+    Otherwise the error says what to do.
+    """
     model = wrapped(total_steps=TOTAL)
     tuner = tunerkit.tuner(model)
     schedule = plan(total_steps=TOTAL, t_init=4, t_final=6, delta_t=3, initial=12, target=6)
@@ -475,7 +478,7 @@ def test_budget_of_a_step_before_attaching_and_after_loading(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("exact_svd", [False, True])
 def test_attaching_a_loaded_adapter_begins_a_new_training_with_all_triplets(exact_svd: bool, tmp_path: Path) -> None:
-    """Training on what was pruned starts from b(0) again, and prunes again."""
+    """Training a pruned adapter again starts from b(0), and prunes again."""
     model = wrapped(exact_svd=exact_svd)
     optimizer = attached(model)
     for _ in range(TOTAL):
@@ -492,22 +495,22 @@ def test_attaching_a_loaded_adapter_begins_a_new_training_with_all_triplets(exac
 
 
 def test_a_budget_that_buys_no_triplet_is_refused() -> None:
-    """A zero budget in effect is refused at attach, with the price of the cheapest triplet."""
+    """A budget that is effectively zero is rejected at attach, with the cost of the cheapest triplet."""
     model = wrapped(target_rank=None, budget=min(COSTS) - 1, budget_unit="parameters")
     with pytest.raises(tunerkit.ConfigError, match=rf"the cheapest costs {min(COSTS)}; raise it @ \$\.budget"):
         attached(model)
 
 
 def test_adapters_without_any_gradient_are_refused_at_the_allocation() -> None:
-    """Scores that say nothing would prune by position: the error says so, and names the usual cause."""
+    """Without scores, pruning would go by position: the error says so, and names the usual cause."""
     model = wrapped()
     optimizer = attached(model)
     with pytest.raises(tunerkit.StepError, match=r"no usable gradient in the 6 steps.*use_reentrant"):
         bad_steps(model, optimizer, None)
 
 
-def test_an_allocation_right_after_another_tells_nothing() -> None:
-    """At T - t_f the averages rest: that nothing was averaged since the step before is as it should be."""
+def test_an_allocation_right_after_another_triggers_no_warning() -> None:
+    """At T - t_f averaging stops, so it is expected that no step was averaged since the previous allocation."""
     model = wrapped(t_init=0, t_final=3, delta_t=2)
     optimizer = attached(model, 8)
     with warnings.catch_warnings():
@@ -519,9 +522,9 @@ def test_an_allocation_right_after_another_tells_nothing() -> None:
 
 @pytest.mark.parametrize("first", [1, 15], ids=["final phase from the first step on", "no part in any step before it"])
 def test_without_an_average_the_next_step_makes_the_scores(first: int) -> None:
-    """Scores of 0 would prune by position: here the earliest layer has no importance, and it goes, not the last one.
+    """With scores of 0, pruning would go by position. Here the earliest layer has no importance and is pruned.
 
-    A step's number may jump under a Trainer's clock, for an adapter that was not active or steps that were skipped.
+    Step numbers may jump under a Trainer's clock, for an inactive adapter, or if steps were skipped.
     """
     model = wrapped(t_init=0, t_final=TOTAL - 1 if first == 1 else 6)
     for parameter in layers(model)[0].parameters():
@@ -534,8 +537,8 @@ def test_without_an_average_the_next_step_makes_the_scores(first: int) -> None:
     assert layers(model)[0].rank == 0
 
 
-def test_an_allocation_by_scores_of_zero_is_told_of() -> None:
-    """Gradients too small for fp32 (or none that count) leave every score at 0: the budget goes by position."""
+def test_an_allocation_by_scores_of_zero_triggers_a_warning() -> None:
+    """Gradients too small for fp32, or left out, give scores of 0: positions decide the allocation."""
     model = wrapped()
     optimizer = attached(model)
     for _ in range(5):
@@ -546,7 +549,7 @@ def test_an_allocation_by_scores_of_zero_is_told_of() -> None:
 
 
 def test_an_optimizer_without_the_adapters_is_refused_whatever_heads_it_holds() -> None:
-    """A head trained in full is part of the adapter's file, yet its training says nothing about ranks."""
+    """A head trained in full is part of the adapter's file, but its training says nothing about ranks."""
     model = wrapped(targets=("0", "2"), train_modules=("4",))
     head = [p for n, p in model.named_parameters() if ".copy." in n]
     with pytest.raises(tunerkit.StepError, match="holds none of the parameters"):
@@ -558,8 +561,8 @@ def test_an_optimizer_without_the_adapters_is_refused_whatever_heads_it_holds() 
         tunerkit.attach(model, torch.optim.SGD(part, lr=0.1), total_steps=TOTAL)
 
 
-def test_saving_above_the_final_budget_is_told(tmp_path: Path) -> None:
-    """Training that ends before T - t_f leaves more triplets than asked for; `finish` settles it."""
+def test_saving_above_the_final_budget_triggers_a_warning(tmp_path: Path) -> None:
+    """Training that ends before T - t_f leaves more triplets than requested; `finish` prunes them."""
     model = wrapped()
     step(model, attached(model))
     with pytest.warns(tunerkit.TunerkitWarning, match="above the final"):
@@ -571,7 +574,7 @@ def test_saving_above_the_final_budget_is_told(tmp_path: Path) -> None:
 
 
 def test_saving_without_a_step_is_refused(tmp_path: Path) -> None:
-    """Nobody stepped: the words say what was forgotten, and no file appears. What was loaded may be saved."""
+    """Without any step, the error says what was forgotten, and no file is written. A loaded adapter may be saved."""
     model = wrapped()
     with pytest.raises(tunerkit.AdapterError, match=r"tunerkit\.attach"):
         tunerkit.save(model, tmp_path / "none")

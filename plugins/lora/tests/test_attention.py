@@ -1,4 +1,4 @@
-"""The method keeps core's contract where attention reads the adapted weights past their modules' forward."""
+"""The method passes the conformance tests if attention uses weights directly, bypassing their modules' forward()."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +24,7 @@ CONFIGS: dict[str, dict[str, object]] = {
 
 @each_check(CASES, CONFIGS)
 def test_keeps_the_contract(check: Check, case: Case, config: Mapping[str, object], tmp_path: Path) -> None:
-    """Every check of the conformance kit holds for torch's encoders and for WavLM."""
+    """Every conformance test passes for torch's encoders and for WavLM."""
     check(case, "lora", config, tmp_path)
 
 
@@ -36,7 +36,7 @@ def test_every_adapter_in_attention_is_trained(case: Case) -> None:
 
 
 def test_a_wavlm_without_a_pattern_gets_its_default() -> None:
-    """Attention's four projections and the feed-forward's two matrices, per layer; nothing is left out or unheard."""
+    """Per layer, attention's four projections and the feed-forward's two matrices; there is no warning."""
     case = CASES[-1]
     model = tunerkit.wrap(case.build(), "lora")
     names = {path.rpartition(".")[2] for path in tunerkit.tuner(model).ranks()}

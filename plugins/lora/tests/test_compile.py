@@ -1,4 +1,4 @@
-"""Tests of LoRA in compiled models."""
+"""LoRA in compiled models."""
 
 import pytest
 
@@ -10,12 +10,12 @@ STEPS = 4
 
 @compiling.each_model
 def test_a_wrapped_model_trains_in_one_graph_compiled_once(name: str, backend: str) -> None:
-    """No graph break, forward and backward; one compilation for training and one for eval mode; eager's outputs."""
+    """No graph break in forward or backward; one compilation each for training and eval mode; outputs equal eager's."""
     training = compiling.check_trains_in_one_graph(name, "lora", {"rank": 3}, backend=backend, steps=STEPS)
     assert training.compilations == [1] * STEPS + [2]
 
 
 @pytest.mark.parametrize(("name", "backend"), [("bert", "eager"), ("tiny", "inductor")])
 def test_adapters_take_part_in_a_model_compiled_before(name: str, backend: str) -> None:
-    """Code compiled before wrapping is not run after it, though the base was frozen then too."""
+    """Code compiled before wrapping is not reused after it, even if the base was frozen already."""
     compiling.check_adapts_what_was_compiled(name, "lora", {"rank": 3}, backend=backend, steps=STEPS)

@@ -1,4 +1,4 @@
-"""Tests of LoRA's config: ranks and scales by target, JSON and back, and the errors for bad input."""
+"""LoRA's config: ranks and scales by target, the JSON round trip, and the errors for bad input."""
 
 import math
 from typing import Any
@@ -28,7 +28,7 @@ def test_the_scale_is_alpha_over_rank_or_over_its_root(rank: int, alpha: float, 
 
 @given(rank=st.integers(1, 64), other=st.integers(1, 64), alpha=st.none() | st.floats(1, 64))
 def test_patterns_give_targets_their_own_rank_and_alpha(rank: int, other: int, alpha: float | None) -> None:
-    """The first pattern that matches counts; without alpha it is twice the target's own rank."""
+    """The first matching pattern counts; without alpha it is twice the target's own rank."""
     config = LoraConfig(
         rank=rank, alpha=alpha, rank_pattern={"query": other, "*.query": 1, "re:.*key": 7}, alpha_pattern={"key": 21.0}
     )
@@ -59,11 +59,11 @@ def test_patterns_give_targets_their_own_rank_and_alpha(rank: int, other: int, a
     ],
 )
 def test_a_mistake_gets_one_line_with_its_path(mapping: dict[str, Any], words: list[str]) -> None:
-    """What was got, what is allowed, and where; nothing else is reported."""
+    """The line has the value, what is allowed, and the path; nothing else is reported."""
     check_one_mistake("lora", mapping, words)
 
 
 @pytest.mark.parametrize(("field", "value"), [("rank_pattern", 4), ("alpha_pattern", 4.0)])
 def test_a_pattern_for_no_target_is_refused_with_the_closest_name(field: str, value: float) -> None:
-    """A mistyped pattern would be ignored in silence; the model stays as it was."""
+    """A mistyped pattern would be ignored silently; the model is unchanged."""
     check_unmatched_pattern("lora", field, value)

@@ -1,4 +1,4 @@
-"""The method keeps core's contract on small random models of every architecture."""
+"""The method passes the conformance tests on small random models of every architecture."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +23,7 @@ CONFIGS: dict[str, dict[str, object]] = {
 
 @each_check(matrix.cases(), {"default": PLAIN})
 def test_keeps_the_contract(check: Check, case: Case, config: Mapping[str, object], tmp_path: Path) -> None:
-    """Every check of the conformance kit holds for every architecture."""
+    """Every conformance test passes for every architecture."""
     check(case, "lora", config, tmp_path)
 
 
@@ -31,17 +31,17 @@ def test_keeps_the_contract(check: Check, case: Case, config: Mapping[str, objec
 def test_keeps_the_contract_in_every_setting(
     check: Check, case: Case, config: Mapping[str, object], tmp_path: Path
 ) -> None:
-    """Every check holds for every kind of base layer and setting."""
+    """Every test passes for every kind of base layer and setting."""
     check(case, "lora", config, tmp_path)
 
 
 @pytest.mark.parametrize("case", matrix.cases())
 def test_default_targets_serve_every_architecture(case: Case, tmp_path: Path) -> None:
-    """Also where the case names targets of its own, the default finds some, and they merge."""
+    """Even if a case names targets, the default finds some too, and they merge."""
     conformance.check_merges_and_unmerges(case, "lora", {"rank": 2, "targets": None}, tmp_path)
 
 
 @pytest.mark.parametrize("case", matrix.linear())
 def test_all_linear_serves_every_architecture(case: Case, tmp_path: Path) -> None:
-    """Encoders, decoders and towers alike: all linear layers merge."""
+    """In encoders, decoders and towers, all linear layers merge."""
     conformance.check_merges_and_unmerges(case, "lora", {"rank": 2, "targets": "all-linear"}, tmp_path)

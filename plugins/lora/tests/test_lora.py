@@ -1,4 +1,4 @@
-"""Tests of the LoRA adapter: its start, its scale, its dropout, and what it learns beside peft's."""
+"""The LoRA adapter: its initialisation, scale and dropout, and its training compared with PEFT's."""
 
 import math
 from typing import Any
@@ -50,7 +50,7 @@ def train(model: nn.Module, count: int) -> list[float]:
 
 @pytest.mark.parametrize("start", ["kaiming", "gaussian"])
 def test_every_start_keeps_the_output(start: str) -> None:
-    """B is 0 and A is not: the output is bit for bit the base's, and there is a gradient to leave from."""
+    """B is 0 and A is not: the output is the base's bit for bit, and there is a gradient."""
     model = wrapped(start=start)
     assert torch.equal(model(X), Net()(X))
     for adapter in adapters(model).values():
@@ -62,7 +62,7 @@ def test_every_start_keeps_the_output(start: str) -> None:
 
 
 def test_starts_are_spread_as_said() -> None:
-    """Kaiming: uniform within 1/√in; Gaussian: a deviation of 1/rank."""
+    """Kaiming: uniform within 1/√in; Gaussian: a standard deviation of 1/rank."""
     torch.manual_seed(0)
     for start, deviation in (("kaiming", 1 / math.sqrt(3 * 400)), ("gaussian", 1 / 50)):
         model = tunerkit.wrap(nn.Sequential(nn.Linear(400, 4)), "lora", {"targets": ["0"], "rank": 50, "start": start})
@@ -73,7 +73,7 @@ def test_starts_are_spread_as_said() -> None:
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_the_output_is_the_base_s_plus_scale_times_b_a_x(rslora: bool) -> None:
-    """By the formula, with a rank and an alpha of its own at one target, and merged as well."""
+    """As in the formula, with a separate rank and alpha at one target, and also merged."""
     model = wrapped(rank=4, alpha=12.0, rslora=rslora, rank_pattern={"second": 2}, alpha_pattern={"second": 5.0})
     assert tunerkit.tuner(model).ranks() == {"first": 4, "second": 2}
     assert tunerkit.tuner(model).budget() == tunerkit.tuner(model).budget(100) == 6
@@ -89,7 +89,10 @@ def test_the_output_is_the_base_s_plus_scale_times_b_a_x(rslora: bool) -> None:
 
 
 def test_dropout_changes_the_training_output_only() -> None:
-    """Off in eval and at the start (B is 0); in training two passes differ, and average to the pass without."""
+    """It has no effect in eval and at the start (B is 0).
+
+    In training two passes differ, and average to the one without.
+    """
     model = wrapped(dropout=0.5)
     assert torch.equal(model.train()(X), Net()(X))
     train(model, 10)
@@ -106,7 +109,7 @@ def test_dropout_changes_the_training_output_only() -> None:
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_it_learns_what_pefts_lora_learns(rslora: bool) -> None:
-    """From the same start, 50 AdamW steps: every loss lies within 1e-4 of peft's."""
+    """From the same start, over 50 AdamW steps, every loss is within 1e-4 of PEFT's."""
     peft = pytest.importorskip("peft", reason="peft is the peer that this test compares with")
     config = peft.LoraConfig(
         r=4, lora_alpha=6, target_modules=["first", "second"], use_rslora=rslora, rank_pattern={"second": 2}
@@ -124,6 +127,6 @@ def test_it_learns_what_pefts_lora_learns(rslora: bool) -> None:
 
 
 def test_training_needs_no_attachment_and_saving_no_step(tmp_path: Any) -> None:
-    """LoRA has constant ranks: an untrained adapter saves, and loads as an adapter that changes nothing."""
+    """LoRA's ranks are constant: an untrained adapter can be saved, and loads as one that changes nothing."""
     path = tunerkit.save(wrapped(), tmp_path)
     assert torch.equal(tunerkit.load(Net(), path)(X), Net()(X))

@@ -1,4 +1,4 @@
-"""Tests of what users do to a model beside training it with LoRA: autocast, adapters in half precision, workers."""
+"""Operations besides training with LoRA: autocast, half-precision adapters, workers."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def train(model: nn.Module, dtype: torch.dtype | None = None, steps: int = 10) -
 def test_half_precision_trains_as_full_precision_within_its_digits(
     dtype: torch.dtype | None, adapter_dtype: str
 ) -> None:
-    """Autocast on the CPU or none, adapters in any dtype: outputs within the coarsest dtype's tolerance."""
+    """With or without CPU autocast, adapters in any dtype: outputs agree within the coarsest dtype's tolerance."""
     plain, model = wrapped(), wrapped(adapter_dtype=adapter_dtype)
     train(plain)
     train(model, dtype)
@@ -44,7 +44,7 @@ def test_half_precision_trains_as_full_precision_within_its_digits(
 
 
 def test_a_spawned_worker_trains_the_model_it_is_sent() -> None:
-    """A new interpreter gets the wrapped model: its outputs, ranks and further training are as here."""
+    """A new interpreter gets the wrapped model: its outputs, ranks and further training are the same."""
     model = wrapped()
     train(model)
     spawned.check_trains_in_a_worker(model)
@@ -54,7 +54,7 @@ def test_a_spawned_worker_trains_the_model_it_is_sent() -> None:
 
 @pytest.mark.parametrize("config", [{"targets": ["embed_tokens"]}, {"train_modules": ["embed_tokens"]}])
 def test_embeddings_that_were_resized_after_wrapping_are_not_saved(config: dict[str, Any], tmp_path: Path) -> None:
-    """The table is resized in place: an adapter or a copy of the old one fits no base any more."""
+    """The table is resized in place: an adapter or a copy of the old one fits no base."""
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = transformers.LlamaModel(transformers.LlamaConfig(vocab_size=20, num_key_value_heads=2, **sizes))

@@ -1,4 +1,4 @@
-"""Files that were written before the core was cut into packages (at commit 9d060d1) still load."""
+"""Files written before the core was split into packages (at commit 9d060d1) still load."""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def test_an_old_adapter_loads() -> None:
-    """Same output and ranks as when it was saved."""
+    """Output and ranks are the same as at saving."""
     old_files.check_adapter_loads(FIXTURES)
 
 
 def test_an_old_training_state_resumes() -> None:
-    """The state goes into an attached adapter, which trains on from the step at which it was saved."""
+    """An attached adapter takes the state and resumes training at the step where it was saved."""
     old_files.check_state_resumes(FIXTURES)

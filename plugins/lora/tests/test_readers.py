@@ -1,4 +1,4 @@
-"""The method keeps core's contract in other libraries' models that read weights past their modules' forward."""
+"""The method passes the conformance tests in models of other libraries that bypass their modules' forward()."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,19 +20,19 @@ CONFIGS: dict[str, dict[str, object]] = {
 
 @each_check(cases(), CONFIGS)
 def test_keeps_the_contract(check: Check, case: Case, config: Mapping[str, object], tmp_path: Path) -> None:
-    """Every check of the conformance kit holds: outputs, gradients, files, merging."""
+    """Every conformance test passes: outputs, gradients, files, merging."""
     check(case, "lora", config, tmp_path)
 
 
 @pytest.mark.parametrize("case", cases())
 def test_every_adapter_is_trained(case: Case) -> None:
-    """Each B has a gradient at the start, at all linear layers too, and there is no warning."""
+    """Each B has a gradient at the start, also at all linear layers, and there is no warning."""
     for targets in (case.settings["targets"], "all-linear"):
         check_reach_every_adapter(case, "lora", {"rank": 2, "targets": targets}, "b")
 
 
 def test_what_is_read_while_it_is_offloaded_is_left_out() -> None:
-    """Its weight comes after everything that a delta could be added to; the layers that are called are adapted."""
+    """Its weight arrives too late for adding a delta; layers that are called are adapted."""
     accelerate = pytest.importorskip("accelerate")
     pytest.importorskip("transformers")
     (case,) = (parameter.values[0] for parameter in cases() if parameter.id == "mamba")

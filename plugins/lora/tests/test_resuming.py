@@ -1,4 +1,4 @@
-"""Tests of resuming a Trainer with LoRA, bit for bit."""
+"""Resuming a Trainer with LoRA, bit for bit."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def test_stopped_after_every_step_and_resumed_the_end_is_bit_identical(accumulat
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_killed_and_resumed_the_end_is_bit_identical(accumulation: int, tmp_path: Path) -> None:
-    """What kill -9 took since the last checkpoint is done again, the same."""
+    """Steps since the last checkpoint that kill -9 lost are repeated identically."""
     run = resuming.Run("lora", CONFIG, tmp_path, accumulation=accumulation, save_steps=2)
     resuming.check_killed(run, at=(3, 8, 13, 18, 25))
     assert resuming.end_of(tmp_path / "parts")["steps"] == (30, 30)
