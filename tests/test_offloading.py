@@ -249,3 +249,34 @@ def test_only_device_hooks_are_seen_through(changes: list[Callable[[Any], None]]
         change(layer)
     assert (as_base_layer(layer) is not None) == adapted
     assert (as_base_layer(copy.deepcopy(layer)) is not None) == adapted
+
+
+class Views(nn.Module):
+    """A module that is trained as a copy, with buffers that are views of one storage."""
+
+    a: Tensor
+    b: Tensor
+    part: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Linear(4, 4)
+        table = torch.arange(16.0).view(4, 4)
+        self.register_buffer("a", table)
+        self.register_buffer("b", table.T)
+        self.register_buffer("part", table[:2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.w(x) @ self.a + x @ self.b + x[..., :2] @ self.part
+        return found
+
+
+def test_buffers_that_share_a_storage_are_copied_each_by_itself(toys: "Toys") -> None:
+    """Views at one address differ in shape and order: only parameters are tied in a copy."""
+    model = nn.Sequential(nn.Linear(4, 4), Views())
+    x = torch.randn(3, 4)
+    expected = model(x).detach()
+    accelerate = pytest.importorskip("accelerate", reason="it offloads the model")
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
+    tunerkit.wrap(model, "toy-low-rank", {"targets": ["0"], "train_modules": ["1"]})
+    torch.testing.assert_close(model(x), expected)

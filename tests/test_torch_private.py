@@ -173,7 +173,7 @@ def ddp() -> bool:
         own = list(module.parameters())
         module.register_parameter("late", nn.Parameter(torch.ones(1)))
         parallel(torch.ones(1, 2))
-        known = torch_private.synchronised(parallel)
+        known = torch_private.known_to(parallel)
     finally:
         torch.distributed.destroy_process_group()
     same = [id(parameter) for parameter in known] == [id(parameter) for parameter in own]
@@ -246,7 +246,7 @@ CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
         lambda: isinstance(torch_private.multiplies_bf16_in_tiles(), bool),
     ),
     "_active_ddp_module": ("running_ddp (injection.unsynchronised)", ddp),
-    "_module_parameters": ("synchronised (injection.unsynchronised)", ddp),
+    "_module_parameters": ("known_to (injection.unsynchronised)", ddp),
     "torch._dynamo": (
         "uncompiled, forget_compiled (injection), compile_counter (testing.compiling)",
         lambda: dynamo() and compilations(),

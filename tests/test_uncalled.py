@@ -177,3 +177,22 @@ def test_loading_watches_too(toys: "Toys", tmp_path: Any) -> None:
     base = nn.Sequential(PastForward())
     path = tunerkit.save(tunerkit.wrap(copy.deepcopy(base), "toy-shift", {"targets": ["out"]}), tmp_path)
     assert "0.out." in warnings_of(tunerkit.load(base, path), torch.ones(2, 3))[0]
+
+
+def test_a_model_that_was_changed_before_its_first_forward_is_warned_about(toys: "Toys") -> None:
+    """A module around the adapted one moves its path: the warning still names the owner, and forward runs."""
+
+    class Outer(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.inner(x)
+            return found
+
+    model = Outer(PastForward())
+    tunerkit.wrap(model, "toy-low-rank", {"targets": ["inner.out"]})
+    model.inner = Outer(model.inner)
+    with pytest.warns(TunerkitWarning, match=r"never ran .*inner\.out"):
+        model(torch.ones(2, 3))

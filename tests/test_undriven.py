@@ -1,6 +1,7 @@
 """The watch for optimizers that step an adapter without driving it."""
 
 import copy
+import io
 import pickle
 import subprocess
 import sys
@@ -159,3 +160,39 @@ def test_attaching_watches_where_nothing_was_wrapped(toys: "Toys", monkeypatch: 
         twin = copy.deepcopy(model)
         tunerkit.attach(twin, sgd(twin), total_steps=9)
     assert registered == [undriven.warn_of_undriven_steps]
+
+
+UNPICKLE = """
+import io, sys, warnings, torch
+import tunerkit
+from tunerkit.testing.registering import registered
+from tunerkit.testing.toy_methods import ShiftPlugin
+with registered(ShiftPlugin()), warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    model = torch.load(io.BytesIO(sys.stdin.buffer.read()), weights_only=False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    print(sum("nothing drives it" in str(w.message) for w in caught))
+"""
+
+
+def test_a_process_that_only_unpickles_a_model_is_watched(toys: "Toys") -> None:
+    """It calls neither wrap nor load nor attach, and forgetting attach is what the warning is about."""
+    model = tunerkit.wrap(nn.Sequential(nn.Linear(4, 4)), "toy-stepper", {"targets": ["0"]})
+    file = io.BytesIO()
+    torch.save(model, file)
+    command = [sys.executable, "-W", "ignore", "-c", UNPICKLE]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, input=file.getvalue(), capture_output=True, cwd=root, check=False)
+    assert done.stdout.strip() == b"1", done.stderr.decode()
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_wrapped_model_is_pickled_with_every_protocol(toys: "Toys", protocol: int) -> None:
+    """The tuner of the copy says the same, and no optimizer drives it."""
+    model = wrapped(toys)
+    tunerkit.attach(model, sgd(model), total_steps=9)
+    twin = tunerkit.tuner(pickle.loads(pickle.dumps(model, protocol=protocol)))
+    assert (twin.method, twin.total_steps, list(twin.adapters())) == ("toy-stepper", 9, list(twin.ranks()))
+    assert tunerkit.optimizer_of(twin) is None

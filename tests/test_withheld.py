@@ -305,3 +305,18 @@ def test_a_shared_parameter_is_taken_once_and_unscaled_once() -> None:
         assert parameter.grad is not None
         assert torch.equal(parameter.grad, torch.full_like(parameter, 2.0))
     assert without.grad is None
+
+
+def test_gradients_that_were_cleared_after_a_failed_step_stay_cleared() -> None:
+    """The withheld gradient of a failed step does not come back after ``zero_grad``: nothing of it is trained."""
+    model, optimizer = started(SGD)
+    backward(model)
+    failing = optimizer.register_step_pre_hook(raising)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    failing.remove()
+    optimizer.zero_grad()
+    tunerkit.activate(model, [])
+    optimizer.step()
+    assert tunerkit.tuner(model).steps == 0
+    assert gate_of(model).grad is None

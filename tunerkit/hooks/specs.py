@@ -185,8 +185,9 @@ def tunerkit_before_step(tuner: TunerView, step: int, grad_scale: Tensor | None)
     optimizer and a GradScaler. Multiply by it what you add. It is None if the gradients are unscaled.
 
     The optimizer does not update the returned parameters: core removes their gradients for the step. It restores them
-    before `tunerkit_after_step` fires, unscaled like all others. After a step that was skipped or raised an error, it
-    restores them unchanged. Return None to let the optimizer update everything.
+    before `tunerkit_after_step` fires, unscaled like all others. After a skipped step it restores them unchanged. After
+    a step that raised an error it does so when the next step begins, unless the adapter's gradients were cleared since
+    then. Return None to let the optimizer update everything.
 
     >>> import tunerkit, torch
     >>> from types import SimpleNamespace

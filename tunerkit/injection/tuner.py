@@ -1,6 +1,6 @@
 """The tuner: the handle on one adapter of a wrapped model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from weakref import WeakSet
 
@@ -19,8 +19,19 @@ from tunerkit.records import RankChange, State, Target
 
 # The attribute of a wrapped model that holds its `Wrapped`.
 WRAPPED = "_tunerkit"
-# Tuners, including copies, that the watch over optimizers has not seen yet.
-unseen: WeakSet["Tuner"] = WeakSet()
+
+
+class _Unseen(WeakSet["Tuner"]):
+    """Tuners, including copies, that the watch over optimizers has not seen yet.
+
+    The watch sets ``notify``: a model that another process wrapped is unpickled without a call of `wrap`.
+    """
+
+    notify: Callable[[], object] = staticmethod(lambda: None)
+
+
+# State of the process: an optimizer does not know the model whose parameters it holds.
+unseen = _Unseen()
 
 
 @attrs.define(eq=False, on_setattr=attrs.setters.frozen)
@@ -52,11 +63,15 @@ class Tuner:
     def __attrs_post_init__(self) -> None:
         unseen.add(self)
 
-    def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:
-        """Restore a deep copy or pickle, for which `__init__` does not run. ``state`` is Python's default for slots."""
-        for name, value in state[1].items():
+    def __getstate__(self) -> dict[str, Any]:
+        return attrs.asdict(self, recurse=False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a deep copy or pickle, for which `__init__` does not run."""
+        for name, value in state.items():
             object.__setattr__(self, name, value)
         unseen.add(self)
+        unseen.notify()
 
     @property
     def steps(self) -> int:

@@ -22,10 +22,14 @@ class Calls(NamedTuple):
     Attributes:
         owner_ran: The paths of the adapted modules whose owner ran.
         called: The paths of the adapted modules that ran themselves.
+        owners: The owner by the path of the container. The model may be changed before the report.
+        lists: The paths of the containers that never run.
     """
 
     owner_ran: set[str]
     called: set[str]
+    owners: dict[str, nn.Module]
+    lists: set[str]
 
 
 def watch(model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
@@ -40,8 +44,9 @@ def watch(model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
     _unwatch(model)
     if not adapted:
         return
-    calls = Calls(set(), set())
     owners = {above: _running(model, above) for above in {parent(path) for path in adapted}}
+    lists = {above for above in owners if isinstance(model.get_submodule(above), _LISTS)}
+    calls = Calls(set(), set(), owners, lists)
     for path, module in adapted.items():
         module.register_forward_pre_hook(functools.partial(note_call, calls.called, path))
         owners[parent(path)].register_forward_pre_hook(functools.partial(note_call, calls.owner_ran, path))
@@ -77,10 +82,10 @@ def report(model: nn.Module, *call: Any) -> None:
     if calls is None or not calls.owner_ran or torch.compiler.is_compiling():
         return
     _unwatch(model)
-    chosen_among = {path for path in map(parent, calls.called) if isinstance(model.get_submodule(path), _LISTS)}
+    chosen_among = calls.lists.intersection(map(parent, calls.called))
     silent = sorted(path for path in calls.owner_ran - calls.called if parent(path) not in chosen_among)
     if silent:
-        owners = sorted({forward_name(_running(model, parent(path))) for path in silent})
+        owners = sorted({forward_name(calls.owners[parent(path)]) for path in silent})
         warnings.warn(
             f"these adapters never ran although the module that owns their base layer did: {', '.join(silent)}. "
             "Unless this forward did not need them, the owner uses the weight directly, bypassing the layer's "

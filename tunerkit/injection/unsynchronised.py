@@ -31,7 +31,7 @@ def refuse_unsynchronised(module: nn.Module, args: Any) -> None:
 
 def _check(module: nn.Module) -> None:
     ddp = torch_private.running_ddp()
-    known = set(map(id, torch_private.synchronised(ddp))) if ddp is not None else set()
+    known = set(map(id, torch_private.known_to(ddp))) if ddp is not None else set()
     added = [(name, slot) for _, _, slots in walk(module) for name, slot in slots.named_children()]
     unknown = {repr(name) for name, slot in added if not known.issuperset(map(id, slot.parameters()))}
     if unknown:

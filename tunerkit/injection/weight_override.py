@@ -141,7 +141,7 @@ def _restore_last(owner: nn.Module) -> None:
 
 def _restore_own(owner: nn.Module) -> None:
     """Undo every call of ``owner`` in this thread. Only one thread has open calls of an owner."""
-    if vars(owner)[_CALL].thread == threading.get_ident():
+    if (call := vars(owner).get(_CALL)) is not None and call.thread == threading.get_ident():
         _restore_all(owner)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunerkit.libraries.torch_private import own_parameters
+
 _HOOK = "_hf_hook"
 _WRAPPED = "_old_forward"
 # These only move tensors between devices. Any other hook may change the input or the output.
@@ -64,7 +66,7 @@ def duplicate(module: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module
     # A hook may hold the weights of the whole model. They must not be copied with it.
     hooks = {id(hook): _only_moving(hook) for part in module.modules() for hook in _hooks(part)}
     twin = copy.deepcopy(module, {**replaced, **hooks})
-    loaded: dict[int, Tensor] = {}
+    loaded: dict[int, nn.Parameter] = {}
     for path, part in twin.named_modules():
         _load_(part, module.get_submodule(path), loaded)
     return twin
@@ -96,14 +98,22 @@ def _only_moving(hook: Any) -> Any:
     return calm
 
 
-def _load_(part: nn.Module, original: nn.Module, loaded: dict[int, Tensor]) -> None:
-    """Load the offloaded weights of ``original`` into ``part``, its copy. Tied weights stay tied."""
-    own = original.named_parameters(recurse=False, remove_duplicate=False)
-    for name, tensor in (*own, *original.named_buffers(recurse=False, remove_duplicate=False)):
-        if tensor.is_meta and (loader := _loader(original)) is not None:
-            key = identity(original, name, tensor)
+def _load_(part: nn.Module, original: nn.Module, loaded: dict[int, nn.Parameter]) -> None:
+    """Load the offloaded weights of ``original`` into ``part``, its copy. Tied parameters stay tied."""
+    if (loader := _loader(original)) is None:
+        return
+
+    def load(name: str) -> Tensor:
+        value: Tensor = loader.weights_map[name].detach()
+        return value.to(execution_device(original), copy=True)
+
+    for name, parameter in own_parameters(original).items():
+        if parameter is not None and parameter.is_meta:
+            key = identity(original, name, parameter)
             if key not in loaded:
-                value = loader.weights_map[name].detach().to(execution_device(original), copy=True)
-                trained = isinstance(tensor, nn.Parameter)
-                loaded[key] = nn.Parameter(value, requires_grad=tensor.requires_grad) if trained else value
+                loaded[key] = nn.Parameter(load(name), requires_grad=parameter.requires_grad)
             setattr(part, name, loaded[key])
+    # Each buffer by itself: two that are views of one storage may differ in shape.
+    for name, buffer in original.named_buffers(recurse=False, remove_duplicate=False):
+        if buffer.is_meta:
+            setattr(part, name, load(name))

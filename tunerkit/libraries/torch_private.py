@@ -140,9 +140,10 @@ def running_ddp() -> nn.parallel.DistributedDataParallel | None:
     return nn.parallel.DistributedDataParallel._active_ddp_module
 
 
-def synchronised(ddp: nn.parallel.DistributedDataParallel) -> list[nn.Parameter]:
-    """The parameters that ``ddp`` synchronises: those that its module had when ``ddp`` was built."""
-    return ddp._module_parameters
+def known_to(ddp: nn.parallel.DistributedDataParallel) -> list[nn.Parameter]:
+    """The parameters that ``ddp`` synchronises, and those that it was told to ignore or to synchronise later."""
+    ignored = [p for name, p in ddp.module.named_parameters() if name in ddp.parameters_to_ignore]
+    return [*ddp._module_parameters, *ignored]
 
 
 # --- Lists of tensors -------------------------------------------------------------------------------------------------

@@ -105,7 +105,6 @@ def warn_of_unspent_schedule(tuner: Tuner) -> None:
     """Warn if the ranks are above their final budget: expected in a checkpoint, but not after training."""
     if tuner.steps == 0 or tuner.total_steps is None:
         return
-    # Without the hook the budget is what the ranks are, now as at the end; to count them takes a while.
     final = hooks.budget(tuner, tuner.total_steps)
     if final is not None and tuner.budget() > final:
         warnings.warn(

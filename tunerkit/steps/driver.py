@@ -87,7 +87,10 @@ def _before(
     With a closure the gradients are computed later, inside it, perhaps several times. Depending on the torch release,
     ``args`` starts with the optimizer or not, so a positional closure is recognised by being callable.
     """
-    driver.withheld.put_back_(stepped=False)  # if the last step raised, no hook ran after it
+    # If the last step raised, no hook ran after it. If its gradients were cleared since then, so are the withheld ones.
+    if driver.withheld.gradients and all(parameter.grad is None for parameter in driver.tuner.parameters()):
+        driver.withheld.gradients.clear()
+    driver.withheld.put_back_(stepped=False)
     _refuse_misplaced(driver.tuner)
     if kwargs.get("closure") is not None:
         return args, {**kwargs, "closure": _wrap_closure(driver, optimizer, kwargs["closure"])}

@@ -46,10 +46,19 @@ _watch = _Watch()
 
 
 def watch_optimizers(method: str) -> None:
-    """Watch all optimizers from now on, if ``method`` acts on their steps; registered once for the process."""
+    """Watch all optimizers from now on, if ``method`` acts on their steps."""
     if not _watch.registered and hooks.watches_steps(method):
+        _register()
+
+
+def _register() -> None:
+    """Register the one hook of the process."""
+    if not _watch.registered:
         _watch.registered = True
         register_optimizer_step_post_hook(warn_of_undriven_steps)
+
+
+injection.unseen.notify = _register
 
 
 def warn_of_undriven_steps(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -29,7 +29,8 @@ def weight_obstacle(found: ScannedModule, scanned: Scan) -> str | None:
         return _READ_AND_CALLED
     if (found.reading_owner is not None or isinstance(module, nn.MultiheadAttention)) and is_offloaded(module):
         return _READ_AND_OFFLOADED
-    own, parameters = torch_private.own_parameters(module), list(module.parameters(recurse=False))
+    own = torch_private.own_parameters(module)
+    parameters = [parameter for parameter in own.values() if parameter is not None]
     usual = isinstance(module, nn.Linear | nn.Embedding) or torch_private.is_convolution(module)
     if usual and "weight" not in own:
         return "has a weight computed from others (a parametrization), which cannot be adapted yet"

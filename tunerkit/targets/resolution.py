@@ -2,17 +2,18 @@
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import product
+from itertools import product, zip_longest
 
 from tunerkit.errors import TargetError, closest
-from tunerkit.paths import is_adapter_path, is_number, is_under, parent
+from tunerkit.libraries import torch_private
+from tunerkit.paths import is_number, is_under, join, parent
 from tunerkit.patterns import Matcher, matcher
 from tunerkit.records import Target
 from tunerkit.targets.eligibility import weight_obstacle
 from tunerkit.targets.scan import Scan, ScannedModule
 
 ALL_LINEAR = "all-linear"
-_SHOWN = 8
+_SHOWN, _LISTED = 8, 50
 
 
 def resolve_modules(scanned: Scan, names: Sequence[str], *, what: str) -> tuple[str, ...]:
@@ -81,8 +82,10 @@ def from_paths(scanned: Scan, paths: Sequence[str]) -> tuple[Target, ...]:
     """
     missing = [path for path in paths if not path or path not in scanned.by_path]
     # Searching for the closest names is slow, and a model of another architecture lacks every path.
-    problems = [f"no module named {path!r}{closest(path, scanned.by_path)}" for path in missing[:_SHOWN]]
-    more = [f"and {len(missing) - _SHOWN} more modules that it lacks"] if len(missing) > _SHOWN else []
+    hints = [closest(path, scanned.by_path) for path in missing[:_SHOWN]]
+    named = zip_longest(missing[:_LISTED], hints, fillvalue="")
+    problems = [f"no module named {path!r}{hint}" for path, hint in named]
+    more = [f"and {len(missing) - _LISTED} more modules that it lacks"] if len(missing) > _LISTED else []
     refuse([*problems, *more])
     return tuple(Target(path, scanned.by_path[path].module) for path in paths)
 
@@ -90,8 +93,9 @@ def from_paths(scanned: Scan, paths: Sequence[str]) -> tuple[Target, ...]:
 def unknown(pattern: str, scanned: Scan, names: set[str]) -> str:
     """The error text for a pattern that matches no module; ``names`` are the candidates for its hint."""
     match = matcher(pattern)
-    own = scanned.root.module.named_parameters(remove_duplicate=False)
-    name, parameter = next(((name, p) for name, p in own if match(name) and not is_adapter_path(name)), ("", None))
+    held = ((path, torch_private.own_parameters(found.module)) for path, found in scanned.by_path.items())
+    own = ((join(path, name), p) for path, parameters in held for name, p in parameters.items() if p is not None)
+    name, parameter = next(((name, p) for name, p in own if match(name)), ("", None))
     if parameter is None:
         listed = sorted(names - {ALL_LINEAR})
         some = f"; there are: {', '.join(listed[:_SHOWN])}{', ...' if len(listed) > _SHOWN else ''}" if listed else ""

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import attrs
 from torch import nn
 
+from tunerkit.errors import TargetError
 from tunerkit.layers import BaseLayer, Knowledge, as_base_layer
 from tunerkit.libraries import CONV1D, derives_from, forward_name, identity, is_head_name, named_heads, torch_private
 from tunerkit.paths import CHILD, is_number, join
@@ -68,6 +69,9 @@ class Scan:
     default_names: tuple[str, ...]
 
 
+_DEEPEST = 500  # parts of a path: a model that contains itself has no end
+
+
 class _Registration(NamedTuple):
     """A module at one of its paths; ``read`` names the children whose weights its owner's forward uses directly."""
 
@@ -104,14 +108,16 @@ def _default_names(model: nn.Module, knowledge: Knowledge) -> tuple[str, ...]:
 def _registrations(model: nn.Module, knowledge: Knowledge) -> Iterator[_Registration]:
     """Every module at each of its paths, in the model's order, without the modules of adapters."""
     readers = {reader.owner: reader.children for reader in reversed(knowledge.weight_readers)}
-    heads: set[int] = set()
+    # Any module may name a head that lies elsewhere, so all are asked first.
+    heads = {id(head) for module in model.modules() for head in named_heads(module)}
     waiting = [_Registration("", model)]
     while waiting:
         place = waiting.pop()
         yield place
         if not (children := torch_private.own_children(place.module)):
             continue
-        heads.update(map(id, named_heads(place.module)))
+        if place.path.count(".") > _DEEPEST:
+            raise TargetError(f"the model contains itself, at {place.path[:80]!r}...; remove that module from it")
         read, prefix = readers.get(forward_name(place.module), ()), f"{place.path}." if place.path else ""
         # In reverse, since the end of the list is visited next.
         for name, child in reversed(children.items()):

@@ -91,7 +91,8 @@ def _excluded(scanned: Scan, exclude: Sequence[str], problems: list[str]) -> fro
     """Every path at or under a match: excluding a container excludes everything inside it."""
     matched: set[str] = set()
     for pattern in exclude:
-        hits = list(filter(matcher(pattern), scanned.by_path))
+        match = matcher(pattern)
+        hits = [path for path in scanned.by_path if path and match(path)]
         matched.update(hits)
         if not hits:
             problems.append(f"exclude: {unknown(pattern, scanned, names_of(scanned.modules, pattern))}")
@@ -115,8 +116,8 @@ def _stacks(modules: Iterable[ScannedModule]) -> Iterator[str]:
     for each in modules:
         unstacked = isinstance(each.module, ParametrizationList) or torch_private.is_convolution(each.module)
         if each.base is None and not unstacked:
-            for name, tensor in each.module.named_parameters(recurse=False, remove_duplicate=False):
-                if tensor.ndim >= 3 and min(tensor.shape) > 1 and "embed" not in name:
+            for name, tensor in torch_private.own_parameters(each.module).items():
+                if tensor is not None and tensor.ndim >= 3 and min(tensor.shape) > 1 and "embed" not in name:
                     yield join(each.path, name)
 
 
@@ -138,7 +139,7 @@ def _choices(scope: _Scope, targets: str | Sequence[str] | None, problems: list[
 def _choose_default(scope: _Scope) -> Iterator[_Choice]:
     ends = tuple(f".{name}" for name in scope.scanned.default_names)
     # If a variant of the architecture uses other names, its layers decide; that is no error.
-    if any(f".{path}".endswith(ends) for path in scope.scanned.by_path):
+    if any(f".{each.path}".endswith(ends) for each in scope.scanned.modules):
         return _choose_linear(scope, lambda path: f".{path}".endswith(ends))
     convolutions = default_convolutions(scope.scanned)
     return _choose_broadly(scope, convolutions) if convolutions else _choose_linear(scope)
@@ -184,7 +185,7 @@ def _choose_broadly(scope: _Scope, modules: Iterable[ScannedModule]) -> Iterator
     for each in scope.free:
         if each in chosen:
             obstacle = obstacle_at(each, scope.scanned)
-            if obstacle is None or next(each.module.parameters(recurse=False), None) is not None:
+            if obstacle is None or any(p is not None for p in torch_private.own_parameters(each.module).values()):
                 yield _Choice(each.path, obstacle)
 
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from tunerkit.errors import TargetError
 from tunerkit.layers import bias_name, has_trainable_bias
+from tunerkit.libraries import torch_private
 from tunerkit.paths import is_under, join, parent
 from tunerkit.records import Target
 from tunerkit.targets.resolution import resolve_modules
@@ -33,8 +34,10 @@ def choose_copies(scanned: Scan, names: tuple[str, ...]) -> tuple[str, ...]:
     for path in resolve_modules(scanned, names, what="train_modules"):
         found = scanned.by_path[path]
         if found.inside_attention or found.reading_owner is not None:
+            held = ((parent(own), scanned.by_path[parent(own)].module) for own in found.paths)
+            using = (own for own, by in held if by is found.reading_owner or isinstance(by, nn.MultiheadAttention))
             raise TargetError(
-                f"train_modules: {path!r} is used directly, bypassing its forward(); name the owner {parent(path)!r}"
+                f"train_modules: {path!r} is used directly, bypassing its forward(); name the owner {next(using)!r}"
             )
         leaves = [leaf for leaf, module in _uncontained(path, found.module) if _has_tensors(module)]
         if not leaves:
@@ -47,7 +50,7 @@ def _uncontained(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]
     if not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         yield path, module
         return
-    if next(module.parameters(recurse=False), None) is not None:
+    if any(parameter is not None for parameter in torch_private.own_parameters(module).values()):
         name = type(module).__name__
         raise TargetError(f"train_modules: {path!r} is a {name} with parameters of its own; name the modules in it")
     for name, child in module.named_children():
@@ -79,8 +82,8 @@ def choose_biases(scanned: Scan, bias: str, chosen: tuple[Target, ...], copies: 
         return tuple(t for t in chosen if has_trainable_bias(t.module, scanned.by_path[t.path].base))
     found, problems = [], []
     for each in (scanned.root, *scanned.modules):
-        named = each.module.named_parameters(recurse=False, remove_duplicate=False)
-        own = {name: p for name, p in named if "bias" in name}
+        named = torch_private.own_parameters(each.module).items()
+        own = {name: p for name, p in named if p is not None and "bias" in name}
         if not own or is_under(each.path, copies):
             continue
         name = bias_name(each.base)
