@@ -157,7 +157,10 @@ def other_modes() -> bool:
 
 
 def ddp() -> bool:
-    """No DDP runs outside a forward of DDP; inside one it is found, with the parameters it was built for."""
+    """No DDP runs outside a forward of DDP; inside one it is found, with the parameters it was built for.
+
+    Those that it was told to ignore are known to it too; those that came later are not.
+    """
     found: list[Any] = []
 
     class Looks(nn.Linear):
@@ -169,6 +172,7 @@ def ddp() -> bool:
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         module = Looks(2, 2)
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ["bias"])
         parallel = nn.parallel.DistributedDataParallel(module)
         own = list(module.parameters())
         module.register_parameter("late", nn.Parameter(torch.ones(1)))
@@ -176,7 +180,7 @@ def ddp() -> bool:
         known = torch_private.known_to(parallel)
     finally:
         torch.distributed.destroy_process_group()
-    same = [id(parameter) for parameter in known] == [id(parameter) for parameter in own]
+    same = {id(parameter) for parameter in known} == {id(parameter) for parameter in own}
     return found == [parallel] and torch_private.running_ddp() is None and same
 
 
