@@ -5,9 +5,8 @@ import warnings
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import attrs
 import safetensors
 import torch
 from torch import Tensor, nn
@@ -61,7 +60,7 @@ def save_tuner(tuner: Tuner, path: str | os.PathLike[str]) -> Path:
     injection.refuse_lost([tuner])
     tensors = _tensors_of(tuner)
     kept = tuner.progress.fingerprint  # from before a permanent merge
-    header = attrs.evolve(header_of(tuner, content="adapter"), base=kept or fingerprint(tuner))
+    header = header_of(tuner, content="adapter", base=kept or fingerprint(tuner))
     return write(file_at(path, "adapter"), tensors, encode(header, tensors))
 
 
@@ -127,8 +126,15 @@ def _tensors_of(tuner: Tuner) -> dict[str, Tensor]:
     return tensors
 
 
-def header_of(tuner: Tuner, *, content: str) -> Header:
-    """Return the header for a file of ``tuner``, without the fields that only one kind of file fills in."""
+def header_of(
+    tuner: Tuner,
+    *,
+    content: str,
+    base: dict[str, dict[str, Any]] | None = None,
+    values: dict[str, Any] | None = None,
+    history: list[Any] | None = None,
+) -> Header:
+    """Return the header for a file of ``tuner``; ``content`` is its kind, and only some kinds have the other fields."""
     owner = hooks.registry.owner_of(tuner.method)
     versions = {"tunerkit": metadata.version("tunerkit"), "torch": torch.__version__, owner.distribution: owner.version}
     return Header(
@@ -141,7 +147,9 @@ def header_of(tuner: Tuner, *, content: str) -> Header:
         steps=tuner.steps,
         total_steps=tuner.total_steps,
         versions=versions,
-        base={},
+        base=base or {},
+        values=values or {},
+        history=history or [],
     )
 
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import attrs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -101,7 +100,7 @@ def _state_of(tuner: Tuner) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """Return the tensors of the training state, and the metadata that a file stores with them."""
     state = tuner.training_state()
     history = [[change.step, change.budget, list(change.ranks.values())] for change in tuner.history]
-    header = attrs.evolve(header_of(tuner, content="state"), values=dict(state.values), history=history)
+    header = header_of(tuner, content="state", values=dict(state.values), history=history)
     return state.tensors, encode(header, state.tensors)
 
 
