@@ -1,6 +1,6 @@
 """Layer injection: put adapters into a model and take them out again."""
 
-from tunerkit.injection.build import build
+from tunerkit.injection.build import build, build_each
 from tunerkit.injection.delta import adapted_tensors
 from tunerkit.injection.inject import activate_, eject_, inject_, rename_, train_
 from tunerkit.injection.integrity import refuse_lost
