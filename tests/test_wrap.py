@@ -25,7 +25,6 @@ from tunerkit.hooks import gather_knowledge
 from tunerkit.injection.unsynchronised import refuse_unsynchronised
 from tunerkit.layers import as_base_layer
 from tunerkit.layers.linear import LinearLayer
-from tunerkit.layers.linear import LinearLayer
 from tunerkit.libraries.torch_private import has_hook
 
 if TYPE_CHECKING:

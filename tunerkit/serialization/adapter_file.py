@@ -12,7 +12,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from tunerkit import hooks, injection, steps, targets
+from tunerkit import hooks, injection, patterns, steps, targets
 from tunerkit.config import unstructure
 from tunerkit.errors import AdapterError, BaseMismatchError, FileError, TargetError, TunerkitWarning
 from tunerkit.injection import Progress, Slot, Tuner
@@ -93,7 +93,8 @@ def load(base: M, path: str | os.PathLike[str], *, adapter: str = "default", tra
     scanned = targets.scan(root, hooks.gather_knowledge())
     tuner = _tuner_from(header, scanned, adapter, source)
     refuse_other_base(tuner, header, source, scanned)
-    with torch.random.fork_rng(devices=[]):  # the file overwrites the initial values; keep the caller's random state
+    # The file overwrites the initial values; keep the caller's random state.
+    with patterns.one_allowance(), torch.random.fork_rng(devices=[]):
         slots = injection.build(scanned, tuner)
     fill(slots, tensors, source)
     injection.inject_(tuner, slots, scanned, trainable=trainable)
