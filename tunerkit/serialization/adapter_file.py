@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tunerkit import hooks, injection, steps, targets
+from tunerkit import hooks, injection, patterns, steps, targets
 from tunerkit.config import AdapterConfig, unstructure
 from tunerkit.errors import AdapterError, BaseMismatchError, ConfigError, TargetError, TunerkitWarning
 from tunerkit.injection import Progress, Tuner
@@ -114,7 +114,8 @@ def load(
     tuner = _tuner_from(header, scanned, adapter, source)
     refuse_other_base(tuner, header, source, scanned, check_config=check_config)
     refuse_nonfinite(tensors, base_values(tuner), source)
-    with torch.random.fork_rng(devices=[]):  # the file overwrites the initial values; keep the caller's random state
+    # The file overwrites the initial values; keep the caller's random state.
+    with patterns.one_allowance(), torch.random.fork_rng(devices=[]):
         built = injection.build_each(scanned, tuner, around=limit_for(tensors, source))
         slots = fill(built, tensors, root, source)
     injection.inject_(tuner, slots, scanned, trainable=trainable)
