@@ -6,4 +6,5 @@ from tunerkit.libraries.default_targets import DEFAULT_TARGETS
 from tunerkit.libraries.forwards import derives_from, forward_name, forward_owner, overrides_forward
 from tunerkit.libraries.output_heads import is_head_name, named_heads
 from tunerkit.libraries.transformers_classes import CONV1D, FALCON_LINEAR, TRAINER, is_scaled_embedding
+from tunerkit.libraries.trl import is_trl_trainer
 from tunerkit.libraries.weight_readers import WEIGHT_READERS

@@ -1,6 +1,5 @@
 """AdaLoRA with a transformers Trainer: checkpoints, best model, logs, and the Trainer's own options."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ pytest.importorskip("transformers", reason="the Trainer is transformers'")
 pytest.importorskip("accelerate", reason="the Trainer needs it")
 from transformers import Trainer, TrainerCallback
 
-from tunerkit.testing.trainer_toys import VOCABULARY, TokenRows, arguments
+from tunerkit.testing.trainer_toys import VOCABULARY, TokenRows, arguments, tokenizer
 from tunerkit.testing.transformers_cases import bert
 
 STEPS = 20
@@ -312,17 +311,3 @@ def test_trl_s_trainer_is_attached_the_same_way(tmp_path: Path) -> None:
     again, resumed = new()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
-
-
-def tokenizer(folder: Path) -> Any:
-    """A word-level tokenizer that is built here: nothing is downloaded."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"w{i}": i for i in range(VOCABULARY - 2)} | {"<pad>": VOCABULARY - 2, "</s>": VOCABULARY - 1}
-    made = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    (folder / "tokenizer.json").write_text(json.dumps(json.loads(made.to_str())))
-    return PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"), pad_token="<pad>", eos_token="</s>", unk_token="w0"
-    )
