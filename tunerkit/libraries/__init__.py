@@ -8,4 +8,5 @@ from tunerkit.libraries.forward_fields import FORWARD_ALIASES, FORWARD_FIELDS
 from tunerkit.libraries.forwards import derives_from, forward_name, forward_owner, overrides_forward
 from tunerkit.libraries.output_heads import is_head_name, labels_hint, named_heads
 from tunerkit.libraries.transformers_classes import CONV1D, FALCON_LINEAR, TRAINER, is_scaled_embedding
+from tunerkit.libraries.trl import is_trl_trainer
 from tunerkit.libraries.weight_readers import WEIGHT_READERS
