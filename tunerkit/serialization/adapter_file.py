@@ -12,7 +12,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from tunerkit import hooks, injection, steps, targets
+from tunerkit import hooks, injection, libraries, steps, targets
 from tunerkit.config import unstructure
 from tunerkit.errors import AdapterError, BaseMismatchError, FileError, TargetError, TunerkitWarning
 from tunerkit.injection import Progress, Slot, Tuner
@@ -43,7 +43,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None 
 
     Raises:
         AdapterError: The method needs steps and the adapter was trained for none; its weights are offloaded; or adapted
-            modules were replaced or resized after wrapping, so that no base model would fit the file.
+            modules were replaced or resized after wrapping, so that no base model would fit the file; or FSDP or ZeRO-3
+            holds the weights in shards.
+        TargetError: The model was quantised by torchao after wrapping.
         FileError: The file cannot be written. An older file is unchanged then.
     """
     tuner = injection.tuner(model, adapter)
@@ -58,6 +60,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None 
 
 def save_tuner(tuner: Tuner, path: str | os.PathLike[str]) -> Path:
     """Write one adapter as it is now, at any point of its schedule. Checkpoints use this."""
+    libraries.refuse_engine(tuner.model.named_modules(), "save")
     injection.refuse_lost([tuner])
     tensors = _tensors_of(tuner)
     kept = tuner.progress.fingerprint  # from before a permanent merge
@@ -82,9 +85,9 @@ def load(base: M, path: str | os.PathLike[str], *, adapter: str = "default", tra
     Raises:
         FileError: The file is missing or damaged, tunerkit did not write it, or its tensors do not fit its header.
         BaseMismatchError: The adapter was trained on a different base model.
-        TargetError: The weight of a target is tied, or on the meta device.
-        AdapterError: The name is taken or invalid, or the model cannot take an adapter now: it is merged, disabled or
-            inside DDP.
+        TargetError: The weight of a target is tied, or on the meta device, or torchao has quantised the model.
+        AdapterError: The name is taken or invalid, or the model cannot take an adapter now: it is merged, disabled,
+            inside DDP, FSDP or ZeRO-3, a PeftModel, or running in another thread.
         UnknownMethodError: No installed plugin provides the method.
         ConfigError: The method rejects the config in the file.
     """
