@@ -51,7 +51,8 @@ def wrap(
     root = injection.ready_model(model, adapter)
     config = hooks.configure(method, config)
     scanned = targets.scan(root, hooks.gather_knowledge())
-    copies = targets.choose_copies(scanned, config.train_modules)
+    adapted = {path for path, _, slots in injection.walk(root) if slots.active or not slots.copies}
+    copies = targets.add_new(scanned, targets.choose_copies(scanned, config.train_modules), config, adapted)
     targets.refuse_tied(scanned, copies)
     chosen = targets.select(
         scanned, targets=config.targets, exclude=config.exclude, layers=config.layers, trained=copies

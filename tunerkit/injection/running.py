@@ -3,6 +3,7 @@
 import sys
 import threading
 from collections.abc import Iterator
+from types import FrameType
 
 from torch import nn
 
@@ -30,8 +31,9 @@ def refuse_running(model: nn.Module, what: str) -> None:
 
 def _running_elsewhere() -> Iterator[nn.Module]:
     """Yield the modules that the other threads are calling now, the innermost calls first."""
-    for thread, frame in sys._current_frames().items():
-        while frame is not None and thread != threading.get_ident():
+    for thread, innermost in sys._current_frames().items():
+        frame: FrameType | None = innermost if thread != threading.get_ident() else None
+        while frame is not None:
             if frame.f_code is _CALL:
                 yield frame.f_locals["self"]
-            frame = frame.f_back  # type: ignore[assignment]  # the outermost frame has none
+            frame = frame.f_back

@@ -69,8 +69,8 @@ def _without_adapters(value: Any) -> Any:
 
 
 _LOST = (
-    "{0}.save_pretrained writes the base model, and its adapters under names that from_pretrained ignores: what it loads "
-    "is the base without them. To keep the adapters, call tunerkit.save(model, path). To write a model that contains "
-    "them, call tunerkit.unwrap(model, keep_merged=True) first. Under a Trainer, tunerkit.attach(model, trainer) makes "
-    "each checkpoint hold the adapters"
+    "{0}.save_pretrained writes the base model, and its adapters under names that from_pretrained ignores: what it "
+    "loads is the base without them. To keep the adapters, call tunerkit.save(model, path). To write a model that "
+    "contains them, call tunerkit.unwrap(model, keep_merged=True) first. Under a Trainer, tunerkit.attach(model, "
+    "trainer) makes each checkpoint hold the adapters"
 )

@@ -87,8 +87,8 @@ class Slots(nn.Module):
         self.enabled = True
         self.merged: tuple[str, ...] = ()
         self.permanent = False
-        self.register_state_dict_post_hook(_mark_merged)
-        self.register_load_state_dict_pre_hook(_take_mark)
+        self.register_state_dict_post_hook(_mark_merged)  # type: ignore[no-untyped-call]  # torch's own
+        self.register_load_state_dict_pre_hook(_take_mark)  # type: ignore[no-untyped-call]
 
     def __setattr__(self, name: str, value: object) -> None:
         # nn.Module refuses to set an attribute with the name of a child, and an adapter may be called "training".

@@ -122,9 +122,9 @@ def refuse_engine(modules: Iterable[tuple[str, nn.Module]], verb: str) -> None:
         if verb in engine.refused:
             own = {kind for kind in kinds if any(is_named(kind, name) for name in engine.classes)}
             found = (path for path, thing in things if type(thing) in own or _is_marked(thing, engine.marks))
-            if (path := next(found, None)) is not None:
-                where = f"at {path!r}" if path else "in the model itself"
-                raise engine.error(f"cannot {verb} with {engine.name}, found {where}: {engine.refused[verb]}")
+            for where in found:
+                place = f"at {where!r}" if where else "in the model itself"
+                raise engine.error(f"cannot {verb} with {engine.name}, found {place}: {engine.refused[verb]}")
 
 
 def _is_marked(thing: nn.Module | nn.Parameter, marks: Mapping[str, object]) -> bool:

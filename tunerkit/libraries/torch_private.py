@@ -60,7 +60,7 @@ def remove_hooks_(module: nn.Module, *functions: Callable[..., Any]) -> None:
 
 def remove_load_hooks_(module: nn.Module, function: Callable[..., Any]) -> None:
     """Remove the hooks of ``module`` before `load_state_dict` that are ``function``."""
-    hooks = module._load_state_dict_pre_hooks
+    hooks: dict[int, Any] = module._load_state_dict_pre_hooks
     for key in [key for key, wrapper in hooks.items() if wrapper.hook is function]:
         del hooks[key]
 
