@@ -10,6 +10,7 @@ from tunerkit.injection.preconditions import check_name, ready_model, refuse_idl
 from tunerkit.injection.progress import Link, Progress
 from tunerkit.injection.reference import Reference, reference
 from tunerkit.injection.root import inside
+from tunerkit.injection.running import refuse_running
 from tunerkit.injection.slots import Slot, Slots, base_modules, slots_of, walk
 from tunerkit.injection.tuner import Tuner, is_frozen, require_tuners, takes_part, tuner, tuners_of, unseen, wrapped_of
 from tunerkit.injection.uncalled import report
