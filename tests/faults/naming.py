@@ -25,7 +25,6 @@ _WORDS = (
         "ß",
         "ẞ",
         "İ",
-        "ı",
         "K",
         "ﬁ",
         "名前",
@@ -74,7 +73,7 @@ def _name(number: int, chance: random.Random) -> Any:
 
 
 def _named(subject: Subject, kind: str, name: Any, place: Path) -> str:
-    allowed = isinstance(name, str) and name != "" and "." not in name and "/" not in name and len(name) <= 64
+    allowed = isinstance(name, str) and 0 < len(name) <= 64 and not set(name) & {"/", "."} and _can_be_stored(name)
     call = _wrapped if isinstance(subject, Tunerkit) else _wrapped_by_peft
     base = net()
     if not allowed and subject.strict:
@@ -84,6 +83,11 @@ def _named(subject: Subject, kind: str, name: Any, place: Path) -> str:
     except Exception as error:
         wrong = subject.wrong_error(error)
         return (wrong or f"an allowed name is refused: {error}"[:300]) if allowed else wrong
+
+
+def _can_be_stored(name: str) -> bool:
+    """Whether UTF-8 can write a name, which half of a surrogate pair prevents."""
+    return not any(0xD800 <= ord(character) < 0xE000 for character in name)
 
 
 def _wrapped(subject: Any, kind: str, name: Any, base: Any, place: Path) -> str:

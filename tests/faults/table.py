@@ -1,6 +1,6 @@
 """The table: every row with what its cases do, what counts as a failure, and how many cases there are."""
 
-from tests.faults import mutating, naming, reading, writing
+from tests.faults import misuse, mutating, naming, plugins, reading, resuming, running, writing
 from tests.faults.harness import Row
 
 _ERROR = "or the error is no TunerkitError"
@@ -137,5 +137,63 @@ ROWS = (
         writing.modes,
         short=40,
         long=160,
+    ),
+    Row(
+        "resume",
+        "A Trainer is stopped, killed in mid-checkpoint, or loses or finds cut a file of its newest checkpoint.",
+        f"Training resumes to another end without an error, {_ERROR}.",
+        resuming.resume,
+        short=54,
+        long=500,
+        needs=("transformers", "accelerate"),
+    ),
+    Row(
+        "bad gradients",
+        "A gradient is NaN, infinite, zero or missing at one step (peft: AdaLoRA).",
+        "Training states get NaN, pruning misses its budget, or an adapter with NaN is saved.",
+        running.bad_gradients,
+        short=40,
+        long=600,
+    ),
+    Row(
+        "merge cycles",
+        "Adapters are merged and unmerged over and over in fp32, bf16 and fp16.",
+        "After a cycle, one bit of the base or of the output is not what it was.",
+        running.merge_cycles,
+        short=600,
+        long=8_000,
+    ),
+    Row(
+        "leaks",
+        "An operation and its opposite are repeated.",
+        "Tensors, modules, optimizers, hooks, open files or threads become more.",
+        running.leaks,
+        short=24,
+        long=120,
+    ),
+    Row(
+        "threads",
+        "Several threads run, load and save; a model is changed while another thread is inside its forward.",
+        f"A result is not that of one thread, a change is not refused and the running forward is wrong, {_ERROR}.",
+        running.threads,
+        short=48,
+        long=600,
+    ),
+    Row(
+        "misuse",
+        "Calls come in the wrong order, in the wrong state, or with the wrong things.",
+        f"There is no error, {_ERROR}, or the model is changed.",
+        misuse.misuse,
+        short=208,
+        long=416,
+    ),
+    Row(
+        "broken plugins",
+        "A plugin that is really installed breaks at import, for everybody, or in one of its own hooks.",
+        "Another method stops working, nothing names the plugin, or its failure has another class than ours.",
+        plugins.broken_plugins,
+        short=76,
+        long=152,
+        peft="peft has no plugins",
     ),
 )
