@@ -32,10 +32,12 @@ def attach(
         StepError: The total number of steps is missing or differs from the config's; the optimizer does not hold the
             adapter's parameters, does not support hooks, or is inside a wrapper that keeps its own state; the adapter
             is frozen or already attached; or the Trainer trains another model.
-        AdapterError: Adapted modules were replaced or resized after wrapping, or there is no such adapter.
+        AdapterError: Adapted modules were replaced or resized after wrapping, there is no such adapter, or the model is
+            inside FSDP1, which flattens the adapters.
         ConfigError: Training is too short for the method's schedule.
     """
     tuners = _chosen(model, adapter)
+    libraries.refuse_engine(injection.base_modules(model), "attach")
     if libraries.derives_from(optimizer_or_trainer, libraries.TRAINER):
         from tunerkit.integrations import transformers as integration  # transformers is an optional dependency
 

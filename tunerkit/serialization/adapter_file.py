@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tunerkit import hooks, injection, steps, targets
+from tunerkit import hooks, injection, libraries, patterns, steps, targets
 from tunerkit.config import AdapterConfig, unstructure
 from tunerkit.errors import AdapterError, BaseMismatchError, ConfigError, TargetError, TunerkitWarning
 from tunerkit.injection import Progress, Tuner
@@ -46,8 +46,9 @@ def save(
 
     Raises:
         AdapterError: The method needs steps and the adapter was trained for none; its weights contain NaN or inf, or
-            are offloaded; or adapted modules were replaced or resized after wrapping, so that no base model would fit
-            the file. An older file is unchanged then.
+            are offloaded, or are held in shards by FSDP or ZeRO-3; or adapted modules were replaced or resized after
+            wrapping, so that no base model would fit the file. An older file is unchanged then.
+        TargetError: The model was quantised by torchao after wrapping.
         FileError: The file cannot be written. An older file is unchanged then.
     """
     tuner = injection.tuner(model, adapter)
@@ -62,6 +63,7 @@ def save(
 
 def save_tuner(tuner: Tuner, path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> Path:
     """Write one adapter as it is now, at any point of its schedule. Checkpoints use this."""
+    libraries.refuse_engine(tuner.model.named_modules(), "save")
     injection.refuse_lost([tuner])
     tensors = _tensors_of(tuner)
     if not allow_nonfinite and (wrong := nonfinite(tensors, base_values(tuner))):
@@ -102,9 +104,9 @@ def load(
         FileError: The file is missing or damaged, tunerkit did not write it, its tensors do not fit its header, or they
             contain NaN or inf.
         BaseMismatchError: The adapter was trained on a different base model, or its config differs.
-        TargetError: The weight of a target is tied, or on the meta device.
-        AdapterError: The name is taken or invalid, or the model cannot take an adapter now: it is merged, disabled or
-            inside DDP.
+        TargetError: The weight of a target is tied, or on the meta device, or torchao has quantised the model.
+        AdapterError: The name is taken or invalid, or the model cannot take an adapter now: it is merged, disabled,
+            inside DDP, FSDP or ZeRO-3, a PeftModel, or running in another thread.
         UnknownMethodError: No installed plugin provides the method.
         ConfigError: The method rejects the config in the file.
     """
@@ -114,7 +116,8 @@ def load(
     tuner = _tuner_from(header, scanned, adapter, source)
     refuse_other_base(tuner, header, source, scanned, check_config=check_config)
     refuse_nonfinite(tensors, base_values(tuner), source)
-    with torch.random.fork_rng(devices=[]):  # the file overwrites the initial values; keep the caller's random state
+    # The file overwrites the initial values; keep the caller's random state.
+    with patterns.one_allowance(), torch.random.fork_rng(devices=[]):
         built = injection.build_each(scanned, tuner, around=limit_for(tensors, source))
         slots = fill(built, tensors, root, source)
     injection.inject_(tuner, slots, scanned, trainable=trainable)

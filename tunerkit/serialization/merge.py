@@ -13,6 +13,7 @@ from tunerkit.injection import Slots
 from tunerkit.paths import few, is_under, join
 from tunerkit.serialization.fingerprint import fingerprint
 from tunerkit.serialization.finite import nonfinite
+from tunerkit.serialization.packed_weights import packed_sum
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -35,9 +36,11 @@ def merge(model: M, *, permanent: bool = False) -> M:
         The same object.
 
     Raises:
-        AdapterError: The model is already merged or disabled; no adapter is active; weights are offloaded; adapted
-            modules were replaced, resized or tied after wrapping; a base layer has no place for a bias; a method does
-            not implement ``tunerkit_delta``; or merged weights contain NaN or inf.
+        AdapterError: The model is already merged or disabled, or runs in another thread; no adapter is active; weights
+            are offloaded, sharded (FSDP, ZeRO-3) or packed, so that adding to them has no effect; adapted modules were
+            replaced, resized or tied after wrapping; a base layer has no place for a bias; a method does not implement
+            ``tunerkit_delta``; or merged weights contain NaN or inf.
+        TargetError: The model was quantised by torchao after wrapping.
         PluginError: A method returns an invalid delta.
     """
     tuners = injection.require_tuners(model)
@@ -47,7 +50,10 @@ def merge(model: M, *, permanent: bool = False) -> M:
     places = list(injection.walk(model))
     if not any(slots.active for _, _, slots in places):
         raise AdapterError("no adapter is active, so nothing can be merged; call tunerkit.activate first")
+    injection.refuse_running(model, "merging")
     _refuse_offloaded(places)
+    parts = ((path, module) for path, module, slots in places if slots.active)
+    libraries.refuse_engine((part for path, each in parts for part in each.named_modules(prefix=path)), "merge")
     injection.refuse_lost(tuners.values())
     _refuse_tied(model, places)
     merged = [_merged_tensors(path, module, slots) for path, module, slots in places]
@@ -55,10 +61,10 @@ def merge(model: M, *, permanent: bool = False) -> M:
     if permanent:
         for tuner in tuners.values():
             tuner.progress.fingerprint = fingerprint(tuner)
-    for (_, module, slots), tensors in zip(places, merged, strict=True):
+    replaced = _replace_all_(places, merged)
+    for (_, _, slots), originals in zip(places, replaced, strict=True):
         slots.merged = slots.active
         slots.permanent = permanent
-        originals = _replace_(module, tensors)
         if not permanent:
             slots.set_aside(originals)
     return model
@@ -74,12 +80,14 @@ def unmerge(model: M) -> M:
         The same object.
 
     Raises:
-        AdapterError: The model is not merged, it is disabled, or it was merged with ``permanent=True``.
+        AdapterError: The model is not merged, it is disabled, it runs in another thread, or it was merged with
+            ``permanent=True``.
     """
     injection.require_tuners(model)
     injection.refuse_disabled(model)
     if not injection.is_merged(model):
         raise AdapterError("the model is not merged; there is nothing to unmerge")
+    injection.refuse_running(model, "unmerging")
     restore_originals_(model)
     return model
 
@@ -103,11 +111,13 @@ def disabled(model: nn.Module) -> Iterator[None]:
         model: The wrapped model, merged or not.
 
     Raises:
-        AdapterError: The model has no adapter, or it was merged with ``permanent=True``.
+        AdapterError: The model has no adapter, runs in another thread, or was merged with ``permanent=True``.
     """
     injection.require_tuners(model)
     places = [place for place in injection.walk(model) if place[2].enabled]
     _refuse_permanent(places)
+    if places:
+        injection.refuse_running(model, "disabling adapters")
     _enable_(places, False)
     try:
         yield
@@ -184,6 +194,26 @@ def _merged_tensors(path: str, module: nn.Module, slots: Slots) -> dict[str, Ten
     if bias in tensors and libraries.torch_private.own_parameters(module).get(bias) is None:
         raise AdapterError(f"cannot merge into {path!r}: the adapter adds a bias and the base layer has none")
     return tensors
+
+
+def _replace_all_(places: _Places, merged: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Give every module its merged tensors and return the old ones. If one of them takes no effect, undo all.
+
+    Raises:
+        AdapterError: A weight does not become what was written.
+    """
+    done: list[tuple[nn.Module, dict[str, Tensor]]] = []
+    for (path, module, slots), tensors in zip(places, merged, strict=True):
+        wanted = packed_sum(path, module, slots, tensors)
+        done.append((module, _replace_(module, tensors)))
+        if wanted is not None and not wanted.is_reached_by(slots):
+            for replaced, originals in reversed(done):
+                _replace_(replaced, originals)
+            raise AdapterError(
+                f"cannot merge into {path!r}: its {type(module).__name__} stores the weight in a packed form, and "
+                "adding to it had no effect. Load the adapter onto the base in full precision and merge there"
+            )
+    return [originals for _, originals in done]
 
 
 def _replace_(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
