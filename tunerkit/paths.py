@@ -30,9 +30,9 @@ def join(path: str, name: str) -> str:
 
 
 def few(paths: Sequence[str], *, shown: int) -> str:
-    """Return the first paths and how many more there are, for a message: ``a, b and 3 more``."""
+    """Return the first paths, each cut, and how many more there are, for a message: ``a, b and 3 more``."""
     more = f" and {len(paths) - shown} more" if len(paths) > shown else ""
-    return ", ".join(paths[:shown]) + more
+    return ", ".join(path if len(path) <= 200 else f"{path[:200]}..." for path in paths[:shown]) + more
 
 
 def is_number(part: str) -> bool:
