@@ -33,10 +33,12 @@ def attach(
             adapter's parameters; the method needs steps, and the optimizer does not support hooks or is inside a
             wrapper that keeps its own state; the adapter is frozen or already attached; the Trainer trains another
             model; or an option of TRL's would move or lose weights of adapters.
-        AdapterError: Adapted modules were replaced or resized after wrapping, or there is no such adapter.
+        AdapterError: Adapted modules were replaced or resized after wrapping, there is no such adapter, or the model is
+            inside FSDP1, which flattens the adapters.
         ConfigError: Training is too short for the method's schedule.
     """
     tuners = _chosen(model, adapter)
+    libraries.refuse_engine(injection.base_modules(model), "attach")
     if libraries.derives_from(optimizer_or_trainer, libraries.TRAINER):
         from tunerkit.integrations import transformers as integration  # transformers is an optional dependency
 

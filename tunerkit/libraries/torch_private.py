@@ -58,6 +58,13 @@ def remove_hooks_(module: nn.Module, *functions: Callable[..., Any]) -> None:
                     table.pop(key, None)
 
 
+def remove_load_hooks_(module: nn.Module, function: Callable[..., Any]) -> None:
+    """Remove the hooks of ``module`` before `load_state_dict` that are ``function``."""
+    hooks: dict[int, Any] = module._load_state_dict_pre_hooks
+    for key in [key for key, wrapper in hooks.items() if wrapper.hook is function]:
+        del hooks[key]
+
+
 # --- Kinds of modules ------------------------------------------------------------------------------------------------
 
 
@@ -144,6 +151,13 @@ def known_to(ddp: nn.parallel.DistributedDataParallel) -> list[nn.Parameter]:
     """The parameters that ``ddp`` synchronises, and those that it was told to ignore or to synchronise later."""
     ignored = [p for name, p in ddp.module.named_parameters() if name in ddp.parameters_to_ignore]
     return [*ddp._module_parameters, *ignored]
+
+
+# --- FullyShardedDataParallel, the older of torch's two ---------------------------------------------------------------
+
+# It sets the first to True on each parameter that it flattened, and the second to False on each module whose
+# parameters became views of a flat one.
+FLATTENED, VIEWS_FLAT = "_fsdp_flattened", "_fsdp_use_orig_params"
 
 
 # --- Lists of tensors -------------------------------------------------------------------------------------------------
