@@ -185,14 +185,19 @@ def ddp() -> bool:
     return found == [parallel] and torch_private.running_ddp() is None and same
 
 
-def load_hooks() -> bool:
-    """A hook before loading is found by function; others stay."""
+def other(*_: object, **__: object) -> None:
+    """A second hook."""
+
+
+def state_hooks() -> bool:
+    """Hooks after taking a state and before loading one are found by function; others stay."""
     module = nn.Linear(2, 2)
-    for hook in (nothing, print):
+    for hook in (nothing, other):
         module.register_load_state_dict_pre_hook(hook)
-    torch_private.remove_load_hooks_(module, nothing)
+        module.register_state_dict_post_hook(hook)
+    torch_private.remove_state_hooks_(module, nothing)
     left = [wrapper.hook for wrapper in module._load_state_dict_pre_hooks.values()]
-    return left == [print]
+    return left == [other] == list(module._state_dict_hooks.values())
 
 
 def flattened() -> bool:
@@ -281,7 +286,8 @@ CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
         "multiplies_bf16_in_tiles (cli.training)",
         lambda: isinstance(torch_private.multiplies_bf16_in_tiles(), bool),
     ),
-    "_load_state_dict_pre_hooks": ("remove_load_hooks_ (injection.inject)", load_hooks),
+    "_load_state_dict_pre_hooks": ("remove_state_hooks_ (injection.state_dicts)", state_hooks),
+    "_state_dict_hooks": ("remove_state_hooks_ (injection.state_dicts)", state_hooks),
     "_fsdp_flattened": ("FLATTENED (libraries.engines)", flattened),
     "_fsdp_use_orig_params": ("VIEWS_FLAT (libraries.engines)", flattened),
     "_active_ddp_module": ("running_ddp (injection.unsynchronised)", ddp),
@@ -302,7 +308,7 @@ DELETED = (
 )
 OF_INSTANCES = {
     *("_parameters", "_modules", "_orig_mod", "_forward_hooks", "_version"),
-    *("_load_state_dict_pre_hooks", "_fsdp_flattened", "_fsdp_use_orig_params"),
+    *("_load_state_dict_pre_hooks", "_state_dict_hooks", "_fsdp_flattened", "_fsdp_use_orig_params"),
     *("_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_module_parameters"),
 }
 # Children of one process that has torch: a fresh import for each name would take a minute.
