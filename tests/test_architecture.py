@@ -40,7 +40,7 @@ PRIVATE = {"torch": f"{CORE}.libraries.torch_private", "transformers": f"{CORE}.
 # State that lives as long as the process, each entry with its reason.
 PROCESS_STATE = {
     *(f"{CORE}.cli.app.app", f"{CORE}.hooks.registry.registry", f"{CORE}.injection.tuner.unseen"),
-    *(f"{CORE}.steps.links._links", f"{CORE}.steps.undriven._watch"),
+    *(f"{CORE}.steps.links._links", f"{CORE}.steps.undriven._watch", f"{CORE}.patterns._allowance"),
 }
 LIBRARIES = frozenset(
     {"transformers", "accelerate", "timm", "diffusers", "torchvision", "peft", "trl", "bitsandbytes", "deepspeed"}
@@ -325,7 +325,7 @@ def test_only_plugin_modules_of_a_plugin_know_pluggy(sources: Sources) -> None:
 def test_only_the_registry_and_what_it_is_made_of_import_pluggy(sources: Sources) -> None:
     """All other core modules call plugins through the registry."""
     users = {n for n, s in sources.items() if belongs(n, [CORE]) and "pluggy" in imported(s, sources, deep=True)}
-    assert users == {f"{CORE}.hooks.{name}" for name in ("markers", "validation", "registry")}
+    assert users == {f"{CORE}.hooks.{name}" for name in ("catalog", "markers", "validation", "registry")}
 
 
 def test_adapters_never_import_the_registry(sources: Sources) -> None:

@@ -23,6 +23,7 @@ ADDED = frozenset(
         "tunerkit.Tuner.is_active",
         "tunerkit.Tuner.needs_steps",
         "tunerkit.Tuner.progress",
+        "tunerkit.reference(POSITIONAL_OR_KEYWORD model)",
     }
 )
 # What core alone used: a tuner is made by `tunerkit.wrap` and `tunerkit.load`, and its bookkeeping lies in the model.

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import signal
 import sys
 import threading
 import types
@@ -56,6 +57,18 @@ BROKEN = {
     "SyntaxError": "def (",
     "SystemExit": "raise SystemExit(3)",
     "ZeroDivisionError": "1 / 0",
+    "KeyboardInterrupt": "raise KeyboardInterrupt",
+    "GeneratorExit": "raise GeneratorExit",
+    "CancelledError: stopped": "import asyncio\nraise asyncio.CancelledError('stopped')",
+    "Skipped: not here": "import pytest\npytest.skip('not here', allow_module_level=True)",
+    "Silent: (printing its message raised ZeroDivisionError)": "class Silent(Exception):\n"
+    "    def __str__(self): return 1 / 0\nraise Silent",
+    "Silent: (printing its message raised SystemExit)": "class Silent(BaseException):\n"
+    "    def __str__(self): raise SystemExit\nraise Silent",
+    "is named 3; expected a word": f"{HEAD}{CONFIG}{YIELD}{BUILD}".replace("'broken'", "3"),
+    "is named None; expected a word": f"{HEAD}{CONFIG}{YIELD}{BUILD}".replace("'broken'", "None"),
+    "needs_steps of method 'broken' is 'no'": f"{HEAD}{CONFIG}{YIELD}{BUILD}".replace("Config)]", "Config, 'no')]"),
+    "...(": "raise ValueError('long' * 1000000)",
     "implements no hook": "x = 1",
     "is not marked @tunerkit.hookimpl": f"def tunerkit_methods():\n    return []\n{HEAD}{BUILD}",
     "did you mean 'tunerkit_delta'": f"{HEAD}{CONFIG}{YIELD}{BUILD}@hookimpl\ndef tunerkit_dleta(adapter): ...\n",
@@ -521,14 +534,28 @@ def test_two_threads_load_the_plugins_once(site: Site) -> None:
 def test_an_interrupted_load_starts_afresh(site: Site) -> None:
     """Ctrl-C during a slow import is not a plugin's failure, and the next call loads everything."""
     flag = "throwaway_interrupted"
-    interrupted = f"import sys, types\nif {flag!r} not in sys.modules:\n"
-    interrupted += f"    sys.modules[{flag!r}] = types.ModuleType('x')\n    raise KeyboardInterrupt\n"
+    interrupted = f"import signal, sys, types\nif {flag!r} not in sys.modules:\n"
+    interrupted += f"    sys.modules[{flag!r}] = types.ModuleType('x')\n    signal.raise_signal(signal.SIGINT)\n"
     site.good("aaa", "first")
     site.add("mmm", {"slow": interrupted + GOOD.replace("{methods!r}", "('second',)")})
     found = site.registry()
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         found.methods()
+    assert signal.getsignal(signal.SIGINT) is before
     assert list(found.methods()) == ["first", "second"]
+
+
+def test_an_interrupt_that_a_plugin_raises_is_its_failure_in_every_thread(site: Site) -> None:
+    """Without a signal it is not the user's Ctrl-C; in a thread it never is."""
+    site.good("aaa", "first")
+    site.add("mmm", {"broken": "raise KeyboardInterrupt('by hand')"})
+    seen: list[str | None] = []
+    thread = threading.Thread(target=lambda: seen.append(site.registry().methods()["broken"].error))
+    thread.start()
+    thread.join()
+    assert [*seen, site.registry().methods()["broken"].error] == ["KeyboardInterrupt: by hand"] * 2
+    assert site.registry().methods()["first"].error is None
 
 
 def test_the_default_registry_reads_what_is_installed_when_first_asked(

@@ -1,5 +1,6 @@
 """Target selection, compared with slow but obvious oracles, on odd modules and on real architectures."""
 
+import fnmatch
 import itertools
 import re
 import time
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import tunerkit
 from tunerkit import patterns, targets
 from tunerkit.errors import TargetError, TunerkitWarning, closest
 from tunerkit.layers import CORE, Knowledge
@@ -22,6 +24,9 @@ from tunerkit.layers.convolution import ConvLayer
 from tunerkit.libraries import DEFAULT_TARGETS
 from tunerkit.patterns import matches
 from tunerkit.targets import Scan
+from tunerkit.testing.registering import registered
+from tunerkit.testing.toy_adapters import Shift
+from tunerkit.testing.toy_methods import ShiftConfig
 
 DEFAULTS = {model_type: known.names for known in DEFAULT_TARGETS for model_type in known.model_types}
 # Few and similar names, so generated names do match the ends of generated paths, at dots and elsewhere.
@@ -138,7 +143,7 @@ def test_a_slow_regular_expression_is_stopped_after_a_second() -> None:
 def test_the_second_of_a_regular_expression_is_for_all_paths_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: with a clock where each match takes 0.3 s, three paths are within the limit and thirty are not."""
     ticks = itertools.count(step=0.3)
-    monkeypatch.setattr(patterns, "time", types.SimpleNamespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setattr(patterns, "time", types.SimpleNamespace(thread_time=lambda: next(ticks)))
     assert chosen(nn.ModuleDict({f"a{number}": nn.Linear(1, 1) for number in range(3)}), "re:a.") == ["a0", "a1", "a2"]
     with pytest.raises(TargetError, match="took longer than 1 s"):
         chosen(nn.ModuleDict({f"a{number}": nn.Linear(1, 1) for number in range(30)}), "re:a.*")
@@ -148,6 +153,74 @@ def test_a_malformed_regular_expression_is_named() -> None:
     """Law: a bad pattern is a TargetError with the parser's message."""
     with pytest.raises(TargetError, match=r"'re:\(' is not a regular expression: missing \)"):
         chosen(Net(), "re:(")
+
+
+class LookingPlugin:
+    """A method that looks up a per-target setting at each target, as LoRA does; ``seen`` are the targets."""
+
+    def __init__(self, table: dict[str, int]) -> None:
+        self.table = table
+        self.seen: list[str] = []
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [tunerkit.Method("toy-looking", config=ShiftConfig)]
+
+    @tunerkit.hookimpl
+    def tunerkit_build_adapter(self, target: tunerkit.Target, base: tunerkit.BaseLayer) -> Shift:
+        self.seen.append(target.path)
+        patterns.lookup(self.table, target.path, 0)
+        return Shift(base)
+
+
+@pytest.mark.parametrize("pattern", ["re:a[0-9]+", "a*"])
+def test_the_second_is_for_all_look_ups_of_one_call(monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    """Law: with a clock where each match takes 0.05 s, ten targets are within the limit of one `wrap` and sixty not."""
+    ticks = itertools.count(step=0.05)
+    monkeypatch.setattr(patterns, "time", types.SimpleNamespace(thread_time=lambda: next(ticks)))
+    plugin = LookingPlugin({pattern: 1})
+    models = [nn.ModuleDict({f"a{number}": nn.Linear(1, 1) for number in range(size)}) for size in (5, 60)]
+    with registered(plugin):
+        tunerkit.wrap(models[0], "toy-looking", {"targets": "all-linear"})
+        plugin.seen.clear()
+        with pytest.raises(TargetError, match="took longer than 1 s"):
+            tunerkit.wrap(models[1], "toy-looking", {"targets": "all-linear"})
+    assert len(plugin.seen) < 15
+
+
+def test_a_slow_pattern_at_sixty_targets_is_stopped_after_a_second_in_all() -> None:
+    """Law: each target alone is within a second; together they would take 15 s."""
+    plugin = LookingPlugin({"re:(?:a|aa|a)+c": 1})
+    model = nn.ModuleDict({f"{'a' * 17}b{number}": nn.Linear(1, 1) for number in range(60)})
+    start = time.process_time()
+    with registered(plugin), pytest.raises(TargetError, match="took longer than 1 s"):
+        tunerkit.wrap(model, "toy-looking", {"targets": "all-linear"})
+    assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *("re:(?R)", "re:a(?R)?", "re:(?P<x>a)(?P>x)", "re:(a)(?1)", "re:(?&x)(?P<x>a)"),  # recursion fills the memory
+        *("re:(?L)(?u)", "re:" + "()" * 2000, "re:" + "(?:" * 450 + ")" * 450, "*" * 2000, "[" * 1001, "re:("),
+        *("re:" + "(?:" * 25 + "a" + "+)" * 25, "re:" + "(?:" * 8 + "a" + "{9})" * 8),  # written out by the compiler
+        *("re:" + "(?#(()" * 9 + "(?:" * 25 + "a" + "+)" * 25, "re:(?x)a", "re:a{9999999999999999999999}"),
+        *("re:" + "[[:alpha:](]" + "(?:" * 25 + "a" + "+)" * 25, "re:a" + "{9}" * 9),
+    ],
+    ids=lambda pattern: pattern[:12],
+)
+def test_a_pattern_that_cannot_be_bounded_is_refused(pattern: str) -> None:
+    """Law: whatever a pattern is, there is one short `TargetError`, after little time and memory."""
+    with pytest.raises(TargetError) as caught:
+        chosen(Net(), pattern)
+    assert repr(pattern[:9])[:-1] in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@given(st.text("ab.*?[]!-^\\&|~", max_size=12), paths)
+def test_globs_match_as_the_standard_library_does(pattern: str, path: str) -> None:
+    """Law: the limit on time changes no result."""
+    assert matches(pattern + "*", path) == fnmatch.fnmatchcase(path, pattern + "*")
 
 
 # What is selected

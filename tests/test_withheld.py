@@ -273,7 +273,7 @@ def test_a_closure_that_accumulates_finds_what_it_has_accumulated() -> None:
 
 @pytest.mark.parametrize(
     ("_plugin", "words"),
-    [(NamingPlugin, "a list with a str"), (BarePlugin, "a Parameter;"), (AffirmingPlugin, "a bool;")],
+    [(NamingPlugin, "a list with a str"), (BarePlugin, "a Parameter "), (AffirmingPlugin, "a bool ")],
     indirect=["_plugin"],
 )
 def test_what_is_no_list_of_parameters_is_refused(words: str) -> None:
@@ -282,7 +282,8 @@ def test_what_is_no_list_of_parameters_is_refused(words: str) -> None:
     backward(model)
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(
-        tunerkit.PluginError, match=f"tunerkit_before_step returned {words}.*return a list of the adapter's parameters"
+        tunerkit.PluginError,
+        match=rf"tunerkit_before_step of .* returned {words}.*return a list of the adapter's parameters",
     ):
         optimizer.step()
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))

@@ -1,5 +1,6 @@
 """Wrapping with toy methods: what changes, what stays the same, and which errors leave the model unchanged."""
 
+import asyncio
 import copy
 import io
 import pickle
@@ -558,7 +559,10 @@ def plugin_of(toys: "Toys", build: Any, name: str = "toy-broken") -> object:
 def test_what_is_no_adapter_is_refused_by_name(toys: "Toys", built: object) -> None:
     """The error names the method, its distribution, the target and the object that was built instead."""
     model = toys.net()
-    plugin, words = plugin_of(toys, lambda target, base: built), r"'toy-broken' \(in-process\) built \w+ for 'layers.0'"
+    plugin, words = (
+        plugin_of(toys, lambda target, base: built),
+        (r"tunerkit_build_adapter of .*'toy-broken' \(in-process\) returned (an? )?\w+ for 'layers.0'"),
+    )
     with registered(plugin), untouched(toys, model), pytest.raises(PluginError, match=words):
         tunerkit.wrap(model, "toy-broken")
 
@@ -573,7 +577,11 @@ def test_an_adapter_that_holds_its_base_layer_is_refused(toys: "Toys") -> None:
 
     model = toys.net().double()
     plugin = plugin_of(toys, lambda target, base: Holder(target.module))
-    with registered(plugin), untouched(toys, model), pytest.raises(PluginError, match=r"holds 'layers\.0' as a child"):
+    with (
+        registered(plugin),
+        untouched(toys, model),
+        pytest.raises(PluginError, match=r"holds the base .* for 'layers\.0'"),
+    ):
         tunerkit.wrap(model, "toy-broken")
 
 
@@ -604,22 +612,47 @@ class Unfinished(tunerkit.BaseLayer):
 
 
 @pytest.mark.parametrize("offered", [[3], [nn.Linear], Unfinished, 3, [Unfinished], "kinds"])
-def test_a_kind_that_is_none_is_refused_by_name(toys: "Toys", offered: Any) -> None:
-    """A plugin's base-layer kinds are checked before anything is built, and the error names the plugin."""
+def test_a_kind_that_is_none_is_left_out_by_name(toys: "Toys", offered: Any) -> None:
+    """A warning names the plugin; wrapping goes on without its answer, and `methods` lists it with the reason."""
 
     class Kinds:
         @tunerkit.hookimpl
         def tunerkit_base_layers(self) -> Any:
             return offered
 
-    model = toys.net()
-    with (
-        registered(Kinds()),
-        untouched(toys, model),
-        pytest.raises(PluginError, match=r"plugin 'Kinds' \(in-process\)"),
-    ):
-        tunerkit.wrap(model, "toy-shift")
-    assert tunerkit.wrap(model, "toy-shift") is model
+    with registered(Kinds()):
+        with pytest.warns(TunerkitWarning, match=r"plugin 'Kinds' \(in-process\)"):
+            tunerkit.wrap(toys.net(), "toy-shift")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tunerkit.wrap(toys.net(), "toy-shift")
+        assert "must return a list of classes" in str(tunerkit.methods()["Kinds"].error)
+    assert "Kinds" not in tunerkit.methods()
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), GeneratorExit(), RuntimeError("undecided"), asyncio.CancelledError()])
+def test_a_kind_that_raises_when_it_is_matched_is_left_out(toys: "Toys", error: BaseException) -> None:
+    """It matches the first module and raises at the second: no module becomes one of its kind; wrapping goes on."""
+
+    class Undecided(LinearLayer):
+        asked = 0
+
+        @classmethod
+        def matches(cls, module: nn.Module) -> bool:
+            cls.asked += 1
+            if cls.asked > 1:
+                raise error
+            return True
+
+    with registered(answering("tunerkit_base_layers", [Undecided])):
+        with pytest.warns(TunerkitWarning, match=r"plugin 'answering' .*Undecided.*" + type(error).__name__):
+            model = tunerkit.wrap(toys.net(), "toy-shift")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tunerkit.wrap(toys.net(), "toy-shift")
+        assert Undecided.asked == 2
+        assert type(error).__name__ in str(tunerkit.methods()["answering"].error)
+    assert tunerkit.tuner(model).ranks() == tunerkit.tuner(tunerkit.wrap(toys.net(), "toy-shift")).ranks()
 
 
 def test_good_kinds_come_after_cores_own(toys: "Toys") -> None:
@@ -651,7 +684,7 @@ def answering(hook: str, answer: Any) -> Any:
     """A plugin that answers one hook; if the answer is an exception, it is raised."""
 
     def implementation() -> Any:
-        if isinstance(answer, Exception):
+        if isinstance(answer, BaseException):
             raise answer
         return answer
 
@@ -661,27 +694,31 @@ def answering(hook: str, answer: Any) -> Any:
 
 
 @pytest.mark.parametrize(("hook", "answer"), WRONG)
-def test_records_of_a_wrong_form_are_refused_by_name(toys: "Toys", hook: str, answer: Any) -> None:
-    """The error says what was returned, what is expected and by which plugin; the model is unchanged."""
-    model = toys.net()
+def test_records_of_a_wrong_form_are_left_out_by_name(toys: "Toys", hook: str, answer: Any) -> None:
+    """A warning says what was returned, what is expected and by which plugin; wrapping goes on."""
     expected = "WeightReader" if "readers" in hook else "DefaultTargets"
     with (
         registered(answering(hook, answer)),
-        untouched(toys, model),
-        pytest.raises(PluginError, match=rf"(?s)plugin 'answering' \(in-process\).*{hook} must .*{expected}") as caught,
-    ):
-        tunerkit.wrap(model, "toy-shift")
-    assert repr(answer) in str(caught.value)
-
-
-@pytest.mark.parametrize("hook", ["tunerkit_base_layers", "tunerkit_weight_readers", "tunerkit_default_targets"])
-def test_a_plugin_that_raises_when_asked_what_it_knows_is_left_out(toys: "Toys", hook: str) -> None:
-    """A warning names the hook and the plugin, and wrapping continues without it."""
-    with (
-        registered(answering(hook, ValueError("broken"))),
-        pytest.warns(TunerkitWarning, match=f"{hook} of plugin 'answering' .*: ValueError: broken"),
+        pytest.warns(TunerkitWarning, match=rf"{hook} of plugin 'answering' \(in-process\).*must .*{expected}") as told,
     ):
         tunerkit.wrap(toys.net(), "toy-shift")
+    assert type(answer).__name__ in str(told[0].message) or repr(answer) in str(told[0].message)
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), SystemExit("broken"), asyncio.CancelledError("broken")])
+@pytest.mark.parametrize("hook", ["tunerkit_base_layers", "tunerkit_weight_readers", "tunerkit_default_targets"])
+def test_a_plugin_that_raises_when_asked_what_it_knows_is_left_out(
+    toys: "Toys", hook: str, error: BaseException
+) -> None:
+    """One warning names the hook and the plugin, wrapping continues without it, and `methods` lists it."""
+    words = f"{type(error).__name__}: broken"
+    with registered(answering(hook, error)):
+        with pytest.warns(TunerkitWarning, match=f"{hook} of plugin 'answering' .*: {words}"):
+            tunerkit.wrap(toys.net(), "toy-shift")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tunerkit.wrap(toys.net(), "toy-shift")
+        assert tunerkit.methods()["answering"].error == f"{hook} failed and was left out: {words}"
 
 
 class Reader(nn.Module):

@@ -1,11 +1,25 @@
-"""The exceptions that tunerkit raises: one class per mistake that a caller may want to catch."""
+"""The exceptions that tunerkit raises: one class per mistake that a caller may want to catch. Texts are bounded."""
 
 import difflib
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+# A message names what is wrong, whatever a file, a model or a plugin holds: at most this many lines of this length.
+LINES: Final = 60
+WIDTH: Final = 1000
+_PROBLEMS: Final = 20
+_LONGEST_NAME: Final = 200  # comparing longer ones takes seconds, and nobody mistypes them
+_SHORT: Final = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxlevel = 2
 
 
 class TunerkitError(Exception):
-    """The base class of every error that tunerkit raises on purpose."""
+    """The base class of every error that tunerkit raises on purpose. Its text is cut to 60 lines of 1000 characters."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(bounded(each) if isinstance(each, str) else each for each in arguments))
 
 
 class ConfigError(TunerkitError, ValueError):
@@ -15,12 +29,12 @@ class ConfigError(TunerkitError, ValueError):
         problems: One line per problem, each with its path, such as ``"expected >= 1, got 0 @ $.target_rank"``.
 
     Attributes:
-        problems: The same lines, as a tuple.
+        problems: The same lines, as a tuple. The text of the error has the first 20, and counts the others.
     """
 
     def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = tuple(problems)
-        super().__init__("\n".join(self.problems))
+        self.problems = tuple(cut(problem) for problem in problems)
+        super().__init__("\n".join(first(self.problems)))
 
     def __reduce__(self) -> tuple[type["ConfigError"], tuple[tuple[str, ...]]]:
         return type(self), (self.problems,)
@@ -55,11 +69,48 @@ class BaseMismatchError(FileError):
 
 
 class TunerkitWarning(UserWarning):
-    """Something was left out or looks unintended, but training can continue."""
+    """Something was left out or looks unintended, but training can continue. Its text is bounded like an error's."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(bounded(each) if isinstance(each, str) else each for each in arguments))
+
+
+def cut(text: str, width: int = WIDTH) -> str:
+    """Return ``text`` with at most ``width`` characters. The middle goes: the end says what to do next."""
+    if len(text) <= width:
+        return text
+    gap = f" ...({len(text) - width} characters)... "
+    kept = width - len(gap)
+    return text[: kept - kept // 3] + gap + text[len(text) - kept // 3 :]
+
+
+def first(lines: Sequence[str], shown: int = _PROBLEMS) -> list[str]:
+    """Return the first lines of a list of problems, and one that counts the others."""
+    return [*lines[:shown], *([f"and {len(lines) - shown} more problems"] if len(lines) > shown else [])]
+
+
+def bounded(text: str) -> str:
+    """Return ``text`` with at most `LINES` lines of `WIDTH` characters each."""
+    if len(text) <= WIDTH and text.count("\n") < LINES:
+        return text
+    lines = text.split("\n")
+    more = [f"... {len(lines) - LINES + 1} more lines"] if len(lines) > LINES else []
+    return "\n".join([cut(line) for line in (lines[: LINES - 1] if more else lines)] + more)
+
+
+def shown(value: object) -> str:
+    """Return any value in one short line, for a message, also if its own ``repr`` is long or raises."""
+    try:
+        text = _SHORT.repr(value)
+    except BaseException:  # a plugin's object may raise anything; Python refuses to print integers of 5,000 digits
+        text = f"a {type(value).__name__} that cannot be printed"
+    return cut(" ".join(map(str.strip, text.splitlines())), 200)
 
 
 def closest(name: str, names: Iterable[str]) -> str:
     """Return a hint for an error about a mistyped name, ``; did you mean 'adalora'?``, or an empty string."""
+    if len(name) > _LONGEST_NAME:
+        return ""
     found = difflib.get_close_matches(name, list(names), n=3, cutoff=0.6)
     if not found:
         return ""

@@ -4,21 +4,75 @@ There are three kinds of pattern:
 
 - a plain name, ``"q_proj"`` or ``"attention.query"``, matches the end of a path, cut at dots;
 - a pattern with ``*``, ``?`` or ``[`` is a glob for the whole path, in which ``*`` also matches dots;
-- ``"re:..."`` is a regular expression for the whole path. Matching is limited to one second for the whole model.
+- ``"re:..."`` is a regular expression for the whole path, without recursion.
+
+All globs and regular expressions of one call of the user (`tunerkit.wrap`, `load`, `attach`, `lookup`) share one second
+of processor time.
 """
 
+import fnmatch
+import functools
+import re
 import time
-from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Final, TypeVar
 
+import attrs
 import regex
 
-from tunerkit.errors import TargetError
+from tunerkit.errors import TargetError, shown
 
-REGEX_SECONDS = 1.0
+SECONDS: Final = 1.0
+_LONGEST: Final = 1000  # characters of a glob or regular expression
+_LARGEST: Final = 10_000  # parts of a regular expression with its repeats written out; each takes about 4 kB
 Matcher = Callable[[str], bool]
 Value = TypeVar("Value")
+
+
+@attrs.define(eq=False)
+class _Allowance:
+    """The processor time of this thread that is left for patterns, in seconds."""
+
+    left: float = SECONDS
+
+    def spend(self, pattern: str, work: Callable[[float], Value]) -> Value:
+        """Return ``work(seconds left)``. Raises `TargetError` if it takes longer, or raises anything of its own."""
+        start = time.thread_time()
+        try:
+            if self.left <= 0:
+                raise TimeoutError
+            return work(self.left)
+        except TargetError:
+            raise
+        except TimeoutError as error:
+            raise TargetError(
+                f"the patterns up to {shown(pattern)} took longer than {SECONDS:g} s on the paths of this model; use "
+                "globs or plain names, or a regular expression without nested repetition"
+            ) from error
+        except Exception as error:  # the library raises RecursionError, MemoryError and others too
+            reason = str(error) or type(error).__name__
+            raise TargetError(f"{shown(pattern)} is not a regular expression: {reason}") from error
+        finally:
+            self.left -= time.thread_time() - start
+
+
+# State of a call: `lookup` has no argument through which a method's plugin could pass the allowance on.
+_allowance: ContextVar[_Allowance | None] = ContextVar("allowance", default=None)
+
+
+@contextmanager
+def one_allowance() -> Iterator[None]:
+    """Let all patterns that are compiled and matched in the block share one second. Inside another one, share that."""
+    if _allowance.get() is not None:
+        yield
+        return
+    token = _allowance.set(_Allowance())
+    try:
+        yield
+    finally:
+        _allowance.reset(token)
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -32,7 +86,7 @@ def matches(pattern: str, path: str) -> bool:
         Whether it matches.
 
     Raises:
-        TargetError: A regular expression is malformed or takes longer than a second.
+        TargetError: The pattern is malformed, or patterns took longer than a second in this call of the user.
     """
     return matcher(pattern)(path)
 
@@ -49,9 +103,10 @@ def lookup(table: Mapping[str, Value], path: str, default: Value) -> Value:
         The value of the first pattern that matches, or ``default``.
 
     Raises:
-        TargetError: A regular expression is malformed or takes longer than a second.
+        TargetError: A pattern is malformed, or patterns took longer than a second in this call of the user.
     """
-    return next((value for pattern, value in table.items() if matches(pattern, path)), default)
+    with one_allowance():
+        return next((value for pattern, value in table.items() if matches(pattern, path)), default)
 
 
 def is_broad(pattern: str) -> bool:
@@ -73,40 +128,69 @@ def matcher(pattern: str) -> Matcher:
         pattern: The pattern.
 
     Returns:
-        A function that checks whether a path matches. It raises `TargetError` if a regular expression takes longer than
-        a second for all paths together.
+        A function that checks whether a path matches. It raises `TargetError` when the time of this call of the user is
+        spent: one second for all patterns and paths.
 
     Raises:
-        TargetError: A regular expression is malformed.
+        TargetError: A regular expression is malformed or too large, or the time is spent.
     """
-    if pattern.startswith("re:"):
-        return _regex_matcher(pattern)
-    if is_broad(pattern):
-        return lambda path: fnmatchcase(path, pattern)
-    return lambda path: path == pattern or path.endswith("." + pattern)
+    if not is_broad(pattern):
+        return lambda path: path == pattern or path.endswith("." + pattern)
+    if len(pattern) > _LONGEST:
+        raise TargetError(f"{shown(pattern)} is {len(pattern)} characters long, the limit is {_LONGEST}; use several")
+    allowance = _allowance.get() or _Allowance()
+    compiled = allowance.spend(pattern, lambda left: _compiled(pattern))
+    return lambda path: allowance.spend(pattern, lambda left: compiled.fullmatch(path, timeout=left) is not None)
 
 
-def _regex_matcher(pattern: str) -> Matcher:
-    """The time limit covers all paths together. With a limit per path, a large model could take hours."""
-    try:
-        compiled = regex.compile(pattern.removeprefix("re:"))
-    except regex.error as error:
-        raise TargetError(f"{pattern!r} is not a regular expression: {error}") from error
-    left = REGEX_SECONDS
+@functools.lru_cache(maxsize=256)
+def _compiled(pattern: str) -> "regex.Pattern[str]":
+    if not pattern.startswith("re:"):
+        return regex.compile(fnmatch.translate(pattern))
+    expression = pattern.removeprefix("re:")
+    _refuse_unbounded(pattern, expression)
+    return regex.compile(expression)
 
-    def match(path: str) -> bool:
-        nonlocal left
-        start = time.monotonic()
-        try:
-            if left <= 0:
-                raise TimeoutError
-            return compiled.fullmatch(path, timeout=left) is not None
-        except TimeoutError as error:
-            raise TargetError(
-                f"{pattern!r} took longer than {REGEX_SECONDS:g} s on the paths of this model; use a glob or plain "
-                "names, or a regular expression without nested repetition"
-            ) from error
-        finally:
-            left -= time.monotonic() - start
 
-    return match
+_TOKEN = re.compile(
+    r"""(?P<refused>\(\?(?:R|&|P>|[+-]?\d|[a-z]*(?:x|V1)))  # calls of groups; flags that change what the rest means
+    | (?P<one>\\. | \[\^?\]?(?:\\.|\[:\^?\w+:\]|[^\]\\])*\])  # an escaped character, a set
+    | (?P<none>\(\?\#[^)]*\) | [*?])  # a comment, repeats that copy nothing
+    | (?P<repeat>\+ | \{(?P<least>\d*)(?:,\d*)?\})
+    | (?P<open>\() | (?P<close>\)) | .""",
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def _refuse_unbounded(pattern: str, expression: str) -> None:
+    """Raise `TargetError` for recursion, and for repeats in repeats whose compiled form would fill the memory.
+
+    The library writes out the body of ``+`` twice and that of ``{9}`` ten times, so nested ones multiply.
+    """
+    outer: list[int] = []
+    size = last = 0  # of the group that is open, and of what a repeat would follow
+    for token in _TOKEN.finditer(expression):
+        match token.lastgroup:
+            case "refused":
+                raise TargetError(
+                    f"{shown(pattern)} has {token[0]!r}; recursion and the flags x and V1 are not supported in patterns"
+                )
+            case "none":
+                continue
+            case "open":
+                outer.append(size)
+                size = last = 0
+            case "close":
+                last = size + 1
+                size = last + (outer.pop() if outer else 0)
+            case "repeat":
+                copies = 1 if token["least"] is None else int(token["least"] or 0)
+                size += last * copies
+                last += last * copies
+            case _:
+                size, last = size + 1, 1
+    if (total := size + sum(outer)) > _LARGEST:
+        raise TargetError(
+            f"{shown(pattern)} has {total} parts with its repeats written out, the limit is {_LARGEST}; use fewer "
+            "repeats inside repeats"
+        )

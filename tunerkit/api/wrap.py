@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from tunerkit import hooks, injection, serialization, steps, targets
+from tunerkit import hooks, injection, patterns, serialization, steps, targets
 from tunerkit.config import AdapterConfig
 from tunerkit.errors import ConfigError
 from tunerkit.injection import Progress, Tuner
@@ -52,15 +52,16 @@ def wrap(
     config = hooks.configure(method, config)
     scanned = targets.scan(root, hooks.gather_knowledge())
     adapted = {path for path, _, slots in injection.walk(root) if slots.active or not slots.copies}
-    copies = targets.add_new(scanned, targets.choose_copies(scanned, config.train_modules), config, adapted)
-    targets.refuse_tied(scanned, copies)
-    chosen = targets.select(
-        scanned, targets=config.targets, exclude=config.exclude, layers=config.layers, trained=copies
-    )
-    tuner = _tuner_of(scanned, chosen, copies, method, config, adapter)
-    injection.refuse_idle_patterns(tuner)
-    with _seeded(seed):
-        slots = injection.build(scanned, tuner)
+    with patterns.one_allowance():
+        copies = targets.add_new(scanned, targets.choose_copies(scanned, config.train_modules), config, adapted)
+        targets.refuse_tied(scanned, copies)
+        chosen = targets.select(
+            scanned, targets=config.targets, exclude=config.exclude, layers=config.layers, trained=copies
+        )
+        tuner = _tuner_of(scanned, chosen, copies, method, config, adapter)
+        injection.refuse_idle_patterns(tuner)
+        with _seeded(seed):
+            slots = injection.build(scanned, tuner)
     injection.warn_of_limits(scanned, tuner)
     injection.inject_(tuner, slots, scanned, trainable=True)
     steps.watch_optimizers(method)

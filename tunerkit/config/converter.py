@@ -4,7 +4,6 @@ By default, cattrs reads "q_proj" as a list of letters, 8.9 as 8, and True as 1.
 """
 
 import re
-import reprlib
 import sys
 from collections.abc import Callable, Mapping
 from types import NoneType, UnionType
@@ -12,14 +11,12 @@ from typing import Any, Final, Literal, NoReturn, Union, get_args, get_origin
 
 from cattrs import Converter
 
-from tunerkit.errors import closest
+from tunerkit.errors import closest, shown
 
 # What `get_origin` returns for the annotations that have members.
 _UNIONS: Final = (Union, UnionType)
 _MAPPINGS: Final = (dict, Mapping)
 _SCIENTIFIC: Final = re.compile(r"([+-]?\d+)(?:\.(\d*))?[eE]([+-]?)(\d+)")
-SHORT: Final = reprlib.Repr()
-SHORT.maxstring = SHORT.maxother = 80
 
 
 class _WrongKindError(ValueError):
@@ -28,8 +25,7 @@ class _WrongKindError(ValueError):
 
 def got(value: object) -> str:
     """Describe a value in one short line: ``got str '8'``."""
-    shown = re.sub(r"\s*\n\s*", " ", SHORT.repr(value))
-    return "got None" if value is None else f"got {type(value).__name__} {shown}"
+    return "got None" if value is None else f"got {type(value).__name__} {shown(value)}"
 
 
 def _refuse(value: object, cls: object) -> NoReturn:

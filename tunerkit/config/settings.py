@@ -9,10 +9,11 @@ import attrs
 import torch
 from cattrs import transform_error
 
-from tunerkit.config.converter import CONVERTER, SHORT, described, got, is_supported
-from tunerkit.errors import ConfigError, closest
+from tunerkit.config.converter import CONVERTER, described, got, is_supported
+from tunerkit.errors import ConfigError, closest, cut, shown
 
 Config = TypeVar("Config", bound="AdapterConfig")
+_NAMED: Final = 10  # unknown keys that an error lists
 _COMPARE: Final = {
     "ge": (">=", operator.ge),
     "gt": (">", operator.gt),
@@ -164,7 +165,9 @@ def from_mapping(cls: type[Config], mapping: object) -> Config:
     fields = _settings(cls)
     if not isinstance(mapping, Mapping):
         raise ConfigError([f"expected a mapping of settings, {got(mapping)} @ $"])
-    problems = [_unknown(key, fields) for key in mapping if key not in fields]
+    unknown = [key for key in mapping if key not in fields]
+    problems = [_unknown(key, fields) for key in unknown[:_NAMED]]  # looking for the closest names takes time
+    problems += [f"and {len(unknown) - _NAMED} more unknown keys @ $"] if len(unknown) > _NAMED else []
     required = [name for name, field in fields.items() if field.default is attrs.NOTHING]
     problems += [f"missing, and it has no default @ $.{name}" for name in required if name not in mapping]
     if problems:
@@ -195,7 +198,7 @@ def _settings(cls: object) -> dict[str, "attrs.Attribute[Any]"]:
 def _unknown(key: object, names: Iterable[str]) -> str:
     if not isinstance(key, str):
         return f"expected str keys, {got(key)} @ $"
-    return f"unknown key {key!r}{closest(key, names) or '; known keys: ' + ', '.join(names)} @ $.{key}"
+    return f"unknown key {shown(key)}{closest(key, names) or '; known keys: ' + ', '.join(names)} @ $.{cut(key, 80)}"
 
 
 def _read(cls: type[AdapterConfig], mapping: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
@@ -216,9 +219,9 @@ def _read(cls: type[AdapterConfig], mapping: Mapping[str, Any]) -> tuple[dict[st
 def _out_of_range(value: object, limits: Mapping[str, Any], path: str) -> Iterator[str]:
     if isinstance(value, (tuple, dict)):
         for key, element in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _out_of_range(element, limits, f"{path}[{key!r}]")
+            yield from _out_of_range(element, limits, f"{path}[{shown(key)}]")
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         for name, (sign, holds) in _COMPARE.items():
             limit = limits.get(name)
             if limit is not None and not holds(value, limit):
-                yield f"expected {sign} {limit}, got {SHORT.repr(value)} @ {path}"
+                yield f"expected {sign} {limit}, got {shown(value)} @ {path}"

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from importlib import metadata
 
-from tunerkit.errors import PluginError, closest
+from tunerkit.errors import PluginError, closest, cut
 from tunerkit.records import MethodInfo
 
 GROUP = "tunerkit"
@@ -67,6 +67,9 @@ def import_plugin(point: metadata.EntryPoint) -> object:
 
 
 def error_text(error: BaseException) -> str:
-    """Format an exception in one line. It starts with the class, except for a `PluginError`."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, PluginError) else f"{type(error).__name__}: {text}"
+    """Format an exception in one short line. It starts with the class, except for a `PluginError`."""
+    try:
+        text = " ".join(str(error).split())
+    except BaseException as second:  # the exception of a plugin may raise another when it is printed
+        text = f"(printing its message raised {type(second).__name__})"
+    return cut(text if isinstance(error, PluginError) else f"{type(error).__name__}: {text}", 500)

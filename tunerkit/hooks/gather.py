@@ -1,12 +1,16 @@
-"""Gather what core and all plugins know of other libraries: base-layer kinds, weight readers, default targets."""
+"""Gather what core and all plugins know of other libraries: base-layer kinds, weight readers, default targets.
+
+An answer that is not what its hook declares is left out, with a warning: it must not stop the other plugins.
+"""
 
 import inspect
 from collections.abc import Callable
 from typing import Any
 
-from tunerkit.errors import PluginError
+from tunerkit.errors import shown
 from tunerkit.hooks import specs
-from tunerkit.hooks.registry import registry
+from tunerkit.hooks.discovery import error_text
+from tunerkit.hooks.registry import Answer, registry
 from tunerkit.layers import CORE, BaseLayer, Knowledge
 from tunerkit.patterns import is_broad
 from tunerkit.records import DefaultTargets, WeightReader
@@ -14,10 +18,21 @@ from tunerkit.records import DefaultTargets, WeightReader
 
 def gather_knowledge() -> Knowledge:
     """Core's records first, then every plugin's, so that a plugin cannot replace what core knows."""
+    kinds = _ask(specs.tunerkit_base_layers, _is_kind, _KINDS)
+    readers = _ask(specs.tunerkit_weight_readers, _is_reader, _READERS)
+    defaults = _ask(specs.tunerkit_default_targets, _is_default, _DEFAULTS)
+
+    def leave_out(kind: type[BaseLayer], error: BaseException) -> None:
+        for answer in kinds:
+            if kind in answer.value:
+                reason = f"{kind.__name__} cannot say whether it matches a module: {error_text(error)}"
+                registry.leave_out(answer.plugin, specs.tunerkit_base_layers, reason)
+
     return Knowledge(
-        kinds=(*CORE.kinds, *_ask(specs.tunerkit_base_layers, _is_kind, _KINDS)),
-        weight_readers=(*CORE.weight_readers, *_ask(specs.tunerkit_weight_readers, _is_reader, _READERS)),
-        default_targets=(*CORE.default_targets, *_ask(specs.tunerkit_default_targets, _is_default, _DEFAULTS)),
+        kinds=(*CORE.kinds, *_joined(kinds)),
+        weight_readers=(*CORE.weight_readers, *_joined(readers)),
+        default_targets=(*CORE.default_targets, *_joined(defaults)),
+        leave_out=leave_out,
     )
 
 
@@ -26,17 +41,28 @@ _READERS = "tunerkit.WeightReader, each with a class's qualified name as owner a
 _DEFAULTS = "tunerkit.DefaultTargets, each with a tuple of model types and a tuple of plain names"
 
 
-# Any: each answer is checked to be what the hook's spec declares.
-def _ask(hook: Callable[[], object], is_valid: Callable[[object], bool], expected: str) -> list[Any]:
-    """The plugins' answers to ``hook``. Raises `PluginError` naming the plugin if an answer is not as expected."""
-    found: list[Any] = []
-    for answer in registry.call_all(hook):
-        if not isinstance(answer.value, tuple | list) or not all(map(is_valid, answer.value)):
-            raise PluginError(
-                f"{answer.plugin} returned {answer.value!r}; {hook.__name__} must return a list of {expected}"
-            )
-        found += answer.value
-    return found
+def _ask(hook: Callable[[], object], is_valid: Callable[[object], bool], expected: str) -> list[Answer]:
+    """The plugins' answers to ``hook``, without those that are not as expected."""
+    answers = registry.call_all(hook)
+    faults = {id(answer): fault for answer in answers if (fault := _fault(answer.value, is_valid, expected))}
+    for answer in answers:
+        if fault := faults.get(id(answer)):
+            registry.leave_out(answer.plugin, hook, fault)
+    return [answer for answer in answers if id(answer) not in faults]
+
+
+def _fault(value: object, is_valid: Callable[[object], bool], expected: str) -> str | None:
+    try:
+        if isinstance(value, tuple | list) and all(map(is_valid, value)):
+            return None
+    except Exception as error:  # a plugin's metaclass or property may raise anything
+        return f"checking its answer raised {error_text(error)}"
+    return f"it returned {shown(value)}; it must return a list of {expected}"
+
+
+# Any: each answer was checked to be what the hook's spec declares.
+def _joined(answers: list[Answer]) -> list[Any]:
+    return [record for answer in answers for record in answer.value]
 
 
 def _is_kind(kind: object) -> bool:

@@ -11,10 +11,9 @@ from warnings import warn
 import attrs
 import pluggy
 
-from tunerkit.errors import PluginError, TunerkitWarning, UnknownMethodError, closest
-from tunerkit.hooks import specs
-from tunerkit.hooks.discovery import VARIABLE, Failure, canonical, discover, error_text, import_plugin, read_limit
-from tunerkit.hooks.markers import PROJECT
+from tunerkit.errors import PluginError, TunerkitWarning, UnknownMethodError, shown
+from tunerkit.hooks.catalog import Catalog, load
+from tunerkit.hooks.discovery import error_text
 from tunerkit.hooks.validation import Plugin, admit, heard_by
 from tunerkit.records import Method, MethodInfo
 
@@ -24,28 +23,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-@attrs.define(eq=False)
-class _Catalog:
-    """The loaded state: pluggy's manager, the plugins in load order, each method's owner, and the failures."""
-
-    manager: pluggy.PluginManager
-    limit: frozenset[str] | None
-    plugins: list[Plugin] = attrs.field(factory=list)
-    owners: dict[str, Plugin] = attrs.field(factory=dict)
-    failures: list[Failure] = attrs.field(factory=list)
-
-    def drop(self, found: Plugin) -> None:
-        """Unregister a plugin, and forget it as the owner of its methods."""
-        self.manager.unregister(found.plugin)
-        self.plugins.remove(found)
-        self.owners = {name: owner for name, owner in self.owners.items() if owner is not found}
-
-
 @attrs.frozen
 class Answer:
-    """One plugin's answer to a hook that is called on all plugins; ``plugin`` names it in messages."""
+    """One plugin's answer to a hook that is called on all plugins."""
 
-    plugin: str
+    plugin: Plugin
     value: Any
 
 
@@ -60,7 +42,7 @@ class Registry:
         self._distributions = None if distributions is None else tuple(distributions)
         self._lock = threading.RLock()
         self._loading = False
-        self._catalog: _Catalog | None = None
+        self._catalog: Catalog | None = None
 
     def get(self, name: str) -> Method:
         """Return the method with this name. Raises `UnknownMethodError` with close matches and failed plugins."""
@@ -71,18 +53,15 @@ class Registry:
 
         Returns:
             A record for each method, by its name. A plugin that failed is listed by the name of its entry point, with
-            its error. If two distributions provide the same method, the rejected one is ``"name (distribution)"``.
+            its error; so is one whose base layers, weight readers or default targets were left out of a model, though
+            its methods work. If two distributions provide the same method, the rejected one is
+            ``"name (distribution)"``.
 
         Raises:
             PluginError: ``TUNERKIT_PLUGINS`` names a plugin that is not installed.
         """
         with self._loaded() as catalog:
-            found = {name: owner.info for name, owner in catalog.owners.items()}
-            for name, info in catalog.failures:
-                while name in found:
-                    name = f"{name} ({info.distribution})"
-                found[name] = info
-        return dict(sorted(found.items()))
+            return catalog.listed()
 
     def owner_of(self, method: str) -> MethodInfo:
         """Return the distribution and version that provide ``method``. Raises `UnknownMethodError`."""
@@ -108,29 +87,58 @@ class Registry:
         with self._loaded() as catalog:
             owner = catalog.owners.get(method)
             if owner is None:
-                raise PluginError(f"{hook.__name__} needs the plugin of method {method!r}: {_missing(catalog, method)}")
+                raise PluginError(f"{hook.__name__} needs the plugin of method {method!r}: {catalog.missing(method)}")
             caller = heard_by(catalog.manager, hook.__name__, owner.plugin)
         found: R | None = caller(**arguments)
         return found
 
     def call_all(self, hook: Callable[P, object], /, *args: P.args, **arguments: P.kwargs) -> list[Answer]:
-        """Call the hook on every plugin that implements it: sorted by distribution, in-process plugins last.
+        """Call a hook that asks every plugin: sorted by distribution, in-process plugins last.
 
-        Each plugin is called separately. If one raises, a `TunerkitWarning` names it, and the others are still called.
+        Each plugin is called separately. One that raises is left out from then on, see `leave_out`.
         """
         with self._loaded() as catalog:
-            asked = [(found, heard_by(catalog.manager, hook.__name__, found.plugin)) for found in catalog.plugins]
+            asked = [found for found in catalog.plugins if (found, hook.__name__) not in catalog.left_out]
         answers: list[Answer] = []
-        for found, caller in asked:
-            plugin = f"plugin {found.entry!r} ({found.info.distribution})"
+        for found in asked:
             try:
                 # Generators are exhausted here, so that their errors can name the plugin.
-                values = [tuple(value) if isinstance(value, Iterator) else value for value in caller(**arguments)]
-                answers += [Answer(plugin, value) for value in values]
-            except Exception as error:
-                text = f"{hook.__name__} of {plugin} failed and was left out: {error_text(error)}"
-                warn(text, TunerkitWarning, stacklevel=2)
+                values = [tuple(v) if isinstance(v, Iterator) else v for v in self._caller(hook, found)(**arguments)]
+                answers += [Answer(found, value) for value in values]
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # SystemExit too: the plugin must not end the user's program
+                self.leave_out(found, hook, error_text(error))
         return answers
+
+    def notify_all(self, hook: Callable[P, object], /, *args: P.args, **arguments: P.kwargs) -> None:
+        """Call a hook that every plugin may watch. If one raises, a `TunerkitWarning` names it; the others are called.
+
+        A watcher is called again next time: a logger may fail once, because the network does.
+        """
+        with self._loaded() as catalog:
+            asked = list(catalog.plugins)
+        for found in asked:
+            try:
+                self._caller(hook, found)(**arguments)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # SystemExit too: a watcher must not end a training
+                text = f"{hook.__name__} of {found} failed and was ignored: {error_text(error)}"
+                warn(text, TunerkitWarning, stacklevel=2)
+
+    def leave_out(self, found: Plugin, hook: Callable[..., object], reason: str) -> None:
+        """Use no more of what a plugin answers to ``hook``: warn once, and list it in `methods`."""
+        with self._loaded() as catalog:
+            if found not in catalog.plugins or (found, hook.__name__) in catalog.left_out:
+                return
+            catalog.left_out[found, hook.__name__] = f"{hook.__name__} failed and was left out: {reason}"
+        text = f"{hook.__name__} of {found} failed and was left out: {reason}"
+        warn(text, TunerkitWarning, stacklevel=3)
+
+    def _caller(self, hook: Callable[..., object], found: Plugin) -> pluggy.HookCaller:
+        with self._loaded() as catalog:
+            return heard_by(catalog.manager, hook.__name__, found.plugin)
 
     def register(self, plugin: object) -> None:
         """Register an in-process plugin, for notebooks and tests.
@@ -143,7 +151,12 @@ class Registry:
         """
         entry = plugin.__name__ if isinstance(plugin, ModuleType | type) else type(plugin).__name__
         with self._loaded() as catalog:
-            admitted = admit(catalog.manager, plugin, entry, MethodInfo(IN_PROCESS, ""))
+            try:
+                admitted = admit(catalog.manager, plugin, entry, MethodInfo(IN_PROCESS, ""))
+            except (PluginError, KeyboardInterrupt):
+                raise
+            except BaseException as error:  # SystemExit too
+                raise PluginError(f"plugin {entry!r} cannot be registered: {error_text(error)}") from error
             taken = [name for name in admitted.methods if name in catalog.owners]
             if taken:
                 catalog.manager.unregister(plugin)
@@ -167,7 +180,7 @@ class Registry:
         with self._loaded() as catalog:
             found = next((known for known in catalog.plugins if known.plugin is plugin), None)
             if found is None:
-                raise PluginError(f"{plugin!r} is not registered; pass the object that was given to register")
+                raise PluginError(f"{shown(plugin)} is not registered; pass the object that was given to register")
             catalog.drop(found)
 
     def reset(self) -> None:
@@ -178,11 +191,11 @@ class Registry:
     def _owner(self, name: str) -> Plugin:
         with self._loaded() as catalog:
             if name not in tuple(catalog.owners):  # the name may be unhashable
-                raise UnknownMethodError(_missing(catalog, name))
+                raise UnknownMethodError(catalog.missing(name))
             return catalog.owners[name]
 
     @contextmanager
-    def _loaded(self) -> Iterator[_Catalog]:
+    def _loaded(self) -> Iterator[Catalog]:
         """Hold the lock while the caller uses the catalog. The first use loads the plugins."""
         with self._lock:
             # The lock is reentrant, so only a plugin that uses the registry during its own import gets here.
@@ -191,61 +204,10 @@ class Registry:
             if self._catalog is None:
                 self._loading = True
                 try:
-                    self._catalog = _load(self._distributions)
+                    self._catalog = load(self._distributions)
                 finally:
                     self._loading = False
             yield self._catalog
-
-
-def _load(distributions: Iterable[metadata.Distribution] | None) -> _Catalog:
-    """Load each plugin separately, then decide which plugin owns each method."""
-    sources, failures = discover(metadata.distributions() if distributions is None else distributions)
-    limit = read_limit(point.name for point, _ in sources)
-    manager = pluggy.PluginManager(PROJECT)
-    manager.add_hookspecs(specs)
-    catalog = _Catalog(manager, limit, failures=failures if limit is None else [])
-    for point, info in sources:
-        if limit is None or point.name in limit:
-            try:
-                catalog.plugins.append(admit(manager, import_plugin(point), point.name, info))
-            # SystemExit too: a module that exits at import is as broken as one that raises.
-            except (Exception, SystemExit) as error:
-                catalog.failures.append((point.name, attrs.evolve(info, error=error_text(error))))
-    _settle(catalog)
-    return catalog
-
-
-def _settle(catalog: _Catalog) -> None:
-    """Give each method one owner: the distribution named after the method, else the first by name.
-
-    A plugin whose methods all went to others is unregistered.
-    """
-    for name in sorted({name for found in catalog.plugins for name in found.methods}):
-        namesake = canonical(f"tunerkit-{name}")
-        claims = [found for found in catalog.plugins if name in found.methods]
-        owner, *others = sorted(claims, key=lambda found: found.info.distribution != namesake)
-        catalog.owners[name] = owner
-        for loser in (other.info for other in others):
-            why = (
-                f"method {name!r} is also provided by {owner.info.distribution}, which is used; "
-                f"{loser.distribution}'s is left out"
-            )
-            catalog.failures.append((f"{name} ({loser.distribution})", attrs.evolve(loser, error=why)))
-    for found in list(catalog.plugins):
-        if found.methods and found not in catalog.owners.values():
-            catalog.drop(found)
-
-
-def _missing(catalog: _Catalog, name: str) -> str:
-    """Explain why a method is missing: what is installed, close matches, failed plugins, and the limit on loading."""
-    installed = ", ".join(sorted(catalog.owners)) or "none (each is a separate distribution, such as tunerkit-lora)"
-    parts = [f"no method named {name!r}; installed: {installed}{closest(str(name), catalog.owners)}"]
-    for failed, info in catalog.failures:
-        whose = f"{info.distribution} {info.version}".rstrip()
-        parts.append(f"not loaded: {failed!r} of {whose}: {info.error}")
-    if catalog.limit is not None:
-        parts.append(f"{VARIABLE} limits loading to: {', '.join(sorted(catalog.limit)) or 'none'}")
-    return "\n".join(parts)
 
 
 # State of the process, as what is installed is: a plugin is loaded and checked once, whichever model asks.

@@ -34,6 +34,11 @@ them. When they fire::
 Four hooks ask every plugin: `tunerkit_base_layers`, `tunerkit_weight_readers`, `tunerkit_default_targets` and
 `tunerkit_ranks_changed`. `tunerkit_methods` is called for each plugin separately. All others call only the plugin that
 owns the method, so no plugin ever receives another plugin's layers.
+
+Core checks each answer. A wrong answer of the method's plugin is a `PluginError`. An exception in a hook keeps its
+class and gets a note that names the plugin, the hook and the target or adapter; SystemExit and the like become a
+`PluginError`. For the hooks that ask every plugin, a wrong answer or an exception never stops the user's call: the
+answer is left out, with one warning, and ``tunerkit.methods()`` lists the plugin with its error.
 """
 
 # A hook spec has a docstring and no body: pluggy reads its signature, and nobody calls it.
@@ -209,7 +214,7 @@ def tunerkit_before_step(tuner: TunerView, step: int, grad_scale: Tensor | None)
 
 @hookspec(firstresult=True)
 def tunerkit_after_step(tuner: TunerView, step: int) -> Mapping[str, int] | None:
-    """Measure importance and allocate ranks; return the ranks by target path after an allocation, else None.
+    """Measure importance and allocate ranks; return the rank of each target by its path after an allocation, else None.
 
     Fires right after the optimizer updated the weights. At that moment this step's gradients still exist, unscaled, and
     clipped if the user clips them. It does not fire for a step that was skipped because its gradients overflowed.
@@ -227,7 +232,7 @@ def tunerkit_after_step(tuner: TunerView, step: int) -> Mapping[str, int] | None
 
 @hookspec(firstresult=True)
 def tunerkit_finish(tuner: TunerView) -> Mapping[str, int] | None:
-    """Make the final allocation now, regardless of the schedule; return the ranks by target path.
+    """Make the final allocation now, regardless of the schedule; return the rank of each target by its path.
 
     Fires in ``tuner.finish()``, when training ends earlier than planned. Gradients may be missing at that moment. A
     method without a schedule leaves it out.
@@ -264,7 +269,7 @@ def tunerkit_ranks_changed(tuner: TunerView, change: RankChange) -> None:
     """Observe the ranks, for loggers and plots.
 
     Fires after each allocation of any method; every plugin is notified. The new masks are already in force. Only
-    observe: an exception here becomes a warning, and training continues.
+    observe: whatever is raised here, also SystemExit, becomes a warning, and training continues.
 
     >>> import tunerkit
     >>> @tunerkit.hookimpl

@@ -9,7 +9,7 @@ import attrs
 import pluggy
 
 from tunerkit.config import AdapterConfig
-from tunerkit.errors import PluginError, closest
+from tunerkit.errors import PluginError, closest, shown
 from tunerkit.hooks import specs
 from tunerkit.hooks.discovery import error_text
 from tunerkit.records import Method, MethodInfo
@@ -28,6 +28,9 @@ class Plugin:
     entry: str
     info: MethodInfo
     methods: Mapping[str, Method]
+
+    def __str__(self) -> str:
+        return f"plugin {self.entry!r} ({self.info.distribution})"
 
 
 def admit(manager: pluggy.PluginManager, plugin: object, entry: str, info: MethodInfo) -> Plugin:
@@ -66,37 +69,43 @@ def _check_hooks(manager: pluggy.PluginManager, plugin: object) -> None:
     if problems:
         raise PluginError("; ".join(problems))
     if not marked:
-        raise PluginError(f"{plugin!r} is not a plugin: it implements no hook; mark its functions @tunerkit.hookimpl")
+        raise PluginError(
+            f"{shown(plugin)} is not a plugin: it implements no hook; mark its functions @tunerkit.hookimpl"
+        )
 
 
 def _ask_methods(manager: pluggy.PluginManager, plugin: object) -> dict[str, Method]:
     methods: dict[str, Method] = {}
     for answer in heard_by(manager, "tunerkit_methods", plugin)():
         for method in answer:
-            _check_method(method)
-            if method.name in methods:
-                raise PluginError(f"tunerkit_methods yielded {method.name!r} twice")
-            methods[method.name] = method
+            name = _checked_name(method)
+            if name in methods:
+                raise PluginError(f"tunerkit_methods yielded {name!r} twice")
+            methods[name] = method
     if methods and not heard_by(manager, "tunerkit_build_adapter", plugin).get_hookimpls():
         raise PluginError(f"it provides the method {next(iter(methods))!r} but has no tunerkit_build_adapter for it")
     return methods
 
 
 # Any: nothing has checked yet what the plugin yielded, or what the record contains.
-def _check_method(method: Any) -> None:
+def _checked_name(method: Any) -> str:
+    """Return the name of a method, after all checks of its record."""
     if not isinstance(method, Method):
-        raise PluginError(f"tunerkit_methods yielded {method!r}; expected a tunerkit.records.Method")
-    if not re.fullmatch(r"[^\s,/()]+", str(method.name)):
+        raise PluginError(f"tunerkit_methods yielded {shown(method)}; expected a tunerkit.records.Method")
+    name, config = method.name, method.config
+    if not isinstance(name, str) or not re.fullmatch(r"[^\s,/()]+", name):
         raise PluginError(
-            f"a method is named {method.name!r}; expected a word without spaces, commas, slashes or brackets"
+            f"a method is named {shown(name)}; expected a word (a str) without spaces, commas, slashes or brackets"
         )
-    config = method.config
     # attrs.has also accepts an undecorated subclass of an attrs class, whose new fields would be ignored.
     if not (isclass(config) and issubclass(config, AdapterConfig) and "__attrs_attrs__" in vars(config)):
         raise PluginError(
-            f"the config of method {method.name!r} is {config!r}; "
+            f"the config of method {shown(name)} is {shown(config)}; "
             "expected an attrs class derived from tunerkit.AdapterConfig"
         )
+    if not isinstance(method.needs_steps, bool):
+        raise PluginError(f"needs_steps of method {shown(name)} is {shown(method.needs_steps)}; expected a bool")
+    return str.__str__(name)
 
 
 def heard_by(manager: pluggy.PluginManager, name: str, plugin: object) -> pluggy.HookCaller:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tunerkit.errors import AdapterError
-from tunerkit.injection.running import refuse_running
+from tunerkit.injection.running import refuse_running, unwatch_threads_, watch_threads_
 from tunerkit.injection.save_pretrained import unwatch_saving_, watch_saving_
 from tunerkit.injection.slots import Slot, Slots, apply_slots, base_modules, slots_of, walk
 from tunerkit.injection.state_dicts import unwatch_states_, watch_states_
@@ -30,6 +30,7 @@ def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, *, trainable
         wrapped.frozen = _freeze_base_(model)
         watch_states_(model)
         watch_saving_(model)
+        watch_threads_(model)
     for path, module in tuner.modules().items():
         slot, slots, found = built[path], slots_of(module), scanned.by_path[path]
         # A copy replaces the whole module, so there is no base layer.
@@ -71,6 +72,7 @@ def eject_(tuner: Tuner) -> None:
         _thaw_base_(model, set(wrapped.frozen))
         unwatch_states_(model)
         unwatch_saving_(model)
+        unwatch_threads_(model)
         del vars(model)[WRAPPED]
     _prepare_next_forward_(model)
 
@@ -133,6 +135,7 @@ def copy_base(module: nn.Module) -> nn.Module:
         delattr(twin, CHILD)
     torch_private.remove_hooks_(twin, apply_slots, refuse_unsynchronised, note_call)
     unwatch_saving_(twin)
+    unwatch_threads_(twin)
     _release_statistics_(twin)
     return twin
 

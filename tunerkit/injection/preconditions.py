@@ -14,7 +14,7 @@ from tunerkit.injection.slots import base_modules, slots_of, walk
 from tunerkit.injection.tuner import Tuner, tuners_of
 from tunerkit.libraries import refuse_engine, torch_private
 from tunerkit.paths import CHILD, is_under
-from tunerkit.patterns import matches
+from tunerkit.patterns import matcher
 from tunerkit.targets import Scan
 
 _NAME = r"[^./\ud800-\udfff]{1,64}"
@@ -62,7 +62,7 @@ def refuse_idle_patterns(tuner: Tuner) -> None:
     problems = [
         f"{pattern!r} matches none of the {len(paths)} targets{closest(pattern, names)} @ $.{field}"
         for pattern, field in tuner.config.target_patterns()
-        if not any(matches(pattern, path) for path in paths)
+        if not any(map(matcher(pattern), paths))
     ]
     if problems:
         raise ConfigError(problems)

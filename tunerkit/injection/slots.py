@@ -162,7 +162,8 @@ class Slots(nn.Module):
 
     def original(self, name: str, live: Tensor) -> Tensor:
         """Return the base's own tensor, also while a merged one replaces it in the module."""
-        return self.originals.get(name, live).detach() if self.enabled else live.detach()
+        # `originals` costs a search through the buffers, and only a merged module has some.
+        return (self.originals.get(name, live) if self.merged and self.enabled else live).detach()
 
     def refuse_state(self, *, marked: bool) -> None:
         """Raise `AdapterError` for a ``state_dict`` that does not fit the module as it is, merged or not.

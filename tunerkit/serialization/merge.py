@@ -1,6 +1,6 @@
 """Merge adapters into their base layers, unmerge them exactly, and show the base model while adapters stay in."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from tunerkit import hooks, injection, libraries, targets
 from tunerkit.errors import AdapterError
 from tunerkit.injection import Slots
-from tunerkit.paths import is_under
+from tunerkit.paths import few, is_under, join
 from tunerkit.serialization.fingerprint import fingerprint
+from tunerkit.serialization.finite import nonfinite
 from tunerkit.serialization.packed_weights import packed_sum
 
 M = TypeVar("M", bound=nn.Module)
@@ -37,8 +38,8 @@ def merge(model: M, *, permanent: bool = False) -> M:
     Raises:
         AdapterError: The model is already merged or disabled, or runs in another thread; no adapter is active; weights
             are offloaded, sharded (FSDP, ZeRO-3) or packed, so that adding to them has no effect; adapted modules were
-            replaced, resized or tied after wrapping; a base layer has no place for a bias; or a method does not
-            implement ``tunerkit_delta``.
+            replaced, resized or tied after wrapping; a base layer has no place for a bias; a method does not implement
+            ``tunerkit_delta``; or merged weights contain NaN or inf.
         TargetError: The model was quantised by torchao after wrapping.
         PluginError: A method returns an invalid delta.
     """
@@ -56,6 +57,7 @@ def merge(model: M, *, permanent: bool = False) -> M:
     injection.refuse_lost(tuners.values())
     _refuse_tied(model, places)
     merged = [_merged_tensors(path, module, slots) for path, module, slots in places]
+    _refuse_nonfinite(places, merged)
     if permanent:
         for tuner in tuners.values():
             tuner.progress.fingerprint = fingerprint(tuner)
@@ -156,6 +158,21 @@ def _refuse_tied(model: nn.Module, places: _Places) -> None:
             )
 
 
+def _refuse_nonfinite(places: _Places, merged: Sequence[Mapping[str, Tensor]]) -> None:
+    """Raise `AdapterError` if merged weights contain NaN or inf and the module's own do not."""
+    pairs = list(zip(places, merged, strict=True))
+    tensors = {join(path, name): tensor for (path, _, _), own in pairs for name, tensor in own.items()}
+    if wrong := nonfinite(tensors):
+        live = {join(path, name): t.detach() for path, module, _ in places for name, t in _own_tensors(module).items()}
+        wrong = nonfinite({name: tensors[name] for name in wrong}, live)
+    if wrong:
+        raise AdapterError(
+            f"cannot merge: {len(wrong)} merged tensors would contain NaN or inf: {few(wrong, shown=5)}. Nothing was "
+            "changed. Either the adapter's own weights are not finite, or the sums are too large for the base's dtype: "
+            "then convert the model first, for example with model.float() or model.bfloat16()"
+        )
+
+
 def _refuse_permanent(places: _Places) -> None:
     if any(slots.permanent for _, _, slots in places):
         raise AdapterError(
@@ -204,9 +221,14 @@ def _replace_(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor
 
     The Parameter objects stay the same.
     """
-    own: dict[str, Tensor] = dict(module.named_buffers(remove_duplicate=False))
-    own.update(module.named_parameters(remove_duplicate=False))
+    own = _own_tensors(module)
     before = {name: own[name].data for name in tensors}
     for name, tensor in tensors.items():
         own[name].data = tensor
     return before
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    own: dict[str, Tensor] = dict(module.named_buffers(remove_duplicate=False))
+    own.update(module.named_parameters(remove_duplicate=False))
+    return own

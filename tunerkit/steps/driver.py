@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tunerkit import hooks, injection
+from tunerkit import hooks, injection, patterns
 from tunerkit.errors import StepError, TunerkitWarning
 from tunerkit.injection import Link, Tuner
 from tunerkit.steps.checks import agree_on_total, check_attachable, find_optimizer
@@ -59,7 +59,8 @@ def drive(
     for tuner in tuners:
         check_attachable(tuner, optimizer)
     totals = [agree_on_total(tuner, total_steps) for tuner in tuners]
-    states = [hooks.start(tuner, total) for tuner, total in zip(tuners, totals, strict=True)]
+    with patterns.one_allowance():
+        states = [hooks.start(tuner, total) for tuner, total in zip(tuners, totals, strict=True)]
     for tuner, total, state in zip(tuners, totals, states, strict=True):
         progress = tuner.progress
         progress.state, progress.total_steps, progress.steps = state, total, 0

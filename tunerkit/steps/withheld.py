@@ -4,12 +4,9 @@ from collections.abc import Iterable
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tunerkit.errors import PluginError
 from tunerkit.libraries import torch_private
-
-_EXPECTED = "return a list of the adapter's parameters, or None"
 
 
 @attrs.define(eq=False)
@@ -22,18 +19,15 @@ class Withheld:
     gradients: list[tuple[Tensor, Tensor]] = attrs.field(factory=list)
     grad_scale: Tensor | None = None
 
-    def take_(self, parameters: Iterable[nn.Parameter] | None, grad_scale: Tensor | None) -> None:
+    def take_(self, parameters: Iterable[Tensor], grad_scale: Tensor | None) -> None:
         """Remove the gradients of ``parameters``. A parameter without a gradient is skipped.
 
         Args:
-            parameters: What a method returned from `tunerkit_before_step`; None withholds nothing.
+            parameters: The parameters that a method returned from `tunerkit_before_step`.
             grad_scale: The factor by which the gradients are scaled (0-d), or None if they are not scaled.
-
-        Raises:
-            PluginError: ``parameters`` is not a collection of tensors.
         """
         self.grad_scale = grad_scale
-        for parameter in _listed(parameters):
+        for parameter in parameters:
             if parameter.grad is not None:
                 self.gradients.append((parameter, parameter.grad))
                 parameter.grad = None
@@ -61,16 +55,3 @@ class Withheld:
             # After an interrupted step a newer gradient may exist, or the parameter may have another shape.
             elif parameter.grad is None and parameter.shape == grad.shape:
                 parameter.grad = grad.to(parameter)
-
-
-def _listed(parameters: object) -> list[Tensor]:
-    """Check what a plugin returned. A single tensor is rejected: iterating over it would yield its rows."""
-    if parameters is None:
-        return []
-    if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
-        raise PluginError(f"tunerkit_before_step returned a {type(parameters).__name__}; {_EXPECTED}")
-    found = list(parameters)
-    for each in found:
-        if not isinstance(each, Tensor):
-            raise PluginError(f"tunerkit_before_step returned a list with a {type(each).__name__}; {_EXPECTED}")
-    return found

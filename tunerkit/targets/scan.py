@@ -8,7 +8,7 @@ import attrs
 from torch import nn
 
 from tunerkit.errors import TargetError
-from tunerkit.layers import BaseLayer, Knowledge, as_base_layer
+from tunerkit.layers import BaseLayer, Knowledge, as_base_layers
 from tunerkit.libraries import CONV1D, derives_from, forward_name, identity, is_head_name, named_heads, torch_private
 from tunerkit.paths import CHILD, is_number, join
 
@@ -88,7 +88,8 @@ def scan(model: nn.Module, knowledge: Knowledge) -> Scan:
     places: dict[int, list[_Registration]] = defaultdict(list)
     for registration in _registrations(model, knowledge):
         places[id(registration.module)].append(registration)
-    root, *modules = (_scanned(found, knowledge) for found in places.values())
+    bases = as_base_layers([found[0].module for found in places.values()], knowledge)
+    root, *modules = (_scanned(found, bases.get(found[0].module)) for found in places.values())
     return Scan(
         root=root,
         modules=tuple(modules),
@@ -128,13 +129,13 @@ def _registrations(model: nn.Module, knowledge: Knowledge) -> Iterator[_Registra
                 waiting.append(_Registration(prefix + name, child, place.module, read, layer, in_head))
 
 
-def _scanned(places: Sequence[_Registration], knowledge: Knowledge) -> ScannedModule:
+def _scanned(places: Sequence[_Registration], base: BaseLayer | None) -> ScannedModule:
     first = places[0]
     readers = [place.owner for place in places if place.path.rpartition(".")[2] in place.read]
     return ScannedModule(
         paths=tuple([place.path for place in places]),
         module=first.module,
-        base=as_base_layer(first.module, knowledge.kinds),
+        base=base,
         reading_owner=readers[0] if readers else None,
         read_and_called=bool(readers) and len({place.owner for place in places}) > 1,
         inside_attention=any(isinstance(place.owner, nn.MultiheadAttention) and not place.read for place in places),

@@ -54,7 +54,7 @@ class NotingPlugin(Shifting):
     def tunerkit_after_step(self, tuner: tunerkit.Tuner, step: int) -> dict[str, int] | None:
         _note(tuner, "after", step, None)
         every = _config(tuner).ranks_every
-        return {"": step} if every is not None and step % every == 0 else None
+        return dict.fromkeys(tuner.adapters(), step) if every is not None and step % every == 0 else None
 
 
 def calls_of(tuner: tunerkit.Tuner) -> list[Call]:
