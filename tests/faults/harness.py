@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from tests.faults.isolation import Case, contained, in_warm_process, short
+from tests.faults.isolation import Case, contained, short, warm_process
 from tests.faults.subjects import Subject, subject
 
 LONG = "TUNERKIT_LONG"
@@ -72,7 +72,7 @@ class Result:
 
 def run(row: Row, name: str, count: int) -> Result:
     """Run a row against a subject, ``"tunerkit"`` or ``"peft"``, in a process of its own."""
-    return in_warm_process(run_here, row, name, count)
+    return warm_process().run(_warm_peft if name == "peft" else _warm_tunerkit, run_here, row, name, count)
 
 
 def run_here(row: Row, name: str, count: int) -> Result:
@@ -82,24 +82,31 @@ def run_here(row: Row, name: str, count: int) -> Result:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            attacked = subject(name)
-            _warm_up(attacked, folder / "warm")
-            faults = list(row.attack(attacked, count, folder / "row"))
+            faults = list(row.attack(subject(name), count, folder))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     failures = tuple(fault for fault in faults if fault.outcome)
     return Result(row.name, name, len(faults), failures, _cpu_seconds() - start)
 
 
-def _warm_up(subject: Subject, folder: Path) -> None:
+def _warm_tunerkit() -> None:
+    _warm_up(subject("tunerkit"))
+
+
+def _warm_peft() -> None:
+    _warm_up(subject("peft"))
+
+
+def _warm_up(subject: Subject) -> None:
     """Do everything once: what is imported or compiled at the first use would cost each fork seconds."""
-    (folder.parent / "row").mkdir()
-    for kind in subject.kinds:
-        model = subject.trained(kind)
-        subject.save(model, folder)
-        loaded = subject.load(folder)
-        subject.merge(loaded)
-        subject.unmerge(loaded)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for kind in subject.kinds:
+            model = subject.trained(kind)
+            subject.save(model, Path(folder))
+            loaded = subject.load(Path(folder))
+            subject.merge(loaded)
+            subject.unmerge(loaded)
 
 
 def is_long() -> bool:

@@ -1,5 +1,6 @@
 """Run calls in processes of their own, with limits, so that a crash, a kill or a full disk ends one case only."""
 
+import functools
 import gc
 import math
 import multiprocessing
@@ -9,7 +10,7 @@ import resource
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 Call = Callable[[], str]
@@ -24,39 +25,68 @@ class ChildFailedError(AssertionError):
     """A process ended in a way that its caller did not expect."""
 
 
-def in_warm_process(call: Callable[..., T], *arguments: object) -> T:
-    """Run a module-level function in a new process that has one thread and the libraries imported.
+class WarmProcess:
+    """A process with one thread, in which everything was imported and used once. It forks for each call.
 
-    The cases fork from it: forking a test process, whose threads may hold locks, could hang.
+    Forking a test process instead, whose threads may hold locks, could hang.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "tunerkit", "transformers"])
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_report, args=(there, call, arguments))
-    process.start()
-    there.close()
-    try:
-        found, value = here.recv()
-    except EOFError:
-        process.join()
-        raise ChildFailedError(f"the process of the row ended with exit code {process.exitcode}") from None
-    process.join()
-    if not found:
-        raise ChildFailedError(value)
-    result: T = value
-    return result
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "tunerkit", "transformers"])
+        self._connection, there = context.Pipe()
+        self._process = context.Process(target=_serve, args=(there,), daemon=True)
+        self._process.start()
+        there.close()
+
+    def run(self, prepare: Callable[[], object], call: Callable[..., T], *arguments: object) -> T:
+        """Run a module-level function in a fork. The process itself runs ``prepare`` before, once."""
+        self._connection.send((prepare, call, arguments))
+        try:
+            worked, value = self._connection.recv()
+        except EOFError:
+            raise ChildFailedError("the process that runs the rows has ended") from None
+        if not worked:
+            raise ChildFailedError(value)
+        result: T = value
+        return result
 
 
-def _report(connection: Any, call: Callable[..., object], arguments: tuple[object, ...]) -> None:
+@functools.cache
+def warm_process() -> WarmProcess:
+    """Return this process's own warm process."""
+    return WarmProcess()
+
+
+def _serve(connection: Any) -> None:
     import torch
 
     torch.set_num_threads(1)
-    # The parts of the libraries that were imported stay as they are: without this, each fork's collector copies them.
-    gc.freeze()
+    prepared: list[object] = []
+    while True:
+        try:
+            prepare, call, arguments = connection.recv()
+        except EOFError:
+            return
+        if prepare not in prepared:
+            prepare()
+            prepared.append(prepare)
+            # What is there stays as it is: without this, the collector of each fork would copy it.
+            gc.freeze()
+        pid = os.fork()
+        if pid == 0:
+            _report(connection, call, arguments)
+        _, status = os.waitpid(pid, 0)
+        if status:
+            connection.send((False, f"the process of the row ended with status {status}"))
+
+
+def _report(connection: Any, call: Callable[..., object], arguments: tuple[object, ...]) -> NoReturn:
     try:
         connection.send((True, call(*arguments)))
     except BaseException:
         connection.send((False, traceback.format_exc()))
+    os._exit(0)
 
 
 def fork(call: Callable[[IO[bytes]], object]) -> "Child":

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 import tunerkit
-from tests.faults.harness import Fault, cases, refused, same_state, state_of
-from tests.faults.isolation import in_fork
+from tests.faults.harness import Fault, cases, limited, refused, same_state, state_of
+from tests.faults.isolation import Case
 from tests.faults.subjects import Subject, Tunerkit, fill_, net, output
 
 _WORDS = (
@@ -46,20 +46,25 @@ _NOT_TEXT: tuple[Any, ...] = (None, 0, 1.5, True, b"a", [], ["a"], ("a",), {}, o
 
 def names(subject: Subject, count: int, folder: Path) -> Iterator[Fault]:
     """Give adapters odd names: each must work, from wrapping to loading, or be refused."""
-    for number, kind, chance in cases("names, traversal, links", subject, count):
+
+    def attack(number: int, kind: str, chance: random.Random) -> Case:
         place = folder / "inside" / f"case-{number}"
-        place.mkdir(parents=True)
         if number % 5 == 0:
-            label, call = _LINKS[number // 5 % len(_LINKS)]
-            outcome = in_fork(lambda c=call, p=place, k=kind: c(subject, k, p))  # type: ignore[misc]
-        else:
-            name = _name(number, chance)
-            label = ascii(name)[:60]
-            outcome = in_fork(lambda n=name, p=place, k=kind: _named(subject, k, n, p))  # type: ignore[misc]
-        strays = [path.name for path in folder.iterdir() if path.name != "inside"]
-        if strays and not outcome:
-            outcome = f"files were written outside the folder: {strays}"
-        yield Fault(f"{number}: {kind}, {label}", outcome)
+            label, link = _LINKS[number // 5 % len(_LINKS)]
+            return f"{number}: {kind}, {label}", lambda: _inside(folder, place, lambda: link(subject, kind, place))
+        name = _name(number, chance)
+        label = ascii(name)[:60]
+        return f"{number}: {kind}, {label}", lambda: _inside(folder, place, lambda: _named(subject, kind, name, place))
+
+    yield from limited(attack(*case) for case in cases("names, traversal, links", subject, count))
+
+
+def _inside(folder: Path, place: Path, call: Callable[[], str]) -> str:
+    """Run a case in a new folder. Nothing may be written beside the folders of the cases."""
+    place.mkdir(parents=True)
+    outcome = call()
+    strays = [path.name for path in folder.iterdir() if path.name != "inside"]
+    return outcome or (f"files were written outside the folder: {strays}" if strays else "")
 
 
 def _name(number: int, chance: random.Random) -> Any:

@@ -52,7 +52,7 @@ class Break:
     Attributes:
         name: What is wrong.
         text: The module.
-        during: When the plugin does wrong: at ``"import"``, in ``"anybody"``'s use of any method, or in a use of its own.
+        during: When it does wrong: at ``"import"``, in ``"anybody"``'s use of any method, or in a use of its own.
     """
 
     name: str

@@ -307,7 +307,8 @@ def forgeries(subject: Subject, kind: str) -> list[tuple[str, Forgery]]:
         found += [
             (f"a rank of {len(str(n))} digits", _setting(n, "config", *rank)) for n in (10**7, 10**12, 2**63, 10**400)
         ]
-        found += [("rank one more", lambda f, t, r: f["config"].update({rank[0]: f["config"][rank[0]] + 1}))]
+        if kind != "adalora":  # there the initial rank is above the rank that a pruned file has
+            found += [("rank one more", lambda f, t, r: f["config"].update({rank[0]: f["config"][rank[0]] + 1}))]
     if kind == "adalora":
         found += _ADALORA_FORGERIES
     return found

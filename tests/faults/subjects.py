@@ -73,8 +73,9 @@ class Tunerkit:
     file = "adapter.safetensors"
 
     def __init__(self) -> None:
-        for plugin in (LowRankPlugin(), ShiftPlugin()):
-            tunerkit.register(plugin)
+        for name, plugin in (("toy-low-rank", LowRankPlugin()), ("toy-shift", ShiftPlugin())):
+            if name not in tunerkit.methods():
+                tunerkit.register(plugin)
         installed = tunerkit.methods()
         self.kinds = ("toy-low-rank", "toy-shift", *(name for name in ("lora", "adalora") if name in installed))
 
@@ -83,7 +84,8 @@ class Tunerkit:
         shared: dict[str, Any] = {"targets": list(TARGETS)}
         if kind == "adalora":
             schedule = {"t_init": 2, "t_final": 4, "delta_t": 2}
-            return {**shared, "target_rank": rank, "init_rank": rank + 1, **schedule}
+            # Over half of the triplets go, so that λ is not trained: a file with λ outside its mask is a contradiction.
+            return {**shared, "target_rank": rank, "init_rank": 2 * rank + 1, **schedule}
         return shared if kind in ("toy-shift", "toy-stepper") else {**shared, "rank": rank}
 
     def trained(self, kind: str, seed: int = 0, *, base: nn.Module | None = None, rank: int = 2) -> nn.Module:

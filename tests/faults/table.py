@@ -95,8 +95,8 @@ ROWS = (
         "Adapters get odd names, and files lie at odd paths, behind links or where something else is.",
         f"A name within the rules does not work, another one is accepted, {_ERROR}, or a file outside is written.",
         naming.names,
-        short=300,
-        long=1_500,
+        short=320,
+        long=1_600,
     ),
     Row(
         "kills in mid-save",
@@ -143,8 +143,8 @@ ROWS = (
         "A Trainer is stopped, killed in mid-checkpoint, or loses or finds cut a file of its newest checkpoint.",
         f"Training resumes to another end without an error, {_ERROR}.",
         resuming.resume,
-        short=54,
-        long=500,
+        short=21,
+        long=300,
         needs=("transformers", "accelerate"),
     ),
     Row(

@@ -93,7 +93,7 @@ def budget(asked: Question, answer: object) -> int | None:
     return found
 
 
-def delta(asked: Question, answer: object, base: BaseLayer) -> Delta:
+def delta(asked: Question, answer: object, adapter: Adapter, base: BaseLayer) -> Delta:
     """Check the answer to `tunerkit_delta`. A wrong shape is rejected, because broadcasting could hide it."""
     if not isinstance(answer, Delta):
         asked.refuse(_kind(answer), "a tunerkit.Delta")
@@ -105,6 +105,9 @@ def delta(asked: Question, answer: object, base: BaseLayer) -> Delta:
             asked.refuse(f"{_kind(tensor)} as the delta's {what}", "a tensor of floating-point numbers, or None")
         if (got := tuple(tensor.shape)) != shape:
             asked.refuse(f"a delta {what} of shape {got}", f"one of shape {shape}")
+        devices = [parameter.device for parameter in adapter.parameters()]
+        if devices and tensor.device not in devices:
+            asked.refuse(f"a delta {what} on device {tensor.device}", f"one on {devices[0]}, where the adapter is")
     return answer
 
 

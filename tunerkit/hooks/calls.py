@@ -96,10 +96,10 @@ def has_delta(method: str) -> bool:
 def delta(path: str, method: str, adapter: Adapter, base: BaseLayer) -> Delta:
     """Return what an adapter adds to its base layer: ``weight`` (out, in) and ``bias`` (out,).
 
-    Raises `PluginError` for a wrong type or shape.
+    Raises `PluginError` for a wrong type, shape or device.
     """
     question = Question(specs.tunerkit_delta, method, path)
-    return _ask(question, partial(answers.delta, base=base), adapter=adapter, base=base)
+    return _ask(question, partial(answers.delta, adapter=adapter, base=base), adapter=adapter, base=base)
 
 
 def state(tuner: TunerView) -> State:
