@@ -27,7 +27,106 @@ class Mutation:
     new: str
 
 
-MUTATIONS: tuple[Mutation, ...] = ()
+MUTATIONS = (
+    Mutation(
+        "damaged files",
+        "tunerkit/serialization/header.py",
+        'if digest(text, tensors) != metadata[f"{KEY}.digest"]:',
+        "if False:",
+    ),
+    Mutation(
+        "wrong bases",
+        "tunerkit/serialization/fingerprint.py",
+        "if name not in resized and not _close(*pair)]",
+        "if False]",
+    ),
+    Mutation(
+        "other forwards",
+        "tunerkit/serialization/base_check.py",
+        "return forward_differences(saved, forward_config(tuner.model)) if saved else []",
+        "return []",
+    ),
+    Mutation(
+        "forged files", "tunerkit/serialization/fit.py", "and not {found, built.dtype} <= _PRECISIONS:", "and False:"
+    ),
+    Mutation(
+        "base keys in files",
+        "tunerkit/serialization/fit.py",
+        "for name in tensors if name not in used]",
+        "for name in tensors if False]",
+    ),
+    Mutation(
+        "NaN",
+        "tunerkit/serialization/adapter_file.py",
+        "(wrong := nonfinite(tensors, base_values(tuner)))",
+        "(wrong := ())",
+    ),
+    Mutation(
+        "mutated headers",
+        "tunerkit/serialization/header.py",
+        "except (ValueError, RecursionError) as error:",
+        "except ValueError as error:",
+    ),
+    Mutation(
+        "mutated configs", "tunerkit/config/settings.py", "except Exception as error:", "except ValueError as error:"
+    ),
+    Mutation(
+        "mutated YAML", "tunerkit/cli/settings.py", "except Exception as problem:", "except yaml.YAMLError as problem:"
+    ),
+    Mutation(
+        "evil pickles and import names",
+        "tunerkit/serialization/safetensors_file.py",
+        "    except _UNREADABLE as error:\n",
+        '    except _UNREADABLE as error:\n        __import__("torch").load(path, weights_only=False)\n',
+    ),
+    Mutation(
+        "names, traversal, links",
+        "tunerkit/injection/preconditions.py",
+        "not isinstance(adapter, str) or not re.fullmatch(_NAME, adapter)",
+        "not isinstance(adapter, str)",
+    ),
+    Mutation(
+        "kills in mid-save",
+        "tunerkit/serialization/replacing.py",
+        "        _remove_leftovers(path)\n        _replace(",
+        "        _remove_leftovers(path)\n        path.unlink(missing_ok=True)\n        _replace(",
+    ),
+    Mutation(
+        "failing calls", "tunerkit/serialization/replacing.py", "            temporary.unlink()\n", "            pass\n"
+    ),
+    Mutation(
+        "full disk",
+        "tunerkit/serialization/replacing.py",
+        "# ValueError: the path cannot be encoded\n",
+        "# ValueError: the path cannot be encoded\n        return\n",
+    ),
+    Mutation(
+        "two writers and a reader",
+        "tunerkit/serialization/replacing.py",
+        "        os.replace(temporary, path)\n",
+        '        path.write_bytes(b"")\n        __import__("time").sleep(0.005)\n        os.replace(temporary, path)\n',
+    ),
+    Mutation("umask and modes", "tunerkit/serialization/replacing.py", "os.chmod(temporary, mode)", "pass"),
+    Mutation("resume", "tunerkit/integrations/resuming.py", 'yield f"has no {name}"', "continue"),
+    Mutation(
+        "bad gradients",
+        "tunerkit/serialization/finite.py",
+        "return [name for name in tensors if name in found and",
+        "return [name for name in tensors if False and",
+    ),
+    Mutation(
+        "merge cycles",
+        "tunerkit/serialization/merge.py",
+        "            _replace_(module, slots.originals)\n            slots.forget",
+        "            _replace_(module, {n: 1.001 * t for n, t in slots.originals.items()})\n            slots.forget",
+    ),
+    Mutation("leaks", "tunerkit/injection/running.py", "torch_private.remove_hooks_(model, enter, leave)", "pass"),
+    Mutation("threads", "tunerkit/injection/running.py", "if not threads.isdisjoint(alive):", "if False:"),
+    Mutation("misuse", "tunerkit/serialization/merge.py", "    if injection.is_merged(model):", "    if False:"),
+    Mutation(
+        "broken plugins", "tunerkit/hooks/catalog.py", "except BaseException as error:", "except Exception as error:"
+    ),
+)
 
 
 def apply(mutation: Mutation, root: Path) -> None:

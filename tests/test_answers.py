@@ -103,7 +103,7 @@ WRONG: dict[str, tuple[object, ...]] = {
     "tunerkit_budget": (-1, 2.5, "8", True, [8], float("nan"), torch.ones(2)),
     "tunerkit_delta": (None, torch.ones(3, 3), tunerkit.Delta(weight="w"), tunerkit.Delta(weight=torch.ones(2, 3)),
                        tunerkit.Delta(bias=torch.ones(3, 3)), tunerkit.Delta(weight=torch.ones(3, 3).int()),
-                       tunerkit.Delta(bias=[0.0, 0.0, 0.0])),
+                       tunerkit.Delta(bias=[0.0, 0.0, 0.0]), tunerkit.Delta(bias=torch.ones(3, device="meta"))),
     "tunerkit_state": (3, {}, tunerkit.State(tensors=[], values={}), tunerkit.State(tensors={"a": 1}, values={}),
                        tunerkit.State(tensors={1: torch.ones(1)}, values={}), tunerkit.State(tensors={}, values=3),
                        tunerkit.State(tensors={}, values={"a": torch.ones(1)}),
