@@ -246,8 +246,9 @@ def test_a_private_file_stays_private(toys: "Toys", tmp_path: Path) -> None:
 
 
 def _killed_while_saving(model: nn.Module, folder: Path) -> None:
-    os.fsync = lambda number: os.kill(os.getpid(), signal.SIGKILL)
-    tunerkit.save(model, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda number: os.kill(os.getpid(), signal.SIGKILL))
+        tunerkit.save(model, folder)
 
 
 def test_a_save_after_one_that_was_killed_leaves_only_the_file(toys: "Toys", saved: Path, tmp_path: Path) -> None:
