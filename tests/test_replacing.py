@@ -181,6 +181,17 @@ def test_the_longest_name_that_a_file_may_have_can_be_written(tmp_path: Path) ->
     assert path.read_bytes() == b"new"
 
 
+def test_a_folder_that_may_not_be_listed_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leftovers are then not looked for."""
+
+    def refuse(folder: object) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    replace(tmp_path / "a.safetensors", [b"new"])
+    assert (tmp_path / "a.safetensors").read_bytes() == b"new"
+
+
 def test_a_file_system_without_locks_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then nothing is known of leftovers, and they stay."""
     path = tmp_path / "a.safetensors"
