@@ -102,6 +102,7 @@ def test_originals_follow_the_module_and_stay_out_of_its_state() -> None:
     """Stored originals move with .to(...), are in no state_dict, and can be dropped."""
     slots, weight = Slots(None), torch.rand(3)
     slots.put("default", Slot())
+    slots.merged = ("default",)
     slots.set_aside({"weight": weight, "0.bias": weight})
     assert slots.originals == {"weight": weight, "0.bias": weight}
     assert slots.state_dict() == {}

@@ -43,12 +43,14 @@ def wrapped(toys: "Toys", method: str = "toy-stepper", **options: Any) -> nn.Mod
     return model
 
 
-def test_training_without_attach_triggers_a_warning_at_the_first_step(toys: "Toys") -> None:
-    """One warning says what to call. A method that does not act on steps loses nothing and triggers none."""
+NOTHING = r"nothing drives it: .* call tunerkit\.attach\(model, optimizer, total_steps=\.\.\.\), or with a Trainer"
+
+
+def test_training_without_attach_stops_at_the_first_step(toys: "Toys") -> None:
+    """The error has the line to add. A method that does not act on steps loses nothing and triggers nothing."""
     model = wrapped(toys)
-    (text,) = told(toys, model, sgd(model))
-    assert "nothing drives it" in text
-    assert "tunerkit.attach" in text
+    with pytest.raises(tunerkit.StepError, match=NOTHING):
+        step(toys, model, sgd(model))
     plain = wrapped(toys, "toy-low-rank")
     assert told(toys, plain, sgd(plain)) == []
 
@@ -66,14 +68,14 @@ def test_the_optimizer_that_drives_triggers_no_warning(toys: "Toys") -> None:
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"]
 )
-def test_a_copied_optimizer_that_lost_its_hooks_triggers_a_warning(toys: "Toys", copied: Any) -> None:
-    """Model and optimizer copied together keep training, but nothing drives the copy until it is attached."""
+def test_a_copied_optimizer_that_lost_its_hooks_stops_at_its_first_step(toys: "Toys", copied: Any) -> None:
+    """Model and optimizer copied together do not train on until the copy is attached: nothing drives it."""
     model = wrapped(toys)
     optimizer = sgd(model)
     tunerkit.attach(model, optimizer, total_steps=9)
     twin, twin_optimizer = copied((model, optimizer))
-    (text,) = told(toys, twin, twin_optimizer)
-    assert "lost its hooks" in text
+    with pytest.raises(tunerkit.StepError, match="lost its hooks"):
+        step(toys, twin, twin_optimizer)
     assert tunerkit.tuner(twin).steps == 0
     tunerkit.attach(twin, twin_optimizer, total_steps=9)
     assert told(toys, twin, twin_optimizer) == []
@@ -146,8 +148,8 @@ def test_a_loaded_adapter_is_watched_too(toys: "Toys", tmp_path: Path) -> None:
     tunerkit.tuner(model).progress.steps = 1
     path = tunerkit.save(model, tmp_path)
     loaded = tunerkit.load(toys.net(), path, trainable=True)
-    (text,) = told(toys, loaded, sgd(loaded))
-    assert "nothing drives it" in text
+    with pytest.raises(tunerkit.StepError, match="nothing drives it"):
+        step(toys, loaded, sgd(loaded))
 
 
 def test_attaching_watches_where_nothing_was_wrapped(toys: "Toys", monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,30 +161,31 @@ def test_attaching_watches_where_nothing_was_wrapped(toys: "Toys", monkeypatch: 
     for _ in range(2):
         twin = copy.deepcopy(model)
         tunerkit.attach(twin, sgd(twin), total_steps=9)
-    assert registered == [undriven.warn_of_undriven_steps]
+    assert registered == [undriven.report_undriven_steps]
 
 
 UNPICKLE = """
-import io, sys, warnings, torch
+import io, sys, torch
 import tunerkit
 from tunerkit.testing.registering import registered
 from tunerkit.testing.toy_methods import ShiftPlugin
-with registered(ShiftPlugin()), warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
+with registered(ShiftPlugin()):
     model = torch.load(io.BytesIO(sys.stdin.buffer.read()), weights_only=False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model(torch.ones(2, 4)).sum().backward()
-    optimizer.step()
-    print(sum("nothing drives it" in str(w.message) for w in caught))
+    try:
+        optimizer.step()
+    except tunerkit.StepError as error:
+        print(str(error).count("nothing drives it"))
 """
 
 
 def test_a_process_that_only_unpickles_a_model_is_watched(toys: "Toys") -> None:
-    """It calls neither wrap nor load nor attach, and forgetting attach is what the warning is about."""
+    """It calls neither wrap nor load nor attach, and forgetting attach is what the error is about."""
     model = tunerkit.wrap(nn.Sequential(nn.Linear(4, 4)), "toy-stepper", {"targets": ["0"]})
     file = io.BytesIO()
     torch.save(model, file)
-    command = [sys.executable, "-W", "ignore", "-c", UNPICKLE]
+    command = [sys.executable, "-c", UNPICKLE]
     root = Path(__file__).parents[1]
     done = subprocess.run(command, input=file.getvalue(), capture_output=True, cwd=root, check=False)
     assert done.stdout.strip() == b"1", done.stderr.decode()

@@ -16,7 +16,7 @@ from tunerkit.errors import (
 )
 from tunerkit.hooks import hookimpl, structure
 from tunerkit.hooks import registry as _registry
-from tunerkit.injection import Summary, Tuner, trainable_parameters, tuner
+from tunerkit.injection import Summary, Tuner, reference, trainable_parameters, tuner
 from tunerkit.layers import Adapter, BaseLayer, add_low_rank, low_rank_delta
 from tunerkit.records import DefaultTargets, Delta, Method, MethodInfo, RankChange, State, Target, WeightReader
 from tunerkit.serialization import disabled, load, load_state, merge, save, save_state, unmerge
@@ -33,7 +33,7 @@ __all__ += ["disabled", "merge", "trainable_parameters", "tuner", "unmerge"]
 # Manage several in one model
 __all__ += ["activate", "active", "adapters", "delete", "freeze", "rename", "thaw"]
 # Train them
-__all__ += ["attach", "load_state", "save_state"]
+__all__ += ["attach", "load_state", "reference", "save_state"]
 # Find plugins
 __all__ += ["hookimpl", "methods", "register", "unregister"]
 # Write a method

@@ -45,7 +45,7 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
 
     Raises:
         AdapterError: A name is unknown or given twice, two of the adapters train the same module in full, the model is
-            merged, or the call is inside `disabled`. Nothing is changed then.
+            merged or running in another thread, or the call is inside `disabled`. Nothing is changed then.
     """
     if not isinstance(names, Sequence):
         raise AdapterError(f"expected a name or a list of names in order, got {type(names).__name__} {names!r}")
@@ -115,11 +115,12 @@ def delete(model: nn.Module, adapter: str) -> None:
         adapter: The adapter's name.
 
     Raises:
-        AdapterError: The name is unknown, the model is merged, or the call is inside `disabled`. Nothing is changed
-            then.
+        AdapterError: The name is unknown, the model is merged or running in another thread, or the call is inside
+            `disabled`. Nothing is changed then.
     """
     tuner = _named(model, adapter)
     injection.refuse_fixed(tuner.model, "deleting an adapter")
+    injection.refuse_running(tuner.model, "deleting an adapter")
     steps.detach(tuner)
     injection.train_(tuner, trained=False)
     injection.eject_(tuner)

@@ -42,16 +42,18 @@ def wrap(
 
     Raises:
         ConfigError: The config or the seed is invalid; the error lists every problem with its path.
-        TargetError: A target cannot be found, or its module cannot be adapted.
+        TargetError: A target cannot be found, or its module cannot be adapted; or torchao has quantised the model.
         UnknownMethodError: No installed plugin provides the method.
         PluginError: The method's plugin violates the contract of a hook.
-        AdapterError: The name is taken or invalid, or the model is merged, disabled or inside DDP.
+        AdapterError: The name is taken or invalid, or the model cannot take an adapter now: it is merged, disabled,
+            inside DDP, FSDP or ZeRO-3, a PeftModel, or running in another thread.
     """
     root = injection.ready_model(model, adapter)
     config = hooks.configure(method, config)
     scanned = targets.scan(root, hooks.gather_knowledge())
+    adapted = {path for path, _, slots in injection.walk(root) if slots.active or not slots.copies}
     with patterns.one_allowance():
-        copies = targets.choose_copies(scanned, config.train_modules)
+        copies = targets.add_new(scanned, targets.choose_copies(scanned, config.train_modules), config, adapted)
         targets.refuse_tied(scanned, copies)
         chosen = targets.select(
             scanned, targets=config.targets, exclude=config.exclude, layers=config.layers, trained=copies
@@ -93,12 +95,13 @@ def unwrap(model: M, *, keep_merged: bool = False) -> M:
         The same object, without adapters.
 
     Raises:
-        AdapterError: The model has no adapter, is disabled, cannot be merged, or was merged with ``permanent=True``, so
-            that the base cannot be restored.
+        AdapterError: The model has no adapter, is disabled, runs in another thread, cannot be merged, or was merged
+            with ``permanent=True``, so that the base cannot be restored.
     """
     tuners = injection.require_tuners(model)
     injection.refuse_disabled(model)
     root = next(iter(tuners.values())).model
+    injection.refuse_running(root, "unwrapping")
     if not keep_merged:
         serialization.restore_originals_(root)
     elif not injection.is_merged(root):

@@ -1,6 +1,6 @@
 """Layer injection: put adapters into a model and take them out again."""
 
-from tunerkit.injection.build import build
+from tunerkit.injection.build import build, build_each
 from tunerkit.injection.delta import adapted_tensors
 from tunerkit.injection.inject import activate_, eject_, inject_, rename_, train_
 from tunerkit.injection.integrity import refuse_lost
@@ -8,6 +8,9 @@ from tunerkit.injection.merged_state import is_merged, refuse_disabled, refuse_f
 from tunerkit.injection.parameter_count import Summary, trainable_parameters
 from tunerkit.injection.preconditions import check_name, ready_model, refuse_idle_patterns, warn_of_limits
 from tunerkit.injection.progress import Link, Progress
+from tunerkit.injection.reference import Reference, reference
+from tunerkit.injection.root import inside
+from tunerkit.injection.running import refuse_running
 from tunerkit.injection.slots import Slot, Slots, base_modules, slots_of, walk
 from tunerkit.injection.tuner import Tuner, is_frozen, require_tuners, takes_part, tuner, tuners_of, unseen, wrapped_of
 from tunerkit.injection.uncalled import report

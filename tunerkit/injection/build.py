@@ -1,5 +1,7 @@
 """Build what one adapter puts into a model: its slots. The model is only read."""
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 
 import torch
@@ -19,23 +21,47 @@ from tunerkit.targets import Scan, ScannedModule
 
 def build(scanned: Scan, tuner: Tuner) -> dict[str, Slot]:
     """Build the slots of ``tuner`` by module path: adapters through the method's plugin, copies and trained biases."""
+    return dict(build_each(scanned, tuner))
+
+
+def build_each(
+    scanned: Scan, tuner: Tuner, *, around: Callable[[Target], AbstractContextManager[object]] = nullcontext
+) -> Iterator[tuple[str, Slot]]:
+    """Build one slot after the other, so that a caller may stop before all of them are in memory.
+
+    Args:
+        scanned: The scan of the model.
+        tuner: The adapter's handle.
+        around: What to enter while the plugin builds the adapter of a target.
+
+    Yields:
+        Pairs of a module's path and its slot: targets, copies, then other trained biases.
+    """
+    targets = {target.path: target for target in tuner.targets}
+    copies = {copied.path: copied for copied in tuner.copies}
+    biases = {biased.path: biased for biased in tuner.biases}
     paths, found = tuner.modules(), scanned.by_path
-    refuse_overlap(tuner.model, paths, [copied.path for copied in tuner.copies])
-    adapters = {target.path: _adapter(tuner, target, found[target.path]) for target in tuner.targets}
-    copies = {copied.path: _copy_of(copied) for copied in tuner.copies}
-    biases = {biased.path: _bias_of(biased, found[biased.path].base) for biased in tuner.biases}
-    return {
-        path: Slot(method=tuner.method, adapter=adapters.get(path), copy=copies.get(path), bias=biases.get(path))
-        for path in paths
-    }
+    refuse_overlap(tuner.model, paths, list(copies))
+    for path in paths:
+        target, copied, biased = targets.get(path), copies.get(path), biases.get(path)
+        yield (
+            path,
+            Slot(
+                method=tuner.method,
+                adapter=None if target is None else _adapter(tuner, target, found[path], around(target)),
+                copy=None if copied is None else _copy_of(copied),
+                bias=None if biased is None else _bias_of(biased, found[path].base),
+            ),
+        )
 
 
-def _adapter(tuner: Tuner, target: Target, found: ScannedModule) -> Adapter:
+def _adapter(tuner: Tuner, target: Target, found: ScannedModule, entered: AbstractContextManager[object]) -> Adapter:
     """Build one adapter through the method's plugin, on its base layer's device and in the config's dtype."""
     base = found.base
     if base is None:
         raise TargetError(f"{target.path!r} is a {type(found.module).__name__}: no installed base-layer kind adapts it")
-    built = hooks.build_adapter(tuner.method, target, base, tuner.config)
+    with entered:
+        built = hooks.build_adapter(tuner.method, target, base, tuner.config)
     if found.reader is not None:
         _refuse_unreadable(tuner, target, base)
     return _placed(built, target.module, getattr(torch, tuner.config.adapter_dtype))

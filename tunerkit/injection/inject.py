@@ -6,7 +6,10 @@ import torch
 from torch import nn
 
 from tunerkit.errors import AdapterError
+from tunerkit.injection.running import refuse_running, unwatch_threads_, watch_threads_
+from tunerkit.injection.save_pretrained import unwatch_saving_, watch_saving_
 from tunerkit.injection.slots import Slot, Slots, apply_slots, base_modules, slots_of, walk
+from tunerkit.injection.state_dicts import unwatch_states_, watch_states_
 from tunerkit.injection.tuner import WRAPPED, Tuner, wrapped_of
 from tunerkit.injection.uncalled import note_call, watch
 from tunerkit.injection.unsynchronised import check_at_next_forward_, refuse_unsynchronised
@@ -22,8 +25,12 @@ _HELD = "_tunerkit_held"
 def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, *, trainable: bool) -> None:
     """Freeze the base and add the adapter's slots, ``built`` by path, to its modules, each with one forward hook."""
     model, wrapped, readers = tuner.model, wrapped_of(tuner.model), []
+    refuse_running(model, "adding an adapter")
     if not wrapped.tuners:  # a base parameter that is unfrozen later is meant to be trained
         wrapped.frozen = _freeze_base_(model)
+        watch_states_(model)
+        watch_saving_(model)
+        watch_threads_(model)
     for path, module in tuner.modules().items():
         slot, slots, found = built[path], slots_of(module), scanned.by_path[path]
         # A copy replaces the whole module, so there is no base layer.
@@ -63,6 +70,9 @@ def eject_(tuner: Tuner) -> None:
     wrapped.active = tuple(name for name in wrapped.active if name != tuner.name)
     if not wrapped.tuners:
         _thaw_base_(model, set(wrapped.frozen))
+        unwatch_states_(model)
+        unwatch_saving_(model)
+        unwatch_threads_(model)
         del vars(model)[WRAPPED]
     _prepare_next_forward_(model)
 
@@ -71,8 +81,10 @@ def activate_(model: nn.Module, names: Sequence[str]) -> None:
     """Apply exactly the named adapters, in this order. Compiled code follows: its guards read the tuples.
 
     Raises:
-        AdapterError: Two of them train the same module in full. Nothing is changed then.
+        AdapterError: Two of them train the same module in full, or another thread runs the model. Nothing is changed
+            then.
     """
+    refuse_running(model, "activating adapters")
     adapted = list(walk(model))
     for path, _, slots in adapted:
         rivals = [name for name in names if name in slots.copies]
@@ -122,6 +134,8 @@ def copy_base(module: nn.Module) -> nn.Module:
     if slots is not None:
         delattr(twin, CHILD)
     torch_private.remove_hooks_(twin, apply_slots, refuse_unsynchronised, note_call)
+    unwatch_saving_(twin)
+    unwatch_threads_(twin)
     _release_statistics_(twin)
     return twin
 

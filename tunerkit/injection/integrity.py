@@ -28,9 +28,10 @@ def refuse_lost(tuners: Iterable[Tuner]) -> None:
 
 def _lost(tuner: Tuner) -> Iterator[tuple[str, str]]:
     list(tuner.slots())  # raises if the adapter itself was removed from a module
+    modules = [module for _, module in base_modules(tuner.model)]
     # By identity, not by path: a module that was put into DDP or a compiled module still runs.
-    present = {id(module) for _, module in base_modules(tuner.model)}
-    overridden = overridden_in(tuner.model)
+    present = set(map(id, modules))
+    overridden = overridden_in(modules)
     for path, module in tuner.modules().items():
         slots = slots_of(module)
         if id(module) not in present:

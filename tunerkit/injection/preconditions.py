@@ -12,7 +12,7 @@ from tunerkit.injection.merged_state import refuse_fixed
 from tunerkit.injection.root import inside
 from tunerkit.injection.slots import base_modules, slots_of, walk
 from tunerkit.injection.tuner import Tuner, tuners_of
-from tunerkit.libraries import torch_private
+from tunerkit.libraries import refuse_engine, torch_private
 from tunerkit.paths import CHILD, is_under
 from tunerkit.patterns import matcher
 from tunerkit.targets import Scan
@@ -39,6 +39,7 @@ def ready_model(model: object, adapter: str) -> nn.Module:
         raise AdapterError(f"the model has parameters without a shape yet ({lazy[0]}, ...); run one batch first")
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in root.modules()):
         raise AdapterError("the model is already inside DistributedDataParallel; wrap it first, then put it into DDP")
+    refuse_engine(base_modules(root), "wrap")
     tuners = tuners_of(root)
     wrapped = next((tuner.model for tuner in tuners.values()), None)
     if wrapped is not root and (tuners or next(walk(root), None) is not None):

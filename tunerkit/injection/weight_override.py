@@ -45,27 +45,28 @@ def update_overrides_(model: nn.Module, readers: Iterable[nn.Module | None] = ()
         readers: The owners that use weights of adapted modules directly. Transformer encoders around adapted modules
             get the hooks too.
     """
-    encoders = (module for _, module in base_modules(model) if isinstance(module, nn.TransformerEncoder))
+    modules = [module for _, module in base_modules(model)]
+    encoders = (module for module in modules if isinstance(module, nn.TransformerEncoder))
     for module in (*readers, *filter(_may_override, encoders)):
         if module is not None and not torch_private.has_hook(module, override):
             module.register_forward_pre_hook(override)
             module.register_forward_hook(restore, always_call=True, prepend=True)
-    for owner in _owners(model):
+    for owner in _owners(modules):
         if not _may_override(owner):
             _restore_all(owner)
             torch_private.remove_hooks_(owner, override, restore)
     torch_private.remove_hooks_(model, restore_abandoned)
-    if owners := _owners(model):
+    if owners := _owners(modules):
         model.register_forward_pre_hook(functools.partial(restore_abandoned, owners), prepend=True)
 
 
-def overridden_in(model: nn.Module) -> set[int]:
-    """Return the ids of the modules whose weights are overridden for an owner in ``model``."""
-    return {id(module) for owner in _owners(model) for module, _ in _read_modules(owner)}
+def overridden_in(modules: Iterable[nn.Module]) -> set[int]:
+    """Return the ids of the modules whose weights are overridden for an owner among ``modules``."""
+    return {id(module) for owner in _owners(modules) for module, _ in _read_modules(owner)}
 
 
-def _owners(model: nn.Module) -> tuple[nn.Module, ...]:
-    return tuple(module for _, module in base_modules(model) if torch_private.has_hook(module, override))
+def _owners(modules: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
+    return tuple(module for module in modules if torch_private.has_hook(module, override))
 
 
 def override(owner: nn.Module, args: Any) -> None:

@@ -1,11 +1,10 @@
-"""A Trainer's checkpoints and logs: adapter files instead of the model's, and ranks and budget in the logs.
+"""A Trainer's checkpoints and logs: adapter files instead of the model's, and the budget in the logs.
 
 The Trainer supports adapters only as peft's classes. So this module replaces the few methods that read and write
 weights, on the instance. The rest of the Trainer's checkpointing is unchanged.
 """
 
 import functools
-import hashlib
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,9 +17,12 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from tunerkit import hooks, serialization
-from tunerkit.errors import FileError, TunerkitWarning
+from tunerkit import serialization
+from tunerkit.errors import TunerkitWarning
 from tunerkit.injection import Tuner
+from tunerkit.integrations.folders import folder_of, has_file
+from tunerkit.integrations.ranks import rows_of, write_ranks
+from tunerkit.integrations.resuming import choose_checkpoint
 from tunerkit.libraries import transformers_private
 
 
@@ -49,7 +51,7 @@ def take_over_(trainer: Trainer, attached: Attached) -> None:
         load_best=functools.partial(_load_best, trainer, attached),
     )
     own.log = functools.partial(_log, attached, {}, trainer.log)
-    own.train = functools.partial(_train, attached, trainer.train)
+    own.train = functools.partial(_train, trainer, attached, trainer.train)
 
 
 def _warn_of_overrides(trainer: Trainer) -> None:
@@ -64,33 +66,12 @@ def _warn_of_overrides(trainer: Trainer) -> None:
         )
 
 
-def folder_of(checkpoint: Path, tuners: Sequence[Tuner], tuner: Tuner) -> Path:
-    """Return the folder of one adapter's files: the checkpoint itself if it is the only one, else a subfolder.
-
-    If a subfolder exists because there were several adapters, it is used even after the others were deleted.
-    """
-    # Names may contain any character, and some file systems do not distinguish "a" from "A".
-    plain = re.fullmatch(r"[a-z0-9_-]+", tuner.name)
-    named = checkpoint / (tuner.name if plain else hashlib.sha256(tuner.name.encode()).hexdigest()[:16])
-    return named if len(tuners) > 1 or _has(named, "adapter") else checkpoint
-
-
-def _has(folder: Path, content: str) -> bool:
-    """Whether the folder contains a file of this kind, ``"adapter"`` or ``"state"``."""
-    return serialization.file_at(folder, content).is_file()
-
-
 def load_states(tuners: Sequence[Tuner], checkpoint: Path) -> None:
-    """Restore the training states in ``checkpoint``. Raises `FileError` if a method needs its state and has none."""
+    """Restore the training states in ``checkpoint``."""
     for tuner in tuners:
         folder = folder_of(checkpoint, tuners, tuner)
-        if _has(folder, "state"):
+        if has_file(folder, "state"):
             serialization.load_state(tuner.model, folder, adapter=tuner.name)
-        elif tuner.needs_steps:
-            raise FileError(
-                f"{checkpoint} has no state.safetensors for adapter {tuner.name!r} (save_only_model?), and method "
-                f"{tuner.method!r} cannot resume without it; load the adapter and start a new training run instead"
-            )
 
 
 def _save(
@@ -112,7 +93,8 @@ def _save(
         # If this overwrites an earlier run's folder and is interrupted, the folder must not look complete.
         (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
     for tuner in tuners:
-        serialization.save_tuner(tuner, folder_of(folder, tuners, tuner))
+        written = serialization.save_tuner(tuner, folder_of(folder, tuners, tuner))
+        write_ranks(tuner, written.parent)
     processor = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
     if processor is not None:
         processor.save_pretrained(folder)
@@ -137,14 +119,9 @@ def _load(
     """Load a checkpoint's adapters into the live ones. Ranks first, so that the optimizer's state fits them."""
     checkpoint, tuners = Path(resume_from_checkpoint), attached.tuners
     files = {tuner: folder_of(checkpoint, tuners, tuner) for tuner in tuners}
-    if not any(_has(folder, "adapter") for folder in files.values()):
+    if not any(has_file(folder, "adapter") for folder in files.values()):
         load_model(resume_from_checkpoint, model)  # a whole model, saved before this trainer was attached
         return
-    if not (checkpoint / TRAINER_STATE_NAME).is_file():
-        raise FileError(
-            f"{checkpoint} is not complete: writing it was interrupted before {TRAINER_STATE_NAME}; resume from an "
-            "earlier checkpoint"
-        )
     for tuner, folder in files.items():
         serialization.restore_(tuner, folder)
     attached.resumed = checkpoint
@@ -154,21 +131,28 @@ def _load_best(trainer: Trainer, attached: Attached, load_model: Callable[[], No
     """Load the best checkpoint's adapters, with their ranks and their training state."""
     checkpoint, tuners = Path(str(trainer.state.best_model_checkpoint)), attached.tuners
     folders = {tuner: folder_of(checkpoint, tuners, tuner) for tuner in tuners}
-    if not any(_has(folder, "adapter") for folder in folders.values()):
+    if not any(has_file(folder, "adapter") for folder in folders.values()):
         load_model()  # a whole model; if there is nothing at all, the Trainer reports it
         return
     for tuner, folder in folders.items():
         serialization.restore_(tuner, folder)
-        if _has(folder, "state"):
+        if has_file(folder, "state"):
             serialization.load_state(tuner.model, folder, adapter=tuner.name)
         else:
             serialization.forget_state_(tuner)
 
 
-def _train(attached: Attached, train: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _train(
+    trainer: Trainer,
+    attached: Attached,
+    train: Callable[..., Any],
+    resume_from_checkpoint: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """Train, then release the adapters, even after an exception or an interrupt, so that they can be attached again."""
     try:
-        return train(*args, **kwargs)
+        return train(choose_checkpoint(trainer, attached.tuners, resume_from_checkpoint), *args, **kwargs)
     finally:
         attached.release()
 
@@ -181,20 +165,9 @@ def _log(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    """Add the budget to each row with a training loss, and the ranks to the first one after an allocation.
-
-    ``logged`` counts the allocations that have been logged for each adapter. Logging the ranks of all targets in every
-    row would bury the loss.
-    """
+    """Add the budget and a summary of the ranks to each row with a training loss."""
     if "loss" in logs:
         tuners = attached.tuners
         for tuner in tuners:
-            budget = hooks.budget(tuner, None)
-            if budget is None:
-                continue
-            prefix = "" if len(tuners) == 1 else f"{tuner.name}/"
-            logs[f"{prefix}budget"] = budget
-            if logged.get(tuner.name) != len(tuner.history):
-                logged[tuner.name] = len(tuner.history)
-                logs |= {f"{prefix}rank/{path}": rank for path, rank in tuner.ranks().items()}
+            logs |= rows_of(tuner, logged, prefix="" if len(tuners) == 1 else f"{tuner.name}/")
     log(logs, *args, **kwargs)

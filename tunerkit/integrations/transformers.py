@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from tunerkit.errors import StepError, TunerkitWarning
 from tunerkit.injection import Tuner, tuners_of, wrapped_of
 from tunerkit.integrations.checkpoints import load_states, take_over_
+from tunerkit.integrations.trl import settle_
 from tunerkit.serialization import warn_of_unspent_schedule
 from tunerkit.steps import detach, drive, is_attached
 
@@ -31,6 +32,7 @@ def attach_trainer(tuners: list[Tuner], trainer: Trainer, total_steps: int | Non
                 f"adapter {tuner.name!r} is already driven by an optimizer (tunerkit.attach, or a Trainer that is "
                 "training now); attach only one of them"
             )
+    settle_(trainer, tuners)
     if present is not None:
         present.add(tuners, total_steps)
         return

@@ -115,7 +115,8 @@ class BaseLayer(abc.ABC):
         """Read W.
 
         Returns:
-            W, (out, in), detached and in the weight's dtype. It may be a view of the weight, so never write to it.
+            W, (out, in), detached and in the weight's dtype. It may be a view of the weight, so never write to it. An
+            offloaded weight is loaded first.
         """
 
     @abc.abstractmethod

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunerkit.layers.base import BaseLayer, drop, runs_forward_of
-from tunerkit.libraries import torch_private
+from tunerkit.libraries import torch_private, weight_of
 
 
 @final
@@ -59,7 +59,7 @@ class ConvLayer(BaseLayer):
 
     def dense(self) -> Tensor:
         """Return the weight with all but its first dimension flattened; a view if it is contiguous."""
-        return self.module.weight.detach().flatten(1)
+        return weight_of(self.module).detach().flatten(1)
 
     def pack(self, weight: Tensor) -> Tensor:
         """(out, in) to (C_out, C_in/groups, *kernel)."""

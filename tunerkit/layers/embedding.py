@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunerkit.layers.base import BaseLayer, runs_forward_of
-from tunerkit.libraries import forward_owner, is_scaled_embedding
+from tunerkit.libraries import forward_owner, is_scaled_embedding, weight_of
 
 
 @final
@@ -52,7 +52,7 @@ class EmbeddingLayer(BaseLayer):
 
     def dense(self) -> Tensor:
         """Return the weight transposed, a view: without the scale, and with the row of ``padding_idx`` unchanged."""
-        return self.module.weight.detach().t()
+        return weight_of(self.module).detach().t()
 
     def pack(self, weight: Tensor) -> Tensor:
         """(out, in) to (in, out), with the row of ``padding_idx`` zeroed: a delta never touches it."""

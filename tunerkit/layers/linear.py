@@ -1,13 +1,13 @@
 """Linear layers as base layers: ``nn.Linear`` and transformers' ``Conv1D``."""
 
-from typing import ClassVar, cast, final
+from typing import ClassVar, final
 
 import attrs
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunerkit.layers.base import BaseLayer, drop, runs_forward_of
-from tunerkit.libraries import CONV1D, FALCON_LINEAR, forward_name
+from tunerkit.libraries import CONV1D, FALCON_LINEAR, forward_name, weight_of
 
 
 @final
@@ -44,7 +44,7 @@ class LinearLayer(BaseLayer):
 
     def dense(self) -> Tensor:
         """Return the weight itself, detached."""
-        return self.module.weight.detach()
+        return weight_of(self.module).detach()
 
     def pack(self, weight: Tensor) -> Tensor:
         """(out, in), unchanged."""
@@ -52,7 +52,7 @@ class LinearLayer(BaseLayer):
 
     def matrix(self) -> Tensor:
         """Return the weight itself."""
-        return self.module.weight
+        return weight_of(self.module)
 
 
 @final
@@ -85,4 +85,4 @@ class Conv1DLayer(BaseLayer):
 
     def matrix(self) -> Tensor:
         """Return the weight transposed, a view."""
-        return cast(Tensor, self.module.weight).t()
+        return weight_of(self.module).t()

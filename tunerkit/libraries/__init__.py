@@ -1,9 +1,21 @@
 """What tunerkit knows of other libraries, as data, and the private names it relies on."""
 
 from tunerkit.libraries import torch_private, transformers_private
-from tunerkit.libraries.accelerate import duplicate, execution_device, identity, is_offloaded
+from tunerkit.libraries.accelerate import duplicate, execution_device, identity, is_offloaded, weight_of
 from tunerkit.libraries.default_targets import DEFAULT_TARGETS
+from tunerkit.libraries.engines import ENGINES, refuse_engine
+from tunerkit.libraries.foreign_files import ForeignFormat, foreign_format
+from tunerkit.libraries.forward_fields import FORWARD_ALIASES, FORWARD_FIELDS
 from tunerkit.libraries.forwards import derives_from, forward_name, forward_owner, overrides_forward
-from tunerkit.libraries.output_heads import is_head_name, named_heads
-from tunerkit.libraries.transformers_classes import CONV1D, FALCON_LINEAR, TRAINER, is_scaled_embedding
+from tunerkit.libraries.output_heads import is_head_name, labels_hint, named_heads
+from tunerkit.libraries.transformers_classes import (
+    CONV1D,
+    FALCON_LINEAR,
+    PRETRAINED_MODEL,
+    TRAINER,
+    grown_embeddings,
+    is_scaled_embedding,
+)
+from tunerkit.libraries.transformers_private import is_loaded
+from tunerkit.libraries.trl import is_trl_trainer
 from tunerkit.libraries.weight_readers import WEIGHT_READERS

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunerkit.errors import AdapterError
 from tunerkit.libraries.torch_private import own_parameters
 
 _HOOK = "_hf_hook"
@@ -38,6 +39,26 @@ def execution_device(module: nn.Module) -> torch.device | None:
 def is_offloaded(module: nn.Module) -> bool:
     """Whether the module's own weights are offloaded: a hook loads them for each forward and removes them after it."""
     return _loader(module) is not None
+
+
+def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
+    """The weight as the module's forward uses it: the parameter itself, or the loaded values if it is offloaded.
+
+    Between two forwards, an offloaded parameter is on the meta device. Products with it give uninitialised memory.
+
+    Raises:
+        AdapterError: It is on the meta device, and the hook there is none that loads it.
+    """
+    weight: Tensor = getattr(module, name)
+    if not weight.is_meta or not _hooks(module):  # without hooks, the module itself computes on the meta device
+        return weight
+    if (loader := _loader(module)) is None:
+        raise AdapterError(
+            f"an adapter reads the {name} of a {type(module).__name__} that is on the meta device, and "
+            f"{type(_hooks(module)[-1]).__name__} does not load it; load the model without offloading this module"
+        )
+    loaded: Tensor = loader.weights_map[name].detach()
+    return loaded.to(execution_device(module))
 
 
 def identity(module: nn.Module, name: str, tensor: Tensor) -> int:

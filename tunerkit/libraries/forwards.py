@@ -28,7 +28,12 @@ def forward_name(module: nn.Module) -> str:
 
 def derives_from(candidate: object, name: str) -> bool:
     """Whether the class of ``candidate`` is the one with this qualified name, or derives from it."""
-    return name in map(_qualified, type(candidate).__mro__)
+    return is_named(type(candidate), name)
+
+
+def is_named(kind: type, name: str) -> bool:
+    """Whether ``kind`` is the class with this qualified name, or derives from it."""
+    return name in map(_qualified, kind.__mro__)
 
 
 def _qualified(cls: type) -> str:

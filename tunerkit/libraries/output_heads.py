@@ -1,4 +1,6 @@
-"""Output heads: their names in transformers, timm and torchvision, and the methods that return them."""
+"""Output heads: their names in transformers, timm and torchvision, the methods that return them, and their sizes."""
+
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -27,3 +29,22 @@ def named_heads(model: nn.Module) -> list[nn.Module]:
     answers = [ask() for ask in questions if callable(ask) and not isinstance(ask, nn.Module)]
     heads = [head for answer in answers for head in (answer if isinstance(answer, list | tuple) else [answer])]
     return [head for head in heads if isinstance(head, nn.Module)]
+
+
+def labels_hint(model: nn.Module, reshaped: Iterable[tuple[Sequence[int], Sequence[int]]]) -> str:
+    """Return a hint for an error if a head has another number of labels than it needs; otherwise an empty string.
+
+    Args:
+        model: The model.
+        reshaped: Pairs of the shape that a weight needs and the shape that it has.
+    """
+    match model:
+        case nn.Module(config=object(num_labels=int(labels))):
+            for needed, found in reshaped:
+                # The labels are the first dimension of a head's weight and of its bias.
+                if needed[:1] != found[:1] and list(found[:1]) == [labels] and needed[1:] == found[1:]:
+                    return (
+                        f"; this model was built for {labels} labels, the adapter needs {needed[0]}: pass "
+                        f"num_labels={needed[0]} to from_pretrained"
+                    )
+    return ""

@@ -58,6 +58,16 @@ def remove_hooks_(module: nn.Module, *functions: Callable[..., Any]) -> None:
                     table.pop(key, None)
 
 
+def remove_state_hooks_(module: nn.Module, *functions: Callable[..., Any]) -> None:
+    """Remove the hooks after ``state_dict()`` and before ``load_state_dict()`` that are one of ``functions``."""
+    after: dict[int, Any] = module._state_dict_hooks
+    before: dict[int, Any] = module._load_state_dict_pre_hooks
+    for key in [key for key, hook in after.items() if hook in functions]:
+        del after[key]
+    for key in [key for key, wrapper in before.items() if wrapper.hook in functions]:
+        del before[key]
+
+
 # --- Kinds of modules ------------------------------------------------------------------------------------------------
 
 
@@ -144,6 +154,13 @@ def known_to(ddp: nn.parallel.DistributedDataParallel) -> list[nn.Parameter]:
     """The parameters that ``ddp`` synchronises, and those that it was told to ignore or to synchronise later."""
     ignored = [p for name, p in ddp.module.named_parameters() if name in ddp.parameters_to_ignore]
     return [*ddp._module_parameters, *ignored]
+
+
+# --- FullyShardedDataParallel, the older of torch's two ---------------------------------------------------------------
+
+# It sets the first to True on each parameter that it flattened, and the second to False on each module whose
+# parameters became views of a flat one.
+FLATTENED, VIEWS_FLAT = "_fsdp_flattened", "_fsdp_use_orig_params"
 
 
 # --- Lists of tensors -------------------------------------------------------------------------------------------------

@@ -1,13 +1,16 @@
 """The classes of transformers that core treats specially, by qualified name: core never imports them."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from tunerkit.libraries.forwards import forward_name
+from tunerkit.libraries.forwards import derives_from, forward_name
 from tunerkit.libraries.torch_private import own_parameters
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
 FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
 TRAINER = "transformers.trainer.Trainer"
+PRETRAINED_MODEL = "transformers.modeling_utils.PreTrainedModel"
 
 
 def is_scaled_embedding(module: nn.Module) -> bool:
@@ -22,3 +25,20 @@ def is_scaled_embedding(module: nn.Module) -> bool:
             named = name.startswith("transformers.") and name.endswith("ScaledWordEmbedding")
             return named and list(own_parameters(module)) == ["weight"]
     return False
+
+
+def grown_embeddings(model: nn.Module) -> list[nn.Embedding]:
+    """The token embeddings that ``resize_token_embeddings`` has made longer since the model was built.
+
+    It updates the config and the model it was called on, but not the ``vocab_size`` that a body inside it keeps, as
+    Llama's does. Where there is no such body, as in BERT, nothing shows it.
+    """
+    found: list[nn.Embedding] = []
+    for module in model.modules():
+        built = vars(module).get("vocab_size")
+        if isinstance(built, int) and derives_from(module, PRETRAINED_MODEL):
+            transformer: Any = module
+            embedding = transformer.get_input_embeddings()
+            if isinstance(embedding, nn.Embedding) and embedding.num_embeddings > built:
+                found.append(embedding)
+    return found

@@ -1,11 +1,13 @@
-"""The private methods of a transformers Trainer that write and read weights and optimizer states.
+"""The private names of transformers: a Trainer's methods for weights and states, and the mark of loaded parameters.
 
-Nothing here imports transformers. If a release renames a method, tests/test_transformers_private.py reports it.
+Nothing here imports transformers. If a release renames one, tests/test_transformers_private.py reports it.
 """
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+
+from torch import nn
 
 Method = Callable[..., None]
 
@@ -23,3 +25,8 @@ def overridden(kind: Any, base: Any) -> list[str]:
     own = (kind._save, kind._load_from_checkpoint, kind._load_best_model)
     originals = (base._save, base._load_from_checkpoint, base._load_best_model)
     return [original.__name__ for method, original in zip(own, originals, strict=True) if method is not original]
+
+
+def is_loaded(parameter: nn.Parameter) -> bool:
+    """Whether ``from_pretrained`` read the parameter from a checkpoint. A deep copy of a model loses these marks."""
+    return bool(vars(parameter).get("_is_hf_initialized", False))

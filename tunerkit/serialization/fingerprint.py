@@ -45,20 +45,32 @@ def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str
 def differences(saved: Fingerprint, found: Fingerprint) -> list[str]:
     """List what differs between two fingerprints, one line per kind of difference; empty if they agree."""
     pairs = {name: (entry, found[name]) for name, entry in saved.items() if name in found}
-    reshaped = {name: pair for name, pair in pairs.items() if pair[0]["shape"] != pair[1]["shape"]}
+    resized = frozenset(reshaped(saved, found))
     kinds = {
         "parameters that this base lacks": [name for name in saved if name not in found],
         "parameters that only this base has": [name for name in found if name not in saved],
-        "other shapes (saved -> here)": [f"{n} {a['shape']} -> {b['shape']}" for n, (a, b) in reshaped.items()],
-        "other values": [name for name, pair in pairs.items() if name not in reshaped and not _close(*pair)],
+        "other shapes (saved -> here)": [
+            f"{n} {a['shape']} -> {b['shape']}" for n, (a, b) in pairs.items() if n in resized
+        ],
+        "other values": [name for name, pair in pairs.items() if name not in resized and not _close(*pair)],
     }
     return [f"{what}: {few(names, shown=5)}" for what, names in kinds.items() if names]
+
+
+def reshaped(saved: Fingerprint, found: Fingerprint) -> list[str]:
+    """The names that two fingerprints share, with different shapes."""
+    return [name for name, entry in saved.items() if name in found and entry["shape"] != found[name]["shape"]]
+
+
+def trained_biases(tuner: Tuner, scanned: Scan | None) -> dict[str, str]:
+    """The name of the bias that is trained in each module, by the module's path; see `fingerprint`."""
+    return {place.path: layers.bias_name(_base_of(place, scanned)) for place in tuner.biases}
 
 
 def base_tensors(tuner: Tuner, scanned: Scan | None) -> dict[str, Tensor]:
     """Return the base's own parameters by name: originals where merged, and without those that the adapter trains."""
     copied = frozenset(place.path for place in tuner.copies)
-    biased = {join(place.path, layers.bias_name(_base_of(place, scanned))) for place in tuner.biases}
+    biased = {join(path, name) for path, name in trained_biases(tuner, scanned).items()}
     found = {}
     for path, module in injection.base_modules(tuner.model):
         if is_under(path, copied):

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import reprlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -11,30 +11,67 @@ import torch
 from attrs.validators import deep_iterable, deep_mapping, instance_of, optional
 from torch import Tensor
 
-from tunerkit.errors import FileError
+from tunerkit.errors import FileError, cut, shown
+from tunerkit.paths import few
 
 KEY = "tunerkit"
 FORMAT = 1
-# The digest detects damage, but not a header that someone edited and hashed again. So the types are checked too.
-_PATHS = deep_iterable(instance_of(str), instance_of(list))
-_NUMBERS = deep_iterable(instance_of((int, float)), instance_of(list))
+_LONGEST_NAME = 200  # characters of a method's name
+_LARGEST_SETTING = 10**100
+_LARGEST = 2**63  # counts and sizes are 64-bit integers to torch
+# The digest detects damage, but not a header that someone edited and hashed again. So types and ranges are checked too.
+
+
+def _is_count(instance: object, attribute: "attrs.Attribute[Any]", value: Any) -> None:
+    if type(value) is not int or not 0 <= value < _LARGEST:
+        raise ValueError(f"{attribute.name}: expected an integer from 0 to 2**63 - 1, got {shown(value)}")
+
+
+def _is_method(instance: object, attribute: "attrs.Attribute[Any]", value: Any) -> None:
+    if not isinstance(value, str) or len(value) > _LONGEST_NAME:
+        raise ValueError(f"{attribute.name}: expected the name of a method, got {shown(value)}")
+
+
+def _is_config(instance: object, attribute: "attrs.Attribute[Any]", value: Any) -> None:
+    """Check the type, and that no number is beyond what a method can compute with."""
+    instance_of(dict)(instance, attribute, value)
+    waiting: list[object] = [value]
+    while waiting:
+        match waiting.pop():
+            case dict() as settings:
+                waiting += settings.values()
+            case list() as members:
+                waiting += members
+            case int() as number if abs(number) > _LARGEST_SETTING:
+                raise ValueError(f"{attribute.name}: expected settings below 10**100, got {shown(number)}")
+
+
+def _is_sample(instance: object, attribute: "attrs.Attribute[Any]", value: Any) -> None:
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{attribute.name}: expected a finite number, got {shown(value)}")
+
+
+def _are_paths(instance: object, attribute: "attrs.Attribute[Any]", paths: Any) -> None:
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise ValueError(f"{attribute.name}: expected a list of texts, got {shown(paths)}")
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"{attribute.name}: a path is listed twice")
 
 
 def _is_entry(instance: object, attribute: "attrs.Attribute[Any]", entry: Any) -> None:
-    instance_of(dict)(instance, attribute, entry)
-    if set(entry) != {"shape", "dtype", "sample"}:
-        raise ValueError(f"expected a shape, a dtype and a sample, got {sorted(entry)}")
+    if not isinstance(entry, dict) or set(entry) != {"shape", "dtype", "sample"}:
+        raise ValueError(f"{attribute.name}: expected a shape, a dtype and a sample, got {shown(entry)}")
     instance_of(str)(instance, attribute, entry["dtype"])
-    for numbers in (entry["shape"], entry["sample"]):
-        _NUMBERS(instance, attribute, numbers)
+    deep_iterable(_is_count, instance_of(list))(instance, attribute, entry["shape"])
+    deep_iterable(_is_sample, instance_of(list))(instance, attribute, entry["sample"])
 
 
 def _is_change(instance: "Header", attribute: "attrs.Attribute[Any]", change: Any) -> None:
-    instance_of(list)(instance, attribute, change)
-    if len(change) != 3 or not isinstance(change[2], list) or len(change[2]) != len(instance.targets):
-        raise ValueError(f"expected a step, a budget and a list of one rank per target, got {reprlib.repr(change)}")
+    listed = isinstance(change, list) and len(change) == 3 and isinstance(change[2], list)
+    if not listed or len(change[2]) != len(instance.targets):
+        raise ValueError(f"expected a step, a budget and a list of one rank per target, got {shown(change)}")
     for number in (*change[:2], *change[2]):
-        instance_of(int)(instance, attribute, number)
+        _is_count(instance, attribute, number)
 
 
 _FINGERPRINT = deep_mapping(instance_of(str), _is_entry, instance_of(dict))
@@ -44,18 +81,19 @@ _FINGERPRINT = deep_mapping(instance_of(str), _is_entry, instance_of(dict))
 class Header:
     """The fields of a header; docs/files.md explains each.
 
-    ``base`` is the base model's fingerprint, and ``values`` are the method's own JSON values. ``history`` has one
-    ``[step, budget, [rank of each target]]`` per allocation (training state only).
+    ``base`` is the base model's fingerprint. ``values`` are JSON values: in a training state the method's own, in an
+    adapter's file what it says of the base beyond ``base``. ``history`` has one ``[step, budget, [rank of each
+    target]]`` per allocation (training state only).
     """
 
     kind: str = attrs.field(validator=instance_of(str))
-    method: str = attrs.field(validator=instance_of(str))
-    config: dict[str, Any] = attrs.field(validator=instance_of(dict))
-    targets: list[str] = attrs.field(validator=_PATHS)
-    copies: list[str] = attrs.field(validator=_PATHS)
-    biases: list[str] = attrs.field(validator=_PATHS)
-    steps: int = attrs.field(validator=instance_of(int))
-    total_steps: int | None = attrs.field(validator=optional(instance_of(int)))
+    method: str = attrs.field(validator=_is_method)
+    config: dict[str, Any] = attrs.field(validator=_is_config)
+    targets: list[str] = attrs.field(validator=_are_paths)
+    copies: list[str] = attrs.field(validator=_are_paths)
+    biases: list[str] = attrs.field(validator=_are_paths)
+    steps: int = attrs.field(validator=_is_count)
+    total_steps: int | None = attrs.field(validator=optional(_is_count))
     versions: dict[str, str] = attrs.field(validator=instance_of(dict))
     base: dict[str, dict[str, list[float]]] = attrs.field(validator=_FINGERPRINT)
     values: dict[str, Any] = attrs.field(factory=dict, validator=instance_of(dict))
@@ -69,33 +107,65 @@ class Header:
 
 
 def encode(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the safetensors metadata for ``tensors`` with this header."""
-    text = json.dumps(attrs.asdict(header, recurse=False), sort_keys=True, allow_nan=False)
+    """Return the safetensors metadata for ``tensors`` with this header. Raises `FileError` if JSON cannot hold it."""
+    try:
+        text = json.dumps(attrs.asdict(header, recurse=False), sort_keys=True, allow_nan=False)
+    except ValueError as error:
+        wrong = [name for name, value in header.values.items() if not _is_json(value)]
+        raise FileError(
+            f"the file's header cannot hold NaN, inf or values that contain themselves: {few(wrong, shown=5)}"
+        ) from error
     return {KEY: text, f"{KEY}.digest": digest(text, tensors)}
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
+
+
+def is_ours(metadata: Mapping[str, str] | None) -> bool:
+    """Whether a safetensors file with this metadata was written by tunerkit."""
+    return metadata is not None and KEY in metadata and f"{KEY}.digest" in metadata
 
 
 def decode(metadata: Mapping[str, str] | None, tensors: Mapping[str, Tensor], *, source: str, content: str) -> Header:
     """Verify the digest, then return the header. Raises `FileError` if the file is damaged or not ours."""
-    if not metadata or KEY not in metadata or f"{KEY}.digest" not in metadata:
+    if metadata is None or not is_ours(metadata):
         raise FileError(f"{source} is a safetensors file, but not one that tunerkit wrote (it has no tunerkit header)")
     text = metadata[KEY]
     if digest(text, tensors) != metadata[f"{KEY}.digest"]:
         raise FileError(f"{source} is damaged: its digest does not match its content; copy or save it again")
     fields = _parse(text, source)
     if fields.get("format") != FORMAT:
+        found = shown(fields.get("format"))
+        raise FileError(f"{source} has format {found}, this tunerkit reads {FORMAT}; install a matching release")
+    if problems := list(_wrong_fields(fields)):
         raise FileError(
-            f"{source} has format {fields.get('format')!r}, this tunerkit reads {FORMAT}; install a matching release"
+            f"{source}: its header fields do not fit: {'; '.join(problems)}; a later tunerkit may have written the "
+            "file, then install that release"
         )
-    expected = {field.name for field in attrs.fields(Header)}
-    if set(fields) != expected:
-        raise FileError(f"{source}: header fields {sorted(fields)} are not {sorted(expected)}")
     try:
         header = Header(**fields)
     except (TypeError, ValueError) as error:
-        raise FileError(f"{source}: its header has a field that tunerkit would not write: {error.args[0]}") from error
+        raise FileError(f"{source}: its header has a field that tunerkit would not write: {_reason(error)}") from error
     if header.kind != content:
-        raise FileError(f"{source} holds {header.kind!r}, expected {content!r}: pass the other of the two files")
+        raise FileError(f"{source} holds {shown(header.kind)}, expected {content!r}: pass the other of the two files")
     return header
+
+
+def _wrong_fields(fields: Mapping[str, Any]) -> Iterator[str]:
+    expected = [field.name for field in attrs.fields(Header)]
+    if missing := [name for name in expected if name not in fields]:
+        yield f"missing {few(missing, shown=5)}"
+    if unknown := [name for name in fields if name not in expected]:
+        yield f"unknown {few(unknown, shown=5)}"
+
+
+def _reason(error: TypeError | ValueError) -> str:
+    return cut(str(error.args[0] if error.args else error), 400)
 
 
 def _parse(text: str, source: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Merge adapters into their base layers, unmerge them exactly, and show the base model while adapters stay in."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from tunerkit import hooks, injection, libraries, targets
 from tunerkit.errors import AdapterError
 from tunerkit.injection import Slots
-from tunerkit.paths import is_under
+from tunerkit.paths import few, is_under, join
 from tunerkit.serialization.fingerprint import fingerprint
+from tunerkit.serialization.finite import nonfinite
+from tunerkit.serialization.packed_weights import packed_sum
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -34,9 +36,11 @@ def merge(model: M, *, permanent: bool = False) -> M:
         The same object.
 
     Raises:
-        AdapterError: The model is already merged or disabled; no adapter is active; weights are offloaded; adapted
-            modules were replaced, resized or tied after wrapping; a base layer has no place for a bias; or a method
-            does not implement ``tunerkit_delta``.
+        AdapterError: The model is already merged or disabled, or runs in another thread; no adapter is active; weights
+            are offloaded, sharded (FSDP, ZeRO-3) or packed, so that adding to them has no effect; adapted modules were
+            replaced, resized or tied after wrapping; a base layer has no place for a bias; a method does not implement
+            ``tunerkit_delta``; or merged weights contain NaN or inf.
+        TargetError: The model was quantised by torchao after wrapping.
         PluginError: A method returns an invalid delta.
     """
     tuners = injection.require_tuners(model)
@@ -46,17 +50,21 @@ def merge(model: M, *, permanent: bool = False) -> M:
     places = list(injection.walk(model))
     if not any(slots.active for _, _, slots in places):
         raise AdapterError("no adapter is active, so nothing can be merged; call tunerkit.activate first")
+    injection.refuse_running(model, "merging")
     _refuse_offloaded(places)
+    parts = ((path, module) for path, module, slots in places if slots.active)
+    libraries.refuse_engine((part for path, each in parts for part in each.named_modules(prefix=path)), "merge")
     injection.refuse_lost(tuners.values())
     _refuse_tied(model, places)
     merged = [_merged_tensors(path, module, slots) for path, module, slots in places]
+    _refuse_nonfinite(places, merged)
     if permanent:
         for tuner in tuners.values():
             tuner.progress.fingerprint = fingerprint(tuner)
-    for (_, module, slots), tensors in zip(places, merged, strict=True):
+    replaced = _replace_all_(places, merged)
+    for (_, _, slots), originals in zip(places, replaced, strict=True):
         slots.merged = slots.active
         slots.permanent = permanent
-        originals = _replace_(module, tensors)
         if not permanent:
             slots.set_aside(originals)
     return model
@@ -72,12 +80,14 @@ def unmerge(model: M) -> M:
         The same object.
 
     Raises:
-        AdapterError: The model is not merged, it is disabled, or it was merged with ``permanent=True``.
+        AdapterError: The model is not merged, it is disabled, it runs in another thread, or it was merged with
+            ``permanent=True``.
     """
     injection.require_tuners(model)
     injection.refuse_disabled(model)
     if not injection.is_merged(model):
         raise AdapterError("the model is not merged; there is nothing to unmerge")
+    injection.refuse_running(model, "unmerging")
     restore_originals_(model)
     return model
 
@@ -101,11 +111,13 @@ def disabled(model: nn.Module) -> Iterator[None]:
         model: The wrapped model, merged or not.
 
     Raises:
-        AdapterError: The model has no adapter, or it was merged with ``permanent=True``.
+        AdapterError: The model has no adapter, runs in another thread, or was merged with ``permanent=True``.
     """
     injection.require_tuners(model)
     places = [place for place in injection.walk(model) if place[2].enabled]
     _refuse_permanent(places)
+    if places:
+        injection.refuse_running(model, "disabling adapters")
     _enable_(places, False)
     try:
         yield
@@ -146,6 +158,21 @@ def _refuse_tied(model: nn.Module, places: _Places) -> None:
             )
 
 
+def _refuse_nonfinite(places: _Places, merged: Sequence[Mapping[str, Tensor]]) -> None:
+    """Raise `AdapterError` if merged weights contain NaN or inf and the module's own do not."""
+    pairs = list(zip(places, merged, strict=True))
+    tensors = {join(path, name): tensor for (path, _, _), own in pairs for name, tensor in own.items()}
+    if wrong := nonfinite(tensors):
+        live = {join(path, name): t.detach() for path, module, _ in places for name, t in _own_tensors(module).items()}
+        wrong = nonfinite({name: tensors[name] for name in wrong}, live)
+    if wrong:
+        raise AdapterError(
+            f"cannot merge: {len(wrong)} merged tensors would contain NaN or inf: {few(wrong, shown=5)}. Nothing was "
+            "changed. Either the adapter's own weights are not finite, or the sums are too large for the base's dtype: "
+            "then convert the model first, for example with model.float() or model.bfloat16()"
+        )
+
+
 def _refuse_permanent(places: _Places) -> None:
     if any(slots.permanent for _, _, slots in places):
         raise AdapterError(
@@ -169,14 +196,39 @@ def _merged_tensors(path: str, module: nn.Module, slots: Slots) -> dict[str, Ten
     return tensors
 
 
+def _replace_all_(places: _Places, merged: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Give every module its merged tensors and return the old ones. If one of them takes no effect, undo all.
+
+    Raises:
+        AdapterError: A weight does not become what was written.
+    """
+    done: list[tuple[nn.Module, dict[str, Tensor]]] = []
+    for (path, module, slots), tensors in zip(places, merged, strict=True):
+        wanted = packed_sum(path, module, slots, tensors)
+        done.append((module, _replace_(module, tensors)))
+        if wanted is not None and not wanted.is_reached_by(slots):
+            for replaced, originals in reversed(done):
+                _replace_(replaced, originals)
+            raise AdapterError(
+                f"cannot merge into {path!r}: its {type(module).__name__} stores the weight in a packed form, and "
+                "adding to it had no effect. Load the adapter onto the base in full precision and merge there"
+            )
+    return [originals for _, originals in done]
+
+
 def _replace_(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Give a module's parameters and buffers new values in other storage, and return the old values by name.
 
     The Parameter objects stay the same.
     """
-    own: dict[str, Tensor] = dict(module.named_buffers(remove_duplicate=False))
-    own.update(module.named_parameters(remove_duplicate=False))
+    own = _own_tensors(module)
     before = {name: own[name].data for name in tensors}
     for name, tensor in tensors.items():
         own[name].data = tensor
     return before
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    own: dict[str, Tensor] = dict(module.named_buffers(remove_duplicate=False))
+    own.update(module.named_parameters(remove_duplicate=False))
+    return own

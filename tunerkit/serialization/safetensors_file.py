@@ -1,40 +1,100 @@
-"""Write one safetensors file, completely or not at all."""
+"""One safetensors file: where it lies, its bytes from tensors, and its tensors from bytes."""
 
-import contextlib
 import json
 import os
-import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import IO, Any
 
 import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from tunerkit.errors import FileError
+from tunerkit.errors import FileError, shown
+from tunerkit.serialization.replacing import replace
 
 _SUFFIX = ".safetensors"
+_METADATA = "__metadata__"
+_LONGEST_HEADER = 100_000_000  # bytes: the limit of the safetensors library
+# What it raises, what torch raises for its dtypes and shapes, and what reading JSON raises.
+_UNREADABLE = (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError, AssertionError)
+
+
+def file_at(path: str | os.PathLike[str], content: str) -> Path:
+    """Return ``path`` if it ends in ``.safetensors``, else the file for ``content`` in that folder.
+
+    Args:
+        path: The file or the folder.
+        content: The kind of file: ``"adapter"`` or ``"state"``.
+    """
+    try:
+        place = Path(path)
+    except TypeError:
+        found = f"{type(path).__name__} {shown(path)}"
+        raise FileError(f"expected the path of a folder or a file, got {found}") from None
+    if "\0" in str(place):
+        raise FileError(f"a path cannot contain the character NUL, got {shown(str(place))}")
+    return place if place.suffix == _SUFFIX else place / f"{content}{_SUFFIX}"
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Path:
-    """Write a safetensors file and return its path: to a temporary file, flushed to disk, then renamed."""
-    if path.is_dir():
-        raise FileError(f"cannot write {path}: it is a folder; a path that ends in {_SUFFIX} names the file itself")
-    data = safetensors.torch.save(_apart(tensors), metadata)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:  # plain open: the file mode follows the user's umask
-            file.writelines(_ordered(data))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise FileError(f"cannot write {path}: {error.strerror or error}; an older file there is unchanged") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    """Write a safetensors file, completely or not at all, and return its path."""
+    if os.path.isdir(path):
+        raise FileError(f"cannot write {path}: it is a folder; a path that ends in {_SUFFIX} names the file")
+    replace(path, _ordered(safetensors.torch.save(_apart(tensors), metadata)))
     return path
+
+
+def read(
+    path: Path, accept: Callable[[Mapping[str, str], Collection[str]], None]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a safetensors file, on the CPU.
+
+    The file is opened once and read into memory, and the tensors are copied from there. So header and data are of one
+    file even if another one is renamed over it meanwhile, and a file that is cut later does no harm. Until this
+    returns, the file's bytes are in memory in addition to the tensors.
+
+    Args:
+        path: The file.
+        accept: Called with the metadata and the tensors' names before the data is read. It raises an error for a file
+            that should not be read, such as a large one of another program.
+
+    Raises:
+        FileError: The file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            head, fields = _head_of(file)
+            accept(_metadata_of(fields), fields.keys() - {_METADATA})
+            data = head + file.read()
+        return safetensors.torch.load(data), _metadata_of(fields)
+    except FileError:
+        raise
+    except _UNREADABLE as error:
+        raise FileError(f"{path} cannot be read as a safetensors file: {error}") from error
+
+
+def _head_of(file: IO[bytes]) -> tuple[bytes, dict[str, Any]]:
+    """Read the header of a safetensors file: its bytes with their length before them, and its entries."""
+    size = file.read(8)
+    length = int.from_bytes(size, "little")
+    if len(size) < 8 or not 2 <= length <= min(_LONGEST_HEADER, os.fstat(file.fileno()).st_size - 8):
+        raise ValueError("its header is incomplete")
+    text = file.read(length)
+    try:
+        fields = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its header is nested too deeply") from error
+    if not isinstance(fields, dict):
+        raise ValueError("its header is not a JSON object")
+    return size + text, fields
+
+
+def _metadata_of(fields: Mapping[str, Any]) -> dict[str, str]:
+    found = fields.get(_METADATA, {})
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ValueError("its metadata is not a mapping of texts")
+    return found
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -53,21 +113,7 @@ def _ordered(data: bytes) -> tuple[bytes, memoryview]:
     """Sort the metadata, which safetensors writes in random order, so that equal adapters give equal bytes."""
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    header[_METADATA] = dict(sorted(header[_METADATA].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
     return len(text).to_bytes(8, "little") + text, memoryview(data)[end:]
-
-
-def file_at(path: str | os.PathLike[str], content: str) -> Path:
-    """Return ``path`` if it ends in ``.safetensors``, else the file for ``content`` in that folder.
-
-    Args:
-        path: The file or the folder.
-        content: The kind of file: ``"adapter"`` or ``"state"``.
-    """
-    try:
-        place = Path(path)
-    except TypeError:
-        raise FileError(f"expected the path of a folder or a file, got {type(path).__name__} {path!r}") from None
-    return place if place.suffix == _SUFFIX else place / f"{content}{_SUFFIX}"

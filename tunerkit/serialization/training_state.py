@@ -8,16 +8,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import attrs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tunerkit import hooks, injection, steps
-from tunerkit.errors import FileError, TunerkitWarning
+from tunerkit.errors import AdapterError, FileError, TunerkitWarning, cut, first, shown
 from tunerkit.injection import Tuner
+from tunerkit.paths import few
 from tunerkit.records import RankChange, State
-from tunerkit.serialization.adapter_file import fill, header_of, read, refuse_other_base
+from tunerkit.serialization.adapter_file import header_of
+from tunerkit.serialization.base_check import base_values, refuse_other_base
+from tunerkit.serialization.finite import nonfinite
+from tunerkit.serialization.fit import fill
 from tunerkit.serialization.header import Header, decode, encode
+from tunerkit.serialization.reading import read, refuse_nonfinite
+from tunerkit.serialization.rollback import all_or_nothing
 from tunerkit.serialization.safetensors_file import file_at, write
 
 # The entry of an optimizer's state_dict that holds training states by adapter name.
@@ -37,10 +42,20 @@ def save_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str |
         The file's path.
 
     Raises:
-        FileError: The file cannot be written. An older file is unchanged then.
-        AdapterError: There is no such adapter, or a method with a schedule was never attached.
+        FileError: The file cannot be written, or JSON cannot hold a value of the state. An older file is unchanged
+            then.
+        AdapterError: There is no such adapter, a method with a schedule was never attached, or the state contains NaN
+            or inf.
     """
-    return write(file_at(path, "state"), *_state_of(injection.tuner(model, adapter)))
+    tuner = injection.tuner(model, adapter)
+    tensors, encoded = _state_of(tuner)
+    if wrong := nonfinite(tensors):
+        raise AdapterError(
+            f"the training state of adapter {tuner.name!r} has NaN or inf in {len(wrong)} of {len(tensors)} tensors: "
+            f"{few(wrong, shown=5)}. Nothing was written, and an older file is unchanged; resume from a state saved "
+            "earlier"
+        )
+    return write(file_at(path, "state"), tensors, encoded)
 
 
 def load_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None = None) -> None:
@@ -54,12 +69,13 @@ def load_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str |
         adapter: The adapter's name. It may be left out if the model has only one.
 
     Raises:
-        FileError: The file is missing, damaged or of another run.
+        FileError: The file is missing, damaged or of another run, or it contradicts itself or contains NaN or inf.
         StepError: The method's state does not fit the adapter.
         AdapterError: There is no such adapter.
     """
     tuner = injection.tuner(model, adapter)
     source, tensors, header = read(path, content="state")
+    refuse_nonfinite(tensors, {}, source)
     _resume_(tuner, tensors, header, source)
 
 
@@ -101,18 +117,32 @@ def _state_of(tuner: Tuner) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """Return the tensors of the training state, and the metadata that a file stores with them."""
     state = tuner.training_state()
     history = [[change.step, change.budget, list(change.ranks.values())] for change in tuner.history]
-    header = attrs.evolve(header_of(tuner, content="state"), values=dict(state.values), history=history)
+    header = header_of(tuner, content="state", values=dict(state.values), history=history)
     return state.tensors, encode(header, state.tensors)
 
 
 def _resume_(tuner: Tuner, tensors: Mapping[str, Tensor], header: Header, source: str) -> None:
     _refuse_other_run(tuner, header, source)
-    hooks.restore(tuner, State(tensors=tensors, values=header.values))
-    tuner.progress.steps = header.steps
-    tuner.progress.history[:] = [
-        RankChange(step, budget, dict(zip(header.targets, ranks, strict=True)))
-        for step, budget, ranks in header.history
-    ]
+    with all_or_nothing(tuner):
+        # First, so that the method can compare its state with them.
+        tuner.progress.steps = header.steps
+        tuner.progress.history[:] = [
+            RankChange(step, budget, dict(zip(header.targets, ranks, strict=True)))
+            for step, budget, ranks in header.history
+        ]
+        hooks.restore(tuner, State(tensors=tensors, values=header.values))
+        _refuse_other_ranks(tuner, source)
+
+
+def _refuse_other_ranks(tuner: Tuner, source: str) -> None:
+    """Raise `FileError` if the restored ranks are not those of the last allocation in the file's history."""
+    said, found = dict(tuner.history[-1].ranks) if tuner.history else {}, tuner.ranks()
+    wrong = [f"{path} {rank} -> {found[path]}" for path, rank in said.items() if found[path] != rank]
+    if wrong:
+        raise FileError(
+            f"{source} contradicts itself: the ranks of its last allocation are not those of its state (history -> "
+            f"state): {few(wrong, shown=5)}"
+        )
 
 
 def restore_(tuner: Tuner, path: str | os.PathLike[str]) -> None:
@@ -124,10 +154,12 @@ def restore_(tuner: Tuner, path: str | os.PathLike[str]) -> None:
     source, tensors, header = read(path, content="adapter")
     _refuse_other_run(tuner, header, source)
     refuse_other_base(tuner, header, source)
+    refuse_nonfinite(tensors, base_values(tuner), source)
     slots = dict(tuner.slots())
-    fill(copy.deepcopy(slots), tensors, source)  # a misfit is found on a copy, before anything live is changed
+    # A misfit is found on a copy, before anything live is changed.
+    fill(copy.deepcopy(slots).items(), tensors, tuner.model, source)
     shapes = {parameter: parameter.shape for parameter in tuner.parameters()}
-    fill(slots, tensors, source)
+    fill(slots.items(), tensors, tuner.model, source)
     optimizer = steps.optimizer_of(tuner)
     for parameter, shape in shapes.items():
         if optimizer is not None and parameter.shape != shape:
@@ -145,10 +177,14 @@ def _refuse_other_run(tuner: Tuner, saved: Header, source: str) -> None:
     """Raise `FileError` if a file's method, config, modules or schedule differ from the adapter's."""
     own = header_of(tuner, content=saved.kind)
     if saved.method != own.method:
-        lines = [f"method {saved.method!r} -> {own.method!r}"]
+        lines = [f"method {shown(saved.method)} -> {own.method!r}"]
     else:
         settings = {name: (saved.config.get(name), own.config.get(name)) for name in {*saved.config, *own.config}}
-        lines = [f"{name} {there!r} -> {here!r}" for name, (there, here) in sorted(settings.items()) if there != here]
+        lines = [
+            f"{cut(name, 200)} {shown(there)} -> {shown(here)}"
+            for name, (there, here) in sorted(settings.items())
+            if there != here
+        ]
         lines += [
             f"{len(there)} {what} -> {len(here)}, not the same ones"
             for (what, there), here in zip(saved.places.items(), own.places.values(), strict=True)
@@ -158,4 +194,4 @@ def _refuse_other_run(tuner: Tuner, saved: Header, source: str) -> None:
         # The schedule covers the whole training, so in a longer training it would have pruned differently.
         lines.append(f"total_steps {saved.total_steps} -> {own.total_steps}")
     if lines:
-        raise FileError("\n- ".join([f"{source} belongs to another run (saved -> here):", *lines]))
+        raise FileError("\n- ".join([f"{source} belongs to another run (saved -> here):", *first(lines)]))

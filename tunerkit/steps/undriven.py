@@ -1,4 +1,6 @@
-"""Warn if an optimizer steps an adapter that it does not drive: otherwise a whole training could go wrong silently.
+"""Stop or warn if an optimizer steps an adapter that it does not drive: a whole training could go wrong silently.
+
+A method that needs steps, and that no optimizer drives, stops at its first step: it could never be saved.
 
 One hook serves all optimizers of the process. It reads each optimizer's parameters once. After that it only looks at
 the adapters that it found among them.
@@ -14,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tunerkit import hooks, injection
-from tunerkit.errors import AdapterError, TunerkitWarning
+from tunerkit.errors import AdapterError, StepError, TunerkitWarning
 from tunerkit.injection import Tuner
 from tunerkit.steps.links import is_attached, optimizer_of
 
@@ -55,14 +57,14 @@ def _register() -> None:
     """Register the one hook of the process."""
     if not _watch.registered:
         _watch.registered = True
-        register_optimizer_step_post_hook(warn_of_undriven_steps)
+        register_optimizer_step_post_hook(report_undriven_steps)
 
 
 injection.unseen.notify = _register
 
 
-def warn_of_undriven_steps(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Warn once about each adapter that ``optimizer`` has just moved but does not drive."""
+def report_undriven_steps(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Look at each adapter that ``optimizer`` has just moved but does not drive: warn once, or raise `StepError`."""
     if torch.compiler.is_compiling():
         return  # a compiled step must not be traced through weak references
     _register_new()
@@ -73,6 +75,8 @@ def warn_of_undriven_steps(optimizer: Optimizer, args: Any, kwargs: Any) -> None
     for tuner in [tuner for tuner in look.held if tuner not in look.warned]:
         driven = is_attached(tuner) and optimizer_of(tuner) is optimizer
         if not driven and any(p.requires_grad and p.grad is not None for p in _parameters(tuner)):
+            if tuner.needs_steps and not is_attached(tuner):
+                _refuse(tuner, optimizer)
             look.warned.add(tuner)
             _warn(tuner, optimizer)
 
@@ -97,6 +101,16 @@ def _parameters(tuner: Tuner) -> list[torch.nn.Parameter]:
         return list(tuner.parameters())
     except AdapterError:
         return []
+
+
+def _refuse(tuner: Tuner, optimizer: Optimizer) -> None:
+    raise StepError(
+        f"an optimizer ({type(optimizer).__name__}) steps adapter {tuner.name!r}, but nothing drives it: method "
+        f"{tuner.method!r} would not see these steps, and the adapter could not be saved. Before training, call "
+        "tunerkit.attach(model, optimizer, total_steps=...), or with a Trainer tunerkit.attach(model, trainer). A "
+        "deep-copied optimizer has lost its hooks, and a deep-copied model must be attached itself; to train without "
+        f"this adapter, call tunerkit.freeze(model, {tuner.name!r})"
+    )
 
 
 def _warn(tuner: Tuner, optimizer: Optimizer) -> None:

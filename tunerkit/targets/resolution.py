@@ -81,7 +81,7 @@ def from_paths(scanned: Scan, paths: Sequence[str]) -> tuple[Target, ...]:
     # Searching for the closest names is slow, and a model of another architecture lacks every path.
     hints = [closest(path, scanned.by_path) for path in missing[:_SHOWN]]
     named = zip_longest(missing[:_LISTED], hints, fillvalue="")
-    problems = [f"no module named {path!r}{hint}" for path, hint in named]
+    problems = [f"no module named {shown(path)}{hint}" for path, hint in named]
     more = [f"and {len(missing) - _LISTED} more modules that it lacks"] if len(missing) > _LISTED else []
     refuse([*problems, *more])
     return tuple(Target(path, scanned.by_path[path].module) for path in paths)

@@ -32,18 +32,34 @@ def choose_copies(scanned: Scan, names: tuple[str, ...]) -> tuple[str, ...]:
     """
     chosen: list[str] = []
     for path in resolve_modules(scanned, names, what="train_modules"):
-        found = scanned.by_path[path]
-        if found.inside_attention or found.reading_owner is not None:
-            held = ((parent(own), scanned.by_path[parent(own)].module) for own in found.paths)
-            using = (own for own, by in held if by is found.reading_owner or isinstance(by, nn.MultiheadAttention))
-            raise TargetError(
-                f"train_modules: {path!r} is used directly, bypassing its forward(); name the owner {next(using)!r}"
-            )
-        leaves = [leaf for leaf, module in _uncontained(path, found.module) if _has_tensors(module)]
-        if not leaves:
-            raise TargetError(f"train_modules: {path!r} holds nothing to train; leave it out")
-        chosen += leaves
+        chosen += copies_at(scanned, path)
     return tuple(chosen)
+
+
+def copies_at(scanned: Scan, path: str) -> list[str]:
+    """Find what is copied to train the module at ``path`` in full: itself, or the modules in a container.
+
+    Args:
+        scanned: The scan of the model.
+        path: The module's path.
+
+    Returns:
+        The paths of the copies.
+
+    Raises:
+        TargetError: The module cannot be trained as a copy.
+    """
+    found = scanned.by_path[path]
+    if found.inside_attention or found.reading_owner is not None:
+        held = ((parent(own), scanned.by_path[parent(own)].module) for own in found.paths)
+        using = (own for own, by in held if by is found.reading_owner or isinstance(by, nn.MultiheadAttention))
+        raise TargetError(
+            f"train_modules: {path!r} is used directly, bypassing its forward(); name the owner {next(using)!r}"
+        )
+    leaves = [leaf for leaf, module in _uncontained(path, found.module) if _has_tensors(module)]
+    if not leaves:
+        raise TargetError(f"train_modules: {path!r} holds nothing to train; leave it out")
+    return leaves
 
 
 def _uncontained(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
+from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 VOCABULARY = 61
 
@@ -72,3 +72,20 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
         "logging_strategy": "no",
     }
     return TrainingArguments(str(folder), **(defaults | options))
+
+
+def tokenizer(folder: Path) -> Any:
+    """A word-level tokenizer of `VOCABULARY` words, ``w0`` and so on, built without a download.
+
+    Args:
+        folder: where its file is written.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{i}": i for i in range(VOCABULARY - 2)} | {"<pad>": VOCABULARY - 2, "</s>": VOCABULARY - 1}
+    made = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.save(str(folder / "tokenizer.json"))
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), pad_token="<pad>", eos_token="</s>", unk_token="w0"
+    )

@@ -108,11 +108,11 @@ def test_the_trainer_prunes_without_a_handwritten_callback(tmp_path: Path) -> No
     assert live(model) == 2 * len(tunerkit.tuner(model).targets)
 
 
-def test_forgetting_to_connect_the_allocator_triggers_a_warning_and_an_error_at_save(tmp_path: Path) -> None:
-    """A warning at the first step, an error at save: a whole training never runs silently without pruning."""
+def test_forgetting_to_connect_the_allocator_stops_training_and_is_an_error_at_save(tmp_path: Path) -> None:
+    """An error at the first step, and one at save: a whole training never runs silently without pruning."""
     model = wrapped()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    with pytest.warns(tunerkit.TunerkitWarning, match="nothing drives it"):
+    with pytest.raises(tunerkit.StepError, match=r"nothing drives it: .* tunerkit\.attach"):
         train(model, optimizer, 1)
     with pytest.raises(tunerkit.AdapterError, match=r"tunerkit\.attach"):
         tunerkit.save(model, tmp_path)

@@ -1,6 +1,7 @@
 """AdaLoRA with a transformers Trainer: checkpoints, best model, logs, and the Trainer's own options."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ pytest.importorskip("transformers", reason="the Trainer is transformers'")
 pytest.importorskip("accelerate", reason="the Trainer needs it")
 from transformers import Trainer, TrainerCallback
 
-from tunerkit.testing.trainer_toys import VOCABULARY, TokenRows, arguments
+from tunerkit.testing.trainer_toys import VOCABULARY, TokenRows, arguments, tokenizer
 from tunerkit.testing.transformers_cases import bert
 
 STEPS = 20
@@ -73,12 +74,21 @@ def test_a_checkpoint_holds_the_adapter_and_no_model(make: Any, tmp_path: Path) 
     trainer.train()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-15", "checkpoint-20"]
     assert {path.name for path in (tmp_path / "checkpoint-20").iterdir()} == {
-        "adapter.safetensors", "state.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth",
+        "adapter.safetensors", "state.safetensors", "ranks.json", "optimizer.pt", "scheduler.pt", "rng_state.pth",
         "trainer_state.json", "training_args.bin",
     }  # fmt: skip
     trainer.save_model(str(tmp_path / "end"))
     for folder in (tmp_path / "checkpoint-20", tmp_path / "end"):
         assert torch.equal(logits(tunerkit.load(make(), folder)), logits(model))
+
+
+def test_a_trainer_without_attach_stops_at_its_first_step(tmp_path: Path) -> None:
+    """The error has the line to add; before, training ran to its end, and the adapter could not be saved."""
+    chosen = arguments(tmp_path, max_steps=STEPS)
+    trainer = Trainer(wrapped(), chosen, train_dataset=TokenRows(8))
+    with pytest.raises(tunerkit.StepError, match=r"with a Trainer tunerkit\.attach\(model, trainer\)"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def best_of(model: nn.Module, folder: Path, best: int, **options: Any) -> Trainer:
@@ -143,21 +153,63 @@ def test_training_again_after_the_best_model_was_reloaded(tmp_path: Path) -> Non
     assert len(tunerkit.tuner(model).history) == 1  # the best step was 3 again
 
 
-def test_ranks_and_budget_are_in_the_logs(tmp_path: Path) -> None:
-    """Each row with a loss has the budget; the first row after an allocation has every target's rank."""
+def test_a_second_training_after_shrinking_says_that_nothing_is_left_to_prune(tmp_path: Path) -> None:
+    """The removed triplets do not come back: one warning says so, and training goes on at these ranks."""
+    model = wrapped()
+    trainer = trainer_of(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", tunerkit.TunerkitWarning)
+        trainer.train()
+    before = tunerkit.tuner(model).ranks()
+    with pytest.warns(tunerkit.TunerkitWarning, match="nothing is left to prune.*wrap the model again.*shrink"):
+        trainer.train()
+    assert tunerkit.tuner(model).ranks() == before
+
+
+def test_resuming_after_shrinking_says_nothing(tmp_path: Path) -> None:
+    """That training did prune; it only goes on."""
+    trainer_of(wrapped(), tmp_path, save_strategy="steps", save_steps=15).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", tunerkit.TunerkitWarning)
+        trainer_of(wrapped(), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-15"))
+
+
+def test_budget_and_a_summary_of_the_ranks_are_in_the_logs(tmp_path: Path) -> None:
+    """Each row with a loss has four entries, however many targets there are; a file has every target's rank."""
+    model = wrapped()
+    trainer = trainer_of(
+        model, tmp_path, logging_strategy="steps", logging_steps=1, save_strategy="steps", save_steps=5
+    )
+    trainer.train()
+    tuner = tunerkit.tuner(model)
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row["budget"] for row in rows] == [tuner.budget(step) for step in range(1, STEPS + 1)]
+    ranks = list(tuner.ranks().values())
+    expected = {"rank_mean": sum(ranks) / len(ranks), "rank_min": min(ranks), "rank_max": max(ranks)}
+    assert expected.items() <= rows[-1].items()
+    assert not any(key.startswith("rank/") for row in rows for key in row)
+    for step in (5, 20):
+        found = json.loads((tmp_path / f"checkpoint-{step}" / "ranks.json").read_text())
+        saved = tunerkit.tuner(tunerkit.load(bert(), tmp_path / f"checkpoint-{step}"))
+        assert found == {"step": step, "budget": saved.budget(), "ranks": saved.ranks()}
+
+
+def test_every_target_s_rank_is_in_the_logs_if_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the environment's variable, the first row after an allocation has them."""
+    monkeypatch.setenv("TUNERKIT_LOG_TARGET_RANKS", "1")
     model = wrapped()
     trainer = trainer_of(model, tmp_path, logging_strategy="steps", logging_steps=1)
     trainer.train()
     tuner = tunerkit.tuner(model)
     rows = [row for row in trainer.state.log_history if "loss" in row]
-    assert [row["budget"] for row in rows] == [tuner.budget(step) for step in range(1, STEPS + 1)]
     told = {row["step"]: row for row in rows if any(key.startswith("rank/") for key in row)}
     assert list(told) == [1, 3, 6, 9, 10]
     assert {f"rank/{path}": rank for path, rank in tuner.ranks().items()}.items() <= told[10].items()
 
 
-def test_ranks_and_budget_are_in_tensorboard(tmp_path: Path) -> None:
-    """The Trainer's TensorBoard callback writes them: one curve for the budget and one per target."""
+def test_ranks_and_budget_are_in_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Trainer's TensorBoard callback writes them: one curve for the budget, and if asked for one per target."""
+    monkeypatch.setenv("TUNERKIT_LOG_TARGET_RANKS", "1")
     pytest.importorskip("tensorboard", reason="the curves are read back with it")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -250,13 +302,19 @@ def test_resuming_with_another_config_or_length_is_refused(tmp_path: Path) -> No
 
 
 def test_a_checkpoint_whose_writing_was_interrupted_is_refused(tmp_path: Path) -> None:
-    """The Trainer writes its own state last: a checkpoint without it is incomplete."""
-    trainer_of(wrapped(), tmp_path, save_strategy="steps", save_steps=5).train()
+    """The Trainer writes its own state last: a checkpoint without it is incomplete. By itself it resumes from another.
+
+    Both ends are the same, bit for bit.
+    """
+    whole, model = wrapped(), wrapped()
+    trainer_of(whole, tmp_path, save_strategy="steps", save_steps=5).train()
     (tmp_path / "checkpoint-20" / "trainer_state.json").unlink()
-    model = wrapped()
     with pytest.raises(tunerkit.FileError, match="not complete"):
-        trainer_of(model, tmp_path).train(resume_from_checkpoint=True)
+        trainer_of(model, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
     assert tunerkit.tuner(model).steps == 0
+    with pytest.warns(tunerkit.TunerkitWarning, match="resumes from .*checkpoint-15, the newest whole checkpoint"):
+        trainer_of(model, tmp_path).train(resume_from_checkpoint=True)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), whole.state_dict().values(), strict=True))
 
 
 def test_steps_that_are_skipped_still_move_the_schedule(tmp_path: Path) -> None:
@@ -312,17 +370,3 @@ def test_trl_s_trainer_is_attached_the_same_way(tmp_path: Path) -> None:
     again, resumed = new()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
-
-
-def tokenizer(folder: Path) -> Any:
-    """A word-level tokenizer that is built here: nothing is downloaded."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"w{i}": i for i in range(VOCABULARY - 2)} | {"<pad>": VOCABULARY - 2, "</s>": VOCABULARY - 1}
-    made = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    (folder / "tokenizer.json").write_text(json.dumps(json.loads(made.to_str())))
-    return PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"), pad_token="<pad>", eos_token="</s>", unk_token="w0"
-    )

@@ -22,7 +22,14 @@ def tunerkit_methods() -> Iterable[Method]:
 def tunerkit_build_adapter(target: Target, base: BaseLayer, config: AdaLoraConfig) -> SvdLayer:
     """Build the SVD layer at one target."""
     settings = config.resolved()
-    return SvdLayer(base, rank=settings.init_rank, scale=settings.scale, dropout=config.dropout, start=config.start)
+    return SvdLayer(
+        base,
+        rank=settings.init_rank,
+        scale=settings.scale,
+        dropout=config.dropout,
+        start=config.start,
+        train_lambda=settings.train_lambda,
+    )
 
 
 @hookimpl

@@ -1,5 +1,6 @@
 """The numbers and flags of AdaLoRA's training state in a file, checked before they are used."""
 
+import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -96,9 +97,9 @@ def _misfit(field: "attrs.Attribute[Any]", values: Mapping[str, object]) -> Iter
         return
     value, kind = values[field.name], field.type
     if type(value) is not kind:  # a bool is an int to Python, and not to us
-        yield f"{field.name!r} is {value!r}, expected {'true or false' if kind is bool else 'an integer'}"
+        yield f"{field.name!r} is {reprlib.repr(value)}, expected {'true or false' if kind is bool else 'an integer'}"
     elif isinstance(value, int) and not 0 <= value < _LIMIT:
-        yield f"{field.name!r} is {value}, expected 0 or more and below 2**63"
+        yield f"{field.name!r} is {reprlib.repr(value)}, expected 0 or more and below 2**63"
 
 
 def _contradictions(saved: SavedValues) -> Iterator[str]:
@@ -108,6 +109,8 @@ def _contradictions(saved: SavedValues) -> Iterator[str]:
         yield f"'in_force' {saved.in_force} is above 'initial' {saved.initial}"
     if saved.left_out > saved.seen:
         yield f"'left_out' {saved.left_out} is above 'seen' {saved.seen}"
+    if saved.averaged > saved.last_step:
+        yield f"'averaged' {saved.averaged} is above 'last_step' {saved.last_step}"
     if saved.shrunk and not saved.final:
         yield "'shrunk' is true and 'final' is not"
     # With a Trainer whose steps were all skipped, `finish` makes the allocation final although nothing was averaged.

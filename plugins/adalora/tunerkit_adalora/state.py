@@ -8,10 +8,13 @@ from torch import Tensor
 
 from tunerkit import FileError, State, StepError, Tuner
 from tunerkit_adalora.averages import Stack, new_stacks, unstack
+from tunerkit_adalora.contradictions import contradictions, impossible_averages
 from tunerkit_adalora.gradients import GradientCount
 from tunerkit_adalora.saved_values import SavedValues, flags_of, read_values
 from tunerkit_adalora.svd_layer import SvdLayer
 from tunerkit_adalora.training import Training, layers_of, training_of, weights_of
+
+_SHOWN = 12  # problems in an error: there may be one for each weight
 
 
 def state(tuner: Tuner) -> State:
@@ -50,14 +53,24 @@ def restore(tuner: Tuner, saved: State) -> None:
         saved: What `state` returned.
 
     Raises:
-        FileError: If a value or a tensor is missing, of another type, or out of range.
+        FileError: If a value is missing, of another type, or out of range, or if the state contradicts itself or the
+            adapter.
         StepError: If averages and masks do not fit the adapter, or the tuner is not attached.
     """
     training = training_of(tuner)
     layers = layers_of(tuner)
     values = read_values(saved.values)
-    stacks = _filled(layers, saved, averaging=not values.phase.is_final)
+    stacks, averages = _new_averages(layers, saved, averaging=not values.phase.is_final)
     masks = [saved.tensors[f"mask.{i}"].to(layer.mask.device, copy=True) for i, layer in enumerate(layers)]
+    found = {name: saved.tensors[name] for name in averages}
+    problems = [
+        *contradictions(tuner, training, values, layers, masks),
+        *impossible_averages(found, values.phase),
+    ]
+    if problems:
+        raise FileError(f"the training state cannot be restored: {'; '.join(problems[:_SHOWN])}{_more(problems)}")
+    for name, average in averages.items():
+        average.copy_(found[name])
     left_out = torch.full_like(training.gradients.left_out, values.left_out)
     restored = attrs.evolve(
         training,
@@ -75,18 +88,19 @@ def restore(tuner: Tuner, saved: State) -> None:
     tuner.state = restored
 
 
-def _filled(layers: Sequence[SvdLayer], saved: State, *, averaging: bool) -> list[Stack]:
-    """New stacks with the saved averages, once these and the masks are known to fit; none if the ranks are final."""
+def _new_averages(
+    layers: Sequence[SvdLayer], saved: State, *, averaging: bool
+) -> tuple[list[Stack], dict[str, Tensor]]:
+    """New stacks, and their averages by the names in a file; none if the ranks are final. The shapes are compared."""
     stacks = new_stacks(weights_of(layers)) if averaging else []
     averages = unstack(stacks)
     if _shapes(_named(*averages, [layer.mask for layer in layers])) != _shapes(saved.tensors):
         raise StepError("the saved averages and masks do not fit this adapter; load the adapter they were saved with")
-    for name, average in _named(*averages, []).items():
-        value = saved.tensors[name]
-        if not bool(((value >= 0) & value.isfinite()).all()):
-            raise FileError(f"the training state cannot be restored: {name!r} has negative or non-finite averages")
-        average.copy_(value)
-    return stacks
+    return stacks, _named(*averages, [])
+
+
+def _more(problems: Sequence[str]) -> str:
+    return f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
 
 
 def _named(sensitivity: Sequence[Tensor], uncertainty: Sequence[Tensor], masks: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -30,10 +30,15 @@ class SvdLayer(Adapter):
         scale: The factor of P Λ Q.
         dropout: Share of the input that is dropped while training.
         start: "lora" (P = 0, Λ = 1), or "gaussian" or "orthonormal" (Λ = 0).
+        train_lambda: Whether the optimizer moves Λ. If it does not, the λ of a masked triplet is 0.
     """
 
-    def __init__(self, base: BaseLayer, *, rank: int, scale: float, dropout: float, start: str) -> None:
+    def __init__(
+        self, base: BaseLayer, *, rank: int, scale: float, dropout: float, start: str, train_lambda: bool = True
+    ) -> None:
         super().__init__()
+        self.initial_rank = rank
+        self.train_lambda = train_lambda
         self.p = nn.Parameter(torch.zeros(base.out_features, rank))
         self.lam = nn.Parameter(torch.ones(rank) if start == "lora" else torch.zeros(rank))
         self.q = nn.Parameter(torch.empty(rank, base.in_features))
@@ -99,6 +104,9 @@ class SvdLayer(Adapter):
         error_msgs: list[str],
     ) -> None:
         mask = state_dict.pop(prefix + "mask", None)
+        if mask is not None and (problem := self._contradiction(state_dict.get(prefix + "lam"), mask)):
+            error_msgs.append(f"{prefix}mask: {problem}")
+            return
         if mask is not None:
             self._resize_for({name: state_dict.get(prefix + name) for name in ("p", "lam", "q")}, mask)
         if mask is None:
@@ -114,6 +122,16 @@ class SvdLayer(Adapter):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _contradiction(self, lam: Tensor | None, mask: Tensor) -> str | None:
+        """What λ and mask say that no training leaves behind."""
+        if mask.numel() > self.initial_rank:
+            return f"{mask.numel()} triplets, above the initial rank {self.initial_rank}"
+        # A λ that the optimizer trains moves freely between allocations, masked or not.
+        if self.train_lambda or lam is None or lam.shape != mask.shape or mask.dtype != torch.bool:
+            return None
+        stray = int(lam.to(mask.device)[~mask].count_nonzero()) if not (lam.is_meta or mask.is_meta) else 0
+        return f"{stray} masked triplets whose λ is not 0" if stray else None
 
     def _resize_for(self, saved: Mapping[str, Tensor | None], mask: Tensor) -> None:
         """Take the rank of the weights about to be loaded, if they agree on one: a shrunk layer has a smaller one."""

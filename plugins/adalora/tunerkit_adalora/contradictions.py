@@ -1,0 +1,69 @@
+"""What a saved training state says that cannot be true of the adapter that it is restored to."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from tunerkit import Tuner
+from tunerkit_adalora.averages import Part
+from tunerkit_adalora.budget import costs_of, schedule_of
+from tunerkit_adalora.phase import Phase
+from tunerkit_adalora.saved_values import SavedValues
+from tunerkit_adalora.svd_layer import SvdLayer
+from tunerkit_adalora.training import Training, config_of
+
+
+def contradictions(
+    tuner: Tuner, training: Training, values: SavedValues, layers: Sequence[SvdLayer], masks: Sequence[Tensor]
+) -> Iterator[str]:
+    """Compare a state with the adapter.
+
+    Args:
+        tuner: The tuner.
+        training: Its training state as it was attached, with the schedule.
+        values: The saved values, which do not contradict each other.
+        layers: The adapter's layers, whose shapes fit.
+        masks: The saved mask of each layer, bool (r,).
+
+    Yields:
+        One line for each contradiction.
+    """
+    costs = costs_of(config_of(tuner), layers)
+    live = sum(int(mask.sum()) * cost for mask, cost in zip(masks, costs, strict=True))
+    there = sum(len(layer.lam) * cost for layer, cost in zip(layers, costs, strict=True))
+    if live > values.in_force:
+        yield f"the masks keep {live}, above the budget 'in_force' {values.in_force}"
+    if values.shrunk and live < there:
+        yield f"'shrunk' is true, but the masks keep {live} of {there}"
+    if there > values.initial:
+        yield f"the adapter has {there}, above 'initial' {values.initial}"
+    planned = schedule_of(config_of(tuner), training.resolved, layers, training.schedule.total_steps)
+    if values.initial > planned.initial:
+        yield f"'initial' {values.initial} is above {planned.initial}, which init_rank allows"
+    if values.target > planned.target:
+        yield f"'target' {values.target} is above {planned.target}, which the config asks for"
+    if planned.is_final(values.last_step) and not values.final:
+        yield f"'final' is false after step {values.last_step}, but the ranks are final from {planned.final_step} on"
+    if tuner.steps and values.last_step != tuner.steps:
+        yield f"'last_step' is {values.last_step} after {tuner.steps} steps"
+    most = values.averaged * len(layers) * len(Part)
+    if values.seen > most:
+        yield f"'seen' is {values.seen}, above {most}: {values.averaged} averaged steps of {len(layers)} layers"
+
+
+def impossible_averages(averages: dict[str, Tensor], phase: Phase) -> Iterator[str]:
+    """Check the averages themselves: of absolute values, and zero before the first step.
+
+    Args:
+        averages: The saved averages by name.
+        phase: The saved phase.
+
+    Yields:
+        One line for each tensor that cannot be right.
+    """
+    for name, average in averages.items():
+        if not bool(((average >= 0) & average.isfinite()).all()):
+            yield f"{name!r} has negative or non-finite averages"
+        elif phase is Phase.WAITING and bool(torch.any(average)):
+            yield f"{name!r} has averages, but 'blank' says that no step was averaged"

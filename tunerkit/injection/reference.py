@@ -1,0 +1,221 @@
+"""The reference of a wrapped model: a module that runs the model as it stood when the reference was made."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from tunerkit import hooks
+from tunerkit.errors import AdapterError
+from tunerkit.injection.merged_state import is_merged, refuse_fixed
+from tunerkit.injection.slots import Slot, Slots, slots_of, walk
+from tunerkit.injection.tuner import Tuner, Wrapped, require_tuners, wrapped_of
+from tunerkit.layers import bias_name
+from tunerkit.libraries import torch_private
+from tunerkit.paths import CHILD, is_adapter_path, join
+
+
+@attrs.define(eq=False)
+class _Snapshot:
+    """The state that a reference shows.
+
+    Attributes:
+        model: The wrapped model.
+        wrapped: The model's record at that time. After a complete `unwrap` it has another one, or none.
+        frozen: Copies of the slots of adapters that changed the output then, by module path and adapter name.
+        running: How many calls of the reference are running now.
+    """
+
+    model: nn.Module
+    wrapped: Wrapped
+    frozen: Mapping[str, Mapping[str, Slot]]
+    running: int = 0
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show the snapshot in the model, in eval mode and without gradients.
+
+        Slots are exchanged, not values: a backward pass that is still to come needs the live parameters untouched.
+        """
+        places = self._places()
+        before = [(slots, slots.enabled, slots.active, dict(torch_private.own_children(slots))) for slots in places]
+        training = [module for module in self.model.modules() if module.training]
+        self.running += 1
+        try:
+            for slots, frozen in places.items():
+                _show_(slots, frozen)
+            for module in training:
+                module.training = False
+            with torch.no_grad():
+                yield
+        finally:
+            self.running -= 1
+            for module in training:
+                module.training = True
+            for slots, enabled, active, children in before:
+                slots.enabled, slots.active = enabled, active
+                torch_private.own_children(slots).clear()
+                torch_private.own_children(slots).update(children)
+
+    def _places(self) -> dict[Slots, Mapping[str, Slot]]:
+        """Return what to show at each adapted module. Raises `AdapterError` if the model was changed too much."""
+        if wrapped_of(self.model) is not self.wrapped:
+            raise AdapterError(
+                "the model was unwrapped after its reference was made, so its weights may be others; call "
+                "tunerkit.reference again on the model that is trained now"
+            )
+        if is_merged(self.model):
+            raise AdapterError("the model is merged; call tunerkit.unmerge before you use its reference")
+        adapted = {path: slots for path, _, slots in walk(self.model)}
+        if gone := [path for path in self.frozen if path not in adapted]:
+            raise AdapterError(
+                f"the reference shows adapters at {gone[0]!r}, where the model has none any more; call "
+                "tunerkit.reference again"
+            )
+        return {slots: self.frozen.get(path, {}) for path, slots in adapted.items()}
+
+
+class Reference(nn.Module):
+    """A view of a wrapped model as it stood when `reference` was called. It has no parameters and no children.
+
+    While it runs, it also has the model's own attributes and parts, which a trainer's forward may use. At other times
+    it has only the plain ones, such as ``config``: the model's methods and modules would show the trained adapters.
+    """
+
+    def __init__(self, snapshot: _Snapshot) -> None:
+        super().__init__()
+        self._snapshot = snapshot  # a record, because a module would become a child
+        self.eval()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model as it stood: in eval mode, and without gradients."""
+        with self._snapshot.shown():
+            return super().__call__(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._snapshot.model(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the tensors of the model as it stood. As a child of another module it adds none to that one's."""
+        if args or kwargs:
+            return super().state_dict(*args, **kwargs)
+        own = self._snapshot.model.state_dict()
+        tensors: dict[str, Tensor] = {name: tensor for name, tensor in own.items() if not is_adapter_path(name)}
+        for path, slots in self._snapshot.frozen.items():
+            for name, slot in slots.items():
+                tensors |= slot.state_dict(prefix=join(path, f"{CHILD}.{name}."))
+        return tensors
+
+    def __getattr__(self, name: str) -> Any:
+        snapshot: _Snapshot | None = vars(self).get("_snapshot")
+        if snapshot is None or name.startswith("_"):  # the model's private marks are not about the reference
+            return super().__getattr__(name)
+        found = getattr(snapshot.model, name)
+        if callable(found) and not snapshot.running:
+            raise AttributeError(
+                f"a reference can only be called; the model's own {name!r} would use the adapters as they are trained "
+                "now"
+            )
+        return found
+
+    @property
+    def source(self) -> nn.Module:
+        """The wrapped model that the reference runs."""
+        return self._snapshot.model
+
+
+def reference(model: nn.Module) -> Reference:
+    """Make a frozen reference of a wrapped model, for preference training: the model as it stands now.
+
+    The reference is a module that runs the model itself, so it needs no second copy of the base. An adapter that adds
+    nothing yet is left out, and one that was trained before is copied and frozen. Later training, activating or
+    freezing does not change what the reference computes. It runs in eval mode and without gradients::
+
+        DPOTrainer(model, ref_model=tunerkit.reference(model), ...)
+
+    A deep copy of a reference contains a copy of its model. ``parameters()`` yields nothing, and ``state_dict()``
+    returns the tensors that the reference computes with.
+
+    Args:
+        model: The wrapped model, which may be inside DDP or a compiled module.
+
+    Returns:
+        The reference. It takes the same arguments as the model and returns the same outputs. A call raises
+        `AdapterError` if the model is merged or was unwrapped in the meantime.
+
+    Raises:
+        AdapterError: The model has no adapter, is merged, or is inside `disabled`.
+    """
+    tuners = require_tuners(model)
+    root = next(iter(tuners.values())).model
+    refuse_fixed(root, "making a reference")
+    wrapped = wrapped_of(root)
+    frozen: dict[str, dict[str, Slot]] = {}
+    with torch.no_grad():
+        for name in wrapped.active:
+            if not _adds_nothing(tuners[name]):
+                for path, slot in tuners[name].slots():
+                    frozen.setdefault(path, {})[name] = _frozen(slot)
+    return Reference(_Snapshot(root, wrapped, frozen))
+
+
+def _show_(slots: Slots, frozen: Mapping[str, Slot]) -> None:
+    """Apply exactly the frozen slots."""
+    for name, slot in frozen.items():
+        live = slots.get(name)
+        if live is not None:
+            _follow_(slot, live)
+        torch_private.own_children(slots)[name] = slot
+    slots.enabled = True
+    slots.active = tuple(frozen)
+
+
+def _follow_(slot: Slot, live: Slot) -> None:
+    """Move a frozen slot to where its live one may have been moved with the model.
+
+    An adapter keeps its dtype, which may be another than the base's. What replaces the base's own has the base's.
+    """
+    moved = dict(live.named_parameters())
+    for name, parameter in slot.named_parameters():
+        if (other := moved.get(name)) is not None:
+            own = slot.adapter is not None and name.startswith("adapter.")
+            parameter.data = parameter.data.to(other.device, parameter.dtype if own else other.dtype)
+    for name, buffer in live.named_buffers():
+        slot.get_buffer(name).data = slot.get_buffer(name).data.to(buffer.device, buffer.dtype)
+
+
+def _frozen(slot: Slot) -> Slot:
+    twin = copy.deepcopy(slot).eval().requires_grad_(False)
+    twin.zero_grad(set_to_none=True)
+    return twin
+
+
+def _adds_nothing(tuner: Tuner) -> bool:
+    """Whether the model's output is the same without the adapter. A count of steps would miss a loop of one's own."""
+    modules = tuner.modules()
+    return all(_is_idle(path, slot, modules[path]) for path, slot in tuner.slots())
+
+
+def _is_idle(path: str, slot: Slot, module: nn.Module) -> bool:
+    slots = slots_of(module)
+    base = None if slots is None else slots.base
+    own = dict(module.named_parameters()) | dict(module.named_buffers())
+    if slot.copy is not None:
+        kept = dict(slot.copy.named_parameters()) | dict(slot.copy.named_buffers())
+        return all(name in own and _is_equal(tensor, own[name]) for name, tensor in kept.items())
+    if slot.bias is not None and not _is_equal(slot.bias, own[bias_name(base)]):
+        return False
+    if slot.adapter is None:
+        return True
+    if base is None or not hooks.has_delta(slot.method):
+        return False
+    delta = hooks.delta(path, slot.method, slot.adapter, base)
+    return not any(part is not None and bool(part.any()) for part in (delta.weight, delta.bias))
+
+
+def _is_equal(one: Tensor, other: Tensor) -> bool:
+    return not other.is_meta and torch.equal(one, other.to(one.device))

@@ -1,0 +1,76 @@
+"""A model's own ``save_pretrained`` while adapters are in it: a warning, and no adapters' keys beside merged weights.
+
+The method is replaced on the instance by a `functools.partial` of a function of this file, which holds the module. A
+deep copy and a pickle of the model therefore have their own.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from tunerkit.errors import TunerkitWarning
+from tunerkit.injection.slots import base_modules, walk
+from tunerkit.paths import is_adapter_path
+
+_NAME = "save_pretrained"
+
+
+def watch_saving_(model: nn.Module) -> None:
+    """Replace the method on ``model`` and on the modules in it that have one, once each."""
+    for _, module in base_modules(model):
+        if hasattr(type(module), _NAME) and not _is_watched(module):
+            # None if the class's method is used: what somebody put on the instance is called and put back.
+            vars(module)[_NAME] = functools.partial(save_pretrained, module, vars(module).get(_NAME))
+
+
+def unwatch_saving_(model: nn.Module) -> None:
+    """Undo `watch_saving_`."""
+    for module in model.modules():
+        if _is_watched(module):
+            _, own = vars(module).pop(_NAME).args
+            if own is not None:
+                vars(module)[_NAME] = own
+
+
+def _is_watched(module: nn.Module) -> bool:
+    found = vars(module).get(_NAME)
+    return isinstance(found, functools.partial) and found.func is save_pretrained
+
+
+def save_pretrained(module: nn.Module, own: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    """Call the method that ``module`` had, ``own`` or its class's, and warn if it will lose adapters.
+
+    Where the module's weights are those to be saved, merged or the base's inside `disabled`, the keys of adapters are
+    left out.
+    """
+    method: Callable[..., Any] = own or functools.partial(getattr(type(module), _NAME), module)
+    slots = [slots for _, _, slots in walk(module)]
+    if slots and not any(each.merged or not each.enabled for each in slots):
+        warnings.warn(_LOST.format(type(module).__name__), TunerkitWarning, stacklevel=2)
+        return method(*args, **kwargs)
+    # Passed or asked of the model: the method takes the weights from one of the two.
+    with module.register_state_dict_post_hook(_drop_adapters):
+        return method(*map(_without_adapters, args), **{name: _without_adapters(kwargs[name]) for name in kwargs})
+
+
+def _drop_adapters(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: object) -> None:
+    for key in filter(is_adapter_path, list(state_dict)):
+        del state_dict[key]
+
+
+def _without_adapters(value: Any) -> Any:
+    """Return an argument; if it is a ``state_dict`` with keys of adapters, a copy without them."""
+    if not isinstance(value, Mapping) or not any(isinstance(key, str) and is_adapter_path(key) for key in value):
+        return value
+    return {key: tensor for key, tensor in value.items() if not is_adapter_path(key)}
+
+
+_LOST = (
+    "{0}.save_pretrained writes the base model, and its adapters under names that from_pretrained ignores: what it "
+    "loads is the base without them. To keep the adapters, call tunerkit.save(model, path). To write a model that "
+    "contains them, call tunerkit.unwrap(model, keep_merged=True) first. Under a Trainer, tunerkit.attach(model, "
+    "trainer) makes each checkpoint hold the adapters"
+)

@@ -1,0 +1,102 @@
+"""What TRL's trainers do to a wrapped model, and its repair: a second base as reference, and casts of adapters."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from tunerkit.errors import StepError, TunerkitWarning
+from tunerkit.injection import Reference, Tuner, inside, reference, slots_of
+from tunerkit.layers import bias_name
+from tunerkit.libraries import is_trl_trainer
+
+
+def settle_(trainer: Trainer, tuners: list[Tuner]) -> None:
+    """Give one of TRL's trainers the reference of the model that it trains, and the adapters the dtype they had.
+
+    Other trainers are left as they are.
+    """
+    if not is_trl_trainer(trainer):
+        return
+    _refuse_options(trainer)
+    _restore_dtypes_(trainer, tuners)
+    _settle_reference_(trainer, tuners[0].model)
+
+
+def _refuse_options(trainer: Trainer) -> None:
+    """Raise `StepError` for an option that would move or cast the weights of adapters."""
+    options = vars(trainer.args)
+    if options.get("sync_ref_model"):
+        raise StepError(
+            "sync_ref_model moves a second full model towards the trained one, and a model with adapters has no second "
+            "one: its reference is frozen. Set sync_ref_model=False"
+        )
+    if options.get("use_vllm"):
+        raise StepError(
+            "use_vllm sends the parameters to vLLM by name, and it knows none of an adapter's: completions would come "
+            "from the base. Set use_vllm=False"
+        )
+    paged = [name for name in _PAGED if options.get(name)]
+    if paged and (trainer.args.bf16 or trainer.args.fp16):
+        raise StepError(
+            f"{paged[0]} casts the whole model to half precision for each generation, adapters included, and they "
+            f"would be trained so; set {paged[0]}=False, or bf16=False and fp16=False"
+        )
+
+
+# The options of GRPO and RLOO with which TRL generates through `generate_batch`, after a cast of the whole model.
+_PAGED = ("use_transformers_paged", "use_transformers_continuous_batching")
+
+
+def _restore_dtypes_(trainer: Trainer, tuners: list[Tuner]) -> None:
+    """Undo TRL's cast of everything trainable to bf16, which it makes if the base is quantised in 4 or 8 bits."""
+    own: Any = trainer.model
+    if not (getattr(own, "is_loaded_in_4bit", False) or getattr(own, "is_loaded_in_8bit", False)):
+        return
+    for tuner in tuners:
+        modules = tuner.modules()
+        for path, slot in tuner.slots():
+            if slot.adapter is not None:
+                slot.adapter.to(getattr(torch, tuner.config.adapter_dtype))
+            slots, originals = slots_of(modules[path]), dict(modules[path].named_parameters())
+            copies = dict(slot.copy.named_parameters()) if slot.copy is not None else {}
+            if slot.bias is not None:
+                copies[bias_name(None if slots is None else slots.base)] = slot.bias
+            for name, parameter in copies.items():
+                parameter.data = parameter.data.to(originals[name].dtype)
+
+
+def _settle_reference_(trainer: Any, model: nn.Module) -> None:
+    """Replace a reference model that TRL has loaded. One that somebody chose, of another checkpoint, stays."""
+    held = vars(trainer).get("ref_model")
+    if held is None:
+        return
+    inner = inside(held)
+    if isinstance(inner, Reference):
+        if inner.source is not model:
+            raise StepError(
+                "the trainer's ref_model is the reference of another model; pass tunerkit.reference(model) of the "
+                "model that it trains"
+            )
+        return
+    if type(inner) is not type(model) or _checkpoint_of(inner) != _checkpoint_of(model):
+        return
+    trainer.ref_model = None
+    trainer.accelerator.free_memory()  # the list of prepared models still holds it; each call of train empties it too
+    trainer.ref_model = reference(model)
+    warnings.warn(
+        f"{type(trainer).__name__} had loaded {type(model).__name__} a second time from {_checkpoint_of(model)!r} as "
+        "its reference model. It was dropped: the reference is now the trained model as it stands, tunerkit.reference("
+        "model). Where the trainer takes a ref_model, pass that, and nothing is loaded; for another reference, set "
+        "trainer.ref_model after attach",
+        TunerkitWarning,
+        stacklevel=4,
+    )
+
+
+def _checkpoint_of(model: nn.Module) -> object:
+    """Return the name or folder from which a transformers model was loaded."""
+    config = getattr(model, "config", None)
+    return getattr(config, "name_or_path", None)

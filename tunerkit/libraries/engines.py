@@ -1,0 +1,132 @@
+"""The engines that shard weights and the kinds of packed weights: how each is recognised, and what is refused with it.
+
+One table of plain records. To support an engine in one verb, remove that entry of its row.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import attrs
+from torch import nn
+
+from tunerkit.errors import AdapterError, TargetError, TunerkitError
+from tunerkit.libraries.forwards import is_named
+from tunerkit.libraries.torch_private import FLATTENED, VIEWS_FLAT, own_parameters
+from tunerkit.paths import join
+
+
+@attrs.frozen
+class Engine:
+    """An engine or a kind of weight with which tunerkit cannot do everything.
+
+    Attributes:
+        name: What messages call it.
+        refused: The reason and the way out by verb: ``"wrap"`` (and load), ``"attach"``, ``"save"``, ``"merge"``.
+        classes: The qualified names of the classes from which its modules or its parameters derive.
+        marks: Attributes that it sets on modules or parameters, with their value; None stands for any value.
+        error: The exception that refusing raises.
+    """
+
+    name: str
+    refused: Mapping[str, str]
+    classes: tuple[str, ...] = ()
+    marks: Mapping[str, object] = attrs.field(factory=dict)
+    error: type[TunerkitError] = AdapterError
+
+
+_GATHER = "Gather the full state_dict, load it into an unsharded model that was wrapped in the same way, and {0} there"
+_PACKED = "Call tunerkit.merge on the unquantised base instead: load the adapter onto it"
+
+ENGINES = (
+    Engine(
+        "peft",
+        classes=(
+            "peft.peft_model.PeftModel",
+            "peft.tuners.tuners_utils.BaseTunerLayer",
+            "peft.utils.other.AuxiliaryTrainingWrapper",
+        ),
+        refused={
+            "wrap": "this is a PeftModel, or holds layers of one, so an adapter would be put on top of peft's. Call "
+            "merge_and_unload() on it to keep what peft trained, or unload() to drop that, and wrap what it returns"
+        },
+    ),
+    Engine(
+        "torchao",
+        classes=("torchao.utils.TorchAOBaseTensor",),
+        refused={
+            "wrap": "torchao stores its weights packed, and no adapter on them could be saved or merged. Load the "
+            "model without quantising it, in bfloat16 to save memory, and wrap that",
+            "save": "torchao stores its weights packed, so the base's fingerprint cannot be taken. Save before you "
+            "quantise the model",
+            "merge": f"torchao stores its weights packed, so nothing can be added to them. {_PACKED}",
+        },
+        error=TargetError,
+    ),
+    Engine(
+        "FSDP1 (FullyShardedDataParallel)",
+        classes=("torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",),
+        marks={FLATTENED: True, VIEWS_FLAT: False},
+        refused={
+            "wrap": "it has flattened the weights already. Wrap the model that it was given, before FSDP",
+            "attach": "it flattens the adapters into one tensor for each process, so no step sees a whole adapter. "
+            "Train in one process or with DDP",
+            "save": f"each process holds a flat shard of the weights. {_GATHER.format('save')}",
+            "merge": f"each process holds a flat shard of the weights. {_GATHER.format('merge')}",
+        },
+    ),
+    Engine(
+        "FSDP2 (fully_shard)",
+        classes=("torch.distributed.tensor.DTensor",),
+        refused={
+            "wrap": "it has sharded the weights already, and adapters would not be synchronised. Wrap the model first, "
+            "then call fully_shard",
+            "save": f"each process holds a shard of the weights. {_GATHER.format('save')}",
+            "merge": f"each process holds a shard of the weights. {_GATHER.format('merge')}",
+        },
+    ),
+    Engine(
+        "DeepSpeed ZeRO-3",
+        marks={"ds_id": None},
+        refused={
+            "wrap": "it has partitioned the weights already, so there is nothing to copy or to compare. Load the model "
+            "without deepspeed.zero.Init, wrap it, and then pass it to deepspeed.initialize",
+            "save": f"it holds the weights in partitions, and the parameters are empty. {_GATHER.format('save')}",
+            "merge": f"it holds the weights in partitions, and the parameters are empty. {_GATHER.format('merge')}",
+        },
+    ),
+    Engine(
+        "bitsandbytes int8",
+        classes=("bitsandbytes.nn.modules.Int8Params",),
+        refused={"merge": f"int8 weights are stored packed, and adding to them changes nothing. {_PACKED}"},
+    ),
+    Engine(
+        "optimum-quanto",
+        classes=("optimum.quanto.tensor.qtensor.QTensor",),
+        refused={"merge": f"quanto's weights are stored packed, and adding to them changes nothing. {_PACKED}"},
+    ),
+)
+
+
+def refuse_engine(modules: Iterable[tuple[str, nn.Module]], verb: str) -> None:
+    """Raise the error of the first engine that refuses ``verb`` and that is found in ``modules``.
+
+    Args:
+        modules: Pairs of a path and a module. The modules inside it are not searched.
+        verb: A key of `Engine.refused`.
+    """
+    things: list[tuple[str, nn.Module | nn.Parameter]] = []
+    for path, module in modules:
+        things.append((path, module))
+        things += [(join(path, name), p) for name, p in own_parameters(module).items() if p is not None]
+    kinds = {type(thing) for _, thing in things}
+    for engine in ENGINES:
+        if verb in engine.refused:
+            own = {kind for kind in kinds if any(is_named(kind, name) for name in engine.classes)}
+            found = (path for path, thing in things if type(thing) in own or _is_marked(thing, engine.marks))
+            for where in found:
+                place = f"at {where!r}" if where else "in the model itself"
+                raise engine.error(f"cannot {verb} with {engine.name}, found {place}: {engine.refused[verb]}")
+
+
+def _is_marked(thing: nn.Module | nn.Parameter, marks: Mapping[str, object]) -> bool:
+    held = vars(thing) if marks else {}
+    return any(name in held and value in (None, held[name]) for name, value in marks.items())

@@ -1,0 +1,55 @@
+"""Checks that a merge into a packed weight took effect: such a weight need not become what is assigned to it."""
+
+from collections.abc import Container
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from tunerkit import hooks
+from tunerkit.injection import Slots
+from tunerkit.libraries import torch_private
+
+
+@attrs.frozen(eq=False)
+class PackedSum:
+    """What a merge should make of a packed weight.
+
+    Attributes:
+        before: W, (out, in), as it was.
+        delta: The sum of the adapters' ΔW, (out, in).
+    """
+
+    before: Tensor
+    delta: Tensor
+
+    @torch.no_grad()
+    def is_reached_by(self, slots: Slots) -> bool:
+        """Return whether the base layer's weight is nearer to W + ΔW than to W: packing may round to four bits."""
+        assert slots.base is not None
+        missing = slots.base.dense().float() - self.before - self.delta
+        return bool(missing.norm() <= self.delta.norm() / 2) or not self.delta.any()
+
+
+@torch.no_grad()
+def packed_sum(path: str, module: nn.Module, slots: Slots, merged: Container[str]) -> PackedSum | None:
+    """Compute what a merge should make of the weight of ``module``, before it is written.
+
+    Args:
+        path: The module's name in errors.
+        module: The adapted module.
+        slots: Its slots.
+        merged: The local names of the tensors that the merge replaces.
+
+    Returns:
+        The sum; None for a weight that is a plain matrix, which becomes what is assigned to it, or is not replaced.
+    """
+    base = slots.base
+    if base is None or base.weight_name not in merged:
+        return None
+    weight = torch_private.own_parameters(module)[base.weight_name]
+    if type(weight) is nn.Parameter and weight.is_floating_point():
+        return None
+    deltas = [hooks.delta(path, slot.method, slot.adapter, base).weight for slot in slots.applied if slot.adapter]
+    total = sum((each.float() for each in deltas if each is not None), torch.zeros(()))
+    return PackedSum(before=base.dense().float().clone(), delta=total)

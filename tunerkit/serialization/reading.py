@@ -1,0 +1,67 @@
+"""Read one of tunerkit's files, and say what another file is."""
+
+import functools
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from tunerkit.errors import FileError
+from tunerkit.libraries import ForeignFormat, foreign_format
+from tunerkit.paths import few
+from tunerkit.serialization.finite import nonfinite
+from tunerkit.serialization.header import Header, decode, is_ours
+from tunerkit.serialization.safetensors_file import file_at
+from tunerkit.serialization.safetensors_file import read as read_file
+
+# The public function that writes each kind of file.
+_WRITERS = {"adapter": "save", "state": "save_state"}
+
+
+def read(path: str | os.PathLike[str], *, content: str) -> tuple[str, dict[str, Tensor], Header]:
+    """Return the file's own path for messages, its tensors, and its header after all checks. Raises `FileError`."""
+    place = file_at(path, content)
+    source = str(place)
+    if not os.path.isfile(place):
+        _refuse_foreign(place.parent, _names_in(place.parent), ())
+        raise FileError(
+            f"there is no file {source}; tunerkit.{_WRITERS[content]} writes {content}.safetensors into the folder "
+            "it is given"
+        )
+    tensors, metadata = read_file(place, functools.partial(_accept, place))
+    return source, tensors, decode(metadata, tensors, source=source, content=content)
+
+
+def refuse_nonfinite(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor], source: str) -> None:
+    """Raise `FileError` if a file's tensors contain NaN or inf where the base's own do not."""
+    if wrong := nonfinite(tensors, base):
+        raise FileError(
+            f"{source} has NaN or inf in {len(wrong)} of {len(tensors)} tensors: {few(wrong, shown=5)}. A model with "
+            "them computes nothing useful: load an earlier file. To look at this one, read its tensors with "
+            "safetensors.torch.load_file"
+        )
+
+
+def _accept(place: Path, metadata: Mapping[str, str], tensors: Collection[str]) -> None:
+    """Refuse a file of another program, before its data is read."""
+    if not is_ours(metadata):
+        _refuse_foreign(place, [place.name], tensors)
+        decode(metadata, {}, source=str(place), content="")
+
+
+def _refuse_foreign(place: Path, files: Collection[str], tensors: Collection[str]) -> None:
+    found: ForeignFormat | None = foreign_format(files, tensors)
+    if found is not None:
+        raise FileError(
+            f"{place} holds an adapter in the format of {found.library} ({few(found.files, shown=3)}). tunerkit "
+            f"itself does not read it: that takes the distribution {found.distribution}, which is not installed. "
+            f"Without it, use {found.library}: {found.instead}(model, folder)"
+        )
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except (OSError, ValueError):
+        return []
