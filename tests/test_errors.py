@@ -2,7 +2,7 @@
 
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -136,7 +136,12 @@ HUGE: dict[str, dict[str, Any]] = {
 def test_wrapping_with_huge_settings_fails_with_a_short_error(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: the text is bounded, and the closest names are looked for only in the first errors of many."""
     searched: list[str] = []
-    monkeypatch.setattr(resolution, "closest", lambda name, names: searched.append(name) or closest(name, names))
+
+    def counted(name: str, names: Iterable[str]) -> str:
+        searched.append(name)
+        return closest(name, names)
+
+    monkeypatch.setattr(resolution, "closest", counted)
     model = nn.ModuleDict({f"layer{number}": nn.Sequential(nn.Linear(1, 1), nn.ReLU()) for number in range(200)})
     with registered(ShiftPlugin()), pytest.raises((ConfigError, TargetError)) as caught:
         tunerkit.wrap(model, "toy-shift", HUGE[case])
