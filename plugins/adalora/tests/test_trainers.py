@@ -194,7 +194,7 @@ def alone(tmp_path: Path) -> Iterator[None]:
     if not (distributed.is_available() and distributed.is_gloo_available()):
         pytest.skip("this torch has no gloo")
     address = f"file://{tmp_path / 'store'}"
-    distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1, timeout=timedelta(seconds=60))
+    distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1, timeout=timedelta(minutes=20))
     yield
     distributed.destroy_process_group()
 
