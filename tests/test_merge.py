@@ -1,6 +1,7 @@
 """Merge, unmerge and disable: outputs within the tolerance, bases bit for bit, errors that change nothing."""
 
 import copy
+import functools
 import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -358,3 +359,129 @@ def test_an_adapter_that_adds_nothing_is_merged_and_unmerged(toys: "Toys") -> No
         with tunerkit.disabled(model):
             assert torch.equal(model(toys.x()), output)
         assert not is_merged(tunerkit.unmerge(model))
+
+
+def overflowing(toys: "Toys") -> Any:
+    """A model in fp16 whose merged weights are too large at one target, and fit at the other."""
+    model = toys.net().half()
+    model.layers[1].weight.data.fill_(60_000)
+    tunerkit.wrap(model, "toy-low-rank", {"targets": ["layers.0", "layers.1"]})
+    adapter: Any = tunerkit.tuner(model).adapters()["layers.1"]
+    adapter.a.data.fill_(100)
+    adapter.b.data.fill_(100)
+    return model
+
+
+def _keep_merged(model: nn.Module) -> nn.Module:
+    return tunerkit.unwrap(model, keep_merged=True)
+
+
+@pytest.mark.parametrize("value", ["overflow", torch.nan, torch.inf])
+def test_weights_that_would_not_be_finite_are_not_merged(toys: "Toys", value: Any) -> None:
+    """In fp16 a sum may overflow, and adapters may have NaN: the error names the targets, and nothing is changed."""
+    if value == "overflow":
+        model = overflowing(toys)
+    else:
+        model = trained(toys, "toy-low-rank", "adapters")
+        adapter: Any = tunerkit.tuner(model).adapters()["layers.1"]
+        adapter.b.data[0, 0] = value
+    before = {name: tensor.nan_to_num(nan=-1.0) for name, tensor in model.state_dict().items()}
+    words = r"1 merged tensors would contain NaN or inf: layers\.1\.weight\. Nothing was changed"
+    for call in (tunerkit.merge, functools.partial(tunerkit.merge, permanent=True), _keep_merged):
+        with pytest.raises(AdapterError, match=words):
+            call(model)
+        assert not is_merged(model)
+        after = {name: tensor.nan_to_num(nan=-1.0) for name, tensor in model.state_dict().items()}
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    if value == "overflow":
+        assert bool(tunerkit.merge(model.float()).layers[1].weight.isfinite().all())
+
+
+def test_a_base_that_is_not_finite_itself_is_merged(toys: "Toys") -> None:
+    """A module that is trained in full may hold a mask of -inf in a buffer, and a base weight may be NaN."""
+    model = toys.net()
+    model.head[2].register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    model.layers[0].weight.data[0, 0] = torch.nan
+    tunerkit.wrap(model, "toy-low-rank", {"targets": ["layers.0"], "train_modules": ["head"]})
+    assert is_merged(tunerkit.merge(toys.fill_(model)))
+    assert model.head[2].mask[1] == -torch.inf
+
+
+COPIES = {"itself": lambda model: model, "deep copy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("made", COPIES)
+def test_merged_weights_are_not_loaded_beside_the_adapters_again(
+    toys: "Toys", tmp_path: Path, made: str, assign: bool
+) -> None:
+    """The adapters would be applied twice. Nothing has been loaded when the error comes, in whole models or parts."""
+    state = copy.deepcopy(tunerkit.merge(toys.trained()).state_dict())
+    model = COPIES[made](toys.trained())
+    before = toys.snapshot(model)
+    with pytest.raises(AdapterError, match=r"twice\. Take it after tunerkit\.unmerge.*keep_merged=True"):
+        model.load_state_dict(state, assign=assign)
+    with pytest.raises(AdapterError, match="twice"):  # a plain dict has no metadata
+        nn.Sequential(model).load_state_dict({f"0.{name}": tensor.clone() for name, tensor in state.items()})
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(AdapterError, match="twice"):
+        model.load_state_dict(torch.load(tmp_path / "state.pt"), assign=assign)
+    with pytest.raises(AdapterError, match="twice"):
+        copy.deepcopy(model).layers.load_state_dict(tunerkit.merge(toys.trained()).layers.state_dict())
+    assert toys.same(toys.snapshot(model), before)
+
+
+@pytest.mark.parametrize("made", COPIES)
+def test_nothing_is_loaded_into_a_merged_model(toys: "Toys", made: str) -> None:
+    """Unmerging would overwrite it with the originals. Afterwards the same state is loaded as always."""
+    model = toys.trained()
+    state, output = copy.deepcopy(model.state_dict()), model(toys.x())
+    merged = COPIES[made](tunerkit.merge(model))
+    for loaded in (state, copy.deepcopy(merged.state_dict())):
+        before = toys.snapshot(merged)
+        with pytest.raises(AdapterError, match=r"lost at unmerge; call tunerkit\.unmerge first"):
+            merged.load_state_dict(loaded)
+        assert toys.same(toys.snapshot(merged), before)
+    tunerkit.unmerge(merged).load_state_dict(state)
+    assert torch.equal(merged(toys.x()), output)
+
+
+def test_states_of_one_permanent_merge_fit_another(toys: "Toys") -> None:
+    """There is nothing to unmerge, so a copy in another process takes the merged weights as they are."""
+    model = tunerkit.merge(toys.trained(), permanent=True)
+    other = tunerkit.merge(toys.fill_(toys.trained(), seed=8), permanent=True)
+    assert not torch.equal(other(toys.x()), model(toys.x()))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(toys.x()), model(toys.x()))
+    with pytest.raises(AdapterError, match="lost at unmerge"):
+        other.load_state_dict(toys.trained().state_dict())
+
+
+def test_the_state_inside_disabled_is_that_of_the_base(toys: "Toys") -> None:
+    """It may be loaded into an unmerged model, which it gives the base's weights and the adapters."""
+    model = tunerkit.merge(toys.trained())
+    output = tunerkit.unmerge(copy.deepcopy(model))(toys.x())
+    with tunerkit.disabled(model):
+        state = copy.deepcopy(model.state_dict())
+    other = tunerkit.wrap(toys.net(seed=5), "toy-low-rank", dict(toys.full))
+    other.load_state_dict(state)
+    assert torch.equal(other(toys.x()), output)
+
+
+def test_the_state_of_another_base_is_loaded(toys: "Toys") -> None:
+    """Other values of the base are no sign of a merge, with metadata and without."""
+    model = toys.fill_(tunerkit.wrap(toys.net(seed=5), "toy-low-rank", dict(toys.full)), seed=6)
+    for state in (model.state_dict(), {name: tensor.clone() for name, tensor in model.state_dict().items()}):
+        other = toys.trained()
+        other.load_state_dict(state)
+        assert torch.equal(other(toys.x()), model(toys.x()))
+
+
+def test_after_unwrapping_any_state_may_be_loaded(toys: "Toys") -> None:
+    """No hook stays behind; the merged weights fit the plain model."""
+    state = tunerkit.unwrap(toys.trained(), keep_merged=True).state_dict()
+    model = tunerkit.unwrap(toys.trained())
+    assert not model._load_state_dict_pre_hooks
+    assert not model._state_dict_hooks
+    model.load_state_dict(state)

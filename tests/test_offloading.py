@@ -6,6 +6,7 @@ from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
+import attrs
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ import tunerkit
 from tunerkit.errors import AdapterError, StepError, TargetError
 from tunerkit.layers import as_base_layer, plain_form
 from tunerkit.libraries import duplicate, execution_device
+from tunerkit.testing.registering import registered
 
 if TYPE_CHECKING:
     from tests.conftest import Toys
@@ -280,3 +282,58 @@ def test_buffers_that_share_a_storage_are_copied_each_by_itself(toys: "Toys") ->
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
     tunerkit.wrap(model, "toy-low-rank", {"targets": ["0"], "train_modules": ["1"]})
     torch.testing.assert_close(model(x), expected)
+
+
+@attrs.frozen
+class ReadsConfig(tunerkit.AdapterConfig):
+    """Only the settings of every method."""
+
+
+class Reads(tunerkit.Adapter):
+    """Adds ``scale`` times the base layer's own product, from the weight as the base layer shows it."""
+
+    def __init__(self, base: tunerkit.BaseLayer) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((1,), 0.5))
+
+    def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
+        weight = base.matrix() if base.linear else base.dense()
+        return y + self.scale * base.project_out(base.project_in(x, weight), torch.eye(base.out_features))
+
+
+class ReadsPlugin:
+    """``toy-reads``, a method that needs the base layer's weight in its forward."""
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [tunerkit.Method("toy-reads", config=ReadsConfig)]
+
+    @tunerkit.hookimpl
+    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Reads:
+        return Reads(base)
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_an_adapter_that_reads_an_offloaded_weight_gets_its_values(
+    toys: "Toys", tmp_path: Path, offload: Offload
+) -> None:
+    """On the meta device the weight has none, and a product with it is uninitialised memory."""
+    config = {"targets": ["conv", "layers.0", "layers.1"]}
+    with registered(ReadsPlugin()):
+        plain = tunerkit.wrap(toys.net(), "toy-reads", config)
+        model = tunerkit.wrap(offload(toys.net(), tmp_path), "toy-reads", config)
+        for _ in range(2):
+            assert torch.equal(model(toys.x()), plain(toys.x()))
+
+
+def test_a_weight_that_no_hook_loads_is_not_read() -> None:
+    """An unknown hook may bring it for the layer's own forward only; then the error says what to do."""
+    layer = nn.Linear(3, 3)
+    hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="cpu"))
+    base = as_base_layer(layer.to("meta"))
+    assert base is not None
+    for read in (base.dense, base.matrix):
+        with pytest.raises(
+            AdapterError, match=r"weight of a Linear .* meta device, and AlignDevicesHook does not load it"
+        ):
+            read()

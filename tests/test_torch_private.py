@@ -1,5 +1,6 @@
 """Canaries: each private name of torch that the core uses exists and behaves as expected."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -184,6 +185,42 @@ def ddp() -> bool:
     return found == [parallel] and torch_private.running_ddp() is None and same
 
 
+def other(*_: object, **__: object) -> None:
+    """A second hook."""
+
+
+def state_hooks() -> bool:
+    """Hooks after taking a state and before loading one are found by function; others stay."""
+    module = nn.Linear(2, 2)
+    for hook in (nothing, other):
+        module.register_load_state_dict_pre_hook(hook)
+        module.register_state_dict_post_hook(hook)
+    torch_private.remove_state_hooks_(module, nothing)
+    left = [wrapper.hook for wrapper in module._load_state_dict_pre_hooks.values()]
+    return left == [other] == list(module._state_dict_hooks.values())
+
+
+def flattened() -> bool:
+    """FSDP1 marks the parameters that it flattens; if it takes them away, it marks the modules. FSDP2 does neither."""
+    seen: list[bool] = []
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        fsdp = importlib.import_module("torch.distributed.fsdp")
+        for original in (True, False):
+            module: Any = nn.Sequential(nn.Linear(2, 2))
+            fsdp.FullyShardedDataParallel(module, use_orig_params=original, device_id=torch.device("cpu"))
+            marked = vars(module[0])[torch_private.VIEWS_FLAT] is False
+            seen.append(vars(module[0].weight)[torch_private.FLATTENED] and not marked if original else marked)
+        module = nn.Sequential(nn.Linear(2, 2))
+        fsdp.fully_shard(module, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
+        held = {**vars(module), **vars(module[0].weight)}
+        seen.append(held.get(torch_private.VIEWS_FLAT) is not False and torch_private.FLATTENED not in held)
+    finally:
+        torch.distributed.destroy_process_group()
+    return seen == [True, True, True]
+
+
 def dynamo() -> bool:
     """Compiled code is detected until a reset."""
     import torch._dynamo
@@ -249,6 +286,10 @@ CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
         "multiplies_bf16_in_tiles (cli.training)",
         lambda: isinstance(torch_private.multiplies_bf16_in_tiles(), bool),
     ),
+    "_load_state_dict_pre_hooks": ("remove_state_hooks_ (injection.state_dicts)", state_hooks),
+    "_state_dict_hooks": ("remove_state_hooks_ (injection.state_dicts)", state_hooks),
+    "_fsdp_flattened": ("FLATTENED (libraries.engines)", flattened),
+    "_fsdp_use_orig_params": ("VIEWS_FLAT (libraries.engines)", flattened),
     "_active_ddp_module": ("running_ddp (injection.unsynchronised)", ddp),
     "_module_parameters": ("known_to (injection.unsynchronised)", ddp),
     "torch._dynamo": (
@@ -267,6 +308,7 @@ DELETED = (
 )
 OF_INSTANCES = {
     *("_parameters", "_modules", "_orig_mod", "_forward_hooks", "_version"),
+    *("_load_state_dict_pre_hooks", "_state_dict_hooks", "_fsdp_flattened", "_fsdp_use_orig_params"),
     *("_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_module_parameters"),
 }
 # Children of one process that has torch: a fresh import for each name would take a minute.

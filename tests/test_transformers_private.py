@@ -1,7 +1,9 @@
-"""Canaries: each private Trainer method that the core replaces exists and behaves as expected."""
+"""Canaries: each private name of transformers that the core uses exists and behaves as expected."""
 
+import copy
 import functools
 import inspect
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from tunerkit.libraries import transformers_private
 transformers = pytest.importorskip("transformers", reason="the canaries are about its Trainer")
 pytest.importorskip("accelerate", reason="the Trainer needs it")
 
+MARK = "_is_hf_initialized"
 ROOT = Path(__file__).parents[1]
 FILE = "tunerkit/libraries/transformers_private.py"
 USER = "integrations.checkpoints"
@@ -131,7 +134,27 @@ def test_a_private_method_of_the_trainer_does_what_it_is_taken_for(name: str, tm
 def test_every_private_name_in_the_file_has_a_canary() -> None:
     """Also, no canary is for a name that is no longer used."""
     source = next(s for s in read("libraries", ROOT / "tunerkit/libraries") if s.name.endswith("transformers_private"))
-    assert set(private_attributes(source)) == set(CANARIES)
+    assert set(private_attributes(source)) == {*CANARIES, MARK}
+
+
+def test_loaded_parameters_have_a_mark_that_new_ones_lack(tmp_path: Path) -> None:
+    """Moves, casts, training and pickles keep it, a deep copy does not, and a model from a config has none."""
+    where = f"transformers {transformers.__version__}: {MARK} is not what it was. targets.new_modules relies on it: "
+    config = transformers.BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    model = transformers.BertForSequenceClassification.from_pretrained(tmp_path)
+
+    def marked(model: nn.Module) -> set[str]:
+        return {name for name, p in model.named_parameters() if transformers_private.is_loaded(p)}
+
+    loaded = {name for name, _ in model.named_parameters() if name.startswith("bert.")}
+    assert marked(model) == loaded, f"{where}mend {FILE}"
+    assert marked(pickle.loads(pickle.dumps(model))) == loaded, f"{where}mend {FILE}"
+    assert marked(model.to(torch.bfloat16).requires_grad_(False)) == loaded, f"{where}mend {FILE}"
+    assert not marked(copy.deepcopy(model)), f"{where}deep copies keep it now, so say less in the warning"
+    assert not marked(transformers.BertForSequenceClassification(config)), f"{where}mend {FILE}"
 
 
 def test_methods_for_weights_of_a_trainer_s_own_are_named() -> None:

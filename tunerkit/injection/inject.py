@@ -8,7 +8,8 @@ from torch import nn
 from tunerkit.errors import AdapterError
 from tunerkit.injection.running import refuse_running, unwatch_threads_, watch_threads_
 from tunerkit.injection.save_pretrained import unwatch_saving_, watch_saving_
-from tunerkit.injection.slots import Slot, Slots, apply_slots, base_modules, refuse_state_of, slots_of, walk
+from tunerkit.injection.slots import Slot, Slots, apply_slots, base_modules, slots_of, walk
+from tunerkit.injection.state_dicts import unwatch_states_, watch_states_
 from tunerkit.injection.tuner import WRAPPED, Tuner, wrapped_of
 from tunerkit.injection.uncalled import note_call, watch
 from tunerkit.injection.unsynchronised import check_at_next_forward_, refuse_unsynchronised
@@ -27,7 +28,7 @@ def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, *, trainable
     refuse_running(model, "adding an adapter")
     if not wrapped.tuners:  # a base parameter that is unfrozen later is meant to be trained
         wrapped.frozen = _freeze_base_(model)
-        model.register_load_state_dict_pre_hook(refuse_state_of)
+        watch_states_(model)
         watch_saving_(model)
         watch_threads_(model)
     for path, module in tuner.modules().items():
@@ -69,7 +70,7 @@ def eject_(tuner: Tuner) -> None:
     wrapped.active = tuple(name for name in wrapped.active if name != tuner.name)
     if not wrapped.tuners:
         _thaw_base_(model, set(wrapped.frozen))
-        torch_private.remove_load_hooks_(model, refuse_state_of)
+        unwatch_states_(model)
         unwatch_saving_(model)
         unwatch_threads_(model)
         del vars(model)[WRAPPED]

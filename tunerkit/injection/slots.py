@@ -14,8 +14,8 @@ from tunerkit.paths import CHILD, join
 # Buffers hold the originals. Adapter names have no "/", so the prefix keeps the two apart. Buffer names must have no
 # dot, and the tensors of a trained copy have dots in theirs.
 _ORIGINAL, _DOT = "/", "\0"
-# The key that a ``state_dict`` has beside the slots of a merged module.
-_MERGED = "/merged"
+# The entry in the metadata of a ``state_dict`` with merged weights.
+MERGED = "tunerkit.merged"
 
 
 class Slot(nn.Module):
@@ -87,8 +87,8 @@ class Slots(nn.Module):
         self.enabled = True
         self.merged: tuple[str, ...] = ()
         self.permanent = False
-        self.register_state_dict_post_hook(_mark_merged)  # type: ignore[no-untyped-call]  # torch's own
-        self.register_load_state_dict_pre_hook(_take_mark)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(mark_merged)  # type: ignore[no-untyped-call]  # torch's own
+        self.register_load_state_dict_pre_hook(_check_state)  # type: ignore[no-untyped-call]
 
     def __setattr__(self, name: str, value: object) -> None:
         # nn.Module refuses to set an attribute with the name of a child, and an adapter may be called "training".
@@ -165,7 +165,7 @@ class Slots(nn.Module):
         # `originals` costs a search through the buffers, and only a merged module has some.
         return (self.originals.get(name, live) if self.merged and self.enabled else live).detach()
 
-    def refuse_state(self, marked: bool) -> None:
+    def refuse_state(self, *, marked: bool) -> None:
         """Raise `AdapterError` for a ``state_dict`` that does not fit the module as it is, merged or not.
 
         Args:
@@ -184,21 +184,19 @@ class Slots(nn.Module):
             )
 
 
-def _mark_merged(slots: Slots, state_dict: dict[str, Any], prefix: str, local_metadata: object) -> None:
-    """Mark the ``state_dict`` of a merged module: the post-hook of its slots. Inside `disabled` it is the base's."""
-    if slots.merged and slots.enabled:
-        state_dict[prefix + _MERGED] = torch.ones((), dtype=torch.bool)
+def mark_merged(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """Mark the metadata of a ``state_dict`` with merged weights: the post-hook of slots, and of a wrapped model.
+
+    The keys stay as they are. Inside `disabled` the weights are the base's.
+    """
+    held = [module] if isinstance(module, Slots) else [slots for _, _, slots in walk(module)]
+    if any(slots.merged and slots.enabled for slots in held):
+        metadata[MERGED] = True
 
 
-def _take_mark(slots: Slots, state_dict: dict[str, Any], prefix: str, *rest: object) -> None:
-    """Check a ``state_dict`` before it is loaded: the pre-hook of every module's slots."""
-    slots.refuse_state(state_dict.pop(prefix + _MERGED, None) is not None)
-
-
-def refuse_state_of(model: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: object) -> None:
-    """Check a ``state_dict`` for the whole model: the model's own pre-hook, so that nothing has been loaded yet."""
-    for path, _, slots in walk(model):
-        slots.refuse_state(f"{prefix}{join(path, CHILD)}.{_MERGED}" in state_dict)
+def _check_state(slots: Slots, state_dict: object, prefix: str, metadata: Mapping[str, object], *rest: object) -> None:
+    """Check a ``state_dict`` before it is loaded into a part of a model: the pre-hook of slots."""
+    slots.refuse_state(marked=MERGED in metadata)
 
 
 def slots_of(module: nn.Module) -> Slots | None:

@@ -58,11 +58,14 @@ def remove_hooks_(module: nn.Module, *functions: Callable[..., Any]) -> None:
                     table.pop(key, None)
 
 
-def remove_load_hooks_(module: nn.Module, function: Callable[..., Any]) -> None:
-    """Remove the hooks of ``module`` before `load_state_dict` that are ``function``."""
-    hooks: dict[int, Any] = module._load_state_dict_pre_hooks
-    for key in [key for key, wrapper in hooks.items() if wrapper.hook is function]:
-        del hooks[key]
+def remove_state_hooks_(module: nn.Module, *functions: Callable[..., Any]) -> None:
+    """Remove the hooks after ``state_dict()`` and before ``load_state_dict()`` that are one of ``functions``."""
+    after: dict[int, Any] = module._state_dict_hooks
+    before: dict[int, Any] = module._load_state_dict_pre_hooks
+    for key in [key for key, hook in after.items() if hook in functions]:
+        del after[key]
+    for key in [key for key, wrapper in before.items() if wrapper.hook in functions]:
+        del before[key]
 
 
 # --- Kinds of modules ------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Modules that no checkpoint filled, such as a new output head: they are trained as copies unless the user decides."""
 
+import itertools
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
@@ -16,10 +17,10 @@ from tunerkit.libraries import (
     named_heads,
     torch_private,
 )
-from tunerkit.paths import few, is_under, parent
+from tunerkit.paths import few, is_number, is_under, parent
 from tunerkit.patterns import is_broad, matcher
 from tunerkit.targets.resolution import refuse_tied
-from tunerkit.targets.scan import Scan
+from tunerkit.targets.scan import Scan, ScannedModule
 from tunerkit.targets.trained_in_full import copies_at
 
 _SHOWN = 5
@@ -100,9 +101,16 @@ def _marks(scanned: Scan) -> dict[str, list[bool]] | None:
     replaces parameters also drops their marks.
     """
     marks = {each.path: [is_loaded(p) for p in _own(each.module)] for each in (scanned.root, *scanned.modules)}
-    blocks = (each.path for each in scanned.modules if each.layer is not None and not each.in_head)
-    dropped = any(not all(marks[path]) for path in blocks)
+    dropped = any(not all(marks[each.path]) for each in scanned.modules if _is_in_block(scanned, each))
     return marks if any(map(any, marks.values())) and not dropped else None
+
+
+def _is_in_block(scanned: Scan, found: ScannedModule) -> bool:
+    """Whether the module is in a numbered block; a head may number its layers too, most often in a Sequential."""
+    if found.layer is None or found.in_head:
+        return False
+    above = itertools.takewhile(lambda part: not is_number(part), found.path.split("."))
+    return not isinstance(scanned.by_path[".".join(above)].module, nn.Sequential)
 
 
 def _unmarked(scanned: Scan, marks: Mapping[str, list[bool]]) -> tuple[list[str], list[str]]:

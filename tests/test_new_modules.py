@@ -1,0 +1,217 @@
+"""New modules, such as the head of a classifier on a base checkpoint: trained as copies by default, and said."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+import tunerkit
+from tunerkit.errors import TunerkitWarning
+
+if TYPE_CHECKING:
+    from tests.conftest import Toys
+
+transformers = pytest.importorskip("transformers", reason="the marks of loaded parameters are transformers'")
+IDS = torch.arange(6).reshape(2, 3)
+SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+Load = Callable[..., Any]
+
+
+def checkpoint(folder: Path, model: Any) -> Load:
+    """Write ``model``, and return what loads it as another class of transformers."""
+    model.save_pretrained(folder)
+    return lambda kind, **options: getattr(transformers, kind).from_pretrained(folder, **options).eval()
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Load:
+    """A checkpoint of BERT's body, with its pooler."""
+    return checkpoint(tmp_path / "bert", transformers.BertModel(transformers.BertConfig(**SIZES)))
+
+
+@pytest.fixture
+def masked(tmp_path: Path) -> Load:
+    """A checkpoint of a masked language model, which has no pooler."""
+    return checkpoint(tmp_path / "masked", transformers.BertForMaskedLM(transformers.BertConfig(**SIZES)))
+
+
+def llama(folder: Path, *, tied: bool) -> Load:
+    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=tied)
+    return checkpoint(folder / "llama", transformers.LlamaForCausalLM(config))
+
+
+def wrapped(model: Any, **config: object) -> tuple[list[str], list[str]]:
+    """Wrap ``model``, and return the paths of what is trained in full, and the warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tunerkit.wrap(model, "toy-low-rank", config)
+    assert all(each.category is TunerkitWarning and each.filename == __file__ for each in caught)
+    texts = [str(each.message) for each in caught]
+    assert not any("\n" in text for text in texts)
+    return [target.path for target in tunerkit.tuner(model).copies], texts
+
+
+def test_a_new_head_is_trained_and_its_adapter_loads_onto_another_base(
+    toys: "Toys", bert: Load, tmp_path: Path
+) -> None:
+    """The next process has another random head. The file holds the trained one, so it fits."""
+    model = bert("BertForSequenceClassification")
+    copies, texts = wrapped(model)
+    assert copies == ["classifier"]
+    assert [text.startswith("trained in full, as copies") for text in texts] == [True]
+    assert "classifier (34 parameters)" in texts[0]
+    toys.fill_(model)
+    tunerkit.save(model, tmp_path / "out")
+    torch.manual_seed(5)
+    again = bert("BertForSequenceClassification")
+    assert not torch.equal(again.classifier.weight, tunerkit.unwrap(copy.deepcopy(model)).classifier.weight)
+    tunerkit.load(again, tmp_path / "out")
+    assert toys.close(again(IDS).logits, model(IDS).logits)
+
+
+def test_a_head_from_the_checkpoint_stays_frozen_in_silence(bert: Load, tmp_path: Path) -> None:
+    """Every parameter was loaded, so nothing is new."""
+    whole = checkpoint(tmp_path / "whole", bert("BertForSequenceClassification"))
+    assert wrapped(whole("BertForSequenceClassification")) == ([], [])
+
+
+def test_a_head_of_another_size_is_new(bert: Load, tmp_path: Path) -> None:
+    """``ignore_mismatched_sizes`` replaces the checkpoint's head."""
+    whole = checkpoint(tmp_path / "whole", bert("BertForSequenceClassification"))
+    copies, _ = wrapped(whole("BertForSequenceClassification", num_labels=5, ignore_mismatched_sizes=True))
+    assert copies == ["classifier"]
+
+
+def test_everything_outside_the_blocks_that_is_new_counts(masked: Load, tmp_path: Path) -> None:
+    """A pooler that the checkpoint lacks, a head of several layers, and a head that the user's own class adds."""
+    assert wrapped(masked("BertForSequenceClassification"))[0] == ["bert.pooler", "classifier"]
+    roberta = checkpoint(tmp_path / "roberta", transformers.RobertaModel(transformers.RobertaConfig(**SIZES)))
+    assert wrapped(roberta("RobertaForSequenceClassification"))[0] == ["classifier"]
+    own: Any = nn.Module()
+    own.body, own.top = masked("BertModel", add_pooling_layer=False), nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 2))
+    assert wrapped(own)[0] == ["top.0", "top.1"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"train_modules": ["classifier"]},
+        {"exclude": ["classifier"]},
+        {"targets": ["query", "classifier"]},
+    ],
+)
+def test_a_user_who_names_the_head_decides(bert: Load, config: dict[str, Any]) -> None:
+    """Named anywhere, it is what the user says, in silence."""
+    assert wrapped(bert("BertForSequenceClassification"), **config) == (config.get("train_modules", []), [])
+
+
+def test_naming_modules_to_train_replaces_the_choice(masked: Load) -> None:
+    """What is new and not named stays frozen, and a warning says so."""
+    copies, texts = wrapped(masked("BertForSequenceClassification"), train_modules=["classifier"])
+    assert copies == ["classifier"]
+    assert len(texts) == 1
+    assert "stay frozen: train_modules does not name bert.pooler" in texts[0]
+    named = {"train_modules": ["classifier"], "exclude": ["pooler"]}
+    assert wrapped(masked("BertForSequenceClassification"), **named) == (["classifier"], [])
+
+
+@pytest.mark.parametrize("made", ["from a config", "deep copy"])
+def test_without_marks_one_warning_names_the_head(bert: Load, made: str) -> None:
+    """It cannot be seen whether the head is new; naming it anywhere silences the warning."""
+    config = transformers.BertConfig(**SIZES)
+
+    def model() -> Any:
+        if made == "deep copy":
+            return copy.deepcopy(bert("BertForSequenceClassification"))
+        return transformers.BertForSequenceClassification(config)
+
+    copies, texts = wrapped(model())
+    assert copies == []
+    assert len(texts) == 1
+    assert "cannot be seen whether classifier is new" in texts[0]
+    assert "train_modules=['classifier']" in texts[0]
+    for config_ in ({"train_modules": ["classifier"]}, {"exclude": ["classifier"]}):
+        assert wrapped(model(), **config_)[1] == []
+
+
+def test_models_without_a_head_for_a_task_do_not_warn(bert: Load, tmp_path: Path) -> None:
+    """The head of a language model is in its checkpoint, a body has none, and other libraries set no marks."""
+    assert wrapped(transformers.BertModel(transformers.BertConfig(**SIZES))) == ([], [])
+    assert wrapped(copy.deepcopy(llama(tmp_path, tied=False)("LlamaForCausalLM"))) == ([], [])
+    own = nn.Sequential(nn.Linear(3, 3))
+    own.add_module("head", nn.Linear(3, 2))
+    assert wrapped(own, targets=["0"]) == ([], [])
+
+
+def test_marks_that_are_missing_inside_the_blocks_prove_nothing(bert: Load) -> None:
+    """Moving or replacing parameters removes their marks, so the head's missing one could mean either."""
+    model = bert("BertForSequenceClassification")
+    layer = model.bert.encoder.layer[0].attention.self.query
+    layer.weight = nn.Parameter(layer.weight.detach())
+    copies, texts = wrapped(model)
+    assert copies == []
+    assert len(texts) == 1
+    assert "cannot be seen whether classifier is new" in texts[0]
+
+
+def test_a_second_adapter_uses_the_head_that_the_first_one_trains(bert: Load) -> None:
+    """Alone it trains a head of its own, as the first did."""
+    model = bert("BertForSequenceClassification")
+    wrapped(model)
+    tunerkit.wrap(model, "toy-low-rank", adapter="beside")
+    assert not tunerkit.tuner(model, "beside").copies
+    tunerkit.activate(model, [])
+    tunerkit.wrap(model, "toy-low-rank", adapter="alone")
+    assert [target.path for target in tunerkit.tuner(model, "alone").copies] == ["classifier"]
+
+
+def test_added_tokens_are_trained_with_their_output_embeddings(toys: "Toys", tmp_path: Path) -> None:
+    """Their rows are random in each process, so without a copy the adapter would load nowhere."""
+    load = llama(tmp_path, tied=False)
+
+    def longer() -> Any:
+        model = load("LlamaForCausalLM")
+        model.resize_token_embeddings(24)
+        return model
+
+    model = longer()
+    copies, texts = wrapped(model)
+    assert sorted(copies) == ["lm_head", "model.embed_tokens"]
+    assert len(texts) == 1
+    toys.fill_(model)
+    tunerkit.save(model, tmp_path / "out")
+    torch.manual_seed(5)
+    again = tunerkit.load(longer(), tmp_path / "out")
+    assert toys.close(again(IDS + 15).logits, model(IDS + 15).logits)
+    assert wrapped(longer(), exclude=["embed_tokens", "lm_head"]) == ([], [])
+
+
+def test_added_tokens_of_tied_embeddings_are_named_as_frozen(tmp_path: Path) -> None:
+    """A tied weight cannot be copied; the message says how the saved adapter finds the same rows."""
+    model = llama(tmp_path, tied=True)("LlamaForCausalLM")
+    model.resize_token_embeddings(24)
+    copies, texts = wrapped(model)
+    assert copies == []
+    assert len(texts) == 1
+    assert "stay frozen: 'model.embed_tokens' cannot be trained in full" in texts[0]
+    assert "save the base before you wrap it" in texts[0]
+
+
+def test_a_part_that_is_new_is_named_as_frozen(bert: Load) -> None:
+    """The bias of a masked head is new, and the module that holds it also holds the tied, loaded decoder."""
+    copies, texts = wrapped(bert("BertForMaskedLM"))
+    assert copies == ["cls.predictions.transform"]
+    assert "only a part of cls.predictions is new" in texts[1]
+
+
+def test_offloaded_parameters_prove_nothing(bert: Load) -> None:
+    """Offloading replaces parameters; the rest of the model still shows what was loaded."""
+    accelerate = pytest.importorskip("accelerate")
+    model = bert("BertForSequenceClassification")
+    accelerate.cpu_offload(model.bert.encoder, execution_device=torch.device("cpu"))
+    assert wrapped(model)[0] == ["classifier"]

@@ -1,0 +1,98 @@
+"""Changes to a model while another thread runs it are rejected where the interpreter shows it."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tunerkit
+from tunerkit.errors import AdapterError
+
+if TYPE_CHECKING:
+    from tests.conftest import Toys
+
+CONFIG = {"targets": ["0", "2"]}
+
+
+class Waits(nn.Module):
+    """The identity. In a thread named ``held`` it waits until it is released."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        vars(self)["arrived"], vars(self)["released"] = threading.Event(), threading.Event()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if threading.current_thread().name == "held":
+            vars(self)["arrived"].set()
+            vars(self)["released"].wait()
+        return x
+
+
+def model_of(toys: "Toys") -> Any:
+    net = nn.Sequential(nn.Linear(3, 3), Waits(), nn.Linear(3, 3))
+    return toys.fill_(tunerkit.wrap(net, "toy-low-rank", CONFIG, seed=1))
+
+
+@contextmanager
+def held(model: nn.Module, waits: nn.Module) -> Iterator[None]:
+    """Inside the block, another thread is in the middle of a forward of ``model``."""
+    thread = threading.Thread(target=model, args=(torch.ones(1, 3),), name="held")
+    thread.start()
+    vars(waits)["arrived"].wait()
+    try:
+        yield
+    finally:
+        vars(waits)["released"].set()
+        thread.join()
+
+
+def enter_disabled(model: nn.Module) -> None:
+    with tunerkit.disabled(model):
+        pass
+
+
+CHANGES: dict[str, Callable[[Any, Path], object]] = {
+    "merge": lambda model, path: tunerkit.merge(model),
+    "load": lambda model, path: tunerkit.load(model, path, adapter="second"),
+    "wrap": lambda model, path: tunerkit.wrap(model, "toy-low-rank", CONFIG, adapter="second"),
+    "delete": lambda model, path: tunerkit.delete(model, "default"),
+    "activate": lambda model, path: tunerkit.activate(model, []),
+    "unwrap": lambda model, path: tunerkit.unwrap(model),
+    "disabled": lambda model, path: enter_disabled(model),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_another_thread_runs_is_not_changed(toys: "Toys", tmp_path: Path, change: str) -> None:
+    """Half of the output would be of the model before, half of the one after. Later the same call works."""
+    model = model_of(toys)
+    tunerkit.save(model, tmp_path)
+    before = toys.snapshot(model)
+    with held(model, model[1]):
+        with pytest.raises(AdapterError, match=r"another thread runs \w+, .*hold one lock"):
+            CHANGES[change](model, tmp_path)
+        assert toys.same(toys.snapshot(model), before)
+        assert tunerkit.tuner(model).is_active
+    CHANGES[change](model, tmp_path)
+
+
+def test_a_merged_model_that_runs_is_not_unmerged(toys: "Toys") -> None:
+    """Unmerging writes the weights, as merging does."""
+    model = tunerkit.merge(model_of(toys))
+    with held(model, model[1]), pytest.raises(AdapterError, match="if unmerging changed"):
+        tunerkit.unmerge(model)
+    tunerkit.unmerge(model)
+
+
+def test_a_part_that_runs_alone_counts_and_another_model_does_not(toys: "Toys") -> None:
+    """A thread may call a module of the model; what else it calls does not matter."""
+    model, other = model_of(toys), model_of(toys)
+    with held(model[1], model[1]):
+        tunerkit.merge(other)
+        with pytest.raises(AdapterError, match="another thread runs Waits"):
+            tunerkit.merge(model)
