@@ -76,9 +76,10 @@ def _weights(
         return None
     new = state.get(prefix + join(path, slots.base.weight_name))
     own = torch_private.own_parameters(part).get(slots.base.weight_name)
-    if not isinstance(new, Tensor) or own is None or new.shape != own.shape or not own.numel():
-        return None
-    return (new, own) if own.is_floating_point() and not (new.is_meta or own.is_meta) else None
+    if type(own) is not nn.Parameter or type(new) not in (Tensor, nn.Parameter) or new.shape != own.shape:
+        return None  # a shard or a packed weight
+    readable = own.numel() and own.is_floating_point() and not (new.is_meta or own.is_meta)
+    return (new, own) if readable else None
 
 
 def _same_samples(new: Tensor, own: Tensor) -> bool:
