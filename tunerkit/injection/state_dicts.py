@@ -74,7 +74,7 @@ def _weights(
     """Return the weight of a module in the state and the live one; None where they cannot be compared."""
     if slots.base is None or not slots.applied:
         return None
-    new = state.get(prefix + join(path, slots.base.weight_name))
+    new: Any = state.get(prefix + join(path, slots.base.weight_name))
     own = torch_private.own_parameters(part).get(slots.base.weight_name)
     if type(own) is not nn.Parameter or type(new) not in (Tensor, nn.Parameter) or new.shape != own.shape:
         return None  # a shard or a packed weight
