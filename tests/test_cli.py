@@ -7,6 +7,7 @@ import io
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 import tarfile
@@ -40,7 +41,7 @@ from tunerkit.cli.baseline import head_only  # noqa: E402
 from tunerkit.cli.batches import Encoded, shuffled_batches, sorted_batches  # noqa: E402
 from tunerkit.cli.data import DataError, Examples, class_names, class_numbers, read_examples, split  # noqa: E402
 from tunerkit.cli.task import Job  # noqa: E402
-from tunerkit.cli.training import Recipe, evaluate, has_bf16  # noqa: E402
+from tunerkit.cli.training import Recipe, Score, evaluate, has_bf16  # noqa: E402
 
 texts = st.text(st.characters(codec="utf-8"), max_size=30)
 label_names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=5)
@@ -116,6 +117,16 @@ def test_a_missing_column_is_reported_with_the_closest_name(ending: str, tmp_pat
         ("d.jsonl", b'{"text": "x", "label": 0.5}\n', r"row 1, column 'label': .* got 0.5"),
         ("d.jsonl", b'{"text": "x", "label": null}\n', r"row 1 has no value in column 'label'"),
         ("d.parquet", b"not parquet", r"cannot be read as .parquet"),
+        ("d.jsonl", b'{"text": "x", "label": ' + b"1" * 5000 + b"}\n", r"line 1 is not JSON: .*digits"),
+        ("d.jsonl", b"[" * 100_000 + b"\n", r"line 1 is not JSON: .*recursion"),
+        ("d.csv", "text,label\nGr\xfc\xdfe,a\n".encode("latin-1"), r"not UTF-8 .*save it with the encoding UTF-8"),
+        ("d.csv", "text,label\nx,a\n".encode("utf-16"), r"not UTF-8 .*save it with the encoding UTF-8"),
+        ("d.jsonl", '{"text": "\xfc", "label": "a"}\n'.encode("latin-1"), r"not UTF-8"),
+        ("d.csv", b"text;label\nx;a\n", r"separated by commas, and this file seems to use ';'"),
+        ("d.csv", b"text\tlabel\nx\ta\n", r"separated by commas, and this file seems to use '\\t'"),
+        ("d.csv", b"text,label\n" + b"x" * 200_000 + b",a\n", r"cannot be read as .csv: field larger"),
+        ("d.csv", (",".join(f"column{n}" for n in range(50_000)) + "\n" + "x,a\n").encode(), r"and 49990 more"),
+        ("d.jsonl", b'{"text": ["' + b"x" * 1_000_000 + b'"], "label": 1}\n', r"expected text, got \['xxx"),
         ("d.txt", b"x", r"data files end in .csv, .jsonl, .parquet, got '?.txt"),
     ],
 )
@@ -126,6 +137,23 @@ def test_damaged_data_is_reported_with_its_place(name: str, content: bytes, mess
         read_examples(tmp_path / name)
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 2000
+
+
+def test_labels_of_thousands_of_digits_are_names(tmp_path: Path) -> None:
+    """Python converts no such number; the classes are then sorted as text."""
+    write_csv(tmp_path / "d.csv", [("x", "9" * 5000), ("y", "10"), ("z", "9")])
+    assert class_names(read_examples(tmp_path / "d.csv").labels) == ("10", "9", "9" * 5000)
+
+
+def test_unknown_labels_are_few_in_the_error() -> None:
+    """Of a hundred thousand wrong labels the error shows ten, and counts the others."""
+    labels = [str(number) for number in range(100_000)]
+    with pytest.raises(
+        DataError, match=r"and 99988 more\] are not in the training data, which has \['a', 'b'\]"
+    ) as caught:
+        class_numbers([*labels[2:], "a"], ("a", "b"))
+    assert len(str(caught.value)) < 300
 
 
 @given(tables.filter(lambda rows: len(rows) > 1), st.integers(0, 9), st.data())
@@ -227,6 +255,27 @@ def test_numbers_without_a_dot_are_numbers_in_both_formats(ending: str, tmp_path
         ("s.json", "{", "cannot be read as .json"),
         ("s.yaml", "!!python/object/apply:os.getcwd []\n", "cannot be read as .yaml"),
         ("s.toml", "a = 1", "settings files end in"),
+        ("s.yaml", "? [a, b]\n: 1\n", "a list as a key: .*names of settings"),
+        ("s.yaml", "a: {? [1]: 2}\n", "a list as a key"),
+        ("s.yaml", "a: &x [*x]\n", "deeper than 10 levels, or a YAML anchor contains itself"),
+        ("s.yaml", "&x {a: *x}\n", "deeper than 10 levels, or a YAML anchor contains itself"),
+        ("s.yaml", "a: " + "[" * 5000, "nested too deeply"),
+        ("s.json", '{"a": ' + "[" * 50_000, "nested too deeply"),
+        ("s.json", '{"a": ' + "[" * 20 + "]" * 20 + "}", "deeper than 10 levels"),
+        (
+            "s.yaml",
+            "b: &b [1,1,1,1,1,1,1,1,1]\n"
+            + "".join(f"{b}: &{b} [{f'*{a},' * 9}]\n" for a, b in ["bc", "cd", "de", "ef"]),
+            "more than 10000 values",
+        ),
+        ("s.json", '{"a": ' + "9" * 5000 + "}", "cannot be read as .json: .*digits"),
+        ("s.yaml", "a: " + "9" * 5000, "cannot be read as .yaml: .*digits"),
+        ("s.yaml", "a: !!int ''\n", "cannot be read as .yaml"),
+        ("s.yaml", "a: !!bool x\n", "cannot be read as .yaml"),
+        ("s.yaml", "a: !!timestamp x\n", "cannot be read as .yaml"),
+        ("s.yaml", "!!map 3\n", "cannot be read as .yaml"),
+        ("s.yaml", "a: x\n" * 30_000, "at most 100000 bytes"),
+        ("s.json", '{"' + "a" * 40_000 + '": 1, "' + "a" * 40_000 + '": 2}', "given twice: aaa"),
     ],
 )
 def test_damaged_settings_are_one_line(name: str, content: str, message: str, tmp_path: Path) -> None:
@@ -235,6 +284,41 @@ def test_damaged_settings_are_one_line(name: str, content: str, message: str, tm
     with pytest.raises(tunerkit.ConfigError, match=message) as caught:
         settings.read_settings(tmp_path / name)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1500
+
+
+def test_settings_in_another_encoding_say_how_to_save_them(tmp_path: Path) -> None:
+    """The error names the byte and the encoding."""
+    (tmp_path / "s.yaml").write_bytes("a: \xfc\n".encode("latin-1"))
+    with pytest.raises(tunerkit.ConfigError, match="byte 3 is not UTF-8; save the file as UTF-8"):
+        settings.read_settings(tmp_path / "s.yaml")
+
+
+def test_keys_are_compared_with_each_other_once(tmp_path: Path) -> None:
+    """Law: finding repeated keys takes time in proportion to their number; each key is compared a few times at most."""
+    compared = 0
+
+    class Key(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+    pairs = [(Key(number), None) for number in range(2000)]
+    assert len(settings._once(pairs)) == 2000
+    assert compared < 100_000
+
+
+def test_a_file_at_the_limits_is_read(tmp_path: Path) -> None:
+    """A thousand ranks by target, and aliases that do not contain themselves, are settings."""
+    table = {f"model.layers.{number}.self_attn.q_proj": number for number in range(1000)}
+    (tmp_path / "s.json").write_text(json.dumps({"rank_pattern": table}))
+    assert settings.read_settings(tmp_path / "s.json") == {"rank_pattern": table}
+    (tmp_path / "s.yaml").write_text("rank_pattern: &x {a: 1}\nalpha_pattern: *x\n")
+    assert settings.read_settings(tmp_path / "s.yaml") == {"rank_pattern": {"a": 1}, "alpha_pattern": {"a": 1}}
 
 
 # --- the demo's assets ---
@@ -353,6 +437,55 @@ def test_every_pinned_digest_stands_in_the_requirements_file() -> None:
     for package in (assets.MINILM, assets.SENTENCES):
         (pin,) = [line for line in assets._lines_for(package) if line.startswith(package.requirement)]
         assert pin.endswith(f"--hash=sha256:{package.sha256}")
+
+
+def make_model(folder: Path) -> assets.Folder:
+    """A folder of two files, and the record that pins it."""
+    (folder / "1_Pooling").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "1_Pooling" / "config.json").write_text("[]")
+    return assets.Folder(
+        package=assets.Package("a-model", "a_model-1.0.whl", "0"),
+        module="throwaway_model",
+        inside="model",
+        sha256=assets.folder_digest(folder),
+    )
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "changed": lambda folder: (folder / "config.json").write_text("{ }"),
+    "missing": lambda folder: (folder / "1_Pooling" / "config.json").unlink(),
+    "added": lambda folder: (folder / "adapter_config.json").write_text("{}"),
+    "renamed": lambda folder: (folder / "config.json").rename(folder / "other.json"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_cached_folder_is_checked_each_time(damage: str, tmp_path: Path) -> None:
+    """Any change to the unpacked files is found, and the error says what to do."""
+    folder = tmp_path / "cached"
+    wanted = make_model(folder)
+    for _ in range(2):
+        assert assets.find_folder(wanted, folder, tmp_path, print) == folder
+    DAMAGE[damage](folder)
+    with pytest.raises(assets.AssetError, match=r"not those of a_model-1\.0\.whl .*; delete the folder and try again"):
+        assets.find_folder(wanted, folder, tmp_path, print)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_an_importable_folder_is_checked_each_time(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any folder of that name on the path could be imported; its digest decides, and the error says what to do."""
+    (tmp_path / "throwaway_model").mkdir()
+    (tmp_path / "throwaway_model" / "__init__.py").touch()
+    folder = tmp_path / "throwaway_model" / "model"
+    wanted = make_model(folder)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert assets.find_folder(wanted, tmp_path / "cached", tmp_path, print) == folder
+    DAMAGE[damage](folder)
+    with pytest.raises(assets.AssetError, match="uninstall a-model, or install the pinned version again"):
+        assets.find_folder(wanted, tmp_path / "cached", tmp_path, print)
 
 
 def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -526,6 +659,38 @@ def test_bad_input_is_one_line_on_stderr_and_exit_code_2(
     assert done.stderr.startswith("tunerkit: ")
     assert done.stderr.count("\n") == 1
     assert not list(tmp_path.rglob("adapter.safetensors"))
+
+
+@pytest.mark.parametrize("rate", ["1e9", "1e30"])
+def test_a_loss_that_is_not_finite_stops_the_command(rate: str, tiny: Path, data: Path, tmp_path: Path) -> None:
+    """One line names the step and says what to do; the exit code is 2, and no file is written."""
+    pytest.importorskip("tunerkit_lora", reason="no plugin for this method")
+    out = tmp_path / "out"
+    done = tunerkit_command(
+        *("train", "--method", "lora", "--model", tiny, "--data", data, "--out", out, "--lr", rate),
+        *("--epochs", 5, "--batch-size", 4),
+    )
+    assert done.exit_code == 2, done.output
+    assert re.search(
+        r"tunerkit: the loss is (nan|inf) (at step \d+ of 20|on the held-out rows after 20 steps), .*"
+        r"nothing was written; use a lower --lr than 1e\+\d+",
+        done.stderr,
+    )
+    assert done.stderr.count("\n") == 1
+    assert list(out.iterdir()) == []
+
+
+def test_a_loss_that_is_not_finite_after_the_last_step_stops_the_command(
+    tiny: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last update has no loss after it in training; the held-out rows show what it did."""
+    pytest.importorskip("tunerkit_lora", reason="no plugin for this method")
+    monkeypatch.setattr(job, "score", lambda task: Score(accuracy=0.5, loss=math.nan))
+    out = tmp_path / "out"
+    done = tunerkit_command("train", "--method", "lora", "--model", tiny, "--data", data, "--out", out, "--epochs", 1)
+    assert done.exit_code == 2
+    assert "the loss is nan on the held-out rows after 1 steps" in done.stderr
+    assert list(out.iterdir()) == []
 
 
 def test_ctrl_c_while_training_leaves_an_empty_folder(

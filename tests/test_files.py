@@ -5,8 +5,10 @@ import json
 import os
 import pickletools
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import attrs
@@ -19,8 +21,9 @@ from torch import nn
 
 import tunerkit
 from tunerkit.errors import AdapterError, BaseMismatchError, ConfigError, FileError, TargetError, UnknownMethodError
-from tunerkit.serialization.adapter_file import header_of, read
+from tunerkit.serialization.adapter_file import header_of, read, save_tuner
 from tunerkit.serialization.header import decode, digest
+from tunerkit.serialization.training_state import restore_
 
 if TYPE_CHECKING:
     from tests.conftest import Toys
@@ -535,3 +538,261 @@ def test_a_place_that_cannot_be_written_is_named(toys: "Toys", tmp_path: Path) -
     with pytest.raises(FileError, match="it is a folder"):
         tunerkit.save(model, tmp_path / "folder.safetensors")
     assert (tmp_path / "plain").read_text() == "mine"
+
+
+# Values that are not finite
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", ["conv.tunerkit.default.adapter.b", "head.2.tunerkit.default.copy.weight"])
+def test_weights_that_are_not_finite_are_not_saved(toys: "Toys", tmp_path: Path, place: str, value: float) -> None:
+    """The error names the tensors, an older file stays, and so it is in a checkpoint."""
+    model = toys.trained()
+    older = tunerkit.save(model, tmp_path).read_bytes()
+    model.get_parameter(place).data.view(-1)[-1] = value
+    name = place.replace("tunerkit.default.", "")
+    for call in (tunerkit.save, lambda m, p: save_tuner(tunerkit.tuner(m), p)):
+        with pytest.raises(AdapterError, match=rf"NaN or inf in 1 of \d+ tensors: {name}\. Nothing was written"):
+            call(model, tmp_path)
+        assert (tmp_path / "adapter.safetensors").read_bytes() == older
+        with pytest.raises(AdapterError, match="NaN or inf"):
+            call(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_weights_that_are_not_finite_are_saved_on_demand_and_not_loaded(toys: "Toys", tmp_path: Path) -> None:
+    """For a post-mortem they are written; `load` refuses the file and says how to read it, and so does a resume."""
+    model = toys.trained()
+    model.get_parameter("conv.tunerkit.default.adapter.b").data[0, 0] = torch.nan
+    path = tunerkit.save(model, tmp_path, allow_nonfinite=True)
+    text = assert_refused(toys, path, FileError, r"NaN or inf in 1 of \d+ tensors: conv\.adapter\.b")
+    assert "safetensors.torch.load_file" in text
+    assert safetensors.torch.load_file(path)["conv.adapter.b"].isnan().sum() == 1
+    live = toys.trained()
+    before = toys.snapshot(live)
+    with pytest.raises(FileError, match="NaN or inf"):
+        restore_(tunerkit.tuner(live), path)
+    assert toys.same(toys.snapshot(live), before)
+
+
+def test_a_mask_of_infinities_in_a_trained_module_is_saved_and_loaded(toys: "Toys", tmp_path: Path) -> None:
+    """It is the base's own buffer, and no sign of a training that diverged; a value that training spoilt is one."""
+
+    def base() -> Any:
+        model = toys.net()
+        model.head[2].register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+        return model
+
+    model = tunerkit.wrap(base(), "toy-shift", {"targets": ["conv"], "train_modules": ["head"]})
+    path = tunerkit.save(model, tmp_path)
+    assert torch.equal(tunerkit.load(base(), path)(toys.x()), model(toys.x()))
+    model.head[2].tunerkit.default.copy.mask[0] = torch.nan
+    with pytest.raises(AdapterError, match=r"head\.2\.copy\.mask"):
+        tunerkit.save(model, tmp_path)
+
+
+def test_a_training_state_that_is_not_finite_is_neither_saved_nor_loaded(
+    toys: "Toys", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tensors and its JSON values: an older file stays, and what is in the model stays."""
+    model = toys.trained("toy-shift", targets=["conv"])
+    path = tunerkit.save_state(model, tmp_path)
+    older = path.read_bytes()
+    wrong = tunerkit.State(tensors={"seen": torch.tensor([torch.nan])}, values={"steps": 0})
+    for state, error, words in (
+        (wrong, AdapterError, r"NaN or inf in 1 of 1 tensors: seen"),
+        (tunerkit.State(tensors={}, values={"best": float("inf")}), FileError, "cannot hold NaN, inf .*: best"),
+    ):
+        monkeypatch.setattr(tunerkit.Tuner, "training_state", lambda tuner, state=state: state)
+        with pytest.raises(error, match=words):
+            tunerkit.save_state(model, tmp_path)
+        assert path.read_bytes() == older
+
+    def spoil(fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        tensors["seen"] = torch.tensor([torch.inf])
+
+    with pytest.raises(FileError, match="NaN or inf in 1 of 1 tensors: seen"):
+        tunerkit.load_state(model, rewritten(path, tmp_path / "x.safetensors", spoil))
+    assert tunerkit.tuner(model).state is None
+
+
+# Files that do not say what they hold
+
+
+@pytest.mark.parametrize("rank", [10**7, 10**12, 2**63 - 1, 2**63, 10**99, 10**400])
+def test_a_small_file_cannot_ask_for_much_memory(toys: "Toys", saved: Path, tmp_path: Path, rank: int) -> None:
+    """The config is compared with the file's own tensors before a plugin has made any of such a size."""
+
+    def change(fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        fields["config"]["rank"] = rank
+
+    words = "needs many times more memory than the" if rank < 10**100 else "settings below"
+    assert_refused(toys, rewritten(saved, tmp_path / "x.safetensors", change), FileError, words)
+
+
+def test_adapters_that_do_not_fit_are_not_kept(toys: "Toys", saved: Path, tmp_path: Path) -> None:
+    """A config that asks for a little more than the file has is refused by the shapes, and they are all named."""
+
+    def change(fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        fields["config"]["rank"] = 3
+
+    text = assert_refused(toys, rewritten(saved, tmp_path / "x.safetensors", change), FileError, "does not fit its own")
+    assert all(f"at {path}: " in text for path in ("conv", "layers.0", "layers.1"))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.int32, torch.int64, torch.bool, torch.uint8, torch.complex64, torch.float8_e4m3fn]
+)
+@pytest.mark.parametrize("name", ["conv.adapter.a", "head.2.copy.weight", "layers.0.bias"])
+def test_tensors_of_another_kind_are_refused(
+    toys: "Toys", saved: Path, tmp_path: Path, name: str, dtype: torch.dtype
+) -> None:
+    """Integers, booleans, complex numbers and 8-bit floats are no weights in float32: they are not cast."""
+
+    def change(fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = torch.ones_like(tensors[name]).to(dtype)
+
+    words = rf"{name} is {str(dtype).removeprefix('torch.')}, expected float32"
+    assert_refused(toys, rewritten(saved, tmp_path / "x.safetensors", change), FileError, words)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_tensors_in_another_precision_are_loaded(toys: "Toys", tmp_path: Path, dtype: torch.dtype) -> None:
+    """A model may be converted before it is saved; the adapter is loaded in the precision that its config names."""
+    model = toys.trained()
+    for slot in tunerkit.tuner(model).adapters().values():
+        slot.to(dtype)
+    loaded = tunerkit.load(toys.net(), tunerkit.save(model, tmp_path))
+    assert {p.dtype for p in tunerkit.tuner(loaded).parameters()} == {torch.float32}
+    assert torch.allclose(loaded(toys.x()), toys.trained()(toys.x()), rtol=0.1, atol=0.1)
+
+
+def test_values_that_overflow_in_this_model_are_refused(toys: "Toys", saved: Path, tmp_path: Path) -> None:
+    """A head that was trained in float32 may be too large for a base in float16."""
+
+    def change(fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        tensors["head.2.copy.weight"][0, 0] = 1e30
+
+    path = rewritten(saved, tmp_path / "x.safetensors", change)
+    assert_refused(toys, path, FileError, r"too large for the precision .*: head\.2\.copy\.weight", toys.net().half())
+    assert tunerkit.load(toys.net(), path).head[2].tunerkit.default.copy.weight.max() == 1e30
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (wrong(steps=-1), "steps: expected an integer from 0"),
+        (wrong(steps=True), "steps: expected an integer"),
+        (wrong(steps=2**64), "steps: expected an integer"),
+        (wrong(total_steps=10**400), "total_steps: expected an integer"),
+        (wrong(targets=["conv", "conv"]), "targets: a path is listed twice"),
+        (wrong(history=[[1, 2, [3, 4, -5]]]), "history: expected an integer"),
+        (wrong(method="x" * 10**6), "method: expected the name of a method"),
+        (wrong(base={"w": {"shape": [-1], "dtype": "float32", "sample": []}}), "base: expected an integer"),
+        (wrong(base={"w": {"shape": [1], "dtype": "float32", "sample": [10**400]}}), "base: expected a finite number"),
+        (wrong(base={"w": {"shape": [1], "dtype": "float32", "sample": [float("nan")]}}), "expected a finite number"),
+        (wrong(values={"base_config": [1]}), "base_config"),
+    ],
+)
+def test_numbers_and_names_that_cannot_be_are_refused(
+    toys: "Toys", saved: Path, tmp_path: Path, change: Any, words: str
+) -> None:
+    """Negative or huge counts, a flag for a number, and paths listed twice: one error of ours, of bounded length."""
+    text = assert_refused(toys, rewritten(saved, tmp_path / "x.safetensors", change), FileError, words)
+    assert len(text) < 2000
+
+
+LONG = "x" * 100_000
+LONG_FILES: dict[str, Callable[[dict[str, Any], dict[str, torch.Tensor]], object]] = {
+    "targets": wrong(targets=[LONG + str(number) for number in range(20)]),
+    "one target": wrong(targets=[LONG]),
+    "fields": lambda fields, _: fields.update({LONG + str(number): 1 for number in range(20)}),
+    "kind": wrong(kind=LONG),
+    "format": wrong(format=LONG),
+    "dtype": wrong(base={"w": {"shape": [1], "dtype": LONG, "sample": [LONG]}}),
+    "parameters": wrong(base={LONG + str(n): {"shape": [1], "dtype": "float32", "sample": []} for n in range(20)}),
+    "shape": wrong(base={"conv.weight": {"shape": [1] * 100_000, "dtype": "float32", "sample": []}}),
+    "settings": wrong(config={LONG + str(number): 1 for number in range(20)}),
+    "setting": wrong(config={"rank": LONG, "targets": [LONG]}),
+    "tensors": lambda _, tensors: tensors.update({LONG[:1000] + str(n): torch.ones(1) for n in range(1000)}),
+    "base": wrong(values={"base_config": {"rms_norm_eps": LONG}}),
+}
+
+
+@pytest.mark.parametrize("name", LONG_FILES)
+def test_errors_about_a_file_are_short(toys: "Toys", saved: Path, tmp_path: Path, name: str) -> None:
+    """Whatever a file contains, an error names a few parts of it, cut to a readable length, and counts the rest."""
+    path = rewritten(saved, tmp_path / "x.safetensors", cast(Any, LONG_FILES[name]))
+    base = toys.net()
+    base.config = SimpleNamespace(model_type="toy", rms_norm_eps=1e-5)
+    with pytest.raises(tunerkit.errors.TunerkitError) as caught:
+        tunerkit.load(base, path)
+    assert len(str(caught.value)) < 25_000
+
+
+def test_a_state_of_another_run_is_refused_shortly(toys: "Toys", tmp_path: Path) -> None:
+    """Settings of any length are cut."""
+    path = tunerkit.save_state(toys.trained("toy-shift", targets=["conv"]), tmp_path)
+    other = rewritten(path, tmp_path / "x.safetensors", cast(Any, wrong(config={"targets": LONG, LONG: 1})))
+    with pytest.raises(FileError, match="another run") as caught:
+        tunerkit.load_state(toys.trained("toy-shift", targets=["conv"]), other)
+    assert len(str(caught.value)) < 25_000
+
+
+def test_a_wrong_base_of_many_targets_is_refused_quickly(toys: "Toys", tmp_path: Path) -> None:
+    """The error names a few of 560 targets; looking for similar names must not take longer than loading."""
+
+    def base(block: str) -> nn.Module:
+        names = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp.o_proj")
+        model = nn.Module()
+        for number in range(94):
+            for name in names:
+                path = f"model.{block}.{number}.{name}".split(".")
+                parent = model
+                for part in path[:-1]:
+                    if part not in dict(parent.named_children()):
+                        parent.add_module(part, nn.Module())
+                    parent = parent.get_submodule(part)
+                parent.add_module(path[-1], nn.Linear(2, 2))
+        return model
+
+    path = tunerkit.save(tunerkit.wrap(base("layers"), "toy-shift", {"targets": ["re:.*_proj"]}), tmp_path)
+    other, begun = base("blocks"), time.process_time()
+    with pytest.raises(BaseMismatchError, match="no module named") as caught:
+        tunerkit.load(other, path)
+    assert time.process_time() - begun < 10
+    assert len(str(caught.value)) < 25_000
+
+
+# Bases that are almost right
+
+
+def test_a_base_without_the_bias_that_was_trained_is_refused(toys: "Toys", tmp_path: Path) -> None:
+    """The module is there and its bias is not: the error names the module."""
+    model = toys.trained(targets=["layers.1"], bias="adapters")
+    path = tunerkit.save(model, tmp_path)
+
+    def drop(model: Any) -> None:
+        model.layers[1].bias = None
+
+    words = r"modules without the bias that the adapter trains: layers\.1"
+    assert_refused(toys, path, BaseMismatchError, words, base=changed(toys, drop))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_head_of_another_size_names_num_labels(toys: "Toys", tmp_path: Path, trained: bool) -> None:
+    """Whether the head is trained in full or frozen: the error says what to pass to from_pretrained."""
+
+    def base(labels: int) -> Any:
+        model = toys.net()
+        model.config = SimpleNamespace(num_labels=labels, model_type="toy")
+        model.head[2] = nn.Linear(6, labels)
+        for parameter in model.head[2].parameters():
+            parameter.data.fill_(0.5)
+        return model
+
+    config = {"targets": ["conv"], "train_modules": ["head.2"] if trained else []}
+    path = tunerkit.save(tunerkit.wrap(base(5), "toy-shift", config), tmp_path)
+    words = "built for 2 labels, the adapter needs 5: pass num_labels=5 to from_pretrained"
+    assert_refused(toys, path, BaseMismatchError, words, base=base(2))
+    assert tunerkit.load(base(5), path) is not None

@@ -1,6 +1,7 @@
 """Merge, unmerge and disable: outputs within the tolerance, bases bit for bit, errors that change nothing."""
 
 import copy
+import functools
 import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -358,6 +359,53 @@ def test_an_adapter_that_adds_nothing_is_merged_and_unmerged(toys: "Toys") -> No
         with tunerkit.disabled(model):
             assert torch.equal(model(toys.x()), output)
         assert not is_merged(tunerkit.unmerge(model))
+
+
+def overflowing(toys: "Toys") -> Any:
+    """A model in fp16 whose merged weights are too large at one target, and fit at the other."""
+    model = toys.net().half()
+    model.layers[1].weight.data.fill_(60_000)
+    tunerkit.wrap(model, "toy-low-rank", {"targets": ["layers.0", "layers.1"]})
+    adapter: Any = tunerkit.tuner(model).adapters()["layers.1"]
+    adapter.a.data.fill_(100)
+    adapter.b.data.fill_(100)
+    return model
+
+
+def _keep_merged(model: nn.Module) -> nn.Module:
+    return tunerkit.unwrap(model, keep_merged=True)
+
+
+@pytest.mark.parametrize("value", ["overflow", torch.nan, torch.inf])
+def test_weights_that_would_not_be_finite_are_not_merged(toys: "Toys", value: Any) -> None:
+    """In fp16 a sum may overflow, and adapters may have NaN: the error names the targets, and nothing is changed."""
+    if value == "overflow":
+        model = overflowing(toys)
+    else:
+        model = trained(toys, "toy-low-rank", "adapters")
+        adapter: Any = tunerkit.tuner(model).adapters()["layers.1"]
+        adapter.b.data[0, 0] = value
+    before = {name: tensor.nan_to_num(nan=-1.0) for name, tensor in model.state_dict().items()}
+    words = r"1 merged tensors would contain NaN or inf: layers\.1\.weight\. Nothing was changed"
+    for call in (tunerkit.merge, functools.partial(tunerkit.merge, permanent=True), _keep_merged):
+        with pytest.raises(AdapterError, match=words):
+            call(model)
+        assert not is_merged(model)
+        after = {name: tensor.nan_to_num(nan=-1.0) for name, tensor in model.state_dict().items()}
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    if value == "overflow":
+        assert bool(tunerkit.merge(model.float()).layers[1].weight.isfinite().all())
+
+
+def test_a_base_that_is_not_finite_itself_is_merged(toys: "Toys") -> None:
+    """A module that is trained in full may hold a mask of -inf in a buffer, and a base weight may be NaN."""
+    model = toys.net()
+    model.head[2].register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    model.layers[0].weight.data[0, 0] = torch.nan
+    tunerkit.wrap(model, "toy-low-rank", {"targets": ["layers.0"], "train_modules": ["head"]})
+    assert is_merged(tunerkit.merge(toys.fill_(model)))
+    assert model.head[2].mask[1] == -torch.inf
 
 
 COPIES = {"itself": lambda model: model, "deep copy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}

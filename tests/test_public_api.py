@@ -26,6 +26,11 @@ ADDED = frozenset(
         "tunerkit.reference(POSITIONAL_OR_KEYWORD model)",
     }
 )
+# What functions of the snapshot have gained: parameters at the end, by keyword and with a default.
+GAINED = {
+    "tunerkit.load": ", KEYWORD_ONLY check_config = True",
+    "tunerkit.save": ", KEYWORD_ONLY allow_nonfinite = False",
+}
 # What core alone used: a tuner is made by `tunerkit.wrap` and `tunerkit.load`, and its bookkeeping lies in the model.
 REMOVED = frozenset({"tunerkit.Tuner.fingerprint", "tunerkit.Tuner.frozen", "tunerkit.Tuner.turn"})
 MODULES = ("tunerkit.errors", "tunerkit.patterns")
@@ -70,12 +75,18 @@ def public_api() -> list[str]:
     return sorted(line for name, found in named for line in described(name, found))
 
 
+def without_gains(line: str) -> str:
+    """The line as it was in the snapshot."""
+    gained = GAINED.get(line.partition("(")[0], "")
+    return f"{line.removesuffix(f'{gained})')})" if gained else line
+
+
 def test_no_public_name_is_gone_and_no_parameter_changed() -> None:
     """Everything in the snapshot still exists with the same parameters; new names are listed here."""
     snapshot, found = (
         # A tuner is a handle that nobody builds, so its constructor is not public.
         {line for line in lines if not line.startswith("tunerkit.Tuner(")}
-        for lines in (json.loads(SNAPSHOT.read_text(encoding="utf-8")), public_api())
+        for lines in (json.loads(SNAPSHOT.read_text(encoding="utf-8")), map(without_gains, public_api()))
     )
     assert sorted(snapshot - found) == sorted(REMOVED)
     assert sorted(found - snapshot) == sorted(ADDED)

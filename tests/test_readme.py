@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("plugins/*/README.md"))]
 EXAMPLES_NEED = ("tunerkit_adalora", "tunerkit_lora", "transformers", "accelerate")
+MORE_NEEDED = {"preference.md": ("trl", "datasets", "tokenizers")}
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -89,7 +90,8 @@ def test_examples_keep_the_line_numbers_of_their_page() -> None:
 )
 def test_examples_run_in_the_order_of_their_page(page: Path, tmp_path: Path) -> None:
     """The Python blocks of a page, top to bottom in one fresh process, offline, in an empty folder."""
-    absent = [name for name in EXAMPLES_NEED if find_spec(name) is None]
+    needed = (*EXAMPLES_NEED, *MORE_NEEDED.get(page.name, ()))
+    absent = [name for name in needed if find_spec(name) is None]
     if absent:
         pytest.skip(f"the examples need {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not installed")
     example = tmp_path / f"{page.stem}.py"

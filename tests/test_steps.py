@@ -236,6 +236,45 @@ def test_an_optimizer_that_takes_no_hooks_is_refused_and_nothing_is_attached() -
     tunerkit.attach(model, inner, total_steps=9)
 
 
+class Foreign:
+    """Steps, and is no torch optimizer: an engine's own."""
+
+    def step(self) -> None:
+        pass
+
+
+class Bare(torch.optim.Optimizer):
+    """A torch optimizer whose class never called the constructor of torch's."""
+
+    def __init__(self) -> None:
+        pass
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        pass
+
+
+@pytest.mark.parametrize("make", [Foreign, Bare])
+def test_a_method_that_needs_no_steps_takes_an_optimizer_without_hooks(make: Callable[[], Any]) -> None:
+    """Its steps are not counted, which is said; a method that needs steps is still refused."""
+    model = wrapped("plain")
+    with pytest.warns(tunerkit.TunerkitWarning, match="does not support hooks, so steps are not counted"):
+        tunerkit.attach(model, make(), total_steps=9)
+    tuner = tunerkit.tuner(model)
+    assert (tuner.steps, tuner.total_steps) == (0, 9)
+    with pytest.raises(tunerkit.StepError, match="does not support hooks"):
+        tunerkit.attach(wrapped(), make(), total_steps=9)
+
+
+@pytest.mark.parametrize(
+    "candidate", [None, "adam", torch.optim.SGD, nn.Linear(1, 1)], ids=["None", "text", "class", "model"]
+)
+def test_what_cannot_step_is_refused_for_every_method(candidate: object) -> None:
+    """A class or a model in the optimizer's place is a mistake, whether steps are needed or not."""
+    for method in ("plain", None):
+        with pytest.raises(tunerkit.StepError, match="attach takes a torch optimizer or a transformers Trainer"):
+            tunerkit.attach(wrapped(method) if method else wrapped(), candidate, total_steps=9)
+
+
 @pytest.mark.parametrize("unscales", [False, True], ids=["unscaled by step", "unscaled by the user"])
 @each_optimizer
 def test_a_step_that_the_grad_scaler_skips_is_not_counted(
@@ -525,7 +564,8 @@ def test_attach_changes_nothing_when_one_of_several_adapters_is_refused(reason: 
     assert (first.state, first.total_steps) == (None, None)
     for parameter in trained(model):
         parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
+    with pytest.raises(tunerkit.StepError, match="nothing drives it"):
+        optimizer.step()
     assert (first.steps, other.steps) == (0, 0)
 
 

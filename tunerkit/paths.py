@@ -1,9 +1,7 @@
-"""Dotted module paths: their parts, layer numbers, whether they belong to an adapter, and how messages list them."""
+"""Dotted module paths: their parts, layer numbers, whether they belong to an adapter, and short lists of them."""
 
-from collections.abc import Collection, Iterable, Sequence
-from itertools import islice
+from collections.abc import Collection, Sequence
 
-_LONGEST = 240  # characters of one name in a message: a file may contain names of any length
 CHILD = "tunerkit"  # the child of an adapted module that holds its adapters; never a target itself
 
 
@@ -31,24 +29,10 @@ def join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def short(text: object, *, longest: int = _LONGEST) -> str:
-    """Return ``text`` for a message: if it is long, its start and its length."""
-    whole = str(text)
-    return whole if len(whole) <= longest else f"{whole[:longest]}... ({len(whole)} characters)"
-
-
 def few(paths: Sequence[str], *, shown: int) -> str:
-    """Return the first paths and how many more there are, for a message: ``a, b and 3 more``."""
+    """Return the first paths, each cut, and how many more there are, for a message: ``a, b and 3 more``."""
     more = f" and {len(paths) - shown} more" if len(paths) > shown else ""
-    return ", ".join(map(short, paths[:shown])) + more
-
-
-def listed(title: str, lines: Iterable[str], *, shown: int = 12) -> str:
-    """Return a message of a title and a list: one line per entry, and how many more entries there are."""
-    rest = iter(lines)
-    first = [short(line, longest=5 * _LONGEST) for line in islice(rest, shown)]
-    more = sum(1 for _ in rest)
-    return "\n- ".join([title, *first, *([f"and {more} more"] if more else [])])
+    return ", ".join(path if len(path) <= 200 else f"{path[:200]}..." for path in paths[:shown]) + more
 
 
 def is_number(part: str) -> bool:

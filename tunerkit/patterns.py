@@ -6,8 +6,7 @@ There are three kinds of pattern:
 - a pattern with ``*``, ``?`` or ``[`` is a glob for the whole path, in which ``*`` also matches dots;
 - ``"re:..."`` is a regular expression for the whole path, without recursion.
 
-All globs and regular expressions of one call of the user (`tunerkit.wrap`, `load`, `attach`, `lookup`) share one second
-of processor time.
+All globs and regular expressions of one call of the user (`wrap`, `load`, `attach`, `lookup`) share one second.
 """
 
 import fnmatch
@@ -33,17 +32,17 @@ Value = TypeVar("Value")
 
 @attrs.define(eq=False)
 class _Allowance:
-    """The processor time of this thread that is left for patterns, in seconds."""
+    """The time that is left for patterns, in seconds."""
 
     left: float = SECONDS
 
-    def spend(self, pattern: str, work: Callable[[float], Value]) -> Value:
-        """Return ``work(seconds left)``. Raises `TargetError` if it takes longer, or raises anything of its own."""
-        start = time.thread_time()
+    def spend(self, pattern: str, work: Callable[[], Value]) -> Value:
+        """Return what ``work`` returns. Raises `TargetError` if time ran out, or for anything that it raises."""
+        start = time.monotonic()
         try:
             if self.left <= 0:
                 raise TimeoutError
-            return work(self.left)
+            return work()
         except TargetError:
             raise
         except TimeoutError as error:
@@ -55,7 +54,7 @@ class _Allowance:
             reason = str(error) or type(error).__name__
             raise TargetError(f"{shown(pattern)} is not a regular expression: {reason}") from error
         finally:
-            self.left -= time.thread_time() - start
+            self.left -= time.monotonic() - start
 
 
 # State of a call: `lookup` has no argument through which a method's plugin could pass the allowance on.
@@ -139,14 +138,23 @@ def matcher(pattern: str) -> Matcher:
     if len(pattern) > _LONGEST:
         raise TargetError(f"{shown(pattern)} is {len(pattern)} characters long, the limit is {_LONGEST}; use several")
     allowance = _allowance.get() or _Allowance()
-    compiled = allowance.spend(pattern, lambda left: _compiled(pattern))
-    return lambda path: allowance.spend(pattern, lambda left: compiled.fullmatch(path, timeout=left) is not None)
+    if pattern.startswith("re:"):
+        expression = allowance.spend(pattern, lambda: _expression(pattern))
+        return lambda path: allowance.spend(
+            pattern, lambda: expression.fullmatch(path, timeout=allowance.left) is not None
+        )
+    # The standard library matches a glob in linear time, so it needs no limit inside a match, and is faster.
+    glob = allowance.spend(pattern, lambda: _glob(pattern))
+    return lambda path: allowance.spend(pattern, lambda: glob.match(path) is not None)
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(pattern: str) -> "regex.Pattern[str]":
-    if not pattern.startswith("re:"):
-        return regex.compile(fnmatch.translate(pattern))
+def _glob(pattern: str) -> re.Pattern[str]:
+    return re.compile(fnmatch.translate(pattern))
+
+
+@functools.lru_cache(maxsize=256)
+def _expression(pattern: str) -> "regex.Pattern[str]":
     expression = pattern.removeprefix("re:")
     _refuse_unbounded(pattern, expression)
     return regex.compile(expression)

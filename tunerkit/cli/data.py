@@ -3,15 +3,15 @@
 import csv
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import attrs
-import pyarrow.lib
 import pyarrow.parquet
 
 from tunerkit import TunerkitError
-from tunerkit.errors import closest
+from tunerkit.errors import closest, cut, shown
+from tunerkit.paths import few
 
 # The csv reader keeps values beyond the header under the key None.
 Row = Mapping[str | None, object]
@@ -53,7 +53,12 @@ def read_examples(path: Path, *, text_column: str = "text", label_column: str = 
             labels.append(_label(_value(row, label_column, path, number, "--label-column"), path, number, label_column))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, csv.Error, pyarrow.lib.ArrowException) as problem:
+    except DataError:
+        raise
+    except UnicodeDecodeError as problem:
+        reason = f"it is not UTF-8 ({problem.reason}); save it with the encoding UTF-8"
+        raise DataError(f"{path}: cannot be read as {path.suffix}: {reason} (in a spreadsheet: CSV UTF-8)") from problem
+    except Exception as problem:  # csv and pyarrow raise many classes
         raise DataError(f"{path}: cannot be read as {path.suffix}: {_first_line(problem)}") from problem
     if not texts:
         raise DataError(f"{path}: the file has no rows")
@@ -63,7 +68,8 @@ def read_examples(path: Path, *, text_column: str = "text", label_column: str = 
 def class_names(labels: Iterable[str]) -> tuple[str, ...]:
     """Sort the classes: by number if all are whole numbers, else by name."""
     names = set(labels)
-    if all(name.removeprefix("-").isdecimal() for name in names):
+    # Python refuses to convert numbers of thousands of digits; such labels are names.
+    if all(name.removeprefix("-").isdecimal() and len(name) < 20 for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
     return tuple(sorted(names))
 
@@ -74,7 +80,8 @@ def class_numbers(labels: Iterable[str], names: tuple[str, ...]) -> list[int]:
     labels = list(labels)
     unknown = sorted(set(labels) - set(names))
     if unknown:
-        raise DataError(f"labels {unknown} are not in the training data, which has {list(names)}")
+        new, there = (few([shown(name) for name in some], shown=10) for some in (unknown, names))
+        raise DataError(f"labels [{new}] are not in the training data, which has [{there}]")
     return [number[label] for label in labels]
 
 
@@ -99,8 +106,8 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as problem:
-                raise DataError(f"{path}: line {number} is not JSON: {problem}") from None
+            except (ValueError, RecursionError) as problem:  # also for an integer of thousands of digits
+                raise DataError(f"{path}: line {number} is not JSON: {_first_line(problem)}") from None
             if not isinstance(row, dict):
                 raise DataError(f"{path}: line {number}: expected a JSON object, got {type(row).__name__}")
             yield row
@@ -122,9 +129,10 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 def _value(row: Row, column: str, path: Path, number: int, option: str) -> object:
     if column not in row:
         names = [name for name in row if name is not None]
+        others = few([shown(name) for name in names], shown=10)
         raise DataError(
-            f"{path}: row {number} has no column {column!r}, only {names}{closest(column, names)} "
-            f"(set the column's name with {option})"
+            f"{path}: row {number} has no column {shown(column)}, only {others}{closest(column, names)} "
+            f"(set the column's name with {option}{_delimiter_hint(names)})"
         )
     value = row[column]
     if value is None:
@@ -132,19 +140,25 @@ def _value(row: Row, column: str, path: Path, number: int, option: str) -> objec
     return value
 
 
+def _delimiter_hint(names: Sequence[str]) -> str:
+    """Say that a file has one column only because its delimiter is another one, as some spreadsheets write it."""
+    found = next((delimiter for delimiter in (";", "\t", "|") if len(names) == 1 and delimiter in names[0]), None)
+    return "" if found is None else f"; columns are separated by commas, and this file seems to use {found!r}"
+
+
 def _text(value: object, path: Path, number: int, column: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{path}: row {number}, column {column!r}: expected text, got {value!r}")
+        raise DataError(f"{path}: row {number}, column {shown(column)}: expected text, got {shown(value)}")
     return value
 
 
 def _label(value: object, path: Path, number: int, column: str) -> str:
     if value == "" or not isinstance(value, str | int):
         raise DataError(
-            f"{path}: row {number}, column {column!r}: expected a class (text or whole number), got {value!r}"
+            f"{path}: row {number}, column {column!r}: expected a class (text or whole number), got {shown(value)}"
         )
     return str(value)
 
 
 def _first_line(problem: Exception) -> str:
-    return str(problem).partition("\n")[0]
+    return cut(str(problem).partition("\n")[0] or type(problem).__name__, 300)

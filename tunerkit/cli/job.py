@@ -13,7 +13,7 @@ from tunerkit.cli.batches import encode
 from tunerkit.cli.data import DataError, Examples, class_names, read_examples, split
 from tunerkit.cli.models import load_classifier
 from tunerkit.cli.results import metrics, write_json, write_pictures
-from tunerkit.cli.task import Job, Outcome, Task, fit, say, score
+from tunerkit.cli.task import Job, Outcome, Task, fit, refuse_nonfinite, say, score
 from tunerkit.cli.training import choose_device
 from tunerkit.report.rank_map import rank_map
 from tunerkit.report.terminal import rank_table
@@ -95,6 +95,7 @@ def tune(task: Task, job: Job, tuner: Tuner, console: Console) -> Outcome:
     losses = fit(task, job.recipe, console, title=job.method, tuner=tuner)
     trained = time.perf_counter()
     scored = score(task)
+    refuse_nonfinite(scored.loss, f"on the held-out rows after {tuner.steps} steps", job.recipe)
     seconds = {"train": trained - began, "evaluate": time.perf_counter() - trained}
     end = RankChange(step=tuner.steps, budget=tuner.budget(), ranks=tuner.ranks())
     return Outcome(scored, losses, seconds, parameters, (start, *tuner.history, end))

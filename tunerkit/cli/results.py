@@ -1,7 +1,6 @@
 """The metrics and plots of a run, as files."""
 
 import json
-import math
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -27,8 +26,8 @@ def metrics(task: Task, job: Job, tuner: Tuner, outcome: Outcome) -> dict[str, A
         "classes": list(task.classifier.classes),
         "rows": {"train": len(task.train.ids), "held_out": len(task.held_out.ids)},
         "accuracy": outcome.score.accuracy,
-        "loss": finite(outcome.score.loss),
-        "train_losses": [finite(round(loss, 6)) for loss in outcome.losses],
+        "loss": outcome.score.loss,
+        "train_losses": [round(loss, 6) for loss in outcome.losses],
         "seconds": outcome.seconds,
         "device": str(task.device),
         "parameters": {"trained": outcome.parameters.trainable, "all": outcome.parameters.total},
@@ -47,11 +46,6 @@ def metrics(task: Task, job: Job, tuner: Tuner, outcome: Outcome) -> dict[str, A
             owner.distribution: owner.version,
         },
     }
-
-
-def finite(number: float) -> float | None:
-    """Return ``number``, or None if it is NaN or infinite, which JSON cannot hold."""
-    return number if math.isfinite(number) else None
 
 
 def write_json(path: Path, record: Mapping[str, object]) -> None:

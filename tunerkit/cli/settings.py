@@ -2,21 +2,29 @@
 
 import json
 import re
-from collections.abc import Hashable
+from collections import Counter
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tunerkit import ConfigError
+from tunerkit.errors import shown
+from tunerkit.paths import few
+
+# A method has a few dozen settings. Reading 100 kB of YAML takes about a second.
+_MAX_BYTES = 100_000
+_MAX_VALUES = 10_000
+_DEEPEST = 10
 
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML that reads ``2e-3`` as a number, as YAML 1.2 and JSON do, and rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        pairs = [(self.construct_object(key, deep=True), None) for key, _ in node.value]
-        _once(pairs)
+        if isinstance(node, yaml.MappingNode):
+            _once([(self.construct_object(key, deep=True), None) for key, _ in node.value])
         return super().construct_mapping(node, deep)
 
 
@@ -33,23 +41,53 @@ for _side in (_Loader, _Dumper):
 def read_settings(path: Path) -> dict[str, object]:
     """Read the mapping in ``path`` (.yaml, .yml or .json); `tunerkit.structure` converts it to a config.
 
-    Raises `ConfigError` if there is no such file, or if it is malformed, is not a mapping or has a duplicate key.
+    Raises `ConfigError` if there is no such file, or if it is malformed, is not a mapping or has a duplicate key; also
+    if it is too large or too deep, so that reading it takes a few seconds at most.
     """
     suffix = path.suffix.lower()
     if suffix not in (".yaml", ".yml", ".json"):
         raise ConfigError([f"{path}: settings files end in .yaml, .yml or .json, got {path.suffix or 'no ending'!r}"])
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _read_text(path)
         found = json.loads(text, object_pairs_hook=_once) if suffix == ".json" else yaml.load(text, Loader=_Loader)
     except FileNotFoundError:
         raise ConfigError([f"{path}: no such file"]) from None
-    except (OSError, ValueError, yaml.YAMLError) as problem:
-        raise ConfigError([f"{path}: cannot be read as {suffix}: {' '.join(str(problem).split())}"]) from problem
+    except UnicodeDecodeError as problem:
+        raise ConfigError([f"{path}: byte {problem.start} is not UTF-8; save the file as UTF-8"]) from problem
+    except RecursionError as problem:
+        raise ConfigError([f"{path}: is nested too deeply; settings have at most {_DEEPEST} levels"]) from problem
+    except Exception as problem:  # for some text the YAML library raises KeyError, IndexError or AttributeError
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        raise ConfigError([f"{path}: cannot be read as {suffix}: {reason}"]) from problem
     if found is None:
         return {}  # a YAML file with only comments: all defaults
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise ConfigError([f"{path}: expected a mapping of settings to values, got {type(found).__name__}"])
+        raise ConfigError(
+            [f"{path}: expected a mapping of settings to values, got {type(found).__name__} {shown(found)}"]
+        )
+    for number, depth in enumerate(_depths(found)):
+        if depth > _DEEPEST:
+            reason = f"is nested deeper than {_DEEPEST} levels, or a YAML anchor contains itself"
+            raise ConfigError([f"{path}: {reason}; write the values out"])
+        if number >= _MAX_VALUES:
+            raise ConfigError([f"{path}: has more than {_MAX_VALUES} values, with YAML aliases written out; use fewer"])
     return found
+
+
+def _read_text(path: Path) -> str:
+    with path.open("rb") as file:
+        content = file.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise ValueError(f"settings files have at most {_MAX_BYTES} bytes; is it the right file?")
+    return content.decode("utf-8")
+
+
+def _depths(value: object, depth: int = 0) -> Iterator[int]:
+    """Yield the depth of each value, aliases written out. An anchor that contains itself has no end, so stop early."""
+    yield depth
+    if isinstance(value, dict | list | tuple | set) and depth <= _DEEPEST:
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _depths(inner, depth + 1)
 
 
 def write_settings(settings: dict[str, object]) -> str:
@@ -59,8 +97,10 @@ def write_settings(settings: dict[str, object]) -> str:
 
 
 def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    keys = [key for key, _ in pairs]
-    twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+    for key, _ in pairs:
+        if not isinstance(key, Hashable):
+            raise ValueError(f"a {type(key).__name__} as a key: {shown(key)}; keys are the names of settings")
+    twice = sorted({str(key) for key, times in Counter(key for key, _ in pairs).items() if times > 1})
     if twice:
-        raise ValueError(f"given twice: {', '.join(twice)}")
+        raise ValueError(f"given twice: {few(twice, shown=5)}")
     return dict(pairs)

@@ -1,5 +1,6 @@
 """The input of a run, and its results."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tunerkit import RankChange, Summary, Tuner
 from tunerkit.cli.batches import Encoded
 from tunerkit.cli.models import Classifier
 from tunerkit.cli.progress import watched
-from tunerkit.cli.training import Recipe, Score, evaluate, train
+from tunerkit.cli.training import DivergedError, Recipe, Score, evaluate, train
 
 EVALUATION_BATCH = 64
 
@@ -64,11 +65,29 @@ def fit(
     title: str,
     tuner: Tuner | None = None,
     dropout: bool = True,
+    must_converge: bool = True,
 ) -> tuple[float, ...]:
-    """Train to the end, show a progress bar, and return the loss of each step. See `train` for ``dropout``."""
+    """Train to the end, show a progress bar, and return the loss of each step. See `train` for ``dropout``.
+
+    Raises `DivergedError` at the first loss that is not finite, unless ``must_converge`` is False.
+    """
     steps = train(task.classifier.model, task.train, recipe, device=task.device, dropout=dropout)
     total = recipe.total_steps(len(task.train.ids))
-    return tuple(step.loss for step in watched(steps, total, console=console, title=title, tuner=tuner))
+    losses: list[float] = []
+    for step in watched(steps, total, console=console, title=title, tuner=tuner):
+        if must_converge:
+            refuse_nonfinite(step.loss, f"at step {step.number} of {total}", recipe)
+        losses.append(step.loss)
+    return tuple(losses)
+
+
+def refuse_nonfinite(loss: float, when: str, recipe: Recipe) -> None:
+    """Raise `DivergedError` if ``loss`` is NaN or infinite. ``when`` says which loss it is."""
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"the loss is {loss} {when}, so training was stopped and nothing was written; use a lower --lr than "
+            f"{recipe.learning_rate:g}, or check the texts and the model"
+        )
 
 
 def score(task: Task) -> Score:

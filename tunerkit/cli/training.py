@@ -11,6 +11,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import tunerkit
+from tunerkit import TunerkitError
 from tunerkit.cli.batches import Rows, shuffled_batches, sorted_batches
 from tunerkit.libraries import torch_private
 
@@ -45,6 +46,10 @@ class Step:
 
     number: int
     loss: float
+
+
+class DivergedError(TunerkitError):
+    """The loss is not finite, so the weights are useless."""
 
 
 @attrs.frozen

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit import hooks, injection, libraries, patterns, steps, targets
-from tunerkit.config import AdapterConfig, unstructure
-from tunerkit.errors import AdapterError, BaseMismatchError, ConfigError, TargetError, TunerkitWarning
+from tunerkit.config import unstructure
+from tunerkit.errors import AdapterError, BaseMismatchError, TargetError, TunerkitWarning
 from tunerkit.injection import Progress, Tuner
-from tunerkit.paths import few, join, short
+from tunerkit.paths import few, join
 from tunerkit.serialization.allocation_limit import limit_for
 from tunerkit.serialization.base_check import base_values, describe_base, refuse_other_base
 from tunerkit.serialization.finite import nonfinite
@@ -24,7 +24,6 @@ from tunerkit.serialization.safetensors_file import file_at, write
 from tunerkit.targets import Scan
 
 M = TypeVar("M", bound=nn.Module)
-_SHOWN = 12  # problems of a config in an error
 
 
 def save(
@@ -190,7 +189,7 @@ def _tuner_from(header: Header, scanned: Scan, adapter: str, source: str) -> Tun
     return Tuner(
         name=adapter,
         method=header.method,
-        config=_config_of(header),
+        config=hooks.structure(header.method, header.config),
         model=scanned.root.module,
         targets=chosen,
         copies=copies,
@@ -198,13 +197,3 @@ def _tuner_from(header: Header, scanned: Scan, adapter: str, source: str) -> Tun
         loaded=True,
         progress=Progress(total_steps=header.total_steps),
     )
-
-
-def _config_of(header: Header) -> AdapterConfig:
-    """The config in the file. Raises `ConfigError` with the first problems: a file may have any number of them."""
-    try:
-        return hooks.structure(header.method, header.config)
-    except ConfigError as error:
-        lines = error.problems
-        more = [f"and {len(lines) - _SHOWN} more problems @ $"] if len(lines) > _SHOWN else []
-        raise ConfigError([*map(short, lines[:_SHOWN]), *more]) from error

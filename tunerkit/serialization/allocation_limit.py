@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tunerkit.errors import FileError
-from tunerkit.paths import short
+from tunerkit.errors import FileError, cut
 from tunerkit.records import Target
 
 # A plugin may make tensors that it does not keep, such as a factor of the weight in float64.
@@ -76,7 +75,7 @@ def limit_for(tensors: Mapping[str, Tensor], source: str) -> Callable[[Target], 
         own = held.get(target.path, 0) + _elements(target.module)
         return _Limit(
             _FACTOR * own + _ALWAYS,
-            f"{source} does not fit its own header: by its config, the adapter at {short(target.path)!r} needs many "
+            f"{source} does not fit its own header: by its config, the adapter at {cut(target.path, 200)!r} needs many "
             f"times more memory than the {held.get(target.path, 0)} values that the file has for it",
         )
 

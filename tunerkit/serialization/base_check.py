@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from tunerkit.errors import BaseMismatchError, FileError
+from tunerkit.errors import BaseMismatchError, FileError, shown
 from tunerkit.injection import Tuner, base_modules, slots_of
 from tunerkit.libraries import labels_hint, torch_private
-from tunerkit.paths import few, join, listed, short
+from tunerkit.paths import few, join
 from tunerkit.serialization.fingerprint import Fingerprint, differences, fingerprint, reshaped, trained_biases
 from tunerkit.serialization.forward_config import forward_config, forward_differences
 from tunerkit.serialization.header import Header
@@ -47,7 +47,7 @@ def refuse_other_base(
         hint = _hint(tuner, header.base, found)
         if other and len(lines) == 1:
             hint = "; its weights are the same, so if you mean to use it, pass check_config=False to tunerkit.load"
-        raise BaseMismatchError(listed(f"{source} was trained on another base model{hint}:", lines))
+        raise BaseMismatchError("\n- ".join([f"{source} was trained on another base model{hint}:", *lines]))
 
 
 def base_values(tuner: Tuner) -> dict[str, Tensor]:
@@ -72,7 +72,7 @@ def _without_bias(tuner: Tuner, scanned: Scan | None) -> list[str]:
 def _other_settings(tuner: Tuner, header: Header, source: str) -> list[str]:
     saved = header.values.get(_SETTINGS, {})
     if not isinstance(saved, dict):
-        raise FileError(f"{source}: its header has a field that tunerkit would not write: {_SETTINGS} {short(saved)}")
+        raise FileError(f"{source}: its header has a field that tunerkit would not write: {_SETTINGS} {shown(saved)}")
     return forward_differences(saved, forward_config(tuner.model)) if saved else []
 
 

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tunerkit.errors import BaseMismatchError, FileError
+from tunerkit.errors import BaseMismatchError, FileError, cut, first
 from tunerkit.injection import Slot
 from tunerkit.libraries import labels_hint
-from tunerkit.paths import few, join, listed, short
+from tunerkit.paths import few, join
 from tunerkit.serialization.finite import nonfinite
 
 # One of these may replace another: a base or an adapter may be held in another precision than it was saved in.
@@ -60,7 +60,7 @@ def fill(
         problems += misfits
         if not (problems or resized):
             filled[path] = slot
-    problems += [f"unexpected: {short(name)}" for name in tensors if name not in used]
+    problems += [f"unexpected: {name}" for name in tensors if name not in used]
     _refuse(problems, resized, model, source)
     _refuse_overflow(filled, tensors, source)
     return filled
@@ -69,9 +69,9 @@ def fill(
 def _misfits(state: Iterable[tuple[str, Tensor]], tensors: Mapping[str, Tensor]) -> Iterator[str]:
     for name, built in state:
         if name not in tensors:
-            yield f"missing: {short(name)}"
+            yield f"missing: {name}"
         elif (found := tensors[name].dtype) != built.dtype and not {found, built.dtype} <= _PRECISIONS:
-            yield f"{short(name)} is {_name(found)}, expected {_name(built.dtype)}"
+            yield f"{cut(name, 200)} is {_name(found)}, expected {_name(built.dtype)}"
 
 
 def _resized_base(path: str, state: Mapping[str, tuple[str, Tensor]], own: Mapping[str, Tensor]) -> Iterator[_Resized]:
@@ -91,16 +91,16 @@ def _load_slot(path: str, slot: Slot, tensors: dict[str, Tensor]) -> list[str]:
 
 def _refuse(problems: Sequence[str], resized: Sequence[_Resized], model: nn.Module, source: str) -> None:
     hint = labels_hint(model, [(each.saved, each.found) for each in resized])
-    sizes = [f"at {short(each.path)}: {_sizes(each)}" for each in resized]
+    sizes = [f"at {cut(each.path, 200)}: {_sizes(each)}" for each in resized]
     if resized and not problems:
         title = f"{source} was trained on another base model: what it trains in full has other shapes (saved -> here)"
-        raise BaseMismatchError(listed(f"{title}{hint}:", sizes))
+        raise BaseMismatchError("\n- ".join([f"{title}{hint}:", *first(sizes)]))
     if problems:
-        raise FileError(listed(f"{source} does not fit its own header:", [*problems, *sizes]))
+        raise FileError("\n- ".join([f"{source} does not fit its own header:", *first([*problems, *sizes])]))
 
 
 def _sizes(each: _Resized) -> str:
-    return f"{short(each.name)} {list(each.saved)} -> {list(each.found)}"
+    return f"{cut(each.name, 200)} {list(each.saved)} -> {list(each.found)}"
 
 
 def _refuse_overflow(slots: Mapping[str, Slot], tensors: Mapping[str, Tensor], source: str) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 
 from tunerkit import injection
+from tunerkit.errors import cut, shown
 from tunerkit.libraries import FORWARD_ALIASES, FORWARD_FIELDS
-from tunerkit.paths import is_under, join, short
+from tunerkit.paths import is_under, join
 
 _DEEPEST = 4  # configs inside configs: a multi-modal model has two or three levels
 
@@ -35,7 +36,7 @@ def forward_config(model: nn.Module) -> dict[str, Any]:
 def forward_differences(saved: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """List the settings that two bases have with different values; one that only one of them has is no difference."""
     return [
-        f"{short(name)} {short(repr(value))} -> {short(repr(found[name]))}"
+        f"{cut(name, 200)} {shown(value)} -> {shown(found[name])}"
         for name, value in sorted(saved.items())
         if name in found and found[name] != value
     ]

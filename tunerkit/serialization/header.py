@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import reprlib
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,8 +11,8 @@ import torch
 from attrs.validators import deep_iterable, deep_mapping, instance_of, optional
 from torch import Tensor
 
-from tunerkit.errors import FileError
-from tunerkit.paths import few, short
+from tunerkit.errors import FileError, cut, shown
+from tunerkit.paths import few
 
 KEY = "tunerkit"
 FORMAT = 1
@@ -25,12 +24,12 @@ _LARGEST = 2**63  # counts and sizes are 64-bit integers to torch
 
 def _is_count(instance: object, attribute: "attrs.Attribute[Any]", value: Any) -> None:
     if type(value) is not int or not 0 <= value < _LARGEST:
-        raise ValueError(f"{attribute.name}: expected an integer from 0 to 2**63 - 1, got {reprlib.repr(value)}")
+        raise ValueError(f"{attribute.name}: expected an integer from 0 to 2**63 - 1, got {shown(value)}")
 
 
 def _is_method(instance: object, attribute: "attrs.Attribute[Any]", value: Any) -> None:
     if not isinstance(value, str) or len(value) > _LONGEST_NAME:
-        raise ValueError(f"{attribute.name}: expected the name of a method, got {reprlib.repr(value)}")
+        raise ValueError(f"{attribute.name}: expected the name of a method, got {shown(value)}")
 
 
 def _is_config(instance: object, attribute: "attrs.Attribute[Any]", value: Any) -> None:
@@ -44,24 +43,24 @@ def _is_config(instance: object, attribute: "attrs.Attribute[Any]", value: Any) 
             case list() as members:
                 waiting += members
             case int() as number if abs(number) > _LARGEST_SETTING:
-                raise ValueError(f"{attribute.name}: expected settings below 10**100, got {reprlib.repr(number)}")
+                raise ValueError(f"{attribute.name}: expected settings below 10**100, got {shown(number)}")
 
 
 def _is_sample(instance: object, attribute: "attrs.Attribute[Any]", value: Any) -> None:
     if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
-        raise ValueError(f"{attribute.name}: expected a finite number, got {reprlib.repr(value)}")
+        raise ValueError(f"{attribute.name}: expected a finite number, got {shown(value)}")
 
 
 def _are_paths(instance: object, attribute: "attrs.Attribute[Any]", paths: Any) -> None:
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-        raise ValueError(f"{attribute.name}: expected a list of texts, got {reprlib.repr(paths)}")
+        raise ValueError(f"{attribute.name}: expected a list of texts, got {shown(paths)}")
     if len(set(paths)) < len(paths):
         raise ValueError(f"{attribute.name}: a path is listed twice")
 
 
 def _is_entry(instance: object, attribute: "attrs.Attribute[Any]", entry: Any) -> None:
     if not isinstance(entry, dict) or set(entry) != {"shape", "dtype", "sample"}:
-        raise ValueError(f"{attribute.name}: expected a shape, a dtype and a sample, got {reprlib.repr(entry)}")
+        raise ValueError(f"{attribute.name}: expected a shape, a dtype and a sample, got {shown(entry)}")
     instance_of(str)(instance, attribute, entry["dtype"])
     deep_iterable(_is_count, instance_of(list))(instance, attribute, entry["shape"])
     deep_iterable(_is_sample, instance_of(list))(instance, attribute, entry["sample"])
@@ -70,7 +69,7 @@ def _is_entry(instance: object, attribute: "attrs.Attribute[Any]", entry: Any) -
 def _is_change(instance: "Header", attribute: "attrs.Attribute[Any]", change: Any) -> None:
     listed = isinstance(change, list) and len(change) == 3 and isinstance(change[2], list)
     if not listed or len(change[2]) != len(instance.targets):
-        raise ValueError(f"expected a step, a budget and a list of one rank per target, got {reprlib.repr(change)}")
+        raise ValueError(f"expected a step, a budget and a list of one rank per target, got {shown(change)}")
     for number in (*change[:2], *change[2]):
         _is_count(instance, attribute, number)
 
@@ -141,7 +140,7 @@ def decode(metadata: Mapping[str, str] | None, tensors: Mapping[str, Tensor], *,
         raise FileError(f"{source} is damaged: its digest does not match its content; copy or save it again")
     fields = _parse(text, source)
     if fields.get("format") != FORMAT:
-        found = reprlib.repr(fields.get("format"))
+        found = shown(fields.get("format"))
         raise FileError(f"{source} has format {found}, this tunerkit reads {FORMAT}; install a matching release")
     if problems := list(_wrong_fields(fields)):
         raise FileError(
@@ -153,9 +152,7 @@ def decode(metadata: Mapping[str, str] | None, tensors: Mapping[str, Tensor], *,
     except (TypeError, ValueError) as error:
         raise FileError(f"{source}: its header has a field that tunerkit would not write: {_reason(error)}") from error
     if header.kind != content:
-        raise FileError(
-            f"{source} holds {short(repr(header.kind))}, expected {content!r}: pass the other of the two files"
-        )
+        raise FileError(f"{source} holds {shown(header.kind)}, expected {content!r}: pass the other of the two files")
     return header
 
 
@@ -168,14 +165,14 @@ def _wrong_fields(fields: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _reason(error: TypeError | ValueError) -> str:
-    return short(error.args[0] if error.args else error)
+    return cut(str(error.args[0] if error.args else error), 400)
 
 
 def _parse(text: str, source: str) -> dict[str, Any]:
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise FileError(f"{source}: the header is not JSON ({short(error)})") from error
+        raise FileError(f"{source}: the header is not JSON ({error})") from error
     if not isinstance(fields, dict):
         raise FileError(f"{source}: the header is not a JSON object")
     return fields

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tunerkit.errors import FileError
 from tunerkit.libraries import ForeignFormat, foreign_format
-from tunerkit.paths import few, short
+from tunerkit.paths import few
 from tunerkit.serialization.finite import nonfinite
 from tunerkit.serialization.header import Header, decode, is_ours
 from tunerkit.serialization.safetensors_file import file_at
@@ -22,7 +22,7 @@ _WRITERS = {"adapter": "save", "state": "save_state"}
 def read(path: str | os.PathLike[str], *, content: str) -> tuple[str, dict[str, Tensor], Header]:
     """Return the file's own path for messages, its tensors, and its header after all checks. Raises `FileError`."""
     place = file_at(path, content)
-    source = short(place)
+    source = str(place)
     if not os.path.isfile(place):
         _refuse_foreign(place.parent, _names_in(place.parent), ())
         raise FileError(
@@ -47,14 +47,14 @@ def _accept(place: Path, metadata: Mapping[str, str], tensors: Collection[str]) 
     """Refuse a file of another program, before its data is read."""
     if not is_ours(metadata):
         _refuse_foreign(place, [place.name], tensors)
-        decode(metadata, {}, source=short(place), content="")
+        decode(metadata, {}, source=str(place), content="")
 
 
 def _refuse_foreign(place: Path, files: Collection[str], tensors: Collection[str]) -> None:
     found: ForeignFormat | None = foreign_format(files, tensors)
     if found is not None:
         raise FileError(
-            f"{short(place)} holds an adapter in the format of {found.library} ({few(found.files, shown=3)}). tunerkit "
+            f"{place} holds an adapter in the format of {found.library} ({few(found.files, shown=3)}). tunerkit "
             f"itself does not read it: that takes the distribution {found.distribution}, which is not installed. "
             f"Without it, use {found.library}: {found.instead}(model, folder)"
         )

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tunerkit.errors import FileError
-from tunerkit.paths import short
 
 try:
     import fcntl
@@ -45,13 +44,13 @@ def replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
         _remove_leftovers(path)
         _replace(path, parts)
     except (OSError, ValueError) as error:  # ValueError: the path cannot be encoded
-        raise FileError(f"cannot write {short(path)}: {_reason(error)}; an older file there is unchanged") from error
+        raise FileError(f"cannot write {path}: {_reason(error)}; an older file there is unchanged") from error
     try:
         for folder in folders:
             _sync(folder)
     except OSError as error:
         raise FileError(
-            f"{short(path)} is written, but its folder could not be flushed to disk: {_reason(error)}; a power failure "
+            f"{path} is written, but its folder could not be flushed to disk: {_reason(error)}; a power failure "
             "may bring back what was there before, so write it again"
         ) from error
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import reprlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -11,8 +10,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from tunerkit.errors import FileError
-from tunerkit.paths import short
+from tunerkit.errors import FileError, shown
 from tunerkit.serialization.replacing import replace
 
 _SUFFIX = ".safetensors"
@@ -32,17 +30,17 @@ def file_at(path: str | os.PathLike[str], content: str) -> Path:
     try:
         place = Path(path)
     except TypeError:
-        found = f"{type(path).__name__} {reprlib.repr(path)}"
+        found = f"{type(path).__name__} {shown(path)}"
         raise FileError(f"expected the path of a folder or a file, got {found}") from None
     if "\0" in str(place):
-        raise FileError(f"a path cannot contain the character NUL, got {reprlib.repr(str(place))}")
+        raise FileError(f"a path cannot contain the character NUL, got {shown(str(place))}")
     return place if place.suffix == _SUFFIX else place / f"{content}{_SUFFIX}"
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Path:
     """Write a safetensors file, completely or not at all, and return its path."""
     if os.path.isdir(path):
-        raise FileError(f"cannot write {short(path)}: it is a folder; a path that ends in {_SUFFIX} names the file")
+        raise FileError(f"cannot write {path}: it is a folder; a path that ends in {_SUFFIX} names the file")
     replace(path, _ordered(safetensors.torch.save(_apart(tensors), metadata)))
     return path
 
@@ -73,7 +71,7 @@ def read(
     except FileError:
         raise
     except _UNREADABLE as error:
-        raise FileError(f"{short(path)} cannot be read as a safetensors file: {short(error)}") from error
+        raise FileError(f"{path} cannot be read as a safetensors file: {error}") from error
 
 
 def _head_of(file: IO[bytes]) -> tuple[bytes, dict[str, Any]]:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tunerkit import hooks, injection, steps
-from tunerkit.errors import AdapterError, FileError, TunerkitWarning
+from tunerkit.errors import AdapterError, FileError, TunerkitWarning, cut, first, shown
 from tunerkit.injection import Tuner
-from tunerkit.paths import few, listed, short
+from tunerkit.paths import few
 from tunerkit.records import RankChange, State
 from tunerkit.serialization.adapter_file import header_of
 from tunerkit.serialization.base_check import base_values, refuse_other_base
@@ -177,11 +177,11 @@ def _refuse_other_run(tuner: Tuner, saved: Header, source: str) -> None:
     """Raise `FileError` if a file's method, config, modules or schedule differ from the adapter's."""
     own = header_of(tuner, content=saved.kind)
     if saved.method != own.method:
-        lines = [f"method {short(repr(saved.method))} -> {own.method!r}"]
+        lines = [f"method {shown(saved.method)} -> {own.method!r}"]
     else:
         settings = {name: (saved.config.get(name), own.config.get(name)) for name in {*saved.config, *own.config}}
         lines = [
-            f"{short(name)} {short(repr(there))} -> {short(repr(here))}"
+            f"{cut(name, 200)} {shown(there)} -> {shown(here)}"
             for name, (there, here) in sorted(settings.items())
             if there != here
         ]
@@ -194,4 +194,4 @@ def _refuse_other_run(tuner: Tuner, saved: Header, source: str) -> None:
         # The schedule covers the whole training, so in a longer training it would have pruned differently.
         lines.append(f"total_steps {saved.total_steps} -> {own.total_steps}")
     if lines:
-        raise FileError(listed(f"{source} belongs to another run (saved -> here):", lines))
+        raise FileError("\n- ".join([f"{source} belongs to another run (saved -> here):", *first(lines)]))

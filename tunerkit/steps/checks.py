@@ -4,7 +4,7 @@ import operator
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import SupportsIndex
+from typing import Protocol, SupportsIndex, runtime_checkable
 
 from torch.optim import Optimizer
 
@@ -17,14 +17,22 @@ from tunerkit.steps.links import is_attached
 _BUILD_IT = "build it from (p for p in model.parameters() if p.requires_grad) after tunerkit.wrap"
 
 
-def find_optimizer(candidate: object, tuners: Sequence[Tuner]) -> Optimizer:
+@runtime_checkable
+class _Stepping(Protocol):
+    """Anything that steps, such as an optimizer of another library."""
+
+    def step(self) -> object: ...
+
+
+def find_optimizer(candidate: object, tuners: Sequence[Tuner]) -> Optimizer | None:
     """Return the torch optimizer inside wrappers such as accelerate's, which store it as ``.optimizer``.
 
     If a method of ``tuners`` needs steps, a wrapper that keeps its own state is rejected. Lookahead or weight averaging
-    would restore pruned weights, in their old shapes.
+    would restore pruned weights, in their old shapes. So is an optimizer that takes no hooks. If none needs steps, the
+    result is None for such an optimizer: its steps cannot be counted, which a warning says.
     """
+    needing = [tuner.name for tuner in tuners if tuner.needs_steps]
     while isinstance(inner := getattr(candidate, "optimizer", None), Optimizer):
-        needing = [tuner.name for tuner in tuners if tuner.needs_steps]
         if needing and getattr(candidate, "state", inner.state) is not inner.state:
             wrapper, wrapped = type(candidate).__name__, type(inner).__name__
             raise StepError(
@@ -32,23 +40,37 @@ def find_optimizer(candidate: object, tuners: Sequence[Tuner]) -> Optimizer:
                 f"{needing[0]!r} pruned; train it with {wrapped} alone, or use a method that needs no steps"
             )
         candidate = inner
-    if not isinstance(candidate, Optimizer):
+    if isinstance(candidate, Optimizer) and _takes_hooks(candidate):
+        return candidate
+    if isinstance(candidate, type) or not isinstance(candidate, _Stepping):
         raise StepError(
             f"attach takes a torch optimizer or a transformers Trainer, got {type(candidate).__name__}; "
             "pass the optimizer that steps the adapter"
         )
-    try:
-        candidate.register_state_dict_post_hook(lambda *_: None).remove()
-    except AttributeError as error:
+    if needing:
         raise StepError(
             f"{type(candidate).__name__} does not support hooks: it does not call torch.optim.Optimizer.__init__. "
             "If it wraps an optimizer that does, attach that one; otherwise attach another optimizer"
-        ) from error
-    return candidate
+        )
+    warnings.warn(
+        f"{type(candidate).__name__} does not support hooks, so steps are not counted; nothing else is lost, because "
+        "no method here needs them",
+        TunerkitWarning,
+        stacklevel=4,
+    )
+    return None
 
 
-def check_attachable(tuner: Tuner, optimizer: Optimizer) -> None:
-    """Reject a second attachment, and an adapter that this optimizer cannot train."""
+def _takes_hooks(optimizer: Optimizer) -> bool:
+    try:
+        optimizer.register_state_dict_post_hook(lambda *_: None).remove()
+    except AttributeError:
+        return False
+    return True
+
+
+def check_attachable(tuner: Tuner, optimizer: Optimizer | None) -> None:
+    """Reject a second attachment, and an adapter that this optimizer, if it is known, cannot train."""
     if is_attached(tuner):
         others = [name for name, other in injection.wrapped_of(tuner.model).tuners.items() if not is_attached(other)]
         which = f", or pass adapter={others[0]!r} to attach another" if others else ""
@@ -66,7 +88,8 @@ def check_attachable(tuner: Tuner, optimizer: Optimizer) -> None:
             "model. Offload first, then wrap: the adapter then stays on the device where the model runs"
         )
     injection.refuse_lost([tuner])
-    _check_held(tuner, optimizer)
+    if optimizer is not None:
+        _check_held(tuner, optimizer)
 
 
 def _check_held(tuner: Tuner, optimizer: Optimizer) -> None:

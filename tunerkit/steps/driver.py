@@ -41,7 +41,7 @@ def drive(
     *,
     total_steps: int | None,
     clock: Callable[[], int] | None = None,
-) -> Optimizer:
+) -> Optimizer | None:
     """Start the methods' training states, and register step hooks on an optimizer.
 
     If this raises, no adapter is attached.
@@ -53,7 +53,7 @@ def drive(
         clock: Returns the number of the current step, from 1; by default the steps of each adapter are counted.
 
     Returns:
-        The torch optimizer.
+        The torch optimizer; None if it takes no hooks, so that no step is counted.
     """
     optimizer = find_optimizer(candidate, tuners)
     for tuner in tuners:
@@ -65,6 +65,8 @@ def drive(
         progress = tuner.progress
         progress.state, progress.total_steps, progress.steps = state, total, 0
         progress.history.clear()
+        if optimizer is None:
+            continue
         driver = _Driver(tuner=tuner, clock=clock)
         handles = (
             optimizer.register_step_pre_hook(_uncompiled(_before, driver)),

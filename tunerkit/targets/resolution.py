@@ -4,9 +4,9 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import product, zip_longest
 
-from tunerkit.errors import TargetError, closest
+from tunerkit.errors import TargetError, closest, shown
 from tunerkit.libraries import torch_private
-from tunerkit.paths import is_number, is_under, join, parent, short
+from tunerkit.paths import few, is_number, is_under, join, parent
 from tunerkit.patterns import Matcher, matcher
 from tunerkit.records import Target
 from tunerkit.targets.eligibility import weight_obstacle
@@ -31,11 +31,8 @@ def resolve_modules(scanned: Scan, names: Sequence[str], *, what: str) -> tuple[
         TargetError: Patterns match nothing; the error lists all of them.
     """
     matched = {name: matching(scanned.modules, matcher(name)) for name in names}
-    refuse(
-        f"{what}: {unknown(name, scanned, names_of(scanned.modules, name))}"
-        for name, modules in matched.items()
-        if not modules
-    )
+    idle = [name for name, modules in matched.items() if not modules]
+    refuse(f"{what}: {unknown(name, scanned, scanned.modules, told=told)}" for told, name in enumerate(idle))
     found = {module.path for modules in matched.values() for module in modules}
     paths = (module.path for module in scanned.modules if module.path in found)
     return tuple(path for path in paths if not is_under(parent(path), found))
@@ -84,24 +81,33 @@ def from_paths(scanned: Scan, paths: Sequence[str]) -> tuple[Target, ...]:
     # Searching for the closest names is slow, and a model of another architecture lacks every path.
     hints = [closest(path, scanned.by_path) for path in missing[:_SHOWN]]
     named = zip_longest(missing[:_LISTED], hints, fillvalue="")
-    problems = [f"no module named {short(repr(path))}{hint}" for path, hint in named]
+    problems = [f"no module named {shown(path)}{hint}" for path, hint in named]
     more = [f"and {len(missing) - _LISTED} more modules that it lacks"] if len(missing) > _LISTED else []
     refuse([*problems, *more])
     return tuple(Target(path, scanned.by_path[path].module) for path in paths)
 
 
-def unknown(pattern: str, scanned: Scan, names: set[str]) -> str:
-    """The error text for a pattern that matches no module; ``names`` are the candidates for its hint."""
+def unknown(
+    pattern: str, scanned: Scan, candidates: Iterable[ScannedModule], *, told: int, others: Iterable[str] = ()
+) -> str:
+    """The error text for a pattern that matches no module.
+
+    Its hint is the closest name of ``candidates`` or ``others``. Finding it is slow, so only the first errors have one;
+    ``told`` is the number of those before.
+    """
+    if told >= _SHOWN:
+        return f"no module named {shown(pattern)}"
+    names = names_of(candidates, pattern) | set(others)
     match = matcher(pattern)
     held = ((path, torch_private.own_parameters(found.module)) for path, found in scanned.by_path.items())
     own = ((join(path, name), p) for path, parameters in held for name, p in parameters.items() if p is not None)
     name, parameter = next(((name, p) for name, p in own if match(name)), ("", None))
     if parameter is None:
         listed = sorted(names - {ALL_LINEAR})
-        some = f"; there are: {', '.join(listed[:_SHOWN])}{', ...' if len(listed) > _SHOWN else ''}" if listed else ""
-        return f"no module named {pattern!r}{closest(pattern, sorted(names)) or some}"
+        some = f"; there are: {few(listed, shown=_SHOWN)}" if listed else ""
+        return f"no module named {shown(pattern)}{closest(pattern, sorted(names)) or some}"
     what = "a stack of matrices in one parameter" if parameter.ndim >= 3 else "a parameter"
-    return f"{pattern!r} is {what} ({name}), and no module; only modules can be named yet"
+    return f"{shown(pattern)} is {what} ({name}), and no module; only modules can be named yet"
 
 
 def names_of(modules: Iterable[ScannedModule], pattern: str) -> set[str]:

@@ -14,11 +14,11 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from tunerkit.errors import TargetError, TunerkitWarning
 from tunerkit.libraries import torch_private
-from tunerkit.paths import is_under, join
+from tunerkit.paths import few, is_under, join
 from tunerkit.patterns import Matcher, is_broad, matcher
 from tunerkit.records import Target
 from tunerkit.targets.eligibility import obstacle_at
-from tunerkit.targets.resolution import ALL_LINEAR, lines, matching, names_of, refuse, unknown
+from tunerkit.targets.resolution import ALL_LINEAR, lines, matching, refuse, unknown
 from tunerkit.targets.scan import Scan, ScannedModule, default_convolutions, is_linear, may_be_linear
 
 
@@ -95,7 +95,7 @@ def _excluded(scanned: Scan, exclude: Sequence[str], problems: list[str]) -> fro
         hits = [path for path in scanned.by_path if path and match(path)]
         matched.update(hits)
         if not hits:
-            problems.append(f"exclude: {unknown(pattern, scanned, names_of(scanned.modules, pattern))}")
+            problems.append(f"exclude: {unknown(pattern, scanned, scanned.modules, told=len(problems))}")
     return frozenset(path for path in scanned.by_path if is_under(path, matched))
 
 
@@ -103,9 +103,9 @@ def _layer_problems(scanned: Scan, layers: Sequence[int] | None) -> Iterator[str
     present = sorted({each.layer for each in scanned.modules if each.layer is not None})
     if layers is not None and not layers:
         yield "layers is empty; give layer numbers, or leave it out for all layers"
-    if missing := [str(layer) for layer in layers or () if layer not in present]:
+    if missing := list(map(str, sorted(set(layers or ()).difference(present)))):
         there = f"its layers are {present[0]} to {present[-1]}" if present else "its paths contain no numbers"
-        yield f"the model has no layer {', '.join(missing)}; {there}"
+        yield f"the model has no layer {few(missing, shown=20)}; {there}"
 
 
 def _stacks(modules: Iterable[ScannedModule]) -> Iterator[str]:
@@ -163,8 +163,8 @@ def _choose_matching(scope: _Scope, pattern: str, problems: list[str]) -> Iterat
     match, broad = matcher(pattern), is_broad(pattern)
     matched = matching(scope.scanned.modules, match)
     if not matched:
-        names = names_of((each for each in scope.scanned.modules if each.base is not None), pattern)
-        problems.append(unknown(pattern, scope.scanned, names | {ALL_LINEAR}))
+        candidates = (each for each in scope.scanned.modules if each.base is not None)
+        problems.append(unknown(pattern, scope.scanned, candidates, told=len(problems), others=[ALL_LINEAR]))
         return
     obstacles = {each.path: obstacle_at(each, scope.scanned) for each in matched}
     reasons = {path: obstacle for path, obstacle in obstacles.items() if obstacle}

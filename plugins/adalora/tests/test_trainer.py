@@ -1,6 +1,7 @@
 """AdaLoRA with a transformers Trainer: checkpoints, best model, logs, and the Trainer's own options."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,27 @@ def test_training_again_after_the_best_model_was_reloaded(tmp_path: Path) -> Non
     assert tunerkit.tuner(model).steps == 3
     trainer.train()
     assert len(tunerkit.tuner(model).history) == 1  # the best step was 3 again
+
+
+def test_a_second_training_after_shrinking_says_that_nothing_is_left_to_prune(tmp_path: Path) -> None:
+    """The removed triplets do not come back: one warning says so, and training goes on at these ranks."""
+    model = wrapped()
+    trainer = trainer_of(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", tunerkit.TunerkitWarning)
+        trainer.train()
+    before = tunerkit.tuner(model).ranks()
+    with pytest.warns(tunerkit.TunerkitWarning, match="nothing is left to prune.*wrap the model again.*shrink"):
+        trainer.train()
+    assert tunerkit.tuner(model).ranks() == before
+
+
+def test_resuming_after_shrinking_says_nothing(tmp_path: Path) -> None:
+    """That training did prune; it only goes on."""
+    trainer_of(wrapped(), tmp_path, save_strategy="steps", save_steps=15).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", tunerkit.TunerkitWarning)
+        trainer_of(wrapped(), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-15"))
 
 
 def test_budget_and_a_summary_of_the_ranks_are_in_the_logs(tmp_path: Path) -> None:

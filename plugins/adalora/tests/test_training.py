@@ -582,3 +582,14 @@ def test_saving_without_a_step_is_refused(tmp_path: Path) -> None:
     with pytest.raises(tunerkit.AdapterError, match="no step"):
         tunerkit.save(model, tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 4, 5])
+def test_a_training_too_short_to_choose_what_to_prune_is_refused(total: int) -> None:
+    """Scores of so few gradients say nothing. Six steps are enough, and without pruning any number is."""
+    model = wrapped(t_init=0.1, t_final=0.3, delta_t=10)
+    with pytest.raises(tunerkit.ConfigError, match=rf"at least 6 steps, got {total}.*@ \$\.total_steps"):
+        tunerkit.attach(model, adamw(model), total_steps=total)
+    tunerkit.attach(model, adamw(model), total_steps=6)
+    fixed = wrapped(t_init=0.1, t_final=0.3, delta_t=10, target_rank=2, init_rank=2, exact_svd=False)
+    tunerkit.attach(fixed, adamw(fixed), total_steps=total)

@@ -7,6 +7,10 @@ import attrs
 
 from tunerkit.errors import ConfigError
 
+# Below, the scores of the last allocation are averages over at most five gradients, of which the first is that of an
+# adapter at its start, where P or Λ is 0: triplets would be kept by chance.
+LEAST_STEPS = 6
+
 
 @attrs.frozen
 class Allocation:
@@ -89,6 +93,25 @@ class Schedule:
         """The budget in force after ``step``: b at the last allocation up to it, b(0) before the first."""
         last = self.due(0, step)
         return self.initial if last is None else self.cubic(last)
+
+
+def refuse_short(schedule: Schedule) -> None:
+    """Refuse a training that is too short to choose what to prune. One that prunes nothing may have any length.
+
+    Args:
+        schedule: The schedule.
+
+    Raises:
+        ConfigError: If there are too few steps.
+    """
+    if schedule.target < schedule.initial and schedule.total_steps < LEAST_STEPS:
+        raise ConfigError(
+            [
+                f"expected at least {LEAST_STEPS} steps, got {schedule.total_steps}: scores of so few gradients say "
+                "nothing about what to prune; train longer, or prune nothing: set init_rank to target_rank "
+                "@ $.total_steps"
+            ]
+        )
 
 
 def plan(

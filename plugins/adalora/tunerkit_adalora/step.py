@@ -60,7 +60,9 @@ def after_step(tuner: Tuner, step: int) -> dict[str, int] | None:
         The new ranks by target path if an allocation was due, else None.
     """
     training = training_of(tuner)
-    _make_all_live_(training)
+    if training.phase is Phase.WAITING:
+        _make_all_live_(training)
+        _warn_if_nothing_is_left(tuner, training)
     _measure_(tuner, training, step)  # importance: Ī and Ū (Eq. 8-10)
     due = training.advance_(step)  # budget: b(t), if an allocation is due
     if due is not None:
@@ -91,11 +93,27 @@ def finish(tuner: Tuner) -> dict[str, int] | None:
 
 
 def _make_all_live_(training: Training) -> None:
-    """At the first step, make every triplet live: a loaded adapter may come with masks."""
-    if training.phase is Phase.WAITING:
-        for layer in training.layers:
-            layer.set_mask(torch.ones_like(layer.mask), rank=len(layer.mask))
-        training.in_force = training.schedule.initial
+    """Make every triplet live, at the first step: a loaded adapter may come with masks."""
+    for layer in training.layers:
+        layer.set_mask(torch.ones_like(layer.mask), rank=len(layer.mask))
+    training.in_force = training.schedule.initial
+
+
+def _warn_if_nothing_is_left(tuner: Tuner, training: Training) -> None:
+    """Warn, at the first step, if an earlier training has removed from memory all that could be pruned.
+
+    Not when attaching: a resumed training has nothing left either once it has shrunk, and then it has a later step.
+    """
+    config, schedule = config_of(tuner), training.schedule
+    whole = training.resolved.init_rank * sum(costs_of(config, training.layers))
+    if schedule.initial <= schedule.target < whole:
+        warnings.warn(
+            f"adapter {tuner.name!r}: nothing is left to prune, because an earlier training removed the other triplets "
+            f"from memory: the budget is {schedule.initial} from the start, and the ranks stay as they are. To prune "
+            "anew, wrap the model again; to keep pruned triplets in memory, set shrink to False",
+            TunerkitWarning,
+            stacklevel=3,
+        )
 
 
 def _measure_(tuner: Tuner, training: Training, step: int) -> None:

@@ -14,7 +14,7 @@ from tunerkit_adalora.gradients import GradientCount
 from tunerkit_adalora.phase import Phase
 from tunerkit_adalora.preconditions import refuse_sharded
 from tunerkit_adalora.resolved import Resolved
-from tunerkit_adalora.schedule import Allocation, Schedule
+from tunerkit_adalora.schedule import Allocation, Schedule, refuse_short
 from tunerkit_adalora.svd_layer import SvdLayer
 
 
@@ -80,7 +80,7 @@ def start(tuner: Tuner, total_steps: int) -> Training:
         The state.
 
     Raises:
-        ConfigError: If schedule, budget and bounds do not fit together.
+        ConfigError: If schedule, budget and bounds do not fit together, or training is too short to prune.
         StepError: If the weights are sharded.
     """
     config = config_of(tuner)
@@ -88,6 +88,7 @@ def start(tuner: Tuner, total_steps: int) -> Training:
     refuse_sharded(tuner.name, [layer.weights for layer in layers])
     resolved = config.resolved()
     schedule = schedule_of(config, resolved, layers, total_steps)
+    refuse_short(schedule)
     bounds = bounds_of(config, resolved, tuner.targets)
     check_bounds(config, bounds, tuner.targets, layers, schedule.target)
     sizes = [len(layer.lam) for layer in layers]

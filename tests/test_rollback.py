@@ -1,0 +1,65 @@
+"""Restoring a training state is all or nothing, whatever a method's plugin does before it raises."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import tunerkit
+from tunerkit.testing.registering import registered
+from tunerkit.testing.toy_adapters import Shift
+from tunerkit.testing.toy_methods import ShiftConfig, Shifting
+
+if TYPE_CHECKING:
+    from tests.conftest import Toys
+
+
+class CarelessPlugin(Shifting):
+    """``toy-careless``: restoring writes into the adapters and into the state, and then finds out what is missing."""
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [tunerkit.Method("toy-careless", config=ShiftConfig)]
+
+    @tunerkit.hookimpl
+    def tunerkit_start(self, tuner: tunerkit.Tuner) -> dict[str, Any]:
+        return {"average": torch.ones(3), "adapters": list(tuner.adapters().values())}
+
+    @tunerkit.hookimpl
+    def tunerkit_state(self, tuner: tunerkit.Tuner) -> tunerkit.State:
+        return tunerkit.State(tensors={"average": torch.full((3,), 5.0)}, values={})
+
+    @tunerkit.hookimpl
+    def tunerkit_restore(self, tuner: tunerkit.Tuner, state: tunerkit.State) -> None:
+        live: Any = tuner.state
+        live["average"].copy_(state.tensors["average"])
+        for adapter in tuner.adapters().values():
+            assert isinstance(adapter, Shift)
+            adapter.v.data.fill_(9.0)
+        tuner.state = {**live, "mask": state.tensors["mask"]}
+
+
+def test_a_state_that_cannot_be_restored_changes_nothing(toys: "Toys", tmp_path: Path) -> None:
+    """Weights, the method's state, steps and history are as before, and training goes on with the same objects."""
+    with registered(CarelessPlugin()):
+        model = toys.trained("toy-careless", targets=["conv", "layers.0"])
+        tuner = tunerkit.tuner(model)
+        optimizer = torch.optim.SGD(list(tuner.parameters()), lr=0.1)
+        tunerkit.attach(model, optimizer)
+        path = tunerkit.save_state(model, tmp_path)
+        for _ in range(2):
+            model(toys.x()).sum().backward()
+            optimizer.step()
+        weights = [parameter.detach().clone() for parameter in tuner.parameters()]
+        objects = [id(parameter) for parameter in tuner.parameters()]
+        history = list(tuner.history)
+        with pytest.raises(KeyError, match="mask"):
+            tunerkit.load_state(model, path)
+        assert all(torch.equal(a, b) for a, b in zip(weights, tuner.parameters(), strict=True))
+        assert [id(parameter) for parameter in tuner.parameters()] == objects
+        assert (tuner.steps, tuner.history) == (2, history)
+        state: Any = tuner.state
+        assert state.keys() == {"average", "adapters"}
+        assert torch.equal(state["average"], torch.ones(3))
+        assert all(a is b for a, b in zip(state["adapters"], tuner.adapters().values(), strict=True))
