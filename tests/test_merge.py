@@ -490,3 +490,14 @@ def test_after_unwrapping_any_state_may_be_loaded(toys: "Toys") -> None:
     model = tunerkit.unwrap(toys.trained())
     assert not any(module._load_state_dict_pre_hooks or module._state_dict_hooks for module in model.modules())
     model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("filler", [float("inf"), float("nan"), 1e30, 0.0])
+def test_a_state_is_loaded_into_weights_that_hold_nothing_yet(toys: "Toys", filler: float) -> None:
+    """After ``to_empty`` they may hold anything, which is no sign of a merge."""
+    source, model = toys.trained(), toys.trained()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(filler)
+    model.load_state_dict({name: tensor.clone() for name, tensor in source.state_dict().items()})
+    assert torch.equal(model(toys.x()), source(toys.x()))

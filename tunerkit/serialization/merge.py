@@ -56,8 +56,7 @@ def merge(model: M, *, permanent: bool = False) -> M:
         raise AdapterError("no adapter is active, so nothing can be merged; call tunerkit.activate first")
     injection.refuse_running(model, "merging")
     _refuse_offloaded(places)
-    parts = ((path, module) for path, module, slots in places if slots.active)
-    libraries.refuse_engine((part for path, each in parts for part in each.named_modules(prefix=path)), "merge")
+    libraries.refuse_engine(((path, module) for path, module, slots in places if slots.active), "merge")
     injection.refuse_lost(tuners.values())
     _refuse_tied(model, places)
     merged = [_merged_tensors(path, module, slots) for path, module, slots in places]
