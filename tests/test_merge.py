@@ -438,11 +438,17 @@ def test_nothing_is_loaded_into_a_merged_model(toys: "Toys", made: str) -> None:
     model = toys.trained()
     state, output = copy.deepcopy(model.state_dict()), model(toys.x())
     merged = COPIES[made](tunerkit.merge(model))
-    for loaded in (state, copy.deepcopy(merged.state_dict())):
-        before = toys.snapshot(merged)
+    other = tunerkit.merge(toys.fill_(toys.trained(), seed=8)).state_dict()
+    parts = {name.removeprefix("layers."): tensor for name, tensor in state.items() if name.startswith("layers.")}
+    before = toys.snapshot(merged)
+    with pytest.raises(AdapterError, match="lost at unmerge"):
+        merged.layers.load_state_dict(parts)
+    assert torch.equal(merged.layers[0].weight, before["values"]["layers.0.weight"])
+    for loaded in (state, copy.deepcopy(other), {name: tensor.clone() for name, tensor in other.items()}):
         with pytest.raises(AdapterError, match=r"lost at unmerge; call tunerkit\.unmerge first"):
             merged.load_state_dict(loaded)
         assert toys.same(toys.snapshot(merged), before)
+    merged.load_state_dict(copy.deepcopy(merged.state_dict()))  # its own changes nothing
     tunerkit.unmerge(merged).load_state_dict(state)
     assert torch.equal(merged(toys.x()), output)
 
@@ -482,6 +488,16 @@ def test_after_unwrapping_any_state_may_be_loaded(toys: "Toys") -> None:
     """No hook stays behind; the merged weights fit the plain model."""
     state = tunerkit.unwrap(toys.trained(), keep_merged=True).state_dict()
     model = tunerkit.unwrap(toys.trained())
-    assert not model._load_state_dict_pre_hooks
-    assert not model._state_dict_hooks
+    assert not any(module._load_state_dict_pre_hooks or module._state_dict_hooks for module in model.modules())
     model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("filler", [float("inf"), float("nan"), 1e30, 0.0])
+def test_a_state_is_loaded_into_weights_that_hold_nothing_yet(toys: "Toys", filler: float) -> None:
+    """After ``to_empty`` they may hold anything, which is no sign of a merge."""
+    source, model = toys.trained(), toys.trained()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(filler)
+    model.load_state_dict({name: tensor.clone() for name, tensor in source.state_dict().items()})
+    assert torch.equal(model(toys.x()), source(toys.x()))

@@ -82,9 +82,9 @@ class AdapterConfig:
         doc="Which layers get an adapter: path suffixes, globs, 're:' patterns, or 'all-linear'; "
         "None takes the architecture's default.",
     )
-    exclude: tuple[str, ...] = setting((), doc="Targets to leave out, written like `targets`.")
+    exclude: tuple[str, ...] = setting((), doc="Targets to leave out, and new modules to keep frozen.")
     layers: tuple[int, ...] | None = setting(None, doc="Numbers of the layers to adapt; None means all.")
-    train_modules: tuple[str, ...] = setting((), doc="Modules trained in full, as copies, such as a new head.")
+    train_modules: tuple[str, ...] = setting((), doc="Modules trained in full, as copies; if empty, new heads are.")
     bias: Literal["none", "adapters", "all"] = setting(
         "none", doc="Which biases are trained, as copies: none, those of the adapted layers (adapters), or all."
     )

@@ -39,6 +39,7 @@ def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, *, trainable
         if slots is None:
             slots = Slots(base).train(module.training)
             module.add_module(CHILD, slots)
+            watch_states_(module)
             if reader is None:
                 module.register_forward_hook(apply_slots, with_kwargs=True)
         if not module.training:  # new parts are in training mode, and a copy has the modes of its original
@@ -63,6 +64,8 @@ def eject_(tuner: Tuner) -> None:
             if slots.names:
                 continue
             delattr(module, CHILD)
+        if module is not model:
+            unwatch_states_(module)
         torch_private.remove_hooks_(module, apply_slots)
         _release_statistics_(module)
     update_overrides_(model)
@@ -135,6 +138,8 @@ def copy_base(module: nn.Module) -> nn.Module:
         delattr(twin, CHILD)
     torch_private.remove_hooks_(twin, apply_slots, refuse_unsynchronised, note_call)
     unwatch_saving_(twin)
+    for part in twin.modules():
+        unwatch_states_(part)
     unwatch_threads_(twin)
     _release_statistics_(twin)
     return twin

@@ -6,7 +6,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tunerkit.errors import AdapterError
 from tunerkit.layers import Adapter, BaseLayer, mark_fresh, unmark, view_bias
 from tunerkit.libraries import torch_private
 from tunerkit.paths import CHILD, join
@@ -14,8 +13,6 @@ from tunerkit.paths import CHILD, join
 # Buffers hold the originals. Adapter names have no "/", so the prefix keeps the two apart. Buffer names must have no
 # dot, and the tensors of a trained copy have dots in theirs.
 _ORIGINAL, _DOT = "/", "\0"
-# The entry in the metadata of a ``state_dict`` with merged weights.
-MERGED = "tunerkit.merged"
 
 
 class Slot(nn.Module):
@@ -87,8 +84,6 @@ class Slots(nn.Module):
         self.enabled = True
         self.merged: tuple[str, ...] = ()
         self.permanent = False
-        self.register_state_dict_post_hook(mark_merged)  # type: ignore[no-untyped-call]  # torch's own
-        self.register_load_state_dict_pre_hook(_check_state)  # type: ignore[no-untyped-call]
 
     def __setattr__(self, name: str, value: object) -> None:
         # nn.Module refuses to set an attribute with the name of a child, and an adapter may be called "training".
@@ -164,39 +159,6 @@ class Slots(nn.Module):
         """Return the base's own tensor, also while a merged one replaces it in the module."""
         # `originals` costs a search through the buffers, and only a merged module has some.
         return (self.originals.get(name, live) if self.merged and self.enabled else live).detach()
-
-    def refuse_state(self, *, marked: bool) -> None:
-        """Raise `AdapterError` for a ``state_dict`` that does not fit the module as it is, merged or not.
-
-        Args:
-            marked: Whether it was taken while adapters were merged into the module.
-        """
-        if self.merged and not (marked and self.permanent):
-            raise AdapterError(
-                "the model is merged, and what load_state_dict writes now would be lost at unmerge; call "
-                "tunerkit.unmerge first"
-            )
-        if marked and not self.merged:
-            raise AdapterError(
-                "this state_dict was taken while adapters were merged into the weights, and here they would be applied "
-                "twice. Take it after tunerkit.unmerge(model), or take the merged weights alone after "
-                "tunerkit.unwrap(model, keep_merged=True) and load them into a model without adapters"
-            )
-
-
-def mark_merged(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-    """Mark the metadata of a ``state_dict`` with merged weights: the post-hook of slots, and of a wrapped model.
-
-    The keys stay as they are. Inside `disabled` the weights are the base's.
-    """
-    held = [module] if isinstance(module, Slots) else [slots for _, _, slots in walk(module)]
-    if any(slots.merged and slots.enabled for slots in held):
-        metadata[MERGED] = True
-
-
-def _check_state(slots: Slots, state_dict: object, prefix: str, metadata: Mapping[str, object], *rest: object) -> None:
-    """Check a ``state_dict`` before it is loaded into a part of a model: the pre-hook of slots."""
-    slots.refuse_state(marked=MERGED in metadata)
 
 
 def slots_of(module: nn.Module) -> Slots | None:

@@ -8,52 +8,78 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit import hooks
+from tunerkit.errors import AdapterError
 from tunerkit.injection.delta import adapted_tensors
-from tunerkit.injection.slots import MERGED, Slots, mark_merged, walk
+from tunerkit.injection.slots import Slots, walk
 from tunerkit.libraries import torch_private
 from tunerkit.paths import CHILD, join
 
+# The entry in the metadata of a state with merged weights.
+_MERGED = "tunerkit.merged"
 _SAMPLES = 16
 
 
-def watch_states_(model: nn.Module) -> None:
-    """Mark the states that are taken of ``model``, and check those that are loaded into it."""
-    model.register_state_dict_post_hook(mark_merged)  # type: ignore[no-untyped-call]  # torch's own
-    model.register_load_state_dict_pre_hook(refuse_state)  # type: ignore[no-untyped-call]
+def watch_states_(module: nn.Module) -> None:
+    """Mark the states that are taken of ``module``, a wrapped model or an adapted module, and check those for it."""
+    module.register_state_dict_post_hook(mark_merged)
+    module.register_load_state_dict_pre_hook(refuse_state)
 
 
-def unwatch_states_(model: nn.Module) -> None:
+def unwatch_states_(module: nn.Module) -> None:
     """Undo `watch_states_`."""
-    torch_private.remove_state_hooks_(model, mark_merged, refuse_state)
+    torch_private.remove_state_hooks_(module, mark_merged, refuse_state)
+
+
+def mark_merged(module: nn.Module, state: object, prefix: str, metadata: dict[str, Any]) -> None:
+    """Mark the metadata of a state with merged weights: the post-hook of a watched module. The keys stay as they are.
+
+    Inside `disabled` the weights are the base's.
+    """
+    if any(slots.merged and slots.enabled for _, _, slots in walk(module)):
+        metadata[_MERGED] = True
 
 
 def refuse_state(
-    model: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, object], *rest: object
+    module: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, object], *rest: object
 ) -> None:
-    """Raise `AdapterError` for a state that does not fit the model as it is, merged or not: the model's pre-hook.
+    """Raise `AdapterError` for a state that does not fit a module as it is, merged or not: its pre-hook.
 
-    Nothing has been loaded yet. A state that lost its metadata, as in a plain dict or a safetensors file, is
-    recognised by its values, if it belongs to the same base.
+    Nothing has been loaded into the module yet. A state with merged weights that lost its metadata, as in a plain dict
+    or a safetensors file, is recognised by its values, if it belongs to the same base.
     """
-    places = list(walk(model))
-    for path, module, slots in places:
-        slots.refuse_state(marked=MERGED in metadata)
-        new, own = _weights(path, module, slots, state, prefix)
-        if new is not None and own is not None and not _same_samples(new, own):
-            slots.refuse_state(marked=_is_sum(path, module, slots, state, prefix))
-            return  # the state belongs to another base
+    marked, found = _MERGED in metadata, False
+    for path, part, slots in walk(module):
+        if slots.merged:
+            if not marked if slots.permanent else _changes(path, part, slots, state, prefix):
+                raise AdapterError(_LOST)
+        elif marked:
+            raise AdapterError(_TWICE)
+        elif not found and (pair := _weights(path, part, slots, state, prefix)) and not _same_samples(*pair):
+            found = True  # one place is enough: the state is of another base, or merged
+            if _is_sum(path, part, slots, state, prefix, *pair):
+                raise AdapterError(_TWICE)
+
+
+def _changes(path: str, part: nn.Module, slots: Slots, state: Mapping[str, Any], prefix: str) -> bool:
+    """Whether a state has other values than the merged parameters of a module."""
+    own = dict(part.named_parameters())
+    names = {prefix + join(path, name): own[name] for name in slots.originals if name in own}
+    pairs = [(live, state[name]) for name, live in names.items() if name in state]
+    return not all(new.shape == live.shape and torch.equal(live, new.to(live)) for live, new in pairs)
 
 
 def _weights(
-    path: str, module: nn.Module, slots: Slots, state: Mapping[str, Any], prefix: str
-) -> tuple[Tensor | None, Tensor | None]:
+    path: str, part: nn.Module, slots: Slots, state: Mapping[str, Any], prefix: str
+) -> tuple[Tensor, Tensor] | None:
     """Return the weight of a module in the state and the live one; None where they cannot be compared."""
-    if slots.base is None or slots.merged or not slots.applied:
-        return None, None
-    new = state.get(prefix + join(path, slots.base.weight_name))
-    own = torch_private.own_parameters(module).get(slots.base.weight_name)
-    plain = isinstance(new, Tensor) and own is not None and own.shape == new.shape and own.is_floating_point()
-    return (new, own) if plain and not (new.is_meta or own.is_meta) else (None, None)  # type: ignore[union-attr]
+    if slots.base is None or not slots.applied:
+        return None
+    new: Any = state.get(prefix + join(path, slots.base.weight_name))
+    own = torch_private.own_parameters(part).get(slots.base.weight_name)
+    if type(own) is not nn.Parameter or type(new) not in (Tensor, nn.Parameter) or new.shape != own.shape:
+        return None  # a shard or a packed weight
+    readable = own.numel() and own.is_floating_point() and not (new.is_meta or own.is_meta)
+    return (new, own) if readable else None
 
 
 def _same_samples(new: Tensor, own: Tensor) -> bool:
@@ -62,11 +88,10 @@ def _same_samples(new: Tensor, own: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _is_sum(path: str, module: nn.Module, slots: Slots, state: Mapping[str, Any], prefix: str) -> bool:
-    """Whether the module's weight in the state is the live one plus the ΔW of the adapters in the state."""
-    new, own = _weights(path, module, slots, state, prefix)
-    assert new is not None
-    assert own is not None
+def _is_sum(
+    path: str, part: nn.Module, slots: Slots, state: Mapping[str, Any], prefix: str, new: Tensor, own: Tensor
+) -> bool:
+    """Whether the weight in the state is the live one plus the ΔW of the adapters in the state."""
     assert slots.base is not None
     if not all(slot.adapter is None or hooks.has_delta(slot.method) for slot in slots.applied):
         return False
@@ -76,7 +101,18 @@ def _is_sum(path: str, module: nn.Module, slots: Slots, state: Mapping[str, Any]
         twin.load_state_dict({key.removeprefix(start): state[key] for key in state if key.startswith(start)})
     except RuntimeError:  # the state has other adapters
         return False
-    tensors = adapted_tensors(path, module, twin)
-    merged = tensors.get(slots.base.weight_name, own).float()
+    merged = adapted_tensors(path, part, twin).get(slots.base.weight_name, own).float()
     change = new.to(own.device).float() - own.float()
-    return bool((merged - own.float() - change).norm() <= 1e-2 * change.norm())
+    missing, size = (merged - own.float() - change).norm(), change.norm()
+    return bool(size.isfinite() and missing <= 1e-2 * size)  # a weight that is to be filled may hold anything
+
+
+_LOST = (
+    "the model is merged, and what load_state_dict writes into merged weights would be lost at unmerge; call "
+    "tunerkit.unmerge first"
+)
+_TWICE = (
+    "this state_dict was taken while adapters were merged into the weights, and here they would be applied twice. Take "
+    "it after tunerkit.unmerge(model), or take the merged weights alone after tunerkit.unwrap(model, keep_merged=True) "
+    "and load them into a model without adapters"
+)

@@ -62,7 +62,7 @@ def save(
 
 def save_tuner(tuner: Tuner, path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> Path:
     """Write one adapter as it is now, at any point of its schedule. Checkpoints use this."""
-    libraries.refuse_engine(tuner.model.named_modules(), "save")
+    libraries.refuse_engine(injection.base_modules(tuner.model), "save")
     injection.refuse_lost([tuner])
     tensors = _tensors_of(tuner)
     if not allow_nonfinite and (wrong := nonfinite(tensors, base_values(tuner))):

@@ -23,7 +23,11 @@ def merge(model: M, *, permanent: bool = False) -> M:
 
     While merged, `disabled` shows the base model, saving works, and an optimizer step raises `StepError`. The model's
     own ``state_dict()`` contains the merged weights and also the adapters. To get only one of them, take it after
-    `unmerge`, or after ``unwrap(model, keep_merged=True)``.
+    `unmerge`, or after ``unwrap(model, keep_merged=True)``. A state with merged weights cannot be loaded into an
+    unmerged model, where the adapters would be applied twice, and none can be loaded while the model is merged.
+
+    No forward may run in another thread while the weights change: use one lock for both. A forward that is seen to
+    run is an error.
 
     If this raises, nothing is changed.
 
@@ -52,16 +56,15 @@ def merge(model: M, *, permanent: bool = False) -> M:
         raise AdapterError("no adapter is active, so nothing can be merged; call tunerkit.activate first")
     injection.refuse_running(model, "merging")
     _refuse_offloaded(places)
-    parts = ((path, module) for path, module, slots in places if slots.active)
-    libraries.refuse_engine((part for path, each in parts for part in each.named_modules(prefix=path)), "merge")
+    libraries.refuse_engine(((path, module) for path, module, slots in places if slots.active), "merge")
     injection.refuse_lost(tuners.values())
     _refuse_tied(model, places)
     merged = [_merged_tensors(path, module, slots) for path, module, slots in places]
     _refuse_nonfinite(places, merged)
-    if permanent:
-        for tuner in tuners.values():
-            tuner.progress.fingerprint = fingerprint(tuner)
+    kept = {name: fingerprint(tuner) for name, tuner in tuners.items()} if permanent else {}
     replaced = _replace_all_(places, merged)
+    for name, base in kept.items():
+        tuners[name].progress.fingerprint = base
     for (_, _, slots), originals in zip(places, replaced, strict=True):
         slots.merged = slots.active
         slots.permanent = permanent

@@ -54,7 +54,7 @@ def _sharded(model: nn.Module, engine: str) -> nn.Module:
     if engine == "fsdp2":
         fsdp.fully_shard(model)  # of the same object
         return model
-    options = {"use_orig_params": engine == "fsdp1", "device_id": torch.device("cpu")}
+    options: dict[str, Any] = {"use_orig_params": engine == "fsdp1", "device_id": torch.device("cpu")}
     # Each part needs parameters that all require a gradient, or that all do not, if they are to be flattened.
     options["ignored_states"] = [] if engine == "fsdp1" else [p for p in model.parameters() if not p.requires_grad]
     return fsdp.FullyShardedDataParallel(model, **options)
@@ -70,7 +70,8 @@ def _gathered(model: nn.Module, engine: str, folder: str, rank: int) -> Tensor:
     alone = _wrapped()
     alone.load_state_dict(full)
     tunerkit.save(alone, f"{folder}/alone-{rank}")
-    return tunerkit.load(small.net(), f"{folder}/alone-{rank}")(small.X).detach()
+    output: Tensor = tunerkit.load(small.net(), f"{folder}/alone-{rank}")(small.X)
+    return output.detach()
 
 
 def _error(call: Callable[[], object]) -> tuple[str, str] | None:
