@@ -77,7 +77,7 @@ MUTATIONS = (
         "evil pickles and import names",
         "tunerkit/serialization/safetensors_file.py",
         "    except _UNREADABLE as error:\n",
-        '    except _UNREADABLE as error:\n        __import__("torch").load(path, weights_only=False)\n',
+        '    except _UNREADABLE as error:\n        __import__("pickle").loads(path.read_bytes())\n',
     ),
     Mutation(
         "names, traversal, links",

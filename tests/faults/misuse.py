@@ -150,7 +150,7 @@ _OURS: dict[str, Prepared] = {
     ),
     "attach with negative steps": (_fresh, lambda s, k, m, p: tunerkit.attach(m, _sgd(m), total_steps=-1)),
     "step while merged": (lambda s, k, p: tunerkit.merge(_fresh(s, k, p)), _attach_and_step),
-    "structure a list": (_base, lambda s, k, m, p: tunerkit.structure(k, ["rank", 2])),
+    "structure a list": (_base, lambda s, k, m, p: tunerkit.structure(k, ["rank", 2])),  # type: ignore[arg-type]
     "register None": (_base, lambda s, k, m, p: tunerkit.register(None)),
     "register a class": (_base, lambda s, k, m, p: tunerkit.register(dict)),
     "unregister what is not registered": (_base, lambda s, k, m, p: tunerkit.unregister(object())),

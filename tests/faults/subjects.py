@@ -1,8 +1,9 @@
 """What is attacked: tunerkit with every installed method, and peft, behind the same few operations."""
 
+import abc
 import random
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,8 +17,8 @@ TARGETS = ("0", "2")
 LONGEST_MESSAGE = 10_000
 
 
-class Subject(Protocol):
-    """The operations that both have.
+class Subject(abc.ABC):
+    """Abstract. The operations that both have.
 
     Attributes:
         name: The heading of its column.
@@ -31,24 +32,31 @@ class Subject(Protocol):
     strict: bool
     file: str
 
+    @abc.abstractmethod
     def trained(self, kind: str, seed: int = 0, *, base: nn.Module | None = None, rank: int = 2) -> nn.Module:
         """Return a wrapped base whose adapter has random values."""
 
+    @abc.abstractmethod
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the adapter."""
 
+    @abc.abstractmethod
     def load(self, folder: Path, *, base: nn.Module | None = None) -> nn.Module:
         """Load an adapter into a base."""
 
+    @abc.abstractmethod
     def merge(self, model: nn.Module) -> None:
         """Merge the adapter, with all checks that there are."""
 
+    @abc.abstractmethod
     def unmerge(self, model: nn.Module) -> None:
         """Undo a merge."""
 
+    @abc.abstractmethod
     def base_weights(self, model: nn.Module) -> list[torch.Tensor]:
         """Return the parameters of the base model."""
 
+    @abc.abstractmethod
     def wrong_error(self, error: Exception) -> str:
         """Return an empty text if an error is a proper refusal, else what is wrong with it."""
 
@@ -65,7 +73,7 @@ def output(model: nn.Module) -> torch.Tensor:
     return found
 
 
-class Tunerkit:
+class Tunerkit(Subject):
     """tunerkit with the toy methods and every installed one."""
 
     name = "tunerkit"
@@ -119,7 +127,7 @@ class Tunerkit:
         return "" if str(error).strip() else "an error without a message"
 
 
-class Peft:
+class Peft(Subject):
     """peft's LoRA. It has no class of errors of its own, so every exception counts as a refusal."""
 
     name = "peft"
