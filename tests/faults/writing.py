@@ -179,7 +179,7 @@ class Faulty:
 
         os.open = os_open
         builtins.open = opened  # type: ignore[assignment]
-        io.open = opened
+        io.open = opened  # type: ignore[assignment]
         os.fdopen = opened
 
     def _counted(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
