@@ -24,7 +24,7 @@ _END = "end.pt"
 
 def resume(subject: Subject, count: int, folder: Path) -> Iterator[Fault]:
     """Interrupt a training or damage its newest checkpoint, and resume: the end is the same, or there is an error."""
-    runs = {kind: Run(subject, kind, folder / kind) for kind in _kinds(subject)}
+    runs = {kind: Run(subject, kind, folder / kind, start) for start, kind in enumerate(_kinds(subject))}
     for run in runs.values():
         run.prepare()
     kinds = tuple(runs)
@@ -45,8 +45,8 @@ def _kinds(subject: Subject) -> tuple[str, ...]:
 class Run:
     """A training of a few steps with dropout that writes a checkpoint after every second step."""
 
-    def __init__(self, subject: Subject, kind: str, folder: Path) -> None:
-        self.subject, self.kind, self.folder = subject, kind, folder
+    def __init__(self, subject: Subject, kind: str, folder: Path, start: int) -> None:
+        self.subject, self.kind, self.folder, self.start = subject, kind, folder, start
 
     def prepare(self) -> None:
         """Train without an interruption, keep the checkpoints up to step 6, and count the calls of a checkpoint."""
@@ -66,14 +66,15 @@ class Run:
 
     def attack(self, number: int, chance: random.Random) -> tuple[str, Callable[[Path], str]]:
         """Return what is done in case ``number``, and the function that does it in a folder and judges the end."""
-        ways = [(name, way) for name in self.files for way in ("removed", "cut", "empty")]
+        ways = [(name, way) for way in ("removed", "cut", "empty") for name in self.files]
         if number % 3 == 1:
             step = chance.randrange(1, STEPS)
             return f"stopped after step {step}", lambda place: self._stopped(place, step)
         if number % 3 == 2:
             at = chance.randrange(1, self.calls + 1)
             return f"killed at call {at} of {self.calls} of a checkpoint", lambda place: self._killed(place, at)
-        name, way = ways[number // 3 % len(ways)]
+        # Each kind starts at another file, so that few cases touch most of them.
+        name, way = ways[(number // 3 + 3 * self.start) % len(ways)]
         return f"{name} {way}", lambda place: self._damaged(place, name, way)
 
     def _stopped(self, place: Path, step: int) -> str:
