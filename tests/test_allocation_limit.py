@@ -61,6 +61,16 @@ def test_what_a_method_computes_from_the_weight_is_allowed(make: Callable[[], An
         assert make() is not None
 
 
+def test_packed_weights_count_as_what_they_stand_for() -> None:
+    """A quantised layer holds two values in each byte, and a plugin may unpack them all."""
+    layer = nn.Module()
+    layer.register_buffer("packed", torch.zeros(512 * 512 // 8, dtype=torch.int32))
+    with limit_for(FILE, "x")(Target("layer", layer)):
+        assert torch.zeros(512, 512).numel() == 2**18
+        with pytest.raises(FileError):
+            torch.zeros(4096, 4096)
+
+
 def test_values_are_those_that_would_be_made_without_a_limit() -> None:
     """The limit draws no random numbers and changes no dtype."""
 

@@ -5,6 +5,7 @@ import traceback
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import attrs
 import numpy as np
@@ -72,7 +73,8 @@ def odd(hook: str, answer: Callable[[], object], *, from_call: int = 1) -> types
         return answer() if len(calls) >= from_call else Shift(3)
 
     for name, function in {"tunerkit_methods": methods, "tunerkit_build_adapter": build, hook: implementation}.items():
-        setattr(plugin, name, tunerkit.hookimpl(function))
+        mark: Any = tunerkit.hookimpl
+        setattr(plugin, name, mark(function))
     return plugin
 
 
@@ -94,6 +96,8 @@ def raising(error: BaseException) -> Callable[[], object]:
     return answer
 
 
+Delta: Any = tunerkit.Delta  # Any: what the records hold here is wrong on purpose
+State: Any = tunerkit.State
 WRONG: dict[str, tuple[object, ...]] = {
     "tunerkit_build_adapter": (None, 3, nn.Linear(1, 1)),
     "tunerkit_before_step": (True, ["v"], torch.ones(2), [None]),
@@ -101,15 +105,15 @@ WRONG: dict[str, tuple[object, ...]] = {
                             {"0": 1, "1": True}, {"0": None, "1": 1}, {0: 1, 1: 1}, {"0": "1", "1": "1"}),
     "tunerkit_finish": (False, {}, {"0": torch.ones(2), "1": 1}),
     "tunerkit_budget": (-1, 2.5, "8", True, [8], float("nan"), torch.ones(2)),
-    "tunerkit_delta": (None, torch.ones(3, 3), tunerkit.Delta(weight="w"), tunerkit.Delta(weight=torch.ones(2, 3)),
-                       tunerkit.Delta(bias=torch.ones(3, 3)), tunerkit.Delta(weight=torch.ones(3, 3).int()),
-                       tunerkit.Delta(bias=[0.0, 0.0, 0.0])),
-    "tunerkit_state": (3, {}, tunerkit.State(tensors=[], values={}), tunerkit.State(tensors={"a": 1}, values={}),
-                       tunerkit.State(tensors={1: torch.ones(1)}, values={}), tunerkit.State(tensors={}, values=3),
-                       tunerkit.State(tensors={}, values={"a": torch.ones(1)}),
-                       tunerkit.State(tensors={}, values={"a": float("inf")}),
-                       tunerkit.State(tensors={}, values={"a": {1: 2}}), tunerkit.State(tensors={}, values={1: 2})),
-    "tunerkit_restore": (3, False, tunerkit.State(tensors={}, values={})),
+    "tunerkit_delta": (None, torch.ones(3, 3), Delta(weight="w"), Delta(weight=torch.ones(2, 3)),
+                       Delta(bias=torch.ones(3, 3)), Delta(weight=torch.ones(3, 3).int()),
+                       Delta(bias=[0.0, 0.0, 0.0])),
+    "tunerkit_state": (3, {}, State(tensors=[], values={}), State(tensors={"a": 1}, values={}),
+                       State(tensors={1: torch.ones(1)}, values={}), State(tensors={}, values=3),
+                       State(tensors={}, values={"a": torch.ones(1)}),
+                       State(tensors={}, values={"a": float("inf")}),
+                       State(tensors={}, values={"a": {1: 2}}), State(tensors={}, values={1: 2})),
+    "tunerkit_restore": (3, False, State(tensors={}, values={})),
 }  # fmt: skip
 
 

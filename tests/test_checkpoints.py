@@ -1,5 +1,6 @@
 """A Trainer's checkpoints with adapters, with toy methods: what is written where, and what is loaded."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ pytest.importorskip("transformers", reason="the Trainer is transformers'")
 pytest.importorskip("accelerate", reason="the Trainer needs it")
 from transformers import Trainer, TrainerCallback
 
-from tunerkit.testing.trainer_toys import Regression, RegressionRows, arguments
+from tunerkit.testing.trainer_toys import Regression, RegressionRows, TokenRows, arguments
+from tunerkit.testing.transformers_cases import bert
 
 if TYPE_CHECKING:
     from tests.conftest import Toys
@@ -227,3 +229,17 @@ def test_a_checkpoint_is_a_folder_that_load_reads(tmp_path: Path) -> None:
     assert torch.equal(
         loaded(rows["x"][None], rows["labels"])["logits"], model(rows["x"][None], rows["labels"])["logits"]
     )
+
+
+@pytest.mark.usefixtures("toys")
+def test_a_trainer_that_was_not_attached_says_once_that_it_writes_whole_models(tmp_path: Path) -> None:
+    """A method without steps trains all the same; the first checkpoint says that attach makes it hold the adapter."""
+    model = tunerkit.wrap(bert(), "toy-low-rank", {"targets": ["query"]})
+    chosen = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    trainer = Trainer(model, chosen, train_dataset=TokenRows(8))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        trainer.train()
+    told = [str(w.message) for w in caught if issubclass(w.category, tunerkit.TunerkitWarning)]
+    assert len(told) == 1
+    assert "tunerkit.attach(model, trainer) makes each checkpoint hold the adapters" in told[0]

@@ -2,8 +2,10 @@
 
 import io
 import json
+import multiprocessing
 import os
 import pickletools
+import signal
 import stat
 import time
 from collections.abc import Callable
@@ -233,6 +235,53 @@ def test_a_file_is_replaced_in_one_move(toys: "Toys", tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "replace", watch)
     path = tunerkit.save(model, tmp_path)
     assert moves == [(tmp_path, path.read_bytes())]
+
+
+def test_a_private_file_stays_private(toys: "Toys", tmp_path: Path) -> None:
+    """Saving over a file keeps its mode: one that only its owner may read is not opened to others."""
+    path = tunerkit.save(toys.trained(targets=["conv"]), tmp_path)
+    path.chmod(0o600)
+    tunerkit.save(toys.trained(targets=["conv"]), tmp_path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def _killed_while_saving(model: nn.Module, folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda number: os.kill(os.getpid(), signal.SIGKILL))
+        tunerkit.save(model, folder)
+
+
+def test_a_save_after_one_that_was_killed_leaves_only_the_file(toys: "Toys", saved: Path, tmp_path: Path) -> None:
+    """The older file is complete in between, and then the killed writer's temporary file is gone."""
+    model, path = toys.trained(targets=["conv"]), tmp_path / "adapter.safetensors"
+    path.write_bytes(saved.read_bytes())
+    for _ in range(3):
+        writer = multiprocessing.get_context("fork").Process(target=_killed_while_saving, args=(model, tmp_path))
+        writer.start()
+        writer.join()
+        assert writer.exitcode == -signal.SIGKILL
+        assert path.read_bytes() == saved.read_bytes()
+    tunerkit.save(model, tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_folder_is_flushed_after_the_move(toys: "Toys", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without that, a power failure may bring the older file back after `save` has returned."""
+    happened: list[str] = []
+    replace, fsync = os.replace, os.fsync
+
+    def flush(number: int) -> None:
+        happened.append("folder" if stat.S_ISDIR(os.fstat(number).st_mode) else "file")
+        fsync(number)
+
+    def move(source: Path, target: Path) -> None:
+        happened.append("move")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", move)
+    tunerkit.save(toys.trained(targets=["conv"]), tmp_path)
+    assert happened == ["file", "move", "folder"]
 
 
 # Damage

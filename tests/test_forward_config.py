@@ -163,7 +163,7 @@ def test_a_model_of_transformers_is_compared_by_its_config(tmp_path: Path) -> No
             tunerkit.load(llama(**changes), path)
         assert words in str(caught.value)
     clip = SimpleNamespace(config=transformers.CLIPConfig())
-    holder = nn.Module()
+    holder: Any = nn.Module()
     holder.config = clip.config
     other = copy.deepcopy(holder)
     other.config.vision_config.hidden_act = "relu"

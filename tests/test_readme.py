@@ -98,7 +98,7 @@ def test_examples_run_in_the_order_of_their_page(page: Path, tmp_path: Path) -> 
     example.write_text(script(page.read_text(encoding="utf-8")), encoding="utf-8")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(example)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "TunerkitWarning" not in done.stderr
 
@@ -119,7 +119,7 @@ def test_the_options_that_the_pages_name_exist() -> None:
     # A wide and plain terminal, so that the help breaks no option's name.
     environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
     command = [sys.executable, "-m", "tunerkit.cli", "train", "--help"]
-    shown = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert shown.returncode == 0, shown.stderr[-3000:]
     assert {"--out", "--method"} <= named <= options_in(shown.stdout)
 

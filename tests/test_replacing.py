@@ -22,7 +22,8 @@ posix = pytest.mark.skipif(replacing.fcntl is None, reason="needs file locks")
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o444, 0o666])
 def test_a_file_that_is_replaced_keeps_its_mode(tmp_path: Path, mode: int) -> None:
     """A file that only its owner may read stays so, and the content is never readable by others meanwhile."""
-    path, seen = tmp_path / "a.safetensors", []
+    path = tmp_path / "a.safetensors"
+    seen: list[int] = []
     path.write_bytes(b"old")
     path.chmod(mode)
 
@@ -109,7 +110,8 @@ def test_a_writer_whose_file_is_taken_for_a_leftover_takes_another_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another writer may remove the temporary file before it is locked: that one is not written to."""
-    path, lock, removed = tmp_path / "a.safetensors", replacing._lock, []
+    path, lock = tmp_path / "a.safetensors", replacing._lock
+    removed: list[Path] = []
 
     def remove_first(number: int) -> bool | None:
         if not removed:
@@ -177,6 +179,17 @@ def test_the_longest_name_that_a_file_may_have_can_be_written(tmp_path: Path) ->
     path = tmp_path / f"{'ä' * 121}.safetensors"
     replace(path, [b"new"])
     assert path.read_bytes() == b"new"
+
+
+def test_a_folder_that_may_not_be_listed_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leftovers are then not looked for."""
+
+    def refuse(folder: object) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    replace(tmp_path / "a.safetensors", [b"new"])
+    assert (tmp_path / "a.safetensors").read_bytes() == b"new"
 
 
 def test_a_file_system_without_locks_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

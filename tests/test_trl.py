@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tunerkit.testing.trainer_toys import VOCABULARY, TokenRows, tokenizer
 
+TRL: Any = trl  # it is untyped in part: it exports names lazily, and takes models of transformers only
 LN2 = math.log(2)
 QUIET: dict[str, Any] = {
     "max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "use_cpu": True, "report_to": [],
@@ -79,9 +80,9 @@ PAIRS = {
 
 def dpo(model: nn.Module, reference: nn.Module | None, folder: Path, *, attach: bool = True, **options: Any) -> Any:
     """A `DPOTrainer`, and the list into which it writes the exact loss of each step."""
-    chosen = trl.DPOConfig(output_dir=str(folder), **(QUIET | options))
+    chosen = TRL.DPOConfig(output_dir=str(folder), **(QUIET | options))
     rows = datasets.Dataset.from_dict(PAIRS)
-    trainer = trl.DPOTrainer(
+    trainer = TRL.DPOTrainer(
         model, ref_model=reference, args=chosen, train_dataset=rows, processing_class=tokenizer(folder)
     )
     losses: list[float] = []
@@ -219,10 +220,10 @@ def test_a_reference_model_of_another_checkpoint_stays(base: Path, tmp_path: Pat
 
 
 def grpo(model: nn.Module, folder: Path, **options: Any) -> Any:
-    chosen = trl.GRPOConfig(
+    chosen = TRL.GRPOConfig(
         output_dir=str(folder), num_generations=4, max_completion_length=6, **(QUIET | options)
     )  # fmt: skip
-    return trl.GRPOTrainer(
+    return TRL.GRPOTrainer(
         model, args=chosen, train_dataset=datasets.Dataset.from_dict({"prompt": PAIRS["prompt"]}),
         reward_funcs=lambda completions, **_: [float(len(text) % 3) for text in completions],
         processing_class=tokenizer(folder),

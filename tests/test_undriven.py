@@ -65,6 +65,19 @@ def test_the_optimizer_that_drives_triggers_no_warning(toys: "Toys") -> None:
     assert "another optimizer drives it" in text
 
 
+def test_an_adapter_that_was_left_out_on_purpose_triggers_a_warning(toys: "Toys") -> None:
+    """Its optimizer drives another one, so attach was not forgotten; it may be attached later."""
+    model = wrapped(toys, adapter="a")
+    tunerkit.wrap(model, "toy-stepper", {"targets": ["layers.1"]}, adapter="b")
+    optimizer = sgd(model)
+    tunerkit.attach(model, optimizer, total_steps=9, adapter="a")
+    (text,) = told(toys, model, optimizer)
+    assert "steps adapter 'b', but nothing drives it" in text
+    tunerkit.attach(model, optimizer, total_steps=9, adapter="b")
+    assert told(toys, model, optimizer) == []
+    assert [tunerkit.tuner(model, name).steps for name in "ab"] == [4, 2]
+
+
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"]
 )

@@ -98,7 +98,11 @@ def delta(asked: Question, answer: object, base: BaseLayer) -> Delta:
     if not isinstance(answer, Delta):
         asked.refuse(_kind(answer), "a tunerkit.Delta")
     features = (base.out_features, base.in_features)
-    for what, tensor, shape in (("weight", answer.weight, features), ("bias", answer.bias, features[:1])):
+    parts: tuple[tuple[str, object, tuple[int, ...]], ...] = (
+        ("weight", answer.weight, features),
+        ("bias", answer.bias, features[:1]),
+    )
+    for what, tensor, shape in parts:
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
@@ -114,7 +118,8 @@ def state(asked: Question, answer: object) -> State:
         return State(tensors={}, values={})
     if not isinstance(answer, State):
         asked.refuse(_kind(answer), "a tunerkit.State")
-    for what, entries in (("tensors", answer.tensors), ("values", answer.values)):
+    parts: tuple[tuple[str, object], ...] = (("tensors", answer.tensors), ("values", answer.values))
+    for what, entries in parts:
         if not isinstance(entries, Mapping) or not all(isinstance(name, str) for name in entries):
             asked.refuse(f"{shown(entries)} as the state's {what}", "a mapping with names as keys")
     for name, tensor in answer.tensors.items():

@@ -327,8 +327,9 @@ def tunerkit_restore(tuner: TunerView, state: State) -> None:
     """Restore what `tunerkit_state` returned, so that the next step resumes the interrupted run.
 
     Fires in ``load_state``, after `tunerkit_start` and before the first step. At that moment the adapters have the
-    saved run's weights. Core has verified that the state is undamaged and that the method and targets match. The state
-    still comes from a file, so raise an error if names or shapes do not fit.
+    saved run's weights, and ``tuner.steps`` and ``tuner.history`` are those of the file. Core has verified that the
+    state is undamaged and that the method and targets match. The state still comes from a file, so raise an error if
+    names or shapes do not fit: core then undoes what was changed, in the adapters and in ``tuner.state``.
 
     >>> import tunerkit, torch
     >>> from types import SimpleNamespace

@@ -92,7 +92,8 @@ def _checked_name(method: Any) -> str:
     """Return the name of a method, after all checks of its record."""
     if not isinstance(method, Method):
         raise PluginError(f"tunerkit_methods yielded {shown(method)}; expected a tunerkit.records.Method")
-    name, config = method.name, method.config
+    name: object = method.name
+    config: object = method.config
     if not isinstance(name, str) or not re.fullmatch(r"[^\s,/()]+", name):
         raise PluginError(
             f"a method is named {shown(name)}; expected a word (a str) without spaces, commas, slashes or brackets"

@@ -137,7 +137,8 @@ def reference(model: nn.Module) -> Reference:
 
         DPOTrainer(model, ref_model=tunerkit.reference(model), ...)
 
-    A deep copy of a reference contains a copy of its model. ``parameters()`` yields nothing, and ``state_dict()``
+    A call switches the model's own adapters while it runs, so another thread must not run the model meanwhile. A deep
+    copy of a reference contains a copy of its model. ``parameters()`` yields nothing, and ``state_dict()``
     returns the tensors that the reference computes with.
 
     Args:

@@ -13,9 +13,12 @@ from torch import nn
 
 from tunerkit.errors import TunerkitWarning
 from tunerkit.injection.slots import base_modules, walk
+from tunerkit.libraries import checkpoints_of
 from tunerkit.paths import is_adapter_path
 
 _NAME = "save_pretrained"
+# The attribute of a module with the folder of the Trainer's run whose checkpoints a warning was about.
+_RUN = "_tunerkit_run"
 
 
 def watch_saving_(model: nn.Module) -> None:
@@ -33,6 +36,7 @@ def unwatch_saving_(model: nn.Module) -> None:
             _, own = vars(module).pop(_NAME).args
             if own is not None:
                 vars(module)[_NAME] = own
+        vars(module).pop(_RUN, None)
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -49,11 +53,21 @@ def save_pretrained(module: nn.Module, own: Callable[..., Any] | None, *args: An
     method: Callable[..., Any] = own or functools.partial(getattr(type(module), _NAME), module)
     slots = [slots for _, _, slots in walk(module)]
     if slots and not any(each.merged or not each.enabled for each in slots):
-        warnings.warn(_LOST.format(type(module).__name__), TunerkitWarning, stacklevel=2)
+        if _is_first_of_run(module, kwargs.get("save_directory", next(iter(args), None))):
+            warnings.warn(_LOST.format(type(module).__name__), TunerkitWarning, stacklevel=2)
         return method(*args, **kwargs)
     # Passed or asked of the model: the method takes the weights from one of the two.
     with module.register_state_dict_post_hook(_drop_adapters):
         return method(*map(_without_adapters, args), **{name: _without_adapters(kwargs[name]) for name in kwargs})
+
+
+def _is_first_of_run(module: nn.Module, folder: object) -> bool:
+    """Whether ``folder`` is not a further checkpoint of a Trainer's run: one warning a run is enough."""
+    run = checkpoints_of(folder)
+    if run is None:
+        return True
+    before, vars(module)[_RUN] = vars(module).get(_RUN), run
+    return bool(before != run)
 
 
 def _drop_adapters(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: object) -> None:

@@ -142,17 +142,15 @@ def _load_best(trainer: Trainer, attached: Attached, load_model: Callable[[], No
             serialization.forget_state_(tuner)
 
 
-def _train(
-    trainer: Trainer,
-    attached: Attached,
-    train: Callable[..., Any],
-    resume_from_checkpoint: Any = None,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
+def _train(trainer: Trainer, attached: Attached, train: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Train, then release the adapters, even after an exception or an interrupt, so that they can be attached again."""
     try:
-        return train(choose_checkpoint(trainer, attached.tuners, resume_from_checkpoint), *args, **kwargs)
+        if args:  # what to resume from comes first; a subclass may take no argument at all
+            args = (choose_checkpoint(trainer, attached.tuners, args[0]), *args[1:])
+        elif "resume_from_checkpoint" in kwargs:
+            wanted = kwargs["resume_from_checkpoint"]
+            kwargs["resume_from_checkpoint"] = choose_checkpoint(trainer, attached.tuners, wanted)
+        return train(*args, **kwargs)
     finally:
         attached.release()
 

@@ -13,6 +13,7 @@ from tunerkit.libraries.transformers_classes import (
     FALCON_LINEAR,
     PRETRAINED_MODEL,
     TRAINER,
+    checkpoints_of,
     grown_embeddings,
     is_scaled_embedding,
 )

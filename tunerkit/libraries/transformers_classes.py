@@ -1,5 +1,7 @@
-"""The classes of transformers that core treats specially, by qualified name: core never imports them."""
+"""The classes and names of transformers that core treats specially: core never imports them."""
 
+import os
+import re
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,3 +44,11 @@ def grown_embeddings(model: nn.Module) -> list[nn.Embedding]:
             if isinstance(embedding, nn.Embedding) and embedding.num_embeddings > built:
                 found.append(embedding)
     return found
+
+
+def checkpoints_of(folder: object) -> str | None:
+    """The folder of a Trainer's run, if ``folder`` is one of its checkpoints."""
+    if not isinstance(folder, str | os.PathLike):
+        return None
+    run, name = os.path.split(os.path.normpath(os.fspath(folder)))
+    return run if re.fullmatch(r"checkpoint-\d+", name) else None

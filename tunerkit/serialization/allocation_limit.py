@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -83,4 +84,6 @@ def limit_for(tensors: Mapping[str, Tensor], source: str) -> Callable[[Target], 
 
 
 def _elements(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    """The number of values in the module's own weights, of which integers may pack several: two in each byte."""
+    own = chain(module.parameters(recurse=False), module.buffers(recurse=False))
+    return sum(t.numel() if t.is_floating_point() else 2 * t.numel() * t.element_size() for t in own)

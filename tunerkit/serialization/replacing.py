@@ -87,8 +87,10 @@ def _create(path: Path, mode: int) -> tuple[Path, int, int]:
 
 def _remove_leftovers(path: Path) -> None:
     """Remove the temporary files of writers of ``path`` that were killed."""
-    prefix = _prefix(path)
-    for name in os.listdir(path.parent):
+    prefix, names = _prefix(path), []
+    with contextlib.suppress(OSError):  # one may write into a folder that one may not list
+        names = os.listdir(path.parent)
+    for name in names:
         if name.startswith(prefix) and name.endswith(".tmp"):
             with contextlib.suppress(OSError):
                 _remove_unlocked(path.with_name(name))

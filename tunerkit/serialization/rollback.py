@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from tunerkit.injection import Tuner
+from tunerkit.steps import optimizer_of
 
 
 @contextmanager
@@ -35,5 +36,6 @@ def all_or_nothing(tuner: Tuner) -> Iterator[None]:
 
 def _copy_of_state(tuner: Tuner) -> object:
     """A copy of the method's training state that refers to the live model, as the state itself does."""
-    live = [tuner, tuner.model, *tuner.model.modules(), *tuner.model.parameters(), *tuner.model.buffers()]
+    model = tuner.model
+    live = [tuner, optimizer_of(tuner), *model.modules(), *model.parameters(), *model.buffers()]
     return copy.deepcopy(tuner.progress.state, {id(part): part for part in live})

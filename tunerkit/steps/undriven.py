@@ -1,12 +1,14 @@
 """Stop or warn if an optimizer steps an adapter that it does not drive: a whole training could go wrong silently.
 
-A method that needs steps, and that no optimizer drives, stops at its first step: it could never be saved.
+A method that needs steps stops at its first step if nothing drives it: it could never be saved. If the optimizer
+drives other adapters, somebody chose these, and may attach the others later: then there is a warning.
 
 One hook serves all optimizers of the process. It reads each optimizer's parameters once. After that it only looks at
 the adapters that it found among them.
 """
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -73,9 +75,10 @@ def report_undriven_steps(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         look.seen = (len(optimizer.param_groups), _watch.seen)
         look.held = _held_by(optimizer)
     for tuner in [tuner for tuner in look.held if tuner not in look.warned]:
-        driven = is_attached(tuner) and optimizer_of(tuner) is optimizer
-        if not driven and any(p.requires_grad and p.grad is not None for p in _parameters(tuner)):
-            if tuner.needs_steps and not is_attached(tuner):
+        if not _drives_any(optimizer, [tuner]) and any(
+            p.requires_grad and p.grad is not None for p in _parameters(tuner)
+        ):
+            if tuner.needs_steps and not is_attached(tuner) and not _drives_any(optimizer, look.held):
                 _refuse(tuner, optimizer)
             look.warned.add(tuner)
             _warn(tuner, optimizer)
@@ -88,6 +91,10 @@ def _register_new() -> None:
         if hooks.watches_steps(tuner.method):
             _watch.seen += 1
             _watch.tuners.add(tuner)
+
+
+def _drives_any(optimizer: Optimizer, tuners: Iterable[Tuner]) -> bool:
+    return any(is_attached(tuner) and optimizer_of(tuner) is optimizer for tuner in tuners)
 
 
 def _held_by(optimizer: Optimizer) -> WeakSet[Tuner]:

@@ -70,7 +70,7 @@ def train_in_parallel(rank: int, model: nn.Module, x: Tensor, labels: Tensor, to
     """
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(minutes=20)
     )
     model = copy.deepcopy(model)  # sent as shared memory, which both processes would train
     parallel = nn.parallel.DistributedDataParallel(model)

@@ -187,6 +187,28 @@ def test_an_optimizer_s_state_kept_in_memory_is_of_its_moment() -> None:
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+def test_a_reference_keeps_the_ranks_that_the_adapter_had() -> None:
+    """A further training prunes and shrinks the adapter; the reference still computes with the earlier triplets."""
+    model = wrapped()
+    optimizer = adamw(model)
+    tunerkit.attach(model, optimizer, total_steps=TOTAL)
+    reference: Any = None
+    for _ in range(TOTAL):
+        if tunerkit.tuner(model).steps == 5:
+            with torch.no_grad():
+                before = model(X)
+            reference = tunerkit.reference(model)
+        loss = nn.functional.cross_entropy(model(X), LABELS)
+        if reference is not None:
+            assert torch.equal(reference(X), before)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sum(tunerkit.tuner(model).ranks().values()) == 6
+    with torch.no_grad():
+        assert not torch.equal(model(X), before)
+
+
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:
     """A process group with this process only."""
@@ -194,7 +216,7 @@ def alone(tmp_path: Path) -> Iterator[None]:
     if not (distributed.is_available() and distributed.is_gloo_available()):
         pytest.skip("this torch has no gloo")
     address = f"file://{tmp_path / 'store'}"
-    distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1, timeout=timedelta(seconds=60))
+    distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1, timeout=timedelta(minutes=20))
     yield
     distributed.destroy_process_group()
 

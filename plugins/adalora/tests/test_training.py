@@ -92,7 +92,7 @@ def test_under_a_grad_scaler_the_regulariser_is_as_without(kind: str, unscale: b
 @st.composite
 def runs(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
     """A config and a total that leave part of the budget to allocate, in triplets or in parameters."""
-    total = draw(st.integers(2, 12))
+    total = draw(st.integers(6, 14))
     t_init = draw(st.integers(0, total - 1))
     t_final = draw(st.integers(0, total - t_init - 1))
     init_rank = draw(st.integers(1, 5))
@@ -390,9 +390,9 @@ def test_bounds_that_the_budget_cannot_meet_are_refused_when_attaching(bounds: d
 def test_a_budget_in_parameters_keeps_the_longest_prefix_of_the_ranking(budget: int, seed: int) -> None:
     """Compared with a slow loop over the triplets by score: the first that doesn't fit ends it."""
     model = wrapped(
-        seed=seed, target_rank=None, budget=budget, budget_unit="parameters", t_init=0, t_final=1, delta_t=99
+        seed=seed, target_rank=None, budget=budget, budget_unit="parameters", t_init=0, t_final=2, delta_t=99
     )
-    optimizer = attached(model, 5)
+    optimizer = attached(model, 6)
     for _ in range(3):
         step(model, optimizer)
     training = training_of(tunerkit.tuner(model))
