@@ -118,7 +118,8 @@ def refuse_engine(modules: Iterable[tuple[str, nn.Module]], verb: str) -> None:
     marks = {name for engine in engines for name in engine.marks}
     known: dict[type, bool] = {}
     for path, module in modules:
-        own = [("", module), *((name, p) for name, p in own_parameters(module).items() if p is not None)]
+        own: list[tuple[str, nn.Module | nn.Parameter]] = [("", module)]
+        own += [(name, p) for name, p in own_parameters(module).items() if p is not None]
         for name, thing in own:
             if type(thing) not in known:
                 known[type(thing)] = any(_is_of(type(thing), engine) for engine in engines)
