@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tunerkit.errors import FileError
 from tunerkit.records import Target
-from tunerkit.serialization.allocation_limit import limit_for
+from tunerkit.serialization.allocation_limit import AllocationLimit
 
 HUGE = 10**9
 FILE = {"layer.adapter.a": torch.zeros(2, 64), "layer.adapter.b": torch.zeros(64, 2)}
@@ -40,7 +40,7 @@ def test_a_huge_tensor_is_refused_before_it_is_made(make: Callable[[], object]) 
     """By size or by result, in every way in which an adapter makes its weights."""
     with (
         pytest.raises(FileError, match=r"x does not fit its own header.*'layer'.*than the 256 values"),
-        limit_for(FILE, "x")(TARGET),
+        AllocationLimit(FILE, "x")(TARGET),
     ):
         make()
 
@@ -57,7 +57,7 @@ def test_a_huge_tensor_is_refused_before_it_is_made(make: Callable[[], object]) 
 )
 def test_what_a_method_computes_from_the_weight_is_allowed(make: Callable[[], Any]) -> None:
     """A start may need factors of the weight; a target of the model's size is in proportion."""
-    with limit_for(FILE, "x")(TARGET):
+    with AllocationLimit(FILE, "x")(TARGET):
         assert make() is not None
 
 
@@ -65,7 +65,7 @@ def test_packed_weights_count_as_what_they_stand_for() -> None:
     """A quantised layer holds two values in each byte, and a plugin may unpack them all."""
     layer = nn.Module()
     layer.register_buffer("packed", torch.zeros(512 * 512 // 8, dtype=torch.int32))
-    with limit_for(FILE, "x")(Target("layer", layer)):
+    with AllocationLimit(FILE, "x")(Target("layer", layer)):
         assert torch.zeros(512, 512).numel() == 2**18
         with pytest.raises(FileError):
             torch.zeros(4096, 4096)
@@ -78,6 +78,6 @@ def test_values_are_those_that_would_be_made_without_a_limit() -> None:
         torch.manual_seed(0)
         return nn.init.kaiming_uniform_(torch.empty(2, 64, dtype=torch.float64))
 
-    with limit_for(FILE, "x")(TARGET):
+    with AllocationLimit(FILE, "x")(TARGET):
         limited = make()
     assert torch.equal(limited, make())

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import math
 import random
@@ -265,7 +266,7 @@ def test_numbers_without_a_dot_are_numbers_in_both_formats(ending: str, tmp_path
         (
             "s.yaml",
             "b: &b [1,1,1,1,1,1,1,1,1]\n"
-            + "".join(f"{b}: &{b} [{f'*{a},' * 9}]\n" for a, b in ["bc", "cd", "de", "ef"]),
+            + "".join(f"{b}: &{b} [{f'*{a},' * 9}]\n" for a, b in itertools.pairwise("bcdef")),
             "more than 10000 values",
         ),
         ("s.json", '{"a": ' + "9" * 5000 + "}", "cannot be read as .json: .*digits"),

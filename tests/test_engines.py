@@ -58,7 +58,9 @@ def test_nothing_silent_happens_to_sharded_weights(engine: str, tmp_path: Path) 
     """
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("this torch has no gloo")
-    torch.multiprocessing.spawn(shard_and_try, (engine, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(  # type: ignore[attr-defined]  # torch does not list it
+        shard_and_try, (engine, str(tmp_path)), nprocs=2
+    )
     name = "FSDP2 (fully_shard)" if engine == "fsdp2" else "FSDP1 (FullyShardedDataParallel)"
     for rank in range(2):
         answers = torch.load(tmp_path / f"{rank}.pt")
@@ -77,7 +79,7 @@ def test_nothing_silent_happens_to_sharded_weights(engine: str, tmp_path: Path) 
 def test_partitioned_weights_are_neither_wrapped_nor_saved_nor_merged(toys: "Toys", tmp_path: Path) -> None:
     """ZeRO-3 leaves parameters of shape (0,): a file would hold these, and there would be nothing to merge into."""
     refused(lambda: tunerkit.wrap(partitioned_(toys.net()), "toy-low-rank", TARGETS), AdapterError, "ZeRO-3", "'conv")
-    model = partitioned_(toys.trained(**TARGETS))
+    model = partitioned_(toys.trained(targets=TARGETS["targets"]))
     for call in (lambda: tunerkit.save(model, tmp_path / "out"), lambda: tunerkit.merge(model)):
         refused(call, AdapterError, "ZeRO-3", "partitions", "Gather the full state_dict")
     assert not (tmp_path / "out").exists()
@@ -112,7 +114,7 @@ def test_packed_weights_are_recognised_by_their_class(
 ) -> None:
     """A class that derives from the library's is enough. Merging is refused for all, before anything changes."""
     library: Any = type(name, (torch.Tensor,), {"__module__": module})
-    model = toys.trained(**TARGETS)
+    model = toys.trained(targets=TARGETS["targets"])
     layer = model.layers[0]
     values = layer.weight.detach()
     layer._parameters["weight"] = values.as_subclass(type("Own", (library,), {}))
@@ -149,6 +151,6 @@ def test_a_model_with_adapters_of_peft_is_named_as_one(toys: "Toys", form: str) 
 def test_recognising_engines_imports_none_of_them(toys: "Toys") -> None:
     """Classes are compared by name, so that core depends on no library of an engine."""
     loaded = set(sys.modules)
-    tunerkit.merge(toys.trained(**TARGETS))
+    tunerkit.merge(toys.trained(targets=TARGETS["targets"]))
     new = {name.partition(".")[0] for name in set(sys.modules) - loaded}
     assert not new & {"peft", "torchao", "deepspeed", "bitsandbytes", "optimum"}

@@ -45,7 +45,7 @@ class PackedLayer(tunerkit.BaseLayer):
         return F.linear(h, p)
 
     def dense(self) -> Tensor:
-        return self.module.weight.float() / self.module.steps  # type: ignore[operator, union-attr]
+        return self.module.weight.float() / self.module.steps  # type: ignore[operator, union-attr, arg-type]
 
     def pack(self, weight: Tensor) -> Tensor:
         return (weight * self.module.steps).round()  # type: ignore[operator]

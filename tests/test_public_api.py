@@ -24,6 +24,15 @@ ADDED = frozenset(
         "tunerkit.Tuner.needs_steps",
         "tunerkit.Tuner.progress",
         "tunerkit.reference(POSITIONAL_OR_KEYWORD model)",
+        "tunerkit.TunerkitError(VAR_POSITIONAL arguments)",
+        "tunerkit.TunerkitWarning(VAR_POSITIONAL arguments)",
+        "tunerkit.errors.TunerkitError(VAR_POSITIONAL arguments)",
+        "tunerkit.errors.TunerkitWarning(VAR_POSITIONAL arguments)",
+        "tunerkit.errors.bounded(POSITIONAL_OR_KEYWORD text)",
+        "tunerkit.errors.cut(POSITIONAL_OR_KEYWORD text, POSITIONAL_OR_KEYWORD width = 1000)",
+        "tunerkit.errors.first(POSITIONAL_OR_KEYWORD lines, POSITIONAL_OR_KEYWORD shown = 20)",
+        "tunerkit.errors.shown(POSITIONAL_OR_KEYWORD value)",
+        "tunerkit.patterns.one_allowance()",
     }
 )
 # What functions of the snapshot have gained: parameters at the end, by keyword and with a default.

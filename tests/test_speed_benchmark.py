@@ -10,7 +10,7 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import numpy as np
@@ -113,7 +113,7 @@ def call_clock() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in (allocator, growth, start):
             patch.setattr(module, "time", fake)
-        patch.setitem(interleave.__kwdefaults__, "clock", seconds)
+        patch.setitem(cast(dict[str, Any], interleave.__kwdefaults__), "clock", seconds)
         yield
 
 

@@ -196,7 +196,8 @@ def state_hooks() -> bool:
         module.register_load_state_dict_pre_hook(hook)
         module.register_state_dict_post_hook(hook)
     torch_private.remove_state_hooks_(module, nothing)
-    left = [wrapper.hook for wrapper in module._load_state_dict_pre_hooks.values()]
+    wrappers: Any = module._load_state_dict_pre_hooks.values()
+    left = [wrapper.hook for wrapper in wrappers]
     return left == [other] == list(module._state_dict_hooks.values())
 
 

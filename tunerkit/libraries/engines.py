@@ -113,20 +113,31 @@ def refuse_engine(modules: Iterable[tuple[str, nn.Module]], verb: str) -> None:
         modules: Pairs of a path and a module. The modules inside it are not searched.
         verb: A key of `Engine.refused`.
     """
-    things: list[tuple[str, nn.Module | nn.Parameter]] = []
+    # Nearly always nothing is found, so the search is for all engines at once.
+    engines = [engine for engine in ENGINES if verb in engine.refused]
+    marks = {name for engine in engines for name in engine.marks}
+    known: dict[type, bool] = {}
     for path, module in modules:
-        things.append((path, module))
-        things += [(join(path, name), p) for name, p in own_parameters(module).items() if p is not None]
-    kinds = {type(thing) for _, thing in things}
-    for engine in ENGINES:
-        if verb in engine.refused:
-            own = {kind for kind in kinds if any(is_named(kind, name) for name in engine.classes)}
-            found = (path for path, thing in things if type(thing) in own or _is_marked(thing, engine.marks))
-            for where in found:
-                place = f"at {where!r}" if where else "in the model itself"
-                raise engine.error(f"cannot {verb} with {engine.name}, found {place}: {engine.refused[verb]}")
+        own: list[tuple[str, nn.Module | nn.Parameter]] = [("", module)]
+        own += [(name, p) for name, p in own_parameters(module).items() if p is not None]
+        for name, thing in own:
+            if type(thing) not in known:
+                known[type(thing)] = any(_is_of(type(thing), engine) for engine in engines)
+            if known[type(thing)] or not marks.isdisjoint(vars(thing)):
+                _refuse_thing(thing, join(path, name) if name else path, engines, verb)
+
+
+def _refuse_thing(thing: nn.Module | nn.Parameter, path: str, engines: Iterable[Engine], verb: str) -> None:
+    for engine in engines:
+        if _is_of(type(thing), engine) or _is_marked(thing, engine.marks):
+            place = f"at {path!r}" if path else "in the model itself"
+            raise engine.error(f"cannot {verb} with {engine.name}, found {place}: {engine.refused[verb]}")
+
+
+def _is_of(kind: type, engine: Engine) -> bool:
+    return any(is_named(kind, name) for name in engine.classes)
 
 
 def _is_marked(thing: nn.Module | nn.Parameter, marks: Mapping[str, object]) -> bool:
-    held = vars(thing) if marks else {}
+    held = vars(thing)
     return any(name in held and value in (None, held[name]) for name, value in marks.items())

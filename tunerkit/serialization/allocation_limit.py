@@ -1,8 +1,7 @@
 """A limit on the tensors that a plugin makes while it builds an adapter from a file's config."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -17,13 +16,30 @@ from tunerkit.records import Target
 _FACTOR, _ALWAYS = 4, 2**16
 
 
-class _Limit(TorchFunctionMode):
-    """Rejects each call of torch whose sizes, or whose result, have more than ``elements`` elements."""
+class AllocationLimit(TorchFunctionMode):
+    """Rejects calls of torch with more elements than a target can need, while its adapter is built from a file.
 
-    def __init__(self, elements: int, message: str) -> None:
+    A file's config may ask for more memory than there is, in a file of a few bytes. An adapter that fits the file needs
+    no more than the file's tensors for this target. For what a plugin computes meanwhile, a few times the size of the
+    target's own weights is added.
+
+    Args:
+        tensors: The file's tensors.
+        source: The file, for the error.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], source: str) -> None:
         super().__init__()
-        self.elements = elements
-        self.message = message
+        self._source = source
+        self._held: dict[str, int] = {}
+        for name, tensor in tensors.items():
+            path = name.partition(".adapter.")[0]
+            self._held[path] = self._held.get(path, 0) + tensor.numel()
+
+    def __call__(self, target: Target) -> "AllocationLimit":
+        """Return what to enter while the adapter of ``target`` is built. Raises `FileError` inside."""
+        self._target = target
+        return self
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -37,8 +53,15 @@ class _Limit(TorchFunctionMode):
         return result
 
     def _refuse_above(self, elements: int) -> None:
-        if elements > self.elements:
-            raise FileError(self.message)
+        if elements <= _ALWAYS:
+            return
+        held = self._held.get(self._target.path, 0)
+        if elements > _FACTOR * (held + _elements(self._target.module)) + _ALWAYS:
+            raise FileError(
+                f"{self._source} does not fit its own header: by its config, the adapter at "
+                f"{cut(self._target.path, 200)!r} needs many times more memory than the {held} values that the file "
+                "has for it"
+            )
 
 
 # The functions that are given a size. Others are checked by their results.
@@ -54,33 +77,6 @@ def _asked(args: Sequence[object], kwargs: Mapping[str, object]) -> int:
     given = [*args, kwargs.get("size")]
     sizes = next((arg for arg in given if isinstance(arg, list | tuple)), [arg for arg in args if type(arg) is int])
     return math.prod(abs(size) for size in sizes if isinstance(size, int))
-
-
-def limit_for(tensors: Mapping[str, Tensor], source: str) -> Callable[[Target], AbstractContextManager[object]]:
-    """Return what to enter while the adapter of a target is built.
-
-    A file's config may ask for more memory than there is, in a file of a few bytes. An adapter that fits the file needs
-    no more than the file's tensors for this target. For what a plugin computes meanwhile, a few times the size of the
-    target's own weights is added.
-
-    Args:
-        tensors: The file's tensors.
-        source: The file, for the error.
-    """
-    held: dict[str, int] = {}
-    for name, tensor in tensors.items():
-        path = name.partition(".adapter.")[0]
-        held[path] = held.get(path, 0) + tensor.numel()
-
-    def limit(target: Target) -> _Limit:
-        own = held.get(target.path, 0) + _elements(target.module)
-        return _Limit(
-            _FACTOR * own + _ALWAYS,
-            f"{source} does not fit its own header: by its config, the adapter at {cut(target.path, 200)!r} needs many "
-            f"times more memory than the {held.get(target.path, 0)} values that the file has for it",
-        )
-
-    return limit
 
 
 def _elements(module: nn.Module) -> int:

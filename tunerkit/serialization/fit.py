@@ -49,6 +49,7 @@ def fill(
     problems: list[str] = []
     resized: list[_Resized] = []
     used: set[str] = set()
+    cast: dict[str, Slot] = {}
     for path, slot in slots:
         state = {name: (join(path, name), built) for name, built in slot.state_dict().items()}
         used.update(full for full, _ in state.values())
@@ -57,12 +58,14 @@ def fill(
             own = {name: tensors[full] for name, (full, _) in state.items()}
             resized += (others := list(_resized_base(path, state, own)))
             misfits = [] if others else _load_slot(path, slot, own)
+            if any(built.dtype != tensors[full].dtype for full, built in state.values()):
+                cast[path] = slot
         problems += misfits
         if not (problems or resized):
             filled[path] = slot
     problems += [f"unexpected: {name}" for name in tensors if name not in used]
     _refuse(problems, resized, model, source)
-    _refuse_overflow(filled, tensors, source)
+    _refuse_overflow(cast, tensors, source)
     return filled
 
 

@@ -24,7 +24,9 @@ def forward_config(model: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {}
     owners: set[str] = set()
     for path, module in injection.base_modules(model):
-        if not is_under(path, owners) and "" not in owners:
+        if "" in owners:
+            break
+        if not is_under(path, owners):
             match module:
                 case nn.Module(config=object(model_type=str(kind), __dict__=dict(fields))):
                     owners.add(path)

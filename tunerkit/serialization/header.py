@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 import torch
-from attrs.validators import deep_iterable, deep_mapping, instance_of, optional
+from attrs.validators import deep_iterable, instance_of, optional
 from torch import Tensor
 
 from tunerkit.errors import FileError, cut, shown
@@ -19,11 +19,12 @@ FORMAT = 1
 _LONGEST_NAME = 200  # characters of a method's name
 _LARGEST_SETTING = 10**100
 _LARGEST = 2**63  # counts and sizes are 64-bit integers to torch
+_LARGEST_FLOAT = sys.float_info.max
 # The digest detects damage, but not a header that someone edited and hashed again. So types and ranges are checked too.
 
 
 def _is_count(instance: object, attribute: "attrs.Attribute[Any]", value: Any) -> None:
-    if type(value) is not int or not 0 <= value < _LARGEST:
+    if not _is_size(value):
         raise ValueError(f"{attribute.name}: expected an integer from 0 to 2**63 - 1, got {shown(value)}")
 
 
@@ -46,11 +47,6 @@ def _is_config(instance: object, attribute: "attrs.Attribute[Any]", value: Any) 
                 raise ValueError(f"{attribute.name}: expected settings below 10**100, got {shown(number)}")
 
 
-def _is_sample(instance: object, attribute: "attrs.Attribute[Any]", value: Any) -> None:
-    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
-        raise ValueError(f"{attribute.name}: expected a finite number, got {shown(value)}")
-
-
 def _are_paths(instance: object, attribute: "attrs.Attribute[Any]", paths: Any) -> None:
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         raise ValueError(f"{attribute.name}: expected a list of texts, got {shown(paths)}")
@@ -58,12 +54,28 @@ def _are_paths(instance: object, attribute: "attrs.Attribute[Any]", paths: Any) 
         raise ValueError(f"{attribute.name}: a path is listed twice")
 
 
-def _is_entry(instance: object, attribute: "attrs.Attribute[Any]", entry: Any) -> None:
-    if not isinstance(entry, dict) or set(entry) != {"shape", "dtype", "sample"}:
-        raise ValueError(f"{attribute.name}: expected a shape, a dtype and a sample, got {shown(entry)}")
-    instance_of(str)(instance, attribute, entry["dtype"])
-    deep_iterable(_is_count, instance_of(list))(instance, attribute, entry["shape"])
-    deep_iterable(_is_sample, instance_of(list))(instance, attribute, entry["sample"])
+def _is_fingerprint(instance: object, attribute: "attrs.Attribute[Any]", entries: Any) -> None:
+    if not isinstance(entries, dict):
+        raise ValueError(f"{attribute.name}: expected an entry for each parameter, got {shown(entries)}")
+    for name, entry in entries.items():
+        match entry:
+            case {"shape": list(shape), "dtype": str(), "sample": list(sample)} if (
+                isinstance(name, str) and len(entry) == 3
+            ):
+                if not all(map(_is_size, shape)):
+                    raise ValueError(f"{attribute.name}: expected an integer for each dimension, got {shown(shape)}")
+                if not all(map(_is_finite, sample)):
+                    raise ValueError(f"{attribute.name}: expected a finite number for each sample, got {shown(sample)}")
+            case _:
+                raise ValueError(f"{attribute.name}: expected a shape, a dtype and a sample, got {shown(entry)}")
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < _LARGEST
+
+
+def _is_finite(value: object) -> bool:
+    return (type(value) is float or type(value) is int) and -_LARGEST_FLOAT <= value <= _LARGEST_FLOAT
 
 
 def _is_change(instance: "Header", attribute: "attrs.Attribute[Any]", change: Any) -> None:
@@ -72,9 +84,6 @@ def _is_change(instance: "Header", attribute: "attrs.Attribute[Any]", change: An
         raise ValueError(f"expected a step, a budget and a list of one rank per target, got {shown(change)}")
     for number in (*change[:2], *change[2]):
         _is_count(instance, attribute, number)
-
-
-_FINGERPRINT = deep_mapping(instance_of(str), _is_entry, instance_of(dict))
 
 
 @attrs.frozen
@@ -95,7 +104,7 @@ class Header:
     steps: int = attrs.field(validator=_is_count)
     total_steps: int | None = attrs.field(validator=optional(_is_count))
     versions: dict[str, str] = attrs.field(validator=instance_of(dict))
-    base: dict[str, dict[str, list[float]]] = attrs.field(validator=_FINGERPRINT)
+    base: dict[str, dict[str, list[float]]] = attrs.field(validator=_is_fingerprint)
     values: dict[str, Any] = attrs.field(factory=dict, validator=instance_of(dict))
     history: list[Any] = attrs.field(factory=list, validator=deep_iterable(_is_change, instance_of(list)))
     format: int = FORMAT

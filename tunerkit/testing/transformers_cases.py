@@ -132,7 +132,16 @@ whisper = _builder(
     eos_token_id=2,
     decoder_start_token_id=1,
 )
-vit = _builder(ViTForImageClassification, ViTConfig, _IMAGE, **_NO_DROPOUT)
+_new_vit = _builder(ViTForImageClassification, ViTConfig, _IMAGE, **_NO_DROPOUT)
+
+
+def vit() -> nn.Module:
+    """ViT with a head that counts as loaded, as that of a checkpoint does; a new one would be trained in full."""
+    model: Any = _new_vit()
+    loaded: nn.Module = type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    return loaded.train(model.training)
+
+
 clip = _builder(CLIPModel, CLIPConfig, _CLIP_TOWERS, projection_dim=8)
 
 
