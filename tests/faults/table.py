@@ -104,7 +104,7 @@ ROWS = (
         "Neither the older nor the newer adapter can be loaded, or the next save fails.",
         writing.kills,
         short=60,
-        long=1_000,
+        long=400,
     ),
     Row(
         "failing calls",
@@ -112,7 +112,7 @@ ROWS = (
         f"Neither adapter can be loaded, {_ERROR}, there is no error but the older adapter, or files are left behind.",
         writing.failing_calls,
         short=60,
-        long=600,
+        long=300,
     ),
     Row(
         "full disk",
@@ -120,7 +120,7 @@ ROWS = (
         f"The older files are changed, {_ERROR}, or files are left behind.",
         writing.full_disk,
         short=40,
-        long=600,
+        long=300,
     ),
     Row(
         "two writers and a reader",
@@ -128,7 +128,7 @@ ROWS = (
         "A load fails, or gives neither of the two adapters.",
         writing.two_writers,
         short=80,
-        long=2_000,
+        long=600,
     ),
     Row(
         "umask and modes",
@@ -144,7 +144,7 @@ ROWS = (
         f"Training resumes to another end without an error, {_ERROR}.",
         resuming.resume,
         short=21,
-        long=300,
+        long=63,
         needs=("transformers", "accelerate"),
     ),
     Row(
@@ -153,7 +153,7 @@ ROWS = (
         "Training states get NaN, pruning misses its budget, or an adapter with NaN is saved.",
         running.bad_gradients,
         short=40,
-        long=600,
+        long=300,
     ),
     Row(
         "merge cycles",
@@ -169,7 +169,7 @@ ROWS = (
         "Tensors, modules, optimizers, hooks, open files or threads become more.",
         running.leaks,
         short=24,
-        long=120,
+        long=48,
     ),
     Row(
         "threads",
@@ -177,7 +177,7 @@ ROWS = (
         f"A result is not that of one thread, a change is not refused and the running forward is wrong, {_ERROR}.",
         running.threads,
         short=48,
-        long=600,
+        long=480,
     ),
     Row(
         "misuse",
@@ -193,7 +193,7 @@ ROWS = (
         "Another method stops working, nothing names the plugin, or its failure has another class than ours.",
         plugins.broken_plugins,
         short=76,
-        long=152,
+        long=76,
         peft="peft has no plugins",
     ),
 )

@@ -180,7 +180,7 @@ class Faulty:
         os.open = os_open
         builtins.open = opened  # type: ignore[assignment]
         io.open = opened  # type: ignore[assignment]
-        os.fdopen = opened
+        os.fdopen = opened  # type: ignore[assignment]
 
     def _counted(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
