@@ -58,8 +58,12 @@ class Pair:
         return f"files are left behind: {sorted(more)}" if tidy and more else ""
 
     def is_old(self, place: Path, kind: str) -> bool:
-        """Whether the files are those of the older adapter."""
-        return all((place / name).read_bytes() == data for name, data in self.files[kind].items())
+        """Whether the files that hold the adapter are those of the older one; a description may differ."""
+        return all((place / name).read_bytes() == self.files[kind][name] for name in _names(self.subject))
+
+
+def _names(subject: Subject) -> tuple[str, ...]:
+    return (subject.file, "adapter_config.json") if isinstance(subject, Peft) else (subject.file,)
 
 
 # --- Kills ------------------------------------------------------------------------------------------------------------
@@ -331,7 +335,7 @@ def modes(subject: Subject, count: int, folder: Path) -> Iterator[Fault]:
 
 
 def _mode_of_save(pair: Pair, kind: str, place: Path, umask: int, mode: int | None) -> str:
-    names = (pair.subject.file, "adapter_config.json") if isinstance(pair.subject, Peft) else (pair.subject.file,)
+    names = _names(pair.subject)
     for name in names:
         (place / name).unlink() if mode is None else (place / name).chmod(mode)
     pair.subject.save(pair.new[kind], place)
