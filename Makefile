@@ -16,9 +16,10 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 DEMO_READY := .venv/.demo-ready
 DEV_READY := .venv/.dev-ready
 CORE_READY := .venv-core/.ready
+QUANTISERS_READY := .venv-quantisers/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-core test-all check format docs benchmark clean
+.PHONY: help demo test test-core test-all test-quantisers check format docs benchmark clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -27,13 +28,16 @@ help: ## list the targets
 demo: $(DEMO_READY) ## fine-tune MiniLM on movie sentences with AdaLoRA
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/tunerkit train --out $(DEMO_OUT)
 
-test: test-core test-all ## run the whole test suite
+test: test-core test-all test-quantisers ## run the whole test suite
 
 test-core: $(CORE_READY) ## run core's tests, with no plugin installed
 	$(ONE_THREAD) $(CORE_BIN)/python $(PYTEST) tests
 
 test-all: $(DEV_READY) ## run core's and the plugins' tests, with everything installed
 	$(ONE_THREAD) $(BIN)/python $(PYTEST) tests $(wildcard plugins/*/tests)
+
+test-quantisers: $(QUANTISERS_READY) ## run the tests with quantised bases, with the libraries that quantise
+	$(ONE_THREAD) .venv-quantisers/bin/python -m pytest $(PYTEST_ARGS) -k "quantised or packed" tests/test_engines.py
 
 check: $(DEV_READY) ## check lint, formatting and types
 	$(BIN)/ruff check .
@@ -52,7 +56,7 @@ benchmark: $(DEV_READY) ## measure speed and memory compared with PEFT's, into o
 	$(BIN)/python -m benchmarks.speed $(BENCHMARK_ARGS)
 
 clean: ## remove what the other targets created
-	rm -rf .venv .venv-core site dist build .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-core .venv-quantisers site dist build .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # An existing venv is kept; missing packages are installed into it.
 $(BIN)/python:
@@ -60,6 +64,9 @@ $(BIN)/python:
 
 $(CORE_BIN)/python:
 	$(PYTHON) -m venv .venv-core
+
+.venv-quantisers/bin/python:
+	$(PYTHON) -m venv .venv-quantisers
 
 $(DEMO_READY): $(PROJECTS) | $(BIN)/python
 	$(BIN)/python -m pip install -e ".[demo]" $(PLUGINS)
@@ -72,4 +79,8 @@ $(DEV_READY): $(PROJECTS) | $(BIN)/python
 # Everything except the plugins: tests that pass here do not depend on a method.
 $(CORE_READY): pyproject.toml | $(CORE_BIN)/python
 	$(CORE_BIN)/python -m pip install -e ".[cli,hf,plot,test]"
+	touch $@
+
+$(QUANTISERS_READY): pyproject.toml | .venv-quantisers/bin/python
+	.venv-quantisers/bin/python -m pip install -e ".[quantisers,test]"
 	touch $@

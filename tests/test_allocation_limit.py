@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tunerkit.errors import FileError
 from tunerkit.records import Target
-from tunerkit.serialization.allocation_limit import AllocationLimit
+from tunerkit.serialization.allocation_limit import AllocationLimit, limit_for
 
 HUGE = 10**9
 FILE = {"layer.adapter.a": torch.zeros(2, 64), "layer.adapter.b": torch.zeros(64, 2)}
@@ -81,3 +81,19 @@ def test_values_are_those_that_would_be_made_without_a_limit() -> None:
     with AllocationLimit(FILE, "x")(TARGET):
         limited = make()
     assert torch.equal(limited, make())
+
+
+@pytest.mark.parametrize(
+    ("config", "limited"),
+    [
+        ({"rank": 64, "dropout": 0.1, "targets": ["a"], "bias": True}, False),
+        ({"rank": 2000}, False),  # a dimension of the file's tensors
+        ({"rank": 2001}, True),
+        ({"rank_pattern": {"a": [1, {"b": HUGE}]}}, True),
+        ({"alpha": 1e30}, True),
+    ],
+)
+def test_only_a_config_with_a_large_number_is_built_under_the_limit(config: object, limited: bool) -> None:
+    """The limit costs time, and a config without such a number cannot ask for much."""
+    with limit_for(config, {"layer.adapter.a": torch.zeros(2000, 1)}, "x")(TARGET) as entered:
+        assert isinstance(entered, AllocationLimit) == limited

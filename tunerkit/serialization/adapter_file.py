@@ -14,7 +14,7 @@ from tunerkit.config import unstructure
 from tunerkit.errors import AdapterError, BaseMismatchError, TargetError, TunerkitWarning
 from tunerkit.injection import Progress, Tuner
 from tunerkit.paths import few, join
-from tunerkit.serialization.allocation_limit import AllocationLimit
+from tunerkit.serialization.allocation_limit import limit_for
 from tunerkit.serialization.base_check import base_values, describe_base, refuse_other_base
 from tunerkit.serialization.finite import nonfinite
 from tunerkit.serialization.fit import fill
@@ -117,7 +117,7 @@ def load(
     refuse_nonfinite(tensors, base_values(tuner), source)
     # The file overwrites the initial values; keep the caller's random state.
     with patterns.one_allowance(), torch.random.fork_rng(devices=[]):
-        built = injection.build_each(scanned, tuner, around=AllocationLimit(tensors, source))
+        built = injection.build_each(scanned, tuner, around=limit_for(header.config, tensors, source))
         slots = fill(built, tensors, root, source)
     injection.inject_(tuner, slots, scanned, trainable=trainable)
     steps.watch_optimizers(tuner.method)

@@ -1,7 +1,8 @@
 """A limit on the tensors that a plugin makes while it builds an adapter from a file's config."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -14,6 +15,8 @@ from tunerkit.records import Target
 
 # A plugin may make tensors that it does not keep, such as a factor of the weight in float64.
 _FACTOR, _ALWAYS = 4, 2**16
+# A rank or a number of steps up to this is nothing unusual, whatever the file's tensors are like.
+_USUAL = 1024
 
 
 class AllocationLimit(TorchFunctionMode):
@@ -62,6 +65,37 @@ class AllocationLimit(TorchFunctionMode):
                 f"{cut(self._target.path, 200)!r} needs many times more memory than the {held} values that the file "
                 "has for it"
             )
+
+
+def limit_for(
+    config: object, tensors: Mapping[str, Tensor], source: str
+) -> Callable[[Target], AbstractContextManager[object]]:
+    """Return what to enter while the adapter of a target is built: an `AllocationLimit`, or nothing if none is needed.
+
+    The limit costs time in every call of torch. A config with no number above the dimensions that the file's tensors
+    have cannot ask for much more than the file has.
+
+    Args:
+        config: The config in the file: plain values in lists and dicts.
+        tensors: The file's tensors.
+        source: The file, for the error.
+    """
+    largest = max([_USUAL, *(size for tensor in tensors.values() for size in tensor.shape)])
+    may_matter = any(number > largest for number in _numbers(config))
+    return AllocationLimit(tensors, source) if may_matter else nullcontext
+
+
+def _numbers(config: object) -> Iterator[float]:
+    """The numbers in plain values."""
+    match config:
+        case dict():
+            for value in config.values():
+                yield from _numbers(value)
+        case list():
+            for value in config:
+                yield from _numbers(value)
+        case int() | float():
+            yield config
 
 
 # The functions that are given a size. Others are checked by their results.

@@ -2,17 +2,18 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 _NOTHING: Mapping[str, Tensor] = {}
+_CHUNK = 2**22  # values that are copied to be checked together
 
 
 @torch.no_grad()
 def nonfinite(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor] = _NOTHING) -> list[str]:
-    """Return the names of the tensors that contain NaN or inf, with one transfer per device and dtype.
+    """Return the names of the tensors that contain NaN or inf. Small tensors take one transfer together.
 
     Args:
         tensors: Tensors by name. Integers, booleans and tensors without values are finite.
@@ -31,18 +32,38 @@ def _may_overflow(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def _nonfinite_of(tensors: Mapping[str, Tensor], names: Sequence[str]) -> list[str]:
+def _nonfinite_of(tensors: Mapping[str, Tensor], names: Sequence[str]) -> Iterator[str]:
+    """Yield the names; the tensors are alike. Small ones are checked together, and one by one only if that fails."""
+    for together in _chunks(tensors, names):
+        parts = [_flat(tensors[name].detach()) for name in together]
+        if len(parts) == 1:
+            yield from () if _is_finite(parts[0]) else together
+        elif not _is_finite(torch.cat(parts)):
+            yield from (name for name, part in zip(together, parts, strict=True) if not _is_finite(part))
+
+
+def _chunks(tensors: Mapping[str, Tensor], names: Sequence[str]) -> Iterator[list[str]]:
+    """Cut ``names`` into lists with at most `_CHUNK` values each; a larger tensor is alone."""
+    chunk: list[str] = []
+    size = 0
+    for name in names:
+        if chunk and size + tensors[name].numel() > _CHUNK:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(name)
+        size += tensors[name].numel()
+    yield chunk
+
+
+def _is_finite(values: Tensor) -> bool:
     # The extremes of a tensor with a NaN are NaN. This takes one pass and no memory, unlike `isfinite().all()`.
-    extremes = [value for name in names for value in torch.aminmax(_comparable(tensors[name].detach()))]
-    values = torch.stack(extremes).tolist()
-    pairs = zip(names, values[::2], values[1::2], strict=True)
-    return [name for name, low, high in pairs if not (math.isfinite(low) and math.isfinite(high))]
+    return all(map(math.isfinite, torch.stack(torch.aminmax(values)).tolist()))
 
 
-def _comparable(tensor: Tensor) -> Tensor:
+def _flat(tensor: Tensor) -> Tensor:
     if tensor.is_complex():
-        return torch.view_as_real(tensor.resolve_conj())
-    return tensor.float() if tensor.dtype.itemsize == 1 else tensor  # 8-bit floats cannot be compared
+        return torch.view_as_real(tensor.resolve_conj()).reshape(-1)
+    return (tensor.float() if tensor.dtype.itemsize == 1 else tensor).reshape(-1)  # 8-bit floats cannot be compared
 
 
 def _repeats(tensor: Tensor, base: Tensor | None) -> bool:
