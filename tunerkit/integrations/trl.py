@@ -53,7 +53,7 @@ _PAGED = ("use_transformers_paged", "use_transformers_continuous_batching")
 def _restore_dtypes_(trainer: Trainer, tuners: list[Tuner]) -> None:
     """Undo TRL's cast of everything trainable to bf16, which it makes if the base is quantised in 4 or 8 bits."""
     own: Any = trainer.model
-    if not (getattr(own, "is_loaded_in_4bit", False) or getattr(own, "is_loaded_in_8bit", False)):
+    if not any(getattr(own, mark, False) for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit")):
         return
     for tuner in tuners:
         modules = tuner.modules()
@@ -96,7 +96,9 @@ def _settle_reference_(trainer: Any, model: nn.Module) -> None:
     )
 
 
-def _checkpoint_of(model: nn.Module) -> object:
+def _checkpoint_of(model: nn.Module) -> str | None:
     """Return the name or folder from which a transformers model was loaded."""
-    config = getattr(model, "config", None)
-    return getattr(config, "name_or_path", None)
+    match model:
+        case nn.Module(config=object(name_or_path=str(name))):
+            return name
+    return None

@@ -48,17 +48,8 @@ def merge(model: M, *, permanent: bool = False) -> M:
         PluginError: A method returns an invalid delta.
     """
     tuners = injection.require_tuners(model)
-    injection.refuse_disabled(model)
-    if injection.is_merged(model):
-        raise AdapterError("the model is merged already; call tunerkit.unmerge first")
     places = list(injection.walk(model))
-    if not any(slots.active for _, _, slots in places):
-        raise AdapterError("no adapter is active, so nothing can be merged; call tunerkit.activate first")
-    injection.refuse_running(model, "merging")
-    _refuse_offloaded(places)
-    libraries.refuse_engine(((path, module) for path, module, slots in places if slots.active), "merge")
-    injection.refuse_lost(tuners.values())
-    _refuse_tied(model, places)
+    _refuse_unfit(model, places)
     merged = [_merged_tensors(path, module, slots) for path, module, slots in places]
     _refuse_nonfinite(places, merged)
     kept = {name: fingerprint(tuner) for name, tuner in tuners.items()} if permanent else {}
@@ -137,6 +128,20 @@ def _enable_(places: _Places, enabled: bool) -> None:
         slots.enabled = enabled
         if slots.merged:
             slots.set_aside(_replace_(module, slots.originals))
+
+
+def _refuse_unfit(model: nn.Module, places: _Places) -> None:
+    """Raise the error of the first reason why nothing can be merged now."""
+    injection.refuse_disabled(model)
+    if injection.is_merged(model):
+        raise AdapterError("the model is merged already; call tunerkit.unmerge first")
+    if not any(slots.active for _, _, slots in places):
+        raise AdapterError("no adapter is active, so nothing can be merged; call tunerkit.activate first")
+    injection.refuse_running(model, "merging")
+    _refuse_offloaded(places)
+    libraries.refuse_engine(((path, module) for path, module, slots in places if slots.active), "merge")
+    injection.refuse_lost(injection.require_tuners(model).values())
+    _refuse_tied(model, places)
 
 
 def _refuse_offloaded(places: _Places) -> None:

@@ -7,6 +7,7 @@ import os
 import platform
 import secrets
 import stat
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,6 +18,10 @@ try:
 except ImportError:  # on Windows, leftovers stay
     fcntl = None  # type: ignore[assignment]
 
+if sys.platform == "win32":
+    _BINARY, _NOT_A_LINK = os.O_BINARY, 0
+else:
+    _BINARY, _NOT_A_LINK = 0, os.O_NOFOLLOW
 # Some file systems keep locks to one machine. So a writer judges only the leftovers of its own machine.
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 _NOT_SUPPORTED = frozenset({errno.EINVAL, errno.EACCES, errno.EPERM, errno.EBADF, errno.ENOTSUP, errno.EISDIR})
@@ -76,7 +81,7 @@ def _create(path: Path, mode: int) -> tuple[Path, int, int]:
     """Create a temporary file beside ``path``; its path, a descriptor to write to, and one that holds the lock."""
     while True:
         temporary = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}.tmp")
-        number = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
+        number = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, mode)
         lock = os.dup(number)
         # Another writer may have taken it for a leftover before it was locked, and removed it.
         if _lock(lock) is not False and os.fstat(lock).st_nlink:
@@ -97,7 +102,7 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _remove_unlocked(leftover: Path) -> None:
-    number = os.open(leftover, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+    number = os.open(leftover, os.O_RDWR | _NOT_A_LINK)
     try:
         if _lock(number):
             leftover.unlink()
