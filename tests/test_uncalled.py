@@ -159,7 +159,8 @@ def test_its_hooks_are_gone_after_the_first_forward_and_after_unwrap(toys: "Toys
     else:
         tunerkit.unwrap(model)
         assert hooks(model) == 0
-        assert not (model._forward_hooks or model._forward_pre_hooks)
+        assert not model._forward_hooks
+        assert not model._forward_pre_hooks
     assert "_tunerkit_calls" not in vars(model)
 
 
