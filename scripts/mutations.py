@@ -31,7 +31,7 @@ MUTATIONS = (
     Mutation(
         "damaged files",
         "tunerkit/serialization/header.py",
-        'if digest(text, tensors) != metadata[f"{KEY}.digest"]:',
+        'if digest(text, tensors, stored) != metadata[f"{KEY}.digest"]:',
         "if False:",
     ),
     Mutation(

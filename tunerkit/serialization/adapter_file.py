@@ -20,7 +20,7 @@ from tunerkit.serialization.finite import nonfinite
 from tunerkit.serialization.fit import fill
 from tunerkit.serialization.header import Header, encode
 from tunerkit.serialization.reading import read, refuse_nonfinite
-from tunerkit.serialization.safetensors_file import file_at, write
+from tunerkit.serialization.safetensors_file import file_at, pack, write
 from tunerkit.targets import Scan
 
 M = TypeVar("M", bound=nn.Module)
@@ -73,7 +73,8 @@ def save_tuner(tuner: Tuner, path: str | os.PathLike[str], *, allow_nonfinite: b
             "them, call tunerkit.save(..., allow_nonfinite=True)"
         )
     header = header_of(tuner, content="adapter", **describe_base(tuner))
-    return write(file_at(path, "adapter"), tensors, encode(header, tensors))
+    packed = pack(tensors)
+    return write(file_at(path, "adapter"), packed, encode(header, tensors, packed.stored))
 
 
 def load(

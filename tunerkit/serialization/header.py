@@ -115,7 +115,10 @@ class Header:
         return {"targets": self.targets, "copies": self.copies, "biases": self.biases}
 
 
-def encode(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+_Stored = Mapping[str, memoryview]  # the bytes of each tensor in a file
+
+
+def encode(header: Header, tensors: Mapping[str, Tensor], stored: _Stored | None = None) -> dict[str, str]:
     """Return the safetensors metadata for ``tensors`` with this header. Raises `FileError` if JSON cannot hold it."""
     try:
         text = json.dumps(attrs.asdict(header, recurse=False), sort_keys=True, allow_nan=False)
@@ -124,7 +127,7 @@ def encode(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         raise FileError(
             f"the file's header cannot hold NaN, inf or values that contain themselves: {few(wrong, shown=5)}"
         ) from error
-    return {KEY: text, f"{KEY}.digest": digest(text, tensors)}
+    return {KEY: text, f"{KEY}.digest": digest(text, tensors, stored)}
 
 
 def _is_json(value: object) -> bool:
@@ -140,12 +143,19 @@ def is_ours(metadata: Mapping[str, str] | None) -> bool:
     return metadata is not None and KEY in metadata and f"{KEY}.digest" in metadata
 
 
-def decode(metadata: Mapping[str, str] | None, tensors: Mapping[str, Tensor], *, source: str, content: str) -> Header:
+def decode(
+    metadata: Mapping[str, str] | None,
+    tensors: Mapping[str, Tensor],
+    stored: _Stored | None = None,
+    *,
+    source: str,
+    content: str,
+) -> Header:
     """Verify the digest, then return the header. Raises `FileError` if the file is damaged or not ours."""
     if metadata is None or not is_ours(metadata):
         raise FileError(f"{source} is a safetensors file, but not one that tunerkit wrote (it has no tunerkit header)")
     text = metadata[KEY]
-    if digest(text, tensors) != metadata[f"{KEY}.digest"]:
+    if digest(text, tensors, stored) != metadata[f"{KEY}.digest"]:
         raise FileError(f"{source} is damaged: its digest does not match its content; copy or save it again")
     fields = _parse(text, source)
     if fields.get("format") != FORMAT:
@@ -187,12 +197,23 @@ def _parse(text: str, source: str) -> dict[str, Any]:
     return fields
 
 
-def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """Return the sha256 of the header's text and of each tensor's name, dtype, shape and bytes, sorted by name."""
+def digest(text: str, tensors: Mapping[str, Tensor], stored: _Stored | None = None) -> str:
+    """Return the sha256 of the header's text and of each tensor's name, dtype, shape and bytes, sorted by name.
+
+    Args:
+        text: The header's text.
+        tensors: The tensors by name.
+        stored: Their bytes in a file, if there is one: reading them from many small tensors takes longer.
+    """
     hasher = hashlib.sha256(text.encode())
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensors[name]
         hasher.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         if tensor.numel():
-            hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            hasher.update(_bytes_of(tensor) if stored is None else stored[name])
     return hasher.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    found: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return found

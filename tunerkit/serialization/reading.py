@@ -29,8 +29,8 @@ def read(path: str | os.PathLike[str], *, content: str) -> tuple[str, dict[str, 
             f"there is no file {source}; tunerkit.{_WRITERS[content]} writes {content}.safetensors into the folder "
             "it is given"
         )
-    tensors, metadata = read_file(place, functools.partial(_accept, place))
-    return source, tensors, decode(metadata, tensors, source=source, content=content)
+    tensors, metadata, packed = read_file(place, functools.partial(_accept, place))
+    return source, tensors, decode(metadata, tensors, packed.stored, source=source, content=content)
 
 
 def refuse_nonfinite(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor], source: str) -> None:

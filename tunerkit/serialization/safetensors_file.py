@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import attrs
 import safetensors
 import safetensors.torch
 from torch import Tensor
@@ -37,22 +38,52 @@ def file_at(path: str | os.PathLike[str], content: str) -> Path:
     return place if place.suffix == _SUFFIX else place / f"{content}{_SUFFIX}"
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Path:
+@attrs.frozen(eq=False)
+class Packed:
+    """Tensors as a safetensors file stores them.
+
+    Attributes:
+        fields: The entries of the file's header: the dtype, shape and place of each tensor, and the metadata, if any.
+        data: The bytes of all tensors.
+    """
+
+    fields: dict[str, Any]
+    data: memoryview
+
+    @property
+    def stored(self) -> dict[str, memoryview]:
+        """The bytes of each tensor by its name."""
+        places = {name: entry["data_offsets"] for name, entry in self.fields.items() if name != _METADATA}
+        return {name: self.data[start:end] for name, (start, end) in places.items()}
+
+
+def pack(tensors: Mapping[str, Tensor]) -> Packed:
+    """Pack tensors for a file without metadata."""
+    content = memoryview(safetensors.torch.save(_apart(tensors)))
+    end = 8 + int.from_bytes(content[:8], "little")
+    return Packed(json.loads(bytes(content[8:end])), content[end:])
+
+
+def write(path: Path, packed: Packed, metadata: Mapping[str, str]) -> Path:
     """Write a safetensors file, completely or not at all, and return its path."""
     if os.path.isdir(path):
         raise FileError(f"cannot write {path}: it is a folder; a path that ends in {_SUFFIX} names the file")
-    replace(path, _ordered(safetensors.torch.save(_apart(tensors), metadata)))
+    # The metadata is sorted, so that equal adapters give equal bytes; safetensors writes it in random order.
+    fields = {_METADATA: dict(sorted(metadata.items())), **packed.fields}
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    replace(path, (len(text).to_bytes(8, "little") + text, packed.data))
     return path
 
 
 def read(
     path: Path, accept: Callable[[Mapping[str, str], Collection[str]], None]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of a safetensors file, on the CPU.
+) -> tuple[dict[str, Tensor], dict[str, str], Packed]:
+    """Return the tensors of a safetensors file, on the CPU, its metadata, and its bytes.
 
     The file is opened once and read into memory, and the tensors are copied from there. So header and data are of one
     file even if another one is renamed over it meanwhile, and a file that is cut later does no harm. Until this
-    returns, the file's bytes are in memory in addition to the tensors.
+    caller drops them, the file's bytes are in memory in addition to the tensors.
 
     Args:
         path: The file.
@@ -67,7 +98,7 @@ def read(
             head, fields = _head_of(file)
             accept(_metadata_of(fields), fields.keys() - {_METADATA})
             data = head + file.read()
-        return safetensors.torch.load(data), _metadata_of(fields)
+        return safetensors.torch.load(data), _metadata_of(fields), Packed(fields, memoryview(data)[len(head) :])
     except FileError:
         raise
     except _UNREADABLE as error:
@@ -107,13 +138,3 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
     return found
-
-
-def _ordered(data: bytes) -> tuple[bytes, memoryview]:
-    """Sort the metadata, which safetensors writes in random order, so that equal adapters give equal bytes."""
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:end])
-    header[_METADATA] = dict(sorted(header[_METADATA].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
-    return len(text).to_bytes(8, "little") + text, memoryview(data)[end:]

@@ -23,7 +23,7 @@ from tunerkit.serialization.fit import fill
 from tunerkit.serialization.header import Header, decode, encode
 from tunerkit.serialization.reading import read, refuse_nonfinite
 from tunerkit.serialization.rollback import all_or_nothing
-from tunerkit.serialization.safetensors_file import file_at, write
+from tunerkit.serialization.safetensors_file import file_at, pack, write
 
 # The entry of an optimizer's state_dict that holds training states by adapter name.
 CARRIED = "tunerkit"
@@ -55,7 +55,7 @@ def save_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str |
             f"{few(wrong, shown=5)}. Nothing was written, and an older file is unchanged; resume from a state saved "
             "earlier"
         )
-    return write(file_at(path, "state"), tensors, encoded)
+    return write(file_at(path, "state"), pack(tensors), encoded)
 
 
 def load_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None = None) -> None:
