@@ -143,7 +143,7 @@ def test_a_slow_regular_expression_is_stopped_after_a_second() -> None:
 def test_the_second_of_a_regular_expression_is_for_all_paths_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: with a clock where each match takes 0.3 s, three paths are within the limit and thirty are not."""
     ticks = itertools.count(step=0.3)
-    monkeypatch.setattr(patterns, "time", types.SimpleNamespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setattr(patterns, "time", types.SimpleNamespace(thread_time=lambda: next(ticks)))
     assert chosen(nn.ModuleDict({f"a{number}": nn.Linear(1, 1) for number in range(3)}), "re:a.") == ["a0", "a1", "a2"]
     with pytest.raises(TargetError, match="took longer than 1 s"):
         chosen(nn.ModuleDict({f"a{number}": nn.Linear(1, 1) for number in range(30)}), "re:a.*")
@@ -173,11 +173,11 @@ class LookingPlugin:
         return Shift(base)
 
 
-@pytest.mark.parametrize("pattern", ["re:a[0-9]+", "a*"])
+@pytest.mark.parametrize("pattern", ["re:a[0-9]+", "*a*a*a*a*a*"])
 def test_the_second_is_for_all_look_ups_of_one_call(monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
     """Law: with a clock where each match takes 0.05 s, ten targets are within the limit of one `wrap` and sixty not."""
     ticks = itertools.count(step=0.05)
-    monkeypatch.setattr(patterns, "time", types.SimpleNamespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setattr(patterns, "time", types.SimpleNamespace(thread_time=lambda: next(ticks)))
     plugin = LookingPlugin({pattern: 1})
     models = [nn.ModuleDict({f"a{number}": nn.Linear(1, 1) for number in range(size)}) for size in (5, 60)]
     with registered(plugin):
@@ -186,6 +186,16 @@ def test_the_second_is_for_all_look_ups_of_one_call(monkeypatch: pytest.MonkeyPa
         with pytest.raises(TargetError, match="took longer than 1 s"):
             tunerkit.wrap(models[1], "toy-looking", {"targets": "all-linear"})
     assert len(plugin.seen) < 15
+
+
+def test_a_glob_for_each_of_many_targets_costs_nothing_of_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: a large model may have a setting for each target, and a busy machine must not make a difference."""
+    monkeypatch.setattr(patterns, "time", types.SimpleNamespace(thread_time=lambda: pytest.fail("asked for the time")))
+    plugin = LookingPlugin({f"*.a{number}": number for number in range(300)})
+    model = nn.ModuleDict({"block": nn.ModuleDict({f"a{number}": nn.Linear(1, 1) for number in range(300)})})
+    with registered(plugin):
+        tunerkit.wrap(model, "toy-looking", {"targets": "all-linear"})
+    assert len(plugin.seen) == 300
 
 
 def test_a_slow_pattern_at_sixty_targets_is_stopped_after_a_second_in_all() -> None:

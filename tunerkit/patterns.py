@@ -25,6 +25,8 @@ from tunerkit.errors import TargetError, shown
 
 SECONDS: Final = 1.0
 _LONGEST: Final = 1000  # characters of a glob or regular expression
+_FEW_STARS: Final = 4
+_COMPILED: Final = 4096  # patterns: one for each target of a large model is nothing unusual
 _LARGEST: Final = 10_000  # parts of a regular expression with its repeats written out; each takes about 4 kB
 Matcher = Callable[[str], bool]
 Value = TypeVar("Value")
@@ -38,7 +40,7 @@ class _Allowance:
 
     def spend(self, pattern: str, work: Callable[[], Value]) -> Value:
         """Return what ``work`` returns. Raises `TargetError` if time ran out, or for anything that it raises."""
-        start = time.monotonic()
+        start = time.thread_time()
         try:
             if self.left <= 0:
                 raise TimeoutError
@@ -54,7 +56,7 @@ class _Allowance:
             reason = str(error) or type(error).__name__
             raise TargetError(f"{shown(pattern)} is not a regular expression: {reason}") from error
         finally:
-            self.left -= time.monotonic() - start
+            self.left -= time.thread_time() - start
 
 
 # State of a call: `lookup` has no argument through which a method's plugin could pass the allowance on.
@@ -139,23 +141,25 @@ def matcher(pattern: str) -> Matcher:
         return lambda path: path == pattern or path.endswith("." + pattern)
     if len(pattern) > _LONGEST:
         raise TargetError(f"{shown(pattern)} is {len(pattern)} characters long, the limit is {_LONGEST}; use several")
+    is_glob = not pattern.startswith("re:")
+    if is_glob and pattern.count("*") <= _FEW_STARS:
+        # The standard library matches it in linear time. Asking for the time would take longer than the match.
+        plain = _glob(pattern)
+        return lambda path: plain.match(path) is not None
     allowance = _allowance.get() or _Allowance()
-    if pattern.startswith("re:"):
-        expression = allowance.spend(pattern, lambda: _expression(pattern))
-        return lambda path: allowance.spend(
-            pattern, lambda: expression.fullmatch(path, timeout=allowance.left) is not None
-        )
-    # The standard library matches a glob in linear time, so it needs no limit inside a match, and is faster.
-    glob = allowance.spend(pattern, lambda: _glob(pattern))
-    return lambda path: allowance.spend(pattern, lambda: glob.match(path) is not None)
+    if is_glob:
+        glob = allowance.spend(pattern, lambda: _glob(pattern))
+        return lambda path: allowance.spend(pattern, lambda: glob.match(path) is not None)
+    expression = allowance.spend(pattern, lambda: _expression(pattern))
+    return lambda path: allowance.spend(pattern, lambda: expression.fullmatch(path, timeout=allowance.left) is not None)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=_COMPILED)
 def _glob(pattern: str) -> re.Pattern[str]:
     return re.compile(fnmatch.translate(pattern))
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=_COMPILED)
 def _expression(pattern: str) -> "regex.Pattern[str]":
     expression = pattern.removeprefix("re:")
     _refuse_unbounded(pattern, expression)

@@ -1,6 +1,7 @@
 """A model's own ``state_dict``: merged weights are not loaded beside adapters, and nothing into merged weights."""
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit import hooks
-from tunerkit.errors import AdapterError
+from tunerkit.errors import AdapterError, TunerkitWarning
 from tunerkit.injection.delta import adapted_tensors
 from tunerkit.injection.slots import Slots, walk
+from tunerkit.injection.tuner import wrapped_of
 from tunerkit.libraries import torch_private
 from tunerkit.paths import CHILD, join
 
@@ -47,10 +49,12 @@ def refuse_state(
     Nothing has been loaded into the module yet. A state with merged weights that lost its metadata, as in a plain dict
     or a safetensors file, is recognised by its values, if it belongs to the same base.
     """
-    marked, found = _MERGED in metadata, False
+    marked, found, unknown = _MERGED in metadata, False, False
     for path, part, slots in walk(module):
-        if slots.merged:
-            if not marked if slots.permanent else _changes(path, part, slots, state, prefix):
+        if slots.permanent:
+            unknown |= not marked  # nothing is lost at unmerge, since there is none
+        elif slots.merged:
+            if _changes(path, part, slots, state, prefix):
                 raise AdapterError(_LOST)
         elif marked:
             raise AdapterError(_TWICE)
@@ -58,6 +62,8 @@ def refuse_state(
             found = True  # one place is enough: the state is of another base, or merged
             if _is_sum(path, part, slots, state, prefix, *pair):
                 raise AdapterError(_TWICE)
+    if unknown and wrapped_of(module).tuners:  # once, for the whole model
+        warnings.warn(_UNKNOWN, TunerkitWarning, stacklevel=4)
 
 
 def _changes(path: str, part: nn.Module, slots: Slots, state: Mapping[str, Any], prefix: str) -> bool:
@@ -110,6 +116,10 @@ def _is_sum(
 _LOST = (
     "the model is merged, and what load_state_dict writes into merged weights would be lost at unmerge; call "
     "tunerkit.unmerge first"
+)
+_UNKNOWN = (
+    "the model was merged with permanent=True, and it cannot be seen whether this state_dict has merged weights: only "
+    "the object that state_dict() returns says so. If it has the base's, the adapters have no effect from now on"
 )
 _TWICE = (
     "this state_dict was taken while adapters were merged into the weights, and here they would be applied twice. Take "

@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tunerkit import serialization
 from tunerkit.errors import TunerkitWarning
-from tunerkit.injection import Tuner
+from tunerkit.injection import Tuner, tuners_of
 from tunerkit.integrations.folders import folder_of, has_file
 from tunerkit.integrations.ranks import rows_of, write_ranks
 from tunerkit.integrations.resuming import choose_checkpoint
@@ -92,8 +92,9 @@ def _save(
     if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name):
         # If this overwrites an earlier run's folder and is interrupted, the folder must not look complete.
         (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-    for tuner in tuners:
-        written = serialization.save_tuner(tuner, folder_of(folder, tuners, tuner))
+    held = _held(tuners)
+    for tuner in held:
+        written = serialization.save_tuner(tuner, folder_of(folder, held, tuner))
         write_ranks(tuner, written.parent)
     processor = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
     if processor is not None:
@@ -101,11 +102,20 @@ def _save(
     torch.save(trainer.args, folder / TRAINING_ARGS_NAME)
 
 
+def _held(tuners: Sequence[Tuner]) -> list[Tuner]:
+    """The adapters that a checkpoint holds: the attached ones, and others that are active, frozen ones for example.
+
+    Without these, what is loaded from the checkpoint would be another model.
+    """
+    present = tuners_of(tuners[0].model).values()
+    return [*tuners, *(other for other in present if other.is_active and other not in tuners)]
+
+
 def _save_states(trainer: Trainer, attached: Attached, save_optimizer: Callable[[str], None], output_dir: str) -> None:
     """Write the training states whenever the Trainer writes the optimizer's state, into the same folder."""
     tuners = attached.tuners
     for tuner in tuners if trainer.args.should_save else ():
-        folder = folder_of(Path(output_dir), tuners, tuner)
+        folder = folder_of(Path(output_dir), _held(tuners), tuner)
         serialization.save_state(tuner.model, folder, adapter=tuner.name)
     save_optimizer(output_dir)
 

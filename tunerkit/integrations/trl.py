@@ -81,7 +81,8 @@ def _settle_reference_(trainer: Any, model: nn.Module) -> None:
                 "model that it trains"
             )
         return
-    if type(inner) is not type(model) or _checkpoint_of(inner) != _checkpoint_of(model):
+    checkpoint = _checkpoint_of(inner)
+    if type(inner) is not type(model) or not checkpoint or checkpoint != _checkpoint_of(model):
         return
     trainer.ref_model = None
     trainer.accelerator.free_memory()  # the list of prepared models still holds it; each call of train empties it too

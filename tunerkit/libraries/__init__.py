@@ -5,7 +5,7 @@ from tunerkit.libraries.accelerate import duplicate, execution_device, identity,
 from tunerkit.libraries.default_targets import DEFAULT_TARGETS
 from tunerkit.libraries.engines import ENGINES, refuse_engine
 from tunerkit.libraries.foreign_files import ForeignFormat, foreign_format
-from tunerkit.libraries.forward_fields import FORWARD_ALIASES, FORWARD_FIELDS
+from tunerkit.libraries.forward_fields import FORWARD_ALIASES, FORWARD_FIELDS, FORWARD_SYNONYMS
 from tunerkit.libraries.forwards import derives_from, forward_name, forward_owner, overrides_forward
 from tunerkit.libraries.output_heads import is_head_name, labels_hint, named_heads
 from tunerkit.libraries.transformers_classes import (
@@ -15,6 +15,7 @@ from tunerkit.libraries.transformers_classes import (
     TRAINER,
     checkpoints_of,
     grown_embeddings,
+    is_computed,
     is_scaled_embedding,
 )
 from tunerkit.libraries.transformers_private import is_loaded

@@ -36,6 +36,8 @@ class Engine:
 _GATHER = "Gather the full state_dict, load it into an unsharded model that was wrapped in the same way, and {0} there"
 _PACKED = "Call tunerkit.merge on the unquantised base instead: load the adapter onto it"
 
+_UNLOAD = "Call unload() on the PeftModel first, and do not pass peft_config to a trainer of a wrapped model"
+
 ENGINES = (
     Engine(
         "peft",
@@ -46,7 +48,10 @@ ENGINES = (
         ),
         refused={
             "wrap": "this is a PeftModel, or holds layers of one, so an adapter would be put on top of peft's. Call "
-            "merge_and_unload() on it to keep what peft trained, or unload() to drop that, and wrap what it returns"
+            "merge_and_unload() on it to keep what peft trained, or unload() to drop that, and wrap what it returns",
+            "attach": f"peft has put layers of its own into the wrapped model. {_UNLOAD}",
+            "save": f"peft has put layers of its own into the wrapped model, and the file would fit no base. {_UNLOAD}",
+            "merge": f"peft has put layers of its own into the wrapped model. {_UNLOAD}",
         },
     ),
     Engine(

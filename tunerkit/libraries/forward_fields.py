@@ -12,7 +12,13 @@ _NORMS = {
 }
 _ACTIVATIONS = {
     *("hidden_act", "hidden_activation", "activation_function", "activation", "feed_forward_proj", "dense_act_fn"),
-    *("is_gated_act", "projector_hidden_act", "encoder_activation_function", "decoder_activation_function"),
+    *(
+        "is_gated_act",
+        "gelu_activation",
+        "projector_hidden_act",
+        "encoder_activation_function",
+        "decoder_activation_function",
+    ),
     *("feat_extract_activation", "swiglu_limit", "swiglu_alpha", "mlp_hidden_act"),
 }
 _HEADS = {
@@ -29,7 +35,15 @@ _POSITIONS = {
     *("max_relative_positions", "position_buckets", "use_abs_pos", "use_rel_pos"),
 }
 _ATTENTION = {
-    *("is_decoder", "is_causal", "use_bidirectional_attention", "attention_type", "attention_window", "layer_types"),
+    *(
+        "is_decoder",
+        "is_causal",
+        "causal",
+        "use_bidirectional_attention",
+        "attention_type",
+        "attention_window",
+        "layer_types",
+    ),
     *("sliding_window", "use_sliding_window", "max_window_layers", "sliding_window_pattern", "window_size"),
     *("attention_chunk_size", "attention_layers", "local_attention", "global_attn_every_n_layers", "prefix_lm"),
     *("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "query_pre_attn_scalar", "attention_multiplier"),
@@ -43,6 +57,8 @@ _SCALES = {
         "logits_scaling",
         "logit_scale",
         "rescale_every",
+        "scale_decoder_outputs",
+        "rescale_embeddings",
     ),
     *("normalize_embedding", "token_dropout", "emb_layer_norm_before"),
 }
@@ -67,6 +83,8 @@ FORWARD_FIELDS = frozenset(
     | _STATE_SPACES
     | _IMAGES
 )
+# The same function under two names.
+FORWARD_SYNONYMS = {"swish": "silu"}
 # Releases name the same setting in several ways: the left one is read as the right one.
 FORWARD_ALIASES = {
     "rope_theta": "rope_parameters.rope_theta",

@@ -33,17 +33,23 @@ def grown_embeddings(model: nn.Module) -> list[nn.Embedding]:
     """The token embeddings that ``resize_token_embeddings`` has made longer since the model was built.
 
     It updates the config and the model it was called on, but not the ``vocab_size`` that a body inside it keeps, as
-    Llama's does. Where there is no such body, as in BERT, nothing shows it.
+    Llama's does. Where there is no such body, as in BERT, nothing shows it. A class that builds more rows than its
+    vocabulary has, as Mllama does, leaves the config as it is.
     """
     found: list[nn.Embedding] = []
     for module in model.modules():
         built = vars(module).get("vocab_size")
         if isinstance(built, int) and derives_from(module, PRETRAINED_MODEL):
             transformer: Any = module
-            embedding = transformer.get_input_embeddings()
-            if isinstance(embedding, nn.Embedding) and embedding.num_embeddings > built:
+            embedding, config = transformer.get_input_embeddings(), transformer.config.get_text_config()
+            if isinstance(embedding, nn.Embedding) and embedding.num_embeddings == config.vocab_size > built:
                 found.append(embedding)
     return found
+
+
+def is_computed(module: nn.Module) -> bool:
+    """Whether a module of transformers computes its weight when it is built: no checkpoint has its values."""
+    return isinstance(module, nn.Embedding) and type(module).__name__.endswith("SinusoidalPositionalEmbedding")
 
 
 def checkpoints_of(folder: object) -> str | None:

@@ -36,7 +36,7 @@ class AllocationLimit(TorchFunctionMode):
         self._source = source
         self._held: dict[str, int] = {}
         for name, tensor in tensors.items():
-            path = name.partition(".adapter.")[0]
+            path = name.rpartition(".adapter.")[0]
             self._held[path] = self._held.get(path, 0) + tensor.numel()
 
     def __call__(self, target: Target) -> "AllocationLimit":

@@ -9,7 +9,14 @@ from tunerkit.errors import BaseMismatchError, FileError, shown
 from tunerkit.injection import Tuner, base_modules, slots_of
 from tunerkit.libraries import labels_hint, torch_private
 from tunerkit.paths import few, join
-from tunerkit.serialization.fingerprint import Fingerprint, differences, fingerprint, reshaped, trained_biases
+from tunerkit.serialization.fingerprint import (
+    OTHER_VALUES,
+    Fingerprint,
+    differences,
+    fingerprint,
+    reshaped,
+    trained_biases,
+)
 from tunerkit.serialization.forward_config import forward_config, forward_differences
 from tunerkit.serialization.header import Header
 from tunerkit.targets import Scan
@@ -45,6 +52,11 @@ def refuse_other_base(
         lines.append(f"other settings in its config (saved -> here): {few(other, shown=5)}")
     if lines:
         hint = _hint(tuner, header.base, found)
+        if any(line.startswith(OTHER_VALUES) for line in lines) and not hint:
+            hint = (
+                "; if a head or tokens were new when the adapter was trained, only that base has their values: save "
+                "the base before you wrap it, and load adapters onto it"
+            )
         if other and len(lines) == 1:
             hint = "; its weights are the same, so if you mean to use it, pass check_config=False to tunerkit.load"
         raise BaseMismatchError("\n- ".join([f"{source} was trained on another base model{hint}:", *lines]))

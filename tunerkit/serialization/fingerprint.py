@@ -22,6 +22,7 @@ _RELATIVE = 2.0**-7
 # Samples are stored with six digits.
 _DIGITS = 1e-5
 Fingerprint = Mapping[str, Mapping[str, Any]]
+OTHER_VALUES = "other values"
 
 
 def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str, Any]]:
@@ -52,7 +53,7 @@ def differences(saved: Fingerprint, found: Fingerprint) -> list[str]:
         "other shapes (saved -> here)": [
             f"{n} {a['shape']} -> {b['shape']}" for n, (a, b) in pairs.items() if n in resized
         ],
-        "other values": [name for name, pair in pairs.items() if name not in resized and not _close(*pair)],
+        OTHER_VALUES: [name for name, pair in pairs.items() if name not in resized and not _close(*pair)],
     }
     return [f"{what}: {few(names, shown=5)}" for what, names in kinds.items() if names]
 

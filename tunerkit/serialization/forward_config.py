@@ -8,7 +8,7 @@ from torch import nn
 
 from tunerkit import injection
 from tunerkit.errors import cut, shown
-from tunerkit.libraries import FORWARD_ALIASES, FORWARD_FIELDS
+from tunerkit.libraries import FORWARD_ALIASES, FORWARD_FIELDS, FORWARD_SYNONYMS
 from tunerkit.paths import is_under, join
 
 _DEEPEST = 4  # configs inside configs: a multi-modal model has two or three levels
@@ -68,6 +68,8 @@ def _plain(value: object) -> Any:
     """A value that JSON can hold and that is equal after a round trip."""
     if isinstance(value, list | tuple):
         return [_plain(member) for member in value]
-    if isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+    if isinstance(value, str):
+        return FORWARD_SYNONYMS.get(value, value)
+    if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return value
     return str(value)

@@ -100,9 +100,13 @@ def _put_in(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) -> N
 
 def _take_out(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     carried = state_dict.get(CARRIED, {}).get(tuner.name)
+    source = "the optimizer's state_dict"
     if carried is not None:
-        source, tensors = "the optimizer's state_dict", carried["tensors"]
-        _resume_(tuner, tensors, decode(carried["metadata"], tensors, source=source, content="state"), source)
+        match carried:
+            case {"tensors": dict(tensors), "metadata": dict(metadata)}:
+                _resume_(tuner, tensors, decode(metadata, tensors, source=source, content="state"), source)
+            case _:
+                raise FileError(f"{source} has a damaged training state of adapter {tuner.name!r}; load an earlier one")
     elif state_dict["state"]:
         warnings.warn(
             f"the state_dict that the optimizer loads has no training state of adapter {tuner.name!r}, which was not "

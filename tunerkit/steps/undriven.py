@@ -103,9 +103,12 @@ def _held_by(optimizer: Optimizer) -> WeakSet[Tuner]:
 
 
 def _parameters(tuner: Tuner) -> list[torch.nn.Parameter]:
-    """Return an adapter's parameters; none if it is in no model any more."""
+    """Return the parameters of the method's own adapters; none if they are in no model any more.
+
+    Without trained copies and biases: one may train a new head alone before.
+    """
     try:
-        return list(tuner.parameters())
+        return [parameter for adapter in tuner.adapters().values() for parameter in adapter.parameters()]
     except AdapterError:
         return []
 

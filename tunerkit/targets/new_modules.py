@@ -12,6 +12,7 @@ from tunerkit.libraries import (
     PRETRAINED_MODEL,
     derives_from,
     grown_embeddings,
+    is_computed,
     is_loaded,
     is_offloaded,
     named_heads,
@@ -133,7 +134,7 @@ def _upwards(path: str) -> Iterator[str]:
 
 def _own(module: nn.Module) -> list[nn.Parameter]:
     """The parameters of the module itself that may have a mark: offloading and packing replace parameters."""
-    if _is_away(module):
+    if _is_away(module) or is_computed(module):
         return []
     own = torch_private.own_parameters(module).values()
     return [p for p in own if type(p) is nn.Parameter and p.is_floating_point()]
@@ -172,7 +173,7 @@ def _tell(scanned: Scan, trained: Sequence[str], frozen: Sequence[str]) -> None:
         listed = few([f"{path} ({size:,} parameters)" for path, size in sizes.items()], shown=_SHOWN)
         warnings.warn(
             f"trained in full, as copies, because their values are in no checkpoint: {listed}. To freeze one, name it "
-            "in exclude; to choose yourself, set train_modules",
+            "in exclude, and save the base too: it alone has these values. To choose yourself, set train_modules",
             TunerkitWarning,
             stacklevel=4,
         )
