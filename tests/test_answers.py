@@ -1,6 +1,9 @@
 """What plugins answer: each answer is checked once, and an exception names the plugin, the hook and the place."""
 
 import asyncio
+import os
+import signal
+import sys
 import traceback
 import types
 from collections.abc import Callable
@@ -175,6 +178,35 @@ def test_ctrl_c_inside_a_hook_reaches_the_user(hook: str, tmp_path: Path) -> Non
     """A KeyboardInterrupt is the user's."""
     with pytest.raises(KeyboardInterrupt):
         fire(hook, raising(KeyboardInterrupt()), tmp_path)
+
+
+@pytest.mark.parametrize("hook", [*FIRES, "tunerkit_ranks_changed"])
+def test_a_signal_handler_that_exits_ends_the_program_inside_a_hook(hook: str, tmp_path: Path) -> None:
+    """A job that is preempted gets SIGTERM, and its handler calls sys.exit: that is no failure of the plugin."""
+
+    def stop(number: int, frame: object) -> None:
+        sys.exit(143)
+
+    def interrupted(*args: object) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        for _ in range(1000):  # Python calls the handler between two of these
+            pass
+
+    class Watching:
+        @tunerkit.hookimpl
+        def tunerkit_ranks_changed(self) -> None:
+            interrupted()
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        if hook in FIRES:
+            with pytest.raises(SystemExit, match="143"):
+                fire(hook, interrupted, tmp_path)
+        else:
+            with registered(Watching()), pytest.raises(SystemExit, match="143"):
+                fire("tunerkit_after_step", lambda: dict.fromkeys(PATHS, 1), tmp_path)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 @pytest.mark.parametrize("error", [SystemExit(1), asyncio.CancelledError(), ValueError("no network")])

@@ -76,6 +76,22 @@ def test_several_adapters_lie_in_folders_by_their_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("toys")
+def test_a_checkpoint_holds_active_adapters_that_are_not_attached(tmp_path: Path) -> None:
+    """Without a frozen one, what is loaded would be another model; an inactive one is not needed."""
+    model = wrapped("trained", "frozen", "idle")
+    tunerkit.activate(model, ["trained", "frozen"])
+    tunerkit.freeze(model, "frozen")
+    trainer = trainer_of(model, tmp_path, attach=False, max_steps=2, save_steps=1)
+    tunerkit.attach(model, trainer, adapter="trained")
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-2"
+    assert sorted(path.parent.name for path in checkpoint.glob("*/adapter.safetensors")) == ["frozen", "trained"]
+    assert not (checkpoint / "adapter.safetensors").exists()
+    ended = weights(model)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert all(map(torch.equal, weights(model), ended))
+
+
 def test_adapters_attached_one_after_the_other_share_the_trainer(tmp_path: Path) -> None:
     """The second attach adds to the first; an adapter that was not named is not driven."""
     model = wrapped("a", "b", "c")

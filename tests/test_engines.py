@@ -148,6 +148,21 @@ def test_a_model_with_adapters_of_peft_is_named_as_one(toys: "Toys", form: str) 
     tunerkit.wrap(wrapped.merge_and_unload(), "toy-low-rank", TARGETS)
 
 
+def test_adapters_of_peft_on_top_are_named(toys: "Toys", tmp_path: Path) -> None:
+    """Peft replaces layers of the wrapped model, so the file would fit no base. Without peft's, all works again."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = toys.trained(targets=TARGETS["targets"])
+    optimizer = torch.optim.SGD(list(tunerkit.tuner(model).parameters()), lr=0.1)
+    twice = peft.get_peft_model(model, peft.LoraConfig(target_modules=["conv"]))
+    for call in (
+        lambda: tunerkit.save(model, tmp_path / "out"),
+        lambda: tunerkit.attach(model, optimizer),
+    ):
+        refused(call, AdapterError, "peft has put layers of its own", "unload()")
+    assert not (tmp_path / "out").exists()
+    tunerkit.save(twice.unload(), tmp_path / "out")
+
+
 def test_recognising_engines_imports_none_of_them(toys: "Toys") -> None:
     """Classes are compared by name, so that core depends on no library of an engine."""
     loaded = set(sys.modules)

@@ -72,6 +72,21 @@ def test_another_run_s_state_is_refused_before_the_optimizer_s_is_touched(toys: 
     assert not longer.state
 
 
+@pytest.mark.parametrize("lost", ["tensors", "metadata", "both"])
+def test_a_damaged_training_state_is_named(toys: "Toys", lost: str) -> None:
+    """The error says where it is, and nothing was resumed."""
+    model, optimizer = attached(toys)
+    train(toys, model, optimizer, 2)
+    state = stored(optimizer)
+    state["tunerkit"]["default"] = (
+        [] if lost == "both" else {key: value for key, value in state["tunerkit"]["default"].items() if key != lost}
+    )
+    again, other = attached(toys)
+    with pytest.raises(tunerkit.FileError, match="the optimizer's state_dict has a damaged training state"):
+        other.load_state_dict(state)
+    assert tunerkit.tuner(again).steps == 0
+
+
 def test_a_state_taken_without_the_adapter_attached_triggers_a_warning(toys: "Toys") -> None:
     """Otherwise the schedule would silently restart in the middle of training; an empty state triggers none."""
     model, optimizer = attached(toys)

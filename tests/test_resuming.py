@@ -110,6 +110,35 @@ def test_a_checkpoint_that_was_named_is_refused_if_it_is_not_whole(
     assert all(torch.equal(a, b) for a, b in zip(weights(trainer), before, strict=True))
 
 
+def test_a_checkpoint_of_more_processes_is_resumed_with_a_warning(whole: tuple[Trainer, Path], tmp_path: Path) -> None:
+    """Each process has written its own random state. The weights, the optimizer and its schedule are whole."""
+    checkpoint = copied(whole[1], tmp_path) / "checkpoint-4"
+    for process in range(2):
+        shutil.copy(checkpoint / "rng_state.pth", checkpoint / f"rng_state_{process}.pth")
+    (checkpoint / "rng_state.pth").unlink()
+    trainer = trainer_of(checkpoint.parent)
+    with pytest.warns(tunerkit.TunerkitWarning, match="written by another number of processes"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert trainer.state.global_step == 6
+
+
+@pytest.mark.parametrize("how", ["whole", "cut"])
+def test_files_in_the_older_format_of_torch_are_read(how: str, whole: tuple[Trainer, Path], tmp_path: Path) -> None:
+    """It is no zip archive, so whether it is whole shows when it is read."""
+    end, kept = whole
+    checkpoint = copied(kept, tmp_path) / "checkpoint-4"
+    file = checkpoint / "optimizer.pt"
+    torch.save(torch.load(file, weights_only=True), file, _use_new_zipfile_serialization=False)
+    trainer = trainer_of(checkpoint.parent)
+    if how == "cut":
+        harm(file, how)
+        with pytest.raises(tunerkit.FileError, match=r"damaged optimizer\.pt.*go on with the weights alone"):
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        assert equal(trainer, end)
+
+
 def test_without_a_whole_checkpoint_the_error_names_what_is_wrong_with_each(
     whole: tuple[Trainer, Path], tmp_path: Path
 ) -> None:

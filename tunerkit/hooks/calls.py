@@ -19,6 +19,7 @@ from tunerkit.errors import PluginError
 from tunerkit.hooks import answers, specs
 from tunerkit.hooks.answers import Question
 from tunerkit.hooks.discovery import error_text
+from tunerkit.hooks.interrupts import is_from_signal
 from tunerkit.hooks.registry import registry
 from tunerkit.hooks.tuner_view import TunerView
 from tunerkit.layers import Adapter, BaseLayer
@@ -38,6 +39,8 @@ def _ask(question: Question, check: Callable[[Question, object], A], **arguments
         error.add_note(f"raised by {question.hook_of_plugin}, for {question.place}")
         raise
     except BaseException as error:
+        if is_from_signal(error):
+            raise
         raise PluginError(f"{question.hook_of_plugin} raised {error_text(error)} for {question.place}") from error
 
 

@@ -1,9 +1,11 @@
-"""Tell a user's Ctrl-C from a KeyboardInterrupt that a plugin raises."""
+"""Tell a user's Ctrl-C and other signals from exceptions that a plugin raises."""
 
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import isfunction
 from types import FrameType
 
 
@@ -31,3 +33,10 @@ def watch_for_interrupts() -> Iterator[Callable[[], bool]]:
         # A plugin may have installed a handler of its own at import; that one stays.
         if signal.getsignal(signal.SIGINT) is note:
             signal.signal(signal.SIGINT, before)
+
+
+def is_from_signal(error: BaseException) -> bool:
+    """Whether a handler of a signal raised ``error``, which came while a plugin's code happened to run."""
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    codes = {handler.__code__ for handler in handlers if isfunction(handler)}
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))

@@ -14,6 +14,7 @@ import pluggy
 from tunerkit.errors import PluginError, TunerkitWarning, UnknownMethodError, shown
 from tunerkit.hooks.catalog import Catalog, load
 from tunerkit.hooks.discovery import error_text
+from tunerkit.hooks.interrupts import is_from_signal
 from tunerkit.hooks.validation import Plugin, admit, heard_by
 from tunerkit.records import Method, MethodInfo
 
@@ -108,6 +109,8 @@ class Registry:
             except KeyboardInterrupt:
                 raise
             except BaseException as error:  # SystemExit too: the plugin must not end the user's program
+                if is_from_signal(error):
+                    raise
                 self.leave_out(found, hook, error_text(error))
         return answers
 
@@ -124,6 +127,8 @@ class Registry:
             except KeyboardInterrupt:
                 raise
             except BaseException as error:  # SystemExit too: a watcher must not end a training
+                if is_from_signal(error):
+                    raise
                 text = f"{hook.__name__} of {found} failed and was ignored: {error_text(error)}"
                 warn(text, TunerkitWarning, stacklevel=2)
 
@@ -156,6 +161,8 @@ class Registry:
             except (PluginError, KeyboardInterrupt):
                 raise
             except BaseException as error:  # SystemExit too
+                if is_from_signal(error):
+                    raise
                 raise PluginError(f"plugin {entry!r} cannot be registered: {error_text(error)}") from error
             taken = [name for name in admitted.methods if name in catalog.owners]
             if taken:

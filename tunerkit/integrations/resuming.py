@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -19,6 +20,7 @@ from tunerkit.errors import FileError, TunerkitWarning
 from tunerkit.injection import Tuner
 from tunerkit.integrations.folders import folder_of, has_file
 
+_WEIGHTS = "go on with the weights alone: tunerkit.load(base, checkpoint, trainable=True) starts a new training run"
 _WHOLE_MODEL = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
@@ -40,8 +42,8 @@ def choose_checkpoint(trainer: Trainer, tuners: Sequence[Tuner], wanted: Any) ->
     if isinstance(wanted, str | os.PathLike):
         checkpoint = Path(wanted)
         if problems := list(_problems(trainer, tuners, checkpoint)):
-            raise FileError(f"{checkpoint} {'; '.join(problems)}; resume from an earlier checkpoint")
-        _warn_without_optimizer(checkpoint)
+            raise FileError(f"{checkpoint} {'; '.join(problems)}; resume from an earlier checkpoint, or {_WEIGHTS}")
+        _warn_of_other_end(trainer, checkpoint)
         return str(wanted)
     found = _newest_first(Path(str(trainer.args.output_dir))) if wanted is True else []
     return _newest_whole(trainer, tuners, found) if found else wanted
@@ -61,12 +63,12 @@ def _newest_whole(trainer: Trainer, tuners: Sequence[Tuner], found: Sequence[Pat
                 TunerkitWarning,
                 stacklevel=5,
             )
-        _warn_without_optimizer(checkpoint)
+        _warn_of_other_end(trainer, checkpoint)
         return str(checkpoint)
     listed = "\n- ".join(passed[:5])
     raise FileError(
-        f"none of the {len(found)} checkpoints in {found[0].parent} can be resumed from; train from the start, without "
-        f"resume_from_checkpoint:\n- {listed}"
+        f"none of the {len(found)} checkpoints in {found[0].parent} can be resumed from; train without "
+        f"resume_from_checkpoint, or {_WEIGHTS}:\n- {listed}"
     )
 
 
@@ -90,7 +92,7 @@ def _problems(trainer: Trainer, tuners: Sequence[Tuner], checkpoint: Path) -> It
     elif not _is_json(state):
         yield f"has a damaged {TRAINER_STATE_NAME}"
     yield from _problems_of_adapters(tuners, checkpoint)
-    names = _trainer_files(trainer)
+    names = _trainer_files(trainer, checkpoint)
     if any((checkpoint / name).exists() for name in names):  # with save_only_model there is none
         for name in names:
             if not (checkpoint / name).is_file():
@@ -99,11 +101,23 @@ def _problems(trainer: Trainer, tuners: Sequence[Tuner], checkpoint: Path) -> It
                 yield f"has a damaged {name}"
 
 
-def _trainer_files(trainer: Trainer) -> list[str]:
+def _trainer_files(trainer: Trainer, checkpoint: Path) -> list[str]:
     """Return the names of the files that the Trainer itself reads to go on exactly, and skips if they are missing."""
-    own = f"_{trainer.args.process_index}" if trainer.args.world_size > 1 else ""
     scaler = [SCALER_NAME] if trainer.accelerator.scaler is not None else []
-    return [OPTIMIZER_NAME, SCHEDULER_NAME, f"rng_state{own}.pth", *scaler]
+    states = [] if _has_other_processes(trainer, checkpoint) else [_random_state_of(trainer)]
+    return [OPTIMIZER_NAME, SCHEDULER_NAME, *states, *scaler]
+
+
+def _random_state_of(trainer: Trainer) -> str:
+    own = f"_{trainer.args.process_index}" if trainer.args.world_size > 1 else ""
+    return f"rng_state{own}.pth"
+
+
+def _has_other_processes(trainer: Trainer, checkpoint: Path) -> bool:
+    """Whether the checkpoint has random states, but for another number of processes."""
+    names = {path.name for path in checkpoint.glob("rng_state*.pth")}
+    alone = trainer.args.world_size <= 1
+    return bool(names) and ("rng_state.pth" in names) != alone
 
 
 def _problems_of_adapters(tuners: Sequence[Tuner], checkpoint: Path) -> Iterator[str]:
@@ -141,7 +155,9 @@ def _is_json(path: Path) -> bool:
 
 
 def _is_whole_archive(path: Path) -> bool:
-    """Whether a file of `torch.save` is whole: it is a zip archive with a checksum for each of its parts."""
+    """Whether a file of `torch.save` is whole: a zip archive with a checksum for each part, or of the older format."""
+    if not zipfile.is_zipfile(path):
+        return _is_of_older_format(path)
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
@@ -149,7 +165,23 @@ def _is_whole_archive(path: Path) -> bool:
         return False
 
 
-def _warn_without_optimizer(checkpoint: Path) -> None:
+def _is_of_older_format(path: Path) -> bool:
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a damaged file may end in any error of the unpickler
+        return False
+    return True
+
+
+def _warn_of_other_end(trainer: Trainer, checkpoint: Path) -> None:
+    """Warn if the checkpoint is whole, but training cannot end as it would have without the interruption."""
+    if _has_other_processes(trainer, checkpoint):
+        warnings.warn(
+            f"{checkpoint} was written by another number of processes: the random state starts anew, so the end is not "
+            "that of an uninterrupted training",
+            TunerkitWarning,
+            stacklevel=5,
+        )
     if not (checkpoint / OPTIMIZER_NAME).exists():
         warnings.warn(
             f"{checkpoint} has the weights alone (save_only_model): the optimizer, the learning rate's schedule and "

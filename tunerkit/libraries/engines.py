@@ -51,7 +51,6 @@ ENGINES = (
             "merge_and_unload() on it to keep what peft trained, or unload() to drop that, and wrap what it returns",
             "attach": f"peft has put layers of its own into the wrapped model. {_UNLOAD}",
             "save": f"peft has put layers of its own into the wrapped model, and the file would fit no base. {_UNLOAD}",
-            "merge": f"peft has put layers of its own into the wrapped model. {_UNLOAD}",
         },
     ),
     Engine(
