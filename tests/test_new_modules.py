@@ -215,3 +215,15 @@ def test_offloaded_parameters_prove_nothing(bert: Load) -> None:
     model = bert("BertForSequenceClassification")
     accelerate.cpu_offload(model.bert.encoder, execution_device=torch.device("cpu"))
     assert wrapped(model)[0] == ["classifier"]
+
+
+@pytest.mark.parametrize("kind", ["MllamaForCausalLM", "MarianMTModel"])
+def test_what_the_class_itself_adds_or_computes_is_not_new(kind: str, tmp_path: Path) -> None:
+    """Mllama builds more embeddings than its vocabulary has; Marian computes its positions and saves none."""
+    cls: Any = getattr(transformers, kind)
+    layers = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 20}
+    mllama = SIZES | {"num_key_value_heads": 2, "cross_attention_layers": []}
+    config = cls.config_class(pad_token_id=0, **(layers | heads if kind == "MarianMTModel" else mllama))
+    load = checkpoint(tmp_path / "base", cls(config))
+    assert wrapped(load(kind), targets=["q_proj"])[0] == []
