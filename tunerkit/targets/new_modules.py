@@ -172,16 +172,16 @@ def _tell(scanned: Scan, trained: Sequence[str], frozen: Sequence[str]) -> None:
         sizes = {path: sum(p.numel() for p in scanned.by_path[path].module.parameters()) for path in trained}
         listed = few([f"{path} ({size:,} parameters)" for path, size in sizes.items()], shown=_SHOWN)
         warnings.warn(
-            f"trained in full, as copies, because from_pretrained did not load their values: {listed}. To freeze one, name "
-            "it in exclude, and save the base too: it alone has these values. To choose yourself, set train_modules",
+            f"trained in full, as copies, because from_pretrained did not load their values: {listed}. To freeze one, "
+            "name it in exclude, and save the base too, which alone has these values. To choose, set train_modules",
             TunerkitWarning,
             stacklevel=4,
         )
     if frozen:
         warnings.warn(
-            f"some values were not loaded by from_pretrained and stay frozen: {few(frozen, shown=_SHOWN)}. The saved adapter "
-            "fits only a base with the same values: save the base before you wrap it, and load adapters onto that one. To "
-            "silence this, name the modules in exclude",
+            f"some values were not loaded by from_pretrained and stay frozen: {few(frozen, shown=_SHOWN)}. The saved "
+            "adapter fits only a base with the same values: save the base before you wrap it, and load adapters onto "
+            "that. To silence this, name the modules in exclude",
             TunerkitWarning,
             stacklevel=4,
         )
