@@ -11,6 +11,7 @@ from torch import nn
 
 import tunerkit
 from tunerkit.errors import AdapterError, TargetError
+from tunerkit.injection import is_merged
 from tunerkit.libraries import ENGINES
 from tunerkit.testing.sharded import shard_and_try
 
@@ -120,7 +121,7 @@ def test_packed_weights_are_recognised_by_their_class(
     layer._parameters["weight"] = values.as_subclass(type("Own", (library,), {}))
     refused(lambda: tunerkit.merge(model), error, "at 'layers.0.weight'", "packed")
     layer._parameters["weight"] = nn.Parameter(values)
-    tunerkit.merge(model)
+    assert is_merged(tunerkit.merge(model))
 
 
 def test_a_packed_layer_without_an_adapter_does_not_prevent_merging(toys: "Toys") -> None:
@@ -128,7 +129,7 @@ def test_a_packed_layer_without_an_adapter_does_not_prevent_merging(toys: "Toys"
     model = toys.trained(targets=["layers.0"])
     library: Any = type("QTensor", (torch.Tensor,), {"__module__": "optimum.quanto.tensor.qtensor"})
     model.conv._parameters["weight"] = model.conv.weight.detach().as_subclass(library)
-    tunerkit.merge(model)
+    assert is_merged(tunerkit.merge(model))
 
 
 @pytest.mark.parametrize("form", ["the model", "around it", "inside it"])
@@ -145,7 +146,8 @@ def test_a_model_with_adapters_of_peft_is_named_as_one(toys: "Toys", form: str) 
         where,
         "merge_and_unload()",
     )
-    tunerkit.wrap(wrapped.merge_and_unload(), "toy-low-rank", TARGETS)
+    unloaded = tunerkit.wrap(wrapped.merge_and_unload(), "toy-low-rank", TARGETS)
+    assert list(tunerkit.tuner(unloaded).adapters()) == TARGETS["targets"]
 
 
 def test_adapters_of_peft_on_top_are_named(toys: "Toys", tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import tunerkit
 from tunerkit.errors import AdapterError
+from tunerkit.injection import is_merged
 from tunerkit.testing.registering import registered
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def test_packing_may_round_the_delta_but_not_away(toys: "Toys") -> None:
 def test_an_adapter_that_adds_nothing_may_be_merged(toys: "Toys") -> None:
     """There is no effect to lose."""
     net = nn.Sequential(Packed(1000))
-    tunerkit.merge(tunerkit.wrap(net, "toy-low-rank", {"targets": ["0"]}))
+    assert is_merged(tunerkit.merge(tunerkit.wrap(net, "toy-low-rank", {"targets": ["0"]})))
 
 
 class Stubborn(Tensor):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import tunerkit
 from tunerkit.errors import AdapterError
+from tunerkit.injection import is_merged
 
 if TYPE_CHECKING:
     from tests.conftest import Toys
@@ -94,3 +95,5 @@ def test_another_model_that_runs_does_not_matter(toys: "Toys") -> None:
     model, other = model_of(toys), model_of(toys)
     with held(model, model[1]):
         tunerkit.merge(other)
+    assert is_merged(other)
+    assert not is_merged(model)

@@ -50,7 +50,7 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
     if not isinstance(names, Sequence):
         raise AdapterError(f"expected a name or a list of names in order, got {type(names).__name__} {names!r}")
     names = (names,) if isinstance(names, str) else tuple(names)
-    root = _root(model)
+    root = injection.wrapped_model(model)
     for name in names:
         _named(root, name)
     if twice := [name for number, name in enumerate(names) if name in names[:number]]:
@@ -124,11 +124,6 @@ def delete(model: nn.Module, adapter: str) -> None:
     steps.detach(tuner)
     injection.train_(tuner, trained=False)
     injection.eject_(tuner)
-
-
-def _root(model: nn.Module) -> nn.Module:
-    """Return the model that was wrapped, which may be inside another module, such as DDP."""
-    return next(iter(injection.require_tuners(model).values())).model
 
 
 def _named(model: nn.Module, adapter: object) -> Tuner:

@@ -34,7 +34,7 @@ def attach(
             wrapper that keeps its own state; the adapter is frozen or already attached; the Trainer trains another
             model; or an option of TRL's would move or lose weights of adapters.
         AdapterError: Adapted modules were replaced or resized after wrapping, there is no such adapter, or the model is
-            inside FSDP1, which flattens the adapters.
+            inside FSDP1, which flattens the adapters, or has layers that peft put on top.
         ConfigError: Training is too short for the method's schedule.
     """
     tuners = _chosen(model, adapter)

@@ -100,7 +100,7 @@ def unwrap(model: M, *, keep_merged: bool = False) -> M:
     """
     tuners = injection.require_tuners(model)
     injection.refuse_disabled(model)
-    root = next(iter(tuners.values())).model
+    root = injection.wrapped_model(model)
     injection.refuse_running(root, "unwrapping")
     if not keep_merged:
         serialization.restore_originals_(root)

@@ -12,5 +12,15 @@ from tunerkit.injection.reference import Reference, reference
 from tunerkit.injection.root import inside
 from tunerkit.injection.running import refuse_running
 from tunerkit.injection.slots import Slot, Slots, base_modules, slots_of, walk
-from tunerkit.injection.tuner import Tuner, is_frozen, require_tuners, takes_part, tuner, tuners_of, unseen, wrapped_of
+from tunerkit.injection.tuner import (
+    Tuner,
+    is_frozen,
+    require_tuners,
+    takes_part,
+    tuner,
+    tuners_of,
+    unseen,
+    wrapped_model,
+    wrapped_of,
+)
 from tunerkit.injection.uncalled import report

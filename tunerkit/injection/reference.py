@@ -13,7 +13,7 @@ from tunerkit import hooks
 from tunerkit.errors import AdapterError
 from tunerkit.injection.merged_state import is_merged, refuse_fixed
 from tunerkit.injection.slots import Slot, Slots, slots_of, walk
-from tunerkit.injection.tuner import Tuner, Wrapped, require_tuners, wrapped_of
+from tunerkit.injection.tuner import Tuner, Wrapped, require_tuners, wrapped_model, wrapped_of
 from tunerkit.layers import bias_name
 from tunerkit.libraries import torch_private
 from tunerkit.paths import CHILD, is_adapter_path, join
@@ -152,7 +152,7 @@ def reference(model: nn.Module) -> Reference:
         AdapterError: The model has no adapter, is merged, or is inside `disabled`.
     """
     tuners = require_tuners(model)
-    root = next(iter(tuners.values())).model
+    root = wrapped_model(model)
     refuse_fixed(root, "making a reference")
     wrapped = wrapped_of(root)
     frozen: dict[str, dict[str, Slot]] = {}

@@ -228,6 +228,11 @@ def require_tuners(model: nn.Module) -> dict[str, Tuner]:
     return tuners
 
 
+def wrapped_model(model: nn.Module) -> nn.Module:
+    """Return the model that was wrapped, which may be inside another module. Raises `AdapterError` if there is none."""
+    return next(iter(require_tuners(model).values())).model
+
+
 def tuner(model: nn.Module, adapter: str | None = None) -> Tuner:
     """Return the handle on one adapter of a wrapped model.
 

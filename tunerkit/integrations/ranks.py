@@ -5,7 +5,7 @@ import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
-from tunerkit import hooks
+from tunerkit import hooks, serialization
 from tunerkit.injection import Tuner
 
 # An environment variable, as the Trainer's reporters have them: what is logged belongs to neither method nor model.
@@ -43,4 +43,4 @@ def write_ranks(tuner: Tuner, folder: Path) -> None:
     budget = hooks.budget(tuner, None)
     if budget is not None:
         found = {"step": tuner.steps, "budget": budget, "ranks": tuner.ranks()}
-        (folder / "ranks.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        serialization.replace(folder / "ranks.json", [f"{json.dumps(found, indent=1)}\n".encode()])

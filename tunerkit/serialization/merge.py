@@ -81,7 +81,7 @@ def unmerge(model: M) -> M:
     injection.refuse_disabled(model)
     if not injection.is_merged(model):
         raise AdapterError("the model is not merged; there is nothing to unmerge")
-    injection.refuse_running(_root(model), "unmerging")
+    injection.refuse_running(injection.wrapped_model(model), "unmerging")
     restore_originals_(model)
     return model
 
@@ -111,17 +111,12 @@ def disabled(model: nn.Module) -> Iterator[None]:
     places = [place for place in injection.walk(model) if place[2].enabled]
     _refuse_permanent(places)
     if places:
-        injection.refuse_running(_root(model), "disabling adapters")
+        injection.refuse_running(injection.wrapped_model(model), "disabling adapters")
     _enable_(places, False)
     try:
         yield
     finally:
         _enable_(places, True)
-
-
-def _root(model: nn.Module) -> nn.Module:
-    """The model that was wrapped, which may be inside another module."""
-    return next(iter(injection.require_tuners(model).values())).model
 
 
 _Places = Sequence[tuple[str, nn.Module, Slots]]  # as `injection.walk` yields them
@@ -142,7 +137,7 @@ def _refuse_unfit(model: nn.Module, places: _Places) -> None:
         raise AdapterError("the model is merged already; call tunerkit.unmerge first")
     if not any(slots.active for _, _, slots in places):
         raise AdapterError("no adapter is active, so nothing can be merged; call tunerkit.activate first")
-    injection.refuse_running(_root(model), "merging")
+    injection.refuse_running(injection.wrapped_model(model), "merging")
     _refuse_offloaded(places)
     libraries.refuse_engine(((path, module) for path, module, slots in places if slots.active), "merge")
     injection.refuse_lost(injection.require_tuners(model).values())

@@ -1,12 +1,12 @@
 """The numbers and flags of AdaLoRA's training state in a file, checked before they are used."""
 
-import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
 
 from tunerkit import FileError
+from tunerkit.errors import shown
 from tunerkit_adalora.phase import Phase
 
 _LIMIT = 2**63  # counts are int64 on the device
@@ -97,9 +97,9 @@ def _misfit(field: "attrs.Attribute[Any]", values: Mapping[str, object]) -> Iter
         return
     value, kind = values[field.name], field.type
     if type(value) is not kind:  # a bool is an int to Python, and not to us
-        yield f"{field.name!r} is {reprlib.repr(value)}, expected {'true or false' if kind is bool else 'an integer'}"
+        yield f"{field.name!r} is {shown(value)}, expected {'true or false' if kind is bool else 'an integer'}"
     elif isinstance(value, int) and not 0 <= value < _LIMIT:
-        yield f"{field.name!r} is {reprlib.repr(value)}, expected 0 or more and below 2**63"
+        yield f"{field.name!r} is {shown(value)}, expected 0 or more and below 2**63"
 
 
 def _contradictions(saved: SavedValues) -> Iterator[str]:
