@@ -1,6 +1,6 @@
 """tunerkit: adapters for torch models, with methods that are plugins."""
 
-from tunerkit.api import activate, active, adapters, attach, delete, freeze, rename, thaw, unwrap, wrap
+from tunerkit.api import activate, active, adapters, attach, delete, freeze, param_groups, rename, thaw, unwrap, wrap
 from tunerkit.config import AdapterConfig, setting, unstructure
 from tunerkit.errors import (
     AdapterError,
@@ -17,10 +17,22 @@ from tunerkit.errors import (
 from tunerkit.hooks import hookimpl, structure
 from tunerkit.hooks import registry as _registry
 from tunerkit.injection import Summary, Tuner, reference, trainable_parameters, tuner
-from tunerkit.layers import Adapter, BaseLayer, add_low_rank, low_rank_delta
-from tunerkit.records import DefaultTargets, Delta, Method, MethodInfo, RankChange, State, Target, WeightReader
+from tunerkit.layers import Adapter, BaseLayer, add_low_rank, low_rank_delta, low_rank_factors, resize_
+from tunerkit.records import (
+    DefaultTargets,
+    Delta,
+    Factors,
+    Method,
+    MethodInfo,
+    ParamGroup,
+    RankChange,
+    State,
+    Target,
+    Wanted,
+    WeightReader,
+)
 from tunerkit.serialization import disabled, load, load_state, merge, save, save_state, unmerge
-from tunerkit.steps import Cut, optimizer_of, resize_, shrink_
+from tunerkit.steps import Cut, Growth, grow_, optimizer_of, resize_obstacle, shrink_
 
 methods = _registry.methods
 register = _registry.register
@@ -33,16 +45,16 @@ __all__ += ["disabled", "merge", "trainable_parameters", "tuner", "unmerge"]
 # Manage several in one model
 __all__ += ["activate", "active", "adapters", "delete", "freeze", "rename", "thaw"]
 # Train them
-__all__ += ["attach", "load_state", "reference", "save_state"]
+__all__ += ["attach", "load_state", "param_groups", "reference", "save_state"]
 # Find plugins
 __all__ += ["hookimpl", "methods", "register", "unregister"]
 # Write a method
-__all__ += ["Adapter", "AdapterConfig", "BaseLayer", "add_low_rank", "low_rank_delta", "setting"]
+__all__ += ["Adapter", "AdapterConfig", "BaseLayer", "add_low_rank", "low_rank_delta", "low_rank_factors", "setting"]
 # Change sizes while training
-__all__ += ["Cut", "optimizer_of", "resize_", "shrink_"]
+__all__ += ["Cut", "Growth", "grow_", "optimizer_of", "resize_", "resize_obstacle", "shrink_"]
 # Records
 __all__ += ["DefaultTargets", "Delta", "Method", "MethodInfo", "RankChange", "State", "Summary", "Target", "Tuner"]
-__all__ += ["WeightReader"]
+__all__ += ["Factors", "ParamGroup", "Wanted", "WeightReader"]
 # Errors
 __all__ += ["AdapterError", "BaseMismatchError", "ConfigError", "FileError", "PluginError", "StepError", "TargetError"]
 __all__ += ["TunerkitError", "TunerkitWarning", "UnknownMethodError"]

@@ -13,7 +13,7 @@ import fnmatch
 import functools
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Final, TypeVar
@@ -110,6 +110,20 @@ def lookup(table: Mapping[str, Value], path: str, default: Value) -> Value:
         return default
     with one_allowance():
         return next((value for pattern, value in table.items() if matches(pattern, path)), default)
+
+
+def exact_patterns(paths: Iterable[str]) -> dict[str, str]:
+    """Return patterns for given paths, each of which matches only its own path among them.
+
+    Args:
+        paths: Dotted module paths.
+
+    Returns:
+        The pattern by path: the path itself, unless it would also match the end of another one.
+    """
+    listed = list(paths)
+    ends = {path[at + 1 :] for path in listed for at, character in enumerate(path) if character == "."}
+    return {path: f"re:{re.escape(path)}" if path in ends or is_broad(path) else path for path in listed}
 
 
 def is_broad(pattern: str) -> bool:

@@ -1,6 +1,7 @@
 """The frozen records that tunerkit and its plugins exchange."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import attrs
 from torch import Tensor, nn
@@ -15,11 +16,34 @@ class Method:
         config: The config class: a frozen attrs class derived from `tunerkit.AdapterConfig`.
         needs_steps: Whether the method only works if optimizer steps drive it, as AdaLoRA does. Saving such an adapter
             untrained is an error.
+        start: What wrapping does to the model's output: ``"exact"`` leaves every bit of it, ``"rounding"`` changes it
+            by rounding errors alone, as a start does that adds and subtracts the same product.
+        targets: What the method adapts: ``"weights"``, modules of which tunerkit knows the weight; or ``"outputs"``,
+            any module that is called, such as a norm or a block. Such adapters cannot be merged, except where they
+            implement ``tunerkit_delta`` and the module has a weight.
+        statistics: What the method wants to know of the data before training, see `tunerkit.calibrate`; None for a
+            method that does not.
     """
 
     name: str
     config: type
     needs_steps: bool = False
+    start: Literal["exact", "rounding"] = "exact"
+    targets: Literal["weights", "outputs"] = "weights"
+    statistics: "Wanted | None" = None
+
+
+@attrs.frozen
+class Wanted:
+    """The statistics that a method wants of each target, before training.
+
+    Attributes:
+        inputs: Rows of a sketch of the layer's inputs, see `Statistics.input_sketch`; 0 for none.
+        gradients: Rows of a sketch of the weight's gradient, see `Statistics.gradient_p`; 0 for none.
+    """
+
+    inputs: int = 0
+    gradients: int = 0
 
 
 @attrs.frozen
@@ -90,6 +114,39 @@ class Delta:
 
     weight: Tensor | None = None
     bias: Tensor | None = None
+
+
+@attrs.frozen(eq=False)
+class Factors:
+    """An adapter's weight delta as a product: ΔW = P Q, with everything else (scale, λ, mask) multiplied into them.
+
+    Attributes:
+        q: Q, (r, in).
+        p: P, (out, r).
+    """
+
+    q: Tensor
+    p: Tensor
+
+    @property
+    def rank(self) -> int:
+        """r, the number of pairs of a column of P and a row of Q; it may be 0."""
+        return self.q.shape[0]
+
+
+@attrs.frozen(eq=False)
+class ParamGroup:
+    """Parameters that are trained with settings of their own, as a plugin yields them from ``tunerkit_param_groups``.
+
+    Attributes:
+        parameters: Some of the adapter's parameters.
+        lr_scale: The factor of the learning rate, as in LoRA+.
+        weight_decay: Their weight decay; None for that of all others.
+    """
+
+    parameters: Sequence[nn.Parameter]
+    lr_scale: float = 1.0
+    weight_decay: float | None = None
 
 
 @attrs.frozen(eq=False)

@@ -2,4 +2,5 @@
 
 from tunerkit.api.adapters import activate, active, adapters, delete, freeze, rename, thaw
 from tunerkit.api.attach import attach
+from tunerkit.api.param_groups import param_groups
 from tunerkit.api.wrap import unwrap, wrap

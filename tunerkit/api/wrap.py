@@ -56,7 +56,12 @@ def wrap(
         copies = targets.add_new(scanned, targets.choose_copies(scanned, config.train_modules), config, adapted)
         targets.refuse_tied(scanned, copies)
         chosen = targets.select(
-            scanned, targets=config.targets, exclude=config.exclude, layers=config.layers, trained=copies
+            scanned,
+            targets=config.targets,
+            exclude=config.exclude,
+            layers=config.layers,
+            trained=copies,
+            outputs=hooks.registry.get(method).targets == "outputs",
         )
         tuner = _tuner_of(scanned, chosen, copies, method, config, adapter)
         injection.refuse_idle_patterns(tuner)
@@ -79,6 +84,7 @@ def _tuner_of(
         targets=chosen,
         copies=targets.from_paths(scanned, copies),
         biases=targets.choose_biases(scanned, config.bias, chosen, copies),
+        shares=hooks.has_shared(method),
         progress=Progress(total_steps=config.total_steps),
     )
 

@@ -2,17 +2,18 @@
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NoReturn
 
 import attrs
-from torch import Tensor
+from torch import Tensor, nn
 
+from tunerkit.config import AdapterConfig
 from tunerkit.errors import PluginError, shown
 from tunerkit.hooks.registry import registry
 from tunerkit.hooks.tuner_view import TunerView
 from tunerkit.layers import Adapter, BaseLayer
-from tunerkit.records import Delta, State, Target
+from tunerkit.records import Delta, Factors, ParamGroup, State, Target
 
 _DEEPEST = 20  # levels of JSON values
 
@@ -40,7 +41,19 @@ class Question:
         raise PluginError(f"{self.hook_of_plugin} returned {returned} for {self.place}; it must return {expected}")
 
 
-def adapter(asked: Question, answer: object, target: Target) -> Adapter:
+def shared(asked: Question, answer: object, targets: Sequence[Target]) -> nn.Module | None:
+    """Check the answer to `tunerkit_shared`: a module of its own, or None."""
+    if answer is None:
+        return None
+    if not isinstance(answer, nn.Module):
+        asked.refuse(_kind(answer), "a torch.nn.Module, or None")
+    held = set(answer.modules())
+    if any(target.module in held for target in targets):
+        asked.refuse("a module that holds a base layer", "one with tensors of its own")
+    return answer
+
+
+def adapter(asked: Question, answer: object, target: Target, shared: nn.Module | None = None) -> Adapter:
     """Check the answer to `tunerkit_build_adapter`: an adapter that does not hold the base layer."""
     if not isinstance(answer, Adapter):
         asked.refuse(_kind(answer), "a tunerkit.Adapter")
@@ -48,6 +61,11 @@ def adapter(asked: Question, answer: object, target: Target) -> Adapter:
         asked.refuse(
             "an adapter that holds the base layer as a child",
             "one that does not store it: forward receives the base layer as an argument",
+        )
+    if shared is not None and not set(answer.modules()).isdisjoint(shared.modules()):
+        asked.refuse(
+            "an adapter that holds the shared module as a child",
+            "one that does not store it: forward finds it as self.shared",
         )
     return answer
 
@@ -115,6 +133,68 @@ def delta(asked: Question, answer: object, adapter: Adapter, base: BaseLayer) ->
     return answer
 
 
+def factors(asked: Question, answer: object, adapter: Adapter, base: BaseLayer) -> Factors:
+    """Check the answer to `tunerkit_factors`: two matrices of one rank, with the base layer's features."""
+    if not isinstance(answer, Factors):
+        asked.refuse(_kind(answer), "tunerkit.Factors")
+    for what, tensor in (("q", answer.q), ("p", answer.p)):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            asked.refuse(f"{_kind(tensor)} as {what}", "a tensor of floating-point numbers")
+        devices = [parameter.device for parameter in adapter.parameters()]
+        if devices and tensor.device not in devices:
+            asked.refuse(f"{what} on device {tensor.device}", f"it on {devices[0]}, where the adapter is")
+    q, p, rank = tuple(answer.q.shape), tuple(answer.p.shape), answer.q.shape[:1]
+    wanted = ((*rank, base.in_features), (base.out_features, *rank))
+    if (q, p) != wanted:
+        asked.refuse(
+            f"q of shape {q} and p of shape {p}",
+            f"q of shape (r, {base.in_features}) and p of shape ({base.out_features}, r), with one r",
+        )
+    return answer
+
+
+def built_from_factors(
+    asked: Question, answer: object, targets: Sequence[Target], config: type
+) -> tuple[AdapterConfig, Mapping[str, Adapter]]:
+    """Check the answer to `tunerkit_from_factors`: a config of the method, and one adapter for each target."""
+    expected = f"a pair of a {config.__name__} and a mapping with one adapter for each target path"
+    if not isinstance(answer, tuple) or len(answer) != 2:
+        asked.refuse(_kind(answer), expected)
+    settings, adapters = answer
+    if not isinstance(settings, AdapterConfig) or not isinstance(settings, config):
+        asked.refuse(f"{_kind(settings)} as the config", expected)
+    if not isinstance(adapters, Mapping) or adapters.keys() != {target.path for target in targets}:
+        asked.refuse(f"{shown(adapters)} as the adapters", expected)
+    for path, found in adapters.items():
+        if not isinstance(found, Adapter):
+            asked.refuse(f"{_kind(found)} at {path!r}", expected)
+    return settings, adapters
+
+
+def param_groups(asked: Question, answer: object, tuner: TunerView) -> list[ParamGroup]:
+    """Check the answer to `tunerkit_param_groups`: groups of the adapter's own parameters, each in one of them."""
+    if answer is None:
+        return []
+    if not isinstance(answer, Iterable) or isinstance(answer, Tensor):
+        asked.refuse(_kind(answer), "a list of tunerkit.ParamGroup")
+    own, seen, groups = {id(parameter) for parameter in tuner.parameters()}, set[int](), list(answer)
+    for group in groups:
+        if not isinstance(group, ParamGroup):
+            asked.refuse(f"a list with {_kind(group)}", "a list of tunerkit.ParamGroup")
+        scale, decay = group.lr_scale, group.weight_decay
+        if not _is_at_least_0(scale) or not (decay is None or _is_at_least_0(decay)):
+            asked.refuse(
+                f"a group with lr_scale={shown(scale)} and weight_decay={shown(decay)}", "finite numbers >= 0 there"
+            )
+        for parameter in group.parameters:
+            if id(parameter) not in own:
+                asked.refuse("a group with a parameter that is not the adapter's", "parameters of tuner.parameters()")
+            if id(parameter) in seen:
+                asked.refuse("a parameter in two groups, or twice in one", "each in one group")
+            seen.add(id(parameter))
+    return groups
+
+
 def state(asked: Question, answer: object) -> State:
     """Check the answer to `tunerkit_state`; None means that there is nothing to save."""
     if answer is None:
@@ -148,6 +228,10 @@ def _kind(answer: object) -> str:
         return "None"
     name = type(answer).__name__
     return f"an {name}" if name[:1] in "aeiouAEIOU" else f"a {name}"
+
+
+def _is_at_least_0(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
 
 
 def _count(value: object) -> int | None:

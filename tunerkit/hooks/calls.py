@@ -8,11 +8,11 @@ catch torch's out-of-memory error. It gets a note with the plugin, the hook and 
 the program without a word (SystemExit, a cancelled task) becomes a `PluginError`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tunerkit.config import AdapterConfig
 from tunerkit.errors import PluginError
@@ -22,8 +22,8 @@ from tunerkit.hooks.discovery import error_text
 from tunerkit.hooks.interrupts import is_from_signal
 from tunerkit.hooks.registry import registry
 from tunerkit.hooks.tuner_view import TunerView
-from tunerkit.layers import Adapter, BaseLayer
-from tunerkit.records import Delta, RankChange, State, Target
+from tunerkit.layers import Adapter, BaseLayer, low_rank_delta
+from tunerkit.records import Delta, Factors, ParamGroup, RankChange, State, Target
 
 A = TypeVar("A")
 
@@ -44,10 +44,30 @@ def _ask(question: Question, check: Callable[[Question, object], A], **arguments
         raise PluginError(f"{question.hook_of_plugin} raised {error_text(error)} for {question.place}") from error
 
 
-def build_adapter(method: str, target: Target, base: BaseLayer, config: AdapterConfig) -> Adapter:
+def has_shared(method: str) -> bool:
+    """Whether the method's adapters may share a module."""
+    return registry.implements(specs.tunerkit_shared, method)
+
+
+def shared(method: str, targets: Sequence[Target], config: AdapterConfig) -> nn.Module | None:
+    """Build what all adapters of the method use; None for nothing."""
+    question = Question(specs.tunerkit_shared, method, f"{len(targets)} targets")
+    return _ask(question, partial(answers.shared, targets=targets), targets=targets, config=config)
+
+
+def build_adapter(
+    method: str, target: Target, base: BaseLayer, config: AdapterConfig, shared: nn.Module | None = None
+) -> Adapter:
     """Build one adapter with the method's plugin. Raises `PluginError` if the result is not an adapter."""
     question = Question(specs.tunerkit_build_adapter, method, target.path)
-    return _ask(question, partial(answers.adapter, target=target), target=target, base=base, config=config)
+    check = partial(answers.adapter, target=target, shared=shared)
+    return _ask(question, check, target=target, base=base, config=config, shared=shared)
+
+
+def param_groups(tuner: TunerView) -> list[ParamGroup]:
+    """Return the parameters that the method wants to train with settings of their own."""
+    question = Question(specs.tunerkit_param_groups, tuner.method, tuner)
+    return _ask(question, partial(answers.param_groups, tuner=tuner), tuner=tuner)
 
 
 def start(tuner: TunerView, total_steps: int | None) -> object | None:
@@ -93,7 +113,17 @@ def watches_steps(method: str) -> bool:
 
 def has_delta(method: str) -> bool:
     """Whether the method can return what it adds as a dense matrix."""
-    return registry.implements(specs.tunerkit_delta, method)
+    return registry.implements(specs.tunerkit_delta, method) or has_factors(method)
+
+
+def has_factors(method: str) -> bool:
+    """Whether the method can return what it adds as a product."""
+    return registry.implements(specs.tunerkit_factors, method)
+
+
+def takes_factors(method: str) -> bool:
+    """Whether the method can build adapters from products."""
+    return registry.implements(specs.tunerkit_from_factors, method)
 
 
 def delta(path: str, method: str, adapter: Adapter, base: BaseLayer) -> Delta:
@@ -101,8 +131,26 @@ def delta(path: str, method: str, adapter: Adapter, base: BaseLayer) -> Delta:
 
     Raises `PluginError` for a wrong type, shape or device.
     """
+    if not registry.implements(specs.tunerkit_delta, method):
+        product = factors(path, method, adapter, base)
+        return Delta(weight=low_rank_delta(base, q=product.q, p=product.p, scale=1.0))
     question = Question(specs.tunerkit_delta, method, path)
     return _ask(question, partial(answers.delta, adapter=adapter, base=base), adapter=adapter, base=base)
+
+
+def factors(path: str, method: str, adapter: Adapter, base: BaseLayer) -> Factors:
+    """Return what an adapter adds to its base layer's weight as a product. Raises `PluginError` if it is wrong."""
+    question = Question(specs.tunerkit_factors, method, path)
+    return _ask(question, partial(answers.factors, adapter=adapter, base=base), adapter=adapter, base=base)
+
+
+def from_factors(
+    method: str, targets: Sequence[Target], products: Mapping[str, Factors]
+) -> tuple[AdapterConfig, Mapping[str, Adapter]]:
+    """Build a config and adapters, by target path, that add the given products."""
+    question = Question(specs.tunerkit_from_factors, method, f"{len(targets)} targets")
+    check = partial(answers.built_from_factors, targets=targets, config=registry.get(method).config)
+    return _ask(question, check, targets=targets, factors=products)
 
 
 def state(tuner: TunerView) -> State:

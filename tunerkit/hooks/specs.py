@@ -44,7 +44,7 @@ answer is left out, with one warning, and ``tunerkit.methods()`` lists the plugi
 # A hook spec has a docstring and no body: pluggy reads its signature, and nobody calls it.
 # mypy: disable-error-code="empty-body"
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -52,7 +52,17 @@ from tunerkit.config import AdapterConfig
 from tunerkit.hooks.markers import hookspec
 from tunerkit.hooks.tuner_view import TunerView
 from tunerkit.layers import Adapter, BaseLayer
-from tunerkit.records import DefaultTargets, Delta, Method, RankChange, State, Target, WeightReader
+from tunerkit.records import (
+    DefaultTargets,
+    Delta,
+    Factors,
+    Method,
+    ParamGroup,
+    RankChange,
+    State,
+    Target,
+    WeightReader,
+)
 
 # --- Discovery -------------------------------------------------------------------------------------------------------
 
@@ -133,12 +143,36 @@ def tunerkit_default_targets() -> Iterable[DefaultTargets]:
 
 
 @hookspec(firstresult=True)
-def tunerkit_build_adapter(target: Target, base: BaseLayer, config: AdapterConfig) -> Adapter:
+def tunerkit_shared(targets: Sequence[Target], config: AdapterConfig) -> nn.Module | None:
+    """Build what all adapters of the method use, such as VeRA's random matrices; None for nothing.
+
+    Fires once in ``wrap`` and in ``load``, before the first `tunerkit_build_adapter`, with core's seed set and all
+    targets in sight, in the model's order. Core keeps the module at the model itself. It moves it to the first target's
+    device and to the config's dtype, saves it once, and loads it once. `tunerkit_build_adapter` gets it as an
+    argument and must not change it; ``forward`` and `tunerkit_delta` find it as ``adapter.shared``. Its parameters
+    are trained, except those with ``requires_grad=False``.
+
+    >>> import tunerkit, torch
+    >>> class Bases(torch.nn.Module):
+    ...     def __init__(self, rank, features):
+    ...         super().__init__()
+    ...         self.q = torch.nn.Parameter(torch.randn(rank, features), requires_grad=False)
+    >>> @tunerkit.hookimpl
+    ... def tunerkit_shared(targets):
+    ...     return Bases(2, max(target.module.in_features for target in targets))
+    >>> up, down = torch.nn.Linear(4, 8), torch.nn.Linear(8, 4)
+    >>> tunerkit_shared([tunerkit.Target("up", up), tunerkit.Target("down", down)]).q.shape
+    torch.Size([2, 8])
+    """
+
+
+@hookspec(firstresult=True)
+def tunerkit_build_adapter(target: Target, base: BaseLayer, config: AdapterConfig, shared: nn.Module | None) -> Adapter:
     """Build the adapter of one target. Every plugin with a method must implement this hook.
 
     Fires once per target in ``wrap`` and in ``load``, with core's seed set. At that moment nothing is injected yet.
-    The base layer has its weights; do not change them. ``base`` has the number of input and output features. Core then
-    moves the adapter to the base layer's device and to the config's dtype.
+    The base layer has its weights; do not change them. ``base`` has the number of input and output features. ``shared``
+    is what `tunerkit_shared` built. Core then moves the adapter to the base layer's device and to the config's dtype.
 
     >>> import tunerkit, torch
     >>> class Bias(tunerkit.Adapter):
@@ -157,6 +191,24 @@ def tunerkit_build_adapter(target: Target, base: BaseLayer, config: AdapterConfi
 
 
 # --- Step callbacks --------------------------------------------------------------------------------------------------
+
+
+@hookspec(firstresult=True)
+def tunerkit_param_groups(tuner: TunerView) -> Iterable[ParamGroup]:
+    """Return parameters that need their own learning rate or weight decay; all others are trained as usual.
+
+    Fires in ``tunerkit.param_groups``, and when a Trainer that is attached builds its optimizer.
+
+    >>> import tunerkit, torch
+    >>> from types import SimpleNamespace
+    >>> @tunerkit.hookimpl
+    ... def tunerkit_param_groups(tuner):
+    ...     up = [parameter for name, parameter in tuner.named_parameters() if name.endswith(".up")]
+    ...     return [tunerkit.ParamGroup(up, lr_scale=16.0)]  # LoRA+
+    >>> up = torch.nn.Parameter(torch.zeros(2))
+    >>> tunerkit_param_groups(SimpleNamespace(named_parameters=lambda: [("head.adapter.up", up)]))[0].lr_scale
+    16.0
+    """
 
 
 @hookspec(firstresult=True)
@@ -302,6 +354,54 @@ def tunerkit_delta(adapter: Adapter, base: BaseLayer) -> Delta:
     ...     return tunerkit.Delta(weight=adapter.up @ adapter.down)  # (out, r) @ (r, in)
     >>> tunerkit_delta(SimpleNamespace(up=torch.ones(3, 2), down=torch.ones(2, 4))).weight.shape
     torch.Size([3, 4])
+    """
+
+
+@hookspec(firstresult=True)
+def tunerkit_factors(adapter: Adapter, base: BaseLayer) -> Factors:
+    """Return what one adapter currently adds to its base layer's weight as a product of two small matrices.
+
+    Fires wherever a product is enough or better than a dense matrix: a method that implements it needs no
+    `tunerkit_delta`, unless it also adds to the bias. Multiply everything into the two, as
+    `tunerkit.low_rank_factors` does, and leave out triplets that add nothing. Do not detach them.
+
+    >>> import tunerkit, torch
+    >>> from types import SimpleNamespace
+    >>> @tunerkit.hookimpl
+    ... def tunerkit_factors(adapter):
+    ...     return tunerkit.low_rank_factors(adapter.down, adapter.up, scale=2.0)
+    >>> tunerkit_factors(SimpleNamespace(up=torch.ones(3, 2), down=torch.ones(2, 4))).rank
+    2
+    """
+
+
+@hookspec(firstresult=True)
+def tunerkit_from_factors(
+    targets: Sequence[Target], factors: Mapping[str, Factors]
+) -> tuple[AdapterConfig, Mapping[str, Adapter]]:
+    """Build a config and adapters that add given products, the twin of `tunerkit_factors`.
+
+    Fires when an adapter of another method or program becomes one of this method. ``factors`` has one entry for each
+    target's path, on the CPU; ranks differ between targets and may be 0. The config, settled, must give adapters of the
+    same sizes in `tunerkit_build_adapter`, unless the class declares its ``rank_dims``.
+
+    >>> import tunerkit, torch
+    >>> from tunerkit.testing.toy_adapters import SCALE, LowRank
+    >>> from tunerkit.testing.toy_methods import LowRankConfig
+    >>> from types import SimpleNamespace
+    >>> @tunerkit.hookimpl
+    ... def tunerkit_from_factors(targets, factors):
+    ...     adapters = {}
+    ...     for path, each in factors.items():
+    ...         features = SimpleNamespace(in_features=each.q.shape[1], out_features=each.p.shape[0])
+    ...         adapters[path] = adapter = LowRank(features, each.rank)
+    ...         adapter.a.data, adapter.b.data = each.q, each.p / SCALE
+    ...     ranks = {each.rank for each in factors.values()}
+    ...     return LowRankConfig(rank=max(ranks), targets=tuple(factors)), adapters
+    >>> factors = {"head": tunerkit.Factors(q=torch.ones(2, 4), p=torch.ones(3, 2))}
+    >>> config, adapters = tunerkit_from_factors([tunerkit.Target("head", torch.nn.Linear(4, 3))], factors)
+    >>> config.rank, adapters["head"].rank
+    (2, 2)
     """
 
 

@@ -46,7 +46,14 @@ class TunerView(Protocol):
         """The method's adapters by target path."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that the adapter trains."""
+        """The adapter's parameters, also those that the method keeps fixed."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The adapter's parameters with their names in the adapter's file."""
+
+    @property
+    def shared(self) -> nn.Module | None:
+        """The module that the adapters share, if there is one."""
 
     def ranks(self) -> dict[str, int]:
         """The live rank by target path."""

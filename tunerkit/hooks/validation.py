@@ -12,8 +12,12 @@ from tunerkit.config import AdapterConfig
 from tunerkit.errors import PluginError, closest, shown
 from tunerkit.hooks import specs
 from tunerkit.hooks.discovery import error_text
-from tunerkit.records import Method, MethodInfo
+from tunerkit.records import Method, MethodInfo, Wanted
 
+# The version of the contract between core and plugins, and the oldest that still works; docs/plugins.md says what may
+# change when.
+API, OLDEST_API = 1, 1
+API_NAME = "TUNERKIT_API"
 HOOKS = frozenset(name for name in dir(specs) if name.startswith("tunerkit_"))
 
 
@@ -35,6 +39,7 @@ class Plugin:
 
 def admit(manager: pluggy.PluginManager, plugin: object, entry: str, info: MethodInfo) -> Plugin:
     """Check a plugin, register it and collect its methods. If it is broken, undo everything and raise `PluginError`."""
+    _check_api(plugin)
     _check_hooks(manager, plugin)
     if manager.is_registered(plugin):
         raise PluginError(f"the plugin is already registered, as {manager.get_name(plugin)!r}")
@@ -48,6 +53,22 @@ def admit(manager: pluggy.PluginManager, plugin: object, entry: str, info: Metho
     except BaseException:
         manager.unregister(plugin)
         raise
+
+
+def _check_api(plugin: object) -> None:
+    """Raise `PluginError` if a plugin was written for another version of the contract; without a number, it is 1."""
+    wanted = getattr(plugin, API_NAME, 1)
+    if type(wanted) is not int or wanted < 1:
+        raise PluginError(
+            f"{API_NAME} is {shown(wanted)}; expected the number of the contract, as in {API_NAME} = {API}"
+        )
+    if wanted > API:
+        raise PluginError(f"it needs {API_NAME} {wanted}, and this tunerkit has {API}; install a newer tunerkit")
+    if wanted < OLDEST_API:
+        raise PluginError(
+            f"it was written for {API_NAME} {wanted}, and this tunerkit supports {OLDEST_API} to {API}; install a "
+            "newer version of the plugin"
+        )
 
 
 def _check_hooks(manager: pluggy.PluginManager, plugin: object) -> None:
@@ -106,6 +127,11 @@ def _checked_name(method: Any) -> str:
         )
     if not isinstance(method.needs_steps, bool):
         raise PluginError(f"needs_steps of method {shown(name)} is {shown(method.needs_steps)}; expected a bool")
+    for field, allowed in (("start", ("exact", "rounding")), ("targets", ("weights", "outputs"))):
+        if (value := {"start": method.start, "targets": method.targets}[field]) not in allowed:
+            raise PluginError(f"{field} of method {shown(name)} is {shown(value)}; expected one of {allowed}")
+    if method.statistics is not None and not isinstance(method.statistics, Wanted):
+        raise PluginError(f"statistics of method {shown(name)} is {shown(method.statistics)}; expected tunerkit.Wanted")
     return str.__str__(name)
 
 

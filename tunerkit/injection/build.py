@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from tunerkit import hooks
-from tunerkit.errors import TargetError
+from tunerkit.errors import PluginError, TargetError
 from tunerkit.injection.inject import copy_base
 from tunerkit.injection.preconditions import refuse_overlap
 from tunerkit.injection.slots import Slot
@@ -17,6 +18,8 @@ from tunerkit.layers import Adapter, BaseLayer, bias_name
 from tunerkit.libraries import execution_device, is_offloaded, torch_private
 from tunerkit.records import Target
 from tunerkit.targets import Scan, ScannedModule
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def build(scanned: Scan, tuner: Tuner) -> dict[str, Slot]:
@@ -42,32 +45,67 @@ def build_each(
     biases = {biased.path: biased for biased in tuner.biases}
     paths, found = tuner.modules(), scanned.by_path
     refuse_overlap(tuner.model, paths, list(copies))
+    shared = _shared(tuner, around(Target("", tuner.model))) if tuner.shares else None
+    versions = _versions(shared)
     for path in paths:
         target, copied, biased = targets.get(path), copies.get(path), biases.get(path)
         yield (
             path,
             Slot(
                 method=tuner.method,
-                adapter=None if target is None else _adapter(tuner, target, found[path], around(target)),
+                adapter=None if target is None else _adapter(tuner, target, found[path], around(target), shared),
                 copy=None if copied is None else _copy_of(copied),
                 bias=None if biased is None else _bias_of(biased, found[path].base),
+                shared=None if path else shared,
             ),
+        )
+    if _versions(shared) != versions:
+        raise PluginError(
+            f"{hooks.registry.plugin_of(tuner.method)} changed the shared module in tunerkit_build_adapter: adapters "
+            "that were built before would have used other values; set its values in tunerkit_shared"
         )
 
 
-def _adapter(tuner: Tuner, target: Target, found: ScannedModule, entered: AbstractContextManager[object]) -> Adapter:
+def _shared(tuner: Tuner, entered: AbstractContextManager[object]) -> nn.Module | None:
+    """Build what the adapters share, on the first target's device and in the config's dtype."""
+    with entered:
+        shared = hooks.shared(tuner.method, tuner.targets, tuner.config)
+    place = tuner.targets[0].module if tuner.targets else tuner.model
+    return None if shared is None else _placed(shared, place, getattr(torch, tuner.config.adapter_dtype))
+
+
+def _versions(shared: nn.Module | None) -> dict[str, tuple[int, int | None]]:
+    """Which tensors a module has, and how often each was changed in place."""
+    own = {} if shared is None else {**dict(shared.named_buffers()), **dict(shared.named_parameters())}
+    return {name: (id(tensor), torch_private.version(tensor)) for name, tensor in own.items()}
+
+
+def _adapter(
+    tuner: Tuner,
+    target: Target,
+    found: ScannedModule,
+    entered: AbstractContextManager[object],
+    shared: nn.Module | None,
+) -> Adapter:
     """Build one adapter through the method's plugin, on its base layer's device and in the config's dtype."""
-    base = found.base
+    base = tuner.base_of(target.module, found.base)
     if base is None:
         raise TargetError(f"{target.path!r} is a {type(found.module).__name__}: no installed base-layer kind adapts it")
     with entered:
-        built = hooks.build_adapter(tuner.method, target, base, tuner.config)
+        built = hooks.build_adapter(tuner.method, target, base, tuner.config, shared)
+    if shared is not None:
+        built.share(shared)
+    if built.reads_weight and not base.has_weight:
+        raise TargetError(
+            f"{target.path!r} is a {type(found.module).__name__}, of which tunerkit knows no weight, and method "
+            f"{tuner.method!r} reads the weight; exclude it from the targets"
+        )
     if found.reader is not None:
         _refuse_unreadable(tuner, target, base)
     return _placed(built, target.module, getattr(torch, tuner.config.adapter_dtype))
 
 
-def _placed(built: Adapter, module: nn.Module, dtype: torch.dtype) -> Adapter:
+def _placed(built: M, module: nn.Module, dtype: torch.dtype) -> M:
     """Move an adapter to the device where ``module`` runs. The module's weights may be offloaded to another one."""
     weights = chain(module.parameters(recurse=False), module.buffers(recurse=False))
     device = execution_device(module) or next((tensor.device for tensor in weights), None)

@@ -1,5 +1,6 @@
 """A module's own tensors with its adapters applied, for merging and for temporary weight overrides."""
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -29,47 +30,53 @@ def adapted_tensors(path: str, module: nn.Module, slots: Slots) -> dict[str, Ten
         PluginError: A plugin returns no delta, one of another shape, or one without the gradient that is needed.
     """
     tensors: dict[str, Tensor] = {}
+    deltas: list[Delta] = []
     for slot in slots.applied:
         if slot.copy is not None:
             own = (*slot.copy.named_parameters(), *slot.copy.named_buffers())
             tensors.update({key: tensor.detach().clone() for key, tensor in own})
-            continue
-        if slot.adapter is not None:
+        elif slot.adapter is not None:
             assert slots.base is not None
-            delta = hooks.delta(path, slot.method, slot.adapter, slots.base)
-            _refuse_untrainable(slot.method, slot.adapter, delta)
-            _add_delta(module, slots.base, delta, tensors)
-        if slot.bias is not None:
+            deltas.append(hooks.delta(path, slot.method, slot.adapter, slots.base))
+            _refuse_untrainable(slot.method, slot.adapter, deltas[-1])
+    if deltas:
+        assert slots.base is not None
+        tensors |= _with_deltas(slots.base, deltas)
+    for slot in slots.applied:
+        if slot.copy is None and slot.bias is not None:
             _add_bias(module, bias_name(slots.base), slot.bias, tensors)
     return tensors
 
 
-def _add_delta(module: nn.Module, base: BaseLayer, delta: Delta, tensors: dict[str, Tensor]) -> None:
-    if delta.weight is not None:
-        own = _own(module, base.weight_name)
-        packed = base.pack(delta.weight)
-        wide = torch.promote_types(packed.dtype, torch.promote_types(own.dtype, torch.float32))
-        tensors[base.weight_name] = (tensors.get(base.weight_name, own).to(wide) + packed.to(wide)).to(own.dtype)
-    if delta.bias is not None:
-        before = tensors.get(base.bias_name, torch_private.own_parameters(module).get(base.bias_name))
+def _with_deltas(base: BaseLayer, deltas: Sequence[Delta]) -> dict[str, Tensor]:
+    """Add the sums of the deltas to the base layer's weight and bias, so that each is rounded once."""
+    weights = [delta.weight for delta in deltas if delta.weight is not None]
+    biases = [delta.bias for delta in deltas if delta.bias is not None]
+    tensors = base.merged(_sum(weights)) if weights else {}
+    if biases:
+        before = torch_private.own_parameters(base.module).get(base.bias_name)
         if before is None:
-            before = torch.zeros_like(delta.bias, dtype=_own(module, base.weight_name).dtype)
-        tensors[base.bias_name] = before + delta.bias.to(before.dtype)
+            before = torch.zeros_like(biases[0], dtype=base.tensor(base.weight_name).dtype)
+        tensors[base.bias_name] = before + _sum(biases).to(before.dtype)
+    return tensors
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        wide = torch.promote_types(torch.promote_types(total.dtype, part.dtype), torch.float32)
+        total = total.to(wide) + part.to(wide)
+    return total
 
 
 def _add_bias(module: nn.Module, name: str, trained: Tensor, tensors: dict[str, Tensor]) -> None:
     """Replace the module's own bias with the trained one. If other slots changed it, add the difference to theirs."""
-    own = _own(module, name)
+    own = cast(nn.Parameter, torch_private.own_parameters(module)[name])
     if name in tensors:
         wide = torch.promote_types(own.dtype, torch.float32)
         tensors[name] = (tensors[name].to(wide) + (trained - own).to(wide)).to(own.dtype)
     else:
         tensors[name] = trained.clone()
-
-
-def _own(module: nn.Module, name: str) -> nn.Parameter:
-    """Return the module's parameter itself, also during a temporary override."""
-    return cast(nn.Parameter, torch_private.own_parameters(module)[name])
 
 
 def _refuse_untrainable(method: str, adapter: Adapter, delta: Delta) -> None:

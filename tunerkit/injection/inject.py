@@ -35,13 +35,15 @@ def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, *, trainable
         slot, slots, found = built[path], slots_of(module), scanned.by_path[path]
         # A copy replaces the whole module, so there is no base layer.
         base, reader = (found.base, found.reader) if slot.copy is None else (None, None)
+        if slot.adapter is not None:
+            base = tuner.base_of(module, base)
         readers.append(reader)
         if slots is None:
             slots = Slots(base).train(module.training)
             module.add_module(CHILD, slots)
             watch_states_(module)
-            if reader is None:
-                module.register_forward_hook(apply_slots, with_kwargs=True)
+        if reader is None and slot.changes_output and not torch_private.has_hook(module, apply_slots):
+            module.register_forward_hook(apply_slots, with_kwargs=True)
         if not module.training:  # new parts are in training mode, and a copy has the modes of its original
             slot.eval()
         slots.put(tuner.name, slot)
@@ -98,7 +100,7 @@ def activate_(model: nn.Module, names: Sequence[str]) -> None:
             )
     wrapped_of(model).active = tuple(names)
     for _, _, slots in adapted:
-        slots.active = tuple(name for name in names if slots.get(name) is not None)
+        slots.activate(names)
 
 
 def rename_(tuner: Tuner, new: str) -> None:
@@ -113,11 +115,16 @@ def rename_(tuner: Tuner, new: str) -> None:
 
 
 def train_(tuner: Tuner, *, trained: bool) -> None:
-    """Make an adapter trainable, or freeze it and free its gradients, which an optimizer step would still apply."""
-    for parameter in tuner.parameters():
-        parameter.requires_grad_(trained and (parameter.is_floating_point() or parameter.is_complex()))
-        if not trained:
-            parameter.grad = None
+    """Make an adapter trainable, or freeze it and free its gradients, which an optimizer step would still apply.
+
+    Parameters that the method built without gradients are never trained.
+    """
+    for _, slot in tuner.slots():
+        for name, parameter in slot.named_parameters():
+            continuous = parameter.is_floating_point() or parameter.is_complex()
+            parameter.requires_grad_(trained and continuous and name not in slot.fixed)
+            if not trained:
+                parameter.grad = None
 
 
 def _prepare_next_forward_(model: nn.Module) -> None:

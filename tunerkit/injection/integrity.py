@@ -27,13 +27,15 @@ def refuse_lost(tuners: Iterable[Tuner]) -> None:
 
 
 def _lost(tuner: Tuner) -> Iterator[tuple[str, str]]:
-    list(tuner.slots())  # raises if the adapter itself was removed from a module
+    own = dict(tuner.slots())  # raises if the adapter itself was removed from a module
     modules = [module for _, module in base_modules(tuner.model)]
     # By identity, not by path: a module that was put into DDP or a compiled module still runs.
     present = set(map(id, modules))
     overridden = overridden_in(modules)
     for path, module in tuner.modules().items():
         slots = slots_of(module)
+        if not own[path].changes_output:
+            continue
         if id(module) not in present:
             yield path, f"the {type(module).__name__} that was adapted is not in the model any more"
         elif not torch_private.has_hook(module, apply_slots) and id(module) not in overridden:
@@ -43,7 +45,7 @@ def _lost(tuner: Tuner) -> Iterator[tuple[str, str]]:
 
 
 def _is_resized(module: nn.Module, slots: Slots) -> bool:
-    if slots.base is not None:
+    if slots.base is not None and slots.features is not None:
         return (slots.base.out_features, slots.base.in_features) != slots.features
     own, copies = dict(module.named_parameters()), slots.copies.values()
     return any(name in own and own[name].shape != p.shape for copy in copies for name, p in copy.named_parameters())

@@ -159,8 +159,9 @@ def reference(model: nn.Module) -> Reference:
     with torch.no_grad():
         for name in wrapped.active:
             if not _adds_nothing(tuners[name]):
+                copied: dict[int, Any] = {}  # what the adapters share is copied once
                 for path, slot in tuners[name].slots():
-                    frozen.setdefault(path, {})[name] = _frozen(slot)
+                    frozen.setdefault(path, {})[name] = _frozen(slot, copied)
     return Reference(_Snapshot(root, wrapped, frozen))
 
 
@@ -183,14 +184,14 @@ def _follow_(slot: Slot, live: Slot) -> None:
     moved = dict(live.named_parameters())
     for name, parameter in slot.named_parameters():
         if (other := moved.get(name)) is not None:
-            own = slot.adapter is not None and name.startswith("adapter.")
+            own = name.startswith(("adapter.", f"{CHILD}."))
             parameter.data = parameter.data.to(other.device, parameter.dtype if own else other.dtype)
     for name, buffer in live.named_buffers():
         slot.get_buffer(name).data = slot.get_buffer(name).data.to(buffer.device, buffer.dtype)
 
 
-def _frozen(slot: Slot) -> Slot:
-    twin = copy.deepcopy(slot).eval().requires_grad_(False)
+def _frozen(slot: Slot, copied: dict[int, Any]) -> Slot:
+    twin = copy.deepcopy(slot, copied).eval().requires_grad_(False)
     twin.zero_grad(set_to_none=True)
     return twin
 
@@ -214,6 +215,10 @@ def _is_idle(path: str, slot: Slot, module: nn.Module) -> bool:
         return True
     if base is None or not hooks.has_delta(slot.method):
         return False
+    if hooks.has_factors(slot.method):
+        product = hooks.factors(path, slot.method, slot.adapter, base)
+        if not (product.p.any() and product.q.any()):
+            return True
     delta = hooks.delta(path, slot.method, slot.adapter, base)
     return not any(part is not None and bool(part.any()) for part in (delta.weight, delta.bias))
 

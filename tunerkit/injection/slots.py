@@ -1,6 +1,6 @@
 """The child module ``tunerkit`` of an adapted module: it holds what each adapter adds there."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -18,13 +18,15 @@ _ORIGINAL, _DOT = "/", "\0"
 class Slot(nn.Module):
     """What one adapter adds at one module: the method's adapter, a trained copy of the module, a trained bias.
 
-    A copy excludes the other two.
+    A copy excludes the other two. At the model itself, a slot may also hold the module that the adapters share.
 
     Attributes:
         method: The method's name; its plugin computes the adapter's delta.
         adapter: The method's adapter.
         copy: A trained copy of the module, which replaces its output.
         bias: A trained copy of the module's own bias, (out,).
+        fixed: The names of the parameters that the method built without gradients; they are never trained.
+        reads_output: Whether the adapter must be given the base layer's own output.
     """
 
     bias: nn.Parameter | None
@@ -36,12 +38,27 @@ class Slot(nn.Module):
         adapter: Adapter | None = None,
         copy: nn.Module | None = None,
         bias: nn.Parameter | None = None,
+        shared: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.method = method
         self.adapter = adapter
+        if shared is not None:
+            self.add_module(CHILD, shared)
+        self.fixed = frozenset(name for name, parameter in self.named_parameters() if not parameter.requires_grad)
         self.copy = copy
         self.register_parameter("bias", bias)
+        self.reads_output = adapter is not None and bool(adapter.reads_output)
+
+    @property
+    def shared(self) -> nn.Module | None:
+        """What all adapters of the method use. No module of a model has the child's name, so it is unique in files."""
+        return torch_private.own_children(self).get(CHILD)
+
+    @property
+    def changes_output(self) -> bool:
+        """Whether the module's output depends on this slot, which may also hold a shared module alone."""
+        return self.adapter is not None or self.copy is not None or self.bias is not None
 
     def forward(
         self, module: nn.Module, base: BaseLayer | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any
@@ -50,13 +67,26 @@ class Slot(nn.Module):
         if self.copy is not None:
             return self.copy(*args, **kwargs)
         if self.adapter is not None:
-            y = self.adapter(base, _input(args, kwargs), y)
+            x = _input(args, kwargs)
+            # A block may return its output as the first of several; a layer with a weight returns one tensor.
+            y = (self.adapter(base, x, y[0]), *y[1:]) if type(y) is tuple else self.adapter(base, x, y)
         if self.bias is not None:
             # Until the copy is trained, the difference is exactly 0, so the first output is bit-identical.
             # ``module.bias`` and not get_parameter: in the replicas of DataParallel it is no Parameter.
             added = self.bias - cast(Tensor, module.bias)
             y = y + view_bias(module, base, added, y).to(y.dtype)
         return y
+
+
+def _plus(output: Any, found: Any, own: Any) -> Any:
+    """Add to an output what an adapter made of the base layer's own one."""
+    if type(output) is tuple:
+        return (output[0] + (found[0] - own[0]), *output[1:])
+    return output + (found - own)
+
+
+def _reads(slot: nn.Module | None) -> bool:
+    return isinstance(slot, Slot) and slot.reads_output
 
 
 def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -79,7 +109,7 @@ class Slots(nn.Module):
     def __init__(self, base: BaseLayer | None) -> None:
         super().__init__()
         self.base = base
-        self.features = None if base is None else (base.out_features, base.in_features)
+        self.features = None if base is None or not base.has_weight else (base.out_features, base.in_features)
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.merged: tuple[str, ...] = ()
@@ -103,7 +133,15 @@ class Slots(nn.Module):
     def put(self, name: str, slot: Slot) -> None:
         """Add a slot. It goes directly into the dict of children: `add_module` refuses names such as "forward"."""
         torch_private.own_children(self)[name] = slot
-        self.active = (*self.active, name)
+        self.activate((*self.active, name))
+
+    def activate(self, names: Iterable[str]) -> None:
+        """Apply exactly these adapters of those that have a slot here.
+
+        Adapters that read the base layer's output come first, before another one changes it.
+        """
+        own = torch_private.own_children(self)
+        self.active = tuple(sorted((name for name in names if name in own), key=lambda name: not _reads(own[name])))
 
     def get(self, name: str) -> Slot | None:
         """Return the slot of one adapter. Attributes of the same name are ignored."""
@@ -200,11 +238,17 @@ def apply_slots(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     slots = torch_private.own_children(module)[CHILD]
     assert isinstance(slots, Slots)
     if slots.enabled and not slots.merged:
-        own, marked, children = output, False, torch_private.own_children(slots)
-        if slots.active and slots.base is not None and not torch.compiler.is_compiling():
+        own, marked, children = output, False, cast(dict[str, Slot], torch_private.own_children(slots))
+        # An adapter may write into a fresh output, and several that read it need it as it is.
+        one_reads = len(slots.active) < 2 or not children[slots.active[0]].reads_output
+        if slots.active and one_reads and slots.base is not None and not torch.compiler.is_compiling():
             marked = mark_fresh(slots.base, _input(args, kwargs), own)
         for name in slots.active:
-            output = children[name](module, slots.base, args, kwargs, output)  # type: ignore[misc]
+            slot = children[name]
+            if slot.reads_output and output is not own:
+                output = _plus(output, slot(module, slots.base, args, kwargs, own), own)
+            else:
+                output = slot(module, slots.base, args, kwargs, output)
         if marked:
             unmark(own)
     return output

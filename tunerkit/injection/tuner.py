@@ -14,7 +14,8 @@ from tunerkit.injection.merged_state import is_merged
 from tunerkit.injection.progress import Progress
 from tunerkit.injection.root import inside
 from tunerkit.injection.slots import Slot, base_modules, slots_of
-from tunerkit.layers import Adapter
+from tunerkit.layers import Adapter, BaseLayer, OutputLayer
+from tunerkit.paths import join
 from tunerkit.records import RankChange, State, Target
 
 # The attribute of a wrapped model that holds its `Wrapped`.
@@ -47,6 +48,7 @@ class Tuner:
         copies: The modules that are trained in full, as copies.
         biases: The other modules whose bias is trained.
         loaded: Whether the adapter came from a file.
+        shares: Whether the method's adapters may share a module, which is kept at the model itself.
         progress: What changes during training. The other fields stay as they are.
     """
 
@@ -58,6 +60,7 @@ class Tuner:
     copies: tuple[Target, ...] = ()
     biases: tuple[Target, ...] = ()
     loaded: bool = False
+    shares: bool = False
     progress: Progress = attrs.field(factory=Progress)
 
     def __attrs_post_init__(self) -> None:
@@ -102,6 +105,20 @@ class Tuner:
         """Whether the method only works if an optimizer drives it."""
         return hooks.registry.get(self.method).needs_steps
 
+    def base_of(self, module: nn.Module, base: BaseLayer | None) -> BaseLayer | None:
+        """Return a target's module as the method sees it.
+
+        Args:
+            module: The target's module.
+            base: The module as a base layer, if a kind matches it.
+
+        Returns:
+            ``base``; where there is none, a layer without weight for a method that adapts outputs.
+        """
+        if base is None and hooks.registry.get(self.method).targets == "outputs":
+            return OutputLayer(module)
+        return base
+
     @property
     def is_active(self) -> bool:
         """Whether forward applies the adapter."""
@@ -111,7 +128,8 @@ class Tuner:
         """Find the adapter's slots in the model.
 
         Returns:
-            Pairs of a module's path and the adapter's slot there: targets, copies, then other trained biases.
+            Pairs of a module's path and the adapter's slot there: the model itself if the adapters share a module,
+            then targets, copies and other trained biases.
 
         Raises:
             AdapterError: The adapter is not in the model any more, or not at one of its modules.
@@ -126,17 +144,33 @@ class Tuner:
             yield path, slot
 
     def modules(self) -> dict[str, nn.Module]:
-        """Return the adapted modules by path."""
-        return {target.path: target.module for target in (*self.targets, *self.copies, *self.biases)}
+        """Return the modules that have a slot by path."""
+        found = {target.path: target.module for target in (*self.targets, *self.copies, *self.biases)}
+        return {"": self.model, **found} if self.shares else found
 
     def adapters(self) -> dict[str, Adapter]:
         """Return the method's adapters by target path."""
         return {path: slot.adapter for path, slot in self.slots() if slot.adapter is not None}
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the adapter's parameters. They are looked up at each call, since FSDP2 replaces Parameter objects."""
+        """Yield the adapter's parameters. They are looked up at each call, since FSDP2 replaces Parameter objects.
+
+        Those that the method keeps fixed are among them, with ``requires_grad=False``.
+        """
         for _, slot in self.slots():
             yield from slot.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the adapter's parameters with their names in the adapter's file, such as ``"encoder.0.adapter.b"``."""
+        for path, slot in self.slots():
+            yield from ((join(path, name), parameter) for name, parameter in slot.named_parameters())
+
+    @property
+    def shared(self) -> nn.Module | None:
+        """The module that the method's adapters share, if there is one; see the hook `tunerkit_shared`."""
+        slots = slots_of(self.model) if self.shares else None
+        slot = slots.get(self.name) if slots is not None else None
+        return None if slot is None else slot.shared
 
     def ranks(self) -> dict[str, int]:
         """Return the live rank by target path: AdaLoRA's last mask, LoRA's constant."""

@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tunerkit import serialization
 from tunerkit.errors import TunerkitWarning
-from tunerkit.injection import Tuner, tuners_of
+from tunerkit.injection import Tuner, regrouped, tuners_of
 from tunerkit.integrations.folders import folder_of, has_file
 from tunerkit.integrations.ranks import rows_of, write_ranks
 from tunerkit.integrations.resuming import choose_checkpoint
@@ -52,6 +52,18 @@ def take_over_(trainer: Trainer, attached: Attached) -> None:
     )
     own.log = functools.partial(_log, attached, {}, trainer.log)
     own.train = functools.partial(_train, trainer, attached, trainer.train)
+    own.create_optimizer = functools.partial(_create_optimizer, trainer, attached, trainer.create_optimizer)
+
+
+def _create_optimizer(
+    trainer: Trainer, attached: Attached, create: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Build the trainer's optimizer, with the learning rates and weight decays that methods ask for."""
+    given = trainer.optimizer is not None
+    optimizer = create(*args, **kwargs)
+    if not given:
+        optimizer.param_groups[:] = regrouped(optimizer.param_groups, attached.tuners)
+    return optimizer
 
 
 def _warn_of_overrides(trainer: Trainer) -> None:

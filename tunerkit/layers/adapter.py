@@ -1,8 +1,15 @@
 """The trainable module of a method at a target: the base class of every method's adapter."""
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 from torch import Tensor, nn
 
+from tunerkit.errors import PluginError
 from tunerkit.layers.base import BaseLayer
+from tunerkit.layers.resizing import resize_
+
+_SHARED = "_shared"
 
 
 class Adapter(nn.Module):
@@ -10,12 +17,58 @@ class Adapter(nn.Module):
 
     Build the parameters on the CPU in the default dtype. Core then moves the adapter to its base layer's device and
     to the config's ``adapter_dtype``, so one seed gives the same start on every device.
+
+    A parameter that is built with ``requires_grad=False`` is never trained. Like every parameter and every persistent
+    buffer, it is saved, moved and cast with the adapter. A buffer with ``persistent=False`` is moved and cast, and the
+    method builds it again when the adapter is loaded.
+
+    Attributes:
+        reads_output: Whether `forward` uses the values of ``y`` for more than adding to it, as y · l does. It is then
+            given the base layer's own output, also where other adapters share the target. Set it to True or False;
+            with None, `tunerkit.merge` tests each target that several adapters share.
+        reads_weight: Whether `forward` or the delta reads the base layer's weight, as DoRA does. It is always the
+            base's own weight, without other adapters.
+        rank_dims: The parameters and persistent buffers whose size is the rank, with the dimension that is, such as
+            ``{"p": 1, "q": 0}``. A file with another rank can then be loaded: core resizes them first.
     """
+
+    reads_output: ClassVar[bool | None] = None
+    reads_weight: ClassVar[bool | None] = None
+    rank_dims: ClassVar[Mapping[str, int]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        if self.rank_dims:
+            self.register_load_state_dict_pre_hook(_resize_for)
 
     @property
     def rank(self) -> int:
         """Number of live triplets (or columns) of this adapter; 0 for a method without a rank."""
         return 0
+
+    @property
+    def shared(self) -> nn.Module:
+        """The module that `tunerkit_shared` built for all adapters of the method. It is no child of the adapter.
+
+        Raises:
+            AttributeError: The method has none, or the adapter is not in a model yet.
+        """
+        found = vars(self).get(_SHARED)
+        if found is None:
+            raise AttributeError(
+                f"{type(self).__name__} has no shared module: its plugin returned none from tunerkit_shared, or the "
+                "adapter is still being built, where it is an argument of tunerkit_build_adapter"
+            )
+        module: nn.Module = found
+        return module
+
+    def share(self, module: nn.Module) -> None:
+        """Set `shared`. Core calls this after it built the adapter.
+
+        Args:
+            module: What `tunerkit_shared` returned.
+        """
+        vars(self)[_SHARED] = module  # not by assignment, which would make it a child of every adapter
 
     def forward(self, base: "BaseLayer", x: Tensor, y: Tensor) -> Tensor:
         """Add the adapter's contribution to the base layer's output.
@@ -26,7 +79,8 @@ class Adapter(nn.Module):
         Args:
             base: The base layer.
             x: The base layer's input.
-            y: The base layer's output.
+            y: The base layer's output. If several adapters share the target, it has the contributions of those that
+                come before, unless the class ``reads_output``.
 
         Returns:
             The sum, in the shape and dtype of ``y``.
@@ -35,3 +89,30 @@ class Adapter(nn.Module):
             NotImplementedError: The class does not define `forward`.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what it adds: define forward(base, x, y)")
+
+
+def _resize_for(adapter: Adapter, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
+    """Take the rank of the tensors about to be loaded, if they agree on one and differ in nothing else."""
+    own = {**dict(adapter.named_buffers()), **dict(adapter.named_parameters())}
+    ranks = set()
+    for name, dim in adapter.rank_dims.items():
+        if name not in own:
+            raise PluginError(
+                f"{type(adapter).__name__}.rank_dims names {name!r}, which is no parameter or buffer of it"
+            )
+        value = state_dict.get(prefix + name)
+        if not isinstance(value, Tensor) or value.ndim != own[name].ndim:
+            return
+        if _without(value, dim) != _without(own[name], dim):
+            return
+        ranks.add(value.shape[dim])
+    if len(ranks) == 1:
+        (rank,) = ranks
+        for name, dim in adapter.rank_dims.items():
+            tensor = own[name]
+            if tensor.shape[dim] != rank:
+                resize_(tensor, tensor.new_empty((*tensor.shape[:dim], rank, *tensor.shape[dim:][1:])))
+
+
+def _without(tensor: Tensor, dim: int) -> tuple[int, ...]:
+    return (*tensor.shape[:dim], *tensor.shape[dim:][1:])

@@ -4,11 +4,13 @@ import abc
 from typing import ClassVar, cast
 
 import attrs
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from tunerkit.libraries import forward_owner
+from tunerkit.errors import AdapterError
+from tunerkit.libraries import forward_owner, torch_private
 
 
 @attrs.frozen(eq=False)
@@ -26,6 +28,7 @@ class BaseLayer(abc.ABC):
         weight_name: The name of the module's parameter that holds W.
         bias_name: The name of the module's parameter that holds the bias.
         linear: Whether the output is exactly x Wᵀ + b over the last dimension, so that the product can be fused.
+        has_weight: Whether there is a W. Only the kind of methods that adapt outputs has none.
         lends: Whether the module's own forward reads the whole weight, so that the input of W cannot be seen from
             outside. Core then overrides the weight for each call, and `project_in` and `project_out` raise
             `AdapterError`.
@@ -33,6 +36,7 @@ class BaseLayer(abc.ABC):
 
     weight_name: ClassVar[str] = "weight"
     bias_name: ClassVar[str] = "bias"
+    has_weight: ClassVar[bool] = True
     lends: ClassVar[bool] = False
     linear: ClassVar[bool] = False
 
@@ -129,6 +133,43 @@ class BaseLayer(abc.ABC):
         Returns:
             The same values in the weight's layout, in the dtype of the argument.
         """
+
+    def merged(self, delta: Tensor) -> dict[str, Tensor]:
+        """Compute the module's own tensors with ΔW added to W. A kind overrides it to pack a merged weight itself.
+
+        Args:
+            delta: ΔW, (out, in), the sum of all adapters', in fp32 or a wider dtype. It may need gradients.
+
+        Returns:
+            New tensors by their local name in the module, each in the shape and dtype of the module's own. By default
+            that is W alone: the sum is computed in fp32 or wider, and rounded once.
+        """
+        own, packed = self.tensor(self.weight_name), self.pack(delta)
+        wide = torch.promote_types(packed.dtype, torch.promote_types(own.dtype, torch.float32))
+        return {self.weight_name: (own.to(wide) + packed.to(wide)).to(own.dtype)}
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a parameter or buffer of the module itself, also while core overrides it for a call.
+
+        Args:
+            name: Its local name.
+
+        Raises:
+            AdapterError: The module has none of that name.
+        """
+        found = torch_private.own_parameters(self.module).get(name)
+        found = dict(self.module.named_buffers(recurse=False)).get(name) if found is None else found
+        if found is None:
+            raise AdapterError(f"a {type(self.module).__name__} has no parameter or buffer named {name!r}")
+        return found
+
+    def example_input(self) -> Tensor | None:
+        """Return a random input of the module, on which `tunerkit.merge` compares ways of computing an output.
+
+        Returns:
+            A small batch on the module's device and in its dtype; None, the default, if the kind cannot tell one.
+        """
+        return None
 
     def matrix(self) -> Tensor:
         """Read W with gradients. Only a `linear` kind defines it.

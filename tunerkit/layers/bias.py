@@ -22,7 +22,7 @@ def bias_name(base: BaseLayer | None) -> str:
 
 def view_bias(module: nn.Module, base: BaseLayer | None, bias: Tensor, y: Tensor) -> Tensor:
     """``bias`` (out,) in a shape that broadcasts over the output ``y`` as the module's own bias does."""
-    if base is not None:
+    if base is not None and base.has_weight:
         return base.shape_bias(bias)
     if isinstance(module, nn.LayerNorm):  # the only norm here that adds its bias along the last dimensions
         return bias

@@ -4,6 +4,7 @@ import math
 from typing import final
 
 import attrs
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -56,6 +57,12 @@ class ConvLayer(BaseLayer):
     def shape_bias(self, b: Tensor) -> Tensor:
         """(out,) to (out, 1, ...): right for batched and unbatched outputs."""
         return b.reshape(-1, *[1] * len(self.module.kernel_size))
+
+    def example_input(self) -> Tensor:
+        """(2, C_in, *size): twice the extent of the kernel in each dimension."""
+        pairs = zip(self.module.kernel_size, self.module.dilation, strict=True)
+        size = [2 * (dilation * (kernel - 1) + 1) for kernel, dilation in pairs]
+        return torch.randn_like(weight_of(self.module).detach().new_empty(2, self.module.in_channels, *size))
 
     def dense(self) -> Tensor:
         """Return the weight with all but its first dimension flattened; a view if it is contiguous."""

@@ -3,6 +3,7 @@
 from typing import cast, final
 
 import attrs
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -49,6 +50,10 @@ class EmbeddingLayer(BaseLayer):
         """(..., r) to (..., out), multiplied by `scale`."""
         delta = F.linear(h, p)
         return delta if forward_owner(self.module) is nn.Embedding else delta * self.scale
+
+    def example_input(self) -> Tensor:
+        """The first ids, at most 64."""
+        return torch.arange(min(64, self.module.num_embeddings), device=weight_of(self.module).device)
 
     def dense(self) -> Tensor:
         """Return the weight transposed, a view: without the scale, and with the row of ``padding_idx`` unchanged."""

@@ -3,6 +3,7 @@
 from typing import ClassVar, final
 
 import attrs
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -42,6 +43,10 @@ class LinearLayer(BaseLayer):
         """(..., r) to (..., out)."""
         return F.linear(h, p)
 
+    def example_input(self) -> Tensor:
+        """(8, in)."""
+        return torch.randn_like(self.matrix()[:1].detach().expand(8, -1))
+
     def dense(self) -> Tensor:
         """Return the weight itself, detached."""
         return weight_of(self.module).detach()
@@ -74,6 +79,10 @@ class Conv1DLayer(BaseLayer):
     def project_out(self, h: Tensor, p: Tensor) -> Tensor:
         """(..., r) to (..., out)."""
         return F.linear(h, p)
+
+    def example_input(self) -> Tensor:
+        """(8, in)."""
+        return torch.randn_like(self.matrix()[:1].detach().expand(8, -1))
 
     def dense(self) -> Tensor:
         """Return the weight transposed and detached, a view."""

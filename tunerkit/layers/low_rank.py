@@ -7,6 +7,7 @@ from torch import Tensor
 from tunerkit.errors import AdapterError
 from tunerkit.layers.base import BaseLayer
 from tunerkit.layers.fused import add_fused, autocast_off, autocasts, fresh
+from tunerkit.records import Factors
 
 
 def add_low_rank(
@@ -85,6 +86,23 @@ def low_rank_delta(base: BaseLayer, *, q: Tensor, p: Tensor, scale: float, lam: 
     with autocast_off(q.device):
         q, p = _fold(q.to(wide), p.to(wide), None if lam is None else lam.to(wide))
         return scale * (p @ q)
+
+
+def low_rank_factors(q: Tensor, p: Tensor, *, scale: float, lam: Tensor | None = None) -> Factors:
+    """Multiply scale and λ into P and Q, as `tunerkit_factors` returns them.
+
+    Args:
+        q: Q, (r, in).
+        p: P, (out, r).
+        scale: The factor of the product.
+        lam: λ, (r,). Without it, diag(λ) is the identity.
+
+    Returns:
+        Q and P in fp32 or a wider dtype, with P Q = scale · P diag(λ) Q. They have gradients.
+    """
+    wide = torch.promote_types(torch.promote_types(q.dtype, p.dtype), torch.float32)
+    q, p = _fold(q.to(wide), p.to(wide), None if lam is None else lam.to(wide))
+    return Factors(q=q, p=scale * p) if p.shape[0] < q.shape[1] else Factors(q=scale * q, p=p)
 
 
 def _fold(q: Tensor, p: Tensor, lam: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -185,7 +185,8 @@ def _tuner_from(header: Header, scanned: Scan, adapter: str, source: str) -> Tun
         raise BaseMismatchError(f"{source} was trained on another base model: {error}") from error
     by_path = {place.path: place for place in found}
     chosen, copies, biases = (tuple(by_path[path] for path in paths) for paths in header.places.values())
-    targets.refuse_unfit(scanned, chosen)
+    if hooks.registry.get(header.method).targets == "weights":
+        targets.refuse_unfit(scanned, chosen)
     targets.refuse_tied(scanned, header.copies)
     return Tuner(
         name=adapter,
@@ -196,5 +197,6 @@ def _tuner_from(header: Header, scanned: Scan, adapter: str, source: str) -> Tun
         copies=copies,
         biases=biases,
         loaded=True,
+        shares=hooks.has_shared(header.method),
         progress=Progress(total_steps=header.total_steps),
     )

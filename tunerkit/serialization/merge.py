@@ -14,6 +14,7 @@ from tunerkit.paths import few, is_under, join
 from tunerkit.serialization.fingerprint import fingerprint
 from tunerkit.serialization.finite import nonfinite
 from tunerkit.serialization.packed_weights import packed_sum
+from tunerkit.serialization.stacked import refuse_unequal
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -52,6 +53,8 @@ def merge(model: M, *, permanent: bool = False) -> M:
     _refuse_unfit(model, places)
     merged = [_merged_tensors(path, module, slots) for path, module, slots in places]
     _refuse_nonfinite(places, merged)
+    for (path, module, slots), tensors in zip(places, merged, strict=True):
+        refuse_unequal(path, module, slots, tensors)
     kept = {name: fingerprint(tuner) for name, tuner in tuners.items()} if permanent else {}
     replaced = _replace_all_(places, merged)
     for name, base in kept.items():
@@ -159,7 +162,7 @@ def _refuse_tied(model: nn.Module, places: _Places) -> None:
     shared = targets.tied(injection.base_modules(model))
     for path, module, slots in places:
         names = [name for p in module.parameters() for name in shared.get(id(p), ()) if not is_under(name, (path,))]
-        if slots.active and names:
+        if names and any(slot.changes_output for slot in slots.applied):
             raise AdapterError(
                 f"cannot merge into {path!r}: it is tied to {', '.join(names)} by now, and merging would change that "
                 "too; give each a parameter of its own first"
@@ -197,6 +200,11 @@ def _merged_tensors(path: str, module: nn.Module, slots: Slots) -> dict[str, Ten
     for slot in slots.applied:
         if slot.adapter is not None and not hooks.has_delta(slot.method):
             raise AdapterError(f"method {slot.method!r} cannot be merged: its plugin does not implement tunerkit_delta")
+        if slot.adapter is not None and slots.base is not None and not slots.base.has_weight:
+            raise AdapterError(
+                f"cannot merge into {path!r}: method {slot.method!r} changes the output of a {type(module).__name__}, "
+                "of which tunerkit knows no weight"
+            )
     tensors = injection.adapted_tensors(path, module, slots)
     bias = None if slots.base is None else slots.base.bias_name
     if bias in tensors and libraries.torch_private.own_parameters(module).get(bias) is None:

@@ -2,5 +2,5 @@
 
 from tunerkit.steps.driver import drive
 from tunerkit.steps.links import detach, hold, is_attached, optimizer_of
-from tunerkit.steps.resizing import Cut, resize_, shrink_
+from tunerkit.steps.resizing import Cut, Growth, grow_, resize_obstacle, shrink_
 from tunerkit.steps.undriven import watch_optimizers

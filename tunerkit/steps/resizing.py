@@ -1,16 +1,21 @@
-"""Resize parameters in place, with their gradients and optimizer state; the Parameter objects stay the same."""
+"""Shrink and grow parameters in place, with their gradients and optimizer state; Parameter objects stay the same."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import attrs
 import torch
 from torch import Tensor, nn
 from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
 
+from tunerkit.errors import AdapterError
+from tunerkit.layers import resize_
+
 # These update each element from its own gradient and state only, so removing other elements does not affect it. That is
 # wrong for optimizers that use the whole tensor: Adafactor, Muon, LBFGS, or 8-bit states in blocks.
 _ELEMENTWISE = (ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, Rprop)
+# Their states that do not start at 0, with the setting that they start at: Adagrad's and Rprop's.
+_FRESH = {"sum": "initial_accumulator_value", "step_size": "lr"}
 
 
 @attrs.frozen(eq=False)
@@ -28,6 +33,21 @@ class Cut:
     kept: Tensor
 
 
+@attrs.frozen(eq=False)
+class Growth:
+    """Entries to append to a parameter.
+
+    Attributes:
+        parameter: The parameter to grow.
+        dim: The dimension along which to append.
+        values: The new entries: the parameter's shape, with k in place of its size in ``dim``.
+    """
+
+    parameter: nn.Parameter
+    dim: int
+    values: Tensor
+
+
 def shrink_(cuts: Sequence[Cut], optimizer: Optimizer | None) -> str | None:
     """Shrink parameters, with their gradients and optimizer state, which frees memory.
 
@@ -38,33 +58,53 @@ def shrink_(cuts: Sequence[Cut], optimizer: Optimizer | None) -> str | None:
         optimizer: The optimizer that holds the parameters, if there is one.
 
     Returns:
-        None if all cuts were made. Otherwise none was made, and the text says why the shapes must not change: a process
-        group is running, or ``optimizer`` is not known to work elementwise.
+        None if all cuts were made. Otherwise none was made, and the text is that of `resize_obstacle`.
     """
-    reason = _obstacle([cut.parameter for cut in cuts], optimizer) if cuts else None
+    reason = resize_obstacle([cut.parameter for cut in cuts], optimizer) if cuts else None
     if reason is None:
         for cut in cuts:
             _cut_(cut, optimizer)
     return reason
 
 
-@torch.no_grad()
-def resize_(parameter: nn.Parameter, values: Tensor) -> None:
-    """Replace a parameter's values in place; its gradient is dropped.
+def grow_(growths: Sequence[Growth], optimizer: Optimizer | None) -> str | None:
+    """Grow parameters, with their gradients and optimizer state, as if the new entries had been there untouched.
+
+    The Parameter objects stay the same. The gradient of a new entry is 0, and the optimizer's state of it is that of an
+    entry which has had no gradient yet. A step count, which an optimizer keeps for a whole parameter, stays.
 
     Args:
-        parameter: The parameter to change.
-        values: The new values, of any shape.
+        growths: What to append to each parameter.
+        optimizer: The optimizer that holds the parameters, if there is one.
+
+    Returns:
+        None if all have grown. Otherwise none has, and the text is that of `resize_obstacle`. Ask that before training,
+        for example in ``tunerkit_start``, if your method cannot do without growing.
+
+    Raises:
+        AdapterError: The new entries of one of them have another shape; nothing has grown then.
     """
-    # While a loss of an earlier step is alive, autograd keeps the node that accumulates this gradient, with the old
-    # shape. Changing the dtype makes autograd discard that node, hence the detour.
-    parameter.grad = None
-    other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
-    parameter.data = torch.empty(0, dtype=other, device=parameter.device)
-    parameter.data = values
+    for growth in growths:
+        _refuse_misshapen(growth)
+    reason = resize_obstacle([growth.parameter for growth in growths], optimizer) if growths else None
+    if reason is None:
+        for growth in growths:
+            _grow_(growth, optimizer)
+    return reason
 
 
-def _obstacle(parameters: Sequence[nn.Parameter], optimizer: Optimizer | None) -> str | None:
+def resize_obstacle(parameters: Iterable[nn.Parameter], optimizer: Optimizer | None) -> str | None:
+    """Say why `shrink_` and `grow_` would leave the shapes of parameters alone.
+
+    Args:
+        parameters: The parameters to resize.
+        optimizer: The optimizer that holds them, if there is one.
+
+    Returns:
+        None if they can be resized. Otherwise the reason: a process group is running, which wants equal shapes
+        everywhere; a parameter is sharded; or ``optimizer`` is not known to update each element independently.
+    """
+    parameters = list(parameters)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return "torch.distributed is initialised, and DDP and FSDP do not allow shapes to change"
     for parameter in parameters:
@@ -97,3 +137,30 @@ def _cut_(cut: Cut, optimizer: Optimizer | None) -> None:
             optimizer.state[parameter][key] = value.index_select(cut.dim, kept.to(value.device))
     resize_(parameter, parameter.data.index_select(cut.dim, kept))
     parameter.grad = None if grad is None else grad.index_select(cut.dim, kept)
+
+
+def _refuse_misshapen(growth: Growth) -> None:
+    own, new, dim = growth.parameter.shape, growth.values.shape, growth.dim
+    if (
+        not -len(own) <= dim < len(own)
+        or len(new) != len(own)
+        or new[:dim] + new[dim:][1:] != own[:dim] + own[dim:][1:]
+    ):
+        raise AdapterError(
+            f"cannot grow a parameter of shape {tuple(own)} along dimension {dim} by values of shape {tuple(new)}: "
+            "they must agree in every other dimension"
+        )
+
+
+@torch.no_grad()
+def _grow_(growth: Growth, optimizer: Optimizer | None) -> None:
+    parameter, dim = growth.parameter, growth.dim
+    grad = parameter.grad
+    if optimizer is not None:
+        group = next((group for group in optimizer.param_groups if any(p is parameter for p in group["params"])), {})
+        for key, value in _tensors_of(optimizer, parameter).items():
+            fresh = group[_FRESH[key]] if key in _FRESH else 0.0
+            new = value.new_full(growth.values.shape, float(fresh))
+            optimizer.state[parameter][key] = torch.cat([value, new], dim)
+    resize_(parameter, torch.cat([parameter.data, growth.values.detach().to(parameter.data)], dim))
+    parameter.grad = None if grad is None else torch.cat([grad, grad.new_zeros(growth.values.shape)], dim)

@@ -7,6 +7,7 @@ from tunerkit.targets.scan import Scan, ScannedModule
 
 _ATTENTION = "nn.MultiheadAttention with a forward of its own may use its weights in any way, so it cannot be adapted"
 _SEPARATE = "nn.MultiheadAttention with kdim or vdim has three weights instead of one, which cannot be adapted yet"
+_NOT_CALLED = "is used directly by its owner, bypassing its forward(): it has no output of its own"
 _READ_AND_CALLED = "is held by several modules, one of which bypasses its forward(): an adapter would not reach all"
 _READ_AND_OFFLOADED = "is offloaded, and its weight is used directly, bypassing its forward(): it cannot be overridden"
 
@@ -18,6 +19,15 @@ def obstacle_at(found: ScannedModule, scanned: Scan) -> str | None:
     if found.base is None and not found.inside_attention:
         return f"is a {type(found.module).__name__}, which cannot be adapted"
     return weight_obstacle(found, scanned)
+
+
+def output_obstacle(found: ScannedModule) -> str | None:
+    """Why a method that adapts outputs cannot adapt the module, or None."""
+    if found.inside_attention or found.reader is not None:
+        return _NOT_CALLED
+    if isinstance(found.module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
+        return f"is a {type(found.module).__name__}, which is never called: it has no output"
+    return None
 
 
 def weight_obstacle(found: ScannedModule, scanned: Scan) -> str | None:

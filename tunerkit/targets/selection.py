@@ -17,7 +17,7 @@ from tunerkit.libraries import torch_private
 from tunerkit.paths import few, is_under, join
 from tunerkit.patterns import Matcher, is_broad, matcher
 from tunerkit.records import Target
-from tunerkit.targets.eligibility import obstacle_at
+from tunerkit.targets.eligibility import obstacle_at, output_obstacle
 from tunerkit.targets.resolution import ALL_LINEAR, lines, matching, refuse, unknown
 from tunerkit.targets.scan import Scan, ScannedModule, default_convolutions, is_linear, may_be_linear
 
@@ -26,13 +26,19 @@ from tunerkit.targets.scan import Scan, ScannedModule, default_convolutions, is_
 class _Scope:
     """The part of the model that the caller wants.
 
-    ``free`` may have targets; ``trained`` is trained in full. ``stacks`` are full names of parameters.
+    ``free`` may have targets; ``trained`` is trained in full. ``stacks`` are full names of parameters. ``outputs`` says
+    that the method adapts outputs.
     """
 
     scanned: Scan
     free: Sequence[ScannedModule]
     trained: Sequence[ScannedModule]
     stacks: Sequence[str]
+    outputs: bool
+
+    def obstacle_at(self, each: ScannedModule) -> str | None:
+        """Why the module cannot be a target, or None."""
+        return output_obstacle(each) if self.outputs else obstacle_at(each, self.scanned)
 
 
 class _Choice(NamedTuple):
@@ -50,6 +56,7 @@ def select(
     exclude: Sequence[str] = (),
     layers: Sequence[int] | None = None,
     trained: Collection[str] = (),
+    outputs: bool = False,
 ) -> tuple[Target, ...]:
     """Select the targets. Warns once, listing what a broad pattern left out.
 
@@ -61,6 +68,7 @@ def select(
         exclude: Patterns of modules to leave out, with everything inside them.
         layers: Keeps the targets whose path has one of these numbers as its first number.
         trained: The paths of modules trained in full. No target is at or under one.
+        outputs: Whether the method adapts outputs, so that any module that is called can be a target.
 
     Returns:
         The targets in the model's order.
@@ -75,7 +83,8 @@ def select(
     for each in scanned.modules:
         if excluded.isdisjoint(each.paths) and (layers is None or each.layer in layers):
             (full if any(is_under(path, trained) for path in each.paths) else free).append(each)
-    choices = list(_choices(_Scope(scanned, free, full, list(_stacks(free))), targets, problems))
+    scope = _Scope(scanned, free, full, [] if outputs else list(_stacks(free)), outputs)
+    choices = list(_choices(scope, targets, problems))
     problems += _layer_problems(scanned, layers)
     found = {choice.path for choice in choices if choice.obstacle is None}
     problems += lines({choice.path: choice.obstacle for choice in choices if choice.obstacle and choice.insists})
@@ -153,7 +162,7 @@ def _choose_linear(scope: _Scope, match: Matcher = lambda path: True) -> Iterato
                 yield _Choice(each.path, _HEAD)
         # A module that has a base-layer kind and does not match was left out on purpose.
         elif each.base is None or any(map(match, each.paths)):
-            obstacle = obstacle_at(each, scope.scanned)
+            obstacle = scope.obstacle_at(each)
             if is_linear(each.module) if obstacle is None else may_be_linear(each.module):
                 yield _Choice(each.path, obstacle)
     yield from (_Choice(name, _STACK) for name in scope.stacks)
@@ -163,10 +172,10 @@ def _choose_matching(scope: _Scope, pattern: str, problems: list[str]) -> Iterat
     match, broad = matcher(pattern), is_broad(pattern)
     matched = matching(scope.scanned.modules, match)
     if not matched:
-        candidates = (each for each in scope.scanned.modules if each.base is not None)
+        candidates = (each for each in scope.scanned.modules if scope.outputs or each.base is not None)
         problems.append(unknown(pattern, scope.scanned, candidates, told=len(problems), others=[ALL_LINEAR]))
         return
-    obstacles = {each.path: obstacle_at(each, scope.scanned) for each in matched}
+    obstacles = {each.path: scope.obstacle_at(each) for each in matched}
     reasons = {path: obstacle for path, obstacle in obstacles.items() if obstacle}
     if broad and len(reasons) == len(matched):
         problems += [f"{pattern!r} matches nothing that can be adapted:", *lines(reasons)]
@@ -184,7 +193,7 @@ def _choose_broadly(scope: _Scope, modules: Iterable[ScannedModule]) -> Iterator
     chosen = set(modules)
     for each in scope.free:
         if each in chosen:
-            obstacle = obstacle_at(each, scope.scanned)
+            obstacle = scope.obstacle_at(each)
             if obstacle is None or any(p is not None for p in torch_private.own_parameters(each.module).values()):
                 yield _Choice(each.path, obstacle)
 

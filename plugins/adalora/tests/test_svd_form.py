@@ -19,17 +19,9 @@ from tunerkit_adalora.svd_layer import SvdLayer
 from tunerkit_adalora.training import training_of, weights_of
 
 
-class Base(nn.Module):
-    """All that an SVD layer needs from its base layer."""
-
-    def __init__(self, out_features: int, in_features: int) -> None:
-        super().__init__()
-        self.out_features, self.in_features = out_features, in_features
-
-
 def random_layer(out: int, into: int, mask: list[bool], seed: int = 0, dtype: torch.dtype = torch.float64) -> SvdLayer:
     generator = torch.Generator().manual_seed(seed)
-    layer = SvdLayer(Base(out, into), rank=len(mask), scale=0.5, dropout=0.0, start="lora").to(dtype)  # type: ignore[arg-type]
+    layer = SvdLayer(in_features=into, out_features=out, rank=len(mask), scale=0.5, dropout=0.0, start="lora").to(dtype)
     with torch.no_grad():
         for weight in layer.weights:
             weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64))

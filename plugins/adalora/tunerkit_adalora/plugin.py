@@ -4,11 +4,12 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from tunerkit import BaseLayer, Delta, Method, State, Target, Tuner, hookimpl, low_rank_delta
+from tunerkit import BaseLayer, Delta, Factors, Method, State, Target, Tuner, hookimpl, low_rank_delta
 from tunerkit_adalora import state as saved_state
 from tunerkit_adalora import step as steps
 from tunerkit_adalora import training
 from tunerkit_adalora.config import AdaLoraConfig
+from tunerkit_adalora.conversion import from_products
 from tunerkit_adalora.svd_layer import SvdLayer
 
 
@@ -23,7 +24,8 @@ def tunerkit_build_adapter(target: Target, base: BaseLayer, config: AdaLoraConfi
     """Build the SVD layer at one target."""
     settings = config.resolved()
     return SvdLayer(
-        base,
+        in_features=base.in_features,
+        out_features=base.out_features,
         rank=settings.init_rank,
         scale=settings.scale,
         dropout=config.dropout,
@@ -66,6 +68,18 @@ def tunerkit_budget(tuner: Tuner, step: int | None) -> int:
 def tunerkit_delta(adapter: SvdLayer, base: BaseLayer) -> Delta:
     """Say what the adapter adds, for merging: λ as it stands."""
     return Delta(weight=low_rank_delta(base, q=adapter.q, p=adapter.p, lam=adapter.lam, scale=adapter.scale))
+
+
+@hookimpl
+def tunerkit_factors(adapter: SvdLayer) -> Factors:
+    """Return what the adapter adds as a product, for conversion. `tunerkit_delta` needs no wait for the device."""
+    return adapter.factors()
+
+
+@hookimpl
+def tunerkit_from_factors(factors: Mapping[str, Factors]) -> tuple[AdaLoraConfig, Mapping[str, SvdLayer]]:
+    """Build the config and the layers that add given products."""
+    return from_products(factors)
 
 
 @hookimpl

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tunerkit import Adapter, BaseLayer, add_low_rank, resize_
+from tunerkit import Adapter, BaseLayer, Factors, add_low_rank, low_rank_factors
 
 
 class Weights(NamedTuple):
@@ -25,7 +25,8 @@ class SvdLayer(Adapter):
     would broadcast a buffer. It follows the parameters to other devices, and into ``state_dict``, all the same.
 
     Args:
-        base: The base layer, which says the features in and out.
+        in_features: Features of the base layer's input.
+        out_features: Features of its output.
         rank: r, the number of triplets.
         scale: The factor of P Λ Q.
         dropout: Share of the input that is dropped while training.
@@ -33,15 +34,27 @@ class SvdLayer(Adapter):
         train_lambda: Whether the optimizer moves Λ. If it does not, the λ of a masked triplet is 0.
     """
 
+    reads_output: ClassVar[bool] = False
+    reads_weight: ClassVar[bool] = False
+    rank_dims: ClassVar[Mapping[str, int]] = {"p": 1, "lam": 0, "q": 0}
+
     def __init__(
-        self, base: BaseLayer, *, rank: int, scale: float, dropout: float, start: str, train_lambda: bool = True
+        self,
+        *,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        scale: float,
+        dropout: float,
+        start: str,
+        train_lambda: bool = True,
     ) -> None:
         super().__init__()
         self.initial_rank = rank
         self.train_lambda = train_lambda
-        self.p = nn.Parameter(torch.zeros(base.out_features, rank))
+        self.p = nn.Parameter(torch.zeros(out_features, rank))
         self.lam = nn.Parameter(torch.ones(rank) if start == "lora" else torch.zeros(rank))
-        self.q = nn.Parameter(torch.empty(rank, base.in_features))
+        self.q = nn.Parameter(torch.empty(rank, in_features))
         self.mask = torch.ones(rank, dtype=torch.bool)
         self.scale = scale
         self.dropout = dropout
@@ -107,21 +120,19 @@ class SvdLayer(Adapter):
         if mask is not None and (problem := self._contradiction(state_dict.get(prefix + "lam"), mask)):
             error_msgs.append(f"{prefix}mask: {problem}")
             return
-        if mask is not None:
-            self._resize_for({name: state_dict.get(prefix + name) for name in ("p", "lam", "q")}, mask)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         if mask is None:
             missing_keys.append(prefix + "mask")
-        elif mask.shape != self.mask.shape or mask.dtype != torch.bool:
+        elif mask.shape != self.lam.shape or mask.dtype != torch.bool:
             error_msgs.append(
-                f"{prefix}mask: expected bool {tuple(self.mask.shape)}, got {mask.dtype} {tuple(mask.shape)}"
+                f"{prefix}mask: expected bool {tuple(self.lam.shape)}, got {mask.dtype} {tuple(mask.shape)}"
             )
         else:
             # With assign=True the weights come as they are, perhaps onto a model on the meta device: so does the mask.
             assigned = local_metadata.get("assign_to_params_buffers", False)
             self.mask = mask.detach().clone().to(mask.device if assigned else self.mask.device)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
 
     def _contradiction(self, lam: Tensor | None, mask: Tensor) -> str | None:
         """What λ and mask say that no training leaves behind."""
@@ -133,16 +144,38 @@ class SvdLayer(Adapter):
         stray = int(lam.to(mask.device)[~mask].count_nonzero()) if not (lam.is_meta or mask.is_meta) else 0
         return f"{stray} masked triplets whose λ is not 0" if stray else None
 
-    def _resize_for(self, saved: Mapping[str, Tensor | None], mask: Tensor) -> None:
-        """Take the rank of the weights about to be loaded, if they agree on one: a shrunk layer has a smaller one."""
-        rank = mask.numel()
-        shapes = {"p": (self.p.shape[0], rank), "lam": (rank,), "q": (rank, self.q.shape[1])}
-        agreed = all(value is not None and value.shape == shapes[name] for name, value in saved.items())
-        if agreed and mask.shape == (rank,) and rank != len(self.lam):
-            for name, shape in shapes.items():
-                parameter = self.get_parameter(name)
-                resize_(parameter, parameter.new_empty(shape))
-            self.mask = self.mask.new_ones(rank)
+    def factors(self) -> Factors:
+        """Return what the layer adds to the weight as a product, without the triplets that add nothing."""
+        kept = (self.mask.to(self.lam.device) | (self.lam.detach() != 0)).nonzero().squeeze(1)
+        q, p, lam = self.q.index_select(0, kept), self.p.index_select(1, kept), self.lam.index_select(0, kept)
+        return low_rank_factors(q, p, scale=self.scale, lam=lam)
+
+
+@torch.no_grad()
+def layer_of(product: Factors) -> SvdLayer:
+    """Build the layer that adds ``product``, with scale 1: its triplets are the singular triplets of the product.
+
+    Args:
+        product: q (r, in), p (out, r).
+
+    Returns:
+        The layer, with at most r triplets.
+    """
+    left, small_left = torch.linalg.qr(product.p.double())
+    right, small_right = torch.linalg.qr(product.q.double().T)
+    u, sigma, vh = torch.linalg.svd(small_left @ small_right.T, full_matrices=False)
+    layer = SvdLayer(
+        in_features=product.q.shape[1],
+        out_features=product.p.shape[0],
+        rank=len(sigma),
+        scale=1.0,
+        dropout=0.0,
+        start="lora",
+    )
+    layer.p.copy_(left @ u)
+    layer.lam.copy_(sigma)
+    layer.q.copy_(vh @ right.T)
+    return layer
 
 
 @torch.no_grad()
@@ -161,6 +194,8 @@ def apply_masks_(layers: Sequence[SvdLayer]) -> None:
 
 def _start(layer: SvdLayer, start: str) -> None:
     """Set P and Q; with Λ or P at 0, ΔW starts at 0."""
+    if layer.lam.numel() == 0:
+        return
     if start == "gaussian":
         nn.init.normal_(layer.p, std=0.02)
         nn.init.normal_(layer.q, std=0.02)

@@ -1,22 +1,30 @@
 """The LoRA adapter: two low-rank matrices beside a base layer."""
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from tunerkit import Adapter, BaseLayer, add_low_rank
+from tunerkit import Adapter, BaseLayer, Factors, add_low_rank, low_rank_factors
 
 
 class LoraAdapter(Adapter):
     """Adds scale · b a x to the base layer's output, with ``a`` (r, in) and ``b`` (out, r)."""
 
-    def __init__(self, base: BaseLayer, *, rank: int, scale: float, dropout: float, start: str) -> None:
+    reads_output: ClassVar[bool] = False
+    reads_weight: ClassVar[bool] = False
+
+    def __init__(
+        self, *, in_features: int, out_features: int, rank: int, scale: float, dropout: float, start: str
+    ) -> None:
         super().__init__()
-        self.a = nn.Parameter(torch.empty(rank, base.in_features))
-        self.b = nn.Parameter(torch.zeros(base.out_features, rank))
+        self.a = nn.Parameter(torch.empty(rank, in_features))
+        self.b = nn.Parameter(torch.zeros(out_features, rank))
         self.scale = scale
         self.dropout = dropout
+        if rank == 0:
+            return
         if start == "gaussian":
             nn.init.normal_(self.a, std=1 / rank)
         else:
@@ -29,3 +37,23 @@ class LoraAdapter(Adapter):
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         return add_low_rank(base, x, y, q=self.a, p=self.b, scale=self.scale, dropout=dropout)
+
+    def factors(self) -> Factors:
+        """Return what the adapter adds to the weight as a product."""
+        return low_rank_factors(self.a, self.b, scale=self.scale)
+
+
+@torch.no_grad()
+def adapter_of(product: Factors, *, scale: float) -> LoraAdapter:
+    """Build the adapter that adds ``product``: q (r, in), p (out, r)."""
+    adapter = LoraAdapter(
+        in_features=product.q.shape[1],
+        out_features=product.p.shape[0],
+        rank=product.rank,
+        scale=scale,
+        dropout=0.0,
+        start="kaiming",
+    )
+    adapter.a.copy_(product.q)
+    adapter.b.copy_(product.p / scale)
+    return adapter

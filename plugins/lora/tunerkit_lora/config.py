@@ -1,12 +1,13 @@
 """The settings of LoRA."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Literal, Self
 
 import attrs
 
 from tunerkit import AdapterConfig, setting
-from tunerkit.patterns import lookup
+from tunerkit.patterns import exact_patterns, lookup
 
 
 @attrs.frozen
@@ -24,7 +25,7 @@ class LoraConfig(AdapterConfig):
     dropout: float = setting(0.0, ge=0, lt=1, doc="share of the adapter's input that is dropped in training")
     rslora: bool = setting(False, doc="divide alpha by the root of the rank instead of the rank")
     rank_pattern: Mapping[str, int] = setting(
-        attrs.Factory(dict), ge=1, doc="maps a target pattern to a rank; the first match counts"
+        attrs.Factory(dict), ge=0, doc="maps a target pattern to a rank; the first match counts; 0 adds nothing"
     )
     alpha_pattern: Mapping[str, float] = setting(
         attrs.Factory(dict), gt=0, doc="maps a target pattern to an alpha; the first match counts"
@@ -39,13 +40,25 @@ class LoraConfig(AdapterConfig):
         """
         return lookup(self.rank_pattern, path, self.rank)
 
+    @classmethod
+    def of_ranks(cls, ranks: Mapping[str, int]) -> Self:
+        """Return a config with exactly these targets and ranks, for adapters that are built from products.
+
+        Args:
+            ranks: The rank at each target, by its path; it may be 0.
+        """
+        ((common, _),) = Counter(ranks.values()).most_common(1)
+        names = exact_patterns(ranks)
+        pattern = {names[path]: rank for path, rank in ranks.items() if rank != max(1, common)}
+        return cls(rank=max(1, common), rank_pattern=pattern, targets=tuple(names.values()))
+
     def scale_at(self, path: str) -> float:
         """Return the scale at a target.
 
         Args:
             path: The target's dotted path.
         """
-        rank = self.rank_at(path)
+        rank = self.rank_at(path) or 1  # at rank 0 the factor of nothing
         alpha = lookup(self.alpha_pattern, path, self.alpha)
         if alpha is None:
             alpha = 2.0 * rank

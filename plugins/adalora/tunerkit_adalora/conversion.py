@@ -1,0 +1,31 @@
+"""AdaLoRA from products: the config and the layers of an adapter that another method or program made."""
+
+import math
+from collections.abc import Mapping
+
+from tunerkit import Factors
+from tunerkit.patterns import exact_patterns
+from tunerkit_adalora.config import AdaLoraConfig
+from tunerkit_adalora.svd_layer import SvdLayer, layer_of
+
+
+def from_products(products: Mapping[str, Factors]) -> tuple[AdaLoraConfig, dict[str, SvdLayer]]:
+    """Build the layers that add ``products``, and a config with their targets and ranks.
+
+    Args:
+        products: The product at each target, by its path. Ranks may differ, and may be 0.
+
+    Returns:
+        The config, whose initial rank is the largest rank and whose target rank is the average one; and the layers. The
+        scale is 1, because λ holds the singular values.
+    """
+    layers = {path: layer_of(product) for path, product in products.items()}
+    ranks = [layer.rank for layer in layers.values()]
+    initial = max(1, *ranks)
+    for layer in layers.values():
+        layer.initial_rank = initial
+    average = max(1, math.ceil(sum(ranks) / len(ranks)))
+    config = AdaLoraConfig(
+        init_rank=initial, target_rank=average, alpha=float(initial), targets=tuple(exact_patterns(products).values())
+    )
+    return config, layers

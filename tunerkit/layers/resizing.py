@@ -1,0 +1,20 @@
+"""Give a tensor of an adapter another size, in place."""
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def resize_(parameter: Tensor, values: Tensor) -> None:
+    """Replace a parameter's values in place; its gradient is dropped.
+
+    Args:
+        parameter: The parameter or buffer to change.
+        values: The new values, of any shape.
+    """
+    # While a loss of an earlier step is alive, autograd keeps the node that accumulates this gradient, with the old
+    # shape. Changing the dtype makes autograd discard that node, hence the detour.
+    parameter.grad = None
+    other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
+    parameter.data = torch.empty(0, dtype=other, device=parameter.device)
+    parameter.data = values
