@@ -32,11 +32,58 @@ ADDED = frozenset(
         "tunerkit.errors.cut(POSITIONAL_OR_KEYWORD text, POSITIONAL_OR_KEYWORD width = 1000)",
         "tunerkit.errors.first(POSITIONAL_OR_KEYWORD lines, POSITIONAL_OR_KEYWORD shown = 20)",
         "tunerkit.errors.shown(POSITIONAL_OR_KEYWORD value)",
+        "tunerkit.Adapter()",
+        "tunerkit.Adapter.rank_dims",
+        "tunerkit.Adapter.reads_output",
+        "tunerkit.Adapter.reads_weight",
+        "tunerkit.Adapter.share(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD module)",
+        "tunerkit.Adapter.shared",
+        "tunerkit.BaseLayer.example_input(POSITIONAL_OR_KEYWORD self)",
+        "tunerkit.BaseLayer.has_weight",
+        "tunerkit.BaseLayer.merged(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD delta)",
+        "tunerkit.BaseLayer.tensor(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD name)",
+        "tunerkit.Factors(POSITIONAL_OR_KEYWORD q, POSITIONAL_OR_KEYWORD p)",
+        "tunerkit.Factors.p",
+        "tunerkit.Factors.q",
+        "tunerkit.Factors.rank",
+        "tunerkit.Growth(POSITIONAL_OR_KEYWORD parameter, POSITIONAL_OR_KEYWORD dim, POSITIONAL_OR_KEYWORD values)",
+        "tunerkit.Growth.dim",
+        "tunerkit.Growth.parameter",
+        "tunerkit.Growth.values",
+        "tunerkit.Method.start",
+        "tunerkit.Method.statistics",
+        "tunerkit.Method.targets",
+        "tunerkit.ParamGroup(POSITIONAL_OR_KEYWORD parameters, POSITIONAL_OR_KEYWORD lr_scale = "
+        "1.0, POSITIONAL_OR_KEYWORD weight_decay = None)",
+        "tunerkit.ParamGroup.lr_scale",
+        "tunerkit.ParamGroup.parameters",
+        "tunerkit.ParamGroup.weight_decay",
+        "tunerkit.Statistics(POSITIONAL_OR_KEYWORD rows, POSITIONAL_OR_KEYWORD inputs, "
+        "POSITIONAL_OR_KEYWORD gradients)",
+        "tunerkit.Statistics.gradients",
+        "tunerkit.Statistics.inputs",
+        "tunerkit.Statistics.rows",
+        "tunerkit.Tuner.named_parameters(POSITIONAL_OR_KEYWORD self)",
+        "tunerkit.Tuner.shared",
+        "tunerkit.Tuner.shares",
+        "tunerkit.Wanted(POSITIONAL_OR_KEYWORD inputs = 0, POSITIONAL_OR_KEYWORD gradients = 0)",
+        "tunerkit.Wanted.gradients",
+        "tunerkit.Wanted.inputs",
+        "tunerkit.calibrate(POSITIONAL_OR_KEYWORD model, POSITIONAL_OR_KEYWORD batches, "
+        "POSITIONAL_OR_KEYWORD adapter = None, KEYWORD_ONLY loss = None)",
+        "tunerkit.grow_(POSITIONAL_OR_KEYWORD growths, POSITIONAL_OR_KEYWORD optimizer)",
+        "tunerkit.low_rank_factors(POSITIONAL_OR_KEYWORD q, POSITIONAL_OR_KEYWORD p, KEYWORD_ONLY "
+        "scale, KEYWORD_ONLY lam = None)",
+        "tunerkit.param_groups(POSITIONAL_OR_KEYWORD model, KEYWORD_ONLY lr, KEYWORD_ONLY weight_decay = None)",
+        "tunerkit.patterns.exact_patterns(POSITIONAL_OR_KEYWORD paths)",
+        "tunerkit.resize_obstacle(POSITIONAL_OR_KEYWORD parameters, POSITIONAL_OR_KEYWORD optimizer)",
         "tunerkit.patterns.one_allowance()",
     }
 )
 # What functions of the snapshot have gained: parameters at the end, by keyword and with a default.
 GAINED = {
+    "tunerkit.Method": ", KEYWORD_ONLY start = 'exact', KEYWORD_ONLY targets = 'weights', "
+    "KEYWORD_ONLY statistics = None",
     "tunerkit.load": ", KEYWORD_ONLY check_config = True",
     "tunerkit.save": ", KEYWORD_ONLY allow_nonfinite = False",
 }

@@ -12,7 +12,7 @@ from torch import nn
 
 from tunerkit.injection import Slot, Slots, slots_of, walk
 from tunerkit.injection.slots import apply_slots
-from tunerkit.layers import as_base_layer, has_trainable_bias, view_bias
+from tunerkit.layers import Adapter, BaseLayer, as_base_layer, has_trainable_bias, view_bias
 
 # Modules that have a bias, and the shape of an input for each.
 BIASED: dict[str, tuple[Any, tuple[int, ...]]] = {
@@ -122,11 +122,11 @@ def test_the_input_is_found_whether_named_or_not() -> None:
     slots = Slots(as_base_layer(module))
     module.add_module("tunerkit", slots)
 
-    class Echo(nn.Module):
-        def forward(self, base: object, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    class Echo(Adapter):
+        def forward(self, base: BaseLayer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             return x
 
-    slots.put("echo", Slot(adapter=Echo()))  # type: ignore[arg-type]
+    slots.put("echo", Slot(adapter=Echo()))
     module.register_forward_hook(apply_slots, with_kwargs=True)
     x = torch.rand(2, 2)
     assert torch.equal(module(x), x)

@@ -1,6 +1,19 @@
 """tunerkit: adapters for torch models, with methods that are plugins."""
 
-from tunerkit.api import activate, active, adapters, attach, delete, freeze, param_groups, rename, thaw, unwrap, wrap
+from tunerkit.api import (
+    activate,
+    active,
+    adapters,
+    attach,
+    calibrate,
+    delete,
+    freeze,
+    param_groups,
+    rename,
+    thaw,
+    unwrap,
+    wrap,
+)
 from tunerkit.config import AdapterConfig, setting, unstructure
 from tunerkit.errors import (
     AdapterError,
@@ -27,6 +40,7 @@ from tunerkit.records import (
     ParamGroup,
     RankChange,
     State,
+    Statistics,
     Target,
     Wanted,
     WeightReader,
@@ -45,7 +59,7 @@ __all__ += ["disabled", "merge", "trainable_parameters", "tuner", "unmerge"]
 # Manage several in one model
 __all__ += ["activate", "active", "adapters", "delete", "freeze", "rename", "thaw"]
 # Train them
-__all__ += ["attach", "load_state", "param_groups", "reference", "save_state"]
+__all__ += ["attach", "calibrate", "load_state", "param_groups", "reference", "save_state"]
 # Find plugins
 __all__ += ["hookimpl", "methods", "register", "unregister"]
 # Write a method
@@ -54,7 +68,7 @@ __all__ += ["Adapter", "AdapterConfig", "BaseLayer", "add_low_rank", "low_rank_d
 __all__ += ["Cut", "Growth", "grow_", "optimizer_of", "resize_", "resize_obstacle", "shrink_"]
 # Records
 __all__ += ["DefaultTargets", "Delta", "Method", "MethodInfo", "RankChange", "State", "Summary", "Target", "Tuner"]
-__all__ += ["Factors", "ParamGroup", "Wanted", "WeightReader"]
+__all__ += ["Factors", "ParamGroup", "Statistics", "Wanted", "WeightReader"]
 # Errors
 __all__ += ["AdapterError", "BaseMismatchError", "ConfigError", "FileError", "PluginError", "StepError", "TargetError"]
 __all__ += ["TunerkitError", "TunerkitWarning", "UnknownMethodError"]

@@ -28,9 +28,9 @@ class Method:
     name: str
     config: type
     needs_steps: bool = False
-    start: Literal["exact", "rounding"] = "exact"
-    targets: Literal["weights", "outputs"] = "weights"
-    statistics: "Wanted | None" = None
+    start: Literal["exact", "rounding"] = attrs.field(default="exact", kw_only=True)
+    targets: Literal["weights", "outputs"] = attrs.field(default="weights", kw_only=True)
+    statistics: "Wanted | None" = attrs.field(default=None, kw_only=True)
 
 
 @attrs.frozen
@@ -38,12 +38,29 @@ class Wanted:
     """The statistics that a method wants of each target, before training.
 
     Attributes:
-        inputs: Rows of a sketch of the layer's inputs, see `Statistics.input_sketch`; 0 for none.
-        gradients: Rows of a sketch of the weight's gradient, see `Statistics.gradient_p`; 0 for none.
+        inputs: The rank k of an approximation of the inputs' second moment; 0 for none.
+        gradients: The rank k of an approximation of the weight's gradient; 0 for none. It needs a loss.
     """
 
     inputs: int = 0
     gradients: int = 0
+
+
+@attrs.frozen(eq=False)
+class Statistics:
+    """What `tunerkit.calibrate` measured at one target. Memory and time depend on k, not on the amount of data.
+
+    Attributes:
+        rows: n, the number of input rows: tokens for a linear layer, positions for a convolution.
+        inputs: S, (k, in) with Sᵀ S close to Σ x xᵀ over the n rows x; None if it was not wanted. It is a Nyström
+            approximation, which is exact if the inputs lie in k dimensions.
+        gradients: P and Q with P Q close to the gradient of the loss by W, summed over the batches; None if it was not
+            wanted. It is exact if the gradient's rank is at most k.
+    """
+
+    rows: int
+    inputs: Tensor | None
+    gradients: "Factors | None"
 
 
 @attrs.frozen

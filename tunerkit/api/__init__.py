@@ -2,5 +2,6 @@
 
 from tunerkit.api.adapters import activate, active, adapters, delete, freeze, rename, thaw
 from tunerkit.api.attach import attach
+from tunerkit.api.calibrate import calibrate
 from tunerkit.api.param_groups import param_groups
 from tunerkit.api.wrap import unwrap, wrap

@@ -31,7 +31,8 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float | None = No
         AdapterError: The model has no adapter.
         PluginError: A method returns invalid groups.
     """
-    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+    given: tuple[tuple[str, object], ...] = (("lr", lr), ("weight_decay", weight_decay))
+    for name, value in given:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0):
             raise StepError(f"expected a number >= 0 as {name}, got {value!r}")
     root = injection.wrapped_model(model)

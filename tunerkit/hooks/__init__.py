@@ -5,6 +5,7 @@ from tunerkit.hooks.calls import (
     before_step,
     budget,
     build_adapter,
+    calibrate,
     delta,
     factors,
     finish,

@@ -137,7 +137,8 @@ def factors(asked: Question, answer: object, adapter: Adapter, base: BaseLayer) 
     """Check the answer to `tunerkit_factors`: two matrices of one rank, with the base layer's features."""
     if not isinstance(answer, Factors):
         asked.refuse(_kind(answer), "tunerkit.Factors")
-    for what, tensor in (("q", answer.q), ("p", answer.p)):
+    parts: tuple[tuple[str, object], ...] = (("q", answer.q), ("p", answer.p))
+    for what, tensor in parts:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             asked.refuse(f"{_kind(tensor)} as {what}", "a tensor of floating-point numbers")
         devices = [parameter.device for parameter in adapter.parameters()]

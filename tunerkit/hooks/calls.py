@@ -23,7 +23,7 @@ from tunerkit.hooks.interrupts import is_from_signal
 from tunerkit.hooks.registry import registry
 from tunerkit.hooks.tuner_view import TunerView
 from tunerkit.layers import Adapter, BaseLayer, low_rank_delta
-from tunerkit.records import Delta, Factors, ParamGroup, RankChange, State, Target
+from tunerkit.records import Delta, Factors, ParamGroup, RankChange, State, Statistics, Target
 
 A = TypeVar("A")
 
@@ -62,6 +62,12 @@ def build_adapter(
     question = Question(specs.tunerkit_build_adapter, method, target.path)
     check = partial(answers.adapter, target=target, shared=shared)
     return _ask(question, check, target=target, base=base, config=config, shared=shared)
+
+
+def calibrate(tuner: TunerView, statistics: Mapping[str, Statistics]) -> Mapping[str, int] | None:
+    """Let the method set its start. Returns the ranks by target path if they changed."""
+    question = Question(specs.tunerkit_calibrate, tuner.method, tuner)
+    return _ask(question, partial(answers.ranks, targets=tuner.targets), tuner=tuner, statistics=statistics)
 
 
 def param_groups(tuner: TunerView) -> list[ParamGroup]:

@@ -8,7 +8,10 @@ them. When they fire::
     tunerkit.wrap(model, "method", config)                  # tunerkit_methods, once per process
                                                             # tunerkit_base_layers, tunerkit_weight_readers,
                                                             # tunerkit_default_targets: the model is scanned once
+                                                            # tunerkit_shared, once
                                                             # tunerkit_build_adapter per target
+    tunerkit.calibrate(model, batches)                      # tunerkit_calibrate, if the method wants statistics
+    groups = tunerkit.param_groups(model, lr=1e-3)          # tunerkit_param_groups
     tunerkit.attach(model, optimizer, total_steps=1000)     # tunerkit_start: nothing is trained yet
     for batch in batches:
         for part in batch.micro_batches():                  # no hook fires per micro-batch
@@ -26,7 +29,7 @@ them. When they fire::
     tunerkit.save(model, path)                              # no hook fires: core saves the adapters' tensors
     tunerkit.save_state(model, path)                        # tunerkit_state
     model = tunerkit.load(base_model, path)                 # the same hooks as in wrap
-    tunerkit.merge(model)                                   # tunerkit_delta per target
+    tunerkit.merge(model)                                   # tunerkit_delta per target, or tunerkit_factors
                                                             # (also in each forward of attention)
     tunerkit.attach(model, optimizer, total_steps=1000)     # tunerkit_start
     tunerkit.load_state(model, path)                        # tunerkit_restore
@@ -60,6 +63,7 @@ from tunerkit.records import (
     ParamGroup,
     RankChange,
     State,
+    Statistics,
     Target,
     WeightReader,
 )
@@ -191,6 +195,29 @@ def tunerkit_build_adapter(target: Target, base: BaseLayer, config: AdapterConfi
 
 
 # --- Step callbacks --------------------------------------------------------------------------------------------------
+
+
+@hookspec(firstresult=True)
+def tunerkit_calibrate(tuner: TunerView, statistics: Mapping[str, Statistics]) -> Mapping[str, int] | None:
+    """Set the adapters' start and ranks from statistics of the data; return the rank of each target if they changed.
+
+    Fires in ``tunerkit.calibrate``, after wrapping and before training, for a method whose record names ``statistics``.
+    There is one entry for each target's path. The adapters must still add nothing afterwards. To change a rank, use
+    `tunerkit.resize_`, and declare the adapter's ``rank_dims``, so that files can be loaded.
+
+    >>> import tunerkit, torch
+    >>> from types import SimpleNamespace
+    >>> @tunerkit.hookimpl
+    ... def tunerkit_calibrate(tuner, statistics):
+    ...     for path, adapter in tuner.adapters().items():
+    ...         directions = torch.linalg.svd(statistics[path].inputs, full_matrices=False).Vh
+    ...         adapter.q.copy_(directions[: len(adapter.q)])  # as EVA does: the inputs' main directions
+    >>> adapter = SimpleNamespace(q=torch.zeros(1, 2))
+    >>> found = tunerkit.Statistics(rows=4, inputs=torch.tensor([[0.0, 3.0], [0.1, 0.0]]), gradients=None)
+    >>> tunerkit_calibrate(SimpleNamespace(adapters=lambda: {"head": adapter}), {"head": found})
+    >>> adapter.q.abs()
+    tensor([[0., 1.]])
+    """
 
 
 @hookspec(firstresult=True)

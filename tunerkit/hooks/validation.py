@@ -105,6 +105,9 @@ def _ask_methods(manager: pluggy.PluginManager, plugin: object) -> dict[str, Met
             methods[name] = method
     if methods and not heard_by(manager, "tunerkit_build_adapter", plugin).get_hookimpls():
         raise PluginError(f"it provides the method {next(iter(methods))!r} but has no tunerkit_build_adapter for it")
+    calibrated = [name for name, method in methods.items() if method.statistics is not None]
+    if calibrated and not heard_by(manager, "tunerkit_calibrate", plugin).get_hookimpls():
+        raise PluginError(f"its method {calibrated[0]!r} wants statistics but it has no tunerkit_calibrate")
     return methods
 
 

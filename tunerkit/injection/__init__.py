@@ -4,9 +4,10 @@ from tunerkit.injection.build import build, build_each
 from tunerkit.injection.delta import adapted_tensors
 from tunerkit.injection.inject import activate_, eject_, inject_, rename_, train_
 from tunerkit.injection.integrity import refuse_lost
+from tunerkit.injection.measuring import Loss, loss_of, measure
 from tunerkit.injection.merged_state import is_merged, refuse_disabled, refuse_fixed
-from tunerkit.injection.parameter_groups import regrouped
 from tunerkit.injection.parameter_count import Summary, trainable_parameters
+from tunerkit.injection.parameter_groups import regrouped
 from tunerkit.injection.preconditions import check_name, ready_model, refuse_idle_patterns, warn_of_limits
 from tunerkit.injection.progress import Link, Progress
 from tunerkit.injection.reference import Reference, reference

@@ -13,7 +13,7 @@ from tunerkit.errors import PluginError, TargetError
 from tunerkit.injection.inject import copy_base
 from tunerkit.injection.preconditions import refuse_overlap
 from tunerkit.injection.slots import Slot
-from tunerkit.injection.tuner import Tuner
+from tunerkit.injection.tuner import Tuner, base_of
 from tunerkit.layers import Adapter, BaseLayer, bias_name
 from tunerkit.libraries import execution_device, is_offloaded, torch_private
 from tunerkit.records import Target
@@ -88,7 +88,7 @@ def _adapter(
     shared: nn.Module | None,
 ) -> Adapter:
     """Build one adapter through the method's plugin, on its base layer's device and in the config's dtype."""
-    base = tuner.base_of(target.module, found.base)
+    base = base_of(tuner, target.module, found.base)
     if base is None:
         raise TargetError(f"{target.path!r} is a {type(found.module).__name__}: no installed base-layer kind adapts it")
     with entered:

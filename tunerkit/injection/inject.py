@@ -10,7 +10,7 @@ from tunerkit.injection.running import refuse_running, unwatch_threads_, watch_t
 from tunerkit.injection.save_pretrained import unwatch_saving_, watch_saving_
 from tunerkit.injection.slots import Slot, Slots, apply_slots, base_modules, slots_of, walk
 from tunerkit.injection.state_dicts import unwatch_states_, watch_states_
-from tunerkit.injection.tuner import WRAPPED, Tuner, wrapped_of
+from tunerkit.injection.tuner import WRAPPED, Tuner, base_of, wrapped_of
 from tunerkit.injection.uncalled import note_call, watch
 from tunerkit.injection.unsynchronised import check_at_next_forward_, refuse_unsynchronised
 from tunerkit.injection.weight_override import update_overrides_
@@ -36,7 +36,7 @@ def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, *, trainable
         # A copy replaces the whole module, so there is no base layer.
         base, reader = (found.base, found.reader) if slot.copy is None else (None, None)
         if slot.adapter is not None:
-            base = tuner.base_of(module, base)
+            base = base_of(tuner, module, base)
         readers.append(reader)
         if slots is None:
             slots = Slots(base).train(module.training)

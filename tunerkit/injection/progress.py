@@ -35,6 +35,7 @@ class Progress:
         state: The method's own training state, from `attach` on.
         history: The allocations so far, the oldest first.
         link: The connection to the optimizer, from `attach` on.
+        calibration: How much data set the adapter's start: the numbers of batches and of input rows; None if none did.
         fingerprint: The base's fingerprint, kept if a permanent merge overwrote the base.
     """
 
@@ -43,4 +44,5 @@ class Progress:
     state: object | None = None
     history: list[RankChange] = attrs.field(factory=list)
     link: Link | None = None
+    calibration: dict[str, int] | None = None
     fingerprint: dict[str, dict[str, Any]] | None = None

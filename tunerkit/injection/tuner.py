@@ -105,20 +105,6 @@ class Tuner:
         """Whether the method only works if an optimizer drives it."""
         return hooks.registry.get(self.method).needs_steps
 
-    def base_of(self, module: nn.Module, base: BaseLayer | None) -> BaseLayer | None:
-        """Return a target's module as the method sees it.
-
-        Args:
-            module: The target's module.
-            base: The module as a base layer, if a kind matches it.
-
-        Returns:
-            ``base``; where there is none, a layer without weight for a method that adapts outputs.
-        """
-        if base is None and hooks.registry.get(self.method).targets == "outputs":
-            return OutputLayer(module)
-        return base
-
     @property
     def is_active(self) -> bool:
         """Whether forward applies the adapter."""
@@ -289,6 +275,19 @@ def tuner(model: nn.Module, adapter: str | None = None) -> Tuner:
         hint = closest(str(adapter), tuners)
         raise AdapterError(f"no adapter named {adapter!r}; there are: {', '.join(tuners)}{hint}")
     return tuners[adapter]
+
+
+def base_of(tuner: Tuner, module: nn.Module, base: BaseLayer | None) -> BaseLayer | None:
+    """Return a target as its method sees it: ``base``, or a layer without weight for a method that adapts outputs.
+
+    Args:
+        tuner: The adapter's handle.
+        module: The target's module.
+        base: The module as a base layer, if a kind matches it.
+    """
+    if base is None and hooks.registry.get(tuner.method).targets == "outputs":
+        return OutputLayer(module)
+    return base
 
 
 def is_frozen(tuner: Tuner) -> bool:

@@ -39,7 +39,7 @@ class Adapter(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         if self.rank_dims:
-            self.register_load_state_dict_pre_hook(_resize_for)
+            self.register_load_state_dict_pre_hook(_resize_for)  # type: ignore[no-untyped-call]  # torch's own
 
     @property
     def rank(self) -> int:

@@ -157,7 +157,7 @@ class BaseLayer(abc.ABC):
         Raises:
             AdapterError: The module has none of that name.
         """
-        found = torch_private.own_parameters(self.module).get(name)
+        found: Tensor | None = torch_private.own_parameters(self.module).get(name)
         found = dict(self.module.named_buffers(recurse=False)).get(name) if found is None else found
         if found is None:
             raise AdapterError(f"a {type(self.module).__name__} has no parameter or buffer named {name!r}")

@@ -23,6 +23,7 @@ from tunerkit.serialization.reading import read, refuse_nonfinite
 from tunerkit.serialization.safetensors_file import file_at, pack, write
 from tunerkit.targets import Scan
 
+_CALIBRATION = "calibration"  # the entry of the header's ``values`` with the data that set the adapter's start
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -72,7 +73,10 @@ def save_tuner(tuner: Tuner, path: str | os.PathLike[str], *, allow_nonfinite: b
             "check the loss, and start again from a file saved earlier. To write the weights all the same and examine "
             "them, call tunerkit.save(..., allow_nonfinite=True)"
         )
-    header = header_of(tuner, content="adapter", **describe_base(tuner))
+    description = describe_base(tuner)
+    if tuner.progress.calibration is not None:
+        description["values"][_CALIBRATION] = tuner.progress.calibration
+    header = header_of(tuner, content="adapter", **description)
     packed = pack(tensors)
     return write(file_at(path, "adapter"), packed, encode(header, tensors, packed.stored))
 
@@ -198,5 +202,13 @@ def _tuner_from(header: Header, scanned: Scan, adapter: str, source: str) -> Tun
         biases=biases,
         loaded=True,
         shares=hooks.has_shared(header.method),
-        progress=Progress(total_steps=header.total_steps),
+        progress=Progress(total_steps=header.total_steps, calibration=_calibration(header)),
     )
+
+
+def _calibration(header: Header) -> dict[str, int] | None:
+    """The entry as it was saved; anything else that a file may have there is ignored, since nothing depends on it."""
+    match header.values.get(_CALIBRATION):
+        case {"batches": int(batches), "rows": int(rows)}:
+            return {"batches": batches, "rows": rows}
+    return None

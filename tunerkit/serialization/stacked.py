@@ -19,8 +19,9 @@ _EPSILONS = 8  # in narrower precisions: every addition rounds
 def refuse_unequal(path: str, module: nn.Module, slots: Slots, merged: Mapping[str, Tensor]) -> None:
     """Raise `AdapterError` if a module computes something else with its merged tensors than with its adapters.
 
-    Only modules with several adapters are tested, of which one does not declare ``reads_output``. An adapter that reads the output so far makes a sum of deltas wrong, and nothing else would show
-    it. A module whose kind has no `BaseLayer.example_input` is not tested.
+    Only modules with several adapters are tested, of which one does not declare ``reads_output``. An adapter that reads
+    the output so far makes a sum of deltas wrong, and nothing else would show it. A module whose kind has no
+    `BaseLayer.example_input` is not tested.
 
     Args:
         path: The module's path.

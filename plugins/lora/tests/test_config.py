@@ -50,7 +50,7 @@ def test_patterns_give_targets_their_own_rank_and_alpha(rank: int, other: int, a
         ({"dropout": -0.1}, ["expected >= 0", "@ $.dropout"]),
         ({"rslora": 1}, ["expected bool", "@ $.rslora"]),
         ({"start": "pissa"}, ["'kaiming' or 'gaussian'", "'pissa'", "@ $.start"]),
-        ({"rank_pattern": {"query": 0}}, ["expected >= 1, got 0", "$.rank_pattern", "query"]),
+        ({"rank_pattern": {"query": -1}}, ["expected >= 0, got -1", "$.rank_pattern", "query"]),
         ({"rank_pattern": ["query"]}, ["expected mapping of str to int", "@ $.rank_pattern"]),
         ({"alpha_pattern": {"query": -1.0}}, ["expected > 0", "$.alpha_pattern", "query"]),
         ({"targets": 3}, ["@ $.targets"]),

@@ -1,0 +1,118 @@
+"""Calibrate: measure the data at the targets before training, from which a method sets its start and its ranks."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from tunerkit import hooks, injection, steps
+from tunerkit.errors import AdapterError
+from tunerkit.injection import Tuner
+from tunerkit.records import Wanted
+
+M = TypeVar("M", bound=nn.Module)
+# Of fitting a new head on frozen features, which is a convex problem for a linear one.
+_PASSES, _LR = 3, 5e-3
+
+
+def calibrate(model: M, batches: Iterable[Any], adapter: str | None = None, *, loss: injection.Loss | None = None) -> M:
+    """Run a model on data before training, and let an adapter's method set its start and its ranks from that.
+
+    The method says what it wants to know, see `tunerkit.Wanted`. Statistics are summed up over the batches, so any
+    amount of data takes the same memory. The base model does not change. If the method wants gradients and modules are
+    trained in full, those are fitted to the batches first, because the gradients of a new head say nothing.
+
+    Args:
+        model: The wrapped model. Call this after `wrap` and before `attach`.
+        batches: Mappings of keyword arguments, tuples of arguments, or single arguments of the model; on the model's
+            device. If a new head must be fitted, they are gone through several times, so pass a list or a loader.
+        adapter: The adapter's name. It may be left out if the model has only one.
+        loss: Computes the loss from the model's output and the batch. By default it is the output's ``loss``, or the
+            output itself if that is one number. Only methods that want gradients need it.
+
+    Returns:
+        The same object.
+
+    Raises:
+        AdapterError: The method does not calibrate; training has begun; the model is merged, disabled or runs in a
+            process group; there is no batch; a batch gives no loss or NaN; or a target never ran.
+        PluginError: The method's plugin violates the contract of the hook.
+    """
+    tuner = injection.tuner(model, adapter)
+    wanted = _wanted(tuner)
+    _refuse_started(tuner)
+    root = tuner.model
+    injection.refuse_fixed(root, "calibrating")
+    with _evaluating(root):
+        if wanted.gradients and tuner.copies:
+            _fit_copies_(tuner, batches, loss)
+        found, count = injection.measure(tuner, wanted, batches, loss)
+    with torch.no_grad():
+        ranks = hooks.calibrate(tuner, found)
+    tuner.progress.calibration = {"batches": count, "rows": max(each.rows for each in found.values())}
+    tuner.record(ranks)
+    return model
+
+
+def _wanted(tuner: Tuner) -> Wanted:
+    wanted = hooks.registry.get(tuner.method).statistics
+    if wanted is None:
+        able = [name for name in hooks.registry.methods() if _calibrates(name)]
+        known = f"methods that do: {', '.join(able)}" if able else "no installed method does"
+        raise AdapterError(f"method {tuner.method!r} does not calibrate; {known}. Train it as it is")
+    return wanted
+
+
+def _calibrates(name: str) -> bool:
+    try:
+        return hooks.registry.get(name).statistics is not None
+    except Exception:  # listed, but broken
+        return False
+
+
+def _refuse_started(tuner: Tuner) -> None:
+    if tuner.steps or tuner.loaded or steps.is_attached(tuner):
+        state = "loaded from a file" if tuner.loaded else "attached to an optimizer" if not tuner.steps else "trained"
+        raise AdapterError(
+            f"adapter {tuner.name!r} is already {state}, and calibrating would overwrite it: calibrate right after "
+            "tunerkit.wrap"
+        )
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise AdapterError(
+            "calibrating in a process group would give each process another start; calibrate in one process, save the "
+            "adapter, and load it with trainable=True in all"
+        )
+
+
+def _fit_copies_(tuner: Tuner, batches: Iterable[Any], loss: injection.Loss | None) -> None:
+    """Train what the adapter trains in full, and nothing else, on the batches."""
+    if isinstance(batches, Iterator):
+        raise AdapterError(
+            "a new head must be fitted before gradients mean anything, which goes through the batches several times, "
+            f"and a {type(batches).__name__} can be gone through once; pass a list or a loader"
+        )
+    copies = (slot.copy for _, slot in tuner.slots() if slot.copy is not None)
+    trained = [parameter for copy in copies for parameter in copy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=_LR)
+    for _ in range(_PASSES):
+        for batch in batches:
+            value = injection.loss_of(tuner.model, batch, loss)
+            for parameter, grad in zip(trained, torch.autograd.grad(value, trained, allow_unused=True), strict=True):
+                parameter.grad = grad
+            optimizer.step()
+    optimizer.zero_grad()
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, without dropout and without changing statistics of batch norms."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

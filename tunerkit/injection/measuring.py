@@ -1,0 +1,127 @@
+"""Runs a wrapped model on batches, and measures the inputs and gradients at an adapter's targets."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunerkit.errors import AdapterError
+from tunerkit.injection.slots import slots_of
+from tunerkit.injection.tuner import Tuner
+from tunerkit.layers import Sketch
+from tunerkit.paths import few
+from tunerkit.records import Statistics, Wanted
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+def measure(
+    tuner: Tuner, wanted: Wanted, batches: Iterable[Any], loss: Loss | None
+) -> tuple[dict[str, Statistics], int]:
+    """Measure what a method wants to know of the data, at each of its targets.
+
+    Args:
+        tuner: The adapter's handle. Its model should be in eval mode.
+        wanted: What to measure.
+        batches: The batches; each is one call of the model.
+        loss: See `loss_of`.
+
+    Returns:
+        The statistics by target path, and the number of batches.
+
+    Raises:
+        AdapterError: There is no batch, one gives no loss, a target never ran, its input cannot be seen, or the
+            statistics are not finite.
+    """
+    sketches = _sketches(tuner, wanted)
+    probes = [probe for each in sketches.values() for probe in (each.p, each.q) if probe is not None]
+    ran: set[str] = set()
+    handles = [
+        target.module.register_forward_hook(_noting(ran, target.path, sketches[target.path]), with_kwargs=True)
+        for target in tuner.targets
+    ]
+    count = 0
+    try:
+        for batch in batches:
+            count += 1
+            if probes:
+                value = loss_of(tuner.model, batch, loss)
+                for probe, grad in zip(probes, torch.autograd.grad(value, probes, allow_unused=True), strict=True):
+                    if grad is not None:
+                        probe.grad = grad if probe.grad is None else probe.grad + grad
+            else:
+                with torch.no_grad():
+                    _run(tuner.model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not count:
+        raise AdapterError("there is no batch to calibrate on: batches is empty, or an iterator that is used up")
+    if idle := [path for path in sketches if path not in ran]:
+        raise AdapterError(
+            f"{len(idle)} targets never ran on these batches: {few(idle, shown=5)}; give batches that use them, or "
+            "exclude them from the targets"
+        )
+    found = {path: sketch.statistics() for path, sketch in sketches.items()}
+    if wrong := [path for path, each in found.items() if not _is_finite(each)]:
+        raise AdapterError(
+            f"the statistics at {few(wrong, shown=5)} contain NaN or inf, so the model's activations or gradients do; "
+            "check the batches, or load the model in float32 or bfloat16"
+        )
+    return found, count
+
+
+def _sketches(tuner: Tuner, wanted: Wanted) -> dict[str, Sketch]:
+    found: dict[str, Sketch] = {}
+    for path, slot in tuner.slots():
+        slots = slots_of(tuner.modules()[path])
+        if slot.adapter is None or slots is None or slots.base is None:
+            continue
+        if slots.base.lends or not slots.base.has_weight:
+            raise AdapterError(
+                f"the inputs of {path!r} cannot be seen: its {type(slots.base.module).__name__} is not called with "
+                "them; exclude it from the targets"
+            )
+        # By the place, not the order of the targets: each has its own random matrices.
+        generator = torch.Generator().manual_seed(len(found))
+        found[path] = Sketch(slots.base, wanted, generator)
+    return found
+
+
+def _noting(ran: set[str], path: str, sketch: Sketch) -> Callable[..., Tensor]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        ran.add(path)
+        return sketch.hook(module, args, kwargs, output)
+
+    return hook
+
+
+def _is_finite(found: Statistics) -> bool:
+    tensors = [found.inputs] if found.inputs is not None else []
+    tensors += [found.gradients.p, found.gradients.q] if found.gradients is not None else []
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def _run(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple) else model(batch)
+
+
+def loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
+    """Run a model on a batch and return the loss: of the output and the batch by ``loss``, or as the model gives it.
+
+    Raises:
+        AdapterError: There is no loss, or it is not finite.
+    """
+    output = _run(model, batch)
+    value = loss(output, batch) if loss is not None else getattr(output, "loss", output)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise AdapterError(
+            f"the method wants gradients, and the model returned {type(value).__name__} instead of a loss; add labels "
+            "to the batches, or pass loss=..., a function of the output and the batch"
+        )
+    if not bool(value.isfinite()):
+        raise AdapterError(f"the loss of a batch is {float(value)}; check the batches")
+    return value
