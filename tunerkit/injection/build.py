@@ -45,8 +45,7 @@ def build_each(
     biases = {biased.path: biased for biased in tuner.biases}
     paths, found = tuner.modules(), scanned.by_path
     refuse_overlap(tuner.model, paths, list(copies))
-    shared = _shared(tuner, around(Target("", tuner.model))) if tuner.shares else None
-    versions = _versions(shared)
+    shared = _shared(tuner, scanned, around(Target("", tuner.model))) if tuner.shares else None
     for path in paths:
         target, copied, biased = targets.get(path), copies.get(path), biases.get(path)
         yield (
@@ -59,17 +58,13 @@ def build_each(
                 shared=None if path else shared,
             ),
         )
-    if _versions(shared) != versions:
-        raise PluginError(
-            f"{hooks.registry.plugin_of(tuner.method)} changed the shared module in tunerkit_build_adapter: adapters "
-            "that were built before would have used other values; set its values in tunerkit_shared"
-        )
 
 
-def _shared(tuner: Tuner, entered: AbstractContextManager[object]) -> nn.Module | None:
+def _shared(tuner: Tuner, scanned: Scan, entered: AbstractContextManager[object]) -> nn.Module | None:
     """Build what the adapters share, on the first target's device and in the config's dtype."""
+    bases = [_base_at(tuner, target, scanned.by_path[target.path]) for target in tuner.targets]
     with entered:
-        shared = hooks.shared(tuner.method, tuner.targets, tuner.config)
+        shared = hooks.shared(tuner.method, tuner.targets, bases, tuner.config)
     place = tuner.targets[0].module if tuner.targets else tuner.model
     return None if shared is None else _placed(shared, place, getattr(torch, tuner.config.adapter_dtype))
 
@@ -88,11 +83,14 @@ def _adapter(
     shared: nn.Module | None,
 ) -> Adapter:
     """Build one adapter through the method's plugin, on its base layer's device and in the config's dtype."""
-    base = base_of(tuner, target.module, found.base)
-    if base is None:
-        raise TargetError(f"{target.path!r} is a {type(found.module).__name__}: no installed base-layer kind adapts it")
+    base, versions = _base_at(tuner, target, found), _versions(shared)
     with entered:
         built = hooks.build_adapter(tuner.method, target, base, tuner.config, shared)
+    if _versions(shared) != versions:
+        raise PluginError(
+            f"{hooks.registry.plugin_of(tuner.method)} changed the shared module in tunerkit_build_adapter for "
+            f"{target.path!r}: adapters that were built before would use other values; set them in tunerkit_shared"
+        )
     if shared is not None:
         built.share(shared)
     if built.reads_weight and not base.has_weight:
@@ -103,6 +101,13 @@ def _adapter(
     if found.reader is not None:
         _refuse_unreadable(tuner, target, base)
     return _placed(built, target.module, getattr(torch, tuner.config.adapter_dtype))
+
+
+def _base_at(tuner: Tuner, target: Target, found: ScannedModule) -> BaseLayer:
+    base = base_of(tuner, target.module, found.base)
+    if base is None:
+        raise TargetError(f"{target.path!r} is a {type(found.module).__name__}: no installed base-layer kind adapts it")
+    return base
 
 
 def _placed(built: M, module: nn.Module, dtype: torch.dtype) -> M:

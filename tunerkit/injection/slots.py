@@ -161,6 +161,10 @@ class Slots(nn.Module):
         self.active = tuple(new if name == old else name for name in self.active)
         self.merged = tuple(new if name == old else name for name in self.merged)
 
+    def forward(self, x: Any, *_: Any, **__: Any) -> Any:
+        """Return the first argument: a container such as ``nn.Sequential`` runs all its children, this one too."""
+        return x
+
     @property
     def names(self) -> tuple[str, ...]:
         """The adapters that have a slot here, the oldest first."""

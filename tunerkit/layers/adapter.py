@@ -51,11 +51,11 @@ class Adapter(nn.Module):
         """The module that `tunerkit_shared` built for all adapters of the method. It is no child of the adapter.
 
         Raises:
-            AttributeError: The method has none, or the adapter is not in a model yet.
+            PluginError: The method has none, or the adapter is not in a model yet.
         """
         found = vars(self).get(_SHARED)
         if found is None:
-            raise AttributeError(
+            raise PluginError(  # torch would replace the text of an AttributeError
                 f"{type(self).__name__} has no shared module: its plugin returned none from tunerkit_shared, or the "
                 "adapter is still being built, where it is an argument of tunerkit_build_adapter"
             )
@@ -96,10 +96,6 @@ def _resize_for(adapter: Adapter, state_dict: Mapping[str, Any], prefix: str, *_
     own = {**dict(adapter.named_buffers()), **dict(adapter.named_parameters())}
     ranks = set()
     for name, dim in adapter.rank_dims.items():
-        if name not in own:
-            raise PluginError(
-                f"{type(adapter).__name__}.rank_dims names {name!r}, which is no parameter or buffer of it"
-            )
         value = state_dict.get(prefix + name)
         if not isinstance(value, Tensor) or value.ndim != own[name].ndim:
             return

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from tunerkit import hooks
 from tunerkit.injection import Slots
-from tunerkit.libraries import torch_private
 
 
 @attrs.frozen(eq=False)
@@ -32,12 +31,11 @@ class PackedSum:
 
 
 @torch.no_grad()
-def packed_sum(path: str, module: nn.Module, slots: Slots, merged: Container[str]) -> PackedSum | None:
-    """Compute what a merge should make of the weight of ``module``, before it is written.
+def packed_sum(path: str, slots: Slots, merged: Container[str]) -> PackedSum | None:
+    """Compute what a merge should make of a module's weight, before it is written.
 
     Args:
         path: The module's name in errors.
-        module: The adapted module.
         slots: Its slots.
         merged: The local names of the tensors that the merge replaces.
 
@@ -47,7 +45,7 @@ def packed_sum(path: str, module: nn.Module, slots: Slots, merged: Container[str
     base = slots.base
     if base is None or base.weight_name not in merged:
         return None
-    weight = torch_private.own_parameters(module)[base.weight_name]
+    weight = base.tensor(base.weight_name)
     if type(weight) is nn.Parameter and weight.is_floating_point():
         return None
     deltas = [hooks.delta(path, slot.method, slot.adapter, base).weight for slot in slots.applied if slot.adapter]

@@ -29,10 +29,9 @@ def refuse_unequal(path: str, module: nn.Module, slots: Slots, merged: Mapping[s
         slots: Its slots.
         merged: Its own tensors with all active adapters merged, by local name.
     """
-    adapters = {slot.method: slot.adapter for slot in slots.applied if slot.adapter is not None}
-    silent = [name for name, adapter in adapters.items() if adapter.reads_output is None]
-    shared = sum(slot.adapter is not None for slot in slots.applied) > 1
-    if not (shared and silent) or slots.base is None or slots.base.lends:
+    adapters = [(slot.method, slot.adapter) for slot in slots.applied if slot.adapter is not None]
+    silent = dict.fromkeys(repr(name) for name, adapter in adapters if adapter.reads_output is None)
+    if not (len(adapters) > 1 and silent) or slots.base is None or slots.base.lends:
         return
     with torch.random.fork_rng(devices=[]), autocast_off(_device_of(slots)):
         torch.default_generator.manual_seed(0)
@@ -56,8 +55,8 @@ def refuse_unequal(path: str, module: nn.Module, slots: Slots, merged: Mapping[s
         raise AdapterError(
             f"cannot merge at {path!r}: several adapters share it ({', '.join(slots.active)}), and the merged layer "
             f"computes something else than the adapted one (by {worst / largest:.2g} of the largest output). Method "
-            f"{silent[0]!r} reads the output so far, or its delta is not what its adapter adds. Its adapter class "
-            "should set reads_output = True; until then, merge one adapter at a time"
+            f"{' or '.join(silent)} reads the output so far, or its delta is not what its adapter adds. An adapter "
+            "class that reads it should set reads_output = True; until then, merge one adapter at a time"
         )
 
 
