@@ -9,7 +9,7 @@ from tunerkit.layers.base import BaseLayer
 from tunerkit.layers.fused import autocast_off
 from tunerkit.records import Factors, Statistics, Wanted
 
-# The inputs' sketch and the second one of a gradient have this many times as many rows as are asked for. Without that, a
+# The inputs' sketch and the second one of a gradient have this many times the rows that are asked for. Without that, a
 # Nyström approximation has no bound on its error, and the gradient's system is badly conditioned.
 _OVERSAMPLING = 2
 _NOISE = 1e-7  # of the largest eigenvalue: what sums of fp32 products leave where there is nothing

@@ -84,10 +84,12 @@ def grow_(growths: Sequence[Growth], optimizer: Optimizer | None) -> str | None:
         for example in ``tunerkit_start``, if your method cannot do without growing.
 
     Raises:
-        AdapterError: The new entries of one of them have another shape; nothing has grown then.
+        AdapterError: The new entries of one of them have another shape, or it is listed twice; nothing has grown then.
     """
     for growth in growths:
         _refuse_misshapen(growth)
+    if len({id(growth.parameter) for growth in growths}) < len(growths):
+        raise AdapterError("a parameter is listed twice in one call of grow_; call it once for each dimension")
     reason = resize_obstacle([growth.parameter for growth in growths], optimizer) if growths else None
     if reason is None:
         for growth in growths:
