@@ -1,4 +1,4 @@
-"""Parameter groups: the learning rates and weight decays that a method asks for, in a plain loop and under a Trainer."""
+"""Parameter groups: the learning rates and weight decays that a method asks for, in a loop and under a Trainer."""
 
 import copy
 from collections.abc import Iterator

@@ -189,8 +189,7 @@ def _tuner_from(header: Header, scanned: Scan, adapter: str, source: str) -> Tun
         raise BaseMismatchError(f"{source} was trained on another base model: {error}") from error
     by_path = {place.path: place for place in found}
     chosen, copies, biases = (tuple(by_path[path] for path in paths) for paths in header.places.values())
-    if hooks.registry.get(header.method).targets == "weights":
-        targets.refuse_unfit(scanned, chosen)
+    targets.refuse_unfit(scanned, chosen, outputs=hooks.registry.get(header.method).targets == "outputs")
     targets.refuse_tied(scanned, header.copies)
     return Tuner(
         name=adapter,
