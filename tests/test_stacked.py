@@ -39,15 +39,15 @@ def embedding() -> tuple[nn.Module, Tensor]:
 LAYERS = (linear, convolution, embedding)
 
 
-def stacked(model: nn.Module, methods: tuple[str, ...], **config: Any) -> Any:
-    """``model`` with one adapter of each method, with random values, in eval mode."""
+def stacked(model: nn.Module, methods: tuple[str, ...], *, size: float = 0.3, **config: Any) -> Any:
+    """``model`` with one adapter of each method, whose values were changed by about ``size``, in eval mode."""
     for number, method in enumerate(methods):
         tunerkit.wrap(model, method, {"targets": ["0"], **config}, adapter=f"a{number}", seed=number)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".tunerkit." in name:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
     return model.eval()
 
 
@@ -191,10 +191,7 @@ def test_pairs_on_a_bert_and_a_llama_merge_to_what_they_compute(
     pytest.importorskip("transformers")
     torch.manual_seed(0)
     model, x = build()
-    model = stacked(Logits(model), methods, targets=["all-linear"])
-    for parameter in model.parameters():
-        parameter.data = parameter.data.double()
-    assert_merges(model, x)
+    assert_merges(stacked(Logits(model), methods, size=0.05, targets=["all-linear"]), x)
 
 
 def test_an_adapter_that_does_not_read_adds_to_what_came_before() -> None:
@@ -206,3 +203,22 @@ def test_an_adapter_that_does_not_read_adds_to_what_came_before() -> None:
     twin = copy.deepcopy(model)
     tunerkit.activate(twin, ["a1", "a0"])
     assert torch.equal(twin(x), before)
+
+
+@pytest.mark.parametrize("methods", [("toy-scale",), ("toy-scale", "toy-low-rank"), ("toy-direction",)])
+def test_a_reader_of_an_embedding_with_a_padding_row_is_refused(methods: tuple[str, ...]) -> None:
+    """A delta never touches that row, and a reader changes what the forward reads there: the two would differ."""
+    torch.manual_seed(0)
+    layer = nn.Embedding(9, 5, padding_idx=2)
+    with torch.no_grad():
+        layer.weight[2] = 1.0  # as in pretrained tables
+    model, x = stacked(nn.Sequential(layer), methods), torch.arange(9)
+    before = model(x)
+    with pytest.raises(tunerkit.AdapterError, match=r"'0': the merged Embedding.*exclude=") as error:
+        tunerkit.merge(model)
+    assert methods[0] in str(error.value)
+    assert torch.equal(model(x), before)
+    with torch.no_grad():
+        layer.weight[2] = 0.0  # as in new ones
+    if methods == ("toy-scale",):
+        assert_merges(model, x)
