@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import tunerkit
 from tunerkit.testing.registering import registered
+from tunerkit.testing.toy_adapters import Affine
 from tunerkit.testing.toy_methods import LowRankPlugin
-from tunerkit.testing.toy_outputs import Affine, AffineConfig, OutputPlugin
+from tunerkit.testing.toy_outputs import AffineConfig, OutputPlugin
 from tunerkit.testing.toy_readers import ScaleConfig, ScalePlugin
 
 X = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(1))

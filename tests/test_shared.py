@@ -16,8 +16,9 @@ import tunerkit
 from tunerkit.serialization.header import digest
 from tunerkit.testing.registering import registered
 from tunerkit.testing.small import X, net, step, train, trainable
+from tunerkit.testing.toy_adapters import Matrices, Weighting
 from tunerkit.testing.toy_methods import LowRankConfig
-from tunerkit.testing.toy_shared import Matrices, SharedPlugin, Weighting
+from tunerkit.testing.toy_shared import SharedPlugin
 
 TARGETS = {"targets": ["0", "2", "4"]}
 
@@ -296,11 +297,13 @@ def test_a_shared_module_is_a_module_of_its_own(answer: Any, words: str) -> None
 
 
 def test_a_method_may_decide_that_it_shares_nothing() -> None:
-    """None is an answer; `Adapter.shared` then says so."""
+    """None is an answer; an adapter then has no ``shared``."""
     with registered(Answering(lambda targets: None)):
         model = tunerkit.wrap(net(), "toy-answering", TARGETS)
         assert tunerkit.tuner(model).shared is None
-        with pytest.raises(tunerkit.PluginError, match="Weighting has no shared module"):
+        adapter = tunerkit.tuner(model).adapters()["0"]
+        assert not hasattr(adapter, "shared")
+        with pytest.raises(AttributeError, match="'Weighting' object has no attribute 'shared'"):
             model(X)
 
 

@@ -2,44 +2,9 @@
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
-
 import tunerkit
+from tunerkit.testing.toy_adapters import Matrices, Weighting
 from tunerkit.testing.toy_methods import LowRankConfig
-
-
-class Matrices(nn.Module):
-    """Fixed random ``a`` (rank, in) and ``b`` (out, rank), as large as the largest target."""
-
-    def __init__(self, out: int, into: int, rank: int) -> None:
-        super().__init__()
-        self.a = nn.Parameter(torch.randn(rank, into), requires_grad=False)
-        self.b = nn.Parameter(torch.randn(out, rank), requires_grad=False)
-
-
-class Weighting(tunerkit.Adapter):
-    """Adds ``diag(v) b diag(d) a x`` with trained ``v`` (out,), which starts at 0, and ``d`` (rank,)."""
-
-    reads_output = False
-    reads_weight = False
-
-    def __init__(self, base: tunerkit.BaseLayer, rank: int) -> None:
-        super().__init__()
-        self.v = nn.Parameter(torch.zeros(base.out_features))
-        self.d = nn.Parameter(torch.ones(rank))
-
-    @property
-    def rank(self) -> int:
-        return len(self.d)
-
-    def parts(self, base: tunerkit.BaseLayer) -> tuple[Tensor, Tensor]:
-        """Return the target's part of ``a``, (rank, in), and ``diag(v) b``, (out, rank)."""
-        return self.shared.a[:, : base.in_features], self.v[:, None] * self.shared.b[: base.out_features]
-
-    def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
-        q, p = self.parts(base)
-        return tunerkit.add_low_rank(base, x, y, q=q, p=p, lam=self.d, scale=1.0)
 
 
 class SharedPlugin:

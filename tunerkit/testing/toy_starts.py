@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import tunerkit
-from tunerkit.testing.toy_adapters import LowRank
+from tunerkit.testing.toy_adapters import LowRank, Principal
 from tunerkit.testing.toy_methods import LowRankConfig, LowRankPlugin
 
 # The rank of what is measured of the data; toy adapters have smaller ones.
@@ -53,33 +53,6 @@ class FittedPlugin(LowRankPlugin):
             measured = found.inputs if found.gradients is None else found.gradients.p @ found.gradients.q
             adapter.fit_(measured, share=0.9)
         return tuner.ranks()
-
-
-class Principal(tunerkit.Adapter):
-    """Trains the main part ``b a`` of W, as PiSSA does, and takes away its start, a fixed twin ``start_b start_a``."""
-
-    reads_output = False
-    reads_weight = False
-
-    def __init__(self, base: tunerkit.BaseLayer, rank: int) -> None:
-        super().__init__()
-        u, sigma, vh = torch.linalg.svd(base.dense().float(), full_matrices=False)
-        self.a, self.b = nn.Parameter(vh[:rank]), nn.Parameter(u[:, :rank] * sigma[:rank])
-        self.start_a = nn.Parameter(self.a.detach().clone(), requires_grad=False)
-        self.start_b = nn.Parameter(self.b.detach().clone(), requires_grad=False)
-
-    @property
-    def rank(self) -> int:
-        return len(self.a)
-
-    def factors(self) -> tunerkit.Factors:
-        """Return the difference as one product."""
-        q, p = torch.cat([self.a, self.start_a]), torch.cat([self.b, -self.start_b], dim=1)
-        return tunerkit.low_rank_factors(q, p, scale=1.0)
-
-    def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
-        product = self.factors()
-        return tunerkit.add_low_rank(base, x, y, q=product.q, p=product.p, scale=1.0)
 
 
 class PrincipalPlugin:
