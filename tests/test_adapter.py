@@ -120,8 +120,8 @@ def test_fixed_tensors_move_and_are_cast_with_the_adapter() -> None:
     found = {name: tensor.dtype for name, tensor in (*adapter.named_parameters(), *adapter.named_buffers())}
     assert found == dict.fromkeys(("a", "d", "b"), torch.bfloat16) | {"count": torch.int64}
     model.double().to("meta")
-    found = {name: (t.dtype, t.device.type) for name, t in (*adapter.named_parameters(), *adapter.named_buffers())}
-    assert found == dict.fromkeys(("a", "d", "b"), (torch.float64, "meta")) | {"count": (torch.int64, "meta")}
+    moved = {name: (t.dtype, t.device.type) for name, t in (*adapter.named_parameters(), *adapter.named_buffers())}
+    assert moved == dict.fromkeys(("a", "d", "b"), (torch.float64, "meta")) | {"count": (torch.int64, "meta")}
     assert trained_names(model) == {"d"}
 
 
@@ -130,7 +130,7 @@ def test_an_adapter_with_nothing_to_train_counts_as_frozen() -> None:
 
     class Nothing(FixedPlugin):
         @tunerkit.hookimpl
-        def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> tunerkit.Adapter:
+        def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Fixed:
             return Fixed(base).requires_grad_(False)
 
         @tunerkit.hookimpl

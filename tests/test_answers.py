@@ -124,6 +124,7 @@ def raising(error: BaseException) -> Callable[[], object]:
 Delta: Any = tunerkit.Delta  # Any: what the records hold here is wrong on purpose
 State: Any = tunerkit.State
 Factors: Any = tunerkit.Factors
+Group: Any = tunerkit.ParamGroup
 WRONG: dict[str, tuple[object, ...]] = {
     "tunerkit_build_adapter": (None, 3, nn.Linear(1, 1)),
     "tunerkit_before_step": (True, ["v"], torch.ones(2), [None]),
@@ -135,7 +136,7 @@ WRONG: dict[str, tuple[object, ...]] = {
                        Delta(bias=torch.ones(3, 3)), Delta(weight=torch.ones(3, 3).int()),
                        Delta(bias=[0.0, 0.0, 0.0]), Delta(bias=torch.ones(3, device="meta"))),
     "tunerkit_shared": (3, torch.ones(2), Shift, [nn.ReLU()]),
-    "tunerkit_param_groups": (3, torch.ones(2), [3], {"lr": 1.0}, [tunerkit.ParamGroup([nn.Parameter(torch.ones(1))])]),
+    "tunerkit_param_groups": (3, torch.ones(2), [3], {"lr": 1.0}, [Group([nn.Parameter(torch.ones(1))])]),
     "tunerkit_factors": (None, Delta(), torch.ones(3, 3), (torch.ones(1, 3), torch.ones(3, 1)),
                          Factors(q=torch.ones(1, 3), p=torch.ones(1, 3)), Factors(q=torch.ones(3), p=torch.ones(3, 1)),
                          Factors(q=torch.ones(2, 3), p=torch.ones(3, 1)),

@@ -45,7 +45,7 @@ def test_the_start_and_the_ranks_follow_the_data_and_the_output_stays(method: st
     assert tunerkit.calibrate(model, BATCHES, loss=loss) is model
     assert torch.equal(model(X), net()(X))
     tuner = tunerkit.tuner(model)
-    assert tuner.ranks() == {path: len(adapter.a) for path, adapter in tuner.adapters().items()}
+    assert tuner.ranks() == {path: len(adapter.get_parameter("a")) for path, adapter in tuner.adapters().items()}
     (change,) = tuner.history
     assert (change.step, change.ranks) == (0, tuner.ranks())
     optimizer = torch.optim.AdamW(trainable(model), lr=0.05)
@@ -79,8 +79,9 @@ def test_the_base_its_modes_and_the_random_state_stay_as_they_are(method: str) -
             return [tunerkit.Method(f"{m.name}-drawing", m.config, statistics=m.statistics) for m in found]
 
         @tunerkit.hookimpl
-        def tunerkit_calibrate(self, tuner: tunerkit.Tuner, statistics: Any) -> None:
+        def tunerkit_calibrate(self, tuner: tunerkit.Tuner, statistics: Any) -> dict[str, int]:
             torch.randn(3)
+            return tuner.ranks()
 
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
     with registered(Drawing()):
@@ -198,8 +199,9 @@ def stepped(model: nn.Module) -> nn.Module:
 
 
 def attached(model: nn.Module) -> nn.Module:
-    model.optimizer = optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     tunerkit.attach(model, optimizer)
+    vars(model)["optimizer"] = optimizer  # it must live as long as the model
     return model
 
 
@@ -278,7 +280,7 @@ class Answering(FittedPlugin):
         return [tunerkit.Method("toy-answering", config=LowRankConfig, statistics=tunerkit.Wanted(inputs=2))]
 
     @tunerkit.hookimpl
-    def tunerkit_calibrate(self) -> Any:
+    def tunerkit_calibrate(self) -> Any:  # type: ignore[override]
         return self.answer
 
 

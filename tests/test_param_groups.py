@@ -223,7 +223,7 @@ def test_an_optimizer_that_was_given_to_the_trainer_stays_as_it_is(tmp_path: Pat
 
     model = tunerkit.wrap(Regression(), "toy-plus", {"targets": ["first"]})
     optimizer = torch.optim.SGD(trainable(model), lr=0.1)
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     options = arguments(tmp_path, max_steps=1)
     trainer = Trainer(model, options, train_dataset=RegressionRows(), optimizers=(optimizer, scheduler))
     tunerkit.attach(model, trainer)

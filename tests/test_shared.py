@@ -225,11 +225,12 @@ class Mutating(SharedPlugin):
         return [tunerkit.Method("toy-mutating", config=LowRankConfig)]
 
     @tunerkit.hookimpl
-    def tunerkit_build_adapter(
+    def tunerkit_build_adapter(  # type: ignore[override]
         self, base: tunerkit.BaseLayer, config: LowRankConfig, shared: Matrices
-    ) -> tunerkit.Adapter:
+    ) -> Weighting:
         adapter = Weighting(base, config.rank)
-        return self.change(adapter, shared) or adapter
+        self.change(adapter, shared)
+        return adapter
 
 
 @torch.no_grad()
@@ -279,7 +280,7 @@ class Answering(SharedPlugin):
         return [tunerkit.Method("toy-answering", config=LowRankConfig)]
 
     @tunerkit.hookimpl
-    def tunerkit_shared(self, targets: Sequence[tunerkit.Target]) -> Any:
+    def tunerkit_shared(self, targets: Sequence[tunerkit.Target]) -> Any:  # type: ignore[override]
         return self.answer(targets)
 
 
@@ -315,7 +316,7 @@ class Trainable(SharedPlugin):
         return [tunerkit.Method("toy-shared-trainable", config=LowRankConfig)]
 
     @tunerkit.hookimpl
-    def tunerkit_shared(self, bases: Sequence[tunerkit.BaseLayer], config: LowRankConfig) -> nn.Module:
+    def tunerkit_shared(self, bases: Sequence[tunerkit.BaseLayer], config: LowRankConfig) -> Matrices:
         return Matrices(8, 8, config.rank).requires_grad_(True)
 
 

@@ -43,11 +43,11 @@ def measured(layer: nn.Module, x: Tensor, wanted: Wanted, parts: int = 2) -> tup
     handle = layer.register_forward_hook(sketch.hook, with_kwargs=True)
     for batch in x.chunk(parts):
         value = layer(batch).square().sum()
-        probes = [probe for probe in (sketch.p, sketch.q) if probe is not None]
+        probes: list[Any] = [probe for probe in (sketch.p, sketch.q) if probe is not None]
         for probe, grad in zip(probes, torch.autograd.grad(value, probes) if probes else (), strict=True):
             probe.grad = grad if probe.grad is None else probe.grad + grad
     handle.remove()
-    (exact,) = torch.autograd.grad(layer(x).square().sum(), [layer.weight])
+    (exact,) = torch.autograd.grad(layer(x).square().sum(), [layer.get_parameter("weight")])
     return sketch.statistics(), unpacked(base, exact)
 
 

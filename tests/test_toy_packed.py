@@ -140,7 +140,8 @@ def test_several_adapters_are_packed_once() -> None:
 
 def test_its_tensors_are_found_by_name() -> None:
     """`BaseLayer.tensor` finds parameters and buffers, and names what it was asked for otherwise."""
-    base = tunerkit.wrap(packed(), "toy-low-rank", TARGETS)[0].tunerkit.base  # type: ignore[index]
+    model: Any = tunerkit.wrap(packed(), "toy-low-rank", TARGETS)
+    base = model[0].tunerkit.base
     assert base.tensor("weight").dtype == torch.int8
     assert base.tensor("bias") is base.module.bias
     assert torch.equal(base.bias(), base.module.bias)

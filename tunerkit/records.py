@@ -1,6 +1,6 @@
 """The frozen records that tunerkit and its plugins exchange."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import attrs
@@ -153,6 +153,10 @@ class Factors:
         return self.q.shape[0]
 
 
+def _listed(parameters: Iterable[nn.Parameter]) -> tuple[nn.Parameter, ...]:
+    return tuple(parameters)  # a generator would be used up by the first who looks
+
+
 @attrs.frozen(eq=False)
 class ParamGroup:
     """Parameters that are trained with settings of their own, as a plugin yields them from ``tunerkit_param_groups``.
@@ -163,7 +167,7 @@ class ParamGroup:
         weight_decay: Their weight decay; None for that of all others.
     """
 
-    parameters: Sequence[nn.Parameter] = attrs.field(converter=tuple)
+    parameters: Sequence[nn.Parameter] = attrs.field(converter=_listed)
     lr_scale: float = 1.0
     weight_decay: float | None = None
 

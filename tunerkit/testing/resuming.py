@@ -130,7 +130,7 @@ def train(run: Run) -> None:
 def _train(run: Run) -> None:
     model = tunerkit.wrap(_model(), run.method, run.config, seed=0)
     if run.calibrate and not run.resume:
-        tunerkit.calibrate(model, [{name: rows[None] for name, rows in row.items()} for row in TokenRows(8)])
+        tunerkit.calibrate(model, _batches())
     interrupt = _Interrupt(run)
     trainer = Trainer(
         model,
@@ -208,6 +208,11 @@ class _Interrupt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
         if state.global_step == self.run.stop_after:
             control.should_training_stop = True
+
+
+def _batches() -> list[dict[str, Tensor]]:
+    rows = TokenRows(8)
+    return [{name: value[None] for name, value in rows[number].items()} for number in range(len(rows))]
 
 
 def _model() -> BertForSequenceClassification:

@@ -1,5 +1,7 @@
 """Adapters in a few lines each: what an outside author writes first of a method."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -38,8 +40,8 @@ class Shift(Adapter):
 class Scale(Adapter):
     """Multiplies the output by 1 + ``l`` (out,), as IA3 does; ``l`` starts at 0."""
 
-    reads_output = True
-    reads_weight = True
+    reads_output: ClassVar[bool | None] = True
+    reads_weight: ClassVar[bool | None] = True
 
     def __init__(self, base: BaseLayer) -> None:
         super().__init__()
@@ -52,8 +54,8 @@ class Scale(Adapter):
 class Secretive(Scale):
     """A `Scale` whose class does not say what it reads."""
 
-    reads_output = None
-    reads_weight = None
+    reads_output: ClassVar[bool | None] = None
+    reads_weight: ClassVar[bool | None] = None
 
 
 class Direction(Adapter):
@@ -66,7 +68,7 @@ class Direction(Adapter):
         super().__init__()
         self.a = nn.Parameter(torch.randn(rank, base.in_features))
         self.b = nn.Parameter(torch.zeros(base.out_features, rank))
-        self.m = nn.Parameter(base.dense().float().norm(dim=1))
+        self.m = nn.Parameter(torch.linalg.vector_norm(base.dense().float(), dim=1))
 
     @property
     def rank(self) -> int:
@@ -74,7 +76,8 @@ class Direction(Adapter):
 
     def stretch(self, base: BaseLayer) -> Tensor:
         """Return the factor of each row of W + ``b a``, (out,)."""
-        return self.m / (base.dense() + self.b @ self.a).norm(dim=1)
+        lengths: Tensor = torch.linalg.vector_norm(base.dense() + self.b @ self.a, dim=1)
+        return self.m / lengths
 
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         bias, stretch = base.bias(), base.shape_bias(self.stretch(base))
@@ -124,7 +127,8 @@ class Weighting(Adapter):
 
     def parts(self, base: BaseLayer) -> tuple[Tensor, Tensor]:
         """Return the target's part of ``a``, (rank, in), and ``diag(v) b``, (out, rank)."""
-        return self.shared.a[:, : base.in_features], self.v[:, None] * self.shared.b[: base.out_features]
+        a, b = self.shared.get_parameter("a"), self.shared.get_parameter("b")
+        return a[:, : base.in_features], self.v[:, None] * b[: base.out_features]
 
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         q, p = self.parts(base)

@@ -1,15 +1,14 @@
 """A toy method that grows its rank while it trains."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import attrs
 import torch
 from torch.optim import Optimizer
 
 import tunerkit
-from tunerkit.testing.toy_adapters import LowRank
-from tunerkit.testing.toy_methods import LowRankPlugin
+from tunerkit.testing.toy_adapters import SCALE, LowRank
 
 
 @attrs.frozen
@@ -33,7 +32,7 @@ class Growing(LowRank):
         return [tunerkit.Growth(self.a, 0, row), tunerkit.Growth(self.b, 1, self.b.new_zeros(len(self.b), 1))]
 
 
-class GrowingPlugin(LowRankPlugin):
+class GrowingPlugin:
     """``toy-growing``, which starts at rank 1; its state is the number of times that it has grown."""
 
     @tunerkit.hookimpl
@@ -45,24 +44,28 @@ class GrowingPlugin(LowRankPlugin):
         return Growing(base, 1)
 
     @tunerkit.hookimpl
+    def tunerkit_factors(self, adapter: Growing) -> tunerkit.Factors:
+        return tunerkit.low_rank_factors(adapter.a, adapter.b, scale=SCALE)
+
+    @tunerkit.hookimpl
     def tunerkit_start(self, tuner: tunerkit.Tuner, optimizer: Optimizer | None) -> dict[str, int]:
         if reason := tunerkit.resize_obstacle(tuner.parameters(), optimizer):
             raise tunerkit.StepError(f"toy-growing cannot grow here: {reason}")
         return {"grown": 0}
 
     @tunerkit.hookimpl
-    def tunerkit_after_step(self, tuner: tunerkit.Tuner, step: int) -> dict[str, int] | None:
-        state: dict[str, int] = tuner.state
-        if step % tuner.config.every or state["grown"] + 1 >= tuner.config.max_rank:
+    def tunerkit_after_step(self, tuner: Any, step: int) -> dict[str, int] | None:
+        if step % tuner.config.every or tuner.state["grown"] + 1 >= tuner.config.max_rank:
             return None
-        state["grown"] += 1
+        tuner.state["grown"] += 1
         generator = torch.Generator().manual_seed(step)
         growths = [growth for adapter in tuner.adapters().values() for growth in adapter.growths(generator)]
         tunerkit.grow_(growths, tunerkit.optimizer_of(tuner))
-        return tuner.ranks()
+        ranks: dict[str, int] = tuner.ranks()
+        return ranks
 
     @tunerkit.hookimpl
-    def tunerkit_state(self, tuner: tunerkit.Tuner) -> tunerkit.State:
+    def tunerkit_state(self, tuner: Any) -> tunerkit.State:
         return tunerkit.State(tensors={}, values=tuner.state)
 
     @tunerkit.hookimpl

@@ -1,7 +1,7 @@
 """Toy methods with a start of their own: two that are fitted to data, and one whose delta does not start at 0."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -48,7 +48,8 @@ class FittedPlugin(LowRankPlugin):
     def tunerkit_calibrate(
         self, tuner: tunerkit.Tuner, statistics: Mapping[str, tunerkit.Statistics]
     ) -> dict[str, int]:
-        for path, adapter in tuner.adapters().items():
+        adapters: Mapping[str, Any] = tuner.adapters()
+        for path, adapter in adapters.items():
             found = statistics[path]
             measured = found.inputs if found.gradients is None else found.gradients.p @ found.gradients.q
             adapter.fit_(measured, share=0.9)

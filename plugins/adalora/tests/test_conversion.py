@@ -19,11 +19,11 @@ PATHS = ("0", "2", "4")
 pytest.importorskip("tunerkit_lora", reason="LoRA is another distribution")
 
 
-def products_of(model: nn.Module) -> dict[str, tunerkit.Factors]:
+def products_of(model: Any) -> dict[str, tunerkit.Factors]:
     """What the adapter adds at each target, on the CPU and detached."""
     tuner, found = tunerkit.tuner(model), {}
     for path, adapter in tuner.adapters().items():
-        base = model.get_submodule(path).tunerkit.base  # type: ignore[union-attr]
+        base: Any = model.get_submodule(path).get_submodule("tunerkit").base
         product = hooks.factors(path, tuner.method, adapter, base)
         found[path] = tunerkit.Factors(q=product.q.detach(), p=product.p.detach())
     return found
@@ -95,14 +95,16 @@ def test_products_of_any_ranks_are_built(method: str, ranks: tuple[int, ...], tm
     generator, layers = torch.Generator().manual_seed(0), net()
     products, model = {}, net()
     for path, rank in zip(PATHS, ranks, strict=True):
-        out, into = layers.get_submodule(path).weight.shape  # type: ignore[union-attr]
+        out, into = layers.get_parameter(f"{path}.weight").shape
         q, p = (0.4 * torch.randn(shape, generator=generator) for shape in ((rank, into), (out, rank)))
         products[path] = tunerkit.Factors(q=q, p=p)
-        model.get_submodule(path).weight.data += p @ q  # type: ignore[union-attr]
+        model.get_parameter(f"{path}.weight").data += p @ q
     loaded = converted(method, products, tmp_path)
     assert_equal(loaded(X), model(X))
     found = tunerkit.tuner(loaded).ranks()
-    sizes = {path: min(rank, *layers.get_submodule(path).weight.shape) for path, rank in zip(PATHS, ranks, strict=True)}  # type: ignore[union-attr]
+    sizes = {
+        path: min(rank, *layers.get_parameter(f"{path}.weight").shape) for path, rank in zip(PATHS, ranks, strict=True)
+    }
     assert found == (sizes if method == "adalora" else dict(zip(PATHS, ranks, strict=True)))
     tunerkit.merge(loaded)
     assert_equal(loaded(X), model(X))
