@@ -84,7 +84,6 @@ def _tuner_of(
         targets=chosen,
         copies=targets.from_paths(scanned, copies),
         biases=targets.choose_biases(scanned, config.bias, chosen, copies),
-        shares=hooks.has_shared(method),
         progress=Progress(total_steps=config.total_steps),
     )
 

@@ -201,7 +201,6 @@ def _tuner_from(header: Header, scanned: Scan, adapter: str, source: str) -> Tun
         copies=copies,
         biases=biases,
         loaded=True,
-        shares=hooks.has_shared(header.method),
         progress=Progress(total_steps=header.total_steps, calibration=_calibration(header)),
     )
 
