@@ -640,6 +640,15 @@ def test_a_mask_of_infinities_in_a_trained_module_is_saved_and_loaded(toys: "Toy
         tunerkit.save(model, tmp_path)
 
 
+def test_an_adapter_that_was_never_attached_has_no_state_to_save(toys: "Toys", tmp_path: Path) -> None:
+    """Its file would lack every part that the method needs, and the loss would be found when training resumes."""
+    model = tunerkit.wrap(toys.net(), "toy-stepper", {"targets": ["conv"]})
+    with pytest.raises(AdapterError, match=r"was never attached.*call tunerkit\.attach"):
+        tunerkit.save_state(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    tunerkit.save_state(tunerkit.wrap(toys.net(), "toy-shift", {"targets": ["conv"]}), tmp_path)
+
+
 def test_a_training_state_that_is_not_finite_is_neither_saved_nor_loaded(
     toys: "Toys", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
