@@ -283,6 +283,20 @@ def test_a_whole_block_that_is_new_is_trained(
     assert toys.close(tunerkit.load(longer(), tmp_path / "out")(IDS).logits, model(IDS).logits)
 
 
+def test_parameters_of_a_new_block_that_are_in_no_layer_are_named_as_frozen(tmp_path: Path) -> None:
+    """Experts are one layer, with an activation inside; the scales of BEiT's blocks lie beside the block's layers."""
+    mixtral = transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=2)
+    load = checkpoint(tmp_path / "mixtral", transformers.MixtralForCausalLM(mixtral))
+    copies, texts = wrapped(load("MixtralForCausalLM", num_hidden_layers=2), targets=["q_proj"])
+    assert {"model.layers.1.mlp.experts", "model.layers.1.mlp.gate"} <= {*copies}
+    assert [text.startswith("trained in full") for text in texts] == [True]
+    image = {**SIZES, "image_size": 8, "patch_size": 4, "layer_scale_init_value": 0.1}
+    load = checkpoint(tmp_path / "beit", transformers.BeitModel(transformers.BeitConfig(**image)))
+    copies, texts = wrapped(load("BeitModel", num_hidden_layers=2))
+    assert len(copies) == 8
+    assert "stay frozen: layers.1 holds parameters of its own beside its layers" in texts[1]
+
+
 def test_excluded_layers_of_a_new_block_stay_frozen_and_the_others_are_trained(longer: Callable[[], Any]) -> None:
     """Leaving one projection out of LoRA does not freeze the random layers around it; naming the block does."""
     copies, _ = wrapped(longer(), exclude=["down_proj"])

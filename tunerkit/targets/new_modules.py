@@ -95,8 +95,9 @@ def _layers(scanned: Scan, path: str) -> Iterator[str]:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether the module holds no further layers, or calls those that it holds in torch's own way."""
-    return isinstance(module, nn.MultiheadAttention) or torch_private.own_children(module).keys() <= {CHILD}
+    """Whether no module in it holds parameters, or it calls those in torch's own way."""
+    inside = (child for name, child in torch_private.own_children(module).items() if child and name != CHILD)
+    return isinstance(module, nn.MultiheadAttention) or all(next(m.parameters(), None) is None for m in inside)
 
 
 def _named(scanned: Scan, config: AdapterConfig, new: Collection[str]) -> Iterator[str]:
