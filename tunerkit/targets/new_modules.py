@@ -60,11 +60,11 @@ def choose_new(
 
 def _copies(scanned: Scan, new: Sequence[str], decided: Collection[str]) -> tuple[dict[str, list[str]], list[str]]:
     """What is copied to train each of the modules in full, and why the rest cannot be trained."""
-    blocks = {each.path for each in scanned.modules if is_in_block(scanned, each)}
     trained: dict[str, list[str]] = defaultdict(list)
     untrained: list[str] = []
     for path in new:
-        has_blocks = any(is_under(block, (path,)) for block in blocks)
+        inside = (each for each in scanned.modules if f"{each.path}.".startswith(f"{path}."))
+        has_blocks = any(is_in_block(scanned, each) for each in inside)
         for part in _layers(scanned, path) if has_blocks else [path]:
             if _is_decided(part, decided):
                 continue

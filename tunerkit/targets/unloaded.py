@@ -1,7 +1,7 @@
 """Which modules ``from_pretrained`` did not load, read from the marks that transformers sets."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 from torch import nn
@@ -18,6 +18,8 @@ from tunerkit.libraries import (
 )
 from tunerkit.paths import is_number, is_under, parent
 from tunerkit.targets.scan import Scan, ScannedModule
+
+_Owned = Sequence[tuple[ScannedModule, Sequence[nn.Parameter]]]  # modules, and their own parameters that may have marks
 
 
 @attrs.frozen
@@ -39,10 +41,13 @@ class Unloaded:
 
 def find_unloaded(scanned: Scan) -> Unloaded:
     """Find the modules of a model that ``from_pretrained`` did not load."""
-    marks = _marks(scanned)
+    owned = [(each, _own(each.module)) for each in (scanned.root, *scanned.modules)]
+    marks = {each.path: [is_loaded(parameter) for parameter in own] for each, own in owned}
     if not any(map(any, marks.values())):
         return Unloaded(heads=_task_heads(scanned))
-    if replaced := _replaced(scanned):
+    if all(map(all, marks.values())):
+        return Unloaded()
+    if replaced := _replaced(scanned, owned):
         return Unloaded(heads=_task_heads(scanned), replaced=replaced)
     return _unmarked(scanned, marks)
 
@@ -55,25 +60,23 @@ def is_in_block(scanned: Scan, found: ScannedModule) -> bool:
     return not isinstance(scanned.by_path[".".join(above)].module, nn.Sequential)
 
 
-def _marks(scanned: Scan) -> dict[str, list[bool]]:
-    """For each module whether each of its own parameters was loaded."""
-    return {each.path: [is_loaded(p) for p in _own(each.module)] for each in (scanned.root, *scanned.modules)}
-
-
-def _replaced(scanned: Scan) -> tuple[str, ...]:
+def _replaced(scanned: Scan, owned: _Owned) -> tuple[str, ...]:
     """The modules in numbered blocks some of whose parameters lost their mark, so that marks prove nothing.
 
     What copies, moves or replaces a parameter drops its mark too. What ``from_pretrained`` did not find is different:
     it is in a module that ``from_pretrained`` built, and its first values were written in place, while loaded
     parameters were never written to.
     """
-    blocks = [(each, _own(each.module)) for each in scanned.modules if is_in_block(scanned, each)]
-    untouched = not any(torch_private.version(p) for _, own in blocks for p in own if is_loaded(p))
-    unmarked = ((each, [p for p in own if not is_loaded(p)]) for each, own in blocks)
+    new = [(each, [p for p in own if not is_loaded(p)]) for each, own in owned]
+    unmarked = [(each, own) for each, own in new if own and is_in_block(scanned, each)]
+    if not unmarked:
+        return ()
+    blocks = (own for each, own in owned if is_in_block(scanned, each))
+    untouched = not any(torch_private.version(p) for own in blocks for p in own if is_loaded(p))
     return tuple(
         each.path
         for each, own in unmarked
-        if own and not (untouched and is_built(each.module) and all(map(torch_private.version, own)))
+        if not (untouched and is_built(each.module) and all(map(torch_private.version, own)))
     )
 
 

@@ -203,7 +203,8 @@ def test_a_file_that_lacks_a_part_is_named_with_the_part_and_what_to_load_instea
     model = wrapped()
     train(model, attached(model), 7)
     state = tunerkit.tuner(model).training_state()
-    tensors, values = ({k: v for k, v in each.items() if k != part} for each in (state.tensors, state.values))
+    tensors = {name: tensor for name, tensor in state.tensors.items() if name != part}
+    values = {name: value for name, value in state.values.items() if name != part}
     monkeypatch.setattr(hooks, "state", lambda _: tunerkit.State(tensors, values))
     path = tunerkit.save_state(model, tmp_path)
     with pytest.raises(error) as caught:
