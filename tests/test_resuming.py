@@ -147,6 +147,25 @@ def test_without_a_whole_checkpoint_the_error_names_what_is_wrong_with_each(
     assert "has no adapter.safetensors for adapter 'a'" in str(caught.value)
 
 
+def test_a_checkpoint_that_cannot_be_read_is_refused_by_name(
+    whole: tuple[Trainer, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failing disk is a problem of that checkpoint; a bare error of one process would leave the others waiting."""
+    folder = copied(whole[1], tmp_path)
+    read = Path.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if path == folder / "checkpoint-4" / "trainer_state.json":
+            raise OSError(5, "input/output error")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.warns(tunerkit.TunerkitWarning, match=r"checkpoint-4 cannot be read: .*input/output error"):
+        attached_trainer(folder).train(resume_from_checkpoint=True)
+    with pytest.raises(tunerkit.FileError, match=r"cannot be read: .*resume from an earlier"):
+        attached_trainer(folder).train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+
+
 def test_a_checkpoint_of_the_weights_alone_is_resumed_with_a_warning(tmp_path: Path) -> None:
     """With `save_only_model` no optimizer was kept on purpose; the end is another one, which is said."""
 
