@@ -54,7 +54,7 @@ def choose_checkpoint(trainer: Trainer, tuners: Sequence[Tuner], wanted: Any) ->
             raise FileError(
                 f"{checkpoint} {'; '.join(seen.problems)}; resume from an earlier checkpoint, or {_WEIGHTS}"
             )
-        _warn(trainer, seen.notes)
+        _warn(trainer, [f"{checkpoint} {note}" for note in seen.notes])
         return str(wanted)
     found = _newest_first(Path(str(trainer.args.output_dir))) if wanted is True else []
     if not found:
@@ -73,7 +73,7 @@ def _refuse_disagreement(wanted: Any) -> None:
     own = Path(wanted).name if isinstance(wanted, str | os.PathLike) else "the newest" if wanted is True else "nothing"
     asked = gathered(own)
     if len(set(asked)) > 1:
-        named = "; ".join(union([[name] for name in asked][:_SHOWN]))
+        named = "; ".join(union([[name] for name in asked])[:_SHOWN])
         raise FileError(
             f"the processes were asked to resume from different checkpoints: {named}. Pass the same to each, and let "
             "each machine see the folder"
@@ -88,7 +88,7 @@ def _newest_whole(trainer: Trainer, tuners: Sequence[Tuner], found: Sequence[Pat
         if not seen.problems:
             listed = "\n- ".join(passed)
             skipped = f"training resumes from {checkpoint}, the newest whole checkpoint, because:\n- {listed}"
-            return checkpoint, [*([skipped] if passed else []), *seen.notes]
+            return checkpoint, [*([skipped] if passed else []), *(f"{checkpoint} {note}" for note in seen.notes)]
         passed.append(f"{checkpoint} {'; '.join(seen.problems)}")
     listed = "\n- ".join(passed[:_SHOWN])
     raise FileError(
@@ -104,22 +104,21 @@ def _warn(trainer: Trainer, notes: Sequence[str]) -> None:
 
 def _newest_first(folder: Path) -> list[Path]:
     """Return the checkpoints in ``folder`` that any process sees, the newest first."""
-    own = [path.name for path in (folder.iterdir() if folder.is_dir() else ()) if path.is_dir()]
-    numbered = {
-        int(match[1]): name
-        for names in gathered(own)
-        for name in names
-        if (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", name))
+    own = {
+        int(match[1]): path.name
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)) and path.is_dir()
     }
+    numbered = {step: name for names in gathered(own) for step, name in names.items()}
     return [folder / numbered[step] for step in sorted(numbered, reverse=True)]
 
 
 @attrs.frozen
 class _Examined:
-    """What the processes saw in one checkpoint.
+    """What the processes saw in one checkpoint, as the ends of sentences about it.
 
     Attributes:
-        problems: What keeps it from being resumed exactly, as the ends of sentences about it. A whole one has none.
+        problems: What keeps it from being resumed exactly, or by all processes alike. A whole one has none.
         notes: Why the end will not be that of an uninterrupted training, although the checkpoint is whole.
     """
 
@@ -134,7 +133,11 @@ def _examined(trainer: Trainer, tuners: Sequence[Tuner], checkpoint: Path) -> _E
     except OSError as error:  # the other processes wait for an answer
         own = [f"cannot be read: {error}"], []
     everywhere = gathered(own)
-    return _Examined(union([problems for problems, _ in everywhere]), union([notes for _, notes in everywhere]))
+    problems = union([problems for problems, _ in everywhere])
+    notes = union([notes for _, notes in everywhere])
+    # With the optimizer's file on one machine only, its process would go on and the others start anew.
+    apart = [note for note in notes if note not in own[1]]
+    return _Examined([*problems, *apart], notes)
 
 
 def _problems(trainer: Trainer, tuners: Sequence[Tuner], checkpoint: Path) -> Iterator[str]:
@@ -233,11 +236,11 @@ def _notes(trainer: Trainer, checkpoint: Path) -> Iterator[str]:
     """Yield why training cannot end as it would have without the interruption, if the checkpoint is whole."""
     if _has_other_processes(trainer, checkpoint):
         yield (
-            f"{checkpoint} was written by another number of processes: the random state starts anew, so the end is not "
-            "that of an uninterrupted training"
+            "was written by another number of processes: the random state starts anew, so the end is not that of an "
+            "uninterrupted training"
         )
-    if not (checkpoint / OPTIMIZER_NAME).exists():
+    if checkpoint.is_dir() and not (checkpoint / OPTIMIZER_NAME).exists():
         yield (
-            f"{checkpoint} has the weights alone (save_only_model): the optimizer, the learning rate's schedule and "
-            "the random state start anew, so the end is not that of an uninterrupted training"
+            "has the weights alone (save_only_model): the optimizer, the learning rate's schedule and the random state "
+            "start anew, so the end is not that of an uninterrupted training"
         )

@@ -36,12 +36,14 @@ def resume_together(rank: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(minutes=10)
     )
     tunerkit.register(ShiftPlugin())
-    run, elsewhere = Path(folder) / "run", Path(folder) / "elsewhere"
+    run, elsewhere, part = (Path(folder) / name for name in ("run", "elsewhere", "part"))
     trainer = attached_trainer(run)
     trainer.train()
     end = _weights(trainer)
     _on_first(rank, lambda: shutil.rmtree(run / "checkpoint-6"))
     _on_first(rank, lambda: shutil.copytree(run / "checkpoint-2", elsewhere / "checkpoint-2"))
+    no_trainer = shutil.ignore_patterns("optimizer.pt", "scheduler.pt", "rng_state*")
+    _on_first(rank, lambda: shutil.copytree(run / "checkpoint-4", part / "checkpoint-4", ignore=no_trainer))
     newest, state = run / "checkpoint-4", run / "checkpoint-4" / "rng_state_1.pth"
     trainer = attached_trainer(run)
     answers = {"whole": _answer(trainer, True), "named": _answer(trainer, str(newest))}
@@ -49,6 +51,7 @@ def resume_together(rank: int, folder: str) -> None:
     answers["none"] = _answer(trainer, None)
     trainer.args.output_dir = str([run, elsewhere][rank])
     answers["folder of one process"] = _answer(trainer, True)
+    answers["optimizer of one process"] = _answer(trainer, str([run, part][rank] / "checkpoint-4"))
     trainer.args.output_dir = str(run)
     _on_first(rank, lambda: state.write_bytes(state.read_bytes()[: state.stat().st_size // 2]))
     answers["own state damaged"] = _answer(trainer, True)
