@@ -43,11 +43,11 @@ def test_a_parameter_with_other_values_differs(name: str, dtype: torch.dtype, fo
     assert not differs_from_stored(model, dtype, {"gguf_file": "model.gguf"})  # what would be loaded is not known
 
 
-def test_another_number_of_tokens_differs(folder: Path) -> None:
-    """Loading does not resize embeddings."""
+def test_parameters_of_other_shapes_prove_nothing(folder: Path) -> None:
+    """Loading may cut or transpose a stored tensor, so only the same shape can be compared."""
     model = LlamaForCausalLM.from_pretrained(folder)
     model.resize_token_embeddings(70)
-    assert differs_from_stored(model, torch.float32, {})
+    assert not differs_from_stored(model, torch.float32, {})
 
 
 def test_without_files_to_compare_with_nothing_is_claimed(folder: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-_CORNER = slice(8)  # of each dimension: 64 values of a matrix
+_CORNER = 8  # of each dimension: 64 values of a matrix
 # Options of `from_pretrained` that change neither which weights are loaded nor their values, and where to find them.
 _HARMLESS = frozenset({"attn_implementation", "device_map", "dtype", "torch_dtype", "trust_remote_code", "use_cache"})
 _PLACES = frozenset({"cache_dir", "revision", "token"})
@@ -22,6 +22,7 @@ def differs_from_stored(model: PreTrainedModel, loaded: torch.dtype, options: Ma
     """Whether some sampled value of ``model`` is not that of its checkpoint. Nothing is downloaded.
 
     False also where this cannot be seen: the checkpoint has no safetensors file here, or the options change the values.
+    Vectors and matrices of the same name and shape are compared. Loading may rename, merge, cut or transpose others.
 
     Args:
         model: A model with a ``name_or_path``.
@@ -34,10 +35,7 @@ def differs_from_stored(model: PreTrainedModel, loaded: torch.dtype, options: Ma
     places = {name: value for name, value in options.items() if name in _PLACES}
     try:
         files = _files(str(model.name_or_path), places)
-        return any(
-            own[name].shape != shape or not _is_equal(own[name], corner, loaded)
-            for name, shape, corner in _corners(files, own)
-        )
+        return any(not _is_equal(own[name], corner, loaded) for name, corner in _corners(files, own))
     except (OSError, ValueError, SafetensorError):
         return False
 
@@ -58,17 +56,20 @@ def _local(name: str, file: str, places: Mapping[str, Any]) -> Path:
     return Path(found)
 
 
-def _corners(files: Iterable[Path], own: Mapping[str, Tensor]) -> Iterator[tuple[str, torch.Size, Tensor]]:
-    """Yield the shape and one corner of each stored tensor that ``own`` has too, by the same name."""
+def _corners(files: Iterable[Path], own: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield one corner of each stored vector and matrix that ``own`` has too, by the same name and shape."""
     for file in files:
         with safe_open(file, framework="pt") as stored:
             for name in own.keys() & stored.keys():
                 part = stored.get_slice(name)
-                shape = torch.Size(part.get_shape())
-                if shape:
-                    yield name, shape, part[tuple(_CORNER for _ in shape)]
+                if own[name].ndim in (1, 2) and own[name].shape == torch.Size(part.get_shape()):
+                    yield name, part[_corner(own[name])]
+
+
+def _corner(tensor: Tensor) -> tuple[slice, ...]:
+    return tuple(slice(_CORNER) for _ in tensor.shape)
 
 
 def _is_equal(tensor: Tensor, corner: Tensor, loaded: torch.dtype) -> bool:
-    here = tensor[tuple(_CORNER for _ in tensor.shape)].cpu()
+    here = tensor[_corner(tensor)].cpu()
     return any(torch.equal(here, stored.to(here.dtype)) for stored in (corner, corner.to(loaded)))
