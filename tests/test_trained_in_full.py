@@ -1,7 +1,7 @@
 """Biases and modules that are trained in full as copies: which ones can be, and their statistics."""
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -155,3 +155,48 @@ def test_attention_s_own_projection_is_not_trained_alone(toys: "Toys") -> None:
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "fc": nn.Linear(4, 4)})
     with pytest.raises(tunerkit.TargetError, match="name the owner 'attention'"):
         tunerkit.wrap(model, "toy-shift", {"targets": ["fc"], "train_modules": ["out_proj"]})
+
+
+@pytest.mark.parametrize("named", ["model.layers.1", "self_attn", "model.layers"])
+def test_blocks_are_trained_by_their_layers_so_that_a_cache_is_filled_once(named: str) -> None:
+    """A copy of attention would run after its original, and put its keys into the cache a second time."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).eval()
+    ids = torch.arange(6)[None]
+    before = model(ids, use_cache=True).logits
+    tunerkit.wrap(model, "toy-low-rank", {"targets": ["lm_head"], "train_modules": [named]})
+    assert torch.equal(model(ids, use_cache=True).logits, before)
+    copies = [copied.path for copied in tunerkit.tuner(model).copies]
+    assert "model.layers.1.self_attn.q_proj" in copies
+    assert "model.layers.1" not in copies
+
+
+def test_a_module_in_a_block_with_parameters_beside_its_layers_is_copied_whole_with_a_warning() -> None:
+    """Its forward uses its own parameters, so it cannot be trained by its layers alone."""
+
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Parameter(torch.ones(4))
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.gate * self.inner(x)
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Mixer(), Mixer()])
+            self.out = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return cast(torch.Tensor, self.out(x))
+
+    with pytest.warns(tunerkit.TunerkitWarning, match=r"parameters beside their layers: layers\.1\. .*use_cache=False"):
+        model = tunerkit.wrap(Body(), "toy-low-rank", {"targets": ["out"], "train_modules": ["layers.1"]})
+    assert [copied.path for copied in tunerkit.tuner(model).copies] == ["layers.1"]

@@ -18,8 +18,8 @@ from tunerkit.paths import CHILD, few, is_under, join
 from tunerkit.patterns import is_broad, matcher
 from tunerkit.targets.resolution import refuse_tied
 from tunerkit.targets.scan import Scan
-from tunerkit.targets.trained_in_full import copies_at
-from tunerkit.targets.unloaded import find_unloaded, is_in_block
+from tunerkit.targets.trained_in_full import copies_at, holds_blocks, is_layer
+from tunerkit.targets.unloaded import find_unloaded
 
 _SHOWN = 5
 
@@ -63,13 +63,12 @@ def _copies(scanned: Scan, new: Sequence[str], decided: Collection[str]) -> tupl
     trained: dict[str, list[str]] = defaultdict(list)
     untrained: list[str] = []
     for path in new:
-        inside = (each for each in scanned.modules if f"{each.path}.".startswith(f"{path}."))
-        has_blocks = any(is_in_block(scanned, each) for each in inside)
+        has_blocks = holds_blocks(scanned, path)
         for part in _layers(scanned, path) if has_blocks else [path]:
             if _is_decided(part, decided):
                 continue
             try:
-                if has_blocks and not _is_layer(scanned.by_path[part].module):
+                if has_blocks and not is_layer(scanned.by_path[part].module):
                     raise TargetError(f"{part} holds parameters of its own beside its layers")
                 own = copies_at(scanned, part)
                 refuse_tied(scanned, own)
@@ -88,16 +87,10 @@ def _layers(scanned: Scan, path: str) -> Iterator[str]:
     module = scanned.by_path[path].module
     if any(parameter is not None for parameter in torch_private.own_parameters(module).values()):
         yield path
-    if not _is_layer(module):
+    if not is_layer(module):
         for name, child in torch_private.own_children(module).items():
             if child is not None and name != CHILD:
                 yield from _layers(scanned, join(path, name))
-
-
-def _is_layer(module: nn.Module) -> bool:
-    """Whether no module in it holds parameters, or it calls those in torch's own way."""
-    inside = (child for name, child in torch_private.own_children(module).items() if child and name != CHILD)
-    return isinstance(module, nn.MultiheadAttention) or all(next(m.parameters(), None) is None for m in inside)
 
 
 def _named(scanned: Scan, config: AdapterConfig, new: Collection[str]) -> Iterator[str]:
