@@ -32,7 +32,8 @@ def save(
 ) -> Path:
     """Write one adapter to a file.
 
-    An existing file is replaced atomically: a reader sees the old file or the new one. The new file has its mode.
+    An existing file is replaced atomically: a reader sees the old file or the new one. The new file has its mode. An
+    adapter that was never trained triggers a warning.
 
     Args:
         model: The wrapped model.
@@ -58,7 +59,9 @@ def save(
             "optimizer steps. Call tunerkit.attach(model, optimizer, total_steps=...) before training"
         )
     warn_of_unspent_schedule(tuner)
-    return save_tuner(tuner, path, allow_nonfinite=allow_nonfinite)
+    written = save_tuner(tuner, path, allow_nonfinite=allow_nonfinite)
+    _warn_of_untrained(tuner)
+    return written
 
 
 def save_tuner(tuner: Tuner, path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> Path:
@@ -138,6 +141,18 @@ def warn_of_unspent_schedule(tuner: Tuner) -> None:
         warnings.warn(
             f"adapter {tuner.name!r} is at step {tuner.steps} of {tuner.total_steps} with a budget of "
             f"{tuner.budget()}, above the final {final}; if training is over, call tuner.finish() before you save",
+            TunerkitWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_untrained(tuner: Tuner) -> None:
+    """Warn if nothing trained the adapter, whose method needs no steps and so cannot miss them."""
+    if not tuner.loaded and tuner.steps == 0 and injection.is_untrained(tuner):
+        warnings.warn(
+            f"adapter {tuner.name!r} was saved untrained: it adds nothing to the model. Most often the optimizer was "
+            "built before tunerkit.wrap, or from other parameters: wrap first, then build it from those with "
+            "requires_grad. tunerkit.attach(model, optimizer) finds this before training",
             TunerkitWarning,
             stacklevel=3,
         )
