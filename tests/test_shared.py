@@ -58,8 +58,8 @@ def test_it_is_built_once_with_all_targets_in_sight_and_is_as_large_as_the_large
     assert shared_by(model) == {id(shared)}
     assert torch.equal(model(X), net()(X))
     names = [name for name, _ in model.named_parameters(remove_duplicate=False) if name.endswith((".a", ".b"))]
-    assert names == [f"tunerkit.default.tunerkit.{name}" for name in "ab"]
-    assert [name for name, _ in tunerkit.tuner(model).named_parameters()][:2] == ["tunerkit.a", "tunerkit.b"]
+    assert names == [f"0.tunerkit.default.tunerkit.{name}" for name in "ab"]
+    assert {"0.tunerkit.a", "0.tunerkit.b"} <= {name for name, _ in tunerkit.tuner(model).named_parameters()}
     assert not shared.a.requires_grad
 
 
@@ -77,7 +77,7 @@ def test_training_uses_it_and_leaves_it_as_it_is() -> None:
 
 
 def test_it_moves_and_is_cast_once_with_the_model() -> None:
-    """It lies at the model itself: ``to`` reaches it, and the adapters see the result."""
+    """It lies beside the first adapter: ``to`` reaches it, and all adapters see the result."""
     model = trained()
     expected = model(X)
     model.double()
@@ -102,7 +102,7 @@ def test_it_is_saved_once_and_loaded_once(tmp_path: Path) -> None:
     path = tunerkit.save(model, tmp_path)
     with safe_open(path, "pt") as file:
         sizes = {name: file.get_tensor(name).numel() for name in file.keys()}  # noqa: SIM118 -- not a dict
-    assert {name: sizes[name] for name in ("tunerkit.a", "tunerkit.b")} == {"tunerkit.a": 16, "tunerkit.b": 16}
+    assert {name: sizes[name] for name in ("0.tunerkit.a", "0.tunerkit.b")} == {"0.tunerkit.a": 16, "0.tunerkit.b": 16}
     assert len(sizes) == 2 + 2 * 3
     torch.manual_seed(11)
     loaded = tunerkit.load(net(), path)
@@ -189,7 +189,7 @@ def test_a_state_dict_carries_it() -> None:
     assert torch.equal(other(X), model(X))
 
 
-@pytest.mark.parametrize("name", ["tunerkit.a", "tunerkit.b"])
+@pytest.mark.parametrize("name", ["0.tunerkit.a", "0.tunerkit.b"])
 @pytest.mark.parametrize(
     ("damage", "words"),
     [

@@ -45,7 +45,8 @@ def build_each(
     biases = {biased.path: biased for biased in tuner.biases}
     paths, found = tuner.modules(), scanned.by_path
     refuse_overlap(tuner.model, paths, list(copies))
-    shared = _shared(tuner, scanned, around(Target("", tuner.model))) if tuner.shares else None
+    first = tuner.targets[0] if tuner.targets and hooks.has_shared(tuner.method) else None
+    shared = None if first is None else _shared(tuner, scanned, around(first))
     for path in paths:
         target, copied, biased = targets.get(path), copies.get(path), biases.get(path)
         yield (
@@ -55,7 +56,7 @@ def build_each(
                 adapter=None if target is None else _adapter(tuner, target, found[path], around(target), shared),
                 copy=None if copied is None else _copy_of(copied),
                 bias=None if biased is None else _bias_of(biased, found[path].base),
-                shared=None if path else shared,
+                shared=shared if target is first else None,
             ),
         )
 
@@ -65,7 +66,7 @@ def _shared(tuner: Tuner, scanned: Scan, entered: AbstractContextManager[object]
     bases = [_base_at(tuner, target, scanned.by_path[target.path]) for target in tuner.targets]
     with entered:
         shared = hooks.shared(tuner.method, tuner.targets, bases, tuner.config)
-    place = tuner.targets[0].module if tuner.targets else tuner.model
+    place = tuner.targets[0].module
     return None if shared is None else _placed(shared, place, getattr(torch, tuner.config.adapter_dtype))
 
 

@@ -46,7 +46,7 @@ def packed_sum(path: str, slots: Slots, merged: Container[str]) -> PackedSum | N
     if base is None or base.weight_name not in merged:
         return None
     weight = base.tensor(base.weight_name)
-    if type(weight) is nn.Parameter and weight.is_floating_point():
+    if type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point():
         return None
     deltas = [hooks.delta(path, slot.method, slot.adapter, base).weight for slot in slots.applied if slot.adapter]
     total = sum((each.float() for each in deltas if each is not None), torch.zeros(()))
