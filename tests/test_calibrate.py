@@ -1,6 +1,8 @@
 """Calibrating: statistics of the data set an adapter's start and ranks; everything else stays as it is."""
 
 import copy
+import socket
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,7 @@ def test_batches_may_be_mappings_tuples_or_single_arguments(method: str) -> None
             torch.testing.assert_close(one.abs(), two.abs(), atol=1e-3, rtol=0)  # a direction may be reversed
 
 
+@pytest.mark.filterwarnings("ignore:.*saved untrained")
 @pytest.mark.parametrize("method", METHODS)
 def test_it_is_recorded_and_saved_and_a_loaded_adapter_knows_it(method: str, tmp_path: Path) -> None:
     """The file has how much data there was; the loaded adapter has the fitted ranks and values."""
@@ -149,8 +152,8 @@ def test_a_new_head_is_fitted_before_gradients_are_measured() -> None:
     assert loss_of(untouched).item() == before
 
 
-def test_the_head_of_a_method_that_needs_steps_is_fitted_too() -> None:
-    """The fit's own optimizer is not one that forgot to be attached."""
+def test_the_head_of_a_method_that_needs_steps_is_fitted_too(tmp_path: Path) -> None:
+    """The fit's own optimizer is not one that forgot to be attached; the result may be saved before any step."""
 
     class Stepping(FittedPlugin):
         @tunerkit.hookimpl
@@ -160,7 +163,12 @@ def test_the_head_of_a_method_that_needs_steps_is_fitted_too() -> None:
 
     with registered(Stepping()):
         model = wrapped("toy-stepping", train_modules=["4"])
+        with pytest.raises(tunerkit.AdapterError, match="was trained with no step"):
+            tunerkit.save(model, tmp_path)
         tunerkit.calibrate(model, BATCHES, loss=loss)
+        with warnings.catch_warnings():  # to be loaded in several processes
+            warnings.simplefilter("error")
+            model = tunerkit.load(net(), tunerkit.save(model, tmp_path), trainable=True)
         optimizer = torch.optim.SGD(trainable(model), lr=0.1)
         tunerkit.attach(model, optimizer, total_steps=2)
         step(model, optimizer)
@@ -256,6 +264,20 @@ def test_inside_disabled_it_is_refused() -> None:
     model = wrapped()
     with tunerkit.disabled(model), pytest.raises(tunerkit.AdapterError, match="disabled"):
         tunerkit.calibrate(model, BATCHES)
+
+
+def test_in_a_process_group_it_is_refused() -> None:
+    """Each process would see other data, and start elsewhere; the error says how to do it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    model = wrapped()
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    try:
+        with pytest.raises(tunerkit.AdapterError, match="calibrate in one process, save the adapter, and load it"):
+            tunerkit.calibrate(model, BATCHES)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -214,6 +214,18 @@ def test_a_file_whose_shared_tensors_are_damaged_is_refused(name: str, damage: A
     assert not list(tunerkit.adapters(base))
 
 
+def test_a_file_that_asks_for_huge_shared_matrices_is_refused(tmp_path: Path) -> None:
+    """Before they are made: the config asks for a rank that the file's tensors do not have."""
+    path = tunerkit.save(trained(), tmp_path)
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        text = file.metadata()["tunerkit"].replace('"rank": 2', f'"rank": {10**10}')
+    assert str(10**10) in text
+    save_file(tensors, path, metadata={"tunerkit": text, "tunerkit.digest": digest(text, tensors)})
+    with pytest.raises(tunerkit.FileError, match=r"does not fit its own header.*'0' needs many times more memory"):
+        tunerkit.load(net(), path)
+
+
 class Mutating(SharedPlugin):
     """Changes the shared module while it builds the adapters."""
 
