@@ -205,6 +205,24 @@ def test_its_rates_follow_the_schedule_at_each_step(tmp_path: Path) -> None:
     assert rates[1] == {0.005, 0.08}
 
 
+def test_a_trainer_without_wishes_keeps_its_own_groups(tmp_path: Path) -> None:
+    """Also an empty one, which a checkpoint from before has too: its optimizer state must still fit."""
+    from transformers import Trainer
+
+    from tunerkit.testing.trainer_toys import Regression, RegressionRows, arguments
+
+    counts = []
+    for attaching in (False, True):
+        model = tunerkit.wrap(Regression(), "toy-low-rank", {"targets": ["first"]})
+        trainer = Trainer(model, arguments(tmp_path, max_steps=1), train_dataset=RegressionRows())
+        if attaching:
+            tunerkit.attach(model, trainer)
+        groups = trainer.create_optimizer().param_groups
+        counts.append([len(group["params"]) for group in groups])
+    assert counts[0] == counts[1]
+    assert 0 in counts[0]
+
+
 def test_a_resumed_trainer_has_the_groups_again(tmp_path: Path) -> None:
     """Interrupted after two of four steps and resumed: the same weights, bit for bit."""
     whole, trainer = trainer_of(tmp_path / "whole", save_strategy="steps", save_steps=2)

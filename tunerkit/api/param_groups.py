@@ -40,4 +40,5 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float | None = No
     trained = [parameter for parameter in root.parameters() if parameter.requires_grad]
     if not trained:
         raise StepError("every adapter is frozen, so there is nothing to train; call tunerkit.thaw first")
-    return injection.regrouped([{"params": trained, "lr": lr, **own}], injection.require_tuners(root).values())
+    groups = injection.regrouped([{"params": trained, "lr": lr, **own}], injection.require_tuners(root).values())
+    return [group for group in groups if group["params"]]

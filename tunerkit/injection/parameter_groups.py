@@ -15,14 +15,16 @@ def regrouped(groups: Iterable[dict[str, Any]], tuners: Iterable[Tuner]) -> list
         tuners: The adapters whose methods are asked.
 
     Returns:
-        New groups, those with another setting last. Each parameter is in one of them; none is empty.
+        The groups without what was split off, which may leave some empty, and then the new ones. Each parameter is in
+        one of them. If no method asks for anything, they are as before, so that an optimizer's state of them still
+        fits.
     """
     wanted = [group for tuner in tuners for group in hooks.param_groups(tuner)]
     number = {id(parameter): at for at, group in enumerate(wanted) for parameter in group.parameters}
     plain: list[dict[str, Any]] = []
     split: list[dict[str, Any]] = []
     for group in groups:
-        parts: dict[int | None, list[Any]] = {}
+        parts: dict[int | None, list[Any]] = {None: []}
         for parameter in group["params"]:
             parts.setdefault(number.get(id(parameter)), []).append(parameter)
         for at, parameters in parts.items():
