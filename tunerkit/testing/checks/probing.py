@@ -13,6 +13,7 @@ import tunerkit
 from tunerkit import hooks, injection
 from tunerkit.injection import Slot, Slots
 from tunerkit.layers import Adapter, BaseLayer
+from tunerkit.libraries import torch_private
 from tunerkit.testing.cases import Case, wrapped
 
 
@@ -164,6 +165,16 @@ def assert_equal_sets(found: Mapping[str, Tensor], expected: Mapping[str, Tensor
     for name, tensor in expected.items():
         worst = largest({name: found[name].double() - tensor.double()})
         assert worst <= limit, f"{what} ({name}: {worst:.3g}, allowed {limit:.3g})"
+
+
+def require_places(model: nn.Module) -> None:
+    """Skip a check about merging if a delta has a bias and its base layer has none, so that merging is refused."""
+    for path, module, slots in injection.walk(model):
+        for slot in slots.applied:
+            if slot.adapter is not None and slots.base is not None and slots.base.has_weight:
+                bias = hooks.delta(path, slot.method, slot.adapter, slots.base).bias
+                if bias is not None and torch_private.own_parameters(module).get(slots.base.bias_name) is None:
+                    raise SkipTest(f"the delta has a bias, and the layer at {path!r} has no place for one")
 
 
 def require_delta(method: str) -> None:
