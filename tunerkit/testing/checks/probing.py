@@ -126,18 +126,21 @@ def filled(case: Case, method: str, config: Mapping[str, object]) -> nn.Module:
 def in_dtype(case: Case, dtype: torch.dtype) -> Case:
     """Return the case with its model, and the floating-point inputs, in another dtype."""
 
-    def cast(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        found = [
-            a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in (*args, *kwargs.values())
-        ]
-        return tuple(found[: len(args)]), dict(zip(kwargs, found[len(args) :], strict=True))
-
     def build() -> nn.Module:
-        model = case.build().to(dtype)
-        model.register_forward_pre_hook(cast, with_kwargs=True)
-        return model
+        return with_inputs(case.build().to(dtype), lambda x: x.to(dtype) if x.is_floating_point() else x)
 
     return attrs.evolve(case, build=build)
+
+
+def with_inputs(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Convert the tensors that a model is called with, and return the model."""
+
+    def converted(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        found = [convert(each) if isinstance(each, Tensor) else each for each in (*args, *kwargs.values())]
+        return tuple(found[: len(args)]), dict(zip(kwargs, found[len(args) :], strict=True))
+
+    model.register_forward_pre_hook(converted, with_kwargs=True)
+    return model
 
 
 def seeded(run: Callable[[nn.Module], Tensor], model: nn.Module, seed: int = 1) -> Tensor:
