@@ -8,14 +8,16 @@ import pytest
 import torch
 
 import tunerkit
-from tests import bad_plugins
+from tests import bad_plugins, checks_page
 from tests.bad_plugins import CASE, MISTAKES, Mistake
 from tests.subtle_plugins import CAUGHT, LoopsInAStep, ReadsOutputInSecret
 from tunerkit import TunerkitError
-from tunerkit.testing import check_method, known_cases
+from tunerkit.testing import Case, check_method, known_cases, matrix
 from tunerkit.testing.checks.order import BY_NAME, CHECKS, NEEDS
 from tunerkit.testing.registering import registered
 from tunerkit.testing.toy_methods import LowRankConfig, LowRankPlugin, ShiftPlugin
+
+PAGE = (Path(__file__).parents[1] / "docs" / "checks.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,7 @@ def test_each_mistake_is_named_by_its_check_first(mistake: Mistake) -> None:
     found = bad_plugins.first_failure(bad_plugins.results(mistake.plugin))
     assert (found.check, found.status) == (mistake.check, "failed"), found.reason
     assert len(found.reason.split()) > 8
+    assert f"| {mistake.what} | `{mistake.check}` |" in PAGE
 
 
 @pytest.mark.parametrize("plugin", [bad_plugins.Plugin, bad_plugins.StateSaved])
@@ -39,12 +42,19 @@ def test_the_same_plugins_without_a_mistake_pass(plugin: type) -> None:
 
 
 @pytest.mark.parametrize("method", ["toy-low-rank", "toy-shift", "toy-stepper"])
-def test_methods_that_keep_the_contract_pass(toys: None, method: str) -> None:
+@pytest.mark.parametrize("case", matrix.by_length())
+def test_methods_that_keep_the_contract_pass(toys: None, method: str, case: Case) -> None:
     """Law: no check fails for a right method, and those that are skipped say why."""
-    found = check_method(method)
-    assert {result.case for result in found} in ({"bert", "llama"}, {"network"})
+    found = check_method(method, cases=[case])
     assert [result for result in found if result.status not in ("passed", "skipped")] == []
     assert all(result.reason for result in found if result.status == "skipped")
+
+
+def test_the_default_cases_are_a_bert_and_a_llama(toys: None) -> None:
+    """Law: without transformers, the kit runs on a small network of torch's own layers."""
+    found = check_method("toy-shift", checks=["config_round_trip"])
+    assert [result.case for result in found] in (["bert", "llama"], ["network"])
+    assert check_method("toy-shift", cases=[known_cases.NETWORK], checks=["start"])[0].status == "passed"
 
 
 @pytest.mark.parametrize(("check", "plugin"), CAUGHT, ids=[check for check, _ in CAUGHT])
@@ -97,8 +107,9 @@ def test_a_check_stands_after_those_that_it_needs() -> None:
 
 
 def test_every_check_states_its_law() -> None:
-    """Law: the docstring of a check is one sentence or two that a plugin's author can read."""
+    """Law: the docstring of a check is one sentence or two, and the documentation's table has all of them in order."""
     assert all((check.__doc__ or "").strip().endswith(".") for check in CHECKS)
+    assert checks_page.checks_table() in PAGE
 
 
 def test_an_expected_failure_is_recorded_with_its_reason() -> None:

@@ -72,7 +72,7 @@ def _few(names: set[str], of: Mapping[str, Tensor]) -> str:
 
 
 def check_something_trains(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """Every adapter has a parameter that is trained, or the module that they share has."""
+    """Some parameter of the adapters, or of the module that they share, is trained."""
     model = wrapped(case, method, config)
     tuner = tunerkit.tuner(model)
     assert trained_parameters(tuner), (
