@@ -60,7 +60,7 @@ def drive(
         check_attachable(tuner, optimizer)
     totals = [agree_on_total(tuner, total_steps) for tuner in tuners]
     with patterns.one_allowance():
-        states = [hooks.start(tuner, total) for tuner, total in zip(tuners, totals, strict=True)]
+        states = [hooks.start(tuner, total, optimizer) for tuner, total in zip(tuners, totals, strict=True)]
     for tuner, total, state in zip(tuners, totals, states, strict=True):
         progress = tuner.progress
         progress.state, progress.total_steps, progress.steps = state, total, 0
