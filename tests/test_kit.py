@@ -1,7 +1,7 @@
 """The kit names the cause of each mistake first, in a sentence that says what to change, and passes what is right."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,8 +15,18 @@ from tunerkit import TunerkitError
 from tunerkit.testing import Case, check_method, known_cases, matrix
 from tunerkit.testing.checks.order import BY_NAME, CHECKS, NEEDS
 from tunerkit.testing.registering import registered
+from tunerkit.testing.toy_growing import GrowingPlugin
 from tunerkit.testing.toy_methods import LowRankConfig, LowRankPlugin, ShiftPlugin
+from tunerkit.testing.toy_outputs import OutputPlugin
+from tunerkit.testing.toy_readers import DirectionPlugin, ScalePlugin
+from tunerkit.testing.toy_shared import SharedPlugin
+from tunerkit.testing.toy_starts import FittedPlugin, PrincipalPlugin
 
+# Methods with one feature each beyond adding a product, with the settings that they need on the small network.
+UNUSUAL: Mapping[str, Mapping[str, object]] = {
+    **{f"toy-{name}": {} for name in ("growing", "scale", "direction", "shared", "principal", "inputs", "gradients")},
+    "toy-outputs": {"targets": ("1",), "features": 8},
+}
 PAGE = (Path(__file__).parents[1] / "docs" / "checks.md").read_text(encoding="utf-8")
 
 
@@ -48,6 +58,16 @@ def test_methods_that_keep_the_contract_pass(toys: None, method: str, case: Case
     found = check_method(method, cases=[case])
     assert [result for result in found if result.status not in ("passed", "skipped")] == []
     assert all(result.reason for result in found if result.status == "skipped")
+
+
+@pytest.mark.parametrize(("method", "config"), UNUSUAL.items(), ids=UNUSUAL)
+def test_unusual_methods_that_keep_the_contract_pass(method: str, config: Mapping[str, object]) -> None:
+    """Law: no check asks for more of methods that scale, read, share, grow, are fitted, or start elsewhere."""
+    plugins = (GrowingPlugin(), OutputPlugin(), ScalePlugin(), DirectionPlugin(), SharedPlugin(), FittedPlugin())
+    cases = [parameter.values[0] for parameter in matrix.by_length()] if matrix.is_long() and not config else []
+    with registered(*plugins, PrincipalPlugin()):
+        found = check_method(method, config, [known_cases.NETWORK, *cases])
+    assert [result for result in found if result.status not in ("passed", "skipped")] == []
 
 
 def test_the_default_cases_are_a_bert_and_a_llama(toys: None) -> None:

@@ -26,12 +26,17 @@ def cases() -> list[Any]:
     return [parameter for library in LIBRARIES for parameter in _cases_of(library)]
 
 
+def is_long() -> bool:
+    """Whether the environment asks for the long form of tests that have one."""
+    return os.environ.get(LONG) == "1"
+
+
 def by_length() -> list[Any]:
     """Of `cases` a small BERT and a small Llama; all of them if the environment has ``TUNERKIT_LONG=1``.
 
     For tests that run many checks on each case.
     """
-    return cases() if os.environ.get(LONG) == "1" else [case for case in cases() if case.id in ("bert", "llama")]
+    return cases() if is_long() else [case for case in cases() if case.id in ("bert", "llama")]
 
 
 def few() -> list[Any]:

@@ -19,7 +19,8 @@ def check_calibration_keeps_the_start(case: Case, method: str, config: Mapping[s
     if hooks.registry.get(method).statistics is None:
         raise SkipTest("the method asks for no statistics")
     expected = case.output(case.build().eval())
-    model = wrapped(case, method, config).eval()
+    # Modules that are trained in full would be fitted to the batches first, which changes the output.
+    model = wrapped(case, method, {**config, "train_modules": ()}).eval()
     tunerkit.calibrate(model, [_batch(model, case)] * 2, loss=_loss)
     assert_start(case.output(model), expected, method)
     assert_base_untouched(model, case, "only change the adapters in tunerkit_calibrate")

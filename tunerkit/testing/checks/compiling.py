@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from unittest import SkipTest
 
 import torch
 from torch import Tensor, nn
 
+from tunerkit.errors import shown
 from tunerkit.libraries import torch_private
 from tunerkit.testing.cases import TOLERANCE, Case
 from tunerkit.testing.checks.probing import Call, calls_of, fill_, filled, seeded
@@ -42,7 +44,7 @@ def _graphs(call: Call, model: nn.Module) -> int:
         for number in range(_CALLS):
             fill_(model, 0.01)
             expected = seeded(lambda _: call.run(), model, number)
-            found = seeded(lambda _: _first(compiled(*call.args, **call.kwargs)), model, number)
+            found = seeded(lambda _: _called(call, compiled), model, number)
             worst = float((found - expected).detach().abs().max())
             assert worst <= TOLERANCE * float(expected.detach().abs().max()), (
                 f"{call.path}: compiled, the output differs by {worst:.3g}; forward must depend on its arguments, "
@@ -53,9 +55,15 @@ def _graphs(call: Call, model: nn.Module) -> int:
         torch.compiler.reset()
 
 
-def _first(found: object) -> Tensor:
-    result = found[0] if type(found) is tuple else found
-    assert isinstance(result, Tensor)
+def _called(call: Call, compiled: Any) -> Tensor:
+    try:
+        found = compiled(*call.args, **call.kwargs)
+    except Exception as error:
+        raise AssertionError(
+            f"{call.path}: the layer does not compile into one graph: {shown(str(error))}; compute with tensors alone "
+            "in forward: build no records there, such as Factors, and read no numbers from tensors"
+        ) from error
+    result: Tensor = found[0] if type(found) is tuple else found
     return result
 
 

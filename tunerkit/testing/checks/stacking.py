@@ -7,6 +7,7 @@ from unittest import SkipTest
 from torch import nn
 
 import tunerkit
+from tunerkit import hooks
 from tunerkit.testing.cases import Case, assert_same
 from tunerkit.testing.checks.probing import fill_, require_delta
 
@@ -48,7 +49,7 @@ def _stacks(case: Case, method: str, config: Mapping[str, object], first: bool) 
     """Yield the name of each other method, and a model with adapters of both that add something."""
     plain = {name: value for name, value in case.settings.items() if name in ("targets", "exclude", "layers")}
     for other, info in tunerkit.methods().items():
-        if info.error is not None:
+        if info.error is not None or hooks.registry.get(other).targets == "outputs" or not hooks.has_delta(other):
             continue
         mine, theirs = (method, {**plain, **config, "train_modules": ()}), (other, plain)
         model = case.build()
