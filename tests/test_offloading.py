@@ -335,3 +335,16 @@ def test_a_weight_that_no_hook_loads_is_not_read() -> None:
     for read in (base.dense, base.matrix):
         with pytest.raises(AdapterError, match=r"of a Linear .* meta device, and AlignDevicesHook does not"):
             read()
+
+
+def test_the_bias_of_an_offloaded_layer_is_loaded_when_an_adapter_reads_it() -> None:
+    """Law: `BaseLayer.bias` returns values, as `BaseLayer.dense` does, and not a tensor on the meta device."""
+    layer = nn.Linear(3, 2)
+    expected = layer.bias.detach().clone()
+    away = accelerate.cpu_offload(nn.Sequential(layer), execution_device=torch.device("cpu"))
+    assert away[0].bias.is_meta
+    base = as_base_layer(away[0])
+    assert base is not None
+    found = base.bias()
+    assert found is not None
+    assert torch.equal(found, expected)

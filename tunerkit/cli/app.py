@@ -12,7 +12,7 @@ from rich.table import Table
 
 import tunerkit
 from tunerkit import TunerkitError
-from tunerkit.cli import job, settings
+from tunerkit.cli import checking, job, settings
 from tunerkit.cli.task import Job
 from tunerkit.cli.training import Recipe
 
@@ -90,6 +90,25 @@ def config(
     with one_line_errors():
         given = settings.read_settings(file) if file is not None else {}
         typer.echo(settings.write_settings(tunerkit.unstructure(tunerkit.structure(method, given))), nl=False)
+
+
+@app.command()
+def check(
+    method: Annotated[str, typer.Argument(help="The method. `tunerkit methods` lists the installed ones.")],
+    config: Annotated[
+        str, typer.Option(help="Its settings: a file in YAML or JSON, or written out, as in '{\"rank\": 2}'.")
+    ] = "{}",
+    case: Annotated[
+        list[str] | None, typer.Option(help="A model to check it on; may be repeated. Default: bert and llama.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--check", help="A check to run; may be repeated. Default: all.")
+    ] = None,
+) -> None:
+    """Check that a method keeps the contract of plugins, on small models. The exit code is 1 if a check failed."""
+    with one_line_errors():
+        if not checking.run(Console(), method, settings.given_settings(config), case or [], only or []):
+            raise typer.Exit(1)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tunerkit.errors import AdapterError
-from tunerkit.libraries import forward_owner, torch_private
+from tunerkit.libraries import forward_owner, torch_private, weight_of
 
 
 @attrs.frozen(eq=False)
@@ -118,9 +118,12 @@ class BaseLayer(abc.ABC):
         """Read the module's own bias, which its output includes.
 
         Returns:
-            By default the parameter ``bias_name``, (out,), detached; None if the module has none.
+            By default the parameter ``bias_name``, (out,), detached; None if the module has none. An offloaded one is
+            loaded first.
         """
-        found = torch_private.own_parameters(self.module).get(self.bias_name)
+        found: Tensor | None = torch_private.own_parameters(self.module).get(self.bias_name)
+        if found is not None and found.is_meta:
+            found = weight_of(self.module, self.bias_name)
         return None if found is None else found.detach()
 
     @abc.abstractmethod

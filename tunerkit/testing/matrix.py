@@ -1,13 +1,15 @@
 """All conformance cases as pytest parameters. If a library is missing, its cases are skipped with a reason."""
 
+import os
 from collections.abc import Iterator
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
-LIBRARIES = ("transformers", "diffusers", "timm")
+from tunerkit.testing.known_cases import LIBRARIES, of_library
+
+LONG = "TUNERKIT_LONG"
 
 
 def cases() -> list[Any]:
@@ -22,6 +24,19 @@ def cases() -> list[Any]:
         ``pytest.param`` objects. Each missing library has one, which is skipped with a reason.
     """
     return [parameter for library in LIBRARIES for parameter in _cases_of(library)]
+
+
+def is_long() -> bool:
+    """Whether the environment asks for the long form of tests that have one."""
+    return os.environ.get(LONG) == "1"
+
+
+def by_length() -> list[Any]:
+    """Of `cases` a small BERT and a small Llama; all of them if the environment has ``TUNERKIT_LONG=1``.
+
+    For tests that run many checks on each case.
+    """
+    return cases() if is_long() else [case for case in cases() if case.id in ("bert", "llama")]
 
 
 def few() -> list[Any]:
@@ -39,5 +54,5 @@ def _cases_of(library: str) -> Iterator[Any]:
         reason = f"the cases are {library} models, and {library} is not installed"
         yield pytest.param(None, id=library, marks=pytest.mark.skip(reason=reason))
         return
-    for case in import_module(f"tunerkit.testing.{library}_cases").CASES:
+    for case in of_library(library):
         yield pytest.param(case, id=case.name)

@@ -152,11 +152,15 @@ class Principal(Adapter):
     def rank(self) -> int:
         return len(self.a)
 
+    def difference(self) -> tuple[Tensor, Tensor]:
+        """Return the difference to the start as one product: Q (2 r, in) and P (out, 2 r)."""
+        return torch.cat([self.a, self.start_a]), torch.cat([self.b, -self.start_b], dim=1)
+
     def factors(self) -> Factors:
-        """Return the difference as one product."""
-        q, p = torch.cat([self.a, self.start_a]), torch.cat([self.b, -self.start_b], dim=1)
+        """Return the same as a record."""
+        q, p = self.difference()
         return low_rank_factors(q, p, scale=1.0)
 
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
-        product = self.factors()
-        return add_low_rank(base, x, y, q=product.q, p=product.p, scale=1.0)
+        q, p = self.difference()
+        return add_low_rank(base, x, y, q=q, p=p, scale=1.0)
