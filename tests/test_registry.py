@@ -539,10 +539,14 @@ def test_an_interrupted_load_starts_afresh(site: Site) -> None:
     site.good("aaa", "first")
     site.add("mmm", {"slow": interrupted + GOOD.replace("{methods!r}", "('second',)")})
     found = site.registry()
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        found.methods()
-    assert signal.getsignal(signal.SIGINT) is before
+    # A shell starts its background jobs with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            found.methods()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert list(found.methods()) == ["first", "second"]
 
 
