@@ -244,6 +244,7 @@ def tunerkit_start(tuner: TunerView, total_steps: int | None) -> object | None:
 
     Fires when the model is attached to an optimizer or a trainer, before the first step. ``total_steps`` is None if the
     length of training is unknown, and it stays unknown. A method that needs it must raise here, not during training.
+    ``tunerkit.optimizer_of(tuner)`` is the optimizer, so that `tunerkit.resize_obstacle` can be asked here.
 
     >>> import tunerkit
     >>> @tunerkit.hookimpl
