@@ -261,8 +261,8 @@ def test_the_name_that_an_error_gives_is_accepted(method: str) -> None:
         try:
             write_distribution(method, "scale", Path(folder))
         except NewMethodError as refused:
-            suggested = re.findall(r"for example '([^']+)'$", str(refused))
-            assert write_distribution(*suggested, "scale", Path(folder)).is_dir()
+            (suggested,) = re.findall(r"for example '([^']+)'$", str(refused))
+            assert write_distribution(suggested, "scale", Path(folder)).is_dir()
 
 
 def test_the_name_of_an_installed_method_is_taken(tmp_path: Path) -> None:

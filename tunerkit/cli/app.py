@@ -106,7 +106,7 @@ def new(
         chosen = [name for name, given in (("low-rank", low_rank), ("scale", scale), ("scheduled", scheduled)) if given]
         if len(chosen) > 1:
             raise NewMethodError(f"choose one template, got {' and '.join(f'--{name}' for name in chosen)}")
-        folder = write_distribution(method, *(chosen or ["low-rank"]), into=into)
+        folder = write_distribution(method, chosen[0] if chosen else "low-rank", into)
         typer.echo(f"written to {folder}; next: pip install -e '{folder}[test]' && tunerkit check {method}")
 
 
