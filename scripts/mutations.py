@@ -121,7 +121,7 @@ MUTATIONS = (
         "            _replace_(module, {n: 1.001 * t for n, t in slots.originals.items()})\n            slots.forget",
     ),
     Mutation("leaks", "tunerkit/injection/running.py", "torch_private.remove_hooks_(model, enter, leave)", "pass"),
-    Mutation("threads", "tunerkit/injection/running.py", "if not threads.isdisjoint(alive):", "if False:"),
+    Mutation("threads", "tunerkit/injection/running.py", "if running and", "if False and"),
     Mutation("misuse", "tunerkit/serialization/merge.py", "    if injection.is_merged(model):", "    if False:"),
     Mutation(
         "broken plugins", "tunerkit/hooks/catalog.py", "except BaseException as error:", "except Exception as error:"

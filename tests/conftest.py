@@ -1,6 +1,7 @@
-"""The fixture `toys`: toy methods, a small model with every kind of layer, and helpers."""
+"""The fixtures `toys`, toy methods and a small model with every kind of layer, and `saved`, a file of it."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,3 +107,9 @@ def toys() -> Iterator[Toys]:
     """The toy methods, registered in-process for the tests of one file."""
     with registered(LowRankPlugin(), ShiftPlugin()):
         yield Toys()
+
+
+@pytest.fixture(scope="module")
+def saved(toys: Toys, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of an adapter with everything in it."""
+    return tunerkit.save(toys.trained(), tmp_path_factory.mktemp("saved"))

@@ -45,6 +45,13 @@ def llama(folder: Path, *, tied: bool) -> Load:
     return checkpoint(folder / "llama", transformers.LlamaForCausalLM(config))
 
 
+@pytest.fixture
+def longer(tmp_path: Path) -> Callable[[], Any]:
+    """Loads a Llama with one layer more than its checkpoint has: ``model.layers.1``."""
+    load = llama(tmp_path, tied=False)
+    return lambda: load("LlamaForCausalLM", num_hidden_layers=2)
+
+
 def wrapped(model: Any, **config: object) -> tuple[list[str], list[str]]:
     """Wrap ``model``, and return the paths of what is trained in full, and the warnings."""
     with warnings.catch_warnings(record=True) as caught:
@@ -227,3 +234,121 @@ def test_what_the_class_itself_adds_or_computes_is_not_new(kind: str, tmp_path: 
     config = cls.config_class(pad_token_id=0, **(layers | heads if kind == "MarianMTModel" else mllama))
     load = checkpoint(tmp_path / "base", cls(config))
     assert wrapped(load(kind), targets=["q_proj"])[0] == []
+
+
+def test_new_cross_attention_in_every_block_is_trained(toys: "Toys", bert: Load, tmp_path: Path) -> None:
+    """The decoder's checkpoint has no cross-attention. Its trained values, keys included, load onto other random ones.
+
+    Single layers are copied: a copy of the whole attention would add its keys and values to the cache a second time.
+    """
+    gpt = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=20, n_positions=8)
+    transformers.GPT2LMHeadModel(gpt).save_pretrained(tmp_path / "gpt")
+
+    def pair() -> Any:
+        build = transformers.EncoderDecoderModel.from_encoder_decoder_pretrained
+        return build(tmp_path / "bert", tmp_path / "gpt").eval()
+
+    def output(model: Any) -> torch.Tensor:
+        logits: torch.Tensor = model(input_ids=IDS, decoder_input_ids=IDS).logits
+        return logits
+
+    model = pair()
+    copies, texts = wrapped(model, targets=["query", "decoder*c_fc"])
+    attention = [f"decoder.transformer.h.{block}.crossattention" for block in (0, 1)]
+    layers = [f"{path}.{name}" for path in attention for name in ("c_attn", "q_attn", "c_proj")]
+    assert sorted(copies) == sorted([*layers, *(f"decoder.transformer.h.{block}.ln_cross_attn" for block in (0, 1))])
+    assert len(texts) == 1
+    assert all(f"{path} (1,088 parameters)" in texts[0] for path in attention)
+    assert "2,240 parameters in all" in texts[0]
+    toys.fill_(model)
+    tunerkit.save(model, tmp_path / "out")
+    torch.manual_seed(5)
+    assert toys.close(output(tunerkit.load(pair(), tmp_path / "out")), output(model))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
+def test_a_whole_block_that_is_new_is_trained(
+    toys: "Toys", longer: Callable[[], Any], targets: Any, tmp_path: Path
+) -> None:
+    """More layers than the checkpoint has: a name that is in every block says nothing about the new one."""
+    model = longer()
+    names = sorted(f"model.layers.1.{name.removesuffix('.weight')}" for name in model.model.layers[1].state_dict())
+    copies, texts = wrapped(model, targets=targets)
+    assert sorted(copies) == names
+    assert texts[0].count("model.layers.1 (") == 1
+    assert not any(target.path.startswith("model.layers.1.") for target in tunerkit.tuner(model).targets)
+    toys.fill_(model)
+    tunerkit.save(model, tmp_path / "out")
+    torch.manual_seed(5)
+    assert toys.close(tunerkit.load(longer(), tmp_path / "out")(IDS).logits, model(IDS).logits)
+
+
+def test_parameters_of_a_new_block_that_are_in_no_layer_are_named_as_frozen(tmp_path: Path) -> None:
+    """Experts are one layer, with an activation inside; the scales of BEiT's blocks lie beside the block's layers."""
+    mixtral = transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=2)
+    load = checkpoint(tmp_path / "mixtral", transformers.MixtralForCausalLM(mixtral))
+    copies, texts = wrapped(load("MixtralForCausalLM", num_hidden_layers=2), targets=["q_proj"])
+    assert {"model.layers.1.mlp.experts", "model.layers.1.mlp.gate"} <= {*copies}
+    assert [text.startswith("trained in full") for text in texts] == [True]
+    image = {**SIZES, "image_size": 8, "patch_size": 4, "layer_scale_init_value": 0.1}
+    load = checkpoint(tmp_path / "beit", transformers.BeitModel(transformers.BeitConfig(**image)))
+    copies, texts = wrapped(load("BeitModel", num_hidden_layers=2))
+    assert len(copies) == 8
+    assert "stay frozen: layers.1 holds parameters of its own beside its layers" in texts[1]
+
+
+def test_excluded_layers_of_a_new_block_stay_frozen_and_the_others_are_trained(longer: Callable[[], Any]) -> None:
+    """Leaving one projection out of LoRA does not freeze the random layers around it; naming the block does."""
+    copies, _ = wrapped(longer(), exclude=["down_proj"])
+    assert "model.layers.1.mlp.up_proj" in copies
+    assert "model.layers.1.mlp.down_proj" not in copies
+    assert wrapped(longer(), exclude=["layers.1"]) == ([], [])
+
+
+def test_new_parts_of_layers_in_blocks_are_named_as_frozen(tmp_path: Path) -> None:
+    """A config that asks for biases which the checkpoint lacks."""
+    model = llama(tmp_path, tied=False)("LlamaForCausalLM", attention_bias=True)
+    copies, texts = wrapped(model)
+    assert copies == []
+    assert len(texts) == 1
+    assert "only a part of model.layers.0.self_attn.q_proj is new" in texts[0]
+
+
+def _copied(model: Any) -> None:
+    """A block from copies of a loaded one, as in depth up-scaling."""
+    model.model.layers.append(copy.deepcopy(model.model.layers[0]))
+
+
+def _cast(model: Any) -> None:
+    """The same projection of every block in a new Parameter."""
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight = nn.Parameter(layer.mlp.up_proj.weight.detach().double().float())
+
+
+def _exchanged(model: Any) -> None:
+    """Every block's projection in a layer of the user's own, which starts with random values in place."""
+    for layer in model.model.layers:
+        old, layer.mlp.up_proj = layer.mlp.up_proj, nn.Linear(16, 16, bias=False)
+        layer.mlp.up_proj.load_state_dict(old.state_dict())
+
+
+def _trained(model: Any) -> None:
+    """A copied block, after a training that wrote to every parameter in place."""
+    _copied(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+
+
+@pytest.mark.parametrize("replace_", [_copied, _cast, _exchanged, _trained])
+def test_base_layers_whose_marks_were_dropped_stay_frozen_with_a_warning(
+    replace_: Callable[[Any], None], tmp_path: Path
+) -> None:
+    """However regular the places are, nothing shows that ``from_pretrained`` filled these parameters at random."""
+    model = llama(tmp_path, tied=False)("LlamaForCausalLM")
+    replace_(model)
+    copies, texts = wrapped(model)
+    assert copies == []
+    assert len(texts) == 1
+    assert "it cannot be seen whether model.layers." in texts[0]
+    assert "It stays frozen" in texts[0]

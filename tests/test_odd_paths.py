@@ -2,6 +2,8 @@
 
 import copy
 import importlib
+import io
+import pickle
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import tunerkit
+from tests.model_checks import losing
 from tunerkit.errors import StepError, TargetError
 from tunerkit.injection import walk
 
@@ -281,3 +284,73 @@ def test_code_compiled_for_a_model_without_adapters_is_not_run_for_one_with_some
     compiled: Any = {name: torch.compile(model, backend="eager") for name, model in models.items()}
     for name in sorted(models, key=lambda name: name != first):
         assert toys.close(compiled[name](toys.x()), models[name](toys.x()))
+
+
+def assert_same_but_apart(toys: "Toys", model: nn.Module, twin: nn.Module) -> None:
+    """``twin`` is independent: changing either's adapters leaves the other's output, and its tuner refers to itself."""
+    output = model(toys.x())
+    assert torch.equal(twin(toys.x()), output)
+    assert tunerkit.tuner(twin).model is twin
+    assert tunerkit.tuner(model).model is model
+    modules = set(twin.modules())
+    assert all(target.module in modules for target in tunerkit.tuner(twin).targets)
+    toys.fill_(twin, seed=1)
+    moved = twin(toys.x())
+    assert torch.equal(model(toys.x()), output)
+    assert not torch.equal(moved, output)
+    toys.fill_(model, seed=2)
+    assert not torch.equal(model(toys.x()), output)
+    assert torch.equal(twin(toys.x()), moved)
+    with tunerkit.disabled(twin):
+        assert not torch.equal(model(toys.x()), twin(toys.x()))
+    tunerkit.unwrap(twin)
+    assert torch.equal(twin(toys.x()), toys.net()(toys.x()))
+    assert not any(".tunerkit" in name for name, _ in twin.named_modules())
+    assert tunerkit.tuner(model).adapters()
+
+
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_a_copy_of_a_wrapped_model_is_its_own(toys: "Toys", way: str, ran: bool) -> None:
+    """deepcopy, pickle and torch.save give a model with independent adapters, before the first forward and after it."""
+    model = toys.trained()
+    if ran:
+        model(toys.x())
+    if way == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif way == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    assert_same_but_apart(toys, model, twin)
+
+
+def test_training_a_copy_leaves_the_original(toys: "Toys") -> None:
+    """The copy's optimizer drives only the copy's tuner."""
+    model = toys.trained()
+    tunerkit.attach(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+    twin = copy.deepcopy(model)
+    optimizer = torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=0.1)
+    tunerkit.attach(twin, optimizer)
+    losing(twin, toys.x()).backward()
+    optimizer.step()
+    assert (tunerkit.tuner(twin).steps, tunerkit.tuner(model).steps) == (1, 0)
+
+
+def test_a_wrapped_model_follows_to_and_loads_its_own_state(toys: "Toys") -> None:
+    """model.to(...) moves the adapters too.
+
+    A state_dict loads strictly into another model that was wrapped the same way.
+    """
+    model = toys.trained()
+    output = model(toys.x())
+    other = tunerkit.wrap(toys.net(), "toy-low-rank", toys.full, seed=99)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(toys.x()), output)
+    wide = model.to(torch.float64)(toys.x().double())
+    assert wide.dtype == torch.float64
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert toys.close(wide.float(), output)

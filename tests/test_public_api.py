@@ -65,7 +65,6 @@ ADDED = frozenset(
         "tunerkit.Statistics.rows",
         "tunerkit.Tuner.named_parameters(POSITIONAL_OR_KEYWORD self)",
         "tunerkit.Tuner.shared",
-        "tunerkit.Tuner.shares",
         "tunerkit.Wanted(POSITIONAL_OR_KEYWORD inputs = 0, POSITIONAL_OR_KEYWORD gradients = 0)",
         "tunerkit.Wanted.gradients",
         "tunerkit.Wanted.inputs",

@@ -1,4 +1,4 @@
-"""The training state in an optimizer's state_dict; its file is tested in test_files.py."""
+"""The training state in an optimizer's state_dict; its file is tested in test_training_state.py."""
 
 import io
 import warnings

@@ -1,5 +1,6 @@
 """Which checkpoint a Trainer with adapters resumes from: a whole one, or none."""
 
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -15,7 +16,8 @@ pytest.importorskip("transformers", reason="the Trainer is transformers'")
 pytest.importorskip("accelerate", reason="the Trainer needs it")
 from transformers import Trainer
 
-from tunerkit.testing.trainer_toys import Regression, RegressionRows, arguments
+from tunerkit.testing.trainer_toys import Regression, RegressionRows, arguments, attached_trainer
+from tunerkit.testing.two_trainers import resume_together
 
 pytestmark = pytest.mark.usefixtures("toys")
 # What a checkpoint of two adapters consists of. Nothing reads the arguments back.
@@ -23,17 +25,6 @@ FILES = (
     "a/adapter.safetensors", "a/state.safetensors", "b/adapter.safetensors", "b/state.safetensors", "optimizer.pt",
     "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin",
 )  # fmt: skip
-
-
-def trainer_of(folder: Path, **options: Any) -> Trainer:
-    """A trainer of a model with two adapters, of which one needs steps."""
-    model: nn.Module = Regression()
-    for name, method in (("a", "toy-stepper"), ("b", "toy-shift")):
-        model = tunerkit.wrap(model, method, {"targets": ["first", "second"]}, adapter=name)
-    defaults: dict[str, Any] = {"max_steps": 6, "learning_rate": 0.1, "save_strategy": "steps", "save_steps": 2}
-    trainer = Trainer(model, arguments(folder, **(defaults | options)), train_dataset=RegressionRows())
-    tunerkit.attach(model, trainer)
-    return trainer
 
 
 def weights(trainer: Trainer) -> list[Tensor]:
@@ -49,7 +40,7 @@ def equal(one: Trainer, other: Trainer) -> bool:
 def whole(tmp_path_factory: pytest.TempPathFactory, toys: Any) -> tuple[Trainer, Path]:
     """A training of six steps, stopped after four: its end, and its folder with checkpoints 2 and 4."""
     folder = tmp_path_factory.mktemp("whole")
-    trainer = trainer_of(folder)
+    trainer = attached_trainer(folder)
     trainer.train()
     shutil.rmtree(folder / "checkpoint-6")
     return trainer, folder
@@ -80,7 +71,7 @@ def test_no_file_of_the_newest_checkpoint_is_lost_in_silence(
     end, kept = whole
     folder = copied(kept, tmp_path)
     harm(folder / "checkpoint-4" / name, how)
-    trainer = trainer_of(folder)
+    trainer = attached_trainer(folder)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.train(resume_from_checkpoint=True)
@@ -103,7 +94,7 @@ def test_a_checkpoint_that_was_named_is_refused_if_it_is_not_whole(
     end, kept = whole
     folder = copied(kept, tmp_path)
     harm(folder / "checkpoint-4" / name, how)
-    trainer = trainer_of(folder)
+    trainer = attached_trainer(folder)
     before = weights(trainer)
     if is_needless(name, how):
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
@@ -120,7 +111,7 @@ def test_a_checkpoint_of_more_processes_is_resumed_with_a_warning(whole: tuple[T
     for process in range(2):
         shutil.copy(checkpoint / "rng_state.pth", checkpoint / f"rng_state_{process}.pth")
     (checkpoint / "rng_state.pth").unlink()
-    trainer = trainer_of(checkpoint.parent)
+    trainer = attached_trainer(checkpoint.parent)
     with pytest.warns(tunerkit.TunerkitWarning, match="written by another number of processes"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
     assert trainer.state.global_step == 6
@@ -133,7 +124,7 @@ def test_files_in_the_older_format_of_torch_are_read(how: str, whole: tuple[Trai
     checkpoint = copied(kept, tmp_path) / "checkpoint-4"
     file = checkpoint / "optimizer.pt"
     torch.save(torch.load(file, weights_only=True), file, _use_new_zipfile_serialization=False)
-    trainer = trainer_of(checkpoint.parent)
+    trainer = attached_trainer(checkpoint.parent)
     if how == "cut":
         harm(file, how)
         with pytest.raises(tunerkit.FileError, match=r"damaged optimizer\.pt.*go on with the weights alone"):
@@ -151,9 +142,28 @@ def test_without_a_whole_checkpoint_the_error_names_what_is_wrong_with_each(
     harm(folder / "checkpoint-4" / "optimizer.pt", "cut")
     harm(folder / "checkpoint-2" / "a" / "adapter.safetensors", "removed")
     with pytest.raises(tunerkit.FileError, match=r"none of the 2 checkpoints") as caught:
-        trainer_of(folder).train(resume_from_checkpoint=True)
+        attached_trainer(folder).train(resume_from_checkpoint=True)
     assert "has a damaged optimizer.pt" in str(caught.value)
     assert "has no adapter.safetensors for adapter 'a'" in str(caught.value)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_refused_by_name(
+    whole: tuple[Trainer, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failing disk is a problem of that checkpoint; a bare error of one process would leave the others waiting."""
+    folder = copied(whole[1], tmp_path)
+    read = Path.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if path == folder / "checkpoint-4" / "trainer_state.json":
+            raise OSError(5, "input/output error")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.warns(tunerkit.TunerkitWarning, match=r"checkpoint-4 cannot be read: .*input/output error"):
+        attached_trainer(folder).train(resume_from_checkpoint=True)
+    with pytest.raises(tunerkit.FileError, match=r"cannot be read: .*resume from an earlier"):
+        attached_trainer(folder).train(resume_from_checkpoint=str(folder / "checkpoint-4"))
 
 
 def test_a_checkpoint_of_the_weights_alone_is_resumed_with_a_warning(tmp_path: Path) -> None:
@@ -171,3 +181,36 @@ def test_a_checkpoint_of_the_weights_alone_is_resumed_with_a_warning(tmp_path: P
     plain(tmp_path).train()
     with pytest.warns(tunerkit.TunerkitWarning, match="has the weights alone .save_only_model."):
         plain(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_processes_that_see_other_files_resume_from_the_same_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one process sees counts for both: they choose alike or raise the same error, and one of them warns.
+
+    Each process reads the random state of its own. Training then ends exactly as without the interruption.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("this torch has no gloo")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.multiprocessing.spawn(  # type: ignore[attr-defined]  # torch does not list it
+        resume_together, (str(tmp_path),), nprocs=2
+    )
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    # The folders differ here, and so do their names in the errors.
+    parts = [each["answers"].pop("optimizer of one process")[0] for each in (first, second)]
+    assert all("has the weights alone" in each and "(seen by process 1 of 2)" in each for each in parts)
+    for case, (answer, warned) in first["answers"].items():
+        assert second["answers"][case] == (answer, []), case  # the same answer, and no second warning
+        assert len(warned) == (1 if case in ("own state damaged", "folder of one process") else 0), case
+    answers = {case: answer for case, (answer, _) in first["answers"].items()}
+    assert answers["whole"] == answers["named"] == "checkpoint-4"
+    assert answers["own state damaged"] == answers["folder of one process"] == "checkpoint-2"
+    damage = r"has a damaged rng_state_1\.pth \(seen by process 1 of 2\)"
+    assert re.search(damage, first["answers"]["own state damaged"][1][0])
+    assert re.search(rf"^FileError: .*checkpoint-4 {damage}; resume from an earlier", answers["damaged and named"])
+    assert "checkpoint-4 is not a folder (seen by process 1 of 2)" in first["answers"]["folder of one process"][1][0]
+    assert "checkpoint-4 (seen by process 0 of 2); nothing (seen by process 1 of 2)" in answers["asked for by one"]
+    assert answers["none"] is None
+    assert all(torch.equal(a, b) for a, b in zip(first["end"], first["resumed"], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(second["end"], second["resumed"], strict=True))

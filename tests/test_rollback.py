@@ -54,8 +54,9 @@ def test_a_state_that_cannot_be_restored_changes_nothing(toys: "Toys", tmp_path:
         weights = [parameter.detach().clone() for parameter in tuner.parameters()]
         objects = [id(parameter) for parameter in tuner.parameters()]
         history = list(tuner.history)
-        with pytest.raises(KeyError, match="mask"):
+        with pytest.raises(KeyError, match="mask") as caught:
             tunerkit.load_state(model, path)
+        assert any(f"while restoring {path}. Load a state" in note for note in caught.value.__notes__)
         assert all(torch.equal(a, b) for a, b in zip(weights, tuner.parameters(), strict=True))
         assert [id(parameter) for parameter in tuner.parameters()] == objects
         assert (tuner.steps, tuner.history) == (2, history)

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,16 +22,19 @@ CONFIG = {"targets": ["0", "2"]}
 
 
 class Waits(nn.Module):
-    """The identity. In a thread named ``held`` it waits until it is released."""
+    """The identity. In a thread named ``held`` it waits until it is released; if it must, it is interrupted."""
 
     def __init__(self) -> None:
         super().__init__()
         vars(self)["arrived"], vars(self)["released"] = threading.Event(), threading.Event()
+        self.interrupted = False
 
     def forward(self, x: Tensor) -> Tensor:
         if threading.current_thread().name == "held":
             vars(self)["arrived"].set()
             vars(self)["released"].wait()
+        if self.interrupted:
+            raise KeyboardInterrupt
         return x
 
 
@@ -97,3 +101,43 @@ def test_another_model_that_runs_does_not_matter(toys: "Toys") -> None:
         tunerkit.merge(other)
     assert is_merged(other)
     assert not is_merged(model)
+
+
+def interrupted_forward(model: Any) -> int:
+    """Run a forward that is interrupted. Returns the number of the thread in which it ran."""
+    model[1].interrupted = True
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.ones(1, 3))
+    model[1].interrupted = False
+    return threading.get_ident()
+
+
+def test_a_thread_that_ended_in_a_forward_does_not_count(toys: "Toys") -> None:
+    """The system gives its number to a thread that starts later and never runs the model."""
+    model = model_of(toys)
+    with ThreadPoolExecutor(1) as pool:
+        number = pool.submit(interrupted_forward, model).result()
+    end = threading.Event()
+    threads = [threading.Thread(target=end.wait) for _ in range(50)]
+    try:
+        for thread in threads:
+            thread.start()
+            if thread.ident == number:
+                break
+        assert number in {thread.ident for thread in threads}, "no thread got the number again"
+        tunerkit.merge(model)
+    finally:
+        end.set()
+    assert is_merged(model)
+
+
+def test_a_thread_that_lives_on_after_an_interrupt_counts_until_its_next_forward(toys: "Toys") -> None:
+    """No hook runs after an interrupt, so the error says what to do."""
+    model = model_of(toys)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(interrupted_forward, model).result()
+        with pytest.raises(AdapterError, match=r"interrupted in the model's forward .* run the model there once more"):
+            tunerkit.merge(model)
+        pool.submit(model, torch.ones(1, 3)).result()
+        tunerkit.merge(model)
+    assert is_merged(model)

@@ -451,6 +451,28 @@ def test_a_head_alone_does_not_train_an_adapter_that_needs_steps() -> None:
                 tunerkit.attach(model, head)
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_what_the_refusal_of_a_second_optimizer_advises_works(*, fresh: bool) -> None:
+    """Wrapping again alone is an error, since the name is taken: delete the first optimizer, or the adapter."""
+    model = wrapped()
+    optimizer = sgd(model)
+    tunerkit.attach(model, optimizer, total_steps=5)
+    backward(model)
+    optimizer.step()
+    text = refusal(model, sgd(model), total_steps=5)
+    assert "delete the earlier one and what holds it" in text
+    assert "call tunerkit.delete(model, 'default') and wrap again" in text
+    if fresh:
+        tunerkit.delete(model, "default")
+        wrapped(model=model)
+        tunerkit.attach(model, sgd(model), total_steps=5)
+    else:
+        del optimizer
+        gc.collect()
+        with pytest.warns(tunerkit.TunerkitWarning, match="restarts at step 0"):
+            tunerkit.attach(model, sgd(model), total_steps=5)
+
+
 def test_attaching_twice_is_refused() -> None:
     """One optimizer drives an adapter: attaching it again, or another one, is an error; the first stays attached."""
     model = wrapped()

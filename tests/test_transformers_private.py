@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from scripts.structure import private_attributes, read
-from tunerkit.libraries import transformers_private
+from tunerkit.libraries import torch_private, transformers_private
 
 transformers = pytest.importorskip("transformers", reason="the canaries are about its Trainer")
 pytest.importorskip("accelerate", reason="the Trainer needs it")
@@ -139,7 +139,7 @@ def test_every_private_name_in_the_file_has_a_canary() -> None:
 
 def test_loaded_parameters_have_a_mark_that_new_ones_lack(tmp_path: Path) -> None:
     """Moves, casts, training and pickles keep it, a deep copy does not, and a model from a config has none."""
-    where = f"transformers {transformers.__version__}: {MARK} is not what it was. targets.new_modules relies on it: "
+    where = f"transformers {transformers.__version__}: {MARK} is not what it was. targets.unloaded relies on it: "
     config = transformers.BertConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9
     )
@@ -155,6 +155,24 @@ def test_loaded_parameters_have_a_mark_that_new_ones_lack(tmp_path: Path) -> Non
     assert marked(model.to(torch.bfloat16).requires_grad_(False)) == loaded, f"{where}mend {FILE}"
     assert not marked(copy.deepcopy(model)), f"{where}deep copies keep it now, so say less in the warning"
     assert not marked(transformers.BertForSequenceClassification(config)), f"{where}mend {FILE}"
+
+
+def test_from_pretrained_marks_every_module_and_writes_in_place_only_what_it_did_not_load(tmp_path: Path) -> None:
+    """Casts and moves keep both; a module that is put in later has no mark, and a copied parameter was not written."""
+    where = f"transformers {transformers.__version__}: {MARK} is not what it was. targets.unloaded relies on it: "
+    config = transformers.LlamaConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2)
+    for changed in (model, model.to(torch.bfloat16).to("cpu")):
+        assert all(map(transformers_private.is_built, changed.modules())), f"{where}mend {FILE}"
+        for name, parameter in changed.named_parameters():
+            new = name.startswith("model.layers.1.")
+            assert transformers_private.is_loaded(parameter) is not new, f"{where}mend {FILE}"
+            assert bool(torch_private.version(parameter)) is new, f"{where}it wrote {name}, or not: mend {FILE}"
+    assert not transformers_private.is_built(nn.Linear(1, 1))
+    assert not any(torch_private.version(p) for p in copy.deepcopy(model).parameters())
 
 
 def test_methods_for_weights_of_a_trainer_s_own_are_named() -> None:

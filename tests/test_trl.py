@@ -219,6 +219,38 @@ def test_a_reference_model_of_another_checkpoint_stays(base: Path, tmp_path: Pat
     assert trainer.ref_model is other
 
 
+def fine_tuned_in_full(model: Any) -> Any:
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight.add_(0.01)
+    return model
+
+
+def frozen(model: Any) -> Any:
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("own", [fine_tuned_in_full, frozen])
+@pytest.mark.parametrize("start", STARTS)
+def test_a_reference_model_of_the_same_checkpoint_stays_if_somebody_changed_it(
+    start: str, own: Any, base: Path, tmp_path: Path
+) -> None:
+    """TRL loads the weights as they are stored and freezes none, so this one was passed."""
+    other = own(llama(base, method=None))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "DPOTrainer had loaded", tunerkit.TunerkitWarning)
+        trainer, _ = dpo(started(base, start), other, tmp_path)
+    assert trainer.ref_model is other
+
+
+def test_a_reference_model_as_trl_loads_it_is_replaced_and_the_warning_says_how_to_keep_it(
+    base: Path, tmp_path: Path
+) -> None:
+    """Who loaded it cannot be seen, and TRL's own may be a wrong one."""
+    with pytest.warns(tunerkit.TunerkitWarning, match=r"If the reference was yours, freeze it .* after attach"):
+        trainer, _ = dpo(started(base, "merged"), llama(base, method=None), tmp_path)
+    assert isinstance(trainer.ref_model, type(tunerkit.reference(llama(base))))
+
+
 def grpo(model: nn.Module, folder: Path, **options: Any) -> Any:
     chosen = TRL.GRPOConfig(
         output_dir=str(folder), num_generations=4, max_completion_length=6, **(QUIET | options)

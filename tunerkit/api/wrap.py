@@ -53,17 +53,19 @@ def wrap(
     scanned = targets.scan(root, hooks.gather_knowledge())
     adapted = {path for path, _, slots in injection.walk(root) if slots.active or not slots.copies}
     with patterns.one_allowance():
-        copies = targets.add_new(scanned, targets.choose_copies(scanned, config.train_modules), config, adapted)
-        targets.refuse_tied(scanned, copies)
+        named = targets.choose_copies(scanned, config.train_modules)
+        targets.refuse_tied(scanned, named)
+        new = targets.choose_new(scanned, named, config, adapted)
         chosen = targets.select(
             scanned,
             targets=config.targets,
             exclude=config.exclude,
             layers=config.layers,
-            trained=copies,
+            trained=named,
+            new=new,
             outputs=hooks.registry.get(method).targets == "outputs",
         )
-        tuner = _tuner_of(scanned, chosen, copies, method, config, adapter)
+        tuner = _tuner_of(scanned, chosen, (*named, *new), method, config, adapter)
         injection.refuse_idle_patterns(tuner)
         with _seeded(seed):
             slots = injection.build(scanned, tuner)
@@ -84,7 +86,6 @@ def _tuner_of(
         targets=chosen,
         copies=targets.from_paths(scanned, copies),
         biases=targets.choose_biases(scanned, config.bias, chosen, copies),
-        shares=hooks.has_shared(method),
         progress=Progress(total_steps=config.total_steps),
     )
 

@@ -1,6 +1,7 @@
 """The hooks and the plugins that answer them: specs, discovery, validation, the registry."""
 
 from tunerkit.hooks.calls import (
+    adds_products,
     after_step,
     before_step,
     budget,

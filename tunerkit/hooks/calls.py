@@ -127,6 +127,11 @@ def has_factors(method: str) -> bool:
     return registry.implements(specs.tunerkit_factors, method)
 
 
+def adds_products(method: str) -> bool:
+    """Whether the method's adapters add products and nothing else, so that the factors say all."""
+    return has_factors(method) and not registry.implements(specs.tunerkit_delta, method)
+
+
 def takes_factors(method: str) -> bool:
     """Whether the method can build adapters from products."""
     return registry.implements(specs.tunerkit_from_factors, method)

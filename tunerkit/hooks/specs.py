@@ -151,8 +151,8 @@ def tunerkit_shared(targets: Sequence[Target], config: AdapterConfig) -> nn.Modu
     """Build what all adapters of the method use, such as VeRA's random matrices; None for nothing.
 
     Fires once in ``wrap`` and in ``load``, before the first `tunerkit_build_adapter`, with core's seed set and all
-    targets in sight, in the model's order. Core keeps the module at the model itself. It moves it to the first target's
-    device and to the config's dtype, saves it once, and loads it once. `tunerkit_build_adapter` gets it as an
+    targets in sight, in the model's order. Core keeps the module beside the first target's adapter. It moves it to that
+    target's device and to the config's dtype, saves it once, and loads it once. `tunerkit_build_adapter` gets it as an
     argument and must not change it; ``forward`` and `tunerkit_delta` find it as ``adapter.shared``. Its parameters
     are trained, except those with ``requires_grad=False``.
 

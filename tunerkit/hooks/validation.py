@@ -123,7 +123,8 @@ def _checked_name(method: Any) -> str:
             f"a method is named {shown(name)}; expected a word (a str) without spaces, commas, slashes or brackets"
         )
     # attrs.has also accepts an undecorated subclass of an attrs class, whose new fields would be ignored.
-    if not (isclass(config) and issubclass(config, AdapterConfig) and "__attrs_attrs__" in vars(config)):
+    own = isclass(config) and issubclass(config, AdapterConfig) and config is not AdapterConfig
+    if not (own and "__attrs_attrs__" in vars(config)):
         raise PluginError(
             f"the config of method {shown(name)} is {shown(config)}; "
             "expected an attrs class derived from tunerkit.AdapterConfig"

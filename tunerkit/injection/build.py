@@ -45,7 +45,8 @@ def build_each(
     biases = {biased.path: biased for biased in tuner.biases}
     paths, found = tuner.modules(), scanned.by_path
     refuse_overlap(tuner.model, paths, list(copies))
-    shared = _shared(tuner, around(Target("", tuner.model))) if tuner.shares else None
+    first = tuner.targets[0] if tuner.targets and hooks.has_shared(tuner.method) else None
+    shared = None if first is None else _shared(tuner, first, around(first))
     versions = _versions(shared)
     for path in paths:
         target, copied, biased = targets.get(path), copies.get(path), biases.get(path)
@@ -56,7 +57,7 @@ def build_each(
                 adapter=None if target is None else _adapter(tuner, target, found[path], around(target), shared),
                 copy=None if copied is None else _copy_of(copied),
                 bias=None if biased is None else _bias_of(biased, found[path].base),
-                shared=None if path else shared,
+                shared=shared if target is first else None,
             ),
         )
     if _versions(shared) != versions:
@@ -66,12 +67,11 @@ def build_each(
         )
 
 
-def _shared(tuner: Tuner, entered: AbstractContextManager[object]) -> nn.Module | None:
+def _shared(tuner: Tuner, first: Target, entered: AbstractContextManager[object]) -> nn.Module | None:
     """Build what the adapters share, on the first target's device and in the config's dtype."""
     with entered:
         shared = hooks.shared(tuner.method, tuner.targets, tuner.config)
-    place = tuner.targets[0].module if tuner.targets else tuner.model
-    return None if shared is None else _placed(shared, place, getattr(torch, tuner.config.adapter_dtype))
+    return None if shared is None else _placed(shared, first.module, getattr(torch, tuner.config.adapter_dtype))
 
 
 def _versions(shared: nn.Module | None) -> dict[str, tuple[int, int | None]]:

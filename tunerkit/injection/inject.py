@@ -42,8 +42,8 @@ def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, *, trainable
             slots = Slots(base).train(module.training)
             module.add_module(CHILD, slots)
             watch_states_(module)
-        if reader is None and slot.changes_output and not torch_private.has_hook(module, apply_slots):
-            module.register_forward_hook(apply_slots, with_kwargs=True)
+            if reader is None:
+                module.register_forward_hook(apply_slots, with_kwargs=True)
         if not module.training:  # new parts are in training mode, and a copy has the modes of its original
             slot.eval()
         slots.put(tuner.name, slot)

@@ -27,15 +27,13 @@ def refuse_lost(tuners: Iterable[Tuner]) -> None:
 
 
 def _lost(tuner: Tuner) -> Iterator[tuple[str, str]]:
-    own = dict(tuner.slots())  # raises if the adapter itself was removed from a module
+    list(tuner.slots())  # raises if the adapter itself was removed from a module
     modules = [module for _, module in base_modules(tuner.model)]
     # By identity, not by path: a module that was put into DDP or a compiled module still runs.
     present = set(map(id, modules))
     overridden = overridden_in(modules)
     for path, module in tuner.modules().items():
         slots = slots_of(module)
-        if not own[path].changes_output:
-            continue
         if id(module) not in present:
             yield path, f"the {type(module).__name__} that was adapted is not in the model any more"
         elif not torch_private.has_hook(module, apply_slots) and id(module) not in overridden:

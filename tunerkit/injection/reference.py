@@ -9,12 +9,11 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from tunerkit import hooks
 from tunerkit.errors import AdapterError
+from tunerkit.injection.idle import adds_nothing
 from tunerkit.injection.merged_state import is_merged, refuse_fixed
-from tunerkit.injection.slots import Slot, Slots, slots_of, walk
-from tunerkit.injection.tuner import Tuner, Wrapped, require_tuners, wrapped_model, wrapped_of
-from tunerkit.layers import bias_name
+from tunerkit.injection.slots import Slot, Slots, walk
+from tunerkit.injection.tuner import Wrapped, require_tuners, wrapped_model, wrapped_of
 from tunerkit.libraries import torch_private
 from tunerkit.paths import CHILD, is_adapter_path, join
 
@@ -158,7 +157,7 @@ def reference(model: nn.Module) -> Reference:
     frozen: dict[str, dict[str, Slot]] = {}
     with torch.no_grad():
         for name in wrapped.active:
-            if not _adds_nothing(tuners[name]):
+            if not adds_nothing(tuners[name]):
                 copied: dict[int, Any] = {}  # what the adapters share is copied once
                 for path, slot in tuners[name].slots():
                     frozen.setdefault(path, {})[name] = _frozen(slot, copied)
@@ -194,34 +193,3 @@ def _frozen(slot: Slot, copied: dict[int, Any]) -> Slot:
     twin = copy.deepcopy(slot, copied).eval().requires_grad_(False)
     twin.zero_grad(set_to_none=True)
     return twin
-
-
-def _adds_nothing(tuner: Tuner) -> bool:
-    """Whether the model's output is the same without the adapter. A count of steps would miss a loop of one's own."""
-    modules = tuner.modules()
-    return all(_is_idle(path, slot, modules[path]) for path, slot in tuner.slots())
-
-
-def _is_idle(path: str, slot: Slot, module: nn.Module) -> bool:
-    slots = slots_of(module)
-    base = None if slots is None else slots.base
-    own = dict(module.named_parameters()) | dict(module.named_buffers())
-    if slot.copy is not None:
-        kept = dict(slot.copy.named_parameters()) | dict(slot.copy.named_buffers())
-        return all(name in own and _is_equal(tensor, own[name]) for name, tensor in kept.items())
-    if slot.bias is not None and not _is_equal(slot.bias, own[bias_name(base)]):
-        return False
-    if slot.adapter is None:
-        return True
-    if base is None or not hooks.has_delta(slot.method):
-        return False
-    if hooks.has_factors(slot.method):
-        product = hooks.factors(path, slot.method, slot.adapter, base)
-        if not (product.p.any() and product.q.any()):
-            return True
-    delta = hooks.delta(path, slot.method, slot.adapter, base)
-    return not any(part is not None and bool(part.any()) for part in (delta.weight, delta.bias))
-
-
-def _is_equal(one: Tensor, other: Tensor) -> bool:
-    return not other.is_meta and torch.equal(one, other.to(one.device))

@@ -18,7 +18,7 @@ _ORIGINAL, _DOT = "/", "\0"
 class Slot(nn.Module):
     """What one adapter adds at one module: the method's adapter, a trained copy of the module, a trained bias.
 
-    A copy excludes the other two. At the model itself, a slot may also hold the module that the adapters share.
+    A copy excludes the other two. The first target's slot may also hold the module that all adapters share.
 
     Attributes:
         method: The method's name; its plugin computes the adapter's delta.
@@ -52,13 +52,8 @@ class Slot(nn.Module):
 
     @property
     def shared(self) -> nn.Module | None:
-        """What all adapters of the method use. No module of a model has the child's name, so it is unique in files."""
+        """What all adapters of the method use; None except in one slot."""
         return torch_private.own_children(self).get(CHILD)
-
-    @property
-    def changes_output(self) -> bool:
-        """Whether the module's output depends on this slot, which may also hold a shared module alone."""
-        return self.adapter is not None or self.copy is not None or self.bias is not None
 
     def forward(
         self, module: nn.Module, base: BaseLayer | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any

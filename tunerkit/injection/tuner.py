@@ -48,7 +48,6 @@ class Tuner:
         copies: The modules that are trained in full, as copies.
         biases: The other modules whose bias is trained.
         loaded: Whether the adapter came from a file.
-        shares: Whether the method's adapters may share a module, which is kept at the model itself.
         progress: What changes during training. The other fields stay as they are.
     """
 
@@ -60,7 +59,6 @@ class Tuner:
     copies: tuple[Target, ...] = ()
     biases: tuple[Target, ...] = ()
     loaded: bool = False
-    shares: bool = False
     progress: Progress = attrs.field(factory=Progress)
 
     def __attrs_post_init__(self) -> None:
@@ -114,8 +112,7 @@ class Tuner:
         """Find the adapter's slots in the model.
 
         Returns:
-            Pairs of a module's path and the adapter's slot there: the model itself if the adapters share a module,
-            then targets, copies and other trained biases.
+            Pairs of a module's path and the adapter's slot there: targets, copies, then other trained biases.
 
         Raises:
             AdapterError: The adapter is not in the model any more, or not at one of its modules.
@@ -130,9 +127,8 @@ class Tuner:
             yield path, slot
 
     def modules(self) -> dict[str, nn.Module]:
-        """Return the modules that have a slot by path."""
-        found = {target.path: target.module for target in (*self.targets, *self.copies, *self.biases)}
-        return {"": self.model, **found} if self.shares else found
+        """Return the adapted modules by path."""
+        return {target.path: target.module for target in (*self.targets, *self.copies, *self.biases)}
 
     def adapters(self) -> dict[str, Adapter]:
         """Return the method's adapters by target path."""
@@ -154,9 +150,7 @@ class Tuner:
     @property
     def shared(self) -> nn.Module | None:
         """The module that the method's adapters share, if there is one; see the hook `tunerkit_shared`."""
-        slots = slots_of(self.model) if self.shares else None
-        slot = slots.get(self.name) if slots is not None else None
-        return None if slot is None else slot.shared
+        return next((slot.shared for _, slot in self.slots() if slot.shared is not None), None)
 
     def ranks(self) -> dict[str, int]:
         """Return the live rank by target path: AdaLoRA's last mask, LoRA's constant."""

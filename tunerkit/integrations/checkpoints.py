@@ -167,11 +167,13 @@ def _load_best(trainer: Trainer, attached: Attached, load_model: Callable[[], No
 def _train(trainer: Trainer, attached: Attached, train: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Train, then release the adapters, even after an exception or an interrupt, so that they can be attached again."""
     try:
+        # Every process asks, also one that was called without: the processes decide together.
+        wanted = args[0] if args else kwargs.get("resume_from_checkpoint")
+        chosen = choose_checkpoint(trainer, attached.tuners, wanted)
         if args:  # what to resume from comes first; a subclass may take no argument at all
-            args = (choose_checkpoint(trainer, attached.tuners, args[0]), *args[1:])
+            args = (chosen, *args[1:])
         elif "resume_from_checkpoint" in kwargs:
-            wanted = kwargs["resume_from_checkpoint"]
-            kwargs["resume_from_checkpoint"] = choose_checkpoint(trainer, attached.tuners, wanted)
+            kwargs["resume_from_checkpoint"] = chosen
         return train(*args, **kwargs)
     finally:
         attached.release()

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -18,14 +19,19 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from tunerkit import serialization
 from tunerkit.errors import FileError, TunerkitWarning
 from tunerkit.injection import Tuner
+from tunerkit.integrations.agreement import gathered, union
 from tunerkit.integrations.folders import folder_of, has_file
 
 _WEIGHTS = "go on with the weights alone: tunerkit.load(base, checkpoint, trainable=True) starts a new training run"
+_SHOWN = 5
 _WHOLE_MODEL = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
 def choose_checkpoint(trainer: Trainer, tuners: Sequence[Tuner], wanted: Any) -> Any:
     """Return what ``trainer.train`` should resume from.
+
+    The processes of a distributed training may see other files, so each learns what any of them saw. All of them
+    return the same checkpoint or raise the same error, and the main process warns. All must call this.
 
     Args:
         trainer: The trainer that is about to train.
@@ -37,48 +43,101 @@ def choose_checkpoint(trainer: Trainer, tuners: Sequence[Tuner], wanted: Any) ->
         names newer ones that are not whole.
 
     Raises:
-        FileError: The checkpoint that was asked for, or every one, is not whole. The error says what is wrong.
+        FileError: The checkpoint that was asked for, or every one, is not whole. The error says what is wrong. Or the
+            processes were asked for different checkpoints.
     """
+    _refuse_disagreement(wanted)
     if isinstance(wanted, str | os.PathLike):
         checkpoint = Path(wanted)
-        if problems := list(_problems(trainer, tuners, checkpoint)):
-            raise FileError(f"{checkpoint} {'; '.join(problems)}; resume from an earlier checkpoint, or {_WEIGHTS}")
-        _warn_of_other_end(trainer, checkpoint)
+        seen = _examined(trainer, tuners, checkpoint)
+        if seen.problems:
+            raise FileError(
+                f"{checkpoint} {'; '.join(seen.problems)}; resume from an earlier checkpoint, or {_WEIGHTS}"
+            )
+        _warn(trainer, [f"{checkpoint} {note}" for note in seen.notes])
         return str(wanted)
     found = _newest_first(Path(str(trainer.args.output_dir))) if wanted is True else []
-    return _newest_whole(trainer, tuners, found) if found else wanted
+    if not found:
+        return wanted
+    checkpoint, notes = _newest_whole(trainer, tuners, found)
+    _warn(trainer, notes)
+    return str(checkpoint)
 
 
-def _newest_whole(trainer: Trainer, tuners: Sequence[Tuner], found: Sequence[Path]) -> str:
+def _refuse_disagreement(wanted: Any) -> None:
+    """Raise `FileError` in every process if they were asked to resume from different checkpoints.
+
+    A script that looks for the newest checkpoint itself finds none where the folder is another machine's. The folders
+    above a checkpoint may differ between machines.
+    """
+    own = Path(wanted).name if isinstance(wanted, str | os.PathLike) else "the newest" if wanted is True else "nothing"
+    asked = gathered(own)
+    if len(set(asked)) > 1:
+        named = "; ".join(union([[name] for name in asked])[:_SHOWN])
+        raise FileError(
+            f"the processes were asked to resume from different checkpoints: {named}. Pass the same to each, and let "
+            "each machine see the folder"
+        )
+
+
+def _newest_whole(trainer: Trainer, tuners: Sequence[Tuner], found: Sequence[Path]) -> tuple[Path, list[str]]:
+    """Return the first whole checkpoint of ``found``, and what to warn of."""
     passed: list[str] = []
     for checkpoint in found:
-        problems = list(_problems(trainer, tuners, checkpoint))
-        if problems:
-            passed.append(f"{checkpoint} {'; '.join(problems)}")
-            continue
-        if passed:
+        seen = _examined(trainer, tuners, checkpoint)
+        if not seen.problems:
             listed = "\n- ".join(passed)
-            warnings.warn(
-                f"training resumes from {checkpoint}, the newest whole checkpoint, because:\n- {listed}",
-                TunerkitWarning,
-                stacklevel=5,
-            )
-        _warn_of_other_end(trainer, checkpoint)
-        return str(checkpoint)
-    listed = "\n- ".join(passed[:5])
+            skipped = f"training resumes from {checkpoint}, the newest whole checkpoint, because:\n- {listed}"
+            return checkpoint, [*([skipped] if passed else []), *(f"{checkpoint} {note}" for note in seen.notes)]
+        passed.append(f"{checkpoint} {'; '.join(seen.problems)}")
+    listed = "\n- ".join(passed[:_SHOWN])
     raise FileError(
         f"none of the {len(found)} checkpoints in {found[0].parent} can be resumed from; train without "
         f"resume_from_checkpoint, or {_WEIGHTS}:\n- {listed}"
     )
 
 
+def _warn(trainer: Trainer, notes: Sequence[str]) -> None:
+    for note in notes if trainer.is_world_process_zero() else ():
+        warnings.warn(note, TunerkitWarning, stacklevel=4)
+
+
 def _newest_first(folder: Path) -> list[Path]:
-    numbered = {
-        int(match[1]): path
+    """Return the checkpoints in ``folder`` that any process sees, the newest first."""
+    own = {
+        int(match[1]): path.name
         for path in (folder.iterdir() if folder.is_dir() else ())
         if (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)) and path.is_dir()
     }
-    return [numbered[step] for step in sorted(numbered, reverse=True)]
+    numbered = {step: name for names in gathered(own) for step, name in names.items()}
+    return [folder / numbered[step] for step in sorted(numbered, reverse=True)]
+
+
+@attrs.frozen
+class _Examined:
+    """What the processes saw in one checkpoint, as the ends of sentences about it.
+
+    Attributes:
+        problems: What keeps it from being resumed exactly, or by all processes alike. A whole one has none.
+        notes: Why the end will not be that of an uninterrupted training, although the checkpoint is whole.
+    """
+
+    problems: list[str]
+    notes: list[str]
+
+
+def _examined(trainer: Trainer, tuners: Sequence[Tuner], checkpoint: Path) -> _Examined:
+    own: tuple[list[str], list[str]]
+    try:
+        own = list(_problems(trainer, tuners, checkpoint)), list(_notes(trainer, checkpoint))
+    except OSError as error:  # the other processes wait for an answer
+        own = [f"cannot be read: {error}"], []
+    everywhere = gathered(own)
+    problems = union([problems for problems, _ in everywhere])
+    notes = union([notes for _, notes in everywhere])
+    # With the optimizer's file on one machine only, its process would go on and the others start anew.
+    apart = [note for note in notes if note not in own[1]]
+    return _Examined([*problems, *apart], notes)
 
 
 def _problems(trainer: Trainer, tuners: Sequence[Tuner], checkpoint: Path) -> Iterator[str]:
@@ -173,19 +232,15 @@ def _is_of_older_format(path: Path) -> bool:
     return True
 
 
-def _warn_of_other_end(trainer: Trainer, checkpoint: Path) -> None:
-    """Warn if the checkpoint is whole, but training cannot end as it would have without the interruption."""
+def _notes(trainer: Trainer, checkpoint: Path) -> Iterator[str]:
+    """Yield why training cannot end as it would have without the interruption, if the checkpoint is whole."""
     if _has_other_processes(trainer, checkpoint):
-        warnings.warn(
-            f"{checkpoint} was written by another number of processes: the random state starts anew, so the end is not "
-            "that of an uninterrupted training",
-            TunerkitWarning,
-            stacklevel=5,
+        yield (
+            "was written by another number of processes: the random state starts anew, so the end is not that of an "
+            "uninterrupted training"
         )
-    if not (checkpoint / OPTIMIZER_NAME).exists():
-        warnings.warn(
-            f"{checkpoint} has the weights alone (save_only_model): the optimizer, the learning rate's schedule and "
-            "the random state start anew, so the end is not that of an uninterrupted training",
-            TunerkitWarning,
-            stacklevel=5,
+    if checkpoint.is_dir() and not (checkpoint / OPTIMIZER_NAME).exists():
+        yield (
+            "has the weights alone (save_only_model): the optimizer, the learning rate's schedule and the random state "
+            "start anew, so the end is not that of an uninterrupted training"
         )

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from tunerkit.errors import StepError, TunerkitWarning
 from tunerkit.injection import Reference, Tuner, inside, reference, slots_of
+from tunerkit.integrations.stored_weights import differs_from_stored
 from tunerkit.layers import bias_name
 from tunerkit.libraries import is_trl_trainer
 
@@ -69,7 +70,7 @@ def _restore_dtypes_(trainer: Trainer, tuners: list[Tuner]) -> None:
 
 
 def _settle_reference_(trainer: Any, model: nn.Module) -> None:
-    """Replace a reference model that TRL has loaded. One that somebody chose, of another checkpoint, stays."""
+    """Replace a reference model that TRL has loaded. One that somebody chose stays."""
     held = vars(trainer).get("ref_model")
     if held is None:
         return
@@ -81,8 +82,7 @@ def _settle_reference_(trainer: Any, model: nn.Module) -> None:
                 "model that it trains"
             )
         return
-    checkpoint = _checkpoint_of(inner)
-    if type(inner) is not type(model) or not checkpoint or checkpoint != _checkpoint_of(model):
+    if not _may_be_loaded_by_trl(inner, model, trainer):
         return
     trainer.ref_model = None
     trainer.accelerator.free_memory()  # the list of prepared models still holds it; each call of train empties it too
@@ -90,11 +90,30 @@ def _settle_reference_(trainer: Any, model: nn.Module) -> None:
     warnings.warn(
         f"{type(trainer).__name__} had loaded {type(model).__name__} a second time from {_checkpoint_of(model)!r} as "
         "its reference model. It was dropped: the reference is now the trained model as it stands, tunerkit.reference("
-        "model). Where the trainer takes a ref_model, pass that, and nothing is loaded; for another reference, set "
-        "trainer.ref_model after attach",
+        "model). Where the trainer takes a ref_model, pass that, and nothing is loaded. If the reference was yours, "
+        "freeze it with requires_grad_(False) before you pass it, or set trainer.ref_model after attach",
         TunerkitWarning,
         stacklevel=4,
     )
+
+
+def _may_be_loaded_by_trl(held: nn.Module, model: nn.Module, trainer: Any) -> bool:
+    """Whether ``held`` is what TRL loads without a ``ref_model``, as far as this can be seen.
+
+    A trainer keeps neither its arguments nor another trace of who loaded the model. But TRL loads the checkpoint as it
+    is stored, and freezes nothing. So a model with other weights than the checkpoint, or a frozen one, is somebody's
+    choice. The weights of the trained model say nothing: after a merged fine-tuning it is TRL's load that differs from
+    them. An unfrozen model with the weights of the checkpoint counts as TRL's. If it was somebody's choice, the
+    warning says how to keep it; if it stayed and was not, a wrong reference would go unnoticed.
+    """
+    checkpoint = _checkpoint_of(held)
+    if type(held) is not type(model) or not checkpoint or checkpoint != _checkpoint_of(model):
+        return False
+    if not any(parameter.requires_grad for parameter in held.parameters()):
+        return False
+    options = vars(trainer.args).get("model_init_kwargs") or {}
+    loaded = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return not (isinstance(held, PreTrainedModel) and differs_from_stored(held, loaded, options))
 
 
 def _checkpoint_of(model: nn.Module) -> str | None:

@@ -18,6 +18,6 @@ from tunerkit.libraries.transformers_classes import (
     is_computed,
     is_scaled_embedding,
 )
-from tunerkit.libraries.transformers_private import is_loaded
+from tunerkit.libraries.transformers_private import is_built, is_loaded
 from tunerkit.libraries.trl import is_trl_trainer
 from tunerkit.libraries.weight_readers import WEIGHT_READERS

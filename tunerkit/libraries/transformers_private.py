@@ -30,3 +30,8 @@ def overridden(kind: Any, base: Any) -> list[str]:
 def is_loaded(parameter: nn.Parameter) -> bool:
     """Whether ``from_pretrained`` read the parameter from a checkpoint. A deep copy of a model loses these marks."""
     return bool(vars(parameter).get("_is_hf_initialized", False))
+
+
+def is_built(module: nn.Module) -> bool:
+    """Whether ``from_pretrained``, or a class of transformers, gave the module its first values or loaded them."""
+    return bool(vars(module).get("_is_hf_initialized", False))

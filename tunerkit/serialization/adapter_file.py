@@ -32,7 +32,8 @@ def save(
 ) -> Path:
     """Write one adapter to a file.
 
-    An existing file is replaced atomically: a reader sees the old file or the new one. The new file has its mode.
+    An existing file is replaced atomically: a reader sees the old file or the new one. The new file has its mode. An
+    adapter that was never trained triggers a warning.
 
     Args:
         model: The wrapped model.
@@ -58,7 +59,9 @@ def save(
             "optimizer steps. Call tunerkit.attach(model, optimizer, total_steps=...) before training"
         )
     warn_of_unspent_schedule(tuner)
-    return save_tuner(tuner, path, allow_nonfinite=allow_nonfinite)
+    written = save_tuner(tuner, path, allow_nonfinite=allow_nonfinite)
+    _warn_of_untrained(tuner)
+    return written
 
 
 def save_tuner(tuner: Tuner, path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> Path:
@@ -143,6 +146,18 @@ def warn_of_unspent_schedule(tuner: Tuner) -> None:
         )
 
 
+def _warn_of_untrained(tuner: Tuner) -> None:
+    """Warn if nothing trained the adapter, whose method needs no steps and so cannot miss them."""
+    if not tuner.loaded and tuner.steps == 0 and injection.is_untrained(tuner):
+        warnings.warn(
+            f"adapter {tuner.name!r} was saved untrained: it adds nothing to the model. Most often the optimizer was "
+            "built before tunerkit.wrap, or from other parameters: wrap first, then build it from those with "
+            "requires_grad. tunerkit.attach(model, optimizer) finds this before training",
+            TunerkitWarning,
+            stacklevel=3,
+        )
+
+
 def _tensors_of(tuner: Tuner) -> dict[str, Tensor]:
     """Return all tensors of an adapter, by ``<path of the module>.<name in the slot>``."""
     tensors = {join(path, name): tensor for path, slot in tuner.slots() for name, tensor in slot.state_dict().items()}
@@ -201,7 +216,6 @@ def _tuner_from(header: Header, scanned: Scan, adapter: str, source: str) -> Tun
         copies=copies,
         biases=biases,
         loaded=True,
-        shares=hooks.has_shared(header.method),
         progress=Progress(total_steps=header.total_steps, calibration=_calibration(header)),
     )
 

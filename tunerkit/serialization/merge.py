@@ -162,7 +162,7 @@ def _refuse_tied(model: nn.Module, places: _Places) -> None:
     shared = targets.tied(injection.base_modules(model))
     for path, module, slots in places:
         names = [name for p in module.parameters() for name in shared.get(id(p), ()) if not is_under(name, (path,))]
-        if names and any(slot.changes_output for slot in slots.applied):
+        if slots.active and names:
             raise AdapterError(
                 f"cannot merge into {path!r}: it is tied to {', '.join(names)} by now, and merging would change that "
                 "too; give each a parameter of its own first"

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from tunerkit import hooks
 from tunerkit.injection import Slots
-from tunerkit.libraries import torch_private
 
 
 @attrs.frozen(eq=False)
@@ -47,8 +46,8 @@ def packed_sum(path: str, module: nn.Module, slots: Slots, merged: Container[str
     base = slots.base
     if base is None or base.weight_name not in merged:
         return None
-    weight = torch_private.own_parameters(module)[base.weight_name]
-    if type(weight) is nn.Parameter and weight.is_floating_point():
+    weight = base.tensor(base.weight_name)
+    if type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point():
         return None
     deltas = [hooks.delta(path, slot.method, slot.adapter, base).weight for slot in slots.applied if slot.adapter]
     total = sum((each.float() for each in deltas if each is not None), torch.zeros(()))

@@ -4,7 +4,8 @@ import copy
 import functools
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tunerkit import hooks, injection, steps
-from tunerkit.errors import AdapterError, FileError, TunerkitWarning, cut, first, shown
+from tunerkit.errors import AdapterError, FileError, StepError, TunerkitWarning, cut, first, shown
 from tunerkit.injection import Tuner
 from tunerkit.paths import few
 from tunerkit.records import RankChange, State
@@ -27,6 +28,8 @@ from tunerkit.serialization.safetensors_file import file_at, pack, write
 
 # The entry of an optimizer's state_dict that holds training states by adapter name.
 CARRIED = "tunerkit"
+
+_WHAT_FITS = "Load a state that was saved together with the adapter's weights; without one, the schedule restarts"
 
 
 def save_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None = None) -> Path:
@@ -48,6 +51,11 @@ def save_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str |
             or inf.
     """
     tuner = injection.tuner(model, adapter)
+    if tuner.needs_steps and tuner.progress.link is None and tuner.state is None and tuner.steps == 0:
+        raise AdapterError(
+            f"adapter {tuner.name!r} was never attached, so it has no training state to save: call "
+            "tunerkit.attach(model, optimizer, total_steps=...) before training"
+        )
     tensors, encoded = _state_of(tuner)
     if wrong := nonfinite(tensors):
         raise AdapterError(
@@ -134,8 +142,21 @@ def _resume_(tuner: Tuner, tensors: Mapping[str, Tensor], header: Header, source
             RankChange(step, budget, dict(zip(header.targets, ranks, strict=True)))
             for step, budget, ranks in header.history
         ]
-        hooks.restore(tuner, State(tensors=tensors, values=header.values))
+        with _naming(source):
+            hooks.restore(tuner, State(tensors=tensors, values=header.values))
         _refuse_other_ranks(tuner, source)
+
+
+@contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """Add the file to what a method's plugin raises about a state: the plugin does not know where that comes from."""
+    try:
+        yield
+    except (FileError, StepError) as error:
+        raise type(error)(f"{source}: {error}") from error
+    except Exception as error:
+        error.add_note(f"while restoring {source}. {_WHAT_FITS}")
+        raise
 
 
 def _refuse_other_ranks(tuner: Tuner, source: str) -> None:

@@ -75,7 +75,9 @@ def check_attachable(tuner: Tuner, optimizer: Optimizer | None) -> None:
         others = [name for name, other in injection.wrapped_of(tuner.model).tuners.items() if not is_attached(other)]
         which = f", or pass adapter={others[0]!r} to attach another" if others else ""
         raise StepError(
-            f"adapter {tuner.name!r} is attached already: one optimizer drives it; wrap again for a new run{which}"
+            f"adapter {tuner.name!r} is attached already: one optimizer drives it. To go on with another one, first "
+            "delete the earlier one and what holds it, such as its scheduler; or call "
+            f"tunerkit.delete(model, {tuner.name!r}) and wrap again for a new run{which}"
         )
     if injection.is_frozen(tuner):
         raise StepError(

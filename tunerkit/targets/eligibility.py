@@ -27,6 +27,8 @@ def output_obstacle(found: ScannedModule) -> str | None:
         return _NOT_CALLED
     if isinstance(found.module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
         return f"is a {type(found.module).__name__}, which is never called: it has no output"
+    if isinstance(found.module, nn.Sequential):
+        return "is an nn.Sequential, which runs every child, so also an adapter; name the last layer in it instead"
     return None
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import nn
@@ -9,32 +10,29 @@ from torch import nn
 from tunerkit.config import AdapterConfig
 from tunerkit.errors import TargetError, TunerkitWarning
 from tunerkit.libraries import (
-    PRETRAINED_MODEL,
-    derives_from,
     grown_embeddings,
-    is_computed,
-    is_loaded,
-    is_offloaded,
     named_heads,
     torch_private,
 )
-from tunerkit.paths import few, is_number, is_under, parent
+from tunerkit.paths import CHILD, few, is_under, join
 from tunerkit.patterns import is_broad, matcher
 from tunerkit.targets.resolution import refuse_tied
-from tunerkit.targets.scan import Scan, ScannedModule
-from tunerkit.targets.trained_in_full import copies_at
+from tunerkit.targets.scan import Scan
+from tunerkit.targets.trained_in_full import copies_at, holds_blocks, is_layer
+from tunerkit.targets.unloaded import find_unloaded
 
 _SHOWN = 5
 
 
-def add_new(
+def choose_new(
     scanned: Scan, copies: tuple[str, ...], config: AdapterConfig, adapted: Collection[str] = ()
 ) -> tuple[str, ...]:
-    """Add the modules that are new to those that are trained in full, if ``train_modules`` is empty.
+    """Choose the modules that are new, to train them in full, if ``train_modules`` is empty.
 
-    New are output heads and other modules that ``from_pretrained`` did not find in the checkpoint, and the embeddings
-    to which tokens were added. One warning says what is trained, and one what stays frozen although it is new. Modules
-    that the config names in ``exclude`` or ``targets`` are left alone.
+    New are output heads, layers in blocks, whole blocks and other modules that ``from_pretrained`` did not find in the
+    checkpoint, and the embeddings to which tokens were added. One warning says what is trained, one what stays frozen
+    although it is new, and one where that cannot be seen. Modules that the config names in ``exclude`` are left alone,
+    and so are those that alone match a plain name in ``targets``.
 
     Args:
         scanned: The scan of the model.
@@ -43,37 +41,70 @@ def add_new(
         adapted: The paths of modules that active adapters have changed already.
 
     Returns:
-        The paths of the copies.
+        The paths of the copies, without those in ``copies``.
     """
-    decided = {*copies, *adapted, *_named(scanned, config)}
-    marks = _marks(scanned)
-    whole, partly = _unmarked(scanned, marks) if marks else ([], [])
-    new = [path for path in dict.fromkeys((*whole, *_longer(scanned))) if not _is_decided(path, decided)]
-    parts = [path or "the model itself" for path in partly if not _is_decided(path, decided)]
-    frozen = [f"only a part of {path} is new" for path in parts]
-    trained: list[str] = []
-    for path in new:
-        try:
-            own = copies_at(scanned, path)
-            refuse_tied(scanned, own)
-        except TargetError as error:
-            frozen.append(str(error))
-        else:
-            trained += own
+    unloaded = find_unloaded(scanned)
+    found = list(dict.fromkeys((*unloaded.whole, *_longer(scanned))))
+    decided = {*copies, *adapted, *_named(scanned, config, (*found, *unloaded.heads))}
+    partly = [path or "the model itself" for path in unloaded.partly if not _is_decided(path, decided)]
+    trained, untrained = _copies(scanned, found, decided)
     if copies:
-        frozen += [f"train_modules does not name {path}" for path in trained]
-        trained = []
-    _tell(scanned, trained, frozen)
-    if marks is None:
-        _warn_of_unknown([path for path in _task_heads(scanned) if not _is_decided(path, {*decided, *trained})])
-    return (*copies, *trained)
+        untrained += [f"train_modules does not name {path}" for path in trained]
+        trained = {}
+    _tell(scanned, trained, [*(f"only a part of {path} is new" for path in partly), *untrained])
+    decided.update(trained)
+    unclear = (unloaded.heads, unloaded.replaced)
+    _warn_of_unknown(*([path for path in paths if not _is_decided(path, decided)] for paths in unclear))
+    return tuple(itertools.chain(*trained.values()))
 
 
-def _named(scanned: Scan, config: AdapterConfig) -> Iterator[str]:
-    """The paths that ``exclude`` matches, and those that a plain name in ``targets`` does."""
-    targets = (config.targets,) if isinstance(config.targets, str) else config.targets or ()
-    for pattern in (*config.exclude, *(name for name in targets if not is_broad(name))):
+def _copies(scanned: Scan, new: Sequence[str], decided: Collection[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """What is copied to train each of the modules in full, and why the rest cannot be trained."""
+    trained: dict[str, list[str]] = defaultdict(list)
+    untrained: list[str] = []
+    for path in new:
+        has_blocks = holds_blocks(scanned, path)
+        for part in _layers(scanned, path) if has_blocks else [path]:
+            if _is_decided(part, decided):
+                continue
+            try:
+                if has_blocks and not is_layer(scanned.by_path[part].module):
+                    raise TargetError(f"{part} holds parameters of its own beside its layers")
+                own = copies_at(scanned, part)
+                refuse_tied(scanned, own)
+            except TargetError as error:
+                untrained.append(str(error))
+            else:
+                trained[path] += own
+    return dict(trained), untrained
+
+
+def _layers(scanned: Scan, path: str) -> Iterator[str]:
+    """The modules at and below ``path`` that hold parameters themselves; ``path`` holds blocks or is in one.
+
+    A copy runs after its original. That is right for a layer, but attention would add its keys to the cache twice.
+    """
+    module = scanned.by_path[path].module
+    if any(parameter is not None for parameter in torch_private.own_parameters(module).values()):
+        yield path
+    if not is_layer(module):
+        for name, child in torch_private.own_children(module).items():
+            if child is not None and name != CHILD:
+                yield from _layers(scanned, join(path, name))
+
+
+def _named(scanned: Scan, config: AdapterConfig, new: Collection[str]) -> Iterator[str]:
+    """The paths that ``exclude`` matches, and those that a plain name in ``targets`` does.
+
+    A name that base layers have too, such as that of the projections in every block, says nothing about new ones.
+    """
+    for pattern in config.exclude:
         yield from filter(matcher(pattern), scanned.by_path)
+    targets = (config.targets,) if isinstance(config.targets, str) else config.targets or ()
+    for name in targets:
+        hits = [] if is_broad(name) else list(filter(matcher(name), scanned.by_path))
+        if all(_is_decided(path, new) for path in hits):
+            yield from hits
 
 
 def _is_decided(path: str, decided: Collection[str]) -> bool:
@@ -95,82 +126,30 @@ def _rows(head: nn.Module) -> int | None:
     return None if weight is None else weight.shape[0]
 
 
-def _marks(scanned: Scan) -> dict[str, list[bool]] | None:
-    """For each module whether each of its own parameters was loaded; None if the marks tell nothing.
-
-    They tell nothing where no parameter has one, or where one in a numbered block has none: what copies, moves or
-    replaces parameters also drops their marks.
-    """
-    marks = {each.path: [is_loaded(p) for p in _own(each.module)] for each in (scanned.root, *scanned.modules)}
-    dropped = any(not all(marks[each.path]) for each in scanned.modules if _is_in_block(scanned, each))
-    return marks if any(map(any, marks.values())) and not dropped else None
-
-
-def _is_in_block(scanned: Scan, found: ScannedModule) -> bool:
-    """Whether the module is in a numbered block; a head may number its layers too, most often in a Sequential."""
-    if found.layer is None or found.in_head:
-        return False
-    above = itertools.takewhile(lambda part: not is_number(part), found.path.split("."))
-    return not isinstance(scanned.by_path[".".join(above)].module, nn.Sequential)
+def _warn_of_unknown(heads: Sequence[str], replaced: Sequence[str]) -> None:
+    """Warn that the marks do not show whether ``heads`` are new; in the blocks, those of ``replaced`` are missing."""
+    if not heads and not replaced:
+        return
+    lost = f" (in the blocks, the marks of {few(replaced, shown=_SHOWN)} are missing)" if replaced else ""
+    advice = f"train_modules={list(heads[:_SHOWN])}. Otherwise name it in exclude"
+    if not heads:
+        advice = "train_modules, or wrap the model as from_pretrained returns it. Otherwise ignore this"
+    warnings.warn(
+        f"it cannot be seen whether {few(heads or replaced, shown=_SHOWN)} is new: the model was built from a config, "
+        f"copied or moved after from_pretrained{lost if heads else ''}. It stays frozen, and if it is new, the saved "
+        f"adapter fits no other base: then set {advice}",
+        TunerkitWarning,
+        stacklevel=4,
+    )
 
 
-def _unmarked(scanned: Scan, marks: Mapping[str, list[bool]]) -> tuple[list[str], list[str]]:
-    """The outermost modules that are new as a whole, and those of whose own parameters some are new."""
-    known = [path for path, own in marks.items() if any(own) or _is_away(scanned.by_path[path].module)]
-    mixed = {above for path in known for above in _upwards(path)}
-    partly = [path for path, own in marks.items() if path in mixed and not all(own)]
-    whole = [path for path, own in marks.items() if own and path not in mixed]
-    outermost = {next(top for top in reversed([*_upwards(path)]) if top not in mixed) for path in whole}
-    return [each.path for each in scanned.modules if each.path in outermost], partly
-
-
-def _upwards(path: str) -> Iterator[str]:
-    """The path, its parent, and so on up to the model itself."""
-    yield path
-    while path:
-        path = parent(path)
-        yield path
-
-
-def _own(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the module itself that may have a mark: offloading and packing replace parameters."""
-    if _is_away(module) or is_computed(module):
-        return []
-    own = torch_private.own_parameters(module).values()
-    return [p for p in own if type(p) is nn.Parameter and p.is_floating_point()]
-
-
-def _is_away(module: nn.Module) -> bool:
-    own = torch_private.own_parameters(module).values()
-    return is_offloaded(module) or any(parameter is not None and parameter.is_meta for parameter in own)
-
-
-def _task_heads(scanned: Scan) -> list[str]:
-    """The outermost heads of a transformers model, without output embeddings: those are in its checkpoint."""
-    if not any(derives_from(each.module, PRETRAINED_MODEL) for each in (scanned.root, *scanned.modules)):
-        return []
-    known = {id(head) for head in named_heads(scanned.root.module)}
-    heads = [e for e in scanned.modules if e.in_head and next(e.module.parameters(), None) is not None]
-    tasks = [e.path for e in heads if not any(id(part) in known for part in e.module.modules())]
-    return [path for path in tasks if not is_under(parent(path), tasks)]
-
-
-def _warn_of_unknown(heads: Sequence[str]) -> None:
-    if heads:
-        warnings.warn(
-            f"it cannot be seen whether {few(heads, shown=_SHOWN)} is new: the model was built from a config, copied "
-            "or moved after from_pretrained. It stays frozen, and if it is new, the saved adapter fits no other base: "
-            f"then set train_modules={list(heads[:_SHOWN])}. Otherwise name it in exclude",
-            TunerkitWarning,
-            stacklevel=4,
-        )
-
-
-def _tell(scanned: Scan, trained: Sequence[str], frozen: Sequence[str]) -> None:
-    """Warn about what is new, in one line each."""
+def _tell(scanned: Scan, trained: Mapping[str, Sequence[str]], frozen: Sequence[str]) -> None:
+    """Warn about what is new, in one line each; ``trained`` maps each module to its copies."""
     if trained:
-        sizes = {path: sum(p.numel() for p in scanned.by_path[path].module.parameters()) for path in trained}
+        modules = {path: [scanned.by_path[copy].module for copy in copies] for path, copies in trained.items()}
+        sizes = {path: sum(p.numel() for m in own for p in m.parameters()) for path, own in modules.items()}
         listed = few([f"{path} ({size:,} parameters)" for path, size in sizes.items()], shown=_SHOWN)
+        listed += f", {sum(sizes.values()):,} parameters in all" if len(sizes) > 1 else ""
         warnings.warn(
             f"trained in full, as copies, because from_pretrained did not load their values: {listed}. To freeze one, "
             "name it in exclude, and save the base too, which alone has these values. To choose, set train_modules",

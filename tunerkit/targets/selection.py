@@ -56,6 +56,7 @@ def select(
     exclude: Sequence[str] = (),
     layers: Sequence[int] | None = None,
     trained: Collection[str] = (),
+    new: Collection[str] = (),
     outputs: bool = False,
 ) -> tuple[Target, ...]:
     """Select the targets. Warns once, listing what a broad pattern left out.
@@ -67,7 +68,8 @@ def select(
             else ``"all-linear"``.
         exclude: Patterns of modules to leave out, with everything inside them.
         layers: Keeps the targets whose path has one of these numbers as its first number.
-        trained: The paths of modules trained in full. No target is at or under one.
+        trained: The paths of modules that the user trains in full. No target is at or under one.
+        new: The paths of modules trained in full because they are new. Patterns pass over them.
         outputs: Whether the method adapts outputs, so that any module that is called can be a target.
 
     Returns:
@@ -81,7 +83,8 @@ def select(
     free: list[ScannedModule] = []
     full: list[ScannedModule] = []
     for each in scanned.modules:
-        if excluded.isdisjoint(each.paths) and (layers is None or each.layer in layers):
+        passed_over = any(path in excluded or is_under(path, new) for path in each.paths)
+        if not passed_over and (layers is None or each.layer in layers):
             (full if any(is_under(path, trained) for path in each.paths) else free).append(each)
     scope = _Scope(scanned, free, full, [] if outputs else list(_stacks(free)), outputs)
     choices = list(_choices(scope, targets, problems))

@@ -1,24 +1,27 @@
 """The modules and biases that are trained in full, as copies."""
 
+import warnings
 from collections.abc import Iterator
 from itertools import chain
 
 from torch import nn
 
-from tunerkit.errors import TargetError
+from tunerkit.errors import TargetError, TunerkitWarning
 from tunerkit.layers import bias_name, has_trainable_bias
 from tunerkit.libraries import torch_private
-from tunerkit.paths import is_under, join, parent
+from tunerkit.paths import CHILD, few, is_under, join, parent
 from tunerkit.records import Target
 from tunerkit.targets.resolution import resolve_modules
 from tunerkit.targets.scan import Scan
+from tunerkit.targets.unloaded import is_in_block
 
 
 def choose_copies(scanned: Scan, names: tuple[str, ...]) -> tuple[str, ...]:
     """Find the modules that are trained in full, as copies.
 
     A container is replaced by the modules in it: it either runs all its children, so it would run a copy as one of
-    them, or it is never run itself.
+    them, or it is never run itself. Blocks, and what is in them, are replaced by their layers: a copy runs after its
+    original, so attention would add its keys to the cache twice.
 
     Args:
         scanned: The scan of the model.
@@ -31,9 +34,45 @@ def choose_copies(scanned: Scan, names: tuple[str, ...]) -> tuple[str, ...]:
         TargetError: A pattern matches nothing, or a module it matches cannot be trained as a copy.
     """
     chosen: list[str] = []
+    whole: list[str] = []
     for path in resolve_modules(scanned, names, what="train_modules"):
-        chosen += copies_at(scanned, path)
+        for part in _parts(scanned, path) if holds_blocks(scanned, path) else [path]:
+            chosen += copies_at(scanned, part)
+            if part != path or holds_blocks(scanned, path):
+                whole += [own for own in copies_at(scanned, part) if not is_layer(scanned.by_path[own].module)]
+    if whole:
+        warnings.warn(
+            f"trained in full as a whole, because they hold parameters beside their layers: {few(whole, shown=5)}. A "
+            "copy runs after its original, so one that keeps a cache would fill it twice: train with use_cache=False, "
+            "and merge before you generate",
+            TunerkitWarning,
+            stacklevel=3,
+        )
     return tuple(chosen)
+
+
+def holds_blocks(scanned: Scan, path: str) -> bool:
+    """Whether the module at ``path`` is in a numbered block, or has one inside."""
+    inside = (each for each in scanned.modules if f"{each.path}.".startswith(f"{path}."))
+    return any(is_in_block(scanned, each) for each in inside)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether no module in it holds parameters, or it calls those in torch's own way."""
+    inside = (child for name, child in torch_private.own_children(module).items() if child and name != CHILD)
+    return isinstance(module, nn.MultiheadAttention) or all(next(m.parameters(), None) is None for m in inside)
+
+
+def _parts(scanned: Scan, path: str) -> Iterator[str]:
+    """The outermost modules at and below ``path`` that hold parameters themselves, or are layers."""
+    module = scanned.by_path[path].module
+    if is_layer(module) or any(p is not None for p in torch_private.own_parameters(module).values()):
+        if _has_tensors(module):
+            yield path
+        return
+    for name, child in torch_private.own_children(module).items():
+        if child is not None and name != CHILD:
+            yield from _parts(scanned, join(path, name))
 
 
 def copies_at(scanned: Scan, path: str) -> list[str]:

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast, TrainingArguments
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+import tunerkit
 
 VOCABULARY = 61
 
@@ -72,6 +74,22 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
         "logging_strategy": "no",
     }
     return TrainingArguments(str(folder), **(defaults | options))
+
+
+def attached_trainer(folder: Path, **options: Any) -> Trainer:
+    """A trainer of `Regression` with two toy adapters, of which one needs steps: six steps, and three checkpoints.
+
+    Args:
+        folder: where the Trainer may write.
+        options: as for `arguments`.
+    """
+    model: nn.Module = Regression()
+    for name, method in (("a", "toy-stepper"), ("b", "toy-shift")):
+        model = tunerkit.wrap(model, method, {"targets": ["first", "second"]}, adapter=name)
+    defaults: dict[str, Any] = {"max_steps": 6, "learning_rate": 0.1, "save_strategy": "steps", "save_steps": 2}
+    trainer = Trainer(model, arguments(folder, **(defaults | options)), train_dataset=RegressionRows())
+    tunerkit.attach(model, trainer)
+    return trainer
 
 
 def tokenizer(folder: Path) -> Any:

@@ -23,6 +23,7 @@ from plugins.adalora.tests.short_training import (
     masked_lambdas,
     wrapped,
 )
+from tunerkit import hooks
 from tunerkit.testing.small import TARGETS, X, loss_of, net, step, train, trainable
 from tunerkit_adalora import AdaLoraConfig
 from tunerkit_adalora.state import restore
@@ -190,6 +191,27 @@ def test_a_state_without_a_tensor_is_refused_and_changes_nothing(name: str) -> N
     state = tunerkit.tuner(model).training_state()
     tensors = {key: tensor for key, tensor in state.tensors.items() if key != name}
     assert_refused(tunerkit.State(tensors, state.values), tunerkit.StepError, "do not fit")
+
+
+@pytest.mark.parametrize(
+    ("part", "error"), [("mask.1", tunerkit.StepError), ("averaged", tunerkit.FileError)], ids=["tensor", "value"]
+)
+def test_a_file_that_lacks_a_part_is_named_with_the_part_and_what_to_load_instead(
+    part: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The method does not know the file, and the reader of the error needs both."""
+    model = wrapped()
+    train(model, attached(model), 7)
+    state = tunerkit.tuner(model).training_state()
+    tensors = {name: tensor for name, tensor in state.tensors.items() if name != part}
+    values = {name: value for name, value in state.values.items() if name != part}
+    monkeypatch.setattr(hooks, "state", lambda _: tunerkit.State(tensors, values))
+    path = tunerkit.save_state(model, tmp_path)
+    with pytest.raises(error) as caught:
+        tunerkit.load_state(model, path)
+    text = str(caught.value)
+    assert text.startswith(f"{path}: ")
+    assert f"'{part}' is missing. Load a state that was saved together with the adapter's weights" in text
 
 
 def assert_refused(state: tunerkit.State, error: type[Exception], words: str) -> None:

@@ -9,6 +9,7 @@ from tunerkit import FileError
 from tunerkit.errors import shown
 from tunerkit_adalora.phase import Phase
 
+WHAT_FITS = "Load a state that was saved together with the adapter's weights; without one, the schedule restarts"
 _LIMIT = 2**63  # counts are int64 on the device
 
 
@@ -88,7 +89,7 @@ def read_values(values: Mapping[str, object]) -> SavedValues:
         problems = list(_contradictions(saved))
         if not problems:
             return saved
-    raise FileError(f"the training state cannot be restored: {'; '.join(problems)}")
+    raise FileError(f"the training state cannot be restored: {'; '.join(problems)}. {WHAT_FITS}")
 
 
 def _misfit(field: "attrs.Attribute[Any]", values: Mapping[str, object]) -> Iterator[str]:

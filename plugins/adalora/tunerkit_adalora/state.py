@@ -10,7 +10,7 @@ from tunerkit import FileError, State, StepError, Tuner
 from tunerkit_adalora.averages import Stack, new_stacks, unstack
 from tunerkit_adalora.contradictions import contradictions, impossible_averages
 from tunerkit_adalora.gradients import GradientCount
-from tunerkit_adalora.saved_values import SavedValues, flags_of, read_values
+from tunerkit_adalora.saved_values import WHAT_FITS, SavedValues, flags_of, read_values
 from tunerkit_adalora.svd_layer import SvdLayer
 from tunerkit_adalora.training import Training, layers_of, training_of, weights_of
 
@@ -68,7 +68,7 @@ def restore(tuner: Tuner, saved: State) -> None:
         *impossible_averages(found, values.phase),
     ]
     if problems:
-        raise FileError(f"the training state cannot be restored: {'; '.join(problems[:_SHOWN])}{_more(problems)}")
+        raise FileError(f"the training state cannot be restored: {_listed(problems)}. {WHAT_FITS}")
     for name, average in averages.items():
         average.copy_(found[name])
     left_out = torch.full_like(training.gradients.left_out, values.left_out)
@@ -94,13 +94,19 @@ def _new_averages(
     """New stacks, and their averages by the names in a file; none if the ranks are final. The shapes are compared."""
     stacks = new_stacks(weights_of(layers)) if averaging else []
     averages = unstack(stacks)
-    if _shapes(_named(*averages, [layer.mask for layer in layers])) != _shapes(saved.tensors):
-        raise StepError("the saved averages and masks do not fit this adapter; load the adapter they were saved with")
+    expected, found = _shapes(_named(*averages, [layer.mask for layer in layers])), _shapes(saved.tensors)
+    if expected != found:
+        problems = [f"{name!r} is missing" for name in expected if name not in found]
+        problems += [f"{name!r} is not expected" for name in found if name not in expected]
+        both = [name for name in expected if name in found and expected[name] != found[name]]
+        problems += [f"{name!r} has another shape or dtype" for name in both]
+        raise StepError(f"the saved averages and masks do not fit this adapter: {_listed(problems)}. {WHAT_FITS}")
     return stacks, _named(*averages, [])
 
 
-def _more(problems: Sequence[str]) -> str:
-    return f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+def _listed(problems: Sequence[str]) -> str:
+    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return "; ".join(problems[:_SHOWN]) + more
 
 
 def _named(sensitivity: Sequence[Tensor], uncertainty: Sequence[Tensor], masks: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,84 @@
+"""Adapters that plugins build: what is none is refused by name, and a failure leaves the model as it was."""
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import tunerkit
+from tunerkit.errors import PluginError
+
+if TYPE_CHECKING:
+    from tests.conftest import Toys
+from tests.model_checks import untouched
+from tunerkit.testing.registering import registered
+
+
+def plugin_of(toys: "Toys", build: Any, name: str = "toy-broken") -> object:
+    """A method whose build hook is ``build(target, base)``."""
+    config = type(tunerkit.structure("toy-shift", {}))
+
+    class Broken:
+        @tunerkit.hookimpl
+        def tunerkit_methods(self) -> list[tunerkit.Method]:
+            return [tunerkit.Method(name, config=config)]
+
+        @tunerkit.hookimpl
+        def tunerkit_build_adapter(self, target: tunerkit.Target, base: tunerkit.BaseLayer) -> Any:
+            return build(target, base)
+
+    return Broken()
+
+
+@pytest.mark.parametrize("built", [None, nn.Linear(1, 1), "adapter", tunerkit.Adapter])
+def test_what_is_no_adapter_is_refused_by_name(toys: "Toys", built: object) -> None:
+    """The error names the method, its distribution, the target and the object that was built instead."""
+    model = toys.net()
+    plugin, words = (
+        plugin_of(toys, lambda target, base: built),
+        (r"tunerkit_build_adapter of .*'toy-broken' \(in-process\) returned (an? )?\w+ for 'layers.0'"),
+    )
+    with registered(plugin), untouched(toys, model), pytest.raises(PluginError, match=words):
+        tunerkit.wrap(model, "toy-broken")
+
+
+def test_an_adapter_that_holds_its_base_layer_is_refused(toys: "Toys") -> None:
+    """As a descendant of itself, the base layer would make module walks endless and be cast to the adapter's dtype."""
+
+    class Holder(tunerkit.Adapter):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    model = toys.net().double()
+    plugin = plugin_of(toys, lambda target, base: Holder(target.module))
+    with (
+        registered(plugin),
+        untouched(toys, model),
+        pytest.raises(PluginError, match=r"holds the base .* for 'layers\.0'"),
+    ):
+        tunerkit.wrap(model, "toy-broken")
+
+
+@given(fails_at=st.integers(0, 2), mask=st.integers(0, 2**6 - 1), first=st.booleans())
+@settings(max_examples=15)
+def test_a_build_that_fails_midway_leaves_the_model_as_it_was(
+    toys: "Toys", fails_at: int, mask: int, first: bool
+) -> None:
+    """The plugin fails at any target, with or without another adapter in the model: nothing has changed."""
+    calls: list[str] = []
+
+    def build(target: tunerkit.Target, base: tunerkit.BaseLayer) -> tunerkit.Adapter:
+        calls.append(target.path)
+        if len(calls) > fails_at:
+            raise ZeroDivisionError("the plugin's own")
+        return tunerkit.Adapter()
+
+    model = toys.net() if first else toys.trained(targets=["layers.0"])
+    for bit, parameter in enumerate(list(model.parameters())[:6]):
+        parameter.requires_grad_(bool(mask >> bit & 1))
+    config = {"targets": ["conv", "layers.0", "layers.1"], "train_modules": ["head"], "bias": "all"}
+    with registered(plugin_of(toys, build)), untouched(toys, model), pytest.raises(ZeroDivisionError):
+        tunerkit.wrap(model, "toy-broken", config, adapter="second", seed=1)

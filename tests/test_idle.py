@@ -1,0 +1,175 @@
+"""Adapters that nothing trained: `save` says so, and says it of no other adapter."""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tunerkit
+from tunerkit import hooks, serialization
+from tunerkit.errors import TunerkitWarning
+from tunerkit.testing.registering import registered
+from tunerkit.testing.toy_adapters import LowRank
+from tunerkit.testing.toy_methods import LowRankConfig
+
+if TYPE_CHECKING:
+    from tests.conftest import Toys
+
+
+class Started(LowRank):
+    """Adds something from the start; ``zero`` is never used, so it stays 0."""
+
+    def __init__(self, base: tunerkit.BaseLayer) -> None:
+        super().__init__(base, 2)
+        nn.init.ones_(self.b)
+        self.zero = nn.Parameter(torch.zeros(2))
+
+
+class StartedPlugin:
+    """``started``: a method whose start is not zero."""
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [tunerkit.Method("started", config=LowRankConfig)]
+
+    @tunerkit.hookimpl
+    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Started:
+        return Started(base)
+
+    @tunerkit.hookimpl
+    def tunerkit_delta(self, adapter: Started, base: tunerkit.BaseLayer) -> tunerkit.Delta:
+        return tunerkit.Delta(weight=tunerkit.low_rank_delta(base, q=adapter.a, p=adapter.b, scale=1.0))
+
+
+@pytest.fixture
+def started() -> Iterator[None]:
+    with registered(StartedPlugin()):
+        yield
+
+
+def warned(model: nn.Module, folder: Path) -> list[str]:
+    """What `save` warns of; each warning names the caller's line."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        path = tunerkit.save(model, folder)
+    assert path.is_file()
+    assert all(each.category is TunerkitWarning and each.filename == __file__ for each in caught)
+    return [str(each.message) for each in caught]
+
+
+def train(toys: "Toys", model: Any, optimizer: torch.optim.Optimizer) -> None:
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(toys.x()).square().sum().backward()
+        optimizer.step()
+
+
+def fresh(toys: "Toys", method: str = "toy-low-rank", **config: object) -> Any:
+    return tunerkit.wrap(toys.net(), method, config or dict(toys.full))
+
+
+@pytest.mark.parametrize("method", ["toy-low-rank", "toy-shift"])
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_optimizer_that_was_built_before_wrap_trains_nothing_and_save_says_so(
+    toys: "Toys", method: str, merged: bool, tmp_path: Path
+) -> None:
+    """The optimizer holds the base's parameters, which wrapping froze. One line says what to do instead."""
+    model = toys.net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    tunerkit.wrap(model, method, dict(toys.full))
+    train(toys, model, optimizer)
+    if merged:
+        tunerkit.merge(model)
+    (text,) = warned(model, tmp_path)
+    assert "'default' was saved untrained" in text
+    assert "built before tunerkit.wrap" in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("method", ["toy-low-rank", "toy-shift"])
+def test_an_adapter_that_an_optimizer_trained_is_saved_in_silence(toys: "Toys", method: str, tmp_path: Path) -> None:
+    """Without `attach` no step is counted, so its values are the only sign."""
+    model = fresh(toys, method)
+    train(toys, model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+    assert tunerkit.tuner(model).steps == 0
+    assert warned(model, tmp_path) == []
+    tunerkit.merge(model)
+    assert warned(model, tmp_path) == []
+
+
+@pytest.mark.parametrize("trained", ["layers.1.tunerkit.default.adapter.b", "head.2.tunerkit.default.copy.bias"])
+def test_one_trained_place_is_enough(toys: "Toys", trained: str, tmp_path: Path) -> None:
+    """Only the last adapter, or only the head: whoever trains a part of the adapter means to keep it.
+
+    The values change through a pointer, as some optimizers' kernels do it, so torch counts no change.
+    """
+    model = fresh(toys, targets=["conv", "layers.0", "layers.1"], train_modules=["head"])
+    parameter = model.get_parameter(trained)
+    before = parameter._version
+    parameter.data.view(-1)[0] = 1.0
+    assert parameter._version == before
+    assert warned(model, tmp_path) == []
+    if "copy" in trained:
+        tunerkit.merge(model)
+        assert warned(model, tmp_path) == []
+
+
+def test_a_trained_bias_alone_is_enough(toys: "Toys", tmp_path: Path) -> None:
+    """It is part of the adapter too."""
+    model = fresh(toys, targets=["layers.0"], bias="all")
+    with torch.no_grad():
+        model.norm.tunerkit.get("default").bias.add_(1)
+    assert warned(model, tmp_path) == []
+
+
+def test_an_adapter_from_a_file_is_saved_in_silence(toys: "Toys", tmp_path: Path) -> None:
+    """Even an untrained one: the file's author was warned."""
+    model = fresh(toys)
+    assert len(warned(model, tmp_path)) == 1
+    for trainable in (False, True):
+        assert warned(tunerkit.load(toys.net(), tmp_path, trainable=trainable), tmp_path) == []
+
+
+def test_counted_steps_are_training(toys: "Toys", tmp_path: Path) -> None:
+    """With a learning rate of 0, nothing changes, and it was asked for."""
+    model = fresh(toys)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    tunerkit.attach(model, optimizer)
+    train(toys, model, optimizer)
+    assert warned(model, tmp_path) == []
+
+
+def test_a_checkpoint_at_step_0_is_written_in_silence(toys: "Toys", tmp_path: Path) -> None:
+    """A Trainer writes one with ``save_steps`` of its own choice."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        serialization.save_tuner(tunerkit.tuner(fresh(toys)), tmp_path)
+
+
+@pytest.mark.usefixtures("started")
+def test_a_method_with_another_start_is_saved_in_silence(toys: "Toys", tmp_path: Path) -> None:
+    """A parameter that is 0 throughout is only a hint: what the adapter adds decides."""
+    assert warned(fresh(toys, "started", targets=["layers.0"]), tmp_path) == []
+
+
+def test_a_trained_adapter_costs_one_look(toys: "Toys", monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """However many layers there are, the first trained one ends the search, and no delta is computed."""
+    looks: list[Tensor] = []
+    original = Tensor.any
+
+    def counting(self: Tensor, *args: Any) -> Tensor:
+        looks.append(self)
+        return original(self, *args)
+
+    def refused(*args: object) -> None:
+        raise AssertionError(args)
+
+    model = toys.trained()
+    monkeypatch.setattr(Tensor, "any", counting)
+    monkeypatch.setattr(hooks, "delta", refused)
+    assert warned(model, tmp_path) == []
+    assert len(looks) == len(list(model.conv.tunerkit.get("default").adapter.parameters()))

@@ -1,0 +1,134 @@
+"""Models that cannot be wrapped are refused in words and stay as they were."""
+
+import copy
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+import tunerkit
+from tunerkit.errors import AdapterError, TargetError, TunerkitWarning, UnknownMethodError
+
+if TYPE_CHECKING:
+    from tests.conftest import Toys
+from tests.model_checks import untouched
+
+
+def test_a_model_inside_ddp_is_refused(toys: "Toys") -> None:
+    """DDP has already registered its parameters: adapters added later would be trained unsynchronised."""
+    parallel = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(parallel)
+    parallel.module = toys.net()
+    for model in (parallel, nn.Sequential(parallel)):
+        with untouched(toys, model), pytest.raises(AdapterError, match="DistributedDataParallel"):
+            tunerkit.wrap(model, "toy-shift", {"targets": ["conv"]})
+
+
+def test_a_model_that_is_itself_the_layer_is_refused_in_words(toys: "Toys") -> None:
+    """A model that is a single layer has no submodule where an adapter could go."""
+    for config in (None, {"targets": ["re:.*"]}, {"targets": ["*"]}, {"targets": ["weight"]}):
+        model = nn.Linear(3, 3)
+        with untouched(toys, model), pytest.raises(TargetError, match=r"no|nothing"):
+            tunerkit.wrap(model, "toy-low-rank", config)
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+@pytest.mark.parametrize("layer", [nn.Linear(3, 3), nn.Conv1d(3, 3, 2), nn.Embedding(3, 3)])
+def test_what_to_do_with_a_model_that_is_the_layer_is_said(toys: "Toys", layer: nn.Module, targets: Any) -> None:
+    """The error advises to put the layer into a module, and following the advice works."""
+    words = f"the {type(layer).__name__} itself: is the model.* nn\\.Sequential"
+    with untouched(toys, layer), pytest.raises(TargetError, match=words):
+        tunerkit.wrap(layer, "toy-low-rank", {"targets": targets})
+    tunerkit.wrap(nn.Sequential(copy.deepcopy(layer)), "toy-low-rank", {"targets": ["0"]})
+
+
+def test_an_attention_that_is_the_model_is_reported_as_left_out(toys: "Toys") -> None:
+    """Its output projection is a submodule and gets an adapter; q, k and v are parameters of the model itself."""
+    attention = nn.MultiheadAttention(8, 2)
+    with pytest.warns(TunerkitWarning, match=r"the MultiheadAttention itself: is the model"):
+        tunerkit.wrap(attention, "toy-low-rank")
+    assert list(tunerkit.tuner(attention).ranks()) == ["out_proj"]
+
+
+def test_a_part_and_a_whole_cannot_both_be_wrapped(toys: "Toys") -> None:
+    """One model holds all adapters: neither a part of a wrapped model nor a model around it can be wrapped again."""
+    model = toys.trained(targets=["layers.0", "head.0"])
+    outer = nn.Sequential(model)
+    with untouched(toys, outer):
+        with pytest.raises(AdapterError, match="the Net inside it has adapters already"):
+            tunerkit.wrap(outer, "toy-shift", adapter="other")
+        with pytest.raises(AdapterError, match="the model that it is a part of has adapters already"):
+            tunerkit.wrap(model.head, "toy-shift", {"targets": ["2"]}, adapter="other")
+
+
+def test_a_model_with_an_attribute_where_adapters_go_is_refused(toys: "Toys") -> None:
+    """A child or attribute called tunerkit would be overwritten: the error gives its path."""
+    with_child, with_attribute = toys.net(), toys.net()
+    with_child.head[0].add_module("tunerkit", nn.Linear(1, 1))
+    with_attribute.head[0].tunerkit = 3
+    for model in (with_child, with_attribute):
+        with untouched(toys, model), pytest.raises(AdapterError, match=r"'head\.0'"):
+            tunerkit.wrap(model, "toy-shift")
+
+
+def test_wrapping_while_disabled_or_merged_is_refused(toys: "Toys") -> None:
+    """While a model is disabled or merged, no adapter can be added, and none is removed by mistake."""
+    model = toys.trained()
+    with tunerkit.disabled(model), untouched(toys, model):
+        with pytest.raises(AdapterError, match="disabled"):
+            tunerkit.wrap(model, "toy-shift", adapter="other")
+        with pytest.raises(AdapterError, match="disabled"):
+            tunerkit.unwrap(model)
+    tunerkit.merge(model)
+    with untouched(toys, model), pytest.raises(AdapterError, match="unmerge"):
+        tunerkit.wrap(model, "toy-shift", adapter="other")
+
+
+def test_what_is_no_model_or_has_no_shape_yet_is_refused_in_words(toys: "Toys") -> None:
+    """A name instead of a model, a lazy layer or a seed that is no number raises our error, and nothing is frozen."""
+    with pytest.raises(tunerkit.AdapterError, match=r"expected a torch\.nn\.Module, got str"):
+        tunerkit.wrap("bert", "toy-shift")  # type: ignore[type-var]
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4))
+    with pytest.raises(tunerkit.AdapterError, match="run one batch first"):
+        tunerkit.wrap(model, "toy-shift", {"targets": ["0"]})
+    assert all(p.requires_grad for p in model.parameters())
+    for seed in ("a", True, 2**70, -(2**64)):
+        with pytest.raises(
+            tunerkit.ConfigError, match=rf"expected an int of 64 bits or None, got \w+ .*{seed}.* @ seed"
+        ):
+            tunerkit.wrap(toys.net(), "toy-shift", seed=seed)  # type: ignore[arg-type]
+    with pytest.raises(UnknownMethodError, match=r"no method named \['toy-shift'\]; installed: .*toy-shift"):
+        tunerkit.wrap(toys.net(), ["toy-shift"])  # type: ignore[arg-type]
+
+
+def test_a_complex_weight_is_refused(toys: "Toys") -> None:
+    """Adapters are real.
+
+    A complex layer that is named is an error; one that a broad pattern matches triggers a warning.
+    """
+    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64), nn.Linear(4, 4))
+    with pytest.raises(TargetError, match=r"0: has complex weights"):
+        tunerkit.wrap(model, "toy-shift", {"targets": ["0"]})
+    with pytest.warns(TunerkitWarning, match=r"0: has complex weights"):
+        tunerkit.wrap(model, "toy-shift", {"targets": "all-linear"})
+    assert list(tunerkit.tuner(model).adapters()) == ["1"]
+
+
+def test_a_weight_computed_from_others_is_refused(toys: "Toys") -> None:
+    """Merging cannot write into a parametrized weight: the error comes at wrap, not at merge."""
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+    with pytest.raises(tunerkit.TargetError, match="parametrization"):
+        tunerkit.wrap(model, "toy-shift", {"targets": ["0"]})
+
+
+def test_a_warning_raised_as_an_error_leaves_the_model_as_it_was(toys: "Toys") -> None:
+    """Wrap issues its warnings before it changes anything."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(tunerkit.TunerkitWarning):
+            tunerkit.wrap(model, "toy-shift", {"targets": ["0"]})
+    assert list(model.state_dict()) == list(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).state_dict())
+    assert all(p.requires_grad for p in model.parameters())

@@ -1,0 +1,92 @@
+"""Modules found by name or by path for a file or for training in full, and errors that name the closest."""
+
+import itertools
+from typing import Any
+
+import pytest
+from torch import nn
+
+from tests.target_models import ALL, Attending, Net, scanned, tied_pair
+from tunerkit import targets
+from tunerkit.errors import TargetError, closest
+
+
+def test_training_a_module_whose_parameter_lives_elsewhere_too_is_refused() -> None:
+    """Law: a copy would break the tie; a tie that is wholly inside the copied module stays."""
+    model = nn.ModuleDict({"inner": tied_pair(), "other": nn.Linear(2, 2)})
+    targets.refuse_tied(scanned(model), ["inner", "other"])
+    with pytest.raises(TargetError, match=r"inner\.odd\.weight is tied to inner\.embed\.weight"):
+        targets.refuse_tied(scanned(model), ["other", "inner.odd"])
+    with pytest.raises(TargetError, match="is tied to"):
+        targets.refuse_tied(scanned(model), ["inner.odd", "inner.embed"])
+
+
+def test_refuse_unfit_names_every_target_that_must_not_be_adapted() -> None:
+    """Law: a target that select rejects for its weight is rejected too if it comes from elsewhere."""
+    model = nn.ModuleDict({"attending": Attending(), "pair": tied_pair()})
+    targets.refuse_unfit(scanned(model), targets.from_paths(scanned(model), ["attending.body", "pair.body"]))
+    unfit = targets.from_paths(scanned(model), ["attending.attention.out_proj", "pair.body", "pair.odd"])
+    with pytest.raises(TargetError) as caught:
+        targets.refuse_unfit(scanned(model), unfit)
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [unfit[0].path, unfit[2].path]
+
+
+def test_resolve_modules_gives_the_outermost_modules_in_model_order() -> None:
+    """Law: a module inside another match is not listed again."""
+    model = Net()
+    assert targets.resolve_modules(scanned(model), ["classifier", "embed"], what="train_modules") == (
+        "embed",
+        "classifier",
+    )
+    assert targets.resolve_modules(scanned(model), ["0", "classifier.0", "mlp"], what="x") == (
+        *("layers.0", "layers.1.mlp", "layers.2.mlp", "classifier.0"),
+    )
+    assert targets.resolve_modules(scanned(model), ["classifier*"], what="x") == ("classifier",)
+    assert targets.resolve_modules(scanned(model), [], what="x") == ()
+
+
+def test_resolve_modules_names_every_name_that_matches_nothing() -> None:
+    """Law: the error says where the name was given, and lists the closest names."""
+    with pytest.raises(TargetError) as caught:
+        targets.resolve_modules(scanned(Net()), ["clasifier", "nrom", "mlp"], what="train_modules")
+    first, second = str(caught.value).splitlines()
+    assert first.startswith("train_modules: no module named 'clasifier'; did you mean 'classifier'")
+    assert second.startswith("train_modules: no module named 'nrom'; did you mean 'norm'")
+
+
+def test_from_paths_takes_exact_paths_only_and_names_all_that_are_missing() -> None:
+    """Law: a file's paths are exact: no suffix, no pattern, and not the model itself."""
+    model = Net()
+    assert [target.path for target in targets.from_paths(scanned(model), ["layers.1.mlp", "embed"])] == [
+        "layers.1.mlp",
+        "embed",
+    ]
+    with pytest.raises(TargetError) as caught:
+        targets.from_paths(scanned(model), ["mlp", "embed", "", "layers.*.mlp", "re:("])
+    assert str(caught.value).count("no module named") == 4
+
+
+def test_from_paths_names_the_first_of_many_missing_paths_and_counts_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Law: a file of another architecture is rejected quickly: finding the closest names of all paths would be slow."""
+    found = scanned(nn.ModuleDict({"body": nn.ModuleList(Net() for _ in range(80))}))
+    wanted = [f"model.layers.{layer}.{name}" for layer in range(80) for name in ALL[:7]]
+    searched: list[str] = []
+
+    def search(path: str, names: Any) -> str:
+        searched.append(path)
+        return closest(path, names)
+
+    monkeypatch.setattr(targets.resolution, "closest", search)
+    with pytest.raises(TargetError) as caught:
+        targets.from_paths(found, wanted)
+    *named, last = str(caught.value).splitlines()
+    assert searched == wanted[: len(searched)]
+    assert 4 <= len(searched) <= 10
+    hints = [closest(path, found.by_path) for path in searched]
+    plain = [f"no module named {path!r}" for path in wanted[: len(named)]]
+    assert named == [line + hint for line, hint in itertools.zip_longest(plain, hints, fillvalue="")]
+    assert "did you mean" in named[0]
+    assert last == f"and {560 - len(named)} more modules that it lacks"
+    assert 4 <= len(named) <= 58

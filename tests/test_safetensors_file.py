@@ -1,0 +1,220 @@
+"""The file: where it is written, whole or not at all, and damage that is refused."""
+
+import io
+import multiprocessing
+import os
+import pickletools
+import signal
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import tunerkit
+from tunerkit.errors import FileError
+from tunerkit.serialization.adapter_file import read
+
+if TYPE_CHECKING:
+    from tests.conftest import Toys
+
+from tests.adapter_files import assert_refused, in_place
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*running statistics")
+
+
+def test_a_folder_gets_the_file_and_a_path_is_the_file(toys: "Toys", tmp_path: Path) -> None:
+    """Folders are created; the suffix decides between file and folder; str and Path work."""
+    model = toys.trained(targets=["conv"])
+    assert tunerkit.save(model, tmp_path / "new" / "folder") == tmp_path / "new" / "folder" / "adapter.safetensors"
+    assert tunerkit.save(model, str(tmp_path / "a.safetensors")) == tmp_path / "a.safetensors"
+    assert tunerkit.save(model, tmp_path / "v1.5") == tmp_path / "v1.5" / "adapter.safetensors"
+    for path in (tmp_path / "new" / "folder", str(tmp_path / "a.safetensors"), tmp_path / "v1.5"):
+        assert torch.equal(tunerkit.load(toys.net(), path)(toys.x()), model(toys.x()))
+
+
+def test_equal_adapters_give_equal_bytes(toys: "Toys", saved: Path, tmp_path: Path) -> None:
+    """Files can be compared by digest: saving again changes no byte."""
+    assert {tunerkit.save(toys.trained(), tmp_path).read_bytes() for _ in range(6)} == {saved.read_bytes()}
+
+
+def test_tensors_lie_at_multiples_of_eight_bytes(saved: Path) -> None:
+    """Readers map the file into memory, so data must be aligned."""
+    assert int.from_bytes(saved.read_bytes()[:8], "little") % 8 == 0
+
+
+def test_the_file_holds_no_pickle(saved: Path) -> None:
+    """It is safetensors, which other programs can read, and contains no executable code."""
+    assert safetensors.torch.load_file(saved)
+    with pytest.raises(ValueError):
+        pickletools.dis(saved.read_bytes(), out=io.StringIO())
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_the_files_mode_follows_the_umask(toys: "Toys", tmp_path: Path, umask: int) -> None:
+    """Others can read it like any other file of the user."""
+    before = os.umask(umask)
+    try:
+        path = tunerkit.save(toys.trained(targets=["conv"]), tmp_path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_failing_write_leaves_what_was_there(
+    toys: "Toys", saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, existing: bool
+) -> None:
+    """On a full disk the old file stays complete, or there is none; no temporary file is left."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "no space left on device")
+
+    path = tmp_path / "adapter.safetensors"
+    if existing:
+        path.write_bytes(saved.read_bytes())
+    monkeypatch.setattr(os, broken, full)
+    with pytest.raises(FileError, match="no space"):
+        tunerkit.save(toys.trained(targets=["conv"]), tmp_path)
+    assert list(tmp_path.iterdir()) == ([path] if existing else [])
+    assert not existing or path.read_bytes() == saved.read_bytes()
+
+
+def test_a_file_is_replaced_in_one_move(toys: "Toys", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A complete file, flushed to disk, is moved within its folder, so the move is atomic."""
+    model, moves, synced = toys.trained(targets=["conv"]), [], []
+    replace, fsync = os.replace, os.fsync
+
+    def note(number: int) -> None:
+        synced.append(number)
+        fsync(number)
+
+    def watch(source: Path, target: Path) -> None:
+        assert synced
+        moves.append((source.parent, source.read_bytes()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", watch)
+    path = tunerkit.save(model, tmp_path)
+    assert moves == [(tmp_path, path.read_bytes())]
+
+
+def test_a_private_file_stays_private(toys: "Toys", tmp_path: Path) -> None:
+    """Saving over a file keeps its mode: one that only its owner may read is not opened to others."""
+    path = tunerkit.save(toys.trained(targets=["conv"]), tmp_path)
+    path.chmod(0o600)
+    tunerkit.save(toys.trained(targets=["conv"]), tmp_path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def _killed_while_saving(model: nn.Module, folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda number: os.kill(os.getpid(), signal.SIGKILL))
+        tunerkit.save(model, folder)
+
+
+def test_a_save_after_one_that_was_killed_leaves_only_the_file(toys: "Toys", saved: Path, tmp_path: Path) -> None:
+    """The older file is complete in between, and then the killed writer's temporary file is gone."""
+    model, path = toys.trained(targets=["conv"]), tmp_path / "adapter.safetensors"
+    path.write_bytes(saved.read_bytes())
+    for _ in range(3):
+        writer = multiprocessing.get_context("fork").Process(target=_killed_while_saving, args=(model, tmp_path))
+        writer.start()
+        writer.join()
+        assert writer.exitcode == -signal.SIGKILL
+        assert path.read_bytes() == saved.read_bytes()
+    tunerkit.save(model, tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_folder_is_flushed_after_the_move(toys: "Toys", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without that, a power failure may bring the older file back after `save` has returned."""
+    happened: list[str] = []
+    replace, fsync = os.replace, os.fsync
+
+    def flush(number: int) -> None:
+        happened.append("folder" if stat.S_ISDIR(os.fstat(number).st_mode) else "file")
+        fsync(number)
+
+    def move(source: Path, target: Path) -> None:
+        happened.append("move")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", move)
+    tunerkit.save(toys.trained(targets=["conv"]), tmp_path)
+    assert happened == ["file", "move", "folder"]
+
+
+def test_a_truncated_file_is_refused(toys: "Toys", saved: Path, tmp_path: Path) -> None:
+    """Truncated at every fiftieth byte, it is rejected, and nothing is loaded."""
+    data, path = saved.read_bytes(), tmp_path / "adapter.safetensors"
+    for end in (*range(0, len(data), 50), len(data) - 1):
+        path.write_bytes(data[:end])
+        with pytest.raises(FileError):
+            read(path, content="adapter")
+    assert_refused(toys, path, FileError, "cannot be read as a safetensors file")
+
+
+@given(data=st.data())
+@in_place
+def test_a_changed_byte_is_refused(toys: "Toys", saved: Path, tmp_path: Path, data: st.DataObject) -> None:
+    """Whichever byte is changed, the file is rejected with a clear error, or its content is the same."""
+    whole = bytearray(saved.read_bytes())
+    header_end = 8 + int.from_bytes(whole[:8], "little")
+    at = data.draw(st.one_of(st.integers(0, header_end - 1), st.integers(header_end, len(whole) - 1)))
+    whole[at] ^= data.draw(st.integers(1, 255))
+    path = tmp_path / "adapter.safetensors"
+    path.write_bytes(whole)
+    try:
+        _, tensors, found = read(path, content="adapter")
+    except FileError as error:
+        assert str(path) in str(error)  # noqa: PT017  # an error is one of the two right ends
+        return
+    _, right, expected = read(saved, content="adapter")
+    assert found == expected
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in right.items())
+
+
+def test_another_programs_file_is_refused(toys: "Toys", tmp_path: Path) -> None:
+    """A safetensors file without our header, another file type, or a missing file: each has its own error."""
+    path = tmp_path / "adapter.safetensors"
+    assert_refused(toys, tmp_path, FileError, "there is no file .*adapter.safetensors")
+    safetensors.torch.save_file({"a": torch.ones(1)}, path)
+    assert_refused(toys, path, FileError, "no tunerkit header")
+    safetensors.torch.save_file({"a": torch.ones(1)}, path, {"format": "pt"})
+    assert_refused(toys, path, FileError, "no tunerkit header")
+    torch.save({"a": torch.ones(1)}, path)
+    assert_refused(toys, path, FileError, "cannot be read as a safetensors file")
+    path.unlink()
+    path.mkdir()
+    assert_refused(toys, path, FileError, "there is no file")
+
+
+@pytest.mark.parametrize("path", [None, 3, ["out"]])
+def test_what_is_no_path_is_refused(toys: "Toys", path: Any) -> None:
+    """This holds in every function that takes a path."""
+    for call in (tunerkit.save, tunerkit.save_state, tunerkit.load_state):
+        with pytest.raises(FileError, match=rf"expected the path .* got {type(path).__name__}"):
+            call(toys.trained(), path)
+    with pytest.raises(FileError, match="expected the path"):
+        tunerkit.load(toys.net(), path)
+
+
+def test_a_place_that_cannot_be_written_is_named(toys: "Toys", tmp_path: Path) -> None:
+    """A file instead of a folder, or a folder instead of the file: our error names the path."""
+    model = toys.trained(targets=["conv"])
+    (tmp_path / "plain").write_text("mine")
+    with pytest.raises(FileError, match="plain"):
+        tunerkit.save(model, tmp_path / "plain")
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(FileError, match="it is a folder"):
+        tunerkit.save(model, tmp_path / "folder.safetensors")
+    assert (tmp_path / "plain").read_text() == "mine"
