@@ -7,6 +7,7 @@ from tunerkit.hooks.calls import (
     budget,
     build_adapter,
     calibrate,
+    changes_gradients,
     delta,
     factors,
     finish,

@@ -112,6 +112,11 @@ def ranks_changed(tuner: TunerView, change: RankChange) -> None:
     registry.notify_all(specs.tunerkit_ranks_changed, tuner=tuner, change=change)
 
 
+def changes_gradients(method: str) -> bool:
+    """Whether the method acts before a step, when the gradients are complete."""
+    return registry.implements(specs.tunerkit_before_step, method)
+
+
 def watches_steps(method: str) -> bool:
     """Whether the method acts after a step."""
     return registry.implements(specs.tunerkit_after_step, method)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import remove_parametrizations
 from transformers import WavLMConfig, WavLMForSequenceClassification
 
-from tunerkit.testing.conformance import Case
+from tunerkit.testing.cases import Case
 
 _CLASSES = torch.tensor([0, 1, 1, 0])
 

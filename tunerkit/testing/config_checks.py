@@ -1,6 +1,5 @@
 """Checks of a method's config: JSON and back, and the errors for bad input."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,12 +8,10 @@ import pytest
 from torch import nn
 
 import tunerkit
+from tunerkit.testing.checks.configs import assert_survives_json
 
 
-def check_survives_json(method: str, config: tunerkit.AdapterConfig) -> None:
-    """Unstructured, written as JSON, read and structured again, a config is equal to what it was."""
-    text = json.dumps(tunerkit.unstructure(config), allow_nan=False)
-    assert tunerkit.structure(method, json.loads(text)) == config
+check_survives_json = assert_survives_json
 
 
 def mistakes(method: str, mapping: Mapping[str, Any]) -> list[str]:

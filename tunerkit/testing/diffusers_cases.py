@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from tunerkit.testing.conformance import Case
+from tunerkit.testing.cases import Case
 
 _SHAPE = (2, 3, 8, 8)
 

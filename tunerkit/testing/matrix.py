@@ -1,13 +1,12 @@
 """All conformance cases as pytest parameters. If a library is missing, its cases are skipped with a reason."""
 
 from collections.abc import Iterator
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
-LIBRARIES = ("transformers", "diffusers", "timm")
+from tunerkit.testing.known_cases import LIBRARIES, of_library
 
 
 def cases() -> list[Any]:
@@ -39,5 +38,5 @@ def _cases_of(library: str) -> Iterator[Any]:
         reason = f"the cases are {library} models, and {library} is not installed"
         yield pytest.param(None, id=library, marks=pytest.mark.skip(reason=reason))
         return
-    for case in import_module(f"tunerkit.testing.{library}_cases").CASES:
+    for case in of_library(library):
         yield pytest.param(case, id=case.name)

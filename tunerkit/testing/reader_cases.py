@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunerkit.testing.conformance import Case
+from tunerkit.testing.cases import Case
 
 _CLASSES = torch.tensor([0, 1, 2, 0])
 _VIT = {"img_size": 32, "depth": 2, "embed_dim": 16, "num_heads": 2, "num_classes": 3}

@@ -6,7 +6,7 @@ from timm.models.convnext import ConvNeXt
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
-from tunerkit.testing.conformance import Case
+from tunerkit.testing.cases import Case
 
 _CLASSES = 3
 

@@ -30,7 +30,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from tunerkit.testing.conformance import Case
+from tunerkit.testing.cases import Case
 
 Batch = Callable[[], dict[str, Tensor]]
 

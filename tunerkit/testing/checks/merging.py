@@ -1,0 +1,184 @@
+"""Checks of the delta: merged weights compute what the adapters compute, and can be taken out again."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from unittest import SkipTest
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import tunerkit
+from tunerkit import hooks, injection
+from tunerkit.layers import low_rank_delta, plain_form
+from tunerkit.testing.cases import Case, assert_base_untouched, assert_same, trained, wrapped
+from tunerkit.testing.checks.probing import (
+    calls_of,
+    fill_,
+    filled,
+    gradients,
+    in_dtype,
+    largest,
+    require_delta,
+    seeded,
+)
+
+_SHARE = 1e-6  # in fp64, of what an adapter adds
+_HINT = "return from tunerkit_delta or tunerkit_factors exactly what forward adds, with its scale"
+
+
+@torch.no_grad()
+def check_delta_is_what_forward_adds(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """In fp64, each layer with its delta added computes what it computes with its adapter, to 1e-6 of the change."""
+    require_delta(method)
+    assert hooks.has_delta(method), (
+        f"method {method!r} cannot be merged: its plugin does not implement tunerkit_delta or tunerkit_factors. "
+        "Implement one, or declare Method(..., targets='outputs') if it does not adapt weights"
+    )
+    wide = in_dtype(case, torch.float64)
+    model = filled(wide, method, {**config, "adapter_dtype": "float64"})
+    for call in calls_of(model, wide):
+        if not call.base.has_weight:
+            continue
+        adapted = call.run()
+        tensors = injection.adapted_tensors(call.path, call.module, call.slots)
+        with tunerkit.disabled(model):
+            plain, merged = call.run(), functional_call(call.module, tensors, call.args, dict(call.kwargs))
+        added, worst = float((adapted - plain).abs().max()), float((merged - adapted).abs().max())
+        assert worst <= _SHARE * max(added, float((merged - plain).abs().max())), (
+            f"{call.path}: forward changes the output by up to {added:.4g}, and with its delta the layer computes "
+            f"something else, by up to {worst:.4g}; {_HINT}"
+        )
+
+
+@torch.no_grad()
+def check_factors_are_the_delta(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """If a plugin implements both hooks, the product of `tunerkit_factors` is the weight of `tunerkit_delta`."""
+    if not hooks.has_factors(method):
+        raise SkipTest("the method does not implement tunerkit_factors")
+    model = filled(in_dtype(case, torch.float64), method, {**config, "adapter_dtype": "float64"})
+    for path, _, slots in injection.walk(model):
+        for slot in slots.applied:
+            if slot.adapter is None or slots.base is None:
+                continue
+            product = hooks.factors(path, method, slot.adapter, slots.base)
+            weight = hooks.delta(path, method, slot.adapter, slots.base).weight
+            assert weight is not None, f"{path}: tunerkit_factors gives a product, and tunerkit_delta no weight"
+            found = low_rank_delta(slots.base, q=product.q, p=product.p, scale=1.0)
+            worst = largest({"": found - weight})
+            assert worst <= _SHARE * largest({"": weight}), (
+                f"{path}: the product of tunerkit_factors differs from the delta's weight by {worst:.3g}; multiply the "
+                "scale, λ and mask into the factors, and implement only one of the two hooks if you can"
+            )
+
+
+@torch.no_grad()
+def check_builds_from_factors(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """Adapters that `tunerkit_from_factors` builds add the given products, of ranks 0 and up."""
+    if not hooks.takes_factors(method) or not hooks.has_factors(method):
+        raise SkipTest("the method does not implement tunerkit_from_factors and tunerkit_factors")
+    tuner = tunerkit.tuner(wrapped(case, method, config))
+    generator = torch.Generator().manual_seed(3)
+    bases = {path: slots.base for path, _, slots in injection.walk(tuner.model) if path in tuner.adapters()}
+    given = {}
+    for number, (path, base) in enumerate(bases.items()):
+        assert base is not None
+        rank = min(number % 4, base.in_features, base.out_features)
+        given[path] = tunerkit.Factors(
+            q=torch.randn(rank, base.in_features, generator=generator),
+            p=torch.randn(base.out_features, rank, generator=generator),
+        )
+    _, adapters = hooks.from_factors(method, tuner.targets, given)
+    for path, adapter in adapters.items():
+        base = bases[path]
+        assert base is not None
+        found, product = hooks.factors(path, method, adapter, base), given[path]
+        difference = largest({"": found.p @ found.q - product.p @ product.q})
+        assert difference <= 1e-5 * max(1.0, largest({"": product.p @ product.q})), (
+            f"{path}: an adapter built from factors of rank {product.rank} adds something else, by {difference:.3g}; "
+            "undo in tunerkit_from_factors the scale that tunerkit_factors multiplies in"
+        )
+
+
+def check_merges(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """Merging keeps the output. Unmerging restores every base tensor bit for bit. A merged model can be saved."""
+    require_delta(method)
+    model = trained(case, method, config)
+    adapted = case.output(model)
+    tunerkit.merge(model)
+    assert_same(case.output(model), adapted, "merged against adapted", _HINT)
+    loaded = tunerkit.load(case.build(), tunerkit.save(model, tmp_path / "merged")).eval()
+    assert_same(
+        case.output(loaded), adapted, "saved while merged", "change no weight of the adapter in the delta's hooks"
+    )
+    with tunerkit.disabled(model):
+        expected = case.output(case.build().eval())
+        assert torch.equal(case.output(model), expected), "disabled while merged, the model is not the base; " + _OWN
+    tunerkit.unmerge(model)
+    assert torch.equal(case.output(model), adapted), "unmerged, the output is another than before; " + _OWN
+    assert_base_untouched(model, case, _OWN)
+
+
+_OWN = "write to no tensor of the base layer in a hook"
+
+
+def check_disabled_is_the_base(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """Inside ``disabled`` the output is bit-identical to the base model's; then it is adapted again."""
+    expected = case.output(case.build().eval())
+    model = trained(case, method, config)
+    adapted = case.output(model)
+    with tunerkit.disabled(model), tunerkit.disabled(model):
+        assert torch.equal(case.output(model), expected), "disabled, the model is not the base; " + _OWN
+    assert torch.equal(case.output(model), adapted), "after disabled, the output is another than before; " + _OWN
+
+
+def check_unwraps(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """`unwrap` restores the base model and its ``requires_grad`` flags."""
+    original = case.build()
+    model = trained(case, method, config)
+    tunerkit.unwrap(model)
+    assert list(model.state_dict()) == list(original.state_dict()), "unwrap left something in the model; " + _OWN
+    assert_base_untouched(model, case, _OWN)
+    flags = {name: p.requires_grad for name, p in original.named_parameters()}
+    found = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert found == flags, "unwrap does not restore requires_grad; do not set it in a hook"
+    assert torch.equal(case.output(model), case.output(original.eval())), (
+        "unwrapped, the output is not the base's; " + _OWN
+    )
+
+
+def check_keeps_merged(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """``unwrap(keep_merged=True)`` keeps the adapted output in a plain model."""
+    require_delta(method)
+    model = trained(case, method, config)
+    adapted = case.output(model)
+    merged = tunerkit.unwrap(copy.deepcopy(model), keep_merged=True)
+    assert_same(case.output(merged), adapted, "kept merged", _HINT)
+    assert list(merged.state_dict()) == list(case.build().state_dict()), "unwrap left something in the model; " + _OWN
+
+
+def check_fused_is_plain(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """In float64, the fused low-rank product has the plain form's output and gradients, to 1e-10."""
+    model = fill_(wrapped(in_dtype(case, torch.float64), method, {**config, "adapter_dtype": "float64"}))
+    case.start_training(model)
+    fused = _values_and_gradients(case, model)
+    with plain_form():
+        plain = _values_and_gradients(case, model)
+    for name, expected in plain.items():
+        worst = largest({name: fused[name] - expected})
+        assert worst <= 1e-10 * max(1.0, largest({name: expected})), (
+            f"{name} differs by {worst:.3g} between the fused and the plain low-rank product; pass add_low_rank the "
+            "y that forward received, once, and do not use that y again"
+        )
+
+
+def _values_and_gradients(case: Case, model: nn.Module) -> dict[str, Tensor]:
+    loss = seeded(case.loss, model)
+    found = {"the loss": loss.detach(), "the output": seeded(case.output, model).detach()}
+    tuner = tunerkit.tuner(model)
+    copies = {name: p for name, p in tuner.named_parameters() if p.requires_grad}
+    values = torch.autograd.grad(
+        loss, list(copies.values()), allow_unused=True, materialize_grads=True, retain_graph=True
+    )
+    return {**found, **dict(zip(copies, values, strict=True)), **gradients(loss, tuner)}

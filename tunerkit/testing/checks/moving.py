@@ -1,0 +1,68 @@
+"""Checks of copies and moves: deep copies, pickles, and weights that accelerate keeps elsewhere."""
+
+import copy
+import pickle
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from unittest import SkipTest
+
+import torch
+
+import tunerkit
+from tunerkit.errors import shown
+from tunerkit.testing.cases import Case, assert_same, trained
+from tunerkit.testing.checks.probing import fill_, filled, trained_parameters
+
+
+def check_deepcopy(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """A deep copy of a trained model computes the same, and its adapters are its own."""
+    model = trained(case, method, config)
+    before = case.output(model)
+    twin = copy.deepcopy(model)
+    assert torch.equal(case.output(twin), before), "a deep copy computes something else; " + _OWN
+    fill_(twin)
+    assert torch.equal(case.output(model), before), "training a deep copy changes the original; " + _OWN
+    assert not torch.equal(case.output(twin), before), "a deep copy does not use its own parameters; " + _OWN
+
+
+_OWN = "hold tensors only as parameters and buffers of the adapter, not in closures, lists or the plugin"
+
+
+def check_pickle(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """Every adapter survives pickle, as spawned workers and torch.save need it."""
+    tuner = tunerkit.tuner(filled(case, method, config))
+    for path, adapter in tuner.adapters().items():
+        try:
+            again = pickle.loads(pickle.dumps(adapter))
+        except Exception as error:
+            raise AssertionError(
+                f"{path}: the adapter cannot be pickled: {shown(str(error))}; hold no lambda, local class, lock or "
+                "open file in it, and define its class at the top of a module"
+            ) from error
+        twin = again.state_dict()
+        for name, tensor in adapter.state_dict().items():
+            assert torch.equal(twin[name], tensor), (
+                f"{path}: {name} is another after pickling; do not override __reduce__"
+            )
+
+
+def check_offload(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """On a base whose weights accelerate loads for each forward, output and gradients are those of the model itself."""
+    if find_spec("accelerate") is None:
+        raise SkipTest("accelerate is not installed")
+    cpu_offload = import_module("accelerate").cpu_offload
+
+    expected = filled(case, method, config)
+    away = cpu_offload(case.build(), execution_device=torch.device("cpu"))
+    try:
+        tunerkit.wrap(away, method, {**case.settings, **config}, seed=0)
+    except tunerkit.TargetError as error:
+        raise SkipTest(f"this model cannot be adapted while it is offloaded: {error}") from error
+    fill_(away).eval()
+    hint = "read the weight as base.dense() or base.matrix(), and build parameters from in_features and out_features"
+    assert_same(case.output(away), case.output(expected), "offloaded against in memory", hint)
+    case.loss(away).backward()
+    for name, parameter in trained_parameters(tunerkit.tuner(away)).items():
+        assert not parameter.is_meta, f"{name} is on the meta device: it would not be trained; {hint}"
