@@ -35,6 +35,7 @@ import pyarrow.parquet  # noqa: E402
 import yaml  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
+from tests import bad_plugins  # noqa: E402
 from tests.tiny_classifier import WORDS, save_tiny_classifier  # noqa: E402
 from tunerkit.cli import assets, job, outputs, settings  # noqa: E402
 from tunerkit.cli.app import app  # noqa: E402
@@ -43,6 +44,8 @@ from tunerkit.cli.batches import Encoded, shuffled_batches, sorted_batches  # no
 from tunerkit.cli.data import DataError, Examples, class_names, class_numbers, read_examples, split  # noqa: E402
 from tunerkit.cli.task import Job  # noqa: E402
 from tunerkit.cli.training import Recipe, Score, evaluate, has_bf16  # noqa: E402
+from tunerkit.testing.registering import registered  # noqa: E402
+from tunerkit.testing.toy_methods import LowRankPlugin  # noqa: E402
 
 texts = st.text(st.characters(codec="utf-8"), max_size=30)
 label_names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=5)
@@ -741,3 +744,45 @@ def test_a_cpu_trains_in_bf16_where_it_has_tiles(tiles: bool, monkeypatch: pytes
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
     assert has_bf16(torch.device("cpu")) is tiles
+
+
+# --- check ---
+
+
+def test_check_prints_a_table_and_exits_with_0_if_all_pass() -> None:
+    """One row for each check with its status on each case, and the counts; settings may be written out."""
+    with registered(LowRankPlugin()):
+        found = CliRunner().invoke(app, ["check", "toy-low-rank", "--config", '{"rank": 1}', "--case", "network"])
+    assert found.exit_code == 0, found.output
+    rows = [line for line in found.output.splitlines() if "passed" in line and "│" in line]
+    assert len(rows) > 35
+    assert re.search(r"toy-low-rank: \d+ passed, 0 failed, \d+ skipped", found.output)
+
+
+def test_check_exits_with_1_and_prints_a_sentence_for_each_failure() -> None:
+    """The sentence says which check failed on which case, and what to change."""
+    with registered(bad_plugins.WrongDtype()):
+        found = CliRunner().invoke(app, ["check", "bad", "--case", "network", "--check", "output_dtype"])
+    assert found.exit_code == 1
+    assert "output_dtype on network: 0: on a base in torch.bfloat16 the output is torch.float32" in found.output
+    assert "end forward with y + added.to(y.dtype)" in found.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["toy-lowrank"], "no method named 'toy-lowrank'"),
+        (["toy-low-rank", "--check", "stat"], "no check named 'stat'; did you mean 'start'?"),
+        (["toy-low-rank", "--case", "nettwork"], "no case named 'nettwork'; did you mean 'network'?"),
+        (["toy-low-rank", "--config", '{"rnk": 1}'], "unknown key 'rnk'; did you mean 'rank'?"),
+        (["toy-low-rank", "--config", '{"rank": 1'], "--config: cannot be read"),
+        (["toy-low-rank", "--config", "gone.yaml"], "gone.yaml: no such file"),
+    ],
+)
+def test_check_names_what_was_mistyped(arguments: list[str], words: str) -> None:
+    """One line on stderr and exit code 2, before any check runs."""
+    with registered(LowRankPlugin()):
+        found = CliRunner().invoke(app, ["check", *arguments])
+    assert found.exit_code == 2
+    assert words in found.stderr
+    assert found.stderr.count("\n") == 1

@@ -414,7 +414,7 @@ def test_a_distribution_works_as_generated_in_a_clean_environment(variant: str, 
     run(clean / "python", "-m", "tunerkit.cli", "new", method, f"--{variant}", cwd=tmp_path)
     project = tmp_path / f"tunerkit-{method}"
     run(clean / "python", *PIP, "install", *OFFLINE, project)
-    assert "failed" not in run(clean / "tunerkit", "check", method, cwd=tmp_path)
+    run(clean / "tunerkit", "check", method, cwd=tmp_path)  # its exit code says that nothing failed
     ran = run(clean / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=project)
     assert "there is no reference yet" in ran
     assert " failed" not in ran
@@ -434,6 +434,8 @@ def run(*command: object, cwd: Path | None = None) -> str:
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH", LONG)}
     started = time.perf_counter()
     done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
-    print(f"{time.perf_counter() - started:6.1f} s  {' '.join(map(str, command))}\n{done.stdout[-300:]}")  # -s shows it
+    print(
+        f"\n{time.perf_counter() - started:6.1f} s  {' '.join(map(str, command))}\n{done.stdout[-300:]}"
+    )  # -s shows it
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

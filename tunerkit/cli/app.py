@@ -12,7 +12,7 @@ from rich.table import Table
 
 import tunerkit
 from tunerkit import TunerkitError
-from tunerkit.cli import job, settings
+from tunerkit.cli import checking, job, settings
 from tunerkit.cli.new import NewMethodError, write_distribution
 from tunerkit.cli.task import Job
 from tunerkit.cli.training import Recipe
@@ -108,6 +108,25 @@ def new(
             raise NewMethodError(f"choose one template, got {' and '.join(f'--{name}' for name in chosen)}")
         folder = write_distribution(method, chosen[0] if chosen else "low-rank", into)
         typer.echo(f"written to {folder}; next: pip install -e '{folder}[test]' && tunerkit check {method}")
+
+
+@app.command()
+def check(
+    method: Annotated[str, typer.Argument(help="The method. `tunerkit methods` lists the installed ones.")],
+    config: Annotated[
+        str, typer.Option(help="Its settings: a file in YAML or JSON, or written out, as in '{\"rank\": 2}'.")
+    ] = "{}",
+    case: Annotated[
+        list[str] | None, typer.Option(help="A model to check it on; may be repeated. Default: bert and llama.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--check", help="A check to run; may be repeated. Default: all.")
+    ] = None,
+) -> None:
+    """Check that a method keeps the contract of plugins, on small models. The exit code is 1 if a check failed."""
+    with one_line_errors():
+        if not checking.run(Console(), method, settings.given_settings(config), case or [], only or []):
+            raise typer.Exit(1)
 
 
 @contextmanager

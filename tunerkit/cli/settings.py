@@ -38,6 +38,20 @@ for _side in (_Loader, _Dumper):
     )
 
 
+def given_settings(given: str) -> dict[str, object]:
+    """Read a mapping that is given on the command line: written out, ``{"rank": 2}``, or the path of a file.
+
+    Raises `ConfigError` as `read_settings` does.
+    """
+    if not given.lstrip().startswith("{"):
+        return read_settings(Path(given))
+    if len(given) > _MAX_BYTES:
+        raise ConfigError(
+            [f"--config: has {len(given)} characters; write them into a file of at most {_MAX_BYTES} bytes"]
+        )
+    return _settings_in(given, ".yaml", "--config")
+
+
 def read_settings(path: Path) -> dict[str, object]:
     """Read the mapping in ``path`` (.yaml, .yml or .json); `tunerkit.structure` converts it to a config.
 
@@ -49,11 +63,19 @@ def read_settings(path: Path) -> dict[str, object]:
         raise ConfigError([f"{path}: settings files end in .yaml, .yml or .json, got {path.suffix or 'no ending'!r}"])
     try:
         text = _read_text(path)
-        found = json.loads(text, object_pairs_hook=_once) if suffix == ".json" else yaml.load(text, Loader=_Loader)
     except FileNotFoundError:
         raise ConfigError([f"{path}: no such file"]) from None
     except UnicodeDecodeError as problem:
         raise ConfigError([f"{path}: byte {problem.start} is not UTF-8; save the file as UTF-8"]) from problem
+    except (OSError, ValueError) as problem:
+        raise ConfigError([f"{path}: cannot be read as {suffix}: {' '.join(str(problem).split())}"]) from problem
+    return _settings_in(text, suffix, str(path))
+
+
+def _settings_in(text: str, suffix: str, path: str) -> dict[str, object]:
+    """Parse the mapping in a text, which ``path`` names in errors."""
+    try:
+        found = json.loads(text, object_pairs_hook=_once) if suffix == ".json" else yaml.load(text, Loader=_Loader)
     except RecursionError as problem:
         raise ConfigError([f"{path}: is nested too deeply; settings have at most {_DEEPEST} levels"]) from problem
     except Exception as problem:  # for some text the YAML library raises KeyError, IndexError or AttributeError

@@ -10,7 +10,6 @@ from torch import nn
 import tunerkit
 from tunerkit.testing.checks.configs import assert_survives_json
 
-
 check_survives_json = assert_survives_json
 
 

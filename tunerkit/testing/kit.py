@@ -94,7 +94,8 @@ def find(names: Iterable[str]) -> list[Check]:
     given = list(names)
     for name in given:
         if name not in BY_NAME:
-            raise TunerkitError(f"no check named {name!r}{closest(name, BY_NAME)}; there are: {', '.join(BY_NAME)}")
+            hint = closest(name, BY_NAME) or f"; there are: {', '.join(BY_NAME)}"
+            raise TunerkitError(f"no check named {name!r}{hint}")
     return [check for name, check in BY_NAME.items() if name in given]
 
 

@@ -57,6 +57,6 @@ def named(names: Iterable[str]) -> list[Case]:
     wanted = list(names)
     for name in wanted:
         if name not in known:
-            hint = closest(name, known)
-            raise TunerkitError(f"no case named {name!r}{hint}; there are: {', '.join(known)}")
+            hint = closest(name, known) or f"; there are: {', '.join(known)}"
+            raise TunerkitError(f"no case named {name!r}{hint}")
     return [known[name] for name in wanted]

@@ -25,8 +25,8 @@ def assert_survives_json(method: str, config: tunerkit.AdapterConfig) -> None:
     again = tunerkit.structure(method, json.loads(text))
     if again != config:
         raise AssertionError(
-            f"the config is another one after a round trip through JSON: {again} instead of {config}; make settled() and "
-            "the fields' converters return what they were given if it is resolved already"
+            f"the config is another one after a round trip through JSON: {again} instead of {config}; make settled() "
+            "and the fields' converters return what they were given if it is resolved already"
         )
 
 

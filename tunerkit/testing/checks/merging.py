@@ -21,6 +21,7 @@ from tunerkit.testing.checks.probing import (
     in_dtype,
     largest,
     require_delta,
+    require_places,
     seeded,
 )
 
@@ -105,6 +106,7 @@ def check_merges(case: Case, method: str, config: Mapping[str, object], tmp_path
     """Merging keeps the output. Unmerging restores every base tensor bit for bit. A merged model can be saved."""
     require_delta(method)
     model = trained(case, method, config)
+    require_places(model)
     adapted = case.output(model)
     tunerkit.merge(model)
     assert_same(case.output(model), adapted, "merged against adapted", _HINT)
@@ -152,6 +154,7 @@ def check_keeps_merged(case: Case, method: str, config: Mapping[str, object], tm
     """``unwrap(keep_merged=True)`` keeps the adapted output in a plain model."""
     require_delta(method)
     model = trained(case, method, config)
+    require_places(model)
     adapted = case.output(model)
     merged = tunerkit.unwrap(copy.deepcopy(model), keep_merged=True)
     assert_same(case.output(merged), adapted, "kept merged", _HINT)

@@ -8,12 +8,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from unittest import SkipTest
 
+import attrs
 import torch
+from torch import Tensor
 
 import tunerkit
 from tunerkit.errors import shown
-from tunerkit.testing.cases import Case, assert_same, trained
-from tunerkit.testing.checks.probing import fill_, filled, trained_parameters
+from tunerkit.testing.cases import Case, assert_same, trained, wrapped
+from tunerkit.testing.checks.probing import fill_, filled, trained_parameters, with_inputs
+
+_DEVICES = 1e-3  # another device sums up in another order, and may multiply in a lower precision
 
 
 def check_deepcopy(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
@@ -66,3 +70,22 @@ def check_offload(case: Case, method: str, config: Mapping[str, object], tmp_pat
     case.loss(away).backward()
     for name, parameter in trained_parameters(tunerkit.tuner(away)).items():
         assert not parameter.is_meta, f"{name} is on the meta device: it would not be trained; {hint}"
+
+
+def check_device(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """On an accelerator, moved there or wrapped there, the model has the output that it has on the CPU."""
+    if not torch.accelerator.is_available():
+        raise SkipTest("there is no accelerator")
+    device = torch.accelerator.current_accelerator()
+    model = filled(case, method, config)
+    expected, start = case.output(model), case.output(wrapped(case, method, config).eval())
+    hint = "keep tensors in parameters and buffers, and build new ones on the device of x"
+    moved = with_inputs(model.to(device), lambda x: x.to(device))
+    _assert_near(case.output(moved), expected, f"moved to {device}; {hint}")
+    there = attrs.evolve(case, build=lambda: with_inputs(case.build().to(device), lambda x: x.to(device)))
+    _assert_near(case.output(wrapped(there, method, config).eval()), start, f"wrapped on {device}; {hint}")
+
+
+def _assert_near(found: Tensor, expected: Tensor, what: str) -> None:
+    worst, largest = float((found.cpu() - expected).abs().max()), float(expected.abs().max())
+    assert worst <= _DEVICES * largest, f"the output differs by {worst:.3g}, {what}"

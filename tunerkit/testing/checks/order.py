@@ -78,6 +78,7 @@ NEEDS: Final[Mapping[Check, Sequence[Check]]] = MappingProxyType(
         resuming.check_resumes: (files.check_saves_and_loads, training.check_steps_keep_the_base),
         moving.check_deepcopy: _FILES,
         moving.check_pickle: (),
+        moving.check_device: (forward.check_output_dtype, *_PURE),
         moving.check_offload: (forward.check_output_dtype, *_PURE),
         compiling.check_compiles: _PURE,
         cost.check_operations: (training.check_something_trains, *_PURE),

@@ -13,6 +13,7 @@ import tunerkit
 from tunerkit import hooks, injection
 from tunerkit.injection import Slot, Slots
 from tunerkit.layers import Adapter, BaseLayer
+from tunerkit.libraries import torch_private
 from tunerkit.testing.cases import Case, wrapped
 
 
@@ -125,18 +126,21 @@ def filled(case: Case, method: str, config: Mapping[str, object]) -> nn.Module:
 def in_dtype(case: Case, dtype: torch.dtype) -> Case:
     """Return the case with its model, and the floating-point inputs, in another dtype."""
 
-    def cast(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        found = [
-            a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in (*args, *kwargs.values())
-        ]
-        return tuple(found[: len(args)]), dict(zip(kwargs, found[len(args) :], strict=True))
-
     def build() -> nn.Module:
-        model = case.build().to(dtype)
-        model.register_forward_pre_hook(cast, with_kwargs=True)
-        return model
+        return with_inputs(case.build().to(dtype), lambda x: x.to(dtype) if x.is_floating_point() else x)
 
     return attrs.evolve(case, build=build)
+
+
+def with_inputs(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Convert the tensors that a model is called with, and return the model."""
+
+    def converted(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        found = [convert(each) if isinstance(each, Tensor) else each for each in (*args, *kwargs.values())]
+        return tuple(found[: len(args)]), dict(zip(kwargs, found[len(args) :], strict=True))
+
+    model.register_forward_pre_hook(converted, with_kwargs=True)
+    return model
 
 
 def seeded(run: Callable[[nn.Module], Tensor], model: nn.Module, seed: int = 1) -> Tensor:
@@ -164,6 +168,16 @@ def assert_equal_sets(found: Mapping[str, Tensor], expected: Mapping[str, Tensor
     for name, tensor in expected.items():
         worst = largest({name: found[name].double() - tensor.double()})
         assert worst <= limit, f"{what} ({name}: {worst:.3g}, allowed {limit:.3g})"
+
+
+def require_places(model: nn.Module) -> None:
+    """Skip a check about merging if a delta has a bias and its base layer has none, so that merging is refused."""
+    for path, module, slots in injection.walk(model):
+        for slot in slots.applied:
+            if slot.adapter is not None and slots.base is not None and slots.base.has_weight:
+                bias = hooks.delta(path, slot.method, slot.adapter, slots.base).bias
+                if bias is not None and torch_private.own_parameters(module).get(slots.base.bias_name) is None:
+                    raise SkipTest(f"the delta has a bias, and the layer at {path!r} has no place for one")
 
 
 def require_delta(method: str) -> None:
