@@ -13,6 +13,7 @@ import time
 import tomllib
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -60,18 +61,25 @@ class Generated:
         }
 
 
+@contextmanager
+def registered_as(method: str, variant: str, folder: Path) -> Iterator[Generated]:
+    """Write a variant and register it for the length of a block."""
+    names = Names(method)
+    with pytest.MonkeyPatch.context() as patch:
+        written = write_distribution(method, variant, folder)
+        patch.syspath_prepend(written)
+        plugin = importlib.import_module(f"{names.package}.plugin")
+        with registered(plugin):
+            yield Generated(variant, written, names, plugin)
+    for module in [name for name in sys.modules if name.partition(".")[0] == names.package]:
+        del sys.modules[module]
+
+
 @pytest.fixture(scope="module", params=list(VARIANTS))
 def generated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Generated]:
     """Each variant, written to a temporary folder and registered in this process."""
-    names = Names(f"new-{request.param}")
-    folder = write_distribution(names.method, request.param, tmp_path_factory.mktemp("new"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(folder)
-        plugin = importlib.import_module(f"{names.package}.plugin")
-        with registered(plugin):
-            yield Generated(request.param, folder, names, plugin)
-    for module in [name for name in sys.modules if name.partition(".")[0] == names.package]:
-        del sys.modules[module]
+    with registered_as(f"new-{request.param}", request.param, tmp_path_factory.mktemp("new")) as found:
+        yield found
 
 
 # --- What is generated ---
@@ -138,19 +146,37 @@ def _stub(text: str) -> Any:
     return namespace["test_output_and_gradients_equal_the_references"]
 
 
-# --- What the scheduled variant does ---
+# --- What the variants do ---
+
+
+@pytest.fixture
+def scale(tmp_path: Path) -> Iterator[str]:
+    """The name of the scaling variant's method, registered."""
+    with registered_as("new-scaling", "scale", tmp_path) as found:
+        yield found.names.method
 
 
 @pytest.fixture
 def scheduled(tmp_path: Path) -> Iterator[str]:
     """The name of the scheduled variant's method, registered."""
-    folder = write_distribution("new-falling", "scheduled", tmp_path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(folder)
-        with registered(importlib.import_module("tunerkit_new_falling.plugin")):
-            yield "new-falling"
-    for module in [name for name in sys.modules if name.partition(".")[0] == "tunerkit_new_falling"]:
-        del sys.modules[module]
+    with registered_as("new-falling", "scheduled", tmp_path) as found:
+        yield found.names.method
+
+
+@pytest.mark.parametrize("padding", [None, 1])
+def test_an_embedding_is_scaled_unless_merging_would_differ(scale: str, padding: int | None) -> None:
+    """A delta never changes the row of the padding, so a scaled one would be merged wrongly: it is refused."""
+    model, ids = nn.Sequential(nn.Embedding(5, 4, padding_idx=padding)), torch.arange(5)
+    nn.init.normal_(model[0].weight)
+    if padding is not None:
+        with pytest.raises(tunerkit.TargetError, match=r"cannot scale '0'.* exclude it"):
+            tunerkit.wrap(model, scale, {"targets": ["0"]})
+        return
+    tunerkit.wrap(model, scale, {"targets": ["0"]})
+    nn.init.normal_(next(tunerkit.tuner(model).parameters()))
+    adapted = model(ids)
+    tunerkit.merge(model)
+    torch.testing.assert_close(model(ids), adapted)
 
 
 SETTINGS = {"targets": ["0", "2"], "init_rank": 5, "rank": 2}
