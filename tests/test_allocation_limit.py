@@ -97,3 +97,12 @@ def test_only_a_config_with_a_large_number_is_built_under_the_limit(config: obje
     """The limit costs time, and a config without such a number cannot ask for much."""
     with limit_for(config, {"layer.adapter.a": torch.zeros(2000, 1)}, "x")(TARGET) as entered:
         assert isinstance(entered, AllocationLimit) == limited
+
+
+def test_what_adapters_share_counts_for_the_target_that_it_lies_beside() -> None:
+    """Shared matrices are as large as the largest target, and the first one may be small."""
+    shared = {**FILE, "layer.tunerkit.a": torch.empty(2, 10**5), "layer.tunerkit.adapter.b": torch.empty(10**5, 2)}
+    with AllocationLimit(shared, "x")(TARGET):
+        nn.Parameter(torch.randn(10, 10**5))
+    with pytest.raises(FileError, match=r"than the 256 values"), AllocationLimit(FILE, "x")(TARGET):
+        torch.randn(10, 10**5)

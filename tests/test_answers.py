@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import tunerkit
+from tunerkit import hooks
 from tunerkit.errors import PluginError, TunerkitWarning
 from tunerkit.testing.registering import registered
 
@@ -29,7 +30,11 @@ FIRES: dict[str, Callable[[nn.Module, torch.optim.Optimizer, Path], object]] = {
     "tunerkit_after_step": lambda model, optimizer, folder: step(model, optimizer),
     "tunerkit_finish": lambda model, optimizer, folder: tunerkit.tuner(model).finish(),
     "tunerkit_budget": lambda model, optimizer, folder: tunerkit.tuner(model).budget(3),
+    "tunerkit_shared": lambda model, optimizer, folder: tunerkit.wrap(model, "toy-odd", adapter="second"),
+    "tunerkit_param_groups": lambda model, optimizer, folder: tunerkit.param_groups(model, lr=1.0),
     "tunerkit_delta": lambda model, optimizer, folder: tunerkit.merge(model),
+    "tunerkit_factors": lambda model, optimizer, folder: tunerkit.merge(model),
+    "tunerkit_from_factors": lambda model, optimizer, folder: convert(model),
     "tunerkit_state": lambda model, optimizer, folder: tunerkit.save_state(model, folder),
     "tunerkit_restore": lambda model, optimizer, folder: restore(model, optimizer, folder),
 }
@@ -44,9 +49,26 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) ->
     tunerkit.load_state(model, tunerkit.save_state(model, folder))
 
 
+# What each hook is asked about, if that is not an adapter as a whole.
+PLACES = {
+    **dict.fromkeys(("tunerkit_build_adapter", "tunerkit_delta", "tunerkit_factors"), "'0'"),
+    **dict.fromkeys(("tunerkit_shared", "tunerkit_from_factors"), "2 targets"),
+}
+
+
+def convert(model: nn.Module) -> None:
+    products = {path: tunerkit.Factors(q=torch.ones(1, 3), p=torch.ones(3, 1)) for path in PATHS}
+    hooks.from_factors("toy-odd", tunerkit.tuner(model).targets, products)
+
+
 @attrs.frozen
 class OddConfig(tunerkit.AdapterConfig):
     """Nothing to set."""
+
+
+@attrs.frozen
+class OtherConfig(tunerkit.AdapterConfig):
+    """Of another method."""
 
 
 class Shift(tunerkit.Adapter):
@@ -83,7 +105,7 @@ def odd(hook: str, answer: Callable[[], object], *, from_call: int = 1) -> types
 
 def fire(hook: str, answer: Callable[[], object], folder: Path) -> nn.Module:
     """Wrap, attach and do what makes ``hook`` fire; the plugin answers with ``answer()``."""
-    with registered(odd(hook, answer, from_call=3 if hook == "tunerkit_build_adapter" else 1)):
+    with registered(odd(hook, answer, from_call={"tunerkit_build_adapter": 3, "tunerkit_shared": 2}.get(hook, 1))):
         model = tunerkit.wrap(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), "toy-odd")
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         if hook != "tunerkit_start":
@@ -101,6 +123,8 @@ def raising(error: BaseException) -> Callable[[], object]:
 
 Delta: Any = tunerkit.Delta  # Any: what the records hold here is wrong on purpose
 State: Any = tunerkit.State
+Factors: Any = tunerkit.Factors
+Group: Any = tunerkit.ParamGroup
 WRONG: dict[str, tuple[object, ...]] = {
     "tunerkit_build_adapter": (None, 3, nn.Linear(1, 1)),
     "tunerkit_before_step": (True, ["v"], torch.ones(2), [None]),
@@ -111,6 +135,21 @@ WRONG: dict[str, tuple[object, ...]] = {
     "tunerkit_delta": (None, torch.ones(3, 3), Delta(weight="w"), Delta(weight=torch.ones(2, 3)),
                        Delta(bias=torch.ones(3, 3)), Delta(weight=torch.ones(3, 3).int()),
                        Delta(bias=[0.0, 0.0, 0.0]), Delta(bias=torch.ones(3, device="meta"))),
+    "tunerkit_shared": (3, torch.ones(2), Shift, [nn.ReLU()]),
+    "tunerkit_param_groups": (3, torch.ones(2), [3], {"lr": 1.0}, [Group([nn.Parameter(torch.ones(1))])]),
+    "tunerkit_factors": (None, Delta(), torch.ones(3, 3), (torch.ones(1, 3), torch.ones(3, 1)),
+                         Factors(q=torch.ones(1, 3), p=torch.ones(1, 3)), Factors(q=torch.ones(3), p=torch.ones(3, 1)),
+                         Factors(q=torch.ones(2, 3), p=torch.ones(3, 1)),
+                         Factors(q=torch.ones(1, 2), p=torch.ones(3, 1)),
+                         Factors(q=torch.ones(()), p=torch.ones(3, 1)), Factors(q="q", p=torch.ones(3, 1)),
+                         Factors(q=torch.ones(1, 3), p=None), Factors(q=torch.ones(1, 3).int(), p=torch.ones(3, 1)),
+                         Factors(q=torch.ones(1, 3), p=torch.ones(3, 1, device="meta"))),
+    "tunerkit_from_factors": (None, OddConfig(), (OddConfig(),), (OddConfig(), {}),
+                              ({}, {"0": Shift(3), "1": Shift(3)}),
+                              (OddConfig(), [Shift(3), Shift(3)]), (OddConfig(), {"0": Shift(3)}),
+                              (OddConfig(), {"0": Shift(3), "1": Shift(3), "2": Shift(3)}),
+                              (OddConfig(), {"0": Shift(3), "1": nn.Linear(3, 3)}),
+                              (OtherConfig(), {"0": Shift(3), "1": Shift(3)})),
     "tunerkit_state": (3, {}, State(tensors=[], values={}), State(tensors={"a": 1}, values={}),
                        State(tensors={1: torch.ones(1)}, values={}), State(tensors={}, values=3),
                        State(tensors={}, values={"a": torch.ones(1)}),
@@ -127,7 +166,7 @@ WRONG: dict[str, tuple[object, ...]] = {
 )
 def test_a_wrong_answer_is_refused_with_plugin_hook_and_place(hook: str, answer: object, tmp_path: Path) -> None:
     """One form of message for each hook: what was returned by whom, for which adapter or target, what is expected."""
-    place = r"'0'" if hook in ("tunerkit_build_adapter", "tunerkit_delta") else "adapter 'default'"
+    place = PLACES.get(hook, "adapter 'default'")
     words = rf"{hook} of the plugin of method 'toy-odd' \(in-process\) returned .+ for {place}; it must return .+"
     with pytest.raises(PluginError, match=words) as caught:
         fire(hook, lambda: answer, tmp_path)
@@ -156,7 +195,7 @@ def test_right_answers_in_other_types_are_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize("hook", FIRES)
 def test_an_exception_keeps_its_class_and_names_plugin_hook_and_place(hook: str, tmp_path: Path) -> None:
     """A caller may catch torch's out-of-memory error; the traceback says which plugin raised it, and where."""
-    place = r"'0'" if hook in ("tunerkit_build_adapter", "tunerkit_delta") else "adapter 'default'"
+    place = PLACES.get(hook, "adapter 'default'")
     with pytest.raises(torch.OutOfMemoryError, match="too large") as caught:
         fire(hook, raising(torch.OutOfMemoryError("too large")), tmp_path)
     shown = "".join(traceback.format_exception(caught.value))

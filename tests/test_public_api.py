@@ -38,6 +38,7 @@ ADDED = frozenset(
         "tunerkit.Adapter.reads_weight",
         "tunerkit.Adapter.share(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD module)",
         "tunerkit.Adapter.shared",
+        "tunerkit.BaseLayer.bias(POSITIONAL_OR_KEYWORD self)",
         "tunerkit.BaseLayer.example_input(POSITIONAL_OR_KEYWORD self)",
         "tunerkit.BaseLayer.has_weight",
         "tunerkit.BaseLayer.merged(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD delta)",

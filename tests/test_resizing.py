@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tunerkit import Cut, resize_, shrink_
+from tunerkit import AdapterError, Cut, Growth, grow_, resize_, resize_obstacle, shrink_
 
 
 def stepped(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> tuple[nn.Parameter, torch.optim.Optimizer]:
@@ -124,3 +124,143 @@ def test_a_tensor_subclass_keeps_its_shape() -> None:
     """Only the subclass knows the meaning of its storage."""
     parameter = nn.Parameter(torch.ones(4).as_subclass(Tagged))
     assert "Tagged" in str(shrink_([Cut(parameter, 0, torch.tensor([0]))], None))
+
+
+# Growing
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.1),
+    "amsgrad": lambda p: torch.optim.Adam(p, lr=0.1, amsgrad=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.0),
+    "AdamW loop": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.0, foreach=False),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.0, fused=True),
+    "Adamax": lambda p: torch.optim.Adamax(p, lr=0.1),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.1),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.1),
+    "Adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, initial_accumulator_value=0.3),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.1, momentum=0.5, centered=True),
+    "Rprop": lambda p: torch.optim.Rprop(p, lr=0.1),
+    "ASGD": lambda p: torch.optim.ASGD(p, lr=0.1, lambd=0.0, t0=2.0),
+}
+ROWS = torch.arange(9.0).reshape(3, 3) / 7
+NEW = torch.tensor([[0.5, -0.25, 2.0]])
+
+
+def gradients(size: int) -> list[Tensor]:
+    """The gradients of six steps, (3 or 4, 3): in the first three, those of a new row are 0."""
+    found = [torch.randn(4, 3, generator=torch.Generator().manual_seed(number)) for number in range(6)]
+    for gradient in found[:3]:
+        gradient[3] = 0
+    return [gradient[:size] for gradient in found[:3]] + found[3:]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_growing_equals_having_had_the_entries_from_the_start_untouched(name: str, after: int) -> None:
+    """Also before the first step; the later steps of both are equal, bit for bit, in values and in state."""
+    grown, whole = nn.Parameter(ROWS.clone()), nn.Parameter(torch.cat([ROWS, NEW]))
+    optimizers = [OPTIMIZERS[name]([parameter]) for parameter in (grown, whole)]
+    for number, gradient in enumerate(gradients(4)):
+        if number == after:
+            identity = id(grown)
+            assert grow_([Growth(grown, 0, NEW)], optimizers[0]) is None
+            assert id(grown) == identity
+        for parameter, optimizer in zip((grown, whole), optimizers, strict=True):
+            parameter.grad = gradient[: len(parameter)].clone()
+            if number < after:
+                parameter.grad[3:] = 0
+            optimizer.step()
+    assert torch.equal(grown, whole)
+    if name == "ASGD":  # its average, which nothing reads while it trains
+        ax = [optimizer.state[parameter]["ax"] for optimizer, parameter in zip(optimizers, (grown, whole), strict=True)]
+        assert torch.equal(*ax)
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_values_gradient_and_state_grow_alike(dim: int) -> None:
+    """The old entries keep all of theirs; the new ones have the given values and a gradient of 0."""
+    parameter, optimizer = stepped(adamw)
+    shape = [4, 3]
+    shape[dim] = 2
+    before = {"value": parameter.detach().clone(), "grad": parameter.grad, **optimizer.state[parameter]}
+    assert grow_([Growth(parameter, dim, torch.full(shape, 7.0))], optimizer) is None
+    after = {"value": parameter.detach(), "grad": parameter.grad, **optimizer.state[parameter]}
+    for name, new in {"value": 7.0, "grad": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0}.items():
+        old, found = before[name], after[name]
+        assert old is not None
+        assert found is not None
+        assert torch.equal(found.narrow(dim, 0, old.shape[dim]), old)
+        assert torch.equal(found.narrow(dim, old.shape[dim], 2), torch.full(shape, new))
+    assert after["step"] == before["step"]
+    optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_a_loss_of_an_earlier_step_may_still_be_alive(dtype: torch.dtype) -> None:
+    """Autograd's accumulation node would expect the old shape."""
+    parameter = nn.Parameter(torch.ones(4, 3, dtype=dtype))
+    alive = parameter.sum()
+    assert grow_([Growth(parameter, 0, torch.full((1, 3), 2.0))], None) is None
+    assert parameter.dtype == dtype
+    parameter.square().sum().backward()
+    assert torch.equal(parameter.grad[4], torch.full((3,), 4, dtype=dtype))  # type: ignore[index]
+    assert alive.requires_grad
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.Adafactor(p),
+        lambda p: torch.optim.Muon(p),
+        lambda p: torch.optim.LBFGS(p),
+        lambda p: OwnStep(p, lr=0.1),
+        OddState,
+    ],
+    ids=["factored", "orthogonalised", "second order", "unknown step", "unknown state"],
+)
+def test_what_cannot_shrink_cannot_grow(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> None:
+    """The reason is the same, it can be asked for before training, and nothing grows."""
+    parameter, optimizer = nn.Parameter(torch.ones(4, 3)), None
+    optimizer = make([parameter])
+    reason = resize_obstacle([parameter], optimizer)
+    assert reason is not None
+    plain = nn.Parameter(torch.ones(2))
+    assert grow_([Growth(plain, 0, torch.ones(1)), Growth(parameter, 0, torch.ones(1, 3))], optimizer) == reason
+    assert (plain.shape, parameter.shape) == ((2,), (4, 3))
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_in_a_process_group_nothing_grows() -> None:
+    """DDP and FSDP want equal shapes in all processes."""
+    parameter, optimizer = stepped(adamw)
+    assert "DDP" in str(resize_obstacle(iter([parameter]), optimizer))
+    assert "DDP" in str(grow_([Growth(parameter, 0, torch.ones(1, 3))], optimizer))
+    assert parameter.shape == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("dim", "shape"), [(0, (1, 4)), (1, (1, 3)), (0, (3,)), (2, (4, 3)), (-3, (4, 3)), (0, (1, 3, 1)), (0, ())]
+)
+def test_entries_of_another_shape_are_refused(dim: int, shape: tuple[int, ...]) -> None:
+    """Both shapes and the dimension are in the error, and nothing has grown."""
+    plain, parameter = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(4, 3))
+    growths = [Growth(plain, 0, torch.ones(1)), Growth(parameter, dim, torch.ones(shape))]
+    with pytest.raises(AdapterError, match=rf"shape \(4, 3\) along dimension {dim}"):
+        grow_(growths, None)
+    assert plain.shape == (2,)
+
+
+def test_a_parameter_grows_once_in_a_call() -> None:
+    """The shape that a second growth must fit would depend on the first: it is refused, and two calls do."""
+    parameter = nn.Parameter(torch.zeros(2, 2))
+    growths = [Growth(parameter, 0, torch.ones(1, 2)), Growth(parameter, 1, torch.ones(2, 1))]
+    with pytest.raises(AdapterError, match="listed twice"):
+        grow_(growths, None)
+    assert parameter.shape == (2, 2)
+    assert grow_(growths[:1], None) is None
+    assert grow_([Growth(parameter, 1, torch.ones(3, 1))], None) is None
+    assert parameter.shape == (3, 3)
+    assert grow_([], None) is None

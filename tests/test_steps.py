@@ -650,35 +650,6 @@ def test_an_optimizer_that_is_gone_holds_no_adapter() -> None:
     assert optimizer_of(tunerkit.tuner(model)) is optimizer
 
 
-class Choosy(Shifting):
-    """A method that refuses optimizers with momentum."""
-
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("choosy", config=ShiftConfig)]
-
-    @tunerkit.hookimpl
-    def tunerkit_start(self, tuner: tunerkit.Tuner) -> torch.optim.Optimizer:
-        optimizer = optimizer_of(tuner)
-        assert optimizer is not None
-        if optimizer.defaults["momentum"]:
-            raise tunerkit.StepError("no momentum, please")
-        return optimizer
-
-
-def test_a_method_may_look_at_the_optimizer_when_it_starts() -> None:
-    """It can refuse an optimizer at attach, and not only in the middle of training; then nothing is attached."""
-    with registered(Choosy()):
-        model = wrapped("choosy")
-        tuner = tunerkit.tuner(model)
-        with pytest.raises(tunerkit.StepError, match="no momentum"):
-            tunerkit.attach(model, sgd(model, momentum=0.9))
-        assert optimizer_of(tuner) is None
-        optimizer = sgd(model)
-        tunerkit.attach(model, optimizer)
-        assert tuner.state is optimizer
-
-
 def test_unwrap_detaches() -> None:
     """The optimizer that drove an unwrapped model continues without our hooks."""
     model = wrapped()

@@ -1,6 +1,6 @@
 """The frozen records that tunerkit and its plugins exchange."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import attrs
@@ -52,8 +52,10 @@ class Statistics:
 
     Attributes:
         rows: n, the number of input rows: tokens for a linear layer, positions for a convolution.
-        inputs: S, (k, in) with Sᵀ S close to Σ x xᵀ over the n rows x; None if it was not wanted. It is a Nyström
-            approximation, which is exact if the inputs lie in k dimensions.
+        inputs: S, (k, in) with Sᵀ S close to Σ x xᵀ over the n rows x; None if it was not wanted. Its rows are the
+            inputs' main directions, orthogonal, each as long as the inputs reach in it together; the longest comes
+            first. It is a Nyström approximation, which is exact if the inputs lie in k dimensions. If there are fewer
+            than k features, k is their number.
         gradients: P and Q with P Q close to the gradient of the loss by W, summed over the batches; None if it was not
             wanted. It is exact if the gradient's rank is at most k.
     """
@@ -151,6 +153,10 @@ class Factors:
         return self.q.shape[0]
 
 
+def _listed(parameters: Iterable[nn.Parameter]) -> tuple[nn.Parameter, ...]:
+    return tuple(parameters)  # a generator would be used up by the first who looks
+
+
 @attrs.frozen(eq=False)
 class ParamGroup:
     """Parameters that are trained with settings of their own, as a plugin yields them from ``tunerkit_param_groups``.
@@ -161,7 +167,7 @@ class ParamGroup:
         weight_decay: Their weight decay; None for that of all others.
     """
 
-    parameters: Sequence[nn.Parameter]
+    parameters: Sequence[nn.Parameter] = attrs.field(converter=_listed)
     lr_scale: float = 1.0
     weight_decay: float | None = None
 

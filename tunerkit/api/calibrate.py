@@ -23,6 +23,7 @@ def calibrate(model: M, batches: Iterable[Any], adapter: str | None = None, *, l
     The method says what it wants to know, see `tunerkit.Wanted`. Statistics are summed up over the batches, so any
     amount of data takes the same memory. The base model does not change. If the method wants gradients and modules are
     trained in full, those are fitted to the batches first, because the gradients of a new head say nothing.
+    The caller's random state stays as it is.
 
     Args:
         model: The wrapped model. Call this after `wrap` and before `attach`.
@@ -45,12 +46,12 @@ def calibrate(model: M, batches: Iterable[Any], adapter: str | None = None, *, l
     _refuse_started(tuner)
     root = tuner.model
     injection.refuse_fixed(root, "calibrating")
-    with _evaluating(root):
+    with _evaluating(root), torch.random.fork_rng(devices=[]):
         if wanted.gradients and tuner.copies:
             _fit_copies_(tuner, batches, loss)
         found, count = injection.measure(tuner, wanted, batches, loss)
-    with torch.no_grad():
-        ranks = hooks.calibrate(tuner, found)
+        with torch.no_grad():
+            ranks = hooks.calibrate(tuner, found)
     tuner.progress.calibration = {"batches": count, "rows": max(each.rows for each in found.values())}
     tuner.record(ranks)
     return model

@@ -1,5 +1,6 @@
 """Parameter groups: what an optimizer trains, with the learning rates that methods ask for."""
 
+import math
 from typing import Any
 
 from torch import nn
@@ -31,13 +32,12 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float | None = No
         AdapterError: The model has no adapter.
         PluginError: A method returns invalid groups.
     """
-    given: tuple[tuple[str, object], ...] = (("lr", lr), ("weight_decay", weight_decay))
-    for name, value in given:
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0):
-            raise StepError(f"expected a number >= 0 as {name}, got {value!r}")
+    own: dict[str, Any] = {} if weight_decay is None else {"weight_decay": weight_decay}
+    for name, value in {"lr": lr, **own}.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise StepError(f"expected a finite number >= 0 as {name}, got {value!r}")
     root = injection.wrapped_model(model)
     trained = [parameter for parameter in root.parameters() if parameter.requires_grad]
     if not trained:
         raise StepError("every adapter is frozen, so there is nothing to train; call tunerkit.thaw first")
-    own: dict[str, Any] = {} if weight_decay is None else {"weight_decay": weight_decay}
     return injection.regrouped([{"params": trained, "lr": lr, **own}], injection.require_tuners(root).values())

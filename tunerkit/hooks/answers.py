@@ -20,11 +20,11 @@ _DEEPEST = 20  # levels of JSON values
 
 @attrs.frozen
 class Question:
-    """What a method's plugin is asked: by which hook, and for which adapter (its tuner) or target (its path)."""
+    """What a method's plugin is asked: by which hook, for which adapter (its tuner), target (its path) or targets."""
 
     hook: Callable[..., object]
     method: str
-    subject: TunerView | str
+    subject: TunerView | str | Sequence[Target]
 
     @property
     def hook_of_plugin(self) -> str:
@@ -34,7 +34,12 @@ class Question:
     @property
     def place(self) -> str:
         """The adapter or the target, for a message."""
-        return repr(self.subject) if isinstance(self.subject, str) else f"adapter {self.subject.name!r}"
+        match self.subject:
+            case str():
+                return repr(self.subject)
+            case Sequence():
+                return f"{len(self.subject)} targets"
+        return f"adapter {self.subject.name!r}"
 
     def refuse(self, returned: str, expected: str) -> NoReturn:
         """Raise the `PluginError` about an answer that is not as expected."""
@@ -62,6 +67,13 @@ def adapter(asked: Question, answer: object, target: Target, shared: nn.Module |
             "an adapter that holds the base layer as a child",
             "one that does not store it: forward receives the base layer as an argument",
         )
+    declared: tuple[object, ...] = (answer.reads_output, answer.reads_weight)
+    if not all(isinstance(value, bool | None) for value in declared):
+        asked.refuse(
+            f"a {type(answer).__name__} with reads_output={shown(declared[0])} and reads_weight={shown(declared[1])}",
+            "one with True, False or None there",
+        )
+    _check_rank_dims(asked, answer)
     if shared is not None and not set(answer.modules()).isdisjoint(shared.modules()):
         asked.refuse(
             "an adapter that holds the shared module as a child",
@@ -222,6 +234,22 @@ def nothing(asked: Question, answer: object) -> None:
     """Check the answer to `tunerkit_restore`, which sets ``tuner.state`` instead of returning it."""
     if answer is not None:
         asked.refuse(_kind(answer), "None; set tuner.state to what was restored")
+
+
+def _check_rank_dims(asked: Question, answer: Adapter) -> None:
+    """Refuse ranks that no tensor of the adapter has: files with other ranks could not be loaded."""
+    own = {**dict(answer.named_buffers()), **dict(answer.named_parameters())}
+    for name, dim in answer.rank_dims.items():
+        if name not in own:
+            asked.refuse(
+                f"a {type(answer).__name__} whose rank_dims names {shown(name)}",
+                f"one that names parameters or buffers there: {', '.join(own)}",
+            )
+        if type(dim) is not int or not -own[name].ndim <= dim < own[name].ndim:
+            asked.refuse(
+                f"a {type(answer).__name__} whose rank_dims is {shown(dim)} for {name!r}",
+                f"one with a dimension of its shape {tuple(own[name].shape)} there",
+            )
 
 
 def _kind(answer: object) -> str:

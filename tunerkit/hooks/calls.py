@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from tunerkit.config import AdapterConfig
 from tunerkit.errors import PluginError
@@ -49,10 +50,12 @@ def has_shared(method: str) -> bool:
     return registry.implements(specs.tunerkit_shared, method)
 
 
-def shared(method: str, targets: Sequence[Target], config: AdapterConfig) -> nn.Module | None:
+def shared(
+    method: str, targets: Sequence[Target], bases: Sequence[BaseLayer], config: AdapterConfig
+) -> nn.Module | None:
     """Build what all adapters of the method use; None for nothing."""
-    question = Question(specs.tunerkit_shared, method, f"{len(targets)} targets")
-    return _ask(question, partial(answers.shared, targets=targets), targets=targets, config=config)
+    question = Question(specs.tunerkit_shared, method, targets)
+    return _ask(question, partial(answers.shared, targets=targets), targets=targets, bases=bases, config=config)
 
 
 def build_adapter(
@@ -76,11 +79,11 @@ def param_groups(tuner: TunerView) -> list[ParamGroup]:
     return _ask(question, partial(answers.param_groups, tuner=tuner), tuner=tuner)
 
 
-def start(tuner: TunerView, total_steps: int | None) -> object | None:
+def start(tuner: TunerView, total_steps: int | None, optimizer: Optimizer | None) -> object | None:
     """Return the method's initial training state."""
     # The spec says which methods may get None, which means that the length is unknown.
     question = Question(specs.tunerkit_start, tuner.method, tuner)
-    return _ask(question, answers.anything, tuner=tuner, total_steps=total_steps)
+    return _ask(question, answers.anything, tuner=tuner, total_steps=total_steps, optimizer=optimizer)
 
 
 def before_step(tuner: TunerView, step: int, grad_scale: Tensor | None) -> list[Tensor]:
@@ -164,7 +167,7 @@ def from_factors(
     method: str, targets: Sequence[Target], products: Mapping[str, Factors]
 ) -> tuple[AdapterConfig, Mapping[str, Adapter]]:
     """Build a config and adapters, by target path, that add the given products."""
-    question = Question(specs.tunerkit_from_factors, method, f"{len(targets)} targets")
+    question = Question(specs.tunerkit_from_factors, method, targets)
     check = partial(answers.built_from_factors, targets=targets, config=registry.get(method).config)
     return _ask(question, check, targets=targets, factors=products)
 

@@ -50,6 +50,7 @@ answer is left out, with one warning, and ``tunerkit.methods()`` lists the plugi
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from tunerkit.config import AdapterConfig
 from tunerkit.hooks.markers import hookspec
@@ -147,25 +148,25 @@ def tunerkit_default_targets() -> Iterable[DefaultTargets]:
 
 
 @hookspec(firstresult=True)
-def tunerkit_shared(targets: Sequence[Target], config: AdapterConfig) -> nn.Module | None:
+def tunerkit_shared(targets: Sequence[Target], bases: Sequence[BaseLayer], config: AdapterConfig) -> nn.Module | None:
     """Build what all adapters of the method use, such as VeRA's random matrices; None for nothing.
 
-    Fires once in ``wrap`` and in ``load``, before the first `tunerkit_build_adapter`, with core's seed set and all
-    targets in sight, in the model's order. Core keeps the module beside the first target's adapter. It moves it to that
-    target's device and to the config's dtype, saves it once, and loads it once. `tunerkit_build_adapter` gets it as an
-    argument and must not change it; ``forward`` and `tunerkit_delta` find it as ``adapter.shared``. Its parameters
-    are trained, except those with ``requires_grad=False``.
+    Fires once in ``wrap`` and in ``load``, before the first `tunerkit_build_adapter`, with core's seed set. It sees all
+    targets and their base layers, in the model's order. Core keeps the module beside the first target's adapter. It
+    moves it to that target's device and to the config's dtype, saves it once, and loads it once.
+    `tunerkit_build_adapter` gets it as an argument and must not change it; ``forward`` and `tunerkit_delta` find it as
+    ``adapter.shared``. Its parameters are trained, except those with ``requires_grad=False``.
 
     >>> import tunerkit, torch
+    >>> from types import SimpleNamespace
     >>> class Bases(torch.nn.Module):
     ...     def __init__(self, rank, features):
     ...         super().__init__()
     ...         self.q = torch.nn.Parameter(torch.randn(rank, features), requires_grad=False)
     >>> @tunerkit.hookimpl
-    ... def tunerkit_shared(targets):
-    ...     return Bases(2, max(target.module.in_features for target in targets))
-    >>> up, down = torch.nn.Linear(4, 8), torch.nn.Linear(8, 4)
-    >>> tunerkit_shared([tunerkit.Target("up", up), tunerkit.Target("down", down)]).q.shape
+    ... def tunerkit_shared(bases):
+    ...     return Bases(2, max(base.in_features for base in bases))
+    >>> tunerkit_shared([SimpleNamespace(in_features=4), SimpleNamespace(in_features=8)]).q.shape
     torch.Size([2, 8])
     """
 
@@ -239,12 +240,13 @@ def tunerkit_param_groups(tuner: TunerView) -> Iterable[ParamGroup]:
 
 
 @hookspec(firstresult=True)
-def tunerkit_start(tuner: TunerView, total_steps: int | None) -> object | None:
+def tunerkit_start(tuner: TunerView, total_steps: int | None, optimizer: Optimizer | None) -> object | None:
     """Check the schedule, and return the method's own training state. Core stores it as ``tuner.state``.
 
     Fires when the model is attached to an optimizer or a trainer, before the first step. ``total_steps`` is None if the
     length of training is unknown, and it stays unknown. A method that needs it must raise here, not during training.
-    ``tunerkit.optimizer_of(tuner)`` is the optimizer, so that `tunerkit.resize_obstacle` can be asked here.
+    So must a method that grows, if `tunerkit.resize_obstacle` names a reason why it cannot. ``optimizer`` is the torch
+    optimizer; None if it takes no hooks.
 
     >>> import tunerkit
     >>> @tunerkit.hookimpl

@@ -134,9 +134,18 @@ def _checked_name(method: Any) -> str:
     for field, allowed in (("start", ("exact", "rounding")), ("targets", ("weights", "outputs"))):
         if (value := {"start": method.start, "targets": method.targets}[field]) not in allowed:
             raise PluginError(f"{field} of method {shown(name)} is {shown(value)}; expected one of {allowed}")
-    if method.statistics is not None and not isinstance(method.statistics, Wanted):
-        raise PluginError(f"statistics of method {shown(name)} is {shown(method.statistics)}; expected tunerkit.Wanted")
+    if method.statistics is not None and not _is_wanted(method.statistics):
+        raise PluginError(
+            f"statistics of method {shown(name)} is {shown(method.statistics)}; expected tunerkit.Wanted with the "
+            "ranks of what it wants, as in tunerkit.Wanted(inputs=16)"
+        )
     return str.__str__(name)
+
+
+def _is_wanted(statistics: object) -> bool:
+    """Whether statistics are asked for, with ranks that make sense."""
+    ranks: tuple[object, ...] = (statistics.inputs, statistics.gradients) if isinstance(statistics, Wanted) else ()
+    return all(type(rank) is int and rank >= 0 for rank in ranks) and any(ranks)
 
 
 def heard_by(manager: pluggy.PluginManager, name: str, plugin: object) -> pluggy.HookCaller:

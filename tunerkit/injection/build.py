@@ -46,8 +46,7 @@ def build_each(
     paths, found = tuner.modules(), scanned.by_path
     refuse_overlap(tuner.model, paths, list(copies))
     first = tuner.targets[0] if tuner.targets and hooks.has_shared(tuner.method) else None
-    shared = None if first is None else _shared(tuner, first, around(first))
-    versions = _versions(shared)
+    shared = None if first is None else _shared(tuner, scanned, around(first))
     for path in paths:
         target, copied, biased = targets.get(path), copies.get(path), biases.get(path)
         yield (
@@ -60,18 +59,15 @@ def build_each(
                 shared=shared if target is first else None,
             ),
         )
-    if _versions(shared) != versions:
-        raise PluginError(
-            f"{hooks.registry.plugin_of(tuner.method)} changed the shared module in tunerkit_build_adapter: adapters "
-            "that were built before would have used other values; set its values in tunerkit_shared"
-        )
 
 
-def _shared(tuner: Tuner, first: Target, entered: AbstractContextManager[object]) -> nn.Module | None:
+def _shared(tuner: Tuner, scanned: Scan, entered: AbstractContextManager[object]) -> nn.Module | None:
     """Build what the adapters share, on the first target's device and in the config's dtype."""
+    bases = [_base_at(tuner, target, scanned.by_path[target.path]) for target in tuner.targets]
     with entered:
-        shared = hooks.shared(tuner.method, tuner.targets, tuner.config)
-    return None if shared is None else _placed(shared, first.module, getattr(torch, tuner.config.adapter_dtype))
+        shared = hooks.shared(tuner.method, tuner.targets, bases, tuner.config)
+    place = tuner.targets[0].module
+    return None if shared is None else _placed(shared, place, getattr(torch, tuner.config.adapter_dtype))
 
 
 def _versions(shared: nn.Module | None) -> dict[str, tuple[int, int | None]]:
@@ -88,11 +84,14 @@ def _adapter(
     shared: nn.Module | None,
 ) -> Adapter:
     """Build one adapter through the method's plugin, on its base layer's device and in the config's dtype."""
-    base = base_of(tuner, target.module, found.base)
-    if base is None:
-        raise TargetError(f"{target.path!r} is a {type(found.module).__name__}: no installed base-layer kind adapts it")
+    base, versions = _base_at(tuner, target, found), _versions(shared)
     with entered:
         built = hooks.build_adapter(tuner.method, target, base, tuner.config, shared)
+    if _versions(shared) != versions:
+        raise PluginError(
+            f"{hooks.registry.plugin_of(tuner.method)} changed the shared module in tunerkit_build_adapter for "
+            f"{target.path!r}: adapters that were built before would use other values; set them in tunerkit_shared"
+        )
     if shared is not None:
         built.share(shared)
     if built.reads_weight and not base.has_weight:
@@ -103,6 +102,13 @@ def _adapter(
     if found.reader is not None:
         _refuse_unreadable(tuner, target, base)
     return _placed(built, target.module, getattr(torch, tuner.config.adapter_dtype))
+
+
+def _base_at(tuner: Tuner, target: Target, found: ScannedModule) -> BaseLayer:
+    base = base_of(tuner, target.module, found.base)
+    if base is None:
+        raise TargetError(f"{target.path!r} is a {type(found.module).__name__}: no installed base-layer kind adapts it")
+    return base
 
 
 def _placed(built: M, module: nn.Module, dtype: torch.dtype) -> M:

@@ -63,13 +63,12 @@ def measure(
             f"{len(idle)} targets never ran on these batches: {few(idle, shown=5)}; give batches that use them, or "
             "exclude them from the targets"
         )
-    found = {path: sketch.statistics() for path, sketch in sketches.items()}
-    if wrong := [path for path, each in found.items() if not _is_finite(each)]:
+    if wrong := [path for path, sketch in sketches.items() if not sketch.is_finite()]:
         raise AdapterError(
             f"the statistics at {few(wrong, shown=5)} contain NaN or inf, so the model's activations or gradients do; "
             "check the batches, or load the model in float32 or bfloat16"
         )
-    return found, count
+    return {path: sketch.statistics() for path, sketch in sketches.items()}, count
 
 
 def _sketches(tuner: Tuner, wanted: Wanted) -> dict[str, Sketch]:
@@ -97,12 +96,6 @@ def _noting(ran: set[str], path: str, sketch: Sketch) -> Callable[..., Tensor]:
     return hook
 
 
-def _is_finite(found: Statistics) -> bool:
-    tensors = [found.inputs] if found.inputs is not None else []
-    tensors += [found.gradients.p, found.gradients.q] if found.gradients is not None else []
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
-
-
 def _run(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
@@ -123,5 +116,5 @@ def loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
             "to the batches, or pass loss=..., a function of the output and the batch"
         )
     if not bool(value.isfinite()):
-        raise AdapterError(f"the loss of a batch is {float(value)}; check the batches")
+        raise AdapterError(f"the loss of a batch is {value.item()}; check the batches")
     return value

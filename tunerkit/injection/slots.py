@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tunerkit.errors import AdapterError
 from tunerkit.layers import Adapter, BaseLayer, mark_fresh, unmark, view_bias
 from tunerkit.libraries import torch_private
 from tunerkit.paths import CHILD, join
@@ -63,6 +64,8 @@ class Slot(nn.Module):
             return self.copy(*args, **kwargs)
         if self.adapter is not None:
             x = _input(args, kwargs)
+            if base is not None and not base.has_weight:
+                _refuse_output(self.method, module, y)
             # A block may return its output as the first of several; a layer with a weight returns one tensor.
             y = (self.adapter(base, x, y[0]), *y[1:]) if type(y) is tuple else self.adapter(base, x, y)
         if self.bias is not None:
@@ -71,6 +74,15 @@ class Slot(nn.Module):
             added = self.bias - cast(Tensor, module.bias)
             y = y + view_bias(module, base, added, y).to(y.dtype)
         return y
+
+
+def _refuse_output(method: str, module: nn.Module, output: object) -> None:
+    own = output[0] if type(output) is tuple and output else output
+    if not isinstance(own, Tensor):
+        raise AdapterError(
+            f"method {method!r} cannot adapt this {type(module).__name__}: it returned a {type(output).__name__}, and "
+            "an adapter takes a tensor, or the first of a tuple if that is one; exclude it from the targets"
+        )
 
 
 def _plus(output: Any, found: Any, own: Any) -> Any:
@@ -85,8 +97,8 @@ def _reads(slot: nn.Module | None) -> bool:
 
 
 def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Return the module's input, passed by position or by keyword."""
-    return args[0] if args else next(iter(kwargs.values()))
+    """Return the module's input, passed by position or by keyword; None if it takes none."""
+    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 class Slots(nn.Module):

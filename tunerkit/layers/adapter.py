@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from tunerkit.errors import PluginError
 from tunerkit.layers.base import BaseLayer
 from tunerkit.layers.resizing import resize_
 
@@ -51,15 +50,13 @@ class Adapter(nn.Module):
         """The module that `tunerkit_shared` built for all adapters of the method. It is no child of the adapter.
 
         Raises:
-            AttributeError: The method has none, or the adapter is not in a model yet.
+            AttributeError: The method has none, or the adapter is still being built: there, it is an argument of
+                `tunerkit_build_adapter`.
         """
-        found = vars(self).get(_SHARED)
-        if found is None:
-            raise AttributeError(
-                f"{type(self).__name__} has no shared module: its plugin returned none from tunerkit_shared, or the "
-                "adapter is still being built, where it is an argument of tunerkit_build_adapter"
-            )
-        module: nn.Module = found
+        try:
+            module: nn.Module = vars(self)[_SHARED]
+        except KeyError:
+            raise AttributeError from None  # no other class: whoever asks with hasattr must get False
         return module
 
     def share(self, module: nn.Module) -> None:
@@ -96,10 +93,6 @@ def _resize_for(adapter: Adapter, state_dict: Mapping[str, Any], prefix: str, *_
     own = {**dict(adapter.named_buffers()), **dict(adapter.named_parameters())}
     ranks = set()
     for name, dim in adapter.rank_dims.items():
-        if name not in own:
-            raise PluginError(
-                f"{type(adapter).__name__}.rank_dims names {name!r}, which is no parameter or buffer of it"
-            )
         value = state_dict.get(prefix + name)
         if not isinstance(value, Tensor) or value.ndim != own[name].ndim:
             return

@@ -114,6 +114,15 @@ class BaseLayer(abc.ABC):
         """
         return b
 
+    def bias(self) -> Tensor | None:
+        """Read the module's own bias, which its output includes.
+
+        Returns:
+            By default the parameter ``bias_name``, (out,), detached; None if the module has none.
+        """
+        found = torch_private.own_parameters(self.module).get(self.bias_name)
+        return None if found is None else found.detach()
+
     @abc.abstractmethod
     def dense(self) -> Tensor:
         """Read W.

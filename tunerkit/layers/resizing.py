@@ -6,7 +6,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def resize_(parameter: Tensor, values: Tensor) -> None:
-    """Replace a parameter's values in place; its gradient is dropped.
+    """Replace a parameter's values in place, by a contiguous copy of new ones; its gradient is dropped.
 
     Args:
         parameter: The parameter or buffer to change.
@@ -17,4 +17,5 @@ def resize_(parameter: Tensor, values: Tensor) -> None:
     parameter.grad = None
     other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
     parameter.data = torch.empty(0, dtype=other, device=parameter.device)
-    parameter.data = values
+    # Contiguous, as a loaded file's tensors are: products of other layouts differ in their last bits.
+    parameter.data = values.clone(memory_format=torch.contiguous_format)

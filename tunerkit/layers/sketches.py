@@ -9,7 +9,10 @@ from tunerkit.layers.base import BaseLayer
 from tunerkit.layers.fused import autocast_off
 from tunerkit.records import Factors, Statistics, Wanted
 
-_OVERSAMPLING = 2  # the second sketch of a gradient has this many times as many rows, which makes it well conditioned
+# The inputs' sketch and the second one of a gradient have this many times the rows that are asked for. Without that, a
+# Nyström approximation has no bound on its error, and the gradient's system is badly conditioned.
+_OVERSAMPLING = 2
+_NOISE = 1e-7  # of the largest eigenvalue: what sums of fp32 products leave where there is nothing
 
 
 class Sketch:
@@ -38,7 +41,8 @@ class Sketch:
             basis: Tensor = torch.linalg.qr(random).Q
             return basis.T.float().contiguous().to(device)
 
-        self._inputs = drawn(wanted.inputs, into) if wanted.inputs else None
+        self._rank = wanted.inputs
+        self._inputs = drawn(_OVERSAMPLING * wanted.inputs, into) if wanted.inputs else None
         self._moment = None if self._inputs is None else torch.zeros_like(self._inputs, dtype=torch.float64)
         self._omega = drawn(wanted.gradients, into) if wanted.gradients else None
         self._psi = drawn(_OVERSAMPLING * wanted.gradients, out).T.contiguous() if wanted.gradients else None
@@ -50,6 +54,7 @@ class Sketch:
         """Add one call of the layer to the sums: a forward hook. It returns the output with the probes, which add 0."""
         x = args[0] if args else next(iter(kwargs.values()))
         wide = x.float() if x.is_floating_point() else x
+        self.rows += output.numel() // self.base.out_features
         with autocast_off(output.device):
             if self._inputs is not None and self._moment is not None:
                 self._add_inputs(wide.detach(), self._inputs, self._moment)
@@ -64,14 +69,18 @@ class Sketch:
             q = omega.clone().requires_grad_()
             h = self.base.project_in(x, q)
             (found,) = torch.autograd.grad(h, q, grad_outputs=h.detach())
-        self.rows += h.numel() // len(omega)
         moment += found
 
+    def is_finite(self) -> bool:
+        """Return whether the sums are free of NaN and inf."""
+        sums = (self._moment, *(probe.grad for probe in (self.p, self.q) if probe is not None))
+        return all(bool(each.isfinite().all()) for each in sums if each is not None)
+
     def statistics(self) -> Statistics:
-        """Return the approximations, in fp32."""
+        """Return the approximations, in fp32. The sums must be finite."""
         inputs = None
         if self._inputs is not None and self._moment is not None:
-            inputs = _root(self._inputs.double(), self._moment)
+            inputs = _root(self._inputs.double(), self._moment)[: self._rank]
         gradients = None
         if self.p is not None and self.q is not None and self._psi is not None:
             gradients = _product(self.p, self.q, self._psi)
@@ -79,13 +88,14 @@ class Sketch:
 
 
 def _root(omega: Tensor, moment: Tensor) -> Tensor:
-    """S (k, in) with Sᵀ S = Yᵀ (Ω Yᵀ)⁺ Y, for Y = Ω C."""
+    """S with Sᵀ S = Yᵀ (Ω Yᵀ)⁺ Y, for Y = Ω C; its rows are orthogonal, the longest first."""
     core = moment @ omega.T
     values, vectors = torch.linalg.eigh((core + core.T) / 2)
-    kept = values > 1e-10 * values[-1].clamp(min=0)
+    kept = values > _NOISE * values[-1].clamp(min=0)
     scaled = torch.where(kept, values.clamp(min=1e-300).rsqrt(), 0.0)
-    root: Tensor = scaled[:, None] * (vectors.T @ moment)
-    return root.flip(0).float()  # the largest eigenvalue first
+    _, sigma, directions = torch.linalg.svd(scaled[:, None] * (vectors.T @ moment), full_matrices=False)
+    root: Tensor = sigma[:, None] * directions
+    return root.float().contiguous()
 
 
 def _product(p: nn.Parameter, q: nn.Parameter, psi: Tensor) -> Factors:

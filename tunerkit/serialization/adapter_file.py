@@ -53,7 +53,7 @@ def save(
         FileError: The file cannot be written. An older file is unchanged then.
     """
     tuner = injection.tuner(model, adapter)
-    if tuner.needs_steps and tuner.steps == 0 and not tuner.loaded:
+    if tuner.needs_steps and _is_fresh(tuner):
         raise AdapterError(
             f"adapter {tuner.name!r} was trained with no step: method {tuner.method!r} allocates ranks while the "
             "optimizer steps. Call tunerkit.attach(model, optimizer, total_steps=...) before training"
@@ -132,6 +132,11 @@ def load(
     return base
 
 
+def _is_fresh(tuner: Tuner) -> bool:
+    """Whether nothing made the adapter what it is but its method: no file, no step, no data."""
+    return not tuner.loaded and tuner.steps == 0 and tuner.progress.calibration is None
+
+
 def warn_of_unspent_schedule(tuner: Tuner) -> None:
     """Warn if the ranks are above their final budget: expected in a checkpoint, but not after training."""
     if tuner.steps == 0 or tuner.total_steps is None:
@@ -148,7 +153,7 @@ def warn_of_unspent_schedule(tuner: Tuner) -> None:
 
 def _warn_of_untrained(tuner: Tuner) -> None:
     """Warn if nothing trained the adapter, whose method needs no steps and so cannot miss them."""
-    if not tuner.loaded and tuner.steps == 0 and injection.is_untrained(tuner):
+    if _is_fresh(tuner) and injection.is_untrained(tuner):
         warnings.warn(
             f"adapter {tuner.name!r} was saved untrained: it adds nothing to the model. Most often the optimizer was "
             "built before tunerkit.wrap, or from other parameters: wrap first, then build it from those with "
@@ -204,8 +209,7 @@ def _tuner_from(header: Header, scanned: Scan, adapter: str, source: str) -> Tun
         raise BaseMismatchError(f"{source} was trained on another base model: {error}") from error
     by_path = {place.path: place for place in found}
     chosen, copies, biases = (tuple(by_path[path] for path in paths) for paths in header.places.values())
-    if hooks.registry.get(header.method).targets == "weights":
-        targets.refuse_unfit(scanned, chosen)
+    targets.refuse_unfit(scanned, chosen, outputs=hooks.registry.get(header.method).targets == "outputs")
     targets.refuse_tied(scanned, header.copies)
     return Tuner(
         name=adapter,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tunerkit.errors import FileError, cut
+from tunerkit.paths import CHILD
 from tunerkit.records import Target
 
 # A plugin may make tensors that it does not keep, such as a factor of the weight in float64.
@@ -36,7 +37,8 @@ class AllocationLimit(TorchFunctionMode):
         self._source = source
         self._held: dict[str, int] = {}
         for name, tensor in tensors.items():
-            path = name.rpartition(".adapter.")[0]
+            path, of_shared, _ = name.partition(f".{CHILD}.")
+            path = path if of_shared else name.rpartition(".adapter.")[0]
             self._held[path] = self._held.get(path, 0) + tensor.numel()
 
     def __call__(self, target: Target) -> "AllocationLimit":

@@ -69,19 +69,29 @@ def trained_biases(tuner: Tuner, scanned: Scan | None) -> dict[str, str]:
 
 
 def base_tensors(tuner: Tuner, scanned: Scan | None) -> dict[str, Tensor]:
-    """Return the base's own parameters by name: originals where merged, and without those that the adapter trains."""
+    """Return the base's own parameters by name: originals where merged, and without those that the adapter trains.
+
+    If the weight of a target is a buffer, so that the module packs it, all buffers of the module are included.
+    """
     copied = frozenset(place.path for place in tuner.copies)
     biased = {join(path, name) for path, name in trained_biases(tuner, scanned).items()}
+    packed = {target.path for target in tuner.targets if _is_packed(target, scanned)}
     found = {}
     for path, module in injection.base_modules(tuner.model):
         if is_under(path, copied):
             continue
         slots = injection.slots_of(module)
-        for leaf, parameter in torch_private.own_parameters(module).items():
+        buffers = dict(module.named_buffers(recurse=False)) if path in packed else {}
+        for leaf, tensor in {**torch_private.own_parameters(module), **buffers}.items():
             name = join(path, leaf)
-            if parameter is not None and name not in biased:
-                found[name] = parameter.detach() if slots is None else slots.original(leaf, parameter)
+            if tensor is not None and name not in biased:
+                found[name] = tensor.detach() if slots is None else slots.original(leaf, tensor)
     return found
+
+
+def _is_packed(target: Target, scanned: Scan | None) -> bool:
+    base = _base_of(target, scanned)
+    return base is not None and base.weight_name in dict(target.module.named_buffers(recurse=False))
 
 
 def _base_of(place: Target, scanned: Scan | None) -> BaseLayer | None:

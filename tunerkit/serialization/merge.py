@@ -220,7 +220,7 @@ def _replace_all_(places: _Places, merged: Sequence[dict[str, Tensor]]) -> list[
     """
     done: list[tuple[nn.Module, dict[str, Tensor]]] = []
     for (path, module, slots), tensors in zip(places, merged, strict=True):
-        wanted = packed_sum(path, module, slots, tensors)
+        wanted = packed_sum(path, slots, tensors)
         done.append((module, _replace_(module, tensors)))
         if wanted is not None and not wanted.is_reached_by(slots):
             for replaced, originals in reversed(done):

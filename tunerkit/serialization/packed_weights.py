@@ -31,12 +31,11 @@ class PackedSum:
 
 
 @torch.no_grad()
-def packed_sum(path: str, module: nn.Module, slots: Slots, merged: Container[str]) -> PackedSum | None:
-    """Compute what a merge should make of the weight of ``module``, before it is written.
+def packed_sum(path: str, slots: Slots, merged: Container[str]) -> PackedSum | None:
+    """Compute what a merge should make of a module's weight, before it is written.
 
     Args:
         path: The module's name in errors.
-        module: The adapted module.
         slots: Its slots.
         merged: The local names of the tensors that the merge replaces.
 

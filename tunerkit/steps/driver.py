@@ -2,8 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import ref
 
@@ -60,8 +59,8 @@ def drive(
     for tuner in tuners:
         check_attachable(tuner, optimizer)
     totals = [agree_on_total(tuner, total_steps) for tuner in tuners]
-    with patterns.one_allowance(), _known(optimizer, tuners):
-        states = [hooks.start(tuner, total) for tuner, total in zip(tuners, totals, strict=True)]
+    with patterns.one_allowance():
+        states = [hooks.start(tuner, total, optimizer) for tuner, total in zip(tuners, totals, strict=True)]
     for tuner, total, state in zip(tuners, totals, states, strict=True):
         progress = tuner.progress
         progress.state, progress.total_steps, progress.steps = state, total, 0
@@ -75,21 +74,6 @@ def drive(
         )
         progress.link = Link(ref(optimizer), handles)
     return optimizer
-
-
-@contextmanager
-def _known(optimizer: Optimizer | None, tuners: Sequence[Tuner]) -> Iterator[None]:
-    """Let `optimizer_of` find the optimizer while the methods start: one may refuse it. Undone if the block raises."""
-    before = [tuner.progress.link for tuner in tuners]
-    if optimizer is not None:
-        for tuner in tuners:
-            tuner.progress.link = Link(ref(optimizer), ())
-    try:
-        yield
-    except BaseException:
-        for tuner, link in zip(tuners, before, strict=True):
-            tuner.progress.link = link
-        raise
 
 
 def _uncompiled(hook: Callable[..., Any], driver: _Driver) -> Callable[..., Any]:

@@ -1,7 +1,8 @@
 """Shrink and grow parameters in place, with their gradients and optimizer state; Parameter objects stay the same."""
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import attrs
 import torch
@@ -16,6 +17,7 @@ from tunerkit.layers import resize_
 _ELEMENTWISE = (ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, Rprop)
 # Their states that do not start at 0, with the setting that they start at: Adagrad's and Rprop's.
 _FRESH = {"sum": "initial_accumulator_value", "step_size": "lr"}
+_AVERAGE = "ax"  # ASGD's average of the values so far
 
 
 @attrs.frozen(eq=False)
@@ -82,10 +84,12 @@ def grow_(growths: Sequence[Growth], optimizer: Optimizer | None) -> str | None:
         for example in ``tunerkit_start``, if your method cannot do without growing.
 
     Raises:
-        AdapterError: The new entries of one of them have another shape; nothing has grown then.
+        AdapterError: The new entries of one of them have another shape, or it is listed twice; nothing has grown then.
     """
     for growth in growths:
         _refuse_misshapen(growth)
+    if len({id(growth.parameter) for growth in growths}) < len(growths):
+        raise AdapterError("a parameter is listed twice in one call of grow_; call it once for each dimension")
     reason = resize_obstacle([growth.parameter for growth in growths], optimizer) if growths else None
     if reason is None:
         for growth in growths:
@@ -159,8 +163,13 @@ def _grow_(growth: Growth, optimizer: Optimizer | None) -> None:
     if optimizer is not None:
         group = next((group for group in optimizer.param_groups if any(p is parameter for p in group["params"])), {})
         for key, value in _tensors_of(optimizer, parameter).items():
-            fresh = group[_FRESH[key]] if key in _FRESH else 0.0
-            new = value.new_full(growth.values.shape, float(fresh))
-            optimizer.state[parameter][key] = torch.cat([value, new], dim)
+            optimizer.state[parameter][key] = torch.cat([value, _fresh_state(key, growth, group, value)], dim)
     resize_(parameter, torch.cat([parameter.data, growth.values.detach().to(parameter.data)], dim))
     parameter.grad = None if grad is None else torch.cat([grad, grad.new_zeros(growth.values.shape)], dim)
+
+
+def _fresh_state(key: str, growth: Growth, group: Mapping[str, Any], like: Tensor) -> Tensor:
+    """Return an optimizer's state of new entries: that of entries which had no gradient so far."""
+    if key == _AVERAGE:
+        return growth.values.to(like)
+    return like.new_full(growth.values.shape, float(group[_FRESH[key]]) if key in _FRESH else 0.0)

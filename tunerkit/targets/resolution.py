@@ -9,7 +9,7 @@ from tunerkit.libraries import torch_private
 from tunerkit.paths import few, is_number, is_under, join, parent
 from tunerkit.patterns import Matcher, matcher
 from tunerkit.records import Target
-from tunerkit.targets.eligibility import weight_obstacle
+from tunerkit.targets.eligibility import output_obstacle, weight_obstacle
 from tunerkit.targets.scan import Scan, ScannedModule
 
 ALL_LINEAR = "all-linear"
@@ -52,10 +52,13 @@ def refuse_tied(scanned: Scan, paths: Collection[str]) -> None:
     refuse(problems)
 
 
-def refuse_unfit(scanned: Scan, targets: Iterable[Target]) -> None:
-    """Raise `TargetError` listing every target whose weight cannot be adapted (see `weight_obstacle`)."""
-    obstacles = ((target.path, weight_obstacle(scanned.by_path[target.path], scanned)) for target in targets)
-    refuse(lines({path: obstacle for path, obstacle in obstacles if obstacle is not None}))
+def refuse_unfit(scanned: Scan, targets: Iterable[Target], *, outputs: bool = False) -> None:
+    """Raise `TargetError` listing every target that cannot be adapted: its weight, or its output for ``outputs``."""
+    found = {target.path: scanned.by_path[target.path] for target in targets}
+    obstacles = {
+        path: output_obstacle(each) if outputs else weight_obstacle(each, scanned) for path, each in found.items()
+    }
+    refuse(lines({path: obstacle for path, obstacle in obstacles.items() if obstacle is not None}))
 
 
 def refuse(problems: Iterable[str]) -> None:

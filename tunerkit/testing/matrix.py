@@ -1,5 +1,6 @@
 """All conformance cases as pytest parameters. If a library is missing, its cases are skipped with a reason."""
 
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import pytest
 
 from tunerkit.testing.known_cases import LIBRARIES, of_library
+
+LONG = "TUNERKIT_LONG"
 
 
 def cases() -> list[Any]:
@@ -21,6 +24,14 @@ def cases() -> list[Any]:
         ``pytest.param`` objects. Each missing library has one, which is skipped with a reason.
     """
     return [parameter for library in LIBRARIES for parameter in _cases_of(library)]
+
+
+def by_length() -> list[Any]:
+    """Of `cases` a small BERT and a small Llama; all of them if the environment has ``TUNERKIT_LONG=1``.
+
+    For tests that run many checks on each case.
+    """
+    return cases() if os.environ.get(LONG) == "1" else [case for case in cases() if case.id in ("bert", "llama")]
 
 
 def few() -> list[Any]:

@@ -11,7 +11,7 @@
 import multiprocessing
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 import tunerkit
+from tunerkit.testing.registering import registered
 from tunerkit.testing.trainer_toys import VOCABULARY, TokenRows
 
 _END = "end.pt"
@@ -42,6 +43,8 @@ class Run:
         resume: Resume from the last checkpoint in ``folder``.
         best: Evaluate at each checkpoint with a score that is highest at this step, and reload the best checkpoint at
             the end. None does not evaluate.
+        plugins: Builds the plugins to register in each process, for methods that no installed one provides.
+        calibrate: Whether to calibrate the adapter on the data before training begins.
     """
 
     method: str
@@ -54,6 +57,8 @@ class Run:
     kill_at: int | None = None
     resume: bool = False
     best: int | None = None
+    plugins: tuple[Callable[[], object], ...] = ()
+    calibrate: bool = False
 
 
 def check_stopped_after_every_step(run: Run) -> None:
@@ -118,7 +123,14 @@ def train(run: Run) -> None:
         run: The run.
     """
     torch.set_num_threads(1)
+    with registered(*(build() for build in run.plugins)):
+        _train(run)
+
+
+def _train(run: Run) -> None:
     model = tunerkit.wrap(_model(), run.method, run.config, seed=0)
+    if run.calibrate and not run.resume:
+        tunerkit.calibrate(model, _batches())
     interrupt = _Interrupt(run)
     trainer = Trainer(
         model,
@@ -196,6 +208,11 @@ class _Interrupt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
         if state.global_step == self.run.stop_after:
             control.should_training_stop = True
+
+
+def _batches() -> list[dict[str, Tensor]]:
+    rows = TokenRows(8)
+    return [{name: value[None] for name, value in rows[number].items()} for number in range(len(rows))]
 
 
 def _model() -> BertForSequenceClassification:

@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import attrs
 import pytest
 
 import tunerkit
-from tunerkit.testing import conformance, matrix
+from tunerkit.testing import conformance, matrix, parametrize_with_checks
 from tunerkit.testing.conformance import Case, Check
 from tunerkit.testing.parametrization import each_check
+from tunerkit.testing.parametrizing import BoundCheck
 
 # No warning about any of these models, except for the batch norms that a case keeps in eval mode itself.
 pytestmark = pytest.mark.filterwarnings(
@@ -21,6 +23,15 @@ CONFIGS: dict[str, dict[str, object]] = {
     "not rotated": {"target_rank": 4, "delta_t": 2},
     "parameters": {"init_rank": 4, "budget": 900, "budget_unit": "parameters", "delta_t": 2, "bias": "adapters"},
 }
+# The SVD form, and the paper's setting, which adds gradients.
+CHECKED = (DEFAULTS, CONFIGS["paper"])
+
+
+@pytest.mark.parametrize("config", CHECKED, ids=["default", "paper"])
+@parametrize_with_checks("adalora", None, matrix.by_length())
+def test_passes_every_check_of_the_kit(check: BoundCheck, config: Mapping[str, object]) -> None:
+    """No failure is expected, with the SVD form and with the regulariser."""
+    attrs.evolve(check, config=config)()
 
 
 @each_check(matrix.cases(), {"default": DEFAULTS})

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tunerkit.testing import conformance, matrix
+from tunerkit.testing import conformance, matrix, parametrize_with_checks
 from tunerkit.testing.conformance import Case, Check
 from tunerkit.testing.parametrization import each_check
+from tunerkit.testing.parametrizing import BoundCheck
 
 # No warning about any of these models, except for the batch norms that a case keeps in eval mode itself.
 pytestmark = pytest.mark.filterwarnings(
@@ -19,6 +20,12 @@ CONFIGS: dict[str, dict[str, object]] = {
     "biases": {"rank": 3, "bias": "adapters"},
     "fp64": {"rank": 2, "adapter_dtype": "float64"},
 }
+
+
+@parametrize_with_checks("lora", PLAIN, matrix.by_length())
+def test_passes_every_check_of_the_kit(check: BoundCheck) -> None:
+    """No failure is expected, with dropout too."""
+    check()
 
 
 @each_check(matrix.cases(), {"default": PLAIN})

@@ -59,7 +59,7 @@ NEEDS: Final[Mapping[Check, Sequence[Check]]] = MappingProxyType(
         driving.check_accumulation: (training.check_every_tensor_moves,),
         driving.check_checkpointing: (training.check_gradients_reach_every_tensor,),
         precision.check_autocast: (forward.check_output_dtype, training.check_gradients_reach_every_tensor),
-        precision.check_bf16_base: (forward.check_output_dtype, training.check_gradients_reach_every_tensor),
+        precision.check_bf16_base: (forward.check_output_dtype, training.check_every_tensor_moves),
         merging.check_fused_is_plain: _PURE,
         merging.check_delta_is_what_forward_adds: (*_PURE, forward.check_inputs_unwritten, forward.check_output_dtype),
         merging.check_factors_are_the_delta: (merging.check_delta_is_what_forward_adds,),

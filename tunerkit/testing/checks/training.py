@@ -6,7 +6,7 @@ from unittest import SkipTest
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tunerkit
 from tunerkit.testing.cases import STEPS, Case, assert_base_untouched, train, wrapped
@@ -18,6 +18,7 @@ class Seen:
     """What a training of the method's own parameters showed, each by name.
 
     Attributes:
+        model: The model after the training.
         starts: The values of the trained parameters at the start.
         ends: Their values at the end; a parameter may have another shape by then.
         missing: Those that had no gradient in a step.
@@ -25,6 +26,7 @@ class Seen:
         losses: The loss before each step.
     """
 
+    model: nn.Module
     starts: dict[str, Tensor]
     ends: dict[str, Tensor]
     missing: set[str]
@@ -37,7 +39,7 @@ def _observed(case: Case, method: str, config: Mapping[str, object]) -> Seen:
     model = without_copies(case, method, config)
     tuner = tunerkit.tuner(model)
     own = trained_parameters(tuner)
-    seen = Seen(_values(own), {}, set(), set(), [])
+    seen = Seen(model, _values(own), {}, set(), set(), [])
     optimizer = torch.optim.Adam(own.values(), lr=case.lr)
     tunerkit.attach(model, optimizer, total_steps=STEPS)
     for step in range(STEPS):
@@ -70,7 +72,7 @@ def _few(names: set[str], of: Mapping[str, Tensor]) -> str:
 
 
 def check_something_trains(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """Every adapter has a parameter that is trained, or the module that they share has."""
+    """Some parameter of the adapters, or of the module that they share, is trained."""
     model = wrapped(case, method, config)
     tuner = tunerkit.tuner(model)
     assert trained_parameters(tuner), (
@@ -79,8 +81,14 @@ def check_something_trains(case: Case, method: str, config: Mapping[str, object]
 
 
 def check_only_the_adapter_trains(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """The parameters with ``requires_grad`` are the tuner's, and none of the base."""
+    """Before and after a training, the parameters with ``requires_grad`` are the tuner's, and none of the base."""
     model = wrapped(case, method, config)
+    _assert_base_frozen(model)
+    train(model, case)
+    _assert_base_frozen(model)
+
+
+def _assert_base_frozen(model: nn.Module) -> None:
     own = {id(parameter) for parameter in tunerkit.tuner(model).parameters()}
     wrong = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
     assert not wrong, f"{', '.join(wrong[:3])} of the base would be trained; do not set requires_grad in a hook"
@@ -111,22 +119,27 @@ def check_every_tensor_moves(case: Case, method: str, config: Mapping[str, objec
 
 
 def check_loss_falls(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> str:
-    """A short training of the method's own parameters lowers the loss, and changes the output."""
-    losses = _observed(case, method, config).losses
-    assert losses[-1] < losses[0], (
-        f"the loss goes from {losses[0]:.4g} to {losses[-1]:.4g} in {STEPS} steps at a learning rate of {case.lr}; "
-        "check the sign of what forward adds and its scale, or choose another Case(lr=...)"
+    """A short training of the method's own parameters lowers the loss, and changes the output in eval mode."""
+    seen = _observed(case, method, config)
+    first, last = seen.losses[0], seen.losses[-1]
+    assert last < first, (
+        f"the loss goes from {first:.4g} to {last:.4g} in {STEPS} steps at a learning rate of {case.lr}; check the "
+        "sign of what forward adds and its scale, or choose another Case(lr=...)"
     )
-    return f"{losses[0]:.4g} to {losses[-1]:.4g}"
+    before = case.output(case.build().eval())
+    assert not torch.equal(case.output(seen.model.eval()), before), (
+        "training lowers the loss and does not change the output in eval mode; add the same there, except for dropout"
+    )
+    return f"{first:.4g} to {last:.4g}"
 
 
 def check_trains_beside_copies(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """With all that the case trains, such as a new head, the loss falls and the output changes."""
-    model = wrapped(case, method, config)
-    before = case.output(model.eval())
-    losses = train(model, case)
-    assert losses[-1] < losses[0], f"the loss goes from {losses[0]:.4g} to {losses[-1]:.4g}; see check loss_falls"
-    assert not torch.equal(case.output(model.eval()), before), "training did not change the output in eval mode"
+    """With all that the case trains, such as a new head, the loss falls."""
+    losses = train(wrapped(case, method, config), case)
+    assert losses[-1] < losses[0], (
+        f"the loss goes from {losses[0]:.4g} to {losses[-1]:.4g}; leave modules that are trained in full to the "
+        "optimizer, and change only parameters of tuner.adapters() in a step hook"
+    )
 
 
 def check_steps_keep_the_base(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
@@ -158,8 +171,9 @@ def check_freezing(case: Case, method: str, config: Mapping[str, object], tmp_pa
     tuner = tunerkit.tuner(model)
     before = set(trained_parameters(tuner))
     tunerkit.freeze(model, tuner.name)
+    case.start_training(model)
+    case.loss(model)
     assert not trained_parameters(tuner), "a frozen adapter has trained parameters; do not set requires_grad in forward"
-    case.output(model.eval())
     tunerkit.thaw(model, tuner.name)
     assert set(trained_parameters(tuner)) == before, (
         "after freeze and thaw other parameters are trained than before; build those that are never trained with "

@@ -1,0 +1,316 @@
+"""Calibrating: statistics of the data set an adapter's start and ranks; everything else stays as it is."""
+
+import copy
+import socket
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tunerkit
+from tunerkit.testing.registering import registered
+from tunerkit.testing.small import LABELS, X, loss_of, net, step, train, trainable
+from tunerkit.testing.toy_methods import LowRankConfig, LowRankPlugin
+from tunerkit.testing.toy_starts import Fitted, FittedPlugin
+
+METHODS = ("toy-inputs", "toy-gradients")
+BATCHES = [(X[:3],), (X[3:],)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _toys() -> Iterator[None]:
+    with registered(FittedPlugin(), LowRankPlugin()):
+        yield
+
+
+def wrapped(method: str = "toy-inputs", model: nn.Module | None = None, **config: Any) -> nn.Module:
+    return tunerkit.wrap(model or net(), method, {"targets": ["0", "2"], **config}, seed=0)
+
+
+def loss(output: Tensor, batch: tuple[Tensor]) -> Tensor:
+    labels = LABELS[:3] if len(batch[0]) == 3 else LABELS[3:]
+    return nn.functional.cross_entropy(output, labels, reduction="sum")
+
+
+def calibrated(method: str, **config: Any) -> nn.Module:
+    return tunerkit.calibrate(wrapped(method, **config), BATCHES, loss=loss)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_start_and_the_ranks_follow_the_data_and_the_output_stays(method: str) -> None:
+    """The model is the same object, adds nothing yet, has ranks that the data explains, and trains."""
+    model = wrapped(method)
+    assert tunerkit.calibrate(model, BATCHES, loss=loss) is model
+    assert torch.equal(model(X), net()(X))
+    tuner = tunerkit.tuner(model)
+    assert tuner.ranks() == {path: len(adapter.get_parameter("a")) for path, adapter in tuner.adapters().items()}
+    (change,) = tuner.history
+    assert (change.step, change.ranks) == (0, tuner.ranks())
+    optimizer = torch.optim.AdamW(trainable(model), lr=0.05)
+    tunerkit.attach(model, optimizer, total_steps=5)
+    losses = train(model, optimizer, 5)
+    assert losses[-1] < losses[0]
+
+
+def test_inputs_in_a_plane_give_rank_2() -> None:
+    """The toy takes as many directions as explain 90% of the inputs: those that the data has, at the first layer."""
+    generator = torch.Generator().manual_seed(0)
+    plane = torch.linalg.qr(torch.randn(6, 2, generator=generator)).Q
+    data = torch.randn(40, 2, generator=generator) @ plane.T
+    model = tunerkit.calibrate(wrapped(), [data])
+    adapter = tunerkit.tuner(model).adapters()["0"]
+    assert isinstance(adapter, Fitted)
+    assert adapter.rank == 2
+    a = adapter.a.detach()
+    torch.testing.assert_close(a.T @ a, plane @ plane.T, atol=1e-4, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*running statistics")
+@pytest.mark.parametrize("method", METHODS)
+def test_the_base_its_modes_and_the_random_state_stay_as_they_are(method: str) -> None:
+    """Bit for bit, with dropout and batch norm in training mode; no hook and no gradient is left."""
+
+    class Drawing(FittedPlugin):
+        @tunerkit.hookimpl
+        def tunerkit_methods(self) -> list[tunerkit.Method]:
+            found = super().tunerkit_methods()
+            return [tunerkit.Method(f"{m.name}-drawing", m.config, statistics=m.statistics) for m in found]
+
+        @tunerkit.hookimpl
+        def tunerkit_calibrate(self, tuner: tunerkit.Tuner, statistics: Any) -> dict[str, int]:
+            torch.randn(3)
+            return tuner.ranks()
+
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+    with registered(Drawing()):
+        model = tunerkit.wrap(model, f"{method}-drawing", {"targets": ["0", "3"]})
+        model.eval()(X)  # from the second forward on, hooks that check the first one are gone
+        model.train()
+        model[2].eval()
+        before = copy.deepcopy(model.state_dict())
+        modes = [module.training for module in model.modules()]
+        hooks = [len(module._forward_hooks) for module in model.modules()]
+        random = torch.get_rng_state()
+        tunerkit.calibrate(model, BATCHES, loss=loss)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [module.training for module in model.modules()] == modes
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_batches_may_be_mappings_tuples_or_single_arguments(method: str) -> None:
+    """What a batch is made of does not matter, nor does splitting it: sums are the same."""
+    forms: list[list[Any]] = [[{"input": X[:3]}, {"input": X[3:]}], BATCHES, [X[:3], X[3:]], [X]]
+
+    def any_loss(output: Tensor, batch: Any) -> Tensor:
+        rows = len(batch["input"]) if isinstance(batch, dict) else len(batch[0] if isinstance(batch, tuple) else batch)
+        labels = {3: LABELS[:3], 5: LABELS[3:], 8: LABELS}[rows]
+        return nn.functional.cross_entropy(output, labels, reduction="sum")
+
+    found = []
+    for batches in forms:
+        model = tunerkit.calibrate(wrapped(method), batches, loss=any_loss)
+        found.append([adapter.get_parameter("a").detach() for adapter in tunerkit.tuner(model).adapters().values()])
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            torch.testing.assert_close(one.abs(), two.abs(), atol=1e-3, rtol=0)  # a direction may be reversed
+
+
+@pytest.mark.filterwarnings("ignore:.*saved untrained")
+@pytest.mark.parametrize("method", METHODS)
+def test_it_is_recorded_and_saved_and_a_loaded_adapter_knows_it(method: str, tmp_path: Path) -> None:
+    """The file has how much data there was; the loaded adapter has the fitted ranks and values."""
+    model = calibrated(method)
+    step(model, torch.optim.SGD(trainable(model), lr=1.0))
+    loaded = tunerkit.load(net(), tunerkit.save(model, tmp_path))
+    assert torch.equal(loaded(X), model(X))
+    for each in (model, loaded):
+        assert tunerkit.tuner(each).progress.calibration == {"batches": 2, "rows": 8}
+    again = tunerkit.load(net(), tunerkit.save(loaded, tmp_path / "again"))
+    assert tunerkit.tuner(again).progress.calibration == {"batches": 2, "rows": 8}
+    tunerkit.save(wrapped(method), tmp_path / "never")
+    assert tunerkit.tuner(tunerkit.load(net(), tmp_path / "never")).progress.calibration is None
+
+
+def test_a_new_head_is_fitted_before_gradients_are_measured() -> None:
+    """Gradients through a random head say nothing. The head's copy lowers the loss; the base's own does not change."""
+    model = wrapped("toy-gradients", train_modules=["4"])
+    before = loss_of(model).item()
+    base = {name: t.clone() for name, t in model.state_dict().items() if ".tunerkit." not in name}
+    tunerkit.calibrate(model, BATCHES * 20, loss=loss)
+    assert loss_of(model).item() < 0.9 * before
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in base.items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    untouched = wrapped("toy-inputs", train_modules=["4"])
+    tunerkit.calibrate(untouched, BATCHES)
+    assert loss_of(untouched).item() == before
+
+
+def test_the_head_of_a_method_that_needs_steps_is_fitted_too(tmp_path: Path) -> None:
+    """The fit's own optimizer is not one that forgot to be attached; the result may be saved before any step."""
+
+    class Stepping(FittedPlugin):
+        @tunerkit.hookimpl
+        def tunerkit_methods(self) -> list[tunerkit.Method]:
+            wanted = tunerkit.Wanted(gradients=2)
+            return [tunerkit.Method("toy-stepping", LowRankConfig, needs_steps=True, statistics=wanted)]
+
+    with registered(Stepping()):
+        model = wrapped("toy-stepping", train_modules=["4"])
+        with pytest.raises(tunerkit.AdapterError, match="was trained with no step"):
+            tunerkit.save(model, tmp_path)
+        tunerkit.calibrate(model, BATCHES, loss=loss)
+        with warnings.catch_warnings():  # to be loaded in several processes
+            warnings.simplefilter("error")
+            model = tunerkit.load(net(), tunerkit.save(model, tmp_path), trainable=True)
+        optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+        tunerkit.attach(model, optimizer, total_steps=2)
+        step(model, optimizer)
+        assert tunerkit.tuner(model).steps == 1
+
+
+def test_one_of_several_adapters_is_calibrated() -> None:
+    """It is named as everywhere; the other one stays."""
+    model = wrapped("toy-inputs", tunerkit.wrap(net(), "toy-low-rank", {"targets": ["0"]}, adapter="other"))
+    with pytest.raises(tunerkit.AdapterError, match="several adapters"):
+        tunerkit.calibrate(model, BATCHES)
+    before = {name: t.clone() for name, t in model.state_dict().items() if ".other." in name}
+    tunerkit.calibrate(model, BATCHES, "default")
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+# Bad input
+
+
+class Branching(nn.Module):
+    """One of its two layers never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)  # type: ignore[no-any-return]
+
+
+def stepped(model: nn.Module) -> nn.Module:
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    tunerkit.attach(model, optimizer)
+    step(model, optimizer)
+    return model
+
+
+def attached(model: nn.Module) -> nn.Module:
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    tunerkit.attach(model, optimizer)
+    vars(model)["optimizer"] = optimizer  # it must live as long as the model
+    return model
+
+
+def reloaded(folder: Path) -> nn.Module:
+    return tunerkit.load(net(), tunerkit.save(calibrated("toy-inputs"), folder), trainable=True)
+
+
+CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no batch": (lambda folder: (wrapped(), []), "there is no batch to calibrate on"),
+    "used up": (lambda folder: (wrapped(), iter(())), "an iterator that is used up"),
+    "NaN": (lambda folder: (wrapped(), [X * torch.nan]), "'?0'?, .*contain NaN or inf"),
+    "inf": (lambda folder: (wrapped(), [X, X * torch.inf]), "contain NaN or inf"),
+    "NaN loss": (lambda folder: (wrapped("toy-gradients"), [(X[:3] * torch.nan,)]), "the loss of a batch is nan"),
+    "never ran": (
+        lambda folder: (wrapped("toy-inputs", Branching(), targets=["used", "idle"]), [X]),
+        "1 targets never ran on these batches: idle",
+    ),
+    "attached": (lambda folder: (attached(wrapped()), BATCHES), "already attached to an optimizer.*right after"),
+    "trained": (lambda folder: (stepped(wrapped()), BATCHES), "already trained.*right after tunerkit.wrap"),
+    "loaded": (lambda folder: (reloaded(folder), BATCHES), "already loaded from a file"),
+    "merged": (lambda folder: (tunerkit.merge(wrapped()), BATCHES), "merged"),
+    "other method": (
+        lambda folder: (tunerkit.wrap(net(), "toy-low-rank", {"targets": ["0"]}), BATCHES),
+        "'toy-low-rank' does not calibrate; methods that do: .*toy-gradients",
+    ),
+    "one pass": (
+        lambda folder: (wrapped("toy-gradients", train_modules=["4"]), iter(BATCHES)),
+        "a new head must be fitted.*list_iterator can be gone through once; pass a list",
+    ),
+    "not wrapped": (lambda folder: (net(), BATCHES), "has no adapter"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:these adapters never ran")
+@pytest.mark.parametrize("case", CASES)
+def test_what_cannot_be_calibrated_is_refused_in_words(case: str, tmp_path: Path) -> None:
+    """Nothing changes: values, modes and hooks are as before, and nothing is recorded."""
+    build, words = CASES[case]
+    model, batches = build(tmp_path)
+    model(X)  # from the second forward on, hooks that check the first one are gone
+    before = copy.deepcopy(model.state_dict())
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    with pytest.raises(tunerkit.AdapterError, match=f"(?s){words}"):
+        tunerkit.calibrate(model, batches, loss=loss)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    assert all(module.training for module in model.modules())
+
+
+def test_inside_disabled_it_is_refused() -> None:
+    """The base alone would run there."""
+    model = wrapped()
+    with tunerkit.disabled(model), pytest.raises(tunerkit.AdapterError, match="disabled"):
+        tunerkit.calibrate(model, BATCHES)
+
+
+def test_in_a_process_group_it_is_refused() -> None:
+    """Each process would see other data, and start elsewhere; the error says how to do it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    model = wrapped()
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    try:
+        with pytest.raises(tunerkit.AdapterError, match="calibrate in one process, save the adapter, and load it"):
+            tunerkit.calibrate(model, BATCHES)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_a_loss_only_gradients_are_refused(method: str) -> None:
+    """The model gives none, and the error says how to pass one."""
+    model = wrapped(method)
+    if method == "toy-inputs":
+        tunerkit.calibrate(model, BATCHES)
+    else:
+        with pytest.raises(tunerkit.AdapterError, match=r"Tensor instead of a loss; add labels.*loss=\.\.\."):
+            tunerkit.calibrate(model, BATCHES)
+
+
+class Answering(FittedPlugin):
+    """Answers `tunerkit_calibrate` with a given value."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [tunerkit.Method("toy-answering", config=LowRankConfig, statistics=tunerkit.Wanted(inputs=2))]
+
+    @tunerkit.hookimpl
+    def tunerkit_calibrate(self) -> Any:  # type: ignore[override]
+        return self.answer
+
+
+@pytest.mark.parametrize("answer", [3, {"0": 1}, {"0": 1, "2": -1}, {"0": 1, "2": 1, "4": 1}, "ranks"])
+def test_a_wrong_answer_of_the_hook_names_the_plugin(answer: object) -> None:
+    """Ranks have to be counts for exactly the targets."""
+    with registered(Answering(answer)):
+        model = wrapped("toy-answering")
+        with pytest.raises(tunerkit.PluginError, match=r"tunerkit_calibrate.*'toy-answering'.*must return"):
+            tunerkit.calibrate(model, BATCHES)
+        assert tunerkit.tuner(model).progress.calibration is None

@@ -1,0 +1,135 @@
+"""What a plugin declares of itself: the number of the contract it was written for, and the records of its methods."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tunerkit
+from tunerkit.hooks import validation
+from tunerkit.testing.registering import registered
+from tunerkit.testing.toy_methods import LowRankConfig, LowRankPlugin
+
+
+class Numbered(LowRankPlugin):
+    """Has a number of the contract, which each test sets."""
+
+
+def numbered(number: Any) -> Numbered:
+    plugin = Numbered()
+    setattr(plugin, validation.API_NAME, number)
+    return plugin
+
+
+@pytest.mark.parametrize("number", range(validation.OLDEST_API, validation.API + 1))
+def test_a_plugin_of_a_supported_contract_is_accepted(number: int) -> None:
+    """From the oldest one that still works to the newest."""
+    with registered(numbered(number)):
+        assert tunerkit.methods()["toy-low-rank"].error is None
+
+
+def test_a_plugin_without_a_number_is_of_the_first_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So were those from before there was one; once the first is no longer supported, they are refused."""
+    with registered(LowRankPlugin()):
+        assert "toy-low-rank" in tunerkit.methods()
+    monkeypatch.setattr(validation, "API", 4)
+    monkeypatch.setattr(validation, "OLDEST_API", 2)
+    with pytest.raises(
+        tunerkit.PluginError, match=r"was written for TUNERKIT_API 1, .*supports 2 to 4; install a newer"
+    ):
+        tunerkit.register(LowRankPlugin())
+
+
+@pytest.mark.parametrize("number", [2, 3, 4])
+def test_the_oldest_and_the_newest_of_several_are_accepted(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The range is closed at both ends."""
+    monkeypatch.setattr(validation, "API", 4)
+    monkeypatch.setattr(validation, "OLDEST_API", 2)
+    with registered(numbered(number)):
+        assert tunerkit.methods()["toy-low-rank"].error is None
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (
+            validation.API + 1,
+            rf"needs TUNERKIT_API {validation.API + 1}, .*has {validation.API}; install a newer tunerkit",
+        ),
+        (10**30, "install a newer tunerkit"),
+        (0, r"TUNERKIT_API is 0; expected the number of the contract, as in TUNERKIT_API = \d"),
+        (-1, "TUNERKIT_API is -1; expected"),
+        ("1", "TUNERKIT_API is '1'; expected"),
+        (1.0, r"TUNERKIT_API is 1\.0; expected"),
+        (True, "TUNERKIT_API is True; expected"),
+        (None, "TUNERKIT_API is None; expected"),
+        ((1, 0), r"TUNERKIT_API is \(1, 0\); expected"),
+    ],
+)
+def test_another_number_is_refused_and_nothing_is_registered(number: Any, words: str) -> None:
+    """A newer contract, one that is no number, or none that ever was; each error says what to do."""
+    with pytest.raises(tunerkit.PluginError, match=words):
+        tunerkit.register(numbered(number))
+    assert "toy-low-rank" not in tunerkit.methods()
+
+
+def test_a_long_number_does_not_make_a_long_message() -> None:
+    """Messages are bounded, whatever a plugin has there."""
+    with pytest.raises(tunerkit.PluginError) as error:
+        tunerkit.register(numbered("1" * 100_000))
+    assert len(str(error.value)) < 1000
+
+
+class Declaring(LowRankPlugin):
+    """Yields one record with the given fields."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.fields = fields
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [tunerkit.Method("toy-declaring", config=LowRankConfig, **self.fields)]
+
+
+class Calibrating(Declaring):
+    @tunerkit.hookimpl
+    def tunerkit_calibrate(self) -> None:
+        pass
+
+
+Wanted: Any = tunerkit.Wanted
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {"start": "roundig"},
+            r"start of method 'toy-declaring' is 'roundig'; expected one of \('exact', 'rounding'\)",
+        ),
+        ({"start": True}, "start of method 'toy-declaring' is True"),
+        ({"start": ["exact"]}, "start of method 'toy-declaring' is"),
+        ({"targets": "norms"}, r"targets of method 'toy-declaring' is 'norms'; .*'weights', 'outputs'"),
+        ({"statistics": "inputs"}, r"statistics of method 'toy-declaring' is 'inputs'; expected tunerkit\.Wanted"),
+        ({"statistics": Wanted()}, r"expected tunerkit\.Wanted with the ranks"),
+        ({"statistics": Wanted(inputs=-1)}, r"as in tunerkit\.Wanted\(inputs=16\)"),
+        ({"statistics": Wanted(inputs=8, gradients=2.0)}, r"as in tunerkit\.Wanted\(inputs=16\)"),
+        ({"statistics": Wanted(inputs=True)}, r"as in tunerkit\.Wanted\(inputs=16\)"),
+    ],
+)
+def test_a_record_with_a_wrong_field_is_refused(fields: Any, words: str) -> None:
+    """The error names the method, the field, what it holds and what it may hold."""
+    with pytest.raises(tunerkit.PluginError, match=words):
+        tunerkit.register(Calibrating(**fields))
+    assert "toy-declaring" not in tunerkit.methods()
+
+
+def test_statistics_without_the_hook_that_takes_them_are_refused() -> None:
+    """The method could never be calibrated."""
+    words = r"method 'toy-declaring' wants statistics but it has no tunerkit_calibrate"
+    with pytest.raises(tunerkit.PluginError, match=words):
+        tunerkit.register(Declaring(statistics=Wanted(inputs=2)))
+    with registered(Calibrating(statistics=Wanted(inputs=2))):
+        model = tunerkit.wrap(nn.Sequential(nn.Linear(3, 3)), "toy-declaring", {"targets": ["0"]})
+        tunerkit.calibrate(model, [torch.ones(2, 3)])
