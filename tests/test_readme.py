@@ -110,18 +110,20 @@ def test_the_make_targets_that_the_pages_name_exist() -> None:
     assert {"demo", "test"} <= named <= targets
 
 
-def test_the_options_that_the_pages_name_exist() -> None:
-    """Every option shown after ``tunerkit train`` is one of the command's own."""
+@pytest.mark.parametrize(("command", "shown"), [("train", {"--out", "--method"}), ("new", {"--scale", "--scheduled"})])
+def test_the_options_that_the_pages_name_exist(command: str, shown: set[str]) -> None:
+    """Every option after ``tunerkit train`` or ``tunerkit new`` is one of the command's own."""
     absent = [name for name in ("typer", "rich", "platformdirs") if find_spec(name) is None]
     if absent:
         pytest.skip(f"the command needs the extra [cli]: {', '.join(absent)} not installed")
-    named = {option for line in shell_lines() if line.startswith("tunerkit train") for option in options_in(line)}
+    lines = [line for line in shell_lines() if line.startswith(f"tunerkit {command}")]
+    named = {option for line in lines for option in options_in(line)}
     # A wide and plain terminal, so that the help breaks no option's name.
     environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
-    command = [sys.executable, "-m", "tunerkit.cli", "train", "--help"]
-    shown = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
-    assert shown.returncode == 0, shown.stderr[-3000:]
-    assert {"--out", "--method"} <= named <= options_in(shown.stdout)
+    asked = [sys.executable, "-m", "tunerkit.cli", command, "--help"]
+    told = subprocess.run(asked, env=environment, capture_output=True, text=True, timeout=1800)
+    assert told.returncode == 0, told.stderr[-3000:]
+    assert shown <= named <= options_in(told.stdout)
 
 
 def options_in(text: str) -> set[str]:

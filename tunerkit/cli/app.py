@@ -13,6 +13,7 @@ from rich.table import Table
 import tunerkit
 from tunerkit import TunerkitError
 from tunerkit.cli import checking, job, settings
+from tunerkit.cli.new import NewMethodError, write_distribution
 from tunerkit.cli.task import Job
 from tunerkit.cli.training import Recipe
 
@@ -90,6 +91,23 @@ def config(
     with one_line_errors():
         given = settings.read_settings(file) if file is not None else {}
         typer.echo(settings.write_settings(tunerkit.unstructure(tunerkit.structure(method, given))), nl=False)
+
+
+@app.command()
+def new(
+    method: Annotated[str, typer.Argument(help="The new method's name, such as my-method.")],
+    low_rank: Annotated[bool, typer.Option("--low-rank", help="Two matrices of a low rank, the default.")] = False,
+    scale: Annotated[bool, typer.Option("--scale", help="A factor per feature of a target's output.")] = False,
+    scheduled: Annotated[bool, typer.Option("--scheduled", help="Low-rank, with a rank that falls.")] = False,
+    into: Annotated[Path, typer.Option(help="The folder to write the distribution's own folder into.")] = Path(),
+) -> None:
+    """Write a distribution with a new method, which installs and passes the conformance tests as it is."""
+    with one_line_errors():
+        chosen = [name for name, given in (("low-rank", low_rank), ("scale", scale), ("scheduled", scheduled)) if given]
+        if len(chosen) > 1:
+            raise NewMethodError(f"choose one template, got {' and '.join(f'--{name}' for name in chosen)}")
+        folder = write_distribution(method, chosen[0] if chosen else "low-rank", into)
+        typer.echo(f"written to {folder}; next: pip install -e '{folder}[test]' && tunerkit check {method}")
 
 
 @app.command()

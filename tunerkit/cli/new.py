@@ -1,0 +1,215 @@
+"""A new method from a template: a distribution that installs, passes the conformance tests and builds a wheel."""
+
+import importlib.util
+import itertools
+import json
+import os
+import re
+import tempfile
+import unicodedata
+from collections.abc import Iterator, Mapping
+from importlib import metadata, resources
+from importlib.resources.abc import Traversable
+from pathlib import Path, PurePath
+from string import Template
+from types import MappingProxyType
+from typing import Final
+
+import attrs
+
+import tunerkit
+from tunerkit import TunerkitError
+from tunerkit.errors import shown
+
+_LONGEST: Final = 40
+_PREFIX: Final = "tunerkit-"
+
+
+class NewMethodError(TunerkitError, ValueError):
+    """A new method cannot have this name, or cannot be written to this place."""
+
+
+@attrs.frozen
+class Variant:
+    """A kind of method that a template exists for.
+
+    Attributes:
+        folder: The folder of templates, in addition to those that all variants share.
+        summary: What the method does, for the README.
+        settings: Settings for the generated tests and for the README's example.
+        reference: What the adapter computes, as a line of the generated test that compares with a reference.
+        contents: The files of the package, with what each contains.
+    """
+
+    folder: str
+    summary: str
+    settings: Mapping[str, object]
+    reference: str
+    contents: Mapping[str, str]
+
+
+_PLUGIN = {"plugin.py": "the hook implementations"}
+_LOW_RANK = Variant(
+    folder="low_rank",
+    summary="each target gets a low-rank update ΔW = scale · P Q of a fixed rank",
+    settings=MappingProxyType({"rank": 4}),
+    reference="return base(x) + adapter.scale * (x @ adapter.q.T @ adapter.p.T)",
+    contents={"config.py": "the settings", "adapter.py": "what the adapter adds to a layer's output", **_PLUGIN},
+)
+VARIANTS: Final[Mapping[str, Variant]] = {
+    "low-rank": _LOW_RANK,
+    "scale": Variant(
+        folder="scale",
+        summary="each feature of a target's output is multiplied by a trained factor",
+        settings=MappingProxyType({"factor": 2.0}),
+        reference="return base(x) * (1 + adapter.factor * adapter.s)",
+        contents={"config.py": "the settings", "adapter.py": "what the adapter does to a layer's output", **_PLUGIN},
+    ),
+    "scheduled": attrs.evolve(
+        _LOW_RANK,
+        folder="scheduled",
+        summary="each target gets a low-rank update ΔW = scale · P Q, whose rank falls during training",
+        settings=MappingProxyType({"rank": 2, "init_rank": 4}),
+        contents={
+            **_LOW_RANK.contents,
+            "schedule.py": "the rank after each step",
+            "training.py": "which columns of P and rows of Q stay",
+        },
+    ),
+}
+
+
+@attrs.frozen
+class Names:
+    """The names that follow from a method's own, such as ``"my-method"``."""
+
+    method: str
+
+    @property
+    def distribution(self) -> str:
+        """The name for pip, and of the folder: ``"tunerkit-my-method"``."""
+        return _PREFIX + self.method
+
+    @property
+    def package(self) -> str:
+        """The name to import: ``"tunerkit_my_method"``."""
+        return self.distribution.replace("-", "_")
+
+    @property
+    def classes(self) -> str:
+        """How the names of the classes begin: ``"MyMethod"``."""
+        return "".join(part.capitalize() for part in self.method.split("-"))
+
+
+def write_distribution(method: str, variant: str, into: Path) -> Path:
+    """Write a distribution with a new method. It is written completely or not at all.
+
+    Args:
+        method: The method's name.
+        variant: A key of `VARIANTS`.
+        into: The folder to write the distribution's own folder into.
+
+    Returns:
+        The distribution's folder.
+
+    Raises:
+        NewMethodError: The name is invalid or taken, or the folder exists or cannot be written.
+    """
+    names = _checked(method)
+    target = into / names.distribution
+    if os.path.lexists(target):  # also a link to nowhere
+        raise NewMethodError(f"{target} exists already; remove it, or choose another name or --into another folder")
+    texts = dict(_rendered(names, VARIANTS[variant]))
+    try:
+        with tempfile.TemporaryDirectory(dir=into, prefix=".writing-") as scratch:
+            project = Path(scratch) / names.distribution
+            for path, text in texts.items():
+                (project / path).parent.mkdir(parents=True, exist_ok=True)
+                (project / path).write_text(text, encoding="utf-8")
+            project.rename(target)
+    except OSError as problem:
+        raise NewMethodError(
+            f"{target} cannot be written: {problem.strerror}; choose a folder that exists and is writable with --into"
+        ) from problem
+    return target
+
+
+def _checked(method: str) -> Names:
+    """Return the names of a new method. Raises `NewMethodError`, with the closest name that would do."""
+    objection = _objection(method)
+    if objection is not None:
+        raise NewMethodError(f"a method cannot be named {shown(method)}: {objection}; for example {_closest(method)!r}")
+    return Names(method)
+
+
+def _objection(method: str) -> str | None:
+    """Return why a method cannot have this name, or None."""
+    if not _is_valid(method):
+        return (
+            f"use at most {_LONGEST} letters from a to z and digits, a letter first, in parts joined by '-', without "
+            f"{_PREFIX!r}, which comes by itself"
+        )
+    names, methods = Names(method), tunerkit.methods()
+    clashing = {f"{names.classes}Config", f"{names.classes}Adapter"} & set(tunerkit.__all__)
+    if clashing:
+        return f"tunerkit itself has a class {clashing.pop()}; choose another name"
+    if method in methods:
+        return f"{methods[method].distribution} has a method of this name; choose another one"
+    try:
+        version = metadata.version(names.distribution)
+    except metadata.PackageNotFoundError:
+        found = importlib.util.find_spec(names.package)
+        return None if found is None else f"there is a package {names.package}; choose another name"
+    return f"{names.distribution} {version} is installed; choose another name"
+
+
+def _is_valid(method: str) -> bool:
+    parts = re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", method)
+    return parts is not None and len(method) <= _LONGEST and not method.startswith(_PREFIX)
+
+
+def _closest(method: str) -> str:
+    """Return the closest name that is valid and free."""
+    plain = unicodedata.normalize("NFKD", method[:1000]).encode("ascii", "ignore").decode().lower()
+    plain = re.sub(r"[^a-z0-9]+", "-", plain).lstrip("0123456789-")
+    while plain.startswith(_PREFIX):
+        plain = plain.removeprefix(_PREFIX).lstrip("0123456789-")
+    plain = plain[:_LONGEST].rstrip("-") or "my-method"
+    short = plain[: _LONGEST - 4].rstrip("-")  # leaves room for a number
+    names = itertools.chain([plain], (f"{short}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if _objection(name) is None)
+
+
+def _rendered(names: Names, variant: Variant) -> Iterator[tuple[PurePath, str]]:
+    """Yield the path of each file of the distribution, and its text."""
+    values = {
+        "method": names.method,
+        "distribution": names.distribution,
+        "package": names.package,
+        "Name": names.classes,
+        "version": ".".join(metadata.version("tunerkit").split(".")[:2]),
+        "summary": variant.summary,
+        "settings": json.dumps(dict(variant.settings))[1:-1],
+        "arguments": ", ".join(f"{name}={value!r}" for name, value in variant.settings.items()),
+        "reference": variant.reference,
+        "contents": "\n".join(f"- `{names.package}/{file}`: {what}" for file, what in variant.contents.items()),
+    }
+    templates = resources.files(__package__) / "templates"
+    for folder in ("common", variant.folder):
+        for path, text in _texts(templates / folder):
+            yield _renamed(path, names), Template(text).substitute(values)
+
+
+def _texts(folder: Traversable) -> Iterator[tuple[PurePath, str]]:
+    """Yield the path in a folder, and the text, of each template."""
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from ((PurePath(entry.name, path), text) for path, text in _texts(entry))
+        else:
+            yield PurePath(entry.name), entry.read_text(encoding="utf-8")
+
+
+def _renamed(path: PurePath, names: Names) -> PurePath:
+    """Return the path of a template's result: without .txt, which hides templates from tools for Python."""
+    parts = [names.package if part == "package" else part for part in path.with_suffix("").parts]
+    return PurePath(*parts)
