@@ -51,21 +51,9 @@ def wrap(
     root = injection.ready_model(model, adapter)
     config = hooks.configure(method, config)
     scanned = targets.scan(root, hooks.gather_knowledge())
-    adapted = {path for path, _, slots in injection.walk(root) if slots.active or not slots.copies}
     with patterns.one_allowance():
-        named = targets.choose_copies(scanned, config.train_modules)
-        targets.refuse_tied(scanned, named)
-        new = targets.choose_new(scanned, named, config, adapted)
-        chosen = targets.select(
-            scanned,
-            targets=config.targets,
-            exclude=config.exclude,
-            layers=config.layers,
-            trained=named,
-            new=new,
-            outputs=hooks.registry.get(method).targets == "outputs",
-        )
-        tuner = _tuner_of(scanned, chosen, (*named, *new), method, config, adapter)
+        chosen, copies = _select(scanned, method, config)
+        tuner = _tuner_of(scanned, chosen, copies, method, config, adapter)
         injection.refuse_idle_patterns(tuner)
         with _seeded(seed):
             slots = injection.build(scanned, tuner)
@@ -73,6 +61,24 @@ def wrap(
     injection.inject_(tuner, slots, scanned, trainable=True)
     steps.watch_optimizers(method)
     return model
+
+
+def _select(scanned: Scan, method: str, config: AdapterConfig) -> tuple[tuple[Target, ...], tuple[str, ...]]:
+    """Choose the targets, and the paths of the modules that are trained in full."""
+    adapted = {path for path, _, slots in injection.walk(scanned.root.module) if slots.active or not slots.copies}
+    named = targets.choose_copies(scanned, config.train_modules)
+    targets.refuse_tied(scanned, named)
+    new = targets.choose_new(scanned, named, config, adapted)
+    chosen = targets.select(
+        scanned,
+        targets=config.targets,
+        exclude=config.exclude,
+        layers=config.layers,
+        trained=named,
+        new=new,
+        outputs=hooks.registry.get(method).targets == "outputs",
+    )
+    return chosen, (*named, *new)
 
 
 def _tuner_of(

@@ -1,6 +1,6 @@
 """Runs a wrapped model on batches, and measures the inputs and gradients at an adapter's targets."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,24 +35,13 @@ def measure(
             statistics are not finite.
     """
     sketches = _sketches(tuner, wanted)
-    probes = [probe for each in sketches.values() for probe in (each.p, each.q) if probe is not None]
     ran: set[str] = set()
     handles = [
         target.module.register_forward_hook(_noting(ran, target.path, sketches[target.path]), with_kwargs=True)
         for target in tuner.targets
     ]
-    count = 0
     try:
-        for batch in batches:
-            count += 1
-            if probes:
-                value = loss_of(tuner.model, batch, loss)
-                for probe, grad in zip(probes, torch.autograd.grad(value, probes, allow_unused=True), strict=True):
-                    if grad is not None:
-                        probe.grad = grad if probe.grad is None else probe.grad + grad
-            else:
-                with torch.no_grad():
-                    _run(tuner.model, batch)
+        count = _run_all(tuner.model, batches, loss, list(sketches.values()))
     finally:
         for handle in handles:
             handle.remove()
@@ -69,6 +58,23 @@ def measure(
             "check the batches, or load the model in float32 or bfloat16"
         )
     return {path: sketch.statistics() for path, sketch in sketches.items()}, count
+
+
+def _run_all(model: nn.Module, batches: Iterable[Any], loss: Loss | None, sketches: Sequence[Sketch]) -> int:
+    """Run the model on every batch, and add the gradients of the probes up. Returns the number of batches."""
+    probes = [probe for each in sketches for probe in (each.p, each.q) if probe is not None]
+    count = 0
+    for batch in batches:
+        count += 1
+        if probes:
+            value = loss_of(model, batch, loss)
+            for probe, grad in zip(probes, torch.autograd.grad(value, probes, allow_unused=True), strict=True):
+                if grad is not None:
+                    probe.grad = grad if probe.grad is None else probe.grad + grad
+        else:
+            with torch.no_grad():
+                _run(model, batch)
+    return count
 
 
 def _sketches(tuner: Tuner, wanted: Wanted) -> dict[str, Sketch]:

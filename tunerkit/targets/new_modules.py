@@ -139,7 +139,7 @@ def _warn_of_unknown(heads: Sequence[str], replaced: Sequence[str]) -> None:
         f"copied or moved after from_pretrained{lost if heads else ''}. It stays frozen, and if it is new, the saved "
         f"adapter fits no other base: then set {advice}",
         TunerkitWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
@@ -154,7 +154,7 @@ def _tell(scanned: Scan, trained: Mapping[str, Sequence[str]], frozen: Sequence[
             f"trained in full, as copies, because from_pretrained did not load their values: {listed}. To freeze one, "
             "name it in exclude, and save the base too, which alone has these values. To choose, set train_modules",
             TunerkitWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     if frozen:
         warnings.warn(
@@ -162,5 +162,5 @@ def _tell(scanned: Scan, trained: Mapping[str, Sequence[str]], frozen: Sequence[
             "adapter fits only a base with the same values: save the base before you wrap it, and load adapters onto "
             "that. To silence this, name the modules in exclude",
             TunerkitWarning,
-            stacklevel=4,
+            stacklevel=5,
         )

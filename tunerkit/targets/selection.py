@@ -95,7 +95,7 @@ def select(
     refuse(problems or ([] if found else [_NOTHING, *left_out]))
     if left_out:
         told = "\n  ".join(left_out)
-        warnings.warn(f"left out, neither adapted nor trained:\n  {told}", TunerkitWarning, stacklevel=3)
+        warnings.warn(f"left out, neither adapted nor trained:\n  {told}", TunerkitWarning, stacklevel=4)
     return tuple(Target(each.path, each.module) for each in scanned.modules if each.path in found)
 
 

@@ -46,7 +46,7 @@ def choose_copies(scanned: Scan, names: tuple[str, ...]) -> tuple[str, ...]:
             "copy runs after its original, so one that keeps a cache would fill it twice: train with use_cache=False, "
             "and merge before you generate",
             TunerkitWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return tuple(chosen)
 
