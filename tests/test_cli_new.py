@@ -166,8 +166,9 @@ def scheduled(tmp_path: Path) -> Iterator[str]:
 @pytest.mark.parametrize("padding", [None, 1])
 def test_an_embedding_is_scaled_unless_merging_would_differ(scale: str, padding: int | None) -> None:
     """A delta never changes the row of the padding, so a scaled one would be merged wrongly: it is refused."""
-    model, ids = nn.Sequential(nn.Embedding(5, 4, padding_idx=padding)), torch.arange(5)
-    nn.init.normal_(model[0].weight)
+    embedding, ids = nn.Embedding(5, 4, padding_idx=padding), torch.arange(5)
+    nn.init.normal_(embedding.weight)
+    model = nn.Sequential(embedding)
     if padding is not None:
         with pytest.raises(tunerkit.TargetError, match=r"cannot scale '0'.* exclude it"):
             tunerkit.wrap(model, scale, {"targets": ["0"]})
