@@ -252,14 +252,19 @@ class Scales(Product):
         return y + (y * base.shape_bias(self.l)).to(y.dtype)
 
 
-class ReadsOutputInSecret(Plugin):
-    adapter = Scales
+class ReadsOutputInSecret:
+    @hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [tunerkit.Method(METHOD, config=LowRankConfig)]
+
+    @hookimpl
+    def tunerkit_build_adapter(self, base: BaseLayer, config: LowRankConfig) -> Adapter:
+        return Scales(base, config.rank)
 
     @hookimpl
     def tunerkit_delta(self, adapter: Scales, base: BaseLayer) -> Delta:
-        bias = base.tensor("bias") if base.bias_name in dict(base.module.named_parameters(recurse=False)) else None
-        scaled = None if bias is None else bias * adapter.l
-        return Delta(weight=adapter.l[:, None] * base.dense(), bias=scaled)
+        bias = base.bias()
+        return Delta(weight=adapter.l[:, None] * base.dense(), bias=None if bias is None else bias * adapter.l)
 
 
 # --- Files and copies -------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from tests import bad_plugins, checks_page
 from tests.bad_plugins import CASE, MISTAKES, Mistake
 from tests.subtle_plugins import CAUGHT, LoopsInAStep, ReadsOutputInSecret
 from tunerkit import TunerkitError
-from tunerkit.testing import Case, check_method, known_cases, matrix
+from tunerkit.testing import Case, check_method, known_cases, matrix, small
 from tunerkit.testing.checks.order import BY_NAME, CHECKS, NEEDS
 from tunerkit.testing.registering import registered
 from tunerkit.testing.toy_growing import GrowingPlugin
@@ -191,3 +191,11 @@ class Broken(bad_plugins.Product):
 
 class Raising(bad_plugins.Plugin):
     adapter = Broken
+
+
+def test_a_plugin_that_writes_into_its_input_changes_no_other_test() -> None:
+    """Law: the kit's own cases run on copies of their inputs."""
+    before = small.X.clone()
+    with registered(bad_plugins.WritesX()):
+        check_method("bad", cases=[CASE, known_cases.NETWORK], checks=["inputs_unwritten", "forward_keeps_the_base"])
+    assert torch.equal(small.X, before)

@@ -18,7 +18,7 @@ _DEFAULT = ("bert", "llama")
 
 def _output(model: nn.Module) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(small.X)
+        found: Tensor = model(small.X.clone())
     return found
 
 

@@ -40,7 +40,8 @@ def loss_of(model: nn.Module, rows: slice = slice(None)) -> Tensor:
     Returns:
         A scalar.
     """
-    return nn.functional.cross_entropy(model(X[rows]), LABELS[rows], reduction="sum") / len(X)
+    x = X[rows].clone()  # an adapter that writes into its input must not change that of other tests
+    return nn.functional.cross_entropy(model(x), LABELS[rows], reduction="sum") / len(X)
 
 
 def step(model: nn.Module, optimizer: Optimizer, loss: Callable[[nn.Module], Tensor] = loss_of) -> float:
