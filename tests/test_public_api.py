@@ -43,7 +43,6 @@ ADDED = frozenset(
         "tunerkit.BaseLayer.has_weight",
         "tunerkit.BaseLayer.merged(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD delta)",
         "tunerkit.BaseLayer.tensor(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD name)",
-        "tunerkit.Factors(POSITIONAL_OR_KEYWORD q, POSITIONAL_OR_KEYWORD p)",
         "tunerkit.Factors.p",
         "tunerkit.Factors.q",
         "tunerkit.Factors.rank",

@@ -1,7 +1,7 @@
 """The frozen records that tunerkit and its plugins exchange."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import attrs
 from torch import Tensor, nn
@@ -135,9 +135,10 @@ class Delta:
     bias: Tensor | None = None
 
 
-@attrs.frozen(eq=False)
-class Factors:
+class Factors(NamedTuple):
     """An adapter's weight delta as a product: ΔW = P Q, with everything else (scale, λ, mask) multiplied into them.
+
+    A tuple, so that a method's forward may build one under `torch.compile`.
 
     Attributes:
         q: Q, (r, in).
