@@ -222,3 +222,21 @@ def test_a_reader_of_an_embedding_with_a_padding_row_is_refused(methods: tuple[s
         layer.weight[2] = 0.0  # as in new ones
     if methods == ("toy-scale",):
         assert_merges(model, x)
+
+
+@pytest.mark.parametrize("methods", [("toy-scale",), ("toy-scale", "toy-low-rank")])
+def test_a_projection_that_attention_uses_directly_is_merged_as_its_delta_says(methods: tuple[str, ...]) -> None:
+    """Nobody calls it, so its own output says nothing: attention computes with the weight and the deltas."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.attention(x, x, x, need_weights=False)[0]
+            return found
+
+    torch.manual_seed(0)
+    model = stacked(Block(), methods, targets=["attention.out_proj"])
+    assert_merges(model, torch.randn(2, 3, 8))

@@ -279,3 +279,10 @@ def test_a_data_parallel_model_is_wrapped_inside(toys: "Toys", tmp_path: Path) -
     assert torch.equal(loaded(toys.x()), plain(toys.x()))
     assert tunerkit.active(loaded) == ("default",)
     assert torch.equal(tunerkit.unwrap(loaded)(toys.x()), toys.net()(toys.x()))
+
+
+def test_a_warning_about_what_is_left_out_points_to_the_call(toys: "Toys") -> None:
+    """A reader of the log finds the line to change."""
+    with pytest.warns(tunerkit.TunerkitWarning, match="left out") as caught:
+        tunerkit.wrap(nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 2)), "toy-low-rank", {"targets": ["*"]})
+    assert [warning.filename for warning in caught] == [__file__]

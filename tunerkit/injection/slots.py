@@ -212,6 +212,11 @@ def slots_of(module: nn.Module) -> Slots | None:
     return slots if isinstance(slots, Slots) else None
 
 
+def is_called(module: nn.Module) -> bool:
+    """Whether an adapted module is called itself. Otherwise its owner uses its weight, which core overrides."""
+    return torch_private.has_hook(module, apply_slots)
+
+
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules of ``model`` with their paths, each once and in its order, without what adapters put there.
 

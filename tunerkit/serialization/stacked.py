@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from tunerkit import injection
 from tunerkit.errors import AdapterError
 from tunerkit.injection import Slots
 from tunerkit.layers import BaseLayer, autocast_off
@@ -22,7 +23,8 @@ def refuse_unequal(path: str, module: nn.Module, slots: Slots, merged: Mapping[s
 
     Modules are tested whose adapters read the output, or that have several, of which one does not declare
     ``reads_output``. An adapter that reads the output so far makes a sum of deltas wrong, and nothing else would show
-    it. A module is not tested if its kind has no `BaseLayer.example_input`, or packs its weight, which rounds.
+    it. A module is not tested if its kind has no `BaseLayer.example_input`, or packs its weight, which rounds. Nor is
+    one that is not called, as in attention: there, the delta is all that an adapter does.
 
     Args:
         path: The module's path.
@@ -35,7 +37,7 @@ def refuse_unequal(path: str, module: nn.Module, slots: Slots, merged: Mapping[s
     suspects = dict.fromkeys(
         repr(name) for name, each in adapters if each.reads_output or (several and each.reads_output is None)
     )
-    if not suspects or slots.base is None or slots.base.lends or _is_packed(slots.base):
+    if not suspects or slots.base is None or not injection.is_called(module) or _is_packed(slots.base):
         return
     outputs = _both_outputs(module, slots, slots.base, merged)
     if outputs is None:
