@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import tunerkit
-from tunerkit import hooks
+from tunerkit import hooks, injection
 from tunerkit.errors import PluginError, TunerkitWarning
 from tunerkit.testing.registering import registered
 
@@ -58,7 +58,8 @@ PLACES = {
 
 def convert(model: nn.Module) -> None:
     products = {path: tunerkit.Factors(q=torch.ones(1, 3), p=torch.ones(3, 1)) for path in PATHS}
-    hooks.from_factors("toy-odd", tunerkit.tuner(model).targets, products)
+    bases = [slots.base for _, _, slots in injection.walk(model) if slots.base is not None]
+    hooks.from_factors("toy-odd", tunerkit.tuner(model).targets, bases, products)
 
 
 @attrs.frozen

@@ -206,6 +206,12 @@ def stepped(model: nn.Module) -> nn.Module:
     return model
 
 
+def trained_alone(model: nn.Module) -> nn.Module:
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    step(model, optimizer)
+    return model
+
+
 def attached(model: nn.Module) -> nn.Module:
     optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     tunerkit.attach(model, optimizer)
@@ -229,6 +235,9 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "attached": (lambda folder: (attached(wrapped()), BATCHES), "already attached to an optimizer.*right after"),
     "trained": (lambda folder: (stepped(wrapped()), BATCHES), "already trained.*right after tunerkit.wrap"),
+    "trained without attach": (lambda folder: (trained_alone(wrapped()), BATCHES), "already trained"),
+    "one mapping": (lambda folder: (wrapped(), {"x": X}), "batches is one dict; pass a list of batches"),
+    "one tensor": (lambda folder: (wrapped(), X), "batches is one Tensor"),
     "loaded": (lambda folder: (reloaded(folder), BATCHES), "already loaded from a file"),
     "merged": (lambda folder: (tunerkit.merge(wrapped()), BATCHES), "merged"),
     "other method": (

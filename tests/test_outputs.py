@@ -294,3 +294,18 @@ def test_a_module_without_input_has_an_output_all_the_same() -> None:
 
     model = wrapped(["part"], Adding())
     assert torch.equal(model(X), X + 1)
+
+
+def test_an_output_method_works_where_another_adapter_trains_the_bias() -> None:
+    """A norm has no base-layer kind; whichever adapter comes first, the method sees a layer."""
+    model = Model()
+    tunerkit.wrap(model, "toy-low-rank", {"targets": ["layer"], "bias": "all"}, adapter="biases")
+    tunerkit.wrap(model, "toy-outputs", {"targets": ["norm"]}, adapter="outputs")
+    with torch.no_grad():
+        for parameter in tunerkit.tuner(model, "outputs").parameters():
+            parameter.add_(0.1)
+    assert not torch.equal(model(X), Model()(X))
+    with pytest.raises(
+        tunerkit.AdapterError, match=r"'toy-outputs' cannot be merged|cannot merge into 'blocks\.0\.norm'"
+    ):
+        tunerkit.merge(model)

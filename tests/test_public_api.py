@@ -33,6 +33,7 @@ ADDED = frozenset(
         "tunerkit.errors.first(POSITIONAL_OR_KEYWORD lines, POSITIONAL_OR_KEYWORD shown = 20)",
         "tunerkit.errors.shown(POSITIONAL_OR_KEYWORD value)",
         "tunerkit.Adapter()",
+        "tunerkit.Adapter.has_shared",
         "tunerkit.Adapter.rank_dims",
         "tunerkit.Adapter.reads_output",
         "tunerkit.Adapter.reads_weight",

@@ -240,3 +240,38 @@ def test_a_projection_that_attention_uses_directly_is_merged_as_its_delta_says(m
     torch.manual_seed(0)
     model = stacked(Block(), methods, targets=["attention.out_proj"])
     assert_merges(model, torch.randn(2, 3, 8))
+
+
+@pytest.mark.parametrize("method", ["toy-scale", "toy-secretive"])
+@pytest.mark.parametrize("padding", [0, 99])
+def test_scaling_a_padding_row_that_is_not_zero_is_not_merged(method: str, padding: int) -> None:
+    """A delta never changes that row, but the adapter scales it."""
+    torch.manual_seed(0)
+    embedding = nn.Embedding(100, 5, padding_idx=padding)
+    nn.init.normal_(embedding.weight)
+    model = stacked(nn.Sequential(embedding), (method,))
+    with pytest.raises(tunerkit.AdapterError, match="cannot merge at '0'"):
+        tunerkit.merge(model)
+
+
+def test_a_wrong_merge_is_seen_also_where_the_base_rounds() -> None:
+    """In bf16, rounding is larger than the mistake; the test computes in fp64."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5)).bfloat16()
+    model = stacked(model, ("toy-low-rank", "toy-secretive"), size=0.1)
+    with pytest.raises(tunerkit.AdapterError, match="cannot merge at '0'"):
+        tunerkit.merge(model)
+
+
+def test_adapters_with_a_shared_module_are_tested_where_they_share_a_target() -> None:
+    """The copy that is tested has its own shared module, in the same precision."""
+    from tunerkit.testing.toy_shared import SharedPlugin
+
+    torch.manual_seed(0)
+    with registered(SharedPlugin()):
+        model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6))
+        for number, method in enumerate(("toy-shared", "toy-scale")):
+            tunerkit.wrap(model, method, {"targets": ["0", "1"]}, adapter=f"a{number}", seed=number)
+        assert_merges(model.eval(), torch.randn(3, 6))
+        assert tunerkit.tuner(model, "a0").shared is not None
+        assert all(p.dtype == torch.float32 for p in tunerkit.tuner(model, "a0").parameters())

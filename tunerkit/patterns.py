@@ -113,17 +113,15 @@ def lookup(table: Mapping[str, Value], path: str, default: Value) -> Value:
 
 
 def exact_patterns(paths: Iterable[str]) -> dict[str, str]:
-    """Return patterns for given paths, each of which matches only its own path among them.
+    """Return patterns that match given paths and no other: a plain name also matches the end of longer ones.
 
     Args:
         paths: Dotted module paths.
 
     Returns:
-        The pattern by path: the path itself, unless it would also match the end of another one.
+        The pattern by path.
     """
-    listed = list(paths)
-    ends = {path[at + 1 :] for path in listed for at, character in enumerate(path) if character == "."}
-    return {path: f"re:{re.escape(path)}" if path in ends or is_broad(path) else path for path in listed}
+    return {path: f"re:{re.escape(path)}" for path in paths}
 
 
 def is_broad(pattern: str) -> bool:

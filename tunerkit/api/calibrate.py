@@ -1,7 +1,7 @@
 """Calibrate: measure the data at the targets before training, from which a method sets its start and its ranks."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -27,8 +27,8 @@ def calibrate(model: M, batches: Iterable[Any], adapter: str | None = None, *, l
 
     Args:
         model: The wrapped model. Call this after `wrap` and before `attach`.
-        batches: Mappings of keyword arguments, tuples of arguments, or single arguments of the model; on the model's
-            device. If a new head must be fitted, they are gone through several times, so pass a list or a loader.
+        batches: Mappings of keyword arguments, tuples or lists of arguments, or single arguments of the model; on the
+            model's device. If a new head must be fitted, they are gone through several times: pass a list or a loader.
         adapter: The adapter's name. It may be left out if the model has only one.
         loss: Computes the loss from the model's output and the batch. By default it is the output's ``loss``, or the
             output itself if that is one number. Only methods that want gradients need it.
@@ -46,8 +46,10 @@ def calibrate(model: M, batches: Iterable[Any], adapter: str | None = None, *, l
     _refuse_started(tuner)
     root = tuner.model
     injection.refuse_fixed(root, "calibrating")
-    with _evaluating(root), torch.random.fork_rng(devices=[]):
-        if wanted.gradients and tuner.copies:
+    if isinstance(batches, Mapping | torch.Tensor | str):
+        raise AdapterError(f"batches is one {type(batches).__name__}; pass a list of batches")
+    with _evaluating(root), torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+        if wanted.gradients and _heads(tuner):
             _fit_copies_(tuner, batches, loss)
         found, count = injection.measure(tuner, wanted, batches, loss)
         with torch.no_grad():
@@ -74,17 +76,28 @@ def _calibrates(name: str) -> bool:
 
 
 def _refuse_started(tuner: Tuner) -> None:
-    if tuner.steps or tuner.loaded or steps.is_attached(tuner):
-        state = "loaded from a file" if tuner.loaded else "attached to an optimizer" if not tuner.steps else "trained"
-        raise AdapterError(
-            f"adapter {tuner.name!r} is already {state}, and calibrating would overwrite it: calibrate right after "
-            "tunerkit.wrap"
-        )
+    states = {
+        "loaded from a file": tuner.loaded,
+        "trained": tuner.steps > 0 or _is_moved(tuner),
+        "attached to an optimizer": steps.is_attached(tuner),
+    }
+    for state, holds in states.items():
+        if holds:
+            raise AdapterError(
+                f"adapter {tuner.name!r} is already {state}, and calibrating would overwrite it: calibrate right after "
+                "tunerkit.wrap"
+            )
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         raise AdapterError(
             "calibrating in a process group would give each process another start; calibrate in one process, save the "
             "adapter, and load it with trainable=True in all"
         )
+
+
+def _is_moved(tuner: Tuner) -> bool:
+    """Whether a loop that nobody attached has trained the adapter, which shows where it starts by adding nothing."""
+    starts_at_0 = hooks.registry.get(tuner.method).start == "exact" and hooks.has_delta(tuner.method)
+    return starts_at_0 and not injection.adds_nothing(tuner)
 
 
 def _fit_copies_(tuner: Tuner, batches: Iterable[Any], loss: injection.Loss | None) -> None:
@@ -94,16 +107,31 @@ def _fit_copies_(tuner: Tuner, batches: Iterable[Any], loss: injection.Loss | No
             "a new head must be fitted before gradients mean anything, which goes through the batches several times, "
             f"and a {type(batches).__name__} can be gone through once; pass a list or a loader"
         )
-    copies = (slot.copy for _, slot in tuner.slots() if slot.copy is not None)
-    trained = [parameter for copy in copies for parameter in copy.parameters() if parameter.requires_grad]
+    trained = [parameter for head in _heads(tuner) for parameter in head.parameters() if parameter.requires_grad]
+    if not trained:
+        return
+    before = [parameter.detach().clone() for parameter in trained]
     optimizer = torch.optim.AdamW(trained, lr=_LR)
-    for _ in range(_PASSES):
-        for batch in batches:
-            value = injection.loss_of(tuner.model, batch, loss)
-            for parameter, grad in zip(trained, torch.autograd.grad(value, trained, allow_unused=True), strict=True):
-                parameter.grad = grad
-            optimizer.step()
-    optimizer.zero_grad()
+    try:
+        for _ in range(_PASSES):
+            for batch in batches:
+                value = injection.loss_of(tuner.model, batch, loss)
+                gradients = torch.autograd.grad(value, trained, allow_unused=True)
+                for parameter, grad in zip(trained, gradients, strict=True):
+                    parameter.grad = grad
+                optimizer.step()
+    except BaseException:
+        for parameter, values in zip(trained, before, strict=True):
+            parameter.data.copy_(values)
+        raise
+    finally:
+        optimizer.zero_grad()
+
+
+def _heads(tuner: Tuner) -> list[nn.Module]:
+    """The copies that may be new heads. Embeddings are not: most of their rows are pretrained."""
+    copies = [slot.copy for _, slot in tuner.slots() if slot.copy is not None]
+    return [copy for copy in copies if not any(isinstance(part, nn.Embedding) for part in copy.modules())]
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tunerkit.config import AdapterConfig
-from tunerkit.errors import PluginError
+from tunerkit.errors import AdapterError, PluginError
 from tunerkit.hooks import answers, specs
 from tunerkit.hooks.answers import Question
 from tunerkit.hooks.discovery import error_text
@@ -24,6 +24,7 @@ from tunerkit.hooks.interrupts import is_from_signal
 from tunerkit.hooks.registry import registry
 from tunerkit.hooks.tuner_view import TunerView
 from tunerkit.layers import Adapter, BaseLayer, low_rank_delta
+from tunerkit.paths import few
 from tunerkit.records import Delta, Factors, ParamGroup, RankChange, State, Statistics, Target
 
 A = TypeVar("A")
@@ -164,12 +165,42 @@ def factors(path: str, method: str, adapter: Adapter, base: BaseLayer) -> Factor
 
 
 def from_factors(
-    method: str, targets: Sequence[Target], products: Mapping[str, Factors]
+    method: str, targets: Sequence[Target], bases: Sequence[BaseLayer], products: Mapping[str, Factors]
 ) -> tuple[AdapterConfig, Mapping[str, Adapter]]:
-    """Build a config and adapters, by target path, that add the given products."""
+    """Build a config and adapters, by target path, that add the given products.
+
+    Args:
+        method: The method's name.
+        targets: The targets.
+        bases: Their base layers, in the same order.
+        products: The product for each target, by its path.
+
+    Raises:
+        AdapterError: There is no target, or a product is missing, has another shape, or is not finite.
+    """
+    _refuse_misshapen(targets, bases, products)
     question = Question(specs.tunerkit_from_factors, method, targets)
     check = partial(answers.built_from_factors, targets=targets, config=registry.get(method).config)
     return _ask(question, check, targets=targets, factors=products)
+
+
+def _refuse_misshapen(targets: Sequence[Target], bases: Sequence[BaseLayer], products: Mapping[str, Factors]) -> None:
+    paths = [target.path for target in targets]
+    if not paths or products.keys() != set(paths):
+        raise AdapterError(
+            f"expected one product for each of {len(paths)} targets ({few(paths, shown=5)}), got "
+            f"{len(products)} ({few([*products], shown=5)})"
+        )
+    for path, base in zip(paths, bases, strict=True):
+        q, p = products[path]
+        wanted = ((p.shape[-1], base.in_features), (base.out_features, p.shape[-1]))
+        if (tuple(q.shape), tuple(p.shape)) != wanted:
+            raise AdapterError(
+                f"the product for {path!r} has q of shape {tuple(q.shape)} and p of shape {tuple(p.shape)}; expected "
+                f"q (r, {base.in_features}) and p ({base.out_features}, r), with one r"
+            )
+        if not (q.isfinite().all() and p.isfinite().all()):
+            raise AdapterError(f"the product for {path!r} contains NaN or inf")
 
 
 def state(tuner: TunerView) -> State:

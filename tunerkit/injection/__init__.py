@@ -2,7 +2,7 @@
 
 from tunerkit.injection.build import build, build_each
 from tunerkit.injection.delta import adapted_tensors
-from tunerkit.injection.idle import is_untrained
+from tunerkit.injection.idle import adds_nothing, is_untrained
 from tunerkit.injection.inject import activate_, eject_, inject_, rename_, train_
 from tunerkit.injection.integrity import refuse_lost
 from tunerkit.injection.measuring import Loss, loss_of, measure

@@ -44,6 +44,8 @@ def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, *, trainable
             watch_states_(module)
             if reader is None:
                 module.register_forward_hook(apply_slots, with_kwargs=True)
+        elif slots.base is None and base is not None:  # another adapter trains the bias of a module without a kind
+            slots.see_as(base)
         if not module.training:  # new parts are in training mode, and a copy has the modes of its original
             slot.eval()
         slots.put(tuner.name, slot)

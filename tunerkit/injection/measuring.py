@@ -105,7 +105,7 @@ def _noting(ran: set[str], path: str, sketch: Sketch) -> Callable[..., Tensor]:
 def _run(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
+    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
 def loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:

@@ -115,12 +115,16 @@ class Slots(nn.Module):
 
     def __init__(self, base: BaseLayer | None) -> None:
         super().__init__()
-        self.base = base
-        self.features = None if base is None or not base.has_weight else (base.out_features, base.in_features)
+        self.see_as(base)
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.merged: tuple[str, ...] = ()
         self.permanent = False
+
+    def see_as(self, base: BaseLayer | None) -> None:
+        """Set the base layer."""
+        self.base = base
+        self.features = None if base is None or not base.has_weight else (base.out_features, base.in_features)
 
     def __setattr__(self, name: str, value: object) -> None:
         # nn.Module refuses to set an attribute with the name of a child, and an adapter may be called "training".

@@ -59,6 +59,11 @@ class Adapter(nn.Module):
             raise AttributeError from None  # no other class: whoever asks with hasattr must get False
         return module
 
+    @property
+    def has_shared(self) -> bool:
+        """Whether there is a `shared` module."""
+        return _SHARED in vars(self)
+
     def share(self, module: nn.Module) -> None:
         """Set `shared`. Core calls this after it built the adapter.
 

@@ -52,8 +52,10 @@ class EmbeddingLayer(BaseLayer):
         return delta if forward_owner(self.module) is nn.Embedding else delta * self.scale
 
     def example_input(self) -> Tensor:
-        """The first ids, at most 64."""
-        return torch.arange(min(64, self.module.num_embeddings), device=weight_of(self.module).device)
+        """The first ids, at most 64, and the padding id: its row is the only one that a delta never changes."""
+        ids = list(range(min(64, self.module.num_embeddings)))
+        padding = [] if self.module.padding_idx is None else [self.module.padding_idx]
+        return torch.tensor([*ids, *padding], device=weight_of(self.module).device)
 
     def dense(self) -> Tensor:
         """Return the weight transposed, a view: without the scale, and with the row of ``padding_idx`` unchanged."""

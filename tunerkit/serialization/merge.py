@@ -53,8 +53,8 @@ def merge(model: M, *, permanent: bool = False) -> M:
     _refuse_unfit(model, places)
     merged = [_merged_tensors(path, module, slots) for path, module, slots in places]
     _refuse_nonfinite(places, merged)
-    for (path, module, slots), tensors in zip(places, merged, strict=True):
-        refuse_unequal(path, module, slots, tensors)
+    for path, module, slots in places:
+        refuse_unequal(path, module, slots)
     kept = {name: fingerprint(tuner) for name, tuner in tuners.items()} if permanent else {}
     replaced = _replace_all_(places, merged)
     for name, base in kept.items():

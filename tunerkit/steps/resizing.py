@@ -172,4 +172,7 @@ def _fresh_state(key: str, growth: Growth, group: Mapping[str, Any], like: Tenso
     """Return an optimizer's state of new entries: that of entries which had no gradient so far."""
     if key == _AVERAGE:
         return growth.values.to(like)
-    return like.new_full(growth.values.shape, float(group[_FRESH[key]]) if key in _FRESH else 0.0)
+    setting = _FRESH.get(key)
+    # A scheduler keeps the learning rate that training began with, which is Rprop's first step size.
+    first = 0.0 if setting is None else float(group.get(f"initial_{setting}", group[setting]))
+    return like.new_full(growth.values.shape, first)

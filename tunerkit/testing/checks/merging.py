@@ -81,20 +81,18 @@ def check_builds_from_factors(case: Case, method: str, config: Mapping[str, obje
         raise SkipTest("the method does not implement tunerkit_from_factors and tunerkit_factors")
     tuner = tunerkit.tuner(wrapped(case, method, config))
     generator = torch.Generator().manual_seed(3)
-    bases = {path: slots.base for path, _, slots in injection.walk(tuner.model) if path in tuner.adapters()}
+    own = {path: slots.base for path, _, slots in injection.walk(tuner.model)}
+    bases = {target.path: base for target in tuner.targets if (base := own[target.path]) is not None}
     given = {}
     for number, (path, base) in enumerate(bases.items()):
-        assert base is not None
         rank = min(number % 4, base.in_features, base.out_features)
         given[path] = tunerkit.Factors(
             q=torch.randn(rank, base.in_features, generator=generator),
             p=torch.randn(base.out_features, rank, generator=generator),
         )
-    _, adapters = hooks.from_factors(method, tuner.targets, given)
+    _, adapters = hooks.from_factors(method, tuner.targets, [*bases.values()], given)
     for path, adapter in adapters.items():
-        base = bases[path]
-        assert base is not None
-        found, product = hooks.factors(path, method, adapter, base), given[path]
+        found, product = hooks.factors(path, method, adapter, bases[path]), given[path]
         difference = largest({"": found.p @ found.q - product.p @ product.q})
         assert difference <= 1e-5 * max(1.0, largest({"": product.p @ product.q})), (
             f"{path}: an adapter built from factors of rank {product.rank} adds something else, by {difference:.3g}; "

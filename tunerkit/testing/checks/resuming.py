@@ -19,6 +19,7 @@ def check_resumes(case: Case, method: str, config: Mapping[str, object], tmp_pat
     _steps(model, case, optimizer, range(half))
     path = tunerkit.save(model, tmp_path / "adapter")
     tunerkit.save_state(model, tmp_path / "adapter")
+    saved = copy.deepcopy(tunerkit.tuner(model).training_state())
     kept = copy.deepcopy(optimizer.state_dict())
     _steps(model, case, optimizer, range(half, STEPS))
     again = tunerkit.load(case.build(), path, trainable=True)
@@ -26,8 +27,24 @@ def check_resumes(case: Case, method: str, config: Mapping[str, object], tmp_pat
     fresh.load_state_dict(kept)
     tunerkit.attach(again, fresh, total_steps=STEPS)
     tunerkit.load_state(again, tmp_path / "adapter")
+    _assert_same_state(tunerkit.tuner(again).training_state(), saved)
     _steps(again, case, fresh, range(half, STEPS))
     _assert_same_end(again, model)
+
+
+def _assert_same_state(found: tunerkit.State, saved: tunerkit.State) -> None:
+    """What was restored must be what was saved, also where the rest of a short training does not depend on it."""
+    values = [name for name, value in saved.values.items() if found.values.get(name) != value]
+    tensors = [
+        name
+        for name, tensor in saved.tensors.items()
+        if name not in found.tensors or not torch.equal(found.tensors[name].cpu(), tensor.cpu())
+    ]
+    wrong = [*values, *tensors]
+    assert not wrong, (
+        f"after load_state, tunerkit_state returns other values than were saved: {', '.join(wrong[:5])}; set "
+        "everything that it returns again in tunerkit_restore"
+    )
 
 
 def _assert_same_end(found: nn.Module, expected: nn.Module) -> None:
