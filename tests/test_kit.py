@@ -15,10 +15,11 @@ from tunerkit import TunerkitError
 from tunerkit.testing import Case, check_method, known_cases, matrix, small
 from tunerkit.testing.checks.order import BY_NAME, CHECKS, NEEDS
 from tunerkit.testing.registering import registered
+from tunerkit.testing.toy_adapters import Scale
 from tunerkit.testing.toy_growing import GrowingPlugin
 from tunerkit.testing.toy_methods import LowRankConfig, LowRankPlugin, ShiftPlugin
 from tunerkit.testing.toy_outputs import OutputPlugin
-from tunerkit.testing.toy_readers import DirectionPlugin, ScalePlugin
+from tunerkit.testing.toy_readers import DirectionPlugin, ScaleConfig, ScalePlugin
 from tunerkit.testing.toy_shared import SharedPlugin
 from tunerkit.testing.toy_starts import FittedPlugin, PrincipalPlugin
 
@@ -199,3 +200,24 @@ def test_a_plugin_that_writes_into_its_input_changes_no_other_test() -> None:
     with registered(bad_plugins.WritesX()):
         check_method("bad", cases=[CASE, known_cases.NETWORK], checks=["inputs_unwritten", "forward_keeps_the_base"])
     assert torch.equal(small.X, before)
+
+
+class ForgetsBiases(ScalePlugin):
+    """Scales outputs, and says so of the weights alone."""
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [tunerkit.Method("toy-forgets", config=ScaleConfig)]
+
+    @tunerkit.hookimpl
+    def tunerkit_delta(self, adapter: Scale, base: tunerkit.BaseLayer) -> tunerkit.Delta:
+        return tunerkit.Delta(weight=adapter.l[:, None] * base.dense())
+
+
+def test_a_delta_without_the_bias_is_noticed_where_the_model_s_biases_are_0() -> None:
+    """A new BERT has biases of 0, so its outputs would be equal."""
+    pytest.importorskip("transformers")
+    check = "delta_is_what_forward_adds"
+    with registered(ForgetsBiases()):
+        (result,) = check_method("toy-forgets", cases=known_cases.named(["bert"]), checks=[check])
+    assert (result.check, result.status) == (check, "failed")

@@ -39,9 +39,10 @@ def check_delta_is_what_forward_adds(case: Case, method: str, config: Mapping[st
     )
     wide = in_dtype(case, torch.float64)
     model = filled(wide, method, {**config, "adapter_dtype": "float64"})
-    for call in calls_of(model, wide):
+    for number, call in enumerate(calls_of(model, wide)):
         if not call.base.has_weight:
             continue
+        _fill_bias_(call.module, call.base.bias_name, number)
         adapted = call.run()
         tensors = injection.adapted_tensors(call.path, call.module, call.slots)
         with tunerkit.disabled(model):
@@ -51,6 +52,13 @@ def check_delta_is_what_forward_adds(case: Case, method: str, config: Mapping[st
             f"{call.path}: forward changes the output by up to {added:.4g}, and with its delta the layer computes "
             f"something else, by up to {worst:.4g}; {_HINT}"
         )
+
+
+def _fill_bias_(module: nn.Module, name: str, seed: int) -> None:
+    """Make a bias that is 0, as in a new model, random: a delta that forgets it would not be noticed."""
+    bias = dict(module.named_parameters(recurse=False)).get(name)
+    if bias is not None and not bias.any():
+        bias.copy_(torch.randn(bias.shape, generator=torch.Generator().manual_seed(seed), dtype=bias.dtype))
 
 
 @torch.no_grad()
