@@ -21,9 +21,10 @@ def calibrate(model: M, batches: Iterable[Any], adapter: str | None = None, *, l
     """Run a model on data before training, and let an adapter's method set its start and its ranks from that.
 
     The method says what it wants to know, see `tunerkit.Wanted`. Statistics are summed up over the batches, so any
-    amount of data takes the same memory. The base model does not change. If the method wants gradients and modules are
-    trained in full, those are fitted to the batches first, because the gradients of a new head say nothing.
-    The caller's random state stays as it is.
+    amount of data takes the same memory. The base model and the caller's random state do not change.
+
+    If the method wants gradients, modules that are trained in full are fitted to the batches first, because the
+    gradients behind a new head say nothing. Embeddings are not fitted: most of their rows are pretrained.
 
     Args:
         model: The wrapped model. Call this after `wrap` and before `attach`.
@@ -101,7 +102,7 @@ def _is_moved(tuner: Tuner) -> bool:
 
 
 def _fit_copies_(tuner: Tuner, batches: Iterable[Any], loss: injection.Loss | None) -> None:
-    """Train what the adapter trains in full, and nothing else, on the batches."""
+    """Train the possible new heads, and nothing else, on the batches. If that fails, their values are restored."""
     if isinstance(batches, Iterator):
         raise AdapterError(
             "a new head must be fitted before gradients mean anything, which goes through the batches several times, "

@@ -88,7 +88,7 @@ def _sketches(tuner: Tuner, wanted: Wanted) -> dict[str, Sketch]:
                 f"the inputs of {path!r} cannot be seen: its {type(slots.base.module).__name__} is not called with "
                 "them; exclude it from the targets"
             )
-        # By the place, not the order of the targets: each has its own random matrices.
+        # Each target has random matrices of its own, the same in each run.
         generator = torch.Generator().manual_seed(len(found))
         found[path] = Sketch(slots.base, wanted, generator)
     return found
