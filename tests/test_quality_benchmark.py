@@ -395,10 +395,13 @@ class Threads(concurrent.futures.ThreadPoolExecutor):
 def test_a_failed_run_stops_the_grid_and_loses_no_running_one(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other run finishes after the failure is known, and its row is written."""
     failing, other = (Run("toy", "lora", 1, 1e-3, seed) for seed in (0, 1))
+    running = threading.Event()
 
     def execute(run: Run, _: Path) -> store.Row:
         if run == failing:
+            assert running.wait(1800)  # otherwise the other run might not have begun, and would be cancelled
             raise OSError("no space left")
+        running.set()
         assert Threads.shutting.wait(1800)
         return row_of(run, 1.0)
 
