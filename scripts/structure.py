@@ -48,11 +48,16 @@ Sources = Mapping[str, Source]
 
 
 def read(package: str, folder: Path) -> Iterator[Source]:
-    """Read every module below ``folder``, which is imported as ``package``."""
+    """Read every module below ``folder``, which is imported as ``package``.
+
+    Imports in a stub beside a module are the module's own: a package that imports its names when they are used lists
+    them there.
+    """
     for file in sorted(folder.rglob("*.py")):
         parts = [package, *file.relative_to(folder).with_suffix("").parts]
         is_package = parts[-1] == "__init__"
-        text = file.read_text(encoding="utf-8")
+        stub = file.with_suffix(".pyi")
+        text = "\n".join(part.read_text(encoding="utf-8") for part in (file, stub) if part.exists())
         yield Source(".".join(parts[:-1] if is_package else parts), ast.parse(text), is_package, text)
 
 
@@ -112,7 +117,12 @@ def imported(source: Source, sources: Sources, *, deep: bool = False) -> frozens
 
 def _offers(package: Source | None, name: str) -> bool:
     statements = () if package is None else import_statements(package.tree, deep=False)
-    return any(name == (alias.asname or alias.name) for statement in statements for alias in statement.names)
+    return any(
+        name == (alias.asname or alias.name)
+        for statement in statements
+        if ast.unparse(statement).partition(" import ")[0] != "from ."  # its own modules, under their own names
+        for alias in statement.names
+    )
 
 
 def defining(module: str, name: str, sources: Sources) -> str:

@@ -1,4 +1,4 @@
-"""Nineteen plugins with one mistake each, and the check that must name it.
+"""Plugins with one mistake each, and the check that must name it.
 
 ``python -m tests.bad_plugins`` prints the table of the documentation.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit import Adapter, BaseLayer, Delta, State, Tuner, hookimpl
+from tunerkit import Adapter, BaseLayer, Delta, State, Target, Tuner, hookimpl
 from tunerkit.testing import Case, CheckResult, check_method, small
 from tunerkit.testing.registering import registered
 from tunerkit.testing.toy_methods import LowRankConfig
@@ -166,6 +166,38 @@ class TrainsHalf(Plugin):
     adapter = HalfDetached
 
 
+class Amplified(Product):
+    trains_the_gain = True
+
+    def added(self, x: Tensor) -> Tensor:
+        gain = self.shared.get_parameter("gain")
+        return super().added(x) * (gain if self.trains_the_gain else gain.detach())
+
+
+class TrainsTheGainOnce:
+    """Adapters share a trained factor, to which the second target gives no gradient."""
+
+    @hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [tunerkit.Method(METHOD, config=LowRankConfig)]
+
+    @hookimpl
+    def tunerkit_shared(self) -> nn.Module:
+        shared = nn.Module()
+        shared.gain = nn.Parameter(torch.ones(()))
+        return shared
+
+    @hookimpl
+    def tunerkit_build_adapter(self, target: Target, base: BaseLayer, config: LowRankConfig) -> Adapter:
+        adapter = Amplified(base, config.rank)
+        adapter.trains_the_gain = target.path != "2"
+        return adapter
+
+    @hookimpl
+    def tunerkit_delta(self, adapter: Product) -> Delta:
+        return Delta(weight=adapter.b @ adapter.a * adapter.shared.get_parameter("gain"))
+
+
 # --- What it says of itself -------------------------------------------------------------------------------------------
 
 
@@ -183,6 +215,12 @@ class DeltaTooSmall(Plugin):
     @hookimpl
     def tunerkit_delta(self, adapter: Product) -> Delta:
         return Delta(weight=0.999 * adapter.b @ adapter.a)
+
+
+class DeltaHalfDetached(Plugin):
+    @hookimpl
+    def tunerkit_delta(self, adapter: Product) -> Delta:
+        return Delta(weight=adapter.b @ adapter.a.detach())
 
 
 class DeltaTransposed(Plugin):
@@ -285,6 +323,30 @@ class StateSaved(StateNotSaved):
         tuner.state = [state.tensors[str(number)].clone() for number in range(len(state.tensors))]
 
 
+class Gained(Product):
+    def __init__(self, base: BaseLayer, rank: int) -> None:
+        super().__init__(base, rank)
+        self.gain = 1.0
+
+    def added(self, x: Tensor) -> Tensor:
+        return super().added(x) * self.gain
+
+
+class GainNotSaved(Plugin):
+    """Changes a plain attribute of which forward and delta make use, and which is not in the file."""
+
+    adapter = Gained
+
+    @hookimpl
+    def tunerkit_delta(self, adapter: Product) -> Delta:
+        return Delta(weight=vars(adapter)["gain"] * adapter.b @ adapter.a)
+
+    @hookimpl
+    def tunerkit_after_step(self, tuner: Tuner) -> None:
+        for adapter in tuner.adapters().values():
+            vars(adapter)["gain"] *= 1.1
+
+
 @attrs.frozen
 class Mistake:
     """One bad plugin.
@@ -313,12 +375,15 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake("says rank 1, adds rank 2", RankLies, "rank"),
     Mistake("the delta is 0.999 times what forward adds", DeltaTooSmall, "delta_is_what_forward_adds"),
     Mistake("the delta is transposed", DeltaTransposed, "delta_is_what_forward_adds"),
+    Mistake("the delta has no gradient for half of the tensors", DeltaHalfDetached, "delta_gives_gradients"),
+    Mistake("a shared tensor has no gradient at one target", TrainsTheGainOnce, "delta_gives_gradients"),
     Mistake("there is no delta", DeltaMissing, "delta_is_what_forward_adds"),
     Mistake("forward counts its calls and uses the number", HiddenState, "no_hidden_state"),
     Mistake("forward writes into x", WritesX, "inputs_unwritten"),
     Mistake("the output is fp32 on a bf16 base", WrongDtype, "output_dtype"),
     Mistake("an adapter cannot be pickled", NotPicklable, "pickle"),
     Mistake("adds gradients without grad_scale", IgnoresGradScale, "grad_scale"),
+    Mistake("forward uses a plain attribute that training changes", GainNotSaved, "saves_and_loads"),
     Mistake("keeps averages that it does not save", StateNotSaved, "resumes"),
 )
 

@@ -15,8 +15,8 @@ A check whose subject a method does not have is skipped, with the reason.
 _MISTAKES = """
 ## What a mistake looks like
 
-Nineteen plugins with one mistake each stand in the repository's tests. For each one, the first check that fails is the
-one about its mistake, and most of those that depend on it are skipped. This is what the kit says on a network of three
+Some plugins with one mistake each stand in the repository's tests. For each one, the first check that fails is the one
+about its mistake, and most of those that depend on it are skipped. This is what the kit says on a network of three
 linear layers:
 """
 _GRID = """

@@ -76,6 +76,12 @@ class SharingPlugin(Plugin):
         return shared
 
 
+class Scaled(Product):
+    def added(self, x: Tensor) -> Tensor:
+        shared: Any = self.shared
+        return super().added(x) * shared.g
+
+
 class WritesShared(Product):
     def added(self, x: Tensor) -> Tensor:
         self.shared.get_buffer("g").mul_(0.99)
@@ -86,10 +92,19 @@ class ChangesShared(SharingPlugin):
     adapter = WritesShared
 
 
+class ChangesSharedAtBuild(SharingPlugin):
+    @hookimpl
+    def tunerkit_build_adapter(  # type: ignore[override]
+        self, base: BaseLayer, config: LowRankConfig, shared: nn.Module
+    ) -> Adapter:
+        shared.get_buffer("g").data.mul_(0.99)  # no version counter sees it
+        return Scaled(base, config.rank)
+
+
 class CalibratesTooMuch(Plugin):
     @hookimpl
     def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method(METHOD, config=LowRankConfig, statistics=tunerkit.Wanted(inputs=2))]
+        return [tunerkit.Method(METHOD, config=LowRankConfig, statistics=tunerkit.StatisticsRequest(inputs=2))]
 
     @hookimpl
     def tunerkit_calibrate(self, tuner: Tuner, statistics: Mapping[str, Statistics]) -> None:
@@ -270,24 +285,6 @@ class ReadsOutputInSecret:
 # --- Files and copies -------------------------------------------------------------------------------------------------
 
 
-class Gained(Product):
-    def __init__(self, base: BaseLayer, rank: int) -> None:
-        super().__init__(base, rank)
-        self.gain = 1.0
-
-    def added(self, x: Tensor) -> Tensor:
-        return super().added(x) * self.gain
-
-
-class ForgetsTheGain(Plugin):
-    adapter = Gained
-
-    @hookimpl
-    def tunerkit_after_step(self, tuner: Tuner) -> None:
-        for adapter in tuner.adapters().values():
-            vars(adapter)["gain"] *= 1.1
-
-
 class HalfDeclared(Product):
     rank_dims: ClassVar[Mapping[str, int]] = {"a": 0}
 
@@ -308,6 +305,7 @@ CAUGHT: tuple[tuple[str, type], ...] = (
     ("bad_config_refused", with_config(Lenient)),
     ("seed", with_adapter(Drawn)),
     ("shared_module_kept", ChangesShared),
+    ("shared_module_kept", ChangesSharedAtBuild),
     ("shared_module_used", SharingPlugin),
     ("calibration_keeps_the_start", CalibratesTooMuch),
     ("only_the_adapter_trains", ThawsTheBase),
@@ -331,7 +329,6 @@ CAUGHT: tuple[tuple[str, type], ...] = (
     ("keeps_merged", DeltaTransposed),
     ("stacked_first", ReadsOutputInSecret),
     ("stacked_second", ReadsOutputInSecret),
-    ("saves_and_loads", ForgetsTheGain),
     ("other_rank_setting", with_config(Resetting)),
     ("other_ranks_load", with_adapter(HalfDeclared)),
     ("deepcopy", with_adapter(NeverCopied)),

@@ -24,6 +24,8 @@ TARGETS = {"targets": ["0", "2"]}
 class Fixed(tunerkit.Adapter):
     """Adds ``d b a x`` with trained ``d`` (out,); ``a`` and ``b`` are fixed, as a parameter and as a buffer."""
 
+    b: Tensor
+
     def __init__(self, base: tunerkit.BaseLayer) -> None:
         super().__init__()
         self.a = nn.Parameter(torch.randn(2, base.in_features), requires_grad=False)
@@ -32,7 +34,7 @@ class Fixed(tunerkit.Adapter):
         self.register_buffer("count", torch.arange(3), persistent=False)
 
     def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
-        return tunerkit.add_low_rank(base, x, y, q=self.a, p=self.d[:, None] * self.get_buffer("b"), scale=1.0)
+        return tunerkit.add_low_rank(base, x, y, q=self.a, p=self.d[:, None] * self.b, scale=1.0)
 
 
 class FixedPlugin:
@@ -184,6 +186,29 @@ def test_a_rank_that_the_tensors_do_not_agree_on_is_refused() -> None:
     state["0.tunerkit.default.adapter.a"] = state["0.tunerkit.default.adapter.a"][:2]
     with pytest.raises(RuntimeError, match="size mismatch"):
         grown(1).load_state_dict(state)
+
+
+class Masked(Growing):
+    """Has tensors whose shapes must stay beside those that have the rank."""
+
+    def __init__(self, base: Any, rank: int) -> None:
+        super().__init__(base, rank)
+        self.gain = nn.Parameter(torch.ones(2))
+        self.register_buffer("mask", torch.ones(2))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("name", ["gain", "mask"])
+def test_another_tensor_that_does_not_fit_is_refused_before_anything_is_resized(name: str, strict: bool) -> None:
+    """Else the adapter would be left with the new rank and without the new values."""
+    base: Any = nn.Linear(6, 5)
+    adapter, state = Masked(base, 1), Masked(base, 3).state_dict()
+    state[name] = torch.ones(3)
+    before = copy.deepcopy(adapter.state_dict())
+    with pytest.raises(RuntimeError, match=f"size mismatch for {name}"):
+        adapter.load_state_dict(state, strict=strict)
+    after = adapter.state_dict()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items() if key in ("a", "b", name))
 
 
 class Reversed(Growing):

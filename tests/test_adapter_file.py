@@ -1,5 +1,6 @@
 """Save and load: what was saved is loaded bit for bit, and values that are not finite are not saved."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import safetensors.torch
 import torch
 
 import tunerkit
-from tunerkit.errors import AdapterError, FileError
+from tunerkit.errors import AdapterError, FileError, TunerkitWarning
 from tunerkit.serialization.adapter_file import header_of, save_tuner
 from tunerkit.serialization.training_state import restore_
 
@@ -155,3 +156,54 @@ def test_a_mask_of_infinities_in_a_trained_module_is_saved_and_loaded(toys: "Toy
     model.head[2].tunerkit.default.copy.mask[0] = torch.nan
     with pytest.raises(AdapterError, match=r"head\.2\.copy\.mask"):
         tunerkit.save(model, tmp_path)
+
+
+def _two(toys: "Toys") -> Any:
+    model = toys.trained(targets=["layers.0"])
+    return toys.fill_(tunerkit.wrap(model, "toy-shift", {"targets": ["conv"]}, adapter="b"))
+
+
+def test_a_save_over_the_only_file_of_another_adapter_says_so(toys: "Toys", tmp_path: Path) -> None:
+    """Two adapters of one model saved to one folder leave one. An adapter that has another file loses nothing."""
+    model = _two(toys)
+    file = tunerkit.save(model, tmp_path, adapter="default")
+    with pytest.warns(TunerkitWarning, match="held adapter 'default' of this model, and holds 'b' now.*save 'default'"):
+        assert tunerkit.save(model, tmp_path, adapter="b") == file
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TunerkitWarning)
+        tunerkit.save(model, tmp_path, adapter="b")  # its own older file
+        tunerkit.save(model, tmp_path / "b.safetensors", adapter="b")
+        tunerkit.save(model, tmp_path, adapter="default")
+    with pytest.warns(TunerkitWarning, match="held adapter 'default'"):
+        tunerkit.save(model, tmp_path, adapter="b")
+
+
+def test_an_adapter_may_replace_the_file_that_it_was_loaded_from(toys: "Toys", tmp_path: Path) -> None:
+    """Under any name, and also if another adapter came from that file or has the name that it was saved by."""
+    file = tunerkit.save(toys.trained(targets=["layers.0"]), tmp_path)
+    model = toys.trained(targets=["conv"])
+    tunerkit.load(model, file, adapter="news")
+    tunerkit.load(model, file, adapter="films")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TunerkitWarning)
+        assert tunerkit.save(model, tmp_path, adapter="news") == file
+    tunerkit.rename(model, "news", "sport")
+    with pytest.warns(TunerkitWarning, match="held adapter 'sport'"):
+        tunerkit.save(model, tmp_path, adapter="default")
+
+
+@pytest.mark.parametrize("save", [tunerkit.save, tunerkit.save_state])
+def test_a_file_of_another_program_is_not_replaced(toys: "Toys", tmp_path: Path, save: Any) -> None:
+    """A base model's weights stay; a damaged or half file, which may be our own, is replaced."""
+    file, model = tmp_path / "model.safetensors", toys.trained(targets=["layers.0"])
+    for metadata in (None, {"format": "pt"}):
+        safetensors.torch.save_file({"weight": torch.ones(2)}, file, metadata=metadata)
+        content = file.read_bytes()
+        with pytest.raises(FileError, match=r"tunerkit did not write.*under another name.*delete that file"):
+            save(model, file)
+        assert file.read_bytes() == content
+    file.write_bytes(content[:20])
+    save(model, file)
+    file.write_bytes(file.read_bytes()[:-4])
+    save(model, file)
+    assert b"tunerkit.digest" in file.read_bytes()

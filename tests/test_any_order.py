@@ -2,12 +2,12 @@
 
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
+from hypothesis import settings, strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     invariant,
@@ -95,7 +95,7 @@ class Several(RuleBasedStateMachine):
     def load(self, data: st.DataObject) -> None:
         source = data.draw(st.sampled_from(list(self.outputs)))
         name = data.draw(st.sampled_from([name for name in NAMES if name not in self.outputs]))
-        path = tunerkit.save(self.model, self.folder.name, adapter=source)
+        path = tunerkit.save(self.model, Path(self.folder.name, str(len(self.outputs))), adapter=source)
         if any(self.copied[source] & self.copied[other] for other in self.active):
             with pytest.raises(AdapterError, match="is active"):
                 tunerkit.load(self.model, path, adapter=name, trainable=True)

@@ -34,12 +34,12 @@ CORE = "tunerkit"
 PACKAGES = {CORE: ROOT / CORE, **{path.name: path for path in sorted(ROOT.glob("plugins/*/tunerkit_*"))}}
 OPTIONAL = ("cli", "integrations", "report", "testing")  # these parts of core may need an extra
 TEST_FILES = sorted([*ROOT.glob("tests/**/test_*.py"), *ROOT.glob("plugins/*/tests/**/test_*.py")])
-PLUGGY = frozenset({"pluggy", "tunerkit.hooks.markers", "tunerkit.hooks.specs", "tunerkit.hooks.registry"})
+PLUGGY = frozenset({"pluggy", "tunerkit.markers", "tunerkit.hooks.specs", "tunerkit.hooks.registry"})
 # The only core files that may use a library's private names.
 PRIVATE = {"torch": f"{CORE}.libraries.torch_private", "transformers": f"{CORE}.libraries.transformers_private"}
 # State that lives as long as the process, each entry with its reason.
 PROCESS_STATE = {
-    *(f"{CORE}.cli.app.app", f"{CORE}.hooks.registry.registry", f"{CORE}.injection.tuner.unseen"),
+    *(f"{CORE}.hooks.registry.registry", f"{CORE}.injection.tuner.unseen"),
     *(f"{CORE}.steps.links._links", f"{CORE}.steps.undriven._watch", f"{CORE}.patterns._allowance"),
 }
 LIBRARIES = frozenset(
@@ -53,7 +53,7 @@ ARITHMETIC_BUILTINS = frozenset({"abs", "divmod", "pow", "round", "sum"})
 # The layout (DESIGN.md, section 6). Every import, lazy and typing-only ones included, goes to an earlier row, and
 # packages in one row never import each other.
 ROWS: tuple[tuple[str, ...], ...] = (
-    ("errors", "paths", "records"),
+    ("errors", "markers", "paths", "records"),
     ("patterns", "config", "report"),
     ("libraries",),
     ("layers", "parallel"),
@@ -220,7 +220,8 @@ def is_text(node: ast.expr) -> bool:
 
 
 def requirement_names(requirements: Iterable[str]) -> frozenset[str]:
-    return frozenset(re.split(r"[^A-Za-z0-9_-]", requirement, maxsplit=1)[0] for requirement in requirements)
+    names = (re.split(r"[^A-Za-z0-9_-]", requirement, maxsplit=1)[0] for requirement in requirements)
+    return frozenset(name.replace("-", "_") for name in names)
 
 
 def undeclared(sources: Sources, declared: frozenset[str]) -> list[str]:
@@ -325,7 +326,8 @@ def test_only_plugin_modules_of_a_plugin_know_pluggy(sources: Sources) -> None:
 def test_only_the_registry_and_what_it_is_made_of_import_pluggy(sources: Sources) -> None:
     """All other core modules call plugins through the registry."""
     users = {n for n, s in sources.items() if belongs(n, [CORE]) and "pluggy" in imported(s, sources, deep=True)}
-    assert users == {f"{CORE}.hooks.{name}" for name in ("catalog", "markers", "validation", "registry")}
+    within_hooks = {f"{CORE}.hooks.{name}" for name in ("catalog", "validation", "registry")}
+    assert users == {f"{CORE}.markers", f"{CORE}.cli.plugin_commands", *within_hooks}
 
 
 def test_adapters_never_import_the_registry(sources: Sources) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import tunerkit
 from tunerkit.testing.registering import registered
@@ -158,7 +159,7 @@ def test_the_head_of_a_method_that_needs_steps_is_fitted_too(tmp_path: Path) -> 
     class Stepping(FittedPlugin):
         @tunerkit.hookimpl
         def tunerkit_methods(self) -> list[tunerkit.Method]:
-            wanted = tunerkit.Wanted(gradients=2)
+            wanted = tunerkit.StatisticsRequest(gradients=2)
             return [tunerkit.Method("toy-stepping", LowRankConfig, needs_steps=True, statistics=wanted)]
 
     with registered(Stepping()):
@@ -173,6 +174,55 @@ def test_the_head_of_a_method_that_needs_steps_is_fitted_too(tmp_path: Path) -> 
         tunerkit.attach(model, optimizer, total_steps=2)
         step(model, optimizer)
         assert tunerkit.tuner(model).steps == 1
+
+
+class Keeping(FittedPlugin):
+    """Keeps the statistics, of inputs and of gradients."""
+
+    def __init__(self, **wanted: int) -> None:
+        self.wanted = tunerkit.StatisticsRequest(**wanted)
+        self.found: dict[str, tunerkit.Statistics] = {}
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [tunerkit.Method("toy-keeping", config=LowRankConfig, statistics=self.wanted)]
+
+    @tunerkit.hookimpl
+    def tunerkit_calibrate(self, statistics: Any) -> None:  # type: ignore[override]
+        self.found.update(statistics)
+
+
+class Checkpointed(nn.Sequential):
+    """Runs its first layers, and all of them once more around these, in checkpoints, in eval mode too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def first(x: Tensor) -> Tensor:
+            return self[2](self[1](self[0](x)))  # type: ignore[no-any-return]
+
+        def whole(x: Tensor) -> Tensor:
+            return self[4](self[3](checkpoint(first, x, use_reentrant=False)))  # type: ignore[no-any-return]
+
+        return checkpoint(whole, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("wanted", [{"inputs": 2}, {"gradients": 2}, {"inputs": 2, "gradients": 2}])
+def test_what_a_checkpoint_computes_again_is_counted_once(wanted: dict[str, int]) -> None:
+    """The statistics are bit-identical to those of the same model without checkpoints."""
+    found = []
+    for build in (nn.Sequential, Checkpointed):
+        with registered(plugin := Keeping(**wanted)):
+            tunerkit.calibrate(wrapped("toy-keeping", build(*net()), targets=["0", "2", "4"]), BATCHES, loss=loss)
+        found.append(plugin.found)
+    for path, expected in found[0].items():
+        same = found[1][path]
+        assert same.rows == expected.rows == len(X)
+        for one, other in ((same.inputs, expected.inputs), (same.gradients, expected.gradients)):
+            assert (one is None) == (other is None)
+        if same.inputs is not None and expected.inputs is not None:
+            assert torch.equal(same.inputs, expected.inputs)
+        if same.gradients is not None and expected.gradients is not None:
+            assert torch.equal(same.gradients.q, expected.gradients.q)
+            assert torch.equal(same.gradients.p, expected.gradients.p)
 
 
 def test_one_of_several_adapters_is_calibrated() -> None:
@@ -308,7 +358,7 @@ class Answering(FittedPlugin):
 
     @tunerkit.hookimpl
     def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-answering", config=LowRankConfig, statistics=tunerkit.Wanted(inputs=2))]
+        return [tunerkit.Method("toy-answering", config=LowRankConfig, statistics=tunerkit.StatisticsRequest(inputs=2))]
 
     @tunerkit.hookimpl
     def tunerkit_calibrate(self) -> Any:  # type: ignore[override]

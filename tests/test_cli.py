@@ -21,8 +21,7 @@ import attrs
 import hypothesis
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import tunerkit
 
@@ -38,7 +37,7 @@ from typer.testing import CliRunner  # noqa: E402
 from tests import bad_plugins  # noqa: E402
 from tests.tiny_classifier import WORDS, save_tiny_classifier  # noqa: E402
 from tunerkit.cli import assets, job, outputs, settings  # noqa: E402
-from tunerkit.cli.app import app  # noqa: E402
+from tunerkit.cli.app import build  # noqa: E402
 from tunerkit.cli.baseline import head_only  # noqa: E402
 from tunerkit.cli.batches import Encoded, shuffled_batches, sorted_batches  # noqa: E402
 from tunerkit.cli.data import DataError, Examples, class_names, class_numbers, read_examples, split  # noqa: E402
@@ -552,7 +551,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def tunerkit_command(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(build(), [str(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize("method", ["lora", "adalora"])
@@ -749,20 +748,32 @@ def test_a_cpu_trains_in_bf16_where_it_has_tiles(tiles: bool, monkeypatch: pytes
 # --- check ---
 
 
-def test_check_prints_a_table_and_exits_with_0_if_all_pass() -> None:
-    """One row for each check with its status on each case, and the counts; settings may be written out."""
+def test_check_prints_a_list_and_exits_with_0_if_all_pass() -> None:
+    """One line for each check with its status, and the counts; settings may be written out."""
     with registered(LowRankPlugin()):
-        found = CliRunner().invoke(app, ["check", "toy-low-rank", "--config", '{"rank": 1}', "--case", "network"])
+        found = CliRunner().invoke(build(), ["check", "toy-low-rank", "--config", '{"rank": 1}', "--case", "network"])
     assert found.exit_code == 0, found.output
-    rows = [line for line in found.output.splitlines() if "passed" in line and "│" in line]
-    assert len(rows) > 35
+    lines = found.output.splitlines()
+    assert "│" not in found.output
+    assert "passed  start" in lines
+    assert "skipped shared_module_kept: the method's adapters share no module" in lines
+    assert len([line for line in lines if line.startswith("passed ")]) > 35
     assert re.search(r"toy-low-rank: \d+ passed, 0 failed, \d+ skipped", found.output)
+
+
+def test_check_prints_a_table_if_there_are_several_models() -> None:
+    """One row for each check, with its status on each model."""
+    pytest.importorskip("transformers")
+    arguments = ["check", "toy-low-rank", "--check", "config_round_trip", "--case", "network", "--case", "bert"]
+    with registered(LowRankPlugin()):
+        found = CliRunner().invoke(build(), arguments)
+    assert re.search(r"│ config_round_trip +│ passed +│ passed +│", found.output)
 
 
 def test_check_exits_with_1_and_prints_a_sentence_for_each_failure() -> None:
     """The sentence says which check failed on which case, and what to change."""
     with registered(bad_plugins.WrongDtype()):
-        found = CliRunner().invoke(app, ["check", "bad", "--case", "network", "--check", "output_dtype"])
+        found = CliRunner().invoke(build(), ["check", "bad", "--case", "network", "--check", "output_dtype"])
     assert found.exit_code == 1
     assert "output_dtype on network: 0: on a base in torch.bfloat16 the output is torch.float32" in found.output
     assert "end forward with y + added.to(y.dtype)" in found.output
@@ -782,7 +793,7 @@ def test_check_exits_with_1_and_prints_a_sentence_for_each_failure() -> None:
 def test_check_names_what_was_mistyped(arguments: list[str], words: str) -> None:
     """One line on stderr and exit code 2, before any check runs."""
     with registered(LowRankPlugin()):
-        found = CliRunner().invoke(app, ["check", *arguments])
+        found = CliRunner().invoke(build(), ["check", *arguments])
     assert found.exit_code == 2
     assert words in found.stderr
     assert found.stderr.count("\n") == 1

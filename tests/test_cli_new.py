@@ -22,8 +22,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
 import tunerkit
@@ -380,9 +379,9 @@ def command(*arguments: object) -> Any:
         pytest.importorskip(module, reason="the command needs the extra [cli]")
     from typer.testing import CliRunner
 
-    from tunerkit.cli.app import app
+    from tunerkit.cli.app import build
 
-    return CliRunner().invoke(app, ["new", *map(str, arguments)])
+    return CliRunner().invoke(build(), ["new", *map(str, arguments)])
 
 
 @pytest.mark.parametrize("variant", [None, *VARIANTS])
@@ -397,6 +396,20 @@ def test_the_command_writes_the_chosen_variant_here(
     expected = write_distribution("new-one", variant or "low-rank", tmp_path / "tunerkit-new-one")
     for path in expected.rglob("*"):
         assert path.is_dir() or (tmp_path / path.relative_to(expected.parent)).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_command_lists_every_file_that_its_author_changes(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All files but those that stay as they are; each with what it contains."""
+    monkeypatch.chdir(tmp_path)
+    output = command("new-one", f"--{variant}").output
+    listed = {line.partition(":")[0].strip() for line in output.partition("make it yours:\n")[2].splitlines()}
+    folder = tmp_path / "tunerkit-new-one"
+    written = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    stay = {".gitignore", ".github/workflows/ci.yml", "LICENSE", "tests/test_readme.py", "tests/test_schedule.py"}
+    assert listed == written - stay - {"tunerkit_new_one/__init__.py", "tunerkit_new_one/py.typed"}
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import Phase, example, find, given, settings
-from hypothesis import strategies as st
+from hypothesis import Phase, example, find, given, settings, strategies as st
 
 from tunerkit.config import AdapterConfig, from_mapping, unstructure
 from tunerkit.config.settings import setting

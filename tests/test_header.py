@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import attrs
 import pytest
 import torch
-from hypothesis import example, given
-from hypothesis import strategies as st
+from hypothesis import example, given, strategies as st
 
 import tunerkit
 from tunerkit.errors import BaseMismatchError, ConfigError, FileError, TargetError, UnknownMethodError

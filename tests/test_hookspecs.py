@@ -10,7 +10,7 @@ import pluggy
 import pytest
 
 from tunerkit.hooks import specs as hookspecs
-from tunerkit.hooks.markers import PROJECT
+from tunerkit.markers import PROJECT
 
 _manager = pluggy.PluginManager(PROJECT)
 _manager.add_hookspecs(hookspecs)

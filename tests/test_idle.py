@@ -173,3 +173,17 @@ def test_a_trained_adapter_costs_one_look(toys: "Toys", monkeypatch: pytest.Monk
     monkeypatch.setattr(hooks, "delta", refused)
     assert warned(model, tmp_path) == []
     assert len(looks) == len(list(model.conv.tunerkit.get("default").adapter.parameters()))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("layer", ["0", "1"])
+def test_an_adapter_with_nan_is_not_untrained(toys: "Toys", value: float, layer: str, tmp_path: Path) -> None:
+    """Wherever it is, also in a layer whose delta is not computed: 0 times NaN is NaN, so it adds something."""
+    model: Any = tunerkit.wrap(
+        nn.Sequential(*(nn.Linear(4, 4) for _ in range(8))), "toy-low-rank", {"targets": ["re:."]}
+    )
+    with torch.no_grad():
+        model.get_submodule(layer).tunerkit.get("default").adapter.a.view(-1)[0] = value
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tunerkit.save(model, tmp_path, allow_nonfinite=True)

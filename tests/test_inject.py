@@ -1,15 +1,18 @@
 """After unwrap nothing is left: no child, no hook, no attribute, no frozen parameter."""
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
 import tunerkit
+from tests.conftest import FULL
+from tests.interrupting import half_done, interrupt, same_state, state_of
 from tunerkit.errors import AdapterError
 from tunerkit.injection import tuners_of
 from tunerkit.paths import is_adapter_path
@@ -145,3 +148,56 @@ def test_integers_in_a_copy_do_not_ask_for_gradients(toys: "Toys") -> None:
     tunerkit.wrap(model, "toy-shift", toys.full)
     assert not model.get_parameter("head.0.tunerkit.default.copy.table").requires_grad
     assert model.get_parameter("head.0.tunerkit.default.copy.weight").requires_grad
+
+
+def _two(toys: "Toys") -> Any:
+    return toys.fill_(tunerkit.wrap(toys.trained(batch_norm=True), "toy-shift", {"targets": ["conv"]}, adapter="b"))
+
+
+# How each call is prepared, the call, and the first function in it that changes the model.
+INTERRUPTED: dict[str, tuple[Callable[["Toys"], Any], Callable[[Any, Path], object], str]] = {
+    "wrap": (
+        lambda toys: toys.net(batch_norm=True),
+        lambda model, file: tunerkit.wrap(model, "toy-low-rank", FULL, seed=3),
+        "inject_",
+    ),
+    "wrap a second time": (
+        lambda toys: toys.trained(batch_norm=True),
+        lambda model, file: tunerkit.wrap(model, "toy-shift", {"targets": ["conv"]}, adapter="b", seed=3),
+        "inject_",
+    ),
+    "load": (lambda toys: toys.net(), tunerkit.load, "inject_"),
+    "delete": (_two, lambda model, file: tunerkit.delete(model, "b"), "train_"),
+    "unwrap": (_two, lambda model, file: tunerkit.unwrap(model), "restore_originals_"),
+    "unwrap a merged model": (
+        lambda toys: tunerkit.merge(_two(toys)),
+        lambda model, file: tunerkit.unwrap(model),
+        "restore_originals_",
+    ),
+    "unwrap and keep merged": (
+        _two,
+        lambda model, file: tunerkit.unwrap(model, keep_merged=True),
+        "_replace_all_",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::tunerkit.TunerkitWarning")
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_an_interrupt_leaves_no_half_wrapped_model(toys: "Toys", saved: Path, name: str) -> None:
+    """Ctrl-C at any line of a call leaves the model as it was, or as the whole call leaves it."""
+    prepare, call, after = INTERRUPTED[name]
+    wrong = half_done(lambda: prepare(toys), lambda model: call(model, saved), after=after, points=14)
+    assert wrong == []
+
+
+@pytest.mark.filterwarnings("ignore::tunerkit.TunerkitWarning")
+def test_after_an_interrupt_the_model_can_be_wrapped(toys: "Toys") -> None:
+    """What was undone is not in the way: the model trains and unwraps as if nothing had happened."""
+    model = toys.net()
+    before = state_of(model)
+    lines = interrupt(lambda: tunerkit.wrap(toys.net(), "toy-shift", FULL), after="inject_")
+    interrupt(lambda: tunerkit.wrap(model, "toy-shift", FULL), after="inject_", at=lines - 5)
+    assert same_state(state_of(model), before)
+    tunerkit.wrap(model, "toy-shift", FULL)
+    assert same_state(state_of(tunerkit.unwrap(toys.fill_(model))), before)

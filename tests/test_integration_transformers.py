@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import tunerkit
+from tunerkit.errors import AdapterError
 from tunerkit.steps import is_attached
 from tunerkit.testing.noting import NotingPlugin, calls_of, hooks_of, per_step
 from tunerkit.testing.registering import registered
@@ -227,3 +228,20 @@ def test_an_adapter_attached_while_the_trainer_trains_is_driven_from_there_on(tm
     trainer.train()
     assert [tunerkit.tuner(model, name).steps for name in ("default", "late", "stranger")] == [6, 6, 0]
     assert tunerkit.tuner(model, "late").total_steps == 6
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_training_a_merged_model_is_refused(attached: bool, tmp_path: Path) -> None:
+    """At attach, and at the start of training if the model was merged after it."""
+    model = wrapped()
+    trainer = Trainer(model, arguments(tmp_path, max_steps=2), train_dataset=ROWS)
+    if attached:
+        tunerkit.attach(model, trainer)
+    tunerkit.merge(model)
+    with pytest.raises(AdapterError, match=r"merged; call tunerkit\.unmerge before attaching"):
+        trainer.train() if attached else tunerkit.attach(model, trainer)
+    tunerkit.unmerge(model)
+    if not attached:
+        tunerkit.attach(model, trainer)
+    trainer.train()
+    assert tunerkit.tuner(model).steps == 2

@@ -17,7 +17,7 @@ from tunerkit.testing.checks.order import BY_NAME, CHECKS, NEEDS
 from tunerkit.testing.registering import registered
 from tunerkit.testing.toy_adapters import Scale
 from tunerkit.testing.toy_growing import GrowingPlugin
-from tunerkit.testing.toy_methods import LowRankConfig, LowRankPlugin, ShiftPlugin
+from tunerkit.testing.toy_methods import DeclaredPlugin, LowRankConfig, LowRankPlugin, ShiftPlugin
 from tunerkit.testing.toy_outputs import OutputPlugin
 from tunerkit.testing.toy_readers import DirectionPlugin, ScaleConfig, ScalePlugin
 from tunerkit.testing.toy_shared import SharedPlugin
@@ -108,8 +108,55 @@ def test_an_adapter_that_hides_what_it_reads_fails_where_several_share_a_target(
     with registered(ReadsOutputInSecret()):
         (result,) = check_method("bad", cases=[CASE], checks=["stacked_second"])
     assert result.status == "failed"
-    assert "bad on top of" in result.reason
+    assert "bad is the cause: it fails beside a plain low-rank product too. bad on top of" in result.reason
     assert "reads_output = True" in result.reason
+
+
+class RaisesAtTheTarget(ReadsOutputInSecret):
+    @tunerkit.hookimpl
+    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer, config: LowRankConfig) -> tunerkit.Adapter:
+        raise RuntimeError("out of order")
+
+
+@pytest.mark.parametrize("other", [ReadsOutputInSecret, RaisesAtTheTarget])
+def test_another_plugin_s_fault_is_not_the_fault_of_the_method(toys: None, other: type) -> None:
+    """Law: the check passes, and its remark names the method that fails beside any other one."""
+    with registered(other(), DeclaredPlugin()):
+        (result,) = check_method("toy-declared", cases=[CASE], checks=["stacked_first"])
+    assert result.status == "passed"
+    assert "bad (its own fault: it fails beside a plain low-rank product too)" in result.reason
+
+
+class Quarrelsome(bad_plugins.Product):
+    """Adds more where a `Partner` is at its target."""
+
+    def forward(self, base: tunerkit.BaseLayer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        more = any(type(module) is Partner for module in base.module.modules())
+        return y + self.added(x).to(y.dtype) * (2 if more else 1)
+
+
+class QuarrelsomePlugin(bad_plugins.Plugin):
+    adapter = Quarrelsome
+
+
+class Partner(bad_plugins.Product):
+    """Nothing is wrong with it."""
+
+
+class PartnerPlugin(bad_plugins.Plugin):
+    adapter = Partner
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [tunerkit.Method("partner", config=LowRankConfig)]
+
+
+def test_two_methods_that_are_wrong_only_together_are_both_named() -> None:
+    """Law: if neither can be told to be the cause, the message says so."""
+    with registered(QuarrelsomePlugin(), PartnerPlugin()):
+        (result,) = check_method("bad", cases=[CASE], checks=["stacked_first"])
+    assert result.status == "failed"
+    assert "bad and partner fail only together: each is right beside a plain low-rank product" in result.reason
 
 
 def test_checks_that_need_one_that_failed_are_skipped_with_its_name(toys: None) -> None:
@@ -134,7 +181,7 @@ def test_every_check_states_its_law() -> None:
 
 
 def test_an_expected_failure_is_recorded_with_its_reason() -> None:
-    """Law: it is no failure, what needs it is skipped, and a check that passes all the same has passed."""
+    """Law: it is no failure, what needs it is skipped, and a check that passes all the same has passed and says so."""
     expected = {"delta_is_what_forward_adds": "no delta yet", "start": "never fails"}
     with registered(bad_plugins.DeltaMissing()):
         found = {r.check: r for r in check_method("bad", cases=[CASE], expected_failures=expected)}
@@ -142,6 +189,9 @@ def test_an_expected_failure_is_recorded_with_its_reason() -> None:
     assert (failed.status, failed.reason) == ("expected failure", "no delta yet")
     assert found["merges"].status == "skipped"
     assert found["start"].status == "passed"
+    assert found["start"].reason == (
+        "it passes, and is expected to fail (never fails); remove it from expected_failures"
+    )
     assert not [r for r in found.values() if r.status in ("failed", "error")]
 
 
@@ -162,6 +212,75 @@ def test_a_config_may_be_an_object_or_a_mapping(toys: None) -> None:
         assert result.status == "passed"
     with pytest.raises(tunerkit.ConfigError, match="unknown key 'rnk'"):
         check_method("toy-low-rank", {"rnk": 3})
+
+
+def test_merging_is_held_to_the_precision_of_the_adapters(toys: None) -> None:
+    """In bf16 the product is rounded in another place when it is merged, and the output shows it; in fp32 it may not.
+
+    The delta itself is still compared in fp64.
+    """
+    config, checks = {"adapter_dtype": "bfloat16"}, ["delta_is_what_forward_adds", "merges", "keeps_merged"]
+    found = check_method("toy-low-rank", config, [known_cases.NETWORK], checks=checks)
+    assert [(result.status, result.reason) for result in found] == [("passed", "")] * 3
+    with registered(bad_plugins.DeltaTooSmall()):
+        (result,) = check_method("bad", config, [CASE], checks=checks[:1])
+    assert result.status == "failed"
+
+
+@pytest.mark.parametrize(("dtype", "status"), [("bfloat16", "passed"), ("float32", "passed"), ("float64", "failed")])
+def test_a_delta_that_is_computed_in_fp32_is_not_precise_enough_for_adapters_in_fp64(dtype: str, status: str) -> None:
+    """A method may compute in fp32 what its libraries have only there, unless its config asks for more."""
+    with registered(DeltaInSinglePrecision()):
+        (result,) = check_method("bad", {"adapter_dtype": dtype}, [CASE], checks=["delta_is_what_forward_adds"])
+    assert result.status == status
+
+
+class Encoder(torch.nn.Module):
+    """Torch computes its layers in one operation each, unless they have adapters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.layers = torch.nn.TransformerEncoder(layer, 2)
+        self.head = torch.nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Encode (N, L, 8); the head's input is not contiguous, and torch has other kernels for such inputs."""
+        result: torch.Tensor = self.head(self.layers(x)[:, :2])
+        return result
+
+
+def encoder() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return Encoder()
+
+
+X = torch.randn(3, 17, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("targets", [("self_attn", "linear1"), ("linear1", "linear2", "head")])
+def test_a_model_that_torch_runs_with_fused_layers_is_compared_without_them(
+    targets: tuple[str, ...], toys: None
+) -> None:
+    """Law: the base and the adapted model are computed in the same way, and equal bits are asked for."""
+    case = Case(
+        "encoder",
+        encoder,
+        torch.no_grad()(lambda model: model(X)),
+        lambda model: model(X).square().mean(),
+        {"targets": targets},
+    )
+    fast = torch.backends.mha.get_fastpath_enabled()
+    checks = ["start", "delta_is_what_forward_adds", "disabled_is_the_base", "unwraps", "merges", "compiles"]
+    found = check_method("toy-low-rank", cases=[case], checks=checks)
+    assert [result for result in found if result.status != "passed"] == []
+    assert torch.backends.mha.get_fastpath_enabled() is fast
+
+
+class DeltaInSinglePrecision(bad_plugins.Plugin):
+    @tunerkit.hookimpl
+    def tunerkit_delta(self, adapter: bad_plugins.Product) -> tunerkit.Delta:
+        return tunerkit.Delta(weight=adapter.b.float() @ adapter.a.float())
 
 
 def test_a_check_leaves_random_state_and_files_alone(

@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import tunerkit
+from tests.interrupting import half_done
 from tunerkit.errors import AdapterError, PluginError, StepError, TunerkitWarning
 from tunerkit.injection import is_merged
 from tunerkit.testing.registering import registered
@@ -248,6 +250,18 @@ def test_a_step_while_merged_is_refused(toys: "Toys") -> None:
     tunerkit.merge(model)
     with pytest.raises(StepError, match="merged"):
         optimizer.step()
+
+
+def test_attaching_while_merged_or_disabled_is_refused(toys: "Toys") -> None:
+    """Nothing in such a forward needs gradients, so training would end in an error of torch that names no cause."""
+    model = trained(toys, "toy-low-rank", "all")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with tunerkit.disabled(model), pytest.raises(AdapterError, match=r"leave the block of tunerkit\.disabled"):
+        tunerkit.attach(model, optimizer)
+    tunerkit.merge(model)
+    with pytest.raises(AdapterError, match=r"merged; call tunerkit\.unmerge before attaching"):
+        tunerkit.attach(model, optimizer)
+    tunerkit.attach(tunerkit.unmerge(model), optimizer)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -504,3 +518,39 @@ def test_a_state_is_loaded_into_weights_that_hold_nothing_yet(toys: "Toys", fill
             parameter.fill_(filler)
     model.load_state_dict({name: tensor.clone() for name, tensor in source.state_dict().items()})
     assert torch.equal(model(toys.x()), source(toys.x()))
+
+
+@pytest.mark.parametrize("permanent", [False, True])
+def test_an_interrupted_merge_is_undone(toys: "Toys", permanent: bool) -> None:
+    """Ctrl-C at any line while weights are replaced leaves them as before, or all merged and noted as such."""
+    call: Any = lambda model: tunerkit.merge(model, permanent=permanent)  # noqa: E731
+    assert half_done(toys.trained, call, after="_replace_all_", points=14) == []
+
+
+def test_an_interrupted_unmerge_is_completed(toys: "Toys") -> None:
+    """Ctrl-C at any line of `unmerge` leaves all weights merged or none."""
+    assert half_done(lambda: tunerkit.merge(toys.trained()), tunerkit.unmerge, after="unmerge", points=14) == []
+
+
+def test_unwrapping_a_merged_model_says_that_the_merge_is_undone(toys: "Toys") -> None:
+    """Elsewhere a merged model is unwrapped to be kept; here that takes keep_merged=True, and the warning says so."""
+    model = tunerkit.merge(toys.trained())
+    twin = copy.deepcopy(model)
+    with pytest.warns(TunerkitWarning, match=r"undoes the merge.*tunerkit.unwrap\(model, keep_merged=True\)"):
+        tunerkit.unwrap(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TunerkitWarning)
+        tunerkit.unwrap(twin, keep_merged=True)
+
+
+def test_who_makes_the_warning_an_error_keeps_the_merged_model(toys: "Toys") -> None:
+    """The warning comes before anything is changed; and a refused unwrap does not warn first."""
+    model = tunerkit.merge(toys.trained())
+    merged = model(toys.x())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TunerkitWarning)
+        with pytest.raises(TunerkitWarning, match="undoes the merge"):
+            tunerkit.unwrap(model)
+        assert torch.equal(model(toys.x()), merged)
+        with pytest.raises(AdapterError, match="permanent=True"):
+            tunerkit.unwrap(tunerkit.merge(toys.trained(), permanent=True))

@@ -1,6 +1,5 @@
 """Parameter groups: the learning rates and weight decays that a method asks for, in a loop and under a Trainer."""
 
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ import torch
 from torch import nn
 
 import tunerkit
+from tests.resumed_loop import assert_resumes
 from tunerkit.testing.registering import registered
-from tunerkit.testing.small import net, step, train, trainable
+from tunerkit.testing.small import net, train, trainable
 from tunerkit.testing.toy_methods import LowRankConfig, LowRankPlugin
 
 TARGETS = {"targets": ["0", "2"]}
@@ -249,15 +249,10 @@ def test_an_optimizer_that_was_given_to_the_trainer_stays_as_it_is(tmp_path: Pat
     assert len(optimizer.param_groups) == 1
 
 
-def test_a_resumed_loop_has_the_groups_again() -> None:
+def test_a_resumed_loop_has_the_groups_again(tmp_path: Path) -> None:
     """The optimizer's state fits groups that were made anew."""
-    model = wrapped()
-    optimizer = torch.optim.AdamW(tunerkit.param_groups(model, lr=1e-2))
-    train(model, optimizer, 2)
-    other = wrapped()
-    other.load_state_dict(model.state_dict())
-    resumed = torch.optim.AdamW(tunerkit.param_groups(other, lr=1e-2))
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    step(model, optimizer)
-    step(other, resumed)
-    assert all(torch.equal(*pair) for pair in zip(model.parameters(), other.parameters(), strict=True))
+
+    def started(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(tunerkit.param_groups(model, lr=1e-2))
+
+    assert_resumes(wrapped, started, tmp_path, steps=3, stopped=2)

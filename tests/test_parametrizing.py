@@ -73,12 +73,15 @@ def test_a_check_without_a_subject_is_skipped_with_its_reason() -> None:
 
 
 def test_an_expected_failure_is_an_xfail_with_its_reason() -> None:
-    """Law: it is xfailed only if the check fails."""
+    """Law: it is xfailed only if the check fails; one that passes is a failure that says what to remove."""
     expected = {"delta_is_what_forward_adds": "no delta yet", "start": "never fails"}
     with registered(bad_plugins.DeltaMissing()):
         with pytest.raises(pytest.xfail.Exception, match="no delta yet"):
             bound("delta_is_what_forward_adds", expected_failures=expected)()
-        bound("start", expected_failures=expected)()
+        with pytest.raises(pytest.fail.Exception, match=r"start on square: it passes.*\(never fails\); remove it from"):
+            bound("start", expected_failures=expected)()
+        with pytest.raises(pytest.skip.Exception):
+            bound("merges", expected_failures={"merges": "no delta yet"})()
 
 
 def test_a_mistyped_check_is_refused_when_tests_are_collected() -> None:

@@ -3,8 +3,7 @@
 import math
 import random
 
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from benchmarks.quality.batches import padded, shuffled_batches, sorted_batches
 

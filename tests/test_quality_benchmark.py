@@ -28,8 +28,8 @@ from transformers import AutoModel, AutoTokenizer, LlamaConfig  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 import tunerkit  # noqa: E402
-from benchmarks.quality import __main__ as command  # noqa: E402
 from benchmarks.quality import (  # noqa: E402
+    __main__ as command,
     ablation,
     definitions,
     grids,

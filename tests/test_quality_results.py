@@ -16,8 +16,8 @@ skip_without_what_quality_needs()
 from matplotlib.container import ErrorbarContainer  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from benchmarks.quality import __main__ as command  # noqa: E402
 from benchmarks.quality import (  # noqa: E402
+    __main__ as command,
     ablation,
     contest,
     grids,

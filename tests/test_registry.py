@@ -13,14 +13,13 @@ from typing import Any
 
 import attrs
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from tunerkit.config import AdapterConfig
 from tunerkit.errors import PluginError, TunerkitWarning, UnknownMethodError
 from tunerkit.hooks import registry, specs
-from tunerkit.hooks.markers import hookimpl
 from tunerkit.hooks.registry import Registry
+from tunerkit.markers import hookimpl
 from tunerkit.records import Method
 
 # Any: tests hand in plain values where a spec wants modules and configs.

@@ -200,3 +200,20 @@ def test_a_file_system_without_locks_is_written_to(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(replacing, "_lock", lambda number: None)
     replace(path, [b"new"])
     assert {found.name for found in tmp_path.iterdir()} == {left.name, path.name}
+
+
+def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
+    """Where a folder should be there is a file: the error says which, and what to pass. Nothing older is there."""
+    (tmp_path / "file").write_bytes(b"own")
+    for path in (tmp_path / "file" / "a.safetensors", tmp_path / "file" / "b" / "a.safetensors"):
+        with pytest.raises(FileError, match=r"file is a file and not a folder\. Pass another folder") as caught:
+            replace(path, [b"new"])
+        assert "older file" not in str(caught.value)
+    assert (tmp_path / "file").read_bytes() == b"own"
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs Linux's /proc")
+def test_a_folder_that_cannot_be_created_is_named() -> None:
+    """Linux allows nobody to create a folder there."""
+    with pytest.raises(FileError, match=r"the folder /proc/none cannot be created.*Pass a folder in which you may"):
+        replace(Path("/proc/none/a.safetensors"), [b"new"])

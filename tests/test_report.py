@@ -5,8 +5,7 @@ import itertools
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tunerkit import RankChange
 from tunerkit.report.rank_map import RankMap, rank_map, shortened

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit.layers import BaseLayer, Sketch, as_base_layer
-from tunerkit.records import Statistics, Wanted
+from tunerkit.records import Statistics, StatisticsRequest
 
 IN = 12
 
@@ -35,11 +35,11 @@ LAYERS = (linear, convolution, embedding)
 Build = Callable[[int], tuple[nn.Module, Tensor, Tensor]]
 
 
-def measured(layer: nn.Module, x: Tensor, wanted: Wanted, parts: int = 2) -> tuple[Statistics, Tensor]:
+def measured(layer: nn.Module, x: Tensor, request: StatisticsRequest, parts: int = 2) -> tuple[Statistics, Tensor]:
     """The statistics over some batches of a sum of squared outputs, and the exact gradient by W, (out, in)."""
     base = as_base_layer(layer)
     assert base is not None
-    sketch = Sketch(base, wanted, torch.Generator().manual_seed(0))
+    sketch = Sketch(base, request, torch.Generator().manual_seed(0))
     handle = layer.register_forward_hook(sketch.hook, with_kwargs=True)
     for batch in x.chunk(parts):
         value = layer(batch).square().sum()
@@ -67,7 +67,7 @@ def test_the_second_moment_is_exact_up_to_its_rank(build: Build, rank: int) -> N
     torch.manual_seed(rank)
     layer, x, rows = build(rank)
     for parts in (1, 4):
-        found, _ = measured(layer, x, Wanted(inputs=5), parts)
+        found, _ = measured(layer, x, StatisticsRequest(inputs=5), parts)
         assert found.gradients is None
         assert found.inputs is not None
         assert found.inputs.shape == (5, IN)
@@ -82,7 +82,7 @@ def test_the_gradient_is_exact_up_to_its_rank(build: Build, rank: int) -> None:
     torch.manual_seed(rank)
     layer, x, rows = build(rank)
     for parts in (1, 4):
-        found, exact = measured(layer, x, Wanted(gradients=5), parts)
+        found, exact = measured(layer, x, StatisticsRequest(gradients=5), parts)
         assert found.inputs is None
         assert found.gradients is not None
         assert (found.gradients.p.shape, found.gradients.q.shape) == ((7, 5), (5, IN))
@@ -101,7 +101,7 @@ def test_above_the_rank_the_error_is_near_that_of_the_best_approximation() -> No
     torch.manual_seed(0)
     rows, k = decaying(200, IN), 6
     layer = nn.Linear(IN, 9)
-    found, exact = measured(layer, rows, Wanted(inputs=k, gradients=k))
+    found, exact = measured(layer, rows, StatisticsRequest(inputs=k, gradients=k))
     assert found.inputs is not None
     assert found.gradients is not None
     moment = rows.T @ rows
@@ -115,7 +115,7 @@ def test_a_rank_above_the_layers_sizes_is_exact() -> None:
     """There is nothing to leave out."""
     torch.manual_seed(0)
     layer, x, rows = linear(IN)
-    found, exact = measured(layer, x, Wanted(inputs=50, gradients=50))
+    found, exact = measured(layer, x, StatisticsRequest(inputs=50, gradients=50))
     assert found.inputs is not None
     assert found.gradients is not None
     assert relative(found.inputs.T @ found.inputs, rows.T @ rows) <= 1e-5
@@ -137,7 +137,7 @@ def test_memory_does_not_depend_on_the_amount_of_data(build: Build) -> None:
     assert base is not None
     held: list[Any] = []
     for count in (1, 50):
-        sketch = Sketch(base, Wanted(inputs=3, gradients=3), torch.Generator().manual_seed(0))
+        sketch = Sketch(base, StatisticsRequest(inputs=3, gradients=3), torch.Generator().manual_seed(0))
         handle = layer.register_forward_hook(sketch.hook, with_kwargs=True)
         for _ in range(count):
             probes = [sketch.p, sketch.q]
@@ -156,7 +156,7 @@ def test_the_layers_output_does_not_change(build: Build) -> None:
     before = layer(x)
     base = as_base_layer(layer)
     assert base is not None
-    sketch = Sketch(base, Wanted(inputs=3, gradients=3), torch.Generator().manual_seed(0))
+    sketch = Sketch(base, StatisticsRequest(inputs=3, gradients=3), torch.Generator().manual_seed(0))
     handle = layer.register_forward_hook(sketch.hook, with_kwargs=True)
     assert torch.equal(layer(x), before)
     handle.remove()
@@ -167,7 +167,7 @@ def test_a_layer_in_bfloat16_is_measured_in_fp32() -> None:
     torch.manual_seed(0)
     layer, x, _ = linear(3)
     rows = x.bfloat16().reshape(-1, IN).float()
-    found, _ = measured(layer.bfloat16(), x.bfloat16(), Wanted(inputs=IN))
+    found, _ = measured(layer.bfloat16(), x.bfloat16(), StatisticsRequest(inputs=IN))
     assert found.inputs is not None
     assert found.inputs.dtype == torch.float32
     assert relative(found.inputs.T @ found.inputs, rows.T @ rows) <= 1e-5

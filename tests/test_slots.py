@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import nn
 
+from tunerkit.errors import AdapterError
 from tunerkit.injection import Slot, Slots, slots_of, walk
 from tunerkit.injection.slots import apply_slots
 from tunerkit.layers import Adapter, BaseLayer, as_base_layer, has_trainable_bias, view_bias
@@ -110,7 +110,7 @@ def test_originals_follow_the_module_and_stay_out_of_its_state() -> None:
     assert torch.equal(slots.original("weight", torch.zeros(3)), weight)
     assert torch.equal(slots.original("other", torch.ones(3)), torch.ones(3))
     assert slots.double().originals["weight"].dtype == torch.float64
-    slots.forget_originals()
+    slots.forget_merge()
     assert slots.originals == {}
     assert list(slots.buffers()) == []
     assert slots._non_persistent_buffers_set == set()
@@ -141,3 +141,27 @@ def test_walk_finds_every_place_in_model_order() -> None:
     model[0].add_module("tunerkit", nn.Linear(1, 1))
     assert [path for path, _, _ in walk(model)] == ["1", "2.0"]
     assert slots_of(model[0]) is None
+
+
+def test_a_copy_of_an_embedding_that_was_resized_says_so() -> None:
+    """A new id fits the module but not the copy, whose own error names neither. Other errors stay as they are."""
+    module = nn.Embedding(4, 2)
+    slots = Slots(None)
+    module.add_module("tunerkit", slots)
+    slots.put("one", Slot(copy=nn.Embedding(4, 2)))
+    module.register_forward_hook(apply_slots, with_kwargs=True)
+    with pytest.raises(IndexError):
+        module(torch.tensor([4]))
+    module.weight = nn.Parameter(torch.zeros(5, 2))
+    module.num_embeddings = 5
+    with pytest.raises(AdapterError, match=r"Embedding was resized after .* resize the model first"):
+        module(torch.tensor([4]))
+    assert module(torch.tensor([3])).shape == (1, 2)
+
+
+def test_a_module_that_only_got_the_hook_says_what_happened() -> None:
+    """Torch's dynamic quantisation copies the hooks of a module that it replaces, and calls them without kwargs."""
+    module = nn.Linear(3, 3)
+    module.register_forward_hook(apply_slots)
+    with pytest.raises(AdapterError, match=r"Quantise the base before tunerkit\.wrap"):
+        module(torch.ones(1, 3))

@@ -25,8 +25,8 @@ from rich.console import Console  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 import tunerkit  # noqa: E402
-from benchmarks.speed import __main__ as command  # noqa: E402
 from benchmarks.speed import (  # noqa: E402
+    __main__ as command,
     allocator,
     alternatives,
     compiled,
@@ -44,8 +44,10 @@ from benchmarks.speed.settings import Settings, Size, read_sizes  # noqa: E402
 from benchmarks.speed.storages import held_bytes, peak_bytes  # noqa: E402
 from benchmarks.speed.tables import Row, to_json, to_markdown  # noqa: E402
 from benchmarks.speed.timing import Call, interleave, orders  # noqa: E402
-from tunerkit.layers import fused  # noqa: E402
-from tunerkit.layers import low_rank as lowrank  # noqa: E402
+from tunerkit.layers import (  # noqa: E402
+    fused,
+    low_rank as lowrank,
+)
 from tunerkit.layers.fused import _FusedLowRank, add_fused  # noqa: E402
 from tunerkit_adalora.schedule import plan  # noqa: E402
 

@@ -114,6 +114,23 @@ def test_a_fused_product_does_not_change_the_output_that_others_read() -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("infinite", [-torch.inf, torch.inf])
+def test_readers_leave_an_infinite_output_as_it_is(dtype: torch.dtype, infinite: float) -> None:
+    """Scaling it changes nothing, however many adapters do; the finite outputs are those of a layer without it."""
+    model, x = seeded(linear)
+    model = stacked(model, ("toy-scale", "toy-low-rank", "toy-scale", "toy-scale"), size=0.1).to(dtype)
+    expected = model(x.to(dtype))
+    with torch.no_grad():
+        model[0].bias[2] = infinite
+    found = model(x.to(dtype))
+    assert torch.equal(found[:, 2], torch.full_like(found[:, 2], infinite))
+    kept = [0, 1, 3, 4]
+    assert torch.equal(found[:, kept], expected[:, kept])
+    gradients = torch.autograd.grad(found[:, kept].sum(), [model[0].tunerkit.get("a1").adapter.b])
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 @pytest.mark.parametrize("methods", ORDERS, ids="+".join)
 def test_a_base_in_bfloat16_merges_to_its_precision(methods: tuple[str, str]) -> None:
     """Each of the two ways rounds a few times to 8 bits; the merged weight is rounded once."""

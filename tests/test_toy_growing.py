@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import tunerkit
+from tests.resumed_loop import assert_resumes
 from tunerkit.testing.registering import registered
 from tunerkit.testing.small import X, net, step, train, trainable
 from tunerkit.testing.toy_growing import GrowingPlugin
@@ -58,21 +59,9 @@ def test_growing_changes_no_output() -> None:
 @pytest.mark.parametrize("stopped", [1, 2, 3, 5])
 def test_a_resumed_loop_ends_bit_for_bit_as_without_the_stop(stopped: int, tmp_path: Path) -> None:
     """The file has the rank of that moment, the optimizer's state fits it, and the schedule goes on."""
-    whole = tunerkit.wrap(net(), "toy-growing", CONFIG, seed=0)
-    train(whole, attached(whole), 8)
-    model = tunerkit.wrap(net(), "toy-growing", CONFIG, seed=0)
-    optimizer = attached(model)
-    train(model, optimizer, stopped)
-    tunerkit.save(model, tmp_path)
-    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    resumed = tunerkit.load(net(), tmp_path, trainable=True)
-    optimizer = torch.optim.AdamW(trainable(resumed), lr=0.05)
-    tunerkit.attach(resumed, optimizer, total_steps=8)
-    optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
-    train(resumed, optimizer, 8 - stopped)
-    assert tunerkit.tuner(resumed).ranks() == tunerkit.tuner(whole).ranks()
-    assert torch.equal(resumed(X), whole(X))
-    assert all(torch.equal(*pair) for pair in zip(resumed.parameters(), whole.parameters(), strict=True))
+    assert_resumes(
+        lambda: tunerkit.wrap(net(), "toy-growing", CONFIG, seed=0), attached, tmp_path, steps=8, stopped=stopped
+    )
 
 
 def test_where_it_cannot_grow_attaching_is_refused() -> None:

@@ -98,7 +98,7 @@ class Calibrating(Declaring):
         pass
 
 
-Wanted: Any = tunerkit.Wanted
+StatisticsRequest: Any = tunerkit.StatisticsRequest
 
 
 @pytest.mark.parametrize(
@@ -111,11 +111,14 @@ Wanted: Any = tunerkit.Wanted
         ({"start": True}, "start of method 'toy-declaring' is True"),
         ({"start": ["exact"]}, "start of method 'toy-declaring' is"),
         ({"targets": "norms"}, r"targets of method 'toy-declaring' is 'norms'; .*'weights', 'outputs'"),
-        ({"statistics": "inputs"}, r"statistics of method 'toy-declaring' is 'inputs'; expected tunerkit\.Wanted"),
-        ({"statistics": Wanted()}, r"expected tunerkit\.Wanted with the ranks"),
-        ({"statistics": Wanted(inputs=-1)}, r"as in tunerkit\.Wanted\(inputs=16\)"),
-        ({"statistics": Wanted(inputs=8, gradients=2.0)}, r"as in tunerkit\.Wanted\(inputs=16\)"),
-        ({"statistics": Wanted(inputs=True)}, r"as in tunerkit\.Wanted\(inputs=16\)"),
+        (
+            {"statistics": "inputs"},
+            r"statistics of method 'toy-declaring' is 'inputs'; expected tunerkit\.StatisticsRequest",
+        ),
+        ({"statistics": StatisticsRequest()}, r"expected tunerkit\.StatisticsRequest with the ranks"),
+        ({"statistics": StatisticsRequest(inputs=-1)}, r"as in tunerkit\.StatisticsRequest\(inputs=16\)"),
+        ({"statistics": StatisticsRequest(inputs=8, gradients=2.0)}, r"as in tunerkit\.StatisticsRequest\(inputs=16\)"),
+        ({"statistics": StatisticsRequest(inputs=True)}, r"as in tunerkit\.StatisticsRequest\(inputs=16\)"),
     ],
 )
 def test_a_record_with_a_wrong_field_is_refused(fields: Any, words: str) -> None:
@@ -129,7 +132,7 @@ def test_statistics_without_the_hook_that_takes_them_are_refused() -> None:
     """The method could never be calibrated."""
     words = r"method 'toy-declaring' wants statistics but it has no tunerkit_calibrate"
     with pytest.raises(tunerkit.PluginError, match=words):
-        tunerkit.register(Declaring(statistics=Wanted(inputs=2)))
-    with registered(Calibrating(statistics=Wanted(inputs=2))):
+        tunerkit.register(Declaring(statistics=StatisticsRequest(inputs=2)))
+    with registered(Calibrating(statistics=StatisticsRequest(inputs=2))):
         model = tunerkit.wrap(nn.Sequential(nn.Linear(3, 3)), "toy-declaring", {"targets": ["0"]})
         tunerkit.calibrate(model, [torch.ones(2, 3)])

@@ -487,7 +487,7 @@ def test_one_of_two_adapters_taken_out_leaves_the_hooks_for_the_other(toys: "Toy
     model = adapted(toys, targets=["attention"])
     output = model(batch())
     tunerkit.wrap(model, "toy-shift", {"targets": ["out_proj"]}, adapter="two")
-    eject_(tunerkit.tuner(model, "two"))
+    eject_([tunerkit.tuner(model, "two")])
     assert our_hooks(model) == 2
     assert torch.equal(model(batch()), output)
 

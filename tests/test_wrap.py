@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 from torch import nn
 
 import tunerkit
@@ -140,6 +139,14 @@ def test_the_config_of_another_method_is_refused(toys: "Toys") -> None:
     model = toys.net()
     with untouched(toys, model), pytest.raises(ConfigError, match=r"'toy-shift' takes ShiftConfig.* got LowRankConfig"):
         tunerkit.wrap(model, "toy-shift", tunerkit.structure("toy-low-rank", {}))
+
+
+def test_a_config_class_of_the_same_name_is_told_apart_by_its_module(toys: "Toys") -> None:
+    """Another library's config most often has the same name."""
+    model, other = toys.net(), type("LowRankConfig", (), {"__module__": "elsewhere.config"})
+    said = r"takes LowRankConfig, .* got LowRankConfig of elsewhere\.config, not of tunerkit\.testing\.toy_methods"
+    with untouched(toys, model), pytest.raises(ConfigError, match=said):
+        tunerkit.wrap(model, "toy-low-rank", other())
 
 
 def test_a_seed_repeats_the_start_and_leaves_the_global_state_alone(toys: "Toys") -> None:

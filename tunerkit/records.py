@@ -30,11 +30,11 @@ class Method:
     needs_steps: bool = False
     start: Literal["exact", "rounding"] = attrs.field(default="exact", kw_only=True)
     targets: Literal["weights", "outputs"] = attrs.field(default="weights", kw_only=True)
-    statistics: "Wanted | None" = attrs.field(default=None, kw_only=True)
+    statistics: "StatisticsRequest | None" = attrs.field(default=None, kw_only=True)
 
 
 @attrs.frozen
-class Wanted:
+class StatisticsRequest:
     """The statistics that a method wants of each target, before training.
 
     Attributes:

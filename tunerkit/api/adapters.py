@@ -121,9 +121,11 @@ def delete(model: nn.Module, adapter: str) -> None:
     tuner = _named(model, adapter)
     injection.refuse_fixed(tuner.model, "deleting an adapter")
     injection.refuse_running(tuner.model, "deleting an adapter")
-    steps.detach(tuner)
-    injection.train_(tuner, trained=False)
-    injection.eject_(tuner)
+    try:
+        steps.detach(tuner)
+        injection.train_(tuner, trained=False)
+    finally:  # also after a KeyboardInterrupt: a half cannot be undone, since `detach` cannot
+        injection.eject_([tuner])
 
 
 def _named(model: nn.Module, adapter: object) -> Tuner:

@@ -20,7 +20,8 @@ def attach(
     ``state_dict`` also contains the method's training state (with a Trainer, its checkpoints do). To resume exactly,
     save and load the model and the optimizer, and attach before you load.
 
-    If this raises, no adapter is attached.
+    If this raises, no adapter is attached. A base that is trained too, or was resized after wrapping, triggers a
+    warning: no adapter's file holds it.
 
     Args:
         model: The wrapped model.
@@ -34,7 +35,7 @@ def attach(
             wrapper that keeps its own state; the adapter is frozen or already attached; the Trainer trains another
             model; or an option of TRL's would move or lose weights of adapters.
         AdapterError: Adapted modules were replaced or resized after wrapping, there is no such adapter, or the model is
-            inside FSDP1, which flattens the adapters, or has layers that peft put on top.
+            merged, disabled, inside FSDP1, which flattens the adapters, or has layers that peft put on top.
         ConfigError: Training is too short for the method's schedule.
     """
     tuners = _chosen(model, adapter)
@@ -44,6 +45,7 @@ def attach(
 
         trainer: Any = optimizer_or_trainer
         integration.attach_trainer(tuners, trainer, total_steps)
+        injection.warn_of_base_changes(tuners)
         return
     earlier = {tuner.name: tuner.steps for tuner in tuners if tuner.steps and tuner.needs_steps}
     optimizer = steps.drive(tuners, optimizer_or_trainer, total_steps=total_steps)
@@ -53,6 +55,7 @@ def attach(
             serialization.carry(tuner, optimizer)  # only here: a Trainer's checkpoints have a file for the state
     if earlier:
         _warn_of_restart(earlier)
+    injection.warn_of_base_changes(tuners)
 
 
 def _warn_of_restart(earlier: Mapping[str, int]) -> None:

@@ -1,6 +1,5 @@
 """Calibrate: measure the data at the targets before training, from which a method sets its start and its ranks."""
 
-import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -10,7 +9,7 @@ from torch import nn
 from tunerkit import hooks, injection, steps
 from tunerkit.errors import AdapterError
 from tunerkit.injection import Tuner
-from tunerkit.records import Wanted
+from tunerkit.records import StatisticsRequest
 
 M = TypeVar("M", bound=nn.Module)
 # Of fitting a new head on frozen features, which is a convex problem for a linear one.
@@ -20,8 +19,8 @@ _PASSES, _LR = 3, 5e-3
 def calibrate(model: M, batches: Iterable[Any], adapter: str | None = None, *, loss: injection.Loss | None = None) -> M:
     """Run a model on data before training, and let an adapter's method set its start and its ranks from that.
 
-    The method says what it wants to know, see `tunerkit.Wanted`. Statistics are summed up over the batches, so any
-    amount of data takes the same memory. The base model and the caller's random state do not change.
+    The method says what it wants to know, see `tunerkit.StatisticsRequest`. Statistics are summed up over the batches,
+    so any amount of data takes the same memory. The base model and the caller's random state do not change.
 
     If the method wants gradients, modules that are trained in full are fitted to the batches first, because the
     gradients behind a new head say nothing. Embeddings are not fitted: most of their rows are pretrained.
@@ -43,16 +42,21 @@ def calibrate(model: M, batches: Iterable[Any], adapter: str | None = None, *, l
         PluginError: The method's plugin violates the contract of the hook.
     """
     tuner = injection.tuner(model, adapter)
-    wanted = _wanted(tuner)
+    request = _request(tuner)
     _refuse_started(tuner)
     root = tuner.model
     injection.refuse_fixed(root, "calibrating")
     if isinstance(batches, Mapping | torch.Tensor | str):
         raise AdapterError(f"batches is one {type(batches).__name__}; pass a list of batches")
-    with _evaluating(root), torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
-        if wanted.gradients and _heads(tuner):
+    with (
+        injection.evaluating(root),
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        if request.gradients and _heads(tuner):
             _fit_copies_(tuner, batches, loss)
-        found, count = injection.measure(tuner, wanted, batches, loss)
+        found, count = injection.measure(tuner, request, batches, loss)
         with torch.no_grad():
             ranks = hooks.calibrate(tuner, found)
     tuner.progress.calibration = {"batches": count, "rows": max(each.rows for each in found.values())}
@@ -60,13 +64,13 @@ def calibrate(model: M, batches: Iterable[Any], adapter: str | None = None, *, l
     return model
 
 
-def _wanted(tuner: Tuner) -> Wanted:
-    wanted = hooks.registry.get(tuner.method).statistics
-    if wanted is None:
+def _request(tuner: Tuner) -> StatisticsRequest:
+    request = hooks.registry.get(tuner.method).statistics
+    if request is None:
         able = [name for name in hooks.registry.methods() if _calibrates(name)]
         known = f"methods that do: {', '.join(able)}" if able else "no installed method does"
         raise AdapterError(f"method {tuner.method!r} does not calibrate; {known}. Train it as it is")
-    return wanted
+    return request
 
 
 def _calibrates(name: str) -> bool:
@@ -133,16 +137,3 @@ def _heads(tuner: Tuner) -> list[nn.Module]:
     """The copies that may be new heads. Embeddings are not: most of their rows are pretrained."""
     copies = [slot.copy for _, slot in tuner.slots() if slot.copy is not None]
     return [copy for copy in copies if not any(isinstance(part, nn.Embedding) for part in copy.modules())]
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode, without dropout and without changing statistics of batch norms."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

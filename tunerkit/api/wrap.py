@@ -1,6 +1,7 @@
 """Wrap and unwrap a model: choose targets, build adapters with the method's plugin, inject them, take them out."""
 
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from tunerkit import hooks, injection, patterns, serialization, steps, targets
 from tunerkit.config import AdapterConfig
-from tunerkit.errors import ConfigError
+from tunerkit.errors import ConfigError, TunerkitWarning
 from tunerkit.injection import Progress, Tuner
 from tunerkit.records import Target
 from tunerkit.targets import Scan
@@ -26,6 +27,8 @@ def wrap(
     seed: int | None = None,
 ) -> M:
     """Put an adapter into a model, in place, and freeze the base model. If this raises, the model is unchanged.
+
+    A KeyboardInterrupt leaves the model unchanged too, unless it comes after the adapter is complete.
 
     The base keeps its types, parameter names and values. If the adapter adds nothing at its start, as in LoRA and
     AdaLoRA, the first output is bit-identical to the base's (with dropout off).
@@ -58,8 +61,8 @@ def wrap(
         with _seeded(seed):
             slots = injection.build(scanned, tuner)
     injection.warn_of_limits(scanned, tuner)
-    injection.inject_(tuner, slots, scanned, trainable=True)
     steps.watch_optimizers(method)
+    injection.inject_(tuner, slots, scanned, trainable=True)
     return model
 
 
@@ -84,20 +87,29 @@ def _select(scanned: Scan, method: str, config: AdapterConfig) -> tuple[tuple[Ta
 def _tuner_of(
     scanned: Scan, chosen: tuple[Target, ...], copies: tuple[str, ...], method: str, config: AdapterConfig, adapter: str
 ) -> Tuner:
+    model = scanned.root.module
+    copied = [path for path, _, slots in injection.walk(model) if not slots.copies.keys().isdisjoint(slots.active)]
     return Tuner(
         name=adapter,
         method=method,
         config=config,
-        model=scanned.root.module,
+        model=model,
         targets=chosen,
         copies=targets.from_paths(scanned, copies),
         biases=targets.choose_biases(scanned, config.bias, chosen, copies),
-        progress=Progress(total_steps=config.total_steps),
+        progress=Progress(
+            total_steps=config.total_steps,
+            shapes=injection.shapes_of(model),
+            beside=targets.trained_elsewhere(scanned, copied),
+        ),
     )
 
 
 def unwrap(model: M, *, keep_merged: bool = False) -> M:
     """Take every adapter out of a model, and detach it from its optimizer.
+
+    A warning says if that undoes a merge. If this raises, a KeyboardInterrupt too, the adapters are either all in the
+    model, which is merged or not as before, or all out.
 
     Args:
         model: The wrapped model.
@@ -115,14 +127,32 @@ def unwrap(model: M, *, keep_merged: bool = False) -> M:
     injection.refuse_disabled(model)
     root = injection.wrapped_model(model)
     injection.refuse_running(root, "unwrapping")
-    if not keep_merged:
-        serialization.restore_originals_(root)
-    elif not injection.is_merged(root):
-        serialization.merge(root, permanent=True)
-    for tuner in list(tuners.values()):
-        steps.detach(tuner)
-        injection.eject_(tuner)
+    if injection.is_merged(root) and not keep_merged:
+        serialization.refuse_permanent(list(injection.walk(root)))
+        warnings.warn(_UNDONE, TunerkitWarning, stacklevel=2)
+    try:
+        if not keep_merged:
+            serialization.restore_originals_(root)
+        elif not injection.is_merged(root):
+            serialization.merge(root)  # not for good: until an adapter is out, that can be undone
+        _take_out_(list(tuners.values()))
+    except BaseException:
+        if injection.is_merged(root) == keep_merged:  # the weights are as asked for, so complete the rest
+            _take_out_(list(tuners.values()))
+        raise
     return model
+
+
+def _take_out_(tuners: Sequence[Tuner]) -> None:
+    for tuner in tuners:
+        steps.detach(tuner)
+    injection.eject_(tuners)
+
+
+_UNDONE = (
+    "unwrap undoes the merge: the model is the base model again. If you want a plain model with the merged weights, "
+    "call tunerkit.unwrap(model, keep_merged=True) instead"
+)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The command `tunerkit check`: runs the kit on a method, and prints a table and a sentence for each failure."""
+"""The command `tunerkit check`: runs the kit on a method, and prints a list or table and each failure's sentence."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -29,7 +29,11 @@ def run(
     """
     models = named(cases) if cases else default_cases()
     results = [result for case in models for result in check_method(method, config, [case], checks=checks or None)]
-    console.print(_table(results, [case.name for case in models]))
+    if len(models) == 1:
+        for result in results:
+            console.print(_line(result), soft_wrap=True)
+    else:
+        console.print(_table(results, [case.name for case in models]))
     bad = [result for result in results if result.status in ("failed", "error")]
     for result in bad:
         console.print(f"[bold red]{result.check}[/] on {escape(result.case)}: {escape(result.reason)}", soft_wrap=True)
@@ -37,6 +41,12 @@ def run(
     skipped = sum(result.status == "skipped" for result in results)
     console.print(f"{escape(method)}: {passed} passed, {len(bad)} failed, {skipped} skipped")
     return not bad
+
+
+def _line(result: CheckResult) -> str:
+    """The status of a check, its name, and its remark; the sentences of failures come after all checks."""
+    told = f": {escape(result.reason)}" if result.reason and result.status in ("passed", "skipped") else ""
+    return f"[{_STYLES[result.status]}]{result.status:7}[/] {result.check}{told}"
 
 
 def _table(results: Iterable[CheckResult], cases: Sequence[str]) -> Table:

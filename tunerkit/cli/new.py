@@ -134,6 +134,18 @@ def write_distribution(method: str, variant: str, into: Path) -> Path:
     return target
 
 
+def files_to_edit(method: str, variant: str) -> dict[str, str]:
+    """Return the files of a new distribution that its author changes, in this order, with what each contains."""
+    package = Names(method).package
+    return {
+        **{f"{package}/{file}": what for file, what in VARIANTS[variant].contents.items()},
+        "tests/test_reference.py": "a reference implementation to compare with",
+        "tests/test_conformance.py": "the settings that the checks use",
+        "README.md": "what the method does, and an example, which a test runs",
+        "pyproject.toml": "the description, the authors and the licence",
+    }
+
+
 def _checked(method: str) -> Names:
     """Return the names of a new method. Raises `NewMethodError`, with the closest name that would do."""
     objection = _objection(method)

@@ -25,6 +25,9 @@ from tunerkit.hooks.calls import (
     watches_steps,
 )
 from tunerkit.hooks.gather import gather_knowledge
-from tunerkit.hooks.markers import hookimpl
 from tunerkit.hooks.method_config import configure, structure
 from tunerkit.hooks.registry import registry
+
+methods = registry.methods
+register = registry.register
+unregister = registry.unregister

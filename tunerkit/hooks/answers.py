@@ -12,7 +12,7 @@ from tunerkit.config import AdapterConfig
 from tunerkit.errors import PluginError, shown
 from tunerkit.hooks.registry import registry
 from tunerkit.hooks.tuner_view import TunerView
-from tunerkit.layers import Adapter, BaseLayer
+from tunerkit.layers import Adapter, BaseLayer, misfit
 from tunerkit.records import Delta, Factors, ParamGroup, State, Target
 
 _DEEPEST = 20  # levels of JSON values
@@ -156,13 +156,8 @@ def factors(asked: Question, answer: object, adapter: Adapter, base: BaseLayer) 
         devices = [parameter.device for parameter in adapter.parameters()]
         if devices and tensor.device not in devices:
             asked.refuse(f"{what} on device {tensor.device}", f"it on {devices[0]}, where the adapter is")
-    q, p, rank = tuple(answer.q.shape), tuple(answer.p.shape), answer.q.shape[:1]
-    wanted = ((*rank, base.in_features), (base.out_features, *rank))
-    if (q, p) != wanted:
-        asked.refuse(
-            f"q of shape {q} and p of shape {p}",
-            f"q of shape (r, {base.in_features}) and p of shape ({base.out_features}, r), with one r",
-        )
+    if (shapes := misfit(base, answer)) is not None:
+        asked.refuse(*shapes)
     return answer
 
 

@@ -23,7 +23,7 @@ from tunerkit.hooks.discovery import error_text
 from tunerkit.hooks.interrupts import is_from_signal
 from tunerkit.hooks.registry import registry
 from tunerkit.hooks.tuner_view import TunerView
-from tunerkit.layers import Adapter, BaseLayer, low_rank_delta
+from tunerkit.layers import Adapter, BaseLayer, low_rank_delta, misfit
 from tunerkit.paths import few
 from tunerkit.records import Delta, Factors, ParamGroup, RankChange, State, Statistics, Target
 
@@ -178,13 +178,13 @@ def from_factors(
     Raises:
         AdapterError: There is no target, or a product is missing, has another shape, or is not finite.
     """
-    _refuse_misshapen(targets, bases, products)
+    _refuse_unfit(targets, bases, products)
     question = Question(specs.tunerkit_from_factors, method, targets)
     check = partial(answers.built_from_factors, targets=targets, config=registry.get(method).config)
     return _ask(question, check, targets=targets, factors=products)
 
 
-def _refuse_misshapen(targets: Sequence[Target], bases: Sequence[BaseLayer], products: Mapping[str, Factors]) -> None:
+def _refuse_unfit(targets: Sequence[Target], bases: Sequence[BaseLayer], products: Mapping[str, Factors]) -> None:
     paths = [target.path for target in targets]
     if not paths or products.keys() != set(paths):
         raise AdapterError(
@@ -192,14 +192,10 @@ def _refuse_misshapen(targets: Sequence[Target], bases: Sequence[BaseLayer], pro
             f"{len(products)} ({few([*products], shown=5)})"
         )
     for path, base in zip(paths, bases, strict=True):
-        q, p = products[path]
-        wanted = ((p.shape[-1], base.in_features), (base.out_features, p.shape[-1]))
-        if (tuple(q.shape), tuple(p.shape)) != wanted:
-            raise AdapterError(
-                f"the product for {path!r} has q of shape {tuple(q.shape)} and p of shape {tuple(p.shape)}; expected "
-                f"q (r, {base.in_features}) and p ({base.out_features}, r), with one r"
-            )
-        if not (q.isfinite().all() and p.isfinite().all()):
+        if (shapes := misfit(base, products[path])) is not None:
+            found, needed = shapes
+            raise AdapterError(f"the product for {path!r} has {found}; expected {needed}")
+        if not all(bool(factor.isfinite().all()) for factor in products[path]):
             raise AdapterError(f"the product for {path!r} contains NaN or inf")
 
 

@@ -10,8 +10,8 @@ from tunerkit.errors import closest, shown
 from tunerkit.hooks import specs
 from tunerkit.hooks.discovery import VARIABLE, Failure, canonical, discover, error_text, import_plugin, read_limit
 from tunerkit.hooks.interrupts import watch_for_interrupts
-from tunerkit.hooks.markers import PROJECT
 from tunerkit.hooks.validation import Plugin, admit
+from tunerkit.markers import PROJECT
 from tunerkit.paths import few
 from tunerkit.records import MethodInfo
 

@@ -32,5 +32,7 @@ def configure(method: str, config: object) -> AdapterConfig:
     expected = registry.get(method).config
     if isinstance(config, AdapterConfig) and isinstance(config, expected):
         return config
-    takes = f"method {method!r} takes {expected.__name__}, a mapping or None"
-    raise ConfigError([f"{takes}, got {type(config).__name__} @ $"])
+    takes, got = f"method {method!r} takes {expected.__name__}, a mapping or None", type(config)
+    # Another library may have a class of the same name.
+    which = f" of {got.__module__}, not of {expected.__module__}" if got.__name__ == expected.__name__ else ""
+    raise ConfigError([f"{takes}, got {got.__name__}{which} @ $"])

@@ -53,9 +53,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tunerkit.config import AdapterConfig
-from tunerkit.hooks.markers import hookspec
 from tunerkit.hooks.tuner_view import TunerView
 from tunerkit.layers import Adapter, BaseLayer
+from tunerkit.markers import hookspec
 from tunerkit.records import (
     DefaultTargets,
     Delta,

@@ -12,7 +12,7 @@ from tunerkit.config import AdapterConfig
 from tunerkit.errors import PluginError, closest, shown
 from tunerkit.hooks import specs
 from tunerkit.hooks.discovery import error_text
-from tunerkit.records import Method, MethodInfo, Wanted
+from tunerkit.records import Method, MethodInfo, StatisticsRequest
 
 # The version of the contract between core and plugins, and the oldest that still works; docs/plugins.md says what may
 # change when.
@@ -134,17 +134,19 @@ def _checked_name(method: Any) -> str:
     for field, allowed in (("start", ("exact", "rounding")), ("targets", ("weights", "outputs"))):
         if (value := {"start": method.start, "targets": method.targets}[field]) not in allowed:
             raise PluginError(f"{field} of method {shown(name)} is {shown(value)}; expected one of {allowed}")
-    if method.statistics is not None and not _is_wanted(method.statistics):
+    if method.statistics is not None and not _is_request(method.statistics):
         raise PluginError(
-            f"statistics of method {shown(name)} is {shown(method.statistics)}; expected tunerkit.Wanted with the "
-            "ranks of what it wants, as in tunerkit.Wanted(inputs=16)"
+            f"statistics of method {shown(name)} is {shown(method.statistics)}; expected tunerkit.StatisticsRequest "
+            "with the ranks of what it wants, as in tunerkit.StatisticsRequest(inputs=16)"
         )
     return str.__str__(name)
 
 
-def _is_wanted(statistics: object) -> bool:
+def _is_request(statistics: object) -> bool:
     """Whether statistics are asked for, with ranks that make sense."""
-    ranks: tuple[object, ...] = (statistics.inputs, statistics.gradients) if isinstance(statistics, Wanted) else ()
+    if not isinstance(statistics, StatisticsRequest):
+        return False
+    ranks = (statistics.inputs, statistics.gradients)
     return all(type(rank) is int and rank >= 0 for rank in ranks) and any(ranks)
 
 

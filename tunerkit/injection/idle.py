@@ -1,6 +1,6 @@
 """Whether an adapter adds nothing: it is as its method made it, with a start of zero, and nothing has trained it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ def is_untrained(tuner: Tuner) -> bool:
     modules, idle = tuner.modules(), {}
     for path, slot in tuner.slots():
         if slot.adapter is not None:
-            if all(bool(parameter.any()) for parameter in slot.adapter.parameters()):
+            if not _may_be_idle(list(slot.adapter.parameters())):
                 return False
             idle[path] = slot
         if not _keeps_base(slot, modules[path]):
@@ -38,6 +38,11 @@ def is_untrained(tuner: Tuner) -> bool:
     paths = list(idle)
     sample = paths[:: max(1, len(paths) // _SAMPLE)]
     return bool(sample) and all(_is_idle(path, idle[path], modules[path]) for path in sample)
+
+
+def _may_be_idle(parameters: Sequence[Tensor]) -> bool:
+    """Whether one of an adapter's parameters is 0 throughout, and none contains NaN or inf: 0 times NaN is NaN."""
+    return not all(bool(p.any()) for p in parameters) and all(bool(p.isfinite().all()) for p in parameters)
 
 
 def _is_idle(path: str, slot: Slot, module: nn.Module) -> bool:
@@ -49,10 +54,15 @@ def _has_no_delta(path: str, slot: Slot, base: BaseLayer | None) -> bool:
         return False
     if hooks.adds_products(slot.method):
         product = hooks.factors(path, slot.method, slot.adapter, base)
-        if not (product.p.any() and product.q.any()):  # a dense matrix is not needed to see it
-            return True
+        if _is_zero_times(product.p, product.q) or _is_zero_times(product.q, product.p):
+            return True  # a dense matrix is not needed to see it
     delta = hooks.delta(path, slot.method, slot.adapter, base)
     return not any(part is not None and bool(part.any()) for part in (delta.weight, delta.bias))
+
+
+def _is_zero_times(zero: Tensor, other: Tensor) -> bool:
+    """Whether the first factor is 0 throughout, and so the product is: 0 times NaN or inf is NaN."""
+    return not zero.any() and bool(other.isfinite().all())
 
 
 def _keeps_base(slot: Slot, module: nn.Module) -> bool:

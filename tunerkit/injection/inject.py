@@ -10,7 +10,7 @@ from tunerkit.injection.running import refuse_running, unwatch_threads_, watch_t
 from tunerkit.injection.save_pretrained import unwatch_saving_, watch_saving_
 from tunerkit.injection.slots import Slot, Slots, apply_slots, base_modules, slots_of, walk
 from tunerkit.injection.state_dicts import unwatch_states_, watch_states_
-from tunerkit.injection.tuner import WRAPPED, Tuner, base_of, wrapped_of
+from tunerkit.injection.tuner import WRAPPED, Tuner, Wrapped, base_of, wrapped_of
 from tunerkit.injection.uncalled import note_call, watch
 from tunerkit.injection.unsynchronised import check_at_next_forward_, refuse_unsynchronised
 from tunerkit.injection.weight_override import update_overrides_
@@ -23,11 +23,24 @@ _HELD = "_tunerkit_held"
 
 
 def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, *, trainable: bool) -> None:
-    """Freeze the base and add the adapter's slots, ``built`` by path, to its modules, each with one forward hook."""
+    """Freeze the base and add the adapter's slots, ``built`` by path, to its modules, each with one forward hook.
+
+    If this raises, also a KeyboardInterrupt, nothing is added.
+    """
+    refuse_running(tuner.model, "adding an adapter")
+    try:
+        _inject_(tuner, built, scanned)
+        train_(tuner, trained=trainable)
+        _prepare_next_forward_(tuner.model)
+    except BaseException:
+        _eject_([tuner])
+        raise
+
+
+def _inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan) -> None:
     model, wrapped, readers = tuner.model, wrapped_of(tuner.model), []
-    refuse_running(model, "adding an adapter")
     if not wrapped.tuners:  # a base parameter that is unfrozen later is meant to be trained
-        wrapped.frozen = _freeze_base_(model)
+        _freeze_base_(model, wrapped)
         watch_states_(model)
         watch_saving_(model)
         watch_threads_(model)
@@ -54,34 +67,50 @@ def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, *, trainable
         _hold_statistics_(copied.module)
     wrapped.tuners[tuner.name] = tuner
     wrapped.active = (*wrapped.active, tuner.name)
-    vars(model)[WRAPPED] = wrapped
-    train_(tuner, trained=trainable)
-    _prepare_next_forward_(model)
 
 
-def eject_(tuner: Tuner) -> None:
-    """Take one adapter out. Modules without any adapter left lose the child and the hook."""
-    model, wrapped = tuner.model, wrapped_of(tuner.model)
-    for module in tuner.modules().values():
-        if (slots := slots_of(module)) is not None:
-            slots.drop(tuner.name)
-            if slots.names:
-                continue
-            delattr(module, CHILD)
-        if module is not model:
-            unwatch_states_(module)
-        torch_private.remove_hooks_(module, apply_slots)
-        _release_statistics_(module)
+def eject_(tuners: Sequence[Tuner]) -> None:
+    """Take adapters out of their one model. Modules without any adapter left lose the child and the hook.
+
+    If this is interrupted (KeyboardInterrupt), they are taken out all the same before it raises.
+    """
+    try:
+        _eject_(tuners)
+    except BaseException:
+        _eject_(tuners)
+        raise
+
+
+def _eject_(tuners: Sequence[Tuner]) -> None:
+    """Take adapters out. It also completes an earlier call that was interrupted, and undoes a half `_inject_`."""
+    model = tuners[0].model
+    wrapped = wrapped_of(model)
+    for tuner in tuners:
+        for module in tuner.modules().values():
+            _clear_(module, tuner)
+        wrapped.tuners.pop(tuner.name, None)
+        wrapped.active = tuple(name for name in wrapped.active if name != tuner.name)
     update_overrides_(model)
-    del wrapped.tuners[tuner.name]
-    wrapped.active = tuple(name for name in wrapped.active if name != tuner.name)
     if not wrapped.tuners:
         _thaw_base_(model, set(wrapped.frozen))
         unwatch_states_(model)
         unwatch_saving_(model)
         unwatch_threads_(model)
-        del vars(model)[WRAPPED]
+        vars(model).pop(WRAPPED, None)
     _prepare_next_forward_(model)
+
+
+def _clear_(module: nn.Module, tuner: Tuner) -> None:
+    """Remove an adapter's slot from a module, and our hooks if it was the last one."""
+    if (slots := slots_of(module)) is not None:
+        slots.drop(tuner.name)
+        if slots.names:
+            return
+        delattr(module, CHILD)
+    if module is not tuner.model:
+        unwatch_states_(module)
+    torch_private.remove_hooks_(module, apply_slots)
+    _release_statistics_(module)
 
 
 def activate_(model: nn.Module, names: Sequence[str]) -> None:
@@ -161,23 +190,25 @@ def _hold_statistics_(module: nn.Module) -> None:
     """
     for _, norm in base_modules(module):
         if torch_private.is_batch_norm(norm) and norm.track_running_stats:
-            norm.track_running_stats = False
             vars(norm)[_HELD] = True
+            norm.track_running_stats = False
 
 
 def _release_statistics_(module: nn.Module) -> None:
     """Undo `_hold_statistics_`."""
     for norm in module.modules():
-        if vars(norm).pop(_HELD, False):
+        if _HELD in vars(norm):
             vars(norm)["track_running_stats"] = True
+            del vars(norm)[_HELD]
 
 
-def _freeze_base_(model: nn.Module) -> tuple[str, ...]:
-    """Freeze the model's own parameters and return the names of those that were trained, to undo it later."""
+def _freeze_base_(model: nn.Module, wrapped: Wrapped) -> None:
+    """Freeze the model's own parameters. First give the model the names of those that were trained, to undo it."""
     own = {name: p for name, p in model.named_parameters() if p.requires_grad and not is_adapter_path(name)}
+    wrapped.frozen = tuple(own)
+    vars(model)[WRAPPED] = wrapped
     for parameter in own.values():
         parameter.requires_grad_(False)
-    return tuple(own)
 
 
 def _thaw_base_(model: nn.Module, frozen: Set[str]) -> None:

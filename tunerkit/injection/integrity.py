@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from tunerkit.errors import AdapterError
-from tunerkit.injection.slots import Slots, apply_slots, base_modules, slots_of
+from tunerkit.injection.slots import Slots, apply_slots, base_modules, is_resized, slots_of
 from tunerkit.injection.tuner import Tuner
 from tunerkit.injection.weight_override import overridden_in
 from tunerkit.libraries import torch_private
@@ -45,5 +45,4 @@ def _lost(tuner: Tuner) -> Iterator[tuple[str, str]]:
 def _is_resized(module: nn.Module, slots: Slots) -> bool:
     if slots.base is not None and slots.features is not None:
         return (slots.base.out_features, slots.base.in_features) != slots.features
-    own, copies = dict(module.named_parameters()), slots.copies.values()
-    return any(name in own and own[name].shape != p.shape for copy in copies for name, p in copy.named_parameters())
+    return any(is_resized(module, copy) for copy in slots.copies.values())

@@ -1,6 +1,7 @@
 """Runs a wrapped model on batches, and measures the inputs and gradients at an adapter's targets."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,19 +12,19 @@ from tunerkit.injection.slots import slots_of
 from tunerkit.injection.tuner import Tuner
 from tunerkit.layers import Sketch
 from tunerkit.paths import few
-from tunerkit.records import Statistics, Wanted
+from tunerkit.records import Statistics, StatisticsRequest
 
 Loss = Callable[[Any, Any], Tensor]
 
 
 def measure(
-    tuner: Tuner, wanted: Wanted, batches: Iterable[Any], loss: Loss | None
+    tuner: Tuner, request: StatisticsRequest, batches: Iterable[Any], loss: Loss | None
 ) -> tuple[dict[str, Statistics], int]:
     """Measure what a method wants to know of the data, at each of its targets.
 
     Args:
         tuner: The adapter's handle. Its model should be in eval mode.
-        wanted: What to measure.
+        request: What to measure.
         batches: The batches; each is one call of the model.
         loss: See `loss_of`.
 
@@ -34,7 +35,7 @@ def measure(
         AdapterError: There is no batch, one gives no loss, a target never ran, its input cannot be seen, or the
             statistics are not finite.
     """
-    sketches = _sketches(tuner, wanted)
+    sketches = _sketches(tuner, request)
     ran: set[str] = set()
     handles = [
         target.module.register_forward_hook(_noting(ran, target.path, sketches[target.path]), with_kwargs=True)
@@ -68,7 +69,9 @@ def _run_all(model: nn.Module, batches: Iterable[Any], loss: Loss | None, sketch
         count += 1
         if probes:
             value = loss_of(model, batch, loss)
-            for probe, grad in zip(probes, torch.autograd.grad(value, probes, allow_unused=True), strict=True):
+            with _uncounted(sketches):
+                gradients = torch.autograd.grad(value, probes, allow_unused=True)
+            for probe, grad in zip(probes, gradients, strict=True):
                 if grad is not None:
                     probe.grad = grad if probe.grad is None else probe.grad + grad
         else:
@@ -77,7 +80,19 @@ def _run_all(model: nn.Module, batches: Iterable[Any], loss: Loss | None, sketch
     return count
 
 
-def _sketches(tuner: Tuner, wanted: Wanted) -> dict[str, Sketch]:
+@contextmanager
+def _uncounted(sketches: Sequence[Sketch]) -> Iterator[None]:
+    """Run a backward pass, in which a model that checkpoints activations calls its layers again."""
+    for sketch in sketches:
+        sketch.counting = False
+    try:
+        yield
+    finally:
+        for sketch in sketches:
+            sketch.counting = True
+
+
+def _sketches(tuner: Tuner, request: StatisticsRequest) -> dict[str, Sketch]:
     found: dict[str, Sketch] = {}
     for path, slot in tuner.slots():
         slots = slots_of(tuner.modules()[path])
@@ -90,7 +105,7 @@ def _sketches(tuner: Tuner, wanted: Wanted) -> dict[str, Sketch]:
             )
         # Each target has random matrices of its own, the same in each run.
         generator = torch.Generator().manual_seed(len(found))
-        found[path] = Sketch(slots.base, wanted, generator)
+        found[path] = Sketch(slots.base, request, generator)
     return found
 
 

@@ -27,7 +27,9 @@ class Link:
 
 @attrs.define(eq=False)
 class Progress:
-    """What changes after an adapter was put into a model. Only the step driver, resuming and merging write to it.
+    """What changes after an adapter was put into a model, and what the base was then.
+
+    Only the step driver, saving, resuming and merging write to it.
 
     Attributes:
         steps: The optimizer steps taken.
@@ -37,6 +39,10 @@ class Progress:
         link: The connection to the optimizer, from `attach` on.
         calibration: How much data set the adapter's start: the numbers of batches and of input rows; None if none did.
         fingerprint: The base's fingerprint, kept if a permanent merge overwrote the base.
+        shapes: The shapes of the base's parameters when the adapter was put in.
+        beside: New modules of the base that another adapter, active at that time, trains in full. The fingerprint
+            leaves them out, because the adapter never used the base's own values.
+        files: The files that hold the adapter: those it was loaded from or saved to.
     """
 
     steps: int = 0
@@ -46,3 +52,6 @@ class Progress:
     link: Link | None = None
     calibration: dict[str, int] | None = None
     fingerprint: dict[str, dict[str, Any]] | None = None
+    shapes: dict[str, tuple[int, ...]] = attrs.field(factory=dict)
+    beside: tuple[str, ...] = ()
+    files: set[str] = attrs.field(factory=set)

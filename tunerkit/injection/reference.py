@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tunerkit.errors import AdapterError
 from tunerkit.injection.idle import adds_nothing
 from tunerkit.injection.merged_state import is_merged, refuse_fixed
+from tunerkit.injection.modes import evaluating
 from tunerkit.injection.slots import Slot, Slots, walk
 from tunerkit.injection.tuner import Wrapped, require_tuners, wrapped_model, wrapped_of
 from tunerkit.libraries import torch_private
@@ -42,23 +43,18 @@ class _Snapshot:
         """
         places = self._places()
         before = [(slots, slots.enabled, slots.active, dict(torch_private.own_children(slots))) for slots in places]
-        training = [module for module in self.model.modules() if module.training]
-        self.running += 1
-        try:
-            for slots, frozen in places.items():
-                _show_(slots, frozen)
-            for module in training:
-                module.training = False
-            with torch.no_grad():
+        with evaluating(self.model), torch.no_grad():
+            self.running += 1
+            try:
+                for slots, frozen in places.items():
+                    _show_(slots, frozen)
                 yield
-        finally:
-            self.running -= 1
-            for module in training:
-                module.training = True
-            for slots, enabled, active, children in before:
-                slots.enabled, slots.active = enabled, active
-                torch_private.own_children(slots).clear()
-                torch_private.own_children(slots).update(children)
+            finally:
+                self.running -= 1
+                for slots, enabled, active, children in before:
+                    slots.enabled, slots.active = enabled, active
+                    torch_private.own_children(slots).clear()
+                    torch_private.own_children(slots).update(children)
 
     def _places(self) -> dict[Slots, Mapping[str, Slot]]:
         """Return what to show at each adapted module. Raises `AdapterError` if the model was changed too much."""

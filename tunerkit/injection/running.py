@@ -35,8 +35,8 @@ def watch_threads_(model: nn.Module) -> None:
 
 def unwatch_threads_(model: nn.Module) -> None:
     """Undo `watch_threads_`."""
-    if vars(model).pop(_ATTRIBUTE, None) is not None:
-        torch_private.remove_hooks_(model, enter, leave)
+    torch_private.remove_hooks_(model, enter, leave)
+    vars(model).pop(_ATTRIBUTE, None)
 
 
 # Not under compile: compiled code must not have a Python side effect in each call.

@@ -33,8 +33,10 @@ def unwatch_saving_(model: nn.Module) -> None:
     """Undo `watch_saving_`."""
     for module in model.modules():
         if _is_watched(module):
-            _, own = vars(module).pop(_NAME).args
-            if own is not None:
+            _, own = vars(module)[_NAME].args
+            if own is None:
+                del vars(module)[_NAME]
+            else:
                 vars(module)[_NAME] = own
         vars(module).pop(_RUN, None)
 

@@ -61,7 +61,7 @@ class Slot(nn.Module):
     ) -> Any:
         """Return the output ``y`` of ``module`` as this slot changes it."""
         if self.copy is not None:
-            return self.copy(*args, **kwargs)
+            return _run_copy(self.copy, module, args, kwargs)
         if self.adapter is not None:
             x = _input(args, kwargs)
             if base is not None and not base.has_weight:
@@ -76,6 +76,27 @@ class Slot(nn.Module):
         return y
 
 
+def _run_copy(copy: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run the trained copy of ``module``. Its own errors say nothing of a resized original, such as new tokens."""
+    if torch.compiler.is_compiling():
+        return copy(*args, **kwargs)
+    try:
+        return copy(*args, **kwargs)
+    except (IndexError, RuntimeError) as error:
+        if is_resized(module, copy):
+            raise AdapterError(
+                f"the {type(module).__name__} was resized after an adapter had begun to train a copy of it, and the "
+                "copy still has the old size: resize the model first, then call tunerkit.wrap or tunerkit.load"
+            ) from error
+        raise
+
+
+def is_resized(module: nn.Module, copy: nn.Module) -> bool:
+    """Whether a module has parameters of another shape than its trained copy."""
+    own = dict(module.named_parameters())
+    return any(name in own and own[name].shape != p.shape for name, p in copy.named_parameters())
+
+
 def _refuse_output(method: str, module: nn.Module, output: object) -> None:
     own = output[0] if type(output) is tuple and output else output
     if not isinstance(own, Tensor):
@@ -88,7 +109,11 @@ def _refuse_output(method: str, module: nn.Module, output: object) -> None:
 def _plus(output: Any, found: Any, own: Any) -> Any:
     """Add to an output what an adapter made of the base layer's own one."""
     if type(output) is tuple:
-        return (output[0] + (found[0] - own[0]), *output[1:])
+        return (_plus(output[0], found[0], own[0]), *output[1:])
+    if own.is_floating_point():
+        # An output may contain -inf, as that of a head with masked classes does, and -inf - -inf is NaN.
+        limits = torch.finfo(own.dtype)
+        own = own.clamp(limits.min, limits.max)
     return output + (found - own)
 
 
@@ -138,8 +163,7 @@ class Slots(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's own
         if not self.enabled:
             self.enabled = True
-            self.merged = ()
-            self.forget_originals()
+            self.forget_merge()
 
     def put(self, name: str, slot: Slot) -> None:
         """Add a slot. It goes directly into the dict of children: `add_module` refuses names such as "forward"."""
@@ -199,10 +223,18 @@ class Slots(nn.Module):
         for name, tensor in originals.items():
             self.register_buffer(_ORIGINAL + name.replace(".", _DOT), tensor, persistent=False)
 
-    def forget_originals(self) -> None:
-        """Free what `set_aside` kept."""
+    def note_merged(self, originals: Mapping[str, Tensor], *, permanent: bool) -> None:
+        """Note that the active adapters are merged into the module, which had the values ``originals``."""
+        self.set_aside(originals)
+        self.permanent = permanent
+        self.merged = self.active
+
+    def forget_merge(self) -> None:
+        """Note that nothing is merged, and free what `set_aside` kept."""
         for name, _ in list(self.named_buffers(recurse=False, remove_duplicate=False)):
             delattr(self, name)
+        self.permanent = False
+        self.merged = ()
 
     def original(self, name: str, live: Tensor) -> Tensor:
         """Return the base's own tensor, also while a merged one replaces it in the module."""
@@ -246,13 +278,19 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slots]]:
             yield path, module, slots
 
 
-def apply_slots(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def apply_slots(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
     """Apply the active slots: the forward hook of every adapted module.
 
-    It writes no Python state, which would recompile compiled models.
+    It writes no Python state, which would recompile compiled models. Torch's quantisation copies hooks to the module
+    that replaces another one, without its children, and calls them without the keyword arguments.
     """
-    slots = torch_private.own_children(module)[CHILD]
-    assert isinstance(slots, Slots)
+    slots = torch_private.own_children(module).get(CHILD)
+    if not isinstance(slots, Slots):
+        raise AdapterError(
+            f"this {type(module).__name__} replaced a module with adapters and lost them, as quantising a wrapped "
+            "model does. Quantise the base before tunerkit.wrap, or call tunerkit.unwrap(model, keep_merged=True) "
+            "before you quantise"
+        )
     if slots.enabled and not slots.merged:
         own, marked, children = output, False, cast(dict[str, Slot], torch_private.own_children(slots))
         # An adapter may write into a fresh output, and several that read it need it as it is.

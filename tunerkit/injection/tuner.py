@@ -31,6 +31,8 @@ class _Unseen(WeakSet["Tuner"]):
     notify: Callable[[], object] = staticmethod(lambda: None)
 
 
+_NOTIFY = "notify"  # the entry of a pickled tuner
+
 # State of the process: an optimizer does not know the model whose parameters it holds.
 unseen = _Unseen()
 
@@ -65,14 +67,17 @@ class Tuner:
         unseen.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return attrs.asdict(self, recurse=False)
+        # The function is pickled by its name: a process that only unpickles a model imports the watch with it.
+        return {**attrs.asdict(self, recurse=False), _NOTIFY: unseen.notify}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a deep copy or pickle, for which `__init__` does not run."""
+        notify = state.get(_NOTIFY, unseen.notify)  # pickles of earlier versions lack it
         for name, value in state.items():
-            object.__setattr__(self, name, value)
+            if name != _NOTIFY:
+                object.__setattr__(self, name, value)
         unseen.add(self)
-        unseen.notify()
+        notify()
 
     @property
     def steps(self) -> int:
@@ -202,11 +207,13 @@ class Wrapped:
         tuners: The tuners by adapter name, the oldest first.
         active: The names of the adapters that forward applies, in order.
         frozen: The names of the base parameters that wrapping froze.
+        told: What a warning has said of the base that no adapter's file holds.
     """
 
     tuners: dict[str, Tuner] = attrs.field(factory=dict)
     active: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
+    told: set[str] = attrs.field(factory=set)
 
 
 def wrapped_of(model: nn.Module) -> Wrapped:

@@ -46,18 +46,18 @@ def watch(model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
         return
     owners = {above: _running(model, above) for above in {parent(path) for path in adapted}}
     lists = {above for above in owners if isinstance(model.get_submodule(above), _LISTS)}
-    calls = Calls(set(), set(), owners, lists)
+    calls = vars(model)[_ATTRIBUTE] = Calls(set(), set(), owners, lists)  # first, so that `_unwatch` undoes a half
     for path, module in adapted.items():
         module.register_forward_pre_hook(functools.partial(note_call, calls.called, path))
         owners[parent(path)].register_forward_pre_hook(functools.partial(note_call, calls.owner_ran, path))
     model.register_forward_hook(report)
-    vars(model)[_ATTRIBUTE] = calls
 
 
 def _unwatch(model: nn.Module) -> None:
-    if vars(model).pop(_ATTRIBUTE, None) is not None:
+    if _ATTRIBUTE in vars(model):
         for module in model.modules():
             torch_private.remove_hooks_(module, note_call, report)
+        vars(model).pop(_ATTRIBUTE, None)  # another thread may have been faster
 
 
 def _running(model: nn.Module, path: str) -> nn.Module:

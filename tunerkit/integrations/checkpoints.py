@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tunerkit import serialization
 from tunerkit.errors import TunerkitWarning
-from tunerkit.injection import Tuner, regrouped, tuners_of
+from tunerkit.injection import Tuner, regrouped, tuners_of, warn_of_base_changes
 from tunerkit.integrations.folders import folder_of, has_file
 from tunerkit.integrations.ranks import rows_of, write_ranks
 from tunerkit.integrations.resuming import choose_checkpoint
@@ -108,6 +108,7 @@ def _save(
     for tuner in held:
         written = serialization.save_tuner(tuner, folder_of(folder, held, tuner))
         write_ranks(tuner, written.parent)
+    warn_of_base_changes(held, again=False)
     processor = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
     if processor is not None:
         processor.save_pretrained(folder)

@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tunerkit.errors import StepError, TunerkitWarning
-from tunerkit.injection import Tuner, tuners_of, wrapped_of
+from tunerkit.injection import Tuner, refuse_fixed, tuners_of, warn_of_base_changes, wrapped_of
 from tunerkit.integrations.checkpoints import load_states, take_over_
 from tunerkit.integrations.trl import settle_
 from tunerkit.serialization import warn_of_unspent_schedule
@@ -27,6 +27,7 @@ def attach_trainer(tuners: list[Tuner], trainer: Trainer, total_steps: int | Non
             raise StepError(f"the trainer trains another model, without adapter {tuner.name!r}; pass the wrapped one")
         if present is not None and tuner in present.attached:
             raise StepError(f"adapter {tuner.name!r} is attached to this trainer already")
+        refuse_fixed(tuner.model, "attaching")
         if is_attached(tuner):
             raise StepError(
                 f"adapter {tuner.name!r} is already driven by an optimizer (tunerkit.attach, or a Trainer that is "
@@ -98,6 +99,7 @@ class StepCallback(TrainerCallback):
         candidate = kwargs["optimizer"]
         self._drive = functools.partial(drive, candidate=candidate, total_steps=state.max_steps, clock=clock)
         self._drive(self.tuners)
+        warn_of_base_changes(self.tuners, again=False)
         if self.resumed is not None:
             load_states(self.tuners, self.resumed)
 

@@ -94,23 +94,26 @@ class Adapter(nn.Module):
 
 
 def _resize_for(adapter: Adapter, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
-    """Take the rank of the tensors about to be loaded, if they agree on one and differ in nothing else."""
+    """Take the rank of the tensors about to be loaded, if they agree on one and all of them fit then."""
     own = {**dict(adapter.named_buffers()), **dict(adapter.named_parameters())}
-    ranks = set()
-    for name, dim in adapter.rank_dims.items():
-        value = state_dict.get(prefix + name)
-        if not isinstance(value, Tensor) or value.ndim != own[name].ndim:
-            return
-        if _without(value, dim) != _without(own[name], dim):
-            return
-        ranks.add(value.shape[dim])
+    dims, saved = adapter.rank_dims, {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
+    if not dims.keys() <= saved.keys() or not all(
+        _fits(value, own[name], dims.get(name)) for name, value in saved.items()
+    ):
+        return
+    ranks = {saved[name].shape[dim] for name, dim in dims.items()}
     if len(ranks) == 1:
         (rank,) = ranks
-        for name, dim in adapter.rank_dims.items():
+        for name, dim in dims.items():
             tensor = own[name]
             if tensor.shape[dim] != rank:
                 resize_(tensor, tensor.new_empty((*tensor.shape[:dim], rank, *tensor.shape[dim:][1:])))
 
 
-def _without(tensor: Tensor, dim: int) -> tuple[int, ...]:
-    return (*tensor.shape[:dim], *tensor.shape[dim:][1:])
+def _fits(value: object, own: Tensor, dim: int | None) -> bool:
+    """Whether a value has the shape of an adapter's own tensor, apart from dimension ``dim``."""
+    return isinstance(value, Tensor) and value.ndim == own.ndim and _without(value, dim) == _without(own, dim)
+
+
+def _without(tensor: Tensor, dim: int | None) -> tuple[int, ...]:
+    return tuple(tensor.shape) if dim is None else (*tensor.shape[:dim], *tensor.shape[dim:][1:])

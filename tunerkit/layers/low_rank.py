@@ -105,6 +105,15 @@ def low_rank_factors(q: Tensor, p: Tensor, *, scale: float, lam: Tensor | None =
     return Factors(q=q, p=scale * p) if p.shape[0] < q.shape[1] else Factors(q=scale * q, p=p)
 
 
+def misfit(base: BaseLayer, product: Factors) -> tuple[str, str] | None:
+    """Return the shapes of a product and those that ``base`` needs, for a message; None if they fit."""
+    q, p, rank = tuple(product.q.shape), tuple(product.p.shape), product.q.shape[:1]
+    if (q, p) == ((*rank, base.in_features), (base.out_features, *rank)):
+        return None
+    needed = f"q (r, {base.in_features}) and p ({base.out_features}, r), with one r"
+    return f"q of shape {q} and p of shape {p}", needed
+
+
 def _fold(q: Tensor, p: Tensor, lam: Tensor | None) -> tuple[Tensor, Tensor]:
     """Multiply λ into the smaller of Q and P, so that a side as large as a vocabulary is not copied."""
     if lam is None:

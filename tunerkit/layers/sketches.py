@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from tunerkit.layers.base import BaseLayer
 from tunerkit.layers.fused import autocast_off
-from tunerkit.records import Factors, Statistics, Wanted
+from tunerkit.records import Factors, Statistics, StatisticsRequest
 
 # The inputs' sketch and the second one of a gradient have this many times the rows that are asked for. Without that, a
 # Nyström approximation has no bound on its error, and the gradient's system is badly conditioned.
@@ -26,13 +27,18 @@ class Sketch:
 
     Args:
         base: The base layer.
-        wanted: What to measure.
+        request: What to measure.
         generator: Draws Ω and Ψ, on the CPU.
+
+    Attributes:
+        counting: Whether calls are counted. Set it to False for a backward pass: a model that checkpoints activations
+            calls the layer again there.
     """
 
-    def __init__(self, base: BaseLayer, wanted: Wanted, generator: torch.Generator) -> None:
+    def __init__(self, base: BaseLayer, request: StatisticsRequest, generator: torch.Generator) -> None:
         self.base = base
         self.rows = 0
+        self.counting = True
         device = base.dense().device
         out, into = base.out_features, base.in_features
 
@@ -41,11 +47,11 @@ class Sketch:
             basis: Tensor = torch.linalg.qr(random).Q
             return basis.T.float().contiguous().to(device)
 
-        self._rank = wanted.inputs
-        self._inputs = drawn(_OVERSAMPLING * wanted.inputs, into) if wanted.inputs else None
+        self._rank = request.inputs
+        self._inputs = drawn(_OVERSAMPLING * request.inputs, into) if request.inputs else None
         self._moment = None if self._inputs is None else torch.zeros_like(self._inputs, dtype=torch.float64)
-        self._omega = drawn(wanted.gradients, into) if wanted.gradients else None
-        self._psi = drawn(_OVERSAMPLING * wanted.gradients, out).T.contiguous() if wanted.gradients else None
+        self._omega = drawn(request.gradients, into) if request.gradients else None
+        self._psi = drawn(_OVERSAMPLING * request.gradients, out).T.contiguous() if request.gradients else None
         # The probes: their gradients are the sums.
         self.p = nn.Parameter(torch.zeros(out, len(self._omega), device=device)) if self._omega is not None else None
         self.q = nn.Parameter(torch.zeros(self._psi.shape[1], into, device=device)) if self._psi is not None else None
@@ -54,9 +60,10 @@ class Sketch:
         """Add one call of the layer to the sums: a forward hook. It returns the output with the probes, which add 0."""
         x = args[0] if args else next(iter(kwargs.values()))
         wide = x.float() if x.is_floating_point() else x
-        self.rows += output.numel() // self.base.out_features
+        if self.counting:
+            self.rows += output.numel() // self.base.out_features
         with autocast_off(output.device):
-            if self._inputs is not None and self._moment is not None:
+            if self.counting and self._inputs is not None and self._moment is not None:
                 self._add_inputs(wide.detach(), self._inputs, self._moment)
             if self.p is not None and self.q is not None and self._omega is not None and self._psi is not None:
                 probes = self.base.project_out(self.base.project_in(wide, self._omega), self.p)
@@ -65,7 +72,9 @@ class Sketch:
         return output
 
     def _add_inputs(self, x: Tensor, omega: Tensor, moment: Tensor) -> None:
-        with torch.enable_grad():
+        # Inside a checkpoint, saved tensors would be dropped, and computed again with another call of the layer.
+        kept = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+        with torch.enable_grad(), kept:
             q = omega.clone().requires_grad_()
             h = self.base.project_in(x, q)
             (found,) = torch.autograd.grad(h, q, grad_outputs=h.detach())

@@ -54,7 +54,7 @@ def remove_hooks_(module: nn.Module, *functions: Callable[..., Any]) -> None:
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for key, hook in list(hooks.items()):
             if (hook.func if isinstance(hook, partial) else hook) in functions:
-                for table in (hooks, *flags):
+                for table in (*flags, hooks):  # the hook last, so that an interrupted call can be repeated
                     table.pop(key, None)
 
 

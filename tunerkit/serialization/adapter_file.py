@@ -16,10 +16,11 @@ from tunerkit.injection import Progress, Tuner
 from tunerkit.paths import few, join
 from tunerkit.serialization.allocation_limit import limit_for
 from tunerkit.serialization.base_check import base_values, describe_base, refuse_other_base
+from tunerkit.serialization.beside import beside_of, warn_of_lone
 from tunerkit.serialization.finite import nonfinite
 from tunerkit.serialization.fit import fill
 from tunerkit.serialization.header import Header, encode
-from tunerkit.serialization.reading import read, refuse_nonfinite
+from tunerkit.serialization.reading import read, refuse_nonfinite, refuse_other_file
 from tunerkit.serialization.safetensors_file import file_at, pack, write
 from tunerkit.targets import Scan
 
@@ -32,8 +33,9 @@ def save(
 ) -> Path:
     """Write one adapter to a file.
 
-    An existing file is replaced atomically: a reader sees the old file or the new one. The new file has its mode. An
-    adapter that was never trained triggers a warning.
+    An older file of the adapter is replaced atomically: a reader sees the old file or the new one. The new file has its
+    mode. An adapter that was never trained triggers a warning, and so does a base that is trained too or was resized:
+    the file does not hold it.
 
     Args:
         model: The wrapped model.
@@ -50,7 +52,8 @@ def save(
             are offloaded, or are held in shards by FSDP or ZeRO-3; or adapted modules were replaced or resized after
             wrapping, so that no base model would fit the file. An older file is unchanged then.
         TargetError: The model was quantised by torchao after wrapping.
-        FileError: The file cannot be written. An older file is unchanged then.
+        FileError: The file cannot be written, or there is a safetensors file that tunerkit did not write. An older file
+            is unchanged then.
     """
     tuner = injection.tuner(model, adapter)
     if tuner.needs_steps and _is_fresh(tuner):
@@ -61,6 +64,7 @@ def save(
     warn_of_unspent_schedule(tuner)
     written = save_tuner(tuner, path, allow_nonfinite=allow_nonfinite)
     _warn_of_untrained(tuner)
+    injection.warn_of_base_changes([tuner])
     return written
 
 
@@ -68,6 +72,8 @@ def save_tuner(tuner: Tuner, path: str | os.PathLike[str], *, allow_nonfinite: b
     """Write one adapter as it is now, at any point of its schedule. Checkpoints use this."""
     libraries.refuse_engine(injection.base_modules(tuner.model), "save")
     injection.refuse_lost([tuner])
+    place = file_at(path, "adapter")
+    refuse_other_file(place)
     tensors = _tensors_of(tuner)
     if not allow_nonfinite and (wrong := nonfinite(tensors, base_values(tuner))):
         raise AdapterError(
@@ -81,7 +87,31 @@ def save_tuner(tuner: Tuner, path: str | os.PathLike[str], *, allow_nonfinite: b
         description["values"][_CALIBRATION] = tuner.progress.calibration
     header = header_of(tuner, content="adapter", **description)
     packed = pack(tensors)
-    return write(file_at(path, "adapter"), packed, encode(header, tensors, packed.stored))
+    written = write(place, packed, encode(header, tensors, packed.stored))
+    file = os.path.realpath(written)
+    _warn_of_file_of_another(tuner, file)
+    _note_written(tuner, file)
+    return written
+
+
+def _warn_of_file_of_another(tuner: Tuner, file: str) -> None:
+    """Warn if ``file`` was the only one of another adapter in the model, and becomes this one's."""
+    if file in tuner.progress.files:
+        return
+    for other in injection.tuners_of(tuner.model).values():
+        if other.progress.files == {file}:
+            warnings.warn(
+                f"{file} held adapter {other.name!r} of this model, and holds {tuner.name!r} now. If you want both, "
+                f"save {other.name!r} again, into a folder or under a file name of its own",
+                TunerkitWarning,
+                stacklevel=4,
+            )
+
+
+def _note_written(tuner: Tuner, file: str) -> None:
+    for other in injection.tuners_of(tuner.model).values():
+        other.progress.files.discard(file)
+    tuner.progress.files.add(file)
 
 
 def load(
@@ -94,7 +124,8 @@ def load(
 ) -> M:
     """Put a saved adapter into a model, in place.
 
-    If this raises, nothing is loaded. The error lists every problem.
+    If this raises, nothing is loaded. The error lists every problem. A KeyboardInterrupt leaves the base unchanged too,
+    unless it comes after the adapter is complete.
 
     Args:
         base: The base model. It may already have other adapters.
@@ -127,8 +158,9 @@ def load(
     with patterns.one_allowance(), torch.random.fork_rng(devices=[]):
         built = injection.build_each(scanned, tuner, around=limit_for(header.config, tensors, source))
         slots = fill(built, tensors, root, source)
-    injection.inject_(tuner, slots, scanned, trainable=trainable)
     steps.watch_optimizers(tuner.method)
+    injection.inject_(tuner, slots, scanned, trainable=trainable)
+    warn_of_lone(tuner)
     return base
 
 
@@ -203,8 +235,9 @@ def header_of(
 
 
 def _tuner_from(header: Header, scanned: Scan, adapter: str, source: str) -> Tuner:
+    beside, model = beside_of(header, source), scanned.root.module
     try:
-        found = targets.from_paths(scanned, [*header.targets, *header.copies, *header.biases])
+        found = targets.from_paths(scanned, [*header.targets, *header.copies, *header.biases, *beside])
     except TargetError as error:
         raise BaseMismatchError(f"{source} was trained on another base model: {error}") from error
     by_path = {place.path: place for place in found}
@@ -215,12 +248,18 @@ def _tuner_from(header: Header, scanned: Scan, adapter: str, source: str) -> Tun
         name=adapter,
         method=header.method,
         config=hooks.structure(header.method, header.config),
-        model=scanned.root.module,
+        model=model,
         targets=chosen,
         copies=copies,
         biases=biases,
         loaded=True,
-        progress=Progress(total_steps=header.total_steps, calibration=_calibration(header)),
+        progress=Progress(
+            total_steps=header.total_steps,
+            calibration=_calibration(header),
+            shapes=injection.shapes_of(model),
+            beside=beside,
+            files={os.path.realpath(source)},
+        ),
     )
 
 

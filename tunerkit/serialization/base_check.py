@@ -9,6 +9,7 @@ from tunerkit.errors import BaseMismatchError, FileError, shown
 from tunerkit.injection import Tuner, base_modules, slots_of
 from tunerkit.libraries import labels_hint, torch_private
 from tunerkit.paths import few, join
+from tunerkit.serialization.beside import describe_beside
 from tunerkit.serialization.fingerprint import (
     OTHER_VALUES,
     Fingerprint,
@@ -28,7 +29,8 @@ _SETTINGS = "base_config"
 def describe_base(tuner: Tuner) -> dict[str, Any]:
     """Return the header's fields ``base`` and ``values`` for an adapter's file."""
     kept = tuner.progress.fingerprint  # from before a permanent merge
-    return {"base": kept or fingerprint(tuner), "values": {_SETTINGS: forward_config(tuner.model)}}
+    values = {_SETTINGS: forward_config(tuner.model)} | describe_beside(tuner)
+    return {"base": kept or fingerprint(tuner), "values": values}
 
 
 def refuse_other_base(

@@ -29,7 +29,8 @@ def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str
     """Return ``{parameter: {"shape": [...], "dtype": "float32", "sample": [...]}}`` of the base under ``tuner``.
 
     A tensor on the meta device has no values, so its sample is empty and only its shape is compared. What the adapter
-    trains in full (copies and biases) is left out, because a new head has other values at each load.
+    trains in full (copies and biases) is left out, because a new head has other values at each load. So is a new head
+    that another adapter trained beside it.
 
     Args:
         tuner: The adapter's handle.
@@ -69,11 +70,11 @@ def trained_biases(tuner: Tuner, scanned: Scan | None) -> dict[str, str]:
 
 
 def base_tensors(tuner: Tuner, scanned: Scan | None) -> dict[str, Tensor]:
-    """Return the base's own parameters by name: originals where merged, and without those that the adapter trains.
+    """Return the base's own parameters by name: originals where merged, and without those that are trained in full.
 
     If the weight of a target is a buffer, so that the module packs it, all buffers of the module are included.
     """
-    copied = frozenset(place.path for place in tuner.copies)
+    copied = {*(place.path for place in tuner.copies), *tuner.progress.beside}
     biased = {join(path, name) for path, name in trained_biases(tuner, scanned).items()}
     packed = {target.path for target in tuner.targets if _is_packed(target, scanned)}
     found = {}

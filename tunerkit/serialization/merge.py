@@ -1,6 +1,6 @@
 """Merge adapters into their base layers, unmerge them exactly, and show the base model while adapters stay in."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -30,7 +30,7 @@ def merge(model: M, *, permanent: bool = False) -> M:
     No forward may run in another thread while the weights change: use one lock for both. A forward that is seen to
     run is an error.
 
-    If this raises, nothing is changed.
+    If this raises, also a KeyboardInterrupt in the middle, nothing is changed.
 
     Args:
         model: The wrapped model.
@@ -56,14 +56,20 @@ def merge(model: M, *, permanent: bool = False) -> M:
     for path, module, slots in places:
         refuse_unequal(path, module, slots)
     kept = {name: fingerprint(tuner) for name, tuner in tuners.items()} if permanent else {}
-    replaced = _replace_all_(places, merged)
-    for name, base in kept.items():
-        tuners[name].progress.fingerprint = base
-    for (_, _, slots), originals in zip(places, replaced, strict=True):
-        slots.merged = slots.active
-        slots.permanent = permanent
-        if not permanent:
-            slots.set_aside(originals)
+    originals = [_values(module, tensors) for (_, module, _), tensors in zip(places, merged, strict=True)]
+    try:
+        _replace_all_(places, merged)
+        for (_, _, slots), own in zip(places, originals, strict=True):
+            slots.note_merged({} if permanent else own, permanent=permanent)
+        for name, base in kept.items():
+            tuners[name].progress.fingerprint = base
+    except BaseException:
+        for (_, module, slots), own in zip(places, originals, strict=True):
+            _replace_(module, own)
+            slots.forget_merge()
+        for tuner in tuners.values():
+            tuner.progress.fingerprint = None
+        raise
     return model
 
 
@@ -90,14 +96,14 @@ def unmerge(model: M) -> M:
 
 
 def restore_originals_(model: nn.Module) -> None:
-    """Undo a merge if there is one."""
+    """Undo a merge if there is one. If this is interrupted, it is undone all the same before it raises."""
     places = list(injection.walk(model))
-    _refuse_permanent(places)
-    for _, module, slots in places:
-        if slots.merged:
-            _replace_(module, slots.originals)
-            slots.forget_originals()
-            slots.merged = ()
+    refuse_permanent(places)
+    try:
+        _restore_originals_(places)
+    except BaseException:
+        _restore_originals_(places)
+        raise
 
 
 @contextmanager
@@ -112,7 +118,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """
     injection.require_tuners(model)
     places = [place for place in injection.walk(model) if place[2].enabled]
-    _refuse_permanent(places)
+    refuse_permanent(places)
     if places:
         injection.refuse_running(injection.wrapped_model(model), "disabling adapters")
     _enable_(places, False)
@@ -125,12 +131,23 @@ def disabled(model: nn.Module) -> Iterator[None]:
 _Places = Sequence[tuple[str, nn.Module, Slots]]  # as `injection.walk` yields them
 
 
+def _restore_originals_(places: _Places) -> None:
+    """Undo a merge, or what is left of it."""
+    for _, module, slots in places:
+        if slots.merged:
+            _replace_(module, slots.originals)
+            slots.forget_merge()
+
+
 def _enable_(places: _Places, enabled: bool) -> None:
     """Switch adapters on or off; where they are merged, exchange the merged and the original values."""
     for _, module, slots in places:
         slots.enabled = enabled
         if slots.merged:
-            slots.set_aside(_replace_(module, slots.originals))
+            shown = slots.originals
+            hidden = _values(module, shown)
+            _replace_(module, shown)
+            slots.set_aside(hidden)
 
 
 def _refuse_unfit(model: nn.Module, places: _Places) -> None:
@@ -184,7 +201,8 @@ def _refuse_nonfinite(places: _Places, merged: Sequence[Mapping[str, Tensor]]) -
         )
 
 
-def _refuse_permanent(places: _Places) -> None:
+def refuse_permanent(places: _Places) -> None:
+    """Raise `AdapterError` if a merge kept no originals."""
     if any(slots.permanent for _, _, slots in places):
         raise AdapterError(
             "the model was merged with permanent=True, which kept no originals; the base cannot be shown again. "
@@ -212,36 +230,33 @@ def _merged_tensors(path: str, module: nn.Module, slots: Slots) -> dict[str, Ten
     return tensors
 
 
-def _replace_all_(places: _Places, merged: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Give every module its merged tensors and return the old ones. If one of them takes no effect, undo all.
+def _replace_all_(places: _Places, merged: Sequence[dict[str, Tensor]]) -> None:
+    """Give every module its merged tensors.
 
     Raises:
         AdapterError: A weight does not become what was written.
     """
-    done: list[tuple[nn.Module, dict[str, Tensor]]] = []
     for (path, module, slots), tensors in zip(places, merged, strict=True):
         wanted = packed_sum(path, slots, tensors)
-        done.append((module, _replace_(module, tensors)))
+        _replace_(module, tensors)
         if wanted is not None and not wanted.is_reached_by(slots):
-            for replaced, originals in reversed(done):
-                _replace_(replaced, originals)
             raise AdapterError(
                 f"cannot merge into {path!r}: its {type(module).__name__} stores the weight in a packed form, and "
                 "adding to it had no effect. Load the adapter onto the base in full precision and merge there"
             )
-    return [originals for _, originals in done]
 
 
-def _replace_(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give a module's parameters and buffers new values in other storage, and return the old values by name.
-
-    The Parameter objects stay the same.
-    """
+def _replace_(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give a module's parameters and buffers new values in other storage. The Parameter objects stay the same."""
     own = _own_tensors(module)
-    before = {name: own[name].data for name in tensors}
     for name, tensor in tensors.items():
         own[name].data = tensor
-    return before
+
+
+def _values(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return the values that a module's parameters and buffers have now, in their own storage."""
+    own = _own_tensors(module)
+    return {name: own[name].data for name in names}
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:

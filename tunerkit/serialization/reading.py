@@ -12,8 +12,7 @@ from tunerkit.libraries import ForeignFormat, foreign_format
 from tunerkit.paths import few
 from tunerkit.serialization.finite import nonfinite
 from tunerkit.serialization.header import Header, decode, is_ours
-from tunerkit.serialization.safetensors_file import file_at
-from tunerkit.serialization.safetensors_file import read as read_file
+from tunerkit.serialization.safetensors_file import file_at, metadata_at, read as read_file
 
 # The public function that writes each kind of file.
 _WRITERS = {"adapter": "save", "state": "save_state"}
@@ -31,6 +30,19 @@ def read(path: str | os.PathLike[str], *, content: str) -> tuple[str, dict[str, 
         )
     tensors, metadata, packed = read_file(place, functools.partial(_accept, place))
     return source, tensors, decode(metadata, tensors, packed.stored, source=source, content=content)
+
+
+def refuse_other_file(place: Path) -> None:
+    """Raise `FileError` if there is a safetensors file that tunerkit did not write, such as a base model's weights.
+
+    A file whose header cannot be read may be one of tunerkit's that is damaged, and may be replaced.
+    """
+    metadata = metadata_at(place)
+    if metadata is not None and not is_ours(metadata):
+        raise FileError(
+            f"{place} is a safetensors file that tunerkit did not write, such as the weights of a model. Nothing was "
+            "written, and it is unchanged. Save under another name or into another folder, or delete that file first"
+        )
 
 
 def refuse_nonfinite(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor], source: str) -> None:

@@ -45,9 +45,11 @@ def replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """
     try:
         folders = _folders_to_sync(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _create_folder(path)
         _remove_leftovers(path)
         _replace(path, parts)
+    except FileError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: the path cannot be encoded
         raise FileError(f"cannot write {path}: {_reason(error)}; an older file there is unchanged") from error
     try:
@@ -57,6 +59,22 @@ def replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
         raise FileError(
             f"{path} is written, but its folder could not be flushed to disk: {_reason(error)}; a power failure "
             "may bring back what was there before, so write it again"
+        ) from error
+
+
+def _create_folder(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        file = next((above for above in (path.parent, *path.parent.parents) if os.path.exists(above)), None)
+        if file is not None and not file.is_dir():
+            raise FileError(
+                f"cannot write {path}: {file} is a file and not a folder. Pass another folder, or the path of the file "
+                f"to write, which ends in {path.suffix}"
+            ) from error
+        raise FileError(
+            f"cannot write {path}: the folder {path.parent} cannot be created: {_reason(error)}. Pass a folder in "
+            "which you may create files"
         ) from error
 
 

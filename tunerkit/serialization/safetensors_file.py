@@ -105,6 +105,17 @@ def read(
         raise FileError(f"{path} cannot be read as a safetensors file: {error}") from error
 
 
+def metadata_at(path: Path) -> dict[str, str] | None:
+    """Return the metadata of a safetensors file; None if there is no file with a header that can be read."""
+    if not os.path.isfile(path):  # unlike pathlib's, it raises for no path
+        return None
+    try:
+        with open(path, "rb") as file:
+            return _metadata_of(_head_of(file)[1])
+    except _UNREADABLE:
+        return None
+
+
 def _head_of(file: IO[bytes]) -> tuple[bytes, dict[str, Any]]:
     """Read the header of a safetensors file: its bytes with their length before them, and its entries."""
     size = file.read(8)

@@ -22,7 +22,7 @@ from tunerkit.serialization.base_check import base_values, refuse_other_base
 from tunerkit.serialization.finite import nonfinite
 from tunerkit.serialization.fit import fill
 from tunerkit.serialization.header import Header, decode, encode
-from tunerkit.serialization.reading import read, refuse_nonfinite
+from tunerkit.serialization.reading import read, refuse_nonfinite, refuse_other_file
 from tunerkit.serialization.rollback import all_or_nothing
 from tunerkit.serialization.safetensors_file import file_at, pack, write
 
@@ -45,8 +45,8 @@ def save_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str |
         The file's path.
 
     Raises:
-        FileError: The file cannot be written, or JSON cannot hold a value of the state. An older file is unchanged
-            then.
+        FileError: The file cannot be written, JSON cannot hold a value of the state, or there is a safetensors file
+            that tunerkit did not write. An older file is unchanged then.
         AdapterError: There is no such adapter, a method with a schedule was never attached, or the state contains NaN
             or inf.
     """
@@ -56,6 +56,8 @@ def save_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str |
             f"adapter {tuner.name!r} was never attached, so it has no training state to save: call "
             "tunerkit.attach(model, optimizer, total_steps=...) before training"
         )
+    place = file_at(path, "state")
+    refuse_other_file(place)
     tensors, encoded = _state_of(tuner)
     if wrong := nonfinite(tensors):
         raise AdapterError(
@@ -63,7 +65,7 @@ def save_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str |
             f"{few(wrong, shown=5)}. Nothing was written, and an older file is unchanged; resume from a state saved "
             "earlier"
         )
-    return write(file_at(path, "state"), pack(tensors), encoded)
+    return write(place, pack(tensors), encoded)
 
 
 def load_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None = None) -> None:

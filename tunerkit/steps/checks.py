@@ -89,6 +89,7 @@ def check_attachable(tuner: Tuner, optimizer: Optimizer | None) -> None:
             f"adapter {tuner.name!r} is on the meta device and cannot be trained: accelerate offloads it with the "
             "model. Offload first, then wrap: the adapter then stays on the device where the model runs"
         )
+    injection.refuse_fixed(tuner.model, "attaching")
     injection.refuse_lost([tuner])
     if optimizer is not None:
         _check_held(tuner, optimizer)

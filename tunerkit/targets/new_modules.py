@@ -58,6 +58,23 @@ def choose_new(
     return tuple(itertools.chain(*trained.values()))
 
 
+def trained_elsewhere(scanned: Scan, copied: Collection[str]) -> tuple[str, ...]:
+    """Find the modules whose own values are new, or may be, and which another adapter trains in full.
+
+    Args:
+        scanned: The scan of the model.
+        copied: The paths of the modules that active adapters train in full.
+
+    Returns:
+        The paths among ``copied``.
+    """
+    if not copied:
+        return ()
+    unloaded = find_unloaded(scanned)
+    new = {*unloaded.whole, *unloaded.heads, *_longer(scanned)}
+    return tuple(path for path in copied if is_under(path, new))
+
+
 def _copies(scanned: Scan, new: Sequence[str], decided: Collection[str]) -> tuple[dict[str, list[str]], list[str]]:
     """What is copied to train each of the modules in full, and why the rest cannot be trained."""
     trained: dict[str, list[str]] = defaultdict(list)

@@ -1,6 +1,6 @@
 """The models that a method is checked on, and what all checks do with one: wrap, train, compare."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import attrs
@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 import tunerkit
+from tunerkit.testing import tolerances
 
 STEPS = 12
+SEED = 0  # of every adapter that is built
 # In fp32, two ways of computing the same output may differ by this share of its largest absolute value.
-TOLERANCE = 1e-5
+TOLERANCE = tolerances.of_output(torch.float32)
 
 
 @attrs.frozen
@@ -63,7 +65,7 @@ def wrapped(case: Case, method: str, config: Mapping[str, object]) -> nn.Module:
         method: The method's name.
         config: The method's config as a mapping; it takes precedence over ``case.settings``.
     """
-    return tunerkit.wrap(case.build(), method, {**case.settings, **config}, seed=0)
+    return tunerkit.wrap(case.build(), method, {**case.settings, **config}, seed=SEED)
 
 
 def train(model: nn.Module, case: Case, *, steps: int = STEPS, lr: float | None = None) -> list[float]:
@@ -104,17 +106,26 @@ def trained(case: Case, method: str, config: Mapping[str, object]) -> nn.Module:
     return model.eval()
 
 
-def assert_same(found: Tensor, expected: Tensor, what: str, hint: str = "both must be the same function") -> None:
-    """Assert that two outputs are equal, up to `TOLERANCE` times the largest absolute value expected.
+def assert_same(
+    found: Tensor,
+    expected: Tensor,
+    what: str,
+    hint: str = "both must be the same function",
+    *,
+    adapters: Iterable[torch.dtype] = (),
+) -> None:
+    """Assert that two outputs are equal, up to a share of the largest absolute value expected: `TOLERANCE` in fp32.
 
     Args:
         found: The output to check.
         expected: The reference output, of the same shape.
         what: What is compared, for the message.
         hint: What to do about a difference, for the message.
+        adapters: The dtypes of the adapters, if the two outputs round in them differently. Less precise ones than the
+            outputs' allow a larger difference.
     """
     worst = float((found - expected).abs().max())
-    limit = TOLERANCE * float(expected.abs().max())
+    limit = tolerances.of_output(found.dtype, *adapters) * float(expected.abs().max())
     assert worst <= limit, f"{what}: outputs differ by {worst:.3g}, allowed {limit:.3g}; {hint}"
 
 

@@ -8,7 +8,7 @@ import attrs
 from tunerkit import AdapterConfig
 from tunerkit.testing.cases import Case, Check, name_of
 from tunerkit.testing.checks.order import CHECKS, NEEDS
-from tunerkit.testing.kit import CheckResult, find, run_check, settings_of
+from tunerkit.testing.kit import CheckResult, find, run_check, settings_of, unexpected_pass
 from tunerkit.testing.known_cases import default_cases
 
 Test = TypeVar("Test", bound=Callable[..., None])
@@ -23,7 +23,7 @@ class BoundCheck:
         case: The model.
         method: The method's name.
         config: The method's config.
-        expected: Why the check may fail; None if it must not.
+        expected: Why the check fails; None if it must not. If it passes all the same, its test fails.
     """
 
     check: Check
@@ -33,13 +33,18 @@ class BoundCheck:
     expected: str | None
 
     def __call__(self) -> None:
-        """Run the check. If it fails, those that it needs are run too, since their failure would explain it."""
+        """Run the check. If it fails, those that it needs are run too, since their failure would explain it.
+
+        A check that passes and is expected to fail makes the test fail, as a strict xfail does.
+        """
         import pytest  # the command `tunerkit check` works without it
 
         result = self._run(self.check)
         if result.status == "skipped":
             pytest.skip(result.reason)
         if result.status == "passed":
+            if self.expected is not None:
+                pytest.fail(f"{result.check} on {result.case}: {unexpected_pass(self.expected)}", pytrace=False)
             return
         if (cause := self._cause(self.check)) is not None:
             pytest.skip(f"because {cause} failed")
@@ -83,7 +88,8 @@ def parametrize_with_checks(
         config: Its config: an instance of its config class, a mapping of settings, or None for the defaults.
         cases: Cases, or pytest parameters such as those of `tunerkit.testing.matrix.cases`; by default those of
             `check_method`.
-        expected_failures: Reasons why checks may fail, by the check's name. Their tests are xfailed.
+        expected_failures: Reasons why checks fail, by the check's name. Their tests are xfailed, strictly: one whose
+            check passes fails. If a check fails on some models alone, parametrise a second test with these.
         checks: The names of the checks to run; by default all.
 
     Raises:

@@ -1,7 +1,6 @@
 """Shards a wrapped model in processes of their own, which import this function by name, and tries what is refused."""
 
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch.distributed import fsdp
 from torch.distributed.checkpoint import state_dict as checkpoint
 
 import tunerkit
-from tunerkit.testing import small
+from tunerkit.testing import small, two_processes
 from tunerkit.testing.toy_methods import LowRankPlugin
 
 
@@ -26,24 +25,20 @@ def shard_and_try(rank: int, engine: str, folder: str) -> None:
         engine: ``"fsdp1"``, ``"fsdp1 flat"`` (without ``use_orig_params``) or ``"fsdp2"``.
         folder: where the processes meet and write.
     """
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(minutes=10)
-    )
-    tunerkit.register(LowRankPlugin())
-    inner = _wrapped()
-    model = _sharded(inner, engine)
-    answers: dict[str, Any] = {
-        "wrap": _error(lambda: _wrapped(_sharded(small.net(), engine))),
-        "attach": _error(lambda: tunerkit.attach(model, torch.optim.SGD(small.trainable(model), lr=0.2))),
-        "save": _error(lambda: tunerkit.save(model, f"{folder}/sharded-{rank}")),
-        "save the part inside": _error(lambda: tunerkit.save(inner, f"{folder}/sharded-{rank}")),
-        "merge": _error(lambda: tunerkit.merge(model)),
-    }
-    small.train(model, torch.optim.SGD(small.trainable(model), lr=0.2), 2)
-    answers["gathered"] = (model(small.X).detach(), _gathered(model, engine, folder, rank))
-    torch.save(answers, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    with two_processes.joined(rank, folder):
+        tunerkit.register(LowRankPlugin())
+        inner = _wrapped()
+        model = _sharded(inner, engine)
+        answers: dict[str, Any] = {
+            "wrap": _error(lambda: _wrapped(_sharded(small.net(), engine))),
+            "attach": _error(lambda: tunerkit.attach(model, torch.optim.SGD(small.trainable(model), lr=0.2))),
+            "save": _error(lambda: tunerkit.save(model, f"{folder}/sharded-{rank}")),
+            "save the part inside": _error(lambda: tunerkit.save(inner, f"{folder}/sharded-{rank}")),
+            "merge": _error(lambda: tunerkit.merge(model)),
+        }
+        small.train(model, torch.optim.SGD(small.trainable(model), lr=0.2), 2)
+        answers["gathered"] = (model(small.X).detach(), _gathered(model, engine, folder, rank))
+        torch.save(answers, f"{folder}/{rank}.pt")
 
 
 def _wrapped(model: nn.Module | None = None) -> nn.Module:

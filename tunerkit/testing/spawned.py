@@ -3,14 +3,13 @@
 import copy
 import os
 import pickle
-from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit.testing import small
+from tunerkit.testing import small, two_processes
 
 
 def check_trains_in_a_worker(model: nn.Module) -> None:
@@ -68,26 +67,22 @@ def train_in_parallel(rank: int, model: nn.Module, x: Tensor, labels: Tensor, to
         total: the number of steps.
         folder: where the processes meet and write.
     """
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(minutes=20)
-    )
-    model = copy.deepcopy(model)  # sent as shared memory, which both processes would train
-    parallel = nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.AdamW(small.trainable(parallel), lr=2e-2)
-    tunerkit.attach(parallel, optimizer, total_steps=total)
-    for _ in range(total):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(parallel(x[rank::2]), labels[rank::2]).backward()
-        optimizer.step()
-    tuner = tunerkit.tuner(parallel)
-    with torch.no_grad():
-        output = model(x)
-    result = {
-        "ranks": tuner.ranks(),
-        "steps": [change.step for change in tuner.history],
-        "weights": model.state_dict(),
-        "output": output,
-    }
-    torch.save(result, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    with two_processes.joined(rank, folder):
+        model = copy.deepcopy(model)  # sent as shared memory, which both processes would train
+        parallel = nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.AdamW(small.trainable(parallel), lr=2e-2)
+        tunerkit.attach(parallel, optimizer, total_steps=total)
+        for _ in range(total):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(parallel(x[rank::2]), labels[rank::2]).backward()
+            optimizer.step()
+        tuner = tunerkit.tuner(parallel)
+        with torch.no_grad():
+            output = model(x)
+        result = {
+            "ranks": tuner.ranks(),
+            "steps": [change.step for change in tuner.history],
+            "weights": model.state_dict(),
+            "output": output,
+        }
+        torch.save(result, f"{folder}/{rank}.pt")

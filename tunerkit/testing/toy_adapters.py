@@ -1,6 +1,6 @@
 """Adapters in a few lines each: what an outside author writes first of a method."""
 
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,12 @@ class LowRank(Adapter):
         return add_low_rank(base, x, y, q=self.a, p=self.b, scale=SCALE)
 
 
+class Declared(LowRank):
+    """A `LowRank` that says that it only adds to the output, so that merging compares nothing."""
+
+    reads_output: ClassVar[bool] = False
+
+
 class Shift(Adapter):
     """Adds a trained vector ``v`` (out,), which starts at 0."""
 
@@ -48,7 +54,7 @@ class Scale(Adapter):
         self.l = nn.Parameter(torch.zeros(base.out_features))
 
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
-        return (y + y * base.shape_bias(self.l)).to(y.dtype)
+        return (y * base.shape_bias(1 + self.l)).to(y.dtype)
 
 
 class Secretive(Scale):
@@ -98,7 +104,7 @@ class Affine(Adapter):
         self.scale, self.shift = nn.Parameter(torch.zeros(features)), nn.Parameter(torch.zeros(features))
 
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
-        return (y + y * self.scale + self.shift).to(y.dtype)
+        return (y * (1 + self.scale) + self.shift).to(y.dtype)
 
 
 class Matrices(nn.Module):
@@ -127,8 +133,8 @@ class Weighting(Adapter):
 
     def parts(self, base: BaseLayer) -> tuple[Tensor, Tensor]:
         """Return the target's part of ``a``, (rank, in), and ``diag(v) b``, (out, rank)."""
-        a, b = self.shared.get_parameter("a"), self.shared.get_parameter("b")
-        return a[:, : base.in_features], self.v[:, None] * b[: base.out_features]
+        shared = cast(Matrices, self.shared)
+        return shared.a[:, : base.in_features], self.v[:, None] * shared.b[: base.out_features]
 
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         q, p = self.parts(base)

@@ -4,7 +4,7 @@ import attrs
 import torch
 
 import tunerkit
-from tunerkit.testing.toy_adapters import SCALE, LowRank, Shift
+from tunerkit.testing.toy_adapters import SCALE, Declared, LowRank, Shift
 
 
 @attrs.frozen
@@ -33,6 +33,18 @@ class LowRankPlugin:
     @tunerkit.hookimpl
     def tunerkit_delta(self, adapter: LowRank, base: tunerkit.BaseLayer) -> tunerkit.Delta:
         return tunerkit.Delta(weight=tunerkit.low_rank_delta(base, q=adapter.a, p=adapter.b, scale=SCALE))
+
+
+class DeclaredPlugin(LowRankPlugin):
+    """``toy-declared``: the same, and its adapters declare what they read."""
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [tunerkit.Method("toy-declared", config=LowRankConfig)]
+
+    @tunerkit.hookimpl
+    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer, config: LowRankConfig) -> LowRank:
+        return Declared(base, config.rank)
 
 
 class Shifting:

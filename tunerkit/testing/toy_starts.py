@@ -35,10 +35,11 @@ class FittedPlugin(LowRankPlugin):
 
     @tunerkit.hookimpl
     def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [
-            tunerkit.Method("toy-inputs", config=LowRankConfig, statistics=tunerkit.Wanted(inputs=MEASURED)),
-            tunerkit.Method("toy-gradients", config=LowRankConfig, statistics=tunerkit.Wanted(gradients=MEASURED)),
-        ]
+        requests = {
+            "toy-inputs": tunerkit.StatisticsRequest(inputs=MEASURED),
+            "toy-gradients": tunerkit.StatisticsRequest(gradients=MEASURED),
+        }
+        return [tunerkit.Method(name, LowRankConfig, statistics=request) for name, request in requests.items()]
 
     @tunerkit.hookimpl
     def tunerkit_build_adapter(self, base: tunerkit.BaseLayer, config: LowRankConfig) -> Fitted:

@@ -4,7 +4,6 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import Trainer
 
 import tunerkit
 from tunerkit.integrations.resuming import choose_checkpoint
+from tunerkit.testing import two_processes
 from tunerkit.testing.toy_methods import ShiftPlugin
 from tunerkit.testing.trainer_toys import attached_trainer
 
@@ -29,36 +29,32 @@ def resume_together(rank: int, folder: str) -> None:
         rank: which of the two processes this is; `torch.multiprocessing.spawn` gives it.
         folder: where the processes meet and write.
     """
-    torch.set_num_threads(1)
     # How accelerate learns of the processes; the group itself is made below.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(minutes=10)
-    )
-    tunerkit.register(ShiftPlugin())
-    run, elsewhere, part = (Path(folder) / name for name in ("run", "elsewhere", "part"))
-    trainer = attached_trainer(run)
-    trainer.train()
-    end = _weights(trainer)
-    _on_first(rank, lambda: shutil.rmtree(run / "checkpoint-6"))
-    _on_first(rank, lambda: shutil.copytree(run / "checkpoint-2", elsewhere / "checkpoint-2"))
-    no_trainer = shutil.ignore_patterns("optimizer.pt", "scheduler.pt", "rng_state*")
-    _on_first(rank, lambda: shutil.copytree(run / "checkpoint-4", part / "checkpoint-4", ignore=no_trainer))
-    newest, state = run / "checkpoint-4", run / "checkpoint-4" / "rng_state_1.pth"
-    trainer = attached_trainer(run)
-    answers = {"whole": _answer(trainer, True), "named": _answer(trainer, str(newest))}
-    answers["asked for by one"] = _answer(trainer, [str(newest), None][rank])
-    answers["none"] = _answer(trainer, None)
-    trainer.args.output_dir = str([run, elsewhere][rank])
-    answers["folder of one process"] = _answer(trainer, True)
-    answers["optimizer of one process"] = _answer(trainer, str([run, part][rank] / "checkpoint-4"))
-    trainer.args.output_dir = str(run)
-    _on_first(rank, lambda: state.write_bytes(state.read_bytes()[: state.stat().st_size // 2]))
-    answers["own state damaged"] = _answer(trainer, True)
-    answers["damaged and named"] = _answer(trainer, str(newest))
-    resumed = _resumed(trainer) if _agree(answers["own state damaged"][0]) else []
-    torch.save({"answers": answers, "end": end, "resumed": resumed}, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    with two_processes.joined(rank, folder):
+        tunerkit.register(ShiftPlugin())
+        run, elsewhere, part = (Path(folder) / name for name in ("run", "elsewhere", "part"))
+        trainer = attached_trainer(run)
+        trainer.train()
+        end = _weights(trainer)
+        _on_first(rank, lambda: shutil.rmtree(run / "checkpoint-6"))
+        _on_first(rank, lambda: shutil.copytree(run / "checkpoint-2", elsewhere / "checkpoint-2"))
+        no_trainer = shutil.ignore_patterns("optimizer.pt", "scheduler.pt", "rng_state*")
+        _on_first(rank, lambda: shutil.copytree(run / "checkpoint-4", part / "checkpoint-4", ignore=no_trainer))
+        newest, state = run / "checkpoint-4", run / "checkpoint-4" / "rng_state_1.pth"
+        trainer = attached_trainer(run)
+        answers = {"whole": _answer(trainer, True), "named": _answer(trainer, str(newest))}
+        answers["asked for by one"] = _answer(trainer, [str(newest), None][rank])
+        answers["none"] = _answer(trainer, None)
+        trainer.args.output_dir = str([run, elsewhere][rank])
+        answers["folder of one process"] = _answer(trainer, True)
+        answers["optimizer of one process"] = _answer(trainer, str([run, part][rank] / "checkpoint-4"))
+        trainer.args.output_dir = str(run)
+        _on_first(rank, lambda: state.write_bytes(state.read_bytes()[: state.stat().st_size // 2]))
+        answers["own state damaged"] = _answer(trainer, True)
+        answers["damaged and named"] = _answer(trainer, str(newest))
+        resumed = _resumed(trainer) if _agree(answers["own state damaged"][0]) else []
+        torch.save({"answers": answers, "end": end, "resumed": resumed}, f"{folder}/{rank}.pt")
 
 
 def _on_first(rank: int, change: Callable[[], object]) -> None:

@@ -8,8 +8,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 from torch import Tensor
 
 from tunerkit_adalora.allocator import allocate

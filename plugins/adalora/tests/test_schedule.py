@@ -6,8 +6,7 @@ from fractions import Fraction
 
 import attrs
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
+from hypothesis import example, given, strategies as st
 
 from tunerkit.errors import ConfigError
 from tunerkit_adalora.schedule import Allocation, Schedule, plan

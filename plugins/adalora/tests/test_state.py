@@ -292,6 +292,39 @@ def test_masks_travel_with_the_state_dict() -> None:
     assert other.load_state_dict({k: v for k, v in state.items() if k != name}, strict=False).missing_keys == [name]
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("rank", "mask", "words"),
+    [
+        (3, torch.ones(2, dtype=torch.bool), "expected bool"),
+        (4, torch.ones(2, dtype=torch.bool), "expected bool"),
+        (3, torch.ones(3, dtype=torch.int8), "expected bool"),
+        (4, torch.ones(4, dtype=torch.int8), "expected bool"),
+        (3, torch.ones(9, dtype=torch.bool), "9 triplets, above"),
+        (3, None, "missing, and the weights have 3 triplets"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused_before_its_layer_changes(
+    strict: bool, rank: int, mask: Tensor | None, words: str
+) -> None:
+    """Also where the weights have another rank, to which the layer would be resized: no tensor and no shape changes."""
+    model = wrapped()
+    state = model.state_dict()
+    prefix = "0.tunerkit.default.adapter."
+    for name, dim in {"p": 1, "lam": 0, "q": 0}.items():
+        state[prefix + name] = state[prefix + name].narrow(dim, 0, rank) + 1.0
+    state.pop(prefix + "mask")
+    if mask is not None:
+        state[prefix + "mask"] = mask
+    layer = layers(model)[0]
+    before, parameters = copy.deepcopy(layer.state_dict()), list(map(id, layer.parameters()))
+    with pytest.raises(RuntimeError, match=rf"adapter\.mask: {words}"):
+        model.load_state_dict(state, strict=strict)
+    assert list(map(id, layer.parameters())) == parameters
+    after = layer.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
 @pytest.mark.parametrize(
     "copied",
     [

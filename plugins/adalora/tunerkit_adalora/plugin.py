@@ -5,9 +5,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from tunerkit import BaseLayer, Delta, Factors, Method, State, Target, Tuner, hookimpl, low_rank_delta
-from tunerkit_adalora import state as saved_state
-from tunerkit_adalora import step as steps
-from tunerkit_adalora import training
+from tunerkit_adalora import state as saved_state, step as steps, training
 from tunerkit_adalora.config import AdaLoraConfig
 from tunerkit_adalora.conversion import from_products
 from tunerkit_adalora.svd_layer import SvdLayer

@@ -117,29 +117,37 @@ class SvdLayer(Adapter):
         error_msgs: list[str],
     ) -> None:
         mask = state_dict.pop(prefix + "mask", None)
-        if mask is not None and (problem := self._contradiction(state_dict.get(prefix + "lam"), mask)):
+        if mask is None:
+            missing_keys.append(prefix + "mask")
+        problem = self._contradiction(state_dict, prefix, mask)
+        if problem is not None:
             error_msgs.append(f"{prefix}mask: {problem}")
-            return
+            return  # before core resizes the weights to a rank that the mask does not have
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if mask is None:
-            missing_keys.append(prefix + "mask")
-        elif mask.shape != self.lam.shape or mask.dtype != torch.bool:
-            error_msgs.append(
-                f"{prefix}mask: expected bool {tuple(self.lam.shape)}, got {mask.dtype} {tuple(mask.shape)}"
-            )
-        else:
+        if mask is not None and (problem := _misfit(mask, len(self.lam))):
+            error_msgs.append(f"{prefix}mask: {problem}")
+        elif mask is not None:
             # With assign=True the weights come as they are, perhaps onto a model on the meta device: so does the mask.
             assigned = local_metadata.get("assign_to_params_buffers", False)
             self.mask = mask.detach().clone().to(mask.device if assigned else self.mask.device)
 
-    def _contradiction(self, lam: Tensor | None, mask: Tensor) -> str | None:
-        """What λ and mask say that no training leaves behind."""
+    def _contradiction(self, state: Mapping[str, Any], prefix: str, mask: Tensor | None) -> str | None:
+        """What the weights in a state and their mask say that no training leaves behind."""
+        own, found = self.weights._asdict(), {name: state.get(prefix + name) for name in self.rank_dims}
+        saved = {name: w for name, w in found.items() if isinstance(w, Tensor) and w.ndim == own[name].ndim}
+        sizes = {weight.shape[self.rank_dims[name]] for name, weight in saved.items()}
+        rank = sizes.pop() if len(sizes) == 1 else len(self.lam)  # torch reports weights that disagree
+        if mask is None:
+            return None if rank == len(self.lam) else f"missing, and the weights have {rank} triplets"
         if mask.numel() > self.initial_rank:
             return f"{mask.numel()} triplets, above the initial rank {self.initial_rank}"
+        if problem := _misfit(mask, rank):
+            return problem
         # A λ that the optimizer trains moves freely between allocations, masked or not.
-        if self.train_lambda or lam is None or lam.shape != mask.shape or mask.dtype != torch.bool:
+        lam = saved.get("lam")
+        if self.train_lambda or lam is None or lam.shape != mask.shape:
             return None
         stray = int(lam.to(mask.device)[~mask].count_nonzero()) if not (lam.is_meta or mask.is_meta) else 0
         return f"{stray} masked triplets whose λ is not 0" if stray else None
@@ -149,6 +157,12 @@ class SvdLayer(Adapter):
         kept = (self.mask.to(self.lam.device) | (self.lam.detach() != 0)).nonzero().squeeze(1)
         q, p, lam = self.q.index_select(0, kept), self.p.index_select(1, kept), self.lam.index_select(0, kept)
         return low_rank_factors(q, p, scale=self.scale, lam=lam)
+
+
+def _misfit(mask: Tensor, rank: int) -> str | None:
+    if mask.shape == (rank,) and mask.dtype == torch.bool:
+        return None
+    return f"expected bool {(rank,)}, got {mask.dtype} {tuple(mask.shape)}"
 
 
 @torch.no_grad()

@@ -4,8 +4,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tunerkit.testing.config_checks import check_one_mistake, check_survives_json, check_unmatched_pattern
 from tunerkit.testing.strategies import configs_of

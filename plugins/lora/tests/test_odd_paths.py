@@ -1,5 +1,6 @@
 """Operations besides training with LoRA: autocast, half-precision adapters, workers."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 import tunerkit
+from tunerkit import injection
 from tunerkit.testing import spawned
 from tunerkit.testing.small import TARGETS, X, net, trainable
 
@@ -64,3 +66,14 @@ def test_embeddings_that_were_resized_after_wrapping_are_not_saved(config: dict[
     with pytest.raises(tunerkit.AdapterError, match=r"embed_tokens: the Embedding has another size"):
         tunerkit.save(model, tmp_path / "after")
     assert not (tmp_path / "after").exists()
+
+
+def test_an_adapter_with_nan_in_one_factor_is_not_called_untrained(tmp_path: Path) -> None:
+    """The other factor is 0 throughout, but 0 times NaN is NaN: the model's output shows it."""
+    model: Any = tunerkit.wrap(nn.Sequential(nn.Linear(4, 4)), "lora", {"targets": ["0"]})
+    with torch.no_grad():
+        next(tunerkit.tuner(model).parameters()).view(-1)[0] = float("nan")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tunerkit.save(model, tmp_path, allow_nonfinite=True)
+    assert not injection.adds_nothing(tunerkit.tuner(model))

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from tunerkit.errors import shown
 from tunerkit.libraries import torch_private
-from tunerkit.testing.cases import TOLERANCE, Case
-from tunerkit.testing.checks.probing import Call, calls_of, fill_, filled, seeded
+from tunerkit.testing import tolerances
+from tunerkit.testing.cases import Case
+from tunerkit.testing.checks.probing import Call, adapter_dtypes, calls_of, fill_, filled, seeded
 
 _CALLS = 4
 _GRAPHS = 2  # a recompilation for other sizes is normal; one per call is not
@@ -24,9 +25,11 @@ def check_compiles(case: Case, method: str, config: Mapping[str, object], tmp_pa
     case.start_training(model)
     kinds: dict[type, Call] = {}
     for call in calls_of(model, case):
+        if call.base.lends:  # a temporary weight override is a graph break
+            continue
         kinds.setdefault(type(call.module), call)
     if not kinds:
-        raise SkipTest("every target is bypassed, and only its weight is used")
+        raise SkipTest("at every target only the weight is used, by the model or by its module's own forward")
     most = max(_graphs(call, model) for call in kinds.values())
     assert most <= _GRAPHS, (
         f"a layer was compiled {most} times in {_CALLS} calls; change no attribute in forward, and read no number "
@@ -46,7 +49,8 @@ def _graphs(call: Call, model: nn.Module) -> int:
             expected = seeded(lambda _: call.run(), model, number)
             found = seeded(lambda _: _called(call, compiled), model, number)
             worst = float((found - expected).detach().abs().max())
-            assert worst <= TOLERANCE * float(expected.detach().abs().max()), (
+            share = tolerances.of_output(found.dtype, *adapter_dtypes(model))
+            assert worst <= share * float(expected.detach().abs().max()), (
                 f"{call.path}: compiled, the output differs by {worst:.3g}; forward must depend on its arguments, "
                 "parameters and buffers alone"
             )

@@ -7,37 +7,42 @@ from unittest import SkipTest
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 import tunerkit
 from tunerkit import hooks, injection
 from tunerkit.layers import low_rank_delta, plain_form
+from tunerkit.testing import tolerances
 from tunerkit.testing.cases import Case, assert_base_untouched, assert_same, trained, wrapped
 from tunerkit.testing.checks.probing import (
+    adapter_dtypes,
+    base_output,
     calls_of,
     fill_,
     filled,
     gradients,
     in_dtype,
     largest,
+    one_code_path,
     require_delta,
     require_places,
     seeded,
 )
 
-_SHARE = 1e-6  # in fp64, of what an adapter adds
 _HINT = "return from tunerkit_delta or tunerkit_factors exactly what forward adds, with its scale"
 
 
 @torch.no_grad()
 def check_delta_is_what_forward_adds(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """In fp64, each layer with its delta added computes what it computes with its adapter, to 1e-6 of the change."""
+    """In fp64, each layer with its delta added computes what it computes with its adapter, to 1e-6 of the change.
+
+    If the config asks for adapters in fp64, to 1e-10.
+    """
     require_delta(method)
     assert hooks.has_delta(method), (
         f"method {method!r} cannot be merged: its plugin does not implement tunerkit_delta or tunerkit_factors. "
         "Implement one, or declare Method(..., targets='outputs') if it does not adapt weights"
     )
-    wide = in_dtype(case, torch.float64)
+    share, wide = _share(case, method, config), in_dtype(case, torch.float64)
     model = filled(wide, method, {**config, "adapter_dtype": "float64"})
     for number, call in enumerate(calls_of(model, wide)):
         if not call.base.has_weight:
@@ -46,12 +51,17 @@ def check_delta_is_what_forward_adds(case: Case, method: str, config: Mapping[st
         adapted = call.run()
         tensors = injection.adapted_tensors(call.path, call.module, call.slots)
         with tunerkit.disabled(model):
-            plain, merged = call.run(), functional_call(call.module, tensors, call.args, dict(call.kwargs))
+            plain, merged = call.run(), call.run(tensors)
         added, worst = float((adapted - plain).abs().max()), float((merged - adapted).abs().max())
-        assert worst <= _SHARE * max(added, float((merged - plain).abs().max())), (
+        assert worst <= share * max(added, float((merged - plain).abs().max())), (
             f"{call.path}: forward changes the output by up to {added:.4g}, and with its delta the layer computes "
             f"something else, by up to {worst:.4g}; {_HINT}"
         )
+
+
+def _share(case: Case, method: str, config: Mapping[str, object]) -> float:
+    built = tunerkit.structure(method, {**case.settings, **config})
+    return tolerances.of_delta(getattr(torch, built.adapter_dtype))
 
 
 def _fill_bias_(module: nn.Module, name: str, seed: int) -> None:
@@ -66,6 +76,7 @@ def check_factors_are_the_delta(case: Case, method: str, config: Mapping[str, ob
     """If a plugin implements both hooks, the product of `tunerkit_factors` is the weight of `tunerkit_delta`."""
     if not hooks.has_factors(method):
         raise SkipTest("the method does not implement tunerkit_factors")
+    share = _share(case, method, config)
     model = filled(in_dtype(case, torch.float64), method, {**config, "adapter_dtype": "float64"})
     for path, _, slots in injection.walk(model):
         for slot in slots.applied:
@@ -76,7 +87,7 @@ def check_factors_are_the_delta(case: Case, method: str, config: Mapping[str, ob
             assert weight is not None, f"{path}: tunerkit_factors gives a product, and tunerkit_delta no weight"
             found = low_rank_delta(slots.base, q=product.q, p=product.p, scale=1.0)
             worst = largest({"": found - weight})
-            assert worst <= _SHARE * largest({"": weight}), (
+            assert worst <= share * largest({"": weight}), (
                 f"{path}: the product of tunerkit_factors differs from the delta's weight by {worst:.3g}; multiply the "
                 "scale, λ and mask into the factors, and implement only one of the two hooks if you can"
             )
@@ -108,6 +119,7 @@ def check_builds_from_factors(case: Case, method: str, config: Mapping[str, obje
         )
 
 
+@one_code_path()
 def check_merges(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """Merging keeps the output. Unmerging restores every base tensor bit for bit. A merged model can be saved."""
     require_delta(method)
@@ -115,14 +127,15 @@ def check_merges(case: Case, method: str, config: Mapping[str, object], tmp_path
     require_places(model)
     adapted = case.output(model)
     tunerkit.merge(model)
-    assert_same(case.output(model), adapted, "merged against adapted", _HINT)
+    assert_same(case.output(model), adapted, "merged against adapted", _HINT, adapters=adapter_dtypes(model))
     loaded = tunerkit.load(case.build(), tunerkit.save(model, tmp_path / "merged")).eval()
     assert_same(
         case.output(loaded), adapted, "saved while merged", "change no weight of the adapter in the delta's hooks"
     )
     with tunerkit.disabled(model):
-        expected = case.output(case.build().eval())
-        assert torch.equal(case.output(model), expected), "disabled while merged, the model is not the base; " + _OWN
+        assert torch.equal(case.output(model), base_output(case)), (
+            "disabled while merged, the model is not the base; " + _OWN
+        )
     tunerkit.unmerge(model)
     assert torch.equal(case.output(model), adapted), "unmerged, the output is another than before; " + _OWN
     assert_base_untouched(model, case, _OWN)
@@ -131,16 +144,17 @@ def check_merges(case: Case, method: str, config: Mapping[str, object], tmp_path
 _OWN = "write to no tensor of the base layer in a hook"
 
 
+@one_code_path()
 def check_disabled_is_the_base(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """Inside ``disabled`` the output is bit-identical to the base model's; then it is adapted again."""
-    expected = case.output(case.build().eval())
-    model = trained(case, method, config)
+    expected, model = base_output(case), trained(case, method, config)
     adapted = case.output(model)
     with tunerkit.disabled(model), tunerkit.disabled(model):
         assert torch.equal(case.output(model), expected), "disabled, the model is not the base; " + _OWN
     assert torch.equal(case.output(model), adapted), "after disabled, the output is another than before; " + _OWN
 
 
+@one_code_path()
 def check_unwraps(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """`unwrap` restores the base model and its ``requires_grad`` flags."""
     original = case.build()
@@ -161,9 +175,9 @@ def check_keeps_merged(case: Case, method: str, config: Mapping[str, object], tm
     require_delta(method)
     model = trained(case, method, config)
     require_places(model)
-    adapted = case.output(model)
+    adapted, dtypes = case.output(model), adapter_dtypes(model)
     merged = tunerkit.unwrap(copy.deepcopy(model), keep_merged=True)
-    assert_same(case.output(merged), adapted, "kept merged", _HINT)
+    assert_same(case.output(merged), adapted, "kept merged", _HINT, adapters=dtypes)
     assert list(merged.state_dict()) == list(case.build().state_dict()), "unwrap left something in the model; " + _OWN
 
 

@@ -10,6 +10,7 @@ from tunerkit.testing.checks import (
     compiling,
     configs,
     cost,
+    differentiating,
     driving,
     files,
     forward,
@@ -28,7 +29,11 @@ _BUILT: Final = (start.check_building_keeps_the_base,)
 _PURE: Final = (forward.check_no_hidden_state,)
 _TRAINS: Final = (training.check_something_trains, *_PURE)
 _FILES: Final = (training.check_every_tensor_moves, *_PURE)
-_MERGES: Final = (merging.check_delta_is_what_forward_adds, training.check_steps_keep_the_base)
+_MERGES: Final = (
+    merging.check_delta_is_what_forward_adds,
+    training.check_steps_keep_the_base,
+    files.check_saves_and_loads,  # a merged model is saved, too
+)
 
 # Each check with those that must pass first: if one of them fails, this one would only repeat it in other words.
 NEEDS: Final[Mapping[Check, Sequence[Check]]] = MappingProxyType(
@@ -62,19 +67,23 @@ NEEDS: Final[Mapping[Check, Sequence[Check]]] = MappingProxyType(
         precision.check_bf16_base: (forward.check_output_dtype, training.check_every_tensor_moves),
         merging.check_fused_is_plain: _PURE,
         merging.check_delta_is_what_forward_adds: (*_PURE, forward.check_inputs_unwritten, forward.check_output_dtype),
+        differentiating.check_delta_gives_gradients: (
+            merging.check_delta_is_what_forward_adds,
+            training.check_gradients_reach_every_tensor,
+        ),
         merging.check_factors_are_the_delta: (merging.check_delta_is_what_forward_adds,),
         merging.check_builds_from_factors: (merging.check_factors_are_the_delta,),
         ranks.check_rank: (training.check_every_tensor_moves, merging.check_delta_is_what_forward_adds),
         ranks.check_budget: (training.check_every_tensor_moves,),
         merging.check_disabled_is_the_base: (training.check_steps_keep_the_base,),
         merging.check_unwraps: (training.check_steps_keep_the_base, merging.check_disabled_is_the_base),
+        files.check_saves_and_loads: _FILES,
+        files.check_other_rank_setting: (files.check_saves_and_loads,),
+        files.check_other_ranks_load: (files.check_saves_and_loads,),
         merging.check_merges: _MERGES,
         merging.check_keeps_merged: (merging.check_merges,),
         stacking.check_stacked_first: (merging.check_merges,),
         stacking.check_stacked_second: (merging.check_merges,),
-        files.check_saves_and_loads: _FILES,
-        files.check_other_rank_setting: (files.check_saves_and_loads,),
-        files.check_other_ranks_load: (files.check_saves_and_loads,),
         resuming.check_resumes: (files.check_saves_and_loads, training.check_steps_keep_the_base),
         moving.check_deepcopy: _FILES,
         moving.check_pickle: (),

@@ -7,7 +7,15 @@ import torch
 
 import tunerkit
 from tunerkit.testing.cases import STEPS, Case, assert_base_untouched
-from tunerkit.testing.checks.probing import filled, gradients, in_dtype, seeded, trained_parameters, without_copies
+from tunerkit.testing.checks.probing import (
+    adapter_dtypes,
+    filled,
+    gradients,
+    in_dtype,
+    seeded,
+    trained_parameters,
+    without_copies,
+)
 
 _STEPS = 3
 # How much further from fp32 the adapted model may be than the base under autocast, and by which share of the output.
@@ -40,7 +48,7 @@ def check_bf16_base(case: Case, method: str, config: Mapping[str, object], tmp_p
     model = without_copies(narrow, method, config)
     tuner = tunerkit.tuner(model)
     own = trained_parameters(tuner)
-    dtype = getattr(torch, tuner.config.adapter_dtype)
+    (dtype,) = adapter_dtypes(model)
     starts = {name: parameter.detach().clone() for name, parameter in own.items()}
     optimizer = torch.optim.AdamW(own.values(), lr=case.lr)
     tunerkit.attach(model, optimizer, total_steps=STEPS)

@@ -1,13 +1,14 @@
 """Looks at a wrapped model as several checks do: its adapters, the calls of its targets, its gradients."""
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import SkipTest
 
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 import tunerkit
 from tunerkit import hooks, injection
@@ -54,9 +55,12 @@ class Call:
         """The module's input."""
         return self.args[0] if self.args else next(iter(self.kwargs.values()))
 
-    def run(self) -> Tensor:
-        """Call the module and return its output; of several, the first."""
-        found = self.module(*self.args, **self.kwargs)
+    def run(self, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Call the module, with some of its tensors replaced, and return its output; of several, the first."""
+        if tensors is None:
+            found = self.module(*self.args, **self.kwargs)
+        else:
+            found = functional_call(self.module, dict(tensors), self.args, dict(self.kwargs))
         result: Tensor = found[0] if type(found) is tuple else found
         return result
 
@@ -80,6 +84,25 @@ def calls_of(model: nn.Module, case: Case) -> list[Call]:
             stack.callback(module.register_forward_pre_hook(noting(path, slots), with_kwargs=True).remove)
         case.output(model)
     return list(found.values())
+
+
+@contextmanager
+def one_code_path() -> Iterator[None]:
+    """Keep torch from the fused inference of whole encoder layers, which it never uses where adapters are.
+
+    Outputs that are compared bit for bit are then computed by the same operations.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def base_output(case: Case) -> Tensor:
+    """Return the output of the base model in eval mode, frozen as under an adapter: torch picks kernels by that too."""
+    return case.output(case.build().eval().requires_grad_(False))
 
 
 def own_parameters(tuner: tunerkit.Tuner) -> dict[str, nn.Parameter]:
@@ -121,6 +144,11 @@ def fill_(model: nn.Module, share: float = 0.1) -> nn.Module:
 def filled(case: Case, method: str, config: Mapping[str, object]) -> nn.Module:
     """Build a wrapped model in eval mode with `fill_`."""
     return fill_(wrapped(case, method, config)).eval()
+
+
+def adapter_dtypes(model: nn.Module) -> set[torch.dtype]:
+    """Return the dtypes that the configs of a model's adapters ask for."""
+    return {getattr(torch, tuner.config.adapter_dtype) for tuner in injection.tuners_of(model).values()}
 
 
 def in_dtype(case: Case, dtype: torch.dtype) -> Case:

@@ -8,14 +8,22 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit.testing.cases import Case, train, wrapped
+from tunerkit import hooks
+from tunerkit.injection import slots_of
+from tunerkit.testing.cases import SEED, Case, train, wrapped
 from tunerkit.testing.checks.probing import filled
 
 
 def check_shared_module_kept(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """Neither a forward nor a training changes what the shared module keeps fixed."""
+    """Building the adapters changes nothing of the shared module, and training nothing that it keeps fixed."""
     model = wrapped(case, method, config)
     shared = _shared(model)
+    returned = _tensors(_returned(model))  # the same names: `wrap` refuses others
+    for name, tensor in _tensors(shared).items():
+        assert torch.equal(tensor, returned[name].to(tensor)), (
+            f"{name} of the shared module is not what tunerkit_shared returns with the same seed; only read it in "
+            "tunerkit_build_adapter, and draw it from torch's random state"
+        )
     fixed = _fixed(shared)
     before = {name: tensor.clone() for name, tensor in fixed.items()}
     train(model, case)
@@ -31,7 +39,7 @@ def check_shared_module_used(case: Case, method: str, config: Mapping[str, objec
     model = filled(case, method, config)
     shared = _shared(model)
     before = case.output(model)
-    tensors = {**dict(shared.named_parameters()), **dict(shared.named_buffers())}
+    tensors = _tensors(shared)
     for tensor in tensors.values():
         if tensor.is_floating_point():
             tensor.mul_(1.5)
@@ -40,8 +48,7 @@ def check_shared_module_used(case: Case, method: str, config: Mapping[str, objec
     )
     held = {id(tensor) for tensor in tensors.values()}
     for path, adapter in tunerkit.tuner(model).adapters().items():
-        own = {**dict(adapter.named_parameters()), **dict(adapter.named_buffers())}
-        twice = [name for name, tensor in own.items() if id(tensor) in held]
+        twice = [name for name, tensor in _tensors(adapter).items() if id(tensor) in held]
         assert not twice, f"{path}: {', '.join(twice)} is a tensor of the shared module too; read it as self.shared"
 
 
@@ -52,6 +59,22 @@ def _shared(model: nn.Module) -> nn.Module:
     return shared
 
 
+def _returned(model: nn.Module) -> nn.Module:
+    """What `tunerkit_shared` returns before any adapter is built, with the seed that ``model`` was wrapped with."""
+    tuner = tunerkit.tuner(model)
+    found = [slots_of(target.module) for target in tuner.targets]
+    bases = [slots.base for slots in found if slots is not None and slots.base is not None]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        shared = hooks.shared(tuner.method, tuner.targets, bases, tuner.config)
+    assert shared is not None
+    return shared
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
 def _fixed(shared: nn.Module) -> dict[str, Tensor]:
-    fixed: dict[str, Tensor] = {name: p for name, p in shared.named_parameters() if not p.requires_grad}
-    return {**fixed, **dict(shared.named_buffers())}
+    """Buffers, and parameters that are not trained."""
+    return {name: tensor for name, tensor in _tensors(shared).items() if not tensor.requires_grad}

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import tunerkit
 from tunerkit import hooks
 from tunerkit.testing.cases import Case, assert_base_untouched, assert_same, wrapped
-from tunerkit.testing.checks.probing import in_dtype
+from tunerkit.testing.checks.probing import adapter_dtypes, base_output, in_dtype, one_code_path
 
 
 def check_building_keeps_the_base(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
@@ -19,17 +19,18 @@ def check_building_keeps_the_base(case: Case, method: str, config: Mapping[str, 
     assert_base_untouched(model, case, "only read the base layer in tunerkit_build_adapter, do not write to it")
 
 
+@one_code_path()
 def check_start(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """The first output is bit-identical to the base's; within rounding if the method declares ``start="rounding"``."""
-    expected = case.output(case.build().eval())
-    assert_start(case.output(wrapped(case, method, config).eval()), expected, method)
+    assert_start(wrapped(case, method, config).eval(), case)
 
 
-def assert_start(found: Tensor, expected: Tensor, method: str) -> None:
-    """Assert that an output is what the method declares of its start."""
+def assert_start(model: nn.Module, case: Case) -> None:
+    """Assert that the output of a wrapped model is what its method declares of the start; it is frozen for that."""
+    found, expected = case.output(model.requires_grad_(False)), base_output(case)
     hint = "choose initial values with which the adapter adds nothing, such as a factor of 0"
-    if hooks.registry.get(method).start == "rounding":
-        assert_same(found, expected, "the start against the base", hint)
+    if hooks.registry.get(tunerkit.tuner(model).method).start == "rounding":
+        assert_same(found, expected, "the start against the base", hint, adapters=adapter_dtypes(model))
         return
     worst = float((found - expected).abs().max())
     assert torch.equal(found, expected), (

@@ -1,0 +1,145 @@
+"""What no adapter's file holds: base parameters that are trained too, and embeddings resized after wrapping."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+import tunerkit
+from tunerkit.errors import TunerkitWarning
+
+if TYPE_CHECKING:
+    from tests.conftest import Toys
+
+SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+
+
+def told(call: Callable[[], object]) -> list[str]:
+    """The warnings of a call, each of one line, which name the caller's line."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    assert all(each.category is TunerkitWarning and each.filename == __file__ for each in caught)
+    assert not any("\n" in str(each.message) for each in caught)
+    return [str(each.message) for each in caught]
+
+
+def attach(model: Any) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    tunerkit.attach(model, optimizer)
+    return optimizer
+
+
+def thaw_norm(model: Any) -> None:
+    model.norm.requires_grad_(True)
+
+
+def thaw_all(model: Any) -> None:
+    model.requires_grad_(True)
+
+
+def replace_norm(model: Any) -> None:
+    model.norm = nn.LayerNorm(8)
+
+
+@pytest.mark.parametrize("change", [thaw_norm, thaw_all, replace_norm])
+def test_what_is_trained_beside_an_adapter_is_named_at_attach_and_at_save(
+    toys: "Toys", change: Callable[[Any], None], tmp_path: Path
+) -> None:
+    """The file fits no other base. Each warning says how the adapter would hold it; saving the base too works."""
+    model = tunerkit.wrap(toys.net(), "toy-low-rank", {"targets": ["layers.0"]})
+    change(model)
+    optimizer: list[torch.optim.Optimizer] = []
+    texts = [told(lambda: optimizer.append(attach(model)))]
+    model(toys.x()).square().sum().backward()
+    optimizer[0].step()
+    texts.append(told(lambda: tunerkit.save(model, tmp_path / "out")))
+    for found in texts:
+        assert len(found) == 1
+        assert ("and 11 more" if change is thaw_all else "gradients: norm.weight, norm.bias.") in found[0]
+        assert ("train_modules=['conv'" if change is thaw_all else "train_modules=['norm']") in found[0]
+        assert "save the base too, inside tunerkit.disabled(model)" in found[0]
+    with pytest.raises(tunerkit.errors.BaseMismatchError):
+        tunerkit.load(toys.net(), tmp_path / "out")
+    with tunerkit.disabled(model):
+        state = {name: tensor for name, tensor in model.state_dict().items() if ".tunerkit." not in name}
+    base = toys.net()
+    base.load_state_dict(state)
+    assert toys.close(tunerkit.load(base, tmp_path / "out")(toys.x()), model(toys.x()))
+
+
+def test_what_follows_the_advice_is_silent(toys: "Toys", tmp_path: Path) -> None:
+    """Trained as a copy, frozen again, and under a copy that is used instead: the file is whole."""
+    model = tunerkit.wrap(toys.net(), "toy-low-rank", {"targets": ["layers.0"], "train_modules": ["norm", "head"]})
+    model.norm.get_parameter("weight").requires_grad_(True)
+    thaw_all(model.head)
+    model.conv.requires_grad_(True)
+    model.conv.requires_grad_(False)
+    assert told(lambda: attach(model)) == []
+    toys.fill_(model)
+    assert told(lambda: tunerkit.save(model, tmp_path / "out")) == []
+    assert told(lambda: tunerkit.load(toys.net(), tmp_path / "out")) == []
+
+
+@pytest.mark.parametrize("thawed", ["before attach", "before train"])
+def test_a_trainer_says_it_once_in_a_run(toys: "Toys", thawed: str, tmp_path: Path) -> None:
+    """At attach, or at the start of training if parameters are thawed in between; no checkpoint repeats it."""
+    transformers = pytest.importorskip("transformers")
+    from tunerkit.testing.trainer_toys import Regression, RegressionRows, arguments
+
+    model: Any = tunerkit.wrap(Regression(), "toy-low-rank", {"targets": ["first"]})
+    options = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=1)
+    trainer = transformers.Trainer(model, options, train_dataset=RegressionRows())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if thawed == "before attach":
+            model.second.requires_grad_(True)
+        tunerkit.attach(model, trainer)
+        model.second.requires_grad_(True)
+        before = len(caught)
+        trainer.train()
+    texts = [str(each.message) for each in caught if each.category is TunerkitWarning]
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 4
+    assert before == (thawed == "before attach")
+    assert [text.startswith("parameters of the base require gradients: second.weight") for text in texts] == [True]
+
+
+def llama(folder: Path) -> Any:
+    transformers = pytest.importorskip("transformers")
+    if not (folder / "llama").exists():
+        config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2)
+        transformers.LlamaForCausalLM(config).save_pretrained(folder / "llama")
+    return transformers.LlamaForCausalLM.from_pretrained(folder / "llama")
+
+
+@pytest.mark.parametrize("way", ["wrap", "load"])
+def test_embeddings_that_were_resized_after_wrapping_are_named(toys: "Toys", way: str, tmp_path: Path) -> None:
+    """Their new rows are random, so the file fits no other process: `attach` says it, and `save` at the latest."""
+    model = tunerkit.wrap(llama(tmp_path), "toy-low-rank", {"targets": ["q_proj"]})
+    if way == "load":
+        toys.fill_(model)
+        assert told(lambda: tunerkit.save(model, tmp_path / "before")) == []
+        model = tunerkit.load(llama(tmp_path), tmp_path / "before", trainable=True)
+    model.resize_token_embeddings(24)
+    texts = [told(lambda: attach(model))]
+    toys.fill_(model)
+    texts.append(told(lambda: tunerkit.save(model, tmp_path / "out")))
+    for found in texts:
+        assert len(found) == 1
+        assert "embed_tokens.weight [20, 16] -> [24, 16], lm_head.weight [20, 16] -> [24, 16]" in found[0]
+        assert "Resize the model before tunerkit.wrap" in found[0]
+
+
+def test_a_model_that_was_resized_before_the_adapter_was_put_in_is_silent(toys: "Toys", tmp_path: Path) -> None:
+    """Also if an older adapter was there before: only that one's file lacks the rows. A cast is no change of size."""
+    model = tunerkit.wrap(llama(tmp_path), "toy-low-rank", {"targets": ["q_proj"]})
+    model.resize_token_embeddings(24)
+    tunerkit.wrap(model, "toy-low-rank", {"targets": ["q_proj"], "exclude": ["embed_tokens", "lm_head"]}, adapter="new")
+    toys.fill_(model.to(torch.bfloat16))
+    assert told(lambda: tunerkit.save(model, tmp_path / "new", adapter="new")) == []
+    assert len(told(lambda: tunerkit.save(copy.deepcopy(model), tmp_path / "old", adapter="default"))) == 1

@@ -1,0 +1,55 @@
+"""The adapters of the toy methods, which outside authors copy: what holds for each of them."""
+
+import pkgutil
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch.func import functional_call
+
+import tunerkit
+from tunerkit import testing
+from tunerkit.testing.registering import registered
+from tunerkit.testing.small import X, net
+
+MODULES = [
+    import_module(f"tunerkit.testing.{m.name}")
+    for m in pkgutil.iter_modules(testing.__path__)
+    if m.name.startswith("toy_")
+]
+PLUGINS: list[Any] = [
+    kind
+    for module in MODULES
+    for name, kind in vars(module).items()
+    if name.endswith("Plugin") and kind.__module__ == module.__name__
+]
+METHODS = [
+    (plugin, m.name) for plugin in PLUGINS if hasattr(plugin, "tunerkit_methods") for m in plugin().tunerkit_methods()
+]
+
+
+@pytest.mark.parametrize(("plugin", "method"), METHODS, ids=[name for _, name in METHODS])
+def test_a_functional_call_uses_the_parameters_it_is_given(plugin: Any, method: str) -> None:
+    """Output and gradients of `functional_call` are those of a model with these parameters, also of shared ones."""
+    generator = torch.Generator().manual_seed(0)
+    with registered(plugin()):
+        model, other = (tunerkit.wrap(net(), method, {"targets": ["0"]}, seed=0) for _ in range(2))
+        given = {
+            name: parameter.detach() + 0.1 * torch.rand(parameter.shape, generator=generator)
+            for name, parameter in model.named_parameters()
+            if ".tunerkit." in name
+        }
+        with torch.no_grad():
+            for name, values in given.items():
+                other.get_parameter(name).copy_(values)
+        for values in given.values():
+            values.requires_grad_()
+        called = functional_call(model, given, X)
+        assert torch.equal(called, other(X))
+        assert not torch.equal(model(X), other(X))
+        trained = [name for name, parameter in other.named_parameters() if parameter.requires_grad]
+        expected = torch.autograd.grad(other(X).square().sum(), [other.get_parameter(name) for name in trained])
+        found = torch.autograd.grad(called.square().sum(), [given[name] for name in trained])
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two)
