@@ -82,11 +82,19 @@ def _serve(connection: Any) -> None:
 
 
 def _report(connection: Any, call: Callable[..., object], arguments: tuple[object, ...]) -> NoReturn:
+    _renew_threads()
     try:
         connection.send((True, call(*arguments)))
     except BaseException:
         connection.send((False, traceback.format_exc()))
     os._exit(0)
+
+
+def _renew_threads() -> None:
+    """Let torch make its threads anew in a fork. Two threads that come first at once get an internal error of it."""
+    import torch
+
+    torch.set_num_threads(torch.get_num_threads())
 
 
 def fork(call: Callable[[IO[bytes]], object]) -> "Child":
@@ -98,6 +106,7 @@ def fork(call: Callable[[IO[bytes]], object]) -> "Child":
         return Child(pid, os.fdopen(reading, "rb"))
     os.close(reading)
     signal.alarm(GUARD_SECONDS)
+    _renew_threads()
     try:
         with os.fdopen(writing, "wb") as pipe:
             call(pipe)
