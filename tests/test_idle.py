@@ -134,13 +134,26 @@ def test_an_adapter_from_a_file_is_saved_in_silence(toys: "Toys", tmp_path: Path
         assert warned(tunerkit.load(toys.net(), tmp_path, trainable=trainable), tmp_path) == []
 
 
-def test_counted_steps_are_training(toys: "Toys", tmp_path: Path) -> None:
-    """With a learning rate of 0, nothing changes, and it was asked for."""
-    model = fresh(toys)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+@pytest.mark.parametrize("way", ["learning rate 0", "frozen by hand", "gradients cleared too early"])
+def test_steps_that_train_no_matrix_are_told(toys: "Toys", way: str, tmp_path: Path) -> None:
+    """They are counted, and a copy such as a new head may be trained. What the method built is as it was."""
+    model = fresh(toys, targets=["layers.0", "layers.1"], train_modules=["head"])
+    if way == "frozen by hand":
+        for adapter in tunerkit.tuner(model).adapters().values():
+            adapter.requires_grad_(False)
+    rate = 0.0 if way == "learning rate 0" else 0.1
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
     tunerkit.attach(model, optimizer)
-    train(toys, model, optimizer)
-    assert warned(model, tmp_path) == []
+    for _ in range(2):
+        model(toys.x()).square().sum().backward()
+        if way == "gradients cleared too early":
+            for adapter in tunerkit.tuner(model).adapters().values():
+                adapter.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
+    (text,) = warned(model, tmp_path)
+    assert "saved after 2 steps, which trained none of its matrices" in text
+    assert warned(tunerkit.load(toys.net(), tmp_path, trainable=True), tmp_path) == []
 
 
 def test_a_checkpoint_at_step_0_is_written_in_silence(toys: "Toys", tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The file of a training state, and states of another run."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import tunerkit
-from tunerkit.errors import AdapterError, FileError
+from tunerkit.errors import AdapterError, FileError, TunerkitWarning
 
 if TYPE_CHECKING:
     from tests.conftest import Toys
@@ -98,3 +99,54 @@ def test_a_state_of_another_run_is_refused_shortly(toys: "Toys", tmp_path: Path)
     with pytest.raises(FileError, match="another run") as caught:
         tunerkit.load_state(toys.trained("toy-shift", targets=["conv"]), other)
     assert len(str(caught.value)) < 25_000
+
+
+def attached(model: Any, adapter: str = "default") -> torch.optim.Optimizer:
+    """An optimizer of one adapter, which drives it."""
+    tuner = tunerkit.tuner(model, adapter)
+    optimizer = torch.optim.SGD([p for p in tuner.parameters() if p.requires_grad], lr=0.1)
+    tunerkit.attach(model, optimizer, adapter=adapter)
+    return optimizer
+
+
+@pytest.mark.parametrize("method", ["toy-low-rank", "toy-shift"])
+def test_a_state_without_its_weights_is_told(toys: "Toys", method: str, tmp_path: Path) -> None:
+    """The adapter is new, and the schedule would go on as if it were trained."""
+    config = {"targets": ["layers.0"]}
+    model = tunerkit.wrap(toys.net(), method, config)
+    optimizer = attached(model)
+    for _ in range(2):
+        model(toys.x()).square().sum().backward()
+        optimizer.step()
+    tunerkit.save(model, tmp_path)
+    tunerkit.save_state(model, tmp_path)
+    forgotten = tunerkit.wrap(toys.net(), method, config)
+    attached(forgotten)
+    with pytest.warns(TunerkitWarning, match="at step 2, but the matrices of adapter 'default' are as new") as told:
+        tunerkit.load_state(forgotten, tmp_path)
+    assert told[0].filename == __file__
+    loaded = tunerkit.load(toys.net(), tmp_path, trainable=True)
+    attached(loaded)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tunerkit.load_state(loaded, tmp_path)
+
+
+def test_saving_over_the_only_state_of_another_adapter_is_told(toys: "Toys", tmp_path: Path) -> None:
+    """The first adapter's state would be gone; one that was saved elsewhere too is not."""
+    model = tunerkit.wrap(toys.net(), "toy-low-rank", {"targets": ["layers.1"]})
+    tunerkit.wrap(model, "toy-shift", {"targets": ["layers.0"]}, adapter="b")
+    for name in ("default", "b"):
+        attached(model, name)
+    tunerkit.save(model, tmp_path, adapter="default")  # another file, which does not count
+    tunerkit.save_state(model, tmp_path, adapter="default")
+    with pytest.warns(
+        TunerkitWarning, match="held the training state of adapter 'default'.*save 'default' again"
+    ) as told:
+        tunerkit.save_state(model, tmp_path, adapter="b")
+    assert told[0].filename == __file__
+    tunerkit.save_state(model, tmp_path / "default", adapter="default")
+    tunerkit.save_state(model, tmp_path / "b", adapter="b")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tunerkit.save_state(model, tmp_path / "b", adapter="b")

@@ -21,8 +21,10 @@ def adds_nothing(tuner: Tuner) -> bool:
 
 
 @torch.no_grad()
-def is_untrained(tuner: Tuner) -> bool:
+def is_untrained(tuner: Tuner, *, copies: bool = True) -> bool:
     """Whether the adapter surely adds nothing. The first values of a trained adapter show that it does.
+
+    With ``copies=False`` trained copies and biases do not count, only what the method built.
 
     A method with a start of zero has a parameter that is 0 throughout until it is trained, in every adapter. Where
     that holds for all, the deltas of a few adapters confirm it. A method with another start is never untrained here.
@@ -33,11 +35,11 @@ def is_untrained(tuner: Tuner) -> bool:
             if not _may_be_idle(list(slot.adapter.parameters())):
                 return False
             idle[path] = slot
-        if not _keeps_base(slot, modules[path]):
+        if copies and not _keeps_base(slot, modules[path]):
             return False
     paths = list(idle)
     sample = paths[:: max(1, len(paths) // _SAMPLE)]
-    return bool(sample) and all(_is_idle(path, idle[path], modules[path]) for path in sample)
+    return bool(sample) and all(_has_no_delta(path, idle[path], _base_of(modules[path])) for path in sample)
 
 
 def _may_be_idle(parameters: Sequence[Tensor]) -> bool:

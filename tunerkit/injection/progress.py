@@ -42,7 +42,7 @@ class Progress:
         shapes: The shapes of the base's parameters when the adapter was put in.
         beside: New modules of the base that another adapter, active at that time, trains in full. The fingerprint
             leaves them out, because the adapter never used the base's own values.
-        files: The files that hold the adapter: those it was loaded from or saved to.
+        files: The files that it was loaded from or saved to, with what each holds: ``"adapter"`` or ``"state"``.
     """
 
     steps: int = 0
@@ -54,4 +54,4 @@ class Progress:
     fingerprint: dict[str, dict[str, Any]] | None = None
     shapes: dict[str, tuple[int, ...]] = attrs.field(factory=dict)
     beside: tuple[str, ...] = ()
-    files: set[str] = attrs.field(factory=set)
+    files: dict[str, str] = attrs.field(factory=dict)

@@ -88,30 +88,26 @@ def save_tuner(tuner: Tuner, path: str | os.PathLike[str], *, allow_nonfinite: b
     header = header_of(tuner, content="adapter", **description)
     packed = pack(tensors)
     written = write(place, packed, encode(header, tensors, packed.stored))
-    file = os.path.realpath(written)
-    _warn_of_file_of_another(tuner, file)
-    _note_written(tuner, file)
+    note_written(tuner, written, "adapter", stacklevel=4)
     return written
 
 
-def _warn_of_file_of_another(tuner: Tuner, file: str) -> None:
-    """Warn if ``file`` was the only one of another adapter in the model, and becomes this one's."""
-    if file in tuner.progress.files:
-        return
+def note_written(tuner: Tuner, path: Path, content: str, *, stacklevel: int) -> None:
+    """Note that ``path`` holds the adapter, or its state. Warn if it was the only such file of another one here."""
+    file, own = os.path.realpath(path), tuner.progress.files
     for other in injection.tuners_of(tuner.model).values():
-        if other.progress.files == {file}:
+        held = other.progress.files
+        if file not in own and [name for name, kind in held.items() if kind == content] == [file]:
+            what, now = ("adapter", "") if content == "adapter" else ("the training state of adapter", "that of ")
             warnings.warn(
-                f"{file} held adapter {other.name!r} of this model, and holds {tuner.name!r} now. If you want both, "
-                f"save {other.name!r} again, into a folder or under a file name of its own",
+                f"{file} held {what} {other.name!r} of this model, and holds {now}{tuner.name!r} now. If you want "
+                f"both, save {other.name!r} again, into a folder or under a file name of its own",
                 TunerkitWarning,
-                stacklevel=4,
+                stacklevel=stacklevel,
             )
-
-
-def _note_written(tuner: Tuner, file: str) -> None:
-    for other in injection.tuners_of(tuner.model).values():
-        other.progress.files.discard(file)
-    tuner.progress.files.add(file)
+        if other is not tuner:
+            held.pop(file, None)
+    own[file] = content
 
 
 def load(
@@ -185,6 +181,14 @@ def warn_of_unspent_schedule(tuner: Tuner) -> None:
 
 def _warn_of_untrained(tuner: Tuner) -> None:
     """Warn if nothing trained the adapter, whose method needs no steps and so cannot miss them."""
+    if tuner.steps > 0 and not tuner.needs_steps and not tuner.loaded and injection.is_untrained(tuner, copies=False):
+        warnings.warn(
+            f"adapter {tuner.name!r} was saved after {tuner.steps} steps, which trained none of its matrices: they add "
+            "nothing to the model. Check that they were not frozen by hand (requires_grad), that gradients are cleared "
+            "after the step and not before it, and that the learning rate is not 0",
+            TunerkitWarning,
+            stacklevel=3,
+        )
     if _is_fresh(tuner) and injection.is_untrained(tuner):
         warnings.warn(
             f"adapter {tuner.name!r} was saved untrained: it adds nothing to the model. Most often the optimizer was "
@@ -258,7 +262,7 @@ def _tuner_from(header: Header, scanned: Scan, adapter: str, source: str) -> Tun
             calibration=_calibration(header),
             shapes=injection.shapes_of(model),
             beside=beside,
-            files={os.path.realpath(source)},
+            files={os.path.realpath(source): "adapter"},
         ),
     )
 

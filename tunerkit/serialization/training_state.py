@@ -17,7 +17,7 @@ from tunerkit.errors import AdapterError, FileError, StepError, TunerkitWarning,
 from tunerkit.injection import Tuner
 from tunerkit.paths import few
 from tunerkit.records import RankChange, State
-from tunerkit.serialization.adapter_file import header_of
+from tunerkit.serialization.adapter_file import header_of, note_written
 from tunerkit.serialization.base_check import base_values, refuse_other_base
 from tunerkit.serialization.finite import nonfinite
 from tunerkit.serialization.fit import fill
@@ -65,7 +65,9 @@ def save_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str |
             f"{few(wrong, shown=5)}. Nothing was written, and an older file is unchanged; resume from a state saved "
             "earlier"
         )
-    return write(place, pack(tensors), encoded)
+    written = write(place, pack(tensors), encoded)
+    note_written(tuner, written, "state", stacklevel=3)
+    return written
 
 
 def load_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None = None) -> None:
@@ -87,6 +89,13 @@ def load_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str |
     source, tensors, header = read(path, content="state")
     refuse_nonfinite(tensors, {}, source)
     _resume_(tuner, tensors, header, source)
+    if header.steps > 0 and injection.is_untrained(tuner, copies=False):
+        warnings.warn(
+            f"{source} continues a training at step {header.steps}, but the matrices of adapter {tuner.name!r} are as "
+            "new and add nothing: load its weights too, with tunerkit.load(base, path, trainable=True) before attach",
+            TunerkitWarning,
+            stacklevel=2,
+        )
 
 
 def carry(tuner: Tuner, optimizer: Optimizer) -> None:
