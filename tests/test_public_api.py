@@ -78,6 +78,7 @@ ADDED = frozenset(
         "tunerkit.patterns.exact_patterns(POSITIONAL_OR_KEYWORD paths)",
         "tunerkit.resize_obstacle(POSITIONAL_OR_KEYWORD parameters, POSITIONAL_OR_KEYWORD optimizer)",
         "tunerkit.patterns.one_allowance()",
+        "tunerkit.from_folder(POSITIONAL_OR_KEYWORD path, POSITIONAL_OR_KEYWORD base = None)",
     }
 )
 # What functions of the snapshot have gained: parameters at the end, by keyword and with a default.

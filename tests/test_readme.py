@@ -110,9 +110,11 @@ def test_the_make_targets_that_the_pages_name_exist() -> None:
     assert {"demo", "test"} <= named <= targets
 
 
-@pytest.mark.parametrize(("command", "shown"), [("train", {"--out", "--method"}), ("new", {"--scale", "--scheduled"})])
+@pytest.mark.parametrize(
+    ("command", "shown"), [("train", {"--out", "--method"}), ("new", {"--scale", "--scheduled"}), ("report", {"--out"})]
+)
 def test_the_options_that_the_pages_name_exist(command: str, shown: set[str]) -> None:
-    """Every option after ``tunerkit train`` or ``tunerkit new`` is one of the command's own."""
+    """Every option after ``tunerkit train``, ``new`` or ``report`` is one of the command's own."""
     absent = [name for name in ("typer", "rich", "platformdirs") if find_spec(name) is None]
     if absent:
         pytest.skip(f"the command needs the extra [cli]: {', '.join(absent)} not installed")

@@ -10,6 +10,7 @@ from .api import (
     calibrate as calibrate,
     delete as delete,
     freeze as freeze,
+    from_folder as from_folder,
     param_groups as param_groups,
     rename as rename,
     thaw as thaw,

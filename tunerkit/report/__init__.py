@@ -1,1 +1,1 @@
-"""Reports on the ranks: tables for the terminal (extra ``[cli]``) and plots (extra ``[plot]``)."""
+"""Reports: rank tables for the terminal and HTML pages (extra ``[cli]``), and plots (extra ``[plot]``)."""

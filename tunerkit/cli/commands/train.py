@@ -1,56 +1,114 @@
 """``tunerkit train``."""
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from tunerkit import TunerkitError
-from tunerkit.cli import settings
-from tunerkit.cli.recipe import Recipe
+from tunerkit.cli.recipes import reading, setting
+from tunerkit.cli.recipes.recipe import TASKS
+from tunerkit.cli.settings import read_settings
 
-_DEFAULT = Recipe()
+_TASKS = ", ".join(TASKS)
+_OUT = "out"
 
 
 def train(
-    method: Annotated[str, typer.Option(help="The method. `tunerkit methods` lists the installed ones.")] = "adalora",
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe, as `tunerkit init` writes it. Options replace its values.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help=f"One of {_TASKS}. Default: what the data asks for.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="The method. `tunerkit methods` lists the installed ones. Default: adalora.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="A local folder or a hub name. Default: all-MiniLM-L6-v2.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="The training data: .csv, .jsonl or .parquet. Default: movie sentences.")
+        str | None, typer.Option(help="The training data: .csv, .tsv, .jsonl or .parquet. Default: movie sentences.")
     ] = None,
-    eval_data: Annotated[Path | None, typer.Option(help="The held-out data. Default: a fifth of --data.")] = None,
-    text_column: Annotated[str, typer.Option(help="The name of the text column.")] = "text",
-    label_column: Annotated[str, typer.Option(help="The name of the label column.")] = "label",
+    eval_data: Annotated[str | None, typer.Option(help="The held-out data. Default: a fifth of --data.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="The name of the text column. Default: text.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="The name of the label column. Default: label.")] = None,
     config: Annotated[
-        Path | None, typer.Option(help="The method's settings, as YAML or JSON. `tunerkit config` prints them.")
+        str | None, typer.Option(help="The method's settings, as YAML or JSON: a file, or written out.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="The output folder: adapter, metrics and plots.")] = Path("out"),
-    epochs: Annotated[int, typer.Option(min=1)] = _DEFAULT.epochs,
-    lr: Annotated[float, typer.Option(help="The peak learning rate.")] = _DEFAULT.learning_rate,
-    batch_size: Annotated[int, typer.Option(min=1)] = _DEFAULT.batch_size,
-    max_length: Annotated[int, typer.Option(min=4, help="Longer texts are truncated to this many tokens.")] = 128,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = _DEFAULT.seed,
-    baseline: Annotated[bool, typer.Option(help="Also train the head alone, for comparison.")] = True,
+    out: Annotated[str | None, typer.Option(help="The output folder. Default: out.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Default: 3; for language models 1.")] = None,
+    lr: Annotated[float | None, typer.Option(help="The peak learning rate. Default: as the task needs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Default: 32; for language models 8.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=4, help="Longer texts are truncated to this many tokens.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Default: 0.")] = None,
+    baseline: Annotated[
+        bool | None, typer.Option(help="Also train the head alone, for comparison. Default: only without --data.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any key of a recipe, as in --set training.warmup_steps=10.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show data, lengths, steps and parameters, and stop.")
+    ] = False,
 ) -> None:
-    """Train a text classifier's adapter. Without options: all-MiniLM-L6-v2 on movie sentiment, with AdaLoRA."""
-    if not 0 < lr < float("inf"):
-        raise TunerkitError(f"--lr: expected a number above 0, got {lr}")
-    given = settings.read_settings(config) if config is not None else {}
-    from tunerkit.cli import job
-    from tunerkit.cli.task import Job
+    """Train an adapter. Without options: all-MiniLM-L6-v2 on movie sentences, with AdaLoRA."""
+    flags = {
+        "task": task,
+        "method": method,
+        "model": model,
+        "data": data,
+        "eval_data": eval_data,
+        "config": config,
+        "out": out,
+        "epochs": epochs,
+        "lr": lr,
+        "batch_size": batch_size,
+        "seed": seed,
+        "max_length": max_length,
+        "baseline": baseline,
+        "text_column": text_column,
+        "label_column": label_column,
+    }
+    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
+    is_bare = recipe is None and not set_ and {*given} <= {"out"}
+    mapping = _kept(Path(given.setdefault("out", _OUT))) if resume and is_bare else _read(recipe)
+    chosen = reading.structure(_merged(mapping, given, set_ or []), str(recipe or "the recipe"))
+    try:
+        from tunerkit.cli.running.run import run
 
-    chosen = Job(
-        out=out,
-        method=method,
-        settings=given,
-        model=model,
-        data=data,
-        eval_data=eval_data,
-        text_column=text_column,
-        label_column=label_column,
-        max_length=max_length,
-        baseline=baseline,
-        recipe=Recipe(epochs=epochs, learning_rate=lr, batch_size=batch_size, seed=seed),
-    )
-    job.run(chosen, Console())
+        run(chosen, Console(), resume=resume, overwrite=overwrite, dry_run=dry_run)
+    except KeyboardInterrupt:
+        from tunerkit.cli.running.output import after_interrupt
+
+        print(f"tunerkit: interrupted{after_interrupt(Path(chosen.out))}", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _read(recipe: Path | None) -> dict[str, Any]:
+    return read_settings(recipe) if recipe is not None else {}
+
+
+def _kept(folder: Path) -> dict[str, Any]:
+    """The recipe of the run in a folder. Its ``out`` is replaced: the folder may have been moved."""
+    from tunerkit.cli.running.output import recipe_file
+
+    return read_settings(recipe_file(folder))
+
+
+def _merged(mapping: dict[str, Any], given: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    """A recipe's mapping with the values of flags and of ``--set``, which replace its own."""
+    for name, value in (("lr", given.get("lr")), ("epochs", given.get("epochs"))):
+        if value is not None and not 0 < value < float("inf"):
+            raise TunerkitError(f"--{name}: expected a number above 0, got {value}")
+    mapping = setting.merge(mapping, given)
+    if settings:
+        from tunerkit.cli.running.names import method_settings, trainer_arguments
+
+        names = trainer_arguments(mapping, settings), method_settings(mapping, settings)
+        mapping = setting.apply(mapping, settings, *names)
+    # The demo shows what the head alone reaches.
+    is_demo = mapping.get("data") is None and mapping.get("task") in (None, "text-classification")
+    return {"baseline": is_demo, **mapping}

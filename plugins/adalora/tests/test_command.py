@@ -1,0 +1,59 @@
+"""``tunerkit train`` with AdaLoRA: a run that is resumed before, during and after pruning, bit for bit."""
+
+from pathlib import Path
+
+import pytest
+
+# Imports after a statement: without the extra this file is skipped, not broken.
+for _module in ("datasets", "platformdirs", "pyarrow", "rich", "sklearn", "transformers", "typer", "yaml"):
+    pytest.importorskip(_module, reason="the command needs the extra [cli]")
+
+from tests.train_command import (  # noqa: E402
+    arguments_of,
+    check_resumed_after_ctrl_c,
+    check_resumed_after_kill,
+    record_of,
+    succeeded,
+)
+
+# Of 24 steps: none is pruned to step 4; allocations at 6, 8, ..., 14, where the ranks are final.
+CONFIG = "{target_rank: 2, init_rank: 3, t_init: 4, t_final: 10, delta_t: 2}"
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The arguments of a run, without ``--out``."""
+    return arguments_of(tmp_path_factory.mktemp("adalora"), "adalora", CONFIG)
+
+
+@pytest.fixture(scope="module")
+def out(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of that run, ended."""
+    folder = tmp_path_factory.mktemp("ended") / "out"
+    succeeded(*arguments, "--out", folder)
+    return folder
+
+
+def test_the_record_has_the_budget_the_ranks_and_the_spectrum(out: Path) -> None:
+    """The budget starts at the initial ranks, ends at the target, and is spent; as many singular values are not 0."""
+    record = record_of(out)
+    assert record["budget"] == {"start": 36, "end": 24, "live": sum(record["ranks"].values()), "unit": "rank"}
+    assert record["budget"]["live"] == 24
+    assert record["history"][0] == {"step": 0, "budget": 36, "ranks": [3] * 12}
+    assert record["history"][-1]["ranks"] == list(record["ranks"].values())
+    assert {path: len(values) for path, values in record["spectrum"].items()} == record["ranks"]
+    assert all(values == sorted(values, reverse=True) for values in record["spectrum"].values())
+    assert record["config"]["target_rank"] == 2
+    shown = succeeded("show", out).output
+    assert "target_rank: 2" in shown
+    assert succeeded("predict", out, "--text", "good film").output.count("\n") == 1
+
+
+def test_after_ctrl_c_the_end_is_that_of_an_uninterrupted_run(arguments: list[str], out: Path, tmp_path: Path) -> None:
+    """Before the first checkpoint, while pruning in the middle of an epoch, and after the last allocation."""
+    check_resumed_after_ctrl_c(arguments, out, tmp_path / "parts", at=(1, 11, 23))
+
+
+def test_after_kill_9_the_end_is_that_of_an_uninterrupted_run(arguments: list[str], out: Path, tmp_path: Path) -> None:
+    """Before the first checkpoint, while pruning in the middle of an epoch, and after the last allocation."""
+    check_resumed_after_kill(arguments, (), out, tmp_path / "parts", at=(1, 11, 23))

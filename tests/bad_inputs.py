@@ -1,0 +1,328 @@
+"""Commands with one mistake each, and the page that shows what tunerkit says: ``python -m tests.bad_inputs``."""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import attrs
+from typer.testing import CliRunner, Result
+
+from tests.tiny_classifier import save_tiny_classifier
+from tests.tiny_models import SIDE, save_tiny_llama, save_tiny_t5, save_tiny_vit
+from tunerkit.cli.app import build
+from tunerkit.testing.registering import registered
+from tunerkit.testing.toy_methods import LowRankPlugin
+
+PAGE = Path(__file__).parents[1] / "docs" / "bad-input.md"
+_TRAIN = "--method toy-low-rank --out new --epochs 1 --batch-size 8"
+_INTRODUCTION = """# Bad input
+
+What the command says about a mistake: one line on stderr, with what was seen and what to do, and exit code 2. Nothing
+is trained, and no file of an earlier run is lost. Each row is the message of one command in the repository's tests.
+"""
+
+
+@attrs.frozen
+class BadInput:
+    """A command with a mistake.
+
+    Attributes:
+        what: The mistake in words: the row's name on the page.
+        command: The arguments. ``train`` is followed by a small model, data and method; options later in the line win.
+        files: Files to write before, by path.
+        needs: Packages without which the case cannot run.
+        until: The message's last words that are ours; what follows is a library's.
+    """
+
+    what: str
+    command: str
+    files: Mapping[str, str | bytes] = MappingProxyType({})
+    needs: tuple[str, ...] = ()
+    until: str = ""
+
+
+def _csv(name: str, content: str | bytes, what: str, options: str = "") -> BadInput:
+    """Training data in one file."""
+    return BadInput(what, f"train --model bert --data {name} {options}", {name: content})
+
+
+def _jsonl(name: str, rows: list[object], what: str, options: str = "", needs: tuple[str, ...] = ()) -> BadInput:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    model = "" if "--model" in options else "--model bert"
+    return BadInput(what, f"train {model} --data {name} {options}", {name: text}, needs)
+
+
+def _train(what: str, options: str, *, until: str = "", **files: str) -> BadInput:
+    return BadInput(what, f"train --model bert --data reviews.csv {options}", files, until=until)
+
+
+def _recipe(what: str, text: str, until: str = "") -> BadInput:
+    name = f"{'-'.join(what.split())}.yaml"
+    return BadInput(what, f"train {name} --model bert --data reviews.csv", {name: text}, until=until)
+
+
+_GOOD = "text,label\n" + "good film,good\nbad plot,bad\n" * 10
+_PREFERENCES = [{"prompt": "the film", "chosen": "good", "rejected": [{"role": "assistant", "content": "bad"}]}] * 8
+_TRL = ("trl", "datasets")
+
+DATA = (
+    _csv("texts.csv", _GOOD.replace("text,", "texts,"), "no column with texts"),
+    _csv("lable.csv", _GOOD.replace("label", "lable"), "no column with labels", "--task text-classification"),
+    _train("the column that an option names is not there", "--text-column sentence"),
+    _csv("utf16.csv", _GOOD.encode("utf-16"), "a file in UTF-16"),
+    _csv("latin1.csv", _GOOD.replace("film", "caf\xe9").encode("latin-1"), "a file in Latin-1"),
+    _csv("semicolon.csv", _GOOD.replace(",", ";"), "semicolons between the columns"),
+    _csv("twice.csv", _GOOD.replace("text,label", "text,text"), "two columns of the same name"),
+    _csv("wide.csv", _GOOD + "good, but long,good\n", "a row with more values than columns"),
+    _csv("narrow.csv", _GOOD + "good\n", "a row with fewer values than columns"),
+    _csv("open.csv", 'text,label\n"good film,good\n', "a quote that is never closed"),
+    _csv("header.csv", "text,label\n", "a header without rows"),
+    _csv("void.csv", "", "an empty file"),
+    BadInput("a line that is not JSON", "train --model bert --data bad.jsonl", {"bad.jsonl": '{"text": "good"\n'}),
+    _jsonl("list.jsonl", [["good film", "good"]], "a line with another JSON value than an object"),
+    _csv("one.csv", _GOOD.replace(",bad", ",good"), "a single class"),
+    _csv("blank.csv", _GOOD + '"  ",good\n', "an empty text"),
+    _csv("four.csv", "text,label\na,good\nb,bad\nc,good\nd,bad\n", "four rows"),
+    _csv("unlabelled.csv", _GOOD + "very good,\n", "an empty label"),
+    _jsonl("number.jsonl", [{"text": 3, "label": "a"}] * 10, "a number in place of a text"),
+    _csv("float.csv", "text,label\n" + "good,4.5\nbad,1.5\n" * 5, "labels with a point, and no task"),
+    _jsonl("half.jsonl", [{"text": "good", "label": 4.5}] * 10, "labels with a point", "--task text-classification"),
+    _jsonl("lists.jsonl", [{"text": "good", "label": ["a"]}] * 10, "lists of labels", "--task text-classification"),
+    _train("one label for each text, where several are expected", "--task multi-label"),
+    _jsonl("nolabels.jsonl", [{"text": "good", "label": []}] * 10, "no label in any row", "--task multi-label"),
+    _train("words in place of numbers", "--task regression"),
+    _csv("nan.csv", "text,label\n" + "good,1\nbad,nan\n" * 5, "a number that is not a number", "--task regression"),
+    _csv("inf.csv", "text,label\n" + "good,1\nbad,1e999\n" * 5, "an infinite number", "--task regression"),
+    _jsonl("tags.jsonl", [{"tokens": ["a", "film"], "tags": ["O"]}] * 10, "fewer tags than tokens"),
+    _jsonl("sentence.jsonl", [{"tokens": "a film", "tags": ["O"]}] * 10, "a text in place of a list of tokens"),
+    _jsonl("role.jsonl", [{"messages": [{"content": "good"}]}] * 10, "messages without a role"),
+    _jsonl("roles.jsonl", [{"messages": [{"role": "human", "content": "good"}]}] * 10, "messages with another role"),
+    _jsonl("pairs.jsonl", list(_PREFERENCES), "a chosen text and a rejected list of messages"),
+    _train("data for another task", "--task seq2seq --model t5"),
+    _csv(
+        "two.csv",
+        _GOOD.replace("text,", "sentence,review,").replace("good,", "good,x,"),
+        "two columns that may have the texts",
+    ),
+    _csv("other.csv", "a,b\n1,2\n3,4\n", "columns that fit no task"),
+    BadInput("an unknown kind of file", "train --model bert --data reviews.xlsx", {"reviews.xlsx": b"PK"}),
+    BadInput("a file that is not there", "train --model bert --data review.csv"),
+    BadInput("a folder without images", "train --model vit --data bert"),
+    BadInput(
+        "images that are not there",
+        "train --model vit --data gone.jsonl",
+        {
+            "gone.jsonl": '{"image": "gone.png", "label": "a"}\n{"image": "lost.png", "label": "b"}\n' * 5,
+        },
+    ),
+    BadInput(
+        "images that are no images",
+        "train --model vit --data pictures",
+        {f"pictures/{name}/{n}.png": "no image" for name in ("blue", "red") for n in range(5)},
+        ("PIL", "datasets"),
+    ),
+    BadInput(
+        "labels that the training data does not have",
+        ("train --model bert --data reviews.csv --eval-data ugly.csv"),
+        {"ugly.csv": "text,label\nfilm,ugly\n"},
+    ),
+    BadInput("held-out data without training data", "train --model bert --eval-data reviews.csv"),
+)
+MODELS = (
+    _train("a model folder that is not there", "--model ./bertt"),
+    _train("a folder without a model", "--model empty", **{"empty/readme.txt": ""}),
+    _train("a file in place of a model folder", "--model reviews.csv"),
+    _train("a model without a tokenizer", "--model bare"),
+    _train("an image model for texts", "--model vit"),
+    BadInput("a text model for images", "train --model bert --data images", needs=("PIL",)),
+    BadInput(
+        "a decoder where an encoder-decoder is needed",
+        "train --model llama --task seq2seq --data s2s.jsonl",
+        {"s2s.jsonl": '{"source": "the film", "target": "good"}\n' * 10},
+    ),
+    BadInput(
+        "an encoder where a decoder is needed",
+        "train --model bert --data lm.jsonl",
+        {"lm.jsonl": '{"prompt": "the film", "completion": "good"}\n' * 10},
+        _TRL,
+    ),
+    BadInput(
+        "conversations, and a tokenizer without a chat template",
+        "train --model plain --data chat.jsonl",
+        {
+            "chat.jsonl": '{"messages": [{"role": "user", "content": "film"}, {"role": "assistant", "content": "a"}]}\n'
+            * 8
+        },
+        _TRL,
+    ),
+    _train("damaged weights", "--model damaged", until="'damaged' as a classifier of texts:"),
+    _train("a damaged config.json", "--model broken", until="the config of 'broken':"),
+    _train("a model type that transformers does not know", "--model alien"),
+)
+RECIPES = (
+    _recipe("a mistyped key of the recipe", "modl: bert\n"),
+    _recipe("a value of another type", "max_length: long\n"),
+    _recipe("a recipe of another version", "version: 2\n"),
+    _recipe("a key that stands twice", "task: regression\ntask: multi-label\n"),
+    _recipe("a recipe that is not YAML", "task: [\n", until="cannot be read as .yaml:"),
+    _recipe("a mistyped name of a column", "columns: {txt: sentence}\n"),
+    _recipe("a mistyped argument of the trainer", "training: {learning_rte: 1e-3}\n"),
+    _recipe("an argument that has an option of its own", "training: {output_dir: here}\n"),
+    _recipe("a text in place of a learning rate", "training: {learning_rate: fast}\n"),
+    _recipe("an unknown schedule", "training: {lr_scheduler_type: cosin}\n", until="is not a valid SchedulerType"),
+    _recipe("a logger that is not installed", "training: {report_to: nowhere}\n", until="nowhere is not supported"),
+    BadInput("a recipe that is not there", "train recipes.yaml"),
+    _train("a mistyped setting of the method", "--config '{rnk: 2}'"),
+    _train("a rank below 1", "--set rank=0"),
+    _train("targets that the model does not have", "--set 'targets=[qery]'"),
+    _train("a mistyped task", "--task text-clasification"),
+    _train("a mistyped method", "--method toy-lowrank"),
+    _train("a mistyped key after --set", "--set learning_rte=1e-3"),
+    _train("no value after --set", "--set learning_rate"),
+    _train("a learning rate of 0", "--lr 0"),
+    _train("a learning rate at which the loss is not finite", "--lr 1e9 --epochs 20 --batch-size 4"),
+)
+FOLDERS = (
+    _train("an output folder with a run", "--out run"),
+    _train("an output folder with other files", "--out empty", **{"empty/readme.txt": ""}),
+    _train("a file in place of an output folder", "--out reviews.csv"),
+    _train("an output folder that cannot be written", "--out reviews.csv/out"),
+    BadInput("nothing to resume", "train --out nowhere --resume"),
+    BadInput("a run to resume that has ended", "train --out run --resume"),
+    BadInput(
+        "a run to resume with another recipe",
+        "train --resume --model bert --data reviews.csv --method toy-low-rank --out stopped --epochs 2 --batch-size 8",
+    ),
+    _train("--resume and --overwrite together", "--out stopped --resume --overwrite"),
+)
+USES = (
+    BadInput("a run that is not there", "predict runn --text good"),
+    BadInput("a run that has not ended", "predict stopped --text good"),
+    BadInput("a model folder in place of a run", "predict bert --text good"),
+    BadInput("nothing to predict", "predict run"),
+    BadInput("an empty text to predict", "predict run --text ''"),
+    BadInput(
+        "rows to predict without the column of texts",
+        "predict run --data noted.csv",
+        {"noted.csv": "texts\ngood film\n"},
+    ),
+    BadInput("rows to evaluate without labels", "eval run --data bare.csv", {"bare.csv": "text\ngood film\n"}),
+    BadInput("rows to evaluate with other labels", "eval run --data ugly.csv", {"ugly.csv": "text,label\nfilm,ugly\n"}),
+    BadInput("--text for a task without texts", "predict tokens --text good"),
+    BadInput("a base that has moved", "predict moved --text good"),
+    BadInput("another base", "predict run --base other --text good"),
+    BadInput("a base of another kind", "predict run --base vit --text good"),
+    BadInput("a record of another version", "predict newer --text good"),
+    BadInput("a damaged record", "predict torn --text good"),
+    BadInput("a damaged adapter", "predict cut --text good", until="cannot be read as a safetensors file:"),
+    BadInput("a run without its adapter", "predict lost --text good"),
+    BadInput("a classifier asked to chat", "chat run"),
+    BadInput(
+        "a folder for the merged model that is not empty", "merge run --base bert --out empty", {"empty/readme.txt": ""}
+    ),
+)
+SECTIONS = {
+    "Data": DATA,
+    "Models": MODELS,
+    "Recipes and options": RECIPES,
+    "Output folders": FOLDERS,
+    "Predict, evaluate, merge": USES,
+}
+CASES = {case.what: case for cases in SECTIONS.values() for case in cases}
+
+
+def make_folder(folder: Path) -> None:
+    """Write the models, the data and the runs that the commands name. The working folder is ``folder``."""
+    save_tiny_classifier(folder / "bert")
+    save_tiny_llama(folder / "llama")
+    save_tiny_llama(folder / "plain", template=None)
+    save_tiny_t5(folder / "t5")
+    save_tiny_vit(folder / "vit")
+    for name in ("bare", "damaged", "broken", "alien", "other"):
+        shutil.copytree(folder / "bert", folder / name)
+    for file in (folder / "bare").glob("*token*"):
+        file.unlink()
+    weights = folder / "damaged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (folder / "broken" / "config.json").write_text("{")
+    (folder / "alien" / "config.json").write_text('{"model_type": "alien", "architectures": ["Alien"]}')
+    config = json.loads((folder / "other" / "config.json").read_text())
+    (folder / "other" / "config.json").write_text(json.dumps({**config, "hidden_size": 32}))
+    (folder / "reviews.csv").write_text(_GOOD)
+    if importlib.util.find_spec("PIL") is not None:
+        from PIL import Image
+
+        for name, color in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
+            (folder / "images" / name).mkdir(parents=True)
+            for number in range(6):
+                Image.new("RGB", (SIDE, SIDE), color).save(folder / "images" / name / f"{number}.png")
+    _make_runs(folder)
+
+
+def _make_runs(folder: Path) -> None:
+    done = run(BadInput("", "train --model bert --data reviews.csv --out run"))
+    assert done.exit_code == 0, done.output
+    for name in ("stopped", "tokens", "moved", "newer", "torn", "cut", "lost"):
+        shutil.copytree(folder / "run", folder / name)
+    (folder / "stopped" / "run.json").unlink()
+    record = json.loads((folder / "run" / "run.json").read_text())
+    changes: dict[str, dict[str, object]] = {
+        "tokens": {"task": "token-classification"},
+        "moved": {"model": {**record["model"], "source": str(folder / "old" / "bert")}},
+        "newer": {"version": 2},
+    }
+    for name, change in changes.items():
+        (folder / name / "run.json").write_text(json.dumps({**record, **change}))
+    (folder / "torn" / "run.json").write_text("{")
+    (folder / "lost" / "adapter.safetensors").unlink()
+    adapter = folder / "cut" / "adapter.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-10])
+
+
+def run(case: BadInput) -> Result:
+    """Run a command in this process, in the working folder."""
+    for name, content in case.files.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
+    first, *rest = shlex.split(case.command)
+    arguments = [first, *(shlex.split(_TRAIN) if first == "train" and "--resume" not in rest else []), *rest]
+    with registered(LowRankPlugin()):
+        return CliRunner().invoke(build(), arguments)
+
+
+def shown_message(done: Result) -> str:
+    """What a command printed on stderr, without what differs between machines."""
+    text = done.stderr.removeprefix("tunerkit: ").removesuffix("\n").replace(str(Path.cwd()), "")
+    text = re.sub(r"the loss is (nan|inf) at step \d+", "the loss is nan at step 4", text)
+    text = re.sub(r"installed: [^;]*", "installed: ...", text)
+    return re.sub(r"(tunerkit|transformers) \d[\w.]*", r"\1 X", text)
+
+
+def row_of(case: BadInput, message: str) -> str:
+    """A row of the page's tables. What a library adds to a message changes with its version, and is left out."""
+    if case.until:
+        message = f"{message.partition(case.until)[0]}{case.until} ..."
+    return f"| {case.what} | {message} |"
+
+
+def page() -> str:
+    """The whole page. The working folder is one of `make_folder`."""
+    parts = [_INTRODUCTION]
+    for heading, cases in SECTIONS.items():
+        rows = [row_of(case, shown_message(run(case))) for case in cases]
+        parts.append("\n".join([f"## {heading}\n", "| mistake | message |", "|---|---|", *rows]) + "\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as root:
+        os.chdir(root)
+        make_folder(Path(root))
+        PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,480 @@
+"""The tasks: from rows to predictions, on random models of two layers."""
+
+import importlib.util
+import json
+import math
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import attrs
+import pytest
+import torch
+
+# Imports after a statement: without the extra this file is skipped, not broken.
+for _module in ("datasets", "pyarrow", "sklearn", "transformers", "typer", "yaml"):
+    pytest.importorskip(_module, reason="the command needs the extra [cli]")
+
+import numpy as np  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+import tunerkit  # noqa: E402
+from tests.tiny_classifier import WORDS, save_tiny_classifier  # noqa: E402
+from tests.tiny_models import SIDE, save_tiny_llama, save_tiny_roberta, save_tiny_t5, save_tiny_vit  # noqa: E402
+from tunerkit.cli.recipes.recipe import Recipe  # noqa: E402
+from tunerkit.cli.rows.reading import DataError, Table  # noqa: E402
+from tunerkit.cli.running.record import model_facts, write_record  # noqa: E402
+from tunerkit.cli.running.run import prepare, prepare_data, train  # noqa: E402
+from tunerkit.cli.tasks import TASKS, TaskError, task_of  # noqa: E402
+from tunerkit.cli.tasks.base import MissingPackageError, require_package  # noqa: E402
+from tunerkit.cli.tasks.classifying import classification_results  # noqa: E402
+from tunerkit.cli.tasks.generating import generate  # noqa: E402
+from tunerkit.cli.tasks.infer import infer  # noqa: E402
+from tunerkit.integrations.output_folder import load_run, read_run  # noqa: E402
+from tunerkit.integrations.pretrained import load_pretrained  # noqa: E402
+from tunerkit.testing.registering import registered  # noqa: E402
+from tunerkit.testing.toy_methods import LowRankPlugin  # noqa: E402
+
+Rows = list[dict[str, Any]]
+QUIET = Console(quiet=True)
+
+
+def table(*rows: Mapping[str, object]) -> Table:
+    return Table("data", tuple(rows[0]), rows)
+
+
+def sentence(rng: random.Random) -> str:
+    return " ".join(rng.choices(WORDS[2:], k=rng.randint(2, 6)))
+
+
+# --- training: each task from a file to predictions ---
+
+
+@attrs.frozen
+class Case:
+    """Data of one task and what trains on it: ``row`` makes the row of a number."""
+
+    task: str
+    model: str
+    row: Callable[[int, random.Random], dict[str, Any]]
+    needs: str = "datasets"
+    inferred: bool = True
+
+
+def classified(number: int, rng: random.Random) -> dict[str, Any]:
+    return {"text": f"{WORDS[number % 2]} {sentence(rng)}", "label": WORDS[number % 2]}
+
+
+def paired(number: int, rng: random.Random) -> dict[str, Any]:
+    return {"premise": sentence(rng), "hypothesis": WORDS[number % 2], "label": number % 2}
+
+
+def rated(number: int, rng: random.Random) -> dict[str, Any]:
+    return {"text": (text := sentence(rng)), "label": text.count("film") - text.count("plot")}
+
+
+def labelled(number: int, rng: random.Random) -> dict[str, Any]:
+    return {"text": (text := sentence(rng)), "label": sorted({"film", "plot"} & set(text.split()))}
+
+
+def tagged(number: int, rng: random.Random) -> dict[str, Any]:
+    words = sentence(rng).split()
+    return {"tokens": words, "tags": ["noun" if word in ("film", "plot") else "other" for word in words]}
+
+
+def answered(number: int, rng: random.Random) -> dict[str, Any]:
+    return {"prompt": ("the film ", "a plot ")[number % 2], "completion": ("very good", "not bad")[number % 2]}
+
+
+def said(number: int, rng: random.Random) -> dict[str, Any]:
+    asked = answered(number, rng)
+    roles = {"user": asked["prompt"], "assistant": asked["completion"]}
+    return {"messages": [{"role": role, "content": text} for role, text in roles.items()]}
+
+
+def written(number: int, rng: random.Random) -> dict[str, Any]:
+    return {"text": "".join(answered(number, rng).values())}
+
+
+def preferred(number: int, rng: random.Random) -> dict[str, Any]:
+    return {"prompt": "the film ", "chosen": "good", "rejected": "bad"}
+
+
+def translated(number: int, rng: random.Random) -> dict[str, Any]:
+    return {"source": ("the film", "a plot")[number % 2], "target": ("very good", "not bad")[number % 2]}
+
+
+EPOCH = 4  # steps, each of which logs its loss: 32 of 40 rows in batches of 8
+CASES = {
+    "text-classification": Case("text-classification", "bert", classified),
+    "text pairs": Case("text-classification", "bert", paired),
+    "regression": Case("regression", "bert", rated, inferred=False),
+    "multi-label": Case("multi-label", "bert", labelled),
+    "token-classification": Case("token-classification", "bert", tagged),
+    "causal-lm, completions": Case("causal-lm", "llama", answered, "trl"),
+    "causal-lm, messages": Case("causal-lm", "llama", said, "trl"),
+    "causal-lm, texts": Case("causal-lm", "llama", written, "trl"),
+    "preference": Case("preference", "llama", preferred, "trl"),
+    "seq2seq": Case("seq2seq", "t5", translated),
+    "image-classification": Case("image-classification", "vit", classified, "PIL"),
+}
+SAVERS = {
+    "bert": save_tiny_classifier,
+    "llama": save_tiny_llama,
+    "roberta": save_tiny_roberta,
+    "t5": save_tiny_t5,
+    "vit": save_tiny_vit,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny model, which is saved when a test first asks for it."""
+    root = tmp_path_factory.mktemp("models")
+
+    def folder(name: str) -> Path:
+        return root / name if (root / name).exists() else SAVERS[name](root / name)
+
+    return folder
+
+
+def write_data(case: Case, folder: Path) -> Path:
+    rng = random.Random(0)
+    if case.needs == "PIL":
+        from PIL import Image
+
+        for name, color in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+            (folder / name).mkdir(parents=True)
+            for number in range(20):
+                pixels = np.clip(
+                    np.array(color) + np.random.RandomState(number).randint(-30, 30, (SIDE, SIDE, 3)), 0, 255
+                )
+                Image.fromarray(pixels.astype("uint8")).save(folder / name / f"{number}.png")
+        return folder
+    path = folder.with_suffix(".jsonl")
+    path.write_text("".join(json.dumps(case.row(number, rng)) + "\n" for number in range(40)))
+    return path
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_task_learns_and_predicts_the_same_after_loading(
+    name: str, models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss falls, held-out rows have metrics, and a fresh base with the adapter predicts the same.
+
+    Nothing is written but the output folder, and the task follows from the columns.
+    """
+    case = CASES[name]
+    pytest.importorskip(case.needs)
+    monkeypatch.chdir(tmp_path)
+    data = write_data(case, tmp_path / "data")
+    recipe = Recipe(
+        task=None if case.inferred else case.task,
+        model=str(models(case.model)),
+        data=str(data),
+        method="toy-low-rank",
+        config={"rank": 4},
+        training={
+            "num_train_epochs": 10,
+            "learning_rate": 0.05,
+            "per_device_train_batch_size": 8,
+            "save_strategy": "no",
+            "logging_steps": 1,
+        },
+        out="out",
+    )
+    with registered(LowRankPlugin()):
+        task, rows = prepare_data(recipe, QUIET)
+        assert task.name == case.task
+        session = prepare(recipe, task, rows, QUIET)
+        trained = train(session, QUIET, resume=False)
+        losses = [entry["loss"] for entry in trained.logs if "loss" in entry]
+        assert np.mean(losses[-EPOCH:]) < 0.9 * np.mean(losses[:EPOCH])
+        assert trained.metrics[task.main_metric] == pytest.approx(trained.metrics[task.main_metric])  # no NaN
+        before = task.predict(session.loaded, rows.held_out, batch_size=4)
+        json.dumps(before)
+        tunerkit.save(session.loaded.model, "out")
+        session.loaded.processor.save_pretrained("out")
+        write_record(
+            Path("out"),
+            {
+                "version": 1,
+                "task": task.name,
+                "model": model_facts(session.loaded, session.trainer.args.seed),
+                "labels": list(rows.labels),
+            },
+        )
+        fresh = load_run(read_run("out"))
+        assert same(task.predict(fresh, rows.held_out, batch_size=4), before)
+        assert same(task.predict(fresh, rows.held_out[:1], batch_size=1), before[:1])
+    assert {path.name for path in tmp_path.iterdir()} <= {"out", data.name}
+
+
+def same(first: object, second: object) -> bool:
+    """Whether predictions are equal, their numbers within rounding."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(same(first[name], second[name]) for name in first)
+    if isinstance(first, list) and isinstance(second, list):
+        return len(first) == len(second) and all(map(same, first, second))
+    return bool(first == (pytest.approx(second, abs=1e-5) if isinstance(second, float) else second))
+
+
+# --- metrics ---
+
+
+def results_of(task: str, truth: object, predictions: object, classes: int = 2, rows: int = 3) -> dict[str, float]:
+    """The metrics of a task for what a trainer's prediction returned."""
+    found = SimpleNamespace(label_ids=np.array(truth), predictions=np.array(predictions), metrics={"test_loss": 0.5})
+    trainer = SimpleNamespace(predict=lambda dataset: found)
+    return task_of(task).evaluate(trainer, None, [{}] * rows, [str(n) for n in range(classes)]).metrics
+
+
+def test_accuracy_f1_and_confusion_are_those_by_hand() -> None:
+    """Class 0: 2 of 3 found, 2 of 3 right; class 1: 2 of 2, 2 of 3 right; class 2: never predicted, so its F1 is 0."""
+    results = classification_results([0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 1, 0], 3, 0.5)
+    assert results.confusion == [[2, 1, 0], [0, 2, 0], [1, 0, 0]]
+    assert results.metrics == {
+        "accuracy": pytest.approx(4 / 6),
+        "f1": pytest.approx((2 / 3 + 0.8 + 0) / 3),
+        "loss": 0.5,
+    }
+
+
+def test_tokens_without_a_tag_do_not_count() -> None:
+    """Special tokens, further tokens of a word and padding have the label -100; of the others, 2 of 3 are right."""
+    logits = [[[9, 0], [1, 0], [0, 1], [9, 0]], [[9, 0], [1, 0], [9, 0], [9, 0]]]
+    metrics = results_of("token-classification", [[-100, 0, 1, -100], [-100, 1, -100, -100]], logits)
+    assert metrics["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_the_f1_of_label_lists_is_over_all_labels() -> None:
+    """2 labels are found, 1 is wrong and 1 is missed: F1 is 4/6; 1 of 3 rows is exactly right."""
+    metrics = results_of("multi-label", [[1, 0], [1, 0], [0, 1]], [[1.0, -1], [1, 1], [-1, -1]])
+    assert metrics == {"f1": pytest.approx(4 / 6), "exact": pytest.approx(1 / 3), "loss": 0.5}
+
+
+def test_errors_of_numbers_are_those_by_hand() -> None:
+    """Errors of 0, 1 and 2 at a variance of 2/3; R² needs two rows."""
+    metrics = results_of("regression", [1.0, 3, 2], [[1.0], [2], [4]])
+    assert metrics == {"loss": 0.5, "mae": pytest.approx(1.0), "r2": pytest.approx(-1.5)}
+    assert set(results_of("regression", [1.0], [[1.0]], rows=1)) == {"loss", "mae"}
+
+
+def test_perplexity_is_the_exponential_of_the_loss() -> None:
+    """A loss of ln 3 is the perplexity of three equal choices; a huge loss gives no overflow."""
+    for loss, expected in ((math.log(3), 3.0), (1e9, math.exp(700))):
+        trainer = SimpleNamespace(evaluate=lambda dataset, loss=loss: {"eval_loss": loss})
+        found = task_of("causal-lm").evaluate(trainer, None, [], ())
+        assert found.metrics == {"loss": loss, "perplexity": pytest.approx(expected)}
+
+
+# --- rows ---
+
+
+def test_columns_are_found_by_other_names_and_by_those_of_the_recipe() -> None:
+    """A synonym counts if it is the only one; a name in the recipe comes first."""
+    task = task_of("text-classification")
+    assert task.rows(table({"sentence": "x", "class": "a"}), {}) == [{"text": "x", "label": "a"}]
+    assert task.rows(table({"text": "x", "t": "y", "label": "a"}), {"text": "t"}) == [{"text": "y", "label": "a"}]
+    assert task.rows(table({"sentence": "x"}), {}, predicting=True) == [{"text": "x"}]
+    with pytest.raises(DataError, match=r"'text' may be 'sentence' or 'review'; .*columns.text .*--text-column"):
+        task.rows(table({"sentence": "x", "review": "y", "label": "a"}), {})
+
+
+def test_a_pair_that_the_recipe_names_must_be_there() -> None:
+    """Without its name in the recipe, the second text may be missing."""
+    task, pair = task_of("text-classification"), table({"premise": "x", "hypothesis": "y", "label": 1})
+    assert task.rows(pair, {}) == [{"text": "x", "text_pair": "y", "label": "1"}]
+    assert task.rows(table({"text": "x", "label": 1}), {}) == [{"text": "x", "label": "1"}]
+    with pytest.raises(DataError, match="text-classification needs a column 'second'"):
+        task.rows(table({"text": "x", "label": 1}), {"text_pair": "second"})
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_mistyped_name_of_a_column_is_refused(name: str) -> None:
+    """It would be without effect."""
+    first = task_of(name).columns[0].name
+    with pytest.raises(DataError, match=rf"columns.x{first}: .* {name} has no such column; .*did you mean '{first}'"):
+        task_of(name).rows(table({"a": 1}), {f"x{first}": "a"})
+
+
+@pytest.mark.parametrize(
+    ("value", "name"), [("a", "a"), (3, "3"), (3.0, "3"), (True, "True"), ("3.5", "3.5"), (" b ", " b ")]
+)
+def test_a_class_is_a_text_or_a_whole_number(value: object, name: str) -> None:
+    """Parquet files have whole numbers as floats where another row has none."""
+    assert task_of("text-classification").rows(table({"text": "x", "label": value}), {}) == [
+        {"text": "x", "label": name}
+    ]
+
+
+def test_classes_are_in_the_order_of_their_numbers() -> None:
+    """Class 10 comes after class 9."""
+    task = task_of("text-classification")
+    assert task.labels([{"label": label} for label in ("10", "9", "9")]) == ("9", "10")
+
+
+@pytest.mark.parametrize("value", ['["a", "b"]', ["a", "b"]])
+def test_lists_of_labels_are_lists_or_json(value: object) -> None:
+    """A cell of a csv file holds JSON; a list may be empty."""
+    task = task_of("multi-label")
+    assert task.rows(table({"text": "x", "label": value}), {}) == [{"text": "x", "label": ["a", "b"]}]
+    assert task.rows(table({"text": "x", "label": "[]"}), {}) == [{"text": "x", "label": []}]
+
+
+def test_a_language_model_reads_the_columns_of_one_form_only() -> None:
+    """Other columns may be empty: of a file with messages and prompts, the messages count."""
+    task, said = task_of("causal-lm"), [{"role": "user", "content": "x"}]
+    assert task.rows(table({"messages": said, "prompt": None, "text": ""}), {}) == [{"messages": said}]
+    assert task.rows(table({"instruction": "x", "response": "y"}), {}) == [{"prompt": "x", "completion": "y"}]
+    assert task.rows(table({"prompt": "x"}), {}, predicting=True) == [{"prompt": "x"}]
+    with pytest.raises(DataError, match="has the columns 'prompt'; causal-lm needs"):
+        task.rows(table({"prompt": "x"}), {})
+    with pytest.raises(DataError, match="causal-lm needs a column 'answers'"):
+        task.rows(table({"prompt": "x"}), {"completion": "answers"})
+
+
+def test_a_class_may_be_rare(models: Callable[[str], Path], tmp_path: Path) -> None:
+    """A class whose only row is held out is a class all the same; the split is not to blame for its data."""
+    rows = [f"{word},{word}\n" for word in ("good", "bad") * 10]
+    for place in range(len(rows)):
+        path = tmp_path / "data.csv"
+        path.write_text("".join(["text,label\n", *rows[:place], "film,rare\n", *rows[place:]]))
+        _, data = prepare_data(Recipe(data=str(path)), QUIET)
+        assert data.labels == ("bad", "good", "rare")
+
+
+# --- which task ---
+
+_TEXTS = {"text": "x"}
+
+
+@pytest.mark.parametrize(
+    ("row", "task"),
+    [
+        ({**_TEXTS, "label": "a"}, "text-classification"),
+        ({**_TEXTS, "label": 3}, "text-classification"),
+        ({"sentence": "x", "category": "a"}, "text-classification"),
+        ({**_TEXTS, "label": ["a"]}, "multi-label"),
+        ({**_TEXTS, "label": '["a"]'}, "multi-label"),
+        ({**_TEXTS, "label": "[sic]"}, "text-classification"),
+        ({"tokens": ["a"], "tags": ["O"]}, "token-classification"),
+        ({"words": ["a"], "ner_tags": ["O"]}, "token-classification"),
+        ({"tokens": ["a"], "labels": ["O"]}, "token-classification"),
+        ({"messages": []}, "causal-lm"),
+        ({"instruction": "x", "response": "y"}, "causal-lm"),
+        (_TEXTS, "causal-lm"),
+        ({"prompt": "x", "chosen": "a", "rejected": "b"}, "preference"),
+        ({"source": "x", "target": "y"}, "seq2seq"),
+        ({"text": "x", "summary": "y"}, "seq2seq"),
+        ({"image": "x.png", "label": "a"}, "image-classification"),
+        ({"path": "x.png", "class": "a"}, "image-classification"),
+        ({**_TEXTS, "path": "x.txt", "label": "a"}, "text-classification"),
+    ],
+)
+def test_a_task_follows_from_columns_and_labels(row: dict[str, object], task: str) -> None:
+    """Our own names decide first, then text and label, then other names."""
+    assert infer(table(row), {}) == task
+
+
+def test_names_of_the_recipe_count_when_a_task_is_inferred() -> None:
+    """A name that is not in the data does not make the column of our name count."""
+    row = {"text": "x", "label": "a", "q": "y", "a": "z"}
+    assert infer(table(row), {"prompt": "q", "completion": "a"}) == "causal-lm"
+    assert infer(table({"q": "x", "stars": "5"}), {"text": "q", "label": "stars"}) == "text-classification"
+    assert infer(table(row), {"text": "sentence"}) == "text-classification"
+
+
+@pytest.mark.parametrize("label", [4.5, "4.5", 3.0])
+def test_numbers_with_a_point_are_asked_about(label: object) -> None:
+    """They may be ratings or names of classes."""
+    with pytest.raises(TaskError, match=r"has numbers such as .*\. Is this regression\? Pass --task regression"):
+        infer(table({"text": "x", "label": label}), {})
+
+
+def test_columns_that_fit_no_task_are_named() -> None:
+    """With all tasks."""
+    with pytest.raises(
+        TaskError, match=r"its columns are 'a', 'b', which fit no task; .*text-classification, regression"
+    ):
+        infer(table({"a": 1, "b": 2}), {})
+
+
+def test_a_mistyped_task_has_the_closest_name() -> None:
+    """And the list of all."""
+    with pytest.raises(TaskError, match=r"no task 'regresion'; did you mean 'regression'.*the tasks are"):
+        task_of("regresion")
+
+
+# --- details of tokens ---
+
+
+def test_each_words_first_token_has_its_tag(models: Callable[[str], Path]) -> None:
+    """Words of several tokens, words without tokens, and words beyond the limit keep all others in their places."""
+    task = task_of("token-classification", 7)
+    loaded = load_pretrained(task.name, str(models("bert")), labels=["0", "1"])
+    words = ["good-film", " ", "bad", "plot", "the", "a"]
+    row = {"tokens": words, "tags": ["1", "1", "0", "1", "0", "0"]}
+    encoded = task.encode([row], loaded)  # [CLS] good - film bad plot [SEP]
+    assert encoded["labels"][0] == [-100, 1, -100, -100, 0, 1, -100]
+    (found,) = task.predict(loaded, [row], batch_size=1)
+    assert found["tokens"] == words[:4]
+    assert [tag is None for tag in found["tags"]] == [False, True, False, False]
+
+
+def test_words_have_the_tokens_that_they_have_in_a_sentence(models: Callable[[str], Path]) -> None:
+    """In RoBERTa's vocabulary, a word after a space is another token than the middle of a word."""
+    task = task_of("token-classification")
+    loaded = load_pretrained(task.name, str(models("roberta")), labels=["0", "1"])
+    encoded = task.encode([{"tokens": ["good", "film"], "tags": ["0", "1"]}], loaded)
+    assert encoded["input_ids"][0] == loaded.processor(" good film")["input_ids"]
+    assert [label for label in encoded["labels"][0] if label >= 0] == [0, 1]
+
+
+def test_a_pair_is_encoded_as_two_texts(models: Callable[[str], Path]) -> None:
+    """Both texts are there, and long ones are cut to the model's 16 positions."""
+    task = task_of("text-classification")
+    loaded = load_pretrained(task.name, str(models("bert")), labels=["a", "b"])
+    encoded = task.encode([{"text": "good film", "text_pair": "bad plot " * 20, "label": "b"}], loaded)
+    decoded = loaded.processor.decode(encoded["input_ids"][0], skip_special_tokens=True)
+    assert decoded.startswith("good film bad plot bad plot")
+    assert len(encoded["input_ids"][0]) == 16
+    assert encoded["labels"] == [1]
+
+
+@pytest.mark.parametrize(("name", "task"), [("llama", "causal-lm"), ("t5", "seq2seq")])
+def test_a_batch_generates_what_each_prompt_does_alone(name: str, task: str, models: Callable[[str], Path]) -> None:
+    """Padding is where it moves no token, and the tokenizer's own side stays as it was."""
+    loaded = load_pretrained(task, str(models(name)))
+    side = loaded.processor.padding_side
+    prompts = ["the film", "a plot not bad very good", "good"]
+    together = generate(loaded, prompts, batch_size=3, new_tokens=8)
+    assert together == [generate(loaded, [prompt], batch_size=1, new_tokens=8)[0] for prompt in prompts]
+    assert loaded.processor.padding_side == side
+
+
+def test_a_conversation_has_the_tokens_of_its_template_only(
+    models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The template writes the first token itself; the tokenizer would add a second one."""
+    loaded = load_pretrained("causal-lm", str(models("llama")))
+    seen: list[torch.Tensor] = []
+
+    def generated(input_ids: torch.Tensor, **options: object) -> torch.Tensor:
+        seen.append(input_ids)
+        return input_ids
+
+    monkeypatch.setattr(loaded.model, "generate", generated)
+    messages = [{"role": "user", "content": "the film"}]
+    generate(loaded, [messages], batch_size=1)
+    wanted = loaded.processor.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert seen[0][0].tolist() == wanted
+
+
+def test_a_task_whose_package_is_missing_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the extra that has it."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackageError, match=r'preference needs trl: pip install "tunerkit\[lm\]"'):
+        require_package("trl", "preference", "lm")

@@ -1,0 +1,522 @@
+"""``tunerkit train`` from data to a usable folder, with toy methods: record, resuming, recipes and prediction."""
+
+import json
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# Imports after a statement: without the extra this file is skipped, not broken.
+for _module in ("datasets", "platformdirs", "pyarrow", "rich", "sklearn", "transformers", "typer", "yaml"):
+    pytest.importorskip(_module, reason="the command needs the extra [cli]")
+
+import transformers  # noqa: E402
+import yaml  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+import tunerkit  # noqa: E402
+from tests.tiny_models import save_tiny_llama  # noqa: E402
+from tests.train_command import (  # noqa: E402
+    arguments_of,
+    check_resumed_after_ctrl_c,
+    check_resumed_after_kill,
+    command,
+    in_process,
+    record_of,
+    signalled,
+    succeeded,
+)
+from tunerkit.cli.plugin_commands import PluginCommands  # noqa: E402
+from tunerkit.cli.recipes import reading, schema  # noqa: E402
+from tunerkit.cli.recipes.recipe import Recipe  # noqa: E402
+from tunerkit.cli.running import baseline, run as running, using  # noqa: E402
+from tunerkit.integrations.output_folder import read_run  # noqa: E402
+from tunerkit.integrations.pretrained import load_pretrained  # noqa: E402
+from tunerkit.testing.registering import registered  # noqa: E402
+from tunerkit.testing.toy_growing import GrowingPlugin  # noqa: E402
+from tunerkit.testing.toy_methods import LowRankPlugin  # noqa: E402
+
+PLUGINS = (GrowingPlugin, LowRankPlugin)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _toys() -> Iterator[None]:
+    with registered(*(plugin() for plugin in PLUGINS)):
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny classifier, ``tiny``, and forty rows, ``data.csv``."""
+    return tmp_path_factory.mktemp("train")
+
+
+@pytest.fixture(scope="module")
+def arguments(folder: Path) -> list[str]:
+    """The arguments of a run with a method that has ranks, a history and factors, and a seed that is not 0."""
+    return arguments_of(folder, "toy-growing", "{every: 6, max_rank: 3}")
+
+
+@pytest.fixture(scope="module")
+def out(arguments: list[str], folder: Path) -> Path:
+    """The folder of that run, ended."""
+    succeeded(*arguments, "--out", folder / "out")
+    return folder / "out"
+
+
+def data_of(folder: Path, **training: Any) -> running.Data:
+    recipe = Recipe(model=str(folder / "tiny"), data=str(folder / "data.csv"), training=training)
+    return running.prepare_data(recipe, Console(quiet=True))[1]
+
+
+def logits(folder: Path, texts: list[str]) -> torch.Tensor:
+    model, tokenizer = tunerkit.from_folder(folder)
+    with torch.no_grad():
+        encoded = tokenizer(texts, padding=True, truncation=True, max_length=8, return_tensors="pt")
+        found: torch.Tensor = model(**encoded).logits
+    return found
+
+
+def test_the_record_tells_the_truth(out: Path, folder: Path) -> None:
+    """The accuracy is that of a new base with the adapter, and ranks, sizes and spectrum are those of its file."""
+    assert {"adapter.safetensors", "run.json", "recipe.yaml", "environment.json", "tokenizer.json", "checkpoints"} <= {
+        file.name for file in out.iterdir()
+    }
+    record, held_out = record_of(out), data_of(folder).held_out
+    assert record["rows"] == {"train": 32, "eval": 8}
+    predicted = logits(out, [row["text"] for row in held_out]).argmax(-1).tolist()
+    truth = [record["labels"].index(row["label"]) for row in held_out]
+    assert record["metrics"]["accuracy"] == sum(map(int.__eq__, predicted, truth)) / 8
+    pairs = [*zip(truth, predicted, strict=True)]
+    assert record["confusion"] == [[pairs.count((row, column)) for column in (0, 1)] for row in (0, 1)]
+    assert record["budget"] == {"start": 12, "end": 36, "live": sum(record["ranks"].values()), "unit": "rank"}
+    assert [entry["step"] for entry in record["history"]] == [0, 6, 12, 24]
+    assert record["history"][-1]["ranks"] == list(record["ranks"].values())
+    assert record["steps"] == 24
+    model, _ = tunerkit.from_folder(out)
+    for path, values in record["spectrum"].items():
+        adapter: Any = tunerkit.tuner(model).adapters()[path]
+        delta = 0.5 * adapter.b @ adapter.a
+        exact = torch.linalg.svdvals(delta)[: len(values)]
+        assert torch.allclose(torch.tensor(values), exact, rtol=1e-4, atol=1e-6)
+        assert record["sizes"][path] == adapter.a.numel() + adapter.b.numel()
+    assert record["spectrum"].keys() == record["sizes"].keys() == record["ranks"].keys()
+    assert record["parameters"]["trained"] == sum(
+        record["parameters"][part] for part in ("adapters", "copies", "biases")
+    )
+
+
+def test_the_logs_hold_every_epoch(out: Path) -> None:
+    """A loss for each step, since there are few, and an evaluation after each epoch."""
+    logs = record_of(out)["logs"]
+    assert [entry["step"] for entry in logs if "loss" in entry] == [*range(1, 25)]
+    assert [entry["step"] for entry in logs if "eval_accuracy" in entry] == [8, 16, 24]
+
+
+def test_what_a_run_is_measured_on_does_not_depend_on_how_it_trains(folder: Path) -> None:
+    """Compared runs may differ in seeds and epochs, but not in their held-out rows."""
+    assert data_of(folder) == data_of(folder, seed=1) == data_of(folder, num_train_epochs=9, learning_rate=1.0)
+
+
+def test_the_readmes_three_lines_classify(out: Path) -> None:
+    """The README's example of `tunerkit.from_folder`, on the folder of this run."""
+    page = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    lines = example.replace('"out/mine"', repr(str(out))).splitlines()
+    assert len(lines) == 3
+    names: dict[str, Any] = {"tunerkit": tunerkit, "transformers": transformers}
+    exec("\n".join(lines[:2]), names)
+    (answer,) = eval(lines[2], names)
+    assert set(answer) == {"label", "score"}
+
+
+def test_another_process_loads_the_same_model(out: Path, tmp_path: Path) -> None:
+    """`tunerkit.from_folder` gives the same logits, bit for bit."""
+    texts = ["good film", "bad plot very not a the"]
+    assert in_process(write_logits, out, texts, tmp_path / "logits.pt") == 0
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(out, texts))
+
+
+def write_logits(out: Path, texts: list[str], path: Path) -> None:
+    torch.set_num_threads(1)
+    with registered(GrowingPlugin()):
+        torch.save(logits(out, texts), path)
+
+
+def test_loading_a_folder_leaves_the_process_as_it_was(out: Path) -> None:
+    """No random numbers of the caller's are drawn, and transformers is as talkative as before."""
+    before, level = torch.get_rng_state(), transformers.logging.get_verbosity()
+    try:
+        transformers.logging.set_verbosity_info()
+        tunerkit.from_folder(out)
+        assert transformers.logging.get_verbosity() != level
+    finally:
+        transformers.logging.set_verbosity(level)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_base_that_moved_is_named_and_given_again(out: Path, folder: Path, tmp_path: Path) -> None:
+    """Without its base a folder says where it was; ``base`` says where it is."""
+    record = record_of(out)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for file in out.iterdir():
+        if file.is_file():
+            (moved / file.name).write_bytes(file.read_bytes())
+    record["model"]["source"] = str(tmp_path / "gone")
+    (moved / "run.json").write_text(json.dumps(record))
+    with pytest.raises(tunerkit.FileError, match=r"gone; pass the folder where it is now"):
+        tunerkit.from_folder(moved)
+    model, _ = tunerkit.from_folder(moved, base=folder / "tiny")
+    assert tunerkit.tuner(model).ranks() == record["ranks"]
+    done = command("predict", moved, "--text", "good film")
+    assert done.exit_code == 2
+    assert "--base" in done.stderr
+    assert succeeded("predict", moved, "--base", folder / "tiny", "--text", "good film").output
+
+
+# --- the commands that use a folder ---
+
+
+def test_eval_finds_what_the_record_says(out: Path, folder: Path, tmp_path: Path) -> None:
+    """On the same rows the metrics are the same."""
+    lines = [f"{row['text']},{row['label']}\n" for row in data_of(folder).held_out]
+    (tmp_path / "held_out.csv").write_text("text,label\n" + "".join(lines))
+    before = sorted(out.rglob("*"))
+    found = json.loads(succeeded("eval", out, "--data", tmp_path / "held_out.csv").output)
+    assert found == {"rows": 8, **{name: pytest.approx(value) for name, value in record_of(out)["metrics"].items()}}
+    assert sorted(out.rglob("*")) == before
+
+
+def test_predictions_of_texts_a_file_and_the_merged_model_agree(out: Path, folder: Path, tmp_path: Path) -> None:
+    """By ``--text``, by ``--data`` without labels, into a file, and by transformers alone after ``merge``."""
+    texts = ["good film", "bad plot very not a the", "the very film"]
+    asked = [word for text in texts for word in ("--text", text)]
+    answers = [json.loads(line) for line in succeeded("predict", out, *asked).output.splitlines()]
+    assert [answer["label"] for answer in answers] == [("bad", "good")[n] for n in logits(out, texts).argmax(-1)]
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    succeeded("predict", out, "--data", tmp_path / "new.jsonl", "--out", tmp_path / "answers.jsonl")
+    assert [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()] == answers
+    assert command("predict", out, *asked, "--out", tmp_path / "answers.jsonl").exit_code == 2  # never overwritten
+    succeeded("merge", out, "--out", tmp_path / "merged")
+    classify = transformers.pipeline("text-classification", model=str(tmp_path / "merged"))
+    merged = classify(texts)
+    assert [answer["label"] for answer in merged] == [answer["label"] for answer in answers]
+    assert [answer["score"] for answer in merged] == pytest.approx([answer["score"] for answer in answers], abs=1e-5)
+    assert command("merge", out, "--out", tmp_path / "merged").exit_code == 2  # it is not empty any more
+
+
+def test_show_names_what_the_folder_holds(out: Path, folder: Path) -> None:
+    """Method, base, labels, metrics, config and training."""
+    shown = succeeded("show", out).output
+    record = record_of(out)
+    for part in ("toy-growing", str(folder / "tiny"), "bad, good", f"accuracy {record['metrics']['accuracy']:.4f}"):
+        assert part in " ".join(shown.split()) or part in shown.replace("\n", "")
+    assert "max_rank: 3" in shown
+    assert "num_train_epochs=3" in shown
+    assert command("show", folder / "tiny").exit_code == 2
+
+
+def test_a_classifier_cannot_talk(out: Path) -> None:
+    """``chat`` is for language models, and says what to call instead."""
+    done = command("chat", out)
+    assert done.exit_code == 2
+    assert f"tunerkit predict {out}" in done.stderr
+
+
+def test_a_language_model_is_trained_on_conversations_resumed_and_talks(tmp_path: Path) -> None:
+    """TRL's trainer resumes bit for bit too; ``chat`` answers each line as the model does, until an empty one."""
+    pytest.importorskip("trl", reason="the task causal-lm needs the extra [lm]")
+    save_tiny_llama(tmp_path / "llama")
+    turns = [("the film", "very good"), ("a plot", "not bad")] * 20
+    rows = [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+        for asked, answer in turns
+    ]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [
+        *("train", "--method", "toy-low-rank", "--config", "{rank: 4}", "--lr", "0.05", "--epochs", "3"),
+        *("--model", str(tmp_path / "llama"), "--data", str(tmp_path / "chat.jsonl"), "--batch-size", "8"),
+    ]
+    out = tmp_path / "out"
+    succeeded(*arguments, "--out", out)
+    check_resumed_after_ctrl_c(arguments, out, tmp_path / "parts", at=(6,))
+    talk = succeeded("chat", out, "--new-tokens", "4", typed="the film\na plot\n\n").output
+    model, tokenizer = tunerkit.from_folder(out)
+    asked = [{"role": "user", "content": "the film"}]
+    inputs = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    given = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert talk.startswith(f"you: the film\n{tokenizer.decode(given, skip_special_tokens=True)}\nyou: a plot\n")
+    losses = [entry["eval_loss"] for entry in record_of(out)["logs"] if "eval_loss" in entry]
+    assert losses[-1] < losses[0]
+    assert {"prompt", "before", "after"} == set(record_of(out)["samples"][0])
+
+
+# --- the output folder ---
+
+
+def test_a_dry_run_writes_nothing(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It prints rows, lengths, steps and parameters, and creates no folder."""
+    monkeypatch.chdir(tmp_path)
+    shown = succeeded(*arguments, "--out", tmp_path / "new", "--dry-run").output
+    assert "32 training rows" in shown
+    assert "24 steps, 3 epochs, batches of 4" in shown
+    assert "8 tokens" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_is_refused_late_leaves_a_folder_that_can_be_used(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error after the trainer was built leaves nothing that the next call would take for another's files."""
+
+    def fail(*_: object) -> None:
+        raise tunerkit.StepError("no")
+
+    monkeypatch.setattr(running.tunerkit, "attach", fail)
+    assert command(*arguments, "--out", tmp_path / "new").exit_code == 2
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_an_ended_run_is_kept_unless_it_is_overwritten(arguments: list[str], folder: Path, tmp_path: Path) -> None:
+    """Refused without a flag and with ``--resume``; ``--overwrite`` leaves nothing of the earlier run."""
+    new = tmp_path / "new"
+    short = [*arguments, "--out", new, "--set", "max_steps=1", "--method", "toy-low-rank", "--config", "{rank: 1}"]
+    succeeded(*short)
+    record = (new / "run.json").read_bytes()
+    for flag, message in (([], "pass --overwrite to replace it"), (["--resume"], "this run has ended")):
+        done = command(*short, *flag)
+        assert done.exit_code == 2
+        assert message in done.stderr
+        assert (new / "run.json").read_bytes() == record
+    (new / "checkpoints" / "checkpoint-99").mkdir()
+    (new / "logs").mkdir()
+    with signalled(1, signal.SIGINT, times=2):
+        assert command(*short, "--overwrite").exit_code == 130
+    # No file of the earlier run is left that the interrupted one could be taken for.
+    assert {"run.json", "adapter.safetensors", "logs"}.isdisjoint(file.name for file in new.iterdir())
+    assert not (new / "checkpoints" / "checkpoint-99").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    done = command(*arguments, "--out", tmp_path / "mine", "--overwrite")
+    assert done.exit_code == 2
+    assert "notes.txt" in done.stderr
+
+
+@pytest.mark.parametrize("rate", ["1e12", "1e30"])
+def test_a_loss_that_is_not_finite_stops_the_command(rate: str, arguments: list[str], tmp_path: Path) -> None:
+    """One line names the step and says what to do; there is no adapter and no record, and the folder can be reused."""
+    new = tmp_path / "new"
+    done = command(*arguments, "--out", new, "--lr", rate)
+    assert done.exit_code == 2, done.output
+    assert done.stderr.startswith("tunerkit: ")
+    assert done.stderr.count("\n") == 1
+    assert "--lr" in done.stderr or "learning rate" in done.stderr
+    assert not {"run.json", "adapter.safetensors"} & {file.name for file in new.iterdir()}
+    assert "the training has not ended" in command("predict", new, "--text", "good").stderr
+    succeeded(*arguments, "--out", new, "--overwrite", "--set", "max_steps=1")
+
+
+def test_a_number_that_is_not_finite_is_left_out_of_the_record() -> None:
+    """Standard JSON has no NaN: a gradient's norm may be infinite in a run that ends well."""
+    record = {"logs": [{"loss": 1.0, "grad_norm": float("inf")}], "values": (float("nan"), 1), "steps": 3}
+    assert running.finite(record) == {"logs": [{"loss": 1.0}], "values": [None, 1], "steps": 3}
+
+
+# --- resuming ---
+
+
+def test_after_ctrl_c_the_end_is_that_of_an_uninterrupted_run(arguments: list[str], out: Path, tmp_path: Path) -> None:
+    """Before the first checkpoint, in the middle of an epoch, at the end of one, and in the last step."""
+    check_resumed_after_ctrl_c(arguments, out, tmp_path / "parts", at=(1, 11, 16, 24))
+
+
+def test_after_kill_9_the_end_is_that_of_an_uninterrupted_run(arguments: list[str], out: Path, tmp_path: Path) -> None:
+    """Before the first checkpoint, in the middle of an epoch, and near the end."""
+    check_resumed_after_kill(arguments, PLUGINS, out, tmp_path / "parts", at=(1, 11, 23))
+
+
+def test_a_checkpoint_that_is_not_whole_is_none(
+    arguments: list[str], out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while writing the first checkpoint, a run begins again."""
+    new = tmp_path / "new"
+    with signalled(1, signal.SIGINT):
+        assert command(*arguments, "--out", new).exit_code == 130
+    (new / "checkpoints" / "checkpoint-1" / "trainer_state.json").unlink()
+    (new / "checkpoints" / "checkpoint-1" / "optimizer.pt").unlink()
+    with signalled(2, signal.SIGINT, times=2):
+        done = command("train", "--out", new, "--resume")
+    assert done.exit_code == 130, done.output
+    assert done.stderr == "tunerkit: interrupted\n"  # at once, without a checkpoint to go on from
+
+
+def test_a_run_is_resumed_from_any_folder_and_with_the_same_recipe_only(
+    arguments: list[str], out: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paths are kept in full; another value is refused by name; the folder may have been moved."""
+    monkeypatch.chdir(folder)
+    relative = [Path(each).name if each.startswith(str(folder)) else each for each in arguments]
+    new = tmp_path / "new"
+    with signalled(2, signal.SIGINT):
+        assert command(*relative, "--out", new).exit_code == 130
+    kept = yaml.safe_load((new / "recipe.yaml").read_text())
+    assert kept["model"] == str(folder / "tiny")
+    assert kept["data"] == str(folder / "data.csv")
+    assert kept["out"] == str(new)
+    assert kept["config"] == {"every": 6, "max_rank": 3}
+    done = command(*relative, "--out", new, "--lr", "0.5", "--resume")
+    assert done.exit_code == 2
+    assert "training.learning_rate was 0.01 and is 0.5 now" in done.stderr
+    assert command(*relative, "--out", new).exit_code == 2  # neither --resume nor --overwrite
+    with signalled(4, signal.SIGINT):
+        assert command(*relative, "--out", new, "--resume").exit_code == 130  # the same flags
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    done = command(*relative, "--out", new, "--resume")  # now the same names mean other files
+    assert done.exit_code == 2
+    assert "data was" in done.stderr
+    with signalled(6, signal.SIGINT):
+        assert command("train", new / "recipe.yaml", "--resume").exit_code == 130
+    new.rename(tmp_path / "moved")
+    with signalled(8, signal.SIGINT):
+        assert command("train", "--out", tmp_path / "moved", "--resume").exit_code == 130
+    assert not new.exists()
+    assert {path.name for path in (tmp_path / "moved" / "checkpoints").iterdir()} >= {"checkpoint-8"}
+
+
+def test_ctrl_c_while_the_baseline_runs_keeps_the_adapter(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run has ended by then: its folder can be used, and there is nothing to resume."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "compare", interrupted)
+    new = tmp_path / "new"
+    done = command(*arguments, "--out", new, "--baseline", "--set", "max_steps=2")
+    assert done.exit_code == 130
+    assert done.stderr == f"tunerkit: interrupted; the run in {new} has ended, and its adapter is complete\n"
+    assert read_run(new).record["steps"] == 2
+    assert (new / "report.html").is_file()
+    assert succeeded("predict", new, "--text", "good film").output
+    assert "this run has ended" in command("train", "--out", new, "--resume").stderr
+
+
+def test_ctrl_c_in_any_command_exits_with_130(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, without a traceback."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(using, "predict_rows", interrupted)
+    done = command("predict", out, "--text", "good film")
+    assert done.exit_code == 130
+    assert done.stderr == "tunerkit: interrupted\n"
+
+
+# --- recipes ---
+
+
+def test_a_recipe_gives_way_to_flags_and_flags_to_set(folder: Path, tmp_path: Path) -> None:
+    """The folder's recipe has the values as run, with which it can be run again."""
+    recipe = {
+        "task": "text-classification",
+        "model": str(folder / "tiny"),
+        "data": str(folder / "data.csv"),
+        "method": "toy-low-rank",
+        "config": {"rank": 1},
+        "training": {"learning_rate": 0.1, "num_train_epochs": 1, "seed": 5},
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    new = tmp_path / "new"
+    call = [
+        "train",
+        tmp_path / "r.yaml",
+        "--lr",
+        "0.02",
+        "--batch-size",
+        "8",
+        "--set",
+        "per_device_train_batch_size=16",
+    ]
+    succeeded(*call, "--set", "rank=3", "--out", new)
+    kept = yaml.safe_load((new / "recipe.yaml").read_text())
+    assert kept["training"] == {
+        **{"learning_rate": 0.02, "num_train_epochs": 1, "seed": 5, "per_device_train_batch_size": 16}
+    }
+    assert kept["config"] == {"rank": 3}
+    record = record_of(new)
+    assert record["recipe"] == kept
+    assert record["steps"] == 2
+    succeeded("train", new / "recipe.yaml", "--out", tmp_path / "again")
+    assert (tmp_path / "again" / "adapter.safetensors").read_bytes() == (new / "adapter.safetensors").read_bytes()
+
+
+def test_keys_of_plugins_are_kept(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a plugin's key was set to stands in the folder's recipe and in the record."""
+    keys = PluginCommands({}, (), {"acme": {"type": "object", "description": "Acme's options."}})
+    for module in (reading, schema):
+        monkeypatch.setattr(module, "plugin_commands", lambda: keys)
+    new = tmp_path / "new"
+    succeeded(*arguments, "--out", new, "--set", "acme.level=3", "--set", "max_steps=1")
+    assert yaml.safe_load((new / "recipe.yaml").read_text())["acme"] == {"level": 3}
+    assert record_of(new)["recipe"]["acme"] == {"level": 3}
+
+
+def test_tensorboard_logs_into_the_output_folder(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless its environment variable names another folder."""
+    pytest.importorskip("tensorboard", reason="the logs are read by it")
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    succeeded(*arguments, "--out", "new", "--set", "report_to=tensorboard", "--set", "max_steps=2")
+    assert [file.name.split(".")[0] for file in (tmp_path / "new" / "logs").iterdir()] == ["events"]
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "mine"))
+    succeeded(*arguments, "--out", "other", "--set", "report_to=tensorboard", "--set", "max_steps=1")
+    assert [file.name.split(".")[0] for file in (tmp_path / "mine").iterdir()] == ["events"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "new", "other"]
+
+
+# --- the baseline ---
+
+
+def test_the_baseline_trains_the_head_alone_and_restarts_for_every_rate(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base runs once over the rows, is unchanged, and in whatever order the rates come their results are equal."""
+    task, data = running.prepare_data(Recipe(data=str(folder / "data.csv")), Console(quiet=True))
+    found = []
+    for rates in (baseline.HEAD_RATES, baseline.HEAD_RATES[::-1]):
+        monkeypatch.setattr(baseline, "HEAD_RATES", rates)
+        loaded = load_pretrained(task.name, str(folder / "tiny"), labels=("bad", "good"))
+        before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+        modes: list[bool] = []
+        loaded.model.bert.register_forward_pre_hook(lambda module, _, modes=modes: modes.append(module.training))
+        settings = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "report_to": "tensorboard"}
+        rows = (data.train, data.held_out)
+        found.append(
+            baseline.head_alone(task, loaded, ["classifier"], rows, settings, Console(quiet=True), tmp_path / "out")
+        )
+        assert modes == [False, False]  # one batch of the training rows and one of the others; dropout is off
+        changed = {name for name, value in loaded.model.state_dict().items() if not torch.equal(value, before[name])}
+        assert changed == {"classifier.weight", "classifier.bias"}
+    assert found[0]["by_learning_rate"] == found[1]["by_learning_rate"]
+    assert found[0]["parameters"] == 2 * 16 + 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_with_its_baseline(arguments: list[str], tmp_path: Path) -> None:
+    """The record has the baseline's best rate, and the adapter is that of the run without a baseline."""
+    succeeded(*arguments, "--out", tmp_path / "new", "--baseline", "--set", "max_steps=2")
+    found = record_of(tmp_path / "new")["baseline"]
+    assert found["metrics"]["accuracy"] == max(found["by_learning_rate"].values())
+    assert set(found["by_learning_rate"]) == {"0.03", "0.1", "0.3"}
+    assert found["heads"] == ["classifier"]
+    assert {path.name for path in (tmp_path / "new" / "checkpoints").iterdir()} <= {"checkpoint-1", "checkpoint-2"}

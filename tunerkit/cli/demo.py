@@ -1,0 +1,65 @@
+"""The demo of a task: a small real model and real rows, without the hub."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import attrs
+
+from tunerkit import TunerkitError
+from tunerkit.cli import assets
+from tunerkit.cli.rows.reading import Table
+
+_QUESTION = "Is this sentence from a film review positive or negative? Answer with one word. {}"
+
+
+@attrs.frozen
+class Demo:
+    """What a task is shown with.
+
+    Attributes:
+        model: Return the model's folder, given the cache folder and how to print a line.
+        name: The model's name.
+        rows: Return the rows, given the same.
+        train_rows: How many of them are trained on.
+        held_out_rows: How many of the others are held out.
+        training: The trainer's arguments, below those of the recipe.
+    """
+
+    model: Callable[[Path, Callable[[str], None]], Path]
+    name: str
+    rows: Callable[[Path, Callable[[str], None]], Table]
+    train_rows: int
+    held_out_rows: int
+    training: Mapping[str, object] = attrs.field(factory=dict)
+
+
+def demo_of(task: str, missing: str) -> Demo:
+    """Return a task's demo. Raises `TunerkitError`, which names the ``missing`` key, if it has none."""
+    if task not in _DEMOS:
+        raise TunerkitError(f"the task {task} needs --{missing}; only {' and '.join(_DEMOS)} have a demo without it")
+    return _DEMOS[task]
+
+
+def conversations(cache: Path, say: Callable[[str], None]) -> Table:
+    """The movie sentences as questions and answers: one turn each."""
+    rows = tuple(
+        {
+            "prompt": [{"role": "user", "content": _QUESTION.format(row["text"])}],
+            "completion": [{"role": "assistant", "content": str(row["label"])}],
+        }
+        for row in assets.demo_sentences(cache, say).rows
+    )
+    return Table("questions on movie sentences", ("prompt", "completion"), rows)
+
+
+_DEMOS = {
+    "text-classification": Demo(
+        model=assets.demo_model,
+        name="all-MiniLM-L6-v2",
+        rows=assets.demo_sentences,
+        train_rows=4000,
+        held_out_rows=3000,
+        training={"eval_strategy": "no"},  # once at the end: 3,000 rows cost as much as 40 steps
+    ),
+    "causal-lm": Demo(assets.demo_language_model, "SmolLM2-135M-Instruct", conversations, 128, 16),
+}

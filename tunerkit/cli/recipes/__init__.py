@@ -1,0 +1,1 @@
+"""Recipes: what ``tunerkit train`` is to do, as a file. Nothing here imports torch or transformers."""

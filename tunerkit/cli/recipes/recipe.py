@@ -1,0 +1,108 @@
+"""A recipe: one training run, described by plain values."""
+
+import os
+from typing import Any, Final
+
+import attrs
+
+VERSION: Final = 1
+TASKS: Final = (
+    "text-classification",
+    "regression",
+    "multi-label",
+    "token-classification",
+    "causal-lm",
+    "preference",
+    "seq2seq",
+    "image-classification",
+)
+
+
+def _key(kind: str, description: str, **limits: Any) -> dict[str, Any]:
+    """Return the JSON schema of a key, which is the metadata of its field."""
+    return {"type": kind, "description": description, **limits}
+
+
+@attrs.frozen
+class Recipe:
+    """A training run. Values are plain: text, numbers, booleans, None, lists and mappings with text as keys.
+
+    Attributes:
+        version: The form of the recipe; this tunerkit knows 1.
+        task: One of `TASKS`, or None: it follows from the model and the data.
+        model: A folder or a name on the hub, or None: the command's default.
+        data: The path of the training data, or None: the command's default.
+        eval_data: The path of the held-out data, or None: a part of ``data``.
+        method: The method's name.
+        config: The method's settings; `tunerkit.structure` checks them.
+        training: Arguments of the trainer, which checks them when it is built.
+        columns: For a column's name in tunerkit, such as ``"text"``, its name in the data.
+        max_length: The greatest number of tokens of a text, or None: as the model allows.
+        baseline: Whether the head alone is trained too, for comparison.
+        out: The path of the output folder.
+        extra: The values of the further keys that plugins declare, by key.
+    """
+
+    version: int = attrs.field(
+        default=VERSION, metadata=_key("integer", "The form of this file; others are refused.", enum=(VERSION,))
+    )
+    task: str | None = attrs.field(
+        default=None,
+        metadata=_key("string", "The task. Without it, the task is inferred from model and labels.", enum=TASKS),
+    )
+    model: str | None = attrs.field(
+        default=None, metadata=_key("string", "The base model: a local folder, or a name on the hub.", minLength=1)
+    )
+    data: str | None = attrs.field(
+        default=None,
+        metadata=_key("string", "The path of the training data: .csv, .jsonl or .parquet.", minLength=1),
+    )
+    eval_data: str | None = attrs.field(
+        default=None,
+        metadata=_key(
+            "string", "The path of the held-out data. Without it, a part of `data` is held out.", minLength=1
+        ),
+    )
+    method: str = attrs.field(
+        default="adalora",
+        metadata=_key("string", "The method. `tunerkit methods` lists the installed ones.", minLength=1),
+    )
+    config: dict[str, Any] = attrs.field(
+        factory=dict,
+        metadata=_key("object", "The method's settings, which `tunerkit config` prints. A file goes with --config."),
+    )
+    training: dict[str, Any] = attrs.field(
+        factory=dict, metadata=_key("object", "Arguments of the trainer, such as learning_rate and num_train_epochs.")
+    )
+    columns: dict[str, str] = attrs.field(
+        factory=dict,
+        metadata=_key(
+            "object",
+            "Columns with other names in the data, as in `text: sentence`.",
+            additionalProperties={"type": "string", "minLength": 1},
+        ),
+    )
+    max_length: int | None = attrs.field(
+        default=None, metadata=_key("integer", "Longer texts are cut to this many tokens.", minimum=1)
+    )
+    baseline: bool = attrs.field(
+        default=False, metadata=_key("boolean", "Whether to train the head alone too, for comparison.")
+    )
+    out: str = attrs.field(default="out", metadata=_key("string", "The path of the output folder.", minLength=1))
+    extra: dict[str, Any] = attrs.field(factory=dict)
+
+
+def to_mapping(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as it stands in a file: without keys that are None, and with those of plugins beside core's."""
+    values = attrs.asdict(recipe)
+    extra = values.pop("extra")
+    return {name: value for name, value in {**values, **extra}.items() if value is not None}
+
+
+def with_full_paths(recipe: Recipe) -> Recipe:
+    """Return the recipe with full paths, so that it means the same in every working folder."""
+    paths = {name: getattr(recipe, name) for name in ("data", "eval_data", "out")}
+    if recipe.model is not None and os.path.isdir(os.path.expanduser(recipe.model)):
+        paths["model"] = recipe.model  # the others are names on the hub
+    full = {name: os.path.abspath(os.path.expanduser(path)) for name, path in paths.items() if path is not None}
+    return attrs.evolve(recipe, **full)

@@ -1,0 +1,1 @@
+"""The rows of a data file: read, checked and split, before any model is loaded."""

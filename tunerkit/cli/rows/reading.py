@@ -1,0 +1,190 @@
+"""Read the rows of a data file: csv, tsv, json lines, parquet, or a folder of images."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import attrs
+
+from tunerkit import TunerkitError
+from tunerkit.errors import closest, cut, shown
+from tunerkit.paths import few
+
+# The csv reader keeps values beyond the header under the key None.
+Row = Mapping[str | None, object]
+IMAGES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+
+
+class DataError(TunerkitError, ValueError):
+    """A data file cannot be read, or its rows do not fit the task."""
+
+
+@attrs.frozen
+class Table:
+    """The rows of a file, in its order, each with the file's columns."""
+
+    source: str
+    columns: tuple[str, ...]
+    rows: tuple[Mapping[str, object], ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def read_table(path: Path) -> Table:
+    """Read a file in the format of its suffix, or a folder of images with a subfolder per class.
+
+    Values in csv and tsv are texts, whatever they look like: "NA" is a text and no missing value.
+
+    Raises:
+        DataError: It cannot be read. The message names the file and the row (from 1), and guesses at encoding and
+            delimiter.
+    """
+    if path.is_dir():
+        return _read_images(path)
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        allowed = ", ".join(_READERS)
+        raise DataError(
+            f"{path}: data files end in {allowed}, got {path.suffix or 'no ending'!r}; for images, pass a folder with "
+            "a subfolder per class"
+        )
+    try:
+        rows = list(reader(path))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except DataError:
+        raise
+    except UnicodeDecodeError as problem:
+        raise DataError(f"{path}: {_encoding_hint(problem)}") from problem
+    except csv.Error as problem:
+        hint = "; is a quote never closed? Quotes inside a text in quotes are doubled"
+        raise DataError(f"{path}: cannot be read as {path.suffix}: {_first_line(problem)}{hint}") from problem
+    except Exception as problem:  # pyarrow raises many classes
+        raise DataError(f"{path}: cannot be read as {path.suffix}: {_first_line(problem)}") from problem
+    if not rows:
+        raise DataError(f"{path}: there are no rows in this file; is it the right one?")
+    columns = dict.fromkeys(name for row in rows for name in row)
+    if None in columns:
+        number = next(number for number, row in enumerate(rows, start=1) if None in row)
+        raise DataError(
+            f"{path}: row {number} has more values than the header has columns; put texts with the delimiter in quotes"
+        )
+    return Table(str(path), tuple(str(name) for name in columns), tuple(rows))  # type: ignore[arg-type]
+
+
+def column(table: Table, name: str, task: str, option: str | None = None) -> tuple[object, ...]:
+    """The values of a column.
+
+    Args:
+        table: The file.
+        name: The column's name in it.
+        task: The task that needs the column, for messages.
+        option: The option of ``tunerkit train`` that sets the name, if there is one.
+
+    Raises:
+        DataError: There is no such column, with the closest name and how to set another; or a row has no value.
+    """
+    if name not in table.columns:
+        others = few([shown(each) for each in table.columns], shown=10)
+        hint = closest(name, table.columns)
+        how = f"columns.NAME in the recipe{f' or with {option}' if option else ''}"
+        raise DataError(
+            f"{table.source}: {task} needs a column {shown(name)}; there is only {others}{hint} (set the column's name "
+            f"with {how})"
+        )
+    for number, row in enumerate(table.rows, start=1):
+        if row.get(name) is None:
+            raise DataError(
+                f"{table.source}: row {number} has no value in column {name!r}; fill it in, or remove the row"
+            )
+    return tuple(row[name] for row in table.rows)
+
+
+def _encoding_hint(problem: UnicodeDecodeError) -> str:
+    start = bytes(problem.object[:2])
+    seems = "UTF-16" if start in (b"\xff\xfe", b"\xfe\xff") else "Windows-1252 or Latin-1"
+    return (
+        f"it is not UTF-8 ({problem.reason}), it seems to be {seems}; save it with the encoding UTF-8 (in a "
+        "spreadsheet: CSV UTF-8)"
+    )
+
+
+def _read_images(folder: Path) -> Table:
+    rows = [
+        {"image": str(file), "label": inside.name}
+        for inside in sorted(folder.iterdir())
+        if inside.is_dir()
+        for file in sorted(inside.iterdir())
+        if file.suffix.lower() in IMAGES
+    ]
+    if not rows:
+        raise DataError(f"{folder}: expected a subfolder per class with images ({', '.join(sorted(IMAGES))})")
+    return Table(str(folder), ("image", "label"), tuple(rows))
+
+
+def _read_csv(path: Path, delimiter: str = ",") -> Iterator[Row]:
+    # utf-8-sig: spreadsheets write a byte-order mark before the first column's name.
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True, delimiter=delimiter)
+        _check_header(path, reader.fieldnames or (), delimiter)
+        yield from reader
+
+
+def _read_tsv(path: Path) -> Iterator[Row]:
+    return _read_csv(path, "\t")
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    # Not splitlines: it would also split at Unicode line breaks inside JSON strings.
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.strip())
+            except json.JSONDecodeError as problem:
+                where = f"{problem.msg} at character {problem.pos + 1}"
+                raise DataError(f"{path}: line {number} is not JSON: {where}; write one object per line") from None
+            except (ValueError, RecursionError) as problem:  # an integer of thousands of digits, or too many brackets
+                raise DataError(f"{path}: line {number} is not JSON: {_first_line(problem)}") from None
+            if not isinstance(row, dict):
+                raise DataError(
+                    f'{path}: line {number}: expected a JSON object such as {{"text": "..."}}, got {shown(row)}'
+                )
+            yield row
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches():
+            yield from batch.to_pylist()
+
+
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+
+
+def _check_header(path: Path, names: Sequence[str], delimiter: str) -> None:
+    """Raise `DataError` if two columns have one name, or if another delimiter separates them, as spreadsheets do it."""
+    seems = next((each for each in _DELIMITERS if len(names) == 1 and each in names[0] and each != delimiter), None)
+    if seems is not None:
+        raise DataError(
+            f"{path}: the header is {shown(names[0])}: this file seems to separate columns by {_DELIMITERS[seems]}; "
+            f"save it with {_DELIMITERS[delimiter]}"
+        )
+    twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+    if twice is not None:
+        raise DataError(f"{path}: the header has the column {shown(twice)} twice; rename or remove one of the two")
+
+
+def _first_line(problem: Exception) -> str:
+    return cut(str(problem).partition("\n")[0] or type(problem).__name__, 300)

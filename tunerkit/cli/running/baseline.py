@@ -1,0 +1,125 @@
+"""The baseline: train only the head, on what the frozen base computes for it."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from tunerkit.cli.running.arguments import trainer_arguments
+from tunerkit.cli.running.building import build_trainer
+from tunerkit.cli.running.callbacks import Watching
+from tunerkit.cli.tasks.base import Row, Task
+from tunerkit.integrations.pretrained import Pretrained
+
+# A head trained alone needs a much higher learning rate than adapters. On the demo, lower rates than these are worse.
+HEAD_RATES = (3e-2, 1e-1, 3e-1)
+_BATCH = 64
+
+
+class HeadAlone(nn.Module):
+    """A head on features that are computed once."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Return ``logits`` (rows, classes), and the ``loss`` if there are ``labels`` (rows,)."""
+        logits = self.head(features)
+        found = {"logits": logits}
+        if labels is not None:
+            found = {"loss": nn.functional.cross_entropy(logits, labels), **found}
+        return found
+
+
+def head_alone(
+    task: Task,
+    loaded: Pretrained,
+    heads: Sequence[str],
+    rows: tuple[Sequence[Row], Sequence[Row]],
+    training: dict[str, Any],
+    console: Console,
+    folder: Path,
+) -> dict[str, Any]:
+    """Train the same new head on the frozen base model: same rows, order and epochs, at three learning rates.
+
+    The base's features are computed once and kept. Dropout is off: in the frozen part it would only add noise. The
+    best rate is chosen by held-out accuracy, which favours this baseline.
+
+    Args:
+        task: The task, of one class per row.
+        loaded: The base model, without adapters.
+        heads: The paths of the modules that the run trained in full; exactly one.
+        rows: The training rows and the held-out rows.
+        training: The recipe's ``training``.
+        console: Where the progress is printed.
+        folder: The output folder.
+    """
+    from transformers import Trainer
+
+    began = time.perf_counter()
+    (path,) = heads
+    head = loaded.model.get_submodule(path)
+    datasets = [task.encode(part, loaded) for part in rows]
+    features = [_features(task, loaded, head, dataset) for dataset in datasets]
+    start = {name: value.clone() for name, value in head.state_dict().items()}
+    scores: dict[float, dict[str, float]] = {}
+    kept = {name: value for name, value in training.items() if name not in ("learning_rate", "save_strategy")}
+    for rate in HEAD_RATES:
+        head.load_state_dict(start)
+        head.requires_grad_(True)
+        settings = {
+            **kept,
+            "learning_rate": rate,
+            "save_strategy": "no",
+            "report_to": "none",
+            "load_best_model_at_end": False,
+            "bf16": False,
+            "train_sampling_strategy": "random",
+        }
+        arguments = trainer_arguments(task, settings, folder, has_eval=False)
+        arguments.remove_unused_columns = False
+        watching = Watching(console, None, f"head alone, {rate:g}", must_converge=False)
+        model = HeadAlone(head)
+        trainer = build_trainer(Trainer, arguments, model=model, train_dataset=features[0], callbacks=[watching])
+        try:  # Ctrl-C stops at once: the adapter is written, and the head's training takes seconds
+            trainer.train()
+        finally:
+            watching.close()
+        results = task.evaluate(trainer, features[1], rows[1], list(loaded.model.config.id2label.values()))
+        scores[rate] = results.metrics
+    best = max(scores, key=lambda rate: scores[rate][task.main_metric])
+    return {
+        "what": "the head alone, on the frozen base; the best of three learning rates by held-out rows",
+        "metrics": scores[best],
+        "learning_rate": best,
+        "by_learning_rate": {f"{rate:g}": score[task.main_metric] for rate, score in scores.items()},
+        "heads": list(heads),
+        "parameters": sum(p.numel() for p in head.parameters()),
+        "seconds": time.perf_counter() - began,
+    }
+
+
+@torch.inference_mode()
+def _features(task: Task, loaded: Pretrained, head: nn.Module, dataset: Any) -> Any:
+    """What the base computes as the head's input, as a dataset of ``features`` and ``labels``."""
+    import datasets
+    from torch.utils.data import DataLoader
+
+    kept: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda module, args: kept.append(args[0].float().cpu()))
+    collator = task.trainer_settings(loaded)["data_collator"]
+    inputs = dataset.remove_columns("labels") if "image" not in dataset.column_names else dataset
+    loaded.model.eval()
+    try:
+        for batch in DataLoader(inputs, batch_size=_BATCH, collate_fn=collator):
+            batch.pop("labels", None)
+            loaded.model(**{name: value.to(loaded.model.device) for name, value in batch.items()})
+    finally:
+        hook.remove()
+    found = datasets.Dataset.from_dict({"features": torch.cat(kept).numpy(), "labels": dataset["labels"]})
+    return found.with_format("torch")

@@ -1,0 +1,176 @@
+"""What the trainer tells the command while it trains: progress, a loss that is not finite, and Ctrl-C."""
+
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.data import BatchSampler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from tunerkit import Tuner, TunerkitError
+from tunerkit.cli.running.telling import say
+
+
+class DivergedError(TunerkitError):
+    """The loss is not finite, so the weights are useless."""
+
+
+class Watching(TrainerCallback):
+    """Shows the progress, in a terminal as a bar and elsewhere as a line for each log entry, and stops at NaN.
+
+    Ctrl-C ends the training at the end of the step, with a checkpoint; ``interrupted`` says so afterwards. A second one
+    stops at once.
+    """
+
+    def __init__(self, console: Console, tuner: Tuner | None, title: str, *, must_converge: bool = True) -> None:
+        self.console, self.tuner, self.title, self.must_converge = console, tuner, title, must_converge
+        self.interrupted = False
+        self._printed = 0  # tenths of the training for which a line was printed
+        self._bar: Progress | None = None
+        self._task: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.console.is_terminal:
+            columns = [
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[facts]}"),
+            ]
+            self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
+            self._bar.start()
+            self._task = self._bar.add_task(self.title, total=state.max_steps, completed=state.global_step, facts="")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step)
+        if self.interrupted:
+            say(self.console, "interrupted: writing a checkpoint (Ctrl-C again stops at once)")
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.interrupted and not _is_whole(state.epoch):
+            control.should_evaluate = False  # the epoch's evaluation comes when it is resumed
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        entry = logs or {}
+        for name in ("loss", "eval_loss"):
+            if self.must_converge and name in entry and not math.isfinite(entry[name]):
+                refuse_nonfinite(entry[name], f"at step {state.global_step} of {state.max_steps}", args.learning_rate)
+        facts = _facts(entry, self.tuner)
+        if not facts:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, facts=facts)
+        elif self.must_converge and ("eval_loss" in entry or self._is_due(state)):
+            text = f"{self.title}: step {state.global_step}/{state.max_steps}  {facts}"
+            say(self.console, text)
+
+    def _is_due(self, state: TrainerState) -> bool:
+        """Whether another tenth of the training has passed since the last line: logs in a pipe stay short."""
+        tenth = 10 * state.global_step // max(state.max_steps, 1)
+        due, self._printed = tenth > self._printed, max(tenth, self._printed)
+        return due
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop drawing the bar, which must not outlive an error."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Inside the block, the first Ctrl-C only sets ``interrupted``."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+
+        before = signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+            self.close()
+
+
+class Resumable(TrainerCallback):
+    """Lets a resumed training see the batches, the random numbers and the logs of one that was not interrupted.
+
+    Batches by length are drawn by the seed and the epoch alone. By themselves they depend on all random numbers drawn
+    before the epoch, dropout's too. And a checkpoint at the end of an epoch is written after the epoch's evaluation,
+    which it would lack otherwise.
+    """
+
+    def __init__(self) -> None:
+        self._is_due = False  # whether a checkpoint waits for the end of the epoch
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        batches = kwargs["train_dataloader"].batch_sampler
+        if isinstance(batches, BatchSampler) and isinstance(batches.sampler, LengthGroupedSampler):
+            seed = args.seed if args.data_seed is None else args.data_seed
+            batches.sampler.generator = torch.Generator().manual_seed(seed + int(state.epoch or 0))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_save and _is_whole(state.epoch):
+            control.should_save, self._is_due = False, True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        control.should_save, self._is_due = control.should_save or self._is_due, False
+
+
+def _is_whole(epoch: float | None) -> bool:
+    """Whether the training is at the end of an epoch."""
+    return epoch is not None and epoch == int(epoch)
+
+
+def refuse_nonfinite(loss: float, when: str, rate: float) -> None:
+    """Raise `DivergedError` if ``loss`` is NaN or infinite. ``when`` says which loss it is."""
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"the loss is {loss} {when}, so training was stopped and no adapter was written; use a lower --lr than "
+            f"{rate:g}, or check the data and the model"
+        )
+
+
+def _facts(entry: dict[str, Any], tuner: Tuner | None) -> str:
+    shown = [
+        f"{name.removeprefix('eval_') if name == 'loss' else name} {entry[name]:.3g}"
+        for name in ("loss", "eval_loss", "eval_accuracy")
+        if isinstance(entry.get(name), float)
+    ]
+    if shown and "budget" in entry and tuner is not None:
+        shown.append(f"budget {entry['budget']:g}  rank {entry['rank_mean']:.1f}")
+    return "  ".join(shown)

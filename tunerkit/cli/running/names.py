@@ -1,0 +1,29 @@
+"""The names that ``--set`` may use without their section: the trainer's arguments and the method's settings."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import attrs
+
+from tunerkit import hooks
+from tunerkit.cli.tasks import TASKS, task_of
+
+
+def trainer_arguments(mapping: Mapping[str, Any], settings: Iterable[str]) -> set[str]:
+    """The names of the arguments of the task's trainer; without a task, those of transformers' Trainer."""
+    task = _given("task", mapping, settings)
+    name = task if task is not None and task in TASKS else "text-classification"
+    return {field.name for field in dataclasses.fields(task_of(name).trainer_classes()[1])}
+
+
+def method_settings(mapping: Mapping[str, Any], settings: Iterable[str]) -> set[str]:
+    """The names of the method's settings. Raises `UnknownMethodError` if it is not installed."""
+    method = hooks.registry.get(_given("method", mapping, settings) or "adalora")
+    return {field.name for field in attrs.fields(method.config)}
+
+
+def _given(key: str, mapping: Mapping[str, Any], settings: Iterable[str]) -> str | None:
+    values = [text.partition("=")[2].strip() for text in settings if text.partition("=")[0].strip() == key]
+    found = values[-1] if values else mapping.get(key)
+    return found if isinstance(found, str) else None

@@ -1,0 +1,201 @@
+"""What a task is: its columns, its model, its trainer and its metrics."""
+
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import attrs
+
+from tunerkit.cli.rows.reading import DataError, Table, column
+from tunerkit.errors import TunerkitError, closest, shown
+from tunerkit.integrations.pretrained import TASKS, Pretrained
+
+
+class MissingPackageError(TunerkitError):
+    """A package that a task needs is not installed."""
+
+
+# One row under our own names of its columns.
+Row = dict[str, Any]
+
+
+@attrs.frozen
+class Column:
+    """A column of a task's data.
+
+    Attributes:
+        name: Our name of it, as in the recipe's ``columns``.
+        other_names: Names by which it is found too, if there is exactly one of them.
+        needed: Whether training needs it.
+        predicted: Whether prediction does without it.
+        option: The option of ``tunerkit train`` that sets its name.
+    """
+
+    name: str
+    other_names: tuple[str, ...] = ()
+    needed: bool = True
+    predicted: bool = False
+    option: str | None = None
+
+
+@attrs.frozen
+class Results:
+    """The evaluation of a model.
+
+    Attributes:
+        metrics: The task's metrics by name, with ``loss``.
+        confusion: For classification: rows by true class, columns by predicted class, in the order of the labels.
+    """
+
+    metrics: dict[str, float]
+    confusion: list[list[int]] | None = None
+
+
+TEXT = Column("text", ("sentence", "sentence1", "premise", "review", "content", "document"), option="--text-column")
+LABEL = Column("label", ("labels", "class", "category"), predicted=True, option="--label-column")
+
+
+class Task(ABC):
+    """One kind of training. The methods are called in this order: rows, labels, encode, trainer, evaluate."""
+
+    name: ClassVar[str]
+    columns: ClassVar[tuple[Column, ...]]
+    main_metric: ClassVar[str] = "loss"
+    greater_is_better: ClassVar[bool] = False
+    max_length: ClassVar[int] = 128  # in tokens, if the recipe sets none
+    # Whether the same head can be trained alone, for comparison.
+    has_baseline: ClassVar[bool] = False
+
+    def __init__(self, max_length: int | None = None) -> None:
+        self.limit = self.max_length if max_length is None else max_length
+
+    # --- rows ---
+
+    def rows(self, table: Table, names: Mapping[str, str], *, predicting: bool = False) -> list[Row]:
+        """Return the table's rows under our names of the columns, with checked values.
+
+        Args:
+            table: The file.
+            names: The file's names of columns, by ours.
+            predicting: Whether the columns that are to be predicted may be missing.
+
+        Raises:
+            DataError: A column is missing, or a value does not fit.
+        """
+        self._check_names(names)
+        found: dict[str, Sequence[object]] = {}
+        for each in self.columns_for(table, names, predicting=predicting):
+            name = name_in(table, each, names)
+            optional = (not each.needed and each.name not in names) or (predicting and each.predicted)
+            if optional and name not in table.columns:
+                continue
+            found[each.name] = column(table, name, self.name, each.option)
+        rows = [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
+        return [self.checked(row, f"{table.source}: row {number}") for number, row in enumerate(rows, start=1)]
+
+    def columns_for(self, table: Table, names: Mapping[str, str], *, predicting: bool) -> Sequence[Column]:
+        """The columns to read from a table: all of the task's, or one form of them if it has several."""
+        return self.columns
+
+    @abstractmethod
+    def checked(self, row: Row, where: str) -> Row:
+        """Return a row with values of the task's types. Raises `DataError`, which begins with ``where``."""
+
+    def labels(self, rows: Sequence[Row]) -> tuple[str, ...]:
+        """The names of the classes in the order of the logits; empty if the task has none."""
+        return ()
+
+    def _check_names(self, names: Mapping[str, str]) -> None:
+        ours = [each.name for each in self.columns]
+        unknown = next((name for name in names if name not in ours), None)
+        if unknown is not None:
+            raise DataError(
+                f"columns.{unknown}: the task {self.name} has no such column; its columns are {', '.join(ours)}"
+                f"{closest(unknown, ours)}"
+            )
+
+    # --- model and trainer ---
+
+    @abstractmethod
+    def encode(self, rows: Sequence[Row], loaded: Pretrained) -> Any:
+        """Return the rows as a `datasets.Dataset` that the trainer takes."""
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The trainer's arguments, where a recipe does not set them."""
+        return {
+            "num_train_epochs": 3,
+            "learning_rate": 1e-3,
+            "per_device_train_batch_size": 32,
+            "per_device_eval_batch_size": 64,
+            "warmup_steps": 0.06,
+            "weight_decay": 0.0,
+            "eval_strategy": "epoch",
+        }
+
+    def trainer_classes(self) -> tuple[type[Any], type[Any]]:
+        """The classes of the trainer and of its arguments."""
+        from transformers import Trainer, TrainingArguments
+
+        return Trainer, TrainingArguments
+
+    def trainer_settings(self, loaded: Pretrained) -> dict[str, Any]:
+        """What the trainer is given beyond model, arguments, data and processor."""
+        return {}
+
+    # --- results ---
+
+    @abstractmethod
+    def evaluate(self, trainer: Any, dataset: Any, rows: Sequence[Row], labels: Sequence[str]) -> Results:
+        """Evaluate on held-out rows, which ``dataset`` has encoded."""
+
+    def samples(self, loaded: Pretrained, rows: Sequence[Row]) -> list[dict[str, str]]:
+        """Prompts and what the model makes of them, to compare before and after training; none for classifiers."""
+        return []
+
+    @abstractmethod
+    def predict(self, loaded: Pretrained, rows: Sequence[Row], *, batch_size: int) -> list[dict[str, Any]]:
+        """Predict each row, in their order, as values that JSON can hold."""
+
+
+def pipeline_of(task: str, loaded: Pretrained) -> Callable[..., Any]:
+    """The pipeline of transformers for a task, with a loaded model."""
+    import transformers
+
+    name: Any = TASKS[task].pipeline
+    processor = "image_processor" if "Image" in TASKS[task].processor else "tokenizer"
+    return transformers.pipeline(name, model=loaded.model, **{processor: loaded.processor})  # type: ignore[no-any-return]
+
+
+def require_package(name: str, task: str, extra: str) -> None:
+    """Raise `MissingPackageError` if a module that a task needs cannot be found."""
+    if importlib.util.find_spec(name) is None:
+        raise MissingPackageError(f'the task {task} needs {name}: pip install "tunerkit[{extra}]"')
+
+
+def require_text(row: Row, name: str, where: str) -> str:
+    """Return a text that is not empty. Raises `DataError`."""
+    value = row[name]
+    if not isinstance(value, str):
+        raise DataError(f"{where}, column {name!r}: expected text, got {shown(value)}")
+    if not value.strip():
+        raise DataError(f"{where}, column {name!r}: the text is empty; remove the row, or fill it in")
+    return value
+
+
+def name_in(table: Table, wanted: Column, names: Mapping[str, str]) -> str:
+    """Return the name of a column in a table: the given one, ours, or the one of its other names that is there.
+
+    Raises:
+        DataError: Several of its other names are there.
+    """
+    if wanted.name in names or wanted.name in table.columns:
+        return names.get(wanted.name, wanted.name)
+    others = [name for name in wanted.other_names if name in table.columns]
+    if len(others) > 1:
+        raise DataError(
+            f"{table.source}: the column {wanted.name!r} may be {' or '.join(map(repr, others))}; say which one it is "
+            f"with columns.{wanted.name} in the recipe{f' or with {wanted.option}' if wanted.option else ''}"
+        )
+    return others[0] if others else wanted.name

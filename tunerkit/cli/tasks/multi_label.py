@@ -1,0 +1,79 @@
+"""Any number of labels for each text."""
+
+import json
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from tunerkit.cli.rows.labels import class_names, class_numbers
+from tunerkit.cli.rows.reading import DataError
+from tunerkit.cli.tasks.base import LABEL, TEXT, Column, Results, Row
+from tunerkit.cli.tasks.texts import PAIR, TextTask
+from tunerkit.errors import shown
+
+THRESHOLD = 0.5
+
+
+class MultiLabel(TextTask):
+    """Texts, or pairs of texts, with a list of labels, which may be empty."""
+
+    name: ClassVar[str] = "multi-label"
+    columns: ClassVar[tuple[Column, ...]] = (
+        TEXT,
+        PAIR,
+        Column("label", ("labels", "classes", "tags"), predicted=True, option=LABEL.option),
+    )
+    main_metric: ClassVar[str] = "f1"
+    greater_is_better: ClassVar[bool] = True
+    has_baseline: ClassVar[bool] = False
+
+    def label(self, value: object, where: str) -> list[str]:
+        """A list of labels; in csv and tsv, a JSON list such as ``["a", "b"]``."""
+        return label_list(value, where, "label")
+
+    def labels(self, rows: Sequence[Row]) -> tuple[str, ...]:
+        """All labels."""
+        names = class_names(label for row in rows for label in row["label"])
+        if not names:
+            raise DataError('no training row has a label; each row has a list of labels, such as ["sport", "war"]')
+        return names
+
+    def targets(self, rows: Sequence[Row], labels: Sequence[str]) -> list[list[float]]:
+        """A row of 0 and 1 for each text."""
+        chosen = [set(class_numbers(row["label"], labels)) for row in rows]
+        return [[float(number in own) for number in range(len(labels))] for own in chosen]
+
+    def evaluate(self, trainer: Any, dataset: Any, rows: Sequence[Row], labels: Sequence[str]) -> Results:
+        """Micro F1, and the share of rows with exactly the right labels. A label is predicted above 0.5."""
+        from sklearn.metrics import accuracy_score, f1_score
+
+        found = trainer.predict(dataset)
+        predicted = (found.predictions > 0).astype(int)  # a logit of 0 is a probability of THRESHOLD
+        truth = found.label_ids.astype(int)
+        metrics = {
+            "f1": float(f1_score(truth, predicted, average="micro", zero_division=0)),
+            "exact": float(accuracy_score(truth, predicted)),
+            "loss": found.metrics["test_loss"],
+        }
+        return Results(metrics)
+
+    def pipeline_options(self) -> dict[str, Any]:
+        """A probability for each label."""
+        return {"function_to_apply": "sigmoid", "top_k": None}
+
+    def prediction(self, found: Any) -> dict[str, Any]:
+        """The labels above the threshold, and all probabilities."""
+        scores = {each["label"]: float(each["score"]) for each in found}
+        return {"labels": sorted(name for name, score in scores.items() if score > THRESHOLD), "scores": scores}
+
+
+def label_list(value: object, where: str, name: str) -> list[str]:
+    """Return a list of names, also from JSON in a cell. Raises `DataError`."""
+    found = value
+    if isinstance(value, str):
+        try:
+            found = json.loads(value)
+        except (ValueError, RecursionError):
+            found = None
+    if not isinstance(found, list) or not all(isinstance(each, str | int) and each != "" for each in found):
+        raise DataError(f'{where}, column {name!r}: expected a list of texts such as ["a", "b"], got {shown(value)}')
+    return [str(each) for each in found]

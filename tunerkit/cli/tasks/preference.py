@@ -1,0 +1,67 @@
+"""Preferences: of two answers to a prompt, the chosen one (DPO)."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import tunerkit
+from tunerkit.cli.rows.reading import DataError
+from tunerkit.cli.tasks.base import Column, Results, Row, require_package, require_text
+from tunerkit.cli.tasks.generating import GenerationTask, checked_messages, require_tokens
+from tunerkit.integrations.pretrained import Pretrained
+
+
+class Preference(GenerationTask):
+    """Rows with ``prompt``, ``chosen`` and ``rejected``, texts or conversations; TRL's `DPOTrainer`."""
+
+    name: ClassVar[str] = "preference"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("prompt", ("question", "instruction")),
+        Column("chosen", predicted=True),
+        Column("rejected", predicted=True),
+    )
+    main_metric: ClassVar[str] = "reward_accuracy"
+    greater_is_better: ClassVar[bool] = True
+
+    def checked(self, row: Row, where: str) -> Row:
+        """All three are texts, or all three are lists of messages."""
+        kinds = {isinstance(value, list) for value in row.values()}
+        if len(kinds) > 1:
+            seen = ", ".join(
+                f"{name} is a {'list' if isinstance(value, list) else 'text'}" for name, value in row.items()
+            )
+            raise DataError(f"{where}: {seen}; write all of them as texts, or all of them as lists of messages")
+        if kinds == {True}:
+            return {name: checked_messages(row[name], where, name) for name in row}
+        return {name: require_text(row, name, where) for name in row}
+
+    def encode(self, rows: Sequence[Row], loaded: Pretrained) -> Any:
+        """The rows as they are: the trainer tokenizes them."""
+        import datasets
+
+        require_tokens(loaded, chat=isinstance(rows[0]["prompt"], list))
+        return datasets.Dataset.from_list(list(rows))
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """A lower learning rate than for supervised training, as is usual for DPO."""
+        return {**super().defaults, "learning_rate": 5e-5}
+
+    def trainer_classes(self) -> tuple[type[Any], type[Any]]:
+        """TRL's."""
+        require_package("trl", self.name, "lm")
+        from trl.trainer.dpo_config import DPOConfig
+        from trl.trainer.dpo_trainer import DPOTrainer
+
+        return DPOTrainer, DPOConfig
+
+    def trainer_settings(self, loaded: Pretrained) -> dict[str, Any]:
+        """The reference is the model without its adapters, so that no second model is loaded."""
+        return {"ref_model": tunerkit.reference(loaded.model)}
+
+    def evaluate(self, trainer: Any, dataset: Any, rows: Sequence[Row], labels: Sequence[str]) -> Results:
+        """The loss, and how often the chosen answer has the greater reward."""
+        found = trainer.evaluate(dataset)
+        accuracy, margin = found["eval_rewards/accuracies"], found["eval_rewards/margins"]
+        return Results(
+            {"reward_accuracy": float(accuracy), "reward_margin": float(margin), "loss": float(found["eval_loss"])}
+        )

@@ -1,0 +1,63 @@
+"""One text for another one: translation, summaries."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from tunerkit.cli.tasks.base import Column, Row, require_text
+from tunerkit.cli.tasks.generating import SAMPLES, GenerationTask, generate
+from tunerkit.cli.tasks.texts import token_limit
+from tunerkit.integrations.pretrained import Pretrained
+
+
+class Seq2Seq(GenerationTask):
+    """Rows with ``source`` and ``target``."""
+
+    name: ClassVar[str] = "seq2seq"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("source", ("input", "text", "document")),
+        Column("target", ("output", "summary", "translation"), predicted=True),
+    )
+    max_length: ClassVar[int] = 256
+
+    def checked(self, row: Row, where: str) -> Row:
+        """Both are texts."""
+        return {name: require_text(row, name, where) for name in row}
+
+    def encode(self, rows: Sequence[Row], loaded: Pretrained) -> Any:
+        """Tokenize sources and targets, each truncated."""
+        import datasets
+
+        targets = [row["target"] for row in rows] if rows and "target" in rows[0] else None
+        limit = token_limit(loaded, self.limit)
+        encoded = loaded.processor(
+            [row["source"] for row in rows], text_target=targets, truncation=True, max_length=limit
+        )
+        return datasets.Dataset.from_dict(dict(encoded))
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Encoder-decoder models are trained as long, and at the same rate, as classifiers."""
+        return {**super().defaults, "num_train_epochs": 3, "learning_rate": 1e-3}
+
+    def trainer_classes(self) -> tuple[type[Any], type[Any]]:
+        """The trainer of transformers for encoder-decoder models."""
+        from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+        return Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+    def trainer_settings(self, loaded: Pretrained) -> dict[str, Any]:
+        """Pad sources and targets, and shift the targets for the decoder."""
+        from transformers import DataCollatorForSeq2Seq
+
+        return {"data_collator": DataCollatorForSeq2Seq(loaded.processor, model=loaded.model)}
+
+    def samples(self, loaded: Pretrained, rows: Sequence[Row]) -> list[dict[str, str]]:
+        """What the first three held-out sources become."""
+        sources = [row["source"] for row in rows[:SAMPLES]]
+        answers = generate(loaded, sources, batch_size=SAMPLES) if sources else []
+        return [{"prompt": text, "answer": answer} for text, answer in zip(sources, answers, strict=True)]
+
+    def predict(self, loaded: Pretrained, rows: Sequence[Row], *, batch_size: int) -> list[dict[str, Any]]:
+        """Generate each target, without sampling."""
+        sources, limit = [row["source"] for row in rows], token_limit(loaded, self.limit)
+        return [{"target": text} for text in generate(loaded, sources, batch_size=batch_size, max_length=limit)]

@@ -1,0 +1,72 @@
+"""One class for each text."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from tunerkit.cli.rows.labels import class_names, class_numbers
+from tunerkit.cli.rows.reading import DataError
+from tunerkit.cli.tasks.base import Results, Row
+from tunerkit.cli.tasks.classifying import accuracy_of, classification_results
+from tunerkit.cli.tasks.texts import TextTask
+from tunerkit.errors import shown
+from tunerkit.integrations.pretrained import Pretrained
+
+
+def class_label(value: object, where: str) -> str:
+    """Return the name of a class: a text, a whole number or a boolean. Raises `DataError`."""
+    if isinstance(value, list):
+        raise DataError(
+            f"{where}, column 'label': got a list, {shown(value)}; for several labels pass --task multi-label"
+        )
+    if isinstance(value, float) and not value.is_integer():
+        raise DataError(
+            f"{where}, column 'label': expected a class (text or whole number), got {shown(value)}. Is this "
+            "regression? Then pass --task regression"
+        )
+    if value == "":
+        raise DataError(f"{where}, column 'label': the label is empty; fill it in, or remove the row")
+    if not isinstance(value, str | int | float):
+        raise DataError(f"{where}, column 'label': expected a class (text or whole number), got {shown(value)}")
+    return str(int(value) if isinstance(value, float) else value)
+
+
+def several_classes(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The names of the classes. Raises `DataError` if there is only one."""
+    names = class_names(row["label"] for row in rows)
+    if len(names) < 2:
+        raise DataError(f"every training row has the label {names[0]!r}; a classifier needs at least two classes")
+    return names
+
+
+class TextClassification(TextTask):
+    """Texts, or pairs of texts, with one of several classes."""
+
+    name: ClassVar[str] = "text-classification"
+    main_metric: ClassVar[str] = "accuracy"
+    greater_is_better: ClassVar[bool] = True
+
+    def label(self, value: object, where: str) -> str:
+        """A class's name."""
+        return class_label(value, where)
+
+    def labels(self, rows: Sequence[Row]) -> tuple[str, ...]:
+        """The classes."""
+        return several_classes(rows)
+
+    def targets(self, rows: Sequence[Row], labels: Sequence[str]) -> list[int]:
+        """Class numbers."""
+        return class_numbers((row["label"] for row in rows), labels)
+
+    def trainer_settings(self, loaded: Pretrained) -> dict[str, Any]:
+        """Log the accuracy."""
+        return {**super().trainer_settings(loaded), "compute_metrics": accuracy_of}
+
+    def evaluate(self, trainer: Any, dataset: Any, rows: Sequence[Row], labels: Sequence[str]) -> Results:
+        """Accuracy, macro F1 and the confusion matrix."""
+        found = trainer.predict(dataset)
+        predicted = found.predictions.argmax(-1)
+        return classification_results(found.label_ids, predicted, len(labels), found.metrics["test_loss"])
+
+    def prediction(self, found: Any) -> dict[str, Any]:
+        """The class and its probability."""
+        return {"label": found["label"], "score": float(found["score"])}

@@ -1,0 +1,83 @@
+"""What tasks on single texts share: encoding, padding and the pipeline's predictions."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from tunerkit.cli.tasks.base import LABEL, TEXT, Column, Row, Task, pipeline_of, require_text
+from tunerkit.integrations.pretrained import Pretrained
+
+PAIR = Column("text_pair", ("sentence2", "hypothesis", "question"), needed=False)
+
+
+class TextTask(Task):
+    """A task whose rows are a text, or a pair of texts, and a label."""
+
+    columns: ClassVar[tuple[Column, ...]] = (TEXT, PAIR, LABEL)
+    has_baseline: ClassVar[bool] = True
+
+    def checked(self, row: Row, where: str) -> Row:
+        """Check the texts and the label."""
+        texts: Row = {name: require_text(row, name, where) for name in ("text", "text_pair") if name in row}
+        return {**texts, **({"label": self.label(row["label"], where)} if "label" in row else {})}
+
+    def label(self, value: object, where: str) -> Any:
+        """Return a label of the task's type. Raises `DataError`."""
+        raise NotImplementedError
+
+    def targets(self, rows: Sequence[Row], labels: Sequence[str]) -> list[Any]:
+        """The labels as the model's loss takes them."""
+        raise NotImplementedError
+
+    def encode(self, rows: Sequence[Row], loaded: Pretrained) -> Any:
+        """Tokenize, truncate to `limit` tokens or the model's limit, and number the labels."""
+        import datasets
+
+        encoded = dict(tokenize(rows, loaded, self.limit))
+        if rows and "label" in rows[0]:
+            encoded["labels"] = self.targets(rows, labels_of(loaded))
+        return datasets.Dataset.from_dict(encoded)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Texts of similar length share a batch, which saves padding."""
+        return {**super().defaults, "train_sampling_strategy": "group_by_length"}
+
+    def trainer_settings(self, loaded: Pretrained) -> dict[str, Any]:
+        """Pad each batch to its longest text."""
+        from transformers import DataCollatorWithPadding
+
+        return {"data_collator": DataCollatorWithPadding(loaded.processor)}
+
+    def pipeline_options(self) -> dict[str, Any]:
+        """The options of the pipeline's call."""
+        return {}
+
+    def predict(self, loaded: Pretrained, rows: Sequence[Row], *, batch_size: int) -> list[dict[str, Any]]:
+        """Predict with the pipeline of transformers."""
+        inputs = [{key: row[key] for key in ("text", "text_pair") if key in row} for row in rows]
+        pipeline = pipeline_of(self.name, loaded)
+        limit = token_limit(loaded, self.limit)
+        found = pipeline(inputs, batch_size=batch_size, truncation=True, max_length=limit, **self.pipeline_options())
+        return [self.prediction(each) for each in found]
+
+    def prediction(self, found: Any) -> dict[str, Any]:
+        """One row's prediction, from the pipeline's answer."""
+        raise NotImplementedError
+
+
+def token_limit(loaded: Pretrained, max_length: int) -> int:
+    """The greatest number of tokens: ``max_length``, or less if the model or its tokenizer takes less."""
+    config = loaded.model.config.get_text_config()
+    positions = config.to_dict().get("max_position_embeddings") or max_length  # relative positions have no limit
+    return int(min(max_length, loaded.processor.model_max_length, positions))
+
+
+def tokenize(rows: Sequence[Row], loaded: Pretrained, max_length: int) -> Any:
+    """Tokenize texts or pairs of texts, truncated."""
+    texts = [[row[name] for row in rows] for name in ("text", "text_pair") if rows and name in rows[0]]
+    return loaded.processor(*texts, truncation=True, max_length=token_limit(loaded, max_length))
+
+
+def labels_of(loaded: Pretrained) -> tuple[str, ...]:
+    """The names of a model's classes, in the order of its logits."""
+    return tuple(loaded.model.config.id2label[number] for number in range(loaded.model.config.num_labels))

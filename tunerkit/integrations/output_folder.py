@@ -1,0 +1,107 @@
+"""The output folder of a training run: the adapter, the processor, and the record that says what the base was."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from tunerkit import serialization
+from tunerkit.errors import BaseMismatchError, FileError, shown
+from tunerkit.integrations.pretrained import TASKS, Pretrained, load_pretrained
+from tunerkit.report.folder import NAME as RECORD, read_record
+
+VERSION = 1
+
+
+@attrs.frozen
+class Run:
+    """What a folder's record says that loading needs.
+
+    Attributes:
+        folder: The folder.
+        task: The task, one of `tunerkit.integrations.pretrained.TASKS`.
+        source: The base model: the folder or the hub name that it was loaded from.
+        revision: The commit of the hub; None for a folder.
+        dtype: The dtype of the base's weights, such as ``"float32"``.
+        labels: The names of the classes, in the order of the logits.
+        seed: What the modules were initialised by that the base's checkpoint does not have.
+        record: The whole record.
+    """
+
+    folder: Path
+    task: str
+    source: str
+    revision: str | None
+    dtype: str
+    labels: tuple[str, ...]
+    seed: int
+    record: Mapping[str, Any]
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read the record of a folder that ``tunerkit train`` wrote.
+
+    Raises:
+        RunError: It is no such folder, its training has not ended, or its record cannot be read.
+        FileError: The record is of another version, or lacks something.
+    """
+    folder = Path(folder)
+    path, record = folder / RECORD, read_record(folder)
+    version = record.get("version")
+    if version != VERSION:
+        raise FileError(f"{path}: has version {shown(version)}, and this tunerkit reads version {VERSION}; update it")
+    model, labels = record.get("model"), record.get("labels", [])
+    if record.get("task") not in TASKS:
+        raise FileError(f"{path}: task: expected one of {', '.join(TASKS)}, got {shown(record.get('task'))}")
+    if not isinstance(model, dict) or not isinstance(model.get("source"), str):
+        raise FileError(f"{path}: model.source: expected a folder or a name on the hub, got {shown(model)}")
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise FileError(f"{path}: labels: expected a list of names, got {shown(labels)}")
+    return Run(
+        folder=folder,
+        task=record["task"],
+        source=model["source"],
+        revision=model.get("revision"),
+        dtype=str(model.get("dtype", "float32")),
+        labels=tuple(labels),
+        seed=int(model.get("seed", 0)),
+        record=record,
+    )
+
+
+def load_run(run: Run, base: str | Path | None = None) -> Pretrained:
+    """Load the base model of a run, apply its adapter, and load its processor from the run's folder.
+
+    Args:
+        run: The run.
+        base: Where the base model is now, if it has moved.
+
+    Raises:
+        ModelError: The base cannot be loaded from there.
+        BaseMismatchError: It is another base.
+        FileError: The adapter's file is missing or damaged.
+    """
+    source = str(base) if base is not None else run.source
+    if base is None and Path(source).is_absolute() and not Path(source).exists():
+        raise FileError(
+            f"{run.folder}: the base model was in {source}, which is gone; pass the folder where it is now (base=, or "
+            "--base)"
+        )
+    loaded = load_pretrained(
+        run.task,
+        source,
+        labels=run.labels,
+        revision=run.revision if base is None else None,
+        dtype=run.dtype,
+        seed=run.seed,
+        processor_from=run.folder,
+    )
+    try:
+        serialization.load(loaded.model, run.folder)
+    except BaseMismatchError as problem:
+        raise BaseMismatchError(
+            f"{problem}\n- pass the base that was trained, {run.source} (base=, or --base)"
+        ) from None
+    loaded.model.eval()
+    return loaded

@@ -1,0 +1,302 @@
+"""Base models of transformers and their processors, loaded by task: from a folder, or by a name of the hub."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from safetensors import SafetensorError
+
+from tunerkit.errors import TunerkitError, closest, cut, shown
+from tunerkit.libraries import transformers_private
+
+
+class ModelError(TunerkitError):
+    """A base model or its processor cannot be loaded for a task."""
+
+
+@attrs.frozen
+class TaskClasses:
+    """The classes of transformers that load a task's model and processor, by name.
+
+    Attributes:
+        model: The auto class of the model.
+        mapping: The mapping whose keys are the classes of the configs for which there is such a model.
+        processor: The auto class of the tokenizer or image processor.
+        problem: What a classifier's ``problem_type`` is set to, which chooses the loss; None if it has none.
+        pipeline: The name of transformers' pipeline for such models; None if there is none.
+        what: The model in words, for messages.
+    """
+
+    model: str
+    mapping: str
+    processor: str
+    problem: str | None
+    pipeline: str | None
+    what: str
+
+
+_SEQUENCES = "AutoModelForSequenceClassification"
+_OF_SEQUENCES = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING"
+_CAUSAL = "MODEL_FOR_CAUSAL_LM_MAPPING"
+_TEXT = "AutoTokenizer"
+TASKS: Mapping[str, TaskClasses] = {
+    "text-classification": TaskClasses(
+        _SEQUENCES, _OF_SEQUENCES, _TEXT, "single_label_classification", "text-classification", "a classifier of texts"
+    ),
+    "regression": TaskClasses(
+        _SEQUENCES, _OF_SEQUENCES, _TEXT, "regression", "text-classification", "a regression on texts"
+    ),
+    "multi-label": TaskClasses(
+        _SEQUENCES,
+        _OF_SEQUENCES,
+        _TEXT,
+        "multi_label_classification",
+        "text-classification",
+        "a multi-label classifier of texts",
+    ),
+    "token-classification": TaskClasses(
+        "AutoModelForTokenClassification",
+        "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+        _TEXT,
+        None,
+        "token-classification",
+        "a classifier of tokens",
+    ),
+    "causal-lm": TaskClasses(
+        "AutoModelForCausalLM", _CAUSAL, _TEXT, None, "text-generation", "a causal language model"
+    ),
+    "preference": TaskClasses(
+        "AutoModelForCausalLM", _CAUSAL, _TEXT, None, "text-generation", "a causal language model"
+    ),
+    "seq2seq": TaskClasses(
+        "AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", _TEXT, None, None, "an encoder-decoder model"
+    ),
+    "image-classification": TaskClasses(
+        "AutoModelForImageClassification",
+        "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+        "AutoImageProcessor",
+        "single_label_classification",
+        "image-classification",
+        "a classifier of images",
+    ),
+}
+
+
+@attrs.frozen(eq=False)
+class Pretrained:
+    """A base model with its processor.
+
+    Attributes:
+        model: The model.
+        processor: Its tokenizer or image processor.
+        source: The folder or hub name that was asked for.
+        revision: The commit of the hub that was loaded; None for a folder.
+        heads: The paths of the modules that a classifier trains in full: its head, which may be for other classes,
+            and what the checkpoint did not have. Empty for language models.
+    """
+
+    model: Any
+    processor: Any
+    source: str
+    revision: str | None
+    heads: tuple[str, ...]
+
+
+def classes_of(task: str) -> TaskClasses:
+    """The classes of a task. Raises `ModelError` with the closest name if there is no such task."""
+    if task not in TASKS:
+        raise ModelError(f"there is no task {task!r}{closest(task, TASKS)}; the tasks are {', '.join(TASKS)}")
+    return TASKS[task]
+
+
+def load_pretrained(
+    task: str,
+    source: str,
+    *,
+    labels: Sequence[str] = (),
+    revision: str | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    seed: int = 0,
+    processor_from: str | Path | None = None,
+) -> Pretrained:
+    """Load a base model for a task, with a head for ``labels`` that ``seed`` initialises if it is new.
+
+    Args:
+        task: One of `TASKS`.
+        source: A local folder, or a name on the hub.
+        labels: The names of the classes, in the order of the logits; none for language models.
+        revision: The commit, branch or tag of the hub.
+        dtype: The dtype of the base's weights; ``"auto"`` keeps the checkpoint's.
+        seed: What the new modules are initialised by.
+        processor_from: The folder of the processor, if it is not the model's.
+
+    Raises:
+        ModelError: There is no such folder, it is a model of another kind, or transformers cannot load it.
+    """
+    task_classes = classes_of(task)
+    _refuse_missing(source)
+    version = {} if revision is None else {"revision": revision}
+    check_kind(task, source, _config_of(source, version))
+    # Without it, RoBERTa's tokenizer takes a word that stands alone for the middle of another one.
+    whole = {"add_prefix_space": True} if task == "token-classification" else {}
+    if processor_from is None:
+        processor = _load_processor(task_classes, source, {**version, **whole})
+    else:
+        processor = _load_processor(task_classes, processor_from, whole)
+    settings = {"dtype": dtype, **version, **_head_settings(task_classes, labels)}
+    # The seed decides what the checkpoint lacks, and no random numbers of the caller's are drawn.
+    with torch.random.fork_rng(devices=[]), _quietly() as transformers:
+        torch.manual_seed(seed)
+        model = _loading(
+            f"{source!r} as {task_classes.what}",
+            lambda: getattr(transformers, task_classes.model).from_pretrained(source, **settings),
+        )
+    if task_classes.problem is not None:
+        model.config.problem_type = task_classes.problem
+    if task_classes.processor == _TEXT:
+        _settle_padding(source, processor, model)
+    heads = heads_of(model) if labels or task_classes.problem else ()
+    return Pretrained(model, processor, source, _commit_of(source, revision), heads)
+
+
+def _load_processor(task_classes: TaskClasses, source: str | Path, settings: Mapping[str, Any]) -> Any:
+    import transformers
+
+    what = "image processor" if "Image" in task_classes.processor else "tokenizer"
+    kind = getattr(transformers, task_classes.processor)
+    processor = _loading(f"the {what} of {str(source)!r}", lambda: kind.from_pretrained(source, **settings))
+    if task_classes.processor == _TEXT and set(processor.get_vocab()) <= set(processor.all_special_tokens):
+        raise ModelError(  # transformers builds an empty tokenizer from the config alone
+            f"{source}: the model has no tokenizer (there is no tokenizer.json, and no other vocabulary); save the "
+            "tokenizer into the same folder"
+        )
+    return processor
+
+
+def _head_settings(task_classes: TaskClasses, labels: Sequence[str]) -> dict[str, Any]:
+    names = dict(enumerate(labels))
+    settings: dict[str, Any] = {}
+    if names:
+        settings |= {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+    if names or task_classes.problem is not None:
+        settings["ignore_mismatched_sizes"] = True  # a head for other classes is replaced by a new one
+    if task_classes.problem == "regression":
+        settings["num_labels"] = max(1, len(labels))
+    return settings
+
+
+def _settle_padding(source: str, tokenizer: Any, model: Any) -> None:
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(f"the tokenizer of {source!r} has neither a padding nor an end token; add a pad_token")
+        tokenizer.pad_token = tokenizer.eos_token  # decoders have none; padding is masked out anyway
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def check_kind(task: str, source: str, config: Any) -> None:
+    """Raise `ModelError` if a model of this config cannot be trained for ``task``; the message says what it is for."""
+    wanted = classes_of(task)
+    if _fits(wanted, config):
+        return
+    what = (getattr(config, "architectures", None) or [type(config).__name__.removesuffix("Config")])[0]
+    possible = [name for name, classes in TASKS.items() if _fits(classes, config)]
+    instead = f"a model of this type is for {', '.join(possible)}" if possible else "no task is for this type of model"
+    raise ModelError(
+        f"{source!r} is a {what} (model type {config.model_type}), not {wanted.what}; {instead}: pass another --model "
+        "or another --task"
+    )
+
+
+def _fits(classes: TaskClasses, config: Any) -> bool:
+    """Whether transformers has a model of the class for this config, which for generation is a decoder."""
+    import transformers
+
+    if type(config) not in getattr(transformers, classes.mapping):
+        return False
+    encoder = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
+    # Each token of an encoder sees those after it; transformers loads one as a causal model all the same.
+    return not (classes.mapping == _CAUSAL and encoder and not config.to_dict().get("is_decoder"))
+
+
+def _config_of(source: str, revised: Mapping[str, str]) -> Any:
+    import transformers
+
+    values, _ = _loading(
+        f"the config of {source!r}", lambda: transformers.PreTrainedConfig.get_config_dict(source, **revised)
+    )
+    if values.get("model_type") not in transformers.CONFIG_MAPPING:
+        raise ModelError(
+            f"{source}: config.json has the model type {shown(values.get('model_type'))}, which transformers "
+            f"{transformers.__version__} does not know; update transformers, or pass another model"
+        )
+    return _loading(f"the config of {source!r}", lambda: transformers.AutoConfig.from_pretrained(source, **revised))
+
+
+def heads_of(model: Any) -> tuple[str, ...]:
+    """The modules outside the pretrained part, and inside it those that the checkpoint did not have."""
+    heads = [
+        name for name, child in model.named_children() if name != model.base_model_prefix and [*child.parameters()]
+    ]
+    new = (name.rpartition(".")[0] for name, p in model.named_parameters() if not transformers_private.is_loaded(p))
+    return tuple(dict.fromkeys((*heads, *(path for path in new if path.partition(".")[0] not in heads))))
+
+
+@contextmanager
+def _quietly() -> Iterator[Any]:
+    """Inside the block, transformers prints only errors: it would report that the head is new."""
+    import transformers
+
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield transformers
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
+def quiet() -> None:
+    """Let transformers and datasets print only errors, and no progress bars of their own."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # it would break the progress of training
+    try:
+        import datasets
+    except ModuleNotFoundError:  # only the command needs it
+        return
+    datasets.disable_progress_bars()
+
+
+def _commit_of(source: str, revision: str | None) -> str | None:
+    """The commit of the hub that was read; None for a folder."""
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    if Path(source).is_dir():
+        return None
+    return extract_commit_hash(cached_file(source, "config.json", revision=revision), None)
+
+
+def _refuse_missing(source: str) -> None:
+    folder = Path(source).expanduser()
+    looks_local = source.startswith((".", "~", os.sep)) or source.count("/") > 1 or "\\" in source
+    if looks_local and not folder.exists():
+        raise ModelError(f"{source}: no such folder; pass the folder of a model, or its name on the hub (org/name)")
+    if folder.is_file():
+        raise ModelError(f"{source} is a file; pass the folder that has config.json and the weights")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ModelError(f"{source}: the folder has no config.json, so it holds no model that transformers can load")
+
+
+_LOADING = (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError, AttributeError, SafetensorError)
+
+
+def _loading(what: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except _LOADING as problem:
+        reason = cut(" ".join(str(problem).split()) or type(problem).__name__, 600)
+        raise ModelError(f"cannot load {what}: {reason}") from problem

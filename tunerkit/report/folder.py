@@ -1,0 +1,56 @@
+"""The records of runs, read from their output folders."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from tunerkit.errors import TunerkitError
+from tunerkit.paths import few
+
+NAME: Final = "run.json"
+
+
+class RunError(TunerkitError):
+    """A folder has no record of a run, or the record cannot be read."""
+
+
+def read_record(folder: Path) -> Mapping[str, Any]:
+    """Return the record in ``folder``, as JSON has it. What is in it is checked where it is used.
+
+    Raises:
+        RunError: There is no such folder, it has no record, or the record is no JSON.
+    """
+    path = folder / NAME
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunError(_absent(folder)) from None
+    except OSError as problem:
+        raise RunError(f"{path}: cannot be read: {problem.strerror}; check its permissions") from problem
+    except (ValueError, RecursionError) as problem:
+        reason = " ".join(str(problem).split())
+        raise RunError(f"{path}: is not the JSON that `tunerkit train` writes: {reason}; train again") from problem
+    if not isinstance(found, dict):
+        raise RunError(f"{path}: expected a JSON object, got a {type(found).__name__}; train again")
+    return found
+
+
+def _absent(folder: Path) -> str:
+    if not folder.exists():
+        return f"{folder}: no such folder; pass one that `tunerkit train --out` has written"
+    if not folder.is_dir():
+        return f"{folder}: is a file; pass the folder that `tunerkit train --out` has written"
+    if (folder / "recipe.yaml").is_file():
+        return f"{folder}: the training has not ended; go on with `tunerkit train --out {folder} --resume`"
+    if (folder / "adapter.safetensors").is_file():
+        return f"{folder} has an adapter but no {NAME}: load it with tunerkit.load(base, {str(folder)!r})"
+    if (folder / "config.json").is_file():
+        return f"{folder} is the folder of a model, not of a run; pass one that `tunerkit train --out` has written"
+    inside = sorted(str(path.parent) for path in folder.glob(f"*/{NAME}"))
+    hint = f"did you mean {few(inside, shown=3)}?" if inside else "pass one that `tunerkit train --out` has written"
+    return f"{folder}: has no {NAME}, so it is not the output folder of a finished run; {hint}"
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")

@@ -1,0 +1,216 @@
+"""The record of a run, ``run.json``, checked and structured."""
+
+from collections.abc import Callable, Mapping
+from types import NoneType
+from typing import Any, Final, NoReturn, get_args, get_origin
+
+import attrs
+from cattrs import Converter, transform_error
+
+from tunerkit.errors import TunerkitError, first, shown
+
+VERSION: Final = 1
+GREATEST: Final = 1e100  # JSON also has integers that no float can hold
+
+
+class RecordError(TunerkitError, ValueError):
+    """The record of a run is damaged, or a newer tunerkit wrote it."""
+
+
+@attrs.frozen
+class Budget:
+    """The budget when training began and ended, and what is live now, in ``unit``."""
+
+    start: float | None = None
+    end: float | None = None
+    live: float | None = None
+    unit: str = "rank"
+
+
+@attrs.frozen
+class Parameters:
+    """Numbers of parameters: ``trained`` ones are those of the adapters, of copies of modules, and of biases."""
+
+    trained: int | None = None
+    all: int | None = None
+    adapters: int | None = None
+    copies: int | None = None
+    biases: int | None = None
+
+
+@attrs.frozen
+class Change:
+    """The budget and the ranks from a step on. The ranks are in the order of `Run.ranks`."""
+
+    step: int
+    ranks: tuple[int, ...] = ()
+    budget: float | None = None
+
+
+@attrs.frozen
+class LabelErrors:
+    """The evaluated rows with one label, or in one bucket of labels, and those that were predicted wrongly."""
+
+    rows: int
+    errors: int
+
+
+@attrs.frozen
+class Baseline:
+    """A simpler run that this one is compared with."""
+
+    what: str = "baseline"
+    metrics: Mapping[str, float] = attrs.field(factory=dict)
+    parameters: int | None = None
+    seconds: float | None = None
+
+
+@attrs.frozen
+class Sample:
+    """A prompt, with the model's answers before and after training."""
+
+    prompt: str
+    before: str | None = None
+    after: str | None = None
+
+
+@attrs.frozen
+class Run:
+    """A run as ``run.json`` records it. What the record lacks is empty or None.
+
+    Attributes:
+        logs: One mapping per row of the trainer's logs, with the key ``step``; keys that start with ``eval_`` are
+            measured on held-out rows.
+        ranks: The live rank by target path.
+        caps: The greatest rank that a target may have, where there is one.
+        spectrum: The singular values of what each adapter adds, the greatest first.
+        sizes: The live parameters of each adapter.
+        confusion: Rows are true labels and columns predicted ones, in the order of ``labels``.
+    """
+
+    version: int
+    task: str
+    method: str
+    model: Mapping[str, Any] = attrs.field(factory=dict)
+    data: Mapping[str, Any] = attrs.field(factory=dict)
+    rows: Mapping[str, int] = attrs.field(factory=dict)
+    labels: tuple[str, ...] = ()
+    metrics: Mapping[str, float] = attrs.field(factory=dict)
+    main_metric: str | None = None
+    greater_is_better: bool | None = None
+    logs: tuple[Mapping[str, Any], ...] = ()
+    seconds: Mapping[str, float] = attrs.field(factory=dict)
+    device: str | None = None
+    steps: int | None = None
+    parameters: Parameters = Parameters()
+    budget: Budget | None = None
+    ranks: Mapping[str, int] = attrs.field(factory=dict)
+    caps: Mapping[str, int] = attrs.field(factory=dict)
+    history: tuple[Change, ...] = ()
+    spectrum: Mapping[str, tuple[float, ...]] = attrs.field(factory=dict)
+    sizes: Mapping[str, int] = attrs.field(factory=dict)
+    confusion: tuple[tuple[int, ...], ...] = ()
+    errors: Mapping[str, LabelErrors] = attrs.field(factory=dict)
+    baseline: Baseline | None = None
+    samples: tuple[Sample, ...] = ()
+    config: Mapping[str, Any] = attrs.field(factory=dict)
+    recipe: Mapping[str, Any] = attrs.field(factory=dict)
+    environment: Mapping[str, Any] = attrs.field(factory=dict)
+
+
+def read(record: Mapping[str, Any]) -> Run:
+    """Check a record and structure it. Unknown keys are left out, and None stands for a key that is not there.
+
+    Raises:
+        RecordError: A value has the wrong type, parts don't fit together, or the version is another one; the error
+            lists the first problems with their paths.
+    """
+    if not isinstance(record, Mapping):
+        raise RecordError(f"expected a record of a run, which is a mapping, got {_got(record)}")
+    version = record.get("version")
+    if version != VERSION:
+        found = f"version {shown(version)}" if "version" in record else "no version"
+        raise RecordError(
+            f"expected a record of version {VERSION}, got {found}; "
+            "use the tunerkit that wrote it, or write it again with `tunerkit train`"
+        )
+    try:
+        run = _CONVERTER.structure({key: value for key, value in record.items() if value is not None}, Run)
+    except Exception as problem:
+        _refuse(transform_error(problem, path="run", format_exception=_described))
+    problems = _misfits(run)
+    if problems:
+        _refuse(problems)
+    return run
+
+
+def _misfits(run: Run) -> list[str]:
+    """Parts of a record that have the right types, but contradict each other."""
+    count, width = len(run.ranks), len(run.confusion)
+    odd = [change.step for change in run.history if len(change.ranks) != count]
+    problems = [f"run.history has other ranks than the {count} of run.ranks at step {odd[0]}"] if odd else []
+    if any(len(row) != width for row in run.confusion):
+        problems.append(f"run.confusion is not square: it has {width} rows")
+    elif width and run.labels and len(run.labels) != width:
+        problems.append(f"run.confusion has {width} rows, and run.labels has {len(run.labels)} names")
+    return problems
+
+
+def _refuse(problems: list[str]) -> NoReturn:
+    listed = "; ".join(first(problems, 5))
+    raise RecordError(f"{listed}; restore the file as `tunerkit train` wrote it, or train again")
+
+
+def _described(problem: BaseException, kind: type | None) -> str:
+    if isinstance(problem, KeyError):
+        return "a required key is missing"
+    return str(problem) if isinstance(problem, ValueError) else f"expected {_name(kind)}"
+
+
+def _name(kind: Any) -> str:
+    if NoneType in get_args(kind):
+        return _name(get_args(kind)[0])
+    origin = get_origin(kind) or kind
+    names = {tuple: "a list", int: "a whole number", float: "a number", str: "text", bool: "a bool"}
+    return names.get(origin, "a mapping")
+
+
+def _got(value: object) -> str:
+    return "None" if value is None else f"{type(value).__name__} {shown(value)}"
+
+
+def _exact(value: object, kind: Any) -> Any:
+    """Return a value of the annotated type as it is, where cattrs would convert others. A number may be an int."""
+    kinds = (int, float) if kind is float else kind
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"expected {_name(kind)}, got {_got(value)}")
+    if isinstance(value, int | float) and not abs(value) <= GREATEST:  # also if it is NaN
+        raise ValueError(f"expected a finite number of at most {GREATEST:g}, got {shown(value)}")
+    return value
+
+
+def _is_container(kind: Any) -> bool:
+    origin: Any = get_origin(kind)
+    return origin in (tuple, Mapping)
+
+
+def _container(kind: Any) -> Callable[[object, Any], Any]:
+    """Make the hook of a tuple or mapping: it checks the kind, and cattrs' own hook reads the elements."""
+    members = get_args(kind)
+    elements = _SCALARS.copy()
+    elements.register_structure_hook_func(lambda member: member in members, _CONVERTER.structure)
+    wanted = Mapping if get_origin(kind) is Mapping else (list, tuple)
+
+    def structure(value: Any, _: object) -> Any:
+        if not isinstance(value, wanted):
+            raise ValueError(f"expected {_name(kind)}, got {_got(value)}")
+        return elements.structure(value, kind)
+
+    return structure
+
+
+_SCALARS: Final = Converter()
+for _kind in (int, float, str, bool):
+    _SCALARS.register_structure_hook(_kind, _exact)
+_CONVERTER: Final = _SCALARS.copy()
+_CONVERTER.register_structure_hook_factory(_is_container, _container)
