@@ -512,6 +512,18 @@ def test_the_baseline_trains_the_head_alone_and_restarts_for_every_rate(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_head_that_takes_whole_sequences_has_no_baseline(folder: Path, tmp_path: Path) -> None:
+    """RoBERTa's head takes a vector for each token; these would have to be kept for all rows."""
+    task, data = running.prepare_data(Recipe(data=str(folder / "data.csv")), Console(quiet=True))
+    loaded = load_pretrained(task.name, str(folder / "tiny"), labels=("bad", "good"))
+    loaded.model.bert.pooler = None  # BERT's head then takes the sequence itself
+    loaded.model.bert.register_forward_hook(lambda module, args, out: (out[0], out[0]))
+    with pytest.raises(baseline.NoBaselineError, match="more than one vector for each row"):
+        baseline.head_alone(
+            task, loaded, ["classifier"], (data.train, data.held_out), {}, Console(quiet=True), tmp_path / "out"
+        )
+
+
 def test_a_run_with_its_baseline(arguments: list[str], tmp_path: Path) -> None:
     """The record has the baseline's best rate, and the adapter is that of the run without a baseline."""
     succeeded(*arguments, "--out", tmp_path / "new", "--baseline", "--set", "max_steps=2")

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from tunerkit import TunerkitError
 from tunerkit.cli.running.arguments import trainer_arguments
 from tunerkit.cli.running.building import build_trainer
 from tunerkit.cli.running.callbacks import Watching
@@ -18,6 +19,10 @@ from tunerkit.integrations.pretrained import Pretrained
 # A head trained alone needs a much higher learning rate than adapters. On the demo, lower rates than these are worse.
 HEAD_RATES = (3e-2, 1e-1, 3e-1)
 _BATCH = 64
+
+
+class NoBaselineError(TunerkitError):
+    """The head of this model cannot be trained on features that are computed once."""
 
 
 class HeadAlone(nn.Module):
@@ -58,6 +63,9 @@ def head_alone(
         training: The recipe's ``training``.
         console: Where the progress is printed.
         folder: The output folder.
+
+    Raises:
+        NoBaselineError: The head's input is not one vector for each row.
     """
     from transformers import Trainer
 
@@ -113,7 +121,12 @@ def _features(task: Task, loaded: Pretrained, head: nn.Module, dataset: Any) -> 
     kept: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda module, args: kept.append(args[0].float().cpu()))
     collator = task.trainer_settings(loaded)["data_collator"]
-    inputs = dataset.remove_columns("labels") if "image" not in dataset.column_names else dataset
+    order = list(range(len(dataset)))
+    inputs = dataset
+    if "input_ids" in dataset.column_names:  # texts of similar length need less padding
+        lengths = [len(ids) for ids in dataset["input_ids"]]
+        order.sort(key=lengths.__getitem__)
+        inputs = dataset.remove_columns("labels").select(order)
     loaded.model.eval()
     try:
         for batch in DataLoader(inputs, batch_size=_BATCH, collate_fn=collator):
@@ -121,5 +134,9 @@ def _features(task: Task, loaded: Pretrained, head: nn.Module, dataset: Any) -> 
             loaded.model(**{name: value.to(loaded.model.device) for name, value in batch.items()})
     finally:
         hook.remove()
-    found = datasets.Dataset.from_dict({"features": torch.cat(kept).numpy(), "labels": dataset["labels"]})
+    if any(features.dim() != 2 for features in kept):
+        raise NoBaselineError("no baseline: the head takes more than one vector for each row")
+    features = torch.empty(len(order), kept[0].shape[1])
+    features[order] = torch.cat(kept)
+    found = datasets.Dataset.from_dict({"features": features.numpy(), "labels": dataset["labels"]})
     return found.with_format("torch")

@@ -17,7 +17,7 @@ from tunerkit.cli.rows.labels import split
 from tunerkit.cli.rows.reading import DataError, read_table
 from tunerkit.cli.running import output
 from tunerkit.cli.running.arguments import trainer_arguments
-from tunerkit.cli.running.baseline import head_alone
+from tunerkit.cli.running.baseline import NoBaselineError, head_alone
 from tunerkit.cli.running.building import build_trainer
 from tunerkit.cli.running.callbacks import Watching, refuse_nonfinite
 from tunerkit.cli.running.record import (
@@ -275,7 +275,11 @@ def compare(session: Session, trained: Trained, console: Console) -> dict[str, A
     tunerkit.unwrap(session.loaded.model)
     rows = (session.data.train, session.data.held_out)
     folder = Path(session.recipe.out)
-    baseline = head_alone(task, session.loaded, heads, rows, dict(session.recipe.training), console, folder)
+    try:
+        baseline = head_alone(task, session.loaded, heads, rows, dict(session.recipe.training), console, folder)
+    except NoBaselineError as problem:  # the adapter is written already
+        say(console, str(problem))
+        return None
     own, other = trained.metrics[task.main_metric], baseline["metrics"][task.main_metric]
     say(console, f"head alone: {task.main_metric} {other:.4f} (best of {', '.join(baseline['by_learning_rate'])})")
     say(console, f"{session.recipe.method} is {100 * (own - other):+.1f} points from the head alone")
