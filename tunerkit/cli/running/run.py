@@ -89,8 +89,8 @@ def run(
         KeyboardInterrupt: Ctrl-C ended the training, after a checkpoint.
     """
     folder = Path(recipe.out)
-    tunerkit.structure(recipe.method, recipe.config)  # report a typo before creating or downloading anything
     output.check(folder, recipe, resume=resume, overwrite=overwrite)
+    tunerkit.structure(recipe.method, recipe.config)  # report a typo before creating or downloading anything
     if not dry_run:
         outputs.prepare(folder)
     quiet()
