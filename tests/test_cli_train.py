@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("train")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True, scope="module")
 def arguments(folder: Path) -> list[str]:
     """The arguments of a run with a method that has ranks, a history and factors, and a seed that is not 0."""
     return arguments_of(folder, "toy-growing", "{every: 6, max_rank: 3}")
@@ -516,8 +516,7 @@ def test_a_head_that_takes_whole_sequences_has_no_baseline(folder: Path, tmp_pat
     """RoBERTa's head takes a vector for each token; these would have to be kept for all rows."""
     task, data = running.prepare_data(Recipe(data=str(folder / "data.csv")), Console(quiet=True))
     loaded = load_pretrained(task.name, str(folder / "tiny"), labels=("bad", "good"))
-    loaded.model.bert.pooler = None  # BERT's head then takes the sequence itself
-    loaded.model.bert.register_forward_hook(lambda module, args, out: (out[0], out[0]))
+    loaded.model.dropout.register_forward_hook(lambda module, args, out: out.unsqueeze(1))
     with pytest.raises(baseline.NoBaselineError, match="more than one vector for each row"):
         baseline.head_alone(
             task, loaded, ["classifier"], (data.train, data.held_out), {}, Console(quiet=True), tmp_path / "out"
