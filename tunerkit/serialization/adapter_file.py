@@ -58,8 +58,8 @@ def save(
     tuner = injection.tuner(model, adapter)
     if tuner.needs_steps and _is_fresh(tuner):
         raise AdapterError(
-            f"adapter {tuner.name!r} was trained with no step: method {tuner.method!r} allocates ranks while the "
-            "optimizer steps. Call tunerkit.attach(model, optimizer, total_steps=...) before training"
+            f"adapter {tuner.name!r} was trained with no step: method {tuner.method!r} needs to see each step of the "
+            "optimizer. Call tunerkit.attach(model, optimizer, total_steps=...) before training"
         )
     warn_of_unspent_schedule(tuner)
     written = save_tuner(tuner, path, allow_nonfinite=allow_nonfinite)
