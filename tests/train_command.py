@@ -78,7 +78,8 @@ def signalled(step: int, number: signal.Signals, times: int = 1) -> Iterator[Non
 def in_process(function: Callable[..., object], *arguments: object) -> int:
     """Call a function in a new process that has only imported this module; return its exit code."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    # There is one server in a process, and the first who uses it decides what its forks need not import again.
+    context.set_forkserver_preload(["tunerkit.testing.resuming", __name__])
     process = context.Process(target=function, args=arguments)
     process.start()
     process.join()
