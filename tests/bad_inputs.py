@@ -25,7 +25,7 @@ _TRAIN = "--method toy-low-rank --out new --epochs 1 --batch-size 8"
 _INTRODUCTION = """# Bad input
 
 What the command says about a mistake: one line on stderr, with what was seen and what to do, and exit code 2. No
-adapter is written, and no file of an earlier run is lost. Each row is the message of one command in the repository's tests.
+adapter is written, and no file of an earlier run is lost. Each row is the message of one command in the tests.
 """
 
 
