@@ -199,4 +199,4 @@ def test_an_adapter_with_nan_is_not_untrained(toys: "Toys", value: float, layer:
         model.get_submodule(layer).tunerkit.get("default").adapter.a.view(-1)[0] = value
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tunerkit.save(model, tmp_path, allow_nonfinite=True)
+        assert tunerkit.save(model, tmp_path, allow_nonfinite=True).is_file()

@@ -7,6 +7,7 @@ import pytest
 
 transformers = pytest.importorskip("transformers", reason="the models are its own")
 
+import tunerkit  # noqa: E402
 from tests.tiny_classifier import save_tiny_classifier  # noqa: E402
 from tunerkit.integrations.pretrained import ModelError, load_pretrained  # noqa: E402
 
@@ -26,7 +27,8 @@ def test_a_model_of_the_hub_has_its_commit_and_a_folder_none(tmp_path: Path, mon
     assert load_pretrained("text-classification", str(kept / "snapshots" / COMMIT), labels=("a", "b")).revision is None
 
 
-def test_the_head_is_for_the_labels_and_new_modules_are_trained(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("toys")
+def test_the_head_is_for_the_labels_and_is_trained(tmp_path: Path) -> None:
     """A head of another size is replaced; the seed decides its start; its dropout and the pooler stay as they are."""
     folder = str(save_tiny_classifier(tmp_path))
     one, same, other = (
@@ -36,7 +38,10 @@ def test_the_head_is_for_the_labels_and_new_modules_are_trained(tmp_path: Path) 
     assert weights[0].shape == (3, 16)
     assert weights[0].equal(weights[1])
     assert not weights[0].equal(weights[2])
-    assert one.heads == ("classifier",)
+    assert one.heads == ()  # it is new, which wrap sees
+    tunerkit.wrap(one.model, "toy-low-rank", {})
+    assert [place.path for place in tunerkit.tuner(one.model).copies] == ["classifier"]
+    assert load_pretrained("text-classification", folder, labels=("x", "y")).heads == ("classifier",)
     assert one.model.config.id2label == {0: "x", 1: "y", 2: "z"}
 
 

@@ -95,8 +95,8 @@ class Pretrained:
         processor: Its tokenizer or image processor.
         source: The folder or hub name that was asked for.
         revision: The commit of the hub that was loaded; None for a folder.
-        heads: The paths of the modules that a classifier trains in full: its head, which may be for other classes,
-            and what the checkpoint did not have. Empty for language models.
+        heads: The paths of a classifier's head, if the checkpoint had it: it may be for other classes, so a training
+            must name it. Empty if the head is new, which `tunerkit.wrap` sees, and for language models.
     """
 
     model: Any
@@ -159,7 +159,7 @@ def load_pretrained(
         model.config.problem_type = task_classes.problem
     if task_classes.processor == _TEXT:
         _settle_padding(source, processor, model)
-    heads = heads_of(model) if labels or task_classes.problem else ()
+    heads = loaded_heads(model) if labels or task_classes.problem else ()
     return Pretrained(model, processor, source, _commit_of(source, revision), heads)
 
 
@@ -236,13 +236,12 @@ def _config_of(source: str, revised: Mapping[str, str]) -> Any:
     return _loading(f"the config of {source!r}", lambda: transformers.AutoConfig.from_pretrained(source, **revised))
 
 
-def heads_of(model: Any) -> tuple[str, ...]:
-    """The modules outside the pretrained part, and inside it those that the checkpoint did not have."""
-    heads = [
-        name for name, child in model.named_children() if name != model.base_model_prefix and [*child.parameters()]
-    ]
-    new = (name.rpartition(".")[0] for name, p in model.named_parameters() if not transformers_private.is_loaded(p))
-    return tuple(dict.fromkeys((*heads, *(path for path in new if path.partition(".")[0] not in heads))))
+def loaded_heads(model: Any) -> tuple[str, ...]:
+    """The modules outside the pretrained part, if the checkpoint had one of them: `tunerkit.wrap` finds new ones."""
+    heads = {name: [*child.parameters()] for name, child in model.named_children() if name != model.base_model_prefix}
+    heads = {name: parameters for name, parameters in heads.items() if parameters}
+    loaded = any(all(map(transformers_private.is_loaded, parameters)) for parameters in heads.values())
+    return tuple(heads) if loaded else ()
 
 
 @contextmanager

@@ -67,37 +67,15 @@ def head_alone(
     Raises:
         NoBaselineError: The head's input is not one vector for each row.
     """
-    from transformers import Trainer
-
     began = time.perf_counter()
     (path,) = heads
     head = loaded.model.get_submodule(path)
-    datasets = [task.encode(part, loaded) for part in rows]
-    features = [_features(task, loaded, head, dataset) for dataset in datasets]
+    features = [_features(task, loaded, head, task.encode(part, loaded)) for part in rows]
     start = {name: value.clone() for name, value in head.state_dict().items()}
     scores: dict[float, dict[str, float]] = {}
-    kept = {name: value for name, value in training.items() if name not in ("learning_rate", "save_strategy")}
     for rate in HEAD_RATES:
         head.load_state_dict(start)
-        head.requires_grad_(True)
-        settings = {
-            **kept,
-            "learning_rate": rate,
-            "save_strategy": "no",
-            "report_to": "none",
-            "load_best_model_at_end": False,
-            "bf16": False,
-            "train_sampling_strategy": "random",
-        }
-        arguments = trainer_arguments(task, settings, folder, has_eval=False)
-        arguments.remove_unused_columns = False
-        watching = Watching(console, None, f"head alone, {rate:g}", must_converge=False)
-        model = HeadAlone(head)
-        trainer = build_trainer(Trainer, arguments, model=model, train_dataset=features[0], callbacks=[watching])
-        try:  # Ctrl-C stops at once: the adapter is written, and the head's training takes seconds
-            trainer.train()
-        finally:
-            watching.close()
+        trainer = _trained(task, head, features[0], {**training, "learning_rate": rate}, console, folder)
         results = task.evaluate(trainer, features[1], rows[1], list(loaded.model.config.id2label.values()))
         scores[rate] = results.metrics
     best = max(scores, key=lambda rate: scores[rate][task.main_metric])
@@ -112,6 +90,32 @@ def head_alone(
     }
 
 
+def _trained(
+    task: Task, head: nn.Module, features: Any, training: dict[str, Any], console: Console, folder: Path
+) -> Any:
+    """Train the head on its features and return the trainer, which evaluates it. Nothing is written."""
+    from transformers import Trainer
+
+    settings = {
+        **training,
+        "save_strategy": "no",
+        "report_to": "none",
+        "load_best_model_at_end": False,
+        "bf16": False,
+        "train_sampling_strategy": "random",
+    }
+    arguments = trainer_arguments(task, settings, folder, has_eval=False)
+    arguments.remove_unused_columns = False
+    watching = Watching(console, None, f"head alone, {training['learning_rate']:g}", must_converge=False)
+    model = HeadAlone(head.requires_grad_(True))
+    trainer = build_trainer(Trainer, arguments, model=model, train_dataset=features, callbacks=[watching])
+    try:  # Ctrl-C stops at once: the adapter is written, and the head's training takes seconds
+        trainer.train()
+    finally:
+        watching.close()
+    return trainer
+
+
 @torch.inference_mode()
 def _features(task: Task, loaded: Pretrained, head: nn.Module, dataset: Any) -> Any:
     """What the base computes as the head's input, as a dataset of ``features`` and ``labels``."""
@@ -121,16 +125,12 @@ def _features(task: Task, loaded: Pretrained, head: nn.Module, dataset: Any) -> 
     kept: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda module, args: kept.append(args[0].float().cpu()))
     collator = task.trainer_settings(loaded)["data_collator"]
-    order = list(range(len(dataset)))
-    inputs = dataset
-    if "input_ids" in dataset.column_names:  # texts of similar length need less padding
-        lengths = [len(ids) for ids in dataset["input_ids"]]
-        order.sort(key=lengths.__getitem__)
-        inputs = dataset.remove_columns("labels").select(order)
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)  # texts of similar length need less padding
+    inputs = dataset.remove_columns("labels").select(order)
     loaded.model.eval()
     try:
         for batch in DataLoader(inputs, batch_size=_BATCH, collate_fn=collator):
-            batch.pop("labels", None)
             loaded.model(**{name: value.to(loaded.model.device) for name, value in batch.items()})
     finally:
         hook.remove()

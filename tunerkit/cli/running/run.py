@@ -64,12 +64,10 @@ class Session:
     recipe: Recipe
     task: Task
     data: Data
-    labels: tuple[str, ...]
     loaded: Pretrained
     tuner: Tuner
     trainer: Any
     watching: Watching
-    encoded: tuple[Any, Any]
 
 
 def run(
@@ -134,7 +132,7 @@ def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dic
         "model": model_facts(loaded, session.trainer.args.seed),
         "data": {"train": data.source, "eval": data.held_out_source},
         "rows": {"train": len(data.train), "eval": len(data.held_out)},
-        "labels": list(session.labels),
+        "labels": list(data.labels),
         "metrics": dict(trained.metrics),
         "main_metric": task.main_metric,
         "greater_is_better": task.greater_is_better,
@@ -187,15 +185,13 @@ def prepare_data(recipe: Recipe, console: Console) -> tuple[Task, Data]:
 
 def prepare(recipe: Recipe, task: Task, data: Data, console: Console) -> Session:
     """Load and wrap the model, encode the rows, and build the trainer."""
-    labels = data.labels
     demo = {} if recipe.data is not None else demo_of(task.name, "data").training
     arguments = trainer_arguments(task, {**demo, **recipe.training}, Path(recipe.out), has_eval=bool(data.held_out))
     seed = arguments.seed
     source = recipe.model
     if source is None:
         source = str(demo_of(task.name, "model").model(assets.cache_folder(), lambda text: say(console, text)))
-    loaded = load_pretrained(task.name, source, labels=labels, seed=seed)
-    encoded = (task.encode(data.train, loaded), task.encode(data.held_out, loaded) if data.held_out else None)
+    loaded = load_pretrained(task.name, source, labels=data.labels, seed=seed)
     trained = recipe.config.get("train_modules") or list(loaded.heads)
     tunerkit.wrap(loaded.model, recipe.method, {**recipe.config, "train_modules": trained}, seed=seed)
     kind, _ = task.trainer_classes()
@@ -204,14 +200,14 @@ def prepare(recipe: Recipe, task: Task, data: Data, console: Console) -> Session
         kind,
         arguments,
         model=loaded.model,
-        train_dataset=encoded[0],
-        eval_dataset=encoded[1],
+        train_dataset=task.encode(data.train, loaded),
+        eval_dataset=task.encode(data.held_out, loaded) if data.held_out else None,
         processing_class=loaded.processor,
         callbacks=[watching],
         **task.trainer_settings(loaded),
     )
     tunerkit.attach(loaded.model, trainer)
-    return Session(recipe, task, data, labels, loaded, tunerkit.tuner(loaded.model), trainer, watching, encoded)
+    return Session(recipe, task, data, loaded, tunerkit.tuner(loaded.model), trainer, watching)
 
 
 def describe(session: Session, console: Console) -> None:
@@ -224,22 +220,12 @@ def describe(session: Session, console: Console) -> None:
         lengths = sorted(len(row) for row in train_set["input_ids"])
         at = f"{session.recipe.max_length or session.task.limit} tokens"
         say(console, f"lengths: {lengths[len(lengths) // 2]} tokens in the middle, {lengths[-1]} at most (cut at {at})")
-    if session.labels:
-        say(
-            console,
-            f"{len(session.labels)} classes: {', '.join(session.labels[:10])}{' …' * (len(session.labels) > 10)}",
-        )
-    steps = arguments.max_steps if arguments.max_steps > 0 else _steps(session)
+    if data.labels:
+        say(console, f"{len(data.labels)} classes: {', '.join(data.labels[:10])}{' …' * (len(data.labels) > 10)}")
+    *_, steps = session.trainer.set_initial_training_values(arguments, session.trainer.get_train_dataloader())
     say(console, f"{steps} steps, {arguments.num_train_epochs:g} epochs, batches of {arguments.train_batch_size}")
     parameters = tunerkit.trainable_parameters(session.loaded.model)
     say(console, f"{session.recipe.method} on {len(session.tuner.targets)} matrices: {parameters}")
-
-
-def _steps(session: Session) -> int:
-    loader = session.trainer.get_train_dataloader()
-    accumulated = session.trainer.args.gradient_accumulation_steps
-    per_epoch = max(1, -(-len(loader) // accumulated))
-    return int(-(-session.trainer.args.num_train_epochs * per_epoch // 1))
 
 
 def train(session: Session, console: Console, *, resume: bool) -> Trained:
@@ -258,7 +244,7 @@ def train(session: Session, console: Console, *, resume: bool) -> Trained:
     confusion = None
     if session.data.held_out:
         began = time.perf_counter()
-        results = session.task.evaluate(trainer, trainer.eval_dataset, session.data.held_out, session.labels)
+        results = session.task.evaluate(trainer, trainer.eval_dataset, session.data.held_out, session.data.labels)
         metrics, confusion = results.metrics, results.confusion
         seconds["evaluate"] = time.perf_counter() - began
         when = f"on the held-out rows after {tuner.steps} steps"
