@@ -25,7 +25,8 @@ _TRAIN = "--method toy-low-rank --out new --epochs 1 --batch-size 8"
 _INTRODUCTION = """# Bad input
 
 What the command says about a mistake: one line on stderr, with what was seen and what to do, and exit code 2. No
-adapter is written, and no file of an earlier run is lost. Each row is the message of one command in the tests.
+adapter is written, and no file of an earlier run is lost, unless `--overwrite` said so. Each row is the message of one
+command in the tests.
 """
 
 
@@ -105,6 +106,24 @@ DATA = (
     _jsonl("role.jsonl", [{"messages": [{"content": "good"}]}] * 10, "messages without a role"),
     _jsonl("roles.jsonl", [{"messages": [{"role": "human", "content": "good"}]}] * 10, "messages with another role"),
     _jsonl("pairs.jsonl", list(_PREFERENCES), "a chosen text and a rejected list of messages"),
+    _jsonl(
+        "mixed.jsonl",
+        [{"prompt": "a film", "completion": "good"}] * 8
+        + [
+            {"prompt": [{"role": "user", "content": "a film"}], "completion": [{"role": "assistant", "content": "bad"}]}
+        ],
+        "texts in some rows, and lists of messages in others",
+    ),
+    _jsonl(
+        "answers.jsonl",
+        [{"messages": [{"role": "assistant", "content": "good"}]}] * 8,
+        "an answer without a question",
+    ),
+    _jsonl(
+        "alpaca.jsonl",
+        [{"instruction": "Judge this film.", "input": "a plot", "output": "bad"}] * 8,
+        "an instruction with its input in another column",
+    ),
     _train("data for another task", "--task seq2seq --model t5"),
     _csv(
         "two.csv",
@@ -176,6 +195,13 @@ RECIPES = (
     _recipe("a mistyped argument of the trainer", "training: {learning_rte: 1e-3}\n"),
     _recipe("an argument that has an option of its own", "training: {output_dir: here}\n"),
     _recipe("a text in place of a learning rate", "training: {learning_rate: fast}\n"),
+    _recipe(
+        "wrong numbers for the trainer",
+        "training: {learning_rate: null, gradient_accumulation_steps: 2.5, per_device_eval_batch_size: 0}\n",
+    ),
+    _recipe("an upload after the training", "training: {push_to_hub: true}\n"),
+    _recipe("a token of the hub", "training: {hub_token: hf_secret}\n"),
+    _recipe("an argument that the trainer itself refuses", "training: {batch_eval_metrics: true}\n", until="training:"),
     _recipe("an unknown schedule", "training: {lr_scheduler_type: cosin}\n", until="is not a valid SchedulerType"),
     _recipe("a logger that is not installed", "training: {report_to: nowhere}\n", until="nowhere is not supported"),
     BadInput("a recipe that is not there", "train recipes.yaml"),
@@ -194,12 +220,16 @@ FOLDERS = (
     _train("an output folder with other files", "--out empty", **{"empty/readme.txt": ""}),
     _train("a file in place of an output folder", "--out reviews.csv"),
     _train("an output folder that cannot be written", "--out reviews.csv/out"),
+    _train(
+        "an output folder with a recipe of your own", "--out own --overwrite", **{"own/recipe.yaml": "model: bert\n"}
+    ),
     BadInput("nothing to resume", "train --out nowhere --resume"),
     BadInput("a run to resume that has ended", "train --out run --resume"),
     BadInput(
         "a run to resume with another recipe",
         "train --resume --model bert --data reviews.csv --method toy-low-rank --out stopped --epochs 2 --batch-size 8",
     ),
+    BadInput("a run to resume whose data has changed", "train --out changed --resume"),
     _train("--resume and --overwrite together", "--out stopped --resume --overwrite"),
 )
 USES = (
@@ -213,6 +243,7 @@ USES = (
         "predict run --data noted.csv",
         {"noted.csv": "texts\ngood film\n"},
     ),
+    BadInput("single texts, where pairs of texts were trained", "predict pairs --text good"),
     BadInput("rows to evaluate without labels", "eval run --data bare.csv", {"bare.csv": "text\ngood film\n"}),
     BadInput("rows to evaluate with other labels", "eval run --data ugly.csv", {"ugly.csv": "text,label\nfilm,ugly\n"}),
     BadInput("--text for a task without texts", "predict tokens --text good"),
@@ -223,10 +254,12 @@ USES = (
     BadInput("a damaged record", "predict torn --text good"),
     BadInput("a damaged adapter", "predict cut --text good", until="cannot be read as a safetensors file:"),
     BadInput("a run without its adapter", "predict lost --text good"),
+    BadInput("a length for a task that generates nothing", "predict run --text good --new-tokens 8"),
     BadInput("a classifier asked to chat", "chat run"),
     BadInput(
         "a folder for the merged model that is not empty", "merge run --base bert --out empty", {"empty/readme.txt": ""}
     ),
+    BadInput("a folder for the merged model that cannot be written", "merge run --base bert --out reviews.csv/merged"),
 )
 SECTIONS = {
     "Data": DATA,
@@ -269,12 +302,15 @@ def make_folder(folder: Path) -> None:
 def _make_runs(folder: Path) -> None:
     done = run(BadInput("", "train --model bert --data reviews.csv --out run"))
     assert done.exit_code == 0, done.output
-    for name in ("stopped", "tokens", "moved", "newer", "torn", "cut", "lost"):
+    for name in ("stopped", "changed", "tokens", "pairs", "moved", "newer", "torn", "cut", "lost"):
         shutil.copytree(folder / "run", folder / name)
-    (folder / "stopped" / "run.json").unlink()
+    for name in ("stopped", "changed"):
+        (folder / name / "run.json").unlink()
+    (folder / "changed" / "data.sha256").write_text(f"{64 * '0'}  {folder / 'reviews.csv'}\n")
     record = json.loads((folder / "run" / "run.json").read_text())
     changes: dict[str, dict[str, object]] = {
         "tokens": {"task": "token-classification"},
+        "pairs": {"columns": ["text", "text_pair", "label"]},
         "moved": {"model": {**record["model"], "source": str(folder / "old" / "bert")}},
         "newer": {"version": 2},
     }

@@ -166,6 +166,34 @@ class TrainsHalf(Plugin):
     adapter = HalfDetached
 
 
+class HalfOfTheGradient(Product):
+    def added(self, x: Tensor) -> Tensor:
+        h = super().added(x)
+        return 0.5 * h + 0.5 * h.detach()
+
+
+class GradientHalved(Plugin):
+    adapter = HalfOfTheGradient
+
+
+class CutsTheInput(Product):
+    def added(self, x: Tensor) -> Tensor:
+        return super().added(x.detach())
+
+
+class InputDetached(Plugin):
+    adapter = CutsTheInput
+
+
+class LessInTraining(Product):
+    def added(self, x: Tensor) -> Tensor:
+        return super().added(x) * (0.9 if self.training else 1.0)
+
+
+class ScaledInTraining(Plugin):
+    adapter = LessInTraining
+
+
 class Amplified(Product):
     trains_the_gain = True
 
@@ -372,11 +400,14 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake("trains nothing: forward detaches", TrainsNothingDetached, "gradients_reach_every_tensor"),
     Mistake("trains nothing: both factors start at 0", TrainsNothingZero, "every_tensor_moves"),
     Mistake("half of the tensors have no gradient", TrainsHalf, "gradients_reach_every_tensor"),
+    Mistake("half of what forward adds is detached", GradientHalved, "gradients_are_true"),
+    Mistake("forward detaches x", InputDetached, "gradients_are_true"),
+    Mistake("adds less in training mode than in eval mode", ScaledInTraining, "same_in_training"),
     Mistake("says rank 1, adds rank 2", RankLies, "rank"),
     Mistake("the delta is 0.999 times what forward adds", DeltaTooSmall, "delta_is_what_forward_adds"),
     Mistake("the delta is transposed", DeltaTransposed, "delta_is_what_forward_adds"),
     Mistake("the delta has no gradient for half of the tensors", DeltaHalfDetached, "delta_gives_gradients"),
-    Mistake("a shared tensor has no gradient at one target", TrainsTheGainOnce, "delta_gives_gradients"),
+    Mistake("a shared tensor has no gradient at one target", TrainsTheGainOnce, "gradients_are_true"),
     Mistake("there is no delta", DeltaMissing, "delta_is_what_forward_adds"),
     Mistake("forward counts its calls and uses the number", HiddenState, "no_hidden_state"),
     Mistake("forward writes into x", WritesX, "inputs_unwritten"),

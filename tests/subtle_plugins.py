@@ -17,6 +17,7 @@ from tests.bad_plugins import (
     HiddenState,
     Plugin,
     Product,
+    TrainsTheGainOnce,
 )
 from tunerkit import Adapter, BaseLayer, Delta, Factors, ParamGroup, Statistics, Target, Tuner, hookimpl
 from tunerkit.testing.toy_methods import LowRankConfig
@@ -144,6 +145,11 @@ class WrongSign(Product):
         return h - 2 * h.detach()  # -h, with the gradient of h
 
 
+class HardlyTrains(Product):
+    def added(self, x: Tensor) -> Tensor:
+        return super().added(x) * 1e-6
+
+
 class OnlyInTraining(Product):
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         return super().forward(base, x, y) if self.training else y + 0 * self.added(x).to(y.dtype)
@@ -215,6 +221,22 @@ class FactorsTooSmall(Plugin):
     @hookimpl
     def tunerkit_factors(self, adapter: Product) -> Factors:
         return tunerkit.low_rank_factors(adapter.a, adapter.b, scale=0.5)
+
+
+class OneRankTooHigh(Product):
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0] + 1
+
+
+class RankTooHigh(Plugin):
+    """The delta is right, so that only the factors show the rank."""
+
+    adapter = OneRankTooHigh
+
+    @hookimpl
+    def tunerkit_factors(self, adapter: Product) -> Factors:
+        return tunerkit.low_rank_factors(adapter.a, adapter.b, scale=1.0)
 
 
 class BuildsTooLarge(Plugin):
@@ -310,8 +332,12 @@ CAUGHT: tuple[tuple[str, type], ...] = (
     ("calibration_keeps_the_start", CalibratesTooMuch),
     ("only_the_adapter_trains", ThawsTheBase),
     ("fixed_stays_fixed", MovesFixed),
+    ("same_in_training", with_adapter(OnlyInTraining)),
+    ("gradients_are_true", with_adapter(WrongSign)),
+    ("delta_gives_gradients", TrainsTheGainOnce),
     ("loss_falls", with_adapter(WrongSign)),
     ("loss_falls", with_adapter(OnlyInTraining)),
+    ("loss_falls", with_adapter(HardlyTrains)),
     ("trains_beside_copies", ChangesTheHead),
     ("freezing", with_adapter(ThawsItself)),
     ("param_groups", GroupsTwice),
@@ -322,6 +348,7 @@ CAUGHT: tuple[tuple[str, type], ...] = (
     ("fused_is_plain", with_adapter(ReusesY)),
     ("factors_are_the_delta", FactorsTooSmall),
     ("builds_from_factors", BuildsTooLarge),
+    ("rank", RankTooHigh),
     ("budget", BudgetLies),
     ("disabled_is_the_base", ChangesAfterAStep),
     ("unwraps", LeavesABuffer),

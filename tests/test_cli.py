@@ -387,11 +387,30 @@ def test_check_exits_with_1_and_prints_a_sentence_for_each_failure() -> None:
     assert "end forward with y + added.to(y.dtype)" in found.output
 
 
+def test_check_takes_reasons_for_expected_failures() -> None:
+    """A check that fails as expected changes no exit code; one that passes all the same does."""
+    arguments = ["check", "bad", "--case", "network", "--check", "output_dtype"]
+    with registered(bad_plugins.WrongDtype()):
+        found = CliRunner().invoke(build(), [*arguments, "--expected-failure", "output_dtype=a = b is to come"])
+    assert found.exit_code == 0
+    assert "expected failure output_dtype: a = b is to come" in found.output
+    assert "bad: 0 passed, 0 failed, 0 skipped, 1 failed as expected" in found.output
+    with registered(bad_plugins.Plugin()):
+        found = CliRunner().invoke(build(), [*arguments, "--expected-failure", "output_dtype=to come"])
+    assert found.exit_code == 1
+    assert "output_dtype on network: it passes, and is expected to fail (to come)" in found.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["toy-lowrank"], "no method named 'toy-lowrank'"),
         (["toy-low-rank", "--check", "stat"], "no check named 'stat'; did you mean 'start'?"),
+        (["toy-low-rank", "--expected-failure", "stat=no"], "no check named 'stat'; did you mean 'start'?"),
+        (
+            ["toy-low-rank", "--expected-failure", "start"],
+            "write CHECK=REASON, as in 'resumes=no state yet'; got 'start'",
+        ),
         (["toy-low-rank", "--case", "nettwork"], "no case named 'nettwork'; did you mean 'network'?"),
         (["toy-low-rank", "--config", '{"rnk": 1}'], "unknown key 'rnk'; did you mean 'rank'?"),
         (["toy-low-rank", "--config", '{"rank": 1'], "--config: cannot be read"),

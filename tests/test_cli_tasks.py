@@ -19,21 +19,25 @@ for _module in ("datasets", "pyarrow", "sklearn", "transformers", "typer", "yaml
 
 import numpy as np  # noqa: E402
 from rich.console import Console  # noqa: E402
+from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
 import tunerkit  # noqa: E402
 from tests.tiny_classifier import WORDS, save_tiny_classifier  # noqa: E402
 from tests.tiny_models import SIDE, save_tiny_llama, save_tiny_roberta, save_tiny_t5, save_tiny_vit  # noqa: E402
 from tunerkit.cli.recipes.recipe import Recipe  # noqa: E402
-from tunerkit.cli.rows.reading import DataError, Table  # noqa: E402
+from tunerkit.cli.rows.reading import DataError, Table, read_table  # noqa: E402
+from tunerkit.cli.running.data import prepare_data  # noqa: E402
 from tunerkit.cli.running.record import model_facts, write_record  # noqa: E402
-from tunerkit.cli.running.run import prepare, prepare_data, train  # noqa: E402
+from tunerkit.cli.running.run import prepare, train  # noqa: E402
 from tunerkit.cli.tasks import TASKS, TaskError, task_of  # noqa: E402
 from tunerkit.cli.tasks.base import MissingPackageError, require_package  # noqa: E402
-from tunerkit.cli.tasks.classifying import classification_results  # noqa: E402
-from tunerkit.cli.tasks.generating import generate  # noqa: E402
+from tunerkit.cli.tasks.classifying import classification_scores, confusion_of  # noqa: E402
+from tunerkit.cli.tasks.generating import GenerationTask, generate  # noqa: E402
 from tunerkit.cli.tasks.infer import infer  # noqa: E402
+from tunerkit.cli.tasks.texts import token_limit  # noqa: E402
 from tunerkit.integrations.output_folder import load_run, read_run  # noqa: E402
 from tunerkit.integrations.pretrained import load_pretrained  # noqa: E402
+from tunerkit.report.record import GREATEST  # noqa: E402
 from tunerkit.testing.registering import registered  # noqa: E402
 from tunerkit.testing.toy_methods import LowRankPlugin  # noqa: E402
 
@@ -193,6 +197,9 @@ def test_each_task_learns_and_predicts_the_same_after_loading(
         losses = [entry["loss"] for entry in trained.logs if "loss" in entry]
         assert np.mean(losses[-EPOCH:]) < 0.9 * np.mean(losses[:EPOCH])
         assert trained.metrics[task.main_metric] == pytest.approx(trained.metrics[task.main_metric])  # no NaN
+        logged = next(entry for entry in reversed(trained.logs) if "eval_loss" in entry)
+        if not isinstance(task, GenerationTask):  # each metric may choose the best checkpoint
+            assert {name: logged[f"eval_{name}"] for name in trained.metrics} == pytest.approx(trained.metrics)
         before = task.predict(session.loaded, rows.held_out, batch_size=4)
         json.dumps(before)
         tunerkit.save(session.loaded.model, "out")
@@ -224,21 +231,22 @@ def same(first: object, second: object) -> bool:
 # --- metrics ---
 
 
-def results_of(task: str, truth: object, predictions: object, classes: int = 2, rows: int = 3) -> dict[str, float]:
-    """The metrics of a task for what a trainer's prediction returned."""
-    found = SimpleNamespace(label_ids=np.array(truth), predictions=np.array(predictions), metrics={"test_loss": 0.5})
-    trainer = SimpleNamespace(predict=lambda dataset: found)
-    return task_of(task).evaluate(trainer, None, [{}] * rows, [str(n) for n in range(classes)]).metrics
+def results_of(task: str, truth: object, predictions: object) -> dict[str, float]:
+    """The metrics of a task for what a trainer's prediction returned, which are those that it logs."""
+    outputs = {"label_ids": np.array(truth), "predictions": np.array(predictions)}
+    trainer = SimpleNamespace(predict=lambda dataset: SimpleNamespace(**outputs, metrics={"test_loss": 0.5}))
+    results = task_of(task).evaluate(trainer, None).metrics
+    assert {**task_of(task).compute_metrics(SimpleNamespace(**outputs)), "loss": 0.5} == results
+    return results
 
 
 def test_accuracy_f1_and_confusion_are_those_by_hand() -> None:
     """Class 0: 2 of 3 found, 2 of 3 right; class 1: 2 of 2, 2 of 3 right; class 2: never predicted, so its F1 is 0."""
-    results = classification_results([0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 1, 0], 3, 0.5)
-    assert results.confusion == [[2, 1, 0], [0, 2, 0], [1, 0, 0]]
-    assert results.metrics == {
+    truth, logits = np.array([0, 0, 0, 1, 1, 2]), np.eye(3)[[0, 0, 1, 1, 1, 0]]
+    assert confusion_of(logits, truth) == [[2, 1, 0], [0, 2, 0], [1, 0, 0]]
+    assert classification_scores(logits, truth) == {
         "accuracy": pytest.approx(4 / 6),
         "f1": pytest.approx((2 / 3 + 0.8 + 0) / 3),
-        "loss": 0.5,
     }
 
 
@@ -259,14 +267,15 @@ def test_errors_of_numbers_are_those_by_hand() -> None:
     """Errors of 0, 1 and 2 at a variance of 2/3; R² needs two rows."""
     metrics = results_of("regression", [1.0, 3, 2], [[1.0], [2], [4]])
     assert metrics == {"loss": 0.5, "mae": pytest.approx(1.0), "r2": pytest.approx(-1.5)}
-    assert set(results_of("regression", [1.0], [[1.0]], rows=1)) == {"loss", "mae"}
+    assert set(results_of("regression", [1.0], [[1.0]])) == {"loss", "mae"}
 
 
 def test_perplexity_is_the_exponential_of_the_loss() -> None:
-    """A loss of ln 3 is the perplexity of three equal choices; a huge loss gives no overflow."""
-    for loss, expected in ((math.log(3), 3.0), (1e9, math.exp(700))):
+    """A loss of ln 3 is the perplexity of three equal choices; that of a huge loss is one that a record may hold."""
+    for loss, expected in ((math.log(3), 3.0), (1e9, math.exp(230))):
+        assert expected < GREATEST
         trainer = SimpleNamespace(evaluate=lambda dataset, loss=loss: {"eval_loss": loss})
-        found = task_of("causal-lm").evaluate(trainer, None, [], ())
+        found = task_of("causal-lm").evaluate(trainer, None)
         assert found.metrics == {"loss": loss, "perplexity": pytest.approx(expected)}
 
 
@@ -334,6 +343,96 @@ def test_a_language_model_reads_the_columns_of_one_form_only() -> None:
         task.rows(table({"prompt": "x"}), {})
     with pytest.raises(DataError, match="causal-lm needs a column 'answers'"):
         task.rows(table({"prompt": "x"}), {"completion": "answers"})
+
+
+def test_the_names_in_a_recipe_choose_the_form_of_a_language_models_rows() -> None:
+    """Of the columns that are there, the first form counts only if it has all the named ones."""
+    task, said = task_of("causal-lm"), [{"role": "user", "content": "x"}]
+    both = table({"messages": said, "body": "y", "q": "z", "response": "w"})
+    assert task.rows(both, {"text": "body"}) == [{"text": "y"}]
+    assert task.rows(both, {"prompt": "q"}) == [{"prompt": "z", "completion": "w"}]
+    assert task.rows(both, {"prompt": "q"}, predicting=True) == [{"prompt": "z"}]
+    with pytest.raises(DataError, match="needs a column 'bodies'"):
+        task.rows(both, {"text": "bodies"})
+    with pytest.raises(DataError, match=r"columns.prompt and columns.text: no form of data has all of them; name"):
+        task.rows(both, {"prompt": "q", "text": "body"})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "second"), [("instruction", "input"), ("instruction", "context"), ("question", "context")]
+)
+def test_an_instruction_that_goes_on_in_another_column_is_not_cut_short(prompt: str, second: str) -> None:
+    """Alpaca's and Dolly's rows ask in two columns; a column that the user names, or called prompt, is the whole."""
+    for task, rest in (("causal-lm", {"output": "z"}), ("preference", {"chosen": "z", "rejected": "w"})):
+        rows = table({prompt: "x", second: "y", **rest})
+        with pytest.raises(DataError, match=rf"'{prompt}' and '{second}', .*join .*set columns.prompt to {prompt} in"):
+            task_of(task).rows(rows, {})
+        with pytest.raises(DataError, match=rf"to leave '{second}' out, remove that column"):
+            task_of(task).rows(rows, {}, predicting=True, renaming=False)
+        assert task_of(task).rows(rows, {"prompt": prompt})[0]["prompt"] == "x"
+        assert task_of(task).rows(table({"prompt": "x", second: "y", **rest}), {})[0]["prompt"] == "x"
+
+
+_USER, _ASSISTANT = ([{"role": role, "content": "x"}] for role in ("user", "assistant"))
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "message"),
+    [
+        (
+            "causal-lm",
+            [{"prompt": "x", "completion": _ASSISTANT}],
+            "row 1: prompt is a text, completion is a list; write",
+        ),
+        ("causal-lm", [{"prompt": _USER, "completion": "x"}], "row 1: prompt is a list, completion is a text; write"),
+        (
+            "causal-lm",
+            [{"prompt": "x", "completion": "y"}, {"prompt": _USER, "completion": _ASSISTANT}],
+            "row 2, column 'prompt': is a list, and row 1 has a text; write all rows as texts, or all as lists",
+        ),
+        (
+            "preference",
+            [dict.fromkeys(("prompt", "chosen", "rejected"), value) for value in (_USER, "x")],
+            "row 2, column 'prompt': is a text, and row 1 has a list",
+        ),
+        ("causal-lm", [{"messages": _ASSISTANT}], "row 1, column 'messages': the only message is the assistant's; add"),
+        ("causal-lm", [{"text": _USER}], "row 1, column 'text': expected text, got"),
+    ],
+)
+def test_texts_and_conversations_are_not_mixed(task: str, rows: Rows, message: str) -> None:
+    """The trainers of TRL look at the first row alone, and an answer to nothing cannot be asked for."""
+    with pytest.raises(DataError, match=message):
+        task_of(task).rows(table(*rows), {})
+
+
+def test_what_is_predicted_is_not_read() -> None:
+    """Rows to predict may have empty, unknown or wrong labels, and several columns that could have them."""
+    for task, row, wanted in (
+        ("text-classification", {"text": "x", "class": None, "category": ["?"]}, {"text": "x"}),
+        ("regression", {"text": "x", "label": "?"}, {"text": "x"}),
+        ("token-classification", {"tokens": ["x"], "tags": []}, {"tokens": ["x"]}),
+        ("causal-lm", {"prompt": "x", "completion": ""}, {"prompt": "x"}),
+        ("preference", {"prompt": "x", "chosen": None, "rejected": None}, {"prompt": "x"}),
+        ("seq2seq", {"source": "x", "target": None}, {"source": "x"}),
+    ):
+        assert task_of(task).rows(table(row), {}, predicting=True) == [wanted]
+
+
+def test_paths_of_images_are_relative_to_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image in the file's own folder comes first, then one in the working folder."""
+    image = pytest.importorskip("PIL.Image")
+    for name in ("data/a.png", "a.png", "b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        image.new("RGB", (SIDE, SIDE)).save(tmp_path / name)
+    (tmp_path / "data" / "rows.csv").write_text("image,label\na.png,x\nb.png,y\n")
+    monkeypatch.chdir(tmp_path)
+    rows = task_of("image-classification").rows(read_table(Path("data/rows.csv")), {})
+    assert [Path(row["image"]) for row in rows] == [Path("data/a.png"), Path("b.png")]
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(
+        DataError, match=r"row 2, column 'image': there is no file 'b.png'; .*relative to the folder of"
+    ):
+        task_of("image-classification").rows(read_table(Path("data/rows.csv")), {})
 
 
 def test_a_class_may_be_rare(models: Callable[[str], Path], tmp_path: Path) -> None:
@@ -453,6 +552,46 @@ def test_a_batch_generates_what_each_prompt_does_alone(name: str, task: str, mod
     together = generate(loaded, prompts, batch_size=3, new_tokens=8)
     assert together == [generate(loaded, [prompt], batch_size=1, new_tokens=8)[0] for prompt in prompts]
     assert loaded.processor.padding_side == side
+
+
+def test_of_a_prompt_that_is_too_long_the_end_is_read(models: Callable[[str], Path]) -> None:
+    """Prompt and answer fit the model's 64 positions, of which the answer has 32 at most; short prompts stay whole."""
+    loaded = load_pretrained("causal-lm", str(models("llama")))
+    loaded.model.generation_config.eos_token_id = None
+    words = [WORDS[number % 8] for number in range(100)]
+    end = torch.tensor([loaded.processor(" ".join(words))["input_ids"][-56:]])
+    wanted = loaded.model.generate(end, max_new_tokens=8, do_sample=False)[:, 56:]
+    prompts = [" ".join(words), "the film"]
+    answers = generate(loaded, prompts, batch_size=2, new_tokens=8)
+    assert answers[0] == loaded.processor.decode(wanted[0], skip_special_tokens=True)
+    assert answers[1] == generate(loaded, prompts[1:], batch_size=1, new_tokens=8)[0]
+    seen: list[int] = []
+    loaded.model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    generate(loaded, prompts[:1], batch_size=1, new_tokens=1000)
+    assert sum(seen) < 64 + 1
+    assert (seen[0], len(seen)) == (32, 32)
+
+
+def test_samples_of_an_encoder_decoder_are_cut_as_its_predictions(models: Callable[[str], Path]) -> None:
+    """A source may be longer than the model reads."""
+    task = task_of("seq2seq", 6)
+    loaded = load_pretrained(task.name, str(models("t5")))
+    rows = [{"source": " ".join([*WORDS] * 3), "target": "x"}]
+    (sample,) = task.samples(loaded, rows)
+    assert sample["answer"] == task.predict(loaded, rows, batch_size=1)[0]["target"]
+    assert sample["answer"] == generate(loaded, [rows[0]["source"]], batch_size=1, max_length=6)[0]
+
+
+def test_a_model_that_counts_its_positions_by_another_name_has_them_too(models: Callable[[str], Path]) -> None:
+    """GPT-2 has ``n_positions`` in its config, beyond which it cannot read."""
+    loaded = load_pretrained("causal-lm", str(models("llama")))
+    small: dict[str, Any] = {"n_embd": 8, "n_layer": 1, "n_head": 1, "vocab_size": 20}
+    model = GPT2LMHeadModel(GPT2Config(n_positions=24, **small))
+    gpt = attrs.evolve(loaded, model=model)
+    assert token_limit(gpt, 1000) == 24
+    generate(gpt, [" ".join(WORDS * 10)], batch_size=1, new_tokens=20)
 
 
 def test_a_conversation_has_the_tokens_of_its_template_only(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ import tunerkit  # noqa: E402
 from tests.tiny_models import save_tiny_llama  # noqa: E402
 from tests.train_command import (  # noqa: E402
     arguments_of,
+    assert_same_end,
     check_resumed_after_ctrl_c,
     check_resumed_after_kill,
     command,
@@ -33,7 +35,8 @@ from tests.train_command import (  # noqa: E402
 from tunerkit.cli.plugin_commands import PluginCommands  # noqa: E402
 from tunerkit.cli.recipes import reading, schema  # noqa: E402
 from tunerkit.cli.recipes.recipe import Recipe  # noqa: E402
-from tunerkit.cli.running import baseline, run as running, using  # noqa: E402
+from tunerkit.cli.running import baseline, data as running_data, output, run as running, using  # noqa: E402
+from tunerkit.cli.tasks.text_classification import TextClassification  # noqa: E402
 from tunerkit.integrations.output_folder import read_run  # noqa: E402
 from tunerkit.integrations.pretrained import load_pretrained  # noqa: E402
 from tunerkit.testing.registering import registered  # noqa: E402
@@ -68,9 +71,9 @@ def out(arguments: list[str], folder: Path) -> Path:
     return folder / "out"
 
 
-def data_of(folder: Path, **training: Any) -> running.Data:
+def data_of(folder: Path, **training: Any) -> running_data.Data:
     recipe = Recipe(model=str(folder / "tiny"), data=str(folder / "data.csv"), training=training)
-    return running.prepare_data(recipe, Console(quiet=True))[1]
+    return running_data.prepare_data(recipe, Console(quiet=True))[1]
 
 
 def logits(folder: Path, texts: list[str]) -> torch.Tensor:
@@ -210,6 +213,72 @@ def test_predictions_of_texts_a_file_and_the_merged_model_agree(out: Path, folde
     assert command("merge", out, "--out", tmp_path / "merged").exit_code == 2  # it is not empty any more
 
 
+def test_rows_to_predict_may_have_any_labels(out: Path, tmp_path: Path) -> None:
+    """They are not read."""
+    (tmp_path / "labelled.csv").write_text("text,label\ngood film,\nbad plot,ugly\n")
+    (tmp_path / "bare.csv").write_text("text\ngood film\nbad plot\n")
+    labelled, bare = (
+        using.predict_rows(out, tmp_path / name, base=None, batch_size=2) for name in ("labelled.csv", "bare.csv")
+    )
+    assert labelled == bare
+
+
+def test_predictions_are_made_on_the_accelerator_and_merges_are_not(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A merge needs the base's weights alone, which may not fit it twice."""
+    monkeypatch.setattr(using, "choose_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(
+        TextClassification, "predict", lambda self, loaded, rows, **_: [{"device": loaded.model.device.type}]
+    )
+    assert using.predict_rows(out, ["good"], base=None, batch_size=1) == [{"device": "meta"}]
+    succeeded("merge", out, "--out", tmp_path / "merged")
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_merge_leaves_a_whole_model_or_nothing(
+    empty: bool, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C may come while the weights are written; the folder may be there already, if it is empty."""
+    merged = tmp_path / "merged"
+    if empty:
+        merged.mkdir()
+
+    def interrupted(model: object, path: Path) -> None:
+        (path / "model.safetensors").write_text("half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.PreTrainedModel, "save_pretrained", interrupted)
+        assert command("merge", out, "--out", merged).exit_code == 130
+    assert [*tmp_path.rglob("*")] == ([merged] if empty else [])
+    succeeded("merge", out, "--out", merged)
+    assert [*tmp_path.iterdir()] == [merged]
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= {file.name for file in merged.iterdir()}
+    assert not transformers.AutoModel.from_pretrained(merged).training
+
+
+def test_a_merge_is_refused_before_the_model_is_loaded(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading may take minutes."""
+    monkeypatch.setattr(using, "load_run", None)
+    (tmp_path / "file").touch()
+    done = command("merge", out, "--out", tmp_path / "file" / "merged")
+    assert done.exit_code == 2
+    assert "cannot write to this folder" in done.stderr
+
+
+def test_names_are_shown_as_they_are(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Square brackets in a label or an error are no markup for the terminal."""
+    shutil.copytree(out, tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**record_of(out), "labels": ["[red]", "[/x]"]}))
+    assert "[red], [/x]" in succeeded("show", tmp_path / "run").output
+    broken = {"acme": tunerkit.MethodInfo("acme-plugin", "3.1", "[/x]")}
+    monkeypatch.setattr(tunerkit, "methods", lambda: broken)
+    assert "[/x]" in succeeded("methods").output
+
+
 def test_show_names_what_the_folder_holds(out: Path, folder: Path) -> None:
     """Method, base, labels, metrics, config and training."""
     shown = succeeded("show", out).output
@@ -251,21 +320,217 @@ def test_a_language_model_is_trained_on_conversations_resumed_and_talks(tmp_path
     inputs = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     given = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert talk.startswith(f"you: the film\n{tokenizer.decode(given, skip_special_tokens=True)}\nyou: a plot\n")
-    losses = [entry["eval_loss"] for entry in record_of(out)["logs"] if "eval_loss" in entry]
+    record = record_of(out)
+    losses = [entry["eval_loss"] for entry in record["logs"] if "eval_loss" in entry]
     assert losses[-1] < losses[0]
-    assert {"prompt", "before", "after"} == set(record_of(out)["samples"][0])
+    assert {"prompt", "before", "after"} == set(record["samples"][0])
+    assert record["conversations"] is True
+    asked_once = succeeded("predict", out, "--text", "the film", "--new-tokens", "4").output
+    answer = tokenizer.decode(given, skip_special_tokens=True)
+    assert json.loads(asked_once) == {"completion": answer}
+    # Without a template, if texts were trained; as an earlier version did, if the record does not say.
+    for changed, wanted in (({"conversations": False}, continued(out, "the film", 4)), ({}, answer)):
+        rest = {name: value for name, value in record.items() if name != "conversations"}
+        (out / "run.json").write_text(json.dumps({**rest, **changed}))
+        talk = succeeded("chat", out, "--new-tokens", "4", typed="the film\n").output  # and Ctrl-D
+        assert talk.startswith(f"you: the film\n{wanted}\n")
+        told = json.loads(succeeded("predict", out, "--text", "the film", "--new-tokens", "4").output)
+        assert told == {"completion": continued(out, "the film", 4)}
+
+
+def continued(out: Path, text: str, new_tokens: int) -> str:
+    """What a language model writes after a text."""
+    model, tokenizer = tunerkit.from_folder(out)
+    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    found = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return str(tokenizer.decode(found, skip_special_tokens=True))
+
+
+def test_preferences_are_evaluated_by_the_runs_own_loss(tmp_path: Path) -> None:
+    """With another beta than the trainer's default, ``eval`` finds what the record says."""
+    pytest.importorskip("trl", reason="the task preference needs the extra [lm]")
+    save_tiny_llama(tmp_path / "llama")
+    rows = [{"prompt": f"the {word} ", "chosen": "good", "rejected": "bad"} for word in ("film", "plot", "a") * 4]
+    for name, some in (("train", rows), ("eval", rows[:4])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    arguments = ["train", "--method", "toy-low-rank", "--config", "{rank: 4}", "--lr", "0.05", "--epochs", "2"]
+    files = ["--data", tmp_path / "train.jsonl", "--eval-data", tmp_path / "eval.jsonl", "--out", tmp_path / "out"]
+    given = ["beta=2", "loss_type=[ipo]", "save_strategy=epoch", "load_best_model_at_end=true", "eval_strategy=epoch"]
+    settings = [word for each in given for word in ("--set", each)]
+    succeeded(*arguments, *files, "--model", tmp_path / "llama", "--batch-size", "4", *settings)
+    found = json.loads(succeeded("eval", tmp_path / "out", "--data", tmp_path / "eval.jsonl").output)
+    metrics = record_of(tmp_path / "out")["metrics"]
+    assert found == {"rows": 4, **{name: pytest.approx(value, rel=1e-4) for name, value in metrics.items()}}
+
+
+def test_new_tokens_are_for_tasks_that_write(out: Path) -> None:
+    """A classifier writes none."""
+    done = command("predict", out, "--text", "good", "--new-tokens", "3")
+    assert done.exit_code == 2
+    assert "--new-tokens: text-classification generates no text" in done.stderr
 
 
 # --- the output folder ---
 
 
-def test_a_dry_run_writes_nothing(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It prints rows, lengths, steps and parameters, and creates no folder."""
+def test_a_base_in_another_dtype_is_loaded_so_again(arguments: list[str], tmp_path: Path) -> None:
+    """Half of the memory, with adapters in fp32; the record says it, and loading follows the record."""
+    out = tmp_path / "out"
+    succeeded(*arguments, "--out", out, "--epochs", "1", "--set", "dtype=bfloat16")
+    assert record_of(out)["model"]["dtype"] == "bfloat16"
+    model, _ = tunerkit.from_folder(out)
+    assert model.dtype == torch.bfloat16
+    adapters = tunerkit.tuner(model).adapters().values()
+    assert {p.dtype for adapter in adapters for p in adapter.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("setting", ["hub_token=hf_secret", "push_to_hub=true", "hub_model_id=me/mine"])
+def test_uploading_is_left_to_another_command(setting: str, arguments: list[str], tmp_path: Path) -> None:
+    """So no recipe has a token, which would stand in every file that is shared."""
+    done = command(*arguments, "--out", tmp_path / "out", "--set", setting)
+    assert done.exit_code == 2
+    assert "hf upload NAME OUT" in done.stderr
+    assert ("hf auth login" in done.stderr) == ("token" in setting)
+    assert "secret" not in done.output
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_folder_with_a_recipe_alone_is_no_run(arguments: list[str], tmp_path: Path) -> None:
+    """It is somebody's own, and neither it nor what lies beside it is overwritten."""
+    (tmp_path / "recipe.yaml").write_text("version: 1\n")
+    done = command(*arguments, "--out", tmp_path, "--overwrite")
+    assert done.exit_code == 2
+    assert "the folder holds other files, such as recipe.yaml" in done.stderr
+    for name in (output.CHECKPOINTS, output.DIGESTS):  # with checkpoints, as an earlier version left it
+        (tmp_path / name).mkdir()
+        output.check(tmp_path, Recipe(), resume=False, overwrite=True)
+        (tmp_path / name).rmdir()
+
+
+def test_the_adapter_is_kept_if_what_follows_the_training_fails(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Describing a run may fail, but must not cost it."""
+
+    def fail(*_: object) -> None:
+        raise tunerkit.StepError("no")
+
+    monkeypatch.setattr(running, "record_of", fail)
+    assert command(*arguments, "--out", tmp_path / "out", "--set", "max_steps=1").exit_code == 2
+    assert {"adapter.safetensors", "tokenizer.json"} <= {file.name for file in (tmp_path / "out").iterdir()}
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(
+    folder: Path, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a recipe and after an equals sign no shell replaces it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(folder)
+    shutil.copytree(folder / "tiny", tmp_path / "tiny")
+    shutil.copy(folder / "data.csv", tmp_path / "data.csv")
+    paths = {name: f"~/{path}" for name, path in (("model", "tiny"), ("data", "data.csv"), ("out", "out"))}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({**paths, "eval_data": "~/data.csv", "method": "toy-low-rank"}))
+    with signalled(1, signal.SIGINT):
+        done = command("train", tmp_path / "r.yaml", "--set", "max_steps=2")
+    assert done.exit_code == 130
+    assert done.stderr.endswith(f"--out {tmp_path / 'out'} --resume\n")
+    succeeded("train", "--out=~/out", "--resume")
+    assert record_of(tmp_path / "out")["model"]["source"] == str(tmp_path / "tiny")
+    assert not (folder / "~").exists()
+
+
+def test_one_of_several_processes_is_refused(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would write the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = command(*arguments, "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "WORLD_SIZE is 2, and the command trains in one process" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_for_the_same_classes_keeps_its_order(folder: Path, tmp_path: Path) -> None:
+    """Its head is trained for it; the record, the predictions and the loaded model have that order too."""
+    shutil.copytree(folder / "tiny", tmp_path / "tiny")
+    config = json.loads((tmp_path / "tiny" / "config.json").read_text())
+    names = {"id2label": {"0": "good", "1": "bad"}, "label2id": {"good": 0, "bad": 1}}
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps({**config, **names}))
+    arguments = arguments_of(folder, "toy-low-rank", "{rank: 2}")
+    succeeded(*arguments, "--model", tmp_path / "tiny", "--out", tmp_path / "out")
+    record = record_of(tmp_path / "out")
+    assert record["labels"] == ["good", "bad"]
+    held_out = data_of(folder).held_out
+    predicted = logits(tmp_path / "out", [row["text"] for row in held_out]).argmax(-1).tolist()
+    truth = [record["labels"].index(row["label"]) for row in held_out]
+    assert record["metrics"]["accuracy"] == sum(map(int.__eq__, predicted, truth)) / 8
+    pairs = [*zip(truth, predicted, strict=True)]
+    assert record["confusion"] == [[pairs.count((row, column)) for column in (0, 1)] for row in (0, 1)]
+    texts = [word for row in held_out for word in ("--text", row["text"])]
+    answers = [json.loads(line) for line in succeeded("predict", tmp_path / "out", *texts).output.splitlines()]
+    assert [record["labels"].index(answer["label"]) for answer in answers] == predicted
+    # A folder of an earlier version has the labels in another order, for which its head was trained.
+    (tmp_path / "out" / "run.json").write_text(json.dumps({**record, "labels": ["bad", "good"]}))
+    assert tunerkit.from_folder(tmp_path / "out")[0].config.id2label == {0: "bad", 1: "good"}
+
+
+def test_any_metric_may_choose_the_best_checkpoint(arguments: list[str], tmp_path: Path) -> None:
+    """What is evaluated is logged too, so the trainer finds it."""
+    best = ["load_best_model_at_end=true", "metric_for_best_model=f1", "save_strategy=epoch"]
+    done = succeeded(*arguments, "--out", tmp_path / "out", *(word for each in best for word in ("--set", each)))
+    logs = record_of(tmp_path / "out")["logs"]
+    scores = [entry["eval_f1"] for entry in logs if "eval_f1" in entry]
+    assert len(scores) == 3
+    assert record_of(tmp_path / "out")["metrics"]["f1"] == pytest.approx(max(scores))
+    progress = [line for line in done.output.splitlines() if ": step " in line]
+    assert any("accuracy" in line for line in progress)
+    assert not any("f1" in line for line in progress)
+
+
+def test_data_that_changed_is_not_resumed(arguments: list[str], folder: Path, tmp_path: Path) -> None:
+    """Other rows would end in other weights; the same bytes elsewhere in time are the same data."""
+    recipe = Recipe(data=str(tmp_path / "data.csv"), out=str(tmp_path / "out"))
+    (tmp_path / "out").mkdir()
+    shutil.copy(folder / "data.csv", tmp_path / "data.csv")
+    output.begin(tmp_path / "out", recipe, resume=False)
+    output.check(tmp_path / "out", recipe, resume=True, overwrite=False)
+    with (tmp_path / "data.csv").open("a") as file:
+        file.write("one more,good\n")
+    with pytest.raises(output.OutputError, match=r"data.csv has changed since the run began"):
+        output.check(tmp_path / "out", recipe, resume=True, overwrite=False)
+    (tmp_path / "out" / output.DIGESTS).unlink()  # an earlier version wrote none
+    output.check(tmp_path / "out", recipe, resume=True, overwrite=False)
+
+
+def test_second_texts_are_left_out_where_single_texts_were_trained(out: Path, tmp_path: Path) -> None:
+    """A file may have more columns than the training data had."""
+    (tmp_path / "pairs.csv").write_text("text,text_pair\nfilm good,film bad\nplot bad,a\n")
+    (tmp_path / "texts.csv").write_text("text\nfilm good\nplot bad\n")
+    pairs, texts = (
+        using.predict_rows(out, tmp_path / name, base=None, batch_size=2) for name in ("pairs.csv", "texts.csv")
+    )
+    assert pairs == texts
+
+
+def test_a_dry_run_says_which_columns_are_left_out(arguments: list[str], tmp_path: Path) -> None:
+    """And which one is taken for which of ours."""
+    (tmp_path / "data.csv").write_text("id,sentence,label,date\n" + "1,good,a,x\n2,bad,b,y\n" * 6)
+    shown = succeeded(*arguments, "--data", tmp_path / "data.csv", "--out", tmp_path / "new", "--dry-run").output
+    assert "columns: text (sentence), label; left out: id, date\n" in shown
+
+
+def test_a_dry_run_writes_nothing(
+    arguments: list[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It prints rows, columns, lengths, steps and parameters, and creates no folder."""
     monkeypatch.chdir(tmp_path)
     shown = succeeded(*arguments, "--out", tmp_path / "new", "--dry-run").output
     assert "32 training rows" in shown
     assert "24 steps, 3 epochs, batches of 4" in shown
-    assert "8 tokens" in shown
+    lengths = [len(row["text"].split()) + 2 for row in data_of(folder).train]
+    assert f"cut at 8 tokens, which {sum(length >= 8 for length in lengths)} rows reach" in shown
+    assert "columns: text, label\n" in shown
     assert list(tmp_path.iterdir()) == []
 
 
@@ -333,6 +598,32 @@ def test_a_number_that_is_not_finite_is_left_out_of_the_record() -> None:
 def test_after_ctrl_c_the_end_is_that_of_an_uninterrupted_run(arguments: list[str], out: Path, tmp_path: Path) -> None:
     """Before the first checkpoint, in the middle of an epoch, at the end of one, and in the last step."""
     check_resumed_after_ctrl_c(arguments, out, tmp_path / "parts", at=(1, 11, 16, 24))
+
+
+def test_a_run_that_ends_inside_an_epoch_is_resumed_in_its_last_step(arguments: list[str], tmp_path: Path) -> None:
+    """After Ctrl-C only the evaluation at the epoch's end is due, and the trainer's loop takes no further step."""
+    short = [*arguments, "--set", "max_steps=11"]
+    succeeded(*short, "--out", tmp_path / "whole")
+    check_resumed_after_ctrl_c(short, tmp_path / "whole", tmp_path / "parts", at=(3, 11))
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_a_run_that_stopped_after_its_last_step_takes_no_further_one(
+    strategy: str, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last checkpoint is that of the end; if it was written after the evaluation, it is not evaluated again."""
+    short = [*arguments, "--set", "max_steps=11", "--set", f"save_strategy={strategy}"]
+    succeeded(*short, "--out", tmp_path / "whole")
+
+    def fail(*_: object) -> None:
+        raise tunerkit.StepError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running.tunerkit, "save", fail)
+        assert command(*short, "--out", tmp_path / "parts").exit_code == 2
+    assert (tmp_path / "parts" / "checkpoints" / "checkpoint-11").exists()
+    succeeded("train", "--out", tmp_path / "parts", "--resume")
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_after_kill_9_the_end_is_that_of_an_uninterrupted_run(arguments: list[str], out: Path, tmp_path: Path) -> None:
@@ -491,7 +782,7 @@ def test_the_baseline_trains_the_head_alone_and_restarts_for_every_rate(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The base runs once over the rows, is unchanged, and in whatever order the rates come their results are equal."""
-    task, data = running.prepare_data(Recipe(data=str(folder / "data.csv")), Console(quiet=True))
+    task, data = running_data.prepare_data(Recipe(data=str(folder / "data.csv")), Console(quiet=True))
     found = []
     for rates in (baseline.HEAD_RATES, baseline.HEAD_RATES[::-1]):
         monkeypatch.setattr(baseline, "HEAD_RATES", rates)
@@ -512,9 +803,47 @@ def test_the_baseline_trains_the_head_alone_and_restarts_for_every_rate(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_head_alone_sees_the_rows_in_the_order_of_the_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of similar length, drawn by the seed and the epoch: else the comparison would be of two orders too."""
+    task, data = running_data.prepare_data(Recipe(data=str(folder / "data.csv")), Console(quiet=True))
+    training = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "seed": 3, "save_strategy": "no"}
+    recipe = Recipe(
+        model=str(folder / "tiny"), method="toy-low-rank", data="", training=training, out=str(tmp_path / "out")
+    )
+    session = running.prepare(recipe, task, data, Console(quiet=True))
+    of_the_run: list[list[int]] = []
+
+    def note(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if module.training:
+            of_the_run.append(kwargs["attention_mask"].sum(1).tolist())
+
+    session.loaded.model.register_forward_pre_hook(note, with_kwargs=True)
+    running.train(session, Console(quiet=True), resume=False)
+    of_the_head: list[list[int]] = []
+    build = baseline.HeadAlone.__init__
+
+    def note_head(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if module.training:
+            of_the_head.append(kwargs["length"].tolist())
+
+    def built(self: Any, head: torch.nn.Module) -> None:
+        build(self, head)
+        self.register_forward_pre_hook(note_head, with_kwargs=True)
+
+    monkeypatch.setattr(baseline.HeadAlone, "__init__", built)
+    monkeypatch.setattr(baseline, "HEAD_RATES", baseline.HEAD_RATES[:1])
+    loaded = load_pretrained(task.name, str(folder / "tiny"), labels=("bad", "good"))
+    rows = (data.train, data.held_out)
+    baseline.head_alone(task, loaded, ["classifier"], rows, training, Console(quiet=True), tmp_path / "out")
+    assert len(of_the_run) == 16
+    assert of_the_head == of_the_run
+
+
 def test_a_head_that_takes_whole_sequences_has_no_baseline(folder: Path, tmp_path: Path) -> None:
     """RoBERTa's head takes a vector for each token; these would have to be kept for all rows."""
-    task, data = running.prepare_data(Recipe(data=str(folder / "data.csv")), Console(quiet=True))
+    task, data = running_data.prepare_data(Recipe(data=str(folder / "data.csv")), Console(quiet=True))
     loaded = load_pretrained(task.name, str(folder / "tiny"), labels=("bad", "good"))
     loaded.model.dropout.register_forward_hook(lambda module, args, out: out.unsqueeze(1))
     with pytest.raises(baseline.NoBaselineError, match="more than one vector for each row"):

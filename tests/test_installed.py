@@ -1,7 +1,9 @@
 """The command `tunerkit doctor`: versions, devices, plugins, and what is missing."""
 
 import io
+import tomllib
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,6 +57,14 @@ def test_a_missing_and_an_old_library_come_with_the_command_that_installs_them(
     assert fine == before
     assert 'missing: pip install "tunerkit[plot]"' in text
     assert 'needs >=1.1: pip install --upgrade "accelerate>=1.1"' in text
+
+
+def test_it_lists_every_extra_for_users() -> None:
+    """Those for work on tunerkit itself, and the one that only names others, are left out."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = set(project["optional-dependencies"])
+    assert extras - set(installed.EXTRAS) == {"demo", "dev", "quantisers", "test"}
+    assert set(installed.EXTRAS) <= extras
 
 
 @pytest.mark.parametrize("broken", ["method", "commands"])

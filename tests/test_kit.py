@@ -4,15 +4,16 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 
 import tunerkit
 from tests import bad_plugins, checks_page
 from tests.bad_plugins import CASE, MISTAKES, Mistake
-from tests.subtle_plugins import CAUGHT, LoopsInAStep, ReadsOutputInSecret
+from tests.subtle_plugins import CAUGHT, LoopsInAStep, ReadsOutputInSecret, with_adapter, with_config
 from tunerkit import TunerkitError
-from tunerkit.testing import Case, check_method, known_cases, matrix, small
+from tunerkit.testing import Case, check_method, kit, known_cases, matrix, small
 from tunerkit.testing.checks.order import BY_NAME, CHECKS, NEEDS
 from tunerkit.testing.registering import registered
 from tunerkit.testing.toy_adapters import Scale
@@ -210,6 +211,7 @@ def test_a_config_may_be_an_object_or_a_mapping(toys: None) -> None:
     for config in ({"rank": 3}, LowRankConfig(rank=3)):
         (result,) = check_method("toy-low-rank", config, [CASE], checks=["rank"])
         assert result.status == "passed"
+        assert kit.settings_of("toy-low-rank", config) == {"rank": 3}  # the case's own targets stay
     with pytest.raises(tunerkit.ConfigError, match="unknown key 'rnk'"):
         check_method("toy-low-rank", {"rnk": 3})
 
@@ -227,12 +229,65 @@ def test_merging_is_held_to_the_precision_of_the_adapters(toys: None) -> None:
     assert result.status == "failed"
 
 
+@attrs.frozen
+class EvenRanks(LowRankConfig):
+    def problems(self) -> Iterator[str]:
+        if self.rank % 2:
+            yield f"expected an even rank, got {self.rank} @ $.rank"
+
+
+@attrs.frozen
+class RankTwo(LowRankConfig):
+    rank: int = tunerkit.setting(2, ge=2, le=2, doc="The only one.")
+
+
+@pytest.mark.parametrize(("config", "status"), [(EvenRanks, "passed"), (RankTwo, "skipped")])
+def test_another_rank_is_one_that_the_config_accepts(config: type, status: str) -> None:
+    """Law: a method whose ranks are even, or whose rank is fixed, has nothing to answer for."""
+    with registered(with_config(config)()):
+        (result,) = check_method("bad", cases=[CASE], checks=["other_rank_setting"])
+    assert (result.status, bool(result.reason)) == (status, status == "skipped"), result
+
+
 @pytest.mark.parametrize(("dtype", "status"), [("bfloat16", "passed"), ("float32", "passed"), ("float64", "failed")])
 def test_a_delta_that_is_computed_in_fp32_is_not_precise_enough_for_adapters_in_fp64(dtype: str, status: str) -> None:
     """A method may compute in fp32 what its libraries have only there, unless its config asks for more."""
     with registered(DeltaInSinglePrecision()):
         (result,) = check_method("bad", {"adapter_dtype": dtype}, [CASE], checks=["delta_is_what_forward_adds"])
     assert result.status == status
+
+
+def test_a_delta_in_fp32_has_the_rank_that_it_says() -> None:
+    """Law: singular values that are rounding in fp32 do not count."""
+    with registered(DeltaInSinglePrecision()):
+        (result,) = check_method("bad", cases=[CASE], checks=["rank"])
+    assert result.status == "passed", result
+
+
+class Bent(bad_plugins.Product):
+    """Has a kink at 0, where a gradient is one of two slopes."""
+
+    def added(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x.to(self.a.dtype) @ self.a.T) @ self.b.T
+
+
+class DrawsARank(bad_plugins.Product):
+    """Trains a prefix of its rank, drawn at each call, as DyLoRA does."""
+
+    def added(self, x: torch.Tensor) -> torch.Tensor:
+        rank = int(torch.randint(1, 3, ())) if self.training else 2
+        return x.to(self.a.dtype) @ self.a[:rank].T @ self.b[:, :rank].T
+
+
+@pytest.mark.parametrize(
+    ("adapter", "check", "status"),
+    [(Bent, "gradients_are_true", "passed"), (DrawsARank, "same_in_training", "skipped")],
+)
+def test_a_right_method_with_a_kink_or_random_ranks_is_not_accused(adapter: type, check: str, status: str) -> None:
+    """Law: a slope beside a kink is not measured across it, and what is drawn is not compared."""
+    with registered(with_adapter(adapter)()):
+        (result,) = check_method("bad", cases=[CASE], checks=[check])
+    assert result.status == status, result
 
 
 class Encoder(torch.nn.Module):

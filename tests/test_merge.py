@@ -328,7 +328,7 @@ def fail_at_the_second() -> Any:
 @pytest.mark.parametrize(
     ("plugin", "error", "words"),
     [
-        (broken(None, unasked=True), AdapterError, "does not implement tunerkit_delta"),
+        (broken(None, unasked=True), AdapterError, "implements neither tunerkit_delta nor"),
         (broken(fail_at_the_second()), ZeroDivisionError, "own"),
         (
             broken(lambda adapter, base: None),

@@ -1,5 +1,6 @@
 """Commands of plugins: found by their entry points, asked through the hook, and never in the way of core's."""
 
+import pkgutil
 import sys
 import types
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import typer  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 import tunerkit  # noqa: E402
-from tunerkit.cli import app, plugin_commands  # noqa: E402
+from tunerkit.cli import app, commands, plugin_commands  # noqa: E402
 from tunerkit.cli.plugin_commands import GROUP, PluginCommands  # noqa: E402
 from tunerkit.cli.recipes import reading, schema  # noqa: E402
 
@@ -69,6 +70,7 @@ def fails() -> Any:
         (lambda: [export], True, "expected a mapping of names to functions"),
         (lambda: {"export": "text"}, True, "expected a mapping of names to functions"),
         (lambda: {"train": export}, True, "acme: there is a command 'train' already; its author must rename it"),
+        (lambda: {"eval": export}, True, "acme: there is a command 'eval' already; its author must rename it"),
     ],
 )
 def test_a_broken_plugin_is_named_and_the_other_commands_work(
@@ -84,6 +86,12 @@ def test_a_broken_plugin_is_named_and_the_other_commands_work(
     assert told.exit_code == 0
     assert found.problems[0][:40] in " ".join(told.output.split())
     assert run("export-other", "x").output == "x as plain\n"
+
+
+def test_a_commands_module_has_its_name() -> None:
+    """By the modules' names, without importing them, core knows which names plugins cannot have."""
+    names = {command.name for command in app.build().registered_commands}
+    assert {module.name for module in pkgutil.iter_modules(commands.__path__)} <= names
 
 
 def test_of_two_plugins_with_one_name_the_first_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:

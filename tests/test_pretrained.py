@@ -45,6 +45,23 @@ def test_the_head_is_for_the_labels_and_is_trained(tmp_path: Path) -> None:
     assert one.model.config.id2label == {0: "x", 1: "y", 2: "z"}
 
 
+def test_a_checkpoint_with_the_same_classes_keeps_their_order_unless_it_is_given(tmp_path: Path) -> None:
+    """Its head was trained for that order; an adapter's was trained for the order in its record."""
+    save_tiny_classifier(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    config.id2label, config.label2id = {0: "y", 1: "x"}, {"y": 0, "x": 1}
+    config.save_pretrained(tmp_path)
+    for labels, ordered, wanted in (
+        (("x", "y"), False, {0: "y", 1: "x"}),
+        (("x", "y"), True, {0: "x", 1: "y"}),
+        (("x", "z"), False, {0: "x", 1: "z"}),
+        (("x", "y", "z"), False, {0: "x", 1: "y", 2: "z"}),
+    ):
+        loaded = load_pretrained("text-classification", str(tmp_path), labels=labels, ordered=ordered)
+        assert loaded.model.config.id2label == wanted
+        assert loaded.model.config.label2id == {name: number for number, name in wanted.items()}
+
+
 def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path) -> None:
     """A folder that is missing, a file, and a folder without a model."""
     (tmp_path / "empty").mkdir()

@@ -49,7 +49,7 @@ recipes = st.builds(
     config=mappings,
     training=mappings,
     columns=st.dictionaries(words, words, max_size=2),
-    max_length=st.none() | st.integers(1, 10**6),
+    max_length=st.none() | st.integers(4, 10**6),
     baseline=st.booleans(),
     out=words,
     extra=st.fixed_dictionaries({}, optional={"acme": mappings}),

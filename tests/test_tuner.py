@@ -13,6 +13,7 @@ from tunerkit.errors import AdapterError
 from tunerkit.injection import tuners_of
 from tunerkit.layers import Adapter
 from tunerkit.testing.registering import registered
+from tunerkit.testing.toy_methods import LowRankConfig, LowRankPlugin
 
 if TYPE_CHECKING:
     from tests.conftest import Toys
@@ -173,6 +174,28 @@ def test_an_allocation_is_recorded_and_every_plugin_is_notified(toys: "Toys") ->
         tuner.record({"conv": 1})
     assert tuner.history == [tunerkit.RankChange(step=0, budget=2, ranks={"conv": 1})]
     assert heard == [(tuner, tuner.history[0])]
+
+
+class HalvingPlugin(LowRankPlugin):
+    """Halves its parameters in the final allocation."""
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [tunerkit.Method("halving", config=LowRankConfig)]
+
+    @tunerkit.hookimpl
+    def tunerkit_finish(self, tuner: tunerkit.Tuner) -> None:
+        for parameter in tuner.parameters():
+            parameter.mul_(0.5)
+
+
+def test_the_final_allocation_may_change_parameters_in_place(toys: "Toys") -> None:
+    """As in each step, no gradients are recorded while the hook runs."""
+    with registered(HalvingPlugin()):
+        tuner = tunerkit.tuner(tunerkit.wrap(toys.net(), "halving", {"targets": ["conv"]}))
+        before = [parameter.detach().clone() for parameter in tuner.parameters()]
+        tuner.finish()
+        assert all(torch.equal(p, 0.5 * old) for p, old in zip(tuner.parameters(), before, strict=True))
 
 
 def test_an_adapter_that_does_not_say_what_it_adds_is_named() -> None:

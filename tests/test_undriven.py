@@ -15,6 +15,8 @@ from torch import nn
 
 import tunerkit
 from tunerkit.steps import undriven
+from tunerkit.testing.registering import registered
+from tunerkit.testing.toy_methods import LowRankConfig, LowRankPlugin
 
 if TYPE_CHECKING:
     from tests.conftest import Toys
@@ -53,6 +55,26 @@ def test_training_without_attach_stops_at_the_first_step(toys: "Toys") -> None:
         step(toys, model, sgd(model))
     plain = wrapped(toys, "toy-low-rank")
     assert told(toys, plain, sgd(plain)) == []
+
+
+class PenaltyPlugin(LowRankPlugin):
+    """Adds a gradient in each step, and does nothing after it."""
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [tunerkit.Method("penalty", config=LowRankConfig, needs_steps=True)]
+
+    @tunerkit.hookimpl
+    def tunerkit_before_step(self) -> None:
+        pass
+
+
+def test_a_method_that_only_adds_gradients_stops_too(toys: "Toys") -> None:
+    """Without attach the training would go on to its end, without the penalty."""
+    with registered(PenaltyPlugin()):
+        model = wrapped(toys, "penalty")
+        with pytest.raises(tunerkit.StepError, match=NOTHING):
+            step(toys, model, sgd(model))
 
 
 def test_the_optimizer_that_drives_triggers_no_warning(toys: "Toys") -> None:

@@ -12,7 +12,7 @@ from tunerkit.cli.commands.chat import chat
 from tunerkit.cli.commands.check import check
 from tunerkit.cli.commands.config import config
 from tunerkit.cli.commands.doctor import doctor
-from tunerkit.cli.commands.evaluate import evaluate
+from tunerkit.cli.commands.eval import evaluate
 from tunerkit.cli.commands.init import init
 from tunerkit.cli.commands.merge import merge
 from tunerkit.cli.commands.methods import methods

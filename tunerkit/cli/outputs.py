@@ -1,5 +1,6 @@
 """The output folder: every file in it is complete or absent."""
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,3 +29,23 @@ def publishing(folder: Path) -> Iterator[Path]:
         yield Path(scratch)
         for file in sorted(Path(scratch).iterdir()):
             file.replace(folder / file.name)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a scratch folder, which becomes ``folder`` at the end; if the block fails, nothing of it is left.
+
+    ``folder`` is new or empty. Raises `OutputError` before the block if it cannot be written.
+    """
+    prepare(folder.parent)
+    if folder.is_dir():
+        prepare(folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as scratch:
+        whole = Path(scratch) / "whole"  # the scratch folder itself is closed to other users
+        whole.mkdir()
+        yield whole
+        if not folder.is_dir():
+            whole.rename(folder)
+            return
+        for file in sorted(whole.iterdir()):  # an empty folder may be another file system's, or the working folder
+            shutil.move(file, folder / file.name)

@@ -102,7 +102,7 @@ def parameters(asked: Question, answer: object) -> list[Tensor]:
 
 
 def ranks(asked: Question, answer: object, targets: Iterable[Target]) -> dict[str, int] | None:
-    """Check the answer to `tunerkit_after_step` or `tunerkit_finish`: a rank for every target, in any order."""
+    """Check a rank for every target, in any order: what allocations and `tunerkit_calibrate` answer."""
     if answer is None:
         return None
     paths = [target.path for target in targets]

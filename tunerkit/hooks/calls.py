@@ -122,8 +122,8 @@ def changes_gradients(method: str) -> bool:
 
 
 def watches_steps(method: str) -> bool:
-    """Whether the method acts after a step."""
-    return registry.implements(specs.tunerkit_after_step, method)
+    """Whether the method acts in each step, so that a step without its hooks is another training."""
+    return registry.implements(specs.tunerkit_after_step, method) or changes_gradients(method)
 
 
 def has_delta(method: str) -> bool:

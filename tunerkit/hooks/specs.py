@@ -119,7 +119,8 @@ def tunerkit_weight_readers() -> Iterable[WeightReader]:
 
     Fires when a model is wrapped and when an adapter is loaded; every plugin is asked. A forward hook on such a child
     would never run. Instead, core overrides the child's weight with the adapted weight in each forward of the owner.
-    The method must implement `tunerkit_delta` for that. Core's own records come first and cannot be changed.
+    The method must implement `tunerkit_delta` or `tunerkit_factors` for that. Core's own records come first and cannot
+    be changed.
 
     >>> import tunerkit
     >>> @tunerkit.hookimpl
@@ -185,7 +186,7 @@ def tunerkit_build_adapter(target: Target, base: BaseLayer, config: AdapterConfi
     ...         super().__init__()
     ...         self.bias = torch.nn.Parameter(torch.zeros(features))  # (out,): nothing is added at the start
     ...     def forward(self, base, x, y):
-    ...         return y + self.bias
+    ...         return y + self.bias.to(y.dtype)
     >>> @tunerkit.hookimpl
     ... def tunerkit_build_adapter(target):
     ...     return Bias(target.module.out_features)

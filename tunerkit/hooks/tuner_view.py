@@ -46,7 +46,7 @@ class TunerView(Protocol):
         """The method's adapters by target path."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The adapter's parameters, also those that the method keeps fixed."""
+        """The adapter's parameters: the method's own, also those it keeps fixed, and trained copies and biases."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The adapter's parameters with their names in the adapter's file."""

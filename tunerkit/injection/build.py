@@ -149,8 +149,8 @@ def _refuse_unreadable(tuner: Tuner, target: Target, base: BaseLayer) -> None:
     bypassed = f"{target.path!r} is used directly by its owner, bypassing the layer's forward(), "
     if not hooks.has_delta(tuner.method):
         raise TargetError(
-            f"{bypassed}so the adapter's delta is added to its weight, and the plugin of method {tuner.method!r} does "
-            "not implement tunerkit_delta; exclude it from the targets"
+            f"{bypassed}so the adapter's delta is added to its weight, and the plugin of method {tuner.method!r} "
+            "implements neither tunerkit_delta nor tunerkit_factors; exclude it from the targets"
         )
     weight = torch_private.own_parameters(target.module).get(base.weight_name)
     if weight is None or not weight.is_floating_point():

@@ -5,6 +5,7 @@ from typing import Any
 from weakref import WeakSet
 
 import attrs
+import torch
 from torch import nn
 
 from tunerkit import hooks
@@ -181,7 +182,9 @@ class Tuner:
         """
         if is_merged(self.model):
             raise StepError("the model is merged; call tunerkit.unmerge before finish()")
-        self.record(hooks.finish(self))
+        with torch.no_grad():
+            ranks = hooks.finish(self)
+        self.record(ranks)
 
     def record(self, ranks: Mapping[str, int] | None) -> None:
         """Add an allocation to ``history`` and notify every plugin.

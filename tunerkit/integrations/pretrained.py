@@ -118,6 +118,7 @@ def load_pretrained(
     source: str,
     *,
     labels: Sequence[str] = (),
+    ordered: bool = True,
     revision: str | None = None,
     dtype: torch.dtype | str = torch.float32,
     seed: int = 0,
@@ -129,6 +130,8 @@ def load_pretrained(
         task: One of `TASKS`.
         source: A local folder, or a name on the hub.
         labels: The names of the classes, in the order of the logits; none for language models.
+        ordered: Whether the classes must have this order. If not, a checkpoint with the same classes keeps its own, for
+            which its head was trained.
         revision: The commit, branch or tag of the hub.
         dtype: The dtype of the base's weights; ``"auto"`` keeps the checkpoint's.
         seed: What the new modules are initialised by.
@@ -140,7 +143,10 @@ def load_pretrained(
     task_classes = classes_of(task)
     _refuse_missing(source)
     version = {} if revision is None else {"revision": revision}
-    check_kind(task, source, _config_of(source, version))
+    config = _config_of(source, version)
+    check_kind(task, source, config)
+    if not ordered:
+        labels = _in_order_of(config, labels)
     # Without it, RoBERTa's tokenizer takes a word that stands alone for the middle of another one.
     whole = {"add_prefix_space": True} if task == "token-classification" else {}
     if processor_from is None:
@@ -187,6 +193,12 @@ def _head_settings(task_classes: TaskClasses, labels: Sequence[str]) -> dict[str
     if task_classes.problem == "regression":
         settings["num_labels"] = max(1, len(labels))
     return settings
+
+
+def _in_order_of(config: Any, labels: Sequence[str]) -> Sequence[str]:
+    """The labels in the order of the checkpoint's classes, if they are the same ones."""
+    own = [str(name) for _, name in sorted(config.id2label.items())]
+    return own if sorted(own) == sorted(labels) else labels
 
 
 def _settle_padding(source: str, tokenizer: Any, model: Any) -> None:

@@ -217,7 +217,10 @@ def _merged_tensors(path: str, module: nn.Module, slots: Slots) -> dict[str, Ten
     """Return ``module``'s own tensors with all active slots merged, by name. Raises `AdapterError` if it cannot."""
     for slot in slots.applied:
         if slot.adapter is not None and not hooks.has_delta(slot.method):
-            raise AdapterError(f"method {slot.method!r} cannot be merged: its plugin does not implement tunerkit_delta")
+            raise AdapterError(
+                f"method {slot.method!r} cannot be merged: its plugin implements neither tunerkit_delta nor "
+                "tunerkit_factors"
+            )
         if slot.adapter is not None and slots.base is not None and not slots.base.has_weight:
             raise AdapterError(
                 f"cannot merge into {path!r}: method {slot.method!r} changes the output of a {type(module).__name__}, "

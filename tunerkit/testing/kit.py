@@ -18,7 +18,8 @@ from tunerkit.testing.checks.order import BY_NAME, CHECKS, NEEDS
 from tunerkit.testing.known_cases import default_cases
 
 Status = Literal["passed", "failed", "error", "skipped", "expected failure"]
-_BAD: tuple[Status, ...] = ("failed", "error", "expected failure")
+_BAD: tuple[Status, ...] = ("failed", "error")
+_NONE = object()  # equal to no value of a setting
 
 
 @attrs.frozen
@@ -84,7 +85,12 @@ def settings_of(name: str, config: AdapterConfig | Mapping[str, object] | None) 
         name: The method's name.
         config: As in `check_method`.
     """
-    mapping = tunerkit.unstructure(config) if isinstance(config, AdapterConfig) else dict(config or {})
+    if isinstance(config, AdapterConfig):  # a case's settings take the place of defaults
+        shared = {field.name: field.default for field in attrs.fields(AdapterConfig)}
+        plain = tunerkit.unstructure(config)
+        mapping = {name: value for name, value in plain.items() if getattr(config, name) != shared.get(name, _NONE)}
+    else:
+        mapping = dict(config or {})
     tunerkit.structure(name, mapping)
     return mapping
 

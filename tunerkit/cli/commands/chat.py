@@ -11,9 +11,20 @@ def chat(
     base: Annotated[str | None, typer.Option(help="Where the base model is now, if it has moved.")] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="The greatest length of an answer, in tokens.")] = 256,
 ) -> None:
-    """Talk to a trained language model, a line for each message; an empty line ends it."""
+    """Talk to a trained language model, a line for each message; an empty line or Ctrl-D ends it."""
     from tunerkit.cli.running.using import conversation
 
     answer = conversation(folder, base=base, new_tokens=new_tokens)
-    while message := typer.prompt("you", default="", show_default=False).strip():
-        typer.echo(answer(message))
+    while message := _message():
+        answer(message)
+
+
+def _message() -> str:
+    """The next message; empty at the end of the input, such as Ctrl-D."""
+    try:
+        return str(typer.prompt("you", default="", show_default=False)).strip()
+    except typer.Abort as problem:  # typer's exception for the end of the input and for Ctrl-C
+        if isinstance(problem.__context__, EOFError):
+            typer.echo()
+            return ""
+        raise KeyboardInterrupt from problem

@@ -19,10 +19,14 @@ def check(
     only: Annotated[
         list[str] | None, typer.Option("--check", help="A check to run; may be repeated. Default: all.")
     ] = None,
+    expected_failure: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CHECK=REASON", help="A check that is expected to fail, and why; may be repeated."),
+    ] = None,
 ) -> None:
-    """Check that a method keeps the contract of plugins, on small models. The exit code is 1 if a check failed."""
+    """Check that a method keeps the contract of plugins, on small models. The exit code is 1 if it does not."""
     given = settings.given_settings(config)
     from tunerkit.cli import checking
 
-    if not checking.run(Console(), method, given, case or [], only or []):
+    if not checking.run(Console(), method, given, case or [], only or [], expected_failure or []):
         raise typer.Exit(1)

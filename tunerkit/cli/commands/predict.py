@@ -18,6 +18,9 @@ def predict(
     base: Annotated[str | None, typer.Option(help="Where the base model is now, if it has moved.")] = None,
     out: Annotated[Path | None, typer.Option(help="A .jsonl file for the predictions. Default: the terminal.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The greatest length of a generated text, in tokens. Default: 64.")
+    ] = None,
 ) -> None:
     """Predict with a trained adapter: one JSON object for each row."""
     asked = text or data
@@ -27,7 +30,7 @@ def predict(
         raise TunerkitError(f"--out {out}: there is such a file; pass a new one")
     from tunerkit.cli.running.using import predict_rows
 
-    answers = predict_rows(folder, asked, base=base, batch_size=batch_size)
+    answers = predict_rows(folder, asked, base=base, batch_size=batch_size, new_tokens=new_tokens)
     lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
     if out is None:
         typer.echo(lines, nl=False)

@@ -26,7 +26,8 @@ def train(
     ] = None,
     model: Annotated[str | None, typer.Option(help="A local folder or a hub name. Default: all-MiniLM-L6-v2.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="The training data: .csv, .tsv, .jsonl or .parquet. Default: movie sentences.")
+        str | None,
+        typer.Option(help="A .csv, .tsv, .jsonl or .parquet file, or a folder of images. Default: movie sentences."),
     ] = None,
     eval_data: Annotated[str | None, typer.Option(help="The held-out data. Default: a fifth of --data.")] = None,
     text_column: Annotated[str | None, typer.Option(help="The name of the text column. Default: text.")] = None,
@@ -74,7 +75,7 @@ def train(
     }
     given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     is_bare = recipe is None and not set_ and {*given} <= {"out"}
-    mapping = _kept(Path(given.setdefault("out", _OUT))) if resume and is_bare else _read(recipe)
+    mapping = _kept(Path(given.setdefault("out", _OUT)).expanduser()) if resume and is_bare else _read(recipe)
     chosen = reading.structure(_merged(mapping, given, set_ or []), str(recipe or "the recipe"))
     try:
         from tunerkit.cli.running.run import run
@@ -83,7 +84,7 @@ def train(
     except KeyboardInterrupt:
         from tunerkit.cli.running.output import after_interrupt
 
-        print(f"tunerkit: interrupted{after_interrupt(Path(chosen.out))}", file=sys.stderr)
+        print(f"tunerkit: interrupted{after_interrupt(Path(chosen.out).expanduser())}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 

@@ -16,6 +16,8 @@ TASKS: Final = (
     "seq2seq",
     "image-classification",
 )
+# The recipe's paths; a model is one, or a name on the hub.
+_PATHS: Final = ("data", "eval_data", "out", "model")
 
 
 def _key(kind: str, description: str, **limits: Any) -> dict[str, Any]:
@@ -38,6 +40,7 @@ class Recipe:
         training: Arguments of the trainer, which checks them when it is built.
         columns: For a column's name in tunerkit, such as ``"text"``, its name in the data.
         max_length: The greatest number of tokens of a text, or None: as the model allows.
+        dtype: The dtype of the base's weights; ``"auto"`` is the checkpoint's.
         baseline: Whether the head alone is trained too, for comparison.
         out: The path of the output folder.
         extra: The values of the further keys that plugins declare, by key.
@@ -55,7 +58,9 @@ class Recipe:
     )
     data: str | None = attrs.field(
         default=None,
-        metadata=_key("string", "The path of the training data: .csv, .jsonl or .parquet.", minLength=1),
+        metadata=_key(
+            "string", "The path of the training data: .csv, .tsv, .jsonl, .parquet, or a folder of images.", minLength=1
+        ),
     )
     eval_data: str | None = attrs.field(
         default=None,
@@ -83,7 +88,15 @@ class Recipe:
         ),
     )
     max_length: int | None = attrs.field(
-        default=None, metadata=_key("integer", "Longer texts are cut to this many tokens.", minimum=1)
+        default=None, metadata=_key("integer", "Longer texts are cut to this many tokens.", minimum=4)
+    )
+    dtype: str = attrs.field(
+        default="float32",
+        metadata=_key(
+            "string",
+            "The dtype of the base's weights; auto is the checkpoint's. Adapters have their own, adapter_dtype.",
+            enum=("float32", "bfloat16", "float16", "auto"),
+        ),
     )
     baseline: bool = attrs.field(
         default=False, metadata=_key("boolean", "Whether to train the head alone too, for comparison.")
@@ -106,3 +119,9 @@ def with_full_paths(recipe: Recipe) -> Recipe:
         paths["model"] = recipe.model  # the others are names on the hub
     full = {name: os.path.abspath(os.path.expanduser(path)) for name, path in paths.items() if path is not None}
     return attrs.evolve(recipe, **full)
+
+
+def with_home(recipe: Recipe) -> Recipe:
+    """Return the recipe with the home folder for ``~``, which a shell leaves in a recipe and after ``=``."""
+    paths = {name: getattr(recipe, name) for name in _PATHS}
+    return attrs.evolve(recipe, **{name: os.path.expanduser(path) for name, path in paths.items() if path is not None})

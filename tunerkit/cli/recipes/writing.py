@@ -91,7 +91,7 @@ task: $task
 # A local folder, or a name on the hub.
 model: $model
 
-# A .csv, .jsonl or .parquet file with the columns:
+# A .csv, .tsv, .jsonl or .parquet file with the columns:
 $columns
 data: train.$ending
 # Without eval_data, a part of the data is held out.
@@ -99,12 +99,15 @@ data: train.$ending
 # If your columns have other names:
 # columns: {$first: the_name_in_your_data}
 $length
+# The dtype of the base's weights: bfloat16 takes half of the memory.
+# dtype: bfloat16
+
 # The method, and its settings. `tunerkit config adalora` prints all of them.
 method: adalora
 config: {}
 # config: {target_rank: 4}
 
-# Any arguments of the trainer.
+# Arguments of the trainer.
 training:
   num_train_epochs: $epochs
   learning_rate: $learning_rate

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import attrs
@@ -13,6 +14,7 @@ from tunerkit.paths import few
 
 # The csv reader keeps values beyond the header under the key None.
 Row = Mapping[str | None, object]
+_LONGEST_VALUE = 2**31 - 1  # the greatest limit that csv takes on every system
 IMAGES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
@@ -22,11 +24,15 @@ class DataError(TunerkitError, ValueError):
 
 @attrs.frozen
 class Table:
-    """The rows of a file, in its order, each with the file's columns."""
+    """The rows of a file, in its order, each with the file's columns.
+
+    ``folder`` is the file's own, to which paths in its rows are relative; None if the rows come from no file.
+    """
 
     source: str
     columns: tuple[str, ...]
     rows: tuple[Mapping[str, object], ...]
+    folder: Path | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -71,10 +77,13 @@ def read_table(path: Path) -> Table:
         raise DataError(
             f"{path}: row {number} has more values than the header has columns; put texts with the delimiter in quotes"
         )
-    return Table(str(path), tuple(str(name) for name in columns), tuple(rows))  # type: ignore[arg-type]
+    names = tuple(str(name) for name in columns)
+    return Table(str(path), names, tuple(rows), path.parent)  # type: ignore[arg-type]
 
 
-def column(table: Table, name: str, task: str, option: str | None = None) -> tuple[object, ...]:
+def column(
+    table: Table, name: str, task: str, option: str | None = None, *, renaming: bool = True
+) -> tuple[object, ...]:
     """The values of a column.
 
     Args:
@@ -82,6 +91,7 @@ def column(table: Table, name: str, task: str, option: str | None = None) -> tup
         name: The column's name in it.
         task: The task that needs the column, for messages.
         option: The option of ``tunerkit train`` that sets the name, if there is one.
+        renaming: Whether the name can be set; if not, the file must have the columns of the training data.
 
     Raises:
         DataError: There is no such column, with the closest name and how to set another; or a row has no value.
@@ -89,11 +99,9 @@ def column(table: Table, name: str, task: str, option: str | None = None) -> tup
     if name not in table.columns:
         others = few([shown(each) for each in table.columns], shown=10)
         hint = closest(name, table.columns)
-        how = f"columns.NAME in the recipe{f' or with {option}' if option else ''}"
-        raise DataError(
-            f"{table.source}: {task} needs a column {shown(name)}; there is only {others}{hint} (set the column's name "
-            f"with {how})"
-        )
+        set_it = f"set the column's name with columns.NAME in the recipe{f' or with {option}' if option else ''}"
+        how = set_it if renaming else "name the columns as in the training data"
+        raise DataError(f"{table.source}: {task} needs a column {shown(name)}; there is only {others}{hint} ({how})")
     for number, row in enumerate(table.rows, start=1):
         if row.get(name) is None:
             raise DataError(
@@ -126,10 +134,20 @@ def _read_images(folder: Path) -> Table:
 
 def _read_csv(path: Path, delimiter: str = ",") -> Iterator[Row]:
     # utf-8-sig: spreadsheets write a byte-order mark before the first column's name.
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with _long_values(), path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True, delimiter=delimiter)
         _check_header(path, reader.fieldnames or (), delimiter)
         yield from reader
+
+
+@contextmanager
+def _long_values() -> Iterator[None]:
+    """Inside the block, csv files may have values of any length; a document is often longer than csv's limit."""
+    before = csv.field_size_limit(_LONGEST_VALUE)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def _read_tsv(path: Path) -> Iterator[Row]:

@@ -1,30 +1,41 @@
 """The trainer's arguments, from a recipe's ``training``."""
 
 import dataclasses
+import math
+import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from tunerkit import ConfigError
+from tunerkit import ConfigError, TunerkitError
 from tunerkit.cli.running.output import CHECKPOINTS
 from tunerkit.cli.tasks.base import Task
 from tunerkit.errors import closest, shown
 from tunerkit.libraries import torch_private
+from tunerkit.report.scores import is_better_high
 
 # What the command decides: where checkpoints go, and what the trainer must not do with them.
-_OURS = {
-    "output_dir": "set the recipe's `out`",
-    "resume_from_checkpoint": "pass --resume",
-    "overwrite_output_dir": "pass --overwrite",
-    "disable_tqdm": "progress is shown by tunerkit",
-    "do_train": "`tunerkit train` trains",
-    "do_eval": "set eval_strategy",
-    "do_predict": "call `tunerkit predict`",
+_OURS: Mapping[str, str] = {
+    "output_dir": "set the recipe's `out` instead",
+    "resume_from_checkpoint": "pass --resume instead",
+    "overwrite_output_dir": "pass --overwrite instead",
+    "disable_tqdm": "progress is shown by tunerkit instead",
+    "do_train": "`tunerkit train` trains instead",
+    "do_eval": "set eval_strategy instead",
+    "do_predict": "call `tunerkit predict` instead",
+    # A token in a recipe would stand in every file that is shared.
+    "hub_token": "log in with `hf auth login`, which private models need too; upload the folder afterwards: "
+    "hf upload NAME OUT",
 }
+_UPLOAD = "upload the folder afterwards: hf upload NAME OUT"
+# Numbers below these make no training, or fail in the middle of one.
+_LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
+_POSITIVE = ("learning_rate", "num_train_epochs")
 
 
 def trainer_arguments(task: Task, training: Mapping[str, Any], out: Path, *, has_eval: bool) -> Any:
@@ -41,42 +52,75 @@ def trainer_arguments(task: Task, training: Mapping[str, Any], out: Path, *, has
     """
     _, kind = task.trainer_classes()
     names = {field.name for field in dataclasses.fields(kind)}
-    problems = [f"training.{name}: {_OURS[name]} instead" for name in training if name in _OURS]
+    problems = [f"training.{name}: {ours}" for name in training if (ours := _refusal(name))]
     problems += [
         f"training.{name}: {kind.__name__} has no argument of this name{closest(name, names)}"
         for name in training
-        if name not in names and name not in _OURS
+        if name not in names and not _refusal(name)
     ]
-    problems += _wrong_types(kind, training)
+    problems += _wrong_values(kind, training)
     if problems:
         raise ConfigError(problems)
-    settings = {**_defaults(names), **task.defaults, **training, "output_dir": str(out / CHECKPOINTS)}
+    settings = {**_defaults(names, training), **task.defaults, **training, "output_dir": str(out / CHECKPOINTS)}
     if not has_eval:
         settings["eval_strategy"] = "no"
     if "max_length" in names and "max_length" not in training:
         settings["max_length"] = task.limit
-    try:
+    if isinstance(best := training.get("metric_for_best_model"), str):  # transformers takes an error for a score
+        settings.setdefault("greater_is_better", is_better_high(best))
+    with refusing("training"):
         arguments = kind(**settings)
         for callback in get_reporting_integration_callbacks(arguments.report_to):
             callback()  # reports a logger that is unknown or not installed
         return arguments
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Inside the block, a library's error about values that it was given is a `ConfigError`, which names ``what``."""
+    try:
+        yield
+    except TunerkitError:
+        raise
     except (TypeError, ValueError, ImportError, AttributeError, RuntimeError) as problem:
-        raise ConfigError([f"training: {' '.join(str(problem).split())}"]) from problem
+        raise ConfigError([f"{what}: {' '.join(str(problem).split()) or type(problem).__name__}"]) from problem
 
 
-def _wrong_types(kind: type[Any], training: Mapping[str, Any]) -> list[str]:
-    """Problems with texts and lists where the trainer needs a number, which it would only see while training."""
+def _refusal(name: str) -> str | None:
+    """Why an argument of the trainer is the command's, and what to do instead; None if it is the recipe's."""
+    is_upload = name.startswith(("hub_", "push_to_hub"))
+    return _OURS.get(name) or (_UPLOAD if is_upload else None)
+
+
+def _wrong_values(kind: type[Any], training: Mapping[str, Any]) -> list[str]:
+    """Problems with numbers and booleans that the trainer takes, and that fail while training or train nothing."""
     hints = typing.get_type_hints(kind)
-    numeric = {int, float, bool, type(None)}
-    return [
-        f"training.{name}: expected a number, got {shown(value)}"
-        for name, value in training.items()
-        if not isinstance(value, int | float | None)
-        and set(typing.get_args(hints.get(name)) or [hints.get(name)]) <= numeric
-    ]
+    found = []
+    for name, value in training.items():
+        allowed = _kinds(hints.get(name))
+        wanted = _wanted(name, value, allowed) if allowed <= {int, float, bool, type(None)} else None
+        if wanted is not None and _refusal(name) is None:
+            found.append(f"training.{name}: expected {wanted}, got {'null' if value is None else shown(value)}")
+    return found
 
 
-def _defaults(names: set[str]) -> dict[str, Any]:
+def _kinds(hint: Any) -> set[Any]:
+    """The types in an annotation: those of a union, else its only one."""
+    return {*typing.get_args(hint)} if typing.get_origin(hint) in (types.UnionType, typing.Union) else {hint}
+
+
+def _wanted(name: str, value: Any, allowed: set[Any]) -> str | None:
+    """What the value of an argument should be, in words; None if it is all right. ``allowed`` are its types."""
+    kind = type(value)
+    if kind not in allowed and not (kind is int and (float in allowed or (bool in allowed and value in (0, 1)))):
+        numbers = allowed - {bool, type(None)}
+        return "true or false" if not numbers else "a whole number" if kind is float else "a number"
+    if name in _LEAST and value < _LEAST[name]:
+        return f"at least {_LEAST[name]}"
+    return "a number above 0" if name in _POSITIVE and not 0 < value < math.inf else None
+
+
+def _defaults(names: set[str], training: Mapping[str, Any]) -> dict[str, Any]:
     device = choose_device()
     settings = {
         "report_to": "none",
@@ -88,7 +132,8 @@ def _defaults(names: set[str]) -> dict[str, Any]:
         "save_steps": 0.1,
         "save_total_limit": 2,
         "seed": 0,
-        "bf16": has_bf16(device),
+        "bf16": has_bf16(device) and not training.get("fp16"),
+        "use_cpu": device.type == "cpu",  # transformers takes bf16 on a CPU only if it is told so
         "dataloader_pin_memory": device.type != "cpu",
     }
     return {name: value for name, value in settings.items() if name in names}

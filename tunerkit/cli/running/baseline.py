@@ -32,8 +32,14 @@ class HeadAlone(nn.Module):
         super().__init__()
         self.head = head
 
-    def forward(self, features: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Return ``logits`` (rows, classes), and the ``loss`` if there are ``labels`` (rows,)."""
+    def forward(
+        self, features: Tensor, labels: Tensor | None = None, length: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return ``logits`` (rows, classes), and the ``loss`` if there are ``labels`` (rows,).
+
+        ``length`` has no effect: a trainer drops the columns that the model does not take, and it groups rows by this
+        one.
+        """
         logits = self.head(features)
         found = {"logits": logits}
         if labels is not None:
@@ -76,8 +82,7 @@ def head_alone(
     for rate in HEAD_RATES:
         head.load_state_dict(start)
         trainer = _trained(task, head, features[0], {**training, "learning_rate": rate}, console, folder)
-        results = task.evaluate(trainer, features[1], rows[1], list(loaded.model.config.id2label.values()))
-        scores[rate] = results.metrics
+        scores[rate] = task.evaluate(trainer, features[1]).metrics
     best = max(scores, key=lambda rate: scores[rate][task.main_metric])
     return {
         "what": "the head alone, on the frozen base; the best of three learning rates by held-out rows",
@@ -102,10 +107,8 @@ def _trained(
         "report_to": "none",
         "load_best_model_at_end": False,
         "bf16": False,
-        "train_sampling_strategy": "random",
     }
     arguments = trainer_arguments(task, settings, folder, has_eval=False)
-    arguments.remove_unused_columns = False
     watching = Watching(console, None, f"head alone, {training['learning_rate']:g}", must_converge=False)
     model = HeadAlone(head.requires_grad_(True))
     trainer = build_trainer(Trainer, arguments, model=model, train_dataset=features, callbacks=[watching])
@@ -118,7 +121,10 @@ def _trained(
 
 @torch.inference_mode()
 def _features(task: Task, loaded: Pretrained, head: nn.Module, dataset: Any) -> Any:
-    """What the base computes as the head's input, as a dataset of ``features`` and ``labels``."""
+    """What the base computes as the head's input, as a dataset of ``features`` and ``labels``.
+
+    It has the texts' ``length`` too, by which the trainer groups them as in the run.
+    """
     import datasets
     from torch.utils.data import DataLoader
 
@@ -138,5 +144,6 @@ def _features(task: Task, loaded: Pretrained, head: nn.Module, dataset: Any) -> 
         raise NoBaselineError("no baseline: the head takes more than one vector for each row")
     features = torch.empty(len(order), kept[0].shape[1])
     features[order] = torch.cat(kept)
-    found = datasets.Dataset.from_dict({"features": features.numpy(), "labels": dataset["labels"]})
-    return found.with_format("torch")
+    columns = {"features": features.numpy(), "labels": dataset["labels"], "length": lengths}
+    dataset = datasets.Dataset.from_dict(columns)
+    return dataset.with_format("torch", columns=["features", "labels"], output_all_columns=True)

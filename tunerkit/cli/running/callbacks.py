@@ -127,7 +127,7 @@ class Resumable(TrainerCallback):
 
     Batches by length are drawn by the seed and the epoch alone. By themselves they depend on all random numbers drawn
     before the epoch, dropout's too. And a checkpoint at the end of an epoch is written after the epoch's evaluation,
-    which it would lack otherwise.
+    which it would lack otherwise. An epoch that is resumed after its evaluation is not evaluated again.
     """
 
     def __init__(self) -> None:
@@ -149,6 +149,8 @@ class Resumable(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         control.should_save, self._is_due = control.should_save or self._is_due, False
+        if any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history):
+            control.should_evaluate = False
 
 
 def _is_whole(epoch: float | None) -> bool:

@@ -8,13 +8,22 @@ import attrs
 
 from tunerkit import hooks
 from tunerkit.cli.tasks import TASKS, task_of
+from tunerkit.cli.tasks.base import MissingPackageError
 
 
 def trainer_arguments(mapping: Mapping[str, Any], settings: Iterable[str]) -> set[str]:
-    """The names of the arguments of the task's trainer; without a task, those of transformers' Trainer."""
+    """The names of the arguments of the task's trainer; without a task, those of any task's."""
     task = _given("task", mapping, settings)
-    name = task if task is not None and task in TASKS else "text-classification"
-    return {field.name for field in dataclasses.fields(task_of(name).trainer_classes()[1])}
+    tasks = [task] if task is not None and task in TASKS else [*TASKS]
+    return {name for each in tasks for name in _arguments_of(each)}
+
+
+def _arguments_of(task: str) -> set[str]:
+    """The names of the arguments of a task's trainer; none if its package is missing, which is reported later."""
+    try:
+        return {field.name for field in dataclasses.fields(task_of(task).trainer_classes()[1])}
+    except MissingPackageError:
+        return set()
 
 
 def method_settings(mapping: Mapping[str, Any], settings: Iterable[str]) -> set[str]:

@@ -1,6 +1,9 @@
 """``tunerkit train``: read, load, wrap, train, evaluate, and write the output folder."""
 
+import os
 import time
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +11,16 @@ import attrs
 from rich.console import Console
 
 import tunerkit
-from tunerkit import RankChange, Tuner
+from tunerkit import RankChange, Tuner, TunerkitError
 from tunerkit.cli import assets, outputs
 from tunerkit.cli.demo import demo_of
-from tunerkit.cli.recipes import writing
-from tunerkit.cli.recipes.recipe import Recipe, to_mapping, with_full_paths
-from tunerkit.cli.rows.labels import split
-from tunerkit.cli.rows.reading import DataError, read_table
+from tunerkit.cli.recipes.recipe import Recipe, to_mapping, with_full_paths, with_home
 from tunerkit.cli.running import output
 from tunerkit.cli.running.arguments import trainer_arguments
 from tunerkit.cli.running.baseline import NoBaselineError, head_alone
 from tunerkit.cli.running.building import build_trainer
 from tunerkit.cli.running.callbacks import Watching, refuse_nonfinite
+from tunerkit.cli.running.data import Data, prepare_data
 from tunerkit.cli.running.record import (
     Trained,
     adapter_facts,
@@ -31,30 +32,13 @@ from tunerkit.cli.running.record import (
     write_report,
 )
 from tunerkit.cli.running.telling import say, telling_warnings
-from tunerkit.cli.tasks import task_of
-from tunerkit.cli.tasks.base import Row, Task
-from tunerkit.cli.tasks.infer import infer
+from tunerkit.cli.tasks.base import Task
+from tunerkit.cli.tasks.generating import are_conversations
+from tunerkit.cli.tasks.texts import labels_of, token_limit
 from tunerkit.errors import shown
 from tunerkit.integrations.output_folder import VERSION
 from tunerkit.integrations.pretrained import Pretrained, load_pretrained, quiet
-
-HELD_OUT_SHARE = 0.2
-# The split is fixed: the seed changes the training, never the rows it is evaluated on.
-SPLIT_SEED = 0
-
-
-@attrs.frozen
-class Data:
-    """The rows of a run, and the names of their classes.
-
-    Where a part of the training data is held out, a class may have rows in that part alone.
-    """
-
-    train: list[Row]
-    held_out: list[Row]
-    source: str
-    held_out_source: str
-    labels: tuple[str, ...]
+from tunerkit.paths import few
 
 
 @attrs.frozen(eq=False)
@@ -86,6 +70,8 @@ def run(
         TunerkitError: Something in the recipe, the data, the model or the folder does not fit.
         KeyboardInterrupt: Ctrl-C ended the training, after a checkpoint.
     """
+    _refuse_processes(os.environ)
+    recipe = with_home(recipe)
     folder = Path(recipe.out)
     output.check(folder, recipe, resume=resume, overwrite=overwrite)
     tunerkit.structure(recipe.method, recipe.config)  # report a typo before creating or downloading anything
@@ -100,12 +86,12 @@ def run(
         say(console, "dry run: nothing was trained and nothing was written")
         return
     kept = with_full_paths(attrs.evolve(recipe, task=task.name))
-    output.begin(folder, writing.dump(kept), resume=resume)
+    output.begin(folder, kept, resume=resume)
     before = task.samples(session.loaded, data.held_out)
     trained = train(session, console, resume=resume)
-    record = record_of(session, trained, kept, before)
-    tunerkit.save(session.loaded.model, folder)
+    tunerkit.save(session.loaded.model, folder)  # at once: what follows only describes it
     session.loaded.processor.save_pretrained(folder)
+    record = record_of(session, trained, kept, before)
     write_json(folder / "environment.json", record["environment"])
     write_record(folder, record)  # last, because it says that the run has ended
     tell(session, trained, console)
@@ -123,6 +109,16 @@ def run(
     say(console, f"report: {folder / 'report.html'}")
 
 
+def _refuse_processes(environment: Mapping[str, str]) -> None:
+    """Raise `TunerkitError` if the command was started as one of several processes, such as by torchrun."""
+    count = environment.get("WORLD_SIZE", "1")
+    if count.isdecimal() and int(count) > 1:
+        raise TunerkitError(
+            f"WORLD_SIZE is {count}, and the command trains in one process; call it without torchrun, or train in a "
+            "script with tunerkit.attach"
+        )
+
+
 def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dict[str, str]]) -> dict[str, Any]:
     """The record of a run. ``kept`` is the recipe with full paths, and ``before`` the samples before training."""
     task, data, loaded = session.task, session.data, session.loaded
@@ -132,6 +128,7 @@ def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dic
         "model": model_facts(loaded, session.trainer.args.seed),
         "data": {"train": data.source, "eval": data.held_out_source},
         "rows": {"train": len(data.train), "eval": len(data.held_out)},
+        "columns": list(data.train[0]),
         "labels": list(data.labels),
         "metrics": dict(trained.metrics),
         "main_metric": task.main_metric,
@@ -144,6 +141,8 @@ def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dic
         "recipe": to_mapping(kept),
         "environment": environment(kept.method),
     }
+    if (conversations := are_conversations(task, data.train)) is not None:
+        record["conversations"] = conversations
     if trained.confusion is not None:
         record["confusion"] = [list(row) for row in trained.confusion]
     if after := task.samples(loaded, data.held_out):
@@ -155,34 +154,6 @@ def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dic
     return plain
 
 
-def prepare_data(recipe: Recipe, console: Console) -> tuple[Task, Data]:
-    """Read the data, find the task, and check and split the rows."""
-    if recipe.data is None:
-        if recipe.eval_data is not None:
-            raise DataError("eval_data needs data: the demo has its own held-out sentences; pass --data too")
-        task = task_of(recipe.task or "text-classification", recipe.max_length)
-        demo = demo_of(task.name, "data")
-        table = demo.rows(assets.cache_folder(), lambda text: say(console, text))
-        train_rows, rest = split(task.rows(table, {}), train_rows=demo.train_rows, seed=SPLIT_SEED)
-        labels = task.labels(train_rows)
-        return task, Data(train_rows, rest[: demo.held_out_rows], table.source, "others of them", labels)
-    table = read_table(Path(recipe.data))
-    task = task_of(recipe.task or infer(table, recipe.columns), recipe.max_length)
-    rows = task.rows(table, recipe.columns)
-    labels = task.labels(rows)
-    if recipe.eval_data is not None:
-        other = read_table(Path(recipe.eval_data))
-        return task, Data(rows, task.rows(other, recipe.columns), table.source, other.source, labels)
-    held_out = round(HELD_OUT_SHARE * len(rows))
-    if held_out < 2:
-        raise DataError(
-            f"{table.source}: {len(rows)} rows are too few to hold a fifth of them out for evaluation; add rows, or "
-            "pass others with --eval-data"
-        )
-    train_rows, rest = split(rows, train_rows=len(rows) - held_out, seed=SPLIT_SEED)
-    return task, Data(train_rows, rest, table.source, f"a fifth of {table.source}", labels)
-
-
 def prepare(recipe: Recipe, task: Task, data: Data, console: Console) -> Session:
     """Load and wrap the model, encode the rows, and build the trainer."""
     demo = {} if recipe.data is not None else demo_of(task.name, "data").training
@@ -191,7 +162,9 @@ def prepare(recipe: Recipe, task: Task, data: Data, console: Console) -> Session
     source = recipe.model
     if source is None:
         source = str(demo_of(task.name, "model").model(assets.cache_folder(), lambda text: say(console, text)))
-    loaded = load_pretrained(task.name, source, labels=data.labels, seed=seed)
+    loaded = load_pretrained(task.name, source, labels=data.labels, ordered=False, dtype=recipe.dtype, seed=seed)
+    if data.labels:
+        data = attrs.evolve(data, labels=labels_of(loaded))
     trained = recipe.config.get("train_modules") or list(loaded.heads)
     tunerkit.wrap(loaded.model, recipe.method, {**recipe.config, "train_modules": trained}, seed=seed)
     kind, _ = task.trainer_classes()
@@ -211,21 +184,31 @@ def prepare(recipe: Recipe, task: Task, data: Data, console: Console) -> Session
 
 
 def describe(session: Session, console: Console) -> None:
-    """Print what is about to be trained: data, lengths, steps and parameters."""
+    """Print what is about to be trained: data, columns, lengths, steps and parameters."""
     data, arguments, train_set = session.data, session.trainer.args, session.trainer.train_dataset
     say(
         console, f"{session.task.name}: {len(data.train)} training rows of {data.source}, {len(data.held_out)} held out"
     )
+    used = ", ".join(name if name == ours else f"{ours} ({name})" for ours, name in data.columns.items())
+    say(console, f"columns: {used}{f'; left out: {few(data.unused, shown=10)}' if data.unused else ''}")
     if "input_ids" in (train_set.column_names or ()):
-        lengths = sorted(len(row) for row in train_set["input_ids"])
-        at = f"{session.recipe.max_length or session.task.limit} tokens"
-        say(console, f"lengths: {lengths[len(lengths) // 2]} tokens in the middle, {lengths[-1]} at most (cut at {at})")
+        _describe_lengths(session, sorted(len(row) for row in train_set["input_ids"]), console)
     if data.labels:
         say(console, f"{len(data.labels)} classes: {', '.join(data.labels[:10])}{' …' * (len(data.labels) > 10)}")
     *_, steps = session.trainer.set_initial_training_values(arguments, session.trainer.get_train_dataloader())
     say(console, f"{steps} steps, {arguments.num_train_epochs:g} epochs, batches of {arguments.train_batch_size}")
     parameters = tunerkit.trainable_parameters(session.loaded.model)
     say(console, f"{session.recipe.method} on {len(session.tuner.targets)} matrices: {parameters}")
+
+
+def _describe_lengths(session: Session, lengths: Sequence[int], console: Console) -> None:
+    """Print how long the texts are, which are sorted by length, and how many of them are as long as they may be."""
+    limit = vars(session.trainer.args).get("max_length", token_limit(session.loaded, session.task.limit))
+    cut = "not cut"
+    if limit is not None:
+        reaching = len(lengths) - bisect_left(lengths, limit)
+        cut = f"cut at {limit} tokens, which {reaching} {'row reaches' if reaching == 1 else 'rows reach'}"
+    say(console, f"lengths: {lengths[len(lengths) // 2]} tokens in the middle, {lengths[-1]} at most ({cut})")
 
 
 def train(session: Session, console: Console, *, resume: bool) -> Trained:
@@ -244,7 +227,7 @@ def train(session: Session, console: Console, *, resume: bool) -> Trained:
     confusion = None
     if session.data.held_out:
         began = time.perf_counter()
-        results = session.task.evaluate(trainer, trainer.eval_dataset, session.data.held_out, session.data.labels)
+        results = session.task.evaluate(trainer, trainer.eval_dataset)
         metrics, confusion = results.metrics, results.confusion
         seconds["evaluate"] = time.perf_counter() - began
         when = f"on the held-out rows after {tuner.steps} steps"

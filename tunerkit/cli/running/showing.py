@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tunerkit.cli.running.telling import say
@@ -19,7 +20,7 @@ def show_run(folder: Path, console: Console) -> None:
     record = run.record
     facts = Table(show_header=False, box=None)
     for name, value in _facts(folder, run.source, record).items():
-        facts.add_row(name, value)
+        facts.add_row(name, escape(value))
     console.print(facts)
     if ranks := record.get("ranks"):
         console.print(rank_table(rank_map(ranks), initial=max(record.get("caps", ranks).values())))

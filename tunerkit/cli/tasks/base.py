@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import attrs
 
+from tunerkit.cli.rows.labels import class_numbers
 from tunerkit.cli.rows.reading import DataError, Table, column
 from tunerkit.errors import TunerkitError, closest, shown
 from tunerkit.integrations.pretrained import TASKS, Pretrained
@@ -57,7 +58,7 @@ LABEL = Column("label", ("labels", "class", "category"), predicted=True, option=
 
 
 class Task(ABC):
-    """One kind of training. The methods are called in this order: rows, labels, encode, trainer, evaluate."""
+    """One kind of training. A run calls the methods in this order: rows, labels, encode, evaluate."""
 
     name: ClassVar[str]
     columns: ClassVar[tuple[Column, ...]]
@@ -72,27 +73,35 @@ class Task(ABC):
 
     # --- rows ---
 
-    def rows(self, table: Table, names: Mapping[str, str], *, predicting: bool = False) -> list[Row]:
+    def rows(
+        self, table: Table, names: Mapping[str, str], *, predicting: bool = False, renaming: bool = True
+    ) -> list[Row]:
         """Return the table's rows under our names of the columns, with checked values.
 
         Args:
             table: The file.
             names: The file's names of columns, by ours.
-            predicting: Whether the columns that are to be predicted may be missing.
+            predicting: Whether the columns that are to be predicted are left out; they may be missing or empty.
+            renaming: Whether the user can say what the columns are named, for messages.
 
         Raises:
             DataError: A column is missing, or a value does not fit.
         """
-        self._check_names(names)
-        found: dict[str, Sequence[object]] = {}
-        for each in self.columns_for(table, names, predicting=predicting):
-            name = name_in(table, each, names)
-            optional = (not each.needed and each.name not in names) or (predicting and each.predicted)
-            if optional and name not in table.columns:
-                continue
-            found[each.name] = column(table, name, self.name, each.option)
+        found = {
+            each.name: column(table, name, self.name, each.option, renaming=renaming)
+            for each, name in self.columns_read(table, names, predicting=predicting)
+        }
         rows = [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
         return [self.checked(row, f"{table.source}: row {number}") for number, row in enumerate(rows, start=1)]
+
+    def columns_read(
+        self, table: Table, names: Mapping[str, str], *, predicting: bool = False
+    ) -> list[tuple[Column, str]]:
+        """The columns that `rows` reads, each with its name in the table. The arguments are as there."""
+        self._check_names(names)
+        wanted = self.columns_for(table, names, predicting=predicting)
+        read = [(each, name_in(table, each, names)) for each in wanted if not (predicting and each.predicted)]
+        return [(each, name) for each, name in read if each.needed or each.name in names or name in table.columns]
 
     def columns_for(self, table: Table, names: Mapping[str, str], *, predicting: bool) -> Sequence[Column]:
         """The columns to read from a table: all of the task's, or one form of them if it has several."""
@@ -105,6 +114,14 @@ class Task(ABC):
     def labels(self, rows: Sequence[Row]) -> tuple[str, ...]:
         """The names of the classes in the order of the logits; empty if the task has none."""
         return ()
+
+    def classes_of(self, row: Row) -> Sequence[str]:
+        """The classes that a row's labels name; none if the task has none."""
+        return ()
+
+    def check_classes(self, rows: Sequence[Row], labels: Sequence[str]) -> None:
+        """Raise `DataError` if rows have classes that are not among ``labels``: before a model is loaded."""
+        class_numbers((name for row in rows for name in self.classes_of(row)), labels)
 
     def _check_names(self, names: Mapping[str, str]) -> None:
         ours = [each.name for each in self.columns]
@@ -146,9 +163,24 @@ class Task(ABC):
 
     # --- results ---
 
-    @abstractmethod
-    def evaluate(self, trainer: Any, dataset: Any, rows: Sequence[Row], labels: Sequence[str]) -> Results:
-        """Evaluate on held-out rows, which ``dataset`` has encoded."""
+    def scores(self, predictions: Any, truth: Any) -> dict[str, float]:
+        """The metrics beside the loss, of a trainer's predictions and label ids (arrays with a row for each row)."""
+        return {}
+
+    def confusion(self, predictions: Any, truth: Any) -> list[list[int]] | None:
+        """The confusion matrix of a trainer's predictions and label ids; None if there are no single classes."""
+        return None
+
+    def compute_metrics(self, prediction: Any) -> dict[str, float]:
+        """`scores` of a `transformers.EvalPrediction`: a trainer logs them, and chooses the best checkpoint by them."""
+        return self.scores(first_output(prediction.predictions), prediction.label_ids)
+
+    def evaluate(self, trainer: Any, dataset: Any) -> Results:
+        """Evaluate on encoded rows that have labels."""
+        found = trainer.predict(dataset)
+        predictions, truth = first_output(found.predictions), found.label_ids
+        metrics = {**self.scores(predictions, truth), "loss": found.metrics["test_loss"]}
+        return Results(metrics, self.confusion(predictions, truth))
 
     def samples(self, loaded: Pretrained, rows: Sequence[Row]) -> list[dict[str, str]]:
         """Prompts and what the model makes of them, to compare before and after training; none for classifiers."""
@@ -159,13 +191,19 @@ class Task(ABC):
         """Predict each row, in their order, as values that JSON can hold."""
 
 
+def first_output(predictions: Any) -> Any:
+    """The logits in what a trainer predicts: some models return further outputs after them."""
+    return predictions[0] if isinstance(predictions, tuple) else predictions
+
+
 def pipeline_of(task: str, loaded: Pretrained) -> Callable[..., Any]:
     """The pipeline of transformers for a task, with a loaded model."""
     import transformers
 
     name: Any = TASKS[task].pipeline
     processor = "image_processor" if "Image" in TASKS[task].processor else "tokenizer"
-    return transformers.pipeline(name, model=loaded.model, **{processor: loaded.processor})  # type: ignore[no-any-return]
+    settings: dict[str, Any] = {processor: loaded.processor, "device": loaded.model.device}
+    return transformers.pipeline(name, model=loaded.model, **settings)  # type: ignore[no-any-return]
 
 
 def require_package(name: str, task: str, extra: str) -> None:

@@ -1,16 +1,19 @@
 """What tasks on language models share: the trainers of TRL, loss and perplexity, and generation."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from tunerkit.cli.rows.reading import DataError
+from tunerkit.cli.rows.reading import DataError, Table
 from tunerkit.cli.tasks.base import Results, Row, Task
+from tunerkit.cli.tasks.texts import positions_of
 from tunerkit.errors import shown
 from tunerkit.integrations.pretrained import Pretrained
 
 NEW_TOKENS = 64
 SAMPLES = 3
+_MOST = 230.0  # e to this power is within what a record may hold
+_SECOND = ("input", "context")  # columns that continue an instruction, in Alpaca's and Dolly's data
 _ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -33,6 +36,17 @@ class GenerationTask(Task):
 
     max_length: ClassVar[int] = 1024
 
+    def rows(
+        self, table: Table, names: Mapping[str, str], *, predicting: bool = False, renaming: bool = True
+    ) -> list[Row]:
+        """The rows: all of texts, or all of lists of messages."""
+        read = {each.name: name for each, name in self.columns_read(table, names, predicting=predicting)}
+        if "prompt" not in names:
+            _refuse_second(table, read.get("prompt", "prompt"), renaming=renaming)
+        rows = super().rows(table, names, predicting=predicting, renaming=renaming)
+        _refuse_mixed(rows, table.source)
+        return rows
+
     @property
     def defaults(self) -> dict[str, Any]:
         """Language models are larger, and their rows longer."""
@@ -44,11 +58,11 @@ class GenerationTask(Task):
             "per_device_eval_batch_size": 8,
         }
 
-    def evaluate(self, trainer: Any, dataset: Any, rows: Sequence[Row], labels: Sequence[str]) -> Results:
+    def evaluate(self, trainer: Any, dataset: Any) -> Results:
         """The loss and the perplexity."""
         found = trainer.evaluate(dataset)
         loss = float(found["eval_loss"])
-        metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        metrics = {"loss": loss, "perplexity": math.exp(min(loss, _MOST))}
         if "eval_mean_token_accuracy" in found:
             metrics["token_accuracy"] = float(found["eval_mean_token_accuracy"])
         return Results(metrics)
@@ -60,11 +74,13 @@ class GenerationTask(Task):
         answers = generate(loaded, chosen, batch_size=SAMPLES) if chosen else []
         return [{"prompt": text, "answer": answer} for text, answer in zip(texts, answers, strict=True)]
 
-    def predict(self, loaded: Pretrained, rows: Sequence[Row], *, batch_size: int) -> list[dict[str, Any]]:
-        """Continue each row's prompt by up to 64 tokens, without sampling."""
-        return [
-            {"completion": text} for text in generate(loaded, [prompt_of(row) for row in rows], batch_size=batch_size)
-        ]
+    def predict(
+        self, loaded: Pretrained, rows: Sequence[Row], *, batch_size: int, new_tokens: int = NEW_TOKENS
+    ) -> list[dict[str, Any]]:
+        """Continue each row's prompt by up to ``new_tokens`` tokens, without sampling."""
+        prompts = [prompt_of(row) for row in rows]
+        answers = generate(loaded, prompts, batch_size=batch_size, new_tokens=new_tokens)
+        return [{"completion": text} for text in answers]
 
 
 def generate(
@@ -74,21 +90,27 @@ def generate(
     batch_size: int,
     new_tokens: int = NEW_TOKENS,
     max_length: int | None = None,
+    streamer: Any = None,
 ) -> list[str]:
     """Continue prompts, or conversations by the tokenizer's template, greedily.
+
+    A decoder reads prompt and answer at consecutive positions. Of a prompt that leaves no room for the answer only the
+    end is read, and at most half of the positions are the answer's.
 
     Args:
         loaded: The model and its tokenizer.
         prompts: All of them texts, or all of them lists of messages.
         batch_size: How many are generated at once.
         new_tokens: The greatest number of tokens of an answer.
-        max_length: The greatest number of tokens of a prompt, whose end is cut; None: prompts are not cut.
+        max_length: For encoder-decoders, the greatest number of tokens of a source, whose end is cut.
+        streamer: A streamer of transformers, which prints tokens as they come; for single prompts.
     """
     import torch
 
     processor, model = loaded.processor, loaded.model
-    cut: dict[str, Any] = {} if max_length is None else {"truncation": True, "max_length": max_length}
     encoder = model.config.is_encoder_decoder
+    cut: dict[str, Any] = {"truncation": True, "max_length": max_length} if encoder and max_length is not None else {}
+    kept, answer = (None, new_tokens) if encoder else _room(loaded, new_tokens)
     model.eval()
     answers: list[str] = []
     for start in range(0, len(prompts), batch_size):
@@ -102,12 +124,59 @@ def generate(
             add_special_tokens=isinstance(batch[0], str),  # a chat template writes its own
             **cut,
         ).to(model.device)
-        inputs.pop("token_type_ids", None)
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        if kept is not None:  # the padding is on the left, so shorter prompts stay whole
+            inputs = {name: values[:, -kept:] for name, values in inputs.items()}
         with torch.inference_mode():
-            out = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+            out = model.generate(**inputs, max_new_tokens=answer, do_sample=False, streamer=streamer)
         skip = 0 if encoder else inputs["input_ids"].shape[1]
         answers += processor.batch_decode(out[:, skip:], skip_special_tokens=True)
     return answers
+
+
+def _room(loaded: Pretrained, new_tokens: int) -> tuple[int | None, int]:
+    """How many tokens a decoder may read of a prompt, and how many it may answer; None if it has no limit."""
+    positions = positions_of(loaded)
+    if positions is None:
+        return None, new_tokens
+    answer = min(new_tokens, positions - positions // 2)
+    return positions - answer, answer
+
+
+def _refuse_second(table: Table, prompt: str, *, renaming: bool) -> None:
+    """Raise `DataError` if a prompt that was found by another name goes on in a second column, which would be lost."""
+    second = next((name for name in _SECOND if name in table.columns), None)
+    if prompt == "prompt" or second is None:
+        return
+    leave = f"set columns.prompt to {prompt} in the recipe" if renaming else "remove that column"
+    raise DataError(
+        f"{table.source}: has the columns {prompt!r} and {second!r}, and a prompt is one column; join them into one, "
+        f"or, to leave {second!r} out, {leave}"
+    )
+
+
+def require_one_kind(row: Row, where: str) -> bool:
+    """Return whether the values of a row are lists of messages. Raises `DataError` if only some of them are lists."""
+    kinds = {isinstance(value, list) for value in row.values()}
+    if len(kinds) > 1:
+        seen = ", ".join(f"{name} is a {_kind(value)}" for name, value in row.items())
+        raise DataError(f"{where}: {seen}; write all of them as texts, or all of them as lists of messages")
+    return kinds == {True}
+
+
+def _refuse_mixed(rows: Sequence[Row], source: str) -> None:
+    """Raise `DataError` if a column has texts in some rows and lists of messages in others."""
+    for number, row in enumerate(rows, start=1):
+        for name, value in row.items():
+            if _kind(value) != _kind(rows[0][name]):
+                raise DataError(
+                    f"{source}: row {number}, column {name!r}: is a {_kind(value)}, and row 1 has a "
+                    f"{_kind(rows[0][name])}; write all rows as texts, or all as lists of messages"
+                )
+
+
+def _kind(value: object) -> str:
+    return "list" if isinstance(value, list) else "text"
 
 
 def _chat_text(loaded: Pretrained, messages: Sequence[dict[str, str]]) -> str:
@@ -123,6 +192,13 @@ def prompt_of(row: Row) -> str | list[dict[str, str]]:
         return messages[:-1] if messages[-1]["role"] == "assistant" else messages
     prompt: str | list[dict[str, str]] = row["prompt"] if "prompt" in row else row["text"]
     return prompt
+
+
+def are_conversations(task: Task, rows: Sequence[Row]) -> bool | None:
+    """Whether the prompts of a language model's rows are lists of messages; None for other tasks."""
+    if not isinstance(task, GenerationTask) or not {"messages", "prompt", "text"} & {*rows[0]}:
+        return None
+    return isinstance(prompt_of(rows[0]), list)
 
 
 def checked_messages(value: object, where: str, name: str) -> list[dict[str, str]]:

@@ -1,13 +1,16 @@
 """One class for each image."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import attrs
+
 from tunerkit.cli.rows.labels import class_numbers
-from tunerkit.cli.rows.reading import DataError
-from tunerkit.cli.tasks.base import LABEL, Column, Results, Row, Task, pipeline_of, require_package
-from tunerkit.cli.tasks.classifying import accuracy_of, classification_results
+from tunerkit.cli.rows.reading import DataError, Table
+from tunerkit.cli.tasks.base import LABEL, Column, Row, Task, name_in, pipeline_of, require_package
+from tunerkit.cli.tasks.classifying import classification_scores, confusion_of
 from tunerkit.cli.tasks.text_classification import class_label, several_classes
 from tunerkit.cli.tasks.texts import labels_of
 from tunerkit.errors import shown
@@ -22,11 +25,23 @@ class ImageClassification(Task):
     main_metric: ClassVar[str] = "accuracy"
     greater_is_better: ClassVar[bool] = True
 
+    def rows(
+        self, table: Table, names: Mapping[str, str], *, predicting: bool = False, renaming: bool = True
+    ) -> list[Row]:
+        """The rows, with paths that are relative to the working folder."""
+        name = name_in(table, self.columns[0], names)
+        placed = tuple({**row, name: _placed(table.folder, row.get(name))} for row in table.rows)
+        table = attrs.evolve(table, rows=placed)
+        return super().rows(table, names, predicting=predicting, renaming=renaming)
+
     def checked(self, row: Row, where: str) -> Row:
         """The file exists, and begins as an image."""
         path = row["image"]
-        if not isinstance(path, str) or not Path(path).is_file():
-            raise DataError(f"{where}, column 'image': there is no file {shown(path)}; write the paths of image files")
+        if not isinstance(path, str) or not os.path.isfile(path):  # Path.is_file raises where a name is too long
+            raise DataError(
+                f"{where}, column 'image': there is no file {shown(path)}; write the paths of image files, relative to "
+                "the folder of the data"
+            )
         require_package("PIL", self.name, "vision")
         with opened(path):
             pass
@@ -35,6 +50,10 @@ class ImageClassification(Task):
     def labels(self, rows: Sequence[Row]) -> tuple[str, ...]:
         """The classes."""
         return several_classes(rows)
+
+    def classes_of(self, row: Row) -> Sequence[str]:
+        """The image's class."""
+        return [row["label"]]
 
     def encode(self, rows: Sequence[Row], loaded: Pretrained) -> Any:
         """Images are read and processed when a batch needs them."""
@@ -56,21 +75,31 @@ class ImageClassification(Task):
         return {**super().defaults, "remove_unused_columns": False}
 
     def trainer_settings(self, loaded: Pretrained) -> dict[str, Any]:
-        """Log the accuracy."""
+        """Log the metrics."""
         from transformers import DefaultDataCollator
 
-        return {"compute_metrics": accuracy_of, "data_collator": DefaultDataCollator()}
+        return {"compute_metrics": self.compute_metrics, "data_collator": DefaultDataCollator()}
 
-    def evaluate(self, trainer: Any, dataset: Any, rows: Sequence[Row], labels: Sequence[str]) -> Results:
-        """Accuracy, macro F1 and the confusion matrix."""
-        found = trainer.predict(dataset)
-        predicted = found.predictions.argmax(-1)
-        return classification_results(found.label_ids, predicted, len(labels), found.metrics["test_loss"])
+    def scores(self, predictions: Any, truth: Any) -> dict[str, float]:
+        """Accuracy and macro F1."""
+        return classification_scores(predictions, truth)
+
+    def confusion(self, predictions: Any, truth: Any) -> list[list[int]]:
+        """Rows by true class, columns by predicted class."""
+        return confusion_of(predictions, truth)
 
     def predict(self, loaded: Pretrained, rows: Sequence[Row], *, batch_size: int) -> list[dict[str, Any]]:
         """Predict with the pipeline of transformers."""
         found = pipeline_of(self.name, loaded)([row["image"] for row in rows], batch_size=batch_size, top_k=1)
         return [{"label": each[0]["label"], "score": float(each[0]["score"])} for each in found]
+
+
+def _placed(folder: Path | None, path: object) -> object:
+    """A path of a data file as seen from the working folder; one that is not in the file's folder stays as it is."""
+    if folder is None or not isinstance(path, str):
+        return path
+    inside = os.path.join(folder, path)
+    return inside if os.path.isfile(inside) else path
 
 
 def opened(path: str) -> Any:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from tunerkit.cli.rows.labels import class_names, class_numbers
 from tunerkit.cli.rows.reading import DataError
-from tunerkit.cli.tasks.base import LABEL, TEXT, Column, Results, Row
+from tunerkit.cli.tasks.base import LABEL, TEXT, Column, Row
 from tunerkit.cli.tasks.texts import PAIR, TextTask
 from tunerkit.errors import shown
 
@@ -37,24 +37,26 @@ class MultiLabel(TextTask):
             raise DataError('no training row has a label; each row has a list of labels, such as ["sport", "war"]')
         return names
 
+    def classes_of(self, row: Row) -> Sequence[str]:
+        """The row's labels."""
+        labels: list[str] = row["label"]
+        return labels
+
     def targets(self, rows: Sequence[Row], labels: Sequence[str]) -> list[list[float]]:
         """A row of 0 and 1 for each text."""
         chosen = [set(class_numbers(row["label"], labels)) for row in rows]
         return [[float(number in own) for number in range(len(labels))] for own in chosen]
 
-    def evaluate(self, trainer: Any, dataset: Any, rows: Sequence[Row], labels: Sequence[str]) -> Results:
+    def scores(self, predictions: Any, truth: Any) -> dict[str, float]:
         """Micro F1, and the share of rows with exactly the right labels. A label is predicted above 0.5."""
         from sklearn.metrics import accuracy_score, f1_score
 
-        found = trainer.predict(dataset)
-        predicted = (found.predictions > 0).astype(int)  # a logit of 0 is a probability of THRESHOLD
-        truth = found.label_ids.astype(int)
-        metrics = {
-            "f1": float(f1_score(truth, predicted, average="micro", zero_division=0)),
-            "exact": float(accuracy_score(truth, predicted)),
-            "loss": found.metrics["test_loss"],
+        predicted = (predictions > 0).astype(int)  # a logit of 0 is a probability of THRESHOLD
+        wanted = truth.astype(int)
+        return {
+            "f1": float(f1_score(wanted, predicted, average="micro", zero_division=0)),
+            "exact": float(accuracy_score(wanted, predicted)),
         }
-        return Results(metrics)
 
     def pipeline_options(self) -> dict[str, Any]:
         """A probability for each label."""

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import tunerkit
-from tunerkit.cli.rows.reading import DataError
 from tunerkit.cli.tasks.base import Column, Results, Row, require_package, require_text
-from tunerkit.cli.tasks.generating import GenerationTask, checked_messages, require_tokens
+from tunerkit.cli.tasks.generating import GenerationTask, checked_messages, require_one_kind, require_tokens
 from tunerkit.integrations.pretrained import Pretrained
 
 
@@ -24,13 +23,7 @@ class Preference(GenerationTask):
 
     def checked(self, row: Row, where: str) -> Row:
         """All three are texts, or all three are lists of messages."""
-        kinds = {isinstance(value, list) for value in row.values()}
-        if len(kinds) > 1:
-            seen = ", ".join(
-                f"{name} is a {'list' if isinstance(value, list) else 'text'}" for name, value in row.items()
-            )
-            raise DataError(f"{where}: {seen}; write all of them as texts, or all of them as lists of messages")
-        if kinds == {True}:
+        if require_one_kind(row, where):
             return {name: checked_messages(row[name], where, name) for name in row}
         return {name: require_text(row, name, where) for name in row}
 
@@ -55,10 +48,15 @@ class Preference(GenerationTask):
         return DPOTrainer, DPOConfig
 
     def trainer_settings(self, loaded: Pretrained) -> dict[str, Any]:
-        """The reference is the model without its adapters, so that no second model is loaded."""
-        return {"ref_model": tunerkit.reference(loaded.model)}
+        """The reference is the model without its adapter, which may be trained already; no second model is loaded."""
+        name = tunerkit.tuner(loaded.model).name
+        tunerkit.activate(loaded.model, ())
+        try:
+            return {"ref_model": tunerkit.reference(loaded.model)}
+        finally:
+            tunerkit.activate(loaded.model, name)
 
-    def evaluate(self, trainer: Any, dataset: Any, rows: Sequence[Row], labels: Sequence[str]) -> Results:
+    def evaluate(self, trainer: Any, dataset: Any) -> Results:
         """The loss, and how often the chosen answer has the greater reward."""
         found = trainer.evaluate(dataset)
         accuracy, margin = found["eval_rewards/accuracies"], found["eval_rewards/margins"]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from tunerkit.cli.rows.reading import DataError
-from tunerkit.cli.tasks.base import Results, Row
+from tunerkit.cli.tasks.base import Row
 from tunerkit.cli.tasks.texts import TextTask
 from tunerkit.errors import shown
 
@@ -30,16 +30,13 @@ class Regression(TextTask):
         """The numbers."""
         return [row["label"] for row in rows]
 
-    def evaluate(self, trainer: Any, dataset: Any, rows: Sequence[Row], labels: Sequence[str]) -> Results:
-        """Mean squared error (the loss), mean absolute error, and R²."""
+    def scores(self, predictions: Any, truth: Any) -> dict[str, float]:
+        """Mean absolute error and R², which needs two rows; the loss is the mean squared error."""
         from sklearn.metrics import mean_absolute_error, r2_score
 
-        found = trainer.predict(dataset)
-        predicted = found.predictions.reshape(-1)
-        metrics = {"loss": found.metrics["test_loss"], "mae": float(mean_absolute_error(found.label_ids, predicted))}
-        if len(rows) > 1:
-            metrics["r2"] = float(r2_score(found.label_ids, predicted))
-        return Results(metrics)
+        predicted = predictions.reshape(-1)
+        scores = {"mae": float(mean_absolute_error(truth, predicted))}
+        return {**scores, **({"r2": float(r2_score(truth, predicted))} if len(truth) > 1 else {})}
 
     def pipeline_options(self) -> dict[str, Any]:
         """The number as it is."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from tunerkit.cli.tasks.base import Column, Row, require_text
-from tunerkit.cli.tasks.generating import SAMPLES, GenerationTask, generate
+from tunerkit.cli.tasks.generating import NEW_TOKENS, SAMPLES, GenerationTask, generate
 from tunerkit.cli.tasks.texts import token_limit
 from tunerkit.integrations.pretrained import Pretrained
 
@@ -54,10 +54,17 @@ class Seq2Seq(GenerationTask):
     def samples(self, loaded: Pretrained, rows: Sequence[Row]) -> list[dict[str, str]]:
         """What the first three held-out sources become."""
         sources = [row["source"] for row in rows[:SAMPLES]]
-        answers = generate(loaded, sources, batch_size=SAMPLES) if sources else []
+        answers = self._written(loaded, sources, SAMPLES, NEW_TOKENS) if sources else []
         return [{"prompt": text, "answer": answer} for text, answer in zip(sources, answers, strict=True)]
 
-    def predict(self, loaded: Pretrained, rows: Sequence[Row], *, batch_size: int) -> list[dict[str, Any]]:
+    def predict(
+        self, loaded: Pretrained, rows: Sequence[Row], *, batch_size: int, new_tokens: int = NEW_TOKENS
+    ) -> list[dict[str, Any]]:
         """Generate each target, without sampling."""
-        sources, limit = [row["source"] for row in rows], token_limit(loaded, self.limit)
-        return [{"target": text} for text in generate(loaded, sources, batch_size=batch_size, max_length=limit)]
+        targets = self._written(loaded, [row["source"] for row in rows], batch_size, new_tokens)
+        return [{"target": text} for text in targets]
+
+    def _written(self, loaded: Pretrained, sources: Sequence[str], batch_size: int, new_tokens: int) -> list[str]:
+        """What the model writes for sources, which are cut as in training."""
+        limit = token_limit(loaded, self.limit)
+        return generate(loaded, sources, batch_size=batch_size, new_tokens=new_tokens, max_length=limit)

@@ -5,11 +5,10 @@ from typing import Any, ClassVar
 
 from tunerkit.cli.rows.labels import class_names, class_numbers
 from tunerkit.cli.rows.reading import DataError
-from tunerkit.cli.tasks.base import Results, Row
-from tunerkit.cli.tasks.classifying import accuracy_of, classification_results
+from tunerkit.cli.tasks.base import Row
+from tunerkit.cli.tasks.classifying import classification_scores, confusion_of
 from tunerkit.cli.tasks.texts import TextTask
 from tunerkit.errors import shown
-from tunerkit.integrations.pretrained import Pretrained
 
 
 def class_label(value: object, where: str) -> str:
@@ -53,19 +52,21 @@ class TextClassification(TextTask):
         """The classes."""
         return several_classes(rows)
 
+    def classes_of(self, row: Row) -> Sequence[str]:
+        """The row's class."""
+        return [row["label"]]
+
     def targets(self, rows: Sequence[Row], labels: Sequence[str]) -> list[int]:
         """Class numbers."""
         return class_numbers((row["label"] for row in rows), labels)
 
-    def trainer_settings(self, loaded: Pretrained) -> dict[str, Any]:
-        """Log the accuracy."""
-        return {**super().trainer_settings(loaded), "compute_metrics": accuracy_of}
+    def scores(self, predictions: Any, truth: Any) -> dict[str, float]:
+        """Accuracy and macro F1."""
+        return classification_scores(predictions, truth)
 
-    def evaluate(self, trainer: Any, dataset: Any, rows: Sequence[Row], labels: Sequence[str]) -> Results:
-        """Accuracy, macro F1 and the confusion matrix."""
-        found = trainer.predict(dataset)
-        predicted = found.predictions.argmax(-1)
-        return classification_results(found.label_ids, predicted, len(labels), found.metrics["test_loss"])
+    def confusion(self, predictions: Any, truth: Any) -> list[list[int]]:
+        """Rows by true class, columns by predicted class."""
+        return confusion_of(predictions, truth)
 
     def prediction(self, found: Any) -> dict[str, Any]:
         """The class and its probability."""

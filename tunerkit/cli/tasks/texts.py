@@ -43,10 +43,10 @@ class TextTask(Task):
         return {**super().defaults, "train_sampling_strategy": "group_by_length"}
 
     def trainer_settings(self, loaded: Pretrained) -> dict[str, Any]:
-        """Pad each batch to its longest text."""
+        """Pad each batch to its longest text, and log the metrics."""
         from transformers import DataCollatorWithPadding
 
-        return {"data_collator": DataCollatorWithPadding(loaded.processor)}
+        return {"data_collator": DataCollatorWithPadding(loaded.processor), "compute_metrics": self.compute_metrics}
 
     def pipeline_options(self) -> dict[str, Any]:
         """The options of the pipeline's call."""
@@ -67,9 +67,14 @@ class TextTask(Task):
 
 def token_limit(loaded: Pretrained, max_length: int) -> int:
     """The greatest number of tokens: ``max_length``, or less if the model or its tokenizer takes less."""
-    config = loaded.model.config.get_text_config()
-    positions = config.to_dict().get("max_position_embeddings") or max_length  # relative positions have no limit
-    return int(min(max_length, loaded.processor.model_max_length, positions))
+    return int(min(max_length, loaded.processor.model_max_length, positions_of(loaded) or max_length))
+
+
+def positions_of(loaded: Pretrained) -> int | None:
+    """How many tokens the model has positions for; None if its positions are relative, which have no limit."""
+    # Not from the config's dict: in GPT-2's, the name is another one.
+    found: int | None = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    return found
 
 
 def tokenize(rows: Sequence[Row], loaded: Pretrained, max_length: int) -> Any:

@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 
 from tunerkit.cli.rows.labels import class_names, class_numbers
 from tunerkit.cli.rows.reading import DataError
-from tunerkit.cli.tasks.base import Column, Results, Row, Task
-from tunerkit.cli.tasks.classifying import classification_results
+from tunerkit.cli.tasks.base import Column, Row, Task
+from tunerkit.cli.tasks.classifying import classification_scores, confusion_of
 from tunerkit.cli.tasks.multi_label import label_list
 from tunerkit.cli.tasks.texts import labels_of, token_limit
 from tunerkit.integrations.pretrained import Pretrained
@@ -45,6 +45,11 @@ class TokenClassification(Task):
             raise DataError(f"every token has the tag {names[0]!r}; a classifier needs at least two classes")
         return names
 
+    def classes_of(self, row: Row) -> Sequence[str]:
+        """The tags of all words."""
+        tags: list[str] = row["tags"]
+        return tags
+
     def encode(self, rows: Sequence[Row], loaded: Pretrained) -> Any:
         """Tokenize the words. Further tokens of a word, and special tokens, have no label."""
         import datasets
@@ -60,17 +65,21 @@ class TokenClassification(Task):
         return datasets.Dataset.from_dict(columns)
 
     def trainer_settings(self, loaded: Pretrained) -> dict[str, Any]:
-        """Pad each batch to its longest text, the labels too."""
+        """Pad each batch to its longest text, the labels too, and log the metrics."""
         from transformers import DataCollatorForTokenClassification
 
-        return {"data_collator": DataCollatorForTokenClassification(loaded.processor)}
+        collator = DataCollatorForTokenClassification(loaded.processor)
+        return {"data_collator": collator, "compute_metrics": self.compute_metrics}
 
-    def evaluate(self, trainer: Any, dataset: Any, rows: Sequence[Row], labels: Sequence[str]) -> Results:
-        """Over all words: accuracy, macro F1 and the confusion matrix."""
-        found = trainer.predict(dataset)
-        kept = found.label_ids != IGNORED
-        predicted = found.predictions.argmax(-1)[kept]
-        return classification_results(found.label_ids[kept], predicted, len(labels), found.metrics["test_loss"])
+    def scores(self, predictions: Any, truth: Any) -> dict[str, float]:
+        """Accuracy and macro F1 over all words."""
+        kept = truth != IGNORED
+        return classification_scores(predictions[kept], truth[kept])
+
+    def confusion(self, predictions: Any, truth: Any) -> list[list[int]]:
+        """Words by true tag, columns by predicted tag."""
+        kept = truth != IGNORED
+        return confusion_of(predictions[kept], truth[kept])
 
     def predict(self, loaded: Pretrained, rows: Sequence[Row], *, batch_size: int) -> list[dict[str, Any]]:
         """The tag of each word that fits into the model's length; None for a word without tokens."""

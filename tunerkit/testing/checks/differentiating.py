@@ -1,4 +1,4 @@
-"""A check that forward and delta train the same tensors, target by target."""
+"""Checks of gradients, target by target: they are true, and forward and delta have them for the same tensors."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,18 @@ from torch import Tensor
 import tunerkit
 from tunerkit import hooks
 from tunerkit.testing.cases import Case
-from tunerkit.testing.checks.probing import calls_of, filled, require_delta, trained_parameters
+from tunerkit.testing.checks.probing import (
+    Call,
+    calls_of,
+    filled,
+    in_dtype,
+    require_delta,
+    seeded,
+    trained_parameters,
+)
+
+_STEPS = (3e-3, 1e-6)  # for adapters that compute in fp32, and for those with kinks, such as a ReLU
+_SHARE = 1e-2  # of the gradient's norm
 
 
 @attrs.frozen
@@ -24,6 +35,71 @@ class Reached:
 
     connected: set[str]
     moved: set[str]
+
+
+def check_gradients_are_true(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """In fp64, each gradient is the slope of the layer's output, which is measured by moving the tensor a little.
+
+    The layer's input is moved too: the adapters before it are trained through it.
+    """
+    wide = in_dtype(case, torch.float64)
+    model = filled(wide, method, {**config, "adapter_dtype": "float64"})
+    own = trained_parameters(tunerkit.tuner(model))
+    for noted in calls_of(model, wide):
+        call, moved = _movable(noted, own)
+        call.adapter.train()
+        output = _run(call)
+        if not output.requires_grad:
+            continue
+        weights = _random(output)
+        found = torch.autograd.grad(
+            (output * weights).sum(), list(moved.values()), allow_unused=True, materialize_grads=True
+        )
+        rounding = 1e-4 * float(output.detach().norm())
+        for (name, tensor), gradient in zip(moved.items(), found, strict=True):
+            direction = _random(tensor)
+            claimed = float((gradient * direction).sum())
+            slopes = [float((_difference(call, tensor, s * direction) * weights).sum()) / (2 * s) for s in _STEPS]
+            _, slope = min((abs(each - claimed), each) for each in slopes)
+            assert abs(slope - claimed) <= _SHARE * max(float(gradient.norm()), abs(slope)) + rounding, (
+                f"{call.path}: as {name.removeprefix(f'{call.path}: ')} moves in a random direction, a weighted sum of "
+                f"the outputs changes at a rate of {slope:.4g}, and the gradient says {claimed:.4g}; in forward, "
+                "detach nothing that is computed from a parameter or from x, and check any torch.autograd.Function of "
+                "your own. If the method detaches on purpose, as DoRA does with the norm, name this check in "
+                "expected_failures"
+            )
+
+
+def _movable(call: Call, own: Mapping[str, Tensor]) -> tuple[Call, dict[str, Tensor]]:
+    """Return the call with an input that takes gradients, and what is moved: that, and the target's own tensors."""
+    prefixes = (f"{call.path}: ", "the shared module: ")
+    moved = {name: tensor for name, tensor in own.items() if name.startswith(prefixes) and tensor.numel()}
+    if isinstance(call.x, Tensor) and call.x.is_floating_point():
+        x = moved["the layer's input"] = call.x.detach().clone().requires_grad_()
+        if call.args:
+            return attrs.evolve(call, args=(x, *call.args[1:])), moved
+        return attrs.evolve(call, kwargs={**call.kwargs, next(iter(call.kwargs)): x}), moved
+    return call, moved
+
+
+def _run(call: Call) -> Tensor:
+    return seeded(lambda _: call.run(), call.module)  # the same dropout each time
+
+
+def _random(of: Tensor) -> Tensor:
+    return torch.randn(of.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+@torch.no_grad()
+def _difference(call: Call, tensor: Tensor, change: Tensor) -> Tensor:
+    """Return the output with a change added to a tensor, minus the output with the change subtracted."""
+    before = tensor.clone()
+    tensor.add_(change)
+    above = _run(call)
+    tensor.copy_(before - change)
+    below = _run(call)
+    tensor.copy_(before)
+    return above - below
 
 
 def check_delta_gives_gradients(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:

@@ -2,15 +2,17 @@
 
 import copy
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from unittest import SkipTest
 
 import torch
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit.testing.cases import Case, assert_base_untouched, wrapped
-from tunerkit.testing.checks.probing import calls_of, fill_, filled, in_dtype, seeded
+from tunerkit.testing.cases import Case, assert_base_untouched, assert_same, wrapped
+from tunerkit.testing.checks.probing import Call, calls_of, fill_, filled, in_dtype, seeded
 
 # What torch keeps in every module. It changes in a forward, and torch looks after it.
 _TORCH = frozenset(vars(nn.Module()))
@@ -95,6 +97,47 @@ def _same(one: object, other: object) -> bool:
         return bool(one == other) or (type(one) is type(other) and repr(one) == repr(other))
     except Exception:  # a comparison of anything may raise
         return one is other
+
+
+@torch.no_grad()
+def check_same_in_training(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """Without dropout, an adapter adds the same in training mode as in eval mode."""
+    model = filled(case, method, _without_dropout(case, method, config))
+    shared, random = tunerkit.tuner(model).shared, []
+    for call in calls_of(model, case):
+        expected, _ = _output_of(call)
+        parts = [call.adapter] if shared is None else [call.adapter, shared]
+        for part in parts:
+            part.train()
+        found, drew = _output_of(call)
+        for part in parts:
+            part.eval()
+        if drew:
+            random.append(call.path)
+            continue
+        hint = "scale what forward adds by the same factor in training mode and in eval mode"
+        assert_same(found, expected, f"{call.path}: training mode against eval mode", hint)
+    if random:
+        raise SkipTest(
+            f"in training mode, forward draws random numbers at {random[0]!r}; if that is dropout, name its setting "
+            "dropout, which this check sets to 0"
+        )
+
+
+def _without_dropout(case: Case, method: str, config: Mapping[str, object]) -> Mapping[str, object]:
+    off = {**config, "dropout": 0.0}
+    with suppress(tunerkit.ConfigError):  # there is no such setting, or it may not be 0
+        tunerkit.structure(method, {**case.settings, **off})
+        return off
+    return config
+
+
+def _output_of(call: Call) -> tuple[Tensor, bool]:
+    """Return a layer's output, and whether random numbers were drawn for it."""
+    with torch.random.fork_rng(devices=[]):
+        before = torch.get_rng_state()
+        found = call.run()
+        return found, not torch.equal(torch.get_rng_state(), before)
 
 
 @torch.no_grad()

@@ -12,6 +12,8 @@ import tunerkit
 from tunerkit.testing.cases import STEPS, Case, assert_base_untouched, train, wrapped
 from tunerkit.testing.checks.probing import own_parameters, seeded, trained_parameters, without_copies
 
+_LEAST_FALL = 1e-5  # a share of the first loss. Some start slowly: AdaLoRA as in its paper falls by 1.4e-4 on BERT
+
 
 @attrs.frozen(eq=False)
 class Seen:
@@ -119,12 +121,12 @@ def check_every_tensor_moves(case: Case, method: str, config: Mapping[str, objec
 
 
 def check_loss_falls(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> str:
-    """A short training of the method's own parameters lowers the loss, and changes the output in eval mode."""
+    """A short training of the method's own parameters lowers the loss beyond rounding, and changes the eval output."""
     seen = _observed(case, method, config)
     first, last = seen.losses[0], seen.losses[-1]
-    assert last < first, (
-        f"the loss goes from {first:.4g} to {last:.4g} in {STEPS} steps at a learning rate of {case.lr}; check the "
-        "sign of what forward adds and its scale, or choose another Case(lr=...)"
+    assert first - last > _LEAST_FALL * abs(first), (
+        f"the loss goes from {first:.6g} to {last:.6g} in {STEPS} steps at a learning rate of {case.lr}; check the "
+        "sign of what forward adds and its scale, or pass cases=[attrs.evolve(case, lr=...)] with a larger rate"
     )
     before = case.output(case.build().eval())
     assert not torch.equal(case.output(seen.model.eval()), before), (
