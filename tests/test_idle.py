@@ -101,28 +101,42 @@ def test_an_adapter_that_an_optimizer_trained_is_saved_in_silence(toys: "Toys", 
     assert warned(model, tmp_path) == []
 
 
-@pytest.mark.parametrize("trained", ["layers.1.tunerkit.default.adapter.b", "head.2.tunerkit.default.copy.bias"])
-def test_one_trained_place_is_enough(toys: "Toys", trained: str, tmp_path: Path) -> None:
-    """Only the last adapter, or only the head: whoever trains a part of the adapter means to keep it.
+def test_one_trained_matrix_is_enough(toys: "Toys", tmp_path: Path) -> None:
+    """Only the last adapter: whoever trains a part of the adapter means to keep it.
 
     The values change through a pointer, as some optimizers' kernels do it, so torch counts no change.
     """
-    model = fresh(toys, targets=["conv", "layers.0", "layers.1"], train_modules=["head"])
-    parameter = model.get_parameter(trained)
+    model = fresh(toys, targets=["conv", "layers.0", "layers.1"])
+    parameter = model.get_parameter("layers.1.tunerkit.default.adapter.b")
     before = parameter._version
     parameter.data.view(-1)[0] = 1.0
     assert parameter._version == before
     assert warned(model, tmp_path) == []
-    if "copy" in trained:
-        tunerkit.merge(model)
-        assert warned(model, tmp_path) == []
 
 
-def test_a_trained_bias_alone_is_enough(toys: "Toys", tmp_path: Path) -> None:
-    """It is part of the adapter too."""
-    model = fresh(toys, targets=["layers.0"], bias="all")
+@pytest.mark.parametrize("place", ["head.2.tunerkit.default.copy.bias", "norm.tunerkit.default.bias"])
+def test_a_head_or_a_bias_that_is_trained_alone_is_told(toys: "Toys", place: str, tmp_path: Path) -> None:
+    """An optimizer that holds only the new head leaves the adapter as it was, and the file looks trained."""
+    model = fresh(toys, targets=["layers.0"], train_modules=["head"], bias="all")
     with torch.no_grad():
-        model.norm.tunerkit.get("default").bias.add_(1)
+        model.get_parameter(place).add_(1)
+    for merged in (False, True):
+        if merged:
+            tunerkit.merge(model)
+        (text,) = warned(model, tmp_path)
+        assert "was saved, and none of its matrices is trained" in text
+        assert "Check that the optimizer holds them" in text
+
+
+def test_a_head_that_the_optimizer_lacks_is_told(toys: "Toys", tmp_path: Path) -> None:
+    """The adapter is trained beside a head that stays random, and the file looks whole. Attach refuses such a one."""
+    model = fresh(toys, targets=["layers.0", "layers.1"], train_modules=["head"])
+    own = [p for adapter in tunerkit.tuner(model).adapters().values() for p in adapter.parameters()]
+    train(toys, model, torch.optim.SGD(own, lr=0.1))
+    (text,) = warned(model, tmp_path)
+    assert "what it trains in full is as it was: head.0, head.2" in text
+    assert "the optimizer does not hold it" in text
+    train(toys, model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
     assert warned(model, tmp_path) == []
 
 
@@ -152,7 +166,7 @@ def test_steps_that_train_no_matrix_are_told(toys: "Toys", way: str, tmp_path: P
         optimizer.step()
         optimizer.zero_grad()
     (text,) = warned(model, tmp_path)
-    assert "saved after 2 steps, which trained none of its matrices" in text
+    assert "saved after 2 steps, and none of its matrices is trained" in text
     assert warned(tunerkit.load(toys.net(), tmp_path, trainable=True), tmp_path) == []
 
 

@@ -3,7 +3,7 @@
 from tunerkit.injection.base_changes import shapes_of, warn_of_base_changes
 from tunerkit.injection.build import build, build_each
 from tunerkit.injection.delta import adapted_tensors
-from tunerkit.injection.idle import adds_nothing, is_untrained
+from tunerkit.injection.idle import adds_nothing, is_untrained, untrained_copies
 from tunerkit.injection.inject import activate_, eject_, inject_, rename_, train_
 from tunerkit.injection.integrity import refuse_lost
 from tunerkit.injection.measuring import Loss, loss_of, measure

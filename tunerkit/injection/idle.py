@@ -42,6 +42,13 @@ def is_untrained(tuner: Tuner, *, copies: bool = True) -> bool:
     return bool(sample) and all(_has_no_delta(path, idle[path], _base_of(modules[path])) for path in sample)
 
 
+@torch.no_grad()
+def untrained_copies(tuner: Tuner) -> list[str]:
+    """The modules that are trained in full whose copy still has the base's values."""
+    modules = tuner.modules()
+    return [path for path, slot in tuner.slots() if slot.copy is not None and _keeps_base(slot, modules[path])]
+
+
 def _may_be_idle(parameters: Sequence[Tensor]) -> bool:
     """Whether one of an adapter's parameters is 0 throughout, and none contains NaN or inf: 0 times NaN is NaN."""
     return not all(bool(p.any()) for p in parameters) and all(bool(p.isfinite().all()) for p in parameters)

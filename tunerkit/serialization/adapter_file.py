@@ -180,23 +180,38 @@ def warn_of_unspent_schedule(tuner: Tuner) -> None:
 
 
 def _warn_of_untrained(tuner: Tuner) -> None:
-    """Warn if nothing trained the adapter, whose method needs no steps and so cannot miss them."""
-    if tuner.steps > 0 and not tuner.needs_steps and not tuner.loaded and injection.is_untrained(tuner, copies=False):
+    """Warn of what nothing trained. A method that needs steps cannot miss them, and `attach` looks at what it holds."""
+    if tuner.loaded or tuner.needs_steps or (tuner.steps == 0 and not _is_fresh(tuner)):
+        return
+    if injection.is_untrained(tuner, copies=False):
+        warnings.warn(_of_matrices(tuner), TunerkitWarning, stacklevel=3)
+    elif tuner.steps == 0 and (kept := injection.untrained_copies(tuner)):
         warnings.warn(
-            f"adapter {tuner.name!r} was saved after {tuner.steps} steps, which trained none of its matrices: they add "
-            "nothing to the model. Check that they were not frozen by hand (requires_grad), that gradients are cleared "
-            "after the step and not before it, and that the learning rate is not 0",
+            f"adapter {tuner.name!r} was saved, and what it trains in full is as it was: {few(kept, shown=3)}. A new "
+            f"head is random then. Most often the optimizer does not hold it: {_REBUILD}",
             TunerkitWarning,
             stacklevel=3,
         )
-    if _is_fresh(tuner) and injection.is_untrained(tuner):
-        warnings.warn(
+
+
+_REBUILD = (
+    "wrap first, then build it from those with requires_grad. tunerkit.attach(model, optimizer) finds this before "
+    "training"
+)
+
+
+def _of_matrices(tuner: Tuner) -> str:
+    if tuner.steps == 0 and injection.is_untrained(tuner):
+        return (
             f"adapter {tuner.name!r} was saved untrained: it adds nothing to the model. Most often the optimizer was "
-            "built before tunerkit.wrap, or from other parameters: wrap first, then build it from those with "
-            "requires_grad. tunerkit.attach(model, optimizer) finds this before training",
-            TunerkitWarning,
-            stacklevel=3,
+            f"built before tunerkit.wrap, or from other parameters: {_REBUILD}"
         )
+    after = f" after {tuner.steps} steps" if tuner.steps else ""
+    return (
+        f"adapter {tuner.name!r} was saved{after}, and none of its matrices is trained: they add nothing to the model. "
+        "Check that the optimizer holds them, that they were not frozen by hand (requires_grad), that gradients are "
+        "cleared after the step and not before it, and that the learning rate is not 0"
+    )
 
 
 def _tensors_of(tuner: Tuner) -> dict[str, Tensor]:
