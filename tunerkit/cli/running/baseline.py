@@ -112,9 +112,12 @@ def _trained(
     watching = Watching(console, None, f"head alone, {training['learning_rate']:g}", must_converge=False)
     model = HeadAlone(head.requires_grad_(True))
     trainer = build_trainer(Trainer, arguments, model=model, train_dataset=features, callbacks=[watching])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a head's operations are so small that sharing them takes longer than they do
     try:  # Ctrl-C stops at once: the adapter is written, and the head's training takes seconds
         trainer.train()
     finally:
+        torch.set_num_threads(threads)
         watching.close()
     return trainer
 

@@ -139,6 +139,7 @@ class Resumable(TrainerCallback):
         batches = kwargs["train_dataloader"].batch_sampler
         if isinstance(batches, BatchSampler) and isinstance(batches.sampler, LengthGroupedSampler):
             seed = args.seed if args.data_seed is None else args.data_seed
+            batches.sampler.lengths = batches.sampler.lengths[:]  # a column is read from its table for each row
             batches.sampler.generator = torch.Generator().manual_seed(seed + int(state.epoch or 0))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -174,13 +174,21 @@ def prepare(recipe: Recipe, task: Task, data: Data, console: Console) -> Session
         arguments,
         model=loaded.model,
         train_dataset=task.encode(data.train, loaded),
-        eval_dataset=task.encode(data.held_out, loaded) if data.held_out else None,
+        eval_dataset=_by_length(task.encode(data.held_out, loaded)) if data.held_out else None,
         processing_class=loaded.processor,
         callbacks=[watching],
         **task.trainer_settings(loaded),
     )
     tunerkit.attach(loaded.model, trainer)
     return Session(recipe, task, data, loaded, tunerkit.tuner(loaded.model), trainer, watching)
+
+
+def _by_length(dataset: Any) -> Any:
+    """Encoded rows from short to long, so that batches in this order need less padding."""
+    if "input_ids" not in (dataset.column_names or ()):
+        return dataset
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    return dataset.select(sorted(range(len(lengths)), key=lengths.__getitem__))
 
 
 def describe(session: Session, console: Console) -> None:
