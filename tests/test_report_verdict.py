@@ -40,14 +40,14 @@ def head(accuracy: float) -> dict[str, Any]:
         (
             {**LOSS, "rows": {"eval": 1}, "baseline": {"what": "the base model", "metrics": {"loss": 1.91}}},
             "better",
-            "AdaLoRA reaches loss 1.420 on 1 held-out row, 0.490 below the base model, which is better.",
+            "AdaLoRA reaches a loss of 1.420 on 1 held-out row, 0.490 below the base model, which is better.",
         ),
         (
             {**LOSS, "baseline": {"what": "base model", "metrics": {"loss": 1.3}}},
             "worse",
-            "AdaLoRA reaches loss 1.420 on the held-out rows, 0.120 above the base model, which is worse.",
+            "AdaLoRA reaches a loss of 1.420 on the held-out rows, 0.120 above the base model, which is worse.",
         ),
-        ({**LOSS, **head(0.5)}, "open", "AdaLoRA reaches loss 1.420 on the held-out rows."),
+        ({**LOSS, **head(0.5)}, "open", "AdaLoRA reaches a loss of 1.420 on the held-out rows."),
         (
             {"logs": LOGS, "steps": 375, "parameters": {"trained": 12, "all": 1000}},
             "open",

@@ -179,7 +179,9 @@ def _metrics(run: Run, rows: Sequence[Mapping[str, Any]]) -> Iterator[Panel]:
         if run.baseline is not None and name in run.baseline.metrics:
             ends = [point[0] for curve in curves for point in (curve.points[0], curve.points[-1])]
             level = run.baseline.metrics[name]
-            curves.append(Curve(run.baseline.what, ((min(ends), level), (max(ends), level)), "mark"))
+            curves.append(
+                Curve(wording.short_baseline(run.baseline.what), ((min(ends), level), (max(ends), level)), "mark")
+            )
         yield Panel(f"metric-{_file_name(name)}", wording.capitalised(scores.title(name)), tuple(curves))
 
 

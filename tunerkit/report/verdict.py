@@ -24,20 +24,16 @@ def verdict(run: Run) -> Verdict:
     metric = scores.main_metric(run.metrics, run.main_metric)
     if metric is None:
         return Verdict(_without_metrics(run), "open")
-    reached = f"{wording.method_title(run.method)} reaches {scores.title(metric)} "
+    named = "a loss of" if metric == "loss" else scores.title(metric)
+    reached = f"{wording.method_title(run.method)} reaches {named} "
     reached += f"{wording.decimals(run.metrics[metric])} on {_held_out(run)}{_trained(run)}"
     compared, outcome = _comparison(run, metric)
     return Verdict(f"{reached}{compared}.", outcome)
 
 
-def short_baseline(what: str) -> str:
-    """Return what the baseline is, without its details: "head alone, base frozen" is "head alone"."""
-    return what.partition(",")[0].strip() or "baseline"
-
-
 def baseline_name(what: str) -> str:
     """Return the baseline's short name with an article: "the head alone"."""
-    name = short_baseline(what)
+    name = wording.short_baseline(what)
     return name if name.lower().startswith(("the ", "a ", "an ")) else f"the {name}"
 
 

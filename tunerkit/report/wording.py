@@ -71,3 +71,8 @@ def method_title(name: str) -> str:
     """Write a method's name as papers do where the family's spelling is known: ``AdaLoRA``; others stay as they are."""
     found = re.fullmatch(r"(\w*?)(lora)", name)
     return f"{found[1].capitalize()}LoRA" if found else name
+
+
+def short_baseline(what: str) -> str:
+    """Return what the baseline is, without its details: "head alone, base frozen" is "head alone"."""
+    return what.partition(",")[0].strip() or "baseline"

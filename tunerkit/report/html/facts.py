@@ -61,7 +61,11 @@ def _effort(run: Run) -> Iterator[Fact]:
         yield Fact("Training rows", f"{run.rows['train']:,}", f"{held_out:,} held out" if held_out else "none held out")
     if run.steps is not None:
         epochs = max((row["epoch"] for row in run.logs if isinstance(row.get("epoch"), int | float)), default=None)
-        yield Fact("Optimizer steps", f"{run.steps:,}", f"{wording.number(epochs)} epochs" if epochs else "")
+        yield Fact(
+            "Optimizer steps",
+            f"{run.steps:,}",
+            f"{wording.number(epochs)} {'epoch' if epochs == 1 else 'epochs'}" if epochs else "",
+        )
     if "train" in run.seconds:
         evaluated = run.seconds.get("evaluate")
         notes = [f"on {run.device}"] if run.device else []

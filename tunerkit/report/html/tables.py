@@ -43,7 +43,7 @@ def results(run: Run) -> Table | None:
     for title, mine, its, written in (*costs, *times):
         if mine is not None and its is not None:
             rows.append((title, written(mine), written(its), wording.times(mine / its) if its else _NONE))
-    heads = ("metric", wording.method_title(run.method), verdict.short_baseline(run.baseline.what), "difference")
+    heads = ("metric", wording.method_title(run.method), wording.short_baseline(run.baseline.what), "difference")
     return Table(heads, tuple(rows))
 
 
