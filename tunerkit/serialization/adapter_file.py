@@ -188,15 +188,15 @@ def _warn_of_untrained(tuner: Tuner) -> None:
     elif tuner.steps == 0 and (kept := injection.untrained_copies(tuner)):
         warnings.warn(
             f"adapter {tuner.name!r} was saved, and what it trains in full is as it was: {few(kept, shown=3)}. A new "
-            f"head is random then. Most often the optimizer does not hold it: {_REBUILD}",
+            f"head is random then. Most often the optimizer was built without it: {_REBUILD}",
             TunerkitWarning,
             stacklevel=3,
         )
 
 
 _REBUILD = (
-    "wrap first, then build it from those with requires_grad. tunerkit.attach(model, optimizer) finds this before "
-    "training"
+    "wrap first, then build the optimizer from the parameters with requires_grad. tunerkit.attach(model, optimizer) "
+    "finds this before training"
 )
 
 

@@ -14,6 +14,7 @@ from tunerkit.cli.running.arguments import trainer_arguments
 from tunerkit.cli.running.building import build_trainer
 from tunerkit.cli.running.callbacks import Watching
 from tunerkit.cli.tasks.base import Row, Task
+from tunerkit.cli.tasks.texts import short_to_long
 from tunerkit.integrations.pretrained import Pretrained
 
 # A head trained alone needs a much higher learning rate than adapters. On the demo, lower rates than these are worse.
@@ -135,7 +136,7 @@ def _features(task: Task, loaded: Pretrained, head: nn.Module, dataset: Any) -> 
     hook = head.register_forward_pre_hook(lambda module, args: kept.append(args[0].float().cpu()))
     collator = task.trainer_settings(loaded)["data_collator"]
     lengths = [len(ids) for ids in dataset["input_ids"]]
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)  # texts of similar length need less padding
+    order = short_to_long(dataset)
     inputs = dataset.remove_columns("labels").select(order)
     loaded.model.eval()
     try:

@@ -34,7 +34,7 @@ from tunerkit.cli.running.record import (
 from tunerkit.cli.running.telling import say, telling_warnings
 from tunerkit.cli.tasks.base import Task
 from tunerkit.cli.tasks.generating import are_conversations
-from tunerkit.cli.tasks.texts import labels_of, token_limit
+from tunerkit.cli.tasks.texts import labels_of, short_to_long, token_limit
 from tunerkit.errors import shown
 from tunerkit.integrations.output_folder import VERSION
 from tunerkit.integrations.pretrained import Pretrained, load_pretrained, quiet
@@ -174,7 +174,7 @@ def prepare(recipe: Recipe, task: Task, data: Data, console: Console) -> Session
         arguments,
         model=loaded.model,
         train_dataset=task.encode(data.train, loaded),
-        eval_dataset=_by_length(task.encode(data.held_out, loaded)) if data.held_out else None,
+        eval_dataset=_held_out(task, data, loaded),
         processing_class=loaded.processor,
         callbacks=[watching],
         **task.trainer_settings(loaded),
@@ -183,12 +183,12 @@ def prepare(recipe: Recipe, task: Task, data: Data, console: Console) -> Session
     return Session(recipe, task, data, loaded, tunerkit.tuner(loaded.model), trainer, watching)
 
 
-def _by_length(dataset: Any) -> Any:
-    """Encoded rows from short to long, so that batches in this order need less padding."""
-    if "input_ids" not in (dataset.column_names or ()):
-        return dataset
-    lengths = [len(ids) for ids in dataset["input_ids"]]
-    return dataset.select(sorted(range(len(lengths)), key=lengths.__getitem__))
+def _held_out(task: Task, data: Data, loaded: Pretrained) -> Any:
+    """The held-out rows as the trainer takes them; None without any."""
+    if not data.held_out:
+        return None
+    encoded = task.encode(data.held_out, loaded)
+    return encoded.select(short_to_long(encoded)) if "input_ids" in (encoded.column_names or ()) else encoded
 
 
 def describe(session: Session, console: Console) -> None:

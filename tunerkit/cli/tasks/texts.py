@@ -77,6 +77,12 @@ def positions_of(loaded: Pretrained) -> int | None:
     return found
 
 
+def short_to_long(dataset: Any) -> list[int]:
+    """The numbers of encoded rows in the order of their lengths: batches in this order need less padding."""
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    return sorted(range(len(lengths)), key=lengths.__getitem__)
+
+
 def tokenize(rows: Sequence[Row], loaded: Pretrained, max_length: int) -> Any:
     """Tokenize texts or pairs of texts, truncated."""
     texts = [[row[name] for row in rows] for name in ("text", "text_pair") if rows and name in rows[0]]

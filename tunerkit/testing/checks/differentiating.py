@@ -127,10 +127,7 @@ def check_delta_gives_gradients(case: Case, method: str, config: Mapping[str, ob
 
 
 def _reached(results: Sequence[Tensor], own: Mapping[str, Tensor]) -> Reached:
-    generator = torch.Generator().manual_seed(5)
-    total = sum(
-        (part.double() * torch.randn(part.shape, dtype=torch.float64, generator=generator)).sum() for part in results
-    )
+    total = sum((part.double() * _random(part)).sum() for part in results)
     if not isinstance(total, Tensor) or not total.requires_grad:
         return Reached(set(), set())
     found: Sequence[Tensor | None] = torch.autograd.grad(total, list(own.values()), allow_unused=True)
