@@ -154,3 +154,18 @@ def test_a_pattern_that_cannot_be_bounded_is_refused(pattern: str) -> None:
 def test_globs_match_as_the_standard_library_does(pattern: str, path: str) -> None:
     """Law: the limit on time changes no result."""
     assert matches(pattern + "*", path) == fnmatch.fnmatchcase(path, pattern + "*")
+
+
+def test_exact_patterns_match_their_path_alone_and_use_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter of another program may have a rank of its own at each of hundreds of targets."""
+    monkeypatch.setattr(patterns._Allowance, "spend", lambda *args: pytest.fail("the time was used"))
+    paths = [f"layers.{number}.q-proj [x]" for number in range(300)]
+    table = {pattern: path for path, pattern in patterns.exact_patterns(paths).items()}
+    assert [patterns.lookup(table, path, "") for path in paths] == paths
+    assert [
+        patterns.lookup(table, path, "") for path in ("a.layers.0.q-proj [x]", "layers", "layersX0.q-proj [x]")
+    ] == [
+        "",
+        "",
+        "",
+    ]

@@ -12,6 +12,40 @@ SNAPSHOT = Path(__file__).parent / "fixtures" / "public_api.json"
 # What this release has beyond the snapshot, which was taken at commit 9d060d1.
 ADDED = frozenset(
     {
+        "tunerkit.Description(POSITIONAL_OR_KEYWORD method, KEYWORD_ONLY base = '', "
+        "KEYWORD_ONLY model_class = '', KEYWORD_ONLY labels = 0, KEYWORD_ONLY ranks = _Nothing, "
+        "KEYWORD_ONLY settings = _Nothing)",
+        "tunerkit.Description.base",
+        "tunerkit.Description.labels",
+        "tunerkit.Description.method",
+        "tunerkit.Description.model_class",
+        "tunerkit.Description.ranks",
+        "tunerkit.Description.settings",
+        "tunerkit.Foreign(POSITIONAL_OR_KEYWORD factors, POSITIONAL_OR_KEYWORD method = 'lora', "
+        "KEYWORD_ONLY config = _Nothing, KEYWORD_ONLY tensors = _Nothing, KEYWORD_ONLY copies = _Nothing, "
+        "KEYWORD_ONLY biases = _Nothing, KEYWORD_ONLY base = '', KEYWORD_ONLY remarks = ())",
+        "tunerkit.Foreign.base",
+        "tunerkit.Foreign.biases",
+        "tunerkit.Foreign.config",
+        "tunerkit.Foreign.copies",
+        "tunerkit.Foreign.factors",
+        "tunerkit.Foreign.method",
+        "tunerkit.Foreign.remarks",
+        "tunerkit.Foreign.tensors",
+        "tunerkit.Format(POSITIONAL_OR_KEYWORD name, POSITIONAL_OR_KEYWORD sniff, "
+        "POSITIONAL_OR_KEYWORD read, POSITIONAL_OR_KEYWORD write, POSITIONAL_OR_KEYWORD options = type, "
+        "POSITIONAL_OR_KEYWORD describe = None)",
+        "tunerkit.Format.describe",
+        "tunerkit.Format.name",
+        "tunerkit.Format.options",
+        "tunerkit.Format.read",
+        "tunerkit.Format.sniff",
+        "tunerkit.Format.write",
+        "tunerkit.Tuner.copied(POSITIONAL_OR_KEYWORD self)",
+        "tunerkit.Tuner.factors(POSITIONAL_OR_KEYWORD self)",
+        "tunerkit.Tuner.trained_biases(POSITIONAL_OR_KEYWORD self)",
+        "tunerkit.export(POSITIONAL_OR_KEYWORD model, POSITIONAL_OR_KEYWORD path, "
+        "POSITIONAL_OR_KEYWORD format = 'peft', POSITIONAL_OR_KEYWORD adapter = None, VAR_KEYWORD options)",
         "tunerkit.DefaultTargets(POSITIONAL_OR_KEYWORD model_types, POSITIONAL_OR_KEYWORD names)",
         "tunerkit.DefaultTargets.model_types",
         "tunerkit.DefaultTargets.names",

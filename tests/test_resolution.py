@@ -12,13 +12,30 @@ from tunerkit.errors import TargetError, closest
 
 
 def test_training_a_module_whose_parameter_lives_elsewhere_too_is_refused() -> None:
-    """Law: a copy would break the tie; a tie that is wholly inside the copied module stays."""
+    """Law: a copy would break the tie, unless all modules of the tie are copied, in one or on their own."""
     model = nn.ModuleDict({"inner": tied_pair(), "other": nn.Linear(2, 2)})
     targets.refuse_tied(scanned(model), ["inner", "other"])
     with pytest.raises(TargetError, match=r"inner\.odd\.weight is tied to inner\.embed\.weight"):
         targets.refuse_tied(scanned(model), ["other", "inner.odd"])
-    with pytest.raises(TargetError, match="is tied to"):
-        targets.refuse_tied(scanned(model), ["inner.odd", "inner.embed"])
+    targets.refuse_tied(scanned(model), ["inner.odd", "inner.embed"])
+
+
+def test_a_tie_is_left_out_unless_all_that_hold_it_are_named() -> None:
+    """Law: a bias that a module around its layer holds too is one side; no such rule holds for a weight."""
+    assert targets.left_out(["a.weight", "b.c.weight"], ["a"]) == ["b.c.weight"]
+    assert targets.left_out(["a.weight", "b.c.weight"], ["a", "b"]) == []
+    assert targets.left_out(["a.weight", "b.c.weight"], ["d"]) == []
+    assert targets.left_out(["head.bias", "head.decoder.bias", "bias"], ["head.decoder"]) == []
+    assert targets.left_out(["other.bias", "head.decoder.bias"], ["head.decoder"]) == ["other.bias"]
+    assert targets.left_out(["head.weight", "head.decoder.weight"], ["head.decoder"]) == ["head.weight"]
+
+
+def test_targets_from_elsewhere_may_share_a_weight_if_all_of_its_modules_are_among_them() -> None:
+    """Law: a file may adapt every side of a tie, and no side alone."""
+    model = tied_pair()
+    targets.refuse_unfit(scanned(model), targets.from_paths(scanned(model), ["odd", "embed"]))
+    with pytest.raises(TargetError, match=r'^embed: has a tied weight.*targets=\("odd", "embed"\)'):
+        targets.refuse_unfit(scanned(model), targets.from_paths(scanned(model), ["embed", "body"]))
 
 
 def test_refuse_unfit_names_every_target_that_must_not_be_adapted() -> None:

@@ -9,6 +9,7 @@ from .api import (
     attach as attach,
     calibrate as calibrate,
     delete as delete,
+    export as export,
     freeze as freeze,
     from_folder as from_folder,
     param_groups as param_groups,
@@ -32,6 +33,7 @@ from .errors import (
     TargetError as TargetError,
     TunerkitError as TunerkitError,
     TunerkitWarning as TunerkitWarning,
+    UnknownFormatError as UnknownFormatError,
     UnknownMethodError as UnknownMethodError,
 )
 from .hooks import (
@@ -59,7 +61,10 @@ from .markers import hookimpl as hookimpl
 from .records import (
     DefaultTargets as DefaultTargets,
     Delta as Delta,
+    Description as Description,
     Factors as Factors,
+    Foreign as Foreign,
+    Format as Format,
     Method as Method,
     MethodInfo as MethodInfo,
     ParamGroup as ParamGroup,

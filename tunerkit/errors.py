@@ -48,6 +48,10 @@ class UnknownMethodError(TunerkitError, LookupError):
     """No installed plugin provides a method with that name."""
 
 
+class UnknownFormatError(TunerkitError, LookupError):
+    """No installed plugin provides a format with that name."""
+
+
 class TargetError(TunerkitError, ValueError):
     """A target cannot be found, or its module cannot be adapted."""
 

@@ -121,7 +121,11 @@ def exact_patterns(paths: Iterable[str]) -> dict[str, str]:
     Returns:
         The pattern by path.
     """
-    return {path: f"re:{re.escape(path)}" for path in paths}
+    return {path: _exact(path) for path in paths}
+
+
+def _exact(path: str) -> str:
+    return f"re:{re.escape(path)}"
 
 
 def is_broad(pattern: str) -> bool:
@@ -154,6 +158,8 @@ def matcher(pattern: str) -> Matcher:
     if len(pattern) > _LONGEST:
         raise TargetError(f"{shown(pattern)} is {len(pattern)} characters long, the limit is {_LONGEST}; use several")
     is_glob = not pattern.startswith("re:")
+    if (literal := _literal(pattern)) is not None:  # an adapter from another program may have hundreds of these
+        return lambda path: path == literal
     if is_glob and pattern.count("*") <= _FEW_STARS:
         # The standard library matches it in linear time. Asking for the time would take longer than the match.
         plain = _glob(pattern)
@@ -164,6 +170,13 @@ def matcher(pattern: str) -> Matcher:
         return lambda path: allowance.spend(pattern, lambda: glob.match(path) is not None)
     expression = allowance.spend(pattern, lambda: _expression(pattern))
     return lambda path: allowance.spend(pattern, lambda: expression.fullmatch(path, timeout=allowance.left) is not None)
+
+
+@functools.lru_cache(maxsize=_COMPILED)
+def _literal(pattern: str) -> str | None:
+    """The one path that a pattern of `exact_patterns` matches; None for any other pattern."""
+    plain = re.sub(r"\\([^\w])", r"\1", pattern.removeprefix("re:"))
+    return plain if pattern == _exact(plain) else None
 
 
 @functools.lru_cache(maxsize=_COMPILED)

@@ -1,7 +1,8 @@
 """The frozen records that tunerkit and its plugins exchange."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import attrs
 from torch import Tensor, nn
@@ -199,3 +200,87 @@ class RankChange:
     step: int
     budget: int
     ranks: Mapping[str, int]
+
+
+@attrs.frozen(eq=False)
+class Foreign:
+    """An adapter that another program wrote, as a format reads it. All tensors are on the CPU.
+
+    Core finds the modules at the paths, checks shapes and values, and refuses what does not fit the model. A path that
+    the model does not have makes the adapter one of another base model.
+
+    Attributes:
+        factors: What is added to the weight of each target, by its path. A mapping may compute them when it is asked.
+        method: The method that the adapter becomes. If it is not installed, it becomes LoRA, with the rank of each
+            target.
+        config: The settings of ``method``, if ``tensors`` are given: its rank, scale and dropout, so that training
+            goes on as it began. The targets, the copies and the biases stand in the fields here.
+        tensors: The tensors of the adapter of ``method`` at each target, by their names in its file: for LoRA ``"a"``
+            (r, in) and ``"b"`` (out, r). If they are left out, the method builds its adapters from the factors.
+        copies: The tensors of the modules that are trained in full, by the module's path and the tensor's name in it.
+        biases: The trained biases, by their module's path.
+        base: The name or path of the base model, as the files state it; empty if they do not.
+        remarks: One sentence for everything that the files say and the adapter does not hold, to be told as a warning.
+    """
+
+    factors: Mapping[str, Factors]
+    method: str = "lora"
+    config: Mapping[str, object] = attrs.field(factory=dict, kw_only=True)
+    tensors: Mapping[str, Mapping[str, Tensor]] = attrs.field(factory=dict, kw_only=True)
+    copies: Mapping[str, Mapping[str, Tensor]] = attrs.field(factory=dict, kw_only=True)
+    biases: Mapping[str, Tensor] = attrs.field(factory=dict, kw_only=True)
+    base: str = attrs.field(default="", kw_only=True)
+    remarks: tuple[str, ...] = attrs.field(default=(), kw_only=True)
+
+
+@attrs.frozen
+class Description:
+    """What the files of an adapter say of it without a model, for `tunerkit show` and to choose the base model.
+
+    Attributes:
+        method: The method, as the other program names it.
+        base: The name or path of the base model; empty if the files do not state it.
+        model_class: The class of transformers that the base was loaded by, such as
+            ``"AutoModelForSequenceClassification"``; empty if the files do not state it.
+        labels: The number of classes of a head that is trained in full; 0 if there is none.
+        ranks: The rank of each target, by its path.
+        settings: Further settings of the files that a user may want to see.
+    """
+
+    method: str
+    base: str = attrs.field(default="", kw_only=True)
+    model_class: str = attrs.field(default="", kw_only=True)
+    labels: int = attrs.field(default=0, kw_only=True)
+    ranks: Mapping[str, int] = attrs.field(factory=dict, kw_only=True)
+    settings: Mapping[str, object] = attrs.field(factory=dict, kw_only=True)
+
+
+@attrs.frozen
+class NoOptions:
+    """The options of a format that has none."""
+
+
+# Any: a writer takes a `tunerkit.Tuner` and its own options, which this file cannot name.
+@attrs.frozen
+class Format:
+    """Another program's way of writing an adapter to disk, as a plugin yields it from ``tunerkit_formats``.
+
+    Attributes:
+        name: The name that users pass to `tunerkit.export`.
+        sniff: Whether a path leads to an adapter in this format: a file, a folder, or a name that is neither. It only
+            looks at names and at the beginning of a file. It does not raise.
+        read: Reads the adapter at a path for a model, which it does not change. It raises `tunerkit.FileError` for
+            files that are damaged or hold what tunerkit cannot, and names the file and the key.
+        write: Writes an adapter into an empty folder, and returns the files that it wrote. Core moves them to where the
+            user wants them once all are written.
+        options: An attrs class with the options of ``write``; see `tunerkit.setting` for ranges. `tunerkit.export`
+            takes them by name.
+        describe: Says what the files at a path hold, without a model; None for a format that cannot.
+    """
+
+    name: str
+    sniff: Callable[[Path], bool]
+    read: Callable[[Path, nn.Module], Foreign]
+    write: Callable[[Any, Path, Any], Iterable[Path]]
+    options: type = NoOptions
+    describe: Callable[[Path], Description] | None = None

@@ -123,7 +123,7 @@ class AdapterConfig:
         # The config is still being built, so this may normalise values: a list to a tuple, an int to a float.
         names = set(_settings(type(self)))
         own = attrs.asdict(self, recurse=False, filter=lambda field, _: field.name in names)
-        values, problems = _read(type(self), own)
+        values, problems = _read(_settings(type(self)), own)
         for name, value in values.items():
             object.__setattr__(self, name, value)
         if found := problems or list(self.problems()):
@@ -171,8 +171,21 @@ def from_mapping(cls: type[Config], mapping: object) -> Config:
     required = [name for name, field in fields.items() if field.default is attrs.NOTHING]
     problems += [f"missing, and it has no default @ $.{name}" for name in required if name not in mapping]
     if problems:
-        raise ConfigError([*problems, *_read(cls, mapping)[1]])
+        raise ConfigError([*problems, *_read(fields, mapping)[1]])
     return cls(**{str(fields[name].alias): value for name, value in mapping.items()})
+
+
+# Any: a format's options are of a class of its plugin's.
+def options_from(cls: Any, mapping: Mapping[str, object]) -> Any:
+    """Build an object of any attrs class, checked as a config is. Raises `ConfigError` with every problem."""
+    fields = {field.name: field for field in attrs.fields(attrs.resolve_types(cls)) if field.init}
+    problems = [_unknown(key, fields) for key in mapping if key not in fields]
+    required = [name for name, field in fields.items() if field.default is attrs.NOTHING]
+    problems += [f"missing, and it has no default @ $.{name}" for name in required if name not in mapping]
+    values, wrong = _read(fields, mapping)
+    if problems := [*problems, *wrong]:
+        raise ConfigError(problems)
+    return cls(**{str(fields[name].alias): value for name, value in values.items()})
 
 
 def unstructure(config: AdapterConfig) -> dict[str, Any]:
@@ -198,13 +211,16 @@ def _settings(cls: object) -> dict[str, "attrs.Attribute[Any]"]:
 def _unknown(key: object, names: Iterable[str]) -> str:
     if not isinstance(key, str):
         return f"expected str keys, {got(key)} @ $"
-    return f"unknown key {shown(key)}{closest(key, names) or '; known keys: ' + ', '.join(names)} @ $.{cut(key, 80)}"
+    known = "; known keys: " + (", ".join(names) or "none")
+    return f"unknown key {shown(key)}{closest(key, names) or known} @ $.{cut(key, 80)}"
 
 
-def _read(cls: type[AdapterConfig], mapping: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+def _read(
+    fields: Mapping[str, "attrs.Attribute[Any]"], mapping: Mapping[str, Any]
+) -> tuple[dict[str, object], list[str]]:
     """Return the valid settings of ``mapping`` as the fields store them, and the problems of the others."""
     values, problems = {}, []
-    for name, field in _settings(cls).items():
+    for name, field in fields.items():
         if name in mapping:
             convert = field.metadata.get("converter") or (lambda value: value)
             try:

@@ -24,7 +24,7 @@ from tunerkit.hooks.calls import (
     takes_factors,
     watches_steps,
 )
-from tunerkit.hooks.gather import gather_knowledge
+from tunerkit.hooks.gather import gather_formats, gather_knowledge
 from tunerkit.hooks.method_config import configure, structure
 from tunerkit.hooks.registry import registry
 

@@ -1,4 +1,4 @@
-"""Gather what core and all plugins know of other libraries: base-layer kinds, weight readers, default targets.
+"""Gather what core and all plugins know of other libraries: base layers, weight readers, default targets, formats.
 
 An answer that is not what its hook declares is left out, with a warning: it must not stop the other plugins.
 """
@@ -7,13 +7,15 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import attrs
+
 from tunerkit.errors import shown
 from tunerkit.hooks import specs
 from tunerkit.hooks.discovery import error_text
 from tunerkit.hooks.registry import Answer, registry
 from tunerkit.layers import CORE, BaseLayer, Knowledge
 from tunerkit.patterns import is_broad
-from tunerkit.records import DefaultTargets, WeightReader
+from tunerkit.records import DefaultTargets, Format, WeightReader
 
 
 def gather_knowledge() -> Knowledge:
@@ -36,9 +38,19 @@ def gather_knowledge() -> Knowledge:
     )
 
 
+def gather_formats() -> dict[str, Format]:
+    """The formats of all plugins by name; of two with one name, the first."""
+    found: dict[str, Format] = {}
+    for each in _joined(_ask(specs.tunerkit_formats, _is_format, _FORMATS)):
+        found.setdefault(each.name, each)
+    return found
+
+
 _KINDS = "classes that derive from tunerkit.BaseLayer and define all its abstract methods (and matrix(), if linear)"
 _READERS = "tunerkit.WeightReader, each with a class's qualified name as owner and a tuple of its children's names"
 _DEFAULTS = "tunerkit.DefaultTargets, each with a tuple of model types and a tuple of plain names"
+
+_FORMATS = "tunerkit.Format, each with a name, functions for sniff, read and write, and an attrs class as options"
 
 
 def _ask(hook: Callable[[], object], is_valid: Callable[[object], bool], expected: str) -> list[Answer]:
@@ -78,6 +90,13 @@ def _is_reader(record: Any) -> bool:
 
 def _is_default(record: object) -> bool:
     return isinstance(record, DefaultTargets) and _are_names(record.model_types) and _are_names(record.names)
+
+
+def _is_format(record: Any) -> bool:
+    if not isinstance(record, Format) or not _are_names((record.name,)):
+        return False
+    functions = (record.sniff, record.read, record.write, *(() if record.describe is None else (record.describe,)))
+    return attrs.has(record.options) and all(map(callable, functions))
 
 
 def _are_names(names: object) -> bool:

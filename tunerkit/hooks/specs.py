@@ -33,10 +33,13 @@ them. When they fire::
                                                             # (also in each forward of attention)
     tunerkit.attach(model, optimizer, total_steps=1000)     # tunerkit_start
     tunerkit.load_state(model, path)                        # tunerkit_restore
+    tunerkit.export(model, path, format="peft")             # tunerkit_formats, and tunerkit_factors per target
+    model = tunerkit.load(base_model, "a peft folder")      # tunerkit_formats, then the hooks of wrap, or
+                                                            # tunerkit_from_factors
 
-Four hooks ask every plugin: `tunerkit_base_layers`, `tunerkit_weight_readers`, `tunerkit_default_targets` and
-`tunerkit_ranks_changed`. `tunerkit_methods` is called for each plugin separately. All others call only the plugin that
-owns the method, so no plugin ever receives another plugin's layers.
+Five hooks ask every plugin: `tunerkit_base_layers`, `tunerkit_weight_readers`, `tunerkit_default_targets`,
+`tunerkit_formats` and `tunerkit_ranks_changed`. `tunerkit_methods` is called for each plugin separately. All others
+call only the plugin that owns the method, so no plugin ever receives another plugin's layers.
 
 Core checks each answer. A wrong answer of the method's plugin is a `PluginError`. An exception in a hook keeps its
 class and gets a note that names the plugin, the hook and the target or adapter; SystemExit and the like become a
@@ -60,6 +63,7 @@ from tunerkit.records import (
     DefaultTargets,
     Delta,
     Factors,
+    Format,
     Method,
     ParamGroup,
     RankChange,
@@ -433,6 +437,24 @@ def tunerkit_from_factors(
     >>> config, adapters = tunerkit_from_factors([tunerkit.Target("head", torch.nn.Linear(4, 3))], factors)
     >>> config.rank, adapters["head"].rank
     (2, 2)
+    """
+
+
+@hookspec
+def tunerkit_formats() -> Iterable[Format]:
+    """Return the formats of other programs that this plugin reads and writes.
+
+    Fires in ``export``, and in ``load`` for a path that holds no file of tunerkit's; every plugin is asked. Among
+    formats of one name, the first counts, in the order of their distributions' names. Import slow libraries inside the
+    functions of the record.
+
+    >>> import tunerkit
+    >>> from tunerkit.testing.toy_formats import read, sniff, write
+    >>> @tunerkit.hookimpl
+    ... def tunerkit_formats():
+    ...     return [tunerkit.Format("toy", sniff=sniff, read=read, write=write)]
+    >>> [format.name for format in tunerkit_formats()]
+    ['toy']
     """
 
 

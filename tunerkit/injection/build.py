@@ -1,6 +1,6 @@
 """Build what one adapter puts into a model: its slots. The model is only read."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import TypeVar
@@ -28,7 +28,11 @@ def build(scanned: Scan, tuner: Tuner) -> dict[str, Slot]:
 
 
 def build_each(
-    scanned: Scan, tuner: Tuner, *, around: Callable[[Target], AbstractContextManager[object]] = nullcontext
+    scanned: Scan,
+    tuner: Tuner,
+    *,
+    around: Callable[[Target], AbstractContextManager[object]] = nullcontext,
+    ready: Mapping[str, Adapter] | None = None,
 ) -> Iterator[tuple[str, Slot]]:
     """Build one slot after the other, so that a caller may stop before all of them are in memory.
 
@@ -36,6 +40,7 @@ def build_each(
         scanned: The scan of the model.
         tuner: The adapter's handle.
         around: What to enter while the plugin builds the adapter of a target.
+        ready: Adapters by target path that the method's plugin has built already, from factors.
 
     Yields:
         Pairs of a module's path and its slot: targets, copies, then other trained biases.
@@ -47,15 +52,21 @@ def build_each(
     refuse_overlap(tuner.model, paths, list(copies))
     first = tuner.targets[0] if tuner.targets and hooks.has_shared(tuner.method) else None
     shared = None if first is None else _shared(tuner, scanned, around(first))
+
+    def adapter_at(target: Target, at: ScannedModule) -> Adapter:
+        if ready is not None:
+            return _fitted(tuner, target, at, ready[target.path])
+        return _adapter(tuner, target, at, around(target), shared)
+
     for path in paths:
         target, copied, biased = targets.get(path), copies.get(path), biases.get(path)
         yield (
             path,
             Slot(
                 method=tuner.method,
-                adapter=None if target is None else _adapter(tuner, target, found[path], around(target), shared),
-                copy=None if copied is None else _copy_of(copied),
-                bias=None if biased is None else _bias_of(biased, found[path].base),
+                adapter=None if target is None else adapter_at(target, found[path]),
+                copy=None if copied is None else _copy_of(copied, scanned),
+                bias=None if biased is None else _bias_of(biased, found[path].base, scanned),
                 shared=shared if target is first else None,
             ),
         )
@@ -94,6 +105,12 @@ def _adapter(
         )
     if shared is not None:
         built.share(shared)
+    return _fitted(tuner, target, found, built)
+
+
+def _fitted(tuner: Tuner, target: Target, found: ScannedModule, built: Adapter) -> Adapter:
+    """Check that an adapter can work at its target, and move it there."""
+    base = _base_at(tuner, target, found)
     if built.reads_weight and not base.has_weight:
         raise TargetError(
             f"{target.path!r} is a {type(found.module).__name__}, of which tunerkit knows no weight, and method "
@@ -114,27 +131,31 @@ def _base_at(tuner: Tuner, target: Target, found: ScannedModule) -> BaseLayer:
 def _placed(built: M, module: nn.Module, dtype: torch.dtype) -> M:
     """Move an adapter to the device where ``module`` runs. The module's weights may be offloaded to another one."""
     weights = chain(module.parameters(recurse=False), module.buffers(recurse=False))
-    device = execution_device(module) or next((tensor.device for tensor in weights), None)
+    device = execution_device(module) or next((tensor.device for tensor in weights if not tensor.is_meta), None)
     # It was built on the CPU. Checking whether it must be moved is cheaper than moving it.
     own = chain(built.parameters(), built.buffers())
     there = all(device in (None, t.device) and (t.dtype == dtype or not t.is_floating_point()) for t in own)
     return built if there else built.to(device=device, dtype=dtype)
 
 
-def _copy_of(copied: Target) -> nn.Module:
+def _copy_of(copied: Target, scanned: Scan) -> nn.Module:
     for part in copied.module.modules():
         if any(p.is_meta for p in part.parameters(recurse=False)) and not is_offloaded(part):
+            if scanned.unloaded:  # the values come from a file
+                return copy_base(copied.module).to_empty(device="cpu")
             raise _on_meta(copied)
     return copy_base(copied.module)
 
 
-def _bias_of(biased: Target, base: BaseLayer | None) -> nn.Parameter:
+def _bias_of(biased: Target, base: BaseLayer | None, scanned: Scan) -> nn.Parameter:
     bias = biased.module.get_parameter(bias_name(base)).detach()
     if is_offloaded(biased.module):
         raise TargetError(
             f"the bias of {biased.path!r} cannot be trained: accelerate offloads it, and each forward needs it "
             "together with its copy; set bias='none', or keep the module on a device"
         )
+    if bias.is_meta and scanned.unloaded:
+        return nn.Parameter(torch.empty_like(bias, device="cpu"))
     if bias.is_meta:
         raise _on_meta(biased)
     return nn.Parameter(bias.clone())

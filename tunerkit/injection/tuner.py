@@ -6,18 +6,19 @@ from weakref import WeakSet
 
 import attrs
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunerkit import hooks
 from tunerkit.config import AdapterConfig
 from tunerkit.errors import AdapterError, StepError, closest
+from tunerkit.injection.contents import biases_at, copies_at, factors_at
 from tunerkit.injection.merged_state import is_merged
 from tunerkit.injection.progress import Progress
 from tunerkit.injection.root import inside
-from tunerkit.injection.slots import Slot, base_modules, slots_of
+from tunerkit.injection.slots import Slot, Slots, base_modules, slots_of
 from tunerkit.layers import Adapter, BaseLayer, OutputLayer
 from tunerkit.paths import join
-from tunerkit.records import RankChange, State, Target
+from tunerkit.records import Factors, RankChange, State, Target
 
 # The attribute of a wrapped model that holds its `Wrapped`.
 WRAPPED = "_tunerkit"
@@ -131,6 +132,32 @@ class Tuner:
             if slot is None:
                 raise AdapterError(f"adapter {self.name!r} is gone from the model at {path!r}; wrap or load it again")
             yield path, slot
+
+    def factors(self) -> dict[str, Factors]:
+        """Return what the adapter adds to the weight of each target as a product, on the CPU and without gradients.
+
+        Returns:
+            The products by target path: q (r, in), p (out, r). The rank r differs between targets and may be 0.
+
+        Raises:
+            AdapterError: The method adds something that is no product, or also adds to biases.
+        """
+        return factors_at(self._places(), self.method)
+
+    def copied(self) -> dict[str, dict[str, Tensor]]:
+        """Return the tensors of the modules trained in full, on the CPU, by module path and by name in the module."""
+        return copies_at(self._places())
+
+    def trained_biases(self) -> dict[str, Tensor]:
+        """Return the other trained biases, (out,), on the CPU, by module path."""
+        return biases_at(self._places())
+
+    def _places(self) -> Iterator[tuple[str, Slots, Slot]]:
+        modules = self.modules()
+        for path, slot in self.slots():
+            slots = slots_of(modules[path])
+            assert slots is not None
+            yield path, slots, slot
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the adapted modules by path."""

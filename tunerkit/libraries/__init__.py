@@ -4,7 +4,7 @@ from tunerkit.libraries import torch_private, transformers_private
 from tunerkit.libraries.accelerate import duplicate, execution_device, identity, is_offloaded, weight_of
 from tunerkit.libraries.default_targets import DEFAULT_TARGETS
 from tunerkit.libraries.engines import ENGINES, refuse_engine
-from tunerkit.libraries.foreign_files import ForeignFormat, foreign_format
+from tunerkit.libraries.foreign_files import DEFAULT_FORMAT, FOREIGN_FORMATS, ForeignFormat, foreign_format
 from tunerkit.libraries.forward_fields import FORWARD_ALIASES, FORWARD_FIELDS, FORWARD_SYNONYMS
 from tunerkit.libraries.forwards import derives_from, forward_name, forward_owner, overrides_forward
 from tunerkit.libraries.output_heads import is_head_name, labels_hint, named_heads

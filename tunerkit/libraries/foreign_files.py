@@ -10,27 +10,54 @@ class ForeignFormat:
     """Another library's way of writing an adapter.
 
     Attributes:
+        format: The format's name, see `tunerkit.export`.
         library: The library's name.
-        files: The names of its files.
+        distribution: The distribution that reads and writes it.
+        files: The names of its files, or their ends.
         prefixes: What the names of its tensors begin with.
-        distribution: The distribution that reads it into tunerkit.
-        instead: How to read it without tunerkit.
+        instead: How to use it without tunerkit; empty if there is no way.
     """
 
+    format: str
     library: str
-    files: tuple[str, ...]
-    prefixes: tuple[str, ...]
     distribution: str
-    instead: str
+    files: tuple[str, ...]
+    prefixes: tuple[str, ...] = ()
+    instead: str = ""
 
 
+DEFAULT_FORMAT = "peft"  # the one that most programs read
 FOREIGN_FORMATS = (
     ForeignFormat(
+        format=DEFAULT_FORMAT,
         library="PEFT",
+        distribution="tunerkit-peft",
         files=("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
         prefixes=("base_model.model.",),
-        distribution="tunerkit-peft",
-        instead="peft.PeftModel.from_pretrained",
+        instead="Without it, use PEFT: peft.PeftModel.from_pretrained(model, folder)",
+    ),
+    ForeignFormat(
+        format="diffusers",
+        library="diffusers",
+        distribution="tunerkit-diffusers",
+        files=("pytorch_lora_weights.safetensors",),
+        prefixes=("unet.", "transformer.", "text_encoder."),
+        instead="Without it, use diffusers: pipeline.load_lora_weights(folder)",
+    ),
+    ForeignFormat(
+        format="kohya",
+        library="Kohya's scripts",
+        distribution="tunerkit-diffusers",
+        files=(),
+        prefixes=("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_transformer_"),
+        instead="Without it, use diffusers: pipeline.load_lora_weights(folder)",
+    ),
+    ForeignFormat(
+        format="gguf",
+        library="llama.cpp",
+        distribution="tunerkit-gguf",
+        files=(".gguf",),
+        instead="Use it in llama.cpp",
     ),
 )
 
@@ -44,6 +71,8 @@ def foreign_format(files: Collection[str], tensors: Iterable[str] = ()) -> Forei
     """
     names = list(tensors)
     for known in FOREIGN_FORMATS:
-        if any(file in files for file in known.files) or any(name.startswith(known.prefixes) for name in names):
+        if any(file.endswith(known.files) for file in files if known.files):
+            return known
+        if known.prefixes and any(name.startswith(known.prefixes) for name in names):
             return known
     return None

@@ -1,6 +1,18 @@
 """Serialization: adapter files, training states, merged weights."""
 
-from tunerkit.serialization.adapter_file import load, read, save, save_tuner, warn_of_unspent_schedule
+from tunerkit.serialization.adapter_file import (
+    load,
+    open_unloaded,
+    read,
+    refuse_diverged,
+    refuse_untrained,
+    save,
+    save_tuner,
+    warn_of_unspent_schedule,
+    warn_of_untrained,
+)
+from tunerkit.serialization.exporting import write_format
+from tunerkit.serialization.formats import find_format, format_at
 from tunerkit.serialization.merge import disabled, merge, refuse_permanent, restore_originals_, unmerge
 from tunerkit.serialization.replacing import replace
 from tunerkit.serialization.safetensors_file import file_at

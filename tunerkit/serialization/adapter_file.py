@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,11 +15,13 @@ from tunerkit.config import unstructure
 from tunerkit.errors import AdapterError, BaseMismatchError, TargetError, TunerkitWarning
 from tunerkit.injection import Progress, Tuner
 from tunerkit.paths import few, join
+from tunerkit.serialization.adopting import adopt, warn_of
 from tunerkit.serialization.allocation_limit import limit_for
 from tunerkit.serialization.base_check import base_values, describe_base, refuse_other_base
 from tunerkit.serialization.beside import beside_of, warn_of_lone
 from tunerkit.serialization.finite import nonfinite
 from tunerkit.serialization.fit import fill
+from tunerkit.serialization.formats import format_at
 from tunerkit.serialization.header import Header, encode
 from tunerkit.serialization.reading import read, refuse_nonfinite, refuse_other_file
 from tunerkit.serialization.safetensors_file import file_at, pack, write
@@ -56,16 +59,21 @@ def save(
             is unchanged then.
     """
     tuner = injection.tuner(model, adapter)
+    refuse_untrained(tuner)
+    warn_of_unspent_schedule(tuner)
+    written = save_tuner(tuner, path, allow_nonfinite=allow_nonfinite)
+    warn_of_untrained(tuner)
+    injection.warn_of_base_changes([tuner])
+    return written
+
+
+def refuse_untrained(tuner: Tuner) -> None:
+    """Raise `AdapterError` if the method needs steps, and the adapter neither saw one nor came from a file."""
     if tuner.needs_steps and _is_fresh(tuner):
         raise AdapterError(
             f"adapter {tuner.name!r} was trained with no step: method {tuner.method!r} needs to see each step of the "
             "optimizer. Call tunerkit.attach(model, optimizer, total_steps=...) before training"
         )
-    warn_of_unspent_schedule(tuner)
-    written = save_tuner(tuner, path, allow_nonfinite=allow_nonfinite)
-    _warn_of_untrained(tuner)
-    injection.warn_of_base_changes([tuner])
-    return written
 
 
 def save_tuner(tuner: Tuner, path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> Path:
@@ -75,13 +83,8 @@ def save_tuner(tuner: Tuner, path: str | os.PathLike[str], *, allow_nonfinite: b
     place = file_at(path, "adapter")
     refuse_other_file(place)
     tensors = _tensors_of(tuner)
-    if not allow_nonfinite and (wrong := nonfinite(tensors, base_values(tuner))):
-        raise AdapterError(
-            f"adapter {tuner.name!r} has NaN or inf in {len(wrong)} of {len(tensors)} tensors: {few(wrong, shown=5)}. "
-            "Nothing was written, and an older file is unchanged. The training has diverged: lower the learning rate, "
-            "check the loss, and start again from a file saved earlier. To write the weights all the same and examine "
-            "them, call tunerkit.save(..., allow_nonfinite=True)"
-        )
+    if not allow_nonfinite:
+        refuse_diverged(tuner, tensors)
     description = describe_base(tuner)
     if tuner.progress.calibration is not None:
         description["values"][_CALIBRATION] = tuner.progress.calibration
@@ -90,6 +93,18 @@ def save_tuner(tuner: Tuner, path: str | os.PathLike[str], *, allow_nonfinite: b
     written = write(place, packed, encode(header, tensors, packed.stored))
     note_written(tuner, written, "adapter", stacklevel=4)
     return written
+
+
+def refuse_diverged(tuner: Tuner, tensors: Mapping[str, Tensor] | None = None) -> None:
+    """Raise `AdapterError` if the adapter's tensors contain NaN or inf where the base's own do not."""
+    tensors = _tensors_of(tuner) if tensors is None else tensors
+    if wrong := nonfinite(tensors, base_values(tuner)):
+        raise AdapterError(
+            f"adapter {tuner.name!r} has NaN or inf in {len(wrong)} of {len(tensors)} tensors: {few(wrong, shown=5)}. "
+            "Nothing was written, and an older file is unchanged. The training has diverged: lower the learning rate, "
+            "check the loss, and start again from a file saved earlier. To write the weights all the same and examine "
+            "them, call tunerkit.save(..., allow_nonfinite=True)"
+        )
 
 
 def note_written(tuner: Tuner, path: Path, content: str, *, stacklevel: int) -> None:
@@ -123,9 +138,12 @@ def load(
     If this raises, nothing is loaded. The error lists every problem. A KeyboardInterrupt leaves the base unchanged too,
     unless it comes after the adapter is complete.
 
+    Adapters of other programs are loaded too, if a plugin knows their format: tunerkit-peft reads PEFT's folders, and
+    tunerkit-diffusers the files of diffusers and Kohya. One warning says what such an adapter lost on its way.
+
     Args:
         base: The base model. It may already have other adapters.
-        path: The file, or the folder that contains ``adapter.safetensors``.
+        path: The file, or the folder that contains ``adapter.safetensors``; or an adapter in another format.
         adapter: The name that the adapter gets: any text without "." or "/", up to 64 characters.
         trainable: Whether to train the adapter further. By default it is loaded for inference.
         check_config: Whether to refuse a base with the same weights whose config says that it computes something else,
@@ -138,15 +156,45 @@ def load(
         FileError: The file is missing or damaged, tunerkit did not write it, its tensors do not fit its header, or they
             contain NaN or inf.
         BaseMismatchError: The adapter was trained on a different base model, or its config differs.
-        TargetError: The weight of a target is tied, or on the meta device, or torchao has quantised the model.
+        TargetError: The weight of a target is tied to one without an adapter, or on the meta device, or torchao has
+            quantised the model.
         AdapterError: The name is taken or invalid, or the model cannot take an adapter now: it is merged, disabled,
             inside DDP, FSDP or ZeRO-3, a PeftModel, or running in another thread.
         UnknownMethodError: No installed plugin provides the method.
         ConfigError: The method rejects the config in the file.
     """
+    return load_onto(base, path, adapter=adapter, trainable=trainable, check_config=check_config)
+
+
+def open_unloaded(skeleton: M, path: str | os.PathLike[str], *, adapter: str = "default") -> M:
+    """Put a saved adapter into a model whose weights are on the meta device, to write it in another format.
+
+    The adapter itself is on the CPU. The model cannot run. Of the base, only names, shapes and settings are compared.
+    """
+    return load_onto(skeleton, path, adapter=adapter, unloaded=True)
+
+
+def load_onto(
+    base: M,
+    path: str | os.PathLike[str],
+    *,
+    adapter: str,
+    trainable: bool = False,
+    check_config: bool = True,
+    unloaded: bool = False,
+) -> M:
+    """Do what `load` and `open_unloaded` say."""
     root = injection.ready_model(base, adapter)
+    format = format_at(path)
+    if format is not None:
+        scanned = targets.scan(root, hooks.gather_knowledge(), unloaded=unloaded)
+        adopted = adopt(format, path, scanned, adapter)
+        steps.watch_optimizers(adopted.tuner.method)
+        injection.inject_(adopted.tuner, adopted.slots, scanned, trainable=trainable)
+        warn_of(adopted.remarks, os.fspath(path))
+        return base
     source, tensors, header = read(path, content="adapter")
-    scanned = targets.scan(root, hooks.gather_knowledge())
+    scanned = targets.scan(root, hooks.gather_knowledge(), unloaded=unloaded)
     tuner = _tuner_from(header, scanned, adapter, source)
     refuse_other_base(tuner, header, source, scanned, check_config=check_config)
     refuse_nonfinite(tensors, base_values(tuner), source)
@@ -179,7 +227,7 @@ def warn_of_unspent_schedule(tuner: Tuner) -> None:
         )
 
 
-def _warn_of_untrained(tuner: Tuner) -> None:
+def warn_of_untrained(tuner: Tuner) -> None:
     """Warn of what nothing trained. A method that needs steps cannot miss them, and `attach` looks at what it holds."""
     if tuner.loaded or tuner.needs_steps or (tuner.steps == 0 and not _is_fresh(tuner)):
         return

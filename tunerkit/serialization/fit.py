@@ -27,7 +27,12 @@ class _Resized(NamedTuple):
 
 
 def fill(
-    slots: Iterable[tuple[str, Slot]], tensors: Mapping[str, Tensor], model: nn.Module, source: str
+    slots: Iterable[tuple[str, Slot]],
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    source: str,
+    *,
+    misfit: str = "does not fit its own header",
 ) -> dict[str, Slot]:
     """Copy the file's tensors into ``slots``, each as soon as it comes; slots that do not fit are not kept.
 
@@ -36,6 +41,7 @@ def fill(
         tensors: The file's tensors.
         model: The base model, for a hint in an error.
         source: The file.
+        misfit: What an error says of a file whose tensors are not those of the slots.
 
     Returns:
         The slots by path.
@@ -64,7 +70,7 @@ def fill(
         if not (problems or resized):
             filled[path] = slot
     problems += [f"unexpected: {name}" for name in tensors if name not in used]
-    _refuse(problems, resized, model, source)
+    _refuse(problems, resized, model, source, misfit)
     _refuse_overflow(cast, tensors, source)
     return filled
 
@@ -92,14 +98,14 @@ def _load_slot(path: str, slot: Slot, tensors: dict[str, Tensor]) -> list[str]:
     return []
 
 
-def _refuse(problems: Sequence[str], resized: Sequence[_Resized], model: nn.Module, source: str) -> None:
+def _refuse(problems: Sequence[str], resized: Sequence[_Resized], model: nn.Module, source: str, misfit: str) -> None:
     hint = labels_hint(model, [(each.saved, each.found) for each in resized])
     sizes = [f"at {cut(each.path, 200)}: {_sizes(each)}" for each in resized]
     if resized and not problems:
         title = f"{source} was trained on another base model: what it trains in full has other shapes (saved -> here)"
         raise BaseMismatchError("\n- ".join([f"{title}{hint}:", *first(sizes)]))
     if problems:
-        raise FileError("\n- ".join([f"{source} does not fit its own header:", *first([*problems, *sizes])]))
+        raise FileError("\n- ".join([f"{source} {misfit}:", *first([*problems, *sizes])]))
 
 
 def _sizes(each: _Resized) -> str:

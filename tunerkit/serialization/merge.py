@@ -7,14 +7,24 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from tunerkit import hooks, injection, libraries, targets
+from tunerkit import hooks, injection, libraries
 from tunerkit.errors import AdapterError
 from tunerkit.injection import Slots
-from tunerkit.paths import few, is_under, join
+from tunerkit.paths import few, join
 from tunerkit.serialization.fingerprint import fingerprint
 from tunerkit.serialization.finite import nonfinite
 from tunerkit.serialization.packed_weights import packed_sum
 from tunerkit.serialization.stacked import refuse_unequal
+from tunerkit.serialization.untying import (
+    Parting,
+    Places,
+    forget_parting,
+    note_parting,
+    parting_of,
+    plan_parting,
+    refuse_left_out,
+    thaw_parted,
+)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -26,6 +36,10 @@ def merge(model: M, *, permanent: bool = False) -> M:
     own ``state_dict()`` contains the merged weights and also the adapters. To get only one of them, take it after
     `unmerge`, or after ``unwrap(model, keep_merged=True)``. A state with merged weights cannot be loaded into an
     unmerged model, where the adapters would be applied twice, and none can be loaded while the model is merged.
+
+    Where all modules that share a weight are adapted, each needs another sum, so merging unties them. They get
+    parameters of their own, and ``config.tie_word_embeddings`` becomes False, so that ``save_pretrained`` writes all of
+    them. `unmerge` and `disabled` put the shared Parameter object and the setting back.
 
     No forward may run in another thread while the weights change: use one lock for both. A forward that is seen to
     run is an error.
@@ -43,8 +57,8 @@ def merge(model: M, *, permanent: bool = False) -> M:
     Raises:
         AdapterError: The model is already merged or disabled, or runs in another thread; no adapter is active; weights
             are offloaded, sharded (FSDP, ZeRO-3) or packed, so that adding to them has no effect; adapted modules were
-            replaced, resized or tied after wrapping; a base layer has no place for a bias; a method does not implement
-            ``tunerkit_delta``; or merged weights contain NaN or inf.
+            replaced, resized or tied after wrapping; a packed weight is tied; a base layer has no place for a bias; a
+            method does not implement ``tunerkit_delta``; or merged weights contain NaN or inf.
         TargetError: The model was quantised by torchao after wrapping.
         PluginError: A method returns an invalid delta.
     """
@@ -52,21 +66,24 @@ def merge(model: M, *, permanent: bool = False) -> M:
     places = list(injection.walk(model))
     _refuse_unfit(model, places)
     merged = [_merged_tensors(path, module, slots) for path, module, slots in places]
+    refuse_left_out(model, places, merged)
     _refuse_nonfinite(places, merged)
     for path, module, slots in places:
         refuse_unequal(path, module, slots)
     kept = {name: fingerprint(tuner) for name, tuner in tuners.items()} if permanent else {}
+    plans = plan_parting(model, places, merged)
+    thaw_parted(model, plans)
     originals = [_values(module, tensors) for (_, module, _), tensors in zip(places, merged, strict=True)]
     try:
-        _replace_all_(places, merged)
-        for (_, _, slots), own in zip(places, originals, strict=True):
+        _replace_all_(places, merged, plans)
+        for (_, _, slots), own, plan in zip(places, originals, plans, strict=True):
+            note_parting(slots, None if permanent else plan)
             slots.note_merged({} if permanent else own, permanent=permanent)
         for name, base in kept.items():
             tuners[name].progress.fingerprint = base
     except BaseException:
-        for (_, module, slots), own in zip(places, originals, strict=True):
-            _replace_(module, own)
-            slots.forget_merge()
+        for (_, module, slots), own, plan in zip(places, originals, plans, strict=True):
+            _put_back_(module, slots, own, plan)
         for tuner in tuners.values():
             tuner.progress.fingerprint = None
         raise
@@ -128,29 +145,37 @@ def disabled(model: nn.Module) -> Iterator[None]:
         _enable_(places, True)
 
 
-_Places = Sequence[tuple[str, nn.Module, Slots]]  # as `injection.walk` yields them
-
-
-def _restore_originals_(places: _Places) -> None:
+def _restore_originals_(places: Places) -> None:
     """Undo a merge, or what is left of it."""
     for _, module, slots in places:
         if slots.merged:
-            _replace_(module, slots.originals)
-            slots.forget_merge()
+            _put_back_(module, slots, slots.originals, parting_of(slots))
+        forget_parting(slots)
 
 
-def _enable_(places: _Places, enabled: bool) -> None:
-    """Switch adapters on or off; where they are merged, exchange the merged and the original values."""
+def _put_back_(module: nn.Module, slots: Slots, originals: dict[str, Tensor], plan: Parting | None) -> None:
+    """Undo the merge of one module: its ties first, since the originals belong into the shared parameters."""
+    if plan is not None:
+        plan.tie_()
+    _replace_(module, originals)
+    slots.forget_merge()
+    forget_parting(slots)
+
+
+def _enable_(places: Places, enabled: bool) -> None:
+    """Switch adapters on or off; where they are merged, exchange the merged and the original values and ties."""
     for _, module, slots in places:
         slots.enabled = enabled
         if slots.merged:
             shown = slots.originals
             hidden = _values(module, shown)
+            if (plan := parting_of(slots)) is not None:
+                plan.part_() if enabled else plan.tie_()
             _replace_(module, shown)
             slots.set_aside(hidden)
 
 
-def _refuse_unfit(model: nn.Module, places: _Places) -> None:
+def _refuse_unfit(model: nn.Module, places: Places) -> None:
     """Raise the error of the first reason why nothing can be merged now."""
     injection.refuse_disabled(model)
     if injection.is_merged(model):
@@ -161,10 +186,9 @@ def _refuse_unfit(model: nn.Module, places: _Places) -> None:
     _refuse_offloaded(places)
     libraries.refuse_engine(((path, module) for path, module, slots in places if slots.active), "merge")
     injection.refuse_lost(injection.require_tuners(model).values())
-    _refuse_tied(model, places)
 
 
-def _refuse_offloaded(places: _Places) -> None:
+def _refuse_offloaded(places: Places) -> None:
     """Raise `AdapterError` if weights are loaded for each forward pass only: merged values would be lost."""
     away = [path for path, module, _ in places if libraries.is_offloaded(module)]
     if away:
@@ -174,19 +198,7 @@ def _refuse_offloaded(places: _Places) -> None:
         )
 
 
-def _refuse_tied(model: nn.Module, places: _Places) -> None:
-    """Raise `AdapterError` if weights were tied after wrapping: merging would also change the other module."""
-    shared = targets.tied(injection.base_modules(model))
-    for path, module, slots in places:
-        names = [name for p in module.parameters() for name in shared.get(id(p), ()) if not is_under(name, (path,))]
-        if slots.active and names:
-            raise AdapterError(
-                f"cannot merge into {path!r}: it is tied to {', '.join(names)} by now, and merging would change that "
-                "too; give each a parameter of its own first"
-            )
-
-
-def _refuse_nonfinite(places: _Places, merged: Sequence[Mapping[str, Tensor]]) -> None:
+def _refuse_nonfinite(places: Places, merged: Sequence[Mapping[str, Tensor]]) -> None:
     """Raise `AdapterError` if merged weights contain NaN or inf and the module's own do not."""
     pairs = list(zip(places, merged, strict=True))
     tensors = {join(path, name): tensor for (path, _, _), own in pairs for name, tensor in own.items()}
@@ -201,7 +213,7 @@ def _refuse_nonfinite(places: _Places, merged: Sequence[Mapping[str, Tensor]]) -
         )
 
 
-def refuse_permanent(places: _Places) -> None:
+def refuse_permanent(places: Places) -> None:
     """Raise `AdapterError` if a merge kept no originals."""
     if any(slots.permanent for _, _, slots in places):
         raise AdapterError(
@@ -233,12 +245,15 @@ def _merged_tensors(path: str, module: nn.Module, slots: Slots) -> dict[str, Ten
     return tensors
 
 
-def _replace_all_(places: _Places, merged: Sequence[dict[str, Tensor]]) -> None:
-    """Give every module its merged tensors.
+def _replace_all_(places: Places, merged: Sequence[dict[str, Tensor]], plans: Sequence[Parting | None]) -> None:
+    """Give every module its merged tensors, and parameters of its own where it shares them.
 
     Raises:
         AdapterError: A weight does not become what was written.
     """
+    for plan in plans:
+        if plan is not None:
+            plan.part_()
     for (path, module, slots), tensors in zip(places, merged, strict=True):
         wanted = packed_sum(path, slots, tensors)
         _replace_(module, tensors)

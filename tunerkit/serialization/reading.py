@@ -23,7 +23,7 @@ def read(path: str | os.PathLike[str], *, content: str) -> tuple[str, dict[str, 
     place = file_at(path, content)
     source = str(place)
     if not os.path.isfile(place):
-        _refuse_foreign(place.parent, _names_in(place.parent), ())
+        _refuse_foreign(place.parent, [place.parent.name, *_names_in(place.parent)], ())
         raise FileError(
             f"there is no file {source}; tunerkit.{_WRITERS[content]} writes {content}.safetensors into the folder "
             "it is given"
@@ -66,9 +66,8 @@ def _refuse_foreign(place: Path, files: Collection[str], tensors: Collection[str
     found: ForeignFormat | None = foreign_format(files, tensors)
     if found is not None:
         raise FileError(
-            f"{place} holds an adapter in the format of {found.library} ({few(found.files, shown=3)}). tunerkit "
-            f"itself does not read it: that takes the distribution {found.distribution}, which is not installed. "
-            f"Without it, use {found.library}: {found.instead}(model, folder)"
+            f"{place} holds an adapter in the format of {found.library}. tunerkit itself does not read it: that takes "
+            f"the distribution {found.distribution} (pip install {found.distribution}). {found.instead}"
         )
 
 

@@ -1,9 +1,13 @@
 """What prevents a module from being adapted, as the end of a sentence about its path."""
 
+from collections.abc import Collection
+
 from torch import nn
 
 from tunerkit.libraries import forward_owner, is_offloaded, torch_private
+from tunerkit.paths import join
 from tunerkit.targets.scan import Scan, ScannedModule
+from tunerkit.targets.ties import left_out, way_out
 
 _ATTENTION = "nn.MultiheadAttention with a forward of its own may use its weights in any way, so it cannot be adapted"
 _SEPARATE = "nn.MultiheadAttention with kdim or vdim has three weights instead of one, which cannot be adapted yet"
@@ -12,13 +16,13 @@ _READ_AND_CALLED = "is held by several modules, one of which bypasses its forwar
 _READ_AND_OFFLOADED = "is offloaded, and its weight is used directly, bypassing its forward(): it cannot be overridden"
 
 
-def obstacle_at(found: ScannedModule, scanned: Scan) -> str | None:
-    """Why the module cannot be a target, or None."""
+def obstacle_at(found: ScannedModule, scanned: Scan, others: Collection[str] = ()) -> str | None:
+    """Why the module cannot be a target beside the targets at the paths ``others``, or None."""
     if found.base is None and isinstance(found.module, nn.MultiheadAttention):
         return _SEPARATE if forward_owner(found.module) is nn.MultiheadAttention else _ATTENTION
     if found.base is None and not found.inside_attention:
         return f"is a {type(found.module).__name__}, which cannot be adapted"
-    return weight_obstacle(found, scanned)
+    return weight_obstacle(found, scanned, others)
 
 
 def output_obstacle(found: ScannedModule) -> str | None:
@@ -32,8 +36,8 @@ def output_obstacle(found: ScannedModule) -> str | None:
     return None
 
 
-def weight_obstacle(found: ScannedModule, scanned: Scan) -> str | None:
-    """Why the module's weight cannot be adapted, or None."""
+def weight_obstacle(found: ScannedModule, scanned: Scan, others: Collection[str] = ()) -> str | None:
+    """Why the module's weight cannot be adapted beside the targets at the paths ``others``, or None."""
     module = found.module
     if found.inside_attention:
         return _ATTENTION
@@ -46,13 +50,22 @@ def weight_obstacle(found: ScannedModule, scanned: Scan) -> str | None:
     usual = isinstance(module, nn.Linear | nn.Embedding) or torch_private.is_convolution(module)
     if usual and "weight" not in own:
         return "has a weight computed from others (a parametrization), which cannot be adapted yet"
-    if any(parameter.is_meta for parameter in parameters) and not is_offloaded(module):
+    if not scanned.unloaded and any(parameter.is_meta for parameter in parameters) and not is_offloaded(module):
         return "has its weight on the meta device; load the weights first"
     if any(parameter.is_complex() for parameter in parameters):
         return "has complex weights, which cannot be adapted yet"
-    shared = [name for parameter in parameters for name in scanned.sharers.get(id(parameter), ())]
-    if shared:
-        return f"has a tied weight, shared as {', '.join(shared)}: an adapter on one would not change the others"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "has max_norm set, so its forward() rewrites its weight; build it without max_norm"
+    return _tie(found, scanned, others)
+
+
+def _tie(found: ScannedModule, scanned: Scan, others: Collection[str]) -> str | None:
+    """Why a tied weight of the module cannot be adapted: not all that share it are targets. None if they are."""
+    for leaf, parameter in torch_private.own_parameters(found.module).items():
+        names = scanned.sharers.get(id(parameter), ())
+        if left_out(names, {found.path, *others}):
+            way = way_out(scanned, join(found.path, leaf), names, setting="targets")
+            return (
+                f"has a tied weight, shared as {', '.join(names)}: an adapter on one would not change the others. {way}"
+            )
     return None

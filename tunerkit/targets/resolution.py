@@ -11,6 +11,7 @@ from tunerkit.patterns import Matcher, matcher
 from tunerkit.records import Target
 from tunerkit.targets.eligibility import output_obstacle, weight_obstacle
 from tunerkit.targets.scan import Scan, ScannedModule
+from tunerkit.targets.ties import left_out, way_out
 
 ALL_LINEAR = "all-linear"
 _SHOWN, _LISTED = 8, 50
@@ -39,24 +40,30 @@ def resolve_modules(scanned: Scan, names: Sequence[str], *, what: str) -> tuple[
 
 
 def refuse_tied(scanned: Scan, paths: Collection[str]) -> None:
-    """Raise `TargetError` if a parameter at or under one of ``paths`` is shared with a module outside that path.
+    """Raise `TargetError` if a parameter at or under one of ``paths`` is shared with a module at none of them.
 
-    Two of the ``paths`` may not share a parameter either: each gets its own copy, which would break the tie.
+    Modules at several of the ``paths`` may share one: each is trained on its own, from the same values.
     """
     problems = []
     for path, names in product(paths, dict.fromkeys(scanned.sharers.values())):
         inside = [name for name in names if is_under(name, (path,))]
-        if inside and len(inside) < len(names):
+        if inside and left_out(names, paths):
             outside = ", ".join(name for name in names if name not in inside)
-            problems.append(f"{path!r} cannot be trained in full: {inside[0]} is tied to {outside}")
+            way = way_out(scanned, inside[0], names, setting="train_modules")
+            problems.append(f"{path!r} cannot be trained in full: {inside[0]} is tied to {outside}. {way}")
     refuse(problems)
 
 
 def refuse_unfit(scanned: Scan, targets: Iterable[Target], *, outputs: bool = False) -> None:
-    """Raise `TargetError` listing every target that cannot be adapted: its weight, or its output for ``outputs``."""
+    """Raise `TargetError` listing every target that cannot be adapted: its weight, or its output for ``outputs``.
+
+    Targets may share a weight if all modules that share it are among them: each gets its own adapter.
+    """
     found = {target.path: scanned.by_path[target.path] for target in targets}
+    paths = {each.path for each in found.values()}
     obstacles = {
-        path: output_obstacle(each) if outputs else weight_obstacle(each, scanned) for path, each in found.items()
+        path: output_obstacle(each) if outputs else weight_obstacle(each, scanned, paths)
+        for path, each in found.items()
     }
     refuse(lines({path: obstacle for path, obstacle in obstacles.items() if obstacle is not None}))
 

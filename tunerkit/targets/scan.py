@@ -60,6 +60,8 @@ class Scan:
         by_path: The modules by each of their paths; the root has an empty path.
         sharers: For the id of each tied parameter, the full names under which modules hold it.
         default_names: The default targets of its architecture; empty if there are none.
+        unloaded: Whether weights on the meta device are no obstacle, since the model will not run: an adapter is read
+            to be written in another format, and its own tensors are on the CPU.
     """
 
     root: ScannedModule
@@ -67,6 +69,7 @@ class Scan:
     by_path: Mapping[str, ScannedModule]
     sharers: Mapping[int, tuple[str, ...]]
     default_names: tuple[str, ...]
+    unloaded: bool = False
 
 
 _DEEPEST = 500  # parts of a path: a model that contains itself has no end
@@ -83,8 +86,8 @@ class _Registration(NamedTuple):
     in_head: bool = False
 
 
-def scan(model: nn.Module, knowledge: Knowledge) -> Scan:
-    """Scan ``model``. The base-layer kind of each module is determined once."""
+def scan(model: nn.Module, knowledge: Knowledge, *, unloaded: bool = False) -> Scan:
+    """Scan ``model``. The base-layer kind of each module is determined once. See `Scan` for ``unloaded``."""
     places: dict[int, list[_Registration]] = defaultdict(list)
     for registration in _registrations(model, knowledge):
         places[id(registration.module)].append(registration)
@@ -96,6 +99,7 @@ def scan(model: nn.Module, knowledge: Knowledge) -> Scan:
         by_path={path: scanned for scanned in (root, *modules) for path in scanned.paths},
         sharers=tied((scanned.path, scanned.module) for scanned in (root, *modules)),
         default_names=_default_names(model, knowledge),
+        unloaded=unloaded,
     )
 
 

@@ -27,7 +27,8 @@ class _Scope:
     """The part of the model that the caller wants.
 
     ``free`` may have targets; ``trained`` is trained in full. ``stacks`` are full names of parameters. ``outputs`` says
-    that the method adapts outputs.
+    that the method adapts outputs. ``named`` are the paths in ``free`` that plain names match: only these may share a
+    weight, since a broad pattern does not say that each should change on its own.
     """
 
     scanned: Scan
@@ -35,10 +36,11 @@ class _Scope:
     trained: Sequence[ScannedModule]
     stacks: Sequence[str]
     outputs: bool
+    named: Collection[str] = ()
 
     def obstacle_at(self, each: ScannedModule) -> str | None:
         """Why the module cannot be a target, or None."""
-        return output_obstacle(each) if self.outputs else obstacle_at(each, self.scanned)
+        return output_obstacle(each) if self.outputs else obstacle_at(each, self.scanned, self.named)
 
 
 class _Choice(NamedTuple):
@@ -86,7 +88,8 @@ def select(
         passed_over = any(path in excluded or is_under(path, new) for path in each.paths)
         if not passed_over and (layers is None or each.layer in layers):
             (full if any(is_under(path, trained) for path in each.paths) else free).append(each)
-    scope = _Scope(scanned, free, full, [] if outputs else list(_stacks(free)), outputs)
+    stacks = [] if outputs else list(_stacks(free))
+    scope = _Scope(scanned, free, full, stacks, outputs, named=_plainly_named(free, targets) if scanned.sharers else ())
     choices = list(_choices(scope, targets, problems))
     problems += _layer_problems(scanned, layers)
     found = {choice.path for choice in choices if choice.obstacle is None}
@@ -97,6 +100,12 @@ def select(
         told = "\n  ".join(left_out)
         warnings.warn(f"left out, neither adapted nor trained:\n  {told}", TunerkitWarning, stacklevel=4)
     return tuple(Target(each.path, each.module) for each in scanned.modules if each.path in found)
+
+
+def _plainly_named(free: Iterable[ScannedModule], targets: str | Sequence[str] | None) -> frozenset[str]:
+    patterns = (targets,) if isinstance(targets, str) else targets or ()
+    plain = [matcher(pattern) for pattern in patterns if pattern != ALL_LINEAR and not is_broad(pattern)]
+    return frozenset(each.path for each in free if any(match(path) for match in plain for path in each.paths))
 
 
 def _excluded(scanned: Scan, exclude: Sequence[str], problems: list[str]) -> frozenset[str]:

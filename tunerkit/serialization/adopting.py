@@ -1,0 +1,233 @@
+"""Adopt an adapter of another program: find its places in the model, and build it as one of an installed method."""
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from tunerkit import hooks, injection, patterns, targets
+from tunerkit.config import AdapterConfig
+from tunerkit.errors import (
+    BaseMismatchError,
+    ConfigError,
+    FileError,
+    TargetError,
+    TunerkitWarning,
+    UnknownMethodError,
+    first,
+    shown,
+)
+from tunerkit.injection import Progress, Slot, Tuner
+from tunerkit.layers import Adapter, BaseLayer, bias_name, misfit
+from tunerkit.libraries import torch_private
+from tunerkit.paths import few, join
+from tunerkit.records import Foreign, Format, Target
+from tunerkit.serialization.allocation_limit import limit_for
+from tunerkit.serialization.base_check import base_values
+from tunerkit.serialization.finite import nonfinite
+from tunerkit.serialization.fit import fill
+from tunerkit.serialization.formats import factors_at, read_foreign
+from tunerkit.targets import Scan
+
+# Every method's adapters can be told to become these: their products say all.
+_COMMON = "lora"
+
+
+@attrs.frozen(eq=False)
+class Adopted:
+    """An adapter that is ready to be put into the model, and what the user should know of it."""
+
+    tuner: Tuner
+    slots: dict[str, Slot]
+    remarks: tuple[str, ...]
+
+
+@attrs.frozen(eq=False)
+class _Places:
+    """Where an adapter goes: targets with their base layers, copies with their tensors, and biases."""
+
+    targets: tuple[Target, ...]
+    bases: tuple[BaseLayer, ...]
+    copies: tuple[Target, ...]
+    biases: tuple[Target, ...]
+    tensors: Mapping[str, Tensor]
+
+
+def adopt(format: Format, path: str | os.PathLike[str], scanned: Scan, adapter: str) -> Adopted:
+    """Read an adapter of another program, and build it for the scanned model. The model is not changed.
+
+    Args:
+        format: The format of the files.
+        path: The files.
+        scanned: The scan of the model.
+        adapter: The adapter's name.
+
+    Raises:
+        FileError: The files are damaged, or hold what tunerkit cannot.
+        BaseMismatchError: They do not fit this model.
+        TargetError: A weight is tied or cannot be adapted.
+        UnknownMethodError: Neither the method nor LoRA is installed.
+    """
+    source = os.fspath(path)
+    found = read_foreign(format, Path(path), scanned.root.module)
+    if not found.factors:
+        raise FileError(f"{source} holds no adapter: there is no target in it, so there is nothing to load")
+    places = _places(found, scanned, source)
+    _refuse_misfits(found, format, places, source)
+    method, told = _method_of(found, source)
+    ready: Mapping[str, Adapter] | None = None
+    tensors = dict(places.tensors)
+    if method == found.method and found.tensors:
+        config = _configured(method, found.config, places, source)
+        for at, own in found.tensors.items():
+            tensors |= {join(at, f"adapter.{name}"): tensor for name, tensor in own.items()}
+    else:
+        products = {target.path: factors_at(found, target.path, format) for target in places.targets}
+        config, ready = hooks.from_factors(method, places.targets, places.bases, products)
+        config = attrs.evolve(config, **_descriptions(places))
+        for at, made in ready.items():
+            tensors |= {join(at, f"adapter.{name}"): tensor for name, tensor in made.state_dict().items()}
+    tuner = Tuner(
+        name=adapter,
+        method=method,
+        config=config,
+        model=scanned.root.module,
+        targets=places.targets,
+        copies=places.copies,
+        biases=places.biases,
+        loaded=True,
+        progress=Progress(shapes=injection.shapes_of(scanned.root.module)),
+    )
+    if wrong := nonfinite(tensors, base_values(tuner)):
+        raise FileError(_not_finite(source, wrong, len(tensors)))
+    with patterns.one_allowance(), torch.random.fork_rng(devices=[]):  # keep the caller's random state
+        around = limit_for(config_values(found.config), tensors, source)
+        built = injection.build_each(scanned, tuner, around=around, ready=ready)
+        slots = fill(built, tensors, scanned.root.module, source, misfit="does not fit this model")
+    return Adopted(tuner, slots, (*found.remarks, *told))
+
+
+def warn_of(remarks: tuple[str, ...], source: str) -> None:
+    """Tell the user what an adapter of another program lost on its way, in one warning."""
+    if remarks:
+        warnings.warn("\n- ".join([f"{source}:", *remarks]), TunerkitWarning, stacklevel=3)
+
+
+def config_values(config: Mapping[str, object]) -> dict[str, object]:
+    """Return the numbers of a config in the kinds of container that a file has."""
+    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in config.items()}
+
+
+def _places(found: Foreign, scanned: Scan, source: str) -> _Places:
+    whole = {path: own for path, own in found.copies.items()}
+    try:
+        named = targets.from_paths(scanned, [*found.factors, *whole, *found.biases])
+    except TargetError as error:
+        base = f", {shown(found.base)}" if found.base else ""
+        raise BaseMismatchError(f"{source} was made for another base model{base}: {error}") from error
+    modules = {place.path: place for place in named}
+    tensors: dict[str, Tensor] = {join(path, "bias"): bias for path, bias in found.biases.items()}
+    copies: list[str] = []
+    for path, own in whole.items():
+        parts = targets.copies_at(scanned, path)
+        copies += parts
+        for name, tensor in own.items():
+            part = max((each for each in parts if _holds(each, join(path, name))), key=len, default=path)
+            tensors[join(part, f"copy.{join(path, name).removeprefix(part + '.')}")] = tensor
+    _refuse_missing_biases(found, modules, scanned, source)
+    # In the model's order, which allocation and files use.
+    order = {each.path: number for number, each in enumerate(scanned.modules)}
+    chosen = tuple(sorted((modules[path] for path in found.factors), key=lambda target: order[target.path]))
+    targets.refuse_unfit(scanned, chosen)
+    targets.refuse_tied(scanned, copies)
+    bases = tuple(scanned.by_path[target.path].base for target in chosen)
+    assert all(base is not None for base in bases)  # `refuse_unfit` names those without
+    return _Places(
+        targets=chosen,
+        bases=tuple(base for base in bases if base is not None),
+        copies=targets.from_paths(scanned, copies),
+        biases=tuple(modules[path] for path in found.biases),
+        tensors=tensors,
+    )
+
+
+def _holds(part: str, name: str) -> bool:
+    return name.startswith(part + ".")
+
+
+def _refuse_missing_biases(found: Foreign, modules: Mapping[str, Target], scanned: Scan, source: str) -> None:
+    lacking = [path for path in found.biases if _bias_at(modules[path].module, scanned.by_path[path].base) is None]
+    if lacking:
+        raise BaseMismatchError(
+            f"{source} was made for another base model: it trains the biases of {few(lacking, shown=5)}, which have "
+            "none here"
+        )
+
+
+def _bias_at(module: nn.Module, base: BaseLayer | None) -> Tensor | None:
+    return torch_private.own_parameters(module).get(bias_name(base))
+
+
+def _refuse_misfits(found: Foreign, format: Format, places: _Places, source: str) -> None:
+    """Raise if a product has another shape than its target's weight, or values that are not finite."""
+    problems, wrong = [], []
+    for target, base in zip(places.targets, places.bases, strict=True):
+        product = factors_at(found, target.path, format)
+        if (shapes := misfit(base, product)) is not None:
+            problems.append(f"{target.path} has {shapes[0]}; this model needs {shapes[1]}")
+        elif nonfinite({"q": product.q, "p": product.p}):
+            wrong.append(target.path)
+    if problems:
+        base_name = f", {shown(found.base)}" if found.base else ""
+        raise BaseMismatchError(
+            "\n- ".join([f"{source} was made for another base model{base_name}; shapes differ:", *first(problems)])
+        )
+    if wrong:
+        raise FileError(_not_finite(source, wrong, len(places.targets)))
+
+
+def _not_finite(source: str, wrong: list[str], total: int) -> str:
+    return (
+        f"{source} has NaN or inf at {len(wrong)} of {total} places: {few(wrong, shown=5)}. A model with them computes "
+        "nothing useful: use an earlier checkpoint of that training"
+    )
+
+
+def _method_of(found: Foreign, source: str) -> tuple[str, tuple[str, ...]]:
+    """Return the installed method that the adapter becomes, and what to tell the user of it."""
+    known = [name for name, info in hooks.registry.methods().items() if info.error is None]
+    if found.method in known:
+        return found.method, ()
+    if _COMMON not in known:
+        wanted = " or ".join(f"tunerkit-{name}" for name in dict.fromkeys((found.method, _COMMON)))
+        raise UnknownMethodError(
+            f"{source} holds a {found.method} adapter, and neither that method nor {_COMMON} is installed: "
+            f"pip install {wanted}"
+        )
+    return _COMMON, (
+        f"method {found.method!r} is not installed (tunerkit-{found.method}), so it becomes {_COMMON} with the rank of "
+        "each target as it is: the model computes the same, and the ranks stay as they are in further training",
+    )
+
+
+def _configured(method: str, settings: Mapping[str, object], places: _Places, source: str) -> AdapterConfig:
+    try:
+        return hooks.structure(method, {**settings, **_descriptions(places)})
+    except ConfigError as error:
+        raise FileError(f"{source} has settings that method {method!r} rejects:\n{error}") from error
+
+
+def _descriptions(places: _Places) -> dict[str, Any]:
+    """The settings of every method that describe where the adapter is."""
+    at_targets = {target.path for target in places.targets}.issuperset(place.path for place in places.biases)
+    return {
+        "targets": tuple(patterns.exact_patterns([target.path for target in places.targets]).values()),
+        "exclude": (),
+        "train_modules": tuple(patterns.exact_patterns([copied.path for copied in places.copies]).values()),
+        "bias": "none" if not places.biases else "adapters" if at_targets else "all",
+    }
