@@ -10,8 +10,9 @@ DEMO_LM_OUT ?= out/demo-lm
 
 BIN := .venv/bin
 CORE_BIN := .venv-core/bin
-PROJECTS := pyproject.toml plugins/lora/pyproject.toml plugins/adalora/pyproject.toml
-PLUGINS := -e plugins/lora -e plugins/adalora
+NAMES := lora adalora peft gguf diffusers
+PROJECTS := pyproject.toml $(NAMES:%=plugins/%/pyproject.toml)
+PLUGINS := $(NAMES:%=-e plugins/%)
 PYTEST := -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 DEMO_READY := .venv/.demo-ready
@@ -48,7 +49,7 @@ check: $(DEV_READY) ## check lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy -p tunerkit_lora -p tunerkit_adalora
+	$(BIN)/mypy $(NAMES:%=-p tunerkit_%)
 
 format: $(DEV_READY) ## format the code, and fix what ruff can fix
 	$(BIN)/ruff format .

@@ -1,0 +1,5 @@
+"""LoRA adapters for llama.cpp and Ollama: one GGUF file, written and read."""
+
+from tunerkit_gguf.options import GgufOptions
+
+__all__ = ["GgufOptions"]

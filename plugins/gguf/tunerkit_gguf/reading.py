@@ -1,0 +1,150 @@
+"""Read a GGUF file with a LoRA adapter."""
+
+import math
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from torch import nn
+
+from tunerkit import BaseMismatchError, Factors, FileError, Foreign
+from tunerkit.errors import shown
+from tunerkit.patterns import exact_patterns
+from tunerkit_gguf.architectures import EMBEDDING, Layout, layout_of
+from tunerkit_gguf.container import MAGIC, Container, open_container
+from tunerkit_gguf.tensors import Pair, unpermute
+from tunerkit_gguf.writing import FILE
+
+_HALVES: Final = (".lora_a", ".lora_b")
+# The entry general.type = "adapter": a key, the type of a string, and its length.
+_IS_ADAPTER: Final = b"general.type" + struct.pack("<IQ", 8, 7) + b"adapter"
+_BEGINNING: Final = 1 << 20  # bytes: an adapter's metadata are small
+
+
+def sniff(path: Path) -> bool:
+    """Whether a path is a GGUF file with an adapter, or a folder with one named adapter.gguf."""
+    try:
+        with _place(path).open("rb") as stream:
+            beginning = stream.read(_BEGINNING)
+    except (OSError, ValueError):
+        return False
+    return beginning.startswith(MAGIC) and _IS_ADAPTER in beginning
+
+
+def read(path: Path, model: nn.Module) -> Foreign:
+    """Read the adapter at a path as LoRA, with the scale that llama.cpp gives it.
+
+    Args:
+        path: The file, or the folder with ``adapter.gguf``.
+        model: The base model; it may be on the meta device.
+
+    Raises:
+        BaseMismatchError: The adapter is one of another model.
+        FileError: The file is damaged or holds something else than LoRA, or the model's architecture is not supported.
+    """
+    layout = layout_of(model)
+    container = open_container(_place(path))
+    _refuse_others(container, layout)
+    names, ignored = _names(container)
+    places = {name: at for at, _ in model.named_modules(remove_duplicate=False) if (name := layout.name_of(at))}
+    if unknown := sorted(set(names) - set(places)):
+        raise BaseMismatchError(
+            f"{container.path} was made for another base model: this {type(model).__name__} has no {shown(unknown[0])}"
+        )
+    pairs = {places[name]: _pair(container, name, layout) for name in names}
+    alpha = _alpha(container)
+    return Foreign(
+        {at: _factors(pair, alpha) for at, pair in pairs.items()},
+        config=_config({at: pair.rank for at, pair in pairs.items()}, alpha),
+        tensors={at: {"a": pair.a, "b": pair.b} for at, pair in pairs.items()},
+        base=str(container.values.get("general.base_model.0.name", "")),
+        remarks=ignored,
+    )
+
+
+def _place(path: Path) -> Path:
+    return path / FILE if path.is_dir() else path
+
+
+def _refuse_others(container: Container, layout: Layout) -> None:
+    values, path = container.values, container.path
+    if (kind := values.get("general.type")) != "adapter":
+        raise FileError(
+            f"{path}: general.type is {shown(kind)}, not 'adapter': a whole model cannot be loaded as an adapter"
+        )
+    if (kind := values.get("adapter.type")) != "lora":
+        raise FileError(f"{path}: adapter.type is {shown(kind)}; only 'lora' can be read")
+    if "adapter.alora.invocation_tokens" in values:
+        raise FileError(
+            f"{path} has adapter.alora.invocation_tokens: it is applied only after certain tokens, which tunerkit "
+            "cannot do. Load it in llama.cpp"
+        )
+    if (found := values.get("general.architecture")) != layout.architecture:
+        raise BaseMismatchError(
+            f"{path} was made for another base model: general.architecture is {shown(found)}, and this model is a "
+            f"{layout.architecture!r} in llama.cpp"
+        )
+
+
+def _names(container: Container) -> tuple[list[str], tuple[str, ...]]:
+    """The names of the adapted weights, and a remark on what the file has beside them."""
+    held = set(container.tensors)
+    norms = sorted(name for name in held if name.endswith("_norm.weight"))
+    names = sorted({name[: -len(half)] for name in held for half in _HALVES if name.endswith(half)})
+    expected = {name + half for name in names for half in _HALVES}
+    if lacking := sorted(expected - held):
+        raise FileError(f"{container.path} lacks {lacking[0]}, the other half of a pair; write it again")
+    if others := sorted(held - expected - set(norms)):
+        raise FileError(
+            f"{container.path} has the tensor {shown(others[0])}; only .lora_a and .lora_b of weights can be read"
+        )
+    if not names:
+        raise FileError(f"{container.path} has no tensors, so there is nothing to load")
+    return names, (f"{len(norms)} norms are left out, as in llama.cpp, from {norms[0]} on",) if norms else ()
+
+
+def _pair(container: Container, name: str, layout: Layout) -> Pair:
+    a, b = (container.tensor(name + half) for half in _HALVES)
+    if a.ndim == 2 and name == EMBEDDING:
+        a = a.T.contiguous()
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        raise FileError(
+            f"{container.path}: {name} has lora_a {tuple(a.shape)} and lora_b {tuple(b.shape)}, which are no "
+            "(r, in) and (out, r); the file is damaged"
+        )
+    heads = layout.heads_of(name)
+    if heads is not None and b.shape[0] % (2 * heads):
+        raise BaseMismatchError(
+            f"{container.path} was made for another base model: {name}.lora_b has {b.shape[0]} rows, and this model "
+            f"has {heads} heads"
+        )
+    return Pair(a, b if heads is None else unpermute(b, heads))
+
+
+def _alpha(container: Container) -> float:
+    alpha = container.values.get("adapter.lora.alpha", 0.0)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha < 0:
+        raise FileError(
+            f"{container.path}: adapter.lora.alpha is {shown(alpha)}; it must be a positive number, or 0 for no scale"
+        )
+    return float(alpha)
+
+
+def _factors(pair: Pair, alpha: float) -> Factors:
+    # llama.cpp takes an alpha of 0 as none: the product is not scaled.
+    return Factors(q=pair.a, p=pair.b * (alpha / pair.rank if alpha and pair.rank else 1.0))
+
+
+def _config(ranks: Mapping[str, int], alpha: float) -> dict[str, object]:
+    """The settings of LoRA under which training goes on with llama.cpp's scale: alpha / r at each target."""
+    common = max(1, Counter(ranks.values()).most_common(1)[0][0])
+    names = exact_patterns(ranks)
+    config: dict[str, object] = {
+        "rank": common,
+        "rank_pattern": {names[at]: rank for at, rank in ranks.items() if rank != common},
+    }
+    if alpha:
+        return {**config, "alpha": alpha}
+    return {**config, "alpha_pattern": {names[at]: float(max(1, rank)) for at, rank in ranks.items()}}
