@@ -15,7 +15,14 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("plugins/*/README.md"))]
 EXAMPLES_NEED = ("tunerkit_adalora", "tunerkit_lora", "transformers", "accelerate")
-MORE_NEEDED = {"preference.md": ("trl", "datasets", "tokenizers")}
+MORE_NEEDED = {
+    "README.md": ("tunerkit_peft",),
+    "docs/from-peft.md": ("tunerkit_peft", "peft"),
+    "docs/preference.md": ("trl", "datasets", "tokenizers"),
+    "plugins/diffusers/README.md": ("tunerkit_diffusers", "diffusers"),
+    "plugins/gguf/README.md": ("tunerkit_gguf", "gguf"),
+    "plugins/peft/README.md": ("tunerkit_peft",),
+}
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -90,7 +97,7 @@ def test_examples_keep_the_line_numbers_of_their_page() -> None:
 )
 def test_examples_run_in_the_order_of_their_page(page: Path, tmp_path: Path) -> None:
     """The Python blocks of a page, top to bottom in one fresh process, offline, in an empty folder."""
-    needed = (*EXAMPLES_NEED, *MORE_NEEDED.get(page.name, ()))
+    needed = (*EXAMPLES_NEED, *MORE_NEEDED.get(page.relative_to(ROOT).as_posix(), ()))
     absent = [name for name in needed if find_spec(name) is None]
     if absent:
         pytest.skip(f"the examples need {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not installed")

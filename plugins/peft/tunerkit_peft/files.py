@@ -1,0 +1,86 @@
+"""Where the two files of a PEFT adapter lie: its settings and its tensors."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import attrs
+
+from tunerkit import FileError
+from tunerkit_peft import hub
+
+CONFIG: Final = "adapter_config.json"
+WEIGHTS: Final = "adapter_model.safetensors"
+PICKLE: Final = "adapter_model.bin"
+_NAMES: Final = (CONFIG, WEIGHTS, PICKLE)
+_HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@attrs.frozen
+class Files:
+    """The files of one adapter.
+
+    Attributes:
+        config: The settings, ``adapter_config.json``.
+        weights: The tensors, ``adapter_model.safetensors``.
+    """
+
+    config: Path
+    weights: Path
+
+
+def sniff(path: Path) -> bool:
+    """Whether a path leads to a PEFT adapter: a folder with one of its files, such a file, or a name on the hub."""
+    try:
+        if path.name in _NAMES:
+            return path.is_file()
+        return any((path / name).is_file() for name in _NAMES) or bool(hub_name(path))
+    except (OSError, ValueError):  # a name that no file system allows
+        return False
+
+
+def hub_name(path: Path) -> str:
+    """Return the path as the name of a repository on the hub, ``owner/name``; empty if it cannot be one.
+
+    It cannot if anything lies at the path, or its first part is a folder here: then it is a mistyped path.
+    """
+    name = path.as_posix()
+    if path.exists() or path.parent.exists() or path.suffix in (".safetensors", ".json", ".bin", ".gguf"):
+        return ""
+    return name if _HUB_NAME.fullmatch(name) else ""
+
+
+def find(path: Path) -> Files:
+    """Find the files of the adapter at a path, which may be a folder, one of the files, or a name on the hub.
+
+    Raises:
+        FileError: A file is missing, there is only a pickle, or the hub does not answer.
+    """
+    if name := hub_name(path):
+        config, weights = hub.download(name, (CONFIG, WEIGHTS))
+        return Files(config, weights)
+    folder = path.parent if path.name in _NAMES else path
+    found = Files(folder / CONFIG, folder / WEIGHTS)
+    if not folder.is_dir():
+        raise FileError(f"there is no folder {folder}; pass the folder that holds {CONFIG} and {WEIGHTS}")
+    if not found.weights.is_file() and (folder / PICKLE).is_file():
+        raise FileError(
+            f"{folder / PICKLE} is a pickle, which may run any code when it is read, so tunerkit never reads one. Load "
+            "it with PEFT in an environment that you trust, and save it again, which writes "
+            f"{WEIGHTS}: peft.PeftModel.from_pretrained(model, folder).save_pretrained(new_folder)"
+        )
+    for file in (found.config, found.weights):
+        if not file.is_file():
+            raise FileError(f"{folder} is no PEFT adapter: it has no {file.name}{_nearby(folder)}")
+    return found
+
+
+def _nearby(folder: Path) -> str:
+    """A hint at the adapters one folder deeper: PEFT saves those with a name of their own there."""
+    names = list(_below(folder))
+    return f"; there are adapters in {', '.join(names[:5])}: pass one of these folders" if names else ""
+
+
+def _below(folder: Path) -> Iterator[str]:
+    yield from sorted(str(each.parent) for each in folder.glob(f"*/{CONFIG}"))

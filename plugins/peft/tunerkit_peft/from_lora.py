@@ -1,0 +1,123 @@
+"""A PEFT LoRA as tunerkit's LoRA: ΔW = scale · B A, with the scale and the rank of each module."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import attrs
+from torch import Tensor
+
+from tunerkit import Factors, low_rank_factors
+from tunerkit.patterns import exact_patterns, is_broad
+from tunerkit_peft.parts import Parts, matrices, refuse_ranks
+from tunerkit_peft.products import Lazy, Read
+from tunerkit_peft.rules import Rule, rules_for
+from tunerkit_peft.settings import Settings
+from tunerkit_peft.weights import Weights
+
+
+@attrs.frozen(eq=False)
+class _Own:
+    """One module's adapter: A (r, in), B (out, r), and the numerator of the scale."""
+
+    a: Tensor
+    b: Tensor
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+def read_lora(settings: Settings, weights: Weights, parts: Sequence[Parts]) -> Read:
+    """Read the adapter.
+
+    A row of A that is zero together with its column of B adds nothing and gets no gradient, so it can never train: it
+    is padding, and is left out.
+
+    Args:
+        settings: The adapter's settings.
+        weights: Its tensors.
+        parts: What is at each module.
+
+    Raises:
+        FileError: A rank has no explanation in the settings, or a pattern cannot be used.
+    """
+    rules = rules_for(settings, dict.fromkeys(each.place.owner for each in parts))
+    refuse_ranks(settings, weights, [line for each in parts if (line := _unexplained(each, rules, weights))])
+    own = {each.place.path: _own(settings, weights, each, rules[each.place.owner]) for each in parts}
+    return Read(
+        factors=Lazy({path: _Product(each, settings.rslora) for path, each in own.items()}),
+        config=_config(settings, own),
+        tensors={path: {"a": each.a, "b": each.b} for path, each in own.items()},
+    )
+
+
+@attrs.frozen(eq=False)
+class _Product:
+    """Computes the product of one module."""
+
+    own: _Own
+    rslora: bool
+
+    def __call__(self) -> Factors:
+        scale = self.own.alpha / _divisor(self.own.rank or 1, self.rslora)
+        return low_rank_factors(self.own.a, self.own.b, scale=scale)
+
+
+def _own(settings: Settings, weights: Weights, parts: Parts, rule: Rule) -> _Own:
+    a, b = matrices(weights, parts)
+    used = a.any(dim=1) | b.any(dim=0)
+    kept = int(used.sum())
+    if kept < parts.rank:
+        a, b = a[used], b[:, used]
+    if rule.alpha <= 0:  # tunerkit's are above 0, so the scale goes into B
+        scale = rule.alpha / _divisor(parts.rank, settings.rslora)
+        return _Own(a, b * scale, alpha=_divisor(kept, settings.rslora))
+    # The scale stays as it was with the padding.
+    alpha = rule.alpha * _divisor(kept, settings.rslora) / _divisor(parts.rank, settings.rslora)
+    return _Own(a, b, alpha=rule.alpha if kept == parts.rank else alpha)
+
+
+def _divisor(rank: int, rslora: bool) -> float:
+    return math.sqrt(rank) if rslora else float(rank)
+
+
+def _unexplained(parts: Parts, rules: Mapping[str, Rule], weights: Weights) -> str:
+    allowed = rules[parts.place.owner].ranks
+    if parts.rank in allowed:
+        return ""
+    expected = " or ".join(map(str, sorted(allowed)))
+    return f"{parts.names['A']} has rank {parts.rank}; 'r' and 'rank_pattern' say {expected}"
+
+
+def _config(settings: Settings, own: Mapping[str, _Own]) -> dict[str, object]:
+    """The settings of `tunerkit_lora`: the most common rank and alpha, and patterns for the others."""
+    live = {path: each for path, each in own.items() if each.rank > 0}
+    rank = _common([each.rank for each in live.values()], settings.rank)
+    alpha = _common([each.alpha for each in live.values()], max(settings.alpha, 1.0))
+    names = _names(own)
+    return {
+        "rank": int(rank),
+        "alpha": alpha,
+        "dropout": settings.dropout,
+        "rslora": settings.rslora,
+        "rank_pattern": {names[path]: each.rank for path, each in own.items() if each.rank != rank},
+        "alpha_pattern": {names[path]: each.alpha for path, each in live.items() if each.alpha != alpha},
+    }
+
+
+def _common(values: Sequence[float], default: float) -> float:
+    return Counter(values).most_common(1)[0][0] if values else default
+
+
+def _names(own: Mapping[str, object]) -> dict[str, str]:
+    """A pattern for each path. The path itself is one, unless it is the end of another: it is faster to match."""
+    ends = Counter(end for path in own for end in _ends(path))
+    exact = exact_patterns(own)
+    return {path: exact[path] if ends[path] > 1 or is_broad(path) else path for path in own}
+
+
+def _ends(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]

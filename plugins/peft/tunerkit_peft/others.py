@@ -1,0 +1,107 @@
+"""What a PEFT file holds beside the adapter's matrices: modules trained in full, biases, and tables of the base."""
+
+from collections.abc import Mapping
+from typing import Final
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from tunerkit import BaseMismatchError, FileError
+from tunerkit.errors import first, shown
+from tunerkit_peft.places import Rename, place_of
+from tunerkit_peft.settings import Settings
+from tunerkit_peft.weights import PREFIX, Weights
+
+_BASE: Final = ".base_layer"
+_COPY: Final = ".modules_to_save."
+_ORIGINAL: Final = ".original_module."
+_TABLES: Final = ("embed_tokens", "lm_head")  # PEFT saves these layers of the base whole if it adapts or resizes them
+
+
+@attrs.frozen(eq=False)
+class Others:
+    """Tensors that are no products.
+
+    Attributes:
+        copies: The tensors of the modules trained in full, by path and name.
+        biases: The trained biases, by path.
+    """
+
+    copies: dict[str, dict[str, Tensor]]
+    biases: dict[str, Tensor]
+
+
+def read_others(settings: Settings, weights: Weights, modules: Mapping[str, nn.Module], rename: Rename) -> Others:
+    """Read them, and compare the base's tables with the model.
+
+    Raises:
+        FileError: A tensor belongs to nothing.
+        BaseMismatchError: A table differs from the model's.
+    """
+    found = Others({}, {})
+    unexpected = []
+    for name, key in weights.others.items():
+        if _ORIGINAL in name or (_COPY in name and name.replace(_COPY, ".") in weights.others):
+            continue  # with bias="all", PEFT also saves what a copy replaces, and the copy's bias a second time
+        plain = name.replace(_COPY, ".")
+        owner, _, leaf = plain.rpartition(".")
+        if copied := _copied(settings, plain):
+            path = rename(copied)
+            found.copies.setdefault(path, {})[plain.removeprefix(copied + ".")] = weights.tensor(key)
+            continue
+        path = place_of(owner.removesuffix(_BASE), rename).path
+        if leaf == "bias" and settings.bias != "none":
+            found.biases[path] = weights.tensor(key)
+        elif leaf in ("weight", "bias") and _is_table(owner, modules.get(path)):
+            _compare(weights, key, path, modules.get(path), leaf)
+        else:
+            unexpected.append(shown(key))
+    if unexpected:
+        raise FileError(
+            "\n- ".join(
+                [
+                    f"{weights.file} holds tensors that belong to nothing in {settings.file.name}. If they are "
+                    "trained, their module must be in 'modules_to_save', or 'bias' must say so:",
+                    *first(unexpected),
+                ]
+            )
+        )
+    return found
+
+
+def _copied(settings: Settings, name: str) -> str:
+    """The outermost module around a tensor that ``modules_to_save`` names. PEFT compares bare ends of names."""
+    if not settings.copies:
+        return ""
+    parts = name.split(".")[:-1]
+    around = [".".join(parts[: end + 1]) for end in range(len(parts))]
+    return next((path for path in around if (PREFIX + path).endswith(settings.copies)), "")
+
+
+def _is_table(owner: str, module: nn.Module | None) -> bool:
+    return owner.endswith(_BASE) or isinstance(module, nn.Embedding) or owner.split(".")[-1] in _TABLES
+
+
+def _compare(weights: Weights, key: str, path: str, module: nn.Module | None, leaf: str) -> None:
+    own = dict(module.named_parameters(recurse=False)).get(leaf) if module is not None else None
+    where = f"{weights.file} holds {shown(key)}, a part of the base model,"
+    if own is None:
+        raise BaseMismatchError(
+            f"{where} and this model has no {leaf} at {path!r}; load the base model it was made for"
+        )
+    if own.shape != (shape := weights.shape(key)):
+        resize = f", perhaps after model.resize_token_embeddings({shape[0]})" if path.split(".")[-1] in _TABLES else ""
+        raise BaseMismatchError(
+            f"{where} of shape {list(shape)}, and this model has {list(own.shape)} at {path!r}; load the base model it "
+            f"was made for{resize}"
+        )
+    if own.is_meta:
+        return
+    saved = weights.tensor(key)
+    narrow = own.dtype if own.dtype.itemsize < saved.dtype.itemsize else saved.dtype
+    if not torch.equal(own.detach().cpu().to(narrow), saved.to(narrow)):
+        raise BaseMismatchError(
+            f"{where} and it differs from this model's {leaf} at {path!r}. Load the base model it was made for, or "
+            "copy that tensor into the model before you load the adapter"
+        )

@@ -1,0 +1,134 @@
+"""The products of an adapter as PEFT's modules hold them, with what PEFT cannot hold refused."""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Final
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from tunerkit import FileError
+from tunerkit.errors import first
+from tunerkit_peft.places import INNER, modules_of, refuse_convolutions
+
+if TYPE_CHECKING:
+    from tunerkit import Tuner
+
+_MERGE: Final = "Call tunerkit.unwrap(model, keep_merged=True) and save the whole model instead"
+
+
+@attrs.frozen(eq=False)
+class Piece:
+    """The product at one module.
+
+    Attributes:
+        name: What PEFT calls the module in the file: its path, or for attention's output projection a path inside.
+        owner: The path that PEFT's patterns and targets use: of the module, or of the attention around it.
+        module: The module.
+        q: (r, in), in fp32 or wider.
+        p: (out, r), in fp32 or wider.
+    """
+
+    name: str
+    owner: str
+    module: nn.Module
+    q: Tensor
+    p: Tensor
+
+    @property
+    def rank(self) -> int:
+        """The rank r, which may be 0."""
+        return self.q.shape[0]
+
+    @property
+    def embeds(self) -> bool:
+        """Whether PEFT treats the module as an embedding."""
+        return isinstance(self.module, nn.Embedding)
+
+
+def pieces_of(tuner: "Tuner") -> list[Piece]:
+    """Return what the adapter adds, module by module.
+
+    PEFT always adapts both projections of ``nn.MultiheadAttention``, so one that is not a target gets a product of rank
+    0. It adds the output projection's product twice, so half of it is written. An embedding's padding row, to which
+    tunerkit adds nothing, gets zeros.
+
+    Raises:
+        FileError: PEFT cannot add these products.
+        AdapterError: The method adds no products.
+    """
+    modules = modules_of(tuner.model)
+    if "" in modules and any(target.path == "" for target in tuner.targets):
+        raise FileError(f"the model is itself a target, and PEFT adapts modules inside a model. {_MERGE}")
+    refuse_convolutions("this adapter", modules, [target.path for target in tuner.targets], lora=True)
+    products = tuner.factors()
+    found = [_piece(path, q, p, modules) for path, (q, p) in products.items()]
+    return [*found, *_other_halves(found, modules)]
+
+
+def _piece(path: str, q: Tensor, p: Tensor, modules: Mapping[str, nn.Module]) -> Piece:
+    module = modules[path]
+    around, _, leaf = path.rpartition(".")
+    if leaf == "out_proj" and isinstance(modules.get(around), nn.MultiheadAttention):
+        return Piece(around + INNER, around, module, q, p / 2)
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None and q.shape[0]:
+        q = q.clone()
+        q[:, module.padding_idx] = 0
+    return Piece(path, path, module, q, p)
+
+
+def _other_halves(found: list[Piece], modules: Mapping[str, nn.Module]) -> Iterator[Piece]:
+    names = {piece.name for piece in found}
+    for piece in found:
+        if piece.name.endswith(INNER) and piece.owner not in names:
+            attention = modules[piece.owner]
+            assert isinstance(attention, nn.MultiheadAttention)
+            yield _empty(piece.owner, piece.owner, attention, attention.embed_dim, 3 * attention.embed_dim)
+        elif isinstance(piece.module, nn.MultiheadAttention) and piece.name + INNER not in names:
+            size = piece.module.embed_dim
+            yield _empty(piece.name + INNER, piece.name, piece.module.out_proj, size, size)
+
+
+def _empty(name: str, owner: str, module: nn.Module, inputs: int, outputs: int) -> Piece:
+    return Piece(name, owner, module, torch.zeros(0, inputs), torch.zeros(outputs, 0))
+
+
+@attrs.frozen(eq=False)
+class Biases:
+    """Trained biases.
+
+    Attributes:
+        tensors: Their tensors by name in the file.
+        setting: PEFT's setting ``bias``.
+    """
+
+    tensors: dict[str, Tensor]
+    setting: str
+
+
+def biases_of(tuner: "Tuner", pieces: list[Piece]) -> Biases:
+    """Return the trained biases.
+
+    Raises:
+        FileError: The bias of attention's projections is trained, which PEFT does not save.
+    """
+    trained = tuner.trained_biases()
+    modules = modules_of(tuner.model)
+    if lost := [path for path in trained if isinstance(modules[path], nn.MultiheadAttention)]:
+        raise FileError(
+            "\n- ".join(
+                [
+                    "PEFT does not save the bias of the projections of nn.MultiheadAttention, which this adapter "
+                    f"trains. {_MERGE}:",
+                    *first(lost),
+                ]
+            )
+        )
+    targets = {_path(piece): f"{piece.name}.base_layer.bias" for piece in pieces}
+    named = {targets.get(path, f"{path}.bias"): bias for path, bias in trained.items()}
+    inside = all(path in targets for path in trained)
+    return Biases(named, "none" if not trained else "lora_only" if inside else "all")
+
+
+def _path(piece: Piece) -> str:
+    return f"{piece.owner}.out_proj" if piece.name.endswith(INNER) else piece.name

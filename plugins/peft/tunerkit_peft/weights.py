@@ -1,0 +1,115 @@
+"""The tensors of a PEFT adapter: opened without reading them, and sorted by what they belong to."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tunerkit import FileError
+from tunerkit.errors import first, shown
+
+PREFIX: Final = "base_model.model."
+_MATRIX: Final = re.compile(
+    r"(?:(?P<path>.+)\.)?(?P<part>lora_A|lora_B|lora_E|lora_embedding_A|lora_embedding_B)(?:\.(?P<rest>.+))?"
+)
+# PEFT's buffer for the gradients of VeLoRA; the forward does not use it.
+_UNUSED: Final = ("lora_velora_embed", "ranknum")
+_REAL: Final = ("F64", "F32", "F16", "BF16")
+_UNREADABLE: Final = (SafetensorError, OSError, ValueError, RuntimeError, TypeError)
+
+
+@attrs.frozen(eq=False)
+class Weights:
+    """The tensors of one adapter, which stay in the file until they are asked for.
+
+    Attributes:
+        file: The file.
+        factors: The names of the tensors of each adapted module, by its path and by part: ``"A"``, ``"B"``, and
+            ``"E"`` for AdaLoRA's λ.
+        others: The names of all other tensors, by their names without PEFT's prefix.
+    """
+
+    file: Path
+    factors: dict[str, dict[str, str]]
+    others: dict[str, str]
+    _opened: Any
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading it."""
+        return tuple(self._opened.get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        """Read a tensor in the dtype of the file.
+
+        Raises:
+            FileError: The file is damaged.
+        """
+        try:
+            found: Tensor = self._opened.get_tensor(name)
+        except _UNREADABLE as error:
+            raise _damaged(self.file, error) from error
+        return found
+
+    def matrix(self, name: str) -> Tensor:
+        """Read A, B or λ as an fp32 matrix: a convolution's has its kernel flattened."""
+        return self.tensor(name).flatten(1).to(torch.float32)
+
+
+def open_weights(file: Path) -> Weights:
+    """Open a file of tensors, and sort their names. The values are not read.
+
+    Raises:
+        FileError: The file is damaged, or holds a tensor that tunerkit does not know.
+    """
+    try:
+        opened: Any = safe_open(file, framework="pt", device="cpu")  # Any: its methods are not annotated
+        keys = list(opened.keys())
+        kinds = {key: opened.get_slice(key).get_dtype() for key in keys}
+    except _UNREADABLE as error:
+        raise _damaged(file, error) from error
+    prefix = PREFIX if any(key.startswith(PREFIX) for key in keys) else ""
+    factors: dict[str, dict[str, str]] = {}
+    others: dict[str, str] = {}
+    problems: list[str] = []
+    for key in keys:
+        if not key.startswith(prefix):
+            problems.append(f"{shown(key)} does not begin with {prefix!r} as the others do")
+            continue
+        name = key[len(prefix) :]
+        found = _MATRIX.fullmatch(name)
+        if found is not None and not _is_bias(found["rest"]):
+            part = found["part"][-1]
+            own = factors.setdefault(found["path"] or "", {})
+            if part in own:
+                problems.append(f"{shown(key)} and {shown(own[part])} are the same matrix; there may be two adapters")
+            own[part] = key
+            problems += _wrong_number(key, kinds[key])
+        elif not any(each in name.split(".") for each in _UNUSED):
+            others[name] = key
+    if problems:
+        raise FileError("\n- ".join([f"{file} does not hold one LoRA or AdaLoRA:", *first(problems)]))
+    if not factors:
+        held = f"; it holds {shown(keys[0])}" if keys else ""
+        raise FileError(f"{file} holds no adapter: none of its {len(keys)} tensors is a lora_A{held}")
+    return Weights(file, factors, others, opened)
+
+
+def _is_bias(rest: str | None) -> bool:
+    """Whether what follows ``lora_B`` names a bias. Else it is ``weight``, an adapter's name, or both."""
+    return rest is not None and rest.split(".")[-1] == "bias"
+
+
+def _wrong_number(key: str, kind: str) -> Iterator[str]:
+    if kind not in _REAL:
+        yield f"{shown(key)} is of type {kind}, expected one of {', '.join(_REAL)}"
+
+
+def _damaged(file: Path, error: Exception) -> FileError:
+    return FileError(
+        f"{file} cannot be read as a safetensors file: {error}. It may be incomplete: copy or download it again"
+    )
