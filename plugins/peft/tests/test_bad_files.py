@@ -223,33 +223,55 @@ def test_pickles_are_never_read(tmp_path: Path) -> None:
     refused(tmp_path, "pickle", "save_pretrained")
 
 
-def test_a_name_on_the_hub_that_cannot_be_reached_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error says that there is no such folder, and why the hub gives nothing."""
+class Hub:
+    """A hub that answers from a folder; without a connection, an earlier download may still be there."""
+
+    def __init__(self, folder: Path, *, reached: bool, cached: bool = False) -> None:
+        self.folder, self.reached, self.cached = folder, reached, cached
+        self.asked: list[tuple[str, str]] = []
+
+    def model_info(self, name: str, timeout: float) -> None:
+        if not self.reached:
+            raise ConnectionError("no route\nto the host")
+
+    def download(self, name: str, file: str, *, local_files_only: bool) -> str:
+        self.asked.append((name, file))
+        assert local_files_only is not self.reached
+        if not (self.folder / file).is_file() or not (self.reached or self.cached):
+            raise FileNotFoundError(f"no {file} in the repository")
+        return str(self.folder / file)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Hub]:
+    """Put a hub in place of the real one."""
     import huggingface_hub
 
-    def unreachable(*arguments: object, **options: object) -> str:
-        raise ConnectionError("no route\nto the host")
+    def placed(**state: bool) -> Hub:
+        found = Hub(tmp_path / "cache", **state)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: found)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", found.download)
+        return found
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    return placed
+
+
+def test_a_name_on_the_hub_that_cannot_be_reached_is_refused(hub: Callable[..., Hub]) -> None:
+    """The error says that there is no such folder, and why the hub gives nothing: it is asked once."""
+    hub(reached=False)
     refused(Path("org/adapter"), "no folder 'org/adapter'", "Hugging Face hub", "no route")
+    hub(reached=True)
+    refused(Path("org/adapter"), "no folder 'org/adapter'", "no adapter_config.json in the repository")
 
 
-def test_an_adapter_on_the_hub_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the two files are downloaded, and read as from a folder."""
-    import huggingface_hub
-
+@pytest.mark.parametrize("reached", [True, False])
+def test_an_adapter_on_the_hub_is_read(hub: Callable[..., Hub], tmp_path: Path, reached: bool) -> None:
+    """Only the two files are downloaded, and read as from a folder; without a connection from the cache."""
     peft_folders.folder(tmp_path / "cache")
-    asked: list[tuple[str, str]] = []
-
-    def download(name: str, file: str) -> str:
-        asked.append((name, file))
-        return str(tmp_path / "cache" / file)
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    placed = hub(reached=reached, cached=True)
     model = tunerkit.load(peft_folders.net(), "org/adapter")
-    assert asked == [("org/adapter", "adapter_config.json"), ("org/adapter", "adapter_model.safetensors")]
+    assert placed.asked == [("org/adapter", "adapter_config.json"), ("org/adapter", "adapter_model.safetensors")]
     assert tunerkit.tuner(model).ranks() == {"layers.0.query": 2, "layers.1.query": 2}
 
 

@@ -14,8 +14,8 @@ from tunerkit_peft.pieces import Piece
 from tunerkit_peft.places import INNER
 from tunerkit_peft.selecting import pattern_for
 
-# The greatest ranks that vLLM can be started for. A server that has room for one of them takes every lower rank too. The
-# lowest, 1, is left out: TGI pads each layer type to 8 and then scales the next one by an eighth.
+# The greatest ranks that vLLM can be started for. A server that has room for one of them takes every lower rank too.
+# The lowest, 1, is left out: TGI pads each layer type to 8 and then scales the next one by an eighth.
 SERVED_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
 
 

@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from tunerkit import FileError
+
+_SECONDS: Final = 10
 
 
 def download(name: str, files: Sequence[str]) -> tuple[Path, ...]:
@@ -17,18 +20,23 @@ def download(name: str, files: Sequence[str]) -> tuple[Path, ...]:
         FileError: There is no such folder here, and the files cannot be had from the hub either.
     """
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import HfApi, hf_hub_download
     except ImportError as error:
         raise FileError(
             f"there is no folder {name!r}. To look for it on the Hugging Face hub, tunerkit needs huggingface_hub: "
             "pip install tunerkit-peft[hub]"
         ) from error
+    unreachable: Exception | None = None
     try:
-        return tuple(Path(hf_hub_download(name, file)) for file in files)
-    # Any: no connection, no such repository, no such file, no permission, a full disk. The library has a class for
-    # each, and lets those of its HTTP client through.
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        # Asked once, since a download is tried for half a minute: most often, the name is a mistyped path.
+        HfApi().model_info(name, timeout=_SECONDS)
+    except Exception as error:  # the library lets those of its HTTP client through
+        unreachable = error
+    try:
+        # Without the hub, an earlier download will do.
+        return tuple(Path(hf_hub_download(name, file, local_files_only=unreachable is not None)) for file in files)
+    except Exception as error:  # no such file, no permission, a full disk: the library has a class for each
+        reason = (str(unreachable or error).strip().splitlines() or [type(error).__name__])[0]
         raise FileError(
             f"there is no folder {name!r}, and the Hugging Face hub does not give {' and '.join(files)} of a "
             f"repository {name!r}: {reason}. Check the path, or the name and the connection"
