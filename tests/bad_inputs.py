@@ -14,9 +14,12 @@ from types import MappingProxyType
 import attrs
 from typer.testing import CliRunner, Result
 
+import tunerkit
+from tests.product_plugin import ProductPlugin, trained
 from tests.tiny_classifier import save_tiny_classifier
 from tests.tiny_models import SIDE, save_tiny_llama, save_tiny_t5, save_tiny_vit
 from tunerkit.cli.app import build
+from tunerkit.integrations.bases import Base, whole
 from tunerkit.testing.registering import registered
 from tunerkit.testing.toy_methods import LowRankPlugin
 
@@ -261,12 +264,96 @@ USES = (
     ),
     BadInput("a folder for the merged model that cannot be written", "merge run --base bert --out reviews.csv/merged"),
 )
+GOING_ON = (
+    _train("an adapter to go on from that is not there", "--out more --from runn"),
+    _train("a model folder in place of an adapter", "--out more --from other"),
+    _train("a run to go on from without its adapter", "--out more --from lost"),
+    BadInput("an adapter whose base has moved", "train --data reviews.csv --out more --from moved"),
+    BadInput(
+        "an adapter that names no base",
+        "train --data reviews.csv --out more --from checkpoint",
+    ),
+    _train("another method than the adapter's", "--out more --from run --method lora"),
+    _train("settings for an adapter that has its own", "--out more --from run --config '{rank: 2}'"),
+    _train("another base than that of the adapter to go on from", "--out more --from run --model other"),
+    _train(
+        "classes that the adapter's head does not have",
+        "--out more --from run --data third.csv",
+        **{"third.csv": _GOOD + "very good film,great\n"},
+    ),
+)
+_CONVERT = "convert lone --to toy --base bert --out new"
+ADAPTERS = (
+    BadInput("an adapter to convert that is not there", "convert gone --to toy --base bert --out new"),
+    BadInput("a model in place of an adapter", "convert llama --to toy --base bert --out new"),
+    BadInput("a file of another kind in place of an adapter", "convert reviews.csv --to toy --base bert --out new"),
+    BadInput(
+        "an adapter in a format that is not known", "convert images --to toy --base bert --out new", needs=("PIL",)
+    ),
+    BadInput(
+        "a damaged adapter to convert",
+        "convert cut/adapter.safetensors --to toy --base bert --out new",
+        until="cannot be read as a safetensors file:",
+    ),
+    BadInput(
+        "a damaged file of another format",
+        "convert torn-toy --to tunerkit --base bert --out new",
+        {"torn-toy/toy.json": "{"},
+        until="is no toy adapter:",
+    ),
+    BadInput("a mistyped format", "convert lone --to toi --base bert --out new"),
+    BadInput("an unknown option of a format", f"{_CONVERT} --set bas=bert"),
+    BadInput("an option of a format with a wrong type", f"{_CONVERT} --set labels=many"),
+    BadInput("an option of a format out of its range", f"{_CONVERT} --set labels=-1"),
+    BadInput("an option of a format without a value", f"{_CONVERT} --set labels"),
+    BadInput("options for tunerkit's own file", "convert lone-toy --to tunerkit --base bert --out new --set a=1"),
+    BadInput("an adapter that is in tunerkit's format already", "convert lone --to tunerkit --base bert --out new"),
+    BadInput("an adapter converted onto itself", "convert lone-toy --to toy --base bert --out lone-toy"),
+    BadInput(
+        "a destination with other files",
+        "convert lone --to toy --base bert --out full",
+        {"full/toy.json/readme.txt": ""},
+    ),
+    BadInput("a destination that cannot be written", "convert lone --to toy --base bert --out reviews.csv/out"),
+    BadInput("an adapter that does not say what its base is", "convert lone --to toy --out new"),
+    BadInput("a base of an adapter that is not there", "convert lone --to toy --base ./gone --out new"),
+    BadInput("a file in place of a base", "convert lone --to toy --base reviews.csv --out new"),
+    BadInput("a folder without a model in place of a base", "convert lone --to toy --base run --out new"),
+    BadInput(
+        "a base of an adapter with a damaged config",
+        "convert lone --to toy --base broken --out new",
+        until="cannot load 'broken':",
+    ),
+    BadInput("another base than that of the adapter to convert", "convert lone --to toy --base vit --out new"),
+    BadInput("a base with other shapes than the adapter's", "convert lone --to toy --base other --out new"),
+    BadInput("a mistyped task of an adapter", "convert lone --to toy --base bert --out new --task text-clasification"),
+    BadInput(
+        "a task that the base has no class for",
+        "verify lone lone-toy --base vit --task causal-lm",
+        until="as AutoModelForCausalLM:",
+    ),
+    BadInput("a tolerance below 0", "verify lone lone --base bert --tolerance -1"),
+    BadInput("nothing to verify against", "verify lone gone --base bert"),
+    BadInput("an adapter verified against a model of another kind", "verify lone llama --base bert"),
+    BadInput("adapters compared over another base", "diff lone lone-toy --base vit"),
+    BadInput("an adapter compared with nothing", "diff lone gone --base bert"),
+    BadInput(
+        "a damaged adapter to show", "show cut/adapter.safetensors", until="cannot be read as a safetensors file:"
+    ),
+    BadInput("nothing to show", "show gone"),
+    BadInput("a damaged record to show", "show torn"),
+    BadInput("nothing to merge", "merge gone --out plain-new"),
+    BadInput("a task that a run's record does not have", "merge run --out plain-new --task causal-lm"),
+    BadInput("an adapter to merge that does not say what its base is", "merge lone --out plain-new"),
+)
 SECTIONS = {
     "Data": DATA,
     "Models": MODELS,
     "Recipes and options": RECIPES,
     "Output folders": FOLDERS,
     "Predict, evaluate, merge": USES,
+    "Adapters of any format": ADAPTERS,
+    "Go on training": GOING_ON,
 }
 CASES = {case.what: case for cases in SECTIONS.values() for case in cases}
 
@@ -297,6 +384,7 @@ def make_folder(folder: Path) -> None:
             for number in range(6):
                 Image.new("RGB", (SIDE, SIDE), color).save(folder / "images" / name / f"{number}.png")
     _make_runs(folder)
+    _make_adapters(folder)
 
 
 def _make_runs(folder: Path) -> None:
@@ -318,8 +406,20 @@ def _make_runs(folder: Path) -> None:
         (folder / name / "run.json").write_text(json.dumps({**record, **change}))
     (folder / "torn" / "run.json").write_text("{")
     (folder / "lost" / "adapter.safetensors").unlink()
+    (folder / "checkpoint").mkdir()
+    shutil.copy(folder / "run" / "adapter.safetensors", folder / "checkpoint")
     adapter = folder / "cut" / "adapter.safetensors"
     adapter.write_bytes(adapter.read_bytes()[:-10])
+
+
+def _make_adapters(folder: Path) -> None:
+    """An adapter without a record, in tunerkit's format and in a toy one. Neither says what its base is."""
+    with registered(ProductPlugin()):
+        base = Base(str(folder / "bert"), "AutoModelForSequenceClassification")
+        model = trained(whole(base), targets=["query"], train_modules=["pooler.dense"])
+        tunerkit.save(model, folder / "lone")
+        tunerkit.unwrap(model)
+        tunerkit.export(trained(model, targets=["query"]), folder / "lone-toy", "toy")
 
 
 def run(case: BadInput) -> Result:
@@ -329,7 +429,7 @@ def run(case: BadInput) -> Result:
         Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
     first, *rest = shlex.split(case.command)
     arguments = [first, *(shlex.split(_TRAIN) if first == "train" and "--resume" not in rest else []), *rest]
-    with registered(LowRankPlugin()):
+    with registered(LowRankPlugin(), ProductPlugin()):
         return CliRunner().invoke(build(), arguments)
 
 

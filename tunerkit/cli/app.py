@@ -11,6 +11,8 @@ import tunerkit
 from tunerkit.cli.commands.chat import chat
 from tunerkit.cli.commands.check import check
 from tunerkit.cli.commands.config import config
+from tunerkit.cli.commands.convert import convert
+from tunerkit.cli.commands.diff import diff
 from tunerkit.cli.commands.doctor import doctor
 from tunerkit.cli.commands.eval import evaluate
 from tunerkit.cli.commands.init import init
@@ -22,6 +24,7 @@ from tunerkit.cli.commands.report import report
 from tunerkit.cli.commands.schema import schema
 from tunerkit.cli.commands.show import show
 from tunerkit.cli.commands.train import train
+from tunerkit.cli.commands.verify import verify
 from tunerkit.cli.plugin_commands import plugin_commands
 from tunerkit.errors import TunerkitError, cut
 
@@ -33,6 +36,9 @@ _COMMANDS: Mapping[str, Callable[..., object]] = {
     "chat": chat,
     "merge": merge,
     "show": show,
+    "convert": convert,
+    "verify": verify,
+    "diff": diff,
     "report": report,
     "methods": methods,
     "config": config,

@@ -1,14 +1,18 @@
 """One safetensors file: where it lies, its bytes from tensors, and its tensors from bytes."""
 
+import functools
 import json
+import math
 import os
 from collections.abc import Callable, Collection, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
 import attrs
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from tunerkit.errors import FileError, shown
@@ -16,6 +20,11 @@ from tunerkit.serialization.replacing import replace
 
 _SUFFIX = ".safetensors"
 _METADATA = "__metadata__"
+_STORED = (
+    *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
+    *("float16", "bfloat16", "float32", "float64", "complex64"),
+    *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
+)  # dtypes of torch that a file may hold, each value in bytes of its own
 _LONGEST_HEADER = 100_000_000  # bytes: the limit of the safetensors library
 # What it raises, what torch raises for its dtypes and shapes, and what reading JSON raises.
 _UNREADABLE = (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError, AssertionError)
@@ -43,25 +52,31 @@ class Packed:
     """Tensors as a safetensors file stores them.
 
     Attributes:
-        fields: The entries of the file's header: the dtype, shape and place of each tensor, and the metadata, if any.
-        data: The bytes of all tensors.
+        fields: The entries of the file's header: the dtype, shape and place of each tensor.
+        stored: The bytes of each tensor by its name, in the order of the file.
     """
 
     fields: dict[str, Any]
-    data: memoryview
-
-    @property
-    def stored(self) -> dict[str, memoryview]:
-        """The bytes of each tensor by its name."""
-        places = {name: entry["data_offsets"] for name, entry in self.fields.items() if name != _METADATA}
-        return {name: self.data[start:end] for name, (start, end) in places.items()}
+    stored: dict[str, memoryview]
 
 
 def pack(tensors: Mapping[str, Tensor]) -> Packed:
-    """Pack tensors for a file without metadata."""
-    content = memoryview(safetensors.torch.save(_apart(tensors)))
-    end = 8 + int.from_bytes(content[:8], "little")
-    return Packed(json.loads(bytes(content[8:end])), content[end:])
+    """Pack tensors for a file without metadata. Their bytes are not copied, unless the tensors are spread out."""
+    # The library orders tensors and names their dtypes, also where they hold nothing; it would copy all bytes twice.
+    content = safetensors.torch.save({name: tensor.new_empty(0, device="cpu") for name, tensor in tensors.items()})
+    entries: dict[str, Any] = json.loads(content[8:])
+    stored = {name: _bytes_of(tensors[name]) for name in entries}
+    ends = list(accumulate(map(len, stored.values())))
+    for (name, data), end in zip(stored.items(), ends, strict=True):
+        entries[name] |= {"shape": list(tensors[name].shape), "data_offsets": [end - len(data), end]}
+    return Packed(entries, stored)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    if not tensor.numel():
+        return memoryview(b"")
+    found: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return found
 
 
 def write(path: Path, packed: Packed, metadata: Mapping[str, str]) -> Path:
@@ -72,7 +87,7 @@ def write(path: Path, packed: Packed, metadata: Mapping[str, str]) -> Path:
     fields = {_METADATA: dict(sorted(metadata.items())), **packed.fields}
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
-    replace(path, (len(text).to_bytes(8, "little") + text, packed.data))
+    replace(path, (len(text).to_bytes(8, "little") + text, *packed.stored.values()))
     return path
 
 
@@ -81,9 +96,8 @@ def read(
 ) -> tuple[dict[str, Tensor], dict[str, str], Packed]:
     """Return the tensors of a safetensors file, on the CPU, its metadata, and its bytes.
 
-    The file is opened once and read into memory, and the tensors are copied from there. So header and data are of one
-    file even if another one is renamed over it meanwhile, and a file that is cut later does no harm. Until this
-    caller drops them, the file's bytes are in memory in addition to the tensors.
+    The file is opened once and read into memory, where the tensors lie. So header and data are of one file even if
+    another one is renamed over it meanwhile, and a file that is cut later does no harm.
 
     Args:
         path: The file.
@@ -97,12 +111,47 @@ def read(
         with open(path, "rb") as file:
             head, fields = _head_of(file)
             accept(_metadata_of(fields), fields.keys() - {_METADATA})
-            data = head + file.read()
-        return safetensors.torch.load(data), _metadata_of(fields), Packed(fields, memoryview(data)[len(head) :])
+            data = bytearray(max(0, os.fstat(file.fileno()).st_size - len(head)))
+            if file.readinto(data) < len(data):
+                raise ValueError("it was cut while it was read")
+        entries = {name: entry for name, entry in fields.items() if name != _METADATA}
+        stored = _parts(entries, data)
+        return (
+            {name: _view(entries[name], part) for name, part in stored.items()},
+            _metadata_of(fields),
+            Packed(fields, stored),
+        )
     except FileError:
         raise
     except _UNREADABLE as error:
         raise FileError(f"{path} cannot be read as a safetensors file: {error}") from error
+
+
+def _parts(entries: Mapping[str, Any], data: bytearray) -> dict[str, memoryview]:
+    """Return the bytes of each tensor. Raises `ValueError` unless they follow each other and fill the file."""
+    found, end = {}, 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        start, after = entry["data_offsets"]
+        size = math.prod(entry["shape"]) * _dtypes()[entry["dtype"]].itemsize
+        if start != end or after != start + size or min(entry["shape"], default=0) < 0:
+            raise ValueError(f"its header has a wrong place for {shown(name)}")
+        found[name], end = memoryview(data)[start:after], after
+    if end != len(data):
+        raise ValueError(f"its header places {end} bytes of tensors, and it has {len(data)}")
+    return found
+
+
+def _view(entry: Mapping[str, Any], part: memoryview) -> Tensor:
+    """Return a tensor at its bytes, which are not copied."""
+    dtype, shape = _dtypes()[entry["dtype"]], entry["shape"]
+    return torch.frombuffer(part, dtype=dtype).reshape(shape) if len(part) else torch.empty(shape, dtype=dtype)
+
+
+@functools.cache
+def _dtypes() -> dict[str, torch.dtype]:
+    """The dtypes of tensors by their names in a file, as the library gives them."""
+    content = safetensors.torch.save({name: torch.empty(0, dtype=getattr(torch, name)) for name in _STORED})
+    return {entry["dtype"]: getattr(torch, name) for name, entry in json.loads(content[8:]).items()}
 
 
 def metadata_at(path: Path) -> dict[str, str] | None:
@@ -136,16 +185,4 @@ def _metadata_of(fields: Mapping[str, Any]) -> dict[str, str]:
     found = fields.get(_METADATA, {})
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise ValueError("its metadata is not a mapping of texts")
-    return found
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give each tensor its own storage: safetensors rejects tied tensors, which a trained copy may contain."""
-    storages: set[int] = set()
-    found = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        found[name] = tensor.clone() if storage in storages else tensor
-        storages.add(storage)
     return found

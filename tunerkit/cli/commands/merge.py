@@ -7,12 +7,18 @@ import typer
 
 
 def merge(
-    folder: Annotated[Path, typer.Argument(help="The output folder of `tunerkit train`.", metavar="OUT")],
+    source: Annotated[
+        str, typer.Argument(help="The output folder of `tunerkit train`, or an adapter in any format.", metavar="SRC")
+    ],
     out: Annotated[Path, typer.Option(help="A new folder for the merged model.")],
-    base: Annotated[str | None, typer.Option(help="Where the base model is now, if it has moved.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The folder of the base model. Default: what the adapter's files say.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="The adapter's task, if its files do not say it.")] = None,
 ) -> None:
-    """Merge a trained adapter into its base: a plain model folder, which needs no tunerkit."""
+    """Merge an adapter into its base: a plain model folder, which needs no tunerkit."""
     from tunerkit.cli.running.using import write_merged
 
-    write_merged(folder, out, base=base)
+    for remark in write_merged(source, out, base=base, task=task):
+        typer.echo(f"note: {remark}")
     typer.echo(f"written to {out}: load it with from_pretrained or pipeline")

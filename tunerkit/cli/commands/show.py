@@ -1,17 +1,19 @@
 """``tunerkit show``."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 
 def show(
-    folder: Annotated[Path, typer.Argument(help="The output folder of `tunerkit train`.", metavar="OUT")],
+    source: Annotated[
+        str, typer.Argument(help="The output folder of `tunerkit train`, or an adapter in any format.", metavar="SRC")
+    ],
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Show what a folder holds: method, base, ranks, sizes, config and training."""
+    """Show what an adapter is: method, base, ranks, size and config; of an output folder also its training."""
     from rich.console import Console
 
-    from tunerkit.cli.running.showing import show_run
+    from tunerkit.cli.running.showing import show_adapter
 
-    show_run(folder, Console())
+    show_adapter(source, Console(), as_json=json)

@@ -24,6 +24,14 @@ def train(
     method: Annotated[
         str | None, typer.Option(help="The method. `tunerkit methods` lists the installed ones. Default: adalora.")
     ] = None,
+    from_: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            help="Go on training an adapter: an output folder, a file of tunerkit's, or a PEFT folder. Its method and "
+            "settings stay. Default: train a new one.",
+        ),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="A local folder or a hub name. Default: all-MiniLM-L6-v2.")] = None,
     data: Annotated[
         str | None,
@@ -59,6 +67,7 @@ def train(
     flags = {
         "task": task,
         "method": method,
+        "from": from_,
         "model": model,
         "data": data,
         "eval_data": eval_data,
@@ -76,7 +85,13 @@ def train(
     given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     is_bare = recipe is None and not set_ and {*given} <= {"out"}
     mapping = _kept(Path(given.setdefault("out", _OUT)).expanduser()) if resume and is_bare else _read(recipe)
-    chosen = reading.structure(_merged(mapping, given, set_ or []), str(recipe or "the recipe"))
+    source = str(recipe or "the recipe")
+    merged = _merged(mapping, given, set_ or [])
+    chosen = reading.structure(merged, source)
+    if chosen.from_adapter is not None:
+        from tunerkit.cli.running.starting import completed
+
+        chosen = reading.structure(completed(merged, chosen, resume=resume), source)
     try:
         from tunerkit.cli.running.run import run
 

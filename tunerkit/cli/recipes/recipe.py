@@ -6,6 +6,8 @@ from typing import Any, Final
 import attrs
 
 VERSION: Final = 1
+DEFAULT_METHOD: Final = "adalora"
+DTYPES: Final = ("float32", "bfloat16", "float16", "auto")
 TASKS: Final = (
     "text-classification",
     "regression",
@@ -16,8 +18,8 @@ TASKS: Final = (
     "seq2seq",
     "image-classification",
 )
-# The recipe's paths; a model is one, or a name on the hub.
-_PATHS: Final = ("data", "eval_data", "out", "model")
+# The recipe's paths; a model or an adapter is one, or a name on the hub.
+_PATHS: Final = ("data", "eval_data", "out", "model", "from_adapter")
 
 
 def _key(kind: str, description: str, **limits: Any) -> dict[str, Any]:
@@ -35,7 +37,9 @@ class Recipe:
         model: A folder or a name on the hub, or None: the command's default.
         data: The path of the training data, or None: the command's default.
         eval_data: The path of the held-out data, or None: a part of ``data``.
-        method: The method's name.
+        from_adapter: The adapter that the training goes on from: a file, a folder, or a name that a format's plugin
+            knows; or None: it trains a new one.
+        method: The method's name, or None: that of ``from_adapter``, or else `DEFAULT_METHOD`.
         config: The method's settings; `tunerkit.structure` checks them.
         training: Arguments of the trainer, which checks them when it is built.
         columns: For a column's name in tunerkit, such as ``"text"``, its name in the data.
@@ -68,9 +72,23 @@ class Recipe:
             "string", "The path of the held-out data. Without it, a part of `data` is held out.", minLength=1
         ),
     )
-    method: str = attrs.field(
-        default="adalora",
-        metadata=_key("string", "The method. `tunerkit methods` lists the installed ones.", minLength=1),
+    from_adapter: str | None = attrs.field(
+        default=None,
+        metadata=_key(
+            "string",
+            "An adapter to go on training, of tunerkit's or of another program's, such as a PEFT folder. It keeps its "
+            "method and settings.",
+            minLength=1,
+        ),
+    )
+    method: str | None = attrs.field(
+        default=None,
+        metadata=_key(
+            "string",
+            "The method. `tunerkit methods` lists the installed ones. Without it: that of from_adapter, or else "
+            f"{DEFAULT_METHOD}.",
+            minLength=1,
+        ),
     )
     config: dict[str, Any] = attrs.field(
         factory=dict,
@@ -95,7 +113,7 @@ class Recipe:
         metadata=_key(
             "string",
             "The dtype of the base's weights; auto is the checkpoint's. Adapters have their own, adapter_dtype.",
-            enum=("float32", "bfloat16", "float16", "auto"),
+            enum=DTYPES,
         ),
     )
     baseline: bool = attrs.field(
@@ -115,8 +133,10 @@ def to_mapping(recipe: Recipe) -> dict[str, Any]:
 def with_full_paths(recipe: Recipe) -> Recipe:
     """Return the recipe with full paths, so that it means the same in every working folder."""
     paths = {name: getattr(recipe, name) for name in ("data", "eval_data", "out")}
-    if recipe.model is not None and os.path.isdir(os.path.expanduser(recipe.model)):
-        paths["model"] = recipe.model  # the others are names on the hub
+    for name in ("model", "from_adapter"):
+        path = getattr(recipe, name)
+        if path is not None and _is_there(path):
+            paths[name] = path  # the others are names on the hub
     full = {name: os.path.abspath(os.path.expanduser(path)) for name, path in paths.items() if path is not None}
     return attrs.evolve(recipe, **full)
 
@@ -125,3 +145,10 @@ def with_home(recipe: Recipe) -> Recipe:
     """Return the recipe with the home folder for ``~``, which a shell leaves in a recipe and after ``=``."""
     paths = {name: getattr(recipe, name) for name in _PATHS}
     return attrs.evolve(recipe, **{name: os.path.expanduser(path) for name, path in paths.items() if path is not None})
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return os.path.exists(os.path.expanduser(path))
+    except ValueError:  # NUL
+        return False

@@ -16,6 +16,7 @@ from tunerkit.errors import closest, shown
 FLAGS: Final[Mapping[str, str]] = MappingProxyType(
     {
         **{name: name for name in ("task", "method", "model", "data", "eval_data", "config", "out")},
+        "from": "from_adapter",
         "epochs": "training.num_train_epochs",
         "lr": "training.learning_rate",
         "batch_size": "training.per_device_train_batch_size",

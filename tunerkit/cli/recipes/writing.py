@@ -106,6 +106,8 @@ $length
 method: adalora
 config: {}
 # config: {target_rank: 4}
+# Instead of both, an adapter to go on training, such as a PEFT folder:
+# from_adapter: path/to/adapter
 
 # Arguments of the trainer.
 training:

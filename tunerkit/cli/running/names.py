@@ -7,6 +7,7 @@ from typing import Any
 import attrs
 
 from tunerkit import hooks
+from tunerkit.cli.recipes.recipe import DEFAULT_METHOD
 from tunerkit.cli.tasks import TASKS, task_of
 from tunerkit.cli.tasks.base import MissingPackageError
 
@@ -27,9 +28,18 @@ def _arguments_of(task: str) -> set[str]:
 
 
 def method_settings(mapping: Mapping[str, Any], settings: Iterable[str]) -> set[str]:
-    """The names of the method's settings. Raises `UnknownMethodError` if it is not installed."""
-    method = hooks.registry.get(_given("method", mapping, settings) or "adalora")
-    return {field.name for field in attrs.fields(method.config)}
+    """The names of the method's settings; of any installed method's if an adapter decides it.
+
+    Raises `UnknownMethodError` if the method is not installed.
+    """
+    method = _given("method", mapping, settings)
+    if method is None and _given("from_adapter", mapping, settings) is not None:
+        return {name for each, info in hooks.registry.methods().items() if info.error is None for name in _of(each)}
+    return _of(method or DEFAULT_METHOD)
+
+
+def _of(method: str) -> set[str]:
+    return {field.name for field in attrs.fields(hooks.registry.get(method).config)}
 
 
 def _given(key: str, mapping: Mapping[str, Any], settings: Iterable[str]) -> str | None:

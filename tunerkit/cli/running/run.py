@@ -2,8 +2,7 @@
 
 import os
 import time
-from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,18 @@ import attrs
 from rich.console import Console
 
 import tunerkit
-from tunerkit import RankChange, Tuner, TunerkitError
+from tunerkit import RankChange, TunerkitError
 from tunerkit.cli import assets, outputs
 from tunerkit.cli.demo import demo_of
-from tunerkit.cli.recipes.recipe import Recipe, to_mapping, with_full_paths, with_home
+from tunerkit.cli.recipes.recipe import DEFAULT_METHOD, Recipe, to_mapping, with_full_paths, with_home
 from tunerkit.cli.running import output
+from tunerkit.cli.running.adapting import adapt, head_labels, order_note
 from tunerkit.cli.running.arguments import trainer_arguments
 from tunerkit.cli.running.baseline import NoBaselineError, head_alone
 from tunerkit.cli.running.building import build_trainer
 from tunerkit.cli.running.callbacks import Watching, refuse_nonfinite
 from tunerkit.cli.running.data import Data, prepare_data
+from tunerkit.cli.running.describing import describe, tell
 from tunerkit.cli.running.record import (
     Trained,
     adapter_facts,
@@ -31,27 +32,15 @@ from tunerkit.cli.running.record import (
     write_record,
     write_report,
 )
+from tunerkit.cli.running.session import Session
+from tunerkit.cli.running.starting import explaining, keep_start, start_of
 from tunerkit.cli.running.telling import say, telling_warnings
 from tunerkit.cli.tasks.base import Task
 from tunerkit.cli.tasks.generating import are_conversations
-from tunerkit.cli.tasks.texts import labels_of, short_to_long, token_limit
+from tunerkit.cli.tasks.texts import labels_of, short_to_long
 from tunerkit.errors import shown
 from tunerkit.integrations.output_folder import VERSION
 from tunerkit.integrations.pretrained import Pretrained, load_pretrained, quiet
-from tunerkit.paths import few
-
-
-@attrs.frozen(eq=False)
-class Session:
-    """A run that is ready to train."""
-
-    recipe: Recipe
-    task: Task
-    data: Data
-    loaded: Pretrained
-    tuner: Tuner
-    trainer: Any
-    watching: Watching
 
 
 def run(
@@ -72,21 +61,26 @@ def run(
     """
     _refuse_processes(os.environ)
     recipe = with_home(recipe)
+    if recipe.from_adapter is None and recipe.method is None:
+        recipe = attrs.evolve(recipe, method=DEFAULT_METHOD)
     folder = Path(recipe.out)
     output.check(folder, recipe, resume=resume, overwrite=overwrite)
-    tunerkit.structure(recipe.method, recipe.config)  # report a typo before creating or downloading anything
+    if recipe.from_adapter is None and recipe.method is not None:
+        tunerkit.structure(recipe.method, recipe.config)  # report a typo before creating or downloading anything
     if not dry_run:
         outputs.prepare(folder)
     quiet()
     with telling_warnings(console):
         task, data = prepare_data(recipe, console)
-        session = prepare(recipe, task, data, console)
+        session = prepare(recipe, task, data, console, resume=resume)
     describe(session, console)
     if dry_run:
         say(console, "dry run: nothing was trained and nothing was written")
         return
-    kept = with_full_paths(attrs.evolve(recipe, task=task.name))
+    kept = with_full_paths(attrs.evolve(recipe, task=task.name, method=session.tuner.method))
     output.begin(folder, kept, resume=resume)
+    if session.start is not None and not resume:
+        keep_start(session.start, session.loaded.model, folder)
     before = task.samples(session.loaded, data.held_out)
     trained = train(session, console, resume=resume)
     tunerkit.save(session.loaded.model, folder)  # at once: what follows only describes it
@@ -139,8 +133,10 @@ def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dic
         "max_length": task.limit,
         **adapter_facts(session.tuner, trained),
         "recipe": to_mapping(kept),
-        "environment": environment(kept.method),
+        "environment": environment(session.tuner.method),
     }
+    if session.start is not None:  # as in the copy of the adapter, from which a resumed run starts
+        record["config"] = tunerkit.unstructure(session.tuner.config.settled())
     if (conversations := are_conversations(task, data.train)) is not None:
         record["conversations"] = conversations
     if trained.confusion is not None:
@@ -154,21 +150,27 @@ def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dic
     return plain
 
 
-def prepare(recipe: Recipe, task: Task, data: Data, console: Console) -> Session:
-    """Load and wrap the model, encode the rows, and build the trainer."""
+def prepare(recipe: Recipe, task: Task, data: Data, console: Console, *, resume: bool = False) -> Session:
+    """Load the model, put the adapter into it, encode the rows, and build the trainer."""
+    start = start_of(recipe, resume=resume)
+    labels, ordered = head_labels(start, task, data)
     demo = {} if recipe.data is not None else demo_of(task.name, "data").training
     arguments = trainer_arguments(task, {**demo, **recipe.training}, Path(recipe.out), has_eval=bool(data.held_out))
     seed = arguments.seed
     source = recipe.model
     if source is None:
         source = str(demo_of(task.name, "model").model(assets.cache_folder(), lambda text: say(console, text)))
-    loaded = load_pretrained(task.name, source, labels=data.labels, ordered=False, dtype=recipe.dtype, seed=seed)
+    revision = start.revision if start is not None and start.model == source else None
+    loaded = load_pretrained(
+        task.name, source, labels=labels, ordered=ordered, revision=revision, dtype=recipe.dtype, seed=seed
+    )
     if data.labels:
         data = attrs.evolve(data, labels=labels_of(loaded))
-    trained = recipe.config.get("train_modules") or list(loaded.heads)
-    tunerkit.wrap(loaded.model, recipe.method, {**recipe.config, "train_modules": trained}, seed=seed)
+    tuner = adapt(loaded, recipe, task, start, seed=seed)
+    if note := order_note(start, tuner, data.labels):
+        say(console, note)
     kind, _ = task.trainer_classes()
-    watching = Watching(console, tunerkit.tuner(loaded.model), recipe.method)
+    watching = Watching(console, tuner, tuner.method)
     trainer = build_trainer(
         kind,
         arguments,
@@ -180,7 +182,7 @@ def prepare(recipe: Recipe, task: Task, data: Data, console: Console) -> Session
         **task.trainer_settings(loaded),
     )
     tunerkit.attach(loaded.model, trainer)
-    return Session(recipe, task, data, loaded, tunerkit.tuner(loaded.model), trainer, watching)
+    return Session(recipe, task, data, loaded, tuner, trainer, watching, start)
 
 
 def _held_out(task: Task, data: Data, loaded: Pretrained) -> Any:
@@ -191,40 +193,12 @@ def _held_out(task: Task, data: Data, loaded: Pretrained) -> Any:
     return encoded.select(short_to_long(encoded)) if "input_ids" in (encoded.column_names or ()) else encoded
 
 
-def describe(session: Session, console: Console) -> None:
-    """Print what is about to be trained: data, columns, lengths, steps and parameters."""
-    data, arguments, train_set = session.data, session.trainer.args, session.trainer.train_dataset
-    say(
-        console, f"{session.task.name}: {len(data.train)} training rows of {data.source}, {len(data.held_out)} held out"
-    )
-    used = ", ".join(name if name == ours else f"{ours} ({name})" for ours, name in data.columns.items())
-    say(console, f"columns: {used}{f'; left out: {few(data.unused, shown=10)}' if data.unused else ''}")
-    if "input_ids" in (train_set.column_names or ()):
-        _describe_lengths(session, sorted(len(row) for row in train_set["input_ids"]), console)
-    if data.labels:
-        say(console, f"{len(data.labels)} classes: {', '.join(data.labels[:10])}{' …' * (len(data.labels) > 10)}")
-    *_, steps = session.trainer.set_initial_training_values(arguments, session.trainer.get_train_dataloader())
-    say(console, f"{steps} steps, {arguments.num_train_epochs:g} epochs, batches of {arguments.train_batch_size}")
-    parameters = tunerkit.trainable_parameters(session.loaded.model)
-    say(console, f"{session.recipe.method} on {len(session.tuner.targets)} matrices: {parameters}")
-
-
-def _describe_lengths(session: Session, lengths: Sequence[int], console: Console) -> None:
-    """Print how long the texts are, which are sorted by length, and how many of them are as long as they may be."""
-    limit = vars(session.trainer.args).get("max_length", token_limit(session.loaded, session.task.limit))
-    cut = "not cut"
-    if limit is not None:
-        reaching = len(lengths) - bisect_left(lengths, limit)
-        cut = f"cut at {limit} tokens, which {reaching} {'row reaches' if reaching == 1 else 'rows reach'}"
-    say(console, f"lengths: {lengths[len(lengths) // 2]} tokens in the middle, {lengths[-1]} at most ({cut})")
-
-
 def train(session: Session, console: Console, *, resume: bool) -> Trained:
     """Train and evaluate."""
     tuner, trainer = session.tuner, session.trainer
     start = RankChange(step=0, budget=tuner.budget() if tuner.ranks() else 0, ranks=tuner.ranks())
     began = time.perf_counter()
-    with session.watching.interruptible(), telling_warnings(console):
+    with session.watching.interruptible(), telling_warnings(console), explaining(session.start):
         trainer.train(
             resume_from_checkpoint=True if resume and output.has_checkpoint(Path(session.recipe.out)) else None
         )
@@ -259,20 +233,5 @@ def compare(session: Session, trained: Trained, console: Console) -> dict[str, A
         return None
     own, other = trained.metrics[task.main_metric], baseline["metrics"][task.main_metric]
     say(console, f"head alone: {task.main_metric} {other:.4f} (best of {', '.join(baseline['by_learning_rate'])})")
-    say(console, f"{session.recipe.method} is {100 * (own - other):+.1f} points from the head alone")
+    say(console, f"{session.tuner.method} is {100 * (own - other):+.1f} points from the head alone")
     return baseline
-
-
-def tell(session: Session, trained: Trained, console: Console) -> None:
-    """Print the ranks and the metrics."""
-    from tunerkit.report.rank_map import rank_map
-    from tunerkit.report.terminal import rank_table
-
-    tuner = session.tuner
-    if (ranks := tuner.ranks()) and tuner.needs_steps:
-        highest = max(trained.start.ranks.values(), default=None)
-        console.print(rank_table(rank_map(ranks), initial=highest))
-        say(console, f"budget {tuner.budget()}, live triplets {sum(ranks.values())}")
-    if trained.metrics:
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in trained.metrics.items())
-        say(console, f"{session.recipe.method}: {shown} on {len(session.data.held_out)} held-out rows")

@@ -1,34 +1,85 @@
-"""What ``tunerkit show`` prints of a folder."""
+"""What ``tunerkit show`` prints of an adapter: an output folder, or files of any format."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tunerkit.cli.converting.description import Shown, describe_adapter
+from tunerkit.cli.converting.printing import ranks_in_words, size_in_words
 from tunerkit.cli.running.telling import say
 from tunerkit.cli.settings import write_settings
+from tunerkit.integrations.adapter_files import has_no_record
 from tunerkit.integrations.output_folder import read_run
 from tunerkit.report.rank_map import rank_map
 from tunerkit.report.terminal import rank_table
 
+_WIDEST = 16  # columns of a table; a UNet has a hundred
 
-def show_run(folder: Path, console: Console) -> None:
-    """Print method, base, metrics, ranks, sizes, config and training of a folder."""
-    run = read_run(folder)
+
+def show_adapter(source: str, console: Console, *, as_json: bool = False) -> None:
+    """Print method, base, ranks, size and config; of an output folder also its metrics and its training.
+
+    Raises:
+        RunError: Neither an output folder nor an adapter is there.
+        FileError: The files are damaged.
+    """
+    if has_no_record(source):
+        found = describe_adapter(source)
+        _print(console, _facts(found), found.ranks, found.settings, attrs.asdict(found) if as_json else None)
+        return
+    run = read_run(source)
     record = run.record
-    facts = Table(show_header=False, box=None)
-    for name, value in _facts(folder, run.source, record).items():
-        facts.add_row(name, escape(value))
-    console.print(facts)
-    if ranks := record.get("ranks"):
-        console.print(rank_table(rank_map(ranks), initial=max(record.get("caps", ranks).values())))
+    facts = _facts_of_run(Path(source), run.source, record)
+    full = max(record.get("caps", record.get("ranks", {})).values(), default=None)
+    _print(console, facts, record.get("ranks", {}), record.get("config", {}), record if as_json else None, full=full)
+
+
+def _print(
+    console: Console,
+    facts: Mapping[str, str],
+    ranks: Mapping[str, int],
+    settings: Mapping[str, Any],
+    record: Mapping[str, Any] | None,
+    *,
+    full: int | None = None,
+) -> None:
+    """Print JSON if there is a ``record``, else lines. A rank of ``full`` has the full colour."""
+    if record is not None:
+        say(console, json.dumps(record, indent=2, ensure_ascii=False, default=str))
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        table.add_row(name, escape(value))
+    console.print(table)
+    if ranks and len((drawn := rank_map(ranks)).matrices) <= _WIDEST:
+        console.print(rank_table(drawn, initial=full))
     say(console, "config:")
-    say(console, write_settings(dict(record.get("config", {}))))
+    say(console, write_settings(dict(settings)))
 
 
-def _facts(folder: Path, source: str, record: Any) -> dict[str, str]:
+def _facts(found: Shown) -> dict[str, str]:
+    facts = {
+        "format": found.format,
+        "method": found.method,
+        "base": found.base,
+        "class": found.model_class,
+        "labels": str(found.labels or ""),
+        "ranks": ranks_in_words(found.ranks) if found.ranks else "",
+        "copies": ", ".join(found.copies),
+        "parameters": "" if found.parameters is None else f"{found.parameters:,}",
+        "size": size_in_words(found.size) if found.size else "",
+        "steps": "" if found.steps is None else str(found.steps),
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def _facts_of_run(folder: Path, source: str, record: Any) -> dict[str, str]:
     parameters, recipe = record.get("parameters", {}), record.get("recipe", {})
     size = (folder / "adapter.safetensors").stat().st_size if (folder / "adapter.safetensors").is_file() else 0
     facts = {

@@ -6,6 +6,7 @@ from typing import Any
 
 import tunerkit
 from tunerkit import TunerkitError
+from tunerkit.cli.converting.merging import merge_adapter
 from tunerkit.cli.outputs import OutputError, new_folder
 from tunerkit.cli.rows.reading import DataError, Table, read_table
 from tunerkit.cli.running.arguments import choose_device, trainer_arguments
@@ -14,6 +15,7 @@ from tunerkit.cli.tasks import task_of
 from tunerkit.cli.tasks.base import Row, Task, require_text
 from tunerkit.cli.tasks.generating import GenerationTask, generate
 from tunerkit.cli.tasks.texts import token_limit
+from tunerkit.integrations.adapter_files import has_no_record
 from tunerkit.integrations.output_folder import Run, load_run, read_run
 from tunerkit.integrations.pretrained import Pretrained, quiet
 
@@ -77,21 +79,35 @@ def evaluate_rows(folder: Path, data: Path, *, base: str | None, batch_size: int
     return found
 
 
-def write_merged(folder: Path, out: Path, *, base: str | None) -> None:
+def write_merged(source: str, out: Path, *, base: str | None, task: str | None = None) -> tuple[str, ...]:
     """Write the base with the adapter in its weights, and the processor: a folder for ``from_pretrained``.
+
+    Args:
+        source: The output folder of a run, whose record says all; or an adapter in any format.
+        out: A new folder.
+        base: Where the base model is; None for what the adapter's files say.
+        task: The task of an adapter whose files do not say it.
+
+    Returns:
+        What the user should know.
 
     Raises:
         OutputError: The new folder is not empty, or cannot be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"--out {out}: is not empty; pass a new folder")
-    run = read_run(folder)
+    if has_no_record(source):
+        return merge_adapter(source, out, base=base, task=task)
+    run = read_run(source)
+    if task not in (None, run.task):
+        raise TunerkitError(f"--task {task}: {source} was trained for {run.task}, as its record says; leave --task out")
     with new_folder(out) as scratch:
         quiet()
         loaded = load_run(run, base)  # not on the accelerator, which may have no room for the merged weights
         tunerkit.unwrap(loaded.model, keep_merged=True)
         loaded.model.save_pretrained(scratch)
         loaded.processor.save_pretrained(scratch)
+    return ()
 
 
 def conversation(folder: Path, *, base: str | None, new_tokens: int) -> Callable[[str], None]:

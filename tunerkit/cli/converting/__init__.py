@@ -1,0 +1,1 @@
+"""Adapters of any format: convert, verify, compare, show and merge them."""

@@ -1,0 +1,120 @@
+"""Random inputs for a model, by what its config says that it takes."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunerkit import TunerkitError
+
+Inputs = dict[str, Any]
+_LENGTHS = (16, 9, 12)  # tokens of the three inputs
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_source_positions")
+_SAMPLES = 8000  # of sound: half a second
+_LATENTS = 32  # the side of a picture that a diffusion model gets, at most
+
+
+def random_inputs(model: nn.Module, *, seed: int = 0) -> list[Inputs]:
+    """Return three inputs for a model's forward, each a batch of one: some classifiers take no padding.
+
+    Args:
+        model: A model of transformers, or a UNet of diffusers.
+        seed: Decides the values.
+
+    Raises:
+        TunerkitError: It is not known what the model takes.
+    """
+    taken = inspect.signature(model.forward).parameters
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        return [_inputs(model, taken, length, generator) for length in _LENGTHS]
+    except (AttributeError, TypeError, ValueError) as problem:  # its config lacks a field, or has another kind of value
+        raise _unknown(model, f"inputs that its config does not describe ({problem})") from problem
+
+
+def _inputs(model: Any, taken: Mapping[str, object], length: int, generator: torch.Generator) -> Inputs:
+    config: Any = getattr(model, "config", None)
+    if {"sample", "timestep", "encoder_hidden_states"} <= taken.keys():
+        return _diffusion(config, generator)
+    match getattr(model, "main_input_name", None):
+        case "input_ids":
+            found = _texts(config, taken, length, generator)
+            if "pixel_values" in taken and not hasattr(config, "image_token_id") and hasattr(config, "vision_config"):
+                found["pixel_values"] = _picture(config.vision_config, generator)  # a pair of encoders, as CLIP
+            return found
+        case "pixel_values":
+            found = {"pixel_values": _picture(config, generator)}
+        case "input_values":
+            found = {"input_values": torch.randn(1, _SAMPLES, generator=generator)}
+        case "input_features":
+            frames = 2 * int(getattr(config, "max_source_positions", 50))
+            shape = (1, int(getattr(config, "num_mel_bins", 80)), frames)
+            found = {"input_features": torch.randn(shape, generator=generator)}
+        case name:
+            raise _unknown(model, name or "inputs of its own")
+    if "decoder_input_ids" in taken:
+        found["decoder_input_ids"] = _ids(config, length, generator)
+    return found
+
+
+def _unknown(model: nn.Module, what: object) -> TunerkitError:
+    return TunerkitError(
+        f"{type(model).__name__} takes {what}, for which tunerkit makes no random values; load both adapters in "
+        "Python, and compare the outputs there"
+    )
+
+
+def _texts(config: Any, taken: Mapping[str, object], length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    limits = [getattr(config, name, None) for name in _POSITIONS]
+    length = min([length, *(limit - 4 for limit in limits if isinstance(limit, int) and limit > 5)])
+    found = {"input_ids": _ids(config, length, generator)}
+    if "attention_mask" in taken:
+        found["attention_mask"] = torch.ones_like(found["input_ids"])
+    if "decoder_input_ids" in taken:
+        found["decoder_input_ids"] = _ids(config, length, generator)
+    return found
+
+
+def _ids(config: Any, length: int, generator: torch.Generator) -> Tensor:
+    """Ids of ordinary tokens (1, length), with the end token last: some classifiers read its place."""
+    size = int(config.get_text_config().vocab_size)
+    special = {token for token in _special(config) if token < size}
+    ordinary = torch.tensor([token for token in range(size) if token not in special] or [0])
+    ids = ordinary[torch.randint(len(ordinary), (1, length), generator=generator)]
+    end = getattr(config, "eos_token_id", None)
+    if isinstance(end, int) and 0 <= end < size:
+        ids[:, -1] = end
+    return ids
+
+
+def _special(config: Any) -> Iterator[int]:
+    """The tokens with a meaning: padding, ends, and the places of pictures, which a text alone must not have."""
+    for name, value in config.to_dict().items():
+        if name.endswith(("token_id", "token_index")):
+            yield from (each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int))
+
+
+def _picture(config: Any, generator: torch.Generator) -> Tensor:
+    side = getattr(config, "image_size", None) or 224
+    height, width = side if isinstance(side, list | tuple) else (side, side)
+    return torch.randn(1, int(getattr(config, "num_channels", 3)), int(height), int(width), generator=generator)
+
+
+def _diffusion(config: Any, generator: torch.Generator) -> Inputs:
+    side = min(int(config.sample_size or _LATENTS), _LATENTS)
+    width = config.cross_attention_dim
+    width = width[0] if isinstance(width, list | tuple) else width
+    found: Inputs = {
+        "sample": torch.randn(1, config.in_channels, side, side, generator=generator),
+        "timestep": torch.randint(1000, (1,), generator=generator),
+        "encoder_hidden_states": torch.randn(1, 8, int(width or 1), generator=generator),
+    }
+    if getattr(config, "addition_embed_type", None) == "text_time":  # SDXL
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        found["added_cond_kwargs"] = {
+            "text_embeds": torch.randn(1, pooled, generator=generator),
+            "time_ids": torch.rand(1, 6, generator=generator),
+        }
+    return found

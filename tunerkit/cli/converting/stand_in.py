@@ -1,0 +1,78 @@
+"""A model that has only what the header of an adapter's file lists: enough to build the adapter and count its ranks."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunerkit.libraries import torch_private
+from tunerkit.paths import join, parent
+
+_CONVOLUTIONS: Mapping[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+Shapes = Mapping[str, Sequence[int]]
+
+
+def stand_in(shapes: Shapes, targets: Sequence[str], copies: Sequence[str], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Return a model on the meta device with these parameters.
+
+    Args:
+        shapes: The base's parameters by name, as the header has them.
+        targets: The paths of the adapted modules.
+        copies: The paths of the modules that are trained in full.
+        tensors: The tensors of the file: those of copies and biases are parameters of the model too, and those of an
+            adapter say which side of a weight is its input.
+    """
+    own: dict[str, dict[str, Sequence[int]]] = defaultdict(dict)
+    for name, shape in shapes.items():
+        own[parent(name)][name.rpartition(".")[2]] = shape
+    for name, tensor in tensors.items():
+        head, mark, rest = name.partition(".copy.")
+        if mark and head in copies:
+            own[parent(join(head, rest))][rest.rpartition(".")[2]] = tensor.shape
+        elif name.endswith(".bias") and ".adapter." not in name and not mark:
+            own[parent(name)]["bias"] = tensor.shape
+    with torch.device("meta"):
+        root = nn.Module()
+        for path in sorted({*own, *targets, *copies}, key=lambda path: path.count(".") if path else -1):
+            held = own.get(path, {})
+            widths = {
+                size
+                for name, tensor in tensors.items()
+                if name.startswith(f"{path}.adapter.")
+                for size in tensor.shape[-1:]
+            }
+            module = _module(held.get("weight", ()), widths) if path in targets else nn.Module()
+            _place(root, path, module, held)
+    return root
+
+
+def _module(weight: Sequence[int], widths: set[int]) -> nn.Module:
+    """A module whose forward is of the kind that this weight belongs to. ``widths`` are those of the adapter."""
+    if len(weight) in _CONVOLUTIONS:
+        found: nn.Module = _CONVOLUTIONS[len(weight)](weight[1], weight[0], tuple(weight[2:]))
+        return found
+    if len(weight) != 2:
+        return nn.Module()
+    if weight[1] in widths:
+        return nn.Linear(weight[1], weight[0], bias=False)
+    return nn.Embedding(weight[0], weight[1])  # or a Conv1D of transformers, whose weight is (in, out) as well
+
+
+def _place(root: nn.Module, path: str, module: nn.Module, held: Shapes) -> None:
+    """Put a module with its parameters at a path. What lies around it is there already, or is made now."""
+    *around, name = path.split(".")
+    inside = root
+    for part in around:
+        child = torch_private.own_children(inside).get(part)
+        if child is None:
+            inside.add_module(part, child := nn.Module())
+        inside = child
+    if path:
+        inside.add_module(name, module)
+    else:
+        module = root
+    for name, shape in held.items():
+        torch_private.own_parameters(module).pop(name, None)
+        module.register_parameter(name, nn.Parameter(torch.empty(tuple(shape)), requires_grad=False))

@@ -1,0 +1,27 @@
+"""A run that is ready to train."""
+
+from typing import Any
+
+import attrs
+
+from tunerkit import Tuner
+from tunerkit.cli.recipes.recipe import Recipe
+from tunerkit.cli.running.callbacks import Watching
+from tunerkit.cli.running.data import Data
+from tunerkit.cli.running.starting import Start
+from tunerkit.cli.tasks.base import Task
+from tunerkit.integrations.pretrained import Pretrained
+
+
+@attrs.frozen(eq=False)
+class Session:
+    """A run that is ready to train. ``start`` is the adapter that it goes on from, or None if it trains a new one."""
+
+    recipe: Recipe
+    task: Task
+    data: Data
+    loaded: Pretrained
+    tuner: Tuner
+    trainer: Any
+    watching: Watching
+    start: Start | None

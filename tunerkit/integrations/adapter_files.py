@@ -1,0 +1,161 @@
+"""What the files of an adapter say of its base model: a run's folder, a lone file of tunerkit's, or another format."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import attrs
+from safetensors import SafetensorError, safe_open
+
+from tunerkit import hooks, serialization
+from tunerkit.errors import FileError, PluginError, shown
+from tunerkit.integrations.output_folder import RECORD, read_run
+from tunerkit.integrations.pretrained import TASKS
+from tunerkit.libraries import foreign_format
+from tunerkit.paths import few, join
+from tunerkit.records import Description, Format
+
+_RECIPE = "recipe.yaml"  # which a run has from its beginning, and its record only at its end
+_UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+
+
+@attrs.frozen
+class BaseFacts:
+    """What is known of the base of an adapter. Each field is empty if the files do not say it.
+
+    Attributes:
+        source: The folder or the hub name of the base.
+        kind: The class of transformers that loaded it.
+        labels: The number of classes of its head.
+        revision: The commit of the hub.
+        seed: What its new modules were initialised by.
+        paths: Modules that it has.
+        shapes: The shapes of parameters that it has, by name.
+        copies: The shapes of parameters that the adapter replaces, by name. A head may have another number of classes
+            in the base.
+    """
+
+    source: str = ""
+    kind: str = ""
+    labels: int = 0
+    revision: str | None = None
+    seed: int = 0
+    paths: Sequence[str] = ()
+    shapes: Mapping[str, Sequence[int]] = attrs.field(factory=dict)
+    copies: Mapping[str, Sequence[int]] = attrs.field(factory=dict)
+
+
+def is_run(path: str) -> bool:
+    """Whether ``path`` is the output folder of a finished ``tunerkit train``."""
+    return _is_file(Path(path) / RECORD)
+
+
+def holds_adapter(path: str) -> bool:
+    """Whether an adapter lies at ``path``: a file of tunerkit's, damaged or not, or one in an installed format."""
+    return _is_file(serialization.file_at(path, "adapter")) or serialization.format_at(path) is not None
+
+
+def has_no_record(path: str) -> bool:
+    """Whether ``path`` is no output folder of ``tunerkit train``, nor that of a run that has not ended."""
+    has_adapter = holds_adapter(path) or _is_foreign(path)
+    return not is_run(path) and (has_adapter or not _is_file(Path(path) / _RECIPE))
+
+
+def base_facts(path: str) -> BaseFacts:
+    """Return what the adapter at ``path`` says of its base.
+
+    Raises:
+        FileError: No adapter is there, or its files are damaged.
+    """
+    format = serialization.format_at(path)
+    if format is not None:
+        return _of_format(format, path)
+    if is_run(path):
+        return _of_run(path)
+    refuse_absent(path)
+    try:
+        return _of_header(serialization.file_at(path, "adapter"))
+    except _UNREADABLE:
+        serialization.read(path, content="adapter")  # says what is wrong
+        return BaseFacts()
+
+
+def _of_header(file: Path) -> BaseFacts:
+    """Read the header alone, since the whole file is read and checked later. Docs/files.md explains its fields."""
+    with safe_open(file, framework="pt") as opened:
+        header = json.loads(opened.metadata()["tunerkit"])
+        stored = {name: tuple(opened.get_slice(name).get_shape()) for name in map(str, opened.keys())}
+    return BaseFacts(
+        paths=tuple(map(str, header["targets"])),
+        shapes={name: tuple(map(int, entry["shape"])) for name, entry in header["base"].items()},
+        copies={
+            join(place, name.removeprefix(f"{place}.copy.")): shape
+            for place in map(str, header["copies"])
+            for name, shape in stored.items()
+            if name.startswith(f"{place}.copy.")
+        },
+    )
+
+
+def description_at(format: Format, path: str) -> Description | None:
+    """Return what a format says of the files at ``path`` without a model; None if it cannot.
+
+    Raises:
+        FileError: The files are damaged.
+    """
+    if format.describe is None:
+        return None
+    found: object = format.describe(Path(path))  # the plugin may return anything
+    if not isinstance(found, Description):
+        raise PluginError(
+            f"describe of format {format.name!r} returned {shown(found)}; it must return a tunerkit.Description"
+        )
+    return found
+
+
+def _of_format(format: Format, path: str) -> BaseFacts:
+    found = description_at(format, path)
+    if found is None:
+        return BaseFacts()
+    return BaseFacts(source=found.base, kind=found.model_class, labels=found.labels, paths=tuple(found.ranks))
+
+
+def _of_run(path: str) -> BaseFacts:
+    run = read_run(path)
+    classes = TASKS[run.task]
+    labels = len(run.labels) or (1 if classes.problem == "regression" else 0)
+    return BaseFacts(source=run.source, kind=classes.model, labels=labels, revision=run.revision, seed=run.seed)
+
+
+def refuse_absent(path: str) -> None:
+    """Raise `FileError` if nothing is at ``path`` that an adapter might be."""
+    if holds_adapter(path) or _is_foreign(path):
+        return
+    place = Path(path)
+    if (place / "config.json").is_file():
+        what = "it is the folder of a model"
+    elif not place.exists():
+        what = "there is no such folder or file"
+    else:
+        what = "no installed format knows its files" if place.is_dir() else "it is a file of another kind"
+    formats = few(sorted(hooks.gather_formats()), shown=10) or "none (each is a distribution, such as tunerkit-peft)"
+    raise FileError(
+        f"{path} holds no adapter: {what}. Pass a folder with adapter.safetensors, or an adapter in another format; "
+        f"installed: {formats}"
+    )
+
+
+def _is_foreign(path: str) -> bool:
+    try:
+        names = os.listdir(path)
+    except (OSError, ValueError):  # it is no folder
+        names = []
+    return foreign_format([Path(path).name, *names]) is not None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file system allows
+        return False

@@ -1,0 +1,129 @@
+"""Choose the base model of an adapter, and the class that builds it."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import attrs
+from torch import nn
+
+from tunerkit.errors import BaseMismatchError
+from tunerkit.integrations.adapter_files import BaseFacts, base_facts
+from tunerkit.integrations.bases import Base, config_of, diffusers_class, refusing, skeleton
+from tunerkit.integrations.pretrained import TASKS, ModelError, classes_of
+
+_AUTO = "AutoModel"
+_CLASSIFIER = "Classification"  # in the names of all classes with such a head
+_LOCAL = (".", "/", "~", "\\")
+
+
+def choose_base(path: str, *, base: str | None, task: str | None) -> Base:
+    """Find the base of the adapter at ``path``.
+
+    The class is that of ``task``; or the one that the adapter's files name; or the first that has what the files list,
+    of: the folder's own architecture, the classes of all tasks, and the model without a head.
+
+    Args:
+        path: The adapter.
+        base: The folder of the base, or its name on the hub; None for what the adapter's files say.
+        task: One of the tasks of ``tunerkit train``, or None.
+
+    Raises:
+        FileError: No adapter is there, or its files are damaged.
+        ModelError: There is no such task, or the base cannot be found.
+    """
+    if task is not None:
+        classes_of(task)
+    facts = base_facts(path)
+    found = Base(
+        source=base if base is not None else _named(facts, path),
+        kind="",
+        revision=facts.revision if base is None else None,
+        seed=facts.seed,
+    )
+    with refusing(found):
+        kinds = [*_kinds(found, facts, task)]
+    return _first_fit([attrs.evolve(found, kind=kind) for kind in kinds], facts)
+
+
+def _named(facts: BaseFacts, path: str) -> str:
+    """The base that the adapter's files name. Raises `ModelError` if they name none, or one that is not here."""
+    if not facts.source:
+        raise ModelError(f"{path} does not say what its base model is; pass the folder of the base with --base")
+    is_local = facts.source.startswith(_LOCAL) or facts.source.count("/") > 1
+    if is_local and not Path(facts.source).expanduser().exists():
+        raise ModelError(
+            f"{path}: the base model was in {facts.source}, which is not here; pass the folder where it is now with "
+            "--base"
+        )
+    return facts.source
+
+
+def _kinds(base: Base, facts: BaseFacts, task: str | None) -> Iterator[str]:
+    """The names of the classes to try, the most likely one first."""
+    import transformers
+
+    if name := diffusers_class(base.source):
+        yield name
+        return
+    if task is not None:
+        yield TASKS[task].model
+        return
+    if facts.kind and hasattr(transformers, facts.kind):
+        yield facts.kind
+        return
+    config = config_of(base.source, base.revision)
+    own = [name for name in config.architectures or () if hasattr(transformers, name)][:1]
+    fitting = [
+        classes.model for classes in TASKS.values() if type(config) in getattr(transformers, classes.mapping, ())
+    ]
+    yield from dict.fromkeys([*own, *fitting, _AUTO])
+
+
+def _first_fit(bases: Sequence[Base], facts: BaseFacts) -> Base:
+    """The first that has what the adapter needs; the first of all if none has, so that loading says what is missing."""
+    for base in bases:
+        try:
+            model = skeleton(base)
+        except ModelError:
+            if len(bases) == 1:
+                raise
+            continue
+        if len(bases) == 1 or _fits(model, facts):
+            return attrs.evolve(base, labels=_labels_of(model, facts))
+    return bases[0]
+
+
+def _fits(model: nn.Module, facts: BaseFacts) -> bool:
+    modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    shapes = _shapes(model)
+    return modules.issuperset(facts.paths) and all(
+        name in shapes and shapes[name] == tuple(shape) for name, shape in facts.shapes.items()
+    )
+
+
+def _labels_of(model: nn.Module, facts: BaseFacts) -> int:
+    """The number of classes that the adapter's files say; or of its own head, if that is another one; else 0."""
+    if _CLASSIFIER not in type(model).__name__:
+        return 0  # a table of tokens that is trained in full is no head with classes
+    if facts.labels:
+        return facts.labels
+    own = getattr(getattr(model, "config", None), "num_labels", 0)
+    shapes = _shapes(model)
+    for name, shape in facts.copies.items():
+        here = shapes.get(name, ())
+        if here and len(shape) == len(here) and here[0] == own != shape[0] and tuple(shape[1:]) == here[1:]:
+            return int(shape[0])
+    return 0
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {name: tuple(tensor.shape) for name, tensor in own}
+
+
+def with_base(problem: BaseMismatchError, base: Base) -> BaseMismatchError:
+    """Return the error of an adapter that does not fit, with what was built and what to pass."""
+    return BaseMismatchError(
+        f"{problem}\n- the base was {base.source} as {base.kind}; pass another with --base, or the task of the adapter "
+        f"with --task ({', '.join(TASKS)})"
+    )

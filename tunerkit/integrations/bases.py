@@ -1,0 +1,161 @@
+"""Build a base model from its folder or its name on the hub: only its shapes, or with its weights."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from tunerkit.errors import TunerkitError, cut, shown
+from tunerkit.integrations.pretrained import ModelError
+
+_LOADING = (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError, AttributeError, SafetensorError)
+_PASS = "pass the folder of the model, or its name on the hub (org/name), with --base"
+
+
+@attrs.frozen
+class Base:
+    """A base model, and the class that builds it.
+
+    Attributes:
+        source: A folder, or a name on the hub.
+        kind: The name of a class of transformers, such as ``"AutoModelForCausalLM"``; for a folder of diffusers, of one
+            of its classes.
+        labels: The number of classes of a head; 0 for as many as the folder says.
+        revision: The commit, branch or tag of the hub.
+        seed: What the modules are initialised by that the weights' files do not have.
+    """
+
+    source: str
+    kind: str
+    labels: int = 0
+    revision: str | None = None
+    seed: int = 0
+
+
+def skeleton(base: Base) -> nn.Module:
+    """Return the model on the meta device: names, types and shapes, without reading a weight.
+
+    Raises:
+        ModelError: There is no such folder, or no such model can be built from its config.
+    """
+    with refusing(base), torch.random.fork_rng(devices=[]), torch.device("meta"):
+        kind = _class_of(base)
+        if diffusers_class(base.source):
+            return _module(kind.from_config(kind.load_config(base.source)))
+        config = config_of(base.source, base.revision, **_labels(base))
+        return _module(kind.from_config(config) if base.kind.startswith("Auto") else kind(config))
+
+
+def whole(base: Base, *, dtype: torch.dtype | str = torch.float32) -> nn.Module:
+    """Return the model with its weights on the CPU, in eval mode.
+
+    Args:
+        base: The model.
+        dtype: The dtype of the weights; ``"auto"`` keeps that of the files.
+
+    Raises:
+        ModelError: There is no such folder, or its weights cannot be loaded.
+    """
+    # The seed decides what the files lack, and no random numbers of the caller's are drawn.
+    with refusing(base), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(base.seed)
+        kind = _class_of(base)
+        if diffusers_class(base.source):
+            plain = {} if dtype == "auto" else {"torch_dtype": dtype}
+            return _module(kind.from_pretrained(base.source, **plain)).eval()
+        head = {**_labels(base), "ignore_mismatched_sizes": True} if base.labels else {}
+        revised = {} if base.revision is None else {"revision": base.revision}
+        return _module(kind.from_pretrained(base.source, dtype=dtype, **revised, **head)).eval()
+
+
+def config_of(source: str, revision: str | None = None, **settings: Any) -> Any:
+    """Return transformers' config of a model, with some settings replaced."""
+    import transformers
+
+    revised = {} if revision is None else {"revision": revision}
+    return transformers.AutoConfig.from_pretrained(source, **revised, **settings)
+
+
+def diffusers_class(source: str) -> str:
+    """Return the name of the class of diffusers that a folder is of; empty if it is no folder of diffusers."""
+    try:
+        found = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return ""
+    name = found.get("_class_name") if isinstance(found, dict) else None
+    return name if isinstance(name, str) else ""
+
+
+def refuse_other_type(source: str, base: str) -> None:
+    """Raise `ModelError` if two folders hold models of different types: transformers would load one as the other."""
+    types = []
+    for each in (source, base):
+        with refusing(Base(each, "")):
+            types.append(diffusers_class(each) or config_of(each).model_type)
+    if types[0] != types[1]:
+        raise ModelError(
+            f"{source} is a model of type {types[0]}, and the base, {base}, of type {types[1]}; pass the model that "
+            "the adapter was merged into"
+        )
+
+
+def refuse_missing(source: str) -> None:
+    """Raise `ModelError` if ``source`` is neither the folder of a model nor may be a name on the hub."""
+    folder = Path(source).expanduser()
+    looks_local = source.startswith((".", "~", os.sep)) or source.count("/") > 1 or "\\" in source
+    if not source or "\0" in source:
+        raise ModelError(f"expected the folder of a base model, got {shown(source)}; {_PASS}")
+    if looks_local and not folder.exists():
+        raise ModelError(f"{source}: there is no such folder; {_PASS}")
+    if folder.is_file():
+        raise ModelError(f"{source} is a file; pass the folder that has config.json and the weights, with --base")
+    if (folder / "model_index.json").is_file():
+        raise ModelError(
+            f"{source} is the folder of a whole pipeline; pass that of the part that is adapted, such as "
+            f"{folder / 'unet'}, with --base"
+        )
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ModelError(f"{source}: the folder has no config.json, so it holds no model; {_PASS}")
+
+
+@contextmanager
+def refusing(base: Base) -> Iterator[None]:
+    """Inside the block, a library's error about a base model is a `ModelError`, which names it."""
+    refuse_missing(base.source)
+    try:
+        yield
+    except TunerkitError:
+        raise
+    except _LOADING as problem:
+        reason = cut(" ".join(str(problem).split()) or type(problem).__name__, 600)
+        kind = f" as {base.kind}" if base.kind else ""
+        raise ModelError(
+            f"cannot load {base.source!r}{kind}: {reason}; pass the folder of the adapter's base model with --base"
+        ) from problem
+
+
+def _class_of(base: Base) -> Any:
+    import transformers
+
+    if name := diffusers_class(base.source):
+        import diffusers
+
+        return getattr(diffusers, name)
+    return getattr(transformers, base.kind)
+
+
+def _labels(base: Base) -> dict[str, int]:
+    return {"num_labels": base.labels} if base.labels else {}
+
+
+def _module(found: Any) -> nn.Module:
+    if not isinstance(found, nn.Module):
+        raise TypeError(f"its class builds a {type(found).__name__}, not a torch module")
+    return found
