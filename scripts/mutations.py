@@ -57,9 +57,9 @@ MUTATIONS = (
     ),
     Mutation(
         "NaN",
-        "tunerkit/serialization/adapter_file.py",
-        "(wrong := nonfinite(tensors, base_values(tuner)))",
-        "(wrong := ())",
+        "tunerkit/serialization/before_saving.py",
+        "wrong := nonfinite(tensors, base_values(tuner))",
+        "wrong := ()",
     ),
     Mutation(
         "mutated headers",
@@ -117,8 +117,8 @@ MUTATIONS = (
     Mutation(
         "merge cycles",
         "tunerkit/serialization/merge.py",
-        "            _replace_(module, slots.originals)\n            slots.forget",
-        "            _replace_(module, {n: 1.001 * t for n, t in slots.originals.items()})\n            slots.forget",
+        "    _replace_(module, originals)\n    slots.forget",
+        "    _replace_(module, {n: 1.001 * t for n, t in originals.items()})\n    slots.forget",
     ),
     Mutation("leaks", "tunerkit/injection/running.py", "torch_private.remove_hooks_(model, enter, leave)", "pass"),
     Mutation("threads", "tunerkit/injection/running.py", "if running and", "if False and"),

@@ -1,6 +1,9 @@
 """Formats of other programs: exporting through a plugin, and adopting what a plugin reads."""
 
 import json
+import os
+import stat
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,6 +21,7 @@ from tunerkit.errors import (
     ConfigError,
     FileError,
     PluginError,
+    TargetError,
     TunerkitWarning,
     UnknownFormatError,
     UnknownMethodError,
@@ -224,6 +228,16 @@ MISFITS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         BaseMismatchError,
         r"another base model, 'acme/one': no module named 'convs'; did you mean 'conv'",
     ),
+    "a norm": (
+        {"factors": {"norm": at_conv(torch.ones(1, 27), torch.ones(4, 1))["conv"]}},
+        TargetError,
+        "is a LayerNorm",
+    ),
+    "the model itself": (
+        {"factors": {"": at_conv(torch.ones(1, 27), torch.ones(4, 1))["conv"]}},
+        BaseMismatchError,
+        "''",
+    ),
     "another shape": (
         {"factors": at_conv(torch.ones(1, 26), torch.ones(4, 1))},
         BaseMismatchError,
@@ -298,7 +312,12 @@ def test_what_does_not_fit_is_refused_and_the_model_unchanged(toys: "Toys", expo
     ("answer", "message"),
     [
         (None, "returned None; it must return a tunerkit.Foreign"),
-        (tunerkit.Foreign(factors=[]), "with factors; its fields must be mappings"),  # type: ignore[arg-type]
+        (tunerkit.Foreign(factors=[]), "factors and config must be mappings"),  # type: ignore[arg-type]
+        (tunerkit.Foreign({}, method=3), "method and base must be texts"),  # type: ignore[arg-type]
+        (tunerkit.Foreign({}, remarks="text"), "remarks must be a tuple of texts"),  # type: ignore[arg-type]
+        (tunerkit.Foreign({}, copies={"head": 3}), "copies must be mappings of tensors"),  # type: ignore[dict-item]
+        (tunerkit.Foreign({}, copies={"head": {"w": 3}}), "copies must be"),  # type: ignore[dict-item]
+        (tunerkit.Foreign({}, biases={"head": 3}), "biases must be tensors by path"),  # type: ignore[dict-item]
         (tunerkit.Foreign({"conv": 3}), "returned 3 for 'conv'; expected Factors"),  # type: ignore[dict-item]
         (tunerkit.Foreign({"conv": tunerkit.Factors(torch.ones(2), torch.ones(2))}), "expected Factors"),
         (tunerkit.Foreign(at_conv(torch.ones(1, 27), torch.ones(4, 1)), tensors={"x": {}}), "paths of factors"),
@@ -471,6 +490,170 @@ def test_what_is_there_already_is_never_lost(toys: "Toys", products: None, tmp_p
     assert not [each for each in tmp_path.iterdir() if each.name.startswith(".")]
 
 
+def test_a_failure_between_two_files_brings_the_older_ones_back(
+    toys: "Toys", products: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At whichever move it comes, in a folder with an older adapter, and in an empty one."""
+    model, mark = trained(toys), "<!-- written by tunerkit -->"
+    with registered(FormatPlugin(write=cards(f"{mark} one"))):
+        older = tunerkit.export(model, tmp_path / "older", format="toy")
+    (tmp_path / "empty").mkdir()
+    before = {each: each.read_bytes() for each in tmp_path.rglob("*") if each.is_file()}
+    move, moves = os.replace, 0
+
+    def counted(source: Any, target: Any) -> None:
+        nonlocal moves
+        moves += 1
+        if moves == number:
+            raise KeyboardInterrupt
+        move(source, target)
+
+    monkeypatch.setattr("tunerkit.serialization.exporting.os.replace", counted)
+    for place in (older, tmp_path / "empty"):
+        for number in range(1, 10):  # noqa: B007  # `counted` uses it
+            moves = 0
+            with registered(FormatPlugin(write=cards(f"{mark} two"))):
+                try:
+                    tunerkit.export(toys.fill_(trained(toys)), place, format="toy")
+                except KeyboardInterrupt:
+                    assert {each: each.read_bytes() for each in tmp_path.rglob("*") if each.is_file()} == before
+                else:
+                    break
+        assert number == (5 if place == older else 3)
+        before = {each: each.read_bytes() for each in tmp_path.rglob("*") if each.is_file()}
+
+
+@pytest.mark.parametrize("case", ["empty", "link", "dot", "slash", "with a mode"])
+def test_folders_that_are_there_are_written_into(
+    toys: "Toys", products: None, exported: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty folder, a link to one, the working folder, a path with a slash. A replaced file keeps its mode."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    place: Any = folder
+    if case == "link":
+        place = tmp_path / "link"
+        place.symlink_to(folder)
+    elif case == "dot":
+        monkeypatch.chdir(folder)
+        place = "."
+    elif case == "slash":
+        place = f"{folder}/"
+    elif case == "with a mode":
+        (folder / "toy.json").write_bytes((exported / "toy.json").read_bytes())
+        (folder / "toy.json").chmod(0o640)
+    with registered(FormatPlugin()):
+        tunerkit.export(trained(toys), place, format="toy")
+    assert [each.name for each in folder.iterdir()] == ["toy.json"]
+    assert (folder / "toy.json").read_bytes() == (exported / "toy.json").read_bytes()
+    if case == "with a mode":
+        assert stat.S_IMODE((folder / "toy.json").stat().st_mode) == 0o640
+
+
+def test_a_refused_export_leaves_no_new_folders(toys: "Toys", products: None, tmp_path: Path) -> None:
+    """The folders above are taken away again."""
+    with registered(FormatPlugin(write=liar)), pytest.raises(PluginError):
+        tunerkit.export(trained(toys), tmp_path / "a" / "b" / "c", format="toy")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_format_that_cannot_sniff_stops_no_other(toys: "Toys", exported: Path) -> None:
+    """One warning names it, and the others are asked."""
+
+    def sniff(path: Path) -> bool:
+        raise RuntimeError("no sniffing")
+
+    with (
+        registered(FormatPlugin(name="broken", sniff=sniff)),
+        pytest.warns(TunerkitWarning, match="'broken' cannot say"),
+    ):
+        model = load(toys, exported)
+    assert torch.equal(model(toys.x()), trained(toys)(toys.x()))
+
+
+def test_a_damaged_file_of_ours_is_not_passed_over(toys: "Toys", exported: Path) -> None:
+    """Another adapter in the same folder would be loaded in its place, without a word."""
+    (exported / "adapter.safetensors").write_bytes(b"damaged")
+    with pytest.raises(FileError, match=r"adapter\.safetensors cannot be read"):
+        load(toys, exported)
+
+
+def test_two_formats_in_one_folder_are_named(toys: "Toys", exported: Path) -> None:
+    """Nothing says which one is meant."""
+    with registered(FormatPlugin(name="other")), pytest.raises(FileError, match="in the formats other and toy"):
+        load(toys, exported)
+
+
+def test_loading_keeps_the_random_state(toys: "Toys", exported: Path) -> None:
+    """As loading our own file does."""
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    load(toys, exported)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_with_warnings_as_errors_nothing_is_loaded(toys: "Toys", exported: Path) -> None:
+    """The remark comes before the adapter."""
+    model = toys.net()
+    before = toys.snapshot(model)
+    with registered(reader(remarks=("lost",))), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(TunerkitWarning, match="lost"):
+            tunerkit.load(model, exported)
+    assert toys.same(toys.snapshot(model), before)
+
+
+def test_a_target_at_several_paths_is_refused(products: None, exported: Path) -> None:
+    """Other programs adapt the path that they name; here an adapter acts at all of them, so that is refused."""
+    shared = nn.Linear(3, 3)
+    product = tunerkit.Factors(q=torch.ones(1, 3), p=torch.ones(3, 1))
+    for path in ("0", "1"):
+        model = nn.Sequential(shared, shared, nn.Linear(3, 3))
+        with (
+            registered(reader(factors={path: product})),
+            pytest.raises(TargetError, match=r"one module with '1'.*deepcopy"),
+        ):
+            tunerkit.load(model, exported)
+    with (
+        registered(reader(factors={"2": product}, biases={"1": torch.ones(3)})),
+        pytest.raises(TargetError, match=r"biases .* 1 \(one module with 1\)"),
+    ):
+        tunerkit.load(model, exported)
+
+
+def test_a_bias_that_core_cannot_add_is_refused(products: None, exported: Path) -> None:
+    """A norm of another library may add its bias along any axis, and the shapes need not tell."""
+
+    class Channels(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+    model = nn.Sequential(nn.Linear(3, 3), Channels(3))
+    product = tunerkit.Factors(q=torch.ones(1, 3), p=torch.ones(3, 1))
+    with (
+        registered(reader(factors={"0": product}, biases={"1": torch.ones(3)})),
+        pytest.raises(TargetError, match=r"1 \(a Channels\).*Merge the adapter"),
+    ):
+        tunerkit.load(model, exported)
+
+
+def test_a_validator_of_the_options_is_heard(toys: "Toys", products: None, tmp_path: Path) -> None:
+    """Options may be any attrs class."""
+
+    @attrs.frozen
+    class Even:
+        rank: int = attrs.field(default=2)
+
+        @rank.validator
+        def _check(self, attribute: Any, value: int) -> None:
+            if value % 2:
+                raise ValueError(f"rank {value} is odd")
+
+    with registered(FormatPlugin(options=Even)), pytest.raises(ConfigError, match="rank 3 is odd"):
+        tunerkit.export(trained(toys), tmp_path / "out", format="toy", rank=3)
+
+
 def liar(tuner: tunerkit.Tuner, path: Path, options: object) -> list[Path]:
     """Return a file that it did not write."""
     toy_formats.write(tuner, path, options)
@@ -483,7 +666,12 @@ def failing(tuner: tunerkit.Tuner, path: Path, options: object) -> list[Path]:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("write", "error"), [(liar, PluginError), (failing, KeyboardInterrupt)])
+def silent(tuner: tunerkit.Tuner, path: Path, options: object) -> None:
+    """Write, and return nothing."""
+    toy_formats.write(tuner, path, options)
+
+
+@pytest.mark.parametrize(("write", "error"), [(liar, PluginError), (silent, PluginError), (failing, KeyboardInterrupt)])
 def test_a_writer_that_fails_leaves_nothing(
     toys: "Toys", products: None, tmp_path: Path, write: Any, error: type[BaseException]
 ) -> None:

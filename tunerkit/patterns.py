@@ -140,6 +140,15 @@ def is_broad(pattern: str) -> bool:
     return pattern.startswith("re:") or any(character in pattern for character in "*?[")
 
 
+def is_exact(pattern: str) -> bool:
+    """Check whether a pattern is one of `exact_patterns`, which names a single path.
+
+    Args:
+        pattern: The pattern.
+    """
+    return _literal(pattern) is not None
+
+
 def matcher(pattern: str) -> Matcher:
     """Compile a pattern.
 

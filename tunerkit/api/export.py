@@ -48,7 +48,7 @@ def export(
     libraries.refuse_engine(injection.base_modules(tuner.model), "save")
     injection.refuse_lost([tuner])
     serialization.refuse_untrained(tuner)
-    serialization.refuse_diverged(tuner)
+    serialization.refuse_diverged(tuner, serialization.tensors_of(tuner))
     serialization.warn_of_unspent_schedule(tuner)
     written = serialization.write_format(tuner, path, found, settings)
     serialization.warn_of_untrained(tuner)

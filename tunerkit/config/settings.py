@@ -185,7 +185,10 @@ def options_from(cls: Any, mapping: Mapping[str, object]) -> Any:
     values, wrong = _read(fields, mapping)
     if problems := [*problems, *wrong]:
         raise ConfigError(problems)
-    return cls(**{str(fields[name].alias): value for name, value in values.items()})
+    try:
+        return cls(**{str(fields[name].alias): value for name, value in values.items()})
+    except (ValueError, TypeError) as error:  # of a validator of attrs
+        raise ConfigError([f"{error} @ $"]) from error
 
 
 def unstructure(config: AdapterConfig) -> dict[str, Any]:

@@ -12,11 +12,12 @@ from tunerkit.injection.slots import Slot, Slots
 from tunerkit.layers import Adapter, BaseLayer
 from tunerkit.records import Factors
 
+_INSTEAD = "Call tunerkit.unwrap(model, keep_merged=True) and save the whole model instead"
 Places: TypeAlias = Iterable[tuple[str, Slots, Slot]]  # a module's path, all its slots, and the adapter's
 
 
 @torch.no_grad()
-def factors_at(places: Places, method: str) -> dict[str, Factors]:
+def factors_in(places: Places, method: str) -> dict[str, Factors]:
     """Return what an adapter adds to the weight of each target as a product, on the CPU and without gradients.
 
     Raises:
@@ -37,7 +38,7 @@ def factors_at(places: Places, method: str) -> dict[str, Factors]:
     }
 
 
-def copies_at(places: Places) -> dict[str, dict[str, Tensor]]:
+def copies_in(places: Places) -> dict[str, dict[str, Tensor]]:
     """Return the tensors of the modules trained in full, on the CPU, by module path and by name in the module."""
     return {
         path: {name: tensor.detach().cpu() for name, tensor in slot.copy.state_dict().items()}
@@ -46,7 +47,7 @@ def copies_at(places: Places) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def biases_at(places: Places) -> dict[str, Tensor]:
+def biases_in(places: Places) -> dict[str, Tensor]:
     """Return the trained biases, (out,), on the CPU, by module path."""
     return {path: slot.bias.detach().cpu() for path, _, slot in places if slot.bias is not None}
 
@@ -68,6 +69,3 @@ def _refuse_biases(method: str, adapted: Iterable[tuple[str, Adapter, BaseLayer]
                     f"method {method!r} also adds to the bias of {path!r}, which the formats of other programs cannot "
                     f"hold. {_INSTEAD}"
                 )
-
-
-_INSTEAD = "Call tunerkit.unwrap(model, keep_merged=True) and save the whole model instead"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tunerkit import hooks
 from tunerkit.config import AdapterConfig
 from tunerkit.errors import AdapterError, StepError, closest
-from tunerkit.injection.contents import biases_at, copies_at, factors_at
+from tunerkit.injection.contents import biases_in, copies_in, factors_in
 from tunerkit.injection.merged_state import is_merged
 from tunerkit.injection.progress import Progress
 from tunerkit.injection.root import inside
@@ -142,15 +142,15 @@ class Tuner:
         Raises:
             AdapterError: The method adds something that is no product, or also adds to biases.
         """
-        return factors_at(self._places(), self.method)
+        return factors_in(self._places(), self.method)
 
     def copied(self) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of the modules trained in full, on the CPU, by module path and by name in the module."""
-        return copies_at(self._places())
+        return copies_in(self._places())
 
     def trained_biases(self) -> dict[str, Tensor]:
         """Return the other trained biases, (out,), on the CPU, by module path."""
-        return biases_at(self._places())
+        return biases_in(self._places())
 
     def _places(self) -> Iterator[tuple[str, Slots, Slot]]:
         modules = self.modules()

@@ -26,6 +26,7 @@ class ForeignFormat:
     instead: str = ""
 
 
+_PART = "lora"  # of the name of a tensor, in all of these formats
 DEFAULT_FORMAT = "peft"  # the one that most programs read
 FOREIGN_FORMATS = (
     ForeignFormat(
@@ -73,6 +74,6 @@ def foreign_format(files: Collection[str], tensors: Iterable[str] = ()) -> Forei
     for known in FOREIGN_FORMATS:
         if any(file.endswith(known.files) for file in files if known.files):
             return known
-        if known.prefixes and any(name.startswith(known.prefixes) for name in names):
+        if known.prefixes and any(name.startswith(known.prefixes) and _PART in name for name in names):
             return known
     return None

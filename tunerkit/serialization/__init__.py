@@ -1,13 +1,10 @@
 """Serialization: adapter files, training states, merged weights."""
 
-from tunerkit.serialization.adapter_file import (
-    load,
-    open_unloaded,
-    read,
+from tunerkit.serialization.adapter_file import load, open_unloaded, read, save, save_tuner
+from tunerkit.serialization.before_saving import (
     refuse_diverged,
     refuse_untrained,
-    save,
-    save_tuner,
+    tensors_of,
     warn_of_unspent_schedule,
     warn_of_untrained,
 )

@@ -2,24 +2,28 @@
 
 import os
 import warnings
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tunerkit import hooks, injection, libraries, patterns, steps, targets
 from tunerkit.config import unstructure
-from tunerkit.errors import AdapterError, BaseMismatchError, TargetError, TunerkitWarning
+from tunerkit.errors import BaseMismatchError, TargetError, TunerkitWarning
 from tunerkit.injection import Progress, Tuner
-from tunerkit.paths import few, join
 from tunerkit.serialization.adopting import adopt, warn_of
 from tunerkit.serialization.allocation_limit import limit_for
 from tunerkit.serialization.base_check import base_values, describe_base, refuse_other_base
+from tunerkit.serialization.before_saving import (
+    refuse_diverged,
+    refuse_untrained,
+    tensors_of,
+    warn_of_unspent_schedule,
+    warn_of_untrained,
+)
 from tunerkit.serialization.beside import beside_of, warn_of_lone
-from tunerkit.serialization.finite import nonfinite
 from tunerkit.serialization.fit import fill
 from tunerkit.serialization.formats import format_at
 from tunerkit.serialization.header import Header, encode
@@ -67,22 +71,13 @@ def save(
     return written
 
 
-def refuse_untrained(tuner: Tuner) -> None:
-    """Raise `AdapterError` if the method needs steps, and the adapter neither saw one nor came from a file."""
-    if tuner.needs_steps and _is_fresh(tuner):
-        raise AdapterError(
-            f"adapter {tuner.name!r} was trained with no step: method {tuner.method!r} needs to see each step of the "
-            "optimizer. Call tunerkit.attach(model, optimizer, total_steps=...) before training"
-        )
-
-
 def save_tuner(tuner: Tuner, path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> Path:
     """Write one adapter as it is now, at any point of its schedule. Checkpoints use this."""
     libraries.refuse_engine(injection.base_modules(tuner.model), "save")
     injection.refuse_lost([tuner])
     place = file_at(path, "adapter")
     refuse_other_file(place)
-    tensors = _tensors_of(tuner)
+    tensors = tensors_of(tuner)
     if not allow_nonfinite:
         refuse_diverged(tuner, tensors)
     description = describe_base(tuner)
@@ -93,18 +88,6 @@ def save_tuner(tuner: Tuner, path: str | os.PathLike[str], *, allow_nonfinite: b
     written = write(place, packed, encode(header, tensors, packed.stored))
     note_written(tuner, written, "adapter", stacklevel=4)
     return written
-
-
-def refuse_diverged(tuner: Tuner, tensors: Mapping[str, Tensor] | None = None) -> None:
-    """Raise `AdapterError` if the adapter's tensors contain NaN or inf where the base's own do not."""
-    tensors = _tensors_of(tuner) if tensors is None else tensors
-    if wrong := nonfinite(tensors, base_values(tuner)):
-        raise AdapterError(
-            f"adapter {tuner.name!r} has NaN or inf in {len(wrong)} of {len(tensors)} tensors: {few(wrong, shown=5)}. "
-            "Nothing was written, and an older file is unchanged. The training has diverged: lower the learning rate, "
-            "check the loss, and start again from a file saved earlier. To write the weights all the same and examine "
-            "them, call tunerkit.save(..., allow_nonfinite=True)"
-        )
 
 
 def note_written(tuner: Tuner, path: Path, content: str, *, stacklevel: int) -> None:
@@ -189,9 +172,9 @@ def load_onto(
     if format is not None:
         scanned = targets.scan(root, hooks.gather_knowledge(), unloaded=unloaded)
         adopted = adopt(format, path, scanned, adapter)
+        warn_of(adopted.remarks, os.fspath(path))  # before: where warnings are errors, nothing is loaded
         steps.watch_optimizers(adopted.tuner.method)
         injection.inject_(adopted.tuner, adopted.slots, scanned, trainable=trainable)
-        warn_of(adopted.remarks, os.fspath(path))
         return base
     source, tensors, header = read(path, content="adapter")
     scanned = targets.scan(root, hooks.gather_knowledge(), unloaded=unloaded)
@@ -206,72 +189,6 @@ def load_onto(
     injection.inject_(tuner, slots, scanned, trainable=trainable)
     warn_of_lone(tuner)
     return base
-
-
-def _is_fresh(tuner: Tuner) -> bool:
-    """Whether nothing made the adapter what it is but its method: no file, no step, no data."""
-    return not tuner.loaded and tuner.steps == 0 and tuner.progress.calibration is None
-
-
-def warn_of_unspent_schedule(tuner: Tuner) -> None:
-    """Warn if the ranks are above their final budget: expected in a checkpoint, but not after training."""
-    if tuner.steps == 0 or tuner.total_steps is None:
-        return
-    final = hooks.budget(tuner, tuner.total_steps)
-    if final is not None and tuner.budget() > final:
-        warnings.warn(
-            f"adapter {tuner.name!r} is at step {tuner.steps} of {tuner.total_steps} with a budget of "
-            f"{tuner.budget()}, above the final {final}; if training is over, call tuner.finish() before you save",
-            TunerkitWarning,
-            stacklevel=3,
-        )
-
-
-def warn_of_untrained(tuner: Tuner) -> None:
-    """Warn of what nothing trained. A method that needs steps cannot miss them, and `attach` looks at what it holds."""
-    if tuner.loaded or tuner.needs_steps or (tuner.steps == 0 and not _is_fresh(tuner)):
-        return
-    if injection.is_untrained(tuner, copies=False):
-        warnings.warn(_of_matrices(tuner), TunerkitWarning, stacklevel=3)
-    elif tuner.steps == 0 and (kept := injection.untrained_copies(tuner)):
-        warnings.warn(
-            f"adapter {tuner.name!r} was saved, and what it trains in full is as it was: {few(kept, shown=3)}. A new "
-            f"head is random then. Most often the optimizer was built without it: {_REBUILD}",
-            TunerkitWarning,
-            stacklevel=3,
-        )
-
-
-_REBUILD = (
-    "wrap first, then build the optimizer from the parameters with requires_grad. tunerkit.attach(model, optimizer) "
-    "finds this before training"
-)
-
-
-def _of_matrices(tuner: Tuner) -> str:
-    if tuner.steps == 0 and injection.is_untrained(tuner):
-        return (
-            f"adapter {tuner.name!r} was saved untrained: it adds nothing to the model. Most often the optimizer was "
-            f"built before tunerkit.wrap, or from other parameters: {_REBUILD}"
-        )
-    after = f" after {tuner.steps} steps" if tuner.steps else ""
-    return (
-        f"adapter {tuner.name!r} was saved{after}, and none of its matrices is trained: they add nothing to the model. "
-        "Check that the optimizer holds them, that they were not frozen by hand (requires_grad), that gradients are "
-        "cleared after the step and not before it, and that the learning rate is not 0"
-    )
-
-
-def _tensors_of(tuner: Tuner) -> dict[str, Tensor]:
-    """Return all tensors of an adapter, by ``<path of the module>.<name in the slot>``."""
-    tensors = {join(path, name): tensor for path, slot in tuner.slots() for name, tensor in slot.state_dict().items()}
-    away = [name for name, tensor in tensors.items() if tensor.is_meta]
-    if away:
-        raise AdapterError(
-            f"adapter {tuner.name!r} is on the meta device ({away[0]}, ...), so there is nothing to save: if "
-            "accelerate offloads it, call accelerate.hooks.remove_hook_from_submodules(model) first"
-        )
-    return tensors
 
 
 def header_of(
@@ -309,8 +226,12 @@ def _tuner_from(header: Header, scanned: Scan, adapter: str, source: str) -> Tun
         raise BaseMismatchError(f"{source} was trained on another base model: {error}") from error
     by_path = {place.path: place for place in found}
     chosen, copies, biases = (tuple(by_path[path] for path in paths) for paths in header.places.values())
-    targets.refuse_unfit(scanned, chosen, outputs=hooks.registry.get(header.method).targets == "outputs")
-    targets.refuse_tied(scanned, header.copies)
+    outputs = hooks.registry.get(header.method).targets == "outputs"
+    try:
+        targets.refuse_unfit(scanned, chosen, outputs=outputs)
+        targets.refuse_tied(scanned, header.copies)
+    except TargetError as error:
+        raise TargetError(f"{source} cannot be loaded onto this model: {error}") from error
     return Tuner(
         name=adapter,
         method=header.method,

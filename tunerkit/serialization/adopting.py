@@ -2,13 +2,13 @@
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tunerkit import hooks, injection, patterns, targets
 from tunerkit.config import AdapterConfig
@@ -25,13 +25,13 @@ from tunerkit.errors import (
 from tunerkit.injection import Progress, Slot, Tuner
 from tunerkit.layers import Adapter, BaseLayer, bias_name, misfit
 from tunerkit.libraries import torch_private
-from tunerkit.paths import few, join
+from tunerkit.paths import few, is_under, join
 from tunerkit.records import Foreign, Format, Target
 from tunerkit.serialization.allocation_limit import limit_for
 from tunerkit.serialization.base_check import base_values
 from tunerkit.serialization.finite import nonfinite
 from tunerkit.serialization.fit import fill
-from tunerkit.serialization.formats import factors_at, read_foreign
+from tunerkit.serialization.formats import product_at, read_foreign
 from tunerkit.targets import Scan
 
 # Every method's adapters can be told to become these: their products say all.
@@ -81,17 +81,17 @@ def adopt(format: Format, path: str | os.PathLike[str], scanned: Scan, adapter: 
     _refuse_misfits(found, format, places, source)
     method, told = _method_of(found, source)
     ready: Mapping[str, Adapter] | None = None
-    tensors = dict(places.tensors)
-    if method == found.method and found.tensors:
+    own = found.tensors
+    if method == found.method and own:
         config = _configured(method, found.config, places, source)
-        for at, own in found.tensors.items():
-            tensors |= {join(at, f"adapter.{name}"): tensor for name, tensor in own.items()}
     else:
-        products = {target.path: factors_at(found, target.path, format) for target in places.targets}
-        config, ready = hooks.from_factors(method, places.targets, places.bases, products)
+        products = {target.path: product_at(found, target.path, format) for target in places.targets}
+        with torch.random.fork_rng(devices=[]):  # keep the caller's random state
+            config, ready = hooks.from_factors(method, places.targets, places.bases, products)
         config = attrs.evolve(config, **_descriptions(places))
-        for at, made in ready.items():
-            tensors |= {join(at, f"adapter.{name}"): tensor for name, tensor in made.state_dict().items()}
+        own = {at: made.state_dict() for at, made in ready.items()}
+    tensors = {join(at, f"adapter.{name}"): tensor for at, each in own.items() for name, tensor in each.items()}
+    tensors |= places.tensors
     tuner = Tuner(
         name=adapter,
         method=method,
@@ -105,7 +105,7 @@ def adopt(format: Format, path: str | os.PathLike[str], scanned: Scan, adapter: 
     )
     if wrong := nonfinite(tensors, base_values(tuner)):
         raise FileError(_not_finite(source, wrong, len(tensors)))
-    with patterns.one_allowance(), torch.random.fork_rng(devices=[]):  # keep the caller's random state
+    with patterns.one_allowance(), torch.random.fork_rng(devices=[]):
         around = limit_for(config_values(found.config), tensors, source)
         built = injection.build_each(scanned, tuner, around=around, ready=ready)
         slots = fill(built, tensors, scanned.root.module, source, misfit="does not fit this model")
@@ -115,7 +115,7 @@ def adopt(format: Format, path: str | os.PathLike[str], scanned: Scan, adapter: 
 def warn_of(remarks: tuple[str, ...], source: str) -> None:
     """Tell the user what an adapter of another program lost on its way, in one warning."""
     if remarks:
-        warnings.warn("\n- ".join([f"{source}:", *remarks]), TunerkitWarning, stacklevel=3)
+        warnings.warn("\n- ".join([f"{source}:", *remarks]), TunerkitWarning, stacklevel=4)
 
 
 def config_values(config: Mapping[str, object]) -> dict[str, object]:
@@ -124,60 +124,77 @@ def config_values(config: Mapping[str, object]) -> dict[str, object]:
 
 
 def _places(found: Foreign, scanned: Scan, source: str) -> _Places:
-    whole = {path: own for path, own in found.copies.items()}
     try:
-        named = targets.from_paths(scanned, [*found.factors, *whole, *found.biases])
+        named = targets.from_paths(scanned, [*found.factors, *found.copies, *found.biases])
     except TargetError as error:
         base = f", {shown(found.base)}" if found.base else ""
         raise BaseMismatchError(f"{source} was made for another base model{base}: {error}") from error
     modules = {place.path: place for place in named}
     tensors: dict[str, Tensor] = {join(path, "bias"): bias for path, bias in found.biases.items()}
     copies: list[str] = []
-    for path, own in whole.items():
+    for path, own in found.copies.items():
         parts = targets.copies_at(scanned, path)
         copies += parts
         for name, tensor in own.items():
-            part = max((each for each in parts if _holds(each, join(path, name))), key=len, default=path)
+            part = max((each for each in parts if is_under(join(path, name), (each,))), key=len, default=path)
             tensors[join(part, f"copy.{join(path, name).removeprefix(part + '.')}")] = tensor
-    _refuse_missing_biases(found, modules, scanned, source)
-    # In the model's order, which allocation and files use.
-    order = {each.path: number for number, each in enumerate(scanned.modules)}
-    chosen = tuple(sorted((modules[path] for path in found.factors), key=lambda target: order[target.path]))
-    targets.refuse_unfit(scanned, chosen)
-    targets.refuse_tied(scanned, copies)
-    bases = tuple(scanned.by_path[target.path].base for target in chosen)
-    assert all(base is not None for base in bases)  # `refuse_unfit` names those without
+    _refuse_biases(found, scanned, source)
+    chosen = _in_order([modules[path] for path in found.factors], scanned, source)
+    try:
+        targets.refuse_unfit(scanned, chosen)
+        targets.refuse_tied(scanned, copies)
+    except TargetError as error:
+        raise TargetError(f"{source} cannot be loaded onto this model: {error}") from error
+    bases = [scanned.by_path[target.path].base for target in chosen]
     return _Places(
         targets=chosen,
-        bases=tuple(base for base in bases if base is not None),
+        bases=tuple(base for base in bases if base is not None),  # `refuse_unfit` names those without
         copies=targets.from_paths(scanned, copies),
         biases=tuple(modules[path] for path in found.biases),
         tensors=tensors,
     )
 
 
-def _holds(part: str, name: str) -> bool:
-    return name.startswith(part + ".")
+def _in_order(chosen: Sequence[Target], scanned: Scan, source: str) -> tuple[Target, ...]:
+    """The targets in the model's order, which allocation and files use."""
+    order = {each.path: number for number, each in enumerate(scanned.modules)}
+    for target in chosen:
+        if len(paths := scanned.by_path[target.path].paths) > 1:
+            raise TargetError(
+                f"{source} adapts {target.path!r}, which is one module with {' and '.join(map(repr, paths[1:]))}: "
+                "tunerkit would adapt it in all these places, and other programs only in those that they name. Give "
+                "the model a module of its own in each place (copy.deepcopy)"
+            )
+    return tuple(sorted(chosen, key=lambda target: order[target.path]))
 
 
-def _refuse_missing_biases(found: Foreign, modules: Mapping[str, Target], scanned: Scan, source: str) -> None:
-    lacking = [path for path in found.biases if _bias_at(modules[path].module, scanned.by_path[path].base) is None]
+def _refuse_biases(found: Foreign, scanned: Scan, source: str) -> None:
+    """Refuse biases of modules that have none, or add it in a way that core does not know."""
+    places = {path: scanned.by_path[path] for path in found.biases}
+    own = {path: torch_private.own_parameters(each.module) for path, each in places.items()}
+    lacking = [path for path, each in places.items() if own[path].get(bias_name(each.base)) is None]
     if lacking:
         raise BaseMismatchError(
             f"{source} was made for another base model: it trains the biases of {few(lacking, shown=5)}, which have "
             "none here"
         )
-
-
-def _bias_at(module: nn.Module, base: BaseLayer | None) -> Tensor | None:
-    return torch_private.own_parameters(module).get(bias_name(base))
+    wrong = [
+        f"{path} (a {type(each.module).__name__})" for path, each in places.items() if not targets.takes_bias(each)
+    ]
+    shared = [f"{path} (one module with {each.paths[1]})" for path, each in places.items() if len(each.paths) > 1]
+    if wrong or shared:
+        raise TargetError(
+            f"{source} trains biases that tunerkit cannot train apart from their module: "
+            f"{few(wrong or shared, shown=5)}. Merge the adapter in the program that trained it, and use the merged "
+            "model as the base"
+        )
 
 
 def _refuse_misfits(found: Foreign, format: Format, places: _Places, source: str) -> None:
     """Raise if a product has another shape than its target's weight, or values that are not finite."""
     problems, wrong = [], []
     for target, base in zip(places.targets, places.bases, strict=True):
-        product = factors_at(found, target.path, format)
+        product = product_at(found, target.path, format)
         if (shapes := misfit(base, product)) is not None:
             problems.append(f"{target.path} has {shapes[0]}; this model needs {shapes[1]}")
         elif nonfinite({"q": product.q, "p": product.p}):
@@ -200,15 +217,17 @@ def _not_finite(source: str, wrong: list[str], total: int) -> str:
 
 def _method_of(found: Foreign, source: str) -> tuple[str, tuple[str, ...]]:
     """Return the installed method that the adapter becomes, and what to tell the user of it."""
-    known = [name for name, info in hooks.registry.methods().items() if info.error is None]
-    if found.method in known:
-        return found.method, ()
-    if _COMMON not in known:
-        wanted = " or ".join(f"tunerkit-{name}" for name in dict.fromkeys((found.method, _COMMON)))
+    listed = hooks.registry.methods()
+    wanted = list(dict.fromkeys((found.method, _COMMON)))
+    usable = [name for name in wanted if name in listed and listed[name].error is None]
+    if not usable:
+        broken = [f"\n{name} is installed and broken: {listed[name].error}" for name in wanted if name in listed]
         raise UnknownMethodError(
-            f"{source} holds a {found.method} adapter, and neither that method nor {_COMMON} is installed: "
-            f"pip install {wanted}"
+            f"{source} holds a {found.method} adapter, and no method is there for it: pip install "
+            f"{' or '.join(f'tunerkit-{name}' for name in wanted)}{''.join(broken)}"
         )
+    if usable[0] == found.method:
+        return found.method, ()
     return _COMMON, (
         f"method {found.method!r} is not installed (tunerkit-{found.method}), so it becomes {_COMMON} with the rank of "
         "each target as it is: the model computes the same, and the ranks stay as they are in further training",

@@ -43,5 +43,5 @@ def warn_of_lone(tuner: Tuner) -> None:
             "no active adapter does so here: the model uses the base's own values, which are random in a new head. "
             "Load that adapter too, before this one",
             TunerkitWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -1,6 +1,6 @@
 """Fill slots with a file's tensors, after all of them were compared with what the slots need."""
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,15 +28,13 @@ class _Resized(NamedTuple):
 
 def fill(
     slots: Iterable[tuple[str, Slot]],
-    tensors: MutableMapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
     model: nn.Module,
     source: str,
     *,
     misfit: str = "does not fit its own header",
 ) -> dict[str, Slot]:
     """Copy the file's tensors into ``slots``, each as soon as it comes; slots that do not fit are not kept.
-
-    A tensor leaves ``tensors`` once it is copied, so that the file is not held in memory beside the adapter.
 
     Args:
         slots: Pairs of a module's path and its slot.
@@ -56,24 +54,24 @@ def fill(
     filled: dict[str, Slot] = {}
     problems: list[str] = []
     resized: list[_Resized] = []
+    used: set[str] = set()
     cast: dict[str, Slot] = {}
-    narrowed: dict[str, Tensor] = {}
     for path, slot in slots:
         state = {name: (join(path, name), built) for name, built in slot.state_dict().items()}
+        used.update(full for full, _ in state.values())
         misfits = list(_misfits(state.values(), tensors))
-        own = {name: tensors.pop(full) for name, (full, _) in state.items() if full in tensors}
         if not misfits:
+            own = {name: tensors[full] for name, (full, _) in state.items()}
             resized += (others := list(_resized_base(path, state, own)))
             misfits = [] if others else _load_slot(path, slot, own)
-            if other := {full: own[name] for name, (full, built) in state.items() if built.dtype != own[name].dtype}:
+            if any(built.dtype != tensors[full].dtype for full, built in state.values()):
                 cast[path] = slot
-                narrowed |= other
         problems += misfits
         if not (problems or resized):
             filled[path] = slot
-    problems += [f"unexpected: {name}" for name in tensors]
+    problems += [f"unexpected: {name}" for name in tensors if name not in used]
     _refuse(problems, resized, model, source, misfit)
-    _refuse_overflow(cast, narrowed, source)
+    _refuse_overflow(cast, tensors, source)
     return filled
 
 
@@ -115,15 +113,12 @@ def _sizes(each: _Resized) -> str:
 
 
 def _refuse_overflow(slots: Mapping[str, Slot], tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raise `FileError` if a finite value of the file is too large for the precision in which it is used here.
-
-    ``tensors`` are those of the file that have another dtype in ``slots``.
-    """
+    """Raise `FileError` if a finite value of the file is too large for the precision in which it is used here."""
     cast = {
         name: value
         for path, slot in slots.items()
         for key, value in slot.state_dict().items()
-        if (name := join(path, key)) in tensors
+        if value.dtype != tensors[name := join(path, key)].dtype
     }
     if wrong := nonfinite(cast, tensors):
         raise FileError(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from tunerkit import hooks
 from tunerkit.errors import FileError
 from tunerkit.libraries import ForeignFormat, foreign_format
 from tunerkit.paths import few
@@ -67,8 +68,14 @@ def _refuse_foreign(place: Path, files: Collection[str], tensors: Collection[str
     if found is not None:
         raise FileError(
             f"{place} holds an adapter in the format of {found.library}. tunerkit itself does not read it: that takes "
-            f"the distribution {found.distribution} (pip install {found.distribution}). {found.instead}"
+            f"the distribution {found.distribution}{_install(found)}. {found.instead}"
         )
+
+
+def _install(found: ForeignFormat) -> str:
+    if found.format in hooks.gather_formats():
+        return ", which is installed and cannot read this: pass the folder or the file that holds the adapter"
+    return f" (pip install {found.distribution})"
 
 
 def _names_in(folder: Path) -> list[str]:

@@ -44,7 +44,7 @@ def replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
             new file is there then, as the message says.
     """
     try:
-        folders = _folders_to_sync(path)
+        folders = _folders_tosync(path)
         _create_folder(path)
         _remove_leftovers(path)
         _replace(path, parts)
@@ -54,7 +54,7 @@ def replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
         raise FileError(f"cannot write {path}: {_reason(error)}; an older file there is unchanged") from error
     try:
         for folder in folders:
-            _sync(folder)
+            sync(folder)
     except OSError as error:
         raise FileError(
             f"{path} is written, but its folder could not be flushed to disk: {_reason(error)}; a power failure "
@@ -146,14 +146,14 @@ def _prefix(path: Path) -> str:
     return f".{path.name[:50]}.{_HOST}."
 
 
-def _folders_to_sync(path: Path) -> list[Path]:
+def _folders_tosync(path: Path) -> list[Path]:
     """The folder of ``path``, and the parents of the folders that must be created for it."""
     missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     return [path.parent, *(folder.parent for folder in missing)]
 
 
-def _sync(folder: Path) -> None:
-    """Flush a folder's entries to disk, where the system can do that."""
+def sync(folder: Path) -> None:
+    """Flush a file, or a folder's entries, to disk, where the system can do that."""
     try:
         number = os.open(folder, os.O_RDONLY)
         try:

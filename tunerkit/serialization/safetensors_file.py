@@ -37,6 +37,12 @@ def file_at(path: str | os.PathLike[str], content: str) -> Path:
         path: The file or the folder.
         content: The kind of file: ``"adapter"`` or ``"state"``.
     """
+    place = checked_path(path)
+    return place if place.suffix == _SUFFIX else place / f"{content}{_SUFFIX}"
+
+
+def checked_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path, or raise `FileError` for what cannot be one."""
     try:
         place = Path(path)
     except TypeError:
@@ -44,7 +50,7 @@ def file_at(path: str | os.PathLike[str], content: str) -> Path:
         raise FileError(f"expected the path of a folder or a file, got {found}") from None
     if "\0" in str(place):
         raise FileError(f"a path cannot contain the character NUL, got {shown(str(place))}")
-    return place if place.suffix == _SUFFIX else place / f"{content}{_SUFFIX}"
+    return place
 
 
 @attrs.frozen(eq=False)

@@ -5,4 +5,4 @@ from tunerkit.targets.resolution import from_paths, refuse_tied, refuse_unfit, r
 from tunerkit.targets.scan import Scan, ScannedModule, scan, tied
 from tunerkit.targets.selection import select
 from tunerkit.targets.ties import left_out
-from tunerkit.targets.trained_in_full import choose_biases, choose_copies, copies_at
+from tunerkit.targets.trained_in_full import choose_biases, choose_copies, copies_at, takes_bias

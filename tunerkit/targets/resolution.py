@@ -9,7 +9,7 @@ from tunerkit.libraries import torch_private
 from tunerkit.paths import few, is_number, is_under, join, parent
 from tunerkit.patterns import Matcher, matcher
 from tunerkit.records import Target
-from tunerkit.targets.eligibility import output_obstacle, weight_obstacle
+from tunerkit.targets.eligibility import obstacle_at, output_obstacle
 from tunerkit.targets.scan import Scan, ScannedModule
 from tunerkit.targets.ties import left_out, way_out
 
@@ -62,8 +62,7 @@ def refuse_unfit(scanned: Scan, targets: Iterable[Target], *, outputs: bool = Fa
     found = {target.path: scanned.by_path[target.path] for target in targets}
     paths = {each.path for each in found.values()}
     obstacles = {
-        path: output_obstacle(each) if outputs else weight_obstacle(each, scanned, paths)
-        for path, each in found.items()
+        path: output_obstacle(each) if outputs else obstacle_at(each, scanned, paths) for path, each in found.items()
     }
     refuse(lines({path: obstacle for path, obstacle in obstacles.items() if obstacle is not None}))
 

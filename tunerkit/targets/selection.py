@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from tunerkit.errors import TargetError, TunerkitWarning
 from tunerkit.libraries import torch_private
 from tunerkit.paths import few, is_under, join
-from tunerkit.patterns import Matcher, is_broad, matcher
+from tunerkit.patterns import Matcher, is_broad, is_exact, matcher
 from tunerkit.records import Target
 from tunerkit.targets.eligibility import obstacle_at, output_obstacle
 from tunerkit.targets.resolution import ALL_LINEAR, lines, matching, refuse, unknown
@@ -104,8 +104,12 @@ def select(
 
 def _plainly_named(free: Iterable[ScannedModule], targets: str | Sequence[str] | None) -> frozenset[str]:
     patterns = (targets,) if isinstance(targets, str) else targets or ()
-    plain = [matcher(pattern) for pattern in patterns if pattern != ALL_LINEAR and not is_broad(pattern)]
+    plain = [matcher(pattern) for pattern in patterns if pattern != ALL_LINEAR and not _chooses_broadly(pattern)]
     return frozenset(each.path for each in free if any(match(path) for match in plain for path in each.paths))
+
+
+def _chooses_broadly(pattern: str) -> bool:
+    return is_broad(pattern) and not is_exact(pattern)
 
 
 def _excluded(scanned: Scan, exclude: Sequence[str], problems: list[str]) -> frozenset[str]:
@@ -181,7 +185,7 @@ def _choose_linear(scope: _Scope, match: Matcher = lambda path: True) -> Iterato
 
 
 def _choose_matching(scope: _Scope, pattern: str, problems: list[str]) -> Iterator[_Choice]:
-    match, broad = matcher(pattern), is_broad(pattern)
+    match, broad = matcher(pattern), _chooses_broadly(pattern)
     matched = matching(scope.scanned.modules, match)
     if not matched:
         candidates = (each for each in scope.scanned.modules if scope.outputs or each.base is not None)

@@ -47,7 +47,11 @@ def way_out(scanned: Scan, name: str, names: Sequence[str], *, setting: str) -> 
     found = [scanned.by_path.get(owner) for owner in owners]
     nameable = all(each is not None and (setting != "targets" or each.base is not None) for each in found)
     listed = ", ".join(f'"{owner}"' for owner in owners)
-    each_own = f"Name all of them, and each gets its own: {setting}=({listed}). " if nameable and all(owners) else ""
+    each_own = (
+        f"Name all of them by plain names, and each gets its own: {setting}=({listed}). "
+        if nameable and all(owners)
+        else ""
+    )
     owner, leaf = parent(name), name.rpartition(".")[2]
     dotted = all(part.isidentifier() for part in owner.split("."))
     place = f"model.{owner}" if dotted else f'model.get_submodule("{owner}")'

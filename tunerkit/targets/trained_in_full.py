@@ -12,7 +12,7 @@ from tunerkit.libraries import torch_private
 from tunerkit.paths import CHILD, few, is_under, join, parent
 from tunerkit.records import Target
 from tunerkit.targets.resolution import resolve_modules
-from tunerkit.targets.scan import Scan
+from tunerkit.targets.scan import Scan, ScannedModule
 from tunerkit.targets.unloaded import is_in_block
 
 
@@ -144,10 +144,9 @@ def choose_biases(scanned: Scan, bias: str, chosen: tuple[Target, ...], copies: 
         name = bias_name(each.base)
         full = join(each.path, name)
         others = [other for other in scanned.sharers.get(id(own.get(name)), ()) if other != full]
-        known = not (each.inside_attention or each.read_and_called) and has_trainable_bias(each.module, each.base)
         if others:
             problems.append(f"{full} (tied to {', '.join(others)})")
-        elif known and set(own) == {name}:
+        elif takes_bias(each) and set(own) == {name}:
             found.append(Target(each.path, each.module))
         else:
             problems += [f"{join(each.path, other)} (of a {type(each.module).__name__})" for other in own]
@@ -155,3 +154,8 @@ def choose_biases(scanned: Scan, bias: str, chosen: tuple[Target, ...], copies: 
         way_out = "name their modules in train_modules or set bias='adapters'"
         raise TargetError(f"bias='all' cannot train: {', '.join(problems)}; {way_out}")
     return tuple(found)
+
+
+def takes_bias(each: ScannedModule) -> bool:
+    """Whether core knows where the module adds its bias, so that a trained copy can replace it."""
+    return not (each.inside_attention or each.read_and_called) and has_trainable_bias(each.module, each.base)

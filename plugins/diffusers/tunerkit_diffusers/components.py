@@ -64,11 +64,7 @@ def component_to_read(
         BaseMismatchError: The file adapts other parts only.
         FileError: The file adapts several parts, and the model may be more than one of them.
     """
-    if "" in groups and len(groups) > 1:
-        raise FileError(
-            f"{file}: {next(iter(groups['']))!r} begins with no part of a pipeline, and other names in the file do; "
-            f"expected names that begin with one of {', '.join(COMPONENTS)}"
-        )
+    refuse_mixed(groups, file)
     may = components_of(model) or COMPONENTS
     fitting = [part for part in groups if part in ("", *may)]
     if not fitting:
@@ -85,6 +81,15 @@ def component_to_read(
             "the file"
         )
     return fitting[0]
+
+
+def refuse_mixed(groups: Mapping[str, Collection[str]], file: object) -> None:
+    """Raise `FileError` if some names in a file begin with a part of the pipeline and others do not."""
+    if "" in groups and len(groups) > 1:
+        raise FileError(
+            f"{file}: {next(iter(groups['']))!r} begins with no part of a pipeline, and other names in the file do; "
+            f"expected names that begin with one of {', '.join(COMPONENTS)}"
+        )
 
 
 def is_flattened_text_model(model: nn.Module) -> bool:

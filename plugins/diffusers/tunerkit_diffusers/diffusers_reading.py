@@ -54,7 +54,7 @@ def read(path: Path, model: nn.Module) -> Foreign:
         FileError: The file is damaged, incomplete or no LoRA.
         BaseMismatchError: The file was made for another model.
     """
-    file = _file_at(path)
+    file = file_at(path)
     header = header_of(file)
     groups = grouped(header.names, parse, file, EXPECTED)
     places = places_of(model)
@@ -78,7 +78,8 @@ def _alpha(path: str, pair: Pair, settings: Settings) -> float:
     return settings.alpha_at(path, pair.rank)
 
 
-def _file_at(path: Path) -> Path:
+def file_at(path: Path) -> Path:
+    """Return the file at a path. Raises `FileError` if there is none, several, or a pickle."""
     files = files_at(path, _accept)
     if not files:
         if pickle := _pickle_at(path):

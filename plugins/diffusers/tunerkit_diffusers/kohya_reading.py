@@ -14,7 +14,7 @@ from tunerkit_diffusers.places import places_of
 from tunerkit_diffusers.weights import as_lora, other_parts, pairs_of
 
 _PARTS: Final = {"lora_down.weight": "down", "lora_up.weight": "up", "lora_mid.weight": "mid", "alpha": "alpha"}
-_EXPECTED: Final = (
+EXPECTED: Final = (
     f"one of {', '.join(PREFIXES)}, a module's path with '_' for '.', and one of .{', .'.join(_PARTS)}, such as "
     "'lora_unet_conv_in.lora_down.weight'"
 )
@@ -48,8 +48,8 @@ def read(path: Path, model: nn.Module) -> Foreign:
         FileError: The file is damaged, incomplete or no LoRA; or a name in it is ambiguous.
         BaseMismatchError: The file was made for another model.
     """
-    file = _file_at(path)
-    groups = grouped(header_of(file).names, _parse, file, _EXPECTED)
+    file = file_at(path)
+    groups = grouped(header_of(file).names, parse, file, EXPECTED)
     places = places_of(model)
     if components_of(model) == ("transformer",):
         raise BaseMismatchError(
@@ -65,17 +65,19 @@ def read(path: Path, model: nn.Module) -> Foreign:
     return as_lora(pairs, alphas, remarks=other_parts(groups, chosen))
 
 
-def _file_at(path: Path) -> Path:
+def file_at(path: Path) -> Path:
+    """Return the file at a path. Raises `FileError` if there is none, or several."""
     files = files_at(path, _accept)
     if not files:
-        raise FileError(f"{path} holds no file with Kohya's names; expected a .safetensors file with {_EXPECTED}")
+        raise FileError(f"{path} holds no file with Kohya's names; expected a .safetensors file with {EXPECTED}")
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:5])
         raise FileError(f"{path} holds {len(files)} adapters in format 'kohya': {names}; pass the path of one file")
     return files[0]
 
 
-def _parse(name: str) -> Key | None:
+def parse(name: str) -> Key | None:
+    """Say what a key means; None for one that Kohya's files do not have."""
     module, _, part = name.partition(".")
     prefix = max((prefix for prefix in PREFIXES if module.startswith(prefix)), key=len, default=None)
     if prefix is None or part not in _PARTS:

@@ -51,7 +51,7 @@ def header_of(file: Path) -> Header:
             raise ValueError("its header is not a JSON object")
         return Header(tuple(name for name in fields if name != _METADATA), _metadata_of(fields))
     except _UNREADABLE as error:
-        raise FileError(f"{file} cannot be read as a safetensors file: {error}; fetch or export it again") from error
+        raise _unreadable(file, error) from error
 
 
 def _metadata_of(fields: Mapping[str, Any]) -> Mapping[str, str]:
@@ -85,6 +85,28 @@ def _header_or_none(file: Path) -> Header | None:
         return None
 
 
+@attrs.frozen
+class Stored:
+    """How a tensor is stored: its shape, and safetensors' name of its dtype."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def stored_of(file: Path) -> dict[str, Stored]:
+    """Return how each tensor of a file is stored, and read none of them.
+
+    Raises:
+        FileError: The file is damaged or cut off.
+    """
+    try:
+        with safetensors.safe_open(file, framework="pt", device="cpu") as opened:
+            slices = {name: opened.get_slice(name) for name in map(str, opened.keys())}
+            return {name: Stored(tuple(each.get_shape()), each.get_dtype()) for name, each in slices.items()}
+    except _UNREADABLE as error:
+        raise _unreadable(file, error) from error
+
+
 def tensors_of(file: Path, names: Iterable[str]) -> dict[str, Tensor]:
     """Read some tensors of a file, in fp32 on the CPU.
 
@@ -95,8 +117,12 @@ def tensors_of(file: Path, names: Iterable[str]) -> dict[str, Tensor]:
         with safetensors.safe_open(file, framework="pt", device="cpu") as opened:
             found = {name: opened.get_tensor(name) for name in names}
     except _UNREADABLE as error:
-        raise FileError(f"{file} cannot be read as a safetensors file: {error}; fetch or export it again") from error
+        raise _unreadable(file, error) from error
     return {name: _checked(tensor, name, file) for name, tensor in found.items()}
+
+
+def _unreadable(file: Path, error: Exception) -> FileError:
+    return FileError(f"{file} cannot be read as a safetensors file: {error}; fetch or export it again")
 
 
 def _checked(tensor: Tensor, name: str, file: Path) -> Tensor:

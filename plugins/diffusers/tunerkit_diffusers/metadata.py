@@ -81,9 +81,15 @@ def settings_of(metadata: Mapping[str, str], component: str, file: Path) -> Sett
     Raises:
         FileError: They are damaged, or describe what tunerkit does not read.
     """
+    own = values_of(metadata, component, file)
+    return _settings(own, file) if own else None
+
+
+def values_of(metadata: Mapping[str, str], component: str, file: Path) -> dict[str, Any]:
+    """Return the settings for a part of the pipeline as they stand in the file; raises `FileError` if damaged."""
     text = metadata.get(ENTRY)
     if not text:
-        return None
+        return {}
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -91,8 +97,7 @@ def settings_of(metadata: Mapping[str, str], component: str, file: Path) -> Sett
     if not isinstance(values, dict):
         raise FileError(f"{file}: {ENTRY} in the metadata must be a JSON object, got {shown(values)}")
     start = f"{component}." if component else ""
-    own = {name.removeprefix(start): value for name, value in values.items() if name.startswith(start)}
-    return _settings(own, file) if own else None
+    return {name.removeprefix(start): value for name, value in values.items() if name.startswith(start)}
 
 
 def _settings(values: Mapping[str, Any], file: Path) -> Settings:

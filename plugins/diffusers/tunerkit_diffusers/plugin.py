@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from tunerkit import Format, hookimpl
-from tunerkit_diffusers import diffusers_reading, kohya_reading, writing
+from tunerkit_diffusers import describing, diffusers_reading, kohya_reading, writing
 from tunerkit_diffusers.options import DiffusersOptions, KohyaOptions
 
 
@@ -17,6 +17,7 @@ def tunerkit_formats() -> Iterable[Format]:
             read=diffusers_reading.read,
             write=writing.write_diffusers,
             options=DiffusersOptions,
+            describe=describing.describe_diffusers,
         ),
         Format(
             "kohya",
@@ -24,5 +25,6 @@ def tunerkit_formats() -> Iterable[Format]:
             read=kohya_reading.read,
             write=writing.write_kohya,
             options=KohyaOptions,
+            describe=describing.describe_kohya,
         ),
     ]

@@ -44,12 +44,13 @@ def pairs_of(file: Path, modules: Mapping[str, Parts], places: Mapping[str, Plac
         BaseMismatchError: The shapes are not those of the model.
     """
     for path, parts in modules.items():
-        _refuse_missing(path, parts, file)
+        refuse_missing(path, parts, file)
     tensors = tensors_of(file, [name for parts in modules.values() for name in parts.values()])
     return {path: _pair(tensors, parts, places[path], file) for path, parts in modules.items()}
 
 
-def _refuse_missing(path: str, parts: Parts, file: Path) -> None:
+def refuse_missing(path: str, parts: Parts, file: Path) -> None:
+    """Raise `FileError` if a half of the pair of a module is missing."""
     for half, name in (("down", "lora_down or lora_A"), ("up", "lora_up or lora_B")):
         if half not in parts:
             raise FileError(

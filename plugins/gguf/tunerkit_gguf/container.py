@@ -8,7 +8,7 @@ import mmap
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 import numpy as np
@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from tunerkit import FileError
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
 
 MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
@@ -52,8 +55,24 @@ class Container:
 
     def tensor(self, name: str) -> Tensor:
         """Return a copy of a tensor in fp32. Raises `FileError` if it is cut off or of an unknown type."""
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
         from gguf.quants import dequantize
+
+        kind, start, count = self._place(name)
+        shape = self.tensors[name].shape
+        raw = np.frombuffer(self._bytes[start : start + count], np.uint8).reshape(*shape[:-1], -1)
+        try:
+            return torch.from_numpy(np.array(dequantize(raw, kind), dtype=np.float32).reshape(shape))
+        except NotImplementedError:
+            raise FileError(f"{self.path}: {name} is of type {kind.name}; write it as f32 or f16") from None
+
+    def dtype(self, name: str) -> str:
+        """Return how a tensor's numbers are stored, such as ``"f16"``; none is read. Raises as `tensor` does."""
+        kind, _, _ = self._place(name)
+        return kind.name.lower()
+
+    def _place(self, name: str) -> tuple["GGMLQuantizationType", int, int]:
+        """The type of a tensor, its first byte in the file, and the number of its bytes."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         stored = self.tensors[name]
         try:
@@ -67,11 +86,7 @@ class Container:
         start, count = self._start + stored.offset, rows * (row // block) * size
         if start + count > len(self._bytes):
             raise FileError(f"{self.path}: {name} ends after the file's {len(self._bytes)} bytes; copy the file again")
-        raw = np.frombuffer(self._bytes[start : start + count], np.uint8).reshape(*stored.shape[:-1], -1)
-        try:
-            return torch.from_numpy(np.array(dequantize(raw, kind), dtype=np.float32).reshape(stored.shape))
-        except NotImplementedError:
-            raise FileError(f"{self.path}: {name} is of type {kind.name}; write it as f32 or f16") from None
+        return kind, start, count
 
 
 def open_container(path: Path) -> Container:

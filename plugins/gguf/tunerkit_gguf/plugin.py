@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from tunerkit import Format, hookimpl
+from tunerkit_gguf.describing import describe
 from tunerkit_gguf.options import GgufOptions
 from tunerkit_gguf.reading import read, sniff
 from tunerkit_gguf.writing import write
@@ -11,4 +12,4 @@ from tunerkit_gguf.writing import write
 @hookimpl
 def tunerkit_formats() -> Iterable[Format]:
     """Register the format."""
-    return [Format("gguf", sniff=sniff, read=read, write=write, options=GgufOptions)]
+    return [Format("gguf", sniff=sniff, read=read, write=write, options=GgufOptions, describe=describe)]

@@ -3,7 +3,7 @@
 import math
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -45,16 +45,20 @@ def read(path: Path, model: nn.Module) -> Foreign:
         FileError: The file is damaged or holds something else than LoRA, or the model's architecture is not supported.
     """
     layout = layout_of(model)
-    container = open_container(_place(path))
-    _refuse_others(container, layout)
-    names, ignored = _names(container)
+    container = open_adapter(path)
+    if (found := container.values.get("general.architecture")) != layout.architecture:
+        raise BaseMismatchError(
+            f"{container.path} was made for another base model: general.architecture is {shown(found)}, and this model "
+            f"is a {layout.architecture!r} in llama.cpp"
+        )
+    names, ignored = names_of(container)
     places = {name: at for at, _ in model.named_modules(remove_duplicate=False) if (name := layout.name_of(at))}
     if unknown := sorted(set(names) - set(places)):
         raise BaseMismatchError(
             f"{container.path} was made for another base model: this {type(model).__name__} has no {shown(unknown[0])}"
         )
     pairs = {places[name]: _pair(container, name, layout) for name in names}
-    alpha = _alpha(container)
+    alpha = alpha_of(container)
     return Foreign(
         {at: _factors(pair, alpha) for at, pair in pairs.items()},
         config=_config({at: pair.rank for at, pair in pairs.items()}, alpha),
@@ -68,7 +72,9 @@ def _place(path: Path) -> Path:
     return path / FILE if path.is_dir() else path
 
 
-def _refuse_others(container: Container, layout: Layout) -> None:
+def open_adapter(path: Path) -> Container:
+    """Open the adapter at a path. Raises `FileError` if it is damaged, or no LoRA."""
+    container = open_container(_place(path))
     values, path = container.values, container.path
     if (kind := values.get("general.type")) != "adapter":
         raise FileError(
@@ -81,15 +87,15 @@ def _refuse_others(container: Container, layout: Layout) -> None:
             f"{path} has adapter.alora.invocation_tokens: it is applied only after certain tokens, which tunerkit "
             "cannot do. Load it in llama.cpp"
         )
-    if (found := values.get("general.architecture")) != layout.architecture:
-        raise BaseMismatchError(
-            f"{path} was made for another base model: general.architecture is {shown(found)}, and this model is a "
-            f"{layout.architecture!r} in llama.cpp"
-        )
+    return container
 
 
-def _names(container: Container) -> tuple[list[str], tuple[str, ...]]:
-    """The names of the adapted weights, and a remark on what the file has beside them."""
+def names_of(container: Container) -> tuple[list[str], tuple[str, ...]]:
+    """Return the names of the adapted weights, and a remark on what the file has beside them.
+
+    Raises:
+        FileError: There are none, half of a pair is missing, or a tensor is unknown.
+    """
     held = set(container.tensors)
     norms = sorted(name for name in held if name.endswith("_norm.weight"))
     names = sorted({name[: -len(half)] for name in held for half in _HALVES if name.endswith(half)})
@@ -105,15 +111,29 @@ def _names(container: Container) -> tuple[list[str], tuple[str, ...]]:
     return names, (f"{len(norms)} norms are left out, as in llama.cpp, from {norms[0]} on",) if norms else ()
 
 
-def _pair(container: Container, name: str, layout: Layout) -> Pair:
-    a, b = (container.tensor(name + half) for half in _HALVES)
-    if a.ndim == 2 and name == EMBEDDING:
-        a = a.T.contiguous()
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+def rank_of(container: Container, name: str) -> int:
+    """Return the rank of the pair of a weight. Raises `FileError` if their shapes do not fit together."""
+    a, b = (container.tensors[name + half].shape for half in _HALVES)
+    if name == EMBEDDING:  # llama.cpp looks up its rows
+        a = a[::-1]
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
         raise FileError(
-            f"{container.path}: {name} has lora_a {tuple(a.shape)} and lora_b {tuple(b.shape)}, which are no "
-            "(r, in) and (out, r); the file is damaged"
+            f"{container.path}: {name} has lora_a {a} and lora_b {b}, which are no (r, in) and (out, r); the file is "
+            "damaged"
         )
+    return b[1]
+
+
+def dtypes_of(container: Container, names: Iterable[str]) -> list[str]:
+    """Return how the numbers of the pairs are stored. Raises `FileError` if a tensor is cut off or of unknown type."""
+    return sorted({container.dtype(name + half) for name in names for half in _HALVES})
+
+
+def _pair(container: Container, name: str, layout: Layout) -> Pair:
+    rank_of(container, name)  # it refuses shapes that do not fit together
+    a, b = (container.tensor(name + half) for half in _HALVES)
+    if name == EMBEDDING:
+        a = a.T.contiguous()
     heads = layout.heads_of(name)
     if heads is not None and b.shape[0] % (2 * heads):
         raise BaseMismatchError(
@@ -123,7 +143,8 @@ def _pair(container: Container, name: str, layout: Layout) -> Pair:
     return Pair(a, b if heads is None else unpermute(b, heads))
 
 
-def _alpha(container: Container) -> float:
+def alpha_of(container: Container) -> float:
+    """Return alpha; 0 stands for no scale. Raises `FileError` if it is no such number."""
     alpha = container.values.get("adapter.lora.alpha", 0.0)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha < 0:
         raise FileError(
