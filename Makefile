@@ -10,7 +10,7 @@ DEMO_LM_OUT ?= out/demo-lm
 
 BIN := .venv/bin
 CORE_BIN := .venv-core/bin
-NAMES := lora adalora peft gguf diffusers
+NAMES := lora adalora peft gguf diffusers quant
 PROJECTS := pyproject.toml $(NAMES:%=plugins/%/pyproject.toml)
 PLUGINS := $(NAMES:%=-e plugins/%)
 PYTEST := -m pytest -n $(WORKERS) $(PYTEST_ARGS)
@@ -44,6 +44,8 @@ test-all: $(DEV_READY) ## run core's and the plugins' tests, with everything ins
 
 test-quantisers: $(QUANTISERS_READY) ## run the tests with quantised bases, with the libraries that quantise
 	$(ONE_THREAD) .venv-quantisers/bin/python -m pytest $(PYTEST_ARGS) -k "quantised or packed" tests/test_engines.py
+	$(ONE_THREAD) .venv-quantisers/bin/python $(PYTEST) plugins/quant/tests
+	$(ONE_THREAD) .venv-quantisers/bin/python -m pytest $(PYTEST_ARGS) -k quantised tests/test_readme.py
 
 check: $(DEV_READY) ## check lint, formatting and types
 	$(BIN)/ruff check .
@@ -91,6 +93,6 @@ $(CORE_READY): pyproject.toml | $(CORE_BIN)/python
 	$(CORE_BIN)/python -m pip install -e ".[cli,hf,plot,test]"
 	touch $@
 
-$(QUANTISERS_READY): pyproject.toml | .venv-quantisers/bin/python
-	.venv-quantisers/bin/python -m pip install -e ".[quantisers,test]"
+$(QUANTISERS_READY): $(PROJECTS) | .venv-quantisers/bin/python
+	.venv-quantisers/bin/python -m pip install -e ".[cli,lm,quantisers,test]" $(PLUGINS)
 	touch $@

@@ -1,5 +1,6 @@
 """Engines that shard weights and kinds of packed weights: each refusal of the table, in words, and nothing silent."""
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -86,19 +87,26 @@ def test_partitioned_weights_are_neither_wrapped_nor_saved_nor_merged(toys: "Toy
     assert not (tmp_path / "out").exists()
 
 
-def test_a_base_quantised_by_torchao_is_refused_before_it_is_trained(toys: "Toys") -> None:
-    """Its layers look like linear ones and train, but their weights support neither a fingerprint nor an addition."""
+def test_a_base_quantised_by_torchao_needs_a_plugin(toys: "Toys") -> None:
+    """Its layers look like linear ones and train, but their weights support neither samples nor an addition."""
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    if importlib.util.find_spec("tunerkit_quant") is not None:
+        pytest.skip("tunerkit-quant adapts it")
     net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 3))
     quantization.quantize_(net, quantization.Int8WeightOnlyConfig())
     before = list(net.state_dict())
     refused(
-        lambda: tunerkit.wrap(net, "toy-low-rank", {"targets": ["0"]}), TargetError, "torchao", "without quantising"
+        lambda: tunerkit.wrap(net, "toy-low-rank", {"targets": ["0"]}), TargetError, "torchao", "install tunerkit-quant"
     )
     assert list(net.state_dict()) == before
+
+
+def test_a_base_quantised_by_torchao_after_wrapping_is_refused(toys: "Toys") -> None:
+    """Torchao replaces the weight in the module, which stays the same, and so do the hooks of its adapter."""
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     model = tunerkit.wrap(nn.Sequential(nn.Linear(64, 64)), "toy-low-rank", {"targets": ["0"]})
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig(), filter_fn=lambda module, path: path == "0")
-    refused(lambda: tunerkit.save(model, "never"), TargetError, "torchao", "Save before")
+    refused(lambda: tunerkit.save(model, "never"), AdapterError, "quantised after it had been adapted")
     refused(lambda: tunerkit.merge(model), TargetError, "torchao", "tunerkit.merge on the unquantised base")
 
 

@@ -63,7 +63,7 @@ def test_it_lists_every_extra_for_users() -> None:
     """Those for work on tunerkit itself, and the one that only names others, are left out."""
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = set(project["optional-dependencies"])
-    assert extras - set(installed.EXTRAS) == {"demo", "dev", "quantisers", "test"}
+    assert extras - set(installed.EXTRAS) == {"demo", "dev", "test"}
     assert set(installed.EXTRAS) <= extras
 
 

@@ -112,6 +112,35 @@ ADDED = frozenset(
         "tunerkit.patterns.exact_patterns(POSITIONAL_OR_KEYWORD paths)",
         "tunerkit.resize_obstacle(POSITIONAL_OR_KEYWORD parameters, POSITIONAL_OR_KEYWORD optimizer)",
         "tunerkit.patterns.one_allowance()",
+        "tunerkit.BaseLayer.obstacle(POSITIONAL_OR_KEYWORD self)",
+        "tunerkit.BaseLayer.packing",
+        "tunerkit.BaseLayer.requantised(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD weight)",
+        "tunerkit.BaseLayer.unpacked(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD weight)",
+        "tunerkit.BaseLayer.while_adapted",
+        "tunerkit.PackedLinear(POSITIONAL_OR_KEYWORD module)",
+        "tunerkit.PackedLinear.in_features",
+        "tunerkit.PackedLinear.linear",
+        "tunerkit.PackedLinear.matrix(POSITIONAL_OR_KEYWORD self)",
+        "tunerkit.PackedLinear.module",
+        "tunerkit.PackedLinear.out_features",
+        "tunerkit.PackedLinear.pack(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD weight)",
+        "tunerkit.PackedLinear.packing",
+        "tunerkit.PackedLinear.project_in(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD x, "
+        "POSITIONAL_OR_KEYWORD q, POSITIONAL_OR_KEYWORD dropout = 0.0)",
+        "tunerkit.PackedLinear.project_out(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD h, "
+        "POSITIONAL_OR_KEYWORD p)",
+        "tunerkit.Packing(POSITIONAL_OR_KEYWORD name, POSITIONAL_OR_KEYWORD bits)",
+        "tunerkit.Packing.bits",
+        "tunerkit.Packing.name",
+        "tunerkit.Rounding(POSITIONAL_OR_KEYWORD stored_as, POSITIONAL_OR_KEYWORD bits, "
+        "POSITIONAL_OR_KEYWORD added, POSITIONAL_OR_KEYWORD own, POSITIONAL_OR_KEYWORD change)",
+        "tunerkit.Rounding.added",
+        "tunerkit.Rounding.bits",
+        "tunerkit.Rounding.change",
+        "tunerkit.Rounding.own",
+        "tunerkit.Rounding.stored_as",
+        "tunerkit.forward_name(POSITIONAL_OR_KEYWORD module)",
+        "tunerkit.rounding(POSITIONAL_OR_KEYWORD model)",
         "tunerkit.from_folder(POSITIONAL_OR_KEYWORD path, POSITIONAL_OR_KEYWORD base = None)",
     }
 )
@@ -121,6 +150,7 @@ GAINED = {
     "KEYWORD_ONLY statistics = None",
     "tunerkit.load": ", KEYWORD_ONLY check_config = True",
     "tunerkit.save": ", KEYWORD_ONLY allow_nonfinite = False",
+    "tunerkit.unwrap": ", KEYWORD_ONLY dtype = None",
 }
 # What core alone used: a tuner is made by `tunerkit.wrap` and `tunerkit.load`, and its bookkeeping lies in the model.
 REMOVED = frozenset({"tunerkit.Tuner.fingerprint", "tunerkit.Tuner.frozen", "tunerkit.Tuner.turn"})

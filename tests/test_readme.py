@@ -22,6 +22,7 @@ MORE_NEEDED = {
     "plugins/diffusers/README.md": ("tunerkit_diffusers", "diffusers"),
     "plugins/gguf/README.md": ("tunerkit_gguf", "gguf"),
     "plugins/peft/README.md": ("tunerkit_peft",),
+    "docs/quantised.md": ("bitsandbytes", "tunerkit_quant"),
 }
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 

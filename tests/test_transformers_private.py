@@ -134,7 +134,23 @@ def test_a_private_method_of_the_trainer_does_what_it_is_taken_for(name: str, tm
 def test_every_private_name_in_the_file_has_a_canary() -> None:
     """Also, no canary is for a name that is no longer used."""
     source = next(s for s in read("libraries", ROOT / "tunerkit/libraries") if s.name.endswith("transformers_private"))
-    assert set(private_attributes(source)) == {*CANARIES, MARK}
+    assert set(private_attributes(source)) == {*CANARIES, MARK, transformers_private.HAS_ADAPTERS}
+
+
+def test_a_trainer_takes_a_quantised_model_with_the_mark_of_adapters_alone() -> None:
+    """The class has the mark as False; on the instance it is set, and the Trainer looks at nothing else."""
+    where = f"transformers {transformers.__version__}: the mark of adapters is not what it was: mend {FILE}"
+    name = transformers_private.HAS_ADAPTERS
+    assert getattr(transformers.PreTrainedModel, name) is False, where
+    model: Any = transformers.BertModel(
+        transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    )
+    setattr(model, transformers_private.IS_QUANTISED, True)
+    arguments = transformers.TrainingArguments(report_to=[], use_cpu=True)
+    with pytest.raises(ValueError, match="quantized"):
+        transformers.Trainer(model, arguments)
+    setattr(model, name, True)
+    transformers.Trainer(model, arguments)
 
 
 def test_loaded_parameters_have_a_mark_that_new_ones_lack(tmp_path: Path) -> None:

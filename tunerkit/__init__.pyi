@@ -52,11 +52,13 @@ from .injection import (
 from .layers import (
     Adapter as Adapter,
     BaseLayer as BaseLayer,
+    PackedLinear as PackedLinear,
     add_low_rank as add_low_rank,
     low_rank_delta as low_rank_delta,
     low_rank_factors as low_rank_factors,
     resize_ as resize_,
 )
+from .libraries import forward_name as forward_name
 from .markers import hookimpl as hookimpl
 from .records import (
     DefaultTargets as DefaultTargets,
@@ -67,6 +69,7 @@ from .records import (
     Format as Format,
     Method as Method,
     MethodInfo as MethodInfo,
+    Packing as Packing,
     ParamGroup as ParamGroup,
     RankChange as RankChange,
     State as State,
@@ -76,10 +79,12 @@ from .records import (
     WeightReader as WeightReader,
 )
 from .serialization import (
+    Rounding as Rounding,
     disabled as disabled,
     load as load,
     load_state as load_state,
     merge as merge,
+    rounding as rounding,
     save as save,
     save_state as save_state,
     unmerge as unmerge,

@@ -35,6 +35,19 @@ class Method:
 
 
 @attrs.frozen
+class Packing:
+    """How a quantiser stores a weight, see `tunerkit.BaseLayer.packing`.
+
+    Attributes:
+        name: The quantiser and its kind of numbers, such as ``"bitsandbytes nf4"``. Files and messages name it.
+        bits: The bits of each number, without scales.
+    """
+
+    name: str
+    bits: float
+
+
+@attrs.frozen
 class StatisticsRequest:
     """The statistics that a method wants of each target, before training.
 

@@ -45,7 +45,8 @@ def wrap(
 
     Raises:
         ConfigError: The config or the seed is invalid; the error lists every problem with its path.
-        TargetError: A target cannot be found, or its module cannot be adapted; or torchao has quantised the model.
+        TargetError: A target cannot be found, or its module cannot be adapted; or a quantised layer
+            passes no gradient on.
         UnknownMethodError: No installed plugin provides the method.
         PluginError: The method's plugin violates the contract of a hook.
         AdapterError: The name is taken or invalid, or the model cannot take an adapter now: it is merged, disabled,
@@ -54,6 +55,7 @@ def wrap(
     root = injection.ready_model(model, adapter)
     config = hooks.configure(method, config)
     scanned = targets.scan(root, hooks.gather_knowledge())
+    targets.refuse_impassable(scanned)
     with patterns.one_allowance():
         chosen, copies = _select(scanned, method, config)
         tuner = _tuner_of(scanned, chosen, copies, method, config, adapter)
@@ -105,7 +107,7 @@ def _tuner_of(
     )
 
 
-def unwrap(model: M, *, keep_merged: bool = False) -> M:
+def unwrap(model: M, *, keep_merged: bool = False, dtype: torch.dtype | None = None) -> M:
     """Take every adapter out of a model, and detach it from its optimizer.
 
     A warning says if that undoes a merge. If this raises, a KeyboardInterrupt too, the adapters are either all in the
@@ -115,6 +117,8 @@ def unwrap(model: M, *, keep_merged: bool = False) -> M:
         model: The wrapped model.
         keep_merged: Whether to merge the active adapters into the weights first. By default the base is restored
             exactly, also if the model is merged.
+        dtype: If given, layers that a quantiser stores are replaced by dense ones of this dtype. With ``keep_merged``
+            they hold W + ΔW, rounded only to that dtype: such layers need not be writable.
 
     Returns:
         The same object, without adapters.
@@ -122,7 +126,10 @@ def unwrap(model: M, *, keep_merged: bool = False) -> M:
     Raises:
         AdapterError: The model has no adapter, is disabled, runs in another thread, cannot be merged, or was merged
             with ``permanent=True``, so that the base cannot be restored.
+        ConfigError: ``dtype`` is no floating-point dtype.
     """
+    if dtype is not None and not getattr(dtype, "is_floating_point", False):
+        raise ConfigError([f"expected a floating-point dtype such as torch.bfloat16, got {dtype!r} @ dtype"])
     tuners = injection.require_tuners(model)
     injection.refuse_disabled(model)
     root = injection.wrapped_model(model)
@@ -130,17 +137,38 @@ def unwrap(model: M, *, keep_merged: bool = False) -> M:
     if injection.is_merged(root) and not keep_merged:
         serialization.refuse_permanent(list(injection.walk(root)))
         warnings.warn(_UNDONE, TunerkitWarning, stacklevel=2)
+    dense: dict[str, nn.Module] = {}
+    built, ready = dtype is None, False
     try:
         if not keep_merged:
             serialization.restore_originals_(root)
-        elif not injection.is_merged(root):
-            serialization.merge(root)  # not for good: until an adapter is out, that can be undone
+        if dtype is not None:
+            dense, built = _dense_layers(root, next(iter(tuners.values())), dtype, keep_merged), True
+        if keep_merged and not injection.is_merged(root):
+            _merge_rest_(root, dense)
+        ready = True
         _take_out_(list(tuners.values()))
+        serialization.replace_by_dense_(root, dense)
     except BaseException:
-        if injection.is_merged(root) == keep_merged:  # the weights are as asked for, so complete the rest
+        # The weights are as asked for, so complete the rest.
+        if ready or (built and injection.is_merged(root) == keep_merged):
             _take_out_(list(tuners.values()))
+            serialization.replace_by_dense_(root, dense)
         raise
     return model
+
+
+def _dense_layers(root: nn.Module, tuner: Tuner, dtype: torch.dtype, keep_merged: bool) -> dict[str, nn.Module]:
+    """Build what replaces quantised layers. A merge is undone first if it can be: the new layers need no second one."""
+    if injection.is_merged(root) and not any(slots.permanent for _, _, slots in injection.walk(root)):
+        serialization.restore_originals_(root)
+    return serialization.dense_layers(tuner, dtype, merged=keep_merged)
+
+
+def _merge_rest_(root: nn.Module, dense: Mapping[str, nn.Module]) -> None:
+    """Merge the active adapters, except where a dense layer has them: not for good, so that this can be undone."""
+    if any(slots.active and path not in dense for path, _, slots in injection.walk(root)) or not dense:
+        serialization.merge_except_(root, dense)
 
 
 def _take_out_(tuners: Sequence[Tuner]) -> None:

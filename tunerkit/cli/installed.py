@@ -14,7 +14,10 @@ import tunerkit
 from tunerkit.cli.plugin_commands import plugin_commands
 
 # The extras that users choose; the others are for those who work on tunerkit itself.
-EXTRAS = ("adalora", "lora", "peft", "gguf", "diffusers", "hf", "cli", "lm", "vision", "plot")
+EXTRAS = (
+    *("adalora", "lora", "peft", "gguf", "diffusers", "quant", "quantisers"),
+    *("hf", "cli", "lm", "vision", "plot"),
+)
 
 
 @attrs.frozen

@@ -174,7 +174,7 @@ def _refuse_unreadable(tuner: Tuner, target: Target, base: BaseLayer) -> None:
             "implements neither tunerkit_delta nor tunerkit_factors; exclude it from the targets"
         )
     weight = torch_private.own_parameters(target.module).get(base.weight_name)
-    if weight is None or not weight.is_floating_point():
+    if weight is None or not weight.is_floating_point() or base.packing is not None:
         raise TargetError(
             f"{bypassed}and its weight is not a plain matrix to which a delta can be added; exclude it from the targets"
         )

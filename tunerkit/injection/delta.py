@@ -1,20 +1,20 @@
 """A module's own tensors with its adapters applied, for merging and for temporary weight overrides."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from tunerkit import hooks
-from tunerkit.errors import PluginError
+from tunerkit.errors import AdapterError, PluginError
 from tunerkit.injection.slots import Slots
 from tunerkit.layers import Adapter, BaseLayer, bias_name
 from tunerkit.libraries import torch_private
 from tunerkit.records import Delta
 
 
-def adapted_tensors(path: str, module: nn.Module, slots: Slots) -> dict[str, Tensor]:
+def adapted_tensors(path: str, module: nn.Module, slots: Slots) -> dict[str, Any]:
     """Compute the parameters and buffers of ``module`` with all active slots applied.
 
     Args:
@@ -24,12 +24,14 @@ def adapted_tensors(path: str, module: nn.Module, slots: Slots) -> dict[str, Ten
 
     Returns:
         New tensors by their local name, in the dtypes of the module's own. Tensors that no slot changes are missing. A
-        bias that the module lacks counts as zeros. With gradients on, they depend on the adapters' parameters.
+        bias that the module lacks counts as zeros. With gradients on, they depend on the adapters' parameters. Of a
+        packed weight they are the attributes that hold it, see `BaseLayer.requantised`.
 
     Raises:
+        AdapterError: The kind cannot write a packed weight, or the sum contains NaN or inf.
         PluginError: A plugin returns no delta, one of another shape, or one without the gradient that is needed.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Any] = {}
     deltas: list[Delta] = []
     for slot in slots.applied:
         if slot.copy is not None:
@@ -41,14 +43,17 @@ def adapted_tensors(path: str, module: nn.Module, slots: Slots) -> dict[str, Ten
             _refuse_untrainable(slot.method, slot.adapter, deltas[-1])
     if deltas:
         assert slots.base is not None
-        tensors |= _with_deltas(slots.base, deltas)
+        try:
+            tensors |= _with_deltas(slots.base, deltas)
+        except AdapterError as error:
+            raise AdapterError(f"cannot merge into {path!r}: {error}") from error
     for slot in slots.applied:
         if slot.copy is None and slot.bias is not None:
             _add_bias(module, bias_name(slots.base), slot.bias, tensors)
     return tensors
 
 
-def _with_deltas(base: BaseLayer, deltas: Sequence[Delta]) -> dict[str, Tensor]:
+def _with_deltas(base: BaseLayer, deltas: Sequence[Delta]) -> dict[str, Any]:
     """Add the sums of the deltas to the base layer's weight and bias, so that each is rounded once."""
     weights = [delta.weight for delta in deltas if delta.weight is not None]
     biases = [delta.bias for delta in deltas if delta.bias is not None]
@@ -69,7 +74,7 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _add_bias(module: nn.Module, name: str, trained: Tensor, tensors: dict[str, Tensor]) -> None:
+def _add_bias(module: nn.Module, name: str, trained: Tensor, tensors: dict[str, Any]) -> None:
     """Replace the module's own bias with the trained one. If other slots changed it, add the difference to theirs."""
     own = cast(nn.Parameter, torch_private.own_parameters(module)[name])
     if name in tensors:

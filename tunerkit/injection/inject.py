@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from tunerkit.errors import AdapterError
+from tunerkit.injection.held_settings import hold_settings_, release_settings_
+from tunerkit.injection.quantised_models import mark_trainable_, unmark_trainable_
 from tunerkit.injection.running import refuse_running, unwatch_threads_, watch_threads_
 from tunerkit.injection.save_pretrained import unwatch_saving_, watch_saving_
 from tunerkit.injection.slots import Slot, Slots, apply_slots, base_modules, slots_of, walk
@@ -44,6 +46,8 @@ def _inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan) -> None:
         watch_states_(model)
         watch_saving_(model)
         watch_threads_(model)
+        mark_trainable_(model)
+    hold_settings_(wrapped, scanned)
     for path, module in tuner.modules().items():
         slot, slots, found = built[path], slots_of(module), scanned.by_path[path]
         # A copy replaces the whole module, so there is no base layer.
@@ -96,6 +100,8 @@ def _eject_(tuners: Sequence[Tuner]) -> None:
         unwatch_states_(model)
         unwatch_saving_(model)
         unwatch_threads_(model)
+        unmark_trainable_(model)
+        release_settings_(wrapped)
         vars(model).pop(WRAPPED, None)
     _prepare_next_forward_(model)
 

@@ -8,7 +8,7 @@ from tunerkit.errors import AdapterError
 from tunerkit.injection.slots import Slots, apply_slots, base_modules, is_resized, slots_of
 from tunerkit.injection.tuner import Tuner
 from tunerkit.injection.weight_override import overridden_in
-from tunerkit.libraries import torch_private
+from tunerkit.libraries import is_packed, torch_private
 
 
 def refuse_lost(tuners: Iterable[Tuner]) -> None:
@@ -38,8 +38,16 @@ def _lost(tuner: Tuner) -> Iterator[tuple[str, str]]:
             yield path, f"the {type(module).__name__} that was adapted is not in the model any more"
         elif not torch_private.has_hook(module, apply_slots) and id(module) not in overridden:
             yield path, "its forward hook is gone"
+        elif slots is not None and _was_packed(module, slots):
+            yield path, f"the weight of the {type(module).__name__} was quantised after it had been adapted"
         elif slots is not None and _is_resized(module, slots):
             yield path, f"the {type(module).__name__} has another size than when it was adapted"
+
+
+def _was_packed(module: nn.Module, slots: Slots) -> bool:
+    """Whether the module has a packed weight by now, with which the kind that it was adapted as does not work."""
+    packed = any(map(is_packed, torch_private.own_parameters(module).values()))
+    return packed and slots.base is not None and not slots.base.matches(module)
 
 
 def _is_resized(module: nn.Module, slots: Slots) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from tunerkit.errors import TunerkitWarning
+from tunerkit.injection.quantised_models import unmarked
 from tunerkit.injection.slots import base_modules, walk
 from tunerkit.libraries import checkpoints_of
 from tunerkit.paths import is_adapter_path
@@ -57,9 +58,10 @@ def save_pretrained(module: nn.Module, own: Callable[..., Any] | None, *args: An
     if slots and not any(each.merged or not each.enabled for each in slots):
         if _is_first_of_run(module, kwargs.get("save_directory", next(iter(args), None))):
             warnings.warn(_LOST.format(type(module).__name__), TunerkitWarning, stacklevel=2)
-        return method(*args, **kwargs)
+        with unmarked(module):
+            return method(*args, **kwargs)
     # Passed or asked of the model: the method takes the weights from one of the two.
-    with module.register_state_dict_post_hook(_drop_adapters):
+    with unmarked(module), module.register_state_dict_post_hook(_drop_adapters):
         return method(*map(_without_adapters, args), **{name: _without_adapters(kwargs[name]) for name in kwargs})
 
 

@@ -136,6 +136,8 @@ class Slots(nn.Module):
         enabled: False inside `tunerkit.disabled`.
         merged: The adapters that are merged into the module.
         permanent: Whether the merge kept no originals.
+        rounding: What a merge into a packed weight has rounded, as `tunerkit.rounding` returns it.
+        whole: What a merge has set aside of a packed weight, by its name: Parameter objects and what describes them.
     """
 
     def __init__(self, base: BaseLayer | None) -> None:
@@ -145,6 +147,8 @@ class Slots(nn.Module):
         self.enabled = True
         self.merged: tuple[str, ...] = ()
         self.permanent = False
+        self.rounding: object | None = None
+        self.whole: Mapping[str, Any] = {}
 
     def see_as(self, base: BaseLayer | None) -> None:
         """Set the base layer."""
@@ -160,7 +164,8 @@ class Slots(nn.Module):
 
         If the original was merged, its module held the base at that time, so the copy is not merged.
         """
-        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's own
+        earlier: dict[str, Any] = {"rounding": None, "whole": {}}  # pickles of earlier versions lack these
+        super().__setstate__(earlier | state)  # type: ignore[no-untyped-call]  # torch's own
         if not self.enabled:
             self.enabled = True
             self.forget_merge()
@@ -213,17 +218,19 @@ class Slots(nn.Module):
         return {name: slot.copy for name, slot in slots if isinstance(slot, Slot) and slot.copy is not None}
 
     @property
-    def originals(self) -> dict[str, Tensor]:
-        """The tensors that a merge has set aside, by their local name in the module."""
+    def originals(self) -> dict[str, Any]:
+        """What a merge has set aside, by its local name in the module: tensors, and the attributes in ``whole``."""
         buffers = self.named_buffers(recurse=False, remove_duplicate=False)
-        return {name.removeprefix(_ORIGINAL).replace(_DOT, "."): tensor for name, tensor in buffers}
+        return dict(self.whole) | {name.removeprefix(_ORIGINAL).replace(_DOT, "."): tensor for name, tensor in buffers}
 
-    def set_aside(self, originals: Mapping[str, Tensor]) -> None:
-        """Keep ``originals`` in buffers, so that they follow `model.to(...)`, but outside ``state_dict``."""
+    def set_aside(self, originals: Mapping[str, Any]) -> None:
+        """Keep ``originals``, outside ``state_dict``. Tensors are buffers, so that they follow `model.to(...)`."""
+        self.whole = {name: value for name, value in originals.items() if _is_whole(value)}
         for name, tensor in originals.items():
-            self.register_buffer(_ORIGINAL + name.replace(".", _DOT), tensor, persistent=False)
+            if name not in self.whole:
+                self.register_buffer(_ORIGINAL + name.replace(".", _DOT), tensor, persistent=False)
 
-    def note_merged(self, originals: Mapping[str, Tensor], *, permanent: bool) -> None:
+    def note_merged(self, originals: Mapping[str, Any], *, permanent: bool) -> None:
         """Note that the active adapters are merged into the module, which had the values ``originals``."""
         self.set_aside(originals)
         self.permanent = permanent
@@ -233,13 +240,20 @@ class Slots(nn.Module):
         """Note that nothing is merged, and free what `set_aside` kept."""
         for name, _ in list(self.named_buffers(recurse=False, remove_duplicate=False)):
             delattr(self, name)
+        self.whole, self.rounding = {}, None
         self.permanent = False
         self.merged = ()
 
     def original(self, name: str, live: Tensor) -> Tensor:
         """Return the base's own tensor, also while a merged one replaces it in the module."""
         # `originals` costs a search through the buffers, and only a merged module has some.
-        return (self.originals.get(name, live) if self.merged and self.enabled else live).detach()
+        found: Tensor = self.originals.get(name, live) if self.merged and self.enabled else live
+        return found.detach()
+
+
+def _is_whole(value: object) -> bool:
+    """Whether a merge replaced an attribute as a whole, and not a tensor's values."""
+    return isinstance(value, nn.Parameter) or not isinstance(value, Tensor)
 
 
 def slots_of(module: nn.Module) -> Slots | None:

@@ -13,7 +13,7 @@ from tunerkit.errors import AdapterError, TunerkitWarning
 from tunerkit.injection.delta import adapted_tensors
 from tunerkit.injection.slots import Slots, walk
 from tunerkit.injection.tuner import wrapped_of
-from tunerkit.libraries import torch_private
+from tunerkit.libraries import numbers_of, torch_private
 from tunerkit.paths import CHILD, join
 
 # The entry in the metadata of a state with merged weights.
@@ -71,7 +71,13 @@ def _changes(path: str, part: nn.Module, slots: Slots, state: Mapping[str, Any],
     own = dict(part.named_parameters())
     names = {prefix + join(path, name): own[name] for name in slots.originals if name in own}
     pairs = [(live, state[name]) for name, live in names.items() if name in state]
-    return not all(new.shape == live.shape and torch.equal(live, new.to(live)) for live, new in pairs)
+    return not all(_is_equal(live, new) for live, new in pairs)
+
+
+def _is_equal(live: Tensor, new: Tensor) -> bool:
+    """Whether two tensors have the same numbers, also where each is made of other tensors."""
+    pairs = zip(numbers_of(live), numbers_of(new), strict=False)
+    return new.shape == live.shape and all(a.shape == b.shape and torch.equal(a, b.to(a)) for a, b in pairs)
 
 
 def _weights(

@@ -238,12 +238,14 @@ class Wrapped:
         active: The names of the adapters that forward applies, in order.
         frozen: The names of the base parameters that wrapping froze.
         told: What a warning has said of the base that no adapter's file holds.
+        held: The attributes of base layers that have another value meanwhile, as (module, name, earlier value).
     """
 
     tuners: dict[str, Tuner] = attrs.field(factory=dict)
     active: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
     told: set[str] = attrs.field(factory=set)
+    held: list[tuple[nn.Module, str, object]] = attrs.field(factory=list)
 
 
 def wrapped_of(model: nn.Module) -> Wrapped:

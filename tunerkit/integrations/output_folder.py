@@ -24,6 +24,7 @@ class Run:
         source: The base model: the folder or the hub name that it was loaded from.
         revision: The commit of the hub; None for a folder.
         dtype: The dtype of the base's weights, such as ``"float32"``.
+        quantisation: How the base was quantised as it was loaded; None if it was not.
         labels: The names of the classes, in the order of the logits.
         seed: What the modules were initialised by that the base's checkpoint does not have.
         record: The whole record.
@@ -34,6 +35,7 @@ class Run:
     source: str
     revision: str | None
     dtype: str
+    quantisation: str | None
     labels: tuple[str, ...]
     seed: int
     record: Mapping[str, Any]
@@ -64,6 +66,7 @@ def read_run(folder: str | Path) -> Run:
         source=model["source"],
         revision=model.get("revision"),
         dtype=str(model.get("dtype", "float32")),
+        quantisation=None if (name := model.get("quantisation")) is None else str(name),
         labels=tuple(labels),
         seed=int(model.get("seed", 0)),
         record=record,
@@ -96,6 +99,7 @@ def load_run(run: Run, base: str | Path | None = None) -> Pretrained:
         dtype=run.dtype,
         seed=run.seed,
         processor_from=run.folder,
+        quantisation=run.quantisation,
     )
     try:
         serialization.load(loaded.model, run.folder)

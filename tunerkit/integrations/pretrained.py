@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from tunerkit.errors import TunerkitError, closest, cut, shown
+from tunerkit.integrations.quantising import quantising
 from tunerkit.libraries import transformers_private
 
 
@@ -97,6 +98,7 @@ class Pretrained:
         revision: The commit of the hub that was loaded; None for a folder.
         heads: The paths of a classifier's head, if the checkpoint had it: it may be for other classes, so a training
             must name it. Empty if the head is new, which `tunerkit.wrap` sees, and for language models.
+        quantisation: How the model was quantised as it was loaded; None if it was not.
     """
 
     model: Any
@@ -104,6 +106,7 @@ class Pretrained:
     source: str
     revision: str | None
     heads: tuple[str, ...]
+    quantisation: str | None = None
 
 
 def classes_of(task: str) -> TaskClasses:
@@ -123,6 +126,7 @@ def load_pretrained(
     dtype: torch.dtype | str = torch.float32,
     seed: int = 0,
     processor_from: str | Path | None = None,
+    quantisation: str | None = None,
 ) -> Pretrained:
     """Load a base model for a task, with a head for ``labels`` that ``seed`` initialises if it is new.
 
@@ -136,8 +140,10 @@ def load_pretrained(
         dtype: The dtype of the base's weights; ``"auto"`` keeps the checkpoint's.
         seed: What the new modules are initialised by.
         processor_from: The folder of the processor, if it is not the model's.
+        quantisation: How to quantise the model as it is loaded, see `quantising`; None loads it as it is.
 
     Raises:
+        QuantisationError: It cannot be quantised so here.
         ModelError: There is no such folder, it is a model of another kind, or transformers cannot load it.
     """
     task_classes = classes_of(task)
@@ -153,7 +159,11 @@ def load_pretrained(
         processor = _load_processor(task_classes, source, {**version, **whole})
     else:
         processor = _load_processor(task_classes, processor_from, whole)
-    settings = {"dtype": dtype, **version, **_head_settings(task_classes, labels)}
+    classifies = bool(labels) or task_classes.problem is not None
+    packed = {}
+    if quantisation is not None:
+        packed = quantising(quantisation, dtype, _heads_of_class(task_classes, config) if classifies else ())
+    settings = {"dtype": dtype, **version, **packed, **_head_settings(task_classes, labels)}
     # The seed decides what the checkpoint lacks, and no random numbers of the caller's are drawn.
     with torch.random.fork_rng(devices=[]), _quietly() as transformers:
         torch.manual_seed(seed)
@@ -166,7 +176,7 @@ def load_pretrained(
     if task_classes.processor == _TEXT:
         _settle_padding(source, processor, model)
     heads = loaded_heads(model) if labels or task_classes.problem else ()
-    return Pretrained(model, processor, source, _commit_of(source, revision), heads)
+    return Pretrained(model, processor, source, _commit_of(source, revision), heads, quantisation)
 
 
 def _load_processor(task_classes: TaskClasses, source: str | Path, settings: Mapping[str, Any]) -> Any:
@@ -250,10 +260,23 @@ def _config_of(source: str, revised: Mapping[str, str]) -> Any:
 
 def loaded_heads(model: Any) -> tuple[str, ...]:
     """The modules outside the pretrained part, if the checkpoint had one of them: `tunerkit.wrap` finds new ones."""
-    heads = {name: [*child.parameters()] for name, child in model.named_children() if name != model.base_model_prefix}
-    heads = {name: parameters for name, parameters in heads.items() if parameters}
+    heads = _heads(model)
     loaded = any(all(map(transformers_private.is_loaded, parameters)) for parameters in heads.values())
     return tuple(heads) if loaded else ()
+
+
+def _heads(model: Any) -> dict[str, list[Any]]:
+    """The parameters of each module outside the pretrained part, by name."""
+    heads = {name: [*child.parameters()] for name, child in model.named_children() if name != model.base_model_prefix}
+    return {name: parameters for name, parameters in heads.items() if parameters}
+
+
+def _heads_of_class(task_classes: TaskClasses, config: Any) -> tuple[str, ...]:
+    """The modules outside the pretrained part of the models that the task has for a config."""
+    import transformers
+
+    with torch.device("meta"):
+        return tuple(_heads(getattr(transformers, task_classes.model).from_config(config)))
 
 
 @contextmanager

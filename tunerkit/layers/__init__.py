@@ -7,5 +7,6 @@ from tunerkit.layers.builtin import CORE, KINDS, Knowledge, as_base_layer, as_ba
 from tunerkit.layers.fused import autocast_off, mark_fresh, plain_form, unmark
 from tunerkit.layers.low_rank import add_low_rank, low_rank_delta, low_rank_factors, misfit
 from tunerkit.layers.outputs import OutputLayer
+from tunerkit.layers.packed import PackedLinear
 from tunerkit.layers.resizing import resize_
 from tunerkit.layers.sketches import Sketch

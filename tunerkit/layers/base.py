@@ -1,7 +1,8 @@
 """The kinds of base layers: how each reads its input, is added to, and shows its weight as one (out, in) matrix."""
 
 import abc
-from typing import ClassVar, cast
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
 
 import attrs
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tunerkit.errors import AdapterError
-from tunerkit.libraries import forward_owner, torch_private, weight_of
+from tunerkit.libraries import forward_owner, is_packed, torch_private, weight_of
+from tunerkit.records import Packing
 
 
 @attrs.frozen(eq=False)
@@ -71,6 +73,33 @@ class BaseLayer(abc.ABC):
     def scale(self) -> float | Tensor:
         """The factor by which the layer multiplies W's output, 1 by default; `project_out` includes it."""
         return 1.0
+
+    @property
+    def packing(self) -> Packing | None:
+        """How a quantiser stores W; None, the default, if W is stored as numbers that may be added to.
+
+        Files then describe W by its shape alone, so that an adapter fits the base in another precision too. Merging
+        calls `requantised`.
+        """
+        return None
+
+    @property
+    def while_adapted(self) -> Mapping[str, object]:
+        """Attributes of the module, with the values that they must have while the model has adapters.
+
+        Core sets them on every module of the kind, adapted or not, and puts the earlier values back with the last
+        adapter. By default there are none.
+        """
+        return {}
+
+    def obstacle(self) -> str | None:
+        """Say why the module cannot be adapted as it is now, as the end of a sentence about its path.
+
+        Returns:
+            None, the default, if it can. A kind that recognises a module says here what is missing. A module with
+            a `packing` must also pass gradients on, so an obstacle of any of them prevents training.
+        """
+        return None
 
     @abc.abstractmethod
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> Tensor:
@@ -146,7 +175,7 @@ class BaseLayer(abc.ABC):
             The same values in the weight's layout, in the dtype of the argument.
         """
 
-    def merged(self, delta: Tensor) -> dict[str, Tensor]:
+    def merged(self, delta: Tensor) -> dict[str, Any]:
         """Compute the module's own tensors with ΔW added to W. A kind overrides it to pack a merged weight itself.
 
         Args:
@@ -154,11 +183,61 @@ class BaseLayer(abc.ABC):
 
         Returns:
             New tensors by their local name in the module, each in the shape and dtype of the module's own. By default
-            that is W alone: the sum is computed in fp32 or wider, and rounded once.
+            that is W alone: the sum is computed in fp32 or wider, and rounded once. With a `packing`, it is what
+            `requantised` returns for the sum.
+
+        Raises:
+            AdapterError: There is a `packing`, and the kind cannot write a weight.
         """
+        if self.packing is not None:
+            total = self.dense().to(delta.dtype) + delta
+            if not total.isfinite().all():  # packed, it would be numbers again
+                raise AdapterError(
+                    f"the weight of the {type(self.module).__name__} and its adapters add up to NaN or inf. Nothing "
+                    "was changed. Check the adapter's own weights"
+                )
+            return dict(self.requantised(total))
         own, packed = self.tensor(self.weight_name), self.pack(delta)
         wide = torch.promote_types(packed.dtype, torch.promote_types(own.dtype, torch.float32))
         return {self.weight_name: (own.to(wide) + packed.to(wide)).to(own.dtype)}
+
+    def requantised(self, weight: Tensor) -> Mapping[str, Any]:
+        """Store another W as the module stores its own, with the quantiser of its library. The module is only read.
+
+        Only a kind with a `packing` defines it.
+
+        Args:
+            weight: W, (out, in), in fp32 or a wider dtype.
+
+        Returns:
+            The module's attributes that hold W, by name: parameters, buffers, and what describes them. All are new
+            objects. While the adapters are merged, they replace the module's own, which are kept as they are.
+
+        Raises:
+            AdapterError: The kind cannot write a weight. This is the default.
+        """
+        stored = "packed" if self.packing is None else f"as {self.packing.name}"
+        raise AdapterError(
+            f"the {type(self.module).__name__} stores its weight {stored}, and {type(self).__name__} cannot write one. "
+            "Use tunerkit.unwrap(model, keep_merged=True, dtype=torch.bfloat16), which replaces such layers by "
+            "nn.Linear, or load the adapter onto the unquantised base and merge there"
+        )
+
+    def unpacked(self, weight: Tensor) -> nn.Module:
+        """Build the module that `tunerkit.unwrap` puts in the place of one with a `packing`.
+
+        Args:
+            weight: W, (out, in), in the dtype of the new module.
+
+        Returns:
+            By default an ``nn.Linear`` with W and the module's own bias.
+        """
+        bias = self.bias()
+        dense = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
+        dense.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            dense.bias = nn.Parameter(bias.to(weight.dtype, copy=True), requires_grad=False)
+        return dense.train(self.module.training)
 
     def tensor(self, name: str) -> Tensor:
         """Return a parameter or buffer of the module itself, also while core overrides it for a call.
@@ -202,5 +281,7 @@ def drop(x: Tensor, dropout: float) -> Tensor:
 
 def runs_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether the forward of ``module`` is exactly that of ``kind``."""
-    # A lazy layer inherits the forward too, but its features are still unknown.
-    return isinstance(module, kind) and forward_owner(module) is kind and not is_lazy(cast(Tensor, module.weight))
+    if not isinstance(module, kind) or forward_owner(module) is not kind:
+        return False
+    # A lazy layer inherits the forward too, but its features are unknown. A packed weight is no matrix of numbers.
+    return not is_lazy(cast(Tensor, module.weight)) and not is_packed(module.weight)

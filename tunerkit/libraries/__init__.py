@@ -8,6 +8,7 @@ from tunerkit.libraries.foreign_files import DEFAULT_FORMAT, FOREIGN_FORMATS, Fo
 from tunerkit.libraries.forward_fields import FORWARD_ALIASES, FORWARD_FIELDS, FORWARD_SYNONYMS
 from tunerkit.libraries.forwards import derives_from, forward_name, forward_owner, overrides_forward
 from tunerkit.libraries.output_heads import is_head_name, labels_hint, named_heads
+from tunerkit.libraries.quantisers import is_packed, numbers_of, quantiser_of
 from tunerkit.libraries.transformers_classes import (
     CONV1D,
     FALCON_LINEAR,
@@ -18,6 +19,12 @@ from tunerkit.libraries.transformers_classes import (
     is_computed,
     is_scaled_embedding,
 )
-from tunerkit.libraries.transformers_private import is_built, is_loaded
+from tunerkit.libraries.transformers_private import (
+    HAS_ADAPTERS,
+    IS_QUANTISED,
+    forget_quantisation,
+    is_built,
+    is_loaded,
+)
 from tunerkit.libraries.trl import is_trl_trainer
 from tunerkit.libraries.weight_readers import WEIGHT_READERS

@@ -57,10 +57,6 @@ ENGINES = (
         "torchao",
         classes=("torchao.utils.TorchAOBaseTensor",),
         refused={
-            "wrap": "torchao stores its weights packed, and no adapter on them could be saved or merged. Load the "
-            "model without quantising it, in bfloat16 to save memory, and wrap that",
-            "save": "torchao stores its weights packed, so the base's fingerprint cannot be taken. Save before you "
-            "quantise the model",
             "merge": f"torchao stores its weights packed, so nothing can be added to them. {_PACKED}",
         },
         error=TargetError,

@@ -1,4 +1,4 @@
-"""The private names of transformers: a Trainer's methods for weights and states, and the mark of loaded parameters.
+"""The private names of transformers: a Trainer's methods for weights and states, and marks of parameters and models.
 
 Nothing here imports transformers. If a release renames one, tests/test_transformers_private.py reports it.
 """
@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 
 Method = Callable[..., None]
+# Attributes of a model: the class sets the first to False, and peft's adapters set it to True on the instance.
+HAS_ADAPTERS, IS_QUANTISED = "_hf_peft_config_loaded", "is_quantized"
 
 
 def replace_(trainer: Any, *, save: Method, save_states: Method, load: Method, load_best: Method) -> None:
@@ -35,3 +37,13 @@ def is_loaded(parameter: nn.Parameter) -> bool:
 def is_built(module: nn.Module) -> bool:
     """Whether ``from_pretrained``, or a class of transformers, gave the module its first values or loaded them."""
     return bool(vars(module).get("_is_hf_initialized", False))
+
+
+def forget_quantisation(model: Any) -> None:
+    """Make a model of transformers, all of whose layers are dense by now, an ordinary one again."""
+    quantiser = getattr(model, "hf_quantizer", None)
+    if quantiser is not None:
+        quantiser.remove_quantization_config(model)
+        for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+            if hasattr(model, mark):
+                setattr(model, mark, False)

@@ -8,9 +8,11 @@ from tunerkit.serialization.before_saving import (
     warn_of_unspent_schedule,
     warn_of_untrained,
 )
+from tunerkit.serialization.dense import dense_layers, replace_by_dense_
 from tunerkit.serialization.exporting import write_format
 from tunerkit.serialization.formats import find_format, format_at
-from tunerkit.serialization.merge import disabled, merge, refuse_permanent, restore_originals_, unmerge
+from tunerkit.serialization.merge import disabled, merge, merge_except_, refuse_permanent, restore_originals_, unmerge
 from tunerkit.serialization.replacing import replace
+from tunerkit.serialization.rounding import Rounding, rounding
 from tunerkit.serialization.safetensors_file import file_at
 from tunerkit.serialization.training_state import carry, forget_state_, load_state, restore_, save_state

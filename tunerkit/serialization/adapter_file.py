@@ -58,7 +58,6 @@ def save(
         AdapterError: The method needs steps and the adapter was trained for none; its weights contain NaN or inf, or
             are offloaded, or are held in shards by FSDP or ZeRO-3; or adapted modules were replaced or resized after
             wrapping, so that no base model would fit the file. An older file is unchanged then.
-        TargetError: The model was quantised by torchao after wrapping.
         FileError: The file cannot be written, or there is a safetensors file that tunerkit did not write. An older file
             is unchanged then.
     """
@@ -139,8 +138,8 @@ def load(
         FileError: The file is missing or damaged, tunerkit did not write it, its tensors do not fit its header, or they
             contain NaN or inf.
         BaseMismatchError: The adapter was trained on a different base model, or its config differs.
-        TargetError: The weight of a target is tied to one without an adapter, or on the meta device, or torchao has
-            quantised the model.
+        TargetError: The weight of a target is tied to one without an adapter, or on the meta device; or ``trainable``
+            is set and a quantised layer passes no gradient on.
         AdapterError: The name is taken or invalid, or the model cannot take an adapter now: it is merged, disabled,
             inside DDP, FSDP or ZeRO-3, a PeftModel, or running in another thread.
         UnknownMethodError: No installed plugin provides the method.
@@ -171,6 +170,8 @@ def load_onto(
     format = format_at(path)
     if format is not None:
         scanned = targets.scan(root, hooks.gather_knowledge(), unloaded=unloaded)
+        if trainable:
+            targets.refuse_impassable(scanned)
         adopted = adopt(format, path, scanned, adapter)
         warn_of(adopted.remarks, os.fspath(path))  # before: where warnings are errors, nothing is loaded
         steps.watch_optimizers(adopted.tuner.method)
@@ -178,6 +179,8 @@ def load_onto(
         return base
     source, tensors, header = read(path, content="adapter")
     scanned = targets.scan(root, hooks.gather_knowledge(), unloaded=unloaded)
+    if trainable:
+        targets.refuse_impassable(scanned)
     tuner = _tuner_from(header, scanned, adapter, source)
     refuse_other_base(tuner, header, source, scanned, check_config=check_config)
     refuse_nonfinite(tensors, base_values(tuner), source)

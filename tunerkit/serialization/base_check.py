@@ -1,11 +1,12 @@
 """Whether a model is the base that an adapter was trained on: its parameters, its settings, and what is trained."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from tunerkit.errors import BaseMismatchError, FileError, shown
+from tunerkit.errors import BaseMismatchError, FileError, TunerkitWarning, shown
 from tunerkit.injection import Tuner, base_modules, slots_of
 from tunerkit.libraries import labels_hint, torch_private
 from tunerkit.paths import few, join
@@ -20,6 +21,7 @@ from tunerkit.serialization.fingerprint import (
 )
 from tunerkit.serialization.forward_config import forward_config, forward_differences
 from tunerkit.serialization.header import Header
+from tunerkit.serialization.packings import stored_otherwise
 from tunerkit.targets import Scan
 
 # The entry of an adapter file's ``values`` with the base's settings. Readers that do not know it ignore it.
@@ -37,6 +39,8 @@ def refuse_other_base(
     tuner: Tuner, header: Header, source: str, scanned: Scan | None = None, *, check_config: bool = True
 ) -> None:
     """Raise `BaseMismatchError` if the base under ``tuner`` is not the one that the file describes.
+
+    Warn if it is, and one of the two is quantised, or both are in different ways.
 
     Args:
         tuner: The adapter's handle.
@@ -62,6 +66,20 @@ def refuse_other_base(
         if other and len(lines) == 1:
             hint = "; its weights are the same, so if you mean to use it, pass check_config=False to tunerkit.load"
         raise BaseMismatchError("\n- ".join([f"{source} was trained on another base model{hint}:", *lines]))
+    _warn_of_storage(header.base, found, source)
+
+
+def _warn_of_storage(saved: Fingerprint, found: Fingerprint, source: str) -> None:
+    """Warn, in one line, if this base stores weights with another quantiser than the one of the file, or with none."""
+    counts = stored_otherwise((entry, found[name]) for name, entry in saved.items() if name in found)
+    if counts:
+        listed = "; ".join(f"{count} layers: {before} -> {here}" for (before, here), count in counts.items())
+        warnings.warn(
+            f"{source} was trained on a base whose weights are stored in another way (saved -> here: {listed}). Their "
+            "values cannot be compared, and outputs differ by what quantising changes",
+            TunerkitWarning,
+            stacklevel=4,
+        )
 
 
 def base_values(tuner: Tuner) -> dict[str, Tensor]:

@@ -11,9 +11,10 @@ from torch import Tensor
 from tunerkit import injection, layers
 from tunerkit.injection import Tuner
 from tunerkit.layers import BaseLayer
-from tunerkit.libraries import torch_private
+from tunerkit.libraries import is_packed, torch_private
 from tunerkit.paths import few, is_under, join
 from tunerkit.records import Target
+from tunerkit.serialization.packings import entry_of, is_packed_entry, packed_layers, weight_entry
 from tunerkit.targets import Scan
 
 SAMPLES = 4
@@ -32,16 +33,20 @@ def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str
     trains in full (copies and biases) is left out, because a new head has other values at each load. So is a new head
     that another adapter trained beside it.
 
+    A weight that a quantiser stores has one entry, with the name and the shape of the unquantised weight, the
+    quantiser's name as its dtype, and an empty sample. What it is packed in has none.
+
     Args:
         tuner: The adapter's handle.
         scanned: The scan of the model; only needed before the adapter is in the model, to find its biases.
     """
-    tensors = base_tensors(tuner, scanned)
+    packed = packed_layers(tuner, scanned)
+    tensors = base_tensors(tuner, scanned, packed)
     samples = _sample(tensors)
     return {
         name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "sample": samples[name]}
         for name, t in tensors.items()
-    }
+    } | {weight_entry(path): entry_of(base) for path, base in packed.items() if not is_under(path, _left_out(tuner))}
 
 
 def differences(saved: Fingerprint, found: Fingerprint) -> list[str]:
@@ -61,7 +66,13 @@ def differences(saved: Fingerprint, found: Fingerprint) -> list[str]:
 
 def reshaped(saved: Fingerprint, found: Fingerprint) -> list[str]:
     """The names that two fingerprints share, with different shapes."""
-    return [name for name, entry in saved.items() if name in found and entry["shape"] != found[name]["shape"]]
+    return [name for name, entry in saved.items() if name in found and not _same_shape(entry, found[name])]
+
+
+def _same_shape(saved: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
+    """Whether two shapes are equal. A quantiser stores the (in, out) of a Conv1D as (out, in)."""
+    packed = is_packed_entry(saved) or is_packed_entry(found)
+    return bool(saved["shape"] == found["shape"] or (packed and saved["shape"] == found["shape"][::-1]))
 
 
 def trained_biases(tuner: Tuner, scanned: Scan | None) -> dict[str, str]:
@@ -69,12 +80,13 @@ def trained_biases(tuner: Tuner, scanned: Scan | None) -> dict[str, str]:
     return {place.path: layers.bias_name(_base_of(place, scanned)) for place in tuner.biases}
 
 
-def base_tensors(tuner: Tuner, scanned: Scan | None) -> dict[str, Tensor]:
+def base_tensors(tuner: Tuner, scanned: Scan | None, quantised: Mapping[str, BaseLayer]) -> dict[str, Tensor]:
     """Return the base's own parameters by name: originals where merged, and without those that are trained in full.
 
-    If the weight of a target is a buffer, so that the module packs it, all buffers of the module are included.
+    If the weight of a target is a buffer, so that the module packs it, all buffers of the module are included. Of the
+    layers in ``quantised``, by path, only the bias is.
     """
-    copied = {*(place.path for place in tuner.copies), *tuner.progress.beside}
+    copied = _left_out(tuner)
     biased = {join(path, name) for path, name in trained_biases(tuner, scanned).items()}
     packed = {target.path for target in tuner.targets if _is_packed(target, scanned)}
     found = {}
@@ -82,12 +94,22 @@ def base_tensors(tuner: Tuner, scanned: Scan | None) -> dict[str, Tensor]:
         if is_under(path, copied):
             continue
         slots = injection.slots_of(module)
+        if path in quantised:
+            leaf, bias = quantised[path].bias_name, quantised[path].bias()
+            if bias is not None and join(path, leaf) not in biased:
+                found[join(path, leaf)] = bias if slots is None else slots.original(leaf, bias)
+            continue
         buffers = dict(module.named_buffers(recurse=False)) if path in packed else {}
         for leaf, tensor in {**torch_private.own_parameters(module), **buffers}.items():
             name = join(path, leaf)
             if tensor is not None and name not in biased:
                 found[name] = tensor.detach() if slots is None else slots.original(leaf, tensor)
     return found
+
+
+def _left_out(tuner: Tuner) -> set[str]:
+    """The paths of what is trained in full."""
+    return {*(place.path for place in tuner.copies), *tuner.progress.beside}
 
 
 def _is_packed(target: Target, scanned: Scan | None) -> bool:
@@ -110,7 +132,7 @@ def _sample(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
     """
     alike: dict[tuple[torch.device, torch.dtype], list[str]] = defaultdict(list)
     for name, tensor in tensors.items():
-        if tensor.numel() and not tensor.is_meta:
+        if tensor.numel() and not tensor.is_meta and not is_packed(tensor):
             alike[tensor.device, tensor.dtype].append(name)
     samples: dict[str, list[float]] = {name: [] for name in tensors}
     for (device, _), names in alike.items():

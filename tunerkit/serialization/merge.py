@@ -1,8 +1,8 @@
 """Merge adapters into their base layers, unmerge them exactly, and show the base model while adapters stay in."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from tunerkit.paths import few, join
 from tunerkit.serialization.fingerprint import fingerprint
 from tunerkit.serialization.finite import nonfinite
 from tunerkit.serialization.packed_weights import packed_sum
+from tunerkit.serialization.rounding import note_rounding_, warn_of_rounding
 from tunerkit.serialization.stacked import refuse_unequal
 from tunerkit.serialization.untying import (
     Parting,
@@ -25,6 +26,7 @@ from tunerkit.serialization.untying import (
     refuse_left_out,
     thaw_parted,
 )
+from tunerkit.serialization.whole import is_whole, put_
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -44,6 +46,9 @@ def merge(model: M, *, permanent: bool = False) -> M:
     No forward may run in another thread while the weights change: use one lock for both. A forward that is seen to
     run is an error.
 
+    A weight that a quantiser stores is dequantised, and the sum is quantised again in the same way. `rounding` lists
+    what that rounds, and a warning says it for weights of 4 bits and less.
+
     If this raises, also a KeyboardInterrupt in the middle, nothing is changed.
 
     Args:
@@ -57,13 +62,19 @@ def merge(model: M, *, permanent: bool = False) -> M:
     Raises:
         AdapterError: The model is already merged or disabled, or runs in another thread; no adapter is active; weights
             are offloaded, sharded (FSDP, ZeRO-3) or packed, so that adding to them has no effect; adapted modules were
-            replaced, resized or tied after wrapping; a packed weight is tied; a base layer has no place for a bias; a
-            method does not implement ``tunerkit_delta``; or merged weights contain NaN or inf.
+            replaced, resized or tied after wrapping; a packed weight is tied; a kind cannot write a packed weight; a
+            base layer has no place for a bias; a method does not implement ``tunerkit_delta``; or merged weights
+            contain NaN or inf.
         TargetError: The model was quantised by torchao after wrapping.
         PluginError: A method returns an invalid delta.
     """
+    return merge_except_(model, (), permanent=permanent)
+
+
+def merge_except_(model: M, paths: Collection[str], *, permanent: bool = False) -> M:
+    """Merge as `merge` does, without the modules at ``paths``."""
     tuners = injection.require_tuners(model)
-    places = list(injection.walk(model))
+    places = [place for place in injection.walk(model) if place[0] not in paths]
     _refuse_unfit(model, places)
     merged = [_merged_tensors(path, module, slots) for path, module, slots in places]
     refuse_left_out(model, places, merged)
@@ -81,6 +92,7 @@ def merge(model: M, *, permanent: bool = False) -> M:
             slots.note_merged({} if permanent else own, permanent=permanent)
         for name, base in kept.items():
             tuners[name].progress.fingerprint = base
+        warn_of_rounding(places)
     except BaseException:
         for (_, module, slots), own, plan in zip(places, originals, plans, strict=True):
             _put_back_(module, slots, own, plan)
@@ -184,8 +196,13 @@ def _refuse_unfit(model: nn.Module, places: Places) -> None:
         raise AdapterError("no adapter is active, so nothing can be merged; call tunerkit.activate first")
     injection.refuse_running(injection.wrapped_model(model), "merging")
     _refuse_offloaded(places)
-    libraries.refuse_engine(((path, module) for path, module, slots in places if slots.active), "merge")
+    unpacked = [(path, module) for path, module, slots in places if slots.active and not _is_packed(slots)]
+    libraries.refuse_engine(unpacked, "merge")
     injection.refuse_lost(injection.require_tuners(model).values())
+
+
+def _is_packed(slots: Slots) -> bool:
+    return slots.base is not None and slots.base.packing is not None
 
 
 def _refuse_offloaded(places: Places) -> None:
@@ -198,10 +215,15 @@ def _refuse_offloaded(places: Places) -> None:
         )
 
 
-def _refuse_nonfinite(places: Places, merged: Sequence[Mapping[str, Tensor]]) -> None:
+def _refuse_nonfinite(places: Places, merged: Sequence[Mapping[str, Any]]) -> None:
     """Raise `AdapterError` if merged weights contain NaN or inf and the module's own do not."""
     pairs = list(zip(places, merged, strict=True))
-    tensors = {join(path, name): tensor for (path, _, _), own in pairs for name, tensor in own.items()}
+    tensors = {
+        join(path, name): tensor
+        for (path, module, _), own in pairs
+        for name, tensor in own.items()
+        if not is_whole(module, name)  # `BaseLayer.merged` has looked at it before it was packed
+    }
     if wrong := nonfinite(tensors):
         live = {join(path, name): t.detach() for path, module, _ in places for name, t in _own_tensors(module).items()}
         wrong = nonfinite({name: tensors[name] for name in wrong}, live)
@@ -225,7 +247,7 @@ def refuse_permanent(places: Places) -> None:
 # Never in inference mode: inference tensors in the base could not be trained later.
 @torch.inference_mode(False)
 @torch.no_grad()
-def _merged_tensors(path: str, module: nn.Module, slots: Slots) -> dict[str, Tensor]:
+def _merged_tensors(path: str, module: nn.Module, slots: Slots) -> dict[str, Any]:
     """Return ``module``'s own tensors with all active slots merged, by name. Raises `AdapterError` if it cannot."""
     for slot in slots.applied:
         if slot.adapter is not None and not hooks.has_delta(slot.method):
@@ -245,12 +267,13 @@ def _merged_tensors(path: str, module: nn.Module, slots: Slots) -> dict[str, Ten
     return tensors
 
 
-def _replace_all_(places: Places, merged: Sequence[dict[str, Tensor]], plans: Sequence[Parting | None]) -> None:
+def _replace_all_(places: Places, merged: Sequence[dict[str, Any]], plans: Sequence[Parting | None]) -> None:
     """Give every module its merged tensors, and parameters of its own where it shares them.
 
     Raises:
         AdapterError: A weight does not become what was written.
     """
+    own_errors: dict[str, float] = {}
     for plan in plans:
         if plan is not None:
             plan.part_()
@@ -262,19 +285,27 @@ def _replace_all_(places: Places, merged: Sequence[dict[str, Tensor]], plans: Se
                 f"cannot merge into {path!r}: its {type(module).__name__} stores the weight in a packed form, and "
                 "adding to it had no effect. Load the adapter onto the base in full precision and merge there"
             )
+        if wanted is not None:
+            note_rounding_(slots, wanted.before, wanted.delta, own_errors)
 
 
-def _replace_(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Give a module's parameters and buffers new values in other storage. The Parameter objects stay the same."""
+def _replace_(module: nn.Module, tensors: dict[str, Any]) -> None:
+    """Give a module's parameters and buffers new values in other storage. The Parameter objects stay the same.
+
+    Only what holds a packed weight is replaced itself.
+    """
     own = _own_tensors(module)
     for name, tensor in tensors.items():
-        own[name].data = tensor
+        if is_whole(module, name):
+            put_(module, name, tensor)
+        else:
+            own[name].data = tensor
 
 
-def _values(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+def _values(module: nn.Module, names: Iterable[str]) -> dict[str, Any]:
     """Return the values that a module's parameters and buffers have now, in their own storage."""
     own = _own_tensors(module)
-    return {name: own[name].data for name in names}
+    return {name: getattr(module, name) if is_whole(module, name) else own[name].data for name in names}
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -78,4 +78,4 @@ def _both_outputs(module: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def _is_packed(base: BaseLayer) -> bool:
-    return not base.tensor(base.weight_name).is_floating_point()
+    return base.packing is not None or not base.tensor(base.weight_name).is_floating_point()

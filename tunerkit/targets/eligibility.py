@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from torch import nn
 
-from tunerkit.libraries import forward_owner, is_offloaded, torch_private
+from tunerkit.libraries import forward_owner, is_offloaded, quantiser_of, torch_private
 from tunerkit.paths import join
 from tunerkit.targets.scan import Scan, ScannedModule
 from tunerkit.targets.ties import left_out, way_out
@@ -21,8 +21,18 @@ def obstacle_at(found: ScannedModule, scanned: Scan, others: Collection[str] = (
     if found.base is None and isinstance(found.module, nn.MultiheadAttention):
         return _SEPARATE if forward_owner(found.module) is nn.MultiheadAttention else _ATTENTION
     if found.base is None and not found.inside_attention:
-        return f"is a {type(found.module).__name__}, which cannot be adapted"
+        return _without_kind(found.module)
     return weight_obstacle(found, scanned, others)
+
+
+def _without_kind(module: nn.Module) -> str:
+    name, quantiser = type(module).__name__, quantiser_of(module)
+    if quantiser is None:
+        return f"is a {name}, which cannot be adapted"
+    return (
+        f"is a {name} that {quantiser} has quantised, and no installed base-layer kind adapts it: install "
+        "tunerkit-quant, or load the model without quantising it"
+    )
 
 
 def output_obstacle(found: ScannedModule) -> str | None:
@@ -43,6 +53,8 @@ def weight_obstacle(found: ScannedModule, scanned: Scan, others: Collection[str]
         return _ATTENTION
     if found.read_and_called:
         return _READ_AND_CALLED
+    if found.base is not None and (obstacle := found.base.obstacle()) is not None:
+        return obstacle
     if (found.reading_owner is not None or isinstance(module, nn.MultiheadAttention)) and is_offloaded(module):
         return _READ_AND_OFFLOADED
     own = torch_private.own_parameters(module)

@@ -67,6 +67,13 @@ def refuse_unfit(scanned: Scan, targets: Iterable[Target], *, outputs: bool = Fa
     refuse(lines({path: obstacle for path, obstacle in obstacles.items() if obstacle is not None}))
 
 
+def refuse_impassable(scanned: Scan) -> None:
+    """Raise `TargetError` listing the packed layers, targets or not, through which no gradient would reach adapters."""
+    packed = {each.path: each.base for each in (scanned.root, *scanned.modules) if each.base is not None}
+    obstacles = {path: base.obstacle() for path, base in packed.items() if base.packing is not None}
+    refuse(lines({path or "the model": reason for path, reason in obstacles.items() if reason is not None}))
+
+
 def refuse(problems: Iterable[str]) -> None:
     """Raise `TargetError` with one line per problem, if there are any."""
     if text := "\n".join(problems):

@@ -8,7 +8,7 @@ from torch import nn
 
 from tunerkit.errors import TargetError, TunerkitWarning
 from tunerkit.layers import bias_name, has_trainable_bias
-from tunerkit.libraries import torch_private
+from tunerkit.libraries import quantiser_of, torch_private
 from tunerkit.paths import CHILD, few, is_under, join, parent
 from tunerkit.records import Target
 from tunerkit.targets.resolution import resolve_modules
@@ -98,7 +98,18 @@ def copies_at(scanned: Scan, path: str) -> list[str]:
     leaves = [leaf for leaf, module in _uncontained(path, found.module) if _has_tensors(module)]
     if not leaves:
         raise TargetError(f"train_modules: {path!r} holds nothing to train; leave it out")
+    packed = [part for part in found.module.modules() if quantiser_of(part) is not None or _is_packed(scanned, part)]
+    if packed:
+        raise TargetError(
+            f"train_modules: {path!r} is or holds a quantised {type(packed[0]).__name__}, whose integers cannot be "
+            "trained; adapt it instead (targets), or keep it out of the quantisation"
+        )
     return leaves
+
+
+def _is_packed(scanned: Scan, module: nn.Module) -> bool:
+    bases = (each.base for each in scanned.modules if each.module is module)
+    return any(base is not None and base.packing is not None for base in bases)
 
 
 def _uncontained(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -101,6 +101,8 @@ data: train.$ending
 $length
 # The dtype of the base's weights: bfloat16 takes half of the memory.
 # dtype: bfloat16
+# Quantising the base saves more; this needs bitsandbytes and tunerkit-quant.
+# quantisation: nf4
 
 # The method, and its settings. `tunerkit config adalora` prints all of them.
 method: adalora

@@ -104,6 +104,7 @@ def model_facts(loaded: Pretrained, seed: int) -> dict[str, Any]:
         "class": type(loaded.model).__name__,
         "seed": seed,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "quantisation": loaded.quantisation,
     }
 
 

@@ -41,6 +41,7 @@ from tunerkit.cli.tasks.texts import labels_of, short_to_long
 from tunerkit.errors import shown
 from tunerkit.integrations.output_folder import VERSION
 from tunerkit.integrations.pretrained import Pretrained, load_pretrained, quiet
+from tunerkit.integrations.quantising import bytes_of
 
 
 def run(
@@ -162,8 +163,20 @@ def prepare(recipe: Recipe, task: Task, data: Data, console: Console, *, resume:
         source = str(demo_of(task.name, "model").model(assets.cache_folder(), lambda text: say(console, text)))
     revision = start.revision if start is not None and start.model == source else None
     loaded = load_pretrained(
-        task.name, source, labels=labels, ordered=ordered, revision=revision, dtype=recipe.dtype, seed=seed
+        task.name,
+        source,
+        labels=labels,
+        ordered=ordered,
+        revision=revision,
+        dtype=recipe.dtype,
+        seed=seed,
+        quantisation=recipe.quantisation,
     )
+    if recipe.quantisation is not None:
+        own, dense = bytes_of(loaded.model)
+        say(
+            console, f"base: quantised as {recipe.quantisation}, {own / 2**20:,.0f} MiB instead of {dense / 2**20:,.0f}"
+        )
     if data.labels:
         data = attrs.evolve(data, labels=labels_of(loaded))
     tuner = adapt(loaded, recipe, task, start, seed=seed)

@@ -86,6 +86,7 @@ def _facts_of_run(folder: Path, source: str, record: Any) -> dict[str, str]:
         "task": str(record["task"]),
         "method": str(record.get("method")),
         "base": source,
+        "quantisation": str(record.get("model", {}).get("quantisation") or ""),
         "labels": ", ".join(record.get("labels", [])[:20]),
         "rows": ", ".join(f"{count} {name}" for name, count in record.get("rows", {}).items()),
         "metrics": ", ".join(f"{name} {value:.4f}" for name, value in record.get("metrics", {}).items()),

@@ -104,7 +104,9 @@ def write_merged(source: str, out: Path, *, base: str | None, task: str | None =
     with new_folder(out) as scratch:
         quiet()
         loaded = load_run(run, base)  # not on the accelerator, which may have no room for the merged weights
-        tunerkit.unwrap(loaded.model, keep_merged=True)
+        # Quantising the sums again would round them, and the folder would need the library.
+        dense = None if run.quantisation is None else loaded.model.dtype
+        tunerkit.unwrap(loaded.model, keep_merged=True, dtype=dense)
         loaded.model.save_pretrained(scratch)
         loaded.processor.save_pretrained(scratch)
     return ()

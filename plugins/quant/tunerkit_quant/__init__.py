@@ -1,0 +1,5 @@
+"""Quantised base models for tunerkit: kinds for the layers of bitsandbytes, torchao, HQQ, quanto and GPTQModel."""
+
+from tunerkit_quant.plugin import KINDS
+
+__all__ = ["KINDS"]

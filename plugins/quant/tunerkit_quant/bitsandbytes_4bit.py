@@ -1,0 +1,78 @@
+"""bitsandbytes' 4-bit linear layers, nf4 and fp4."""
+
+from collections.abc import Mapping
+from typing import Any, final
+
+import attrs
+from torch import Tensor, nn
+
+from tunerkit import PackedLinear, Packing, forward_name
+from tunerkit_quant.versions import too_old
+
+
+@final
+@attrs.frozen(eq=False)
+class Bitsandbytes4BitLayer(PackedLinear):
+    """``bitsandbytes.nn.Linear4bit``, whose weight is a ``Params4bit`` with its scales in a ``quant_state``."""
+
+    # Any: the attributes of bitsandbytes' classes.
+    module: Any
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Whether the forward is that of bitsandbytes' class, matched by qualified name."""
+        return forward_name(module) == "bitsandbytes.nn.modules.Linear4bit"
+
+    @property
+    def packing(self) -> Packing:
+        """nf4 or fp4."""
+        return Packing(f"bitsandbytes {self.module.weight.quant_type}", 4)
+
+    def obstacle(self) -> str | None:
+        """A weight that is not quantised yet, one of another shape, or one repacked for inference."""
+        state = self._state()
+        if state is None:
+            return "holds no quantised weight yet: move the model to its device first, which quantises it"
+        if tuple(state.shape) != (self.out_features, self.in_features):
+            return (
+                f"has a packed weight of shape {tuple(state.shape)}, and its features say "
+                f"{(self.out_features, self.in_features)}: quantise the model again"
+            )
+        if getattr(state, "packing_format_for_cpu", False):
+            return (
+                "was repacked for inference by a forward in eval mode on this CPU, and no gradient passes it any more: "
+                "load the model again, and wrap it before its first forward"
+            )
+        return too_old("bitsandbytes", (0, 45))
+
+    @property
+    def while_adapted(self) -> Mapping[str, object]:
+        """On a CPU with AVX512-BF16, a forward in eval mode would repack the weight, and end all gradients silently."""
+        name = "support_avx512bf16_for_cpu"
+        return {name: False} if hasattr(self.module, name) else {}
+
+    def dense(self) -> Tensor:
+        """W as bitsandbytes dequantises it, in the dtype that it was quantised from."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        found: Tensor = dequantize_4bit(self.module.weight.data, self._state())
+        return found
+
+    def requantised(self, weight: Tensor) -> Mapping[str, object]:
+        """A ``Params4bit`` with the same settings. The module has the ``quant_state`` too."""
+        from bitsandbytes.nn import Params4bit
+
+        own, state = self.module.weight, self._state()
+        new = Params4bit(
+            weight.detach().to(state.dtype),
+            requires_grad=False,
+            blocksize=state.blocksize,
+            compress_statistics=state.nested,
+            quant_type=state.quant_type,
+            quant_storage=own.quant_storage,
+        ).to(own.device)  # moving quantises it
+        return {"weight": new, "quant_state": new.quant_state}
+
+    def _state(self) -> Any:
+        state = getattr(self.module.weight, "quant_state", None)
+        return self.module.quant_state if state is None else state

@@ -1,0 +1,64 @@
+"""Base models of transformers that are quantised as they are loaded, by name: with bitsandbytes, to int8 or nf4."""
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from tunerkit import hooks
+from tunerkit.errors import TunerkitError, closest
+from tunerkit.layers import as_base_layers
+
+QUANTISATIONS: Final = ("nf4", "int8")
+
+
+class QuantisationError(TunerkitError):
+    """A base model cannot be quantised as asked."""
+
+
+def quantising(name: str, dtype: torch.dtype | str, heads: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the arguments with which ``from_pretrained`` quantises a model.
+
+    Args:
+        name: One of `QUANTISATIONS`.
+        dtype: The dtype of the base's other weights, in which 4-bit layers multiply.
+        heads: The paths of a classifier's head, which stays as it is: it is trained in full. For language models there
+            are none, and transformers leaves out the layer that writes tokens.
+
+    Raises:
+        QuantisationError: There is no such name, or bitsandbytes is not installed.
+    """
+    if name not in QUANTISATIONS:
+        raise QuantisationError(
+            f"quantisation: there is no {name!r}{closest(name, QUANTISATIONS)}; there are {', '.join(QUANTISATIONS)}"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise QuantisationError(
+            f"quantisation: {name} needs bitsandbytes and tunerkit-quant: pip install bitsandbytes tunerkit-quant"
+        )
+    from transformers import BitsAndBytesConfig
+
+    kept: dict[str, Any] = {"llm_int8_skip_modules": list(heads)} if heads else {}
+    if name == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, **kept)}
+    compute = getattr(torch, dtype, torch.bfloat16) if isinstance(dtype, str) else dtype
+    four: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return {
+        "quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute, **four, **kept)
+    }
+
+
+def bytes_of(model: nn.Module) -> tuple[int, int]:
+    """Return the bytes of a model's tensors as they are, and as they would be with dense weights in its dtype."""
+    own = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    width = next((p.dtype.itemsize for p in model.parameters() if p.is_floating_point()), 4)
+    dense = own
+    for module, base in as_base_layers(list(model.modules()), hooks.gather_knowledge()).items():
+        if base.packing is not None:
+            packed = sum(
+                tensor.nbytes for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+            )
+            dense += base.out_features * base.in_features * width - packed
+    return own, dense
