@@ -5,9 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+import tunerkit
 
 PREFIX = "base_model.model."
 
@@ -83,3 +86,17 @@ def settings(path: Path) -> dict[str, Any]:
     """The settings of a folder."""
     found: dict[str, Any] = json.loads((path / "adapter_config.json").read_text())
     return found
+
+
+def refused(path: Path, *parts: str, model: nn.Module | None = None) -> str:
+    """Load, expect one `FileError` with these parts, and a model without a trace of it."""
+    model = net() if model is None else model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(tunerkit.FileError) as caught:
+        tunerkit.load(model, path)
+    text = str(caught.value)
+    for part in parts:
+        assert part in text
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    return text

@@ -15,26 +15,12 @@ from torch import Tensor, nn
 
 import tunerkit
 from plugins.peft.tests import peft_folders
-from plugins.peft.tests.peft_folders import PREFIX
+from plugins.peft.tests.peft_folders import PREFIX, refused
 from tunerkit_peft import fields
 
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 FIRST = f"{PREFIX}layers.0.query"
 EMBEDDING = f"{PREFIX}embed_tokens"
-
-
-def refused(path: Path, *parts: str, model: nn.Module | None = None) -> str:
-    """Load, expect one `FileError` with these parts, and a model without a trace of it."""
-    model = peft_folders.net() if model is None else model
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(tunerkit.FileError) as caught:
-        tunerkit.load(model, path)
-    text = str(caught.value)
-    for part in parts:
-        assert part in text
-    assert model.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    return text
 
 
 # The setting, its value, and parts of the error beside the file and the name.
@@ -160,6 +146,41 @@ TENSORS: dict[str, tuple[Change, dict[str, Any], tuple[str, ...]]] = {
         {},
         ("embed_tokens.base_layer.weight", "differs"),
     ),
+    "a table of another size that is trained in full": (
+        plus(f"{EMBEDDING}.weight", torch.ones(44, 4)),
+        {"modules_to_save": ["embed_tokens"]},
+        ("'embed_tokens'", "44 rows", "has 10", "model.resize_token_embeddings(44)"),
+    ),
+    "a head that the model lacks": (
+        plus(f"{PREFIX}classifier.weight", torch.ones(3, 4)),
+        {"modules_to_save": ["classifier"], "task_type": "SEQ_CLS"},
+        ("'classifier'", "this Net does not have", "AutoModelForSequenceClassification"),
+    ),
+    "an adapted head that the model lacks": (
+        lambda t: {**t, **peft_folders.tensors(("lm_head",))},
+        {},
+        ("'lm_head'", "this Net does not have"),
+    ),
+    "a trained bias that the settings deny": (
+        plus(f"{FIRST}.base_layer.bias", torch.ones(4)),
+        {},
+        ("differs", "set 'bias' to 'lora_only' or 'all'"),
+    ),
+    "a linear adapter of an embedding": (
+        lambda t: {**t, **peft_folders.tensors(("embed_tokens",))},
+        {},
+        ("embed_tokens.lora_A.weight", "Embedding", "lora_embedding_A"),
+    ),
+    "an embedding's adapter of a linear layer": (
+        lambda t: {name.replace("lora_", "lora_embedding_").removesuffix(".weight"): each for name, each in t.items()},
+        {},
+        ("layers.0.query.lora_embedding_A", "Linear", "writes lora_A"),
+    ),
+    "a target that is trained in full too": (
+        lambda t: {**t, f"{FIRST}.weight": torch.ones(4, 4), f"{FIRST}.bias": torch.ones(4)},
+        {"modules_to_save": ["0.query"]},
+        ("'layers.0.query' is adapted", "leave one out"),
+    ),
     "a resized embedding": (
         plus(f"{EMBEDDING}.weight", torch.ones(12, 4)),
         {},
@@ -200,79 +221,6 @@ def test_a_truncated_file_is_refused(tmp_path: Path, kept: int) -> None:
     file = peft_folders.folder(tmp_path) / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
     refused(tmp_path, "adapter_model.safetensors", "incomplete")
-
-
-def test_a_folder_without_one_of_the_files_is_refused(tmp_path: Path) -> None:
-    """The missing file is named, and adapters one folder deeper are offered."""
-    peft_folders.folder(tmp_path / "only-settings")
-    (tmp_path / "only-settings" / "adapter_model.safetensors").unlink()
-    refused(tmp_path / "only-settings", "no adapter_model.safetensors")
-    peft_folders.folder(tmp_path / "only-tensors" / "deeper")
-    (tmp_path / "only-tensors" / "deeper" / "adapter_model.safetensors").rename(
-        tmp_path / "only-tensors" / "adapter_model.safetensors"
-    )
-    refused(tmp_path / "only-tensors", "no adapter_config.json", "deeper")
-
-
-def test_pickles_are_never_read(tmp_path: Path) -> None:
-    """A folder with a pickle alone is refused with the way to convert it; beside safetensors it is ignored."""
-    peft_folders.folder(tmp_path)
-    (tmp_path / "adapter_model.bin").write_bytes(b"no pickle")
-    tunerkit.load(peft_folders.net(), tmp_path)
-    (tmp_path / "adapter_model.safetensors").unlink()
-    refused(tmp_path, "pickle", "save_pretrained")
-
-
-class Hub:
-    """A hub that answers from a folder; without a connection, an earlier download may still be there."""
-
-    def __init__(self, folder: Path, *, reached: bool, cached: bool = False) -> None:
-        self.folder, self.reached, self.cached = folder, reached, cached
-        self.asked: list[tuple[str, str]] = []
-
-    def model_info(self, name: str, timeout: float) -> None:
-        if not self.reached:
-            raise ConnectionError("no route\nto the host")
-
-    def download(self, name: str, file: str, *, local_files_only: bool) -> str:
-        self.asked.append((name, file))
-        assert local_files_only is not self.reached
-        if not (self.folder / file).is_file() or not (self.reached or self.cached):
-            raise FileNotFoundError(f"no {file} in the repository")
-        return str(self.folder / file)
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Hub]:
-    """Put a hub in place of the real one."""
-    import huggingface_hub
-
-    def placed(**state: bool) -> Hub:
-        found = Hub(tmp_path / "cache", **state)
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: found)
-        monkeypatch.setattr(huggingface_hub, "hf_hub_download", found.download)
-        return found
-
-    return placed
-
-
-def test_a_name_on_the_hub_that_cannot_be_reached_is_refused(hub: Callable[..., Hub]) -> None:
-    """The error says that there is no such folder, and why the hub gives nothing: it is asked once."""
-    hub(reached=False)
-    refused(Path("org/adapter"), "no folder 'org/adapter'", "Hugging Face hub", "no route")
-    hub(reached=True)
-    refused(Path("org/adapter"), "no folder 'org/adapter'", "no adapter_config.json in the repository")
-
-
-@pytest.mark.parametrize("reached", [True, False])
-def test_an_adapter_on_the_hub_is_read(hub: Callable[..., Hub], tmp_path: Path, reached: bool) -> None:
-    """Only the two files are downloaded, and read as from a folder; without a connection from the cache."""
-    peft_folders.folder(tmp_path / "cache")
-    placed = hub(reached=reached, cached=True)
-    model = tunerkit.load(peft_folders.net(), "org/adapter")
-    assert placed.asked == [("org/adapter", "adapter_config.json"), ("org/adapter", "adapter_model.safetensors")]
-    assert tunerkit.tuner(model).ranks() == {"layers.0.query": 2, "layers.1.query": 2}
 
 
 def test_all_wrong_values_are_named_at_once(tmp_path: Path) -> None:

@@ -74,7 +74,38 @@ def test_the_rank_can_be_chosen(tmp_path: Path) -> None:
         tunerkit.export(model, tmp_path / "lower", rank=2)
     with pytest.raises(tunerkit.ConfigError, match="rank"):
         tunerkit.export(model, tmp_path / "compact", form="compact", rank=8)
+    with pytest.raises(tunerkit.ConfigError, match="expected <= 4096"):
+        tunerkit.export(model, tmp_path / "large", rank=10**9)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("form", ["uniform", "compact", "adalora"])
+def test_an_adapter_without_products_is_refused(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nothing to write, in any form."""
+    model = trained()
+    monkeypatch.setattr(type(tunerkit.tuner(model)), "factors", lambda _: {})
+    with pytest.raises(tunerkit.AdapterError, match="adds nothing to any weight"):
+        tunerkit.export(model, tmp_path / "out", form=form)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"r": 8}', ""])
+def test_settings_of_something_else_are_not_replaced(tmp_path: Path, text: str) -> None:
+    """A file of the same name that is not PEFT's is kept."""
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(tunerkit.FileError, match="is there already"):
+        tunerkit.export(trained(), tmp_path)
+    assert (tmp_path / "adapter_config.json").read_text() == text
+
+
+def test_the_card_warns_of_a_weight_that_two_targets_share(tmp_path: Path) -> None:
+    """PEFT's merge adds both parts to it."""
+    model = nn.ModuleDict({"embed_tokens": nn.Embedding(6, 4), "lm_head": nn.Linear(4, 6, bias=False)})
+    model["lm_head"].weight = model["embed_tokens"].weight
+    tunerkit.wrap(model, "lora", {"rank": 2, "targets": ["embed_tokens", "lm_head"]})
+    peft_adapters.randomize_(model)
+    text = (tunerkit.export(model, tmp_path / "out") / "README.md").read_text()
+    assert "`merge_and_unload` is wrong here" in text
+    assert "merge_and_unload" not in (tunerkit.export(trained(), tmp_path / "plain") / "README.md").read_text()
 
 
 def test_the_name_of_the_base_is_recorded(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from tunerkit_peft.pieces import Piece
+from tunerkit_peft.pieces import Piece, are_tied
 
 if TYPE_CHECKING:
     from tunerkit import Tuner
@@ -54,12 +54,22 @@ def card(tuner: "Tuner", base: str, settings: Mapping[str, object], pieces: Sequ
             f"- Modules: {len(pieces)}, ranks {_range([piece.rank for piece in pieces])}; `r` in the files is "
             f"{settings['r'] if 'init_r' not in settings else settings['init_r']}",
             *copies,
+            *_tied(pieces),
             "",
             *_table(pieces),
             "",
             _LOADING,
         ]
     )
+
+
+def _tied(pieces: Sequence[Piece]) -> list[str]:
+    if not are_tied(pieces):
+        return []
+    return [
+        "- Two of the modules share one weight. Each has its own part of the adapter, so PEFT's `merge_and_unload` is "
+        "wrong here: it adds both parts to the shared weight"
+    ]
 
 
 def _front_matter(base: str) -> list[str]:

@@ -1,25 +1,16 @@
 """Say what a PEFT folder holds, without a model."""
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from tunerkit import Description
 from tunerkit_peft import files
 from tunerkit_peft.settings import Settings, read_settings
+from tunerkit_peft.tasks import auto_class
 from tunerkit_peft.weights import Weights, open_weights
 
-_CLASSES: Final[Mapping[str, str]] = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 # Heads with one row for each class, whatever the module is called. Without a task, the model's class decides.
-_MAYBE_CLASSES: Final = ("SEQ_CLS", "TOKEN_CLS", None)
+_MAYBE_CLASSES: Final = ("SEQ_CLS", "TOKEN_CLS", "")
 
 
 def describe(path: Path) -> Description:
@@ -31,23 +22,15 @@ def describe(path: Path) -> Description:
     found = files.find(path)
     settings = read_settings(found.config)
     weights = open_weights(found.weights)
-    fields: Mapping[str, Any] = json.loads(found.config.read_text(encoding="utf-8"))  # `read_settings` has checked it
+    chosen = settings.selection
     return Description(
         method=settings.kind.lower(),
         base=settings.base,
-        model_class=_model_class(fields),
-        labels=_labels(weights) if fields.get("task_type") in _MAYBE_CLASSES else 0,
+        model_class=auto_class(chosen.task, chosen.model_class),
+        labels=_labels(weights) if chosen.task in _MAYBE_CLASSES else 0,
         ranks={path: _rank(weights, path) for path in weights.factors},
         settings=_told(settings),
     )
-
-
-def _model_class(fields: Mapping[str, Any]) -> str:
-    """The class of transformers: by the task, or by the class that was wrapped without one."""
-    known = _CLASSES.get(str(fields.get("task_type")), "")
-    mapping = fields.get("auto_mapping")
-    own = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    return known or (own if isinstance(own, str) else "")
 
 
 def _labels(weights: Weights) -> int:

@@ -33,7 +33,8 @@ READ: Final = frozenset(
 )
 
 # They say how the adapter was made or where it was put. The tensors say that too, by their names and shapes, so
-# nothing depends on them. The last three are written by ms-swift, and concern its own optimizer and dtype.
+# nothing depends on them. Of the last four, Unsloth writes the first, and ms-swift the others, of its
+# own optimizer and dtype.
 HARMLESS: Final = frozenset(
     {
         "task_type",
@@ -54,6 +55,7 @@ HARMLESS: Final = frozenset(
         "velora_config",
         "qalora_group_size",
         "runtime_config",
+        "unsloth_fixed",
         "lora_dtype",
         "lorap_lr_ratio",
         "lorap_emb_lr",

@@ -14,6 +14,9 @@ CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 PICKLE: Final = "adapter_model.bin"
 _NAMES: Final = (CONFIG, WEIGHTS, PICKLE)
+_OTHER_ADAPTERS: Final = (".safetensors", ".gguf")
+_POINTER: Final = b"version https://git-lfs"
+_BEGINNING: Final = 1_000_000  # bytes
 _HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -31,13 +34,30 @@ class Files:
 
 
 def sniff(path: Path) -> bool:
-    """Whether a path leads to a PEFT adapter: a folder with one of its files, such a file, or a name on the hub."""
+    """Whether a path leads to a PEFT adapter: a folder with one of its files, such a file, or a name on the hub.
+
+    So does a folder without any adapter around folders with one: the error that `find` raises names these.
+    """
     try:
         if path.name in _NAMES:
             return path.is_file()
-        return any((path / name).is_file() for name in _NAMES) or bool(hub_name(path))
+        if any((path / name).exists() for name in _NAMES):
+            return any((path / name).is_file() for name in (WEIGHTS, PICKLE)) or _is_config(path / CONFIG)
+        return bool(hub_name(path)) or _is_around(path)
     except (OSError, ValueError):  # a name that no file system allows
         return False
+
+
+def _is_config(file: Path) -> bool:
+    """Whether a file of settings says that it is PEFT's: core replaces what this is true of."""
+    with file.open("rb") as opened:
+        return b'"peft_type"' in opened.read(_BEGINNING)
+
+
+def _is_around(folder: Path) -> bool:
+    if not folder.is_dir() or any(each.suffix in _OTHER_ADAPTERS for each in folder.iterdir()):
+        return False
+    return any(True for _ in _below(folder))
 
 
 def hub_name(path: Path) -> str:
@@ -73,7 +93,21 @@ def find(path: Path) -> Files:
     for file in (found.config, found.weights):
         if not file.is_file():
             raise FileError(f"{folder} is no PEFT adapter: it has no {file.name}{_nearby(folder)}")
+        _refuse_pointer(file)
     return found
+
+
+def _refuse_pointer(file: Path) -> None:
+    try:
+        with file.open("rb") as opened:
+            beginning = opened.read(len(_POINTER))
+    except OSError as error:
+        raise FileError(f"{file} cannot be read: {error.strerror or error}") from error
+    if beginning == _POINTER:
+        raise FileError(
+            f"{file} is a pointer of git-lfs and not the file itself. Fetch the file in that repository with: git lfs "
+            "pull"
+        )
 
 
 def _nearby(folder: Path) -> str:

@@ -12,6 +12,7 @@ from tunerkit.patterns import exact_patterns, is_broad
 from tunerkit_peft.parts import Parts, matrices, refuse_ranks
 from tunerkit_peft.products import Lazy, Read
 from tunerkit_peft.rules import Rule, rules_for
+from tunerkit_peft.selection import ends
 from tunerkit_peft.settings import Settings
 from tunerkit_peft.weights import Weights
 
@@ -113,11 +114,6 @@ def _common(values: Sequence[float], default: float) -> float:
 
 def _names(own: Mapping[str, object]) -> dict[str, str]:
     """A pattern for each path. The path itself is one, unless it is the end of another: it is faster to match."""
-    ends = Counter(end for path in own for end in _ends(path))
+    counted = Counter(end for path in own for end in ends(path))
     exact = exact_patterns(own)
-    return {path: exact[path] if ends[path] > 1 or is_broad(path) else path for path in own}
-
-
-def _ends(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts))]
+    return {path: exact[path] if counted[path] > 1 or is_broad(path) else path for path in own}

@@ -17,7 +17,10 @@ class PeftOptions:
         "of each module; adalora: PEFT's AdaLoRA",
     )
     rank: int | None = setting(
-        None, ge=1, doc="the rank of the uniform form; None: the next one above all ranks that servers allow"
+        None,
+        ge=1,
+        le=4096,
+        doc="the rank of the uniform form; None: the next one above all ranks that servers allow",
     )
     base: str | None = setting(
         None, doc="the name of the base model in the files, which some servers compare; None: the one it came from"

@@ -16,7 +16,7 @@ from tunerkit_peft.weights import PREFIX, Weights
 _BASE: Final = ".base_layer"
 _COPY: Final = ".modules_to_save."
 _ORIGINAL: Final = ".original_module."
-_TABLES: Final = ("embed_tokens", "lm_head")  # PEFT saves these layers of the base whole if it adapts or resizes them
+TABLES: Final = ("embed_tokens", "lm_head")  # PEFT saves these layers of the base whole if it adapts or resizes them
 
 
 @attrs.frozen(eq=False)
@@ -42,9 +42,9 @@ def read_others(settings: Settings, weights: Weights, modules: Mapping[str, nn.M
     found = Others({}, {})
     unexpected = []
     for name, key in weights.others.items():
-        if _ORIGINAL in name or (_COPY in name and name.replace(_COPY, ".") in weights.others):
-            continue  # with bias="all", PEFT also saves what a copy replaces, and the copy's bias a second time
-        plain = name.replace(_COPY, ".")
+        plain = _plain(name, weights)
+        if not plain:
+            continue
         owner, _, leaf = plain.rpartition(".")
         if copied := _copied(settings, plain):
             path = rename(copied)
@@ -70,6 +70,21 @@ def read_others(settings: Settings, weights: Weights, modules: Mapping[str, nn.M
     return found
 
 
+def _plain(name: str, weights: Weights) -> str:
+    """The name of a tensor without PEFT's wrapper; empty for one that is there a second time or is not the adapter's.
+
+    With ``bias="all"`` PEFT also saves what a copy replaces, and the copy's own biases again. It takes the adapter's
+    name out of a name only at its end, so in a copy of several modules that name follows the wrapper's.
+    """
+    if _ORIGINAL in name:
+        return ""
+    around, wrapper, inside = name.partition(_COPY)
+    if not wrapper:
+        return name
+    named = f"{around}.{inside.partition('.')[2]}"
+    return "" if f"{around}.{inside}" in weights.others or named in weights.others else f"{around}.{inside}"
+
+
 def _copied(settings: Settings, name: str) -> str:
     """The outermost module around a tensor that ``modules_to_save`` names. PEFT compares bare ends of names."""
     if not settings.copies:
@@ -80,21 +95,22 @@ def _copied(settings: Settings, name: str) -> str:
 
 
 def _is_table(owner: str, module: nn.Module | None) -> bool:
-    return owner.endswith(_BASE) or isinstance(module, nn.Embedding) or owner.split(".")[-1] in _TABLES
+    return owner.endswith(_BASE) or isinstance(module, nn.Embedding) or owner.split(".")[-1] in TABLES
 
 
 def _compare(weights: Weights, key: str, path: str, module: nn.Module | None, leaf: str) -> None:
     own = dict(module.named_parameters(recurse=False)).get(leaf) if module is not None else None
     where = f"{weights.file} holds {shown(key)}, a part of the base model,"
+    trained = " If it was trained, set 'bias' to 'lora_only' or 'all' in the settings" if leaf == "bias" else ""
     if own is None:
         raise BaseMismatchError(
-            f"{where} and this model has no {leaf} at {path!r}; load the base model it was made for"
+            f"{where} and this model has no {leaf} at {path!r}; load the base model it was made for.{trained}"
         )
     if own.shape != (shape := weights.shape(key)):
-        resize = f", perhaps after model.resize_token_embeddings({shape[0]})" if path.split(".")[-1] in _TABLES else ""
+        resize = f", perhaps after model.resize_token_embeddings({shape[0]})" if path.split(".")[-1] in TABLES else ""
         raise BaseMismatchError(
             f"{where} of shape {list(shape)}, and this model has {list(own.shape)} at {path!r}; load the base model it "
-            f"was made for{resize}"
+            f"was made for{resize}.{trained}"
         )
     if own.is_meta:
         return
@@ -103,5 +119,5 @@ def _compare(weights: Weights, key: str, path: str, module: nn.Module | None, le
     if not torch.equal(own.detach().cpu().to(narrow), saved.to(narrow)):
         raise BaseMismatchError(
             f"{where} and it differs from this model's {leaf} at {path!r}. Load the base model it was made for, or "
-            "copy that tensor into the model before you load the adapter"
+            f"copy that tensor into the model before you load the adapter.{trained}"
         )

@@ -1,13 +1,13 @@
 """The products of an adapter as PEFT's modules hold them, with what PEFT cannot hold refused."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
 import attrs
 import torch
 from torch import Tensor, nn
 
-from tunerkit import FileError
+from tunerkit import AdapterError, FileError
 from tunerkit.errors import first
 from tunerkit_peft.places import INNER, modules_of, refuse_convolutions
 
@@ -55,13 +55,15 @@ def pieces_of(tuner: "Tuner") -> list[Piece]:
 
     Raises:
         FileError: PEFT cannot add these products.
-        AdapterError: The method adds no products.
+        AdapterError: The method adds no products, or there are none.
     """
     modules = modules_of(tuner.model)
     if "" in modules and any(target.path == "" for target in tuner.targets):
         raise FileError(f"the model is itself a target, and PEFT adapts modules inside a model. {_MERGE}")
     refuse_convolutions("this adapter", modules, [target.path for target in tuner.targets], lora=True)
     products = tuner.factors()
+    if not products:
+        raise AdapterError("the adapter adds nothing to any weight, so there is no LoRA to write")
     found = [_piece(path, q, p, modules) for path, (q, p) in products.items()]
     return [*found, *_other_halves(found, modules)]
 
@@ -91,6 +93,12 @@ def _other_halves(found: list[Piece], modules: Mapping[str, nn.Module]) -> Itera
 
 def _empty(name: str, owner: str, module: nn.Module, inputs: int, outputs: int) -> Piece:
     return Piece(name, owner, module, torch.zeros(0, inputs), torch.zeros(outputs, 0))
+
+
+def are_tied(pieces: Collection[Piece]) -> bool:
+    """Whether two of the modules share one weight."""
+    weights = [id(piece.module.weight) for piece in pieces if hasattr(piece.module, "weight")]  # attention has another
+    return len(set(weights)) < len(weights)
 
 
 @attrs.frozen(eq=False)

@@ -1,7 +1,6 @@
 """Where the modules that a PEFT file names are in the user's model."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import product
 from typing import Final
 
 import attrs
@@ -13,8 +12,6 @@ from tunerkit.errors import first, shown
 # PEFT wraps attention's output projection inside the wrapped attention.
 INNER: Final = ".base_layer.out_proj"
 _CHILD: Final = "tunerkit"  # where tunerkit keeps adapters, below the modules of the model
-# Wrappers that a model gains or loses between versions of transformers, or between a head model and its body.
-_WRAPPERS: Final = ("", "model.", "base_model.", "language_model.", "model.language_model.", "language_model.model.")
 Rename = Callable[[str], str]
 
 
@@ -46,39 +43,6 @@ def place_of(name: str, rename: Rename) -> Place:
         return Place(rename(name), name, times=1)
     owner = name.removesuffix(INNER)
     return Place(f"{rename(owner)}.out_proj", owner, times=2)
-
-
-def renaming(names: Iterable[str], modules: Mapping[str, nn.Module], prefix: str) -> tuple[Rename, tuple[str, ...]]:
-    """Find how the paths of the file become those of the model, where a wrapper was added or taken away.
-
-    Args:
-        names: The paths of all adapted modules, as the file has them.
-        modules: The model's modules.
-        prefix: The name that a head model of transformers gives its body; may be empty.
-
-    Returns:
-        The function, and a remark if it changes paths. It changes none if any path is as in the model, or if several
-        changes would fit: then the paths are reported as they are.
-    """
-    owners = [place_of(name, str).owner for name in names]
-    wrappers = (*_WRAPPERS, f"{prefix}.") if prefix else _WRAPPERS
-    if any(owner in modules for owner in owners):
-        return str, ()
-    found = {
-        tuple(added + owner.removeprefix(gone) for owner in owners): (gone, added)
-        for gone, added in product(dict.fromkeys(wrappers), repeat=2)
-        if all(owner.startswith(gone) and added + owner.removeprefix(gone) in modules for owner in owners)
-    }
-    if len(found) != 1:
-        return str, ()
-    ((gone, added),) = found.values()
-    remark = f"its modules are found under {added or 'the model itself'!r} instead of {gone or 'the model itself'!r}"
-    return lambda path: _renamed(path, gone, added, modules), (remark,)
-
-
-def _renamed(path: str, gone: str, added: str, modules: Mapping[str, nn.Module]) -> str:
-    changed = added + path.removeprefix(gone)
-    return changed if path.startswith(gone) and changed in modules else path
 
 
 def refuse_convolutions(source: object, modules: Mapping[str, nn.Module], paths: Iterable[str], *, lora: bool) -> None:

@@ -6,14 +6,17 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import nn
 
-from tunerkit import BaseMismatchError, FileError, Foreign
+from tunerkit import FileError, Foreign
 from tunerkit.errors import shown
 from tunerkit_peft import files
+from tunerkit_peft.completeness import missing
+from tunerkit_peft.fitting import refuse_others
 from tunerkit_peft.from_adalora import read_adalora
 from tunerkit_peft.from_lora import read_lora
+from tunerkit_peft.moving import moving
 from tunerkit_peft.others import Others, read_others
 from tunerkit_peft.parts import Parts, parts_of
-from tunerkit_peft.places import modules_of, refuse_convolutions, renaming
+from tunerkit_peft.places import modules_of, refuse_convolutions
 from tunerkit_peft.settings import Settings, read_settings
 from tunerkit_peft.weights import Weights, open_weights
 
@@ -36,13 +39,14 @@ def read(path: Path, model: nn.Module) -> Foreign:
     settings = read_settings(found.config)
     weights = open_weights(found.weights)
     modules = modules_of(model)
-    rename, renamed = renaming(weights.factors, modules, getattr(model, "base_model_prefix", ""))
-    parts = parts_of(settings, weights, rename)
+    moved = moving(weights.factors, modules, getattr(model, "base_model_prefix", ""))
+    parts = parts_of(settings, weights, moved.rename)
     refuse_convolutions(weights.file, modules, [each.place.path for each in parts], lora=settings.kind == "LORA")
-    _refuse_kernels(settings, weights, parts, modules)
-    others = read_others(settings, weights, modules, rename)
+    others = read_others(settings, weights, modules, moved.rename)
+    refuse_others(settings, weights, parts, others, modules)
     _refuse_tying(settings, parts, others, modules)
     own = read_lora(settings, weights, parts) if settings.kind == "LORA" else read_adalora(settings, weights, parts)
+    unknown = missing(settings, weights, modules, parts, others, is_moved=bool(moved.remarks))
     return Foreign(
         own.factors,
         settings.kind.lower(),
@@ -53,27 +57,12 @@ def read(path: Path, model: nn.Module) -> Foreign:
         base=settings.base,
         remarks=(
             *settings.remarks,
-            *renamed,
+            *moved.remarks,
+            *unknown,
             *_other_base(settings, model),
             *_padding(weights, parts, modules),
         ),
     )
-
-
-def _refuse_kernels(
-    settings: Settings, weights: Weights, parts: Sequence[Parts], modules: Mapping[str, nn.Module]
-) -> None:
-    """Refuse a convolution of another kernel: two may have the same number of weights."""
-    for each in parts:
-        module, shape = modules.get(each.place.path), weights.shape(each.names["A"])
-        if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or settings.kind != "LORA":
-            continue
-        if shape[1:] != tuple(module.weight.shape[1:]):
-            raise BaseMismatchError(
-                f"{weights.file} was made for another base model, {shown(settings.base)}: {each.names['A']} is "
-                f"{list(shape)}; the convolution at {each.place.path!r} needs [r, "
-                f"{', '.join(map(str, module.weight.shape[1:]))}]"
-            )
 
 
 def _refuse_tying(settings: Settings, parts: Sequence[Parts], others: Others, modules: Mapping[str, nn.Module]) -> None:

@@ -1,11 +1,12 @@
 """The settings ``target_modules`` and ``modules_to_save`` with which PEFT takes exactly the modules that are meant."""
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
 from tunerkit import FileError
 from tunerkit.errors import shown
+from tunerkit_peft.selection import ends
 
 # What PEFT puts below an adapted module. It looks there too for modules to train in full.
 _BELOW: Final = (
@@ -37,7 +38,7 @@ def target_modules(chosen: Collection[str], present: Iterable[str]) -> list[str]
     """
     wanted, there = set(chosen), list(present)
     for names in ({path.rpartition(".")[2] for path in wanted}, wanted):
-        if {path for path in there if any(end in names for end in _ends(path))} == wanted:
+        if {path for path in there if any(end in names for end in ends(path))} == wanted:
             return sorted(names)
     return "|".join(re.escape(path) for path in sorted(wanted))
 
@@ -81,12 +82,6 @@ def modules_to_save(copies: Collection[str], targets: Collection[str], present: 
             "keep_merged=True) and save the whole model instead"
         )
     return list(names)
-
-
-def _ends(path: str) -> Iterator[str]:
-    while path:
-        yield path
-        path = path.partition(".")[2]
 
 
 def few(paths: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ import attrs
 from tunerkit import FileError
 from tunerkit.errors import closest, first, shown
 from tunerkit_peft import fields
+from tunerkit_peft.selection import Selection, selection_of
 from tunerkit_peft.values import HIGHEST_RANK, Values, is_number, is_rank
 
 _LARGEST_FILE: Final = 64_000_000  # bytes
@@ -48,6 +49,7 @@ class Settings:
         copies: ``modules_to_save``: ends of the names of modules that are trained in full.
         tied: Whether the two sides of a tied weight are adapted as one.
         base: The name or path of the base model; may be empty.
+        selection: Where the adapter is.
         schedule: AdaLoRA's schedule.
         remarks: What the settings say and the adapter will not hold.
     """
@@ -65,6 +67,7 @@ class Settings:
     copies: tuple[str, ...]
     tied: bool
     base: str
+    selection: Selection
     schedule: Schedule
     remarks: tuple[str, ...]
 
@@ -91,7 +94,7 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > _LARGEST_FILE:
             raise FileError(f"{file} is larger than {_LARGEST_FILE // 1_000_000} MB, so it is no file of settings")
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8-sig"))
     except FileError:
         raise
     except RecursionError as error:
@@ -153,6 +156,7 @@ def _common(file: Path, reader: Values) -> dict[str, Any]:
         "copies": reader.names("modules_to_save"),
         "tied": reader.flag("ensure_weight_tying"),
         "base": reader.text("base_model_name_or_path"),
+        "selection": selection_of(reader.found),
         "schedule": Schedule(
             target_r=reader.integer("target_r", 8, least=1, most=HIGHEST_RANK),
             tinit=reader.integer("tinit", 0),
