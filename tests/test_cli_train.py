@@ -128,7 +128,8 @@ def test_what_a_run_is_measured_on_does_not_depend_on_how_it_trains(folder: Path
 def test_the_readmes_three_lines_classify(out: Path) -> None:
     """The README's example of `tunerkit.from_folder`, on the folder of this run."""
     page = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    examples = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (example,) = [each for each in examples if "from_folder" in each]
     lines = example.replace('"out/mine"', repr(str(out))).splitlines()
     assert len(lines) == 3
     names: dict[str, Any] = {"tunerkit": tunerkit, "transformers": transformers}
