@@ -78,7 +78,7 @@ def trains(case: Case, model: nn.Module) -> None:
     tunerkit.thaw(model, tuner.name)
     trained: Any = [p for p in model.parameters() if p.requires_grad]
     before = [copy.deepcopy(p.detach()) for p in tuner.parameters()]
-    optimizer = torch.optim.SGD(trained, lr=1e-3)
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)  # whose steps do not depend on how small the scale is
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tunerkit.attach(model, optimizer, total_steps=30)
