@@ -282,51 +282,65 @@ GOING_ON = (
         **{"third.csv": _GOOD + "very good film,great\n"},
     ),
 )
-_CONVERT = "convert lone --to toy --base bert --out new"
+_CONVERT = "convert lone --to toy --base bert --out converted"
 ADAPTERS = (
-    BadInput("an adapter to convert that is not there", "convert gone --to toy --base bert --out new"),
-    BadInput("a model in place of an adapter", "convert llama --to toy --base bert --out new"),
-    BadInput("a file of another kind in place of an adapter", "convert reviews.csv --to toy --base bert --out new"),
+    BadInput("an adapter to convert that is not there", "convert gone --to toy --base bert --out converted"),
+    BadInput("a model in place of an adapter", "convert llama --to toy --base bert --out converted"),
     BadInput(
-        "an adapter in a format that is not known", "convert images --to toy --base bert --out new", needs=("PIL",)
+        "a file of another kind in place of an adapter", "convert reviews.csv --to toy --base bert --out converted"
+    ),
+    BadInput(
+        "an adapter in a format that is not known",
+        "convert images --to toy --base bert --out converted",
+        needs=("PIL",),
     ),
     BadInput(
         "a damaged adapter to convert",
-        "convert cut/adapter.safetensors --to toy --base bert --out new",
+        "convert cut/adapter.safetensors --to toy --base bert --out converted",
         until="cannot be read as a safetensors file:",
     ),
     BadInput(
         "a damaged file of another format",
-        "convert torn-toy --to tunerkit --base bert --out new",
+        "convert torn-toy --to tunerkit --base bert --out converted",
         {"torn-toy/toy.json": "{"},
         until="is no toy adapter:",
     ),
-    BadInput("a mistyped format", "convert lone --to toi --base bert --out new"),
+    BadInput("a mistyped format", "convert lone --to toi --base bert --out converted"),
+    BadInput("a format in capitals", "convert lone --to TOY --base bert --out converted"),
     BadInput("an unknown option of a format", f"{_CONVERT} --set bas=bert"),
     BadInput("an option of a format with a wrong type", f"{_CONVERT} --set labels=many"),
     BadInput("an option of a format out of its range", f"{_CONVERT} --set labels=-1"),
     BadInput("an option of a format without a value", f"{_CONVERT} --set labels"),
-    BadInput("options for tunerkit's own file", "convert lone-toy --to tunerkit --base bert --out new --set a=1"),
-    BadInput("an adapter that is in tunerkit's format already", "convert lone --to tunerkit --base bert --out new"),
+    BadInput("options for tunerkit's own file", "convert lone-toy --to tunerkit --base bert --out converted --set a=1"),
+    BadInput(
+        "an adapter that is in tunerkit's format already", "convert lone --to tunerkit --base bert --out converted"
+    ),
     BadInput("an adapter converted onto itself", "convert lone-toy --to toy --base bert --out lone-toy"),
     BadInput(
         "a destination with other files",
-        "convert lone --to toy --base bert --out full",
+        "convert lone --to toy --base bert --out full --overwrite",
         {"full/toy.json/readme.txt": ""},
     ),
+    BadInput(
+        "a destination that is not empty", "convert lone --to toy --base bert --out filled", {"filled/readme.txt": ""}
+    ),
+    BadInput("a file that is there already", "convert lone --to toy --base bert --out reviews.csv"),
+    BadInput("a destination with a model", "convert lone --to toy --base bert --out llama --overwrite"),
     BadInput("a destination that cannot be written", "convert lone --to toy --base bert --out reviews.csv/out"),
-    BadInput("an adapter that does not say what its base is", "convert lone --to toy --out new"),
-    BadInput("a base of an adapter that is not there", "convert lone --to toy --base ./gone --out new"),
-    BadInput("a file in place of a base", "convert lone --to toy --base reviews.csv --out new"),
-    BadInput("a folder without a model in place of a base", "convert lone --to toy --base run --out new"),
+    BadInput("an adapter that does not say what its base is", "convert lone --to toy --out converted"),
+    BadInput("a base of an adapter that is not there", "convert lone --to toy --base ./gone --out converted"),
+    BadInput("a file in place of a base", "convert lone --to toy --base reviews.csv --out converted"),
+    BadInput("a folder without a model in place of a base", "convert lone --to toy --base run --out converted"),
     BadInput(
         "a base of an adapter with a damaged config",
-        "convert lone --to toy --base broken --out new",
+        "convert lone --to toy --base broken --out converted",
         until="cannot load 'broken':",
     ),
-    BadInput("another base than that of the adapter to convert", "convert lone --to toy --base vit --out new"),
-    BadInput("a base with other shapes than the adapter's", "convert lone --to toy --base other --out new"),
-    BadInput("a mistyped task of an adapter", "convert lone --to toy --base bert --out new --task text-clasification"),
+    BadInput("another base than that of the adapter to convert", "convert lone --to toy --base vit --out converted"),
+    BadInput("a base with other shapes than the adapter's", "convert lone --to toy --base other --out converted"),
+    BadInput(
+        "a mistyped task of an adapter", "convert lone --to toy --base bert --out converted --task text-clasification"
+    ),
     BadInput(
         "a task that the base has no class for",
         "verify lone lone-toy --base vit --task causal-lm",

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tests.tiny_models import save_tiny_llama, save_tiny_t5, save_tiny_vit  # no
 from tests.train_command import command, succeeded  # noqa: E402
 from tunerkit.cli.converting.inputs import random_inputs  # noqa: E402
 from tunerkit.cli.converting.products import difference, norm, relative, relative_tensor  # noqa: E402
+from tunerkit.cli.converting.remarks import collected  # noqa: E402
 from tunerkit.cli.converting.stand_in import stand_in  # noqa: E402
 from tunerkit.integrations.base_choice import choose_base  # noqa: E402
 from tunerkit.integrations.bases import Base, skeleton, whole  # noqa: E402
@@ -80,6 +82,8 @@ def test_an_adapter_goes_to_another_format_and_back_without_the_weights_of_its_b
 def test_the_base_is_found_where_the_files_say_it_is(folder: Path) -> None:
     """Without ``--base``, the description's is taken, and a run's record names base, class and labels."""
     assert told("convert", "toy", "--to", "tunerkit", "--out", "named")["base"] == "llama"
+    shown = succeeded("convert", "toy", "--to", "tunerkit", "--out", "named", "--overwrite").output
+    assert "llama" not in shown  # the file does not hold it
     shutil.copytree("heads", "run")
     record = {"version": 1, "task": "text-classification", "model": {"source": "bert"}, "labels": ["a", "b", "c"]}
     Path("run/run.json").write_text(json.dumps(record))
@@ -100,6 +104,77 @@ def test_the_class_of_a_lone_file_is_the_one_that_has_what_its_header_lists(fold
     bare = trained(transformers.AutoModel.from_pretrained("bert"), targets=["query"])
     tunerkit.save(bare, "bare")
     assert choose_base("bare", base="bert-shapes", task=None).kind == "AutoModel"
+
+
+def test_a_class_without_the_modules_that_a_format_trains_in_full_is_passed_over(folder: Path) -> None:
+    """A description lists them: without the head in it, a language model would have all targets too."""
+    shutil.copytree("toy", "toy-head")
+    for copies, kind in (([], "LlamaForCausalLM"), (["score"], "AutoModelForSequenceClassification")):
+        facts = {"base": "shapes", "labels": 7, "copies": copies}
+        Path("toy-head/base.json").write_text(json.dumps(facts))
+        assert choose_base("toy-head", base=None, task=None).kind == kind
+    assert choose_base("toy-head", base=None, task=None).labels == 7
+    assert told("show", "toy-head")["copies"] == ["score"]
+
+
+@pytest.mark.parametrize("command_", ["diff", "verify"])
+def test_the_base_is_taken_from_whichever_of_two_adapters_names_it(command_: str, folder: Path) -> None:
+    """A lone file names none; the order of the two does not matter."""
+    assert told(command_, "own", "toy")["is_equal"]
+    assert told(command_, "toy", "own")["is_equal"]
+    done = command(command_, "own", "own")
+    assert done.exit_code == 2
+    assert "own does not say what its base model is" in done.output
+
+
+def test_a_place_that_is_taken_is_only_written_with_overwrite(folder: Path) -> None:
+    """A folder with files and a file; the folder of a model never is, since its adapter would be loaded with it."""
+    written = ("convert", "own", "--to", "toy", "--base", "shapes", "--out")
+    Path("filled").mkdir()
+    succeeded(*written, "filled")  # it is empty
+    Path("filled/notes.txt").write_text("mine")
+    done = command(*written, "filled")
+    assert (done.exit_code, "the folder is not empty" in done.output) == (2, True)
+    succeeded(*written, "filled", "--overwrite")
+    assert Path("filled/notes.txt").read_text() == "mine"
+    succeeded("convert", "toy", "--to", "tunerkit", "--out", "one.safetensors")
+    done = command("convert", "toy", "--to", "tunerkit", "--out", "one.safetensors")
+    assert (done.exit_code, "there is such a file" in done.output) == (2, True)
+    names = sorted(file.name for file in Path("bert").iterdir())
+    done = command(*written, "bert", "--overwrite")
+    assert (done.exit_code, "holds a model (model.safetensors)" in done.output) == (2, True)
+    assert sorted(file.name for file in Path("bert").iterdir()) == names
+    shutil.copytree("shapes", "own-config")  # a config alone is no model
+    succeeded(*written, "own-config", "--overwrite")
+
+
+def test_an_error_offers_a_task_only_where_another_class_may_help(folder: Path) -> None:
+    """Not for a base whose shapes are the problem."""
+    config = json.loads(Path("shapes/config.json").read_text())
+    shutil.copytree("shapes", "wider")
+    wider = config["hidden_size"] * 2
+    Path("wider/config.json").write_text(json.dumps({**config, "hidden_size": wider, "head_dim": None}))
+    done = command("convert", "own", "--to", "toy", "--out", "never", "--base", "wider")
+    assert (done.exit_code, "--base" in done.output, "--task" in done.output) == (2, True, False)
+    done = command("convert", "own", "--to", "toy", "--out", "never", "--base", "vit")
+    assert (done.exit_code, "--task" in done.output) == (2, True)
+
+
+def test_the_name_of_a_format_is_guessed_whatever_the_case_of_its_letters(folder: Path) -> None:
+    """The list of formats has tunerkit's own."""
+    done = command("convert", "own", "--to", "TOY", "--out", "never", "--base", "shapes")
+    assert done.exit_code == 2
+    assert "did you mean 'toy'?" in done.output
+    assert "tunerkit" in done.output.partition("installed: ")[2]
+
+
+def test_a_remark_of_several_lines_is_told_as_one() -> None:
+    """In JSON and as a note alike; one that comes twice is told once."""
+    with collected() as remarks:
+        for _ in range(2):
+            warnings.warn("some are left out:\n- a\n- b", tunerkit.TunerkitWarning, stacklevel=1)
+        warnings.warn("a library's", UserWarning, stacklevel=1)
+    assert remarks == ["some are left out: a; b"]
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "t5", "vit"])
@@ -128,7 +203,7 @@ def test_equal_adapters_give_equal_outputs_and_other_ones_do_not(folder: Path) -
     assert done.exit_code == 1
     assert found["relative"] == pytest.approx(found["difference"] / found["largest"])
     assert found["of_effect"] > 0.1
-    assert "different within 1e-05" in command("verify", "own", "another", "--base", "llama").output
+    assert "differ by more than 1e-05" in command("verify", "own", "another", "--base", "llama").output
 
 
 def test_an_adapter_equals_its_merged_model(folder: Path) -> None:

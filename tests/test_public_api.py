@@ -15,8 +15,9 @@ ADDED = frozenset(
         "tunerkit.patterns.is_exact(POSITIONAL_OR_KEYWORD pattern)",
         "tunerkit.Description(POSITIONAL_OR_KEYWORD method, KEYWORD_ONLY base = '', "
         "KEYWORD_ONLY model_class = '', KEYWORD_ONLY labels = 0, KEYWORD_ONLY ranks = _Nothing, "
-        "KEYWORD_ONLY settings = _Nothing)",
+        "KEYWORD_ONLY copies = (), KEYWORD_ONLY settings = _Nothing)",
         "tunerkit.Description.base",
+        "tunerkit.Description.copies",
         "tunerkit.Description.labels",
         "tunerkit.Description.method",
         "tunerkit.Description.model_class",

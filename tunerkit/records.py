@@ -257,6 +257,7 @@ class Description:
             ``"AutoModelForSequenceClassification"``; empty if the files do not state it.
         labels: The number of classes of a head that is trained in full; 0 if there is none.
         ranks: The rank of each target, by its path.
+        copies: The paths of the modules that are trained in full.
         settings: Further settings of the files that a user may want to see.
     """
 
@@ -265,6 +266,7 @@ class Description:
     model_class: str = attrs.field(default="", kw_only=True)
     labels: int = attrs.field(default=0, kw_only=True)
     ranks: Mapping[str, int] = attrs.field(factory=dict, kw_only=True)
+    copies: tuple[str, ...] = attrs.field(default=(), kw_only=True)
     settings: Mapping[str, object] = attrs.field(factory=dict, kw_only=True)
 
 

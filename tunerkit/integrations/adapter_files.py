@@ -118,7 +118,12 @@ def _of_format(format: Format, path: str) -> BaseFacts:
     found = description_at(format, path)
     if found is None:
         return BaseFacts()
-    return BaseFacts(source=found.base, kind=found.model_class, labels=found.labels, paths=tuple(found.ranks))
+    return BaseFacts(
+        source=found.base,
+        kind=found.model_class,
+        labels=found.labels,
+        paths=(*found.ranks, *found.copies),
+    )
 
 
 def _of_run(path: str) -> BaseFacts:

@@ -16,7 +16,7 @@ _CLASSIFIER = "Classification"  # in the names of all classes with such a head
 _LOCAL = (".", "/", "~", "\\")
 
 
-def choose_base(path: str, *, base: str | None, task: str | None) -> Base:
+def choose_base(path: str, *, base: str | None, task: str | None, beside: str | None = None) -> Base:
     """Find the base of the adapter at ``path``.
 
     The class is that of ``task``; or the one that the adapter's files name; or the first that has what the files list,
@@ -26,6 +26,7 @@ def choose_base(path: str, *, base: str | None, task: str | None) -> Base:
         path: The adapter.
         base: The folder of the base, or its name on the hub; None for what the adapter's files say.
         task: One of the tasks of ``tunerkit train``, or None.
+        beside: Another adapter of the same base; where the files of the first one name no base, its files may.
 
     Raises:
         FileError: No adapter is there, or its files are damaged.
@@ -33,9 +34,11 @@ def choose_base(path: str, *, base: str | None, task: str | None) -> Base:
     """
     if task is not None:
         classes_of(task)
-    facts = base_facts(path)
+    facts, names = base_facts(path), path
+    if base is None and beside is not None and not facts.source and (other := base_facts(beside)).source:
+        facts, names = attrs.evolve(facts, source=other.source, revision=other.revision, seed=other.seed), beside
     found = Base(
-        source=base if base is not None else _named(facts, path),
+        source=base if base is not None else _named(facts, names),
         kind="",
         revision=facts.revision if base is None else None,
         seed=facts.seed,
@@ -121,9 +124,17 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in own}
 
 
-def with_base(problem: BaseMismatchError, base: Base) -> BaseMismatchError:
-    """Return the error of an adapter that does not fit, with what was built and what to pass."""
-    return BaseMismatchError(
-        f"{problem}\n- the base was {base.source} as {base.kind}; pass another with --base, or the task of the adapter "
-        f"with --task ({', '.join(TASKS)})"
-    )
+def with_base(problem: BaseMismatchError, base: Base, model: nn.Module, path: str) -> BaseMismatchError:
+    """Return the error of an adapter that does not fit, with what was built and what to pass.
+
+    Args:
+        problem: The error.
+        base: What was built.
+        model: The same.
+        path: The adapter. If the model has all the modules that it names, another class would help nothing.
+    """
+    named = base_facts(path).paths
+    modules = {each for each, _ in model.named_modules(remove_duplicate=False)}
+    has_all = bool(named) and modules.issuperset(named)
+    task = "" if has_all else f", or the task of the adapter with --task ({', '.join(TASKS)})"
+    return BaseMismatchError(f"{problem}\n- the base was {base.source} as {base.kind}; pass another with --base{task}")

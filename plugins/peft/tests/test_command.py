@@ -1,6 +1,7 @@
 """PEFT folders on the command line: converted, verified, compared, shown and merged."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             num_labels=5,
             ignore_mismatched_sizes=True,
         )
+        heads.task_type, heads.modules_to_save = None, ["classifier"]
+        make(
+            "plain-heads",
+            "bert",
+            "AutoModelForSequenceClassification",
+            heads,
+            num_labels=5,
+            ignore_mismatched_sizes=True,
+        )
+        language_model = json.loads((path / "bert/config.json").read_text()) | {"architectures": ["BertForMaskedLM"]}
+        shutil.copytree(path / "bert", path / "masked")
+        (path / "masked/config.json").write_text(json.dumps(language_model))
+        settings = json.loads((path / "plain-heads/adapter_config.json").read_text())
+        settings |= {"base_model_name_or_path": "masked", "auto_mapping": None}
+        (path / "plain-heads/adapter_config.json").write_text(json.dumps(settings))
         make("bare", "t5", "AutoModelForSeq2SeqLM", peft.LoraConfig(r=2, target_modules=["q"]))
         yield path
 
@@ -76,7 +92,7 @@ def told(*arguments: object) -> Any:
     return json.loads(succeeded(*arguments, "--json").stdout)
 
 
-@pytest.mark.parametrize("name", ["lora", "adalora", "heads", "bare"])
+@pytest.mark.parametrize("name", ["lora", "adalora", "heads", "plain-heads", "bare"])
 def test_an_adapter_of_peft_goes_to_tunerkit_and_back(name: str, folder: Path) -> None:
     """No option but the destination: base, class and labels follow from the files. The functions are equal."""
     base = told("show", name)["base"]
@@ -92,6 +108,11 @@ def test_the_uniform_form_loads_in_peft_itself(folder: Path) -> None:
     found = told("convert", "lora", "--to", "peft", "--out", "uniform", "--set", "rank=16", "--set", "base=llama")
     assert set(found["files"]) >= {"adapter_config.json", "adapter_model.safetensors"}
     assert json.loads(Path("uniform/adapter_config.json").read_text())["r"] == 16
+    assert found["padded"] == 16
+    kept = ("convert", "lora", "--to", "peft", "--out", "kept", "--set", "form=compact")
+    assert told(*kept)["padded"] == 0
+    assert "14 in all at 4 targets\n" in succeeded(*kept, "--overwrite").output
+    assert "padded to 8\n" in succeeded("convert", "lora", "--to", "peft", "--out", "eight").output
     model = transformers.AutoModelForCausalLM.from_pretrained("llama", dtype=torch.float32)
     merged: Any = peft.PeftModel.from_pretrained(model, "uniform").merge_and_unload()
     merged.save_pretrained("merged-by-peft")
@@ -115,6 +136,8 @@ def test_a_description_says_what_the_files_hold(folder: Path) -> None:
     assert set(lora.ranks.values()) == {2, 4}
     assert lora.settings["alpha"] == 16
     assert (heads.model_class, heads.labels) == ("AutoModelForSequenceClassification", 5)
+    assert (lora.copies, heads.copies) == ((), ("classifier",))
+    assert describe(Path("plain-heads")).copies == ("classifier",)
     assert (bare.model_class, bare.labels) == ("T5ForConditionalGeneration", 0)
     assert describe(Path("adalora")).settings["target_rank"] == 3
     shown = succeeded("show", "lora").output

@@ -197,6 +197,41 @@ def test_commands_quote_what_a_shell_would_split(tmp_path: Path) -> None:
     assert """a b'"'"'c'""" in str(finding.mend)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_command_of_tunerkit_is_told_for_what_it_refuses(engine: str, tmp_path: Path) -> None:
+    """DoRA is merged by PEFT, whatever the rule; patterns would call for another conversion."""
+    made = plain(tmp_path / "a", rank=4, use_dora=True, alpha_pattern={"q_proj": 2})
+    mends = [str(finding.mend) for finding in found(engine, made) if finding.severity.is_bad]
+    assert mends
+    assert all(mend.startswith("python -c ") and "merge_and_unload" in mend for mend in mends)
+
+
+@pytest.mark.parametrize("engine", ["llama.cpp", "ollama"])
+def test_a_trained_head_is_merged_and_not_written_as_gguf(engine: str, tmp_path: Path) -> None:
+    """The file cannot hold it, and PEFT's class for language models would lose it."""
+    made = plain(tmp_path / "a", modules_to_save=["score"])
+    assert {str(finding.mend).split(" --")[0] for finding in found(engine, made)} == {f"tunerkit merge {made}"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "AutoPeftModelForCausalLM"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, "AutoPeftModelForSeq2SeqLM"),
+        ({"task_type": "TOKEN_CLS", "modules_to_save": ["classifier"]}, "AutoPeftModelForTokenClassification"),
+        ({"modules_to_save": ["score"]}, "AutoPeftModelForSequenceClassification"),
+    ],
+)
+def test_peft_merges_with_the_class_of_the_task(settings: Mapping[str, Any], words: str, tmp_path: Path) -> None:
+    """Without a task the head decides, and its rows are the number of classes."""
+    pairs = {name: (torch.randn(8, 16), torch.randn(16, 8)) for name in paths("q_proj")}
+    heads = {f"{name}.weight": torch.zeros(5, 16) for name in settings.get("modules_to_save", ())}
+    made = write(tmp_path / "a", pairs, heads, r=8, lora_alpha=8, use_dora=True, **settings)
+    mend = str(found("vllm", made)[0].mend)
+    assert f"{words} as Model" in mend
+    assert ("num_labels=5" in mend) == bool(heads)
+
+
 def test_the_first_pattern_that_matches_counts(tmp_path: Path) -> None:
     """As in peft, in the order of the file; a pattern may be the end of a path, and a dot matches any character."""
     patterns = {"layers.0.self_attn.q_proj": 1, "self_attn.(q|k)_proj": 2, "elf_attn.v_proj": 3, "_proj": 4}

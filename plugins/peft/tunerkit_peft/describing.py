@@ -7,7 +7,7 @@ from tunerkit import Description
 from tunerkit_peft import files
 from tunerkit_peft.settings import Settings, read_settings
 from tunerkit_peft.tasks import auto_class
-from tunerkit_peft.weights import Weights, open_weights
+from tunerkit_peft.weights import PREFIX, Weights, open_weights
 
 # Heads with one row for each class, whatever the module is called. Without a task, the model's class decides.
 _MAYBE_CLASSES: Final = ("SEQ_CLS", "TOKEN_CLS", "")
@@ -29,6 +29,7 @@ def describe(path: Path) -> Description:
         model_class=auto_class(chosen.task, chosen.model_class),
         labels=_labels(weights) if chosen.task in _MAYBE_CLASSES else 0,
         ranks={path: _rank(weights, path) for path in weights.factors},
+        copies=_copies(settings, weights),
         settings=_told(settings),
     )
 
@@ -43,6 +44,16 @@ def _rank(weights: Weights, path: str) -> int:
     """The rows of A; 0 if it is missing, which `read` refuses."""
     name = weights.factors[path].get("A")
     return weights.shape(name)[0] if name else 0
+
+
+def _copies(settings: Settings, weights: Weights) -> tuple[str, ...]:
+    """The outermost modules that ``modules_to_save`` names, of those that have tensors. PEFT compares ends of names."""
+    found: dict[str, None] = {}
+    for name in weights.others if settings.copies else ():
+        parts = name.split(".")[:-1]
+        around = (".".join(parts[: end + 1]) for end in range(len(parts)))
+        found |= dict.fromkeys([path for path in around if (PREFIX + path).endswith(settings.copies)][:1])
+    return tuple(found)
 
 
 def _told(settings: Settings) -> dict[str, object]:

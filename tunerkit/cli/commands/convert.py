@@ -17,10 +17,14 @@ def convert(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="An option of the format, as in --set form=compact.")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an older adapter at --out; a model is never overwritten.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Write an adapter in another format. No weights of the base model are read."""
     from tunerkit.cli.converting.conversion import convert_adapter
     from tunerkit.cli.converting.printing import print_converted
 
-    print_converted(convert_adapter(source, to=to, out=out, base=base, task=task, options=set_ or []), as_json=json)
+    found = convert_adapter(source, to=to, out=out, base=base, task=task, options=set_ or [], overwrite=overwrite)
+    print_converted(found, as_json=json)

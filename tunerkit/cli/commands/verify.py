@@ -11,7 +11,7 @@ def verify(
         str, typer.Argument(help="An adapter in any format, or the folder of a merged model.", metavar="B")
     ],
     base: Annotated[
-        str | None, typer.Option(help="The folder of the base model. Default: what the files of A say.")
+        str | None, typer.Option(help="The folder of the base model. Default: what the files of A say, or those of B.")
     ] = None,
     task: Annotated[str | None, typer.Option(help="The adapters' task, if the files do not say it.")] = None,
     tolerance: Annotated[

@@ -65,8 +65,8 @@ def compare_adapters(one: str, other: str, *, base: str | None, task: str | None
     """
     quiet()
     with collected() as remarks:
-        first = open_adapter(one, base=base, task=task)
-        second = open_adapter(other, base=base, task=task)
+        first = open_adapter(one, base=base, task=task, beside=other)
+        second = open_adapter(other, base=base, task=task, beside=one)
         _refuse_others(one, first, other, second)
         tuners = first.tuner, second.tuner
         factors = tuners[0].factors(), tuners[1].factors()

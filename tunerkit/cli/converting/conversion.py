@@ -8,12 +8,17 @@ from typing import Any
 import attrs
 
 import tunerkit
-from tunerkit import ConfigError, TunerkitError, serialization
+from tunerkit import ConfigError, Format, TunerkitError, UnknownFormatError, hooks, serialization
+from tunerkit.cli.converting.destination import refuse_occupied
 from tunerkit.cli.converting.opening import open_adapter
 from tunerkit.cli.converting.remarks import collected
 from tunerkit.cli.settings import given_value
 from tunerkit.config import options_from
+from tunerkit.errors import closest, shown
+from tunerkit.integrations.adapter_files import description_at
 from tunerkit.integrations.pretrained import quiet
+from tunerkit.libraries import FOREIGN_FORMATS
+from tunerkit.paths import few
 
 OWN = "tunerkit"
 _SHAPES_ONLY = (
@@ -32,6 +37,7 @@ class Converted:
         method: The method that the adapter has in tunerkit.
         base: The base model over which it was opened.
         ranks: The rank of each target.
+        padded: The rank to which the format fills up those of all targets; 0 if it keeps them.
         files: The names of the files that were written.
         size: Their size in bytes.
         remarks: What the user should know of them.
@@ -42,13 +48,21 @@ class Converted:
     method: str
     base: str
     ranks: Mapping[str, int]
+    padded: int
     files: tuple[str, ...]
     size: int
     remarks: tuple[str, ...]
 
 
 def convert_adapter(
-    source: str, *, to: str, out: Path, base: str | None, task: str | None, options: Sequence[str]
+    source: str,
+    *,
+    to: str,
+    out: Path,
+    base: str | None,
+    task: str | None,
+    options: Sequence[str],
+    overwrite: bool = False,
 ) -> Converted:
     """Convert an adapter, without reading a weight of its base.
 
@@ -59,6 +73,7 @@ def convert_adapter(
         base: The folder of the base; None for what the adapter's files say.
         task: The task, if it does not follow from the files.
         options: The format's options, each as ``key=value``.
+        overwrite: Whether an older adapter at ``out`` may be replaced.
 
     Raises:
         TunerkitError: The adapter cannot be opened or written. Nothing is written then.
@@ -66,6 +81,7 @@ def convert_adapter(
     quiet()
     given = dict(_option(each) for each in options)
     _check(source, to, out, given)
+    refuse_occupied(out, overwrite=overwrite)
     before = _inodes(out)
     with collected() as remarks:
         opened = open_adapter(source, base=base, task=task)
@@ -78,6 +94,7 @@ def convert_adapter(
         method=opened.tuner.method,
         base=opened.base.source,
         ranks=opened.tuner.ranks(),
+        padded=_padded(to, written, opened.tuner.ranks()),
         files=tuple(sorted(file.name for file in files)),
         size=sum(file.stat().st_size for file in files),
         remarks=(*remarks, _SHAPES_ONLY) if to == OWN else tuple(remarks),
@@ -99,9 +116,27 @@ def _check(source: str, to: str, out: Path, options: Mapping[str, object]) -> No
         if serialization.format_at(source) is None and serialization.file_at(source, "adapter").is_file():
             raise TunerkitError(f"{source} is in tunerkit's own format already; copy the file instead")
     else:
-        options_from(serialization.find_format(to).options, options)
+        options_from(_format(to).options, options)
     if os.path.realpath(source) == os.path.realpath(out):
         raise TunerkitError(f"--out {out}: is the adapter itself; pass another folder")
+
+
+def _format(name: str) -> Format:
+    """The format with this name. Raises `UnknownFormatError`, whose hint does not mind the case of letters."""
+    installed = hooks.gather_formats()
+    if name in {*installed, *(each.format for each in FOREIGN_FORMATS)}:
+        return serialization.find_format(name)
+    names = sorted({*installed, OWN})
+    raise UnknownFormatError(
+        f"--to: no format named {shown(name)}{closest(name.lower(), names)}; installed: {few(names, shown=20)}"
+    )
+
+
+def _padded(to: str, written: Path, ranks: Mapping[str, int]) -> int:
+    """The one rank of all targets in a file, if that of some target is lower. Only the file's header is read."""
+    found = None if to == OWN else description_at(serialization.find_format(to), str(written))
+    stored = set() if found is None else set(found.ranks.values())
+    return max(stored) if len(stored) == 1 and min(ranks.values(), default=0) < max(stored) else 0
 
 
 def _inodes(place: Path) -> dict[Path, int]:

@@ -70,6 +70,7 @@ def describe_adapter(source: str) -> Shown:
         model_class=found.model_class,
         labels=found.labels,
         ranks=dict(found.ranks),
+        copies=tuple(found.copies),
         size=_size(Path(source)),
         settings=dict(found.settings),
     )

@@ -24,24 +24,25 @@ class Opened:
     base: Base
 
 
-def open_adapter(source: str, *, base: str | None, task: str | None) -> Opened:
+def open_adapter(source: str, *, base: str | None, task: str | None, beside: str | None = None) -> Opened:
     """Open an adapter over its base on the meta device; its own tensors are on the CPU.
 
     Args:
         source: The adapter: a folder, a file, or a name that a format knows.
         base: The folder of the base, or its name on the hub; None for what the adapter's files say.
         task: The task of the adapter, if it does not follow from its files.
+        beside: Another adapter of the same base, whose files may name it.
 
     Raises:
         FileError: There is no adapter, or its files are damaged, or it is of another base.
         ModelError: The base cannot be found.
     """
-    chosen = choose_base(source, base=base, task=task)
+    chosen = choose_base(source, base=base, task=task, beside=beside)
     model = skeleton(chosen)
     try:
         serialization.open_unloaded(model, source)
     except BaseMismatchError as problem:
-        raise with_base(problem, chosen) from problem
+        raise with_base(problem, chosen, model, source) from problem
     return Opened(model, tunerkit.tuner(model), chosen)
 
 
@@ -50,7 +51,7 @@ def load_adapter(model: nn.Module, source: str, base: Base) -> nn.Module:
     try:
         return tunerkit.load(model, source)
     except BaseMismatchError as problem:
-        raise with_base(problem, base) from problem
+        raise with_base(problem, base, model, source) from problem
 
 
 def load_base(base: Base, *, keep_dtype: bool = False) -> nn.Module:

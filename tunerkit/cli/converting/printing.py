@@ -7,7 +7,7 @@ import attrs
 import typer
 
 from tunerkit.cli.converting.comparison import Compared
-from tunerkit.cli.converting.conversion import Converted
+from tunerkit.cli.converting.conversion import OWN, Converted
 from tunerkit.cli.converting.verification import Verified
 from tunerkit.paths import few
 
@@ -22,8 +22,8 @@ def print_converted(found: Converted, *, as_json: bool) -> None:
         "format": found.format,
         "written": f"{found.out} ({', '.join(found.files)})" if found.files != (found.out,) else found.out,
         "method": found.method,
-        "base": found.base,
-        "ranks": ranks_in_words(found.ranks),
+        "base": "" if found.format == OWN else found.base,  # our own file does not hold it
+        "ranks": ranks_in_words(found.ranks) + (f", padded to {found.padded}" if found.padded else ""),
         "size": size_in_words(found.size),
     }
     _print_facts(facts, found.remarks)
@@ -38,7 +38,7 @@ def print_verified(found: Verified, *, as_json: bool) -> None:
         "compared": f"{found.outputs:,} outputs, the largest {found.largest:.4g}",
         "difference": f"{found.difference:.2e} at most",
         "relative": f"{found.relative:.2e} of the largest output, {effect}",
-        "verdict": f"{'equal' if found.is_equal else 'different'} within {found.tolerance:g}",
+        "verdict": f"{'equal within' if found.is_equal else 'differ by more than'} {found.tolerance:g}",
     }
     _print_facts(facts, found.remarks)
 
@@ -58,7 +58,7 @@ def print_compared(found: Compared, *, as_json: bool) -> None:
         "biases": _differences(found.biases),
         "verdict": f"{'equal' if found.is_equal else 'different'}: at most {found.largest:.2e} apart",
     }
-    _print_facts({name: value for name, value in facts.items() if value}, found.remarks)
+    _print_facts(facts, found.remarks)
 
 
 def ranks_in_words(ranks: Mapping[str, int]) -> str:
@@ -81,7 +81,8 @@ def _differences(found: Mapping[str, float]) -> str:
 
 def _print_facts(facts: Mapping[str, str], remarks: Sequence[str]) -> None:
     for name, value in facts.items():
-        typer.echo(f"{name:<12}{value}")
+        if value:
+            typer.echo(f"{name:<12}{value}")
     for remark in remarks:
         typer.echo(f"note: {remark}")
 

@@ -10,12 +10,17 @@ from tunerkit import TunerkitWarning
 
 @contextmanager
 def collected() -> Iterator[list[str]]:
-    """Yield a list that gets each of our own warnings inside the block, once; those of the libraries are left out."""
+    """Yield a list that gets each of our own warnings inside the block, once and as one line.
+
+    Those of the libraries are left out.
+    """
     found: list[str] = []
 
     def note(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-        if issubclass(category, TunerkitWarning) and str(message) not in found:
-            found.append(str(message))
+        lines = str(message).replace(":\n- ", ": ").splitlines()
+        text = "; ".join(line.removeprefix("- ").strip() for line in lines)
+        if issubclass(category, TunerkitWarning) and text not in found:
+            found.append(text)
 
     with warnings.catch_warnings():  # restores showwarning too
         warnings.simplefilter("always")

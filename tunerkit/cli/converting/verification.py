@@ -62,7 +62,7 @@ def verify_adapters(one: str, other: str, *, base: str | None, task: str | None,
     Args:
         one: An adapter in any format.
         other: Another one, or the folder of a merged model.
-        base: The folder of the base; None for what the files of ``one`` say.
+        base: The folder of the base; None for what the files of ``one`` say, or else those of ``other``.
         task: The task, if it does not follow from the files.
         tolerance: The largest relative difference of equal outputs.
 
@@ -74,7 +74,7 @@ def verify_adapters(one: str, other: str, *, base: str | None, task: str | None,
     quiet()
     merged = not holds_adapter(other) and (Path(other) / "config.json").is_file()
     with collected() as remarks:
-        chosen = choose_base(one, base=base, task=task)
+        chosen = choose_base(one, base=base, task=task, beside=None if merged else other)
         # Before the base is loaded, which takes long.
         if merged:
             refuse_other_type(other, chosen.source)

@@ -56,13 +56,13 @@ class Folder:
         path: Where it is.
         config: What its ``adapter_config.json`` says.
         pairs: The factors by the path of their module.
-        others: The names of all other tensors.
+        others: The shapes of all other tensors, by name.
     """
 
     path: Path
     config: Mapping[str, Any]
     pairs: Mapping[str, Pair]
-    others: tuple[str, ...]
+    others: Mapping[str, tuple[int, ...]]
 
     @property
     def kind(self) -> str:
@@ -172,13 +172,15 @@ def _shapes(file: Path) -> Mapping[str, tuple[int, ...]]:
         raise FileError(f"{file}: it is not a file of safetensors: {problem}") from problem
 
 
-def _pairs(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Mapping[str, Pair], tuple[str, ...]]:
+def _pairs(
+    file: Path, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Mapping[str, Pair], Mapping[str, tuple[int, ...]]]:
     halves: dict[str, dict[str, str]] = {}
-    others: list[str] = []
+    others: dict[str, tuple[int, ...]] = {}
     for name in shapes:
         ending = next((ending for ending in _HALVES if name.endswith(ending)), None)
         if ending is None:
-            others.append(name)
+            others[name] = shapes[name]
         else:
             module = name.removesuffix(ending).removeprefix(_PREFIX)
             halves.setdefault(module, {})[_HALVES[ending]] = name
@@ -193,7 +195,7 @@ def _pairs(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Mapping[s
                 f"{file}: {module} has A of shape {pair.a_shape} and B of shape {pair.b_shape}; expected (r, in) and "
                 "(out, r) with one r: save the adapter again"
             )
-    return pairs, tuple(others)
+    return pairs, others
 
 
 def _check_names(file: Path, config: Mapping[str, Any]) -> None:

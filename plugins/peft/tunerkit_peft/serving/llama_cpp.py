@@ -116,7 +116,7 @@ ENGINE: Final = Engine(
                 + signs.bias(folder, max_rank)
                 + signs.saved_modules(folder, max_rank)
             ),
-            mend=mends.merged_by_peft,
+            mend=mends.merged,
         ),
         Rule(
             severity=Severity.WRONG,

@@ -1,12 +1,26 @@
 """Commands that make an adapter fit for an engine."""
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Final
 
-from tunerkit_peft.serving.adapter_folder import Folder
+from tunerkit import FileError
+from tunerkit_peft.serving import signs
+from tunerkit_peft.serving.adapter_folder import CONFIG, Folder
 from tunerkit_peft.serving.gguf_header import GgufAdapter
+from tunerkit_peft.settings import read_settings
 
 Mend = Callable[[Folder], str | None]
+_HEADS: Final = ("score", "classifier")
+# What follows AutoPeftModelFor in the names of PEFT's classes.
+_CLASSES: Final[Mapping[str, str]] = {
+    "CAUSAL_LM": "CausalLM",
+    "SEQ_2_SEQ_LM": "Seq2SeqLM",
+    "SEQ_CLS": "SequenceClassification",
+    "TOKEN_CLS": "TokenClassification",
+    "QUESTION_ANS": "QuestionAnswering",
+    "FEATURE_EXTRACTION": "FeatureExtraction",
+}
 
 
 def quoted(text: object) -> str:
@@ -16,18 +30,24 @@ def quoted(text: object) -> str:
 
 def uniform(folder: Folder) -> str:
     """Write one rank for all modules, with everything multiplied in."""
+    if not _is_read(folder):
+        return merged_by_peft(folder)
     out = quoted(f"{folder.path}-uniform")
     return f"tunerkit convert {quoted(folder.path)} --to peft --out {out} --set form=uniform{_base(folder)}"
 
 
 def gguf(folder: Folder) -> str:
-    """Write the file that llama.cpp reads."""
+    """Write the file that llama.cpp reads, which holds neither biases nor modules that were trained in full."""
+    if not _is_read(folder) or signs.bias(folder, None) or signs.saved_modules(folder, None):
+        return merged(folder)
     out = quoted(f"{folder.path}.gguf")
     return f"tunerkit convert {quoted(folder.path)} --to gguf --out {out}{_base(folder)}"
 
 
 def merged(folder: Folder) -> str:
     """Merge the adapter into the base, which every engine serves."""
+    if not _is_read(folder):
+        return merged_by_peft(folder)
     return f"tunerkit merge {quoted(folder.path)} --out {quoted(f'{folder.path}-merged')}{_base(folder)}"
 
 
@@ -37,11 +57,39 @@ def _base(folder: Folder) -> str:
 
 def merged_by_peft(folder: Folder) -> str:
     """Merge what tunerkit refuses too: only PEFT knows how."""
+    kind = _class_of(folder)
+    labels = _labels(folder) if kind.endswith("Classification") else 0
+    given = f"{str(folder.path)!r}" + (f", num_labels={labels}" if labels else "")
     code = (
-        "from peft import AutoPeftModelForCausalLM as Model; "
-        f"Model.from_pretrained({str(folder.path)!r}).merge_and_unload().save_pretrained({f'{folder.path}-merged'!r})"
+        f"from peft import AutoPeftModelFor{kind} as Model; "
+        f"Model.from_pretrained({given}).merge_and_unload().save_pretrained({f'{folder.path}-merged'!r})"
     )
     return f"python -c {quoted(code)}"
+
+
+def _is_read(folder: Folder) -> bool:
+    """Whether tunerkit takes such a folder, so that its commands are of use."""
+    try:
+        read_settings(folder.path / CONFIG)
+    except FileError:
+        return False
+    return True
+
+
+def _class_of(folder: Folder) -> str:
+    """The class by the task; without a task, by the name of the head that was trained."""
+    task = folder.config.get("task_type")
+    if isinstance(task, str) and task in _CLASSES:
+        return _CLASSES[task]
+    names = folder.config.get("modules_to_save") or ()
+    return _CLASSES["SEQ_CLS" if any(name.rpartition(".")[2] in _HEADS for name in names) else "CAUSAL_LM"]
+
+
+def _labels(folder: Folder) -> int:
+    """The fewest rows of a matrix that was trained in full: a head's last layer. 0 if there is none."""
+    names = tuple(folder.config.get("modules_to_save") or ())
+    shapes = [shape for name, shape in folder.others.items() if name.rpartition(".")[0].endswith(names)]
+    return min((shape[0] for shape in shapes if len(shape) == 2), default=0)
 
 
 def none(adapter: Folder | GgufAdapter) -> None:

@@ -86,7 +86,7 @@ ENGINE: Final = Engine(
                 + signs.bias(folder, max_rank)
                 + signs.saved_modules(folder, max_rank)
             ),
-            mends.merged_by_peft,
+            mends.merged,
         ),
         _folder(
             Severity.WRONG,

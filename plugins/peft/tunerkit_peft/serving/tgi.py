@@ -96,7 +96,8 @@ def serves(adapter: Folder | GgufAdapter) -> str:
 
 def _uniform(folder: Folder) -> str:
     """Name the rank where the default may be 1, which TGI pads to 8."""
-    return mends.uniform(folder) + (" --set rank=8" if folder.rank < 8 else "")
+    command = mends.uniform(folder)
+    return f"{command} --set rank=8" if folder.rank < 8 and command.startswith("tunerkit") else command
 
 
 def _rule(severity: Severity, says: str, source: str, finds: signs.Finds, mend: mends.Mend) -> Rule[Folder]:
