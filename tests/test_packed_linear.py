@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import tunerkit
 from tests.interrupting import half_done
+from tunerkit.errors import AdapterError
 from tunerkit.serialization.fingerprint import fingerprint
 from tunerkit.testing.registering import registered
 from tunerkit.testing.small import X, net, train, trainable
@@ -262,7 +263,7 @@ def test_unwrapping_with_a_dtype_alone_shows_the_dequantised_base() -> None:
     assert model[0].weight.dtype == torch.float64
     assert torch.equal(model[0].weight.float(), ToyLayer(quantised()[0]).dense())
     assert model[4].weight.dtype == torch.float32
-    with pytest.raises(tunerkit.ConfigError, match="floating-point dtype"):
+    with pytest.raises(tunerkit.ConfigError, match=r"expected torch\.float32 or"):
         tunerkit.unwrap(trained(), dtype=torch.int8)
 
 
@@ -376,3 +377,68 @@ def test_a_quantised_layer_without_a_kind_names_its_library_and_the_plugin() -> 
         tunerkit.TargetError, match=r"Linear4bit that bitsandbytes has quantised.*install tunerkit-quant"
     ):
         tunerkit.wrap(model, "toy-low-rank", {"targets": ["0"]})
+
+
+def test_unwrapping_with_a_dtype_is_refused_where_merging_is() -> None:
+    """With no active adapter, or where a layer was replaced and its adapter lost; nothing is changed."""
+    with registered(ToyPlugin()):
+        model = trained()
+        tunerkit.activate(model, [])
+        with pytest.raises(AdapterError, match="no adapter is active"):
+            tunerkit.unwrap(model, keep_merged=True, dtype=torch.float32)
+        tunerkit.activate(model, "default")
+        fresh: Any = net()
+        model[0] = ToyLinear(fresh[0])
+        with pytest.raises(AdapterError):
+            tunerkit.unwrap(model, keep_merged=True, dtype=torch.float32)
+    assert type(model[2]) is ToyLinear
+
+
+@pytest.mark.parametrize("keep_merged", [True, False])
+@pytest.mark.filterwarnings("ignore::tunerkit.TunerkitWarning")
+def test_a_failed_unwrap_of_a_merged_model_leaves_it_merged(keep_merged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the very same values."""
+
+    def fails(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with registered(ToyPlugin()):
+        model = tunerkit.merge(trained())
+        before = codes(model)
+        monkeypatch.setattr("tunerkit.serialization.dense_layers", fails)
+        with pytest.raises(KeyboardInterrupt):
+            tunerkit.unwrap(model, keep_merged=keep_merged, dtype=torch.float32)
+        assert all(map(torch.equal, codes(model), before))
+        tunerkit.unmerge(model)
+
+
+def test_dense_layers_made_in_inference_mode_can_be_trained() -> None:
+    """As merged weights can."""
+    with registered(ToyPlugin()):
+        model = trained()
+        with torch.inference_mode():
+            tunerkit.unwrap(model, keep_merged=True, dtype=torch.float32)
+    model.requires_grad_(True)
+    model(X).sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, "float32"])
+def test_a_dtype_that_no_dense_layer_has_is_refused(dtype: Any) -> None:
+    """The error lists those that there are."""
+    with registered(ToyPlugin()), pytest.raises(tunerkit.ConfigError, match=r"expected torch\.float32 or .* @ dtype"):
+        tunerkit.unwrap(trained(), dtype=dtype)
+
+
+@pytest.mark.filterwarnings("ignore::tunerkit.TunerkitWarning")
+def test_what_adds_nothing_is_not_stored_again_and_what_adds_little_is_no_error() -> None:
+    """Storing a weight again rounds it; a delta below one step of the quantiser is told by `rounding`."""
+    with registered(ToyPlugin()):
+        model = tunerkit.wrap(quantised(), "toy-low-rank", TARGETS, seed=0)
+        before = codes(model)
+        tunerkit.merge(model)
+        assert all(map(torch.equal, codes(model), before))
+        tunerkit.unmerge(model)
+        for parameter in tunerkit.tuner(model).parameters():
+            parameter.data.fill_(1e-5)
+        tunerkit.merge(model)
+        assert all(0 < each.change < each.own for each in tunerkit.rounding(model).values())

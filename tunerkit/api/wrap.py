@@ -128,13 +128,18 @@ def unwrap(model: M, *, keep_merged: bool = False, dtype: torch.dtype | None = N
             with ``permanent=True``, so that the base cannot be restored.
         ConfigError: ``dtype`` is no floating-point dtype.
     """
-    if dtype is not None and not getattr(dtype, "is_floating_point", False):
-        raise ConfigError([f"expected a floating-point dtype such as torch.bfloat16, got {dtype!r} @ dtype"])
+    if dtype not in (None, *_DENSE):
+        raise ConfigError([f"expected {' or '.join(map(str, _DENSE))}, got {dtype!r} @ dtype"])
     tuners = injection.require_tuners(model)
     injection.refuse_disabled(model)
     root = injection.wrapped_model(model)
     injection.refuse_running(root, "unwrapping")
-    if injection.is_merged(root) and not keep_merged:
+    was_merged = injection.is_merged(root)
+    if dtype is not None:
+        injection.refuse_lost(list(tuners.values()))
+    if keep_merged and not was_merged:
+        serialization.refuse_unmergeable(root)
+    if was_merged and not keep_merged:
         serialization.refuse_permanent(list(injection.walk(root)))
         warnings.warn(_UNDONE, TunerkitWarning, stacklevel=2)
     dense: dict[str, nn.Module] = {}
@@ -154,6 +159,10 @@ def unwrap(model: M, *, keep_merged: bool = False, dtype: torch.dtype | None = N
         if ready or (built and injection.is_merged(root) == keep_merged):
             _take_out_(list(tuners.values()))
             serialization.replace_by_dense_(root, dense)
+        elif was_merged and not injection.is_merged(root):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", TunerkitWarning)  # what it rounds was told at the first merge
+                serialization.merge(root)
         raise
     return model
 
@@ -177,6 +186,7 @@ def _take_out_(tuners: Sequence[Tuner]) -> None:
     injection.eject_(tuners)
 
 
+_DENSE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _UNDONE = (
     "unwrap undoes the merge: the model is the base model again. If you want a plain model with the merged weights, "
     "call tunerkit.unwrap(model, keep_merged=True) instead"

@@ -56,6 +56,8 @@ def adapted_tensors(path: str, module: nn.Module, slots: Slots) -> dict[str, Any
 def _with_deltas(base: BaseLayer, deltas: Sequence[Delta]) -> dict[str, Any]:
     """Add the sums of the deltas to the base layer's weight and bias, so that each is rounded once."""
     weights = [delta.weight for delta in deltas if delta.weight is not None]
+    if base.packing is not None:  # where nothing is added, as at rank 0, storing W again would still round it
+        weights = [weight for weight in weights if weight.any()]
     biases = [delta.bias for delta in deltas if delta.bias is not None]
     tensors = base.merged(_sum(weights)) if weights else {}
     if biases:

@@ -11,7 +11,15 @@ from tunerkit.serialization.before_saving import (
 from tunerkit.serialization.dense import dense_layers, replace_by_dense_
 from tunerkit.serialization.exporting import write_format
 from tunerkit.serialization.formats import find_format, format_at
-from tunerkit.serialization.merge import disabled, merge, merge_except_, refuse_permanent, restore_originals_, unmerge
+from tunerkit.serialization.merge import (
+    disabled,
+    merge,
+    merge_except_,
+    refuse_permanent,
+    refuse_unmergeable,
+    restore_originals_,
+    unmerge,
+)
 from tunerkit.serialization.replacing import replace
 from tunerkit.serialization.rounding import Rounding, rounding
 from tunerkit.serialization.safetensors_file import file_at

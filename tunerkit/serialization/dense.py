@@ -13,6 +13,8 @@ from tunerkit.paths import CHILD
 from tunerkit.serialization.packings import packed_layers
 
 
+# Never in inference mode: inference tensors in the model could not be trained later.
+@torch.inference_mode(False)
 @torch.no_grad()
 def dense_layers(tuner: Tuner, dtype: torch.dtype, *, merged: bool) -> dict[str, nn.Module]:
     """Build a dense layer for each layer of the model whose weight a quantiser stores. The model is only read.

@@ -14,7 +14,7 @@ from tunerkit.paths import few, join
 from tunerkit.serialization.fingerprint import fingerprint
 from tunerkit.serialization.finite import nonfinite
 from tunerkit.serialization.packed_weights import packed_sum
-from tunerkit.serialization.rounding import note_rounding_, warn_of_rounding
+from tunerkit.serialization.rounding import is_below_rounding, note_rounding_, warn_of_rounding
 from tunerkit.serialization.stacked import refuse_unequal
 from tunerkit.serialization.untying import (
     Parting,
@@ -187,6 +187,11 @@ def _enable_(places: Places, enabled: bool) -> None:
             slots.set_aside(hidden)
 
 
+def refuse_unmergeable(model: nn.Module) -> None:
+    """Raise `AdapterError` if the active adapters cannot be merged now, whatever is merged in their place."""
+    _refuse_unfit(model, list(injection.walk(model)))
+
+
 def _refuse_unfit(model: nn.Module, places: Places) -> None:
     """Raise the error of the first reason why nothing can be merged now."""
     injection.refuse_disabled(model)
@@ -280,13 +285,13 @@ def _replace_all_(places: Places, merged: Sequence[dict[str, Any]], plans: Seque
     for (path, module, slots), tensors in zip(places, merged, strict=True):
         wanted = packed_sum(path, slots, tensors)
         _replace_(module, tensors)
-        if wanted is not None and not wanted.is_reached_by(slots):
+        if wanted is not None:
+            note_rounding_(slots, wanted.before, wanted.delta, own_errors)
+        if wanted is not None and not (wanted.is_reached_by(slots) or is_below_rounding(slots)):
             raise AdapterError(
                 f"cannot merge into {path!r}: its {type(module).__name__} stores the weight in a packed form, and "
                 "adding to it had no effect. Load the adapter onto the base in full precision and merge there"
             )
-        if wanted is not None:
-            note_rounding_(slots, wanted.before, wanted.delta, own_errors)
 
 
 def _replace_(module: nn.Module, tensors: dict[str, Any]) -> None:

@@ -78,6 +78,12 @@ def note_rounding_(slots: Slots, before: Tensor, delta: Tensor, own: dict[str, f
     )
 
 
+def is_below_rounding(slots: Slots) -> bool:
+    """Whether what the adapters add to a packed weight is less than the quantiser rounds, so that it may be lost."""
+    found = slots.rounding
+    return isinstance(found, Rounding) and found.change <= found.own
+
+
 def warn_of_rounding(places: Iterable[tuple[str, nn.Module, Slots]]) -> None:
     """Warn of merges into weights of few bits: their rounding may be as large as what the adapters add."""
     found = [slots.rounding for _, _, slots in places if isinstance(slots.rounding, Rounding)]
