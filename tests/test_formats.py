@@ -349,12 +349,12 @@ def test_our_file_comes_first(toys: "Toys", exported: Path) -> None:
     assert torch.equal(model(toys.x()), trained(toys)(toys.x()))
 
 
-@pytest.mark.parametrize("name", ["toi", 3, None, "peft-2"])
+@pytest.mark.parametrize("name", ["toi", "TOY", 3, None, "peft-2"])
 def test_an_unknown_format_is_named_with_those_that_are_there(
     toys: "Toys", products: None, tmp_path: Path, name: Any
 ) -> None:
     """With the closest name, and nothing is written."""
-    hint = "; did you mean 'toy'" if name == "toi" else ""
+    hint = "; did you mean 'toy'" if name in ("toi", "TOY") else ""
     with registered(FormatPlugin()), pytest.raises(UnknownFormatError, match=rf"no format named .*{hint}.*installed"):
         tunerkit.export(trained(toys), tmp_path / "out", format=name)
     assert not (tmp_path / "out").exists()

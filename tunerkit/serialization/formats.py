@@ -31,7 +31,7 @@ def find_format(name: object) -> Format:
         )
     installed = few(sorted(found), shown=20) or "none (each is a separate distribution, such as tunerkit-peft)"
     raise UnknownFormatError(
-        f"no format named {shown(name)}{closest(str(name), {*found, *known})}; installed: {installed}. tunerkit's own "
+        f"no format named {shown(name)}{closest(str(name).lower(), {*found, *known})}; installed: {installed}. tunerkit's own "
         "file is written by tunerkit.save"
     )
 
