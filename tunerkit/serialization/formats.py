@@ -31,8 +31,8 @@ def find_format(name: object) -> Format:
         )
     installed = few(sorted(found), shown=20) or "none (each is a separate distribution, such as tunerkit-peft)"
     raise UnknownFormatError(
-        f"no format named {shown(name)}{closest(str(name).lower(), {*found, *known})}; installed: {installed}. tunerkit's own "
-        "file is written by tunerkit.save"
+        f"no format named {shown(name)}{closest(str(name).lower(), {*found, *known})}; installed: {installed}. "
+        "tunerkit's own file is written by tunerkit.save"
     )
 
 
