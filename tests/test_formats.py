@@ -725,4 +725,5 @@ def test_records_of_a_wrong_form_are_left_out_by_name(toys: "Toys", exported: Pa
 def test_of_two_formats_with_one_name_the_first_counts(toys: "Toys", products: None, tmp_path: Path) -> None:
     """As with base-layer kinds, a plugin cannot replace what another one brings."""
     with registered(FormatPlugin(), FormatPlugin(write=lambda tuner, path, options: 1 / 0)):
-        tunerkit.export(trained(toys), tmp_path / "out", format="toy")
+        path = tunerkit.export(trained(toys), tmp_path / "out", format="toy")
+    assert [each.name for each in path.iterdir()] == ["toy.json"]

@@ -420,6 +420,7 @@ def test_dense_layers_made_in_inference_mode_can_be_trained() -> None:
             tunerkit.unwrap(model, keep_merged=True, dtype=torch.float32)
     model.requires_grad_(True)
     model(X).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, "float32"])

@@ -9,11 +9,10 @@ from torch import nn
 from tunerkit.errors import BaseMismatchError
 from tunerkit.integrations.adapter_files import BaseFacts, base_facts
 from tunerkit.integrations.bases import Base, config_of, diffusers_class, refusing, skeleton
-from tunerkit.integrations.pretrained import TASKS, ModelError, classes_of
+from tunerkit.integrations.pretrained import TASKS, ModelError, classes_of, looks_local
 
 _AUTO = "AutoModel"
 _CLASSIFIER = "Classification"  # in the names of all classes with such a head
-_LOCAL = (".", "/", "~", "\\")
 
 
 def choose_base(path: str, *, base: str | None, task: str | None, beside: str | None = None) -> Base:
@@ -52,8 +51,7 @@ def _named(facts: BaseFacts, path: str) -> str:
     """The base that the adapter's files name. Raises `ModelError` if they name none, or one that is not here."""
     if not facts.source:
         raise ModelError(f"{path} does not say what its base model is; pass the folder of the base with --base")
-    is_local = facts.source.startswith(_LOCAL) or facts.source.count("/") > 1
-    if is_local and not Path(facts.source).expanduser().exists():
+    if looks_local(facts.source) and not Path(facts.source).expanduser().exists():
         raise ModelError(
             f"{path}: the base model was in {facts.source}, which is not here; pass the folder where it is now with "
             "--base"

@@ -1,7 +1,6 @@
 """Build a base model from its folder or its name on the hub: only its shapes, or with its weights."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,13 +8,11 @@ from typing import Any
 
 import attrs
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from tunerkit.errors import TunerkitError, cut, shown
-from tunerkit.integrations.pretrained import ModelError
+from tunerkit.integrations.pretrained import LOADING, ModelError, looks_local
 
-_LOADING = (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError, AttributeError, SafetensorError)
 _PASS = "pass the folder of the model, or its name on the hub (org/name), with --base"
 
 
@@ -109,10 +106,9 @@ def refuse_other_type(source: str, base: str) -> None:
 def refuse_missing(source: str) -> None:
     """Raise `ModelError` if ``source`` is neither the folder of a model nor may be a name on the hub."""
     folder = Path(source).expanduser()
-    looks_local = source.startswith((".", "~", os.sep)) or source.count("/") > 1 or "\\" in source
     if not source or "\0" in source:
         raise ModelError(f"expected the folder of a base model, got {shown(source)}; {_PASS}")
-    if looks_local and not folder.exists():
+    if looks_local(source) and not folder.exists():
         raise ModelError(f"{source}: there is no such folder; {_PASS}")
     if folder.is_file():
         raise ModelError(f"{source} is a file; pass the folder that has config.json and the weights, with --base")
@@ -133,7 +129,7 @@ def refusing(base: Base) -> Iterator[None]:
         yield
     except TunerkitError:
         raise
-    except _LOADING as problem:
+    except LOADING as problem:
         reason = cut(" ".join(str(problem).split()) or type(problem).__name__, 600)
         kind = f" as {base.kind}" if base.kind else ""
         raise ModelError(

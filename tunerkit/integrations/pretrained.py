@@ -316,8 +316,7 @@ def _commit_of(source: str, revision: str | None) -> str | None:
 
 def _refuse_missing(source: str) -> None:
     folder = Path(source).expanduser()
-    looks_local = source.startswith((".", "~", os.sep)) or source.count("/") > 1 or "\\" in source
-    if looks_local and not folder.exists():
+    if looks_local(source) and not folder.exists():
         raise ModelError(f"{source}: no such folder; pass the folder of a model, or its name on the hub (org/name)")
     if folder.is_file():
         raise ModelError(f"{source} is a file; pass the folder that has config.json and the weights")
@@ -325,12 +324,17 @@ def _refuse_missing(source: str) -> None:
         raise ModelError(f"{source}: the folder has no config.json, so it holds no model that transformers can load")
 
 
-_LOADING = (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError, AttributeError, SafetensorError)
+def looks_local(source: str) -> bool:
+    """Whether a base model's name can only be a path: names on the hub are ``name`` or ``org/name``."""
+    return source.startswith((".", "~", os.sep)) or source.count("/") > 1 or "\\" in source
+
+
+LOADING = (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError, AttributeError, SafetensorError)
 
 
 def _loading(what: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
-    except _LOADING as problem:
+    except LOADING as problem:
         reason = cut(" ".join(str(problem).split()) or type(problem).__name__, 600)
         raise ModelError(f"cannot load {what}: {reason}") from problem

@@ -41,6 +41,8 @@ def mark_fresh(base: BaseLayer, x: object, y: object) -> bool:
     this object alone: a tensor that an adapter computes from it has none.
     """
     module = base.module
+    if torch.compiler.is_compiling():  # a compiled forward may call this by itself, where a graph was broken
+        return False
     if not (base.linear and torch_private.has_single_hook(module) and "forward" not in vars(module)):
         return False
     if type(x) is not Tensor or type(y) is not Tensor or y.is_nested or y.layout != torch.strided:

@@ -74,15 +74,15 @@ def test_a_damaged_tensor_is_refused(shape: tuple[int, ...], kind: int, offset: 
 def test_a_changed_byte_gives_tensors_or_one_error(
     place: int, value: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Nothing else is raised."""
+    """Nothing else is raised, and a tensor that is read has the shape that was announced."""
     file = tmp_path_factory.getbasetemp() / "changed.gguf"
     content = bytearray(file_of(file).read_bytes())
     content[place] = value
     file.write_bytes(content)
     with suppress(tunerkit.FileError):
         container = open_container(file)
-        for name in container.tensors:
-            container.tensor(name)
+        for name, described in container.tensors.items():
+            assert tuple(container.tensor(name).shape) == tuple(described.shape)
 
 
 def test_tensors_and_values_are_read(tmp_path: Path) -> None:

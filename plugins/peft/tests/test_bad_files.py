@@ -3,7 +3,6 @@
 import json
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -246,7 +245,8 @@ def test_default_settings_of_peft_are_accepted(tmp_path: Path) -> None:
 
     peft.LoraConfig(r=2, target_modules=["query"]).save_pretrained(str(tmp_path / "defaults"))
     defaults = json.loads((tmp_path / "defaults" / "adapter_config.json").read_text())
-    tunerkit.load(peft_folders.net(), peft_folders.folder(tmp_path / "adapter", defaults))
+    model = tunerkit.load(peft_folders.net(), peft_folders.folder(tmp_path / "adapter", defaults))
+    assert tunerkit.tuner(model).ranks() == {"layers.0.query": 2, "layers.1.query": 2}
 
 
 VALUES = st.recursive(
@@ -256,6 +256,17 @@ VALUES = st.recursive(
 )
 
 
+def assert_loaded_or_unchanged(folder: Path) -> None:
+    model = peft_folders.net()
+    names = [*model.state_dict()]
+    try:
+        tunerkit.load(model, folder)
+    except tunerkit.TunerkitError:
+        assert [*model.state_dict()] == names
+    else:
+        assert set(tunerkit.tuner(model).ranks()) <= {"layers.0.query", "layers.1.query"}
+
+
 @given(
     name=st.sampled_from(sorted(fields.READ | fields.HARMLESS | fields.REFUSED.keys())),
     kind=st.sampled_from(("LORA", "ADALORA")),
@@ -263,7 +274,7 @@ VALUES = st.recursive(
 )
 @settings(max_examples=60, deadline=None)
 def test_any_value_of_any_setting_is_used_or_refused(name: str, kind: str, value: Any) -> None:
-    """Whatever JSON holds, there is no error of another class."""
+    """Whatever JSON holds, there is no error of another class, and the model has an adapter or is as it was."""
     with TemporaryDirectory() as path, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         weights = peft_folders.tensors()
@@ -271,14 +282,13 @@ def test_any_value_of_any_setting_is_used_or_refused(name: str, kind: str, value
             weights = {key.removesuffix(".weight"): each for key, each in weights.items()}
             weights |= {f"{PREFIX}layers.{layer}.query.lora_E": torch.ones(2, 1) for layer in (0, 1)}
         folder = peft_folders.folder(Path(path), {"peft_type": kind, "init_r": 2, name: value}, weights)
-        with suppress(tunerkit.TunerkitError):
-            tunerkit.load(peft_folders.net(), folder)
+        assert_loaded_or_unchanged(folder)
 
 
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_any_damage_of_the_tensors_is_read_or_refused(data: st.DataObject) -> None:
-    """Whichever bytes of the file change, there is no error of another class."""
+    """Whichever bytes of the file change, there is no error of another class, and no half of an adapter."""
     with TemporaryDirectory() as path, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         file = peft_folders.folder(Path(path)) / "adapter_model.safetensors"
@@ -286,5 +296,4 @@ def test_any_damage_of_the_tensors_is_read_or_refused(data: st.DataObject) -> No
         for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=3)):
             content[place] = data.draw(st.integers(0, 255))
         file.write_bytes(content)
-        with suppress(tunerkit.TunerkitError):
-            tunerkit.load(peft_folders.net(), path)
+        assert_loaded_or_unchanged(Path(path))

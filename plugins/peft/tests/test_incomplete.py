@@ -119,7 +119,8 @@ def test_what_peft_leaves_out_is_not_missed(tmp_path: Path, whole: str) -> None:
     saved(tmp_path, name, config())
     with warnings.catch_warnings():
         warnings.simplefilter("error", tunerkit.TunerkitWarning)
-        tunerkit.load(CASES[name].build(), tmp_path)
+        model = tunerkit.load(CASES[name].build(), tmp_path)
+    assert tunerkit.tuner(model).ranks()
 
 
 def test_modules_that_the_training_may_not_have_had_are_a_remark(tmp_path: Path) -> None:
@@ -163,7 +164,8 @@ def test_what_tunerkit_writes_is_complete(tmp_path: Path, form: str, bias: str) 
     folder = tunerkit.export(model, tmp_path / "out", form=form)
     with warnings.catch_warnings():
         warnings.simplefilter("error", tunerkit.TunerkitWarning)
-        tunerkit.load(peft_folders.net(), folder)
+        again = tunerkit.load(peft_folders.net(), folder)
+    assert tunerkit.tuner(again).ranks().keys() == tunerkit.tuner(model).ranks().keys()
 
 
 def test_biases_of_a_head_with_several_modules_are_ignored(tmp_path: Path) -> None:

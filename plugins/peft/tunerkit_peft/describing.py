@@ -5,9 +5,10 @@ from typing import Final
 
 from tunerkit import Description
 from tunerkit_peft import files
+from tunerkit_peft.others import copy_around
 from tunerkit_peft.settings import Settings, read_settings
 from tunerkit_peft.tasks import auto_class
-from tunerkit_peft.weights import PREFIX, Weights, open_weights
+from tunerkit_peft.weights import Weights, open_weights
 
 # Heads with one row for each class, whatever the module is called. Without a task, the model's class decides.
 _MAYBE_CLASSES: Final = ("SEQ_CLS", "TOKEN_CLS", "")
@@ -48,12 +49,8 @@ def _rank(weights: Weights, path: str) -> int:
 
 def _copies(settings: Settings, weights: Weights) -> tuple[str, ...]:
     """The outermost modules that ``modules_to_save`` names, of those that have tensors. PEFT compares ends of names."""
-    found: dict[str, None] = {}
-    for name in weights.others if settings.copies else ():
-        parts = name.split(".")[:-1]
-        around = (".".join(parts[: end + 1]) for end in range(len(parts)))
-        found |= dict.fromkeys([path for path in around if (PREFIX + path).endswith(settings.copies)][:1])
-    return tuple(found)
+    found = dict.fromkeys(copy_around(settings, name) for name in weights.others)
+    return tuple(path for path in found if path)
 
 
 def _told(settings: Settings) -> dict[str, object]:

@@ -46,7 +46,7 @@ def read_others(settings: Settings, weights: Weights, modules: Mapping[str, nn.M
         if not plain:
             continue
         owner, _, leaf = plain.rpartition(".")
-        if copied := _copied(settings, plain):
+        if copied := copy_around(settings, plain):
             path = rename(copied)
             found.copies.setdefault(path, {})[plain.removeprefix(copied + ".")] = weights.tensor(key)
             continue
@@ -85,8 +85,8 @@ def _plain(name: str, weights: Weights) -> str:
     return "" if f"{around}.{inside}" in weights.others or named in weights.others else f"{around}.{inside}"
 
 
-def _copied(settings: Settings, name: str) -> str:
-    """The outermost module around a tensor that ``modules_to_save`` names. PEFT compares bare ends of names."""
+def copy_around(settings: Settings, name: str) -> str:
+    """Return the outermost module around a tensor that ``modules_to_save`` names. PEFT compares bare ends of names."""
     if not settings.copies:
         return ""
     parts = name.split(".")[:-1]

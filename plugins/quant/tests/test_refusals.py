@@ -175,7 +175,7 @@ def test_a_library_that_is_too_old_leaves_the_kinds_of_the_others_working(monkey
     monkeypatch.setattr(metadata, "version", lambda name: "0.40.1" if name == "bitsandbytes" else found(name))
     for make in (int8, nf4):
         refused(make(), r"needs bitsandbytes>=0\.45, and 0\.40\.1 is installed: upgrade it")
-    tunerkit.wrap(torchao_int8(), LORA, CONFIG)
+    assert tunerkit.tuner(tunerkit.wrap(torchao_int8(), LORA, CONFIG)).ranks()
 
 
 def test_a_library_without_its_distribution_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,6 +178,24 @@ def test_compiled_models_train_where_the_library_can(name: str) -> None:
         assert (one - other).abs().max() <= 1e-4 * one.abs().max()
 
 
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_a_compiled_model_shows_the_base_and_merges(base: Path, form: str) -> None:
+    """Where a library breaks the graph, dynamo compiles the parts of our hook by themselves."""
+    pytest.importorskip("bitsandbytes")
+    model = wrapped(base, form, "lora").eval()
+    run = torch.compile(model, backend="eager")
+    ids = torch.stack([row["input_ids"] for row in tiny_llama.rows(4)])
+    with torch.no_grad():
+        before = run(ids).logits
+        with tunerkit.disabled(model):
+            run(ids)
+        assert torch.equal(run(ids).logits, before)
+        tunerkit.merge(model)
+        run(ids)
+        tunerkit.unmerge(model)
+        assert torch.equal(run(ids).logits, before)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_hooks_of_accelerate_are_seen_through(name: str) -> None:
     """``device_map`` puts a forward on each instance that only moves tensors; what is behind it decides."""
