@@ -59,7 +59,7 @@ def state_of(model: Any) -> dict[str, Any]:
         "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
         "buffers": [name for name, _ in model.named_buffers()],
         "adapters": list(tunerkit.adapters(model)),
-        "slots": [(path, slots.active, slots.merged, slots.permanent) for path, _, slots in walk(model)],
+        "slots": [(path, slots.active, slots.enabled, slots.merged, slots.permanent) for path, _, slots in walk(model)],
     }
 
 

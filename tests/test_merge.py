@@ -532,6 +532,18 @@ def test_an_interrupted_unmerge_is_completed(toys: "Toys") -> None:
     assert half_done(lambda: tunerkit.merge(toys.trained()), tunerkit.unmerge, after="unmerge", points=14) == []
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_interrupt_leaves_no_model_disabled(toys: "Toys", merged: bool) -> None:
+    """Ctrl-C at any line on the way into the block or out of it: adapters and merged weights are as before."""
+
+    def shown(model: Any) -> None:
+        with tunerkit.disabled(model):
+            pass
+
+    call: Any = (lambda: tunerkit.merge(toys.trained())) if merged else toys.trained
+    assert half_done(call, shown, after="_enable_", points=30) == []
+
+
 def test_unwrapping_a_merged_model_says_that_the_merge_is_undone(toys: "Toys") -> None:
     """Elsewhere a merged model is unwrapped to be kept; here that takes keep_merged=True, and the warning says so."""
     model = tunerkit.merge(toys.trained())

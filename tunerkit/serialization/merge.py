@@ -150,11 +150,15 @@ def disabled(model: nn.Module) -> Iterator[None]:
     refuse_permanent(places)
     if places:
         injection.refuse_running(injection.wrapped_model(model), "disabling adapters")
-    _enable_(places, False)
     try:
-        yield
-    finally:
+        try:
+            _enable_(places, False)
+            yield
+        finally:
+            _enable_(places, True)
+    except BaseException:  # it may be a KeyboardInterrupt on the way back
         _enable_(places, True)
+        raise
 
 
 def _restore_originals_(places: Places) -> None:
@@ -175,16 +179,30 @@ def _put_back_(module: nn.Module, slots: Slots, originals: dict[str, Tensor], pl
 
 
 def _enable_(places: Places, enabled: bool) -> None:
-    """Switch adapters on or off; where they are merged, exchange the merged and the original values and ties."""
-    for _, module, slots in places:
-        slots.enabled = enabled
-        if slots.merged:
-            shown = slots.originals
-            hidden = _values(module, shown)
-            if (plan := parting_of(slots)) is not None:
-                plan.part_() if enabled else plan.tie_()
-            _replace_(module, shown)
-            slots.set_aside(hidden)
+    """Switch adapters on or off; where they are merged, exchange the merged and the original values and ties.
+
+    What has begun is completed before an interrupt raises: the values of both sides exist only here then.
+    """
+    turned = [place for place in places if place[2].enabled is not enabled]
+    shown = [slots.originals for _, _, slots in turned]
+    hidden = [_values(module, values) for (_, module, _), values in zip(turned, shown, strict=True)]
+    try:
+        for (_, module, slots), values, others in zip(turned, shown, hidden, strict=True):
+            _show_(module, slots, values, others, enabled=enabled)
+    except BaseException:
+        for (_, module, slots), values, others in zip(turned, shown, hidden, strict=True):
+            _show_(module, slots, values, others, enabled=enabled)
+        raise
+
+
+def _show_(module: nn.Module, slots: Slots, shown: dict[str, Any], hidden: dict[str, Any], *, enabled: bool) -> None:
+    """Switch the adapters of one module on or off. It may be repeated after an interrupt."""
+    if slots.merged:
+        if (plan := parting_of(slots)) is not None:
+            plan.part_() if enabled else plan.tie_()
+        _replace_(module, shown)
+        slots.set_aside(hidden)
+    slots.enabled = enabled
 
 
 def refuse_unmergeable(model: nn.Module) -> None:
