@@ -10,6 +10,8 @@ FORMS = (
     *("bitsandbytes int8", "bitsandbytes nf4", "bitsandbytes fp4", "torchao int8", "torchao int4"),
     *("HQQ int4", "quanto int8", "GPTQ int4"),
 )
+# Intx with the scales of HQQ, which the stored weight does not tell from others.
+HQQ_SCALES = "torchao int4, scales of HQQ"
 REPACKS = "support_avx512bf16_for_cpu"
 
 
@@ -38,13 +40,18 @@ def _quantised(folder: str, form: str) -> Any:
             config = transformers.BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=torch.float32
             )
-        case "torchao int8" | "torchao int4":
-            from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+        case "torchao int8":
+            from torchao.quantization import Int8WeightOnlyConfig
+
+            config = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+        case "torchao int4" | "torchao int4, scales of HQQ":
+            from torchao.quantization import IntxWeightOnlyConfig, PerGroup
 
             four: Any = vars(torch)["int4"]
-            eight = Int8WeightOnlyConfig()
-            groups = IntxWeightOnlyConfig(weight_dtype=four, granularity=PerGroup(32))
-            config = transformers.TorchAoConfig(eight if form.endswith("8") else groups)
+            scales: Any = {"intx_choose_qparams_algorithm": "hqq_scale_only"} if form == HQQ_SCALES else {}
+            config = transformers.TorchAoConfig(
+                IntxWeightOnlyConfig(weight_dtype=four, granularity=PerGroup(32), **scales)
+            )
         case "quanto int8":
             config = transformers.QuantoConfig(weights="int8")
         case "HQQ int4":
