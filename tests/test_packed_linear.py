@@ -17,6 +17,7 @@ import tunerkit
 from tests.interrupting import half_done
 from tunerkit.errors import AdapterError
 from tunerkit.serialization.fingerprint import fingerprint
+from tunerkit.serialization.whole import put_
 from tunerkit.testing.registering import registered
 from tunerkit.testing.small import X, net, train, trainable
 from tunerkit.testing.toy_methods import LowRankPlugin, ShiftPlugin
@@ -365,6 +366,66 @@ def test_a_base_that_is_quantised_after_wrapping_is_refused_before_the_first_ste
         ):
             with pytest.raises(tunerkit.AdapterError, match=words):
                 call()
+
+
+class NamedLayer(ToyLayer):
+    """The same, described as torch's own integers are."""
+
+    @property
+    def packing(self) -> tunerkit.Packing:
+        return tunerkit.Packing("int8", 8)
+
+
+class NamedPlugin:
+    """The kind, and no method."""
+
+    @tunerkit.hookimpl
+    def tunerkit_base_layers(self) -> list[type[tunerkit.BaseLayer]]:
+        return [NamedLayer]
+
+
+def test_a_packing_is_not_named_as_a_dtype_of_torch() -> None:
+    """Files describe plain weights by such names, and would compare the packed one's integers with them."""
+    with (
+        registered(NamedPlugin()),
+        pytest.raises(tunerkit.PluginError, match=r"NamedLayer names its packing 'int8', .*'mylib int8'"),
+    ):
+        tunerkit.wrap(quantised(), "toy-low-rank", TARGETS)
+
+
+class FixedBiasLayer(ToyLayer):
+    """The same, of a library that hides its bias."""
+
+    bias_name = "hidden"
+
+    def bias(self) -> Tensor:
+        return self.module.bias.detach()
+
+
+class FixedBiasPlugin:
+    """The kind, and no method."""
+
+    @tunerkit.hookimpl
+    def tunerkit_base_layers(self) -> list[type[tunerkit.BaseLayer]]:
+        return [FixedBiasLayer]
+
+
+def test_biases_that_a_library_hides_are_named() -> None:
+    """Asked for and not trained is said once, with the layers."""
+    with registered(FixedBiasPlugin()):
+        with pytest.warns(tunerkit.TunerkitWarning, match="biases of 2 quantised layers are not trained.*: 0, 2$"):
+            model = tunerkit.wrap(quantised(), "toy-low-rank", {**TARGETS, "bias": "adapters"})
+        assert not tunerkit.tuner(model).biases
+
+
+def test_a_kept_weight_follows_the_one_in_its_place_to_another_dtype() -> None:
+    """As torchao's of few bits do, whose tensors have the dtype of the numbers that they stand for."""
+    layer = nn.Linear(2, 2).to(torch.bfloat16)
+    kept = nn.Parameter(torch.ones(2, 2))
+    put_(layer, "weight", kept)
+    assert layer.weight.dtype == torch.bfloat16
+    put_(layer.float(), "weight", kept)
+    assert layer.weight is kept
 
 
 def test_a_quantised_layer_without_a_kind_names_its_library_and_the_plugin() -> None:

@@ -39,7 +39,8 @@ class Packing:
     """How a quantiser stores a weight, see `tunerkit.BaseLayer.packing`.
 
     Attributes:
-        name: The quantiser and its kind of numbers, such as ``"bitsandbytes nf4"``. Files and messages name it.
+        name: The quantiser and its kind of numbers, such as ``"bitsandbytes nf4"``. Files and messages name it. It
+            must not be the name of one of torch's dtypes, which is how files describe a weight that is not packed.
         bits: The bits of each number, without scales.
     """
 

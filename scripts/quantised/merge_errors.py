@@ -33,7 +33,7 @@ def errors(plain: Any, folder: str, form: str, size: float) -> Iterator[tuple[fl
     """For each weight: the base's own error, what merging adds, that of quantising W + ΔW directly, the total."""
     weights = {path: module.weight.detach() for path, module in plain.named_modules() if hasattr(module, "weight")}
     model = tunerkit.wrap(quantised(folder, form), "lora", CONFIG, seed=0)
-    packed = {path: module.tunerkit.base for path, module in tunerkit.tuner(model).modules().items()}
+    packed = _bases(model)
     deltas = _set_deltas(model, packed, weights, size)
     stored = {path: base.dense().float() for path, base in packed.items()}
     direct = _quantised_directly(plain, folder, form, deltas)
@@ -74,8 +74,13 @@ def _quantised_directly(plain: Any, folder: str, form: str, deltas: Mapping[str,
     with tempfile.TemporaryDirectory() as saved:
         model.save_pretrained(saved)
         wrapped = tunerkit.wrap(quantised(saved, form), "lora", CONFIG)
-    found: dict[str, Any] = tunerkit.tuner(wrapped).modules()
-    return {path: module.tunerkit.base.dense().float() for path, module in found.items()}
+    return {path: base.dense().float() for path, base in _bases(wrapped).items()}
+
+
+def _bases(model: Any) -> dict[str, tunerkit.BaseLayer]:
+    # Any: `nn.Module` declares no attribute of this name.
+    modules: Any = tunerkit.tuner(model).modules()
+    return {path: module.tunerkit.base for path, module in modules.items()}
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:

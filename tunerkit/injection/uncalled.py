@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from tunerkit.errors import TunerkitWarning
+from tunerkit.injection.integrity import refuse_lost
+from tunerkit.injection.tuner import tuners_of
 from tunerkit.libraries import forward_name, torch_private
 from tunerkit.paths import parent
 
@@ -77,10 +79,15 @@ def report(model: nn.Module, *call: Any) -> None:
     """Warn about what was seen of ``model``, once: its forward hook, which may also be called without a forward.
 
     If nothing has run in eager mode yet, the watch continues.
+
+    Raises:
+        AdapterError: The base was quantised, or otherwise replaced, after it had been wrapped. A loop that attaches
+            nothing would train without these adapters.
     """
     calls: Calls | None = vars(model).get(_ATTRIBUTE)
     if calls is None or not calls.owner_ran or torch.compiler.is_compiling():
         return
+    refuse_lost(tuners_of(model).values())
     _unwatch(model)
     chosen_among = calls.lists.intersection(map(parent, calls.called))
     silent = sorted(path for path in calls.owner_ran - calls.called if parent(path) not in chosen_among)

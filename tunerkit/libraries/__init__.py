@@ -8,7 +8,13 @@ from tunerkit.libraries.foreign_files import DEFAULT_FORMAT, FOREIGN_FORMATS, Fo
 from tunerkit.libraries.forward_fields import FORWARD_ALIASES, FORWARD_FIELDS, FORWARD_SYNONYMS
 from tunerkit.libraries.forwards import derives_from, forward_name, forward_owner, overrides_forward
 from tunerkit.libraries.output_heads import is_head_name, labels_hint, named_heads
-from tunerkit.libraries.quantisers import is_packed, numbers_of, quantiser_of
+from tunerkit.libraries.quantisers import (
+    is_dtype_name,
+    is_packed,
+    numbers_of,
+    quantiser_of,
+    runs_forward_of_library,
+)
 from tunerkit.libraries.transformers_classes import (
     CONV1D,
     FALCON_LINEAR,

@@ -1,5 +1,6 @@
 """Quantised layers and packed weights, recognised without importing the library that made them."""
 
+import torch
 from torch import Tensor, nn
 
 from tunerkit.libraries.forwards import forward_owner, is_named
@@ -35,12 +36,28 @@ def numbers_of(tensor: Tensor) -> list[Tensor]:
     return [inner for name in names for inner in numbers_of(getattr(tensor, name))]
 
 
+def is_dtype_name(name: str) -> bool:
+    """Whether one of torch's dtypes has this name."""
+    return isinstance(getattr(torch, name, None), torch.dtype)
+
+
 def quantiser_of(module: nn.Module) -> str | None:
     """The library that quantised ``module``, in words; None if it is none of those known here."""
     owners = [forward_owner(module), *(type(own) for own in own_parameters(module).values() if is_packed(own))]
-    owners.append(type(module))  # a forward on the instance hides the owner
-    for owner in owners:
-        for package, name in _LIBRARIES.items():
-            if f"{owner.__module__}.".startswith(f"{package}."):
-                return name
-    return None
+    owners.extend(type(module).__mro__)  # a forward on the instance or in a subclass hides the owner
+    return next((name for owner in owners if (name := _library_of(owner)) is not None), None)
+
+
+def runs_forward_of_library(module: nn.Module) -> bool:
+    """Whether the forward of a quantised layer is its library's, or torch's where the library packs the weight alone.
+
+    Otherwise it is on the instance or in a subclass, and no kind can know what it does.
+    """
+    owner = forward_owner(module)
+    return _library_of(owner) is not None or owner.__module__.startswith("torch.nn.")
+
+
+def _library_of(owner: type) -> str | None:
+    return next(
+        (name for package, name in _LIBRARIES.items() if f"{owner.__module__}.".startswith(f"{package}.")), None
+    )

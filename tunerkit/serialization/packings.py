@@ -3,11 +3,10 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-
 from tunerkit import hooks, injection
 from tunerkit.injection import Tuner
 from tunerkit.layers import CORE, BaseLayer, Knowledge, as_base_layers
+from tunerkit.libraries import is_dtype_name
 from tunerkit.paths import join
 from tunerkit.targets import Scan
 
@@ -56,7 +55,7 @@ def weight_entry(path: str) -> str:
 
 def is_packed_entry(entry: Entry) -> bool:
     """Whether an entry of a fingerprint describes a packed weight: its dtype is none of torch's."""
-    return not isinstance(getattr(torch, str(entry["dtype"]), None), torch.dtype)
+    return not is_dtype_name(str(entry["dtype"]))
 
 
 def stored_otherwise(pairs: Iterable[tuple[Entry, Entry]]) -> dict[tuple[str, str], int]:

@@ -17,11 +17,20 @@ def is_whole(module: nn.Module, name: str) -> bool:
 
 
 def put_(module: nn.Module, name: str, value: Any) -> None:
-    """Replace an attribute. What was kept while the model moved to another device is moved there now."""
+    """Replace an attribute. What was kept while the model moved to another device or dtype is moved there now."""
     before = _device_of(module)
-    setattr(module, name, value)
+    setattr(module, name, _cast(value, getattr(module, name, None)))
     if (device := _device_of(module)) is not None and before is not None and device != before:
         module.to(before)
+
+
+def _cast(kept: Any, live: Any) -> Any:
+    """``kept`` in the dtype of ``live``, where both are packed weights that have one, as torchao's of few bits do."""
+    if not (isinstance(kept, nn.Parameter) and isinstance(live, nn.Parameter)) or kept.dtype == live.dtype:
+        return kept
+    if not (kept.is_floating_point() and live.is_floating_point()):
+        return kept
+    return nn.Parameter(kept.detach().to(live.dtype), requires_grad=kept.requires_grad)
 
 
 def _device_of(module: nn.Module) -> Any:

@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from torch import nn
 
-from tunerkit.libraries import forward_owner, is_offloaded, quantiser_of, torch_private
+from tunerkit.libraries import forward_owner, is_offloaded, quantiser_of, runs_forward_of_library, torch_private
 from tunerkit.paths import join
 from tunerkit.targets.scan import Scan, ScannedModule
 from tunerkit.targets.ties import left_out, way_out
@@ -29,9 +29,14 @@ def _without_kind(module: nn.Module) -> str:
     name, quantiser = type(module).__name__, quantiser_of(module)
     if quantiser is None:
         return f"is a {name}, which cannot be adapted"
+    if not runs_forward_of_library(module):
+        return (
+            f"is a {name} that {quantiser} has quantised, with a forward of its own, which may use the packed weight "
+            "in any way: take that forward away, or exclude the layer from the targets"
+        )
     return (
         f"is a {name} that {quantiser} has quantised, and no installed base-layer kind adapts it: install "
-        "tunerkit-quant, or load the model without quantising it"
+        "tunerkit-quant, or a version of it that does, or load the model without quantising it"
     )
 
 

@@ -4,8 +4,9 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import product, zip_longest
 
-from tunerkit.errors import TargetError, closest, shown
-from tunerkit.libraries import torch_private
+from tunerkit.errors import PluginError, TargetError, closest, shown
+from tunerkit.layers import BaseLayer
+from tunerkit.libraries import is_dtype_name, torch_private
 from tunerkit.paths import few, is_number, is_under, join, parent
 from tunerkit.patterns import Matcher, matcher
 from tunerkit.records import Target
@@ -68,10 +69,26 @@ def refuse_unfit(scanned: Scan, targets: Iterable[Target], *, outputs: bool = Fa
 
 
 def refuse_impassable(scanned: Scan) -> None:
-    """Raise `TargetError` listing the packed layers, targets or not, through which no gradient would reach adapters."""
-    packed = {each.path: each.base for each in (scanned.root, *scanned.modules) if each.base is not None}
-    obstacles = {path: base.obstacle() for path, base in packed.items() if base.packing is not None}
+    """Raise `TargetError` listing the packed layers, targets or not, through which no gradient would reach adapters.
+
+    Raises:
+        PluginError: The kind of one names its packing as torch's dtypes are named.
+    """
+    bases = {each.path: each.base for each in (scanned.root, *scanned.modules) if each.base is not None}
+    packed = {path: base for path, base in bases.items() if base.packing is not None}
+    obstacles = {path: base.obstacle() for path, base in packed.items()}
     refuse(lines({path or "the model": reason for path, reason in obstacles.items() if reason is not None}))
+    for base in packed.values():
+        _refuse_name(base)
+
+
+def _refuse_name(base: BaseLayer) -> None:
+    if base.packing is not None and is_dtype_name(base.packing.name):
+        raise PluginError(
+            f"{type(base).__name__} names its packing {base.packing.name!r}, as torch's dtype is named: files would "
+            "take the packed weight for a plain one. Its plugin must put the library's name first, as in "
+            f"{f'mylib {base.packing.name}'!r}"
+        )
 
 
 def refuse(problems: Iterable[str]) -> None:

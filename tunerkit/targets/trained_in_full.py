@@ -1,7 +1,7 @@
 """The modules and biases that are trained in full, as copies."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 
 from torch import nn
@@ -144,13 +144,16 @@ def choose_biases(scanned: Scan, bias: str, chosen: tuple[Target, ...], copies: 
     """
     if bias == "none":
         return ()
+    places = {target.path for target in chosen}
+    everywhere = [each for each in (scanned.root, *scanned.modules) if not is_under(each.path, copies)]
+    _warn_of_fixed(each for each in everywhere if bias == "all" or each.path in places)
     if bias == "adapters":
         return tuple(t for t in chosen if has_trainable_bias(t.module, scanned.by_path[t.path].base))
     found, problems = [], []
-    for each in (scanned.root, *scanned.modules):
+    for each in everywhere:
         named = torch_private.own_parameters(each.module).items()
         own = {name: p for name, p in named if p is not None and "bias" in name}
-        if not own or is_under(each.path, copies):
+        if not own:
             continue
         name = bias_name(each.base)
         full = join(each.path, name)
@@ -165,6 +168,23 @@ def choose_biases(scanned: Scan, bias: str, chosen: tuple[Target, ...], copies: 
         way_out = "name their modules in train_modules or set bias='adapters'"
         raise TargetError(f"bias='all' cannot train: {', '.join(problems)}; {way_out}")
     return tuple(found)
+
+
+def _warn_of_fixed(found: Iterable[ScannedModule]) -> None:
+    """Warn of biases that a quantised layer holds in another way than as a parameter."""
+    packed = ((each, each.base) for each in found if each.base is not None and each.base.packing is not None)
+    fixed = [
+        each.path
+        for each, base in packed
+        if torch_private.own_parameters(each.module).get(base.bias_name) is None and base.bias() is not None
+    ]
+    if fixed:
+        warnings.warn(
+            f"the biases of {len(fixed)} quantised layers are not trained, since their library does not hold them as "
+            f"parameters: {few(fixed, shown=5)}",
+            TunerkitWarning,
+            stacklevel=5,
+        )
 
 
 def takes_bias(each: ScannedModule) -> bool:

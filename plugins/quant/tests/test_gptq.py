@@ -61,6 +61,14 @@ def test_it_trains_saves_loads_and_becomes_dense(method: str, tmp_path: Path) ->
     assert (plain(X) - expected).abs().max() <= 2e-3 * expected.abs().max()  # its scales are fp16
 
 
+def test_packed_shapes_that_do_not_unpack() -> None:
+    """The layer says another size than its packed weight: an adapter would fit neither."""
+    model = gptq()
+    model[0].in_features = 32
+    with pytest.raises(tunerkit.TargetError, match=r"packed weight of shape \(128, 64\), .* say \(128, 32\)"):
+        tunerkit.wrap(model, "lora", {"targets": ["0"]})
+
+
 def test_a_kernel_without_a_backward_is_refused() -> None:
     """GPTQModel chooses the fastest kernel of the machine, which need not pass gradients."""
     model = gptq()

@@ -16,6 +16,8 @@ from tunerkit.layers import plain_form
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*stored in another way"),
+    pytest.mark.filterwarnings("ignore:.*4 bits"),
+    pytest.mark.filterwarnings("ignore:the biases of 1 quantised"),
 ]
 METHODS: dict[str, dict[str, Any]] = {"lora": {"rank": 4, "alpha": 8}, "adalora": {"target_rank": 2, "init_rank": 4}}
 STEPS = 12
@@ -127,6 +129,21 @@ def test_merging_rounds_once_and_unmerging_restores_every_bit(make: Callable[[],
     tunerkit.unmerge(model)
     assert same(everything(model), before)
     assert torch.equal(model(X), output)
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes nf4", "torchao int8", "torchao int4"])
+def test_a_model_may_be_cast_while_it_is_merged(name: str) -> None:
+    """`unmerge` gives back what casting the unmerged model gives. HQQ and quanto cast no quantised layers."""
+    skip_without_library(name)
+    pytest.importorskip("tunerkit_lora")
+    outputs = []
+    for merged in (False, True):
+        model = trained(MODELS[name], "lora")
+        if merged:
+            tunerkit.merge(model)
+        model.to(torch.bfloat16)
+        outputs.append((tunerkit.unmerge(model) if merged else model)(X.bfloat16()))
+    assert torch.equal(*outputs)
 
 
 def _deltas(model: Any) -> list[tuple[tunerkit.BaseLayer, Tensor]]:

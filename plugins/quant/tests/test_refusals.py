@@ -89,16 +89,35 @@ def test_settings_of_bitsandbytes_come_back_with_unwrap() -> None:
     assert [model[int(path)].support_avx512bf16_for_cpu for path in TARGETS] == before
 
 
-def test_packed_shapes_that_do_not_unpack() -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_shapes_that_do_not_unpack(name: str) -> None:
     """The layer says another size than its packed weight: an adapter would fit neither."""
-    pytest.importorskip("bitsandbytes")
-    model: Any = nf4()
+    skip_without_library(name)
+    model: Any = MODELS[name]()
     model[0].in_features = 32
     refused(model, r"packed weight of shape \(128, 64\), and its features say \(128, 32\)")
+    model = MODELS[name]()
+    model[0].out_features = 64
+    refused(model, r"packed weight of shape \(128, 64\), and its features say \(64, 64\)")
+
+
+def test_parts_of_a_packed_weight_that_do_not_fit_the_rest() -> None:
+    """Its shape may be an attribute, which says nothing of the integers and scales."""
+    pytest.importorskip("bitsandbytes")
+    model: Any = nf4()
+    model[0].weight.data = model[0].weight.data[:-1]
+    refused(model, r"has 4095 packed bytes, and a packed weight of shape \(128, 64\) needs 4096")
+    model = int8()
+    model[0].weight.SCB = model[0].weight.SCB[:-1]
+    refused(model, r"has 127 scales, and a packed weight of shape \(128, 64\) needs 128")
     pytest.importorskip("hqq")
     model = hqq()
     model[0].meta["shape"] = (64, 128)
     refused(model, r"packed weight of shape \(64, 128\), and its features say \(128, 64\)")
+    pytest.importorskip("torchao")
+    model = torchao_int8()
+    model[0].weight.qdata = model[0].weight.qdata[:-1]
+    refused(model, r"packed weight of shape \(127, 64\), and its features say \(128, 64\)")
 
 
 def test_layers_that_quantise_their_input_too() -> None:
@@ -138,10 +157,10 @@ def test_a_forward_of_its_own_is_not_taken_for_the_library_s(name: str) -> None:
     model = make()
     own = type(model[0])
     model[0].forward = lambda x: own.forward(model[0], x)
-    refused(model, "no installed base-layer kind adapts it")
+    refused(model, "has quantised, with a forward of its own, which may use the packed weight in any way")
     model = make()
     model[0].__class__ = type("Sub", (own,), {"forward": lambda self, x: own.forward(self, x)})
-    refused(model, "cannot be adapted|no installed base-layer kind")
+    refused(model, "is a Sub that .* has quantised, with a forward of its own")
 
 
 def test_kinds_may_be_mixed(tmp_path: Path) -> None:
@@ -199,6 +218,30 @@ def test_a_model_that_is_quantised_after_wrapping_is_refused_before_the_first_st
         quantise(model)
         with pytest.raises(tunerkit.AdapterError, match=r"quantised after|not in the model any more"):
             tunerkit.attach(model, optimizer)
+
+
+def test_a_loop_that_attaches_nothing_is_told_of_it_by_the_first_forward() -> None:
+    """LoRA needs no steps, so nobody has to attach it; the loss would fall, and `save` would refuse the adapter."""
+    quantization = pytest.importorskip("torchao.quantization")
+    library: Any = pytest.importorskip("optimum.quanto")
+    for quantise in (
+        lambda model: quantization.quantize_(model, quantization.Int8WeightOnlyConfig(), filter_fn=_is_target),
+        lambda model: library.quantize(model, weights=library.qint8, include=["0"]),
+    ):
+        model = tunerkit.wrap(dense(), LORA, CONFIG)
+        quantise(model)
+        for _ in range(2):
+            with pytest.raises(tunerkit.AdapterError, match=r"quantised after|not in the model any more"):
+                model(X)
+
+
+@pytest.mark.parametrize("bias", ["adapters", "all"])
+def test_biases_that_are_no_parameters_are_named(bias: str) -> None:
+    """HQQ's bias is an attribute. The head's, which is a parameter, is trained all the same."""
+    pytest.importorskip("hqq")
+    with pytest.warns(tunerkit.TunerkitWarning, match=r"the biases of 1 quantised layers are not trained.*: 0$"):
+        model = tunerkit.wrap(hqq(), LORA, {**CONFIG, "bias": bias})
+    assert [biased.path for biased in tunerkit.tuner(model).biases] == (["3", "4"] if bias == "all" else [])
 
 
 def _is_target(module: nn.Module, path: str) -> bool:

@@ -7,6 +7,7 @@ import attrs
 from torch import Tensor, nn
 
 from tunerkit import PackedLinear, Packing, forward_name
+from tunerkit_quant.shapes import miscount, misfit
 from tunerkit_quant.versions import too_old
 
 
@@ -33,17 +34,12 @@ class Bitsandbytes4BitLayer(PackedLinear):
         state = self._state()
         if state is None:
             return "holds no quantised weight yet: move the model to its device first, which quantises it"
-        if tuple(state.shape) != (self.out_features, self.in_features):
-            return (
-                f"has a packed weight of shape {tuple(state.shape)}, and its features say "
-                f"{(self.out_features, self.in_features)}: quantise the model again"
-            )
         if getattr(state, "packing_format_for_cpu", False):
             return (
                 "was repacked for inference by a forward in eval mode on this CPU, and no gradient passes it any more: "
                 "load the model again, and wrap it before its first forward"
             )
-        return too_old("bitsandbytes", (0, 45))
+        return misfit(self, state.shape) or self._miscount() or too_old("bitsandbytes", (0, 45))
 
     @property
     def while_adapted(self) -> Mapping[str, object]:
@@ -72,6 +68,11 @@ class Bitsandbytes4BitLayer(PackedLinear):
             quant_storage=own.quant_storage,
         ).to(own.device)  # moving quantises it
         return {"weight": new, "quant_state": new.quant_state}
+
+    def _miscount(self) -> str | None:
+        stored = self.module.weight.data
+        found = stored.numel() * stored.element_size()
+        return miscount(self, "packed bytes", found, (self.in_features * self.out_features + 1) // 2)
 
     def _state(self) -> Any:
         state = getattr(self.module.weight, "quant_state", None)

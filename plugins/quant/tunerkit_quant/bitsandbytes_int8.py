@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit import PackedLinear, Packing, forward_name
+from tunerkit_quant.shapes import miscount, misfit
 from tunerkit_quant.versions import too_old
 
 
@@ -35,12 +36,16 @@ class BitsandbytesInt8Layer(PackedLinear):
         return Packing("bitsandbytes int8", 8)
 
     def obstacle(self) -> str | None:
-        """Weights in fp16, or not quantised yet."""
+        """Weights in fp16, not quantised yet, or of another shape."""
         if self.module.state.has_fp16_weights:
             return "keeps its weight in fp16 and quantises it at each call: build it with has_fp16_weights=False"
         if self.module.weight.dtype != torch.int8 or self._scale() is None:
             return "holds no quantised weight yet: move the model to its device first, which quantises it"
-        return too_old("bitsandbytes", (0, 45))
+        return (
+            misfit(self, self.module.weight.shape)
+            or miscount(self, "scales", self._scale().numel(), self.out_features)
+            or too_old("bitsandbytes", (0, 45))
+        )
 
     def dense(self) -> Tensor:
         """W as bitsandbytes dequantises it, in fp32."""

@@ -6,6 +6,7 @@ import attrs
 from torch import Tensor, nn
 
 from tunerkit import PackedLinear, Packing, forward_name
+from tunerkit_quant.shapes import misfit
 from tunerkit_quant.versions import too_old
 
 _KERNELS = "gptqmodel.nn_modules.qlinear."
@@ -36,13 +37,15 @@ class GptqLayer(PackedLinear):
         return Packing(f"GPTQ int{self.module.bits}", self.module.bits)
 
     def obstacle(self) -> str | None:
-        """A kernel without a backward."""
+        """A kernel without a backward, or a weight that is packed for another shape."""
         if forward_name(self.module) != _TRAINABLE:
             return (
                 f"runs GPTQModel's kernel {type(self.module).__name__}, through which no gradient is known to pass: "
                 "load the model with backend=BACKEND.GPTQ_TORCH"
             )
-        return too_old("gptqmodel", (5,))
+        packed = self.module.qweight  # (in bits / the bits of its dtype, out)
+        columns = packed.shape[0] * packed.element_size() * 8 // self.module.bits
+        return misfit(self, (packed.shape[1], columns)) or too_old("gptqmodel", (5,))
 
     def dense(self) -> Tensor:
         """W as GPTQModel dequantises it, in the dtype of its scales."""

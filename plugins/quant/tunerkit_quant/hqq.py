@@ -7,6 +7,7 @@ import attrs
 from torch import Tensor, nn
 
 from tunerkit import PackedLinear, Packing, forward_name
+from tunerkit_quant.shapes import misfit
 from tunerkit_quant.versions import too_old
 
 
@@ -38,12 +39,7 @@ class HqqLayer(PackedLinear):
         """A layer that is not quantised yet, or whose weight is packed for another shape."""
         if not self.module.is_initialized():
             return "holds no quantised weight yet: call its initialize(), or load it"
-        if tuple(self.module.meta["shape"]) != (self.out_features, self.in_features):
-            return (
-                f"has a packed weight of shape {tuple(self.module.meta['shape'])}, and its features say "
-                f"{(self.out_features, self.in_features)}: quantise the model again"
-            )
-        return too_old("hqq", (0, 2))
+        return misfit(self, self.module.meta["shape"]) or too_old("hqq", (0, 2))
 
     def dense(self) -> Tensor:
         """W as HQQ dequantises it, in its compute dtype."""

@@ -7,6 +7,7 @@ import attrs
 from torch import Tensor, nn
 
 from tunerkit import PackedLinear, Packing, forward_name
+from tunerkit_quant.shapes import misfit
 from tunerkit_quant.versions import too_old
 
 
@@ -30,12 +31,12 @@ class QuantoLayer(PackedLinear):
         return Packing("quanto none", 32) if kind is None else Packing(f"quanto {kind.name}", kind.bits)
 
     def obstacle(self) -> str | None:
-        """A layer that is not frozen, or that quantises its activations."""
+        """A layer that is not frozen, that quantises its activations, or whose weight has another shape."""
         if self.module.activation_qtype is not None:
             return "quantises its input and its output too: call optimum.quanto.quantize without activations"
         if not self.module.frozen:
             return "quantises its weight at each call: call optimum.quanto.freeze(model) first"
-        return too_old("optimum-quanto", (0, 2, 6))
+        return misfit(self, self.module.weight.shape) or too_old("optimum-quanto", (0, 2, 6))
 
     def dense(self) -> Tensor:
         """W as quanto dequantises it."""

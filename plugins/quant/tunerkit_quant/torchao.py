@@ -8,6 +8,7 @@ import attrs
 from torch import Tensor, nn
 
 from tunerkit import PackedLinear, Packing, forward_name
+from tunerkit_quant.shapes import misfit
 from tunerkit_quant.versions import too_old
 
 _BASE = "torchao.utils.TorchAOBaseTensor"
@@ -41,7 +42,7 @@ class TorchaoLayer(PackedLinear):
         return Packing(f"torchao {name}", int(bits.group()) if bits else 8)
 
     def obstacle(self) -> str | None:
-        """Quantised activations, through which torchao passes no gradient, or a class that is not supported."""
+        """Quantised activations, which pass no gradient; a class that is not supported; a weight of another shape."""
         if self._class not in _ACTIVATIONS:
             return (
                 f"has a weight of torchao's class {self._class}, through which no gradient is known to pass: use "
@@ -52,7 +53,8 @@ class TorchaoLayer(PackedLinear):
                 "quantises its input too, and torchao passes no gradient through that: use Int8WeightOnlyConfig or "
                 "IntxWeightOnlyConfig"
             )
-        return too_old("torchao", (0, 17))
+        integers = self._weight.qdata  # the weight has a shape of its own beside that of its integers
+        return misfit(self, self._weight.shape) or misfit(self, integers.shape) or too_old("torchao", (0, 17))
 
     def dense(self) -> Tensor:
         """W as torchao dequantises it, in the dtype that it was quantised from."""
