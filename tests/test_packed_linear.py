@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tunerkit
-from tests.interrupting import half_done
+from tests.interrupting import half_done, interrupt
 from tunerkit.errors import AdapterError
 from tunerkit.serialization.fingerprint import fingerprint
 from tunerkit.serialization.whole import put_
@@ -273,6 +273,27 @@ def test_an_interrupted_unwrap_is_completed_or_not_begun() -> None:
     """Ctrl-C at any line leaves the adapters in, or the dense model."""
     call: Any = lambda model: tunerkit.unwrap(model, keep_merged=True, dtype=torch.float32)  # noqa: E731
     assert half_done(trained, call, after="_take_out_", points=10) == []
+
+
+@pytest.mark.usefixtures("toy")
+def test_an_interrupt_leaves_no_packed_model_disabled() -> None:
+    """Ctrl-C at any line on the way into `disabled` or out of it: what the merge stored is in the layers again."""
+    adapted = trained()
+    unmerged = adapted(X)
+    with pytest.warns(tunerkit.TunerkitWarning, match="4 bits"):
+        merged = tunerkit.merge(adapted)
+    stored, output = codes(merged), merged(X)
+
+    def show(model: Any) -> None:
+        with tunerkit.disabled(model):
+            assert not equal(codes(model), stored)
+
+    for line in range(1, interrupt(lambda: show(merged), after="_enable_"), 5):
+        model = copy.deepcopy(merged)
+        interrupt(lambda: show(model), after="_enable_", at=line)  # noqa: B023  # called at once
+        assert equal(codes(model), stored)
+        assert torch.equal(model(X), output)
+        assert torch.equal(tunerkit.unmerge(model)(X), unmerged)
 
 
 def test_a_library_that_cannot_write_is_refused_before_anything_changes() -> None:
