@@ -20,9 +20,10 @@ LM_READY := .venv/.lm-ready
 DEV_READY := .venv/.dev-ready
 CORE_READY := .venv-core/.ready
 QUANTISERS_READY := .venv-quantisers/.ready
+DEEPSPEED_READY := .venv-deepspeed/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm test test-core test-all test-quantisers check format docs benchmark clean
+.PHONY: help demo demo-lm test test-core test-all test-quantisers test-deepspeed check format docs benchmark clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -34,7 +35,7 @@ demo: $(DEMO_READY) ## fine-tune MiniLM on movie sentences with AdaLoRA
 demo-lm: $(LM_READY) ## fine-tune SmolLM2 on questions and answers with AdaLoRA
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/tunerkit train --task causal-lm --lr 2e-3 --out $(DEMO_LM_OUT) --overwrite
 
-test: test-core test-all test-quantisers ## run the whole test suite
+test: test-core test-all test-quantisers test-deepspeed ## run the whole test suite
 
 test-core: $(CORE_READY) ## run core's tests, with no plugin installed
 	$(ONE_THREAD) $(CORE_BIN)/python $(PYTEST) tests
@@ -46,6 +47,9 @@ test-quantisers: $(QUANTISERS_READY) ## run the tests with quantised bases, with
 	$(ONE_THREAD) .venv-quantisers/bin/python -m pytest $(PYTEST_ARGS) -k "quantised or packed" tests/test_engines.py
 	$(ONE_THREAD) .venv-quantisers/bin/python $(PYTEST) plugins/quant/tests
 	$(ONE_THREAD) .venv-quantisers/bin/python -m pytest $(PYTEST_ARGS) -k quantised tests/test_readme.py
+
+test-deepspeed: $(DEEPSPEED_READY) ## run the tests of trainings under DeepSpeed
+	$(ONE_THREAD) DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pytest $(PYTEST_ARGS) tests/parallel/test_deepspeed.py tests/parallel/test_trainer_deepspeed.py
 
 check: $(DEV_READY) ## check lint, formatting and types
 	$(BIN)/ruff check .
@@ -64,7 +68,7 @@ benchmark: $(DEV_READY) ## measure speed and memory compared with PEFT's, into o
 	$(BIN)/python -m benchmarks.speed $(BENCHMARK_ARGS)
 
 clean: ## remove what the other targets created
-	rm -rf .venv .venv-core .venv-quantisers site dist build .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-core .venv-quantisers .venv-deepspeed site dist build .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # An existing venv is kept; missing packages are installed into it.
 $(BIN)/python:
@@ -75,6 +79,9 @@ $(CORE_BIN)/python:
 
 .venv-quantisers/bin/python:
 	$(PYTHON) -m venv .venv-quantisers
+
+.venv-deepspeed/bin/python:
+	$(PYTHON) -m venv .venv-deepspeed
 
 $(DEMO_READY): $(PROJECTS) | $(BIN)/python
 	$(BIN)/python -m pip install -e ".[demo]" $(PLUGINS)
@@ -95,4 +102,10 @@ $(CORE_READY): pyproject.toml | $(CORE_BIN)/python
 
 $(QUANTISERS_READY): $(PROJECTS) | .venv-quantisers/bin/python
 	.venv-quantisers/bin/python -m pip install -e ".[cli,lm,quantisers,test]" $(PLUGINS)
+	touch $@
+
+# DeepSpeed slows down every import of transformers. Building it needs a torch that is there.
+$(DEEPSPEED_READY): $(PROJECTS) | .venv-deepspeed/bin/python
+	.venv-deepspeed/bin/python -m pip install -e ".[hf,test]" -e plugins/lora -e plugins/adalora
+	.venv-deepspeed/bin/python -m pip install -e ".[deepspeed]"
 	touch $@

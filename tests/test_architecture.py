@@ -40,7 +40,10 @@ PRIVATE = {"torch": f"{CORE}.libraries.torch_private", "transformers": f"{CORE}.
 # State that lives as long as the process, each entry with its reason.
 PROCESS_STATE = {
     *(f"{CORE}.hooks.registry.registry", f"{CORE}.injection.tuner.unseen"),
-    *(f"{CORE}.steps.links._links", f"{CORE}.steps.undriven._watch", f"{CORE}.patterns._allowance"),
+    *(f"{CORE}.steps.links._links", f"{CORE}.steps.links._engines", f"{CORE}.parallel.replicated._engines"),
+    *(f"{CORE}.parallel.group._written", f"{CORE}.parallel.writing._tries"),
+    f"{CORE}.parallel.writing._raised",  # of the process group
+    *(f"{CORE}.steps.undriven._watch", f"{CORE}.patterns._allowance"),
 }
 LIBRARIES = frozenset(
     {"transformers", "accelerate", "timm", "diffusers", "torchvision", "peft", "trl", "bitsandbytes", "deepspeed"}

@@ -212,17 +212,6 @@ def test_a_trainer_that_rebuilds_its_model_is_refused(tmp_path: Path) -> None:
         trainer.train()
 
 
-@pytest.mark.usefixtures("toys")
-@pytest.mark.parametrize("engine", ["is_deepspeed_enabled", "is_fsdp_enabled"])
-def test_engines_that_hide_steps_or_weights_are_refused(engine: str, tmp_path: Path) -> None:
-    """The error comes at attach, before hours of training."""
-    model = wrapped()
-    trainer = trainer_of(model, tmp_path, attach=False)
-    setattr(trainer, engine, True)
-    with pytest.raises(tunerkit.StepError, match="cannot be attached yet"):
-        tunerkit.attach(model, trainer)
-
-
 def test_training_without_step_hooks_triggers_a_warning(toys: "Toys", tmp_path: Path) -> None:
     """If the optimizer's step hooks never fire, the adapter is untrained: the end of training warns about it."""
     model = wrapped()

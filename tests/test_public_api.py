@@ -12,6 +12,10 @@ SNAPSHOT = Path(__file__).parent / "fixtures" / "public_api.json"
 # What this release has beyond the snapshot, which was taken at commit 9d060d1.
 ADDED = frozenset(
     {
+        "tunerkit.Tuner.agree_(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD tensors, POSITIONAL_OR_KEYWORD what)",
+        "tunerkit.Tuner.engine",
+        "tunerkit.Tuner.whole(POSITIONAL_OR_KEYWORD self, KEYWORD_ONLY gradients = False)",
+        "tunerkit.no_sync(POSITIONAL_OR_KEYWORD model)",
         "tunerkit.patterns.is_exact(POSITIONAL_OR_KEYWORD pattern)",
         "tunerkit.Description(POSITIONAL_OR_KEYWORD method, KEYWORD_ONLY base = '', "
         "KEYWORD_ONLY model_class = '', KEYWORD_ONLY labels = 0, KEYWORD_ONLY ranks = _Nothing, "
@@ -150,6 +154,7 @@ ADDED = frozenset(
 GAINED = {
     "tunerkit.Method": ", KEYWORD_ONLY start = 'exact', KEYWORD_ONLY targets = 'weights', "
     "KEYWORD_ONLY statistics = None",
+    "tunerkit.attach": ", KEYWORD_ONLY data_parallel = None",
     "tunerkit.load": ", KEYWORD_ONLY check_config = True",
     "tunerkit.save": ", KEYWORD_ONLY allow_nonfinite = False",
     "tunerkit.unwrap": ", KEYWORD_ONLY dtype = None",

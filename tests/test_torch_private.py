@@ -105,6 +105,13 @@ def divided() -> bool:
     return [tensor.tolist() for tensor in tensors] == [[0.25, 0.25], [0.25]]
 
 
+def copied() -> bool:
+    """Every tensor of the list gets its value."""
+    tensors = [torch.zeros(2), torch.zeros(1)]
+    torch_private.copy_(tensors, [torch.ones(2), torch.full((1,), 2.0)])
+    return [tensor.tolist() for tensor in tensors] == [[1.0, 1.0], [2.0]]
+
+
 def versions_of_inference() -> int | None:
     return torch_private.version(torch.zeros(2))
 
@@ -185,6 +192,42 @@ def ddp() -> bool:
     return found == [parallel] and torch_private.running_ddp() is None and same
 
 
+def store() -> bool:
+    """The store through which a group met keeps what is written into it."""
+    met = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("gloo", store=met, rank=0, world_size=1)
+    try:
+        torch_private.default_store().set("key", "value")
+        return bool(torch_private.default_store().get("key") == b"value")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def numbered() -> bool:
+    """Each backward has a number of its own, and there is -1 outside of one."""
+    x, seen = torch.ones(2, requires_grad=True), list[int]()
+    x.register_hook(lambda _: seen.append(torch_private.running_backward()))
+    for _ in range(2):
+        x.sum().backward()
+    return len({*seen, -1}) == 3 and torch_private.running_backward() == -1
+
+
+def ends() -> bool:
+    """What is queued in a backward runs once, at its end; what it raises, the backward raises."""
+    x, seen = torch.ones(2, requires_grad=True), list[bool]()
+
+    def queue(_: Tensor) -> None:
+        torch_private.after_backward(lambda: seen.append(x.grad is not None))
+
+    handle = x.register_hook(queue)
+    x.sum().backward()
+    handle.remove()
+    x.register_hook(lambda _: torch_private.after_backward(lambda: seen.index(None)))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="None"):
+        x.sum().backward()
+    return seen == [True]
+
+
 def other(*_: object, **__: object) -> None:
     """A second hook."""
 
@@ -222,6 +265,27 @@ def flattened() -> bool:
     return seen == [True, True, True]
 
 
+def managed() -> bool:
+    """FSDP2 has a hook after ``load_state_dict`` where it manages a parameter, whole or not, and nowhere else."""
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        fsdp = importlib.import_module("torch.distributed.fsdp")
+        model: Any = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        ignored = set(model[1].parameters())
+        fsdp.fully_shard(
+            model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)), ignored_params=ignored
+        )
+        model(torch.ones(1, 2))
+        seen = [torch_private.is_managed_by_fsdp2(module) for module in model]
+        taken = torch_private.take_load_hooks_(model[0])
+        seen.append(torch_private.is_managed_by_fsdp2(model[0]))
+        torch_private.put_load_hooks_(model[0], taken)
+        return [*seen, torch_private.is_managed_by_fsdp2(model[0])] == [True, False, False, True]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def dynamo() -> bool:
     """Compiled code is detected until a reset."""
     import torch._dynamo
@@ -247,6 +311,7 @@ def compilations() -> bool:
 # By the names that stand in torch_private.py: what uses them, and a check.
 CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
     "_C": ("is_observed (layers.fused)", lambda: isinstance(torch._C, type(torch))),
+    "_foreach_copy_": ("copy_ (parallel)", copied),
     "_foreach_div_": ("divide_ (steps.withheld)", divided),
     "_parameters": ("own_parameters (everywhere)", parameters),
     "_modules": ("own_children, compiled_from (injection.slots, injection.root)", children),
@@ -291,6 +356,11 @@ CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
     "_state_dict_hooks": ("remove_state_hooks_ (injection.state_dicts)", state_hooks),
     "_fsdp_flattened": ("FLATTENED (libraries.engines)", flattened),
     "_fsdp_use_orig_params": ("VIEWS_FLAT (libraries.engines)", flattened),
+    "_load_state_dict_post_hooks": ("is_managed_by_fsdp2, take_load_hooks_ (serialization.merge, parallel)", managed),
+    "torch.distributed.fsdp._fully_shard._fsdp_param": ("is_managed_by_fsdp2 (serialization.merge)", managed),
+    "_get_default_store": ("default_store (parallel)", store),
+    "_current_graph_task_id": ("running_backward (parallel)", numbered),
+    "_execution_engine": ("after_backward (parallel)", ends),
     "_active_ddp_module": ("running_ddp (injection.unsynchronised)", ddp),
     "_module_parameters": ("known_to (injection.unsynchronised)", ddp),
     "torch._dynamo": (
@@ -305,10 +375,12 @@ DELETED = (
     *("_CachingTorchDispatchMode", "_CachedTorchDispatchMode", "torch.utils._python_dispatch", "_ConvNd"),
     *("_BatchNorm", "_NormBase", "_InstanceNorm", "_get_no_batch_dim", "_conv_forward", "_global_forward_hooks"),
     *("_get_current_dispatch_mode_stack", "_is_amx_tile_supported", "_active_ddp_module"),
-    "_foreach_div_",
+    *("_get_default_store", "_execution_engine", "_current_graph_task_id"),
+    *("_foreach_div_", "_foreach_copy_"),
 )
 OF_INSTANCES = {
     *("_parameters", "_modules", "_orig_mod", "_forward_hooks", "_version"),
+    *("_load_state_dict_post_hooks", "torch.distributed.fsdp._fully_shard._fsdp_param"),
     *("_load_state_dict_pre_hooks", "_state_dict_hooks", "_fsdp_flattened", "_fsdp_use_orig_params"),
     *("_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_module_parameters"),
 }
@@ -317,7 +389,7 @@ SCRIPT = """
 import json, os, sys, torch, torch.distributed, torch.nn.parallel, torch.utils.checkpoint
 def owners(name):
     found = [m for n, m in list(sys.modules.items()) if n.split(".")[0] == "torch" and name in vars(m)]
-    kinds = (*vars(torch.nn).values(), *vars(torch.nn.parallel).values())
+    kinds = (*vars(torch.nn).values(), *vars(torch.nn.parallel).values(), *vars(torch.autograd).values())
     return found + [kind for kind in kinds if isinstance(kind, type) and name in vars(kind)]
 def remove(name):
     if "." in name:

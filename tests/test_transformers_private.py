@@ -65,7 +65,7 @@ def calls(own: Any, **replaced: str) -> list[str]:
 
         return call
 
-    names = ("save", "save_states", "load", "load_best")
+    names = ("save", "save_states", "load", "load_best", "load_states")
     transformers_private.replace_(own, **{name: noting(name) for name in names})
     return noted
 
@@ -93,7 +93,7 @@ def loads(folder: Path) -> bool:
     own = trainer(folder)
     noted = calls(own)
     own.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
-    return noted == ["load"] and torch.equal(weights(own), weights(first))
+    return noted == ["load", "load_states"] and torch.equal(weights(own), weights(first))
 
 
 def loads_best(folder: Path) -> bool:
@@ -106,11 +106,22 @@ def loads_best(folder: Path) -> bool:
     return noted.count("load_best") == 1 and own.state.best_model_checkpoint is not None
 
 
+def loads_states(folder: Path) -> bool:
+    """Called once when a training resumes, and loads the optimizer's state."""
+    trainer(folder, save_strategy="steps", save_steps=1, optim="adamw_torch").train()
+    own = trainer(folder, optim="adamw_torch")
+    noted = calls(own)
+    own.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+    state = own.optimizer.state[own.model.layer.weight]
+    return "load_states" in noted and int(state["step"]) == 2
+
+
 CANARIES: dict[str, tuple[list[str], Callable[[Path], bool]]] = {
     "_save": (["output_dir", "state_dict"], saves),
     "_save_optimizer_and_scheduler": (["output_dir"], saves_states),
     "_load_from_checkpoint": (["resume_from_checkpoint", "model"], loads),
     "_load_best_model": ([], loads_best),
+    "_load_optimizer_and_scheduler": (["checkpoint"], loads_states),
 }
 
 

@@ -12,6 +12,7 @@ from .api import (
     export as export,
     freeze as freeze,
     from_folder as from_folder,
+    no_sync as no_sync,
     param_groups as param_groups,
     rename as rename,
     thaw as thaw,

@@ -12,7 +12,12 @@ from tunerkit.injection import Tuner
 
 
 def attach(
-    model: nn.Module, optimizer_or_trainer: object, *, total_steps: int | None = None, adapter: str | None = None
+    model: nn.Module,
+    optimizer_or_trainer: object,
+    *,
+    total_steps: int | None = None,
+    adapter: str | None = None,
+    data_parallel: bool | None = None,
 ) -> None:
     """Connect adapters to the optimizer or Trainer that trains them. From then on, its steps drive the method.
 
@@ -25,15 +30,20 @@ def attach(
 
     Args:
         model: The wrapped model.
-        optimizer_or_trainer: A torch optimizer (accelerate's wrapper works too), or a transformers or TRL Trainer.
+        optimizer_or_trainer: A torch optimizer (accelerate's wrapper works too), a transformers or TRL Trainer, or what
+            `deepspeed.initialize` returned: its engine or its optimizer.
         total_steps: The length of training in optimizer steps. A Trainer knows its own.
         adapter: The name of one adapter; by default all that are not frozen.
+        data_parallel: False if the processes of a group train adapters of their own. By default they train one adapter
+            together: `attach` finds out how. If nothing else averages the gradients, tunerkit does at the end of each
+            backward, and every process must call this, take every step, and have a backward in each.
 
     Raises:
         StepError: The total number of steps is missing or differs from the config's; the optimizer does not hold the
             adapter's parameters; the method needs steps, and the optimizer does not support hooks or is inside a
             wrapper that keeps its own state; the adapter is frozen or already attached; the Trainer trains another
-            model; or an option of TRL's would move or lose weights of adapters.
+            model; an option of TRL's would move or lose weights of adapters; or the processes of a group did not wrap
+            alike, which every one of them raises.
         AdapterError: Adapted modules were replaced or resized after wrapping, there is no such adapter, or the model is
             merged, disabled, inside FSDP1, which flattens the adapters, or has layers that peft put on top.
         ConfigError: Training is too short for the method's schedule.
@@ -44,11 +54,14 @@ def attach(
         from tunerkit.integrations import transformers as integration  # transformers is an optional dependency
 
         trainer: Any = optimizer_or_trainer
-        integration.attach_trainer(tuners, trainer, total_steps)
+        integration.attach_trainer(tuners, trainer, total_steps, data_parallel)
         injection.warn_of_base_changes(tuners)
         return
+    from tunerkit.integrations import engine_choice  # core starts without any integration
+
+    engine, candidate = engine_choice.engine_for(tuners, model, optimizer_or_trainer, data_parallel)
     earlier = {tuner.name: tuner.steps for tuner in tuners if tuner.steps and tuner.needs_steps}
-    optimizer = steps.drive(tuners, optimizer_or_trainer, total_steps=total_steps)
+    optimizer = steps.drive(tuners, candidate, total_steps=total_steps, engine=engine)
     for tuner in tuners:
         steps.watch_optimizers(tuner.method)  # an unpickled adapter was wrapped in another process
         if tuner.needs_steps and optimizer is not None:

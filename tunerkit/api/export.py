@@ -1,5 +1,6 @@
 """Write an adapter in the format of another program."""
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,12 @@ def export(
     libraries.refuse_engine(injection.base_modules(tuner.model), "save")
     injection.refuse_lost([tuner])
     serialization.refuse_untrained(tuner)
-    serialization.refuse_diverged(tuner, serialization.tensors_of(tuner))
-    serialization.warn_of_unspent_schedule(tuner)
-    written = serialization.write_format(tuner, path, found, settings)
-    serialization.warn_of_untrained(tuner)
+    serialization.refuse_shards(tuner)
+    with tuner.whole():
+        serialization.refuse_diverged(tuner, serialization.tensors_of(tuner))
+        serialization.warn_of_unspent_schedule(tuner)
+        write = functools.partial(serialization.write_format, tuner, path, found, settings)
+        written = serialization.written_once(tuner, Path(path), write)
+        serialization.warn_of_untrained(tuner)
     injection.warn_of_base_changes([tuner])
     return written

@@ -65,6 +65,8 @@ def wrap(
     injection.warn_of_limits(scanned, tuner)
     steps.watch_optimizers(method)
     injection.inject_(tuner, slots, scanned, trainable=True)
+    tuner.progress.seed = seed
+    serialization.note_base(tuner)
     return model
 
 

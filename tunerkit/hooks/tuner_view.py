@@ -1,9 +1,9 @@
 """The part of a tuner that hooks may use. With this Protocol, the hooks do not depend on layer injection."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from tunerkit.config import AdapterConfig
 from tunerkit.layers import Adapter
@@ -54,6 +54,9 @@ class TunerView(Protocol):
     @property
     def shared(self) -> nn.Module | None:
         """The module that the adapters share, if there is one."""
+
+    def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
+        """Overwrite tensors with those of process 0, so that all processes of a training decide alike."""
 
     def ranks(self) -> dict[str, int]:
         """The live rank by target path."""

@@ -9,7 +9,7 @@ from torch import nn
 from tunerkit.errors import TunerkitWarning
 from tunerkit.injection.slots import base_modules, slots_of
 from tunerkit.injection.tuner import Tuner, wrapped_of
-from tunerkit.libraries import torch_private
+from tunerkit.libraries import torch_private, whole_shape
 from tunerkit.paths import few, is_under, join, parent
 
 _SHOWN = 3
@@ -26,7 +26,7 @@ class _Own(NamedTuple):
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the base's own parameters by name."""
-    return {own.name: tuple(own.parameter.shape) for own in _base(model)}
+    return {own.name: tuple(whole_shape(own.parameter)) for own in _base(model)}
 
 
 def warn_of_base_changes(tuners: Sequence[Tuner], *, again: bool = True) -> None:
@@ -50,9 +50,10 @@ def warn_of_base_changes(tuners: Sequence[Tuner], *, again: bool = True) -> None
 def _resized(base: Sequence[_Own], before: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     """What has another shape than when an adapter was put in. Packing, as on the way to a GPU, is no resizing."""
     for name, parameter, _ in base:
-        was = before.get(name, parameter.shape)
-        if was != parameter.shape and parameter.is_floating_point():
-            yield f"{name} {list(was)} -> {list(parameter.shape)}"
+        shape = whole_shape(parameter)
+        was = before.get(name, shape)
+        if was != shape and parameter.is_floating_point():
+            yield f"{name} {list(was)} -> {list(shape)}"
 
 
 def _base(model: nn.Module) -> Iterator[_Own]:

@@ -5,8 +5,8 @@ from weakref import ref
 
 import attrs
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
+from tunerkit.parallel import Alone, Engine, Removable
 from tunerkit.records import RankChange
 
 
@@ -14,11 +14,14 @@ from tunerkit.records import RankChange
 class Link:
     """The hooks through which an optimizer drives an adapter. They stay until `detach`, which remembers the optimizer.
 
+    ``engine`` is what the processes of the training do together.
+
     It holds no tuner: only the optimizer keeps its driver alive, so that a model can be freed.
     """
 
     optimizer: "ref[Optimizer]"
-    handles: tuple[RemovableHandle, ...]
+    handles: tuple[Removable, ...]
+    engine: Engine = attrs.field(factory=Alone)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         # A deep copy or pickle holds None instead: the optimizer does not drive the copy.
@@ -42,6 +45,9 @@ class Progress:
         shapes: The shapes of the base's parameters when the adapter was put in.
         beside: New modules of the base that another adapter, active at that time, trains in full. The fingerprint
             leaves them out, because the adapter never used the base's own values.
+        noted: The base's fingerprint when the adapter was put in, if this is one of several processes: they may shard
+            the base afterwards.
+        seed: The seed that `wrap` was given.
         files: The files that it was loaded from or saved to, with what each holds: ``"adapter"`` or ``"state"``.
     """
 
@@ -54,4 +60,6 @@ class Progress:
     fingerprint: dict[str, dict[str, Any]] | None = None
     shapes: dict[str, tuple[int, ...]] = attrs.field(factory=dict)
     beside: tuple[str, ...] = ()
+    noted: dict[str, dict[str, Any]] | None = None
+    seed: int | None = None
     files: dict[str, str] = attrs.field(factory=dict)

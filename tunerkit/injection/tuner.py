@@ -1,6 +1,7 @@
 """The tuner: the handle on one adapter of a wrapped model."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
@@ -17,6 +18,7 @@ from tunerkit.injection.progress import Progress
 from tunerkit.injection.root import inside
 from tunerkit.injection.slots import Slot, Slots, base_modules, slots_of
 from tunerkit.layers import Adapter, BaseLayer, OutputLayer
+from tunerkit.parallel import Alone, Engine, same
 from tunerkit.paths import join
 from tunerkit.records import Factors, RankChange, State, Target
 
@@ -109,6 +111,11 @@ class Tuner:
     def needs_steps(self) -> bool:
         """Whether the method only works if an optimizer drives it."""
         return hooks.registry.get(self.method).needs_steps
+
+    @property
+    def engine(self) -> Engine:
+        """What the processes of the training do together, from `attach` on; before that each is alone."""
+        return Alone() if self.progress.link is None else self.progress.link.engine
 
     @property
     def is_active(self) -> bool:
@@ -204,14 +211,16 @@ class Tuner:
     def finish(self) -> None:
         """Make the final allocation now, regardless of the schedule. Methods without one do nothing.
 
+        In a training of several processes, call it in each of them.
+
         Raises:
             StepError: The model is merged, so the masks would change under merged weights.
         """
         if is_merged(self.model):
             raise StepError("the model is merged; call tunerkit.unmerge before finish()")
-        with torch.no_grad():
+        with torch.no_grad(), self.whole():
             ranks = hooks.finish(self)
-        self.record(ranks)
+            self.record(ranks)
 
     def record(self, ranks: Mapping[str, int] | None) -> None:
         """Add an allocation to ``history`` and notify every plugin.
@@ -226,7 +235,37 @@ class Tuner:
 
     def training_state(self) -> State:
         """Return what is needed to resume training, in addition to the adapter's weights."""
-        return hooks.state(self)
+        with self.whole():
+            return hooks.state(self)
+
+    @contextmanager
+    def whole(self, *, gradients: bool = False) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Inside the block, this process holds the whole adapter. Where it holds a shard otherwise, all must call this.
+
+        Args:
+            gradients: Whether the gradients are needed too.
+
+        Yields:
+            A function from a parameter inside the block to the one outside of it, which the optimizer knows.
+        """
+        engine = self.engine
+        if not engine.splits and engine.withholds:  # whole as they are; each step asks, and finding slots takes long
+            yield same
+            return
+        with engine.whole([slot for _, slot in self.slots()], gradients=gradients) as outside:
+            yield outside
+
+    def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
+        """Overwrite tensors with those of process 0, so that the processes of one training decide alike.
+
+        Two processes on unlike hardware round in different ways. Call this with the scores before an allocation, and
+        with weights that were decomposed. In one process it does nothing.
+
+        Args:
+            tensors: Tensors of the same shapes in every process.
+            what: What they are, for messages.
+        """
+        self.engine.agree_(tensors, f"{what} of adapter {self.name!r}")
 
 
 @attrs.define(eq=False)

@@ -8,6 +8,7 @@ import functools
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,9 +22,11 @@ from tunerkit import serialization
 from tunerkit.errors import TunerkitWarning
 from tunerkit.injection import Tuner, regrouped, tuners_of, warn_of_base_changes
 from tunerkit.integrations.folders import folder_of, has_file
+from tunerkit.integrations.fsdp import as_replicated
 from tunerkit.integrations.ranks import rows_of, write_ranks
 from tunerkit.integrations.resuming import choose_checkpoint
-from tunerkit.libraries import transformers_private
+from tunerkit.integrations.zero_checkpoints import as_plain, base_may_be_missing, runs_deepspeed, without_base
+from tunerkit.libraries import is_sharded, transformers_private
 
 
 class Attached(Protocol):
@@ -49,7 +52,9 @@ def take_over_(trainer: Trainer, attached: Attached) -> None:
         save_states=functools.partial(_save_states, trainer, attached),
         load=functools.partial(_load, attached),
         load_best=functools.partial(_load_best, trainer, attached),
+        load_states=functools.partial(_load_states, trainer, attached),
     )
+    own.save_model = functools.partial(_save_model, trainer, attached, trainer.save_model)
     own.log = functools.partial(_log, attached, {}, trainer.log)
     own.train = functools.partial(_train, trainer, attached, trainer.train)
     own.create_optimizer = functools.partial(_create_optimizer, trainer, attached, trainer.create_optimizer)
@@ -78,12 +83,34 @@ def _warn_of_overrides(trainer: Trainer) -> None:
         )
 
 
+def restore_weights_(tuners: Sequence[Tuner], checkpoint: Path) -> None:
+    """Load the weights in ``checkpoint``, with their ranks, into the live adapters."""
+    folders = {tuner: folder_of(checkpoint, tuners, tuner) for tuner in tuners}
+    for tuner, folder in folders.items():
+        serialization.restore_(tuner, folder)
+
+
+def _has_adapters(checkpoint: Path, tuners: Sequence[Tuner]) -> bool:
+    return any(has_file(folder_of(checkpoint, tuners, tuner), "adapter") for tuner in tuners)
+
+
 def load_states(tuners: Sequence[Tuner], checkpoint: Path) -> None:
     """Restore the training states in ``checkpoint``."""
     for tuner in tuners:
         folder = folder_of(checkpoint, tuners, tuner)
         if has_file(folder, "state"):
             serialization.load_state(tuner.model, folder, adapter=tuner.name)
+
+
+def _save_model(
+    trainer: Trainer, attached: Attached, save_model: Callable[..., None], *args: Any, **kwargs: Any
+) -> None:
+    """Write the adapters, also where the Trainer would gather a sharded model first."""
+    if not attached.tuners:
+        save_model(*args, **kwargs)
+        return
+    with as_replicated(trainer), as_plain(trainer):
+        save_model(*args, **kwargs)
 
 
 def _save(
@@ -98,21 +125,32 @@ def _save(
     if not tuners:
         save_model(output_dir, state_dict)  # unwrapped: it is an ordinary model again
         return
-    if not trainer.args.should_save:
-        return
     folder = Path(output_dir if output_dir is not None else str(trainer.args.output_dir))
-    if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name):
+    writes = trainer.args.should_save
+    if writes and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name):
         # If this overwrites an earlier run's folder and is interrupted, the folder must not look complete.
         (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
     held = _held(tuners)
     for tuner in held:
+        if not _takes_part(trainer, tuner):
+            continue
         written = serialization.save_tuner(tuner, folder_of(folder, held, tuner))
-        write_ranks(tuner, written.parent)
+        if writes:
+            write_ranks(tuner, written.parent)
+    if not writes:
+        return
     warn_of_base_changes(held, again=False)
     processor = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
     if processor is not None:
         processor.save_pretrained(folder)
     torch.save(trainer.args, folder / TRAINING_ARGS_NAME)
+
+
+def _takes_part(trainer: Trainer, tuner: Tuner) -> bool:
+    """Whether this process saves an adapter. With DeepSpeed all do, since each may hold a part, and one writes."""
+    if trainer.args.should_save:
+        return True
+    return runs_deepspeed(trainer) and (tuner.engine.is_shared or any(map(is_sharded, tuner.parameters())))
 
 
 def _held(tuners: Sequence[Tuner]) -> list[Tuner]:
@@ -127,10 +165,20 @@ def _held(tuners: Sequence[Tuner]) -> list[Tuner]:
 def _save_states(trainer: Trainer, attached: Attached, save_optimizer: Callable[[str], None], output_dir: str) -> None:
     """Write the training states whenever the Trainer writes the optimizer's state, into the same folder."""
     tuners = attached.tuners
-    for tuner in tuners if trainer.args.should_save else ():
+    for tuner in [each for each in tuners if _takes_part(trainer, each)]:
         folder = folder_of(Path(output_dir), _held(tuners), tuner)
         serialization.save_state(tuner.model, folder, adapter=tuner.name)
-    save_optimizer(output_dir)
+    if not tuners:
+        save_optimizer(output_dir)
+        return
+    with as_replicated(trainer), without_base(trainer):
+        save_optimizer(output_dir)
+
+
+def _load_states(trainer: Trainer, attached: Attached, load: Callable[..., None], *args: Any) -> None:
+    """Load the optimizer's state from where `_save_states` has put it."""
+    with as_replicated(trainer) if attached.tuners else nullcontext():
+        load(*args)
 
 
 def _load(
@@ -141,12 +189,10 @@ def _load(
 ) -> None:
     """Load a checkpoint's adapters into the live ones. Ranks first, so that the optimizer's state fits them."""
     checkpoint, tuners = Path(resume_from_checkpoint), attached.tuners
-    files = {tuner: folder_of(checkpoint, tuners, tuner) for tuner in tuners}
-    if not any(has_file(folder, "adapter") for folder in files.values()):
+    if not _has_adapters(checkpoint, tuners):
         load_model(resume_from_checkpoint, model)  # a whole model, saved before this trainer was attached
         return
-    for tuner, folder in files.items():
-        serialization.restore_(tuner, folder)
+    restore_weights_(tuners, checkpoint)
     attached.resumed = checkpoint
 
 
@@ -175,6 +221,10 @@ def _train(trainer: Trainer, attached: Attached, train: Callable[..., Any], *arg
             args = (chosen, *args[1:])
         elif "resume_from_checkpoint" in kwargs:
             kwargs["resume_from_checkpoint"] = chosen
+        if runs_deepspeed(trainer) and isinstance(chosen, str) and _has_adapters(Path(chosen), attached.tuners):
+            attached.resumed = Path(chosen)  # DeepSpeed loads its files, and `_load` is not called
+            with base_may_be_missing(attached.tuners[0].model):
+                return train(*args, **kwargs)
         return train(*args, **kwargs)
     finally:
         attached.release()

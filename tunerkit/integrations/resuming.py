@@ -19,8 +19,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from tunerkit import serialization
 from tunerkit.errors import FileError, TunerkitWarning
 from tunerkit.injection import Tuner
+from tunerkit.integrations import zero_checkpoints
 from tunerkit.integrations.agreement import gathered, union
 from tunerkit.integrations.folders import folder_of, has_file
+from tunerkit.integrations.zero_checkpoints import runs_deepspeed
 
 _WEIGHTS = "go on with the weights alone: tunerkit.load(base, checkpoint, trainable=True) starts a new training run"
 _SHOWN = 5
@@ -152,6 +154,12 @@ def _problems(trainer: Trainer, tuners: Sequence[Tuner], checkpoint: Path) -> It
         yield f"has a damaged {TRAINER_STATE_NAME}"
     yield from _problems_of_adapters(tuners, checkpoint)
     names = _trainer_files(trainer, checkpoint)
+    if runs_deepspeed(trainer):
+        missing, parts = zero_checkpoints.parts(trainer, checkpoint)
+        yield from missing
+        if not parts:
+            return
+        names += [str(part.relative_to(checkpoint)) for part in parts]
     if any((checkpoint / name).exists() for name in names):  # with save_only_model there is none
         for name in names:
             if not (checkpoint / name).is_file():
@@ -164,6 +172,8 @@ def _trainer_files(trainer: Trainer, checkpoint: Path) -> list[str]:
     """Return the names of the files that the Trainer itself reads to go on exactly, and skips if they are missing."""
     scaler = [SCALER_NAME] if trainer.accelerator.scaler is not None else []
     states = [] if _has_other_processes(trainer, checkpoint) else [_random_state_of(trainer)]
+    if runs_deepspeed(trainer):
+        return [*zero_checkpoints.trainer_files(trainer), *states]
     return [OPTIMIZER_NAME, SCHEDULER_NAME, *states, *scaler]
 
 
@@ -239,7 +249,7 @@ def _notes(trainer: Trainer, checkpoint: Path) -> Iterator[str]:
             "was written by another number of processes: the random state starts anew, so the end is not that of an "
             "uninterrupted training"
         )
-    if checkpoint.is_dir() and not (checkpoint / OPTIMIZER_NAME).exists():
+    if checkpoint.is_dir() and not runs_deepspeed(trainer) and not (checkpoint / OPTIMIZER_NAME).exists():
         yield (
             "has the weights alone (save_only_model): the optimizer, the learning rate's schedule and the random state "
             "start anew, so the end is not that of an uninterrupted training"

@@ -11,15 +11,19 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from tunerkit.errors import StepError, TunerkitWarning
 from tunerkit.injection import Tuner, refuse_fixed, tuners_of, warn_of_base_changes, wrapped_of
-from tunerkit.integrations.checkpoints import load_states, take_over_
+from tunerkit.integrations.checkpoints import load_states, restore_weights_, take_over_
+from tunerkit.integrations.engine_choice import engine_for
+from tunerkit.integrations.fsdp import leave_out_, refuse_other_shards
 from tunerkit.integrations.trl import settle_
+from tunerkit.integrations.zero_checkpoints import runs_deepspeed
 from tunerkit.serialization import warn_of_unspent_schedule
 from tunerkit.steps import detach, drive, is_attached
 
 
-def attach_trainer(tuners: list[Tuner], trainer: Trainer, total_steps: int | None) -> None:
+def attach_trainer(
+    tuners: list[Tuner], trainer: Trainer, total_steps: int | None, data_parallel: bool | None = None
+) -> None:
     """Let the trainer drive ``tuners`` from the start of training, and include them in its checkpoints and logs."""
-    _check_trainer(trainer)
     held = tuners_of(trainer.model).values() if trainer.model is not None else ()
     present = next((cb for cb in trainer.callback_handler.callbacks if isinstance(cb, StepCallback)), None)
     for tuner in tuners:
@@ -33,32 +37,30 @@ def attach_trainer(tuners: list[Tuner], trainer: Trainer, total_steps: int | Non
                 f"adapter {tuner.name!r} is already driven by an optimizer (tunerkit.attach, or a Trainer that is "
                 "training now); attach only one of them"
             )
+    leave_out_(trainer, tuners)
     settle_(trainer, tuners)
     if present is not None:
         present.add(tuners, total_steps)
         return
-    callback = StepCallback(trainer, tuners, total_steps)
+    callback = StepCallback(trainer, tuners, total_steps, data_parallel)
     trainer.add_callback(callback)
     take_over_(trainer, callback)
-
-
-def _check_trainer(trainer: Trainer) -> None:
-    for engine, enabled in (("DeepSpeed", trainer.is_deepspeed_enabled), ("FSDP", trainer.is_fsdp_enabled)):
-        if enabled:
-            raise StepError(f"a Trainer that runs {engine} cannot be attached yet; train in one process or with DDP")
 
 
 class StepCallback(TrainerCallback):
     """Drives adapters while ``trainer.train()`` runs, because the optimizer and the total steps only exist then.
 
     ``attached`` are all tuners that were attached, even if they have left their model since. ``resumed`` is the
-    checkpoint whose weights were loaded in this call of train.
+    checkpoint that this call of train resumes from, if it holds adapters.
     """
 
-    def __init__(self, trainer: Trainer, tuners: list[Tuner], total_steps: int | None) -> None:
+    def __init__(
+        self, trainer: Trainer, tuners: list[Tuner], total_steps: int | None, data_parallel: bool | None = None
+    ) -> None:
         self.trainer = trainer
         self.attached = list(tuners)
         self.total_steps = total_steps
+        self.data_parallel = data_parallel
         self.resumed: Path | None = None
         self._drive: Callable[[Sequence[Tuner]], object] | None = None
 
@@ -96,11 +98,18 @@ class StepCallback(TrainerCallback):
             detach(tuner)
         # global_step rises after the optimizer's step, and also for skipped steps. The schedule follows it.
         clock = functools.partial(_step_in_progress, state)
-        candidate = kwargs["optimizer"]
-        self._drive = functools.partial(drive, candidate=candidate, total_steps=state.max_steps, clock=clock)
+        refuse_other_shards(self.trainer)
+        model: Any = self.trainer.model
+        engine, candidate = engine_for(self.tuners, model, kwargs["optimizer"], self.data_parallel)
+        self._drive = functools.partial(
+            drive, candidate=candidate, total_steps=state.max_steps, clock=clock, engine=engine
+        )
         self._drive(self.tuners)
         warn_of_base_changes(self.tuners, again=False)
         if self.resumed is not None:
+            if runs_deepspeed(self.trainer):
+                # Its own files hold what is trained, and this the rest; and only this compares the base.
+                restore_weights_(self.tuners, self.resumed)
             load_states(self.tuners, self.resumed)
 
     def on_train_end(

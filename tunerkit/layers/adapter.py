@@ -112,7 +112,12 @@ def _resize_for(adapter: Adapter, state_dict: Mapping[str, Any], prefix: str, *_
 
 def _fits(value: object, own: Tensor, dim: int | None) -> bool:
     """Whether a value has the shape of an adapter's own tensor, apart from dimension ``dim``."""
-    return isinstance(value, Tensor) and value.ndim == own.ndim and _without(value, dim) == _without(own, dim)
+    # ZeRO-3 empties parameters between their uses: then they have one dimension, and nothing says their rank.
+    return (
+        isinstance(value, Tensor)
+        and value.ndim == own.ndim > (dim or -1)
+        and _without(value, dim) == _without(own, dim)
+    )
 
 
 def _without(tensor: Tensor, dim: int | None) -> tuple[int, ...]:

@@ -1,9 +1,25 @@
 """What tunerkit knows of other libraries, as data, and the private names it relies on."""
 
 from tunerkit.libraries import torch_private, transformers_private
-from tunerkit.libraries.accelerate import duplicate, execution_device, identity, is_offloaded, weight_of
+from tunerkit.libraries.accelerate import (
+    duplicate,
+    execution_device,
+    identity,
+    is_accumulating,
+    is_offloaded,
+    weight_of,
+    without_models,
+)
+from tunerkit.libraries.deepspeed import (
+    DEEPSPEED,
+    DEEPSPEED_ENGINE,
+    DEEPSPEED_OPTIMIZER,
+    DEEPSPEED_WRAPPERS,
+    ZERO_OPTIMIZER,
+    is_of_deepspeed,
+)
 from tunerkit.libraries.default_targets import DEFAULT_TARGETS
-from tunerkit.libraries.engines import ENGINES, refuse_engine
+from tunerkit.libraries.engines import ENGINES, is_sharded, refuse_engine, whole_shape
 from tunerkit.libraries.foreign_files import DEFAULT_FORMAT, FOREIGN_FORMATS, ForeignFormat, foreign_format
 from tunerkit.libraries.forward_fields import FORWARD_ALIASES, FORWARD_FIELDS, FORWARD_SYNONYMS
 from tunerkit.libraries.forwards import derives_from, forward_name, forward_owner, overrides_forward

@@ -6,6 +6,7 @@ One table of plain records. To support an engine in one verb, remove that entry 
 from collections.abc import Iterable, Mapping
 
 import attrs
+import torch
 from torch import nn
 
 from tunerkit.errors import AdapterError, TargetError, TunerkitError
@@ -75,12 +76,11 @@ ENGINES = (
     ),
     Engine(
         "FSDP2 (fully_shard)",
-        classes=("torch.distributed.tensor.DTensor",),
+        # After a forward, FSDP2 may leave parameters whole for a while, but the module's class shows it.
+        classes=("torch.distributed.tensor.DTensor", "torch.distributed.fsdp.FSDPModule"),
         refused={
             "wrap": "it has sharded the weights already, and adapters would not be synchronised. Wrap the model first, "
             "then call fully_shard",
-            "save": f"each process holds a shard of the weights. {_GATHER.format('save')}",
-            "merge": f"each process holds a shard of the weights. {_GATHER.format('merge')}",
         },
     ),
     Engine(
@@ -89,8 +89,16 @@ ENGINES = (
         refused={
             "wrap": "it has partitioned the weights already, so there is nothing to copy or to compare. Load the model "
             "without deepspeed.zero.Init, wrap it, and then pass it to deepspeed.initialize",
-            "save": f"it holds the weights in partitions, and the parameters are empty. {_GATHER.format('save')}",
-            "merge": f"it holds the weights in partitions, and the parameters are empty. {_GATHER.format('merge')}",
+            "merge": "it holds the weights in partitions, and the parameters are empty. Save the adapter in every "
+            "process, load it onto an unsharded model, and merge there",
+        },
+    ),
+    Engine(
+        "DeepSpeed",
+        classes=("deepspeed.runtime.engine.DeepSpeedEngine",),
+        refused={
+            "wrap": "deepspeed.initialize was called already, and its optimizer would not train the adapter. Wrap the "
+            "model first, and then pass it to deepspeed.initialize",
         },
     ),
     Engine(
@@ -104,6 +112,18 @@ ENGINES = (
         refused={"merge": f"quanto's weights are stored packed, and adding to them changes nothing. {_PACKED}"},
     ),
 )
+
+_SHARDING = [engine for engine in ENGINES if engine.name in ("FSDP2 (fully_shard)", "DeepSpeed ZeRO-3")]
+
+
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """Whether this process holds only a shard of a parameter, as under FSDP2 and ZeRO-3."""
+    return any(_is_of(type(parameter), engine) or _is_marked(parameter, engine.marks) for engine in _SHARDING)
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of the whole parameter. ZeRO-3 stores it apart, since it empties parameters between their uses."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def refuse_engine(modules: Iterable[tuple[str, nn.Module]], verb: str) -> None:

@@ -3,7 +3,9 @@
 If a release of torch renames one, tests/test_torch_private.py reports its name, and this is the file to change.
 """
 
+import gc
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -150,6 +152,13 @@ def running_ddp() -> nn.parallel.DistributedDataParallel | None:
     return nn.parallel.DistributedDataParallel._active_ddp_module
 
 
+def ddp_around(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
+    """The DistributedDataParallel that holds ``model``, found among all objects of the process."""
+    kind = nn.parallel.DistributedDataParallel
+    around = (each for each in gc.get_objects() if issubclass(type(each), kind))
+    return next((each for each in around if any(module is model for module in each.modules())), None)
+
+
 def known_to(ddp: nn.parallel.DistributedDataParallel) -> list[nn.Parameter]:
     """The parameters that ``ddp`` synchronises, and those that it was told to ignore or to synchronise later."""
     ignored = [p for name, p in ddp.module.named_parameters() if name in ddp.parameters_to_ignore]
@@ -163,12 +172,78 @@ def known_to(ddp: nn.parallel.DistributedDataParallel) -> list[nn.Parameter]:
 FLATTENED, VIEWS_FLAT = "_fsdp_flattened", "_fsdp_use_orig_params"
 
 
+# --- FSDP2 -----------------------------------------------------------------------------------------------------------
+
+
+def is_managed_by_fsdp2(module: nn.Module) -> bool:
+    """Whether FSDP2 manages parameters of ``module`` itself: it then has a hook there, whole or sharded."""
+    return any(map(_is_of_fsdp2, module._load_state_dict_post_hooks.values()))
+
+
+def take_load_hooks_(module: nn.Module) -> dict[int, Any]:
+    """Remove FSDP2's hooks after ``load_state_dict``, which expect DTensors, and return them."""
+    hooks: dict[int, Any] = module._load_state_dict_post_hooks
+    return {key: hooks.pop(key) for key in [key for key, hook in hooks.items() if _is_of_fsdp2(hook)]}
+
+
+def put_load_hooks_(module: nn.Module, hooks: dict[int, Any]) -> None:
+    """Put back what `take_load_hooks_` removed."""
+    module._load_state_dict_post_hooks.update(hooks)
+
+
+def _is_of_fsdp2(hook: Any) -> bool:
+    return getattr(hook, "__module__", None) == "torch.distributed.fsdp._fully_shard._fsdp_param"
+
+
+# --- Process groups and backward -------------------------------------------------------------------------------------
+
+
+def default_store() -> Any:
+    """The key-value store through which the processes of the default group met."""
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
+def running_backward() -> int:
+    """The number of the backward that is running; another one for each, also for those inside others."""
+    return torch._C._current_graph_task_id()
+
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Call ``function`` at the end of the backward that is running. What it raises, backward raises."""
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.queue_callback(function)
+
+
+# --- Distributed checkpoint -------------------------------------------------------------------------------------------
+
+_STATE_DICT = "torch.distributed.checkpoint.state_dict"
+
+
+def in_distributed_checkpoint() -> bool:
+    """Whether functions of ``torch.distributed.checkpoint.state_dict`` are running, such as `get_state_dict`.
+
+    If an optimizer has no state, they first set all gradients and learning rates to 0 and call ``step``. Nothing marks
+    that step, and an ordinary one may have a rate and gradients of 0 too, so the callers are looked at.
+    """
+    frame = inspect.currentframe() if _STATE_DICT in sys.modules else None
+    while frame is not None:
+        if frame.f_globals.get("__name__") == _STATE_DICT:
+            return True
+        frame = frame.f_back
+    return False
+
+
 # --- Lists of tensors -------------------------------------------------------------------------------------------------
 
 
 def divide_(tensors: list[Tensor], divisor: Tensor) -> None:
     """Divide ``tensors`` in place, in one operation. All are on the device of ``divisor``."""
     torch._foreach_div_(tensors, divisor)
+
+
+def copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy ``sources`` into ``targets``, in one operation for tensors of one device and dtype."""
+    torch._foreach_copy_(targets, sources)
 
 
 # --- The compiler ----------------------------------------------------------------------------------------------------

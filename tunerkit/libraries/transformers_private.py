@@ -14,12 +14,15 @@ Method = Callable[..., None]
 HAS_ADAPTERS, IS_QUANTISED = "_hf_peft_config_loaded", "is_quantized"
 
 
-def replace_(trainer: Any, *, save: Method, save_states: Method, load: Method, load_best: Method) -> None:
+def replace_(
+    trainer: Any, *, save: Method, save_states: Method, load: Method, load_best: Method, load_states: Method
+) -> None:
     """Replace methods on the instance. Each function gets the trainer's own method first, then that one's arguments."""
     trainer._save = partial(save, trainer._save)
     trainer._save_optimizer_and_scheduler = partial(save_states, trainer._save_optimizer_and_scheduler)
     trainer._load_from_checkpoint = partial(load, trainer._load_from_checkpoint)
     trainer._load_best_model = partial(load_best, trainer._load_best_model)
+    trainer._load_optimizer_and_scheduler = partial(load_states, trainer._load_optimizer_and_scheduler)
 
 
 def overridden(kind: Any, base: Any) -> list[str]:

@@ -1,8 +1,10 @@
 """Serialization: adapter files, training states, merged weights."""
 
 from tunerkit.serialization.adapter_file import load, open_unloaded, read, save, save_tuner
+from tunerkit.serialization.base_check import note_base
 from tunerkit.serialization.before_saving import (
     refuse_diverged,
+    refuse_shards,
     refuse_untrained,
     tensors_of,
     warn_of_unspent_schedule,
@@ -24,3 +26,4 @@ from tunerkit.serialization.replacing import replace
 from tunerkit.serialization.rounding import Rounding, rounding
 from tunerkit.serialization.safetensors_file import file_at
 from tunerkit.serialization.training_state import carry, forget_state_, load_state, restore_, save_state
+from tunerkit.serialization.written_once import written_once

@@ -1,5 +1,6 @@
 """Save an adapter to one safetensors file, and load it: loading repeats the steps of `wrap` with the file's choices."""
 
+import functools
 import os
 import warnings
 from importlib import metadata
@@ -15,9 +16,10 @@ from tunerkit.errors import BaseMismatchError, TargetError, TunerkitWarning
 from tunerkit.injection import Progress, Tuner
 from tunerkit.serialization.adopting import adopt, warn_of
 from tunerkit.serialization.allocation_limit import limit_for
-from tunerkit.serialization.base_check import base_values, describe_base, refuse_other_base
+from tunerkit.serialization.base_check import base_values, describe_base, note_base, refuse_other_base
 from tunerkit.serialization.before_saving import (
     refuse_diverged,
+    refuse_shards,
     refuse_untrained,
     tensors_of,
     warn_of_unspent_schedule,
@@ -29,6 +31,7 @@ from tunerkit.serialization.formats import format_at
 from tunerkit.serialization.header import Header, encode
 from tunerkit.serialization.reading import read, refuse_nonfinite, refuse_other_file
 from tunerkit.serialization.safetensors_file import file_at, pack, write
+from tunerkit.serialization.written_once import written_once
 from tunerkit.targets import Scan
 
 _CALIBRATION = "calibration"  # the entry of the header's ``values`` with the data that set the adapter's start
@@ -64,8 +67,9 @@ def save(
     tuner = injection.tuner(model, adapter)
     refuse_untrained(tuner)
     warn_of_unspent_schedule(tuner)
-    written = save_tuner(tuner, path, allow_nonfinite=allow_nonfinite)
-    warn_of_untrained(tuner)
+    with tuner.whole():
+        written = save_tuner(tuner, path, allow_nonfinite=allow_nonfinite)
+        warn_of_untrained(tuner)
     injection.warn_of_base_changes([tuner])
     return written
 
@@ -74,7 +78,13 @@ def save_tuner(tuner: Tuner, path: str | os.PathLike[str], *, allow_nonfinite: b
     """Write one adapter as it is now, at any point of its schedule. Checkpoints use this."""
     libraries.refuse_engine(injection.base_modules(tuner.model), "save")
     injection.refuse_lost([tuner])
+    refuse_shards(tuner)
     place = file_at(path, "adapter")
+    with tuner.whole():
+        return written_once(tuner, place, functools.partial(_write, tuner, place, allow_nonfinite))
+
+
+def _write(tuner: Tuner, place: Path, allow_nonfinite: bool) -> Path:
     refuse_other_file(place)
     tensors = tensors_of(tuner)
     if not allow_nonfinite:
@@ -85,7 +95,7 @@ def save_tuner(tuner: Tuner, path: str | os.PathLike[str], *, allow_nonfinite: b
     header = header_of(tuner, content="adapter", **description)
     packed = pack(tensors)
     written = write(place, packed, encode(header, tensors, packed.stored))
-    note_written(tuner, written, "adapter", stacklevel=4)
+    note_written(tuner, written, "adapter", stacklevel=8)
     return written
 
 
@@ -176,6 +186,7 @@ def load_onto(
         warn_of(adopted.remarks, os.fspath(path))  # before: where warnings are errors, nothing is loaded
         steps.watch_optimizers(adopted.tuner.method)
         injection.inject_(adopted.tuner, adopted.slots, scanned, trainable=trainable)
+        note_base(adopted.tuner)
         return base
     source, tensors, header = read(path, content="adapter")
     scanned = targets.scan(root, hooks.gather_knowledge(), unloaded=unloaded)
@@ -191,6 +202,7 @@ def load_onto(
     steps.watch_optimizers(tuner.method)
     injection.inject_(tuner, slots, scanned, trainable=trainable)
     warn_of_lone(tuner)
+    note_base(tuner)
     return base
 
 

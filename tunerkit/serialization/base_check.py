@@ -9,6 +9,7 @@ from torch import Tensor
 from tunerkit.errors import BaseMismatchError, FileError, TunerkitWarning, shown
 from tunerkit.injection import Tuner, base_modules, slots_of
 from tunerkit.libraries import labels_hint, torch_private
+from tunerkit.parallel import is_launched
 from tunerkit.paths import few, join
 from tunerkit.serialization.beside import describe_beside
 from tunerkit.serialization.fingerprint import (
@@ -33,6 +34,12 @@ def describe_base(tuner: Tuner) -> dict[str, Any]:
     kept = tuner.progress.fingerprint  # from before a permanent merge
     values = {_SETTINGS: forward_config(tuner.model)} | describe_beside(tuner)
     return {"base": kept or fingerprint(tuner), "values": values}
+
+
+def note_base(tuner: Tuner) -> None:
+    """Keep the base's fingerprint if this is one of several processes: they may shard the base afterwards."""
+    if is_launched():
+        tuner.progress.noted = fingerprint(tuner)
 
 
 def refuse_other_base(

@@ -8,6 +8,7 @@ from torch import Tensor
 from tunerkit import hooks, injection
 from tunerkit.errors import AdapterError, TunerkitWarning
 from tunerkit.injection import Tuner
+from tunerkit.libraries import is_sharded
 from tunerkit.paths import few, join
 from tunerkit.serialization.base_check import base_values
 from tunerkit.serialization.finite import nonfinite
@@ -19,6 +20,16 @@ def refuse_untrained(tuner: Tuner) -> None:
         raise AdapterError(
             f"adapter {tuner.name!r} was trained with no step: method {tuner.method!r} needs to see each step of the "
             "optimizer. Call tunerkit.attach(model, optimizer, total_steps=...) before training"
+        )
+
+
+def refuse_shards(tuner: Tuner) -> None:
+    """Raise `AdapterError` if this process holds shards of the adapter, and nothing here can gather them."""
+    shards = [name for name, parameter in tuner.named_parameters() if is_sharded(parameter)]
+    if shards and not tuner.engine.splits:
+        raise AdapterError(
+            f"each process holds a shard of adapter {tuner.name!r} ({few(shards, shown=2)}), and only an attached one "
+            "is gathered: call tunerkit.attach after sharding, in every process, and save in every process"
         )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from tunerkit import hooks, injection, libraries
+from tunerkit import hooks, injection, libraries, parallel
 from tunerkit.errors import AdapterError
 from tunerkit.injection import Slots, Tuner
 from tunerkit.layers import BaseLayer
@@ -28,12 +28,17 @@ def dense_layers(tuner: Tuner, dtype: torch.dtype, *, merged: bool) -> dict[str,
         The new layers by the path of those that they replace.
 
     Raises:
-        AdapterError: An adapter cannot be merged, or the sum contains NaN or inf.
+        AdapterError: An adapter cannot be merged, the sum contains NaN or inf, or a packed weight is sharded.
     """
     return {path: _dense(path, base, dtype, merged=merged) for path, base in packed_layers(tuner, None).items()}
 
 
 def _dense(path: str, base: BaseLayer, dtype: torch.dtype, *, merged: bool) -> nn.Module:
+    if any(parallel.is_split(parameter) for parameter in base.module.parameters()):
+        raise AdapterError(
+            f"cannot make a dense layer of {path!r}: FSDP2 has cut its quantised weight into shards. Save the adapter, "
+            "load it onto the base in one process, and unwrap there"
+        )
     slots = injection.slots_of(base.module)
     weight, bias = base.dense().float(), base.bias()
     if slots is not None and merged and not slots.merged:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from tunerkit import injection, layers
+from tunerkit.errors import AdapterError
 from tunerkit.injection import Tuner
 from tunerkit.layers import BaseLayer
-from tunerkit.libraries import is_packed, torch_private
+from tunerkit.libraries import is_packed, is_sharded, torch_private
 from tunerkit.paths import few, is_under, join
 from tunerkit.records import Target
 from tunerkit.serialization.packings import entry_of, is_packed_entry, packed_layers, weight_entry
@@ -40,6 +41,8 @@ def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str
         tuner: The adapter's handle.
         scanned: The scan of the model; only needed before the adapter is in the model, to find its biases.
     """
+    if any(is_sharded(parameter) for parameter in tuner.model.parameters()):
+        return _noted(tuner)
     packed = packed_layers(tuner, scanned)
     tensors = base_tensors(tuner, scanned, packed)
     samples = _sample(tensors)
@@ -47,6 +50,15 @@ def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str
         name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "sample": samples[name]}
         for name, t in tensors.items()
     } | {weight_entry(path): entry_of(base) for path, base in packed.items() if not is_under(path, _left_out(tuner))}
+
+
+def _noted(tuner: Tuner) -> dict[str, dict[str, Any]]:
+    if tuner.progress.noted is None:
+        raise AdapterError(
+            f"the base under adapter {tuner.name!r} is sharded, and its fingerprint was not taken before: call "
+            "torch.distributed.init_process_group before tunerkit.wrap, or start the processes with torchrun"
+        )
+    return tuner.progress.noted
 
 
 def differences(saved: Fingerprint, found: Fingerprint) -> list[str]:

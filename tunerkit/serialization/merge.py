@@ -2,12 +2,13 @@
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import compress
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tunerkit import hooks, injection, libraries
+from tunerkit import hooks, injection, libraries, parallel
 from tunerkit.errors import AdapterError
 from tunerkit.injection import Slots
 from tunerkit.paths import few, join
@@ -74,12 +75,14 @@ def merge(model: M, *, permanent: bool = False) -> M:
 def merge_except_(model: M, paths: Collection[str], *, permanent: bool = False) -> M:
     """Merge as `merge` does, without the modules at ``paths``."""
     tuners = injection.require_tuners(model)
+    parallel.reshard_(model)
     places = [place for place in injection.walk(model) if place[0] not in paths]
     _refuse_unfit(model, places)
-    merged = [_merged_tensors(path, module, slots) for path, module, slots in places]
+    merged = [_merged_parts(*place) if _is_split(place[1]) else _merged_tensors(*place) for place in places]
     refuse_left_out(model, places, merged)
-    _refuse_nonfinite(places, merged)
-    for path, module, slots in places:
+    whole = [not _is_split(module) for _, module, _ in places]
+    _refuse_nonfinite(list(compress(places, whole)), list(compress(merged, whole)))
+    for path, module, slots in compress(places, whole):
         refuse_unequal(path, module, slots)
     kept = {name: fingerprint(tuner) for name, tuner in tuners.items()} if permanent else {}
     plans = plan_parting(model, places, merged)
@@ -126,6 +129,7 @@ def unmerge(model: M) -> M:
 
 def restore_originals_(model: nn.Module) -> None:
     """Undo a merge if there is one. If this is interrupted, it is undone all the same before it raises."""
+    parallel.reshard_(model)
     places = list(injection.walk(model))
     refuse_permanent(places)
     try:
@@ -150,11 +154,13 @@ def disabled(model: nn.Module) -> Iterator[None]:
     refuse_permanent(places)
     if places:
         injection.refuse_running(injection.wrapped_model(model), "disabling adapters")
+    parallel.reshard_(model)
     try:
         try:
             _enable_(places, False)
             yield
         finally:
+            parallel.reshard_(model)
             _enable_(places, True)
     except BaseException:  # it may be a KeyboardInterrupt on the way back
         _enable_(places, True)
@@ -221,7 +227,29 @@ def _refuse_unfit(model: nn.Module, places: Places) -> None:
     _refuse_offloaded(places)
     unpacked = [(path, module) for path, module, slots in places if slots.active and not _is_packed(slots)]
     libraries.refuse_engine(unpacked, "merge")
+    _refuse_gathered(places)
+    _refuse_packed_shards(places)
     injection.refuse_lost(injection.require_tuners(model).values())
+
+
+def _refuse_gathered(places: Places) -> None:
+    """Raise `AdapterError` if FSDP2 has gathered weights for a while: what is merged into these would be lost."""
+    for path, module, _ in places:
+        if libraries.torch_private.is_managed_by_fsdp2(module) and not _is_split(module):
+            raise AdapterError(
+                f"cannot merge into {path!r}: FSDP2 keeps its weight whole after a forward, and shards it in a module "
+                "around this model; call it on the module that was passed to fully_shard"
+            )
+
+
+def _refuse_packed_shards(places: Places) -> None:
+    """Raise `AdapterError` if FSDP2 has cut a packed weight: its library can read and write whole ones alone."""
+    for path, module, slots in places:
+        if slots.active and _is_packed(slots) and _is_split(module):
+            raise AdapterError(
+                f"cannot merge into {path!r}: its weight is quantised, and FSDP2 has cut it into shards, which cannot "
+                "be read alone. Save the adapter, load it onto the base in one process, and merge there"
+            )
 
 
 def _is_packed(slots: Slots) -> bool:
@@ -267,6 +295,20 @@ def refuse_permanent(places: Places) -> None:
         )
 
 
+def _is_split(module: nn.Module) -> bool:
+    """Whether this process holds only a part of a module, as FSDP2 leaves it."""
+    return any(parallel.is_split(parameter) for parameter in module.parameters())
+
+
+def _merged_parts(path: str, module: nn.Module, slots: Slots) -> dict[str, Any]:
+    """Return this process's part of the merged tensors. The whole ones are checked, in all processes alike."""
+    with parallel.gathered(module) as part:
+        tensors = _merged_tensors(path, module, slots)
+        _refuse_nonfinite([(path, module, slots)], [tensors])
+        refuse_unequal(path, module, slots)
+        return {name: part(name, tensor) for name, tensor in tensors.items()}
+
+
 # Never in inference mode: inference tensors in the base could not be trained later.
 @torch.inference_mode(False)
 @torch.no_grad()
@@ -301,7 +343,7 @@ def _replace_all_(places: Places, merged: Sequence[dict[str, Any]], plans: Seque
         if plan is not None:
             plan.part_()
     for (path, module, slots), tensors in zip(places, merged, strict=True):
-        wanted = packed_sum(path, slots, tensors)
+        wanted = None if _is_split(module) else packed_sum(path, slots, tensors)
         _replace_(module, tensors)
         if wanted is not None:
             note_rounding_(slots, wanted.before, wanted.delta, own_errors)
@@ -321,6 +363,8 @@ def _replace_(module: nn.Module, tensors: dict[str, Any]) -> None:
     for name, tensor in tensors.items():
         if is_whole(module, name):
             put_(module, name, tensor)
+        elif parallel.is_split(own[name]):  # in the same storage, which FSDP2 gathers from
+            parallel.local_part(own[name]).copy_(tensor)
         else:
             own[name].data = tensor
 
@@ -328,7 +372,11 @@ def _replace_(module: nn.Module, tensors: dict[str, Any]) -> None:
 def _values(module: nn.Module, names: Iterable[str]) -> dict[str, Any]:
     """Return the values that a module's parameters and buffers have now, in their own storage."""
     own = _own_tensors(module)
-    return {name: getattr(module, name) if is_whole(module, name) else own[name].data for name in names}
+    return {name: getattr(module, name) if is_whole(module, name) else _value(own[name]) for name in names}
+
+
+def _value(tensor: Tensor) -> Tensor:
+    return parallel.local_part(tensor).clone() if parallel.is_split(tensor) else tensor.data
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from tunerkit import hooks, injection, steps
 from tunerkit.errors import AdapterError, FileError, StepError, TunerkitWarning, cut, first, shown
 from tunerkit.injection import Tuner
+from tunerkit.libraries import torch_private
 from tunerkit.paths import few
 from tunerkit.records import RankChange, State
 from tunerkit.serialization.adapter_file import header_of, note_written
@@ -25,6 +26,7 @@ from tunerkit.serialization.header import Header, decode, encode
 from tunerkit.serialization.reading import read, refuse_nonfinite, refuse_other_file
 from tunerkit.serialization.rollback import all_or_nothing
 from tunerkit.serialization.safetensors_file import file_at, pack, write
+from tunerkit.serialization.written_once import written_once
 
 # The entry of an optimizer's state_dict that holds training states by adapter name.
 CARRIED = "tunerkit"
@@ -57,8 +59,11 @@ def save_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str |
             "tunerkit.attach(model, optimizer, total_steps=...) before training"
         )
     place = file_at(path, "state")
+    return written_once(tuner, place, functools.partial(_write_state, tuner, place, *_state_of(tuner)))
+
+
+def _write_state(tuner: Tuner, place: Path, tensors: Mapping[str, Tensor], encoded: dict[str, str]) -> Path:
     refuse_other_file(place)
-    tensors, encoded = _state_of(tuner)
     if wrong := nonfinite(tensors):
         raise AdapterError(
             f"the training state of adapter {tuner.name!r} has NaN or inf in {len(wrong)} of {len(tensors)} tensors: "
@@ -66,7 +71,7 @@ def save_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str |
             "earlier"
         )
     written = write(place, pack(tensors), encoded)
-    note_written(tuner, written, "state", stacklevel=3)
+    note_written(tuner, written, "state", stacklevel=6)
     return written
 
 
@@ -89,7 +94,9 @@ def load_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str |
     source, tensors, header = read(path, content="state")
     refuse_nonfinite(tensors, {}, source)
     _resume_(tuner, tensors, header, source)
-    if header.steps > 0 and injection.is_untrained(tuner, copies=False):
+    with tuner.whole():
+        untrained = header.steps > 0 and injection.is_untrained(tuner, copies=False)
+    if untrained:
         warnings.warn(
             f"{source} continues a training at step {header.steps}, but the matrices of adapter {tuner.name!r} are as "
             "new and add nothing: load its weights too, with tunerkit.load(base, path, trainable=True) before attach",
@@ -126,6 +133,8 @@ def _take_out(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) ->
                 _resume_(tuner, tensors, decode(metadata, tensors, source=source, content="state"), source)
             case _:
                 raise FileError(f"{source} has a damaged training state of adapter {tuner.name!r}; load an earlier one")
+    elif torch_private.in_distributed_checkpoint():
+        _warn_of_dropped(tuner)
     elif state_dict["state"]:
         warnings.warn(
             f"the state_dict that the optimizer loads has no training state of adapter {tuner.name!r}, which was not "
@@ -133,6 +142,17 @@ def _take_out(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) ->
             "instead, load its state: tunerkit.load_state",
             TunerkitWarning,
             stacklevel=4,
+        )
+
+
+def _warn_of_dropped(tuner: Tuner) -> None:
+    if not tuner.steps:
+        warnings.warn(
+            f"torch's distributed checkpoint does not keep the training state of adapter {tuner.name!r}, so the "
+            "schedule restarts at step 0. To resume, write it with tunerkit.save_state beside the checkpoint, and call "
+            "tunerkit.load_state before the optimizer's state is set",
+            TunerkitWarning,
+            stacklevel=5,
         )
 
 
@@ -153,7 +173,7 @@ def _resume_(tuner: Tuner, tensors: Mapping[str, Tensor], header: Header, source
             RankChange(step, budget, dict(zip(header.targets, ranks, strict=True)))
             for step, budget, ranks in header.history
         ]
-        with _naming(source):
+        with _naming(source), tuner.whole():
             hooks.restore(tuner, State(tensors=tensors, values=header.values))
         _refuse_other_ranks(tuner, source)
 
@@ -191,11 +211,12 @@ def restore_(tuner: Tuner, path: str | os.PathLike[str]) -> None:
     _refuse_other_run(tuner, header, source)
     refuse_other_base(tuner, header, source)
     refuse_nonfinite(tensors, base_values(tuner), source)
-    slots = dict(tuner.slots())
-    # A misfit is found on a copy, before anything live is changed.
-    fill(copy.deepcopy(slots).items(), tensors, tuner.model, source)
-    shapes = {parameter: parameter.shape for parameter in tuner.parameters()}
-    fill(slots.items(), tensors, tuner.model, source)
+    with tuner.whole():
+        slots = dict(tuner.slots())
+        # A misfit is found on a copy, before anything live is changed.
+        fill(copy.deepcopy(slots).items(), tensors, tuner.model, source)
+        shapes = {parameter: parameter.shape for parameter in tuner.parameters()}
+        fill(slots.items(), tensors, tuner.model, source)
     optimizer = steps.optimizer_of(tuner)
     for parameter, shape in shapes.items():
         if optimizer is not None and parameter.shape != shape:

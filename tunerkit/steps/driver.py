@@ -1,6 +1,7 @@
 """Call the methods' step hooks from the optimizer's own hooks, so that users do not have to call anything."""
 
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +15,12 @@ from torch.optim import Optimizer
 from tunerkit import hooks, injection, patterns
 from tunerkit.errors import StepError, TunerkitWarning
 from tunerkit.injection import Link, Tuner
+from tunerkit.libraries import torch_private
+from tunerkit.parallel import Alone, Engine
 from tunerkit.steps.checks import agree_on_total, check_attachable, find_optimizer
+from tunerkit.steps.completing import complete_
+from tunerkit.steps.held import held_of
+from tunerkit.steps.links import detach, is_attached, note_engine, optimizer_of
 from tunerkit.steps.withheld import Withheld
 
 
@@ -23,12 +29,16 @@ class _Driver:
     """The connection between one tuner and one optimizer.
 
     ``clock`` returns the number of the current step, from 1. ``withheld`` are the gradients that the method withholds
-    from the current step.
+    from the current step, and ``fixed`` the values that are put back after it, by parameter, where the engine's
+    optimizer moves a parameter without a gradient too. An ``idle`` step trains nothing.
     """
 
     tuner: Tuner
     clock: Callable[[], int] | None
+    engine: Engine
+    fixed: dict[str, Tensor] = attrs.field(factory=dict)
     warned_past_total: bool = False
+    idle: bool = False
     withheld: Withheld = attrs.field(factory=Withheld)
 
     def next_step(self) -> int:
@@ -41,6 +51,7 @@ def drive(
     *,
     total_steps: int | None,
     clock: Callable[[], int] | None = None,
+    engine: Engine | None = None,
 ) -> Optimizer | None:
     """Start the methods' training states, and register step hooks on an optimizer.
 
@@ -51,6 +62,7 @@ def drive(
         candidate: A torch optimizer, or a wrapper around one.
         total_steps: The length of training in optimizer steps, if it is known.
         clock: Returns the number of the current step, from 1; by default the steps of each adapter are counted.
+        engine: What the processes of the training do together; by default nothing.
 
     Returns:
         The torch optimizer; None if it takes no hooks, so that no step is counted.
@@ -59,21 +71,55 @@ def drive(
     for tuner in tuners:
         check_attachable(tuner, optimizer)
     totals = [agree_on_total(tuner, total_steps) for tuner in tuners]
-    with patterns.one_allowance():
-        states = [hooks.start(tuner, total, optimizer) for tuner, total in zip(tuners, totals, strict=True)]
+    engine = Alone() if engine is None else engine
+    if optimizer is not None:
+        _refuse_own_losses(optimizer, engine)
+        note_engine(optimizer, engine)
+    for tuner in tuners:
+        detach(tuner)  # from an optimizer that is gone
+    kept = engine.begin_([held_of(*pair, optimizer) for pair in zip(tuners, totals, strict=True)], optimizer)
+    try:
+        states = [_start(tuner, total, optimizer, engine) for tuner, total in zip(tuners, totals, strict=True)]
+    except BaseException:
+        for handle in itertools.chain(*kept.values()):
+            handle.remove()
+        raise
     for tuner, total, state in zip(tuners, totals, states, strict=True):
         progress = tuner.progress
         progress.state, progress.total_steps, progress.steps = state, total, 0
         progress.history.clear()
         if optimizer is None:
             continue
-        driver = _Driver(tuner=tuner, clock=clock)
+        driver = _Driver(tuner=tuner, clock=clock, engine=engine)
         handles = (
             optimizer.register_step_pre_hook(_uncompiled(_before, driver)),
             optimizer.register_step_post_hook(_uncompiled(_after, driver)),
         )
-        progress.link = Link(ref(optimizer), handles)
+        completing = optimizer.register_state_dict_post_hook(functools.partial(complete_, tuner))
+        progress.link = Link(ref(optimizer), (*handles, completing, *kept.get(tuner.name, ())), engine)
     return optimizer
+
+
+def _refuse_own_losses(optimizer: Optimizer, engine: Engine) -> None:
+    """Reject an optimizer that decides by the loss, which each process has of its own part of the data."""
+    if engine.is_shared and isinstance(optimizer, torch.optim.LBFGS):
+        raise StepError(
+            "LBFGS chooses its steps by the loss, and each process has another one: they would drift apart. Use "
+            "another optimizer, or one process"
+        )
+
+
+def _leads(driver: _Driver, optimizer: Optimizer) -> bool:
+    """Whether this adapter is the first that the optimizer drives now, and so the one that tells the engine."""
+    tuners = injection.wrapped_of(driver.tuner.model).tuners.values()
+    driven = (t for t in tuners if t.engine is driver.engine and is_attached(t) and optimizer_of(t) is optimizer)
+    return next(driven, None) is driver.tuner
+
+
+def _start(tuner: Tuner, total: int | None, optimizer: Optimizer | None, engine: Engine) -> object | None:
+    slots = [slot for _, slot in tuner.slots()]
+    with patterns.one_allowance(), engine.whole(slots, gradients=False):
+        return hooks.start(tuner, total, optimizer)
 
 
 def _uncompiled(hook: Callable[..., Any], driver: _Driver) -> Callable[..., Any]:
@@ -90,6 +136,10 @@ def _before(
     With a closure the gradients are computed later, inside it, perhaps several times. Depending on the torch release,
     ``args`` starts with the optimizer or not, so a positional closure is recognised by being callable.
     """
+    # Torch's distributed checkpoint steps an optimizer without state to make one, so most steps need no look.
+    driver.idle = not optimizer.state and torch_private.in_distributed_checkpoint()
+    if driver.idle:
+        return None
     # If the last step raised, no hook ran after it. If its gradients were cleared since then, so are the withheld ones.
     if driver.withheld.gradients and all(parameter.grad is None for parameter in driver.tuner.parameters()):
         driver.withheld.gradients.clear()
@@ -128,26 +178,49 @@ def _wrap_closure(driver: _Driver, optimizer: Optimizer, closure: Callable[[], A
 
 def _call_before_step(driver: _Driver, optimizer: Optimizer) -> None:
     tuner = driver.tuner
-    if injection.takes_part(tuner):
-        injection.report(tuner.model)
-        # Under a GradScaler a fused optimizer steps on scaled gradients; the scale is its attribute, if there is one.
-        grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-        with torch.no_grad():
-            driver.withheld.take_(hooks.before_step(tuner, driver.next_step(), grad_scale), grad_scale)
+    if _leads(driver, optimizer):
+        driver.engine.before_step_(optimizer)
+    if not injection.takes_part(tuner):
+        return
+    injection.report(tuner.model)
+    # Where the engine's step takes the gradients away, they are kept for what acts after it.
+    acts = hooks.changes_gradients if driver.engine.withholds else hooks.watches_steps
+    if not acts(tuner.method):
+        return
+    # Under a GradScaler a fused optimizer steps on scaled gradients; the scale is its attribute, if there is one.
+    grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    with torch.no_grad(), tuner.whole(gradients=True) as outside:
+        withheld = hooks.before_step(tuner, driver.next_step(), grad_scale)
+        if driver.engine.withholds:
+            driver.withheld.take_([outside(parameter) for parameter in withheld], grad_scale)
+        else:
+            fixed = {id(parameter) for parameter in withheld}
+            driver.fixed = {name: p.clone() for name, p in tuner.named_parameters() if id(p) in fixed}
 
 
 def _after(driver: _Driver, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Run after the update. A step that a fused optimizer skipped, because gradients overflowed, does not count."""
     tuner = driver.tuner
+    if driver.idle:
+        return
     skipped = bool(getattr(optimizer, "found_inf", None))
     driver.withheld.put_back_(stepped=not skipped)
     if skipped or not injection.takes_part(tuner):
         return
     tuner.progress.steps = driver.next_step()
-    with torch.no_grad():
-        ranks = hooks.after_step(tuner, tuner.steps)
-    tuner.record(ranks)
+    if hooks.watches_steps(tuner.method):
+        with torch.no_grad(), tuner.whole(gradients=True):
+            _put_back_fixed_(driver)
+            tuner.record(hooks.after_step(tuner, tuner.steps))
     _warn_past_total(driver)
+
+
+def _put_back_fixed_(driver: _Driver) -> None:
+    fixed, driver.fixed = driver.fixed, {}
+    if fixed:
+        for name, parameter in driver.tuner.named_parameters():
+            if name in fixed:
+                parameter.copy_(fixed[name])
 
 
 def _warn_past_total(driver: _Driver) -> None:

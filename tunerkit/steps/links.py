@@ -1,13 +1,21 @@
 """The link between an adapter and the optimizer that drives it."""
 
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
 import attrs
+from torch import nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
+from tunerkit import parallel
 from tunerkit.injection import Tuner
+from tunerkit.parallel import Engine, Removable
+
+# An optimizer does not know what trains with it, and resizing is given nothing but an optimizer.
+_engines: WeakKeyDictionary[Optimizer, Engine] = WeakKeyDictionary()
 
 
-def hold(tuner: Tuner, *handles: RemovableHandle) -> None:
+def hold(tuner: Tuner, *handles: Removable) -> None:
     """Store more hook handles of the optimizer that drives ``tuner``; `detach` removes them."""
     link = tuner.progress.link
     assert link is not None
@@ -40,3 +48,24 @@ def optimizer_of(tuner: Tuner) -> Optimizer | None:
     """
     link = tuner.progress.link
     return None if link is None else link.optimizer()
+
+
+def engine_for(tuners: Sequence[Tuner], model: nn.Module, data_parallel: bool | None) -> Engine:
+    """Find out what the processes of a training of these adapters do together; see `tunerkit.attach`.
+
+    Args:
+        tuners: The adapters.
+        model: The model that runs, which may be around the wrapped one.
+        data_parallel: What `tunerkit.attach` was given.
+    """
+    return parallel.engine_for(model, (p for tuner in tuners for p in tuner.parameters()), data_parallel)
+
+
+def note_engine(optimizer: Optimizer, engine: Engine) -> None:
+    """Note what the processes of a training with this optimizer do together."""
+    _engines[optimizer] = engine
+
+
+def engine_of(optimizer: Optimizer | None) -> Engine | None:
+    """Return what `note_engine` noted for an optimizer; None if nothing was attached to it."""
+    return None if optimizer is None else _engines.get(optimizer)

@@ -11,6 +11,7 @@ from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam
 
 from tunerkit.errors import AdapterError
 from tunerkit.layers import resize_
+from tunerkit.steps.links import engine_of
 
 # These update each element from its own gradient and state only, so removing other elements does not affect it. That is
 # wrong for optimizers that use the whole tensor: Adafactor, Muon, LBFGS, or 8-bit states in blocks.
@@ -110,7 +111,11 @@ def resize_obstacle(parameters: Iterable[nn.Parameter], optimizer: Optimizer | N
     """
     parameters = list(parameters)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return "torch.distributed is initialised, and DDP and FSDP do not allow shapes to change"
+        engine = engine_of(optimizer)
+        if engine is None:
+            return "torch.distributed is initialised, and DDP and FSDP do not allow shapes to change"
+        if engine.fixed_shapes is not None:
+            return engine.fixed_shapes
     for parameter in parameters:
         if type(parameter.data) is not Tensor:
             return f"a parameter is a {type(parameter.data).__name__}, whose shape must not be changed"

@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from tunerkit import hooks, injection
 from tunerkit.errors import AdapterError, StepError, TunerkitWarning
 from tunerkit.injection import Tuner
+from tunerkit.libraries import torch_private
 from tunerkit.steps.links import is_attached, optimizer_of
 
 
@@ -78,6 +79,8 @@ def report_undriven_steps(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not _drives_any(optimizer, [tuner]) and any(
             p.requires_grad and p.grad is not None for p in _parameters(tuner)
         ):
+            if torch_private.in_distributed_checkpoint():
+                return  # this step only fills in the optimizer's state
             if tuner.needs_steps and not is_attached(tuner) and not _drives_any(optimizer, look.held):
                 _refuse(tuner, optimizer)
             look.warned.add(tuner)

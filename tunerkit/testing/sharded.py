@@ -14,7 +14,7 @@ from tunerkit.testing.toy_methods import LowRankPlugin
 
 
 def shard_and_try(rank: int, engine: str, folder: str) -> None:
-    """Be one of two processes that shard a wrapped `small.net` and then try what is refused for sharded weights.
+    """Be one of two processes that shard a wrapped `small.net` and then try what FSDP1 refuses.
 
     The answers are written to ``{folder}/{rank}.pt``: for each verb the error's class and message, or None, and under
     ``"gathered"`` the outputs of the trained model here and of an unsharded one with the gathered weights, saved and
@@ -32,9 +32,9 @@ def shard_and_try(rank: int, engine: str, folder: str) -> None:
         answers: dict[str, Any] = {
             "wrap": _error(lambda: _wrapped(_sharded(small.net(), engine))),
             "attach": _error(lambda: tunerkit.attach(model, torch.optim.SGD(small.trainable(model), lr=0.2))),
-            "save": _error(lambda: tunerkit.save(model, f"{folder}/sharded-{rank}")),
-            "save the part inside": _error(lambda: tunerkit.save(inner, f"{folder}/sharded-{rank}")),
-            "merge": _error(lambda: tunerkit.merge(model)),
+            "save": _error(lambda: tunerkit.save(model, f"{folder}/sharded")),
+            "save the part inside": _error(lambda: tunerkit.save(inner, f"{folder}/sharded")),
+            "merge": _error(lambda: tunerkit.unmerge(tunerkit.merge(model))),
         }
         small.train(model, torch.optim.SGD(small.trainable(model), lr=0.2), 2)
         answers["gathered"] = (model(small.X).detach(), _gathered(model, engine, folder, rank))

@@ -1,10 +1,11 @@
-"""How a process that `torch.multiprocessing.spawn` started joins the other one of its group, and leaves it."""
+"""How processes of one group are started, join it, and leave it."""
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import distributed
@@ -12,20 +13,33 @@ from torch import distributed
 _MINUTES = 20  # until a process gives up on the other one, on a machine that is busy with other things
 
 
+def spawn(function: Callable[..., None], arguments: Sequence[object], processes: int = 2) -> None:
+    """Call ``function(rank, *arguments)`` in processes of their own, and wait for them.
+
+    Args:
+        function: a function of a module, which each process imports by name.
+        arguments: what it is given beside the number of the process.
+        processes: how many there are.
+    """
+    multiprocessing: Any = torch.multiprocessing  # torch does not list what it exports
+    multiprocessing.spawn(function, tuple(arguments), nprocs=processes)
+
+
 @contextmanager
-def joined(rank: int, folder: str) -> Iterator[None]:
-    """Inside the block, this is one of two processes, with one thread each; at its end the process exits.
+def joined(rank: int, folder: str, processes: int = 2) -> Iterator[None]:
+    """Inside the block, this is one of two or more processes, with one thread each; at its end the process exits.
 
     Args:
         rank: which of the two processes this is; `torch.multiprocessing.spawn` gives it.
         folder: where the processes meet.
+        processes: how many there are.
     """
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
         rank=rank,
-        world_size=2,
+        world_size=processes,
         timeout=timedelta(minutes=_MINUTES),
     )
     yield

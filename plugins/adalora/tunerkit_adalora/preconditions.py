@@ -12,6 +12,8 @@ from tunerkit_adalora.svd_layer import Weights
 def refuse_sharded(adapter: str, weights: Sequence[Weights]) -> None:
     """Refuse DTensors: AdaLoRA scores whole triplets, and a shard does not contain them.
 
+    An attached adapter is whole where hooks are called, unless it was sharded after that.
+
     Args:
         adapter: The adapter's name, for the message.
         weights: P, λ and Q of each layer.
@@ -27,8 +29,8 @@ def refuse_sharded(adapter: str, weights: Sequence[Weights]) -> None:
     kinds: set[type[nn.Parameter]] = {type(weight) for each in weights for weight in each}
     if any(issubclass(kind, sharding.DTensor) for kind in kinds):
         raise StepError(
-            f"adapter {adapter!r} has DTensors for weights (fully_shard?), and AdaLoRA scores whole triplets: it "
-            "cannot train them yet; train in one process or with DDP"
+            f"adapter {adapter!r} has DTensors for weights, which were no DTensors when it was attached: call "
+            "tunerkit.attach after fully_shard, in every process"
         )
 
 

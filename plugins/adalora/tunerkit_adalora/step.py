@@ -140,6 +140,7 @@ def _allocate(tuner: Tuner, training: Training, due: Allocation) -> dict[str, in
     config, bounds = config_of(tuner), training.bounds
     layers = training.layers = layers_of(tuner)
     scores = triplet_scores(training.stacks)
+    tuner.agree_(scores, "the scores")
     masks = allocate(
         scores,
         due.keep,
@@ -176,7 +177,8 @@ def _judge_(tuner: Tuner, training: Training, due: Allocation, found: Readback) 
 
 def _re_parametrise_(tuner: Tuner, training: Training, scores: Sequence[Tensor]) -> None:
     """Make P Λ Q the SVD of ΔW. The averages belong to the old triplets, so they restart at the next step."""
-    copies = copies_in(optimizer_of(tuner), weights_of(training.layers))
+    with tuner.whole() as outside:  # the optimizer may know others than the whole ones that a hook sees
+        copies = copies_in(optimizer_of(tuner), map(outside, weights_of(training.layers)))
     if copies:
         warnings.warn(
             f"adapter {tuner.name!r}: the optimizer keeps weights of its own ({', '.join(copies)}), so P, Λ and Q are "
@@ -186,6 +188,8 @@ def _re_parametrise_(tuner: Tuner, training: Training, scores: Sequence[Tensor])
         )
         return
     to_svd_form_(training.layers, scores, total=training.resolved.init_rank)
+    # Unlike hardware may choose other signs, and averaged gradients would then belong to other triplets.
+    tuner.agree_(weights_of(training.layers), "the decomposed weights")
     training.phase = Phase.RESTARTING
 
 

@@ -104,7 +104,8 @@ class SvdLayer(Adapter):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "mask"] = self.mask
+        # A copy: masks are views of one tensor, and accelerate leaves out all but one of what shares memory.
+        destination[prefix + "mask"] = self.mask.clone()
 
     def _load_from_state_dict(
         self,
@@ -126,21 +127,31 @@ class SvdLayer(Adapter):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if mask is not None and (problem := _misfit(mask, len(self.lam))):
+        if mask is not None and (problem := _misfit(mask, self._triplets)):
             error_msgs.append(f"{prefix}mask: {problem}")
         elif mask is not None:
             # With assign=True the weights come as they are, perhaps onto a model on the meta device: so does the mask.
             assigned = local_metadata.get("assign_to_params_buffers", False)
             self.mask = mask.detach().clone().to(mask.device if assigned else self.mask.device)
 
+    @property
+    def _is_emptied(self) -> bool:
+        """Whether the weights are elsewhere: ZeRO-3 empties them between their uses, and stores them empty."""
+        return self.weights.p.ndim < 2
+
+    @property
+    def _triplets(self) -> int:
+        """Triplets in memory, dead ones included."""
+        return len(self.mask) if self._is_emptied else len(self.lam)
+
     def _contradiction(self, state: Mapping[str, Any], prefix: str, mask: Tensor | None) -> str | None:
         """What the weights in a state and their mask say that no training leaves behind."""
         own, found = self.weights._asdict(), {name: state.get(prefix + name) for name in self.rank_dims}
         saved = {name: w for name, w in found.items() if isinstance(w, Tensor) and w.ndim == own[name].ndim}
-        sizes = {weight.shape[self.rank_dims[name]] for name, weight in saved.items()}
-        rank = sizes.pop() if len(sizes) == 1 else len(self.lam)  # torch reports weights that disagree
+        sizes = {weight.shape[self.rank_dims[name]] for name, weight in saved.items() if not self._is_emptied}
+        rank = sizes.pop() if len(sizes) == 1 else self._triplets  # torch reports weights that disagree
         if mask is None:
-            return None if rank == len(self.lam) else f"missing, and the weights have {rank} triplets"
+            return None if rank == self._triplets else f"missing, and the weights have {rank} triplets"
         if mask.numel() > self.initial_rank:
             return f"{mask.numel()} triplets, above the initial rank {self.initial_rank}"
         if problem := _misfit(mask, rank):
@@ -149,7 +160,9 @@ class SvdLayer(Adapter):
         lam = saved.get("lam")
         if self.train_lambda or lam is None or lam.shape != mask.shape:
             return None
-        stray = int(lam.to(mask.device)[~mask].count_nonzero()) if not (lam.is_meta or mask.is_meta) else 0
+        # FSDP2 and torch's distributed checkpoint pass shards, which a mask does not fit.
+        known = type(lam.data) is Tensor and not (lam.is_meta or mask.is_meta)
+        stray = int(lam.to(mask.device)[~mask].count_nonzero()) if known else 0
         return f"{stray} masked triplets whose λ is not 0" if stray else None
 
     def factors(self) -> Factors:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 # What optimizers call a second copy of the weights in their state: ASGD, schedule-free ones, Prodigy, D-Adaptation,
@@ -12,7 +12,7 @@ _COPIES = frozenset(
 )
 
 
-def copies_in(optimizer: Optimizer | None, weights: Iterable[nn.Parameter]) -> list[str]:
+def copies_in(optimizer: Optimizer | None, weights: Iterable[Tensor]) -> list[str]:
     """Look for copies of the weights in an optimizer's state.
 
     Args:

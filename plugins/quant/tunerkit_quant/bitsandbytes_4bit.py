@@ -27,7 +27,8 @@ class Bitsandbytes4BitLayer(PackedLinear):
     @property
     def packing(self) -> Packing:
         """nf4 or fp4."""
-        return Packing(f"bitsandbytes {self.module.weight.quant_type}", 4)
+        state = self._state()  # kept by the module too: the weight is a DTensor where FSDP2 shards it
+        return Packing(f"bitsandbytes {(self.module.weight if state is None else state).quant_type}", 4)
 
     def obstacle(self) -> str | None:
         """A weight that is not quantised yet, one of another shape, or one repacked for inference."""

@@ -1,0 +1,106 @@
+"""AdaLoRA in several processes: the ranks, the history and the weights of one process on the same batches."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+
+import tunerkit
+from tunerkit.testing import together
+from tunerkit.testing.together import Job
+
+if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+    pytest.skip("this torch has no gloo", allow_module_level=True)
+
+SCHEDULE = {"targets": ["0", "2"], "t_init": 2, "t_final": 3, "delta_t": 1}
+# With its SVD at each allocation, as by default, and without, where the optimizer trains λ.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "8 to 2": {**SCHEDULE, "init_rank": 8, "target_rank": 2},
+    "6 to 4": {**SCHEDULE, "init_rank": 6, "target_rank": 4, "exact_svd": False, "train_lambda": True},
+}
+LONG = os.environ.get("TUNERKIT_LONG") == "1"
+# Before, during and after pruning: the schedule of 12 steps prunes in 3 to 9.
+STOPS = (0, 1, 5, 10) if LONG else (0,)
+SHORT = [("plain", "6 to 4", 5), ("fsdp2", "8 to 2", 5), ("fsdp2 sharded", "8 to 2", 5)]
+CELLS = [
+    *((engine, config, stop) for engine in together.ENGINES for config in CONFIGS for stop in STOPS),
+    *(() if LONG else SHORT),
+]
+KEEPS_SHAPES = ("ddp", "fsdp2 sharded")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, int], list[dict[str, Any]]]:
+    """What two processes found in each cell, by process."""
+    jobs = [Job(engine, "adalora", CONFIGS[config], stop=stop) for engine, config, stop in CELLS]
+    return dict(zip(CELLS, together.together(jobs, tmp_path_factory.mktemp("jobs")), strict=True))
+
+
+def assert_like_one(job: Job, results: list[dict[str, Any]], folder: Path) -> None:
+    """The processes agree in every bit, and with one process up to rounding, after the same steps.
+
+    Where shapes stay, one process keeps them too: clipping counts the gradients of masked triplets.
+    """
+    config = {**job.config, "shrink": job.engine not in KEEPS_SHAPES}
+    one = together.train(attrs.evolve(job, engine="alone", config=config, stop=0), folder)
+    for each in results:
+        assert each["ranks"] == one["ranks"]
+        assert each["history"] == one["history"]
+        for name, tensor in one["weights"].items():
+            assert torch.equal(each["weights"][name], results[0]["weights"][name])
+            assert torch.allclose(each["weights"][name].float(), tensor.float(), rtol=0, atol=1e-6), name
+    assert sum(one["ranks"].values()) == 2 * job.config["target_rank"]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: ", ".join(map(str, cell)))
+def test_two_processes_allocate_as_one(
+    trained: dict[tuple[str, str, int], list[dict[str, Any]]], cell: tuple[str, str, int], tmp_path: Path
+) -> None:
+    """With accumulation and clipping, also after a stop, a save and a load: masks, history and weights to 1e-6.
+
+    The saved file gives one process the same outputs.
+    """
+    engine, config, stop = cell
+    assert_like_one(Job(engine, "adalora", CONFIGS[config], stop=stop), trained[cell], tmp_path)
+    first = trained[cell][0]
+    with torch.no_grad():
+        loaded = tunerkit.load(together.net(), first["file"])(together.inputs())
+    assert torch.allclose(loaded, first["output"], rtol=0, atol=1e-6)
+
+
+def test_masked_triplets_leave_memory_where_tunerkit_averages(
+    trained: dict[tuple[str, str, int], list[dict[str, Any]]],
+) -> None:
+    """Under DDP and with sharded adapters shapes stay, which a warning says."""
+    for engine in together.ENGINES:
+        first = trained[engine, "8 to 2", 0][0]
+        sizes = {first["weights"][f"{path}.adapter.lam"].numel() for path in ("0", "2")}
+        shrunk = sizes == set(first["ranks"].values())
+        assert shrunk == (engine not in KEEPS_SHAPES)
+        assert any("stay in memory" in text for text in first["warnings"]) == (engine in KEEPS_SHAPES)
+
+
+def test_collectives_of_an_allocation_are_those_of_the_page(
+    trained: dict[tuple[str, str, int], list[dict[str, Any]]],
+) -> None:
+    """Each allocation broadcasts the scores, one number a triplet in memory; the SVD then sends the weights around."""
+    for config, extra in (("8 to 2", 2), ("6 to 4", 1)):
+        first = trained["plain", config, 0][0]
+        calls, carried = first["stepping"]
+        triplets = 2 * CONFIGS[config]["init_rank"]
+        # Both layers, for each triplet in memory: a column of P, λ and a row of Q.
+        weights = CONFIGS[config]["init_rank"] * ((16 + 1 + 12) + (16 + 1 + 16))
+        assert calls["broadcast_"] == extra * len(first["history"])
+        assert carried["broadcast_"] == 4 * len(first["history"]) * (triplets + (weights if extra == 2 else 0))
+        assert first["saving"] == ({}, {})
+
+
+@pytest.mark.skipif(not LONG, reason="four processes take a minute; TUNERKIT_LONG=1 runs them")
+def test_four_processes_allocate_as_one(tmp_path: Path) -> None:
+    """Rows are spread over four processes, and parameters of 6 rows over four shards."""
+    jobs = [Job(engine, "adalora", config, stop=5) for engine in together.ENGINES for config in CONFIGS.values()]
+    for job, results in zip(jobs, together.together(jobs, tmp_path / "jobs", 4), strict=True):
+        assert_like_one(job, results, tmp_path)

@@ -1,0 +1,163 @@
+"""DeepSpeed's ZeRO in two processes on CPUs: like one process, and errors where it cannot work."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tunerkit
+from tests.parallel import zero_training
+from tests.parallel.zero_training import ZeroJob
+from tunerkit.testing import together
+
+for _name in ("deepspeed", "tunerkit_adalora", "tunerkit_lora"):
+    if importlib.util.find_spec(_name) is None:
+        pytest.skip(f"{_name} is not installed", allow_module_level=True)
+
+EXACT = {"init_rank": 8, "target_rank": 2, "delta_t": 2}
+TRAINED = {"init_rank": 6, "target_rank": 4, "delta_t": 2}  # without the SVD: the optimizer moves λ
+GAMMA = {**TRAINED, "gamma": 0.1, "orthogonality": "paper"}
+BF16 = {"bf16": {"enabled": True}}
+STEPS = 12
+JOBS = {
+    f"{name} {stage}": ZeroJob(stage, method, config, stop=stop)
+    for stage in (1, 2, 3)
+    for name, method, config, stop in (
+        ("svd", "adalora", EXACT, 0),
+        ("no svd", "adalora", TRAINED, 0),
+        ("lora", "lora", {"rank": 3}, 0),
+        ("svd, resumed", "adalora", EXACT, 7),
+    )
+}
+# The default threshold, below which ZeRO-3 keeps parameters whole; and weights of 16 bits, with master weights.
+PERSISTENT = {"svd, whole 3": ZeroJob(3, "adalora", EXACT, options={"zero_optimization": {"stage": 3}})}
+UNCLIPPED = {
+    f"gamma {stage}": ZeroJob(stage, "adalora", GAMMA, options={"gradient_clipping": 0.0}) for stage in (1, 2, 3)
+}
+HALF = {f"bf16 {stage}": ZeroJob(stage, "adalora", TRAINED, options=BF16) for stage in (1, 3)}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two processes found, by process and job."""
+    return zero_training.trained({**JOBS, **PERSISTENT, **UNCLIPPED, **HALF}, tmp_path_factory.mktemp("zero"))
+
+
+def alone(job: ZeroJob, folder: Path) -> dict[str, Any]:
+    """The same training in one process, with masks to the end, as ZeRO has them."""
+    config = {**job.config, "shrink": False} if job.method == "adalora" else job.config
+    return together.train(together.Job("alone", job.method, config, steps=job.steps), folder)
+
+
+def difference(first: dict[str, Any], second: dict[str, Any]) -> float:
+    """The largest difference between two sets of weights."""
+    assert first.keys() == second.keys()
+    return max(float((first[name].float() - second[name].float()).abs().max()) for name in first)
+
+
+@pytest.mark.parametrize("name", [*JOBS, *PERSISTENT])
+def test_two_processes_train_as_one(trained: list[dict[str, Any]], name: str, tmp_path: Path) -> None:
+    """With accumulation and clipping: the same masks and history, weights within 1e-6, and alike in both processes."""
+    job, one = {**JOBS, **PERSISTENT}[name], [found[name] for found in trained]
+    expected = alone(job, tmp_path)
+    for found in one:
+        assert found["steps"] == STEPS
+        assert found["ranks"] == expected["ranks"]
+        assert found["history"] == expected["history"]
+        assert difference(found["weights"], expected["weights"]) <= 1e-6
+        assert torch.allclose(found["output"], expected["output"], rtol=0, atol=1e-6)
+    assert difference(one[0]["weights"], one[1]["weights"]) == 0
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_weights_of_16_bits_are_seen_and_saved_by_their_master_weights(
+    trained: list[dict[str, Any]], name: str, tmp_path: Path
+) -> None:
+    """The file has fp32 values, which bf16 could not hold, and both processes allocate alike."""
+    first, second = (found[name] for found in trained)
+    assert first["history"] == second["history"]
+    assert len(first["history"]) == len(alone(HALF[name], tmp_path)["history"])
+    assert difference(first["weights"], second["weights"]) == 0
+    saved = [tensor for tensor in first["weights"].values() if tensor.is_floating_point()]
+    assert all(tensor.dtype == torch.float32 for tensor in saved)
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in saved)
+
+
+@pytest.mark.parametrize("name", [*JOBS, *PERSISTENT, *HALF])
+def test_what_is_saved_loads_in_one_process(trained: list[dict[str, Any]], name: str) -> None:
+    """Also where the parameters are empty between uses. One file, with the outputs of the training."""
+    found = trained[0][name]
+    assert found["file"] == trained[1][name]["file"]
+    model = tunerkit.load(together.net(), found["file"])
+    atol = 1e-6 if name not in HALF else 1e-2  # the base computes in bf16 there
+    assert torch.allclose(model(together.inputs()), found["output"], rtol=0, atol=atol)
+    assert tunerkit.tuner(model).ranks() == found["ranks"]
+
+
+def test_parameters_are_empty_between_the_steps_of_zero_3(trained: list[dict[str, Any]]) -> None:
+    """Otherwise these tests would not show anything."""
+    assert set(trained[0]["svd 3"]["shapes"]) == {(0,)}
+    assert (0,) not in trained[0]["svd, whole 3"]["shapes"]
+
+
+@pytest.mark.parametrize("name", [name for name in JOBS if not name.endswith("3")])
+def test_merging_is_exact_where_weights_are_whole(trained: list[dict[str, Any]], name: str) -> None:
+    """The merged model has the adapter's outputs, and unmerging restores the base bit by bit."""
+    merged, restored = trained[0][name]["merge"]
+    assert torch.allclose(merged, trained[0][name]["output"], rtol=0, atol=1e-6)
+    assert restored
+
+
+@pytest.mark.parametrize("name", [*(name for name in JOBS if name.endswith("3")), *PERSISTENT])
+def test_merging_is_refused_where_weights_are_partitioned(trained: list[dict[str, Any]], name: str) -> None:
+    """Without the refusal it would merge into nothing. The message says what works."""
+    assert "ZeRO-3" in trained[1][name]["merge"]
+    assert "Save the adapter in every process" in trained[1][name]["merge"]
+
+
+@pytest.mark.parametrize("name", UNCLIPPED)
+def test_the_regularisers_gradient_reaches_deepspeeds_buffers(
+    trained: list[dict[str, Any]], name: str, tmp_path: Path
+) -> None:
+    """Without clipping, which ZeRO does after it and a plain loop before, the training is that of one process."""
+    job = UNCLIPPED[name]
+    unclipped = together.Job("alone", job.method, {**job.config, "shrink": False}, steps=job.steps)
+    expected = zero_training.alone_unclipped(unclipped, tmp_path)
+    assert trained[0][name]["ranks"] == expected["ranks"]
+    assert difference(trained[0][name]["weights"], expected["weights"]) <= 1e-5
+
+
+@pytest.mark.parametrize(("name", "own"), [("svd 2", 1), ("svd 3", 2), ("bf16 1", 2)])
+def test_a_step_costs_at_most_two_collectives_of_ours(trained: list[dict[str, Any]], name: str, own: int) -> None:
+    """As many as LoRA, which has none, and ``own`` for each step; an allocation costs the agreement besides."""
+    calls, _ = trained[0][name]["stepping"]
+    plain, _ = trained[0][f"lora {name[-1]}"]["stepping"]
+    more = sum(calls.values()) - sum(plain.values())
+    allocations = len(trained[0][name]["history"])
+    assert own * STEPS <= more <= own * STEPS + 2 * allocations + (STEPS if name.startswith("bf16") else 0)
+
+
+def test_masks_stay_and_a_warning_says_why(trained: list[dict[str, Any]]) -> None:
+    """DeepSpeed's flat buffers cannot shrink."""
+    assert all(
+        any("DeepSpeed keeps all parameters in flat buffers" in text for text in found["svd 2"]["warnings"])
+        for found in trained
+    )
+
+
+def test_what_cannot_work_is_refused_in_every_process(trained: list[dict[str, Any]]) -> None:
+    """Before the first step, in words, and DeepSpeed's step stays its own."""
+    for found in trained:
+        wrong = found["wrong"]
+        assert wrong.keys() == {"seed", "wrap", "stage 0"}
+        assert wrong["seed"].startswith("StepError: the processes of this training did not wrap alike")
+        assert "adapter 'default', seed: 0 in process 0; 1 in process 1" in wrong["seed"]
+        assert "Wrap the model first" in wrong["wrap"]
+        assert wrong["stage 0"].startswith("StepError: DeepSpeed trains with")
+
+
+def test_detaching_restores_deepspeeds_step(trained: list[dict[str, Any]]) -> None:
+    """An adapter may be attached, detached and attached again."""
+    assert trained[0]["left"] == {"hooked": True, "restored": True, "again": True}

@@ -1,0 +1,216 @@
+"""Trainings under DeepSpeed's ZeRO in two processes, each of which imports this by name, and what goes wrong there."""
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+
+import tunerkit
+from tunerkit import serialization, steps
+from tunerkit.testing import together, two_processes
+from tunerkit.testing.collectives import Collectives
+
+PROCESSES = 2
+_ACCUMULATED, _CLIP = 2, 0.1  # as in `tunerkit.testing.together`
+
+
+@attrs.frozen
+class ZeroJob:
+    """One training, as `tunerkit.testing.together.Job`.
+
+    Attributes:
+        stage: 1, 2 or 3.
+        method: The method's name.
+        config: Its settings.
+        steps: The length of training.
+        stop: Train to this step, save all, build everything anew, load, and go on; 0 for no stop.
+        options: More of DeepSpeed's settings.
+    """
+
+    stage: int
+    method: str
+    config: Mapping[str, object]
+    steps: int = 12
+    stop: int = 0
+    options: Mapping[str, Any] = attrs.field(factory=dict)
+
+
+def settings(job: ZeroJob) -> dict[str, Any]:
+    """DeepSpeed's config."""
+    # By default ZeRO-3 leaves small parameters whole, and a tiny model has no others.
+    zero = {"stage": job.stage, "stage3_param_persistence_threshold": 0}
+    return {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": _ACCUMULATED,
+        "gradient_clipping": _CLIP,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        **job.options,
+    }
+
+
+def prepare(rank: int) -> Any:
+    """Import DeepSpeed as a launcher would have it, without compiling its shared memory, and return it."""
+    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=str(rank))
+    deepspeed: Any = importlib.import_module("deepspeed")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def build(deepspeed: Any, job: ZeroJob, file: Path | None) -> tuple[nn.Module, Any]:
+    """The wrapped model, and DeepSpeed's engine that trains it, attached."""
+    if file is None:
+        model: nn.Module = tunerkit.wrap(together.net(), job.method, job.config, seed=1)
+    else:
+        model = tunerkit.load(together.net(), file, trainable=True)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=adam(model), config=settings(job))
+    tunerkit.attach(model, engine, total_steps=job.steps)
+    return model, engine
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of `tunerkit.testing.together`."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+
+
+def take_steps(engine: Any, numbers: range, rank: int) -> None:
+    """Train on this process's share of each batch."""
+    dtype = next(p.dtype for p in engine.module.parameters())
+    for step in numbers:
+        x, classes = together.rows(step)
+        for part in range(_ACCUMULATED):
+            own = slice(part * PROCESSES + rank, None, PROCESSES * _ACCUMULATED)
+            engine.backward(nn.functional.cross_entropy(engine(x[own].to(dtype)).float(), classes[own]))
+            engine.step()
+
+
+def train(deepspeed: Any, job: ZeroJob, folder: Path, rank: int) -> dict[str, Any]:
+    """Train as ``job`` says; the results as `tunerkit.testing.together.train` returns them.
+
+    Besides, ``shapes`` are those of the parameters between steps.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model, engine = build(deepspeed, job, None)
+        if job.stop:
+            take_steps(engine, range(job.stop), rank)
+            stopped = save(model, folder / "stopped")
+            engine.save_checkpoint(folder / "deepspeed")
+            model, engine = build(deepspeed, job, stopped.parent)
+            engine.load_checkpoint(folder / "deepspeed")
+            tunerkit.load_state(model, stopped.parent)
+        with Collectives() as stepping:
+            take_steps(engine, range(job.stop, job.steps), rank)
+        tuner = tunerkit.tuner(model)
+        shapes = [tuple(parameter.shape) for parameter in tuner.parameters()]
+        with Collectives() as saving:
+            file = save(model, folder / "end")
+    with tuner.whole():
+        weights = {name: tensor.clone() for name, tensor in serialization.tensors_of(tuner).items()}
+    engine.eval()
+    with torch.no_grad():
+        output = engine(together.inputs().to(next(p.dtype for p in model.parameters())))
+    return {
+        "ranks": tuner.ranks(),
+        "history": [(change.step, change.budget, dict(change.ranks)) for change in tuner.history],
+        "steps": tuner.steps,
+        "weights": weights,
+        "output": output.float(),
+        "file": file,
+        "shapes": shapes,
+        "warnings": [str(each.message) for each in caught if issubclass(each.category, tunerkit.TunerkitWarning)],
+        "merge": _merged(model, engine),
+        "stepping": (dict(stepping.calls), dict(stepping.bytes)),
+        "saving": (dict(saving.calls), dict(saving.bytes)),
+    }
+
+
+def save(model: nn.Module, folder: Path) -> Path:
+    """Save the adapter, and its training state if it has one."""
+    tuner = tunerkit.tuner(model)
+    file = tunerkit.save(model, folder)
+    if tuner.needs_steps:
+        tunerkit.save_state(model, folder)
+    return file
+
+
+def _merged(model: nn.Module, engine: Any) -> Any:
+    """The output of the merged model, and whether unmerging restored it; or the error's text."""
+    x = together.inputs().to(next(p.dtype for p in model.parameters()))
+    with torch.no_grad():
+        before = engine(x)
+        try:
+            tunerkit.merge(model)
+        except tunerkit.TunerkitError as error:
+            return str(error)
+        merged = engine(x)
+        tunerkit.unmerge(model)
+        return merged.float(), bool(torch.equal(engine(x), before))
+
+
+def go_wrong(deepspeed: Any, rank: int) -> dict[str, str]:
+    """Do what must be refused in both processes; the message for each."""
+    found = {}
+
+    def note(name: str, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except tunerkit.TunerkitError as error:
+            found[name] = f"{type(error).__name__}: {error}"
+
+    job = ZeroJob(2, "lora", {"rank": 2})
+    apart = tunerkit.wrap(together.net(), "lora", {"rank": 2}, seed=rank)
+    sharing, *_ = deepspeed.initialize(model=apart, optimizer=adam(apart), config=settings(job))
+    note("seed", lambda: tunerkit.attach(apart, sharing, total_steps=4))
+    assert "step" not in vars(sharing.optimizer)
+    note("wrap", lambda: tunerkit.wrap(sharing, "lora", {"rank": 2}, adapter="second"))
+    model = tunerkit.wrap(together.net(), "lora", {"rank": 2}, seed=1)
+    without = {**settings(job), "zero_optimization": {"stage": 0}}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=adam(model), config=without)
+    note("stage 0", lambda: tunerkit.attach(model, engine, total_steps=4))
+    return found
+
+
+def leave(deepspeed: Any) -> dict[str, Any]:
+    """Attach and detach; DeepSpeed's step before, between and after, and whether the optimizer was freed."""
+    model, engine = build(deepspeed, ZeroJob(2, "lora", {"rank": 2}), None)
+    tuner = tunerkit.tuner(model)
+    hooked = "step" in vars(engine.optimizer)
+    steps.detach(tuner)
+    restored = "step" not in vars(engine.optimizer)
+    tunerkit.attach(model, engine, total_steps=4)
+    optimizer = steps.optimizer_of(tuner)
+    return {"hooked": hooked, "restored": restored, "again": optimizer is vars(engine.optimizer)["step"].__self__}
+
+
+def alone_unclipped(job: together.Job, folder: Path) -> dict[str, Any]:
+    """Train in one process, without clipping."""
+    clip = nn.utils.clip_grad_norm_
+    nn.utils.clip_grad_norm_ = lambda *_: None  # type: ignore[assignment]
+    try:
+        return together.train(job, folder)
+    finally:
+        nn.utils.clip_grad_norm_ = clip
+
+
+def be_one(rank: int, jobs: Mapping[str, ZeroJob], folder: str) -> None:
+    """Be one of two processes that train together; the results are written to ``{folder}/{rank}.pt``."""
+    with two_processes.joined(rank, folder):
+        deepspeed = prepare(rank)
+        found: dict[str, Any] = {
+            name: train(deepspeed, job, Path(folder) / name.replace(" ", "_"), rank) for name, job in jobs.items()
+        }
+        found["wrong"], found["left"] = go_wrong(deepspeed, rank), leave(deepspeed)
+        torch.save(found, f"{folder}/{rank}.pt")
+
+
+def trained(jobs: Mapping[str, ZeroJob], folder: Path) -> list[dict[str, Any]]:
+    """Train in two processes, one job after the other; the results of each process by job."""
+    two_processes.spawn(be_one, (jobs, str(folder)), PROCESSES)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(PROCESSES)]

@@ -1,0 +1,23 @@
+"""Several tensors in one vector, so that a collective carries them all."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tunerkit.libraries import torch_private
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Put tensors into one vector, on the first one's device and in the widest dtype, fp32 or wider."""
+    dtype = torch.float32
+    for kind in {tensor.dtype for tensor in tensors}:
+        dtype = torch.promote_types(dtype, kind)
+    return torch.cat([tensor.detach().reshape(-1).to(tensors[0].device, dtype) for tensor in tensors])
+
+
+def unflatten_(vector: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Write what `flat` made back."""
+    parts = vector.split([tensor.numel() for tensor in tensors])
+    shaped = [part.view(tensor.shape) for tensor, part in zip(tensors, parts, strict=True)]
+    torch_private.copy_(list(tensors), shaped)

@@ -1,0 +1,274 @@
+"""Adapters of which every process holds a whole copy: their gradients are averaged at the end of each backward."""
+
+import warnings
+import weakref
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tunerkit.errors import StepError, TunerkitWarning
+from tunerkit.libraries import is_accumulating, is_of_deepspeed, is_sharded, torch_private
+from tunerkit.parallel import group
+from tunerkit.parallel.agreement import refuse_differing, take_from_first_
+from tunerkit.parallel.engine import Held, Removable, same
+from tunerkit.parallel.flat import flat, unflatten_
+from tunerkit.paths import few
+
+_ROUND = 16  # numbers are compared modulo this: fp32 holds their squares exactly, summed over up to 74,000 processes
+OF_DEEPSPEED = (
+    "DeepSpeed trains this adapter, and steps its own optimizer: after deepspeed.initialize, pass what it returned to "
+    "tunerkit.attach"
+)
+_DDP = "DistributedDataParallel needs shapes that stay: to let adapters shrink, leave it out, and attach averages them"
+
+
+class Replicated:
+    """Plain data parallel, and FSDP2 with the adapters among its ``ignored_params``.
+
+    At the end of each backward, one all-reduce averages the gradients of all adapters. Clipping comes later, so it sees
+    the averages. Under DistributedDataParallel, which averages them itself, nothing is reduced here. A model does not
+    know its DDP, which may be built after `attach`, so the first backward looks for it.
+
+    Besides the gradients, the all-reduce carries for each parameter in how many processes it has one, and where the
+    process is: at which step and backward, of which adapters, or that it steps without a backward.
+    """
+
+    splits = False
+    withholds = True
+    is_shared = True
+
+    def __init__(self) -> None:
+        # Weak: the hooks of the parameters hold this, and a model must be freed when its user drops it.
+        self._held: dict[str, list[weakref.ref[nn.Parameter]]] = {}
+        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._in_ddp: bool | None = None  # None: not looked for yet
+        self._queued = -1  # the backward at whose end the averages are due
+        self._pending = self._told = self._paused = False
+        self._steps = self._backwards = self._averages = 0
+        self._seen: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        self._checked: frozenset[int] = frozenset()
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return "DistributedDataParallel" if self._in_ddp else "data parallel with replicated adapters"
+
+    @property
+    def fixed_shapes(self) -> str | None:
+        """Why a parameter's shape must not change."""
+        found = self._finds_ddp() if self._in_ddp is None else self._in_ddp
+        return _DDP if found else None
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this is process 0."""
+        return group.rank() == 0
+
+    def begin_(self, adapters: Sequence[Held], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
+        """Compare the adapters, take their start from process 0, and average from now on. See `Engine`."""
+        refuse_differing(adapters)
+        handles: dict[str, tuple[Removable, ...]] = {}
+        for held in adapters:
+            own = [parameter for slot in held.slots.values() for parameter in slot.parameters()]
+            if held.starts_alike:
+                self.agree_(own, f"the start of adapter {held.name!r}")
+            self._held[held.name] = list(map(weakref.ref, own))
+            self._models.add(held.model)
+            _engines.add(self)
+            trained = (parameter for parameter in own if parameter.requires_grad)
+            hooks = (parameter.register_post_accumulate_grad_hook(self._queue) for parameter in trained)
+            handles[held.name] = (*hooks, _Membership(self._held, held.name))
+        return handles
+
+    def before_step_(self, optimizer: Optimizer) -> None:
+        """Refuse a step without a backward that other processes had. See `Engine`."""
+        if self._look_for_ddp():
+            return
+        self._refuse_strangers(optimizer)
+        if self._pending:  # said to be followed by another backward, and it was not: late for clipping, but averaged
+            self._average_(backward=True)
+        elif self._seen.get(optimizer, 0) == self._averages:
+            self._average_(backward=False)
+        self._seen[optimizer] = self._averages
+        self._steps, self._backwards = self._steps + 1, 0
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Leave the averages to the next backward after the block. See `Engine`."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def whole(
+        self, slots: Sequence[nn.Module], *, gradients: bool
+    ) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+        """Do nothing: parameters are whole."""
+        return nullcontext(same)
+
+    def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
+        """Broadcast from process 0, in one collective for each dtype and device. See `Engine`."""
+        take_from_first_(tensors, what)
+
+    def holds(self) -> Iterator[nn.Parameter]:
+        """Return the adapters' parameters, those that are not trained among them."""
+        held = (ref() for own in self._held.values() for ref in own)
+        return (parameter for parameter in held if parameter is not None)
+
+    def _finds_ddp(self) -> bool:
+        return any(torch_private.ddp_around(model) is not None for model in self._models)
+
+    def _look_for_ddp(self) -> bool:
+        """Whether DDP averages. It is looked for once: when a model is trained, its DDP is there."""
+        if self._in_ddp is None:
+            self._in_ddp = self._finds_ddp()
+        return self._in_ddp
+
+    def _queue(self, parameter: Tensor) -> None:
+        """After a parameter's gradient was added up: average all at the end of this backward."""
+        running = torch_private.running_backward()
+        if self._queued != running and not self._look_for_ddp():
+            self._queued = running
+            torch_private.after_backward(self._after_backward)
+
+    def _after_backward(self) -> None:
+        self._pending = True
+        self._backwards += 1
+        if not (self._paused or is_accumulating()):
+            self._average_(backward=True)
+
+    @torch.no_grad()
+    def _average_(self, *, backward: bool) -> None:
+        """Average the gradients of all processes, in one all-reduce."""
+        self._pending = False
+        self._averages += 1
+        held = list(self.holds())  # all: each process must send as much, whatever it has frozen
+        if not held:
+            return
+        self._tell()
+        used = [parameter.grad is not None for parameter in held]
+        grads = [_zeros(p) if p.grad is None else p.grad.to_dense() if p.grad.is_sparse else p.grad for p in held]
+        step, part, whose = (number % _ROUND for number in (self._steps, self._backwards, _number(self._held)))
+        place = [not backward, step, step * step, part, part * part, whose, whose * whose]
+        vector = flat([*grads, torch.tensor([*used, *place], dtype=torch.float32, device=grads[0].device)])
+        group.reduce_(vector, f"the gradients of step {self._steps + 1}")
+        averages, counts = vector[: -len(used) - len(place)], vector[-len(used) - len(place) :].tolist()
+        own = f"step {self._steps + 1}, " + (
+            f"backward {self._backwards}" if backward else "and it steps without a backward"
+        )
+        _refuse_apart(counts[len(used) :], f"{own} (adapters: {', '.join(self._held)})")
+        kept = [(p, grad) for p, grad, count in zip(held, grads, counts, strict=False) if count and p.requires_grad]
+        averages.div_(group.processes())
+        unflatten_(averages, grads)
+        for parameter, grad in kept:
+            if parameter.grad is not grad:
+                parameter.grad = grad
+
+    def _refuse_strangers(self, optimizer: Optimizer) -> None:
+        """Raise `StepError` if something is trained that nobody averages, at first and when more is trained."""
+        trained = frozenset(id(p) for each in optimizer.param_groups for p in each["params"] if p.requires_grad)
+        if trained <= self._checked:
+            return
+        if any(map(is_of_deepspeed, self.holds())):
+            raise StepError(OF_DEEPSPEED)
+        others = _strangers(optimizer, self._models)
+        if others:
+            raise StepError(
+                f"{len(others)} trained parameters belong to no attached adapter (shapes: "
+                f"{few([str(tuple(p.shape)) for p in others], shown=3)}), and nothing averages their gradients over "
+                f"{group.processes()} processes: attach all adapters, freeze the rest, name its modules in "
+                "train_modules, or put the model into DistributedDataParallel"
+            )
+        self._checked |= trained
+
+    def _tell(self) -> None:
+        if self._told:
+            return
+        self._told = True
+        if group.rank() == 0:
+            warnings.warn(
+                f"{group.processes()} processes train these adapters, and nothing else averages their gradients, so "
+                "tunerkit does, after each backward. If these are trainings of their own, attach with "
+                "data_parallel=False",
+                TunerkitWarning,
+                stacklevel=2,
+            )
+
+
+@attrs.frozen(eq=False)
+class _Membership:
+    """Takes an adapter out of the averages: at one point of the program, not when its memory happens to be freed."""
+
+    parameters: MutableMapping[str, list[weakref.ref[nn.Parameter]]]
+    name: str
+
+    def remove(self) -> None:
+        """Take the adapter out."""
+        self.parameters.pop(self.name, None)
+
+
+_engines: "weakref.WeakSet[Replicated]" = weakref.WeakSet()
+
+
+def _strangers(optimizer: Optimizer, models: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """What is trained and averaged by nobody: no attached adapter has it, and FSDP2 does not shard it."""
+    known = {id(parameter) for engine in _engines for parameter in engine.holds()}
+    trained = [parameter for each in optimizer.param_groups for parameter in each["params"]]
+    trained += [parameter for model in models for parameter in model.parameters()]
+    found = {id(p): p for p in trained if p.requires_grad and id(p) not in known and not is_sharded(p)}
+    return list(found.values())
+
+
+def _number(held: Mapping[str, object]) -> int:
+    """A small number that other adapters have as another one, mostly."""
+    return zlib.crc32("/".join(held).encode())
+
+
+def _zeros(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter)
+
+
+def _refuse_apart(place: Sequence[float], own: str) -> None:
+    """Raise `StepError`, in every process, if they are not at the same step and backward, of the same adapters.
+
+    Numbers are equal in all processes if their squares' mean is the square of their mean.
+
+    Args:
+        place: The sums over all processes of what `Replicated._average_` sends.
+        own: Where this process is, in words.
+    """
+    processes = group.processes()
+    idle, *sums = place
+    pairs = zip(sums[::2], sums[1::2], strict=True)
+    if idle in (0, processes) and all(squared * processes == total * total for total, squared in pairs):
+        return
+    everybody = group.gather_text(own, "the places of the processes")
+    listed = "; ".join(f"process {number} is at {place}" for number, place in enumerate(everybody))
+    raise StepError(
+        f"the processes are not at the same point of the training: {listed}. Every process must take every step, with "
+        "the same number of backwards in each. Where data runs out unevenly, drop the last batches"
+    )
+
+
+class Apart(Replicated):
+    """A process of a group that trains adapters of its own: ``data_parallel=False``. Under DDP, shapes stay even so."""
+
+    is_shared = False
+    is_writer = True
+
+    def begin_(self, adapters: Sequence[Held], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
+        """Note the models, which may be in DDP. See `Engine`."""
+        self._models.update(held.model for held in adapters)
+        return {}
+
+    def before_step_(self, optimizer: Optimizer) -> None:
+        """Do nothing."""
+
+    def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
+        """Do nothing."""

@@ -1,0 +1,165 @@
+"""Adapters that FSDP2 has sharded: each process holds a part of every parameter, as a DTensor."""
+
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tunerkit.errors import StepError
+from tunerkit.libraries import torch_private
+from tunerkit.parallel import group
+from tunerkit.parallel.agreement import refuse_differing, take_from_first_
+from tunerkit.parallel.dtensors import Part, is_split, local, owners, part_of, reshard_, whole_gradients, whole_values
+from tunerkit.parallel.engine import Held, Removable
+
+_IDLE_SECONDS = 30
+_ADVICE = (
+    "Pass none of the adapter's parameters to fully_shard as ignored_params, or all of them: "
+    "set(tunerkit.tuner(model).parameters())"
+)
+
+
+class Sharded:
+    """FSDP2 with adapters that are sharded like the base.
+
+    FSDP2 averages the gradients itself. A method sees whole parameters inside `whole`: plain stand-ins, gathered from
+    all processes. Afterwards each process writes its part of them back.
+
+    Args:
+        model: The model that was passed to ``fully_shard``, or one around it.
+    """
+
+    name = "FSDP2 with sharded adapters"
+    fixed_shapes: str | None = (
+        "FSDP2 has cut its parameters into shards of fixed sizes; to let adapters shrink, pass ignored_params="
+        "set(tunerkit.tuner(model).parameters()) to fully_shard"
+    )
+    splits = True
+    withholds = True
+    is_shared = True
+
+    def __init__(self, model: nn.Module) -> None:
+        # Weak: the optimizer's hooks hold this, and a model must be freed when its user drops it.
+        self._model = weakref.ref(model)
+        self._slots: list[weakref.ref[nn.Module]] = []
+        self._idle = 0  # steps without a gradient
+        self._standing: dict[int, Tensor] = {}  # inside `whole`: the parameters outside of it, by the stand-in's id
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this is process 0."""
+        return group.rank() == 0
+
+    def begin_(self, adapters: Sequence[Held], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
+        """Compare the adapters of all processes. See `Engine`.
+
+        No start is sent around: a whole parameter is the parts that the processes hold. If they wrapped without a seed,
+        it is put together from several random starts, and is a random start itself.
+        """
+        refuse_differing(adapters)
+        for held in adapters:
+            self._found([*held.slots.values()])
+            if not held.starts_alike and (held.described.get("start"), held.described.get("seed")) == (
+                "its own",
+                "None",
+            ):
+                raise StepError(
+                    f"adapter {held.name!r} was wrapped without a seed, so its shards come from different starts, "
+                    "and the base was changed to fit them: pass a seed to tunerkit.wrap"
+                )
+        self._slots = [weakref.ref(slot) for held in adapters for slot in held.slots.values()]
+        return {}
+
+    def before_step_(self, optimizer: Optimizer) -> None:
+        """Refuse a step without a backward that others had: they wait in FSDP2's own exchange of gradients.
+
+        A step is suspect only if no adapter has a gradient. Then all processes must say so, through the store.
+        """
+        slots = [slot for ref in self._slots if (slot := ref()) is not None]
+        if not slots or any(parameter.grad is not None for slot in slots for parameter in slot.parameters()):
+            return
+        self._idle += 1
+        store, key = torch_private.default_store(), f"tunerkit/idle/{self._idle}"
+        store.add(key, 1)
+        started = time.monotonic()
+
+        def all_idle() -> bool | None:
+            if time.monotonic() - started > _IDLE_SECONDS:
+                raise StepError(
+                    f"process {group.rank()} steps without a backward, and others did not within {_IDLE_SECONDS} "
+                    "seconds: they wait for its gradients. Every process must take a backward before each step. Where "
+                    "data runs out unevenly, drop the last batches"
+                )
+            return True if store.add(key, 0) >= group.processes() else None
+
+        group.wait_until(all_idle, "a step without a backward")
+
+    def no_sync(self) -> AbstractContextManager[object]:
+        """Do nothing: FSDP2 has a setting of its own for that."""
+        return nullcontext()
+
+    @contextmanager
+    def whole(self, slots: Sequence[nn.Module], *, gradients: bool) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Put whole stand-ins where the sharded parameters are. See `Engine`.
+
+        It costs one all-gather of the parameters for each dtype, and one of their gradients. Inside another such block
+        it does nothing.
+
+        Raises:
+            StepError: Some parameters are sharded and others are not; the block has changed a shape; or only some
+                processes have a gradient.
+        """
+        if self._standing:
+            yield self._outside
+            return
+        shards = self._found(slots)
+        with torch.no_grad():
+            values = whole_values([local(shard.parameter) for shard in shards], shards, "the adapter's parameters")
+            grads = whole_gradients(shards) if gradients else [None] * len(shards)
+        for shard, value, grad in zip(shards, values, grads, strict=True):
+            self._standing[shard.stand_in_(value, grad)] = shard.parameter
+        try:
+            yield self._outside
+        finally:
+            self._standing.clear()
+            left = [shard.put_back_() for shard in shards]
+            _refuse_resized(shards, left)
+            with torch.no_grad():
+                for shard, now in zip(shards, left, strict=True):
+                    shard.write_back_(now, gradients=gradients)
+
+    def _outside(self, parameter: Tensor) -> Tensor:
+        return self._standing.get(id(parameter), parameter)
+
+    def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
+        """Broadcast from process 0. See `Engine`."""
+        take_from_first_(tensors, what)
+
+    def _found(self, slots: Sequence[nn.Module]) -> list[Part]:
+        """Find the parameters below ``slots``, each once. Raises `StepError` if only some are sharded."""
+        found = owners(slots)
+        if not all(is_split(parameter) for parameter, _ in found):
+            model = self._model()
+            if model is not None:
+                reshard_(model)
+            found = owners(slots)
+        plain = sum(not is_split(parameter) for parameter, _ in found)
+        if plain:
+            raise StepError(
+                f"{plain} of the adapter's {len(found)} parameters are whole in each process, and FSDP2 has sharded "
+                f"the others, so they would not be trained alike. {_ADVICE}"
+            )
+        return [part_of(parameter, places) for parameter, places in found]
+
+
+def _refuse_resized(shards: Sequence[Part], left: Sequence[Tensor]) -> None:
+    for shard, now in zip(shards, left, strict=True):
+        if tuple(now.shape) != shard.cut.shape:
+            raise StepError(
+                f"a parameter of shape {shard.cut.shape} has become one of {tuple(now.shape)}, which is not kept: "
+                f"{Sharded.fixed_shapes}"
+            )
