@@ -54,7 +54,7 @@ def export(
         serialization.refuse_diverged(tuner, serialization.tensors_of(tuner))
         serialization.warn_of_unspent_schedule(tuner)
         write = functools.partial(serialization.write_format, tuner, path, found, settings)
-        written = serialization.written_once(tuner, Path(path), write)
+        written = serialization.written_once(tuner, serialization.checked_path(path), write)
         serialization.warn_of_untrained(tuner)
     injection.warn_of_base_changes([tuner])
     return written

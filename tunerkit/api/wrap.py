@@ -59,14 +59,14 @@ def wrap(
     with patterns.one_allowance():
         chosen, copies = _select(scanned, method, config)
         tuner = _tuner_of(scanned, chosen, copies, method, config, adapter)
+        tuner.progress.seed = seed
         injection.refuse_idle_patterns(tuner)
         with _seeded(seed):
             slots = injection.build(scanned, tuner)
     injection.warn_of_limits(scanned, tuner)
     steps.watch_optimizers(method)
+    serialization.note_base(tuner, scanned)
     injection.inject_(tuner, slots, scanned, trainable=True)
-    tuner.progress.seed = seed
-    serialization.note_base(tuner)
     return model
 
 

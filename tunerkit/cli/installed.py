@@ -15,7 +15,7 @@ from tunerkit.cli.plugin_commands import plugin_commands
 
 # The extras that users choose; the others are for those who work on tunerkit itself.
 EXTRAS = (
-    *("adalora", "lora", "peft", "gguf", "diffusers", "quant", "quantisers"),
+    *("adalora", "lora", "peft", "gguf", "diffusers", "quant", "quantisers", "deepspeed"),
     *("hf", "cli", "lm", "vision", "plot"),
 )
 

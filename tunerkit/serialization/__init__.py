@@ -24,6 +24,6 @@ from tunerkit.serialization.merge import (
 )
 from tunerkit.serialization.replacing import replace
 from tunerkit.serialization.rounding import Rounding, rounding
-from tunerkit.serialization.safetensors_file import file_at
+from tunerkit.serialization.safetensors_file import checked_path, file_at
 from tunerkit.serialization.training_state import carry, forget_state_, load_state, restore_, save_state
 from tunerkit.serialization.written_once import written_once

@@ -185,8 +185,8 @@ def load_onto(
         adopted = adopt(format, path, scanned, adapter)
         warn_of(adopted.remarks, os.fspath(path))  # before: where warnings are errors, nothing is loaded
         steps.watch_optimizers(adopted.tuner.method)
+        note_base(adopted.tuner, scanned)
         injection.inject_(adopted.tuner, adopted.slots, scanned, trainable=trainable)
-        note_base(adopted.tuner)
         return base
     source, tensors, header = read(path, content="adapter")
     scanned = targets.scan(root, hooks.gather_knowledge(), unloaded=unloaded)
@@ -200,9 +200,9 @@ def load_onto(
         built = injection.build_each(scanned, tuner, around=limit_for(header.config, tensors, source))
         slots = fill(built, tensors, root, source)
     steps.watch_optimizers(tuner.method)
+    note_base(tuner, scanned)
     injection.inject_(tuner, slots, scanned, trainable=trainable)
     warn_of_lone(tuner)
-    note_base(tuner)
     return base
 
 

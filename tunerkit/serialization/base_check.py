@@ -36,10 +36,10 @@ def describe_base(tuner: Tuner) -> dict[str, Any]:
     return {"base": kept or fingerprint(tuner), "values": values}
 
 
-def note_base(tuner: Tuner) -> None:
+def note_base(tuner: Tuner, scanned: Scan) -> None:
     """Keep the base's fingerprint if this is one of several processes: they may shard the base afterwards."""
     if is_launched():
-        tuner.progress.noted = fingerprint(tuner)
+        tuner.progress.noted = fingerprint(tuner, scanned)
 
 
 def refuse_other_base(
