@@ -1,6 +1,7 @@
 """DeepSpeed's ZeRO in two processes on CPUs: like one process, and errors where it cannot work."""
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ JOBS = {
         ("svd, resumed", "adalora", EXACT, 7),
     )
 }
+if os.environ.get("TUNERKIT_LONG") == "1":  # before, during and after pruning
+    JOBS |= {
+        f"{name}, resumed at {stop} {stage}": ZeroJob(stage, "adalora", config, stop=stop)
+        for stage in (1, 2, 3)
+        for name, config in (("svd", EXACT), ("no svd", TRAINED))
+        for stop in (1, 5, 10)
+    }
 # The default threshold, below which ZeRO-3 keeps parameters whole; and weights of 16 bits, with master weights.
 PERSISTENT = {"svd, whole 3": ZeroJob(3, "adalora", EXACT, options={"zero_optimization": {"stage": 3}})}
 UNCLIPPED = {

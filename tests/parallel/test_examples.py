@@ -29,7 +29,7 @@ LONG = pytest.mark.skipif(os.environ.get("TUNERKIT_LONG") != "1", reason="like t
     ("name", "launcher"),
     [
         ("torchrun", TORCHRUN),
-        ("fsdp2", TORCHRUN),
+        pytest.param("fsdp2", TORCHRUN, marks=LONG),
         ("trainer", ACCELERATE),
         pytest.param("trainer", TORCHRUN, marks=LONG),
     ],

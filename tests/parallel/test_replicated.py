@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
 LONG = os.environ.get("TUNERKIT_LONG") == "1"
+if find_spec("tunerkit_adalora") is not None and not LONG:
+    pytest.skip("it takes 40 s, and `make test-core` runs it; TUNERKIT_LONG=1 runs it here", allow_module_level=True)
 TARGETS = ["0", "2"]
 LOW_RANK = together.Job("alone", "toy-low-rank", {"targets": TARGETS}, steps=6)
 GROWING = together.Job("alone", "toy-growing", {"targets": TARGETS, "every": 2}, steps=7)
