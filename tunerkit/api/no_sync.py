@@ -14,7 +14,8 @@ def no_sync(model: nn.Module) -> Iterator[None]:
 
     This saves an all-reduce for each batch that is accumulated, as ``DistributedDataParallel.no_sync`` does. It is
     never needed: without it, the result is the same. DDP, FSDP2 with sharded adapters, DeepSpeed and accelerate have
-    ways of their own to say that, which work too.
+    ways of their own to say that, which work too. If no backward comes after the block, the step averages, which is too
+    late for clipping.
 
     Args:
         model: The wrapped model, with its adapters attached.

@@ -22,10 +22,10 @@ from tunerkit import serialization
 from tunerkit.errors import TunerkitWarning
 from tunerkit.injection import Tuner, regrouped, tuners_of, warn_of_base_changes
 from tunerkit.integrations.folders import folder_of, has_file
-from tunerkit.integrations.fsdp import as_replicated
 from tunerkit.integrations.ranks import rows_of, write_ranks
 from tunerkit.integrations.resuming import choose_checkpoint
-from tunerkit.integrations.zero_checkpoints import as_plain, base_may_be_missing, runs_deepspeed, without_base
+from tunerkit.integrations.switching import DEEPSPEED, FSDP, without
+from tunerkit.integrations.zero_checkpoints import base_may_be_missing, runs_deepspeed, without_base
 from tunerkit.libraries import is_sharded, transformers_private
 
 
@@ -109,7 +109,7 @@ def _save_model(
     if not attached.tuners:
         save_model(*args, **kwargs)
         return
-    with as_replicated(trainer), as_plain(trainer):
+    with without(trainer, FSDP, DEEPSPEED):
         save_model(*args, **kwargs)
 
 
@@ -171,13 +171,13 @@ def _save_states(trainer: Trainer, attached: Attached, save_optimizer: Callable[
     if not tuners:
         save_optimizer(output_dir)
         return
-    with as_replicated(trainer), without_base(trainer):
+    with without(trainer, FSDP), without_base(trainer):
         save_optimizer(output_dir)
 
 
 def _load_states(trainer: Trainer, attached: Attached, load: Callable[..., None], *args: Any) -> None:
     """Load the optimizer's state from where `_save_states` has put it."""
-    with as_replicated(trainer) if attached.tuners else nullcontext():
+    with without(trainer, FSDP) if attached.tuners else nullcontext():
         load(*args)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from tunerkit import libraries, steps
+from tunerkit import libraries, parallel
 from tunerkit.injection import Tuner
 from tunerkit.parallel import Engine
 
@@ -29,4 +29,5 @@ def engine_for(
         zero = deepspeed.engine_of(candidate)
         if zero is not None:
             return zero, zero.optimizer
-    return steps.engine_for(tuners, model, data_parallel), candidate
+    parameters = (parameter for tuner in tuners for parameter in tuner.parameters())
+    return parallel.engine_for(model, parameters, data_parallel), candidate

@@ -1,8 +1,7 @@
 """A Trainer that runs FSDP2: adapters are left out of sharding, and its checkpoints stay those of adapters."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -69,18 +68,3 @@ def refuse_other_shards(trainer: Trainer) -> None:
             f"besides the adapters, the optimizer trains {sharded} parameters of the base, which FSDP2 shards, and "
             "checkpoints hold adapters alone: freeze them, or train their modules in full with train_modules"
         )
-
-
-@contextmanager
-def as_replicated(trainer: Trainer) -> Iterator[None]:
-    """Inside the block, the trainer writes and reads checkpoints as in any other data-parallel training.
-
-    Else it would write the whole base with each, and none at all with sharded state dicts. What it trains is the same
-    in all processes, so one of them writes it.
-    """
-    own: Any = trainer
-    enabled, own.is_fsdp_enabled = own.is_fsdp_enabled, False
-    try:
-        yield
-    finally:
-        own.is_fsdp_enabled = enabled

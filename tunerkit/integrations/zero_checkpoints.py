@@ -15,22 +15,8 @@ _LATEST = "latest"  # names the folder, global_step and a number
 
 
 def runs_deepspeed(trainer: Trainer) -> bool:
-    """Whether DeepSpeed trains the trainer's model, also inside `as_plain`."""
+    """Whether DeepSpeed trains the trainer's model, also while that flag is switched off."""
     return getattr(trainer.accelerator.state, "deepspeed_plugin", None) is not None
-
-
-@contextmanager
-def as_plain(trainer: Trainer) -> Iterator[None]:
-    """Inside the block, the trainer saves its model as without DeepSpeed: it calls ``_save`` in every process.
-
-    Else it would gather the whole base first, or have DeepSpeed write another checkpoint.
-    """
-    own: Any = trainer
-    enabled, own.is_deepspeed_enabled = own.is_deepspeed_enabled, False
-    try:
-        yield
-    finally:
-        own.is_deepspeed_enabled = enabled
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from tunerkit.paths import join
 
 
 @attrs.frozen
-class Engine:
+class Restriction:
     """An engine or a kind of weight with which tunerkit cannot do everything.
 
     Attributes:
@@ -25,6 +25,7 @@ class Engine:
         classes: The qualified names of the classes from which its modules or its parameters derive.
         marks: Attributes that it sets on modules or parameters, with their value; None stands for any value.
         error: The exception that refusing raises.
+        shards: Whether a process holds only shards of parameters.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Engine:
     classes: tuple[str, ...] = ()
     marks: Mapping[str, object] = attrs.field(factory=dict)
     error: type[TunerkitError] = AdapterError
+    shards: bool = False
 
 
 _GATHER = "Gather the full state_dict, load it into an unsharded model that was wrapped in the same way, and {0} there"
@@ -40,7 +42,7 @@ _PACKED = "Call tunerkit.merge on the unquantised base instead: load the adapter
 _UNLOAD = "Call unload() on the PeftModel first, and do not pass peft_config to a trainer of a wrapped model"
 
 ENGINES = (
-    Engine(
+    Restriction(
         "peft",
         classes=(
             "peft.peft_model.PeftModel",
@@ -54,7 +56,7 @@ ENGINES = (
             "save": f"peft has put layers of its own into the wrapped model, and the file would fit no base. {_UNLOAD}",
         },
     ),
-    Engine(
+    Restriction(
         "torchao",
         classes=("torchao.utils.TorchAOBaseTensor",),
         refused={
@@ -62,7 +64,7 @@ ENGINES = (
         },
         error=TargetError,
     ),
-    Engine(
+    Restriction(
         "FSDP1 (FullyShardedDataParallel)",
         classes=("torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",),
         marks={FLATTENED: True, VIEWS_FLAT: False},
@@ -74,8 +76,9 @@ ENGINES = (
             "merge": f"each process holds a flat shard of the weights. {_GATHER.format('merge')}",
         },
     ),
-    Engine(
+    Restriction(
         "FSDP2 (fully_shard)",
+        shards=True,
         # After a forward, FSDP2 may leave parameters whole for a while, but the module's class shows it.
         classes=("torch.distributed.tensor.DTensor", "torch.distributed.fsdp.FSDPModule"),
         refused={
@@ -83,8 +86,9 @@ ENGINES = (
             "then call fully_shard",
         },
     ),
-    Engine(
+    Restriction(
         "DeepSpeed ZeRO-3",
+        shards=True,
         marks={"ds_id": None},
         refused={
             "wrap": "it has partitioned the weights already, so there is nothing to copy or to compare. Load the model "
@@ -93,7 +97,7 @@ ENGINES = (
             "process, load it onto an unsharded model, and merge there",
         },
     ),
-    Engine(
+    Restriction(
         "DeepSpeed",
         classes=("deepspeed.runtime.engine.DeepSpeedEngine",),
         refused={
@@ -101,19 +105,19 @@ ENGINES = (
             "model first, and then pass it to deepspeed.initialize",
         },
     ),
-    Engine(
+    Restriction(
         "bitsandbytes int8",
         classes=("bitsandbytes.nn.modules.Int8Params",),
         refused={"merge": f"int8 weights are stored packed, and adding to them changes nothing. {_PACKED}"},
     ),
-    Engine(
+    Restriction(
         "optimum-quanto",
         classes=("optimum.quanto.tensor.qtensor.QTensor",),
         refused={"merge": f"quanto's weights are stored packed, and adding to them changes nothing. {_PACKED}"},
     ),
 )
 
-_SHARDING = [engine for engine in ENGINES if engine.name in ("FSDP2 (fully_shard)", "DeepSpeed ZeRO-3")]
+_SHARDING = [engine for engine in ENGINES if engine.shards]
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:
@@ -131,7 +135,7 @@ def refuse_engine(modules: Iterable[tuple[str, nn.Module]], verb: str) -> None:
 
     Args:
         modules: Pairs of a path and a module. The modules inside it are not searched.
-        verb: A key of `Engine.refused`.
+        verb: A key of `Restriction.refused`.
     """
     # Nearly always nothing is found, so the search is for all engines at once.
     engines = [engine for engine in ENGINES if verb in engine.refused]
@@ -147,14 +151,14 @@ def refuse_engine(modules: Iterable[tuple[str, nn.Module]], verb: str) -> None:
                 _refuse_thing(thing, join(path, name) if name else path, engines, verb)
 
 
-def _refuse_thing(thing: nn.Module | nn.Parameter, path: str, engines: Iterable[Engine], verb: str) -> None:
+def _refuse_thing(thing: nn.Module | nn.Parameter, path: str, engines: Iterable[Restriction], verb: str) -> None:
     for engine in engines:
         if _is_of(type(thing), engine) or _is_marked(thing, engine.marks):
             place = f"at {path!r}" if path else "in the model itself"
             raise engine.error(f"cannot {verb} with {engine.name}, found {place}: {engine.refused[verb]}")
 
 
-def _is_of(kind: type, engine: Engine) -> bool:
+def _is_of(kind: type, engine: Restriction) -> bool:
     return any(is_named(kind, name) for name in engine.classes)
 
 

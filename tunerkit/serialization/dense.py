@@ -5,12 +5,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from tunerkit import hooks, injection, libraries, parallel
+from tunerkit import hooks, injection, libraries
 from tunerkit.errors import AdapterError
 from tunerkit.injection import Slots, Tuner
 from tunerkit.layers import BaseLayer
 from tunerkit.paths import CHILD
 from tunerkit.serialization.packings import packed_layers
+from tunerkit.serialization.sharded_weights import is_split
 
 
 # Never in inference mode: inference tensors in the model could not be trained later.
@@ -34,7 +35,7 @@ def dense_layers(tuner: Tuner, dtype: torch.dtype, *, merged: bool) -> dict[str,
 
 
 def _dense(path: str, base: BaseLayer, dtype: torch.dtype, *, merged: bool) -> nn.Module:
-    if any(parallel.is_split(parameter) for parameter in base.module.parameters()):
+    if is_split(base.module):
         raise AdapterError(
             f"cannot make a dense layer of {path!r}: FSDP2 has cut its quantised weight into shards. Save the adapter, "
             "load it onto the base in one process, and unwrap there"

@@ -16,6 +16,13 @@ from tunerkit.serialization.fingerprint import fingerprint
 from tunerkit.serialization.finite import nonfinite
 from tunerkit.serialization.packed_weights import packed_sum
 from tunerkit.serialization.rounding import is_below_rounding, note_rounding_, warn_of_rounding
+from tunerkit.serialization.sharded_weights import (
+    has_packed_weight,
+    is_split,
+    own_value,
+    refuse_gathered,
+    refuse_packed_shards,
+)
 from tunerkit.serialization.stacked import refuse_unequal
 from tunerkit.serialization.untying import (
     Parting,
@@ -78,9 +85,9 @@ def merge_except_(model: M, paths: Collection[str], *, permanent: bool = False) 
     parallel.reshard_(model)
     places = [place for place in injection.walk(model) if place[0] not in paths]
     _refuse_unfit(model, places)
-    merged = [_merged_parts(*place) if _is_split(place[1]) else _merged_tensors(*place) for place in places]
+    merged = [_merged_parts(*place) if is_split(place[1]) else _merged_tensors(*place) for place in places]
     refuse_left_out(model, places, merged)
-    whole = [not _is_split(module) for _, module, _ in places]
+    whole = [not is_split(module) for _, module, _ in places]
     _refuse_nonfinite(list(compress(places, whole)), list(compress(merged, whole)))
     for path, module, slots in compress(places, whole):
         refuse_unequal(path, module, slots)
@@ -225,35 +232,11 @@ def _refuse_unfit(model: nn.Module, places: Places) -> None:
         raise AdapterError("no adapter is active, so nothing can be merged; call tunerkit.activate first")
     injection.refuse_running(injection.wrapped_model(model), "merging")
     _refuse_offloaded(places)
-    unpacked = [(path, module) for path, module, slots in places if slots.active and not _is_packed(slots)]
+    unpacked = [(path, module) for path, module, slots in places if slots.active and not has_packed_weight(slots)]
     libraries.refuse_engine(unpacked, "merge")
-    _refuse_gathered(places)
-    _refuse_packed_shards(places)
+    refuse_gathered(places)
+    refuse_packed_shards(places)
     injection.refuse_lost(injection.require_tuners(model).values())
-
-
-def _refuse_gathered(places: Places) -> None:
-    """Raise `AdapterError` if FSDP2 has gathered weights for a while: what is merged into these would be lost."""
-    for path, module, _ in places:
-        if libraries.torch_private.is_managed_by_fsdp2(module) and not _is_split(module):
-            raise AdapterError(
-                f"cannot merge into {path!r}: FSDP2 keeps its weight whole after a forward, and shards it in a module "
-                "around this model; call it on the module that was passed to fully_shard"
-            )
-
-
-def _refuse_packed_shards(places: Places) -> None:
-    """Raise `AdapterError` if FSDP2 has cut a packed weight: its library can read and write whole ones alone."""
-    for path, module, slots in places:
-        if slots.active and _is_packed(slots) and _is_split(module):
-            raise AdapterError(
-                f"cannot merge into {path!r}: its weight is quantised, and FSDP2 has cut it into shards, which cannot "
-                "be read alone. Save the adapter, load it onto the base in one process, and merge there"
-            )
-
-
-def _is_packed(slots: Slots) -> bool:
-    return slots.base is not None and slots.base.packing is not None
 
 
 def _refuse_offloaded(places: Places) -> None:
@@ -293,11 +276,6 @@ def refuse_permanent(places: Places) -> None:
             "the model was merged with permanent=True, which kept no originals; the base cannot be shown again. "
             "Use tunerkit.unwrap(model, keep_merged=True) to take the adapters out, or load the base model again"
         )
-
-
-def _is_split(module: nn.Module) -> bool:
-    """Whether this process holds only a part of a module, as FSDP2 leaves it."""
-    return any(parallel.is_split(parameter) for parameter in module.parameters())
 
 
 def _merged_parts(path: str, module: nn.Module, slots: Slots) -> dict[str, Any]:
@@ -343,7 +321,7 @@ def _replace_all_(places: Places, merged: Sequence[dict[str, Any]], plans: Seque
         if plan is not None:
             plan.part_()
     for (path, module, slots), tensors in zip(places, merged, strict=True):
-        wanted = None if _is_split(module) else packed_sum(path, slots, tensors)
+        wanted = None if is_split(module) else packed_sum(path, slots, tensors)
         _replace_(module, tensors)
         if wanted is not None:
             note_rounding_(slots, wanted.before, wanted.delta, own_errors)
@@ -372,11 +350,7 @@ def _replace_(module: nn.Module, tensors: dict[str, Any]) -> None:
 def _values(module: nn.Module, names: Iterable[str]) -> dict[str, Any]:
     """Return the values that a module's parameters and buffers have now, in their own storage."""
     own = _own_tensors(module)
-    return {name: getattr(module, name) if is_whole(module, name) else _value(own[name]) for name in names}
-
-
-def _value(tensor: Tensor) -> Tensor:
-    return parallel.local_part(tensor).clone() if parallel.is_split(tensor) else tensor.data
+    return {name: getattr(module, name) if is_whole(module, name) else own_value(own[name]) for name in names}
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:

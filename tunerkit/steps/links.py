@@ -1,13 +1,10 @@
 """The link between an adapter and the optimizer that drives it."""
 
-from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import attrs
-from torch import nn
 from torch.optim import Optimizer
 
-from tunerkit import parallel
 from tunerkit.injection import Tuner
 from tunerkit.parallel import Engine, Removable
 
@@ -48,17 +45,6 @@ def optimizer_of(tuner: Tuner) -> Optimizer | None:
     """
     link = tuner.progress.link
     return None if link is None else link.optimizer()
-
-
-def engine_for(tuners: Sequence[Tuner], model: nn.Module, data_parallel: bool | None) -> Engine:
-    """Find out what the processes of a training of these adapters do together; see `tunerkit.attach`.
-
-    Args:
-        tuners: The adapters.
-        model: The model that runs, which may be around the wrapped one.
-        data_parallel: What `tunerkit.attach` was given.
-    """
-    return parallel.engine_for(model, (p for tuner in tuners for p in tuner.parameters()), data_parallel)
 
 
 def note_engine(optimizer: Optimizer, engine: Engine) -> None:

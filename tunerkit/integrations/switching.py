@@ -1,0 +1,31 @@
+"""Switch off, for a while, what a Trainer does because an engine is enabled."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import Trainer
+
+FSDP, DEEPSPEED = "is_fsdp_enabled", "is_deepspeed_enabled"
+
+
+@contextmanager
+def without(trainer: Trainer, *flags: str) -> Iterator[None]:
+    """Inside the block, the trainer writes and reads checkpoints as without these engines.
+
+    With FSDP it would write the whole base each time, and nothing at all with sharded state dicts. With DeepSpeed it
+    would gather the whole base first, or have DeepSpeed write another checkpoint.
+
+    Args:
+        trainer: The trainer.
+        flags: `FSDP`, `DEEPSPEED` or both.
+    """
+    own: Any = trainer
+    before = {flag: getattr(own, flag) for flag in flags}
+    for flag in flags:
+        setattr(own, flag, False)
+    try:
+        yield
+    finally:
+        for flag, enabled in before.items():
+            setattr(own, flag, enabled)
