@@ -14,6 +14,17 @@ ADDED = frozenset(
     {
         "tunerkit.Tuner.agree_(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD tensors, POSITIONAL_OR_KEYWORD what)",
         "tunerkit.Tuner.engine",
+        "tunerkit.Method.pieces",
+        "tunerkit.Pieces(POSITIONAL_OR_KEYWORD values, POSITIONAL_OR_KEYWORD grads, POSITIONAL_OR_KEYWORD starts)",
+        "tunerkit.Pieces.are_cut",
+        "tunerkit.Pieces.cut(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD tensors)",
+        "tunerkit.Pieces.grads",
+        "tunerkit.Pieces.joined(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD tensors, POSITIONAL_OR_KEYWORD what)",
+        "tunerkit.Pieces.starts",
+        "tunerkit.Pieces.sum_(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD tensors, POSITIONAL_OR_KEYWORD what)",
+        "tunerkit.Pieces.values",
+        "tunerkit.Tuner.as_hooks_see_it(POSITIONAL_OR_KEYWORD self, KEYWORD_ONLY gradients = False)",
+        "tunerkit.Tuner.pieces(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD parameters)",
         "tunerkit.Tuner.whole(POSITIONAL_OR_KEYWORD self, KEYWORD_ONLY gradients = False)",
         "tunerkit.no_sync(POSITIONAL_OR_KEYWORD model)",
         "tunerkit.patterns.is_exact(POSITIONAL_OR_KEYWORD pattern)",
@@ -153,7 +164,7 @@ ADDED = frozenset(
 # What functions of the snapshot have gained: parameters at the end, by keyword and with a default.
 GAINED = {
     "tunerkit.Method": ", KEYWORD_ONLY start = 'exact', KEYWORD_ONLY targets = 'weights', "
-    "KEYWORD_ONLY statistics = None",
+    "KEYWORD_ONLY statistics = None, KEYWORD_ONLY pieces = False",
     "tunerkit.attach": ", KEYWORD_ONLY data_parallel = None",
     "tunerkit.load": ", KEYWORD_ONLY check_config = True",
     "tunerkit.save": ", KEYWORD_ONLY allow_nonfinite = False",

@@ -61,6 +61,7 @@ from .layers import (
 )
 from .libraries import forward_name as forward_name
 from .markers import hookimpl as hookimpl
+from .parallel import Pieces as Pieces
 from .records import (
     DefaultTargets as DefaultTargets,
     Delta as Delta,

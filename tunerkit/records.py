@@ -24,6 +24,8 @@ class Method:
             implement ``tunerkit_delta`` and the module has a weight.
         statistics: What the method wants to know of the data before training, see `tunerkit.calibrate`; None for a
             method that does not.
+        pieces: Whether the method's hooks work on the pieces that a process holds where an engine has cut an adapter,
+            see `tunerkit.Tuner.pieces`. Hooks of other methods see whole weights, gathered around each of them.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Method:
     start: Literal["exact", "rounding"] = attrs.field(default="exact", kw_only=True)
     targets: Literal["weights", "outputs"] = attrs.field(default="weights", kw_only=True)
     statistics: "StatisticsRequest | None" = attrs.field(default=None, kw_only=True)
+    pieces: bool = attrs.field(default=False, kw_only=True)
 
 
 @attrs.frozen

@@ -1,5 +1,6 @@
 """Trainings of one process and of several under FSDP2, which processes of a group import by name."""
 
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -162,6 +163,7 @@ def look_inside(rank: int, processes: int, folder: str) -> None:
     with in_group(rank, processes, folder):
         answers = {name: check() for name, check in CHECKS.items()}
         answers["saved"] = _saves_quietly(folder)
+        answers["saved again"] = _saves_again(folder)
         torch.save(answers, f"{folder}/{rank}.pt")
 
 
@@ -304,8 +306,6 @@ def _other_starts(seed: int | None) -> str:
     """A method that subtracts its random start from the base."""
     tunerkit.register(PrincipalPlugin())
     model = tunerkit.wrap(nn.Sequential(nn.Linear(6, 9)), "toy-principal", {"targets": "all-linear"}, seed=seed)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.contiguous()  # FSDP2 takes no others
     fsdp.fully_shard(model)
     return _error(lambda: tunerkit.attach(model, adam(model)))
 
@@ -321,7 +321,7 @@ def _collectives() -> dict[str, Any]:
         processes, rank = distributed.get_world_size(), distributed.get_rank()
         shapes = [parameter.shape for parameter in tunerkit.tuner(model).parameters()]
         longest = sum(-(-shape[0] // processes) * shape[1:].numel() for shape in shapes)
-        steps = []
+        steps, states = [], []
         for step in batches(processes, rank, processes):
             for x, y in step:
                 nn.functional.cross_entropy(model(x), y).backward()
@@ -329,11 +329,60 @@ def _collectives() -> dict[str, Any]:
                 optimizer.step()
             optimizer.zero_grad()
             steps.append((dict(counted.calls), dict(counted.bytes)))
-        found[method] = {"steps": steps, "longest": longest, "parameters": len(shapes)}
-        with Collectives() as counted:
-            tunerkit.tuner(model).training_state()
-        found[method]["state"] = dict(counted.calls), dict(counted.bytes)
+            with Collectives() as counted:
+                tunerkit.tuner(model).training_state()
+            states.append((dict(counted.calls), dict(counted.bytes)))
+        found[method] = {
+            "steps": steps,
+            "states": states,
+            "longest": longest,
+            "parameters": len(shapes),
+            "triplets": _triplets(model),
+        }
+        found[method]["values"] = sum(shape.numel() for shape in shapes)
+        found[method]["allocations"] = [change.step for change in tunerkit.tuner(model).history]
     return found
+
+
+def _trains_in_pieces(*, several_meshes: bool) -> bool:
+    """AdaLoRA trains as in one process, after evaluations that leave the root whole, and with several meshes.
+
+    With several meshes no sum over processes fits all weights, so hooks see whole ones.
+    """
+    processes, rank = distributed.get_world_size(), distributed.get_rank()
+    model: Any = build("adalora 8 -> 2")
+    if several_meshes:
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (processes, 1), mesh_dim_names=("r", "s"))
+        fsdp.fully_shard(model[0], mesh=mesh)  # whole in each process
+    fsdp.fully_shard(model)
+    _train_and_evaluate(model, processes, rank, processes)
+    one = build("adalora 8 -> 2", shrink=False)
+    _train_and_evaluate(one, processes, 0, 1)
+    expected, tuner = results(one), tunerkit.tuner(model)
+    with tuner.whole():
+        found = results(model)
+    return (
+        tuner.engine.gives_pieces is not several_meshes
+        and found["history"] == expected["history"]
+        and all(torch.allclose(w, expected["weights"][name], rtol=0, atol=6e-5) for name, w in found["weights"].items())
+    )
+
+
+def _train_and_evaluate(model: nn.Module, processes: int, rank: int, of: int) -> None:
+    """Take all steps, each after a forward without a backward; torch clips and steps one mesh at a time."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 2e-2, eps=1e-6, foreach=False)
+    tunerkit.attach(model, optimizer, total_steps=STEPS, data_parallel=None if of > 1 else False)
+    for step in batches(processes, rank, of):
+        for x, y in step:
+            (nn.functional.cross_entropy(model(x), y) / len(step)).backward()
+        with torch.no_grad():
+            model(step[0][0])
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _triplets(model: nn.Module) -> int:
+    return sum(len(getattr(adapter, "mask", ())) for adapter in tunerkit.tuner(model).adapters().values())
 
 
 def _saves_quietly(folder: str) -> bool:
@@ -349,6 +398,18 @@ def _saves_quietly(folder: str) -> bool:
     return not caught
 
 
+def _saves_again(folder: str) -> bool:
+    """A file is there when `tunerkit.save` returns, also if one like it was written to a place of the same name."""
+    model = build("lora")
+    tunerkit.attach(model, adam(model))
+    there = []
+    for name in ("first", "second"):
+        if distributed.get_rank() == 0:
+            time.sleep(0.5)
+        there.append(tunerkit.save(model, f"{folder}/{name}/kept").is_file())
+    return all(there)
+
+
 CHECKS = {
     "collectives": _collectives,
     "whole inside": _is_whole_inside,
@@ -359,6 +420,8 @@ CHECKS = {
     "root": _shards_the_root_again,
     "nested": _nests,
     "other dimensions": _reads_other_dimensions,
+    "in pieces": lambda: _trains_in_pieces(several_meshes=False),
+    "in pieces of several meshes": lambda: _trains_in_pieces(several_meshes=True),
     "mixed": _mixed,
     "resized": _resized,
     "other seeds": _other_seeds,

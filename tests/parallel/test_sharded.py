@@ -1,4 +1,5 @@
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,23 @@ def exchanges(counted: dict[str, Any]) -> None:
     """What a step, an allocation and a checkpoint exchange, as docs/scaling.md says."""
     assert all(step == ({}, {}) for step in counted["lora"]["steps"])
     for method, found in counted.items():
-        part = 4 * found["longest"]
-        assert found["state"] == ({"allgather_": 1}, {"allgather_": part})
-        for calls, sent in found["steps"] if method != "lora" else ():
-            assert calls["allgather_"] == 4
-            assert sent["allgather_"] == 4 * part + 2 * 4 * found["parameters"]
-            assert calls.get("broadcast_", 0) in (0, 2 if method == "adalora 8 -> 2" else 1)
+        part, weights, triplets, values = (4 * found[name] for name in ("longest", "parameters", "triplets", "values"))
+        averaging = 1 if method == "lora" else 2  # hooks of LoRA see whole weights; AdaLoRA has two averages of each
+        assert found["states"][0] == ({"allgather_": 1}, {"allgather_": averaging * part})
+        assert found["states"][-1] == (found["states"][0] if method == "lora" else ({}, {}))
+        for number, (calls, sent) in enumerate(found["steps"] if method != "lora" else (), 1):
+            expected: Counter[str] = Counter()
+            carried: Counter[str] = Counter()
+            if number < found["allocations"][-1]:  # which gradients are finite
+                expected["allreduce_"], carried["allreduce_"] = 1, weights
+            if number in found["allocations"]:  # partial scores, and λ
+                expected += Counter(allreduce_=1, broadcast_=1)
+                carried += Counter(allreduce_=2 * triplets, broadcast_=triplets)
+            if number in found["allocations"] and method == "adalora 8 -> 2":  # its SVD
+                expected += Counter(allgather_=1, broadcast_=1)
+                carried += Counter(allgather_=part, broadcast_=values)
+            if method == "adalora 6 -> 4":  # with γ
+                expected += Counter(allgather_=2)
+                carried += Counter(allgather_=2 * part + weights)
+            assert calls == expected, (method, number)
+            assert sent == carried, (method, number)

@@ -1,12 +1,14 @@
 """The part of a tuner that hooks may use. With this Protocol, the hooks do not depend on layer injection."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from tunerkit.config import AdapterConfig
 from tunerkit.layers import Adapter
+from tunerkit.parallel import Pieces
 from tunerkit.records import Target
 
 
@@ -54,6 +56,12 @@ class TunerView(Protocol):
     @property
     def shared(self) -> nn.Module | None:
         """The module that the adapters share, if there is one."""
+
+    def whole(self, *, gradients: bool = False) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+        """Inside the block, the adapter is whole in this process. All processes must enter it."""
+
+    def pieces(self, parameters: Sequence[nn.Parameter]) -> Pieces:
+        """What this process holds of the adapter's parameters, for a method that works on pieces."""
 
     def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
         """Overwrite tensors with those of process 0, so that all processes of a training decide alike."""

@@ -129,8 +129,9 @@ def _checked_name(method: Any) -> str:
             f"the config of method {shown(name)} is {shown(config)}; "
             "expected an attrs class derived from tunerkit.AdapterConfig"
         )
-    if not isinstance(method.needs_steps, bool):
-        raise PluginError(f"needs_steps of method {shown(name)} is {shown(method.needs_steps)}; expected a bool")
+    for field, flag in (("needs_steps", method.needs_steps), ("pieces", method.pieces)):
+        if not isinstance(flag, bool):
+            raise PluginError(f"{field} of method {shown(name)} is {shown(flag)}; expected a bool")
     for field, allowed in (("start", ("exact", "rounding")), ("targets", ("weights", "outputs"))):
         if (value := {"start": method.start, "targets": method.targets}[field]) not in allowed:
             raise PluginError(f"{field} of method {shown(name)} is {shown(value)}; expected one of {allowed}")

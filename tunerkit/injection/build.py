@@ -129,7 +129,13 @@ def _base_at(tuner: Tuner, target: Target, found: ScannedModule) -> BaseLayer:
 
 
 def _placed(built: M, module: nn.Module, dtype: torch.dtype) -> M:
-    """Move an adapter to the device where ``module`` runs. The module's weights may be offloaded to another one."""
+    """Move an adapter to the device where ``module`` runs. The module's weights may be offloaded to another one.
+
+    Its parameters become contiguous: FSDP2 shards no others.
+    """
+    for parameter in built.parameters():
+        if not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()
     weights = chain(module.parameters(recurse=False), module.buffers(recurse=False))
     device = execution_device(module) or next((tensor.device for tensor in weights if not tensor.is_meta), None)
     # It was built on the CPU. Checking whether it must be moved is cheaper than moving it.

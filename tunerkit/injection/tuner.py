@@ -18,7 +18,7 @@ from tunerkit.injection.progress import Progress
 from tunerkit.injection.root import inside
 from tunerkit.injection.slots import Slot, Slots, base_modules, slots_of
 from tunerkit.layers import Adapter, BaseLayer, OutputLayer
-from tunerkit.parallel import Alone, Engine, same
+from tunerkit.parallel import Alone, Engine, Pieces, same
 from tunerkit.paths import join
 from tunerkit.records import Factors, RankChange, State, Target
 
@@ -218,7 +218,7 @@ class Tuner:
         """
         if is_merged(self.model):
             raise StepError("the model is merged; call tunerkit.unmerge before finish()")
-        with torch.no_grad(), self.whole():
+        with torch.no_grad(), self.as_hooks_see_it():
             ranks = hooks.finish(self)
             self.record(ranks)
 
@@ -235,8 +235,18 @@ class Tuner:
 
     def training_state(self) -> State:
         """Return what is needed to resume training, in addition to the adapter's weights."""
-        with self.whole():
+        with self.as_hooks_see_it():
             return hooks.state(self)
+
+    @contextmanager
+    def as_hooks_see_it(self, *, gradients: bool = False) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Inside the block, parameters are what the method works on: pieces if it can, else whole as in `whole`."""
+        if self.engine.gives_pieces and hooks.registry.get(self.method).pieces:
+            self.engine.reshard_()
+            yield same
+            return
+        with self.whole(gradients=gradients) as outside:
+            yield outside
 
     @contextmanager
     def whole(self, *, gradients: bool = False) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -254,6 +264,17 @@ class Tuner:
             return
         with engine.whole([slot for _, slot in self.slots()], gradients=gradients) as outside:
             yield outside
+
+    def pieces(self, parameters: Sequence[nn.Parameter]) -> Pieces:
+        """Return what this process holds of the adapter's parameters: plain tensors, also where an engine cut them.
+
+        Only the hooks of a method whose record says ``pieces=True`` see parameters that are cut. Inside `whole`, and
+        where nothing is cut, the pieces are the parameters themselves.
+
+        Args:
+            parameters: Parameters of this adapter, as its modules have them now.
+        """
+        return self.engine.pieces(parameters)
 
     def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
         """Overwrite tensors with those of process 0, so that the processes of one training decide alike.

@@ -20,7 +20,7 @@ from tunerkit.libraries import (
     is_of_deepspeed,
     torch_private,
 )
-from tunerkit.parallel import Held, Removable, rank, refuse_differing, same, take_from_first_
+from tunerkit.parallel import Held, Pieces, Removable, rank, refuse_differing, same, take_from_first_, whole_pieces
 
 _FIXED = "DeepSpeed keeps all parameters in flat buffers, so their shapes must not change"
 
@@ -139,6 +139,7 @@ class ZeroEngine:
     DeepSpeed clips inside its step, so what a method adds to the gradients is clipped along.
     """
 
+    gives_pieces = False
     withholds = False
     is_shared = True
     fixed_shapes = _FIXED
@@ -226,6 +227,13 @@ class ZeroEngine:
         for parameter, stand_in in trained:
             stand_in.grad = self._kept.pop(id(parameter), None)
         torch_private.divide_([s.grad for _, s in trained if s.grad is not None], divisor.to(trained[0][1].device))
+
+    def reshard_(self) -> None:
+        """Do nothing: methods see whole stand-ins."""
+
+    def pieces(self, parameters: Sequence[nn.Parameter]) -> Pieces:
+        """Return all of the stand-ins. See `Engine`."""
+        return whole_pieces(parameters)
 
     def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
         """Broadcast from process 0. See `Engine`."""

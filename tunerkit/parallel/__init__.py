@@ -8,6 +8,7 @@ from tunerkit.parallel.engine import Alone, Engine, Held, Removable, same
 from tunerkit.parallel.flat import flat, unflatten_
 from tunerkit.parallel.group import gather_text, in_group, is_launched, processes, rank, reduce_
 from tunerkit.parallel.optimizer_state import own_state, whole_state
+from tunerkit.parallel.pieces import Pieces, whole_pieces
 from tunerkit.parallel.replicated import Apart, Replicated
 from tunerkit.parallel.sharded import Sharded
 from tunerkit.parallel.writing import written_once

@@ -1,5 +1,6 @@
 """DTensors, as FSDP2 makes them: whole tensors put together from all processes, and this process's part of one."""
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -232,11 +233,11 @@ def whole_gradients(shards: Sequence[Part]) -> list[Tensor | None]:
 
 
 def _on_host(flags: Sequence[Tensor]) -> list[list[float]]:
-    """Read short vectors from the device at once."""
-    rows: list[list[float]] = (
-        torch.stack([flag.float().to(flags[0].device) for flag in flags]).tolist() if flags else []
-    )
-    return rows
+    """Read short vectors, one number for each process that shares a parameter, from the device at once."""
+    if not flags:
+        return []
+    numbers: Iterator[float] = iter(torch.cat([flag.float().to(flags[0].device) for flag in flags]).tolist())
+    return [list(itertools.islice(numbers, len(flag))) for flag in flags]
 
 
 def _exchanged(vector: Tensor, shard: Part, what: str) -> Tensor:

@@ -8,6 +8,8 @@ import attrs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tunerkit.parallel.pieces import Pieces, whole_pieces
+
 
 @attrs.frozen(eq=False)
 class Held:
@@ -55,6 +57,10 @@ class Engine(Protocol):
         """Whether a process holds only a part of an adapter, so that all must take part when it is read."""
 
     @property
+    def gives_pieces(self) -> bool:
+        """Whether a method that works on pieces gets them: what the process holds of parameters that are cut."""
+
+    @property
     def withholds(self) -> bool:
         """Whether a parameter without a gradient is left alone by the optimizer's step."""
 
@@ -96,6 +102,16 @@ class Engine(Protocol):
             A context manager. It gives a function from a parameter inside the block to the one outside of it.
         """
 
+    def reshard_(self) -> None:
+        """Cut the adapters again if a forward has left them whole, so that `pieces` can be asked. No collective."""
+
+    def pieces(self, parameters: Sequence[nn.Parameter]) -> Pieces:
+        """What this process holds of parameters: of whole ones, as inside `whole`, all. No collective.
+
+        Args:
+            parameters: Parameters of the adapters.
+        """
+
     def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
         """Give the values that ``tensors`` have in process 0 to all processes.
 
@@ -111,6 +127,7 @@ class Alone:
     name = "one process"
     fixed_shapes: str | None = None
     splits = False
+    gives_pieces = False
     withholds = True
     is_writer = True
     is_shared = False
@@ -131,6 +148,13 @@ class Alone:
     ) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
         """Do nothing: parameters are whole."""
         return nullcontext(same)
+
+    def reshard_(self) -> None:
+        """Do nothing."""
+
+    def pieces(self, parameters: Sequence[nn.Parameter]) -> Pieces:
+        """Return all of them."""
+        return whole_pieces(parameters)
 
     def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
         """Do nothing."""

@@ -48,13 +48,18 @@ def processes() -> int:
     return distributed.get_world_size() if in_group() else 1
 
 
-def reduce_(tensor: Tensor, what: str) -> None:
+def reduce_(tensor: Tensor, what: str, within: Any = None) -> None:
     """Replace ``tensor`` by its sum over all processes.
+
+    Args:
+        tensor: The tensor, of the same shape in all processes.
+        what: What is added up, for messages.
+        within: The process group; None for the default one.
 
     Raises:
         StepError: Another process is lost, or waits for something else.
     """
-    _await(lambda: distributed.all_reduce(tensor, async_op=True), tensor, what)
+    _await(lambda: distributed.all_reduce(tensor, group=within, async_op=True), tensor, what)
 
 
 def broadcast_(tensor: Tensor, what: str) -> None:

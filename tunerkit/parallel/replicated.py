@@ -17,6 +17,7 @@ from tunerkit.parallel import group
 from tunerkit.parallel.agreement import refuse_differing, take_from_first_
 from tunerkit.parallel.engine import Held, Removable, same
 from tunerkit.parallel.flat import flat, unflatten_
+from tunerkit.parallel.pieces import Pieces, whole_pieces
 from tunerkit.paths import few
 
 _ROUND = 16  # numbers are compared modulo this: fp32 holds their squares exactly, summed over up to 74,000 processes
@@ -39,6 +40,7 @@ class Replicated:
     """
 
     splits = False
+    gives_pieces = False
     withholds = True
     is_shared = True
 
@@ -111,6 +113,13 @@ class Replicated:
     ) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
         """Do nothing: parameters are whole."""
         return nullcontext(same)
+
+    def reshard_(self) -> None:
+        """Do nothing: nothing is cut."""
+
+    def pieces(self, parameters: Sequence[nn.Parameter]) -> Pieces:
+        """Return all of them. See `Engine`."""
+        return whole_pieces(parameters)
 
     def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
         """Broadcast from process 0, in one collective for each dtype and device. See `Engine`."""

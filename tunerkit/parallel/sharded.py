@@ -15,6 +15,7 @@ from tunerkit.parallel import group
 from tunerkit.parallel.agreement import refuse_differing, take_from_first_
 from tunerkit.parallel.dtensors import Part, is_split, local, owners, part_of, reshard_, whole_gradients, whole_values
 from tunerkit.parallel.engine import Held, Removable
+from tunerkit.parallel.pieces import Pieces, are_cut_alike, pieces_of, whole_pieces
 
 _IDLE_SECONDS = 30
 _ADVICE = (
@@ -41,6 +42,7 @@ class Sharded:
     splits = True
     withholds = True
     is_shared = True
+    gives_pieces = False  # until `begin_` has looked at the adapters
 
     def __init__(self, model: nn.Module) -> None:
         # Weak: the optimizer's hooks hold this, and a model must be freed when its user drops it.
@@ -71,7 +73,9 @@ class Sharded:
                     f"adapter {held.name!r} was wrapped without a seed, so its shards come from different starts, "
                     "and the base was changed to fit them: pass a seed to tunerkit.wrap"
                 )
-        self._slots = [weakref.ref(slot) for held in adapters for slot in held.slots.values()]
+        slots = [slot for held in adapters for slot in held.slots.values()]
+        self._slots = list(map(weakref.ref, slots))
+        self.gives_pieces = are_cut_alike([part.parameter for part in self._found(slots)])
         return {}
 
     def before_step_(self, optimizer: Optimizer) -> None:
@@ -134,6 +138,17 @@ class Sharded:
 
     def _outside(self, parameter: Tensor) -> Tensor:
         return self._standing.get(id(parameter), parameter)
+
+    def reshard_(self) -> None:
+        """Let FSDP2 cut its root again, which it leaves whole after a forward without a backward. See `Engine`."""
+        slots = [slot for ref in self._slots if (slot := ref()) is not None]
+        model = self._model()
+        if model is not None and not all(is_split(p) for slot in slots for p in slot.parameters()):
+            reshard_(model)
+
+    def pieces(self, parameters: Sequence[nn.Parameter]) -> Pieces:
+        """Return this process's pieces; inside `whole` all of the stand-ins. See `Engine`."""
+        return pieces_of(parameters) if all(map(is_split, parameters)) else whole_pieces(parameters)
 
     def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
         """Broadcast from process 0. See `Engine`."""

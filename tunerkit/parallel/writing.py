@@ -14,9 +14,10 @@ from tunerkit.parallel.engine import Engine
 
 _KEY: Final = "tunerkit/written"
 _PATIENCE: Final = 60.0  # seconds after which a file that process 0 wrote elsewhere counts as the one waited for
-# How often this process tried to write each, and the last failure of process 0 that it raised.
+# How often process 0 tried to write each, and which of its tries another process saw last: the same place may be
+# written again, by the same training or by the next one.
 _tries: Counter[str] = Counter()
-_raised: dict[str, int] = {}
+_seen: Counter[str] = Counter()
 
 
 def written_once(engine: Engine, place: Path, content: str, write: Callable[[], Path]) -> Path:
@@ -41,8 +42,8 @@ def written_once(engine: Engine, place: Path, content: str, write: Callable[[], 
     if engine.is_writer:
         return _write(key, any_place, write)
     number, kind, text = group.wait_until(_looking(key, any_place, place), f"process 0 to write {place}")
+    _seen[key] = number
     if kind is not None:
-        _raised[key] = number
         raise _KINDS.get(kind, FileError)(f"process 0 could not write {place}: {text}")
     return place
 
@@ -61,12 +62,12 @@ def _write(key: str, any_place: str, write: Callable[[], Path]) -> Path:
 
 
 def _looking(key: str, any_place: str, place: Path) -> Callable[[], Any]:
-    """What looks for the answer of process 0, and is not misled by a failure that was raised here already."""
+    """What looks for the answer of process 0, and is not misled by one that this process saw already."""
     store, started = torch_private.default_store(), time.monotonic()
 
     def look() -> Any:
         found = json.loads(store.get(key)) if store.check([key]) else None
-        if found is not None and (found[1] is None or found[0] != _raised.get(key)):
+        if found is not None and found[0] > _seen[key]:
             return found
         if time.monotonic() - started > _PATIENCE and store.check([any_place]):
             raise AdapterError(

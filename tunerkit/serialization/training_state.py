@@ -173,7 +173,7 @@ def _resume_(tuner: Tuner, tensors: Mapping[str, Tensor], header: Header, source
             RankChange(step, budget, dict(zip(header.targets, ranks, strict=True)))
             for step, budget, ranks in header.history
         ]
-        with _naming(source), tuner.whole():
+        with _naming(source), tuner.as_hooks_see_it():
             hooks.restore(tuner, State(tensors=tensors, values=header.values))
         _refuse_other_ranks(tuner, source)
 

@@ -78,9 +78,12 @@ def drive(
     for tuner in tuners:
         detach(tuner)  # from an optimizer that is gone
     kept = engine.begin_([held_of(*pair, optimizer) for pair in zip(tuners, totals, strict=True)], optimizer)
+    links = [tuner.progress.link for tuner in tuners]
     try:
         states = [_start(tuner, total, optimizer, engine) for tuner, total in zip(tuners, totals, strict=True)]
     except BaseException:
+        for tuner, link in zip(tuners, links, strict=True):
+            tuner.progress.link = link
         for handle in itertools.chain(*kept.values()):
             handle.remove()
         raise
@@ -117,8 +120,13 @@ def _leads(driver: _Driver, optimizer: Optimizer) -> bool:
 
 
 def _start(tuner: Tuner, total: int | None, optimizer: Optimizer | None, engine: Engine) -> object | None:
-    slots = [slot for _, slot in tuner.slots()]
-    with patterns.one_allowance(), engine.whole(slots, gradients=False):
+    """Ask the method for its training state. The hook finds the engine already, through a link without handles."""
+    if optimizer is None:
+        seen = engine.whole([slot for _, slot in tuner.slots()], gradients=False)
+    else:
+        tuner.progress.link = Link(ref(optimizer), (), engine)
+        seen = tuner.as_hooks_see_it()
+    with patterns.one_allowance(), seen:
         return hooks.start(tuner, total, optimizer)
 
 
@@ -189,7 +197,7 @@ def _call_before_step(driver: _Driver, optimizer: Optimizer) -> None:
         return
     # Under a GradScaler a fused optimizer steps on scaled gradients; the scale is its attribute, if there is one.
     grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-    with torch.no_grad(), tuner.whole(gradients=True) as outside:
+    with torch.no_grad(), tuner.as_hooks_see_it(gradients=True) as outside:
         withheld = hooks.before_step(tuner, driver.next_step(), grad_scale)
         if driver.engine.withholds:
             driver.withheld.take_([outside(parameter) for parameter in withheld], grad_scale)
@@ -209,7 +217,7 @@ def _after(driver: _Driver, optimizer: Optimizer, args: tuple[Any, ...], kwargs:
         return
     tuner.progress.steps = driver.next_step()
     if hooks.watches_steps(tuner.method):
-        with torch.no_grad(), tuner.whole(gradients=True):
+        with torch.no_grad(), tuner.as_hooks_see_it(gradients=True):
             _put_back_fixed_(driver)
             tuner.record(hooks.after_step(tuner, tuner.steps))
     _warn_past_total(driver)

@@ -43,10 +43,7 @@ class Stack:
 
 
 def new_stacks(weights: Sequence[Tensor]) -> list[Stack]:
-    """Make the averages before the first step: zeros, in fp32 or wider.
-
-    A score is a product of two averages of small numbers. In fp16 it would underflow, and every triplet would look
-    unimportant.
+    """Make the averages before the first step: zeros, in `average_dtype`.
 
     Args:
         weights: The flat list.
@@ -60,10 +57,19 @@ def new_stacks(weights: Sequence[Tensor]) -> list[Stack]:
     stacks = []
     for members in groups.values():
         like = weights[members[0]]
-        wide = torch.promote_types(like.dtype, torch.float32)
+        wide = average_dtype(like.dtype)
         zeros = [torch.zeros((len(members), *like.shape), dtype=wide, device=like.device) for _ in range(2)]
         stacks.append(Stack(tuple(members), *zeros))
     return stacks
+
+
+def average_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the averages of weights of ``dtype``: fp32 or wider.
+
+    A score is a product of two averages of small numbers. In fp16 it would underflow, and every triplet would look
+    unimportant.
+    """
+    return torch.promote_types(dtype, torch.float32)
 
 
 def unstack(stacks: Sequence[Stack]) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,6 +1,6 @@
 """The importance of weights and of triplets: sensitivity, uncertainty, score (section 3.2 of the paper)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ def smooth_(
     beta1: float,
     beta2: float,
     restart: bool = False,
+    total_: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Update the running averages in place with a step's weights and gradients.
 
@@ -33,12 +34,16 @@ def smooth_(
         beta1: β1.
         beta2: β2.
         restart: Take Ī and Ū for 0 before this step.
+        total_: Adds up a vector over the processes, if each holds only pieces of the weights: a weight is left out in
+            all of them if any piece is not finite. None if the weights are whole.
 
     Returns:
         How many weights were left out; 0-d int64, on the first weight's device.
     """
     if not weights:
         return torch.zeros((), dtype=torch.int64)
+    if total_ is not None:
+        return _smooth_pieces_(weights, grads, stacks, beta1, beta2, restart, total_)
     taken = [_smooth_stack_(weights, grads, stack, beta1, beta2, restart) for stack in stacks]
     given = sum(grad is not None and grad.numel() > 0 for grad in grads)
     return given - torch.stack([count.to(weights[0].device) for count in taken]).sum()
@@ -69,22 +74,64 @@ def triplet_scores(stacks: Sequence[Stack]) -> list[Tensor]:
     return list(torch.split(lam + (p + q), [len(score) for score in of_layers[Part.LAM]]))
 
 
-def _smooth_stack_(
-    weights: Sequence[Tensor], grads: Sequence[Tensor | None], stack: Stack, beta1: float, beta2: float, restart: bool
+def _smooth_pieces_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    stacks: Sequence[Stack],
+    beta1: float,
+    beta2: float,
+    restart: bool,
+    total_: Callable[[Tensor], None],
 ) -> Tensor:
-    """`smooth_` for one stack; how many of its weights were averaged, 0-d int64."""
+    """`smooth_` for pieces: first, all processes find out together which weights to leave out."""
+    # In the order of the weights: the pieces of another process have other shapes, and form other stacks.
+    bad = torch.zeros(len(weights), device=weights[0].device)
+    views = bad.unbind()
+    for stack in stacks:
+        _note_bad_(views, weights, grads, stack)
+    total_(bad)
+    finite = (bad == 0).unbind()
+    for stack in stacks:
+        own = torch.stack([finite[index] for index in stack.members]).to(stack.sensitivity.device)
+        _smooth_stack_(weights, grads, stack, beta1, beta2, restart, own)
+    return bad.count_nonzero()
+
+
+def _note_bad_(bad: Sequence[Tensor], weights: Sequence[Tensor], grads: Sequence[Tensor | None], stack: Stack) -> None:
+    """Set ``bad``, 0-d for each weight, to 1 for those of a stack whose I is not finite throughout."""
+    used = {index: grad for index in stack.members if (grad := grads[index]) is not None}
+    if used and stack.sensitivity.numel():
+        current = _importance([weights[index] for index in used], list(used.values()), stack.sensitivity.dtype)
+        flags = _is_finite(current).flatten().logical_not().to(bad[0])
+        torch._foreach_copy_([bad[index] for index in used], list(flags.unbind()))
+
+
+def _smooth_stack_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    stack: Stack,
+    beta1: float,
+    beta2: float,
+    restart: bool,
+    finite: Tensor | None = None,
+) -> Tensor:
+    """`smooth_` for one stack; how many of its weights were averaged, 0-d int64.
+
+    ``finite`` says which weights to average, bool (count,); None to find out.
+    """
     used = {position: grad for position, index in enumerate(stack.members) if (grad := grads[index]) is not None}
     if not used or not stack.sensitivity.numel():
         return torch.zeros((), dtype=torch.int64, device=stack.sensitivity.device)
     own = [weights[stack.members[position]] for position in used]
     mean, spread = stack.sensitivity, stack.uncertainty
     if len(used) == len(stack.members):
-        return _average_(own, list(used.values()), mean, spread, beta1, beta2, restart)
+        return _average_(own, list(used.values()), mean, spread, beta1, beta2, restart, finite)
     # Not by an index tensor: the host would wait while it is made on the device.
     means, spreads = mean.unbind(), spread.unbind()
     views = [*(means[position] for position in used), *(spreads[position] for position in used)]
     mean, spread = torch.stack(views[: len(used)]), torch.stack(views[len(used) :])
-    taken = _average_(own, list(used.values()), mean, spread, beta1, beta2, restart)
+    some = None if finite is None else torch.stack([finite.unbind()[position] for position in used])
+    taken = _average_(own, list(used.values()), mean, spread, beta1, beta2, restart, some)
     torch._foreach_copy_(views, [*mean.unbind(), *spread.unbind()])
     return taken
 
@@ -97,14 +144,14 @@ def _average_(
     beta1: float,
     beta2: float,
     restart: bool,
+    given: Tensor | None,
 ) -> Tensor:
-    """Eq. 8-10 for weights of one shape at once; ``mean`` and ``spread`` (count, *shape) are Ī and Ū."""
-    current = torch.stack(list(weights)).to(mean.dtype)
-    torch._foreach_mul_(list(current.unbind()), list(grads))
-    current.abs_()
-    # Test I, not the gradient: a bad gradient always shows there (0·∞ is NaN), and so does a product that overflows.
-    # I is never negative, so one pass for its largest value is enough: NaN propagates, and is not below infinity.
-    finite = current.amax(dim=tuple(range(1, current.ndim)), keepdim=True) < torch.inf
+    """Eq. 8-10 for weights of one shape at once; ``mean`` and ``spread`` (count, *shape) are Ī and Ū.
+
+    ``given`` says which of them are finite in all processes, bool (count,); None to find out.
+    """
+    current = _importance(weights, grads, mean.dtype)
+    finite = _is_finite(current) if given is None else given.view(-1, *(1 for _ in current.shape[1:]))
     # What is left out moves by 0 towards the new value: x + 0 · (y − x) is x, bit for bit, if y is finite.
     current.nan_to_num_(nan=0.0, posinf=0.0)
     used = finite.to(mean.dtype)
@@ -117,3 +164,20 @@ def _average_(
     current.sub_(mean).abs_()
     spread.lerp_(current, pace if beta1 == beta2 else used * (1 - beta2))
     return finite.count_nonzero()
+
+
+def _importance(weights: Sequence[Tensor], grads: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """I = |w · ∂L/∂w| (Eq. 8) of weights of one shape, (count, *shape)."""
+    current = torch.stack(list(weights)).to(dtype)
+    torch._foreach_mul_(list(current.unbind()), list(grads))
+    return current.abs_()
+
+
+def _is_finite(importance: Tensor) -> Tensor:
+    """Whether I is finite throughout, for each weight: bool (count, 1, ...).
+
+    Test I, not the gradient: a bad gradient always shows there (0·∞ is NaN), and so does a product that overflows. I is
+    never negative, so one pass for its largest value is enough: NaN propagates, and is not below infinity.
+    """
+    largest: Tensor = importance.amax(dim=tuple(range(1, importance.ndim)), keepdim=True)
+    return largest < torch.inf

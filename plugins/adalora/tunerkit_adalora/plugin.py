@@ -14,7 +14,7 @@ from tunerkit_adalora.svd_layer import SvdLayer
 @hookimpl
 def tunerkit_methods() -> Iterable[Method]:
     """Name the method; without steps it would be LoRA with more parameters, so it needs them."""
-    return [Method(name="adalora", config=AdaLoraConfig, needs_steps=True)]
+    return [Method(name="adalora", config=AdaLoraConfig, needs_steps=True, pieces=True)]
 
 
 @hookimpl

@@ -5,17 +5,15 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from tunerkit import StepError
+from tunerkit import StepError, Tuner
 from tunerkit_adalora.svd_layer import Weights
 
 
-def refuse_sharded(adapter: str, weights: Sequence[Weights]) -> None:
-    """Refuse DTensors: AdaLoRA scores whole triplets, and a shard does not contain them.
-
-    An attached adapter is whole where hooks are called, unless it was sharded after that.
+def refuse_sharded(tuner: Tuner, weights: Sequence[Weights]) -> None:
+    """Refuse DTensors of which the engine knows nothing, since the adapter was sharded after it was attached.
 
     Args:
-        adapter: The adapter's name, for the message.
+        tuner: The adapter's handle.
         weights: P, λ and Q of each layer.
 
     Raises:
@@ -27,9 +25,9 @@ def refuse_sharded(adapter: str, weights: Sequence[Weights]) -> None:
         return
     # Each step asks this: check the few types, not the many weights.
     kinds: set[type[nn.Parameter]] = {type(weight) for each in weights for weight in each}
-    if any(issubclass(kind, sharding.DTensor) for kind in kinds):
+    if any(issubclass(kind, sharding.DTensor) for kind in kinds) and not tuner.pieces(weights[0]).are_cut:
         raise StepError(
-            f"adapter {adapter!r} has DTensors for weights, which were no DTensors when it was attached: call "
+            f"adapter {tuner.name!r} has DTensors for weights, which were no DTensors when it was attached: call "
             "tunerkit.attach after fully_shard, in every process"
         )
 

@@ -1,13 +1,14 @@
 """AdaLoRA's training state on its way to a file and back."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import attrs
 import torch
 from torch import Tensor
 
-from tunerkit import FileError, State, StepError, Tuner
-from tunerkit_adalora.averages import Stack, new_stacks, unstack
+from tunerkit import FileError, Pieces, State, StepError, Tuner
+from tunerkit_adalora.averages import average_dtype, new_stacks, unstack
 from tunerkit_adalora.contradictions import contradictions, impossible_averages
 from tunerkit_adalora.gradients import GradientCount
 from tunerkit_adalora.saved_values import WHAT_FITS, SavedValues, flags_of, read_values
@@ -39,8 +40,12 @@ def state(tuner: Tuner) -> State:
         left_out=int(training.gradients.left_out),
         **flags_of(training.phase),
     )
-    masks = [layer.mask for layer in layers_of(tuner)]
-    return State(tensors=_named(*training.averages, masks), values=attrs.asdict(values))
+    layers = layers_of(tuner)
+    sensitivity, uncertainty = training.averages
+    pieces = _pieces_of_averages(tuner, layers if training.stacks else [])
+    whole = pieces.joined([*sensitivity, *uncertainty], f"the averages of adapter {tuner.name!r}")
+    averages = whole[: len(sensitivity)], whole[len(sensitivity) :]
+    return State(tensors=_named(*averages, [layer.mask for layer in layers]), values=attrs.asdict(values))
 
 
 def restore(tuner: Tuner, saved: State) -> None:
@@ -60,17 +65,18 @@ def restore(tuner: Tuner, saved: State) -> None:
     training = training_of(tuner)
     layers = layers_of(tuner)
     values = read_values(saved.values)
-    stacks, averages = _new_averages(layers, saved, averaging=not values.phase.is_final)
+    pieces = _pieces_of_averages(tuner, [] if values.phase.is_final else layers)
+    found = _fitting(layers, pieces, saved)
     masks = [saved.tensors[f"mask.{i}"].to(layer.mask.device, copy=True) for i, layer in enumerate(layers)]
-    found = {name: saved.tensors[name] for name in averages}
     problems = [
         *contradictions(tuner, training, values, layers, masks),
         *impossible_averages(found, values.phase),
     ]
     if problems:
         raise FileError(f"the training state cannot be restored: {_listed(problems)}. {WHAT_FITS}")
-    for name, average in averages.items():
-        average.copy_(found[name])
+    stacks = new_stacks(pieces.values[: len(found) // 2])
+    for average, value in zip(itertools.chain(*unstack(stacks)), pieces.cut([*found.values()]), strict=True):
+        average.copy_(value)
     left_out = torch.full_like(training.gradients.left_out, values.left_out)
     restored = attrs.evolve(
         training,
@@ -88,20 +94,25 @@ def restore(tuner: Tuner, saved: State) -> None:
     tuner.state = restored
 
 
-def _new_averages(
-    layers: Sequence[SvdLayer], saved: State, *, averaging: bool
-) -> tuple[list[Stack], dict[str, Tensor]]:
-    """New stacks, and their averages by the names in a file; none if the ranks are final. The shapes are compared."""
-    stacks = new_stacks(weights_of(layers)) if averaging else []
-    averages = unstack(stacks)
-    expected, found = _shapes(_named(*averages, [layer.mask for layer in layers])), _shapes(saved.tensors)
+def _pieces_of_averages(tuner: Tuner, layers: Sequence[SvdLayer]) -> Pieces:
+    """The pieces of the weights to which Ī belongs, then once more those to which Ū belongs."""
+    weights = weights_of(layers)
+    return tuner.pieces([*weights, *weights])
+
+
+def _fitting(layers: Sequence[SvdLayer], pieces: Pieces, saved: State) -> dict[str, Tensor]:
+    """The whole averages in a state, by name. Raises `StepError` if the state does not fit the layers."""
+    weights = weights_of(layers) if pieces.values else []
+    averages = [torch.empty(w.shape, dtype=average_dtype(w.dtype), device="meta") for w in weights]
+    named = _named(averages, averages, [layer.mask for layer in layers])
+    expected, found = _shapes(named), _shapes(saved.tensors)
     if expected != found:
         problems = [f"{name!r} is missing" for name in expected if name not in found]
         problems += [f"{name!r} is not expected" for name in found if name not in expected]
         both = [name for name in expected if name in found and expected[name] != found[name]]
         problems += [f"{name!r} has another shape or dtype" for name in both]
         raise StepError(f"the saved averages and masks do not fit this adapter: {_listed(problems)}. {WHAT_FITS}")
-    return stacks, _named(*averages, [])
+    return {name: saved.tensors[name] for name in _named(averages, averages, [])}
 
 
 def _listed(problems: Sequence[str]) -> str:

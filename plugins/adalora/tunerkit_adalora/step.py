@@ -8,17 +8,18 @@ from torch import Tensor, nn
 
 from tunerkit import StepError, Tuner, TunerkitWarning, optimizer_of
 from tunerkit_adalora.allocator import allocate
-from tunerkit_adalora.averages import on_devices_of
+from tunerkit_adalora.averages import Part, on_devices_of
 from tunerkit_adalora.budget import costs_of
 from tunerkit_adalora.importance import smooth_, triplet_scores
 from tunerkit_adalora.orthogonality import add_gradient_
+from tunerkit_adalora.partial_scores import partial_scores, placed_lams
 from tunerkit_adalora.phase import Phase
 from tunerkit_adalora.preconditions import refuse_other_ranks, refuse_sharded
 from tunerkit_adalora.readback import Readback, read_back
 from tunerkit_adalora.schedule import Allocation
 from tunerkit_adalora.shrinking import shrink_layers_
 from tunerkit_adalora.svd_form import to_svd_form_
-from tunerkit_adalora.svd_layer import apply_masks_
+from tunerkit_adalora.svd_layer import SvdLayer, apply_masks_
 from tunerkit_adalora.training import Training, config_of, layers_of, training_of, weights_of
 from tunerkit_adalora.weight_copies import copies_in
 
@@ -38,11 +39,12 @@ def before_step(tuner: Tuner, grad_scale: Tensor | None) -> Iterable[nn.Paramete
     """
     config, training = config_of(tuner), training_of(tuner)
     weights = [layer.weights for layer in training.layers]
-    refuse_sharded(tuner.name, weights)
+    refuse_sharded(tuner, weights)
     refuse_other_ranks(tuner.name, weights, training.sizes)
     if config.gamma > 0:
-        pairs = [(each.p, each.q) for each in weights]
-        add_gradient_(pairs, gamma=config.gamma, form=config.orthogonality, grad_scale=grad_scale)
+        with tuner.whole(gradients=True):
+            pairs = [(layer.p, layer.q) for layer in training.layers]
+            add_gradient_(pairs, gamma=config.gamma, form=config.orthogonality, grad_scale=grad_scale)
     return None if training.resolved.train_lambda else [each.lam for each in weights]
 
 
@@ -68,7 +70,7 @@ def after_step(tuner: Tuner, step: int) -> dict[str, int] | None:
     if due is not None:
         return _allocate(tuner, training, due)  # allocation by score (Eq. 11-13), masks (Eq. 6)
     if training.phase is Phase.FINAL_MASKED:
-        apply_masks_(training.layers)
+        _apply_masks_(tuner, training.layers)
     return None
 
 
@@ -126,12 +128,19 @@ def _measure_(tuner: Tuner, training: Training, step: int) -> None:
     if training.phase.is_final or resting:
         return
     config = config_of(tuner)
-    weights = weights_of(training.layers)
-    grads = [weight.grad for weight in weights]
-    training.stacks = on_devices_of(weights, training.stacks)
+    pieces = tuner.pieces(weights_of(training.layers))
+    training.stacks = on_devices_of(pieces.values, training.stacks)
     restart = training.phase is Phase.RESTARTING
-    left_out = smooth_(weights, grads, training.stacks, beta1=config.beta1, beta2=config.beta2, restart=restart)
-    training.gradients.add_(seen=sum(grad is not None for grad in grads), left_out=left_out)
+    left_out = smooth_(
+        pieces.values,
+        pieces.grads,
+        training.stacks,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        restart=restart,
+        total_=(lambda bad: pieces.sum_([bad], "which gradients are finite")) if pieces.are_cut else None,
+    )
+    training.gradients.add_(seen=sum(grad is not None for grad in pieces.grads), left_out=left_out)
     training.phase = Phase.AVERAGING
 
 
@@ -139,7 +148,7 @@ def _allocate(tuner: Tuner, training: Training, due: Allocation) -> dict[str, in
     """Keep the triplets with the highest scores and mask the others; the new ranks."""
     config, bounds = config_of(tuner), training.bounds
     layers = training.layers = layers_of(tuner)
-    scores = triplet_scores(training.stacks)
+    scores, lams = _scores_and_lams(tuner, training)
     tuner.agree_(scores, "the scores")
     masks = allocate(
         scores,
@@ -148,19 +157,40 @@ def _allocate(tuner: Tuner, training: Training, due: Allocation) -> dict[str, in
         minimum=bounds.minimum,
         maximum=bounds.maximum,
         # Where nothing moves λ, a λ at 0 stays there, whatever the averages remember.
-        lams=None if training.resolved.train_lambda else [layer.lam for layer in layers],
+        lams=None if training.resolved.train_lambda else lams,
     )
     found = read_back(training.gradients.left_out, scores, masks)
     _judge_(tuner, training, due, found)
     for layer, mask, rank in zip(layers, masks, found.ranks, strict=True):
         layer.set_mask(mask, rank=rank)
-    apply_masks_(layers)
+    _apply_masks_(tuner, layers)
     training.in_force = due.keep
     if training.resolved.exact_svd:
         _re_parametrise_(tuner, training, scores)
     if due.final:
         _settle_(tuner, training)
     return tuner.ranks()
+
+
+def _scores_and_lams(tuner: Tuner, training: Training) -> tuple[list[Tensor], list[Tensor]]:
+    """The score (r,) of each triplet and λ (r,), by layer, whole in each process."""
+    layers = training.layers
+    weights = weights_of(layers)
+    pieces = tuner.pieces(weights)
+    if not pieces.are_cut:
+        return triplet_scores(training.stacks), [layer.lam for layer in layers]
+    shapes = [weight.shape for weight in weights]
+    scores = partial_scores(training.stacks, shapes, pieces.starts)
+    every = slice(Part.LAM, None, len(Part))
+    lams = placed_lams(pieces.values[every], shapes[every], pieces.starts[every])
+    pieces.sum_([*scores, *lams], "the scores")
+    return scores, lams
+
+
+def _apply_masks_(tuner: Tuner, layers: Sequence[SvdLayer]) -> None:
+    """Zero the λ of masked triplets, as far as this process holds them."""
+    pieces = tuner.pieces([layer.lam for layer in layers])
+    apply_masks_(pieces.values, pieces.cut([layer.mask for layer in layers]))
 
 
 def _judge_(tuner: Tuner, training: Training, due: Allocation, found: Readback) -> None:
@@ -177,8 +207,12 @@ def _judge_(tuner: Tuner, training: Training, due: Allocation, found: Readback) 
 
 def _re_parametrise_(tuner: Tuner, training: Training, scores: Sequence[Tensor]) -> None:
     """Make P Λ Q the SVD of ΔW. The averages belong to the old triplets, so they restart at the next step."""
-    with tuner.whole() as outside:  # the optimizer may know others than the whole ones that a hook sees
+    with tuner.whole() as outside:  # the optimizer may know others than the whole ones
         copies = copies_in(optimizer_of(tuner), map(outside, weights_of(training.layers)))
+        if not copies:
+            to_svd_form_(training.layers, scores, total=training.resolved.init_rank)
+            # Unlike hardware may choose other signs, and averaged gradients would then belong to other triplets.
+            tuner.agree_(weights_of(training.layers), "the decomposed weights")
     if copies:
         warnings.warn(
             f"adapter {tuner.name!r}: the optimizer keeps weights of its own ({', '.join(copies)}), so P, Λ and Q are "
@@ -187,9 +221,6 @@ def _re_parametrise_(tuner: Tuner, training: Training, scores: Sequence[Tensor])
             stacklevel=3,
         )
         return
-    to_svd_form_(training.layers, scores, total=training.resolved.init_rank)
-    # Unlike hardware may choose other signs, and averaged gradients would then belong to other triplets.
-    tuner.agree_(weights_of(training.layers), "the decomposed weights")
     training.phase = Phase.RESTARTING
 
 

@@ -206,17 +206,17 @@ def layer_of(product: Factors) -> SvdLayer:
 
 
 @torch.no_grad()
-def apply_masks_(layers: Sequence[SvdLayer]) -> None:
+def apply_masks_(lams: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     """Zero the λ of masked triplets (Eq. 6); P and Q stay as they are, and trainable.
 
     Args:
-        layers: The layers with their masks, on any devices.
+        lams: λ (r,) of each layer, on any devices; or pieces of it.
+        masks: Their masks, bool (r,).
     """
-    lams: list[Tensor] = [layer.lam for layer in layers]
     # One tensor for all: layers may lie on several devices, a mask then lies where the allocation was made.
     kept = torch.cat([lam.to(lams[0].device) for lam in lams])
-    kept.masked_fill_(torch.cat([layer.mask.to(kept.device) for layer in layers]).logical_not_(), 0)
-    torch._foreach_copy_(lams, list(torch.split(kept, [len(lam) for lam in lams])))
+    kept.masked_fill_(torch.cat([mask.to(kept.device) for mask in masks]).logical_not_(), 0)
+    torch._foreach_copy_(list(lams), list(torch.split(kept, [len(lam) for lam in lams])))
 
 
 def _start(layer: SvdLayer, start: str) -> None:

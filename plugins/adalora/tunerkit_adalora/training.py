@@ -28,7 +28,7 @@ class Training:
         resolved: The config's settings with their defaults applied.
         bounds: The least and the greatest rank of each target.
         schedule: b(t).
-        stacks: The averages of the layers' weights; none once the ranks are final.
+        stacks: The averages of what this process holds of the layers' weights; none once the ranks are final.
         gradients: Counts since the last allocation.
         in_force: The budget of the last allocation, in the config's unit.
         sizes: Triplets of each layer in memory, dead ones included.
@@ -85,7 +85,7 @@ def start(tuner: Tuner, total_steps: int) -> Training:
     """
     config = config_of(tuner)
     layers = layers_of(tuner)
-    refuse_sharded(tuner.name, [layer.weights for layer in layers])
+    refuse_sharded(tuner, [layer.weights for layer in layers])
     resolved = config.resolved()
     schedule = schedule_of(config, resolved, layers, total_steps)
     refuse_short(schedule)
@@ -98,7 +98,7 @@ def start(tuner: Tuner, total_steps: int) -> Training:
         resolved=resolved,
         bounds=bounds,
         schedule=attrs.evolve(schedule, initial=there, target=min(schedule.target, there)),
-        stacks=new_stacks(weights_of(layers)),
+        stacks=new_stacks(tuner.pieces(weights_of(layers)).values),
         gradients=GradientCount(torch.zeros((), dtype=torch.int64, device=layers[0].lam.device)),
         in_force=live_budget(config, layers),
         sizes=sizes,
