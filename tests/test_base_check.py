@@ -161,3 +161,10 @@ def test_a_head_of_another_size_names_num_labels(toys: "Toys", tmp_path: Path, t
     words = "built for 2 labels, the adapter needs 5: pass num_labels=5 to from_pretrained"
     assert_refused(toys, path, BaseMismatchError, words, base=base(2))
     assert tunerkit.load(base(5), path) is not None
+
+
+def test_a_launcher_of_one_process_lets_the_base_be_noted(toys: "Toys", monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine may empty the base in one process too, as ZeRO-3 does, so a later save needs what was noted before."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    model = tunerkit.wrap(toys.net(), "toy-low-rank", {"targets": ["layers.0"]})
+    assert "layers.0.weight" in (tunerkit.tuner(model).progress.noted or {})

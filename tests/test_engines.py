@@ -24,10 +24,12 @@ TARGETS = {"targets": ["layers.0", "layers.1"]}
 
 
 def partitioned_(model: nn.Module) -> nn.Module:
-    """Do to parameters what ZeRO-3 does: number them, keep the shape aside, and empty the tensor.
+    """Do what an engine with ZeRO-3 does: number parameters, keep the shape aside, empty the tensor, mark modules.
 
-    A stand-in: DeepSpeed is not installed here. Its ``Init`` sets these attributes on each parameter that it converts.
+    A stand-in: DeepSpeed is not installed here. It sets these attributes on each parameter and each module.
     """
+    for module in model.modules():
+        vars(module)["_original_parameters"] = {}
     for number, parameter in enumerate(model.parameters()):
         kept = {"ds_id": number, "ds_shape": parameter.shape, "ds_status": "NOT_AVAILABLE", "ds_tensor": parameter.data}
         vars(parameter).update(kept)
@@ -80,7 +82,8 @@ def test_nothing_silent_happens_to_sharded_weights(engine: str, tmp_path: Path) 
 
 def test_partitioned_weights_are_neither_wrapped_nor_saved_nor_merged(toys: "Toys", tmp_path: Path) -> None:
     """ZeRO-3 leaves parameters of shape (0,): a file would hold these, and there would be nothing to merge into."""
-    refused(lambda: tunerkit.wrap(partitioned_(toys.net()), "toy-low-rank", TARGETS), AdapterError, "ZeRO-3", "'conv")
+    net = partitioned_(toys.net())
+    refused(lambda: tunerkit.wrap(net, "toy-low-rank", TARGETS), AdapterError, "DeepSpeed", "Wrap the model first")
     model = partitioned_(toys.trained(targets=TARGETS["targets"]))
     refused(lambda: tunerkit.save(model, tmp_path / "out"), AdapterError, "holds a shard", "call tunerkit.attach")
     refused(lambda: tunerkit.merge(model), AdapterError, "ZeRO-3", "partitions", "Save the adapter in every process")

@@ -3,6 +3,7 @@
 Run it on an idle machine; the first table takes ten minutes, for each number of processes::
 
     python -m scripts.scaling cells [PROCESSES]
+    python -m scripts.scaling zero [PROCESSES]    with the Python of .venv-deepspeed
     python -m scripts.scaling collectives
     python -m scripts.scaling targets
     python -m scripts.scaling sizes
@@ -11,9 +12,15 @@ Run it on an idle machine; the first table takes ten minutes, for each number of
 import sys
 import warnings
 
-from scripts.scaling import cells, collectives, sizes, targets
+from scripts.scaling import cells, collectives, sizes, targets, zero
 
-TABLES = {"cells": cells.main, "collectives": collectives.main, "targets": targets.main, "sizes": sizes.main}
+TABLES = {
+    "cells": cells.main,
+    "zero": zero.main,
+    "collectives": collectives.main,
+    "targets": targets.main,
+    "sizes": sizes.main,
+}
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")

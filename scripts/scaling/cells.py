@@ -21,14 +21,26 @@ def main(processes: int = 2) -> None:
     jobs = [job(engine, method, stop=stop) for engine, method in keys for stop in (0, *STOPS)]
     with tempfile.TemporaryDirectory() as folder:
         found = together.together(jobs, Path(folder), processes)
-        print(f"torch {torch.__version__}, {processes} processes\n\n| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
+        print_head(f"torch {torch.__version__}", processes)
         for number, (engine, method) in enumerate(keys):
             whole, *stopped = found[number * (1 + len(STOPS)) :][: 1 + len(STOPS)]
             one = together.train(alone(engine, method), Path(folder) / "alone")
-            print(f"| {engine} | {method} | {' | '.join(_row(one, whole, stopped))} |", flush=True)
+            print(f"| {engine} | {method} | {' | '.join(row(one, whole, stopped))} |", flush=True)
 
 
-def _row(one: dict[str, Any], whole: list[dict[str, Any]], stopped: list[list[dict[str, Any]]]) -> list[str]:
+def print_head(release: str, processes: int) -> None:
+    """Print what was run, and the table's head."""
+    print(f"{release}, {processes} processes\n\n| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
+
+
+def row(one: dict[str, Any], whole: list[dict[str, Any]], stopped: list[list[dict[str, Any]]]) -> list[str]:
+    """The row of a cell, without engine and method.
+
+    Args:
+        one: The results of one process.
+        whole: Those of each process of the training that never stopped.
+        stopped: Those of each process of the trainings that were resumed.
+    """
     first = whole[0]
     alike = all(each[key] == one[key] for each in whole for key in ("ranks", "history"))
     same = all(torch.equal(each["weights"][name], first["weights"][name]) for each in whole for name in one["weights"])

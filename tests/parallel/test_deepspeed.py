@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tunerkit
-from tests.parallel import zero_training
+from tests.parallel import zero_init_runs, zero_training
 from tests.parallel.zero_training import ZeroJob
 from tunerkit.testing import together
 
@@ -22,9 +22,12 @@ TRAINED = {"init_rank": 6, "target_rank": 4, "delta_t": 2}  # without the SVD: t
 GAMMA = {**TRAINED, "gamma": 0.1, "orthogonality": "paper"}
 BF16 = {"bf16": {"enabled": True}}
 STEPS = 12
+FULL = {"rank": 3, "train_modules": ("4",), "bias": "all"}
+IN_INIT = "in Init 3"  # the base is partitioned from the start
+STAGES = {"1": 1, "2": 2, "3": 3, IN_INIT: 3}
 JOBS = {
-    f"{name} {stage}": ZeroJob(stage, method, config, stop=stop)
-    for stage in (1, 2, 3)
+    f"{name} {label}": ZeroJob(stage, method, config, stop=stop, init=label == IN_INIT)
+    for label, stage in STAGES.items()
     for name, method, config, stop in (
         ("svd", "adalora", EXACT, 0),
         ("no svd", "adalora", TRAINED, 0),
@@ -34,8 +37,8 @@ JOBS = {
 }
 if os.environ.get("TUNERKIT_LONG") == "1":  # before, during and after pruning
     JOBS |= {
-        f"{name}, resumed at {stop} {stage}": ZeroJob(stage, "adalora", config, stop=stop)
-        for stage in (1, 2, 3)
+        f"{name}, resumed at {stop} {label}": ZeroJob(stage, "adalora", config, stop=stop, init=label == IN_INIT)
+        for label, stage in STAGES.items()
         for name, config in (("svd", EXACT), ("no svd", TRAINED))
         for stop in (1, 5, 10)
     }
@@ -44,13 +47,19 @@ PERSISTENT = {"svd, whole 3": ZeroJob(3, "adalora", EXACT, options={"zero_optimi
 UNCLIPPED = {
     f"gamma {stage}": ZeroJob(stage, "adalora", GAMMA, options={"gradient_clipping": 0.0}) for stage in (1, 2, 3)
 }
-HALF = {f"bf16 {stage}": ZeroJob(stage, "adalora", TRAINED, options=BF16) for stage in (1, 3)}
+HALF = {
+    f"bf16 {label}": ZeroJob(STAGES[label], "adalora", TRAINED, options=BF16, init=label == IN_INIT)
+    for label in ("1", "3", IN_INIT)
+}
+COPIES = {f"copies {label}": ZeroJob(3, "lora", FULL, init=label == IN_INIT, stop=7) for label in ("3", IN_INIT)}
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes found, by process and job."""
-    return zero_training.trained({**JOBS, **PERSISTENT, **UNCLIPPED, **HALF}, tmp_path_factory.mktemp("zero"))
+    jobs = {**JOBS, **PERSISTENT, **UNCLIPPED, **HALF, **COPIES}
+    more = {"wrong": zero_training.go_wrong, "left": zero_training.leave, "init": zero_init_runs.do_all}
+    return zero_training.trained(jobs, tmp_path_factory.mktemp("zero"), more)
 
 
 def alone(job: ZeroJob, folder: Path) -> dict[str, Any]:
@@ -93,7 +102,14 @@ def test_weights_of_16_bits_are_seen_and_saved_by_their_master_weights(
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in saved)
 
 
-@pytest.mark.parametrize("name", [*JOBS, *PERSISTENT, *HALF])
+@pytest.mark.parametrize("name", [name for name in {**JOBS, **COPIES} if name.endswith(IN_INIT)])
+def test_a_base_in_init_trains_as_one_that_is_partitioned_later(trained: list[dict[str, Any]], name: str) -> None:
+    """Bit by bit, also with a module and biases that are trained in full, which are copied from whole values."""
+    for found in trained:
+        assert difference(found[name]["weights"], found[name.replace(IN_INIT, "3")]["weights"]) == 0
+
+
+@pytest.mark.parametrize("name", [*JOBS, *PERSISTENT, *HALF, *COPIES])
 def test_what_is_saved_loads_in_one_process(trained: list[dict[str, Any]], name: str) -> None:
     """Also where the parameters are empty between uses. One file, with the outputs of the training."""
     found = trained[0][name]
@@ -169,3 +185,58 @@ def test_what_cannot_work_is_refused_in_every_process(trained: list[dict[str, An
 def test_detaching_restores_deepspeeds_step(trained: list[dict[str, Any]]) -> None:
     """An adapter may be attached, detached and attached again."""
     assert trained[0]["left"] == {"hooked": True, "restored": True, "again": True}
+
+
+def test_wrapping_a_base_in_init_is_as_wrapping_a_whole_one(trained: list[dict[str, Any]]) -> None:
+    """The adapters, the base's fingerprint and the counts are equal, and the base stays partitioned."""
+    for found in trained:
+        for name, same in found["init"]["wrapped"].items():
+            assert set(same.values()) == {True}, (name, same)
+
+
+def test_wrapping_gathers_a_few_weights_at_a_time(trained: list[dict[str, Any]]) -> None:
+    """Never the whole base, which no process may have memory for: of its 548 values, groups of at most 300."""
+    assert all(found["init"]["gathered"] == [192 + 16, 256 + 16, 64 + 4] for found in trained)
+
+
+def test_what_stays_unadapted_is_told_by_the_whole_shapes(trained: list[dict[str, Any]]) -> None:
+    """A router's matrix and a stack of experts' are known by their shapes, which partitioned parameters lack."""
+    for found in trained:
+        whole, in_init = found["init"]["told"]
+        assert whole == in_init
+        assert "2.weight" in whole[0]
+
+
+def test_adapters_are_whole_although_the_caller_is_in_init(trained: list[dict[str, Any]]) -> None:
+    """What the caller builds afterwards is partitioned as before."""
+    assert all(found["init"]["inside"] == {"adapters": True, "later": True} for found in trained)
+
+
+def test_a_file_of_one_process_loads_onto_a_base_in_init(trained: list[dict[str, Any]]) -> None:
+    """It is refused for a base with other values, in both processes, and that one stays as it was."""
+    for found in trained:
+        loaded = found["init"]["loaded"]
+        assert loaded["equal"]
+        assert loaded["untouched"]
+        assert loaded["other"].startswith("BaseMismatchError")
+        assert "other values: 2.weight" in loaded["other"]
+
+
+def test_what_cannot_work_with_partitioned_weights_is_refused(trained: list[dict[str, Any]]) -> None:
+    """An adapter that would come too late, a merge, and layers whose weight must change during a forward."""
+    for found in trained:
+        said = found["init"]["refused"]
+        assert "deepspeed.initialize was called already" in said["in an engine"]
+        assert "it holds the weights in partitions" in said["merge"]
+        assert said["attention in Init"].startswith("TargetError: 'attention' is used directly")
+        assert said["attention"].startswith("StepError: attention is used directly")
+        assert "tunerkit" not in said["names"]
+        assert "load it onto a whole base in one process" in said["format"]
+
+
+def test_a_frozen_adapter_beside_the_trained_one_is_saved_whole(trained: list[dict[str, Any]]) -> None:
+    """It has the values that it was loaded with. Before anything is attached, nothing can gather it."""
+    for found in trained:
+        frozen = found["init"]["frozen"]
+        assert "only an attached one is gathered" in frozen["alone"]
+        assert difference(frozen["before"], frozen["after"]) == 0

@@ -61,7 +61,11 @@ def build(method: str, **more: Any) -> Any:
 
 
 def trainer_of(model: nn.Module, folder: Path, processes: int, **options: Any) -> Trainer:
-    arguments = TrainingArguments(
+    return Trainer(model, arguments_of(folder, processes, **options), train_dataset=Tokens())
+
+
+def arguments_of(folder: Path, processes: int, **options: Any) -> TrainingArguments:
+    return TrainingArguments(
         str(folder),
         **{
             "max_steps": STEPS,
@@ -81,7 +85,6 @@ def trainer_of(model: nn.Module, folder: Path, processes: int, **options: Any) -
             **options,
         },
     )
-    return Trainer(model, arguments, train_dataset=Tokens())
 
 
 @contextlib.contextmanager

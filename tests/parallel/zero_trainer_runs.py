@@ -10,6 +10,7 @@ from typing import Any
 import accelerate  # type: ignore[import-untyped]
 import torch
 from torch import distributed
+from transformers import LlamaForCausalLM, Trainer
 
 import tunerkit
 from tests.parallel import trainer_runs, zero_training
@@ -18,10 +19,14 @@ from tunerkit.testing import two_processes
 PROCESSES = 2
 METHOD = "adalora 8 -> 2"
 STAGES = (2, 3)
+INIT = "3, in zero.Init"  # as from_pretrained builds the base while there are arguments for ZeRO-3
+Run = int | str
+RUNS: tuple[Run, ...] = (*STAGES, INIT)
 
 
-def settings(stage: int) -> dict[str, Any]:
+def settings(run: Run) -> dict[str, Any]:
     """DeepSpeed's config, as the Trainer fills it."""
+    stage = 3 if run == INIT else run
     return {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
@@ -32,18 +37,32 @@ def settings(stage: int) -> dict[str, Any]:
     }
 
 
-def trainer_of(model: Any, folder: Path, stage: int, **options: Any) -> Any:
+def trainer_of(run: Run, folder: Path) -> Any:
     """An attached trainer. ``use_cpu`` would turn DeepSpeed off; DS_ACCELERATOR has the same effect."""
-    more = {"use_cpu": False, "ddp_backend": "gloo", "deepspeed": settings(stage), **options}
-    trainer = trainer_runs.trainer_of(model, folder, PROCESSES, **more)
+    more = {"use_cpu": False, "ddp_backend": "gloo", "deepspeed": settings(run)}
+    arguments = trainer_runs.arguments_of(folder, PROCESSES, **more)
+    model = wrapped(LlamaForCausalLM.from_pretrained(base_at(folder))) if run == INIT else trainer_runs.build(METHOD)
+    assert all((p.numel() == 0) == (run == INIT) for name, p in model.named_parameters() if ".tunerkit." not in name)
+    trainer = Trainer(model, arguments, train_dataset=trainer_runs.Tokens())
     tunerkit.attach(model, trainer)
     return trainer
 
 
-def train(stage: int, folder: Path, resume: bool | str = False) -> dict[str, Any]:
+def base_at(folder: Path) -> Path:
+    """Where the base lies, for trainings in ``folder``."""
+    return folder.parent / "base"
+
+
+def wrapped(base: Any) -> Any:
+    """The base with a new adapter."""
+    name, config = trainer_runs.METHODS[METHOD]
+    return tunerkit.wrap(base, name, config, seed=3)
+
+
+def train(run: Run, folder: Path, resume: bool | str = False) -> dict[str, Any]:
     """Train, and save at the end, as scripts do."""
-    model = trainer_runs.build(METHOD)
-    trainer = trainer_of(model, folder, stage)
+    trainer = trainer_of(run, folder)
+    model = trainer.model
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.train(resume_from_checkpoint=resume or None)
@@ -55,11 +74,10 @@ def train(stage: int, folder: Path, resume: bool | str = False) -> dict[str, Any
     return {**found, "losses": losses, "warnings": told}
 
 
-def refused(stage: int, folder: Path, checkpoint: Path) -> str:
+def refused(run: Run, folder: Path, checkpoint: Path) -> str:
     """What is said to a training that is to resume from ``checkpoint``."""
-    model = trainer_runs.build(METHOD)
     try:
-        trainer_of(model, folder, stage).train(resume_from_checkpoint=str(checkpoint))
+        trainer_of(run, folder).train(resume_from_checkpoint=str(checkpoint))
     except tunerkit.TunerkitError as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -90,18 +108,19 @@ def run(rank: int, folder: str) -> None:
     with two_processes.joined(rank, folder):
         zero_training.prepare(rank)
         found: dict[Any, Any] = {}
-        for stage in STAGES:
-            place = Path(folder) / f"zero{stage}"
-            found[stage] = train(stage, place)
+        in_one(rank, lambda: trainer_runs.base().save_pretrained(Path(folder) / "base"))
+        for number, each in enumerate(RUNS):
+            place = Path(folder) / f"run{number}"
+            found[each] = train(each, place)
             first = place / "checkpoint-3"
-            found[stage]["files"] = listed(first)
+            found[each]["files"] = listed(first)
             own = next(first.glob("global_step3/*model_states.pt"))
-            found[stage]["module"] = sorted(torch.load(own, weights_only=False)["module"])
+            found[each]["module"] = sorted(torch.load(own, weights_only=False)["module"])
             for step in (6, 8):
                 in_one(rank, functools.partial(shutil.rmtree, place / f"checkpoint-{step}"))
-            found[stage]["resumed"] = train(stage, place, resume=True)
+            found[each]["resumed"] = train(each, place, resume=True)
         bad = Path(folder) / "bad" / "checkpoint-3"
-        in_one(rank, lambda: shutil.copytree(Path(folder) / "zero2" / "checkpoint-3", bad))
+        in_one(rank, lambda: shutil.copytree(Path(folder) / "run0" / "checkpoint-3", bad))
         in_one(rank, lambda: next(bad.glob("global_step3/*rank_1_*optim_states.pt")).unlink())
         found["no part"] = refused(2, bad.parent, bad)
         in_one(rank, lambda: (bad / "latest").unlink())

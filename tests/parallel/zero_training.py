@@ -1,4 +1,4 @@
-"""Trainings under DeepSpeed's ZeRO in two processes, each of which imports this by name, and what goes wrong there."""
+"""Trainings under ZeRO in several processes, each of which imports this by name, and what goes wrong there."""
 
 import importlib
 import os
@@ -31,6 +31,7 @@ class ZeroJob:
         steps: The length of training.
         stop: Train to this step, save all, build everything anew, load, and go on; 0 for no stop.
         options: More of DeepSpeed's settings.
+        init: Whether the base is built in `deepspeed.zero.Init`, so that no process ever has all of it.
     """
 
     stage: int
@@ -39,6 +40,7 @@ class ZeroJob:
     steps: int = 12
     stop: int = 0
     options: Mapping[str, Any] = attrs.field(factory=dict)
+    init: bool = False
 
 
 def settings(job: ZeroJob) -> dict[str, Any]:
@@ -63,12 +65,26 @@ def prepare(rank: int) -> Any:
     return deepspeed
 
 
+def base(deepspeed: Any, job: ZeroJob) -> nn.Module:
+    """The base model, whole; or built in Init and filled there, as transformers does."""
+    whole = together.net()
+    if not job.init:
+        return whole
+    with deepspeed.zero.Init(config_dict_or_path=settings(job)):
+        model = together.net()
+    own = list(model.parameters())
+    with deepspeed.zero.GatheredParameters(own, modifier_rank=0), torch.no_grad():
+        for parameter, values in zip(own, whole.parameters(), strict=True):
+            parameter.copy_(values)
+    return model
+
+
 def build(deepspeed: Any, job: ZeroJob, file: Path | None) -> tuple[nn.Module, Any]:
     """The wrapped model, and DeepSpeed's engine that trains it, attached."""
     if file is None:
-        model: nn.Module = tunerkit.wrap(together.net(), job.method, job.config, seed=1)
+        model = tunerkit.wrap(base(deepspeed, job), job.method, job.config, seed=1)
     else:
-        model = tunerkit.load(together.net(), file, trainable=True)
+        model = tunerkit.load(base(deepspeed, job), file, trainable=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=adam(model), config=settings(job))
     tunerkit.attach(model, engine, total_steps=job.steps)
     return model, engine
@@ -82,10 +98,11 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
 def take_steps(engine: Any, numbers: range, rank: int) -> None:
     """Train on this process's share of each batch."""
     dtype = next(p.dtype for p in engine.module.parameters())
+    processes = torch.distributed.get_world_size()
     for step in numbers:
         x, classes = together.rows(step)
         for part in range(_ACCUMULATED):
-            own = slice(part * PROCESSES + rank, None, PROCESSES * _ACCUMULATED)
+            own = slice(part * processes + rank, None, processes * _ACCUMULATED)
             engine.backward(nn.functional.cross_entropy(engine(x[own].to(dtype)).float(), classes[own]))
             engine.step()
 
@@ -104,7 +121,8 @@ def train(deepspeed: Any, job: ZeroJob, folder: Path, rank: int) -> dict[str, An
             engine.save_checkpoint(folder / "deepspeed")
             model, engine = build(deepspeed, job, stopped.parent)
             engine.load_checkpoint(folder / "deepspeed")
-            tunerkit.load_state(model, stopped.parent)
+            if tunerkit.tuner(model).needs_steps:
+                tunerkit.load_state(model, stopped.parent)
         with Collectives() as stepping:
             take_steps(engine, range(job.stop, job.steps), rank)
         tuner = tunerkit.tuner(model)
@@ -154,7 +172,7 @@ def _merged(model: nn.Module, engine: Any) -> Any:
         return merged.float(), bool(torch.equal(engine(x), before))
 
 
-def go_wrong(deepspeed: Any, rank: int) -> dict[str, str]:
+def go_wrong(deepspeed: Any, rank: int, folder: Path) -> dict[str, str]:
     """Do what must be refused in both processes; the message for each."""
     found = {}
 
@@ -177,7 +195,7 @@ def go_wrong(deepspeed: Any, rank: int) -> dict[str, str]:
     return found
 
 
-def leave(deepspeed: Any) -> dict[str, Any]:
+def leave(deepspeed: Any, rank: int, folder: Path) -> dict[str, Any]:
     """Attach and detach; DeepSpeed's step before, between and after, and whether the optimizer was freed."""
     model, engine = build(deepspeed, ZeroJob(2, "lora", {"rank": 2}), None)
     tuner = tunerkit.tuner(model)
@@ -199,18 +217,31 @@ def alone_unclipped(job: together.Job, folder: Path) -> dict[str, Any]:
         nn.utils.clip_grad_norm_ = clip
 
 
-def be_one(rank: int, jobs: Mapping[str, ZeroJob], folder: str) -> None:
-    """Be one of two processes that train together; the results are written to ``{folder}/{rank}.pt``."""
-    with two_processes.joined(rank, folder):
+Work = Callable[[Any, int, Path], Any]
+NOTHING: Mapping[str, Work] = {}
+
+
+def be_one(rank: int, jobs: Mapping[str, ZeroJob], folder: str, more: Mapping[str, Work], processes: int) -> None:
+    """Be one of several processes that train together; the results are written to ``{folder}/{rank}.pt``."""
+    with two_processes.joined(rank, folder, processes):
         deepspeed = prepare(rank)
         found: dict[str, Any] = {
             name: train(deepspeed, job, Path(folder) / name.replace(" ", "_"), rank) for name, job in jobs.items()
         }
-        found["wrong"], found["left"] = go_wrong(deepspeed, rank), leave(deepspeed)
+        found |= {name: work(deepspeed, rank, Path(folder)) for name, work in more.items()}
         torch.save(found, f"{folder}/{rank}.pt")
 
 
-def trained(jobs: Mapping[str, ZeroJob], folder: Path) -> list[dict[str, Any]]:
-    """Train in two processes, one job after the other; the results of each process by job."""
-    two_processes.spawn(be_one, (jobs, str(folder)), PROCESSES)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
+def trained(
+    jobs: Mapping[str, ZeroJob], folder: Path, more: Mapping[str, Work] = NOTHING, processes: int = PROCESSES
+) -> list[dict[str, Any]]:
+    """Train in several processes, one job after the other; the results of each process by job, and those of ``more``.
+
+    Args:
+        jobs: The trainings.
+        folder: Where the processes meet and write.
+        more: What each process does afterwards: functions of DeepSpeed, the number of the process, and the folder.
+        processes: How many there are.
+    """
+    two_processes.spawn(be_one, (jobs, str(folder), more, processes), processes)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]

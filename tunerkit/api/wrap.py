@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from tunerkit import hooks, injection, patterns, serialization, steps, targets
+from tunerkit import hooks, injection, libraries, patterns, serialization, steps, targets
 from tunerkit.config import AdapterConfig
 from tunerkit.errors import ConfigError, TunerkitWarning
 from tunerkit.injection import Progress, Tuner
@@ -50,7 +50,7 @@ def wrap(
         UnknownMethodError: No installed plugin provides the method.
         PluginError: The method's plugin violates the contract of a hook.
         AdapterError: The name is taken or invalid, or the model cannot take an adapter now: it is merged, disabled,
-            inside DDP, FSDP or ZeRO-3, a PeftModel, or running in another thread.
+            inside DDP, FSDP or an engine of DeepSpeed, a PeftModel, or running in another thread.
     """
     root = injection.ready_model(model, adapter)
     config = hooks.configure(method, config)
@@ -61,12 +61,13 @@ def wrap(
         tuner = _tuner_of(scanned, chosen, copies, method, config, adapter)
         tuner.progress.seed = seed
         injection.refuse_idle_patterns(tuner)
-        with _seeded(seed):
+        with _seeded(seed), libraries.outside_zero_init():
             slots = injection.build(scanned, tuner)
     injection.warn_of_limits(scanned, tuner)
     steps.watch_optimizers(method)
     serialization.note_base(tuner, scanned)
-    injection.inject_(tuner, slots, scanned, trainable=True)
+    with libraries.outside_zero_init():
+        injection.inject_(tuner, slots, scanned, trainable=True)
     return model
 
 

@@ -15,7 +15,14 @@ from tunerkit.injection.preconditions import refuse_overlap
 from tunerkit.injection.slots import Slot
 from tunerkit.injection.tuner import Tuner, base_of
 from tunerkit.layers import Adapter, BaseLayer, bias_name
-from tunerkit.libraries import execution_device, is_offloaded, torch_private
+from tunerkit.libraries import (
+    execution_device,
+    gathered,
+    is_offloaded,
+    is_partitioned,
+    torch_private,
+    whole_value,
+)
 from tunerkit.records import Target
 from tunerkit.targets import Scan, ScannedModule
 
@@ -150,11 +157,12 @@ def _copy_of(copied: Target, scanned: Scan) -> nn.Module:
             if scanned.unloaded:  # the values come from a file
                 return copy_base(copied.module).to_empty(device="cpu")
             raise _on_meta(copied)
-    return copy_base(copied.module)
+    with gathered(copied.module.parameters()):
+        return copy_base(copied.module)
 
 
 def _bias_of(biased: Target, base: BaseLayer | None, scanned: Scan) -> nn.Parameter:
-    bias = biased.module.get_parameter(bias_name(base)).detach()
+    bias = biased.module.get_parameter(bias_name(base))
     if is_offloaded(biased.module):
         raise TargetError(
             f"the bias of {biased.path!r} cannot be trained: accelerate offloads it, and each forward needs it "
@@ -164,7 +172,7 @@ def _bias_of(biased: Target, base: BaseLayer | None, scanned: Scan) -> nn.Parame
         return nn.Parameter(torch.empty_like(bias, device="cpu"))
     if bias.is_meta:
         raise _on_meta(biased)
-    return nn.Parameter(bias.clone())
+    return nn.Parameter(whole_value(bias).detach().clone())
 
 
 def _on_meta(target: Target) -> TargetError:
@@ -180,6 +188,11 @@ def _refuse_unreadable(tuner: Tuner, target: Target, base: BaseLayer) -> None:
             "implements neither tunerkit_delta nor tunerkit_factors; exclude it from the targets"
         )
     weight = torch_private.own_parameters(target.module).get(base.weight_name)
+    if weight is not None and is_partitioned(weight):
+        raise TargetError(
+            f"{bypassed}so its delta must be added to the weight, which DeepSpeed's zero.Init has partitioned; exclude "
+            "it from the targets, or use ZeRO-2"
+        )
     if weight is None or not weight.is_floating_point() or base.packing is not None:
         raise TargetError(
             f"{bypassed}and its weight is not a plain matrix to which a delta can be added; exclude it from the targets"

@@ -1,10 +1,13 @@
 """Counts how many parameters of a model are trained."""
 
+from collections.abc import Iterable
+
 import attrs
 from torch import nn
 
 from tunerkit.injection.root import inside
 from tunerkit.injection.tuner import tuners_of
+from tunerkit.libraries import whole_shape
 
 
 @attrs.frozen
@@ -40,10 +43,13 @@ def trainable_parameters(model: nn.Module) -> Summary:
     """
     parameters = list(inside(model).parameters())
     return Summary(
-        trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(p.numel() for p in parameters),
+        trainable=_count(p for p in parameters if p.requires_grad),
+        total=_count(parameters),
         adapters={
-            name: sum(p.numel() for p in tuner.parameters() if p.requires_grad)
-            for name, tuner in tuners_of(model).items()
+            name: _count(p for p in tuner.parameters() if p.requires_grad) for name, tuner in tuners_of(model).items()
         },
     )
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(whole_shape(parameter).numel() for parameter in parameters)

@@ -45,8 +45,8 @@ class Progress:
         shapes: The shapes of the base's parameters when the adapter was put in.
         beside: New modules of the base that another adapter, active at that time, trains in full. The fingerprint
             leaves them out, because the adapter never used the base's own values.
-        noted: The base's fingerprint when the adapter was put in, if this is one of several processes: they may shard
-            the base afterwards.
+        noted: The base's fingerprint when the adapter was put in, if this process is in a group: it may shard the base
+            afterwards.
         seed: The seed that `wrap` was given.
         files: The files that it was loaded from or saved to, with what each holds: ``"adapter"`` or ``"state"``.
     """

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tunerkit.errors import AdapterError
 from tunerkit.layers import Adapter, BaseLayer, mark_fresh, unmark, view_bias
-from tunerkit.libraries import torch_private
+from tunerkit.libraries import torch_private, whole_shape
 from tunerkit.paths import CHILD, join
 
 # Buffers hold the originals. Adapter names have no "/", so the prefix keeps the two apart. Buffer names must have no
@@ -94,7 +94,7 @@ def _run_copy(copy: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs:
 def is_resized(module: nn.Module, copy: nn.Module) -> bool:
     """Whether a module has parameters of another shape than its trained copy."""
     own = dict(module.named_parameters())
-    return any(name in own and own[name].shape != p.shape for name, p in copy.named_parameters())
+    return any(name in own and whole_shape(own[name]) != whole_shape(p) for name, p in copy.named_parameters())
 
 
 def _refuse_output(method: str, module: nn.Module, output: object) -> None:

@@ -18,6 +18,7 @@ from tunerkit.injection.progress import Progress
 from tunerkit.injection.root import inside
 from tunerkit.injection.slots import Slot, Slots, base_modules, slots_of
 from tunerkit.layers import Adapter, BaseLayer, OutputLayer
+from tunerkit.libraries import is_zero_shard
 from tunerkit.parallel import Alone, Engine, Pieces, same
 from tunerkit.paths import join
 from tunerkit.records import Factors, RankChange, State, Target
@@ -114,8 +115,18 @@ class Tuner:
 
     @property
     def engine(self) -> Engine:
-        """What the processes of the training do together, from `attach` on; before that each is alone."""
-        return Alone() if self.progress.link is None else self.progress.link.engine
+        """What the processes of the training do together, from `attach` on; before that each is alone.
+
+        A frozen adapter is never attached. If DeepSpeed has partitioned it too, the engine of one that is trained
+        beside it gathers it.
+        """
+        if self.progress.link is not None:
+            return self.progress.link.engine
+        links = (other.progress.link for other in wrapped_of(self.model).tuners.values())
+        beside = next((link.engine for link in links if link is not None and link.engine.splits), None)
+        if beside is not None and is_frozen(self) and any(map(is_zero_shard, self.parameters())):
+            return beside
+        return Alone()
 
     @property
     def is_active(self) -> bool:

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from tunerkit import libraries, parallel
+from tunerkit import injection, libraries, parallel
+from tunerkit.errors import StepError
 from tunerkit.injection import Tuner
 from tunerkit.parallel import Engine
+from tunerkit.paths import few
 
 
 def engine_for(
@@ -28,6 +30,29 @@ def engine_for(
 
         zero = deepspeed.engine_of(candidate)
         if zero is not None:
+            _refuse_overrides(tuners)
             return zero, zero.optimizer
     parameters = (parameter for tuner in tuners for parameter in tuner.parameters())
     return parallel.engine_for(model, parameters, data_parallel), candidate
+
+
+def _refuse_overrides(tuners: Sequence[Tuner]) -> None:
+    """Raise `StepError` if a forward must override a weight that ZeRO-3 has emptied by then."""
+    read = [
+        path
+        for path, module, slots in injection.walk(tuners[0].model)
+        if slots.base is not None
+        and not injection.is_called(module)
+        and any(slot.adapter is not None for slot in slots.applied)  # a trained bias needs no weight
+        and _is_sharded(module, slots.base.weight_name)
+    ]
+    if read:
+        raise StepError(
+            f"{few(read, shown=5)} is used directly by its owner, bypassing its own forward(), so its delta must be "
+            "added to a weight that ZeRO-3 has partitioned: exclude it from the targets, or use ZeRO-2"
+        )
+
+
+def _is_sharded(module: nn.Module, name: str) -> bool:
+    weight = libraries.torch_private.own_parameters(module).get(name)
+    return weight is not None and libraries.is_sharded(weight)

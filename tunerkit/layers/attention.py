@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tunerkit.errors import AdapterError
 from tunerkit.layers.base import BaseLayer
-from tunerkit.libraries import forward_owner, torch_private
+from tunerkit.libraries import forward_owner, torch_private, weight_of
 
 
 @final
@@ -34,12 +34,12 @@ class AttentionLayer(BaseLayer):
     @property
     def in_features(self) -> int:
         """Width of the input, E."""
-        return self.module.in_proj_weight.shape[1]
+        return int(self.module.embed_dim)
 
     @property
     def out_features(self) -> int:
         """Rows of q, k and v together, 3·E."""
-        return self.module.in_proj_weight.shape[0]
+        return 3 * self.in_features
 
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> NoReturn:
         """Raise `AdapterError`: the output mixes the projections of three inputs, so nothing can be added to it."""
@@ -51,7 +51,7 @@ class AttentionLayer(BaseLayer):
 
     def dense(self) -> Tensor:
         """Return ``in_proj_weight`` itself, detached."""
-        return self.module.in_proj_weight.detach()
+        return weight_of(self.module, self.weight_name).detach()
 
     def pack(self, weight: Tensor) -> Tensor:
         """(3·E, E), unchanged."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tunerkit.errors import AdapterError
-from tunerkit.libraries import forward_owner, is_packed, torch_private, weight_of
+from tunerkit.libraries import forward_owner, is_packed, is_partitioned, torch_private, weight_of
 from tunerkit.records import Packing
 
 
@@ -151,7 +151,7 @@ class BaseLayer(abc.ABC):
             loaded first.
         """
         found: Tensor | None = torch_private.own_parameters(self.module).get(self.bias_name)
-        if found is not None and found.is_meta:
+        if found is not None and (found.is_meta or is_partitioned(found)):
             found = weight_of(self.module, self.bias_name)
         return None if found is None else found.detach()
 

@@ -37,6 +37,16 @@ class EmbeddingLayer(BaseLayer):
         # Gemma's is a tensor, rounded to the weight's dtype before it multiplies; BART's is a number.
         return scale.to(self.module.weight.dtype) if isinstance(scale, Tensor) else cast(float, scale)
 
+    @property
+    def in_features(self) -> int:
+        """Number of ids."""
+        return self.module.num_embeddings
+
+    @property
+    def out_features(self) -> int:
+        """Width of a row."""
+        return self.module.embedding_dim
+
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> Tensor:
         """Ids (...) to (..., r). ``dropout`` drops whole ids, just as it would drop elements of one-hot rows."""
         h = F.embedding(x, q.t())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tunerkit.errors import AdapterError
 from tunerkit.libraries.torch_private import own_parameters
+from tunerkit.libraries.zero_init import whole_value
 
 _HOOK = "_hf_hook"
 _WRAPPED = "_old_forward"
@@ -46,14 +47,15 @@ def is_offloaded(module: nn.Module) -> bool:
 def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
     """The weight as the module's forward uses it: the parameter itself, or the loaded values if it is offloaded.
 
-    Between two forwards, an offloaded parameter is on the meta device. Products with it give uninitialised memory.
+    Between two forwards, an offloaded parameter is on the meta device. Products with it give uninitialised memory. One
+    that DeepSpeed has partitioned is empty then, and is gathered: all processes ask for it together.
 
     Raises:
         AdapterError: It is on the meta device, and the hook there is none that loads it.
     """
     weight: Tensor = getattr(module, name)
     if not weight.is_meta or not _hooks(module):  # without hooks, the module itself computes on the meta device
-        return weight
+        return weight if torch.compiler.is_compiling() else whole_value(weight)
     if (loader := _loader(module)) is None:
         raise AdapterError(
             f"an adapter reads the {name} of a {type(module).__name__} that is on the meta device, and "

@@ -19,4 +19,9 @@ def is_of_deepspeed(parameter: Tensor) -> bool:
     return not vars(parameter).keys().isdisjoint(_MARKS)
 
 
+def is_zero_shard(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 has divided a parameter among the processes, also while it is gathered."""
+    return _MARKS[0] in vars(parameter)
+
+
 DEEPSPEED = (DEEPSPEED_ENGINE, DEEPSPEED_OPTIMIZER, *DEEPSPEED_WRAPPERS)

@@ -6,7 +6,6 @@ One table of plain records. To support an engine in one verb, remove that entry 
 from collections.abc import Iterable, Mapping
 
 import attrs
-import torch
 from torch import nn
 
 from tunerkit.errors import AdapterError, TargetError, TunerkitError
@@ -91,8 +90,6 @@ ENGINES = (
         shards=True,
         marks={"ds_id": None},
         refused={
-            "wrap": "it has partitioned the weights already, so there is nothing to copy or to compare. Load the model "
-            "without deepspeed.zero.Init, wrap it, and then pass it to deepspeed.initialize",
             "merge": "it holds the weights in partitions, and the parameters are empty. Save the adapter in every "
             "process, load it onto an unsharded model, and merge there",
         },
@@ -100,6 +97,7 @@ ENGINES = (
     Restriction(
         "DeepSpeed",
         classes=("deepspeed.runtime.engine.DeepSpeedEngine",),
+        marks={"_original_parameters": None},  # which ZeRO-3 sets on each module that is inside an engine
         refused={
             "wrap": "deepspeed.initialize was called already, and its optimizer would not train the adapter. Wrap the "
             "model first, and then pass it to deepspeed.initialize",
@@ -123,11 +121,6 @@ _SHARDING = [engine for engine in ENGINES if engine.shards]
 def is_sharded(parameter: nn.Parameter) -> bool:
     """Whether this process holds only a shard of a parameter, as under FSDP2 and ZeRO-3."""
     return any(_is_of(type(parameter), engine) or _is_marked(parameter, engine.marks) for engine in _SHARDING)
-
-
-def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape of the whole parameter. ZeRO-3 stores it apart, since it empties parameters between their uses."""
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def refuse_engine(modules: Iterable[tuple[str, nn.Module]], verb: str) -> None:

@@ -33,6 +33,11 @@ def in_group() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
+def is_grouped() -> bool:
+    """Whether this process belongs to a process group, or a launcher gave it a number; there may be no other one."""
+    return "WORLD_SIZE" in os.environ or (distributed.is_available() and distributed.is_initialized())
+
+
 def is_launched() -> bool:
     """Whether this process is one of several, also if they have formed no group yet: a launcher says so."""
     return in_group() or os.environ.get("WORLD_SIZE", "1") not in ("", "1")

@@ -151,11 +151,12 @@ def load(
         TargetError: The weight of a target is tied to one without an adapter, or on the meta device; or ``trainable``
             is set and a quantised layer passes no gradient on.
         AdapterError: The name is taken or invalid, or the model cannot take an adapter now: it is merged, disabled,
-            inside DDP, FSDP or ZeRO-3, a PeftModel, or running in another thread.
+            inside DDP, FSDP or an engine of DeepSpeed, a PeftModel, or running in another thread.
         UnknownMethodError: No installed plugin provides the method.
         ConfigError: The method rejects the config in the file.
     """
-    return load_onto(base, path, adapter=adapter, trainable=trainable, check_config=check_config)
+    with libraries.outside_zero_init():
+        return load_onto(base, path, adapter=adapter, trainable=trainable, check_config=check_config)
 
 
 def open_unloaded(skeleton: M, path: str | os.PathLike[str], *, adapter: str = "default") -> M:
@@ -193,6 +194,7 @@ def load_onto(
     if trainable:
         targets.refuse_impassable(scanned)
     tuner = _tuner_from(header, scanned, adapter, source)
+    note_base(tuner, scanned)
     refuse_other_base(tuner, header, source, scanned, check_config=check_config)
     refuse_nonfinite(tensors, base_values(tuner), source)
     # The file overwrites the initial values; keep the caller's random state.
@@ -200,7 +202,6 @@ def load_onto(
         built = injection.build_each(scanned, tuner, around=limit_for(header.config, tensors, source))
         slots = fill(built, tensors, root, source)
     steps.watch_optimizers(tuner.method)
-    note_base(tuner, scanned)
     injection.inject_(tuner, slots, scanned, trainable=trainable)
     warn_of_lone(tuner)
     return base

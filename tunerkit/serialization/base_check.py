@@ -9,7 +9,7 @@ from torch import Tensor
 from tunerkit.errors import BaseMismatchError, FileError, TunerkitWarning, shown
 from tunerkit.injection import Tuner, base_modules, slots_of
 from tunerkit.libraries import labels_hint, torch_private
-from tunerkit.parallel import is_launched
+from tunerkit.parallel import is_grouped
 from tunerkit.paths import few, join
 from tunerkit.serialization.beside import describe_beside
 from tunerkit.serialization.fingerprint import (
@@ -37,8 +37,8 @@ def describe_base(tuner: Tuner) -> dict[str, Any]:
 
 
 def note_base(tuner: Tuner, scanned: Scan) -> None:
-    """Keep the base's fingerprint if this is one of several processes: they may shard the base afterwards."""
-    if is_launched():
+    """Keep the base's fingerprint in a group of processes, also in one of a single process: it may shard the base."""
+    if is_grouped():
         tuner.progress.noted = fingerprint(tuner, scanned)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,13 +12,22 @@ from tunerkit import injection, layers
 from tunerkit.errors import AdapterError
 from tunerkit.injection import Tuner
 from tunerkit.layers import BaseLayer
-from tunerkit.libraries import is_packed, is_sharded, torch_private
+from tunerkit.libraries import (
+    gathered,
+    is_packed,
+    is_partitioned,
+    is_sharded,
+    is_zero_shard,
+    torch_private,
+    whole_shape,
+)
 from tunerkit.paths import few, is_under, join
 from tunerkit.records import Target
 from tunerkit.serialization.packings import entry_of, is_packed_entry, packed_layers, weight_entry
 from tunerkit.targets import Scan
 
 SAMPLES = 4
+GATHERED = 2**26  # values that are gathered at a time, at least one parameter
 # A base that was loaded in another precision is the same base: bfloat16 has 8 bits of mantissa.
 _RELATIVE = 2.0**-7
 # Samples are stored with six digits.
@@ -34,6 +43,9 @@ def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str
     trains in full (copies and biases) is left out, because a new head has other values at each load. So is a new head
     that another adapter trained beside it.
 
+    Before the adapter is in the model, parameters that DeepSpeed has partitioned are gathered, a few at a time, so all
+    processes must call this together. Where the base was sharded since, this is what was noted then.
+
     A weight that a quantiser stores has one entry, with the name and the shape of the unquantised weight, the
     quantiser's name as its dtype, and an empty sample. What it is packed in has none.
 
@@ -41,13 +53,17 @@ def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str
         tuner: The adapter's handle.
         scanned: The scan of the model; only needed before the adapter is in the model, to find its biases.
     """
-    if any(is_sharded(parameter) for parameter in tuner.model.parameters()):
+    sharded = [parameter for parameter in tuner.model.parameters() if is_sharded(parameter)]
+    if sharded and (tuner.progress.noted or scanned is None or not all(map(is_zero_shard, sharded))):
         return _noted(tuner)
     packed = packed_layers(tuner, scanned)
     tensors = base_tensors(tuner, scanned, packed)
-    samples = _sample(tensors)
+    samples = _sample({name: tensor for name, tensor in tensors.items() if not is_partitioned(tensor)})
+    for some in _few_at_a_time({name: tensor for name, tensor in tensors.items() if is_partitioned(tensor)}):
+        with gathered(some.values()):
+            samples |= _sample({name: tensor.detach() for name, tensor in some.items()})
     return {
-        name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "sample": samples[name]}
+        name: {"shape": list(whole_shape(t)), "dtype": str(t.dtype).removeprefix("torch."), "sample": samples[name]}
         for name, t in tensors.items()
     } | {weight_entry(path): entry_of(base) for path, base in packed.items() if not is_under(path, _left_out(tuner))}
 
@@ -116,7 +132,24 @@ def base_tensors(tuner: Tuner, scanned: Scan | None, quantised: Mapping[str, Bas
             name = join(path, leaf)
             if tensor is not None and name not in biased:
                 found[name] = tensor.detach() if slots is None else slots.original(leaf, tensor)
+                if is_partitioned(tensor):  # which cannot be merged; only the parameter itself can be gathered
+                    found[name] = tensor
     return found
+
+
+def _few_at_a_time(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Divide partitioned parameters, in their order, so that each group fits into memory."""
+    some: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        own = whole_shape(tensor).numel()
+        if some and size + own > GATHERED:
+            yield some
+            some, size = {}, 0
+        some[name] = tensor
+        size += own
+    if some:
+        yield some
 
 
 def _left_out(tuner: Tuner) -> set[str]:

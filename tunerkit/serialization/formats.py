@@ -9,8 +9,16 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from tunerkit import hooks
-from tunerkit.errors import FileError, PluginError, TunerkitWarning, UnknownFormatError, closest, shown
-from tunerkit.libraries import FOREIGN_FORMATS
+from tunerkit.errors import (
+    AdapterError,
+    FileError,
+    PluginError,
+    TunerkitWarning,
+    UnknownFormatError,
+    closest,
+    shown,
+)
+from tunerkit.libraries import FOREIGN_FORMATS, is_partitioned
 from tunerkit.paths import few
 from tunerkit.records import Factors, Foreign, Format
 from tunerkit.serialization.header import is_ours
@@ -66,7 +74,18 @@ def sniffs(format: Format, path: Path) -> bool:
 
 
 def read_foreign(format: Format, path: Path, model: nn.Module) -> Foreign:
-    """Read an adapter of another program, and check that the plugin returned what its format declares."""
+    """Read an adapter of another program, and check that the plugin returned what its format declares.
+
+    Raises:
+        AdapterError: The model was partitioned by DeepSpeed, so that the plugin would compare empty parameters.
+        PluginError: The plugin returned something else.
+    """
+    if any(map(is_partitioned, model.parameters())):
+        raise AdapterError(
+            f"{path} is in the format {format.name!r}, whose reader needs the base's own shapes and values, and "
+            "deepspeed.zero.Init has partitioned these: load it onto a whole base in one process, tunerkit.save it "
+            "there, and load that file here"
+        )
     found: Any = asked(format, "read", lambda: format.read(path, model))  # Any: the plugin may return anything
     if not isinstance(found, Foreign):
         raise PluginError(f"read of format {format.name!r} returned {shown(found)}; it must return a tunerkit.Foreign")

@@ -13,6 +13,7 @@ from tunerkit.libraries import (
     grown_embeddings,
     named_heads,
     torch_private,
+    whole_shape,
 )
 from tunerkit.paths import CHILD, few, is_under, join
 from tunerkit.patterns import is_broad, matcher
@@ -140,7 +141,7 @@ def _longer(scanned: Scan) -> list[str]:
 
 def _rows(head: nn.Module) -> int | None:
     weight = torch_private.own_parameters(head).get("weight")
-    return None if weight is None else weight.shape[0]
+    return None if weight is None else whole_shape(weight)[0]
 
 
 def _warn_of_unknown(heads: Sequence[str], replaced: Sequence[str]) -> None:
@@ -164,7 +165,9 @@ def _tell(scanned: Scan, trained: Mapping[str, Sequence[str]], frozen: Sequence[
     """Warn about what is new, in one line each; ``trained`` maps each module to its copies."""
     if trained:
         modules = {path: [scanned.by_path[copy].module for copy in copies] for path, copies in trained.items()}
-        sizes = {path: sum(p.numel() for m in own for p in m.parameters()) for path, own in modules.items()}
+        sizes = {
+            path: sum(whole_shape(p).numel() for m in own for p in m.parameters()) for path, own in modules.items()
+        }
         listed = few([f"{path} ({size:,} parameters)" for path, size in sizes.items()], shown=_SHOWN)
         listed += f", {sum(sizes.values()):,} parameters in all" if len(sizes) > 1 else ""
         warnings.warn(

@@ -9,7 +9,16 @@ from torch import nn
 
 from tunerkit.errors import TargetError
 from tunerkit.layers import BaseLayer, Knowledge, as_base_layers
-from tunerkit.libraries import CONV1D, derives_from, forward_name, identity, is_head_name, named_heads, torch_private
+from tunerkit.libraries import (
+    CONV1D,
+    derives_from,
+    forward_name,
+    identity,
+    is_head_name,
+    named_heads,
+    torch_private,
+    whole_shape,
+)
 from tunerkit.paths import CHILD, is_number, join
 
 
@@ -161,7 +170,7 @@ def may_be_linear(module: nn.Module) -> bool:
     if isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm) or torch_private.is_convolution(module):
         return False
     weight = torch_private.own_parameters(module).get("weight")
-    return (weight is not None and weight.ndim == 2) or is_linear(module)
+    return (weight is not None and len(whole_shape(weight)) == 2) or is_linear(module)
 
 
 def default_convolutions(scanned: Scan) -> tuple[ScannedModule, ...]:

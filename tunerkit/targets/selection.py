@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from tunerkit.errors import TargetError, TunerkitWarning
-from tunerkit.libraries import torch_private
+from tunerkit.libraries import torch_private, whole_shape
 from tunerkit.paths import few, is_under, join
 from tunerkit.patterns import Matcher, is_broad, is_exact, matcher
 from tunerkit.records import Target
@@ -142,7 +142,8 @@ def _stacks(modules: Iterable[ScannedModule]) -> Iterator[str]:
         unstacked = isinstance(each.module, ParametrizationList) or torch_private.is_convolution(each.module)
         if each.base is None and not unstacked:
             for name, tensor in torch_private.own_parameters(each.module).items():
-                if tensor is not None and tensor.ndim >= 3 and min(tensor.shape) > 1 and "embed" not in name:
+                shape = () if tensor is None else whole_shape(tensor)
+                if len(shape) >= 3 and min(shape) > 1 and "embed" not in name:
                     yield join(each.path, name)
 
 

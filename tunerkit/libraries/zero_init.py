@@ -1,0 +1,64 @@
+"""Parameters that DeepSpeed has partitioned, in `deepspeed.zero.Init` or later: their whole values, and new modules.
+
+Nothing here imports DeepSpeed unless a parameter shows that it is in use.
+"""
+
+import importlib
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_STATUS, _WHOLE = "ds_status", "AVAILABLE"  # anything else: this process has a share, and the parameter is empty
+_INIT = "deepspeed.runtime.zero.partition_parameters"
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether DeepSpeed has emptied a parameter, of which each process keeps a share."""
+    status = vars(parameter).get(_STATUS)
+    return status is not None and getattr(status, "name", status) != _WHOLE
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """The shape of the whole parameter. ZeRO-3 stores it apart, since it empties parameters between their uses."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@contextmanager
+def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Inside the block, these parameters are whole. They are only read; all processes enter together.
+
+    For parameters that are whole already, or that DeepSpeed does not hold, nothing happens.
+    """
+    away = [parameter for parameter in parameters if is_partitioned(parameter)]
+    if not away:
+        yield
+        return
+    deepspeed: Any = importlib.import_module("deepspeed")  # it has made them what they are
+    with deepspeed.zero.GatheredParameters(away):
+        yield
+
+
+def whole_value(parameter: Tensor) -> Tensor:
+    """The parameter itself; if it is partitioned, its whole values, detached, which all processes ask for together."""
+    if not is_partitioned(parameter):
+        return parameter
+    with gathered([parameter]):
+        return parameter.detach().clone()
+
+
+@contextmanager
+def outside_zero_init() -> Iterator[None]:
+    """Inside the block, new modules are whole, also if the caller is in `deepspeed.zero.Init`."""
+    module: Any = sys.modules.get(_INIT)
+    if module is None:
+        yield
+        return
+    module.shutdown_init_context()
+    try:
+        yield
+    finally:
+        module.restore_init_context()
