@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
+from torch.distributed.algorithms import join
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from scripts.structure import private_attributes, read
@@ -192,6 +194,75 @@ def ddp() -> bool:
     return found == [parallel] and torch_private.running_ddp() is None and same
 
 
+def ddp_alone(build: Callable[[], bool]) -> Callable[[], bool]:
+    """A check in a process group of this process."""
+
+    def check() -> bool:
+        met = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        torch.distributed.init_process_group("gloo", store=met, rank=0, world_size=1)
+        try:
+            return build()
+        finally:
+            torch.distributed.destroy_process_group()
+
+    return check
+
+
+@ddp_alone
+def rebuilt() -> bool:
+    """A rebuilt DDP has a new reducer, of the right size, which averages what it is told to, and keeps its hook."""
+    module = nn.Linear(2, 2)
+    parallel = nn.parallel.DistributedDataParallel(module, static_graph=True)
+    parallel.register_comm_hook(None, torch_private._stateless()[0])
+    parallel(torch.ones(1, 2)).sum().backward()
+    before, shapes = parallel.reducer, [p.shape for p in torch_private.parameters_of(parallel)]
+    module.weight.data = torch.ones(3, 2)
+    stale = not torch_private.is_built_for(parallel, module.parameters())
+    averaged = torch_private.averaged_by(parallel)
+    module.bias.requires_grad_(False)
+    torch_private.rebuild_reducer_(parallel, [module.weight])
+    logged = parallel._get_ddp_logging_data()
+    new = parallel.reducer is not before and not parallel._has_rebuilt_buckets and len(parallel._comm_hooks) == 1
+    same = len(averaged) == len(shapes) == 2 and {id(p) for p in averaged} == {id(p) for p in module.parameters()}
+    return stale and new and same and (logged["bucket_sizes"], logged["comm_hook"]) == ("24", "allreduce_hook")
+
+
+@ddp_alone
+def forgotten() -> bool:
+    """A reducer that still waits for a backward is not called any more after `rebuild_reducer_`."""
+    module = nn.Linear(2, 2)
+    parallel = nn.parallel.DistributedDataParallel(module)
+    calls: list[object] = []
+
+    def hook(state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        calls.append(state)
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    parallel.register_comm_hook("old", hook)
+    parallel(torch.ones(1, 2))
+    kept = parallel.reducer  # as long as it lives, its hooks do
+    torch_private.rebuild_reducer_(parallel, list(module.parameters()))
+    parallel._comm_hooks.clear()
+    parallel(torch.ones(1, 2)).sum().backward()
+    return kept is not parallel.reducer and calls == ["old"]
+
+
+@ddp_alone
+def special() -> bool:
+    """An ordinary DDP reduces in no special way and has all that is needed; a Join block and others are seen."""
+    parallel = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+    plain = torch_private.special_way_of_reducing(parallel) is None
+    complete = not torch_private.missing_for_rebuilding(parallel)
+    ordinary = not (parallel._delay_all_reduce_params or parallel._use_python_reducer)
+    parallel._register_builtin_comm_hook(torch.distributed.BuiltinCommHookType.ALLREDUCE)  # type: ignore[attr-defined]
+    hooked = "ALLREDUCE" in str(torch_private.special_way_of_reducing(parallel))
+    with join.Join([parallel]):  # torch leaves the mark there afterwards
+        joined = "Join" in str(torch_private.special_way_of_reducing(parallel))
+    return plain and complete and ordinary and hooked and joined
+
+
 def store() -> bool:
     """The store through which a group met keeps what is written into it."""
     met = torch.distributed.HashStore()  # type: ignore[attr-defined]
@@ -362,7 +433,16 @@ CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
     "_current_graph_task_id": ("running_backward (parallel)", numbered),
     "_execution_engine": ("after_backward (parallel)", ends),
     "_active_ddp_module": ("running_ddp (injection.unsynchronised)", ddp),
-    "_module_parameters": ("known_to (injection.unsynchronised)", ddp),
+    "_module_parameters": ("known_to, averaged_by (injection.unsynchronised, parallel)", ddp),
+    "_remove_autograd_hooks": ("rebuild_reducer_ (parallel)", forgotten),
+    "_get_ddp_logging_data": ("is_built_for, special_way_of_reducing (parallel)", rebuilt),
+    "_get_zeros_like_grad_buckets": ("averaged_by (parallel)", rebuilt),
+    "_has_rebuilt_buckets": ("rebuild_reducer_ (parallel)", rebuilt),
+    "_static_graph_delay_allreduce_enqueued": ("rebuild_reducer_ (parallel)", rebuilt),
+    "_comm_hooks": ("rebuild_reducer_, special_way_of_reducing (parallel)", rebuilt),
+    "_join_config": ("special_way_of_reducing (parallel)", special),
+    "_delay_all_reduce_params": ("special_way_of_reducing (parallel)", special),
+    "_use_python_reducer": ("special_way_of_reducing (parallel)", special),
     "torch._dynamo": (
         "uncompiled, forget_compiled (injection), compile_counter (testing.compiling)",
         lambda: dynamo() and compilations(),
@@ -383,6 +463,9 @@ OF_INSTANCES = {
     *("_load_state_dict_post_hooks", "torch.distributed.fsdp._fully_shard._fsdp_param"),
     *("_load_state_dict_pre_hooks", "_state_dict_hooks", "_fsdp_flattened", "_fsdp_use_orig_params"),
     *("_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_module_parameters"),
+    *("_remove_autograd_hooks", "_get_ddp_logging_data", "_get_zeros_like_grad_buckets", "_has_rebuilt_buckets"),
+    *("_static_graph_delay_allreduce_enqueued", "_comm_hooks", "_join_config", "_delay_all_reduce_params"),
+    "_use_python_reducer",
 }
 # Children of one process that has torch: a fresh import for each name would take a minute.
 SCRIPT = """

@@ -14,7 +14,7 @@ METHODS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     ),
 }
 # The engines under which masked triplets stay in memory.
-KEEPS_SHAPES: Final = ("ddp", "fsdp2 sharded", "zero")
+KEEPS_SHAPES: Final = ("fsdp2 sharded", "zero")
 
 
 def job(engine: str, method: str, **options: Any) -> Job:

@@ -1,3 +1,5 @@
+"""A Trainer, and a loop with accelerate, under FSDP2 and under DDP: like one process."""
+
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,30 @@ def runs(place: Path) -> list[dict[str, Any]]:
 
 
 def are_equal(here: dict[str, Any], there: dict[str, Any], within: float) -> bool:
-    weights = all(
-        torch.allclose(here["weights"][name], weight, rtol=0, atol=within) for name, weight in there["weights"].items()
-    )
+    pairs = [(here["weights"][name], weight) for name, weight in there["weights"].items()]
+    weights = all(a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=within) for a, b in pairs)
     masks = all(torch.equal(*pair) for pair in zip(here["masks"], there["masks"], strict=True))
     return weights and masks and here["history"] == there["history"]
+
+
+def test_a_trainer_under_ddp_shrinks_and_resumes_like_one_process(runs: list[dict[str, Any]], tmp_path: Path) -> None:
+    """Checkpoints hold the smaller shapes, also none for a layer without a triplet, and resuming is exact."""
+    for number, method in enumerate(trainer_runs.UNDER_DDP):
+        alone = trainer_runs.train(trainer_runs.build(method), tmp_path / f"alone{number}", 1)
+        for found in (run["trainer, ddp"] for run in runs):
+            assert are_equal(found[method], alone, within=1e-6), method
+            assert all(are_equal(found[method, stop], found[method], within=0.0) for stop in trainer_runs.STOPS), method
+
+
+def test_an_accelerate_loop_under_ddp_shrinks_and_resumes_like_one_process(runs: list[dict[str, Any]]) -> None:
+    """With accelerate's own checkpoints, which are loaded when DDP is there already, and with those of adapters."""
+    for method in trainer_runs.UNDER_DDP:
+        alone = trainer_runs.loop_alone(method)
+        for found in (run["loop, ddp"] for run in runs):
+            for way in (True, False):
+                assert are_equal(found[method, way], alone, within=2e-6), (method, way)
+                for stop in trainer_runs.STOPS:
+                    assert are_equal(found[method, way, stop], found[method, way], within=0.0), (method, way, stop)
 
 
 def test_a_trainer_under_fsdp2_trains_and_resumes_like_one_process(

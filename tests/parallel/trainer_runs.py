@@ -1,4 +1,4 @@
-"""A Trainer and an accelerate loop under FSDP2, in processes that import this by name, and the same in one process.
+"""A Trainer and an accelerate loop under DDP and FSDP2, in processes that import this by name, and in one process.
 
 accelerate turns FSDP on only for accelerators, so its distributed type is forced here; all else is as on GPUs.
 """
@@ -22,11 +22,16 @@ from tunerkit.integrations.accelerate import checkpoint_adapters_
 from tunerkit.testing import two_processes
 
 STEPS, STOP, ROWS = 8, 3, 4  # rows of a micro-batch, of all processes together
+SHRUNK = 6  # after the last allocation, when dead triplets have left memory
+LONG = os.environ.get("TUNERKIT_LONG") == "1"
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {"rank": 3}),
     "adalora 8 -> 2": ("adalora", {"init_rank": 8, "target_rank": 2, "delta_t": 2}),
     "adalora 6 -> 4": ("adalora", {"init_rank": 6, "target_rank": 4, "delta_t": 2, "exact_svd": False}),
 }
+
+UNDER_DDP = [*METHODS] if LONG else ["adalora 8 -> 2"]  # it leaves some layers without a triplet
+STOPS = (SHRUNK, STOP) if LONG else (SHRUNK,)
 
 
 class Tokens(Dataset[dict[str, torch.Tensor]]):
@@ -144,6 +149,58 @@ def train_under_fsdp2(rank: int, folder: str) -> dict[Any, Any]:
         found[method]["resumed"] = train(build(method), run, 2, resume=True, fsdp=True, fsdp_config=dict(FSDP2))
     found["refused"] = refusals(Path(folder) / "refused")
     return found
+
+
+def train_under_ddp(rank: int, folder: str) -> dict[Any, Any]:
+    """Train, as one of two processes, with a Trainer under DDP, and resume after pruning and before it."""
+    found: dict[Any, Any] = {}
+    for number, method in enumerate(UNDER_DDP):
+        run = Path(folder) / f"run{number}"
+        found[method] = train(build(method), run, 2)
+        for stop in STOPS:
+            distributed.barrier()
+            if rank == 0:
+                for name in ("checkpoint-8", *(["checkpoint-6"] if stop < SHRUNK else [])):
+                    shutil.rmtree(run / name)
+            distributed.barrier()
+            found[method, stop] = train(build(method), run, 2, resume=True)
+    return found
+
+
+def loop_under_ddp(rank: int, folder: str) -> dict[Any, Any]:
+    """Run, as one of two processes, an accelerate loop under DDP, and resume after pruning and before it.
+
+    With accelerate's own checkpoints, and with those of adapters alone.
+    """
+    found: dict[Any, Any] = {}
+    for method in UNDER_DDP:
+        for alone in (True, False):
+            accelerator, model, optimizer = prepared_for_ddp(method, alone)
+            done = 0
+            for stop in sorted(STOPS):
+                loop(model, optimizer, range(done, stop), accelerator, rank, 2)
+                accelerator.save_state(f"{folder}/{method}{alone}{stop}")
+                done = stop
+            loop(model, optimizer, range(done, STEPS), accelerator, rank, 2)
+            found[method, alone] = results(model)
+            for stop in STOPS:
+                accelerator, model, optimizer = prepared_for_ddp(method, alone)
+                accelerator.load_state(f"{folder}/{method}{alone}{stop}")
+                loop(model, optimizer, range(stop, STEPS), accelerator, rank, 2)
+                found[method, alone, stop] = results(model)
+    return found
+
+
+def prepared_for_ddp(method: str, alone: bool) -> tuple[Any, Any, Any]:
+    """An Accelerator, a model that it has put into DDP, and its optimizer, attached."""
+    accelerate.state.AcceleratorState._reset_state(True)
+    accelerator = accelerate.Accelerator(gradient_accumulation_steps=2, cpu=True)
+    model, optimizer = accelerator.prepare(*with_adam(build(method)))
+    assert isinstance(model, nn.parallel.DistributedDataParallel)
+    tunerkit.attach(model, optimizer, total_steps=STEPS)
+    if alone:
+        checkpoint_adapters_(accelerator)
+    return accelerator, model, optimizer
 
 
 def refusals(folder: Path) -> dict[str, str]:
@@ -300,7 +357,9 @@ def shards(model: Any) -> dict[str, torch.Tensor]:
 def run_all(rank: int, folder: str) -> None:
     """Be one of two processes that do all of this; the results are written to ``{folder}/{rank}.pt``."""
     with forced(rank), two_processes.joined(rank, folder):
-        parts = {"trainer": train_under_fsdp2, "loop": loop_under_fsdp2, "merge": merge_under_fsdp2}
+        # DDP first: FSDP's type stays in accelerate's state.
+        parts = {"trainer, ddp": train_under_ddp, "loop, ddp": loop_under_ddp}
+        parts |= {"trainer": train_under_fsdp2, "loop": loop_under_fsdp2, "merge": merge_under_fsdp2}
         found = {}
         for name, part in parts.items():
             place = Path(folder) / name

@@ -235,6 +235,9 @@ class ZeroEngine:
         """Return all of the stand-ins. See `Engine`."""
         return whole_pieces(parameters)
 
+    def resized_(self) -> None:
+        """Do nothing: shapes are fixed."""
+
     def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
         """Broadcast from process 0. See `Engine`."""
         take_from_first_(tensors, what)

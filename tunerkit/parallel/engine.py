@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tunerkit.parallel.pieces import Pieces, whole_pieces
+from tunerkit.parallel.reducers import Reducers
 
 
 @attrs.frozen(eq=False)
@@ -112,6 +113,9 @@ class Engine(Protocol):
             parameters: Parameters of the adapters.
         """
 
+    def resized_(self) -> None:
+        """Note that parameters have changed shape, in all processes alike, between two backwards."""
+
     def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
         """Give the values that ``tensors`` have in process 0 to all processes.
 
@@ -125,15 +129,24 @@ class Alone:
     """The engine of one process, and of processes that train adapters of their own."""
 
     name = "one process"
-    fixed_shapes: str | None = None
     splits = False
     gives_pieces = False
     withholds = True
     is_writer = True
     is_shared = False
 
+    def __init__(self) -> None:
+        self._reducers = Reducers()
+
+    @property
+    def fixed_shapes(self) -> str | None:
+        """Why a parameter's shape must not change: there may be a DistributedDataParallel of one process."""
+        return self._reducers.obstacle()
+
     def begin_(self, adapters: Sequence[Held], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
-        """Do nothing."""
+        """Note the models, which may be in DDP."""
+        self._reducers.add_(held.model for held in adapters)
+        self._reducers.follow_()
         return {}
 
     def before_step_(self, optimizer: Optimizer) -> None:
@@ -155,6 +168,10 @@ class Alone:
     def pieces(self, parameters: Sequence[nn.Parameter]) -> Pieces:
         """Return all of them."""
         return whole_pieces(parameters)
+
+    def resized_(self) -> None:
+        """Build the reducer of DDP anew. See `Engine`."""
+        self._reducers.rebuild_()
 
     def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
         """Do nothing."""

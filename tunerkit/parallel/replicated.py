@@ -18,6 +18,7 @@ from tunerkit.parallel.agreement import refuse_differing, take_from_first_
 from tunerkit.parallel.engine import Held, Removable, same
 from tunerkit.parallel.flat import flat, unflatten_
 from tunerkit.parallel.pieces import Pieces, whole_pieces
+from tunerkit.parallel.reducers import Reducers
 from tunerkit.paths import few
 
 _ROUND = 16  # numbers are compared modulo this: fp32 holds their squares exactly, summed over up to 74,000 processes
@@ -25,7 +26,8 @@ OF_DEEPSPEED = (
     "DeepSpeed trains this adapter, and steps its own optimizer: after deepspeed.initialize, pass what it returned to "
     "tunerkit.attach"
 )
-_DDP = "DistributedDataParallel needs shapes that stay: to let adapters shrink, leave it out, and attach averages them"
+_GONE = "its DistributedDataParallel is gone, and nothing averages its gradients: attach again"
+_APART = "with data_parallel=False each process decides for itself, and DistributedDataParallel needs equal shapes"
 
 
 class Replicated:
@@ -47,7 +49,7 @@ class Replicated:
     def __init__(self) -> None:
         # Weak: the hooks of the parameters hold this, and a model must be freed when its user drops it.
         self._held: dict[str, list[weakref.ref[nn.Parameter]]] = {}
-        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._reducers = Reducers()
         self._in_ddp: bool | None = None  # None: not looked for yet
         self._queued = -1  # the backward at whose end the averages are due
         self._pending = self._told = self._paused = False
@@ -63,8 +65,9 @@ class Replicated:
     @property
     def fixed_shapes(self) -> str | None:
         """Why a parameter's shape must not change."""
-        found = self._finds_ddp() if self._in_ddp is None else self._in_ddp
-        return _DDP if found else None
+        if self._in_ddp and not self._reducers.found():
+            return _GONE
+        return None if self._in_ddp is False else self._reducers.obstacle()
 
     @property
     def is_writer(self) -> bool:
@@ -80,11 +83,12 @@ class Replicated:
             if held.starts_alike:
                 self.agree_(own, f"the start of adapter {held.name!r}")
             self._held[held.name] = list(map(weakref.ref, own))
-            self._models.add(held.model)
+            self._reducers.add_([held.model])
             _engines.add(self)
             trained = (parameter for parameter in own if parameter.requires_grad)
             hooks = (parameter.register_post_accumulate_grad_hook(self._queue) for parameter in trained)
             handles[held.name] = (*hooks, _Membership(self._held, held.name))
+        self._reducers.follow_()
         return handles
 
     def before_step_(self, optimizer: Optimizer) -> None:
@@ -121,6 +125,10 @@ class Replicated:
         """Return all of them. See `Engine`."""
         return whole_pieces(parameters)
 
+    def resized_(self) -> None:
+        """Build the reducer of DDP anew. See `Engine`."""
+        self._reducers.rebuild_()
+
     def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
         """Broadcast from process 0, in one collective for each dtype and device. See `Engine`."""
         take_from_first_(tensors, what)
@@ -130,13 +138,10 @@ class Replicated:
         held = (ref() for own in self._held.values() for ref in own)
         return (parameter for parameter in held if parameter is not None)
 
-    def _finds_ddp(self) -> bool:
-        return any(torch_private.ddp_around(model) is not None for model in self._models)
-
     def _look_for_ddp(self) -> bool:
         """Whether DDP averages. It is looked for once: when a model is trained, its DDP is there."""
         if self._in_ddp is None:
-            self._in_ddp = self._finds_ddp()
+            self._in_ddp = bool(self._reducers.follow_())
         return self._in_ddp
 
     def _queue(self, parameter: Tensor) -> None:
@@ -186,7 +191,7 @@ class Replicated:
             return
         if any(map(is_of_deepspeed, self.holds())):
             raise StepError(OF_DEEPSPEED)
-        others = _strangers(optimizer, self._models)
+        others = _strangers(optimizer, self._reducers.models)
         if others:
             raise StepError(
                 f"{len(others)} trained parameters belong to no attached adapter (shapes: "
@@ -271,9 +276,14 @@ class Apart(Replicated):
     is_shared = False
     is_writer = True
 
+    @property
+    def fixed_shapes(self) -> str | None:
+        """Why a parameter's shape must not change. Without DDP each process may."""
+        return _APART if self._reducers.found() else None
+
     def begin_(self, adapters: Sequence[Held], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
         """Note the models, which may be in DDP. See `Engine`."""
-        self._models.update(held.model for held in adapters)
+        self._reducers.add_(held.model for held in adapters)
         return {}
 
     def before_step_(self, optimizer: Optimizer) -> None:

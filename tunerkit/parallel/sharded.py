@@ -150,6 +150,9 @@ class Sharded:
         """Return this process's pieces; inside `whole` all of the stand-ins. See `Engine`."""
         return pieces_of(parameters) if all(map(is_split, parameters)) else whole_pieces(parameters)
 
+    def resized_(self) -> None:
+        """Do nothing: shapes are fixed."""
+
     def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
         """Broadcast from process 0. See `Engine`."""
         take_from_first_(tensors, what)

@@ -54,7 +54,8 @@ class Growth:
 def shrink_(cuts: Sequence[Cut], optimizer: Optimizer | None) -> str | None:
     """Shrink parameters, with their gradients and optimizer state, which frees memory.
 
-    The Parameter objects stay the same; their data moves to smaller storage.
+    The Parameter objects stay the same; their data moves to smaller storage. In a process group, call this in all
+    processes, with cuts to the same shapes, between two backwards: DistributedDataParallel gets a new reducer then.
 
     Args:
         cuts: What to keep of each parameter.
@@ -64,9 +65,10 @@ def shrink_(cuts: Sequence[Cut], optimizer: Optimizer | None) -> str | None:
         None if all cuts were made. Otherwise none was made, and the text is that of `resize_obstacle`.
     """
     reason = resize_obstacle([cut.parameter for cut in cuts], optimizer) if cuts else None
-    if reason is None:
+    if cuts and reason is None:
         for cut in cuts:
             _cut_(cut, optimizer)
+        _tell_engine(optimizer)
     return reason
 
 
@@ -74,7 +76,8 @@ def grow_(growths: Sequence[Growth], optimizer: Optimizer | None) -> str | None:
     """Grow parameters, with their gradients and optimizer state, as if the new entries had been there untouched.
 
     The Parameter objects stay the same. The gradient of a new entry is 0, and the optimizer's state of it is that of an
-    entry which has had no gradient yet. A step count, which an optimizer keeps for a whole parameter, stays.
+    entry which has had no gradient yet. A step count, which an optimizer keeps for a whole parameter, stays. In a
+    process group, call this in all processes, with the same values, between two backwards.
 
     Args:
         growths: What to append to each parameter.
@@ -92,9 +95,10 @@ def grow_(growths: Sequence[Growth], optimizer: Optimizer | None) -> str | None:
     if len({id(growth.parameter) for growth in growths}) < len(growths):
         raise AdapterError("a parameter is listed twice in one call of grow_; call it once for each dimension")
     reason = resize_obstacle([growth.parameter for growth in growths], optimizer) if growths else None
-    if reason is None:
+    if growths and reason is None:
         for growth in growths:
             _grow_(growth, optimizer)
+        _tell_engine(optimizer)
     return reason
 
 
@@ -106,8 +110,9 @@ def resize_obstacle(parameters: Iterable[nn.Parameter], optimizer: Optimizer | N
         optimizer: The optimizer that holds them, if there is one.
 
     Returns:
-        None if they can be resized. Otherwise the reason: a process group is running, which wants equal shapes
-        everywhere; a parameter is sharded; or ``optimizer`` is not known to update each element independently.
+        None if they can be resized, in all processes alike. Otherwise the reason: what trains them in a process group
+        needs shapes that stay, such as a DistributedDataParallel that cannot be rebuilt; a parameter is sharded; or
+        ``optimizer`` is not known to update each element independently.
     """
     parameters = list(parameters)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -127,6 +132,12 @@ def resize_obstacle(parameters: Iterable[nn.Parameter], optimizer: Optimizer | N
     states = ((p, key, value) for p in parameters for key, value in _tensors_of(optimizer, p).items())
     odd = {key for p, key, value in states if value.shape != p.shape}
     return f"{name} keeps {', '.join(sorted(odd))} in a shape other than the parameter's" if odd else None
+
+
+def _tell_engine(optimizer: Optimizer | None) -> None:
+    engine = engine_of(optimizer)
+    if engine is not None:
+        engine.resized_()
 
 
 def _tensors_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:

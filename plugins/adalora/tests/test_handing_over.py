@@ -23,7 +23,7 @@ TRAINS_LAMBDA = {**SCHEDULE, "init_rank": 6, "target_rank": 4, "exact_svd": Fals
 # Where shapes stay, one process keeps them too: clipping counts the gradients of masked triplets.
 JOBS = {
     "plain": Job("plain", "adalora", TRAINS_LAMBDA, stop=5),
-    "ddp": Job("ddp", "adalora", {**WITH_SVD, "shrink": False}, stop=5),
+    "ddp": Job("ddp", "adalora", WITH_SVD, stop=5),
     "fsdp2": Job("fsdp2", "adalora", WITH_SVD, stop=5),
     "fsdp2 sharded": Job("fsdp2 sharded", "adalora", {**WITH_SVD, "shrink": False}, stop=5),
 }

@@ -245,6 +245,20 @@ def assert_same_run(
     assert (tuners[0].steps, tuners[0].budget()) == (tuners[1].steps, tuners[1].budget())
 
 
+def test_a_layer_without_triplets_has_memory_in_a_state_dict() -> None:
+    """Otherwise accelerate takes it for shared: it leaves out all but one of the tensors at one address."""
+    model = tunerkit.wrap(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "adalora", {"targets": ["0", "1"]})
+    adapters: list[Any] = list(tunerkit.tuner(model).adapters().values())
+    for adapter in adapters:
+        for parameter, shape in ((adapter.p, (4, 0)), (adapter.lam, (0,)), (adapter.q, (0, 4))):
+            tunerkit.resize_(parameter, torch.empty(shape))
+        adapter.set_mask(adapter.mask[:0], rank=0)
+    own = {name: tensor for name, tensor in model.state_dict().items() if not tensor.numel()}
+    assert len(own) == 8
+    assert len({tensor.untyped_storage().data_ptr() for tensor in own.values()}) == 8
+    assert all(tensor.shape == model.state_dict(keep_vars=True)[name].shape for name, tensor in own.items())
+
+
 @pytest.mark.parametrize("direction", ["smaller", "larger"])
 def test_load_state_dict_on_a_live_model_takes_other_ranks(direction: str) -> None:
     """A checkpoint with other ranks resizes the model, then loads; Parameter objects stay the same."""

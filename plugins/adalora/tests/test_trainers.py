@@ -1,5 +1,6 @@
 """AdaLoRA in other training loops: Lightning, accelerate, DDP."""
 
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.utils.data import DataLoader, TensorDataset
 
 import tunerkit
@@ -234,6 +236,38 @@ def test_ddp_around_a_wrapped_model_trains_to_the_budget(alone: None) -> None:
                 nn.functional.cross_entropy(parallel(x), labels).backward()
                 optimizer.step()
     assert_trained_as_by_hand(model, 8)
+
+
+@pytest.mark.parametrize("rebuilds", [True, False])
+def test_adapters_shrink_under_ddp_that_can_be_rebuilt(alone: None, rebuilds: bool) -> None:
+    """Where it cannot be, since it has a communication hook of somebody's own, masks stay, which a warning says."""
+
+    def my_hook(state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    model = wrapped()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    if not rebuilds:
+        parallel.register_comm_hook(None, my_hook)
+    optimizer = adamw(parallel)
+    tunerkit.attach(parallel, optimizer, total_steps=TOTAL)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(TOTAL):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(parallel(X), LABELS).backward()
+            optimizer.step()
+    adapters: list[Any] = list(tunerkit.tuner(model).adapters().values())
+    sizes = [len(adapter.lam) for adapter in adapters]
+    assert sizes == ([adapter.rank for adapter in adapters] if rebuilds else [4] * len(adapters))
+    kept = [(state["exp_avg"].shape, p.shape) for p, state in optimizer.state.items() if "exp_avg" in state]
+    assert kept
+    assert all(moment == own for moment, own in kept)
+    told = [str(each.message) for each in caught if "stay in memory, and masked" in str(each.message)]
+    assert len(told) == (0 if rebuilds else 1)
+    assert rebuilds or "my_hook, which may know its buckets" in told[0]
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5])

@@ -106,6 +106,9 @@ class SvdLayer(Adapter):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # A copy: masks are views of one tensor, and accelerate leaves out all but one of what shares memory.
         destination[prefix + "mask"] = self.mask.clone()
+        if not (len(self.mask) or keep_vars or self._is_emptied):
+            for name in (*self.rank_dims, "mask"):
+                destination[prefix + name] = _with_memory(destination[prefix + name])
 
     def _load_from_state_dict(
         self,
@@ -170,6 +173,11 @@ class SvdLayer(Adapter):
         kept = (self.mask.to(self.lam.device) | (self.lam.detach() != 0)).nonzero().squeeze(1)
         q, p, lam = self.q.index_select(0, kept), self.p.index_select(1, kept), self.lam.index_select(0, kept)
         return low_rank_factors(q, p, scale=self.scale, lam=lam)
+
+
+def _with_memory(empty: Tensor) -> Tensor:
+    """A tensor without elements that has memory all the same: accelerate takes those without for shared ones."""
+    return empty.new_empty(1)[:0].view(empty.shape)
 
 
 def _misfit(mask: Tensor, rank: int) -> str | None:

@@ -1,0 +1,120 @@
+"""DistributedDataParallel around adapters: where its reducer is built anew after parameters changed shape.
+
+A reducer has a bucket of fixed size for the gradients of its parameters, so each change of a shape needs a new one.
+Pickle needs one too, and the way in which DDP restores itself from a pickle also works in place.
+"""
+
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tunerkit.errors import StepError
+from tunerkit.libraries import torch_private
+
+_ADVICE = "to let adapters change their shapes, leave DistributedDataParallel out, and attach averages them"
+_SHAPES = "_tunerkit_shapes"  # an attribute of a DDP that is followed
+
+
+class Reducers:
+    """The DistributedDataParallel around some models, if there is one."""
+
+    def __init__(self) -> None:
+        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    @property
+    def models(self) -> Iterable[nn.Module]:
+        """The models."""
+        return self._models
+
+    def add_(self, models: Iterable[nn.Module]) -> None:
+        """Look for DDP around these models too."""
+        self._models.update(models)
+
+    def found(self) -> list[DistributedDataParallel]:
+        """Each DDP around one of the models. A process group is needed for one."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return []
+        return torch_private.ddps_around(list(self._models))
+
+    def obstacle(self) -> str | None:
+        """Why shapes must not change; None if there is no DDP, or one that can be rebuilt."""
+        found = self.found()
+        reason = f"it is inside {len(found)} of them" if len(found) > 1 else next(map(_obstacle, found), None)
+        return reason and f"DistributedDataParallel cannot be rebuilt around this model: {reason}; {_ADVICE}"
+
+    def follow_(self) -> list[DistributedDataParallel]:
+        """Rebuild a DDP before each forward for which parameters have other shapes than those it was built for.
+
+        `shrink_` and `grow_` need no such look. Loading an adapter of other ranks does, through ``load_state_dict``.
+        Parameters without an element, of adapters of rank 0, have no gradient, for which DDP would wait.
+
+        Returns:
+            Each DDP around one of the models.
+
+        Raises:
+            StepError: The shapes have changed since DDP was built, and it cannot be rebuilt, or a backward is running.
+        """
+        found = self.found()
+        for ddp in found:
+            if _SHAPES not in vars(ddp):
+                averaged = torch_private.averaged_by(ddp)
+                _note_(ddp, averaged)
+                if not (torch_private.is_built_for(ddp, averaged) and all(p.numel() for p in averaged)):
+                    _rebuild_(ddp)
+                ddp.register_forward_pre_hook(_rebuild_if_resized_)
+        return found
+
+    def rebuild_(self) -> None:
+        """Give DDP a new reducer for the shapes that parameters have now, in all processes alike."""
+        for ddp in self.follow_():
+            _rebuild_(ddp)
+
+
+def _obstacle(ddp: DistributedDataParallel) -> str | None:
+    """Why this DDP cannot get a new reducer."""
+    if type(ddp) is not DistributedDataParallel:
+        return f"{type(ddp).__name__} is a class of its own"
+    if getattr(ddp, "reducer", None) is None:
+        return "it has no reducer, since the all-reduce of all parameters is delayed"
+    if missing := torch_private.missing_for_rebuilding(ddp):
+        return f"this release of torch has no {', '.join(missing)}"
+    if ddp.process_group != torch.distributed.group.WORLD:
+        return "its process group is not the default one"
+    if ddp.mixed_precision is not None:
+        return "it has a mixed_precision of its own"
+    return torch_private.special_way_of_reducing(ddp)
+
+
+def _note_(ddp: DistributedDataParallel, averaged: Iterable[Tensor]) -> None:
+    """Note the shapes that DDP is built for, by the place of the parameter, so that DDP can be pickled and copied."""
+    own = set(map(id, averaged))
+    known = enumerate(torch_private.parameters_of(ddp))
+    vars(ddp)[_SHAPES] = {place: parameter.shape for place, parameter in known if id(parameter) in own}
+
+
+def _rebuild_(ddp: DistributedDataParallel) -> None:
+    """Give a DDP a new reducer.
+
+    Raises:
+        StepError: It cannot be rebuilt, or a backward is running.
+    """
+    reason = "a backward is running" if torch_private.running_backward() >= 0 else _obstacle(ddp)
+    if reason is not None:
+        raise StepError(
+            f"DistributedDataParallel was built for other ranks than adapters have now, or for a rank of 0, and cannot "
+            f"be rebuilt: {reason}. Load adapters before you build it, and attach them after"
+        )
+    known = torch_private.parameters_of(ddp)
+    averaged = [known[place] for place in vars(ddp)[_SHAPES]]
+    torch_private.rebuild_reducer_(ddp, [p for p in averaged if p.numel()] or averaged)
+    _note_(ddp, averaged)
+
+
+def _rebuild_if_resized_(ddp: DistributedDataParallel, args: object) -> None:
+    """Before a forward of DDP."""
+    known = torch_private.parameters_of(ddp)
+    if any(known[place].shape != shape for place, shape in vars(ddp)[_SHAPES].items()):
+        _rebuild_(ddp)
