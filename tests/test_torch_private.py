@@ -263,6 +263,17 @@ def special() -> bool:
     return plain and complete and ordinary and hooked and joined
 
 
+def first() -> bool:
+    """A hook that was registered last runs first, and all others after it in their order."""
+    x, seen = torch.ones(2, requires_grad=True), list[int]()
+    y = 2 * x
+    for number in range(3):
+        y.register_hook(lambda _, number=number: seen.append(number))  # type: ignore[misc]
+    torch_private.hook_first_(y, lambda _: seen.append(3))
+    y.sum().backward()
+    return seen == [3, 0, 1, 2]
+
+
 def store() -> bool:
     """The store through which a group met keeps what is written into it."""
     met = torch.distributed.HashStore()  # type: ignore[attr-defined]
@@ -440,9 +451,10 @@ CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
     "_has_rebuilt_buckets": ("rebuild_reducer_ (parallel)", rebuilt),
     "_static_graph_delay_allreduce_enqueued": ("rebuild_reducer_ (parallel)", rebuilt),
     "_comm_hooks": ("rebuild_reducer_, special_way_of_reducing (parallel)", rebuilt),
-    "_join_config": ("special_way_of_reducing (parallel)", special),
+    "_join_config": ("is_joining, special_way_of_reducing (parallel)", special),
     "_delay_all_reduce_params": ("special_way_of_reducing (parallel)", special),
     "_use_python_reducer": ("special_way_of_reducing (parallel)", special),
+    "_backward_hooks": ("hook_first_ (parallel.meeting)", first),
     "torch._dynamo": (
         "uncompiled, forget_compiled (injection), compile_counter (testing.compiling)",
         lambda: dynamo() and compilations(),
@@ -465,7 +477,7 @@ OF_INSTANCES = {
     *("_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_module_parameters"),
     *("_remove_autograd_hooks", "_get_ddp_logging_data", "_get_zeros_like_grad_buckets", "_has_rebuilt_buckets"),
     *("_static_graph_delay_allreduce_enqueued", "_comm_hooks", "_join_config", "_delay_all_reduce_params"),
-    "_use_python_reducer",
+    *("_use_python_reducer", "_backward_hooks"),
 }
 # Children of one process that has torch: a fresh import for each name would take a minute.
 SCRIPT = """

@@ -158,13 +158,12 @@ def odd_and_twin(**options: Any) -> tuple[Any, Any]:
     return found[0], found[1]
 
 
-def look_inside(rank: int, processes: int, folder: str) -> None:
+def look_inside(folder: str) -> dict[str, Any]:
     """Try what a block of whole parameters promises; one process's answers by name."""
-    with in_group(rank, processes, folder):
-        answers = {name: check() for name, check in CHECKS.items()}
-        answers["saved"] = _saves_quietly(folder)
-        answers["saved again"] = _saves_again(folder)
-        torch.save(answers, f"{folder}/{rank}.pt")
+    answers = {name: check() for name, check in CHECKS.items()}
+    answers["saved"] = _saves_quietly(folder)
+    answers["saved again"] = _saves_again(folder)
+    return answers
 
 
 def _same(model: Any, twin: Any, *, grads: bool = True) -> bool:
@@ -323,8 +322,9 @@ def _collectives() -> dict[str, Any]:
         longest = sum(-(-shape[0] // processes) * shape[1:].numel() for shape in shapes)
         steps, states = [], []
         for step in batches(processes, rank, processes):
-            for x, y in step:
-                nn.functional.cross_entropy(model(x), y).backward()
+            with Collectives() as before:
+                for x, y in step:
+                    nn.functional.cross_entropy(model(x), y).backward()
             with Collectives() as counted:
                 optimizer.step()
             optimizer.zero_grad()
@@ -339,6 +339,7 @@ def _collectives() -> dict[str, Any]:
             "parameters": len(shapes),
             "triplets": _triplets(model),
         }
+        found[method]["meetings"] = before.calls["allreduce_"], before.bytes["allreduce_"]
         found[method]["values"] = sum(shape.numel() for shape in shapes)
         found[method]["allocations"] = [change.step for change in tunerkit.tuner(model).history]
     return found

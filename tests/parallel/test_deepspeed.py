@@ -58,7 +58,8 @@ COPIES = {f"copies {label}": ZeroJob(3, "lora", FULL, init=label == IN_INIT, sto
 def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes found, by process and job."""
     jobs = {**JOBS, **PERSISTENT, **UNCLIPPED, **HALF, **COPIES}
-    more = {"wrong": zero_training.go_wrong, "left": zero_training.leave, "init": zero_init_runs.do_all}
+    work = {"wrong": zero_training.go_wrong, "left": zero_training.leave, "apart": zero_training.part}
+    more = {**work, "init": zero_init_runs.do_all}
     return zero_training.trained(jobs, tmp_path_factory.mktemp("zero"), more)
 
 
@@ -180,6 +181,25 @@ def test_what_cannot_work_is_refused_in_every_process(trained: list[dict[str, An
         assert "adapter 'default', seed: 0 in process 0; 1 in process 1" in wrong["seed"]
         assert "Wrap the model first" in wrong["wrap"]
         assert wrong["stage 0"].startswith("StepError: DeepSpeed trains with")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_process_that_skips_a_backward_is_named_in_both(trained: list[dict[str, Any]], stage: int) -> None:
+    """Or one that has one more, which with ZeRO-3 is found at its forward. DeepSpeed would wait, or fail elsewhere."""
+    more = "forward 2" if stage == 3 else "backward 2"
+    for method in ("lora", "adalora"):
+        for way, first, second in (
+            ("skips_backward", "step 2, backward 1", "step 2, and it steps without a backward"),
+            ("has_one_more", "step 2, and it steps after backward 1", f"step 2, {more}"),
+        ):
+            one, other = (found["apart"][f"{stage} {method} {way}"] for found in trained)
+            assert one == other
+            assert f"process 0 is at {first} (adapters: default); process 1 is at {second} (" in one
+
+
+def test_the_meetings_of_a_step_are_those_of_the_page(trained: list[dict[str, Any]]) -> None:
+    """At each of two backwards and at the step, and with ZeRO-3 at each forward."""
+    assert [trained[0]["apart"][f"{stage} meetings"] for stage in (1, 2, 3)] == [3, 3, 5]
 
 
 def test_detaching_restores_deepspeeds_step(trained: list[dict[str, Any]]) -> None:

@@ -88,13 +88,17 @@ def test_one_all_reduce_for_each_backward_with_the_bytes_of_the_page(
 ) -> None:
     """Per averaged backward: a number for each trained value and each parameter, and seven for the place.
 
-    Two batches are accumulated in each of six steps. DDP's own all-reduces are its own. Saving needs no collective.
+    Two batches are accumulated in each of six steps. DDP sends the values alone, and before it the processes meet.
+    Saving needs no collective.
     """
     result = trained[name][0]
     calls, carried = result["stepping"]
     parameters, values = len(result["weights"]), sum(tensor.numel() for tensor in result["weights"].values())
-    assert calls["allreduce_"] == reduced
-    if name != "ddp":
+    if name == "ddp":
+        assert calls["allreduce_"] == 2 * reduced
+        assert carried["allreduce_"] == reduced * (4 * values + 28)
+    else:
+        assert calls["allreduce_"] == reduced
         assert carried == {"allreduce_": reduced * 4 * (values + parameters + 7)}
     assert result["saving"] == ({}, {})
 
@@ -207,6 +211,38 @@ def test_process_0_may_read_the_optimizer_alone(wrong: list[dict[str, Any]]) -> 
     """The distributed checkpoint of torch steps an optimizer without state: no process waits, and none counts it."""
     (steps, one), (others, other) = (each["asked_by_one"] for each in wrong)
     assert steps == others == 2
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_under_ddp_too_both_are_told_who_skips_a_backward(wrong: list[dict[str, Any]]) -> None:
+    """Or who has one more, also one that DDP does not average: DDP itself would wait for ever, or go on wrongly."""
+    places = {
+        "ddp_skips": ("step 2, backward 1", "step 2, and it steps without a backward"),
+        "ddp_has_one_more": ("step 3, backward 1", "step 2, backward 2"),
+    }
+    for case, (first, second) in places.items():
+        assert wrong[0][case] == wrong[1][case]
+        assert f"process 0 is at {first} (adapters: default); process 1 is at {second} (" in wrong[0][case]
+    for case, first, second in (
+        ("ddp_accumulates", "step 2, backward 2", "step 2, backward 3"),
+        ("ddp_alternates", "step 3, backward 2", "step 4, backward 1"),
+    ):
+        assert wrong[0][case][1] == wrong[1][case][1]
+        assert f"process 0 is at {first} (adapters: default); process 1 is at {second} (" in wrong[0][case][1]
+
+
+def test_one_meeting_for_each_backward_that_ddp_averages(wrong: list[dict[str, Any]]) -> None:
+    """However many adapters, models and optimizers take part, and none where gradients are only added up."""
+    for each in wrong:
+        assert each["ddp_accumulates"][0] == 1
+        assert each["ddp_alternates"][0] == 4
+        assert each["ddp_two_adapters"] == 1
+
+
+def test_under_ddp_a_process_waits_for_nobody_where_ddp_would_not(wrong: list[dict[str, Any]]) -> None:
+    """To evaluate, to take gradients of its own, to go on when it is detached, and inside ``join``."""
+    assert [each["ddp_one_looks"] for each in wrong] == [each["ddp_steps_idly"] for each in wrong] == [2, 2]
+    one, other = (each["ddp_joins"] for each in wrong)
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parallel import sharded_runs
+from tests.parallel import meeting_runs, sharded_runs
 from tunerkit.parallel.shards import Cut, joined, longest, packed
 
 pytest.importorskip("tunerkit_adalora", reason="the engine is tried with AdaLoRA")
@@ -64,8 +64,9 @@ def test_training_with_sharded_adapters_is_that_of_one_process(processes: int, t
 
 def test_parameters_are_whole_inside_a_block_and_shards_outside_of_it(tmp_path: Path) -> None:
     """Also where processes hold parts of unlike sizes, or nothing, or FSDP2 left its root whole; and after an error."""
-    for answers in spawn(sharded_runs.look_inside, tmp_path, 2):
+    for answers in spawn(meeting_runs.look_inside, tmp_path, 2):
         exchanges(answers.pop("collectives"))
+        told(answers.pop("apart"))
         refused = ("mixed", "resized", "other seeds", "no seed", "no seed, another base")
         texts = {name: str(answers.pop(name)) for name in refused}
         assert answers
@@ -80,17 +81,19 @@ def test_parameters_are_whole_inside_a_block_and_shards_outside_of_it(tmp_path: 
 
 def exchanges(counted: dict[str, Any]) -> None:
     """What a step, an allocation and a checkpoint exchange, as docs/scaling.md says."""
-    assert all(step == ({}, {}) for step in counted["lora"]["steps"])
+    assert all(step == ({"allreduce_": 1}, {"allreduce_": 28}) for step in counted["lora"]["steps"])
     for method, found in counted.items():
         part, weights, triplets, values = (4 * found[name] for name in ("longest", "parameters", "triplets", "values"))
+        meetings = 2 * sharded_runs.ACCUMULATED  # at each forward and each backward
+        assert found["meetings"] == (meetings, meetings * 28)
         averaging = 1 if method == "lora" else 2  # hooks of LoRA see whole weights; AdaLoRA has two averages of each
         assert found["states"][0] == ({"allgather_": 1}, {"allgather_": averaging * part})
         assert found["states"][-1] == (found["states"][0] if method == "lora" else ({}, {}))
         for number, (calls, sent) in enumerate(found["steps"] if method != "lora" else (), 1):
-            expected: Counter[str] = Counter()
-            carried: Counter[str] = Counter()
+            expected, carried = Counter(allreduce_=1), Counter(allreduce_=28)  # a meeting
             if number < found["allocations"][-1]:  # which gradients are finite
-                expected["allreduce_"], carried["allreduce_"] = 1, weights
+                expected += Counter(allreduce_=1)
+                carried += Counter(allreduce_=weights)
             if number in found["allocations"]:  # partial scores, and λ
                 expected += Counter(allreduce_=1, broadcast_=1)
                 carried += Counter(allreduce_=2 * triplets, broadcast_=triplets)
@@ -102,3 +105,17 @@ def exchanges(counted: dict[str, Any]) -> None:
                 carried += Counter(allgather_=2 * part + weights)
             assert calls == expected, (method, number)
             assert sent == carried, (method, number)
+
+
+def told(errors: dict[str, str]) -> None:
+    """A process that skips a backward, or has one more, is named by one error, which each process raises.
+
+    Without it FSDP2 would wait for ever: the forward of one more batch is an exchange as well.
+    """
+    places = {
+        "skips_backward": ("step 2, backward 1", "step 2, and it steps without a backward"),
+        "has_one_more": ("step 2, and it steps after backward 1", "step 2, forward 2"),
+    }
+    for case, error in errors.items():
+        first, second = places[case.split()[1]]
+        assert f"process 0 is at {first} (adapters: default); process 1 is at {second} (" in error, case

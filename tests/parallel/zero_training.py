@@ -1,6 +1,7 @@
 """Trainings under ZeRO in several processes, each of which imports this by name, and what goes wrong there."""
 
 import importlib
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from torch import nn
 
 import tunerkit
 from tunerkit import serialization, steps
-from tunerkit.testing import together, two_processes
+from tunerkit.testing import skipping, together, two_processes
 from tunerkit.testing.collectives import Collectives
 
 PROCESSES = 2
@@ -205,6 +206,25 @@ def leave(deepspeed: Any, rank: int, folder: Path) -> dict[str, Any]:
     tunerkit.attach(model, engine, total_steps=4)
     optimizer = steps.optimizer_of(tuner)
     return {"hooked": hooked, "restored": restored, "again": optimizer is vars(engine.optimizer)["step"].__self__}
+
+
+def part(deepspeed: Any, rank: int, folder: Path) -> dict[str, Any]:
+    """Skip a backward in one process, or have one more there, at each stage; the error of this process by case.
+
+    Besides, the meetings of two accumulated batches and a step, by stage.
+    """
+    found: dict[str, Any] = {}
+    for stage in (1, 2, 3):
+        ways = (skipping.skips_backward, skipping.has_one_more)
+        for method, way in itertools.product(("lora", "adalora"), ways):
+            job = ZeroJob(stage, method, {}, options={"gradient_accumulation_steps": 1})
+            _, engine = build(deepspeed, job, None)
+            found[f"{stage} {method} {way.__name__}"] = way(rank, engine, engine.step, engine.backward)
+        _, engine = build(deepspeed, ZeroJob(stage, "lora", {}), None)
+        with Collectives() as counted:
+            take_steps(engine, range(1), rank)
+        found[f"{stage} meetings"] = counted.sizes["allreduce_", 28]
+    return found
 
 
 def alone_unclipped(job: together.Job, folder: Path) -> dict[str, Any]:

@@ -18,9 +18,20 @@ from tunerkit.libraries import (
     ZERO_OPTIMIZER,
     derives_from,
     is_of_deepspeed,
+    is_sharded,
     torch_private,
 )
-from tunerkit.parallel import Held, Pieces, Removable, rank, refuse_differing, same, take_from_first_, whole_pieces
+from tunerkit.parallel import (
+    Held,
+    Meeting,
+    Pieces,
+    Removable,
+    rank,
+    refuse_differing,
+    same,
+    take_from_first_,
+    whole_pieces,
+)
 
 _FIXED = "DeepSpeed keeps all parameters in flat buffers, so their shapes must not change"
 
@@ -151,6 +162,7 @@ class ZeroEngine:
         self._steps = weakref.ref(steps)
         self._parts = parts_of(steps.param_groups[0]["params"])
         self._kept: dict[int, Tensor] = {}  # gradients, from before the step to after it
+        self._meeting = Meeting()
 
     @property
     def optimizer(self) -> ZeroSteps:
@@ -182,12 +194,17 @@ class ZeroEngine:
             buffers = [buffer for slot in held.slots.values() for buffer in slot.buffers()]
             if held.starts_alike and buffers:
                 self.agree_(buffers, f"the start of adapter {held.name!r}")
-        handles = {held.name: (self.optimizer.install_(),) for held in adapters}
+        seats = self._meeting.open_(held.name for held in adapters)
+        for held in adapters:
+            # ZeRO-3 gathers what it has partitioned in a forward too.
+            self._meeting.watch_(held.model, forwards=any(map(is_sharded, held.model.parameters())))
+        handles = {name: (self.optimizer.install_(), seat) for name, seat in seats.items()}
         self._new = None
         return handles
 
     def before_step_(self, optimizer: Optimizer) -> None:
-        """Do nothing: DeepSpeed's own reduction of the gradients has met all processes just before."""
+        """Meet the other processes before DeepSpeed's own exchanges in a step. See `Meeting.before_step_`."""
+        self._meeting.before_step_(optimizer, always=True)
 
     def no_sync(self) -> AbstractContextManager[object]:
         """Do nothing: DeepSpeed's engine knows where gradients are accumulated."""

@@ -179,6 +179,11 @@ def known_to(ddp: nn.parallel.DistributedDataParallel) -> list[nn.Parameter]:
     return [*ddp._module_parameters, *ignored]
 
 
+def is_joining(ddp: nn.parallel.DistributedDataParallel) -> bool:
+    """Whether ``ddp`` was put into ``join``, inside which processes may run out of data. It stays so afterwards."""
+    return bool(ddp._join_config.enable)
+
+
 # --- Rebuilding a DistributedDataParallel ----------------------------------------------------------------------------
 
 _OF_DDP = ("_remove_autograd_hooks", "_get_ddp_logging_data", "_has_rebuilt_buckets", "_comm_hooks", "_join_config")
@@ -197,7 +202,7 @@ def special_way_of_reducing(ddp: nn.parallel.DistributedDataParallel) -> str | N
         return "compiled autograd averages instead of its reducer"
     if getattr(ddp, "_delay_all_reduce_params", None):
         return "it has parameters with a delayed all-reduce"
-    if ddp._join_config.enable:
+    if is_joining(ddp):
         return "it has been in a Join block, in which processes stop at other steps"
     own, name = ddp._comm_hooks, ddp._get_ddp_logging_data().get("comm_hook")
     if (own or name) and not (own and all(hook in _stateless() for hook, _ in own)):
@@ -307,6 +312,14 @@ def default_store() -> Any:
 def running_backward() -> int:
     """The number of the backward that is running; another one for each, also for those inside others."""
     return torch._C._current_graph_task_id()
+
+
+def hook_first_(tensor: Tensor, function: Callable[[Tensor], None]) -> None:
+    """Call ``function`` with the gradient of ``tensor``, before all other hooks of it."""
+    tensor.register_hook(function)
+    hooks: Any = tensor._backward_hooks
+    for key in [*hooks][:-1]:  # torch reads them in the order of the plain dict, which `move_to_end` leaves as it is
+        hooks[key] = hooks.pop(key)
 
 
 def after_backward(function: Callable[[], None]) -> None:

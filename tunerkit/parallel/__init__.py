@@ -7,6 +7,7 @@ from tunerkit.parallel.dtensors import gathered, is_split, local_part, reshard_
 from tunerkit.parallel.engine import Alone, Engine, Held, Removable, same
 from tunerkit.parallel.flat import flat, unflatten_
 from tunerkit.parallel.group import gather_text, in_group, is_grouped, is_launched, processes, rank, reduce_
+from tunerkit.parallel.meeting import Meeting
 from tunerkit.parallel.optimizer_state import own_state, whole_state
 from tunerkit.parallel.pieces import Pieces, whole_pieces
 from tunerkit.parallel.replicated import Apart, Replicated

@@ -85,13 +85,14 @@ def gather(tensor: Tensor, what: str, within: Any = None) -> list[Tensor]:
     return found
 
 
-def gather_text(text: str, what: str) -> list[str]:
-    """Return the ``text`` of each process, by its number, in two collectives. Raises like `reduce_`."""
-    own = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8).to(device())
-    lengths = [int(length) for length in gather(torch.tensor([len(text.encode())], device=device()), what)]
-    padded = torch.zeros(max(*lengths, 1), dtype=torch.uint8, device=device())
+def gather_text(text: str, what: str, within: Any = None) -> list[str]:
+    """Return the ``text`` of each process, by its number, in two collectives. See `gather`."""
+    place = device(within)
+    own = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8).to(place)
+    lengths = [int(length) for length in gather(torch.tensor([len(text.encode())], device=place), what, within)]
+    padded = torch.zeros(max(*lengths, 1), dtype=torch.uint8, device=place)
     padded[: len(own)] = own
-    found = gather(padded, what)
+    found = gather(padded, what, within)
     return [bytes(each[:length].tolist()).decode() for each, length in zip(found, lengths, strict=True)]
 
 
@@ -114,9 +115,14 @@ def wait_until(found: Callable[[], Value | None], what: str) -> Value:
     return answer
 
 
-def device() -> torch.device:
-    """Where the group's collectives take tensors from: the CPU if they do, else this process's accelerator."""
-    kinds = dict(each.split(":") for each in str(distributed.get_backend_config()).split(","))
+def limit() -> float:
+    """The seconds after which waiting for the other processes ends."""
+    return _seconds(*_LIMIT)
+
+
+def device(within: Any = None) -> torch.device:
+    """Where a group's collectives take tensors from: the CPU if they do, else this process's accelerator."""
+    kinds = dict(each.split(":") for each in str(distributed.get_backend_config(within)).split(","))
     found = None if "cpu" in kinds else torch.accelerator.current_accelerator()
     return torch.device("cpu") if found is None else torch.device(found.type, torch.accelerator.current_device_index())
 
@@ -158,7 +164,7 @@ def _look_around(what: str, waited: float) -> None:
                 f"process {own} waits for {what}, and process {other} for {place}: they are not at the same point of "
                 "the training. Every process must take every step, with a backward in each, and save where all do"
             )
-    if waited > _seconds(*_LIMIT):
+    if waited > limit():
         raise StepError(
             f"process {own} waited {waited:.0f} seconds for {what}, and another one of {processes()} did not come. "
             f"Every process must take every step, with a backward in each; {_LIMIT[0]} sets the limit"

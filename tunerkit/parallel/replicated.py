@@ -2,7 +2,6 @@
 
 import warnings
 import weakref
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -18,10 +17,11 @@ from tunerkit.parallel.agreement import refuse_differing, take_from_first_
 from tunerkit.parallel.engine import Held, Removable, same
 from tunerkit.parallel.flat import flat, unflatten_
 from tunerkit.parallel.pieces import Pieces, whole_pieces
+from tunerkit.parallel.place import Place
 from tunerkit.parallel.reducers import Reducers
+from tunerkit.parallel.under_ddp import UnderDdp
 from tunerkit.paths import few
 
-_ROUND = 16  # numbers are compared modulo this: fp32 holds their squares exactly, summed over up to 74,000 processes
 OF_DEEPSPEED = (
     "DeepSpeed trains this adapter, and steps its own optimizer: after deepspeed.initialize, pass what it returned to "
     "tunerkit.attach"
@@ -34,8 +34,9 @@ class Replicated:
     """Plain data parallel, and FSDP2 with the adapters among its ``ignored_params``.
 
     At the end of each backward, one all-reduce averages the gradients of all adapters. Clipping comes later, so it sees
-    the averages. Under DistributedDataParallel, which averages them itself, nothing is reduced here. A model does not
-    know its DDP, which may be built after `attach`, so the first backward looks for it.
+    the averages. Under DistributedDataParallel, which averages them itself, nothing is reduced here: the processes meet
+    at the first gradient of a backward, and DDP waits at its end. A model does not know its DDP, which may be built
+    after `attach`, so the first backward looks for it.
 
     Besides the gradients, the all-reduce carries for each parameter in how many processes it has one, and where the
     process is: at which step and backward, of which adapters, or that it steps without a backward.
@@ -56,6 +57,7 @@ class Replicated:
         self._steps = self._backwards = self._averages = 0
         self._seen: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._checked: frozenset[int] = frozenset()
+        self._under_ddp = UnderDdp(self._reducers.found)
 
     @property
     def name(self) -> str:
@@ -86,14 +88,17 @@ class Replicated:
             self._reducers.add_([held.model])
             _engines.add(self)
             trained = (parameter for parameter in own if parameter.requires_grad)
-            hooks = (parameter.register_post_accumulate_grad_hook(self._queue) for parameter in trained)
+            hooks = [parameter.register_post_accumulate_grad_hook(self._queue) for parameter in trained]
+            hooks += [p.register_post_accumulate_grad_hook(self._queue_other) for p in _others(held.model, own)]
             handles[held.name] = (*hooks, _Membership(self._held, held.name))
         self._reducers.follow_()
-        return handles
+        seats = self._under_ddp.open_(handles)
+        return {name: (*registered, seats[name]) for name, registered in handles.items()}
 
     def before_step_(self, optimizer: Optimizer) -> None:
         """Refuse a step without a backward that other processes had. See `Engine`."""
         if self._look_for_ddp():
+            self._under_ddp.before_step_(optimizer)
             return
         self._refuse_strangers(optimizer)
         if self._pending:  # said to be followed by another backward, and it was not: late for clipping, but averaged
@@ -131,6 +136,8 @@ class Replicated:
 
     def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
         """Broadcast from process 0, in one collective for each dtype and device. See `Engine`."""
+        if self._in_ddp:
+            self._under_ddp.before_agreeing(what)
         take_from_first_(tensors, what)
 
     def holds(self) -> Iterator[nn.Parameter]:
@@ -145,11 +152,20 @@ class Replicated:
         return self._in_ddp
 
     def _queue(self, parameter: Tensor) -> None:
-        """After a parameter's gradient was added up: average all at the end of this backward."""
+        """After a parameter's gradient was added up: average all at the end of this backward, or let DDP do so."""
         running = torch_private.running_backward()
-        if self._queued != running and not self._look_for_ddp():
-            self._queued = running
+        if self._queued == running:
+            return
+        self._queued = running
+        if self._look_for_ddp():
+            self._under_ddp.at_backward()
+        else:
             torch_private.after_backward(self._after_backward)
+
+    def _queue_other(self, parameter: Tensor) -> None:
+        """After the gradient of one that no adapter has, which DDP may average: a batch may use no adapter at all."""
+        if self._look_for_ddp():
+            self._queue(parameter)
 
     def _after_backward(self) -> None:
         self._pending = True
@@ -168,15 +184,13 @@ class Replicated:
         self._tell()
         used = [parameter.grad is not None for parameter in held]
         grads = [_zeros(p) if p.grad is None else p.grad.to_dense() if p.grad.is_sparse else p.grad for p in held]
-        step, part, whose = (number % _ROUND for number in (self._steps, self._backwards, _number(self._held)))
-        place = [not backward, step, step * step, part, part * part, whose, whose * whose]
-        vector = flat([*grads, torch.tensor([*used, *place], dtype=torch.float32, device=grads[0].device)])
+        doing = f"backward {self._backwards}" if backward else "and it steps without a backward"
+        place = Place(self._steps, self._backwards, not backward, [*self._held], doing)
+        flags = [*used, *place.numbers()]
+        vector = flat([*grads, torch.tensor(flags, dtype=torch.float32, device=grads[0].device)])
         group.reduce_(vector, f"the gradients of step {self._steps + 1}")
-        averages, counts = vector[: -len(used) - len(place)], vector[-len(used) - len(place) :].tolist()
-        own = f"step {self._steps + 1}, " + (
-            f"backward {self._backwards}" if backward else "and it steps without a backward"
-        )
-        _refuse_apart(counts[len(used) :], f"{own} (adapters: {', '.join(self._held)})")
+        averages, counts = vector[: -len(flags)], vector[-len(flags) :].tolist()
+        place.refuse_apart(counts[len(used) :])
         kept = [(p, grad) for p, grad, count in zip(held, grads, counts, strict=False) if count and p.requires_grad]
         averages.div_(group.processes())
         unflatten_(averages, grads)
@@ -239,35 +253,14 @@ def _strangers(optimizer: Optimizer, models: Iterable[nn.Module]) -> list[nn.Par
     return list(found.values())
 
 
-def _number(held: Mapping[str, object]) -> int:
-    """A small number that other adapters have as another one, mostly."""
-    return zlib.crc32("/".join(held).encode())
+def _others(model: nn.Module, known: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """What is trained besides, whole in each process: modules of the base, and other adapters."""
+    ids = set(map(id, known))
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in ids and not is_sharded(p)]
 
 
 def _zeros(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter)
-
-
-def _refuse_apart(place: Sequence[float], own: str) -> None:
-    """Raise `StepError`, in every process, if they are not at the same step and backward, of the same adapters.
-
-    Numbers are equal in all processes if their squares' mean is the square of their mean.
-
-    Args:
-        place: The sums over all processes of what `Replicated._average_` sends.
-        own: Where this process is, in words.
-    """
-    processes = group.processes()
-    idle, *sums = place
-    pairs = zip(sums[::2], sums[1::2], strict=True)
-    if idle in (0, processes) and all(squared * processes == total * total for total, squared in pairs):
-        return
-    everybody = group.gather_text(own, "the places of the processes")
-    listed = "; ".join(f"process {number} is at {place}" for number, place in enumerate(everybody))
-    raise StepError(
-        f"the processes are not at the same point of the training: {listed}. Every process must take every step, with "
-        "the same number of backwards in each. Where data runs out unevenly, drop the last batches"
-    )
 
 
 class Apart(Replicated):

@@ -1,6 +1,5 @@
 """Adapters that FSDP2 has sharded: each process holds a part of every parameter, as a DTensor."""
 
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,14 +9,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tunerkit.errors import StepError
-from tunerkit.libraries import torch_private
 from tunerkit.parallel import group
 from tunerkit.parallel.agreement import refuse_differing, take_from_first_
 from tunerkit.parallel.dtensors import Part, is_split, local, owners, part_of, reshard_, whole_gradients, whole_values
 from tunerkit.parallel.engine import Held, Removable
+from tunerkit.parallel.meeting import Meeting
 from tunerkit.parallel.pieces import Pieces, are_cut_alike, pieces_of, whole_pieces
 
-_IDLE_SECONDS = 30
 _ADVICE = (
     "Pass none of the adapter's parameters to fully_shard as ignored_params, or all of them: "
     "set(tunerkit.tuner(model).parameters())"
@@ -48,7 +46,7 @@ class Sharded:
         # Weak: the optimizer's hooks hold this, and a model must be freed when its user drops it.
         self._model = weakref.ref(model)
         self._slots: list[weakref.ref[nn.Module]] = []
-        self._idle = 0  # steps without a gradient
+        self._meeting = Meeting()
         self._standing: dict[int, Tensor] = {}  # inside `whole`: the parameters outside of it, by the stand-in's id
 
     @property
@@ -76,31 +74,15 @@ class Sharded:
         slots = [slot for held in adapters for slot in held.slots.values()]
         self._slots = list(map(weakref.ref, slots))
         self.gives_pieces = are_cut_alike([part.parameter for part in self._found(slots)])
-        return {}
+        seats = self._meeting.open_(held.name for held in adapters)
+        model = self._model()
+        if model is not None:
+            self._meeting.watch_(model, forwards=True)
+        return {name: (seat,) for name, seat in seats.items()}
 
     def before_step_(self, optimizer: Optimizer) -> None:
-        """Refuse a step without a backward that others had: they wait in FSDP2's own exchange of gradients.
-
-        A step is suspect only if no adapter has a gradient. Then all processes must say so, through the store.
-        """
-        slots = [slot for ref in self._slots if (slot := ref()) is not None]
-        if not slots or any(parameter.grad is not None for slot in slots for parameter in slot.parameters()):
-            return
-        self._idle += 1
-        store, key = torch_private.default_store(), f"tunerkit/idle/{self._idle}"
-        store.add(key, 1)
-        started = time.monotonic()
-
-        def all_idle() -> bool | None:
-            if time.monotonic() - started > _IDLE_SECONDS:
-                raise StepError(
-                    f"process {group.rank()} steps without a backward, and others did not within {_IDLE_SECONDS} "
-                    "seconds: they wait for its gradients. Every process must take a backward before each step. Where "
-                    "data runs out unevenly, drop the last batches"
-                )
-            return True if store.add(key, 0) >= group.processes() else None
-
-        group.wait_until(all_idle, "a step without a backward")
+        """Meet the other processes: a method may gather parameters next. See `Meeting.before_step_`."""
+        self._meeting.before_step_(optimizer, always=True)
 
     def no_sync(self) -> AbstractContextManager[object]:
         """Do nothing: FSDP2 has a setting of its own for that."""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict
 
 import tunerkit
-from tunerkit.testing import together, two_processes
+from tunerkit.testing import meetings, together, two_processes
 from tunerkit.testing.toy_methods import LowRankPlugin
 
 METHOD, CONFIG = "toy-low-rank", {"targets": ["0", "2"]}
@@ -32,6 +32,7 @@ def go_wrong(rank: int, folder: str) -> None:
             *(trains_base, other_rate, frozen_by_one, trained_later, first_deleted, evaluated_outside, lbfgs),
             finished_between,
             *(failed_save, saved_by_one, asked_by_one),
+            *meetings.CASES,
         ):
             answers[case.__name__] = _answer(partial(case, rank, Path(folder) / case.__name__))
         answers["seconds"] = time.monotonic() - started

@@ -21,17 +21,21 @@ class Collectives:
     Attributes:
         calls: How often each was called, by torch's name for it.
         bytes: The bytes of the tensors that this process handed to each.
+        sizes: How often each was called with so many bytes.
     """
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
+        self.sizes: Counter[tuple[str, int]] = Counter()
 
         def dispatch(mode: object, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             space, _, name = function.name().partition("::")
             if space in ("c10d", "_c10d_functional"):
                 self.calls[name] += 1
-                self.bytes[name] += sum(tensor.numel() * tensor.itemsize for tensor in _handed_over(args))
+                size = sum(tensor.numel() * tensor.itemsize for tensor in _handed_over(args))
+                self.bytes[name] += size
+                self.sizes[name, size] += 1
             return function(*args, **(kwargs or {}))
 
         self._mode = type("Mode", (torch_private.dispatch_mode(),), {"__torch_dispatch__": dispatch})()
