@@ -14,6 +14,10 @@ NAMES := lora adalora peft gguf diffusers quant
 PROJECTS := pyproject.toml $(NAMES:%=plugins/%/pyproject.toml)
 PLUGINS := $(NAMES:%=-e plugins/%)
 PYTEST := -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+# What is marked core_only runs once, in test-core; the long form runs everything in both environments.
+TWICE := $(if $(TUNERKIT_LONG),,-m "not core_only or everywhere")
+# Of the files of core that test-quantisers runs, the tests of quantised bases; all of the plugin's.
+OF_QUANTISED := quantised or packed or not (test_engines or test_readme)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 DEMO_READY := .venv/.demo-ready
 LM_READY := .venv/.lm-ready
@@ -23,7 +27,7 @@ QUANTISERS_READY := .venv-quantisers/.ready
 DEEPSPEED_READY := .venv-deepspeed/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm test test-core test-all test-quantisers test-deepspeed check format docs benchmark clean
+.PHONY: help demo demo-lm test environments test-core test-all test-quantisers test-deepspeed check format docs benchmark clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -35,18 +39,21 @@ demo: $(DEMO_READY) ## fine-tune MiniLM on movie sentences with AdaLoRA
 demo-lm: $(LM_READY) ## fine-tune SmolLM2 on questions and answers with AdaLoRA
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/tunerkit train --task causal-lm --lr 2e-3 --out $(DEMO_LM_OUT) --overwrite
 
-test: test-core test-all test-quantisers test-deepspeed ## run the whole test suite
+test: ## run the whole test suite
+	$(MAKE) -j $(WORKERS) environments
+	$(MAKE) test-core test-all test-quantisers test-deepspeed
+
+# pip uses one core, so `make test` has two of them install at the same time.
+environments: $(DEV_READY) $(CORE_READY) $(QUANTISERS_READY) $(DEEPSPEED_READY)
 
 test-core: $(CORE_READY) ## run core's tests, with no plugin installed
-	$(ONE_THREAD) $(CORE_BIN)/python $(PYTEST) tests
+	$(ONE_THREAD) $(CORE_BIN)/python $(PYTEST) -p tests.core_only tests
 
-test-all: $(DEV_READY) ## run core's and the plugins' tests, with everything installed
-	$(ONE_THREAD) $(BIN)/python $(PYTEST) tests $(wildcard plugins/*/tests)
+test-all: $(DEV_READY) ## run the tests that plugins can change, and the plugins' own, with everything installed
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) $(TWICE) $(PYTEST_ARGS) tests $(wildcard plugins/*/tests)
 
 test-quantisers: $(QUANTISERS_READY) ## run the tests with quantised bases, with the libraries that quantise
-	$(ONE_THREAD) .venv-quantisers/bin/python -m pytest $(PYTEST_ARGS) -k "quantised or packed" tests/test_engines.py
-	$(ONE_THREAD) .venv-quantisers/bin/python $(PYTEST) plugins/quant/tests
-	$(ONE_THREAD) .venv-quantisers/bin/python -m pytest $(PYTEST_ARGS) -k quantised tests/test_readme.py
+	$(ONE_THREAD) .venv-quantisers/bin/python -m pytest -n $(WORKERS) -k "$(OF_QUANTISED)" $(PYTEST_ARGS) plugins/quant/tests tests/test_engines.py tests/test_readme.py
 
 test-deepspeed: $(DEEPSPEED_READY) ## run the tests of trainings under DeepSpeed
 	$(ONE_THREAD) DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pytest $(PYTEST_ARGS) tests/parallel/test_deepspeed.py tests/parallel/test_trainer_deepspeed.py

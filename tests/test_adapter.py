@@ -18,6 +18,8 @@ from tunerkit.testing.small import X, net, step, train, trainable
 from tunerkit.testing.toy_growing import Growing, GrowingPlugin
 from tunerkit.testing.toy_methods import ShiftConfig
 
+pytestmark = pytest.mark.core_only
+
 TARGETS = {"targets": ["0", "2"]}
 
 

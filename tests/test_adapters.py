@@ -18,6 +18,7 @@ from tunerkit.errors import AdapterError, StepError
 from tunerkit.injection import slots_of, walk
 from tunerkit.injection.slots import apply_slots
 from tunerkit.steps import detach, drive
+from tunerkit.testing.matrix import is_long
 from tunerkit.testing.noting import NotingPlugin, hooks_of, per_step
 from tunerkit.testing.registering import registered
 from tunerkit.testing.toy_methods import ShiftConfig
@@ -25,7 +26,7 @@ from tunerkit.testing.toy_methods import ShiftConfig
 if TYPE_CHECKING:
     from tests.conftest import Toys
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*running statistics")
+pytestmark = [pytest.mark.core_only, pytest.mark.filterwarnings("ignore:.*running statistics")]
 LAYERS = {"targets": ["layers.0", "layers.1"]}
 WITH_HEAD = {**LAYERS, "train_modules": ["head"]}
 
@@ -712,7 +713,9 @@ NAMES = st.one_of(
 
 
 @given(name=NAMES, data=st.data())
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300 if is_long() else 100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_an_adapter_of_any_name_can_be_trained_beside_another(
     toys: "Toys", tmp_path: Path, name: str, data: st.DataObject
 ) -> None:

@@ -5,6 +5,8 @@ from torch import distributed
 
 from tunerkit.integrations.agreement import gathered, union
 
+pytestmark = pytest.mark.core_only
+
 
 def test_a_single_process_calls_no_collective(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own value is all there is, and no process group is needed."""

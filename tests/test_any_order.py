@@ -23,6 +23,8 @@ from tunerkit.errors import AdapterError
 if TYPE_CHECKING:
     from tests.conftest import Toys
 
+pytestmark = pytest.mark.core_only
+
 NAMES = ("a", "b", "forward", "копия", "active")
 CONFIGS = (
     {"targets": ["layers.0", "layers.1"]},

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 from tests.model_checks import untouched
 from tunerkit.testing.registering import registered
 
+pytestmark = pytest.mark.core_only
+
 
 def plugin_of(toys: "Toys", build: Any, name: str = "toy-broken") -> object:
     """A method whose build hook is ``build(target, base)``."""

@@ -18,6 +18,8 @@ from tunerkit.testing.small import LABELS, X, loss_of, net, step, train, trainab
 from tunerkit.testing.toy_methods import LowRankConfig, LowRankPlugin
 from tunerkit.testing.toy_starts import Fitted, FittedPlugin
 
+pytestmark = pytest.mark.core_only
+
 METHODS = ("toy-inputs", "toy-gradients")
 BATCHES = [(X[:3],), (X[3:],)]
 

@@ -17,6 +17,8 @@ for _module in ("datasets", "pyarrow", "sklearn", "transformers", "typer", "yaml
 from tests import bad_inputs  # noqa: E402
 from tests.bad_inputs import CASES, PAGE, row_of, shown_message  # noqa: E402
 
+pytestmark = pytest.mark.core_only
+
 LONGEST = 3000
 
 
@@ -31,7 +33,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield path
 
 
-@pytest.mark.parametrize("what", CASES)
+# TRL is in the extra [lm], which the environment without plugins does not have.
+EVERYWHERE = {what: [pytest.mark.everywhere] if "trl" in case.needs else [] for what, case in CASES.items()}
+
+
+@pytest.mark.parametrize("what", [pytest.param(what, marks=marks) for what, marks in EVERYWHERE.items()])
 def test_bad_input_is_one_line_that_says_what_to_do(what: str, folder: Path) -> None:
     """The exit code is 2, the only line on stderr is the page's, and nothing was trained."""
     case = CASES[what]

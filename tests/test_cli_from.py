@@ -6,7 +6,6 @@ import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -26,13 +25,15 @@ from tests.train_command import (  # noqa: E402
     signalled,
     succeeded,
 )
-from tunerkit.cli.running import run as running, starting  # noqa: E402
+from tunerkit.cli.running import starting  # noqa: E402
 from tunerkit.integrations.pretrained import load_pretrained  # noqa: E402
 from tunerkit.testing import toy_formats  # noqa: E402
 from tunerkit.testing.registering import registered  # noqa: E402
 from tunerkit.testing.toy_adapters import SCALE  # noqa: E402
 from tunerkit.testing.toy_growing import GrowingPlugin  # noqa: E402
 from tunerkit.testing.toy_methods import LowRankPlugin  # noqa: E402
+
+pytestmark = pytest.mark.core_only
 
 
 class ToyFormat:
@@ -59,8 +60,8 @@ def described(path: Path) -> tunerkit.Description:
 
 @pytest.fixture(autouse=True, scope="module")
 def _toys() -> Iterator[None]:
-    with registered(GrowingPlugin(), LowRankPlugin(), ToyFormat()), mock.patch.object(running, "write_report"):
-        yield  # the report says nothing of how a run begins, and drawing its pictures takes a second
+    with registered(GrowingPlugin(), LowRankPlugin(), ToyFormat()):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,8 @@ from tunerkit.testing.known_cases import NETWORK
 from tunerkit.testing.registering import registered
 from tunerkit.testing.toy_methods import ShiftPlugin
 
+pytestmark = pytest.mark.core_only
+
 ROOT = Path(__file__).parents[1]
 COMMON = {
     *("pyproject.toml", "README.md", "LICENSE", ".gitignore", ".github/workflows/ci.yml"),
@@ -452,6 +454,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin"
 
 
+@pytest.mark.everywhere  # it needs mypy
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_distribution_works_as_generated_in_a_clean_environment(variant: str, clean: Path, tmp_path: Path) -> None:
     """It installs, passes `tunerkit check`, its own tests and mypy, and builds a wheel with its typing marker."""

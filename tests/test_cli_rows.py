@@ -17,6 +17,8 @@ import pyarrow.parquet
 from tunerkit.cli.rows.labels import class_names, class_numbers, split
 from tunerkit.cli.rows.reading import DataError, column, read_table
 
+pytestmark = pytest.mark.core_only
+
 texts = st.text(st.characters(codec="utf-8"), max_size=30)
 label_names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=5)
 tables = st.lists(st.tuples(texts, label_names), min_size=1, max_size=8)

@@ -41,6 +41,8 @@ from tunerkit.report.record import GREATEST  # noqa: E402
 from tunerkit.testing.registering import registered  # noqa: E402
 from tunerkit.testing.toy_methods import LowRankPlugin  # noqa: E402
 
+pytestmark = pytest.mark.core_only
+
 Rows = list[dict[str, Any]]
 QUIET = Console(quiet=True)
 
@@ -162,7 +164,11 @@ def write_data(case: Case, folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", CASES)
+# TRL is in the extra [lm], which the environment without plugins does not have.
+EVERYWHERE = {name: [pytest.mark.everywhere] if case.needs == "trl" else [] for name, case in CASES.items()}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks) for name, marks in EVERYWHERE.items()])
 def test_each_task_learns_and_predicts_the_same_after_loading(
     name: str, models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,12 +36,15 @@ from tunerkit.cli.plugin_commands import PluginCommands  # noqa: E402
 from tunerkit.cli.recipes import reading, schema  # noqa: E402
 from tunerkit.cli.recipes.recipe import Recipe  # noqa: E402
 from tunerkit.cli.running import baseline, data as running_data, output, run as running, using  # noqa: E402
+from tunerkit.cli.running.output import PICTURES  # noqa: E402
 from tunerkit.cli.tasks.text_classification import TextClassification  # noqa: E402
 from tunerkit.integrations.output_folder import read_run  # noqa: E402
 from tunerkit.integrations.pretrained import load_pretrained  # noqa: E402
 from tunerkit.testing.registering import registered  # noqa: E402
 from tunerkit.testing.toy_growing import GrowingPlugin  # noqa: E402
 from tunerkit.testing.toy_methods import LowRankPlugin  # noqa: E402
+
+pytestmark = pytest.mark.core_only
 
 PLUGINS = (GrowingPlugin, LowRankPlugin)
 
@@ -67,7 +70,7 @@ def arguments(folder: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def out(arguments: list[str], folder: Path) -> Path:
     """The folder of that run, ended."""
-    succeeded(*arguments, "--out", folder / "out")
+    succeeded(*arguments, "--out", folder / "out", pictures=True)
     return folder / "out"
 
 
@@ -89,6 +92,7 @@ def test_the_record_tells_the_truth(out: Path, folder: Path) -> None:
     assert {"adapter.safetensors", "run.json", "recipe.yaml", "environment.json", "tokenizer.json", "checkpoints"} <= {
         file.name for file in out.iterdir()
     }
+    assert {"loss.png", "budget.png", "confusion.png"} <= {file.name for file in (out / PICTURES).iterdir()}
     record, held_out = record_of(out), data_of(folder).held_out
     assert record["rows"] == {"train": 32, "eval": 8}
     predicted = logits(out, [row["text"] for row in held_out]).argmax(-1).tolist()
@@ -298,6 +302,7 @@ def test_a_classifier_cannot_talk(out: Path) -> None:
     assert f"tunerkit predict {out}" in done.stderr
 
 
+@pytest.mark.everywhere  # it needs TRL
 def test_a_language_model_is_trained_on_conversations_resumed_and_talks(tmp_path: Path) -> None:
     """TRL's trainer resumes bit for bit too; ``chat`` answers each line as the model does, until an empty one."""
     pytest.importorskip("trl", reason="the task causal-lm needs the extra [lm]")
@@ -347,6 +352,7 @@ def continued(out: Path, text: str, new_tokens: int) -> str:
     return str(tokenizer.decode(found, skip_special_tokens=True))
 
 
+@pytest.mark.everywhere  # it needs TRL
 def test_preferences_are_evaluated_by_the_runs_own_loss(tmp_path: Path) -> None:
     """With another beta than the trainer's default, ``eval`` finds what the record says."""
     pytest.importorskip("trl", reason="the task preference needs the extra [lm]")
@@ -761,6 +767,7 @@ def test_keys_of_plugins_are_kept(arguments: list[str], tmp_path: Path, monkeypa
     assert record_of(new)["recipe"]["acme"] == {"level": 3}
 
 
+@pytest.mark.everywhere  # it needs TensorBoard
 def test_tensorboard_logs_into_the_output_folder(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,8 @@ from tunerkit.targets import resolution
 from tunerkit.testing.registering import registered
 from tunerkit.testing.toy_methods import ShiftPlugin
 
+pytestmark = pytest.mark.core_only
+
 BIG = "x" * 1_000_000
 KINDS = [TunerkitError, TargetError, tunerkit.PluginError, tunerkit.FileError, TunerkitWarning]
 

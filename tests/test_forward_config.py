@@ -21,6 +21,8 @@ from tunerkit.serialization.header import digest
 if TYPE_CHECKING:
     from tests.conftest import Toys
 
+pytestmark = pytest.mark.core_only
+
 
 def config(**fields: object) -> Any:
     """Something like a config of transformers."""

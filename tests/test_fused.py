@@ -22,6 +22,8 @@ from tunerkit.testing.counting import Counting
 if TYPE_CHECKING:
     from tests.conftest import Toys
 
+pytestmark = pytest.mark.core_only
+
 NODE = "_FusedLowRankBackward"
 
 

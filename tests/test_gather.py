@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from tests.conftest import Toys
 from tunerkit.testing.registering import registered
 
+pytestmark = pytest.mark.core_only
+
 
 class Unfinished(tunerkit.BaseLayer):
     """Defines none of the methods that a kind must define."""

@@ -19,6 +19,8 @@ from tunerkit.testing.toy_methods import LowRankConfig
 if TYPE_CHECKING:
     from tests.conftest import Toys
 
+pytestmark = pytest.mark.core_only
+
 
 class Started(LowRank):
     """Adds something from the start; ``zero`` is never used, so it stays 0."""

@@ -15,6 +15,8 @@ from tunerkit.errors import AdapterError
 if TYPE_CHECKING:
     from tests.conftest import Toys
 
+pytestmark = pytest.mark.core_only
+
 GONE = "the {} that was adapted is not in the model any more"
 
 

@@ -24,6 +24,8 @@ from tunerkit.testing.toy_readers import DirectionPlugin, ScaleConfig, ScalePlug
 from tunerkit.testing.toy_shared import SharedPlugin
 from tunerkit.testing.toy_starts import FittedPlugin, PrincipalPlugin
 
+pytestmark = pytest.mark.core_only
+
 # Methods with one feature each beyond adding a product, with the settings that they need on the small network.
 UNUSUAL: Mapping[str, Mapping[str, object]] = {
     **{f"toy-{name}": {} for name in ("growing", "scale", "direction", "shared", "principal", "inputs", "gradients")},
@@ -53,6 +55,7 @@ def test_the_same_plugins_without_a_mistake_pass(plugin: type) -> None:
     assert [r for r in bad_plugins.results(plugin) if r.status not in ("passed", "skipped")] == []
 
 
+@pytest.mark.everywhere  # one check compares with LoRA, where it is installed
 @pytest.mark.parametrize("method", ["toy-low-rank", "toy-shift", "toy-stepper"])
 @pytest.mark.parametrize("case", matrix.by_length())
 def test_methods_that_keep_the_contract_pass(toys: None, method: str, case: Case) -> None:
@@ -62,6 +65,7 @@ def test_methods_that_keep_the_contract_pass(toys: None, method: str, case: Case
     assert all(result.reason for result in found if result.status == "skipped")
 
 
+@pytest.mark.everywhere  # like the one before
 @pytest.mark.parametrize(("method", "config"), UNUSUAL.items(), ids=UNUSUAL)
 def test_unusual_methods_that_keep_the_contract_pass(method: str, config: Mapping[str, object]) -> None:
     """Law: no check asks for more of methods that scale, read, share, grow, are fitted, or start elsewhere."""
@@ -95,6 +99,7 @@ def test_every_check_is_seen_to_fail() -> None:
     assert set(BY_NAME) - failing == {"device", "operations"}
 
 
+@pytest.mark.everywhere
 @pytest.mark.skipif("lora" not in tunerkit.methods(), reason="the check compares with LoRA, which is not installed")
 def test_a_loop_in_a_step_hook_is_caught_beside_plain_lora() -> None:
     """Law: the message has both numbers, and says how to avoid a loop."""

@@ -20,6 +20,8 @@ from tunerkit.injection import walk
 if TYPE_CHECKING:
     from tests.conftest import Toys
 
+pytestmark = pytest.mark.core_only
+
 METHODS = ["toy-low-rank", "toy-shift"]
 
 

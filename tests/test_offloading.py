@@ -20,6 +20,8 @@ from tunerkit.testing.registering import registered
 if TYPE_CHECKING:
     from tests.conftest import Toys
 
+pytestmark = pytest.mark.core_only
+
 accelerate = pytest.importorskip("accelerate")
 hooks = pytest.importorskip("accelerate.hooks")
 

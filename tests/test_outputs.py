@@ -17,6 +17,8 @@ from tunerkit.testing.toy_methods import LowRankPlugin
 from tunerkit.testing.toy_outputs import AffineConfig, OutputPlugin
 from tunerkit.testing.toy_readers import ScaleConfig, ScalePlugin
 
+pytestmark = pytest.mark.core_only
+
 X = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(1))
 
 

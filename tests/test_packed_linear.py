@@ -23,6 +23,8 @@ from tunerkit.testing.small import X, net, train, trainable
 from tunerkit.testing.toy_methods import LowRankPlugin, ShiftPlugin
 from tunerkit.testing.toy_readers import DirectionPlugin
 
+pytestmark = pytest.mark.core_only
+
 TARGETS: dict[str, Any] = {"targets": ["0", "2"]}
 
 

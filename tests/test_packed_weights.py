@@ -17,6 +17,8 @@ from tunerkit.testing.registering import registered
 if TYPE_CHECKING:
     from tests.conftest import Toys
 
+pytestmark = pytest.mark.core_only
+
 
 class Packed(nn.Module):
     """A linear layer whose weight is stored as ``integers / steps``, with 2 * ``steps`` + 1 different values."""

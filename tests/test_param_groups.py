@@ -14,6 +14,8 @@ from tunerkit.testing.registering import registered
 from tunerkit.testing.small import net, train, trainable
 from tunerkit.testing.toy_methods import LowRankConfig, LowRankPlugin
 
+pytestmark = pytest.mark.core_only
+
 TARGETS = {"targets": ["0", "2"]}
 
 

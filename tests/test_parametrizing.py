@@ -12,6 +12,8 @@ from tunerkit.testing.checks.order import CHECKS
 from tunerkit.testing.parametrizing import BoundCheck
 from tunerkit.testing.registering import registered
 
+pytestmark = pytest.mark.core_only
+
 
 def parameters_of(**options: Any) -> dict[str, Any]:
     """The parameters of a test by id."""

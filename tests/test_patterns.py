@@ -19,6 +19,8 @@ from tunerkit.testing.registering import registered
 from tunerkit.testing.toy_adapters import Shift
 from tunerkit.testing.toy_methods import ShiftConfig
 
+pytestmark = pytest.mark.core_only
+
 # Few and similar names, so generated names do match the ends of generated paths, at dots and elsewhere.
 components = st.sampled_from(["a", "aa", "ba", "0"])
 

@@ -20,6 +20,8 @@ from tunerkit.cli import app, commands, plugin_commands  # noqa: E402
 from tunerkit.cli.plugin_commands import GROUP, PluginCommands  # noqa: E402
 from tunerkit.cli.recipes import reading, schema  # noqa: E402
 
+pytestmark = pytest.mark.core_only
+
 
 def export(path: str, form: str = "plain") -> None:
     """Write the adapter in another format."""

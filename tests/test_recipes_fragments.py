@@ -9,6 +9,8 @@ from hypothesis import given, strategies as st
 
 from tunerkit.cli.recipes.fragments import objection, problems
 
+pytestmark = pytest.mark.core_only
+
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),

@@ -13,6 +13,8 @@ pytest.importorskip("yaml", reason="the command needs the extra [cli]")
 from tunerkit.cli.recipes.reading import read_recipe, structure
 from tunerkit.cli.recipes.recipe import Recipe
 
+pytestmark = pytest.mark.core_only
+
 DOCS = Path(__file__).parents[1] / "docs"
 ACME = {"acme": {"type": "object", "description": "Acme's options.", "additionalProperties": {"type": "integer"}}}
 

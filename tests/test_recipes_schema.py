@@ -22,6 +22,8 @@ from tunerkit.cli.recipes.recipe import TASKS, Recipe
 from tunerkit.cli.recipes.schema import schema
 from tunerkit.cli.recipes.writing import starter
 
+pytestmark = pytest.mark.core_only
+
 DOCS = Path(__file__).parents[1] / "docs"
 ACME: dict[str, Any] = {
     "acme": {"type": "object", "description": "Acme's options."},

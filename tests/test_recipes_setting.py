@@ -16,6 +16,8 @@ pytest.importorskip("yaml", reason="the command needs the extra [cli]")
 from tunerkit.cli.recipes.reading import structure
 from tunerkit.cli.recipes.setting import FLAGS, apply, merge
 
+pytestmark = pytest.mark.core_only
+
 TRAINER = {"learning_rate", "num_train_epochs", "seed", "max_length", "optim_args", "dropout", "weight_decay"}
 METHOD = ("target_rank", "dropout", "rank_pattern", "targets")
 

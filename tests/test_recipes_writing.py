@@ -22,6 +22,8 @@ from tunerkit.cli.recipes.recipe import TASKS, Recipe
 from tunerkit.cli.recipes.writing import RecipeFileError, dump, starter, write_starter
 from tunerkit.cli.settings import given_value
 
+pytestmark = pytest.mark.core_only
+
 COLUMNS = {
     "text-classification": ("text", "label"),
     "regression": ("text", "label"),

@@ -13,6 +13,8 @@ import tunerkit
 if TYPE_CHECKING:
     from tests.conftest import Toys
 
+pytestmark = pytest.mark.core_only
+
 
 def output(model: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():

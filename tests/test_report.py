@@ -10,6 +10,8 @@ from hypothesis import given, settings, strategies as st
 from tunerkit import RankChange
 from tunerkit.report.rank_map import RankMap, rank_map, shortened
 
+pytestmark = pytest.mark.core_only
+
 MATRICES = ("attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense")
 ranks_of_layers = st.dictionaries(
     st.tuples(st.integers(0, 12), st.sampled_from(MATRICES)), st.integers(0, 12), min_size=1

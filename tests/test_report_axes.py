@@ -11,6 +11,8 @@ import itertools
 
 from tunerkit.report.html.axes import fitted
 
+pytestmark = pytest.mark.core_only
+
 values = st.lists(st.floats(-1e100, 1e100), min_size=1, max_size=9)
 positive = st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=9)
 

@@ -16,6 +16,8 @@ from typer.testing import CliRunner, Result  # noqa: E402
 from tests import pages, run_records  # noqa: E402
 from tunerkit.cli.app import build  # noqa: E402
 
+pytestmark = pytest.mark.core_only
+
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(build(), ["report", *map(str, arguments)])

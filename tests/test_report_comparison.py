@@ -10,6 +10,8 @@ from tests import pages, run_records
 from tunerkit.report.html import compare
 from tunerkit.report.record import RecordError
 
+pytestmark = pytest.mark.core_only
+
 minimal = run_records.minimal
 
 

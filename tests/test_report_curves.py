@@ -11,6 +11,8 @@ from tests import run_records
 from tunerkit.report import curves
 from tunerkit.report.record import read
 
+pytestmark = pytest.mark.core_only
+
 series = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=1500)
 
 

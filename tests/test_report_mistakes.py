@@ -9,6 +9,8 @@ from tests import run_records
 from tunerkit.report.mistakes import errors_by_label, label_scores, most_confused
 from tunerkit.report.record import LabelErrors, read
 
+pytestmark = pytest.mark.core_only
+
 NAMES = ("a", "b", "c")
 predictions = st.lists(st.tuples(st.sampled_from(NAMES), st.sampled_from(NAMES)), max_size=40)
 

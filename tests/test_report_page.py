@@ -13,6 +13,8 @@ from tests import pages, run_records
 from tunerkit.report.html import compare, render
 from tunerkit.report.record import RecordError
 
+pytestmark = pytest.mark.core_only
+
 TEMPLATES = Path(__file__).parents[1] / "tunerkit/report/html/templates"
 HOSTILE = "</script></style></svg><script>alert('1')</script>\"'&amp;{{ 7 * 7 }}<!--"
 minimal, without = run_records.minimal, run_records.without

@@ -12,6 +12,8 @@ from tunerkit.report import curves
 from tunerkit.report.pictures import draw
 from tunerkit.report.record import RecordError, read
 
+pytestmark = pytest.mark.core_only
+
 
 def test_each_panel_that_says_something_has_a_picture() -> None:
     """Under a name that a file can have; the others have none."""

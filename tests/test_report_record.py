@@ -8,6 +8,8 @@ from hypothesis import given, strategies as st
 from tests import run_records
 from tunerkit.report.record import RecordError, Run, read
 
+pytestmark = pytest.mark.core_only
+
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),

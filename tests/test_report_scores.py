@@ -6,6 +6,8 @@ from tests import run_records
 from tunerkit.report import scores
 from tunerkit.report.record import read
 
+pytestmark = pytest.mark.core_only
+
 
 @pytest.mark.parametrize("name", ["loss", "perplexity", "mse", "rmse", "word_wer", "eval_loss"])
 def test_losses_and_errors_are_better_low(name: str) -> None:

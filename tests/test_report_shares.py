@@ -1,8 +1,11 @@
 """Where the parameters went: sums that leave nothing out."""
 
+import pytest
 from hypothesis import given, strategies as st
 
 from tunerkit.report.shares import by_layer, by_matrix, parts_of
+
+pytestmark = pytest.mark.core_only
 
 sizes = st.dictionaries(st.tuples(st.integers(0, 5), st.sampled_from("qkvo")), st.integers(0, 99))
 

@@ -8,6 +8,8 @@ from tests import run_records
 from tunerkit.report.record import read
 from tunerkit.report.verdict import verdict
 
+pytestmark = pytest.mark.core_only
+
 MAIN = {"metrics": {"accuracy": 0.852}, "main_metric": "accuracy"}
 LOSS = {"metrics": {"loss": 1.42}, "main_metric": "loss"}
 PARTS = {"parameters": {"trained": 12, "all": 1000}, "rows": {"train": 9, "eval": 3000}}

@@ -7,6 +7,8 @@ from hypothesis import given, strategies as st
 
 from tunerkit.report import wording
 
+pytestmark = pytest.mark.core_only
+
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
 

@@ -12,6 +12,8 @@ import tunerkit
 if TYPE_CHECKING:
     from tests.conftest import Toys
 
+pytestmark = pytest.mark.core_only
+
 TOTAL = 9
 
 

@@ -19,7 +19,7 @@ from transformers import Trainer
 from tunerkit.testing.trainer_toys import Regression, RegressionRows, arguments, attached_trainer
 from tunerkit.testing.two_trainers import resume_together
 
-pytestmark = pytest.mark.usefixtures("toys")
+pytestmark = [pytest.mark.core_only, pytest.mark.usefixtures("toys")]
 # What a checkpoint of two adapters consists of. Nothing reads the arguments back.
 FILES = (
     "a/adapter.safetensors", "a/state.safetensors", "b/adapter.safetensors", "b/state.safetensors", "optimizer.pt",

@@ -12,6 +12,8 @@ from tunerkit.testing.toy_growing import GrowingPlugin
 from tunerkit.testing.toy_shared import SharedPlugin
 from tunerkit.testing.toy_starts import FittedPlugin, PrincipalPlugin
 
+pytestmark = pytest.mark.core_only
+
 RUNS: dict[str, dict[str, Any]] = {
     "toy-shared": {"plugins": (SharedPlugin,)},
     "toy-growing": {"plugins": (GrowingPlugin,), "config": {"every": 2, "max_rank": 3}},

@@ -14,6 +14,8 @@ from tunerkit.testing.toy_methods import ShiftConfig, Shifting
 if TYPE_CHECKING:
     from tests.conftest import Toys
 
+pytestmark = pytest.mark.core_only
+
 
 class CarelessPlugin(Shifting):
     """``toy-careless``: restoring writes into the adapters and into the state, and then finds out what is missing."""

@@ -18,6 +18,8 @@ from tunerkit.injection import is_merged
 if TYPE_CHECKING:
     from tests.conftest import Toys
 
+pytestmark = pytest.mark.core_only
+
 CONFIG = {"targets": ["0", "2"]}
 
 

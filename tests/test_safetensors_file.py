@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 from tests.adapter_files import assert_refused, in_place
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*running statistics")
+pytestmark = [pytest.mark.core_only, pytest.mark.filterwarnings("ignore:.*running statistics")]
 
 
 def test_a_folder_gets_the_file_and_a_path_is_the_file(toys: "Toys", tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from tests.target_models import ALL, Attending, Net, chosen, scanned, silent, ti
 from tunerkit import targets
 from tunerkit.errors import TargetError, TunerkitWarning
 
+pytestmark = pytest.mark.core_only
+
 
 class ConvNet(nn.Module):
     """A stem, two blocks of a plain, a depthwise and a grouped convolution, and a head named as in timm."""

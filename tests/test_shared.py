@@ -20,6 +20,8 @@ from tunerkit.testing.toy_adapters import Matrices, Weighting
 from tunerkit.testing.toy_methods import LowRankConfig
 from tunerkit.testing.toy_shared import SharedPlugin
 
+pytestmark = pytest.mark.core_only
+
 TARGETS = {"targets": ["0", "2", "4"]}
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from tunerkit.layers import BaseLayer, Sketch, as_base_layer
 from tunerkit.records import Statistics, StatisticsRequest
 
+pytestmark = pytest.mark.core_only
+
 IN = 12
 
 

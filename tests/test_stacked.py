@@ -14,6 +14,8 @@ from tunerkit.testing.registering import registered
 from tunerkit.testing.toy_methods import LowRankPlugin, ShiftPlugin
 from tunerkit.testing.toy_readers import DirectionPlugin, ScalePlugin, SecretivePlugin
 
+pytestmark = pytest.mark.core_only
+
 METHODS = ("toy-low-rank", "toy-scale", "toy-direction")
 ORDERS = [pair for pair in itertools.product(METHODS, repeat=2) if pair != ("toy-low-rank", "toy-low-rank")]
 

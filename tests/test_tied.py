@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tests.conftest import Toys
 
 pytestmark = [
+    pytest.mark.core_only,
     pytest.mark.filterwarnings("ignore:these adapters never ran.* shared"),  # T5 holds it and never calls it
     pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated"),
 ]

@@ -21,6 +21,8 @@ from scripts.structure import private_attributes, read
 from tunerkit.libraries import torch_private
 from tunerkit.testing.counting import Counting
 
+pytestmark = pytest.mark.core_only
+
 ROOT = Path(__file__).parents[1]
 FILE = "tunerkit/libraries/torch_private.py"
 

@@ -13,6 +13,8 @@ from tunerkit import testing
 from tunerkit.testing.registering import registered
 from tunerkit.testing.small import X, net
 
+pytestmark = pytest.mark.core_only
+
 MODULES = [
     import_module(f"tunerkit.testing.{m.name}")
     for m in pkgutil.iter_modules(testing.__path__)

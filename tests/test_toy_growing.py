@@ -14,6 +14,8 @@ from tunerkit.testing.registering import registered
 from tunerkit.testing.small import X, net, step, train, trainable
 from tunerkit.testing.toy_growing import GrowingPlugin
 
+pytestmark = pytest.mark.core_only
+
 CONFIG: dict[str, Any] = {"targets": ["0", "2"], "every": 2, "max_rank": 3}
 
 

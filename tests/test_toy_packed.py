@@ -18,6 +18,8 @@ from tunerkit.testing.toy_readers import DirectionPlugin, ScalePlugin
 from tunerkit.testing.toy_shared import SharedPlugin
 from tunerkit.testing.toy_starts import FittedPlugin
 
+pytestmark = pytest.mark.core_only
+
 METHODS = ("toy-low-rank", "toy-scale", "toy-direction", "toy-shared", "toy-inputs")
 TARGETS: dict[str, Any] = {"targets": ["0", "2"]}
 

@@ -13,6 +13,8 @@ from tunerkit.testing.registering import registered
 from tunerkit.testing.small import X, net, train, trainable
 from tunerkit.testing.toy_starts import PrincipalPlugin
 
+pytestmark = pytest.mark.core_only
+
 TARGETS: dict[str, Any] = {"targets": ["0", "2", "4"]}
 
 

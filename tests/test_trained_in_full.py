@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from tests.conftest import Toys
 from tests.model_checks import losing, untouched
 
+pytestmark = pytest.mark.core_only
+
 
 def test_a_tied_module_cannot_be_trained_in_full(toys: "Toys") -> None:
     """A copy of a tied module would break the tie: the error names the modules that share the parameter."""

@@ -18,6 +18,8 @@ from tunerkit.testing.toy_methods import LowRankConfig, LowRankPlugin
 if TYPE_CHECKING:
     from tests.conftest import Toys
 
+pytestmark = pytest.mark.core_only
+
 
 def test_a_tuner_is_found_by_name_or_alone(toys: "Toys") -> None:
     """A single adapter needs no name; with two, the name decides; for an unknown name the error lists the closest."""

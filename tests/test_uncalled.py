@@ -17,6 +17,8 @@ from tunerkit.injection.running import enter, leave
 if TYPE_CHECKING:
     from tests.conftest import Toys
 
+pytestmark = pytest.mark.core_only
+
 
 class PastForward(nn.Module):
     """Uses one projection's weight directly, bypassing its forward(), as attention does with its output projection."""

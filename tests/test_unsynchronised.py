@@ -16,6 +16,8 @@ from tunerkit.libraries.torch_private import has_hook
 if TYPE_CHECKING:
     from tests.conftest import Toys
 
+pytestmark = pytest.mark.core_only
+
 
 @pytest.fixture
 def _process_group(tmp_path: Path) -> Iterator[None]:

@@ -11,6 +11,8 @@ from tunerkit.hooks import validation
 from tunerkit.testing.registering import registered
 from tunerkit.testing.toy_methods import LowRankConfig, LowRankPlugin
 
+pytestmark = pytest.mark.core_only
+
 
 class Numbered(LowRankPlugin):
     """Has a number of the contract, which each test sets."""

@@ -26,6 +26,8 @@ from tunerkit.serialization.fingerprint import fingerprint
 if TYPE_CHECKING:
     from tests.conftest import Toys
 
+pytestmark = pytest.mark.core_only
+
 WIDTH, HEADS = 8, 2
 NAMES = ("weight", "bias", "in_proj_weight", "in_proj_bias", "use_nested_tensor")
 IN, OUT = "attention.tunerkit.default.adapter", "attention.out_proj.tunerkit.default.adapter"

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from tests.conftest import Toys
 from tests.model_checks import losing, untouched
 
+pytestmark = pytest.mark.core_only
+
 BIASES = ("none", "adapters", "all")
 
 LEGAL_NAMES = st.text(st.characters(codec="utf-8", exclude_characters="./"), min_size=1, max_size=64)

@@ -6,7 +6,7 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,7 +17,10 @@ from typer.testing import CliRunner
 
 from tests.tiny_classifier import WORDS, save_tiny_classifier
 from tunerkit.cli.app import build
-from tunerkit.cli.running import run as _run  # noqa: F401  # a server that has it imported forks in milliseconds
+from tunerkit.cli.running import (
+    record as _record,
+    run as _run,  # noqa: F401  # a server that has it imported forks in milliseconds
+)
 from tunerkit.cli.running.callbacks import Watching
 from tunerkit.testing.registering import registered
 
@@ -26,14 +29,21 @@ _OF_A_CALL = ("_runtime", "_per_second", "num_tokens")
 Plugins = Sequence[Callable[[], object]]
 
 
-def command(*arguments: object, typed: str | None = None) -> Any:
-    """Call ``tunerkit`` in this process and return the exit code and what it printed. ``typed`` is its input."""
-    return CliRunner().invoke(build(), [str(argument) for argument in arguments], input=typed)
+def command(*arguments: object, typed: str | None = None, pictures: bool = False) -> Any:
+    """Call ``tunerkit`` in this process and return the exit code and what it printed.
+
+    Args:
+        arguments: Those of the command line.
+        typed: The input.
+        pictures: Whether a run draws its pictures, which takes longer than training.
+    """
+    with nullcontext() if pictures else mock.patch.object(_record, "write_pictures"):
+        return CliRunner().invoke(build(), [str(argument) for argument in arguments], input=typed)
 
 
-def succeeded(*arguments: object, typed: str | None = None) -> Any:
-    """Call ``tunerkit``, which must succeed."""
-    done = command(*arguments, typed=typed)
+def succeeded(*arguments: object, typed: str | None = None, pictures: bool = False) -> Any:
+    """Call ``tunerkit``, which must succeed; the arguments are those of `command`."""
+    done = command(*arguments, typed=typed, pictures=pictures)
     assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"
     return done
 
@@ -79,7 +89,7 @@ def in_process(function: Callable[..., object], *arguments: object) -> int:
     """Call a function in a new process that has only imported this module; return its exit code."""
     context = multiprocessing.get_context("forkserver")
     # There is one server in a process, and the first who uses it decides what its forks need not import again.
-    context.set_forkserver_preload(["tunerkit.testing.resuming", __name__])
+    context.set_forkserver_preload(["tunerkit.testing.resuming", "tunerkit.testing.loaded", __name__])
     process = context.Process(target=function, args=arguments)
     process.start()
     process.join()

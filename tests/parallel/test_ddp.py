@@ -4,7 +4,6 @@ import copy
 import os
 import pickle
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -22,11 +21,12 @@ from tunerkit.testing.registering import registered
 from tunerkit.testing.toy_growing import GrowingPlugin
 from tunerkit.testing.toy_methods import LowRankPlugin
 
+pytestmark = pytest.mark.core_only
+
 if not (distributed.is_available() and distributed.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
 LONG = os.environ.get("TUNERKIT_LONG") == "1"
-TWICE = find_spec("tunerkit_adalora") is not None and not LONG  # `make test-core` runs the same
 SHORT = ["as it is", "views of buckets", "unused parameters", "static graph"]
 WAYS = [*ddp_runs.WAYS] if LONG else SHORT
 
@@ -34,8 +34,6 @@ WAYS = [*ddp_runs.WAYS] if LONG else SHORT
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes found, by process."""
-    if TWICE:
-        pytest.skip("it takes 20 s, and `make test-core` runs it; TUNERKIT_LONG=1 runs it here")
     folder = tmp_path_factory.mktemp("ddp")
     two_processes.spawn(ddp_runs.run_all, (str(folder), WAYS))
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]

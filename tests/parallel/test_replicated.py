@@ -2,7 +2,6 @@
 
 import os
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,12 @@ from tunerkit.testing.registering import registered
 from tunerkit.testing.toy_growing import GrowingPlugin
 from tunerkit.testing.toy_methods import LowRankPlugin
 
+pytestmark = pytest.mark.core_only
+
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
 LONG = os.environ.get("TUNERKIT_LONG") == "1"
-if find_spec("tunerkit_adalora") is not None and not LONG:
-    pytest.skip("it takes 40 s, and `make test-core` runs it; TUNERKIT_LONG=1 runs it here", allow_module_level=True)
 TARGETS = ["0", "2"]
 LOW_RANK = together.Job("alone", "toy-low-rank", {"targets": TARGETS}, steps=6)
 GROWING = together.Job("alone", "toy-growing", {"targets": TARGETS, "every": 2}, steps=7)

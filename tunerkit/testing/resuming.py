@@ -8,6 +8,7 @@
         resuming.check_stopped_after_every_step(run)
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -99,7 +100,7 @@ def check_killed(run: Run, at: tuple[int, ...]) -> None:
 
 
 def in_fresh_process(run: Run) -> int:
-    """Train in a new interpreter that has only imported the modules.
+    """Train in a new interpreter that has only imported the modules, and loaded the plugins.
 
     Args:
         run: The run.
@@ -108,7 +109,7 @@ def in_fresh_process(run: Run) -> int:
         The exit code, negative if a signal ended the process.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, "tunerkit.testing.loaded"])
     process = context.Process(target=train, args=(run,))
     process.start()
     process.join()
@@ -123,6 +124,7 @@ def train(run: Run) -> None:
         run: The run.
     """
     torch.set_num_threads(1)
+    gc.freeze()  # the Trainer collects garbage, which would take longer than the training among all that is imported
     with registered(*(build() for build in run.plugins)):
         _train(run)
 

@@ -1,6 +1,7 @@
 """Shards a wrapped model in processes of their own, which import this function by name, and tries what is refused."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,32 +14,37 @@ from tunerkit.testing import small, two_processes
 from tunerkit.testing.toy_methods import LowRankPlugin
 
 
-def shard_and_try(rank: int, engine: str, folder: str) -> None:
-    """Be one of two processes that shard a wrapped `small.net` and then try what FSDP1 refuses.
+def shard_and_try(rank: int, engines: Sequence[str], folder: str) -> None:
+    """Be one of two processes that shard a wrapped `small.net` by each engine and then try what FSDP1 refuses.
 
-    The answers are written to ``{folder}/{rank}.pt``: for each verb the error's class and message, or None, and under
-    ``"gathered"`` the outputs of the trained model here and of an unsharded one with the gathered weights, saved and
-    loaded again.
+    The answers are written to ``{folder}/{rank}.pt``, by engine: for each verb the error's class and message, or None,
+    and under ``"gathered"`` the outputs of the trained model here and of an unsharded one with the gathered weights,
+    saved and loaded again. What an engine lets the processes save is in ``{folder}/{engine}``.
 
     Args:
         rank: which of the two processes this is; `torch.multiprocessing.spawn` gives it.
-        engine: ``"fsdp1"``, ``"fsdp1 flat"`` (without ``use_orig_params``) or ``"fsdp2"``.
+        engines: some of ``"fsdp1"``, ``"fsdp1 flat"`` (without ``use_orig_params``) and ``"fsdp2"``.
         folder: where the processes meet and write.
     """
     with two_processes.joined(rank, folder):
         tunerkit.register(LowRankPlugin())
-        inner = _wrapped()
-        model = _sharded(inner, engine)
-        answers: dict[str, Any] = {
-            "wrap": _error(lambda: _wrapped(_sharded(small.net(), engine))),
-            "attach": _error(lambda: tunerkit.attach(model, torch.optim.SGD(small.trainable(model), lr=0.2))),
-            "save": _error(lambda: tunerkit.save(model, f"{folder}/sharded")),
-            "save the part inside": _error(lambda: tunerkit.save(inner, f"{folder}/sharded")),
-            "merge": _error(lambda: tunerkit.unmerge(tunerkit.merge(model))),
-        }
-        small.train(model, torch.optim.SGD(small.trainable(model), lr=0.2), 2)
-        answers["gathered"] = (model(small.X).detach(), _gathered(model, engine, folder, rank))
+        answers = {engine: _tried(engine, Path(folder) / engine, rank) for engine in engines}
         torch.save(answers, f"{folder}/{rank}.pt")
+
+
+def _tried(engine: str, folder: Path, rank: int) -> dict[str, Any]:
+    inner = _wrapped()
+    model = _sharded(inner, engine)
+    answers: dict[str, Any] = {
+        "wrap": _error(lambda: _wrapped(_sharded(small.net(), engine))),
+        "attach": _error(lambda: tunerkit.attach(model, torch.optim.SGD(small.trainable(model), lr=0.2))),
+        "save": _error(lambda: tunerkit.save(model, folder / "sharded")),
+        "save the part inside": _error(lambda: tunerkit.save(inner, folder / "sharded")),
+        "merge": _error(lambda: tunerkit.unmerge(tunerkit.merge(model))),
+    }
+    small.train(model, torch.optim.SGD(small.trainable(model), lr=0.2), 2)
+    answers["gathered"] = (model(small.X).detach(), _gathered(model, engine, folder, rank))
+    return answers
 
 
 def _wrapped(model: nn.Module | None = None) -> nn.Module:
@@ -55,7 +61,7 @@ def _sharded(model: nn.Module, engine: str) -> nn.Module:
     return fsdp.FullyShardedDataParallel(model, **options)
 
 
-def _gathered(model: nn.Module, engine: str, folder: str, rank: int) -> Tensor:
+def _gathered(model: nn.Module, engine: str, folder: Path, rank: int) -> Tensor:
     """The output of an unsharded model that was given the full ``state_dict``, as the messages advise."""
     if engine == "fsdp2":
         options = checkpoint.StateDictOptions(full_state_dict=True, broadcast_from_rank0=False)
@@ -64,8 +70,8 @@ def _gathered(model: nn.Module, engine: str, folder: str, rank: int) -> Tensor:
         full = model.state_dict()
     alone = _wrapped()
     alone.load_state_dict(full)
-    tunerkit.save(alone, f"{folder}/alone-{rank}")
-    output: Tensor = tunerkit.load(small.net(), f"{folder}/alone-{rank}")(small.X)
+    tunerkit.save(alone, folder / f"alone-{rank}")
+    output: Tensor = tunerkit.load(small.net(), folder / f"alone-{rank}")(small.X)
     return output.detach()
 
 

@@ -1,5 +1,6 @@
 """How processes of one group are started, join it, and leave it."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ def joined(rank: int, folder: str, processes: int = 2) -> Iterator[None]:
         processes: how many there are.
     """
     torch.set_num_threads(1)
+    gc.freeze()  # a Trainer collects garbage, which would take longer than a training among all that is imported
     distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import tunerkit
 from plugins.adalora.tests.short_training import layers
+from tunerkit.testing.matrix import is_long
 from tunerkit.testing.small import TARGETS, closure_of, loss_of, net, train, trainable
 from tunerkit_adalora.training import training_of
 
@@ -104,7 +105,7 @@ INJECTED = st.sampled_from([math.nan, math.inf, -math.inf, None])
     bad=st.dictionaries(st.tuples(st.integers(0, TOTAL - 1), st.integers(1, 8)), INJECTED, max_size=80),
     unit=st.sampled_from(["rank", "parameters"]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200 if is_long() else 60, deadline=None)
 def test_bad_gradients_anywhere_leave_averages_finite_and_the_budget_exact(
     bad: dict[tuple[int, int], float | None], unit: str
 ) -> None:

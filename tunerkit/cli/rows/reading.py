@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -199,7 +200,8 @@ def _check_header(path: Path, names: Sequence[str], delimiter: str) -> None:
             f"{path}: the header is {shown(names[0])}: this file seems to separate columns by {_DELIMITERS[seems]}; "
             f"save it with {_DELIMITERS[delimiter]}"
         )
-    twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+    counts = Counter(names)
+    twice = next((name for name in names if counts[name] > 1), None)
     if twice is not None:
         raise DataError(f"{path}: the header has the column {shown(twice)} twice; rename or remove one of the two")
 

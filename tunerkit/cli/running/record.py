@@ -152,10 +152,15 @@ def _spectrum(tuner: Tuner) -> dict[str, list[float]]:
 
 
 def write_report(folder: Path, record: Mapping[str, Any], console: Console) -> None:
-    """Write ``report.html`` and a picture of each panel. Without matplotlib, print how to install it."""
+    """Write ``report.html`` and a picture of each panel."""
     from tunerkit.report.html import render
 
     serialization.replace(folder / "report.html", [render(record).encode()])
+    write_pictures(folder, record, console)
+
+
+def write_pictures(folder: Path, record: Mapping[str, Any], console: Console) -> None:
+    """Write a picture of each panel of the report. Without matplotlib, print how to install it."""
     try:
         from tunerkit.report import pictures  # needs the extra [plot], which [cli] does not include
     except ModuleNotFoundError:

@@ -1,0 +1,13 @@
+"""What the tests of core and of all plugins share: garbage is looked for only among what tests create."""
+
+import gc
+
+
+def pytest_collection_finish() -> None:
+    """Take what was imported out of each garbage collection.
+
+    A Trainer collects all garbage at the end of training. Among the objects of all imported libraries, that takes
+    longer than the training of a tiny model.
+    """
+    gc.collect()
+    gc.freeze()
