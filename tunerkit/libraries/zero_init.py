@@ -18,7 +18,7 @@ _INIT = "deepspeed.runtime.zero.partition_parameters"
 
 def is_partitioned(parameter: Tensor) -> bool:
     """Whether DeepSpeed has emptied a parameter, of which each process keeps a share."""
-    status = vars(parameter).get(_STATUS)
+    status = getattr(parameter, _STATUS, None)  # not by `vars`: forwards ask this, and the compiler follows them
     return status is not None and getattr(status, "name", status) != _WHOLE
 
 
