@@ -43,8 +43,8 @@ PRIVATE = {"torch": f"{CORE}.libraries.torch_private", "transformers": f"{CORE}.
 PROCESS_STATE = {
     *(f"{CORE}.hooks.registry.registry", f"{CORE}.injection.tuner.unseen"),
     *(f"{CORE}.steps.links._links", f"{CORE}.steps.links._engines", f"{CORE}.parallel.replicated._engines"),
-    *(f"{CORE}.parallel.group._written", f"{CORE}.parallel.writing._tries"),
-    *(f"{CORE}.parallel.writing._seen", f"{CORE}.parallel.meeting._rooms"),  # of the process group
+    *(f"{CORE}.parallel.group._written", f"{CORE}.parallel.writing._counts"),
+    *(f"{CORE}.parallel.meeting._rooms", f"{CORE}.parallel.agreement._begun"),  # of the process group
     *(f"{CORE}.steps.undriven._watch", f"{CORE}.patterns._allowance"),
 }
 LIBRARIES = frozenset(

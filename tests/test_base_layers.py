@@ -502,3 +502,10 @@ def test_a_copied_layer_holds_a_kind_that_points_at_the_copy(name: str, duplicat
     assert copied.module is other
     assert base.module is module
     assert copied.dense().data_ptr() == other.weight.data_ptr() != module.weight.data_ptr()
+
+
+def test_an_embedding_has_the_rows_of_its_weight() -> None:
+    """Rows that were added by hand count, whatever the module says of its size."""
+    module = nn.Embedding(10, 4)
+    module.weight = nn.Parameter(torch.randn(15, 4))
+    assert (described(module).in_features, described(module).out_features) == (15, 4)

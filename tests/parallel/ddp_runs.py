@@ -179,13 +179,12 @@ def apart() -> str | None:
 
 
 def gone(rank: int) -> str | None:
-    """Why shapes stay when DDP was there in the first backward, and is not any more."""
+    """Why shapes stay when DDP was there in the first backward, and is not any more; no step is taken then."""
     model = wrapped()
     parallel = DistributedDataParallel(model)
     optimizer = attached(model)
     loss(parallel, *next(batches(0, rank))).backward()
     del parallel
-    optimizer.step()
     return tunerkit.resize_obstacle(tunerkit.tuner(model).parameters(), optimizer)
 
 

@@ -24,7 +24,7 @@ def look_inside(rank: int, processes: int, folder: str) -> None:
     with sharded_runs.in_group(rank, processes, folder):
         answers = {name: check() for name, check in CHECKS.items()} | sharded_runs.look_inside(folder)
         net, own = nn.Linear(2, 2), Meeting()
-        own.open_(["default"])
+        own.open_(["default"], net, 1)
         own.watch_(net, forwards=True)
     net(torch.ones(2)).sum().backward()  # the group is gone, and the process goes on alone
     torch.save(answers, f"{folder}/{rank}.pt")
@@ -55,7 +55,7 @@ def _meets_no_longer() -> bool:
     """
     net, own = nn.Linear(2, 2), Meeting()
     before = len(net._forward_hooks), len(net._forward_pre_hooks)
-    (seat,) = own.open_(["default"]).values()
+    (seat,) = own.open_(["default"], net, 1).values()
     own.watch_(net, forwards=True)
     met = Collectives()
     with met:
@@ -69,7 +69,7 @@ def _meets_no_longer() -> bool:
     if distributed.get_rank() == 0:
         net(torch.ones(2)).sum().backward()
     dropped = nn.Linear(2, 2)
-    own.open_(["default"])
+    own.open_(["default"], dropped, 1)
     own.watch_(dropped, forwards=True)
     gone = weakref.ref(dropped)
     del dropped

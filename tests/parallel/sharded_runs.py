@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import distributed, nn
@@ -163,6 +164,7 @@ def look_inside(folder: str) -> dict[str, Any]:
     answers = {name: check() for name, check in CHECKS.items()}
     answers["saved"] = _saves_quietly(folder)
     answers["saved again"] = _saves_again(folder)
+    answers["patient"] = _waits_for_a_busy_writer(folder)
     return answers
 
 
@@ -403,12 +405,31 @@ def _saves_again(folder: str) -> bool:
     """A file is there when `tunerkit.save` returns, also if one like it was written to a place of the same name."""
     model = build("lora")
     tunerkit.attach(model, adam(model))
+    if distributed.get_rank() == 0:
+        tunerkit.save(model, f"{folder}/alone/kept")
     there = []
-    for name in ("first", "second"):
-        if distributed.get_rank() == 0:
+    for name, late in (("first", 0), ("second", 0), ("third", 1), ("third", None)):
+        if distributed.get_rank() == late:
             time.sleep(0.5)
         there.append(tunerkit.save(model, f"{folder}/{name}/kept").is_file())
     return all(there)
+
+
+def _waits_for_a_busy_writer(folder: str) -> bool:
+    """Process 0 may be busy longer than the patience with a file at another place, if the last one was as it was told.
+
+    One that it has written elsewhere since is an error then.
+    """
+    model = build("lora")
+    tunerkit.attach(model, adam(model))
+    first = distributed.get_rank() == 0
+    with mock.patch("tunerkit.parallel.writing._PATIENCE", 0.2):
+        tunerkit.save(model, f"{folder}/last/patient")
+        if first:
+            time.sleep(1)
+        there = tunerkit.save(model, f"{folder}/best/patient").is_file()
+        told = _error(lambda: tunerkit.save(model, f"{folder}/{'one' if first else 'another'}"))
+    return there and told.startswith("" if first else "AdapterError: process 0 wrote the same to")
 
 
 CHECKS = {

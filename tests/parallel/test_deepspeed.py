@@ -251,6 +251,8 @@ def test_what_cannot_work_with_partitioned_weights_is_refused(trained: list[dict
         assert said["attention in Init"].startswith("TargetError: 'attention' is used directly")
         assert said["attention"].startswith("StepError: attention is used directly")
         assert "tunerkit" not in said["names"]
+        assert "has the dtypes bfloat16 and float32, and DeepSpeed trains one" in said["dtypes"]
+        assert said["one dtype"] == ""
         assert "load it onto a whole base in one process" in said["format"]
 
 

@@ -230,6 +230,20 @@ def test_under_ddp_too_both_are_told_who_skips_a_backward(wrong: list[dict[str, 
         assert f"process 0 is at {first} (adapters: default); process 1 is at {second} (" in wrong[0][case][1]
 
 
+def test_what_one_process_does_beside_ddp_disturbs_nobody(wrong: list[dict[str, Any]]) -> None:
+    """A backward of the model inside, and batches that use other adapters: the processes go on alike."""
+    for case in ("ddp_local", "ddp_with_a_later_adapter"):
+        assert all(torch.equal(a, b) for a, b in zip(*(each[case] for each in wrong), strict=True)), wrong[0][case]
+
+
+def test_what_ddp_would_mix_up_or_wait_for_is_told(wrong: list[dict[str, Any]]) -> None:
+    """Another model with an adapter of that name, a forward of one process that sends buffers, a DDP that is gone."""
+    for each in wrong:
+        assert "backward 1 (adapters: default) of training" in each["ddp_twins"]
+        assert each["ddp_with_buffers_runs_out"].startswith("StepError: ")
+        assert "its DistributedDataParallel is gone" in each["ddp_is_gone"]
+
+
 def test_one_meeting_for_each_backward_that_ddp_averages(wrong: list[dict[str, Any]]) -> None:
     """However many adapters, models and optimizers take part, and none where gradients are only added up."""
     for each in wrong:

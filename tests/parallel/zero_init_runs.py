@@ -120,6 +120,12 @@ def _refused(deepspeed: Any, folder: Path, rank: int) -> Said:
     base = Attending()
     deepspeed.zero.Init(module=base, config_dict_or_path=zero_training.settings(_JOB))
     said["attention in Init"] = answer(lambda: tunerkit.wrap(base, "lora", attention))
+    coarse = together.net().bfloat16()
+    deepspeed.zero.Init(module=coarse, config_dict_or_path=zero_training.settings(_JOB))
+    said["dtypes"] = answer(lambda: tunerkit.wrap(coarse, "lora", {**_TARGETS, "train_modules": ("4",)}))
+    said["one dtype"] = answer(
+        lambda: tunerkit.wrap(coarse, "lora", {**_TARGETS, "train_modules": ("4",), "adapter_dtype": "bfloat16"})
+    )
     said["names"] = " ".join(name for name, _ in base.named_modules())
     late = tunerkit.wrap(Attending(), "lora", attention, seed=1)
     engine, *_ = deepspeed.initialize(

@@ -7,6 +7,7 @@ from torch import nn
 
 from tunerkit.errors import AdapterError
 from tunerkit.injection.held_settings import hold_settings_, release_settings_
+from tunerkit.injection.preconditions import refuse_mixed_dtypes
 from tunerkit.injection.quantised_models import mark_trainable_, unmark_trainable_
 from tunerkit.injection.running import refuse_running, unwatch_threads_, watch_threads_
 from tunerkit.injection.save_pretrained import unwatch_saving_, watch_saving_
@@ -30,6 +31,8 @@ def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, *, trainable
     If this raises, also a KeyboardInterrupt, nothing is added.
     """
     refuse_running(tuner.model, "adding an adapter")
+    if trainable:
+        refuse_mixed_dtypes(tuner, built)
     try:
         _inject_(tuner, built, scanned)
         train_(tuner, trained=trainable)

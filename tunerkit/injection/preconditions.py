@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -10,9 +10,9 @@ from torch.nn.parameter import UninitializedParameter
 from tunerkit.errors import AdapterError, ConfigError, TunerkitWarning, closest
 from tunerkit.injection.merged_state import refuse_fixed
 from tunerkit.injection.root import inside
-from tunerkit.injection.slots import base_modules, slots_of, walk
+from tunerkit.injection.slots import Slot, base_modules, slots_of, walk
 from tunerkit.injection.tuner import Tuner, tuners_of
-from tunerkit.libraries import refuse_engine, torch_private
+from tunerkit.libraries import is_partitioned, refuse_engine, torch_private
 from tunerkit.paths import CHILD, is_under
 from tunerkit.patterns import matcher
 from tunerkit.targets import Scan
@@ -90,6 +90,23 @@ def refuse_overlap(model: nn.Module, paths: Collection[str], copies: Collection[
 
 def _nested(one: str, other: str) -> bool:
     return one == other or one.startswith(other + ".") or other.startswith(one + ".")
+
+
+def refuse_mixed_dtypes(tuner: Tuner, built: Mapping[str, Slot]) -> None:
+    """Raise `AdapterError` if DeepSpeed could not train an adapter beside a base that its zero.Init has partitioned.
+
+    It wants one dtype for all that is trained. Elsewhere it casts what is trained, but not beside such a base.
+
+    Args:
+        tuner: The adapter's handle.
+        built: Its slots by path.
+    """
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for slot in built.values() for p in slot.parameters()})
+    if len(dtypes) > 1 and any(map(is_partitioned, tuner.model.parameters())):
+        raise AdapterError(
+            f"what would be trained has the dtypes {' and '.join(dtypes)}, and DeepSpeed trains one dtype beside a "
+            "base in zero.Init. Copies and biases have the base's: set adapter_dtype to it, or train none in full"
+        )
 
 
 def warn_of_limits(scanned: Scan, tuner: Tuner) -> None:

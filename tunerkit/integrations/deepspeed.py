@@ -189,12 +189,12 @@ class ZeroEngine:
 
     def begin_(self, adapters: Sequence[Held], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
         """Compare the adapters, and hook DeepSpeed's step. It gave all processes the weights of process 0 already."""
-        refuse_differing(adapters)
+        number = refuse_differing(adapters)
         for held in adapters:
             buffers = [buffer for slot in held.slots.values() for buffer in slot.buffers()]
             if held.starts_alike and buffers:
                 self.agree_(buffers, f"the start of adapter {held.name!r}")
-        seats = self._meeting.open_(held.name for held in adapters)
+        seats = self._meeting.open_((held.name for held in adapters), adapters[0].model, number)
         for held in adapters:
             # ZeRO-3 gathers what it has partitioned in a forward too.
             self._meeting.watch_(held.model, forwards=any(map(is_sharded, held.model.parameters())))

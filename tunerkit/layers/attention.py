@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tunerkit.errors import AdapterError
 from tunerkit.layers.base import BaseLayer
-from tunerkit.libraries import forward_owner, torch_private, weight_of
+from tunerkit.libraries import forward_owner, torch_private, weight_of, whole_shape
 
 
 @final
@@ -34,12 +34,12 @@ class AttentionLayer(BaseLayer):
     @property
     def in_features(self) -> int:
         """Width of the input, E."""
-        return int(self.module.embed_dim)
+        return whole_shape(self.module.in_proj_weight)[1]
 
     @property
     def out_features(self) -> int:
         """Rows of q, k and v together, 3·E."""
-        return 3 * self.in_features
+        return whole_shape(self.module.in_proj_weight)[0]
 
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> NoReturn:
         """Raise `AdapterError`: the output mixes the projections of three inputs, so nothing can be added to it."""

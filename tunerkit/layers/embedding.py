@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunerkit.layers.base import BaseLayer, runs_forward_of
-from tunerkit.libraries import forward_owner, is_scaled_embedding, weight_of
+from tunerkit.libraries import forward_owner, is_scaled_embedding, weight_of, whole_shape
 
 
 @final
@@ -40,12 +40,12 @@ class EmbeddingLayer(BaseLayer):
     @property
     def in_features(self) -> int:
         """Number of ids."""
-        return self.module.num_embeddings
+        return whole_shape(self.module.weight)[0]
 
     @property
     def out_features(self) -> int:
         """Width of a row."""
-        return self.module.embedding_dim
+        return whole_shape(self.module.weight)[1]
 
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> Tensor:
         """Ids (...) to (..., r). ``dropout`` drops whole ids, just as it would drop elements of one-hot rows."""

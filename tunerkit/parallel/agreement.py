@@ -3,9 +3,11 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from tunerkit.errors import StepError, cut
 from tunerkit.parallel import group
@@ -13,22 +15,27 @@ from tunerkit.parallel.engine import Held
 from tunerkit.parallel.flat import unflatten_
 
 _WHAT = "the comparison of the adapters at attach"
+_begun: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # how many trainings, by the default group
 
 
-def refuse_differing(adapters: Sequence[Held]) -> None:
+def refuse_differing(adapters: Sequence[Held]) -> int:
     """Raise `StepError` in every process if they are about to train different adapters.
 
     It costs one collective of 32 bytes if they agree.
 
     Args:
         adapters: The adapters of this process.
+
+    Returns:
+        The number of the training in this process group, from 1: all processes begin each at the same time.
     """
     described = {held.name: dict(held.described) for held in adapters}
     text = json.dumps(described)
     digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
     found = group.gather(digest.to(group.device()), _WHAT)
     if all(torch.equal(each, found[0]) for each in found):
-        return
+        _begun[distributed.group.WORLD] = number = _begun.get(distributed.group.WORLD, 0) + 1
+        return number
     everybody = [json.loads(each) for each in group.gather_text(text, _WHAT)]
     lines = [*_names(everybody), *_differences(everybody)]
     raise StepError("\n- ".join(["the processes of this training did not wrap alike:", *lines, _ADVICE]))

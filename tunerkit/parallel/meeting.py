@@ -34,11 +34,30 @@ class _Room:
     """A process group on the host, for meetings alone, so that it works while the engine's exchanges are under way.
 
     ``last`` is the number of the backward at which the processes met last: there is one meeting, however many adapters,
-    optimizers and models take part in it.
+    optimizers and models take part in it. ``courses`` are the trainings, by the model.
     """
 
     group: Any
     last: int = -1
+    courses: WeakKeyDictionary[nn.Module, "_Course"] = attrs.field(factory=WeakKeyDictionary)
+
+
+@attrs.define(eq=False)
+class _Course:
+    """How far the training of one model is, for all engines that train its adapters.
+
+    ``training`` is the number of the first one, ``last`` that of the last backward. ``met`` counts the backwards in
+    which the processes met, and ``seen`` how many of them there were at the last step of each optimizer.
+    """
+
+    training: int
+    names: list[str] = attrs.field(factory=list)
+    steps: int = 0
+    forwards: int = 0
+    backwards: int = 0
+    met: int = 0
+    last: int = -1
+    seen: WeakKeyDictionary[Optimizer, int] = attrs.field(factory=WeakKeyDictionary)
 
 
 _rooms: WeakKeyDictionary[Any, _Room | None] = WeakKeyDictionary()  # by the default group, which it does not outlive
@@ -52,30 +71,38 @@ class Meeting:
 
     def __init__(self) -> None:
         self._room: _Room | None = None
+        self._course = _Course(0)
         self._names: list[str] = []
         self._hooks: list[Removable] = []
         self._watched: WeakSet[nn.Module] = WeakSet()
-        self._steps = self._forwards = self._backwards = self._met = 0
-        self._seen: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
-        self._last = -1  # the number of the last backward
 
     def __reduce__(self) -> "tuple[type[Meeting], tuple[()]]":
         return Meeting, ()
 
-    def open_(self, names: Iterable[str]) -> dict[str, "_Seat"]:
+    def open_(self, names: Iterable[str], model: nn.Module, training: int) -> dict[str, "_Seat"]:
         """Take part from now on, with these adapters too. All processes must call this, in the same order.
+
+        Args:
+            names: The adapters.
+            model: The wrapped model.
+            training: The number of the training.
 
         Returns:
             The handle of each, by its name. Once all are removed, nothing happens any more.
         """
         names = list(names)
-        self._names += names
         self._room = _room()
+        if self._room is not None:
+            self._course = self._room.courses.setdefault(model, _Course(training))
+        self._names += names
+        self._course.names += names
         return {name: _Seat(self, name) for name in names}
 
     def leave_(self, name: str) -> None:
         """Go on without one of the adapters."""
-        self._names = [each for each in self._names if each != name]
+        if name in self._names:
+            self._names.remove(name)
+            self._course.names.remove(name)
         if not self._names:
             self._room = None
             for hook in self._hooks:
@@ -98,8 +125,8 @@ class Meeting:
 
     def at_forward(self) -> None:
         """Meet, at the beginning of a forward. Raises `StepError` in every process if one is somewhere else."""
-        self._forwards += 1
-        self._meet(f"forward {self._forwards}")
+        self._course.forwards += 1
+        self._meet(f"forward {self._course.forwards}")
 
     def at_backward(self, *, exchanged: bool = True) -> None:
         """Meet, once in the backward that is running. Raises like `at_forward`.
@@ -107,17 +134,17 @@ class Meeting:
         Args:
             exchanged: Whether the engine exchanges gradients in it. If not, it is only counted.
         """
-        running = torch_private.running_backward()
-        if self._room is None or running == self._last:
+        running, course = torch_private.running_backward(), self._course
+        if self._room is None or running == course.last:
             return
-        self._last = running
-        self._backwards += 1
+        course.last = running
+        course.backwards += 1
         if not exchanged:
             return
-        self._met += 1
+        course.met += 1
         if self._room.last != running:
             self._room.last = running
-            self._meet(f"backward {self._backwards}")
+            self._meet(f"backward {course.backwards}")
 
     def before_step_(self, optimizer: Optimizer, *, always: bool = False) -> None:
         """Meet, if no backward has met since the last step. Raises like `at_forward`.
@@ -126,11 +153,12 @@ class Meeting:
             optimizer: What is about to step.
             always: Whether to meet even so, since the step exchanges something.
         """
-        if always or self._seen.get(optimizer, 0) == self._met:
-            after = f"after backward {self._backwards}" if self._backwards else "without a backward"
+        course = self._course
+        if always or course.seen.get(optimizer, 0) == course.met:
+            after = f"after backward {course.backwards}" if course.backwards else "without a backward"
             self._meet(f"and it steps {after}", stepping=True)
-        self._seen[optimizer] = self._met
-        self._steps, self._forwards, self._backwards = self._steps + 1, 0, 0
+        course.seen[optimizer] = course.met
+        course.steps, course.forwards, course.backwards = course.steps + 1, 0, 0
 
     def before_agreeing(self, what: str) -> None:
         """Meet before all take something from process 0. Raises like `at_forward`.
@@ -141,11 +169,11 @@ class Meeting:
         self._meet(f"waiting for {what}", stepping=True, more=_AGREEMENT)
 
     def _meet(self, doing: str, *, stepping: bool = False, more: int = 0) -> None:
-        room = self._room
+        room, course = self._room, self._course
         if room is None or not _is_open(room):
             return
-        part = self._backwards + _FORWARD * self._forwards + more
-        place = Place(self._steps, part, stepping, self._names, doing)
+        part = course.backwards + _FORWARD * course.forwards + more
+        place = Place(course.steps, part, stepping, course.training, course.names, doing)
         numbers = torch.tensor(place.numbers())
         group.reduce_(numbers, _WHAT, room.group)
         place.refuse_apart(numbers.tolist(), room.group)

@@ -16,5 +16,5 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, (list, tuple)):
         for each in output:
             yield from tensors_in(each)
-    elif dataclasses.is_dataclass(output):
-        yield from tensors_in([getattr(output, field.name) for field in dataclasses.fields(output)])
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        yield from tensors_in([getattr(output, field.name, None) for field in dataclasses.fields(output)])

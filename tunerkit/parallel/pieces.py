@@ -22,6 +22,7 @@ class Pieces:
         values: What it holds of each parameter: the memory itself.
         grads: What it holds of their gradients; None for a parameter without one.
         starts: The dimension along which each is cut, and the first index of the piece in it.
+        are_cut: Whether other processes hold other pieces.
     """
 
     values: Sequence[Tensor]

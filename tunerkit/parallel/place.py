@@ -1,6 +1,5 @@
 """Where a process is in the training, as numbers that one all-reduce compares."""
 
-import zlib
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -20,6 +19,7 @@ class Place:
         step: The steps taken.
         part: What happened since the last step, as a number that differs if something else happened.
         stepping: Whether the process is about to step, and not at a backward.
+        training: The number of the training: a process group may have several, of adapters with the same names.
         adapters: The names of the adapters that are trained.
         doing: What the process does there, for messages.
     """
@@ -27,12 +27,13 @@ class Place:
     step: int
     part: int
     stepping: bool
+    training: int
     adapters: Sequence[str]
     doing: str
 
     def numbers(self) -> list[float]:
         """What is summed over all processes, 7 numbers: the flag, and each other number with its square."""
-        whose = zlib.crc32("/".join(self.adapters).encode())  # other adapters mostly have another one
+        whose = 5 * self.training + len(self.adapters)  # an adapter may be deleted in one process
         rounded = [number % _ROUND for number in (self.step, self.part, whose)]
         return [float(self.stepping), *(float(each) for number in rounded for each in (number, number * number))]
 
@@ -51,7 +52,10 @@ class Place:
         if stepping in (0, processes) and all(squared * processes == total * total for total, squared in pairs):
             return
         own = f"step {self.step + 1}, {self.doing} (adapters: {', '.join(self.adapters)})"
-        everybody = group.gather_text(own, "the places of the processes", within)
+        told = group.gather_text(f"{self.training} {own}", "the places of the processes", within)
+        trainings, places = zip(*(text.split(" ", 1) for text in told), strict=True)
+        which = [f" of training {each}" for each in trainings] if len(set(trainings)) > 1 else [""] * len(trainings)
+        everybody = map("".join, zip(places, which, strict=True))
         listed = "; ".join(f"process {number} is at {place}" for number, place in enumerate(everybody))
         raise StepError(
             f"the processes are not at the same point of the training: {listed}. Every process must take every step, "

@@ -57,6 +57,7 @@ class Replicated:
         self._steps = self._backwards = self._averages = 0
         self._seen: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._checked: frozenset[int] = frozenset()
+        self._training = 0
         self._under_ddp = UnderDdp(self._reducers.found)
 
     @property
@@ -78,7 +79,7 @@ class Replicated:
 
     def begin_(self, adapters: Sequence[Held], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
         """Compare the adapters, take their start from process 0, and average from now on. See `Engine`."""
-        refuse_differing(adapters)
+        self._training = refuse_differing(adapters)
         handles: dict[str, tuple[Removable, ...]] = {}
         for held in adapters:
             own = [parameter for slot in held.slots.values() for parameter in slot.parameters()]
@@ -92,12 +93,14 @@ class Replicated:
             hooks += [p.register_post_accumulate_grad_hook(self._queue_other) for p in _others(held.model, own)]
             handles[held.name] = (*hooks, _Membership(self._held, held.name))
         self._reducers.follow_()
-        seats = self._under_ddp.open_(handles)
+        seats = self._under_ddp.open_(handles, adapters[0].model, self._training)
         return {name: (*registered, seats[name]) for name, registered in handles.items()}
 
     def before_step_(self, optimizer: Optimizer) -> None:
         """Refuse a step without a backward that other processes had. See `Engine`."""
         if self._look_for_ddp():
+            if not self._under_ddp.is_there():
+                raise StepError(f"adapters {', '.join(self._held)}: {_GONE}")
             self._under_ddp.before_step_(optimizer)
             return
         self._refuse_strangers(optimizer)
@@ -185,7 +188,7 @@ class Replicated:
         used = [parameter.grad is not None for parameter in held]
         grads = [_zeros(p) if p.grad is None else p.grad.to_dense() if p.grad.is_sparse else p.grad for p in held]
         doing = f"backward {self._backwards}" if backward else "and it steps without a backward"
-        place = Place(self._steps, self._backwards, not backward, [*self._held], doing)
+        place = Place(self._steps, self._backwards, not backward, self._training, [*self._held], doing)
         flags = [*used, *place.numbers()]
         vector = flat([*grads, torch.tensor(flags, dtype=torch.float32, device=grads[0].device)])
         group.reduce_(vector, f"the gradients of step {self._steps + 1}")

@@ -60,7 +60,7 @@ class Sharded:
         No start is sent around: a whole parameter is the parts that the processes hold. If they wrapped without a seed,
         it is put together from several random starts, and is a random start itself.
         """
-        refuse_differing(adapters)
+        number = refuse_differing(adapters)
         for held in adapters:
             self._found([*held.slots.values()])
             if not held.starts_alike and (held.described.get("start"), held.described.get("seed")) == (
@@ -74,7 +74,7 @@ class Sharded:
         slots = [slot for held in adapters for slot in held.slots.values()]
         self._slots = list(map(weakref.ref, slots))
         self.gives_pieces = are_cut_alike([part.parameter for part in self._found(slots)])
-        seats = self._meeting.open_(held.name for held in adapters)
+        seats = self._meeting.open_((held.name for held in adapters), adapters[0].model, number)
         model = self._model()
         if model is not None:
             self._meeting.watch_(model, forwards=True)

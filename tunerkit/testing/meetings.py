@@ -161,7 +161,72 @@ def ddp_two_adapters(rank: int, folder: Path) -> int:
     return _meetings(found)
 
 
+def ddp_local(rank: int, folder: Path) -> list[Tensor]:
+    """Process 0 alone takes a backward of the model inside, which DDP does not see; then both train: the weights."""
+    loop = _Loop(together.net())
+    with skipping.limited():
+        for number in range(2):
+            if rank == 0:
+                loop.model(together.inputs()).sum().backward()
+                loop.optimizer.zero_grad()
+            loop.backward(number)
+            loop.step()
+    return loop.weights()
+
+
+def ddp_twins(rank: int, folder: Path) -> None:
+    """Two models with adapters of one name are trained in another order. Raises."""
+    loops = [_Loop(together.net()), _Loop(together.net())]
+    with skipping.limited():
+        for number, loop in enumerate(loops if rank == 0 else loops[::-1]):
+            loop.backward(number)
+            loop.step()
+
+
+def ddp_with_buffers_runs_out(rank: int, folder: Path) -> None:
+    """Process 1 has one batch less, and saves, while DDP in process 0 waits in a forward, for buffers. Raises."""
+    net = together.net()
+    net.register_buffer("positions", torch.ones(2))
+    loop = _Loop(net)
+    with skipping.limited():
+        for number in range(3 - rank):
+            loop.backward(number)
+            loop.step()
+        tunerkit.save(loop.model, folder)
+
+
+def ddp_is_gone(rank: int, folder: Path) -> None:
+    """The DDP is dropped, and training goes on without it. Raises."""
+    loop = _Loop(together.net())
+    loop.backward(0)
+    loop.step()
+    loop.parallel = loop.model  # type: ignore[assignment]  # no DDP any more
+    loop.backward(1)
+    loop.step()
+
+
+def ddp_with_a_later_adapter(rank: int, folder: Path) -> list[Tensor]:
+    """A second adapter is wrapped after the first was attached, and batches use one of them: the weights."""
+    model: nn.Module = tunerkit.wrap(together.net(), METHOD, {"targets": ["0"]}, adapter="first", seed=1)
+    optimizers = [torch.optim.SGD([*tunerkit.tuner(model).parameters()], lr=0.1)]
+    tunerkit.attach(model, optimizers[0])
+    model = tunerkit.wrap(model, METHOD, {"targets": ["2"]}, adapter="second", seed=1)
+    tunerkit.activate(model, ["first", "second"])
+    parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    optimizers.append(torch.optim.SGD([*tunerkit.tuner(model, "second").parameters()], lr=0.1))
+    tunerkit.attach(model, optimizers[1], adapter="second")
+    with skipping.limited():
+        for number in range(4):
+            tunerkit.activate(model, ["first" if (number + rank) % 2 else "second"])
+            parallel(together.inputs()).sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    return [p.detach().clone() for name in ("first", "second") for p in tunerkit.tuner(model, name).parameters()]
+
+
 CASES = (
     *(ddp_skips, ddp_has_one_more, ddp_accumulates, ddp_joins, ddp_steps_idly, ddp_one_looks, ddp_alternates),
-    ddp_two_adapters,
+    *(ddp_two_adapters, ddp_local, ddp_twins, ddp_is_gone, ddp_with_a_later_adapter),
+    ddp_with_buffers_runs_out,  # last: after it, the processes wait for different things in the group of the meetings
 )
