@@ -213,11 +213,13 @@ def test_process_0_may_read_the_optimizer_alone(wrong: list[dict[str, Any]]) -> 
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_under_ddp_too_both_are_told_who_skips_a_backward(wrong: list[dict[str, Any]]) -> None:
-    """Or who has one more, also one that DDP does not average: DDP itself would wait for ever, or go on wrongly."""
+def test_under_ddp_and_fsdp2_too_both_are_told_who_skips_a_backward(wrong: list[dict[str, Any]]) -> None:
+    """Or who has one more, also one that DDP does not average: the engine would wait for ever, or go on wrongly."""
     places = {
         "ddp_skips": ("step 2, backward 1", "step 2, and it steps without a backward"),
         "ddp_has_one_more": ("step 3, backward 1", "step 2, backward 2"),
+        "fsdp2_skips": ("step 2, backward 1", "step 2, and it steps without a backward"),
+        "fsdp2_has_one_more": ("step 3, forward 1", "step 2, forward 2"),
     }
     for case, (first, second) in places.items():
         assert wrong[0][case] == wrong[1][case]

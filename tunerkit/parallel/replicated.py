@@ -16,6 +16,7 @@ from tunerkit.parallel import group
 from tunerkit.parallel.agreement import refuse_differing, take_from_first_
 from tunerkit.parallel.engine import Held, Removable, same
 from tunerkit.parallel.flat import flat, unflatten_
+from tunerkit.parallel.meeting import Meeting
 from tunerkit.parallel.pieces import Pieces, whole_pieces
 from tunerkit.parallel.place import Place
 from tunerkit.parallel.reducers import Reducers
@@ -36,7 +37,8 @@ class Replicated:
     At the end of each backward, one all-reduce averages the gradients of all adapters. Clipping comes later, so it sees
     the averages. Under DistributedDataParallel, which averages them itself, nothing is reduced here: the processes meet
     at the first gradient of a backward, and DDP waits at its end. A model does not know its DDP, which may be built
-    after `attach`, so the first backward looks for it.
+    after `attach`, so the first backward looks for it. Under FSDP2 they meet at each forward and backward, in which it
+    gathers the base.
 
     Besides the gradients, the all-reduce carries for each parameter in how many processes it has one, and where the
     process is: at which step and backward, of which adapters, or that it steps without a backward.
@@ -59,6 +61,7 @@ class Replicated:
         self._checked: frozenset[int] = frozenset()
         self._training = 0
         self._under_ddp = UnderDdp(self._reducers.found)
+        self._meeting = Meeting()
 
     @property
     def name(self) -> str:
@@ -93,8 +96,16 @@ class Replicated:
             hooks += [p.register_post_accumulate_grad_hook(self._queue_other) for p in _others(held.model, own)]
             handles[held.name] = (*hooks, _Membership(self._held, held.name))
         self._reducers.follow_()
-        seats = self._under_ddp.open_(handles, adapters[0].model, self._training)
+        seats = self._seats(handles, adapters[0].model)
         return {name: (*registered, seats[name]) for name, registered in handles.items()}
+
+    def _seats(self, names: Iterable[str], model: nn.Module) -> Mapping[str, Removable]:
+        """Open the meetings of the engine around the model: of FSDP2, if it has cut the base, else of DDP."""
+        if not any(map(is_sharded, model.parameters())):
+            return self._under_ddp.open_(names, model, self._training)
+        seats = self._meeting.open_(names, model, self._training)
+        self._meeting.watch_(model, forwards=True)  # FSDP2 gathers the base in forwards and backwards
+        return seats
 
     def before_step_(self, optimizer: Optimizer) -> None:
         """Refuse a step without a backward that other processes had. See `Engine`."""
@@ -103,6 +114,7 @@ class Replicated:
                 raise StepError(f"adapters {', '.join(self._held)}: {_GONE}")
             self._under_ddp.before_step_(optimizer)
             return
+        self._meeting.before_step_(optimizer)
         self._refuse_strangers(optimizer)
         if self._pending:  # said to be followed by another backward, and it was not: late for clipping, but averaged
             self._average_(backward=True)

@@ -1,5 +1,6 @@
 """Where processes meet under DistributedDataParallel, and where they do not. Each process imports this by name."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -225,8 +226,28 @@ def ddp_with_a_later_adapter(rank: int, folder: Path) -> list[Tensor]:
     return [p.detach().clone() for name in ("first", "second") for p in tunerkit.tuner(model, name).parameters()]
 
 
+def fsdp2_skips(rank: int, folder: Path) -> str:
+    """One process skips a backward, where FSDP2 gathers the base in it, and the adapters are whole."""
+    return _under_fsdp2(rank, skipping.skips_backward)
+
+
+def fsdp2_has_one_more(rank: int, folder: Path) -> str:
+    """One process has one backward more there."""
+    return _under_fsdp2(rank, skipping.has_one_more)
+
+
+def _under_fsdp2(rank: int, way: Callable[..., str]) -> str:
+    model, _, optimizer = together.built(together.Job("fsdp2", METHOD, {"targets": ["0", "2"]}), None)
+
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return way(rank, model, step)
+
+
 CASES = (
     *(ddp_skips, ddp_has_one_more, ddp_accumulates, ddp_joins, ddp_steps_idly, ddp_one_looks, ddp_alternates),
-    *(ddp_two_adapters, ddp_local, ddp_twins, ddp_is_gone, ddp_with_a_later_adapter),
+    *(ddp_two_adapters, ddp_local, ddp_twins, ddp_is_gone, ddp_with_a_later_adapter, fsdp2_skips, fsdp2_has_one_more),
     ddp_with_buffers_runs_out,  # last: after it, the processes wait for different things in the group of the meetings
 )
