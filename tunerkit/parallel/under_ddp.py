@@ -81,5 +81,5 @@ class UnderDdp:
         """Note that a backward is due; meet before DDP exchanges buffers, as those of a language model's positions."""
         if torch.is_grad_enabled() and ddp.require_backward_grad_sync and not torch_private.is_joining(ddp):
             self._is_due = True
-            if ddp.will_sync_module_buffers():
+            if ddp.will_sync_module_buffers() and not torch.compiler.is_compiling():
                 self._meeting.at_forward()
