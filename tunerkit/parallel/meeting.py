@@ -1,7 +1,7 @@
-"""Where the processes of a training meet if the engine exchanges gradients itself: before it does, and at steps.
+"""Where the processes of a training meet if the engine has exchanges of its own: before these, and at steps.
 
-An engine that waits for a process which skips a backward waits for ever, and nothing can end it. So the processes meet
-before: one that begins a backward, and one that steps without, then both find out that they are apart.
+An engine that waits for a process which skips a backward waits for ever, and nothing can end that. So the processes
+meet before it begins to wait. One is then at a backward, another one at a step, and all of them are told.
 """
 
 import warnings
@@ -23,7 +23,7 @@ from tunerkit.parallel.engine import Removable
 from tunerkit.parallel.outputs import tensors_in
 from tunerkit.parallel.place import Place
 
-_WHAT: Final = "the others, at a backward or a step"
+_WHAT: Final = "the others, at a forward, a backward or a step"
 _FORWARD: Final = 8  # what a forward adds to `Place.part`, where a backward adds 1
 _AGREEMENT: Final = 4  # what an agreement adds to it
 _FOR_EVER: Final = 1e8  # seconds, three years: torch takes no infinite ones
@@ -110,6 +110,10 @@ class Meeting:
             self._hooks.clear()
             self._watched.clear()
 
+    def keep_(self, hook: Removable) -> None:
+        """Remove a hook once no adapter takes part any more."""
+        self._hooks.append(hook)
+
     def watch_(self, model: nn.Module, *, forwards: bool) -> None:
         """Meet before anything else of each backward of what ``model`` returns.
 
@@ -119,9 +123,9 @@ class Meeting:
         """
         if self._room is not None and model not in self._watched:
             self._watched.add(model)
-            self._hooks.append(model.register_forward_hook(partial(_mark, self), prepend=True))
+            self.keep_(model.register_forward_hook(partial(_mark, self), prepend=True))
             if forwards:
-                self._hooks.append(model.register_forward_pre_hook(partial(_enter, self), prepend=True))
+                self.keep_(model.register_forward_pre_hook(partial(_enter, self), prepend=True))
 
     def at_forward(self) -> None:
         """Meet, at the beginning of a forward. Raises `StepError` in every process if one is somewhere else."""
@@ -238,7 +242,7 @@ def _opened() -> _Room | None:
         return room
     warnings.warn(
         "no process group on the host (gloo) could be made, so a process that skips a backward is not noticed where "
-        f"the engine averages gradients{f': {reason}' if reason else ''}",
+        f"the engine has exchanges of its own{f': {reason}' if reason else ''}",
         TunerkitWarning,
         stacklevel=2,
     )

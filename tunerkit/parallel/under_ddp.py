@@ -29,7 +29,6 @@ class UnderDdp:
         self._find = find
         self._meeting = Meeting()
         self._found: weakref.ref[nn.parallel.DistributedDataParallel] | None = None
-        self._hook: Removable | None = None
         self._is_due = False
 
     def __reduce__(self) -> "tuple[type[UnderDdp], tuple[Any]]":
@@ -73,7 +72,8 @@ class UnderDdp:
         if found is None:
             found = next(iter(self._find()), None)
             self._found = None if found is None else weakref.ref(found)
-            self._hook = None if found is None else found.register_forward_pre_hook(self._before_forward)
+            if found is not None:
+                self._meeting.keep_(found.register_forward_pre_hook(self._before_forward))
             self._is_due = torch_private.running_backward() >= 0  # then its forward was before this hook
         return found
 

@@ -56,8 +56,7 @@ def written_once(engine: Engine, place: Path, content: str, write: Callable[[], 
     key = f"{any_place}/{'/'.join(place.parts[-2:])}"  # a path may be relative in one process and absolute in another
     if engine.is_writer:
         return _write(key, any_place, write)
-    what = f"process 0 to write {place}"
-    answer = group.wait_until(_looking(key, any_place, place), what)
+    answer = group.wait_until(_looking(key, any_place, place), f"process 0 to write {place}")
     counts = _own_counts()
     counts.answers[key] += 1
     counts.files[any_place] = max(counts.files[any_place], answer.file)

@@ -43,7 +43,8 @@ def before_step(tuner: Tuner, grad_scale: Tensor | None) -> Iterable[nn.Paramete
     refuse_other_ranks(tuner.name, weights, training.sizes)
     if config.gamma > 0:
         with tuner.whole(gradients=True):
-            pairs = [(layer.p, layer.q) for layer in training.layers]
+            whole = [layer.weights for layer in training.layers]
+            pairs = [(each.p, each.q) for each in whole]
             add_gradient_(pairs, gamma=config.gamma, form=config.orthogonality, grad_scale=grad_scale)
     return None if training.resolved.train_lambda else [each.lam for each in weights]
 
