@@ -3,6 +3,7 @@
 PYTHON ?= python3
 # The tests' models are tiny, so two workers with one thread each finish sooner than one worker with two threads.
 WORKERS ?= 2
+THREADS ?= 1
 PYTEST_ARGS ?=
 BENCHMARK_ARGS ?=
 DEMO_OUT ?= out/demo
@@ -18,7 +19,7 @@ PYTEST := -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 TWICE := $(if $(TUNERKIT_LONG),,-m "not core_only or everywhere")
 # Of the files of core that test-quantisers runs, the tests of quantised bases; all of the plugin's.
 OF_QUANTISED := quantised or packed or not (test_engines or test_readme)
-ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+FEW_THREADS := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false
 DEMO_READY := .venv/.demo-ready
 LM_READY := .venv/.lm-ready
 DEV_READY := .venv/.dev-ready
@@ -47,16 +48,16 @@ test: ## run the whole test suite
 environments: $(DEV_READY) $(CORE_READY) $(QUANTISERS_READY) $(DEEPSPEED_READY)
 
 test-core: $(CORE_READY) ## run core's tests, with no plugin installed
-	$(ONE_THREAD) $(CORE_BIN)/python $(PYTEST) -p tests.core_only tests
+	$(FEW_THREADS) $(CORE_BIN)/python $(PYTEST) -p tests.core_only tests
 
 test-all: $(DEV_READY) ## run the tests that plugins can change, and the plugins' own, with everything installed
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) $(TWICE) $(PYTEST_ARGS) tests $(wildcard plugins/*/tests)
+	$(FEW_THREADS) $(BIN)/python -m pytest -n $(WORKERS) $(TWICE) $(PYTEST_ARGS) tests $(wildcard plugins/*/tests)
 
 test-quantisers: $(QUANTISERS_READY) ## run the tests with quantised bases, with the libraries that quantise
-	$(ONE_THREAD) .venv-quantisers/bin/python -m pytest -n $(WORKERS) -k "$(OF_QUANTISED)" $(PYTEST_ARGS) plugins/quant/tests tests/test_engines.py tests/test_readme.py
+	$(FEW_THREADS) .venv-quantisers/bin/python -m pytest -n $(WORKERS) -k "$(OF_QUANTISED)" $(PYTEST_ARGS) plugins/quant/tests tests/test_engines.py tests/test_readme.py
 
 test-deepspeed: $(DEEPSPEED_READY) ## run the tests of trainings under DeepSpeed
-	$(ONE_THREAD) DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pytest $(PYTEST_ARGS) tests/parallel/test_deepspeed.py tests/parallel/test_trainer_deepspeed.py
+	$(FEW_THREADS) DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pytest $(PYTEST_ARGS) tests/parallel/test_deepspeed.py tests/parallel/test_trainer_deepspeed.py
 
 check: $(DEV_READY) ## check lint, formatting and types
 	$(BIN)/ruff check .

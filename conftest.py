@@ -1,6 +1,10 @@
-"""What the tests of core and of all plugins share: garbage is looked for only among what tests create."""
+"""What the tests of core and of all plugins share: the machine, and where garbage is looked for."""
 
 import gc
+
+from tests import machines
+
+machines.believe_()
 
 
 def pytest_collection_finish() -> None:

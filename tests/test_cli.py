@@ -17,7 +17,6 @@ from typing import Any
 import attrs
 import hypothesis
 import pytest
-import torch
 from hypothesis import given, strategies as st
 
 import tunerkit
@@ -33,7 +32,6 @@ from tests import bad_plugins  # noqa: E402
 from tunerkit.cli import assets, settings  # noqa: E402
 from tunerkit.cli.app import build  # noqa: E402
 from tunerkit.cli.rows.reading import Table  # noqa: E402
-from tunerkit.cli.running.arguments import has_bf16  # noqa: E402
 from tunerkit.testing.registering import registered  # noqa: E402
 from tunerkit.testing.toy_methods import LowRankPlugin  # noqa: E402
 
@@ -343,14 +341,6 @@ def test_without_the_extra_the_command_says_how_to_get_it(
         command.main()
     assert caught.value.code == 2
     assert capsys.readouterr().err == 'tunerkit: the command needs typer: pip install "tunerkit[cli]"\n'
-
-
-@pytest.mark.parametrize("tiles", [False, True])
-def test_a_cpu_trains_in_bf16_where_it_has_tiles(tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With only AVX-512's bf16, a step took 1.4 times as long as in fp32."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
-    assert has_bf16(torch.device("cpu")) is tiles
 
 
 # --- check ---

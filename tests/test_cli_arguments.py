@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 # Imports after a statement: without the extra this file is skipped, not broken.
 for _module in ("datasets", "pyarrow", "transformers", "typer", "yaml"):
     pytest.importorskip(_module, reason="the command needs the extra [cli]")
 
 from tunerkit import ConfigError  # noqa: E402
-from tunerkit.cli.running import arguments, names  # noqa: E402
+from tunerkit.cli.running import names  # noqa: E402
 from tunerkit.cli.running.arguments import trainer_arguments  # noqa: E402
 from tunerkit.cli.running.building import build_trainer  # noqa: E402
 from tunerkit.cli.tasks import TASKS, task_of  # noqa: E402
@@ -20,7 +19,7 @@ from tunerkit.cli.tasks.base import MissingPackageError  # noqa: E402
 
 
 def arguments_for(task: str = "text-classification", **training: Any) -> Any:
-    return trainer_arguments(task_of(task), training, Path("out"), has_eval=True)
+    return trainer_arguments(task_of(task), training, Path("out"), precision="fp32", has_eval=True)
 
 
 def problems_of(task: str = "text-classification", **training: Any) -> tuple[str, ...]:
@@ -29,20 +28,10 @@ def problems_of(task: str = "text-classification", **training: Any) -> tuple[str
     return raised.value.problems
 
 
-def test_bf16_is_on_where_it_is_faster_also_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformers takes it on a CPU only if it is told that the CPU is meant."""
-    monkeypatch.setattr(arguments, "choose_device", lambda: torch.device("cpu"))
-    for faster in (True, False):
-        monkeypatch.setattr(arguments, "has_bf16", lambda device, faster=faster: faster)
-        found = arguments_for()
-        assert (found.bf16, found.use_cpu, found.device.type) == (faster, True, "cpu")
-
-
-def test_fp16_takes_the_place_of_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only one of them can be on, and one of them is the user's."""
-    monkeypatch.setattr(arguments, "has_bf16", lambda device: True)
-    found = arguments_for(fp16=True)
-    assert (found.fp16, found.bf16) == (True, False)
+def test_the_precision_is_not_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate's launcher sets it there, and transformers would train in bf16 where the run says fp32."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert arguments_for().mixed_precision == "no"
 
 
 def test_values_of_the_wrong_kind_are_all_named() -> None:
@@ -54,7 +43,6 @@ def test_values_of_the_wrong_kind_are_all_named() -> None:
         per_device_eval_batch_size=0,
         gradient_accumulation_steps=-1,
         seed="three",
-        bf16="yes",
         max_grad_norm=[1],
     ) == (
         "training.learning_rate: expected a number, got null",
@@ -63,7 +51,6 @@ def test_values_of_the_wrong_kind_are_all_named() -> None:
         "training.per_device_eval_batch_size: expected at least 1, got 0",
         "training.gradient_accumulation_steps: expected at least 1, got -1",
         "training.seed: expected a number, got 'three'",
-        "training.bf16: expected true or false, got 'yes'",
         "training.max_grad_norm: expected a number, got [1]",
     )
     assert problems_of(learning_rate=float("inf"), num_train_epochs=True) == (
@@ -82,7 +69,7 @@ def test_every_default_of_a_trainer_is_a_value_that_it_may_have(task: str) -> No
     fields = {field.name: field.default for field in dataclasses.fields(kind)}
     numbers = {name: value for name, value in fields.items() if isinstance(value, int | float | None)}
     ours = {"disable_tqdm", "do_train", "do_eval", "do_predict", "output_dir", "resume_from_checkpoint"}
-    of_the_device = {"bf16", "use_cpu"}
+    of_the_device = {"bf16", "fp16", "use_cpu"}
     given = {name: numbers[name] for name in numbers.keys() - ours - of_the_device if "hub" not in name}
     assert len(given) > 50
     arguments_for(task, **{**given, "lr_scheduler_kwargs": None, "report_to": "none"})

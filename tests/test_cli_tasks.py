@@ -27,6 +27,7 @@ from tests.tiny_models import SIDE, save_tiny_llama, save_tiny_roberta, save_tin
 from tunerkit.cli.recipes.recipe import Recipe  # noqa: E402
 from tunerkit.cli.rows.reading import DataError, Table, read_table  # noqa: E402
 from tunerkit.cli.running.data import prepare_data  # noqa: E402
+from tunerkit.cli.running.hardware import computing_in  # noqa: E402
 from tunerkit.cli.running.record import model_facts, write_record  # noqa: E402
 from tunerkit.cli.running.run import prepare, train  # noqa: E402
 from tunerkit.cli.tasks import TASKS, TaskError, task_of  # noqa: E402
@@ -67,6 +68,7 @@ class Case:
     row: Callable[[int, random.Random], dict[str, Any]]
     needs: str = "datasets"
     inferred: bool = True
+    epochs: int = 10
 
 
 def classified(number: int, rng: random.Random) -> dict[str, Any]:
@@ -116,7 +118,7 @@ EPOCH = 4  # steps, each of which logs its loss: 32 of 40 rows in batches of 8
 CASES = {
     "text-classification": Case("text-classification", "bert", classified),
     "text pairs": Case("text-classification", "bert", paired),
-    "regression": Case("regression", "bert", rated, inferred=False),
+    "regression": Case("regression", "bert", rated, inferred=False, epochs=25),
     "multi-label": Case("multi-label", "bert", labelled),
     "token-classification": Case("token-classification", "bert", tagged),
     "causal-lm, completions": Case("causal-lm", "llama", answered, "trl"),
@@ -168,13 +170,15 @@ def write_data(case: Case, folder: Path) -> Path:
 EVERYWHERE = {name: [pytest.mark.everywhere] if case.needs == "trl" else [] for name, case in CASES.items()}
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", [pytest.param(name, marks=marks) for name, marks in EVERYWHERE.items()])
 def test_each_task_learns_and_predicts_the_same_after_loading(
-    name: str, models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, precision: str, models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss falls, held-out rows have metrics, and a fresh base with the adapter predicts the same.
 
-    Nothing is written but the output folder, and the task follows from the columns.
+    So it does after a training in bf16, both in the weights' own precision and in that of the training. Nothing is
+    written but the output folder, and the task follows from the columns.
     """
     case = CASES[name]
     pytest.importorskip(case.needs)
@@ -187,14 +191,16 @@ def test_each_task_learns_and_predicts_the_same_after_loading(
         method="toy-low-rank",
         config={"rank": 4},
         training={
-            "num_train_epochs": 10,
+            "num_train_epochs": case.epochs,
             "learning_rate": 0.05,
             "per_device_train_batch_size": 8,
             "save_strategy": "no",
             "logging_steps": 1,
         },
+        precision=precision,
         out="out",
     )
+    device = torch.device("cpu")
     with registered(LowRankPlugin()):
         task, rows = prepare_data(recipe, QUIET)
         assert task.name == case.task
@@ -207,6 +213,8 @@ def test_each_task_learns_and_predicts_the_same_after_loading(
         if not isinstance(task, GenerationTask):  # each metric may choose the best checkpoint
             assert {name: logged[f"eval_{name}"] for name in trained.metrics} == pytest.approx(trained.metrics)
         before = task.predict(session.loaded, rows.held_out, batch_size=4)
+        with computing_in(precision, device):
+            as_trained = task.predict(session.loaded, rows.held_out, batch_size=4)
         json.dumps(before)
         tunerkit.save(session.loaded.model, "out")
         session.loaded.processor.save_pretrained("out")
@@ -222,6 +230,8 @@ def test_each_task_learns_and_predicts_the_same_after_loading(
         fresh = load_run(read_run("out"))
         assert same(task.predict(fresh, rows.held_out, batch_size=4), before)
         assert same(task.predict(fresh, rows.held_out[:1], batch_size=1), before[:1])
+        with computing_in(precision, device):
+            assert same(task.predict(fresh, rows.held_out, batch_size=4), as_trained)
     assert {path.name for path in tmp_path.iterdir()} <= {"out", data.name}
 
 

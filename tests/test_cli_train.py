@@ -36,6 +36,7 @@ from tunerkit.cli.plugin_commands import PluginCommands  # noqa: E402
 from tunerkit.cli.recipes import reading, schema  # noqa: E402
 from tunerkit.cli.recipes.recipe import Recipe  # noqa: E402
 from tunerkit.cli.running import baseline, data as running_data, output, run as running, using  # noqa: E402
+from tunerkit.cli.running.hardware import computing_in  # noqa: E402
 from tunerkit.cli.running.output import PICTURES  # noqa: E402
 from tunerkit.cli.tasks.text_classification import TextClassification  # noqa: E402
 from tunerkit.integrations.output_folder import read_run  # noqa: E402
@@ -115,6 +116,63 @@ def test_the_record_tells_the_truth(out: Path, folder: Path) -> None:
     assert record["parameters"]["trained"] == sum(
         record["parameters"][part] for part in ("adapters", "copies", "biases")
     )
+
+
+def test_a_run_computes_in_its_precision_from_training_to_prediction(folder: Path, arguments: list[str]) -> None:
+    """It is said, and recorded; what goes on from the run has it too, unless something else is asked for."""
+    out, more = folder / "bf16", folder / "more"
+    done = succeeded(*arguments, "--set", "training.bf16=true", "--out", out)
+    assert "precision: bf16 on cpu; --precision fp32 is slower and rounds less" in done.output
+    record = record_of(out)
+    assert record["precision"] == record["recipe"]["precision"] == "bf16"
+    assert "bf16" not in record["recipe"]["training"]
+    assert "in bf16" in (out / "report.html").read_text()
+    predicted = using.predict_rows(out, ["good film"], base=None, batch_size=1)
+    with_autocast, without = logits_of(out, "bf16"), logits_of(out, "fp32")
+    assert not torch.equal(with_autocast, without)
+    assert predicted[0]["score"] == pytest.approx(float(with_autocast.float().softmax(-1).max()), abs=1e-6)
+    flags = ("--epochs", "1", "--lr", "0.01", "--batch-size", "4", "--data", str(folder / "data.csv"))
+    for asked, found in (((), "bf16"), (("--precision", "fp32"), "fp32"), (("--set", "training.bf16=false"), "fp32")):
+        succeeded("train", "--from", out, *flags, *asked, "--out", more, "--overwrite")
+        assert record_of(more)["precision"] == found
+
+
+def logits_of(out: Path, precision: str) -> torch.Tensor:
+    model, tokenizer = tunerkit.from_folder(out)
+    with torch.no_grad(), computing_in(precision, torch.device("cpu")):
+        found: torch.Tensor = model(**tokenizer("good film", return_tensors="pt")).logits
+    return found
+
+
+def test_a_precision_that_contradicts_another_is_one_error(folder: Path, arguments: list[str], tmp_path: Path) -> None:
+    """Two words for it at once; a run that is resumed in another; and one that the machine does not have."""
+    out = tmp_path / "out"
+    both = command(*arguments, "--precision", "fp32", "--set", "training.fp16=true", "--out", out)
+    assert both.exit_code == 2
+    assert "precision: fp32 was given, and training.fp16 too; leave training.fp16 out" in both.stderr
+    absent = command(*arguments, "--precision", "fp16", "--out", out)
+    assert "precision: fp16 was asked for, and fp16 needs an accelerator, and there is none" in absent.stderr
+    mistyped = command(*arguments, "--precision", "bf61", "--out", out)
+    assert "precision: expected fp32, bf16 or fp16, got 'bf61'; did you mean 'bf16'?" in mistyped.stderr
+    assert not out.exists()
+    with signalled(2, signal.SIGINT):
+        assert command(*arguments, "--precision", "bf16", "--out", out).exit_code == 130
+    other = command(*arguments, "--precision", "fp32", "--out", out, "--resume")
+    assert "--resume: precision was 'bf16' and is 'fp32' now" in other.stderr
+    succeeded(*arguments, "--out", out, "--resume")
+    assert record_of(out)["precision"] == "bf16"
+
+
+def test_an_ended_run_is_used_in_fp32_where_its_precision_cannot_be_had(out: Path, tmp_path: Path) -> None:
+    """A run in fp16 was trained on a GPU, and its adapter is as good on a CPU; records of earlier versions say less."""
+    moved = shutil.copytree(out, tmp_path / "moved")
+    record = record_of(out)
+    plain = using.predict_rows(out, ["good film"], base=None, batch_size=1)
+    for change in ({"precision": "fp16"}, {"precision": None, "recipe": {"training": {"fp16": True}}}):
+        changed = {name: value for name, value in {**record, **change}.items() if value is not None}
+        (moved / "run.json").write_text(json.dumps(changed))
+        with pytest.warns(tunerkit.TunerkitWarning, match="was trained in fp16, and fp16 needs an accelerator"):
+            assert using.predict_rows(moved, ["good film"], base=None, batch_size=1) == plain
 
 
 def test_the_logs_hold_every_epoch(out: Path) -> None:
@@ -232,7 +290,7 @@ def test_predictions_are_made_on_the_accelerator_and_merges_are_not(
     out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A merge needs the base's weights alone, which may not fit it twice."""
-    monkeypatch.setattr(using, "choose_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(using.hardware, "choose_device", lambda: torch.device("meta"))
     monkeypatch.setattr(
         TextClassification, "predict", lambda self, loaded, rows, **_: [{"device": loaded.model.device.type}]
     )

@@ -179,13 +179,20 @@ def test_flags_set_the_same_keys_as_a_recipe(tmp_path: Path) -> None:
     flags = {
         **{"task": "regression", "method": "lora", "model": "m", "data": Path("d.csv"), "eval_data": Path("e.csv")},
         **{"config": "{rank: 2}", "out": Path("o"), "epochs": 2, "lr": 0.1, "batch_size": 4, "seed": 0},
-        **{"max_length": 8, "baseline": False, "text_column": "sentence", "label_column": "class", "from": "f"},
+        **{
+            "max_length": 8,
+            "precision": "bf16",
+            "baseline": False,
+            "text_column": "sentence",
+            "label_column": "class",
+            "from": "f",
+        },
     }
     assert set(flags) == set(FLAGS)
     merged = merge({"baseline": True, "training": {"seed": 1, "weight_decay": 0.1}, "config": {"alpha": 1}}, flags)
     assert merged == {
         **{"task": "regression", "method": "lora", "model": "m", "data": "d.csv", "eval_data": "e.csv", "out": "o"},
-        **{"config": {"rank": 2}, "max_length": 8, "baseline": False, "from_adapter": "f"},
+        **{"config": {"rank": 2}, "max_length": 8, "precision": "bf16", "baseline": False, "from_adapter": "f"},
         "columns": {"text": "sentence", "label": "class"},
         "training": {
             **{"num_train_epochs": 2, "learning_rate": 0.1, "per_device_train_batch_size": 4, "seed": 0},

@@ -432,10 +432,6 @@ CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
         observed_inside(kept(CheckpointPolicy.MUST_SAVE)),
     ),
     "torch.utils._python_dispatch": ("is_observed, dispatch_mode (layers.fused, testing.counting)", operations),
-    "_is_amx_tile_supported": (
-        "multiplies_bf16_in_tiles (cli.training)",
-        lambda: isinstance(torch_private.multiplies_bf16_in_tiles(), bool),
-    ),
     "_load_state_dict_pre_hooks": ("remove_state_hooks_ (injection.state_dicts)", state_hooks),
     "_state_dict_hooks": ("remove_state_hooks_ (injection.state_dicts)", state_hooks),
     "_fsdp_flattened": ("FLATTENED (libraries.engines)", flattened),
@@ -468,7 +464,7 @@ DELETED = (
     *("_is_tracing", "_are_functorch_transforms_active", "_len_torch_dispatch_stack", "_current_level"),
     *("_CachingTorchDispatchMode", "_CachedTorchDispatchMode", "torch.utils._python_dispatch", "_ConvNd"),
     *("_BatchNorm", "_NormBase", "_InstanceNorm", "_get_no_batch_dim", "_conv_forward", "_global_forward_hooks"),
-    *("_get_current_dispatch_mode_stack", "_is_amx_tile_supported", "_active_ddp_module"),
+    *("_get_current_dispatch_mode_stack", "_active_ddp_module"),
     *("_get_default_store", "_execution_engine", "_current_graph_task_id"),
     *("_foreach_div_", "_foreach_copy_"),
 )

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from tests import machines
 from tests.tiny_classifier import WORDS, save_tiny_classifier
 from tunerkit.cli.app import build
 from tunerkit.cli.running import (
@@ -23,6 +24,8 @@ from tunerkit.cli.running import (
 )
 from tunerkit.cli.running.callbacks import Watching
 from tunerkit.testing.registering import registered
+
+machines.believe_()  # in forks of the server too, which see no conftest.py
 
 # The ends of the names in a log entry that depend on when a call of the trainer began.
 _OF_A_CALL = ("_runtime", "_per_second", "num_tokens")

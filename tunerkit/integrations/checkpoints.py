@@ -22,6 +22,7 @@ from tunerkit import serialization
 from tunerkit.errors import TunerkitWarning
 from tunerkit.injection import Tuner, regrouped, tuners_of, warn_of_base_changes
 from tunerkit.integrations.folders import folder_of, has_file
+from tunerkit.integrations.precision import Precision
 from tunerkit.integrations.ranks import rows_of, write_ranks
 from tunerkit.integrations.resuming import choose_checkpoint
 from tunerkit.integrations.switching import DEEPSPEED, FSDP, without
@@ -56,7 +57,9 @@ def take_over_(trainer: Trainer, attached: Attached) -> None:
     )
     own.save_model = functools.partial(_save_model, trainer, attached, trainer.save_model)
     own.log = functools.partial(_log, attached, {}, trainer.log)
-    own.train = functools.partial(_train, trainer, attached, trainer.train)
+    precision = Precision(trainer)
+    own.train = functools.partial(_train, trainer, attached, precision, trainer.train)
+    own.evaluation_loop = functools.partial(precision.evaluate, trainer.evaluation_loop)
     own.create_optimizer = functools.partial(_create_optimizer, trainer, attached, trainer.create_optimizer)
 
 
@@ -211,8 +214,13 @@ def _load_best(trainer: Trainer, attached: Attached, load_model: Callable[[], No
             serialization.forget_state_(tuner)
 
 
-def _train(trainer: Trainer, attached: Attached, train: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Train, then release the adapters, even after an exception or an interrupt, so that they can be attached again."""
+def _train(
+    trainer: Trainer, attached: Attached, precision: Precision, train: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Train, then release the adapters, even after an exception or an interrupt, so that they can be attached again.
+
+    The model's forward is its own again, too.
+    """
     try:
         # Every process asks, also one that was called without: the processes decide together.
         wanted = args[0] if args else kwargs.get("resume_from_checkpoint")
@@ -223,9 +231,10 @@ def _train(trainer: Trainer, attached: Attached, train: Callable[..., Any], *arg
             kwargs["resume_from_checkpoint"] = chosen
         if runs_deepspeed(trainer) and isinstance(chosen, str) and _has_adapters(Path(chosen), attached.tuners):
             attached.resumed = Path(chosen)  # DeepSpeed loads its files, and `_load` is not called
-            with base_may_be_missing(attached.tuners[0].model):
+            with base_may_be_missing(attached.tuners[0].model), precision.around_training():
                 return train(*args, **kwargs)
-        return train(*args, **kwargs)
+        with precision.around_training():
+            return train(*args, **kwargs)
     finally:
         attached.release()
 

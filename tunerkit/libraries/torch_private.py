@@ -139,11 +139,6 @@ def _python_dispatch() -> Any:
     return importlib.import_module("torch.utils._python_dispatch")
 
 
-def multiplies_bf16_in_tiles() -> bool:
-    """Whether the CPU has AMX, which speeds up matrix products in bf16."""
-    return torch.cpu._is_amx_tile_supported()
-
-
 # --- DistributedDataParallel -----------------------------------------------------------------------------------------
 
 

@@ -101,6 +101,7 @@ class Run:
     logs: tuple[Mapping[str, Any], ...] = ()
     seconds: Mapping[str, float] = attrs.field(factory=dict)
     device: str | None = None
+    precision: str | None = None
     steps: int | None = None
     parameters: Parameters = Parameters()
     budget: Budget | None = None

@@ -50,6 +50,13 @@ def train(
     max_length: Annotated[
         int | None, typer.Option(min=4, help="Longer texts are truncated to this many tokens.")
     ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="What matrix products are computed in: fp32, bf16 or fp16. Default: fp32 on a CPU, bf16 on an "
+            "accelerator that has it."
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Default: 0.")] = None,
     baseline: Annotated[
         bool | None, typer.Option(help="Also train the head alone, for comparison. Default: only without --data.")
@@ -78,6 +85,7 @@ def train(
         "batch_size": batch_size,
         "seed": seed,
         "max_length": max_length,
+        "precision": precision,
         "baseline": baseline,
         "text_column": text_column,
         "label_column": label_column,

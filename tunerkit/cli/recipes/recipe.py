@@ -5,9 +5,12 @@ from typing import Any, Final
 
 import attrs
 
+from tunerkit.errors import ConfigError, shown
+
 VERSION: Final = 1
 DEFAULT_METHOD: Final = "adalora"
 DTYPES: Final = ("float32", "bfloat16", "float16", "auto")
+PRECISIONS: Final = ("fp32", "bf16", "fp16")
 TASKS: Final = (
     "text-classification",
     "regression",
@@ -45,6 +48,8 @@ class Recipe:
         columns: For a column's name in tunerkit, such as ``"text"``, its name in the data.
         max_length: The greatest number of tokens of a text, or None: as the model allows.
         dtype: The dtype of the base's weights; ``"auto"`` is the checkpoint's.
+        precision: What matrix products are computed in, one of `PRECISIONS`; or None: fp32 on a CPU, bf16 on an
+            accelerator that has it.
         quantisation: How the base is quantised as it is loaded, or None: it is not.
         baseline: Whether the head alone is trained too, for comparison.
         out: The path of the output folder.
@@ -117,6 +122,15 @@ class Recipe:
             enum=DTYPES,
         ),
     )
+    precision: str | None = attrs.field(
+        default=None,
+        metadata=_key(
+            "string",
+            "What matrix products are computed in. Without it: fp32 on a CPU, bf16 on an accelerator that has it. "
+            "Weights keep their own dtype.",
+            enum=PRECISIONS,
+        ),
+    )
     quantisation: str | None = attrs.field(
         default=None,
         metadata=_key(
@@ -138,6 +152,26 @@ def to_mapping(recipe: Recipe) -> dict[str, Any]:
     values = attrs.asdict(recipe)
     extra = values.pop("extra")
     return {name: value for name, value in {**values, **extra}.items() if value is not None}
+
+
+def with_precision(recipe: Recipe) -> Recipe:
+    """Return the recipe with ``precision`` in place of the trainer's ``bf16`` and ``fp16``, which mean the same.
+
+    Raises:
+        ConfigError: Both are given, or both of the trainer's are true.
+    """
+    given = {name: recipe.training[name] for name in ("bf16", "fp16") if name in recipe.training}
+    if wrong := [name for name, value in given.items() if value not in (True, False)]:
+        raise ConfigError([f"training.{wrong[0]}: expected true or false, got {shown(given[wrong[0]])}"])
+    if not given:
+        return recipe
+    named = " and ".join(f"training.{name}" for name in given)
+    if recipe.precision is not None:
+        raise ConfigError([f"precision: {recipe.precision} was given, and {named} too; leave {named} out"])
+    if all(given.get(name) for name in ("bf16", "fp16")):
+        raise ConfigError([f"{named}: both are true; write precision: bf16 or precision: fp16 instead"])
+    training = {name: value for name, value in recipe.training.items() if name not in given}
+    return attrs.evolve(recipe, training=training, precision=next((name for name in given if given[name]), "fp32"))
 
 
 def with_full_paths(recipe: Recipe) -> Recipe:

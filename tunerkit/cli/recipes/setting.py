@@ -21,7 +21,7 @@ FLAGS: Final[Mapping[str, str]] = MappingProxyType(
         "lr": "training.learning_rate",
         "batch_size": "training.per_device_train_batch_size",
         "seed": "training.seed",
-        **{name: name for name in ("max_length", "baseline")},
+        **{name: name for name in ("max_length", "precision", "baseline")},
         "text_column": "columns.text",
         "label_column": "columns.label",
     }

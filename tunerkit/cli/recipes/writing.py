@@ -101,6 +101,8 @@ data: train.$ending
 $length
 # The dtype of the base's weights: bfloat16 takes half of the memory.
 # dtype: bfloat16
+# What matrix products are computed in. Default: fp32 on a CPU, bf16 on an accelerator.
+# precision: bf16
 # Quantising the base saves more; this needs bitsandbytes and tunerkit-quant.
 # quantisation: nf4
 

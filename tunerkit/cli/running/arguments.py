@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from tunerkit import ConfigError, TunerkitError
+from tunerkit.cli.running import hardware
 from tunerkit.cli.running.output import CHECKPOINTS
 from tunerkit.cli.tasks.base import Task
 from tunerkit.errors import closest, shown
-from tunerkit.libraries import torch_private
 from tunerkit.report.scores import is_better_high
 
 # What the command decides: where checkpoints go, and what the trainer must not do with them.
@@ -38,13 +37,14 @@ _LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gr
 _POSITIVE = ("learning_rate", "num_train_epochs")
 
 
-def trainer_arguments(task: Task, training: Mapping[str, Any], out: Path, *, has_eval: bool) -> Any:
+def trainer_arguments(task: Task, training: Mapping[str, Any], out: Path, *, precision: str, has_eval: bool) -> Any:
     """Build the arguments of the task's trainer: ours, then the task's, then those of the recipe.
 
     Args:
         task: The task.
-        training: The recipe's ``training``.
+        training: The recipe's ``training``, without its precision.
         out: The output folder; checkpoints are written into its ``checkpoints``.
+        precision: What matrix products are computed in, such as ``"fp32"``.
         has_eval: Whether there are held-out rows.
 
     Raises:
@@ -61,7 +61,7 @@ def trainer_arguments(task: Task, training: Mapping[str, Any], out: Path, *, has
     problems += _wrong_values(kind, training)
     if problems:
         raise ConfigError(problems)
-    settings = {**_defaults(names, training), **task.defaults, **training, "output_dir": str(out / CHECKPOINTS)}
+    settings = {**_defaults(names, precision), **task.defaults, **training, "output_dir": str(out / CHECKPOINTS)}
     if not has_eval:
         settings["eval_strategy"] = "no"
     if "max_length" in names and "max_length" not in training:
@@ -70,6 +70,8 @@ def trainer_arguments(task: Task, training: Mapping[str, Any], out: Path, *, has
         settings.setdefault("greater_is_better", is_better_high(best))
     with refusing("training"):
         arguments = kind(**settings)
+        # Where it is fp32, transformers would take what the environment says, as `accelerate config` may leave it.
+        arguments.mixed_precision = "no" if precision == "fp32" else precision
         for callback in get_reporting_integration_callbacks(arguments.report_to):
             callback()  # reports a logger that is unknown or not installed
         return arguments
@@ -120,9 +122,9 @@ def _wanted(name: str, value: Any, allowed: set[Any]) -> str | None:
     return "a number above 0" if name in _POSITIVE and not 0 < value < math.inf else None
 
 
-def _defaults(names: set[str], training: Mapping[str, Any]) -> dict[str, Any]:
-    device = choose_device()
+def _defaults(names: set[str], precision: str) -> dict[str, Any]:
     settings = {
+        **hardware.trainer_settings(hardware.choose_device(), precision),
         "report_to": "none",
         "disable_tqdm": True,
         "logging_strategy": "steps",
@@ -132,21 +134,5 @@ def _defaults(names: set[str], training: Mapping[str, Any]) -> dict[str, Any]:
         "save_steps": 0.1,
         "save_total_limit": 2,
         "seed": 0,
-        "bf16": has_bf16(device) and not training.get("fp16"),
-        "use_cpu": device.type == "cpu",  # transformers takes bf16 on a CPU only if it is told so
-        "dataloader_pin_memory": device.type != "cpu",
     }
     return {name: value for name, value in settings.items() if name in names}
-
-
-def choose_device() -> torch.device:
-    """Return the accelerator if there is one, else the CPU."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether ``device`` multiplies matrices faster in bf16 than in fp32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # With AVX-512's bf16 the casts cost more than is saved: a step of the demo took 1.4 times as long as in fp32.
-    return device.type == "cpu" and torch_private.multiplies_bf16_in_tiles()

@@ -107,9 +107,8 @@ def _trained(
         "save_strategy": "no",
         "report_to": "none",
         "load_best_model_at_end": False,
-        "bf16": False,
     }
-    arguments = trainer_arguments(task, settings, folder, has_eval=False)
+    arguments = trainer_arguments(task, settings, folder, precision="fp32", has_eval=False)
     watching = Watching(console, None, f"head alone, {training['learning_rate']:g}", must_converge=False)
     model = HeadAlone(head.requires_grad_(True))
     trainer = build_trainer(Trainer, arguments, model=model, train_dataset=features, callbacks=[watching])

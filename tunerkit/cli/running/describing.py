@@ -27,10 +27,17 @@ def describe(session: Session, console: Console) -> None:
         say(console, f"{len(data.labels)} classes: {', '.join(data.labels[:10])}{' …' * (len(data.labels) > 10)}")
     *_, steps = session.trainer.set_initial_training_values(arguments, session.trainer.get_train_dataloader())
     say(console, f"{steps} steps, {arguments.num_train_epochs:g} epochs, batches of {arguments.train_batch_size}")
+    say(console, _precision_line(session))
     if session.start is not None:
         say(console, f"goes on from {session.start.source}")
     parameters = tunerkit.trainable_parameters(session.loaded.model)
     say(console, f"{session.tuner.method} on {len(session.tuner.targets)} matrices: {parameters}")
+
+
+def _precision_line(session: Session) -> str:
+    """In what the run computes, and where."""
+    other = "" if session.precision == "fp32" else "; --precision fp32 is slower and rounds less"
+    return f"precision: {session.precision} on {session.trainer.args.device.type}{other}"
 
 
 def _describe_lengths(session: Session, lengths: Sequence[int], console: Console) -> None:

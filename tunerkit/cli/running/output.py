@@ -13,7 +13,7 @@ from tunerkit import serialization
 from tunerkit.cli.outputs import OutputError
 from tunerkit.cli.recipes import writing
 from tunerkit.cli.recipes.reading import read_recipe
-from tunerkit.cli.recipes.recipe import Recipe, to_mapping, with_full_paths
+from tunerkit.cli.recipes.recipe import Recipe, to_mapping, with_full_paths, with_precision
 from tunerkit.errors import shown
 from tunerkit.integrations.output_folder import RECORD
 
@@ -92,11 +92,11 @@ def recipe_file(folder: Path) -> Path:
 
 
 def _check_resume(folder: Path, recipe: Recipe) -> None:
-    kept = read_recipe(recipe_file(folder))
+    kept = with_precision(read_recipe(recipe_file(folder)))
     if (folder / RECORD).is_file():
         raise OutputError(f"--out {folder}: this run has ended; pass --overwrite to run it again")
-    if recipe.task is None:
-        recipe = attrs.evolve(recipe, task=kept.task)
+    left = {name: getattr(kept, name) for name in ("task", "precision") if getattr(recipe, name) is None}
+    recipe = attrs.evolve(recipe, **left)
     asked = attrs.evolve(with_full_paths(recipe), out=kept.out)
     before, now = (_flat(to_mapping(each)) for each in (kept, asked))
     different = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))

@@ -7,14 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import torch
 from rich.console import Console
 
 import tunerkit
 from tunerkit import RankChange, TunerkitError
 from tunerkit.cli import assets, outputs
 from tunerkit.cli.demo import demo_of
-from tunerkit.cli.recipes.recipe import DEFAULT_METHOD, Recipe, to_mapping, with_full_paths, with_home
-from tunerkit.cli.running import output
+from tunerkit.cli.recipes.reading import read_recipe
+from tunerkit.cli.recipes.recipe import (
+    DEFAULT_METHOD,
+    Recipe,
+    to_mapping,
+    with_full_paths,
+    with_home,
+    with_precision,
+)
+from tunerkit.cli.running import hardware, output
 from tunerkit.cli.running.adapting import adapt, head_labels, order_note
 from tunerkit.cli.running.arguments import trainer_arguments
 from tunerkit.cli.running.baseline import NoBaselineError, head_alone
@@ -61,11 +70,12 @@ def run(
         KeyboardInterrupt: Ctrl-C ended the training, after a checkpoint.
     """
     _refuse_processes(os.environ)
-    recipe = with_home(recipe)
+    recipe = with_precision(with_home(recipe))
     if recipe.from_adapter is None and recipe.method is None:
         recipe = attrs.evolve(recipe, method=DEFAULT_METHOD)
     folder = Path(recipe.out)
     output.check(folder, recipe, resume=resume, overwrite=overwrite)
+    recipe = attrs.evolve(recipe, precision=_precision(recipe, folder, resume=resume))
     if recipe.from_adapter is None and recipe.method is not None:
         tunerkit.structure(recipe.method, recipe.config)  # report a typo before creating or downloading anything
     if not dry_run:
@@ -82,7 +92,8 @@ def run(
     output.begin(folder, kept, resume=resume)
     if session.start is not None and not resume:
         keep_start(session.start, session.loaded.model, folder)
-    before = task.samples(session.loaded, data.held_out)
+    with hardware.computing_in(session.precision, session.loaded.model.device):
+        before = task.samples(session.loaded, data.held_out)
     trained = train(session, console, resume=resume)
     tunerkit.save(session.loaded.model, folder)  # at once: what follows only describes it
     session.loaded.processor.save_pretrained(folder)
@@ -102,6 +113,17 @@ def run(
     has_text = any(each.name in ("text", "prompt", "source") for each in task.columns)
     say(console, f"written to {folder}; try: tunerkit predict {folder} --{'text TEXT' if has_text else 'data FILE'}")
     say(console, f"report: {folder / 'report.html'}")
+
+
+def _precision(recipe: Recipe, folder: Path, *, resume: bool) -> str:
+    """The precision of the run: a resumed one has that which it began in, unless an earlier version began it."""
+    kept = with_precision(read_recipe(output.recipe_file(folder))).precision if resume else None
+    why = f"--resume: {folder} trains in this precision" if kept is not None else "precision"
+    return hardware.choose_precision(_device(recipe), recipe.precision or kept, why=why)
+
+
+def _device(recipe: Recipe) -> torch.device:
+    return hardware.choose_device(use_cpu=recipe.training.get("use_cpu") is True)
 
 
 def _refuse_processes(environment: Mapping[str, str]) -> None:
@@ -131,6 +153,7 @@ def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dic
         "logs": [dict(entry) for entry in trained.logs],
         "seconds": dict(trained.seconds),
         "device": str(loaded.model.device),
+        "precision": session.precision,
         "max_length": task.limit,
         **adapter_facts(session.tuner, trained),
         "recipe": to_mapping(kept),
@@ -142,7 +165,9 @@ def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dic
         record["conversations"] = conversations
     if trained.confusion is not None:
         record["confusion"] = [list(row) for row in trained.confusion]
-    if after := task.samples(loaded, data.held_out):
+    with hardware.computing_in(session.precision, loaded.model.device):
+        after = task.samples(loaded, data.held_out)
+    if after:
         record["samples"] = [
             {"prompt": old["prompt"], "before": old["answer"], "after": new["answer"]}
             for old, new in zip(before, after, strict=True)
@@ -156,7 +181,9 @@ def prepare(recipe: Recipe, task: Task, data: Data, console: Console, *, resume:
     start = start_of(recipe, resume=resume)
     labels, ordered = head_labels(start, task, data)
     demo = {} if recipe.data is not None else demo_of(task.name, "data").training
-    arguments = trainer_arguments(task, {**demo, **recipe.training}, Path(recipe.out), has_eval=bool(data.held_out))
+    training = {**demo, **recipe.training}
+    precision = hardware.choose_precision(_device(recipe), recipe.precision)
+    arguments = trainer_arguments(task, training, Path(recipe.out), precision=precision, has_eval=bool(data.held_out))
     seed = arguments.seed
     source = recipe.model
     if source is None:

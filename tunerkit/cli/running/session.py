@@ -25,3 +25,9 @@ class Session:
     trainer: Any
     watching: Watching
     start: Start | None
+
+    @property
+    def precision(self) -> str:
+        """What matrix products are computed in."""
+        arguments = self.trainer.args
+        return "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"

@@ -93,6 +93,7 @@ def _facts_of_run(folder: Path, source: str, record: Any) -> dict[str, str]:
         "parameters": f"{parameters.get('trained', 0):,} of {parameters.get('all', 0):,} trained",
         "file": f"{size / 2**20:.2f} MiB",
         "steps": str(record.get("steps")),
+        "precision": str(record.get("precision") or ""),
         "training": ", ".join(f"{name}={value}" for name, value in recipe.get("training", {}).items()),
     }
     return {name: value for name, value in facts.items() if value}

@@ -11,7 +11,8 @@ from torch import nn
 
 import tunerkit
 from tunerkit import ConfigError, FileError, StepError, TunerkitError, serialization
-from tunerkit.cli.recipes.recipe import DTYPES, Recipe
+from tunerkit.cli.recipes.recipe import DTYPES, PRECISIONS, Recipe
+from tunerkit.cli.running.hardware import choose_device, obstacle
 from tunerkit.cli.running.output import CHECKPOINTS, RECIPE
 from tunerkit.cli.running.record import write_json
 from tunerkit.cli.settings import read_settings
@@ -19,7 +20,7 @@ from tunerkit.errors import shown
 from tunerkit.integrations.output_folder import RECORD, read_run
 
 # What a recipe need not say: an output folder's record does, and so does the recipe of a run that is resumed.
-_FROM_RUN = ("task", "model", "dtype", "method")
+_FROM_RUN = ("task", "model", "dtype", "precision", "method")
 _ADAPTER = "adapter.safetensors"
 _COPY = "start"  # in the folder of checkpoints
 _FACTS = "start.json"
@@ -37,6 +38,7 @@ class Start:
         revision: The commit of the hub of that model, or None.
         task: The task that it was trained for, or None.
         dtype: The dtype of the base's weights, as in a recipe, or None.
+        precision: What it was trained in, as in a recipe, if this machine has it; or None.
         labels: The names of its head's classes, in the order of the logits; empty if the files do not name them.
     """
 
@@ -47,6 +49,7 @@ class Start:
     revision: str | None = None
     task: str | None = None
     dtype: str | None = None
+    precision: str | None = None
     labels: tuple[str, ...] = ()
 
 
@@ -84,7 +87,7 @@ def _of_format(format: tunerkit.Format, source: str, path: Path) -> Start:
 
 def _of_run(source: str, folder: Path) -> Start:
     run = read_run(folder)
-    method = run.record.get("method")
+    method, precision = run.record.get("method"), run.record.get("precision")
     return Start(
         source,
         str(folder),
@@ -93,6 +96,7 @@ def _of_run(source: str, folder: Path) -> Start:
         revision=run.revision,
         task=run.task,
         dtype=run.dtype if run.dtype in DTYPES else "auto",  # which is what it was then
+        precision=precision if precision in PRECISIONS and not obstacle(choose_device(), precision) else None,
         labels=run.labels,
     )
 
@@ -110,6 +114,8 @@ def completed(mapping: Mapping[str, Any], recipe: Recipe, *, resume: bool) -> di
     """
     said = _kept(Path(recipe.out).expanduser()) if resume else _said(recipe)
     known = {name: said[name] for name in _FROM_RUN if said.get(name) is not None}
+    if {"bf16", "fp16"} & {*recipe.training}:  # another way to say the precision
+        known.pop("precision", None)
     return {**known, **{name: value for name, value in mapping.items() if value is not None}}
 
 

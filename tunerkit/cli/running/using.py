@@ -1,15 +1,17 @@
 """What the commands do with a trained folder: predict, evaluate, merge and talk."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import tunerkit
-from tunerkit import TunerkitError
+from tunerkit import TunerkitError, TunerkitWarning
 from tunerkit.cli.converting.merging import merge_adapter
 from tunerkit.cli.outputs import OutputError, new_folder
 from tunerkit.cli.rows.reading import DataError, Table, read_table
-from tunerkit.cli.running.arguments import choose_device, trainer_arguments
+from tunerkit.cli.running import hardware
+from tunerkit.cli.running.arguments import trainer_arguments
 from tunerkit.cli.running.building import build_trainer
 from tunerkit.cli.tasks import task_of
 from tunerkit.cli.tasks.base import Row, Task, require_text
@@ -25,7 +27,8 @@ _OF_TRAINING = (
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
     *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size"),
 )
-_OF_GPUS = ("fp16", "tf32")  # which no CPU has; a run on a GPU may be evaluated on a CPU
+_OF_GPUS = ("tf32",)  # which no CPU has; a run on a GPU may be evaluated on a CPU
+_HALF = ("bf16", "fp16")
 
 
 def predict_rows(
@@ -50,9 +53,10 @@ def predict_rows(
         rows = task.rows(_table(run, task, asked), {}, predicting=True)
         _as_trained(run, rows, "--text")
     loaded = _load(run, base)
-    if new_tokens is not None and isinstance(task, GenerationTask):
-        return task.predict(loaded, rows, batch_size=batch_size, new_tokens=new_tokens)
-    return task.predict(loaded, rows, batch_size=batch_size)
+    with hardware.computing_in(_precision(run, loaded), loaded.model.device):
+        if new_tokens is not None and isinstance(task, GenerationTask):
+            return task.predict(loaded, rows, batch_size=batch_size, new_tokens=new_tokens)
+        return task.predict(loaded, rows, batch_size=batch_size)
 
 
 def evaluate_rows(folder: Path, data: Path, *, base: str | None, batch_size: int) -> dict[str, Any]:
@@ -62,13 +66,13 @@ def evaluate_rows(folder: Path, data: Path, *, base: str | None, batch_size: int
     loaded = _load(run, base)
     kind, _ = task.trainer_classes()
     trained = run.record.get("recipe", {}).get("training", {})
-    left_out = (*_OF_TRAINING, *(_OF_GPUS if choose_device().type == "cpu" else ()))
+    left_out = (*_OF_TRAINING, *_HALF, *(_OF_GPUS if loaded.model.device.type == "cpu" else ()))
     training = {name: value for name, value in trained.items() if not name.startswith(left_out)}
     training |= {"per_device_eval_batch_size": batch_size, "save_strategy": "no"}
     encoded = task.encode(rows, loaded)
     trainer = build_trainer(
         kind,
-        trainer_arguments(task, training, folder, has_eval=True),
+        trainer_arguments(task, training, folder, precision=_precision(run, loaded), has_eval=True),
         model=loaded.model,
         train_dataset=encoded,
         eval_dataset=encoded,
@@ -129,12 +133,16 @@ def conversation(folder: Path, *, base: str | None, new_tokens: int) -> Callable
         )
     loaded = _load(run, base)
     remembers = _conversed(run, default=loaded.processor.chat_template is not None)
-    limit = token_limit(loaded, task.limit)
+    limit, precision = token_limit(loaded, task.limit), _precision(run, loaded)
     talked: list[dict[str, str]] = []
 
     def said(prompt: str | list[dict[str, str]]) -> str:
         streamer = TextStreamer(loaded.processor, skip_prompt=True, skip_special_tokens=True)
-        return generate(loaded, [prompt], batch_size=1, new_tokens=new_tokens, max_length=limit, streamer=streamer)[0]
+        with hardware.computing_in(precision, loaded.model.device):
+            answers = generate(
+                loaded, [prompt], batch_size=1, new_tokens=new_tokens, max_length=limit, streamer=streamer
+            )
+        return answers[0]
 
     def answer(message: str) -> None:
         if not remembers:
@@ -155,8 +163,25 @@ def _load(run: Run, base: str | None) -> Pretrained:
     """Load a run's model onto the accelerator, if there is one."""
     quiet()
     loaded = load_run(run, base)
-    loaded.model.to(choose_device())
+    loaded.model.to(hardware.choose_device())
     return loaded
+
+
+def _precision(run: Run, loaded: Pretrained) -> str:
+    """What a run computed in, as far as this machine has it, with a warning where it has not.
+
+    Earlier versions did not record it, but for what the recipe asked of the trainer.
+    """
+    trained = run.record.get("recipe", {}).get("training", {})
+    asked = next((name for name in _HALF if trained.get(name) is True), None)
+    precision = str(run.record.get("precision", asked or "fp32"))
+    problem = hardware.obstacle(loaded.model.device, precision)
+    if problem is None:
+        return precision
+    warnings.warn(
+        f"{run.folder}: was trained in {precision}, and {problem}; it is used in fp32", TunerkitWarning, stacklevel=2
+    )
+    return "fp32"
 
 
 def _conversed(run: Run, *, default: bool) -> bool:

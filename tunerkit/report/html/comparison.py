@@ -110,6 +110,7 @@ def _costs(runs: Mapping[str, Run]) -> Iterator[tuple[str, ...]]:
         "method": [wording.method_title(run.method) for run in runs.values()],
         "trained parameters": [_text(run.parameters.trained) for run in runs.values()],
         "optimizer steps": [_text(run.steps) for run in runs.values()],
+        "precision": [run.precision or _NONE for run in runs.values()],
         "training time": [_NONE if seconds is None else wording.duration(seconds) for seconds in times],
     }
     return ((title, *texts) for title, texts in costs.items() if {*texts} != {_NONE})

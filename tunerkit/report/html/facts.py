@@ -69,5 +69,6 @@ def _effort(run: Run) -> Iterator[Fact]:
     if "train" in run.seconds:
         evaluated = run.seconds.get("evaluate")
         notes = [f"on {run.device}"] if run.device else []
+        notes += [f"in {run.precision}"] if run.precision else []
         notes += [f"{wording.duration(evaluated)} to evaluate"] if evaluated is not None else []
         yield Fact("Training time", wording.duration(run.seconds["train"]), ", ".join(notes))
