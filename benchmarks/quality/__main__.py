@@ -11,8 +11,9 @@ from rich.console import Console
 
 from benchmarks.quality import store
 from benchmarks.quality.ablation import SEEDS, ablation_table
+from benchmarks.quality.collapse import collapse_table, default_table
 from benchmarks.quality.contest import LOWEST, USUAL
-from benchmarks.quality.grids import COMPARED, GRIDS, HEADROOM, LATER
+from benchmarks.quality.grids import ALSO_MADE, COMPARED, GRIDS, HEADROOM, LATER
 from benchmarks.quality.methods import ADALORA, LORA, PEFT_LORA
 from benchmarks.quality.packages import cache_folder
 from benchmarks.quality.parity import losses
@@ -72,7 +73,7 @@ def unmade(grid: str, task: str | None, rows: Mapping[str, Sequence[store.Row]])
     unknown = [name for name in names if name not in TASKS]
     if unknown:
         raise ValueError(f"no task named {', '.join(unknown)}; there are: {', '.join(TASKS)}")
-    done = {row["key"] for row in rows.get(grid, ())}
+    done = {row["key"] for name in (grid, *ALSO_MADE.get(grid, ())) for row in rows.get(name, ())}
     return [each for each in GRIDS[grid](rows) if each.task in names and each.key not in done]
 
 
@@ -80,6 +81,7 @@ def unmade(grid: str, task: str | None, rows: Mapping[str, Sequence[store.Row]])
 def tables(rows: Annotated[Path, typer.Option(help="The folder of rows.")] = ROWS) -> None:
     """Print every table that the existing rows allow, and how long the runs took."""
     found = store.read_all(rows)
+    margin = [row for name in ("collapse", *ALSO_MADE["collapse"]) for row in found.get(name, ())]
     shown = {
         "headroom": headroom_table(found.get("headroom", ())),
         **{f"ablation, seed {seed}": ablation_table(_of_seed(found.get("ablation", ()), seed)) for seed in SEEDS},
@@ -89,6 +91,8 @@ def tables(rows: Annotated[Path, typer.Option(help="The folder of rows.")] = ROW
         **{f"contest, rank {rank}, losses": beside_table(found, rank) for rank in (LOWEST, USUAL)},
         "contest, others": reference_table(found),
         "generation": generation_table(found.get("generation", ())),
+        "collapse": collapse_table(margin) if "collapse" in found else [],
+        "default": default_table(margin, COMPARED) if "collapse" in found else [],
     }
     for name, lines in shown.items():
         print("\n".join([f"{name}\n", *lines, ""]))

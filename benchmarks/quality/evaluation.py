@@ -30,3 +30,10 @@ def evaluate(model: nn.Module, rows: Rows) -> Score:
         loss += out.loss.item() * known
         labels += known
     return Score(accuracy=right / labels, loss=loss / labels)
+
+
+def majority(rows: Rows) -> float:
+    """The share of the most frequent label: the accuracy of a model that predicts nothing else."""
+    every = torch.cat([rows.batch(batch)["labels"].flatten() for batch in sorted_batches(rows.lengths, _BATCH_SIZE)])
+    counts = every[every != IGNORED].bincount()
+    return float(counts.max() / counts.sum())

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 
-from benchmarks.quality import ablation, contest, methods
+from benchmarks.quality import ablation, collapse, contest, methods
 from benchmarks.quality.rates import SEEDS, next_runs, rate_of
 from benchmarks.quality.runs import Run
 from benchmarks.quality.store import Row
@@ -85,6 +85,16 @@ def generation(_: Rows) -> list[Run]:
     ]
 
 
+def collapse_runs(_: Rows) -> list[Run]:
+    """LoRA and AdaLoRA at one, two and four times the default rate, before and after a change of training."""
+    return [*collapse.collapse_runs()]
+
+
+def default_runs(_: Rows) -> list[Run]:
+    """LoRA and AdaLoRA at the default rate on all compared tasks, before and after."""
+    return [*collapse.default_runs(COMPARED)]
+
+
 def made_for(run: Run, rows: Rows, grid: str = "rates") -> list[Row]:
     """A grid's validation rows of a run's method and rank, which choose its learning rate."""
     wanted = (run.task, run.method, run.rank)
@@ -116,10 +126,15 @@ def _lora_rate(task: str, rank: int, rows: Rows) -> float:
     return found
 
 
+# The further grids whose rows answer for runs of a grid: equal runs are made once.
+ALSO_MADE: Mapping[str, tuple[str, ...]] = {"collapse": ("rates", "default"), "default": ("rates", "collapse")}
+
 GRIDS: dict[str, Callable[[Rows], list[Run]]] = {
     "headroom": headroom,
     "ablation": ablation_runs,
     "rates": rates,
     "contest": contest_runs,
     "generation": generation,
+    "collapse": collapse_runs,
+    "default": default_runs,
 }

@@ -72,7 +72,12 @@ def adamw_with_heads(task: Task, model: nn.Module, recipe: Recipe) -> Optimizer:
     groups: list[dict[str, Any]] = [{"params": others}, {"params": heads}]
     if others:
         groups[1]["lr"] = HEAD_RATE
-    return AdamW([group for group in groups if group["params"]], lr=recipe.learning_rate, weight_decay=0.0)
+    return AdamW(
+        [group for group in groups if group["params"]],
+        lr=recipe.learning_rate,
+        betas=(0.9, recipe.beta2),
+        weight_decay=0.0,
+    )
 
 
 def prepare(run: "Run", model: nn.Module, total_steps: int) -> Prepared:

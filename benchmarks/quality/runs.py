@@ -12,14 +12,18 @@ import attrs
 import torch
 
 from benchmarks.quality import methods
-from benchmarks.quality.evaluation import Score, evaluate
+from benchmarks.quality.evaluation import Score, evaluate, majority
 from benchmarks.quality.tasks import BATCH_SIZE, TASKS
 from benchmarks.quality.training import Recipe, train
 
 
 @attrs.frozen
 class Run:
-    """The run's inputs. ``settings`` override the method's defaults; with ``tested``, test rows are scored too."""
+    """The run's inputs.
+
+    ``settings`` override the method's defaults, and ``training`` those of the recipe. With ``tested``, test rows are
+    scored too.
+    """
 
     task: str
     method: str
@@ -28,6 +32,7 @@ class Run:
     seed: int
     settings: Mapping[str, Any] = attrs.field(factory=dict)
     tested: bool = False
+    training: Mapping[str, Any] = attrs.field(factory=dict)
 
     @property
     def key(self) -> str:
@@ -43,18 +48,22 @@ class Run:
             methods.SCALE,
             methods.HEAD_RATE,
         ]
-        text = json.dumps([attrs.asdict(self), fixed], sort_keys=True)
+        inputs = attrs.asdict(self)
+        if not self.training:  # rows from before there was such a field keep their key
+            del inputs["training"]
+        text = json.dumps([inputs, fixed], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def recipe(self) -> Recipe:
         """The training recipe."""
         epochs = TASKS[self.task].epochs
-        return Recipe(epochs=epochs, learning_rate=self.learning_rate, batch_size=BATCH_SIZE, seed=self.seed)
+        own = {"learning_rate": self.learning_rate, "seed": self.seed, **self.training}
+        return Recipe(epochs=epochs, batch_size=BATCH_SIZE, **own)
 
 
 def execute(run: Run, cache: Path) -> dict[str, object]:
-    """Train and score in fp32, on every machine, and return a row for the file.
+    """Train in the run's precision and score in fp32, on every machine, and return a row for the file.
 
     The training loss of PEFT's AdaLoRA includes its regulariser.
     """
@@ -79,6 +88,7 @@ def execute(run: Run, cache: Path) -> dict[str, object]:
         "parameters": prepared.count(),
         **prepared.settings_and_ranks(),
         "training_loss": _tail(losses),
+        "majority": majority(parts.validation),
         **{name: _plain(score) for name, score in scores.items()},
         "seconds": {"train": round(trained - began, 1), "all": round(time.perf_counter() - began, 1)},
     }

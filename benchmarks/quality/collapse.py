@@ -1,0 +1,111 @@
+"""How far the default learning rate stands below collapse, before and after the defaults of training changed."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+
+from benchmarks.quality import methods
+from benchmarks.quality.runs import Run
+from benchmarks.quality.scores import points_of, told
+from benchmarks.quality.store import Row
+
+# Tasks on which rows of earlier grids show collapses, in text and in images; bf16, which this is slow in without AMX,
+# runs on the first ones alone.
+TASKS: tuple[str, ...] = ("movie-2", "nyt-3", "tweets-3", "cifar-10", "digits-10/pwl")
+FEW: tuple[str, ...] = TASKS[:2]
+RANK = 8
+RATE = 1e-3  # the command's default for classifiers
+MULTIPLES = (1, 2, 4)
+SEEDS, FEW_SEEDS = tuple(range(6)), tuple(range(3))
+BEFORE: Mapping[str, Any] = {}
+AFTER: Mapping[str, Any] = {"warmup": 0.1, "beta2": 0.99}
+METHODS = (methods.LORA, methods.ADALORA)
+
+
+def collapse_runs() -> Iterator[Run]:
+    """Runs at one, two and four times the default rate. Those that say most come first."""
+    for seed in SEEDS:
+        for training in (AFTER, BEFORE):
+            for multiple in (2, 4, 1):
+                for task in TASKS:
+                    for method in METHODS:
+                        run = Run(task, method, RANK, multiple * RATE, seed, training=training)
+                        yield run
+                        if task in FEW and seed in FEW_SEEDS:
+                            yield attrs.evolve(run, training={**training, "precision": "bf16"})
+
+
+def default_runs(tasks: Sequence[str]) -> Iterator[Run]:
+    """Runs at the default rate on more tasks: what the change costs or gains where nothing collapses."""
+    for seed in FEW_SEEDS:
+        for task in tasks:
+            for method in METHODS:
+                for training in (AFTER, BEFORE):
+                    yield Run(task, method, RANK, RATE, seed, training=training)
+
+
+def is_collapsed(row: Row, rows: Sequence[Row]) -> bool:
+    """Whether a run is nearer to naming the most frequent class alone than to the best run of its task in ``rows``."""
+    own = [each for each in rows if each["task"] == row["task"]]
+    chance = next((100 * each["majority"] for each in own if "majority" in each), None)
+    if chance is None:
+        raise ValueError(f"{row['task']}: no row says how frequent its most frequent class is; run the grid collapse")
+    return points_of(row) < (chance + max(map(points_of, own))) / 2
+
+
+def collapse_table(rows: Sequence[Row]) -> list[str]:
+    """Collapsed runs of all runs, by task, precision and method, at each multiple of the default rate."""
+    shown = [f"{multiple} x" for multiple in MULTIPLES]
+    head = [*(f"before, {each}" for each in shown), *(f"after, {each}" for each in shown)]
+    lines = [f"| task | precision | method | {' | '.join(head)} |", f"|---|---|---|{'---:|' * len(head)}"]
+    for task in TASKS:
+        for precision in ("fp32", "bf16") if task in FEW else ("fp32",):
+            for method in METHODS:
+                cells = [
+                    _share([row for row in rows if _is_of(row, task, method, multiple, training, precision)], rows)
+                    for training in (BEFORE, AFTER)
+                    for multiple in MULTIPLES
+                ]
+                lines.append(f"| {task} | {precision} | {methods.NAMES[method]} | {' | '.join(cells)} |")
+    return lines
+
+
+def default_table(rows: Sequence[Row], tasks: Sequence[str]) -> list[str]:
+    """Validation accuracy at the default rate, after minus before, paired by seed, with the interval over tasks."""
+    lines = ["| task | LoRA | AdaLoRA |", "|---|---:|---:|"]
+    found: dict[str, list[Any]] = {method: [] for method in METHODS}
+    for task in tasks:
+        cells = []
+        for method in METHODS:
+            before, after = (
+                {row["seed"]: points_of(row) for row in rows if _is_of(row, task, method, 1, training, "fp32")}
+                for training in (BEFORE, AFTER)
+            )
+            differences = np.array(
+                [after[seed] - before[seed] for seed in FEW_SEEDS if {seed} <= before.keys() & after.keys()]
+            )
+            found[method].append(differences)
+            cells.append(told([differences]))
+        lines.append(f"| {task} | {' | '.join(cells)} |")
+    return [*lines, f"| mean | {' | '.join(told(found[method]) for method in METHODS)} |"]
+
+
+def _is_of(row: Row, task: str, method: str, multiple: int, training: Mapping[str, Any], precision: str) -> bool:
+    """Whether a row is of a run of this grid; rows of earlier grids count as runs of before."""
+    wanted = {**training, **({"precision": precision} if precision != "fp32" else {})}
+    asked = (task, method, RANK, multiple * RATE, {}, wanted)
+    return asked == (
+        row["task"],
+        row["method"],
+        row["rank"],
+        row["learning_rate"],
+        row["settings"],
+        row.get("training", {}),
+    )
+
+
+def _share(own: Sequence[Row], rows: Sequence[Row]) -> str:
+    by_seed = {row["seed"]: is_collapsed(row, rows) for row in own if row["seed"] in SEEDS}
+    return f"{sum(by_seed.values())}/{len(by_seed)}" if by_seed else ""
