@@ -280,7 +280,10 @@ def test_perplexity_is_the_exponential_of_the_loss() -> None:
     """A loss of ln 3 is the perplexity of three equal choices; that of a huge loss is one that a record may hold."""
     for loss, expected in ((math.log(3), 3.0), (1e9, math.exp(230))):
         assert expected < GREATEST
-        trainer = SimpleNamespace(evaluate=lambda dataset, loss=loss: {"eval_loss": loss})
+        untrained = SimpleNamespace(global_step=0, log_history=[])
+        trainer = SimpleNamespace(
+            evaluate=lambda dataset, loss=loss: {"eval_loss": loss}, state=untrained, eval_dataset=None
+        )
         found = task_of("causal-lm").evaluate(trainer, None)
         assert found.metrics == {"loss": loss, "perplexity": pytest.approx(expected)}
 

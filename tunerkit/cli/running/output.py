@@ -97,6 +97,8 @@ def _check_resume(folder: Path, recipe: Recipe) -> None:
         raise OutputError(f"--out {folder}: this run has ended; pass --overwrite to run it again")
     if recipe.task is None:
         recipe = attrs.evolve(recipe, task=kept.task)
+    if recipe.train_on_prompts is None:
+        recipe = attrs.evolve(recipe, train_on_prompts=kept.train_on_prompts)
     asked = attrs.evolve(with_full_paths(recipe), out=kept.out)
     before, now = (_flat(to_mapping(each)) for each in (kept, asked))
     different = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))

@@ -10,9 +10,10 @@ from tunerkit.cli.converting.merging import merge_adapter
 from tunerkit.cli.outputs import OutputError, new_folder
 from tunerkit.cli.rows.reading import DataError, Table, read_table
 from tunerkit.cli.running.arguments import choose_device, trainer_arguments
-from tunerkit.cli.running.building import build_trainer
+from tunerkit.cli.running.fitting import build_fitted, cut_at_positions_
 from tunerkit.cli.tasks import task_of
 from tunerkit.cli.tasks.base import Row, Task, require_text
+from tunerkit.cli.tasks.causal_lm import settle_prompts_
 from tunerkit.cli.tasks.generating import GenerationTask, generate
 from tunerkit.cli.tasks.texts import token_limit
 from tunerkit.integrations.adapter_files import has_no_record
@@ -60,23 +61,32 @@ def evaluate_rows(folder: Path, data: Path, *, base: str | None, batch_size: int
     run, task = _run_in(folder)
     rows = _rows(run, task, data)
     loaded = _load(run, base)
-    kind, _ = task.trainer_classes()
     trained = run.record.get("recipe", {}).get("training", {})
     left_out = (*_OF_TRAINING, *(_OF_GPUS if choose_device().type == "cpu" else ()))
     training = {name: value for name, value in trained.items() if not name.startswith(left_out)}
     training |= {"per_device_eval_batch_size": batch_size, "save_strategy": "no"}
+    arguments = trainer_arguments(task, training, folder, has_eval=True)
+    prompts = run.record.get("recipe", {}).get("train_on_prompts")
+    settle_prompts_(task, rows[0], prompts, training, arguments, earlier=True)
+    if isinstance(task, GenerationTask):
+        cut_at_positions_(arguments, loaded)
     encoded = task.encode(rows, loaded)
-    trainer = build_trainer(
-        kind,
-        trainer_arguments(task, training, folder, has_eval=True),
+    trainer, fits = build_fitted(
+        task,
+        arguments,
+        loaded,
+        {"train": str(data), "eval": str(data)},
         model=loaded.model,
         train_dataset=encoded,
         eval_dataset=encoded,
         processing_class=loaded.processor,
         **task.trainer_settings(loaded),
     )
-    found: dict[str, Any] = {"rows": len(rows), **task.evaluate(trainer, trainer.eval_dataset).metrics}
-    return found
+    fit = fits.get("eval")
+    found: dict[str, Any] = {"rows": len(rows) - (fit.missing if fit is not None else 0)}
+    if fit is not None and fit.missing:
+        found["left_out"] = dict(fit.left_out)
+    return {**found, **task.evaluate(trainer, trainer.eval_dataset).metrics}
 
 
 def write_merged(source: str, out: Path, *, base: str | None, task: str | None = None) -> tuple[str, ...]:

@@ -60,12 +60,12 @@ class GenerationTask(Task):
 
     def evaluate(self, trainer: Any, dataset: Any) -> Results:
         """The loss and the perplexity."""
-        found = trainer.evaluate(dataset)
+        found = measured(trainer, dataset)
         loss = float(found["eval_loss"])
         metrics = {"loss": loss, "perplexity": math.exp(min(loss, _MOST))}
         if "eval_mean_token_accuracy" in found:
             metrics["token_accuracy"] = float(found["eval_mean_token_accuracy"])
-        return Results(metrics)
+        return Results(metrics, seconds=found.get("eval_runtime"))
 
     def samples(self, loaded: Pretrained, rows: Sequence[Row]) -> list[dict[str, str]]:
         """The answers to the first three held-out prompts."""
@@ -81,6 +81,16 @@ class GenerationTask(Task):
         prompts = [prompt_of(row) for row in rows]
         answers = generate(loaded, prompts, batch_size=batch_size, new_tokens=new_tokens)
         return [{"completion": text} for text in answers]
+
+
+def measured(trainer: Any, dataset: Any) -> Mapping[str, Any]:
+    """Evaluate encoded rows by the trainer's loss; what it found in its last step counts, as the model is the same."""
+    step, history = trainer.state.global_step, trainer.state.log_history
+    if dataset is trainer.eval_dataset and step > 0 and not trainer.args.load_best_model_at_end:
+        found = [entry for entry in history if "eval_loss" in entry and entry["step"] == step]
+        if found:
+            return found[-1]  # type: ignore[no-any-return]  # a trainer is of any class here
+    return trainer.evaluate(dataset)  # type: ignore[no-any-return]
 
 
 def generate(
@@ -183,6 +193,12 @@ def _chat_text(loaded: Pretrained, messages: Sequence[dict[str, str]]) -> str:
     """Messages as text, by the tokenizer's template, ready for the assistant's answer."""
     require_tokens(loaded, chat=True)
     return str(loaded.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+
+
+def prompt_length(loaded: Pretrained, prompt: str | Sequence[dict[str, str]]) -> int:
+    """How many tokens a prompt has, ready for an answer."""
+    text = prompt if isinstance(prompt, str) else _chat_text(loaded, prompt)
+    return len(loaded.processor(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
 
 
 def prompt_of(row: Row) -> str | list[dict[str, str]]:
