@@ -142,11 +142,14 @@ def test_no_row_is_longer_than_the_model_has_positions(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In training, in the evaluation and in ``eval``, whatever max_length says."""
-    seen = []
+    seen: list[int] = []
     forward = torch.nn.Embedding.forward
-    monkeypatch.setattr(
-        torch.nn.Embedding, "forward", lambda self, ids: (seen.append(ids.shape[1]), forward(self, ids))[1]
-    )
+
+    def noting(self: torch.nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+        seen.append(ids.shape[1])
+        return forward(self, ids)
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", noting)
     data = written(tmp_path / "data.jsonl", [{"text": "the film plot " * 40}] * 8)
     for number, limit in enumerate(("200", "null")):
         out = tmp_path / f"out{number}"
@@ -257,7 +260,7 @@ def test_a_conversation_without_an_answer_is_left_out_and_counted(llama: Path, t
 def test_completions_learn_their_prompts_if_asked(llama: Path, tmp_path: Path) -> None:
     """And TRL's own argument means the same, as in recipes of earlier versions."""
     data = written(tmp_path / "data.jsonl", [answered()] * 8)
-    losses = []
+    losses: list[float] = []
     for asked in ("train_on_prompts=true", "training.completion_only_loss=false", "train_on_prompts=false"):
         out = tmp_path / f"out{len(losses)}"
         said = succeeded(*arguments_of(llama, data, "--set", asked, "--out", out)).output
@@ -325,9 +328,14 @@ def test_the_held_out_rows_are_evaluated_once_at_the_end(
     """What the trainer found in its last step is the result; without such an evaluation it is made."""
     from trl.trainer.sft_trainer import SFTTrainer
 
-    calls: list[int] = []
+    calls: list[object] = []
     loop: Callable[..., Any] = SFTTrainer.evaluation_loop
-    monkeypatch.setattr(SFTTrainer, "evaluation_loop", lambda *args, **more: (calls.append(1), loop(*args, **more))[1])
+
+    def counting(*given: Any, **more: Any) -> Any:
+        calls.append(given)
+        return loop(*given, **more)
+
+    monkeypatch.setattr(SFTTrainer, "evaluation_loop", counting)
     data = written(tmp_path / "data.jsonl", [answered()] * 8)
     succeeded(*arguments_of(llama, data, *settings, "--out", tmp_path / "out"))
     assert len(calls) == 1
@@ -377,3 +385,99 @@ def test_a_dry_run_says_the_epochs_that_are_run(llama: Path, tmp_path: Path) -> 
         (("--epochs", "1.5"), "15 steps, 1.5 epochs, batches of 4\n"),
     ):
         assert line in succeeded(*arguments_of(llama, data, *more, "--out", tmp_path / "x", "--dry-run")).output
+
+
+# --- answers ---
+
+
+@pytest.fixture(scope="module")
+def chatter(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on conversations that ends early, so its answers are still free."""
+    folder = tmp_path_factory.mktemp("chatter")
+    data = written(folder / "data.jsonl", [{"messages": turns("the film", "very good")}] * 8)
+    succeeded(*arguments_of(llama, data, "--lr", "1e-4", "--out", folder / "out"))
+    return folder / "out"
+
+
+def told(out: Path, *options: object) -> str:
+    """What ``predict --text`` answers in 12 tokens at most."""
+    done = succeeded("predict", out, "--text", "the film", "--new-tokens", "12", *options)
+    return str(json.loads(done.output)["completion"])
+
+
+def test_a_temperature_draws_words_by_the_seed_and_without_one_the_likeliest_count(chatter: Path) -> None:
+    """The same seed, the same answer; a temperature of 0, and drawing from one word, are greedy."""
+    greedy = told(chatter)
+    assert told(chatter, "--temperature", "0") == greedy
+    assert told(chatter, "--temperature", "5", "--top-k", "1") == greedy
+    assert told(chatter, "--temperature", "5", "--top-p", "0.001") == greedy
+    drawn = [told(chatter, "--temperature", "5", "--seed", seed) for seed in (0, 0, 1, 2)]
+    assert drawn[0] == drawn[1] == told(chatter, "--temperature", "5")
+    assert len({greedy, *drawn}) == 4
+    talks = [
+        succeeded("chat", chatter, "--new-tokens", "12", "--temperature", "5", typed="the film\n\n").output
+        for _ in range(2)
+    ]
+    assert talks[0] == talks[1]
+    assert talks[0].startswith(f"you: the film\n{drawn[0]}\n")
+
+
+def test_a_systems_message_comes_before_the_users(chatter: Path) -> None:
+    """In ``chat`` and in ``predict --text``, by the template."""
+    model, tokenizer = tunerkit.from_folder(chatter)
+    asked = [{"role": "system", "content": "a plot"}, *turns("the film")]
+    inputs = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    given = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    wanted = tokenizer.decode(given, skip_special_tokens=True)
+    assert told(chatter, "--system", "a plot") == wanted != told(chatter)
+    talk = succeeded("chat", chatter, "--system", "a plot", "--new-tokens", "12", typed="the film\n\n").output
+    assert talk.startswith(f"you: the film\n{wanted}\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--temperature", "-1"), "--temperature: expected 0, or a number from 0.01 to 100, got -1.0"),
+        (("--temperature", "nan"), "--temperature: expected 0, or a number from 0.01 to 100, got nan"),
+        (("--temperature", "1", "--top-p", "0"), "--top-p: expected a number above 0 and up to 1, got 0.0"),
+        (("--temperature", "1", "--top-k", "0"), "--top-k: expected a whole number above 0, got 0"),
+        (("--temperature", "1", "--seed", "-1"), "--seed: expected a whole number from 0 to 4294967295, got -1"),
+        (("--top-p", "0.5"), "--top-p: has no effect without --temperature above 0"),
+        (("--temperature", "0", "--seed", "1"), "--seed: has no effect without --temperature above 0"),
+        (("--system", " "), "--system: expected a text that is not empty, got ' '"),
+    ],
+)
+def test_options_out_of_range_or_without_effect_are_one_error(
+    options: tuple[str, ...], message: str, chatter: Path
+) -> None:
+    """In both commands."""
+    for asked in (("predict", chatter, "--text", "a"), ("chat", chatter)):
+        done = command(*asked, *options)
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+        assert message in done.stderr
+
+
+def test_a_systems_message_is_refused_where_it_has_no_place(chatter: Path, llama: Path, tmp_path: Path) -> None:
+    """Rows have messages of their own, texts have none, and some templates leave it out or refuse it."""
+    data = written(tmp_path / "data.jsonl", [answered()] * 8)
+    succeeded(*arguments_of(llama, data, "--out", tmp_path / "texts"))
+    rows = written(tmp_path / "rows.jsonl", [{"messages": turns("the film")}])
+    silent = TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + TEMPLATE
+    for name, template in (("silent", silent), ("refusing", refusing)):
+        shutil.copytree(chatter, tmp_path / name)
+        (tmp_path / name / "chat_template.jinja").write_text(template)
+    text = ("--text", "the film")
+    for asked, message in (
+        (
+            ("predict", chatter, "--data", rows),
+            "--system: is for --text; the rows of --data have messages of their own",
+        ),
+        (("predict", tmp_path / "texts", *text), "was not trained on conversations; write it into your text"),
+        (("chat", tmp_path / "texts"), "was not trained on conversations; write it into your text"),
+        (("chat", tmp_path / "silent"), "has no place for it; write it into your message"),
+        (("predict", tmp_path / "refusing", *text), "refuses it: no system here; write it into your message"),
+    ):
+        done = command(*asked, "--system", "a plot")
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+        assert message in done.stderr

@@ -84,7 +84,11 @@ def run(
         rehearse(session, console, resume=resume)
         say(console, "dry run: nothing was trained and nothing was written")
         return
-    settled = {"task": task.name, "method": session.tuner.method, "train_on_prompts": task.trains_on_prompts}
+    settled: dict[str, Any] = {
+        "task": task.name,
+        "method": session.tuner.method,
+        "train_on_prompts": task.trains_on_prompts,
+    }
     kept = with_full_paths(attrs.evolve(recipe, **settled))
     output.begin(folder, kept, resume=resume)
     if session.start is not None and not resume:
