@@ -1,7 +1,9 @@
 """Language models by the command: which rows and tokens count, what is said of them, and what a dry run checks."""
 
+import html
 import importlib.util
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 
 import tunerkit  # noqa: E402
-from tests.tiny_models import TEMPLATE, save_tiny_llama  # noqa: E402
+from tests.tiny_models import TEMPLATE, save_tiny_llama, save_tiny_t5  # noqa: E402
 from tests.train_command import command, record_of, succeeded  # noqa: E402
 from tunerkit.cli.tasks.turns import NOT_LEARNED, encode_turns  # noqa: E402
 from tunerkit.integrations.pretrained import load_pretrained  # noqa: E402
@@ -481,3 +483,29 @@ def test_a_systems_message_is_refused_where_it_has_no_place(chatter: Path, llama
         done = command(*asked, "--system", "a plot")
         assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
         assert message in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["chat", "texts", "preference", "seq2seq"])
+def test_the_reports_lines_answer_as_predict_does(
+    kind: str, llama: Path, chatter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They run as they stand, and a chat's message goes through the template."""
+    asked, (good, bad) = turns("the film"), ([{"role": "assistant", "content": each}] for each in ("good", "bad"))
+    row: dict[str, Any] = {
+        "texts": {"text": "the film"},
+        "preference": {"prompt": asked, "chosen": good, "rejected": bad},
+        "seq2seq": {"source": "the film", "target": "not bad"},
+    }.get(kind, {})
+    out = tmp_path / "out" if row else chatter
+    if row:
+        model = save_tiny_t5(tmp_path / "t5") if kind == "seq2seq" else llama
+        succeeded(*arguments_of(model, written(tmp_path / "data.jsonl", [row] * 8), "--lr", "1e-4", "--out", out))
+    page = (out / "report.html").read_text(encoding="utf-8")
+    lines, shell = (html.unescape(part.partition("</pre>")[0]) for part in page.split('<pre class="code">')[1:])
+    capsys.readouterr()
+    exec(lines, {})
+    printed = capsys.readouterr().out
+    (answer,) = json.loads(succeeded(*shlex.split(shell)[1:]).output).values()
+    assert printed == f"{answer}\n"
+    assert answer != ""
+    assert ("apply_chat_template" in lines) is (kind in ("chat", "preference"))
