@@ -491,15 +491,17 @@ def test_the_reports_lines_answer_as_predict_does(
 ) -> None:
     """They run as they stand, and a chat's message goes through the template."""
     asked, (good, bad) = turns("the film"), ([{"role": "assistant", "content": each}] for each in ("good", "bad"))
-    row: dict[str, Any] = {
+    rows: dict[str, dict[str, Any]] = {
         "texts": {"text": "the film"},
         "preference": {"prompt": asked, "chosen": good, "rejected": bad},
         "seq2seq": {"source": "the film", "target": "not bad"},
-    }.get(kind, {})
-    out = tmp_path / "out" if row else chatter
-    if row:
+    }
+    out = tmp_path / "out" if kind in rows else chatter
+    if kind in rows:
         model = save_tiny_t5(tmp_path / "t5") if kind == "seq2seq" else llama
-        succeeded(*arguments_of(model, written(tmp_path / "data.jsonl", [row] * 8), "--lr", "1e-4", "--out", out))
+        succeeded(
+            *arguments_of(model, written(tmp_path / "data.jsonl", [rows[kind]] * 8), "--lr", "1e-4", "--out", out)
+        )
     page = (out / "report.html").read_text(encoding="utf-8")
     lines, shell = (html.unescape(part.partition("</pre>")[0]) for part in page.split('<pre class="code">')[1:])
     capsys.readouterr()

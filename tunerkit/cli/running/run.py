@@ -239,6 +239,7 @@ def _held_out(task: Task, data: Data, loaded: Pretrained) -> Any:
 
 def rehearse(session: Session, console: Console, *, resume: bool) -> None:
     """Begin the training and end it before its first step, so that all is checked that the training checks."""
+    session.trainer.remove_callback(session.watching)  # it would draw its bar
     session.trainer.add_callback(Rehearsal())
     with suppress(RehearsedError):
         _train(session, console, resume=resume)
