@@ -17,6 +17,7 @@ for _module in ("datasets", "pyarrow", "sklearn", "transformers", "trl", "typer"
 
 import torch  # noqa: E402
 import yaml  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 import tunerkit  # noqa: E402
 from tests.tiny_models import TEMPLATE, save_tiny_llama, save_tiny_t5  # noqa: E402
@@ -132,6 +133,14 @@ def test_preferences_with_too_long_prompts_are_counted_too(llama: Path, tmp_path
     assert record_of(out)["rows"] == {"train": 6, "eval": 6}
 
 
+def test_the_lengths_of_preferences_are_those_of_the_longer_answer(llama: Path, tmp_path: Path) -> None:
+    """With the prompt and the end: here 3, and 1 or 2, and 1."""
+    rows = [{"prompt": "the film ", "chosen": "good", "rejected": "very bad"}] * 8
+    data = written(tmp_path / "data.jsonl", rows)
+    said = succeeded(*arguments_of(llama, data, "--max-length", "5", "--out", tmp_path / "x", "--dry-run")).output
+    assert "lengths: 6 tokens in the middle, 6 at most (cut at 5 tokens; 8 rows are longer)\n" in said
+
+
 def test_no_length_helps_where_the_prompt_has_more_tokens_than_the_model_positions(llama: Path, tmp_path: Path) -> None:
     """64 here; a limit above them is cut to them, with a note."""
     data = written(tmp_path / "data.jsonl", [answered("the film plot " * 30)] * 8)
@@ -181,6 +190,18 @@ def test_each_turn_of_the_assistant_is_learned_with_its_end_and_nothing_else(tem
     assert learned(model, said) == ["very", "good", "</s>", "not", "bad", "</s>", "a", "plot", "</s>"]
     assert learned(model, [{"role": "system", "content": "bad"}, *said[:2]]) == ["very", "good", "</s>"]
     assert learned(model, turns("the film")) == []
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, MARKED], ids=["no marks", "marks"])
+def test_a_tokenizer_in_python_finds_the_same_turns(
+    template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not say where in a text its tokens are."""
+    model = save_tiny_llama(tmp_path / "llama", template=template)
+    said = turns("good", "very good", "the film", "not bad")
+    wanted = learned(model, said)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
+    assert learned(model, said) == wanted == ["very", "good", "</s>", "not", "bad", "</s>"]
 
 
 def test_marks_that_leave_out_the_end_of_a_turn_do_not_count(tmp_path: Path) -> None:

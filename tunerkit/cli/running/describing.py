@@ -34,7 +34,7 @@ def describe(session: Session, console: Console) -> None:
         arguments, session.trainer.get_train_dataloader()
     )
     capped = arguments.max_steps > 0
-    epochs = f"{steps / of_an_epoch if capped else arguments.num_train_epochs:.3g}"
+    epochs = f"{float(f'{steps / of_an_epoch:.3g}') if capped else arguments.num_train_epochs:g}"
     how = f"{_counted(steps, 'step')}{' (max_steps)' if capped else ''}, {epochs} epoch{'' if epochs == '1' else 's'}"
     say(console, f"{how}, batches of {arguments.train_batch_size}")
     if session.start is not None:

@@ -128,7 +128,9 @@ def _fit_of_pairs(rows: Any, kept: Any, limit: int | None, loaded: Pretrained) -
     """How pairs of answers fit, of which the trainer has left out those whose prompt is too long."""
     missing = len(rows) - len(kept)
     if not missing:
-        return Fit(limit)
+        columns = (kept[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        lengths = sorted(len(prompt) + max(len(one), len(other)) for prompt, one, other in zip(*columns, strict=True))
+        return Fit(limit, lengths, 0 if limit is None else sum(length > limit for length in lengths))
     needed = max(prompt_length(loaded, row["prompt"]) for row in rows) + 1
     return Fit(limit, left_out={NO_ROOM: missing}, needed=needed)
 

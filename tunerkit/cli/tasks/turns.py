@@ -36,8 +36,9 @@ def encode_turns(conversations: Sequence[Messages], loaded: Pretrained) -> Any:
     from trl.chat_template_utils import has_generation_markers, is_chat_template_stop_token_trained
 
     tokenizer = loaded.processor
-    is_marked = has_generation_markers(tokenizer.chat_template) and is_chat_template_stop_token_trained(tokenizer)
-    encode = _by_marks if is_marked else _by_turns
+    # Tokenizers in Python do not say which tokens are between the marks.
+    is_marked = tokenizer.is_fast and has_generation_markers(tokenizer.chat_template)
+    encode = _by_marks if is_marked and is_chat_template_stop_token_trained(tokenizer) else _by_turns
     columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     for messages in conversations:
         try:
