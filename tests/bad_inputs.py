@@ -127,6 +127,20 @@ DATA = (
         [{"instruction": "Judge this film.", "input": "a plot", "output": "bad"}] * 8,
         "an instruction with its input in another column",
     ),
+    _jsonl(
+        "long.jsonl",
+        [{"prompt": "the film plot " * 5, "completion": "good"}] * 10,
+        "prompts that leave no room for an answer",
+        "--model llama --max-length 12",
+        _TRL,
+    ),
+    _jsonl(
+        "asked.jsonl",
+        [{"messages": [{"role": "user", "content": "film"}]}] * 10,
+        "conversations without an answer",
+        "--model llama",
+        _TRL,
+    ),
     _train("data for another task", "--task seq2seq --model t5"),
     _csv(
         "two.csv",
@@ -208,6 +222,7 @@ RECIPES = (
     _recipe("an unknown schedule", "training: {lr_scheduler_type: cosin}\n", until="is not a valid SchedulerType"),
     _recipe("a logger that is not installed", "training: {report_to: nowhere}\n", until="nowhere is not supported"),
     BadInput("a recipe that is not there", "train recipes.yaml"),
+    _train("prompts to learn, for a task without prompts", "--set train_on_prompts=true"),
     _train("a mistyped setting of the method", "--config '{rnk: 2}'"),
     _train("a rank below 1", "--set rank=0"),
     _train("targets that the model does not have", "--set 'targets=[qery]'"),
@@ -258,6 +273,9 @@ USES = (
     BadInput("a damaged adapter", "predict cut --text good", until="cannot be read as a safetensors file:"),
     BadInput("a run without its adapter", "predict lost --text good"),
     BadInput("a length for a task that generates nothing", "predict run --text good --new-tokens 8"),
+    BadInput("a temperature for a task that generates nothing", "predict run --text good --temperature 0"),
+    BadInput("a temperature below 0", "chat run --temperature -1"),
+    BadInput("draws without a temperature", "predict run --text good --top-p 0.5"),
     BadInput("a classifier asked to chat", "chat run"),
     BadInput(
         "a folder for the merged model that is not empty", "merge run --base bert --out empty", {"empty/readme.txt": ""}

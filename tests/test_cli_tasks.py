@@ -31,6 +31,7 @@ from tunerkit.cli.running.hardware import computing_in  # noqa: E402
 from tunerkit.cli.running.record import model_facts, write_record  # noqa: E402
 from tunerkit.cli.running.run import prepare, train  # noqa: E402
 from tunerkit.cli.tasks import TASKS, TaskError, task_of  # noqa: E402
+from tunerkit.cli.tasks.answering import Answering  # noqa: E402
 from tunerkit.cli.tasks.base import MissingPackageError, require_package  # noqa: E402
 from tunerkit.cli.tasks.classifying import classification_scores, confusion_of  # noqa: E402
 from tunerkit.cli.tasks.generating import GenerationTask, generate  # noqa: E402
@@ -290,7 +291,10 @@ def test_perplexity_is_the_exponential_of_the_loss() -> None:
     """A loss of ln 3 is the perplexity of three equal choices; that of a huge loss is one that a record may hold."""
     for loss, expected in ((math.log(3), 3.0), (1e9, math.exp(230))):
         assert expected < GREATEST
-        trainer = SimpleNamespace(evaluate=lambda dataset, loss=loss: {"eval_loss": loss})
+        untrained = SimpleNamespace(global_step=0, log_history=[])
+        trainer = SimpleNamespace(
+            evaluate=lambda dataset, loss=loss: {"eval_loss": loss}, state=untrained, eval_dataset=None
+        )
         found = task_of("causal-lm").evaluate(trainer, None)
         assert found.metrics == {"loss": loss, "perplexity": pytest.approx(expected)}
 
@@ -565,8 +569,8 @@ def test_a_batch_generates_what_each_prompt_does_alone(name: str, task: str, mod
     loaded = load_pretrained(task, str(models(name)))
     side = loaded.processor.padding_side
     prompts = ["the film", "a plot not bad very good", "good"]
-    together = generate(loaded, prompts, batch_size=3, new_tokens=8)
-    assert together == [generate(loaded, [prompt], batch_size=1, new_tokens=8)[0] for prompt in prompts]
+    together = generate(loaded, prompts, batch_size=3, answering=Answering(8))
+    assert together == [generate(loaded, [prompt], batch_size=1, answering=Answering(8))[0] for prompt in prompts]
     assert loaded.processor.padding_side == side
 
 
@@ -578,14 +582,14 @@ def test_of_a_prompt_that_is_too_long_the_end_is_read(models: Callable[[str], Pa
     end = torch.tensor([loaded.processor(" ".join(words))["input_ids"][-56:]])
     wanted = loaded.model.generate(end, max_new_tokens=8, do_sample=False)[:, 56:]
     prompts = [" ".join(words), "the film"]
-    answers = generate(loaded, prompts, batch_size=2, new_tokens=8)
+    answers = generate(loaded, prompts, batch_size=2, answering=Answering(8))
     assert answers[0] == loaded.processor.decode(wanted[0], skip_special_tokens=True)
-    assert answers[1] == generate(loaded, prompts[1:], batch_size=1, new_tokens=8)[0]
+    assert answers[1] == generate(loaded, prompts[1:], batch_size=1, answering=Answering(8))[0]
     seen: list[int] = []
     loaded.model.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    generate(loaded, prompts[:1], batch_size=1, new_tokens=1000)
+    generate(loaded, prompts[:1], batch_size=1, answering=Answering(1000))
     assert sum(seen) < 64 + 1
     assert (seen[0], len(seen)) == (32, 32)
 
@@ -607,7 +611,7 @@ def test_a_model_that_counts_its_positions_by_another_name_has_them_too(models: 
     model = GPT2LMHeadModel(GPT2Config(n_positions=24, **small))
     gpt = attrs.evolve(loaded, model=model)
     assert token_limit(gpt, 1000) == 24
-    generate(gpt, [" ".join(WORDS * 10)], batch_size=1, new_tokens=20)
+    generate(gpt, [" ".join(WORDS * 10)], batch_size=1, answering=Answering(20))
 
 
 def test_a_conversation_has_the_tokens_of_its_template_only(

@@ -87,6 +87,53 @@ def test_what_cannot_be_compared_is_said() -> None:
     assert "differ in their" not in text(a=scored(0.8), b=scored(0.9))
 
 
+def language(loss: float, task: str = "causal-lm", prompts: bool = False, base: str = "llama", **more: Any) -> Any:
+    """The record of a language model: causal-lm has a loss, preference a share too."""
+    metrics = {"loss": loss, **({"reward_accuracy": 0.9} if task == "preference" else {})}
+    main = "reward_accuracy" if task == "preference" else "loss"
+    logs = [{"step": step, "loss": loss, "learning_rate": 1 / (step + 1)} for step in range(3)]
+    known = {
+        "recipe": {"train_on_prompts": prompts},
+        "data": {"eval": "chat.jsonl"},
+        "rows": {"eval": 8},
+        "model": {"name": base},
+        "logs": logs,
+    }
+    return minimal(task, metrics=metrics, main_metric=main, **{**known, **more})
+
+
+@pytest.mark.parametrize(
+    ("other", "differing"),
+    [
+        (language(0.2, "preference"), "task"),
+        (language(0.2, prompts=True), "learned tokens"),
+        (language(0.2, base="qwen"), "base model"),
+        (language(0.2, rows={"eval": 9}), "held-out data"),
+        (language(0.2, recipe={}, conversations=True), "learned tokens"),
+    ],
+    ids=["task", "prompts", "base", "rows", "an earlier version"],
+)
+def test_what_was_measured_in_other_ways_is_not_ranked_together(other: dict[str, Any], differing: str) -> None:
+    """No star, no best run, and no loss of one task over that of another; the reason is said."""
+    found = text(sft=language(0.5), other=other)
+    assert f"The runs differ in their {differing}, so their metrics are not comparable." in found
+    assert "★" not in found
+    assert "has the lowest" not in found
+    assert "Learning rate sft other" in found
+    assert ("Loss, training sft other" in found) is (differing != "task")
+
+
+def test_among_other_runs_those_that_compare_are_ranked() -> None:
+    """In a table of their own, and in a sentence that names them."""
+    found = text(a=language(0.5), dpo=language(0.2, "preference"), b=language(0.4))
+    assert "Of a, b: b has the lowest loss, 0.400, 0.100 below a." in found
+    assert "so their metrics are not comparable, except within one table." in found
+    assert "loss 0.5000 0.4000 ★" in found
+    assert found.count("★") == 1
+    assert "Loss, training, causal-lm a b" in found
+    assert "method AdaLoRA AdaLoRA AdaLoRA" in found
+
+
 def test_names_are_escaped() -> None:
     """They are folders of the user."""
     page = compare({"<script>alert(1)</script>": run_records.classifier(2), "b": run_records.classifier(2)})

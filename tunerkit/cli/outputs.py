@@ -1,5 +1,7 @@
 """The output folder: every file in it is complete or absent."""
 
+import errno
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +22,16 @@ def prepare(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as problem:
         raise OutputError(f"--out {folder}: cannot write to this folder: {problem.strerror}") from problem
+
+
+def require_writable(folder: Path) -> None:
+    """Check that `prepare` would succeed, without creating anything. Raises `OutputError`."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    problem = None if nearest.is_dir() else errno.EEXIST if nearest == folder else errno.ENOTDIR
+    if problem is None and not os.access(nearest, os.W_OK | os.X_OK):
+        problem = errno.EACCES
+    if problem is not None:
+        raise OutputError(f"--out {folder}: cannot write to this folder: {os.strerror(problem)}")
 
 
 @contextmanager

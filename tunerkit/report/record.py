@@ -85,6 +85,8 @@ class Run:
         caps: The greatest rank that a target may have, where there is one.
         spectrum: The singular values of what each adapter adds, the greatest first.
         sizes: The live parameters of each adapter.
+        conversations: Whether a language model was trained on lists of messages; None if the record does not say.
+        left_out: For ``train`` and ``eval``, how many rows left nothing to learn, by reason. `rows` is without them.
         confusion: Rows are true labels and columns predicted ones, in the order of ``labels``.
     """
 
@@ -117,6 +119,8 @@ class Run:
     config: Mapping[str, Any] = attrs.field(factory=dict)
     recipe: Mapping[str, Any] = attrs.field(factory=dict)
     environment: Mapping[str, Any] = attrs.field(factory=dict)
+    conversations: bool | None = None
+    left_out: Mapping[str, Mapping[str, int]] = attrs.field(factory=dict)
 
 
 def read(record: Mapping[str, Any]) -> Run:

@@ -47,6 +47,7 @@ class Recipe:
         training: Arguments of the trainer, which checks them when it is built.
         columns: For a column's name in tunerkit, such as ``"text"``, its name in the data.
         max_length: The greatest number of tokens of a text, or None: as the model allows.
+        train_on_prompts: Whether a language model learns the tokens of prompts too; None: as the command decides.
         dtype: The dtype of the base's weights; ``"auto"`` is the checkpoint's.
         precision: What matrix products are computed in, one of `PRECISIONS`; or None: fp32 on a CPU, bf16 on an
             accelerator that has it.
@@ -113,6 +114,13 @@ class Recipe:
     )
     max_length: int | None = attrs.field(
         default=None, metadata=_key("integer", "Longer texts are cut to this many tokens.", minimum=4)
+    )
+    train_on_prompts: bool | None = attrs.field(
+        default=None,
+        metadata=_key(
+            "boolean",
+            "Whether a language model learns the prompts too, and not only completions or the assistant's turns.",
+        ),
     )
     dtype: str = attrs.field(
         default="float32",

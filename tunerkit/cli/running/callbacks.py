@@ -122,6 +122,19 @@ class Watching(TrainerCallback):
             self.close()
 
 
+class RehearsedError(Exception):
+    """A training could have begun."""
+
+
+class Rehearsal(TrainerCallback):
+    """Ends a training before its first step, when all that it checks has been checked."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        raise RehearsedError
+
+
 class Resumable(TrainerCallback):
     """Lets a resumed training see the batches, the random numbers and the logs of one that was not interrupted.
 

@@ -37,6 +37,11 @@ class Data:
     columns: Mapping[str, str]
     unused: tuple[str, ...]
 
+    @property
+    def parts(self) -> Mapping[str, list[Row]]:
+        """The rows by part, under the names in a record."""
+        return {"train": self.train, "eval": self.held_out}
+
 
 def prepare_data(recipe: Recipe, console: Console) -> tuple[Task, Data]:
     """Read the data, find the task, and check and split the rows."""

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from rich.console import Console
 
 import tunerkit
+from tunerkit.cli.running.fitting import NO_ROOM, Fit
 from tunerkit.cli.running.record import Trained
 from tunerkit.cli.running.session import Session
 from tunerkit.cli.running.telling import say
-from tunerkit.cli.tasks.texts import token_limit
+from tunerkit.cli.tasks.texts import positions_of, token_limit
 from tunerkit.paths import few
 
 
@@ -21,12 +22,21 @@ def describe(session: Session, console: Console) -> None:
     )
     used = ", ".join(name if name == ours else f"{ours} ({name})" for ours, name in data.columns.items())
     say(console, f"columns: {used}{f'; left out: {few(data.unused, shown=10)}' if data.unused else ''}")
-    if "input_ids" in (train_set.column_names or ()):
+    for part, fit in session.fits.items():
+        _describe_fit(session, part, fit, console)
+    if not session.fits and "input_ids" in (train_set.column_names or ()):
         _describe_lengths(session, sorted(len(row) for row in train_set["input_ids"]), console)
     if data.labels:
         say(console, f"{len(data.labels)} classes: {', '.join(data.labels[:10])}{' …' * (len(data.labels) > 10)}")
-    *_, steps = session.trainer.set_initial_training_values(arguments, session.trainer.get_train_dataloader())
-    say(console, f"{steps} steps, {arguments.num_train_epochs:g} epochs, batches of {arguments.train_batch_size}")
+    if session.task.trains_on_prompts is not None:
+        say(console, _learned(session))
+    _, of_an_epoch, *_, steps = session.trainer.set_initial_training_values(
+        arguments, session.trainer.get_train_dataloader()
+    )
+    capped = arguments.max_steps > 0
+    epochs = f"{float(f'{steps / of_an_epoch:.3g}') if capped else arguments.num_train_epochs:g}"
+    how = f"{_counted(steps, 'step')}{' (max_steps)' if capped else ''}, {epochs} epoch{'' if epochs == '1' else 's'}"
+    say(console, f"{how}, batches of {arguments.train_batch_size}")
     say(console, _precision_line(session))
     if session.start is not None:
         say(console, f"goes on from {session.start.source}")
@@ -38,6 +48,35 @@ def _precision_line(session: Session) -> str:
     """In what the run computes, and where."""
     other = "" if session.precision == "fp32" else "; --precision fp32 is slower and rounds less"
     return f"precision: {session.precision} on {session.trainer.args.device.type}{other}"
+
+
+def _describe_fit(session: Session, part: str, fit: Fit, console: Console) -> None:
+    """Print how long a language model's rows are, how many are cut, and how many leave nothing to learn."""
+    if part == "train" and fit.lengths:
+        lengths = f"lengths: {fit.lengths[len(fit.lengths) // 2]} tokens in the middle, {fit.lengths[-1]} at most"
+        longer = f"{fit.longer} {'row is' if fit.longer == 1 else 'rows are'} longer"
+        say(console, f"{lengths} ({'not cut' if fit.limit is None else f'cut at {fit.limit} tokens; {longer}'})")
+    if fit.missing:
+        named = {"train": "training rows", "eval": "held-out rows"}[part]
+        why = ", ".join(f"{count}: {reason}" for reason, count in fit.left_out.items())
+        advice = f"; {fit.advice(positions_of(session.loaded))}" if NO_ROOM in fit.left_out else ""
+        say(
+            console,
+            f"left out: {fit.missing} of {len(session.data.parts[part])} {named}, which leave nothing to learn "
+            f"({why}){advice}",
+        )
+
+
+def _learned(session: Session) -> str:
+    """Which tokens of rows with prompts are learned."""
+    if session.task.trains_on_prompts:
+        return "trains on whole rows, prompts included (train_on_prompts)"
+    what = "assistant's turns" if "messages" in session.data.train[0] else "completions"
+    return f"trains on the {what} only; --set train_on_prompts=true is for the prompts too"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _describe_lengths(session: Session, lengths: Sequence[int], console: Console) -> None:

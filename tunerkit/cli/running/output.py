@@ -95,8 +95,8 @@ def _check_resume(folder: Path, recipe: Recipe) -> None:
     kept = with_precision(read_recipe(recipe_file(folder)))
     if (folder / RECORD).is_file():
         raise OutputError(f"--out {folder}: this run has ended; pass --overwrite to run it again")
-    left = {name: getattr(kept, name) for name in ("task", "precision") if getattr(recipe, name) is None}
-    recipe = attrs.evolve(recipe, **left)
+    left = ("task", "precision", "train_on_prompts")
+    recipe = attrs.evolve(recipe, **{name: getattr(kept, name) for name in left if getattr(recipe, name) is None})
     asked = attrs.evolve(with_full_paths(recipe), out=kept.out)
     before, now = (_flat(to_mapping(each)) for each in (kept, asked))
     different = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))

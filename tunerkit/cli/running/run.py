@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ from tunerkit.cli.running import hardware, output
 from tunerkit.cli.running.adapting import adapt, head_labels, order_note
 from tunerkit.cli.running.arguments import trainer_arguments
 from tunerkit.cli.running.baseline import NoBaselineError, head_alone
-from tunerkit.cli.running.building import build_trainer
-from tunerkit.cli.running.callbacks import Watching, refuse_nonfinite
+from tunerkit.cli.running.callbacks import Rehearsal, RehearsedError, Watching, refuse_nonfinite
 from tunerkit.cli.running.data import Data, prepare_data
 from tunerkit.cli.running.describing import describe, tell
+from tunerkit.cli.running.fitting import build_fitted, cut_at_positions_
 from tunerkit.cli.running.record import (
     Trained,
     adapter_facts,
@@ -45,7 +46,8 @@ from tunerkit.cli.running.session import Session
 from tunerkit.cli.running.starting import explaining, keep_start, start_of
 from tunerkit.cli.running.telling import say, telling_warnings
 from tunerkit.cli.tasks.base import Task
-from tunerkit.cli.tasks.generating import are_conversations
+from tunerkit.cli.tasks.causal_lm import CausalLm, settle_prompts_
+from tunerkit.cli.tasks.generating import GenerationTask, are_conversations
 from tunerkit.cli.tasks.texts import labels_of, short_to_long
 from tunerkit.errors import shown
 from tunerkit.integrations.output_folder import VERSION
@@ -78,17 +80,25 @@ def run(
     recipe = attrs.evolve(recipe, precision=_precision(recipe, folder, resume=resume))
     if recipe.from_adapter is None and recipe.method is not None:
         tunerkit.structure(recipe.method, recipe.config)  # report a typo before creating or downloading anything
-    if not dry_run:
-        outputs.prepare(folder)
+    if resume:  # without the key, an earlier version wrote the recipe
+        prompts = read_recipe(output.recipe_file(folder)).train_on_prompts
+        recipe = attrs.evolve(recipe, train_on_prompts=prompts)
+    outputs.require_writable(folder) if dry_run else outputs.prepare(folder)
     quiet()
     with telling_warnings(console):
         task, data = prepare_data(recipe, console)
-        session = prepare(recipe, task, data, console, resume=resume)
+        session = prepare(recipe, task, data, console, resume=resume, dry_run=dry_run)
     describe(session, console)
     if dry_run:
+        rehearse(session, console, resume=resume)
         say(console, "dry run: nothing was trained and nothing was written")
         return
-    kept = with_full_paths(attrs.evolve(recipe, task=task.name, method=session.tuner.method))
+    settled: dict[str, Any] = {
+        "task": task.name,
+        "method": session.tuner.method,
+        "train_on_prompts": task.trains_on_prompts,
+    }
+    kept = with_full_paths(attrs.evolve(recipe, **settled))
     output.begin(folder, kept, resume=resume)
     if session.start is not None and not resume:
         keep_start(session.start, session.loaded.model, folder)
@@ -144,7 +154,7 @@ def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dic
         "task": task.name,
         "model": model_facts(loaded, session.trainer.args.seed),
         "data": {"train": data.source, "eval": data.held_out_source},
-        "rows": {"train": len(data.train), "eval": len(data.held_out)},
+        "rows": {part: len(rows) - _missing(session, part) for part, rows in data.parts.items()},
         "columns": list(data.train[0]),
         "labels": list(data.labels),
         "metrics": dict(trained.metrics),
@@ -163,6 +173,8 @@ def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dic
         record["config"] = tunerkit.unstructure(session.tuner.config.settled())
     if (conversations := are_conversations(task, data.train)) is not None:
         record["conversations"] = conversations
+    if left_out := {part: dict(fit.left_out) for part, fit in session.fits.items() if fit.missing}:
+        record["left_out"] = left_out
     if trained.confusion is not None:
         record["confusion"] = [list(row) for row in trained.confusion]
     with hardware.computing_in(session.precision, loaded.model.device):
@@ -176,14 +188,27 @@ def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dic
     return plain
 
 
-def prepare(recipe: Recipe, task: Task, data: Data, console: Console, *, resume: bool = False) -> Session:
-    """Load the model, put the adapter into it, encode the rows, and build the trainer."""
+def _missing(session: Session, part: str) -> int:
+    """How many rows of a part leave nothing to learn."""
+    return session.fits[part].missing if part in session.fits else 0
+
+
+def prepare(
+    recipe: Recipe, task: Task, data: Data, console: Console, *, resume: bool = False, dry_run: bool = False
+) -> Session:
+    """Load the model, put the adapter into it, encode the rows, and build the trainer.
+
+    In a dry run no logger is attached to it, since some write files as a training begins.
+    """
     start = start_of(recipe, resume=resume)
     labels, ordered = head_labels(start, task, data)
     demo = {} if recipe.data is not None else demo_of(task.name, "data").training
     training = {**demo, **recipe.training}
     precision = hardware.choose_precision(_device(recipe), recipe.precision)
     arguments = trainer_arguments(task, training, Path(recipe.out), precision=precision, has_eval=bool(data.held_out))
+    settle_prompts_(task, data.train[0], recipe.train_on_prompts, recipe.training, arguments, earlier=resume)
+    if dry_run:
+        arguments.report_to = []
     seed = arguments.seed
     source = recipe.model
     if source is None:
@@ -209,11 +234,14 @@ def prepare(recipe: Recipe, task: Task, data: Data, console: Console, *, resume:
     tuner = adapt(loaded, recipe, task, start, seed=seed)
     if note := order_note(start, tuner, data.labels):
         say(console, note)
-    kind, _ = task.trainer_classes()
+    if isinstance(task, GenerationTask) and (note := cut_at_positions_(arguments, loaded)):
+        say(console, f"note: {note}")
     watching = Watching(console, tuner, tuner.method)
-    trainer = build_trainer(
-        kind,
+    trainer, fits = build_fitted(
+        task,
         arguments,
+        loaded,
+        {"train": data.source, "eval": data.held_out_source},
         model=loaded.model,
         train_dataset=task.encode(data.train, loaded),
         eval_dataset=_held_out(task, data, loaded),
@@ -222,7 +250,7 @@ def prepare(recipe: Recipe, task: Task, data: Data, console: Console, *, resume:
         **task.trainer_settings(loaded),
     )
     tunerkit.attach(loaded.model, trainer)
-    return Session(recipe, task, data, loaded, tuner, trainer, watching, start)
+    return Session(recipe, task, data, loaded, tuner, trainer, watching, start, fits)
 
 
 def _held_out(task: Task, data: Data, loaded: Pretrained) -> Any:
@@ -230,7 +258,24 @@ def _held_out(task: Task, data: Data, loaded: Pretrained) -> Any:
     if not data.held_out:
         return None
     encoded = task.encode(data.held_out, loaded)
-    return encoded.select(short_to_long(encoded)) if "input_ids" in (encoded.column_names or ()) else encoded
+    if isinstance(task, CausalLm) or "input_ids" not in (encoded.column_names or ()):
+        return encoded
+    return encoded.select(short_to_long(encoded))
+
+
+def rehearse(session: Session, console: Console, *, resume: bool) -> None:
+    """Begin the training and end it before its first step, so that all is checked that the training checks."""
+    session.trainer.remove_callback(session.watching)  # it would draw its bar
+    session.trainer.add_callback(Rehearsal())
+    with suppress(RehearsedError):
+        _train(session, console, resume=resume)
+
+
+def _train(session: Session, console: Console, *, resume: bool) -> None:
+    with session.watching.interruptible(), telling_warnings(console), explaining(session.start):
+        session.trainer.train(
+            resume_from_checkpoint=True if resume and output.has_checkpoint(Path(session.recipe.out)) else None
+        )
 
 
 def train(session: Session, console: Console, *, resume: bool) -> Trained:
@@ -238,10 +283,7 @@ def train(session: Session, console: Console, *, resume: bool) -> Trained:
     tuner, trainer = session.tuner, session.trainer
     start = RankChange(step=0, budget=tuner.budget() if tuner.ranks() else 0, ranks=tuner.ranks())
     began = time.perf_counter()
-    with session.watching.interruptible(), telling_warnings(console), explaining(session.start):
-        trainer.train(
-            resume_from_checkpoint=True if resume and output.has_checkpoint(Path(session.recipe.out)) else None
-        )
+    _train(session, console, resume=resume)
     if session.watching.interrupted:
         raise KeyboardInterrupt
     seconds = {"train": time.perf_counter() - began}
@@ -251,7 +293,7 @@ def train(session: Session, console: Console, *, resume: bool) -> Trained:
         began = time.perf_counter()
         results = session.task.evaluate(trainer, trainer.eval_dataset)
         metrics, confusion = results.metrics, results.confusion
-        seconds["evaluate"] = time.perf_counter() - began
+        seconds["evaluate"] = time.perf_counter() - began if results.seconds is None else results.seconds
         when = f"on the held-out rows after {tuner.steps} steps"
         refuse_nonfinite(metrics["loss"], when, trainer.args.learning_rate)
     return Trained(trainer.state.log_history, start, seconds, metrics, confusion)

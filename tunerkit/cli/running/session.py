@@ -1,5 +1,6 @@
 """A run that is ready to train."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -8,6 +9,7 @@ from tunerkit import Tuner
 from tunerkit.cli.recipes.recipe import Recipe
 from tunerkit.cli.running.callbacks import Watching
 from tunerkit.cli.running.data import Data
+from tunerkit.cli.running.fitting import Fit
 from tunerkit.cli.running.starting import Start
 from tunerkit.cli.tasks.base import Task
 from tunerkit.integrations.pretrained import Pretrained
@@ -15,7 +17,11 @@ from tunerkit.integrations.pretrained import Pretrained
 
 @attrs.frozen(eq=False)
 class Session:
-    """A run that is ready to train. ``start`` is the adapter that it goes on from, or None if it trains a new one."""
+    """A run that is ready to train.
+
+    ``start`` is the adapter that it goes on from, or None if it trains a new one. ``fits`` says how the rows of
+    ``train`` and ``eval`` fit a language model.
+    """
 
     recipe: Recipe
     task: Task
@@ -25,6 +31,7 @@ class Session:
     trainer: Any
     watching: Watching
     start: Start | None
+    fits: Mapping[str, Fit]
 
     @property
     def precision(self) -> str:

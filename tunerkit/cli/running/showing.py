@@ -89,6 +89,11 @@ def _facts_of_run(folder: Path, source: str, record: Any) -> dict[str, str]:
         "quantisation": str(record.get("model", {}).get("quantisation") or ""),
         "labels": ", ".join(record.get("labels", [])[:20]),
         "rows": ", ".join(f"{count} {name}" for name, count in record.get("rows", {}).items()),
+        "left out": "; ".join(
+            f"{count} {name}: {why}"
+            for name, reasons in record.get("left_out", {}).items()
+            for why, count in reasons.items()
+        ),
         "metrics": ", ".join(f"{name} {value:.4f}" for name, value in record.get("metrics", {}).items()),
         "parameters": f"{parameters.get('trained', 0):,} of {parameters.get('all', 0):,} trained",
         "file": f"{size / 2**20:.2f} MiB",

@@ -12,10 +12,12 @@ from tunerkit.cli.outputs import OutputError, new_folder
 from tunerkit.cli.rows.reading import DataError, Table, read_table
 from tunerkit.cli.running import hardware
 from tunerkit.cli.running.arguments import trainer_arguments
-from tunerkit.cli.running.building import build_trainer
+from tunerkit.cli.running.fitting import build_fitted, cut_at_positions_
 from tunerkit.cli.tasks import task_of
+from tunerkit.cli.tasks.answering import Answering
 from tunerkit.cli.tasks.base import Row, Task, require_text
-from tunerkit.cli.tasks.generating import GenerationTask, generate
+from tunerkit.cli.tasks.causal_lm import settle_prompts_
+from tunerkit.cli.tasks.generating import GREEDY, GenerationTask, generate, require_system
 from tunerkit.cli.tasks.texts import token_limit
 from tunerkit.integrations.adapter_files import has_no_record
 from tunerkit.integrations.output_folder import Run, load_run, read_run
@@ -37,26 +39,31 @@ def predict_rows(
     *,
     base: str | None,
     batch_size: int,
-    new_tokens: int | None = None,
+    answering: Answering = GREEDY,
 ) -> list[dict[str, Any]]:
     """Predict texts, or the rows of a file, without its labels.
 
     Raises:
-        TunerkitError: The rows do not fit, or ``new_tokens`` was given and the task generates nothing.
+        TunerkitError: The rows do not fit, or they say how to answer and the task generates nothing.
     """
     run, task = _run_in(folder)
-    if new_tokens is not None and not isinstance(task, GenerationTask):
-        raise TunerkitError(f"--new-tokens: {run.task} generates no text; leave it out")
+    if answering.given and not isinstance(task, GenerationTask):
+        raise TunerkitError(f"{answering.given[0]}: {run.task} generates no text; leave it out")
+    if answering.system is not None:
+        _require_conversations(run, isinstance(asked, Path), default=False)
     if isinstance(asked, Path):
         rows = _rows(run, task, asked, predicting=True)
     else:
-        rows = task.rows(_table(run, task, asked), {}, predicting=True)
+        rows = task.rows(_table(run, task, asked, answering.system), {}, predicting=True)
         _as_trained(run, rows, "--text")
     loaded = _load(run, base)
     with hardware.computing_in(_precision(run, loaded), loaded.model.device):
-        if new_tokens is not None and isinstance(task, GenerationTask):
-            return task.predict(loaded, rows, batch_size=batch_size, new_tokens=new_tokens)
-        return task.predict(loaded, rows, batch_size=batch_size)
+        if not isinstance(task, GenerationTask):
+            return task.predict(loaded, rows, batch_size=batch_size)
+        if answering.system is not None:
+            require_system(loaded, answering.system)
+        answering.seed_draws()
+        return task.predict(loaded, rows, batch_size=batch_size, answering=answering)
 
 
 def evaluate_rows(folder: Path, data: Path, *, base: str | None, batch_size: int) -> dict[str, Any]:
@@ -64,23 +71,32 @@ def evaluate_rows(folder: Path, data: Path, *, base: str | None, batch_size: int
     run, task = _run_in(folder)
     rows = _rows(run, task, data)
     loaded = _load(run, base)
-    kind, _ = task.trainer_classes()
     trained = run.record.get("recipe", {}).get("training", {})
     left_out = (*_OF_TRAINING, *_HALF, *(_OF_GPUS if loaded.model.device.type == "cpu" else ()))
     training = {name: value for name, value in trained.items() if not name.startswith(left_out)}
     training |= {"per_device_eval_batch_size": batch_size, "save_strategy": "no"}
+    arguments = trainer_arguments(task, training, folder, precision=_precision(run, loaded), has_eval=True)
+    prompts = run.record.get("recipe", {}).get("train_on_prompts")
+    settle_prompts_(task, rows[0], prompts, training, arguments, earlier=True)
+    if isinstance(task, GenerationTask):
+        cut_at_positions_(arguments, loaded)
     encoded = task.encode(rows, loaded)
-    trainer = build_trainer(
-        kind,
-        trainer_arguments(task, training, folder, precision=_precision(run, loaded), has_eval=True),
+    trainer, fits = build_fitted(
+        task,
+        arguments,
+        loaded,
+        {"train": str(data), "eval": str(data)},
         model=loaded.model,
         train_dataset=encoded,
         eval_dataset=encoded,
         processing_class=loaded.processor,
         **task.trainer_settings(loaded),
     )
-    found: dict[str, Any] = {"rows": len(rows), **task.evaluate(trainer, trainer.eval_dataset).metrics}
-    return found
+    fit = fits.get("eval")
+    found: dict[str, Any] = {"rows": len(rows) - (fit.missing if fit is not None else 0)}
+    if fit is not None and fit.missing:
+        found["left_out"] = dict(fit.left_out)
+    return {**found, **task.evaluate(trainer, trainer.eval_dataset).metrics}
 
 
 def write_merged(source: str, out: Path, *, base: str | None, task: str | None = None) -> tuple[str, ...]:
@@ -116,13 +132,13 @@ def write_merged(source: str, out: Path, *, base: str | None, task: str | None =
     return ()
 
 
-def conversation(folder: Path, *, base: str | None, new_tokens: int) -> Callable[[str], None]:
+def conversation(folder: Path, *, base: str | None, answering: Answering) -> Callable[[str], None]:
     """Return a function that prints the answer to a message, word by word.
 
     It remembers the conversation if the model was trained on conversations.
 
     Raises:
-        TunerkitError: The folder holds no language model.
+        TunerkitError: The folder holds no language model, or one that has no place for a system's message.
     """
     from transformers import TextStreamer
 
@@ -134,14 +150,16 @@ def conversation(folder: Path, *, base: str | None, new_tokens: int) -> Callable
     loaded = _load(run, base)
     remembers = _conversed(run, default=loaded.processor.chat_template is not None)
     limit, precision = token_limit(loaded, task.limit), _precision(run, loaded)
-    talked: list[dict[str, str]] = []
+    if answering.system is not None:
+        _require_conversations(run, False, default=remembers)
+        require_system(loaded, answering.system)
+    talked = _system(answering.system)
+    answering.seed_draws()
 
     def said(prompt: str | list[dict[str, str]]) -> str:
         streamer = TextStreamer(loaded.processor, skip_prompt=True, skip_special_tokens=True)
         with hardware.computing_in(precision, loaded.model.device):
-            answers = generate(
-                loaded, [prompt], batch_size=1, new_tokens=new_tokens, max_length=limit, streamer=streamer
-            )
+            answers = generate(loaded, [prompt], batch_size=1, answering=answering, max_length=limit, streamer=streamer)
         return answers[0]
 
     def answer(message: str) -> None:
@@ -189,6 +207,19 @@ def _conversed(run: Run, *, default: bool) -> bool:
     return bool(run.record.get("conversations", default))
 
 
+def _require_conversations(run: Run, has_rows: bool, *, default: bool) -> None:
+    """Raise `TunerkitError` if a system's message has no place: rows of a file have their own, and texts have none."""
+    if has_rows:
+        raise TunerkitError("--system: is for --text; the rows of --data have messages of their own")
+    if not _conversed(run, default=default):
+        raise TunerkitError(f"--system: {run.folder} was not trained on conversations; write it into your text")
+
+
+def _system(text: str | None) -> list[dict[str, str]]:
+    """The messages that a conversation begins with."""
+    return [] if text is None else [{"role": "system", "content": text}]
+
+
 def _rows(run: Run, task: Task, data: Path, *, predicting: bool = False) -> list[Row]:
     """Read rows whose columns are named as in the training data."""
     names = dict(run.record.get("recipe", {}).get("columns", {}))
@@ -208,7 +239,7 @@ def _as_trained(run: Run, rows: list[Row], source: str) -> list[Row]:
     return [{name: value for name, value in row.items() if name != "text_pair"} for row in rows]
 
 
-def _table(run: Run, task: Task, texts: Sequence[str]) -> Table:
+def _table(run: Run, task: Task, texts: Sequence[str], system: str | None) -> Table:
     """Texts from the command line, as rows with the task's first column: in words of a user, if those were trained."""
     inputs = [each for each in task.columns if not each.predicted]
     name = next((each.name for each in inputs if each.name in ("text", "prompt", "source")), None)
@@ -218,5 +249,5 @@ def _table(run: Run, task: Task, texts: Sequence[str]) -> Table:
     if name == "prompt" and _conversed(run, default=False):
         for text in texts:
             require_text({"text": text}, "text", "--text")
-        values = [[{"role": "user", "content": text}] for text in texts]
+        values = [[*_system(system), {"role": "user", "content": text}] for text in texts]
     return Table("--text", (name,), tuple({name: value} for value in values))

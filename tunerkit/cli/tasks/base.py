@@ -47,10 +47,12 @@ class Results:
     Attributes:
         metrics: The task's metrics by name, with ``loss``.
         confusion: For classification: rows by true class, columns by predicted class, in the order of the labels.
+        seconds: How long it took, if the trainer measured it.
     """
 
     metrics: dict[str, float]
     confusion: list[list[int]] | None = None
+    seconds: float | None = None
 
 
 TEXT = Column("text", ("sentence", "sentence1", "premise", "review", "content", "document"), option="--text-column")
@@ -67,6 +69,8 @@ class Task(ABC):
     max_length: ClassVar[int] = 128  # in tokens, if the recipe sets none
     # Whether the same head can be trained alone, for comparison.
     has_baseline: ClassVar[bool] = False
+    # Whether a language model learns the tokens of prompts too; None if the rows have no prompts that it could learn.
+    trains_on_prompts: bool | None = None
 
     def __init__(self, max_length: int | None = None) -> None:
         self.limit = self.max_length if max_length is None else max_length

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from tunerkit.cli.rows.reading import DataError, Table
-from tunerkit.cli.tasks.base import Column, Row, name_in, require_package, require_text
+from tunerkit.cli.tasks.base import Column, Row, Task, name_in, require_package, require_text
 from tunerkit.cli.tasks.generating import (
     GenerationTask,
     checked_messages,
@@ -12,7 +12,8 @@ from tunerkit.cli.tasks.generating import (
     require_one_kind,
     require_tokens,
 )
-from tunerkit.errors import shown
+from tunerkit.cli.tasks.turns import encode_turns
+from tunerkit.errors import ConfigError, shown
 from tunerkit.integrations.pretrained import Pretrained
 from tunerkit.paths import few
 
@@ -53,10 +54,12 @@ class CausalLm(GenerationTask):
         return found
 
     def encode(self, rows: Sequence[Row], loaded: Pretrained) -> Any:
-        """The rows as they are: the trainer tokenizes them."""
+        """The rows as they are: the trainer tokenizes them. Of conversations, the tokens with their labels."""
         import datasets
 
         require_tokens(loaded, chat=isinstance(prompt_of(rows[0]), list))
+        if "messages" in rows[0] and not self.trains_on_prompts:
+            return encode_turns([row["messages"] for row in rows], loaded)
         return datasets.Dataset.from_list(list(rows))
 
     def trainer_classes(self) -> tuple[type[Any], type[Any]]:
@@ -77,3 +80,46 @@ def _forms_with(names: Iterable[str]) -> list[tuple[str, ...]]:
             "'completion', or 'text'"
         )
     return found
+
+
+def settle_prompts_(
+    task: Task, row: Row, asked: bool | None, training: Mapping[str, Any], arguments: Any, *, earlier: bool = False
+) -> None:
+    """Decide whether the tokens of prompts are learned, for a task and in the arguments of its trainer.
+
+    Args:
+        task: The task.
+        row: One of its rows.
+        asked: The recipe's ``train_on_prompts``.
+        training: The recipe's ``training``, which may have TRL's arguments for it.
+        arguments: The trainer's arguments.
+        earlier: Whether an earlier version wrote the recipe: then conversations were learned as a whole.
+
+    Raises:
+        ConfigError: The task has no prompts to learn, or keys contradict each other.
+    """
+    if not isinstance(task, CausalLm):
+        if asked is not None:
+            raise ConfigError([f"train_on_prompts: {task.name} learns no prompts; leave the key out"])
+        return
+    if "text" in row:
+        return
+    name = "assistant_only_loss" if "messages" in row else "completion_only_loss"
+    only = training.get(name)
+    if asked is not None and only is not None and asked == bool(only):
+        raise ConfigError(
+            [f"train_on_prompts is {str(asked).lower()}, and so is training.{name}, which is its opposite; set one"]
+        )
+    default = earlier and "messages" in row
+    task.trains_on_prompts = asked if asked is not None else default if only is None else not only
+    late = [each for each in ("chat_template_path", "eos_token") if getattr(arguments, each) is not None]
+    if late and "messages" in row and not task.trains_on_prompts:
+        raise ConfigError(
+            [
+                f"training.{late[0]}: is read after the assistant's turns are found; write it into the files of the "
+                "model's tokenizer, or set train_on_prompts: true"
+            ]
+        )
+    # The labels of conversations come from `encode`; TRL's own masks need templates that mark the turns.
+    arguments.assistant_only_loss = False
+    arguments.completion_only_loss = None if "messages" in row else not task.trains_on_prompts

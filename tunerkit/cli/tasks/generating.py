@@ -4,13 +4,17 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import jinja2
+
 from tunerkit.cli.rows.reading import DataError, Table
+from tunerkit.cli.tasks.answering import Answering
 from tunerkit.cli.tasks.base import Results, Row, Task
 from tunerkit.cli.tasks.texts import positions_of
 from tunerkit.errors import shown
 from tunerkit.integrations.pretrained import Pretrained
 
 NEW_TOKENS = 64
+GREEDY = Answering()
 SAMPLES = 3
 _MOST = 230.0  # e to this power is within what a record may hold
 _SECOND = ("input", "context")  # columns that continue an instruction, in Alpaca's and Dolly's data
@@ -60,12 +64,12 @@ class GenerationTask(Task):
 
     def evaluate(self, trainer: Any, dataset: Any) -> Results:
         """The loss and the perplexity."""
-        found = trainer.evaluate(dataset)
+        found = measured(trainer, dataset)
         loss = float(found["eval_loss"])
         metrics = {"loss": loss, "perplexity": math.exp(min(loss, _MOST))}
         if "eval_mean_token_accuracy" in found:
             metrics["token_accuracy"] = float(found["eval_mean_token_accuracy"])
-        return Results(metrics)
+        return Results(metrics, seconds=found.get("eval_runtime"))
 
     def samples(self, loaded: Pretrained, rows: Sequence[Row]) -> list[dict[str, str]]:
         """The answers to the first three held-out prompts."""
@@ -75,12 +79,22 @@ class GenerationTask(Task):
         return [{"prompt": text, "answer": answer} for text, answer in zip(texts, answers, strict=True)]
 
     def predict(
-        self, loaded: Pretrained, rows: Sequence[Row], *, batch_size: int, new_tokens: int = NEW_TOKENS
+        self, loaded: Pretrained, rows: Sequence[Row], *, batch_size: int, answering: Answering = GREEDY
     ) -> list[dict[str, Any]]:
-        """Continue each row's prompt by up to ``new_tokens`` tokens, without sampling."""
+        """Continue each row's prompt."""
         prompts = [prompt_of(row) for row in rows]
-        answers = generate(loaded, prompts, batch_size=batch_size, new_tokens=new_tokens)
+        answers = generate(loaded, prompts, batch_size=batch_size, answering=answering)
         return [{"completion": text} for text in answers]
+
+
+def measured(trainer: Any, dataset: Any) -> Mapping[str, Any]:
+    """Evaluate encoded rows by the trainer's loss; what it found in its last step counts, as the model is the same."""
+    step, history = trainer.state.global_step, trainer.state.log_history
+    if dataset is trainer.eval_dataset and step > 0 and not trainer.args.load_best_model_at_end:
+        found = [entry for entry in history if "eval_loss" in entry and entry["step"] == step]
+        if found:
+            return found[-1]  # type: ignore[no-any-return]  # a trainer is of any class here
+    return trainer.evaluate(dataset)  # type: ignore[no-any-return]
 
 
 def generate(
@@ -88,11 +102,11 @@ def generate(
     prompts: Sequence[str | list[dict[str, str]]],
     *,
     batch_size: int,
-    new_tokens: int = NEW_TOKENS,
+    answering: Answering = GREEDY,
     max_length: int | None = None,
     streamer: Any = None,
 ) -> list[str]:
-    """Continue prompts, or conversations by the tokenizer's template, greedily.
+    """Continue prompts, or conversations by the tokenizer's template.
 
     A decoder reads prompt and answer at consecutive positions. Of a prompt that leaves no room for the answer only the
     end is read, and at most half of the positions are the answer's.
@@ -101,7 +115,7 @@ def generate(
         loaded: The model and its tokenizer.
         prompts: All of them texts, or all of them lists of messages.
         batch_size: How many are generated at once.
-        new_tokens: The greatest number of tokens of an answer.
+        answering: How, greedily by default. Its system's message is in the prompts.
         max_length: For encoder-decoders, the greatest number of tokens of a source, whose end is cut.
         streamer: A streamer of transformers, which prints tokens as they come; for single prompts.
     """
@@ -110,6 +124,7 @@ def generate(
     processor, model = loaded.processor, loaded.model
     encoder = model.config.is_encoder_decoder
     cut: dict[str, Any] = {"truncation": True, "max_length": max_length} if encoder and max_length is not None else {}
+    new_tokens = NEW_TOKENS if answering.new_tokens is None else answering.new_tokens
     kept, answer = (None, new_tokens) if encoder else _room(loaded, new_tokens)
     model.eval()
     answers: list[str] = []
@@ -128,7 +143,7 @@ def generate(
         if kept is not None:  # the padding is on the left, so shorter prompts stay whole
             inputs = {name: values[:, -kept:] for name, values in inputs.items()}
         with torch.inference_mode():
-            out = model.generate(**inputs, max_new_tokens=answer, do_sample=False, streamer=streamer)
+            out = model.generate(**inputs, max_new_tokens=answer, streamer=streamer, **answering.sampling)
         skip = 0 if encoder else inputs["input_ids"].shape[1]
         answers += processor.batch_decode(out[:, skip:], skip_special_tokens=True)
     return answers
@@ -183,6 +198,23 @@ def _chat_text(loaded: Pretrained, messages: Sequence[dict[str, str]]) -> str:
     """Messages as text, by the tokenizer's template, ready for the assistant's answer."""
     require_tokens(loaded, chat=True)
     return str(loaded.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+
+
+def require_system(loaded: Pretrained, system: str) -> None:
+    """Raise `DataError` if the tokenizer's template does not show a system's message."""
+    place = f"--system: the chat template of {loaded.source!r}"
+    try:
+        text = _chat_text(loaded, [{"role": "system", "content": system}, {"role": "user", "content": "?"}])
+    except jinja2.TemplateError as problem:
+        raise DataError(f"{place} refuses it: {problem}; write it into your message") from problem
+    if system.strip() not in text:
+        raise DataError(f"{place} has no place for it; write it into your message")
+
+
+def prompt_length(loaded: Pretrained, prompt: str | Sequence[dict[str, str]]) -> int:
+    """How many tokens a prompt has, ready for an answer."""
+    text = prompt if isinstance(prompt, str) else _chat_text(loaded, prompt)
+    return len(loaded.processor(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
 
 
 def prompt_of(row: Row) -> str | list[dict[str, str]]:

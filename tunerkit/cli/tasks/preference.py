@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import tunerkit
 from tunerkit.cli.tasks.base import Column, Results, Row, require_package, require_text
-from tunerkit.cli.tasks.generating import GenerationTask, checked_messages, require_one_kind, require_tokens
+from tunerkit.cli.tasks.generating import GenerationTask, checked_messages, measured, require_one_kind, require_tokens
 from tunerkit.integrations.pretrained import Pretrained
 
 
@@ -58,8 +58,11 @@ class Preference(GenerationTask):
 
     def evaluate(self, trainer: Any, dataset: Any) -> Results:
         """The loss, and how often the chosen answer has the greater reward."""
-        found = trainer.evaluate(dataset)
+        found = measured(trainer, dataset)
         accuracy, margin = found["eval_rewards/accuracies"], found["eval_rewards/margins"]
-        return Results(
-            {"reward_accuracy": float(accuracy), "reward_margin": float(margin), "loss": float(found["eval_loss"])}
-        )
+        metrics = {
+            "reward_accuracy": float(accuracy),
+            "reward_margin": float(margin),
+            "loss": float(found["eval_loss"]),
+        }
+        return Results(metrics, seconds=found.get("eval_runtime"))

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from tunerkit.cli.tasks.answering import Answering
 from tunerkit.cli.tasks.base import Column, Row, require_text
-from tunerkit.cli.tasks.generating import NEW_TOKENS, SAMPLES, GenerationTask, generate
+from tunerkit.cli.tasks.generating import GREEDY, SAMPLES, GenerationTask, generate
 from tunerkit.cli.tasks.texts import token_limit
 from tunerkit.integrations.pretrained import Pretrained
 
@@ -54,17 +55,17 @@ class Seq2Seq(GenerationTask):
     def samples(self, loaded: Pretrained, rows: Sequence[Row]) -> list[dict[str, str]]:
         """What the first three held-out sources become."""
         sources = [row["source"] for row in rows[:SAMPLES]]
-        answers = self._written(loaded, sources, SAMPLES, NEW_TOKENS) if sources else []
+        answers = self._written(loaded, sources, SAMPLES, GREEDY) if sources else []
         return [{"prompt": text, "answer": answer} for text, answer in zip(sources, answers, strict=True)]
 
     def predict(
-        self, loaded: Pretrained, rows: Sequence[Row], *, batch_size: int, new_tokens: int = NEW_TOKENS
+        self, loaded: Pretrained, rows: Sequence[Row], *, batch_size: int, answering: Answering = GREEDY
     ) -> list[dict[str, Any]]:
-        """Generate each target, without sampling."""
-        targets = self._written(loaded, [row["source"] for row in rows], batch_size, new_tokens)
+        """Generate each target."""
+        targets = self._written(loaded, [row["source"] for row in rows], batch_size, answering)
         return [{"target": text} for text in targets]
 
-    def _written(self, loaded: Pretrained, sources: Sequence[str], batch_size: int, new_tokens: int) -> list[str]:
+    def _written(self, loaded: Pretrained, sources: Sequence[str], batch_size: int, answering: Answering) -> list[str]:
         """What the model writes for sources, which are cut as in training."""
         limit = token_limit(loaded, self.limit)
-        return generate(loaded, sources, batch_size=batch_size, new_tokens=new_tokens, max_length=limit)
+        return generate(loaded, sources, batch_size=batch_size, answering=answering, max_length=limit)

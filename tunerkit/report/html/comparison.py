@@ -1,6 +1,6 @@
 """The comparison of several runs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -31,14 +31,15 @@ def compare(records: Mapping[str, Mapping[str, Any]], *, title: str | None = Non
     if len(records) < 2:
         raise RecordError(f"expected two runs or more to compare, got {len(records)}; `render` shows a single one")
     runs = {name: _read(name, record) for name, record in records.items()}
+    groups = _groups(runs)
     highest = max(map(highest_rank, runs.values()))
     values = {
         "title": title or f"{len(runs)} runs compared",
         "runs": runs,
         "verdicts": {name: verdict(run) for name, run in runs.items()},
-        "best": _best(runs),
-        "warning": _warning(runs),
-        "results": _results(runs),
+        "best": _best(groups),
+        "warning": _warning(groups),
+        "results": [(title, table) for title, table in _results(runs, groups) if table.rows],
         "curves": drawn(_panels(runs)),
         "differences": _differences(runs),
         "ranks": {
@@ -58,7 +59,38 @@ def _read(name: str, record: Mapping[str, Any]) -> Run:
         raise RecordError(f"{cut(name, 200)}: {problem}") from problem
 
 
-def _best(runs: Mapping[str, Run]) -> str:
+def _conditions(run: Run) -> dict[str, str]:
+    """Under which conditions a run's metrics were measured: they compare only with those of the same conditions.
+
+    A loss by the token depends on what the tokens are, so on the base, and on which of them count.
+    """
+    rows = run.rows.get("eval")
+    found = {"task": run.task, "held-out data": f"{run.data.get('eval', _NONE)}{f', {rows:,} rows' if rows else ''}"}
+    if run.task in ("causal-lm", "seq2seq"):
+        found["base model"] = str(run.model.get("name", _NONE))
+    if run.task == "causal-lm":  # earlier versions learned whole conversations, and have no such key
+        prompts = run.recipe.get("train_on_prompts", run.conversations)
+        found["learned tokens"] = "prompts learned too" if prompts else "prompts not learned"
+    return found
+
+
+def _groups(runs: Mapping[str, Run]) -> list[dict[str, Run]]:
+    """Return the runs in groups whose metrics compare."""
+    groups: dict[tuple[str, ...], dict[str, Run]] = {}
+    for name, run in runs.items():
+        groups.setdefault((*_conditions(run).values(),), {})[name] = run
+    return [*groups.values()]
+
+
+def _best(groups: Sequence[Mapping[str, Run]]) -> str:
+    """Say which run is the best of each group; empty if nothing compares."""
+    found = {", ".join(runs): _best_of(runs) for runs in groups}
+    if len(groups) == 1:
+        return "".join(found.values())
+    return " ".join(f"Of {names}: {text}" for names, text in found.items() if text)
+
+
+def _best_of(runs: Mapping[str, Run]) -> str:
     """Say which run is the best by the metric that most have as their main one; empty if fewer than two have it."""
     mains = [scores.main_metric(run.metrics, run.main_metric) for run in runs.values()]
     metric = max((name for name in mains if name is not None), key=mains.count, default=None)
@@ -76,20 +108,28 @@ def _best(runs: Mapping[str, Run]) -> str:
     return f"{first} has the {what} {scores.title(metric)}, {value}, {scores.distance(metric, gap)} {side} {second}."
 
 
-def _warning(runs: Mapping[str, Run]) -> str:
+def _warning(groups: Sequence[Mapping[str, Run]]) -> str:
     """Say what makes the metrics incomparable; empty if nothing does."""
-    known: dict[str, list[object]] = {
-        "task": [run.task for run in runs.values()],
-        "held-out data": [(run.data.get("eval"), run.rows.get("eval")) for run in runs.values()],
-    }
-    differing = [name for name, values in known.items() if len({str(value) for value in values}) > 1]
-    if not differing:
+    if len(groups) == 1:
         return ""
-    return f"The runs differ in their {' and '.join(differing)}, so their metrics are not directly comparable."
+    known = [_conditions(run) for runs in groups for run in runs.values()]
+    names = dict.fromkeys(name for each in known for name in each)
+    differing = [name for name in names if len({each[name] for each in known if name in each}) > 1]
+    some = ", except within one table" if any(len(runs) > 1 for runs in groups) else ""
+    return f"The runs differ in their {' and '.join(differing)}, so their metrics are not comparable{some}."
 
 
-def _results(runs: Mapping[str, Run]) -> Table:
-    """Return metrics and costs, a row for each and a column per run, with the best values marked."""
+def _results(runs: Mapping[str, Run], groups: Sequence[Mapping[str, Run]]) -> list[tuple[str, Table]]:
+    """Return tables of metrics and costs, each with its heading: one table where all compare, else one per group."""
+    if len(groups) == 1:
+        metrics = _metrics(runs)
+        return [("", attrs.evolve(metrics, rows=(*metrics.rows, *_costs(runs))))]
+    found = [("; ".join(_conditions(next(iter(each.values()))).values()), _metrics(each)) for each in groups]
+    return [*found, ("costs", Table(("", *runs), (*_costs(runs),)))]
+
+
+def _metrics(runs: Mapping[str, Run]) -> Table:
+    """Return the metrics of runs that compare, a row for each and a column per run, with the best values marked."""
     names = list(dict.fromkeys(name for run in runs.values() for name in run.metrics))
     rows: list[tuple[str, ...]] = []
     best: set[tuple[int, int]] = set()
@@ -101,7 +141,7 @@ def _results(runs: Mapping[str, Run]) -> Table:
         top = max(values.values()) if scores.is_better_high(name, run) else min(values.values())
         if len(set(values.values())) > 1:
             best |= {(number, column) for column, value in values.items() if value == top}
-    return Table(("", *runs), (*rows, *_costs(runs)), best=frozenset(best))
+    return Table(("", *runs), tuple(rows), best=frozenset(best))
 
 
 def _costs(runs: Mapping[str, Run]) -> Iterator[tuple[str, ...]]:
@@ -121,20 +161,25 @@ def _text(value: float | None) -> str:
 
 
 def _panels(runs: Mapping[str, Run]) -> Iterator[Panel]:
-    """Yield a panel for each curve that two runs or more have, with one curve from each run."""
+    """Yield a panel for each curve that two runs or more have, with one curve from each run.
+
+    Losses and metrics of different tasks are different things, so each task has panels of its own.
+    """
     found = {name: curves.panels(run) for name, run in runs.items()}
-    same: dict[tuple[str, str], tuple[Panel, list[Curve]]] = {}
+    same: dict[tuple[str, str, str], tuple[Panel, list[Curve]]] = {}
     for name, panels in found.items():
         for panel in panels:
             for curve in panel.curves:
                 if curve.style not in ("faint", "mark") and curve.name not in ("least", "greatest"):
                     what = curve.name.partition(",")[0]  # "training, smoothed" is "training" where it is short
-                    _, lines = same.setdefault((panel.name, what), (panel, []))
+                    task = runs[name].task if panel.name.startswith(("loss", "metric-")) else ""
+                    _, lines = same.setdefault((panel.name, what, task), (panel, []))
                     lines.append(Curve(name, curve.points, curve.style))
-    for (_, what), (panel, lines) in same.items():
+    several = len({run.task for run in runs.values()}) > 1
+    for (_, what, task), (panel, lines) in same.items():
         if len(lines) > 1:
             is_named = what.lower() in panel.title.lower()
-            title = panel.title if is_named else f"{panel.title}, {what}"
+            title = f"{panel.title}{'' if is_named else f', {what}'}{f', {task}' if several and task else ''}"
             yield attrs.evolve(
                 panel, title=title, curves=tuple(lines), is_log=panel.is_log and curves.is_logarithmic(lines)
             )

@@ -58,7 +58,10 @@ def _sizes(run: Run) -> Iterator[Fact]:
 def _effort(run: Run) -> Iterator[Fact]:
     if "train" in run.rows:
         held_out = run.rows.get("eval")
-        yield Fact("Training rows", f"{run.rows['train']:,}", f"{held_out:,} held out" if held_out else "none held out")
+        notes = [f"{held_out:,} held out" if held_out else "none held out"]
+        if missing := sum(count for reasons in run.left_out.values() for count in reasons.values()):
+            notes.append(f"{missing:,} left out")
+        yield Fact("Training rows", f"{run.rows['train']:,}", ", ".join(notes))
     if run.steps is not None:
         epochs = max((row["epoch"] for row in run.logs if isinstance(row.get("epoch"), int | float)), default=None)
         yield Fact(
