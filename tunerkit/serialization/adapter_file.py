@@ -34,6 +34,7 @@ from tunerkit.serialization.safetensors_file import file_at, pack, write
 from tunerkit.serialization.written_once import written_once
 from tunerkit.targets import Scan
 
+_RANKS = "ranks"  # the entry with the live ranks, from which `tunerkit show` tells them without the plugin
 _CALIBRATION = "calibration"  # the entry of the header's ``values`` with the data that set the adapter's start
 M = TypeVar("M", bound=nn.Module)
 
@@ -92,6 +93,7 @@ def _write(tuner: Tuner, place: Path, allow_nonfinite: bool) -> Path:
     description = describe_base(tuner)
     if tuner.progress.calibration is not None:
         description["values"][_CALIBRATION] = tuner.progress.calibration
+    description["values"][_RANKS] = tuner.ranks()
     header = header_of(tuner, content="adapter", **description)
     packed = pack(tensors)
     written = write(place, packed, encode(header, tensors, packed.stored))
