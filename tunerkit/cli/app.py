@@ -3,6 +3,7 @@
 import errno
 import functools
 import io
+import logging
 import os
 import re
 import signal
@@ -36,6 +37,9 @@ from tunerkit.cli.commands.verify import verify
 from tunerkit.cli.plugin_commands import plugin_commands
 from tunerkit.errors import TunerkitError, cut
 
+# Their warnings at import are of builds and releases, not of what the user does: transformers imports torchao wherever
+# it is installed.
+_LOUD = ("torchao", "bitsandbytes", "torch.utils._pytree")
 _IN_FULL = "TUNERKIT_TRACEBACK"  # the environment variable with which errors of our own are printed in full
 _COMMANDS: Mapping[str, Callable[..., object]] = {
     "init": init,
@@ -60,6 +64,8 @@ _COMMANDS: Mapping[str, Callable[..., object]] = {
 
 def run() -> None:
     """Run the command ``tunerkit``."""
+    for name in _LOUD:
+        logging.getLogger(name).setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # else a character that the terminal lacks ends the command
             stream.reconfigure(errors="backslashreplace")
