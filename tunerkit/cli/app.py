@@ -35,7 +35,7 @@ from tunerkit.cli.commands.show import show
 from tunerkit.cli.commands.train import train
 from tunerkit.cli.commands.verify import verify
 from tunerkit.cli.plugin_commands import plugin_commands
-from tunerkit.errors import TunerkitError, cut
+from tunerkit.errors import TunerkitError, cut, half_character
 
 # Their warnings at import are of builds and releases, not of what the user does: transformers imports torchao wherever
 # it is installed.
@@ -130,6 +130,9 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         _end(130, "interrupted")
+    except UnicodeEncodeError as problem:
+        wrong = half_character(problem.object) or f"it has no {problem.object[problem.start]!r}"
+        _end(2, f"a text, a name or a path cannot be written as {problem.encoding}: {wrong}")
     except Exception as problem:
         if (refused := _refused(problem)) is not None:
             _end(2, one_line(refused))

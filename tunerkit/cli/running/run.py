@@ -18,7 +18,7 @@ from tunerkit.cli.running import output
 from tunerkit.cli.running.adapting import adapt, head_labels, order_note
 from tunerkit.cli.running.arguments import trainer_arguments
 from tunerkit.cli.running.baseline import NoBaselineError, head_alone
-from tunerkit.cli.running.building import build_trainer
+from tunerkit.cli.running.building import build_trainer, refuse_untrainable
 from tunerkit.cli.running.callbacks import Watching, refuse_nonfinite
 from tunerkit.cli.running.data import Data, prepare_data
 from tunerkit.cli.running.describing import describe, tell
@@ -194,6 +194,7 @@ def prepare(recipe: Recipe, task: Task, data: Data, console: Console, *, resume:
         callbacks=[watching],
         **task.trainer_settings(loaded),
     )
+    refuse_untrainable(trainer)
     tunerkit.attach(loaded.model, trainer)
     return Session(recipe, task, data, loaded, tuner, trainer, watching, start)
 
