@@ -28,6 +28,8 @@ _OURS: Mapping[str, str] = {
     "do_train": "`tunerkit train` trains instead",
     "do_eval": "set eval_strategy instead",
     "do_predict": "call `tunerkit predict` instead",
+    "debug": "leave it out: a loss that is not finite is reported anyway, and transformers' own search for it fails on "
+    "masks",
     # A token in a recipe would stand in every file that is shared.
     "hub_token": "log in with `hf auth login`, which private models need too; upload the folder afterwards: "
     "hf upload NAME OUT",
