@@ -157,7 +157,8 @@ def load(
         UnknownMethodError: No installed plugin provides the method.
         ConfigError: The method rejects the config in the file.
     """
-    with libraries.outside_zero_init():
+    # Torch trains no parameter that is made in inference mode.
+    with libraries.outside_zero_init(), torch.inference_mode(False):
         return load_onto(base, path, adapter=adapter, trainable=trainable, check_config=check_config)
 
 
@@ -179,7 +180,7 @@ def load_onto(
     unloaded: bool = False,
 ) -> M:
     """Do what `load` and `open_unloaded` say."""
-    root = injection.ready_model(base, adapter)
+    root = injection.ready_model(base, adapter, trainable=trainable)
     format = format_at(path)
     if format is not None:
         scanned = targets.scan(root, hooks.gather_knowledge(), unloaded=unloaded)
