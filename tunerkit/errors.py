@@ -119,3 +119,14 @@ def closest(name: str, names: Iterable[str]) -> str:
     if not found:
         return ""
     return "; did you mean " + " or ".join(repr(candidate) for candidate in found) + "?"
+
+
+def half_character(text: str) -> str | None:
+    """Return what is wrong with a text that cannot be written as UTF-8, which a user reads; None if it can be."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as problem:
+        found = problem.object[problem.start]
+        what = "a byte that is not UTF-8" if "\udc80" <= found <= "\udcff" else "half of a surrogate pair"
+        return f"{found!r} is no character but {what}; replace it"
+    return None

@@ -52,7 +52,7 @@ def wrap(
         AdapterError: The name is taken or invalid, or the model cannot take an adapter now: it is merged, disabled,
             inside DDP, FSDP or an engine of DeepSpeed, a PeftModel, or running in another thread.
     """
-    root = injection.ready_model(model, adapter)
+    root = injection.ready_model(model, adapter, trainable=True)
     config = hooks.configure(method, config)
     scanned = targets.scan(root, hooks.gather_knowledge())
     targets.refuse_impassable(scanned)
@@ -61,12 +61,13 @@ def wrap(
         tuner = _tuner_of(scanned, chosen, copies, method, config, adapter)
         tuner.progress.seed = seed
         injection.refuse_idle_patterns(tuner)
-        with _seeded(seed), libraries.outside_zero_init():
+        # Torch trains no parameter that is made in inference mode.
+        with _seeded(seed), libraries.outside_zero_init(), torch.inference_mode(False):
             slots = injection.build(scanned, tuner)
     injection.warn_of_limits(scanned, tuner)
     steps.watch_optimizers(method)
     serialization.note_base(tuner, scanned)
-    with libraries.outside_zero_init():
+    with libraries.outside_zero_init(), torch.inference_mode(False):
         injection.inject_(tuner, slots, scanned, trainable=True)
     return model
 

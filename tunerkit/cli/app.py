@@ -1,9 +1,18 @@
 """The command line: core's commands, and those of plugins."""
 
+import errno
 import functools
+import io
+import logging
+import os
+import re
+import signal
 import sys
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -26,8 +35,12 @@ from tunerkit.cli.commands.show import show
 from tunerkit.cli.commands.train import train
 from tunerkit.cli.commands.verify import verify
 from tunerkit.cli.plugin_commands import plugin_commands
-from tunerkit.errors import TunerkitError, cut
+from tunerkit.errors import TunerkitError, cut, half_character
 
+# Their warnings at import are of builds and releases, not of what the user does: transformers imports torchao wherever
+# it is installed.
+_LOUD = ("torchao", "bitsandbytes", "torch.utils._pytree")
+_IN_FULL = "TUNERKIT_TRACEBACK"  # the environment variable with which errors of our own are printed in full
 _COMMANDS: Mapping[str, Callable[..., object]] = {
     "init": init,
     "train": train,
@@ -51,7 +64,26 @@ _COMMANDS: Mapping[str, Callable[..., object]] = {
 
 def run() -> None:
     """Run the command ``tunerkit``."""
-    build()()
+    for name in _LOUD:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # else a character that the terminal lacks ends the command
+            stream.reconfigure(errors="backslashreplace")
+    with one_line_errors():
+        try:
+            build()()
+        finally:
+            _flush()
+
+
+def _flush() -> None:
+    """Write what is buffered now: at the exit of the interpreter it is too late to say what is wrong."""
+    try:
+        if sys.stdout is not None:  # as it is for a command whose output is closed
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter tries again
+        raise
 
 
 def build() -> typer.Typer:
@@ -70,23 +102,82 @@ def build() -> typer.Typer:
 
 
 def with_one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Print a `TunerkitError` of a command as one line on stderr, and exit with code 2, without a traceback.
-
-    Ctrl-C exits with code 130, as shells have it.
-    """
+    """Let no exception of a command pass; see `one_line_errors`."""
 
     @functools.wraps(command)
     def run_command(*arguments: Any, **options: Any) -> Any:
-        try:
+        with one_line_errors():
             return command(*arguments, **options)
-        except TunerkitError as problem:
-            print(f"tunerkit: {one_line(str(problem))}", file=sys.stderr)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            print("tunerkit: interrupted", file=sys.stderr)
-            raise typer.Exit(130) from None
 
     return run_command
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn an exception inside the block into one line on stderr, without a traceback, and an exit code.
+
+    The code is 2 for what a user can change: a `TunerkitError`, or what the system refused, such as a write to a full
+    disk. It is 1 for any other exception, whose full trace is written to a file that the line names. It is 130 for
+    Ctrl-C, and 141 if nobody reads the output any more, both as shells have them.
+    """
+    try:
+        yield
+    except (typer.Exit, typer.Abort, typer.BadParameter):  # typer's own
+        raise
+    except TunerkitError as problem:
+        _end(2, one_line(str(problem)))
+    except BrokenPipeError:
+        sys.exit(128 + signal.SIGPIPE)
+    except KeyboardInterrupt:
+        _end(130, "interrupted")
+    except UnicodeEncodeError as problem:
+        wrong = half_character(problem.object) or f"it has no {problem.object[problem.start]!r}"
+        _end(2, f"a text, a name or a path cannot be written as {problem.encoding}: {wrong}")
+    except Exception as problem:
+        if (refused := _refused(problem)) is not None:
+            _end(2, one_line(refused))
+        if os.environ.get(_IN_FULL):
+            raise
+        notes = getattr(problem, "__notes__", ())  # name the plugin that raised it
+        what = one_line("; ".join([f"{type(problem).__name__}: {problem}", *notes]))
+        _end(1, f"internal error: {what}; {_where_the_trace_is(problem)}")
+
+
+def _end(code: int, line: str) -> NoReturn:
+    print(f"tunerkit: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _refused(problem: BaseException | None) -> str | None:
+    """What the system refused, and where; None if neither the exception nor its cause says such a thing."""
+    while problem is not None:
+        if isinstance(problem, OSError):
+            if problem.errno is None:  # that of a library, in its own words
+                return str(problem)
+            place = "" if problem.filename is None else f"{os.fsdecode(problem.filename)}: "
+            return f"{place}{problem.strerror}{_advice(problem.errno)}"
+        if (found := re.search(r"\(os error (\d+)\)", str(problem))) is not None:  # safetensors writes its files in Rust
+            return f"a file cannot be read or written: {os.strerror(int(found[1]))}{_advice(int(found[1]))}"
+        problem = problem.__cause__
+    return None
+
+
+def _advice(number: int) -> str:
+    """What to do about an error of the system; empty if its own words say it."""
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "; free some space, or choose a place on another disk"
+    return "; check its permissions" if number in (errno.EACCES, errno.EPERM, errno.EROFS) else ""
+
+
+def _where_the_trace_is(problem: Exception) -> str:
+    try:
+        number, path = tempfile.mkstemp(prefix="tunerkit-", suffix=".txt")
+        with open(number, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"tunerkit {tunerkit.__version__}, Python {sys.version}\n{sys.argv}\n\n")
+            traceback.print_exception(problem, file=file)
+    except OSError as full:
+        return f"the full trace cannot be written ({full.strerror}): set {_IN_FULL}=1 to print it; please report it"
+    return f"the full trace is in {path}; please report it"
 
 
 def one_line(text: str) -> str:

@@ -31,12 +31,17 @@ def check_name(adapter: object, taken: Collection[str]) -> None:
         raise AdapterError(f"the model has an adapter named {adapter!r} already; choose another, or delete that one")
 
 
-def ready_model(model: object, adapter: str) -> nn.Module:
+def ready_model(model: object, adapter: str, *, trainable: bool) -> nn.Module:
     """Return the model inside `torch.compile` and the like. Raise `AdapterError` if it cannot take another adapter."""
     root = inside(model)
     lazy = [name for name, p in root.named_parameters() if issubclass(type(p), UninitializedParameter)]
     if lazy:
         raise AdapterError(f"the model has parameters without a shape yet ({lazy[0]}, ...); run one batch first")
+    if trainable and (name := next((name for name, p in root.named_parameters() if p.is_inference()), None)):
+        raise AdapterError(
+            f"the model was built inside torch.inference_mode(), and torch trains nothing beside such weights ({name}, "
+            "...); build or load it outside"
+        )
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in root.modules()):
         raise AdapterError("the model is already inside DistributedDataParallel; wrap it first, then put it into DDP")
     refuse_engine(base_modules(root), "wrap")

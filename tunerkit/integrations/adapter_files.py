@@ -11,12 +11,12 @@ from safetensors import SafetensorError, safe_open
 from tunerkit import hooks, serialization
 from tunerkit.errors import FileError, PluginError, shown
 from tunerkit.integrations.output_folder import RECORD, read_run
-from tunerkit.integrations.pretrained import TASKS
+from tunerkit.integrations.task_classes import TASKS
 from tunerkit.libraries import foreign_format
 from tunerkit.paths import few, join
 from tunerkit.records import Description, Format
+from tunerkit.report.folder import RECIPE
 
-_RECIPE = "recipe.yaml"  # which a run has from its beginning, and its record only at its end
 _UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
@@ -48,7 +48,7 @@ class BaseFacts:
 
 def is_run(path: str) -> bool:
     """Whether ``path`` is the output folder of a finished ``tunerkit train``."""
-    return _is_file(Path(path) / RECORD)
+    return os.path.isfile(os.path.join(path, RECORD))  # pathlib's raises where a name is too long
 
 
 def holds_adapter(path: str) -> bool:
@@ -59,7 +59,7 @@ def holds_adapter(path: str) -> bool:
 def has_no_record(path: str) -> bool:
     """Whether ``path`` is no output folder of ``tunerkit train``, nor that of a run that has not ended."""
     has_adapter = holds_adapter(path) or _is_foreign(path)
-    return not is_run(path) and (has_adapter or not _is_file(Path(path) / _RECIPE))
+    return not is_run(path) and (has_adapter or not _is_file(Path(path) / RECIPE))
 
 
 def base_facts(path: str) -> BaseFacts:

@@ -9,7 +9,8 @@ from torch import nn
 from tunerkit.errors import BaseMismatchError
 from tunerkit.integrations.adapter_files import BaseFacts, base_facts
 from tunerkit.integrations.bases import Base, config_of, diffusers_class, refusing, skeleton
-from tunerkit.integrations.pretrained import TASKS, ModelError, classes_of, looks_local
+from tunerkit.integrations.pretrained import ModelError, classes_of, looks_local
+from tunerkit.integrations.task_classes import TASKS
 
 _AUTO = "AutoModel"
 _CLASSIFIER = "Classification"  # in the names of all classes with such a head

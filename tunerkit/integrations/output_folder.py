@@ -1,15 +1,20 @@
-"""The output folder of a training run: the adapter, the processor, and the record that says what the base was."""
+"""The output folder of a training run: the adapter, the processor, and the record that says what the base was.
+
+`tunerkit show` reads the record in well under a second, so torch is imported where a base is loaded.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from tunerkit import serialization
 from tunerkit.errors import BaseMismatchError, FileError, shown
-from tunerkit.integrations.pretrained import TASKS, Pretrained, load_pretrained
+from tunerkit.integrations.task_classes import TASKS
 from tunerkit.report.folder import NAME as RECORD, read_record
+
+if TYPE_CHECKING:
+    from tunerkit.integrations.pretrained import Pretrained
 
 VERSION = 1
 
@@ -20,7 +25,7 @@ class Run:
 
     Attributes:
         folder: The folder.
-        task: The task, one of `tunerkit.integrations.pretrained.TASKS`.
+        task: The task, one of `tunerkit.integrations.task_classes.TASKS`.
         source: The base model: the folder or the hub name that it was loaded from.
         revision: The commit of the hub; None for a folder.
         dtype: The dtype of the base's weights, such as ``"float32"``.
@@ -73,7 +78,7 @@ def read_run(folder: str | Path) -> Run:
     )
 
 
-def load_run(run: Run, base: str | Path | None = None) -> Pretrained:
+def load_run(run: Run, base: str | Path | None = None) -> "Pretrained":
     """Load the base model of a run, apply its adapter, and load its processor from the run's folder.
 
     Args:
@@ -85,6 +90,9 @@ def load_run(run: Run, base: str | Path | None = None) -> Pretrained:
         BaseMismatchError: It is another base.
         FileError: The adapter's file is missing or damaged.
     """
+    from tunerkit import serialization
+    from tunerkit.integrations.pretrained import load_pretrained
+
     source = str(base) if base is not None else run.source
     if base is None and Path(source).is_absolute() and not Path(source).exists():
         raise FileError(

@@ -12,79 +12,12 @@ from safetensors import SafetensorError
 
 from tunerkit.errors import TunerkitError, closest, cut, shown
 from tunerkit.integrations.quantising import quantising
+from tunerkit.integrations.task_classes import CAUSAL, TASKS, TEXT, TaskClasses
 from tunerkit.libraries import transformers_private
 
 
 class ModelError(TunerkitError):
     """A base model or its processor cannot be loaded for a task."""
-
-
-@attrs.frozen
-class TaskClasses:
-    """The classes of transformers that load a task's model and processor, by name.
-
-    Attributes:
-        model: The auto class of the model.
-        mapping: The mapping whose keys are the classes of the configs for which there is such a model.
-        processor: The auto class of the tokenizer or image processor.
-        problem: What a classifier's ``problem_type`` is set to, which chooses the loss; None if it has none.
-        pipeline: The name of transformers' pipeline for such models; None if there is none.
-        what: The model in words, for messages.
-    """
-
-    model: str
-    mapping: str
-    processor: str
-    problem: str | None
-    pipeline: str | None
-    what: str
-
-
-_SEQUENCES = "AutoModelForSequenceClassification"
-_OF_SEQUENCES = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING"
-_CAUSAL = "MODEL_FOR_CAUSAL_LM_MAPPING"
-_TEXT = "AutoTokenizer"
-TASKS: Mapping[str, TaskClasses] = {
-    "text-classification": TaskClasses(
-        _SEQUENCES, _OF_SEQUENCES, _TEXT, "single_label_classification", "text-classification", "a classifier of texts"
-    ),
-    "regression": TaskClasses(
-        _SEQUENCES, _OF_SEQUENCES, _TEXT, "regression", "text-classification", "a regression on texts"
-    ),
-    "multi-label": TaskClasses(
-        _SEQUENCES,
-        _OF_SEQUENCES,
-        _TEXT,
-        "multi_label_classification",
-        "text-classification",
-        "a multi-label classifier of texts",
-    ),
-    "token-classification": TaskClasses(
-        "AutoModelForTokenClassification",
-        "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
-        _TEXT,
-        None,
-        "token-classification",
-        "a classifier of tokens",
-    ),
-    "causal-lm": TaskClasses(
-        "AutoModelForCausalLM", _CAUSAL, _TEXT, None, "text-generation", "a causal language model"
-    ),
-    "preference": TaskClasses(
-        "AutoModelForCausalLM", _CAUSAL, _TEXT, None, "text-generation", "a causal language model"
-    ),
-    "seq2seq": TaskClasses(
-        "AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", _TEXT, None, None, "an encoder-decoder model"
-    ),
-    "image-classification": TaskClasses(
-        "AutoModelForImageClassification",
-        "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
-        "AutoImageProcessor",
-        "single_label_classification",
-        "image-classification",
-        "a classifier of images",
-    ),
-}
 
 
 @attrs.frozen(eq=False)
@@ -173,7 +106,7 @@ def load_pretrained(
         )
     if task_classes.problem is not None:
         model.config.problem_type = task_classes.problem
-    if task_classes.processor == _TEXT:
+    if task_classes.processor == TEXT:
         _settle_padding(source, processor, model)
     heads = loaded_heads(model) if labels or task_classes.problem else ()
     return Pretrained(model, processor, source, _commit_of(source, revision), heads, quantisation)
@@ -185,7 +118,7 @@ def _load_processor(task_classes: TaskClasses, source: str | Path, settings: Map
     what = "image processor" if "Image" in task_classes.processor else "tokenizer"
     kind = getattr(transformers, task_classes.processor)
     processor = _loading(f"the {what} of {str(source)!r}", lambda: kind.from_pretrained(source, **settings))
-    if task_classes.processor == _TEXT and set(processor.get_vocab()) <= set(processor.all_special_tokens):
+    if task_classes.processor == TEXT and set(processor.get_vocab()) <= set(processor.all_special_tokens):
         raise ModelError(  # transformers builds an empty tokenizer from the config alone
             f"{source}: the model has no tokenizer (there is no tokenizer.json, and no other vocabulary); save the "
             "tokenizer into the same folder"
@@ -241,7 +174,7 @@ def _fits(classes: TaskClasses, config: Any) -> bool:
         return False
     encoder = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
     # Each token of an encoder sees those after it; transformers loads one as a causal model all the same.
-    return not (classes.mapping == _CAUSAL and encoder and not config.to_dict().get("is_decoder"))
+    return not (classes.mapping == CAUSAL and encoder and not config.to_dict().get("is_decoder"))
 
 
 def _config_of(source: str, revised: Mapping[str, str]) -> Any:

@@ -9,6 +9,7 @@ from tunerkit.errors import TunerkitError
 from tunerkit.paths import few
 
 NAME: Final = "run.json"
+RECIPE: Final = "recipe.yaml"  # which a run has from its beginning, and its record only at its end
 
 
 class RunError(TunerkitError):
@@ -41,7 +42,7 @@ def _absent(folder: Path) -> str:
         return f"{folder}: no such folder; pass one that `tunerkit train --out` has written"
     if not folder.is_dir():
         return f"{folder}: is a file; pass the folder that `tunerkit train --out` has written"
-    if (folder / "recipe.yaml").is_file():
+    if (folder / RECIPE).is_file():
         return f"{folder}: the training has not ended; go on with `tunerkit train --out {folder} --resume`"
     if (folder / "adapter.safetensors").is_file():
         return f"{folder} has an adapter but no {NAME}: load it with tunerkit.load(base, {str(folder)!r})"

@@ -34,6 +34,7 @@ from tunerkit.serialization.safetensors_file import file_at, pack, write
 from tunerkit.serialization.written_once import written_once
 from tunerkit.targets import Scan
 
+_RANKS = "ranks"  # the entry with the live ranks, from which `tunerkit show` tells them without the plugin
 _CALIBRATION = "calibration"  # the entry of the header's ``values`` with the data that set the adapter's start
 M = TypeVar("M", bound=nn.Module)
 
@@ -92,6 +93,7 @@ def _write(tuner: Tuner, place: Path, allow_nonfinite: bool) -> Path:
     description = describe_base(tuner)
     if tuner.progress.calibration is not None:
         description["values"][_CALIBRATION] = tuner.progress.calibration
+    description["values"][_RANKS] = tuner.ranks()
     header = header_of(tuner, content="adapter", **description)
     packed = pack(tensors)
     written = write(place, packed, encode(header, tensors, packed.stored))
@@ -155,7 +157,8 @@ def load(
         UnknownMethodError: No installed plugin provides the method.
         ConfigError: The method rejects the config in the file.
     """
-    with libraries.outside_zero_init():
+    # Torch trains no parameter that is made in inference mode.
+    with libraries.outside_zero_init(), torch.inference_mode(False):
         return load_onto(base, path, adapter=adapter, trainable=trainable, check_config=check_config)
 
 
@@ -177,7 +180,7 @@ def load_onto(
     unloaded: bool = False,
 ) -> M:
     """Do what `load` and `open_unloaded` say."""
-    root = injection.ready_model(base, adapter)
+    root = injection.ready_model(base, adapter, trainable=trainable)
     format = format_at(path)
     if format is not None:
         scanned = targets.scan(root, hooks.gather_knowledge(), unloaded=unloaded)

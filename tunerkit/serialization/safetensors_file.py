@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from tunerkit.errors import FileError, shown
+from tunerkit.errors import FileError, half_character, shown
 from tunerkit.serialization.replacing import replace
 
 _SUFFIX = ".safetensors"
@@ -184,6 +184,8 @@ def _head_of(file: IO[bytes]) -> tuple[bytes, dict[str, Any]]:
         raise ValueError("its header is nested too deeply") from error
     if not isinstance(fields, dict):
         raise ValueError("its header is not a JSON object")
+    if (problem := half_character("".join([*fields, *_metadata_of(fields).values()]))) is not None:
+        raise ValueError(f"a text in its header cannot be read: {problem}")
     return size + text, fields
 
 

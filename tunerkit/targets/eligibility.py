@@ -4,7 +4,14 @@ from collections.abc import Collection
 
 from torch import nn
 
-from tunerkit.libraries import forward_owner, is_offloaded, quantiser_of, runs_forward_of_library, torch_private
+from tunerkit.libraries import (
+    forward_owner,
+    is_offloaded,
+    quantiser_of,
+    runs_forward_of_library,
+    torch_private,
+    whole_shape,
+)
 from tunerkit.paths import join
 from tunerkit.targets.scan import Scan, ScannedModule
 from tunerkit.targets.ties import left_out, way_out
@@ -69,6 +76,8 @@ def weight_obstacle(found: ScannedModule, scanned: Scan, others: Collection[str]
         return "has a weight computed from others (a parametrization), which cannot be adapted yet"
     if not scanned.unloaded and any(parameter.is_meta for parameter in parameters) and not is_offloaded(module):
         return "has its weight on the meta device; load the weights first"
+    if found.base is not None and (weight := own.get(found.base.weight_name)) is not None and 0 in whole_shape(weight):
+        return f"has a weight of shape {tuple(whole_shape(weight))}, in which there is nothing to adapt: exclude it"
     if any(parameter.is_complex() for parameter in parameters):
         return "has complex weights, which cannot be adapted yet"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:

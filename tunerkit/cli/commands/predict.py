@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from tunerkit import TunerkitError
+from tunerkit.errors import half_character
 
 
 def predict(
@@ -35,6 +36,9 @@ def predict(
     asked = text or data
     if asked is None or (text and data is not None):
         raise TunerkitError("pass --text or --data, one of them: what is to be predicted")
+    for each in text or ():
+        if (problem := half_character(each)) is not None:
+            raise TunerkitError(f"--text: {problem}")
     if out is not None and out.exists():
         raise TunerkitError(f"--out {out}: there is such a file; pass a new one")
     from tunerkit.cli.tasks.answering import Answering

@@ -9,6 +9,7 @@ import attrs
 
 import tunerkit
 from tunerkit import ConfigError, Format, TunerkitError, UnknownFormatError, hooks, serialization
+from tunerkit.cli.converting.description import OWN
 from tunerkit.cli.converting.destination import refuse_occupied
 from tunerkit.cli.converting.opening import open_adapter
 from tunerkit.cli.converting.remarks import collected
@@ -20,7 +21,6 @@ from tunerkit.integrations.pretrained import quiet
 from tunerkit.libraries import FOREIGN_FORMATS
 from tunerkit.paths import few
 
-OWN = "tunerkit"
 _SHAPES_ONLY = (
     "no weights of the base were read, so the file lists its parameters and shapes alone: a base with other values in "
     "the same shapes will not be refused. To store a sample of the values, load the adapter onto its base and save it"

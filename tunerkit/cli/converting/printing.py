@@ -2,19 +2,23 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import attrs
 import typer
 
-from tunerkit.cli.converting.comparison import Compared
-from tunerkit.cli.converting.conversion import OWN, Converted
-from tunerkit.cli.converting.verification import Verified
+from tunerkit.cli.converting.description import OWN
 from tunerkit.paths import few
+
+if TYPE_CHECKING:  # they import torch, and `tunerkit show` does not
+    from tunerkit.cli.converting.comparison import Compared
+    from tunerkit.cli.converting.conversion import Converted
+    from tunerkit.cli.converting.verification import Verified
 
 _SHOWN = 10  # targets in a list
 
 
-def print_converted(found: Converted, *, as_json: bool) -> None:
+def print_converted(found: "Converted", *, as_json: bool) -> None:
     """Print what was written."""
     if as_json:
         return _print_json(attrs.asdict(found))
@@ -29,7 +33,7 @@ def print_converted(found: Converted, *, as_json: bool) -> None:
     _print_facts(facts, found.remarks)
 
 
-def print_verified(found: Verified, *, as_json: bool) -> None:
+def print_verified(found: "Verified", *, as_json: bool) -> None:
     """Print the differences."""
     if as_json:
         return _print_json({**attrs.asdict(found), "is_equal": found.is_equal})
@@ -43,7 +47,7 @@ def print_verified(found: Verified, *, as_json: bool) -> None:
     _print_facts(facts, found.remarks)
 
 
-def print_compared(found: Compared, *, as_json: bool) -> None:
+def print_compared(found: "Compared", *, as_json: bool) -> None:
     """Print how two adapters differ."""
     if as_json:
         return _print_json({**attrs.asdict(found), "largest": found.largest, "is_equal": found.is_equal})

@@ -1,7 +1,8 @@
 """Read a recipe strictly: every mistake in it is named, all of them in one error."""
 
 import copy
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tunerkit.cli.recipes.fragments import Fragment, problems
 from tunerkit.cli.recipes.recipe import VERSION, Recipe
 from tunerkit.cli.recipes.schema import schema
 from tunerkit.cli.settings import read_settings
-from tunerkit.errors import shown
+from tunerkit.errors import half_character, shown
 
 
 def read_recipe(path: Path, plugin_keys: Mapping[str, Fragment] | None = None) -> Recipe:
@@ -39,6 +40,7 @@ def structure(
     declared = plugin_commands().recipe_keys if plugin_keys is None else plugin_keys
     _raise_if(_version_problems(mapping), source)  # another version has other keys
     _raise_if(problems(dict(mapping), schema(declared)), source)
+    _raise_if(_half_characters(mapping), source)
     given = {name: copy.deepcopy(value) for name, value in mapping.items() if value is not None}
     extra = {name: copy.deepcopy(each["default"]) for name, each in declared.items() if "default" in each}
     extra |= {name: given.pop(name) for name in declared if name in given}
@@ -55,6 +57,13 @@ def _version_problems(mapping: Mapping[str, Any]) -> list[str]:
     else:
         do = f"no recipe has another one yet; write version: {VERSION}, or start anew from `tunerkit init`"
     return [f"version: got {shown(version)}, and {ours}; {do}"]
+
+
+def _half_characters(mapping: Mapping[str, Any]) -> Iterator[str]:
+    """Texts and paths that no file of the run could state."""
+    for name, value in mapping.items():
+        if (problem := half_character(json.dumps(value, ensure_ascii=False, default=str))) is not None:
+            yield f"{name}: {problem}"
 
 
 def _raise_if(found: Iterable[str], source: str) -> None:

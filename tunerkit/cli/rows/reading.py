@@ -10,7 +10,7 @@ from pathlib import Path
 import attrs
 
 from tunerkit import TunerkitError
-from tunerkit.errors import closest, cut, shown
+from tunerkit.errors import closest, cut, half_character, shown
 from tunerkit.paths import few
 
 # The csv reader keeps values beyond the header under the key None.
@@ -172,6 +172,8 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 raise DataError(
                     f'{path}: line {number}: expected a JSON object such as {{"text": "..."}}, got {shown(row)}'
                 )
+            if "\\u" in line and (problem := half_character(json.dumps(row, ensure_ascii=False))) is not None:
+                raise DataError(f"{path}: line {number}: {problem}")
             yield row
 
 

@@ -27,6 +27,8 @@ _OURS: Mapping[str, str] = {
     "do_train": "`tunerkit train` trains instead",
     "do_eval": "set eval_strategy instead",
     "do_predict": "call `tunerkit predict` instead",
+    "debug": "leave it out: a loss that is not finite is reported anyway, and transformers' own search for it fails on "
+    "masks",
     # A token in a recipe would stand in every file that is shared.
     "hub_token": "log in with `hf auth login`, which private models need too; upload the folder afterwards: "
     "hf upload NAME OUT",
@@ -35,6 +37,7 @@ _UPLOAD = "upload the folder afterwards: hf upload NAME OUT"
 # Numbers below these make no training, or fail in the middle of one.
 _LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
 _POSITIVE = ("learning_rate", "num_train_epochs")
+_SEEDS = ("seed", "data_seed")  # numpy takes no greater ones than 32 bits hold
 
 
 def trainer_arguments(task: Task, training: Mapping[str, Any], out: Path, *, precision: str, has_eval: bool) -> Any:
@@ -117,6 +120,12 @@ def _wanted(name: str, value: Any, allowed: set[Any]) -> str | None:
     if kind not in allowed and not (kind is int and (float in allowed or (bool in allowed and value in (0, 1)))):
         numbers = allowed - {bool, type(None)}
         return "true or false" if not numbers else "a whole number" if kind is float else "a number"
+    if kind is float and math.isnan(value):
+        return "a number"
+    if name in _SEEDS and value is not None and not 0 <= value < 2**32:
+        return "a whole number from 0 to 4294967295"
+    if name == "neftune_noise_alpha" and value is not None and not 0 <= value < math.inf:
+        return "a number from 0 up"
     if name in _LEAST and value < _LEAST[name]:
         return f"at least {_LEAST[name]}"
     return "a number above 0" if name in _POSITIVE and not 0 < value < math.inf else None

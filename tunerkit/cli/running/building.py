@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tunerkit import ConfigError
 from tunerkit.cli.running.arguments import refusing
 from tunerkit.cli.running.callbacks import Resumable
 from tunerkit.cli.running.output import LOGS
@@ -39,6 +40,43 @@ def build_trainer(kind: type[Any], arguments: Any, *, callbacks: Sequence[Any] =
     trainer.remove_callback(PrinterCallback)
     trainer.get_batch_samples = partial(_batches, trainer, trainer.get_batch_samples)
     return trainer
+
+
+def refuse_untrainable(trainer: Any) -> None:
+    """Try out what the trainer builds only when training has begun: its optimizer, and the schedule of the rate.
+
+    Raises:
+        ConfigError: A value is one that the optimizer or the schedule refuses, a package is missing, or no batch is
+            full where others are dropped.
+    """
+    import torch
+    from transformers import get_scheduler
+
+    arguments = trainer.args
+    batches = {"train": (trainer.train_dataset, arguments.train_batch_size)}
+    if trainer.eval_dataset is not None and arguments.eval_strategy != "no":
+        batches["eval"] = (trainer.eval_dataset, arguments.eval_batch_size)
+    for name, (rows, size) in batches.items():
+        if arguments.dataloader_drop_last and len(rows) < size:
+            raise ConfigError(
+                [
+                    f"training.dataloader_drop_last: leaves nothing of {len(rows)} {name} rows, as a batch has {size}; "
+                    f"leave it out, or lower training.per_device_{name}_batch_size"
+                ]
+            )
+    with refusing("training"):
+        kind, settings = trainer.get_optimizer_cls_and_kwargs(arguments, trainer.model)
+        if not isinstance(kind, type) or {"params", "model", "optimizer_dict"} & settings.keys():
+            return  # it needs the model's own parameters
+        optimizer = kind([torch.nn.Parameter(torch.zeros(1, 1))], **settings)
+        steps = 100  # any number: the schedule is thrown away
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer=optimizer,
+            num_warmup_steps=arguments.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),
+        )
 
 
 def _batches(trainer: Any, draw: Callable[..., Any], *arguments: Any) -> Any:

@@ -28,6 +28,7 @@ from tunerkit.cli.running import hardware, output
 from tunerkit.cli.running.adapting import adapt, head_labels, order_note
 from tunerkit.cli.running.arguments import trainer_arguments
 from tunerkit.cli.running.baseline import NoBaselineError, head_alone
+from tunerkit.cli.running.building import refuse_untrainable
 from tunerkit.cli.running.callbacks import Rehearsal, RehearsedError, Watching, refuse_nonfinite
 from tunerkit.cli.running.data import Data, prepare_data
 from tunerkit.cli.running.describing import describe, tell
@@ -249,6 +250,7 @@ def prepare(
         callbacks=[watching],
         **task.trainer_settings(loaded),
     )
+    refuse_untrainable(trainer)
     tunerkit.attach(loaded.model, trainer)
     return Session(recipe, task, data, loaded, tuner, trainer, watching, start, fits)
 

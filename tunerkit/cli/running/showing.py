@@ -1,6 +1,7 @@
 """What ``tunerkit show`` prints of an adapter: an output folder, or files of any format."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from tunerkit.cli.converting.description import Shown, describe_adapter
 from tunerkit.cli.converting.printing import ranks_in_words, size_in_words
 from tunerkit.cli.running.telling import say
 from tunerkit.cli.settings import write_settings
-from tunerkit.integrations.adapter_files import has_no_record
 from tunerkit.integrations.output_folder import read_run
+from tunerkit.report.folder import NAME as RECORD, RECIPE
 from tunerkit.report.rank_map import rank_map
 from tunerkit.report.terminal import rank_table
 
@@ -29,7 +30,7 @@ def show_adapter(source: str, console: Console, *, as_json: bool = False) -> Non
         RunError: Neither an output folder nor an adapter is there.
         FileError: The files are damaged.
     """
-    if has_no_record(source):
+    if not os.path.isfile(os.path.join(source, RECORD)) and not _has_only_begun(source):
         found = describe_adapter(source)
         _print(console, _facts(found), found.ranks, found.settings, attrs.asdict(found) if as_json else None)
         return
@@ -38,6 +39,15 @@ def show_adapter(source: str, console: Console, *, as_json: bool = False) -> Non
     facts = _facts_of_run(Path(source), run.source, record)
     full = max(record.get("caps", record.get("ranks", {})).values(), default=None)
     _print(console, facts, record.get("ranks", {}), record.get("config", {}), record if as_json else None, full=full)
+
+
+def _has_only_begun(source: str) -> bool:
+    """Whether it is the folder of a run that has not ended: it has a recipe, and no adapter yet."""
+    if not os.path.isfile(os.path.join(source, RECIPE)):
+        return False
+    from tunerkit.integrations.adapter_files import has_no_record  # imports torch
+
+    return not has_no_record(source)
 
 
 def _print(

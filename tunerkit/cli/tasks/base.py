@@ -10,7 +10,8 @@ import attrs
 from tunerkit.cli.rows.labels import class_numbers
 from tunerkit.cli.rows.reading import DataError, Table, column
 from tunerkit.errors import TunerkitError, closest, shown
-from tunerkit.integrations.pretrained import TASKS, Pretrained
+from tunerkit.integrations.pretrained import Pretrained
+from tunerkit.integrations.task_classes import TASKS
 
 
 class MissingPackageError(TunerkitError):
