@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 import tunerkit
 from tunerkit import TunerkitError
 from tunerkit.cli.converting.merging import merge_adapter
@@ -11,6 +13,8 @@ from tunerkit.cli.outputs import OutputError, new_folder
 from tunerkit.cli.rows.reading import DataError, Table, read_table
 from tunerkit.cli.running.arguments import choose_device, trainer_arguments
 from tunerkit.cli.running.building import build_trainer
+from tunerkit.cli.running.data import Rows, read_rows
+from tunerkit.cli.running.telling import say
 from tunerkit.cli.tasks import task_of
 from tunerkit.cli.tasks.base import Row, Task, require_text
 from tunerkit.cli.tasks.generating import GenerationTask, generate
@@ -30,13 +34,15 @@ _OF_GPUS = ("fp16", "tf32")  # which no CPU has; a run on a GPU may be evaluated
 
 def predict_rows(
     folder: Path,
-    asked: Sequence[str] | Path,
+    asked: Sequence[str] | Sequence[Path] | Path,
     *,
     base: str | None,
     batch_size: int,
     new_tokens: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Predict texts, or the rows of a file, without its labels.
+    """Predict texts, or the rows of files, without their labels.
+
+    What a classifier predicts has the number of its row, from 1, and the file if there are several.
 
     Raises:
         TunerkitError: The rows do not fit, or ``new_tokens`` was given and the task generates nothing.
@@ -44,21 +50,30 @@ def predict_rows(
     run, task = _run_in(folder)
     if new_tokens is not None and not isinstance(task, GenerationTask):
         raise TunerkitError(f"--new-tokens: {run.task} generates no text; leave it out")
-    if isinstance(asked, Path):
-        rows = _rows(run, task, asked, predicting=True)
+    files = [asked] if isinstance(asked, Path) else [each for each in asked if isinstance(each, Path)]
+    if files:
+        read = _read(run, task, files, predicting=True)
+        rows = _as_trained(run, read.rows, read.source)
+        places = [{**({"file": each.source} if len(files) > 1 else {}), "row": each.number} for each in read.placed]
     else:
-        rows = task.rows(_table(run, task, asked), {}, predicting=True)
+        texts = [each for each in asked if isinstance(each, str)] if not isinstance(asked, Path) else []
+        rows = task.rows(_table(run, task, texts), {}, predicting=True)
         _as_trained(run, rows, "--text")
+        places = [{"row": number} for number in range(1, len(rows) + 1)]
     loaded = _load(run, base)
-    if new_tokens is not None and isinstance(task, GenerationTask):
-        return task.predict(loaded, rows, batch_size=batch_size, new_tokens=new_tokens)
-    return task.predict(loaded, rows, batch_size=batch_size)
+    if isinstance(task, GenerationTask):
+        return task.predict(
+            loaded, rows, batch_size=batch_size, **({} if new_tokens is None else {"new_tokens": new_tokens})
+        )
+    answers = task.predict(loaded, rows, batch_size=batch_size)
+    return [{**place, **answer} for place, answer in zip(places, answers, strict=True)]
 
 
-def evaluate_rows(folder: Path, data: Path, *, base: str | None, batch_size: int) -> dict[str, Any]:
-    """Evaluate on the rows of a file, by the loss of the run, and return the metrics."""
+def evaluate_rows(folder: Path, data: Path | Sequence[Path], *, base: str | None, batch_size: int) -> dict[str, Any]:
+    """Evaluate on the rows of files, by the loss of the run, and return the metrics."""
     run, task = _run_in(folder)
-    rows = _rows(run, task, data)
+    read = _read(run, task, [data] if isinstance(data, Path) else data)
+    rows = _as_trained(run, read.rows, read.source)
     loaded = _load(run, base)
     kind, _ = task.trainer_classes()
     trained = run.record.get("recipe", {}).get("training", {})
@@ -164,10 +179,14 @@ def _conversed(run: Run, *, default: bool) -> bool:
     return bool(run.record.get("conversations", default))
 
 
-def _rows(run: Run, task: Task, data: Path, *, predicting: bool = False) -> list[Row]:
-    """Read rows whose columns are named as in the training data."""
+def _read(run: Run, task: Task, files: Sequence[Path], *, predicting: bool = False) -> Rows:
+    """Read rows whose columns are named as in the training data, and print what is odd about them on stderr."""
     names = dict(run.record.get("recipe", {}).get("columns", {}))
-    return _as_trained(run, task.rows(read_table(data), names, predicting=predicting, renaming=False), str(data))
+    tables = [read_table(path, predicting=predicting) for path in files]
+    read = read_rows(task, tables, names, predicting=predicting, renaming=False)
+    for note in read.notes:
+        say(Console(stderr=True), f"note: {note}")
+    return read
 
 
 def _as_trained(run: Run, rows: list[Row], source: str) -> list[Row]:
