@@ -174,10 +174,10 @@ def _carried(encoded: Any, samples: Sequence[int]) -> list[list[int | None]]:
         follows = window > 0 and samples[window - 1] == row
         ends = window + 1 == len(samples) or samples[window + 1] != row
         for place in places:
-            # The first token of a window that follows another may be in the middle of a word.
-            if (place > 0 and words[place] == words[place - 1]) or (follows and place == places[0]):
-                continue
+            if place > 0 and words[place] == words[place - 1]:
+                continue  # a further token of the word
             around = min(place - places[0] if follows else math.inf, math.inf if ends else places[-1] - place)
+            # A window may begin in the middle of a word, whose first token then counts in the window before it.
             if around > best.get((row, words[place]), (-1,))[0]:
                 best[row, words[place]] = (around, window, place)
     for (_, word), (_, window, place) in best.items():
