@@ -498,6 +498,7 @@ def test_the_held_out_fifth_has_a_fifth_of_each_class(tmp_path: Path) -> None:
     assert len(data.train) + len(data.held_out) == 90
     assert said == ""
     assert data.findings == {"also_trained": 0}
+    assert data.held_out_source == f"a fifth of each class of {tmp_path / 'd.csv'}"
 
 
 def test_held_out_rows_that_are_trained_too_are_counted_and_named(tmp_path: Path) -> None:

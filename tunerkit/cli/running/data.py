@@ -77,7 +77,9 @@ def prepare_data(recipe: Recipe, console: Console) -> tuple[Task, Data]:
         task = task_of(recipe.task or infer(tables[0], recipe.columns), recipe.max_length)
         read = read_rows(task, tables, recipe.columns)
         if recipe.eval_data is None:
-            parts, source, notes = _split(task, read), f"a fifth of {read.source}", read.notes
+            # Not what an earlier version wrote, which held other rows out: the report compares these words.
+            share = "a fifth of each class of" if task.one_class else "a fifth of"
+            parts, source, notes = _split(task, read), f"{share} {read.source}", read.notes
         else:
             other = read_rows(task, [read_table(Path(path)) for path in files_of(recipe.eval_data)], recipe.columns)
             parts, source = (read.placed, other.placed), other.source
