@@ -148,6 +148,13 @@ DATA = (
         "two columns that may have the texts",
     ),
     _csv("other.csv", "a,b\n1,2\n3,4\n", "columns that fit no task"),
+    _train(
+        "two files with different columns",
+        "--data sentences.csv",
+        **{"sentences.csv": _GOOD.replace("text,", "sentence,")},
+    ),
+    _jsonl("space.jsonl", [{"text": "good", "label": " "}] * 10, "a label of white space"),
+    _jsonl("spaces.jsonl", [{"text": "good", "label": ["a", " "]}] * 10, "a label of white space in a list"),
     BadInput("an unknown kind of file", "train --model bert --data reviews.xlsx", {"reviews.xlsx": b"PK"}),
     BadInput("a file that is not there", "train --model bert --data review.csv"),
     BadInput("a folder without images", "train --model vit --data bert"),
@@ -255,6 +262,7 @@ USES = (
     BadInput("a run that has not ended", "predict stopped --text good"),
     BadInput("a model folder in place of a run", "predict bert --text good"),
     BadInput("nothing to predict", "predict run"),
+    BadInput("predictions into a file of another kind", "predict run --text good --out predicted.json"),
     BadInput("an empty text to predict", "predict run --text ''"),
     BadInput(
         "rows to predict without the column of texts",
@@ -294,10 +302,10 @@ GOING_ON = (
     _train("another method than the adapter's", "--out more --from run --method lora"),
     _train("settings for an adapter that has its own", "--out more --from run --config '{rank: 2}'"),
     _train("another base than that of the adapter to go on from", "--out more --from run --model other"),
-    _train(
+    BadInput(
         "classes that the adapter's head does not have",
-        "--out more --from run --data third.csv",
-        **{"third.csv": _GOOD + "very good film,great\n"},
+        "train --model bert --data third.csv --out more --from run",
+        {"third.csv": _GOOD + "very good film,great\n"},
     ),
 )
 _CONVERT = "convert lone --to toy --base bert --out converted"

@@ -178,6 +178,21 @@ def test_the_order_of_the_classes_is_that_of_the_head(folder: Path, tmp_path: Pa
     assert "is for ['a', 'b', 'c']; leave these rows out" in told
 
 
+def test_a_head_with_untidy_names_of_an_earlier_version_goes_on(folder: Path, first: Path, tmp_path: Path) -> None:
+    """It kept white space around labels, which is not read any more: the head's classes are found all the same."""
+    shutil.copytree(first, tmp_path / "old")
+    (tmp_path / "old" / "run.json").write_text(json.dumps({**record_of(first), "labels": ["bad ", " good"]}))
+    succeeded(*going_on(folder, tmp_path / "old", "--out", tmp_path / "more"))
+    succeeded(*going_on(folder, first, "--out", tmp_path / "same"))
+    old, same = (record_of(tmp_path / name) for name in ("more", "same"))
+    assert old["labels"] == ["bad ", " good"]
+    assert (old["metrics"], old["confusion"]) == (same["metrics"], same["confusion"])
+    found = [
+        json.loads(succeeded("eval", each, "--data", folder / "data.csv").stdout) for each in (tmp_path / "old", first)
+    ]
+    assert found[0] == found[1]
+
+
 # --- other programs ---
 
 

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +16,7 @@ pytest.importorskip("pyarrow", reason="the command needs the extra [cli]")
 import pyarrow
 import pyarrow.parquet
 
-from tunerkit.cli.rows.labels import class_names, class_numbers, split
+from tunerkit.cli.rows.labels import class_names, class_numbers, look_alikes, split, split_by_class, tidy
 from tunerkit.cli.rows.reading import DataError, column, read_table
 
 pytestmark = pytest.mark.core_only
@@ -150,6 +152,51 @@ def test_another_seed_cuts_otherwise() -> None:
     assert tuple(rows[:25]) not in cuts
 
 
+@given(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=60), st.integers(2, 6), st.integers(0, 9))
+def test_each_class_is_split_as_all_rows_are(labels: list[str], every: int, seed: int) -> None:
+    """Of n rows of a class n / every are held out, rounded up or down, and none of a class of one row."""
+    rows = list(range(len(labels)))
+    first, second = split_by_class(rows, labels, every=every, seed=seed)
+    assert sorted([*first, *second]) == rows
+    assert split_by_class(rows, labels, every=every, seed=seed) == (first, second)
+    held = Counter(labels[row] for row in second)
+    for name, count in Counter(labels).items():
+        allowed = {0} if count == 1 else {count // every, -(-count // every)}
+        assert held[name] in allowed
+        assert held[name] < count
+    several = sum(count for count in Counter(labels).values() if count > 1)
+    assert abs(len(second) - several / every) <= 1 / 2
+
+
+def test_a_split_by_class_is_shuffled() -> None:
+    """It is not in the order of file or class, and seeds differ."""
+    rows, labels = range(50), ["a"] * 25 + ["b"] * 25
+    cuts = {tuple(split_by_class(rows, labels, every=5, seed=seed)[1]) for seed in range(3)}
+    assert len(cuts) == 3
+    assert all(list(cut) != sorted(cut) for cut in cuts)
+
+
+@given(label_names)
+def test_tidy_names_differ_where_readers_see_it(name: str) -> None:
+    """White space around a name and its Unicode form are gone, and what is tidy stays as it is."""
+    for form in ("NFC", "NFD"):
+        assert tidy(f" {unicodedata.normalize(form, name)}\n") == tidy(name)
+    assert tidy(tidy(name)) == tidy(name)
+
+
+def test_names_that_look_alike_are_grouped() -> None:
+    """Case, inner spaces and width, and true beside 1; other names are in no group."""
+    names = ["good", "Good", "very  good", "Very good", "true", "1", "0", "\uff11", "bad", "false positive"]
+    assert look_alikes(names) == [["1", "true", "\uff11"], ["Good", "good"], ["Very good", "very  good"]]
+    assert look_alikes(["a", "b"]) == []
+
+
+def test_labels_of_an_earlier_version_are_found_by_their_tidy_names() -> None:
+    """It kept the white space; of two names that are the same when tidy, the tidy one counts."""
+    assert class_numbers(["good", " bad"], (" bad", " good")) == [1, 0]
+    assert class_numbers(["good"], (" good", "good")) == [1]
+
+
 def test_a_tab_separated_file_is_read(tmp_path: Path) -> None:
     """Commas in it are part of the texts, and a spreadsheet's byte-order mark is no part of the first name."""
     (tmp_path / "d.tsv").write_bytes("\ufefftext\tlabel\ngood, but long\tNA\n".encode())
@@ -181,6 +228,24 @@ def test_a_folder_of_images_has_a_row_for_each(tmp_path: Path) -> None:
         ("1.JPG", "b"),
         ("2.png", "b"),
     ]
+
+
+def test_a_hidden_folder_is_no_class_of_images(tmp_path: Path) -> None:
+    """Jupyter and macOS write hidden copies; they are left out, and so are images without a class, which is said."""
+    for name in ("a/1.png", "a/._1.png", "b/1.png", ".ipynb_checkpoints/1-checkpoint.png", "0.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = read_table(tmp_path)
+    assert [row["label"] for row in found.rows] == ["a", "b"]
+    assert found.left_out == "the hidden folders '.ipynb_checkpoints' and 1 images in no subfolder, such as 0.png"
+    asked = read_table(tmp_path, predicting=True)
+    names = [str(Path(str(row["image"])).relative_to(tmp_path)) for row in asked.rows]
+    assert names == ["0.png", "a/1.png", "b/1.png"]
+    for name in ("a", "b"):
+        (tmp_path / name / "1.png").unlink()
+    with pytest.raises(DataError, match="expected a subfolder per class"):
+        read_table(tmp_path)
+    assert len(read_table(tmp_path, predicting=True)) == 1
 
 
 def test_classes_are_in_the_order_of_numbers_where_they_are_numbers() -> None:

@@ -1,10 +1,14 @@
 """The tasks: from rows to predictions, on random models of two layers."""
 
 import importlib.util
+import io
 import json
 import math
 import random
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,15 +22,16 @@ for _module in ("datasets", "pyarrow", "sklearn", "transformers", "typer", "yaml
     pytest.importorskip(_module, reason="the command needs the extra [cli]")
 
 import numpy as np  # noqa: E402
+from hypothesis import given, strategies as st  # noqa: E402
 from rich.console import Console  # noqa: E402
-from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments  # noqa: E402
 
 import tunerkit  # noqa: E402
 from tests.tiny_classifier import WORDS, save_tiny_classifier  # noqa: E402
 from tests.tiny_models import SIDE, save_tiny_llama, save_tiny_roberta, save_tiny_t5, save_tiny_vit  # noqa: E402
 from tunerkit.cli.recipes.recipe import Recipe  # noqa: E402
 from tunerkit.cli.rows.reading import DataError, Table, read_table  # noqa: E402
-from tunerkit.cli.running.data import prepare_data  # noqa: E402
+from tunerkit.cli.running.data import prepare_data, read_rows  # noqa: E402
 from tunerkit.cli.running.hardware import computing_in  # noqa: E402
 from tunerkit.cli.running.record import model_facts, write_record  # noqa: E402
 from tunerkit.cli.running.run import prepare, train  # noqa: E402
@@ -36,7 +41,8 @@ from tunerkit.cli.tasks.base import MissingPackageError, require_package  # noqa
 from tunerkit.cli.tasks.classifying import classification_scores, confusion_of  # noqa: E402
 from tunerkit.cli.tasks.generating import GenerationTask, generate  # noqa: E402
 from tunerkit.cli.tasks.infer import infer  # noqa: E402
-from tunerkit.cli.tasks.texts import token_limit  # noqa: E402
+from tunerkit.cli.tasks.texts import short_to_long, token_limit  # noqa: E402
+from tunerkit.cli.tasks.token_classification import entities  # noqa: E402
 from tunerkit.integrations.output_folder import load_run, read_run  # noqa: E402
 from tunerkit.integrations.pretrained import load_pretrained  # noqa: E402
 from tunerkit.report.record import GREATEST  # noqa: E402
@@ -249,10 +255,18 @@ def same(first: object, second: object) -> bool:
 
 
 def results_of(task: str, truth: object, predictions: object) -> dict[str, float]:
-    """The metrics of a task for what a trainer's prediction returned, which are those that it logs."""
+    """The metrics of a task for what a trainer's prediction returned, which are those that it logs.
+
+    Of token classification, each row is one window, and the tags mark no entities.
+    """
     outputs = {"label_ids": np.array(truth), "predictions": np.array(predictions)}
-    trainer = SimpleNamespace(predict=lambda dataset: SimpleNamespace(**outputs, metrics={"test_loss": 0.5}))
-    results = task_of(task).evaluate(trainer, None).metrics
+    trainer = SimpleNamespace(
+        predict=lambda dataset: SimpleNamespace(**outputs, metrics={"test_loss": 0.5}),
+        args=SimpleNamespace(train_sampling_strategy="random"),
+        model=SimpleNamespace(config=SimpleNamespace(id2label={0: "a", 1: "b"})),
+    )
+    numbers = list(range(len(outputs["label_ids"])))
+    results = task_of(task).evaluate(trainer, {"row": numbers, "window": numbers}).metrics
     assert {**task_of(task).compute_metrics(SimpleNamespace(**outputs)), "loss": 0.5} == results
     return results
 
@@ -265,6 +279,13 @@ def test_accuracy_f1_and_confusion_are_those_by_hand() -> None:
         "accuracy": pytest.approx(4 / 6),
         "f1": pytest.approx((2 / 3 + 0.8 + 0) / 3),
     }
+
+
+def test_a_class_that_no_row_has_is_not_counted_in_the_mean() -> None:
+    """Class 2 is neither true nor predicted, class 3 is predicted alone and counts 0: as in scikit-learn's default."""
+    truth, logits = np.array([0, 0, 1]), np.eye(4)[[0, 3, 1]]
+    assert classification_scores(logits, truth)["f1"] == pytest.approx((2 / 3 + 1 + 0) / 3)
+    assert len(confusion_of(logits, truth)) == 4
 
 
 def test_tokens_without_a_tag_do_not_count() -> None:
@@ -456,13 +477,183 @@ def test_paths_of_images_are_relative_to_their_file(tmp_path: Path, monkeypatch:
 
 
 def test_a_class_may_be_rare(models: Callable[[str], Path], tmp_path: Path) -> None:
-    """A class whose only row is held out is a class all the same; the split is not to blame for its data."""
+    """Wherever its only row stands, it is trained and not held out."""
     rows = [f"{word},{word}\n" for word in ("good", "bad") * 10]
     for place in range(len(rows)):
         path = tmp_path / "data.csv"
         path.write_text("".join(["text,label\n", *rows[:place], "film,rare\n", *rows[place:]]))
         _, data = prepare_data(Recipe(data=str(path)), QUIET)
         assert data.labels == ("bad", "good", "rare")
+        assert [row["label"] for row in data.held_out].count("rare") == 0
+        assert data.findings["classes_not_held_out"] == ["rare"]
+
+
+# --- what is odd about rows ---
+
+
+def prepared(recipe: Recipe) -> tuple[Any, str]:
+    """The data of a recipe, and what is printed about them."""
+    console = Console(file=io.StringIO(), width=1000)
+    _, data = prepare_data(recipe, console)
+    return data, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def write_csv(path: Path, rows: list[tuple[str, str]]) -> str:
+    path.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_the_held_out_fifth_has_a_fifth_of_each_class(tmp_path: Path) -> None:
+    """Of rare classes too, by which macro F1 is measured."""
+    counts = {"a": 50, "b": 25, "c": 10, "d": 5}
+    rows = [(f"{name} {number}", name) for name, count in counts.items() for number in range(count)]
+    data, said = prepared(Recipe(data=write_csv(tmp_path / "d.csv", rows)))
+    assert Counter(row["label"] for row in data.held_out) == {name: count // 5 for name, count in counts.items()}
+    assert len(data.train) + len(data.held_out) == 90
+    assert said == ""
+    assert data.findings == {"also_trained": 0}
+    assert data.held_out_source == f"a fifth of each class of {tmp_path / 'd.csv'}"
+
+
+def test_held_out_rows_that_are_trained_too_are_counted_and_named(tmp_path: Path) -> None:
+    """They stay; another label for the same text is counted too. With --eval-data equal to --data it is every row."""
+    rows = [(f"text {number}", "ab"[number % 2]) for number in range(20)]
+    train = write_csv(tmp_path / "train.csv", rows)
+    held = write_csv(tmp_path / "held.csv", [("new", "a"), ("text 3", "b"), ("newer", "b"), ("text 4", "b")])
+    data, said = prepared(Recipe(data=train, eval_data=held))
+    assert said == (
+        f"note: 2 of 4 held-out rows are also in the training rows (1 with another label), such as row 2 of {held}: "
+        "'text 3'; what is measured there says little of new rows\n"
+    )
+    assert data.findings == {
+        "also_trained": 2,
+        "also_trained_with_another_label": 1,
+        "also_trained_example": {"source": held, "row": 2},
+    }
+    assert (len(data.train), len(data.held_out)) == (20, 4)
+    data, said = prepared(Recipe(data=train, eval_data=train))
+    assert data.findings["also_trained"] == len(data.held_out) == 20
+    assert "20 of 20 held-out rows are also in the training rows, such as row 1 of" in said
+    data, said = prepared(Recipe(data=write_csv(tmp_path / "twice.csv", rows + rows)))
+    seen = {row["text"] for row in data.train}
+    assert data.findings["also_trained"] == sum(row["text"] in seen for row in data.held_out) > 0
+
+
+def test_copies_of_an_image_are_the_same_row(tmp_path: Path) -> None:
+    """By their content: the files have other names, and other files of the same size are others."""
+    image = pytest.importorskip("PIL.Image")
+    for number in range(8):
+        for name in ("red", "blue"):
+            path = tmp_path / "train" / name / f"{number}.bmp"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.new("RGB", (80, 80), (number, 0, 9 * (name == "red"))).save(path)
+    (tmp_path / "held" / "red").mkdir(parents=True)
+    image.new("RGB", (80, 80), (3, 0, 9)).save(tmp_path / "held" / "red" / "copy.bmp")
+    almost = image.new("RGB", (80, 80), (4, 0, 9))
+    almost.putpixel((0, 0), (5, 0, 9))  # a bmp file ends with its first row
+    almost.save(tmp_path / "held" / "red" / "other.bmp")
+    data, said = prepared(Recipe(data=str(tmp_path / "train"), eval_data=str(tmp_path / "held")))
+    assert data.findings["also_trained"] == 1
+    assert "such as row 1 of" in said
+    assert "classes in the training rows alone, so they are not measured: 'blue' (8)" in said
+
+
+def test_classes_of_one_part_alone_are_counted_and_named(tmp_path: Path) -> None:
+    """Of label lists, which are not split by class: wherever the one row with a label is."""
+    rows = [{"text": f"text {number}", "label": ["a", *(["b"] * (number == 7))]} for number in range(20)]
+    parts = set()
+    for place in range(20):
+        path = tmp_path / "d.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows[place:] + rows[:place]))
+        data, said = prepared(Recipe(data=str(path)))
+        held = sum("b" in row["label"] for row in data.held_out)
+        key, where = (
+            ("classes_not_trained", "held-out rows alone, so they cannot be learned")
+            if held
+            else ("classes_not_held_out", "training rows alone, so they are not measured")
+        )
+        assert data.findings == {"also_trained": 0, key: ["b"]}
+        assert said == f"note: classes in the {where}: 'b' (1)\n"
+        parts.add(key)
+    assert len(parts) == 2
+
+
+def test_labels_are_read_without_what_nobody_sees_in_them(tmp_path: Path) -> None:
+    """White space and Unicode forms are one class, which is said with a count; held-out labels are read so too."""
+    nfc, nfd = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    labels = ["good", " good", nfc, nfd]
+    rows = [(f"text {number}", labels[number % 4]) for number in range(40)]
+    data, said = prepared(Recipe(data=write_csv(tmp_path / "d.csv", rows)))
+    assert data.labels == (nfc, "good")
+    assert Counter(row["label"] for row in data.train + data.held_out) == {"good": 20, nfc: 20}
+    assert "note: labels are read without white space around them and in the Unicode form NFC, which changes 20" in said
+    assert "' good' as 'good'" in said
+    held = write_csv(tmp_path / "held.csv", [("x", "good  "), ("y", nfd)])
+    data, said = prepared(Recipe(data=str(tmp_path / "d.csv"), eval_data=held))
+    assert [row["label"] for row in data.held_out] == ["good", nfc]
+    for task, row, read in (
+        ("multi-label", {"text": "x", "label": [" a", "b"]}, {"text": "x", "label": ["a", "b"]}),
+        ("token-classification", {"tokens": [" x "], "tags": [" A"]}, {"tokens": [" x "], "tags": ["A"]}),
+        ("regression", {"text": "x", "label": " 3"}, {"text": "x", "label": 3.0}),
+    ):
+        assert read_rows(task_of(task), [table(row)], {}).rows == [read]
+
+
+def test_classes_that_look_alike_are_named_and_kept_apart(tmp_path: Path) -> None:
+    """Which of them are meant to be one, only their author knows."""
+    labels: list[object] = ["good", "Good", True, 1, "bad"]
+    path = tmp_path / "d.jsonl"
+    path.write_text(
+        "".join(json.dumps({"text": f"text {n}", "label": labels[n % 5]}) + "\n" for n in range(50)), encoding="utf-8"
+    )
+    data, said = prepared(Recipe(data=str(path)))
+    assert data.labels == ("1", "Good", "True", "bad", "good")
+    assert said == (
+        "note: these classes look alike, and are separate ones: '1' (10) and 'True' (10), 'Good' (10) and 'good' (10); "
+        "if they mean the same, give them one name in the data\n"
+    )
+
+
+def test_several_files_are_one_file_in_parts(tmp_path: Path) -> None:
+    """The rows, the split, the classes and the columns are those of one file with all rows, in whatever formats."""
+    rows = [(f"text {number}", "abc"[number % 3]) for number in range(60)]
+    whole, _ = prepared(Recipe(data=write_csv(tmp_path / "whole.csv", rows)))
+    first = write_csv(tmp_path / "first.csv", rows[:20])
+    second = tmp_path / "second.jsonl"
+    second.write_text("".join(json.dumps({"text": text, "label": label, "id": 3}) + "\n" for text, label in rows[20:]))
+    data, _ = prepared(Recipe(data=[first, str(second)]))
+    assert (data.train, data.held_out, data.labels) == (whole.train, whole.held_out, whole.labels)
+    assert data.source == f"{first} and {second}"
+    assert data.unused == ("id",)
+    held, _ = prepared(Recipe(data=first, eval_data=[first, str(second)]))
+    assert held.held_out == [{"text": text, "label": label} for text, label in rows]
+    assert held.held_out_source == f"{first} and {second}"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (
+            {"text": "x", "label": "a"},
+            {"sentence": "x", "label": "a"},
+            r"second.jsonl: has text \(column 'sentence'\), label .*, and .*first.jsonl has text \(column 'text'\)",
+        ),
+        ({"text": "x", "label": "a"}, {"text": "x", "text_pair": "y", "label": "a"}, "second.jsonl: has .*text_pair"),
+        ({"text": "x", "label": "a"}, {"text": "x"}, "second.jsonl: text-classification needs a column 'label'"),
+        ({"prompt": "x", "completion": "y"}, {"prompt": _USER, "completion": _ASSISTANT}, "column 'prompt', lists"),
+    ],
+)
+def test_files_of_one_run_have_the_same_columns(
+    first: dict[str, object], second: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    """Otherwise one error names the file that differs."""
+    paths = []
+    for name, row in (("first", first), ("second", second)):
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 10)
+        paths.append(str(tmp_path / f"{name}.jsonl"))
+    with pytest.raises(DataError, match=message) as caught:
+        prepare_data(Recipe(data=paths), QUIET)
+    assert "\n" not in str(caught.value)
 
 
 # --- which task ---
@@ -536,11 +727,117 @@ def test_each_words_first_token_has_its_tag(models: Callable[[str], Path]) -> No
     loaded = load_pretrained(task.name, str(models("bert")), labels=["0", "1"])
     words = ["good-film", " ", "bad", "plot", "the", "a"]
     row = {"tokens": words, "tags": ["1", "1", "0", "1", "0", "0"]}
-    encoded = task.encode([row], loaded)  # [CLS] good - film bad plot [SEP]
-    assert encoded["labels"][0] == [-100, 1, -100, -100, 0, 1, -100]
+    encoded = task.encode([row], loaded)  # [CLS] good - film bad plot [SEP] and [CLS] plot the a [SEP]
+    assert list(encoded["labels"]) == [[-100, 1, -100, -100, 0, 1, -100], [-100, -100, 0, 0, -100]]
     (found,) = task.predict(loaded, [row], batch_size=1)
-    assert found["tokens"] == words[:4]
-    assert [tag is None for tag in found["tags"]] == [False, True, False, False]
+    assert found["tokens"] == words
+    assert [tag is None for tag in found["tags"]] == [False, True, False, False, False, False]
+
+
+def tags_by_hand(loaded: Any, words: list[str], limit: int) -> list[str]:
+    """The tags of words, each of which has one or more tokens, from the window that shows most around the word."""
+    encoded = loaded.processor(words, is_split_into_words=True, add_special_tokens=False)
+    ids, of_word = encoded["input_ids"], encoded.word_ids()
+    room = limit - 2
+    starts = [0]
+    while starts[-1] + room < len(ids):
+        starts.append(starts[-1] + room - max(1, room // 4))
+    tags = []
+    for word in range(len(words)):
+        token = of_word.index(word)
+        seen = []
+        for start in starts:
+            end = min(start + room, len(ids))
+            if start <= token < end and (token > start or start == 0):
+                before, after = token - start, end - 1 - token
+                seen.append((min(before if start else 999, after if end < len(ids) else 999), -start))
+        start = -max(seen)[1]
+        window = torch.tensor([[2, *ids[start : start + room], 3]])
+        with torch.inference_mode():
+            number = loaded.model(input_ids=window).logits[0, 1 + token - start].argmax().item()
+        tags.append(loaded.model.config.id2label[number])
+    return tags
+
+
+@pytest.mark.parametrize("limit", [4, 7, 10, 16])
+def test_every_word_has_the_tag_of_the_window_that_shows_most_around_it(
+    limit: int, models: Callable[[str], Path]
+) -> None:
+    """Rows of any length, whose words have one to three tokens, in batches of windows of several rows."""
+    task = task_of("token-classification", limit)
+    loaded = load_pretrained(task.name, str(models("bert")), labels=["B-X", "I-X", "O"])
+    rng = random.Random(limit)
+    words = [*WORDS, "good-film", "bad-plot"]
+    rows = [{"tokens": rng.choices(words, k=length)} for length in (1, 5, 40, 3, 17)]
+    found = task.predict(loaded, rows, batch_size=3)
+    assert [answer["tokens"] for answer in found] == [row["tokens"] for row in rows]
+    assert [answer["tags"] for answer in found] == [tags_by_hand(loaded, row["tokens"], limit) for row in rows]
+
+
+def test_every_word_is_evaluated_once_as_it_is_predicted(models: Callable[[str], Path], tmp_path: Path) -> None:
+    """Accuracy and F1 of entities are those of the predicted tags of whole rows, which are longer than the model."""
+    task = task_of("token-classification")
+    loaded = load_pretrained(task.name, str(models("bert")), labels=["B-X", "I-X", "O"])
+    rng = random.Random(1)
+    rows = [{"tokens": rng.choices(WORDS, k=length)} for length in (40, 3, 25, 60)]
+    predicted = [answer["tags"] for answer in task.predict(loaded, rows, batch_size=2)]
+    names = ("B-X", "I-X", "O")
+    wanted = [[tag if rng.random() < 0.8 else rng.choice(names) for tag in tags] for tags in predicted]
+    encoded = task.encode([{**row, "tags": tags} for row, tags in zip(rows, wanted, strict=True)], loaded)
+    assert len(encoded) > 2 * len(rows)
+    assert sum(label >= 0 for labels in encoded["labels"] for label in labels) == 40 + 3 + 25 + 60
+    for strategy in ("random", "group_by_length"):
+        arguments = TrainingArguments(
+            str(tmp_path), report_to="none", use_cpu=True, train_sampling_strategy=strategy, disable_tqdm=True
+        )
+        trainer = Trainer(loaded.model, arguments, **task.trainer_settings(loaded))
+        shuffled = encoded.select(short_to_long(encoded))
+        metrics = task.evaluate(trainer, shuffled).metrics
+        assert trainer.args.train_sampling_strategy == strategy
+        pairs = [*zip(chain(*wanted), chain(*predicted), strict=True)]
+        assert metrics["accuracy"] == pytest.approx(sum(a == b for a, b in pairs) / len(pairs))
+        true, found = (
+            {(row, *each) for row, tags in enumerate(part) for each in entities_by_hand(tags)}
+            for part in (wanted, predicted)
+        )
+        assert metrics["entity_f1"] == pytest.approx(2 * len(true & found) / (len(true) + len(found)))
+
+
+def entities_by_hand(tags: list[str]) -> set[tuple[str, int, int]]:
+    """All spans that begin an entity, go on to their end, and go no further."""
+
+    def goes_on(place: int) -> bool:
+        """Whether a word belongs to the entity of the word before it."""
+        if not 0 < place < len(tags) or tags[place][0] not in "IEL" or tags[place - 1][0] not in "BI":
+            return False
+        return tags[place][2:] == tags[place - 1][2:]
+
+    places = range(len(tags))
+    return {
+        (tags[start][2:], start, end + 1)
+        for start in places
+        for end in places[start:]
+        if tags[start] != "O"
+        and not goes_on(start)
+        and all(goes_on(place) for place in range(start + 1, end + 1))
+        and not goes_on(end + 1)
+    }
+
+
+@given(st.lists(st.sampled_from([*(f"{mark}-{kind}" for mark in "BIESLU" for kind in "xy"), "O"]), max_size=8))
+def test_entities_are_the_spans_by_hand(tags: list[str]) -> None:
+    """In all schemes, also with an I that nothing begins."""
+    assert entities(tags) == entities_by_hand(tags)
+
+
+def test_entities_of_a_well_formed_row() -> None:
+    """IOB2 and IOBES of the same row; other tags mark none."""
+    wanted = {("PER", 0, 2), ("LOC", 3, 4), ("LOC", 4, 6)}
+    assert entities(["B-PER", "I-PER", "O", "B-LOC", "B-LOC", "I-LOC"]) == wanted
+    assert entities(["B-PER", "E-PER", "O", "S-LOC", "B-LOC", "E-LOC"]) == wanted
+    task = task_of("token-classification")
+    assert task.main_metric_of(("B-PER", "I-PER", "O")) == "entity_f1"
+    assert task.main_metric_of(("noun", "other")) == task.main_metric_of(("O", "X")) == "f1"
 
 
 def test_words_have_the_tokens_that_they_have_in_a_sentence(models: Callable[[str], Path]) -> None:

@@ -20,7 +20,7 @@ import yaml  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 import tunerkit  # noqa: E402
-from tests.tiny_models import save_tiny_llama  # noqa: E402
+from tests.tiny_models import SIDE, save_tiny_llama, save_tiny_vit  # noqa: E402
 from tests.train_command import (  # noqa: E402
     arguments_of,
     assert_same_end,
@@ -35,6 +35,7 @@ from tests.train_command import (  # noqa: E402
 from tunerkit.cli.plugin_commands import PluginCommands  # noqa: E402
 from tunerkit.cli.recipes import reading, schema  # noqa: E402
 from tunerkit.cli.recipes.recipe import Recipe  # noqa: E402
+from tunerkit.cli.rows.reading import read_table  # noqa: E402
 from tunerkit.cli.running import baseline, data as running_data, output, run as running, using  # noqa: E402
 from tunerkit.cli.running.hardware import computing_in  # noqa: E402
 from tunerkit.cli.running.output import PICTURES  # noqa: E402
@@ -276,6 +277,106 @@ def test_predictions_of_texts_a_file_and_the_merged_model_agree(out: Path, folde
     assert command("merge", out, "--out", tmp_path / "merged").exit_code == 2  # it is not empty any more
 
 
+def test_a_prediction_has_its_row_and_the_probability_of_each_class(out: Path, folder: Path, tmp_path: Path) -> None:
+    """Rows count from 1 in their file; the probabilities are the model's, and of several files each row names its."""
+    texts = ["good film", "bad plot very not a the", "the very film"]
+    for name, some in (("one.csv", texts[:2]), ("two.csv", texts[2:])):
+        (tmp_path / name).write_text("text\n" + "".join(f"{text}\n" for text in some))
+    asked = [word for text in texts for word in ("--text", text)]
+    answers = [json.loads(line) for line in succeeded("predict", out, *asked).output.splitlines()]
+    wanted = logits(out, texts).softmax(-1)
+    for number, (answer, row) in enumerate(zip(answers, wanted, strict=True), start=1):
+        assert list(answer) == ["row", "label", "score", "scores"]
+        assert answer["row"] == number
+        assert list(answer["scores"]) == ["bad", "good"]
+        assert [*answer["scores"].values()] == pytest.approx(row.tolist(), abs=1e-5)
+        assert answer["scores"][answer["label"]] == answer["score"] == max(answer["scores"].values())
+    files = ["--data", tmp_path / "one.csv", "--data", tmp_path / "two.csv"]
+    both = [json.loads(line) for line in succeeded("predict", out, *files).output.splitlines()]
+    assert [(answer.pop("file"), answer.pop("row")) for answer in both] == [
+        (str(tmp_path / "one.csv"), 1),
+        (str(tmp_path / "one.csv"), 2),
+        (str(tmp_path / "two.csv"), 1),
+    ]
+    for answer, alone in zip(both, answers, strict=True):
+        assert answer["label"] == alone["label"]
+        assert answer["scores"] == pytest.approx(alone["scores"], abs=1e-5)
+
+
+@pytest.mark.parametrize(("ending", "delimiter"), [("csv", ","), ("TSV", "\t")])
+def test_predictions_are_written_in_the_format_of_the_files_ending(
+    ending: str, delimiter: str, out: Path, tmp_path: Path
+) -> None:
+    """A table has a column for each class's probability and is read back as data; other endings are refused first."""
+    asked = ["--text", "good film", "--text", "the, very"]
+    answers = [json.loads(line) for line in succeeded("predict", out, *asked).output.splitlines()]
+    file = tmp_path / f"answers.{ending}"
+    succeeded("predict", out, *asked, "--out", file)
+    assert file.read_text().splitlines()[0] == delimiter.join(["row", "label", "score", "scores.bad", "scores.good"])
+    rows = read_table(file).rows
+    assert [(row["row"], row["label"]) for row in rows] == [(str(each["row"]), each["label"]) for each in answers]
+    for row, answer in zip(rows, answers, strict=True):
+        assert [float(str(row[f"scores.{name}"])) for name in ("bad", "good")] == [*answer["scores"].values()]
+    done = command("predict", tmp_path, *asked, "--out", tmp_path / "answers.json")
+    assert done.exit_code == 2
+    assert "files that end in .jsonl, .csv, .tsv; rename it" in done.stderr
+
+
+def test_predicted_lists_are_json_in_a_table(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in data files: an empty list too."""
+    answers = [{"row": 1, "labels": ["a", "b"]}, {"row": 2, "labels": []}]
+    monkeypatch.setattr(using, "predict_rows", lambda *_, **__: answers)
+    succeeded("predict", out, "--text", "good", "--out", tmp_path / "a.csv")
+    assert [json.loads(str(row["labels"])) for row in read_table(tmp_path / "a.csv").rows] == [["a", "b"], []]
+
+
+def test_images_are_predicted_from_a_flat_folder_too(tmp_path: Path) -> None:
+    """Each prediction names its file; a hidden folder is no class, which is said, and in no prediction."""
+    image = pytest.importorskip("PIL.Image")
+    save_tiny_vit(tmp_path / "vit")
+    for number in range(6):
+        for name, color in (("red", (200, number, 0)), ("blue", (0, number, 200)), (".ipynb_checkpoints", (0, 0, 0))):
+            (tmp_path / "images" / name).mkdir(parents=True, exist_ok=True)
+            image.new("RGB", (SIDE, SIDE), color).save(tmp_path / "images" / name / f"{number}.png")
+    (tmp_path / "flat").mkdir()
+    for number in range(2):
+        shutil.copy(tmp_path / "images" / "red" / f"{number}.png", tmp_path / "flat")
+    arguments = ["train", "--method", "toy-low-rank", "--config", "{rank: 2}", "--epochs", "1"]
+    done = succeeded(*arguments, "--model", tmp_path / "vit", "--data", tmp_path / "images", "--out", tmp_path / "out")
+    assert f"note: {tmp_path / 'images'}: left out the hidden folders '.ipynb_checkpoints'\n" in done.output
+    assert record_of(tmp_path / "out")["labels"] == ["blue", "red"]
+    for name, files in (("flat", ["0.png", "1.png"]), ("images/red", [f"{number}.png" for number in range(6)])):
+        done = succeeded("predict", tmp_path / "out", "--data", tmp_path / name)
+        answers = [json.loads(line) for line in done.output.splitlines()]
+        assert [answer["image"] for answer in answers] == [str(tmp_path / name / file) for file in files]
+        assert [answer["row"] for answer in answers] == [*range(1, len(files) + 1)]
+        assert all(sum(answer["scores"].values()) == pytest.approx(1) for answer in answers)
+    done = succeeded("predict", tmp_path / "out", "--data", tmp_path / "images")
+    assert len(done.stdout.splitlines()) == 12
+    assert ".ipynb_checkpoints" not in done.stdout
+    assert "left out the hidden folders" in done.stderr
+
+
+def test_labels_are_evaluated_as_they_are_trained(out: Path, tmp_path: Path) -> None:
+    """With white space around them too, which is said on stderr, so the metrics stay JSON."""
+    for name, space in (("tidy", ""), ("spaced", " ")):
+        (tmp_path / f"{name}.csv").write_text(f"text,label\ngood film,{space}good\nbad plot,bad{space}\n")
+    tidy, spaced = (command("eval", out, "--data", tmp_path / f"{name}.csv") for name in ("tidy", "spaced"))
+    assert json.loads(tidy.stdout) == json.loads(spaced.stdout)
+    assert tidy.stderr == ""
+    assert "note: labels are read without white space around them" in spaced.stderr
+
+
+def test_several_files_are_evaluated_together(out: Path, folder: Path, tmp_path: Path) -> None:
+    """As one file with the rows of all."""
+    header, *lines = (folder / "data.csv").read_text().splitlines(keepends=True)
+    for name, some in (("one", lines[:10]), ("two", lines[10:])):
+        (tmp_path / f"{name}.csv").write_text("".join([header, *some]))
+    whole = json.loads(succeeded("eval", out, "--data", folder / "data.csv").stdout)
+    files = ["--data", tmp_path / "one.csv", "--data", tmp_path / "two.csv"]
+    assert json.loads(succeeded("eval", out, *files).stdout) == pytest.approx(whole)
+
+
 def test_rows_to_predict_may_have_any_labels(out: Path, tmp_path: Path) -> None:
     """They are not read."""
     (tmp_path / "labelled.csv").write_text("text,label\ngood film,\nbad plot,ugly\n")
@@ -294,7 +395,7 @@ def test_predictions_are_made_on_the_accelerator_and_merges_are_not(
     monkeypatch.setattr(
         TextClassification, "predict", lambda self, loaded, rows, **_: [{"device": loaded.model.device.type}]
     )
-    assert using.predict_rows(out, ["good"], base=None, batch_size=1) == [{"device": "meta"}]
+    assert using.predict_rows(out, ["good"], base=None, batch_size=1) == [{"row": 1, "device": "meta"}]
     succeeded("merge", out, "--out", tmp_path / "merged")
 
 
@@ -568,6 +669,33 @@ def test_data_that_changed_is_not_resumed(arguments: list[str], folder: Path, tm
     output.check(tmp_path / "out", recipe, resume=True, overwrite=False)
 
 
+def test_a_run_reads_several_files(arguments: list[str], folder: Path, tmp_path: Path) -> None:
+    """All of them are in the record, the recipe and the digests, and resuming wants the same ones, unchanged."""
+    shutil.copy(folder / "data.csv", tmp_path / "more.csv")
+    held = ["--eval-data", folder / "data.csv", "--eval-data", tmp_path / "more.csv"]
+    call = [*arguments, "--data", tmp_path / "more.csv", *held, "--out", tmp_path / "out", "--set", "max_steps=2"]
+    with signalled(1, signal.SIGINT):
+        assert command(*call).exit_code == 130
+    paths = [str(folder / "data.csv"), str(tmp_path / "more.csv")]
+    kept = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert (kept["data"], kept["eval_data"]) == (paths, paths)
+    digests = [line.split("  ") for line in (tmp_path / "out" / output.DIGESTS).read_text().splitlines()]
+    assert [path for _, path in digests] == paths
+    assert len({digest for digest, _ in digests}) == 1
+    with (tmp_path / "more.csv").open("r+") as file:
+        file.write("Text")
+    done = command(*call, "--resume")
+    assert done.exit_code == 2
+    assert "more.csv has changed since the run began" in done.stderr
+    shutil.copy(folder / "data.csv", tmp_path / "more.csv")
+    assert "data was" in command(*arguments, *held, *call[-4:], "--resume").stderr
+    succeeded(*call, "--resume")
+    record = record_of(tmp_path / "out")
+    assert record["rows"] == {"train": 80, "eval": 80}
+    assert record["data"] == {"train": " and ".join(paths), "eval": " and ".join(paths)}
+    assert record["held_out"]["also_trained"] == 80
+
+
 def test_second_texts_are_left_out_where_single_texts_were_trained(out: Path, tmp_path: Path) -> None:
     """A file may have more columns than the training data had."""
     (tmp_path / "pairs.csv").write_text("text,text_pair\nfilm good,film bad\nplot bad,a\n")
@@ -581,7 +709,9 @@ def test_second_texts_are_left_out_where_single_texts_were_trained(out: Path, tm
 def test_a_dry_run_says_which_columns_are_left_out(arguments: list[str], tmp_path: Path) -> None:
     """And which one is taken for which of ours."""
     (tmp_path / "data.csv").write_text("id,sentence,label,date\n" + "1,good,a,x\n2,bad,b,y\n" * 6)
-    shown = succeeded(*arguments, "--data", tmp_path / "data.csv", "--out", tmp_path / "new", "--dry-run").output
+    arguments = [*arguments]
+    arguments[arguments.index("--data") + 1] = str(tmp_path / "data.csv")
+    shown = succeeded(*arguments, "--out", tmp_path / "new", "--dry-run").output
     assert "columns: text (sentence), label; left out: id, date\n" in shown
 
 

@@ -47,6 +47,9 @@ def valid(value: Any, fragment: dict[str, Any]) -> bool:
         return False
     if isinstance(value, int | float) and value < fragment.get("minimum", value):
         return False
+    if isinstance(value, list):
+        within = (valid(each, fragment.get("items", {})) for each in value)
+        return len(value) >= fragment.get("minItems", 0) and all(within)
     if not isinstance(value, dict):
         return True
     known, others = fragment.get("properties", {}), fragment.get("additionalProperties", {})
@@ -74,8 +77,11 @@ def test_every_key_is_described() -> None:
 
 def test_the_keywords_are_those_of_the_test_above() -> None:
     """A keyword that `valid` does not know would be ignored by it."""
-    fragments = [*schema({})["properties"].values(), schema({})["properties"]["columns"]["additionalProperties"]]
+    properties = schema({})["properties"]
+    within = [properties["columns"]["additionalProperties"], properties["data"]["items"]]
+    fragments = [*properties.values(), *within]
     known = {"type", "enum", "minLength", "minimum", "properties", "additionalProperties", "description", "default"}
+    known |= {"items", "minItems"}
     assert {keyword for fragment in fragments for keyword in fragment} <= known
 
 

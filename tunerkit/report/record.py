@@ -79,6 +79,7 @@ class Run:
     """A run as ``run.json`` records it. What the record lacks is empty or None.
 
     Attributes:
+        held_out: What is odd about the held-out rows: those that are trained too, and classes in one part alone.
         logs: One mapping per row of the trainer's logs, with the key ``step``; keys that start with ``eval_`` are
             measured on held-out rows.
         ranks: The live rank by target path.
@@ -96,6 +97,7 @@ class Run:
     model: Mapping[str, Any] = attrs.field(factory=dict)
     data: Mapping[str, Any] = attrs.field(factory=dict)
     rows: Mapping[str, int] = attrs.field(factory=dict)
+    held_out: Mapping[str, Any] = attrs.field(factory=dict)
     labels: tuple[str, ...] = ()
     metrics: Mapping[str, float] = attrs.field(factory=dict)
     main_metric: str | None = None

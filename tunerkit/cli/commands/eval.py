@@ -8,7 +8,9 @@ import typer
 
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="The output folder of `tunerkit train`.", metavar="OUT")],
-    data: Annotated[Path, typer.Option(help="Rows with the columns of training, labels included.")],
+    data: Annotated[
+        list[Path], typer.Option(help="Rows with the columns of training, labels included; may be given several times.")
+    ],
     base: Annotated[str | None, typer.Option(help="Where the base model is now, if it has moved.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
 ) -> None:

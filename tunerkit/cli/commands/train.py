@@ -34,10 +34,16 @@ def train(
     ] = None,
     model: Annotated[str | None, typer.Option(help="A local folder or a hub name. Default: all-MiniLM-L6-v2.")] = None,
     data: Annotated[
-        str | None,
-        typer.Option(help="A .csv, .tsv, .jsonl or .parquet file, or a folder of images. Default: movie sentences."),
+        list[str] | None,
+        typer.Option(
+            help="A .csv, .tsv, .jsonl or .parquet file, or a folder of images; may be given several times. Default: "
+            "movie sentences."
+        ),
     ] = None,
-    eval_data: Annotated[str | None, typer.Option(help="The held-out data. Default: a fifth of --data.")] = None,
+    eval_data: Annotated[
+        list[str] | None,
+        typer.Option(help="The held-out data; may be given several times. Default: a fifth of --data."),
+    ] = None,
     text_column: Annotated[str | None, typer.Option(help="The name of the text column. Default: text.")] = None,
     label_column: Annotated[str | None, typer.Option(help="The name of the label column. Default: label.")] = None,
     config: Annotated[
@@ -76,8 +82,8 @@ def train(
         "method": method,
         "from": from_,
         "model": model,
-        "data": data,
-        "eval_data": eval_data,
+        "data": data or None,
+        "eval_data": eval_data or None,
         "config": config,
         "out": out,
         "epochs": epochs,

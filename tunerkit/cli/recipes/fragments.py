@@ -41,6 +41,7 @@ _KEYWORDS: Final[Mapping[str, tuple[type, ...]]] = MappingProxyType(
         "minimum": (int, float),
         "maximum": (int, float),
         "minLength": (int,),
+        "minItems": (int,),
         "properties": (dict,),
         "items": (dict,),
         "additionalProperties": (bool, dict),
@@ -67,6 +68,8 @@ def problems(value: object, fragment: Fragment, where: str = "") -> Iterator[str
     elif isinstance(value, dict):
         yield from _in_mapping(value, fragment, where)
     elif isinstance(value, list):
+        if len(value) < fragment.get("minItems", 0):
+            yield f"{_at(where)}expected {fragment['minItems']} or more values in the list, got {shown(value)}"
         for number, each in enumerate(value):
             yield from problems(each, fragment.get("items", {}), f"{where}[{number}]")
     elif isinstance(value, str) and len(value) < fragment.get("minLength", 0):

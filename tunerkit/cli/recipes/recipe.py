@@ -1,6 +1,7 @@
 """A recipe: one training run, described by plain values."""
 
 import os
+from collections.abc import Callable
 from typing import Any, Final
 
 import attrs
@@ -30,6 +31,17 @@ def _key(kind: str, description: str, **limits: Any) -> dict[str, Any]:
     return {"type": kind, "description": description, **limits}
 
 
+def _files(description: str) -> dict[str, Any]:
+    """Return the JSON schema of a path, or a list of paths."""
+    one = {"type": "string", "minLength": 1}
+    return {**one, "type": ("string", "array"), "description": description, "items": one, "minItems": 1}
+
+
+def _alone(paths: str | list[str] | None) -> str | list[str] | None:
+    """A list of one path as that path, so that both mean the same run."""
+    return paths[0] if isinstance(paths, list) and len(paths) == 1 else paths
+
+
 @attrs.frozen
 class Recipe:
     """A training run. Values are plain: text, numbers, booleans, None, lists and mappings with text as keys.
@@ -38,8 +50,8 @@ class Recipe:
         version: The form of the recipe; this tunerkit knows 1.
         task: One of `TASKS`, or None: it follows from the model and the data.
         model: A folder or a name on the hub, or None: the command's default.
-        data: The path of the training data, or None: the command's default.
-        eval_data: The path of the held-out data, or None: a part of ``data``.
+        data: The path of the training data, or the paths of several files, or None: the command's default.
+        eval_data: The same of the held-out data, or None: a part of ``data``.
         from_adapter: The adapter that the training goes on from: a file, a folder, or a name that a format's plugin
             knows; or None: it trains a new one.
         method: The method's name, or None: that of ``from_adapter``, or else `DEFAULT_METHOD`.
@@ -67,17 +79,17 @@ class Recipe:
     model: str | None = attrs.field(
         default=None, metadata=_key("string", "The base model: a local folder, or a name on the hub.", minLength=1)
     )
-    data: str | None = attrs.field(
+    data: str | list[str] | None = attrs.field(
         default=None,
-        metadata=_key(
-            "string", "The path of the training data: .csv, .tsv, .jsonl, .parquet, or a folder of images.", minLength=1
+        converter=_alone,
+        metadata=_files(
+            "The path of the training data, or a list of paths: .csv, .tsv, .jsonl, .parquet, or folders of images."
         ),
     )
-    eval_data: str | None = attrs.field(
+    eval_data: str | list[str] | None = attrs.field(
         default=None,
-        metadata=_key(
-            "string", "The path of the held-out data. Without it, a part of `data` is held out.", minLength=1
-        ),
+        converter=_alone,
+        metadata=_files("The path of the held-out data, or a list of paths. Without it, a part of `data` is held out."),
     )
     from_adapter: str | None = attrs.field(
         default=None,
@@ -189,14 +201,27 @@ def with_full_paths(recipe: Recipe) -> Recipe:
         path = getattr(recipe, name)
         if path is not None and _is_there(path):
             paths[name] = path  # the others are names on the hub
-    full = {name: os.path.abspath(os.path.expanduser(path)) for name, path in paths.items() if path is not None}
-    return attrs.evolve(recipe, **full)
+    return attrs.evolve(recipe, **_changed(paths, lambda path: os.path.abspath(os.path.expanduser(path))))
 
 
 def with_home(recipe: Recipe) -> Recipe:
     """Return the recipe with the home folder for ``~``, which a shell leaves in a recipe and after ``=``."""
     paths = {name: getattr(recipe, name) for name in _PATHS}
-    return attrs.evolve(recipe, **{name: os.path.expanduser(path) for name, path in paths.items() if path is not None})
+    return attrs.evolve(recipe, **_changed(paths, os.path.expanduser))
+
+
+def files_of(data: str | list[str] | None) -> list[str]:
+    """The paths in a recipe's ``data`` or ``eval_data``; none without it."""
+    return data if isinstance(data, list) else [] if data is None else [data]
+
+
+def _changed(paths: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """Paths, or lists of them, by key, each path changed; without the keys that are None."""
+    return {
+        name: [change(each) for each in path] if isinstance(path, list) else change(path)
+        for name, path in paths.items()
+        if path is not None
+    }
 
 
 def _is_there(path: str) -> bool:

@@ -28,28 +28,31 @@ class Table:
     """The rows of a file, in its order, each with the file's columns.
 
     ``folder`` is the file's own, to which paths in its rows are relative; None if the rows come from no file.
+    ``left_out`` says what of a folder of images is in no row.
     """
 
     source: str
     columns: tuple[str, ...]
     rows: tuple[Mapping[str, object], ...]
     folder: Path | None = None
+    left_out: str = ""
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path, *, predicting: bool = False) -> Table:
     """Read a file in the format of its suffix, or a folder of images with a subfolder per class.
 
-    Values in csv and tsv are texts, whatever they look like: "NA" is a text and no missing value.
+    Values in csv and tsv are texts, whatever they look like: "NA" is a text and no missing value. For prediction, a
+    folder's images may lie in no subfolder.
 
     Raises:
         DataError: It cannot be read. The message names the file and the row (from 1), and guesses at encoding and
             delimiter.
     """
     if path.is_dir():
-        return _read_images(path)
+        return _read_images(path, predicting=predicting)
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         allowed = ", ".join(_READERS)
@@ -120,17 +123,26 @@ def _encoding_hint(problem: UnicodeDecodeError) -> str:
     )
 
 
-def _read_images(folder: Path) -> Table:
-    rows = [
-        {"image": str(file), "label": inside.name}
-        for inside in sorted(folder.iterdir())
-        if inside.is_dir()
-        for file in sorted(inside.iterdir())
-        if file.suffix.lower() in IMAGES
-    ]
-    if not rows:
+def _read_images(folder: Path, *, predicting: bool) -> Table:
+    inside = sorted(folder.iterdir())
+    hidden = [each.name for each in inside if each.is_dir() and each.name.startswith(".")]
+    classes = [each for each in inside if each.is_dir() and not each.name.startswith(".")]
+    labelled = [(file, each.name) for each in classes for file in sorted(each.iterdir()) if _is_image(file)]
+    flat = [each for each in inside if _is_image(each)]
+    if not labelled and not (predicting and flat):
         raise DataError(f"{folder}: expected a subfolder per class with images ({', '.join(sorted(IMAGES))})")
-    return Table(str(folder), ("image", "label"), tuple(rows))
+    left_out = [f"the hidden folders {few([shown(name) for name in hidden], shown=5)}"] if hidden else []
+    if predicting:
+        rows = [{"image": str(file)} for file in (*flat, *(file for file, _ in labelled))]
+        return Table(str(folder), ("image",), tuple(rows), left_out="".join(left_out))
+    left_out += [f"{len(flat)} images in no subfolder, such as {flat[0].name}"] if flat else []
+    pairs = tuple({"image": str(file), "label": name} for file, name in labelled)
+    return Table(str(folder), ("image", "label"), pairs, left_out=" and ".join(left_out))
+
+
+def _is_image(file: Path) -> bool:
+    """By its name; a hidden file is none, such as those that macOS writes beside each image."""
+    return file.suffix.lower() in IMAGES and not file.name.startswith(".")
 
 
 def _read_csv(path: Path, delimiter: str = ",") -> Iterator[Row]:

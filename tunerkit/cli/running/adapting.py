@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import tunerkit
 from tunerkit import BaseMismatchError, Tuner, TunerkitError, TunerkitWarning
 from tunerkit.cli.recipes.recipe import DEFAULT_METHOD, Recipe
+from tunerkit.cli.rows.labels import tidy
 from tunerkit.cli.rows.reading import DataError
 from tunerkit.cli.running.data import Data
 from tunerkit.cli.running.starting import Start, refuse_method
@@ -27,7 +28,8 @@ def head_labels(start: Start | None, task: Task, data: Data) -> tuple[Sequence[s
     """
     if start is None or not (data.labels and start.labels) or start.task != task.name:
         return data.labels, False
-    if new := [name for name in data.labels if name not in start.labels]:
+    known = {*start.labels, *map(tidy, start.labels)}  # earlier versions kept the white space around names
+    if new := [name for name in data.labels if name not in known]:
         raise DataError(
             f"{data.source}: has the classes [{_listed(new)}], and the head of the adapter --from {start.source} is "
             f"for [{_listed(start.labels)}]; leave these rows out, {_ANEW}"

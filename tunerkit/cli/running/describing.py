@@ -83,7 +83,9 @@ def _describe_lengths(session: Session, lengths: Sequence[int], console: Console
     """Print how long the texts are, which are sorted by length, and how many of them are as long as they may be."""
     limit = vars(session.trainer.args).get("max_length", token_limit(session.loaded, session.task.limit))
     cut = "not cut"
-    if limit is not None:
+    if "window" in session.trainer.train_dataset.column_names:
+        cut = f"in {len(lengths)} windows of up to {limit} tokens, which lose no word"
+    elif limit is not None:
         reaching = len(lengths) - bisect_left(lengths, limit)
         cut = f"cut at {limit} tokens, which {reaching} {'row reaches' if reaching == 1 else 'rows reach'}"
     say(console, f"lengths: {lengths[len(lengths) // 2]} tokens in the middle, {lengths[-1]} at most ({cut})")

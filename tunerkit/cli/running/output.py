@@ -13,7 +13,7 @@ from tunerkit import serialization
 from tunerkit.cli.outputs import OutputError
 from tunerkit.cli.recipes import writing
 from tunerkit.cli.recipes.reading import read_recipe
-from tunerkit.cli.recipes.recipe import Recipe, to_mapping, with_full_paths, with_precision
+from tunerkit.cli.recipes.recipe import Recipe, files_of, to_mapping, with_full_paths, with_precision
 from tunerkit.errors import shown
 from tunerkit.integrations.output_folder import RECORD
 
@@ -125,8 +125,8 @@ def _check_data(folder: Path, recipe: Recipe) -> None:
 def _digests(recipe: Recipe) -> dict[str, str]:
     """The SHA-256 of each file of data, by path; a folder of images has none."""
     found = {}
-    for path in (recipe.data, recipe.eval_data):
-        if path is not None and Path(path).is_file():
+    for path in (*files_of(recipe.data), *files_of(recipe.eval_data)):
+        if Path(path).is_file():
             with open(path, "rb") as file:
                 found[path] = hashlib.file_digest(file, "sha256").hexdigest()
     return found

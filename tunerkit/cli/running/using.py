@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 import tunerkit
 from tunerkit import TunerkitError, TunerkitWarning
 from tunerkit.cli.converting.merging import merge_adapter
@@ -12,7 +14,9 @@ from tunerkit.cli.outputs import OutputError, new_folder
 from tunerkit.cli.rows.reading import DataError, Table, read_table
 from tunerkit.cli.running import hardware
 from tunerkit.cli.running.arguments import trainer_arguments
+from tunerkit.cli.running.data import Rows, read_rows
 from tunerkit.cli.running.fitting import build_fitted, cut_at_positions_
+from tunerkit.cli.running.telling import say
 from tunerkit.cli.tasks import task_of
 from tunerkit.cli.tasks.answering import Answering
 from tunerkit.cli.tasks.base import Row, Task, require_text
@@ -35,13 +39,15 @@ _HALF = ("bf16", "fp16")
 
 def predict_rows(
     folder: Path,
-    asked: Sequence[str] | Path,
+    asked: Sequence[str] | Sequence[Path] | Path,
     *,
     base: str | None,
     batch_size: int,
     answering: Answering = GREEDY,
 ) -> list[dict[str, Any]]:
-    """Predict texts, or the rows of a file, without its labels.
+    """Predict texts, or the rows of files, without their labels.
+
+    What a classifier predicts has the number of its row, from 1, and the file if there are several.
 
     Raises:
         TunerkitError: The rows do not fit, or they say how to answer and the task generates nothing.
@@ -49,27 +55,34 @@ def predict_rows(
     run, task = _run_in(folder)
     if answering.given and not isinstance(task, GenerationTask):
         raise TunerkitError(f"{answering.given[0]}: {run.task} generates no text; leave it out")
+    files = [asked] if isinstance(asked, Path) else [each for each in asked if isinstance(each, Path)]
     if answering.system is not None:
-        _require_conversations(run, isinstance(asked, Path), default=False)
-    if isinstance(asked, Path):
-        rows = _rows(run, task, asked, predicting=True)
+        _require_conversations(run, bool(files), default=False)
+    if files:
+        read = _read(run, task, files, predicting=True)
+        rows = _as_trained(run, read.rows, read.source)
+        places = [{**({"file": each.source} if len(files) > 1 else {}), "row": each.number} for each in read.placed]
     else:
-        rows = task.rows(_table(run, task, asked, answering.system), {}, predicting=True)
+        texts = [each for each in asked if isinstance(each, str)] if not isinstance(asked, Path) else []
+        rows = task.rows(_table(run, task, texts, answering.system), {}, predicting=True)
         _as_trained(run, rows, "--text")
+        places = [{"row": number} for number in range(1, len(rows) + 1)]
     loaded = _load(run, base)
     with hardware.computing_in(_precision(run, loaded), loaded.model.device):
-        if not isinstance(task, GenerationTask):
-            return task.predict(loaded, rows, batch_size=batch_size)
-        if answering.system is not None:
-            require_system(loaded, answering.system)
-        answering.seed_draws()
-        return task.predict(loaded, rows, batch_size=batch_size, answering=answering)
+        if isinstance(task, GenerationTask):
+            if answering.system is not None:
+                require_system(loaded, answering.system)
+            answering.seed_draws()
+            return task.predict(loaded, rows, batch_size=batch_size, answering=answering)
+        answers = task.predict(loaded, rows, batch_size=batch_size)
+    return [{**place, **answer} for place, answer in zip(places, answers, strict=True)]
 
 
-def evaluate_rows(folder: Path, data: Path, *, base: str | None, batch_size: int) -> dict[str, Any]:
-    """Evaluate on the rows of a file, by the loss of the run, and return the metrics."""
+def evaluate_rows(folder: Path, data: Path | Sequence[Path], *, base: str | None, batch_size: int) -> dict[str, Any]:
+    """Evaluate on the rows of files, by the loss of the run, and return the metrics."""
     run, task = _run_in(folder)
-    rows = _rows(run, task, data)
+    read = _read(run, task, [data] if isinstance(data, Path) else data)
+    rows = _as_trained(run, read.rows, read.source)
     loaded = _load(run, base)
     trained = run.record.get("recipe", {}).get("training", {})
     left_out = (*_OF_TRAINING, *_HALF, *(_OF_GPUS if loaded.model.device.type == "cpu" else ()))
@@ -85,7 +98,7 @@ def evaluate_rows(folder: Path, data: Path, *, base: str | None, batch_size: int
         task,
         arguments,
         loaded,
-        {"train": str(data), "eval": str(data)},
+        {"train": read.source, "eval": read.source},
         model=loaded.model,
         train_dataset=encoded,
         eval_dataset=encoded,
@@ -220,10 +233,14 @@ def _system(text: str | None) -> list[dict[str, str]]:
     return [] if text is None else [{"role": "system", "content": text}]
 
 
-def _rows(run: Run, task: Task, data: Path, *, predicting: bool = False) -> list[Row]:
-    """Read rows whose columns are named as in the training data."""
+def _read(run: Run, task: Task, files: Sequence[Path], *, predicting: bool = False) -> Rows:
+    """Read rows whose columns are named as in the training data, and print what is odd about them on stderr."""
     names = dict(run.record.get("recipe", {}).get("columns", {}))
-    return _as_trained(run, task.rows(read_table(data), names, predicting=predicting, renaming=False), str(data))
+    tables = [read_table(path, predicting=predicting) for path in files]
+    read = read_rows(task, tables, names, predicting=predicting, renaming=False)
+    for note in read.notes:
+        say(Console(stderr=True), f"note: {note}")
+    return read
 
 
 def _as_trained(run: Run, rows: list[Row], source: str) -> list[Row]:

@@ -1,13 +1,15 @@
 """What a task is: its columns, its model, its trainer and its metrics."""
 
 import importlib.util
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import attrs
 
-from tunerkit.cli.rows.labels import class_numbers
+from tunerkit.cli.rows.labels import class_numbers, tidy
 from tunerkit.cli.rows.reading import DataError, Table, column
 from tunerkit.errors import TunerkitError, closest, shown
 from tunerkit.integrations.pretrained import Pretrained
@@ -72,6 +74,9 @@ class Task(ABC):
     has_baseline: ClassVar[bool] = False
     # Whether a language model learns the tokens of prompts too; None if the rows have no prompts that it could learn.
     trains_on_prompts: bool | None = None
+    # Our name of the column with a row's class, classes or number; empty for language models.
+    label_column: ClassVar[str] = ""
+    one_class: ClassVar[bool] = False  # whether each row has exactly one
 
     def __init__(self, max_length: int | None = None) -> None:
         self.limit = self.max_length if max_length is None else max_length
@@ -116,6 +121,10 @@ class Task(ABC):
     def checked(self, row: Row, where: str) -> Row:
         """Return a row with values of the task's types. Raises `DataError`, which begins with ``where``."""
 
+    def main_metric_of(self, labels: Sequence[str]) -> str:
+        """The metric that a verdict names, for a run with these classes."""
+        return self.main_metric
+
     def labels(self, rows: Sequence[Row]) -> tuple[str, ...]:
         """The names of the classes in the order of the logits; empty if the task has none."""
         return ()
@@ -123,6 +132,20 @@ class Task(ABC):
     def classes_of(self, row: Row) -> Sequence[str]:
         """The classes that a row's labels name; none if the task has none."""
         return ()
+
+    def tidied(self, row: Row, changed: Counter[tuple[str, str]]) -> Row:
+        """Return a row with `tidy` names of its classes, and count in ``changed`` which names became which."""
+        value = row.get(self.label_column)
+        if not isinstance(value, str | list):
+            return row
+        names = [value] if isinstance(value, str) else value
+        new = [tidy(name) for name in names]
+        changed.update(pair for pair in zip(names, new, strict=True) if pair[0] != pair[1])
+        return {**row, self.label_column: new[0] if isinstance(value, str) else new}
+
+    def identity(self, row: Row) -> Hashable:
+        """What makes two rows the same input, whatever their labels."""
+        return json.dumps({name: value for name, value in row.items() if name != self.label_column})
 
     def check_classes(self, rows: Sequence[Row], labels: Sequence[str]) -> None:
         """Raise `DataError` if rows have classes that are not among ``labels``: before a model is loaded."""

@@ -1,7 +1,8 @@
 """One class for each image."""
 
+import filecmp
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ import attrs
 from tunerkit.cli.rows.labels import class_numbers
 from tunerkit.cli.rows.reading import DataError, Table
 from tunerkit.cli.tasks.base import LABEL, Column, Row, Task, name_in, pipeline_of, require_package
-from tunerkit.cli.tasks.classifying import classification_scores, confusion_of
+from tunerkit.cli.tasks.classifying import chosen_class, classification_scores, confusion_of
 from tunerkit.cli.tasks.text_classification import class_label, several_classes
 from tunerkit.cli.tasks.texts import labels_of
 from tunerkit.errors import shown
@@ -24,6 +25,8 @@ class ImageClassification(Task):
     columns: ClassVar[tuple[Column, ...]] = (Column("image", ("image_path", "file_name", "path")), LABEL)
     main_metric: ClassVar[str] = "accuracy"
     greater_is_better: ClassVar[bool] = True
+    label_column: ClassVar[str] = LABEL.name
+    one_class: ClassVar[bool] = True
 
     def rows(
         self, table: Table, names: Mapping[str, str], *, predicting: bool = False, renaming: bool = True
@@ -54,6 +57,10 @@ class ImageClassification(Task):
     def classes_of(self, row: Row) -> Sequence[str]:
         """The image's class."""
         return [row["label"]]
+
+    def identity(self, row: Row) -> Hashable:
+        """The content of the file: copies of an image have other paths."""
+        return _Content(row["image"])
 
     def encode(self, rows: Sequence[Row], loaded: Pretrained) -> Any:
         """Images are read and processed when a batch needs them."""
@@ -90,8 +97,24 @@ class ImageClassification(Task):
 
     def predict(self, loaded: Pretrained, rows: Sequence[Row], *, batch_size: int) -> list[dict[str, Any]]:
         """Predict with the pipeline of transformers."""
-        found = pipeline_of(self.name, loaded)([row["image"] for row in rows], batch_size=batch_size, top_k=1)
-        return [{"label": each[0]["label"], "score": float(each[0]["score"])} for each in found]
+        labels, files = labels_of(loaded), [row["image"] for row in rows]
+        found = pipeline_of(self.name, loaded)(files, batch_size=batch_size, top_k=len(labels))
+        return [{"image": file, **chosen_class(each, labels)} for file, each in zip(files, found, strict=True)]
+
+
+class _Content:
+    """What is in a file, which equals that of its copies; few files are read further than their beginning."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        with open(path, "rb") as file:
+            self.hash = hash((os.fstat(file.fileno()).st_size, file.read(8192)))
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Content) and filecmp.cmp(self.path, other.path, shallow=False)
 
 
 def _placed(folder: Path | None, path: object) -> object:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from tunerkit.cli.rows.labels import class_names, class_numbers
 from tunerkit.cli.rows.reading import DataError
 from tunerkit.cli.tasks.base import LABEL, TEXT, Column, Row
+from tunerkit.cli.tasks.classifying import probabilities
 from tunerkit.cli.tasks.texts import PAIR, TextTask
 from tunerkit.errors import shown
 
@@ -28,7 +29,7 @@ class MultiLabel(TextTask):
 
     def label(self, value: object, where: str) -> list[str]:
         """A list of labels; in csv and tsv, a JSON list such as ``["a", "b"]``."""
-        return label_list(value, where, "label")
+        return tag_list(value, where, "label")
 
     def labels(self, rows: Sequence[Row]) -> tuple[str, ...]:
         """All labels."""
@@ -62,10 +63,18 @@ class MultiLabel(TextTask):
         """A probability for each label."""
         return {"function_to_apply": "sigmoid", "top_k": None}
 
-    def prediction(self, found: Any) -> dict[str, Any]:
+    def prediction(self, found: Any, labels: Sequence[str]) -> dict[str, Any]:
         """The labels above the threshold, and all probabilities."""
-        scores = {each["label"]: float(each["score"]) for each in found}
+        scores = probabilities(found, labels)
         return {"labels": sorted(name for name, score in scores.items() if score > THRESHOLD), "scores": scores}
+
+
+def tag_list(value: object, where: str, name: str) -> list[str]:
+    """Return a list of names of classes, none of which is blank. Raises `DataError`."""
+    found = label_list(value, where, name)
+    if not all(map(str.strip, found)):
+        raise DataError(f"{where}, column {name!r}: has an empty name in {shown(found)}; fill it in, or remove it")
+    return found
 
 
 def label_list(value: object, where: str, name: str) -> list[str]:

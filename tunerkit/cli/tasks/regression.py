@@ -42,6 +42,6 @@ class Regression(TextTask):
         """The number as it is."""
         return {"function_to_apply": "none"}
 
-    def prediction(self, found: Any) -> dict[str, Any]:
+    def prediction(self, found: Any, labels: Sequence[str]) -> dict[str, Any]:
         """The number."""
         return {"value": float(found["score"])}

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from tunerkit.cli.rows.labels import class_names, class_numbers
 from tunerkit.cli.rows.reading import DataError
 from tunerkit.cli.tasks.base import Row
-from tunerkit.cli.tasks.classifying import classification_scores, confusion_of
+from tunerkit.cli.tasks.classifying import chosen_class, classification_scores, confusion_of
 from tunerkit.cli.tasks.texts import TextTask
 from tunerkit.errors import shown
 
@@ -22,7 +22,7 @@ def class_label(value: object, where: str) -> str:
             f"{where}, column 'label': expected a class (text or whole number), got {shown(value)}. Is this "
             "regression? Then pass --task regression"
         )
-    if value == "":
+    if isinstance(value, str) and not value.strip():
         raise DataError(f"{where}, column 'label': the label is empty; fill it in, or remove the row")
     if not isinstance(value, str | int | float):
         raise DataError(f"{where}, column 'label': expected a class (text or whole number), got {shown(value)}")
@@ -43,6 +43,7 @@ class TextClassification(TextTask):
     name: ClassVar[str] = "text-classification"
     main_metric: ClassVar[str] = "accuracy"
     greater_is_better: ClassVar[bool] = True
+    one_class: ClassVar[bool] = True
 
     def label(self, value: object, where: str) -> str:
         """A class's name."""
@@ -68,6 +69,10 @@ class TextClassification(TextTask):
         """Rows by true class, columns by predicted class."""
         return confusion_of(predictions, truth)
 
-    def prediction(self, found: Any) -> dict[str, Any]:
-        """The class and its probability."""
-        return {"label": found["label"], "score": float(found["score"])}
+    def pipeline_options(self) -> dict[str, Any]:
+        """A probability for each class."""
+        return {"top_k": None}
+
+    def prediction(self, found: Any, labels: Sequence[str]) -> dict[str, Any]:
+        """The class, its probability, and those of all classes."""
+        return chosen_class(found, labels)

@@ -14,6 +14,7 @@ class TextTask(Task):
 
     columns: ClassVar[tuple[Column, ...]] = (TEXT, PAIR, LABEL)
     has_baseline: ClassVar[bool] = True
+    label_column: ClassVar[str] = "label"
 
     def checked(self, row: Row, where: str) -> Row:
         """Check the texts and the label."""
@@ -58,9 +59,9 @@ class TextTask(Task):
         pipeline = pipeline_of(self.name, loaded)
         limit = token_limit(loaded, self.limit)
         found = pipeline(inputs, batch_size=batch_size, truncation=True, max_length=limit, **self.pipeline_options())
-        return [self.prediction(each) for each in found]
+        return [self.prediction(each, labels_of(loaded)) for each in found]
 
-    def prediction(self, found: Any) -> dict[str, Any]:
+    def prediction(self, found: Any, labels: Sequence[str]) -> dict[str, Any]:
         """One row's prediction, from the pipeline's answer."""
         raise NotImplementedError
 

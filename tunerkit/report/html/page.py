@@ -185,10 +185,11 @@ def _samples(run: Run) -> list[dict[str, str | None]]:
 
 
 def _details(run: Run) -> dict[str, tables.Table]:
+    described = (("model", run.model), ("data", run.data), ("held-out rows", run.held_out))
     found = {
         "Settings of the method": tables.settings(run.config),
         "Recipe": tables.settings({key: value for key, value in run.recipe.items() if key != "config"}),
-        "Model and data": tables.settings({k: v for k, v in (("model", run.model), ("data", run.data)) if v}),
+        "Model and data": tables.settings({name: values for name, values in described if values}),
         "Environment": tables.settings(run.environment),
     }
     return {name: table for name, table in found.items() if table is not None}
