@@ -145,6 +145,7 @@ def test_an_exception_of_a_command_is_one_line(
             problem.encode()
         except UnicodeEncodeError as error:
             problem = error
+    assert isinstance(problem, BaseException)
     done = end_of(problem, monkeypatch)
     assert done.exit_code == code
     assert done.stderr.startswith(f"tunerkit: {line}")
@@ -220,7 +221,7 @@ def test_output_that_cannot_be_written_is_no_traceback(opened: Callable[[], int]
 def test_a_terminal_without_a_character_gets_an_escape(outputs: Path) -> None:
     """What a record or a plugin contains never ends a command."""
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    command = [sys.executable, "-m", "tunerkit.cli", "show", outputs]
+    command = [sys.executable, "-m", "tunerkit.cli", "show", str(outputs)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "b\\xe9rt" in done.stdout

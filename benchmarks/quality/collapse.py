@@ -49,7 +49,7 @@ def default_runs(tasks: Sequence[str]) -> Iterator[Run]:
 def is_collapsed(row: Row, rows: Sequence[Row]) -> bool:
     """Whether a run is nearer to naming the most frequent class alone than to the best run of its task in ``rows``."""
     own = [each for each in rows if each["task"] == row["task"]]
-    chance = next((100 * each["majority"] for each in own if "majority" in each), None)
+    chance: float | None = next((100 * each["majority"] for each in own if "majority" in each), None)
     if chance is None:
         raise ValueError(f"{row['task']}: no row says how frequent its most frequent class is; run the grid collapse")
     return points_of(row) < (chance + max(map(points_of, own))) / 2
@@ -95,15 +95,8 @@ def default_table(rows: Sequence[Row], tasks: Sequence[str]) -> list[str]:
 def _is_of(row: Row, task: str, method: str, multiple: int, training: Mapping[str, Any], precision: str) -> bool:
     """Whether a row is of a run of this grid; rows of earlier grids count as runs of before."""
     wanted = {**training, **({"precision": precision} if precision != "fp32" else {})}
-    asked = (task, method, RANK, multiple * RATE, {}, wanted)
-    return asked == (
-        row["task"],
-        row["method"],
-        row["rank"],
-        row["learning_rate"],
-        row["settings"],
-        row.get("training", {}),
-    )
+    asked = {"task": task, "method": method, "rank": RANK, "learning_rate": multiple * RATE, "settings": {}}
+    return row.get("training", {}) == wanted and all(row[name] == value for name, value in asked.items())
 
 
 def _share(own: Sequence[Row], rows: Sequence[Row]) -> str:

@@ -43,6 +43,11 @@ class Data:
     unused: tuple[str, ...]
     findings: Mapping[str, Any]
 
+    @property
+    def parts(self) -> Mapping[str, list[Row]]:
+        """The rows by part, under the names in a record."""
+        return {"train": self.train, "eval": self.held_out}
+
 
 @attrs.frozen
 class Placed:
@@ -65,11 +70,6 @@ class Rows:
     def rows(self) -> list[Row]:
         """The rows alone."""
         return [each.row for each in self.placed]
-
-    @property
-    def parts(self) -> Mapping[str, list[Row]]:
-        """The rows by part, under the names in a record."""
-        return {"train": self.train, "eval": self.held_out}
 
 
 def prepare_data(recipe: Recipe, console: Console) -> tuple[Task, Data]:
