@@ -122,8 +122,10 @@ def read_rows(
     """
     placed: list[Placed] = []
     shapes: list[dict[str, tuple[str, str]]] = []
+    changed: Counter[tuple[str, str]] = Counter()
     for table in tables:
-        rows = task.rows(table, names, predicting=predicting, renaming=renaming)
+        found = task.rows(table, names, predicting=predicting, renaming=renaming)
+        rows = [task.tidied(row, changed) for row in found]
         read = {each.name: name for each, name in task.columns_read(table, names, predicting=predicting)}
         shapes.append({ours: (name, _kind(rows[0].get(ours))) for ours, name in read.items()})
         placed += [Placed(row, table.source, number) for number, row in enumerate(rows, start=1)]
@@ -134,8 +136,6 @@ def read_rows(
                 "all files of one run the same columns with values of the same kind"
             )
     notes = [f"{table.source}: left out {table.left_out}" for table in tables if table.left_out]
-    changed: Counter[tuple[str, str]] = Counter()
-    placed = [attrs.evolve(each, row=task.tidied(each.row, changed)) for each in placed]
     if changed:
         such = few([f"{shown(old)} as {shown(new)}" for old, new in changed], shown=3)
         notes.append(

@@ -140,12 +140,18 @@ class Task(ABC):
             return row
         names = [value] if isinstance(value, str) else value
         new = [tidy(name) for name in names]
+        if new == names:
+            return row
         changed.update(pair for pair in zip(names, new, strict=True) if pair[0] != pair[1])
         return {**row, self.label_column: new[0] if isinstance(value, str) else new}
 
     def identity(self, row: Row) -> Hashable:
         """What makes two rows the same input, whatever their labels."""
-        return json.dumps({name: value for name, value in row.items() if name != self.label_column})
+        return tuple(
+            (name, value if isinstance(value, str) else json.dumps(value))
+            for name, value in row.items()
+            if name != self.label_column
+        )
 
     def check_classes(self, rows: Sequence[Row], labels: Sequence[str]) -> None:
         """Raise `DataError` if rows have classes that are not among ``labels``: before a model is loaded."""
