@@ -237,6 +237,23 @@ def test_a_template_that_hides_an_answer_is_one_error_with_the_way_out(tmp_path:
         assert "--set train_on_prompts=true" in done.stderr
 
 
+def test_a_conversation_that_the_template_refuses_is_one_error(llama: Path, tmp_path: Path) -> None:
+    """Where the trainer reads it, and in predictions; many templates refuse roles that do not alternate."""
+    strict = "{% if messages[0].role != 'user' %}{{ raise_exception('a user begins') }}{% endif %}" + TEMPLATE
+    model = save_tiny_llama(tmp_path / "llama", template=strict)
+    chats = [{"messages": turns("the film", "good")}, {"messages": turns("a", "b", "c")[1:]}]
+    good, bad = (
+        written(tmp_path / f"{name}.jsonl", [chats[0]] * 7 + [last]) for name, last in zip("ab", chats, strict=True)
+    )
+    done = command(*arguments_of(model, bad, "--set", "train_on_prompts=true", "--out", tmp_path / "out"))
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert "refuses a conversation: a user begins; change the messages" in done.stderr
+    succeeded(*arguments_of(model, good, "--out", tmp_path / "out"))
+    done = command("predict", tmp_path / "out", "--data", bad)
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert "refuses the conversation that begins with 'b': a user begins; change the messages" in done.stderr
+
+
 def test_conversations_train_and_score_the_assistant_alone_unless_prompts_are_asked_for(
     llama: Path, tmp_path: Path
 ) -> None:
@@ -314,6 +331,9 @@ def test_contradicting_keys_and_tasks_without_prompts_are_errors(llama: Path, tm
     done = command(*arguments_of(llama, pairs, "--set", "train_on_prompts=true", "--out", tmp_path / "out"))
     assert done.exit_code == 2
     assert "train_on_prompts: preference learns no prompts; leave the key out" in done.stderr
+    texts = written(tmp_path / "texts.jsonl", [{"text": "the film"}] * 8)
+    done = command(*arguments_of(llama, texts, "--set", "train_on_prompts=true", "--out", tmp_path / "out"))
+    assert "train_on_prompts: rows of texts have no prompts; leave the key out" in done.stderr
 
 
 def test_a_run_of_an_earlier_version_is_resumed_and_evaluated_as_it_was_trained(llama: Path, tmp_path: Path) -> None:
@@ -499,7 +519,10 @@ def test_a_systems_message_is_refused_where_it_has_no_place(chatter: Path, llama
         (("predict", tmp_path / "texts", *text), "was not trained on conversations; write it into your text"),
         (("chat", tmp_path / "texts"), "was not trained on conversations; write it into your text"),
         (("chat", tmp_path / "silent"), "has no place for it; write it into your message"),
-        (("predict", tmp_path / "refusing", *text), "refuses it: no system here; write it into your message"),
+        (
+            ("predict", tmp_path / "refusing", *text),
+            "refuses the conversation that begins with 'a plot': no system here; change",
+        ),
     ):
         done = command(*asked, "--system", "a plot")
         assert (done.exit_code, done.stderr.count("\n")) == (2, 1)

@@ -9,7 +9,7 @@ from tunerkit.cli.rows.reading import DataError
 from tunerkit.cli.running.building import build_trainer
 from tunerkit.cli.tasks.base import Task
 from tunerkit.cli.tasks.causal_lm import CausalLm
-from tunerkit.cli.tasks.generating import GenerationTask, prompt_length
+from tunerkit.cli.tasks.generating import GenerationTask, prompt_length, refusing_template
 from tunerkit.cli.tasks.texts import positions_of
 from tunerkit.cli.tasks.turns import NOT_LEARNED
 from tunerkit.integrations.pretrained import Pretrained
@@ -86,7 +86,8 @@ def build_fitted(
     limit, is_plain = arguments.max_length, isinstance(task, CausalLm)
     if is_plain:
         arguments.max_length = None  # the trainer does not say what it cut
-    trainer = build_trainer(kind, arguments, **settings)
+    with refusing_template(loaded, "a conversation"):
+        trainer = build_trainer(kind, arguments, **settings)
     arguments.max_length = trainer.args.max_length = limit
     fits = {}
     for part, source in sources.items():

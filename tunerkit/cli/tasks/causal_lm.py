@@ -93,7 +93,8 @@ def settle_prompts_(
         asked: The recipe's ``train_on_prompts``.
         training: The recipe's ``training``, which may have TRL's arguments for it.
         arguments: The trainer's arguments.
-        earlier: Whether an earlier version wrote the recipe: then conversations were learned as a whole.
+        earlier: Whether a run that was begun before asks. If its recipe does not have the key, an earlier version wrote
+            it, which learned whole conversations.
 
     Raises:
         ConfigError: The task has no prompts to learn, or keys contradict each other.
@@ -103,6 +104,8 @@ def settle_prompts_(
             raise ConfigError([f"train_on_prompts: {task.name} learns no prompts; leave the key out"])
         return
     if "text" in row:
+        if asked is not None and not earlier:
+            raise ConfigError(["train_on_prompts: rows of texts have no prompts; leave the key out"])
         return
     name = "assistant_only_loss" if "messages" in row else "completion_only_loss"
     only = training.get(name)

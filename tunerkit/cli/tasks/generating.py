@@ -1,7 +1,8 @@
 """What tasks on language models share: the trainers of TRL, loss and perplexity, and generation."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import jinja2
@@ -197,18 +198,28 @@ def _kind(value: object) -> str:
 def _chat_text(loaded: Pretrained, messages: Sequence[dict[str, str]]) -> str:
     """Messages as text, by the tokenizer's template, ready for the assistant's answer."""
     require_tokens(loaded, chat=True)
-    return str(loaded.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    with refusing_template(loaded, f"the conversation that begins with {shown(messages[0]['content'])}"):
+        return str(loaded.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+
+
+@contextmanager
+def refusing_template(loaded: Pretrained, what: str) -> Iterator[None]:
+    """Inside the block, an error that the tokenizer's template raises is a `DataError`, which says what it refuses."""
+    try:
+        yield
+    except jinja2.TemplateError as problem:
+        raise DataError(
+            f"the chat template of {loaded.source!r} refuses {what}: {problem}; change the messages"
+        ) from problem
 
 
 def require_system(loaded: Pretrained, system: str) -> None:
     """Raise `DataError` if the tokenizer's template does not show a system's message."""
-    place = f"--system: the chat template of {loaded.source!r}"
-    try:
-        text = _chat_text(loaded, [{"role": "system", "content": system}, {"role": "user", "content": "?"}])
-    except jinja2.TemplateError as problem:
-        raise DataError(f"{place} refuses it: {problem}; write it into your message") from problem
-    if system.strip() not in text:
-        raise DataError(f"{place} has no place for it; write it into your message")
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": "?"}]
+    if system.strip() not in _chat_text(loaded, messages):
+        raise DataError(
+            f"--system: the chat template of {loaded.source!r} has no place for it; write it into your message"
+        )
 
 
 def prompt_length(loaded: Pretrained, prompt: str | Sequence[dict[str, str]]) -> int:
