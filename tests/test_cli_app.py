@@ -178,7 +178,9 @@ def test_a_trace_that_cannot_be_written_is_one_line_too(monkeypatch: pytest.Monk
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("end", [typer.Exit(3), typer.Abort(), typer.BadParameter("no")], ids=["Exit", "Abort", "usage"])
+@pytest.mark.parametrize(
+    "end", [typer.Exit(3), typer.Abort(), typer.BadParameter("no")], ids=["Exit", "Abort", "usage"]
+)
 def test_what_typer_raises_is_typers(end: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its exit codes and its messages about options stay."""
     done = end_of(end, monkeypatch)

@@ -156,7 +156,9 @@ def _refused(problem: BaseException | None) -> str | None:
                 return str(problem)
             place = "" if problem.filename is None else f"{os.fsdecode(problem.filename)}: "
             return f"{place}{problem.strerror}{_advice(problem.errno)}"
-        if (found := re.search(r"\(os error (\d+)\)", str(problem))) is not None:  # safetensors writes its files in Rust
+        if (
+            found := re.search(r"\(os error (\d+)\)", str(problem))
+        ) is not None:  # safetensors writes its files in Rust
             return f"a file cannot be read or written: {os.strerror(int(found[1]))}{_advice(int(found[1]))}"
         problem = problem.__cause__
     return None
