@@ -1,7 +1,7 @@
 """What the files of an adapter say without its base model, for ``tunerkit show``.
 
-A sound file of ours is described from its header, in a fraction of a second. Torch and the plugins are only imported for
-files in other formats, and for what is damaged or from an earlier version.
+A sound file of ours is described from its header, in a fraction of a second. Torch and the plugins are only imported
+for files in other formats, and for what is damaged or from an earlier version.
 """
 
 import hashlib
