@@ -386,8 +386,26 @@ ADAPTERS = (
     BadInput("a task that a run's record does not have", "merge run --out plain-new --task causal-lm"),
     BadInput("an adapter to merge that does not say what its base is", "merge lone --out plain-new"),
 )
+_HALF = {"text": "good \ud800", "label": "good"}
+TRAINING = (
+    _train("a seed of more than 32 bits", "--set training.seed=4294967296"),
+    _train("a rate of Adam that is none", "--set training.adam_beta1=2.0", until="Invalid beta parameter"),
+    _train("an optimizer that is not installed", "--set training.optim=lomo", until="You need to install"),
+    _train(
+        "a schedule that ends above the rate",
+        "--set training.lr_scheduler_type=polynomial --set 'training.lr_scheduler_kwargs={lr_end: 1.0}'",
+        until="lr_end (1.0) must be smaller",
+    ),
+    _train("noise that is not a number", "--set training.neftune_noise_alpha=.nan"),
+    _train("transformers' search for overflows", "--set training.debug=underflow_overflow"),
+    _train("no full batch", "--set training.dataloader_drop_last=true --batch-size 100"),
+    _jsonl("surrogate.jsonl", [_HALF], "half of a character in a text"),
+    BadInput("half of a character on the command line", "predict run --text 'good \ud800'"),
+    _train("a folder whose name is not UTF-8", "--out 'new\udcff'"),
+)
 SECTIONS = {
     "Data": DATA,
+    "Values that would fail while training": TRAINING,
     "Models": MODELS,
     "Recipes and options": RECIPES,
     "Output folders": FOLDERS,

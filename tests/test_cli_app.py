@@ -84,7 +84,7 @@ def test_a_command_imports_what_it_needs_and_prints_no_warnings(
 
 
 def test_warnings_of_libraries_about_their_own_builds_are_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformers imports torchao where it is installed, which warns of parts that are built for other machines."""
+    """Wherever torchao is installed, transformers imports it, and it warns of parts built for other machines."""
     monkeypatch.setattr(app, "build", lambda: lambda: logging.getLogger("torchao").warning("Failed to load"))
     logger = logging.getLogger("torchao")
     monkeypatch.setattr(logger, "level", logging.NOTSET)

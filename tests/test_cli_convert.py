@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings, strategies as st
 
@@ -22,6 +23,7 @@ from tests.product_plugin import ProductPlugin, trained  # noqa: E402
 from tests.tiny_classifier import save_tiny_classifier  # noqa: E402
 from tests.tiny_models import save_tiny_llama, save_tiny_t5, save_tiny_vit  # noqa: E402
 from tests.train_command import command, succeeded  # noqa: E402
+from tunerkit.cli.converting import description  # noqa: E402
 from tunerkit.cli.converting.inputs import random_inputs  # noqa: E402
 from tunerkit.cli.converting.products import difference, norm, relative, relative_tensor  # noqa: E402
 from tunerkit.cli.converting.remarks import collected  # noqa: E402
@@ -319,6 +321,33 @@ def test_show_describes_a_lone_file_with_its_ranks(folder: Path) -> None:
     shown = succeeded("show", "own").output
     assert "toy-product" in shown
     assert "live ranks, 10 in total" in shown
+
+
+def test_show_tells_the_same_of_a_file_that_it_reads_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: what the header says is what the adapter has. A file without ranks, of an earlier version, is read whole."""
+    files = ("own", "heads", "heads/adapter.safetensors")
+    found = [told("show", file) for file in files]
+    monkeypatch.setattr(description, "_from_header", lambda source: None)
+    assert [told("show", file) for file in files] == found
+    assert all(each["parameters"] for each in found)
+
+
+def test_show_refuses_a_file_of_which_a_byte_has_changed(folder: Path) -> None:
+    """Its digest is checked as `tunerkit.load` checks it, whatever the byte belongs to."""
+    content = Path("own/adapter.safetensors").read_bytes()
+    for place in (40, len(content) // 3, len(content) - 1):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        Path("changed.safetensors").write_bytes(changed)
+        done = command("show", "changed.safetensors")
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+
+
+def test_the_dtypes_that_show_knows_are_those_of_the_library() -> None:
+    """The digest has torch's names, and the file has those of safetensors."""
+    for name, dtype in description._DTYPES.items():
+        content = safetensors.torch.save({"x": torch.zeros(1, dtype=getattr(torch, dtype))})
+        assert f'"dtype":"{name}"'.encode() in content
 
 
 def test_show_describes_what_a_format_knows_without_a_model(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -134,3 +135,46 @@ def test_a_warning_raised_as_an_error_leaves_the_model_as_it_was(toys: "Toys") -
             tunerkit.wrap(model, "toy-shift", {"targets": ["0"]})
     assert list(model.state_dict()) == list(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).state_dict())
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(0, 3), (3, 0), (0, 0)])
+def test_a_layer_without_weights_is_no_target(inputs: int, outputs: int, toys: "Toys") -> None:
+    """A target that is named is refused; a broad choice leaves the layer out, and says so."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(inputs, outputs))
+    with pytest.raises(TargetError, match=rf"1: has a weight of shape \({outputs}, {inputs}\).*exclude it"):
+        tunerkit.wrap(model, "toy-shift", {"targets": ["1"]})
+    with pytest.warns(TunerkitWarning, match="1: has a weight of shape"):
+        tunerkit.wrap(model, "toy-shift")
+    assert [target.path for target in tunerkit.tuner(model).targets] == ["0"]
+
+
+def test_an_adapter_that_is_put_in_inside_inference_mode_can_be_trained(toys: "Toys", tmp_path: Path) -> None:
+    """Wrapping and loading make normal tensors there, of copies and biases too."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    settings = {"targets": ["0"], "train_modules": ["1"], "bias": "adapters"}
+    with torch.inference_mode():
+        tunerkit.wrap(model, "toy-shift", settings)
+    model(torch.ones(1, 3)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    tunerkit.save(model, tmp_path, allow_nonfinite=True)
+    tunerkit.unwrap(model)
+    with torch.inference_mode():
+        tunerkit.load(model, tmp_path, trainable=True)
+    model(torch.ones(1, 3)).sum().backward()
+    assert not any(p.is_inference() for p in model.parameters())
+
+
+def test_a_base_that_was_built_inside_inference_mode_is_refused_for_training_only(toys: "Toys", tmp_path: Path) -> None:
+    """Torch keeps no such weight for a backward pass; to predict with it is what the mode is for."""
+    model = nn.Sequential(nn.Linear(3, 3))
+    tunerkit.save(tunerkit.wrap(model, "toy-shift", {"targets": ["0"]}), tmp_path)
+    with torch.inference_mode():
+        other = nn.Sequential(nn.Linear(3, 3))
+        other.load_state_dict(tunerkit.unwrap(model).state_dict())
+    for call in (
+        lambda: tunerkit.wrap(other, "toy-shift", {"targets": ["0"]}),
+        lambda: tunerkit.load(other, tmp_path, trainable=True),
+    ):
+        with pytest.raises(AdapterError, match=r"built inside torch\.inference_mode.*0\.weight.*outside"):
+            call()
+    tunerkit.load(other, tmp_path)

@@ -1,6 +1,7 @@
 """The file: where it is written, whole or not at all, and damage that is refused."""
 
 import io
+import json
 import multiprocessing
 import os
 import pickletools
@@ -217,3 +218,19 @@ def test_a_place_that_cannot_be_written_is_named(toys: "Toys", tmp_path: Path) -
     with pytest.raises(FileError, match="it is a folder"):
         tunerkit.save(model, tmp_path / "folder.safetensors")
     assert (tmp_path / "plain").read_text() == "mine"
+
+
+def test_a_name_or_a_text_that_is_no_unicode_is_refused(toys: "Toys", saved: Path) -> None:
+    """JSON may hold half of a surrogate pair, which no digest and no message can."""
+    content = saved.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    fields = json.loads(content[8 : 8 + length])
+    name = next(name for name in fields if name != "__metadata__")
+    for changed in (
+        {("\ud800" if key == name else key): value for key, value in fields.items()},
+        {**fields, "__metadata__": {**fields["__metadata__"], "tunerkit.digest": "\ud800"}},
+    ):
+        text = json.dumps(changed).encode()
+        saved.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+        with pytest.raises(FileError, match=r"header cannot be read: '\\ud800' is no character but half of a"):
+            tunerkit.load(toys.net(), saved)
