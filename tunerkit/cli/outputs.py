@@ -1,12 +1,16 @@
 """The output folder: every file in it is complete or absent."""
 
+import errno
+import glob
+import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tunerkit import TunerkitError
+from tunerkit import TunerkitError, serialization
 
 
 class OutputError(TunerkitError):
@@ -23,12 +27,87 @@ def prepare(folder: Path) -> None:
 
 
 @contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Create ``folder``, check that it is writable, and lock it against other processes.
+
+    If the block fails, the folders that were created here and are still empty are removed. The lock is on the folder
+    itself: it leaves no file, and the kernel releases that of a process that was killed. Not every network file system
+    has such locks.
+
+    Raises:
+        OutputError: The folder cannot be written, or another process has claimed it.
+    """
+    created = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+    try:
+        prepare(folder)
+        with locked(folder) as is_mine:
+            if is_mine is False:
+                raise OutputError(
+                    f"--out {folder}: another process is training into this folder; wait until it has ended, or pass "
+                    "another folder"
+                )
+            yield
+    except BaseException:
+        for each in created:
+            with suppress(OSError):  # it is not empty, or was never created
+                each.rmdir()
+        raise
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[bool | None]:
+    """Lock a folder, and yield whether it is locked. False: another one holds the lock. None: there are no locks."""
+    try:
+        number = os.open(folder, os.O_RDONLY)
+    except OSError:  # it is gone; or this is Windows, where no folder can be opened
+        yield None
+        return
+    try:
+        yield serialization.try_lock(number)
+    finally:
+        os.close(number)
+
+
+@contextmanager
+def scratch_beside(folder: Path, name: str, *, alone: bool = False) -> Iterator[Path]:
+    """Yield a scratch folder in ``folder``, which is removed at the end; remove those of processes that were killed.
+
+    Args:
+        folder: Where to create it. Its own name begins with a dot.
+        name: What it is for.
+        alone: Whether to refuse if another process has one for the same thing.
+
+    Raises:
+        OutputError: Another process has one.
+    """
+    prefix = f".writing-{name[:50]}-"
+    for left in folder.glob(f"{glob.escape(prefix)}*"):
+        with locked(left) as is_left:
+            if is_left and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+        if alone and is_left is False:
+            raise OutputError(
+                f"--out {folder / name}: another process is writing this folder; wait until it has ended, or pass "
+                "another folder"
+            )
+    while True:
+        scratch = tempfile.TemporaryDirectory(dir=folder, prefix=prefix, ignore_cleanup_errors=True)
+        with scratch, locked(Path(scratch.name)) as is_mine:
+            # Another process may have taken it for a leftover before it was locked.
+            if is_mine is not False and os.path.isdir(scratch.name):
+                yield Path(scratch.name)
+                return
+
+
+@contextmanager
 def publishing(folder: Path) -> Iterator[Path]:
     """Yield a scratch folder. At the end its files move into ``folder``; if the block fails, they are deleted."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
-        yield Path(scratch)
-        for file in sorted(Path(scratch).iterdir()):
-            file.replace(folder / file.name)
+    with scratch_beside(folder, folder.name) as scratch:
+        yield scratch
+        for file in sorted(each for each in scratch.rglob("*") if each.is_file()):
+            place = folder / file.relative_to(scratch)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(place)
 
 
 @contextmanager
@@ -40,12 +119,18 @@ def new_folder(folder: Path) -> Iterator[Path]:
     prepare(folder.parent)
     if folder.is_dir():
         prepare(folder)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as scratch:
-        whole = Path(scratch) / "whole"  # the scratch folder itself is closed to other users
+    with scratch_beside(folder.parent, folder.name, alone=True) as scratch:
+        whole = scratch / "whole"  # the scratch folder itself is closed to other users
         whole.mkdir()
         yield whole
-        if not folder.is_dir():
-            whole.rename(folder)
-            return
-        for file in sorted(whole.iterdir()):  # an empty folder may be another file system's, or the working folder
-            shutil.move(file, folder / file.name)
+        if os.path.isdir(folder):
+            whole.chmod(stat.S_IMODE(folder.stat().st_mode))
+        try:
+            if folder.exists() and folder.samefile("."):
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+            whole.rename(folder)  # in one step, also in place of an empty folder
+        except OSError:
+            if not folder.is_dir() or any(folder.iterdir()):
+                raise OutputError(f"--out {folder}: is not empty any more; pass a new folder") from None
+            for file in sorted(whole.iterdir()):  # the working folder, or another file system's
+                shutil.move(file, folder / file.name)

@@ -22,7 +22,7 @@ from tunerkit.serialization.merge import (
     restore_originals_,
     unmerge,
 )
-from tunerkit.serialization.replacing import replace
+from tunerkit.serialization.replacing import replace, try_lock
 from tunerkit.serialization.rounding import Rounding, rounding
 from tunerkit.serialization.safetensors_file import checked_path, file_at
 from tunerkit.serialization.training_state import carry, forget_state_, load_state, restore_, save_state

@@ -1,25 +1,28 @@
 """``tunerkit train``: read, load, wrap, train, evaluate, and write the output folder."""
 
 import os
+import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import attrs
 from rich.console import Console
+from transformers.integrations import TensorBoardCallback
 
 import tunerkit
 from tunerkit import RankChange, TunerkitError
 from tunerkit.cli import assets, outputs
 from tunerkit.cli.demo import demo_of
 from tunerkit.cli.recipes.recipe import DEFAULT_METHOD, Recipe, to_mapping, with_full_paths, with_home
-from tunerkit.cli.running import output
+from tunerkit.cli.running import output, written
 from tunerkit.cli.running.adapting import adapt, head_labels, order_note
 from tunerkit.cli.running.arguments import trainer_arguments
 from tunerkit.cli.running.baseline import NoBaselineError, head_alone
 from tunerkit.cli.running.building import build_trainer
-from tunerkit.cli.running.callbacks import Watching, refuse_nonfinite
+from tunerkit.cli.running.callbacks import Listing, Watching, refuse_nonfinite
 from tunerkit.cli.running.data import Data, prepare_data
 from tunerkit.cli.running.describing import describe, tell
 from tunerkit.cli.running.record import (
@@ -33,15 +36,19 @@ from tunerkit.cli.running.record import (
     write_report,
 )
 from tunerkit.cli.running.session import Session
-from tunerkit.cli.running.starting import explaining, keep_start, start_of
+from tunerkit.cli.running.starting import explaining, keep_start, place_start, start_of
 from tunerkit.cli.running.telling import say, telling_warnings
 from tunerkit.cli.tasks.base import Task
 from tunerkit.cli.tasks.generating import are_conversations
 from tunerkit.cli.tasks.texts import labels_of, short_to_long
 from tunerkit.errors import shown
-from tunerkit.integrations.output_folder import VERSION
+from tunerkit.integrations.output_folder import RECORD, VERSION
 from tunerkit.integrations.pretrained import Pretrained, load_pretrained, quiet
 from tunerkit.integrations.quantising import bytes_of
+
+
+class EvaluationError(TunerkitError):
+    """An adapter that has been trained and written could not be evaluated."""
 
 
 def run(
@@ -65,30 +72,78 @@ def run(
     if recipe.from_adapter is None and recipe.method is None:
         recipe = attrs.evolve(recipe, method=DEFAULT_METHOD)
     folder = Path(recipe.out)
-    output.check(folder, recipe, resume=resume, overwrite=overwrite)
-    if recipe.from_adapter is None and recipe.method is not None:
-        tunerkit.structure(recipe.method, recipe.config)  # report a typo before creating or downloading anything
-    if not dry_run:
-        outputs.prepare(folder)
-    quiet()
-    with telling_warnings(console):
-        task, data = prepare_data(recipe, console)
-        session = prepare(recipe, task, data, console, resume=resume)
-    describe(session, console)
-    if dry_run:
-        say(console, "dry run: nothing was trained and nothing was written")
-        return
-    kept = with_full_paths(attrs.evolve(recipe, task=task.name, method=session.tuner.method))
-    output.begin(folder, kept, resume=resume)
-    if session.start is not None and not resume:
-        keep_start(session.start, session.loaded.model, folder)
-    before = task.samples(session.loaded, data.held_out)
-    trained = train(session, console, resume=resume)
-    tunerkit.save(session.loaded.model, folder)  # at once: what follows only describes it
-    session.loaded.processor.save_pretrained(folder)
+    with nullcontext() if dry_run else outputs.claimed(folder):
+        output.check(folder, recipe, resume=resume, overwrite=overwrite)
+        if recipe.from_adapter is None and recipe.method is not None:
+            tunerkit.structure(recipe.method, recipe.config)  # report a typo before downloading anything
+        quiet()
+        with telling_warnings(console):
+            task, data = prepare_data(recipe, console)
+            session = prepare(recipe, task, data, console, resume=resume)
+        describe(session, console)
+        if dry_run:
+            say(console, "dry run: nothing was trained and nothing was written")
+            return
+        kept = with_full_paths(attrs.evolve(recipe, task=task.name, method=session.tuner.method))
+        output.refuse_processor(folder, session.loaded.processor)
+        before = task.samples(session.loaded, data.held_out)
+        with _replacing(session, kept, resume=resume):
+            trained = train(session, console, resume=resume)
+        output.save(session.loaded, folder)  # at once: what follows only describes it
+        _describe(session, trained, kept, before, console)
+
+
+@contextmanager
+def _replacing(session: Session, kept: Recipe, *, resume: bool) -> Iterator[None]:
+    """Inside the block, the training replaces an earlier run in its folder, once its first step has been made.
+
+    A training that ends before leaves the folder as it was.
+    """
+    folder = Path(session.recipe.out)
+    with outputs.scratch_beside(folder, "start") as scratch:
+        if session.start is not None and not resume:
+            keep_start(session.start, session.loaded.model, scratch)
+
+        def begin() -> None:
+            output.begin(folder, kept, resume=resume)
+            place_start(scratch, folder)
+
+        listing = Listing(folder, begin)
+        session.trainer.add_callback(listing)
+        try:
+            yield
+            listing.begin()  # one that is resumed after its last step makes none
+        except BaseException:
+            for each in session.trainer.callback_handler.callbacks:
+                if isinstance(each, TensorBoardCallback) and each.tb_writer is not None:
+                    each.tb_writer.close()  # its thread would write on
+            listing.forget()
+            raise
+
+
+def _describe(session: Session, trained: Trained, kept: Recipe, before: list[dict[str, str]], console: Console) -> None:
+    """Evaluate a trained adapter, and write and print what there is to say of it.
+
+    Raises:
+        EvaluationError: It could not be evaluated. The adapter and its record are written.
+    """
+    recipe, task, folder = session.recipe, session.task, Path(session.recipe.out)
+    failed: Exception | None = None
+    try:
+        trained = evaluate(session, trained)
+    except Exception as problem:  # of a library, of a metric, of the data: whatever it is, the adapter is trained
+        failed = problem
     record = record_of(session, trained, kept, before)
-    write_json(folder / "environment.json", record["environment"])
+    written.note(folder, [output.ENVIRONMENT, RECORD, output.REPORT])
+    write_json(folder / output.ENVIRONMENT, record["environment"])
     write_record(folder, record)  # last, because it says that the run has ended
+    if failed is not None:
+        write_report(folder, record, console)
+        raise EvaluationError(
+            f"the adapter is trained and written to {folder}, but it could not be evaluated: "
+            f"{' '.join(str(failed).split()) or type(failed).__name__}; to evaluate it: tunerkit eval "
+            f"{shlex.quote(str(folder))} --data FILE"
+        ) from failed
     tell(session, trained, console)
     for sample in record.get("samples", ()):
         for name, text in sample.items():
@@ -207,7 +262,7 @@ def _held_out(task: Task, data: Data, loaded: Pretrained) -> Any:
 
 
 def train(session: Session, console: Console, *, resume: bool) -> Trained:
-    """Train and evaluate."""
+    """Train."""
     tuner, trainer = session.tuner, session.trainer
     start = RankChange(step=0, budget=tuner.budget() if tuner.ranks() else 0, ranks=tuner.ranks())
     began = time.perf_counter()
@@ -217,17 +272,19 @@ def train(session: Session, console: Console, *, resume: bool) -> Trained:
         )
     if session.watching.interrupted:
         raise KeyboardInterrupt
-    seconds = {"train": time.perf_counter() - began}
-    metrics: dict[str, float] = {}
-    confusion = None
-    if session.data.held_out:
-        began = time.perf_counter()
-        results = session.task.evaluate(trainer, trainer.eval_dataset)
-        metrics, confusion = results.metrics, results.confusion
-        seconds["evaluate"] = time.perf_counter() - began
-        when = f"on the held-out rows after {tuner.steps} steps"
-        refuse_nonfinite(metrics["loss"], when, trainer.args.learning_rate)
-    return Trained(trainer.state.log_history, start, seconds, metrics, confusion)
+    return Trained(trainer.state.log_history, start, {"train": time.perf_counter() - began}, {}, None)
+
+
+def evaluate(session: Session, trained: Trained) -> Trained:
+    """Evaluate on the held-out rows, if there are some."""
+    if not session.data.held_out:
+        return trained
+    began = time.perf_counter()
+    results = session.task.evaluate(session.trainer, session.trainer.eval_dataset)
+    when = f"on the held-out rows after {session.tuner.steps} steps"
+    refuse_nonfinite(results.metrics["loss"], when, session.trainer.args.learning_rate)
+    seconds = {**trained.seconds, "evaluate": time.perf_counter() - began}
+    return attrs.evolve(trained, seconds=seconds, metrics=results.metrics, confusion=results.confusion)
 
 
 def compare(session: Session, trained: Trained, console: Console) -> dict[str, Any] | None:
