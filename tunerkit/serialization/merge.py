@@ -255,10 +255,11 @@ def _refuse_earlier_hooks(places: Places) -> None:
     """Raise `AdapterError` if a hook sees a layer's output without the adapters, which a merge would show to it."""
     for path, module, slots in places:
         for hook in libraries.torch_private.hooks_before(module, injection.apply_slots) if slots.active else ():
+            name = getattr(hook, "__qualname__", type(hook).__name__)
             raise AdapterError(
-                f"cannot merge into {path!r}: its forward hook {getattr(hook, '__qualname__', type(hook).__name__)} runs "
-                "before the adapters, as it was registered with prepend=True after tunerkit.wrap. It would get another "
-                "output. Remove it, merge, and register it again; or register it without prepend"
+                f"cannot merge into {path!r}: its forward hook {name} runs before the adapters, as it was "
+                "registered with prepend=True after tunerkit.wrap. It would get another output. Remove it, merge, and "
+                "register it again; or register it without prepend"
             )
 
 
