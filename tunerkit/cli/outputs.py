@@ -1,7 +1,6 @@
 """The output folder: every file in it is complete or absent."""
 
 import errno
-import glob
 import os
 import shutil
 import stat
@@ -40,7 +39,7 @@ def claimed(folder: Path) -> Iterator[None]:
     created = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
     try:
         prepare(folder)
-        with locked(folder) as is_mine:
+        with serialization.locked(folder) as is_mine:
             if is_mine is False:
                 raise OutputError(
                     f"--out {folder}: another process is training into this folder; wait until it has ended, or pass "
@@ -55,20 +54,6 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[bool | None]:
-    """Lock a folder, and yield whether it is locked. False: another one holds the lock. None: there are no locks."""
-    try:
-        number = os.open(folder, os.O_RDONLY)
-    except OSError:  # it is gone; or this is Windows, where no folder can be opened
-        yield None
-        return
-    try:
-        yield serialization.try_lock(number)
-    finally:
-        os.close(number)
-
-
-@contextmanager
 def scratch_beside(folder: Path, name: str, *, alone: bool = False) -> Iterator[Path]:
     """Yield a scratch folder in ``folder``, which is removed at the end; remove those of processes that were killed.
 
@@ -80,23 +65,12 @@ def scratch_beside(folder: Path, name: str, *, alone: bool = False) -> Iterator[
     Raises:
         OutputError: Another process has one.
     """
-    prefix = f".writing-{name[:50]}-"
-    for left in folder.glob(f"{glob.escape(prefix)}*"):
-        with locked(left) as is_left:
-            if is_left and not left.is_symlink():
-                shutil.rmtree(left, ignore_errors=True)
-        if alone and is_left is False:
-            raise OutputError(
-                f"--out {folder / name}: another process is writing this folder; wait until it has ended, or pass "
-                "another folder"
-            )
-    while True:
-        scratch = tempfile.TemporaryDirectory(dir=folder, prefix=prefix, ignore_cleanup_errors=True)
-        with scratch, locked(Path(scratch.name)) as is_mine:
-            # Another process may have taken it for a leftover before it was locked.
-            if is_mine is not False and os.path.isdir(scratch.name):
-                yield Path(scratch.name)
-                return
+    busy = OutputError(
+        f"--out {folder / name}: another process is writing this folder; wait until it has ended, or pass another "
+        "folder"
+    )
+    with serialization.scratch_in(folder, f".writing-{name[:50]}-", refuse=busy if alone else None) as scratch:
+        yield scratch
 
 
 @contextmanager

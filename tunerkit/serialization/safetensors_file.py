@@ -151,8 +151,8 @@ def _parts(entries: Mapping[str, Any], data: bytearray) -> dict[str, memoryview]
 def _count(name: str, shape: Sequence[int]) -> int:
     """How many values a tensor has. Raises `ValueError` for a shape that torch has no tensor of.
 
-    Before the dimensions are multiplied: a header of some megabytes can hold so many and so long ones that their product
-    takes minutes.
+    The check comes before the multiplication: a header of some megabytes can hold so many and so long dimensions that
+    their product takes minutes.
     """
     if len(shape) > _MOST_DIMENSIONS or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
         raise ValueError(f"its header has a shape for {shown(name)} that no tensor has: {shown(shape)}")

@@ -1,10 +1,11 @@
 """What the files of an adapter say without its base model, for ``tunerkit show``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
+from torch import Tensor
 
 import tunerkit
 from tunerkit import FileError, TunerkitError, serialization
@@ -93,11 +94,19 @@ def _own(source: str) -> Shown:
     )
 
 
-def _ranks(source: str, *lists: Any) -> dict[str, int]:
+def _ranks(
+    source: str,
+    shapes: Mapping[str, list[int]],
+    targets: Sequence[str],
+    copies: Sequence[str],
+    tensors: Mapping[str, Tensor],
+) -> dict[str, int]:
     """The ranks by target; empty for a base whose layers cannot be told by the shapes of their weights."""
+    if len(targets) > len(tensors):  # no file of an adapter: building all that it lists could take minutes
+        return {}
     try:
         with collected():
-            model = stand_in(*lists)
+            model = stand_in(shapes, targets, copies, tensors)
             serialization.open_unloaded(model, source)
             return tunerkit.tuner(model).ranks()
     except TunerkitError:
