@@ -424,6 +424,36 @@ def test_the_adapter_is_kept_if_what_follows_the_training_fails(
     assert not (tmp_path / "out" / "run.json").exists()
 
 
+@pytest.mark.parametrize("setting", ["eval_do_concat_batches=false", "prediction_loss_only=true", "label_names=[foo]"])
+def test_an_evaluation_that_fails_costs_no_adapter(
+    setting: str, arguments: list[str], folder: Path, out: Path, tmp_path: Path
+) -> None:
+    """In the middle of the training and after it. The run has ended, and can be used and evaluated."""
+    new = tmp_path / "out"
+    done = command(*arguments, "--out", new, "--set", setting)
+    assert done.exit_code == 2
+    assert done.stderr.count("\n") == 1
+    assert f"the adapter is trained and written to {new}, but it could not be evaluated: " in done.stderr
+    assert f"to evaluate it: tunerkit eval {new} --data FILE" in done.stderr
+    assert (new / "adapter.safetensors").read_bytes() == (out / "adapter.safetensors").read_bytes()
+    assert record_of(new)["metrics"] == {}
+    assert (new / "report.html").is_file()
+    for use in (("predict", "--text", "good film"), ("eval", "--data", folder / "data.csv")):
+        found, wanted = (succeeded(use[0], each, *use[1:]).output for each in (new, out))
+        assert found == wanted
+    assert "this run has ended" in command("train", "--out", new, "--resume").stderr
+
+
+def test_a_training_that_needs_a_failing_evaluation_keeps_its_adapter(arguments: list[str], tmp_path: Path) -> None:
+    """The best checkpoint cannot be chosen, so it stops there, and says where the adapter is."""
+    best = ["--set", "load_best_model_at_end=true", "--set", "metric_for_best_model=f1", "--set", "save_strategy=epoch"]
+    done = command(*arguments, "--out", tmp_path / "out", *best, "--set", "eval_do_concat_batches=false")
+    assert done.exit_code == 2
+    assert "the evaluation after step 8 of 24 failed: " in done.stderr
+    assert f"the adapter is written to {tmp_path / 'out'} as it was then" in done.stderr
+    assert (tmp_path / "out" / "adapter.safetensors").is_file()
+
+
 def test_the_home_folder_may_be_written_as_a_tilde(
     folder: Path, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

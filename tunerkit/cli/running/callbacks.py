@@ -165,7 +165,7 @@ class Listing(TrainerCallback):
 
     def __init__(self, folder: Path, begin: Callable[[], None]) -> None:
         self._folder, self._begin = folder, begin
-        self.has_begun = False
+        self.has_begun = self.is_saving = False
         self._before = written.files_in(folder, LOGS)
 
     def on_optimizer_step(
@@ -187,6 +187,7 @@ class Listing(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_save:
+            self.is_saving = True
             self._note(f"{CHECKPOINTS}/checkpoint-{state.global_step}/")
 
     def on_epoch_end(
@@ -195,6 +196,7 @@ class Listing(TrainerCallback):
         self.on_step_end(args, state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.is_saving = False
         self._note(*written.files_in(self._folder, f"{CHECKPOINTS}/checkpoint-{state.global_step}"))
 
     def _note(self, *paths: str) -> None:

@@ -3,8 +3,9 @@
 import os
 import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from tunerkit.cli.running.record import (
 from tunerkit.cli.running.session import Session
 from tunerkit.cli.running.starting import explaining, keep_start, place_start, start_of
 from tunerkit.cli.running.telling import say, telling_warnings
+from tunerkit.cli.running.written import CHECKPOINTS
 from tunerkit.cli.tasks.base import Task
 from tunerkit.cli.tasks.generating import are_conversations
 from tunerkit.cli.tasks.texts import labels_of, short_to_long
@@ -98,6 +100,9 @@ def _replacing(session: Session, kept: Recipe, *, resume: bool) -> Iterator[None
     """Inside the block, the training replaces an earlier run in its folder, once its first step has been made.
 
     A training that ends before leaves the folder as it was.
+
+    Raises:
+        OutputError: A checkpoint cannot be written.
     """
     folder = Path(session.recipe.out)
     with outputs.scratch_beside(folder, "start") as scratch:
@@ -113,11 +118,16 @@ def _replacing(session: Session, kept: Recipe, *, resume: bool) -> Iterator[None
         try:
             yield
             listing.begin()  # one that is resumed after its last step makes none
-        except BaseException:
+        except BaseException as problem:
             for each in session.trainer.callback_handler.callbacks:
                 if isinstance(each, TensorBoardCallback) and each.tb_writer is not None:
                     each.tb_writer.close()  # its thread would write on
             listing.forget()
+            if listing.is_saving and isinstance(problem, OSError | RuntimeError):  # the latter is torch.save's
+                raise outputs.OutputError(
+                    f"cannot write a checkpoint into {folder / CHECKPOINTS}: {_reason(problem)}; free some disk space, "
+                    f"and go on with: tunerkit train --out {shlex.quote(str(folder))} --resume"
+                ) from problem
             raise
 
 
@@ -141,8 +151,7 @@ def _describe(session: Session, trained: Trained, kept: Recipe, before: list[dic
         write_report(folder, record, console)
         raise EvaluationError(
             f"the adapter is trained and written to {folder}, but it could not be evaluated: "
-            f"{' '.join(str(failed).split()) or type(failed).__name__}; to evaluate it: tunerkit eval "
-            f"{shlex.quote(str(folder))} --data FILE"
+            f"{_reason(failed)}; to evaluate it: tunerkit eval {shlex.quote(str(folder))} --data FILE"
         ) from failed
     tell(session, trained, console)
     for sample in record.get("samples", ()):
@@ -266,6 +275,7 @@ def train(session: Session, console: Console, *, resume: bool) -> Trained:
     tuner, trainer = session.tuner, session.trainer
     start = RankChange(step=0, budget=tuner.budget() if tuner.ranks() else 0, ranks=tuner.ranks())
     began = time.perf_counter()
+    trainer.evaluate = partial(_evaluate_meanwhile, session, console, trainer.evaluate)
     with session.watching.interruptible(), telling_warnings(console), explaining(session.start):
         trainer.train(
             resume_from_checkpoint=True if resume and output.has_checkpoint(Path(session.recipe.out)) else None
@@ -273,6 +283,35 @@ def train(session: Session, console: Console, *, resume: bool) -> Trained:
     if session.watching.interrupted:
         raise KeyboardInterrupt
     return Trained(trainer.state.log_history, start, {"train": time.perf_counter() - began}, {}, None)
+
+
+def _evaluate_meanwhile(
+    session: Session, console: Console, call: Callable[..., dict[str, float]], *arguments: Any, **options: Any
+) -> dict[str, float]:
+    """Evaluate in the middle of a training, which goes on if that fails, unless it needs the result.
+
+    Raises:
+        EvaluationError: The training chooses the best checkpoint by it. The adapter is written as it is now.
+    """
+    state, folder = session.trainer.state, Path(session.recipe.out)
+    try:
+        return call(*arguments, **options)
+    except TunerkitError:
+        raise
+    except Exception as problem:  # of a library, of a metric: whatever it is, the training is worth more
+        reason = f"the evaluation after step {state.global_step} of {state.max_steps} failed: {_reason(problem)}"
+        if session.trainer.args.metric_for_best_model is None:
+            say(console, f"{reason}; the training goes on")
+            return {}
+        output.save(session.loaded, folder)
+        raise EvaluationError(
+            f"{reason}; the training needs its result (metric_for_best_model), so it has stopped, and the adapter is "
+            f"written to {folder} as it was then"
+        ) from problem
+
+
+def _reason(problem: Exception) -> str:
+    return " ".join(str(problem).split()) or type(problem).__name__
 
 
 def evaluate(session: Session, trained: Trained) -> Trained:
