@@ -1,11 +1,14 @@
 """The file: where it is written, whole or not at all, and damage that is refused."""
 
 import io
+import json
 import multiprocessing
 import os
 import pickletools
 import signal
 import stat
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +20,7 @@ from torch import nn
 
 import tunerkit
 from tunerkit.errors import FileError
+from tunerkit.serialization import safetensors_file
 from tunerkit.serialization.adapter_file import read
 
 if TYPE_CHECKING:
@@ -217,3 +221,40 @@ def test_a_place_that_cannot_be_written_is_named(toys: "Toys", tmp_path: Path) -
     with pytest.raises(FileError, match="it is a folder"):
         tunerkit.save(model, tmp_path / "folder.safetensors")
     assert (tmp_path / "plain").read_text() == "mine"
+
+
+# --- crafted headers ---
+
+_LONG = "9" * 4290  # the longest number that Python's JSON takes
+CRAFTED = {
+    "many long dimensions": f"[{','.join([_LONG] * 400)}]",
+    "many long dimensions and a 0": f"[{','.join([_LONG] * 400)},0]",
+    "many dimensions": f"[{','.join(['9'] * 250_000)}]",
+    "many dimensions of 1": f"[{','.join(['1'] * 250_000)}]",
+    "one long dimension": f"[{_LONG}]",
+    "a negative dimension": "[-1]",
+    "a dimension that is no integer": "[1.0]",
+    "a dimension that is true": "[true]",
+}
+
+
+@pytest.mark.parametrize("shape", CRAFTED)
+def test_a_shape_that_no_tensor_has_is_refused_in_the_time_of_reading_it(shape: str, tmp_path: Path) -> None:
+    """It takes a small multiple of the CPU time of parsing the header: its dimensions are not multiplied first."""
+    text = f'{{"a":{{"dtype":"F32","shape":{CRAFTED[shape]},"data_offsets":[0,4]}}}}'
+    content = text.encode() + b" " * (-len(text) % 8)
+    path = tmp_path / "adapter.safetensors"
+    path.write_bytes(len(content).to_bytes(8, "little") + content + bytes(4))
+
+    def load() -> None:
+        with pytest.raises(FileError, match=r"shape for .* that no tensor has|wrong place"):
+            safetensors_file.read(path, lambda metadata, names: None)
+
+    plain, ours = (min(_cpu_seconds(call) for _ in range(3)) for call in (lambda: json.loads(text), load))
+    assert ours < 40 * plain + 0.02
+
+
+def _cpu_seconds(call: Callable[[], object]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start

@@ -218,12 +218,14 @@ def no_room(subject: Subject, count: int, folder: Path) -> Iterator[Fault]:
     """Run a command where a file can grow to k bytes only, or into a folder on a file system that is read-only."""
     commands = Commands(folder)
     names = tuple(commands.whole)
+    (folder / "mounted").mkdir()
+    can_mount = not in_fork(lambda: _make_read_only(folder / "mounted" / "out"))
     for number, _, chance in cases("commands without room", subject, count):
         name = names[number % len(names)]
         place = folder / f"case-{number}" / "out"
         place.parent.mkdir()
         commands.prepare(name, place)
-        read_only = number // len(names) % 3 == 2
+        read_only = can_mount and number // len(names) % 3 == 2  # without that right, the disk is full instead
         limit = chance.randrange(max(map(len, commands.whole[name].values())))
         label = "a read-only folder" if read_only else f"full after {limit} bytes"
         before = files(place)
@@ -257,12 +259,13 @@ def _said(commands: Commands, name: str, place: Path, *, read_only: bool, limit:
     return "there was no error" if read_only else ""
 
 
-def _make_read_only(place: Path) -> None:
+def _make_read_only(place: Path) -> str:
     """Make the folder of ``place`` read-only, for root too: in a mount namespace of this process."""
     os.unshare(os.CLONE_NEWNS) if hasattr(os, "unshare") else _unshare()
     top = str(place.parent)
     for options in (["--make-rprivate", "/"], ["--bind", top, top], ["-o", "remount,bind,ro", top]):
         subprocess.run(["mount", *options], check=True, capture_output=True)
+    return ""
 
 
 def _unshare() -> None:

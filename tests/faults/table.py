@@ -136,6 +136,15 @@ ROWS = (
         long=300,
     ),
     Row(
+        "flushes",
+        "A save's calls are noted in their order, over an older file and in new folders.",
+        "A file is renamed before its content is flushed (fsync), or a folder is not flushed after the rename.",
+        writing.flushes,
+        short=12,
+        long=12,
+        peft="peft promises nothing for power failures",
+    ),
+    Row(
         "full disk",
         "A save has no room for the whole file.",
         f"The older files are changed, {_ERROR}, or files are left behind.",

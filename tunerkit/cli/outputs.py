@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from tunerkit import TunerkitError, serialization
 
 
@@ -74,9 +76,22 @@ def scratch_beside(folder: Path, name: str, *, alone: bool = False) -> Iterator[
 
 
 @contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Inside the block, what libraries raise where a file cannot be written, as on a full disk, is an `OutputError`."""
+    try:
+        yield
+    except Exception as problem:
+        # The tokenizers library raises Exception itself.
+        if not isinstance(problem, OSError | SafetensorError) and type(problem) is not Exception:
+            raise
+        reason = (problem.strerror if isinstance(problem, OSError) else None) or " ".join(str(problem).split())
+        raise OutputError(f"--out {folder}: cannot be written: {reason}; free some disk space") from problem
+
+
+@contextmanager
 def publishing(folder: Path) -> Iterator[Path]:
     """Yield a scratch folder. At the end its files move into ``folder``; if the block fails, they are deleted."""
-    with scratch_beside(folder, folder.name) as scratch:
+    with scratch_beside(folder, folder.name) as scratch, writing(folder):
         yield scratch
         for file in sorted(each for each in scratch.rglob("*") if each.is_file()):
             place = folder / file.relative_to(scratch)
@@ -96,7 +111,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
     with scratch_beside(folder.parent, folder.name, alone=True) as scratch:
         whole = scratch / "whole"  # the scratch folder itself is closed to other users
         whole.mkdir()
-        yield whole
+        with writing(folder):
+            yield whole
         if os.path.isdir(folder):
             whole.chmod(stat.S_IMODE(folder.stat().st_mode))
         try:

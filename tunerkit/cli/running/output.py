@@ -12,7 +12,7 @@ import attrs
 
 import tunerkit
 from tunerkit import serialization
-from tunerkit.cli.outputs import OutputError, publishing
+from tunerkit.cli.outputs import OutputError, publishing, writing as writing_to
 from tunerkit.cli.recipes import writing
 from tunerkit.cli.recipes.reading import read_recipe
 from tunerkit.cli.recipes.recipe import Recipe, to_mapping, with_full_paths
@@ -112,7 +112,8 @@ def refuse_processor(folder: Path, processor: Any) -> None:
     """Refuse a folder where a file is in the way of a processor's. Raises `OutputError`."""
     ours = files_of(folder) or frozenset()
     if any(name not in ours for name in os.listdir(folder) if (folder / name).is_file()):
-        with tempfile.TemporaryDirectory() as scratch:  # only the processor knows the names of its files
+        # Only the processor knows the names of its files.
+        with tempfile.TemporaryDirectory() as scratch, writing_to(Path(scratch)):
             processor.save_pretrained(scratch)
             refuse_theirs(folder, ours, files_in(Path(scratch), "."))
 
