@@ -1,6 +1,6 @@
 """Rows about the command's folders: kills at any moment, a full disk, and a folder that cannot be written."""
 
-import errno
+import ctypes
 import json
 import os
 import pickle
@@ -20,6 +20,7 @@ from tests.faults.subjects import Subject
 from tests.product_plugin import ProductPlugin
 
 MINE = {"notes.txt": "mine", "checkpoints/mine.txt": "mine", "logs/mine.txt": "mine", "pictures/mine.png": "mine"}
+_NEW_MOUNTS = 0x00020000  # CLONE_NEWNS
 _EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod")
 
 
@@ -261,15 +262,9 @@ def _said(commands: Commands, name: str, place: Path, *, read_only: bool, limit:
 
 def _make_read_only(place: Path) -> str:
     """Make the folder of ``place`` read-only, for root too: in a mount namespace of this process."""
-    os.unshare(os.CLONE_NEWNS) if hasattr(os, "unshare") else _unshare()
+    if ctypes.CDLL(None, use_errno=True).unshare(_NEW_MOUNTS):  # Python has os.unshare from 3.12 on
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     top = str(place.parent)
     for options in (["--make-rprivate", "/"], ["--bind", top, top], ["-o", "remount,bind,ro", top]):
         subprocess.run(["mount", *options], check=True, capture_output=True)
     return ""
-
-
-def _unshare() -> None:
-    import ctypes
-
-    if ctypes.CDLL(None, use_errno=True).unshare(0x00020000):  # CLONE_NEWNS; Python has os.unshare from 3.12 on
-        raise OSError(ctypes.get_errno(), errno.errorcode[ctypes.get_errno()])

@@ -102,7 +102,7 @@ def _ranks(
     tensors: Mapping[str, Tensor],
 ) -> dict[str, int]:
     """The ranks by target; empty for a base whose layers cannot be told by the shapes of their weights."""
-    if len(targets) > len(tensors):  # no file of an adapter: building all that it lists could take minutes
+    if not 0 < len(targets) <= len(tensors):  # no file of an adapter: building all that it lists could take minutes
         return {}
     try:
         with collected():

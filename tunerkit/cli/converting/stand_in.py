@@ -25,7 +25,7 @@ def stand_in(shapes: Shapes, targets: Sequence[str], copies: Sequence[str], tens
         tensors: The tensors of the file: those of copies and biases are parameters of the model too, and those of an
             adapter say which side of a weight is its input.
     """
-    targets, copies = dict.fromkeys(targets), dict.fromkeys(copies)  # a file may list hundreds of thousands
+    adapted, copied = {*targets}, {*copies}  # a file may list hundreds of thousands
     own: dict[str, dict[str, Sequence[int]]] = defaultdict(dict)
     widths: dict[str, set[int]] = defaultdict(set)
     for name, shape in shapes.items():
@@ -34,7 +34,7 @@ def stand_in(shapes: Shapes, targets: Sequence[str], copies: Sequence[str], tens
         for found in re.finditer(r"\.adapter\.", name):
             widths[name[: found.start()]].update(tensor.shape[-1:])
         head, mark, rest = name.partition(".copy.")
-        if mark and head in copies:
+        if mark and head in copied:
             own[parent(join(head, rest))][rest.rpartition(".")[2]] = tensor.shape
         elif name.endswith(".bias") and ".adapter." not in name and not mark:
             own[parent(name)]["bias"] = tensor.shape
@@ -42,7 +42,7 @@ def stand_in(shapes: Shapes, targets: Sequence[str], copies: Sequence[str], tens
         root = nn.Module()
         for path in sorted({*own, *targets, *copies}, key=lambda path: path.count(".") if path else -1):
             held = own.get(path, {})
-            module = _module(held.get("weight", ()), widths[path]) if path in targets else nn.Module()
+            module = _module(held.get("weight", ()), widths[path]) if path in adapted else nn.Module()
             _place(root, path, module, held)
     return root
 

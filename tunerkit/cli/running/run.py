@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 from rich.console import Console
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 import tunerkit
 from tunerkit import RankChange, TunerkitError
