@@ -92,7 +92,22 @@ MUTATIONS = (
         "        _remove_leftovers(path)\n        path.unlink(missing_ok=True)\n        _replace(",
     ),
     Mutation(
+        "kills of a command",
+        "tunerkit/serialization/exporting.py",
+        "scratch_in(above, SCRATCH, recover=_put_back_older)",
+        "scratch_in(above, SCRATCH)",
+    ),
+    Mutation(
+        "commands without room",
+        "tunerkit/cli/running/run.py",
+        "if listing.is_saving and isinstance(problem, OSError | RuntimeError):",
+        "if False:",
+    ),
+    Mutation(
         "failing calls", "tunerkit/serialization/replacing.py", "            temporary.unlink()\n", "            pass\n"
+    ),
+    Mutation(
+        "flushes", "tunerkit/serialization/replacing.py", "            os.fsync(file.fileno())\n", "            pass\n"
     ),
     Mutation(
         "full disk",

@@ -180,6 +180,7 @@ DATA = (
 )
 MODELS = (
     _train("a model folder that is not there", "--model ./bertt"),
+    _train("a mistyped path of a model", "--model modles/bert", **{"models/bert/config.json": "{}"}),
     _train("a folder without a model", "--model empty", **{"empty/readme.txt": ""}),
     _train("a file in place of a model folder", "--model reviews.csv"),
     _train("a model without a tokenizer", "--model bare"),
@@ -245,6 +246,16 @@ FOLDERS = (
     _train("an output folder with other files", "--out empty", **{"empty/readme.txt": ""}),
     _train("a file in place of an output folder", "--out reviews.csv"),
     _train("an output folder that cannot be written", "--out reviews.csv/out"),
+    _train(
+        "an output folder with your own files, named like a run's",
+        "--out named --overwrite",
+        **{"named/run.json": "{}", "named/logs/mine.txt": ""},
+    ),
+    _train(
+        "a run with a file of your own in a checkpoint",
+        "--out changed --overwrite",
+        **{"changed/checkpoints/checkpoint-9/mine.txt": ""},
+    ),
     _train(
         "an output folder with a recipe of your own", "--out own --overwrite", **{"own/recipe.yaml": "model: bert\n"}
     ),

@@ -558,7 +558,7 @@ def test_uploading_is_left_to_another_command(setting: str, arguments: list[str]
     assert "hf upload NAME OUT" in done.stderr
     assert ("hf auth login" in done.stderr) == ("token" in setting)
     assert "secret" not in done.output
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_a_recipe_alone_is_no_run(arguments: list[str], tmp_path: Path) -> None:
@@ -567,10 +567,6 @@ def test_a_folder_with_a_recipe_alone_is_no_run(arguments: list[str], tmp_path: 
     done = command(*arguments, "--out", tmp_path, "--overwrite")
     assert done.exit_code == 2
     assert "the folder holds other files, such as recipe.yaml" in done.stderr
-    for name in (output.CHECKPOINTS, output.DIGESTS):  # with checkpoints, as an earlier version left it
-        (tmp_path / name).mkdir()
-        output.check(tmp_path, Recipe(), resume=False, overwrite=True)
-        (tmp_path / name).rmdir()
 
 
 def test_the_adapter_is_kept_if_what_follows_the_training_fails(
@@ -585,6 +581,36 @@ def test_the_adapter_is_kept_if_what_follows_the_training_fails(
     assert command(*arguments, "--out", tmp_path / "out", "--set", "max_steps=1").exit_code == 2
     assert {"adapter.safetensors", "tokenizer.json"} <= {file.name for file in (tmp_path / "out").iterdir()}
     assert not (tmp_path / "out" / "run.json").exists()
+
+
+@pytest.mark.parametrize("setting", ["eval_do_concat_batches=false", "prediction_loss_only=true", "label_names=[foo]"])
+def test_an_evaluation_that_fails_costs_no_adapter(
+    setting: str, arguments: list[str], folder: Path, out: Path, tmp_path: Path
+) -> None:
+    """In the middle of the training and after it. The run has ended, and can be used and evaluated."""
+    new = tmp_path / "out"
+    done = command(*arguments, "--out", new, "--set", setting)
+    assert done.exit_code == 2
+    assert done.stderr.count("\n") == 1
+    assert f"the adapter is trained and written to {new}, but it could not be evaluated: " in done.stderr
+    assert f"to evaluate it: tunerkit eval {new} --data FILE" in done.stderr
+    assert (new / "adapter.safetensors").read_bytes() == (out / "adapter.safetensors").read_bytes()
+    assert record_of(new)["metrics"] == {}
+    assert (new / "report.html").is_file()
+    for use in (("predict", "--text", "good film"), ("eval", "--data", folder / "data.csv")):
+        found, wanted = (succeeded(use[0], each, *use[1:]).output for each in (new, out))
+        assert found == wanted
+    assert "this run has ended" in command("train", "--out", new, "--resume").stderr
+
+
+def test_a_training_that_needs_a_failing_evaluation_keeps_its_adapter(arguments: list[str], tmp_path: Path) -> None:
+    """The best checkpoint cannot be chosen, so it stops there, and says where the adapter is."""
+    best = ["--set", "load_best_model_at_end=true", "--set", "metric_for_best_model=f1", "--set", "save_strategy=epoch"]
+    done = command(*arguments, "--out", tmp_path / "out", *best, "--set", "eval_do_concat_batches=false")
+    assert done.exit_code == 2
+    assert "the evaluation after step 8 of 24 failed: " in done.stderr
+    assert f"the adapter is written to {tmp_path / 'out'} as it was then" in done.stderr
+    assert (tmp_path / "out" / "adapter.safetensors").is_file()
 
 
 def test_the_home_folder_may_be_written_as_a_tilde(
@@ -729,17 +755,17 @@ def test_a_dry_run_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_is_refused_late_leaves_a_folder_that_can_be_used(
+def test_a_run_that_is_refused_late_leaves_no_folder(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An error after the trainer was built leaves nothing that the next call would take for another's files."""
+    """An error after the trainer was built leaves nothing that was not there before."""
 
     def fail(*_: object) -> None:
         raise tunerkit.StepError("no")
 
     monkeypatch.setattr(running.tunerkit, "attach", fail)
-    assert command(*arguments, "--out", tmp_path / "new").exit_code == 2
-    assert list((tmp_path / "new").iterdir()) == []
+    assert command(*arguments, "--out", tmp_path / "deep" / "new").exit_code == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_ended_run_is_kept_unless_it_is_overwritten(arguments: list[str], folder: Path, tmp_path: Path) -> None:
@@ -754,11 +780,10 @@ def test_an_ended_run_is_kept_unless_it_is_overwritten(arguments: list[str], fol
         assert message in done.stderr
         assert (new / "run.json").read_bytes() == record
     (new / "checkpoints" / "checkpoint-99").mkdir()
-    (new / "logs").mkdir()
     with signalled(1, signal.SIGINT, times=2):
         assert command(*short, "--overwrite").exit_code == 130
     # No file of the earlier run is left that the interrupted one could be taken for.
-    assert {"run.json", "adapter.safetensors", "logs"}.isdisjoint(file.name for file in new.iterdir())
+    assert {"run.json", "adapter.safetensors"}.isdisjoint(file.name for file in new.iterdir())
     assert not (new / "checkpoints" / "checkpoint-99").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")

@@ -566,3 +566,50 @@ def test_who_makes_the_warning_an_error_keeps_the_merged_model(toys: "Toys") -> 
         assert torch.equal(model(toys.x()), merged)
         with pytest.raises(AdapterError, match="permanent=True"):
             tunerkit.unwrap(tunerkit.merge(toys.trained(), permanent=True))
+
+
+# --- hooks of the base ---
+
+
+def _doubled(module: nn.Module, args: Any, output: Any) -> Any:
+    return 2 * output
+
+
+def _doubled_input(module: nn.Module, args: Any) -> Any:
+    return (2 * args[0],)
+
+
+@pytest.mark.parametrize("when", ["before wrapping", "after wrapping"])
+@pytest.mark.parametrize("config", ["adapters", "all"])
+@pytest.mark.parametrize("layer", ["layers.0", "head"])
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_of_the_base_sees_the_same_before_and_after_a_merge(
+    toys: "Toys", when: str, config: str, layer: str, register: str
+) -> None:
+    """A hook that changes a layer's input or output acts once, on the adapted layer, whenever it was registered."""
+    hook: Any = _doubled if register == "register_forward_hook" else _doubled_input
+    model = toys.net(batch_norm=True)
+    if when == "before wrapping":
+        getattr(model.get_submodule(layer), register)(hook)
+    before = model(toys.x())
+    tunerkit.wrap(model, "toy-low-rank", CONFIGS[config])
+    if when == "before wrapping":
+        assert toys.close(model(toys.x()), before)
+    else:
+        getattr(model.get_submodule(layer), register)(hook)
+    toys.fill_(model)
+    output = model(toys.x())
+    assert toys.close(tunerkit.merge(model)(toys.x()), output)
+    assert toys.close(tunerkit.unmerge(model)(toys.x()), output)
+    assert toys.close(tunerkit.unwrap(tunerkit.merge(model), keep_merged=True)(toys.x()), output)
+
+
+def test_a_hook_that_runs_before_the_adapters_is_named_and_not_merged(toys: "Toys") -> None:
+    """With prepend=True it sees the base's output, which a merged model no longer has. Nothing is changed."""
+    model = toys.trained(targets=["layers.0"])
+    handle = model.layers[0].register_forward_hook(_doubled, prepend=True)
+    assert_merging_fails(toys, model, AdapterError, "'layers.0': its forward hook _doubled runs before the adapters")
+    handle.remove()
+    model.layers[1].register_forward_hook(_doubled, prepend=True)  # of a layer without adapters
+    output = model(toys.x())
+    assert toys.close(tunerkit.merge(model)(toys.x()), output)

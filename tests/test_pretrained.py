@@ -1,5 +1,6 @@
 """Base models by task: from a folder or the hub's cache, with a head for the labels."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ transformers = pytest.importorskip("transformers", reason="the models are its ow
 
 import tunerkit  # noqa: E402
 from tests.tiny_classifier import save_tiny_classifier  # noqa: E402
-from tunerkit.integrations.pretrained import ModelError, load_pretrained  # noqa: E402
+from tunerkit.integrations.bases import Base, refusing  # noqa: E402
+from tunerkit.integrations.pretrained import ModelError, is_path, load_pretrained  # noqa: E402
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -76,3 +78,79 @@ def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(raised.value)
     with pytest.raises(ModelError, match="did you mean 'regression'"):
         load_pretrained("regresion", "anything")
+
+
+HERE = ("models/tiny/config.json", "models/other/notes.txt", "gpt2/config.json", "org/name/config.json")
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("modles/tiny", "did you mean 'models/tiny'?"),
+        ("models/tinny", "did you mean 'models/tiny'?"),
+        ("./models/tin", "did you mean 'models/tiny'?"),
+        ("~/models/tinyy", "did you mean 'models/tiny'?"),
+        ("models/nothing-like-it", "download it first: hf download models/nothing-like-it"),
+        ("models/tiny/deep/er", "pass the folder of a model"),
+        ("./x", "pass the folder of a model"),
+        ("/gone/x", "pass the folder of a model"),
+    ],
+)
+def test_a_mistyped_path_is_not_sought_on_the_hub(
+    source: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is one error at once, with the closest folder: asking the hub takes half a minute where none is reachable."""
+    _offer(tmp_path, monkeypatch)
+    asked = _note_asked(monkeypatch)
+    with pytest.raises(ModelError, match=f"no such folder.*{re.escape(words)}"):
+        load_pretrained("text-classification", source)
+    with pytest.raises(ModelError, match="no such folder"), refusing(Base(source, "")):
+        pass
+    assert asked == []
+
+
+@pytest.mark.parametrize("source", ["gpt", "gpt2-medium", "org2/new", "distil/gpt2", "microsoft/phi"])
+def test_a_name_on_the_hub_is_asked_for(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if a folder here has nearly that name. If it is not there either, the error says what was tried."""
+    _offer(tmp_path, monkeypatch)
+    asked = _note_asked(monkeypatch)
+    hint = "; did you mean 'gpt2'?" if source in ("gpt",) else ""
+    with pytest.raises(ModelError, match="the hub's cache on this machine does not have it") as raised:
+        load_pretrained("text-classification", source)
+    assert f"no such folder here{hint}" in str(raised.value)
+    assert asked == [source]
+
+
+def test_a_name_in_the_cache_or_with_a_revision_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody may keep a folder that is named like an organisation of the hub."""
+    _offer(tmp_path, monkeypatch)
+    assert is_path("org/other")
+    assert not is_path("org/other", "main")
+    snapshot = tmp_path / "cache" / "models--org--other" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    assert not is_path("org/other")
+
+
+def _offer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a working folder with some models, and an empty cache of the hub."""
+    for name in HERE:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "cache"))
+
+
+def _note_asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names for which transformers is asked from now on; it finds none."""
+    asked: list[str] = []
+
+    def ask(source: str, **_: object) -> None:
+        asked.append(source)
+        raise OSError("not found")
+
+    monkeypatch.setattr(transformers.PreTrainedConfig, "get_config_dict", ask)
+    return asked

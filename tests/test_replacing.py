@@ -112,7 +112,7 @@ def test_a_writer_whose_file_is_taken_for_a_leftover_takes_another_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another writer may remove the temporary file before it is locked: that one is not written to."""
-    path, lock = tmp_path / "a.safetensors", replacing._lock
+    path, lock = tmp_path / "a.safetensors", replacing.try_lock
     removed: list[Path] = []
 
     def remove_first(number: int) -> bool | None:
@@ -121,7 +121,7 @@ def test_a_writer_whose_file_is_taken_for_a_leftover_takes_another_one(
             removed[0].unlink()
         return lock(number)
 
-    monkeypatch.setattr(replacing, "_lock", remove_first)
+    monkeypatch.setattr(replacing, "try_lock", remove_first)
     replace(path, [b"new"])
     assert [(found.name, found.read_bytes()) for found in tmp_path.iterdir()] == [("a.safetensors", b"new")]
     assert len(removed) == 1
@@ -199,7 +199,7 @@ def test_a_file_system_without_locks_is_written_to(tmp_path: Path, monkeypatch: 
     path = tmp_path / "a.safetensors"
     left = tmp_path / f".a.safetensors.{replacing._HOST}.0.tmp"
     left.write_bytes(b"left")
-    monkeypatch.setattr(replacing, "_lock", lambda number: None)
+    monkeypatch.setattr(replacing, "try_lock", lambda number: None)
     replace(path, [b"new"])
     assert {found.name for found in tmp_path.iterdir()} == {left.name, path.name}
 

@@ -7,6 +7,8 @@ import os
 import pickletools
 import signal
 import stat
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from torch import nn
 
 import tunerkit
 from tunerkit.errors import FileError
+from tunerkit.serialization import safetensors_file
 from tunerkit.serialization.adapter_file import read
 
 if TYPE_CHECKING:
@@ -234,3 +237,40 @@ def test_a_name_or_a_text_that_is_no_unicode_is_refused(toys: "Toys", saved: Pat
         saved.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
         with pytest.raises(FileError, match=r"header cannot be read: '\\ud800' is no character but half of a"):
             tunerkit.load(toys.net(), saved)
+
+
+# --- crafted headers ---
+
+_LONG = "9" * 4290  # the longest number that Python's JSON takes
+CRAFTED = {
+    "many long dimensions": f"[{','.join([_LONG] * 400)}]",
+    "many long dimensions and a 0": f"[{','.join([_LONG] * 400)},0]",
+    "many dimensions": f"[{','.join(['9'] * 250_000)}]",
+    "many dimensions of 1": f"[{','.join(['1'] * 250_000)}]",
+    "one long dimension": f"[{_LONG}]",
+    "a negative dimension": "[-1]",
+    "a dimension that is no integer": "[1.0]",
+    "a dimension that is true": "[true]",
+}
+
+
+@pytest.mark.parametrize("shape", CRAFTED)
+def test_a_shape_that_no_tensor_has_is_refused_in_the_time_of_reading_it(shape: str, tmp_path: Path) -> None:
+    """It takes a small multiple of the CPU time of parsing the header: its dimensions are not multiplied first."""
+    text = f'{{"a":{{"dtype":"F32","shape":{CRAFTED[shape]},"data_offsets":[0,4]}}}}'
+    content = text.encode() + b" " * (-len(text) % 8)
+    path = tmp_path / "adapter.safetensors"
+    path.write_bytes(len(content).to_bytes(8, "little") + content + bytes(4))
+
+    def load() -> None:
+        with pytest.raises(FileError, match=r"shape for .* that no tensor has|wrong place"):
+            safetensors_file.read(path, lambda metadata, names: None)
+
+    plain, ours = (min(_cpu_seconds(call) for _ in range(3)) for call in (lambda: json.loads(text), load))
+    assert ours < 40 * plain + 0.02
+
+
+def _cpu_seconds(call: Callable[[], object]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start

@@ -1,6 +1,6 @@
 """The table: every row with what its cases do, what counts as a failure, and how many cases there are."""
 
-from tests.faults import misuse, mutating, naming, plugins, reading, resuming, running, writing
+from tests.faults import commands, misuse, mutating, naming, plugins, reading, resuming, running, writing
 from tests.faults.harness import Row
 
 _ERROR = "or the error is no TunerkitError"
@@ -107,12 +107,42 @@ ROWS = (
         long=400,
     ),
     Row(
+        "kills of a command",
+        "The process of train, merge, convert or export is killed at a moment of its own choosing or at a random one.",
+        "A file of the user's or of the source is lost, a file is half written, or the same call fails afterwards, "
+        "ends otherwise or leaves something behind.",
+        commands.kills,
+        short=7,
+        long=84,
+        peft="peft has no command",
+        needs=("transformers", "accelerate", "datasets", "typer"),
+    ),
+    Row(
+        "commands without room",
+        "train, merge, convert or export has a full disk or a read-only folder.",
+        "It is not said in one line, or the same as for kills.",
+        commands.no_room,
+        short=7,
+        long=42,
+        peft="peft has no command",
+        needs=("transformers", "accelerate", "datasets", "typer"),
+    ),
+    Row(
         "failing calls",
         "The k-th open, write, fsync, rename and so on of a save fails.",
         f"Neither adapter can be loaded, {_ERROR}, there is no error but the older adapter, or files are left behind.",
         writing.failing_calls,
         short=60,
         long=300,
+    ),
+    Row(
+        "flushes",
+        "A save's calls are noted in their order, over an older file and in new folders.",
+        "A file is renamed before its content is flushed (fsync), or a folder is not flushed after the rename.",
+        writing.flushes,
+        short=12,
+        long=12,
+        peft="peft promises nothing for power failures",
     ),
     Row(
         "full disk",

@@ -91,9 +91,24 @@ def test_kills_in_mid_save() -> None:
     assert_no_failure("kills in mid-save")
 
 
+def test_kills_of_a_command() -> None:
+    """After a kill, no file of the user's is lost, none is half written, and the same call works again."""
+    assert_no_failure("kills of a command")
+
+
+def test_commands_without_room() -> None:
+    """A full disk and a read-only folder are said in one line, and the same call works afterwards."""
+    assert_no_failure("commands without room")
+
+
 def test_failing_calls() -> None:
     """If any system call of a save fails, the older adapter stays and nothing else is left."""
     assert_no_failure("failing calls")
+
+
+def test_flushes() -> None:
+    """A file is on the disk before its name is, and its folder afterwards, so that a power failure loses neither."""
+    assert_no_failure("flushes")
 
 
 def test_full_disk() -> None:

@@ -270,6 +270,48 @@ def _save_fails(pair: Pair, kind: str, place: Path, prepare: Callable[[], object
     return "" if new else "there was no error, and the older adapter is still there"
 
 
+# --- Flushes ----------------------------------------------------------------------------------------------------------
+
+
+def flushes(subject: Subject, count: int, folder: Path) -> Iterator[Fault]:
+    """Note the order in which a save flushes and renames: over an older file, and in folders that are new."""
+    pair = Pair(subject, folder)
+    for number, kind, _ in cases("flushes", subject, count):
+        depth = number // len(subject.kinds) % 3
+        place = folder / f"new-{number}" / "/".join("abc"[:depth]) if depth else pair.place(kind, number)
+        outcome = in_fork(lambda p=place, k=kind: _flushed(pair, k, p))  # type: ignore[misc]
+        yield Fault(f"{number}: {kind}, {depth + 1 if depth else 0} new folders", outcome)
+
+
+def _flushed(pair: Pair, kind: str, place: Path) -> str:
+    """Save, and say what a power failure could take: a file or a folder's entry that was not flushed in time."""
+    events: list[tuple[str, int, int]] = []  # what was done, the number of the file or folder, and its size
+    plain_fsync, plain_replace = os.fsync, os.replace
+
+    def fsync(number: int) -> None:
+        plain_fsync(number)
+        found = os.fstat(number)
+        events.append(("flush", found.st_ino, found.st_size))
+
+    def replace(old: Any, new: Any) -> None:
+        found = os.stat(old)
+        events.append(("rename", found.st_ino, found.st_size))
+        plain_replace(old, new)
+
+    folders = [place, *(above.parent for above in (place, *place.parents) if not above.exists())]
+    os.fsync, os.replace = fsync, replace  # type: ignore[assignment]
+    pair.subject.save(pair.new[kind], place)
+    renames = [number for number, event in enumerate(events) if event[0] == "rename"]
+    if not renames:
+        return "no file was renamed to its place"
+    for number in renames:
+        if ("flush", *events[number][1:]) not in events[:number]:
+            return "a file was renamed to its place before its content was flushed"
+    flushed = {number for what, number, _ in events[renames[-1] :] if what == "flush"}
+    missed = [str(each.relative_to(pair.folder)) for each in folders if each.stat().st_ino not in flushed]
+    return f"after the rename, these folders were not flushed: {missed}" if missed else ""
+
+
 def full_disk(subject: Subject, count: int, folder: Path) -> Iterator[Fault]:
     """Save where a file can grow to k bytes only, as on a full disk."""
     pair = Pair(subject, folder)

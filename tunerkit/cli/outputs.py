@@ -3,12 +3,15 @@
 import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tunerkit import TunerkitError
+from safetensors import SafetensorError
+
+from tunerkit import TunerkitError, serialization
 
 
 class OutputError(TunerkitError):
@@ -35,12 +38,75 @@ def require_writable(folder: Path) -> None:
 
 
 @contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Create ``folder``, check that it is writable, and lock it against other processes.
+
+    If the block fails, the folders that were created here and are still empty are removed. The lock is on the folder
+    itself: it leaves no file, and the kernel releases that of a process that was killed. Not every network file system
+    has such locks.
+
+    Raises:
+        OutputError: The folder cannot be written, or another process has claimed it.
+    """
+    created = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+    try:
+        prepare(folder)
+        with serialization.locked(folder) as is_mine:
+            if is_mine is False:
+                raise OutputError(
+                    f"--out {folder}: another process is training into this folder; wait until it has ended, or pass "
+                    "another folder"
+                )
+            yield
+    except BaseException:
+        for each in created:
+            with suppress(OSError):  # it is not empty, or was never created
+                each.rmdir()
+        raise
+
+
+@contextmanager
+def scratch_beside(folder: Path, name: str, *, alone: bool = False) -> Iterator[Path]:
+    """Yield a scratch folder in ``folder``, which is removed at the end; remove those of processes that were killed.
+
+    Args:
+        folder: Where to create it. Its own name begins with a dot.
+        name: What it is for.
+        alone: Whether to refuse if another process has one for the same thing.
+
+    Raises:
+        OutputError: Another process has one.
+    """
+    busy = OutputError(
+        f"--out {folder / name}: another process is writing this folder; wait until it has ended, or pass another "
+        "folder"
+    )
+    with serialization.scratch_in(folder, f".writing-{name[:50]}-", refuse=busy if alone else None) as scratch:
+        yield scratch
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Inside the block, what libraries raise where a file cannot be written, as on a full disk, is an `OutputError`."""
+    try:
+        yield
+    except Exception as problem:
+        # The tokenizers library raises Exception itself.
+        if not isinstance(problem, OSError | SafetensorError) and type(problem) is not Exception:
+            raise
+        reason = (problem.strerror if isinstance(problem, OSError) else None) or " ".join(str(problem).split())
+        raise OutputError(f"--out {folder}: cannot be written: {reason}; free some disk space") from problem
+
+
+@contextmanager
 def publishing(folder: Path) -> Iterator[Path]:
     """Yield a scratch folder. At the end its files move into ``folder``; if the block fails, they are deleted."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
-        yield Path(scratch)
-        for file in sorted(Path(scratch).iterdir()):
-            file.replace(folder / file.name)
+    with scratch_beside(folder, folder.name) as scratch, writing(folder):
+        yield scratch
+        for file in sorted(each for each in scratch.rglob("*") if each.is_file()):
+            place = folder / file.relative_to(scratch)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(place)
 
 
 @contextmanager
@@ -52,12 +118,19 @@ def new_folder(folder: Path) -> Iterator[Path]:
     prepare(folder.parent)
     if folder.is_dir():
         prepare(folder)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as scratch:
-        whole = Path(scratch) / "whole"  # the scratch folder itself is closed to other users
+    with scratch_beside(folder.parent, folder.name, alone=True) as scratch:
+        whole = scratch / "whole"  # the scratch folder itself is closed to other users
         whole.mkdir()
-        yield whole
-        if not folder.is_dir():
-            whole.rename(folder)
-            return
-        for file in sorted(whole.iterdir()):  # an empty folder may be another file system's, or the working folder
-            shutil.move(file, folder / file.name)
+        with writing(folder):
+            yield whole
+        if os.path.isdir(folder):
+            whole.chmod(stat.S_IMODE(folder.stat().st_mode))
+        try:
+            if folder.exists() and folder.samefile("."):
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+            whole.rename(folder)  # in one step, also in place of an empty folder
+        except OSError:
+            if not folder.is_dir() or any(folder.iterdir()):
+                raise OutputError(f"--out {folder}: is not empty any more; pass a new folder") from None
+            for file in sorted(whole.iterdir()):  # the working folder, or another file system's
+                shutil.move(file, folder / file.name)

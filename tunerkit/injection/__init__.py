@@ -16,7 +16,7 @@ from tunerkit.injection.progress import Link, Progress
 from tunerkit.injection.reference import Reference, reference
 from tunerkit.injection.root import inside
 from tunerkit.injection.running import refuse_running
-from tunerkit.injection.slots import Slot, Slots, base_modules, is_called, slots_of, walk
+from tunerkit.injection.slots import Slot, Slots, apply_slots, base_modules, is_called, slots_of, walk
 from tunerkit.injection.tuner import (
     Tuner,
     is_frozen,

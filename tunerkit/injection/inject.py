@@ -63,7 +63,8 @@ def _inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan) -> None:
             module.add_module(CHILD, slots)
             watch_states_(module)
             if reader is None:
-                module.register_forward_hook(apply_slots, with_kwargs=True)
+                # First: the base's own hooks then see the same output as after a merge.
+                module.register_forward_hook(apply_slots, with_kwargs=True, prepend=True)
         elif slots.base is None and base is not None:  # another adapter trains the bias of a module without a kind
             slots.see_as(base)
         if not module.training:  # new parts are in training mode, and a copy has the modes of its original
@@ -184,6 +185,7 @@ def copy_base(module: nn.Module) -> nn.Module:
     if slots is not None:
         delattr(twin, CHILD)
     torch_private.remove_hooks_(twin, apply_slots, refuse_unsynchronised, note_call)
+    torch_private.mute_hooks_(twin)
     unwatch_saving_(twin)
     for part in twin.modules():
         unwatch_states_(part)

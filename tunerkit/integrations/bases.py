@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tunerkit.errors import TunerkitError, cut, shown
-from tunerkit.integrations.pretrained import LOADING, ModelError, looks_local
+from tunerkit.integrations.pretrained import LOADING, ModelError, closest_folder, is_path, tried
 
 _PASS = "pass the folder of the model, or its name on the hub (org/name), with --base"
 
@@ -103,13 +103,14 @@ def refuse_other_type(source: str, base: str) -> None:
         )
 
 
-def refuse_missing(source: str) -> None:
+def refuse_missing(source: str, revision: str | None = None) -> None:
     """Raise `ModelError` if ``source`` is neither the folder of a model nor may be a name on the hub."""
     folder = Path(source).expanduser()
     if not source or "\0" in source:
         raise ModelError(f"expected the folder of a base model, got {shown(source)}; {_PASS}")
-    if looks_local(source) and not folder.exists():
-        raise ModelError(f"{source}: there is no such folder; {_PASS}")
+    if not folder.exists() and is_path(source, revision):
+        hint = closest_folder(source)
+        raise ModelError(f"{source}: there is no such folder{hint}{' P' if hint else '; p'}{_PASS[1:]}")
     if folder.is_file():
         raise ModelError(f"{source} is a file; pass the folder that has config.json and the weights, with --base")
     if (folder / "model_index.json").is_file():
@@ -124,7 +125,7 @@ def refuse_missing(source: str) -> None:
 @contextmanager
 def refusing(base: Base) -> Iterator[None]:
     """Inside the block, a library's error about a base model is a `ModelError`, which names it."""
-    refuse_missing(base.source)
+    refuse_missing(base.source, base.revision)
     try:
         yield
     except TunerkitError:
@@ -133,7 +134,8 @@ def refusing(base: Base) -> Iterator[None]:
         reason = cut(" ".join(str(problem).split()) or type(problem).__name__, 600)
         kind = f" as {base.kind}" if base.kind else ""
         raise ModelError(
-            f"cannot load {base.source!r}{kind}: {reason}; pass the folder of the adapter's base model with --base"
+            f"cannot load {base.source!r}{kind}{tried(base.source)}: {reason}; pass the folder of the adapter's base "
+            "model with --base"
         ) from problem
 
 

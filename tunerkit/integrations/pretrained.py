@@ -1,5 +1,6 @@
 """Base models of transformers and their processors, loaded by task: from a folder, or by a name of the hub."""
 
+import difflib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from tunerkit.errors import TunerkitError, closest, cut, shown
 from tunerkit.integrations.quantising import quantising
 from tunerkit.integrations.task_classes import CAUSAL, TASKS, TEXT, TaskClasses
 from tunerkit.libraries import transformers_private
+
+_CLOSE = 0.6  # how alike a mistyped name is to the right one, as difflib measures it
 
 
 class ModelError(TunerkitError):
@@ -80,7 +83,7 @@ def load_pretrained(
         ModelError: There is no such folder, it is a model of another kind, or transformers cannot load it.
     """
     task_classes = classes_of(task)
-    _refuse_missing(source)
+    _refuse_missing(source, revision)
     version = {} if revision is None else {"revision": revision}
     config = _config_of(source, version)
     check_kind(task, source, config)
@@ -181,7 +184,8 @@ def _config_of(source: str, revised: Mapping[str, str]) -> Any:
     import transformers
 
     values, _ = _loading(
-        f"the config of {source!r}", lambda: transformers.PreTrainedConfig.get_config_dict(source, **revised)
+        f"the config of {source!r}{tried(source)}",
+        lambda: transformers.PreTrainedConfig.get_config_dict(source, **revised),
     )
     if values.get("model_type") not in transformers.CONFIG_MAPPING:
         raise ModelError(
@@ -247,10 +251,15 @@ def _commit_of(source: str, revision: str | None) -> str | None:
     return extract_commit_hash(cached_file(source, "config.json", revision=revision), None)
 
 
-def _refuse_missing(source: str) -> None:
+def _refuse_missing(source: str, revision: str | None) -> None:
     folder = Path(source).expanduser()
-    if looks_local(source) and not folder.exists():
-        raise ModelError(f"{source}: no such folder; pass the folder of a model, or its name on the hub (org/name)")
+    if not folder.exists() and is_path(source, revision):
+        hint = closest_folder(source)
+        download = "" if looks_local(source) else f"; if this is one, download it first: hf download {source}"
+        raise ModelError(
+            f"{source}: no such folder{hint}{' Pass' if hint else '; pass'} the folder of a model, or its name on the "
+            f"hub (org/name){download}"
+        )
     if folder.is_file():
         raise ModelError(f"{source} is a file; pass the folder that has config.json and the weights")
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -260,6 +269,65 @@ def _refuse_missing(source: str) -> None:
 def looks_local(source: str) -> bool:
     """Whether a base model's name can only be a path: names on the hub are ``name`` or ``org/name``."""
     return source.startswith((".", "~", os.sep)) or source.count("/") > 1 or "\\" in source
+
+
+def is_path(source: str, revision: str | None = None) -> bool:
+    """Whether a name that is no folder is a mistyped path: asking the hub for it may take half a minute.
+
+    So is one whose first part is a folder here, or nearly one with such a second part; unless the hub's cache has it,
+    or it has a revision.
+    """
+    if looks_local(source):
+        return True
+    first, _, second = source.partition("/")
+    if not second or revision is not None or _is_cached(source):
+        return False
+    near = difflib.get_close_matches(first, _folders(Path()), n=3, cutoff=_CLOSE)
+    return Path(first).is_dir() or any(Path(each, second, "config.json").is_file() for each in near)
+
+
+def _is_cached(source: str) -> bool:
+    """Whether the hub's cache on this machine has the config of a model."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(source, "config.json"), str)
+    except HFValidationError:  # no name on the hub
+        return False
+
+
+def closest_folder(source: str) -> str:
+    """A hint with the folder whose path is closest to a mistyped one, part by part; or an empty text."""
+    place, *parts = Path(os.path.abspath(os.path.expanduser(source))).parents[::-1]
+    last = os.path.basename(os.path.abspath(source))
+    for part in (each.name for each in parts):
+        close = [part] if (place / part).is_dir() else difflib.get_close_matches(part, _folders(place), 1, _CLOSE)
+        if not close:
+            return ""
+        place /= close[0]
+    models = [name for name in _folders(place) if (place / name / "config.json").is_file()]
+    close = difflib.get_close_matches(last, models, 1, _CLOSE)
+    if not close:
+        return ""
+    place /= close[0]
+    here = Path.cwd()
+    return f"; did you mean {str(place.relative_to(here) if place.is_relative_to(here) else place)!r}?"
+
+
+def _folders(place: Path) -> list[str]:
+    try:
+        return [each.name for each in os.scandir(place) if each.is_dir()]
+    except OSError:
+        return []
+
+
+def tried(source: str) -> str:
+    """What was looked for, in words, where a model's name is no folder here; empty for a folder."""
+    if Path(source).expanduser().is_dir():
+        return ""
+    cache = "the hub's cache has it" if _is_cached(source) else "the hub's cache on this machine does not have it"
+    return f" (no such folder here{closest_folder(source)}; {cache})".replace("?;", "?")
 
 
 LOADING = (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError, AttributeError, SafetensorError)

@@ -60,6 +60,29 @@ def remove_hooks_(module: nn.Module, *functions: Callable[..., Any]) -> None:
                     table.pop(key, None)
 
 
+def hooks_before(module: nn.Module, function: Callable[..., Any]) -> list[Callable[..., Any]]:
+    """The forward hooks of ``module`` that run before ``function``, which is one of them."""
+    hooks = [*module._forward_hooks.values()]
+    return hooks[: hooks.index(function)] if function in hooks else []
+
+
+def mute_hooks_(module: nn.Module) -> None:
+    """Make a copy of a module fit to be called inside a forward hook of the original, whose hooks run already.
+
+    Forward hooks go. Pre-hooks stay, since some compute a weight from other parameters; but what they return, which the
+    arguments have gone through already, is ignored.
+    """
+    for key in list(module._forward_hooks):
+        for table in (module._forward_hooks_with_kwargs, module._forward_hooks_always_called, module._forward_hooks):
+            table.pop(key, None)
+    for key, hook in module._forward_pre_hooks.items():
+        module._forward_pre_hooks[key] = partial(_without_result, hook)
+
+
+def _without_result(hook: Callable[..., Any], *call: Any) -> None:
+    hook(*call)
+
+
 def remove_state_hooks_(module: nn.Module, *functions: Callable[..., Any]) -> None:
     """Remove the hooks after ``state_dict()`` and before ``load_state_dict()`` that are one of ``functions``."""
     after: dict[int, Any] = module._state_dict_hooks

@@ -11,7 +11,7 @@ from tunerkit.serialization.before_saving import (
     warn_of_untrained,
 )
 from tunerkit.serialization.dense import dense_layers, replace_by_dense_
-from tunerkit.serialization.exporting import write_format
+from tunerkit.serialization.exporting import SCRATCH, write_format
 from tunerkit.serialization.formats import find_format, format_at
 from tunerkit.serialization.merge import (
     disabled,
@@ -25,5 +25,6 @@ from tunerkit.serialization.merge import (
 from tunerkit.serialization.replacing import replace
 from tunerkit.serialization.rounding import Rounding, rounding
 from tunerkit.serialization.safetensors_file import checked_path, file_at
+from tunerkit.serialization.scratch import locked, scratch_in
 from tunerkit.serialization.training_state import carry, forget_state_, load_state, restore_, save_state
 from tunerkit.serialization.written_once import written_once

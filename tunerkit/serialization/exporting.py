@@ -1,9 +1,7 @@
 """Write an adapter in another program's format: first into a scratch folder, then to where the user wants it."""
 
 import os
-import shutil
 import stat
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +14,10 @@ from tunerkit.records import Format
 from tunerkit.serialization.formats import asked, sniffs
 from tunerkit.serialization.replacing import sync
 from tunerkit.serialization.safetensors_file import checked_path
+from tunerkit.serialization.scratch import scratch_in
 
+SCRATCH: Final = ".tunerkit-"
+_OLDER: Final = "older"
 # A file that people write too. It is replaced only if it has this text, which formats put into theirs.
 CARD: Final = "README.md"
 MARK: Final = b"<!-- written by tunerkit -->"
@@ -25,7 +26,8 @@ MARK: Final = b"<!-- written by tunerkit -->"
 def write_format(tuner: Tuner, path: str | os.PathLike[str], format: Format, options: object) -> Path:
     """Write one adapter, and return the path of the file or of the folder.
 
-    A new folder appears whole or not at all. In a folder that exists, all files are replaced, or none.
+    A new folder appears whole or not at all. In a folder that exists, all files are replaced, or none. If the process
+    is killed in between, the next call puts the older files back before it replaces them.
 
     Args:
         tuner: The adapter's handle.
@@ -39,7 +41,7 @@ def write_format(tuner: Tuner, path: str | os.PathLike[str], format: Format, opt
     place = checked_path(path)
     try:
         with _folder_for(place) as scratch:
-            whole, older = scratch / "whole", scratch / "older"  # the scratch folder itself is closed to other users
+            whole, older = scratch / "whole", scratch / _OLDER  # the scratch folder itself is closed to other users
             whole.mkdir()
             older.mkdir()
             written = _written(format, tuner, whole, options)
@@ -62,16 +64,19 @@ def _folder_for(place: Path) -> Iterator[Path]:
     missing = [folder for folder in (above, *above.parents) if not folder.exists()]
     above.mkdir(parents=True, exist_ok=True)
     try:
-        scratch = Path(tempfile.mkdtemp(dir=above, prefix=".tunerkit-"))
-        try:
+        with scratch_in(above, SCRATCH, recover=_put_back_older) as scratch:
             yield scratch
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
     except BaseException:
         for folder in missing:
             with suppress(OSError):  # somebody else's file is in it
                 folder.rmdir()
         raise
+
+
+def _put_back_older(scratch: Path) -> None:
+    """Put back what a writer that was killed had set aside: the older adapter is whole again then."""
+    for file in sorted((scratch / _OLDER).glob("*")):
+        os.replace(file, scratch.parent / file.name)
 
 
 def _written(format: Format, tuner: Tuner, folder: Path, options: object) -> list[Path]:

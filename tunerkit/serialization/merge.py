@@ -69,7 +69,8 @@ def merge(model: M, *, permanent: bool = False) -> M:
 
     Raises:
         AdapterError: The model is already merged or disabled, or runs in another thread; no adapter is active; weights
-            are offloaded, sharded (FSDP, ZeRO-3) or packed, so that adding to them has no effect; adapted modules were
+            are offloaded, sharded (FSDP, ZeRO-3) or packed, so that adding to them has no effect; a forward hook runs
+            before the adapters, since it was registered with ``prepend=True`` after wrapping; adapted modules were
             replaced, resized or tied after wrapping; a packed weight is tied; a kind cannot write a packed weight; a
             base layer has no place for a bias; a method does not implement ``tunerkit_delta``; or merged weights
             contain NaN or inf.
@@ -232,6 +233,7 @@ def _refuse_unfit(model: nn.Module, places: Places) -> None:
         raise AdapterError("no adapter is active, so nothing can be merged; call tunerkit.activate first")
     injection.refuse_running(injection.wrapped_model(model), "merging")
     _refuse_offloaded(places)
+    _refuse_earlier_hooks(places)
     unpacked = [(path, module) for path, module, slots in places if slots.active and not has_packed_weight(slots)]
     libraries.refuse_engine(unpacked, "merge")
     refuse_gathered(places)
@@ -247,6 +249,18 @@ def _refuse_offloaded(places: Places) -> None:
             f"accelerate offloads the weights of {len(away)} adapted layers ({away[0]}, ...), so nothing can be merged "
             "into them; call accelerate.hooks.remove_hook_from_submodules(model), which loads them, and then merge"
         )
+
+
+def _refuse_earlier_hooks(places: Places) -> None:
+    """Raise `AdapterError` if a hook sees a layer's output without the adapters, which a merge would show to it."""
+    for path, module, slots in places:
+        for hook in libraries.torch_private.hooks_before(module, injection.apply_slots) if slots.active else ():
+            name = getattr(hook, "__qualname__", type(hook).__name__)
+            raise AdapterError(
+                f"cannot merge into {path!r}: its forward hook {name} runs before the adapters, as it was "
+                "registered with prepend=True after tunerkit.wrap. It would get another output. Remove it, merge, and "
+                "register it again; or register it without prepend"
+            )
 
 
 def _refuse_nonfinite(places: Places, merged: Sequence[Mapping[str, Any]]) -> None:

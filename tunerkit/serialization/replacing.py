@@ -102,7 +102,7 @@ def _create(path: Path, mode: int) -> tuple[Path, int, int]:
         number = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, mode)
         lock = os.dup(number)
         # Another writer may have taken it for a leftover before it was locked, and removed it.
-        if _lock(lock) is not False and os.fstat(lock).st_nlink:
+        if try_lock(lock) is not False and os.fstat(lock).st_nlink:
             return temporary, number, lock
         os.close(number)
         os.close(lock)
@@ -122,14 +122,14 @@ def _remove_leftovers(path: Path) -> None:
 def _remove_unlocked(leftover: Path) -> None:
     number = os.open(leftover, os.O_RDWR | _NOT_A_LINK)
     try:
-        if _lock(number):
+        if try_lock(number):
             leftover.unlink()
     finally:
         os.close(number)
 
 
-def _lock(number: int) -> bool | None:
-    """Lock an open file for this process. False: another writer holds the lock. None: there are no locks here."""
+def try_lock(number: int) -> bool | None:
+    """Lock an open file or folder for this process. False: another one holds the lock. None: there are no locks."""
     if fcntl is None:
         return None
     try:

@@ -4,7 +4,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +25,7 @@ _STORED = (
     *("float16", "bfloat16", "float32", "float64", "complex64"),
     *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
 )  # dtypes of torch that a file may hold, each value in bytes of its own
+_MOST_DIMENSIONS = 64  # torch's own limit for most operations
 _LONGEST_HEADER = 100_000_000  # bytes: the limit of the safetensors library
 # What it raises, what torch raises for its dtypes and shapes, and what reading JSON raises.
 _UNREADABLE = (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError, AssertionError)
@@ -138,13 +139,24 @@ def _parts(entries: Mapping[str, Any], data: bytearray) -> dict[str, memoryview]
     found, end = {}, 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         start, after = entry["data_offsets"]
-        size = math.prod(entry["shape"]) * _dtypes()[entry["dtype"]].itemsize
-        if start != end or after != start + size or min(entry["shape"], default=0) < 0:
+        size = _count(name, entry["shape"]) * _dtypes()[entry["dtype"]].itemsize
+        if start != end or after != start + size:
             raise ValueError(f"its header has a wrong place for {shown(name)}")
         found[name], end = memoryview(data)[start:after], after
     if end != len(data):
         raise ValueError(f"its header places {end} bytes of tensors, and it has {len(data)}")
     return found
+
+
+def _count(name: str, shape: Sequence[int]) -> int:
+    """How many values a tensor has. Raises `ValueError` for a shape that torch has no tensor of.
+
+    The check comes before the multiplication: a header of some megabytes can hold so many and so long dimensions that
+    their product takes minutes.
+    """
+    if len(shape) > _MOST_DIMENSIONS or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+        raise ValueError(f"its header has a shape for {shown(name)} that no tensor has: {shown(shape)}")
+    return math.prod(shape)
 
 
 def _view(entry: Mapping[str, Any], part: memoryview) -> Tensor:

@@ -7,7 +7,7 @@ for files in other formats, and for what is damaged or from an earlier version.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -151,15 +151,23 @@ def _own(source: str) -> Shown:
     )
 
 
-def _ranks(source: str, *lists: Any) -> dict[str, int]:
+def _ranks(
+    source: str,
+    shapes: Mapping[str, list[int]],
+    targets: Sequence[str],
+    copies: Sequence[str],
+    tensors: Mapping[str, Any],
+) -> dict[str, int]:
     """The ranks by target; empty for a base whose layers cannot be told by the shapes of their weights."""
+    if not 0 < len(targets) <= len(tensors):  # no file of an adapter: building all that it lists could take minutes
+        return {}
     from tunerkit import serialization
     from tunerkit.cli.converting.remarks import collected
     from tunerkit.cli.converting.stand_in import stand_in
 
     try:
         with collected():
-            model = stand_in(*lists)
+            model = stand_in(shapes, targets, copies, tensors)
             serialization.open_unloaded(model, source)
             return tunerkit.tuner(model).ranks()
     except TunerkitError:

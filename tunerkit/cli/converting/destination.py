@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Final
 
-from tunerkit import TunerkitError
+from tunerkit import TunerkitError, serialization
 from tunerkit.libraries import FOREIGN_FORMATS
 
 _WEIGHTS: Final = (".safetensors", ".bin")
@@ -25,7 +25,8 @@ def refuse_occupied(out: Path, *, overwrite: bool) -> None:
             in its folder, so all who load the model would get another one.
     """
     try:
-        names = sorted(os.listdir(out))
+        # What a writer that was killed has left is removed by the next one.
+        names = sorted(name for name in os.listdir(out) if not name.startswith(serialization.SCRATCH))
     except (OSError, ValueError):  # it is no folder, or none that can be read, as writing will say
         names = []
     weights = [name for name in names if name.endswith(_WEIGHTS) and name not in _OTHERS]

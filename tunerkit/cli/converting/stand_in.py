@@ -1,5 +1,6 @@
 """A model that has only what the header of an adapter's file lists: enough to build the adapter and count its ranks."""
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,12 +25,16 @@ def stand_in(shapes: Shapes, targets: Sequence[str], copies: Sequence[str], tens
         tensors: The tensors of the file: those of copies and biases are parameters of the model too, and those of an
             adapter say which side of a weight is its input.
     """
+    adapted, copied = {*targets}, {*copies}  # a file may list hundreds of thousands
     own: dict[str, dict[str, Sequence[int]]] = defaultdict(dict)
+    widths: dict[str, set[int]] = defaultdict(set)
     for name, shape in shapes.items():
         own[parent(name)][name.rpartition(".")[2]] = shape
     for name, tensor in tensors.items():
+        for found in re.finditer(r"\.adapter\.", name):
+            widths[name[: found.start()]].update(tensor.shape[-1:])
         head, mark, rest = name.partition(".copy.")
-        if mark and head in copies:
+        if mark and head in copied:
             own[parent(join(head, rest))][rest.rpartition(".")[2]] = tensor.shape
         elif name.endswith(".bias") and ".adapter." not in name and not mark:
             own[parent(name)]["bias"] = tensor.shape
@@ -37,13 +42,7 @@ def stand_in(shapes: Shapes, targets: Sequence[str], copies: Sequence[str], tens
         root = nn.Module()
         for path in sorted({*own, *targets, *copies}, key=lambda path: path.count(".") if path else -1):
             held = own.get(path, {})
-            widths = {
-                size
-                for name, tensor in tensors.items()
-                if name.startswith(f"{path}.adapter.")
-                for size in tensor.shape[-1:]
-            }
-            module = _module(held.get("weight", ()), widths) if path in targets else nn.Module()
+            module = _module(held.get("weight", ()), widths[path]) if path in adapted else nn.Module()
             _place(root, path, module, held)
     return root
 

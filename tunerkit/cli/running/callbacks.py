@@ -3,8 +3,9 @@
 import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,7 +17,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tunerkit import Tuner, TunerkitError
+from tunerkit.cli.running import written
 from tunerkit.cli.running.telling import say
+from tunerkit.cli.running.written import CHECKPOINTS, LOGS
 
 
 class DivergedError(TunerkitError):
@@ -165,6 +168,57 @@ class Resumable(TrainerCallback):
         control.should_save, self._is_due = control.should_save or self._is_due, False
         if any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history):
             control.should_evaluate = False
+
+
+class Listing(TrainerCallback):
+    """Keeps the list of what a run writes into its folder.
+
+    An earlier run in the folder is replaced once the first step is made: one that is refused before loses nothing.
+    """
+
+    def __init__(self, folder: Path, begin: Callable[[], None]) -> None:
+        self._folder, self._begin = folder, begin
+        self.has_begun = self.is_saving = False
+        self._before = written.files_in(folder, LOGS)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Replace an earlier run, if that has not been done yet."""
+        if not self.has_begun:
+            self._begin()
+            self.has_begun = True
+            self._note()
+
+    def forget(self) -> None:
+        """Remove what a run wrote that was refused before its first step."""
+        if not self.has_begun:
+            written.remove(self._folder, self._written())
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_save:
+            self.is_saving = True
+            self._note(f"{CHECKPOINTS}/checkpoint-{state.global_step}/")
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.on_step_end(args, state, control)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.is_saving = False
+        self._note(*written.files_in(self._folder, f"{CHECKPOINTS}/checkpoint-{state.global_step}"))
+
+    def _note(self, *paths: str) -> None:
+        written.note(self._folder, [*paths, *self._written()])
+
+    def _written(self) -> set[str]:
+        """The loggers' files that were not there before, and TRL's card."""
+        found = written.files_in(self._folder, LOGS) - self._before
+        return {*found, *({written.CARD} if (self._folder / written.CARD).is_file() else ())}
 
 
 def _is_whole(epoch: float | None) -> bool:

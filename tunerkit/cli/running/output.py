@@ -1,29 +1,43 @@
 """The output folder of ``tunerkit train``: whether it may be used, and what a run leaves in it from the start."""
 
 import hashlib
+import os
 import shlex
-import shutil
+import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 
+import tunerkit
 from tunerkit import serialization
-from tunerkit.cli.outputs import OutputError
+from tunerkit.cli.outputs import OutputError, publishing, writing as writing_to
 from tunerkit.cli.recipes import writing
 from tunerkit.cli.recipes.reading import read_recipe
 from tunerkit.cli.recipes.recipe import Recipe, files_of, to_mapping, with_full_paths, with_precision
+from tunerkit.cli.running.written import (
+    CARD,
+    CHECKPOINTS,
+    DIGESTS,
+    LIST,
+    LOGS,
+    PICTURES,
+    RECIPE,
+    files_in,
+    note,
+    remove,
+    run_files,
+)
 from tunerkit.errors import shown
 from tunerkit.integrations.output_folder import RECORD
+from tunerkit.integrations.pretrained import Pretrained
 
-RECIPE = "recipe.yaml"
-DIGESTS = "data.sha256"
-CHECKPOINTS = "checkpoints"
-LOGS = "logs"  # TensorBoard's
-PICTURES = "pictures"
-# Removed before a new run begins, so that the folder never mixes two runs.
-_WRITTEN = (RECORD, "adapter.safetensors", "environment.json", "report.html")
+ADAPTER = "adapter.safetensors"
+ENVIRONMENT = "environment.json"
+REPORT = "report.html"
+# What every run writes beside its processor, its checkpoints and its pictures.
+_WRITTEN = (LIST, RECIPE, DIGESTS, RECORD, ADAPTER, ENVIRONMENT, REPORT, CARD)
 
 
 def check(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
@@ -36,38 +50,81 @@ def check(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> Non
         raise OutputError("--resume and --overwrite exclude each other: pass one of them")
     held = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
     kept = [name for name in held if not name.startswith(".")]
+    ours = run_files(folder) if kept else None
     if resume:
+        if ours is None:
+            raise _no_run(folder)
         _check_resume(folder, recipe)
-    elif kept and not _is_ours(kept):
+    elif kept and ours is None:
+        named = next((name for name in (RECORD, DIGESTS, LIST) if name in kept), None)
+        why = "" if named is None else f" ({named} is not one that a run wrote)"
         raise OutputError(
-            f"--out {folder}: the folder holds other files, such as {kept[0]}; pass a new or an empty folder"
+            f"--out {folder}: the folder holds other files, such as {named or kept[0]}{why}; pass a new or an empty "
+            "folder"
         )
-    elif kept and not overwrite:
-        ended = f"an ended run ({RECORD})" if RECORD in kept else "a run that has not ended"
-        how = "" if RECORD in kept else ", --resume to go on with it"
+    elif ours is not None and not overwrite:
+        ended = f"an ended run ({RECORD})" if RECORD in ours else "a run that has not ended"
+        how = "" if RECORD in ours else ", --resume to go on with it"
         raise OutputError(f"--out {folder}: holds {ended}; pass --overwrite to replace it{how}, or another folder")
+    if ours is not None:
+        refuse_theirs(folder, ours, _WRITTEN)
 
 
-def _is_ours(names: Collection[str]) -> bool:
-    """Whether a folder with these files is a run's: a recipe alone is one that somebody wrote, or keeps there."""
-    return RECORD in names or DIGESTS in names or {RECIPE, CHECKPOINTS} <= {*names}
+def refuse_theirs(folder: Path, ours: Collection[str], wanted: Collection[str]) -> None:
+    """Refuse to write over files that the folder's run did not write.
+
+    Args:
+        folder: The folder.
+        ours: The files of the run.
+        wanted: What is going to be written, by paths in the folder.
+
+    Raises:
+        OutputError: A file is in the way; or one is in a checkpoint, which the trainer deletes when it is old.
+    """
+    folders = (CHECKPOINTS, LOGS, PICTURES)
+    not_folders = [name for name in folders if os.path.islink(folder / name) or os.path.isfile(folder / name)]
+    named = [path for path in wanted if os.path.lexists(folder / path)]
+    deleted = [path for path in files_in(folder, CHECKPOINTS) if path.startswith(f"{CHECKPOINTS}/checkpoint-")]
+    if theirs := sorted({*not_folders, *named, *deleted} - {*ours}):
+        is_place = theirs[0] in folders
+        what = "is a link or a file, where the run has a folder" if is_place else "was not written by the run there"
+        raise OutputError(f"--out {folder}: {theirs[0]} {what}, and could be lost; move it, or pass another folder")
 
 
 def begin(folder: Path, recipe: Recipe, *, resume: bool) -> None:
     """Remove an earlier run from the folder, unless it is resumed, and write what resuming reads.
 
-    That is the recipe, and the digest of each file of data, in the form of ``sha256sum``.
+    That is the recipe, and the digest of each file of data, in the form of ``sha256sum``. Files that no run wrote stay.
     """
     if resume:
+        note(folder, run_files(folder) or ())  # an earlier version kept no list
         return
-    for name in (CHECKPOINTS, LOGS, PICTURES):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in _WRITTEN:  # the other files of a run are replaced by the new ones
-        (folder / name).unlink(missing_ok=True)
+    if earlier := run_files(folder):
+        note(folder, earlier)  # first: a folder that is half removed is still a run's
+        remove(folder, earlier)
+    note(folder, [RECIPE, DIGESTS])
     lines = [f"{digest}  {path}\n" for path, digest in _digests(recipe).items()]
-    # First, because it says that the folder is a run's.
     serialization.replace(folder / DIGESTS, ["".join(lines).encode()])
     serialization.replace(folder / RECIPE, [writing.dump(recipe).encode()])
+
+
+def refuse_processor(folder: Path, processor: Any) -> None:
+    """Refuse a folder where a file is in the way of a processor's. Raises `OutputError`."""
+    ours = run_files(folder) or frozenset()
+    if any(name not in ours for name in os.listdir(folder) if (folder / name).is_file()):
+        # Only the processor knows the names of its files.
+        with tempfile.TemporaryDirectory() as scratch, writing_to(Path(scratch)):
+            processor.save_pretrained(scratch)
+            refuse_theirs(folder, ours, files_in(Path(scratch), "."))
+
+
+def save(loaded: Pretrained, folder: Path) -> None:
+    """Write a trained adapter and its processor."""
+    note(folder, [ADAPTER])
+    tunerkit.save(loaded.model, folder)
+    with publishing(folder) as scratch:
+        loaded.processor.save_pretrained(scratch)
+        note(folder, files_in(scratch, "."))
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -87,8 +144,12 @@ def after_interrupt(folder: Path) -> str:
 def recipe_file(folder: Path) -> Path:
     """The recipe of the run in a folder. Raises `OutputError` if there is none."""
     if not (folder / RECIPE).is_file():
-        raise OutputError(f"--out {folder}: there is no run to resume in this folder; leave --resume out to begin one")
+        raise _no_run(folder)
     return folder / RECIPE
+
+
+def _no_run(folder: Path) -> OutputError:
+    return OutputError(f"--out {folder}: there is no run to resume in this folder; leave --resume out to begin one")
 
 
 def _check_resume(folder: Path, recipe: Recipe) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -15,8 +16,9 @@ from rich.console import Console
 
 import tunerkit
 from tunerkit import RankChange, Tuner, hooks, injection, serialization
-from tunerkit.cli.running.output import PICTURES
+from tunerkit.cli.running import written
 from tunerkit.cli.running.telling import say
+from tunerkit.cli.running.written import PICTURES
 from tunerkit.integrations.output_folder import RECORD
 from tunerkit.integrations.pretrained import Pretrained
 
@@ -160,13 +162,23 @@ def write_report(folder: Path, record: Mapping[str, Any], console: Console) -> N
 
 
 def write_pictures(folder: Path, record: Mapping[str, Any], console: Console) -> None:
-    """Write a picture of each panel of the report. Without matplotlib, print how to install it."""
+    """Write a picture of each panel of the report, but over no file of the user's.
+
+    Without matplotlib, print how to install it.
+    """
     try:
         from tunerkit.report import pictures  # needs the extra [plot], which [cli] does not include
     except ModuleNotFoundError:
         say(console, 'no pictures: matplotlib is not installed; pip install "tunerkit[plot]"')
         return
-    for name, figure in pictures.draw(record).items():
+    ours = written.run_files(folder) or frozenset()
+    figures = {f"{PICTURES}/{name}.png": figure for name, figure in pictures.draw(record).items()}
+    theirs = [path for path in figures if os.path.lexists(folder / path) and path not in ours]
+    written.note(folder, figures.keys() - theirs)
+    for path, figure in figures.items():
+        if path in theirs:
+            say(console, f"{folder / path}: is not the run's, and was left as it is")
+            continue
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png", dpi=150)
-        serialization.replace(folder / PICTURES / f"{name}.png", [drawn.getvalue()])
+        serialization.replace(folder / path, [drawn.getvalue()])

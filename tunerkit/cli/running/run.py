@@ -1,38 +1,24 @@
 """``tunerkit train``: read, load, wrap, train, evaluate, and write the output folder."""
 
 import os
-import time
+import shlex
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import attrs
-import torch
 from rich.console import Console
 
 import tunerkit
-from tunerkit import RankChange, TunerkitError
-from tunerkit.cli import assets, outputs
-from tunerkit.cli.demo import demo_of
-from tunerkit.cli.recipes.reading import read_recipe
-from tunerkit.cli.recipes.recipe import (
-    DEFAULT_METHOD,
-    Recipe,
-    to_mapping,
-    with_full_paths,
-    with_home,
-    with_precision,
-)
-from tunerkit.cli.running import hardware, output
-from tunerkit.cli.running.adapting import adapt, head_labels, order_note
-from tunerkit.cli.running.arguments import trainer_arguments
+from tunerkit import TunerkitError
+from tunerkit.cli import outputs
+from tunerkit.cli.recipes.recipe import DEFAULT_METHOD, Recipe, to_mapping, with_full_paths, with_home, with_precision
+from tunerkit.cli.running import hardware, output, written
 from tunerkit.cli.running.baseline import NoBaselineError, head_alone
-from tunerkit.cli.running.building import refuse_untrainable
-from tunerkit.cli.running.callbacks import Rehearsal, RehearsedError, Watching, refuse_nonfinite
-from tunerkit.cli.running.data import Data, prepare_data
+from tunerkit.cli.running.data import prepare_data
 from tunerkit.cli.running.describing import describe, tell
-from tunerkit.cli.running.fitting import build_fitted, cut_at_positions_
+from tunerkit.cli.running.preparing import prepare, settled
 from tunerkit.cli.running.record import (
     Trained,
     adapter_facts,
@@ -44,16 +30,12 @@ from tunerkit.cli.running.record import (
     write_report,
 )
 from tunerkit.cli.running.session import Session
-from tunerkit.cli.running.starting import explaining, keep_start, start_of
 from tunerkit.cli.running.telling import say, telling_warnings
-from tunerkit.cli.tasks.base import Task
-from tunerkit.cli.tasks.causal_lm import CausalLm, settle_prompts_
-from tunerkit.cli.tasks.generating import GenerationTask, are_conversations
-from tunerkit.cli.tasks.texts import labels_of, short_to_long
+from tunerkit.cli.running.training import EvaluationError, evaluate, reason_of, rehearse, replacing, train
+from tunerkit.cli.tasks.generating import are_conversations
 from tunerkit.errors import shown
-from tunerkit.integrations.output_folder import VERSION
-from tunerkit.integrations.pretrained import Pretrained, load_pretrained, quiet
-from tunerkit.integrations.quantising import bytes_of
+from tunerkit.integrations.output_folder import RECORD, VERSION
+from tunerkit.integrations.pretrained import quiet
 
 
 def run(
@@ -77,40 +59,55 @@ def run(
     if recipe.from_adapter is None and recipe.method is None:
         recipe = attrs.evolve(recipe, method=DEFAULT_METHOD)
     folder = Path(recipe.out)
-    output.check(folder, recipe, resume=resume, overwrite=overwrite)
-    recipe = attrs.evolve(recipe, precision=_precision(recipe, folder, resume=resume))
-    if recipe.from_adapter is None and recipe.method is not None:
-        tunerkit.structure(recipe.method, recipe.config)  # report a typo before creating or downloading anything
-    if resume:  # without the key, an earlier version wrote the recipe
-        prompts = read_recipe(output.recipe_file(folder)).train_on_prompts
-        recipe = attrs.evolve(recipe, train_on_prompts=prompts)
-    outputs.require_writable(folder) if dry_run else outputs.prepare(folder)
-    quiet()
-    with telling_warnings(console):
-        task, data = prepare_data(recipe, console)
-        session = prepare(recipe, task, data, console, resume=resume, dry_run=dry_run)
-    describe(session, console)
-    if dry_run:
-        rehearse(session, console, resume=resume)
-        say(console, "dry run: nothing was trained and nothing was written")
-        return
-    settled: dict[str, Any] = {
-        "task": task.name,
-        "method": session.tuner.method,
-        "train_on_prompts": task.trains_on_prompts,
-    }
-    kept = with_full_paths(attrs.evolve(recipe, **settled))
-    output.begin(folder, kept, resume=resume)
-    if session.start is not None and not resume:
-        keep_start(session.start, session.loaded.model, folder)
-    with hardware.computing_in(session.precision, session.loaded.model.device):
-        before = task.samples(session.loaded, data.held_out)
-    trained = train(session, console, resume=resume)
-    tunerkit.save(session.loaded.model, folder)  # at once: what follows only describes it
-    session.loaded.processor.save_pretrained(folder)
+    with nullcontext() if dry_run else outputs.claimed(folder):
+        output.check(folder, recipe, resume=resume, overwrite=overwrite)
+        recipe = settled(recipe, folder, resume=resume)
+        if recipe.from_adapter is None and recipe.method is not None:
+            tunerkit.structure(recipe.method, recipe.config)  # report a typo before downloading anything
+        if dry_run:
+            outputs.require_writable(folder)
+        quiet()
+        with telling_warnings(console):
+            task, data = prepare_data(recipe, console)
+            session = prepare(recipe, task, data, console, resume=resume, dry_run=dry_run)
+        describe(session, console)
+        if dry_run:
+            rehearse(session, console, resume=resume)
+            say(console, "dry run: nothing was trained and nothing was written")
+            return
+        known: dict[str, Any] = {"task": task.name, "method": session.tuner.method}
+        kept = with_full_paths(attrs.evolve(recipe, **known, train_on_prompts=task.trains_on_prompts))
+        output.refuse_processor(folder, session.loaded.processor)
+        with hardware.computing_in(session.precision, session.loaded.model.device):
+            before = task.samples(session.loaded, data.held_out)
+        with replacing(session, kept, resume=resume):
+            trained = train(session, console, resume=resume)
+        output.save(session.loaded, folder)  # at once: what follows only describes it
+        _finish(session, trained, kept, before, console)
+
+
+def _finish(session: Session, trained: Trained, kept: Recipe, before: list[dict[str, str]], console: Console) -> None:
+    """Evaluate a trained adapter, and write and print what there is to say of it.
+
+    Raises:
+        EvaluationError: It could not be evaluated. The adapter and its record are written.
+    """
+    recipe, task, folder = session.recipe, session.task, Path(session.recipe.out)
+    failed: Exception | None = None
+    try:
+        trained = evaluate(session, trained)
+    except Exception as problem:  # of a library, of a metric, of the data: whatever it is, the adapter is trained
+        failed = problem
     record = record_of(session, trained, kept, before)
-    write_json(folder / "environment.json", record["environment"])
+    written.note(folder, [output.ENVIRONMENT, RECORD, output.REPORT])
+    write_json(folder / output.ENVIRONMENT, record["environment"])
     write_record(folder, record)  # last, because it says that the run has ended
+    if failed is not None:
+        write_report(folder, record, console)
+        raise EvaluationError(
+            f"the adapter is trained and written to {folder}, but it could not be evaluated: "
+            f"{reason_of(failed)}; to evaluate it: tunerkit eval {shlex.quote(str(folder))} --data FILE"
+        ) from failed
     tell(session, trained, console)
     for sample in record.get("samples", ()):
         for name, text in sample.items():
@@ -124,17 +121,6 @@ def run(
     has_text = any(each.name in ("text", "prompt", "source") for each in task.columns)
     say(console, f"written to {folder}; try: tunerkit predict {folder} --{'text TEXT' if has_text else 'data FILE'}")
     say(console, f"report: {folder / 'report.html'}")
-
-
-def _precision(recipe: Recipe, folder: Path, *, resume: bool) -> str:
-    """The precision of the run: a resumed one has that which it began in, unless an earlier version began it."""
-    kept = with_precision(read_recipe(output.recipe_file(folder))).precision if resume else None
-    why = f"--resume: {folder} trains in this precision" if kept is not None else "precision"
-    return hardware.choose_precision(_device(recipe), recipe.precision or kept, why=why)
-
-
-def _device(recipe: Recipe) -> torch.device:
-    return hardware.choose_device(use_cpu=recipe.training.get("use_cpu") is True)
 
 
 def _refuse_processes(environment: Mapping[str, str]) -> None:
@@ -193,113 +179,6 @@ def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dic
 def _missing(session: Session, part: str) -> int:
     """How many rows of a part leave nothing to learn."""
     return session.fits[part].missing if part in session.fits else 0
-
-
-def prepare(
-    recipe: Recipe, task: Task, data: Data, console: Console, *, resume: bool = False, dry_run: bool = False
-) -> Session:
-    """Load the model, put the adapter into it, encode the rows, and build the trainer.
-
-    In a dry run no logger is attached to it, since some write files as a training begins.
-    """
-    start = start_of(recipe, resume=resume)
-    labels, ordered = head_labels(start, task, data)
-    demo = {} if recipe.data is not None else demo_of(task.name, "data").training
-    training = {**demo, **recipe.training}
-    precision = hardware.choose_precision(_device(recipe), recipe.precision)
-    arguments = trainer_arguments(task, training, Path(recipe.out), precision=precision, has_eval=bool(data.held_out))
-    settle_prompts_(task, data.train[0], recipe.train_on_prompts, recipe.training, arguments, earlier=resume)
-    if dry_run:
-        arguments.report_to = []
-    seed = arguments.seed
-    source = recipe.model
-    if source is None:
-        source = str(demo_of(task.name, "model").model(assets.cache_folder(), lambda text: say(console, text)))
-    revision = start.revision if start is not None and start.model == source else None
-    loaded = load_pretrained(
-        task.name,
-        source,
-        labels=labels,
-        ordered=ordered,
-        revision=revision,
-        dtype=recipe.dtype,
-        seed=seed,
-        quantisation=recipe.quantisation,
-    )
-    if recipe.quantisation is not None:
-        own, dense = bytes_of(loaded.model)
-        say(
-            console, f"base: quantised as {recipe.quantisation}, {own / 2**20:,.0f} MiB instead of {dense / 2**20:,.0f}"
-        )
-    if data.labels:
-        data = attrs.evolve(data, labels=labels_of(loaded))
-    tuner = adapt(loaded, recipe, task, start, seed=seed)
-    if note := order_note(start, tuner, data.labels):
-        say(console, note)
-    if isinstance(task, GenerationTask) and (note := cut_at_positions_(arguments, loaded)):
-        say(console, f"note: {note}")
-    watching = Watching(console, tuner, tuner.method)
-    trainer, fits = build_fitted(
-        task,
-        arguments,
-        loaded,
-        {"train": data.source, "eval": data.held_out_source},
-        model=loaded.model,
-        train_dataset=task.encode(data.train, loaded),
-        eval_dataset=_held_out(task, data, loaded),
-        processing_class=loaded.processor,
-        callbacks=[watching],
-        **task.trainer_settings(loaded),
-    )
-    refuse_untrainable(trainer)
-    tunerkit.attach(loaded.model, trainer)
-    return Session(recipe, task, data, loaded, tuner, trainer, watching, start, fits)
-
-
-def _held_out(task: Task, data: Data, loaded: Pretrained) -> Any:
-    """The held-out rows as the trainer takes them; None without any."""
-    if not data.held_out:
-        return None
-    encoded = task.encode(data.held_out, loaded)
-    if isinstance(task, CausalLm) or "input_ids" not in (encoded.column_names or ()):
-        return encoded
-    return encoded.select(short_to_long(encoded))
-
-
-def rehearse(session: Session, console: Console, *, resume: bool) -> None:
-    """Begin the training and end it before its first step, so that all is checked that the training checks."""
-    session.trainer.remove_callback(session.watching)  # it would draw its bar
-    session.trainer.add_callback(Rehearsal())
-    with suppress(RehearsedError):
-        _train(session, console, resume=resume)
-
-
-def _train(session: Session, console: Console, *, resume: bool) -> None:
-    with session.watching.interruptible(), telling_warnings(console), explaining(session.start):
-        session.trainer.train(
-            resume_from_checkpoint=True if resume and output.has_checkpoint(Path(session.recipe.out)) else None
-        )
-
-
-def train(session: Session, console: Console, *, resume: bool) -> Trained:
-    """Train and evaluate."""
-    tuner, trainer = session.tuner, session.trainer
-    start = RankChange(step=0, budget=tuner.budget() if tuner.ranks() else 0, ranks=tuner.ranks())
-    began = time.perf_counter()
-    _train(session, console, resume=resume)
-    if session.watching.interrupted:
-        raise KeyboardInterrupt
-    seconds = {"train": time.perf_counter() - began}
-    metrics: dict[str, float] = {}
-    confusion = None
-    if session.data.held_out:
-        began = time.perf_counter()
-        results = session.task.evaluate(trainer, trainer.eval_dataset)
-        metrics, confusion = results.metrics, results.confusion
-        seconds["evaluate"] = time.perf_counter() - began if results.seconds is None else results.seconds
-        when = f"on the held-out rows after {tuner.steps} steps"
-        refuse_nonfinite(metrics["loss"], when, trainer.args.learning_rate)
-    return Trained(trainer.state.log_history, start, seconds, metrics, confusion)
 
 
 def compare(session: Session, trained: Trained, console: Console) -> dict[str, Any] | None:

@@ -15,11 +15,13 @@ from tunerkit.cli.converting.description import Shown, describe_adapter
 from tunerkit.cli.converting.printing import ranks_in_words, size_in_words
 from tunerkit.cli.running.telling import say
 from tunerkit.cli.settings import write_settings
+from tunerkit.errors import cut
 from tunerkit.integrations.output_folder import read_run
 from tunerkit.report.folder import NAME as RECORD, RECIPE
 from tunerkit.report.rank_map import rank_map
 from tunerkit.report.terminal import rank_table
 
+_LONGEST = 20_000  # characters of settings that are printed as YAML, which takes a second for a megabyte
 _WIDEST = 16  # columns of a table; a UNet has a hundred
 
 
@@ -65,12 +67,13 @@ def _print(
         return
     table = Table(show_header=False, box=None)
     for name, value in facts.items():
-        table.add_row(name, escape(value))
+        table.add_row(name, escape(cut(value)))
     console.print(table)
     if ranks and len((drawn := rank_map(ranks)).matrices) <= _WIDEST:
         console.print(rank_table(drawn, initial=full))
     say(console, "config:")
-    say(console, write_settings(dict(settings)))
+    text = json.dumps(settings, ensure_ascii=False, default=str)
+    say(console, text if len(text) > _LONGEST else write_settings(dict(settings)))
 
 
 def _facts(found: Shown) -> dict[str, str]:

@@ -12,9 +12,10 @@ from torch import nn
 import tunerkit
 from tunerkit import ConfigError, FileError, StepError, TunerkitError, serialization
 from tunerkit.cli.recipes.recipe import DTYPES, PRECISIONS, Recipe
+from tunerkit.cli.running import written
 from tunerkit.cli.running.hardware import choose_device, obstacle
-from tunerkit.cli.running.output import CHECKPOINTS, RECIPE
 from tunerkit.cli.running.record import write_json
+from tunerkit.cli.running.written import CHECKPOINTS, RECIPE
 from tunerkit.cli.settings import read_settings
 from tunerkit.errors import shown
 from tunerkit.integrations.output_folder import RECORD, read_run
@@ -171,11 +172,20 @@ def start_of(recipe: Recipe, *, resume: bool) -> Start | None:
     return find_start(recipe.from_adapter)
 
 
-def keep_start(start: Start, model: nn.Module, folder: Path) -> None:
-    """Copy the loaded adapter beside the run's checkpoints, before training: the original may be gone at resuming."""
-    tunerkit.save(model, folder / CHECKPOINTS / _COPY)
+def keep_start(start: Start, model: nn.Module, scratch: Path) -> None:
+    """Copy the loaded adapter into a scratch folder, before training: the original may be gone at resuming."""
+    tunerkit.save(model, scratch / _COPY)
     facts = {name: value for name, value in attrs.asdict(start).items() if name not in ("source", "path")}
-    write_json(folder / CHECKPOINTS / _FACTS, facts)  # last, because it says that the copy is whole
+    write_json(scratch / _FACTS, facts)
+
+
+def place_start(scratch: Path, folder: Path) -> None:
+    """Move that copy beside the run's checkpoints, if there is one."""
+    for name in (f"{_COPY}/{_ADAPTER}", _FACTS):  # in this order: the facts say that the copy is whole
+        if (scratch / name).is_file():
+            written.note(folder, [f"{CHECKPOINTS}/{name}"])
+            (folder / CHECKPOINTS / name).parent.mkdir(parents=True, exist_ok=True)
+            (scratch / name).replace(folder / CHECKPOINTS / name)
 
 
 @contextmanager

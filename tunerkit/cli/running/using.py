@@ -32,6 +32,7 @@ _OF_TRAINING = (
     *("save_", "logging_", "log_", "hub_", "push_to_hub", "report_to", "run_name", "project", "trackio_"),
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
     *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size"),
+    *("eval_do_concat_batches", "prediction_loss_only", "label_names"),  # with them, no metric can be computed
 )
 _OF_GPUS = ("tf32",)  # which no CPU has; a run on a GPU may be evaluated on a CPU
 _HALF = ("bf16", "fp16")

@@ -1,0 +1,118 @@
+"""What a run needs before its first step: the recipe as it began, the model, the adapter, the rows, and the trainer."""
+
+from pathlib import Path
+from typing import Any
+
+import attrs
+from rich.console import Console
+
+import tunerkit
+from tunerkit.cli import assets
+from tunerkit.cli.demo import demo_of
+from tunerkit.cli.recipes.reading import read_recipe
+from tunerkit.cli.recipes.recipe import Recipe, with_precision
+from tunerkit.cli.running import hardware, output
+from tunerkit.cli.running.adapting import adapt, head_labels, order_note
+from tunerkit.cli.running.arguments import trainer_arguments
+from tunerkit.cli.running.building import refuse_untrainable
+from tunerkit.cli.running.callbacks import Watching
+from tunerkit.cli.running.data import Data
+from tunerkit.cli.running.fitting import build_fitted, cut_at_positions_
+from tunerkit.cli.running.session import Session
+from tunerkit.cli.running.starting import start_of
+from tunerkit.cli.running.telling import say
+from tunerkit.cli.tasks.base import Task
+from tunerkit.cli.tasks.causal_lm import CausalLm, settle_prompts_
+from tunerkit.cli.tasks.generating import GenerationTask
+from tunerkit.cli.tasks.texts import labels_of, short_to_long
+from tunerkit.integrations.pretrained import Pretrained, load_pretrained
+from tunerkit.integrations.quantising import bytes_of
+
+
+def settled(recipe: Recipe, folder: Path, *, resume: bool) -> Recipe:
+    """Return the recipe with its precision; a resumed run has the settings that it began with.
+
+    Recipes of earlier versions lack these keys. Such a run takes the machine's precision, and learns prompts.
+
+    Raises:
+        ConfigError: The machine does not have the precision.
+    """
+    device = hardware.choose_device(use_cpu=recipe.training.get("use_cpu") is True)
+    if not resume:
+        return attrs.evolve(recipe, precision=hardware.choose_precision(device, recipe.precision))
+    kept = with_precision(read_recipe(output.recipe_file(folder)))
+    why = "precision" if kept.precision is None else f"--resume: {folder} trains in this precision"
+    precision = hardware.choose_precision(device, recipe.precision or kept.precision, why=why)
+    return attrs.evolve(recipe, precision=precision, train_on_prompts=kept.train_on_prompts)
+
+
+def prepare(
+    recipe: Recipe, task: Task, data: Data, console: Console, *, resume: bool = False, dry_run: bool = False
+) -> Session:
+    """Load the model, put the adapter into it, encode the rows, and build the trainer.
+
+    In a dry run no logger is attached to it, since some write files as a training begins.
+    """
+    start = start_of(recipe, resume=resume)
+    labels, ordered = head_labels(start, task, data)
+    demo = {} if recipe.data is not None else demo_of(task.name, "data").training
+    training = {**demo, **recipe.training}
+    device = hardware.choose_device(use_cpu=training.get("use_cpu") is True)
+    precision = hardware.choose_precision(device, recipe.precision)
+    arguments = trainer_arguments(task, training, Path(recipe.out), precision=precision, has_eval=bool(data.held_out))
+    settle_prompts_(task, data.train[0], recipe.train_on_prompts, recipe.training, arguments, earlier=resume)
+    if dry_run:
+        arguments.report_to = []
+    seed = arguments.seed
+    source = recipe.model
+    if source is None:
+        source = str(demo_of(task.name, "model").model(assets.cache_folder(), lambda text: say(console, text)))
+    revision = start.revision if start is not None and start.model == source else None
+    loaded = load_pretrained(
+        task.name,
+        source,
+        labels=labels,
+        ordered=ordered,
+        revision=revision,
+        dtype=recipe.dtype,
+        seed=seed,
+        quantisation=recipe.quantisation,
+    )
+    if recipe.quantisation is not None:
+        own, dense = bytes_of(loaded.model)
+        say(
+            console, f"base: quantised as {recipe.quantisation}, {own / 2**20:,.0f} MiB instead of {dense / 2**20:,.0f}"
+        )
+    if data.labels:
+        data = attrs.evolve(data, labels=labels_of(loaded))
+    tuner = adapt(loaded, recipe, task, start, seed=seed)
+    if note := order_note(start, tuner, data.labels):
+        say(console, note)
+    if isinstance(task, GenerationTask) and (note := cut_at_positions_(arguments, loaded)):
+        say(console, f"note: {note}")
+    watching = Watching(console, tuner, tuner.method)
+    trainer, fits = build_fitted(
+        task,
+        arguments,
+        loaded,
+        {"train": data.source, "eval": data.held_out_source},
+        model=loaded.model,
+        train_dataset=task.encode(data.train, loaded),
+        eval_dataset=_held_out(task, data, loaded),
+        processing_class=loaded.processor,
+        callbacks=[watching],
+        **task.trainer_settings(loaded),
+    )
+    refuse_untrainable(trainer)
+    tunerkit.attach(loaded.model, trainer)
+    return Session(recipe, task, data, loaded, tuner, trainer, watching, start, fits)
+
+
+def _held_out(task: Task, data: Data, loaded: Pretrained) -> Any:
+    """The held-out rows as the trainer takes them; None without any."""
+    if not data.held_out:
+        return None
+    encoded = task.encode(data.held_out, loaded)
+    if isinstance(task, CausalLm) or "input_ids" not in (encoded.column_names or ()):
+        return encoded
+    return encoded.select(short_to_long(encoded))

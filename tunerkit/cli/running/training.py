@@ -1,0 +1,134 @@
+"""Train a run and evaluate it: from its first step on it replaces an earlier run in its folder."""
+
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import attrs
+from rich.console import Console
+from transformers.integrations.integration_utils import TensorBoardCallback
+
+from tunerkit import RankChange, TunerkitError
+from tunerkit.cli import outputs
+from tunerkit.cli.recipes.recipe import Recipe
+from tunerkit.cli.running import output
+from tunerkit.cli.running.callbacks import Listing, Rehearsal, RehearsedError, refuse_nonfinite
+from tunerkit.cli.running.record import Trained
+from tunerkit.cli.running.session import Session
+from tunerkit.cli.running.starting import explaining, keep_start, place_start
+from tunerkit.cli.running.telling import say, telling_warnings
+from tunerkit.cli.running.written import CHECKPOINTS
+
+
+class EvaluationError(TunerkitError):
+    """An adapter that has been trained and written could not be evaluated."""
+
+
+@contextmanager
+def replacing(session: Session, kept: Recipe, *, resume: bool) -> Iterator[None]:
+    """Inside the block, the training replaces an earlier run in its folder, once its first step has been made.
+
+    A training that ends before leaves the folder as it was.
+
+    Raises:
+        OutputError: A checkpoint cannot be written.
+    """
+    folder = Path(session.recipe.out)
+    with outputs.scratch_beside(folder, "start") as scratch:
+        if session.start is not None and not resume:
+            keep_start(session.start, session.loaded.model, scratch)
+
+        def begin() -> None:
+            output.begin(folder, kept, resume=resume)
+            place_start(scratch, folder)
+
+        listing = Listing(folder, begin)
+        session.trainer.add_callback(listing)
+        try:
+            yield
+            listing.begin()  # one that is resumed after its last step makes none
+        except BaseException as problem:
+            for each in session.trainer.callback_handler.callbacks:
+                if isinstance(each, TensorBoardCallback) and each.tb_writer is not None:
+                    each.tb_writer.close()  # its thread would write on
+            listing.forget()
+            if listing.is_saving and isinstance(problem, OSError | RuntimeError):  # the latter is torch.save's
+                raise outputs.OutputError(
+                    f"cannot write a checkpoint into {folder / CHECKPOINTS}: {reason_of(problem)}; free some disk "
+                    f"space, and go on with: tunerkit train --out {shlex.quote(str(folder))} --resume"
+                ) from problem
+            raise
+
+
+def rehearse(session: Session, console: Console, *, resume: bool) -> None:
+    """Begin the training and end it before its first step, so that all is checked that the training checks."""
+    session.trainer.remove_callback(session.watching)  # it would draw its bar
+    session.trainer.add_callback(Rehearsal())
+    with suppress(RehearsedError):
+        _train(session, console, resume=resume)
+
+
+def _train(session: Session, console: Console, *, resume: bool) -> None:
+    with session.watching.interruptible(), telling_warnings(console), explaining(session.start):
+        session.trainer.train(
+            resume_from_checkpoint=True if resume and output.has_checkpoint(Path(session.recipe.out)) else None
+        )
+
+
+def train(session: Session, console: Console, *, resume: bool) -> Trained:
+    """Train."""
+    tuner, trainer = session.tuner, session.trainer
+    start = RankChange(step=0, budget=tuner.budget() if tuner.ranks() else 0, ranks=tuner.ranks())
+    began = time.perf_counter()
+    trainer.evaluate = partial(_evaluate_meanwhile, session, console, trainer.evaluate)
+    _train(session, console, resume=resume)
+    if session.watching.interrupted:
+        raise KeyboardInterrupt
+    return Trained(trainer.state.log_history, start, {"train": time.perf_counter() - began}, {}, None)
+
+
+def _evaluate_meanwhile(
+    session: Session, console: Console, call: Callable[..., dict[str, float]], *arguments: Any, **options: Any
+) -> dict[str, float]:
+    """Evaluate in the middle of a training, which goes on if that fails, unless it needs the result.
+
+    Raises:
+        EvaluationError: The training chooses the best checkpoint by it. The adapter is written as it is now.
+    """
+    state, folder = session.trainer.state, Path(session.recipe.out)
+    try:
+        return call(*arguments, **options)
+    except TunerkitError:
+        raise
+    except Exception as problem:  # of a library, of a metric: whatever it is, the training is worth more
+        reason = f"the evaluation after step {state.global_step} of {state.max_steps} failed: {reason_of(problem)}"
+        if session.trainer.args.metric_for_best_model is None:
+            say(console, f"{reason}; the training goes on")
+            return {}
+        output.save(session.loaded, folder)
+        raise EvaluationError(
+            f"{reason}; the training needs its result (metric_for_best_model), so it has stopped, and the adapter is "
+            f"written to {folder} as it was then"
+        ) from problem
+
+
+def reason_of(problem: Exception) -> str:
+    """What an exception says, in one line."""
+    return " ".join(str(problem).split()) or type(problem).__name__
+
+
+def evaluate(session: Session, trained: Trained) -> Trained:
+    """Evaluate on the held-out rows, if there are some."""
+    if not session.data.held_out:
+        return trained
+    began = time.perf_counter()
+    results = session.task.evaluate(session.trainer, session.trainer.eval_dataset)
+    when = f"on the held-out rows after {session.tuner.steps} steps"
+    refuse_nonfinite(results.metrics["loss"], when, session.trainer.args.learning_rate)
+    took = time.perf_counter() - began if results.seconds is None else results.seconds
+    seconds = {**trained.seconds, "evaluate": took}
+    return attrs.evolve(trained, seconds=seconds, metrics=results.metrics, confusion=results.confusion)
