@@ -33,8 +33,9 @@ from tunerkit.cli.recipes.recipe import Recipe  # noqa: E402
 from tunerkit.cli.rows.reading import DataError, Table, read_table  # noqa: E402
 from tunerkit.cli.running.data import prepare_data, read_rows  # noqa: E402
 from tunerkit.cli.running.hardware import computing_in  # noqa: E402
+from tunerkit.cli.running.preparing import prepare  # noqa: E402
 from tunerkit.cli.running.record import model_facts, write_record  # noqa: E402
-from tunerkit.cli.running.run import prepare, train  # noqa: E402
+from tunerkit.cli.running.training import evaluate, train  # noqa: E402
 from tunerkit.cli.tasks import TASKS, TaskError, task_of  # noqa: E402
 from tunerkit.cli.tasks.answering import Answering  # noqa: E402
 from tunerkit.cli.tasks.base import MissingPackageError, require_package  # noqa: E402
@@ -76,6 +77,7 @@ class Case:
     needs: str = "datasets"
     inferred: bool = True
     epochs: int = 10
+    rate: float = 0.05
 
 
 def classified(number: int, rng: random.Random) -> dict[str, Any]:
@@ -125,7 +127,7 @@ EPOCH = 4  # steps, each of which logs its loss: 32 of 40 rows in batches of 8
 CASES = {
     "text-classification": Case("text-classification", "bert", classified),
     "text pairs": Case("text-classification", "bert", paired),
-    "regression": Case("regression", "bert", rated, inferred=False, epochs=25),
+    "regression": Case("regression", "bert", rated, inferred=False, epochs=25, rate=0.02),
     "multi-label": Case("multi-label", "bert", labelled),
     "token-classification": Case("token-classification", "bert", tagged),
     "causal-lm, completions": Case("causal-lm", "llama", answered, "trl"),
@@ -199,7 +201,7 @@ def test_each_task_learns_and_predicts_the_same_after_loading(
         config={"rank": 4},
         training={
             "num_train_epochs": case.epochs,
-            "learning_rate": 0.05,
+            "learning_rate": case.rate,
             "per_device_train_batch_size": 8,
             "save_strategy": "no",
             "logging_steps": 1,
@@ -212,7 +214,7 @@ def test_each_task_learns_and_predicts_the_same_after_loading(
         task, rows = prepare_data(recipe, QUIET)
         assert task.name == case.task
         session = prepare(recipe, task, rows, QUIET)
-        trained = train(session, QUIET, resume=False)
+        trained = evaluate(session, train(session, QUIET, resume=False))
         losses = [entry["loss"] for entry in trained.logs if "loss" in entry]
         assert np.mean(losses[-EPOCH:]) < 0.9 * np.mean(losses[:EPOCH])
         assert trained.metrics[task.main_metric] == pytest.approx(trained.metrics[task.main_metric])  # no NaN
