@@ -164,6 +164,20 @@ def test_a_precision_that_contradicts_another_is_one_error(folder: Path, argumen
     assert record_of(out)["precision"] == "bf16"
 
 
+def test_a_run_that_an_earlier_version_began_keeps_its_rows(arguments: list[str], tmp_path: Path) -> None:
+    """It held out a fifth of all rows. Those of a fifth of each class may have been trained by now."""
+    out = tmp_path / "out"
+    with signalled(2, signal.SIGINT):
+        assert command(*arguments, "--out", out).exit_code == 130
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    del recipe["precision"]  # no earlier version wrote it
+    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with signalled(6, signal.SIGINT):
+        assert command("train", "--out", out, "--resume").exit_code == 130
+    succeeded("train", "--out", out, "--resume")
+    assert record_of(out)["data"]["eval"] == f"a fifth of {recipe['data']}"
+
+
 def test_an_ended_run_is_used_in_fp32_where_its_precision_cannot_be_had(out: Path, tmp_path: Path) -> None:
     """A run in fp16 was trained on a GPU, and its adapter is as good on a CPU; records of earlier versions say less."""
     moved = shutil.copytree(out, tmp_path / "moved")

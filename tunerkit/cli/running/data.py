@@ -72,8 +72,14 @@ class Rows:
         return [each.row for each in self.placed]
 
 
-def prepare_data(recipe: Recipe, console: Console) -> tuple[Task, Data]:
-    """Read the data, find the task, check and split the rows, and print what is odd about them."""
+def prepare_data(recipe: Recipe, console: Console, *, by_class: bool = True) -> tuple[Task, Data]:
+    """Read the data, find the task, check and split the rows, and print what is odd about them.
+
+    Args:
+        recipe: The recipe.
+        console: Where it is printed.
+        by_class: Whether a fifth of each class is held out. Earlier versions held out a fifth of all rows.
+    """
     if recipe.data is None:
         task, tables, read, parts = _demo(recipe, console)
         source, notes = "others of them", read.notes
@@ -83,8 +89,9 @@ def prepare_data(recipe: Recipe, console: Console) -> tuple[Task, Data]:
         read = read_rows(task, tables, recipe.columns)
         if recipe.eval_data is None:
             # Not what an earlier version wrote, which held other rows out: the report compares these words.
-            share = "a fifth of each class of" if task.one_class else "a fifth of"
-            parts, source, notes = _split(task, read), f"{share} {read.source}", read.notes
+            by_class = by_class and task.one_class
+            share = "a fifth of each class of" if by_class else "a fifth of"
+            parts, source, notes = _split(read, by_class=by_class), f"{share} {read.source}", read.notes
         else:
             other = read_rows(task, [read_table(Path(path)) for path in files_of(recipe.eval_data)], recipe.columns)
             parts, source = (read.placed, other.placed), other.source
@@ -153,11 +160,11 @@ def _described(shape: Mapping[str, tuple[str, str]]) -> str:
     return ", ".join(f"{ours} (column {shown(name)}{kind})" for ours, (name, kind) in shape.items())
 
 
-def _split(task: Task, read: Rows) -> tuple[list[Placed], list[Placed]]:
-    """Hold out a fifth of the rows: of each class, where a row has one class."""
+def _split(read: Rows, *, by_class: bool) -> tuple[list[Placed], list[Placed]]:
+    """Hold out a fifth of the rows, or of those of each class."""
     placed = read.placed
     held_out = round(len(placed) / HELD_OUT_EVERY)
-    if task.one_class:
+    if by_class:
         labels = [each.row["label"] for each in placed]
         parts = split_by_class(placed, labels, every=HELD_OUT_EVERY, seed=SPLIT_SEED)
     else:

@@ -29,6 +29,11 @@ from tunerkit.integrations.pretrained import Pretrained, load_pretrained
 from tunerkit.integrations.quantising import bytes_of
 
 
+def is_of_earlier_version(folder: Path) -> bool:
+    """Whether a run was begun before recipes said the precision: its rows were split in another way."""
+    return read_recipe(output.recipe_file(folder)).precision is None
+
+
 def settled(recipe: Recipe, folder: Path, *, resume: bool) -> Recipe:
     """Return the recipe with its precision; a resumed run has the settings that it began with.
 

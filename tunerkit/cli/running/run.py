@@ -18,7 +18,7 @@ from tunerkit.cli.running import hardware, output, written
 from tunerkit.cli.running.baseline import NoBaselineError, head_alone
 from tunerkit.cli.running.data import prepare_data
 from tunerkit.cli.running.describing import describe, tell
-from tunerkit.cli.running.preparing import prepare, settled
+from tunerkit.cli.running.preparing import is_of_earlier_version, prepare, settled
 from tunerkit.cli.running.record import (
     Trained,
     adapter_facts,
@@ -68,7 +68,7 @@ def run(
             outputs.require_writable(folder)
         quiet()
         with telling_warnings(console):
-            task, data = prepare_data(recipe, console)
+            task, data = prepare_data(recipe, console, by_class=not (resume and is_of_earlier_version(folder)))
             session = prepare(recipe, task, data, console, resume=resume, dry_run=dry_run)
         describe(session, console)
         if dry_run:
