@@ -1,5 +1,6 @@
 """What ``tunerkit train`` leaves of a folder: all that is a user's, and nothing of a run that is refused."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -237,6 +238,7 @@ def test_overwrite_leaves_nothing_of_the_earlier_run(arguments: list[str], run: 
         assert {path.name for path in out.iterdir()} == {"written.json", "recipe.yaml", "data.sha256"}
 
 
+@pytest.mark.everywhere  # TensorBoard is not in the environment without plugins
 @pytest.mark.parametrize("options", [[], ["--overwrite"]])
 def test_a_run_that_is_refused_before_its_first_step_changes_nothing(
     options: list[str], arguments: list[str], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -246,6 +248,7 @@ def test_a_run_that_is_refused_before_its_first_step_changes_nothing(
     if options:
         shutil.copytree(run, out)
     before = content(tmp_path)
+    logging = ["--set", "report_to=tensorboard"] if importlib.util.find_spec("tensorboard") else []
 
     def fail(*_: object, **__: object) -> None:
         raise tunerkit.StepError("no memory")
@@ -257,7 +260,7 @@ def test_a_run_that_is_refused_before_its_first_step_changes_nothing(
     for owner, name in places:
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, fail)
-            done = command(*arguments, "--out", out, *options, "--set", "report_to=tensorboard")
+            done = command(*arguments, "--out", out, *options, *logging)
         assert done.exit_code == 2
         assert "no memory" in done.stderr
         assert content(tmp_path) == before
