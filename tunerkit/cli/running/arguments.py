@@ -36,7 +36,10 @@ _OURS: Mapping[str, str] = {
 }
 _UPLOAD = "upload the folder afterwards: hf upload NAME OUT"
 # Numbers below these make no training, or fail in the middle of one.
-_LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
+_LEAST = {
+    **{"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1},
+    "dataloader_num_workers": 0,
+}
 _POSITIVE = ("learning_rate", "num_train_epochs")
 _SEEDS = ("seed", "data_seed")  # numpy takes no greater ones than 32 bits hold
 
