@@ -53,6 +53,16 @@ def test_values_of_the_wrong_kind_are_all_named() -> None:
         "training.seed: expected a number, got 'three'",
         "training.max_grad_norm: expected a number, got [1]",
     )
+    assert problems_of(dataloader_num_workers=-1, eval_accumulation_steps=0) == (
+        "training.dataloader_num_workers: expected at least 0, got -1",
+        "training.eval_accumulation_steps: expected at least 1, got 0",
+    )
+    assert problems_of(seed=2**32, data_seed=-1, max_grad_norm=float("nan"), neftune_noise_alpha=-1.0) == (
+        "training.seed: expected a whole number from 0 to 4294967295, got 4294967296",
+        "training.data_seed: expected a whole number from 0 to 4294967295, got -1",
+        "training.max_grad_norm: expected a number, got nan",
+        "training.neftune_noise_alpha: expected a number from 0 up, got -1.0",
+    )
     assert problems_of(learning_rate=float("inf"), num_train_epochs=True) == (
         "training.learning_rate: expected a number above 0, got inf",
         "training.num_train_epochs: expected a number, got True",

@@ -1,6 +1,7 @@
 """``tunerkit report``: records in, one file out."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,7 @@ def test_a_report_imports_neither_torch_nor_transformers(tmp_path: Path) -> None
 
 def prepared(folder: Path) -> None:
     """Folders and files that are no runs."""
+    os.mkfifo(folder / "pipe")
     written(folder / "good", run_records.minimal())
     written(folder / "damaged", run_records.minimal(steps="x"))
     written(folder / "newer", {"version": 2})
@@ -107,6 +109,7 @@ def prepared(folder: Path) -> None:
         (["good", "damaged"], "damaged: expected a whole number"),
         (["good", "./good"], "good: is given twice; name each run once"),
         (["good", "--out", "empty"], "--out empty: is a folder; name a file in it, such as empty/report.html"),
+        (["good", "--out", "pipe"], "--out pipe: is no file but a device or a pipe, which would be replaced"),
         (["good", "--out", "x" * 300], f"{'x' * 300}: cannot be written: File name too long; choose another file"),
         (["good", "--out", "file/report.html"], "cannot write to this folder"),
     ],

@@ -39,7 +39,7 @@ from tunerkit.errors import TunerkitError, cut, half_character
 
 # Their warnings at import are of builds and releases, not of what the user does: transformers imports torchao wherever
 # it is installed.
-_LOUD = ("torchao", "bitsandbytes", "torch.utils._pytree")
+_LOUD = ("torchao", "bitsandbytes", "torch.utils")
 _IN_FULL = "TUNERKIT_TRACEBACK"  # the environment variable with which errors of our own are printed in full
 _COMMANDS: Mapping[str, Callable[..., object]] = {
     "init": init,

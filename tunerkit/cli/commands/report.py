@@ -22,10 +22,12 @@ def report(
     """Write the report of a run as one HTML file, or compare several runs."""
     folders = [out, *(others or [])]
     names = [str(folder) for folder in folders]
-    places = [folder.resolve() for folder in folders]
+    places = [os.path.realpath(folder) for folder in folders]  # pathlib's raises in a loop of links
     twice = [name for name, place in zip(names, places, strict=True) if places.count(place) > 1]
     if twice:
         raise RunError(f"{twice[0]}: is given twice; name each run once")
+    if file is not None and os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):
+        raise RunError(f"--out {file}: is no file but a device or a pipe, which would be replaced; name a file")
     if file is not None and os.path.isdir(file):  # Path.is_dir raises where a name is too long
         raise RunError(f"--out {file}: is a folder; name a file in it, such as {file / 'report.html'}")
     records = {name: read_record(folder) for name, folder in zip(names, folders, strict=True)}

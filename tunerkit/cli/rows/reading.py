@@ -184,8 +184,8 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 raise DataError(
                     f'{path}: line {number}: expected a JSON object such as {{"text": "..."}}, got {shown(row)}'
                 )
-            if "\\u" in line and (half := half_character(json.dumps(row, ensure_ascii=False))) is not None:
-                raise DataError(f"{path}: line {number}: {half}")
+            if "\\u" in line and (wrong := half_character(json.dumps(row, ensure_ascii=False))) is not None:
+                raise DataError(f"{path}: line {number}: {wrong}")
             yield row
 
 

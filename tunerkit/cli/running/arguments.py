@@ -35,7 +35,10 @@ _OURS: Mapping[str, str] = {
 }
 _UPLOAD = "upload the folder afterwards: hf upload NAME OUT"
 # Numbers below these make no training, or fail in the middle of one.
-_LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
+_LEAST = {
+    **{"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1},
+    **{"dataloader_num_workers": 0, "eval_accumulation_steps": 1},
+}
 _POSITIVE = ("learning_rate", "num_train_epochs")
 _SEEDS = ("seed", "data_seed")  # numpy takes no greater ones than 32 bits hold
 
@@ -126,7 +129,7 @@ def _wanted(name: str, value: Any, allowed: set[Any]) -> str | None:
         return "a whole number from 0 to 4294967295"
     if name == "neftune_noise_alpha" and value is not None and not 0 <= value < math.inf:
         return "a number from 0 up"
-    if name in _LEAST and value < _LEAST[name]:
+    if name in _LEAST and value is not None and value < _LEAST[name]:
         return f"at least {_LEAST[name]}"
     return "a number above 0" if name in _POSITIVE and not 0 < value < math.inf else None
 
