@@ -1,5 +1,6 @@
 """``tunerkit train`` from data to a usable folder, with toy methods: record, resuming, recipes and prediction."""
 
+import io
 import json
 import re
 import shutil
@@ -31,11 +32,13 @@ from tests.train_command import (  # noqa: E402
     record_of,
     signalled,
     succeeded,
+    write_rows,
 )
 from tunerkit.cli.plugin_commands import PluginCommands  # noqa: E402
 from tunerkit.cli.recipes import reading, schema  # noqa: E402
 from tunerkit.cli.recipes.recipe import Recipe  # noqa: E402
-from tunerkit.cli.running import baseline, data as running_data, output, run as running, using  # noqa: E402
+from tunerkit.cli.running import baseline, data as running_data, describing, output, run as running, using  # noqa: E402
+from tunerkit.cli.running.callbacks import Watching  # noqa: E402
 from tunerkit.cli.running.output import PICTURES  # noqa: E402
 from tunerkit.cli.tasks.text_classification import TextClassification  # noqa: E402
 from tunerkit.integrations.output_folder import read_run  # noqa: E402
@@ -593,6 +596,18 @@ def test_a_loss_that_is_not_finite_stops_the_command(rate: str, arguments: list[
     succeeded(*arguments, "--out", new, "--overwrite", "--set", "max_steps=1")
 
 
+def test_the_learning_rate_at_the_step_is_named_with_a_loss_that_is_not_finite(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    """The one that the step was taken with, not the peak."""
+    done = command(*arguments, "--out", tmp_path / "new", "--lr", "1e12", "--set", "warmup_steps=12")
+    found = re.search(r"the loss is (?:nan|inf) at step (\d+) of 24 \(learning rate ([\d.e+]+)\)", done.stderr)
+    assert found is not None, done.stderr
+    step, rate = int(found[1]), float(found[2])
+    assert step < 12
+    assert rate == pytest.approx(1e12 * (step - 1) / 12, rel=0.01)
+
+
 def test_a_number_that_is_not_finite_is_left_out_of_the_record() -> None:
     """Standard JSON has no NaN: a gradient's norm may be infinite in a run that ends well."""
     record = {"logs": [{"loss": 1.0, "grad_norm": float("inf")}], "values": (float("nan"), 1), "steps": 3}
@@ -781,6 +796,85 @@ def test_tensorboard_logs_into_the_output_folder(
     succeeded(*arguments, "--out", "other", "--set", "report_to=tensorboard", "--set", "max_steps=1")
     assert [file.name.split(".")[0] for file in (tmp_path / "mine").iterdir()] == ["events"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "new", "other"]
+
+
+# --- runs that do not learn ---
+
+
+def test_a_run_that_learns_nothing_says_so_everywhere(folder: Path, tmp_path: Path) -> None:
+    """In the closing lines, in the record, on the report's first line, and in `show`: with what to try."""
+    write_rows(tmp_path / "data.csv", 200)
+    new = tmp_path / "new"
+    options = ("--method", "toy-low-rank", "--model", folder / "tiny", "--data", tmp_path / "data.csv", "--out", new)
+    done = succeeded("train", *options, "--lr", "1e-9", "--epochs", "1", "--batch-size", "8")
+    assert "this run did not learn: the loss is 0.69" in done.stdout
+    assert "guessing gives 0.693" in done.stdout
+    kinds = [problem["kind"] for problem in record_of(new)["problems"]]
+    assert kinds == ["no_learning", "one_class"], record_of(new)["problems"]
+    advice = "try --lr 5e-10 or --lr 4e-09, or more epochs, and check that the labels fit the rows"
+    assert advice in done.stdout
+    assert advice in (new / "report.html").read_text(encoding="utf-8").partition("<h1>")[0]
+    assert "this run did not learn" in succeeded("show", new).stdout
+    assert json.loads(succeeded("show", new, "--json").stdout)["problems"] == record_of(new)["problems"]
+
+
+def test_a_collapse_is_said_at_the_step_where_it_is_seen(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And once: the loss falls, then the learning rate jumps. The record has the step and the rate of that moment."""
+    write_rows(tmp_path / "data.csv", 400)
+    step_end = Watching.on_step_end
+
+    def jump(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step == 100:
+            kwargs["lr_scheduler"].base_lrs = [100 * rate for rate in kwargs["lr_scheduler"].base_lrs]
+        return step_end(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(Watching, "on_step_end", jump)
+    new = tmp_path / "new"
+    options = ("--method", "toy-low-rank", "--model", folder / "tiny", "--data", tmp_path / "data.csv", "--out", new)
+    done = succeeded("train", *options, "--lr", "0.01", "--epochs", "5", "--batch-size", "8")
+    (said,) = [line for line in done.stdout.splitlines() if "probably collapsed" in line]
+    problem = record_of(new)["problems"][0]
+    assert problem["kind"] == "collapse"
+    assert problem["text"] in said
+    assert 100 < problem["step"] <= 132
+    assert problem["learning_rate"] > 0.1
+    assert f"(step {problem['step']} of 200, learning rate {problem['learning_rate']:.3g})" in said
+
+
+def test_a_run_that_learns_has_no_problems(folder: Path, tmp_path: Path) -> None:
+    """The record has no such key, and neither the command, the report nor `show` has a word."""
+    write_rows(tmp_path / "data.csv", 400)
+    new = tmp_path / "new"
+    options = ("--method", "toy-low-rank", "--model", folder / "tiny", "--data", tmp_path / "data.csv", "--out", new)
+    done = succeeded("train", *options, "--lr", "0.01", "--epochs", "3", "--batch-size", "8")
+    assert "problems" not in record_of(new)
+    assert 'class="failure"' not in (new / "report.html").read_text(encoding="utf-8")
+    assert "this run" not in done.stdout + succeeded("show", new).stdout
+
+
+def test_a_baseline_that_is_better_is_a_problem(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record names it beside the baseline."""
+    better = {"what": "the head alone", "metrics": {"accuracy": 1.5}}
+    monkeypatch.setattr(running, "compare", lambda *_: better)
+    done = succeeded(*arguments, "--out", tmp_path / "new", "--baseline", "--set", "max_steps=2")
+    (problem,) = record_of(tmp_path / "new")["problems"]
+    assert problem["kind"] == "head_alone"
+    assert f"this run learned less than it should: {problem['text']}; try --lr 0.001," in done.stdout
+    assert problem["text"] in (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_demo_says_what_a_good_result_is() -> None:
+    """A run on data of one's own does not."""
+    said: list[str] = []
+    for recipe in (Recipe(), Recipe(data="mine.csv")):
+        file = io.StringIO()
+        describing.conclude(recipe, {"task": "text-classification"}, Console(file=file))
+        said.append(file.getvalue())
+    assert said == ["a good result of this demo is accuracy 0.83 to 0.86; the head alone reaches 0.70\n", ""]
 
 
 # --- the baseline ---

@@ -66,6 +66,26 @@ class Baseline:
 
 
 @attrs.frozen
+class Problem:
+    """A sign that a run has learned nothing (``fatal``), or less than it should have.
+
+    Attributes:
+        kind: What it is, such as ``"collapse"``; ``docs/files.md`` lists them.
+        text: The same in words, with the figures.
+        step: The optimizer step at which it was seen; None if it is of the whole run.
+        learning_rate: The learning rate at that step.
+        advice: What to try.
+    """
+
+    kind: str
+    text: str
+    step: int | None = None
+    learning_rate: float | None = None
+    advice: str = ""
+    fatal: bool = True
+
+
+@attrs.frozen
 class Sample:
     """A prompt, with the model's answers before and after training."""
 
@@ -86,6 +106,7 @@ class Run:
         spectrum: The singular values of what each adapter adds, the greatest first.
         sizes: The live parameters of each adapter.
         confusion: Rows are true labels and columns predicted ones, in the order of ``labels``.
+        problems: Why the run is not to be relied on; mostly none.
     """
 
     version: int
@@ -113,6 +134,7 @@ class Run:
     errors: Mapping[str, LabelErrors] = attrs.field(factory=dict)
     baseline: Baseline | None = None
     samples: tuple[Sample, ...] = ()
+    problems: tuple[Problem, ...] = ()
     config: Mapping[str, Any] = attrs.field(factory=dict)
     recipe: Mapping[str, Any] = attrs.field(factory=dict)
     environment: Mapping[str, Any] = attrs.field(factory=dict)

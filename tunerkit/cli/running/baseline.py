@@ -110,7 +110,7 @@ def _trained(
         "bf16": False,
     }
     arguments = trainer_arguments(task, settings, folder, has_eval=False)
-    watching = Watching(console, None, f"head alone, {training['learning_rate']:g}", must_converge=False)
+    watching = Watching(console, None, f"head alone, {training['learning_rate']:g}")
     model = HeadAlone(head.requires_grad_(True))
     trainer = build_trainer(Trainer, arguments, model=model, train_dataset=features, callbacks=[watching])
     threads = torch.get_num_threads()

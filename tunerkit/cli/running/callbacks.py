@@ -1,9 +1,9 @@
-"""What the trainer tells the command while it trains: progress, a loss that is not finite, and Ctrl-C."""
+"""What the trainer tells the command while it trains: progress, a loss that is not finite or lost, and Ctrl-C."""
 
 import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tunerkit import Tuner, TunerkitError
+from tunerkit.cli.running.learning import Learning
 from tunerkit.cli.running.telling import say
 
 
@@ -27,11 +28,20 @@ class Watching(TrainerCallback):
     """Shows the progress, in a terminal as a bar and elsewhere as a line for each log entry, and stops at NaN.
 
     Ctrl-C ends the training at the end of the step, with a checkpoint; ``interrupted`` says so afterwards. A second one
-    stops at once.
+    stops at once. What ``follow`` returns, given the number of steps, is ``learning``, which judges the losses. Without
+    it, any losses are fine, and they are not printed.
     """
 
-    def __init__(self, console: Console, tuner: Tuner | None, title: str, *, must_converge: bool = True) -> None:
-        self.console, self.tuner, self.title, self.must_converge = console, tuner, title, must_converge
+    def __init__(
+        self,
+        console: Console,
+        tuner: Tuner | None,
+        title: str,
+        *,
+        follow: Callable[[int], Learning] | None = None,
+    ) -> None:
+        self.console, self.tuner, self.title, self.follow = console, tuner, title, follow
+        self.learning: Learning | None = None
         self.interrupted = False
         self._printed = 0  # tenths of the training for which a line was printed
         self._bar: Progress | None = None
@@ -50,6 +60,13 @@ class Watching(TrainerCallback):
             self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
             self._bar.start()
             self._task = self._bar.add_task(self.title, total=state.max_steps, completed=state.global_step, facts="")
+        self.learning = None if self.follow is None else self.follow(state.max_steps)
+        for entry in state.log_history:  # of a run that is resumed
+            self._judge(entry)
+
+    def _judge(self, entry: dict[str, Any]) -> None:
+        if self.learning is not None and (sentence := self.learning.add(entry)) is not None:
+            say(self.console, f"note: {sentence}")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._bar is not None:
@@ -74,14 +91,18 @@ class Watching(TrainerCallback):
     ) -> None:
         entry = logs or {}
         for name in ("loss", "eval_loss"):
-            if self.must_converge and name in entry and not math.isfinite(entry[name]):
-                refuse_nonfinite(entry[name], f"at step {state.global_step} of {state.max_steps}", args.learning_rate)
+            if self.follow is not None and name in entry and not math.isfinite(entry[name]):
+                rates = [each["learning_rate"] for each in state.log_history if "learning_rate" in each]
+                rate = f" (learning rate {rates[-1]:.3g})" if rates else ""
+                when = f"at step {state.global_step} of {state.max_steps}{rate}"
+                refuse_nonfinite(entry[name], when, args.learning_rate)
+        self._judge({**entry, "step": state.global_step})
         facts = _facts(entry, self.tuner)
         if not facts:
             return
         if self._bar is not None:
             self._bar.update(self._task, facts=facts)
-        elif self.must_converge and ("eval_loss" in entry or self._is_due(state)):
+        elif self.follow is not None and ("eval_loss" in entry or self._is_due(state)):
             text = f"{self.title}: step {state.global_step}/{state.max_steps}  {facts}"
             say(self.console, text)
 

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from tunerkit.cli.running.baseline import NoBaselineError, head_alone
 from tunerkit.cli.running.building import build_trainer
 from tunerkit.cli.running.callbacks import Watching, refuse_nonfinite
 from tunerkit.cli.running.data import Data, prepare_data
-from tunerkit.cli.running.describing import describe, tell
+from tunerkit.cli.running.describing import conclude, describe, tell
+from tunerkit.cli.running.learning import Learning, Reached, advice, below_baseline, judged, reached
 from tunerkit.cli.running.record import (
     Trained,
     adapter_facts,
@@ -95,9 +97,10 @@ def run(
             say(console, f"{name}: {shown(text)}")
     try:
         if recipe.baseline and (baseline := compare(session, trained, console)) is not None:
-            record["baseline"] = finite(baseline)
+            record |= _beside(session, trained, baseline)
             write_record(folder, record)
     finally:  # Ctrl-C stops the baseline, and the report is then without it
+        conclude(recipe, record, console)
         write_report(folder, record, console)
     has_text = any(each.name in ("text", "prompt", "source") for each in task.columns)
     say(console, f"written to {folder}; try: tunerkit predict {folder} --{'text TEXT' if has_text else 'data FILE'}")
@@ -140,6 +143,8 @@ def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dic
         record["config"] = tunerkit.unstructure(session.tuner.config.settled())
     if (conversations := are_conversations(task, data.train)) is not None:
         record["conversations"] = conversations
+    if trained.problems:
+        record["problems"] = [attrs.asdict(problem) for problem in trained.problems]
     if trained.confusion is not None:
         record["confusion"] = [list(row) for row in trained.confusion]
     if after := task.samples(loaded, data.held_out):
@@ -149,6 +154,18 @@ def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dic
         ]
     plain: dict[str, Any] = finite(record)
     return plain
+
+
+def _beside(session: Session, trained: Trained, baseline: Mapping[str, Any]) -> dict[str, Any]:
+    """What a baseline adds to the record: itself, and that it is better, if it is."""
+    task = session.task
+    own, other = trained.metrics[task.main_metric], baseline["metrics"][task.main_metric]
+    tried = session.watching.learning.advice if session.watching.learning is not None else ""
+    worse = below_baseline(task.main_metric, own, other, is_better_high=task.greater_is_better, advice=tried)
+    found: dict[str, Any] = {"baseline": finite(baseline)}
+    if worse is not None:
+        found["problems"] = [attrs.asdict(problem) for problem in (*trained.problems, worse)]
+    return found
 
 
 def prepare(recipe: Recipe, task: Task, data: Data, console: Console, *, resume: bool = False) -> Session:
@@ -183,7 +200,9 @@ def prepare(recipe: Recipe, task: Task, data: Data, console: Console, *, resume:
     if note := order_note(start, tuner, data.labels):
         say(console, note)
     kind, _ = task.trainer_classes()
-    watching = Watching(console, tuner, tuner.method)
+    guess = None if arguments.label_smoothing_factor else task.guess_loss(data.train)
+    tried = advice(arguments.learning_rate, arguments.warmup_steps, usual=task.defaults["learning_rate"])
+    watching = Watching(console, tuner, tuner.method, follow=partial(Learning, guess, tried))
     trainer = build_trainer(
         kind,
         arguments,
@@ -217,9 +236,11 @@ def train(session: Session, console: Console, *, resume: bool) -> Trained:
         )
     if session.watching.interrupted:
         raise KeyboardInterrupt
+    learning = session.watching.learning
+    assert learning is not None  # of the training that has just ended
     seconds = {"train": time.perf_counter() - began}
     metrics: dict[str, float] = {}
-    confusion = None
+    confusion, found, rows = None, Reached(), len(session.data.held_out)
     if session.data.held_out:
         began = time.perf_counter()
         results = session.task.evaluate(trainer, trainer.eval_dataset)
@@ -227,7 +248,9 @@ def train(session: Session, console: Console, *, resume: bool) -> Trained:
         seconds["evaluate"] = time.perf_counter() - began
         when = f"on the held-out rows after {tuner.steps} steps"
         refuse_nonfinite(metrics["loss"], when, trainer.args.learning_rate)
-    return Trained(trainer.state.log_history, start, seconds, metrics, confusion)
+        found = reached(metrics, confusion, session.data.labels, rows=rows, advice=learning.advice)
+    problems = judged(learning, found, metrics.get("loss"))
+    return Trained(trainer.state.log_history, start, seconds, metrics, confusion, problems)
 
 
 def compare(session: Session, trained: Trained, console: Console) -> dict[str, Any] | None:

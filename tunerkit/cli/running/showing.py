@@ -17,7 +17,9 @@ from tunerkit.cli.settings import write_settings
 from tunerkit.integrations.adapter_files import has_no_record
 from tunerkit.integrations.output_folder import read_run
 from tunerkit.report.rank_map import rank_map
+from tunerkit.report.record import VERSION, read
 from tunerkit.report.terminal import rank_table
+from tunerkit.report.verdict import failure
 
 _WIDEST = 16  # columns of a table; a UNet has a hundred
 
@@ -79,10 +81,19 @@ def _facts(found: Shown) -> dict[str, str]:
     return {name: value for name, value in facts.items() if value}
 
 
+def _problems(record: Any) -> str:
+    """What is wrong with a run, in a sentence; empty if nothing is."""
+    found = record.get("problems")
+    if not isinstance(found, list) or not found:
+        return ""
+    return failure(read({"version": VERSION, "task": "", "method": "", "problems": found}).problems)
+
+
 def _facts_of_run(folder: Path, source: str, record: Any) -> dict[str, str]:
     parameters, recipe = record.get("parameters", {}), record.get("recipe", {})
     size = (folder / "adapter.safetensors").stat().st_size if (folder / "adapter.safetensors").is_file() else 0
     facts = {
+        "problems": _problems(record),
         "task": str(record["task"]),
         "method": str(record.get("method")),
         "base": source,

@@ -1,7 +1,9 @@
 """What a task is: its columns, its model, its trainer and its metrics."""
 
 import importlib.util
+import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -118,6 +120,15 @@ class Task(ABC):
     def classes_of(self, row: Row) -> Sequence[str]:
         """The classes that a row's labels name; none if the task has none."""
         return ()
+
+    def guess_loss(self, rows: Sequence[Row]) -> float | None:
+        """The training loss of answering by the frequencies in ``rows`` alone; None if the task has no such answer.
+
+        For classes, this is the entropy of their distribution.
+        """
+        counts = Counter(name for row in rows for name in self.classes_of(row)).values()
+        total = sum(counts)
+        return -sum(count / total * math.log(count / total) for count in counts) if total else None
 
     def check_classes(self, rows: Sequence[Row], labels: Sequence[str]) -> None:
         """Raise `DataError` if rows have classes that are not among ``labels``: before a model is loaded."""
