@@ -2,12 +2,14 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from tests.train_command import (  # noqa: E402
     assert_same_end,
     check_resumed_after_ctrl_c,
     check_resumed_after_kill,
+    collapsing,
     command,
     in_process,
     record_of,
@@ -811,29 +814,20 @@ def test_a_run_that_learns_nothing_says_so_everywhere(folder: Path, tmp_path: Pa
     assert "guessing gives 0.693" in done.stdout
     kinds = [problem["kind"] for problem in record_of(new)["problems"]]
     assert kinds == ["no_learning", "one_class"], record_of(new)["problems"]
-    advice = "try --lr 5e-10 or --lr 4e-09, or more epochs, and check that the labels fit the rows"
+    advice = "try --lr 0.001, or more epochs, and check that the labels fit the rows"
     assert advice in done.stdout
     assert advice in (new / "report.html").read_text(encoding="utf-8").partition("<h1>")[0]
     assert "this run did not learn" in succeeded("show", new).stdout
     assert json.loads(succeeded("show", new, "--json").stdout)["problems"] == record_of(new)["problems"]
 
 
-def test_a_collapse_is_said_at_the_step_where_it_is_seen(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_collapse_is_said_at_the_step_where_it_is_seen(folder: Path, tmp_path: Path) -> None:
     """And once: the loss falls, then the learning rate jumps. The record has the step and the rate of that moment."""
     write_rows(tmp_path / "data.csv", 400)
-    step_end = Watching.on_step_end
-
-    def jump(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if state.global_step == 100:
-            kwargs["lr_scheduler"].base_lrs = [100 * rate for rate in kwargs["lr_scheduler"].base_lrs]
-        return step_end(self, args, state, control, **kwargs)
-
-    monkeypatch.setattr(Watching, "on_step_end", jump)
     new = tmp_path / "new"
     options = ("--method", "toy-low-rank", "--model", folder / "tiny", "--data", tmp_path / "data.csv", "--out", new)
-    done = succeeded("train", *options, "--lr", "0.01", "--epochs", "5", "--batch-size", "8")
+    with collapsing(100):
+        done = succeeded("train", *options, "--lr", "0.01", "--epochs", "5", "--batch-size", "8")
     (said,) = [line for line in done.stdout.splitlines() if "probably collapsed" in line]
     problem = record_of(new)["problems"][0]
     assert problem["kind"] == "collapse"
@@ -841,6 +835,85 @@ def test_a_collapse_is_said_at_the_step_where_it_is_seen(
     assert 100 < problem["step"] <= 132
     assert problem["learning_rate"] > 0.1
     assert f"(step {problem['step']} of 200, learning rate {problem['learning_rate']:.3g})" in said
+
+
+def test_a_run_is_restarted_from_its_last_good_checkpoint_at_half_the_rate(folder: Path, tmp_path: Path) -> None:
+    """It ends as one that did not collapse; record, report and the command's lines say what happened."""
+    write_rows(tmp_path / "data.csv", 400)
+    new = tmp_path / "new"
+    options = ("--method", "toy-growing", "--model", folder / "tiny", "--data", tmp_path / "data.csv", "--out", new)
+    settings = ("--lr", "0.01", "--epochs", "5", "--batch-size", "8", "--set", "on_collapse=restart")
+    with collapsing(101):
+        done = succeeded("train", *options, *settings)
+    record = record_of(new)
+    (restart,) = record["restarts"]
+    assert restart["from_step"] == 100
+    assert restart["learning_rate"] == 0.005
+    assert 100 < restart["step"] <= 132
+    assert "problems" not in record
+    said = f"restarted from step 100 at half the learning rate, 0.005, because {restart['text']}"
+    assert done.stdout.count(said) == 2  # at once, and in the closing lines
+    assert f"The run was {said}" in (new / "report.html").read_text(encoding="utf-8")
+    assert "restarted from step 100" in succeeded("show", new).stdout
+    rates = {entry["step"]: entry["learning_rate"] for entry in record["logs"] if "loss" in entry}
+    assert [*rates] == [*range(4, 201, 4)]
+    for step, rate in rates.items():  # 0.01 at the peak after 12 steps, then down to 0; half of it after the restart
+        plain = 0.01 * min((step - 1) / 12, (200 - step + 1) / 188)
+        assert rate == pytest.approx(plain * (0.5 if step > 100 else 1)), step
+    assert [entry["step"] for entry in record["history"]] == sorted({entry["step"] for entry in record["history"]})
+
+
+@pytest.mark.parametrize("saving", ["no", "steps"])
+def test_a_run_that_always_collapses_is_restarted_twice(saving: str, folder: Path, tmp_path: Path) -> None:
+    """From another checkpoint each time, or from the beginning; the third time, it is told as any other."""
+    write_rows(tmp_path / "data.csv", 400)
+    new = tmp_path / "new"
+    options = ("--method", "toy-low-rank", "--model", folder / "tiny", "--data", tmp_path / "data.csv", "--out", new)
+    settings = ("--lr", "0.01", "--epochs", "5", "--batch-size", "8", "--set", "on_collapse=restart")
+    with collapsing(101, by=1000, times=3):
+        done = succeeded("train", *options, *settings, "--set", f"save_strategy='{saving}'", "--set", "save_steps=40")
+    record = record_of(new)
+    assert [restart["from_step"] for restart in record["restarts"]] == ([0, 0] if saving == "no" else [80, 40])
+    assert [restart["learning_rate"] for restart in record["restarts"]] == [0.005, 0.0025]
+    assert record["problems"][0]["fatal"]
+    assert "this run did not learn" in done.stdout
+
+
+def test_a_restarted_run_that_is_interrupted_is_resumed_at_its_own_rate(folder: Path, tmp_path: Path) -> None:
+    """Before its first own checkpoint and after it: the end is that of the run that was not interrupted."""
+    write_rows(tmp_path / "data.csv", 400)
+    options = ("--method", "toy-growing", "--model", folder / "tiny", "--data", tmp_path / "data.csv")
+    settings = ("--lr", "0.01", "--epochs", "5", "--batch-size", "8", "--set", "on_collapse=restart")
+    with collapsing(101):
+        succeeded("train", *options, *settings, "--out", tmp_path / "whole")
+    parts = tmp_path / "parts"
+    original = Watching.on_step_end
+
+    def interrupt(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step == 112 and (parts / "checkpoints" / "restarts.json").exists():
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, args, state, control, **kwargs)
+
+    with mock.patch.object(Watching, "on_step_end", interrupt), collapsing(101):
+        assert command("train", *options, *settings, "--out", parts).exit_code == 130
+    shutil.rmtree(parts / "checkpoints" / "checkpoint-112")  # as if it had been killed
+    with signalled(152, signal.SIGINT):
+        assert command("train", "--out", parts, "--resume").exit_code == 130
+    succeeded("train", "--out", parts, "--resume")
+    assert_same_end(tmp_path / "whole", parts)
+
+
+def test_a_loss_that_is_not_finite_restarts_a_run_that_may(folder: Path, tmp_path: Path) -> None:
+    """From the newest checkpoint before it."""
+    write_rows(tmp_path / "data.csv", 400)
+    new = tmp_path / "new"
+    options = ("--method", "toy-low-rank", "--model", folder / "tiny", "--data", tmp_path / "data.csv", "--out", new)
+    settings = ("--lr", "0.01", "--epochs", "2", "--batch-size", "8", "--set", "on_collapse=restart")
+    with collapsing(50, by=float("inf")):
+        succeeded("train", *options, *settings)
+    (restart,) = record_of(new)["restarts"]
+    assert restart["from_step"] == 48
+    assert restart["text"].startswith("the loss is nan at step 5")
 
 
 def test_a_run_that_learns_has_no_problems(folder: Path, tmp_path: Path) -> None:

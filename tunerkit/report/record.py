@@ -86,6 +86,20 @@ class Problem:
 
 
 @attrs.frozen
+class Restart:
+    """A restart: why, when it was seen, from which step (0 is the beginning), and the peak learning rate from there."""
+
+    text: str
+    step: int | None
+    from_step: int
+    learning_rate: float
+
+    def __str__(self) -> str:
+        where = f"step {self.from_step}" if self.from_step else "the beginning"
+        return f"restarted from {where} at half the learning rate, {self.learning_rate:.3g}, because {self.text}"
+
+
+@attrs.frozen
 class Sample:
     """A prompt, with the model's answers before and after training."""
 
@@ -107,6 +121,7 @@ class Run:
         sizes: The live parameters of each adapter.
         confusion: Rows are true labels and columns predicted ones, in the order of ``labels``.
         problems: Why the run is not to be relied on; mostly none.
+        restarts: Where it was restarted, the oldest first; mostly none.
     """
 
     version: int
@@ -135,6 +150,7 @@ class Run:
     baseline: Baseline | None = None
     samples: tuple[Sample, ...] = ()
     problems: tuple[Problem, ...] = ()
+    restarts: tuple[Restart, ...] = ()
     config: Mapping[str, Any] = attrs.field(factory=dict)
     recipe: Mapping[str, Any] = attrs.field(factory=dict)
     environment: Mapping[str, Any] = attrs.field(factory=dict)

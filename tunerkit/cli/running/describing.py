@@ -14,7 +14,7 @@ from tunerkit.cli.running.session import Session
 from tunerkit.cli.running.telling import say
 from tunerkit.cli.tasks.texts import token_limit
 from tunerkit.paths import few
-from tunerkit.report.record import Problem
+from tunerkit.report.record import Problem, Restart
 from tunerkit.report.verdict import failure
 
 
@@ -67,5 +67,7 @@ def conclude(recipe: Recipe, record: Mapping[str, Any], console: Console) -> Non
     """Print what a good result of the demo is, and what is wrong with the run."""
     if recipe.data is None and (good := demo_of(record["task"], "data").good) is not None:
         say(console, f"a good result of this demo is {good}")
+    for restart in record.get("restarts", ()):
+        say(console, f"this run was {Restart(**restart)}")
     if sentence := failure([Problem(**problem) for problem in record.get("problems", ())]):
         say(console, sentence)

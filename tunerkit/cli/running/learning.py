@@ -19,11 +19,20 @@ POINTS: Final = 50
 # the start too: with eight points, one in a thousand curves that fall by 5 % with noise of 12 % seemed to rise.
 FEWEST: Final = 8
 FEWEST_UNKNOWN: Final = 15
-# The latest loss is the median of these: a spike of two points, 4 % of the training, does not move it.
+# The latest loss is the median of these, or of the last three if that is lower: a spike of two points, 4 % of the
+# training, does not move it. What it has fallen to lies before the last three.
 RECENT: Final = 5
+BACK: Final = 3
 # A loss has fallen if it went below its start by this share of it, and by this many standard deviations of the noise.
 # The deepest of fifty points of pure noise lies at 2.3, and an estimate from eight points may be half of the truth.
+# The losses of a model that answers like a guess are alike whatever the rows are, and are noisy once it learns. So the
+# noise is known too late, and a single point must lie deeper than the median of three.
 FALLEN: Final = 0.1
+DEEP: Final = 0.2
+# Six points in a row at guessing's loss, or above it, make up for a fall of one point that is less deep: AdaLoRA's on
+# the demo at four times its rate was to 0.578.
+FLAT: Final = 6
+NEARLY: Final = 0.03
 CLEAR: Final = 6.0
 # It is back if this share of the fall is undone, and has recovered once no more than half is.
 UNDONE: Final = 0.9
@@ -67,10 +76,10 @@ class Change:
     low: Point
     now: float
 
-    def has_recovered(self, points: Sequence[Point]) -> bool:
-        """Whether the latest loss is well below where it had gone back to."""
-        goal = self.start - RECOVERED * (self.start - self.low.loss) if self.kind == "back" else self.start
-        return median(point.loss for point in points[-RECENT:]) < goal
+    @property
+    def goal(self) -> float:
+        """A loss that is well below where it has gone back to."""
+        return self.start - RECOVERED * (self.start - self.low.loss) if self.kind == "back" else self.start
 
 
 def change(points: Sequence[Point], guess: float | None) -> Change | None:
@@ -84,15 +93,19 @@ def change(points: Sequence[Point], guess: float | None) -> Change | None:
     if not _are_enough(points, guess):
         return None
     losses = [point.loss for point in points]
-    noise, now = CLEAR * _noise(losses), median(losses[-RECENT:])
+    noise, now = CLEAR * _noise(losses), min(median(losses[-RECENT:]), median(losses[-BACK:]))
     start = guess if guess is not None else _start(losses)
-    # Guessing's level is exact, so one point shows a fall; a start is itself noisy.
-    falls = losses if guess is not None else [median(losses[n : n + 3]) for n in range(len(losses) - 2)]
-    low = min(falls)
-    depth, size = start - low, abs(start)
-    where = attrs.evolve(points[falls.index(low)], loss=low)
-    if depth > 0 and depth >= max(FALLEN * size, noise) and now >= start - (1 - UNDONE) * depth:
-        return Change("back", start, where, now)
+    size, before = abs(start), losses[:-BACK]
+    lows = [(median(before[n : n + 3]), n, FALLEN) for n in range(len(before) - 2)]
+    # Guessing's level is exact, so one point may show a fall; a start is itself noisy.
+    if guess is not None:
+        lows += [(loss, n, DEEP) for n, loss in enumerate(before)]
+        if min(losses[-FLAT:]) >= (1 - NEARLY) * guess:
+            lows += [(loss, n, FALLEN) for n, loss in enumerate(losses[:-FLAT])]
+    fallen = [(low, n) for low, n, share in lows if start - low >= max(share * size, noise) and low < start]
+    if fallen and now >= start - (1 - UNDONE) * (start - min(fallen)[0]):
+        low, n = min(fallen)
+        return Change("back", start, attrs.evolve(points[n], loss=low), now)
     if guess is None and now > start + max(RISEN * size, noise):
         return Change("risen", start, points[0], now)
     return None
@@ -130,13 +143,16 @@ class Learning:
     """The losses of a run while it trains, and what is wrong with them.
 
     Attributes:
+        guess: The loss of answering by frequencies alone, if it is known.
+        advice: What to try if the run is lost.
+        usual: The usual peak of the learning rate.
         points: The means of the losses so far.
         problem: What is wrong now; None if nothing is.
     """
 
-    def __init__(self, guess: float | None, advice: str, total_steps: int) -> None:
+    def __init__(self, guess: float | None, advice: str, usual: float, total_steps: int) -> None:
         self.guess = guess if guess is not None and 0 < guess < math.inf else None
-        self.total, self.advice = total_steps, advice
+        self.total, self.advice, self.usual = total_steps, advice, usual
         self.points: list[Point] = []
         self.problem: Problem | None = None
         self._lost: Change | None = None
@@ -156,7 +172,7 @@ class Learning:
         return self._judge()
 
     def _judge(self) -> str | None:
-        if self._lost is not None and self._lost.has_recovered(self.points):
+        if self._lost is not None and _latest(self.points) < self._lost.goal:
             self._lost = self.problem = None
             return f"the loss has fallen again: {_latest(self.points):.3g} at step {self.points[-1].step}"
         if self.problem is None and (lost := change(self.points, self.guess)) is not None:
@@ -173,6 +189,12 @@ class Learning:
             text = f"the loss is back at {lost.now:.3g}, {where}, after {lost.low.loss:.3g} at step {lost.low.step}"
         return Problem("collapse", f"{text} ({_when(last, self.total)})", last.step, last.rate, self.advice)
 
+    @property
+    def good(self) -> int:
+        """The last step whose loss was good: where the run has collapsed, well below where the loss is now."""
+        goal = math.inf if self._lost is None else self._lost.goal
+        return max((point.step for point in self.points if point.loss < goal), default=0)
+
     def at_the_end(self) -> Problem | None:
         """What is wrong with the losses of the whole training."""
         if self.problem is not None or not has_learned_nothing(self.points, self.guess):
@@ -183,7 +205,8 @@ class Learning:
             text = f"the loss is {end:.3g} at the end, and guessing gives {self.guess:.3g}: nothing was learned"
         rate = max(point.rate or 0.0 for point in self.points)
         # Whether the rate is too high or too low, such a loss does not say.
-        other = f"--lr {rate / 2:.2g} or --lr {4 * rate:.2g}, or more epochs, and check that the labels fit the rows"
+        other = f"--lr {self.usual:.2g}" if rate < self.usual / 2 else self.advice
+        other += ", or more epochs, and check that the labels fit the rows"
         return Problem("no_learning", text, self.points[-1].step, rate, other)
 
 
@@ -293,12 +316,17 @@ def below_baseline(metric: str, own: float, other: float, *, is_better_high: boo
     return Problem("head_alone", text, advice=advice, fatal=False)
 
 
-def judged(learning: Learning, found: Reached, held_out_loss: float | None) -> tuple[Problem, ...]:
+def judged(
+    learning: Learning, found: Reached, held_out_loss: float | None, *, continued: bool = False
+) -> tuple[Problem, ...]:
     """All that is wrong with a run that has ended: by its losses, and by its held-out rows, which have the last word.
 
-    A run that is better than guessing has learned, whatever its last losses are: its best checkpoint may be loaded.
+    A run that is better than guessing has learned, whatever its last losses are: its best checkpoint may be loaded. The
+    loss of a run that goes on from an adapter (``continued``) may have nowhere left to fall.
     """
     own = learning.at_the_end()
+    if continued and learning.guess is None and own is not None and own.kind == "no_learning":
+        own = None
     if own is not None and found.has_learned:
         own = attrs.evolve(own, fatal=False) if own.kind == "collapse" else None
     problems = [*([own] if own is not None else []), *found.problems]

@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from tunerkit.cli.running.record import (
     write_record,
     write_report,
 )
+from tunerkit.cli.running.restarting import MOST, SLOWER, LostError, read_restarts, roll_back, slower
 from tunerkit.cli.running.session import Session
 from tunerkit.cli.running.starting import explaining, keep_start, start_of
 from tunerkit.cli.running.telling import say, telling_warnings
@@ -85,7 +87,7 @@ def run(
     if session.start is not None and not resume:
         keep_start(session.start, session.loaded.model, folder)
     before = task.samples(session.loaded, data.held_out)
-    trained = train(session, console, resume=resume)
+    session, trained = train_with_restarts(session, console, resume=resume)
     tunerkit.save(session.loaded.model, folder)  # at once: what follows only describes it
     session.loaded.processor.save_pretrained(folder)
     record = record_of(session, trained, kept, before)
@@ -143,6 +145,8 @@ def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dic
         record["config"] = tunerkit.unstructure(session.tuner.config.settled())
     if (conversations := are_conversations(task, data.train)) is not None:
         record["conversations"] = conversations
+    if restarts := read_restarts(Path(session.recipe.out)):
+        record["restarts"] = [attrs.asdict(restart) for restart in restarts]
     if trained.problems:
         record["problems"] = [attrs.asdict(problem) for problem in trained.problems]
     if trained.confusion is not None:
@@ -174,6 +178,8 @@ def prepare(recipe: Recipe, task: Task, data: Data, console: Console, *, resume:
     labels, ordered = head_labels(start, task, data)
     demo = {} if recipe.data is not None else demo_of(task.name, "data").training
     arguments = trainer_arguments(task, {**demo, **recipe.training}, Path(recipe.out), has_eval=bool(data.held_out))
+    restarts = read_restarts(Path(recipe.out)) if resume else ()
+    arguments.learning_rate *= SLOWER ** len(restarts)
     seed = arguments.seed
     source = recipe.model
     if source is None:
@@ -201,8 +207,16 @@ def prepare(recipe: Recipe, task: Task, data: Data, console: Console, *, resume:
         say(console, note)
     kind, _ = task.trainer_classes()
     guess = None if arguments.label_smoothing_factor else task.guess_loss(data.train)
-    tried = advice(arguments.learning_rate, arguments.warmup_steps, usual=task.defaults["learning_rate"])
-    watching = Watching(console, tuner, tuner.method, follow=partial(Learning, guess, tried))
+    usual = task.defaults["learning_rate"]
+    tried = advice(arguments.learning_rate, arguments.warmup_steps, usual=usual)
+    watching = Watching(
+        console,
+        tuner,
+        tuner.method,
+        follow=partial(Learning, guess, tried, usual),
+        slower=partial(slower, restarts),
+        may_restart=recipe.on_collapse == "restart" and len(restarts) < MOST,
+    )
     trainer = build_trainer(
         kind,
         arguments,
@@ -223,6 +237,24 @@ def _held_out(task: Task, data: Data, loaded: Pretrained) -> Any:
         return None
     encoded = task.encode(data.held_out, loaded)
     return encoded.select(short_to_long(encoded)) if "input_ids" in (encoded.column_names or ()) else encoded
+
+
+def train_with_restarts(session: Session, console: Console, *, resume: bool) -> tuple[Session, Trained]:
+    """Train and evaluate, and do so again from the last good checkpoint at half the rate if the loss is lost."""
+    recipe, folder = session.recipe, Path(session.recipe.out)
+    while True:
+        try:
+            return session, train(session, console, resume=resume)
+        except LostError as lost:
+            restart = roll_back(folder, lost, session.trainer.args.learning_rate)
+        finally:
+            session.watching.close()
+        say(console, f"note: {restart}")
+        for tensor in (*session.loaded.model.parameters(), *session.loaded.model.buffers()):
+            tensor.data = tensor.new_empty(0)  # so that there is room for the next model; a quantised one has no `to`
+        task, data, resume = session.task, session.data, True
+        with warnings.catch_warnings(action="ignore"):  # which were printed before
+            session = prepare(recipe, task, data, console, resume=resume)
 
 
 def train(session: Session, console: Console, *, resume: bool) -> Trained:
@@ -249,7 +281,7 @@ def train(session: Session, console: Console, *, resume: bool) -> Trained:
         when = f"on the held-out rows after {tuner.steps} steps"
         refuse_nonfinite(metrics["loss"], when, trainer.args.learning_rate)
         found = reached(metrics, confusion, session.data.labels, rows=rows, advice=learning.advice)
-    problems = judged(learning, found, metrics.get("loss"))
+    problems = judged(learning, found, metrics.get("loss"), continued=session.start is not None)
     return Trained(trainer.state.log_history, start, seconds, metrics, confusion, problems)
 
 

@@ -81,19 +81,18 @@ def _facts(found: Shown) -> dict[str, str]:
     return {name: value for name, value in facts.items() if value}
 
 
-def _problems(record: Any) -> str:
-    """What is wrong with a run, in a sentence; empty if nothing is."""
-    found = record.get("problems")
-    if not isinstance(found, list) or not found:
-        return ""
-    return failure(read({"version": VERSION, "task": "", "method": "", "problems": found}).problems)
+def _warnings(record: Any) -> dict[str, str]:
+    """What is wrong with a run, and where it was restarted."""
+    known = {name: record[name] for name in ("problems", "restarts") if record.get(name)}
+    found = read({"version": VERSION, "task": "", "method": "", **known})
+    return {"problems": failure(found.problems), "restarts": "; ".join(map(str, found.restarts))}
 
 
 def _facts_of_run(folder: Path, source: str, record: Any) -> dict[str, str]:
     parameters, recipe = record.get("parameters", {}), record.get("recipe", {})
     size = (folder / "adapter.safetensors").stat().st_size if (folder / "adapter.safetensors").is_file() else 0
     facts = {
-        "problems": _problems(record),
+        **_warnings(record),
         "task": str(record["task"]),
         "method": str(record.get("method")),
         "base": source,
