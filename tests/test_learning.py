@@ -277,6 +277,12 @@ def test_a_loss_that_falls_again_has_recovered() -> None:
     assert said[1][1] == "the loss has fallen again: 0.4 at step 192"
     assert learning.at_the_end() is None
     assert [number for number, _ in heard([*lost, *[0.4] * 10, *[0.69] * 8], math.log(2))[0]] == [15, 23, 33]
+    assert [number for number, _ in heard([*lost, *[0.6] * 10], math.log(2))[0]] == [15]  # not half of the way
+
+
+def test_a_classifier_that_learned_a_little_has_learned() -> None:
+    """Its loss ends 5 % below guessing's, which is no noise."""
+    assert heard(falling(0.7, 0.95 * math.log(2), 12, 0.001, 50, 0), math.log(2))[1].at_the_end() is None
 
 
 # --- how losses are logged makes no difference ---
@@ -371,6 +377,7 @@ def test_one_class_for_all_rows_is_named_with_the_most_frequent_one() -> None:
 def test_one_class_is_right_where_the_rows_have_hardly_another(common: int, others: int) -> None:
     """A good classifier may miss four rare rows; five are too many to be chance."""
     found = answers([[common, 0], [others, 0]])
+    assert FEWEST_OTHERS == 5
     assert ("one_class" in [problem.kind for problem in found.problems]) == (others >= FEWEST_OTHERS)
 
 

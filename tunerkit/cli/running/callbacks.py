@@ -107,7 +107,9 @@ class Watching(TrainerCallback):
                 rate = f" (learning rate {rates[-1]:.3g})" if rates else ""
                 when = f"at step {state.global_step} of {state.max_steps}{rate}"
                 if self.may_restart and self.learning is not None:
-                    problem = Problem("diverged", f"the loss is {entry[name]} {when}", state.global_step)
+                    problem = Problem(
+                        "diverged", f"the loss is {entry[name]} {when}", state.global_step, rates[-1] if rates else None
+                    )
                     raise LostError(problem, self.learning.good)
                 refuse_nonfinite(entry[name], when, args.learning_rate)
         self._judge({**entry, "step": state.global_step})

@@ -34,6 +34,7 @@ DEEP: Final = 0.2
 FLAT: Final = 6
 NEARLY: Final = 0.03
 CLEAR: Final = 6.0
+LATEST: Final = 15
 # It is back if this share of the fall is undone, and has recovered once no more than half is.
 UNDONE: Final = 0.9
 RECOVERED: Final = 0.5
@@ -135,8 +136,12 @@ def _start(losses: Sequence[float]) -> float:
 
 
 def _noise(losses: Sequence[float]) -> float:
-    """The standard deviation of a point, from the differences of neighbours: a trend and outliers hardly count."""
-    return 1.4826 * median(abs(after - before) for before, after in pairwise(losses)) / math.sqrt(2)
+    """The standard deviation of a point, from the differences of neighbours: a trend and outliers hardly count.
+
+    It is that of the latest points where they are noisier than all: a classifier's losses are quiet before it learns.
+    """
+    steps = [abs(after - before) for before, after in pairwise(losses)]
+    return 1.4826 * max(median(steps), median(steps[-LATEST:])) / math.sqrt(2)
 
 
 class Learning:

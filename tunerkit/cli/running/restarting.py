@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Final
 
@@ -60,8 +61,12 @@ def roll_back(folder: Path, lost: LostError, rate: float) -> Restart:
 
 
 def slower(restarts: Sequence[Restart], step: int) -> float:
-    """By how much the learning rate of a checkpoint is to be multiplied: once for each restart since it was written."""
-    return float(SLOWER ** sum(step <= restart.from_step for restart in restarts)) if step else 1.0
+    """By how much the learning rate of a checkpoint is to be multiplied: once for each restart since it was written.
+
+    A restart removes what is later than the step that it goes back to, so a later checkpoint was written after it.
+    """
+    since = takewhile(lambda restart: step <= restart.from_step, reversed(restarts))
+    return float(SLOWER ** len([*since])) if step else 1.0
 
 
 def _checkpoints(folder: Path) -> list[Path]:
