@@ -506,6 +506,7 @@ def shown_message(done: Result) -> str:
     """What a command printed on stderr, without what differs between machines."""
     text = done.stderr.removeprefix("tunerkit: ").removesuffix("\n").replace(str(Path.cwd()), "")
     text = re.sub(r"the loss is (nan|inf) at step \d+", "the loss is nan at step 4", text)
+    text = re.sub(r"\(learning rate [\d.e+]+\)", "(learning rate 8.5e+08)", text)
     text = re.sub(r"installed: [^;]*", "installed: ...", text)
     return re.sub(r"(tunerkit|transformers) \d[\w.]*", r"\1 X", text)
 

@@ -1,12 +1,15 @@
 """``tunerkit train`` from data to a usable folder, with toy methods: record, resuming, recipes and prediction."""
 
+import io
 import json
+import os
 import re
 import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -26,17 +29,27 @@ from tests.train_command import (  # noqa: E402
     assert_same_end,
     check_resumed_after_ctrl_c,
     check_resumed_after_kill,
+    collapsing,
     command,
     in_process,
     record_of,
     signalled,
     succeeded,
+    write_rows,
 )
 from tunerkit.cli.plugin_commands import PluginCommands  # noqa: E402
 from tunerkit.cli.recipes import reading, schema  # noqa: E402
 from tunerkit.cli.recipes.recipe import Recipe  # noqa: E402
 from tunerkit.cli.rows.reading import read_table  # noqa: E402
-from tunerkit.cli.running import baseline, data as running_data, output, run as running, using  # noqa: E402
+from tunerkit.cli.running import (  # noqa: E402
+    baseline,
+    data as running_data,
+    describing,
+    output,
+    run as running,
+    using,
+)
+from tunerkit.cli.running.callbacks import Watching  # noqa: E402
 from tunerkit.cli.running.hardware import computing_in  # noqa: E402
 from tunerkit.cli.running.output import PICTURES  # noqa: E402
 from tunerkit.cli.tasks.text_classification import TextClassification  # noqa: E402
@@ -820,6 +833,18 @@ def test_a_loss_that_is_not_finite_stops_the_command(rate: str, arguments: list[
     succeeded(*arguments, "--out", new, "--overwrite", "--set", "max_steps=1")
 
 
+def test_the_learning_rate_at_the_step_is_named_with_a_loss_that_is_not_finite(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    """The one that the step was taken with, not the peak."""
+    done = command(*arguments, "--out", tmp_path / "new", "--lr", "1e12", "--set", "warmup_steps=12")
+    found = re.search(r"the loss is (?:nan|inf) at step (\d+) of 24 \(learning rate ([\d.e+]+)\)", done.stderr)
+    assert found is not None, done.stderr
+    step, rate = int(found[1]), float(found[2])
+    assert step < 12
+    assert rate == pytest.approx(1e12 * (step - 1) / 12, rel=0.01)
+
+
 def test_a_number_that_is_not_finite_is_left_out_of_the_record() -> None:
     """Standard JSON has no NaN: a gradient's norm may be infinite in a run that ends well."""
     record = {"logs": [{"loss": 1.0, "grad_norm": float("inf")}], "values": (float("nan"), 1), "steps": 3}
@@ -1008,6 +1033,155 @@ def test_tensorboard_logs_into_the_output_folder(
     succeeded(*arguments, "--out", "other", "--set", "report_to=tensorboard", "--set", "max_steps=1")
     assert [file.name.split(".")[0] for file in (tmp_path / "mine").iterdir()] == ["events"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "new", "other"]
+
+
+# --- runs that do not learn ---
+
+
+def test_a_run_that_learns_nothing_says_so_everywhere(folder: Path, tmp_path: Path) -> None:
+    """In the closing lines, in the record, on the report's first line, and in `show`: with what to try."""
+    write_rows(tmp_path / "data.csv", 200)
+    new = tmp_path / "new"
+    options = ("--method", "toy-low-rank", "--model", folder / "tiny", "--data", tmp_path / "data.csv", "--out", new)
+    done = succeeded("train", *options, "--lr", "1e-9", "--epochs", "1", "--batch-size", "8")
+    assert "this run did not learn: the loss is 0.69" in done.stdout
+    assert "guessing gives 0.693" in done.stdout
+    kinds = [problem["kind"] for problem in record_of(new)["problems"]]
+    assert kinds == ["no_learning", "one_class"], record_of(new)["problems"]
+    advice = "try --lr 0.001, or more epochs, and check that the labels fit the rows"
+    assert advice in done.stdout
+    assert advice in (new / "report.html").read_text(encoding="utf-8").partition("<h1>")[0]
+    assert "this run did not learn" in succeeded("show", new).stdout
+    assert json.loads(succeeded("show", new, "--json").stdout)["problems"] == record_of(new)["problems"]
+
+
+def test_a_collapse_is_said_at_the_step_where_it_is_seen(folder: Path, tmp_path: Path) -> None:
+    """And once: the loss falls, then the learning rate jumps. The record has the step and the rate of that moment."""
+    write_rows(tmp_path / "data.csv", 400)
+    new = tmp_path / "new"
+    options = ("--method", "toy-low-rank", "--model", folder / "tiny", "--data", tmp_path / "data.csv", "--out", new)
+    with collapsing(100):
+        done = succeeded("train", *options, "--lr", "0.01", "--epochs", "5", "--batch-size", "8")
+    (said,) = [line for line in done.stdout.splitlines() if "probably collapsed" in line]
+    problem = record_of(new)["problems"][0]
+    assert problem["kind"] == "collapse"
+    assert problem["text"] in said
+    assert 100 < problem["step"] <= 132
+    assert problem["learning_rate"] > 0.1
+    assert f"(step {problem['step']} of 200, learning rate {problem['learning_rate']:.3g})" in said
+
+
+def test_a_run_is_restarted_from_its_last_good_checkpoint_at_half_the_rate(folder: Path, tmp_path: Path) -> None:
+    """It ends as one that did not collapse; record, report and the command's lines say what happened."""
+    write_rows(tmp_path / "data.csv", 400)
+    new = tmp_path / "new"
+    options = ("--method", "toy-growing", "--model", folder / "tiny", "--data", tmp_path / "data.csv", "--out", new)
+    settings = ("--lr", "0.01", "--epochs", "5", "--batch-size", "8", "--set", "on_collapse=restart")
+    with collapsing(101):
+        done = succeeded("train", *options, *settings)
+    record = record_of(new)
+    (restart,) = record["restarts"]
+    assert restart["from_step"] == 100
+    assert restart["learning_rate"] == 0.005
+    assert 100 < restart["step"] <= 132
+    assert "problems" not in record
+    said = f"restarted from step 100 at half the learning rate, 0.005, because {restart['text']}"
+    assert done.stdout.count(said) == 2  # at once, and in the closing lines
+    assert f"The run was {said}" in (new / "report.html").read_text(encoding="utf-8")
+    assert "restarted from step 100" in succeeded("show", new).stdout
+    rates = {entry["step"]: entry["learning_rate"] for entry in record["logs"] if "loss" in entry}
+    assert [*rates] == [*range(4, 201, 4)]
+    for step, rate in rates.items():  # 0.01 at the peak after 12 steps, then down to 0; half of it after the restart
+        plain = 0.01 * min((step - 1) / 12, (200 - step + 1) / 188)
+        assert rate == pytest.approx(plain * (0.5 if step > 100 else 1)), step
+    assert [entry["step"] for entry in record["history"]] == sorted({entry["step"] for entry in record["history"]})
+
+
+@pytest.mark.parametrize("saving", ["no", "steps"])
+def test_a_run_that_always_collapses_is_restarted_twice(saving: str, folder: Path, tmp_path: Path) -> None:
+    """From another checkpoint each time, or from the beginning; the third time, it is told as any other."""
+    write_rows(tmp_path / "data.csv", 400)
+    new = tmp_path / "new"
+    options = ("--method", "toy-low-rank", "--model", folder / "tiny", "--data", tmp_path / "data.csv", "--out", new)
+    settings = ("--lr", "0.01", "--epochs", "5", "--batch-size", "8", "--set", "on_collapse=restart")
+    with collapsing(101, by=1000, times=3):
+        done = succeeded("train", *options, *settings, "--set", f"save_strategy='{saving}'", "--set", "save_steps=40")
+    record = record_of(new)
+    assert [restart["from_step"] for restart in record["restarts"]] == ([0, 0] if saving == "no" else [80, 40])
+    assert [restart["learning_rate"] for restart in record["restarts"]] == [0.005, 0.0025]
+    assert record["problems"][0]["fatal"]
+    assert "this run did not learn" in done.stdout
+
+
+def test_a_restarted_run_that_is_interrupted_is_resumed_at_its_own_rate(folder: Path, tmp_path: Path) -> None:
+    """Before its first own checkpoint and after it: the end is that of the run that was not interrupted."""
+    write_rows(tmp_path / "data.csv", 400)
+    options = ("--method", "toy-growing", "--model", folder / "tiny", "--data", tmp_path / "data.csv")
+    settings = ("--lr", "0.01", "--epochs", "5", "--batch-size", "8", "--set", "on_collapse=restart")
+    with collapsing(101):
+        succeeded("train", *options, *settings, "--out", tmp_path / "whole")
+    parts = tmp_path / "parts"
+    original = Watching.on_step_end
+
+    def interrupt(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step == 112 and (parts / "checkpoints" / "restarts.json").exists():
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, args, state, control, **kwargs)
+
+    with mock.patch.object(Watching, "on_step_end", interrupt), collapsing(101):
+        assert command("train", *options, *settings, "--out", parts).exit_code == 130
+    shutil.rmtree(parts / "checkpoints" / "checkpoint-112")  # as if it had been killed
+    with signalled(152, signal.SIGINT):
+        assert command("train", "--out", parts, "--resume").exit_code == 130
+    succeeded("train", "--out", parts, "--resume")
+    assert_same_end(tmp_path / "whole", parts)
+
+
+def test_a_loss_that_is_not_finite_restarts_a_run_that_may(folder: Path, tmp_path: Path) -> None:
+    """From the newest checkpoint before it."""
+    write_rows(tmp_path / "data.csv", 400)
+    new = tmp_path / "new"
+    options = ("--method", "toy-low-rank", "--model", folder / "tiny", "--data", tmp_path / "data.csv", "--out", new)
+    settings = ("--lr", "0.01", "--epochs", "2", "--batch-size", "8", "--set", "on_collapse=restart")
+    with collapsing(50, by=float("inf")):
+        succeeded("train", *options, *settings)
+    (restart,) = record_of(new)["restarts"]
+    assert restart["from_step"] == 48
+    assert restart["text"].startswith("the loss is nan at step 5")
+
+
+def test_a_run_that_learns_has_no_problems(folder: Path, tmp_path: Path) -> None:
+    """The record has no such key, and neither the command, the report nor `show` has a word."""
+    write_rows(tmp_path / "data.csv", 400)
+    new = tmp_path / "new"
+    options = ("--method", "toy-low-rank", "--model", folder / "tiny", "--data", tmp_path / "data.csv", "--out", new)
+    done = succeeded("train", *options, "--lr", "0.01", "--epochs", "3", "--batch-size", "8")
+    assert "problems" not in record_of(new)
+    assert 'class="failure"' not in (new / "report.html").read_text(encoding="utf-8")
+    assert "this run" not in done.stdout + succeeded("show", new).stdout
+
+
+def test_a_baseline_that_is_better_is_a_problem(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record names it beside the baseline."""
+    better = {"what": "the head alone", "metrics": {"accuracy": 1.5}}
+    monkeypatch.setattr(running, "compare", lambda *_: better)
+    done = succeeded(*arguments, "--out", tmp_path / "new", "--baseline", "--set", "max_steps=2")
+    (problem,) = record_of(tmp_path / "new")["problems"]
+    assert problem["kind"] == "head_alone"
+    assert f"this run learned less than it should: {problem['text']}; try --lr 0.001," in done.stdout
+    assert problem["text"] in (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_demo_says_what_a_good_result_is() -> None:
+    """A run on data of one's own does not."""
+    said: list[str] = []
+    for recipe in (Recipe(), Recipe(data="mine.csv")):
+        file = io.StringIO()
+        describing.conclude(recipe, {"task": "text-classification"}, Console(file=file))
+        said.append(file.getvalue())
+    assert said == ["a good result of this demo is accuracy 0.83 to 0.86; the head alone reaches 0.70\n", ""]
 
 
 # --- the baseline ---

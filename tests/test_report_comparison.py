@@ -134,6 +134,16 @@ def test_among_other_runs_those_that_compare_are_ranked() -> None:
     assert "method AdaLoRA AdaLoRA AdaLoRA" in found
 
 
+def test_a_run_that_did_not_learn_is_named_first() -> None:
+    """Before the heading, and the others are not."""
+    lost = scored(0.5, problems=[{"kind": "one_class", "text": "all rows are predicted as 'b'", "advice": "less"}])
+    page = compare({"good": scored(0.8), "lost": lost})
+    found = pages.checked(page).text
+    assert "lost: this run did not learn: all rows are predicted as 'b'; try less." in found
+    assert "this run did not learn" in page.partition("<h1>")[0]
+    assert "good: this run" not in found
+
+
 def test_names_are_escaped() -> None:
     """They are folders of the user."""
     page = compare({"<script>alert(1)</script>": run_records.classifier(2), "b": run_records.classifier(2)})

@@ -67,6 +67,16 @@ def test_a_minimal_record_has_only_what_can_be_said() -> None:
     assert 'tunerkit.from_folder("OUT")' in page.text
 
 
+def test_what_is_wrong_with_a_run_is_the_first_line() -> None:
+    """Before the heading, in a box; a run without problems has none."""
+    lost = {"kind": "collapse", "text": "the loss is back", "step": 3, "learning_rate": None, "advice": "--lr 5e-4"}
+    page = render({**run_records.classifier(), "problems": [lost]})
+    assert "This run did not learn: the loss is back; try --lr 5e-4." in pages.checked(page).text
+    assert "This run did not learn" in page.partition("<h1>")[0].partition("<main>")[2]
+    assert page.count('class="failure"') == 1
+    assert 'class="failure"' not in render({**run_records.classifier(), "problems": []})
+
+
 @pytest.mark.parametrize(
     ("parts", "section"),
     [

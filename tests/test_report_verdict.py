@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from tests import run_records
-from tunerkit.report.record import read
-from tunerkit.report.verdict import verdict
+from tunerkit.report.record import Problem, read
+from tunerkit.report.verdict import failure, verdict
 
 pytestmark = pytest.mark.core_only
 
@@ -80,3 +80,13 @@ def test_a_noisy_loss_is_averaged_at_both_ends() -> None:
     """Over a twentieth of the rows each."""
     logs = [{"step": step, "loss": (2.0 if step < 50 else 1.0) + (0.5 if step % 2 else -0.5)} for step in range(200)]
     assert "fell from 2.000 to 1.000." in verdict(read(run_records.minimal(logs=logs))).text
+
+
+def test_what_is_wrong_with_a_run_is_one_sentence_with_one_piece_of_advice() -> None:
+    """What is fatal comes first, and decides how it begins; without problems there is nothing to say."""
+    below = Problem("head_alone", "accuracy is 0.6, and the head alone reaches 0.7", advice="more", fatal=False)
+    lost = Problem("collapse", "the loss is back", step=3, advice="less")
+    assert failure([]) == ""
+    assert failure([below]) == f"this run learned less than it should: {below.text}; try more"
+    assert failure([below, lost]) == f"this run did not learn: {lost.text}; {below.text}; try less"
+    assert failure([Problem("one_class", "all the same")]) == "this run did not learn: all the same"

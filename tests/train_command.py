@@ -88,6 +88,21 @@ def signalled(step: int, number: signal.Signals, times: int = 1) -> Iterator[Non
         yield
 
 
+@contextmanager
+def collapsing(step: int, *, by: float = 100, times: int = 1) -> Iterator[None]:
+    """Inside the block, the learning rate of a run jumps after a step, the first ``times`` that it is taken."""
+    original, left = Watching.on_step_end, [times]
+
+    def jump(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step == step and left[0] > 0:
+            left[0] -= 1
+            kwargs["lr_scheduler"].base_lrs = [by * rate for rate in kwargs["lr_scheduler"].base_lrs]
+        return original(self, args, state, control, **kwargs)
+
+    with mock.patch.object(Watching, "on_step_end", jump):
+        yield
+
+
 def in_process(function: Callable[..., object], *arguments: object) -> int:
     """Call a function in a new process that has only imported this module; return its exit code."""
     context = multiprocessing.get_context("forkserver")

@@ -66,6 +66,40 @@ class Baseline:
 
 
 @attrs.frozen
+class Problem:
+    """A sign that a run has learned nothing (``fatal``), or less than it should have.
+
+    Attributes:
+        kind: What it is, such as ``"collapse"``; ``docs/files.md`` lists them.
+        text: The same in words, with the figures.
+        step: The optimizer step at which it was seen; None if it is of the whole run.
+        learning_rate: The learning rate at that step.
+        advice: What to try.
+    """
+
+    kind: str
+    text: str
+    step: int | None = None
+    learning_rate: float | None = None
+    advice: str = ""
+    fatal: bool = True
+
+
+@attrs.frozen
+class Restart:
+    """A restart: why, when it was seen, from which step (0 is the beginning), and the peak learning rate from there."""
+
+    text: str
+    step: int | None
+    from_step: int
+    learning_rate: float
+
+    def __str__(self) -> str:
+        where = f"step {self.from_step}" if self.from_step else "the beginning"
+        return f"restarted from {where} at half the learning rate, {self.learning_rate:.3g}, because {self.text}"
+
+
+@attrs.frozen
 class Sample:
     """A prompt, with the model's answers before and after training."""
 
@@ -89,6 +123,8 @@ class Run:
         conversations: Whether a language model was trained on lists of messages; None if the record does not say.
         left_out: For ``train`` and ``eval``, how many rows left nothing to learn, by reason. `rows` is without them.
         confusion: Rows are true labels and columns predicted ones, in the order of ``labels``.
+        problems: Why the run is not to be relied on; mostly none.
+        restarts: Where it was restarted, the oldest first; mostly none.
     """
 
     version: int
@@ -118,6 +154,8 @@ class Run:
     errors: Mapping[str, LabelErrors] = attrs.field(factory=dict)
     baseline: Baseline | None = None
     samples: tuple[Sample, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    restarts: tuple[Restart, ...] = ()
     config: Mapping[str, Any] = attrs.field(factory=dict)
     recipe: Mapping[str, Any] = attrs.field(factory=dict)
     environment: Mapping[str, Any] = attrs.field(factory=dict)

@@ -1,12 +1,13 @@
 """The verdict on a run, in one sentence."""
 
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Final, Literal
 
 import attrs
 
 from tunerkit.report import curves, scores, wording
-from tunerkit.report.record import Run
+from tunerkit.report.record import Problem, Run
 
 _LEVEL: Final = 0.0005  # scores closer than this are called level
 
@@ -29,6 +30,16 @@ def verdict(run: Run) -> Verdict:
     reached += f"{wording.decimals(run.metrics[metric])} on {_held_out(run)}{_trained(run)}"
     compared, outcome = _comparison(run, metric)
     return Verdict(f"{reached}{compared}.", outcome)
+
+
+def failure(problems: Sequence[Problem]) -> str:
+    """Say in a sentence what is wrong with a run, and what to try; empty without problems."""
+    if not problems:
+        return ""
+    ordered = sorted(problems, key=lambda problem: not problem.fatal)
+    said = "; ".join(problem.text for problem in ordered)
+    advice = next((f"; try {problem.advice}" for problem in ordered if problem.advice), "")
+    return f"this run {'did not learn' if ordered[0].fatal else 'learned less than it should'}: {said}{advice}"
 
 
 def baseline_name(what: str) -> str:

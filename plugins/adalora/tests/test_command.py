@@ -12,8 +12,10 @@ from tests.train_command import (  # noqa: E402
     arguments_of,
     check_resumed_after_ctrl_c,
     check_resumed_after_kill,
+    collapsing,
     record_of,
     succeeded,
+    write_rows,
 )
 
 # Of 24 steps: none is pruned to step 4; allocations at 6, 8, ..., 14, where the ranks are final.
@@ -57,3 +59,33 @@ def test_after_ctrl_c_the_end_is_that_of_an_uninterrupted_run(arguments: list[st
 def test_after_kill_9_the_end_is_that_of_an_uninterrupted_run(arguments: list[str], out: Path, tmp_path: Path) -> None:
     """Before the first checkpoint, while pruning in the middle of an epoch, and after the last allocation."""
     check_resumed_after_kill(arguments, (), out, tmp_path / "parts", at=(1, 11, 23))
+
+
+@pytest.mark.parametrize("lost", [61, 121])
+def test_a_restarted_run_goes_on_with_the_ranks_and_the_schedule_of_its_checkpoint(lost: int, tmp_path: Path) -> None:
+    """While it prunes, and after it: budget and steps are those of a run that was not restarted.
+
+    Up to the checkpoint the record is that run's too, and the file can be loaded.
+    """
+    options = arguments_of(tmp_path, "adalora", "{target_rank: 2, init_rank: 3, t_init: 20, t_final: 100, delta_t: 10}")
+    write_rows(tmp_path / "more.csv", 400)
+    options += ["--data", str(tmp_path / "more.csv"), "--batch-size", "8", "--epochs", "5", "--max-length", "16"]
+    succeeded(*options, "--out", tmp_path / "plain")
+    with collapsing(lost):
+        done = succeeded(*options, "--out", tmp_path / "out", "--set", "on_collapse=restart")
+    plain, record = record_of(tmp_path / "plain"), record_of(tmp_path / "out")
+    assert "problems" not in plain
+    (restart,) = record["restarts"]
+    assert restart["from_step"] == lost - 1
+    assert f"restarted from step {lost - 1} at half the learning rate, 0.005" in done.stdout
+    assert [(each["step"], each["budget"]) for each in record["history"]] == [
+        (each["step"], each["budget"]) for each in plain["history"]
+    ]
+    both = zip(record["history"], plain["history"], strict=True)
+    assert all(one["ranks"] == other["ranks"] for one, other in both if one["step"] < lost)
+    losses, others = ({e["step"]: e["loss"] for e in each["logs"] if "loss" in e} for each in (record, plain))
+    assert losses.keys() == others.keys()
+    assert all(losses[step] == others[step] for step in losses if step < lost)
+    assert record["budget"] == {"start": 36, "end": 24, "live": 24, "unit": "rank"}
+    assert record["metrics"]["accuracy"] > 0.9
+    assert succeeded("predict", tmp_path / "out", "--text", "good film").output.count("\n") == 1

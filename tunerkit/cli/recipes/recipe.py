@@ -65,6 +65,7 @@ class Recipe:
             accelerator that has it.
         quantisation: How the base is quantised as it is loaded, or None: it is not.
         baseline: Whether the head alone is trained too, for comparison.
+        on_collapse: What to do when a run is seen to collapse: ``"tell"``, or ``"restart"``.
         out: The path of the output folder.
         extra: The values of the further keys that plugins declare, by key.
     """
@@ -162,6 +163,14 @@ class Recipe:
     )
     baseline: bool = attrs.field(
         default=False, metadata=_key("boolean", "Whether to train the head alone too, for comparison.")
+    )
+    on_collapse: str = attrs.field(
+        default="tell",
+        metadata=_key(
+            "string",
+            "What to do when the loss is lost: tell, or restart from the last good checkpoint at half the rate.",
+            enum=("tell", "restart"),
+        ),
     )
     out: str = attrs.field(default="out", metadata=_key("string", "The path of the output folder.", minLength=1))
     extra: dict[str, Any] = attrs.field(factory=dict)

@@ -125,6 +125,9 @@ training:
 # Whether to train the head alone too, for comparison.
 baseline: false
 
+# If the loss is lost: tell, or restart from the last good checkpoint at half the learning rate.
+on_collapse: tell
+
 # The folder for the adapter, the metrics and the report.
 out: out
 """)

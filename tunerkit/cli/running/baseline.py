@@ -109,7 +109,7 @@ def _trained(
         "load_best_model_at_end": False,
     }
     arguments = trainer_arguments(task, settings, folder, precision="fp32", has_eval=False)
-    watching = Watching(console, None, f"head alone, {training['learning_rate']:g}", must_converge=False)
+    watching = Watching(console, None, f"head alone, {training['learning_rate']:g}")
     model = HeadAlone(head.requires_grad_(True))
     trainer = build_trainer(Trainer, arguments, model=model, train_dataset=features, callbacks=[watching])
     threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""What the trainer tells the command while it trains: progress, a loss that is not finite, and Ctrl-C."""
+"""What the trainer tells the command while it trains: progress, a loss that is not finite or lost, and Ctrl-C."""
 
 import math
 import signal
@@ -18,8 +18,11 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tunerkit import Tuner, TunerkitError
 from tunerkit.cli.running import written
+from tunerkit.cli.running.learning import Learning
+from tunerkit.cli.running.restarting import LostError
 from tunerkit.cli.running.telling import say
 from tunerkit.cli.running.written import CHECKPOINTS, LOGS
+from tunerkit.report.record import Problem
 
 
 class DivergedError(TunerkitError):
@@ -30,11 +33,25 @@ class Watching(TrainerCallback):
     """Shows the progress, in a terminal as a bar and elsewhere as a line for each log entry, and stops at NaN.
 
     Ctrl-C ends the training at the end of the step, with a checkpoint; ``interrupted`` says so afterwards. A second one
-    stops at once.
+    stops at once. What ``follow`` returns, given the number of steps, is ``learning``, which judges the losses. Without
+    it, any losses are fine, and they are not printed. ``slower``, given the step from which a training is resumed, says
+    by how much the checkpoint's learning rate is multiplied. If the run may be restarted (``may_restart``), a loss that
+    is lost raises `LostError`.
     """
 
-    def __init__(self, console: Console, tuner: Tuner | None, title: str, *, must_converge: bool = True) -> None:
-        self.console, self.tuner, self.title, self.must_converge = console, tuner, title, must_converge
+    def __init__(
+        self,
+        console: Console,
+        tuner: Tuner | None,
+        title: str,
+        *,
+        follow: Callable[[int], Learning] | None = None,
+        slower: Callable[[int], float] = lambda step: 1.0,
+        may_restart: bool = False,
+    ) -> None:
+        self.console, self.tuner, self.title, self.follow = console, tuner, title, follow
+        self.slower, self.may_restart = slower, may_restart
+        self.learning: Learning | None = None
         self.interrupted = False
         self._printed = 0  # tenths of the training for which a line was printed
         self._bar: Progress | None = None
@@ -53,6 +70,17 @@ class Watching(TrainerCallback):
             self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
             self._bar.start()
             self._task = self._bar.add_task(self.title, total=state.max_steps, completed=state.global_step, facts="")
+        self.learning = None if self.follow is None else self.follow(state.max_steps)
+        for entry in state.log_history:  # of a run that is resumed
+            self._judge(entry)
+        if (factor := self.slower(state.global_step)) != 1:
+            slow_down_(kwargs["optimizer"], kwargs["lr_scheduler"], factor)
+
+    def _judge(self, entry: dict[str, Any]) -> None:
+        if self.learning is not None and (sentence := self.learning.add(entry)) is not None:
+            say(self.console, f"note: {sentence}")
+            if self.may_restart and self.learning.problem is not None:
+                raise LostError(self.learning.problem, self.learning.good)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._bar is not None:
@@ -77,14 +105,23 @@ class Watching(TrainerCallback):
     ) -> None:
         entry = logs or {}
         for name in ("loss", "eval_loss"):
-            if self.must_converge and name in entry and not math.isfinite(entry[name]):
-                refuse_nonfinite(entry[name], f"at step {state.global_step} of {state.max_steps}", args.learning_rate)
+            if self.follow is not None and name in entry and not math.isfinite(entry[name]):
+                rates = [each["learning_rate"] for each in state.log_history if "learning_rate" in each]
+                rate = f" (learning rate {rates[-1]:.3g})" if rates else ""
+                when = f"at step {state.global_step} of {state.max_steps}{rate}"
+                if self.may_restart and self.learning is not None:
+                    problem = Problem(
+                        "diverged", f"the loss is {entry[name]} {when}", state.global_step, rates[-1] if rates else None
+                    )
+                    raise LostError(problem, self.learning.good)
+                refuse_nonfinite(entry[name], when, args.learning_rate)
+        self._judge({**entry, "step": state.global_step})
         facts = _facts(entry, self.tuner)
         if not facts:
             return
         if self._bar is not None:
             self._bar.update(self._task, facts=facts)
-        elif self.must_converge and ("eval_loss" in entry or self._is_due(state)):
+        elif self.follow is not None and ("eval_loss" in entry or self._is_due(state)):
             text = f"{self.title}: step {state.global_step}/{state.max_steps}  {facts}"
             say(self.console, text)
 
@@ -224,6 +261,17 @@ class Listing(TrainerCallback):
 def _is_whole(epoch: float | None) -> bool:
     """Whether the training is at the end of an epoch."""
     return epoch is not None and epoch == int(epoch)
+
+
+def slow_down_(optimizer: torch.optim.Optimizer, scheduler: Any, factor: float) -> None:
+    """Multiply all learning rates, also those that the schedule goes by."""
+    for group in optimizer.param_groups:
+        for name in ("lr", "initial_lr"):
+            if name in group:
+                group[name] = factor * group[name]
+    if isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler) and hasattr(scheduler, "base_lrs"):
+        scheduler.base_lrs = [factor * rate for rate in scheduler.base_lrs]
+        scheduler._last_lr = [factor * rate for rate in scheduler._last_lr]
 
 
 def refuse_nonfinite(loss: float, when: str, rate: float) -> None:

@@ -1,17 +1,22 @@
 """What ``tunerkit train`` prints of a run: before training, and after it."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 
 import tunerkit
+from tunerkit.cli.demo import demo_of
+from tunerkit.cli.recipes.recipe import Recipe
 from tunerkit.cli.running.fitting import NO_ROOM, Fit
 from tunerkit.cli.running.record import Trained
 from tunerkit.cli.running.session import Session
 from tunerkit.cli.running.telling import say
 from tunerkit.cli.tasks.texts import positions_of, token_limit
 from tunerkit.paths import few
+from tunerkit.report.record import Problem, Restart
+from tunerkit.report.verdict import failure
 
 
 def describe(session: Session, console: Console) -> None:
@@ -104,3 +109,13 @@ def tell(session: Session, trained: Trained, console: Console) -> None:
     if trained.metrics:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in trained.metrics.items())
         say(console, f"{tuner.method}: {shown} on {len(session.data.held_out)} held-out rows")
+
+
+def conclude(recipe: Recipe, record: Mapping[str, Any], console: Console) -> None:
+    """Print what a good result of the demo is, and what is wrong with the run."""
+    if recipe.data is None and (good := demo_of(record["task"], "data").good) is not None:
+        say(console, f"a good result of this demo is {good}")
+    for restart in record.get("restarts", ()):
+        say(console, f"this run was {Restart(**restart)}")
+    if sentence := failure([Problem(**problem) for problem in record.get("problems", ())]):
+        say(console, sentence)

@@ -1,5 +1,6 @@
 """What a run needs before its first step: the recipe as it began, the model, the adapter, the rows, and the trainer."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from tunerkit.cli.running.building import refuse_untrainable
 from tunerkit.cli.running.callbacks import Watching
 from tunerkit.cli.running.data import Data
 from tunerkit.cli.running.fitting import build_fitted, cut_at_positions_
+from tunerkit.cli.running.learning import Learning, advice
+from tunerkit.cli.running.restarting import MOST, SLOWER, read_restarts, slower
 from tunerkit.cli.running.session import Session
 from tunerkit.cli.running.starting import start_of
 from tunerkit.cli.running.telling import say
@@ -68,6 +71,8 @@ def prepare(
     settle_prompts_(task, data.train[0], recipe.train_on_prompts, recipe.training, arguments, earlier=resume)
     if dry_run:
         arguments.report_to = []
+    restarts = read_restarts(Path(recipe.out)) if resume else ()
+    arguments.learning_rate *= SLOWER ** len(restarts)
     seed = arguments.seed
     source = recipe.model
     if source is None:
@@ -95,7 +100,17 @@ def prepare(
         say(console, note)
     if isinstance(task, GenerationTask) and (note := cut_at_positions_(arguments, loaded)):
         say(console, f"note: {note}")
-    watching = Watching(console, tuner, tuner.method)
+    guess = None if arguments.label_smoothing_factor else task.guess_loss(data.train)
+    usual = task.defaults["learning_rate"]
+    tried = advice(arguments.learning_rate, arguments.warmup_steps, usual=usual)
+    watching = Watching(
+        console,
+        tuner,
+        tuner.method,
+        follow=partial(Learning, guess, tried, usual),
+        slower=partial(slower, restarts),
+        may_restart=recipe.on_collapse == "restart" and len(restarts) < MOST,
+    )
     trainer, fits = build_fitted(
         task,
         arguments,

@@ -21,6 +21,7 @@ from tunerkit.cli.running.telling import say
 from tunerkit.cli.running.written import PICTURES
 from tunerkit.integrations.output_folder import RECORD
 from tunerkit.integrations.pretrained import Pretrained
+from tunerkit.report.record import Problem
 
 _PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "scikit-learn")
 
@@ -35,6 +36,7 @@ class Trained:
         seconds: How long its parts took.
         metrics: The results on the held-out rows; empty without any.
         confusion: The confusion matrix, if the task has one.
+        problems: Signs that the run did not learn.
     """
 
     logs: Sequence[Mapping[str, Any]]
@@ -42,6 +44,7 @@ class Trained:
     seconds: Mapping[str, float]
     metrics: Mapping[str, float]
     confusion: Sequence[Sequence[int]] | None
+    problems: Sequence[Problem] = ()
 
 
 def adapter_facts(tuner: Tuner, trained: Trained) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from tunerkit.cli.recipes.recipe import DEFAULT_METHOD, Recipe, to_mapping, with
 from tunerkit.cli.running import hardware, output, written
 from tunerkit.cli.running.baseline import NoBaselineError, head_alone
 from tunerkit.cli.running.data import prepare_data
-from tunerkit.cli.running.describing import describe, tell
+from tunerkit.cli.running.describing import conclude, describe, tell
+from tunerkit.cli.running.learning import below_baseline
 from tunerkit.cli.running.preparing import is_of_earlier_version, prepare, settled
 from tunerkit.cli.running.record import (
     Trained,
@@ -29,9 +30,17 @@ from tunerkit.cli.running.record import (
     write_record,
     write_report,
 )
+from tunerkit.cli.running.restarting import read_restarts
 from tunerkit.cli.running.session import Session
 from tunerkit.cli.running.telling import say, telling_warnings
-from tunerkit.cli.running.training import EvaluationError, evaluate, reason_of, rehearse, replacing, train
+from tunerkit.cli.running.training import (
+    EvaluationError,
+    evaluate,
+    reason_of,
+    rehearse,
+    replacing,
+    train_with_restarts,
+)
 from tunerkit.cli.tasks.generating import are_conversations
 from tunerkit.errors import shown
 from tunerkit.integrations.output_folder import RECORD, VERSION
@@ -80,8 +89,8 @@ def run(
         output.refuse_processor(folder, session.loaded.processor)
         with hardware.computing_in(session.precision, session.loaded.model.device):
             before = task.samples(session.loaded, data.held_out)
-        with replacing(session, kept, resume=resume):
-            trained = train(session, console, resume=resume)
+        with replacing(session, kept, resume=resume) as listing:
+            session, trained = train_with_restarts(session, listing, console, resume=resume)
         output.save(session.loaded, folder)  # at once: what follows only describes it
         _finish(session, trained, kept, before, console)
 
@@ -114,9 +123,10 @@ def _finish(session: Session, trained: Trained, kept: Recipe, before: list[dict[
             say(console, f"{name}: {shown(text)}")
     try:
         if recipe.baseline and (baseline := compare(session, trained, console)) is not None:
-            record["baseline"] = finite(baseline)
+            record |= _beside(session, trained, baseline)
             write_record(folder, record)
     finally:  # Ctrl-C stops the baseline, and the report is then without it
+        conclude(recipe, record, console)
         write_report(folder, record, console)
     has_text = any(each.name in ("text", "prompt", "source") for each in task.columns)
     say(console, f"written to {folder}; try: tunerkit predict {folder} --{'text TEXT' if has_text else 'data FILE'}")
@@ -163,6 +173,10 @@ def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dic
         record["conversations"] = conversations
     if left_out := {part: dict(fit.left_out) for part, fit in session.fits.items() if fit.missing}:
         record["left_out"] = left_out
+    if restarts := read_restarts(Path(session.recipe.out)):
+        record["restarts"] = [attrs.asdict(restart) for restart in restarts]
+    if trained.problems:
+        record["problems"] = [attrs.asdict(problem) for problem in trained.problems]
     if trained.confusion is not None:
         record["confusion"] = [list(row) for row in trained.confusion]
     with hardware.computing_in(session.precision, loaded.model.device):
@@ -179,6 +193,18 @@ def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dic
 def _missing(session: Session, part: str) -> int:
     """How many rows of a part leave nothing to learn."""
     return session.fits[part].missing if part in session.fits else 0
+
+
+def _beside(session: Session, trained: Trained, baseline: Mapping[str, Any]) -> dict[str, Any]:
+    """What a baseline adds to the record: itself, and that it is better, if it is."""
+    task = session.task
+    own, other = trained.metrics[task.main_metric], baseline["metrics"][task.main_metric]
+    tried = session.watching.learning.advice if session.watching.learning is not None else ""
+    worse = below_baseline(task.main_metric, own, other, is_better_high=task.greater_is_better, advice=tried)
+    found: dict[str, Any] = {"baseline": finite(baseline)}
+    if worse is not None:
+        found["problems"] = [attrs.asdict(problem) for problem in (*trained.problems, worse)]
+    return found
 
 
 def compare(session: Session, trained: Trained, console: Console) -> dict[str, Any] | None:

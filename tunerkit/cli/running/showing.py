@@ -19,7 +19,9 @@ from tunerkit.errors import cut
 from tunerkit.integrations.output_folder import read_run
 from tunerkit.report.folder import NAME as RECORD, RECIPE
 from tunerkit.report.rank_map import rank_map
+from tunerkit.report.record import VERSION, read
 from tunerkit.report.terminal import rank_table
+from tunerkit.report.verdict import failure
 
 _LONGEST = 20_000  # characters of settings that are printed as YAML, which takes a second for a megabyte
 _WIDEST = 16  # columns of a table; a UNet has a hundred
@@ -92,10 +94,18 @@ def _facts(found: Shown) -> dict[str, str]:
     return {name: value for name, value in facts.items() if value}
 
 
+def _warnings(record: Any) -> dict[str, str]:
+    """What is wrong with a run, and where it was restarted."""
+    known = {name: record[name] for name in ("problems", "restarts") if record.get(name)}
+    found = read({"version": VERSION, "task": "", "method": "", **known})
+    return {"problems": failure(found.problems), "restarts": "; ".join(map(str, found.restarts))}
+
+
 def _facts_of_run(folder: Path, source: str, record: Any) -> dict[str, str]:
     parameters, recipe = record.get("parameters", {}), record.get("recipe", {})
     size = (folder / "adapter.safetensors").stat().st_size if (folder / "adapter.safetensors").is_file() else 0
     facts = {
+        **_warnings(record),
         "task": str(record["task"]),
         "method": str(record.get("method")),
         "base": source,

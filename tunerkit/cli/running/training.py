@@ -1,7 +1,9 @@
 """Train a run and evaluate it: from its first step on it replaces an earlier run in its folder."""
 
+import math
 import shlex
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -16,8 +18,11 @@ from tunerkit import RankChange, TunerkitError
 from tunerkit.cli import outputs
 from tunerkit.cli.recipes.recipe import Recipe
 from tunerkit.cli.running import output
-from tunerkit.cli.running.callbacks import Listing, Rehearsal, RehearsedError, refuse_nonfinite
+from tunerkit.cli.running.callbacks import DivergedError, Listing, Rehearsal, RehearsedError
+from tunerkit.cli.running.learning import Reached, judged, reached
+from tunerkit.cli.running.preparing import prepare
 from tunerkit.cli.running.record import Trained
+from tunerkit.cli.running.restarting import LostError, roll_back
 from tunerkit.cli.running.session import Session
 from tunerkit.cli.running.starting import explaining, keep_start, place_start
 from tunerkit.cli.running.telling import say, telling_warnings
@@ -29,7 +34,7 @@ class EvaluationError(TunerkitError):
 
 
 @contextmanager
-def replacing(session: Session, kept: Recipe, *, resume: bool) -> Iterator[None]:
+def replacing(session: Session, kept: Recipe, *, resume: bool) -> Iterator[Listing]:
     """Inside the block, the training replaces an earlier run in its folder, once its first step has been made.
 
     A training that ends before leaves the folder as it was.
@@ -49,7 +54,7 @@ def replacing(session: Session, kept: Recipe, *, resume: bool) -> Iterator[None]
         listing = Listing(folder, begin)
         session.trainer.add_callback(listing)
         try:
-            yield
+            yield listing
             listing.begin()  # one that is resumed after its last step makes none
         except BaseException as problem:
             for each in session.trainer.callback_handler.callbacks:
@@ -77,6 +82,31 @@ def _train(session: Session, console: Console, *, resume: bool) -> None:
         session.trainer.train(
             resume_from_checkpoint=True if resume and output.has_checkpoint(Path(session.recipe.out)) else None
         )
+
+
+def train_with_restarts(
+    session: Session, listing: Listing, console: Console, *, resume: bool
+) -> tuple[Session, Trained]:
+    """Train, and do so again from the last good checkpoint at half the rate if the loss is lost and may be.
+
+    Returns:
+        The session that trained to the end, and what it left.
+    """
+    folder = Path(session.recipe.out)
+    while True:
+        try:
+            return session, train(session, console, resume=resume)
+        except LostError as lost:
+            restart = roll_back(folder, lost, session.trainer.args.learning_rate)
+        finally:
+            session.watching.close()
+        say(console, f"note: {restart}")
+        for tensor in (*session.loaded.model.parameters(), *session.loaded.model.buffers()):
+            tensor.data = tensor.new_empty(0)  # so that there is room for the next model; a quantised one has no `to`
+        resume = True
+        with warnings.catch_warnings(action="ignore"):  # which were printed before
+            session = prepare(session.recipe, session.task, session.data, console, resume=True)
+        session.trainer.add_callback(listing)
 
 
 def train(session: Session, console: Console, *, resume: bool) -> Trained:
@@ -122,13 +152,21 @@ def reason_of(problem: Exception) -> str:
 
 
 def evaluate(session: Session, trained: Trained) -> Trained:
-    """Evaluate on the held-out rows, if there are some."""
-    if not session.data.held_out:
-        return trained
-    began = time.perf_counter()
-    results = session.task.evaluate(session.trainer, session.trainer.eval_dataset)
-    when = f"on the held-out rows after {session.tuner.steps} steps"
-    refuse_nonfinite(results.metrics["loss"], when, session.trainer.args.learning_rate)
-    took = time.perf_counter() - began if results.seconds is None else results.seconds
-    seconds = {**trained.seconds, "evaluate": took}
-    return attrs.evolve(trained, seconds=seconds, metrics=results.metrics, confusion=results.confusion)
+    """Evaluate on the held-out rows, if there are some, and judge whether the run learned."""
+    learning, held_out = session.watching.learning, session.data.held_out
+    assert learning is not None  # of the training that has ended
+    metrics: dict[str, float] = {}
+    confusion, found, seconds = None, Reached(), dict(trained.seconds)
+    if held_out:
+        began = time.perf_counter()
+        results = session.task.evaluate(session.trainer, session.trainer.eval_dataset)
+        metrics, confusion = results.metrics, results.confusion
+        seconds["evaluate"] = time.perf_counter() - began if results.seconds is None else results.seconds
+        if not math.isfinite(metrics["loss"]):
+            raise DivergedError(
+                f"the loss is {metrics['loss']} on the held-out rows after {session.tuner.steps} steps; train with a "
+                f"lower --lr than {session.trainer.args.learning_rate:g}, or check the data and the model"
+            )
+        found = reached(metrics, confusion, session.data.labels, rows=len(held_out), advice=learning.advice)
+    problems = judged(learning, found, metrics.get("loss"), continued=session.start is not None)
+    return attrs.evolve(trained, seconds=seconds, metrics=metrics, confusion=confusion, problems=problems)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -152,6 +153,15 @@ class Task(ABC):
             for name, value in row.items()
             if name != self.label_column
         )
+
+    def guess_loss(self, rows: Sequence[Row]) -> float | None:
+        """The training loss of answering by the frequencies in ``rows`` alone; None if the task has no such answer.
+
+        For classes, this is the entropy of their distribution.
+        """
+        counts = Counter(name for row in rows for name in self.classes_of(row)).values()
+        total = sum(counts)
+        return -sum(count / total * math.log(count / total) for count in counts) if total else None
 
     def check_classes(self, rows: Sequence[Row], labels: Sequence[str]) -> None:
         """Raise `DataError` if rows have classes that are not among ``labels``: before a model is loaded."""

@@ -1,6 +1,8 @@
 """Any number of labels for each text."""
 
 import json
+import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -42,6 +44,12 @@ class MultiLabel(TextTask):
         """The row's labels."""
         labels: list[str] = row["label"]
         return labels
+
+    def guess_loss(self, rows: Sequence[Row]) -> float | None:
+        """The mean entropy of the labels, each of which is there or not."""
+        counts = Counter(name for row in rows for name in {*row["label"]})
+        shares = [count / len(rows) for count in counts.values() if count < len(rows)]
+        return -sum(p * math.log(p) + (1 - p) * math.log(1 - p) for p in shares) / len(counts) if counts else None
 
     def targets(self, rows: Sequence[Row], labels: Sequence[str]) -> list[list[float]]:
         """A row of 0 and 1 for each text."""

@@ -26,6 +26,13 @@ class Regression(TextTask):
             raise DataError(f"{where}, column 'label': regression needs a finite number, got {shown(value)}")
         return number
 
+    def guess_loss(self, rows: Sequence[Row]) -> float | None:
+        """The variance of the numbers: the loss of answering with their mean."""
+        import numpy
+
+        with numpy.errstate(over="ignore", invalid="ignore"):  # numbers near 1e200 have squares that are infinite
+            return float(numpy.var([row["label"] for row in rows]))
+
     def targets(self, rows: Sequence[Row], labels: Sequence[str]) -> list[float]:
         """The numbers."""
         return [row["label"] for row in rows]

@@ -13,7 +13,7 @@ from tunerkit.report.html.page import capped, drawn, highest_rank, rank_heatmap,
 from tunerkit.report.html.tables import Table
 from tunerkit.report.html.template import filled
 from tunerkit.report.record import RecordError, Run, read
-from tunerkit.report.verdict import verdict
+from tunerkit.report.verdict import failure, verdict
 
 _NONE = "–"
 
@@ -36,6 +36,7 @@ def compare(records: Mapping[str, Mapping[str, Any]], *, title: str | None = Non
     values = {
         "title": title or f"{len(runs)} runs compared",
         "runs": runs,
+        "failures": {name: text for name, run in runs.items() if (text := failure(run.problems))},
         "verdicts": {name: verdict(run) for name, run in runs.items()},
         "best": _best(groups),
         "warning": _warning(groups),

@@ -16,7 +16,7 @@ from tunerkit.report.html.loading import loading
 from tunerkit.report.html.matrix import MOST_LABELS, matrix
 from tunerkit.report.html.template import filled
 from tunerkit.report.record import Run, read
-from tunerkit.report.verdict import verdict
+from tunerkit.report.verdict import failure, verdict
 
 _OF_RANKS: Final = ("rank", "budget")
 _MOST_PAIRS: Final = 10
@@ -44,6 +44,7 @@ def render(record: Mapping[str, Any], *, title: str | None = None) -> str:
         "title": title or default_title(run),
         "run": run,
         "about": about(run),
+        "failure": wording.capitalised(failure(run.problems)),
         "verdict": verdict(run),
         "facts": facts(run),
         "results": tables.results(run),
