@@ -46,12 +46,14 @@ from tunerkit.cli.running import (  # noqa: E402
     data as running_data,
     describing,
     output,
+    preparing,
     run as running,
     using,
 )
 from tunerkit.cli.running.callbacks import Watching  # noqa: E402
 from tunerkit.cli.running.hardware import computing_in  # noqa: E402
 from tunerkit.cli.running.output import PICTURES  # noqa: E402
+from tunerkit.cli.running.training import train  # noqa: E402
 from tunerkit.cli.tasks.text_classification import TextClassification  # noqa: E402
 from tunerkit.integrations.output_folder import read_run  # noqa: E402
 from tunerkit.integrations.pretrained import load_pretrained  # noqa: E402
@@ -1221,7 +1223,7 @@ def test_the_head_alone_sees_the_rows_in_the_order_of_the_run(
     recipe = Recipe(
         model=str(folder / "tiny"), method="toy-low-rank", data="", training=training, out=str(tmp_path / "out")
     )
-    session = running.prepare(recipe, task, data, Console(quiet=True))
+    session = preparing.prepare(recipe, task, data, Console(quiet=True))
     of_the_run: list[list[int]] = []
 
     def note(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -1229,7 +1231,7 @@ def test_the_head_alone_sees_the_rows_in_the_order_of_the_run(
             of_the_run.append(kwargs["attention_mask"].sum(1).tolist())
 
     session.loaded.model.register_forward_pre_hook(note, with_kwargs=True)
-    running.train(session, Console(quiet=True), resume=False)
+    train(session, Console(quiet=True), resume=False)
     of_the_head: list[list[int]] = []
     build = baseline.HeadAlone.__init__
 
