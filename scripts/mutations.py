@@ -99,7 +99,7 @@ MUTATIONS = (
     ),
     Mutation(
         "commands without room",
-        "tunerkit/cli/running/run.py",
+        "tunerkit/cli/running/training.py",
         "if listing.is_saving and isinstance(problem, OSError | RuntimeError):",
         "if False:",
     ),

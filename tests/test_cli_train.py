@@ -1105,12 +1105,13 @@ def test_a_run_that_always_collapses_is_restarted_twice(saving: str, folder: Pat
     write_rows(tmp_path / "data.csv", 400)
     new = tmp_path / "new"
     options = ("--method", "toy-low-rank", "--model", folder / "tiny", "--data", tmp_path / "data.csv", "--out", new)
-    settings = ("--lr", "0.01", "--epochs", "5", "--batch-size", "8", "--set", "on_collapse=restart")
+    settings = ("--lr", "0.02", "--epochs", "5", "--batch-size", "8", "--set", "on_collapse=restart")
+    kept = ("--set", f"save_strategy='{saving}'", "--set", "save_steps=40", "--set", "save_total_limit=5")
     with collapsing(101, by=1000, times=3):
-        done = succeeded("train", *options, *settings, "--set", f"save_strategy='{saving}'", "--set", "save_steps=40")
+        done = succeeded("train", *options, *settings, *kept)
     record = record_of(new)
     assert [restart["from_step"] for restart in record["restarts"]] == ([0, 0] if saving == "no" else [80, 40])
-    assert [restart["learning_rate"] for restart in record["restarts"]] == [0.005, 0.0025]
+    assert [restart["learning_rate"] for restart in record["restarts"]] == [0.01, 0.005]
     assert record["problems"][0]["fatal"]
     assert "this run did not learn" in done.stdout
 

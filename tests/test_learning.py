@@ -192,6 +192,16 @@ def test_a_collapse_is_said_once_within_five_entries(
     assert f"step {problem.step} of 400, learning rate 0.001" in problem.text
 
 
+@pytest.mark.parametrize("guess", [math.log(2), None])
+def test_a_loss_that_jumps_about_far_above_its_start_is_said_to_collapse(guess: float | None) -> None:
+    """The losses of a real run whose rate jumped: how much they jump about is no noise of a run that learns."""
+    learned = [0.692, 0.69, 0.68, 0.65, 0.6, 0.52, 0.444, 0.3, 0.2, 0.136, 0.2, 0.312, 0.25, 0.2, 0.151, 0.15]
+    jumping = [6.78, 16.0, 3.53, 9.1, 1.36, 4.2, 2.34, 1.9]
+    ((number, _),), learning = heard([*learned, *jumping], guess)
+    assert len(learned) < number < len(learned) + RECENT
+    assert learning.problem is not None
+
+
 def test_the_demo_at_four_times_its_rate_is_said_to_collapse() -> None:
     """The losses of a real run: one entry lies below guessing's 0.693, and three are back there when it is said."""
     real = [0.692, 0.692, 0.683, 0.545, 0.696, 0.702, 0.691, 0.693, 0.697, 0.693, 0.695, 0.695, 0.692, 0.693, 0.695]

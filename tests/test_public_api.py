@@ -82,6 +82,7 @@ ADDED = frozenset(
         "tunerkit.errors.bounded(POSITIONAL_OR_KEYWORD text)",
         "tunerkit.errors.cut(POSITIONAL_OR_KEYWORD text, POSITIONAL_OR_KEYWORD width = 1000)",
         "tunerkit.errors.first(POSITIONAL_OR_KEYWORD lines, POSITIONAL_OR_KEYWORD shown = 20)",
+        "tunerkit.errors.half_character(POSITIONAL_OR_KEYWORD text)",
         "tunerkit.errors.shown(POSITIONAL_OR_KEYWORD value)",
         "tunerkit.Adapter()",
         "tunerkit.Adapter.has_shared",

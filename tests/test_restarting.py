@@ -13,6 +13,7 @@ for _module in ("datasets", "rich", "sklearn", "transformers", "typer", "yaml"):
 import torch  # noqa: E402
 
 from tunerkit import FileError  # noqa: E402
+from tunerkit.cli.running import written  # noqa: E402
 from tunerkit.cli.running.callbacks import slow_down_  # noqa: E402
 from tunerkit.cli.running.restarting import LostError, read_restarts, roll_back, slower  # noqa: E402
 from tunerkit.report.record import Problem, Restart  # noqa: E402
@@ -28,6 +29,8 @@ def run_with(folder: Path, *steps: int) -> Path:
     """The folder of a run with checkpoints, and with files of the user's beside them."""
     for name in (*(f"checkpoint-{step}" for step in steps), "checkpoint-mine"):
         (folder / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoints" / name / "trainer_state.json").write_text("{}")
+    written.note(folder, [f"checkpoints/checkpoint-{step}/trainer_state.json" for step in steps])
     (folder / "checkpoints" / "notes.txt").write_text("mine")
     return folder
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from tunerkit import TunerkitError, serialization
+from tunerkit import TunerkitError
 
 
 class OutputError(TunerkitError):
@@ -48,6 +48,8 @@ def claimed(folder: Path) -> Iterator[None]:
     Raises:
         OutputError: The folder cannot be written, or another process has claimed it.
     """
+    from tunerkit import serialization  # imports torch, which `tunerkit --help` does not need
+
     created = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
     try:
         prepare(folder)
@@ -77,6 +79,8 @@ def scratch_beside(folder: Path, name: str, *, alone: bool = False) -> Iterator[
     Raises:
         OutputError: Another process has one.
     """
+    from tunerkit import serialization
+
     busy = OutputError(
         f"--out {folder / name}: another process is writing this folder; wait until it has ended, or pass another "
         "folder"

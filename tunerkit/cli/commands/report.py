@@ -1,6 +1,7 @@
 """``tunerkit report``."""
 
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,8 +36,11 @@ def report(
     path = file or out / ("report-comparison.html" if others else "report.html")
     outputs.prepare(path.parent)
     try:
-        with outputs.publishing(path.parent) as scratch:
-            (scratch / path.name).write_text(page, encoding="utf-8")
+        # Not by core's own functions, which import torch.
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
+            whole = Path(scratch, path.name)
+            whole.write_text(page, encoding="utf-8")
+            whole.replace(path)
     except OSError as problem:
         raise RunError(f"{path}: cannot be written: {problem.strerror}; choose another file with --out") from problem
     typer.echo(path)

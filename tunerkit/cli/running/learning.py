@@ -35,6 +35,8 @@ FLAT: Final = 6
 NEARLY: Final = 0.03
 CLEAR: Final = 6.0
 LATEST: Final = 15
+# Losses further than this share above the start are all lost. They jump about, which is no noise of a run that learns.
+FAR: Final = 0.5
 # It is back if this share of the fall is undone, and has recovered once no more than half is.
 UNDONE: Final = 0.9
 RECOVERED: Final = 0.5
@@ -94,9 +96,10 @@ def change(points: Sequence[Point], guess: float | None) -> Change | None:
     if not _are_enough(points, guess):
         return None
     losses = [point.loss for point in points]
-    noise, now = CLEAR * _noise(losses), min(median(losses[-RECENT:]), median(losses[-BACK:]))
+    now = min(median(losses[-RECENT:]), median(losses[-BACK:]))
     start = guess if guess is not None else _start(losses)
     size, before = abs(start), losses[:-BACK]
+    noise = CLEAR * _noise([min(loss, start + FAR * size) for loss in losses])
     lows = [(median(before[n : n + 3]), n, FALLEN) for n in range(len(before) - 2)]
     # Guessing's level is exact, so one point may show a fall; a start is itself noisy.
     if guess is not None:
