@@ -20,7 +20,7 @@ RATE = 1e-3  # the command's default for classifiers
 MULTIPLES = (1, 2, 4)
 SEEDS, FEW_SEEDS = tuple(range(6)), tuple(range(3))
 BEFORE: Mapping[str, Any] = {}
-AFTER: Mapping[str, Any] = {"warmup": 0.1, "beta2": 0.99}
+AFTER: Mapping[str, Any] = {"warmup": 0.1}
 METHODS = (methods.LORA, methods.ADALORA)
 
 
