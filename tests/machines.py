@@ -4,6 +4,7 @@ What a processor computes differently is not made up but asked for: `make test T
 ATEN_CPU_CAPABILITY.
 """
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,7 @@ def _accelerator() -> None:
         return
     own: Any = hardware.choose_precision
 
+    @functools.wraps(own)
     def choose(device: torch.device, asked: str | None, **options: Any) -> str:
         return str(own(device, asked or ("bf16" if device.type == "cpu" else None), **options))
 

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -18,10 +19,11 @@ for _module in ("datasets", "pyarrow", "sklearn", "transformers", "trl", "typer"
 import torch  # noqa: E402
 import yaml  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
+from trl.trainer.sft_trainer import SFTTrainer  # noqa: E402
 
 import tunerkit  # noqa: E402
 from tests.tiny_models import TEMPLATE, save_tiny_llama, save_tiny_t5  # noqa: E402
-from tests.train_command import command, record_of, succeeded  # noqa: E402
+from tests.train_command import collapsing, command, record_of, succeeded  # noqa: E402
 from tunerkit.cli.tasks.turns import NOT_LEARNED, encode_turns  # noqa: E402
 from tunerkit.integrations.pretrained import load_pretrained  # noqa: E402
 from tunerkit.testing.registering import registered  # noqa: E402
@@ -307,6 +309,50 @@ def test_completions_learn_their_prompts_if_asked(llama: Path, tmp_path: Path) -
         assert ("prompts included" in said) is (len(losses) < 2)
         losses.append(record_of(out)["metrics"]["loss"])
     assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_restarted_run_learns_the_same_tokens(llama: Path, tmp_path: Path) -> None:
+    """The turns of the assistant alone, before and after the loss was lost."""
+    data = written(tmp_path / "data.jsonl", [{"messages": turns("the film plot very bad", "good")}] * 200)
+    out = tmp_path / "out"
+    learned: list[int] = []
+    step = SFTTrainer.training_step
+
+    def counted(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
+        learned.append(int((inputs["labels"] != -100).sum()))
+        return step(self, model, inputs, *rest)
+
+    settings = (
+        "--epochs",
+        "3",
+        "--set",
+        "on_collapse=restart",
+        "--set",
+        "save_steps=10",
+        "--set",
+        "eval_strategy='no'",
+    )
+    with collapsing(61, by=10_000), mock.patch.object(SFTTrainer, "training_step", counted):
+        succeeded(*arguments_of(llama, data, *settings, "--out", out))
+    assert len(record_of(out)["restarts"]) == 1
+    assert len({*learned}) == 1
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "preference"])
+def test_eval_computes_in_the_precision_of_the_run(task: str, llama: Path, tmp_path: Path) -> None:
+    """It finds the run's own metrics on the same rows: in bf16, exactly those; fp32 would round less."""
+    row = {"prompt": "the film ", "chosen": "very good", "rejected": "bad"}
+    data = written(tmp_path / "data.jsonl", [row if task == "preference" else answered()] * 8)
+    out = tmp_path / "out"
+    batch = ("--set", "per_device_eval_batch_size=4")
+    succeeded(*arguments_of(llama, data, "--task", task, "--precision", "bf16", *batch, "--out", out))
+    found = json.loads(succeeded("eval", out, "--data", data, "--batch-size", "4").output)
+    metrics = record_of(out)["metrics"]
+    assert {name: found[name] for name in metrics} == metrics
+    record = {**record_of(out), "precision": "fp32"}
+    (out / "run.json").write_text(json.dumps(record))
+    other = json.loads(succeeded("eval", out, "--data", data, "--batch-size", "4").output)
+    assert other["loss"] != found["loss"]
 
 
 def test_what_the_trainer_would_change_of_the_template_is_refused(llama: Path, tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ from tunerkit.cli.running import (  # noqa: E402
 from tunerkit.cli.running.callbacks import Watching  # noqa: E402
 from tunerkit.cli.running.hardware import computing_in  # noqa: E402
 from tunerkit.cli.running.output import PICTURES  # noqa: E402
+from tunerkit.cli.running.restarting import LostError  # noqa: E402
 from tunerkit.cli.running.training import train  # noqa: E402
 from tunerkit.cli.tasks.text_classification import TextClassification  # noqa: E402
 from tunerkit.integrations.output_folder import read_run  # noqa: E402
@@ -87,7 +88,7 @@ def arguments(folder: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def out(arguments: list[str], folder: Path) -> Path:
     """The folder of that run, ended."""
-    succeeded(*arguments, "--out", folder / "out", pictures=True)
+    succeeded(*arguments, "--precision", "fp32", "--out", folder / "out", pictures=True)
     return folder / "out"
 
 
@@ -138,7 +139,7 @@ def test_a_run_computes_in_its_precision_from_training_to_prediction(folder: Pat
     """It is said, and recorded; what goes on from the run has it too, unless something else is asked for."""
     out, more = folder / "bf16", folder / "more"
     done = succeeded(*arguments, "--set", "training.bf16=true", "--out", out)
-    assert "precision: bf16 on cpu; --precision fp32 is slower and rounds less" in done.output
+    assert "precision: bf16 on cpu\n" in done.output
     record = record_of(out)
     assert record["precision"] == record["recipe"]["precision"] == "bf16"
     assert "bf16" not in record["recipe"]["training"]
@@ -173,8 +174,9 @@ def test_a_precision_that_contradicts_another_is_one_error(folder: Path, argumen
     assert not out.exists()
     with signalled(2, signal.SIGINT):
         assert command(*arguments, "--precision", "bf16", "--out", out).exit_code == 130
-    other = command(*arguments, "--precision", "fp32", "--out", out, "--resume")
-    assert "--resume: precision was 'bf16' and is 'fp32' now" in other.stderr
+    for call in (arguments, ["train"]):
+        other = command(*call, "--precision", "fp32", "--out", out, "--resume")
+        assert "--resume: precision was 'bf16' and is 'fp32' now" in other.stderr
     succeeded(*arguments, "--out", out, "--resume")
     assert record_of(out)["precision"] == "bf16"
 
@@ -201,8 +203,12 @@ def test_an_ended_run_is_used_in_fp32_where_its_precision_cannot_be_had(out: Pat
     for change in ({"precision": "fp16"}, {"precision": None, "recipe": {"training": {"fp16": True}}}):
         changed = {name: value for name, value in {**record, **change}.items() if value is not None}
         (moved / "run.json").write_text(json.dumps(changed))
-        with pytest.warns(tunerkit.TunerkitWarning, match="was trained in fp16, and fp16 needs an accelerator"):
-            assert using.predict_rows(moved, ["good film"], base=None, batch_size=1) == plain
+        done = succeeded("predict", moved, "--text", "good film")
+        assert [json.loads(line) for line in done.stdout.splitlines()] == plain
+        assert "was trained in fp16, and fp16 needs an accelerator, and there is none" in done.stderr
+    (moved / "run.json").write_text(json.dumps({**record, "precision": "int8"}))
+    refused = command("predict", moved, "--text", "good film")
+    assert (refused.exit_code, "precision: expected fp32, bf16 or fp16, got 'int8'" in refused.stderr) == (2, True)
 
 
 def test_the_logs_hold_every_epoch(out: Path) -> None:
@@ -638,7 +644,7 @@ def test_a_training_that_needs_a_failing_evaluation_keeps_its_adapter(arguments:
     done = command(*arguments, "--out", tmp_path / "out", *best, "--set", "eval_do_concat_batches=false")
     assert done.exit_code == 2
     assert "the evaluation after step 8 of 24 failed: " in done.stderr
-    assert f"the adapter is written to {tmp_path / 'out'} as it was then" in done.stderr
+    assert f"The adapter as it is now is in {tmp_path / 'out'}, for tunerkit.load" in done.stderr
     assert (tmp_path / "out" / "adapter.safetensors").is_file()
 
 
@@ -1114,6 +1120,28 @@ def test_a_run_that_always_collapses_is_restarted_twice(saving: str, folder: Pat
     assert [restart["learning_rate"] for restart in record["restarts"]] == [0.01, 0.005]
     assert record["problems"][0]["fatal"]
     assert "this run did not learn" in done.stdout
+
+
+def test_ctrl_c_in_the_step_in_which_the_loss_is_lost_ends_a_run(folder: Path, tmp_path: Path) -> None:
+    """It is not restarted then; the next call goes on with the restart."""
+    write_rows(tmp_path / "data.csv", 400)
+    new = tmp_path / "new"
+    options = ("--method", "toy-low-rank", "--model", folder / "tiny", "--data", tmp_path / "data.csv", "--out", new)
+    settings = ("--lr", "0.01", "--epochs", "5", "--batch-size", "8", "--set", "on_collapse=restart")
+    lost = Watching._judge
+
+    def interrupted(self: Watching, entry: dict[str, Any]) -> None:
+        try:
+            lost(self, entry)
+        except LostError:
+            self.interrupted = True
+            raise
+
+    with collapsing(101, by=1000), mock.patch.object(Watching, "_judge", interrupted):
+        done = command("train", *options, *settings)
+    assert (done.exit_code, "go on with: tunerkit train --out" in done.stderr) == (130, True)
+    succeeded("train", "--out", new, "--resume")
+    assert len(record_of(new)["restarts"]) == 1
 
 
 def test_a_restarted_run_that_is_interrupted_is_resumed_at_its_own_rate(folder: Path, tmp_path: Path) -> None:

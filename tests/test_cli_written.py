@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -16,9 +17,10 @@ for _module in ("datasets", "platformdirs", "pyarrow", "rich", "sklearn", "trans
     pytest.importorskip(_module, reason="the command needs the extra [cli]")
 
 import transformers  # noqa: E402
+import yaml  # noqa: E402
 
 import tunerkit  # noqa: E402
-from tests.train_command import arguments_of, command, in_process, killed, signalled, succeeded  # noqa: E402
+from tests.train_command import arguments_of, command, in_process, killed, record_of, signalled, succeeded  # noqa: E402
 from tunerkit.cli import outputs  # noqa: E402
 from tunerkit.testing.registering import registered  # noqa: E402
 from tunerkit.testing.toy_methods import LowRankPlugin  # noqa: E402
@@ -266,6 +268,53 @@ def test_a_run_that_is_refused_before_its_first_step_changes_nothing(
         assert content(tmp_path) == before
         assert options or not list(tmp_path.iterdir())
     succeeded(*arguments, "--out", out, *options)
+
+
+def test_a_run_of_several_files_is_known_without_its_list(arguments: list[str], run: Path, tmp_path: Path) -> None:
+    """Its recipe has a list of paths. Restarts of that run are not those of the next one."""
+    out = shutil.copytree(run, tmp_path / "out")
+    data = Path(arguments[arguments.index("--data") + 1])
+    shutil.copy(data, tmp_path / "more.csv")
+    (out / "written.json").unlink()
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    (out / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "data": [str(data), str(tmp_path / "more.csv")]}))
+    note = {"text": "the loss is back", "step": 9, "from_step": 3, "learning_rate": 0.1}
+    (out / "checkpoints" / "restarts.json").write_text(json.dumps({"restarts": [note]}))
+    succeeded(*arguments, "--out", out, "--overwrite")
+    assert "restarts" not in record_of(out)
+
+
+@pytest.mark.everywhere  # TensorBoard is not in the environment without plugins
+def test_the_logs_of_an_earlier_versions_run_are_replaced(arguments: list[str], tmp_path: Path) -> None:
+    """Those that the new run has begun to write, before its first step, stay."""
+    pytest.importorskip("tensorboard")
+    out, logging = tmp_path / "out", ("--set", "report_to=tensorboard")
+    succeeded(*arguments, *logging, "--out", out)
+    earlier = {path.name for path in (out / "logs").rglob("*tfevents*")}
+    (out / "written.json").unlink()
+    succeeded(*arguments, *logging, "--out", out, "--overwrite")
+    later = {path.name for path in (out / "logs").rglob("*tfevents*")}
+    assert later
+    assert not earlier & later
+
+
+def test_a_refused_run_leaves_the_card_of_an_earlier_one(arguments: list[str], run: Path, tmp_path: Path) -> None:
+    """TRL writes it beside the checkpoints."""
+    out = shutil.copytree(run, tmp_path / "out")
+    card = out / "checkpoints" / "README.md"
+    card.write_text("a card")
+    listed = json.loads((out / "written.json").read_text())
+    (out / "written.json").write_text(json.dumps({**listed, "files": [*listed["files"], "checkpoints/README.md"]}))
+    with mock.patch.object(transformers.Trainer, "training_step", side_effect=tunerkit.StepError("no memory")):
+        assert command(*arguments, "--out", out, "--overwrite").exit_code == 2
+    assert card.read_text() == "a card"
+
+
+def test_a_dry_run_is_refused_where_another_run_trains(arguments: list[str], tmp_path: Path) -> None:
+    """As the run itself would be."""
+    with outputs.claimed(tmp_path / "out"):
+        done = command(*arguments, "--out", tmp_path / "out", "--dry-run")
+    assert (done.exit_code, "another process is training into this folder" in done.stderr) == (2, True)
 
 
 def test_two_runs_into_one_folder_are_refused(arguments: list[str], tmp_path: Path) -> None:

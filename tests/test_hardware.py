@@ -1,5 +1,6 @@
 """What the command chooses by the machine: each branch, on machines that are made up."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,13 @@ CPU, CUDA, MPS, XPU = (torch.device(name) for name in ("cpu", "cuda", "mps", "xp
 # What a processor or an accelerator answers: with and without instructions for bf16.
 WITH: Mapping[str, bool] = {"cpu": True, "cuda": True, "other": True}
 WITHOUT: Mapping[str, bool] = dict.fromkeys(WITH, False)
+
+
+@pytest.fixture(autouse=True)
+def _own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice itself is tested here, whatever machine the tests believe to be on."""
+    own = inspect.unwrap(hardware.choose_precision)
+    monkeypatch.setattr(hardware, "choose_precision", own)
 
 
 def answering(monkeypatch: pytest.MonkeyPatch, answers: Mapping[str, bool]) -> None:
@@ -55,9 +63,24 @@ def test_an_accelerator_trains_in_bf16_if_it_has_it(
     ("device", "asked", "answers", "message"),
     [
         (CPU, "fp16", WITH, "fp16 was asked for, and fp16 needs an accelerator, and there is none: only the CPU"),
-        (CUDA, "bf16", WITHOUT, "bf16 was asked for, and this cuda device does not compute in bf16; fp32 can be had"),
-        (XPU, "bf16", WITHOUT, "bf16 was asked for, and this xpu device does not compute in bf16; fp32 can be had"),
-        (MPS, "bf16", WITHOUT, "bf16 was asked for, and this mps device does not compute in bf16; fp32 can be had"),
+        (
+            CUDA,
+            "bf16",
+            WITHOUT,
+            "bf16 was asked for, and this cuda device does not compute in bf16; pass --preci",
+        ),
+        (
+            XPU,
+            "bf16",
+            WITHOUT,
+            "bf16 was asked for, and this xpu device does not compute in bf16; pass --preci",
+        ),
+        (
+            MPS,
+            "bf16",
+            WITHOUT,
+            "bf16 was asked for, and this mps device does not compute in bf16; pass --preci",
+        ),
     ],
 )
 def test_a_precision_that_cannot_be_had_is_refused(
@@ -67,6 +90,8 @@ def test_a_precision_that_cannot_be_had_is_refused(
     answering(monkeypatch, answers)
     with pytest.raises(ConfigError, match=message):
         hardware.choose_precision(device, asked)
+    with pytest.raises(ConfigError, match=f"--resume: the run in out/a trains in {asked}, and "):
+        hardware.choose_precision(device, asked, resumed="out/a")
 
 
 @pytest.mark.parametrize("asked", ["fp32", "bf16", "fp16"])

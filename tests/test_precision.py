@@ -99,6 +99,43 @@ def test_an_exception_in_training_leaves_the_models_own_forward_too(model: Any, 
     assert not {"forward", "_original_forward"} & {*vars(model)}
 
 
+def test_an_evaluation_before_attaching_leaves_nothing_on_the_model_either(model: Any, tmp_path: Path) -> None:
+    """It has put autocast on it, which nobody would take off any more."""
+    noted = Dtypes(model)
+    trainer = Trainer(model, arguments(tmp_path, max_steps=3, bf16=True), train_dataset=ROWS, eval_dataset=ROWS)
+    trainer.evaluate()
+    tunerkit.attach(model, trainer)
+    trainer.train()
+    assert not {"forward", "_original_forward", "_is_accelerate_prepared"} & {*vars(model)}
+    assert set(noted.seen) == {torch.bfloat16}
+    noted.seen.clear()
+    trainer_of(model, tmp_path, bf16=False).train()
+    assert set(noted.seen) == {torch.float32}
+
+
+def test_metrics_get_the_same_logits_while_and_after_it_trains(model: Any, tmp_path: Path) -> None:
+    """In fp32, which numpy takes: accelerate converts what autocast computes."""
+    seen: list[torch.dtype] = []
+
+    def note(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen.append(logits.dtype)
+        return logits
+
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, max_steps=3, bf16=True, eval_strategy="steps", eval_steps=3),
+        train_dataset=ROWS,
+        eval_dataset=ROWS,
+        compute_metrics=lambda prediction: {},
+        preprocess_logits_for_metrics=note,
+    )
+    tunerkit.attach(model, trainer)
+    trainer.train()
+    trainer.evaluate()
+    assert len(seen) > 1
+    assert set(seen) == {torch.float32}
+
+
 def test_a_second_training_has_the_precision_of_its_own_trainer(model: Any, tmp_path: Path) -> None:
     """Accelerate prepares a model once: another trainer of the model would train as the first one did."""
     noted = Dtypes(model)

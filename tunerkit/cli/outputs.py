@@ -28,13 +28,19 @@ def prepare(folder: Path) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Check that `prepare` would succeed, without creating anything. Raises `OutputError`."""
+    """Check that `claimed` would succeed, without creating anything. Raises `OutputError`."""
+    from tunerkit import serialization
+
     nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     problem = None if nearest.is_dir() else errno.EEXIST if nearest == folder else errno.ENOTDIR
     if problem is None and not os.access(nearest, os.W_OK | os.X_OK):
         problem = errno.EACCES
     if problem is not None:
         raise OutputError(f"--out {folder}: cannot write to this folder: {os.strerror(problem)}")
+    if folder.is_dir():
+        with serialization.locked(folder) as is_mine:
+            if is_mine is False:
+                raise _busy(folder)
 
 
 @contextmanager
@@ -50,16 +56,26 @@ def claimed(folder: Path) -> Iterator[None]:
     """
     from tunerkit import serialization  # imports torch, which `tunerkit --help` does not need
 
-    created = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
-    try:
+    with _removing_empty(folder):
         prepare(folder)
         with serialization.locked(folder) as is_mine:
             if is_mine is False:
-                raise OutputError(
-                    f"--out {folder}: another process is training into this folder; wait until it has ended, or pass "
-                    "another folder"
-                )
+                raise _busy(folder)
             yield
+
+
+def _busy(folder: Path) -> OutputError:
+    return OutputError(
+        f"--out {folder}: another process is training into this folder; wait until it has ended, or pass another folder"
+    )
+
+
+@contextmanager
+def _removing_empty(folder: Path) -> Iterator[None]:
+    """If the block fails, remove the folder and those above it that it created, where they are empty."""
+    created = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+    try:
+        yield
     except BaseException:
         for each in created:
             with suppress(OSError):  # it is not empty, or was never created
@@ -119,9 +135,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     ``folder`` is new or empty. Raises `OutputError` before the block if it cannot be written.
     """
-    prepare(folder.parent)
-    if folder.is_dir():
-        prepare(folder)
+    with _removing_empty(folder.parent):
+        prepare(folder.parent)
+        if folder.is_dir():
+            prepare(folder)
+        yield from _filled(folder)
+
+
+def _filled(folder: Path) -> Iterator[Path]:
     with scratch_beside(folder.parent, folder.name, alone=True) as scratch:
         whole = scratch / "whole"  # the scratch folder itself is closed to other users
         whole.mkdir()

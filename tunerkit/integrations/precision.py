@@ -24,18 +24,22 @@ class Precision:
 
     @contextmanager
     def around_training(self) -> Iterator[None]:
-        """At the end of the block, take off what accelerate has put on the model in it."""
+        """At the end of the block, take off what accelerate has put on the model in it, or before."""
         model: Any = self.trainer.model
         state = vars(model)
         before = {name: state[name] for name in (_FORWARD, _REPLACED, _PREPARED) if name in state}
+        if (own := before.pop(_REPLACED, None)) is not None:  # an evaluation before attaching has prepared it
+            before.pop(_PREPARED, None)
+            before.pop(_FORWARD)
+            if getattr(own, "__func__", None) is not type(model).forward:  # somebody's own forward was there
+                before[_FORWARD] = own
         # A model that is sharded, or inside DDP, is not prepared again when this trainer trains once more.
         if state.get(_PREPARED) or self.trainer.model_wrapped is not model:
             state.update(self._taken)
         try:
             yield
         finally:
-            changed = state.get(_REPLACED) is not before.get(_REPLACED)
-            if changed:
+            if state.get(_REPLACED) is not None:
                 self._taken = _exchanged(state, before, _FORWARD, _REPLACED)
             if not self.trainer.is_fsdp_enabled:  # which cannot shard a model twice
                 _exchanged(state, before, _PREPARED)
@@ -43,12 +47,14 @@ class Precision:
     def evaluate(self, loop: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the trainer's evaluation ``loop`` in the trainer's precision, and leave the model as it was.
 
-        While the trainer trains, accelerate's autocast is around the model anyway. After that, the trainer would
-        evaluate in the model's own dtype.
+        While the trainer trains, accelerate's autocast is around the model anyway. Before, the loop puts it there.
+        After that, the trainer would evaluate in the model's own dtype, so it is put back.
         """
-        if _REPLACED in vars(self.trainer.model):
+        state = vars(self.trainer.model)
+        if _REPLACED in state:
             return loop(*args, **kwargs)
-        with self.around_training(), self.trainer.accelerator.autocast():
+        with self.around_training():
+            state.update(self._taken)
             return loop(*args, **kwargs)
 
 

@@ -97,7 +97,7 @@ def train(
         "label_column": label_column,
     }
     given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
-    is_bare = recipe is None and not set_ and {*given} <= {"out"}
+    is_bare = recipe is None and not set_ and {*given} <= {"out", "precision"}
     mapping = _kept(Path(given.setdefault("out", _OUT)).expanduser()) if resume and is_bare else _read(recipe)
     source = str(recipe or "the recipe")
     merged = _merged(mapping, given, set_ or [])

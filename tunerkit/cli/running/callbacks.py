@@ -231,9 +231,9 @@ class Listing(TrainerCallback):
             self._note()
 
     def forget(self) -> None:
-        """Remove what a run wrote that was refused before its first step."""
+        """Remove what a run wrote that was refused before its first step: its loggers' files."""
         if not self.has_begun:
-            written.remove(self._folder, self._written())
+            written.remove(self._folder, self._logged())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_save:
@@ -252,10 +252,12 @@ class Listing(TrainerCallback):
     def _note(self, *paths: str) -> None:
         written.note(self._folder, [*paths, *self._written()])
 
+    def _logged(self) -> frozenset[str]:
+        return written.files_in(self._folder, LOGS) - self._before
+
     def _written(self) -> set[str]:
-        """The loggers' files that were not there before, and TRL's card."""
-        found = written.files_in(self._folder, LOGS) - self._before
-        return {*found, *({written.CARD} if (self._folder / written.CARD).is_file() else ())}
+        """The loggers' files, and TRL's card."""
+        return {*self._logged(), *({written.CARD} if (self._folder / written.CARD).is_file() else ())}
 
 
 def _is_whole(epoch: float | None) -> bool:

@@ -51,8 +51,9 @@ def describe(session: Session, console: Console) -> None:
 
 def _precision_line(session: Session) -> str:
     """In what the run computes, and where."""
-    other = "" if session.precision == "fp32" else "; --precision fp32 is slower and rounds less"
-    return f"precision: {session.precision} on {session.trainer.args.device.type}{other}"
+    device = session.trainer.args.device.type
+    other = "" if session.precision == "fp32" or device == "cpu" else "; --precision fp32 is slower and rounds less"
+    return f"precision: {session.precision} on {device}{other}"
 
 
 def _describe_fit(session: Session, part: str, fit: Fit, console: Console) -> None:
@@ -108,7 +109,7 @@ def tell(session: Session, trained: Trained, console: Console) -> None:
         say(console, f"budget {tuner.budget()}, live triplets {sum(ranks.values())}")
     if trained.metrics:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in trained.metrics.items())
-        say(console, f"{tuner.method}: {shown} on {len(session.data.held_out)} held-out rows")
+        say(console, f"{tuner.method}: {shown} on {session.rows('eval')} held-out rows")
 
 
 def conclude(recipe: Recipe, record: Mapping[str, Any], console: Console) -> None:

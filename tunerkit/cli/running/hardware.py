@@ -35,7 +35,7 @@ def obstacle(device: torch.device, precision: str) -> str | None:
     return None
 
 
-def choose_precision(device: torch.device, asked: str | None, *, why: str = "precision") -> str:
+def choose_precision(device: torch.device, asked: str | None, *, resumed: str = "") -> str:
     """Return the precision to train in: the one that was asked for, or the device's own.
 
     A CPU trains in fp32, whatever it is: results must not change with the processor. An accelerator trains in bf16 if
@@ -44,7 +44,7 @@ def choose_precision(device: torch.device, asked: str | None, *, why: str = "pre
     Args:
         device: Where the training runs.
         asked: ``"fp32"``, ``"bf16"``, ``"fp16"``, or None.
-        why: Who asked, for the message.
+        resumed: The folder of the run that asks for it, if one is resumed.
 
     Raises:
         ConfigError: The device cannot compute in the precision that was asked for.
@@ -53,7 +53,12 @@ def choose_precision(device: torch.device, asked: str | None, *, why: str = "pre
     if asked is None:
         return own
     if (problem := obstacle(device, asked)) is not None:
-        raise ConfigError([f"{why}: {asked} was asked for, and {problem}; {own} can be had here: --precision {own}"])
+        if resumed:
+            do = "resume it on a machine that has it, or begin again with --overwrite"
+            raise ConfigError(
+                [f"--resume: the run in {resumed} trains in {asked}, and {problem}; {do} --precision {own}"]
+            )
+        raise ConfigError([f"precision: {asked} was asked for, and {problem}; pass --precision {own}"])
     return asked
 
 

@@ -91,15 +91,21 @@ def refuse_theirs(folder: Path, ours: Collection[str], wanted: Collection[str]) 
         raise OutputError(f"--out {folder}: {theirs[0]} {what}, and could be lost; move it, or pass another folder")
 
 
-def begin(folder: Path, recipe: Recipe, *, resume: bool) -> None:
+def begin(folder: Path, recipe: Recipe, earlier: Collection[str] = (), *, resume: bool) -> None:
     """Remove an earlier run from the folder, unless it is resumed, and write what resuming reads.
 
     That is the recipe, and the digest of each file of data, in the form of ``sha256sum``. Files that no run wrote stay.
+
+    Args:
+        folder: The folder.
+        recipe: The recipe of the new run.
+        earlier: The files of the earlier run, by paths in the folder.
+        resume: Whether the run there is resumed.
     """
     if resume:
         note(folder, run_files(folder) or ())  # an earlier version kept no list
         return
-    if earlier := run_files(folder):
+    if earlier:
         note(folder, earlier)  # first: a folder that is half removed is still a run's
         remove(folder, earlier)
     note(folder, [RECIPE, DIGESTS])
@@ -136,6 +142,8 @@ def after_interrupt(folder: Path) -> str:
     """What is in the folder after Ctrl-C and how to go on, as the end of a sentence; empty without a checkpoint."""
     if (folder / RECORD).is_file():
         return f"; the run in {folder} has ended, and its adapter is complete"
+    if (folder / ADAPTER).is_file():
+        return f"; the adapter is written to {folder}, for tunerkit.load, and not evaluated"
     if has_checkpoint(folder):
         return f"; go on with: tunerkit train --out {shlex.quote(str(folder))} --resume"
     return ""

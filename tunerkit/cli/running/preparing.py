@@ -1,5 +1,6 @@
 """What a run needs before its first step: the recipe as it began, the model, the adapter, the rows, and the trainer."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import attrs
 from rich.console import Console
 
 import tunerkit
+from tunerkit import Tuner
 from tunerkit.cli import assets
 from tunerkit.cli.demo import demo_of
 from tunerkit.cli.recipes.reading import read_recipe
@@ -30,6 +32,7 @@ from tunerkit.cli.tasks.generating import GenerationTask
 from tunerkit.cli.tasks.texts import labels_of, short_to_long
 from tunerkit.integrations.pretrained import Pretrained, load_pretrained
 from tunerkit.integrations.quantising import bytes_of
+from tunerkit.report.record import Restart
 
 
 def is_of_earlier_version(folder: Path) -> bool:
@@ -49,8 +52,7 @@ def settled(recipe: Recipe, folder: Path, *, resume: bool) -> Recipe:
     if not resume:
         return attrs.evolve(recipe, precision=hardware.choose_precision(device, recipe.precision))
     kept = with_precision(read_recipe(output.recipe_file(folder)))
-    why = "precision" if kept.precision is None else f"--resume: {folder} trains in this precision"
-    precision = hardware.choose_precision(device, recipe.precision or kept.precision, why=why)
+    precision = hardware.choose_precision(device, kept.precision, resumed=str(folder))
     return attrs.evolve(recipe, precision=precision, train_on_prompts=kept.train_on_prompts)
 
 
@@ -100,17 +102,7 @@ def prepare(
         say(console, note)
     if isinstance(task, GenerationTask) and (note := cut_at_positions_(arguments, loaded)):
         say(console, f"note: {note}")
-    guess = None if arguments.label_smoothing_factor else task.guess_loss(data.train)
-    usual = task.defaults["learning_rate"]
-    tried = advice(arguments.learning_rate, arguments.warmup_steps, usual=usual)
-    watching = Watching(
-        console,
-        tuner,
-        tuner.method,
-        follow=partial(Learning, guess, tried, usual),
-        slower=partial(slower, restarts),
-        may_restart=recipe.on_collapse == "restart" and len(restarts) < MOST,
-    )
+    watching = _watching(recipe, task, data, tuner, arguments, restarts, console)
     trainer, fits = build_fitted(
         task,
         arguments,
@@ -126,6 +118,29 @@ def prepare(
     refuse_untrainable(trainer)
     tunerkit.attach(loaded.model, trainer)
     return Session(recipe, task, data, loaded, tuner, trainer, watching, start, fits)
+
+
+def _watching(
+    recipe: Recipe,
+    task: Task,
+    data: Data,
+    tuner: Tuner,
+    arguments: Any,
+    restarts: Sequence[Restart],
+    console: Console,
+) -> Watching:
+    """What follows the training: it judges the losses by the task's, and restarts the run if the recipe says so."""
+    guess = None if arguments.label_smoothing_factor else task.guess_loss(data.train)
+    usual = task.defaults["learning_rate"]
+    tried = advice(arguments.learning_rate, arguments.warmup_steps, usual=usual)
+    return Watching(
+        console,
+        tuner,
+        tuner.method,
+        follow=partial(Learning, guess, tried, usual),
+        slower=partial(slower, restarts),
+        may_restart=recipe.on_collapse == "restart" and len(restarts) < MOST,
+    )
 
 
 def _held_out(task: Task, data: Data, loaded: Pretrained) -> Any:

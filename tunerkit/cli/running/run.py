@@ -151,7 +151,7 @@ def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dic
         "task": task.name,
         "model": model_facts(loaded, session.trainer.args.seed),
         "data": {"train": data.source, "eval": data.held_out_source},
-        "rows": {part: len(rows) - _missing(session, part) for part, rows in data.parts.items()},
+        "rows": {part: session.rows(part) for part in data.parts},
         "held_out": dict(data.findings),
         "columns": list(data.train[0]),
         "labels": list(data.labels),
@@ -188,11 +188,6 @@ def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dic
         ]
     plain: dict[str, Any] = finite(record)
     return plain
-
-
-def _missing(session: Session, part: str) -> int:
-    """How many rows of a part leave nothing to learn."""
-    return session.fits[part].missing if part in session.fits else 0
 
 
 def _beside(session: Session, trained: Trained, baseline: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,11 @@ class Session:
     start: Start | None
     fits: Mapping[str, Fit]
 
+    def rows(self, part: str) -> int:
+        """How many rows of ``"train"`` or ``"eval"`` count: those that leave something to learn."""
+        missing = self.fits[part].missing if part in self.fits else 0
+        return len(self.data.parts[part]) - missing
+
     @property
     def precision(self) -> str:
         """What matrix products are computed in."""

@@ -47,8 +47,10 @@ def replacing(session: Session, kept: Recipe, *, resume: bool) -> Iterator[Listi
         if session.start is not None and not resume:
             keep_start(session.start, session.loaded.model, scratch)
 
+        earlier = output.run_files(folder) or frozenset()  # before a logger of the new run writes beside them
+
         def begin() -> None:
-            output.begin(folder, kept, resume=resume)
+            output.begin(folder, kept, earlier, resume=resume)
             place_start(scratch, folder)
 
         listing = Listing(folder, begin)
@@ -57,9 +59,6 @@ def replacing(session: Session, kept: Recipe, *, resume: bool) -> Iterator[Listi
             yield listing
             listing.begin()  # one that is resumed after its last step makes none
         except BaseException as problem:
-            for each in session.trainer.callback_handler.callbacks:
-                if isinstance(each, TensorBoardCallback) and each.tb_writer is not None:
-                    each.tb_writer.close()  # its thread would write on
             listing.forget()
             if listing.is_saving and isinstance(problem, OSError | RuntimeError):  # the latter is torch.save's
                 raise outputs.OutputError(
@@ -97,16 +96,31 @@ def train_with_restarts(
         try:
             return session, train(session, console, resume=resume)
         except LostError as lost:
+            _stop(session)
+            listing.is_saving = False
             restart = roll_back(folder, lost, session.trainer.args.learning_rate)
-        finally:
-            session.watching.close()
+        except BaseException:
+            _stop(session)
+            raise
+        if session.watching.interrupted:
+            raise KeyboardInterrupt
         say(console, f"note: {restart}")
         for tensor in (*session.loaded.model.parameters(), *session.loaded.model.buffers()):
             tensor.data = tensor.new_empty(0)  # so that there is room for the next model; a quantised one has no `to`
         resume = True
+        # As the recipe in the folder says it: without the key, an earlier version would have begun the run.
+        recipe = attrs.evolve(session.recipe, train_on_prompts=session.task.trains_on_prompts)
         with warnings.catch_warnings(action="ignore"):  # which were printed before
-            session = prepare(session.recipe, session.task, session.data, console, resume=True)
+            session = prepare(recipe, session.task, session.data, console, resume=True)
         session.trainer.add_callback(listing)
+
+
+def _stop(session: Session) -> None:
+    """Stop what draws and writes beside a training that has ended early."""
+    session.watching.close()
+    for each in session.trainer.callback_handler.callbacks:
+        if isinstance(each, TensorBoardCallback) and each.tb_writer is not None:
+            each.tb_writer.close()  # its thread would write on
 
 
 def train(session: Session, console: Console, *, resume: bool) -> Trained:
@@ -118,7 +132,10 @@ def train(session: Session, console: Console, *, resume: bool) -> Trained:
     _train(session, console, resume=resume)
     if session.watching.interrupted:
         raise KeyboardInterrupt
-    return Trained(trainer.state.log_history, start, {"train": time.perf_counter() - began}, {}, None)
+    learning = session.watching.learning
+    assert learning is not None  # of the training that has just ended
+    problems = judged(learning, Reached(), None, continued=session.start is not None)
+    return Trained(trainer.state.log_history, start, {"train": time.perf_counter() - began}, {}, None, problems)
 
 
 def _evaluate_meanwhile(
@@ -141,8 +158,8 @@ def _evaluate_meanwhile(
             return {}
         output.save(session.loaded, folder)
         raise EvaluationError(
-            f"{reason}; the training needs its result (metric_for_best_model), so it has stopped, and the adapter is "
-            f"written to {folder} as it was then"
+            f"{reason}; the training needs its result (metric_for_best_model), so it has stopped. The adapter as it is "
+            f"now is in {folder}, for tunerkit.load; leave metric_for_best_model out to train to the end"
         ) from problem
 
 
@@ -153,20 +170,24 @@ def reason_of(problem: Exception) -> str:
 
 def evaluate(session: Session, trained: Trained) -> Trained:
     """Evaluate on the held-out rows, if there are some, and judge whether the run learned."""
-    learning, held_out = session.watching.learning, session.data.held_out
+    if not session.data.held_out:
+        return trained
+    learning = session.watching.learning
     assert learning is not None  # of the training that has ended
-    metrics: dict[str, float] = {}
-    confusion, found, seconds = None, Reached(), dict(trained.seconds)
-    if held_out:
-        began = time.perf_counter()
-        results = session.task.evaluate(session.trainer, session.trainer.eval_dataset)
-        metrics, confusion = results.metrics, results.confusion
-        seconds["evaluate"] = time.perf_counter() - began if results.seconds is None else results.seconds
-        if not math.isfinite(metrics["loss"]):
-            raise DivergedError(
-                f"the loss is {metrics['loss']} on the held-out rows after {session.tuner.steps} steps; train with a "
-                f"lower --lr than {session.trainer.args.learning_rate:g}, or check the data and the model"
-            )
-        found = reached(metrics, confusion, session.data.labels, rows=len(held_out), advice=learning.advice)
-    problems = judged(learning, found, metrics.get("loss"), continued=session.start is not None)
-    return attrs.evolve(trained, seconds=seconds, metrics=metrics, confusion=confusion, problems=problems)
+    began = time.perf_counter()
+    results = session.task.evaluate(session.trainer, session.trainer.eval_dataset)
+    metrics, took = results.metrics, time.perf_counter() - began if results.seconds is None else results.seconds
+    if not math.isfinite(metrics["loss"]):
+        raise DivergedError(
+            f"the loss is {metrics['loss']} on the held-out rows after {session.tuner.steps} steps; train with a lower "
+            f"--lr than {session.trainer.args.learning_rate:g}, or check the data and the model"
+        )
+    rows = session.rows("eval")
+    found = reached(metrics, results.confusion, session.data.labels, rows=rows, advice=learning.advice)
+    return attrs.evolve(
+        trained,
+        seconds={**trained.seconds, "evaluate": took},
+        metrics=metrics,
+        confusion=results.confusion,
+        problems=judged(learning, found, metrics["loss"], continued=session.start is not None),
+    )

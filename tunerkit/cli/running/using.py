@@ -1,6 +1,5 @@
 """What the commands do with a trained folder: predict, evaluate, merge and talk."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,10 @@ from typing import Any
 from rich.console import Console
 
 import tunerkit
-from tunerkit import TunerkitError, TunerkitWarning
+from tunerkit import FileError, TunerkitError
 from tunerkit.cli.converting.merging import merge_adapter
 from tunerkit.cli.outputs import OutputError, new_folder
+from tunerkit.cli.recipes.recipe import PRECISIONS
 from tunerkit.cli.rows.reading import DataError, Table, read_table
 from tunerkit.cli.running import hardware
 from tunerkit.cli.running.arguments import trainer_arguments
@@ -23,8 +23,9 @@ from tunerkit.cli.tasks.base import Row, Task, require_text
 from tunerkit.cli.tasks.causal_lm import settle_prompts_
 from tunerkit.cli.tasks.generating import GREEDY, GenerationTask, generate, require_system
 from tunerkit.cli.tasks.texts import token_limit
+from tunerkit.errors import shown
 from tunerkit.integrations.adapter_files import has_no_record
-from tunerkit.integrations.output_folder import Run, load_run, read_run
+from tunerkit.integrations.output_folder import RECORD, Run, load_run, read_run
 from tunerkit.integrations.pretrained import Pretrained, quiet
 
 # What only concerns a run that trains: the other arguments, such as DPO's beta, decide what its loss is.
@@ -89,7 +90,8 @@ def evaluate_rows(folder: Path, data: Path | Sequence[Path], *, base: str | None
     left_out = (*_OF_TRAINING, *_HALF, *(_OF_GPUS if loaded.model.device.type == "cpu" else ()))
     training = {name: value for name, value in trained.items() if not name.startswith(left_out)}
     training |= {"per_device_eval_batch_size": batch_size, "save_strategy": "no"}
-    arguments = trainer_arguments(task, training, folder, precision=_precision(run, loaded), has_eval=True)
+    precision = _precision(run, loaded)
+    arguments = trainer_arguments(task, training, folder, precision=precision, has_eval=True)
     prompts = run.record.get("recipe", {}).get("train_on_prompts")
     settle_prompts_(task, rows[0], prompts, training, arguments, earlier=True)
     if isinstance(task, GenerationTask):
@@ -110,7 +112,9 @@ def evaluate_rows(folder: Path, data: Path | Sequence[Path], *, base: str | None
     found: dict[str, Any] = {"rows": len(rows) - (fit.missing if fit is not None else 0)}
     if fit is not None and fit.missing:
         found["left_out"] = dict(fit.left_out)
-    return {**found, **task.evaluate(trainer, trainer.eval_dataset).metrics}
+    # Where TRL has prepared a reference, the trainer does not put autocast around the model itself.
+    with hardware.computing_in(precision, loaded.model.device):
+        return {**found, **task.evaluate(trainer, trainer.eval_dataset).metrics}
 
 
 def write_merged(source: str, out: Path, *, base: str | None, task: str | None = None) -> tuple[str, ...]:
@@ -200,19 +204,20 @@ def _load(run: Run, base: str | None) -> Pretrained:
 
 
 def _precision(run: Run, loaded: Pretrained) -> str:
-    """What a run computed in, as far as this machine has it, with a warning where it has not.
+    """What a run computed in, as far as this machine has it, with a note where it has not.
 
     Earlier versions did not record it, but for what the recipe asked of the trainer.
     """
     trained = run.record.get("recipe", {}).get("training", {})
     asked = next((name for name in _HALF if trained.get(name) is True), None)
-    precision = str(run.record.get("precision", asked or "fp32"))
+    precision = str(run.record.get("precision") or asked or "fp32")
+    if precision not in PRECISIONS:
+        allowed = " or ".join((", ".join(PRECISIONS[:-1]), PRECISIONS[-1]))
+        raise FileError(f"{run.folder / RECORD}: precision: expected {allowed}, got {shown(precision)}")
     problem = hardware.obstacle(loaded.model.device, precision)
     if problem is None:
         return precision
-    warnings.warn(
-        f"{run.folder}: was trained in {precision}, and {problem}; it is used in fp32", TunerkitWarning, stacklevel=2
-    )
+    say(Console(stderr=True), f"note: {run.folder} was trained in {precision}, and {problem}; it is used in fp32")
     return "fp32"
 
 

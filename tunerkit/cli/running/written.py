@@ -141,7 +141,7 @@ def _of_earlier_version(folder: Path) -> frozenset[str]:
         pictures = [path for path in files_in(folder, PICTURES) if _OF_PICTURES.fullmatch(path)]
         names |= {path for path in pictures if _DRAWN in (folder / path).read_bytes()[:500]}
     names |= {path for path in files_in(folder, LOGS) if "/events.out.tfevents." in path}
-    starts = {f"{CHECKPOINTS}/start/adapter.safetensors", f"{CHECKPOINTS}/start.json"}
+    starts = {f"{CHECKPOINTS}/{name}" for name in ("start/adapter.safetensors", "start.json", "restarts.json")}
     return frozenset({*names, *starts, *_checkpoints(folder)})
 
 
@@ -169,7 +169,8 @@ def _has_digests(folder: Path, recipe: Mapping[str, Any]) -> bool:
         lines = (folder / DIGESTS).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
         return False
-    data = {recipe.get("data"), recipe.get("eval_data")} - {None}
+    named = (recipe.get(key) for key in ("data", "eval_data"))
+    data = [path for each in named for path in (each if isinstance(each, list) else [each])]
     pairs = [line.partition("  ") for line in lines]
     return all(re.fullmatch("[0-9a-f]{64}", digest) and path in data for digest, _, path in pairs)
 

@@ -63,7 +63,7 @@ class Answering:
         return {"do_sample": True, "temperature": self.temperature, "top_p": top_p, "top_k": top_k}
 
     def seed_draws(self) -> None:
-        """Begin the draws anew."""
+        """Seed the random numbers that answers are drawn with."""
         import torch
 
         torch.manual_seed(self.seed or 0)
