@@ -5,20 +5,18 @@ from typing import Annotated
 
 import typer
 
+from tunerkit.cli.commands.predict import Seed, Temperature, TopK, TopP
+
 
 def chat(
     folder: Annotated[Path, typer.Argument(help="The output folder of `tunerkit train`.", metavar="OUT")],
     base: Annotated[str | None, typer.Option(help="Where the base model is now, if it has moved.")] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="The greatest length of an answer, in tokens.")] = 256,
     system: Annotated[str | None, typer.Option(help="The system's message, before yours.")] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="Draw words, the more freely the higher. Default: 0, the likeliest word.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw from the likeliest words with this probability together. Default: 1.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from so many of the likeliest words. Default: all.")] = None,
-    seed: Annotated[int | None, typer.Option(help="What the draws begin with. Default: 0.")] = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
 ) -> None:
     """Talk to a trained language model, a line for each message; an empty line or Ctrl-D ends it."""
     from tunerkit.cli.tasks.answering import Answering

@@ -17,6 +17,17 @@ from tunerkit.errors import half_character
 _ENDINGS: Final[Mapping[str, str | None]] = MappingProxyType({".jsonl": None, ".csv": ",", ".tsv": "\t"})
 
 
+# How answers are drawn; `tunerkit chat` has the same options.
+Temperature = Annotated[
+    float | None, typer.Option(help="Draw words, the more freely the higher. Default: 0, the likeliest word.")
+]
+TopP = Annotated[
+    float | None, typer.Option(help="Draw from the likeliest words with this probability together. Default: 1.")
+]
+TopK = Annotated[int | None, typer.Option(help="Draw from so many of the likeliest words. Default: all.")]
+Seed = Annotated[int | None, typer.Option(help="What the draws begin with. Default: 0.")]
+
+
 def predict(
     folder: Annotated[Path, typer.Argument(help="The output folder of `tunerkit train`.", metavar="OUT")],
     text: Annotated[list[str] | None, typer.Option(help="A text to predict; may be given several times.")] = None,
@@ -36,14 +47,10 @@ def predict(
         int | None, typer.Option(min=1, help="The greatest length of a generated text, in tokens. Default: 64.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="The system's message, before each --text.")] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="Draw words, the more freely the higher. Default: 0, the likeliest word.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw from the likeliest words with this probability together. Default: 1.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from so many of the likeliest words. Default: all.")] = None,
-    seed: Annotated[int | None, typer.Option(help="What the draws begin with. Default: 0.")] = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
 ) -> None:
     """Predict with a trained adapter: one JSON object for each row."""
     asked = text or data
