@@ -81,14 +81,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True, scope="module")
 def arguments(folder: Path) -> list[str]:
-    """The arguments of a run with a method that has ranks, a history and factors, and a seed that is not 0."""
-    return arguments_of(folder, "toy-growing", "{every: 6, max_rank: 3}")
+    """The arguments of a run with a method that has ranks, a history and factors, and a seed that is not 0.
+
+    Its results are compared with what is computed in fp32.
+    """
+    return [*arguments_of(folder, "toy-growing", "{every: 6, max_rank: 3}"), "--precision", "fp32"]
 
 
 @pytest.fixture(scope="module")
 def out(arguments: list[str], folder: Path) -> Path:
     """The folder of that run, ended."""
-    succeeded(*arguments, "--precision", "fp32", "--out", folder / "out", pictures=True)
+    succeeded(*arguments, "--out", folder / "out", pictures=True)
     return folder / "out"
 
 
@@ -138,7 +141,7 @@ def test_the_record_tells_the_truth(out: Path, folder: Path) -> None:
 def test_a_run_computes_in_its_precision_from_training_to_prediction(folder: Path, arguments: list[str]) -> None:
     """It is said, and recorded; what goes on from the run has it too, unless something else is asked for."""
     out, more = folder / "bf16", folder / "more"
-    done = succeeded(*arguments, "--set", "training.bf16=true", "--out", out)
+    done = succeeded(*arguments[:-2], "--set", "training.bf16=true", "--out", out)
     assert "precision: bf16 on cpu\n" in done.output
     record = record_of(out)
     assert record["precision"] == record["recipe"]["precision"] == "bf16"
@@ -163,7 +166,7 @@ def logits_of(out: Path, precision: str) -> torch.Tensor:
 
 def test_a_precision_that_contradicts_another_is_one_error(folder: Path, arguments: list[str], tmp_path: Path) -> None:
     """Two words for it at once; a run that is resumed in another; and one that the machine does not have."""
-    out = tmp_path / "out"
+    out, arguments = tmp_path / "out", arguments[:-2]  # those of a run that does not say its precision
     both = command(*arguments, "--precision", "fp32", "--set", "training.fp16=true", "--out", out)
     assert both.exit_code == 2
     assert "precision: fp32 was given, and training.fp16 too; leave training.fp16 out" in both.stderr
