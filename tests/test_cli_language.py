@@ -66,9 +66,13 @@ def written(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 
 def arguments_of(model: Path, data: Path, *more: object, evaluated: Path | None = None) -> list[object]:
-    """The arguments of a short run of one epoch, whose held-out rows are those of training unless said."""
+    """The arguments of a short run of one epoch, whose held-out rows are those of training unless said.
+
+    In fp32, as what its results are compared with.
+    """
     return [
         *("train", "--method", "toy-low-rank", "--config", "{rank: 2}", "--lr", "0.05", "--epochs", "1"),
+        *("--precision", "fp32"),
         *("--model", model, "--data", data, "--eval-data", evaluated or data, "--batch-size", "4", *more),
     ]
 

@@ -70,7 +70,7 @@ def test_a_restarted_run_goes_on_with_the_ranks_and_the_schedule_of_its_checkpoi
     options = arguments_of(tmp_path, "adalora", "{target_rank: 2, init_rank: 3, t_init: 20, t_final: 100, delta_t: 10}")
     write_rows(tmp_path / "more.csv", 400)
     options[options.index("--data") + 1] = str(tmp_path / "more.csv")
-    options += ["--batch-size", "8", "--epochs", "5", "--max-length", "16"]
+    options += ["--precision", "fp32", "--batch-size", "8", "--epochs", "5", "--max-length", "16"]
     succeeded(*options, "--out", tmp_path / "plain")
     with collapsing(lost):
         done = succeeded(*options, "--out", tmp_path / "out", "--set", "on_collapse=restart")

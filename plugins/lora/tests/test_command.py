@@ -18,7 +18,7 @@ from tests.train_command import arguments_of, record_of, succeeded  # noqa: E402
 def test_a_run_can_be_predicted_with_and_merged(tmp_path: Path) -> None:
     """The pipeline of transformers on `tunerkit.from_folder`, ``predict`` and the merged folder agree."""
     out = tmp_path / "out"
-    succeeded(*arguments_of(tmp_path, "lora", "{rank: 2}"), "--out", out, "--epochs", "2")
+    succeeded(*arguments_of(tmp_path, "lora", "{rank: 2}"), "--precision", "fp32", "--out", out, "--epochs", "2")
     record = record_of(out)
     assert set(record["ranks"].values()) == {2}
     assert record["config"]["rank"] == 2
