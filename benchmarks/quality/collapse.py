@@ -1,4 +1,4 @@
-"""How far the default learning rate stands below collapse, before and after the defaults of training changed."""
+"""How far the default learning rate stands below collapse: as training is by default, and with a candidate for it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,8 +19,8 @@ RANK = 8
 RATE = 1e-3  # the command's default for classifiers
 MULTIPLES = (1, 2, 4)
 SEEDS, FEW_SEEDS = tuple(range(6)), tuple(range(3))
-BEFORE: Mapping[str, Any] = {}
-AFTER: Mapping[str, Any] = {"warmup": 0.1}
+BEFORE: Mapping[str, Any] = {}  # the defaults as they are
+AFTER: Mapping[str, Any] = {"warmup": 0.1}  # a candidate, which no default has yet
 METHODS = (methods.LORA, methods.ADALORA)
 
 

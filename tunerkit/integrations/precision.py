@@ -30,7 +30,7 @@ class Precision:
         before = {name: state[name] for name in (_FORWARD, _REPLACED, _PREPARED) if name in state}
         if (own := before.pop(_REPLACED, None)) is not None:  # an evaluation before attaching has prepared it
             before.pop(_PREPARED, None)
-            before.pop(_FORWARD)
+            before.pop(_FORWARD, None)
             if getattr(own, "__func__", None) is not type(model).forward:  # somebody's own forward was there
                 before[_FORWARD] = own
         # A model that is sharded, or inside DDP, is not prepared again when this trainer trains once more.
