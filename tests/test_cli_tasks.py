@@ -126,7 +126,7 @@ def translated(number: int, rng: random.Random) -> dict[str, Any]:
 EPOCH = 4  # steps, each of which logs its loss: 32 of 40 rows in batches of 8
 CASES = {
     "text-classification": Case("text-classification", "bert", classified),
-    "text pairs": Case("text-classification", "bert", paired),
+    "text pairs": Case("text-classification", "bert", paired, epochs=20, rate=0.02),
     "regression": Case("regression", "bert", rated, inferred=False, epochs=25, rate=0.02),
     "multi-label": Case("multi-label", "bert", labelled),
     "token-classification": Case("token-classification", "bert", tagged),

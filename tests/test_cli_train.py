@@ -55,6 +55,7 @@ from tunerkit.cli.running.hardware import computing_in  # noqa: E402
 from tunerkit.cli.running.output import PICTURES  # noqa: E402
 from tunerkit.cli.running.restarting import LostError  # noqa: E402
 from tunerkit.cli.running.training import train  # noqa: E402
+from tunerkit.cli.tasks import task_of  # noqa: E402
 from tunerkit.cli.tasks.text_classification import TextClassification  # noqa: E402
 from tunerkit.integrations.output_folder import read_run  # noqa: E402
 from tunerkit.integrations.pretrained import load_pretrained  # noqa: E402
@@ -182,6 +183,22 @@ def test_a_precision_that_contradicts_another_is_one_error(folder: Path, argumen
         assert "--resume: precision was 'bf16' and is 'fp32' now" in other.stderr
     succeeded(*arguments, "--out", out, "--resume")
     assert record_of(out)["precision"] == "bf16"
+
+
+def test_a_run_that_an_earlier_version_began_keeps_the_defaults_of_then(arguments: list[str], tmp_path: Path) -> None:
+    """Its recipe left them to the task and to the method, which have other defaults now. No earlier recipe has them."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    then = {"warmup_steps": 0.06, "lr_scheduler_type": "linear", "adam_beta2": 0.999, "max_grad_norm": 1.0}
+    call = [*arguments, *(part for name, value in then.items() for part in ("--set", f"{name}={value}"))]
+    succeeded(*call, "--out", whole)
+    with signalled(12, signal.SIGINT):
+        assert command(*call, "--out", parts).exit_code == 130
+    recipe = yaml.safe_load((parts / "recipe.yaml").read_text())
+    recipe["training"] = {name: value for name, value in recipe["training"].items() if name not in then}
+    del recipe["config"]["max_rank"]  # the method's own default is another one than this run's
+    (parts / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    succeeded("train", "--out", parts, "--resume")
+    assert (parts / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
 
 
 def test_a_run_that_an_earlier_version_began_keeps_its_rows(arguments: list[str], tmp_path: Path) -> None:
@@ -1008,9 +1025,8 @@ def test_a_recipe_gives_way_to_flags_and_flags_to_set(folder: Path, tmp_path: Pa
     ]
     succeeded(*call, "--set", "rank=3", "--out", new)
     kept = yaml.safe_load((new / "recipe.yaml").read_text())
-    assert kept["training"] == {
-        **{"learning_rate": 0.02, "num_train_epochs": 1, "seed": 5, "per_device_train_batch_size": 16}
-    }
+    asked = {"learning_rate": 0.02, "num_train_epochs": 1, "seed": 5, "per_device_train_batch_size": 16}
+    assert kept["training"] == {**task_of("text-classification").defaults, **asked}
     assert kept["config"] == {"rank": 3}
     record = record_of(new)
     assert record["recipe"] == kept
@@ -1088,8 +1104,10 @@ def test_a_run_is_restarted_from_its_last_good_checkpoint_at_half_the_rate(folde
     new = tmp_path / "new"
     options = ("--method", "toy-growing", "--model", folder / "tiny", "--data", tmp_path / "data.csv", "--out", new)
     settings = ("--lr", "0.01", "--epochs", "5", "--batch-size", "8", "--set", "on_collapse=restart")
+    # With other values, the loss is not lost before the next checkpoint, or in another way.
+    usual = ("lr_scheduler_type=linear", "warmup_steps=0.06", "adam_beta2=0.999", "max_grad_norm=1.0")
     with collapsing(101):
-        done = succeeded("train", *options, *settings)
+        done = succeeded("train", *options, *settings, *(word for each in usual for word in ("--set", each)))
     record = record_of(new)
     (restart,) = record["restarts"]
     assert restart["from_step"] == 100

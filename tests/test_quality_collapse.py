@@ -13,6 +13,7 @@ from benchmarks.quality import collapse  # noqa: E402
 from benchmarks.quality.__main__ import unmade  # noqa: E402
 from benchmarks.quality.grids import COMPARED  # noqa: E402
 from benchmarks.quality.runs import Run  # noqa: E402
+from tunerkit_adalora import AdaLoraConfig  # noqa: E402
 
 
 def row(run: Run, accuracy: float, majority: float | None = 0.5) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def row(run: Run, accuracy: float, majority: float | None = 0.5) -> dict[str, An
     found: dict[str, Any] = {
         "key": run.key,
         **{name: getattr(run, name) for name in ("task", "method", "rank", "learning_rate", "seed")},
-        "settings": {},
+        "settings": dict(run.settings),
         "validation": {"accuracy": accuracy},
     }
     return found if majority is None else {**found, "majority": majority, "training": dict(run.training)}
@@ -38,9 +39,8 @@ def test_a_run_is_collapsed_if_it_is_nearer_to_one_class_than_to_the_best() -> N
 def test_shares_are_counted_before_and_after_and_earlier_rows_count_as_before() -> None:
     """Each cell has the runs of its own method, rate, training and precision, one for each seed."""
     before = [row(Run("movie-2", "lora", 8, 2e-3, seed), 0.5, None) for seed in (0, 1)]
-    after = [row(Run("movie-2", "lora", 8, 2e-3, seed, training=collapse.AFTER), 0.84) for seed in (0, 1)]
-    half = {**collapse.AFTER, "precision": "bf16"}
-    other = [row(Run("movie-2", "lora", 8, 2e-3, 0, training=half), 0.5)]
+    after = [row(collapse.AFTER.run("movie-2", "lora", 2, seed), 0.84) for seed in (0, 1)]
+    other = [row(collapse.AFTER.run("movie-2", "lora", 2, 0, "bf16"), 0.5)]
     lines = collapse.collapse_table([*before, *after, *other])
     assert "| movie-2 | fp32 | LoRA |  | 2/2 |  |  | 0/2 |  |" in lines
     assert "| movie-2 | bf16 | LoRA |  |  |  |  | 1/1 |  |" in lines
@@ -49,7 +49,7 @@ def test_shares_are_counted_before_and_after_and_earlier_rows_count_as_before() 
 def test_what_the_change_costs_is_paired_by_seed() -> None:
     """Of seeds 0 and 1, and not of seed 2, which ran before alone."""
     before = [row(Run("movie-2", "lora", 8, 1e-3, seed), 0.80 + seed / 100) for seed in (0, 1, 2)]
-    after = [row(Run("movie-2", "lora", 8, 1e-3, seed, training=collapse.AFTER), 0.81 + seed / 100) for seed in (0, 1)]
+    after = [row(collapse.AFTER.run("movie-2", "lora", 1, seed), 0.81 + seed / 100) for seed in (0, 1)]
     lines = collapse.default_table([*before, *after], ("movie-2",))
     assert lines[2] == "| movie-2 | +1.00 [+1.00, +1.00] |  |"
 
@@ -68,3 +68,8 @@ def test_half_precision_runs_on_few_tasks_and_every_run_stands_once() -> None:
     """Six seeds in fp32 on five tasks; three in bf16 on two."""
     keys = [run.key for run in collapse.collapse_runs()]
     assert len({*keys}) == len(keys) == 2 * 3 * 2 * (5 * 6 + 2 * 3)
+
+
+def test_the_scale_that_was_measured_is_adaloras_default() -> None:
+    """The command's values stand in its own tests, because the benchmarks do not depend on it."""
+    assert collapse.AFTER.adalora == {"alpha": AdaLoraConfig(target_rank=collapse.RANK).resolved().alpha}

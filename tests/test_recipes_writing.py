@@ -21,6 +21,7 @@ from tunerkit.cli.recipes.reading import read_recipe, structure
 from tunerkit.cli.recipes.recipe import TASKS, Recipe
 from tunerkit.cli.recipes.writing import RecipeFileError, dump, starter, write_starter
 from tunerkit.cli.settings import given_value
+from tunerkit.cli.tasks import task_of
 
 pytestmark = pytest.mark.core_only
 
@@ -86,6 +87,7 @@ def test_a_starter_is_a_recipe_for_its_task(task: str, tmp_path: Path) -> None:
     assert recipe.model
     assert recipe.data
     assert set(recipe.training) == {"num_train_epochs", "learning_rate", "per_device_train_batch_size", "seed"}
+    assert recipe.training["learning_rate"] == task_of(task).defaults["learning_rate"]
     comments = " ".join(line for line in starter(task).splitlines() if line.startswith("#   "))
     assert all(f" {column}" in comments for column in COLUMNS[task])
     assert max(map(len, starter(task).splitlines())) < 100

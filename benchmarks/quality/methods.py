@@ -106,6 +106,9 @@ def _adalora(run: "Run", model: nn.Module) -> Prepared:
     """AdaLoRA that ends at the cost of LoRA's rank everywhere, plus one λ per triplet, which an export folds into P."""
     settings = {**_shared(run), "target_rank": run.rank, "budget_unit": "parameters", **run.settings}
     experiment: Mapping[str, Any] = settings.pop(EXPERIMENT, {})
+    resolved = AdaLoraConfig(**settings).resolved()
+    if not resolved.exact_svd:  # the default when the rows were made; the grids collapse and default have today's
+        settings.setdefault("alpha", SCALE * resolved.init_rank)
     wrapped = tunerkit.wrap(model, "adalora", settings, seed=run.seed)
     starts = {name: value for name, value in experiment.items() if name.startswith("q_")}
     changes = {name: value for name, value in experiment.items() if name != "lambda_rate" and name not in starts}

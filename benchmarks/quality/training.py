@@ -12,8 +12,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.quality.batches import Rows, shuffled_batches
 
-_MAX_GRAD_NORM = 1.0
-
 
 @attrs.frozen
 class Recipe:
@@ -26,6 +24,8 @@ class Recipe:
         seed: The seed of order and dropout.
         warmup: The share of steps in which the learning rate rises linearly.
         beta2: AdamW's second β.
+        clip: The norm above which gradients are clipped.
+        power: The power of the share of steps left, which the learning rate follows after the warm-up: 1 is linear.
         precision: ``"fp32"``, or ``"bf16"`` for autocast.
     """
 
@@ -35,6 +35,8 @@ class Recipe:
     seed: int
     warmup: float = 0.06
     beta2: float = 0.999
+    clip: float = 1.0
+    power: float = 1.0
     precision: str = "fp32"
 
     def total_steps(self, rows: int) -> int:
@@ -42,10 +44,11 @@ class Recipe:
         return self.epochs * math.ceil(rows / self.batch_size)
 
 
-def rate_at(step: int, total: int, warmup: float = 0.06) -> float:
-    """The learning rate's factor at ``step`` (from 0) of ``total``: linear warmup, then linear decay to 0."""
+def rate_at(step: int, total: int, warmup: float = 0.06, power: float = 1.0) -> float:
+    """The learning rate's factor at ``step`` (from 0) of ``total``: linear warmup, then polynomial decay to 0."""
     rise = max(1, round(warmup * total))
-    return min((step + 1) / rise, (total - step) / max(1, total - rise))
+    left: float = ((total - step) / max(1, total - rise)) ** power
+    return min((step + 1) / rise, left)
 
 
 def train(
@@ -67,7 +70,7 @@ def train(
     lengths = rows.lengths
     total = recipe.total_steps(len(lengths))
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    scheduler = LambdaLR(optimizer, lambda step: rate_at(step, total, recipe.warmup))
+    scheduler = LambdaLR(optimizer, lambda step: rate_at(step, total, recipe.warmup, recipe.power))
     connect(model, optimizer, total)
     model.train(dropout)
     for _ in range(recipe.epochs):
@@ -75,7 +78,7 @@ def train(
             with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
                 loss = model(**rows.batch(batch)).loss
             loss.backward()
-            nn.utils.clip_grad_norm_(trained, _MAX_GRAD_NORM)
+            nn.utils.clip_grad_norm_(trained, recipe.clip)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()

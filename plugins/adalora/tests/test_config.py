@@ -59,10 +59,11 @@ def test_settling_writes_out_what_a_config_resolves_to(config: AdaLoraConfig) ->
 
 @given(target=st.integers(1, 64))
 def test_the_initial_rank_defaults_to_one_and_a_half_times_the_target(target: int) -> None:
-    """It is rounded up, so there is always something to prune."""
+    """It is rounded up, so there is always something to prune. The scales add up to those of LoRA with the target."""
     config = AdaLoraConfig(target_rank=target, exact_svd=False)
     assert config.initial_rank == math.ceil(1.5 * target) > target
-    assert config.scale == 2.0
+    assert config.resolved().alpha == 2.0 * max(target, config.initial_rank / 1.5)
+    assert 4 / 3 <= config.scale <= 2.0
 
 
 def test_the_defaults_work() -> None:

@@ -381,18 +381,19 @@ def test_it_cannot_go_with_the_penalty() -> None:
     [
         ({"target_rank": 1}, 8, 2 / 8),
         ({"target_rank": 3}, 8, 6 / 8),
-        ({"target_rank": 4}, 6, 2.0),
-        ({}, 12, 2.0),
+        ({"target_rank": 4}, 6, 8 / 6),
+        ({}, 12, 16 / 12),
         ({"init_rank": 20}, 20, 16 / 20),
         ({"exact_svd": True}, 12, 16 / 12),
-        ({"target_rank": 1, "exact_svd": False}, 2, 2.0),
-        ({"budget": 30, "init_rank": 12}, 12, 2.0),
+        ({"target_rank": 1, "exact_svd": False}, 2, 4 / 3),
+        ({"target_rank": 1, "init_rank": 12, "exact_svd": False}, 12, 4 / 3),
+        ({"budget": 30, "init_rank": 12}, 12, 4 / 3),
         ({"budget": 30, "init_rank": 12, "exact_svd": True}, 12, 16 / 12),
         ({"target_rank": 2, "init_rank": 5, "alpha": 3.0}, 5, 3 / 5),
     ],
 )
 def test_rank_and_scale_follow_from_the_rank_at_the_end(config: dict[str, Any], initial: int, scale: float) -> None:
-    """In SVD form all triplets of a target together have LoRA's scale of the target rank, otherwise each one has."""
+    """Together, all triplets have LoRA's scale of the target rank. Without SVD form each keeps two thirds of it."""
     found = AdaLoraConfig(**config)
     assert found.initial_rank == initial
     assert found.scale == pytest.approx(scale)

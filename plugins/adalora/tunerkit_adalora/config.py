@@ -27,7 +27,7 @@ class AdaLoraConfig(AdapterConfig):
     alpha: float | None = setting(
         None,
         gt=0,
-        doc="numerator of the scale; None: 2 init_rank, with exact_svd 2 target_rank (or 4/3 init_rank)",
+        doc="numerator of the scale; None: 2 target_rank, without exact_svd (or with a budget) at least 4/3 init_rank",
     )
     dropout: float = setting(0.0, ge=0, lt=1, doc="share of the adapter's input that is dropped while training")
     t_init: int | float = setting(0.1, ge=0, doc="t_i: no pruning before")

@@ -36,8 +36,9 @@ class Resolved:
     def scale(self) -> float:
         """The factor of P Λ Q: alpha/init_rank. It does not change with pruning.
 
-        In SVD form, λ adds up to ``init_rank`` at each target. The scales of all its triplets then add up to alpha,
-        which by default is what they add up to in LoRA with the rank that is left.
+        The scales of all triplets add up to alpha at the start and, in SVD form, where λ adds up to ``init_rank``, for
+        good. By default that is what they add up to in LoRA with the rank that is left: an optimizer's step then moves
+        ΔW as far as LoRA's, and a training collapses at LoRA's learning rate, not below it.
         """
         return self.alpha / self.init_rank
 
@@ -58,7 +59,8 @@ def resolve(
     Args:
         target_rank: The config's field; None means 8.
         init_rank: The config's field; None means 1.5 target_rank, rounded up, and at least 8 in SVD form.
-        alpha: The config's field; None means a scale of 2, or LoRA's total scale of the target rank in SVD form.
+        alpha: The config's field; None means twice the target rank, LoRA's total scale at that rank. Where nothing is
+            re-parametrised, the triplets that are left keep their scale, so that it is never below 4/3.
         exact_svd: The config's field; None means yes where most triplets are pruned, unless the config asks for the
             paper's own means: the penalty, or a start at Λ = 0.
         train_lambda: The config's field; None means yes, unless SVD form sets Λ and Λ does not start at 0.
@@ -75,7 +77,8 @@ def resolve(
     if init_rank is None:
         init_rank = max(math.ceil(_EXCESS * average), _LEAST_SVD_RANK if exact_svd else 0)
     if alpha is None:
-        alpha = 2.0 * (_rank_left(init_rank, average, budget) if exact_svd else init_rank)
+        left = _rank_left(init_rank, average, budget)
+        alpha = 2.0 * (left if exact_svd else max(left, init_rank / _EXCESS))
     if train_lambda is None:
         train_lambda = not exact_svd or start != "lora"
     return Resolved(average, init_rank, alpha, exact_svd, train_lambda)

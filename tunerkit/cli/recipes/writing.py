@@ -51,7 +51,7 @@ _STARTS: Final[Mapping[str, _Start]] = MappingProxyType(
                 "tokens: the list of the words, such as: [Ada, lives, in, London]",
                 "tags: the list of their tags, one for each word, such as: [B-PER, O, O, B-LOC]",
             ),
-            _ENCODER,
+            *(_ENCODER, "2e-3"),
         ),
         "causal-lm": _Start(
             (
@@ -78,7 +78,7 @@ _STARTS: Final[Mapping[str, _Start]] = MappingProxyType(
                 "image: the path of an image file, such as: images/1.png",
                 "label: the name of its class, such as: cat",
             ),
-            *("google/vit-base-patch16-224-in21k", "1e-3", 3, 16, None),
+            *("google/vit-base-patch16-224-in21k", "2e-3", 3, 16, None),
         ),
     }
 )
@@ -119,7 +119,7 @@ training:
   learning_rate: $learning_rate
   per_device_train_batch_size: $batch_size
   seed: 0
-  # warmup_steps: 0.06  # below 1, a share of all steps
+  # warmup_steps: 0.1  # below 1, a share of all steps
   # gradient_accumulation_steps: 4
 
 # Whether to train the head alone too, for comparison.

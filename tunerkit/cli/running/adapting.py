@@ -1,7 +1,7 @@
 """Put the adapter of a run into its model: a new one, or the one that the run goes on from."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import tunerkit
 from tunerkit import BaseMismatchError, Tuner, TunerkitError, TunerkitWarning
@@ -37,8 +37,19 @@ def head_labels(start: Start | None, task: Task, data: Data) -> tuple[Sequence[s
     return start.labels, True
 
 
-def adapt(loaded: Pretrained, recipe: Recipe, task: Task, start: Start | None, *, seed: int) -> Tuner:
+def adapt(
+    loaded: Pretrained,
+    recipe: Recipe,
+    task: Task,
+    start: Start | None,
+    *,
+    begun: Mapping[str, object] | None,
+    seed: int,
+) -> Tuner:
     """Put a new adapter into the model, or the one to go on from, to be trained.
+
+    ``begun`` are the settings with which the run began whose training goes on, every default written out. They count
+    if the recipe means others now, because a default of the method has changed.
 
     Raises:
         TunerkitError: It does not fit the model, or leaves a new head untrained.
@@ -47,7 +58,10 @@ def adapt(loaded: Pretrained, recipe: Recipe, task: Task, start: Start | None, *
         return _go_on(loaded, recipe, task, start)
     trained = recipe.config.get("train_modules") or list(loaded.heads)
     method = DEFAULT_METHOD if recipe.method is None else recipe.method
-    tunerkit.wrap(loaded.model, method, {**recipe.config, "train_modules": trained}, seed=seed)
+    config = tunerkit.structure(method, {**recipe.config, "train_modules": trained})
+    if begun is not None and tunerkit.unstructure(config.settled()) != begun:
+        config = tunerkit.structure(method, begun)
+    tunerkit.wrap(loaded.model, method, config, seed=seed)
     return tunerkit.tuner(loaded.model)
 
 

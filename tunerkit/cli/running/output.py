@@ -5,6 +5,7 @@ import os
 import shlex
 import tempfile
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from tunerkit.cli.running.written import (
     remove,
     run_files,
 )
-from tunerkit.errors import shown
+from tunerkit.errors import FileError, shown
 from tunerkit.integrations.output_folder import RECORD
 from tunerkit.integrations.pretrained import Pretrained
 
@@ -138,6 +139,14 @@ def has_checkpoint(folder: Path) -> bool:
     return any((folder / CHECKPOINTS).glob("checkpoint-*/trainer_state.json"))
 
 
+def settings_begun_with(folder: Path) -> dict[str, Any] | None:
+    """The method's settings in the checkpoints of a run, every default written out; None if none can be read."""
+    for file in (folder / CHECKPOINTS).glob(f"checkpoint-*/{ADAPTER}"):
+        with suppress(FileError):
+            return serialization.read(file, content="adapter")[2].config
+    return None
+
+
 def after_interrupt(folder: Path) -> str:
     """What is in the folder after Ctrl-C and how to go on, as the end of a sentence; empty without a checkpoint."""
     if (folder / RECORD).is_file():
@@ -166,6 +175,7 @@ def _check_resume(folder: Path, recipe: Recipe) -> None:
         raise OutputError(f"--out {folder}: this run has ended; pass --overwrite to run it again")
     left = ("task", "precision", "train_on_prompts")
     recipe = attrs.evolve(recipe, **{name: getattr(kept, name) for name in left if getattr(recipe, name) is None})
+    recipe = attrs.evolve(recipe, training={**kept.training, **recipe.training})  # where it is silent, as the run is
     asked = attrs.evolve(with_full_paths(recipe), out=kept.out)
     before, now = (_flat(to_mapping(each)) for each in (kept, asked))
     different = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))

@@ -26,7 +26,7 @@ from tunerkit.cli.running.restarting import MOST, SLOWER, read_restarts, slower
 from tunerkit.cli.running.session import Session
 from tunerkit.cli.running.starting import start_of
 from tunerkit.cli.running.telling import say
-from tunerkit.cli.tasks.base import Task
+from tunerkit.cli.tasks.base import USUAL, Task, over
 from tunerkit.cli.tasks.causal_lm import CausalLm, settle_prompts_
 from tunerkit.cli.tasks.generating import GenerationTask
 from tunerkit.cli.tasks.texts import labels_of, short_to_long
@@ -43,7 +43,8 @@ def is_of_earlier_version(folder: Path) -> bool:
 def settled(recipe: Recipe, folder: Path, *, resume: bool) -> Recipe:
     """Return the recipe with its precision; a resumed run has the settings that it began with.
 
-    Recipes of earlier versions lack these keys. Such a run takes the machine's precision, and learns prompts.
+    Recipes of earlier versions lack keys. Such a run takes the machine's precision, learns prompts, and has the values
+    for the trainer that were the defaults then.
 
     Raises:
         ConfigError: The machine does not have the precision.
@@ -53,7 +54,19 @@ def settled(recipe: Recipe, folder: Path, *, resume: bool) -> Recipe:
         return attrs.evolve(recipe, precision=hardware.choose_precision(device, recipe.precision))
     kept = with_precision(read_recipe(output.recipe_file(folder)))
     precision = hardware.choose_precision(device, kept.precision, resumed=str(folder))
-    return attrs.evolve(recipe, precision=precision, train_on_prompts=kept.train_on_prompts)
+    training = {**_earlier_defaults(kept.task), **kept.training}
+    return attrs.evolve(recipe, precision=precision, train_on_prompts=kept.train_on_prompts, training=training)
+
+
+def _earlier_defaults(task: str | None) -> dict[str, Any]:
+    """The arguments of the trainer that a recipe of an earlier version left to defaults which are others now."""
+    return {**USUAL} if task in ("causal-lm", "preference") else {"learning_rate": 1e-3, **USUAL}
+
+
+def arguments_of(recipe: Recipe, task: Task) -> dict[str, Any]:
+    """The trainer's arguments of a recipe, with the task's where it is silent."""
+    demo = {} if recipe.data is not None else demo_of(task.name, "data").training
+    return over(task.defaults, {**demo, **recipe.training})
 
 
 def prepare(
@@ -65,8 +78,7 @@ def prepare(
     """
     start = start_of(recipe, resume=resume)
     labels, ordered = head_labels(start, task, data)
-    demo = {} if recipe.data is not None else demo_of(task.name, "data").training
-    training = {**demo, **recipe.training}
+    training = arguments_of(recipe, task)
     device = hardware.choose_device(use_cpu=training.get("use_cpu") is True)
     precision = hardware.choose_precision(device, recipe.precision)
     arguments = trainer_arguments(task, training, Path(recipe.out), precision=precision, has_eval=bool(data.held_out))
@@ -97,7 +109,8 @@ def prepare(
         )
     if data.labels:
         data = attrs.evolve(data, labels=labels_of(loaded))
-    tuner = adapt(loaded, recipe, task, start, seed=seed)
+    begun = output.settings_begun_with(Path(recipe.out)) if resume else None
+    tuner = adapt(loaded, recipe, task, start, begun=begun, seed=seed)
     if note := order_note(start, tuner, data.labels):
         say(console, note)
     if isinstance(task, GenerationTask) and (note := cut_at_positions_(arguments, loaded)):

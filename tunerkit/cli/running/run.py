@@ -19,7 +19,7 @@ from tunerkit.cli.running.baseline import NoBaselineError, head_alone
 from tunerkit.cli.running.data import prepare_data
 from tunerkit.cli.running.describing import conclude, describe, tell
 from tunerkit.cli.running.learning import below_baseline
-from tunerkit.cli.running.preparing import is_of_earlier_version, prepare, settled
+from tunerkit.cli.running.preparing import arguments_of, is_of_earlier_version, prepare, settled
 from tunerkit.cli.running.record import (
     Trained,
     adapter_facts,
@@ -85,7 +85,8 @@ def run(
             say(console, "dry run: nothing was trained and nothing was written")
             return
         known: dict[str, Any] = {"task": task.name, "method": session.tuner.method}
-        kept = with_full_paths(attrs.evolve(recipe, **known, train_on_prompts=task.trains_on_prompts))
+        known |= {"training": arguments_of(recipe, task), "train_on_prompts": task.trains_on_prompts}
+        kept = with_full_paths(attrs.evolve(recipe, **known))
         output.refuse_processor(folder, session.loaded.processor)
         with hardware.computing_in(session.precision, session.loaded.model.device):
             before = task.samples(session.loaded, data.held_out)
