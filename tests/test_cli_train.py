@@ -188,7 +188,7 @@ def test_a_precision_that_contradicts_another_is_one_error(folder: Path, argumen
 def test_a_run_that_an_earlier_version_began_keeps_the_defaults_of_then(arguments: list[str], tmp_path: Path) -> None:
     """Its recipe left them to the task and to the method, which have other defaults now. No earlier recipe has them."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    then = {"warmup_steps": 0.06, "lr_scheduler_type": "linear", "adam_beta2": 0.999, "max_grad_norm": 1.0}
+    then = {"warmup_steps": 0.06, "adam_beta2": 0.999, "max_grad_norm": 1.0}
     call = [*arguments, *(part for name, value in then.items() for part in ("--set", f"{name}={value}"))]
     succeeded(*call, "--out", whole)
     with signalled(12, signal.SIGINT):
@@ -1075,7 +1075,7 @@ def test_a_run_that_learns_nothing_says_so_everywhere(folder: Path, tmp_path: Pa
     assert "guessing gives 0.693" in done.stdout
     kinds = [problem["kind"] for problem in record_of(new)["problems"]]
     assert kinds == ["no_learning", "one_class"], record_of(new)["problems"]
-    advice = "try --lr 0.001, or more epochs, and check that the labels fit the rows"
+    advice = "try --lr 0.0012, or more epochs, and check that the labels fit the rows"
     assert advice in done.stdout
     assert advice in (new / "report.html").read_text(encoding="utf-8").partition("<h1>")[0]
     assert "this run did not learn" in succeeded("show", new).stdout
@@ -1105,7 +1105,7 @@ def test_a_run_is_restarted_from_its_last_good_checkpoint_at_half_the_rate(folde
     options = ("--method", "toy-growing", "--model", folder / "tiny", "--data", tmp_path / "data.csv", "--out", new)
     settings = ("--lr", "0.01", "--epochs", "5", "--batch-size", "8", "--set", "on_collapse=restart")
     # With other values, the loss is not lost before the next checkpoint, or in another way.
-    usual = ("lr_scheduler_type=linear", "warmup_steps=0.06", "adam_beta2=0.999", "max_grad_norm=1.0")
+    usual = ("warmup_steps=0.06", "adam_beta2=0.999", "max_grad_norm=1.0")
     with collapsing(101):
         done = succeeded("train", *options, *settings, *(word for each in usual for word in ("--set", each)))
     record = record_of(new)
@@ -1222,7 +1222,7 @@ def test_a_baseline_that_is_better_is_a_problem(
     done = succeeded(*arguments, "--out", tmp_path / "new", "--baseline", "--set", "max_steps=2")
     (problem,) = record_of(tmp_path / "new")["problems"]
     assert problem["kind"] == "head_alone"
-    assert f"this run learned less than it should: {problem['text']}; try --lr 0.001," in done.stdout
+    assert f"this run learned less than it should: {problem['text']}; try --lr 0.0012," in done.stdout
     assert problem["text"] in (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
 
 

@@ -25,7 +25,6 @@ class Recipe:
         warmup: The share of steps in which the learning rate rises linearly.
         beta2: AdamW's second β.
         clip: The norm above which gradients are clipped.
-        power: The power of the share of steps left, which the learning rate follows after the warm-up: 1 is linear.
         precision: ``"fp32"``, or ``"bf16"`` for autocast.
     """
 
@@ -36,7 +35,6 @@ class Recipe:
     warmup: float = 0.06
     beta2: float = 0.999
     clip: float = 1.0
-    power: float = 1.0
     precision: str = "fp32"
 
     def total_steps(self, rows: int) -> int:
@@ -44,11 +42,10 @@ class Recipe:
         return self.epochs * math.ceil(rows / self.batch_size)
 
 
-def rate_at(step: int, total: int, warmup: float = 0.06, power: float = 1.0) -> float:
-    """The learning rate's factor at ``step`` (from 0) of ``total``: linear warmup, then polynomial decay to 0."""
+def rate_at(step: int, total: int, warmup: float = 0.06) -> float:
+    """The learning rate's factor at ``step`` (from 0) of ``total``: linear warmup, then linear decay to 0."""
     rise = max(1, round(warmup * total))
-    left: float = ((total - step) / max(1, total - rise)) ** power
-    return min((step + 1) / rise, left)
+    return min((step + 1) / rise, (total - step) / max(1, total - rise))
 
 
 def train(
@@ -70,7 +67,7 @@ def train(
     lengths = rows.lengths
     total = recipe.total_steps(len(lengths))
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    scheduler = LambdaLR(optimizer, lambda step: rate_at(step, total, recipe.warmup, recipe.power))
+    scheduler = LambdaLR(optimizer, lambda step: rate_at(step, total, recipe.warmup))
     connect(model, optimizer, total)
     model.train(dropout)
     for _ in range(recipe.epochs):

@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from tunerkit import ConfigError, TunerkitError
 from tunerkit.cli.running import hardware
 from tunerkit.cli.running.output import CHECKPOINTS
-from tunerkit.cli.tasks.base import Task, over
+from tunerkit.cli.tasks.base import Task
 from tunerkit.errors import closest, shown
 from tunerkit.report.scores import is_better_high
 
@@ -67,7 +67,7 @@ def trainer_arguments(task: Task, training: Mapping[str, Any], out: Path, *, pre
     problems += _wrong_values(kind, training)
     if problems:
         raise ConfigError(problems)
-    settings = {**_defaults(names, precision), **over(task.defaults, training), "output_dir": str(out / CHECKPOINTS)}
+    settings = {**_defaults(names, precision), **task.defaults, **training, "output_dir": str(out / CHECKPOINTS)}
     if not has_eval:
         settings["eval_strategy"] = "no"
     if "max_length" in names and "max_length" not in training:

@@ -38,7 +38,6 @@ def build_trainer(kind: type[Any], arguments: Any, *, callbacks: Sequence[Any] =
         trainer = kind(args=arguments, callbacks=[*callbacks, Resumable()], **settings)
     arguments.output_dir = trainer.args.output_dir = str(wanted)  # a trainer may copy its arguments
     trainer.remove_callback(PrinterCallback)
-    trainer.create_scheduler = partial(_schedule, trainer, trainer.create_scheduler)
     trainer.get_batch_samples = partial(_batches, trainer, trainer.get_batch_samples)
     return trainer
 
@@ -78,22 +77,6 @@ def refuse_untrainable(trainer: Any) -> None:
             num_training_steps=steps,
             scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),
         )
-
-
-def _schedule(trainer: Any, create: Callable[..., Any], num_training_steps: int, *arguments: Any, **more: Any) -> Any:
-    """The schedule of the learning rate; a linear one if the warm-up takes every step.
-
-    transformers' polynomial divides by the steps after the warm-up. Both are the same until then.
-    """
-    args = trainer.args
-    if args.lr_scheduler_type != "polynomial" or args.get_warmup_steps(num_training_steps) < num_training_steps:
-        return create(num_training_steps, *arguments, **more)
-    given = args.lr_scheduler_type, args.lr_scheduler_kwargs
-    args.lr_scheduler_type, args.lr_scheduler_kwargs = "linear", None
-    try:
-        return create(num_training_steps, *arguments, **more)
-    finally:
-        args.lr_scheduler_type, args.lr_scheduler_kwargs = given
 
 
 def _batches(trainer: Any, draw: Callable[..., Any], *arguments: Any) -> Any:

@@ -26,7 +26,7 @@ from tunerkit.cli.running.restarting import MOST, SLOWER, read_restarts, slower
 from tunerkit.cli.running.session import Session
 from tunerkit.cli.running.starting import start_of
 from tunerkit.cli.running.telling import say
-from tunerkit.cli.tasks.base import USUAL, Task, over
+from tunerkit.cli.tasks.base import USUAL, Task
 from tunerkit.cli.tasks.causal_lm import CausalLm, settle_prompts_
 from tunerkit.cli.tasks.generating import GenerationTask
 from tunerkit.cli.tasks.texts import labels_of, short_to_long
@@ -60,13 +60,13 @@ def settled(recipe: Recipe, folder: Path, *, resume: bool) -> Recipe:
 
 def _earlier_defaults(task: str | None) -> dict[str, Any]:
     """The arguments of the trainer that a recipe of an earlier version left to defaults which are others now."""
-    return {**USUAL} if task in ("causal-lm", "preference") else {"learning_rate": 1e-3, **USUAL}
+    return {} if task in ("causal-lm", "preference", "seq2seq") else {"learning_rate": 1e-3, **USUAL}
 
 
 def arguments_of(recipe: Recipe, task: Task) -> dict[str, Any]:
     """The trainer's arguments of a recipe, with the task's where it is silent."""
     demo = {} if recipe.data is not None else demo_of(task.name, "data").training
-    return over(task.defaults, {**demo, **recipe.training})
+    return {**task.defaults, **demo, **recipe.training}
 
 
 def prepare(

@@ -61,30 +61,11 @@ class Results:
 
 # How classifiers are trained, and other heads that start at random. Adam's usual values let a run be lost at twice the
 # default rate; with these it is not (docs/quality-record.md, "How far the default rate is from collapse").
-STEADY: Mapping[str, Any] = {
-    "warmup_steps": 0.1,
-    "lr_scheduler_type": "polynomial",
-    "lr_scheduler_kwargs": {"power": 0.5, "lr_end": 0.0},
-    "adam_beta2": 0.95,
-    "max_grad_norm": 0.3,
-}
+STEADY: Mapping[str, Any] = {"warmup_steps": 0.1, "adam_beta2": 0.95, "max_grad_norm": 0.3}
 # How language models are trained, and how all tasks were before: a recipe of an earlier version is silent about these.
-USUAL: Mapping[str, Any] = {
-    "warmup_steps": 0.06,
-    "lr_scheduler_type": "linear",
-    "adam_beta2": 0.999,
-    "max_grad_norm": 1.0,
-}
+USUAL: Mapping[str, Any] = {"warmup_steps": 0.06, "adam_beta2": 0.999, "max_grad_norm": 1.0}
 TEXT = Column("text", ("sentence", "sentence1", "premise", "review", "content", "document"), option="--text-column")
 LABEL = Column("label", ("labels", "class", "category"), predicted=True, option="--label-column")
-
-
-def over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of the trainer with others over them. Those of a schedule go when another schedule is given."""
-    left = dict(defaults)
-    if "lr_scheduler_type" in given:
-        left.pop("lr_scheduler_kwargs", None)
-    return {**left, **given}
 
 
 class Task(ABC):
@@ -211,7 +192,7 @@ class Task(ABC):
         """The trainer's arguments, where a recipe does not set them."""
         return {
             "num_train_epochs": 3,
-            "learning_rate": 1e-3,
+            "learning_rate": 1.2e-3,
             "per_device_train_batch_size": 32,
             "per_device_eval_batch_size": 64,
             "weight_decay": 0.0,

@@ -9,7 +9,7 @@ import jinja2
 
 from tunerkit.cli.rows.reading import DataError, Table
 from tunerkit.cli.tasks.answering import Answering
-from tunerkit.cli.tasks.base import USUAL, Results, Row, Task, over
+from tunerkit.cli.tasks.base import USUAL, Results, Row, Task
 from tunerkit.cli.tasks.texts import positions_of
 from tunerkit.errors import shown
 from tunerkit.integrations.pretrained import Pretrained
@@ -56,7 +56,7 @@ class GenerationTask(Task):
     def defaults(self) -> dict[str, Any]:
         """Language models are larger, and their rows longer."""
         sizes = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8}
-        return over(super().defaults, {"num_train_epochs": 1, "learning_rate": 2e-4, **sizes, **USUAL})
+        return {**super().defaults, "num_train_epochs": 1, "learning_rate": 2e-4, **sizes, **USUAL}
 
     def evaluate(self, trainer: Any, dataset: Any) -> Results:
         """The loss and the perplexity."""

@@ -78,7 +78,7 @@ class ImageClassification(Task):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Images bear twice the rate of texts. The trainer keeps their column, which the transform reads."""
+        """Images bear a higher rate than texts. The trainer keeps their column, which the transform reads."""
         return {**super().defaults, "learning_rate": 2e-3, "remove_unused_columns": False}
 
     def trainer_settings(self, loaded: Pretrained) -> dict[str, Any]:

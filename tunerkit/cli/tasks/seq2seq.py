@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from tunerkit.cli.tasks.answering import Answering
-from tunerkit.cli.tasks.base import STEADY, Column, Row, require_text
+from tunerkit.cli.tasks.base import Column, Row, require_text
 from tunerkit.cli.tasks.generating import GREEDY, SAMPLES, GenerationTask, generate
 from tunerkit.cli.tasks.texts import token_limit
 from tunerkit.integrations.pretrained import Pretrained
@@ -37,8 +37,8 @@ class Seq2Seq(GenerationTask):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Encoder-decoder models are trained as long, and at the same rate, as classifiers."""
-        return {**super().defaults, "num_train_epochs": 3, "learning_rate": 1e-3, **STEADY}
+        """Encoder-decoder models are trained longer than other language models, at a higher rate."""
+        return {**super().defaults, "num_train_epochs": 3, "learning_rate": 1e-3}
 
     def trainer_classes(self) -> tuple[type[Any], type[Any]]:
         """The trainer of transformers for encoder-decoder models."""
