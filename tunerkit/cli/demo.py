@@ -75,8 +75,8 @@ _DEMOS = {
         train_rows=4000,
         held_out_rows=3000,
         training={"eval_strategy": "no"},  # once at the end: 3,000 rows cost as much as 40 steps
-        # At the default rate, seeds 0 to 2, fp32 and bf16, LoRA and AdaLoRA: 0.843 to 0.860. On fewer of the same
-        # sentences, movie-2 in docs/quality-record.md has 0.839 (LoRA) and 0.841 (AdaLoRA) over five seeds.
+        # AdaLoRA at the default rate, one thread: 0.8497, 0.8490, 0.8497 in fp32 (seeds 0 to 2), 0.8453 in bf16 (seed
+        # 0). On fewer of the same sentences, movie-2 in docs/quality-record.md has 0.839 (LoRA) and 0.841 (AdaLoRA).
         good=Good("accuracy", 0.83, 0.86, head_alone=0.70),
     ),
     "causal-lm": Demo(assets.demo_language_model, "SmolLM2-135M-Instruct", conversations, 128, 16),
