@@ -1,4 +1,4 @@
-"""How far the default learning rate stands below collapse: as training is by default, and with a candidate for it."""
+"""How far the default learning rate stands below collapse, before and after the command's values were changed."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

@@ -50,7 +50,7 @@ class TokenClassification(Task):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Every word is an example, so that tags bear a higher rate than whole texts."""
+        """Tags bear a higher rate than whole texts: see brown-tags in docs/quality-record.md."""
         return {**super().defaults, "learning_rate": 2e-3}
 
     def labels(self, rows: Sequence[Row]) -> tuple[str, ...]:
