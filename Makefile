@@ -11,7 +11,7 @@ DEMO_LM_OUT ?= out/demo-lm
 
 BIN := .venv/bin
 CORE_BIN := .venv-core/bin
-NAMES := lora adalora peft gguf diffusers quant
+NAMES := lora adalora peft gguf diffusers quant cli testing
 PROJECTS := pyproject.toml $(NAMES:%=plugins/%/pyproject.toml)
 PLUGINS := $(NAMES:%=-e plugins/%)
 PYTEST := -m pytest -n $(WORKERS) $(PYTEST_ARGS)
@@ -103,9 +103,9 @@ $(DEV_READY): $(PROJECTS) | $(BIN)/python
 	$(BIN)/python -m pip install -e ".[dev]" $(PLUGINS)
 	touch $@ $(DEMO_READY) $(LM_READY)
 
-# Everything except the plugins: tests that pass here do not depend on a method.
+# No plugin: tests that pass here depend on core alone.
 $(CORE_READY): pyproject.toml | $(CORE_BIN)/python
-	$(CORE_BIN)/python -m pip install -e ".[cli,hf,plot,test]"
+	$(CORE_BIN)/python -m pip install -e ".[hf,test]"
 	touch $@
 
 $(QUANTISERS_READY): $(PROJECTS) | .venv-quantisers/bin/python

@@ -2,7 +2,7 @@
 
 import gc
 
-from tests import machines
+from tests.support import machines
 
 machines.believe_()
 

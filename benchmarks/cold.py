@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-_COMMAND = ("-m", "tunerkit.cli")
+_COMMAND = ("-m", "tunerkit_cli")
 _REPEATS = 5
 
 

@@ -71,7 +71,10 @@ MUTATIONS = (
         "mutated configs", "tunerkit/config/settings.py", "except Exception as error:", "except ValueError as error:"
     ),
     Mutation(
-        "mutated YAML", "tunerkit/cli/settings.py", "except Exception as problem:", "except yaml.YAMLError as problem:"
+        "mutated YAML",
+        "plugins/cli/tunerkit_cli/settings.py",
+        "except Exception as problem:",
+        "except yaml.YAMLError as problem:",
     ),
     Mutation(
         "evil pickles and import names",
@@ -99,7 +102,7 @@ MUTATIONS = (
     ),
     Mutation(
         "commands without room",
-        "tunerkit/cli/running/training.py",
+        "plugins/cli/tunerkit_cli/running/training.py",
         "if listing.is_saving and isinstance(problem, OSError | RuntimeError):",
         "if False:",
     ),

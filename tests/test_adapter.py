@@ -13,10 +13,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit.testing.registering import registered
-from tunerkit.testing.small import X, net, step, train, trainable
-from tunerkit.testing.toy_growing import Growing, GrowingPlugin
-from tunerkit.testing.toy_methods import ShiftConfig
+from tests.support.toy_growing import Growing, GrowingPlugin
+from tunerkit_testing.registering import registered
+from tunerkit_testing.small import X, net, step, train, trainable
+from tunerkit_testing.toy_methods import ShiftConfig
 
 pytestmark = pytest.mark.core_only
 

@@ -15,9 +15,9 @@ from tunerkit.serialization.adapter_file import header_of, save_tuner
 from tunerkit.serialization.training_state import restore_
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
-from tests.adapter_files import assert_refused
+from tests.support.adapter_files import assert_refused
 
 pytestmark = [pytest.mark.core_only, pytest.mark.filterwarnings("ignore:.*running statistics")]
 

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import tunerkit
+from tests.support.noting import NotingPlugin, hooks_of, per_step
 from tunerkit.errors import AdapterError, StepError
 from tunerkit.injection import slots_of, walk
 from tunerkit.injection.slots import apply_slots
 from tunerkit.steps import detach, drive
-from tunerkit.testing.matrix import is_long
-from tunerkit.testing.noting import NotingPlugin, hooks_of, per_step
-from tunerkit.testing.registering import registered
-from tunerkit.testing.toy_methods import ShiftConfig
+from tunerkit_testing.matrix import is_long
+from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_methods import ShiftConfig
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 pytestmark = [pytest.mark.core_only, pytest.mark.filterwarnings("ignore:.*running statistics")]
 LAYERS = {"targets": ["layers.0", "layers.1"]}

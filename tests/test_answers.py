@@ -19,7 +19,7 @@ from torch import nn
 import tunerkit
 from tunerkit import hooks, injection
 from tunerkit.errors import PluginError, TunerkitWarning
-from tunerkit.testing.registering import registered
+from tunerkit_testing.registering import registered
 
 pytestmark = pytest.mark.core_only
 

@@ -21,7 +21,7 @@ import tunerkit
 from tunerkit.errors import AdapterError
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 pytestmark = pytest.mark.core_only
 

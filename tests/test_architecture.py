@@ -34,7 +34,7 @@ pytestmark = pytest.mark.core_only
 ROOT = Path(__file__).parents[1]
 CORE = "tunerkit"
 PACKAGES = {CORE: ROOT / CORE, **{path.name: path for path in sorted(ROOT.glob("plugins/*/tunerkit_*"))}}
-OPTIONAL = ("cli", "integrations", "report", "testing")  # these parts of core may need an extra
+OPTIONAL = ("integrations",)  # this part of core may need an extra
 TEST_FILES = sorted([*ROOT.glob("tests/**/test_*.py"), *ROOT.glob("plugins/*/tests/**/test_*.py")])
 PLUGGY = frozenset({"pluggy", "tunerkit.markers", "tunerkit.hooks.specs", "tunerkit.hooks.registry"})
 # The only core files that may use a library's private names.
@@ -51,7 +51,9 @@ LIBRARIES = frozenset(
     {"transformers", "accelerate", "timm", "diffusers", "torchvision", "peft", "trl", "bitsandbytes", "deepspeed"}
     | {"lightning", "pytorch_lightning", "torchao", "torchaudio", "sentence_transformers", "huggingface_hub"}
 )
-NAMES_OF_LIBRARIES = ("libraries", "integrations", "cli", "testing")  # the parts of core where these may stand
+NAMES_OF_LIBRARIES = ("libraries", "integrations")  # the parts of core where these may stand
+# Distributions that bring no method and no kind of layer: the command, and what authors of methods test with.
+TOOLS = ("tunerkit_cli", "tunerkit_testing")
 ARITHMETIC_MODULES = frozenset({"cmath", "math", "numpy", "operator", "statistics"})
 ARITHMETIC_BUILTINS = frozenset({"abs", "divmod", "pow", "round", "sum"})
 
@@ -59,7 +61,7 @@ ARITHMETIC_BUILTINS = frozenset({"abs", "divmod", "pow", "round", "sum"})
 # packages in one row never import each other.
 ROWS: tuple[tuple[str, ...], ...] = (
     ("errors", "markers", "paths", "records"),
-    ("patterns", "config", "report"),
+    ("patterns", "config"),
     ("libraries",),
     ("layers", "parallel"),
     ("hooks", "targets"),
@@ -69,9 +71,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("integrations",),
     ("api",),
     ("__init__",),
-    ("testing",),
-    ("cli",),
-    ("__main__",),
+    ("__main__", "testing"),  # what `python -m tunerkit` runs, and the old name of a distribution
 )
 
 
@@ -262,7 +262,7 @@ def sources() -> Sources:
 def test_the_modules_that_the_rules_are_about_exist(sources: Sources) -> None:
     """The laws below apply to core's modules and to each plugin's ``plugin`` module."""
     assert f"{CORE}.hooks.registry" in sources
-    assert all(f"{package}.plugin" in sources for package in PACKAGES if package != CORE)
+    assert all(f"{package}.plugin" in sources for package in PACKAGES if package not in (CORE, *TOOLS))
     assert {"tunerkit_lora.adapter", "tunerkit_adalora.svd_layer"} < set(adapter_modules(sources))
 
 
@@ -303,8 +303,9 @@ def test_core_imports_no_plugin(sources: Sources) -> None:
 
 @pytest.mark.parametrize("package", [package for package in PACKAGES if package != CORE])
 def test_plugins_do_not_import_each_other(sources: Sources, package: str) -> None:
-    """A plugin imports only the core and its own modules."""
-    assert foreign_imports(sources, package, [other for other in PACKAGES if other != CORE]) == []
+    """A plugin imports only the core and its own modules; one that extends the command what that offers for it."""
+    found = foreign_imports(sources, package, [other for other in PACKAGES if other != CORE])
+    assert [line for line in found if not line.endswith(".commands imports tunerkit_cli.plugin")] == []
 
 
 def test_core_imports_at_module_level_only_what_its_distribution_asks_for(sources: Sources) -> None:
@@ -323,7 +324,7 @@ def test_plugin_modules_hold_no_arithmetic(sources: Sources) -> None:
 
 def test_only_plugin_modules_of_a_plugin_know_pluggy(sources: Sources) -> None:
     """The arithmetic of a method can be read, tested and used without the plugin machinery."""
-    plugins = [name for name in sources if not belongs(name, [CORE]) and not name.endswith((".plugin", ".commands"))]
+    plugins = [n for n in sources if not belongs(n, [CORE, *TOOLS]) and not n.endswith((".plugin", ".commands"))]
     offenders = {name: defining_imports(sources[name], sources, deep=True) & PLUGGY for name in plugins}
     assert {name: found for name, found in offenders.items() if found} == {}
 
@@ -332,7 +333,7 @@ def test_only_the_registry_and_what_it_is_made_of_import_pluggy(sources: Sources
     """All other core modules call plugins through the registry."""
     users = {n for n, s in sources.items() if belongs(n, [CORE]) and "pluggy" in imported(s, sources, deep=True)}
     within_hooks = {f"{CORE}.hooks.{name}" for name in ("catalog", "validation", "registry")}
-    assert users == {f"{CORE}.markers", f"{CORE}.cli.plugin_commands", *within_hooks}
+    assert users == {f"{CORE}.markers", *within_hooks}
 
 
 def test_adapters_never_import_the_registry(sources: Sources) -> None:
@@ -343,7 +344,8 @@ def test_adapters_never_import_the_registry(sources: Sources) -> None:
 
 def test_private_names_of_torch_stand_in_one_file(sources: Sources) -> None:
     """A new release of torch then affects one file; the testing kit and the command are checked too."""
-    core = {name: source for name, source in sources.items() if belongs(name, [CORE]) and name != PRIVATE["torch"]}
+    ours = [CORE, *TOOLS]
+    core = {name: source for name, source in sources.items() if belongs(name, ours) and name != PRIVATE["torch"]}
     attributes = torch_attributes() | set(private_attributes(sources[PRIVATE["torch"]]))
     found = {name: private_of("torch", source, attributes) for name, source in core.items()}
     assert {name: touched for name, touched in found.items() if touched} == {}
@@ -357,7 +359,7 @@ def test_private_names_of_transformers_stand_in_one_file(sources: Sources) -> No
 
         kinds = (transformers.Trainer, transformers.PreTrainedModel, transformers.PreTrainedConfig)
         attributes |= {name for kind in kinds for name in dir(kind) if is_private(name)} - torch_attributes()
-    core = {name: s for name, s in sources.items() if belongs(name, [CORE]) and name not in PRIVATE.values()}
+    core = {name: s for name, s in sources.items() if belongs(name, [CORE, *TOOLS]) and name not in PRIVATE.values()}
     found = {name: private_of("transformers", source, attributes) for name, source in core.items()}
     assert {name: touched for name, touched in found.items() if touched} == {}
     assert "transformers" not in imported(sources[PRIVATE["transformers"]], sources, deep=True)
@@ -548,7 +550,7 @@ def test_the_registry_is_found_behind_other_modules(text: str) -> None:
 
 def test_an_undeclared_dependency_is_found() -> None:
     """Only in core's plain part: an optional part declares an extra."""
-    core = sample(tunerkit="import torch", tunerkit__wrap="import yaml", tunerkit__cli="import typer")
+    core = sample(tunerkit="import torch", tunerkit__wrap="import yaml", tunerkit__integrations="import yaml")
     assert undeclared(core, requirement_names(["torch>=2.9"])) == ["tunerkit.wrap imports yaml"]
 
 

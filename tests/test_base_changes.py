@@ -14,7 +14,7 @@ import tunerkit
 from tunerkit.errors import TunerkitWarning
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 pytestmark = pytest.mark.core_only
 
@@ -92,7 +92,7 @@ def test_what_follows_the_advice_is_silent(toys: "Toys", tmp_path: Path) -> None
 def test_a_trainer_says_it_once_in_a_run(toys: "Toys", thawed: str, tmp_path: Path) -> None:
     """At attach, or at the start of training if parameters are thawed in between; no checkpoint repeats it."""
     transformers = pytest.importorskip("transformers")
-    from tunerkit.testing.trainer_toys import Regression, RegressionRows, arguments
+    from tunerkit_testing.trainer_toys import Regression, RegressionRows, arguments
 
     model: Any = tunerkit.wrap(Regression(), "toy-low-rank", {"targets": ["first"]})
     options = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=1)

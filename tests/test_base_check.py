@@ -14,9 +14,9 @@ import tunerkit
 from tunerkit.errors import BaseMismatchError, TargetError
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
-from tests.adapter_files import assert_refused
+from tests.support.adapter_files import assert_refused
 
 pytestmark = [pytest.mark.core_only, pytest.mark.filterwarnings("ignore:.*running statistics")]
 

@@ -15,7 +15,7 @@ from tunerkit.serialization.beside import beside_of
 from tunerkit.serialization.reading import read
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 pytestmark = pytest.mark.core_only
 

@@ -10,9 +10,9 @@ import tunerkit
 from tunerkit.errors import PluginError
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
-from tests.model_checks import untouched
-from tunerkit.testing.registering import registered
+    from tests.support.toys import Toys
+from tests.support.model_checks import untouched
+from tunerkit_testing.registering import registered
 
 pytestmark = pytest.mark.core_only
 

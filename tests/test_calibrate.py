@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import tunerkit
-from tunerkit.testing.registering import registered
-from tunerkit.testing.small import LABELS, X, loss_of, net, step, train, trainable
-from tunerkit.testing.toy_methods import LowRankConfig, LowRankPlugin
-from tunerkit.testing.toy_starts import Fitted, FittedPlugin
+from tests.support.toy_starts import Fitted, FittedPlugin
+from tunerkit_testing.registering import registered
+from tunerkit_testing.small import LABELS, X, loss_of, net, step, train, trainable
+from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
 
 pytestmark = pytest.mark.core_only
 

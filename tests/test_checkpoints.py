@@ -14,11 +14,11 @@ pytest.importorskip("transformers", reason="the Trainer is transformers'")
 pytest.importorskip("accelerate", reason="the Trainer needs it")
 from transformers import Trainer, TrainerCallback
 
-from tunerkit.testing.trainer_toys import Regression, RegressionRows, TokenRows, arguments
-from tunerkit.testing.transformers_cases import bert
+from tunerkit_testing.trainer_toys import Regression, RegressionRows, TokenRows, arguments
+from tunerkit_testing.transformers_cases import bert
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 
 class Tokenizer:

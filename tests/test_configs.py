@@ -19,7 +19,7 @@ from hypothesis import Phase, example, find, given, settings, strategies as st
 from tunerkit.config import AdapterConfig, from_mapping, unstructure
 from tunerkit.config.settings import setting
 from tunerkit.errors import ConfigError
-from tunerkit.testing.strategies import configs_of, values_of
+from tunerkit_testing.strategies import configs_of, values_of
 
 pytestmark = pytest.mark.core_only
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from tests.target_models import chosen, scanned, silent
+from tests.support.target_models import chosen, scanned, silent
 from tunerkit import targets
 from tunerkit.errors import TargetError, TunerkitWarning
 from tunerkit.libraries import DEFAULT_TARGETS

@@ -13,11 +13,11 @@ from torch.distributed.checkpoint import state_dict, state_dict_loader, state_di
 
 import tunerkit
 from tunerkit.libraries import torch_private
-from tunerkit.testing.registering import registered
-from tunerkit.testing.toy_methods import LowRankConfig, LowRankPlugin
+from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 pytestmark = pytest.mark.core_only
 

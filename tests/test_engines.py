@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 import tunerkit
+from tests.support import two_processes
+from tests.support.sharded import shard_and_try
 from tunerkit.errors import AdapterError, TargetError
 from tunerkit.injection import is_merged
 from tunerkit.libraries import ENGINES
-from tunerkit.testing import two_processes
-from tunerkit.testing.sharded import shard_and_try
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 VERBS = ("wrap", "attach", "save", "merge")
 TARGETS = {"targets": ["layers.0", "layers.1"]}

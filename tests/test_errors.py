@@ -23,8 +23,8 @@ from tunerkit.errors import (
     shown,
 )
 from tunerkit.targets import resolution
-from tunerkit.testing.registering import registered
-from tunerkit.testing.toy_methods import ShiftPlugin
+from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_methods import ShiftPlugin
 
 pytestmark = pytest.mark.core_only
 

@@ -12,7 +12,7 @@ import tunerkit
 from tunerkit.serialization.fingerprint import SAMPLES, differences, fingerprint
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 pytestmark = pytest.mark.core_only
 

@@ -10,9 +10,9 @@ import tunerkit
 from tunerkit.errors import FileError
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
-from tests.adapter_files import assert_refused, rewritten
+from tests.support.adapter_files import assert_refused, rewritten
 
 pytestmark = [pytest.mark.core_only, pytest.mark.filterwarnings("ignore:.*running statistics")]
 

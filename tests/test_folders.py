@@ -10,7 +10,7 @@ import tunerkit
 pytest.importorskip("transformers", reason="the Trainer is transformers'")
 pytest.importorskip("accelerate", reason="the Trainer needs it")
 from tunerkit.integrations.folders import folder_of
-from tunerkit.testing.trainer_toys import Regression
+from tunerkit_testing.trainer_toys import Regression
 
 pytestmark = pytest.mark.usefixtures("toys")
 ODD = "Adapter A"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
+from tests.support import toy_formats
 from tunerkit import hooks, serialization
 from tunerkit.errors import (
     AdapterError,
@@ -26,13 +27,12 @@ from tunerkit.errors import (
     UnknownFormatError,
     UnknownMethodError,
 )
-from tunerkit.testing import toy_formats
-from tunerkit.testing.registering import registered
-from tunerkit.testing.toy_adapters import SCALE, Declared, LowRank
-from tunerkit.testing.toy_methods import LowRankConfig, LowRankPlugin
+from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_adapters import SCALE, Declared, LowRank
+from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 
 class Product(Declared):

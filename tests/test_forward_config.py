@@ -19,7 +19,7 @@ from tunerkit.serialization.forward_config import forward_config, forward_differ
 from tunerkit.serialization.header import digest
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 pytestmark = pytest.mark.core_only
 

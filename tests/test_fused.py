@@ -17,10 +17,10 @@ from tunerkit.injection.slots import Slot, Slots, apply_slots
 from tunerkit.layers import as_base_layer, fused
 from tunerkit.layers.fused import mark_fresh, plain_form
 from tunerkit.layers.low_rank import add_low_rank
-from tunerkit.testing.counting import Counting
+from tunerkit_testing.counting import Counting
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 pytestmark = pytest.mark.core_only
 

@@ -21,8 +21,8 @@ from tunerkit.layers import as_base_layer
 from tunerkit.layers.linear import LinearLayer
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
-from tunerkit.testing.registering import registered
+    from tests.support.toys import Toys
+from tunerkit_testing.registering import registered
 
 pytestmark = pytest.mark.core_only
 

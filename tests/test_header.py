@@ -16,9 +16,9 @@ from tunerkit.serialization.adapter_file import read
 from tunerkit.serialization.header import decode, digest
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
-from tests.adapter_files import LONG, assert_refused, in_place, rewritten, wrong
+from tests.support.adapter_files import LONG, assert_refused, in_place, rewritten, wrong
 
 pytestmark = [pytest.mark.core_only, pytest.mark.filterwarnings("ignore:.*running statistics")]
 

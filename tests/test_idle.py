@@ -12,12 +12,12 @@ from torch import Tensor, nn
 import tunerkit
 from tunerkit import hooks, serialization
 from tunerkit.errors import TunerkitWarning
-from tunerkit.testing.registering import registered
-from tunerkit.testing.toy_adapters import LowRank
-from tunerkit.testing.toy_methods import LowRankConfig
+from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_adapters import LowRank
+from tunerkit_testing.toy_methods import LowRankConfig
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 pytestmark = pytest.mark.core_only
 

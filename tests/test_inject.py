@@ -11,14 +11,14 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 import tunerkit
-from tests.conftest import FULL
-from tests.interrupting import half_done, interrupt, same_state, state_of
+from tests.support.interrupting import half_done, interrupt, same_state, state_of
+from tests.support.toys import FULL
 from tunerkit.errors import AdapterError
 from tunerkit.injection import tuners_of
 from tunerkit.paths import is_adapter_path
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 pytestmark = pytest.mark.core_only
 

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 import tunerkit
-from tests.interrupting import half_done
+from tests.support.interrupting import half_done
 from tunerkit.errors import AdapterError, PluginError, StepError, TunerkitWarning
 from tunerkit.injection import is_merged
-from tunerkit.testing.registering import registered
-from tunerkit.testing.toy_methods import ShiftConfig
+from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_methods import ShiftConfig
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 pytestmark = [pytest.mark.core_only, pytest.mark.filterwarnings("ignore:.*running statistics")]
 

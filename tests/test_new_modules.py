@@ -14,7 +14,7 @@ import tunerkit
 from tunerkit.errors import TunerkitWarning
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 transformers = pytest.importorskip("transformers", reason="the marks of loaded parameters are transformers'")
 pytestmark = [pytest.mark.core_only, pytest.mark.usefixtures("toys")]

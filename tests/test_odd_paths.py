@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import tunerkit
-from tests.model_checks import losing
+from tests.support.model_checks import losing
 from tunerkit.errors import StepError, TargetError
 from tunerkit.injection import walk
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 pytestmark = pytest.mark.core_only
 

@@ -15,10 +15,10 @@ import tunerkit
 from tunerkit.errors import AdapterError, StepError, TargetError
 from tunerkit.layers import as_base_layer, plain_form
 from tunerkit.libraries import duplicate, execution_device
-from tunerkit.testing.registering import registered
+from tunerkit_testing.registering import registered
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 pytestmark = pytest.mark.core_only
 

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from tests.target_models import chosen
+from tests.support.target_models import chosen
 
 
 class Names(nn.Module):

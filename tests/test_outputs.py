@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit.testing.registering import registered
-from tunerkit.testing.toy_adapters import Affine, Scale
-from tunerkit.testing.toy_methods import LowRankPlugin
-from tunerkit.testing.toy_outputs import AffineConfig, OutputPlugin
-from tunerkit.testing.toy_readers import ScaleConfig, ScalePlugin
+from tests.support.toy_outputs import AffineConfig, OutputPlugin
+from tests.support.toy_readers import ScaleConfig, ScalePlugin
+from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_adapters import Affine, Scale
+from tunerkit_testing.toy_methods import LowRankPlugin
 
 pytestmark = pytest.mark.core_only
 
@@ -257,7 +257,7 @@ def test_what_is_asked_of_a_missing_weight_is_named() -> None:
 def test_blocks_of_a_bert_are_adapted(tmp_path: Path) -> None:
     """Norms and layers of a transformers model, saved and loaded."""
     pytest.importorskip("transformers")
-    from tunerkit.testing.transformers_cases import bert
+    from tunerkit_testing.transformers_cases import bert
 
     ids = torch.randint(61, (2, 5), generator=torch.Generator().manual_seed(0))
     config = {"targets": ["encoder.layer.0", "encoder.layer.1.output.LayerNorm"], "features": 16}

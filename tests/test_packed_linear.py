@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tunerkit
-from tests.interrupting import half_done, interrupt
+from tests.support.interrupting import half_done, interrupt
+from tests.support.toy_readers import DirectionPlugin
 from tunerkit.errors import AdapterError
 from tunerkit.serialization.fingerprint import fingerprint
 from tunerkit.serialization.whole import put_
-from tunerkit.testing.registering import registered
-from tunerkit.testing.small import X, net, train, trainable
-from tunerkit.testing.toy_methods import LowRankPlugin, ShiftPlugin
-from tunerkit.testing.toy_readers import DirectionPlugin
+from tunerkit_testing.registering import registered
+from tunerkit_testing.small import X, net, train, trainable
+from tunerkit_testing.toy_methods import LowRankPlugin, ShiftPlugin
 
 pytestmark = pytest.mark.core_only
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 import tunerkit
 from tunerkit.errors import AdapterError
 from tunerkit.injection import is_merged
-from tunerkit.testing.registering import registered
+from tunerkit_testing.registering import registered
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 pytestmark = pytest.mark.core_only
 

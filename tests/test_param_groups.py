@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import tunerkit
-from tests.resumed_loop import assert_resumes
-from tunerkit.testing.registering import registered
-from tunerkit.testing.small import net, train, trainable
-from tunerkit.testing.toy_methods import LowRankConfig, LowRankPlugin
+from tests.support.resumed_loop import assert_resumes
+from tunerkit_testing.registering import registered
+from tunerkit_testing.small import net, train, trainable
+from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
 
 pytestmark = pytest.mark.core_only
 
@@ -89,7 +89,7 @@ def test_several_adapters_and_frozen_ones() -> None:
 
 def test_shared_and_fixed_parameters_are_in_one_group_or_none() -> None:
     """What is shared is listed once; what is fixed is not trained."""
-    from tunerkit.testing.toy_shared import SharedPlugin
+    from tests.support.toy_shared import SharedPlugin
 
     with registered(SharedPlugin()):
         model = tunerkit.wrap(net(), "toy-shared", TARGETS)
@@ -164,7 +164,7 @@ def trainer_of(folder: Path, **options: Any) -> tuple[nn.Module, Any]:
     pytest.importorskip("transformers", reason="the Trainer is transformers'")
     from transformers import Trainer
 
-    from tunerkit.testing.trainer_toys import Regression, RegressionRows, arguments
+    from tunerkit_testing.trainer_toys import Regression, RegressionRows, arguments
 
     model = tunerkit.wrap(Regression(), "toy-plus", {"targets": ["first", "second"], "bias": "adapters"}, seed=0)
     defaults = {"learning_rate": 1e-2, "weight_decay": 0.1, "max_steps": 4, "lr_scheduler_type": "linear"}
@@ -211,7 +211,7 @@ def test_a_trainer_without_wishes_keeps_its_own_groups(tmp_path: Path) -> None:
     """Also an empty one, which a checkpoint from before has too: its optimizer state must still fit."""
     from transformers import Trainer
 
-    from tunerkit.testing.trainer_toys import Regression, RegressionRows, arguments
+    from tunerkit_testing.trainer_toys import Regression, RegressionRows, arguments
 
     counts = []
     for attaching in (False, True):
@@ -239,7 +239,7 @@ def test_an_optimizer_that_was_given_to_the_trainer_stays_as_it_is(tmp_path: Pat
     """Whoever builds one has chosen its groups."""
     from transformers import Trainer
 
-    from tunerkit.testing.trainer_toys import Regression, RegressionRows, arguments
+    from tunerkit_testing.trainer_toys import Regression, RegressionRows, arguments
 
     model = tunerkit.wrap(Regression(), "toy-plus", {"targets": ["first"]})
     optimizer = torch.optim.SGD(trainable(model), lr=0.1)

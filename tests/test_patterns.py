@@ -11,13 +11,13 @@ from hypothesis import given, strategies as st
 from torch import nn
 
 import tunerkit
-from tests.target_models import Net, chosen
+from tests.support.target_models import Net, chosen
 from tunerkit import patterns
 from tunerkit.errors import TargetError
 from tunerkit.patterns import matches
-from tunerkit.testing.registering import registered
-from tunerkit.testing.toy_adapters import Shift
-from tunerkit.testing.toy_methods import ShiftConfig
+from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_adapters import Shift
+from tunerkit_testing.toy_methods import ShiftConfig
 
 pytestmark = pytest.mark.core_only
 

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 import tunerkit
-from tunerkit.testing.registering import registered
-from tunerkit.testing.toy_methods import LowRankPlugin
+from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_methods import LowRankPlugin
 
 pytest.importorskip("transformers", reason="the Trainer is transformers'")
 pytest.importorskip("accelerate", reason="the Trainer needs it")
 from transformers import Trainer, TrainerCallback
 
-from tunerkit.testing.trainer_toys import Regression, RegressionRows, arguments
+from tunerkit_testing.trainer_toys import Regression, RegressionRows, arguments
 
 pytestmark = pytest.mark.core_only
 

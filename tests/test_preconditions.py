@@ -13,8 +13,8 @@ import tunerkit
 from tunerkit.errors import AdapterError, TargetError, TunerkitWarning, UnknownMethodError
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
-from tests.model_checks import untouched
+    from tests.support.toys import Toys
+from tests.support.model_checks import untouched
 
 pytestmark = pytest.mark.core_only
 

@@ -9,7 +9,7 @@ import pytest
 transformers = pytest.importorskip("transformers", reason="the models are its own")
 
 import tunerkit  # noqa: E402
-from tests.tiny_classifier import save_tiny_classifier  # noqa: E402
+from tests.support.tiny_classifier import save_tiny_classifier  # noqa: E402
 from tunerkit.integrations.bases import Base, refusing  # noqa: E402
 from tunerkit.integrations.pretrained import ModelError, is_path, load_pretrained  # noqa: E402
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.quality_needs import skip_without_what_quality_needs
+from tests.support.quality_needs import skip_without_what_quality_needs
 
 skip_without_what_quality_needs()
 
@@ -49,8 +49,8 @@ from benchmarks.quality.batches import IGNORED  # noqa: E402
 from benchmarks.quality.runs import Run, execute  # noqa: E402
 from benchmarks.quality.sources import Examples, Tagged  # noqa: E402
 from benchmarks.quality.tasks import Task  # noqa: E402
-from tests.quality_rows import row_of  # noqa: E402
-from tests.tiny_classifier import WORDS, save_tiny_classifier  # noqa: E402
+from tests.support.quality_rows import row_of  # noqa: E402
+from tests.support.tiny_classifier import WORDS, save_tiny_classifier  # noqa: E402
 from tunerkit_adalora import AdaLoraConfig  # noqa: E402
 
 

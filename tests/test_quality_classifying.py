@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.quality_needs import skip_without_what_quality_needs
+from tests.support.quality_needs import skip_without_what_quality_needs
 
 skip_without_what_quality_needs()
 
@@ -14,7 +14,7 @@ from transformers import AutoModel  # noqa: E402
 from benchmarks.quality import minilm  # noqa: E402
 from benchmarks.quality.classifying import SentenceRows, load_classifier  # noqa: E402
 from benchmarks.quality.sources import Examples  # noqa: E402
-from tests.tiny_classifier import save_tiny_classifier  # noqa: E402
+from tests.support.tiny_classifier import save_tiny_classifier  # noqa: E402
 
 PARTS = [Examples(("good film", "bad plot", "the film"), ("b", "c", "a")), Examples(("very good film",), ("c",))]
 

@@ -9,7 +9,7 @@ import attrs
 import numpy as np
 import pytest
 
-from tests.quality_needs import skip_without_what_quality_needs
+from tests.support.quality_needs import skip_without_what_quality_needs
 
 skip_without_what_quality_needs()
 
@@ -28,7 +28,7 @@ from benchmarks.quality import (  # noqa: E402
     tables,
 )
 from benchmarks.quality.runs import Run  # noqa: E402
-from tests.quality_rows import row_of, searched  # noqa: E402
+from tests.support.quality_rows import row_of, searched  # noqa: E402
 
 
 def test_ranks_between_the_ends_take_the_rates_from_one_to_the_other() -> None:

@@ -18,7 +18,7 @@ from tunerkit.errors import FileError
 from tunerkit.serialization.reading import read
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 
 @pytest.fixture(scope="module")

@@ -130,7 +130,7 @@ def test_the_options_that_the_pages_name_exist(command: str, shown: set[str]) ->
     named = {option for line in lines for option in options_in(line)}
     # A wide and plain terminal, so that the help breaks no option's name.
     environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
-    asked = [sys.executable, "-m", "tunerkit.cli", command, "--help"]
+    asked = [sys.executable, "-m", "tunerkit_cli", command, "--help"]
     told = subprocess.run(asked, env=environment, capture_output=True, text=True, timeout=1800)
     assert told.returncode == 0, told.stderr[-3000:]
     assert shown <= named <= options_in(told.stdout)

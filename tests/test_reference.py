@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import tunerkit
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 pytestmark = pytest.mark.core_only
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from tests.target_models import ALL, Attending, Net, scanned, tied_pair
+from tests.support.target_models import ALL, Attending, Net, scanned, tied_pair
 from tunerkit import targets
 from tunerkit.errors import TargetError, closest
 

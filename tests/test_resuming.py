@@ -16,8 +16,8 @@ pytest.importorskip("transformers", reason="the Trainer is transformers'")
 pytest.importorskip("accelerate", reason="the Trainer needs it")
 from transformers import Trainer
 
-from tunerkit.testing.trainer_toys import Regression, RegressionRows, arguments, attached_trainer
-from tunerkit.testing.two_trainers import resume_together
+from tests.support.two_trainers import resume_together
+from tunerkit_testing.trainer_toys import Regression, RegressionRows, arguments, attached_trainer
 
 pytestmark = [pytest.mark.core_only, pytest.mark.usefixtures("toys")]
 # What a checkpoint of two adapters consists of. Nothing reads the arguments back.

@@ -7,10 +7,10 @@ import pytest
 
 pytest.importorskip("transformers", reason="the Trainer is transformers'")
 pytest.importorskip("accelerate", reason="the Trainer needs it")
-from tunerkit.testing import resuming
-from tunerkit.testing.toy_growing import GrowingPlugin
-from tunerkit.testing.toy_shared import SharedPlugin
-from tunerkit.testing.toy_starts import FittedPlugin, PrincipalPlugin
+from tests.support.toy_growing import GrowingPlugin
+from tests.support.toy_shared import SharedPlugin
+from tests.support.toy_starts import FittedPlugin, PrincipalPlugin
+from tunerkit_testing import resuming
 
 pytestmark = pytest.mark.core_only
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import tunerkit
-from tunerkit.testing.registering import registered
-from tunerkit.testing.toy_adapters import Shift
-from tunerkit.testing.toy_methods import ShiftConfig, Shifting
+from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_adapters import Shift
+from tunerkit_testing.toy_methods import ShiftConfig, Shifting
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 pytestmark = pytest.mark.core_only
 

@@ -16,7 +16,7 @@ from tunerkit.errors import AdapterError
 from tunerkit.injection import is_merged
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 pytestmark = pytest.mark.core_only
 

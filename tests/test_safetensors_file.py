@@ -24,9 +24,9 @@ from tunerkit.serialization import safetensors_file
 from tunerkit.serialization.adapter_file import read
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
-from tests.adapter_files import assert_refused, in_place
+from tests.support.adapter_files import assert_refused, in_place
 
 pytestmark = [pytest.mark.core_only, pytest.mark.filterwarnings("ignore:.*running statistics")]
 

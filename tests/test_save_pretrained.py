@@ -16,7 +16,7 @@ import tunerkit
 from tunerkit.errors import TunerkitWarning
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 WAYS = r"tunerkit\.save\(model, path\).*unwrap\(model, keep_merged=True\).*Trainer, tunerkit\.attach"
 IDS = torch.arange(6).reshape(2, 3)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from tests.target_models import Net, chosen, scanned, tied_pair
+from tests.support.target_models import Net, chosen, scanned, tied_pair
 from tunerkit import targets
 from tunerkit.errors import TargetError
 from tunerkit.layers import Knowledge

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, strategies as st
 from torch import nn
 
-from tests.target_models import ALL, Attending, Net, chosen, scanned, silent, tied_pair
+from tests.support.target_models import ALL, Attending, Net, chosen, scanned, silent, tied_pair
 from tunerkit import targets
 from tunerkit.errors import TargetError, TunerkitWarning
 

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tunerkit
+from tests.support.toy_shared import SharedPlugin
 from tunerkit.serialization.header import digest
-from tunerkit.testing.registering import registered
-from tunerkit.testing.small import X, net, step, train, trainable
-from tunerkit.testing.toy_adapters import Matrices, Weighting
-from tunerkit.testing.toy_methods import LowRankConfig
-from tunerkit.testing.toy_shared import SharedPlugin
+from tunerkit_testing.registering import registered
+from tunerkit_testing.small import X, net, step, train, trainable
+from tunerkit_testing.toy_adapters import Matrices, Weighting
+from tunerkit_testing.toy_methods import LowRankConfig
 
 pytestmark = pytest.mark.core_only
 

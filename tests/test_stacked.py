@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit.testing.registering import registered
-from tunerkit.testing.toy_methods import LowRankPlugin, ShiftPlugin
-from tunerkit.testing.toy_readers import DirectionPlugin, ScalePlugin, SecretivePlugin
+from tests.support.toy_readers import DirectionPlugin, ScalePlugin, SecretivePlugin
+from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_methods import LowRankPlugin, ShiftPlugin
 
 pytestmark = pytest.mark.core_only
 
@@ -177,13 +177,13 @@ def test_adapters_that_declare_nothing_and_read_nothing_merge_together() -> None
 
 
 def bert() -> tuple[nn.Module, Tensor]:
-    from tunerkit.testing import transformers_cases
+    from tunerkit_testing import transformers_cases
 
     return transformers_cases.bert(), torch.randint(61, (4, 7))
 
 
 def llama() -> tuple[nn.Module, Tensor]:
-    from tunerkit.testing import transformers_cases
+    from tunerkit_testing import transformers_cases
 
     return transformers_cases.llama(), torch.randint(61, (4, 7))
 
@@ -284,7 +284,7 @@ def test_a_wrong_merge_is_seen_also_where_the_base_rounds() -> None:
 
 def test_adapters_with_a_shared_module_are_tested_where_they_share_a_target() -> None:
     """The copy that is tested has its own shared module, in the same precision."""
-    from tunerkit.testing.toy_shared import SharedPlugin
+    from tests.support.toy_shared import SharedPlugin
 
     torch.manual_seed(0)
     with registered(SharedPlugin()):

@@ -14,11 +14,11 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
 import tunerkit
+from tests.support.noting import Call, NotingPlugin, calls_of, hooks_of, per_step
 from tunerkit.injection import tuners_of
 from tunerkit.steps import drive, is_attached, optimizer_of
-from tunerkit.testing.noting import Call, NotingPlugin, calls_of, hooks_of, per_step
-from tunerkit.testing.registering import registered
-from tunerkit.testing.toy_methods import ShiftConfig, Shifting
+from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_methods import ShiftConfig, Shifting
 
 pytestmark = pytest.mark.core_only
 

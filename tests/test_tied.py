@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import tunerkit
-from tests.tied_models import COPIES, HOW, MODELS, SIDES, Toy, logits, settings, sharing, tied, trained, untie_
+from tests.support.tied_models import COPIES, HOW, MODELS, SIDES, Toy, logits, settings, sharing, tied, trained, untie_
 from tunerkit.errors import TargetError, TunerkitWarning
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 pytestmark = [
     pytest.mark.core_only,

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 import tunerkit
-from tests.interrupting import interrupt
-from tests.tied_models import COPIES, HOW, MODELS, logits, sharing, tied, trained, untie_
+from tests.support.interrupting import interrupt
+from tests.support.tied_models import COPIES, HOW, MODELS, logits, sharing, tied, trained, untie_
 from tunerkit.errors import AdapterError
 from tunerkit.injection import is_merged
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 pytestmark = [
     pytest.mark.core_only,

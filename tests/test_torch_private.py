@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from scripts.structure import private_attributes, read
 from tunerkit.libraries import torch_private
-from tunerkit.testing.counting import Counting
+from tunerkit_testing.counting import Counting
 
 pytestmark = pytest.mark.core_only
 

@@ -9,15 +9,17 @@ import torch
 from torch.func import functional_call
 
 import tunerkit
-from tunerkit import testing
-from tunerkit.testing.registering import registered
-from tunerkit.testing.small import X, net
+import tunerkit_testing
+from tests import support
+from tunerkit_testing.registering import registered
+from tunerkit_testing.small import X, net
 
 pytestmark = pytest.mark.core_only
 
 MODULES = [
-    import_module(f"tunerkit.testing.{m.name}")
-    for m in pkgutil.iter_modules(testing.__path__)
+    import_module(f"{package.__name__}.{m.name}")
+    for package in (tunerkit_testing, support)
+    for m in pkgutil.iter_modules(package.__path__)
     if m.name.startswith("toy_")
 ]
 PLUGINS: list[Any] = [

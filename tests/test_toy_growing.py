@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import tunerkit
-from tests.resumed_loop import assert_resumes
-from tunerkit.testing.registering import registered
-from tunerkit.testing.small import X, net, step, train, trainable
-from tunerkit.testing.toy_growing import GrowingPlugin
+from tests.support.resumed_loop import assert_resumes
+from tests.support.toy_growing import GrowingPlugin
+from tunerkit_testing.registering import registered
+from tunerkit_testing.small import X, net, step, train, trainable
 
 pytestmark = pytest.mark.core_only
 

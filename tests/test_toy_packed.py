@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 import tunerkit
+from tests.support.toy_packed import Int8Linear, Int8Plugin
+from tests.support.toy_readers import DirectionPlugin, ScalePlugin
+from tests.support.toy_shared import SharedPlugin
+from tests.support.toy_starts import FittedPlugin
 from tunerkit.serialization.fingerprint import fingerprint
-from tunerkit.testing.registering import registered
-from tunerkit.testing.small import X, net, train, trainable
-from tunerkit.testing.toy_methods import LowRankPlugin
-from tunerkit.testing.toy_packed import Int8Linear, Int8Plugin
-from tunerkit.testing.toy_readers import DirectionPlugin, ScalePlugin
-from tunerkit.testing.toy_shared import SharedPlugin
-from tunerkit.testing.toy_starts import FittedPlugin
+from tunerkit_testing.registering import registered
+from tunerkit_testing.small import X, net, train, trainable
+from tunerkit_testing.toy_methods import LowRankPlugin
 
 pytestmark = pytest.mark.core_only
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import tunerkit
-from tunerkit.testing.registering import registered
-from tunerkit.testing.small import X, net, train, trainable
-from tunerkit.testing.toy_starts import PrincipalPlugin
+from tests.support.toy_starts import PrincipalPlugin
+from tunerkit_testing.registering import registered
+from tunerkit_testing.small import X, net, train, trainable
 
 pytestmark = pytest.mark.core_only
 

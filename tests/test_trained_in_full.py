@@ -11,8 +11,8 @@ import tunerkit
 from tunerkit.errors import TargetError, TunerkitWarning
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
-from tests.model_checks import losing, untouched
+    from tests.support.toys import Toys
+from tests.support.model_checks import losing, untouched
 
 pytestmark = pytest.mark.core_only
 

@@ -11,9 +11,9 @@ import tunerkit
 from tunerkit.errors import AdapterError, FileError, TunerkitWarning
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
-from tests.adapter_files import LONG, assert_refused, rewritten, wrong
+from tests.support.adapter_files import LONG, assert_refused, rewritten, wrong
 
 pytestmark = [pytest.mark.core_only, pytest.mark.filterwarnings("ignore:.*running statistics")]
 

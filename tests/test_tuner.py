@@ -12,11 +12,11 @@ import tunerkit
 from tunerkit.errors import AdapterError
 from tunerkit.injection import tuners_of
 from tunerkit.layers import Adapter
-from tunerkit.testing.registering import registered
-from tunerkit.testing.toy_methods import LowRankConfig, LowRankPlugin
+from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 pytestmark = pytest.mark.core_only
 

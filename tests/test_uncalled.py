@@ -15,7 +15,7 @@ from tunerkit.errors import TunerkitWarning
 from tunerkit.injection.running import enter, leave
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 pytestmark = pytest.mark.core_only
 

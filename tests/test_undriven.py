@@ -2,6 +2,7 @@
 
 import copy
 import io
+import os
 import pickle
 import subprocess
 import sys
@@ -15,11 +16,11 @@ from torch import nn
 
 import tunerkit
 from tunerkit.steps import undriven
-from tunerkit.testing.registering import registered
-from tunerkit.testing.toy_methods import LowRankConfig, LowRankPlugin
+from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 pytestmark = pytest.mark.core_only
 
@@ -156,7 +157,7 @@ def count():
     return len(optimizer._global_optimizer_pre_hooks) + len(optimizer._global_optimizer_post_hooks)
 
 import tunerkit
-from tests.conftest import LowRankPlugin, ShiftPlugin
+from tests.support.toys import LowRankPlugin, ShiftPlugin
 
 counts = [count()]
 tunerkit.register(LowRankPlugin())
@@ -168,13 +169,18 @@ print(counts)
 """
 
 
+def environment() -> dict[str, str]:
+    """The environment of a process that finds what this one can import."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
 def test_the_hook_for_all_optimizers_comes_with_the_first_adapter_that_acts_on_steps() -> None:
     """Importing tunerkit registers nothing in torch, nor does a method that ignores steps.
 
     Any other method registers one hook.
     """
     command = [sys.executable, "-c", SCRIPT]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
     assert done.stdout.strip() == "[0, 0, 1, 1]", done.stderr
 
 
@@ -204,8 +210,8 @@ def test_attaching_watches_where_nothing_was_wrapped(toys: "Toys", monkeypatch: 
 UNPICKLE = """
 import io, sys, torch
 import tunerkit
-from tunerkit.testing.registering import registered
-from tunerkit.testing.toy_methods import ShiftPlugin
+from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_methods import ShiftPlugin
 with registered(ShiftPlugin()):
     model = torch.load(io.BytesIO(sys.stdin.buffer.read()), weights_only=False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -223,8 +229,7 @@ def test_a_process_that_only_unpickles_a_model_is_watched(toys: "Toys") -> None:
     file = io.BytesIO()
     torch.save(model, file)
     command = [sys.executable, "-c", UNPICKLE]
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, input=file.getvalue(), capture_output=True, cwd=root, check=False)
+    done = subprocess.run(command, input=file.getvalue(), capture_output=True, env=environment(), check=False)
     assert done.stdout.strip() == b"1", done.stderr.decode()
 
 

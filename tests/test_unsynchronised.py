@@ -14,7 +14,7 @@ from tunerkit.injection.unsynchronised import refuse_unsynchronised
 from tunerkit.libraries.torch_private import has_hook
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 pytestmark = pytest.mark.core_only
 

@@ -8,8 +8,8 @@ from torch import nn
 
 import tunerkit
 from tunerkit.hooks import validation
-from tunerkit.testing.registering import registered
-from tunerkit.testing.toy_methods import LowRankConfig, LowRankPlugin
+from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
 
 pytestmark = pytest.mark.core_only
 

@@ -24,7 +24,7 @@ from tunerkit.layers.attention import AttentionLayer
 from tunerkit.serialization.fingerprint import fingerprint
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
+    from tests.support.toys import Toys
 
 pytestmark = pytest.mark.core_only
 

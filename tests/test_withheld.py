@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 import tunerkit
 from tunerkit.steps.withheld import Withheld
-from tunerkit.testing.counting import Counting
-from tunerkit.testing.registering import registered
-from tunerkit.testing.toy_methods import ShiftConfig
+from tunerkit_testing.counting import Counting
+from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_methods import ShiftConfig
 
 
 class Gated(tunerkit.Adapter):

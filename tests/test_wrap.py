@@ -14,8 +14,8 @@ import tunerkit
 from tunerkit.errors import AdapterError, ConfigError, TargetError, UnknownMethodError
 
 if TYPE_CHECKING:
-    from tests.conftest import Toys
-from tests.model_checks import losing, untouched
+    from tests.support.toys import Toys
+from tests.support.model_checks import losing, untouched
 
 pytestmark = pytest.mark.core_only
 
@@ -146,7 +146,7 @@ def test_the_config_of_another_method_is_refused(toys: "Toys") -> None:
 def test_a_config_class_of_the_same_name_is_told_apart_by_its_module(toys: "Toys") -> None:
     """Another library's config most often has the same name."""
     model, other = toys.net(), type("LowRankConfig", (), {"__module__": "elsewhere.config"})
-    said = r"takes LowRankConfig, .* got LowRankConfig of elsewhere\.config, not of tunerkit\.testing\.toy_methods"
+    said = r"takes LowRankConfig, .* got LowRankConfig of elsewhere\.config, not of tunerkit_testing\.toy_methods"
     with untouched(toys, model), pytest.raises(ConfigError, match=said):
         tunerkit.wrap(model, "toy-low-rank", other())
 

@@ -14,8 +14,8 @@ from benchmarks.quality.grids import BETWEEN, ENDS, Rows, made_for
 from benchmarks.quality.runs import Run
 from benchmarks.quality.scores import best, points_of
 from benchmarks.quality.store import Row
-from tunerkit.report.plots import draw_ranks
-from tunerkit.report.rank_map import rank_map
+from tunerkit_cli.report.plots import draw_ranks
+from tunerkit_cli.report.rank_map import rank_map
 
 _COLUMNS = 3
 # Name, method, grid and colour; a method has the same colour in every plot. LoRA's whole curve comes from the headroom

@@ -8,7 +8,7 @@ import torch
 
 import tunerkit
 from scripts.scaling.jobs import METHODS, alone, job
-from tunerkit.testing import together
+from tests.support import together
 
 STOPS = (1, 5, 10)  # before, during and after pruning
 HEAD = ("engine", "method", "ranks and history", "largest difference", "resumed", "loaded in one process", "merge")

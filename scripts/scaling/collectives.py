@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from scripts.scaling.jobs import METHODS, job
-from tunerkit.testing import together
+from tests.support import together
 
 HEAD = ("engine", "method", "all steps", "checkpoint")
 

@@ -2,7 +2,7 @@
 
 from typing import Any, Final
 
-from tunerkit.testing.together import Job
+from tests.support.together import Job
 
 _SCHEDULE: Final = {"targets": ["0", "2"], "t_init": 2, "t_final": 3, "delta_t": 1}
 METHODS: Final[dict[str, tuple[str, dict[str, Any]]]] = {

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
+from tests.support import two_processes
+from tests.support.collectives import Collectives
 from tunerkit.libraries import torch_private
-from tunerkit.testing import two_processes
-from tunerkit.testing.collectives import Collectives
 
 TARGETS, WIDTH, STEPS = 448, 64, 12
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {

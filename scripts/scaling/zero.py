@@ -9,7 +9,7 @@ import torch
 from scripts.scaling.cells import STOPS, print_head, row
 from scripts.scaling.jobs import METHODS, alone
 from tests.parallel.zero_training import ZeroJob, trained
-from tunerkit.testing import together
+from tests.support import together
 
 # The stage, and whether the base is partitioned from the start.
 ENGINES = {"ZeRO-1": (1, False), "ZeRO-2": (2, False), "ZeRO-3": (3, False), "ZeRO-3, base in zero.Init": (3, True)}

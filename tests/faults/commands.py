@@ -17,7 +17,7 @@ import tunerkit
 from tests.faults.harness import Fault, cases
 from tests.faults.isolation import fork, in_fork, limit_file_size
 from tests.faults.subjects import Subject
-from tests.product_plugin import ProductPlugin
+from tests.support.product_plugin import ProductPlugin
 
 MINE = {"notes.txt": "mine", "checkpoints/mine.txt": "mine", "logs/mine.txt": "mine", "pictures/mine.png": "mine"}
 _NEW_MOUNTS = 0x00020000  # CLONE_NEWNS
@@ -28,7 +28,7 @@ class Commands:
     """A trained run, and the commands that write into a folder: each with what it leaves when nothing stops it."""
 
     def __init__(self, folder: Path) -> None:
-        from tests.train_command import arguments_of, succeeded
+        from tests.support.train_command import arguments_of, succeeded
 
         tunerkit.register(ProductPlugin())
         self.folder = folder
@@ -45,7 +45,7 @@ class Commands:
 
     def calls(self, place: Path) -> dict[str, Callable[[], Any]]:
         """The calls that write ``place``, by name. Each raises if it fails."""
-        from tests.train_command import succeeded
+        from tests.support.train_command import succeeded
 
         source, base = str(self.source), str(self.folder / "tiny")
         return {
@@ -68,7 +68,7 @@ class Commands:
                 (place / file).parent.mkdir(exist_ok=True)
                 (place / file).write_text(text)
         elif name == "train --resume":
-            from tests.train_command import command, signalled
+            from tests.support.train_command import command, signalled
 
             with signalled(3, signal.SIGINT):
                 command(*self.training, "--out", place)

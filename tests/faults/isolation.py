@@ -34,7 +34,7 @@ class WarmProcess:
     def __init__(self) -> None:
         context = multiprocessing.get_context("forkserver")
         # There is one server in a process, and the first who uses it decides what its forks need not import again.
-        context.set_forkserver_preload(["torch", "transformers", "tunerkit.testing.resuming"])
+        context.set_forkserver_preload(["torch", "transformers", "tunerkit_testing.resuming"])
         self._connection, there = context.Pipe()
         self._process = context.Process(target=_serve, args=(there,), daemon=True)
         self._process.start()

@@ -10,7 +10,7 @@ from torch import nn
 import tunerkit
 from tests.faults.harness import Fault, cases, refused
 from tests.faults.subjects import Subject, Tunerkit, net
-from tunerkit.testing import small
+from tunerkit_testing import small
 
 # Each gets the subject, the kind, a model that is ready for it, and a folder with a saved adapter.
 Wrong = Callable[[Any, str, Any, Path], object]

@@ -220,7 +220,7 @@ def mutated_yaml(subject: Subject, count: int, folder: Path) -> Iterator[Fault]:
 
 def settings_file(subject: Subject, kind: str, chance: random.Random) -> tuple[str, bytes]:
     """Return the ending and the bytes of a settings file that is wrong in some way."""
-    from tunerkit.cli.settings import write_settings
+    from tunerkit_cli.settings import write_settings
 
     settings = _settings(subject, kind)
     form = chance.choice(("text", "text", "text", "bomb", "bytes", "json"))
@@ -292,7 +292,7 @@ _BOMBS = (
 
 
 def _read(subject: Subject, kind: str, path: Path) -> str:
-    from tunerkit.cli.settings import read_settings
+    from tunerkit_cli.settings import read_settings
 
     try:
         tunerkit.structure(kind, read_settings(path))
@@ -342,7 +342,7 @@ def evil_files(subject: Subject, count: int, folder: Path) -> Iterator[Fault]:
 _PICKLES = ("a pickle", "a pickle in torch's form", "a pickle in a zip", "an old pickle of torch", "a .bin beside it")
 _NAMES = (
     *(_MODULE, f"{_MODULE}.run", f"{_MODULE}:run", f"{_MODULE}.Net", "os.system", "builtins.exec"),
-    *("__import__('faults_canary')", "tunerkit.cli", "../site/faults_canary", "!!python/name:faults_canary.run"),
+    *("__import__('faults_canary')", "tunerkit_cli", "../site/faults_canary", "!!python/name:faults_canary.run"),
 )
 _FIELDS = ("method", "config.targets", "config.adapter_dtype", "config.import", "targets", "copies", "versions", "kind")
 _IMPORTS = tuple(f"{field} = {name}" for name in _NAMES for field in _FIELDS)

@@ -16,8 +16,8 @@ from tests.faults.isolation import in_fork
 from tests.faults.plugin_breaks import BREAKS, HEAD, METHOD, Break
 from tests.faults.subjects import LONGEST_MESSAGE, Subject, net, output
 from tunerkit import hooks
-from tunerkit.testing import small
-from tunerkit.testing.toy_methods import LowRankPlugin, ShiftPlugin
+from tunerkit_testing import small
+from tunerkit_testing.toy_methods import LowRankPlugin, ShiftPlugin
 
 GOOD = HEAD + METHOD.replace('"broken"', '"good"')
 

@@ -126,7 +126,7 @@ class Run:
     def _trainer(self, place: Path, stop: int | None) -> tuple[Any, nn.Module]:
         from transformers import PrinterCallback, Trainer, TrainerCallback
 
-        from tunerkit.testing.trainer_toys import Regression, RegressionRows, arguments
+        from tunerkit_testing.trainer_toys import Regression, RegressionRows, arguments
 
         class Stop(TrainerCallback):
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

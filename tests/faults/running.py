@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import tunerkit
 from tests.faults.harness import Fault, cases, named, refused, same_bits
 from tests.faults.subjects import Peft, Subject, Tunerkit, net, output
-from tunerkit.testing import small
+from tunerkit_testing import small
 
 # --- Merge cycles -----------------------------------------------------------------------------------------------------
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import tunerkit
-from tunerkit.testing import small
-from tunerkit.testing.toy_methods import LowRankPlugin, ShiftPlugin
+from tunerkit_testing import small
+from tunerkit_testing.toy_methods import LowRankPlugin, ShiftPlugin
 
 TARGETS = ("0", "2")
 # A message names what was received; a file of 10 MB must not give a message of 10 MB.

@@ -11,8 +11,8 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 import tunerkit
-from tunerkit.testing import together, two_processes
-from tunerkit.testing.toy_growing import GrowingPlugin
+from tests.support import together, two_processes
+from tests.support.toy_growing import GrowingPlugin
 
 # Layer 4 is trained in full: a parameter that keeps its shape, beside those that change.
 CONFIG = {"targets": ["0", "2"], "train_modules": ["4"], "every": 1000}

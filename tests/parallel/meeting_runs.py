@@ -13,10 +13,10 @@ from torch import distributed, nn
 import tunerkit
 from tests.parallel import sharded_runs
 from tests.parallel.sharded_runs import adam, build, shard_
+from tests.support import skipping, together
+from tests.support.collectives import Collectives
 from tunerkit import steps
 from tunerkit.parallel import Meeting, meeting
-from tunerkit.testing import skipping, together
-from tunerkit.testing.collectives import Collectives
 
 
 def look_inside(rank: int, processes: int, folder: str) -> None:

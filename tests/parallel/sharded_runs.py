@@ -12,9 +12,9 @@ from torch import distributed, nn
 from torch.distributed import fsdp
 
 import tunerkit
+from tests.support.collectives import Collectives
+from tests.support.toy_starts import PrincipalPlugin
 from tunerkit.parallel import Sharded
-from tunerkit.testing.collectives import Collectives
-from tunerkit.testing.toy_starts import PrincipalPlugin
 
 STEPS, ACCUMULATED, PER_PROCESS = 12, 2, 2
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -15,11 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import tunerkit
 from tests.parallel import ddp_runs
+from tests.support import together, two_processes
+from tests.support.toy_growing import GrowingPlugin
 from tunerkit.libraries import torch_private
-from tunerkit.testing import together, two_processes
-from tunerkit.testing.registering import registered
-from tunerkit.testing.toy_growing import GrowingPlugin
-from tunerkit.testing.toy_methods import LowRankPlugin
+from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_methods import LowRankPlugin
 
 pytestmark = pytest.mark.core_only
 

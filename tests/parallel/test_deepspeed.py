@@ -11,7 +11,7 @@ import torch
 import tunerkit
 from tests.parallel import zero_init_runs, zero_training
 from tests.parallel.zero_training import ZeroJob
-from tunerkit.testing import together
+from tests.support import together
 
 for _name in ("deepspeed", "tunerkit_adalora", "tunerkit_lora"):
     if importlib.util.find_spec(_name) is None:

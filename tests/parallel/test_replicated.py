@@ -11,14 +11,14 @@ import torch
 from torch import distributed, nn
 
 import tunerkit
+from tests.support import apart, together, two_processes
+from tests.support.toy_growing import GrowingPlugin
 from tunerkit import serialization
 from tunerkit.libraries import torch_private
 from tunerkit.parallel import Alone
-from tunerkit.testing import apart, together, two_processes
-from tunerkit.testing.counting import Counting
-from tunerkit.testing.registering import registered
-from tunerkit.testing.toy_growing import GrowingPlugin
-from tunerkit.testing.toy_methods import LowRankPlugin
+from tunerkit_testing.counting import Counting
+from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_methods import LowRankPlugin
 
 pytestmark = pytest.mark.core_only
 

@@ -17,7 +17,7 @@ if importlib.util.find_spec("deepspeed") is None:  # importing it here would sta
 
 from tests.parallel import trainer_runs, zero_trainer_runs
 from tests.parallel.zero_trainer_runs import INIT, METHOD, RUNS, Run
-from tunerkit.testing import two_processes
+from tests.support import two_processes
 
 
 @pytest.fixture(scope="module")

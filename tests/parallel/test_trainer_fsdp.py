@@ -15,7 +15,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 from tests.parallel import trainer_runs
 from tests.parallel.trainer_runs import METHODS
-from tunerkit.testing import two_processes
+from tests.support import two_processes
 
 
 @pytest.fixture(scope="module")

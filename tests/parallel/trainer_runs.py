@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import tunerkit
+from tests.support import two_processes
 from tunerkit.integrations.accelerate import checkpoint_adapters_
-from tunerkit.testing import two_processes
 
 STEPS, STOP, ROWS = 8, 3, 4  # rows of a micro-batch, of all processes together
 SHRUNK = 6  # after the last allocation, when dead triplets have left memory

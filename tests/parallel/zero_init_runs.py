@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import tunerkit
 from tests.parallel import zero_training
 from tests.parallel.zero_training import ZeroJob
-from tunerkit.testing import together, toy_formats
-from tunerkit.testing.toy_starts import PrincipalPlugin
+from tests.support import together, toy_formats
+from tests.support.toy_starts import PrincipalPlugin
 
 _TARGETS = {"rank": 2, "targets": ["0", "2"]}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {

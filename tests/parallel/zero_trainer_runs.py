@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, Trainer
 
 import tunerkit
 from tests.parallel import trainer_runs, zero_training
-from tunerkit.testing import two_processes
+from tests.support import two_processes
 
 PROCESSES = 2
 METHOD = "adalora 8 -> 2"

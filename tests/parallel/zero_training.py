@@ -13,17 +13,17 @@ import torch
 from torch import nn
 
 import tunerkit
+from tests.support import skipping, together, two_processes
+from tests.support.collectives import Collectives
 from tunerkit import serialization, steps
-from tunerkit.testing import skipping, together, two_processes
-from tunerkit.testing.collectives import Collectives
 
 PROCESSES = 2
-_ACCUMULATED, _CLIP = 2, 0.1  # as in `tunerkit.testing.together`
+_ACCUMULATED, _CLIP = 2, 0.1  # as in `tests.support.together`
 
 
 @attrs.frozen
 class ZeroJob:
-    """One training, as `tunerkit.testing.together.Job`.
+    """One training, as `tests.support.together.Job`.
 
     Attributes:
         stage: 1, 2 or 3.
@@ -92,7 +92,7 @@ def build(deepspeed: Any, job: ZeroJob, file: Path | None) -> tuple[nn.Module, A
 
 
 def adam(model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of `tunerkit.testing.together`."""
+    """The optimizer of `tests.support.together`."""
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
 
 
@@ -109,7 +109,7 @@ def take_steps(engine: Any, numbers: range, rank: int) -> None:
 
 
 def train(deepspeed: Any, job: ZeroJob, folder: Path, rank: int) -> dict[str, Any]:
-    """Train as ``job`` says; the results as `tunerkit.testing.together.train` returns them.
+    """Train as ``job`` says; the results as `tests.support.together.train` returns them.
 
     Besides, ``shapes`` are those of the parameters between steps.
     """

@@ -421,8 +421,8 @@ def tunerkit_from_factors(
     same sizes in `tunerkit_build_adapter`, unless the class declares its ``rank_dims``.
 
     >>> import tunerkit, torch
-    >>> from tunerkit.testing.toy_adapters import SCALE, LowRank
-    >>> from tunerkit.testing.toy_methods import LowRankConfig
+    >>> from tunerkit_testing.toy_adapters import SCALE, LowRank
+    >>> from tunerkit_testing.toy_methods import LowRankConfig
     >>> from types import SimpleNamespace
     >>> @tunerkit.hookimpl
     ... def tunerkit_from_factors(targets, factors):
@@ -449,7 +449,7 @@ def tunerkit_formats() -> Iterable[Format]:
     functions of the record.
 
     >>> import tunerkit
-    >>> from tunerkit.testing.toy_formats import read, sniff, write
+    >>> from tests.support.toy_formats import read, sniff, write
     >>> @tunerkit.hookimpl
     ... def tunerkit_formats():
     ...     return [tunerkit.Format("toy", sniff=sniff, read=read, write=write)]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from tunerkit.errors import BaseMismatchError, FileError, shown
+from tunerkit.integrations.run_folder import NAME as RECORD, read_record
 from tunerkit.integrations.task_classes import TASKS
-from tunerkit.report.folder import NAME as RECORD, read_record
 
 if TYPE_CHECKING:
     from tunerkit.integrations.pretrained import Pretrained

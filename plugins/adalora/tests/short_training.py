@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit.testing.small import TARGETS, net, trainable
 from tunerkit_adalora.svd_layer import SvdLayer
+from tunerkit_testing.small import TARGETS, net, trainable
 
 TOTAL = 20
 # b(0) = 12 until step 4, allocations at 6, 9, 12 and 14, where the final phase with b(T) = 6 begins. Dead triplets stay

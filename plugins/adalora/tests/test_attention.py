@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import tunerkit
-from tunerkit.testing import conformance
-from tunerkit.testing.conformance import Case, Check
-from tunerkit.testing.parametrization import each_check
+from tunerkit_testing import conformance
+from tunerkit_testing.conformance import Case, Check
+from tunerkit_testing.parametrization import each_check
 
 pytest.importorskip("transformers", reason="one of the cases is a transformers model")
-from tunerkit.testing.attention_cases import CASES  # after the skip
+from tests.support.attention_cases import CASES  # after the skip
 
 CONFIGS: dict[str, dict[str, object]] = {
     "defaults": {"target_rank": 2, "delta_t": 2},

@@ -8,7 +8,7 @@ import pytest
 for _module in ("datasets", "platformdirs", "pyarrow", "rich", "sklearn", "transformers", "typer", "yaml"):
     pytest.importorskip(_module, reason="the command needs the extra [cli]")
 
-from tests.train_command import (  # noqa: E402
+from tests.support.train_command import (  # noqa: E402
     arguments_of,
     check_resumed_after_ctrl_c,
     check_resumed_after_kill,

@@ -8,7 +8,7 @@ import torch
 import tunerkit
 
 pytest.importorskip("transformers", reason="most of the models are transformers'")
-from tunerkit.testing import compiling
+from tests.support import compiling
 
 TOTAL, FINAL = 14, 10
 # Allocations after steps 4, 6, 8 and 10, where the distribution is final.

@@ -9,9 +9,9 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 import tunerkit
-from tunerkit.testing.config_checks import check_one_mistake, check_survives_json, check_unmatched_pattern, mistakes
-from tunerkit.testing.strategies import configs_of
+from tests.support.config_checks import check_one_mistake, check_survives_json, check_unmatched_pattern, mistakes
 from tunerkit_adalora import AdaLoraConfig
+from tunerkit_testing.strategies import configs_of
 
 CONFIGS = configs_of(
     AdaLoraConfig,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import tunerkit
 from plugins.adalora.tests.short_training import TOTAL, adamw, attached, layers, wrapped
 from tunerkit.serialization.header import digest
-from tunerkit.testing.small import net, train
+from tunerkit_testing.small import net, train
 
 Change = Callable[[dict[str, Any], dict[str, Tensor]], object]
 FIRST = "0.adapter"

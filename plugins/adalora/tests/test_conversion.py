@@ -12,7 +12,7 @@ import tunerkit
 from tunerkit import hooks, injection, targets
 from tunerkit.injection import Slot
 from tunerkit.serialization.adapter_file import save
-from tunerkit.testing.small import X, net, train, trainable
+from tunerkit_testing.small import X, net, train, trainable
 
 METHODS = ("lora", "adalora")
 PATHS = ("0", "2", "4")

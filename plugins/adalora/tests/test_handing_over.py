@@ -10,8 +10,8 @@ import attrs
 import pytest
 import torch
 
-from tunerkit.testing import handing_over, together
-from tunerkit.testing.together import Job
+from tests.support import handing_over, together
+from tests.support.together import Job
 
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from tunerkit.testing.counting import Counting
 from tunerkit_adalora.allocator import allocate
 from tunerkit_adalora.averages import new_stacks, unstack
 from tunerkit_adalora.importance import smooth_, triplet_scores
 from tunerkit_adalora.schedule import plan
+from tunerkit_testing.counting import Counting
 
 Array = npt.NDArray[np.float64]
 BETA1, BETA2 = 0.85, 0.7

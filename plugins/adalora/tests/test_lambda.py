@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import tunerkit
 from plugins.adalora.tests.short_training import TOTAL, layers, wrapped
-from tunerkit.testing.small import TARGETS, closure_of, loss_of, net, train, trainable
 from tunerkit_adalora import AdaLoraConfig
 from tunerkit_adalora.training import training_of
+from tunerkit_testing.small import TARGETS, closure_of, loss_of, net, train, trainable
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamW": lambda own: torch.optim.AdamW(own, lr=1e-2, weight_decay=0.1),

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 import tunerkit
 from plugins.adalora.tests import short_training
 from plugins.adalora.tests.short_training import attached, layers
-from tunerkit.testing.small import LABELS, TARGETS, X
 from tunerkit_adalora.training import training_of
+from tunerkit_testing.small import LABELS, TARGETS, X
 
 TOTAL, HALF = short_training.TOTAL, 8
 SETTINGS = {**short_training.SETTINGS, "exact_svd": True, "shrink": True}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tunerkit.testing import old_files
+from tests.support import old_files
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import tunerkit
 from plugins.adalora.tests.short_training import layers
-from tunerkit.testing.matrix import is_long
-from tunerkit.testing.small import TARGETS, closure_of, loss_of, net, train, trainable
 from tunerkit_adalora.training import training_of
+from tunerkit_testing.matrix import is_long
+from tunerkit_testing.small import TARGETS, closure_of, loss_of, net, train, trainable
 
 TOTAL = 24
 # Allocations at 6, 9, 12, 15 and 16, where the ranks are final and memory shrinks.

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import tunerkit
-from tunerkit.testing.small import TARGETS, net, step, train, trainable
 from tunerkit_adalora.phase import Phase
 from tunerkit_adalora.saved_values import SavedValues, flags_of
 from tunerkit_adalora.training import training_of
+from tunerkit_testing.small import TARGETS, net, step, train, trainable
 
 TOTAL = 10
 # Allocations at 4, 6 and 7, the last.

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("transformers", reason="the Trainer is transformers'")
 pytest.importorskip("accelerate", reason="the Trainer needs it")
-from tunerkit.testing import resuming
+from tunerkit_testing import resuming
 
 # Of 30 steps: none is pruned to step 5; allocations at 6, 9, ..., 18, where the ranks are final and memory shrinks.
 CONFIG: dict[str, Any] = {

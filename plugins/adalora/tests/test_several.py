@@ -11,8 +11,8 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit.testing.small import net
 from tunerkit_adalora.training import layers_of, training_of
+from tunerkit_testing.small import net
 
 TOTAL = 16
 # Schedules and ranks that differ, so that an allocation of one at the time of the other would be seen.

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import tunerkit
 from plugins.adalora.tests.short_training import layers
-from tunerkit.testing.small import SHAPES, TARGETS, X, loss_of, net, train, trainable
 from tunerkit_adalora.training import training_of
+from tunerkit_testing.small import SHAPES, TARGETS, X, loss_of, net, train, trainable
 
 TOTAL = 40
 FINAL = 14  # the last allocation

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 import tunerkit
-from tunerkit.testing.registering import registered
-from tunerkit.testing.toy_readers import DirectionPlugin, ScalePlugin, SecretivePlugin
+from tests.support.toy_readers import DirectionPlugin, ScalePlugin, SecretivePlugin
+from tunerkit_testing.registering import registered
 
 pytest.importorskip("tunerkit_lora", reason="LoRA is another distribution")
 pytest.importorskip("transformers")
-from tunerkit.testing import transformers_cases
+from tunerkit_testing import transformers_cases
 
 METHODS = ("lora", "adalora", "toy-scale", "toy-direction")
 PAIRS = list(itertools.product(METHODS, repeat=2))

@@ -24,10 +24,10 @@ from plugins.adalora.tests.short_training import (
     wrapped,
 )
 from tunerkit import hooks
-from tunerkit.testing.small import TARGETS, X, loss_of, net, step, train, trainable
 from tunerkit_adalora import AdaLoraConfig
 from tunerkit_adalora.state import restore
 from tunerkit_adalora.training import training_of
+from tunerkit_testing.small import TARGETS, X, loss_of, net, step, train, trainable
 
 # --- Precision --------------------------------------------------------------------------------------------------------
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 import tunerkit
 from plugins.adalora.tests.short_training import SETTINGS, TOTAL, attached, layers, wrapped
-from tunerkit.testing.small import TARGETS, X, loss_of, step, train
 from tunerkit_adalora import AdaLoraConfig
 from tunerkit_adalora.svd_form import to_svd_form_
 from tunerkit_adalora.svd_layer import SvdLayer
 from tunerkit_adalora.training import training_of, weights_of
+from tunerkit_testing.small import TARGETS, X, loss_of, step, train
 
 
 def random_layer(out: int, into: int, mask: list[bool], seed: int = 0, dtype: torch.dtype = torch.float64) -> SvdLayer:

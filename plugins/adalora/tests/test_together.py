@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import tunerkit
-from tunerkit.testing import together
-from tunerkit.testing.together import Job
+from tests.support import together
+from tests.support.together import Job
 
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)

@@ -16,8 +16,8 @@ pytest.importorskip("transformers", reason="the Trainer is transformers'")
 pytest.importorskip("accelerate", reason="the Trainer needs it")
 from transformers import Trainer, TrainerCallback
 
-from tunerkit.testing.trainer_toys import VOCABULARY, TokenRows, arguments, tokenizer
-from tunerkit.testing.transformers_cases import bert
+from tunerkit_testing.trainer_toys import VOCABULARY, TokenRows, arguments, tokenizer
+from tunerkit_testing.transformers_cases import bert
 
 STEPS = 20
 # Allocations at 3, 6, 9 and 10, where the ranks are final.

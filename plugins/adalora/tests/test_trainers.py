@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import tunerkit
 from plugins.adalora.tests import short_training
 from plugins.adalora.tests.short_training import TOTAL, adamw
-from tunerkit.testing import spawned
-from tunerkit.testing.small import train, trainable
+from tests.support import spawned
+from tunerkit_testing.small import train, trainable
 
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
 LABELS = torch.randint(0, 3, (64,), generator=torch.Generator().manual_seed(2))

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import tunerkit
 from plugins.adalora.tests.short_training import TOTAL, adamw, attached, layers, live, masked_lambdas, weights, wrapped
-from tunerkit.testing.small import loss_of, net, step, train, trainable
 from tunerkit_adalora.orthogonality import penalty
 from tunerkit_adalora.schedule import plan
 from tunerkit_adalora.training import training_of
+from tunerkit_testing.small import loss_of, net, step, train, trainable
 
 # --- The regulariser --------------------------------------------------------------------------------------------------
 

@@ -86,7 +86,7 @@ def test_a_file_of_kohya_is_described(tmp_path: Path) -> None:
 def test_the_command_shows_both(tmp_path: Path) -> None:
     """As lines and as JSON; a file that is cut off is one line."""
     pytest.importorskip("typer", reason="the command needs the extra [cli]")
-    from tests.train_command import command, succeeded
+    from tests.support.train_command import command, succeeded
 
     files = {
         "diffusers": diffusers_file(tmp_path, {"unet.conv_in": 2}),

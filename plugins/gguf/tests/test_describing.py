@@ -48,7 +48,7 @@ def test_a_base_that_cannot_be_loaded_is_not_named(url: str, tmp_path: Path) -> 
 def test_the_command_shows_it(tmp_path: Path) -> None:
     """As lines and as JSON."""
     pytest.importorskip("typer", reason="the command needs the extra [cli]")
-    from tests.train_command import command, succeeded
+    from tests.support.train_command import command, succeeded
 
     file = file_of(tmp_path / "a.gguf")
     lines = succeeded("show", file).output

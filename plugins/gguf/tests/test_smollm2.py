@@ -17,7 +17,7 @@ from plugins.gguf.tests.engine import Engine, opened
 from tests.faults.harness import LONG, is_long
 
 pytest.importorskip("tunerkit_adalora", reason="the adapter is AdaLoRA")
-assets = pytest.importorskip("tunerkit.cli.assets", reason="the extra [cli] knows where the model is")
+assets = pytest.importorskip("tunerkit_cli.assets", reason="the extra [cli] knows where the model is")
 transformers = pytest.importorskip("transformers")
 
 STEPS = 40

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import tunerkit
-from tunerkit.testing import conformance
-from tunerkit.testing.conformance import Case, Check
-from tunerkit.testing.gradients import check_reach_every_adapter
-from tunerkit.testing.parametrization import each_check
+from tests.support.gradients import check_reach_every_adapter
+from tunerkit_testing import conformance
+from tunerkit_testing.conformance import Case, Check
+from tunerkit_testing.parametrization import each_check
 
 pytest.importorskip("transformers", reason="one of the cases is a transformers model")
-from tunerkit.testing.attention_cases import CASES  # after the skip
+from tests.support.attention_cases import CASES  # after the skip
 
 CONFIGS: dict[str, dict[str, object]] = {
     "plain": {"rank": 3},

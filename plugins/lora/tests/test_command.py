@@ -12,7 +12,7 @@ for _module in ("datasets", "platformdirs", "pyarrow", "rich", "sklearn", "trans
 import transformers  # noqa: E402
 
 import tunerkit  # noqa: E402
-from tests.train_command import arguments_of, record_of, succeeded  # noqa: E402
+from tests.support.train_command import arguments_of, record_of, succeeded  # noqa: E402
 
 
 def test_a_run_can_be_predicted_with_and_merged(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 pytest.importorskip("transformers", reason="most of the models are transformers'")
-from tunerkit.testing import compiling
+from tests.support import compiling
 
 STEPS = 4
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from tunerkit.testing.config_checks import check_one_mistake, check_survives_json, check_unmatched_pattern
-from tunerkit.testing.strategies import configs_of
+from tests.support.config_checks import check_one_mistake, check_survives_json, check_unmatched_pattern
 from tunerkit_lora import LoraConfig
+from tunerkit_testing.strategies import configs_of
 
 
 @given(config=configs_of(LoraConfig))

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tunerkit.testing import conformance, matrix, parametrize_with_checks
-from tunerkit.testing.conformance import Case, Check
-from tunerkit.testing.parametrization import each_check
-from tunerkit.testing.parametrizing import BoundCheck
+from tunerkit_testing import conformance, matrix, parametrize_with_checks
+from tunerkit_testing.conformance import Case, Check
+from tunerkit_testing.parametrization import each_check
+from tunerkit_testing.parametrizing import BoundCheck
 
 # No warning about any of these models, except for the batch norms that a case keeps in eval mode itself.
 pytestmark = pytest.mark.filterwarnings(

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import tunerkit
+from tests.support import spawned
 from tunerkit import injection
-from tunerkit.testing import spawned
-from tunerkit.testing.small import TARGETS, X, net, trainable
+from tunerkit_testing.small import TARGETS, X, net, trainable
 
 
 def wrapped(**changes: Any) -> Any:

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import tunerkit
-from tunerkit.testing.conformance import Case, Check
-from tunerkit.testing.gradients import check_reach_every_adapter
-from tunerkit.testing.parametrization import each_check
-from tunerkit.testing.reader_cases import cases
+from tests.support.gradients import check_reach_every_adapter
+from tests.support.reader_cases import cases
+from tunerkit_testing.conformance import Case, Check
+from tunerkit_testing.parametrization import each_check
 
 CONFIGS: dict[str, dict[str, object]] = {
     "plain": {"rank": 3},

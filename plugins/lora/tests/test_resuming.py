@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("transformers", reason="the Trainer is transformers'")
 pytest.importorskip("accelerate", reason="the Trainer needs it")
-from tunerkit.testing import resuming
+from tunerkit_testing import resuming
 
 CONFIG = {"rank": 2, "dropout": 0.1, "train_modules": ["classifier"]}
 

@@ -22,9 +22,9 @@ from transformers import (  # noqa: E402
     DistilBertModel,
 )
 
-from tests.tiny_classifier import save_tiny_classifier  # noqa: E402
-from tests.tiny_models import save_tiny_llama  # noqa: E402
-from tests.train_command import check_resumed_after_ctrl_c, command, record_of, succeeded, write_rows  # noqa: E402
+from tests.support.tiny_classifier import save_tiny_classifier  # noqa: E402
+from tests.support.tiny_models import save_tiny_llama  # noqa: E402
+from tests.support.train_command import check_resumed_after_ctrl_c, command, record_of, succeeded, write_rows  # noqa: E402
 
 SHORT = ("--batch-size", "8", "--max-length", "8", "--lr", "0.01")
 BATCH = {"input_ids": torch.tensor([[2, 7, 9, 8, 3], [2, 8, 10, 7, 3]])}

@@ -10,7 +10,7 @@ from torch.distributed import fsdp
 
 import tunerkit
 from plugins.quant.tests import quantised
-from tunerkit.testing import two_processes
+from tests.support import two_processes
 
 STEPS, ROWS, ACCUMULATED = 8, 16, 2
 ENGINES = ("plain", "ddp", "fsdp2", "fsdp2 sharded")

@@ -15,7 +15,7 @@ for _module in ("bitsandbytes", "tunerkit_lora"):
 import transformers  # noqa: E402
 
 import tunerkit  # noqa: E402
-from tests.train_command import arguments_of, command, record_of, succeeded  # noqa: E402
+from tests.support.train_command import arguments_of, command, record_of, succeeded  # noqa: E402
 from tunerkit.integrations import quantising  # noqa: E402
 
 

@@ -9,7 +9,7 @@ import torch
 import tunerkit
 from plugins.quant.tests import parallel_runs, quantised
 from plugins.quant.tests.parallel_runs import ENGINES, METHODS
-from tunerkit.testing import two_processes
+from tests.support import two_processes
 
 for package in ("bitsandbytes", "tunerkit_adalora", "tunerkit_lora"):
     pytest.importorskip(package)

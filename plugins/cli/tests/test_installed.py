@@ -1,0 +1,79 @@
+"""The command `tunerkit doctor`: versions, devices, plugins, and what is missing."""
+
+import io
+import tomllib
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+import tunerkit
+from tunerkit_cli import installed
+from tunerkit_cli.app import build
+from tunerkit_cli.plugin_commands import PluginCommands
+
+
+def shown() -> tuple[bool, str]:
+    """What `tunerkit doctor` prints on a wide terminal, and whether all is well."""
+    console = Console(width=300, file=io.StringIO())
+    fine = installed.show(console)
+    return fine, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_it_lists_versions_devices_plugins_and_libraries() -> None:
+    """Every library that tunerkit itself asks for is there, so none has advice."""
+    _, text = shown()
+    assert text.startswith(f"tunerkit {tunerkit.__version__}, Python ")
+    assert "devices: CPU with" in text
+    for name, info in tunerkit.methods().items():
+        assert f"│ {name} " in text
+        assert info.distribution in text
+    rows = [line for line in text.splitlines() if "tunerkit itself" in line]
+    assert any(metadata.version("torch") in row for row in rows)
+    assert not any("missing" in row for row in rows)
+
+
+def test_a_missing_and_an_old_library_come_with_the_command_that_installs_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A missing part is no fault: the answer stays "all is well"."""
+    before, _ = shown()
+    real = metadata.version
+
+    def version(name: str) -> str:
+        if name == "matplotlib":
+            raise metadata.PackageNotFoundError(name)
+        return "1.0" if name == "accelerate" else real(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    fine, text = shown()
+    assert fine == before
+    assert 'missing: pip install "tunerkit[plot]"' in text
+    assert 'needs >=1.1: pip install --upgrade "accelerate>=1.1"' in text
+
+
+def test_it_lists_every_extra_for_users() -> None:
+    """Those for work on tunerkit itself, and the one that only names others, are left out."""
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = set(project["optional-dependencies"])
+    assert extras - set(installed.EXTRAS) == {"demo", "dev", "test"}
+    assert set(installed.EXTRAS) <= extras
+
+
+@pytest.mark.parametrize("broken", ["method", "commands"])
+def test_a_broken_plugin_makes_the_exit_code_1(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error is printed, whether the plugin adds methods or commands."""
+    methods: dict[str, Any] = {"acme": tunerkit.MethodInfo("acme-plugin", "3.1", None)}
+    problems: tuple[str, ...] = ()
+    if broken == "method":
+        methods["acme"] = tunerkit.MethodInfo("acme-plugin", "3.1", "ImportError: no libacme")
+    else:
+        problems = ("the commands of acme-plugin cannot be loaded: ImportError: no libacme",)
+    monkeypatch.setattr(tunerkit, "methods", lambda: methods)
+    monkeypatch.setattr(installed, "plugin_commands", lambda: PluginCommands({}, problems))
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(build(), ["doctor"])
+    assert done.exit_code == 1
+    assert "no libacme" in done.output

@@ -1,0 +1,164 @@
+"""Reading recipes: strictly, with all mistakes in one error."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tunerkit
+from tunerkit_cli.recipes.reading import read_recipe, structure
+from tunerkit_cli.recipes.recipe import Recipe
+
+DOCS = Path(__file__).parents[3] / "docs"
+ACME = {"acme": {"type": "object", "description": "Acme's options.", "additionalProperties": {"type": "integer"}}}
+
+
+def read(text: str, folder: Path, name: str = "r.yaml", plugin_keys: Any = None) -> Recipe:
+    (folder / name).write_text(text, encoding="utf-8")
+    return read_recipe(folder / name, plugin_keys or {})
+
+
+FULL = """
+version: 1
+task: regression
+model: some/model
+data: d.csv
+eval_data: e.csv
+method: lora
+config: {rank: 4, alpha_pattern: {a.b: 2}}
+training: {learning_rate: 2e-3, logging_steps: null, optim_args: [1, x]}
+columns: {text: sentence}
+max_length: 64
+baseline: true
+out: there
+"""
+
+
+def test_every_key_arrives_in_its_field(tmp_path: Path) -> None:
+    """Values keep their types; 2e-3 is a number."""
+    assert read(FULL, tmp_path) == Recipe(
+        version=1,
+        task="regression",
+        model="some/model",
+        data="d.csv",
+        eval_data="e.csv",
+        method="lora",
+        config={"rank": 4, "alpha_pattern": {"a.b": 2}},
+        training={"learning_rate": 0.002, "logging_steps": None, "optim_args": [1, "x"]},
+        columns={"text": "sentence"},
+        max_length=64,
+        baseline=True,
+        out="there",
+    )
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "version: 1\n", "training:\nconfig:\nversion:\ntask:\nout:\n"])
+def test_a_key_that_is_left_out_or_empty_has_its_default(text: str, tmp_path: Path) -> None:
+    """A section whose lines are all commented out is empty, and no mistake."""
+    assert read(text, tmp_path) == Recipe()
+
+
+def test_json_is_read_too(tmp_path: Path) -> None:
+    """The ending decides, as with settings."""
+    assert read('{"task": "seq2seq", "training": {"seed": 1}}', tmp_path, "r.json") == Recipe(
+        task="seq2seq", training={"seed": 1}
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modle: x\n", r"r\.yaml: unknown key 'modle'; did you mean 'model'\?"),
+        ("learning_rate: 1\n", "unknown key 'learning_rate'; the keys are version, task, .*out. .*trainer.*`training`"),
+        ("extra: {}\n", "unknown key 'extra'"),
+        ("acme: {}\n", "unknown key 'acme'"),
+        ("task: text-clasification\n", "task: expected .* did you mean 'text-classification'"),
+        ("task: chess\n", "task: expected text-classification, regression, .* or image-classification, got 'chess'"),
+        ("task: [regression]\n", "task: expected text, got .* The task"),
+        ("model: 7\n", "model: expected text, got 7; put it in quotes"),
+        ("model: ''\n", "model: expected 1 or more characters, got ''"),
+        ("data: {train: a.csv}\n", "data: expected text or a list, got {'train': 'a.csv'}. The path of the training"),
+        ("data: [a.csv, 3]\n", r"data\[1\]: expected text, got 3; put it in quotes"),
+        ("data: [a.csv, '']\n", r"data\[1\]: expected 1 or more characters, got ''"),
+        ("data: []\n", r"data: expected 1 or more values in the list, got \[\]"),
+        ("data: 2024-01-31\n", "data: expected text or a list, got the date 2024-01-31; put it in quotes"),
+        ("eval_data: yes\n", "eval_data: expected text or a list, got True; put it in quotes"),
+        ("method: {lora: 1}\n", "method: expected text, got .*`tunerkit methods`"),
+        ("config: adalora.yaml\n", "config: expected a mapping, got 'adalora.yaml'. .* A file goes with --config"),
+        ("config: {1: 2}\n", "config: expected text as a key, got 1; put it in quotes"),
+        ("training: [a]\n", r"training: expected a mapping, got \['a'\]. Arguments of the trainer"),
+        ("training: {a: [2024-01-31]}\n", r"training.a\[0\]: expected .* got the date 2024-01-31; put it in quotes"),
+        ("columns: text\n", "columns: expected a mapping, got 'text'. Columns with other names"),
+        ("columns: {text: 3}\n", "columns.text: expected text, got 3; put it in quotes"),
+        ("columns: {text: [a, b]}\n", r"columns.text: expected text, got \['a', 'b'\]"),
+        ("max_length: 0\n", "max_length: expected at least 4, got 0"),
+        ("max_length: 1e2\n", "max_length: expected a whole number, got 100.0"),
+        ("baseline: 'yes'\n", "baseline: expected true or false, got 'yes'"),
+        ("baseline: 1\n", "baseline: expected true or false, got 1"),
+        ("out: null_\nout: x\n", "given twice: out"),
+        ("version: 2\n", "version: got 2, .* reads version 1; a later one reads this recipe: pip install --upgrade"),
+        ("version: 2\nsteps: 3\n", "version: got 2"),
+        ("version: 0\n", "version: got 0, .* reads version 1; no recipe .*; write version: 1, or .* `tunerkit init`"),
+        ("version: '1'\n", "version: got '1'"),
+        ("version: true\n", "version: got True"),
+        ("version: 1.0\n", r"version: got 1\.0"),
+        ("- 1\n", "expected a mapping of settings to values"),
+        ("task: [\n", "cannot be read as .yaml"),
+        ("training: {a: " + "[" * 20 + "]" * 20 + "}\n", "deeper than 10 levels"),
+        (f"data: {'x' * 200_000}\n", "at most 100000 bytes"),
+        (f"{'k' * 1000}: 1\n", r"unknown key 'k+\.\.\.k+'"),
+    ],
+)
+def test_a_mistake_is_one_line(text: str, message: str, tmp_path: Path) -> None:
+    """It names the file, the key, what was got and what is allowed."""
+    with pytest.raises(tunerkit.ConfigError, match=message) as caught:
+        read(text, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / "r.yaml") in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_all_mistakes_are_in_one_error(tmp_path: Path) -> None:
+    """Nobody mends a recipe one line a time."""
+    with pytest.raises(tunerkit.ConfigError) as caught:
+        read("modle: x\nbaseline: 3\nmax_length: none\n", tmp_path)
+    file = tmp_path / "r.yaml"
+    assert caught.value.problems == (
+        f"{file}: unknown key 'modle'; did you mean 'model'?",
+        f"{file}: baseline: expected true or false, got 3. Whether to train the head alone too, for comparison",
+        f"{file}: max_length: expected a whole number, got 'none'. Longer texts are cut to this many tokens",
+    )
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    """As with settings."""
+    with pytest.raises(tunerkit.ConfigError, match=r"gone\.yaml: no such file"):
+        read_recipe(tmp_path / "gone.yaml")
+
+
+def test_keys_of_plugins_are_checked_and_kept(tmp_path: Path) -> None:
+    """They arrive in ``extra``, with a default where they are left out; each recipe has its own copy of it."""
+    keys = {**ACME, "tags": {"type": "array", "description": "Tags.", "default": []}}
+    recipe = read("acme: {level: 3}\n", tmp_path, plugin_keys=keys)
+    assert recipe == Recipe(extra={"acme": {"level": 3}, "tags": []})
+    recipe.extra["tags"].append("x")
+    assert read("", tmp_path, plugin_keys=keys).extra == {"tags": []}
+    with pytest.raises(tunerkit.ConfigError, match=r"acme\.level: expected a whole number, got 'high'"):
+        read("acme: {level: high}\n", tmp_path, plugin_keys=keys)
+
+
+def test_a_recipe_shares_nothing_with_its_mapping() -> None:
+    """A later change of one does not show in the other."""
+    mapping: dict[str, Any] = {"training": {"betas": [0.9, 0.99]}}
+    recipe = structure(mapping)
+    mapping["training"]["betas"].append(1)
+    assert recipe.training == {"betas": [0.9, 0.99]}
+
+
+def test_the_example_in_the_documentation_is_a_recipe(tmp_path: Path) -> None:
+    """Every YAML block of the page on recipes is read as it stands."""
+    page = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert blocks
+    assert all(read(block, tmp_path).model for block in blocks)

@@ -1,0 +1,119 @@
+"""The JSON schema of recipes: complete, in the standard's form, and true of what is read."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+from hypothesis import given, strategies as st
+from typer.testing import CliRunner
+
+import tunerkit
+from tunerkit_cli import app, settings
+from tunerkit_cli.recipes.reading import structure
+from tunerkit_cli.recipes.recipe import TASKS, Recipe
+from tunerkit_cli.recipes.schema import schema
+from tunerkit_cli.recipes.writing import starter
+
+DOCS = Path(__file__).parents[3] / "docs"
+ACME: dict[str, Any] = {
+    "acme": {"type": "object", "description": "Acme's options."},
+    "colour": {"enum": ["red", "green"], "description": "A colour.", "default": "red"},
+}
+TYPES: dict[str, Any] = {
+    **{"string": str, "integer": int, "number": int | float, "boolean": bool, "array": list, "object": dict},
+    "null": type(None),
+}
+
+
+def valid(value: Any, fragment: dict[str, Any]) -> bool:
+    """Whether a value conforms to JSON schema, read from the standard: only the keywords that a recipe's has."""
+    kinds = fragment.get("type", [*TYPES])
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if not any(isinstance(value, TYPES[kind]) and (kind == "boolean") == isinstance(value, bool) for kind in kinds):
+        return False
+    if "enum" in fragment and value not in fragment["enum"]:
+        return False
+    if isinstance(value, str) and len(value) < fragment.get("minLength", 0):
+        return False
+    if isinstance(value, int | float) and value < fragment.get("minimum", value):
+        return False
+    if isinstance(value, list):
+        within = (valid(each, fragment.get("items", {})) for each in value)
+        return len(value) >= fragment.get("minItems", 0) and all(within)
+    if not isinstance(value, dict):
+        return True
+    known, others = fragment.get("properties", {}), fragment.get("additionalProperties", {})
+    parts = ((each, known.get(key, others)) for key, each in value.items())
+    return all(part if isinstance(part, bool) else valid(each, part) for each, part in parts)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_starter_conforms(task: str) -> None:
+    """An editor marks nothing in a recipe to start from."""
+    assert valid(settings.given_value(starter(task), "starter"), schema({}))
+
+
+def test_every_key_is_described() -> None:
+    """The fields of `Recipe`, and no other, with a description and the default of the field."""
+    properties = schema({})["properties"]
+    assert list(properties) == [field.name for field in attrs.fields(Recipe) if field.name != "extra"]
+    assert all(fragment["description"].endswith(".") for fragment in properties.values())
+    defaults = {name: fragment.get("default") for name, fragment in properties.items()}
+    assert {**defaults, "extra": {}} == attrs.asdict(Recipe())
+    assert properties["task"]["enum"] == [*TASKS, None]
+    assert schema({})["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert schema({})["additionalProperties"] is False
+
+
+def test_the_keywords_are_those_of_the_test_above() -> None:
+    """A keyword that `valid` does not know would be ignored by it."""
+    properties = schema({})["properties"]
+    within = [properties["columns"]["additionalProperties"], properties["data"]["items"]]
+    fragments = [*properties.values(), *within]
+    known = {"type", "enum", "minLength", "minimum", "properties", "additionalProperties", "description", "default"}
+    known |= {"items", "minItems"}
+    assert {keyword for fragment in fragments for keyword in fragment} <= known
+
+
+KEYS = [*(field.name for field in attrs.fields(Recipe)), "modle"]
+values = (
+    st.none() | st.booleans() | st.integers(-1, 2) | st.floats(-1, 1) | st.sampled_from(["", "x", *TASKS])
+) | st.dictionaries(st.sampled_from("ab"), st.integers() | st.text(max_size=1), max_size=2)
+
+
+@given(st.dictionaries(st.sampled_from(KEYS), values, max_size=3))
+def test_what_conforms_is_read_and_nothing_else(mapping: dict[str, Any]) -> None:
+    """Law: the schema and the reader agree about every mapping."""
+    try:
+        structure(mapping, plugin_keys={})
+    except tunerkit.ConfigError:
+        assert not valid(mapping, schema({}))
+    else:
+        assert valid(mapping, schema({}))
+
+
+def test_keys_of_plugins_are_in_the_schema() -> None:
+    """As their plugin declares them, and like core's they may be left without a value."""
+    properties = schema(ACME)["properties"]
+    assert properties["acme"] == {"type": ["object", "null"], "description": "Acme's options."}
+    assert properties["colour"] == {"enum": ["red", "green", None], "description": "A colour.", "default": "red"}
+    assert ACME["colour"]["enum"] == ["red", "green"]
+    assert structure({"acme": None, "colour": None}, plugin_keys=ACME).extra == {"colour": "red"}
+
+
+def test_the_command_prints_the_schema() -> None:
+    """As JSON, which a file and an editor take."""
+    told = CliRunner().invoke(app.build(), ["schema"])
+    assert told.exit_code == 0
+    assert json.loads(told.stdout) == json.loads(json.dumps(schema()))
+
+
+def test_the_keys_are_documented() -> None:
+    """Each key of the schema, and no other, has a row in the page on recipes, with its default."""
+    page = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| `(\w+)` \|([^|]*)\|", page, re.MULTILINE)
+    expected = {name: fragment.get("default") for name, fragment in schema({})["properties"].items()}
+    assert {name: json.loads(text.strip(" `") or "null") for name, text in cells} == expected

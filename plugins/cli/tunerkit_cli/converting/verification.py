@@ -1,0 +1,158 @@
+"""Run two adapters on the same inputs, and measure how far the outputs are apart."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+import tunerkit
+from tunerkit import ConfigError, TunerkitError
+from tunerkit.integrations.adapter_files import base_facts, holds_adapter
+from tunerkit.integrations.base_choice import choose_base
+from tunerkit.integrations.bases import Base, refuse_other_type
+from tunerkit.integrations.pretrained import quiet
+from tunerkit_cli.converting.inputs import Inputs, random_inputs
+from tunerkit_cli.converting.opening import load_adapter, load_base
+from tunerkit_cli.converting.remarks import collected
+
+_NO_EFFECT = "{} changes no output of the base, so equal outputs say little: is it trained?"
+_RUNNING = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError, NotImplementedError)
+
+
+@attrs.frozen
+class Verified:
+    """How far the outputs of two adapters are apart, on random inputs.
+
+    Attributes:
+        one: The first adapter.
+        other: The second adapter, or the merged model.
+        difference: The largest difference of two outputs.
+        relative: The same, relative to the largest output of ``one``.
+        of_effect: The same, relative to the largest change that ``one`` makes to the base's outputs; None if it makes
+            none.
+        largest: The largest output of ``one``.
+        outputs: How many outputs were compared.
+        tolerance: The largest relative difference of equal outputs.
+        remarks: What the user should know.
+    """
+
+    one: str
+    other: str
+    difference: float
+    relative: float
+    of_effect: float | None
+    largest: float
+    outputs: int
+    tolerance: float
+    remarks: tuple[str, ...]
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether the outputs are equal within the tolerance."""
+        return self.relative <= self.tolerance
+
+
+def verify_adapters(one: str, other: str, *, base: str | None, task: str | None, tolerance: float) -> Verified:
+    """Compare the outputs of two adapters, in fp32 on the CPU. The base is loaded once.
+
+    Args:
+        one: An adapter in any format.
+        other: Another one, or the folder of a merged model.
+        base: The folder of the base; None for what the files of ``one`` say, or else those of ``other``.
+        task: The task, if it does not follow from the files.
+        tolerance: The largest relative difference of equal outputs.
+
+    Raises:
+        TunerkitError: One of them cannot be loaded or run, or its outputs are not finite.
+    """
+    if not 0 <= tolerance < math.inf:
+        raise ConfigError([f"--tolerance: expected a number from 0, got {tolerance}"])
+    quiet()
+    merged = not holds_adapter(other) and (Path(other) / "config.json").is_file()
+    with collected() as remarks:
+        chosen = choose_base(one, base=base, task=task, beside=None if merged else other)
+        # Before the base is loaded, which takes long.
+        if merged:
+            refuse_other_type(other, chosen.source)
+        else:
+            base_facts(other)
+        model = load_base(chosen)
+        inputs = random_inputs(model)
+        plain = _outputs(model, inputs, chosen.source)
+        load_adapter(model, one, chosen)
+        first = _outputs(model, inputs, one)
+        tunerkit.unwrap(model)
+        second = _outputs(_second(model, other, chosen, merged=merged), inputs, other)
+    return _verified(one, other, first, second, plain, tolerance, remarks)
+
+
+def _second(model: nn.Module, other: str, base: Base, *, merged: bool) -> nn.Module:
+    return load_base(attrs.evolve(base, source=other, revision=None)) if merged else load_adapter(model, other, base)
+
+
+def _verified(
+    one: str,
+    other: str,
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    plain: Sequence[Tensor],
+    tolerance: float,
+    remarks: Sequence[str],
+) -> Verified:
+    if [each.shape for each in first] != [each.shape for each in second]:
+        raise TunerkitError(
+            f"{one} and {other} give outputs of different shapes, {tuple(first[0].shape)} and "
+            f"{tuple(second[0].shape)}: they are not of one model and task"
+        )
+    largest, gap = max(float(each.abs().max()) for each in first), _gap(first, second)
+    comparable = [each.shape for each in first] == [each.shape for each in plain]
+    effect = _gap(first, plain) if comparable else None  # a head with more classes has no counterpart in the base
+    return Verified(
+        one=one,
+        other=other,
+        difference=gap,
+        relative=gap / largest if largest else float(gap > 0),
+        of_effect=gap / effect if effect else None,
+        largest=largest,
+        outputs=sum(each.numel() for each in first),
+        tolerance=tolerance,
+        remarks=(*remarks, *([_NO_EFFECT.format(one)] if effect == 0 else [])),
+    )
+
+
+def _gap(one: Iterable[Tensor], other: Iterable[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, inputs: Sequence[Inputs], name: str) -> list[Tensor]:
+    """The main output for each input: logits, or hidden states without a head. Random parts see the same numbers."""
+    found = []
+    model.eval()
+    with torch.random.fork_rng(devices=[]):
+        for each in inputs:
+            torch.manual_seed(0)
+            try:
+                found.append(_main(model(**each)).float())
+            except _RUNNING as problem:
+                reason = " ".join(str(problem).split())[:300]
+                raise TunerkitError(
+                    f"{name} cannot be run on random inputs ({', '.join(each)}) as {type(model).__name__}: {reason}"
+                ) from problem
+    if not all(bool(torch.isfinite(each).all()) for each in found):
+        raise TunerkitError(f"{name} gives NaN or inf for random inputs, so there is nothing to compare")
+    return found
+
+
+def _main(outputs: Any) -> Tensor:
+    values = outputs.values() if isinstance(outputs, Mapping) else outputs
+    if isinstance(values, Tensor):
+        return values
+    for value in values:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    raise TypeError("its forward returns no tensor of numbers")

@@ -1,0 +1,121 @@
+"""What is installed, what is missing, and which plugins do not work."""
+
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+
+import attrs
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import tunerkit
+from tunerkit_cli.plugin_commands import plugin_commands
+
+# The extras that users choose; the others are for those who work on tunerkit itself.
+EXTRAS = (
+    *("adalora", "lora", "peft", "gguf", "diffusers", "quant", "quantisers", "deepspeed"),
+    *("hf", "cli", "lm", "vision", "plot", "testing"),
+)
+
+
+@attrs.frozen
+class Part:
+    """One distribution that tunerkit or an extra asks for, and the installed version, None if it is missing."""
+
+    extra: str
+    requirement: Requirement
+    version: str | None
+
+    @property
+    def problem(self) -> str:
+        """What to do, or an empty string."""
+        if self.version is None:
+            return f'missing: pip install "tunerkit[{self.extra}]"'
+        wanted = self.requirement.specifier
+        if not wanted.contains(self.version, prereleases=True):
+            return f'needs {wanted}: pip install --upgrade "{self.requirement.name}{wanted}"'
+        return ""
+
+
+def show(console: Console) -> bool:
+    """Print versions, devices, plugins, and the libraries that tunerkit and its extras ask for.
+
+    Returns:
+        Whether every plugin works. A missing optional part is no fault.
+    """
+    console.print(f"tunerkit {tunerkit.__version__}, Python {platform.python_version()}, {escape(platform.platform())}")
+    console.print(f"devices: {', '.join(devices())}")
+    console.print(_plugins())
+    console.print(_parts())
+    problems = plugin_commands().problems
+    for problem in problems:
+        console.print(f"[bold red]{escape(problem)}[/]", soft_wrap=True)
+    return not problems and all(info.error is None for info in tunerkit.methods().values())
+
+
+def devices() -> list[str]:
+    """Describe the CPU, and the accelerators that torch can use."""
+    import torch
+
+    found = [f"CPU with {torch.get_num_threads()} threads"]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        count = torch.accelerator.device_count()
+        names = [torch.cuda.get_device_name(i) for i in range(count)] if accelerator.type == "cuda" else [""] * count
+        found += [f"{accelerator.type}:{number} {name}".rstrip() for number, name in enumerate(names)]
+    return found
+
+
+def parts() -> Iterator[Part]:
+    """Yield what tunerkit and each extra in `EXTRAS` ask for, and what those ask for that are ours.
+
+    What two extras ask for is listed with the first one.
+    """
+    found: dict[str, Part] = {}
+    for extra in ("", *EXTRAS):
+        for requirement in _asked("tunerkit", extra):
+            found.setdefault(requirement.name, _part(extra, requirement))
+    yield from found.values()
+
+
+def _asked(distribution: str, extra: str) -> Iterator[Requirement]:
+    """What a distribution asks for, itself or for one extra, and what those of our own distributions ask for."""
+    try:
+        texts = metadata.requires(distribution) or ()
+    except metadata.PackageNotFoundError:
+        return
+    for each in map(Requirement, texts):
+        if (each.marker is None) if not extra else (each.marker is not None and each.marker.evaluate({"extra": extra})):
+            if each.name != "tunerkit":
+                yield each
+            if each.name.startswith("tunerkit-"):
+                for inner in ("", *sorted(each.extras)):
+                    yield from _asked(each.name, inner)
+
+
+def _part(extra: str, requirement: Requirement) -> Part:
+    try:
+        return Part(extra, requirement, metadata.version(requirement.name))
+    except metadata.PackageNotFoundError:
+        return Part(extra, requirement, None)
+
+
+def _plugins() -> Table:
+    table = Table("method", "distribution", "version", "error", title="Plugins", title_justify="left")
+    for name, info in tunerkit.methods().items():
+        table.add_row(escape(name), escape(info.distribution), escape(info.version), escape(info.error or ""))
+    return table
+
+
+def _parts() -> Table:
+    table = Table("part", "distribution", "version", "", title="Libraries", title_justify="left")
+    for part in parts():
+        table.add_row(
+            part.extra or "tunerkit itself",
+            escape(str(part.requirement.name)),
+            part.version or "-",
+            escape(part.problem),
+        )
+    return table

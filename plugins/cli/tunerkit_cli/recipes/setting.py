@@ -1,0 +1,144 @@
+"""Put values that are given on the command line into a recipe's mapping: flags, and ``--set key=value``."""
+
+import copy
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import PurePath
+from types import MappingProxyType
+from typing import Any, Final
+
+from tunerkit import ConfigError
+from tunerkit.errors import closest, shown
+from tunerkit_cli.recipes.fragments import Fragment
+from tunerkit_cli.recipes.schema import schema
+from tunerkit_cli.settings import DEEPEST, given_settings, given_value
+
+# For each flag of `tunerkit train`, the key that it sets.
+FLAGS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        **{name: name for name in ("task", "method", "model", "data", "eval_data", "config", "out")},
+        "from": "from_adapter",
+        "epochs": "training.num_train_epochs",
+        "lr": "training.learning_rate",
+        "batch_size": "training.per_device_train_batch_size",
+        "seed": "training.seed",
+        **{name: name for name in ("max_length", "precision", "baseline")},
+        "text_column": "columns.text",
+        "label_column": "columns.label",
+    }
+)
+_EXAMPLE: Final = "expected key=value, as in --set learning_rate=1e-3"
+
+
+def merge(mapping: Mapping[str, Any], flags: Mapping[str, object]) -> dict[str, Any]:
+    """Return a recipe's mapping with the values of flags, which replace its own.
+
+    Args:
+        mapping: The recipe's mapping, which stays as it is.
+        flags: Values by the names in `FLAGS`; None means that the flag was not given. ``config`` is a mapping, a
+            mapping written out, or the path of a file.
+
+    Raises:
+        ConfigError: The method's settings cannot be read, or the recipe has a plain value where a flag needs a mapping.
+    """
+    merged = copy.deepcopy(dict(mapping))
+    for flag, given in flags.items():
+        value = str(given) if isinstance(given, PurePath) else copy.deepcopy(given)
+        if flag == "config" and isinstance(value, str):
+            value = given_settings(value)
+        if value is not None:
+            _place(merged, FLAGS[flag].split("."), value, f"--{flag.replace('_', '-')}")
+    return merged
+
+
+def apply(
+    mapping: Mapping[str, Any],
+    settings: Iterable[str],
+    trainer_arguments: Collection[str],
+    method_settings: Collection[str],
+    plugin_keys: Mapping[str, Fragment] | None = None,
+) -> dict[str, Any]:
+    """Return a recipe's mapping with settings as ``--set`` takes them; of two with the same key, the later one wins.
+
+    Args:
+        mapping: The recipe's mapping, which stays as it is.
+        settings: ``key=value`` each. The value is YAML. The key is one of the recipe, an argument of the trainer or a
+            setting of the method. With its section before it, as in ``config.rank``, it is never ambiguous.
+        trainer_arguments: The names that ``training`` may have.
+        method_settings: The names that ``config`` may have.
+        plugin_keys: The further keys of recipes; by default those that the installed plugins declare.
+
+    Raises:
+        ConfigError: A setting is malformed, its key is unknown or ambiguous, or its value is not YAML. All such
+            settings are named.
+    """
+    changed = copy.deepcopy(dict(mapping))
+    names = {"": (*schema(plugin_keys)["properties"],), "training": trainer_arguments, "config": method_settings}
+    problems: list[str] = []
+    for setting in settings:
+        try:
+            key, value = _parsed(setting)
+            _place(changed, _path(key, names), value, f"--set {key}")
+        except ConfigError as problem:
+            problems += problem.problems
+    if problems:
+        raise ConfigError(problems)
+    return changed
+
+
+def _parsed(setting: str) -> tuple[str, object]:
+    key, equals, text = setting.partition("=")
+    key = key.strip()
+    if not equals or not all(key.split(".")) or len(key.split(".")) > DEEPEST:
+        raise ConfigError([f"--set {shown(setting)}: {_EXAMPLE}"])
+    try:
+        value = given_value(text, f"--set {key}")
+    except ConfigError as problem:
+        raise ConfigError([f"{line}; if it is text, put it in quotes" for line in problem.problems]) from problem
+    if value is None and text.strip().lower() not in ("null", "~"):  # an empty variable of the shell, or a YAML comment
+        raise ConfigError(
+            [f"--set {shown(setting)}: {_EXAMPLE}; write {key}=null for no value, or put the value in quotes"]
+        )
+    return key, value
+
+
+def _path(key: str, names: Mapping[str, Collection[str]]) -> list[str]:
+    """Return where in the recipe a key stands, from the names in each section; "" is the recipe's own section."""
+    first, *rest = key.split(".")
+    sections = [section for section in names if section and first in names[section]]
+    if rest and first in names and rest[0] not in names[first]:
+        raise _unknown(key, rest[0], names[first], names, f" in {first!r}")
+    if first in names[""]:
+        return [first, *rest]
+    if rest:
+        raise _unknown(key, first, names[""], names)
+    if not sections:
+        raise _unknown(key, first, {name for section in names.values() for name in section}, names)
+    if len(sections) > 1:
+        forms = " or ".join(f"{section}.{first}" for section in sections)
+        raise ConfigError([f"--set {key}: the trainer and the method both have {first!r}; write {forms}"])
+    return [*sections, first]
+
+
+def _unknown(
+    key: str, name: str, close: Iterable[str], names: Mapping[str, Collection[str]], where: str = ""
+) -> ConfigError:
+    """Return the error for a key without a name such as ``name``: in another section, or among those that are close."""
+    full = [FLAGS[name]] if name in FLAGS else [f"{part}.{name}" for part in names if part and name in names[part]]
+    hint = f"; did you mean {' or '.join(map(repr, full))}?" if full else closest(name, sorted(close))
+    hint = hint or "; `tunerkit schema` lists a recipe's keys, `tunerkit config` a method's"
+    return ConfigError([f"--set {shown(key)[1:-1]}: there is no key {shown(name)}{where}{hint}"])
+
+
+def _place(mapping: dict[str, Any], path: list[str], value: object, where: str) -> None:
+    """Set the value at a path of keys in nested mappings, in place. Missing mappings are made.
+
+    Mappings on the way are copied: with YAML's aliases, one mapping may stand in several places.
+    """
+    for depth, name in enumerate(path[:-1]):
+        inner = {} if mapping.get(name) is None else mapping[name]
+        if not isinstance(inner, dict):
+            whole = ".".join(path[: depth + 1])
+            raise ConfigError([f"{where}: {whole} is {shown(inner)}, which has no keys; set {whole} itself"])
+        mapping[name] = dict(inner)
+        mapping = mapping[name]
+    mapping[path[-1]] = value

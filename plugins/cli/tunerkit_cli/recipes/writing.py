@@ -1,0 +1,177 @@
+"""Write recipes: a commented one to start from, and one as it was run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from string import Template
+from types import MappingProxyType
+from typing import Final
+
+import attrs
+
+from tunerkit import ConfigError, TunerkitError
+from tunerkit.errors import closest, shown
+from tunerkit_cli.recipes.recipe import TASKS, Recipe, to_mapping
+from tunerkit_cli.settings import write_settings
+
+
+class RecipeFileError(TunerkitError):
+    """A recipe cannot be written to its file."""
+
+
+@attrs.frozen
+class _Start:
+    """What differs between the tasks' recipes: columns of the data with an example of each, a model, and rates."""
+
+    columns: tuple[str, ...]
+    model: str
+    learning_rate: str = "1.2e-3"
+    epochs: int = 3
+    batch_size: int = 32
+    max_length: int | None = 128
+
+
+_ENCODER: Final = "distilbert/distilbert-base-uncased"
+_CHAT: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_STARTS: Final[Mapping[str, _Start]] = MappingProxyType(
+    {
+        "text-classification": _Start(
+            ("text: a text, such as: Great film!", "label: the name of its class, such as: positive"),
+            _ENCODER,
+        ),
+        "regression": _Start(("text: a text, such as: Great film!", "label: a number, such as: 4.5"), _ENCODER),
+        "multi-label": _Start(
+            (
+                "text: a text, such as: Great film!",
+                "labels: the list of its labels, which may be empty, such as: [funny, short]",
+            ),
+            _ENCODER,
+        ),
+        "token-classification": _Start(
+            (
+                "tokens: the list of the words, such as: [Ada, lives, in, London]",
+                "tags: the list of their tags, one for each word, such as: [B-PER, O, O, B-LOC]",
+            ),
+            *(_ENCODER, "2e-3"),
+        ),
+        "causal-lm": _Start(
+            (
+                "text: a text to learn; or",
+                "prompt and completion: two texts, of which the completion is learned; or",
+                "messages: a chat, such as: [{role: user, content: Hi}, {role: assistant, content: Hello!}]",
+            ),
+            *(_CHAT, "2e-4", 1, 8, 512),
+        ),
+        "preference": _Start(
+            (
+                "prompt: a text, such as: Name a colour.",
+                "chosen: the better answer, such as: Blue.",
+                "rejected: the worse answer, such as: No.",
+            ),
+            *(_CHAT, "5e-5", 1, 4, 512),
+        ),
+        "seq2seq": _Start(
+            ("source: the text to read, such as: Guten Tag", "target: the text to write, such as: Good day"),
+            *("google-t5/t5-small", "1e-3", 3, 16, 128),
+        ),
+        "image-classification": _Start(
+            (
+                "image: the path of an image file, such as: images/1.png",
+                "label: the name of its class, such as: cat",
+            ),
+            *("google/vit-base-patch16-224-in21k", "2e-3", 3, 16, None),
+        ),
+    }
+)
+_TEXT: Final = Template("""\
+# A recipe for: tunerkit train
+# Every key may be left out; `tunerkit schema` prints what each one may be.
+version: 1
+task: $task
+
+# A local folder, or a name on the hub.
+model: $model
+
+# A .csv, .tsv, .jsonl or .parquet file with the columns:
+$columns
+data: train.$ending
+# Without eval_data, a part of the data is held out.
+# eval_data: eval.$ending
+# If your columns have other names:
+# columns: {$first: the_name_in_your_data}
+$length
+# The dtype of the base's weights: bfloat16 takes half of the memory.
+# dtype: bfloat16
+# What matrix products are computed in. Default: fp32 on a CPU, bf16 on an accelerator.
+# precision: bf16
+# Quantising the base saves more; this needs bitsandbytes and tunerkit-quant.
+# quantisation: nf4
+
+# The method, and its settings. `tunerkit config adalora` prints all of them.
+method: adalora
+config: {}
+# config: {target_rank: 4}
+# Instead of both, an adapter to go on training, such as a PEFT folder:
+# from_adapter: path/to/adapter
+
+# Arguments of the trainer.
+training:
+  num_train_epochs: $epochs
+  learning_rate: $learning_rate
+  per_device_train_batch_size: $batch_size
+  seed: 0
+  # warmup_steps: 0.1  # below 1, a share of all steps
+  # gradient_accumulation_steps: 4
+
+# Whether to train the head alone too, for comparison.
+baseline: false
+
+# If the loss is lost: tell, or restart from the last good checkpoint at half the learning rate.
+on_collapse: tell
+
+# The folder for the adapter, the metrics and the report.
+out: out
+""")
+
+
+def starter(task: str) -> str:
+    """Return a commented recipe in YAML to start from. Raises `ConfigError` for an unknown task."""
+    if task not in _STARTS:
+        raise ConfigError([f"no task {shown(task)}{closest(task, TASKS) or '; the tasks are ' + ', '.join(TASKS)}"])
+    start = _STARTS[task]
+    length = f"\n# Longer texts are cut to this many tokens.\nmax_length: {start.max_length}\n"
+    return _TEXT.substitute(
+        task=task,
+        model=start.model,
+        columns="\n".join(f"#   {column}" for column in start.columns),
+        first=start.columns[0].partition(":")[0],
+        ending="jsonl" if any("[" in column for column in start.columns) else "csv",
+        length=length if start.max_length is not None else "",
+        epochs=start.epochs,
+        learning_rate=start.learning_rate,
+        batch_size=start.batch_size,
+    )
+
+
+def write_starter(task: str, path: Path) -> None:
+    """Write the recipe to start from into a new file.
+
+    Raises:
+        ConfigError: There is no such task.
+        RecipeFileError: The file exists, cannot be written, or has an ending that no recipe has.
+    """
+    text = starter(task)
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        raise RecipeFileError(f"--out {path}: a commented recipe is YAML; choose a name that ends in .yaml")
+    try:
+        with path.open("x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+    except FileExistsError:
+        raise RecipeFileError(f"--out {path}: the file exists already; remove it, or choose another name") from None
+    except (OSError, ValueError) as problem:
+        reason = problem.strerror if isinstance(problem, OSError) else problem
+        raise RecipeFileError(f"--out {path}: cannot be written: {reason}; choose another folder") from problem
+
+
+def dump(recipe: Recipe) -> str:
+    """Return a recipe as YAML, which `read_recipe` reads back to an equal one."""
+    return write_settings(to_mapping(recipe))

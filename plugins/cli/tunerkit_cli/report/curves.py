@@ -1,0 +1,217 @@
+"""The curves of a run: what its logs and the history of its ranks say about each step."""
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from statistics import fmean, median
+from typing import Any, Final, Literal
+
+import attrs
+
+from tunerkit_cli.report import scores, wording
+from tunerkit_cli.report.record import GREATEST, Change, Run
+
+Points = tuple[tuple[float, float], ...]
+
+MOST_POINTS: Final = 400
+_MOST_METRICS: Final = 6
+_EVAL: Final = "eval_"
+# A logarithmic axis ends at this share of the greatest value: below it there are only rounding errors.
+_ROUNDING: Final = 1e-12
+_TINY: Final = 1e-100
+_AT_LEAST_SMOOTHED: Final = 20  # shorter curves are shown as they are
+# What a trainer logs besides metrics: times, counters, and the ranks, of which the record has the whole history.
+_NO_METRICS: Final = frozenset(
+    {"step", "epoch", "loss", "learning_rate", "grad_norm", "total_flos", "num_tokens", "num_input_tokens_seen"}
+    | {"budget", "rank_mean", "rank_min", "rank_max"}
+)
+_NO_METRIC_ENDS: Final = ("runtime", "per_second", "preparation_time")
+
+
+@attrs.frozen
+class Curve:
+    """A named curve. ``steps`` holds each value until the next one; ``mark`` is a value to compare with."""
+
+    name: str
+    points: Points
+    style: Literal["line", "faint", "steps", "dots", "mark"] = "line"
+
+
+@attrs.frozen
+class Panel:
+    """Curves that share their axes, and the texts beside them."""
+
+    name: str
+    title: str
+    curves: tuple[Curve, ...]
+    unit: str = ""
+    x_title: str = "optimizer step"
+    is_log: bool = False
+
+
+def panels(run: Run) -> tuple[Panel, ...]:
+    """Return the panels over optimizer steps that say something: loss, metrics, learning rate, budget and ranks."""
+    rows = [row for row in run.logs if _is_number(row.get("step"))]
+    found = (loss(run), *_metrics(run, rows), *_schedule(rows), *rank_panels(run))
+    return tuple(panel for panel in found if panel is not None)
+
+
+def loss(run: Run) -> Panel | None:
+    """Return the training loss, smoothed if it has many points, with the loss on held-out rows."""
+    rows = [row for row in run.logs if _is_number(row.get("step"))]
+    train, held_out = _points(rows, "loss"), _points(rows, f"{_EVAL}loss")
+    if len(train) < 2 and len(held_out) < 2:
+        return None
+    curves = [*_smoothed_curves("training", train)]
+    if held_out:
+        curves.append(Curve("held-out", thinned(held_out), "dots"))
+    return Panel("loss", "Loss", tuple(curves), is_log=is_logarithmic(curves))
+
+
+def is_logarithmic(curves: Sequence[Curve]) -> bool:
+    """Whether curves of positive values differ so much that a linear axis would show only the greatest."""
+    values = [y for curve in curves for _, y in curve.points]
+    least, greatest = min(values), max(values)
+    return least > max(_ROUNDING * greatest, _TINY) and greatest > 30 * least
+
+
+def rank_panels(run: Run) -> Iterator[Panel]:
+    """Yield the mean, least and greatest rank over steps, and the budget; without what never changed."""
+    unit = run.budget.unit if run.budget is not None else "rank"
+    if len({change.ranks for change in run.history}) > 1:
+        yield Panel("rank", "Rank of a matrix", rank_curves(run.history), unit="rank")
+    budget = budget_curve(run.history)
+    if len({value for _, value in budget.points}) > 1:
+        yield Panel("budget", "Budget in force", (budget,), unit=unit)
+
+
+def rank_curves(history: Sequence[Change]) -> tuple[Curve, ...]:
+    """Return the greatest, mean and least rank of all targets over steps."""
+    summaries: dict[str, Callable[[Sequence[int]], float]] = {"greatest": max, "mean": fmean, "least": min}
+    changes = [change for change in history if change.ranks]
+    return tuple(
+        Curve(name, thinned(tuple((float(c.step), float(summary(c.ranks))) for c in changes)), "steps")
+        for name, summary in summaries.items()
+    )
+
+
+def budget_curve(history: Sequence[Change]) -> Curve:
+    """Return the budget in force over steps."""
+    points = tuple((float(change.step), change.budget) for change in history if change.budget is not None)
+    return Curve("budget", thinned(points), "steps")
+
+
+def spectrum(run: Run) -> Panel | None:
+    """Return the sorted singular values of each target with their median; None if no target has two of them."""
+    greatest = max((value for found in run.spectrum.values() for value in found), default=0.0)
+    least = max(_ROUNDING * greatest, _TINY)
+    values = {path: [value for value in found if value > least] for path, found in run.spectrum.items()}
+    longest = max(map(len, values.values()), default=0)
+    if longest < 2:
+        return None
+    curves = [
+        Curve(path, tuple((float(n), value) for n, value in enumerate(sorted(found, reverse=True), 1)), "faint")
+        for path, found in values.items()
+        if found
+    ]
+    columns: list[list[float]] = [[] for _ in range(longest)]
+    for curve in curves:
+        for column, (_, value) in zip(columns, curve.points, strict=False):
+            column.append(value)
+    # Where most targets have no such value, the median of the others would rise again.
+    common = [column for column in columns if 2 * len(column) >= len(curves)]
+    middle = tuple((float(n), median(column)) for n, column in enumerate(common, 1))
+    title = "Singular values of what each adapter adds"
+    return Panel("spectrum", title, (*curves, Curve("median", middle)), x_title="singular value number", is_log=True)
+
+
+def thinned(points: Points, limit: int = MOST_POINTS) -> Points:
+    """Return at most ``limit`` of the points in their order: both ends, and the extremes of each stretch."""
+    if len(points) <= limit:
+        return points
+    inner, stretches = points[1:-1], (limit - 2) // 2
+    kept = [points[0]]
+    for number in range(stretches):
+        part = inner[number * len(inner) // stretches : (number + 1) * len(inner) // stretches]
+        extremes = {min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])}
+        kept += sorted(extremes)
+    return (*kept, points[-1])
+
+
+def smoothed(points: Points) -> Points:
+    """Return the mean of the points around each one, a tenth of all, and fewer towards the ends.
+
+    A one-sided mean over that many would flatten the steep start of a loss, and a single point would be noise.
+    """
+    sums = [0.0, *itertools.accumulate(value for _, value in points)]
+    reach = max(1, len(points) // 20)
+    means = []
+    for number, (step, _) in enumerate(points):
+        near = min(reach, max(number, reach // 4), max(len(points) - 1 - number, reach // 4))
+        first, end = max(0, number - near), min(len(points), number + near + 1)
+        means.append((step, (sums[end] - sums[first]) / (end - first)))
+    return tuple(means)
+
+
+def _smoothed_curves(name: str, points: Points) -> Iterator[Curve]:
+    if len(points) >= _AT_LEAST_SMOOTHED:
+        yield Curve(f"{name}, each log", thinned(points), "faint")
+        yield Curve(f"{name}, smoothed", thinned(smoothed(points)))
+    elif points:
+        yield Curve(name, points)
+
+
+def _metrics(run: Run, rows: Sequence[Mapping[str, Any]]) -> Iterator[Panel]:
+    """Yield a panel per metric with two points or more, the main one first; those on held-out rows before others."""
+    names = dict.fromkeys(key for row in rows for key in row if _is_metric(key))
+    held_out = [name.removeprefix(_EVAL) for name in names if name.startswith(_EVAL)]
+    ordered = dict.fromkeys([*held_out, *(name for name in names if not name.startswith(_EVAL))])
+    main = scores.main_metric(run.metrics, run.main_metric)
+    shown = 0
+    for name in sorted(ordered, key=lambda name: name != main):
+        train, measured = _points(rows, name), _points(rows, f"{_EVAL}{name}")
+        if max(len(train), len(measured)) < 2 or shown == _MOST_METRICS:
+            continue
+        shown += 1
+        curves = [*_smoothed_curves("training", train)]
+        if measured:
+            curves.append(Curve("held-out", thinned(measured), "dots"))
+        if run.baseline is not None and name in run.baseline.metrics:
+            ends = [point[0] for curve in curves for point in (curve.points[0], curve.points[-1])]
+            level = run.baseline.metrics[name]
+            curves.append(
+                Curve(wording.short_baseline(run.baseline.what), ((min(ends), level), (max(ends), level)), "mark")
+            )
+        yield Panel(f"metric-{_file_name(name)}", wording.capitalised(scores.title(name)), tuple(curves))
+
+
+def _file_name(metric: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", metric.lower()).strip("-")
+
+
+def _schedule(rows: Sequence[Mapping[str, Any]]) -> Iterator[Panel]:
+    for name, title in (("learning_rate", "Learning rate"), ("grad_norm", "Norm of the gradient")):
+        points = _points(rows, name)
+        if len({value for _, value in points}) > 1:
+            yield Panel(name.replace("_", "-"), title, (Curve(title.lower(), thinned(points)),))
+
+
+def _is_metric(key: str) -> bool:
+    name = key.removeprefix(_EVAL)
+    return not (
+        name in _NO_METRICS
+        or name.endswith(_NO_METRIC_ENDS)
+        or name.startswith(("train_", "rank/"))
+        or name.rpartition("/")[2] in _NO_METRICS
+        or "/rank/" in name
+    )
+
+
+def _points(rows: Iterable[Mapping[str, Any]], key: str) -> Points:
+    """Return the values of ``key`` over steps; of rows with the same step, the last."""
+    found = {float(row["step"]): float(row[key]) for row in rows if _is_number(row.get(key))}
+    return tuple(sorted(found.items()))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= GREATEST

@@ -1,0 +1,199 @@
+"""The comparison of several runs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from tunerkit.errors import cut
+from tunerkit_cli.report import curves, scores, wording
+from tunerkit_cli.report.curves import Curve, Panel
+from tunerkit_cli.report.html import tables
+from tunerkit_cli.report.html.page import capped, drawn, highest_rank, rank_heatmap, rank_summary
+from tunerkit_cli.report.html.tables import Table
+from tunerkit_cli.report.html.template import filled
+from tunerkit_cli.report.record import RecordError, Run, read
+from tunerkit_cli.report.verdict import failure, verdict
+
+_NONE = "–"
+
+
+def compare(records: Mapping[str, Mapping[str, Any]], *, title: str | None = None) -> str:
+    """Return a comparison of runs as one HTML file: metrics, curves, settings that differ, and ranks.
+
+    Args:
+        records: The records of two runs or more, each as ``run.json`` has it, by the names to show.
+        title: The heading.
+
+    Raises:
+        RecordError: A record is damaged or of another version, or there are fewer than two.
+    """
+    if len(records) < 2:
+        raise RecordError(f"expected two runs or more to compare, got {len(records)}; `render` shows a single one")
+    runs = {name: _read(name, record) for name, record in records.items()}
+    groups = _groups(runs)
+    highest = max(map(highest_rank, runs.values()))
+    values = {
+        "title": title or f"{len(runs)} runs compared",
+        "runs": runs,
+        "failures": {name: text for name, run in runs.items() if (text := failure(run.problems))},
+        "verdicts": {name: verdict(run) for name, run in runs.items()},
+        "best": _best(groups),
+        "warning": _warning(groups),
+        "results": [(title, table) for title, table in _results(runs, groups) if table.rows],
+        "curves": drawn(_panels(runs)),
+        "differences": _differences(runs),
+        "ranks": {
+            name: (rank_heatmap(run, highest), rank_summary(run), capped(run))
+            for name, run in runs.items()
+            if run.ranks
+        },
+        "highest": highest,
+    }
+    return filled("comparison.html.j2", values)
+
+
+def _read(name: str, record: Mapping[str, Any]) -> Run:
+    try:
+        return read(record)
+    except RecordError as problem:
+        raise RecordError(f"{cut(name, 200)}: {problem}") from problem
+
+
+def _conditions(run: Run) -> dict[str, str]:
+    """Under which conditions a run's metrics were measured: they compare only with those of the same conditions.
+
+    A loss by the token depends on what the tokens are, so on the base, and on which of them count.
+    """
+    rows = run.rows.get("eval")
+    found = {"task": run.task, "held-out data": f"{run.data.get('eval', _NONE)}{f', {rows:,} rows' if rows else ''}"}
+    if run.task in ("causal-lm", "seq2seq"):
+        found["base model"] = str(run.model.get("name", _NONE))
+    if run.task == "causal-lm":  # earlier versions learned whole conversations, and have no such key
+        prompts = run.recipe.get("train_on_prompts", run.conversations)
+        found["learned tokens"] = "prompts learned too" if prompts else "prompts not learned"
+    return found
+
+
+def _groups(runs: Mapping[str, Run]) -> list[dict[str, Run]]:
+    """Return the runs in groups whose metrics compare."""
+    groups: dict[tuple[str, ...], dict[str, Run]] = {}
+    for name, run in runs.items():
+        groups.setdefault((*_conditions(run).values(),), {})[name] = run
+    return [*groups.values()]
+
+
+def _best(groups: Sequence[Mapping[str, Run]]) -> str:
+    """Say which run is the best of each group; empty if nothing compares."""
+    found = {", ".join(runs): _best_of(runs) for runs in groups}
+    if len(groups) == 1:
+        return "".join(found.values())
+    return " ".join(f"Of {names}: {text}" for names, text in found.items() if text)
+
+
+def _best_of(runs: Mapping[str, Run]) -> str:
+    """Say which run is the best by the metric that most have as their main one; empty if fewer than two have it."""
+    mains = [scores.main_metric(run.metrics, run.main_metric) for run in runs.values()]
+    metric = max((name for name in mains if name is not None), key=mains.count, default=None)
+    found = {name: run.metrics[metric] for name, run in runs.items() if metric in run.metrics} if metric else {}
+    if metric is None or len(found) < 2:
+        return ""
+    is_high = scores.is_better_high(metric, next(run for run in runs.values() if metric in run.metrics))
+    ordered = sorted(found, key=lambda name: found[name], reverse=is_high)
+    first, second = ordered[:2]
+    value, gap = wording.decimals(found[first]), abs(found[first] - found[second])
+    if gap == 0:
+        return f"{first} and {second} are level with {scores.title(metric)} {value}."
+    side = "above" if is_high else "below"
+    what = "highest" if is_high else "lowest"
+    return f"{first} has the {what} {scores.title(metric)}, {value}, {scores.distance(metric, gap)} {side} {second}."
+
+
+def _warning(groups: Sequence[Mapping[str, Run]]) -> str:
+    """Say what makes the metrics incomparable; empty if nothing does."""
+    if len(groups) == 1:
+        return ""
+    known = [_conditions(run) for runs in groups for run in runs.values()]
+    names = dict.fromkeys(name for each in known for name in each)
+    differing = [name for name in names if len({each[name] for each in known if name in each}) > 1]
+    some = ", except within one table" if any(len(runs) > 1 for runs in groups) else ""
+    return f"The runs differ in their {' and '.join(differing)}, so their metrics are not comparable{some}."
+
+
+def _results(runs: Mapping[str, Run], groups: Sequence[Mapping[str, Run]]) -> list[tuple[str, Table]]:
+    """Return tables of metrics and costs, each with its heading: one table where all compare, else one per group."""
+    if len(groups) == 1:
+        metrics = _metrics(runs)
+        return [("", attrs.evolve(metrics, rows=(*metrics.rows, *_costs(runs))))]
+    found = [("; ".join(_conditions(next(iter(each.values()))).values()), _metrics(each)) for each in groups]
+    return [*found, ("costs", Table(("", *runs), (*_costs(runs),)))]
+
+
+def _metrics(runs: Mapping[str, Run]) -> Table:
+    """Return the metrics of runs that compare, a row for each and a column per run, with the best values marked."""
+    names = list(dict.fromkeys(name for run in runs.values() for name in run.metrics))
+    rows: list[tuple[str, ...]] = []
+    best: set[tuple[int, int]] = set()
+    for number, name in enumerate(names):
+        values = {column: run.metrics[name] for column, run in enumerate(runs.values(), 1) if name in run.metrics}
+        texts = (wording.decimals(values[k], 4) if k in values else _NONE for k in range(1, len(runs) + 1))
+        rows.append((scores.title(name), *texts))
+        run = next(run for run in runs.values() if name in run.metrics)
+        top = max(values.values()) if scores.is_better_high(name, run) else min(values.values())
+        if len(set(values.values())) > 1:
+            best |= {(number, column) for column, value in values.items() if value == top}
+    return Table(("", *runs), tuple(rows), best=frozenset(best))
+
+
+def _costs(runs: Mapping[str, Run]) -> Iterator[tuple[str, ...]]:
+    times = [run.seconds.get("train") for run in runs.values()]
+    costs: dict[str, list[str]] = {
+        "method": [wording.method_title(run.method) for run in runs.values()],
+        "trained parameters": [_text(run.parameters.trained) for run in runs.values()],
+        "optimizer steps": [_text(run.steps) for run in runs.values()],
+        "precision": [run.precision or _NONE for run in runs.values()],
+        "training time": [_NONE if seconds is None else wording.duration(seconds) for seconds in times],
+    }
+    return ((title, *texts) for title, texts in costs.items() if {*texts} != {_NONE})
+
+
+def _text(value: float | None) -> str:
+    return _NONE if value is None else wording.number(value)
+
+
+def _panels(runs: Mapping[str, Run]) -> Iterator[Panel]:
+    """Yield a panel for each curve that two runs or more have, with one curve from each run.
+
+    Losses and metrics of different tasks are different things, so each task has panels of its own.
+    """
+    found = {name: curves.panels(run) for name, run in runs.items()}
+    same: dict[tuple[str, str, str], tuple[Panel, list[Curve]]] = {}
+    for name, panels in found.items():
+        for panel in panels:
+            for curve in panel.curves:
+                if curve.style not in ("faint", "mark") and curve.name not in ("least", "greatest"):
+                    what = curve.name.partition(",")[0]  # "training, smoothed" is "training" where it is short
+                    task = runs[name].task if panel.name.startswith(("loss", "metric-")) else ""
+                    _, lines = same.setdefault((panel.name, what, task), (panel, []))
+                    lines.append(Curve(name, curve.points, curve.style))
+    several = len({run.task for run in runs.values()}) > 1
+    for (_, what, task), (panel, lines) in same.items():
+        if len(lines) > 1:
+            is_named = what.lower() in panel.title.lower()
+            title = f"{panel.title}{'' if is_named else f', {what}'}{f', {task}' if several and task else ''}"
+            yield attrs.evolve(
+                panel, title=title, curves=tuple(lines), is_log=panel.is_log and curves.is_logarithmic(lines)
+            )
+
+
+def _differences(runs: Mapping[str, Run]) -> Table | None:
+    """Return the settings of method and recipe that are not the same in all runs."""
+    found = [
+        tables.flattened({"recipe": {k: v for k, v in run.recipe.items() if k != "config"}, "config": run.config})
+        for run in runs.values()
+    ]
+    names = dict.fromkeys(name for settings in found for name in settings)
+    rows = [(name, *(settings.get(name, _NONE) for settings in found)) for name in names]
+    differing = tuple(row for row in rows if len(set(row[1:])) > 1)
+    shown = differing[: tables.MOST_ROWS]
+    return Table(("setting", *runs), shown, left_out=len(differing) - len(shown)) if differing else None

@@ -1,0 +1,122 @@
+"""What ``tunerkit train`` prints of a run: before training, and after it."""
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+import tunerkit
+from tunerkit.paths import few
+from tunerkit_cli.demo import demo_of
+from tunerkit_cli.recipes.recipe import Recipe
+from tunerkit_cli.report.record import Problem, Restart
+from tunerkit_cli.report.verdict import failure
+from tunerkit_cli.running.fitting import NO_ROOM, Fit
+from tunerkit_cli.running.record import Trained
+from tunerkit_cli.running.session import Session
+from tunerkit_cli.running.telling import say
+from tunerkit_cli.tasks.texts import positions_of, token_limit
+
+
+def describe(session: Session, console: Console) -> None:
+    """Print what is about to be trained: data, columns, lengths, steps and parameters."""
+    data, arguments, train_set = session.data, session.trainer.args, session.trainer.train_dataset
+    say(
+        console, f"{session.task.name}: {len(data.train)} training rows of {data.source}, {len(data.held_out)} held out"
+    )
+    used = ", ".join(name if name == ours else f"{ours} ({name})" for ours, name in data.columns.items())
+    say(console, f"columns: {used}{f'; left out: {few(data.unused, shown=10)}' if data.unused else ''}")
+    for part, fit in session.fits.items():
+        _describe_fit(session, part, fit, console)
+    if not session.fits and "input_ids" in (train_set.column_names or ()):
+        _describe_lengths(session, sorted(len(row) for row in train_set["input_ids"]), console)
+    if data.labels:
+        say(console, f"{len(data.labels)} classes: {', '.join(data.labels[:10])}{' …' * (len(data.labels) > 10)}")
+    if session.task.trains_on_prompts is not None:
+        say(console, _learned(session))
+    _, of_an_epoch, *_, steps = session.trainer.set_initial_training_values(
+        arguments, session.trainer.get_train_dataloader()
+    )
+    capped = arguments.max_steps > 0
+    epochs = f"{float(f'{steps / of_an_epoch:.3g}') if capped else arguments.num_train_epochs:g}"
+    how = f"{_counted(steps, 'step')}{' (max_steps)' if capped else ''}, {epochs} epoch{'' if epochs == '1' else 's'}"
+    say(console, f"{how}, batches of {arguments.train_batch_size}")
+    say(console, _precision_line(session))
+    if session.start is not None:
+        say(console, f"goes on from {session.start.source}")
+    parameters = tunerkit.trainable_parameters(session.loaded.model)
+    say(console, f"{session.tuner.method} on {len(session.tuner.targets)} matrices: {parameters}")
+
+
+def _precision_line(session: Session) -> str:
+    """In what the run computes, and where."""
+    device = session.trainer.args.device.type
+    other = "" if session.precision == "fp32" or device == "cpu" else "; --precision fp32 is slower and rounds less"
+    return f"precision: {session.precision} on {device}{other}"
+
+
+def _describe_fit(session: Session, part: str, fit: Fit, console: Console) -> None:
+    """Print how long a language model's rows are, how many are cut, and how many leave nothing to learn."""
+    if part == "train" and fit.lengths:
+        lengths = f"lengths: {fit.lengths[len(fit.lengths) // 2]} tokens in the middle, {fit.lengths[-1]} at most"
+        longer = f"{fit.longer} {'row is' if fit.longer == 1 else 'rows are'} longer"
+        say(console, f"{lengths} ({'not cut' if fit.limit is None else f'cut at {fit.limit} tokens; {longer}'})")
+    if fit.missing:
+        named = {"train": "training rows", "eval": "held-out rows"}[part]
+        why = ", ".join(f"{count}: {reason}" for reason, count in fit.left_out.items())
+        advice = f"; {fit.advice(positions_of(session.loaded))}" if NO_ROOM in fit.left_out else ""
+        say(
+            console,
+            f"left out: {fit.missing} of {len(session.data.parts[part])} {named}, which leave nothing to learn "
+            f"({why}){advice}",
+        )
+
+
+def _learned(session: Session) -> str:
+    """Which tokens of rows with prompts are learned."""
+    if session.task.trains_on_prompts:
+        return "trains on whole rows, prompts included (train_on_prompts)"
+    what = "assistant's turns" if "messages" in session.data.train[0] else "completions"
+    return f"trains on the {what} only; --set train_on_prompts=true is for the prompts too"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _describe_lengths(session: Session, lengths: Sequence[int], console: Console) -> None:
+    """Print how long the texts are, which are sorted by length, and how many of them are as long as they may be."""
+    limit = vars(session.trainer.args).get("max_length", token_limit(session.loaded, session.task.limit))
+    cut = "not cut"
+    if "window" in session.trainer.train_dataset.column_names:
+        cut = f"in {len(lengths)} windows of up to {limit} tokens, which lose no word"
+    elif limit is not None:
+        reaching = len(lengths) - bisect_left(lengths, limit)
+        cut = f"cut at {limit} tokens, which {reaching} {'row reaches' if reaching == 1 else 'rows reach'}"
+    say(console, f"lengths: {lengths[len(lengths) // 2]} tokens in the middle, {lengths[-1]} at most ({cut})")
+
+
+def tell(session: Session, trained: Trained, console: Console) -> None:
+    """Print the ranks and the metrics."""
+    from tunerkit_cli.report.rank_map import rank_map
+    from tunerkit_cli.report.terminal import rank_table
+
+    tuner = session.tuner
+    if (ranks := tuner.ranks()) and tuner.needs_steps:
+        highest = max(trained.start.ranks.values(), default=None)
+        console.print(rank_table(rank_map(ranks), initial=highest))
+        say(console, f"budget {tuner.budget()}, live triplets {sum(ranks.values())}")
+    if trained.metrics:
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in trained.metrics.items())
+        say(console, f"{tuner.method}: {shown} on {session.rows('eval')} held-out rows")
+
+
+def conclude(recipe: Recipe, record: Mapping[str, Any], console: Console) -> None:
+    """Print what a good result of the demo is, and what is wrong with the run."""
+    if recipe.data is None and (good := demo_of(record["task"], "data").good) is not None:
+        say(console, f"a good result of this demo is {good}")
+    for restart in record.get("restarts", ()):
+        say(console, f"this run was {Restart(**restart)}")
+    if sentence := failure([Problem(**problem) for problem in record.get("problems", ())]):
+        say(console, sentence)

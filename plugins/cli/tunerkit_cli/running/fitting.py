@@ -1,0 +1,145 @@
+"""How the rows of a language model fit its greatest length: what is cut, and which rows leave nothing to learn."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from tunerkit.integrations.pretrained import Pretrained
+from tunerkit_cli.rows.reading import DataError
+from tunerkit_cli.running.building import build_trainer
+from tunerkit_cli.tasks.base import Task
+from tunerkit_cli.tasks.causal_lm import CausalLm
+from tunerkit_cli.tasks.generating import GenerationTask, prompt_length, refusing_template
+from tunerkit_cli.tasks.texts import positions_of
+from tunerkit_cli.tasks.turns import NOT_LEARNED
+
+NO_ROOM = "the prompt fills max_length"
+NO_TURN = "no assistant's turn"
+
+
+@attrs.frozen
+class Fit:
+    """How some rows fit.
+
+    Attributes:
+        limit: The greatest number of tokens of a row; None if rows are not cut.
+        lengths: The tokens of each row before the cut, short to long; empty if they are not known.
+        longer: How many rows are cut.
+        left_out: How many rows leave nothing to learn, by reason.
+        needed: The least ``limit`` with which no prompt fills it.
+    """
+
+    limit: int | None
+    lengths: Sequence[int] = ()
+    longer: int = 0
+    left_out: Mapping[str, int] = attrs.field(factory=dict)
+    needed: int = 0
+
+    @property
+    def missing(self) -> int:
+        """How many rows leave nothing to learn."""
+        return sum(self.left_out.values())
+
+    def advice(self, positions: int | None) -> str:
+        """What to do about prompts that are too long, for a model with so many positions."""
+        if positions is not None and self.needed > positions:
+            return f"the model has positions for {positions}: shorten the prompts"
+        whole = self.lengths[-1] if self.lengths else 0
+        fits = whole > self.needed and (positions is None or whole <= positions)
+        return f"train with --max-length {self.needed} or more{f' ({whole} for the longest row)' if fits else ''}"
+
+
+def cut_at_positions_(arguments: Any, loaded: Pretrained) -> str:
+    """Cut a language model's rows where its positions end, in place; return what to tell of it, which may be empty."""
+    positions, limit = positions_of(loaded), vars(arguments).get("max_length", 0)
+    if positions is None or (limit is not None and limit <= positions):
+        return ""
+    arguments.max_length = positions
+    said = "max_length is null" if limit is None else f"max_length is {limit}"
+    return f"{said}, and the model has positions for {positions} tokens: rows are cut there"
+
+
+def build_fitted(
+    task: Task, arguments: Any, loaded: Pretrained, sources: Mapping[str, str], **settings: Any
+) -> tuple[Any, Mapping[str, Fit]]:
+    """Build the trainer of a task, and for language models cut the rows and leave out those with nothing to learn.
+
+    TRL's trainers do the same in silence, and fail later if no row is left.
+
+    Args:
+        task: The task.
+        arguments: The trainer's arguments.
+        loaded: The model.
+        sources: Where the rows of ``train`` and ``eval`` are from, for messages.
+        settings: The rest of what `build_trainer` takes.
+
+    Returns:
+        The trainer, and how the rows of ``train`` and ``eval`` fit.
+
+    Raises:
+        DataError: No row has anything to learn.
+    """
+    kind, _ = task.trainer_classes()
+    if not isinstance(task, GenerationTask) or task.name == "seq2seq" or vars(arguments).get("packing"):
+        return build_trainer(kind, arguments, **settings), {}
+    limit, is_plain = arguments.max_length, isinstance(task, CausalLm)
+    if is_plain:
+        arguments.max_length = None  # the trainer does not say what it cut
+    with refusing_template(loaded, "a conversation"):
+        trainer = build_trainer(kind, arguments, **settings)
+    arguments.max_length = trainer.args.max_length = limit
+    fits = {}
+    for part, source in sources.items():
+        name = f"{part}_dataset"
+        if getattr(trainer, name) is None:
+            continue
+        if is_plain:
+            rows, fit = _fitted(getattr(trainer, name), limit, arguments.truncation_mode)
+            setattr(trainer, name, rows)
+        else:
+            fit = _fit_of_pairs(settings[name], getattr(trainer, name), limit, loaded)
+        if not len(getattr(trainer, name)):
+            raise DataError(_nothing_left(source, fit, positions_of(loaded)))
+        fits[part] = fit
+    return trainer, fits
+
+
+def _fitted(rows: Any, limit: int | None, mode: str) -> tuple[Any, Fit]:
+    """Cut tokenized rows, and leave out those of which no token is learned."""
+    ends = [0] * len(rows)  # for each row, the least limit with which something of it is learned
+    lengths = []
+    for number, (ids, labels) in enumerate(zip(rows["input_ids"], rows["labels"], strict=True)):
+        lengths.append(len(ids))
+        if mode == "keep_end":
+            labels = labels[::-1]
+        ends[number] = next((n for n, label in enumerate(labels, start=1) if label != NOT_LEARNED), 0)
+    kept = [number for number, end in enumerate(ends) if end and (limit is None or end <= limit)]
+    counts = {NO_ROOM: sum(map(bool, ends)) - len(kept), NO_TURN: ends.count(0)}
+    longer = 0 if limit is None else sum(length > limit for length in lengths)
+    fit = Fit(limit, sorted(lengths), longer, {why: count for why, count in counts.items() if count}, max(ends))
+    rows = rows.select(kept) if len(kept) < len(rows) else rows
+    if longer:
+        part = slice(limit) if mode == "keep_start" else slice(-limit, None)  # type: ignore[operator]  # if longer
+        rows = rows.map(lambda row: {name: row[name][part] for name in ("input_ids", "labels")})
+    return rows, fit
+
+
+def _fit_of_pairs(rows: Any, kept: Any, limit: int | None, loaded: Pretrained) -> Fit:
+    """How pairs of answers fit, of which the trainer has left out those whose prompt is too long."""
+    missing = len(rows) - len(kept)
+    if not missing:
+        columns = (kept[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        lengths = sorted(len(prompt) + max(len(one), len(other)) for prompt, one, other in zip(*columns, strict=True))
+        return Fit(limit, lengths, 0 if limit is None else sum(length > limit for length in lengths))
+    needed = max(prompt_length(loaded, row["prompt"]) for row in rows) + 1
+    return Fit(limit, left_out={NO_ROOM: missing}, needed=needed)
+
+
+def _nothing_left(source: str, fit: Fit, positions: int | None) -> str:
+    if NO_ROOM not in fit.left_out:
+        return f"{source}: no conversation has a turn of the assistant, so there is nothing to learn; add its answers"
+    return (
+        f"{source}: no row has anything to learn: each prompt fills the {fit.limit} tokens at which rows are cut "
+        f"(max_length), and the longest prompt has {fit.needed - 1}; {fit.advice(positions)}"
+    )

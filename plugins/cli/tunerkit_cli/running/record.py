@@ -1,0 +1,187 @@
+"""The record of a run: plain values from which the report is drawn, and from which the folder is loaded again."""
+
+import io
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from rich.console import Console
+
+import tunerkit
+from tunerkit import RankChange, Tuner, hooks, injection, serialization
+from tunerkit.integrations.output_folder import RECORD
+from tunerkit.integrations.pretrained import Pretrained
+from tunerkit_cli.report.record import Problem
+from tunerkit_cli.running import written
+from tunerkit_cli.running.telling import say
+from tunerkit_cli.running.written import PICTURES
+
+_PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "scikit-learn")
+
+
+@attrs.frozen(eq=False)
+class Trained:
+    """What a training leaves behind.
+
+    Attributes:
+        logs: The trainer's log entries, the oldest first.
+        start: The budget and the ranks before the first step.
+        seconds: How long its parts took.
+        metrics: The results on the held-out rows; empty without any.
+        confusion: The confusion matrix, if the task has one.
+        problems: Signs that the run did not learn.
+    """
+
+    logs: Sequence[Mapping[str, Any]]
+    start: RankChange
+    seconds: Mapping[str, float]
+    metrics: Mapping[str, float]
+    confusion: Sequence[Sequence[int]] | None
+    problems: Sequence[Problem] = ()
+
+
+def adapter_facts(tuner: Tuner, trained: Trained) -> dict[str, Any]:
+    """What a run's record says of its adapter: method, config, parameters, budget, ranks, sizes and spectrum."""
+    ranks, counts = tuner.ranks(), tunerkit.trainable_parameters(tuner.model)
+    own = {path: sum(p.numel() for p in adapter.parameters()) for path, adapter in tuner.adapters().items()}
+    facts: dict[str, Any] = {
+        "method": tuner.method,
+        "steps": tuner.steps,
+        "parameters": {
+            "trained": counts.trainable,
+            "all": counts.total,
+            "adapters": sum(own.values()),
+            "copies": sum(
+                p.numel() for _, slot in tuner.slots() if slot.copy is not None for p in slot.copy.parameters()
+            ),
+            "biases": sum(slot.bias.numel() for _, slot in tuner.slots() if slot.bias is not None),
+        },
+        "sizes": own,
+        "config": tunerkit.unstructure(tuner.config),
+    }
+    if ranks:
+        end = RankChange(step=tuner.steps, budget=tuner.budget(), ranks=ranks)
+        history = [trained.start, *tuner.history, end]
+        unit = str(facts["config"].get("budget_unit", "rank"))
+        facts |= {
+            "ranks": ranks,
+            "history": [
+                {"step": each.step, "budget": each.budget, "ranks": list(each.ranks.values())} for each in history
+            ],
+            "budget": {"start": trained.start.budget, "end": end.budget, "live": sum(ranks.values()), "unit": unit},
+        }
+        if tuner.needs_steps:
+            facts["caps"] = dict(trained.start.ranks)
+    if spectrum := _spectrum(tuner):
+        facts["spectrum"] = spectrum
+    return facts
+
+
+def environment(method: str) -> dict[str, str]:
+    """The versions that a run depends on."""
+    owner = tunerkit.methods()[method]
+    found = {"python": platform.python_version(), "platform": platform.platform(), "tunerkit": tunerkit.__version__}
+    for name in (*_PACKAGES, owner.distribution):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def model_facts(loaded: Pretrained, seed: int) -> dict[str, Any]:
+    """What the base model was, so that it can be loaded again: a folder is named by its full path.
+
+    ``seed`` is what its new modules were initialised by.
+    """
+    folder = Path(loaded.source).expanduser()
+    return {
+        "name": folder.name if folder.is_dir() else loaded.source,
+        "source": str(folder.resolve()) if folder.is_dir() else loaded.source,
+        "revision": loaded.revision,
+        "class": type(loaded.model).__name__,
+        "seed": seed,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "quantisation": loaded.quantisation,
+    }
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the record; an older one is replaced in one step."""
+    write_json(folder / RECORD, record)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write indented, standard JSON; an older file is replaced in one step. NaN is an error: see `finite`."""
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    serialization.replace(path, [text.encode()])
+
+
+def finite(value: Any) -> Any:
+    """The value without what is NaN or infinite in it, for JSON has neither.
+
+    A gradient's norm may be infinite in a run that ends well, and the correlation of equal numbers is NaN.
+    """
+    if isinstance(value, Mapping):
+        return {name: finite(inner) for name, inner in value.items() if not _is_nonfinite(inner)}
+    if isinstance(value, list | tuple):
+        return [None if _is_nonfinite(inner) else finite(inner) for inner in value]
+    return value
+
+
+def _is_nonfinite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+@torch.no_grad()
+def _spectrum(tuner: Tuner) -> dict[str, list[float]]:
+    """The singular values of what each adapter adds, the greatest first; nothing for methods without factors."""
+    if not hooks.has_factors(tuner.method):
+        return {}
+    found = {}
+    adapters = tuner.adapters()
+    for path, _, slots in injection.walk(tuner.model):
+        if path in adapters and slots.base is not None and slots.base.has_weight:
+            q, p = hooks.factors(path, tuner.method, adapters[path], slots.base)
+            # The product's singular values are those of the small matrix between two orthonormal bases.
+            small = torch.linalg.qr(p.double())[1] @ torch.linalg.qr(q.double().T)[1].T if p.numel() else p[:0, :0]
+            found[path] = [round(float(value), 8) for value in torch.linalg.svdvals(small)] if small.numel() else []
+    return found
+
+
+def write_report(folder: Path, record: Mapping[str, Any], console: Console) -> None:
+    """Write ``report.html`` and a picture of each panel."""
+    from tunerkit_cli.report.html import render
+
+    serialization.replace(folder / "report.html", [render(record).encode()])
+    write_pictures(folder, record, console)
+
+
+def write_pictures(folder: Path, record: Mapping[str, Any], console: Console) -> None:
+    """Write a picture of each panel of the report, but over no file of the user's.
+
+    Without matplotlib, print how to install it.
+    """
+    try:
+        from tunerkit_cli.report import pictures  # needs the extra [plot], which [cli] does not include
+    except ModuleNotFoundError:
+        say(console, 'no pictures: matplotlib is not installed; pip install "tunerkit[plot]"')
+        return
+    ours = written.run_files(folder) or frozenset()
+    figures = {f"{PICTURES}/{name}.png": figure for name, figure in pictures.draw(record).items()}
+    theirs = [path for path in figures if os.path.lexists(folder / path) and path not in ours]
+    written.note(folder, figures.keys() - theirs)
+    for path, figure in figures.items():
+        if path in theirs:
+            say(console, f"{folder / path}: is not the run's, and was left as it is")
+            continue
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=150)
+        serialization.replace(folder / path, [drawn.getvalue()])

@@ -1,0 +1,223 @@
+"""``tunerkit train``: read, load, wrap, train, evaluate, and write the output folder."""
+
+import os
+import shlex
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import attrs
+from rich.console import Console
+
+import tunerkit
+from tunerkit import TunerkitError
+from tunerkit.errors import shown
+from tunerkit.integrations.output_folder import RECORD, VERSION
+from tunerkit.integrations.pretrained import quiet
+from tunerkit_cli import outputs
+from tunerkit_cli.recipes.recipe import DEFAULT_METHOD, Recipe, to_mapping, with_full_paths, with_home, with_precision
+from tunerkit_cli.running import hardware, output, written
+from tunerkit_cli.running.baseline import NoBaselineError, head_alone
+from tunerkit_cli.running.data import prepare_data
+from tunerkit_cli.running.describing import conclude, describe, tell
+from tunerkit_cli.running.learning import below_baseline
+from tunerkit_cli.running.preparing import arguments_of, is_of_earlier_version, prepare, settled
+from tunerkit_cli.running.record import (
+    Trained,
+    adapter_facts,
+    environment,
+    finite,
+    model_facts,
+    write_json,
+    write_record,
+    write_report,
+)
+from tunerkit_cli.running.restarting import read_restarts
+from tunerkit_cli.running.session import Session
+from tunerkit_cli.running.telling import say, telling_warnings
+from tunerkit_cli.running.training import (
+    EvaluationError,
+    evaluate,
+    reason_of,
+    rehearse,
+    replacing,
+    train_with_restarts,
+)
+from tunerkit_cli.tasks.generating import are_conversations
+
+
+def run(
+    recipe: Recipe, console: Console, *, resume: bool = False, overwrite: bool = False, dry_run: bool = False
+) -> None:
+    """Run a recipe, print the results, and write the files into its output folder.
+
+    Args:
+        recipe: The recipe.
+        console: Where progress and results are printed.
+        resume: Whether to go on from the folder's newest checkpoint.
+        overwrite: Whether to replace an earlier run in the folder.
+        dry_run: Whether to stop before training, and before anything is written.
+
+    Raises:
+        TunerkitError: Something in the recipe, the data, the model or the folder does not fit.
+        KeyboardInterrupt: Ctrl-C ended the training, after a checkpoint.
+    """
+    _refuse_processes(os.environ)
+    recipe = with_precision(with_home(recipe))
+    if recipe.from_adapter is None and recipe.method is None:
+        recipe = attrs.evolve(recipe, method=DEFAULT_METHOD)
+    folder = Path(recipe.out)
+    with nullcontext() if dry_run else outputs.claimed(folder):
+        output.check(folder, recipe, resume=resume, overwrite=overwrite)
+        recipe = settled(recipe, folder, resume=resume)
+        if recipe.from_adapter is None and recipe.method is not None:
+            tunerkit.structure(recipe.method, recipe.config)  # report a typo before downloading anything
+        if dry_run:
+            outputs.require_writable(folder)
+        quiet()
+        with telling_warnings(console):
+            task, data = prepare_data(recipe, console, by_class=not (resume and is_of_earlier_version(folder)))
+            session = prepare(recipe, task, data, console, resume=resume, dry_run=dry_run)
+        describe(session, console)
+        if dry_run:
+            rehearse(session, console, resume=resume)
+            say(console, "dry run: nothing was trained and nothing was written")
+            return
+        known: dict[str, Any] = {"task": task.name, "method": session.tuner.method}
+        known |= {"training": arguments_of(recipe, task), "train_on_prompts": task.trains_on_prompts}
+        kept = with_full_paths(attrs.evolve(recipe, **known))
+        output.refuse_processor(folder, session.loaded.processor)
+        with hardware.computing_in(session.precision, session.loaded.model.device):
+            before = task.samples(session.loaded, data.held_out)
+        with replacing(session, kept, resume=resume) as listing:
+            session, trained = train_with_restarts(session, listing, console, resume=resume)
+        output.save(session.loaded, folder)  # at once: what follows only describes it
+        _finish(session, trained, kept, before, console)
+
+
+def _finish(session: Session, trained: Trained, kept: Recipe, before: list[dict[str, str]], console: Console) -> None:
+    """Evaluate a trained adapter, and write and print what there is to say of it.
+
+    Raises:
+        EvaluationError: It could not be evaluated. The adapter and its record are written.
+    """
+    recipe, task, folder = session.recipe, session.task, Path(session.recipe.out)
+    failed: Exception | None = None
+    try:
+        trained = evaluate(session, trained)
+    except Exception as problem:  # of a library, of a metric, of the data: whatever it is, the adapter is trained
+        failed = problem
+    record = record_of(session, trained, kept, before)
+    written.note(folder, [output.ENVIRONMENT, RECORD, output.REPORT])
+    write_json(folder / output.ENVIRONMENT, record["environment"])
+    write_record(folder, record)  # last, because it says that the run has ended
+    if failed is not None:
+        write_report(folder, record, console)
+        raise EvaluationError(
+            f"the adapter is trained and written to {folder}, but it could not be evaluated: "
+            f"{reason_of(failed)}; to evaluate it: tunerkit eval {shlex.quote(str(folder))} --data FILE"
+        ) from failed
+    tell(session, trained, console)
+    for sample in record.get("samples", ()):
+        for name, text in sample.items():
+            say(console, f"{name}: {shown(text)}")
+    try:
+        if recipe.baseline and (baseline := compare(session, trained, console)) is not None:
+            record |= _beside(session, trained, baseline)
+            write_record(folder, record)
+    finally:  # Ctrl-C stops the baseline, and the report is then without it
+        conclude(recipe, record, console)
+        write_report(folder, record, console)
+    has_text = any(each.name in ("text", "prompt", "source") for each in task.columns)
+    say(console, f"written to {folder}; try: tunerkit predict {folder} --{'text TEXT' if has_text else 'data FILE'}")
+    say(console, f"report: {folder / 'report.html'}")
+
+
+def _refuse_processes(environment: Mapping[str, str]) -> None:
+    """Raise `TunerkitError` if the command was started as one of several processes, such as by torchrun."""
+    count = environment.get("WORLD_SIZE", "1")
+    if count.isdecimal() and int(count) > 1:
+        raise TunerkitError(
+            f"WORLD_SIZE is {count}, and the command trains in one process; call it without torchrun, or train in a "
+            "script with tunerkit.attach"
+        )
+
+
+def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dict[str, str]]) -> dict[str, Any]:
+    """The record of a run. ``kept`` is the recipe with full paths, and ``before`` the samples before training."""
+    task, data, loaded = session.task, session.data, session.loaded
+    record: dict[str, Any] = {
+        "version": VERSION,
+        "task": task.name,
+        "model": model_facts(loaded, session.trainer.args.seed),
+        "data": {"train": data.source, "eval": data.held_out_source},
+        "rows": {part: session.rows(part) for part in data.parts},
+        "held_out": dict(data.findings),
+        "columns": list(data.train[0]),
+        "labels": list(data.labels),
+        "metrics": dict(trained.metrics),
+        "main_metric": task.main_metric_of(data.labels),
+        "greater_is_better": task.greater_is_better,
+        "logs": [dict(entry) for entry in trained.logs],
+        "seconds": dict(trained.seconds),
+        "device": str(loaded.model.device),
+        "precision": session.precision,
+        "max_length": task.limit,
+        **adapter_facts(session.tuner, trained),
+        "recipe": to_mapping(kept),
+        "environment": environment(session.tuner.method),
+    }
+    if session.start is not None:  # as in the copy of the adapter, from which a resumed run starts
+        record["config"] = tunerkit.unstructure(session.tuner.config.settled())
+    if (conversations := are_conversations(task, data.train)) is not None:
+        record["conversations"] = conversations
+    if left_out := {part: dict(fit.left_out) for part, fit in session.fits.items() if fit.missing}:
+        record["left_out"] = left_out
+    if restarts := read_restarts(Path(session.recipe.out)):
+        record["restarts"] = [attrs.asdict(restart) for restart in restarts]
+    if trained.problems:
+        record["problems"] = [attrs.asdict(problem) for problem in trained.problems]
+    if trained.confusion is not None:
+        record["confusion"] = [list(row) for row in trained.confusion]
+    with hardware.computing_in(session.precision, loaded.model.device):
+        after = task.samples(loaded, data.held_out)
+    if after:
+        record["samples"] = [
+            {"prompt": old["prompt"], "before": old["answer"], "after": new["answer"]}
+            for old, new in zip(before, after, strict=True)
+        ]
+    plain: dict[str, Any] = finite(record)
+    return plain
+
+
+def _beside(session: Session, trained: Trained, baseline: Mapping[str, Any]) -> dict[str, Any]:
+    """What a baseline adds to the record: itself, and that it is better, if it is."""
+    task = session.task
+    own, other = trained.metrics[task.main_metric], baseline["metrics"][task.main_metric]
+    tried = session.watching.learning.advice if session.watching.learning is not None else ""
+    worse = below_baseline(task.main_metric, own, other, is_better_high=task.greater_is_better, advice=tried)
+    found: dict[str, Any] = {"baseline": finite(baseline)}
+    if worse is not None:
+        found["problems"] = [attrs.asdict(problem) for problem in (*trained.problems, worse)]
+    return found
+
+
+def compare(session: Session, trained: Trained, console: Console) -> dict[str, Any] | None:
+    """Train the head alone, and print how far the adapter is from it."""
+    task, heads = session.task, [place.path for place in session.tuner.copies]
+    if not task.has_baseline or len(heads) != 1 or not session.data.held_out:
+        say(console, "no baseline: it is for classifiers of which one module, the head, is trained in full")
+        return None
+    tunerkit.unwrap(session.loaded.model)
+    rows = (session.data.train, session.data.held_out)
+    folder = Path(session.recipe.out)
+    try:
+        baseline = head_alone(task, session.loaded, heads, rows, dict(session.recipe.training), console, folder)
+    except NoBaselineError as problem:  # the adapter is written already
+        say(console, str(problem))
+        return None
+    own, other = trained.metrics[task.main_metric], baseline["metrics"][task.main_metric]
+    say(console, f"head alone: {task.main_metric} {other:.4f} (best of {', '.join(baseline['by_learning_rate'])})")
+    say(console, f"{session.tuner.method} is {100 * (own - other):+.1f} points from the head alone")
+    return baseline

@@ -1,0 +1,213 @@
+"""The adapter that a training goes on from: what it says before a model is loaded, and its copy for resuming."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+from torch import nn
+
+import tunerkit
+from tunerkit import ConfigError, FileError, StepError, TunerkitError, serialization
+from tunerkit.errors import shown
+from tunerkit.integrations.output_folder import RECORD, read_run
+from tunerkit_cli.recipes.recipe import DTYPES, PRECISIONS, Recipe
+from tunerkit_cli.running import written
+from tunerkit_cli.running.hardware import choose_device, obstacle
+from tunerkit_cli.running.record import write_json
+from tunerkit_cli.running.written import CHECKPOINTS, RECIPE
+from tunerkit_cli.settings import read_settings
+
+# What a recipe need not say: an output folder's record does, and so does the recipe of a run that is resumed.
+_FROM_RUN = ("task", "model", "dtype", "precision", "method")
+_ADAPTER = "adapter.safetensors"
+_COPY = "start"  # in the folder of checkpoints
+_FACTS = "start.json"
+
+
+@attrs.frozen
+class Start:
+    """An adapter to go on from.
+
+    Attributes:
+        source: The path that the user gave.
+        path: Where it is loaded from.
+        method: The method that its files name; None if their format does not say.
+        model: The base model that its files name, or None.
+        revision: The commit of the hub of that model, or None.
+        task: The task that it was trained for, or None.
+        dtype: The dtype of the base's weights, as in a recipe, or None.
+        precision: What it was trained in, as in a recipe, if this machine has it; or None.
+        labels: The names of its head's classes, in the order of the logits; empty if the files do not name them.
+    """
+
+    source: str
+    path: str
+    method: str | None = None
+    model: str | None = None
+    revision: str | None = None
+    task: str | None = None
+    dtype: str | None = None
+    precision: str | None = None
+    labels: tuple[str, ...] = ()
+
+
+def find_start(source: str) -> Start:
+    """Read what an adapter says of itself: a file or folder of tunerkit's, or of another program.
+
+    Raises:
+        FileError: There is nothing, or it is damaged, or no installed plugin reads it.
+    """
+    path = Path(source).expanduser()
+    format = serialization.format_at(path)
+    if format is not None:
+        return _of_format(format, source, path)
+    folder = path.parent if path.name == _ADAPTER else path
+    if (folder / RECORD).is_file():
+        return _of_run(source, folder)
+    if not path.exists():
+        raise FileError(
+            f"--from {source}: no such file or folder; pass an output folder of `tunerkit train`, a file or folder "
+            "that tunerkit.save wrote, or an adapter of another program"
+        )
+    try:
+        _, _, header = serialization.read(path, content="adapter")
+    except FileError as problem:
+        raise FileError(f"--from {source}: {problem}") from None
+    return Start(source, str(path), method=header.method)
+
+
+def _of_format(format: tunerkit.Format, source: str, path: Path) -> Start:
+    found = tunerkit.Description("") if format.describe is None else format.describe(path)
+    # Another program's name of a method may differ from tunerkit's in its case alone.
+    method = found.method.lower() if found.method.lower() in tunerkit.methods() else None
+    return Start(source, str(path), method=method, model=found.base or None)
+
+
+def _of_run(source: str, folder: Path) -> Start:
+    run = read_run(folder)
+    method, precision = run.record.get("method"), run.record.get("precision")
+    return Start(
+        source,
+        str(folder),
+        method=method if isinstance(method, str) else None,
+        model=run.source,
+        revision=run.revision,
+        task=run.task,
+        dtype=run.dtype if run.dtype in DTYPES else "auto",  # which is what it was then
+        precision=precision if precision in PRECISIONS and not obstacle(choose_device(), precision) else None,
+        labels=run.labels,
+    )
+
+
+def completed(mapping: Mapping[str, Any], recipe: Recipe, *, resume: bool) -> dict[str, Any]:
+    """A recipe's mapping with what it leaves to the adapter that it goes on from.
+
+    Args:
+        mapping: The mapping, as the user gave it.
+        recipe: The same as a recipe; it names an adapter.
+        resume: Whether the run is resumed. Then its own recipe says all this, and the adapter may be gone.
+
+    Raises:
+        TunerkitError: The adapter cannot be read, or something in the recipe contradicts it.
+    """
+    said = _kept(Path(recipe.out).expanduser()) if resume else _said(recipe)
+    known = {name: said[name] for name in _FROM_RUN if said.get(name) is not None}
+    if {"bf16", "fp16"} & {*recipe.training}:  # another way to say the precision
+        known.pop("precision", None)
+    return {**known, **{name: value for name, value in mapping.items() if value is not None}}
+
+
+def _kept(folder: Path) -> dict[str, Any]:
+    return read_settings(folder / RECIPE) if (folder / RECIPE).is_file() else {}
+
+
+def _said(recipe: Recipe) -> dict[str, Any]:
+    assert recipe.from_adapter is not None
+    start = find_start(recipe.from_adapter)
+    refuse_settings(recipe, start)
+    if recipe.model is None and start.model is None:
+        raise TunerkitError(f"--from {start.source}: the adapter does not say which base model it is for; pass --model")
+    if recipe.model is None and start.model is not None and _is_gone(start.model):
+        raise TunerkitError(
+            f"--from {start.source}: its base model was in {start.model}, which is gone; pass the folder where it is "
+            "now with --model"
+        )
+    # The method of another program's adapter is known for sure once it is loaded: its plugin may not be installed.
+    return attrs.asdict(start) if start.task is not None else {"model": start.model}
+
+
+def _is_gone(model: str) -> bool:
+    return Path(model).is_absolute() and not Path(model).exists()
+
+
+def refuse_settings(recipe: Recipe, start: Start) -> None:
+    """Raise `TunerkitError` if a recipe sets the adapter's method or settings, which are those of the adapter."""
+    if recipe.config:
+        raise TunerkitError(
+            f"--from {start.source}: the adapter keeps its own settings, so config ({', '.join(recipe.config)}) cannot "
+            "be set; leave it out, or train a new adapter without --from"
+        )
+    refuse_method(recipe, start, start.method)
+
+
+def refuse_method(recipe: Recipe, start: Start, method: str | None) -> None:
+    """Raise `TunerkitError` if a recipe names another method than the adapter's, which is None as long as unknown."""
+    if recipe.method is not None and method is not None and recipe.method != method:
+        raise TunerkitError(
+            f"--from {start.source}: it is a {method} adapter, and --method is {recipe.method}; leave --method out, or "
+            "train a new adapter without --from"
+        )
+
+
+def start_of(recipe: Recipe, *, resume: bool) -> Start | None:
+    """The adapter that a run goes on from; None if it trains a new one. A resumed run has its own copy."""
+    if recipe.from_adapter is None:
+        return None
+    folder = Path(recipe.out) / CHECKPOINTS
+    if resume and (folder / _FACTS).is_file():
+        return _read_copy(recipe.from_adapter, folder)
+    return find_start(recipe.from_adapter)
+
+
+def keep_start(start: Start, model: nn.Module, scratch: Path) -> None:
+    """Copy the loaded adapter into a scratch folder, before training: the original may be gone at resuming."""
+    tunerkit.save(model, scratch / _COPY)
+    facts = {name: value for name, value in attrs.asdict(start).items() if name not in ("source", "path")}
+    write_json(scratch / _FACTS, facts)
+
+
+def place_start(scratch: Path, folder: Path) -> None:
+    """Move that copy beside the run's checkpoints, if there is one."""
+    for name in (f"{_COPY}/{_ADAPTER}", _FACTS):  # in this order: the facts say that the copy is whole
+        if (scratch / name).is_file():
+            written.note(folder, [f"{CHECKPOINTS}/{name}"])
+            (folder / CHECKPOINTS / name).parent.mkdir(parents=True, exist_ok=True)
+            (scratch / name).replace(folder / CHECKPOINTS / name)
+
+
+@contextmanager
+def explaining(start: Start | None) -> Iterator[None]:
+    """Inside the block, an error of the method's schedule says what can be changed: not the adapter's settings."""
+    try:
+        yield
+    except (ConfigError, StepError) as problem:
+        if start is None:
+            raise
+        raise TunerkitError(
+            f"{problem}\nThese are settings of the adapter --from {start.source}, which stay. Its schedule begins "
+            "anew: change the length of this training, with --epochs or --set training.max_steps=..., or train a new "
+            "adapter without --from"
+        ) from None
+
+
+def _read_copy(source: str, folder: Path) -> Start:
+    try:
+        facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        return Start(source, str(folder / _COPY), **{**facts, "labels": tuple(facts["labels"])})
+    except (OSError, ValueError, TypeError, KeyError) as problem:
+        raise FileError(
+            f"{folder / _FACTS}: is damaged ({shown(str(problem))}); delete it to start from {source} again"
+        ) from problem

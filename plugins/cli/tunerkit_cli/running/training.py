@@ -1,0 +1,193 @@
+"""Train a run and evaluate it: from its first step on it replaces an earlier run in its folder."""
+
+import math
+import shlex
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import attrs
+from rich.console import Console
+from transformers.integrations.integration_utils import TensorBoardCallback
+
+from tunerkit import RankChange, TunerkitError
+from tunerkit_cli import outputs
+from tunerkit_cli.recipes.recipe import Recipe
+from tunerkit_cli.running import output
+from tunerkit_cli.running.callbacks import DivergedError, Listing, Rehearsal, RehearsedError
+from tunerkit_cli.running.learning import Reached, judged, reached
+from tunerkit_cli.running.preparing import prepare
+from tunerkit_cli.running.record import Trained
+from tunerkit_cli.running.restarting import LostError, roll_back
+from tunerkit_cli.running.session import Session
+from tunerkit_cli.running.starting import explaining, keep_start, place_start
+from tunerkit_cli.running.telling import say, telling_warnings
+from tunerkit_cli.running.written import CHECKPOINTS
+
+
+class EvaluationError(TunerkitError):
+    """An adapter that has been trained and written could not be evaluated."""
+
+
+@contextmanager
+def replacing(session: Session, kept: Recipe, *, resume: bool) -> Iterator[Listing]:
+    """Inside the block, the training replaces an earlier run in its folder, once its first step has been made.
+
+    A training that ends before leaves the folder as it was.
+
+    Raises:
+        OutputError: A checkpoint cannot be written.
+    """
+    folder = Path(session.recipe.out)
+    with outputs.scratch_beside(folder, "start") as scratch:
+        if session.start is not None and not resume:
+            keep_start(session.start, session.loaded.model, scratch)
+
+        earlier = output.run_files(folder) or frozenset()  # before a logger of the new run writes beside them
+
+        def begin() -> None:
+            output.begin(folder, kept, earlier, resume=resume)
+            place_start(scratch, folder)
+
+        listing = Listing(folder, begin)
+        session.trainer.add_callback(listing)
+        try:
+            yield listing
+            listing.begin()  # one that is resumed after its last step makes none
+        except BaseException as problem:
+            listing.forget()
+            if listing.is_saving and isinstance(problem, OSError | RuntimeError):  # the latter is torch.save's
+                raise outputs.OutputError(
+                    f"cannot write a checkpoint into {folder / CHECKPOINTS}: {reason_of(problem)}; free some disk "
+                    f"space, and go on with: tunerkit train --out {shlex.quote(str(folder))} --resume"
+                ) from problem
+            raise
+
+
+def rehearse(session: Session, console: Console, *, resume: bool) -> None:
+    """Begin the training and end it before its first step, so that all is checked that the training checks."""
+    session.trainer.remove_callback(session.watching)  # it would draw its bar
+    session.trainer.add_callback(Rehearsal())
+    with suppress(RehearsedError):
+        _train(session, console, resume=resume)
+
+
+def _train(session: Session, console: Console, *, resume: bool) -> None:
+    with session.watching.interruptible(), telling_warnings(console), explaining(session.start):
+        session.trainer.train(
+            resume_from_checkpoint=True if resume and output.has_checkpoint(Path(session.recipe.out)) else None
+        )
+
+
+def train_with_restarts(
+    session: Session, listing: Listing, console: Console, *, resume: bool
+) -> tuple[Session, Trained]:
+    """Train, and do so again from the last good checkpoint at half the rate if the loss is lost and may be.
+
+    Returns:
+        The session that trained to the end, and what it left.
+    """
+    folder = Path(session.recipe.out)
+    while True:
+        try:
+            return session, train(session, console, resume=resume)
+        except LostError as lost:
+            _stop(session)
+            listing.is_saving = False
+            restart = roll_back(folder, lost, session.trainer.args.learning_rate)
+        except BaseException:
+            _stop(session)
+            raise
+        if session.watching.interrupted:
+            raise KeyboardInterrupt
+        say(console, f"note: {restart}")
+        for tensor in (*session.loaded.model.parameters(), *session.loaded.model.buffers()):
+            tensor.data = tensor.new_empty(0)  # so that there is room for the next model; a quantised one has no `to`
+        resume = True
+        # As the recipe in the folder says it: without the key, an earlier version would have begun the run.
+        recipe = attrs.evolve(session.recipe, train_on_prompts=session.task.trains_on_prompts)
+        with warnings.catch_warnings(action="ignore"):  # which were printed before
+            session = prepare(recipe, session.task, session.data, console, resume=True)
+        session.trainer.add_callback(listing)
+
+
+def _stop(session: Session) -> None:
+    """Stop what draws and writes beside a training that has ended early."""
+    session.watching.close()
+    for each in session.trainer.callback_handler.callbacks:
+        if isinstance(each, TensorBoardCallback) and each.tb_writer is not None:
+            each.tb_writer.close()  # its thread would write on
+
+
+def train(session: Session, console: Console, *, resume: bool) -> Trained:
+    """Train."""
+    tuner, trainer = session.tuner, session.trainer
+    start = RankChange(step=0, budget=tuner.budget() if tuner.ranks() else 0, ranks=tuner.ranks())
+    began = time.perf_counter()
+    trainer.evaluate = partial(_evaluate_meanwhile, session, console, trainer.evaluate)
+    _train(session, console, resume=resume)
+    if session.watching.interrupted:
+        raise KeyboardInterrupt
+    learning = session.watching.learning
+    assert learning is not None  # of the training that has just ended
+    problems = judged(learning, Reached(), None, continued=session.start is not None)
+    return Trained(trainer.state.log_history, start, {"train": time.perf_counter() - began}, {}, None, problems)
+
+
+def _evaluate_meanwhile(
+    session: Session, console: Console, call: Callable[..., dict[str, float]], *arguments: Any, **options: Any
+) -> dict[str, float]:
+    """Evaluate in the middle of a training, which goes on if that fails, unless it needs the result.
+
+    Raises:
+        EvaluationError: The training chooses the best checkpoint by it. The adapter is written as it is now.
+    """
+    state, folder = session.trainer.state, Path(session.recipe.out)
+    try:
+        return call(*arguments, **options)
+    except TunerkitError:
+        raise
+    except Exception as problem:  # of a library, of a metric: whatever it is, the training is worth more
+        reason = f"the evaluation after step {state.global_step} of {state.max_steps} failed: {reason_of(problem)}"
+        if session.trainer.args.metric_for_best_model is None:
+            say(console, f"{reason}; the training goes on")
+            return {}
+        output.save(session.loaded, folder)
+        raise EvaluationError(
+            f"{reason}; the training needs its result (metric_for_best_model), so it has stopped. The adapter as it is "
+            f"now is in {folder}, for tunerkit.load; leave metric_for_best_model out to train to the end"
+        ) from problem
+
+
+def reason_of(problem: Exception) -> str:
+    """What an exception says, in one line."""
+    return " ".join(str(problem).split()) or type(problem).__name__
+
+
+def evaluate(session: Session, trained: Trained) -> Trained:
+    """Evaluate on the held-out rows, if there are some, and judge whether the run learned."""
+    if not session.data.held_out:
+        return trained
+    learning = session.watching.learning
+    assert learning is not None  # of the training that has ended
+    began = time.perf_counter()
+    results = session.task.evaluate(session.trainer, session.trainer.eval_dataset)
+    metrics, took = results.metrics, time.perf_counter() - began if results.seconds is None else results.seconds
+    if not math.isfinite(metrics["loss"]):
+        raise DivergedError(
+            f"the loss is {metrics['loss']} on the held-out rows after {session.tuner.steps} steps; train with a lower "
+            f"--lr than {session.trainer.args.learning_rate:g}, or check the data and the model"
+        )
+    rows = session.rows("eval")
+    found = reached(metrics, results.confusion, session.data.labels, rows=rows, advice=learning.advice)
+    return attrs.evolve(
+        trained,
+        seconds={**trained.seconds, "evaluate": took},
+        metrics=metrics,
+        confusion=results.confusion,
+        problems=judged(learning, found, metrics["loss"], continued=session.start is not None),
+    )

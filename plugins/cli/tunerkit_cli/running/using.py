@@ -1,0 +1,276 @@
+"""What the commands do with a trained folder: predict, evaluate, merge and talk."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import tunerkit
+from tunerkit import FileError, TunerkitError
+from tunerkit.errors import shown
+from tunerkit.integrations.adapter_files import has_no_record
+from tunerkit.integrations.output_folder import RECORD, Run, load_run, read_run
+from tunerkit.integrations.pretrained import Pretrained, quiet
+from tunerkit_cli.converting.merging import merge_adapter
+from tunerkit_cli.outputs import OutputError, new_folder
+from tunerkit_cli.recipes.recipe import PRECISIONS
+from tunerkit_cli.rows.reading import DataError, Table, read_table
+from tunerkit_cli.running import hardware
+from tunerkit_cli.running.arguments import trainer_arguments
+from tunerkit_cli.running.data import Rows, read_rows
+from tunerkit_cli.running.fitting import build_fitted, cut_at_positions_
+from tunerkit_cli.running.telling import say
+from tunerkit_cli.tasks import task_of
+from tunerkit_cli.tasks.answering import Answering
+from tunerkit_cli.tasks.base import Row, Task, require_text
+from tunerkit_cli.tasks.causal_lm import settle_prompts_
+from tunerkit_cli.tasks.generating import GREEDY, GenerationTask, generate, require_system
+from tunerkit_cli.tasks.texts import token_limit
+
+# What only concerns a run that trains: the other arguments, such as DPO's beta, decide what its loss is.
+_OF_TRAINING = (
+    *("save_", "logging_", "log_", "hub_", "push_to_hub", "report_to", "run_name", "project", "trackio_"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size"),
+    *("eval_do_concat_batches", "prediction_loss_only", "label_names"),  # with them, no metric can be computed
+)
+_OF_GPUS = ("tf32",)  # which no CPU has; a run on a GPU may be evaluated on a CPU
+_HALF = ("bf16", "fp16")
+
+
+def predict_rows(
+    folder: Path,
+    asked: Sequence[str] | Sequence[Path] | Path,
+    *,
+    base: str | None,
+    batch_size: int,
+    answering: Answering = GREEDY,
+) -> list[dict[str, Any]]:
+    """Predict texts, or the rows of files, without their labels.
+
+    What a classifier predicts has the number of its row, from 1, and the file if there are several.
+
+    Raises:
+        TunerkitError: The rows do not fit, or they say how to answer and the task generates nothing.
+    """
+    run, task = _run_in(folder)
+    if answering.given and not isinstance(task, GenerationTask):
+        raise TunerkitError(f"{answering.given[0]}: {run.task} generates no text; leave it out")
+    files = [asked] if isinstance(asked, Path) else [each for each in asked if isinstance(each, Path)]
+    if answering.system is not None:
+        _require_conversations(run, bool(files), default=False)
+    if files:
+        read = _read(run, task, files, predicting=True)
+        rows = _as_trained(run, read.rows, read.source)
+        places = [{**({"file": each.source} if len(files) > 1 else {}), "row": each.number} for each in read.placed]
+    else:
+        texts = [each for each in asked if isinstance(each, str)] if not isinstance(asked, Path) else []
+        rows = task.rows(_table(run, task, texts, answering.system), {}, predicting=True)
+        _as_trained(run, rows, "--text")
+        places = [{"row": number} for number in range(1, len(rows) + 1)]
+    loaded = _load(run, base)
+    with hardware.computing_in(_precision(run, loaded), loaded.model.device):
+        if isinstance(task, GenerationTask):
+            if answering.system is not None:
+                require_system(loaded, answering.system)
+            answering.seed_draws()
+            return task.predict(loaded, rows, batch_size=batch_size, answering=answering)
+        answers = task.predict(loaded, rows, batch_size=batch_size)
+    return [{**place, **answer} for place, answer in zip(places, answers, strict=True)]
+
+
+def evaluate_rows(folder: Path, data: Path | Sequence[Path], *, base: str | None, batch_size: int) -> dict[str, Any]:
+    """Evaluate on the rows of files, by the loss of the run, and return the metrics."""
+    run, task = _run_in(folder)
+    read = _read(run, task, [data] if isinstance(data, Path) else data)
+    rows = _as_trained(run, read.rows, read.source)
+    loaded = _load(run, base)
+    trained = run.record.get("recipe", {}).get("training", {})
+    left_out = (*_OF_TRAINING, *_HALF, *(_OF_GPUS if loaded.model.device.type == "cpu" else ()))
+    training = {name: value for name, value in trained.items() if not name.startswith(left_out)}
+    training |= {"per_device_eval_batch_size": batch_size, "save_strategy": "no"}
+    precision = _precision(run, loaded)
+    arguments = trainer_arguments(task, training, folder, precision=precision, has_eval=True)
+    prompts = run.record.get("recipe", {}).get("train_on_prompts")
+    settle_prompts_(task, rows[0], prompts, training, arguments, earlier=True)
+    if isinstance(task, GenerationTask):
+        cut_at_positions_(arguments, loaded)
+    encoded = task.encode(rows, loaded)
+    trainer, fits = build_fitted(
+        task,
+        arguments,
+        loaded,
+        {"train": read.source, "eval": read.source},
+        model=loaded.model,
+        train_dataset=encoded,
+        eval_dataset=encoded,
+        processing_class=loaded.processor,
+        **task.trainer_settings(loaded),
+    )
+    fit = fits.get("eval")
+    found: dict[str, Any] = {"rows": len(rows) - (fit.missing if fit is not None else 0)}
+    if fit is not None and fit.missing:
+        found["left_out"] = dict(fit.left_out)
+    # Where TRL has prepared a reference, the trainer does not put autocast around the model itself.
+    with hardware.computing_in(precision, loaded.model.device):
+        return {**found, **task.evaluate(trainer, trainer.eval_dataset).metrics}
+
+
+def write_merged(source: str, out: Path, *, base: str | None, task: str | None = None) -> tuple[str, ...]:
+    """Write the base with the adapter in its weights, and the processor: a folder for ``from_pretrained``.
+
+    Args:
+        source: The output folder of a run, whose record says all; or an adapter in any format.
+        out: A new folder.
+        base: Where the base model is; None for what the adapter's files say.
+        task: The task of an adapter whose files do not say it.
+
+    Returns:
+        What the user should know.
+
+    Raises:
+        OutputError: The new folder is not empty, or cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"--out {out}: is not empty; pass a new folder")
+    if has_no_record(source):
+        return merge_adapter(source, out, base=base, task=task)
+    run = read_run(source)
+    if task not in (None, run.task):
+        raise TunerkitError(f"--task {task}: {source} was trained for {run.task}, as its record says; leave --task out")
+    with new_folder(out) as scratch:
+        quiet()
+        loaded = load_run(run, base)  # not on the accelerator, which may have no room for the merged weights
+        # Quantising the sums again would round them, and the folder would need the library.
+        dense = None if run.quantisation is None else loaded.model.dtype
+        tunerkit.unwrap(loaded.model, keep_merged=True, dtype=dense)
+        loaded.model.save_pretrained(scratch)
+        loaded.processor.save_pretrained(scratch)
+    return ()
+
+
+def conversation(folder: Path, *, base: str | None, answering: Answering) -> Callable[[str], None]:
+    """Return a function that prints the answer to a message, word by word.
+
+    It remembers the conversation if the model was trained on conversations.
+
+    Raises:
+        TunerkitError: The folder holds no language model, or one that has no place for a system's message.
+    """
+    from transformers import TextStreamer
+
+    run, task = _run_in(folder)
+    if not isinstance(task, GenerationTask):
+        raise TunerkitError(
+            f"{folder} holds a model for {run.task}, which cannot talk; use `tunerkit predict {folder}`"
+        )
+    loaded = _load(run, base)
+    remembers = _conversed(run, default=loaded.processor.chat_template is not None)
+    limit, precision = token_limit(loaded, task.limit), _precision(run, loaded)
+    if answering.system is not None:
+        _require_conversations(run, False, default=remembers)
+        require_system(loaded, answering.system)
+    talked = _system(answering.system)
+    answering.seed_draws()
+
+    def said(prompt: str | list[dict[str, str]]) -> str:
+        streamer = TextStreamer(loaded.processor, skip_prompt=True, skip_special_tokens=True)
+        with hardware.computing_in(precision, loaded.model.device):
+            answers = generate(loaded, [prompt], batch_size=1, answering=answering, max_length=limit, streamer=streamer)
+        return answers[0]
+
+    def answer(message: str) -> None:
+        if not remembers:
+            said(message)
+            return
+        talked.append({"role": "user", "content": message})
+        talked.append({"role": "assistant", "content": said(talked)})
+
+    return answer
+
+
+def _run_in(folder: Path) -> tuple[Run, Task]:
+    run = read_run(folder)
+    return run, task_of(run.task, run.record.get("max_length"))
+
+
+def _load(run: Run, base: str | None) -> Pretrained:
+    """Load a run's model onto the accelerator, if there is one."""
+    quiet()
+    loaded = load_run(run, base)
+    loaded.model.to(hardware.choose_device())
+    return loaded
+
+
+def _precision(run: Run, loaded: Pretrained) -> str:
+    """What a run computed in, as far as this machine has it, with a note where it has not.
+
+    Earlier versions did not record it, but for what the recipe asked of the trainer.
+    """
+    trained = run.record.get("recipe", {}).get("training", {})
+    asked = next((name for name in _HALF if trained.get(name) is True), None)
+    precision = str(run.record.get("precision") or asked or "fp32")
+    if precision not in PRECISIONS:
+        allowed = " or ".join((", ".join(PRECISIONS[:-1]), PRECISIONS[-1]))
+        raise FileError(f"{run.folder / RECORD}: precision: expected {allowed}, got {shown(precision)}")
+    problem = hardware.obstacle(loaded.model.device, precision)
+    if problem is None:
+        return precision
+    say(Console(stderr=True), f"note: {run.folder} was trained in {precision}, and {problem}; it is used in fp32")
+    return "fp32"
+
+
+def _conversed(run: Run, *, default: bool) -> bool:
+    """Whether a language model was trained on conversations; the default if an earlier version wrote the record."""
+    return bool(run.record.get("conversations", default))
+
+
+def _require_conversations(run: Run, has_rows: bool, *, default: bool) -> None:
+    """Raise `TunerkitError` if a system's message has no place: rows of a file have their own, and texts have none."""
+    if has_rows:
+        raise TunerkitError("--system: is for --text; the rows of --data have messages of their own")
+    if not _conversed(run, default=default):
+        raise TunerkitError(f"--system: {run.folder} was not trained on conversations; write it into your text")
+
+
+def _system(text: str | None) -> list[dict[str, str]]:
+    """The messages that a conversation begins with."""
+    return [] if text is None else [{"role": "system", "content": text}]
+
+
+def _read(run: Run, task: Task, files: Sequence[Path], *, predicting: bool = False) -> Rows:
+    """Read rows whose columns are named as in the training data, and print what is odd about them on stderr."""
+    names = dict(run.record.get("recipe", {}).get("columns", {}))
+    tables = [read_table(path, predicting=predicting) for path in files]
+    read = read_rows(task, tables, names, predicting=predicting, renaming=False)
+    for note in read.notes:
+        say(Console(stderr=True), f"note: {note}")
+    return read
+
+
+def _as_trained(run: Run, rows: list[Row], source: str) -> list[Row]:
+    """Refuse single texts where pairs were trained, and leave second texts out where single ones were."""
+    trained = "text_pair" in run.record.get("columns", ())
+    if "columns" not in run.record or not rows or trained == ("text_pair" in rows[0]):
+        return rows
+    if trained:
+        raise DataError(
+            f"{source}: has no second texts, and pairs of texts were trained; pass --data with both columns, named as "
+            "in the training data"
+        )
+    return [{name: value for name, value in row.items() if name != "text_pair"} for row in rows]
+
+
+def _table(run: Run, task: Task, texts: Sequence[str], system: str | None) -> Table:
+    """Texts from the command line, as rows with the task's first column: in words of a user, if those were trained."""
+    inputs = [each for each in task.columns if not each.predicted]
+    name = next((each.name for each in inputs if each.name in ("text", "prompt", "source")), None)
+    if name is None:
+        raise DataError(f"--text is for tasks with texts; {task.name} needs --data with {inputs[0].name!r}")
+    values: Sequence[object] = texts
+    if name == "prompt" and _conversed(run, default=False):
+        for text in texts:
+            require_text({"text": text}, "text", "--text")
+        values = [[*_system(system), {"role": "user", "content": text}] for text in texts]
+    return Table("--text", (name,), tuple({name: value} for value in values))

@@ -1,0 +1,288 @@
+"""What a task is: its columns, its model, its trainer and its metrics."""
+
+import importlib.util
+import json
+import math
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import attrs
+
+from tunerkit.errors import TunerkitError, closest, shown
+from tunerkit.integrations.pretrained import Pretrained
+from tunerkit.integrations.task_classes import TASKS
+from tunerkit_cli.rows.labels import class_numbers, tidy
+from tunerkit_cli.rows.reading import DataError, Table, column
+
+
+class MissingPackageError(TunerkitError):
+    """A package that a task needs is not installed."""
+
+
+# One row under our own names of its columns.
+Row = dict[str, Any]
+
+
+@attrs.frozen
+class Column:
+    """A column of a task's data.
+
+    Attributes:
+        name: Our name of it, as in the recipe's ``columns``.
+        other_names: Names by which it is found too, if there is exactly one of them.
+        needed: Whether training needs it.
+        predicted: Whether prediction does without it.
+        option: The option of ``tunerkit train`` that sets its name.
+    """
+
+    name: str
+    other_names: tuple[str, ...] = ()
+    needed: bool = True
+    predicted: bool = False
+    option: str | None = None
+
+
+@attrs.frozen
+class Results:
+    """The evaluation of a model.
+
+    Attributes:
+        metrics: The task's metrics by name, with ``loss``.
+        confusion: For classification: rows by true class, columns by predicted class, in the order of the labels.
+        seconds: How long it took, if the trainer measured it.
+    """
+
+    metrics: dict[str, float]
+    confusion: list[list[int]] | None = None
+    seconds: float | None = None
+
+
+# How classifiers are trained, whose heads start at random. With Adam's usual values some runs were lost at twice the
+# default rate, and none in the trials with these (docs/quality-tried.md, "How the rate was moved away from collapse").
+STEADY: Mapping[str, Any] = {"warmup_steps": 0.1, "adam_beta2": 0.95, "max_grad_norm": 0.3}
+# How language models are trained, and how all tasks were before: a recipe of an earlier version is silent about these.
+USUAL: Mapping[str, Any] = {"warmup_steps": 0.06, "adam_beta2": 0.999, "max_grad_norm": 1.0}
+TEXT = Column("text", ("sentence", "sentence1", "premise", "review", "content", "document"), option="--text-column")
+LABEL = Column("label", ("labels", "class", "category"), predicted=True, option="--label-column")
+
+
+class Task(ABC):
+    """One kind of training. A run calls the methods in this order: rows, labels, encode, evaluate."""
+
+    name: ClassVar[str]
+    columns: ClassVar[tuple[Column, ...]]
+    main_metric: ClassVar[str] = "loss"
+    greater_is_better: ClassVar[bool] = False
+    max_length: ClassVar[int] = 128  # in tokens, if the recipe sets none
+    # Whether the same head can be trained alone, for comparison.
+    has_baseline: ClassVar[bool] = False
+    # Whether a language model learns the tokens of prompts too; None if the rows have no prompts that it could learn.
+    trains_on_prompts: bool | None = None
+    # Our name of the column with a row's class, classes or number; empty for language models.
+    label_column: ClassVar[str] = ""
+    one_class: ClassVar[bool] = False  # whether each row has exactly one
+
+    def __init__(self, max_length: int | None = None) -> None:
+        self.limit = self.max_length if max_length is None else max_length
+
+    # --- rows ---
+
+    def rows(
+        self, table: Table, names: Mapping[str, str], *, predicting: bool = False, renaming: bool = True
+    ) -> list[Row]:
+        """Return the table's rows under our names of the columns, with checked values.
+
+        Args:
+            table: The file.
+            names: The file's names of columns, by ours.
+            predicting: Whether the columns that are to be predicted are left out; they may be missing or empty.
+            renaming: Whether the user can say what the columns are named, for messages.
+
+        Raises:
+            DataError: A column is missing, or a value does not fit.
+        """
+        found = {
+            each.name: column(table, name, self.name, each.option, renaming=renaming)
+            for each, name in self.columns_read(table, names, predicting=predicting)
+        }
+        rows = [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
+        return [self.checked(row, f"{table.source}: row {number}") for number, row in enumerate(rows, start=1)]
+
+    def columns_read(
+        self, table: Table, names: Mapping[str, str], *, predicting: bool = False
+    ) -> list[tuple[Column, str]]:
+        """The columns that `rows` reads, each with its name in the table. The arguments are as there."""
+        self._check_names(names)
+        wanted = self.columns_for(table, names, predicting=predicting)
+        read = [(each, name_in(table, each, names)) for each in wanted if not (predicting and each.predicted)]
+        return [(each, name) for each, name in read if each.needed or each.name in names or name in table.columns]
+
+    def columns_for(self, table: Table, names: Mapping[str, str], *, predicting: bool) -> Sequence[Column]:
+        """The columns to read from a table: all of the task's, or one form of them if it has several."""
+        return self.columns
+
+    @abstractmethod
+    def checked(self, row: Row, where: str) -> Row:
+        """Return a row with values of the task's types. Raises `DataError`, which begins with ``where``."""
+
+    def main_metric_of(self, labels: Sequence[str]) -> str:
+        """The metric that a verdict names, for a run with these classes."""
+        return self.main_metric
+
+    def labels(self, rows: Sequence[Row]) -> tuple[str, ...]:
+        """The names of the classes in the order of the logits; empty if the task has none."""
+        return ()
+
+    def classes_of(self, row: Row) -> Sequence[str]:
+        """The classes that a row's labels name; none if the task has none."""
+        return ()
+
+    def tidied(self, row: Row, changed: Counter[tuple[str, str]]) -> Row:
+        """Return a row with `tidy` names of its classes, and count in ``changed`` which names became which."""
+        value = row.get(self.label_column)
+        if not isinstance(value, str | list):
+            return row
+        names = [value] if isinstance(value, str) else value
+        new = [tidy(name) for name in names]
+        if new == names:
+            return row
+        changed.update(pair for pair in zip(names, new, strict=True) if pair[0] != pair[1])
+        return {**row, self.label_column: new[0] if isinstance(value, str) else new}
+
+    def identity(self, row: Row) -> Hashable:
+        """What makes two rows the same input, whatever their labels."""
+        return tuple(
+            (name, value if isinstance(value, str) else json.dumps(value))
+            for name, value in row.items()
+            if name != self.label_column
+        )
+
+    def guess_loss(self, rows: Sequence[Row]) -> float | None:
+        """The training loss of answering by the frequencies in ``rows`` alone; None if the task has no such answer.
+
+        For classes, this is the entropy of their distribution.
+        """
+        counts = Counter(name for row in rows for name in self.classes_of(row)).values()
+        total = sum(counts)
+        return -sum(count / total * math.log(count / total) for count in counts) if total else None
+
+    def check_classes(self, rows: Sequence[Row], labels: Sequence[str]) -> None:
+        """Raise `DataError` if rows have classes that are not among ``labels``: before a model is loaded."""
+        class_numbers((name for row in rows for name in self.classes_of(row)), labels)
+
+    def _check_names(self, names: Mapping[str, str]) -> None:
+        ours = [each.name for each in self.columns]
+        unknown = next((name for name in names if name not in ours), None)
+        if unknown is not None:
+            raise DataError(
+                f"columns.{unknown}: the task {self.name} has no such column; its columns are {', '.join(ours)}"
+                f"{closest(unknown, ours)}"
+            )
+
+    # --- model and trainer ---
+
+    @abstractmethod
+    def encode(self, rows: Sequence[Row], loaded: Pretrained) -> Any:
+        """Return the rows as a `datasets.Dataset` that the trainer takes."""
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The trainer's arguments, where a recipe does not set them."""
+        return {
+            "num_train_epochs": 3,
+            "learning_rate": 1.2e-3,
+            "per_device_train_batch_size": 32,
+            "per_device_eval_batch_size": 64,
+            "weight_decay": 0.0,
+            "eval_strategy": "epoch",
+            **STEADY,
+        }
+
+    def trainer_classes(self) -> tuple[type[Any], type[Any]]:
+        """The classes of the trainer and of its arguments."""
+        from transformers import Trainer, TrainingArguments
+
+        return Trainer, TrainingArguments
+
+    def trainer_settings(self, loaded: Pretrained) -> dict[str, Any]:
+        """What the trainer is given beyond model, arguments, data and processor."""
+        return {}
+
+    # --- results ---
+
+    def scores(self, predictions: Any, truth: Any) -> dict[str, float]:
+        """The metrics beside the loss, of a trainer's predictions and label ids (arrays with a row for each row)."""
+        return {}
+
+    def confusion(self, predictions: Any, truth: Any) -> list[list[int]] | None:
+        """The confusion matrix of a trainer's predictions and label ids; None if there are no single classes."""
+        return None
+
+    def compute_metrics(self, prediction: Any) -> dict[str, float]:
+        """`scores` of a `transformers.EvalPrediction`: a trainer logs them, and chooses the best checkpoint by them."""
+        return self.scores(first_output(prediction.predictions), prediction.label_ids)
+
+    def evaluate(self, trainer: Any, dataset: Any) -> Results:
+        """Evaluate on encoded rows that have labels."""
+        found = trainer.predict(dataset)
+        predictions, truth = first_output(found.predictions), found.label_ids
+        metrics = {**self.scores(predictions, truth), "loss": found.metrics["test_loss"]}
+        return Results(metrics, self.confusion(predictions, truth))
+
+    def samples(self, loaded: Pretrained, rows: Sequence[Row]) -> list[dict[str, str]]:
+        """Prompts and what the model makes of them, to compare before and after training; none for classifiers."""
+        return []
+
+    @abstractmethod
+    def predict(self, loaded: Pretrained, rows: Sequence[Row], *, batch_size: int) -> list[dict[str, Any]]:
+        """Predict each row, in their order, as values that JSON can hold."""
+
+
+def first_output(predictions: Any) -> Any:
+    """The logits in what a trainer predicts: some models return further outputs after them."""
+    return predictions[0] if isinstance(predictions, tuple) else predictions
+
+
+def pipeline_of(task: str, loaded: Pretrained) -> Callable[..., Any]:
+    """The pipeline of transformers for a task, with a loaded model."""
+    import transformers
+
+    name: Any = TASKS[task].pipeline
+    processor = "image_processor" if "Image" in TASKS[task].processor else "tokenizer"
+    settings: dict[str, Any] = {processor: loaded.processor, "device": loaded.model.device}
+    return transformers.pipeline(name, model=loaded.model, **settings)  # type: ignore[no-any-return]
+
+
+def require_package(name: str, task: str, extra: str) -> None:
+    """Raise `MissingPackageError` if a module that a task needs cannot be found."""
+    if importlib.util.find_spec(name) is None:
+        raise MissingPackageError(f'the task {task} needs {name}: pip install "tunerkit[{extra}]"')
+
+
+def require_text(row: Row, name: str, where: str) -> str:
+    """Return a text that is not empty. Raises `DataError`."""
+    value = row[name]
+    if not isinstance(value, str):
+        raise DataError(f"{where}, column {name!r}: expected text, got {shown(value)}")
+    if not value.strip():
+        raise DataError(f"{where}, column {name!r}: the text is empty; remove the row, or fill it in")
+    return value
+
+
+def name_in(table: Table, wanted: Column, names: Mapping[str, str]) -> str:
+    """Return the name of a column in a table: the given one, ours, or the one of its other names that is there.
+
+    Raises:
+        DataError: Several of its other names are there.
+    """
+    if wanted.name in names or wanted.name in table.columns:
+        return names.get(wanted.name, wanted.name)
+    others = [name for name in wanted.other_names if name in table.columns]
+    if len(others) > 1:
+        raise DataError(
+            f"{table.source}: the column {wanted.name!r} may be {' or '.join(map(repr, others))}; say which one it is "
+            f"with columns.{wanted.name} in the recipe{f' or with {wanted.option}' if wanted.option else ''}"
+        )
+    return others[0] if others else wanted.name

@@ -1,0 +1,143 @@
+"""One class for each image."""
+
+import filecmp
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import attrs
+
+from tunerkit.errors import shown
+from tunerkit.integrations.pretrained import Pretrained
+from tunerkit_cli.rows.labels import class_numbers
+from tunerkit_cli.rows.reading import DataError, Table
+from tunerkit_cli.tasks.base import LABEL, Column, Row, Task, name_in, pipeline_of, require_package
+from tunerkit_cli.tasks.classifying import chosen_class, classification_scores, confusion_of
+from tunerkit_cli.tasks.text_classification import class_label, several_classes
+from tunerkit_cli.tasks.texts import labels_of
+
+
+class ImageClassification(Task):
+    """Image files with one of several classes: a folder with a subfolder per class, or a file with their paths."""
+
+    name: ClassVar[str] = "image-classification"
+    columns: ClassVar[tuple[Column, ...]] = (Column("image", ("image_path", "file_name", "path")), LABEL)
+    main_metric: ClassVar[str] = "accuracy"
+    greater_is_better: ClassVar[bool] = True
+    label_column: ClassVar[str] = LABEL.name
+    one_class: ClassVar[bool] = True
+
+    def rows(
+        self, table: Table, names: Mapping[str, str], *, predicting: bool = False, renaming: bool = True
+    ) -> list[Row]:
+        """The rows, with paths that are relative to the working folder."""
+        name = name_in(table, self.columns[0], names)
+        placed = tuple({**row, name: _placed(table.folder, row.get(name))} for row in table.rows)
+        table = attrs.evolve(table, rows=placed)
+        return super().rows(table, names, predicting=predicting, renaming=renaming)
+
+    def checked(self, row: Row, where: str) -> Row:
+        """The file exists, and begins as an image."""
+        path = row["image"]
+        if not isinstance(path, str) or not os.path.isfile(path):  # Path.is_file raises where a name is too long
+            raise DataError(
+                f"{where}, column 'image': there is no file {shown(path)}; write the paths of image files, relative to "
+                "the folder of the data"
+            )
+        require_package("PIL", self.name, "vision")
+        with opened(path):
+            pass
+        return {"image": path, **({"label": class_label(row["label"], where)} if "label" in row else {})}
+
+    def labels(self, rows: Sequence[Row]) -> tuple[str, ...]:
+        """The classes."""
+        return several_classes(rows)
+
+    def classes_of(self, row: Row) -> Sequence[str]:
+        """The image's class."""
+        return [row["label"]]
+
+    def identity(self, row: Row) -> Hashable:
+        """The content of the file: copies of an image have other paths."""
+        return _Content(row["image"])
+
+    def encode(self, rows: Sequence[Row], loaded: Pretrained) -> Any:
+        """Images are read and processed when a batch needs them."""
+        import datasets
+
+        columns: dict[str, Any] = {"image": [row["image"] for row in rows]}
+        if rows and "label" in rows[0]:
+            columns["labels"] = class_numbers((row["label"] for row in rows), labels_of(loaded))
+
+        def processed(batch: dict[str, Any]) -> dict[str, Any]:
+            found = dict(loaded.processor([_decoded(path) for path in batch["image"]], return_tensors="pt"))
+            return {**found, **({"labels": batch["labels"]} if "labels" in batch else {})}
+
+        return datasets.Dataset.from_dict(columns).with_transform(processed)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Images bear a higher rate than texts. The trainer keeps their column, which the transform reads."""
+        return {**super().defaults, "learning_rate": 2e-3, "remove_unused_columns": False}
+
+    def trainer_settings(self, loaded: Pretrained) -> dict[str, Any]:
+        """Log the metrics."""
+        from transformers import DefaultDataCollator
+
+        return {"compute_metrics": self.compute_metrics, "data_collator": DefaultDataCollator()}
+
+    def scores(self, predictions: Any, truth: Any) -> dict[str, float]:
+        """Accuracy and macro F1."""
+        return classification_scores(predictions, truth)
+
+    def confusion(self, predictions: Any, truth: Any) -> list[list[int]]:
+        """Rows by true class, columns by predicted class."""
+        return confusion_of(predictions, truth)
+
+    def predict(self, loaded: Pretrained, rows: Sequence[Row], *, batch_size: int) -> list[dict[str, Any]]:
+        """Predict with the pipeline of transformers."""
+        labels, files = labels_of(loaded), [row["image"] for row in rows]
+        found = pipeline_of(self.name, loaded)(files, batch_size=batch_size, top_k=len(labels))
+        return [{"image": file, **chosen_class(each, labels)} for file, each in zip(files, found, strict=True)]
+
+
+class _Content:
+    """What is in a file, which equals that of its copies; few files are read further than their beginning."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        with open(path, "rb") as file:
+            self.hash = hash((os.fstat(file.fileno()).st_size, file.read(8192)))
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Content) and filecmp.cmp(self.path, other.path, shallow=False)
+
+
+def _placed(folder: Path | None, path: object) -> object:
+    """A path of a data file as seen from the working folder; one that is not in the file's folder stays as it is."""
+    if folder is None or not isinstance(path, str):
+        return path
+    inside = os.path.join(folder, path)
+    return inside if os.path.isfile(inside) else path
+
+
+def opened(path: str) -> Any:
+    """Open an image file, which reads its size but not its pixels. Raises `DataError`."""
+    from PIL import Image
+
+    try:
+        return Image.open(path)
+    except OSError as problem:  # Pillow's error for a file that is no image is one
+        raise DataError(f"{path} cannot be read as an image; remove the file, or save it again") from problem
+
+
+def _decoded(path: str) -> Any:
+    with opened(path) as image:
+        try:
+            return image.convert("RGB")
+        except (OSError, SyntaxError) as problem:  # Pillow's errors for a damaged file
+            raise DataError(f"{path} is damaged: {problem}; remove the file, or save it again") from problem

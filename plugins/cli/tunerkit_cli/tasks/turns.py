@@ -1,0 +1,125 @@
+"""Conversations as tokens, of which a model learns the assistant's turns alone."""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jinja2
+
+from tunerkit.errors import shown
+from tunerkit.integrations.pretrained import Pretrained
+from tunerkit_cli.rows.reading import DataError
+
+NOT_LEARNED = -100  # the label of a token that the loss leaves out, in torch and transformers
+# Stands for an answer, to see where a template puts it. No template cuts or changes a word.
+_PLACE = "tunerkitanswer"
+
+Messages = Sequence[dict[str, str]]
+Render = Callable[..., str]
+
+
+def encode_turns(conversations: Sequence[Messages], loaded: Pretrained) -> Any:
+    """Tokenize conversations by the tokenizer's template, with labels for the assistant's turns alone.
+
+    A template that marks these turns (``{% generation %}``) decides what is learned, unless its marks leave out the
+    token that ends a turn: a model that does not learn it would never stop. Otherwise a turn begins where the template
+    would let the model begin, and ends with what the template writes after an answer.
+
+    Args:
+        conversations: Lists of messages.
+        loaded: The model, whose tokenizer has a template.
+
+    Raises:
+        DataError: The template refuses a conversation, or does not show an answer as it is.
+    """
+    import datasets
+    from trl.chat_template_utils import has_generation_markers, is_chat_template_stop_token_trained
+
+    tokenizer = loaded.processor
+    # Tokenizers in Python do not say which tokens are between the marks.
+    is_marked = tokenizer.is_fast and has_generation_markers(tokenizer.chat_template)
+    encode = _by_marks if is_marked and is_chat_template_stop_token_trained(tokenizer) else _by_turns
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    for messages in conversations:
+        try:
+            ids, learned = encode(messages, tokenizer)
+        except (jinja2.TemplateError, _HiddenAnswerError) as problem:
+            raise DataError(
+                f"the chat template of {loaded.source!r} does not take the conversation that begins with "
+                f"{shown(messages[0]['content'])}: {problem}; change it, or pass --set train_on_prompts=true to learn "
+                "whole conversations"
+            ) from problem
+        columns["input_ids"].append(ids)
+        columns["labels"].append(
+            [each if is_learned else NOT_LEARNED for each, is_learned in zip(ids, learned, strict=True)]
+        )
+    return datasets.Dataset.from_dict(columns)
+
+
+class _HiddenAnswerError(Exception):
+    """A template does not show an answer, or changes what stands around it."""
+
+
+def _by_marks(messages: Messages, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """The tokens of a conversation, and which of them the template's marks enclose."""
+    found = tokenizer.apply_chat_template(
+        list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    return found["input_ids"], [bool(each) for each in found["assistant_masks"]]
+
+
+def _by_turns(messages: Messages, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """The tokens of a conversation, and which of them are the assistant's by their place in the text."""
+
+    def render(messages: Messages, **settings: Any) -> str:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **settings))
+
+    text = render(messages)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+    ids: list[int] = encoded["input_ids"]
+    ends = [end for _, end in encoded["offset_mapping"]] if tokenizer.is_fast else []
+
+    def before(place: int) -> int:
+        """How many tokens end before a place in the text, or at it. Tokenizers in Python do not say where one ends."""
+        if tokenizer.is_fast:
+            return bisect_right(ends, place)
+        return _same_start(tokenizer(text[:place], add_special_tokens=False)["input_ids"], ids)
+
+    learned = [False] * len(ids)
+    for start, stop in assistant_spans(messages, text, render):
+        # A token across the start of a turn is learned; one across its end belongs to what follows.
+        first, last = before(start), before(stop)
+        learned[first:last] = [True] * (last - first)
+    return ids, learned
+
+
+def assistant_spans(messages: Messages, text: str, render: Render) -> Iterator[tuple[int, int]]:
+    """Yield where each answer of a conversation starts and stops in its text, with what ends the turn.
+
+    Args:
+        messages: The conversation.
+        text: It as text.
+        render: Writes messages as text; with ``add_generation_prompt``, ready for an answer.
+
+    Raises:
+        _HiddenAnswerError: The template does not show an answer as it is.
+    """
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        placed = {"role": "assistant", "content": _PLACE}
+        before, *after = render([*messages[:number], placed, *messages[number + 1 :]]).split(_PLACE)
+        # What the template adds between its prompt for an answer and the answer, such as a thought, is learned.
+        prompt = render(messages[:number], add_generation_prompt=True) if number else ""
+        start = len(prompt) if prompt and text.startswith(prompt) else _same_start(before, text)
+        if len(after) != 1 or not text.endswith(after[0]):
+            raise _HiddenAnswerError(f"it does not show message {number + 1} as one text")
+        # What ends a turn is what stands behind a last one; some templates write more between turns.
+        closing = render([*messages[:number], placed]).partition(_PLACE)[2]
+        yield start, len(text) - len(after[0]) + _same_start(closing, after[0])
+
+
+def _same_start(first: Sequence[object], second: Sequence[object]) -> int:
+    """How many elements are the same at the start of both."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((number for number, (one, other) in pairs if one != other), min(len(first), len(second)))

@@ -1,0 +1,397 @@
+"""The kit names the cause of each mistake first, in a sentence that says what to change, and passes what is right."""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import attrs
+import pytest
+import torch
+
+import tunerkit
+from tests.support import bad_plugins, checks_page
+from tests.support.bad_plugins import CASE, MISTAKES, Mistake
+from tests.support.subtle_plugins import CAUGHT, LoopsInAStep, ReadsOutputInSecret, with_adapter, with_config
+from tests.support.toy_growing import GrowingPlugin
+from tests.support.toy_outputs import OutputPlugin
+from tests.support.toy_readers import DirectionPlugin, ScaleConfig, ScalePlugin
+from tests.support.toy_shared import SharedPlugin
+from tests.support.toy_starts import FittedPlugin, PrincipalPlugin
+from tunerkit import TunerkitError
+from tunerkit_testing import Case, check_method, kit, known_cases, matrix, small
+from tunerkit_testing.checks.order import BY_NAME, CHECKS, NEEDS
+from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_adapters import Scale
+from tunerkit_testing.toy_methods import DeclaredPlugin, LowRankConfig, LowRankPlugin, ShiftPlugin
+
+# Methods with one feature each beyond adding a product, with the settings that they need on the small network.
+UNUSUAL: Mapping[str, Mapping[str, object]] = {
+    **{f"toy-{name}": {} for name in ("growing", "scale", "direction", "shared", "principal", "inputs", "gradients")},
+    "toy-outputs": {"targets": ("1",), "features": 8},
+}
+PAGE = (Path(__file__).parents[3] / "docs" / "checks.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def toys() -> Iterator[None]:
+    with registered(LowRankPlugin(), ShiftPlugin()):
+        yield
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.what)
+def test_each_mistake_is_named_by_its_check_first(mistake: Mistake) -> None:
+    """Law: the first check that fails is the one about the mistake; it is a failure with a sentence, not an error."""
+    found = bad_plugins.first_failure(bad_plugins.results(mistake.plugin))
+    assert (found.check, found.status) == (mistake.check, "failed"), found.reason
+    assert len(found.reason.split()) > 8
+    assert f"| {mistake.what} | `{mistake.check}` |" in PAGE
+
+
+@pytest.mark.parametrize("plugin", [bad_plugins.Plugin, bad_plugins.StateSaved])
+def test_the_same_plugins_without_a_mistake_pass(plugin: type) -> None:
+    """Law: nothing but the mistake is reported."""
+    assert [r for r in bad_plugins.results(plugin) if r.status not in ("passed", "skipped")] == []
+
+
+@pytest.mark.parametrize("method", ["toy-low-rank", "toy-shift", "toy-stepper"])
+@pytest.mark.parametrize("case", matrix.by_length())
+def test_methods_that_keep_the_contract_pass(toys: None, method: str, case: Case) -> None:
+    """Law: no check fails for a right method, and those that are skipped say why."""
+    found = check_method(method, cases=[case])
+    assert [result for result in found if result.status not in ("passed", "skipped")] == []
+    assert all(result.reason for result in found if result.status == "skipped")
+
+
+@pytest.mark.parametrize(("method", "config"), UNUSUAL.items(), ids=UNUSUAL)
+def test_unusual_methods_that_keep_the_contract_pass(method: str, config: Mapping[str, object]) -> None:
+    """Law: no check asks for more of methods that scale, read, share, grow, are fitted, or start elsewhere."""
+    plugins = (GrowingPlugin(), OutputPlugin(), ScalePlugin(), DirectionPlugin(), SharedPlugin(), FittedPlugin())
+    cases = [parameter.values[0] for parameter in matrix.by_length()] if matrix.is_long() and not config else []
+    with registered(*plugins, PrincipalPlugin()):
+        found = check_method(method, config, [known_cases.NETWORK, *cases])
+    assert [result for result in found if result.status not in ("passed", "skipped")] == []
+
+
+def test_the_default_cases_are_a_bert_and_a_llama(toys: None) -> None:
+    """Law: without transformers, the kit runs on a small network of torch's own layers."""
+    found = check_method("toy-shift", checks=["config_round_trip"])
+    assert [result.case for result in found] in (["bert", "llama"], ["network"])
+    assert check_method("toy-shift", cases=[known_cases.NETWORK], checks=["start"])[0].status == "passed"
+
+
+@pytest.mark.parametrize(("check", "plugin"), CAUGHT, ids=[check for check, _ in CAUGHT])
+def test_every_other_check_fails_for_some_plugin(toys: None, check: str, plugin: type) -> None:
+    """Law: no check passes whatever a plugin does."""
+    with registered(plugin()):
+        (result,) = check_method("bad", cases=[CASE], checks=[check])
+    assert result.status in ("failed", "error"), result
+    assert len(result.reason.split()) > 8
+
+
+def test_every_check_is_seen_to_fail() -> None:
+    """Law: each check has a plugin that fails it, except those that need what may be missing here."""
+    failing = {mistake.check for mistake in MISTAKES} | {check for check, _ in CAUGHT}
+    # These need an accelerator, and LoRA, whose own tests have a plugin that fails it.
+    assert set(BY_NAME) - failing == {"device", "operations"}
+
+
+@pytest.mark.skipif("lora" not in tunerkit.methods(), reason="the check compares with LoRA, which is not installed")
+def test_a_loop_in_a_step_hook_is_caught_beside_plain_lora() -> None:
+    """Law: the message has both numbers, and says how to avoid a loop."""
+    with registered(LoopsInAStep()):
+        (result,) = check_method("bad", cases=[CASE], checks=["operations"])
+    assert result.status == "failed"
+    assert "times as many as LoRA's; use torch._foreach_ functions" in result.reason
+
+
+def test_an_adapter_that_hides_what_it_reads_fails_where_several_share_a_target() -> None:
+    """Law: the message names the order of the two and what to declare."""
+    with registered(ReadsOutputInSecret()):
+        (result,) = check_method("bad", cases=[CASE], checks=["stacked_second"])
+    assert result.status == "failed"
+    assert "bad is the cause: it fails beside a plain low-rank product too. bad on top of" in result.reason
+    assert "reads_output = True" in result.reason
+
+
+class RaisesAtTheTarget(ReadsOutputInSecret):
+    @tunerkit.hookimpl
+    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer, config: LowRankConfig) -> tunerkit.Adapter:
+        raise RuntimeError("out of order")
+
+
+@pytest.mark.parametrize("other", [ReadsOutputInSecret, RaisesAtTheTarget])
+def test_another_plugin_s_fault_is_not_the_fault_of_the_method(toys: None, other: type) -> None:
+    """Law: the check passes, and its remark names the method that fails beside any other one."""
+    with registered(other(), DeclaredPlugin()):
+        (result,) = check_method("toy-declared", cases=[CASE], checks=["stacked_first"])
+    assert result.status == "passed"
+    assert "bad (its own fault: it fails beside a plain low-rank product too)" in result.reason
+
+
+class Quarrelsome(bad_plugins.Product):
+    """Adds more where a `Partner` is at its target."""
+
+    def forward(self, base: tunerkit.BaseLayer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        more = any(type(module) is Partner for module in base.module.modules())
+        return y + self.added(x).to(y.dtype) * (2 if more else 1)
+
+
+class QuarrelsomePlugin(bad_plugins.Plugin):
+    adapter = Quarrelsome
+
+
+class Partner(bad_plugins.Product):
+    """Nothing is wrong with it."""
+
+
+class PartnerPlugin(bad_plugins.Plugin):
+    adapter = Partner
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [tunerkit.Method("partner", config=LowRankConfig)]
+
+
+def test_two_methods_that_are_wrong_only_together_are_both_named() -> None:
+    """Law: if neither can be told to be the cause, the message says so."""
+    with registered(QuarrelsomePlugin(), PartnerPlugin()):
+        (result,) = check_method("bad", cases=[CASE], checks=["stacked_first"])
+    assert result.status == "failed"
+    assert "bad and partner fail only together: each is right beside a plain low-rank product" in result.reason
+
+
+def test_checks_that_need_one_that_failed_are_skipped_with_its_name(toys: None) -> None:
+    """Law: one mistake is one failure; also what needs it indirectly is skipped because of the first cause."""
+    found = {result.check: result for result in bad_plugins.results(bad_plugins.TrainsNothingZero)}
+    assert {name for name, result in found.items() if result.status in ("failed", "error")} == {"every_tensor_moves"}
+    assert found["saves_and_loads"].status == found["resumes"].status == "skipped"
+    assert found["resumes"].reason == "because every_tensor_moves failed"
+
+
+def test_a_check_stands_after_those_that_it_needs() -> None:
+    """Law: root causes come first, and no name occurs twice."""
+    order = {check: number for number, check in enumerate(CHECKS)}
+    assert all(order[need] < order[check] for check, needs in NEEDS.items() for need in needs)
+    assert len(BY_NAME) == len(CHECKS)
+
+
+def test_every_check_states_its_law() -> None:
+    """Law: the docstring of a check is one sentence or two, and the documentation's table has all of them in order."""
+    assert all((check.__doc__ or "").strip().endswith(".") for check in CHECKS)
+    assert checks_page.checks_table() in PAGE
+
+
+def test_an_expected_failure_is_recorded_with_its_reason() -> None:
+    """Law: it is no failure, what needs it is skipped, and a check that passes all the same has passed and says so."""
+    expected = {"delta_is_what_forward_adds": "no delta yet", "start": "never fails"}
+    with registered(bad_plugins.DeltaMissing()):
+        found = {r.check: r for r in check_method("bad", cases=[CASE], expected_failures=expected)}
+    failed = found["delta_is_what_forward_adds"]
+    assert (failed.status, failed.reason) == ("expected failure", "no delta yet")
+    assert found["merges"].status == "skipped"
+    assert found["start"].status == "passed"
+    assert found["start"].reason == (
+        "it passes, and is expected to fail (never fails); remove it from expected_failures"
+    )
+    assert not [r for r in found.values() if r.status in ("failed", "error")]
+
+
+def test_a_mistyped_check_is_refused_with_the_closest_name(toys: None) -> None:
+    """Law: in ``checks`` and in ``expected_failures``, before anything runs."""
+    with pytest.raises(TunerkitError, match="no check named 'stat'; did you mean 'start'"):
+        check_method("toy-shift", checks=["stat"])
+    with pytest.raises(TunerkitError, match="no check named 'merge'; did you mean 'merges'"):
+        check_method("toy-shift", expected_failures={"merge": "not yet"})
+    with pytest.raises(TunerkitError, match="no case named 'bort'"):
+        known_cases.named(["bort"])
+
+
+def test_a_config_may_be_an_object_or_a_mapping(toys: None) -> None:
+    """Law: both mean the same, and a wrong one is refused before anything runs."""
+    for config in ({"rank": 3}, LowRankConfig(rank=3)):
+        (result,) = check_method("toy-low-rank", config, [CASE], checks=["rank"])
+        assert result.status == "passed"
+        assert kit.settings_of("toy-low-rank", config) == {"rank": 3}  # the case's own targets stay
+    with pytest.raises(tunerkit.ConfigError, match="unknown key 'rnk'"):
+        check_method("toy-low-rank", {"rnk": 3})
+
+
+def test_merging_is_held_to_the_precision_of_the_adapters(toys: None) -> None:
+    """In bf16 the product is rounded in another place when it is merged, and the output shows it; in fp32 it may not.
+
+    The delta itself is still compared in fp64.
+    """
+    config, checks = {"adapter_dtype": "bfloat16"}, ["delta_is_what_forward_adds", "merges", "keeps_merged"]
+    found = check_method("toy-low-rank", config, [known_cases.NETWORK], checks=checks)
+    assert [(result.status, result.reason) for result in found] == [("passed", "")] * 3
+    with registered(bad_plugins.DeltaTooSmall()):
+        (result,) = check_method("bad", config, [CASE], checks=checks[:1])
+    assert result.status == "failed"
+
+
+@attrs.frozen
+class EvenRanks(LowRankConfig):
+    def problems(self) -> Iterator[str]:
+        if self.rank % 2:
+            yield f"expected an even rank, got {self.rank} @ $.rank"
+
+
+@attrs.frozen
+class RankTwo(LowRankConfig):
+    rank: int = tunerkit.setting(2, ge=2, le=2, doc="The only one.")
+
+
+@pytest.mark.parametrize(("config", "status"), [(EvenRanks, "passed"), (RankTwo, "skipped")])
+def test_another_rank_is_one_that_the_config_accepts(config: type, status: str) -> None:
+    """Law: a method whose ranks are even, or whose rank is fixed, has nothing to answer for."""
+    with registered(with_config(config)()):
+        (result,) = check_method("bad", cases=[CASE], checks=["other_rank_setting"])
+    assert (result.status, bool(result.reason)) == (status, status == "skipped"), result
+
+
+@pytest.mark.parametrize(("dtype", "status"), [("bfloat16", "passed"), ("float32", "passed"), ("float64", "failed")])
+def test_a_delta_that_is_computed_in_fp32_is_not_precise_enough_for_adapters_in_fp64(dtype: str, status: str) -> None:
+    """A method may compute in fp32 what its libraries have only there, unless its config asks for more."""
+    with registered(DeltaInSinglePrecision()):
+        (result,) = check_method("bad", {"adapter_dtype": dtype}, [CASE], checks=["delta_is_what_forward_adds"])
+    assert result.status == status
+
+
+def test_a_delta_in_fp32_has_the_rank_that_it_says() -> None:
+    """Law: singular values that are rounding in fp32 do not count."""
+    with registered(DeltaInSinglePrecision()):
+        (result,) = check_method("bad", cases=[CASE], checks=["rank"])
+    assert result.status == "passed", result
+
+
+class Bent(bad_plugins.Product):
+    """Has a kink at 0, where a gradient is one of two slopes."""
+
+    def added(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x.to(self.a.dtype) @ self.a.T) @ self.b.T
+
+
+class DrawsARank(bad_plugins.Product):
+    """Trains a prefix of its rank, drawn at each call, as DyLoRA does."""
+
+    def added(self, x: torch.Tensor) -> torch.Tensor:
+        rank = int(torch.randint(1, 3, ())) if self.training else 2
+        return x.to(self.a.dtype) @ self.a[:rank].T @ self.b[:, :rank].T
+
+
+@pytest.mark.parametrize(
+    ("adapter", "check", "status"),
+    [(Bent, "gradients_are_true", "passed"), (DrawsARank, "same_in_training", "skipped")],
+)
+def test_a_right_method_with_a_kink_or_random_ranks_is_not_accused(adapter: type, check: str, status: str) -> None:
+    """Law: a slope beside a kink is not measured across it, and what is drawn is not compared."""
+    with registered(with_adapter(adapter)()):
+        (result,) = check_method("bad", cases=[CASE], checks=[check])
+    assert result.status == status, result
+
+
+class Encoder(torch.nn.Module):
+    """Torch computes its layers in one operation each, unless they have adapters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.layers = torch.nn.TransformerEncoder(layer, 2)
+        self.head = torch.nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Encode (N, L, 8); the head's input is not contiguous, and torch has other kernels for such inputs."""
+        result: torch.Tensor = self.head(self.layers(x)[:, :2])
+        return result
+
+
+def encoder() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return Encoder()
+
+
+X = torch.randn(3, 17, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("targets", [("self_attn", "linear1"), ("linear1", "linear2", "head")])
+def test_a_model_that_torch_runs_with_fused_layers_is_compared_without_them(
+    targets: tuple[str, ...], toys: None
+) -> None:
+    """Law: the base and the adapted model are computed in the same way, and equal bits are asked for."""
+    case = Case(
+        "encoder",
+        encoder,
+        torch.no_grad()(lambda model: model(X)),
+        lambda model: model(X).square().mean(),
+        {"targets": targets},
+    )
+    fast = torch.backends.mha.get_fastpath_enabled()
+    checks = ["start", "delta_is_what_forward_adds", "disabled_is_the_base", "unwraps", "merges", "compiles"]
+    found = check_method("toy-low-rank", cases=[case], checks=checks)
+    assert [result for result in found if result.status != "passed"] == []
+    assert torch.backends.mha.get_fastpath_enabled() is fast
+
+
+class DeltaInSinglePrecision(bad_plugins.Plugin):
+    @tunerkit.hookimpl
+    def tunerkit_delta(self, adapter: bad_plugins.Product) -> tunerkit.Delta:
+        return tunerkit.Delta(weight=adapter.b.float() @ adapter.a.float())
+
+
+def test_a_check_leaves_random_state_and_files_alone(
+    toys: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law: checks write into folders of their own, which are gone afterwards, and draw no random numbers of others."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = torch.get_rng_state()
+    check_method("toy-low-rank", cases=[CASE], checks=["saves_and_loads", "seed"])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_in_a_plugin_says_where_it_was_raised() -> None:
+    """Law: an exception that is no failed law is an error, with its class, place and the law that was checked."""
+    with registered(Raising()):
+        (result,) = check_method("bad", cases=[CASE], checks=["start"])
+    assert result.status == "error"
+    assert "ZeroDivisionError" in result.reason
+    assert "in test_kit.py, line" in result.reason
+    assert "bit-identical" in result.reason
+
+
+class Broken(bad_plugins.Product):
+    def forward(self, base: tunerkit.BaseLayer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y / (1 // 0)
+
+
+class Raising(bad_plugins.Plugin):
+    adapter = Broken
+
+
+def test_a_plugin_that_writes_into_its_input_changes_no_other_test() -> None:
+    """Law: the kit's own cases run on copies of their inputs."""
+    before = small.X.clone()
+    with registered(bad_plugins.WritesX()):
+        check_method("bad", cases=[CASE, known_cases.NETWORK], checks=["inputs_unwritten", "forward_keeps_the_base"])
+    assert torch.equal(small.X, before)
+
+
+class ForgetsBiases(ScalePlugin):
+    """Scales outputs, and says so of the weights alone."""
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [tunerkit.Method("toy-forgets", config=ScaleConfig)]
+
+    @tunerkit.hookimpl
+    def tunerkit_delta(self, adapter: Scale, base: tunerkit.BaseLayer) -> tunerkit.Delta:
+        return tunerkit.Delta(weight=adapter.l[:, None] * base.dense())
+
+
+def test_a_delta_without_the_bias_is_noticed_where_the_model_s_biases_are_0() -> None:
+    """A new BERT has biases of 0, so its outputs would be equal."""
+    pytest.importorskip("transformers")
+    check = "delta_is_what_forward_adds"
+    with registered(ForgetsBiases()):
+        (result,) = check_method("toy-forgets", cases=known_cases.named(["bert"]), checks=[check])
+    assert (result.check, result.status) == (check, "failed")

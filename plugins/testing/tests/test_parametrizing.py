@@ -1,0 +1,91 @@
+"""A test with all checks of a method: one for each check and case, which fails, skips or xfails as the kit says."""
+
+from typing import Any
+
+import pytest
+
+from tests.support import bad_plugins
+from tests.support.bad_plugins import CASE
+from tunerkit import TunerkitError
+from tunerkit_testing import matrix, parametrize_with_checks
+from tunerkit_testing.checks.order import CHECKS
+from tunerkit_testing.parametrizing import BoundCheck
+from tunerkit_testing.registering import registered
+
+
+def parameters_of(**options: Any) -> dict[str, Any]:
+    """The parameters of a test by id."""
+
+    @parametrize_with_checks("bad", {"rank": 2}, **options)
+    def test(check: BoundCheck) -> None:
+        check()
+
+    (mark,) = vars(test)["pytestmark"]
+    return {parameter.id: parameter for parameter in mark.args[1]}
+
+
+def bound(check: str, **options: Any) -> BoundCheck:
+    """One check on the small model."""
+    found: BoundCheck = parameters_of(cases=[CASE], **options)[f"square-{check}"].values[0]
+    return found
+
+
+def test_there_is_a_test_for_each_check_and_case() -> None:
+    """Law: the ids name case and check, and the method need not be installed when tests are collected."""
+    ids = list(parameters_of(cases=[CASE]))
+    assert len(ids) == len(CHECKS)
+    assert ids[0] == "square-config_round_trip"
+    assert list(parameters_of(cases=[CASE], checks=["start"])) == ["square-start"]
+
+
+def test_pytest_parameters_are_accepted_as_cases() -> None:
+    """Law: a case whose library is missing is skipped with its reason, as in the matrix."""
+    skipped = pytest.param(None, id="gone", marks=pytest.mark.skip(reason="not installed"))
+    found = parameters_of(cases=[skipped, *matrix.cases()[:1]], checks=["start"])
+    assert found["gone-start"].marks[0].kwargs["reason"] == "not installed"
+    assert len(found) == 2
+
+
+def test_a_check_passes_or_fails_with_its_sentence() -> None:
+    """Law: the message is the sentence alone, without a traceback of the kit."""
+    with registered(bad_plugins.Plugin()):
+        bound("start")()
+    with (
+        registered(bad_plugins.StartsAFarOff()),
+        pytest.raises(pytest.fail.Exception, match=r"start on square: .*0\.00911"),
+    ):
+        bound("start")()
+
+
+def test_a_check_that_fails_for_another_reason_is_skipped_with_it() -> None:
+    """Law: each test stands alone, and still the root cause is the only failure."""
+    with registered(bad_plugins.TrainsNothingZero()):
+        with pytest.raises(pytest.skip.Exception, match="because every_tensor_moves failed"):
+            bound("loss_falls")()
+        with pytest.raises(pytest.fail.Exception, match="every_tensor_moves on square"):
+            bound("every_tensor_moves")()
+
+
+def test_a_check_without_a_subject_is_skipped_with_its_reason() -> None:
+    """Law: a skipped check says what the method does not have."""
+    with registered(bad_plugins.Plugin()), pytest.raises(pytest.skip.Exception, match="share no module"):
+        bound("shared_module_used")()
+
+
+def test_an_expected_failure_is_an_xfail_with_its_reason() -> None:
+    """Law: it is xfailed only if the check fails; one that passes is a failure that says what to remove."""
+    expected = {"delta_is_what_forward_adds": "no delta yet", "start": "never fails"}
+    with registered(bad_plugins.DeltaMissing()):
+        with pytest.raises(pytest.xfail.Exception, match="no delta yet"):
+            bound("delta_is_what_forward_adds", expected_failures=expected)()
+        with pytest.raises(pytest.fail.Exception, match=r"start on square: it passes.*\(never fails\); remove it from"):
+            bound("start", expected_failures=expected)()
+        with pytest.raises(pytest.skip.Exception):
+            bound("merges", expected_failures={"merges": "no delta yet"})()
+
+
+def test_a_mistyped_check_is_refused_when_tests_are_collected() -> None:
+    """Law: in ``checks`` and in ``expected_failures``, with the closest name."""
+    for options in ({"checks": ["stat"]}, {"expected_failures": {"stat": "not yet"}}):
+        with pytest.raises(TunerkitError, match="no check named 'stat'; did you mean 'start'"):
+            parameters_of(cases=[CASE], **options)

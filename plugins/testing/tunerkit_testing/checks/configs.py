@@ -1,0 +1,61 @@
+"""Checks of a method's config."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import attrs
+
+import tunerkit
+from tunerkit import hooks
+from tunerkit_testing.cases import Case
+
+
+def check_config_round_trip(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """A config that was written as JSON and read again is equal, also with its defaults resolved."""
+    built = tunerkit.structure(method, {**case.settings, **config})
+    assert_survives_json(method, built)
+    assert_survives_json(method, built.settled())
+
+
+def assert_survives_json(method: str, config: tunerkit.AdapterConfig) -> None:
+    """Assert that a config is equal once it was unstructured, written as JSON, read and structured again."""
+    text = json.dumps(tunerkit.unstructure(config), allow_nan=False)
+    again = tunerkit.structure(method, json.loads(text))
+    if again != config:
+        raise AssertionError(
+            f"the config is another one after a round trip through JSON: {again} instead of {config}; make settled() "
+            "and the fields' converters return what they were given if it is resolved already"
+        )
+
+
+def check_bad_config_refused(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """An unknown setting, a value of a wrong type and one out of range are refused, and change no model."""
+    good = {**case.settings, **config}
+    for name, value in _mistakes(method):
+        try:
+            tunerkit.structure(method, {**good, name: value})
+        except tunerkit.ConfigError:
+            continue
+        raise AssertionError(f"setting {name}={value!r} was accepted; check it with setting(..., ge=...) or problems()")
+    model = case.build()
+    before = list(model.state_dict())
+    with suppress(tunerkit.ConfigError):
+        tunerkit.wrap(model, method, {**good, "no_such_setting": 1})
+    assert list(model.state_dict()) == before, (
+        "a refused config left something in the model; change no model in a config"
+    )
+
+
+def _mistakes(method: str) -> Iterator[tuple[str, object]]:
+    """Yield settings that no config may accept: unknown, of no supported type, and just out of each range."""
+    yield "no_such_setting", 1
+    for field in attrs.fields(hooks.registry.get(method).config):
+        if not field.init:
+            continue
+        yield field.name, 1j  # no annotation of a config allows complex numbers
+        if field.type in (int, float):
+            limits = {name: field.metadata.get(name) for name in ("ge", "gt", "le", "lt")}
+            yield from ((field.name, limit - 1) for name in ("ge", "gt") if (limit := limits[name]) is not None)
+            yield from ((field.name, limit + 1) for name in ("le", "lt") if (limit := limits[name]) is not None)

@@ -1,0 +1,140 @@
+"""Checks of gradients, target by target: they are true, and forward and delta have them for the same tensors."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import attrs
+import torch
+from torch import Tensor
+
+import tunerkit
+from tunerkit import hooks
+from tunerkit_testing.cases import Case
+from tunerkit_testing.checks.probing import (
+    Call,
+    calls_of,
+    filled,
+    in_dtype,
+    require_delta,
+    seeded,
+    trained_parameters,
+)
+
+_STEPS = (3e-3, 1e-6)  # for adapters that compute in fp32, and for those with kinks, such as a ReLU
+_SHARE = 1e-2  # of the gradient's norm
+
+
+@attrs.frozen
+class Reached:
+    """Names of the tensors that a result depends on.
+
+    Attributes:
+        connected: Those that the result was computed from, with gradients.
+        moved: Those whose gradient is not 0.
+    """
+
+    connected: set[str]
+    moved: set[str]
+
+
+def check_gradients_are_true(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """In fp64, each gradient is the slope of the layer's output, which is measured by moving the tensor a little.
+
+    The layer's input is moved too: the adapters before it are trained through it.
+    """
+    wide = in_dtype(case, torch.float64)
+    model = filled(wide, method, {**config, "adapter_dtype": "float64"})
+    own = trained_parameters(tunerkit.tuner(model))
+    for noted in calls_of(model, wide):
+        call, moved = _movable(noted, own)
+        call.adapter.train()
+        output = _run(call)
+        if not output.requires_grad:
+            continue
+        weights = _random(output)
+        found = torch.autograd.grad(
+            (output * weights).sum(), list(moved.values()), allow_unused=True, materialize_grads=True
+        )
+        rounding = 1e-4 * float(output.detach().norm())
+        for (name, tensor), gradient in zip(moved.items(), found, strict=True):
+            direction = _random(tensor)
+            claimed = float((gradient * direction).sum())
+            slopes = [float((_difference(call, tensor, s * direction) * weights).sum()) / (2 * s) for s in _STEPS]
+            _, slope = min((abs(each - claimed), each) for each in slopes)
+            assert abs(slope - claimed) <= _SHARE * max(float(gradient.norm()), abs(slope)) + rounding, (
+                f"{call.path}: as {name.removeprefix(f'{call.path}: ')} moves in a random direction, a weighted sum of "
+                f"the outputs changes at a rate of {slope:.4g}, and the gradient says {claimed:.4g}; in forward, "
+                "detach nothing that is computed from a parameter or from x, and check any torch.autograd.Function of "
+                "your own. If the method detaches on purpose, as DoRA does with the norm, name this check in "
+                "expected_failures"
+            )
+
+
+def _movable(call: Call, own: Mapping[str, Tensor]) -> tuple[Call, dict[str, Tensor]]:
+    """Return the call with an input that takes gradients, and what is moved: that, and the target's own tensors."""
+    prefixes = (f"{call.path}: ", "the shared module: ")
+    moved = {name: tensor for name, tensor in own.items() if name.startswith(prefixes) and tensor.numel()}
+    if isinstance(call.x, Tensor) and call.x.is_floating_point():
+        x = moved["the layer's input"] = call.x.detach().clone().requires_grad_()
+        if call.args:
+            return attrs.evolve(call, args=(x, *call.args[1:])), moved
+        return attrs.evolve(call, kwargs={**call.kwargs, next(iter(call.kwargs)): x}), moved
+    return call, moved
+
+
+def _run(call: Call) -> Tensor:
+    return seeded(lambda _: call.run(), call.module)  # the same dropout each time
+
+
+def _random(of: Tensor) -> Tensor:
+    return torch.randn(of.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+@torch.no_grad()
+def _difference(call: Call, tensor: Tensor, change: Tensor) -> Tensor:
+    """Return the output with a change added to a tensor, minus the output with the change subtracted."""
+    before = tensor.clone()
+    tensor.add_(change)
+    above = _run(call)
+    tensor.copy_(before - change)
+    below = _run(call)
+    tensor.copy_(before)
+    return above - below
+
+
+def check_delta_gives_gradients(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """At each target, forward and delta have gradients for the same trained tensors, also for those that are shared."""
+    require_delta(method)
+    model = filled(case, method, config)
+    own = trained_parameters(tunerkit.tuner(model))
+    for call in calls_of(model, case):
+        if call.base.lends or not call.base.has_weight:  # its output is computed from the delta, or there is none
+            continue
+        delta = hooks.delta(call.path, method, call.adapter, call.base)
+        by_delta = _reached([part for part in (delta.weight, delta.bias) if part is not None], own)
+        by_forward = _reached([call.run()], own)
+        lost = by_forward.moved - by_delta.moved
+        assert not lost, (
+            f"{call.path}: forward trains {_listed(lost, call.path)}, and the delta has no gradient for it; compute "
+            "tunerkit_delta or tunerkit_factors from the parameters, without detach(), .data or no_grad(): where a "
+            "layer's weight is used directly, as in attention, only the delta trains the adapter"
+        )
+        lost = by_delta.moved - by_forward.connected
+        assert not lost, (
+            f"{call.path}: the delta depends on {_listed(lost, call.path)}, and forward has no gradient for it at "
+            "this target; compute forward from every parameter at each target, without detaching it"
+        )
+
+
+def _reached(results: Sequence[Tensor], own: Mapping[str, Tensor]) -> Reached:
+    total = sum((part.double() * _random(part)).sum() for part in results)
+    if not isinstance(total, Tensor) or not total.requires_grad:
+        return Reached(set(), set())
+    found: Sequence[Tensor | None] = torch.autograd.grad(total, list(own.values()), allow_unused=True)
+    connected = {name: gradient for name, gradient in zip(own, found, strict=True) if gradient is not None}
+    return Reached(set(connected), {name for name, gradient in connected.items() if bool(gradient.count_nonzero())})
+
+
+def _listed(names: set[str], path: str) -> str:
+    listed = sorted(name.removeprefix(f"{path}: ") for name in names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

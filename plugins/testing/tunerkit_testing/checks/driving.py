@@ -1,0 +1,103 @@
+"""Checks of steps that are taken in another way: scaled, accumulated, checkpointed. The result must be the same."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from unittest import SkipTest
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import tunerkit
+from tunerkit import hooks
+from tunerkit_testing.cases import STEPS, Case
+from tunerkit_testing.checks.probing import (
+    assert_equal_sets,
+    gradients,
+    largest,
+    seeded,
+    trained_parameters,
+    without_copies,
+)
+
+_STEPS = 3
+_SCALE = 1024.0  # a power of two, so that scaling rounds nothing
+_SHARE = 1e-3  # of the largest movement; gradients that are summed up in another order differ by less
+
+
+def check_grad_scale(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """A fused optimizer that is given scaled gradients and their scale trains the same adapter."""
+    if not hooks.changes_gradients(method):
+        raise SkipTest("the method adds no gradients: it does not implement tunerkit_before_step")
+
+    def scaled(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        (seeded(case.loss, model, step) * _SCALE).backward()
+        # As GradScaler sets them before the step of a fused optimizer.
+        vars(optimizer).update(grad_scale=torch.tensor(_SCALE), found_inf=torch.tensor(0.0))
+
+    _compare(case, method, config, scaled, "multiply what tunerkit_before_step adds by grad_scale, unless it is None")
+
+
+def check_accumulation(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """Two micro-batches with half of the loss each train the same adapter as one batch."""
+
+    def halves(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        for _ in range(2):
+            (seeded(case.loss, model, step) / 2).backward()
+
+    hint = "add gradients that are not the loss's in tunerkit_before_step, once per step, not in forward or in backward"
+    _compare(case, method, config, halves, hint)
+
+
+def _compare(
+    case: Case,
+    method: str,
+    config: Mapping[str, object],
+    other: Callable[[nn.Module, torch.optim.Optimizer, int], None],
+    hint: str,
+) -> None:
+    """Assert that another way of computing the gradients of a step leads to the same weights."""
+
+    def plain(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        seeded(case.loss, model, step).backward()
+
+    start, expected = _trained(case, method, config, plain)
+    _, found = _trained(case, method, config, other)
+    moved = largest({name: value - start[name] for name, value in expected.items() if value.shape == start[name].shape})
+    for name, value in expected.items():
+        worst = float((found[name] - value).abs().max()) if value.numel() else 0.0
+        assert worst <= _SHARE * moved, (
+            f"{name} differs by {worst:.3g} after {_STEPS} steps in which weights moved by up to {moved:.3g}; {hint}"
+        )
+
+
+def _trained(
+    case: Case,
+    method: str,
+    config: Mapping[str, object],
+    backward: Callable[[nn.Module, torch.optim.Optimizer, int], None],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the weights before and after some steps of SGD, which keeps small differences small."""
+    model = without_copies(case, method, config)
+    tuner = tunerkit.tuner(model)
+    start = {name: parameter.detach().clone() for name, parameter in trained_parameters(tuner).items()}
+    optimizer = torch.optim.SGD(trained_parameters(tuner).values(), lr=case.lr, fused=True)
+    tunerkit.attach(model, optimizer, total_steps=STEPS)
+    for step in range(_STEPS):
+        backward(model, optimizer, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    return start, {name: parameter.detach().clone() for name, parameter in trained_parameters(tuner).items()}
+
+
+def check_checkpointing(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """With gradient checkpointing, which runs forward again in backward, the gradients are equal."""
+    model = without_copies(case, method, config)
+    tuner = tunerkit.tuner(model)
+    expected = gradients(seeded(case.loss, model), tuner)
+    again = seeded(lambda each: checkpoint(case.loss, each, use_reentrant=False), model)
+    what = (
+        "gradients differ under gradient checkpointing; forward must compute the same when it runs a second time, so "
+        "it must not change the adapter"
+    )
+    assert_equal_sets(gradients(again, tuner), expected, 1e-5, what)

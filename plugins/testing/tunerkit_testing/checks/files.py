@@ -1,0 +1,89 @@
+"""Checks of files: what was saved is loaded, also with another rank."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from unittest import SkipTest
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+import tunerkit
+from tunerkit import hooks
+from tunerkit.layers import Adapter
+from tunerkit_testing.cases import Case, assert_same, trained
+from tunerkit_testing.checks.probing import filled
+
+_HINT = "keep everything that forward needs in parameters and persistent buffers, or in the config"
+
+
+def check_saves_and_loads(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """A new base model with the saved adapter has the trained model's output and ranks, and can be saved again."""
+    model = trained(case, method, config)
+    path = tunerkit.save(model, tmp_path / "out")
+    loaded = tunerkit.load(case.build(), path).eval()
+    assert_same(case.output(loaded), case.output(model), "loaded against trained", _HINT)
+    assert tunerkit.tuner(loaded).ranks() == tunerkit.tuner(model).ranks(), f"the ranks are others once loaded; {_HINT}"
+    assert not any(p.requires_grad for p in loaded.parameters()), "a loaded adapter is trained; set no requires_grad"
+    tunerkit.save(loaded, tmp_path / "again")
+    again = tunerkit.load(case.build(), tmp_path / "again").eval()
+    assert torch.equal(case.output(again), case.output(loaded)), f"saved twice, the output is another; {_HINT}"
+
+
+def check_other_rank_setting(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """With another value of the setting ``rank``, the file is loaded all the same: it has its config with it."""
+    fields = {field.name: field for field in attrs.fields(hooks.registry.get(method).config)}
+    if "rank" not in fields or fields["rank"].type is not int:
+        raise SkipTest("the method has no setting named rank")
+    model = _with_other_rank(case, method, config)
+    path = _saved(model, tmp_path)
+    assert_same(
+        case.output(tunerkit.load(case.build(), path).eval()), case.output(model), "another rank, loaded", _HINT
+    )
+
+
+def _with_other_rank(case: Case, method: str, config: Mapping[str, object]) -> nn.Module:
+    """Build a model with a rank that the method accepts: some allow even ones alone, or those that divide features."""
+    rank: int = tunerkit.unstructure(tunerkit.structure(method, {**case.settings, **config}))["rank"]
+    for other in (rank + 1, rank + 2, 2 * rank, rank // 2):
+        with suppress(tunerkit.ConfigError, tunerkit.TargetError):
+            return filled(case, method, {**config, "rank": other})
+    raise SkipTest(f"the method accepts no rank close to {rank}")
+
+
+def check_other_ranks_load(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """Adapters with ``rank_dims`` take the tensors of a file with fewer triplets than their config says."""
+    model = filled(case, method, config)
+    adapters = [adapter for adapter in tunerkit.tuner(model).adapters().values() if _rank_of(adapter) > 1]
+    if not adapters:
+        raise SkipTest("no adapter declares rank_dims and has a rank above 1")
+    for adapter in adapters:
+        adapter.load_state_dict(_cut(adapter))
+    path = _saved(model, tmp_path)
+    loaded = tunerkit.load(case.build(), path).eval()
+    hint = "list every tensor with a rank's dimension in rank_dims"
+    assert_same(case.output(loaded), case.output(model), "loaded with other ranks", hint)
+    assert tunerkit.tuner(loaded).ranks() == tunerkit.tuner(model).ranks(), f"the ranks are others once loaded; {hint}"
+
+
+def _saved(model: nn.Module, folder: Path) -> Path:
+    # A method that needs steps refuses to save an adapter without any.
+    tunerkit.tuner(model).progress.steps = 1
+    return tunerkit.save(model, folder / "out")
+
+
+def _rank_of(adapter: Adapter) -> int:
+    """Return the size of the dimension that is the rank, masked triplets included; 0 if none is declared."""
+    state = adapter.state_dict()
+    return next((state[name].shape[dim] for name, dim in adapter.rank_dims.items()), 0)
+
+
+def _cut(adapter: Adapter) -> dict[str, Tensor]:
+    """Return an adapter's state without its last triplet, also in what it saves beside its tensors, such as a mask."""
+    state, rank = adapter.state_dict(), _rank_of(adapter)
+    own = {**dict(adapter.named_parameters()), **dict(adapter.named_buffers())}
+    beside = {name: 0 for name, tensor in state.items() if name not in own and tensor.shape == (rank,)}
+    for name, dim in {**adapter.rank_dims, **beside}.items():
+        state[name] = state[name].narrow(dim, 0, rank - 1).clone()
+    return state

@@ -1,0 +1,156 @@
+"""Checks of an adapter's forward: it reads its arguments, adds something, and leaves no trace."""
+
+import copy
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from unittest import SkipTest
+
+import torch
+from torch import Tensor, nn
+
+import tunerkit
+from tunerkit_testing.cases import Case, assert_base_untouched, assert_same, wrapped
+from tunerkit_testing.checks.probing import Call, calls_of, fill_, filled, in_dtype, seeded
+
+# What torch keeps in every module. It changes in a forward, and torch looks after it.
+_TORCH = frozenset(vars(nn.Module()))
+
+
+def check_forward_keeps_the_base(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """Running the model forward and backward changes no tensor of the base."""
+    model = wrapped(case, method, config)
+    case.start_training(model)
+    case.loss(model).backward()
+    case.output(model.eval())
+    assert_base_untouched(model, case, "only read base.dense() and base.matrix() in forward, do not write to them")
+
+
+@torch.no_grad()
+def check_inputs_unwritten(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """An adapter's forward writes into neither ``x`` nor ``y``."""
+    model = filled(case, method, config)
+    for call in calls_of(model, case):
+        if call.base.lends:  # the adapter's forward is never called there
+            continue
+        with tunerkit.disabled(model):
+            y = call.run()
+        x = call.x
+        before = {"x": x.clone() if isinstance(x, Tensor) else x, "y": y.clone()}
+        call.adapter(call.base, x, y)
+        for name, tensor in (("x", x), ("y", y)):
+            same = torch.equal(tensor, before[name]) if isinstance(tensor, Tensor) else True
+            assert same, (
+                f"{call.path}: forward changed {name} in place; compute a new tensor (autograd and the base model "
+                "still need the old one), or call tunerkit.add_low_rank, which knows when it may overwrite y"
+            )
+
+
+def check_no_hidden_state(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """Two forwards are equal, in both modes, and a forward changes no attribute and no buffer of an adapter."""
+    model = fill_(wrapped(case, method, config))
+    case.start_training(model)
+    adapters = tunerkit.tuner(model).adapters()
+    before = {path: _attributes(adapter) for path, adapter in adapters.items()}
+    for mode in (partial(case.start_training, model), partial(model.train, False)):
+        mode()
+        first, second = seeded(case.loss, model), seeded(case.loss, model)
+        assert torch.equal(first, second), (
+            f"the same input gives two losses, which differ by {float((first - second).abs()):.3g}; forward must "
+            "depend on its arguments and on parameters and buffers alone"
+        )
+    for path, adapter in adapters.items():
+        after = _attributes(adapter)
+        changed = [
+            name
+            for name in {**before[path], **after}
+            if name not in before[path] or name not in after or not _same(before[path][name], after[name])
+        ]
+        assert not changed, (
+            f"{path}: forward changed {', '.join(changed)} of the adapter; a forward that keeps something is compiled "
+            "again at every call, and wrong under checkpointing. Change such values in a step hook"
+        )
+
+
+def _attributes(adapter: nn.Module) -> dict[str, object]:
+    """Copy an adapter's buffers, and what it holds beyond a plain module's attributes; other modules are left out."""
+    found: dict[str, object] = {name: buffer.detach().clone() for name, buffer in adapter.named_buffers()}
+    for path, module in adapter.named_modules():
+        for name, value in vars(module).items():
+            if name not in _TORCH and not isinstance(value, nn.Module):
+                found[f"{path}.{name}".lstrip(".")] = _copied(value)
+    return found
+
+
+def _copied(value: object) -> object:
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # such as a lock, or a tensor that needs gradients
+        return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _same(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    try:
+        return bool(one == other) or (type(one) is type(other) and repr(one) == repr(other))
+    except Exception:  # a comparison of anything may raise
+        return one is other
+
+
+@torch.no_grad()
+def check_same_in_training(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """Without dropout, an adapter adds the same in training mode as in eval mode."""
+    model = filled(case, method, _without_dropout(case, method, config))
+    shared, random = tunerkit.tuner(model).shared, []
+    for call in calls_of(model, case):
+        expected, _ = _output_of(call)
+        parts = [call.adapter] if shared is None else [call.adapter, shared]
+        for part in parts:
+            part.train()
+        found, drew = _output_of(call)
+        for part in parts:
+            part.eval()
+        if drew:
+            random.append(call.path)
+            continue
+        hint = "scale what forward adds by the same factor in training mode and in eval mode"
+        assert_same(found, expected, f"{call.path}: training mode against eval mode", hint)
+    if random:
+        raise SkipTest(
+            f"in training mode, forward draws random numbers at {random[0]!r}; if that is dropout, name its setting "
+            "dropout, which this check sets to 0"
+        )
+
+
+def _without_dropout(case: Case, method: str, config: Mapping[str, object]) -> Mapping[str, object]:
+    off = {**config, "dropout": 0.0}
+    with suppress(tunerkit.ConfigError):  # there is no such setting, or it may not be 0
+        tunerkit.structure(method, {**case.settings, **off})
+        return off
+    return config
+
+
+def _output_of(call: Call) -> tuple[Tensor, bool]:
+    """Return a layer's output, and whether random numbers were drawn for it."""
+    with torch.random.fork_rng(devices=[]):
+        before = torch.get_rng_state()
+        found = call.run()
+        return found, not torch.equal(torch.get_rng_state(), before)
+
+
+@torch.no_grad()
+def check_output_dtype(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """An adapted layer's output has the dtype and shape of the base's, on bases in fp32, bf16 and fp64."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        narrow = in_dtype(case, dtype)
+        model = filled(narrow, method, config)
+        for call in calls_of(model, narrow):
+            found = call.run()
+            with tunerkit.disabled(model):
+                expected = call.run()
+            assert (found.dtype, found.shape) == (expected.dtype, expected.shape), (
+                f"{call.path}: on a base in {dtype} the output is {found.dtype} {tuple(found.shape)} instead of "
+                f"{expected.dtype} {tuple(expected.shape)}; end forward with y + added.to(y.dtype)"
+            )

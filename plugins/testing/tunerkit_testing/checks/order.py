@@ -1,0 +1,99 @@
+"""All checks, root causes first: which must pass before another one says anything."""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Final
+
+from tunerkit_testing.cases import Check, name_of
+from tunerkit_testing.checks import (
+    calibrating,
+    compiling,
+    configs,
+    cost,
+    differentiating,
+    driving,
+    files,
+    forward,
+    merging,
+    moving,
+    precision,
+    ranks,
+    resuming,
+    sharing,
+    stacking,
+    start,
+    training,
+)
+
+_BUILT: Final = (start.check_building_keeps_the_base,)
+_PURE: Final = (forward.check_no_hidden_state,)
+_TRAINS: Final = (training.check_something_trains, *_PURE)
+_FILES: Final = (training.check_every_tensor_moves, *_PURE)
+_MERGES: Final = (
+    merging.check_delta_is_what_forward_adds,
+    training.check_steps_keep_the_base,
+    files.check_saves_and_loads,  # a merged model is saved, too
+)
+
+# Each check with those that must pass first: if one of them fails, this one would only repeat it in other words.
+NEEDS: Final[Mapping[Check, Sequence[Check]]] = MappingProxyType(
+    {
+        configs.check_config_round_trip: (),
+        configs.check_bad_config_refused: (),
+        start.check_building_keeps_the_base: (),
+        forward.check_forward_keeps_the_base: _BUILT,
+        forward.check_inputs_unwritten: _BUILT,
+        forward.check_no_hidden_state: (*_BUILT, forward.check_inputs_unwritten),
+        forward.check_same_in_training: _PURE,
+        forward.check_output_dtype: _BUILT,
+        start.check_start: (*_BUILT, forward.check_forward_keeps_the_base, forward.check_inputs_unwritten, *_PURE),
+        start.check_seed: _BUILT,
+        sharing.check_shared_module_kept: _BUILT,
+        sharing.check_shared_module_used: _BUILT,
+        calibrating.check_calibration_keeps_the_start: (start.check_start,),
+        training.check_something_trains: _BUILT,
+        training.check_only_the_adapter_trains: _BUILT,
+        training.check_gradients_reach_every_tensor: _TRAINS,
+        differentiating.check_gradients_are_true: (training.check_gradients_reach_every_tensor,),
+        training.check_every_tensor_moves: (*_TRAINS, training.check_gradients_reach_every_tensor),
+        training.check_steps_keep_the_base: (*_TRAINS, forward.check_forward_keeps_the_base),
+        training.check_fixed_stays_fixed: _TRAINS,
+        training.check_loss_falls: (training.check_every_tensor_moves,),
+        training.check_trains_beside_copies: (training.check_loss_falls,),
+        training.check_freezing: _TRAINS,
+        training.check_param_groups: _TRAINS,
+        driving.check_grad_scale: (training.check_every_tensor_moves,),
+        driving.check_accumulation: (training.check_every_tensor_moves,),
+        driving.check_checkpointing: (training.check_gradients_reach_every_tensor,),
+        precision.check_autocast: (forward.check_output_dtype, training.check_gradients_reach_every_tensor),
+        precision.check_bf16_base: (forward.check_output_dtype, training.check_every_tensor_moves),
+        merging.check_fused_is_plain: _PURE,
+        merging.check_delta_is_what_forward_adds: (*_PURE, forward.check_inputs_unwritten, forward.check_output_dtype),
+        differentiating.check_delta_gives_gradients: (
+            merging.check_delta_is_what_forward_adds,
+            training.check_gradients_reach_every_tensor,
+        ),
+        merging.check_factors_are_the_delta: (merging.check_delta_is_what_forward_adds,),
+        merging.check_builds_from_factors: (merging.check_factors_are_the_delta,),
+        ranks.check_rank: (training.check_every_tensor_moves, merging.check_delta_is_what_forward_adds),
+        ranks.check_budget: (training.check_every_tensor_moves,),
+        merging.check_disabled_is_the_base: (training.check_steps_keep_the_base,),
+        merging.check_unwraps: (training.check_steps_keep_the_base, merging.check_disabled_is_the_base),
+        files.check_saves_and_loads: _FILES,
+        files.check_other_rank_setting: (files.check_saves_and_loads,),
+        files.check_other_ranks_load: (files.check_saves_and_loads,),
+        merging.check_merges: _MERGES,
+        merging.check_keeps_merged: (merging.check_merges,),
+        stacking.check_stacked_first: (merging.check_merges,),
+        stacking.check_stacked_second: (merging.check_merges,),
+        resuming.check_resumes: (files.check_saves_and_loads, training.check_steps_keep_the_base),
+        moving.check_deepcopy: _FILES,
+        moving.check_pickle: (),
+        moving.check_device: (forward.check_output_dtype, *_PURE),
+        moving.check_offload: (forward.check_output_dtype, *_PURE),
+        compiling.check_compiles: _PURE,
+        cost.check_operations: (training.check_something_trains, *_PURE),
+    }
+)
+CHECKS: Final[tuple[Check, ...]] = tuple(NEEDS)
+BY_NAME: Final[Mapping[str, Check]] = MappingProxyType({name_of(check): check for check in CHECKS})

@@ -1,0 +1,214 @@
+"""Looks at a wrapped model as several checks do: its adapters, the calls of its targets, its gradients."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import SkipTest
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import tunerkit
+from tunerkit import hooks, injection
+from tunerkit.injection import Slot, Slots
+from tunerkit.layers import Adapter, BaseLayer
+from tunerkit.libraries import torch_private
+from tunerkit_testing.cases import Case, wrapped
+
+
+@attrs.frozen(eq=False)
+class Call:
+    """A call of a target, as the base model makes it.
+
+    Attributes:
+        path: The target's path.
+        module: The module there.
+        slots: What is injected there.
+        slot: The adapter's slot there.
+        args: The arguments of the call.
+        kwargs: Its keyword arguments.
+    """
+
+    path: str
+    module: nn.Module
+    slots: Slots
+    slot: Slot
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def base(self) -> BaseLayer:
+        """The module as the method sees it."""
+        assert self.slots.base is not None
+        return self.slots.base
+
+    @property
+    def adapter(self) -> Adapter:
+        """The method's adapter."""
+        assert self.slot.adapter is not None
+        return self.slot.adapter
+
+    @property
+    def x(self) -> Any:
+        """The module's input."""
+        return self.args[0] if self.args else next(iter(self.kwargs.values()))
+
+    def run(self, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Call the module, with some of its tensors replaced, and return its output; of several, the first."""
+        if tensors is None:
+            found = self.module(*self.args, **self.kwargs)
+        else:
+            found = functional_call(self.module, dict(tensors), self.args, dict(self.kwargs))
+        result: Tensor = found[0] if type(found) is tuple else found
+        return result
+
+
+@torch.no_grad()
+def calls_of(model: nn.Module, case: Case) -> list[Call]:
+    """Run the base model and note the last call of each target; those that are bypassed are missing."""
+    found: dict[str, Call] = {}
+    places = [place for place in injection.walk(model) if any(slot.adapter is not None for slot in place[2].applied)]
+
+    def noting(path: str, slots: Slots) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            slot = next(slot for slot in slots.applied if slot.adapter is not None)
+            found[path] = Call(path, module, slots, slot, args, kwargs)
+
+        return note
+
+    with ExitStack() as stack:
+        stack.enter_context(tunerkit.disabled(model))
+        for path, module, slots in places:
+            stack.callback(module.register_forward_pre_hook(noting(path, slots), with_kwargs=True).remove)
+        case.output(model)
+    return list(found.values())
+
+
+@contextmanager
+def one_code_path() -> Iterator[None]:
+    """Keep torch from the fused inference of whole encoder layers, which it never uses where adapters are.
+
+    Outputs that are compared bit for bit are then computed by the same operations.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def base_output(case: Case) -> Tensor:
+    """Return the output of the base model in eval mode, frozen as under an adapter: torch picks kernels by that too."""
+    return case.output(case.build().eval().requires_grad_(False))
+
+
+def own_parameters(tuner: tunerkit.Tuner) -> dict[str, nn.Parameter]:
+    """Return the parameters of the method itself by name: those of its adapters, and of what they share."""
+    parts: dict[str, nn.Module] = {**tuner.adapters()}
+    if tuner.shared is not None:
+        parts["the shared module"] = tuner.shared
+    return {f"{path}: {name}": p for path, part in parts.items() for name, p in part.named_parameters()}
+
+
+def trained_parameters(tuner: tunerkit.Tuner) -> dict[str, nn.Parameter]:
+    """Return those of `own_parameters` that are trained."""
+    return {name: parameter for name, parameter in own_parameters(tuner).items() if parameter.requires_grad}
+
+
+def without_copies(case: Case, method: str, config: Mapping[str, object]) -> nn.Module:
+    """Build a wrapped model in training mode, in which only the method's own parameters are trained."""
+    model = wrapped(case, method, config)
+    case.start_training(model)
+    own = {id(parameter) for parameter in own_parameters(tunerkit.tuner(model)).values()}
+    for parameter in model.parameters():
+        if id(parameter) not in own:
+            parameter.requires_grad_(False)
+    return model
+
+
+@torch.no_grad()
+def fill_(model: nn.Module, share: float = 0.1) -> nn.Module:
+    """Move all that adapters train away from its start, where most terms are 0, as training would."""
+    generator = torch.Generator().manual_seed(7)
+    for tuner in injection.tuners_of(model).values():
+        for parameter in tuner.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+                parameter.add_(share * noise.to(parameter.dtype))
+    return model
+
+
+def filled(case: Case, method: str, config: Mapping[str, object]) -> nn.Module:
+    """Build a wrapped model in eval mode with `fill_`."""
+    return fill_(wrapped(case, method, config)).eval()
+
+
+def adapter_dtypes(model: nn.Module) -> set[torch.dtype]:
+    """Return the dtypes that the configs of a model's adapters ask for."""
+    return {getattr(torch, tuner.config.adapter_dtype) for tuner in injection.tuners_of(model).values()}
+
+
+def in_dtype(case: Case, dtype: torch.dtype) -> Case:
+    """Return the case with its model, and the floating-point inputs, in another dtype."""
+
+    def build() -> nn.Module:
+        return with_inputs(case.build().to(dtype), lambda x: x.to(dtype) if x.is_floating_point() else x)
+
+    return attrs.evolve(case, build=build)
+
+
+def with_inputs(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Convert the tensors that a model is called with, and return the model."""
+
+    def converted(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        found = [convert(each) if isinstance(each, Tensor) else each for each in (*args, *kwargs.values())]
+        return tuple(found[: len(args)]), dict(zip(kwargs, found[len(args) :], strict=True))
+
+    model.register_forward_pre_hook(converted, with_kwargs=True)
+    return model
+
+
+def seeded(run: Callable[[nn.Module], Tensor], model: nn.Module, seed: int = 1) -> Tensor:
+    """Run a model with a random state of its own: a method may use dropout, and two runs must draw the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return run(model)
+
+
+def gradients(loss: Tensor, tuner: tunerkit.Tuner) -> dict[str, Tensor]:
+    """Return the gradients of the method's trained parameters by name; those that the loss does not reach are 0."""
+    own = trained_parameters(tuner)
+    found = torch.autograd.grad(loss, list(own.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(own, found, strict=True))
+
+
+def largest(tensors: Mapping[str, Tensor]) -> float:
+    """Return the largest absolute value in some tensors."""
+    return max((float(tensor.detach().abs().max()) for tensor in tensors.values() if tensor.numel()), default=0.0)
+
+
+def assert_equal_sets(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], share: float, what: str) -> None:
+    """Assert that tensors are equal by name, up to a share of the largest value of all."""
+    limit = share * largest(expected)
+    for name, tensor in expected.items():
+        worst = largest({name: found[name].double() - tensor.double()})
+        assert worst <= limit, f"{what} ({name}: {worst:.3g}, allowed {limit:.3g})"
+
+
+def require_places(model: nn.Module) -> None:
+    """Skip a check about merging if a delta has a bias and its base layer has none, so that merging is refused."""
+    for path, module, slots in injection.walk(model):
+        for slot in slots.applied:
+            if slot.adapter is not None and slots.base is not None and slots.base.has_weight:
+                bias = hooks.delta(path, slot.method, slot.adapter, slots.base).bias
+                if bias is not None and torch_private.own_parameters(module).get(slots.base.bias_name) is None:
+                    raise SkipTest(f"the delta has a bias, and the layer at {path!r} has no place for one")
+
+
+def require_delta(method: str) -> None:
+    """Skip a check about merging for a method that adapts outputs, and need not be able to merge."""
+    if hooks.registry.get(method).targets == "outputs" and not hooks.has_delta(method):
+        raise SkipTest("the method adapts outputs and has no delta")

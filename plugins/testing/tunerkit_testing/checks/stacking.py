@@ -1,0 +1,128 @@
+"""Checks of adapters of several methods at one target: merging is right, or it is refused."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Final
+from unittest import SkipTest
+
+import attrs
+
+import tunerkit
+from tunerkit import hooks
+from tunerkit_testing.cases import Case, assert_same
+from tunerkit_testing.checks.probing import adapter_dtypes, fill_, require_delta
+from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_methods import DeclaredPlugin
+
+_TOY: Final = "toy-declared"  # a plain low-rank product, which is right whatever else stands at its target
+_HINT: Final = (
+    "set reads_output = True in the adapter's class if its forward uses the values of y for more than adding to it, "
+    "and reads_weight = True if it reads the base layer's weight"
+)
+
+
+@attrs.frozen
+class Part:
+    """A method in a stack, with its settings."""
+
+    method: str
+    settings: Mapping[str, object]
+
+
+class _Unsuitable(Exception):
+    """The methods do not adapt the same targets of this model."""
+
+
+def check_stacked_first(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> str:
+    """With an adapter of each installed method on top, merging keeps the output, or is refused in words."""
+    return _check(case, method, config, first=True)
+
+
+def check_stacked_second(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> str:
+    """On top of an adapter of each installed method, merging keeps the output, or is refused in words."""
+    return _check(case, method, config, first=False)
+
+
+def _check(case: Case, method: str, config: Mapping[str, object], *, first: bool) -> str:
+    require_delta(method)
+    mine, done = Part(method, {**_plain(case), **config, "train_modules": ()}), []
+    for theirs in _others(case):
+        try:
+            refused = _merge(case, mine, theirs) if first else _merge(case, theirs, mine)
+            done.append(f"{theirs.method} (refused)" if refused else theirs.method)
+        except _Unsuitable:
+            continue
+        except Exception as problem:  # another plugin may raise anything
+            order = f"{method} below {theirs.method}" if first else f"{method} on top of {theirs.method}"
+            kind = "" if isinstance(problem, AssertionError) else f"{type(problem).__name__}: "
+            done.append(_judged(case, mine, theirs, f"{order}, {kind}{problem}"))
+    if not done:
+        raise SkipTest("no other installed method adapts this model")
+    return "with " + ", ".join(done)
+
+
+def _plain(case: Case) -> dict[str, object]:
+    return {name: value for name, value in case.settings.items() if name in ("targets", "exclude", "layers")}
+
+
+def _others(case: Case) -> Iterator[Part]:
+    """Yield each installed method that has a delta."""
+    for other, info in tunerkit.methods().items():
+        if info.error is None and hooks.registry.get(other).targets != "outputs" and hooks.has_delta(other):
+            yield Part(other, _plain(case))
+
+
+def _merge(case: Case, below: Part, above: Part) -> bool:
+    """Merge a model with adapters of both that add something, and return whether that was refused.
+
+    Raises:
+        AssertionError: The merged model computes something else.
+    """
+    model = case.build()
+    try:
+        for name, part in zip("ab", (below, above), strict=True):
+            tunerkit.wrap(model, part.method, part.settings, adapter=name, seed=0)
+    except (tunerkit.ConfigError, tunerkit.TargetError) as problem:
+        raise _Unsuitable from problem  # a method that needs other settings or targets
+    fill_(model, 0.03).eval()
+    adapted = case.output(model)
+    try:
+        tunerkit.merge(model)
+    except tunerkit.AdapterError:
+        return True
+    found = case.output(model)
+    assert_same(found, adapted, "merged against adapted", _HINT, adapters=adapter_dtypes(model))
+    return False
+
+
+def _judged(case: Case, mine: Part, theirs: Part, what: str) -> str:
+    """Return a remark if a failed stack is the fault of the other method alone.
+
+    Raises:
+        AssertionError: It is the fault of the method that is checked, or it cannot be decided.
+    """
+    toy = Part(_TOY, _plain(case))
+    parts = [mine] if mine.method == theirs.method else [mine, theirs]
+    with nullcontext() if _TOY in tunerkit.methods() else registered(DeclaredPlugin()):
+        guilty = [part.method for part in parts if _fails_beside(case, part, toy)]
+    if guilty and mine.method not in guilty:
+        return f"{theirs.method} (its own fault: it fails beside a plain low-rank product too)"
+    both = f"{mine.method} and {theirs.method}"
+    verdict = {
+        0: f"{both} fail only together: each is right beside a plain low-rank product",
+        1: f"{mine.method} is the cause: it fails beside a plain low-rank product too",
+        2: f"{both} are both wrong: each fails beside a plain low-rank product too",
+    }[len(guilty)]
+    raise AssertionError(f"{verdict}. {what}")
+
+
+def _fails_beside(case: Case, part: Part, toy: Part) -> bool:
+    for below, above in ((part, toy), (toy, part)):
+        try:
+            _merge(case, below, above)
+        except _Unsuitable:
+            continue
+        except Exception:  # as above
+            return True
+    return False

@@ -1,0 +1,196 @@
+"""Checks of a training: what gets gradients, what moves, and what stays."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from unittest import SkipTest
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+import tunerkit
+from tunerkit_testing.cases import STEPS, Case, assert_base_untouched, train, wrapped
+from tunerkit_testing.checks.probing import own_parameters, seeded, trained_parameters, without_copies
+
+_LEAST_FALL = 1e-5  # a share of the first loss. Some start slowly: AdaLoRA as in its paper falls by 1.4e-4 on BERT
+
+
+@attrs.frozen(eq=False)
+class Seen:
+    """What a training of the method's own parameters showed, each by name.
+
+    Attributes:
+        model: The model after the training.
+        starts: The values of the trained parameters at the start.
+        ends: Their values at the end; a parameter may have another shape by then.
+        missing: Those that had no gradient in a step.
+        reached: Those whose gradient was not 0 in some step.
+        losses: The loss before each step.
+    """
+
+    model: nn.Module
+    starts: dict[str, Tensor]
+    ends: dict[str, Tensor]
+    missing: set[str]
+    reached: set[str]
+    losses: list[float]
+
+
+def _observed(case: Case, method: str, config: Mapping[str, object]) -> Seen:
+    """Train the method's own parameters, without the modules that are trained in full, which would hide much."""
+    model = without_copies(case, method, config)
+    tuner = tunerkit.tuner(model)
+    own = trained_parameters(tuner)
+    seen = Seen(model, _values(own), {}, set(), set(), [])
+    optimizer = torch.optim.Adam(own.values(), lr=case.lr)
+    tunerkit.attach(model, optimizer, total_steps=STEPS)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = seeded(case.loss, model, step)
+        seen.losses.append(float(loss.detach()))
+        assert loss.requires_grad, (
+            "the loss has no gradient for any parameter of the adapters; compute forward from the parameters, without "
+            "detach(), .data or no_grad()"
+        )
+        loss.backward()
+        for name, parameter in trained_parameters(tuner).items():
+            if parameter.grad is None and parameter.numel():
+                seen.missing.add(name)
+            elif parameter.grad is not None and bool(parameter.grad.count_nonzero()):
+                seen.reached.add(name)
+        optimizer.step()
+    seen.ends.update(_values(trained_parameters(tuner)))
+    return seen
+
+
+def _values(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+def _few(names: set[str], of: Mapping[str, Tensor]) -> str:
+    listed = sorted(names)
+    more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
+    return f"{len(listed)} of {len(of)} trained tensors ({', '.join(listed[:3])}{more})"
+
+
+def check_something_trains(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """Some parameter of the adapters, or of the module that they share, is trained."""
+    model = wrapped(case, method, config)
+    tuner = tunerkit.tuner(model)
+    assert trained_parameters(tuner), (
+        "no parameter of the adapters is trained; build at least one nn.Parameter without requires_grad=False"
+    )
+
+
+def check_only_the_adapter_trains(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """Before and after a training, the parameters with ``requires_grad`` are the tuner's, and none of the base."""
+    model = wrapped(case, method, config)
+    _assert_base_frozen(model)
+    train(model, case)
+    _assert_base_frozen(model)
+
+
+def _assert_base_frozen(model: nn.Module) -> None:
+    own = {id(parameter) for parameter in tunerkit.tuner(model).parameters()}
+    wrong = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+    assert not wrong, f"{', '.join(wrong[:3])} of the base would be trained; do not set requires_grad in a hook"
+
+
+def check_gradients_reach_every_tensor(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """In every step each trained tensor of the method has a gradient."""
+    seen = _observed(case, method, config)
+    assert not seen.missing, (
+        f"{_few(seen.missing, seen.starts)} have no gradient; compute forward from every parameter without detaching "
+        "it, and build those that are not trained with requires_grad=False"
+    )
+
+
+def check_every_tensor_moves(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """In a short training each trained tensor of the method changes, by the optimizer or by the method itself."""
+    seen = _observed(case, method, config)
+    still = {
+        name
+        for name, start in seen.starts.items()
+        if start.numel() and start.shape == seen.ends[name].shape and torch.equal(start, seen.ends[name])
+    }
+    assert not still, (
+        f"{_few(still, seen.starts)} did not change in {STEPS} steps"
+        + ("" if still & seen.reached else ", and their gradients are 0")
+        + "; if all factors of a product start at 0, none of them ever gets a gradient: let one start at random values"
+    )
+
+
+def check_loss_falls(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> str:
+    """A short training of the method's own parameters lowers the loss beyond rounding, and changes the eval output."""
+    seen = _observed(case, method, config)
+    first, last = seen.losses[0], seen.losses[-1]
+    assert first - last > _LEAST_FALL * abs(first), (
+        f"the loss goes from {first:.6g} to {last:.6g} in {STEPS} steps at a learning rate of {case.lr}; check the "
+        "sign of what forward adds and its scale, or pass cases=[attrs.evolve(case, lr=...)] with a larger rate"
+    )
+    before = case.output(case.build().eval())
+    assert not torch.equal(case.output(seen.model.eval()), before), (
+        "training lowers the loss and does not change the output in eval mode; add the same there, except for dropout"
+    )
+    return f"{first:.4g} to {last:.4g}"
+
+
+def check_trains_beside_copies(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """With all that the case trains, such as a new head, the loss falls."""
+    losses = train(wrapped(case, method, config), case)
+    assert losses[-1] < losses[0], (
+        f"the loss goes from {losses[0]:.4g} to {losses[-1]:.4g}; leave modules that are trained in full to the "
+        "optimizer, and change only parameters of tuner.adapters() in a step hook"
+    )
+
+
+def check_steps_keep_the_base(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """A training changes no tensor of the base."""
+    model = wrapped(case, method, config)
+    train(model, case)
+    assert_base_untouched(model, case, "change only parameters of the adapters in a step hook, none of the base layer")
+
+
+def check_fixed_stays_fixed(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """A parameter that is built with ``requires_grad=False`` gets no gradient and keeps its value."""
+    model = wrapped(case, method, config)
+    own = own_parameters(tunerkit.tuner(model))
+    fixed = {name: parameter for name, parameter in own.items() if not parameter.requires_grad}
+    if not fixed:
+        raise SkipTest("all parameters of the method are trained")
+    before = _values(fixed)
+    train(model, case)
+    for name, parameter in fixed.items():
+        assert parameter.grad is None, f"{name} is fixed and has a gradient; do not set requires_grad after building"
+        assert torch.equal(parameter, before[name]), (
+            f"{name} is fixed and changed in training; change it in no step hook, or make it a buffer"
+        )
+
+
+def check_freezing(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """A frozen adapter has no gradient; thawed, exactly what was trained before is trained again."""
+    model = wrapped(case, method, config)
+    tuner = tunerkit.tuner(model)
+    before = set(trained_parameters(tuner))
+    tunerkit.freeze(model, tuner.name)
+    case.start_training(model)
+    case.loss(model)
+    assert not trained_parameters(tuner), "a frozen adapter has trained parameters; do not set requires_grad in forward"
+    tunerkit.thaw(model, tuner.name)
+    assert set(trained_parameters(tuner)) == before, (
+        "after freeze and thaw other parameters are trained than before; build those that are never trained with "
+        "requires_grad=False"
+    )
+
+
+def check_param_groups(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """`tunerkit.param_groups` has each trained parameter once, and an optimizer accepts it."""
+    model = wrapped(case, method, config)
+    groups = tunerkit.param_groups(model, lr=case.lr)
+    found = [id(parameter) for group in groups for parameter in group["params"]]
+    expected = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
+    assert sorted(found) == sorted(expected), (
+        f"the groups have {len(found)} parameters, {len(expected)} are trained; return each parameter in one group of "
+        "tunerkit_param_groups at most, and none that is fixed"
+    )
+    torch.optim.AdamW(groups)

@@ -1,0 +1,37 @@
+"""Parametrises a test over all checks of the conformance kit, and over models and configs."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import pytest
+
+from tunerkit_testing.conformance import CHECKS, Case, name_of
+
+Test = TypeVar("Test", bound=Callable[..., None])
+
+
+def each_check(cases: Iterable[Any], configs: Mapping[str, Mapping[str, object]]) -> Callable[[Test], Test]:
+    """Run a test with each ``check`` on each ``case`` with each ``config``, which are its arguments.
+
+    ::
+
+        @each_check(matrix.cases(), {"plain": {"rank": 2}, "biases": {"rank": 2, "bias": "adapters"}})
+        def test_conforms(check, case, config, tmp_path):
+            check(case, "my-method", config, tmp_path)
+
+    Args:
+        cases: cases, or pytest parameters such as those of `matrix.cases`.
+        configs: a method's settings, by the name that stands in the test's id.
+    """
+    given = [pytest.param(case, id=name_of(case)) if isinstance(case, Case) else case for case in cases]
+
+    def parametrized(test: Test) -> Test:
+        for mark in (
+            pytest.mark.parametrize("case", given),
+            pytest.mark.parametrize("check", CHECKS, ids=name_of),
+            pytest.mark.parametrize("config", configs.values(), ids=configs.keys()),
+        ):
+            test = mark(test)
+        return test
+
+    return parametrized

@@ -1,0 +1,114 @@
+"""Parametrises a test over the checks of the kit; pytest is imported only when it is called."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import attrs
+
+from tunerkit import AdapterConfig
+from tunerkit_testing.cases import Case, Check, name_of
+from tunerkit_testing.checks.order import CHECKS, NEEDS
+from tunerkit_testing.kit import CheckResult, find, run_check, settings_of, unexpected_pass
+from tunerkit_testing.known_cases import default_cases
+
+Test = TypeVar("Test", bound=Callable[..., None])
+
+
+@attrs.frozen(eq=False)
+class BoundCheck:
+    """One check on one case, to be called in a test: it passes, fails, skips, or fails as expected.
+
+    Attributes:
+        check: The check.
+        case: The model.
+        method: The method's name.
+        config: The method's config.
+        expected: Why the check fails; None if it must not. If it passes all the same, its test fails.
+    """
+
+    check: Check
+    case: Case
+    method: str
+    config: AdapterConfig | Mapping[str, object] | None
+    expected: str | None
+
+    def __call__(self) -> None:
+        """Run the check. If it fails, those that it needs are run too, since their failure would explain it.
+
+        A check that passes and is expected to fail makes the test fail, as a strict xfail does.
+        """
+        import pytest  # the command `tunerkit check` works without it
+
+        result = self._run(self.check)
+        if result.status == "skipped":
+            pytest.skip(result.reason)
+        if result.status == "passed":
+            if self.expected is not None:
+                pytest.fail(f"{result.check} on {result.case}: {unexpected_pass(self.expected)}", pytrace=False)
+            return
+        if (cause := self._cause(self.check)) is not None:
+            pytest.skip(f"because {cause} failed")
+        if self.expected is not None:
+            pytest.xfail(self.expected)
+        pytest.fail(f"{result.check} on {result.case}: {result.reason}", pytrace=False)
+
+    def _run(self, check: Check) -> CheckResult:
+        return run_check(check, self.case, self.method, settings_of(self.method, self.config))
+
+    def _cause(self, check: Check) -> str | None:
+        """Return the name of the first check that fails of all that a check needs."""
+        for need in NEEDS[check]:
+            if (cause := self._cause(need)) is not None:
+                return cause
+            if self._run(need).status in ("failed", "error"):
+                return name_of(need)
+        return None
+
+
+def parametrize_with_checks(
+    name: str,
+    config: AdapterConfig | Mapping[str, object] | None = None,
+    cases: Iterable[Any] | None = None,
+    expected_failures: Mapping[str, str] | None = None,
+    *,
+    checks: Iterable[str] | None = None,
+) -> Callable[[Test], Test]:
+    """Run a test with each check of a method on each case; its argument ``check`` is called without arguments.
+
+    ::
+
+        @parametrize_with_checks("my-method", {"rank": 2})
+        def test_keeps_the_contract(check):
+            check()
+
+    The method is looked up when a test runs, so a fixture may register it.
+
+    Args:
+        name: The method's name.
+        config: Its config: an instance of its config class, a mapping of settings, or None for the defaults.
+        cases: Cases, or pytest parameters such as those of `tunerkit_testing.matrix.cases`; by default those of
+            `check_method`.
+        expected_failures: Reasons why checks fail, by the check's name. Their tests are xfailed, strictly: one whose
+            check passes fails. If a check fails on some models alone, parametrise a second test with these.
+        checks: The names of the checks to run; by default all.
+
+    Raises:
+        TunerkitError: There is no check of a name.
+    """
+    import pytest  # as above
+
+    wanted, expected = [*CHECKS] if checks is None else find(checks), expected_failures or {}
+    find(expected)
+    found = []
+    for given in default_cases() if cases is None else cases:
+        case, label, marks = (
+            (given, given.name, ()) if isinstance(given, Case) else (given.values[0], given.id, given.marks)
+        )
+        found += [
+            pytest.param(
+                BoundCheck(check, case, name, config, expected.get(name_of(check))), id=f"{label}-{each}", marks=marks
+            )
+            for check in wanted
+            for each in (name_of(check),)
+        ]
+    return lambda test: pytest.mark.parametrize("check", found)(test)

@@ -1,0 +1,214 @@
+"""One training in several processes, each of which imports this by name, and the same training in one."""
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.distributed import fsdp
+
+import tunerkit
+from tests.support import two_processes
+from tests.support.collectives import Collectives
+from tunerkit import serialization
+
+ENGINES = ("plain", "ddp", "fsdp2", "fsdp2 sharded")
+_ROWS, _WIDTH, _CLASSES, _ACCUMULATED = 16, 12, 4, 2
+
+
+@attrs.frozen
+class Job:
+    """One training.
+
+    Attributes:
+        engine: ``"alone"``, or one of `ENGINES`: how the processes share it.
+        method: The method's name.
+        config: Its settings.
+        steps: The length of training.
+        stop: Train to this step, save, build everything anew, load, and go on; 0 for no stop.
+        no_sync: Whether averages wait for the last of the accumulated batches.
+    """
+
+    engine: str
+    method: str
+    config: Mapping[str, object]
+    steps: int = 12
+    stop: int = 0
+    no_sync: bool = False
+
+
+def net() -> nn.Sequential:
+    """Build a small classifier with the same weights at each call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = [nn.Linear(_WIDTH, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, _CLASSES)]
+    return nn.Sequential(*layers)
+
+
+def rows(step: int) -> tuple[Tensor, Tensor]:
+    """The global batch of one step: inputs and classes."""
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(_ROWS, _WIDTH, generator=generator), torch.randint(0, _CLASSES, (_ROWS,), generator=generator)
+
+
+def inputs() -> Tensor:
+    """What models are compared on."""
+    return torch.randn(5, _WIDTH, generator=torch.Generator().manual_seed(99))
+
+
+def train(job: Job, folder: Path, rank: int = 0, processes: int = 1) -> dict[str, Any]:
+    """Train as ``job`` says, on this process's share of each batch.
+
+    Returns:
+        ``ranks``, ``history``, ``weights`` (whole, by name), ``output``, ``file`` (what `tunerkit.save` returned),
+        ``warnings``, ``merge`` (see `_merged`), and the collectives of ``stepping`` and ``saving``, as (calls, bytes).
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        share = rank, processes
+        model, parallel, optimizer = built(job, None)
+        if job.stop:
+            take_steps(parallel, optimizer, range(job.stop), share, job.no_sync)
+            stopped = tunerkit.save(model, folder / "stopped")
+            state = copy.deepcopy(optimizer.state_dict())
+            model, parallel, optimizer = built(job, stopped)
+            optimizer.load_state_dict(state)
+        with Collectives() as stepping:
+            take_steps(parallel, optimizer, range(job.stop, job.steps), share, job.no_sync)
+        with Collectives() as saving:
+            file = tunerkit.save(model, folder / "end")
+    with torch.no_grad():
+        output = parallel(inputs())
+    return {
+        **trained(model),
+        "output": output,
+        "file": file,
+        "warnings": [str(each.message) for each in caught if issubclass(each.category, tunerkit.TunerkitWarning)],
+        "merge": _merged(model),
+        "stepping": (dict(stepping.calls), dict(stepping.bytes)),
+        "saving": (dict(saving.calls), dict(saving.bytes)),
+    }
+
+
+def trained(model: nn.Module) -> dict[str, Any]:
+    """What trainings are compared by: ``ranks``, ``history``, and ``weights``, whole, by name."""
+    tuner = tunerkit.tuner(model)
+    with tuner.whole():
+        weights = {name: tensor.clone() for name, tensor in serialization.tensors_of(tuner).items()}
+    history = [(change.step, change.budget, dict(change.ranks)) for change in tuner.history]
+    return {"ranks": tuner.ranks(), "history": history, "weights": weights}
+
+
+def built(job: Job, file: Path | None) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
+    """Build the wrapped model, the one that runs, and the attached optimizer.
+
+    Args:
+        job: The training.
+        file: Where the adapter is loaded from; None for a new one.
+    """
+    if file is None:
+        model: nn.Module = tunerkit.wrap(net(), job.method, job.config, seed=1)
+    else:
+        model = tunerkit.load(net(), file, trainable=True)
+    parallel = model
+    match job.engine:
+        case "ddp":
+            parallel = nn.parallel.DistributedDataParallel(model)
+        case "fsdp2":
+            _shard_(model, set(tunerkit.tuner(model).parameters()))
+        case "fsdp2 sharded":
+            _shard_(model, set())
+    optimizer = adam(model)
+    tunerkit.attach(model, optimizer, total_steps=job.steps)
+    return model, parallel, optimizer
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of all that is trained."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+
+
+def _shard_(model: nn.Module, ignored: set[nn.Parameter]) -> None:
+    """Shard each layer, then the rest, as users of FSDP2 do."""
+    for layer in model.children():
+        if isinstance(layer, nn.Linear):
+            fsdp.fully_shard(layer, ignored_params=ignored)
+    fsdp.fully_shard(model, ignored_params=ignored)
+
+
+def take_steps(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, share: tuple[int, int], no_sync: bool
+) -> None:
+    """Take some steps of a training, with accumulation and clipping.
+
+    Args:
+        model: The model that runs.
+        optimizer: Its optimizer.
+        steps: The numbers of the steps, from 0.
+        share: The number of this process, and how many there are.
+        no_sync: See `Job`.
+    """
+    rank, processes = share
+    for step in steps:
+        x, classes = rows(step)
+        optimizer.zero_grad()
+        for part in range(_ACCUMULATED):
+            own = slice(part * processes + rank, None, processes * _ACCUMULATED)
+            with tunerkit.no_sync(model) if no_sync and part + 1 < _ACCUMULATED else nullcontext():
+                (nn.functional.cross_entropy(model(x[own]), classes[own]) / _ACCUMULATED).backward()
+        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 0.1)
+        optimizer.step()
+
+
+def _merged(model: nn.Module) -> Any:
+    """The output of the merged model, and whether unmerging restored it; or the error's text."""
+    with torch.no_grad():
+        before = model(inputs())
+        try:
+            merged = tunerkit.merge(model)(inputs())
+        except tunerkit.TunerkitError as error:
+            return str(error)
+        return merged, bool(torch.equal(tunerkit.unmerge(model)(inputs()), before))
+
+
+def be_one(
+    rank: int,
+    jobs: Sequence[Job],
+    folder: str,
+    processes: int,
+    plugins: Sequence[Callable[[], object]],
+    run: Callable[[Job, Path, int, int], Any],
+) -> None:
+    """Be one of several processes that train together; the results are written to ``{folder}/{rank}.pt``."""
+    with two_processes.joined(rank, folder, processes):
+        for plugin in plugins:
+            tunerkit.register(plugin())
+        results = [run(job, Path(folder) / str(number), rank, processes) for number, job in enumerate(jobs)]
+        torch.save(results, f"{folder}/{rank}.pt")
+
+
+def together(
+    jobs: Sequence[Job],
+    folder: Path,
+    processes: int = 2,
+    plugins: Sequence[Callable[[], object]] = (),
+    run: Callable[[Job, Path, int, int], Any] = train,
+) -> list[list[dict[str, Any]]]:
+    """Train in several processes, one job after the other; the results of each job, by process.
+
+    Args:
+        jobs: The trainings.
+        folder: Where the processes meet and write.
+        processes: How many there are.
+        plugins: Plugins that each process registers first.
+        run: What each process does for each job, in a folder of the job: by default it trains.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    two_processes.spawn(be_one, (jobs, str(folder), processes, plugins, run), processes)
+    found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
+    return [list(results) for results in zip(*found, strict=True)]

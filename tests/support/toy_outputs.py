@@ -1,0 +1,25 @@
+"""A toy method that adapts outputs, of layers that are no matrices too: norms, activations, whole blocks."""
+
+import attrs
+
+import tunerkit
+from tunerkit_testing.toy_adapters import Affine
+
+
+@attrs.frozen
+class AffineConfig(tunerkit.AdapterConfig):
+    """How wide the outputs are."""
+
+    features: int = tunerkit.setting(8, ge=1, doc="The size of the outputs' last dimension.")
+
+
+class OutputPlugin:
+    """``toy-outputs``."""
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [tunerkit.Method("toy-outputs", config=AffineConfig, targets="outputs")]
+
+    @tunerkit.hookimpl
+    def tunerkit_build_adapter(self, config: AffineConfig) -> Affine:
+        return Affine(config.features)

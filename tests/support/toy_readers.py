@@ -1,0 +1,59 @@
+"""Toy methods that read what the base layer computes: one scales its output, one turns and stretches its weight."""
+
+import attrs
+
+import tunerkit
+from tunerkit_testing.toy_adapters import Direction, Scale, Secretive
+from tunerkit_testing.toy_methods import LowRankConfig
+
+
+@attrs.frozen
+class ScaleConfig(tunerkit.AdapterConfig):
+    """Only the settings of every method."""
+
+
+class ScalePlugin:
+    """``toy-scale``."""
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [tunerkit.Method("toy-scale", config=ScaleConfig)]
+
+    @tunerkit.hookimpl
+    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Scale:
+        return Scale(base)
+
+    @tunerkit.hookimpl
+    def tunerkit_delta(self, adapter: Scale, base: tunerkit.BaseLayer) -> tunerkit.Delta:
+        bias = base.bias()
+        scaled = None if bias is None else adapter.l * bias
+        return tunerkit.Delta(weight=adapter.l[:, None] * base.dense(), bias=scaled)
+
+
+class SecretivePlugin(ScalePlugin):
+    """``toy-secretive``."""
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [tunerkit.Method("toy-secretive", config=ScaleConfig)]
+
+    @tunerkit.hookimpl
+    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Scale:
+        return Secretive(base)
+
+
+class DirectionPlugin:
+    """``toy-direction``."""
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [tunerkit.Method("toy-direction", config=LowRankConfig)]
+
+    @tunerkit.hookimpl
+    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer, config: LowRankConfig) -> Direction:
+        return Direction(base, config.rank)
+
+    @tunerkit.hookimpl
+    def tunerkit_delta(self, adapter: Direction, base: tunerkit.BaseLayer) -> tunerkit.Delta:
+        turned = base.dense() + adapter.b @ adapter.a
+        return tunerkit.Delta(weight=adapter.stretch(base)[:, None] * turned - base.dense())

@@ -1,0 +1,73 @@
+"""Toy methods with a start of their own: two that are fitted to data, and one whose delta does not start at 0."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+import tunerkit
+from tunerkit_testing.toy_adapters import LowRank, Principal
+from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
+
+# The rank of what is measured of the data; toy adapters have smaller ones.
+MEASURED = 4
+
+
+class Fitted(LowRank):
+    """A `LowRank` whose ``a`` is set from statistics of the data, to the directions that explain most of it."""
+
+    reads_output = False
+    reads_weight = False
+    rank_dims: ClassVar[Mapping[str, int]] = {"a": 0, "b": 1}
+
+    def fit_(self, measured: Tensor, share: float) -> None:
+        """Span the main directions of the rows of ``measured``, (k, in): as many as have ``share`` of their energy."""
+        _, sigma, directions = torch.linalg.svd(measured, full_matrices=False)
+        explained = sigma.square().cumsum(0) / sigma.square().sum()
+        rank = int((explained < share).sum()) + 1
+        tunerkit.resize_(self.a, directions[:rank].to(self.a))
+        tunerkit.resize_(self.b, self.b.new_zeros(len(self.b), rank))
+
+
+class FittedPlugin(LowRankPlugin):
+    """``toy-inputs``, fitted to the inputs as EVA is, and ``toy-gradients``, to the gradients as LoRA-GA is."""
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        requests = {
+            "toy-inputs": tunerkit.StatisticsRequest(inputs=MEASURED),
+            "toy-gradients": tunerkit.StatisticsRequest(gradients=MEASURED),
+        }
+        return [tunerkit.Method(name, LowRankConfig, statistics=request) for name, request in requests.items()]
+
+    @tunerkit.hookimpl
+    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer, config: LowRankConfig) -> Fitted:
+        return Fitted(base, config.rank)
+
+    @tunerkit.hookimpl
+    def tunerkit_calibrate(
+        self, tuner: tunerkit.Tuner, statistics: Mapping[str, tunerkit.Statistics]
+    ) -> dict[str, int]:
+        adapters: Mapping[str, Any] = tuner.adapters()
+        for path, adapter in adapters.items():
+            found = statistics[path]
+            measured = found.inputs if found.gradients is None else found.gradients.p @ found.gradients.q
+            adapter.fit_(measured, share=0.9)
+        return tuner.ranks()
+
+
+class PrincipalPlugin:
+    """``toy-principal``."""
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [tunerkit.Method("toy-principal", config=LowRankConfig, start="rounding")]
+
+    @tunerkit.hookimpl
+    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer, config: LowRankConfig) -> Principal:
+        return Principal(base, config.rank)
+
+    @tunerkit.hookimpl
+    def tunerkit_factors(self, adapter: Principal) -> tunerkit.Factors:
+        return adapter.factors()

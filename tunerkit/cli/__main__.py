@@ -1,5 +1,0 @@
-"""``python -m tunerkit.cli``: the command, when installed scripts are not on the PATH."""
-
-from tunerkit.cli import main
-
-main()
