@@ -1,8 +1,10 @@
 """``tunerkit train`` with AdaLoRA: a run that is resumed before, during and after pruning, bit for bit."""
 
+import signal
 from pathlib import Path
 
 import pytest
+import yaml
 
 # Imports after a statement: without the extra this file is skipped, not broken.
 for _module in ("datasets", "platformdirs", "pyarrow", "rich", "sklearn", "transformers", "typer", "yaml"):
@@ -13,7 +15,9 @@ from tests.support.train_command import (  # noqa: E402
     check_resumed_after_ctrl_c,
     check_resumed_after_kill,
     collapsing,
+    command,
     record_of,
+    signalled,
     succeeded,
     write_rows,
 )
@@ -54,6 +58,23 @@ def test_the_record_has_the_budget_the_ranks_and_the_spectrum(out: Path) -> None
 def test_after_ctrl_c_the_end_is_that_of_an_uninterrupted_run(arguments: list[str], out: Path, tmp_path: Path) -> None:
     """Before the first checkpoint, while pruning in the middle of an epoch, and after the last allocation."""
     check_resumed_after_ctrl_c(arguments, out, tmp_path / "parts", at=(1, 11, 23))
+
+
+def test_a_run_of_an_earlier_version_keeps_the_alpha_that_was_the_default_then(
+    arguments: list[str], out: Path, tmp_path: Path
+) -> None:
+    """The default was 2 init_rank. Its recipe is silent about it, and its checkpoint is not."""
+    parts = tmp_path / "parts"
+    call = [*arguments]
+    call[call.index(CONFIG)] = CONFIG.replace("}", ", alpha: 6}")
+    with signalled(11, signal.SIGINT):
+        assert command(*call, "--out", parts).exit_code == 130
+    recipe = yaml.safe_load((parts / "recipe.yaml").read_text())
+    del recipe["config"]["alpha"]
+    (parts / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    succeeded("train", "--out", parts, "--resume")
+    assert record_of(out)["config"]["alpha"] != 6
+    assert record_of(parts)["config"]["alpha"] == 6
 
 
 def test_after_kill_9_the_end_is_that_of_an_uninterrupted_run(arguments: list[str], out: Path, tmp_path: Path) -> None:

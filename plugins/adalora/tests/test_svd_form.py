@@ -393,7 +393,10 @@ def test_it_cannot_go_with_the_penalty() -> None:
     ],
 )
 def test_rank_and_scale_follow_from_the_rank_at_the_end(config: dict[str, Any], initial: int, scale: float) -> None:
-    """Together, all triplets have LoRA's scale of the target rank. Without SVD form each keeps two thirds of it."""
+    """Together, all triplets have LoRA's scale of the target rank.
+
+    Without SVD form, each has at least two thirds of LoRA's, however many start.
+    """
     found = AdaLoraConfig(**config)
     assert found.initial_rank == initial
     assert found.scale == pytest.approx(scale)

@@ -37,8 +37,9 @@ class Resolved:
         """The factor of P Λ Q: alpha/init_rank. It does not change with pruning.
 
         The scales of all triplets add up to alpha at the start and, in SVD form, where λ adds up to ``init_rank``, for
-        good. By default that is what they add up to in LoRA with the rank that is left: an optimizer's step then moves
-        ΔW as far as LoRA's, and a training collapses at LoRA's learning rate, not below it.
+        good. By default that is what they add up to in LoRA with the rank that is left, if ``init_rank`` is at most 1.5
+        times that rank: an optimizer's step then moves ΔW as far as LoRA's, and a training collapses at LoRA's learning
+        rate, not below it.
         """
         return self.alpha / self.init_rank
 

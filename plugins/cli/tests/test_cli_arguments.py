@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.quality.collapse import AFTER
 from tunerkit import ConfigError
 from tunerkit_cli.running import names
 from tunerkit_cli.running.arguments import trainer_arguments
@@ -116,7 +117,8 @@ def test_without_a_task_the_arguments_of_every_trainer_may_be_set(monkeypatch: p
 
 
 def test_heads_that_start_at_random_are_trained_as_was_measured() -> None:
-    """docs/quality-record.md says what for; `AFTER` in benchmarks/quality/collapse.py has the same values."""
+    """Law: a default is what the grids of docs/quality-record.md ran with."""
+    measured = AFTER.training
     kinds = (
         "text-classification",
         "regression",
@@ -126,6 +128,15 @@ def test_heads_that_start_at_random_are_trained_as_was_measured() -> None:
     )
     tasks = {kind: arguments_for(kind) for kind in kinds}
     for own in tasks.values():
-        assert (own.warmup_steps, own.adam_beta2, own.max_grad_norm) == (0.1, 0.95, 0.3)
+        assert (own.warmup_steps, own.adam_beta2, own.max_grad_norm) == (
+            *(measured["warmup"], measured["beta2"], measured["clip"]),
+        )
         assert own.lr_scheduler_type == "linear"
-    assert [own.learning_rate for own in tasks.values()] == [1.2e-3, 1.2e-3, 1.2e-3, 2e-3, 2e-3]
+    assert [own.learning_rate for own in tasks.values()] == [*[AFTER.rate] * 3, *[AFTER.faster] * 2]
+
+
+@pytest.mark.parametrize(("task", "rate"), [("causal-lm", 2e-4), ("preference", 5e-5), ("seq2seq", 1e-3)])
+def test_language_models_are_trained_with_the_customary_values(task: str, rate: float) -> None:
+    """Those of Adam's authors and of transformers, with a warm-up of 6 %."""
+    own = arguments_for(task)
+    assert (own.learning_rate, own.warmup_steps, own.adam_beta2, own.max_grad_norm) == (rate, 0.06, 0.999, 1.0)

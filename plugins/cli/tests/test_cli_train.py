@@ -37,7 +37,7 @@ from tunerkit.integrations.output_folder import read_run
 from tunerkit.integrations.pretrained import load_pretrained
 from tunerkit_cli.plugin_commands import PluginCommands
 from tunerkit_cli.recipes import reading, schema
-from tunerkit_cli.recipes.recipe import Recipe
+from tunerkit_cli.recipes.recipe import Recipe, to_mapping
 from tunerkit_cli.rows.reading import read_table
 from tunerkit_cli.running import (
     baseline,
@@ -51,6 +51,7 @@ from tunerkit_cli.running import (
 from tunerkit_cli.running.callbacks import Watching
 from tunerkit_cli.running.hardware import computing_in
 from tunerkit_cli.running.output import PICTURES
+from tunerkit_cli.running.preparing import settled
 from tunerkit_cli.running.restarting import LostError
 from tunerkit_cli.running.training import train
 from tunerkit_cli.tasks import task_of
@@ -181,8 +182,13 @@ def test_a_precision_that_contradicts_another_is_one_error(folder: Path, argumen
 def test_a_run_that_an_earlier_version_began_keeps_the_defaults_of_then(arguments: list[str], tmp_path: Path) -> None:
     """Its recipe left them to the task and to the method, which have other defaults now. No earlier recipe has them."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    then = {"warmup_steps": 0.06, "adam_beta2": 0.999, "max_grad_norm": 1.0}
-    call = [*arguments, *(part for name, value in then.items() for part in ("--set", f"{name}={value}"))]
+    then = {"learning_rate": 1e-3, "warmup_steps": 0.06, "adam_beta2": 0.999, "max_grad_norm": 1.0}
+    rate = arguments.index("--lr")
+    call = [
+        *arguments[:rate],
+        *arguments[rate + 2 :],
+        *(part for name, value in then.items() for part in ("--set", f"{name}={value}")),
+    ]
     succeeded(*call, "--out", whole)
     with signalled(12, signal.SIGINT):
         assert command(*call, "--out", parts).exit_code == 130
@@ -192,6 +198,41 @@ def test_a_run_that_an_earlier_version_began_keeps_the_defaults_of_then(argument
     (parts / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     succeeded("train", "--out", parts, "--resume")
     assert (parts / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
+
+
+def test_a_language_model_of_an_earlier_version_gets_no_other_defaults(tmp_path: Path) -> None:
+    """They have not changed, so a run that is resumed has what its recipe says, and today's where that is silent."""
+    for task in ("causal-lm", "preference", "seq2seq"):
+        recipe = Recipe(task=task, data="data.csv", out=str(tmp_path), precision="fp32", training={"max_steps": 3})
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"version": 1, **to_mapping(recipe)}))
+        assert settled(recipe, tmp_path, resume=True).training == {"max_steps": 3}
+
+
+def test_a_run_is_resumed_with_options_that_say_the_same(arguments: list[str], tmp_path: Path) -> None:
+    """Law: an option may be left out on resuming if its value is the default, and only then."""
+    out, rate = tmp_path / "out", arguments.index("--lr")
+    call = [*arguments, "--set", "warmup_steps=0.1"]
+    with signalled(2, signal.SIGINT):
+        assert command(*call, "--out", out).exit_code == 130
+    other = command(*arguments[:rate], *arguments[rate + 2 :], "--out", out, "--resume")
+    assert other.exit_code == 2
+    assert "--resume: training.learning_rate was 0.01 and is not set now" in other.stderr
+    succeeded(*arguments, "--out", out, "--resume")
+
+
+def test_a_setting_that_is_changed_in_the_recipe_of_a_run_is_not_overridden(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    """Only where it is silent do the checkpoint's settings count: a change of the recipe in the folder is refused."""
+    out = tmp_path / "out"
+    with signalled(12, signal.SIGINT):
+        assert command(*arguments, "--out", out).exit_code == 130
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    recipe["config"]["max_rank"] = 2
+    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    refused = command("train", "--out", out, "--resume")
+    assert refused.exit_code == 2
+    assert "max_rank" in refused.stderr
 
 
 def test_a_run_that_an_earlier_version_began_keeps_its_rows(arguments: list[str], tmp_path: Path) -> None:

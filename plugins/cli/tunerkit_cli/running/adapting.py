@@ -49,7 +49,7 @@ def adapt(
     """Put a new adapter into the model, or the one to go on from, to be trained.
 
     ``begun`` are the settings with which the run began whose training goes on, every default written out. They count
-    if the recipe means others now, because a default of the method has changed.
+    where the recipe is silent: a default of the method may have changed since.
 
     Raises:
         TunerkitError: It does not fit the model, or leaves a new head untrained.
@@ -58,9 +58,7 @@ def adapt(
         return _go_on(loaded, recipe, task, start)
     trained = recipe.config.get("train_modules") or list(loaded.heads)
     method = DEFAULT_METHOD if recipe.method is None else recipe.method
-    config = tunerkit.structure(method, {**recipe.config, "train_modules": trained})
-    if begun is not None and tunerkit.unstructure(config.settled()) != begun:
-        config = tunerkit.structure(method, begun)
+    config = tunerkit.structure(method, {**(begun or {}), **recipe.config, "train_modules": trained})
     tunerkit.wrap(loaded.model, method, config, seed=seed)
     return tunerkit.tuner(loaded.model)
 

@@ -13,9 +13,11 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 
 from tunerkit import ConfigError, TunerkitError
 from tunerkit.errors import closest, shown
+from tunerkit_cli.demo import demo_of
+from tunerkit_cli.recipes.recipe import Recipe
 from tunerkit_cli.report.scores import is_better_high
 from tunerkit_cli.running import hardware
-from tunerkit_cli.running.output import CHECKPOINTS
+from tunerkit_cli.running.written import CHECKPOINTS
 from tunerkit_cli.tasks.base import Task
 
 # What the command decides: where checkpoints go, and what the trainer must not do with them.
@@ -43,12 +45,23 @@ _POSITIVE = ("learning_rate", "num_train_epochs")
 _SEEDS = ("seed", "data_seed")  # numpy takes no greater ones than 32 bits hold
 
 
+def asked_of(recipe: Recipe, task: Task) -> dict[str, Any]:
+    """What a recipe asks of the trainer, itself or because it trains on the demo's data."""
+    demo = {} if recipe.data is not None else demo_of(task.name, "data").training
+    return {**demo, **recipe.training}
+
+
+def arguments_of(recipe: Recipe, task: Task) -> dict[str, Any]:
+    """The trainer's arguments of a recipe, with the task's where it is silent."""
+    return {**task.defaults, **asked_of(recipe, task)}
+
+
 def trainer_arguments(task: Task, training: Mapping[str, Any], out: Path, *, precision: str, has_eval: bool) -> Any:
     """Build the arguments of the task's trainer: ours, then the task's, then those of the recipe.
 
     Args:
         task: The task.
-        training: The recipe's ``training``, without its precision.
+        training: What a recipe asks for (`asked_of`), without its precision.
         out: The output folder; checkpoints are written into its ``checkpoints``.
         precision: What matrix products are computed in, such as ``"fp32"``.
         has_eval: Whether there are held-out rows.

@@ -20,6 +20,7 @@ from tunerkit_cli.outputs import OutputError, publishing, writing as writing_to
 from tunerkit_cli.recipes import writing
 from tunerkit_cli.recipes.reading import read_recipe
 from tunerkit_cli.recipes.recipe import Recipe, files_of, to_mapping, with_full_paths, with_precision
+from tunerkit_cli.running.arguments import arguments_of
 from tunerkit_cli.running.written import (
     CARD,
     CHECKPOINTS,
@@ -33,6 +34,7 @@ from tunerkit_cli.running.written import (
     remove,
     run_files,
 )
+from tunerkit_cli.tasks import task_of
 
 ADAPTER = "adapter.safetensors"
 ENVIRONMENT = "environment.json"
@@ -175,14 +177,17 @@ def _check_resume(folder: Path, recipe: Recipe) -> None:
         raise OutputError(f"--out {folder}: this run has ended; pass --overwrite to run it again")
     left = ("task", "precision", "train_on_prompts")
     recipe = attrs.evolve(recipe, **{name: getattr(kept, name) for name in left if getattr(recipe, name) is None})
-    recipe = attrs.evolve(recipe, training={**kept.training, **recipe.training})  # where it is silent, as the run is
+    silent = arguments_of(attrs.evolve(kept, training={}), task_of(kept.task))
+    meant = {name: value for name, value in kept.training.items() if silent.get(name) == value}
+    recipe = attrs.evolve(recipe, training={**meant, **recipe.training})  # a recipe may leave defaults out
     asked = attrs.evolve(with_full_paths(recipe), out=kept.out)
     before, now = (_flat(to_mapping(each)) for each in (kept, asked))
     different = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     if different:
         name = different[0]
+        then, here = (shown(each[name]) if each.get(name) is not None else "not set" for each in (before, now))
         raise OutputError(
-            f"--resume: {name} was {shown(before.get(name))} and is {shown(now.get(name))} now; a run is resumed "
+            f"--resume: {name} was {then} and is {here} now; a run is resumed "
             f"with the same recipe: call tunerkit train --out {shlex.quote(str(folder))} --resume alone"
         )
     _check_data(folder, kept)

@@ -19,7 +19,7 @@ from tunerkit_cli.recipes.recipe import Recipe, with_precision
 from tunerkit_cli.report.record import Restart
 from tunerkit_cli.running import hardware, output
 from tunerkit_cli.running.adapting import adapt, head_labels, order_note
-from tunerkit_cli.running.arguments import trainer_arguments
+from tunerkit_cli.running.arguments import asked_of, trainer_arguments
 from tunerkit_cli.running.building import refuse_untrainable
 from tunerkit_cli.running.callbacks import Watching
 from tunerkit_cli.running.data import Data
@@ -29,7 +29,7 @@ from tunerkit_cli.running.restarting import MOST, SLOWER, read_restarts, slower
 from tunerkit_cli.running.session import Session
 from tunerkit_cli.running.starting import start_of
 from tunerkit_cli.running.telling import say
-from tunerkit_cli.tasks.base import USUAL, Task
+from tunerkit_cli.tasks.base import Task
 from tunerkit_cli.tasks.causal_lm import CausalLm, settle_prompts_
 from tunerkit_cli.tasks.generating import GenerationTask
 from tunerkit_cli.tasks.texts import labels_of, short_to_long
@@ -60,13 +60,9 @@ def settled(recipe: Recipe, folder: Path, *, resume: bool) -> Recipe:
 
 def _earlier_defaults(task: str | None) -> dict[str, Any]:
     """The arguments of the trainer that a recipe of an earlier version left to defaults which are others now."""
-    return {} if task in ("causal-lm", "preference", "seq2seq") else {"learning_rate": 1e-3, **USUAL}
-
-
-def arguments_of(recipe: Recipe, task: Task) -> dict[str, Any]:
-    """The trainer's arguments of a recipe, with the task's where it is silent."""
-    demo = {} if recipe.data is not None else demo_of(task.name, "data").training
-    return {**task.defaults, **demo, **recipe.training}
+    if task in ("causal-lm", "preference", "seq2seq"):
+        return {}
+    return {"learning_rate": 1e-3, "warmup_steps": 0.06, "adam_beta2": 0.999, "max_grad_norm": 1.0}
 
 
 def prepare(
@@ -78,7 +74,7 @@ def prepare(
     """
     start = start_of(recipe, resume=resume)
     labels, ordered = head_labels(start, task, data)
-    training = arguments_of(recipe, task)
+    training = asked_of(recipe, task)
     device = hardware.choose_device(use_cpu=training.get("use_cpu") is True)
     precision = hardware.choose_precision(device, recipe.precision)
     arguments = trainer_arguments(task, training, Path(recipe.out), precision=precision, has_eval=bool(data.held_out))
@@ -109,7 +105,7 @@ def prepare(
         )
     if data.labels:
         data = attrs.evolve(data, labels=labels_of(loaded))
-    begun = output.settings_begun_with(Path(recipe.out)) if resume else None
+    begun = output.settings_begun_with(Path(recipe.out)) if resume and start is None else None
     tuner = adapt(loaded, recipe, task, start, begun=begun, seed=seed)
     if note := order_note(start, tuner, data.labels):
         say(console, note)

@@ -18,11 +18,12 @@ from tunerkit.integrations.pretrained import quiet
 from tunerkit_cli import outputs
 from tunerkit_cli.recipes.recipe import DEFAULT_METHOD, Recipe, to_mapping, with_full_paths, with_home, with_precision
 from tunerkit_cli.running import hardware, output, written
+from tunerkit_cli.running.arguments import arguments_of
 from tunerkit_cli.running.baseline import NoBaselineError, head_alone
 from tunerkit_cli.running.data import prepare_data
 from tunerkit_cli.running.describing import conclude, describe, tell
 from tunerkit_cli.running.learning import below_baseline
-from tunerkit_cli.running.preparing import arguments_of, is_of_earlier_version, prepare, settled
+from tunerkit_cli.running.preparing import is_of_earlier_version, prepare, settled
 from tunerkit_cli.running.record import (
     Trained,
     adapter_facts,

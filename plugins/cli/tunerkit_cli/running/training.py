@@ -14,6 +14,7 @@ import attrs
 from rich.console import Console
 from transformers.integrations.integration_utils import TensorBoardCallback
 
+import tunerkit
 from tunerkit import RankChange, TunerkitError
 from tunerkit_cli import outputs
 from tunerkit_cli.recipes.recipe import Recipe
@@ -110,6 +111,8 @@ def train_with_restarts(
         resume = True
         # As the recipe in the folder says it: without the key, an earlier version would have begun the run.
         recipe = attrs.evolve(session.recipe, train_on_prompts=session.task.trains_on_prompts)
+        if session.start is None:  # no checkpoint may be left that says what the method's defaults were
+            recipe = attrs.evolve(recipe, config=tunerkit.unstructure(session.tuner.config.settled()))
         with warnings.catch_warnings(action="ignore"):  # which were printed before
             session = prepare(recipe, session.task, session.data, console, resume=True)
         session.trainer.add_callback(listing)

@@ -88,7 +88,9 @@ def evaluate_rows(folder: Path, data: Path | Sequence[Path], *, base: str | None
     loaded = _load(run, base)
     trained = run.record.get("recipe", {}).get("training", {})
     left_out = (*_OF_TRAINING, *_HALF, *(_OF_GPUS if loaded.model.device.type == "cpu" else ()))
-    training = {name: value for name, value in trained.items() if not name.startswith(left_out)}
+    training = {
+        name: value for name, value in trained.items() if name not in task.defaults and not name.startswith(left_out)
+    }
     training |= {"per_device_eval_batch_size": batch_size, "save_strategy": "no"}
     precision = _precision(run, loaded)
     arguments = trainer_arguments(task, training, folder, precision=precision, has_eval=True)

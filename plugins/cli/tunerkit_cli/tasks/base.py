@@ -62,7 +62,7 @@ class Results:
 # How classifiers are trained, whose heads start at random. With Adam's usual values some runs were lost at twice the
 # default rate, and none in the trials with these (docs/quality-tried.md, "How the rate was moved away from collapse").
 STEADY: Mapping[str, Any] = {"warmup_steps": 0.1, "adam_beta2": 0.95, "max_grad_norm": 0.3}
-# How language models are trained, and how all tasks were before: a recipe of an earlier version is silent about these.
+# How language models are trained.
 USUAL: Mapping[str, Any] = {"warmup_steps": 0.06, "adam_beta2": 0.999, "max_grad_norm": 1.0}
 TEXT = Column("text", ("sentence", "sentence1", "premise", "review", "content", "document"), option="--text-column")
 LABEL = Column("label", ("labels", "class", "category"), predicted=True, option="--label-column")
