@@ -11,7 +11,7 @@ DEMO_LM_OUT ?= out/demo-lm
 
 BIN := .venv/bin
 CORE_BIN := .venv-core/bin
-NAMES := lora adalora peft gguf diffusers quant cli testing
+NAMES := lora adalora peft gguf diffusers quant cli testing serving
 PROJECTS := pyproject.toml $(NAMES:%=plugins/%/pyproject.toml)
 PLUGINS := $(NAMES:%=-e plugins/%)
 PYTEST := -m pytest -n $(WORKERS) $(PYTEST_ARGS)

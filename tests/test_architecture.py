@@ -52,8 +52,8 @@ LIBRARIES = frozenset(
     | {"lightning", "pytorch_lightning", "torchao", "torchaudio", "sentence_transformers", "huggingface_hub"}
 )
 NAMES_OF_LIBRARIES = ("libraries", "integrations")  # the parts of core where these may stand
-# Distributions that bring no method and no kind of layer: the command, and what authors of methods test with.
-TOOLS = ("tunerkit_cli", "tunerkit_testing")
+# Distributions that bring no method and no kind of layer: the command, and what extends it alone.
+TOOLS = ("tunerkit_cli", "tunerkit_serving", "tunerkit_testing")
 ARITHMETIC_MODULES = frozenset({"cmath", "math", "numpy", "operator", "statistics"})
 ARITHMETIC_BUILTINS = frozenset({"abs", "divmod", "pow", "round", "sum"})
 

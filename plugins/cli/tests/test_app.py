@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -266,14 +267,21 @@ def test_a_terminal_without_a_character_gets_an_escape(outputs: Path) -> None:
     assert "b\\xe9rt" in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [["check", "lora", "--config", "{}"], ["new", "mine", "--scale"]])
-def test_the_commands_of_the_kit_name_the_extra_where_it_is_missing(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [
+        (["check", "lora", "--config", "{}"], "testing"),
+        (["new", "mine", "--scale"], "testing"),
+        (["check-serving", "out", "--for", "vllm"], "serving"),
+    ],
+)
+def test_the_commands_of_other_distributions_name_the_extra_where_it_is_missing(
+    arguments: list[str], extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Law: a command that tunerkit-testing adds is one line without it, whatever its options; help leaves it out."""
+    """Law: a command of ours that is not installed is one line, whatever its options; help leaves it out."""
     monkeypatch.setattr(app, "plugin_commands", lambda: PluginCommands({}, ()))
     done = CliRunner().invoke(app.build(), arguments)
     assert done.exit_code == 2
-    assert f"{arguments[0]} comes with the kit" in done.stderr
-    assert 'pip install "tunerkit[testing]"' in done.stderr
-    assert "Write a distribution" not in CliRunner().invoke(app.build(), ["--help"]).output
+    assert f"{arguments[0]} comes with tunerkit-{extra}" in done.stderr
+    assert f'pip install "tunerkit[{extra}]"' in done.stderr
+    assert not re.search(rf"^\W*{arguments[0]}\s", CliRunner().invoke(app.build(), ["--help"]).output, re.MULTILINE)

@@ -56,7 +56,8 @@ _COMMANDS: Mapping[str, Callable[..., object]] = {
     "schema": schema,
     "doctor": doctor,
 }
-_OF_TESTING = frozenset({"check", "new"})  # the commands that tunerkit-testing adds
+# The commands that other distributions of ours add, with the extra that brings each.
+_ELSEWHERE: Mapping[str, str] = {"check": "testing", "new": "testing", "check-serving": "serving"}
 
 
 def run() -> None:
@@ -95,16 +96,16 @@ def build() -> typer.Typer:
     app.callback()(_options)
     for name, command in {**_COMMANDS, **found.commands}.items():
         app.command(name)(with_one_line_errors(command))
-    for name in _OF_TESTING - found.commands.keys():
+    for name in _ELSEWHERE.keys() - found.commands.keys():
         anything = {"ignore_unknown_options": True, "allow_extra_args": True}
-        app.command(name, hidden=True, context_settings=anything)(with_one_line_errors(_needs_testing))
+        app.command(name, hidden=True, context_settings=anything)(with_one_line_errors(_refuse_absent))
     return app
 
 
-def _needs_testing(context: typer.Context) -> None:
+def _refuse_absent(context: typer.Context) -> None:
+    extra = _ELSEWHERE[str(context.info_name)]
     raise TunerkitError(
-        f"{context.info_name} comes with the kit for authors of methods, which is not installed: "
-        'pip install "tunerkit[testing]"'
+        f'{context.info_name} comes with tunerkit-{extra}, which is not installed: pip install "tunerkit[{extra}]"'
     )
 
 

@@ -1,1 +1,1 @@
-"""PEFT's LoRA and AdaLoRA folders for tunerkit: read and written, for serving and for moving."""
+"""PEFT's LoRA and AdaLoRA folders for tunerkit: read and written."""

@@ -177,7 +177,7 @@ def _check_resume(folder: Path, recipe: Recipe) -> None:
         raise OutputError(f"--out {folder}: this run has ended; pass --overwrite to run it again")
     left = ("task", "precision", "train_on_prompts")
     recipe = attrs.evolve(recipe, **{name: getattr(kept, name) for name in left if getattr(recipe, name) is None})
-    silent = arguments_of(attrs.evolve(kept, training={}), task_of(kept.task))
+    silent = arguments_of(attrs.evolve(kept, training={}), task_of(kept.task)) if kept.task is not None else {}
     meant = {name: value for name, value in kept.training.items() if silent.get(name) == value}
     recipe = attrs.evolve(recipe, training={**meant, **recipe.training})  # a recipe may leave defaults out
     asked = attrs.evolve(with_full_paths(recipe), out=kept.out)

@@ -9,7 +9,7 @@ import attrs
 
 from tunerkit import FileError, TargetError
 from tunerkit.patterns import Matcher, matcher, one_allowance
-from tunerkit_peft.serving.adapter_folder import CONFIG, Folder
+from tunerkit_serving.adapter_folder import CONFIG, Folder
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,7 @@ for _module in ("rich", "typer", "yaml"):
 
 from typer.testing import CliRunner  # noqa: E402
 
-from plugins.peft.tests.serving_folders import random_folder  # noqa: E402
+from plugins.serving.tests.serving_folders import random_folder  # noqa: E402
 from tunerkit_cli import app  # noqa: E402
 
 

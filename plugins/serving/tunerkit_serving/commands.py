@@ -31,7 +31,7 @@ def check_serving(
     ] = None,
 ) -> None:
     """Say what engines refuse or scale wrongly in an adapter, and what to do. The exit code is 1 if they do."""
-    from tunerkit_peft import serving
+    import tunerkit_serving as serving
 
     named = None if engines is None else serving.chosen(engines)  # before the file: a typo is the quicker mistake
     adapter = serving.read(path)

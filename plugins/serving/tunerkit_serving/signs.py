@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 
 from tunerkit.errors import shown
-from tunerkit_peft.serving.adapter_folder import CONFIG, Folder
+from tunerkit_serving.adapter_folder import CONFIG, Folder
 
 Finds = Callable[[Folder, int | None], list[str]]
 

@@ -8,9 +8,9 @@ import attrs
 import pytest
 import torch
 
-from plugins.peft.tests.serving_folders import paths, random_folder, write
-from tunerkit_peft.serving import ENGINES, Finding, Severity, check, chosen, read_folder, vllm
-from tunerkit_peft.serving.scaling import peft_scale
+from plugins.serving.tests.serving_folders import paths, random_folder, write
+from tunerkit_serving import ENGINES, Finding, Severity, check, chosen, read_folder, vllm
+from tunerkit_serving.scaling import peft_scale
 
 ALL_LEAVES = ("q_proj", "k_proj", "v_proj")
 ZEROS = torch.zeros(4)

@@ -6,11 +6,11 @@ from typing import Final
 
 from tunerkit import ConfigError, FileError
 from tunerkit.errors import closest, shown
-from tunerkit_peft.serving import llama_cpp, mlx, ollama, sglang, tgi, vllm
-from tunerkit_peft.serving.adapter_folder import CONFIG, Folder, read_folder
-from tunerkit_peft.serving.findings import Engine, Finding
-from tunerkit_peft.serving.gguf_header import GgufAdapter, is_gguf, read_gguf
-from tunerkit_peft.serving.mends import quoted
+from tunerkit_serving import llama_cpp, mlx, ollama, sglang, tgi, vllm
+from tunerkit_serving.adapter_folder import CONFIG, Folder, read_folder
+from tunerkit_serving.findings import Engine, Finding
+from tunerkit_serving.gguf_header import GgufAdapter, is_gguf, read_gguf
+from tunerkit_serving.mends import quoted
 
 ENGINES: Final = {module.ENGINE.name: module.ENGINE for module in (vllm, sglang, llama_cpp, ollama, mlx, tgi)}
 _OTHER_NAMES: Final = {"llamacpp": "llama.cpp", "llama-cpp": "llama.cpp", "mlx-lm": "mlx", "lorax": "tgi"}

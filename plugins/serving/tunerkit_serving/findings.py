@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import attrs
 
-from tunerkit_peft.serving.adapter_folder import Folder
-from tunerkit_peft.serving.gguf_header import GgufAdapter
+from tunerkit_serving.adapter_folder import Folder
+from tunerkit_serving.gguf_header import GgufAdapter
 
 if TYPE_CHECKING:
     from torch import Tensor

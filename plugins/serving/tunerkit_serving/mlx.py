@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
-from tunerkit_peft.serving import gguf_signs, mends
-from tunerkit_peft.serving.adapter_folder import Folder
-from tunerkit_peft.serving.findings import Engine, Rule, Severity
-from tunerkit_peft.serving.gguf_header import GgufAdapter
-from tunerkit_peft.serving.mends import quoted
+from tunerkit_serving import gguf_signs, mends
+from tunerkit_serving.adapter_folder import Folder
+from tunerkit_serving.findings import Engine, Rule, Severity
+from tunerkit_serving.gguf_header import GgufAdapter
+from tunerkit_serving.mends import quoted
 
 if TYPE_CHECKING:
     from torch import Tensor

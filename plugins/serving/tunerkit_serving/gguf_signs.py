@@ -1,9 +1,9 @@
 """What engines look for in a GGUF file: each function returns the keys or tensors that it found."""
 
 from tunerkit.errors import shown
-from tunerkit_peft.serving.findings import Rule, Severity
-from tunerkit_peft.serving.gguf_header import GgufAdapter
-from tunerkit_peft.serving.mends import quoted
+from tunerkit_serving.findings import Rule, Severity
+from tunerkit_serving.gguf_header import GgufAdapter
+from tunerkit_serving.mends import quoted
 
 _ENDINGS = (".lora_a", ".lora_b", "_norm.weight")
 

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from tunerkit.errors import shown
-from tunerkit_peft.serving import llama_cpp, mends, signs
-from tunerkit_peft.serving.adapter_folder import CONFIG, Folder
-from tunerkit_peft.serving.findings import Engine, Rule, Severity
-from tunerkit_peft.serving.gguf_header import GgufAdapter
-from tunerkit_peft.serving.mends import quoted
-from tunerkit_peft.serving.scaling import Scale, misscaled, scaled
+from tunerkit_serving import llama_cpp, mends, signs
+from tunerkit_serving.adapter_folder import CONFIG, Folder
+from tunerkit_serving.findings import Engine, Rule, Severity
+from tunerkit_serving.gguf_header import GgufAdapter
+from tunerkit_serving.mends import quoted
+from tunerkit_serving.scaling import Scale, misscaled, scaled
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,10 +5,9 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from tunerkit import FileError
-from tunerkit_peft.serving import signs
-from tunerkit_peft.serving.adapter_folder import CONFIG, Folder
-from tunerkit_peft.serving.gguf_header import GgufAdapter
-from tunerkit_peft.settings import read_settings
+from tunerkit_serving import signs
+from tunerkit_serving.adapter_folder import Folder
+from tunerkit_serving.gguf_header import GgufAdapter
 
 Mend = Callable[[Folder], str | None]
 _HEADS: Final = ("score", "classifier")
@@ -69,11 +68,13 @@ def merged_by_peft(folder: Folder) -> str:
 
 def _is_read(folder: Folder) -> bool:
     """Whether tunerkit takes such a folder, so that its commands are of use."""
+    from tunerkit.serialization import format_at  # it imports torch, which the command's help must not
+
     try:
-        read_settings(folder.path / CONFIG)
+        format = format_at(folder.path)
+        return format is not None and format.describe is not None and format.describe(folder.path) is not None
     except FileError:
         return False
-    return True
 
 
 def _class_of(folder: Folder) -> str:

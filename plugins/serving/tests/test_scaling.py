@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import tunerkit
-from plugins.peft.tests.serving_folders import Decoder, close, paths, uniform
-from tunerkit_peft.serving import ENGINES, Folder, check, chosen, read_folder, sglang, vllm
-from tunerkit_peft.serving.scaling import misscaled, peft_scale, scaled
+from plugins.serving.tests.serving_folders import Decoder, close, paths, uniform
+from tunerkit_serving import ENGINES, Folder, check, chosen, read_folder, sglang, vllm
+from tunerkit_serving.scaling import misscaled, peft_scale, scaled
 
 peft = pytest.importorskip("peft", reason="the oracle is peft")
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 import tunerkit
-from plugins.peft.tests.serving_folders import paths, random_folder, write
-from tunerkit_peft import serving
-from tunerkit_peft.serving import ENGINES, Severity, check, read, read_folder, read_gguf
+import tunerkit_serving as serving
+from plugins.serving.tests.serving_folders import paths, random_folder, write
+from tunerkit_serving import ENGINES, Severity, check, read, read_folder, read_gguf
 
 gguf = pytest.importorskip("gguf", reason="it writes the files")
 Q = "blk.0.attn_q.weight"

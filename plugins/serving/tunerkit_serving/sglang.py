@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from tunerkit.errors import shown
-from tunerkit_peft.serving import mends, signs
-from tunerkit_peft.serving.adapter_folder import CONFIG, Folder
-from tunerkit_peft.serving.findings import Engine, Rule, Severity
-from tunerkit_peft.serving.gguf_header import GgufAdapter
-from tunerkit_peft.serving.gguf_signs import only_folders
-from tunerkit_peft.serving.mends import quoted
-from tunerkit_peft.serving.scaling import Scale, constant, misscaled, scaled
+from tunerkit_serving import mends, signs
+from tunerkit_serving.adapter_folder import CONFIG, Folder
+from tunerkit_serving.findings import Engine, Rule, Severity
+from tunerkit_serving.gguf_header import GgufAdapter
+from tunerkit_serving.gguf_signs import only_folders
+from tunerkit_serving.mends import quoted
+from tunerkit_serving.scaling import Scale, constant, misscaled, scaled
 
 if TYPE_CHECKING:
     from torch import Tensor

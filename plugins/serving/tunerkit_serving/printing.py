@@ -6,7 +6,7 @@ from pathlib import Path
 
 import attrs
 
-from tunerkit_peft.serving.findings import Finding
+from tunerkit_serving.findings import Finding
 
 
 def as_text(path: Path, findings: Sequence[Finding]) -> str:
