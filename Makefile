@@ -11,7 +11,7 @@ DEMO_LM_OUT ?= out/demo-lm
 
 BIN := .venv/bin
 CORE_BIN := .venv-core/bin
-NAMES := lora adalora peft gguf diffusers quant cli testing serving
+NAMES := lora adalora peft gguf diffusers quant cli testing serving transformers
 PROJECTS := pyproject.toml $(NAMES:%=plugins/%/pyproject.toml)
 PLUGINS := $(NAMES:%=-e plugins/%)
 PYTEST := -m pytest -n $(WORKERS) $(PYTEST_ARGS)
@@ -105,7 +105,7 @@ $(DEV_READY): $(PROJECTS) | $(BIN)/python
 
 # No plugin: tests that pass here depend on core alone.
 $(CORE_READY): pyproject.toml | $(CORE_BIN)/python
-	$(CORE_BIN)/python -m pip install -e ".[hf,test]"
+	$(CORE_BIN)/python -m pip install -e ".[test]" transformers accelerate
 	touch $@
 
 $(QUANTISERS_READY): $(PROJECTS) | .venv-quantisers/bin/python
@@ -114,6 +114,6 @@ $(QUANTISERS_READY): $(PROJECTS) | .venv-quantisers/bin/python
 
 # DeepSpeed slows down every import of transformers. Building it needs a torch that is there.
 $(DEEPSPEED_READY): $(PROJECTS) | .venv-deepspeed/bin/python
-	.venv-deepspeed/bin/python -m pip install -e ".[hf,test]" -e plugins/lora -e plugins/adalora
+	.venv-deepspeed/bin/python -m pip install -e ".[test]" -e plugins/transformers -e plugins/lora -e plugins/adalora
 	.venv-deepspeed/bin/python -m pip install -e ".[deepspeed]"
 	touch $@

@@ -104,8 +104,8 @@ def write_adapter(folder: Path, size: Size, base: Path) -> Path:
 
 def convert(source: Path, to: str, out: Path, base: Path) -> None:
     """Convert as ``tunerkit convert`` does."""
-    from tunerkit.integrations.base_choice import choose_base
-    from tunerkit.integrations.bases import skeleton
+    from tunerkit_transformers.base_choice import choose_base
+    from tunerkit_transformers.bases import skeleton
 
     model = skeleton(choose_base(str(source), base=str(base), task=None))
     serialization.open_unloaded(model, source)

@@ -125,7 +125,7 @@ MUTATIONS = (
         '        path.write_bytes(b"")\n        __import__("time").sleep(0.005)\n        os.replace(temporary, path)\n',
     ),
     Mutation("umask and modes", "tunerkit/serialization/replacing.py", "os.chmod(temporary, mode)", "pass"),
-    Mutation("resume", "tunerkit/integrations/resuming.py", 'yield f"has no {name}"', "continue"),
+    Mutation("resume", "plugins/transformers/tunerkit_transformers/resuming.py", 'yield f"has no {name}"', "continue"),
     Mutation(
         "bad gradients",
         "tunerkit/serialization/finite.py",

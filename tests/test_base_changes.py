@@ -88,29 +88,6 @@ def test_what_follows_the_advice_is_silent(toys: "Toys", tmp_path: Path) -> None
     assert told(lambda: tunerkit.load(toys.net(), tmp_path / "out")) == []
 
 
-@pytest.mark.parametrize("thawed", ["before attach", "before train"])
-def test_a_trainer_says_it_once_in_a_run(toys: "Toys", thawed: str, tmp_path: Path) -> None:
-    """At attach, or at the start of training if parameters are thawed in between; no checkpoint repeats it."""
-    transformers = pytest.importorskip("transformers")
-    from tunerkit_testing.trainer_toys import Regression, RegressionRows, arguments
-
-    model: Any = tunerkit.wrap(Regression(), "toy-low-rank", {"targets": ["first"]})
-    options = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=1)
-    trainer = transformers.Trainer(model, options, train_dataset=RegressionRows())
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        if thawed == "before attach":
-            model.second.requires_grad_(True)
-        tunerkit.attach(model, trainer)
-        model.second.requires_grad_(True)
-        before = len(caught)
-        trainer.train()
-    texts = [str(each.message) for each in caught if each.category is TunerkitWarning]
-    assert len(list(tmp_path.glob("checkpoint-*"))) == 4
-    assert before == (thawed == "before attach")
-    assert [text.startswith("parameters of the base require gradients: second.weight") for text in texts] == [True]
-
-
 def llama(folder: Path) -> Any:
     transformers = pytest.importorskip("transformers")
     if not (folder / "llama").exists():

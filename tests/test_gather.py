@@ -202,23 +202,20 @@ def test_the_detector_names_the_owner_as_the_hook_asks_for_it(toys: "Toys") -> N
 
 
 def test_a_plugin_gives_an_architecture_its_default_targets(toys: "Toys") -> None:
-    """Defaults depend on the model type, and those of the core win.
-
-    If their names match nothing, layer types decide.
-    """
+    """Defaults depend on the model type. If their names match nothing, layer types decide."""
     plugin = answering(
         "tunerkit_default_targets",
-        [tunerkit.DefaultTargets(("decoder", "bert"), ("out",)), tunerkit.DefaultTargets(("other",), ("missing",))],
+        [tunerkit.DefaultTargets(("decoder",), ("out",)), tunerkit.DefaultTargets(("other",), ("missing",))],
     )
     chosen = {}
-    for model_type in ("decoder", "bert", "other", "unknown"):
+    for model_type in ("decoder", "other", "unknown"):
         model = nn.ModuleDict({"out": nn.Linear(3, 3), "query": nn.Linear(3, 3), "rest": nn.Linear(3, 3)})
         model.config = types.SimpleNamespace(model_type=model_type)  # type: ignore[assignment]
         with registered(plugin):
             tunerkit.wrap(model, "toy-shift")
         chosen[model_type] = [target.path for target in tunerkit.tuner(model).targets]
     everything = ["out", "query", "rest"]
-    assert chosen == {"decoder": ["out"], "bert": ["query"], "other": everything, "unknown": everything}
+    assert chosen == {"decoder": ["out"], "other": everything, "unknown": everything}
 
 
 def test_wrapping_and_loading_ask_each_module_once(toys: "Toys", tmp_path: Path) -> None:

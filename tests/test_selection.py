@@ -2,6 +2,7 @@
 
 import types
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from tests.support.target_models import ALL, Attending, Net, chosen, scanned, silent, tied_pair
 from tunerkit import targets
 from tunerkit.errors import TargetError, TunerkitWarning
+from tunerkit.records import DefaultTargets
 
 pytestmark = pytest.mark.core_only
 
@@ -189,7 +191,7 @@ def test_a_broad_pattern_that_matches_only_what_cannot_be_adapted_is_an_error() 
         ("all_linear", {}, "did you mean 'all-linear'"),
     ],
 )
-def test_an_empty_choice_is_an_error(wanted: list[str] | str, options: dict[str, list[int]], words: str) -> None:
+def test_an_empty_choice_is_an_error(wanted: list[str] | str, options: dict[str, Any], words: str) -> None:
     """Law: a model is never wrapped without targets."""
     with pytest.raises(TargetError, match=words):
         chosen(Net(), wanted, **options)
@@ -336,10 +338,11 @@ def test_expert_tensors_that_are_trained_in_full_trigger_no_warning() -> None:
 def test_a_default_reports_layers_that_cannot_be_adapted_but_not_those_it_does_not_name() -> None:
     """Law: a default's names leave layers out on purpose; a layer of an unknown kind may have been meant."""
     model = Net()
-    model.config = type("Config", (), {"model_type": "bert"})()  # type: ignore[assignment]
+    model.config = type("Config", (), {"model_type": "toy"})()  # type: ignore[assignment]
     model.get_submodule("layers.0").add_module("router", OwnForward(4, 4))
     with pytest.warns(TunerkitWarning) as caught:
-        assert chosen(model, None) == [path for path in ALL if not path.endswith("mlp")]
+        found = targets.select(scanned(model, DefaultTargets(("toy",), ("query", "key"))), targets=None)
+    assert [target.path for target in found] == [path for path in ALL if not path.endswith("mlp")]
     assert str(caught[0].message).splitlines()[1:] == ["  layers.0.router: is a OwnForward, which cannot be adapted"]
 
 

@@ -273,7 +273,7 @@ def test_a_method_that_needs_no_steps_takes_an_optimizer_without_hooks(make: Cal
 def test_what_cannot_step_is_refused_for_every_method(candidate: object) -> None:
     """A class or a model in the optimizer's place is a mistake, whether steps are needed or not."""
     for method in ("plain", None):
-        with pytest.raises(tunerkit.StepError, match="attach takes a torch optimizer or a transformers Trainer"):
+        with pytest.raises(tunerkit.StepError, match="attach takes a torch optimizer, or a trainer that an installed"):
             tunerkit.attach(wrapped(method) if method else wrapped(), candidate, total_steps=9)
 
 

@@ -175,7 +175,7 @@ ROWS = (
         resuming.resume,
         short=21,
         long=63,
-        needs=("transformers", "accelerate"),
+        needs=("transformers", "accelerate", "tunerkit_transformers"),
     ),
     Row(
         "bad gradients",

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 import tunerkit
 from tests.support import two_processes
-from tunerkit.integrations.accelerate import checkpoint_adapters_
+from tunerkit_transformers.accelerate import checkpoint_adapters_
 
 STEPS, STOP, ROWS = 8, 3, 4  # rows of a micro-batch, of all processes together
 SHRUNK = 6  # after the last allocation, when dead triplets have left memory

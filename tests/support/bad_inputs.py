@@ -18,10 +18,10 @@ import tunerkit
 from tests.support.product_plugin import ProductPlugin, trained
 from tests.support.tiny_classifier import save_tiny_classifier
 from tests.support.tiny_models import SIDE, save_tiny_llama, save_tiny_t5, save_tiny_vit
-from tunerkit.integrations.bases import Base, whole
 from tunerkit_cli.app import build
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
+from tunerkit_transformers.bases import Base, whole
 
 PAGE = Path(__file__).parents[2] / "docs" / "bad-input.md"
 _TRAIN = "--method toy-low-rank --out new --epochs 1 --batch-size 8"

@@ -3,24 +3,33 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import attrs
 import torch
 from torch import nn
 
 from tunerkit import targets
 from tunerkit.errors import TunerkitWarning
 from tunerkit.layers import CORE
+from tunerkit.records import DefaultTargets
 from tunerkit.targets import Scan
 
 
-def scanned(model: nn.Module) -> Scan:
-    """The scan of a model with the kinds that the core knows."""
-    return targets.scan(model, CORE)
+def scanned(model: nn.Module, *defaults: DefaultTargets) -> Scan:
+    """The scan of a model with the kinds that the core knows, and with default targets."""
+    return targets.scan(model, attrs.evolve(CORE, default_targets=defaults))
 
 
-def chosen(model: nn.Module, wanted: str | Sequence[str] | None, **options: object) -> list[str]:
+def chosen(
+    model: nn.Module,
+    wanted: str | Sequence[str] | None,
+    *,
+    defaults: Sequence[DefaultTargets] = (),
+    **options: Any,
+) -> list[str]:
     """The selected paths, each checked to lead to its module."""
-    selected = targets.select(scanned(model), targets=wanted, **options)  # type: ignore[arg-type]
+    selected = targets.select(scanned(model, *defaults), targets=wanted, **options)  # type: ignore[arg-type]
     assert all(model.get_submodule(target.path) is target.module for target in selected)
     return [target.path for target in selected]
 

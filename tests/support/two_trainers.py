@@ -13,9 +13,9 @@ from transformers import Trainer
 
 import tunerkit
 from tests.support import two_processes
-from tunerkit.integrations.resuming import choose_checkpoint
 from tunerkit_testing.toy_methods import ShiftPlugin
 from tunerkit_testing.trainer_toys import attached_trainer
+from tunerkit_transformers.resuming import choose_checkpoint
 
 
 def resume_together(rank: int, folder: str) -> None:

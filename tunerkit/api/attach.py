@@ -2,11 +2,10 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
-from tunerkit import injection, libraries, serialization, steps
+from tunerkit import hooks, injection, libraries, serialization, steps
 from tunerkit.errors import TunerkitWarning
 from tunerkit.injection import Tuner
 
@@ -50,11 +49,7 @@ def attach(
     """
     tuners = _chosen(model, adapter)
     libraries.refuse_engine(injection.base_modules(model), "attach")
-    if libraries.derives_from(optimizer_or_trainer, libraries.TRAINER):
-        from tunerkit.integrations import transformers as integration  # transformers is an optional dependency
-
-        trainer: Any = optimizer_or_trainer
-        integration.attach_trainer(tuners, trainer, total_steps, data_parallel)
+    if hooks.attached_by_plugin(tuners, optimizer_or_trainer, total_steps, data_parallel):
         injection.warn_of_base_changes(tuners)
         return
     from tunerkit.integrations import engine_choice  # core starts without any integration

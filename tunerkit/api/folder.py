@@ -4,6 +4,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tunerkit import hooks
+from tunerkit.errors import FileError
+from tunerkit.extras import RUNS, install
+
 
 def from_folder(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> tuple[Any, Any]:
     """Load the base model, its adapter and its processor from the output folder of ``tunerkit train``.
@@ -26,7 +30,10 @@ def from_folder(path: str | os.PathLike[str], base: str | os.PathLike[str] | Non
         BaseMismatchError: ``base`` is another model than the one that was trained.
         TunerkitError: transformers cannot load the base from there.
     """
-    from tunerkit.integrations import output_folder
-
-    loaded = output_folder.load_run(output_folder.read_run(Path(path)), None if base is None else os.fspath(base))
-    return loaded.model, loaded.processor
+    found = hooks.open_run(Path(path), None if base is None else os.fspath(base))
+    if found is None:
+        raise FileError(
+            f"{os.fspath(path)}: no installed plugin knows this folder. What `tunerkit train` writes is read by "
+            f"tunerkit-{RUNS}: {install(RUNS)}; an adapter's file, by tunerkit.load(base, path)"
+        )
+    return found

@@ -3,6 +3,7 @@
 from tunerkit.hooks.calls import (
     adds_products,
     after_step,
+    attached_by_plugin,
     before_step,
     budget,
     build_adapter,
@@ -15,6 +16,7 @@ from tunerkit.hooks.calls import (
     has_delta,
     has_factors,
     has_shared,
+    open_run,
     param_groups,
     ranks_changed,
     restore,

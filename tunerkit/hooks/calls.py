@@ -10,6 +10,7 @@ the program without a word (SystemExit, a cancelled task) becomes a `PluginError
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -207,3 +208,23 @@ def state(tuner: TunerView) -> State:
 def restore(tuner: TunerView, saved: State) -> None:
     """Restore what `state` returned."""
     _ask(Question(specs.tunerkit_restore, tuner.method, tuner), answers.nothing, tuner=tuner, state=saved)
+
+
+def attached_by_plugin(
+    tuners: Sequence[TunerView], candidate: object, total_steps: int | None, data_parallel: bool | None
+) -> bool:
+    """Let plugins attach adapters to a trainer that they know. Returns whether one did."""
+    return bool(
+        registry.first(
+            specs.tunerkit_attach,
+            tuners=tuners,
+            candidate=candidate,
+            total_steps=total_steps,
+            data_parallel=data_parallel,
+        )
+    )
+
+
+def open_run(path: Path, base: str | None) -> tuple[nn.Module, object] | None:
+    """Load the model and the processor of a run's folder; None if no plugin knows it."""
+    return registry.first(specs.tunerkit_open_run, path=path, base=base)

@@ -114,6 +114,20 @@ class Registry:
                 self.leave_out(found, hook, error_text(error))
         return answers
 
+    def first(self, hook: Callable[P, R | None], /, *args: P.args, **arguments: P.kwargs) -> R | None:
+        """Ask every plugin until one answers something else than None. What a plugin raises is raised, and names it."""
+        with self._loaded() as catalog:
+            asked = list(catalog.plugins)
+        for found in asked:
+            try:
+                answers: list[R] = self._caller(hook, found)(**arguments)
+            except Exception as error:
+                error.add_note(f"raised in {hook.__name__} of {found}")
+                raise
+            if answers:
+                return answers[0]
+        return None
+
     def notify_all(self, hook: Callable[P, object], /, *args: P.args, **arguments: P.kwargs) -> None:
         """Call a hook that every plugin may watch. If one raises, a `TunerkitWarning` names it; the others are called.
 

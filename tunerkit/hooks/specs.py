@@ -12,7 +12,8 @@ them. When they fire::
                                                             # tunerkit_build_adapter per target
     tunerkit.calibrate(model, batches)                      # tunerkit_calibrate, if the method wants statistics
     groups = tunerkit.param_groups(model, lr=1e-3)          # tunerkit_param_groups
-    tunerkit.attach(model, optimizer, total_steps=1000)     # tunerkit_start: nothing is trained yet
+    tunerkit.attach(model, optimizer, total_steps=1000)     # tunerkit_attach, for what is no optimizer of torch
+                                                            # tunerkit_start: nothing is trained yet
     for batch in batches:
         for part in batch.micro_batches():                  # no hook fires per micro-batch
             loss(model, part).backward()
@@ -34,12 +35,14 @@ them. When they fire::
     tunerkit.attach(model, optimizer, total_steps=1000)     # tunerkit_start
     tunerkit.load_state(model, path)                        # tunerkit_restore
     tunerkit.export(model, path, format="peft")             # tunerkit_formats, and tunerkit_factors per target
+    model, processor = tunerkit.from_folder("a run")        # tunerkit_open_run
     model = tunerkit.load(base_model, "a peft folder")      # tunerkit_formats, then the hooks of wrap, or
                                                             # tunerkit_from_factors
 
-Five hooks ask every plugin: `tunerkit_base_layers`, `tunerkit_weight_readers`, `tunerkit_default_targets`,
-`tunerkit_formats` and `tunerkit_ranks_changed`. `tunerkit_methods` is called for each plugin separately. All others
-call only the plugin that owns the method, so no plugin ever receives another plugin's layers.
+Seven hooks ask every plugin: `tunerkit_base_layers`, `tunerkit_weight_readers`, `tunerkit_default_targets`,
+`tunerkit_attach`, `tunerkit_formats`, `tunerkit_open_run` and `tunerkit_ranks_changed`. `tunerkit_methods` is called
+for each plugin separately. All others call only the plugin that owns the method, so no plugin ever receives another
+plugin's layers.
 
 Core checks each answer. A wrong answer of the method's plugin is a `PluginError`. An exception in a hook keeps its
 class and gets a note that names the plugin, the hook and the target or adapter; SystemExit and the like become a
@@ -51,6 +54,7 @@ answer is left out, with one warning, and ``tunerkit.methods()`` lists the plugi
 # mypy: disable-error-code="empty-body"
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -241,6 +245,32 @@ def tunerkit_param_groups(tuner: TunerView) -> Iterable[ParamGroup]:
     >>> up = torch.nn.Parameter(torch.zeros(2))
     >>> tunerkit_param_groups(SimpleNamespace(named_parameters=lambda: [("head.adapter.up", up)]))[0].lr_scale
     16.0
+    """
+
+
+@hookspec
+def tunerkit_attach(
+    tuners: Sequence[TunerView], candidate: object, total_steps: int | None, data_parallel: bool | None
+) -> bool | None:
+    """Connect adapters to what trains them, if that is something of a library that this plugin knows: a trainer.
+
+    Fires in ``tunerkit.attach``; every plugin is asked until one answers True. None means that the object is none of
+    this plugin's. Core itself attaches to optimizers of torch: a plugin waits until the trainer has one, and attaches
+    that. What it raises, ``attach`` raises.
+
+    >>> import tunerkit
+    >>> class Loop:
+    ...     '''A trainer that builds its optimizer when it is run.'''
+    ...     on_start = []
+    >>> @tunerkit.hookimpl
+    ... def tunerkit_attach(tuners, candidate, total_steps):
+    ...     if not isinstance(candidate, Loop):
+    ...         return None
+    ...     names = [tuner.name for tuner in tuners]
+    ...     candidate.on_start.append((names, total_steps))  # attach its optimizer there
+    ...     return True
+    >>> tunerkit_attach([], Loop(), 10), tunerkit_attach([], "a text", 10)
+    (True, None)
     """
 
 
@@ -437,6 +467,24 @@ def tunerkit_from_factors(
     >>> config, adapters = tunerkit_from_factors([tunerkit.Target("head", torch.nn.Linear(4, 3))], factors)
     >>> config.rank, adapters["head"].rank
     (2, 2)
+    """
+
+
+@hookspec
+def tunerkit_open_run(path: Path, base: str | None) -> tuple[nn.Module, object] | None:
+    """Load the base model, the adapter and the processor of a run that a command or a trainer wrote.
+
+    Fires in ``tunerkit.from_folder``; every plugin is asked until one answers. None means that the folder is none of
+    this plugin's. ``base`` is where the base model is, if the user names it. What it raises, ``from_folder`` raises.
+
+    >>> import tunerkit
+    >>> from pathlib import Path
+    >>> @tunerkit.hookimpl
+    ... def tunerkit_open_run(path):
+    ...     if not (path / "acme.json").is_file():
+    ...         return None
+    >>> print(tunerkit_open_run(Path("out")))
+    None
     """
 
 

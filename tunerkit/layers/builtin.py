@@ -11,7 +11,6 @@ from tunerkit.layers.base import BaseLayer
 from tunerkit.layers.convolution import ConvLayer
 from tunerkit.layers.embedding import EmbeddingLayer
 from tunerkit.layers.linear import Conv1DLayer, LinearLayer
-from tunerkit.libraries import DEFAULT_TARGETS, WEIGHT_READERS
 from tunerkit.records import DefaultTargets, WeightReader
 
 KINDS: tuple[type[BaseLayer], ...] = (LinearLayer, Conv1DLayer, ConvLayer, EmbeddingLayer, AttentionLayer)
@@ -39,7 +38,9 @@ class Knowledge:
     leave_out: Callable[[type[BaseLayer], BaseException], None] = _raise
 
 
-CORE = Knowledge(KINDS, WEIGHT_READERS, DEFAULT_TARGETS)
+# torch's own attention uses the weight of its output projection without calling it.
+_READERS = (WeightReader("torch.nn.modules.activation.MultiheadAttention", ("out_proj",)),)
+CORE = Knowledge(KINDS, _READERS, ())
 
 
 def as_base_layers(modules: Iterable[nn.Module], knowledge: Knowledge) -> dict[nn.Module, BaseLayer]:

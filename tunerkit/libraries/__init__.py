@@ -19,7 +19,6 @@ from tunerkit.libraries.deepspeed import (
     is_of_deepspeed,
     is_zero_shard,
 )
-from tunerkit.libraries.default_targets import DEFAULT_TARGETS
 from tunerkit.libraries.engines import ENGINES, is_sharded, refuse_engine
 from tunerkit.libraries.foreign_files import DEFAULT_FORMAT, FOREIGN_FORMATS, ForeignFormat, foreign_format
 from tunerkit.libraries.forward_fields import FORWARD_ALIASES, FORWARD_FIELDS, FORWARD_SYNONYMS
@@ -50,5 +49,4 @@ from tunerkit.libraries.transformers_private import (
     is_loaded,
 )
 from tunerkit.libraries.trl import is_trl_trainer
-from tunerkit.libraries.weight_readers import WEIGHT_READERS
 from tunerkit.libraries.zero_init import gathered, is_partitioned, outside_zero_init, whole_shape, whole_value

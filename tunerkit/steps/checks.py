@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from tunerkit import injection
 from tunerkit.errors import StepError, TunerkitWarning
+from tunerkit.extras import install, serving
 from tunerkit.injection import Tuner
 from tunerkit.paths import few
 from tunerkit.steps.links import is_attached
@@ -44,8 +45,8 @@ def find_optimizer(candidate: object, tuners: Sequence[Tuner]) -> Optimizer | No
         return candidate
     if isinstance(candidate, type) or not isinstance(candidate, _Stepping):
         raise StepError(
-            f"attach takes a torch optimizer or a transformers Trainer, got {type(candidate).__name__}; "
-            "pass the optimizer that steps the adapter"
+            f"attach takes a torch optimizer, or a trainer that an installed plugin knows, got "
+            f"{type(candidate).__name__}; {_advice(candidate)}"
         )
     if needing:
         raise StepError(
@@ -59,6 +60,14 @@ def find_optimizer(candidate: object, tuners: Sequence[Tuner]) -> Optimizer | No
         stacklevel=4,
     )
     return None
+
+
+def _advice(candidate: object) -> str:
+    """What to do about something that is no optimizer: install the plugin that knows it, if there is one."""
+    extra = serving(candidate)
+    if extra is None:
+        return "pass the optimizer that steps the adapter"
+    return f"tunerkit-{extra} knows it, and is not installed: {install(extra)}"
 
 
 def _takes_hooks(optimizer: Optimizer) -> bool:

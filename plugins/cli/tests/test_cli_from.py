@@ -22,11 +22,11 @@ from tests.support.train_command import (
     signalled,
     succeeded,
 )
-from tunerkit.integrations.pretrained import load_pretrained
 from tunerkit_cli.running import starting
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_adapters import SCALE
 from tunerkit_testing.toy_methods import LowRankPlugin
+from tunerkit_transformers.pretrained import load_pretrained
 
 
 class ToyFormat:

@@ -20,10 +20,10 @@ import tunerkit
 from tests.support.tiny_models import TEMPLATE, save_tiny_llama, save_tiny_t5
 from tests.support.toy_growing import GrowingPlugin
 from tests.support.train_command import collapsing, command, record_of, succeeded
-from tunerkit.integrations.pretrained import load_pretrained
 from tunerkit_cli.tasks.turns import NOT_LEARNED, encode_turns
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
+from tunerkit_transformers.pretrained import load_pretrained
 
 LONG = "the film plot " * 5  # 16 tokens with the one that begins a text
 MARKED = (

@@ -24,8 +24,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 import tunerkit
 from tests.support.tiny_classifier import WORDS, save_tiny_classifier
 from tests.support.tiny_models import SIDE, save_tiny_llama, save_tiny_roberta, save_tiny_t5, save_tiny_vit
-from tunerkit.integrations.output_folder import load_run, read_run
-from tunerkit.integrations.pretrained import load_pretrained
 from tunerkit_cli.recipes.recipe import Recipe
 from tunerkit_cli.report.record import GREATEST
 from tunerkit_cli.rows.reading import DataError, Table, read_table
@@ -44,6 +42,8 @@ from tunerkit_cli.tasks.texts import short_to_long, token_limit
 from tunerkit_cli.tasks.token_classification import entities
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
+from tunerkit_transformers.output_folder import load_run, read_run
+from tunerkit_transformers.pretrained import load_pretrained
 
 Rows = list[dict[str, Any]]
 QUIET = Console(quiet=True)

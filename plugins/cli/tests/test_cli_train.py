@@ -33,8 +33,6 @@ from tests.support.train_command import (
     succeeded,
     write_rows,
 )
-from tunerkit.integrations.output_folder import read_run
-from tunerkit.integrations.pretrained import load_pretrained
 from tunerkit_cli.plugin_commands import PluginCommands
 from tunerkit_cli.recipes import reading, schema
 from tunerkit_cli.recipes.recipe import Recipe, to_mapping
@@ -58,6 +56,8 @@ from tunerkit_cli.tasks import task_of
 from tunerkit_cli.tasks.text_classification import TextClassification
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
+from tunerkit_transformers.output_folder import read_run
+from tunerkit_transformers.pretrained import load_pretrained
 
 PLUGINS = (GrowingPlugin, LowRankPlugin)
 

@@ -16,7 +16,7 @@ import transformers  # noqa: E402
 
 import tunerkit  # noqa: E402
 from tests.support.train_command import arguments_of, command, record_of, succeeded  # noqa: E402
-from tunerkit.integrations import quantising  # noqa: E402
+from tunerkit_transformers import quantising  # noqa: E402
 
 
 @pytest.fixture(scope="module")

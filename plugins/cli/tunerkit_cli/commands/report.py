@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from tunerkit.integrations.run_folder import NAME, RunError, read_record
 from tunerkit_cli import outputs
+from tunerkit_transformers.run_folder import NAME, RunError, read_record
 
 
 def report(

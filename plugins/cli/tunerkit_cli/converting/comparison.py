@@ -6,11 +6,11 @@ import attrs
 from torch import Tensor
 
 from tunerkit import BaseMismatchError, Factors, Tuner, unstructure
-from tunerkit.integrations.pretrained import quiet
 from tunerkit.paths import join
 from tunerkit_cli.converting.opening import Opened, open_adapter
 from tunerkit_cli.converting.products import relative, relative_tensor
 from tunerkit_cli.converting.remarks import collected
+from tunerkit_transformers.pretrained import quiet
 
 EQUAL = 1e-6  # a relative difference up to which two fp32 adapters are the same
 # They say where an adapter is, in patterns: the targets themselves are compared.

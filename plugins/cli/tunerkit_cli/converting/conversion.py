@@ -11,8 +11,6 @@ import tunerkit
 from tunerkit import ConfigError, Format, TunerkitError, UnknownFormatError, hooks, serialization
 from tunerkit.config import options_from
 from tunerkit.errors import closest, shown
-from tunerkit.integrations.adapter_files import description_at
-from tunerkit.integrations.pretrained import quiet
 from tunerkit.libraries import FOREIGN_FORMATS
 from tunerkit.paths import few
 from tunerkit_cli.converting.description import OWN
@@ -20,6 +18,8 @@ from tunerkit_cli.converting.destination import refuse_occupied
 from tunerkit_cli.converting.opening import open_adapter
 from tunerkit_cli.converting.remarks import collected
 from tunerkit_cli.settings import given_value
+from tunerkit_transformers.adapter_files import description_at
+from tunerkit_transformers.pretrained import quiet
 
 _SHAPES_ONLY = (
     "no weights of the base were read, so the file lists its parameters and shapes alone: a base with other values in "

@@ -68,7 +68,7 @@ def describe_adapter(source: str) -> Shown:
     if (known := _from_header(source)) is not None:
         return known
     from tunerkit import serialization
-    from tunerkit.integrations.adapter_files import description_at
+    from tunerkit_transformers.adapter_files import description_at
 
     format = serialization.format_at(source)
     if format is None:
@@ -133,7 +133,7 @@ def _digest(text: str, entries: Mapping[str, Any], data: memoryview) -> str:
 
 def _own(source: str) -> Shown:
     from tunerkit import serialization
-    from tunerkit.integrations.adapter_files import refuse_absent
+    from tunerkit_transformers.adapter_files import refuse_absent
 
     refuse_absent(source)
     file, tensors, header = serialization.read(source, content="adapter")

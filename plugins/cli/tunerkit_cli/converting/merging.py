@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import tunerkit
-from tunerkit.integrations.base_choice import choose_base
-from tunerkit.integrations.pretrained import quiet
 from tunerkit_cli.converting.opening import load_adapter, load_base
 from tunerkit_cli.converting.remarks import collected
 from tunerkit_cli.outputs import new_folder
+from tunerkit_transformers.base_choice import choose_base
+from tunerkit_transformers.pretrained import quiet
 
 _PROCESSORS = ("AutoProcessor", "AutoTokenizer", "AutoImageProcessor", "AutoFeatureExtractor")
 

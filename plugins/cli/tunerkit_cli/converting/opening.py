@@ -5,8 +5,8 @@ from torch import nn
 
 import tunerkit
 from tunerkit import BaseMismatchError, Tuner, serialization
-from tunerkit.integrations.base_choice import choose_base, with_base
-from tunerkit.integrations.bases import Base, skeleton, whole
+from tunerkit_transformers.base_choice import choose_base, with_base
+from tunerkit_transformers.bases import Base, skeleton, whole
 
 
 @attrs.frozen(eq=False)

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 import tunerkit
 from tunerkit import ConfigError, TunerkitError
-from tunerkit.integrations.adapter_files import base_facts, holds_adapter
-from tunerkit.integrations.base_choice import choose_base
-from tunerkit.integrations.bases import Base, refuse_other_type
-from tunerkit.integrations.pretrained import quiet
 from tunerkit_cli.converting.inputs import Inputs, random_inputs
 from tunerkit_cli.converting.opening import load_adapter, load_base
 from tunerkit_cli.converting.remarks import collected
+from tunerkit_transformers.adapter_files import base_facts, holds_adapter
+from tunerkit_transformers.base_choice import choose_base
+from tunerkit_transformers.bases import Base, refuse_other_type
+from tunerkit_transformers.pretrained import quiet
 
 _NO_EFFECT = "{} changes no output of the base, so equal outputs say little: is it trained?"
 _RUNNING = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError, NotImplementedError)

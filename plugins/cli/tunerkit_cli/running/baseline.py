@@ -10,12 +10,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from tunerkit import TunerkitError
-from tunerkit.integrations.pretrained import Pretrained
 from tunerkit_cli.running.arguments import trainer_arguments
 from tunerkit_cli.running.building import build_trainer
 from tunerkit_cli.running.callbacks import Watching
 from tunerkit_cli.tasks.base import Row, Task
 from tunerkit_cli.tasks.texts import short_to_long
+from tunerkit_transformers.pretrained import Pretrained
 
 # A head trained alone needs a much higher learning rate than adapters. On the demo, lower rates than these are worse.
 HEAD_RATES = (3e-2, 1e-1, 3e-1)

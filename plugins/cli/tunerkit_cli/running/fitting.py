@@ -5,7 +5,6 @@ from typing import Any
 
 import attrs
 
-from tunerkit.integrations.pretrained import Pretrained
 from tunerkit_cli.rows.reading import DataError
 from tunerkit_cli.running.building import build_trainer
 from tunerkit_cli.tasks.base import Task
@@ -13,6 +12,7 @@ from tunerkit_cli.tasks.causal_lm import CausalLm
 from tunerkit_cli.tasks.generating import GenerationTask, prompt_length, refusing_template
 from tunerkit_cli.tasks.texts import positions_of
 from tunerkit_cli.tasks.turns import NOT_LEARNED
+from tunerkit_transformers.pretrained import Pretrained
 
 NO_ROOM = "the prompt fills max_length"
 NO_TURN = "no assistant's turn"

@@ -14,8 +14,6 @@ import attrs
 import tunerkit
 from tunerkit import serialization
 from tunerkit.errors import FileError, shown
-from tunerkit.integrations.output_folder import RECORD
-from tunerkit.integrations.pretrained import Pretrained
 from tunerkit_cli.outputs import OutputError, publishing, writing as writing_to
 from tunerkit_cli.recipes import writing
 from tunerkit_cli.recipes.reading import read_recipe
@@ -35,6 +33,8 @@ from tunerkit_cli.running.written import (
     run_files,
 )
 from tunerkit_cli.tasks import task_of
+from tunerkit_transformers.output_folder import RECORD
+from tunerkit_transformers.pretrained import Pretrained
 
 ADAPTER = "adapter.safetensors"
 ENVIRONMENT = "environment.json"

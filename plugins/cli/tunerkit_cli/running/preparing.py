@@ -10,8 +10,6 @@ from rich.console import Console
 
 import tunerkit
 from tunerkit import Tuner
-from tunerkit.integrations.pretrained import Pretrained, load_pretrained
-from tunerkit.integrations.quantising import bytes_of
 from tunerkit_cli import assets
 from tunerkit_cli.demo import demo_of
 from tunerkit_cli.recipes.reading import read_recipe
@@ -33,6 +31,8 @@ from tunerkit_cli.tasks.base import Task
 from tunerkit_cli.tasks.causal_lm import CausalLm, settle_prompts_
 from tunerkit_cli.tasks.generating import GenerationTask
 from tunerkit_cli.tasks.texts import labels_of, short_to_long
+from tunerkit_transformers.pretrained import Pretrained, load_pretrained
+from tunerkit_transformers.quantising import bytes_of
 
 
 def is_of_earlier_version(folder: Path) -> bool:

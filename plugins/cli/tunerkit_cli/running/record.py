@@ -16,12 +16,12 @@ from rich.console import Console
 
 import tunerkit
 from tunerkit import RankChange, Tuner, hooks, injection, serialization
-from tunerkit.integrations.output_folder import RECORD
-from tunerkit.integrations.pretrained import Pretrained
 from tunerkit_cli.report.record import Problem
 from tunerkit_cli.running import written
 from tunerkit_cli.running.telling import say
 from tunerkit_cli.running.written import PICTURES
+from tunerkit_transformers.output_folder import RECORD
+from tunerkit_transformers.pretrained import Pretrained
 
 _PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "scikit-learn")
 

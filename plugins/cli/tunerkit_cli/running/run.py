@@ -13,8 +13,6 @@ from rich.console import Console
 import tunerkit
 from tunerkit import TunerkitError
 from tunerkit.errors import shown
-from tunerkit.integrations.output_folder import RECORD, VERSION
-from tunerkit.integrations.pretrained import quiet
 from tunerkit_cli import outputs
 from tunerkit_cli.recipes.recipe import DEFAULT_METHOD, Recipe, to_mapping, with_full_paths, with_home, with_precision
 from tunerkit_cli.running import hardware, output, written
@@ -46,6 +44,8 @@ from tunerkit_cli.running.training import (
     train_with_restarts,
 )
 from tunerkit_cli.tasks.generating import are_conversations
+from tunerkit_transformers.output_folder import RECORD, VERSION
+from tunerkit_transformers.pretrained import quiet
 
 
 def run(

@@ -6,13 +6,13 @@ from typing import Any
 import attrs
 
 from tunerkit import Tuner
-from tunerkit.integrations.pretrained import Pretrained
 from tunerkit_cli.recipes.recipe import Recipe
 from tunerkit_cli.running.callbacks import Watching
 from tunerkit_cli.running.data import Data
 from tunerkit_cli.running.fitting import Fit
 from tunerkit_cli.running.starting import Start
 from tunerkit_cli.tasks.base import Task
+from tunerkit_transformers.pretrained import Pretrained
 
 
 @attrs.frozen(eq=False)

@@ -12,8 +12,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from tunerkit.errors import cut
-from tunerkit.integrations.output_folder import read_run
-from tunerkit.integrations.run_folder import NAME as RECORD, RECIPE
 from tunerkit_cli.converting.description import Shown, describe_adapter
 from tunerkit_cli.converting.printing import ranks_in_words, size_in_words
 from tunerkit_cli.report.rank_map import rank_map
@@ -22,6 +20,8 @@ from tunerkit_cli.report.terminal import rank_table
 from tunerkit_cli.report.verdict import failure
 from tunerkit_cli.running.telling import say
 from tunerkit_cli.settings import write_settings
+from tunerkit_transformers.output_folder import read_run
+from tunerkit_transformers.run_folder import NAME as RECORD, RECIPE
 
 _LONGEST = 20_000  # characters of settings that are printed as YAML, which takes a second for a megabyte
 _WIDEST = 16  # columns of a table; a UNet has a hundred
@@ -49,7 +49,7 @@ def _has_only_begun(source: str) -> bool:
     """Whether it is the folder of a run that has not ended: it has a recipe, and no adapter yet."""
     if not os.path.isfile(os.path.join(source, RECIPE)):
         return False
-    from tunerkit.integrations.adapter_files import has_no_record  # imports torch
+    from tunerkit_transformers.adapter_files import has_no_record  # imports torch
 
     return not has_no_record(source)
 

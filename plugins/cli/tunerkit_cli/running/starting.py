@@ -12,13 +12,13 @@ from torch import nn
 import tunerkit
 from tunerkit import ConfigError, FileError, StepError, TunerkitError, serialization
 from tunerkit.errors import shown
-from tunerkit.integrations.output_folder import RECORD, read_run
 from tunerkit_cli.recipes.recipe import DTYPES, PRECISIONS, Recipe
 from tunerkit_cli.running import written
 from tunerkit_cli.running.hardware import choose_device, obstacle
 from tunerkit_cli.running.record import write_json
 from tunerkit_cli.running.written import CHECKPOINTS, RECIPE
 from tunerkit_cli.settings import read_settings
+from tunerkit_transformers.output_folder import RECORD, read_run
 
 # What a recipe need not say: an output folder's record does, and so does the recipe of a run that is resumed.
 _FROM_RUN = ("task", "model", "dtype", "precision", "method")

@@ -9,9 +9,6 @@ from rich.console import Console
 import tunerkit
 from tunerkit import FileError, TunerkitError
 from tunerkit.errors import shown
-from tunerkit.integrations.adapter_files import has_no_record
-from tunerkit.integrations.output_folder import RECORD, Run, load_run, read_run
-from tunerkit.integrations.pretrained import Pretrained, quiet
 from tunerkit_cli.converting.merging import merge_adapter
 from tunerkit_cli.outputs import OutputError, new_folder
 from tunerkit_cli.recipes.recipe import PRECISIONS
@@ -27,6 +24,9 @@ from tunerkit_cli.tasks.base import Row, Task, require_text
 from tunerkit_cli.tasks.causal_lm import settle_prompts_
 from tunerkit_cli.tasks.generating import GREEDY, GenerationTask, generate, require_system
 from tunerkit_cli.tasks.texts import token_limit
+from tunerkit_transformers.adapter_files import has_no_record
+from tunerkit_transformers.output_folder import RECORD, Run, load_run, read_run
+from tunerkit_transformers.pretrained import Pretrained, quiet
 
 # What only concerns a run that trains: the other arguments, such as DPO's beta, decide what its loss is.
 _OF_TRAINING = (

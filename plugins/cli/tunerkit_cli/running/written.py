@@ -11,9 +11,9 @@ from typing import Any, Final
 import tunerkit
 from tunerkit import serialization
 from tunerkit.errors import TunerkitError
-from tunerkit.integrations.output_folder import RECORD
 from tunerkit_cli.recipes.recipe import TASKS
 from tunerkit_cli.settings import read_settings
+from tunerkit_transformers.output_folder import RECORD
 
 LIST: Final = "written.json"
 RECIPE: Final = "recipe.yaml"

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import attrs
 
 from tunerkit.errors import TunerkitError, closest, shown
-from tunerkit.integrations.pretrained import Pretrained
-from tunerkit.integrations.task_classes import TASKS
 from tunerkit_cli.rows.labels import class_numbers, tidy
 from tunerkit_cli.rows.reading import DataError, Table, column
+from tunerkit_transformers.pretrained import Pretrained
+from tunerkit_transformers.task_classes import TASKS
 
 
 class MissingPackageError(TunerkitError):

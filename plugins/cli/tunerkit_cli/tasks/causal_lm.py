@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from tunerkit.errors import ConfigError, shown
-from tunerkit.integrations.pretrained import Pretrained
 from tunerkit.paths import few
 from tunerkit_cli.rows.reading import DataError, Table
 from tunerkit_cli.tasks.base import Column, Row, Task, name_in, require_package, require_text
@@ -16,6 +15,7 @@ from tunerkit_cli.tasks.generating import (
     require_tokens,
 )
 from tunerkit_cli.tasks.turns import encode_turns
+from tunerkit_transformers.pretrained import Pretrained
 
 _FORMS: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("text",))
 

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import jinja2
 
 from tunerkit.errors import shown
-from tunerkit.integrations.pretrained import Pretrained
 from tunerkit_cli.rows.reading import DataError, Table
 from tunerkit_cli.tasks.answering import Answering
 from tunerkit_cli.tasks.base import USUAL, Results, Row, Task
 from tunerkit_cli.tasks.texts import positions_of
+from tunerkit_transformers.pretrained import Pretrained
 
 NEW_TOKENS = 64
 GREEDY = Answering()

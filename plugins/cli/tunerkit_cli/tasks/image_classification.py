@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 import attrs
 
 from tunerkit.errors import shown
-from tunerkit.integrations.pretrained import Pretrained
 from tunerkit_cli.rows.labels import class_numbers
 from tunerkit_cli.rows.reading import DataError, Table
 from tunerkit_cli.tasks.base import LABEL, Column, Row, Task, name_in, pipeline_of, require_package
 from tunerkit_cli.tasks.classifying import chosen_class, classification_scores, confusion_of
 from tunerkit_cli.tasks.text_classification import class_label, several_classes
 from tunerkit_cli.tasks.texts import labels_of
+from tunerkit_transformers.pretrained import Pretrained
 
 
 class ImageClassification(Task):

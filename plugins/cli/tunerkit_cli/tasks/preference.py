@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import tunerkit
-from tunerkit.integrations.pretrained import Pretrained
 from tunerkit_cli.tasks.base import Column, Results, Row, require_package, require_text
 from tunerkit_cli.tasks.generating import GenerationTask, checked_messages, measured, require_one_kind, require_tokens
+from tunerkit_transformers.pretrained import Pretrained
 
 
 class Preference(GenerationTask):

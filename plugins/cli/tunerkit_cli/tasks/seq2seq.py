@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from tunerkit.integrations.pretrained import Pretrained
 from tunerkit_cli.tasks.answering import Answering
 from tunerkit_cli.tasks.base import Column, Row, require_text
 from tunerkit_cli.tasks.generating import GREEDY, SAMPLES, GenerationTask, generate
 from tunerkit_cli.tasks.texts import token_limit
+from tunerkit_transformers.pretrained import Pretrained
 
 
 class Seq2Seq(GenerationTask):

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from tunerkit.integrations.pretrained import Pretrained
 from tunerkit_cli.tasks.base import LABEL, TEXT, Column, Row, Task, pipeline_of, require_text
+from tunerkit_transformers.pretrained import Pretrained
 
 PAIR = Column("text_pair", ("sentence2", "hypothesis", "question"), needed=False)
 

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any, ClassVar
 
-from tunerkit.integrations.pretrained import Pretrained
 from tunerkit_cli.rows.labels import class_names, class_numbers
 from tunerkit_cli.rows.reading import DataError
 from tunerkit_cli.tasks.base import Column, Results, Row, Task, first_output
 from tunerkit_cli.tasks.classifying import classification_scores, confusion_of
 from tunerkit_cli.tasks.multi_label import label_list, tag_list
 from tunerkit_cli.tasks.texts import labels_of, token_limit
+from tunerkit_transformers.pretrained import Pretrained
 
 IGNORED = -100  # the label that the loss leaves out, as in torch and transformers
 _ENTITY_TAG = re.compile(r"O|[BIESLU]-.+")  # IOB2, and IOBES or BILOU, which mark an entity's last and only word too

@@ -2,17 +2,20 @@
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pytest
 from torch import nn
 
-from tests.support.target_models import chosen, scanned, silent
+from tests.support import target_models
+from tests.support.target_models import silent
 from tunerkit import targets
 from tunerkit.errors import TargetError, TunerkitWarning
-from tunerkit.libraries import DEFAULT_TARGETS
 from tunerkit.patterns import matches
+from tunerkit_transformers.default_targets import DEFAULT_TARGETS
 
+chosen = partial(target_models.chosen, defaults=DEFAULT_TARGETS)
 DEFAULTS = {model_type: known.names for known in DEFAULT_TARGETS for model_type in known.model_types}
 
 TINY = {
@@ -164,4 +167,4 @@ def test_gpt2_with_its_tied_head_named_is_refused_with_both_names() -> None:
     with pytest.raises(TargetError, match=r"lm_head: .*transformer\.wte\.weight, lm_head\.weight"):
         chosen(model, ["c_attn", "lm_head"])
     with pytest.raises(TargetError, match=r"lm_head\.weight is tied to transformer\.wte\.weight"):
-        targets.refuse_tied(scanned(model), ["lm_head"])
+        targets.refuse_tied(target_models.scanned(model, *DEFAULT_TARGETS), ["lm_head"])

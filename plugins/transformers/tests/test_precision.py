@@ -7,18 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import Trainer, TrainerCallback
 
 import tunerkit
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
-
-pytest.importorskip("transformers", reason="the Trainer is transformers'")
-pytest.importorskip("accelerate", reason="the Trainer needs it")
-from transformers import Trainer, TrainerCallback
-
 from tunerkit_testing.trainer_toys import Regression, RegressionRows, arguments
-
-pytestmark = pytest.mark.core_only
 
 ROWS = RegressionRows()
 

@@ -21,13 +21,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from tunerkit import serialization
 from tunerkit.errors import TunerkitWarning
 from tunerkit.injection import Tuner, regrouped, tuners_of, warn_of_base_changes
-from tunerkit.integrations.folders import folder_of, has_file
-from tunerkit.integrations.precision import Precision
-from tunerkit.integrations.ranks import rows_of, write_ranks
-from tunerkit.integrations.resuming import choose_checkpoint
-from tunerkit.integrations.switching import DEEPSPEED, FSDP, without
-from tunerkit.integrations.zero_checkpoints import base_may_be_missing, runs_deepspeed, without_base
 from tunerkit.libraries import is_sharded, transformers_private
+from tunerkit_transformers.folders import folder_of, has_file
+from tunerkit_transformers.precision import Precision
+from tunerkit_transformers.ranks import rows_of, write_ranks
+from tunerkit_transformers.resuming import choose_checkpoint
+from tunerkit_transformers.switching import DEEPSPEED, FSDP, without
+from tunerkit_transformers.zero_checkpoints import base_may_be_missing, runs_deepspeed, without_base
 
 
 class Attached(Protocol):

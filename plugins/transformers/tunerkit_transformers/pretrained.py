@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError
 
 from tunerkit.errors import TunerkitError, closest, cut, shown
-from tunerkit.integrations.quantising import quantising
-from tunerkit.integrations.task_classes import CAUSAL, TASKS, TEXT, TaskClasses
 from tunerkit.libraries import transformers_private
+from tunerkit_transformers.quantising import quantising
+from tunerkit_transformers.task_classes import CAUSAL, TASKS, TEXT, TaskClasses
 
 _CLOSE = 0.6  # how alike a mistyped name is to the right one, as difflib measures it
 

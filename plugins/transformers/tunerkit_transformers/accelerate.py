@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 from tunerkit import parallel, serialization
 from tunerkit.errors import FileError
 from tunerkit.injection import Tuner, tuners_of
-from tunerkit.integrations.folders import folder_of
 from tunerkit.libraries import without_models
+from tunerkit_transformers.folders import folder_of
 
 
 def checkpoint_adapters_(accelerator: Any) -> None:

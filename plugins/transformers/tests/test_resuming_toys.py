@@ -5,14 +5,10 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("transformers", reason="the Trainer is transformers'")
-pytest.importorskip("accelerate", reason="the Trainer needs it")
 from tests.support.toy_growing import GrowingPlugin
 from tests.support.toy_shared import SharedPlugin
 from tests.support.toy_starts import FittedPlugin, PrincipalPlugin
 from tunerkit_testing import resuming
-
-pytestmark = pytest.mark.core_only
 
 RUNS: dict[str, dict[str, Any]] = {
     "toy-shared": {"plugins": (SharedPlugin,)},

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tunerkit.errors import TunerkitError, cut, shown
-from tunerkit.integrations.pretrained import LOADING, ModelError, closest_folder, is_path, tried
+from tunerkit_transformers.pretrained import LOADING, ModelError, closest_folder, is_path, tried
 
 _PASS = "pass the folder of the model, or its name on the hub (org/name), with --base"
 

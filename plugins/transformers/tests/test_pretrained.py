@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
-transformers = pytest.importorskip("transformers", reason="the models are its own")
-
-import tunerkit  # noqa: E402
-from tests.support.tiny_classifier import save_tiny_classifier  # noqa: E402
-from tunerkit.integrations.bases import Base, refusing  # noqa: E402
-from tunerkit.integrations.pretrained import ModelError, is_path, load_pretrained  # noqa: E402
+import tunerkit
+from tests.support.tiny_classifier import save_tiny_classifier
+from tunerkit_transformers.bases import Base, refusing
+from tunerkit_transformers.pretrained import ModelError, is_path, load_pretrained
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

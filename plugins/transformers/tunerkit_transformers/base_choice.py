@@ -7,10 +7,10 @@ import attrs
 from torch import nn
 
 from tunerkit.errors import BaseMismatchError
-from tunerkit.integrations.adapter_files import BaseFacts, base_facts
-from tunerkit.integrations.bases import Base, config_of, diffusers_class, refusing, skeleton
-from tunerkit.integrations.pretrained import ModelError, classes_of, looks_local
-from tunerkit.integrations.task_classes import TASKS
+from tunerkit_transformers.adapter_files import BaseFacts, base_facts
+from tunerkit_transformers.bases import Base, config_of, diffusers_class, refusing, skeleton
+from tunerkit_transformers.pretrained import ModelError, classes_of, looks_local
+from tunerkit_transformers.task_classes import TASKS
 
 _AUTO = "AutoModel"
 _CLASSIFIER = "Classification"  # in the names of all classes with such a head

@@ -1,12 +1,12 @@
 """The default targets of each known architecture, by transformers' ``config.model_type``.
 
 Each entry names the attention and MLP matrices of the repeated blocks: no embedding, no pooler, no output head.
-For other architectures, the kinds of layers in the blocks decide (see `tunerkit.targets.select`). So they do for
+For other architectures, the kinds of layers in the blocks decide. So they do for
 multi-modal models, whose towers differ too much for one tuple of names. An entry may name layers that only some
 versions or variants of the architecture have.
 """
 
-from tunerkit.records import DefaultTargets
+from tunerkit import DefaultTargets
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 _MLP = ("intermediate.dense", "output.dense")

@@ -10,12 +10,12 @@ from safetensors import SafetensorError, safe_open
 
 from tunerkit import hooks, serialization
 from tunerkit.errors import FileError, PluginError, shown
-from tunerkit.integrations.output_folder import RECORD, read_run
-from tunerkit.integrations.run_folder import RECIPE
-from tunerkit.integrations.task_classes import TASKS
 from tunerkit.libraries import foreign_format
 from tunerkit.paths import few, join
 from tunerkit.records import Description, Format
+from tunerkit_transformers.output_folder import RECORD, read_run
+from tunerkit_transformers.run_folder import RECIPE
+from tunerkit_transformers.task_classes import TASKS
 
 _UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
 

@@ -11,13 +11,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from tunerkit.errors import StepError, TunerkitWarning
 from tunerkit.injection import Tuner, refuse_fixed, tuners_of, warn_of_base_changes, wrapped_of
-from tunerkit.integrations.checkpoints import load_states, restore_weights_, take_over_
 from tunerkit.integrations.engine_choice import engine_for
-from tunerkit.integrations.fsdp import leave_out_, refuse_other_shards
-from tunerkit.integrations.trl import settle_
-from tunerkit.integrations.zero_checkpoints import runs_deepspeed
 from tunerkit.serialization import warn_of_unspent_schedule
 from tunerkit.steps import detach, drive, is_attached
+from tunerkit_transformers.checkpoints import load_states, restore_weights_, take_over_
+from tunerkit_transformers.fsdp import leave_out_, refuse_other_shards
+from tunerkit_transformers.trl import settle_
+from tunerkit_transformers.zero_checkpoints import runs_deepspeed
 
 
 def attach_trainer(

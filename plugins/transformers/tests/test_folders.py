@@ -6,11 +6,8 @@ from pathlib import Path
 import pytest
 
 import tunerkit
-
-pytest.importorskip("transformers", reason="the Trainer is transformers'")
-pytest.importorskip("accelerate", reason="the Trainer needs it")
-from tunerkit.integrations.folders import folder_of
 from tunerkit_testing.trainer_toys import Regression
+from tunerkit_transformers.folders import folder_of
 
 pytestmark = pytest.mark.usefixtures("toys")
 ODD = "Adapter A"

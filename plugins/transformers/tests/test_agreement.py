@@ -3,9 +3,7 @@
 import pytest
 from torch import distributed
 
-from tunerkit.integrations.agreement import gathered, union
-
-pytestmark = pytest.mark.core_only
+from tunerkit_transformers.agreement import gathered, union
 
 
 def test_a_single_process_calls_no_collective(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,17 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-
-import tunerkit
-
-pytest.importorskip("transformers", reason="the Trainer is transformers'")
-pytest.importorskip("accelerate", reason="the Trainer needs it")
 from transformers import Trainer
 
+import tunerkit
 from tests.support.two_trainers import resume_together
 from tunerkit_testing.trainer_toys import Regression, RegressionRows, arguments, attached_trainer
 
-pytestmark = [pytest.mark.core_only, pytest.mark.usefixtures("toys")]
+pytestmark = pytest.mark.usefixtures("toys")
 # What a checkpoint of two adapters consists of. Nothing reads the arguments back.
 FILES = (
     "a/adapter.safetensors", "a/state.safetensors", "b/adapter.safetensors", "b/state.safetensors", "optimizer.pt",

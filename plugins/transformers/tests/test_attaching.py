@@ -7,17 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import Trainer, TrainerCallback
 
 import tunerkit
 from tests.support.noting import NotingPlugin, calls_of, hooks_of, per_step
 from tunerkit.errors import AdapterError
 from tunerkit.steps import is_attached
 from tunerkit_testing.registering import registered
-
-pytest.importorskip("transformers", reason="the Trainer is transformers'")
-pytest.importorskip("accelerate", reason="the Trainer needs it")
-from transformers import Trainer, TrainerCallback
-
 from tunerkit_testing.trainer_toys import Regression, RegressionRows, arguments
 
 ROWS = RegressionRows()

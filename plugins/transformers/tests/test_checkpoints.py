@@ -7,13 +7,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import Tensor, nn
-
-import tunerkit
-
-pytest.importorskip("transformers", reason="the Trainer is transformers'")
-pytest.importorskip("accelerate", reason="the Trainer needs it")
 from transformers import Trainer, TrainerCallback
 
+import tunerkit
 from tunerkit_testing.trainer_toys import Regression, RegressionRows, TokenRows, arguments
 from tunerkit_testing.transformers_cases import bert
 

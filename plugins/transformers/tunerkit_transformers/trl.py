@@ -9,9 +9,9 @@ from transformers import PreTrainedModel, Trainer
 
 from tunerkit.errors import StepError, TunerkitWarning
 from tunerkit.injection import Reference, Tuner, inside, reference, slots_of
-from tunerkit.integrations.stored_weights import differs_from_stored
 from tunerkit.layers import bias_name
 from tunerkit.libraries import is_trl_trainer
+from tunerkit_transformers.stored_weights import differs_from_stored
 
 
 def settle_(trainer: Trainer, tuners: list[Tuner]) -> None:

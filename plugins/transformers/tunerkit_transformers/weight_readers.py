@@ -3,12 +3,11 @@
 A class may be listed even if some of its configurations call the child: the weight override also covers a call.
 """
 
-from tunerkit.records import WeightReader
+from tunerkit import WeightReader
 
 _MAMBA = ("conv1d", "x_proj", "dt_proj", "out_proj")
 
 WEIGHT_READERS = (
-    WeightReader("torch.nn.modules.activation.MultiheadAttention", ("out_proj",)),
     WeightReader("torchvision.models.swin_transformer.ShiftedWindowAttention", ("qkv", "proj")),
     WeightReader("torchvision.models.swin_transformer.ShiftedWindowAttentionV2", ("qkv", "proj")),
     WeightReader("timm.models.beit.Attention", ("qkv",)),

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from tunerkit.errors import BaseMismatchError, FileError, shown
-from tunerkit.integrations.run_folder import NAME as RECORD, read_record
-from tunerkit.integrations.task_classes import TASKS
+from tunerkit_transformers.run_folder import NAME as RECORD, read_record
+from tunerkit_transformers.task_classes import TASKS
 
 if TYPE_CHECKING:
-    from tunerkit.integrations.pretrained import Pretrained
+    from tunerkit_transformers.pretrained import Pretrained
 
 VERSION = 1
 
@@ -25,7 +25,7 @@ class Run:
 
     Attributes:
         folder: The folder.
-        task: The task, one of `tunerkit.integrations.task_classes.TASKS`.
+        task: The task, one of `tunerkit_transformers.task_classes.TASKS`.
         source: The base model: the folder or the hub name that it was loaded from.
         revision: The commit of the hub; None for a folder.
         dtype: The dtype of the base's weights, such as ``"float32"``.
@@ -91,7 +91,7 @@ def load_run(run: Run, base: str | Path | None = None) -> "Pretrained":
         FileError: The adapter's file is missing or damaged.
     """
     from tunerkit import serialization
-    from tunerkit.integrations.pretrained import load_pretrained
+    from tunerkit_transformers.pretrained import load_pretrained
 
     source = str(base) if base is not None else run.source
     if base is None and Path(source).is_absolute() and not Path(source).exists():

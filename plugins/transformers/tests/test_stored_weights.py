@@ -5,11 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", reason="the models are transformers'")
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tunerkit.integrations.stored_weights import differs_from_stored
+from tunerkit_transformers.stored_weights import differs_from_stored
 
 
 @pytest.fixture(params=["one file", "shards"])

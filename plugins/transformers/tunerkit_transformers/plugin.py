@@ -1,0 +1,46 @@
+"""The hooks: trainers, runs, and what is known of the models of transformers and of its neighbours."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tunerkit import DefaultTargets, Tuner, WeightReader, hookimpl
+from tunerkit.libraries import TRAINER, derives_from
+from tunerkit_transformers.default_targets import DEFAULT_TARGETS
+from tunerkit_transformers.weight_readers import WEIGHT_READERS
+
+
+@hookimpl
+def tunerkit_default_targets() -> Iterable[DefaultTargets]:
+    """Name the matrices of known architectures."""
+    return DEFAULT_TARGETS
+
+
+@hookimpl
+def tunerkit_weight_readers() -> Iterable[WeightReader]:
+    """Name the classes that use a child's weight without calling the child."""
+    return WEIGHT_READERS
+
+
+@hookimpl
+def tunerkit_attach(
+    tuners: Sequence[Tuner], candidate: Any, total_steps: int | None, data_parallel: bool | None
+) -> bool | None:
+    """Attach to a Trainer, and to those that derive from it, as TRL's do."""
+    if not derives_from(candidate, TRAINER):
+        return None
+    from tunerkit_transformers.attaching import attach_trainer  # importing transformers takes seconds
+
+    attach_trainer([*tuners], candidate, total_steps, data_parallel)
+    return True
+
+
+@hookimpl
+def tunerkit_open_run(path: Path, base: str | None) -> tuple[nn.Module, object]:
+    """Load what ``tunerkit train`` wrote. Raises `RunError`, which says what the folder is, if it is none of its."""
+    from tunerkit_transformers.output_folder import load_run, read_run
+
+    loaded = load_run(read_run(path), base)
+    return loaded.model, loaded.processor

@@ -1,0 +1,29 @@
+"""A toy method that asks for parameter groups of its own, and what tests look up in groups."""
+
+from typing import Any
+
+from torch import nn
+
+import tunerkit
+from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
+
+
+class PlusPlugin(LowRankPlugin):
+    """``toy-plus``: trains ``b`` 16 times as fast as ``a``, as LoRA+ does, and without weight decay."""
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [tunerkit.Method("toy-plus", config=LowRankConfig)]
+
+    @tunerkit.hookimpl
+    def tunerkit_param_groups(self, tuner: tunerkit.Tuner) -> list[tunerkit.ParamGroup]:
+        fast = (parameter for name, parameter in tuner.named_parameters() if name.endswith(".b"))
+        return [tunerkit.ParamGroup(fast, lr_scale=16.0, weight_decay=0.0)]
+
+
+def ids(group: dict[str, Any]) -> set[int]:
+    return {id(parameter) for parameter in group["params"]}
+
+
+def named(model: nn.Module, *ends: str) -> set[int]:
+    return {id(p) for name, p in model.named_parameters() if name.endswith(ends) and p.requires_grad}
