@@ -41,7 +41,7 @@ class Defaults:
 
 
 BEFORE = Defaults()
-AFTER = Defaults(1.2e-3, 2e-3, {"warmup": 0.1, "beta2": 0.95, "clip": 0.3}, {"alpha": 16.0})
+AFTER = Defaults(1e-3, 2e-3, {"warmup": 0.1, "beta2": 0.95, "clip": 0.3}, {"alpha": 16.0})
 
 
 def collapse_runs() -> Iterator[Run]:

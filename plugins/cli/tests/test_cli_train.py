@@ -1106,7 +1106,7 @@ def test_a_run_that_learns_nothing_says_so_everywhere(folder: Path, tmp_path: Pa
     assert "guessing gives 0.693" in done.stdout
     kinds = [problem["kind"] for problem in record_of(new)["problems"]]
     assert kinds == ["no_learning", "one_class"], record_of(new)["problems"]
-    advice = "try --lr 0.0012, or more epochs, and check that the labels fit the rows"
+    advice = "try --lr 0.001, or more epochs, and check that the labels fit the rows"
     assert advice in done.stdout
     assert advice in (new / "report.html").read_text(encoding="utf-8").partition("<h1>")[0]
     assert "this run did not learn" in succeeded("show", new).stdout
@@ -1253,7 +1253,7 @@ def test_a_baseline_that_is_better_is_a_problem(
     done = succeeded(*arguments, "--out", tmp_path / "new", "--baseline", "--set", "max_steps=2")
     (problem,) = record_of(tmp_path / "new")["problems"]
     assert problem["kind"] == "head_alone"
-    assert f"this run learned less than it should: {problem['text']}; try --lr 0.0012," in done.stdout
+    assert f"this run learned less than it should: {problem['text']}; try --lr 0.001," in done.stdout
     assert problem["text"] in (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
 
 

@@ -24,7 +24,7 @@ class _Start:
 
     columns: tuple[str, ...]
     model: str
-    learning_rate: str = "1.2e-3"
+    learning_rate: str = "1e-3"
     epochs: int = 3
     batch_size: int = 32
     max_length: int | None = 128

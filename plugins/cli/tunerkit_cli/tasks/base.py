@@ -192,7 +192,7 @@ class Task(ABC):
         """The trainer's arguments, where a recipe does not set them."""
         return {
             "num_train_epochs": 3,
-            "learning_rate": 1.2e-3,
+            "learning_rate": 1e-3,
             "per_device_train_batch_size": 32,
             "per_device_eval_batch_size": 64,
             "weight_decay": 0.0,
