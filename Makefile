@@ -15,8 +15,6 @@ NAMES := lora adalora peft gguf diffusers quant cli testing serving transformers
 PROJECTS := pyproject.toml $(NAMES:%=plugins/%/pyproject.toml)
 PLUGINS := $(NAMES:%=-e plugins/%)
 PYTEST := -m pytest -n $(WORKERS) $(PYTEST_ARGS)
-# What is marked core_only runs once, in test-core; the long form runs everything in both environments.
-TWICE := $(if $(TUNERKIT_LONG),,-m "not core_only or everywhere")
 # Of the files of core that test-quantisers runs, the tests of quantised bases; all of the plugin's.
 OF_QUANTISED := quantised or packed or not (test_engines or test_readme)
 FEW_THREADS := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false
@@ -28,7 +26,7 @@ QUANTISERS_READY := .venv-quantisers/.ready
 DEEPSPEED_READY := .venv-deepspeed/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm test environments test-core test-all test-quantisers test-deepspeed check format docs benchmark clean
+.PHONY: help demo demo-lm test test-everything environments test-core test-quantisers test-deepspeed check format docs benchmark clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -40,18 +38,18 @@ demo: $(DEMO_READY) ## fine-tune MiniLM on movie sentences with AdaLoRA
 demo-lm: $(LM_READY) ## fine-tune SmolLM2 on questions and answers with AdaLoRA
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/tunerkit train --task causal-lm --lr 2e-3 --out $(DEMO_LM_OUT) --overwrite
 
-test: ## run the whole test suite
-	$(MAKE) -j $(WORKERS) environments
-	$(MAKE) test-core test-all test-quantisers test-deepspeed
+test: $(DEV_READY) ## run the tests of core and of all plugins
+	$(FEW_THREADS) $(BIN)/python $(PYTEST) tests $(wildcard plugins/*/tests)
 
-# pip uses one core, so `make test` has two of them install at the same time.
+test-everything: ## run them in every environment: core alone, with the libraries that quantise, with DeepSpeed
+	$(MAKE) -j $(WORKERS) environments
+	$(MAKE) test test-core test-quantisers test-deepspeed
+
+# pip uses one core, so two environments are installed at the same time.
 environments: $(DEV_READY) $(CORE_READY) $(QUANTISERS_READY) $(DEEPSPEED_READY)
 
-test-core: $(CORE_READY) ## run core's tests, with no plugin installed
-	$(FEW_THREADS) $(CORE_BIN)/python $(PYTEST) -p tests.core_only tests
-
-test-all: $(DEV_READY) ## run the tests that plugins can change, and the plugins' own, with everything installed
-	$(FEW_THREADS) $(BIN)/python -m pytest -n $(WORKERS) $(TWICE) $(PYTEST_ARGS) tests $(wildcard plugins/*/tests)
+test-core: $(CORE_READY) ## run core's tests with no plugin installed
+	$(FEW_THREADS) $(CORE_BIN)/python $(PYTEST) tests
 
 test-quantisers: $(QUANTISERS_READY) ## run the tests with quantised bases, with the libraries that quantise
 	$(FEW_THREADS) .venv-quantisers/bin/python -m pytest -n $(WORKERS) -k "$(OF_QUANTISED)" $(PYTEST_ARGS) plugins/quant/tests tests/test_engines.py tests/test_readme.py
@@ -59,9 +57,10 @@ test-quantisers: $(QUANTISERS_READY) ## run the tests with quantised bases, with
 test-deepspeed: $(DEEPSPEED_READY) ## run the tests of trainings under DeepSpeed
 	$(FEW_THREADS) DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pytest $(PYTEST_ARGS) tests/parallel/test_deepspeed.py tests/parallel/test_trainer_deepspeed.py
 
-check: $(DEV_READY) ## check lint, formatting and types
+check: $(DEV_READY) ## check lint, formatting, the limits of the core, and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python scripts/structure.py --check
 	$(BIN)/mypy
 	$(BIN)/mypy $(NAMES:%=-p tunerkit_%)
 

@@ -2,9 +2,12 @@
 
     python scripts/structure.py              # measure this repository's core
     python scripts/structure.py --edges      # also list every import between packages
+    python scripts/structure.py --check      # compare the core with scripts/limits.toml
     python scripts/structure.py path/to/tunerkit
 
 Every import counts, including those inside functions and those for type checkers only. No code is imported or run.
+
+A *room* is a package or a module directly under the measured package, and an *arrow* an import from one to another.
 """
 
 import argparse
@@ -12,14 +15,20 @@ import ast
 import graphlib
 import io
 import re
+import sys
 import tokenize
+import tomllib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 Graph = Mapping[str, frozenset[str]]
 
-CORE = Path(__file__).resolve().parents[1] / "tunerkit"
+ROOT = Path(__file__).resolve().parents[1]
+CORE = ROOT / "tunerkit"
+LIMITS = ROOT / "scripts" / "limits.toml"
+SHORT = 40  # lines: a file below this is most often a part of another one
 # Packages that build on the core. Their lines are counted separately.
 OUTER = ("integrations",)
 LOOK_UPS = ("getattr", "hasattr")
@@ -339,12 +348,64 @@ def report(folder: Path, *, edges: bool) -> Iterator[str]:
         yield from (f"  {place}" for place in found)
 
 
+# --- The limits -------------------------------------------------------------------------------------------------------
+
+
+def called_once(source: Source) -> list[str]:
+    """List the private functions of a module that one place in it uses, and no other."""
+    own = [node.name for node in source.tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("_")]
+    used = Counter(node.id for node in ast.walk(source.tree) if isinstance(node, ast.Name))
+    return [f"{source.name}.{name}" for name in own if used[name] == 1]
+
+
+def measured(folder: Path) -> dict[str, int]:
+    """What `LIMITS` limits, by its names there."""
+    sources = {source.name: source for source in read(folder.name, folder)}
+    rooms = {node: others - {"__init__"} for node, others in by_package(sources).items() if node != "__init__"}
+    lengths = [len(file.read_text(encoding="utf-8").splitlines()) for file in sorted(folder.rglob("*.py"))]
+    return {
+        "lines": sum(lengths),
+        "lines of code": sum(map(code_lines, sources.values())),
+        "files": len(lengths),
+        f"files under {SHORT} lines": sum(length < SHORT for length in lengths),
+        "rooms": len(rooms),
+        "arrows": sum(map(len, rooms.values())),
+        "cycles": int(bool(cycle(rooms))),
+        "getattr and hasattr": sum(len(look_ups(source)) for source in sources.values()),
+        "functions with one caller": sum(len(called_once(source)) for source in sources.values()),
+    }
+
+
+def above(found: Mapping[str, int], limits: Mapping[str, int]) -> list[str]:
+    """Say which measurements are above their limit, or have none."""
+    return [
+        f"{name}: {count}, and the limit is {limits.get(name, 'missing')}"
+        for name, count in found.items()
+        if name not in limits or count > limits[name]
+    ]
+
+
+def check() -> list[str]:
+    """Say what is wrong with the core's size; and with its limits, which change only with a reason in the CHANGELOG."""
+    text = LIMITS.read_text(encoding="utf-8")
+    limits: dict[str, int] = tomllib.loads(text)["core"]
+    stated = f"Limits of the core: {', '.join(f'{count} {name}' for name, count in limits.items())}."
+    told = " ".join((ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split())
+    missing = [] if stated in told else [f"the CHANGELOG gives no reason for these limits; it must contain: {stated}"]
+    return [*above(measured(CORE), limits), *missing]
+
+
 def main() -> None:
     """Print the measurements of a folder, by default the core."""
     parser = argparse.ArgumentParser(description="Measure the structure of a package from its source.")
     parser.add_argument("folder", type=Path, nargs="?", default=CORE, help="the package's folder (default: the core)")
     parser.add_argument("--edges", action="store_true", help="also list the imports between packages")
+    parser.add_argument("--check", action="store_true", help="compare the core with its limits")
     arguments = parser.parse_args()
+    if arguments.check:
+        found = check()
+        print("\n".join([*(f"{name}: {count}" for name, count in measured(CORE).items()), *found]))
+        sys.exit(int(bool(found)))
     print("\n".join(report(arguments.folder.resolve(), edges=arguments.edges)))
 
 

@@ -18,8 +18,6 @@ from tunerkit_testing.registering import registered
 from tunerkit_testing.small import X, net, step, train, trainable
 from tunerkit_testing.toy_methods import ShiftConfig
 
-pytestmark = pytest.mark.core_only
-
 TARGETS = {"targets": ["0", "2"]}
 
 

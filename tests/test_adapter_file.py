@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 from tests.support.adapter_files import assert_refused
 
-pytestmark = [pytest.mark.core_only, pytest.mark.filterwarnings("ignore:.*running statistics")]
+pytestmark = pytest.mark.filterwarnings("ignore:.*running statistics")
 
 
 @pytest.mark.parametrize("method", ["toy-low-rank", "toy-shift"])

@@ -26,7 +26,7 @@ from tunerkit_testing.toy_methods import ShiftConfig
 if TYPE_CHECKING:
     from tests.support.toys import Toys
 
-pytestmark = [pytest.mark.core_only, pytest.mark.filterwarnings("ignore:.*running statistics")]
+pytestmark = pytest.mark.filterwarnings("ignore:.*running statistics")
 LAYERS = {"targets": ["layers.0", "layers.1"]}
 WITH_HEAD = {**LAYERS, "train_modules": ["head"]}
 

@@ -11,8 +11,6 @@ from tunerkit.errors import FileError
 from tunerkit.records import Target
 from tunerkit.serialization.allocation_limit import AllocationLimit, limit_for
 
-pytestmark = pytest.mark.core_only
-
 HUGE = 10**9
 FILE = {"layer.adapter.a": torch.zeros(2, 64), "layer.adapter.b": torch.zeros(64, 2)}
 WEIGHT = torch.ones(64, 64)

@@ -21,8 +21,6 @@ from tunerkit import hooks, injection
 from tunerkit.errors import PluginError, TunerkitWarning
 from tunerkit_testing.registering import registered
 
-pytestmark = pytest.mark.core_only
-
 PATHS = ("0", "1")
 # The call of the user in which each hook fires; each takes a wrapped model, its optimizer and a folder.
 FIRES: dict[str, Callable[[nn.Module, torch.optim.Optimizer, Path], object]] = {

@@ -23,7 +23,6 @@ from tunerkit.errors import AdapterError
 if TYPE_CHECKING:
     from tests.support.toys import Toys
 
-pytestmark = pytest.mark.core_only
 
 NAMES = ("a", "b", "forward", "копия", "active")
 CONFIGS = (

@@ -29,8 +29,6 @@ from scripts.structure import (
     read,
 )
 
-pytestmark = pytest.mark.core_only
-
 ROOT = Path(__file__).parents[1]
 CORE = "tunerkit"
 PACKAGES = {CORE: ROOT / CORE, **{path.name: path for path in sorted(ROOT.glob("plugins/*/tunerkit_*"))}}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 from tests.support.adapter_files import assert_refused
 
-pytestmark = [pytest.mark.core_only, pytest.mark.filterwarnings("ignore:.*running statistics")]
+pytestmark = pytest.mark.filterwarnings("ignore:.*running statistics")
 
 
 def changed(toys: "Toys", change: Callable[[Any], object]) -> nn.Module:

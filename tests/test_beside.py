@@ -17,7 +17,6 @@ from tunerkit.serialization.reading import read
 if TYPE_CHECKING:
     from tests.support.toys import Toys
 
-pytestmark = pytest.mark.core_only
 
 transformers = pytest.importorskip("transformers", reason="the marks of loaded parameters are transformers'")
 IDS = torch.arange(6).reshape(2, 3)

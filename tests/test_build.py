@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 from tests.support.model_checks import untouched
 from tunerkit_testing.registering import registered
 
-pytestmark = pytest.mark.core_only
-
 
 def plugin_of(toys: "Toys", build: Any, name: str = "toy-broken") -> object:
     """A method whose build hook is ``build(target, base)``."""

@@ -18,8 +18,6 @@ from tunerkit_testing.registering import registered
 from tunerkit_testing.small import LABELS, X, loss_of, net, step, train, trainable
 from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
 
-pytestmark = pytest.mark.core_only
-
 METHODS = ("toy-inputs", "toy-gradients")
 BATCHES = [(X[:3],), (X[3:],)]
 

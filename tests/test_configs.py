@@ -21,8 +21,6 @@ from tunerkit.config.settings import setting
 from tunerkit.errors import ConfigError
 from tunerkit_testing.strategies import configs_of, values_of
 
-pytestmark = pytest.mark.core_only
-
 
 @attrs.frozen
 class Sample(AdapterConfig):

@@ -19,7 +19,6 @@ from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
 if TYPE_CHECKING:
     from tests.support.toys import Toys
 
-pytestmark = pytest.mark.core_only
 
 if not torch.distributed.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)

@@ -68,7 +68,6 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
     return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.core_only
 @pytest.mark.parametrize("engine", SHARDING)
 def test_nothing_silent_happens_to_sharded_weights(tried: tuple[Path, list[dict[str, Any]]], engine: str) -> None:
     """With two processes, wrapping is refused, and with FSDP1 also the rest; what is advised works.

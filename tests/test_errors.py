@@ -26,8 +26,6 @@ from tunerkit.targets import resolution
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import ShiftPlugin
 
-pytestmark = pytest.mark.core_only
-
 BIG = "x" * 1_000_000
 KINDS = [TunerkitError, TargetError, tunerkit.PluginError, tunerkit.FileError, TunerkitWarning]
 

@@ -14,7 +14,6 @@ from tunerkit.serialization.fingerprint import SAMPLES, differences, fingerprint
 if TYPE_CHECKING:
     from tests.support.toys import Toys
 
-pytestmark = pytest.mark.core_only
 
 FLOATS = st.floats(-1e4, 1e4, allow_subnormal=False)
 

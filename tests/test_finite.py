@@ -6,8 +6,6 @@ from torch import nn
 
 from tunerkit.serialization.finite import nonfinite
 
-pytestmark = pytest.mark.core_only
-
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e5m2, torch.complex64]
 
 

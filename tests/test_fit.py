@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 from tests.support.adapter_files import assert_refused, rewritten
 
-pytestmark = [pytest.mark.core_only, pytest.mark.filterwarnings("ignore:.*running statistics")]
+pytestmark = pytest.mark.filterwarnings("ignore:.*running statistics")
 
 
 def test_every_misfit_of_tensors_is_named_at_once(toys: "Toys", saved: Path, tmp_path: Path) -> None:

@@ -21,8 +21,6 @@ from tunerkit.serialization.header import digest
 if TYPE_CHECKING:
     from tests.support.toys import Toys
 
-pytestmark = pytest.mark.core_only
-
 
 def config(**fields: object) -> Any:
     """Something like a config of transformers."""

@@ -22,7 +22,6 @@ from tunerkit_testing.counting import Counting
 if TYPE_CHECKING:
     from tests.support.toys import Toys
 
-pytestmark = pytest.mark.core_only
 
 NODE = "_FusedLowRankBackward"
 

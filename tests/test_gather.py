@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from tests.support.toys import Toys
 from tunerkit_testing.registering import registered
 
-pytestmark = pytest.mark.core_only
-
 
 class Unfinished(tunerkit.BaseLayer):
     """Defines none of the methods that a kind must define."""

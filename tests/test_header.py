@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 from tests.support.adapter_files import LONG, assert_refused, in_place, rewritten, wrong
 
-pytestmark = [pytest.mark.core_only, pytest.mark.filterwarnings("ignore:.*running statistics")]
+pytestmark = pytest.mark.filterwarnings("ignore:.*running statistics")
 
 
 def test_the_digest_covers_name_dtype_and_shape_of_equal_bytes() -> None:

@@ -14,8 +14,6 @@ import pytest
 from tunerkit.hooks import specs as hookspecs
 from tunerkit.markers import PROJECT
 
-pytestmark = pytest.mark.core_only
-
 _manager = pluggy.PluginManager(PROJECT)
 _manager.add_hookspecs(hookspecs)
 PAGE = Path(__file__).parents[1] / "docs" / "plugins.md"

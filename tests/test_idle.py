@@ -19,8 +19,6 @@ from tunerkit_testing.toy_methods import LowRankConfig
 if TYPE_CHECKING:
     from tests.support.toys import Toys
 
-pytestmark = pytest.mark.core_only
-
 
 class Started(LowRank):
     """Adds something from the start; ``zero`` is never used, so it stays 0."""

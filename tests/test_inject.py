@@ -20,8 +20,6 @@ from tunerkit.paths import is_adapter_path
 if TYPE_CHECKING:
     from tests.support.toys import Toys
 
-pytestmark = pytest.mark.core_only
-
 
 @given(
     mask=st.integers(0, 2**14 - 1),

@@ -15,7 +15,6 @@ from tunerkit.errors import AdapterError
 if TYPE_CHECKING:
     from tests.support.toys import Toys
 
-pytestmark = pytest.mark.core_only
 
 GONE = "the {} that was adapted is not in the model any more"
 

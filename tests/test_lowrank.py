@@ -14,8 +14,6 @@ from tunerkit.errors import AdapterError
 from tunerkit.layers import BaseLayer, as_base_layer
 from tunerkit.layers.low_rank import add_low_rank, low_rank_delta
 
-pytestmark = pytest.mark.core_only
-
 LAYERS = ("linear", "conv1d", "conv2d", "conv3d", "embedding", "transposed", "scaled")
 FLOATING = ("linear", "conv1d", "conv2d", "conv3d", "transposed")
 

@@ -21,7 +21,7 @@ from tunerkit_testing.toy_methods import ShiftConfig
 if TYPE_CHECKING:
     from tests.support.toys import Toys
 
-pytestmark = [pytest.mark.core_only, pytest.mark.filterwarnings("ignore:.*running statistics")]
+pytestmark = pytest.mark.filterwarnings("ignore:.*running statistics")
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "adapters": {"targets": ["conv", "layers.0", "layers.1"]},

@@ -7,8 +7,6 @@ import pytest
 from scripts.mutations import MUTATIONS, ROOT, Mutation, apply
 from tests.faults.table import ROWS
 
-pytestmark = pytest.mark.core_only
-
 
 def test_every_row_has_one_break() -> None:
     """A row that no break can fail proves nothing."""

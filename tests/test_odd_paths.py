@@ -20,7 +20,6 @@ from tunerkit.injection import walk
 if TYPE_CHECKING:
     from tests.support.toys import Toys
 
-pytestmark = pytest.mark.core_only
 
 METHODS = ["toy-low-rank", "toy-shift"]
 

@@ -17,8 +17,6 @@ from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_adapters import Affine, Scale
 from tunerkit_testing.toy_methods import LowRankPlugin
 
-pytestmark = pytest.mark.core_only
-
 X = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(1))
 
 

@@ -23,8 +23,6 @@ from tunerkit_testing.registering import registered
 from tunerkit_testing.small import X, net, train, trainable
 from tunerkit_testing.toy_methods import LowRankPlugin, ShiftPlugin
 
-pytestmark = pytest.mark.core_only
-
 TARGETS: dict[str, Any] = {"targets": ["0", "2"]}
 
 

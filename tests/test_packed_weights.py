@@ -17,8 +17,6 @@ from tunerkit_testing.registering import registered
 if TYPE_CHECKING:
     from tests.support.toys import Toys
 
-pytestmark = pytest.mark.core_only
-
 
 class Packed(nn.Module):
     """A linear layer whose weight is stored as ``integers / steps``, with 2 * ``steps`` + 1 different values."""

@@ -15,8 +15,6 @@ from tunerkit_testing.registering import registered
 from tunerkit_testing.small import net, train, trainable
 from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
 
-pytestmark = pytest.mark.core_only
-
 TARGETS = {"targets": ["0", "2"]}
 
 

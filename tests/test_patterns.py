@@ -19,8 +19,6 @@ from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_adapters import Shift
 from tunerkit_testing.toy_methods import ShiftConfig
 
-pytestmark = pytest.mark.core_only
-
 # Few and similar names, so generated names do match the ends of generated paths, at dots and elsewhere.
 components = st.sampled_from(["a", "aa", "ba", "0"])
 

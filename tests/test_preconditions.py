@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from tests.support.toys import Toys
 from tests.support.model_checks import untouched
 
-pytestmark = pytest.mark.core_only
-
 
 def test_a_model_inside_ddp_is_refused(toys: "Toys") -> None:
     """DDP has already registered its parameters: adapters added later would be trained unsynchronised."""

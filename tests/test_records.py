@@ -1,12 +1,9 @@
 """The records that tunerkit and its plugins exchange."""
 
-import pytest
 import torch
 from torch import Tensor
 
 from tunerkit import Factors
-
-pytestmark = pytest.mark.core_only
 
 
 def test_a_forward_may_build_factors_under_compile() -> None:

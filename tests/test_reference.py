@@ -13,8 +13,6 @@ import tunerkit
 if TYPE_CHECKING:
     from tests.support.toys import Toys
 
-pytestmark = pytest.mark.core_only
-
 
 def output(model: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():

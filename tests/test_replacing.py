@@ -16,8 +16,6 @@ from tunerkit.errors import FileError
 from tunerkit.serialization import replacing
 from tunerkit.serialization.replacing import replace
 
-pytestmark = pytest.mark.core_only
-
 posix = pytest.mark.skipif(replacing.fcntl is None, reason="needs file locks")
 
 

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from tunerkit import AdapterError, Cut, Growth, grow_, resize_, resize_obstacle, shrink_
 
-pytestmark = pytest.mark.core_only
-
 
 def stepped(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> tuple[nn.Parameter, torch.optim.Optimizer]:
     """A parameter (4, 3) with a gradient and the optimizer state of two steps."""

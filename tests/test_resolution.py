@@ -10,8 +10,6 @@ from tests.support.target_models import ALL, Attending, Net, scanned, tied_pair
 from tunerkit import targets
 from tunerkit.errors import TargetError, closest
 
-pytestmark = pytest.mark.core_only
-
 
 def test_training_a_module_whose_parameter_lives_elsewhere_too_is_refused() -> None:
     """Law: a copy would break the tie, unless all modules of the tie are copied, in one or on their own."""

@@ -12,7 +12,6 @@ import tunerkit
 if TYPE_CHECKING:
     from tests.support.toys import Toys
 
-pytestmark = pytest.mark.core_only
 
 TOTAL = 9
 

@@ -14,8 +14,6 @@ from tunerkit_testing.toy_methods import ShiftConfig, Shifting
 if TYPE_CHECKING:
     from tests.support.toys import Toys
 
-pytestmark = pytest.mark.core_only
-
 
 class CarelessPlugin(Shifting):
     """``toy-careless``: restoring writes into the adapters and into the state, and then finds out what is missing."""

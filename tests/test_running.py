@@ -18,7 +18,6 @@ from tunerkit.injection import is_merged
 if TYPE_CHECKING:
     from tests.support.toys import Toys
 
-pytestmark = pytest.mark.core_only
 
 CONFIG = {"targets": ["0", "2"]}
 

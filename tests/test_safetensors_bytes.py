@@ -10,8 +10,6 @@ import torch
 from tunerkit.errors import FileError
 from tunerkit.serialization.safetensors_file import _STORED, pack, read, write
 
-pytestmark = pytest.mark.core_only
-
 
 def test_a_file_has_the_bytes_that_the_library_writes(tmp_path: Path) -> None:
     """Of every dtype, of tensors without values, tied and transposed ones; and reading gives them back."""

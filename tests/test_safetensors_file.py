@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 from tests.support.adapter_files import assert_refused, in_place
 
-pytestmark = [pytest.mark.core_only, pytest.mark.filterwarnings("ignore:.*running statistics")]
+pytestmark = pytest.mark.filterwarnings("ignore:.*running statistics")
 
 
 def test_a_folder_gets_the_file_and_a_path_is_the_file(toys: "Toys", tmp_path: Path) -> None:

@@ -11,8 +11,6 @@ from tunerkit.errors import TargetError
 from tunerkit.layers import Knowledge
 from tunerkit.layers.convolution import ConvLayer
 
-pytestmark = pytest.mark.core_only
-
 
 def test_tied_names_every_parameter_that_several_modules_hold() -> None:
     """Law: a tie is one Parameter object under several full names; a shared module alone is no tie."""

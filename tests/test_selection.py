@@ -14,8 +14,6 @@ from tunerkit import targets
 from tunerkit.errors import TargetError, TunerkitWarning
 from tunerkit.records import DefaultTargets
 
-pytestmark = pytest.mark.core_only
-
 
 class ConvNet(nn.Module):
     """A stem, two blocks of a plain, a depthwise and a grouped convolution, and a head named as in timm."""

@@ -20,8 +20,6 @@ from tunerkit_testing.small import X, net, step, train, trainable
 from tunerkit_testing.toy_adapters import Matrices, Weighting
 from tunerkit_testing.toy_methods import LowRankConfig
 
-pytestmark = pytest.mark.core_only
-
 TARGETS = {"targets": ["0", "2", "4"]}
 
 

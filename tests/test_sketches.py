@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from tunerkit.layers import BaseLayer, Sketch, as_base_layer
 from tunerkit.records import Statistics, StatisticsRequest
 
-pytestmark = pytest.mark.core_only
-
 IN = 12
 
 

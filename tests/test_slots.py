@@ -14,8 +14,6 @@ from tunerkit.injection import Slot, Slots, slots_of, walk
 from tunerkit.injection.slots import apply_slots
 from tunerkit.layers import Adapter, BaseLayer, as_base_layer, has_trainable_bias, view_bias
 
-pytestmark = pytest.mark.core_only
-
 # Modules that have a bias, and the shape of an input for each.
 BIASED: dict[str, tuple[Any, tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(3, 4), (2, 3)),

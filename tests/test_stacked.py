@@ -14,8 +14,6 @@ from tests.support.toy_readers import DirectionPlugin, ScalePlugin, SecretivePlu
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin, ShiftPlugin
 
-pytestmark = pytest.mark.core_only
-
 METHODS = ("toy-low-rank", "toy-scale", "toy-direction")
 ORDERS = [pair for pair in itertools.product(METHODS, repeat=2) if pair != ("toy-low-rank", "toy-low-rank")]
 

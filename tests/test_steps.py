@@ -20,8 +20,6 @@ from tunerkit.steps import drive, is_attached, optimizer_of
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import ShiftConfig, Shifting
 
-pytestmark = pytest.mark.core_only
-
 
 class Plain(Shifting):
     """A method that needs no steps and implements no step hook, like LoRA."""
@@ -224,7 +222,6 @@ def test_a_wrapper_with_a_separate_state_is_fine_where_no_method_needs_steps() -
     assert tunerkit.tuner(model).steps == 1
 
 
-@pytest.mark.everywhere  # it needs timm
 def test_an_optimizer_that_takes_no_hooks_is_refused_and_nothing_is_attached() -> None:
     """Timm's Lookahead supports step hooks but not the hooks of state dicts."""
     optim = pytest.importorskip("timm.optim")

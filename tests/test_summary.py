@@ -2,15 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-import pytest
 from torch import nn
 
 import tunerkit
 
 if TYPE_CHECKING:
     from tests.support.toys import Toys
-
-pytestmark = pytest.mark.core_only
 
 
 def test_what_is_trained_is_counted(toys: "Toys") -> None:

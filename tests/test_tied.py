@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from tests.support.toys import Toys
 
 pytestmark = [
-    pytest.mark.core_only,
     pytest.mark.filterwarnings("ignore:these adapters never ran.* shared"),  # T5 holds it and never calls it
     pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated"),
 ]

@@ -21,8 +21,6 @@ from scripts.structure import private_attributes, read
 from tunerkit.libraries import torch_private
 from tunerkit_testing.counting import Counting
 
-pytestmark = pytest.mark.core_only
-
 ROOT = Path(__file__).parents[1]
 FILE = "tunerkit/libraries/torch_private.py"
 

@@ -14,8 +14,6 @@ from tests import support
 from tunerkit_testing.registering import registered
 from tunerkit_testing.small import X, net
 
-pytestmark = pytest.mark.core_only
-
 MODULES = [
     import_module(f"{package.__name__}.{m.name}")
     for package in (tunerkit_testing, support)

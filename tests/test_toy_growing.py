@@ -14,8 +14,6 @@ from tests.support.toy_growing import GrowingPlugin
 from tunerkit_testing.registering import registered
 from tunerkit_testing.small import X, net, step, train, trainable
 
-pytestmark = pytest.mark.core_only
-
 CONFIG: dict[str, Any] = {"targets": ["0", "2"], "every": 2, "max_rank": 3}
 
 

@@ -18,8 +18,6 @@ from tunerkit_testing.registering import registered
 from tunerkit_testing.small import X, net, train, trainable
 from tunerkit_testing.toy_methods import LowRankPlugin
 
-pytestmark = pytest.mark.core_only
-
 METHODS = ("toy-low-rank", "toy-scale", "toy-direction", "toy-shared", "toy-inputs")
 TARGETS: dict[str, Any] = {"targets": ["0", "2"]}
 

@@ -13,8 +13,6 @@ from tests.support.toy_starts import PrincipalPlugin
 from tunerkit_testing.registering import registered
 from tunerkit_testing.small import X, net, train, trainable
 
-pytestmark = pytest.mark.core_only
-
 TARGETS: dict[str, Any] = {"targets": ["0", "2", "4"]}
 
 

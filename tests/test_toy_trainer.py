@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,6 @@ import tunerkit
 from tunerkit_testing.registering import registered
 from tunerkit_testing.small import X, net, trainable
 from tunerkit_testing.toy_methods import LowRankPlugin
-
-pytestmark = pytest.mark.core_only
 
 TARGETS = {"targets": ["0", "2"]}
 
@@ -93,6 +92,7 @@ def test_a_trainer_that_no_plugin_knows_is_refused_with_the_extra_that_does() ->
         tunerkit.attach(model, object())
 
 
+@pytest.mark.skipif(find_spec("tunerkit_transformers") is not None, reason="tunerkit-transformers says what it is")
 def test_a_folder_that_no_plugin_opens_is_refused_with_the_extra_that_does(tmp_path: Path) -> None:
     """In-process plugins are asked too."""
     with pytest.raises(tunerkit.FileError, match=r"no installed plugin knows this folder.*tunerkit\[transformers\]"):

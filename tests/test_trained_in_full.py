@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from tests.support.toys import Toys
 from tests.support.model_checks import losing, untouched
 
-pytestmark = pytest.mark.core_only
-
 
 def test_a_tied_module_cannot_be_trained_in_full(toys: "Toys") -> None:
     """A copy of a tied module would break the tie: the error names the modules that share the parameter."""

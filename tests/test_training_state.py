@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 from tests.support.adapter_files import LONG, assert_refused, rewritten, wrong
 
-pytestmark = [pytest.mark.core_only, pytest.mark.filterwarnings("ignore:.*running statistics")]
+pytestmark = pytest.mark.filterwarnings("ignore:.*running statistics")
 
 
 def test_training_state_goes_into_a_separate_file(toys: "Toys", tmp_path: Path) -> None:

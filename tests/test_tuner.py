@@ -18,8 +18,6 @@ from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
 if TYPE_CHECKING:
     from tests.support.toys import Toys
 
-pytestmark = pytest.mark.core_only
-
 
 def test_a_tuner_is_found_by_name_or_alone(toys: "Toys") -> None:
     """A single adapter needs no name; with two, the name decides; for an unknown name the error lists the closest."""

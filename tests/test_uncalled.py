@@ -17,8 +17,6 @@ from tunerkit.injection.running import enter, leave
 if TYPE_CHECKING:
     from tests.support.toys import Toys
 
-pytestmark = pytest.mark.core_only
-
 
 class PastForward(nn.Module):
     """Uses one projection's weight directly, bypassing its forward(), as attention does with its output projection."""

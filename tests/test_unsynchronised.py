@@ -16,8 +16,6 @@ from tunerkit.libraries.torch_private import has_hook
 if TYPE_CHECKING:
     from tests.support.toys import Toys
 
-pytestmark = pytest.mark.core_only
-
 
 @pytest.fixture
 def _process_group(tmp_path: Path) -> Iterator[None]:

@@ -11,8 +11,6 @@ from tunerkit.hooks import validation
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
 
-pytestmark = pytest.mark.core_only
-
 
 class Numbered(LowRankPlugin):
     """Has a number of the contract, which each test sets."""

@@ -26,7 +26,6 @@ from tunerkit.serialization.fingerprint import fingerprint
 if TYPE_CHECKING:
     from tests.support.toys import Toys
 
-pytestmark = pytest.mark.core_only
 
 WIDTH, HEADS = 8, 2
 NAMES = ("weight", "bias", "in_proj_weight", "in_proj_bias", "use_nested_tensor")

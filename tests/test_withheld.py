@@ -111,7 +111,7 @@ def _plugin(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-pytestmark = [pytest.mark.core_only, pytest.mark.usefixtures("_plugin")]
+pytestmark = pytest.mark.usefixtures("_plugin")
 
 
 X = torch.linspace(-1, 1, 12).reshape(4, 3)

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from tests.support.toys import Toys
 from tests.support.model_checks import losing, untouched
 
-pytestmark = pytest.mark.core_only
-
 BIASES = ("none", "adapters", "all")
 
 LEGAL_NAMES = st.text(st.characters(codec="utf-8", exclude_characters="./"), min_size=1, max_size=64)

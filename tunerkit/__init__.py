@@ -1,10 +1,36 @@
 """tunerkit: adapters for torch models, with methods that are plugins."""
 
-import lazy_loader
+import ast
+import importlib
+import pkgutil
+from typing import Any
 
 __version__ = "0.1.0"
 
-# The public names stand in __init__.pyi. Each is imported when it is first used: importing torch takes seconds, and the
-# command's help and its errors need no torch.
-__getattr__, __dir__, _offered = lazy_loader.attach_stub(__name__, __file__)
-__all__ = [name for name in _offered if name not in ("errors", "patterns")]
+
+def _public() -> dict[str, str]:
+    """The public names, and the module of each; for a module that is public itself, an empty text.
+
+    They stand in __init__.pyi, which type checkers and editors read too.
+    """
+    stub = ast.parse(pkgutil.get_data(__name__, "__init__.pyi") or b"")
+    imports = (statement for statement in stub.body if isinstance(statement, ast.ImportFrom))
+    return {alias.name: each.module or "" for each in imports for alias in each.names}
+
+
+_places = _public()
+__all__ = [name for name, place in _places.items() if place]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: torch takes seconds, and the command's help and errors need none."""
+    if name not in _places:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    place = _places[name]
+    module = importlib.import_module(f".{place or name}", __name__)
+    globals()[name] = getattr(module, name) if place else module
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_places})

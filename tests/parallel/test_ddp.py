@@ -21,8 +21,6 @@ from tunerkit.libraries import torch_private
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
 
-pytestmark = pytest.mark.core_only
-
 if not (distributed.is_available() and distributed.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)
 

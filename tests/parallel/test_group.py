@@ -5,8 +5,6 @@ import pytest
 from tunerkit.errors import ConfigError
 from tunerkit.parallel import group
 
-pytestmark = pytest.mark.core_only
-
 
 @pytest.mark.parametrize("given", ["soon", "0", "-1", "nan"])
 def test_a_time_limit_that_is_none_is_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:

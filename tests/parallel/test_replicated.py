@@ -20,8 +20,6 @@ from tunerkit_testing.counting import Counting
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
 
-pytestmark = pytest.mark.core_only
-
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
