@@ -11,7 +11,7 @@ DEMO_LM_OUT ?= out/demo-lm
 
 BIN := .venv/bin
 CORE_BIN := .venv-core/bin
-NAMES := lora adalora peft gguf diffusers quant cli testing serving transformers
+NAMES := lora adalora peft gguf diffusers quant cli testing serving transformers distributed
 PROJECTS := pyproject.toml $(NAMES:%=plugins/%/pyproject.toml)
 PLUGINS := $(NAMES:%=-e plugins/%)
 PYTEST := -m pytest -n $(WORKERS) $(PYTEST_ARGS)
@@ -55,7 +55,7 @@ test-quantisers: $(QUANTISERS_READY) ## run the tests with quantised bases, with
 	$(FEW_THREADS) .venv-quantisers/bin/python -m pytest -n $(WORKERS) -k "$(OF_QUANTISED)" $(PYTEST_ARGS) plugins/quant/tests tests/test_engines.py tests/test_readme.py
 
 test-deepspeed: $(DEEPSPEED_READY) ## run the tests of trainings under DeepSpeed
-	$(FEW_THREADS) DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pytest $(PYTEST_ARGS) tests/parallel/test_deepspeed.py tests/parallel/test_trainer_deepspeed.py
+	$(FEW_THREADS) DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pytest $(PYTEST_ARGS) plugins/distributed/tests/test_deepspeed.py plugins/distributed/tests/test_trainer_deepspeed.py
 
 check: $(DEV_READY) ## check lint, formatting, the limits of the core, and types
 	$(BIN)/ruff check .
@@ -113,6 +113,6 @@ $(QUANTISERS_READY): $(PROJECTS) | .venv-quantisers/bin/python
 
 # DeepSpeed slows down every import of transformers. Building it needs a torch that is there.
 $(DEEPSPEED_READY): $(PROJECTS) | .venv-deepspeed/bin/python
-	.venv-deepspeed/bin/python -m pip install -e ".[test]" -e plugins/transformers -e plugins/lora -e plugins/adalora
+	.venv-deepspeed/bin/python -m pip install -e ".[test]" -e plugins/transformers -e plugins/distributed -e plugins/lora -e plugins/adalora
 	.venv-deepspeed/bin/python -m pip install -e ".[deepspeed]"
 	touch $@

@@ -32,7 +32,6 @@ from scripts.structure import (
 ROOT = Path(__file__).parents[1]
 CORE = "tunerkit"
 PACKAGES = {CORE: ROOT / CORE, **{path.name: path for path in sorted(ROOT.glob("plugins/*/tunerkit_*"))}}
-OPTIONAL = ("integrations",)  # this part of core may need an extra
 TEST_FILES = sorted([*ROOT.glob("tests/**/test_*.py"), *ROOT.glob("plugins/*/tests/**/test_*.py")])
 PLUGGY = frozenset({"pluggy", "tunerkit.markers", "tunerkit.hooks.specs", "tunerkit.hooks.registry"})
 # The only core files that may use a library's private names.
@@ -49,7 +48,7 @@ LIBRARIES = frozenset(
     {"transformers", "accelerate", "timm", "diffusers", "torchvision", "peft", "trl", "bitsandbytes", "deepspeed"}
     | {"lightning", "pytorch_lightning", "torchao", "torchaudio", "sentence_transformers", "huggingface_hub"}
 )
-NAMES_OF_LIBRARIES = ("libraries", "integrations", "extras")  # the parts of core where these may stand
+NAMES_OF_LIBRARIES = ("libraries", "extras")  # the parts of core where these may stand
 # Distributions that bring no method and no kind of layer: the command, and what extends it alone.
 TOOLS = ("tunerkit_cli", "tunerkit_serving", "tunerkit_testing")
 # The command trains with transformers, so it is built on that plugin.
@@ -63,12 +62,11 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("errors", "extras", "markers", "paths", "records"),
     ("patterns", "config"),
     ("libraries",),
-    ("layers", "parallel"),
+    ("layers", "engine"),
     ("hooks", "targets"),
     ("injection",),
     ("steps",),
     ("serialization",),
-    ("integrations",),
     ("api",),
     ("__init__",),
     ("__main__", "testing"),  # what `python -m tunerkit` runs, and the old name of a distribution
@@ -235,7 +233,7 @@ def undeclared(sources: Sources, declared: frozenset[str]) -> list[str]:
     return [
         f"{name} imports {module}"
         for name, source in sources.items()
-        if belongs(name, [CORE]) and not is_optional(name)
+        if belongs(name, [CORE])
         for module in sorted(defining_imports(source, sources))
         if module.partition(".")[0] not in allowed
     ]
@@ -245,10 +243,6 @@ def without_docstring(tree: ast.Module) -> list[str]:
     """The tests without a docstring, also in classes."""
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     return [node.name for node in functions if node.name.startswith("test_") and not ast.get_docstring(node)]
-
-
-def is_optional(module: str) -> bool:
-    return belongs(module, [f"{CORE}.{part}" for part in OPTIONAL])
 
 
 @pytest.fixture(scope="module")
@@ -291,9 +285,7 @@ def test_code_outside_a_package_imports_from_the_package(sources: Sources) -> No
     """A package's ``__init__`` is its interface: its files can be split and renamed freely."""
     measured = "benchmarks.speed.alternatives"  # swaps parts of the fused product for others, to compare them
     benchmarks = {s.name: s for s in read("benchmarks", ROOT / "benchmarks") if s.name != measured}
-    optional = tuple(f"{CORE}.{part}" for part in OPTIONAL)  # imported by file: each needs a separate extra
-    found = past_packages({**sources, **benchmarks}, CORE)
-    assert [line for line in found if not belongs(line.rpartition(" ")[2], optional)] == []
+    assert past_packages({**sources, **benchmarks}, CORE) == []
 
 
 def test_core_imports_no_plugin(sources: Sources) -> None:
@@ -315,8 +307,6 @@ def test_core_imports_at_module_level_only_what_its_distribution_asks_for(source
     """``import tunerkit`` works with the plain dependencies installed: only optional parts need extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert undeclared(sources, requirement_names(project["dependencies"])) == []
-    leads_to = reached(graph_of(sources), CORE)
-    assert [module for module in sorted(leads_to) if is_optional(module)] == []
 
 
 def test_plugin_modules_hold_no_arithmetic(sources: Sources) -> None:
@@ -552,8 +542,8 @@ def test_the_registry_is_found_behind_other_modules(text: str) -> None:
 
 
 def test_an_undeclared_dependency_is_found() -> None:
-    """Only in core's plain part: an optional part declares an extra."""
-    core = sample(tunerkit="import torch", tunerkit__wrap="import yaml", tunerkit__integrations="import yaml")
+    """Wherever in core it is imported."""
+    core = sample(tunerkit="import torch", tunerkit__wrap="import yaml")
     assert undeclared(core, requirement_names(["torch>=2.9"])) == ["tunerkit.wrap imports yaml"]
 
 

@@ -11,8 +11,6 @@ import torch
 from torch import nn
 
 import tunerkit
-from tests.support import two_processes
-from tests.support.sharded import shard_and_try
 from tunerkit.errors import AdapterError, TargetError
 from tunerkit.injection import is_merged
 from tunerkit.libraries import ENGINES
@@ -53,40 +51,6 @@ def test_every_row_refuses_known_verbs_in_words() -> None:
         assert set(engine.refused) <= set(VERBS)
         assert engine.classes or engine.marks
         assert all(40 < len(text) < 250 for text in engine.refused.values())
-
-
-SHARDING = ("fsdp1", "fsdp1 flat", "fsdp2")
-
-
-@pytest.fixture(scope="module")
-def tried(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """Where two processes wrote, and what each of them was answered, by engine."""
-    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
-        pytest.skip("this torch has no gloo")
-    folder = tmp_path_factory.mktemp("sharded")
-    two_processes.spawn(shard_and_try, (SHARDING, str(folder)))
-    return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-
-
-@pytest.mark.parametrize("engine", SHARDING)
-def test_nothing_silent_happens_to_sharded_weights(tried: tuple[Path, list[dict[str, Any]]], engine: str) -> None:
-    """With two processes, wrapping is refused, and with FSDP1 also the rest; what is advised works.
-
-    Without the refusals, saving writes shards and merging changes nothing. An attached adapter under FSDP2 is gathered.
-    """
-    folder, found = tried
-    name = "FSDP2 (fully_shard)" if engine == "fsdp2" else "FSDP1 (FullyShardedDataParallel)"
-    for answers in (dict(each[engine]) for each in found):
-        here, alone = answers.pop("gathered")
-        assert torch.allclose(here, alone, rtol=1e-5, atol=1e-6)
-        if engine == "fsdp2":
-            assert all(answers.pop(verb) is None for verb in [*answers] if verb != "wrap")
-        for verb, answer in answers.items():
-            assert answer is not None, verb
-            assert answer[0] == "AdapterError"
-            assert answer[1].startswith(f"cannot {verb.split()[0]} with {name}"), answer
-        assert engine == "fsdp2" or "Gather the full state_dict" in answers["save"][1]
-        assert (folder / engine / "sharded").exists() == (engine == "fsdp2")
 
 
 def test_partitioned_weights_are_neither_wrapped_nor_saved_nor_merged(toys: "Toys", tmp_path: Path) -> None:

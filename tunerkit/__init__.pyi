@@ -24,6 +24,7 @@ from .config import (
     setting as setting,
     unstructure as unstructure,
 )
+from .engine import Pieces as Pieces
 from .errors import (
     AdapterError as AdapterError,
     BaseMismatchError as BaseMismatchError,
@@ -61,7 +62,6 @@ from .layers import (
 )
 from .libraries import forward_name as forward_name
 from .markers import hookimpl as hookimpl
-from .parallel import Pieces as Pieces
 from .records import (
     DefaultTargets as DefaultTargets,
     Delta as Delta,
@@ -74,6 +74,7 @@ from .records import (
     Packing as Packing,
     ParamGroup as ParamGroup,
     RankChange as RankChange,
+    Sharding as Sharding,
     State as State,
     Statistics as Statistics,
     StatisticsRequest as StatisticsRequest,

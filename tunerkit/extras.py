@@ -10,6 +10,7 @@ _EXTRAS: Final[Mapping[str, str]] = {
     "accelerate": "transformers",
 }
 
+ENGINES: Final = "distributed"  # the extra that trains in several processes
 RUNS: Final = "transformers"  # the extra that opens what `tunerkit train` writes
 
 

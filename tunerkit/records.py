@@ -1,6 +1,7 @@
 """The frozen records that tunerkit and its plugins exchange."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -277,6 +278,25 @@ class Description:
 @attrs.frozen
 class NoOptions:
     """The options of a format that has none."""
+
+
+@attrs.frozen(eq=False)
+class Sharding:
+    """How an engine leaves each process a part of a weight, as a plugin yields it from ``tunerkit_shardings``.
+
+    Attributes:
+        is_cut: Whether a tensor is cut by this engine, so that this process holds a part of it.
+        part: What this process holds of a tensor that is cut: the memory itself.
+        gathered: Inside the block, the parameters of a module and below it are whole, and what the block changes in
+            them is lost. It gives a function from a parameter's name in the module and a whole tensor of its shape to
+            the part that this process would hold, in memory of its own. All processes enter it together.
+        reshard_: Cuts what a forward has left whole in a model.
+    """
+
+    is_cut: Callable[[Tensor], bool]
+    part: Callable[[Tensor], Tensor]
+    gathered: Callable[[nn.Module], AbstractContextManager[Callable[[str, Tensor], Tensor]]]
+    reshard_: Callable[[nn.Module], None]
 
 
 # Any: a writer takes a `tunerkit.Tuner` and its own options, which this file cannot name.

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from plugins.distributed.tests.zero_training import ZeroJob, trained
 from scripts.scaling.cells import STOPS, print_head, row
 from scripts.scaling.jobs import METHODS, alone
-from tests.parallel.zero_training import ZeroJob, trained
 from tests.support import together
 
 # The stage, and whether the base is partitioned from the start.

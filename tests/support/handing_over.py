@@ -55,7 +55,7 @@ def _through_accelerate(job: Job, folder: Path, rank: int, processes: int, alone
     """Train under DDP, as accelerate sets it up, and go on from what its ``save_state`` wrote, or the like of it."""
     from accelerate import Accelerator  # an optional dependency
 
-    from tunerkit_transformers.accelerate import checkpoint_adapters_
+    from tunerkit_distributed.accelerate import checkpoint_adapters_
 
     part = range(job.stop)
     for again in (False, True):

@@ -52,9 +52,7 @@ def attach(
     if hooks.attached_by_plugin(tuners, optimizer_or_trainer, total_steps, data_parallel):
         injection.warn_of_base_changes(tuners)
         return
-    from tunerkit.integrations import engine_choice  # core starts without any integration
-
-    engine, candidate = engine_choice.engine_for(tuners, model, optimizer_or_trainer, data_parallel)
+    engine, candidate = steps.engine_for(tuners, model, optimizer_or_trainer, data_parallel)
     earlier = {tuner.name: tuner.steps for tuner in tuners if tuner.steps and tuner.needs_steps}
     optimizer = steps.drive(tuners, candidate, total_steps=total_steps, engine=engine)
     for tuner in tuners:

@@ -10,6 +10,7 @@ from tunerkit.hooks.calls import (
     calibrate,
     changes_gradients,
     delta,
+    engine,
     factors,
     finish,
     from_factors,
@@ -26,7 +27,7 @@ from tunerkit.hooks.calls import (
     takes_factors,
     watches_steps,
 )
-from tunerkit.hooks.gather import gather_formats, gather_knowledge
+from tunerkit.hooks.gather import gather_formats, gather_knowledge, gather_shardings
 from tunerkit.hooks.method_config import configure, structure
 from tunerkit.hooks.registry import registry
 

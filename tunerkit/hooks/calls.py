@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tunerkit.config import AdapterConfig
+from tunerkit.engine import Engine
 from tunerkit.errors import AdapterError, PluginError
 from tunerkit.hooks import answers, specs
 from tunerkit.hooks.answers import Question
@@ -222,6 +223,15 @@ def attached_by_plugin(
             total_steps=total_steps,
             data_parallel=data_parallel,
         )
+    )
+
+
+def engine(
+    tuners: Sequence[TunerView], model: nn.Module, candidate: object, data_parallel: bool | None
+) -> tuple[Engine, object] | None:
+    """What the processes of a training do together, and what takes the step hooks; None if no plugin says."""
+    return registry.first(
+        specs.tunerkit_engine, tuners=tuners, model=model, candidate=candidate, data_parallel=data_parallel
     )
 
 

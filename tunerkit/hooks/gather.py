@@ -15,7 +15,7 @@ from tunerkit.hooks.discovery import error_text
 from tunerkit.hooks.registry import Answer, registry
 from tunerkit.layers import CORE, BaseLayer, Knowledge
 from tunerkit.patterns import is_broad
-from tunerkit.records import DefaultTargets, Format, WeightReader
+from tunerkit.records import DefaultTargets, Format, Sharding, WeightReader
 
 
 def gather_knowledge() -> Knowledge:
@@ -44,6 +44,11 @@ def gather_formats() -> dict[str, Format]:
     for each in _joined(_ask(specs.tunerkit_formats, _is_format, _FORMATS)):
         found.setdefault(each.name, each)
     return found
+
+
+def gather_shardings() -> tuple[Sharding, ...]:
+    """How engines cut weights, as all plugins say it."""
+    return tuple(_joined(_ask(specs.tunerkit_shardings, _is_sharding, "tunerkit.Sharding, each with four functions")))
 
 
 _KINDS = "classes that derive from tunerkit.BaseLayer and define all its abstract methods (and matrix(), if linear)"
@@ -97,6 +102,10 @@ def _is_format(record: Any) -> bool:
         return False
     functions = (record.sniff, record.read, record.write, *(() if record.describe is None else (record.describe,)))
     return attrs.has(record.options) and all(map(callable, functions))
+
+
+def _is_sharding(record: Any) -> bool:
+    return isinstance(record, Sharding) and all(map(callable, attrs.astuple(record, recurse=False)))
 
 
 def _are_names(names: object) -> bool:

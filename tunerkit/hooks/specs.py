@@ -13,6 +13,7 @@ them. When they fire::
     tunerkit.calibrate(model, batches)                      # tunerkit_calibrate, if the method wants statistics
     groups = tunerkit.param_groups(model, lr=1e-3)          # tunerkit_param_groups
     tunerkit.attach(model, optimizer, total_steps=1000)     # tunerkit_attach, for what is no optimizer of torch
+                                                            # tunerkit_engine: what the processes do together
                                                             # tunerkit_start: nothing is trained yet
     for batch in batches:
         for part in batch.micro_batches():                  # no hook fires per micro-batch
@@ -32,6 +33,7 @@ them. When they fire::
     model = tunerkit.load(base_model, path)                 # the same hooks as in wrap
     tunerkit.merge(model)                                   # tunerkit_delta per target, or tunerkit_factors
                                                             # (also in each forward of attention)
+                                                            # tunerkit_shardings: of the base's weights
     tunerkit.attach(model, optimizer, total_steps=1000)     # tunerkit_start
     tunerkit.load_state(model, path)                        # tunerkit_restore
     tunerkit.export(model, path, format="peft")             # tunerkit_formats, and tunerkit_factors per target
@@ -39,8 +41,9 @@ them. When they fire::
     model = tunerkit.load(base_model, "a peft folder")      # tunerkit_formats, then the hooks of wrap, or
                                                             # tunerkit_from_factors
 
-Seven hooks ask every plugin: `tunerkit_base_layers`, `tunerkit_weight_readers`, `tunerkit_default_targets`,
-`tunerkit_attach`, `tunerkit_formats`, `tunerkit_open_run` and `tunerkit_ranks_changed`. `tunerkit_methods` is called
+Nine hooks ask every plugin: `tunerkit_base_layers`, `tunerkit_weight_readers`, `tunerkit_default_targets`,
+`tunerkit_shardings`, `tunerkit_attach`, `tunerkit_engine`, `tunerkit_formats`, `tunerkit_open_run` and
+`tunerkit_ranks_changed`. `tunerkit_methods` is called
 for each plugin separately. All others call only the plugin that owns the method, so no plugin ever receives another
 plugin's layers.
 
@@ -60,6 +63,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tunerkit.config import AdapterConfig
+from tunerkit.engine import Engine
 from tunerkit.hooks.tuner_view import TunerView
 from tunerkit.layers import Adapter, BaseLayer
 from tunerkit.markers import hookspec
@@ -71,6 +75,7 @@ from tunerkit.records import (
     Method,
     ParamGroup,
     RankChange,
+    Sharding,
     State,
     Statistics,
     Target,
@@ -204,6 +209,29 @@ def tunerkit_build_adapter(target: Target, base: BaseLayer, config: AdapterConfi
     """
 
 
+@hookspec
+def tunerkit_shardings() -> Iterable[Sharding]:
+    """Say how engines leave each process a part of the base's weights, so that it can be merged into them.
+
+    Fires when a model is merged, unmerged, disabled or made dense; every plugin is asked. A weight that is cut, and
+    that no answer knows, is refused.
+
+    >>> import tunerkit, torch
+    >>> from contextlib import nullcontext
+    >>> whole = tunerkit.Sharding(
+    ...     is_cut=lambda tensor: False,
+    ...     part=lambda tensor: tensor,
+    ...     gathered=lambda module: nullcontext(lambda name, tensor: tensor),
+    ...     reshard_=lambda model: None,
+    ... )
+    >>> @tunerkit.hookimpl
+    ... def tunerkit_shardings():
+    ...     return [whole]
+    >>> tunerkit_shardings()[0].is_cut(torch.zeros(1))
+    False
+    """
+
+
 # --- Step callbacks --------------------------------------------------------------------------------------------------
 
 
@@ -271,6 +299,35 @@ def tunerkit_attach(
     ...     return True
     >>> tunerkit_attach([], Loop(), 10), tunerkit_attach([], "a text", 10)
     (True, None)
+    """
+
+
+@hookspec
+def tunerkit_engine(
+    tuners: Sequence[TunerView], model: nn.Module, candidate: object, data_parallel: bool | None
+) -> tuple[Engine, object] | None:
+    """Say what the processes of a training do together: how they hold adapters, and keep them alike.
+
+    Fires when adapters are attached to an optimizer; every plugin is asked until one answers. None means that this
+    plugin has nothing to do with the training. If all say so, the process trains alone.
+
+    Returns:
+        The engine, see `tunerkit.engine.Engine`; and what takes the step hooks: ``candidate``, or an optimizer of torch
+        that stands for it.
+
+    >>> import tunerkit
+    >>> from tunerkit.engine import Alone
+    >>> class Counted(Alone):
+    ...     '''The engine of one process, which counts the steps of all its adapters.'''
+    ...     name, steps = "counted", 0
+    ...     def before_step_(self, optimizer):
+    ...         self.steps += 1
+    >>> @tunerkit.hookimpl
+    ... def tunerkit_engine(candidate):
+    ...     return Counted(), candidate
+    >>> engine, _ = tunerkit_engine("an optimizer")
+    >>> engine.before_step_(None), engine.steps
+    (None, 1)
     """
 
 

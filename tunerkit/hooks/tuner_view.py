@@ -7,8 +7,8 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from tunerkit.config import AdapterConfig
+from tunerkit.engine import Pieces
 from tunerkit.layers import Adapter
-from tunerkit.parallel import Pieces
 from tunerkit.records import Target
 
 

@@ -6,7 +6,7 @@ from weakref import ref
 import attrs
 from torch.optim import Optimizer
 
-from tunerkit.parallel import Alone, Engine, Removable
+from tunerkit.engine import Alone, Engine, Removable
 from tunerkit.records import RankChange
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tunerkit import hooks
 from tunerkit.config import AdapterConfig
+from tunerkit.engine import Alone, Engine, Pieces, same
 from tunerkit.errors import AdapterError, StepError, closest
 from tunerkit.injection.contents import biases_in, copies_in, factors_in
 from tunerkit.injection.merged_state import is_merged
@@ -19,7 +20,6 @@ from tunerkit.injection.root import inside
 from tunerkit.injection.slots import Slot, Slots, base_modules, slots_of
 from tunerkit.layers import Adapter, BaseLayer, OutputLayer
 from tunerkit.libraries import is_zero_shard
-from tunerkit.parallel import Alone, Engine, Pieces, same
 from tunerkit.paths import join
 from tunerkit.records import Factors, RankChange, State, Target
 

@@ -12,6 +12,7 @@ from tunerkit.serialization.before_saving import (
 )
 from tunerkit.serialization.dense import dense_layers, replace_by_dense_
 from tunerkit.serialization.exporting import SCRATCH, write_format
+from tunerkit.serialization.folders import folder_of, has_file
 from tunerkit.serialization.formats import find_format, format_at
 from tunerkit.serialization.merge import (
     disabled,

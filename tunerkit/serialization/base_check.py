@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from tunerkit.engine import is_grouped
 from tunerkit.errors import BaseMismatchError, FileError, TunerkitWarning, shown
 from tunerkit.injection import Tuner, base_modules, slots_of
 from tunerkit.libraries import labels_hint, torch_private
-from tunerkit.parallel import is_grouped
 from tunerkit.paths import few, join
 from tunerkit.serialization.beside import describe_beside
 from tunerkit.serialization.fingerprint import (

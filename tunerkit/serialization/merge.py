@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tunerkit import hooks, injection, libraries, parallel
+from tunerkit import hooks, injection, libraries
 from tunerkit.errors import AdapterError
 from tunerkit.injection import Slots
 from tunerkit.paths import few, join
@@ -17,11 +17,14 @@ from tunerkit.serialization.finite import nonfinite
 from tunerkit.serialization.packed_weights import packed_sum
 from tunerkit.serialization.rounding import is_below_rounding, note_rounding_, warn_of_rounding
 from tunerkit.serialization.sharded_weights import (
+    gathered,
     has_packed_weight,
     is_split,
     own_value,
+    part_of,
     refuse_gathered,
     refuse_packed_shards,
+    reshard_,
 )
 from tunerkit.serialization.stacked import refuse_unequal
 from tunerkit.serialization.untying import (
@@ -83,7 +86,7 @@ def merge(model: M, *, permanent: bool = False) -> M:
 def merge_except_(model: M, paths: Collection[str], *, permanent: bool = False) -> M:
     """Merge as `merge` does, without the modules at ``paths``."""
     tuners = injection.require_tuners(model)
-    parallel.reshard_(model)
+    reshard_(model)
     places = [place for place in injection.walk(model) if place[0] not in paths]
     _refuse_unfit(model, places)
     merged = [_merged_parts(*place) if is_split(place[1]) else _merged_tensors(*place) for place in places]
@@ -137,7 +140,7 @@ def unmerge(model: M) -> M:
 
 def restore_originals_(model: nn.Module) -> None:
     """Undo a merge if there is one. If this is interrupted, it is undone all the same before it raises."""
-    parallel.reshard_(model)
+    reshard_(model)
     places = list(injection.walk(model))
     refuse_permanent(places)
     try:
@@ -162,13 +165,13 @@ def disabled(model: nn.Module) -> Iterator[None]:
     refuse_permanent(places)
     if places:
         injection.refuse_running(injection.wrapped_model(model), "disabling adapters")
-    parallel.reshard_(model)
+    reshard_(model)
     try:
         try:
             _enable_(places, False)
             yield
         finally:
-            parallel.reshard_(model)
+            reshard_(model)
             _enable_(places, True)
     except BaseException:  # it may be a KeyboardInterrupt on the way back
         _enable_(places, True)
@@ -294,7 +297,7 @@ def refuse_permanent(places: Places) -> None:
 
 def _merged_parts(path: str, module: nn.Module, slots: Slots) -> dict[str, Any]:
     """Return this process's part of the merged tensors. The whole ones are checked, in all processes alike."""
-    with parallel.gathered(module) as part:
+    with gathered(module) as part:
         tensors = _merged_tensors(path, module, slots)
         _refuse_nonfinite([(path, module, slots)], [tensors])
         refuse_unequal(path, module, slots)
@@ -355,8 +358,8 @@ def _replace_(module: nn.Module, tensors: dict[str, Any]) -> None:
     for name, tensor in tensors.items():
         if is_whole(module, name):
             put_(module, name, tensor)
-        elif parallel.is_split(own[name]):  # in the same storage, which FSDP2 gathers from
-            parallel.local_part(own[name]).copy_(tensor)
+        elif (part := part_of(own[name])) is not None:  # in the same storage, which an engine gathers from
+            part.copy_(tensor)
         else:
             own[name].data = tensor
 

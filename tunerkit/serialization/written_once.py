@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from tunerkit import parallel
 from tunerkit.injection import Tuner
 
 
@@ -16,7 +15,7 @@ def written_once(tuner: Tuner, place: Path, write: Callable[[], Path]) -> Path:
         place: Where it is written.
         write: Writes it, and returns the path. It is called in one process of a training.
     """
-    return parallel.written_once(tuner.engine, place, _content(tuner) if tuner.engine.is_shared else "", write)
+    return tuner.engine.write_once(place, _content(tuner) if tuner.engine.is_shared else "", write)
 
 
 def _content(tuner: Tuner) -> str:

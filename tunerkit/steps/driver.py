@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tunerkit import hooks, injection, patterns
+from tunerkit.engine import Alone, Engine
 from tunerkit.errors import StepError, TunerkitWarning
 from tunerkit.injection import Link, Tuner
 from tunerkit.libraries import torch_private
-from tunerkit.parallel import Alone, Engine
 from tunerkit.steps.checks import agree_on_total, check_attachable, find_optimizer
 from tunerkit.steps.completing import complete_
 from tunerkit.steps.held import held_of

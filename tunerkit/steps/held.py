@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from tunerkit import hooks
 from tunerkit.config import unstructure
+from tunerkit.engine import Held
 from tunerkit.injection import Tuner
-from tunerkit.parallel import Held
 
 
 def held_of(tuner: Tuner, total_steps: int | None, optimizer: Optimizer | None) -> Held:

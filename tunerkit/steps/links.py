@@ -5,8 +5,8 @@ from weakref import WeakKeyDictionary
 import attrs
 from torch.optim import Optimizer
 
+from tunerkit.engine import Engine, Removable
 from tunerkit.injection import Tuner
-from tunerkit.parallel import Engine, Removable
 
 # An optimizer does not know what trains with it, and resizing is given nothing but an optimizer.
 _engines: WeakKeyDictionary[Optimizer, Engine] = WeakKeyDictionary()

@@ -115,12 +115,11 @@ def resize_obstacle(parameters: Iterable[nn.Parameter], optimizer: Optimizer | N
         ``optimizer`` is not known to update each element independently.
     """
     parameters = list(parameters)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        engine = engine_of(optimizer)
-        if engine is None:
-            return "torch.distributed is initialised, and DDP and FSDP do not allow shapes to change"
-        if engine.fixed_shapes is not None:
-            return engine.fixed_shapes
+    engine = engine_of(optimizer)
+    if engine is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        return "torch.distributed is initialised, and DDP and FSDP do not allow shapes to change"
+    if engine is not None and (reason := engine.fixed_shapes) is not None:
+        return reason
     for parameter in parameters:
         if type(parameter.data) is not Tensor:
             return f"a parameter is a {type(parameter.data).__name__}, whose shape must not be changed"

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from tunerkit.parallel.shards import Cut
 from tunerkit_adalora.averages import Stack, new_stacks, unstack
 from tunerkit_adalora.importance import smooth_, triplet_scores
 from tunerkit_adalora.partial_scores import partial_scores, placed_lams
 from tunerkit_adalora.svd_layer import apply_masks_
+from tunerkit_distributed.shards import Cut
 
 BETA1, BETA2 = 0.85, 0.7
 sizes = st.tuples(st.integers(1, 5), st.integers(0, 5), st.integers(1, 5))

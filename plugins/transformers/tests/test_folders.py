@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import tunerkit
+from tunerkit.serialization.folders import folder_of
 from tunerkit_testing.trainer_toys import Regression
-from tunerkit_transformers.folders import folder_of
 
 pytestmark = pytest.mark.usefixtures("toys")
 ODD = "Adapter A"

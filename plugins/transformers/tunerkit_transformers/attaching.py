@@ -11,9 +11,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from tunerkit.errors import StepError, TunerkitWarning
 from tunerkit.injection import Tuner, refuse_fixed, tuners_of, warn_of_base_changes, wrapped_of
-from tunerkit.integrations.engine_choice import engine_for
 from tunerkit.serialization import warn_of_unspent_schedule
-from tunerkit.steps import detach, drive, is_attached
+from tunerkit.steps import detach, drive, engine_for, is_attached
 from tunerkit_transformers.checkpoints import load_states, restore_weights_, take_over_
 from tunerkit_transformers.fsdp import leave_out_, refuse_other_shards
 from tunerkit_transformers.trl import settle_

@@ -22,7 +22,7 @@ from tunerkit import serialization
 from tunerkit.errors import TunerkitWarning
 from tunerkit.injection import Tuner, regrouped, tuners_of, warn_of_base_changes
 from tunerkit.libraries import is_sharded, transformers_private
-from tunerkit_transformers.folders import folder_of, has_file
+from tunerkit.serialization import folder_of, has_file
 from tunerkit_transformers.precision import Precision
 from tunerkit_transformers.ranks import rows_of, write_ranks
 from tunerkit_transformers.resuming import choose_checkpoint

@@ -19,9 +19,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from tunerkit import serialization
 from tunerkit.errors import FileError, TunerkitWarning
 from tunerkit.injection import Tuner
+from tunerkit.serialization import folder_of, has_file
 from tunerkit_transformers import zero_checkpoints
 from tunerkit_transformers.agreement import gathered, union
-from tunerkit_transformers.folders import folder_of, has_file
 from tunerkit_transformers.zero_checkpoints import runs_deepspeed
 
 _WEIGHTS = "go on with the weights alone: tunerkit.load(base, checkpoint, trainable=True) starts a new training run"

@@ -1,0 +1,75 @@
+"""An Accelerator's checkpoints: adapters, their training states and the optimizer's, instead of the model."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from tunerkit import serialization
+from tunerkit.errors import FileError
+from tunerkit.injection import Tuner, tuners_of
+from tunerkit.libraries import without_models
+from tunerkit.serialization import folder_of
+from tunerkit_distributed.optimizer_state import own_state, whole_state
+
+
+def checkpoint_adapters_(accelerator: Any) -> None:
+    """Let ``accelerator.save_state`` and ``load_state`` write and read adapters instead of the models that hold them.
+
+    A checkpoint then has the size of the adapters, and resuming from it is exact, also with FSDP2 and with another
+    number of processes. What else accelerate keeps (schedulers, random states, scaler, registered objects) stays. Call
+    this once, in every process. Attach the adapters before loading.
+
+    Args:
+        accelerator: An `accelerate.Accelerator`.
+    """
+    accelerator.save_state = functools.partial(_save_state, accelerator, accelerator.save_state)
+    accelerator.load_state = functools.partial(_load_state, accelerator, accelerator.load_state)
+
+
+def _save_state(accelerator: Any, save: Any, *args: Any, **kwargs: Any) -> Any:
+    with without_models(accelerator) as (models, optimizers):
+        place = save(*args, **kwargs)
+    folder = Path(place)
+    tuners = _tuners(models)
+    for tuner in tuners:
+        serialization.save_tuner(tuner, folder_of(folder, tuners, tuner))
+    for number, optimizer in enumerate(optimizers):
+        state = whole_state(_torch_optimizer(optimizer))  # with the adapters' training states
+        if accelerator.is_main_process:
+            torch.save(state, folder / _name(number))
+    accelerator.wait_for_everyone()
+    return place
+
+
+def _load_state(accelerator: Any, load: Any, input_dir: Any = None, *args: Any, **kwargs: Any) -> None:
+    if input_dir is None:
+        raise FileError("accelerator.load_state: name the folder to load from; the newest one is not looked for")
+    with without_models(accelerator) as (models, optimizers):
+        load(input_dir, *args, **kwargs)
+    folder = Path(input_dir)
+    tuners = _tuners(models)
+    for tuner in tuners:
+        serialization.restore_(tuner, folder_of(folder, tuners, tuner))
+    for number, optimizer in enumerate(optimizers):
+        state = torch.load(folder / _name(number), map_location="cpu", weights_only=True)
+        own = _torch_optimizer(optimizer)
+        own.load_state_dict(own_state(own, state))
+    accelerator.wait_for_everyone()
+
+
+def _tuners(models: list[Any]) -> list[Tuner]:
+    return [tuner for model in models for tuner in tuners_of(model).values()]
+
+
+def _torch_optimizer(optimizer: Any) -> Optimizer:
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    assert isinstance(optimizer, Optimizer)
+    return optimizer
+
+
+def _name(number: int) -> str:
+    return "optimizer.pt" if number == 0 else f"optimizer_{number}.pt"

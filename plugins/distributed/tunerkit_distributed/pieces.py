@@ -1,0 +1,69 @@
+"""What a process holds of an adapter's parameters, for methods that do without whole ones."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from tunerkit.engine import Pieces
+from tunerkit_distributed import group
+from tunerkit_distributed.dtensors import Part, is_split, part_of, whole_values
+from tunerkit_distributed.flat import flat, unflatten_
+
+
+@attrs.frozen(eq=False)
+class CutPieces(Pieces):
+    """Pieces of DTensors, all cut over the same processes.
+
+    Attributes:
+        parts: How each is cut.
+    """
+
+    parts: Sequence[Part]
+    are_cut = True
+
+    @torch.no_grad()
+    def sum_(self, tensors: Sequence[Tensor], what: str) -> None:
+        """See `Pieces`."""
+        if not tensors:
+            return
+        own = flat(tensors)
+        vector = own.to(self.parts[0].parameter.device_mesh.device_type)
+        group.reduce_(vector, what, within=self.parts[0].group)
+        unflatten_(vector.to(own.device), tensors)
+
+    @torch.no_grad()
+    def joined(self, tensors: Sequence[Tensor], what: str) -> list[Tensor]:
+        """See `Pieces`. One all-gather for each dtype and device."""
+        return whole_values(tensors, self.parts, what)
+
+    def cut(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """See `Pieces`."""
+        return [part.cut.part(tensor, part.number) for tensor, part in zip(tensors, self.parts, strict=True)]
+
+
+@torch.no_grad()
+def pieces_of(parameters: Sequence[Any]) -> Pieces:
+    """What this process holds of DTensors that are cut over the same processes.
+
+    Args:
+        parameters: The DTensors. Any: torch.distributed.tensor is imported late.
+    """
+    layouts: dict[tuple[object, ...], Part] = {}  # thousands of parameters have few layouts
+    parts = []
+    for parameter in parameters:
+        key = parameter.device_mesh, parameter.placements, parameter.shape
+        like = layouts.get(key)
+        if like is None:
+            like = layouts[key] = part_of(parameter, [])
+        parts.append(Part(parameter, [], like.cut, like.group, like.number))
+    grads = [None if parameter.grad is None else parameter.grad.to_local() for parameter in parameters]
+    starts = [(part.cut.dim, part.cut.rows(part.number).start) for part in parts]
+    return CutPieces([parameter.to_local() for parameter in parameters], grads, starts, parts)
+
+
+def are_cut_alike(parameters: Sequence[Tensor]) -> bool:
+    """Whether parameters are DTensors, cut over the same processes, so that `pieces_of` takes them."""
+    return all(map(is_split, parameters)) and len({part_of(parameter, []).group for parameter in parameters}) == 1

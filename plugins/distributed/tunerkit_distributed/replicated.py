@@ -1,0 +1,306 @@
+"""Adapters of which every process holds a whole copy: their gradients are averaged at the end of each backward."""
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tunerkit.engine import Held, Pieces, Removable, same, whole_pieces
+from tunerkit.errors import StepError, TunerkitWarning
+from tunerkit.libraries import is_accumulating, is_of_deepspeed, is_sharded, torch_private
+from tunerkit.paths import few
+from tunerkit_distributed import group
+from tunerkit_distributed.agreement import refuse_differing, take_from_first_
+from tunerkit_distributed.flat import flat, unflatten_
+from tunerkit_distributed.meeting import Meeting
+from tunerkit_distributed.place import Place
+from tunerkit_distributed.reducers import Reducers
+from tunerkit_distributed.under_ddp import UnderDdp
+from tunerkit_distributed.writing import written_once
+
+OF_DEEPSPEED = (
+    "DeepSpeed trains this adapter, and steps its own optimizer: after deepspeed.initialize, pass what it returned to "
+    "tunerkit.attach"
+)
+_GONE = "its DistributedDataParallel is gone, and nothing averages its gradients: attach again"
+_APART = "with data_parallel=False each process decides for itself, and DistributedDataParallel needs equal shapes"
+
+
+class Replicated:
+    """Plain data parallel, and FSDP2 with the adapters among its ``ignored_params``.
+
+    At the end of each backward, one all-reduce averages the gradients of all adapters. Clipping comes later, so it sees
+    the averages. Under DistributedDataParallel, which averages them itself, nothing is reduced here: the processes meet
+    at the first gradient of a backward, and DDP waits at its end. A model does not know its DDP, which may be built
+    after `attach`, so the first backward looks for it. Under FSDP2 they meet at each forward and backward, in which it
+    gathers the base.
+
+    Besides the gradients, the all-reduce carries for each parameter in how many processes it has one, and where the
+    process is: at which step and backward, of which adapters, or that it steps without a backward.
+    """
+
+    splits = False
+    gives_pieces = False
+    withholds = True
+    is_shared = True
+
+    def __init__(self) -> None:
+        # Weak: the hooks of the parameters hold this, and a model must be freed when its user drops it.
+        self._held: dict[str, list[weakref.ref[nn.Parameter]]] = {}
+        self._reducers = Reducers()
+        self._in_ddp: bool | None = None  # None: not looked for yet
+        self._queued = -1  # the backward at whose end the averages are due
+        self._pending = self._told = self._paused = False
+        self._steps = self._backwards = self._averages = 0
+        self._seen: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        self._checked: frozenset[int] = frozenset()
+        self._training = 0
+        self._under_ddp = UnderDdp(self._reducers.found)
+        self._meeting = Meeting()
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return "DistributedDataParallel" if self._in_ddp else "data parallel with replicated adapters"
+
+    @property
+    def fixed_shapes(self) -> str | None:
+        """Why a parameter's shape must not change."""
+        if self._in_ddp and not self._reducers.found():
+            return _GONE
+        return None if self._in_ddp is False else self._reducers.obstacle()
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this is process 0."""
+        return group.rank() == 0
+
+    def begin_(self, adapters: Sequence[Held], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
+        """Compare the adapters, take their start from process 0, and average from now on. See `Engine`."""
+        self._training = refuse_differing(adapters)
+        handles: dict[str, tuple[Removable, ...]] = {}
+        for held in adapters:
+            own = [parameter for slot in held.slots.values() for parameter in slot.parameters()]
+            if held.starts_alike:
+                self.agree_(own, f"the start of adapter {held.name!r}")
+            self._held[held.name] = list(map(weakref.ref, own))
+            self._reducers.add_([held.model])
+            _engines.add(self)
+            trained = (parameter for parameter in own if parameter.requires_grad)
+            hooks = [parameter.register_post_accumulate_grad_hook(self._queue) for parameter in trained]
+            hooks += [p.register_post_accumulate_grad_hook(self._queue_other) for p in _others(held.model, own)]
+            handles[held.name] = (*hooks, _Membership(self._held, held.name))
+        self._reducers.follow_()
+        seats = self._seats(handles, adapters[0].model)
+        return {name: (*registered, seats[name]) for name, registered in handles.items()}
+
+    def _seats(self, names: Iterable[str], model: nn.Module) -> Mapping[str, Removable]:
+        """Open the meetings of the engine around the model: of FSDP2, if it has cut the base, else of DDP."""
+        if not any(map(is_sharded, model.parameters())):
+            return self._under_ddp.open_(names, model, self._training)
+        seats = self._meeting.open_(names, model, self._training)
+        self._meeting.watch_(model, forwards=True)  # FSDP2 gathers the base in forwards and backwards
+        return seats
+
+    def before_step_(self, optimizer: Optimizer) -> None:
+        """Refuse a step without a backward that other processes had. See `Engine`."""
+        if self._look_for_ddp():
+            if not self._under_ddp.is_there():
+                raise StepError(f"adapters {', '.join(self._held)}: {_GONE}")
+            self._under_ddp.before_step_(optimizer)
+            return
+        self._meeting.before_step_(optimizer)
+        self._refuse_strangers(optimizer)
+        if self._pending:  # said to be followed by another backward, and it was not: late for clipping, but averaged
+            self._average_(backward=True)
+        elif self._seen.get(optimizer, 0) == self._averages:
+            self._average_(backward=False)
+        self._seen[optimizer] = self._averages
+        self._steps, self._backwards = self._steps + 1, 0
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Leave the averages to the next backward after the block. See `Engine`."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def whole(
+        self, slots: Sequence[nn.Module], *, gradients: bool
+    ) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+        """Do nothing: parameters are whole."""
+        return nullcontext(same)
+
+    def reshard_(self) -> None:
+        """Do nothing: nothing is cut."""
+
+    def pieces(self, parameters: Sequence[nn.Parameter]) -> Pieces:
+        """Return all of them. See `Engine`."""
+        return whole_pieces(parameters)
+
+    def resized_(self) -> None:
+        """Build the reducer of DDP anew. See `Engine`."""
+        self._reducers.rebuild_()
+
+    def write_once(self, place: Path, content: str, write: Callable[[], Path]) -> Path:
+        """See `Engine`."""
+        return written_once(self, place, content, write)
+
+    def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
+        """Broadcast from process 0, in one collective for each dtype and device. See `Engine`."""
+        if self._in_ddp:
+            self._under_ddp.before_agreeing(what)
+        take_from_first_(tensors, what)
+
+    def holds(self) -> Iterator[nn.Parameter]:
+        """Return the adapters' parameters, those that are not trained among them."""
+        held = (ref() for own in self._held.values() for ref in own)
+        return (parameter for parameter in held if parameter is not None)
+
+    def _look_for_ddp(self) -> bool:
+        """Whether DDP averages. It is looked for once: when a model is trained, its DDP is there."""
+        if self._in_ddp is None:
+            self._in_ddp = bool(self._reducers.follow_())
+        return self._in_ddp
+
+    def _queue(self, parameter: Tensor) -> None:
+        """After a parameter's gradient was added up: average all at the end of this backward, or let DDP do so."""
+        running = torch_private.running_backward()
+        if self._queued == running:
+            return
+        self._queued = running
+        if self._look_for_ddp():
+            self._under_ddp.at_backward()
+        else:
+            torch_private.after_backward(self._after_backward)
+
+    def _queue_other(self, parameter: Tensor) -> None:
+        """After the gradient of one that no adapter has, which DDP may average: a batch may use no adapter at all."""
+        if self._look_for_ddp():
+            self._queue(parameter)
+
+    def _after_backward(self) -> None:
+        self._pending = True
+        self._backwards += 1
+        if not (self._paused or is_accumulating()):
+            self._average_(backward=True)
+
+    @torch.no_grad()
+    def _average_(self, *, backward: bool) -> None:
+        """Average the gradients of all processes, in one all-reduce."""
+        self._pending = False
+        self._averages += 1
+        held = list(self.holds())  # all: each process must send as much, whatever it has frozen
+        if not held:
+            return
+        self._tell()
+        used = [parameter.grad is not None for parameter in held]
+        grads = [_zeros(p) if p.grad is None else p.grad.to_dense() if p.grad.is_sparse else p.grad for p in held]
+        doing = f"backward {self._backwards}" if backward else "and it steps without a backward"
+        place = Place(self._steps, self._backwards, not backward, self._training, [*self._held], doing)
+        flags = [*used, *place.numbers()]
+        vector = flat([*grads, torch.tensor(flags, dtype=torch.float32, device=grads[0].device)])
+        group.reduce_(vector, f"the gradients of step {self._steps + 1}")
+        averages, counts = vector[: -len(flags)], vector[-len(flags) :].tolist()
+        place.refuse_apart(counts[len(used) :])
+        kept = [(p, grad) for p, grad, count in zip(held, grads, counts, strict=False) if count and p.requires_grad]
+        averages.div_(group.processes())
+        unflatten_(averages, grads)
+        for parameter, grad in kept:
+            if parameter.grad is not grad:
+                parameter.grad = grad
+
+    def _refuse_strangers(self, optimizer: Optimizer) -> None:
+        """Raise `StepError` if something is trained that nobody averages, at first and when more is trained."""
+        trained = frozenset(id(p) for each in optimizer.param_groups for p in each["params"] if p.requires_grad)
+        if trained <= self._checked:
+            return
+        if any(map(is_of_deepspeed, self.holds())):
+            raise StepError(OF_DEEPSPEED)
+        others = _strangers(optimizer, self._reducers.models)
+        if others:
+            raise StepError(
+                f"{len(others)} trained parameters belong to no attached adapter (shapes: "
+                f"{few([str(tuple(p.shape)) for p in others], shown=3)}), and nothing averages their gradients over "
+                f"{group.processes()} processes: attach all adapters, freeze the rest, name its modules in "
+                "train_modules, or put the model into DistributedDataParallel"
+            )
+        self._checked |= trained
+
+    def _tell(self) -> None:
+        if self._told:
+            return
+        self._told = True
+        if group.rank() == 0:
+            warnings.warn(
+                f"{group.processes()} processes train these adapters, and nothing else averages their gradients, so "
+                "tunerkit does, after each backward. If these are trainings of their own, attach with "
+                "data_parallel=False",
+                TunerkitWarning,
+                stacklevel=2,
+            )
+
+
+@attrs.frozen(eq=False)
+class _Membership:
+    """Takes an adapter out of the averages: at one point of the program, not when its memory happens to be freed."""
+
+    parameters: MutableMapping[str, list[weakref.ref[nn.Parameter]]]
+    name: str
+
+    def remove(self) -> None:
+        """Take the adapter out."""
+        self.parameters.pop(self.name, None)
+
+
+_engines: "weakref.WeakSet[Replicated]" = weakref.WeakSet()
+
+
+def _strangers(optimizer: Optimizer, models: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """What is trained and averaged by nobody: no attached adapter has it, and FSDP2 does not shard it."""
+    known = {id(parameter) for engine in _engines for parameter in engine.holds()}
+    trained = [parameter for each in optimizer.param_groups for parameter in each["params"]]
+    trained += [parameter for model in models for parameter in model.parameters()]
+    found = {id(p): p for p in trained if p.requires_grad and id(p) not in known and not is_sharded(p)}
+    return list(found.values())
+
+
+def _others(model: nn.Module, known: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """What is trained besides, whole in each process: modules of the base, and other adapters."""
+    ids = set(map(id, known))
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in ids and not is_sharded(p)]
+
+
+def _zeros(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter)
+
+
+class Apart(Replicated):
+    """A process of a group that trains adapters of its own: ``data_parallel=False``. Under DDP, shapes stay even so."""
+
+    is_shared = False
+    is_writer = True
+
+    @property
+    def fixed_shapes(self) -> str | None:
+        """Why a parameter's shape must not change. Without DDP each process may."""
+        return _APART if self._reducers.found() else None
+
+    def begin_(self, adapters: Sequence[Held], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
+        """Note the models, which may be in DDP. See `Engine`."""
+        self._reducers.add_(held.model for held in adapters)
+        return {}
+
+    def before_step_(self, optimizer: Optimizer) -> None:
+        """Do nothing."""
+
+    def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
+        """Do nothing."""

@@ -1,0 +1,30 @@
+"""The engine of one process, and of processes that train adapters of their own."""
+
+from collections.abc import Mapping, Sequence
+
+from torch.optim import Optimizer
+
+from tunerkit.engine import Alone, Held, Removable
+from tunerkit_distributed.reducers import Reducers
+
+
+class Single(Alone):
+    """Nothing is done together; but there may be a DistributedDataParallel of one process around the model."""
+
+    def __init__(self) -> None:
+        self._reducers = Reducers()
+
+    @property
+    def fixed_shapes(self) -> str | None:
+        """Why a parameter's shape must not change: DDP may be one that cannot be rebuilt."""
+        return self._reducers.obstacle()
+
+    def begin_(self, adapters: Sequence[Held], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
+        """Note the models, which may be in DDP."""
+        self._reducers.add_(held.model for held in adapters)
+        self._reducers.follow_()
+        return {}
+
+    def resized_(self) -> None:
+        """Build the reducer of DDP anew. See `Engine`."""
+        self._reducers.rebuild_()

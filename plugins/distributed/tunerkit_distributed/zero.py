@@ -1,0 +1,304 @@
+"""DeepSpeed's ZeRO, stages 1, 2 and 3, as an engine: whole adapters around a step, and hooks on the step itself."""
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tunerkit.engine import Held, Pieces, Removable, same, whole_pieces
+from tunerkit.errors import StepError
+from tunerkit.libraries import (
+    DEEPSPEED_ENGINE,
+    DEEPSPEED_OPTIMIZER,
+    DEEPSPEED_WRAPPERS,
+    ZERO_OPTIMIZER,
+    derives_from,
+    is_of_deepspeed,
+    is_sharded,
+    torch_private,
+)
+from tunerkit_distributed.agreement import refuse_differing, take_from_first_
+from tunerkit_distributed.group import rank
+from tunerkit_distributed.meeting import Meeting
+from tunerkit_distributed.writing import written_once
+from tunerkit_distributed.zero_parts import parts_of, trained_by, unflatten
+
+_FIXED = "DeepSpeed keeps all parameters in flat buffers, so their shapes must not change"
+
+
+def engine_of(candidate: object) -> "ZeroEngine | None":
+    """Return an engine for what DeepSpeed trains, if ``candidate`` is of DeepSpeed.
+
+    Args:
+        candidate: What was passed to attach: a DeepSpeedEngine, its optimizer, or accelerate's wrapper of either.
+
+    Returns:
+        The engine; None if this is something else, such as a torch optimizer.
+
+    Raises:
+        StepError: If DeepSpeed runs without ZeRO, or holds the parameters in a way that is not supported.
+    """
+    own: Any = candidate
+    for kind, attribute in DEEPSPEED_WRAPPERS.items():
+        if derives_from(own, kind):
+            own = getattr(own, attribute)
+    of_engine = derives_from(own, DEEPSPEED_ENGINE)
+    zero = own.optimizer if of_engine else own
+    if derives_from(zero, ZERO_OPTIMIZER):
+        return ZeroEngine(ZeroSteps.of(zero))
+    if of_engine or derives_from(zero, DEEPSPEED_OPTIMIZER):
+        raise StepError(
+            f"DeepSpeed trains with {type(zero).__name__}, without ZeRO: set the stage of zero_optimization to 1, 2 or "
+            "3, or train with DistributedDataParallel"
+        )
+    return None
+
+
+class ZeroSteps(Optimizer):
+    """DeepSpeed's optimizer as torch's: its ``step`` calls hooks, once for each step that DeepSpeed takes.
+
+    DeepSpeed's own class derives from no torch optimizer. The one inside steps flat buffers, several times in a step.
+    From `install_` on, DeepSpeed's engine calls this instead. It does at the boundaries of gradient accumulation only.
+
+    Args:
+        zero: DeepSpeed's optimizer.
+    """
+
+    def __init__(self, zero: Any) -> None:
+        super().__init__(trained_by(zero), {})
+        self.zero = zero
+        self.has_moved = False
+        self._step: Callable[..., Any] = zero.step
+        self._users: set[object] = set()
+
+    @staticmethod
+    def of(zero: Any) -> "ZeroSteps":
+        """The one that is installed on DeepSpeed's optimizer, or else a new one."""
+        installed = getattr(vars(zero).get("step"), "__self__", None)
+        return installed if isinstance(installed, ZeroSteps) else ZeroSteps(zero)
+
+    def install_(self) -> Removable:
+        """Let DeepSpeed call this. When all that `install_` returned is removed, all is as before."""
+        use = _Use(self)
+        self._users.add(use)
+        self.zero.step = self.run
+        return use
+
+    def leave_(self, use: object) -> None:
+        """End a use; the last one restores DeepSpeed's own ``step``."""
+        self._users.discard(use)
+        if not self._users and vars(self.zero).get("step") == self.run:
+            del self.zero.step
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """What DeepSpeed calls."""
+        self.has_moved = False
+        self.scale = float(self.zero.loss_scale)  # of the gradients now; a dynamic one changes inside the step
+        return self.step(*args, **kwargs)
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """Take the step; torch calls the hooks before and after it."""
+        result = self._step(*args, **kwargs)
+        self.has_moved = True
+        return result
+
+    @property
+    def grad_scale(self) -> Tensor | None:
+        """The factor by which gradients are scaled before the step, as torch's fused optimizers have it."""
+        return None if self.scale == 1 else torch.tensor(self.scale)
+
+    @property
+    def found_inf(self) -> bool:
+        """Whether the last step was skipped, because gradients overflowed."""
+        return bool(getattr(self.zero, "overflow", False))
+
+    def divisor(self) -> Tensor:
+        """By what the last step divided gradients, 0-d: the loss scale, and more where it clipped."""
+        limit, norm = float(self.zero.clip_grad), getattr(self.zero, "_global_grad_norm", None)
+        scale = torch.tensor(self.scale)
+        if limit <= 0 or norm is None:
+            return scale
+        return scale * ((torch.as_tensor(norm, dtype=torch.float32) + 1e-6) / limit).clamp(min=1)
+
+
+class _Use:
+    """One use of a `ZeroSteps`."""
+
+    def __init__(self, steps: ZeroSteps) -> None:
+        self._steps = weakref.ref(steps)
+
+    def remove(self) -> None:
+        """End it."""
+        steps = self._steps()
+        if steps is not None:
+            steps.leave_(self)
+
+
+class ZeroEngine:
+    """ZeRO-1, 2 and 3. The methods see stand-ins of the adapters' parameters: whole, in fp32, with whole gradients.
+
+    DeepSpeed clips inside its step, so what a method adds to the gradients is clipped along.
+    """
+
+    gives_pieces = False
+    withholds = False
+    is_shared = True
+    fixed_shapes = _FIXED
+
+    def __init__(self, steps: ZeroSteps) -> None:
+        # The adapter holds its engine, and must not keep the optimizer in memory: only DeepSpeed's own does, from
+        # `begin_` on.
+        self._new: ZeroSteps | None = steps
+        self._steps = weakref.ref(steps)
+        self._parts = parts_of(steps.param_groups[0]["params"])
+        self._kept: dict[int, Tensor] = {}  # gradients, from before the step to after it
+        self._meeting = Meeting()
+
+    @property
+    def optimizer(self) -> ZeroSteps:
+        """What takes the step hooks. Raises `StepError` if DeepSpeed's optimizer is gone."""
+        steps = self._steps()
+        if steps is None:
+            raise StepError("DeepSpeed's optimizer is gone; attach the adapter to a new one")
+        return steps
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return "DeepSpeed ZeRO"
+
+    @property
+    def splits(self) -> bool:
+        """Whether a process holds only parts: with ZeRO-3, and of master weights where parameters have 16 bits."""
+        return self._parts.splits
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this is process 0."""
+        return rank() == 0
+
+    def begin_(self, adapters: Sequence[Held], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
+        """Compare the adapters, and hook DeepSpeed's step. It gave all processes the weights of process 0 already."""
+        number = refuse_differing(adapters)
+        for held in adapters:
+            buffers = [buffer for slot in held.slots.values() for buffer in slot.buffers()]
+            if held.starts_alike and buffers:
+                self.agree_(buffers, f"the start of adapter {held.name!r}")
+        seats = self._meeting.open_((held.name for held in adapters), adapters[0].model, number)
+        for held in adapters:
+            # ZeRO-3 gathers what it has partitioned in a forward too.
+            self._meeting.watch_(held.model, forwards=any(map(is_sharded, held.model.parameters())))
+        handles = {name: (self.optimizer.install_(), seat) for name, seat in seats.items()}
+        self._new = None
+        return handles
+
+    def before_step_(self, optimizer: Optimizer) -> None:
+        """Meet the other processes before DeepSpeed's own exchanges in a step. See `Meeting.before_step_`."""
+        self._meeting.before_step_(optimizer, always=True)
+
+    def no_sync(self) -> AbstractContextManager[object]:
+        """Do nothing: DeepSpeed's engine knows where gradients are accumulated."""
+        return nullcontext()
+
+    @contextmanager
+    def whole(self, slots: Sequence[nn.Module], *, gradients: bool) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Put stand-ins into the modules, then write what they hold into DeepSpeed's parts. See `Engine`.
+
+        Before a step the gradients are DeepSpeed's. After it these are gone: then they are those of before the step,
+        unscaled and clipped as the step did.
+        """
+        places = _places(slots)
+        own = list({id(parameter): parameter for _, _, parameter in places}.values())
+        if not own:
+            yield same
+            return
+        steps = self._steps()
+        fresh = gradients and steps is not None and not steps.has_moved
+        values, vector = self._parts.read(own, gradients=fresh, what="the parts of the adapters")
+        pairs = [(p, nn.Parameter(value, p.requires_grad)) for p, value in zip(own, values, strict=True)]
+        trained = [(p, stand_in) for p, stand_in in pairs if p.requires_grad]
+        if fresh:
+            for (_, stand_in), gradient in zip(trained, unflatten(vector, [p for p, _ in trained]), strict=True):
+                stand_in.grad = gradient
+        elif gradients and steps is not None:
+            self._return_(trained, steps.divisor())
+        with _put_in(places, pairs) as outside:
+            yield outside
+        self._parts.write_(own, [stand_in.detach() for _, stand_in in pairs])
+        if fresh:
+            self._kept |= {id(p): _gradient(stand_in) for p, stand_in in trained}
+            self._parts.write_gradients_([p for p, _ in trained], [self._kept[id(p)] for p, _ in trained])
+
+    def _return_(self, trained: Sequence[tuple[nn.Parameter, nn.Parameter]], divisor: Tensor) -> None:
+        """Give stand-ins the gradients from before the step, as the step used them."""
+        for parameter, stand_in in trained:
+            stand_in.grad = self._kept.pop(id(parameter), None)
+        torch_private.divide_([s.grad for _, s in trained if s.grad is not None], divisor.to(trained[0][1].device))
+
+    def reshard_(self) -> None:
+        """Do nothing: methods see whole stand-ins."""
+
+    def pieces(self, parameters: Sequence[nn.Parameter]) -> Pieces:
+        """Return all of the stand-ins. See `Engine`."""
+        return whole_pieces(parameters)
+
+    def resized_(self) -> None:
+        """Do nothing: shapes are fixed."""
+
+    def write_once(self, place: Path, content: str, write: Callable[[], Path]) -> Path:
+        """See `Engine`."""
+        return written_once(self, place, content, write)
+
+    def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
+        """Broadcast from process 0. See `Engine`."""
+        take_from_first_(tensors, what)
+
+
+Place = tuple[dict[str, nn.Parameter | None], str, nn.Parameter]
+
+
+def _places(slots: Sequence[nn.Module]) -> list[Place]:
+    """Where ZeRO's parameters are below ``slots``: the dict of a module, the key in it, the parameter.
+
+    Inside a block of `ZeroEngine.whole` there are none: its stand-ins are no parameters of ZeRO's.
+    """
+    tables = [torch_private.own_parameters(module) for slot in slots for module in slot.modules()]
+    return [(table, key, p) for table in tables for key, p in table.items() if p is not None and is_of_deepspeed(p)]
+
+
+@contextmanager
+def _put_in(
+    places: Sequence[Place], pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Inside the block, the modules have the second of each pair instead of the first."""
+    inside = {id(parameter): stand_in for parameter, stand_in in pairs}
+    outside = {id(stand_in): parameter for parameter, stand_in in pairs}
+    for table, key, parameter in places:
+        table[key] = inside[id(parameter)]
+    try:
+        yield lambda parameter: outside.get(id(parameter), parameter)
+        for table, key, parameter in places:
+            _take_over_(inside[id(parameter)], table[key])
+    finally:
+        for table, key, parameter in places:
+            table[key] = parameter
+
+
+@torch.no_grad()
+def _take_over_(stand_in: nn.Parameter, found: nn.Parameter | None) -> None:
+    """Keep a parameter that the block put into the place of a stand-in."""
+    if found is stand_in:
+        return
+    if found is None or found.shape != stand_in.shape:
+        raise StepError(f"{_FIXED}; one was to change from {tuple(stand_in.shape)}")
+    stand_in.copy_(found)
+    stand_in.grad = found.grad
+
+
+def _gradient(stand_in: nn.Parameter) -> Tensor:
+    return torch.zeros_like(stand_in) if stand_in.grad is None else stand_in.grad

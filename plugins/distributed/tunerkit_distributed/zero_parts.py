@@ -1,0 +1,216 @@
+"""Which part of a parameter a process holds under DeepSpeed's ZeRO: read the parts of all processes, write the own one.
+
+DeepSpeed's accessors (`safe_get_full_fp32_param` and the like) do this with one collective for each tensor. Here one
+collective carries all tensors. The attributes of DeepSpeed's that this relies on stand only in this file.
+"""
+
+import importlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tunerkit.errors import StepError
+from tunerkit.libraries import is_of_deepspeed, whole_shape
+from tunerkit_distributed import group
+from tunerkit_distributed.flat import flat
+from tunerkit_distributed.group import processes, rank
+
+# Where each optimizer lists the model's parameters: ZeRO-1 and 2, ZeRO-3, and the one for bf16 with ZeRO-1.
+_GROUPS = ("bit16_groups", "fp16_groups", "bf16_groups")
+_FRAGMENT, _SHARD = "_hp_mapping", "ds_id"
+
+
+class Parts(Protocol):
+    """How the processes hold parameters. The same calls are made in all of them, in the same order."""
+
+    splits: bool
+
+    def read(self, parameters: Sequence[nn.Parameter], *, gradients: bool, what: str) -> tuple[list[Tensor], Tensor]:
+        """Exchange values, and gradients too if asked, in at most one collective.
+
+        Args:
+            parameters: Parameters for which `tunerkit.libraries.is_of_deepspeed` is true.
+            gradients: Whether to read the gradients of those that require one. They exist from the last backward before
+                a step to the step.
+            what: What is read, for messages.
+
+        Returns:
+            The whole values in fp32, or in the parameter's dtype where it is not trained, and one vector of all
+            gradients, fp32, which `unflatten` cuts.
+        """
+
+    def write_(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+        """Set whole values, the same in all processes. No collective."""
+
+    def write_gradients_(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+        """Set whole gradients, the same in all processes, before the step. No collective."""
+
+
+def trained_by(zero: Any) -> list[nn.Parameter]:
+    """The model's parameters that DeepSpeed's optimizer trains."""
+    groups = next((getattr(zero, name) for name in _GROUPS if hasattr(zero, name)), None)
+    held = [] if groups is None else [parameter for group in groups for parameter in group]
+    if not held or not all(is_of_deepspeed(parameter) for parameter in held):
+        raise StepError(
+            f"cannot find the parameters that DeepSpeed's {type(zero).__name__} trains: this release of it keeps them "
+            "elsewhere. Tested with 0.19"
+        )
+    return held
+
+
+def parts_of(parameters: Sequence[nn.Parameter]) -> Parts:
+    """How these parameters, of one DeepSpeed optimizer, are held.
+
+    Raises:
+        StepError: If only some of the processes share a parameter, or if the parts are packed or on disk.
+    """
+    groups = [getattr(p, "ds_process_group", None) or getattr(p, "_dp_group", None) for p in parameters]
+    if any(group is not None and torch.distributed.get_world_size(group) != processes() for group in groups):
+        raise StepError(
+            "DeepSpeed trains these adapters in several groups of processes (MiCS, hpZ, pipeline, tensor, sequence or "
+            "expert parallel); only data parallel over all processes is supported"
+        )
+    if not any(hasattr(parameter, _SHARD) for parameter in parameters):
+        return Fragments(splits=any(parameter.dtype != torch.float32 for parameter in parameters))
+    for parameter in parameters:
+        _refuse_odd_shard(parameter)
+    return Shards()
+
+
+def _refuse_odd_shard(parameter: Any) -> None:
+    if parameter.ds_tensor.status.name != "AVAILABLE":
+        raise StepError(
+            "DeepSpeed offloads parameters to disk (offload_param: nvme), where adapters cannot be read; set it to cpu "
+            "or none"
+        )
+    if parameter.ds_secondary_tensor is not None or hasattr(parameter.ds_tensor, "ds_quant_scale"):
+        raise StepError(
+            "DeepSpeed keeps a second or a quantised copy of the parameters (ZeRO++: zero_hpz_partition_size, "
+            "zero_quantized_weights), which would not follow what the method sets; leave these options out"
+        )
+
+
+class Fragments:
+    """ZeRO-1 and 2: each process has all parameters, and of master weights and gradients a stretch of one long vector.
+
+    A parameter's stretch may lie in one process, be cut between two, or be elsewhere. Parameters of 16 bits have
+    master weights in fp32; others equal their master weights.
+    """
+
+    def __init__(self, *, splits: bool) -> None:
+        self.splits = splits
+
+    @torch.no_grad()
+    def read(self, parameters: Sequence[Any], *, gradients: bool, what: str) -> tuple[list[Tensor], Tensor]:
+        """Add up, over the processes, vectors that are 0 outside of the own stretches. See `Parts`."""
+        masters = [p for p in parameters if p.dtype != torch.float32]
+        trained = [p for p in parameters if gradients and p.requires_grad]
+        sizes = [p.numel() for p in (*masters, *trained)]
+        vector = torch.zeros(sum(sizes), dtype=torch.float32, device=parameters[0].device)
+        pieces = vector.split(sizes)
+        for parameter, piece in zip(masters, pieces, strict=False):
+            own = getattr(parameter, _FRAGMENT)
+            if own is not None:
+                _stretch(own, piece).copy_(own.get_hp_fragment())
+        for parameter, piece in zip(trained, pieces[len(masters) :], strict=True):
+            own = getattr(parameter, _FRAGMENT)
+            if own is not None:
+                stretch = _stretch(own, piece)
+                found = own.get_lp_grad_fragment(parameter._index_in_param_group).reshape(-1)
+                stretch.copy_(_stretch(own, found) if found.numel() == parameter.numel() else found)
+        if sizes:
+            group.reduce_(vector, what)
+        whole = {id(p): piece.view(p.shape) for p, piece in zip(masters, pieces, strict=False)}
+        values = [whole[id(p)] if id(p) in whole else p.detach().clone() for p in parameters]
+        return values, vector[sum(sizes[: len(masters)]) :]
+
+    @torch.no_grad()
+    def write_(self, parameters: Sequence[Any], values: Sequence[Tensor]) -> None:
+        """Set the own stretches of the master weights, and the parameters. See `Parts`."""
+        utils = _accessors()
+        for parameter, value in zip(parameters, values, strict=True):
+            utils.safe_set_full_fp32_param(parameter, value)
+            parameter.data.copy_(value)
+
+    @torch.no_grad()
+    def write_gradients_(self, parameters: Sequence[Any], gradients: Sequence[Tensor]) -> None:
+        """Set the own stretches. See `Parts`."""
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.set_full_hp_grad(gradient)  # `safe_set_full_grad` would prefer a leftover `grad`
+
+
+def _stretch(own: Any, whole: Tensor) -> Tensor:
+    """The stretch of a whole parameter, flat, of which this process has the master weights."""
+    address = own.lp_fragment_address
+    return whole.narrow(0, address.start, address.numel)
+
+
+class Shards:
+    """ZeRO-3: each process has an equal share of each parameter, of its master weights and of its gradient.
+
+    The last share is padded. Between uses a parameter is empty, except for small ones (those below
+    ``stage3_param_persistence_threshold``), which stay gathered.
+    """
+
+    splits = True
+
+    @torch.no_grad()
+    def read(self, parameters: Sequence[Any], *, gradients: bool, what: str) -> tuple[list[Tensor], Tensor]:
+        """Gather the shares. See `Parts`."""
+        utils = _accessors()
+        trained = [p for p in parameters if gradients and p.requires_grad]
+        shares = [_master(p) for p in parameters]
+        shares += [utils.safe_get_local_grad(p) for p in trained]
+        sizes = [share.numel() for share in shares]
+        everybody = [found.split(sizes) for found in group.gather(flat(shares), what)]
+        pieces = zip(*everybody, strict=True)  # those of all processes, for each parameter
+        whole = [torch.cat(own)[: p.ds_numel] for p, own in zip((*parameters, *trained), pieces, strict=True)]
+        values = [
+            value.view(p.ds_shape) if p.requires_grad else value.view(p.ds_shape).to(p.dtype)
+            for p, value in zip(parameters, whole, strict=False)
+        ]
+        return values, torch.cat([whole[0].new_zeros(0), *whole[len(parameters) :]])
+
+    @torch.no_grad()
+    def write_(self, parameters: Sequence[Any], values: Sequence[Tensor]) -> None:
+        """Set the own shares of the master weights and of the parameters. See `Parts`."""
+        utils, number = _accessors(), rank()
+        for parameter, value in zip(parameters, values, strict=True):
+            share = _share(parameter, value, number)
+            utils.safe_set_local_fp32_param(parameter, share)  # does nothing for a frozen parameter
+            parameter.ds_tensor.data.copy_(share)
+            if parameter.ds_status.name == "AVAILABLE":
+                parameter.data.copy_(value)
+
+    @torch.no_grad()
+    def write_gradients_(self, parameters: Sequence[Any], gradients: Sequence[Tensor]) -> None:
+        """Set the own shares. See `Parts`."""
+        utils, number = _accessors(), rank()
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            utils.safe_set_local_grad(parameter, _share(parameter, gradient, number))
+
+
+def _master(parameter: Any) -> Tensor:
+    """The own share of the master weights, flat; of the parameter itself where it is frozen."""
+    local: Tensor | None = _accessors().safe_get_local_fp32_param(parameter) if parameter.requires_grad else None
+    return parameter.ds_tensor if local is None else local
+
+
+def _share(parameter: Any, whole: Tensor, number: int) -> Tensor:
+    """The share of whole values that process ``number`` has, padded by zeros."""
+    size = parameter.ds_tensor.numel()
+    share = whole.reshape(-1)[number * size : (number + 1) * size]
+    missing = size - share.numel()
+    return torch.cat([share, share.new_zeros(missing)]) if missing else share
+
+
+def _accessors() -> Any:
+    return importlib.import_module("deepspeed.utils")  # whoever gets here has imported DeepSpeed
+
+
+def unflatten(vector: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Cut a vector into tensors of the whole parameters' shapes, views of it."""
+    shapes = [whole_shape(parameter) for parameter in parameters]
+    return [piece.view(shape) for piece, shape in zip(vector.split([s.numel() for s in shapes]), shapes, strict=True)]
