@@ -13,8 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.distributed import GradBucket  # type: ignore[attr-defined]
-from torch.distributed.algorithms import join
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from scripts.structure import private_attributes, read
@@ -194,122 +192,6 @@ def ddp() -> bool:
     return found == [parallel] and torch_private.running_ddp() is None and same
 
 
-def ddp_alone(build: Callable[[], bool]) -> Callable[[], bool]:
-    """A check in a process group of this process."""
-
-    def check() -> bool:
-        met = torch.distributed.HashStore()  # type: ignore[attr-defined]
-        torch.distributed.init_process_group("gloo", store=met, rank=0, world_size=1)
-        try:
-            return build()
-        finally:
-            torch.distributed.destroy_process_group()
-
-    return check
-
-
-@ddp_alone
-def rebuilt() -> bool:
-    """A rebuilt DDP has a new reducer, of the right size, which averages what it is told to, and keeps its hook."""
-    module = nn.Linear(2, 2)
-    parallel = nn.parallel.DistributedDataParallel(module, static_graph=True)
-    parallel.register_comm_hook(None, torch_private._stateless()[0])
-    parallel(torch.ones(1, 2)).sum().backward()
-    before, shapes = parallel.reducer, [p.shape for p in torch_private.parameters_of(parallel)]
-    module.weight.data = torch.ones(3, 2)
-    stale = not torch_private.is_built_for(parallel, module.parameters())
-    averaged = torch_private.averaged_by(parallel)
-    module.bias.requires_grad_(False)
-    torch_private.rebuild_reducer_(parallel, [module.weight])
-    logged = parallel._get_ddp_logging_data()
-    new = parallel.reducer is not before and not parallel._has_rebuilt_buckets and len(parallel._comm_hooks) == 1
-    same = len(averaged) == len(shapes) == 2 and {id(p) for p in averaged} == {id(p) for p in module.parameters()}
-    return stale and new and same and (logged["bucket_sizes"], logged["comm_hook"]) == ("24", "allreduce_hook")
-
-
-@ddp_alone
-def forgotten() -> bool:
-    """A reducer that still waits for a backward is not called any more after `rebuild_reducer_`."""
-    module = nn.Linear(2, 2)
-    parallel = nn.parallel.DistributedDataParallel(module)
-    calls: list[object] = []
-
-    def hook(state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-        calls.append(state)
-        done: torch.futures.Future[Tensor] = torch.futures.Future()
-        done.set_result(bucket.buffer())
-        return done
-
-    parallel.register_comm_hook("old", hook)
-    parallel(torch.ones(1, 2))
-    kept = parallel.reducer  # as long as it lives, its hooks do
-    torch_private.rebuild_reducer_(parallel, list(module.parameters()))
-    parallel._comm_hooks.clear()
-    parallel(torch.ones(1, 2)).sum().backward()
-    return kept is not parallel.reducer and calls == ["old"]
-
-
-@ddp_alone
-def special() -> bool:
-    """An ordinary DDP reduces in no special way and has all that is needed; a Join block and others are seen."""
-    parallel = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
-    plain = torch_private.special_way_of_reducing(parallel) is None
-    complete = not torch_private.missing_for_rebuilding(parallel)
-    ordinary = not (parallel._delay_all_reduce_params or parallel._use_python_reducer)
-    parallel._register_builtin_comm_hook(torch.distributed.BuiltinCommHookType.ALLREDUCE)  # type: ignore[attr-defined]
-    hooked = "ALLREDUCE" in str(torch_private.special_way_of_reducing(parallel))
-    with join.Join([parallel]):  # torch leaves the mark there afterwards
-        joined = "Join" in str(torch_private.special_way_of_reducing(parallel))
-    return plain and complete and ordinary and hooked and joined
-
-
-def first() -> bool:
-    """A hook that was registered last runs first, and all others after it in their order."""
-    x, seen = torch.ones(2, requires_grad=True), list[int]()
-    y = 2 * x
-    for number in range(3):
-        y.register_hook(lambda _, number=number: seen.append(number))  # type: ignore[misc]
-    torch_private.hook_first_(y, lambda _: seen.append(3))
-    y.sum().backward()
-    return seen == [3, 0, 1, 2]
-
-
-def store() -> bool:
-    """The store through which a group met keeps what is written into it."""
-    met = torch.distributed.HashStore()  # type: ignore[attr-defined]
-    torch.distributed.init_process_group("gloo", store=met, rank=0, world_size=1)
-    try:
-        torch_private.default_store().set("key", "value")
-        return bool(torch_private.default_store().get("key") == b"value")
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def numbered() -> bool:
-    """Each backward has a number of its own, and there is -1 outside of one."""
-    x, seen = torch.ones(2, requires_grad=True), list[int]()
-    x.register_hook(lambda _: seen.append(torch_private.running_backward()))
-    for _ in range(2):
-        x.sum().backward()
-    return len({*seen, -1}) == 3 and torch_private.running_backward() == -1
-
-
-def ends() -> bool:
-    """What is queued in a backward runs once, at its end; what it raises, the backward raises."""
-    x, seen = torch.ones(2, requires_grad=True), list[bool]()
-
-    def queue(_: Tensor) -> None:
-        torch_private.after_backward(lambda: seen.append(x.grad is not None))
-
-    handle = x.register_hook(queue)
-    x.sum().backward()
-    handle.remove()
-    x.register_hook(lambda _: torch_private.after_backward(lambda: seen.index(None)))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="None"):
-        x.sum().backward()
-    return seen == [True]
-
-
 def other(*_: object, **__: object) -> None:
     """A second hook."""
 
@@ -359,11 +241,7 @@ def managed() -> bool:
             model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)), ignored_params=ignored
         )
         model(torch.ones(1, 2))
-        seen = [torch_private.is_managed_by_fsdp2(module) for module in model]
-        taken = torch_private.take_load_hooks_(model[0])
-        seen.append(torch_private.is_managed_by_fsdp2(model[0]))
-        torch_private.put_load_hooks_(model[0], taken)
-        return [*seen, torch_private.is_managed_by_fsdp2(model[0])] == [True, False, False, True]
+        return [torch_private.is_managed_by_fsdp2(module) for module in model] == [True, False]
     finally:
         torch.distributed.destroy_process_group()
 
@@ -393,7 +271,7 @@ def compilations() -> bool:
 # By the names that stand in torch_private.py: what uses them, and a check.
 CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
     "_C": ("is_observed (layers.fused)", lambda: isinstance(torch._C, type(torch))),
-    "_foreach_copy_": ("copy_ (parallel)", copied),
+    "_foreach_copy_": ("copy_ (of methods and engines)", copied),
     "_foreach_div_": ("divide_ (steps.withheld)", divided),
     "_parameters": ("own_parameters (everywhere)", parameters),
     "_modules": ("own_children, compiled_from (injection.slots, injection.root)", children),
@@ -434,23 +312,10 @@ CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
     "_state_dict_hooks": ("remove_state_hooks_ (injection.state_dicts)", state_hooks),
     "_fsdp_flattened": ("FLATTENED (libraries.engines)", flattened),
     "_fsdp_use_orig_params": ("VIEWS_FLAT (libraries.engines)", flattened),
-    "_load_state_dict_post_hooks": ("is_managed_by_fsdp2, take_load_hooks_ (serialization.merge, parallel)", managed),
+    "_load_state_dict_post_hooks": ("is_managed_by_fsdp2 (serialization.sharded_weights)", managed),
     "torch.distributed.fsdp._fully_shard._fsdp_param": ("is_managed_by_fsdp2 (serialization.merge)", managed),
-    "_get_default_store": ("default_store (parallel)", store),
-    "_current_graph_task_id": ("running_backward (parallel)", numbered),
-    "_execution_engine": ("after_backward (parallel)", ends),
     "_active_ddp_module": ("running_ddp (injection.unsynchronised)", ddp),
-    "_module_parameters": ("known_to, averaged_by (injection.unsynchronised, parallel)", ddp),
-    "_remove_autograd_hooks": ("rebuild_reducer_ (parallel)", forgotten),
-    "_get_ddp_logging_data": ("is_built_for, special_way_of_reducing (parallel)", rebuilt),
-    "_get_zeros_like_grad_buckets": ("averaged_by (parallel)", rebuilt),
-    "_has_rebuilt_buckets": ("rebuild_reducer_ (parallel)", rebuilt),
-    "_static_graph_delay_allreduce_enqueued": ("rebuild_reducer_ (parallel)", rebuilt),
-    "_comm_hooks": ("rebuild_reducer_, special_way_of_reducing (parallel)", rebuilt),
-    "_join_config": ("is_joining, special_way_of_reducing (parallel)", special),
-    "_delay_all_reduce_params": ("special_way_of_reducing (parallel)", special),
-    "_use_python_reducer": ("special_way_of_reducing (parallel)", special),
-    "_backward_hooks": ("hook_first_ (parallel.meeting)", first),
+    "_module_parameters": ("known_to (injection.unsynchronised)", ddp),
     "torch._dynamo": (
         "uncompiled, forget_compiled (injection), compile_counter (testing.compiling)",
         lambda: dynamo() and compilations(),
@@ -463,7 +328,6 @@ DELETED = (
     *("_CachingTorchDispatchMode", "_CachedTorchDispatchMode", "torch.utils._python_dispatch", "_ConvNd"),
     *("_BatchNorm", "_NormBase", "_InstanceNorm", "_get_no_batch_dim", "_conv_forward", "_global_forward_hooks"),
     *("_get_current_dispatch_mode_stack", "_active_ddp_module"),
-    *("_get_default_store", "_execution_engine", "_current_graph_task_id"),
     *("_foreach_div_", "_foreach_copy_"),
 )
 OF_INSTANCES = {
@@ -471,9 +335,6 @@ OF_INSTANCES = {
     *("_load_state_dict_post_hooks", "torch.distributed.fsdp._fully_shard._fsdp_param"),
     *("_load_state_dict_pre_hooks", "_state_dict_hooks", "_fsdp_flattened", "_fsdp_use_orig_params"),
     *("_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_module_parameters"),
-    *("_remove_autograd_hooks", "_get_ddp_logging_data", "_get_zeros_like_grad_buckets", "_has_rebuilt_buckets"),
-    *("_static_graph_delay_allreduce_enqueued", "_comm_hooks", "_join_config", "_delay_all_reduce_params"),
-    *("_use_python_reducer", "_backward_hooks"),
 }
 # Children of one process that has torch: a fresh import for each name would take a minute.
 SCRIPT = """

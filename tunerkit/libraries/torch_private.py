@@ -3,11 +3,10 @@
 If a release of torch renames one, tests/test_torch_private.py reports its name, and this is the file to change.
 """
 
-import gc
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeGuard, cast
 
@@ -170,123 +169,10 @@ def running_ddp() -> nn.parallel.DistributedDataParallel | None:
     return nn.parallel.DistributedDataParallel._active_ddp_module
 
 
-def ddp_around(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
-    """The DistributedDataParallel that holds ``model``; None if there is none, the first one if there are several."""
-    return next(iter(ddps_around([model])), None)
-
-
-def ddps_around(models: Collection[nn.Module]) -> list[nn.parallel.DistributedDataParallel]:
-    """Each DistributedDataParallel that holds one of ``models``, found among all objects of the process."""
-    found = _ddps_around(models)
-    if len(found) > 1:
-        del found  # all but one may only be waiting to be freed, which happens in each process at another time
-        gc.collect()
-        found = _ddps_around(models)
-    return found
-
-
-def _ddps_around(models: Collection[nn.Module]) -> list[nn.parallel.DistributedDataParallel]:
-    wanted, kind = set(map(id, models)), nn.parallel.DistributedDataParallel
-    around = [each for each in gc.get_objects() if issubclass(type(each), kind)]
-    return [each for each in around if not wanted.isdisjoint(map(id, each.modules()))]
-
-
 def known_to(ddp: nn.parallel.DistributedDataParallel) -> list[nn.Parameter]:
     """The parameters that ``ddp`` synchronises, and those that it was told to ignore or to synchronise later."""
     ignored = [p for name, p in ddp.module.named_parameters() if name in ddp.parameters_to_ignore]
     return [*ddp._module_parameters, *ignored]
-
-
-def is_joining(ddp: nn.parallel.DistributedDataParallel) -> bool:
-    """Whether ``ddp`` was put into ``join``, inside which processes may run out of data. It stays so afterwards."""
-    return bool(ddp._join_config.enable)
-
-
-# --- Rebuilding a DistributedDataParallel ----------------------------------------------------------------------------
-
-_OF_DDP = ("_remove_autograd_hooks", "_get_ddp_logging_data", "_has_rebuilt_buckets", "_comm_hooks", "_join_config")
-_OF_REDUCER = ("_get_zeros_like_grad_buckets",)
-
-
-def missing_for_rebuilding(ddp: nn.parallel.DistributedDataParallel) -> list[str]:
-    """The names that `rebuild_reducer_` needs, and that this release of torch does not have."""
-    own = [name for name in _OF_DDP if not hasattr(ddp, name)]
-    return own + [name for name in _OF_REDUCER if not hasattr(ddp.reducer, name)]
-
-
-def special_way_of_reducing(ddp: nn.parallel.DistributedDataParallel) -> str | None:
-    """What ``ddp`` does beside averaging gradients in its reducer, which a new reducer would not do; in words."""
-    if getattr(ddp, "_use_python_reducer", False):
-        return "compiled autograd averages instead of its reducer"
-    if getattr(ddp, "_delay_all_reduce_params", None):
-        return "it has parameters with a delayed all-reduce"
-    if is_joining(ddp):
-        return "it has been in a Join block, in which processes stop at other steps"
-    own, name = ddp._comm_hooks, ddp._get_ddp_logging_data().get("comm_hook")
-    if (own or name) and not (own and all(hook in _stateless() for hook, _ in own)):
-        return f"it has the communication hook {name}, which may know its buckets"
-    return None
-
-
-def _stateless() -> tuple[Callable[..., Any], ...]:
-    """Communication hooks that keep nothing from one backward to the next."""
-    known = importlib.import_module("torch.distributed.algorithms.ddp_comm_hooks.default_hooks")
-    return known.allreduce_hook, known.fp16_compress_hook, known.bf16_compress_hook
-
-
-def parameters_of(ddp: nn.parallel.DistributedDataParallel) -> list[nn.Parameter]:
-    """The parameters of the model when ``ddp`` was built, frozen ones among them."""
-    return ddp._module_parameters
-
-
-def averaged_by(ddp: nn.parallel.DistributedDataParallel) -> Sequence[Tensor]:
-    """The parameters whose gradients ``ddp`` averages: those that were trained when it was built.
-
-    Where others are trained now, or where shapes have changed, this takes as much memory as its buckets for a moment.
-    """
-    trained: list[Tensor] = [parameter for parameter in ddp._module_parameters if parameter.requires_grad]
-    if is_built_for(ddp, trained):
-        return trained
-    return [p for bucket in ddp.reducer._get_zeros_like_grad_buckets() for p in bucket.parameters()]
-
-
-def is_built_for(ddp: nn.parallel.DistributedDataParallel, parameters: Iterable[Tensor]) -> bool:
-    """Whether the reducer of ``ddp`` was built for as many bytes as these parameters have, or there is none."""
-    logged = ddp._get_ddp_logging_data() if getattr(ddp, "logger", None) is not None else {}
-    built = logged.get("total_parameter_size_bytes")
-    return built in (None, sum(parameter.numel() * parameter.itemsize for parameter in parameters))
-
-
-def rebuild_reducer_(ddp: nn.parallel.DistributedDataParallel, averaged: Iterable[Tensor]) -> None:
-    """Give ``ddp`` a new reducer for the shapes that its parameters have now, as restoring it from a pickle does.
-
-    The old reducer's hooks on parameters are removed. The settings of DDP stay.
-
-    Args:
-        ddp: What to change.
-        averaged: The parameters whose gradients the new one averages, whatever is frozen at the moment.
-    """
-    wanted = set(map(id, averaged))
-    hooks, ddp._comm_hooks = list(ddp._comm_hooks), []
-    state = ddp.__getstate__()
-    ddp._remove_autograd_hooks()
-    del ddp.reducer, ddp.logger  # the old buckets are freed before there are new ones
-    changed = [p for p in ddp.module.parameters() if p.requires_grad != (id(p) in wanted)]
-    _switch_(changed)
-    try:
-        ddp.__setstate__(state)
-    finally:
-        _switch_(changed)
-    ddp._has_rebuilt_buckets = False
-    if ddp.static_graph:
-        ddp._static_graph_delay_allreduce_enqueued = False  # the graph is recorded anew, in the next iteration
-    for hook, of_hook in hooks:
-        ddp.register_comm_hook(of_hook, hook)
-
-
-def _switch_(parameters: Iterable[nn.Parameter]) -> None:
-    for parameter in parameters:
-        parameter.requires_grad_(not parameter.requires_grad)
 
 
 # --- FullyShardedDataParallel, the older of torch's two ---------------------------------------------------------------
@@ -301,49 +187,12 @@ FLATTENED, VIEWS_FLAT = "_fsdp_flattened", "_fsdp_use_orig_params"
 
 def is_managed_by_fsdp2(module: nn.Module) -> bool:
     """Whether FSDP2 manages parameters of ``module`` itself: it then has a hook there, whole or sharded."""
-    return any(map(_is_of_fsdp2, module._load_state_dict_post_hooks.values()))
+    return any(map(is_of_fsdp2, module._load_state_dict_post_hooks.values()))
 
 
-def take_load_hooks_(module: nn.Module) -> dict[int, Any]:
-    """Remove FSDP2's hooks after ``load_state_dict``, which expect DTensors, and return them."""
-    hooks: dict[int, Any] = module._load_state_dict_post_hooks
-    return {key: hooks.pop(key) for key in [key for key, hook in hooks.items() if _is_of_fsdp2(hook)]}
-
-
-def put_load_hooks_(module: nn.Module, hooks: dict[int, Any]) -> None:
-    """Put back what `take_load_hooks_` removed."""
-    module._load_state_dict_post_hooks.update(hooks)
-
-
-def _is_of_fsdp2(hook: Any) -> bool:
+def is_of_fsdp2(hook: Any) -> bool:
+    """Whether a hook is one of FSDP2's on a module of which it manages parameters."""
     return getattr(hook, "__module__", None) == "torch.distributed.fsdp._fully_shard._fsdp_param"
-
-
-# --- Process groups and backward -------------------------------------------------------------------------------------
-
-
-def default_store() -> Any:
-    """The key-value store through which the processes of the default group met."""
-    return torch.distributed.distributed_c10d._get_default_store()
-
-
-def running_backward() -> int:
-    """The number of the backward that is running; another one for each, also for those inside others."""
-    return torch._C._current_graph_task_id()
-
-
-def hook_first_(tensor: Tensor, function: Callable[[Tensor], None]) -> None:
-    """Call ``function`` with the gradient of ``tensor``, before all other hooks of it."""
-    tensor.register_hook(function)
-    hooks: Any = tensor._backward_hooks
-    for key in [*hooks][:-1]:  # torch reads them in the order of the plain dict, which `move_to_end` leaves as it is
-        hooks[key] = hooks.pop(key)
-
-
-def after_backward(function: Callable[[], None]) -> None:
-    """Call ``function`` at the end of the backward that is running. What it raises, backward raises."""
-    engine: Any = torch.autograd.Variable._execution_engine
-    engine.queue_callback(function)
 
 
 # --- Distributed checkpoint -------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import tunerkit
 from plugins.distributed.tests import ddp_runs
 from tests.support import together, two_processes
 from tests.support.toy_growing import GrowingPlugin
-from tunerkit.libraries import torch_private
+from tunerkit_distributed import torch_private
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
 

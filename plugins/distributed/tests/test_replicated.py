@@ -15,7 +15,7 @@ from tests.support import apart, together, two_processes
 from tests.support.toy_growing import GrowingPlugin
 from tunerkit import serialization
 from tunerkit.engine import Alone
-from tunerkit.libraries import torch_private
+from tunerkit_distributed import torch_private
 from tunerkit_testing.counting import Counting
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin

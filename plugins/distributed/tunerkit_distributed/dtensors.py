@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit.errors import StepError
-from tunerkit.libraries import torch_private
-from tunerkit_distributed import group
+from tunerkit_distributed import group, torch_private
 from tunerkit_distributed.shards import Cut, joined, longest, packed
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tunerkit.libraries import torch_private
+from tunerkit_distributed import torch_private
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

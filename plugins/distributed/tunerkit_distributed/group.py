@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed
 
 from tunerkit.errors import ConfigError, StepError, shown
-from tunerkit.libraries import torch_private
+from tunerkit_distributed import torch_private
 
 Value = TypeVar("Value")
 # Environment variables, with their defaults: the seconds after which waiting ends (as torch's own for gloo), and after

@@ -18,8 +18,7 @@ from torch.optim import Optimizer
 
 from tunerkit.engine import Removable
 from tunerkit.errors import TunerkitWarning
-from tunerkit.libraries import torch_private
-from tunerkit_distributed import group
+from tunerkit_distributed import group, torch_private
 from tunerkit_distributed.outputs import tensors_in
 from tunerkit_distributed.place import Place
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tunerkit.errors import StepError
-from tunerkit.libraries import torch_private
+from tunerkit_distributed import torch_private
 
 _ADVICE = "to let adapters change their shapes, leave DistributedDataParallel out, and attach averages them"
 _SHAPES = "_tunerkit_shapes"  # an attribute of a DDP that is followed

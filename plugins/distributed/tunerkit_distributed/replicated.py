@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from tunerkit.engine import Held, Pieces, Removable, same, whole_pieces
 from tunerkit.errors import StepError, TunerkitWarning
-from tunerkit.libraries import is_accumulating, is_of_deepspeed, is_sharded, torch_private
+from tunerkit.libraries import is_accumulating, is_of_deepspeed, is_sharded
 from tunerkit.paths import few
-from tunerkit_distributed import group
+from tunerkit_distributed import group, torch_private
 from tunerkit_distributed.agreement import refuse_differing, take_from_first_
 from tunerkit_distributed.flat import flat, unflatten_
 from tunerkit_distributed.meeting import Meeting

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tunerkit.engine import Removable
-from tunerkit.libraries import torch_private
+from tunerkit_distributed import torch_private
 from tunerkit_distributed.meeting import Meeting
 
 

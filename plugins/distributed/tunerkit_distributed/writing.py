@@ -13,8 +13,7 @@ from torch import distributed
 
 from tunerkit.engine import Engine
 from tunerkit.errors import AdapterError, FileError, TunerkitError
-from tunerkit.libraries import torch_private
-from tunerkit_distributed import group
+from tunerkit_distributed import group, torch_private
 
 _KEY: Final = "tunerkit/written"
 _PATIENCE: Final = 60.0  # seconds after which a file that process 0 wrote elsewhere counts as the one waited for

@@ -20,8 +20,8 @@ from tunerkit.libraries import (
     derives_from,
     is_of_deepspeed,
     is_sharded,
-    torch_private,
 )
+from tunerkit_distributed import torch_private
 from tunerkit_distributed.agreement import refuse_differing, take_from_first_
 from tunerkit_distributed.group import rank
 from tunerkit_distributed.meeting import Meeting
