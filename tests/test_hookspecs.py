@@ -21,6 +21,7 @@ HOOKS = sorted(vars(_manager.hook))
 ALL_ARE_ASKED = {"tunerkit_methods", "tunerkit_base_layers", "tunerkit_ranks_changed"}
 ALL_ARE_ASKED |= {"tunerkit_weight_readers", "tunerkit_default_targets", "tunerkit_formats"}
 ALL_ARE_ASKED |= {"tunerkit_attach", "tunerkit_open_run", "tunerkit_engine", "tunerkit_shardings"}
+ALL_ARE_ASKED |= {"tunerkit_wrapped", "tunerkit_unwrapped"}
 
 
 @pytest.mark.parametrize("name", HOOKS)
@@ -69,7 +70,8 @@ def test_the_hooks_stand_under_their_groups_in_the_order_of_the_data() -> None:
     assert found["Discovery"] == ["tunerkit_methods"]
     assert found["Layer injection"] == [
         *("tunerkit_base_layers", "tunerkit_weight_readers", "tunerkit_default_targets"),
-        *("tunerkit_shared", "tunerkit_build_adapter", "tunerkit_shardings"),
+        *("tunerkit_shared", "tunerkit_build_adapter"),
+        *("tunerkit_wrapped", "tunerkit_unwrapped", "tunerkit_shardings"),
     ]
     assert found["Serialization"] == [
         *("tunerkit_delta", "tunerkit_factors", "tunerkit_from_factors", "tunerkit_open_run", "tunerkit_formats"),
@@ -81,7 +83,7 @@ def test_the_hooks_stand_under_their_groups_in_the_order_of_the_data() -> None:
 def test_the_training_loop_names_every_hook_at_its_moment() -> None:
     """The pseudo-code of the module says when each hook fires: before the optimizer's update or after it."""
     assert hookspecs.__doc__ is not None
-    loop = hookspecs.__doc__.split("::", 1)[1].split("Nine hooks ask", 1)[0]
+    loop = hookspecs.__doc__.split("::", 1)[1].split("Eleven hooks ask", 1)[0]
     # A budget is asked for at any time: no line of a loop could name it.
     assert set(re.findall(r"tunerkit_\w+", loop)) == set(HOOKS) - {"tunerkit_budget"}
     moments = ["tunerkit_start", ".backward()", "tunerkit_before_step", "updates the weights", "tunerkit_after_step",

@@ -25,7 +25,9 @@ from tunerkit.hooks.calls import (
     start,
     state,
     takes_factors,
+    unwrapped,
     watches_steps,
+    wrapped,
 )
 from tunerkit.hooks.gather import gather_formats, gather_knowledge, gather_shardings
 from tunerkit.hooks.method_config import configure, structure

@@ -226,6 +226,16 @@ def attached_by_plugin(
     )
 
 
+def wrapped(model: nn.Module) -> None:
+    """Tell every plugin that a model has its first adapter."""
+    registry.first(specs.tunerkit_wrapped, model=model)
+
+
+def unwrapped(model: nn.Module) -> None:
+    """Tell every plugin that a model, or a copy of a part of one, is to be without adapters."""
+    registry.first(specs.tunerkit_unwrapped, model=model)
+
+
 def engine(
     tuners: Sequence[TunerView], model: nn.Module, candidate: object, data_parallel: bool | None
 ) -> tuple[Engine, object] | None:

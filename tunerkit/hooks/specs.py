@@ -10,6 +10,7 @@ them. When they fire::
                                                             # tunerkit_default_targets: the model is scanned once
                                                             # tunerkit_shared, once
                                                             # tunerkit_build_adapter per target
+                                                            # tunerkit_wrapped, for the first adapter
     tunerkit.calibrate(model, batches)                      # tunerkit_calibrate, if the method wants statistics
     groups = tunerkit.param_groups(model, lr=1e-3)          # tunerkit_param_groups
     tunerkit.attach(model, optimizer, total_steps=1000)     # tunerkit_attach, for what is no optimizer of torch
@@ -37,15 +38,15 @@ them. When they fire::
     tunerkit.attach(model, optimizer, total_steps=1000)     # tunerkit_start
     tunerkit.load_state(model, path)                        # tunerkit_restore
     tunerkit.export(model, path, format="peft")             # tunerkit_formats, and tunerkit_factors per target
+    tunerkit.unwrap(model)                                  # tunerkit_unwrapped
     model, processor = tunerkit.from_folder("a run")        # tunerkit_open_run
     model = tunerkit.load(base_model, "a peft folder")      # tunerkit_formats, then the hooks of wrap, or
                                                             # tunerkit_from_factors
 
-Nine hooks ask every plugin: `tunerkit_base_layers`, `tunerkit_weight_readers`, `tunerkit_default_targets`,
-`tunerkit_shardings`, `tunerkit_attach`, `tunerkit_engine`, `tunerkit_formats`, `tunerkit_open_run` and
-`tunerkit_ranks_changed`. `tunerkit_methods` is called
-for each plugin separately. All others call only the plugin that owns the method, so no plugin ever receives another
-plugin's layers.
+Eleven hooks ask every plugin: `tunerkit_base_layers`, `tunerkit_weight_readers`, `tunerkit_default_targets`,
+`tunerkit_wrapped`, `tunerkit_unwrapped`, `tunerkit_shardings`, `tunerkit_attach`, `tunerkit_engine`,
+`tunerkit_formats`, `tunerkit_open_run` and `tunerkit_ranks_changed`. `tunerkit_methods` is called for each plugin
+separately. All others call only the plugin that owns the method, so no plugin ever receives another plugin's layers.
 
 Core checks each answer. A wrong answer of the method's plugin is a `PluginError`. An exception in a hook keeps its
 class and gets a note that names the plugin, the hook and the target or adapter; SystemExit and the like become a
@@ -206,6 +207,44 @@ def tunerkit_build_adapter(target: Target, base: BaseLayer, config: AdapterConfi
     >>> adapter = tunerkit_build_adapter(tunerkit.Target("head", torch.nn.Linear(4, 3)))
     >>> adapter(None, torch.ones(2, 4), torch.ones(2, 3)).shape
     torch.Size([2, 3])
+    """
+
+
+@hookspec
+def tunerkit_wrapped(model: nn.Module) -> None:
+    """Prepare a model whose first adapter has just been put in, for what a library does with the model later.
+
+    Fires in ``tunerkit.wrap`` and in ``load``; every plugin is asked. Everything done here is undone in
+    `tunerkit_unwrapped`. If it raises, nothing is put in.
+
+    >>> import tunerkit, torch
+    >>> @tunerkit.hookimpl
+    ... def tunerkit_wrapped(model):
+    ...     model.card = "with adapters"
+    >>> model = torch.nn.Linear(2, 2)
+    >>> tunerkit_wrapped(model)
+    >>> model.card
+    'with adapters'
+    """
+
+
+@hookspec
+def tunerkit_unwrapped(model: nn.Module) -> None:
+    """Undo what `tunerkit_wrapped` did.
+
+    Fires when the last adapter has left a model, and for a copy of a part of it, which has none; every plugin is asked.
+    It may be called again after an interrupted call.
+
+    >>> import tunerkit, torch
+    >>> @tunerkit.hookimpl
+    ... def tunerkit_unwrapped(model):
+    ...     for module in model.modules():
+    ...         vars(module).pop("card", None)
+    >>> model = torch.nn.Linear(2, 2)
+    >>> model.card = "with adapters"
+    >>> tunerkit_unwrapped(model)
+    >>> hasattr(model, "card")
+    False
     """
 
 

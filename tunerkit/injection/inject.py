@@ -5,12 +5,11 @@ from collections.abc import Mapping, Sequence, Set
 import torch
 from torch import nn
 
+from tunerkit import hooks
 from tunerkit.errors import AdapterError
 from tunerkit.injection.held_settings import hold_settings_, release_settings_
 from tunerkit.injection.preconditions import refuse_mixed_dtypes
-from tunerkit.injection.quantised_models import mark_trainable_, unmark_trainable_
 from tunerkit.injection.running import refuse_running, unwatch_threads_, watch_threads_
-from tunerkit.injection.save_pretrained import unwatch_saving_, watch_saving_
 from tunerkit.injection.slots import Slot, Slots, apply_slots, base_modules, slots_of, walk
 from tunerkit.injection.state_dicts import unwatch_states_, watch_states_
 from tunerkit.injection.tuner import WRAPPED, Tuner, Wrapped, base_of, wrapped_of
@@ -47,9 +46,8 @@ def _inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan) -> None:
     if not wrapped.tuners:  # a base parameter that is unfrozen later is meant to be trained
         _freeze_base_(model, wrapped)
         watch_states_(model)
-        watch_saving_(model)
         watch_threads_(model)
-        mark_trainable_(model)
+        hooks.wrapped(model)
     hold_settings_(wrapped, scanned)
     for path, module in tuner.modules().items():
         slot, slots, found = built[path], slots_of(module), scanned.by_path[path]
@@ -102,9 +100,8 @@ def _eject_(tuners: Sequence[Tuner]) -> None:
     if not wrapped.tuners:
         _thaw_base_(model, set(wrapped.frozen))
         unwatch_states_(model)
-        unwatch_saving_(model)
         unwatch_threads_(model)
-        unmark_trainable_(model)
+        hooks.unwrapped(model)
         release_settings_(wrapped)
         vars(model).pop(WRAPPED, None)
     _prepare_next_forward_(model)
@@ -186,7 +183,7 @@ def copy_base(module: nn.Module) -> nn.Module:
         delattr(twin, CHILD)
     torch_private.remove_hooks_(twin, apply_slots, refuse_unsynchronised, note_call)
     torch_private.mute_hooks_(twin)
-    unwatch_saving_(twin)
+    hooks.unwrapped(twin)
     for part in twin.modules():
         unwatch_states_(part)
     unwatch_threads_(twin)

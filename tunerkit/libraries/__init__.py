@@ -36,7 +36,6 @@ from tunerkit.libraries.transformers_classes import (
     FALCON_LINEAR,
     PRETRAINED_MODEL,
     TRAINER,
-    checkpoints_of,
     grown_embeddings,
     is_computed,
     is_scaled_embedding,

@@ -1,7 +1,5 @@
 """The classes and names of transformers that core treats specially: core never imports them."""
 
-import os
-import re
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,11 +48,3 @@ def grown_embeddings(model: nn.Module) -> list[nn.Embedding]:
 def is_computed(module: nn.Module) -> bool:
     """Whether a module of transformers computes its weight when it is built: no checkpoint has its values."""
     return isinstance(module, nn.Embedding) and type(module).__name__.endswith("SinusoidalPositionalEmbedding")
-
-
-def checkpoints_of(folder: object) -> str | None:
-    """The folder of a Trainer's run, if ``folder`` is one of its checkpoints."""
-    if not isinstance(folder, str | os.PathLike):
-        return None
-    run, name = os.path.split(os.path.normpath(os.fspath(folder)))
-    return run if re.fullmatch(r"checkpoint-\d+", name) else None

@@ -9,6 +9,8 @@ from torch import nn
 from tunerkit import DefaultTargets, Tuner, WeightReader, hookimpl
 from tunerkit.libraries import TRAINER, derives_from
 from tunerkit_transformers.default_targets import DEFAULT_TARGETS
+from tunerkit_transformers.quantised_models import mark_trainable_, unmark_trainable_
+from tunerkit_transformers.save_pretrained import unwatch_saving_, watch_saving_
 from tunerkit_transformers.weight_readers import WEIGHT_READERS
 
 
@@ -22,6 +24,20 @@ def tunerkit_default_targets() -> Iterable[DefaultTargets]:
 def tunerkit_weight_readers() -> Iterable[WeightReader]:
     """Name the classes that use a child's weight without calling the child."""
     return WEIGHT_READERS
+
+
+@hookimpl
+def tunerkit_wrapped(model: nn.Module) -> None:
+    """Watch ``save_pretrained``, and let a Trainer train adapters of a quantised model."""
+    watch_saving_(model)
+    mark_trainable_(model)
+
+
+@hookimpl
+def tunerkit_unwrapped(model: nn.Module) -> None:
+    """Undo both."""
+    unwatch_saving_(model)
+    unmark_trainable_(model)
 
 
 @hookimpl

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from tunerkit.injection.slots import base_modules
+from tunerkit.injection import base_modules
 from tunerkit.libraries import HAS_ADAPTERS, IS_QUANTISED
 
 

@@ -5,6 +5,8 @@ deep copy and a pickle of the model therefore have their own.
 """
 
 import functools
+import os
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,10 +14,9 @@ from typing import Any
 from torch import nn
 
 from tunerkit.errors import TunerkitWarning
-from tunerkit.injection.quantised_models import unmarked
-from tunerkit.injection.slots import base_modules, walk
-from tunerkit.libraries import checkpoints_of
+from tunerkit.injection import base_modules, walk
 from tunerkit.paths import is_adapter_path
+from tunerkit_transformers.quantised_models import unmarked
 
 _NAME = "save_pretrained"
 # The attribute of a module with the folder of the Trainer's run whose checkpoints a warning was about.
@@ -72,6 +73,14 @@ def _is_first_of_run(module: nn.Module, folder: object) -> bool:
         return True
     before, vars(module)[_RUN] = vars(module).get(_RUN), run
     return bool(before != run)
+
+
+def checkpoints_of(folder: object) -> str | None:
+    """The folder of a Trainer's run, if ``folder`` is one of its checkpoints."""
+    if not isinstance(folder, str | os.PathLike):
+        return None
+    run, name = os.path.split(os.path.normpath(os.fspath(folder)))
+    return run if re.fullmatch(r"checkpoint-\d+", name) else None
 
 
 def _drop_adapters(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: object) -> None:
