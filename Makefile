@@ -104,7 +104,7 @@ $(DEV_READY): $(PROJECTS) | $(BIN)/python
 
 # No plugin: tests that pass here depend on core alone.
 $(CORE_READY): pyproject.toml | $(CORE_BIN)/python
-	$(CORE_BIN)/python -m pip install -e ".[test]" transformers accelerate
+	$(CORE_BIN)/python -m pip install -e ".[test]" "accelerate>=1.1" "transformers>=5,<6"
 	touch $@
 
 $(QUANTISERS_READY): $(PROJECTS) | .venv-quantisers/bin/python

@@ -37,12 +37,28 @@ PLUGGY = frozenset({"pluggy", "tunerkit.markers", "tunerkit.hooks.specs", "tuner
 # The only core files that may use a library's private names; the engines have one of their own.
 PRIVATE = {"torch": f"{CORE}.libraries.torch_private", "transformers": f"{CORE}.libraries.transformers_private"}
 # State that lives as long as the process, each entry with its reason.
+_OF_GROUPS = "tunerkit_distributed"
 PROCESS_STATE = {
-    *(f"{CORE}.hooks.registry.registry", f"{CORE}.injection.tuner.unseen"),
-    *(f"{CORE}.steps.links._links", f"{CORE}.steps.links._engines", f"{CORE}.parallel.replicated._engines"),
-    *(f"{CORE}.parallel.group._written", f"{CORE}.parallel.writing._counts"),
-    *(f"{CORE}.parallel.meeting._rooms", f"{CORE}.parallel.agreement._begun"),  # of the process group
+    *(f"{CORE}.hooks.registry.registry", f"{CORE}.injection.tuner.unseen", f"{CORE}.steps.links._engines"),
     *(f"{CORE}.steps.undriven._watch", f"{CORE}.patterns._allowance"),
+    # Of the process group.
+    *(f"{_OF_GROUPS}.replicated._engines", f"{_OF_GROUPS}.group._written", f"{_OF_GROUPS}.writing._counts"),
+    *(f"{_OF_GROUPS}.meeting._rooms", f"{_OF_GROUPS}.agreement._begun"),
+}
+# What the plugins that know engines and trainers take from inside the core. It may only shrink: others need no more
+# than `tunerkit`, `tunerkit.errors` and `tunerkit.patterns`.
+INSIDE = {
+    "tunerkit_transformers": {
+        "hooks",
+        "injection",
+        "layers",
+        "libraries",
+        "paths",
+        "records",
+        "serialization",
+        "steps",
+    },
+    "tunerkit_distributed": {"engine", "injection", "libraries", "paths", "serialization"},
 }
 LIBRARIES = frozenset(
     {"transformers", "accelerate", "timm", "diffusers", "torchvision", "peft", "trl", "bitsandbytes", "deepspeed"}
@@ -303,6 +319,14 @@ def test_plugins_do_not_import_each_other(sources: Sources, package: str) -> Non
     assert [line for line in found if not line.endswith(".commands imports tunerkit_cli.plugin")] == []
 
 
+@pytest.mark.parametrize("package", INSIDE)
+def test_plugins_take_no_more_from_inside_the_core(sources: Sources, package: str) -> None:
+    """A list that may only shrink: what stands there has no place yet that plugins may use."""
+    own = [source for name, source in sources.items() if belongs(name, [package])]
+    found = {node_of(m) for source in own for m in imported(source, sources, deep=True) if belongs(m, [CORE])}
+    assert found - {"__init__", "errors"} == INSIDE[package]
+
+
 def test_core_imports_at_module_level_only_what_its_distribution_asks_for(sources: Sources) -> None:
     """``import tunerkit`` works with the plain dependencies installed: only optional parts need extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -352,7 +376,8 @@ def test_private_names_of_transformers_stand_in_one_file(sources: Sources) -> No
 
         kinds = (transformers.Trainer, transformers.PreTrainedModel, transformers.PreTrainedConfig)
         attributes |= {name for kind in kinds for name in dir(kind) if is_private(name)} - torch_attributes()
-    core = {name: s for name, s in sources.items() if belongs(name, [CORE, *TOOLS]) and name not in PRIVATE.values()}
+    ours, allowed = [CORE, *TOOLS, "tunerkit_transformers"], PRIVATE.values()
+    core = {name: s for name, s in sources.items() if belongs(name, ours) and name not in allowed}
     found = {name: private_of("transformers", source, attributes) for name, source in core.items()}
     assert {name: touched for name, touched in found.items() if touched} == {}
     assert "transformers" not in imported(sources[PRIVATE["transformers"]], sources, deep=True)
@@ -360,8 +385,8 @@ def test_private_names_of_transformers_stand_in_one_file(sources: Sources) -> No
 
 def test_what_lives_as_long_as_the_process_is_listed(sources: Sources) -> None:
     """All other state belongs to a model, an optimizer or a call, so two of them never interfere."""
-    core = [source for name, source in sources.items() if belongs(name, [CORE])]
-    assert {name for source in core for name in mutable_state(source)} <= PROCESS_STATE
+    core = [source for name, source in sources.items() if belongs(name, [CORE, _OF_GROUPS, "tunerkit_transformers"])]
+    assert {name for source in core for name in mutable_state(source)} == PROCESS_STATE
 
 
 def test_names_of_other_libraries_stand_in_the_parts_that_know_them(sources: Sources) -> None:

@@ -223,6 +223,18 @@ def test_a_broken_plugin_is_named_and_the_others_work(site: Site, monkeypatch: p
         found.get("broken")
 
 
+def test_why_a_distribution_is_absent_is_said_as_it_is(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed, broken, not installed, or left out by the environment: what helps differs."""
+    site.good("tunerkit-good", "good")
+    site.add("tunerkit-broken", {"broken": "1 / 0"})
+    found = site.registry()
+    assert found.absence("tunerkit-good") is None
+    assert found.absence("tunerkit-broken") == "tunerkit-broken cannot be used: ZeroDivisionError: division by zero"
+    assert found.absence("tunerkit-gone") == "tunerkit-gone is not installed"
+    monkeypatch.setenv("TUNERKIT_PLUGINS", "")
+    assert "TUNERKIT_PLUGINS limits what is loaded" in str(site.registry().absence("tunerkit-good"))
+
+
 def test_a_plugin_that_fails_leaves_no_hook_behind(site: Site) -> None:
     """Base-layer kinds that it registered before the failure are not offered."""
     base_layers = "@hookimpl\ndef tunerkit_base_layers():\n    return ['of the broken one']\n"

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 import tunerkit
+from tunerkit.hooks.registry import Registry
 from tunerkit_testing.registering import registered
 from tunerkit_testing.small import X, net, trainable
 from tunerkit_testing.toy_methods import LowRankPlugin
@@ -50,9 +50,12 @@ class LoopPlugin:
         return True
 
 
+PLUGINS = (LowRankPlugin(), LoopPlugin())
+
+
 @pytest.fixture(autouse=True)
 def _toys() -> Iterator[None]:
-    with registered(LowRankPlugin(), LoopPlugin()):
+    with registered(*PLUGINS):
         yield
 
 
@@ -82,26 +85,71 @@ def test_what_the_plugin_raises_reaches_the_user_and_names_it() -> None:
     assert any("tunerkit_attach of plugin 'LoopPlugin'" in note for note in caught.value.__notes__)
 
 
-def test_a_trainer_that_no_plugin_knows_is_refused_with_the_extra_that_does() -> None:
-    """By the library of its class; one of a library that no extra serves is told what to pass instead."""
+def test_a_trainer_that_no_plugin_knows_is_refused_with_the_extra_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the library of its class, if the plugin for it is not there; otherwise it is told what to pass instead."""
     model = wrapped()
     trainer = type("SFTTrainer", (), {"__module__": "trl.trainer.sft_trainer"})()
-    with pytest.raises(tunerkit.StepError, match=r'tunerkit-transformers knows it.*"tunerkit\[transformers\]"'):
+    monkeypatch.setattr(Registry, "absence", lambda self, name: f"{name} is not installed")
+    with pytest.raises(tunerkit.StepError, match=r'tunerkit-transformers is not installed.*"tunerkit\[transformers\]"'):
         tunerkit.attach(model, trainer)
     with pytest.raises(tunerkit.StepError, match="got object; pass the optimizer that steps the adapter"):
         tunerkit.attach(model, object())
+    monkeypatch.setattr(Registry, "absence", lambda self, name: None)
+    with pytest.raises(tunerkit.StepError, match="got SFTTrainer; pass the optimizer that steps the adapter"):
+        tunerkit.attach(model, trainer)
 
 
-@pytest.mark.skipif(find_spec("tunerkit_transformers") is not None, reason="tunerkit-transformers says what it is")
-def test_a_folder_that_no_plugin_opens_is_refused_with_the_extra_that_does(tmp_path: Path) -> None:
-    """In-process plugins are asked too."""
-    with pytest.raises(tunerkit.FileError, match=r"no installed plugin knows this folder.*tunerkit\[transformers\]"):
-        tunerkit.from_folder(tmp_path)
+def test_a_plugin_that_says_false_is_not_the_last_to_be_asked() -> None:
+    """It means the same as None: not mine."""
+
+    class Careless:
+        @tunerkit.hookimpl
+        def tunerkit_attach(self) -> bool:
+            return False
+
+    model = wrapped()
+    tunerkit.unregister(PLUGINS[1])
+    with registered(Careless(), PLUGINS[1]):
+        tunerkit.attach(model, Loop(model, 3))
+    tunerkit.register(PLUGINS[1])
+
+
+def test_what_would_end_the_program_is_an_error_that_names_the_plugin() -> None:
+    """Also where an optimizer is attached, which is none of the plugin's business."""
+
+    class Ending:
+        @tunerkit.hookimpl
+        def tunerkit_attach(self) -> bool | None:
+            raise SystemExit(0)
+
+    model = wrapped()
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    with (
+        registered(Ending()),
+        pytest.raises(tunerkit.PluginError, match=r"tunerkit_attach of plugin 'Ending'.*SystemExit"),
+    ):
+        tunerkit.attach(model, optimizer, total_steps=1)
+    assert tunerkit.optimizer_of(tunerkit.tuner(model)) is None
+
+
+def test_a_folder_that_no_plugin_opens_is_refused_with_the_extra_that_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an in-process plugin opens is its own, whatever else is installed; a wrong answer names it."""
 
     class Opening:
-        @tunerkit.hookimpl
-        def tunerkit_open_run(self, path: object, base: str | None) -> tuple[nn.Module, object]:
-            return net(), f"{base} of {path}"
+        answer: object = None
 
-    with registered(Opening()):
+        @tunerkit.hookimpl
+        def tunerkit_open_run(self, path: object, base: str | None) -> object:
+            return self.answer or (net(), f"{base} of {path}")
+
+    plugin = Opening()
+    with registered(plugin):
         assert tunerkit.from_folder(tmp_path, "mine")[1] == f"mine of {tmp_path}"
+        plugin.answer = "a model"
+        with pytest.raises(tunerkit.PluginError, match="returned 'a model'; expected a model and its processor"):
+            tunerkit.from_folder(tmp_path)
+    monkeypatch.setattr(Registry, "first", lambda *_, **__: None)
+    with pytest.raises(tunerkit.FileError, match=r"no installed plugin knows this folder.*tunerkit\[transformers\]"):
+        tunerkit.from_folder(tmp_path)

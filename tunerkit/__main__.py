@@ -2,8 +2,14 @@
 
 import sys
 from importlib.metadata import entry_points
+from typing import Final
 
-_scripts = entry_points(group="console_scripts", name="tunerkit")
-if not _scripts:
-    sys.exit('tunerkit: the command is a distribution of its own: pip install "tunerkit[cli]"')
-next(iter(_scripts)).load()()
+SCRIPTS: Final = [
+    each
+    for each in entry_points(group="console_scripts", name="tunerkit")
+    if each.dist is not None and each.dist.name == "tunerkit-cli"
+]
+if not SCRIPTS:
+    print('tunerkit: the command is a distribution of its own: pip install "tunerkit[cli]"', file=sys.stderr)
+    sys.exit(2)
+SCRIPTS[0].load()()

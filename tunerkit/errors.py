@@ -1,7 +1,10 @@
 """The exceptions that tunerkit raises: one class per mistake that a caller may want to catch. Texts are bounded."""
 
 import difflib
+import re
 import reprlib
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -10,6 +13,7 @@ LINES: Final = 60
 WIDTH: Final = 1000
 _PROBLEMS: Final = 20
 _LONGEST_NAME: Final = 200  # comparing longer ones takes seconds, and nobody mistypes them
+_INSIDE: Final = re.compile(r"(tunerkit(_\w+)?|pluggy)(\.|$)")  # the modules of tunerkit, of its plugins, and pluggy
 _SHORT: Final = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 _SHORT.maxlevel = 2
@@ -77,6 +81,14 @@ class TunerkitWarning(UserWarning):
 
     def __init__(self, *arguments: object) -> None:
         super().__init__(*(bounded(each) if isinstance(each, str) else each for each in arguments))
+
+
+def warn(text: str) -> None:
+    """Warn at the line of the caller: the first frame that is neither ours nor pluggy's, whatever is in between."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _INSIDE.match(str(frame.f_globals.get("__name__", ""))):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, TunerkitWarning, stacklevel=level - 1)
 
 
 def cut(text: str, width: int = WIDTH) -> str:

@@ -19,6 +19,11 @@ def install(extra: str) -> str:
     return f'pip install "tunerkit[{extra}]"'
 
 
+def distribution(extra: str) -> str:
+    """The distribution that an extra installs."""
+    return f"tunerkit-{extra}"
+
+
 def serving(thing: object) -> str | None:
     """The extra for a library's object, by the classes that it derives from; None if no extra serves it."""
     roots = (kind.__module__.partition(".")[0] for kind in type(thing).__mro__)

@@ -6,7 +6,7 @@ from typing import Any
 
 from tunerkit import hooks
 from tunerkit.errors import FileError
-from tunerkit.extras import RUNS, install
+from tunerkit.extras import RUNS, distribution, install
 
 
 def from_folder(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> tuple[Any, Any]:
@@ -32,8 +32,10 @@ def from_folder(path: str | os.PathLike[str], base: str | os.PathLike[str] | Non
     """
     found = hooks.open_run(Path(path), None if base is None else os.fspath(base))
     if found is None:
+        reader = distribution(RUNS)
         raise FileError(
             f"{os.fspath(path)}: no installed plugin knows this folder. What `tunerkit train` writes is read by "
-            f"tunerkit-{RUNS}: {install(RUNS)}; an adapter's file, by tunerkit.load(base, path)"
+            f"{reader}, and {hooks.registry.absence(reader)} ({install(RUNS)}); an adapter's file, by "
+            "tunerkit.load(base, path)"
         )
     return found

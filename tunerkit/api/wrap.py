@@ -10,7 +10,7 @@ from torch import nn
 
 from tunerkit import hooks, injection, libraries, patterns, serialization, steps, targets
 from tunerkit.config import AdapterConfig
-from tunerkit.errors import ConfigError, TunerkitWarning
+from tunerkit.errors import ConfigError, TunerkitWarning, warn
 from tunerkit.injection import Progress, Tuner
 from tunerkit.records import Target
 from tunerkit.targets import Scan
@@ -65,6 +65,8 @@ def wrap(
         with _seeded(seed), libraries.outside_zero_init(), torch.inference_mode(False):
             slots = injection.build(scanned, tuner)
     injection.warn_of_limits(scanned, tuner)
+    if config.targets is None and (unserved := hooks.unserved(root)):
+        warn(f"the default targets of this {type(root).__name__} are chosen by the kinds of its layers: {unserved}")
     steps.watch_optimizers(method)
     serialization.note_base(tuner, scanned)
     with libraries.outside_zero_init(), torch.inference_mode(False):

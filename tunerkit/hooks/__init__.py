@@ -36,3 +36,4 @@ from tunerkit.hooks.registry import registry
 methods = registry.methods
 register = registry.register
 unregister = registry.unregister
+unserved = registry.unserved

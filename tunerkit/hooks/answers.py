@@ -277,3 +277,19 @@ def _is_json(value: object, depth: int = 0) -> bool:
     if isinstance(value, list | tuple):
         return all(_is_json(each, depth + 1) for each in value)
     return isinstance(value, dict) and all(isinstance(k, str) and _is_json(v, depth + 1) for k, v in value.items())
+
+
+def is_pair(what: str, answer: object, *, has: str) -> bool:
+    """Whether an answer is no None, which says that a plugin has nothing to do with the question.
+
+    Args:
+        what: What the pair is, for the error.
+        answer: What a plugin returned.
+        has: An attribute of the first of the pair, by which it is recognised.
+
+    Raises:
+        PluginError: It is something else than a pair.
+    """
+    if not (isinstance(answer, tuple) and len(answer) == 2 and hasattr(answer[0], has)):
+        raise PluginError(f"a plugin returned {shown(answer)}; expected {what}, or None")
+    return True

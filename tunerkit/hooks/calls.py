@@ -1,7 +1,7 @@
 """Call the hooks: one typed function for each hook that core calls.
 
-All but `ranks_changed` call only the plugin that owns the method. If it does not implement the hook, they return None
-or an empty value. Each answer is checked here, once.
+Most call only the plugin that owns the method. If it does not implement the hook, they return None or an empty value.
+`ranks_changed`, and the functions at the end of this file, ask all plugins. Each answer is checked here, once.
 
 An exception of a plugin keeps its class, because a method's own message explains best what is wrong, and a caller may
 catch torch's out-of-memory error. It gets a note with the plugin, the hook and the adapter or target. What would end
@@ -218,6 +218,7 @@ def attached_by_plugin(
     return bool(
         registry.first(
             specs.tunerkit_attach,
+            bool,
             tuners=tuners,
             candidate=candidate,
             total_steps=total_steps,
@@ -228,12 +229,16 @@ def attached_by_plugin(
 
 def wrapped(model: nn.Module) -> None:
     """Tell every plugin that a model has its first adapter."""
-    registry.first(specs.tunerkit_wrapped, model=model)
+    registry.first(specs.tunerkit_wrapped, _never, model=model)
 
 
 def unwrapped(model: nn.Module) -> None:
     """Tell every plugin that a model, or a copy of a part of one, is to be without adapters."""
-    registry.first(specs.tunerkit_unwrapped, model=model)
+    registry.first(specs.tunerkit_unwrapped, _never, model=model)
+
+
+def _never(answer: object) -> bool:
+    return False  # so that all are asked
 
 
 def engine(
@@ -241,10 +246,16 @@ def engine(
 ) -> tuple[Engine, object] | None:
     """What the processes of a training do together, and what takes the step hooks; None if no plugin says."""
     return registry.first(
-        specs.tunerkit_engine, tuners=tuners, model=model, candidate=candidate, data_parallel=data_parallel
+        specs.tunerkit_engine,
+        partial(answers.is_pair, "an engine and what takes the step hooks", has="before_step_"),
+        tuners=tuners,
+        model=model,
+        candidate=candidate,
+        data_parallel=data_parallel,
     )
 
 
 def open_run(path: Path, base: str | None) -> tuple[nn.Module, object] | None:
     """Load the model and the processor of a run's folder; None if no plugin knows it."""
-    return registry.first(specs.tunerkit_open_run, path=path, base=base)
+    is_pair = partial(answers.is_pair, "a model and its processor", has="named_modules")
+    return registry.first(specs.tunerkit_open_run, is_pair, path=path, base=base)

@@ -11,9 +11,10 @@ from warnings import warn
 import attrs
 import pluggy
 
+from tunerkit import extras
 from tunerkit.errors import PluginError, TunerkitWarning, UnknownMethodError, shown
 from tunerkit.hooks.catalog import Catalog, load
-from tunerkit.hooks.discovery import error_text
+from tunerkit.hooks.discovery import VARIABLE, error_text
 from tunerkit.hooks.interrupts import is_from_signal
 from tunerkit.hooks.validation import Plugin, admit, heard_by
 from tunerkit.records import Method, MethodInfo
@@ -114,19 +115,60 @@ class Registry:
                 self.leave_out(found, hook, error_text(error))
         return answers
 
-    def first(self, hook: Callable[P, R | None], /, *args: P.args, **arguments: P.kwargs) -> R | None:
-        """Ask every plugin until one answers something else than None. What a plugin raises is raised, and names it."""
+    def first(
+        self, hook: Callable[P, R | None], is_answer: Callable[[Any], bool], /, *args: P.args, **arguments: P.kwargs
+    ) -> R | None:
+        """Ask every plugin until one answers; those whose implementation is marked ``trylast`` are asked last.
+
+        Args:
+            hook: The hook, given as its spec.
+            is_answer: Whether what a plugin returned, other than None, is an answer. If it raises, the plugin is named.
+            args: None: all arguments are passed by name.
+            arguments: The hook's arguments.
+
+        Raises:
+            PluginError: A plugin raised what would end the program, such as SystemExit. Its other exceptions propagate
+                with a note that names it.
+        """
         with self._loaded() as catalog:
-            asked = list(catalog.plugins)
-        for found in asked:
+            asked = [(found, heard_by(catalog.manager, hook.__name__, found.plugin)) for found in catalog.plugins]
+        asked.sort(key=lambda pair: any(each.trylast for each in pair[1].get_hookimpls()))
+        for found, caller in asked:
             try:
-                answers: list[R] = self._caller(hook, found)(**arguments)
+                for answer in caller(**arguments):
+                    if is_answer(answer):
+                        given: R = answer
+                        return given
+            except (PluginError, KeyboardInterrupt):
+                raise
             except Exception as error:
                 error.add_note(f"raised in {hook.__name__} of {found}")
                 raise
-            if answers:
-                return answers[0]
+            except BaseException as error:
+                if is_from_signal(error):
+                    raise
+                raise PluginError(f"{hook.__name__} of {found} raised {error_text(error)}") from error
         return None
+
+    def absence(self, distribution: str) -> str | None:
+        """Say why no plugin of a distribution is loaded, and what to do; None if one is."""
+        with self._loaded() as catalog:
+            if any(found.info.distribution == distribution for found in catalog.plugins):
+                return None
+            failed = next((info for _, info in catalog.failures if info.distribution == distribution), None)
+            if failed is not None:
+                return f"{distribution} cannot be used: {failed.error}"
+            if catalog.limit is not None:
+                return f"{distribution} is not loaded, or not installed: {VARIABLE} limits what is loaded"
+        return f"{distribution} is not installed"
+
+    def unserved(self, thing: object) -> str:
+        """Say how to get the plugin that knows the library of an object; empty if it is loaded, or if there is none."""
+        extra = extras.serving(thing)
+        absent = None if extra is None else self.absence(extras.distribution(extra))
+        if extra is None or absent is None:
+            return ""
+        return f"{extras.distribution(extra)} knows its library, and {absent} ({extras.install(extra)})"
 
     def notify_all(self, hook: Callable[P, object], /, *args: P.args, **arguments: P.kwargs) -> None:
         """Call a hook that every plugin may watch. If one raises, a `TunerkitWarning` names it; the others are called.

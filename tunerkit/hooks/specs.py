@@ -13,7 +13,7 @@ them. When they fire::
                                                             # tunerkit_wrapped, for the first adapter
     tunerkit.calibrate(model, batches)                      # tunerkit_calibrate, if the method wants statistics
     groups = tunerkit.param_groups(model, lr=1e-3)          # tunerkit_param_groups
-    tunerkit.attach(model, optimizer, total_steps=1000)     # tunerkit_attach, for what is no optimizer of torch
+    tunerkit.attach(model, optimizer, total_steps=1000)     # tunerkit_attach: is it a trainer that a plugin knows?
                                                             # tunerkit_engine: what the processes do together
                                                             # tunerkit_start: nothing is trained yet
     for batch in batches:
@@ -50,8 +50,10 @@ separately. All others call only the plugin that owns the method, so no plugin e
 
 Core checks each answer. A wrong answer of the method's plugin is a `PluginError`. An exception in a hook keeps its
 class and gets a note that names the plugin, the hook and the target or adapter; SystemExit and the like become a
-`PluginError`. For the hooks that ask every plugin, a wrong answer or an exception never stops the user's call: the
-answer is left out, with one warning, and ``tunerkit.methods()`` lists the plugin with its error.
+`PluginError`. For the hooks that ask every plugin what it knows, a wrong answer or an exception never stops the user's
+call: the answer is left out, with one warning, and ``tunerkit.methods()`` lists the plugin with its error. What a
+plugin does in `tunerkit_attach`, `tunerkit_engine`, `tunerkit_open_run`, `tunerkit_wrapped` and `tunerkit_unwrapped` is
+part of the user's call: what it raises, that raises.
 """
 
 # A hook spec has a docstring and no body: pluggy reads its signature, and nobody calls it.
@@ -348,7 +350,8 @@ def tunerkit_engine(
     """Say what the processes of a training do together: how they hold adapters, and keep them alike.
 
     Fires when adapters are attached to an optimizer; every plugin is asked until one answers. None means that this
-    plugin has nothing to do with the training. If all say so, the process trains alone.
+    plugin has nothing to do with the training. If all say so, the process trains alone. tunerkit-distributed answers
+    for every training, and is asked last (``tunerkit.hookimpl(trylast=True)``).
 
     Returns:
         The engine, see `tunerkit.engine.Engine`; and what takes the step hooks: ``candidate``, or an optimizer of torch

@@ -2,12 +2,13 @@
 
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from tunerkit import hooks
 from tunerkit.errors import TunerkitWarning
 from tunerkit.injection.integrity import refuse_lost
 from tunerkit.injection.tuner import tuners_of
@@ -68,6 +69,12 @@ def _running(model: nn.Module, path: str) -> nn.Module:
     return _running(model, parent(path)) if path and isinstance(found, _LISTS) else found
 
 
+def _known(calls: Calls, silent: Iterable[str]) -> str:
+    """How to get a plugin that may know the owners, as the end of a sentence."""
+    found = (hooks.unserved(calls.owners[parent(path)]) for path in silent)
+    return next((f". {each}" for each in found if each), "")
+
+
 def note_call(seen: set[str], path: str, module: nn.Module, args: Any) -> None:
     """Add ``path`` to ``seen``: with these two bound, the forward pre-hook of watched modules and their owners."""
     # Not under compile: compiled code must not have a Python side effect in each call.
@@ -97,7 +104,8 @@ def report(model: nn.Module, *call: Any) -> None:
             f"these adapters never ran although the module that owns their base layer did: {', '.join(silent)}. "
             "Unless this forward did not need them, the owner uses the weight directly, bypassing the layer's "
             "forward(), and the adapter has no effect there. Leave these layers out (exclude=...), or install a plugin "
-            f"that names the owner ({', '.join(owners)}) and these children through tunerkit_weight_readers",
+            f"that names the owner ({', '.join(owners)}) and these children through tunerkit_weight_readers"
+            f"{_known(calls, silent)}",
             TunerkitWarning,
             stacklevel=3,
         )

@@ -8,9 +8,8 @@ from typing import Protocol, SupportsIndex, runtime_checkable
 
 from torch.optim import Optimizer
 
-from tunerkit import injection
+from tunerkit import hooks, injection
 from tunerkit.errors import StepError, TunerkitWarning
-from tunerkit.extras import install, serving
 from tunerkit.injection import Tuner
 from tunerkit.paths import few
 from tunerkit.steps.links import is_attached
@@ -46,7 +45,7 @@ def find_optimizer(candidate: object, tuners: Sequence[Tuner]) -> Optimizer | No
     if isinstance(candidate, type) or not isinstance(candidate, _Stepping):
         raise StepError(
             f"attach takes a torch optimizer, or a trainer that an installed plugin knows, got "
-            f"{type(candidate).__name__}; {_advice(candidate)}"
+            f"{type(candidate).__name__}; {hooks.unserved(candidate) or 'pass the optimizer that steps the adapter'}"
         )
     if needing:
         raise StepError(
@@ -60,14 +59,6 @@ def find_optimizer(candidate: object, tuners: Sequence[Tuner]) -> Optimizer | No
         stacklevel=4,
     )
     return None
-
-
-def _advice(candidate: object) -> str:
-    """What to do about something that is no optimizer: install the plugin that knows it, if there is one."""
-    extra = serving(candidate)
-    if extra is None:
-        return "pass the optimizer that steps the adapter"
-    return f"tunerkit-{extra} knows it, and is not installed: {install(extra)}"
 
 
 def _takes_hooks(optimizer: Optimizer) -> bool:

@@ -9,7 +9,7 @@ from torch import nn
 from tunerkit import hooks
 from tunerkit.engine import Alone, Engine
 from tunerkit.errors import StepError, shown
-from tunerkit.extras import ENGINES, install
+from tunerkit.extras import ENGINES, distribution, install
 from tunerkit.injection import Tuner
 
 
@@ -38,8 +38,8 @@ def engine_for(
     if data_parallel or (data_parallel is None and _is_one_of_several()):
         raise StepError(
             "this process is one of a group, or has to be, and no installed plugin keeps the adapters of a group "
-            f"alike, so each process would train its own in silence: {install(ENGINES)}. If they are meant to be "
-            "apart, attach with data_parallel=False"
+            f"alike, so each process would train its own in silence: {hooks.registry.absence(distribution(ENGINES))} "
+            f"({install(ENGINES)}). If they are meant to be apart, attach with data_parallel=False"
         )
     return Alone(), candidate
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
 
+from tunerkit.engine import Alone
 from tunerkit.errors import AdapterError
 from tunerkit.layers import resize_
 from tunerkit.steps.links import engine_of
@@ -116,7 +117,8 @@ def resize_obstacle(parameters: Iterable[nn.Parameter], optimizer: Optimizer | N
     """
     parameters = list(parameters)
     engine = engine_of(optimizer)
-    if engine is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+    alone = engine is None or type(engine) is Alone  # which knows of no processes
+    if alone and torch.distributed.is_available() and torch.distributed.is_initialized():
         return "torch.distributed is initialised, and DDP and FSDP do not allow shapes to change"
     if engine is not None and (reason := engine.fixed_shapes) is not None:
         return reason

@@ -1,12 +1,11 @@
 """Find out in which kind of training a process is."""
 
-import warnings
 from collections.abc import Iterable
 
 from torch import nn
 
 from tunerkit.engine import Engine
-from tunerkit.errors import StepError, TunerkitWarning, shown
+from tunerkit.errors import StepError, shown, warn
 from tunerkit.libraries import is_of_deepspeed
 from tunerkit_distributed import group
 from tunerkit_distributed.dtensors import is_split, reshard_
@@ -52,6 +51,6 @@ def engine_for(model: nn.Module, parameters: Iterable[nn.Parameter], data_parall
         return Sharded(model)
     if not group.in_group():
         if group.is_launched():
-            warnings.warn(_UNJOINED, TunerkitWarning, stacklevel=4)
+            warn(_UNJOINED)
         return Single()
     return Replicated()

@@ -10,7 +10,7 @@ from tunerkit_distributed.dtensors import gathered, is_split, local_part, reshar
 from tunerkit_distributed.engine_choice import engine_for
 
 
-@hookimpl
+@hookimpl(trylast=True)  # it answers for every training: engines of others come first
 def tunerkit_engine(
     tuners: Sequence[Tuner], model: nn.Module, candidate: object, data_parallel: bool | None
 ) -> tuple[Engine, object]:

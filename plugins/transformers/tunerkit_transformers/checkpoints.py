@@ -6,7 +6,6 @@ weights, on the instance. The rest of the Trainer's checkpointing is unchanged.
 
 import functools
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tunerkit import serialization
-from tunerkit.errors import TunerkitWarning
+from tunerkit.errors import warn
 from tunerkit.injection import Tuner, regrouped, tuners_of, warn_of_base_changes
 from tunerkit.libraries import is_sharded, transformers_private
 from tunerkit.serialization import folder_of, has_file
@@ -78,11 +77,9 @@ def _warn_of_overrides(trainer: Trainer) -> None:
     kind = type(trainer)
     own = transformers_private.overridden(kind, Trainer)
     if own:
-        warnings.warn(
+        warn(
             f"{kind.__name__} overrides methods that read or write weights ({', '.join(own)}); with adapters "
-            "attached they are not called, because a checkpoint contains the adapter instead of the model",
-            TunerkitWarning,
-            stacklevel=5,
+            "attached they are not called, because a checkpoint contains the adapter instead of the model"
         )
 
 

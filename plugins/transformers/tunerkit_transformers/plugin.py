@@ -53,7 +53,7 @@ def tunerkit_attach(
     return True
 
 
-@hookimpl
+@hookimpl(trylast=True)  # it says of every folder what it is: those that know it come first
 def tunerkit_open_run(path: Path, base: str | None) -> tuple[nn.Module, object]:
     """Load what ``tunerkit train`` wrote. Raises `RunError`, which says what the folder is, if it is none of its."""
     from tunerkit_transformers.output_folder import load_run, read_run

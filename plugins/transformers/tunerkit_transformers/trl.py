@@ -1,13 +1,12 @@
 """What TRL's trainers do to a wrapped model, and its repair: a second base as reference, and casts of adapters."""
 
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
-from tunerkit.errors import StepError, TunerkitWarning
+from tunerkit.errors import StepError, warn
 from tunerkit.injection import Reference, Tuner, inside, reference, slots_of
 from tunerkit.layers import bias_name
 from tunerkit.libraries import is_trl_trainer
@@ -87,13 +86,11 @@ def _settle_reference_(trainer: Any, model: nn.Module) -> None:
     trainer.ref_model = None
     trainer.accelerator.free_memory()  # the list of prepared models still holds it; each call of train empties it too
     trainer.ref_model = reference(model)
-    warnings.warn(
+    warn(
         f"{type(trainer).__name__} had loaded {type(model).__name__} a second time from {_checkpoint_of(model)!r} as "
         "its reference model. It was dropped: the reference is now the trained model as it stands, tunerkit.reference("
         "model). Where the trainer takes a ref_model, pass that, and nothing is loaded. If the reference was yours, "
-        "freeze it with requires_grad_(False) before you pass it, or set trainer.ref_model after attach",
-        TunerkitWarning,
-        stacklevel=4,
+        "freeze it with requires_grad_(False) before you pass it, or set trainer.ref_model after attach"
     )
 
 
