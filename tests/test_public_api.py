@@ -12,6 +12,10 @@ SNAPSHOT = Path(__file__).parent / "fixtures" / "public_api.json"
 # What this release has beyond the snapshot, which was taken at commit 9d060d1.
 ADDED = frozenset(
     {
+        "tunerkit.Sharding(POSITIONAL_OR_KEYWORD is_cut, POSITIONAL_OR_KEYWORD part, "
+        "POSITIONAL_OR_KEYWORD gathered, POSITIONAL_OR_KEYWORD reshard_)",
+        "tunerkit.errors.warn(POSITIONAL_OR_KEYWORD text)",
+        *(f"tunerkit.Sharding.{name}" for name in ("gathered", "is_cut", "part", "reshard_")),
         "tunerkit.Tuner.agree_(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD tensors, POSITIONAL_OR_KEYWORD what)",
         "tunerkit.Tuner.engine",
         "tunerkit.Method.pieces",

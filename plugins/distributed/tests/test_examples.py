@@ -11,7 +11,7 @@ import torch
 
 from tunerkit import serialization
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 pytest.importorskip("tunerkit_adalora", reason="the examples train with AdaLoRA")
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tunerkit.libraries import torch_private as of_core
 
 # Core's own, so that each file of ours has one place to ask.
-own_parameters, copy_ = of_core.own_parameters, of_core.copy_
+own_parameters, copy_, divide_ = of_core.own_parameters, of_core.copy_, of_core.divide_
 
 # --- DistributedDataParallel -----------------------------------------------------------------------------------------
 

@@ -58,7 +58,11 @@ def adapt(
         return _go_on(loaded, recipe, task, start)
     trained = recipe.config.get("train_modules") or list(loaded.heads)
     method = DEFAULT_METHOD if recipe.method is None else recipe.method
-    config = tunerkit.structure(method, {**(begun or {}), **recipe.config, "train_modules": trained})
+    config, as_begun = (
+        tunerkit.structure(method, {**known, **recipe.config, "train_modules": trained}) for known in ({}, begun or {})
+    )
+    if config.settled() != as_begun.settled():  # else what the user left to defaults stays so in the record
+        config = as_begun
     tunerkit.wrap(loaded.model, method, config, seed=seed)
     return tunerkit.tuner(loaded.model)
 
