@@ -59,8 +59,8 @@ class Results:
     seconds: float | None = None
 
 
-# How classifiers are trained, whose heads start at random. With Adam's usual values some runs were lost at twice the
-# default rate, and none in the trials with these (docs/quality-tried.md, "How the rate was moved away from collapse").
+# How classifiers are trained, whose heads start at random. With Adam's usual values more runs were lost at twice the
+# default rate than with these (docs/quality-record.md, "How far the default rate is from collapse").
 STEADY: Mapping[str, Any] = {"warmup_steps": 0.1, "adam_beta2": 0.95, "max_grad_norm": 0.3}
 # How language models are trained.
 USUAL: Mapping[str, Any] = {"warmup_steps": 0.06, "adam_beta2": 0.999, "max_grad_norm": 1.0}
