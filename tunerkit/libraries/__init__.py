@@ -5,19 +5,8 @@ from tunerkit.libraries.accelerate import (
     duplicate,
     execution_device,
     identity,
-    is_accumulating,
     is_offloaded,
     weight_of,
-    without_models,
-)
-from tunerkit.libraries.deepspeed import (
-    DEEPSPEED,
-    DEEPSPEED_ENGINE,
-    DEEPSPEED_OPTIMIZER,
-    DEEPSPEED_WRAPPERS,
-    ZERO_OPTIMIZER,
-    is_of_deepspeed,
-    is_zero_shard,
 )
 from tunerkit.libraries.engines import ENGINES, is_sharded, refuse_engine
 from tunerkit.libraries.foreign_files import DEFAULT_FORMAT, FOREIGN_FORMATS, ForeignFormat, foreign_format
@@ -35,7 +24,6 @@ from tunerkit.libraries.transformers_classes import (
     CONV1D,
     FALCON_LINEAR,
     PRETRAINED_MODEL,
-    TRAINER,
     grown_embeddings,
     is_computed,
     is_scaled_embedding,
@@ -47,5 +35,11 @@ from tunerkit.libraries.transformers_private import (
     is_built,
     is_loaded,
 )
-from tunerkit.libraries.trl import is_trl_trainer
-from tunerkit.libraries.zero_init import gathered, is_partitioned, outside_zero_init, whole_shape, whole_value
+from tunerkit.libraries.zero_init import (
+    gathered,
+    is_partitioned,
+    is_zero_shard,
+    outside_zero_init,
+    whole_shape,
+    whole_value,
+)

@@ -6,9 +6,7 @@ Offloaded weights are on the meta device except inside that forward. Nothing her
 
 import copy
 import functools
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -142,21 +140,3 @@ def _load_(part: nn.Module, original: nn.Module, loaded: dict[int, nn.Parameter]
     for name, buffer in original.named_buffers(recurse=False, remove_duplicate=False):
         if buffer.is_meta:
             setattr(part, name, load(name))
-
-
-def is_accumulating() -> bool:
-    """Whether accelerate says that more backwards come before the next optimizer step."""
-    state = sys.modules.get("accelerate.state")
-    shared: dict[str, Any] = {} if state is None else state.GradientState._shared_state
-    return not shared.get("sync_gradients", True)
-
-
-@contextmanager
-def without_models(accelerator: Any) -> Iterator[tuple[list[Any], list[Any]]]:
-    """Inside the block, an Accelerator has neither models nor optimizers to write or to read. Yields both."""
-    models, optimizers = accelerator._models, accelerator._optimizers
-    accelerator._models, accelerator._optimizers = [], []
-    try:
-        yield models, optimizers
-    finally:
-        accelerator._models, accelerator._optimizers = models, optimizers

@@ -9,7 +9,6 @@ from tunerkit.libraries.torch_private import own_parameters
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
 FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
-TRAINER = "transformers.trainer.Trainer"
 PRETRAINED_MODEL = "transformers.modeling_utils.PreTrainedModel"
 
 

@@ -22,6 +22,11 @@ def is_partitioned(parameter: Tensor) -> bool:
     return status is not None and getattr(status, "name", status) != _WHOLE
 
 
+def is_zero_shard(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 has divided a parameter among the processes, also while it is gathered."""
+    return "ds_id" in vars(parameter)
+
+
 def whole_shape(parameter: Tensor) -> torch.Size:
     """The shape of the whole parameter. ZeRO-3 stores it apart, since it empties parameters between their uses."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

@@ -1,6 +1,8 @@
 """An Accelerator's checkpoints: adapters, their training states and the optimizer's, instead of the model."""
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,6 @@ from torch.optim import Optimizer
 from tunerkit import serialization
 from tunerkit.errors import FileError
 from tunerkit.injection import Tuner, tuners_of
-from tunerkit.libraries import without_models
 from tunerkit.serialization import folder_of
 from tunerkit_distributed.optimizer_state import own_state, whole_state
 
@@ -30,7 +31,7 @@ def checkpoint_adapters_(accelerator: Any) -> None:
 
 
 def _save_state(accelerator: Any, save: Any, *args: Any, **kwargs: Any) -> Any:
-    with without_models(accelerator) as (models, optimizers):
+    with _without_models(accelerator) as (models, optimizers):
         place = save(*args, **kwargs)
     folder = Path(place)
     tuners = _tuners(models)
@@ -47,7 +48,7 @@ def _save_state(accelerator: Any, save: Any, *args: Any, **kwargs: Any) -> Any:
 def _load_state(accelerator: Any, load: Any, input_dir: Any = None, *args: Any, **kwargs: Any) -> None:
     if input_dir is None:
         raise FileError("accelerator.load_state: name the folder to load from; the newest one is not looked for")
-    with without_models(accelerator) as (models, optimizers):
+    with _without_models(accelerator) as (models, optimizers):
         load(input_dir, *args, **kwargs)
     folder = Path(input_dir)
     tuners = _tuners(models)
@@ -73,3 +74,14 @@ def _torch_optimizer(optimizer: Any) -> Optimizer:
 
 def _name(number: int) -> str:
     return "optimizer.pt" if number == 0 else f"optimizer_{number}.pt"
+
+
+@contextmanager
+def _without_models(accelerator: Any) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Inside the block, an Accelerator has neither models nor optimizers to write or to read. Yields both."""
+    models, optimizers = accelerator._models, accelerator._optimizers
+    accelerator._models, accelerator._optimizers = [], []
+    try:
+        yield models, optimizers
+    finally:
+        accelerator._models, accelerator._optimizers = models, optimizers

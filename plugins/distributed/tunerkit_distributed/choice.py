@@ -6,8 +6,8 @@ from torch import nn
 
 from tunerkit.engine import Engine
 from tunerkit.errors import StepError, shown, warn
-from tunerkit.libraries import is_of_deepspeed
 from tunerkit_distributed import group
+from tunerkit_distributed.deepspeed_names import is_of_deepspeed
 from tunerkit_distributed.dtensors import is_split, reshard_
 from tunerkit_distributed.replicated import OF_DEEPSPEED, Apart, Replicated
 from tunerkit_distributed.sharded import Sharded

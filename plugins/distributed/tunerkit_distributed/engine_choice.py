@@ -10,6 +10,7 @@ from tunerkit.errors import StepError
 from tunerkit.injection import Tuner
 from tunerkit.paths import few
 from tunerkit_distributed import choice
+from tunerkit_distributed.deepspeed_names import DEEPSPEED
 
 
 def engine_for(
@@ -26,7 +27,7 @@ def engine_for(
     Returns:
         The engine; and ``candidate``, or where DeepSpeed trains the optimizer that stands for its own.
     """
-    if any(libraries.derives_from(candidate, kind) for kind in libraries.DEEPSPEED):
+    if any(libraries.derives_from(candidate, kind) for kind in DEEPSPEED):
         from tunerkit_distributed import zero  # few trainings need it
 
         engine = zero.engine_of(candidate)

@@ -1,10 +1,12 @@
 """Adapters of which every process holds a whole copy: their gradients are averaged at the end of each backward."""
 
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import attrs
 import torch
@@ -13,10 +15,11 @@ from torch.optim import Optimizer
 
 from tunerkit.engine import Held, Pieces, Removable, same, whole_pieces
 from tunerkit.errors import StepError, TunerkitWarning
-from tunerkit.libraries import is_accumulating, is_of_deepspeed, is_sharded
+from tunerkit.libraries import is_sharded
 from tunerkit.paths import few
 from tunerkit_distributed import group, torch_private
 from tunerkit_distributed.agreement import refuse_differing, take_from_first_
+from tunerkit_distributed.deepspeed_names import is_of_deepspeed
 from tunerkit_distributed.flat import flat, unflatten_
 from tunerkit_distributed.meeting import Meeting
 from tunerkit_distributed.place import Place
@@ -190,7 +193,7 @@ class Replicated:
     def _after_backward(self) -> None:
         self._pending = True
         self._backwards += 1
-        if not (self._paused or is_accumulating()):
+        if not (self._paused or _is_accumulating()):
             self._average_(backward=True)
 
     @torch.no_grad()
@@ -304,3 +307,10 @@ class Apart(Replicated):
 
     def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
         """Do nothing."""
+
+
+def _is_accumulating() -> bool:
+    """Whether accelerate says that more backwards come before the next optimizer step."""
+    state = sys.modules.get("accelerate.state")
+    shared: dict[str, Any] = {} if state is None else state.GradientState._shared_state
+    return not shared.get("sync_gradients", True)

@@ -12,17 +12,16 @@ from torch.optim import Optimizer
 
 from tunerkit.engine import Held, Pieces, Removable, same, whole_pieces
 from tunerkit.errors import StepError
-from tunerkit.libraries import (
+from tunerkit.libraries import derives_from, is_sharded
+from tunerkit_distributed import torch_private
+from tunerkit_distributed.agreement import refuse_differing, take_from_first_
+from tunerkit_distributed.deepspeed_names import (
     DEEPSPEED_ENGINE,
     DEEPSPEED_OPTIMIZER,
     DEEPSPEED_WRAPPERS,
     ZERO_OPTIMIZER,
-    derives_from,
     is_of_deepspeed,
-    is_sharded,
 )
-from tunerkit_distributed import torch_private
-from tunerkit_distributed.agreement import refuse_differing, take_from_first_
 from tunerkit_distributed.group import rank
 from tunerkit_distributed.meeting import Meeting
 from tunerkit_distributed.writing import written_once

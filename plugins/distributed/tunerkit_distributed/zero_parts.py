@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit.errors import StepError
-from tunerkit.libraries import is_of_deepspeed, whole_shape
+from tunerkit.libraries import whole_shape
 from tunerkit_distributed import group
+from tunerkit_distributed.deepspeed_names import is_of_deepspeed
 from tunerkit_distributed.flat import flat
 from tunerkit_distributed.group import processes, rank
 
@@ -31,7 +32,7 @@ class Parts(Protocol):
         """Exchange values, and gradients too if asked, in at most one collective.
 
         Args:
-            parameters: Parameters for which `tunerkit.libraries.is_of_deepspeed` is true.
+            parameters: Parameters for which `is_of_deepspeed` is true.
             gradients: Whether to read the gradients of those that require one. They exist from the last backward before
                 a step to the step.
             what: What is read, for messages.

@@ -7,11 +7,13 @@ from typing import Any
 from torch import nn
 
 from tunerkit import DefaultTargets, Tuner, WeightReader, hookimpl
-from tunerkit.libraries import TRAINER, derives_from
+from tunerkit.libraries import derives_from
 from tunerkit_transformers.default_targets import DEFAULT_TARGETS
 from tunerkit_transformers.quantised_models import mark_trainable_, unmark_trainable_
 from tunerkit_transformers.save_pretrained import unwatch_saving_, watch_saving_
 from tunerkit_transformers.weight_readers import WEIGHT_READERS
+
+_TRAINER = "transformers.trainer.Trainer"
 
 
 @hookimpl
@@ -45,7 +47,7 @@ def tunerkit_attach(
     tuners: Sequence[Tuner], candidate: Any, total_steps: int | None, data_parallel: bool | None
 ) -> bool | None:
     """Attach to a Trainer, and to those that derive from it, as TRL's do."""
-    if not derives_from(candidate, TRAINER):
+    if not derives_from(candidate, _TRAINER):
         return None
     from tunerkit_transformers.attaching import attach_trainer  # importing transformers takes seconds
 

@@ -9,7 +9,6 @@ from transformers import PreTrainedModel, Trainer
 from tunerkit.errors import StepError, warn
 from tunerkit.injection import Reference, Tuner, inside, reference, slots_of
 from tunerkit.layers import bias_name
-from tunerkit.libraries import is_trl_trainer
 from tunerkit_transformers.stored_weights import differs_from_stored
 
 
@@ -18,7 +17,7 @@ def settle_(trainer: Trainer, tuners: list[Tuner]) -> None:
 
     Other trainers are left as they are.
     """
-    if not is_trl_trainer(trainer):
+    if not _is_of_trl(trainer):
         return
     _refuse_options(trainer)
     _restore_dtypes_(trainer, tuners)
@@ -119,3 +118,8 @@ def _checkpoint_of(model: nn.Module) -> str | None:
         case nn.Module(config=object(name_or_path=str(name))):
             return name
     return None
+
+
+def _is_of_trl(trainer: object) -> bool:
+    """Whether the class of ``trainer`` is one of TRL's, or derives from one."""
+    return any(kind.__module__.partition(".")[0] == "trl" for kind in type(trainer).__mro__)

@@ -10,6 +10,7 @@ DEEPSPEED_WRAPPERS = {
     "accelerate.utils.deepspeed.DeepSpeedEngineWrapper": "engine",
     "accelerate.utils.deepspeed.DeepSpeedOptimizerWrapper": "optimizer",
 }
+DEEPSPEED = (DEEPSPEED_ENGINE, DEEPSPEED_OPTIMIZER, *DEEPSPEED_WRAPPERS)
 # What ZeRO sets on a parameter: stage 3 a number, stages 1 and 2 what they train.
 _MARKS = ("ds_id", "_hp_mapping")
 
@@ -17,11 +18,3 @@ _MARKS = ("ds_id", "_hp_mapping")
 def is_of_deepspeed(parameter: Tensor) -> bool:
     """Whether ZeRO trains a parameter, or holds only a part of it."""
     return not vars(parameter).keys().isdisjoint(_MARKS)
-
-
-def is_zero_shard(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 has divided a parameter among the processes, also while it is gathered."""
-    return _MARKS[0] in vars(parameter)
-
-
-DEEPSPEED = (DEEPSPEED_ENGINE, DEEPSPEED_OPTIMIZER, *DEEPSPEED_WRAPPERS)
