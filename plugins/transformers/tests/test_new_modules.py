@@ -16,7 +16,8 @@ from tunerkit.errors import TunerkitWarning
 if TYPE_CHECKING:
     from tests.support.toys import Toys
 
-import transformers
+transformers = pytest.importorskip("transformers")  # untyped: its configs take any keyword
+
 
 pytestmark = pytest.mark.usefixtures("toys")
 
