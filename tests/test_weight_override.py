@@ -307,9 +307,10 @@ def test_a_thread_that_died_inside_a_call_is_not_waited_for(toys: "Toys") -> Non
     """The next thread that runs the owner restores its overrides."""
     model, twin = adapted(toys), adapted(toys)
     model.attention.forward = lambda *args, **kwargs: sys.exit()
-    thread = threading.Thread(target=lambda: model(batch()))
+    thread = threading.Thread(target=lambda: model(batch()), daemon=True)
     thread.start()
-    thread.join()
+    thread.join(300)
+    assert not thread.is_alive()
     del model.attention.forward
     assert overridden(model) != []
     h = twin.first(batch())

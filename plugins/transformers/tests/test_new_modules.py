@@ -16,7 +16,9 @@ from tunerkit.errors import TunerkitWarning
 if TYPE_CHECKING:
     from tests.support.toys import Toys
 
-transformers = pytest.importorskip("transformers", reason="the marks of loaded parameters are transformers'")
+transformers = pytest.importorskip("transformers")  # untyped: its configs take any keyword
+
+
 pytestmark = pytest.mark.usefixtures("toys")
 
 IDS = torch.arange(6).reshape(2, 3)
