@@ -1,5 +1,6 @@
 """A trainer of a library that nobody knows: a plugin attaches to it without a line in core."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -153,3 +154,25 @@ def test_a_folder_that_no_plugin_opens_is_refused_with_the_extra_that_does(
     monkeypatch.setattr(Registry, "first", lambda *_, **__: None)
     with pytest.raises(tunerkit.FileError, match=r"no installed plugin knows this folder.*tunerkit\[transformers\]"):
         tunerkit.from_folder(tmp_path)
+
+
+def test_a_model_of_a_library_without_its_plugin_says_how_its_targets_were_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only where the defaults chose them, and only as long as the plugin is not there."""
+
+    def model() -> nn.Module:
+        built: Any = net()
+        built.__class__ = type("BertModel", (nn.Sequential,), {"__module__": "transformers.models.bert"})
+        return built  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(Registry, "absence", lambda self, name: f"{name} is not installed")
+    said = r"default targets of this BertModel are chosen by the kinds.*tunerkit-transformers is not installed"
+    with pytest.warns(tunerkit.TunerkitWarning, match=said) as caught:
+        tunerkit.wrap(model(), "toy-low-rank")
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tunerkit.wrap(model(), "toy-low-rank", TARGETS)
+        monkeypatch.setattr(Registry, "absence", lambda self, name: None)
+        tunerkit.wrap(model(), "toy-low-rank")

@@ -88,7 +88,7 @@ def warn(text: str) -> None:
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and _INSIDE.match(str(frame.f_globals.get("__name__", ""))):
         frame, level = frame.f_back, level + 1
-    warnings.warn(text, TunerkitWarning, stacklevel=level - 1)
+    warnings.warn(text, TunerkitWarning, stacklevel=level)
 
 
 def cut(text: str, width: int = WIDTH) -> str:
