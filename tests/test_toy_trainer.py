@@ -111,8 +111,9 @@ def test_a_plugin_that_says_false_is_not_the_last_to_be_asked() -> None:
     model = wrapped()
     tunerkit.unregister(PLUGINS[1])
     with registered(Careless(), PLUGINS[1]):
-        tunerkit.attach(model, Loop(model, 3))
+        tunerkit.attach(model, loop := Loop(model, 3))
     tunerkit.register(PLUGINS[1])
+    assert len(loop.listening) == 1
 
 
 def test_what_would_end_the_program_is_an_error_that_names_the_plugin() -> None:

@@ -1,14 +1,9 @@
 """Which extra of tunerkit serves which library, for messages: the only file of core that names other distributions."""
 
-from collections.abc import Mapping
 from typing import Final
 
 # By the root of the library's modules.
-_EXTRAS: Final[Mapping[str, str]] = {
-    "transformers": "transformers",
-    "trl": "transformers",
-    "accelerate": "transformers",
-}
+_EXTRAS: Final = dict.fromkeys(("transformers", "trl", "accelerate", "timm", "torchvision"), "transformers")
 
 ENGINES: Final = "distributed"  # the extra that trains in several processes
 RUNS: Final = "transformers"  # the extra that opens what `tunerkit train` writes

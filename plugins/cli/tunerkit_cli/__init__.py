@@ -1,4 +1,4 @@
-"""The command ``tunerkit``; it needs the extra ``[cli]``."""
+"""The command ``tunerkit``; installed with the extra ``[cli]`` of tunerkit."""
 
 import sys
 

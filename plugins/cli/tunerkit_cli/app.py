@@ -1,4 +1,4 @@
-"""The command line: core's commands, and those of plugins."""
+"""The command line: its own commands, and those of plugins."""
 
 import errno
 import functools

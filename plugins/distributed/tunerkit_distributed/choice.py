@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from tunerkit.engine import Engine
-from tunerkit.errors import StepError, shown, warn
+from tunerkit.errors import StepError, warn
 from tunerkit_distributed import group
 from tunerkit_distributed.deepspeed_names import is_of_deepspeed
 from tunerkit_distributed.dtensors import is_split, reshard_
@@ -32,10 +32,8 @@ def engine_for(model: nn.Module, parameters: Iterable[nn.Parameter], data_parall
             process group.
 
     Raises:
-        StepError: ``data_parallel`` is True in one process, or no bool.
+        StepError: ``data_parallel`` is True in one process.
     """
-    if data_parallel not in (None, False, True):
-        raise StepError(f"data_parallel: expected True, False or None, got {shown(data_parallel)}")
     if data_parallel and not group.in_group():
         raise StepError(
             "data_parallel=True, and this process is in no group of several: call torch.distributed.init_process_group "
