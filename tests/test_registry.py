@@ -561,6 +561,22 @@ def test_an_interrupted_load_starts_afresh(site: Site) -> None:
     assert list(found.methods()) == ["first", "second"]
 
 
+def test_a_loaded_registry_is_read_without_its_lock(site: Site) -> None:
+    """A call that is interrupted while it changes the registry keeps the lock, and must not stop other threads."""
+    site.good("tunerkit-good", "good")
+    found = site.registry()
+    found.methods()
+    seen: list[object] = []
+    with found._lock:
+        thread = threading.Thread(
+            target=lambda: seen.append((found.implements(specs.tunerkit_shared, "good"), found.get("good").name)),
+            daemon=True,
+        )
+        thread.start()
+        thread.join(300)
+    assert seen == [(False, "good")]
+
+
 def test_an_interrupt_that_a_plugin_raises_is_its_failure_in_every_thread(site: Site) -> None:
     """Without a signal it is not the user's Ctrl-C; in a thread it never is."""
     site.good("aaa", "first")

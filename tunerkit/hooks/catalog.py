@@ -31,7 +31,7 @@ class Catalog:
 
     manager: pluggy.PluginManager
     limit: frozenset[str] | None
-    plugins: list[Plugin] = attrs.field(factory=list)
+    plugins: tuple[Plugin, ...] = ()
     owners: dict[str, Plugin] = attrs.field(factory=dict)
     failures: list[Failure] = attrs.field(factory=list)
     left_out: dict[tuple[Plugin, str], str] = attrs.field(factory=dict)
@@ -39,7 +39,7 @@ class Catalog:
     def drop(self, found: Plugin) -> None:
         """Unregister a plugin, and forget it as the owner of its methods."""
         self.manager.unregister(found.plugin)
-        self.plugins.remove(found)
+        self.plugins = tuple(known for known in self.plugins if known is not found)
         self.owners = {name: owner for name, owner in self.owners.items() if owner is not found}
         self.left_out = {key: reason for key, reason in self.left_out.items() if key[0] is not found}
 
@@ -82,7 +82,7 @@ def load(distributions: Iterable[metadata.Distribution] | None) -> Catalog:
         for point, info in sources:
             if limit is None or point.name in limit:
                 try:
-                    catalog.plugins.append(admit(manager, import_plugin(point), point.name, info))
+                    catalog.plugins += (admit(manager, import_plugin(point), point.name, info),)
                 except BaseException as error:
                     if isinstance(error, KeyboardInterrupt) and interrupted():
                         raise
@@ -107,6 +107,6 @@ def _settle(catalog: Catalog) -> None:
                 f"{loser.distribution}'s is left out"
             )
             catalog.failures.append((f"{name} ({loser.distribution})", attrs.evolve(loser, error=why)))
-    for found in list(catalog.plugins):
+    for found in catalog.plugins:
         if found.methods and found not in catalog.owners.values():
             catalog.drop(found)

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
@@ -62,8 +61,7 @@ class Registry:
         Raises:
             PluginError: ``TUNERKIT_PLUGINS`` names a plugin that is not installed.
         """
-        with self._loaded() as catalog:
-            return catalog.listed()
+        return self._loaded().listed()
 
     def owner_of(self, method: str) -> MethodInfo:
         """Return the distribution and version that provide ``method``. Raises `UnknownMethodError`."""
@@ -75,23 +73,21 @@ class Registry:
 
     def implements(self, hook: Callable[..., object], method: str) -> bool:
         """Whether the plugin that owns the method implements the hook; False if no plugin owns it."""
-        with self._loaded() as catalog:
-            owner = catalog.owners.get(method)
-            # No plugin is None, so without an owner the caller reaches nobody.
-            caller = heard_by(catalog.manager, hook.__name__, owner and owner.plugin)
-        return bool(caller.get_hookimpls())
+        catalog = self._loaded()
+        # No plugin is None, so without an owner the caller reaches nobody.
+        owner = catalog.owners.get(method)
+        return bool(heard_by(catalog.manager, hook.__name__, owner and owner.plugin).get_hookimpls())
 
     def call(self, hook: Callable[P, R], method: str, /, *args: P.args, **arguments: P.kwargs) -> R | None:
         """Call a hook, given as its spec, on the plugin that owns the method; None if it doesn't implement the hook.
 
         Pass arguments by name. Raises `PluginError` if the method is gone. Exceptions of the plugin propagate.
         """
-        with self._loaded() as catalog:
-            owner = catalog.owners.get(method)
-            if owner is None:
-                raise PluginError(f"{hook.__name__} needs the plugin of method {method!r}: {catalog.missing(method)}")
-            caller = heard_by(catalog.manager, hook.__name__, owner.plugin)
-        found: R | None = caller(**arguments)
+        catalog = self._loaded()
+        owner = catalog.owners.get(method)
+        if owner is None:
+            raise PluginError(f"{hook.__name__} needs the plugin of method {method!r}: {catalog.missing(method)}")
+        found: R | None = heard_by(catalog.manager, hook.__name__, owner.plugin)(**arguments)
         return found
 
     def call_all(self, hook: Callable[P, object], /, *args: P.args, **arguments: P.kwargs) -> list[Answer]:
@@ -99,8 +95,8 @@ class Registry:
 
         Each plugin is called separately. One that raises is left out from then on, see `leave_out`.
         """
-        with self._loaded() as catalog:
-            asked = [found for found in catalog.plugins if (found, hook.__name__) not in catalog.left_out]
+        catalog = self._loaded()
+        asked = [found for found in catalog.plugins if (found, hook.__name__) not in catalog.left_out]
         answers: list[Answer] = []
         for found in asked:
             try:
@@ -130,8 +126,8 @@ class Registry:
             PluginError: A plugin raised what would end the program, such as SystemExit. Its other exceptions propagate
                 with a note that names it.
         """
-        with self._loaded() as catalog:
-            asked = [(found, heard_by(catalog.manager, hook.__name__, found.plugin)) for found in catalog.plugins]
+        catalog = self._loaded()
+        asked = [(found, heard_by(catalog.manager, hook.__name__, found.plugin)) for found in catalog.plugins]
         asked.sort(key=lambda pair: any(each.trylast for each in pair[1].get_hookimpls()))
         for found, caller in asked:
             try:
@@ -152,14 +148,14 @@ class Registry:
 
     def absence(self, distribution: str) -> str | None:
         """Say why no plugin of a distribution is loaded, and what to do; None if one is."""
-        with self._loaded() as catalog:
-            if any(found.info.distribution == distribution for found in catalog.plugins):
-                return None
-            failed = next((info for _, info in catalog.failures if info.distribution == distribution), None)
-            if failed is not None:
-                return f"{distribution} cannot be used: {failed.error}"
-            if catalog.limit is not None:
-                return f"{distribution} is not loaded, or not installed: {VARIABLE} limits what is loaded"
+        catalog = self._loaded()
+        if any(found.info.distribution == distribution for found in catalog.plugins):
+            return None
+        failed = next((info for _, info in catalog.failures if info.distribution == distribution), None)
+        if failed is not None:
+            return f"{distribution} cannot be used: {failed.error}"
+        if catalog.limit is not None:
+            return f"{distribution} is not loaded, or not installed: {VARIABLE} limits what is loaded"
         return f"{distribution} is not installed"
 
     def unserved(self, thing: object) -> str:
@@ -175,9 +171,7 @@ class Registry:
 
         A watcher is called again next time: a logger may fail once, because the network does.
         """
-        with self._loaded() as catalog:
-            asked = list(catalog.plugins)
-        for found in asked:
+        for found in self._loaded().plugins:
             try:
                 self._caller(hook, found)(**arguments)
             except KeyboardInterrupt:
@@ -190,16 +184,16 @@ class Registry:
 
     def leave_out(self, found: Plugin, hook: Callable[..., object], reason: str) -> None:
         """Use no more of what a plugin answers to ``hook``: warn once, and list it in `methods`."""
-        with self._loaded() as catalog:
+        with self._lock:
+            catalog = self._loaded()
             if found not in catalog.plugins or (found, hook.__name__) in catalog.left_out:
                 return
-            catalog.left_out[found, hook.__name__] = f"{hook.__name__} failed and was left out: {reason}"
-        text = f"{hook.__name__} of {found} failed and was left out: {reason}"
-        warn(text, TunerkitWarning, stacklevel=3)
+            failed = f"failed and was left out: {reason}"
+            catalog.left_out = {**catalog.left_out, (found, hook.__name__): f"{hook.__name__} {failed}"}
+        warn(f"{hook.__name__} of {found} {failed}", TunerkitWarning, stacklevel=3)
 
     def _caller(self, hook: Callable[..., object], found: Plugin) -> pluggy.HookCaller:
-        with self._loaded() as catalog:
-            return heard_by(catalog.manager, hook.__name__, found.plugin)
+        return heard_by(self._loaded().manager, hook.__name__, found.plugin)
 
     def register(self, plugin: object) -> None:
         """Register an in-process plugin, for notebooks and tests.
@@ -211,7 +205,8 @@ class Registry:
             PluginError: The plugin is broken, or provides a method that is already there. Nothing is registered then.
         """
         entry = plugin.__name__ if isinstance(plugin, ModuleType | type) else type(plugin).__name__
-        with self._loaded() as catalog:
+        with self._lock:
+            catalog = self._loaded()
             try:
                 admitted = admit(catalog.manager, plugin, entry, MethodInfo(IN_PROCESS, ""))
             except (PluginError, KeyboardInterrupt):
@@ -228,8 +223,8 @@ class Registry:
                     f"method {taken[0]!r} is already provided by {owner.distribution} {owner.version}".rstrip()
                     + "; give yours another name, or unregister that plugin first"
                 )
-            catalog.plugins.append(admitted)
-            catalog.owners.update(dict.fromkeys(admitted.methods, admitted))
+            catalog.plugins = (*catalog.plugins, admitted)
+            catalog.owners = {**catalog.owners, **dict.fromkeys(admitted.methods, admitted)}
 
     def unregister(self, plugin: object) -> None:
         """Remove a plugin and its methods.
@@ -240,7 +235,8 @@ class Registry:
         Raises:
             PluginError: The plugin is not registered.
         """
-        with self._loaded() as catalog:
+        with self._lock:
+            catalog = self._loaded()
             found = next((known for known in catalog.plugins if known.plugin is plugin), None)
             if found is None:
                 raise PluginError(f"{shown(plugin)} is not registered; pass the object that was given to register")
@@ -252,14 +248,18 @@ class Registry:
             self._catalog = None
 
     def _owner(self, name: str) -> Plugin:
-        with self._loaded() as catalog:
-            if name not in tuple(catalog.owners):  # the name may be unhashable
-                raise UnknownMethodError(catalog.missing(name))
-            return catalog.owners[name]
+        if name not in tuple((catalog := self._loaded()).owners):  # the name may be unhashable
+            raise UnknownMethodError(catalog.missing(name))
+        return catalog.owners[name]
 
-    @contextmanager
-    def _loaded(self) -> Iterator[Catalog]:
-        """Hold the lock while the caller uses the catalog. The first use loads the plugins."""
+    def _loaded(self) -> Catalog:
+        """Return the catalog. The first use loads the plugins, under the lock.
+
+        Reading takes no lock, since every change replaces what it changes: a thread that is interrupted while it holds
+        one would stop all others for good.
+        """
+        if (catalog := self._catalog) is not None:
+            return catalog
         with self._lock:
             # The lock is reentrant, so only a plugin that uses the registry during its own import gets here.
             if self._loading:
@@ -270,7 +270,7 @@ class Registry:
                     self._catalog = load(self._distributions)
                 finally:
                     self._loading = False
-            yield self._catalog
+            return self._catalog
 
 
 # State of the process, as what is installed is: a plugin is loaded and checked once, whichever model asks.
