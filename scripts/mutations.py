@@ -142,7 +142,7 @@ MUTATIONS = (
     Mutation("threads", "tunerkit/injection/running.py", "if running and", "if False and"),
     Mutation("misuse", "tunerkit/serialization/merge.py", "    if injection.is_merged(model):", "    if False:"),
     Mutation(
-        "broken plugins", "tunerkit/hooks/catalog.py", "except BaseException as error:", "except Exception as error:"
+        "broken plugins", "tunerkit/hooks/loading.py", "except BaseException as error:", "except Exception as error:"
     ),
 )
 

@@ -56,7 +56,6 @@ BROKEN = {
     "SyntaxError": "def (",
     "SystemExit": "raise SystemExit(3)",
     "ZeroDivisionError": "1 / 0",
-    "KeyboardInterrupt": "raise KeyboardInterrupt",
     "GeneratorExit": "raise GeneratorExit",
     "CancelledError: stopped": "import asyncio\nraise asyncio.CancelledError('stopped')",
     "Skipped: not here": "import pytest\npytest.skip('not here', allow_module_level=True)",
@@ -147,7 +146,7 @@ def site(make_site: Callable[[], Site]) -> Site:
 
 def build(found: Registry, method: str, target: object) -> object:
     """What the plugin that owns ``method`` builds at ``target``."""
-    return found.call(SPECS.tunerkit_build_adapter, method, target=target, base=None, config=None)
+    return found.call(SPECS.tunerkit_build_adapter, method, target=target, base=None, config=None, shared=None)
 
 
 @attrs.frozen
@@ -218,7 +217,7 @@ def test_a_broken_plugin_is_named_and_the_others_work(site: Site, monkeypatch: p
     assert reason.strip() in listed["broken"].error.replace("ModuleNotFoundError", "ImportError")
     assert "\n" not in listed["broken"].error
     assert build(found, "last", 1) == ("zzz", 1)
-    assert [answer.value for answer in found.call_all(SPECS.tunerkit_base_layers)] == [["aaa"], ["zzz"]]
+    assert [answer.value for answer in found.gather(SPECS.tunerkit_base_layers)] == [["aaa"], ["zzz"]]
     with pytest.raises(UnknownMethodError, match=r"(?s)installed: first, last.*'broken' of mmm 0\.3: "):
         found.get("broken")
 
@@ -241,7 +240,7 @@ def test_a_plugin_that_fails_leaves_no_hook_behind(site: Site) -> None:
     site.add("mmm", {"broken": HEAD + CONFIG + YIELD + base_layers})
     found = site.registry()
     assert found.methods()["broken"].error is not None
-    assert [answer.value for answer in found.call_all(SPECS.tunerkit_base_layers)] == []
+    assert [answer.value for answer in found.gather(SPECS.tunerkit_base_layers)] == []
 
 
 def test_broken_metadata_of_one_distribution_does_not_affect_others(site: Site) -> None:
@@ -293,14 +292,14 @@ def test_a_plugin_that_lost_every_method_is_not_asked_for_anything(site: Site) -
     """It is only listed with its reason: a fork of a plugin doesn't answer a second time."""
     site.good("aaa", "lora")
     site.good("zzz", "lora")
-    assert [answer.value for answer in site.registry().call_all(SPECS.tunerkit_base_layers)] == [["aaa"]]
+    assert [answer.value for answer in site.registry().gather(SPECS.tunerkit_base_layers)] == [["aaa"]]
 
 
 def test_a_plugin_without_methods_is_asked_for_base_layers(site: Site) -> None:
     """A distribution may provide only base layers."""
     site.good("quantised")
     assert site.registry().methods() == {}
-    assert [answer.value for answer in site.registry().call_all(SPECS.tunerkit_base_layers)] == [["quantised"]]
+    assert [answer.value for answer in site.registry().gather(SPECS.tunerkit_base_layers)] == [["quantised"]]
 
 
 def test_two_distributions_may_use_one_entry_point_name(site: Site) -> None:
@@ -406,7 +405,7 @@ def test_a_plugin_that_raises_when_all_are_asked_is_named_and_left_out(site: Sit
     site.good("zzz", "last")
     found = site.registry()
     with pytest.warns(TunerkitWarning, match=r"tunerkit_base_layers of plugin 'faulty' \(mmm\) failed"):
-        assert [answer.value for answer in found.call_all(SPECS.tunerkit_base_layers)] == [["aaa"], ["zzz"]]
+        assert [answer.value for answer in found.gather(SPECS.tunerkit_base_layers)] == [["aaa"], ["zzz"]]
 
 
 def test_the_environment_limits_which_plugins_load(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -462,7 +461,7 @@ def test_a_module_and_a_class_of_static_hooks_can_be_registered() -> None:
     found = Registry([])
     found.register(Static)
     found.register(module)
-    assert [answer.value for answer in found.call_all(SPECS.tunerkit_base_layers)] == [["static"], ["module"]]
+    assert [answer.value for answer in found.gather(SPECS.tunerkit_base_layers)] == [["static"], ["module"]]
 
 
 def test_calling_a_method_whose_plugin_is_gone_names_it() -> None:
@@ -577,18 +576,6 @@ def test_a_loaded_registry_is_read_without_its_lock(site: Site) -> None:
     assert seen == [(False, "good")]
 
 
-def test_an_interrupt_that_a_plugin_raises_is_its_failure_in_every_thread(site: Site) -> None:
-    """Without a signal it is not the user's Ctrl-C; in a thread it never is."""
-    site.good("aaa", "first")
-    site.add("mmm", {"broken": "raise KeyboardInterrupt('by hand')"})
-    seen: list[str | None] = []
-    thread = threading.Thread(target=lambda: seen.append(site.registry().methods()["broken"].error))
-    thread.start()
-    thread.join()
-    assert [*seen, site.registry().methods()["broken"].error] == ["KeyboardInterrupt: by hand"] * 2
-    assert site.registry().methods()["first"].error is None
-
-
 def test_the_default_registry_reads_what_is_installed_when_first_asked(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -603,11 +590,13 @@ def test_the_default_registry_reads_what_is_installed_when_first_asked(
         assert registry.get("throwaway").name == "throwaway"
         assert registry.owner_of("throwaway").distribution == "throwaway-dist"
         assert registry.implements(SPECS.tunerkit_build_adapter, "throwaway")
-        assert registry.call(SPECS.tunerkit_build_adapter, "throwaway", target=1, base=None, config=None) == (
+        assert registry.call(
+            SPECS.tunerkit_build_adapter, "throwaway", target=1, base=None, config=None, shared=None
+        ) == (
             "throwaway-dist",
             1,
         )
-        assert [answer.value for answer in registry.call_all(SPECS.tunerkit_base_layers)] == [["throwaway-dist"]]
+        assert [answer.value for answer in registry.gather(SPECS.tunerkit_base_layers)] == [["throwaway-dist"]]
         registry.unregister(plugin)
         assert list(registry.methods()) == ["throwaway"]
         monkeypatch.setenv("TUNERKIT_PLUGINS", "")

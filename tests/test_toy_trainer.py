@@ -150,7 +150,7 @@ def test_a_folder_that_no_plugin_opens_is_refused_with_the_extra_that_does(
     with registered(plugin):
         assert tunerkit.from_folder(tmp_path, "mine")[1] == f"mine of {tmp_path}"
         plugin.answer = "a model"
-        with pytest.raises(tunerkit.PluginError, match="returned 'a model'; expected a model and its processor"):
+        with pytest.raises(tunerkit.PluginError, match="plugin 'Opening' .*returned 'a model'; it must return a model"):
             tunerkit.from_folder(tmp_path)
     monkeypatch.setattr(Registry, "first", lambda *_, **__: None)
     with pytest.raises(tunerkit.FileError, match=r"no installed plugin knows this folder.*tunerkit\[transformers\]"):

@@ -3,9 +3,12 @@
 import difflib
 import re
 import reprlib
+import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Iterable, Sequence
+from inspect import isfunction
 from typing import Final
 
 # A message names what is wrong, whatever a file, a model or a plugin holds: at most this many lines of this length.
@@ -121,6 +124,23 @@ def shown(value: object) -> str:
     except BaseException:  # a plugin's object may raise anything; Python refuses to print integers of 5,000 digits
         text = f"a {type(value).__name__} that cannot be printed"
     return cut(" ".join(map(str.strip, text.splitlines())), 200)
+
+
+def error_text(error: BaseException) -> str:
+    """Return an exception in one short line. It starts with the class, except for a `PluginError`."""
+    try:
+        text = " ".join(str(error).split())
+    except BaseException as second:  # the exception of a plugin may raise another when it is printed
+        text = f"(printing its message raised {type(second).__name__})"
+    return cut(text if isinstance(error, PluginError) else f"{type(error).__name__}: {text}", 500)
+
+
+def is_of_user(error: BaseException) -> bool:
+    """Whether a user ended the program, by Ctrl-C or a signal, and not the code that happened to run."""
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    codes = {handler.__code__ for handler in handlers if isfunction(handler)}
+    frames = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, KeyboardInterrupt) or any(frame.f_code in codes for frame, _ in frames)
 
 
 def closest(name: str, names: Iterable[str]) -> str:

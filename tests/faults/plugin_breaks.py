@@ -75,7 +75,6 @@ _AT_IMPORT = {
     "a syntax error": "def (",
     "a division by zero": "1 / 0",
     "sys.exit": "sys.exit(3)",
-    "KeyboardInterrupt": "raise KeyboardInterrupt",
     "CancelledError": "raise asyncio.CancelledError",
     "GeneratorExit": "raise GeneratorExit",
     "a BaseException of its own": "class Own(BaseException): ...\nraise Own('own')",
@@ -90,8 +89,7 @@ _AT_IMPORT = {
     "itself replaced by a class": "class P:\n    @hookimpl\n    def tunerkit_methods(self): ...\n"
     "sys.modules[__name__] = P",
     "itself unhashable": "class P:\n    __hash__ = None\nsys.modules[__name__] = P()",
-    "attributes that raise": "class P:\n    @property\n    def x(self): raise KeyboardInterrupt\n"
-    "sys.modules[__name__] = P()",
+    "attributes that raise": "class P:\n    @property\n    def x(self): raise SystemExit\nsys.modules[__name__] = P()",
     "a misspelt hook": METHOD + _hook("dleta", "adapter", "return None"),
     "an unmarked hook": "def tunerkit_methods():\n    return []\n" + _hook("base_layers", "", "return []"),
     "an unknown argument": METHOD + _hook("finish", "tunre", "return None"),
@@ -103,7 +101,6 @@ _METHODS = {
     "a method that is text": "return ['broken']",
     "methods that raise": "raise KeyError('method')",
     "methods that exit": "raise SystemExit(3)",
-    "methods that interrupt": "raise KeyboardInterrupt",
     "methods that raise between": "yield Method('broken', Config)\n    raise ValueError('between')",
     "endless methods": "while True:\n        yield Method('broken', Config)",
     "a method whose name is None": "return [Method(None, Config)]",

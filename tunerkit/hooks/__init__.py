@@ -1,36 +1,41 @@
-"""The hooks and the plugins that answer them: specs, discovery, validation, the registry."""
+"""The hooks and the plugins that answer them: specs, loading, validation, the registry."""
 
 from tunerkit.hooks.calls import (
     adds_products,
     after_step,
-    attached_by_plugin,
     before_step,
     budget,
     build_adapter,
     calibrate,
     changes_gradients,
+    configure,
     delta,
-    engine,
     factors,
     finish,
     from_factors,
     has_delta,
     has_factors,
     has_shared,
-    open_run,
     param_groups,
-    ranks_changed,
     restore,
     shared,
     start,
     state,
+    structure,
     takes_factors,
-    unwrapped,
     watches_steps,
+)
+from tunerkit.hooks.gather import (
+    attached_by_plugin,
+    engine,
+    gather_formats,
+    gather_knowledge,
+    gather_shardings,
+    open_run,
+    ranks_changed,
+    unwrapped,
     wrapped,
 )
-from tunerkit.hooks.gather import gather_formats, gather_knowledge, gather_shardings
-from tunerkit.hooks.method_config import configure, structure
 from tunerkit.hooks.registry import registry
 
 methods = registry.methods

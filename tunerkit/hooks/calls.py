@@ -1,121 +1,112 @@
-"""Call the hooks: one typed function for each hook that core calls.
+"""Ask the plugin that owns a method: one typed function for each hook, which also checks the answer.
 
-Most call only the plugin that owns the method. If it does not implement the hook, they return None or an empty value.
-`ranks_changed`, and the functions at the end of this file, ask all plugins. Each answer is checked here, once.
-
-An exception of a plugin keeps its class, because a method's own message explains best what is wrong, and a caller may
-catch torch's out-of-memory error. It gets a note with the plugin, the hook and the adapter or target. What would end
-the program without a word (SystemExit, a cancelled task) becomes a `PluginError`.
+If the plugin does not implement the hook, they return None or an empty value. An exception of a plugin keeps its class,
+because a method's own message explains best what is wrong, and a caller may catch torch's out-of-memory error. It gets
+a note with the plugin, the hook and the adapter or target. What would end the program without a word (SystemExit, a
+cancelled task) becomes a `PluginError`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, NoReturn
 
+import attrs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tunerkit.config import AdapterConfig
-from tunerkit.engine import Engine
-from tunerkit.errors import AdapterError, PluginError
-from tunerkit.hooks import answers, specs
-from tunerkit.hooks.answers import Question
-from tunerkit.hooks.discovery import error_text
-from tunerkit.hooks.interrupts import is_from_signal
+from tunerkit.config import AdapterConfig, from_mapping
+from tunerkit.errors import AdapterError, ConfigError, PluginError, error_text, is_of_user, shown
+from tunerkit.hooks import specs
 from tunerkit.hooks.registry import registry
 from tunerkit.hooks.tuner_view import TunerView
 from tunerkit.layers import Adapter, BaseLayer, low_rank_delta, misfit
 from tunerkit.paths import few
-from tunerkit.records import Delta, Factors, ParamGroup, RankChange, State, Statistics, Target
+from tunerkit.records import Delta, Factors, ParamGroup, State, Statistics, Target
 
-A = TypeVar("A")
+_DEEPEST = 20  # levels of JSON values
 
 
-# Any: the arguments are those of the hook's spec, which pluggy passes by name.
-def _ask(question: Question, check: Callable[[Question, object], A], **arguments: Any) -> A:
-    """Call the plugin that owns the method, and check its answer."""
-    try:
-        return check(question, registry.call(question.hook, question.method, **arguments))
-    except (PluginError, KeyboardInterrupt):  # the first names the plugin already
-        raise
-    except Exception as error:
-        error.add_note(f"raised by {question.hook_of_plugin}, for {question.place}")
-        raise
-    except BaseException as error:
-        if is_from_signal(error):
-            raise
-        raise PluginError(f"{question.hook_of_plugin} raised {error_text(error)} for {question.place}") from error
+@attrs.frozen
+class _Question:
+    """What a method's plugin is asked: by which hook, for which adapter (its tuner), target (its path) or targets.
+
+    A context manager around the call and the check of its answer, so that what either raises names the plugin.
+    """
+
+    hook: Callable[..., object]
+    method: str
+    subject: TunerView | str | Sequence[Target]
+
+    # Any: the arguments are those of the hook's spec, which pluggy passes by name.
+    def ask(self, **arguments: Any) -> Any:
+        """Call the plugin that owns the method; None if it does not implement the hook."""
+        return registry.call(self.hook, self.method, **arguments)
+
+    def refuse(self, returned: str, expected: str) -> NoReturn:
+        """Raise the `PluginError` about an answer that is not as expected."""
+        raise PluginError(f"{self._asked} returned {returned} for {self._place}; it must return {expected}")
+
+    @property
+    def _asked(self) -> str:
+        return f"{self.hook.__name__} of {registry.plugin_of(self.method)}"
+
+    @property
+    def _place(self) -> str:
+        match self.subject:
+            case str():
+                return repr(self.subject)
+            case Sequence():
+                return f"{len(self.subject)} targets"
+        return f"adapter {self.subject.name!r}"
+
+    def __enter__(self) -> "_Question":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None or isinstance(error, PluginError) or is_of_user(error):  # the second names the plugin already
+            return
+        if isinstance(error, Exception):
+            error.add_note(f"raised by {self._asked}, for {self._place}")
+        else:
+            raise PluginError(f"{self._asked} raised {error_text(error)} for {self._place}") from error
+
+
+def structure(method: str, mapping: Mapping[str, object]) -> AdapterConfig:
+    """Build a method's config from a mapping. Nothing is guessed, so a string is never read as a number.
+
+    Args:
+        method: The method's name.
+        mapping: Settings by name, such as parsed YAML or JSON. Missing settings keep their defaults.
+
+    Returns:
+        An instance of the method's config class.
+
+    Raises:
+        ConfigError: The mapping is invalid; the error lists every problem with its path.
+        UnknownMethodError: No installed plugin provides the method.
+    """
+    config: AdapterConfig = from_mapping(registry.get(method).config, mapping)
+    return config
+
+
+def configure(method: str, config: object) -> AdapterConfig:
+    """Convert what the user passed as config (an object, a mapping or None) to the method's config class."""
+    if config is None or isinstance(config, Mapping):
+        return structure(method, config or {})
+    expected = registry.get(method).config
+    if isinstance(config, AdapterConfig) and isinstance(config, expected):
+        return config
+    takes, got = f"method {method!r} takes {expected.__name__}, a mapping or None", type(config)
+    # Another library may have a class of the same name.
+    which = f" of {got.__module__}, not of {expected.__module__}" if got.__name__ == expected.__name__ else ""
+    raise ConfigError([f"{takes}, got {got.__name__}{which} @ $"])
 
 
 def has_shared(method: str) -> bool:
     """Whether the method's adapters may share a module."""
     return registry.implements(specs.tunerkit_shared, method)
-
-
-def shared(
-    method: str, targets: Sequence[Target], bases: Sequence[BaseLayer], config: AdapterConfig
-) -> nn.Module | None:
-    """Build what all adapters of the method use; None for nothing."""
-    question = Question(specs.tunerkit_shared, method, targets)
-    return _ask(question, partial(answers.shared, targets=targets), targets=targets, bases=bases, config=config)
-
-
-def build_adapter(
-    method: str, target: Target, base: BaseLayer, config: AdapterConfig, shared: nn.Module | None = None
-) -> Adapter:
-    """Build one adapter with the method's plugin. Raises `PluginError` if the result is not an adapter."""
-    question = Question(specs.tunerkit_build_adapter, method, target.path)
-    check = partial(answers.adapter, target=target, shared=shared)
-    return _ask(question, check, target=target, base=base, config=config, shared=shared)
-
-
-def calibrate(tuner: TunerView, statistics: Mapping[str, Statistics]) -> Mapping[str, int] | None:
-    """Let the method set its start. Returns the ranks by target path if they changed."""
-    question = Question(specs.tunerkit_calibrate, tuner.method, tuner)
-    return _ask(question, partial(answers.ranks, targets=tuner.targets), tuner=tuner, statistics=statistics)
-
-
-def param_groups(tuner: TunerView) -> list[ParamGroup]:
-    """Return the parameters that the method wants to train with settings of their own."""
-    question = Question(specs.tunerkit_param_groups, tuner.method, tuner)
-    return _ask(question, partial(answers.param_groups, tuner=tuner), tuner=tuner)
-
-
-def start(tuner: TunerView, total_steps: int | None, optimizer: Optimizer | None) -> object | None:
-    """Return the method's initial training state."""
-    # The spec says which methods may get None, which means that the length is unknown.
-    question = Question(specs.tunerkit_start, tuner.method, tuner)
-    return _ask(question, answers.anything, tuner=tuner, total_steps=total_steps, optimizer=optimizer)
-
-
-def before_step(tuner: TunerView, step: int, grad_scale: Tensor | None) -> list[Tensor]:
-    """Notify the method that its gradients are complete; the parameters that this step must not move."""
-    question = Question(specs.tunerkit_before_step, tuner.method, tuner)
-    return _ask(question, answers.parameters, tuner=tuner, step=step, grad_scale=grad_scale)
-
-
-def after_step(tuner: TunerView, step: int) -> Mapping[str, int] | None:
-    """Notify the method that its weights were updated. Returns the ranks by target path if it made an allocation."""
-    question = Question(specs.tunerkit_after_step, tuner.method, tuner)
-    return _ask(question, partial(answers.ranks, targets=tuner.targets), tuner=tuner, step=step)
-
-
-def finish(tuner: TunerView) -> Mapping[str, int] | None:
-    """Let the method make its final allocation. Returns the ranks by target path if it did."""
-    question = Question(specs.tunerkit_finish, tuner.method, tuner)
-    return _ask(question, partial(answers.ranks, targets=tuner.targets), tuner=tuner)
-
-
-def budget(tuner: TunerView, step: int | None) -> int | None:
-    """Return the budget in force after ``step`` optimizer steps (None: now). None: it is the sum of the live ranks."""
-    question = Question(specs.tunerkit_budget, tuner.method, tuner)
-    return _ask(question, answers.budget, tuner=tuner, step=step)
-
-
-def ranks_changed(tuner: TunerView, change: RankChange) -> None:
-    """Notify every plugin of an allocation."""
-    registry.notify_all(specs.tunerkit_ranks_changed, tuner=tuner, change=change)
 
 
 def changes_gradients(method: str) -> bool:
@@ -128,14 +119,14 @@ def watches_steps(method: str) -> bool:
     return registry.implements(specs.tunerkit_after_step, method) or changes_gradients(method)
 
 
-def has_delta(method: str) -> bool:
-    """Whether the method can return what it adds as a dense matrix."""
-    return registry.implements(specs.tunerkit_delta, method) or has_factors(method)
-
-
 def has_factors(method: str) -> bool:
     """Whether the method can return what it adds as a product."""
     return registry.implements(specs.tunerkit_factors, method)
+
+
+def has_delta(method: str) -> bool:
+    """Whether the method can return what it adds as a dense matrix."""
+    return registry.implements(specs.tunerkit_delta, method) or has_factors(method)
 
 
 def adds_products(method: str) -> bool:
@@ -148,22 +139,204 @@ def takes_factors(method: str) -> bool:
     return registry.implements(specs.tunerkit_from_factors, method)
 
 
+def shared(
+    method: str, targets: Sequence[Target], bases: Sequence[BaseLayer], config: AdapterConfig
+) -> nn.Module | None:
+    """Build what all adapters of the method use, in a module of its own; None for nothing."""
+    with _Question(specs.tunerkit_shared, method, targets) as question:
+        answer = question.ask(targets=targets, bases=bases, config=config)
+        if answer is None:
+            return None
+        if not isinstance(answer, nn.Module):
+            question.refuse(_kind(answer), "a torch.nn.Module, or None")
+        held = set(answer.modules())
+        if any(target.module in held for target in targets):
+            question.refuse("a module that holds a base layer", "one with tensors of its own")
+        return answer
+
+
+def build_adapter(
+    method: str, target: Target, base: BaseLayer, config: AdapterConfig, shared: nn.Module | None = None
+) -> Adapter:
+    """Build one adapter with the method's plugin. Raises `PluginError` if the result is not an adapter."""
+    with _Question(specs.tunerkit_build_adapter, method, target.path) as question:
+        answer = question.ask(target=target, base=base, config=config, shared=shared)
+        if not isinstance(answer, Adapter):
+            question.refuse(_kind(answer), "a tunerkit.Adapter")
+        if target.module in answer.modules():
+            question.refuse(
+                "an adapter that holds the base layer as a child",
+                "one that does not store it: forward receives the base layer as an argument",
+            )
+        declared: tuple[object, ...] = (answer.reads_output, answer.reads_weight)
+        if not all(isinstance(value, bool | None) for value in declared):
+            reads = f"reads_output={shown(declared[0])} and reads_weight={shown(declared[1])}"
+            question.refuse(f"a {type(answer).__name__} with {reads}", "one with True, False or None there")
+        _check_rank_dims(question, answer)
+        if shared is not None and not set(answer.modules()).isdisjoint(shared.modules()):
+            question.refuse(
+                "an adapter that holds the shared module as a child",
+                "one that does not store it: forward finds it as self.shared",
+            )
+        return answer
+
+
+def _check_rank_dims(question: _Question, answer: Adapter) -> None:
+    """Refuse ranks that no tensor of the adapter has: files with other ranks could not be loaded."""
+    own = {**dict(answer.named_buffers()), **dict(answer.named_parameters())}
+    for name, dim in answer.rank_dims.items():
+        if name not in own:
+            question.refuse(
+                f"a {type(answer).__name__} whose rank_dims names {shown(name)}",
+                f"one that names parameters or buffers there: {', '.join(own)}",
+            )
+        if type(dim) is not int or not -own[name].ndim <= dim < own[name].ndim:
+            question.refuse(
+                f"a {type(answer).__name__} whose rank_dims is {shown(dim)} for {name!r}",
+                f"one with a dimension of its shape {tuple(own[name].shape)} there",
+            )
+
+
+def calibrate(tuner: TunerView, statistics: Mapping[str, Statistics]) -> Mapping[str, int] | None:
+    """Let the method set its start. Returns the ranks by target path if they changed."""
+    return _ranks(specs.tunerkit_calibrate, tuner, statistics=statistics)
+
+
+def after_step(tuner: TunerView, step: int) -> Mapping[str, int] | None:
+    """Notify the method that its weights were updated. Returns the ranks by target path if it made an allocation."""
+    return _ranks(specs.tunerkit_after_step, tuner, step=step)
+
+
+def finish(tuner: TunerView) -> Mapping[str, int] | None:
+    """Let the method make its final allocation. Returns the ranks by target path if it did."""
+    return _ranks(specs.tunerkit_finish, tuner)
+
+
+def _ranks(hook: Callable[..., object], tuner: TunerView, **arguments: object) -> dict[str, int] | None:
+    """Ask for a rank for every target, in any order; None if the method changed none."""
+    with _Question(hook, tuner.method, tuner) as question:
+        answer = question.ask(tuner=tuner, **arguments)
+        if answer is None:
+            return None
+        paths = [target.path for target in tuner.targets]
+        if not isinstance(answer, Mapping) or answer.keys() != set(paths):
+            question.refuse(shown(answer), "None, or a mapping with one rank for each target path")
+        ranks = {}
+        for path in paths:
+            if (rank := _count(answer[path])) is None:
+                question.refuse(f"{shown(answer[path])} as the rank of {path!r}", "an int >= 0 there")
+            ranks[path] = rank
+        return ranks
+
+
+def param_groups(tuner: TunerView) -> list[ParamGroup]:
+    """Return the parameters that the method wants to train with settings of their own, each in one group."""
+    with _Question(specs.tunerkit_param_groups, tuner.method, tuner) as question:
+        answer = question.ask(tuner=tuner)
+        if answer is None:
+            return []
+        if not isinstance(answer, Iterable) or isinstance(answer, Tensor):
+            question.refuse(_kind(answer), "a list of tunerkit.ParamGroup")
+        own, seen, groups = {id(parameter) for parameter in tuner.parameters()}, set[int](), list(answer)
+        for group in groups:
+            if not isinstance(group, ParamGroup):
+                question.refuse(f"a list with {_kind(group)}", "a list of tunerkit.ParamGroup")
+            scale, decay = group.lr_scale, group.weight_decay
+            if not _is_at_least_0(scale) or not (decay is None or _is_at_least_0(decay)):
+                settings = f"lr_scale={shown(scale)} and weight_decay={shown(decay)}"
+                question.refuse(f"a group with {settings}", "finite numbers >= 0 there")
+            for parameter in group.parameters:
+                if id(parameter) not in own:
+                    whose = "a group with a parameter that is not the adapter's"
+                    question.refuse(whose, "parameters of tuner.parameters()")
+                if id(parameter) in seen:
+                    question.refuse("a parameter in two groups, or twice in one", "each in one group")
+                seen.add(id(parameter))
+        return groups
+
+
+def start(tuner: TunerView, total_steps: int | None, optimizer: Optimizer | None) -> object | None:
+    """Return the method's initial training state, which is the method's own."""
+    # The spec says which methods may get None, which means that the length is unknown.
+    with _Question(specs.tunerkit_start, tuner.method, tuner) as question:
+        answer: object = question.ask(tuner=tuner, total_steps=total_steps, optimizer=optimizer)
+        return answer
+
+
+def before_step(tuner: TunerView, step: int, grad_scale: Tensor | None) -> list[Tensor]:
+    """Notify the method that its gradients are complete; the parameters that this step must not move."""
+    with _Question(specs.tunerkit_before_step, tuner.method, tuner) as question:
+        answer = question.ask(tuner=tuner, step=step, grad_scale=grad_scale)
+        expected = "a list of the adapter's parameters, or None"
+        if answer is None:
+            return []
+        if isinstance(answer, Tensor) or not isinstance(answer, Iterable):  # iterating over a tensor yields its rows
+            question.refuse(_kind(answer), expected)
+        found = list(answer)
+        for each in found:
+            if not isinstance(each, Tensor):
+                question.refuse(f"a list with {_kind(each)}", expected)
+        return found
+
+
+def budget(tuner: TunerView, step: int | None) -> int | None:
+    """Return the budget in force after ``step`` optimizer steps (None: now). None: it is the sum of the live ranks."""
+    with _Question(specs.tunerkit_budget, tuner.method, tuner) as question:
+        answer = question.ask(tuner=tuner, step=step)
+        found = None if answer is None else _count(answer)
+        if answer is not None and found is None:
+            question.refuse(shown(answer), "an int >= 0, or None")
+        return found
+
+
 def delta(path: str, method: str, adapter: Adapter, base: BaseLayer) -> Delta:
     """Return what an adapter adds to its base layer: ``weight`` (out, in) and ``bias`` (out,).
 
-    Raises `PluginError` for a wrong type, shape or device.
+    Raises `PluginError` for a wrong type, shape or device: broadcasting could hide a wrong shape.
     """
     if not registry.implements(specs.tunerkit_delta, method):
         product = factors(path, method, adapter, base)
         return Delta(weight=low_rank_delta(base, q=product.q, p=product.p, scale=1.0))
-    question = Question(specs.tunerkit_delta, method, path)
-    return _ask(question, partial(answers.delta, adapter=adapter, base=base), adapter=adapter, base=base)
+    with _Question(specs.tunerkit_delta, method, path) as question:
+        answer = question.ask(adapter=adapter, base=base)
+        if not isinstance(answer, Delta):
+            question.refuse(_kind(answer), "a tunerkit.Delta")
+        features = (base.out_features, base.in_features)
+        parts: tuple[tuple[str, object, tuple[int, ...]], ...] = (
+            ("weight", answer.weight, features),
+            ("bias", answer.bias, features[:1]),
+        )
+        for what, tensor, shape in parts:
+            if tensor is None:
+                continue
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                question.refuse(f"{_kind(tensor)} as the delta's {what}", "a tensor of floating-point numbers, or None")
+            if (got := tuple(tensor.shape)) != shape:
+                question.refuse(f"a delta {what} of shape {got}", f"one of shape {shape}")
+            _check_device(question, tensor, f"a delta {what}", adapter, "one")
+        return answer
 
 
 def factors(path: str, method: str, adapter: Adapter, base: BaseLayer) -> Factors:
     """Return what an adapter adds to its base layer's weight as a product. Raises `PluginError` if it is wrong."""
-    question = Question(specs.tunerkit_factors, method, path)
-    return _ask(question, partial(answers.factors, adapter=adapter, base=base), adapter=adapter, base=base)
+    with _Question(specs.tunerkit_factors, method, path) as question:
+        answer = question.ask(adapter=adapter, base=base)
+        if not isinstance(answer, Factors):
+            question.refuse(_kind(answer), "tunerkit.Factors")
+        parts: tuple[tuple[str, object], ...] = (("q", answer.q), ("p", answer.p))
+        for what, tensor in parts:
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                question.refuse(f"{_kind(tensor)} as {what}", "a tensor of floating-point numbers")
+            _check_device(question, tensor, what, adapter, "it")
+        if (shapes := misfit(base, answer)) is not None:
+            question.refuse(*shapes)
+        return answer
+
+
+def _check_device(question: _Question, tensor: Tensor, what: str, adapter: Adapter, pronoun: str) -> None:
+    devices = [parameter.device for parameter in adapter.parameters()]
+    if devices and tensor.device not in devices:
+        question.refuse(f"{what} on device {tensor.device}", f"{pronoun} on {devices[0]}, where the adapter is")
 
 
 def from_factors(
@@ -181,9 +354,21 @@ def from_factors(
         AdapterError: There is no target, or a product is missing, has another shape, or is not finite.
     """
     _refuse_unfit(targets, bases, products)
-    question = Question(specs.tunerkit_from_factors, method, targets)
-    check = partial(answers.built_from_factors, targets=targets, config=registry.get(method).config)
-    return _ask(question, check, targets=targets, factors=products)
+    config = registry.get(method).config
+    expected = f"a pair of a {config.__name__} and a mapping with one adapter for each target path"
+    with _Question(specs.tunerkit_from_factors, method, targets) as question:
+        answer = question.ask(targets=targets, factors=products)
+        if not isinstance(answer, tuple) or len(answer) != 2:
+            question.refuse(_kind(answer), expected)
+        settings, adapters = answer
+        if not isinstance(settings, AdapterConfig) or not isinstance(settings, config):
+            question.refuse(f"{_kind(settings)} as the config", expected)
+        if not isinstance(adapters, Mapping) or adapters.keys() != {target.path for target in targets}:
+            question.refuse(f"{shown(adapters)} as the adapters", expected)
+        for path, found in adapters.items():
+            if not isinstance(found, Adapter):
+                question.refuse(f"{_kind(found)} at {path!r}", expected)
+        return settings, adapters
 
 
 def _refuse_unfit(targets: Sequence[Target], bases: Sequence[BaseLayer], products: Mapping[str, Factors]) -> None:
@@ -203,59 +388,62 @@ def _refuse_unfit(targets: Sequence[Target], bases: Sequence[BaseLayer], product
 
 def state(tuner: TunerView) -> State:
     """Return what training needs to resume, in addition to the adapter's weights."""
-    return _ask(Question(specs.tunerkit_state, tuner.method, tuner), answers.state, tuner=tuner)
+    with _Question(specs.tunerkit_state, tuner.method, tuner) as question:
+        answer = question.ask(tuner=tuner)
+        if answer is None:
+            return State(tensors={}, values={})
+        if not isinstance(answer, State):
+            question.refuse(_kind(answer), "a tunerkit.State")
+        parts: tuple[tuple[str, object], ...] = (("tensors", answer.tensors), ("values", answer.values))
+        for what, entries in parts:
+            if not isinstance(entries, Mapping) or not all(isinstance(name, str) for name in entries):
+                question.refuse(f"{shown(entries)} as the state's {what}", "a mapping with names as keys")
+        for name, tensor in answer.tensors.items():
+            if not isinstance(tensor, Tensor):
+                question.refuse(f"{_kind(tensor)} as the state's tensor {shown(name)}", "a tensor there")
+        for name, value in answer.values.items():
+            if not _is_json(value):
+                question.refuse(
+                    f"{shown(value)} as the state's value {shown(name)}",
+                    "one that JSON can hold: text, bools, finite numbers, None, and lists and mappings of these",
+                )
+        return answer
 
 
 def restore(tuner: TunerView, saved: State) -> None:
     """Restore what `state` returned."""
-    _ask(Question(specs.tunerkit_restore, tuner.method, tuner), answers.nothing, tuner=tuner, state=saved)
+    with _Question(specs.tunerkit_restore, tuner.method, tuner) as question:
+        if (answer := question.ask(tuner=tuner, state=saved)) is not None:
+            question.refuse(_kind(answer), "None; set tuner.state to what was restored")
 
 
-def attached_by_plugin(
-    tuners: Sequence[TunerView], candidate: object, total_steps: int | None, data_parallel: bool | None
-) -> bool:
-    """Let plugins attach adapters to a trainer that they know. Returns whether one did."""
-    return bool(
-        registry.first(
-            specs.tunerkit_attach,
-            bool,
-            tuners=tuners,
-            candidate=candidate,
-            total_steps=total_steps,
-            data_parallel=data_parallel,
-        )
-    )
+def _kind(answer: object) -> str:
+    if answer is None:
+        return "None"
+    name = type(answer).__name__
+    return f"an {name}" if name[:1] in "aeiouAEIOU" else f"a {name}"
 
 
-def wrapped(model: nn.Module) -> None:
-    """Tell every plugin that a model has its first adapter."""
-    registry.first(specs.tunerkit_wrapped, _never, model=model)
+def _is_at_least_0(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
 
 
-def unwrapped(model: nn.Module) -> None:
-    """Tell every plugin that a model, or a copy of a part of one, is to be without adapters."""
-    registry.first(specs.tunerkit_unwrapped, _never, model=model)
+def _count(value: object) -> int | None:
+    """Convert to an int; numpy's integers are accepted too. None if it is not a count."""
+    try:
+        count = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except Exception:
+        return None
+    return count if count >= 0 else None
 
 
-def _never(answer: object) -> bool:
-    return False  # so that all are asked
-
-
-def engine(
-    tuners: Sequence[TunerView], model: nn.Module, candidate: object, data_parallel: bool | None
-) -> tuple[Engine, object] | None:
-    """What the processes of a training do together, and what takes the step hooks; None if no plugin says."""
-    return registry.first(
-        specs.tunerkit_engine,
-        partial(answers.is_pair, "an engine and what takes the step hooks", has="before_step_"),
-        tuners=tuners,
-        model=model,
-        candidate=candidate,
-        data_parallel=data_parallel,
-    )
-
-
-def open_run(path: Path, base: str | None) -> tuple[nn.Module, object] | None:
-    """Load the model and the processor of a run's folder; None if no plugin knows it."""
-    is_pair = partial(answers.is_pair, "a model and its processor", has="named_modules")
-    return registry.first(specs.tunerkit_open_run, is_pair, path=path, base=base)
+def _is_json(value: object, depth: int = 0) -> bool:
+    if value is None or isinstance(value, bool | int | str):
+        return True
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if depth > _DEEPEST:
+        return False
+    if isinstance(value, list | tuple):
+        return all(_is_json(each, depth + 1) for each in value)
+    return isinstance(value, dict) and all(isinstance(k, str) and _is_json(v, depth + 1) for k, v in value.items())

@@ -1,21 +1,17 @@
-"""The registry: which methods are installed, and how core calls the plugin that owns a method."""
+"""The registry: which methods are installed, and how core calls one plugin or all of them."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
-from warnings import warn
 
 import attrs
-import pluggy
 
 from tunerkit import extras
-from tunerkit.errors import PluginError, TunerkitWarning, UnknownMethodError, shown
-from tunerkit.hooks.catalog import Catalog, load
-from tunerkit.hooks.discovery import VARIABLE, error_text
-from tunerkit.hooks.interrupts import is_from_signal
-from tunerkit.hooks.validation import Plugin, admit, heard_by
+from tunerkit.errors import PluginError, UnknownMethodError, error_text, is_of_user, shown, warn
+from tunerkit.hooks.loading import Catalog, load
+from tunerkit.hooks.validation import Plugin, admit
 from tunerkit.records import Method, MethodInfo
 
 IN_PROCESS = "in-process"
@@ -71,12 +67,23 @@ class Registry:
         """Describe the plugin that owns ``method``, for an error."""
         return f"the plugin of method {method!r} ({self.owner_of(method).distribution})"
 
+    def absence(self, distribution: str) -> str | None:
+        """Say why no plugin of a distribution is loaded, and what to do; None if one is."""
+        return self._loaded().absence(distribution)
+
+    def unserved(self, thing: object) -> str:
+        """Say how to get the plugin that knows the library of an object; empty if it is loaded, or if there is none."""
+        extra = extras.serving(thing)
+        absent = None if extra is None else self.absence(extras.distribution(extra))
+        if extra is None or absent is None:
+            return ""
+        return f"{extras.distribution(extra)} knows its library, and {absent} ({extras.install(extra)})"
+
     def implements(self, hook: Callable[..., object], method: str) -> bool:
         """Whether the plugin that owns the method implements the hook; False if no plugin owns it."""
         catalog = self._loaded()
-        # No plugin is None, so without an owner the caller reaches nobody.
         owner = catalog.owners.get(method)
-        return bool(heard_by(catalog.manager, hook.__name__, owner and owner.plugin).get_hookimpls())
+        return owner is not None and bool(catalog.caller(hook.__name__, owner.plugin).get_hookimpls())
 
     def call(self, hook: Callable[P, R], method: str, /, *args: P.args, **arguments: P.kwargs) -> R | None:
         """Call a hook, given as its spec, on the plugin that owns the method; None if it doesn't implement the hook.
@@ -87,100 +94,45 @@ class Registry:
         owner = catalog.owners.get(method)
         if owner is None:
             raise PluginError(f"{hook.__name__} needs the plugin of method {method!r}: {catalog.missing(method)}")
-        found: R | None = heard_by(catalog.manager, hook.__name__, owner.plugin)(**arguments)
+        found: R | None = catalog.caller(hook.__name__, owner.plugin)(**arguments)
         return found
 
-    def call_all(self, hook: Callable[P, object], /, *args: P.args, **arguments: P.kwargs) -> list[Answer]:
-        """Call a hook that asks every plugin: sorted by distribution, in-process plugins last.
-
-        Each plugin is called separately. One that raises is left out from then on, see `leave_out`.
-        """
-        catalog = self._loaded()
-        asked = [found for found in catalog.plugins if (found, hook.__name__) not in catalog.left_out]
-        answers: list[Answer] = []
-        for found in asked:
-            try:
-                # Generators are exhausted here, so that their errors can name the plugin.
-                values = [tuple(v) if isinstance(v, Iterator) else v for v in self._caller(hook, found)(**arguments)]
-                answers += [Answer(found, value) for value in values]
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:  # SystemExit too: the plugin must not end the user's program
-                if is_from_signal(error):
-                    raise
-                self.leave_out(found, hook, error_text(error))
-        return answers
-
-    def first(
-        self, hook: Callable[P, R | None], is_answer: Callable[[Any], bool], /, *args: P.args, **arguments: P.kwargs
-    ) -> R | None:
-        """Ask every plugin until one answers; those whose implementation is marked ``trylast`` are asked last.
-
-        Args:
-            hook: The hook, given as its spec.
-            is_answer: Whether what a plugin returned, other than None, is an answer. If it raises, the plugin is named.
-            args: None: all arguments are passed by name.
-            arguments: The hook's arguments.
+    def ask(self, hook: Callable[P, object], /, *args: P.args, **arguments: P.kwargs) -> Iterator[Answer]:
+        """Ask one plugin after another, as far as the caller iterates; ``trylast`` implementations come last.
 
         Raises:
             PluginError: A plugin raised what would end the program, such as SystemExit. Its other exceptions propagate
                 with a note that names it.
         """
-        catalog = self._loaded()
-        asked = [(found, heard_by(catalog.manager, hook.__name__, found.plugin)) for found in catalog.plugins]
-        asked.sort(key=lambda pair: any(each.trylast for each in pair[1].get_hookimpls()))
-        for found, caller in asked:
-            try:
-                for answer in caller(**arguments):
-                    if is_answer(answer):
-                        given: R = answer
-                        return given
-            except (PluginError, KeyboardInterrupt):
-                raise
-            except Exception as error:
-                error.add_note(f"raised in {hook.__name__} of {found}")
-                raise
-            except BaseException as error:
-                if is_from_signal(error):
-                    raise
-                raise PluginError(f"{hook.__name__} of {found} raised {error_text(error)}") from error
-        return None
 
-    def absence(self, distribution: str) -> str | None:
-        """Say why no plugin of a distribution is loaded, and what to do; None if one is."""
-        catalog = self._loaded()
-        if any(found.info.distribution == distribution for found in catalog.plugins):
-            return None
-        failed = next((info for _, info in catalog.failures if info.distribution == distribution), None)
-        if failed is not None:
-            return f"{distribution} cannot be used: {failed.error}"
-        if catalog.limit is not None:
-            return f"{distribution} is not loaded, or not installed: {VARIABLE} limits what is loaded"
-        return f"{distribution} is not installed"
+        def raise_named(found: Plugin, error: BaseException) -> None:
+            if isinstance(error, Exception):
+                if not isinstance(error, PluginError):
+                    error.add_note(f"raised in {hook.__name__} of {found}")
+                raise error
+            raise PluginError(f"{hook.__name__} of {found} raised {error_text(error)}") from error
 
-    def unserved(self, thing: object) -> str:
-        """Say how to get the plugin that knows the library of an object; empty if it is loaded, or if there is none."""
-        extra = extras.serving(thing)
-        absent = None if extra is None else self.absence(extras.distribution(extra))
-        if extra is None or absent is None:
-            return ""
-        return f"{extras.distribution(extra)} knows its library, and {absent} ({extras.install(extra)})"
+        return self._each(hook, arguments, raise_named)
 
-    def notify_all(self, hook: Callable[P, object], /, *args: P.args, **arguments: P.kwargs) -> None:
+    def gather(self, hook: Callable[P, object], /, *args: P.args, **arguments: P.kwargs) -> list[Answer]:
+        """Ask every plugin: sorted by distribution, in-process ones last. One that raises is left out from then on."""
+
+        def leave_out(found: Plugin, error: BaseException) -> None:
+            self.leave_out(found, hook, error_text(error))
+
+        return list(self._each(hook, arguments, leave_out))
+
+    def notify(self, hook: Callable[P, object], /, *args: P.args, **arguments: P.kwargs) -> None:
         """Call a hook that every plugin may watch. If one raises, a `TunerkitWarning` names it; the others are called.
 
         A watcher is called again next time: a logger may fail once, because the network does.
         """
-        for found in self._loaded().plugins:
-            try:
-                self._caller(hook, found)(**arguments)
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:  # SystemExit too: a watcher must not end a training
-                if is_from_signal(error):
-                    raise
-                text = f"{hook.__name__} of {found} failed and was ignored: {error_text(error)}"
-                warn(text, TunerkitWarning, stacklevel=2)
+
+        def ignore(found: Plugin, error: BaseException) -> None:
+            warn(f"{hook.__name__} of {found} failed and was ignored: {error_text(error)}")
+
+        for _ in self._each(hook, arguments, ignore):
+            pass
 
     def leave_out(self, found: Plugin, hook: Callable[..., object], reason: str) -> None:
         """Use no more of what a plugin answers to ``hook``: warn once, and list it in `methods`."""
@@ -190,10 +142,7 @@ class Registry:
                 return
             failed = f"failed and was left out: {reason}"
             catalog.left_out = {**catalog.left_out, (found, hook.__name__): f"{hook.__name__} {failed}"}
-        warn(f"{hook.__name__} of {found} {failed}", TunerkitWarning, stacklevel=3)
-
-    def _caller(self, hook: Callable[..., object], found: Plugin) -> pluggy.HookCaller:
-        return heard_by(self._loaded().manager, hook.__name__, found.plugin)
+        warn(f"{hook.__name__} of {found} {failed}")
 
     def register(self, plugin: object) -> None:
         """Register an in-process plugin, for notebooks and tests.
@@ -209,10 +158,8 @@ class Registry:
             catalog = self._loaded()
             try:
                 admitted = admit(catalog.manager, plugin, entry, MethodInfo(IN_PROCESS, ""))
-            except (PluginError, KeyboardInterrupt):
-                raise
-            except BaseException as error:  # SystemExit too
-                if is_from_signal(error):
+            except BaseException as error:
+                if isinstance(error, PluginError) or is_of_user(error):
                     raise
                 raise PluginError(f"plugin {entry!r} cannot be registered: {error_text(error)}") from error
             taken = [name for name in admitted.methods if name in catalog.owners]
@@ -223,8 +170,7 @@ class Registry:
                     f"method {taken[0]!r} is already provided by {owner.distribution} {owner.version}".rstrip()
                     + "; give yours another name, or unregister that plugin first"
                 )
-            catalog.plugins = (*catalog.plugins, admitted)
-            catalog.owners = {**catalog.owners, **dict.fromkeys(admitted.methods, admitted)}
+            catalog.add(admitted)
 
     def unregister(self, plugin: object) -> None:
         """Remove a plugin and its methods.
@@ -246,6 +192,24 @@ class Registry:
         """Forget all plugins, in-process ones too. The next call reads the environment and loads them again."""
         with self._lock:
             self._catalog = None
+
+    def _each(
+        self, hook: Callable[..., object], arguments: dict[str, Any], failed: Callable[[Plugin, BaseException], None]
+    ) -> Iterator[Answer]:
+        """Call the hook on each plugin. ``failed`` gets what one raises, unless the user ended the program."""
+        catalog = self._loaded()
+        asked = [found for found in catalog.plugins if (found, hook.__name__) not in catalog.left_out]
+        callers = [(found, catalog.caller(hook.__name__, found.plugin)) for found in asked]
+        for found, caller in sorted(callers, key=lambda pair: any(own.trylast for own in pair[1].get_hookimpls())):
+            try:
+                # Generators are exhausted here, so that their errors can name the plugin.
+                values = [tuple(value) if isinstance(value, Iterator) else value for value in caller(**arguments)]
+            except BaseException as error:  # SystemExit too: a plugin must not end the user's program
+                if is_of_user(error):
+                    raise
+                failed(found, error)
+            else:
+                yield from (Answer(found, value) for value in values)
 
     def _owner(self, name: str) -> Plugin:
         if name not in tuple((catalog := self._loaded()).owners):  # the name may be unhashable

@@ -9,9 +9,8 @@ import attrs
 import pluggy
 
 from tunerkit.config import AdapterConfig
-from tunerkit.errors import PluginError, closest, shown
+from tunerkit.errors import PluginError, closest, error_text, shown
 from tunerkit.hooks import specs
-from tunerkit.hooks.discovery import error_text
 from tunerkit.records import Method, MethodInfo, StatisticsRequest
 
 # The version of the contract between core and plugins, and the oldest that still works; docs/plugins.md says what may
@@ -97,16 +96,18 @@ def _check_hooks(manager: pluggy.PluginManager, plugin: object) -> None:
 
 def _ask_methods(manager: pluggy.PluginManager, plugin: object) -> dict[str, Method]:
     methods: dict[str, Method] = {}
-    for answer in heard_by(manager, "tunerkit_methods", plugin)():
+    others = [other for other in manager.get_plugins() if other is not plugin]
+    hooks = {name: manager.subset_hook_caller(name, others) for name in HOOKS}
+    for answer in hooks["tunerkit_methods"]():
         for method in answer:
             name = _checked_name(method)
             if name in methods:
                 raise PluginError(f"tunerkit_methods yielded {name!r} twice")
             methods[name] = method
-    if methods and not heard_by(manager, "tunerkit_build_adapter", plugin).get_hookimpls():
+    if methods and not hooks["tunerkit_build_adapter"].get_hookimpls():
         raise PluginError(f"it provides the method {next(iter(methods))!r} but has no tunerkit_build_adapter for it")
     calibrated = [name for name, method in methods.items() if method.statistics is not None]
-    if calibrated and not heard_by(manager, "tunerkit_calibrate", plugin).get_hookimpls():
+    if calibrated and not hooks["tunerkit_calibrate"].get_hookimpls():
         raise PluginError(f"its method {calibrated[0]!r} wants statistics but it has no tunerkit_calibrate")
     return methods
 
@@ -149,10 +150,3 @@ def _is_request(statistics: object) -> bool:
         return False
     ranks = (statistics.inputs, statistics.gradients)
     return all(type(rank) is int and rank >= 0 for rank in ranks) and any(ranks)
-
-
-def heard_by(manager: pluggy.PluginManager, name: str, plugin: object) -> pluggy.HookCaller:
-    """Return a caller of the hook that reaches only ``plugin``. Raises `PluginError` if there is no such hook."""
-    if name not in HOOKS:
-        raise PluginError(f"there is no hook {name!r}{closest(name, HOOKS)}")
-    return manager.subset_hook_caller(name, [other for other in manager.get_plugins() if other is not plugin])
