@@ -152,7 +152,7 @@ def test_a_folder_that_no_plugin_opens_is_refused_with_the_extra_that_does(
         plugin.answer = "a model"
         with pytest.raises(tunerkit.PluginError, match="plugin 'Opening' .*returned 'a model'; it must return a model"):
             tunerkit.from_folder(tmp_path)
-    monkeypatch.setattr(Registry, "first", lambda *_, **__: None)
+    monkeypatch.setattr(Registry, "ask", lambda *_, **__: iter(()))
     with pytest.raises(tunerkit.FileError, match=r"no installed plugin knows this folder.*tunerkit\[transformers\]"):
         tunerkit.from_folder(tmp_path)
 

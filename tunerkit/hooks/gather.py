@@ -121,21 +121,17 @@ _FORMATS = "tunerkit.Format, each with a name, functions for sniff, read and wri
 
 def _known(hook: Callable[[], object], is_valid: Callable[[object], bool], expected: str) -> list[Answer]:
     """The plugins' answers to ``hook``, without those that are not as expected."""
-    answers = registry.gather(hook)
-    faults = [_fault(answer.value, is_valid, expected) for answer in answers]
-    for answer, fault in zip(answers, faults, strict=True):
-        if fault is not None:
-            registry.leave_out(answer.plugin, hook, fault)
-    return [answer for answer, fault in zip(answers, faults, strict=True) if fault is None]
-
-
-def _fault(value: object, is_valid: Callable[[object], bool], expected: str) -> str | None:
-    try:
-        if isinstance(value, tuple | list) and all(map(is_valid, value)):
-            return None
-    except Exception as error:  # a plugin's metaclass or property may raise anything
-        return f"checking its answer raised {error_text(error)}"
-    return f"it returned {shown(value)}; it must return a list of {expected}"
+    found = []
+    for answer in registry.gather(hook):
+        fault = f"it returned {shown(answer.value)}; it must return a list of {expected}"
+        try:
+            if isinstance(answer.value, tuple | list) and all(map(is_valid, answer.value)):
+                found.append(answer)
+                continue
+        except Exception as error:  # a plugin's metaclass or property may raise anything
+            fault = f"checking its answer raised {error_text(error)}"
+        registry.leave_out(answer.plugin, hook, fault)
+    return found
 
 
 # Any: each answer was checked to be what the hook's spec declares.

@@ -136,17 +136,11 @@ def _checked_name(method: Any) -> str:
     for field, allowed in (("start", ("exact", "rounding")), ("targets", ("weights", "outputs"))):
         if (value := {"start": method.start, "targets": method.targets}[field]) not in allowed:
             raise PluginError(f"{field} of method {shown(name)} is {shown(value)}; expected one of {allowed}")
-    if method.statistics is not None and not _is_request(method.statistics):
+    asked = method.statistics
+    ranks = (asked.inputs, asked.gradients) if isinstance(asked, StatisticsRequest) else ()
+    if asked is not None and not (any(ranks) and all(type(rank) is int and rank >= 0 for rank in ranks)):
         raise PluginError(
-            f"statistics of method {shown(name)} is {shown(method.statistics)}; expected tunerkit.StatisticsRequest "
+            f"statistics of method {shown(name)} is {shown(asked)}; expected tunerkit.StatisticsRequest "
             "with the ranks of what it wants, as in tunerkit.StatisticsRequest(inputs=16)"
         )
     return str.__str__(name)
-
-
-def _is_request(statistics: object) -> bool:
-    """Whether statistics are asked for, with ranks that make sense."""
-    if not isinstance(statistics, StatisticsRequest):
-        return False
-    ranks = (statistics.inputs, statistics.gradients)
-    return all(type(rank) is int and rank >= 0 for rank in ranks) and any(ranks)
