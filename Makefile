@@ -52,7 +52,7 @@ test-core: $(CORE_READY) ## run core's tests with no plugin installed
 	$(FEW_THREADS) $(CORE_BIN)/python $(PYTEST) tests
 
 test-quantisers: $(QUANTISERS_READY) ## run the tests with quantised bases, with the libraries that quantise
-	$(FEW_THREADS) .venv-quantisers/bin/python -m pytest -n $(WORKERS) -k "$(OF_QUANTISED)" $(PYTEST_ARGS) plugins/quant/tests tests/test_engines.py tests/test_readme.py
+	$(FEW_THREADS) .venv-quantisers/bin/python -m pytest -n $(WORKERS) -k "$(OF_QUANTISED)" $(PYTEST_ARGS) plugins/quant/tests tests/steps/test_engines.py tests/repository/test_readme.py
 
 test-deepspeed: $(DEEPSPEED_READY) ## run the tests of trainings under DeepSpeed
 	$(FEW_THREADS) DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pytest $(PYTEST_ARGS) plugins/distributed/tests/test_deepspeed.py plugins/distributed/tests/test_trainer_deepspeed.py

@@ -43,21 +43,24 @@ MUTATIONS = (
     Mutation(
         "other forwards",
         "tunerkit/serialization/base_check.py",
-        "return forward_differences(saved, forward_config(tuner.model)) if saved else []",
-        "return []",
+        "if name in found and found[name] != value",
+        "if False",
     ),
     Mutation(
-        "forged files", "tunerkit/serialization/fit.py", "and not {found, built.dtype} <= _PRECISIONS:", "and False:"
+        "forged files",
+        "tunerkit/serialization/tensor_checks.py",
+        "and not {found, built.dtype} <= _PRECISIONS:",
+        "and False:",
     ),
     Mutation(
         "base keys in files",
-        "tunerkit/serialization/fit.py",
+        "tunerkit/serialization/tensor_checks.py",
         "for name in tensors if name not in used]",
         "for name in tensors if False]",
     ),
     Mutation(
         "NaN",
-        "tunerkit/serialization/before_saving.py",
+        "tunerkit/serialization/adapter_file.py",
         "wrong := nonfinite(tensors, base_values(tuner))",
         "wrong := ()",
     ),
@@ -68,7 +71,7 @@ MUTATIONS = (
         "except ValueError as error:",
     ),
     Mutation(
-        "mutated configs", "tunerkit/config/settings.py", "except Exception as error:", "except ValueError as error:"
+        "mutated configs", "tunerkit/config.py", "except Exception as error:  #", "except ValueError as error:  #"
     ),
     Mutation(
         "mutated YAML",
@@ -90,13 +93,13 @@ MUTATIONS = (
     ),
     Mutation(
         "kills in mid-save",
-        "tunerkit/serialization/replacing.py",
+        "tunerkit/serialization/atomic_writing.py",
         "        _remove_leftovers(path)\n        _replace(",
         "        _remove_leftovers(path)\n        path.unlink(missing_ok=True)\n        _replace(",
     ),
     Mutation(
         "kills of a command",
-        "tunerkit/serialization/exporting.py",
+        "tunerkit/serialization/formats.py",
         "scratch_in(above, SCRATCH, recover=_put_back_older)",
         "scratch_in(above, SCRATCH)",
     ),
@@ -107,39 +110,47 @@ MUTATIONS = (
         "if False:",
     ),
     Mutation(
-        "failing calls", "tunerkit/serialization/replacing.py", "            temporary.unlink()\n", "            pass\n"
+        "failing calls",
+        "tunerkit/serialization/atomic_writing.py",
+        "            temporary.unlink()\n",
+        "            pass\n",
     ),
     Mutation(
-        "flushes", "tunerkit/serialization/replacing.py", "            os.fsync(file.fileno())\n", "            pass\n"
+        "flushes",
+        "tunerkit/serialization/atomic_writing.py",
+        "            os.fsync(file.fileno())\n",
+        "            pass\n",
     ),
     Mutation(
         "full disk",
-        "tunerkit/serialization/replacing.py",
+        "tunerkit/serialization/atomic_writing.py",
         "# ValueError: the path cannot be encoded\n",
         "# ValueError: the path cannot be encoded\n        return\n",
     ),
     Mutation(
         "two writers and a reader",
-        "tunerkit/serialization/replacing.py",
+        "tunerkit/serialization/atomic_writing.py",
         "        os.replace(temporary, path)\n",
         '        path.write_bytes(b"")\n        __import__("time").sleep(0.005)\n        os.replace(temporary, path)\n',
     ),
-    Mutation("umask and modes", "tunerkit/serialization/replacing.py", "os.chmod(temporary, mode)", "pass"),
+    Mutation("umask and modes", "tunerkit/serialization/atomic_writing.py", "os.chmod(temporary, mode)", "pass"),
     Mutation("resume", "plugins/transformers/tunerkit_transformers/resuming.py", 'yield f"has no {name}"', "continue"),
     Mutation(
         "bad gradients",
-        "tunerkit/serialization/finite.py",
+        "tunerkit/serialization/tensor_checks.py",
         "return [name for name in tensors if name in found and",
         "return [name for name in tensors if False and",
     ),
     Mutation(
         "merge cycles",
         "tunerkit/serialization/merge.py",
-        "    _replace_(module, originals)\n    slots.forget",
-        "    _replace_(module, {n: 1.001 * t for n, t in originals.items()})\n    slots.forget",
+        "    _replace_(module, slots, originals)\n    slots.forget",
+        "    _replace_(module, slots, {n: 1.001 * t for n, t in originals.items()})\n    slots.forget",
     ),
-    Mutation("leaks", "tunerkit/injection/running.py", "torch_private.remove_hooks_(model, enter, leave)", "pass"),
-    Mutation("threads", "tunerkit/injection/running.py", "if running and", "if False and"),
+    Mutation(
+        "leaks", "tunerkit/injection/preconditions.py", "torch_private.remove_hooks_(model, enter, leave)", "pass"
+    ),
+    Mutation("threads", "tunerkit/injection/preconditions.py", "if running and", "if False and"),
     Mutation("misuse", "tunerkit/serialization/merge.py", "    if injection.is_merged(model):", "    if False:"),
     Mutation(
         "broken plugins", "tunerkit/hooks/loading.py", "except BaseException as error:", "except Exception as error:"

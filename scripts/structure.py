@@ -135,7 +135,7 @@ def _offers(package: Source | None, name: str) -> bool:
 
 
 def defining(module: str, name: str, sources: Sources) -> str:
-    """Return the module that defines ``name``, followed through the ``__init__`` of packages."""
+    """Return the module that defines ``name``, followed through the ``__init__`` of packages and through ``*``."""
     if f"{module}.{name}" in sources:
         return f"{module}.{name}"
     package = sources.get(module)
@@ -144,7 +144,17 @@ def defining(module: str, name: str, sources: Sources) -> str:
             if isinstance(statement, ast.ImportFrom) and name in {a.asname or a.name for a in statement.names}:
                 original = next(a.name for a in statement.names if (a.asname or a.name) == name)
                 return defining(absolute(statement, package), original, sources)
+    for star in [] if package is None else _stars(package):
+        found = defining(star, name, sources)
+        if found != star or name in {getattr(statement, "name", "") for statement in sources[star].tree.body}:
+            return found
     return module
+
+
+def _stars(source: Source) -> list[str]:
+    """List the modules from which a module takes all names, as the stub of one that imports them lazily does."""
+    statements = [statement for statement in source.tree.body if isinstance(statement, ast.ImportFrom)]
+    return [absolute(statement, source) for statement in statements if statement.names[0].name == "*"]
 
 
 def defining_imports(source: Source, sources: Sources, *, deep: bool = False) -> frozenset[str]:

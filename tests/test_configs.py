@@ -16,8 +16,7 @@ import torch
 import yaml
 from hypothesis import Phase, example, find, given, settings, strategies as st
 
-from tunerkit.config import AdapterConfig, from_mapping, unstructure
-from tunerkit.config.settings import setting
+from tunerkit.config import AdapterConfig, from_mapping, setting, unstructure
 from tunerkit.errors import ConfigError
 from tunerkit_testing.strategies import configs_of, values_of
 

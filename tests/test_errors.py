@@ -22,7 +22,6 @@ from tunerkit.errors import (
     cut,
     shown,
 )
-from tunerkit.targets import resolution
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import ShiftPlugin
 
@@ -140,7 +139,7 @@ def test_wrapping_with_huge_settings_fails_with_a_short_error(case: str, monkeyp
         searched.append(name)
         return closest(name, names)
 
-    monkeypatch.setattr(resolution, "closest", counted)
+    monkeypatch.setattr("tunerkit.targets.selection.closest", counted)
     model = nn.ModuleDict({f"layer{number}": nn.Sequential(nn.Linear(1, 1), nn.ReLU()) for number in range(200)})
     with registered(ShiftPlugin()), pytest.raises((ConfigError, TargetError)) as caught:
         tunerkit.wrap(model, "toy-shift", HUGE[case])

@@ -1,23 +1,17 @@
 """Patterns for module paths: what each kind matches, compared with slow oracles, and how long they may take."""
 
+import contextlib
 import fnmatch
-import itertools
 import re
 import time
-import types
 
 import pytest
 from hypothesis import given, strategies as st
-from torch import nn
 
-import tunerkit
 from tests.support.target_models import Net, chosen
 from tunerkit import patterns
 from tunerkit.errors import TargetError
-from tunerkit.patterns import matches
-from tunerkit_testing.registering import registered
-from tunerkit_testing.toy_adapters import Shift
-from tunerkit_testing.toy_methods import ShiftConfig
+from tunerkit.patterns import file_matchers, matches
 
 # Few and similar names, so generated names do match the ends of generated paths, at dots and elsewhere.
 components = st.sampled_from(["a", "aa", "ba", "0"])
@@ -54,118 +48,101 @@ def test_case_counts() -> None:
     assert not matches("*.Q_proj", "a.q_proj")
 
 
-def test_a_slow_regular_expression_is_stopped_after_a_second() -> None:
-    """Law: a pattern that would take hours raises a clear error."""
-    model = nn.ModuleDict({"a" * 60 + "b": nn.Linear(1, 1)})
-    start = time.process_time()  # a busy machine takes time, but not this process's
-    with pytest.raises(TargetError, match=r"'re:\(a\|aa\|a\)\+c' took longer than 1 s"):
-        chosen(model, "re:(a|aa|a)+c")
-    assert time.process_time() - start < 5
-
-
-def test_the_second_of_a_regular_expression_is_for_all_paths_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Law: with a clock where each match takes 0.3 s, three paths are within the limit and thirty are not."""
-    ticks = itertools.count(step=0.3)
-    monkeypatch.setattr(patterns, "time", types.SimpleNamespace(thread_time=lambda: next(ticks)))
-    assert chosen(nn.ModuleDict({f"a{number}": nn.Linear(1, 1) for number in range(3)}), "re:a.") == ["a0", "a1", "a2"]
-    with pytest.raises(TargetError, match="took longer than 1 s"):
-        chosen(nn.ModuleDict({f"a{number}": nn.Linear(1, 1) for number in range(30)}), "re:a.*")
-
-
 def test_a_malformed_regular_expression_is_named() -> None:
     """Law: a bad pattern is a TargetError with the parser's message."""
     with pytest.raises(TargetError, match=r"'re:\(' is not a regular expression: missing \)"):
         chosen(Net(), "re:(")
 
 
-class LookingPlugin:
-    """A method that looks up a per-target setting at each target, as LoRA does; ``seen`` are the targets."""
-
-    def __init__(self, table: dict[str, int]) -> None:
-        self.table = table
-        self.seen: list[str] = []
-
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-looking", config=ShiftConfig)]
-
-    @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, target: tunerkit.Target, base: tunerkit.BaseLayer) -> Shift:
-        self.seen.append(target.path)
-        patterns.lookup(self.table, target.path, 0)
-        return Shift(base)
-
-
-@pytest.mark.parametrize("pattern", ["re:a[0-9]+", "*a*a*a*a*a*"])
-def test_the_second_is_for_all_look_ups_of_one_call(monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
-    """Law: with a clock where each match takes 0.05 s, ten targets are within the limit of one `wrap` and sixty not."""
-    ticks = itertools.count(step=0.05)
-    monkeypatch.setattr(patterns, "time", types.SimpleNamespace(thread_time=lambda: next(ticks)))
-    plugin = LookingPlugin({pattern: 1})
-    models = [nn.ModuleDict({f"a{number}": nn.Linear(1, 1) for number in range(size)}) for size in (5, 60)]
-    with registered(plugin):
-        tunerkit.wrap(models[0], "toy-looking", {"targets": "all-linear"})
-        plugin.seen.clear()
-        with pytest.raises(TargetError, match="took longer than 1 s"):
-            tunerkit.wrap(models[1], "toy-looking", {"targets": "all-linear"})
-    assert len(plugin.seen) < 15
-
-
-def test_a_glob_for_each_of_many_targets_costs_nothing_of_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Law: a large model may have a setting for each target, and a busy machine must not make a difference."""
-    monkeypatch.setattr(patterns, "time", types.SimpleNamespace(thread_time=lambda: pytest.fail("asked for the time")))
-    plugin = LookingPlugin({f"*.a{number}": number for number in range(300)})
-    model = nn.ModuleDict({"block": nn.ModuleDict({f"a{number}": nn.Linear(1, 1) for number in range(300)})})
-    with registered(plugin):
-        tunerkit.wrap(model, "toy-looking", {"targets": "all-linear"})
-    assert len(plugin.seen) == 300
-
-
-def test_a_slow_pattern_at_sixty_targets_is_stopped_after_a_second_in_all() -> None:
-    """Law: each target alone is within a second; together they would take 15 s."""
-    plugin = LookingPlugin({"re:(?:a|aa|a)+c": 1})
-    model = nn.ModuleDict({f"{'a' * 17}b{number}": nn.Linear(1, 1) for number in range(60)})
-    start = time.process_time()
-    with registered(plugin), pytest.raises(TargetError, match="took longer than 1 s"):
-        tunerkit.wrap(model, "toy-looking", {"targets": "all-linear"})
-    assert time.process_time() - start < 10
-
-
 @pytest.mark.parametrize(
     "pattern",
-    [
-        *("re:(?R)", "re:a(?R)?", "re:(?P<x>a)(?P>x)", "re:(a)(?1)", "re:(?&x)(?P<x>a)"),  # recursion fills the memory
-        *("re:(?L)(?u)", "re:" + "()" * 2000, "re:" + "(?:" * 450 + ")" * 450, "*" * 2000, "[" * 1001, "re:("),
-        *("re:" + "(?:" * 25 + "a" + "+)" * 25, "re:" + "(?:" * 8 + "a" + "{9})" * 8),  # written out by the compiler
-        *("re:" + "(?#(()" * 9 + "(?:" * 25 + "a" + "+)" * 25, "re:(?x)a", "re:a{9999999999999999999999}"),
-        *("re:" + "[[:alpha:](]" + "(?:" * 25 + "a" + "+)" * 25, "re:a" + "{9}" * 9),
-    ],
+    ["re:(", "re:" + "(?:" * 450 + ")" * 450, "re:a{9999999999999999999999}", "re:(?L)(?u)"],
     ids=lambda pattern: pattern[:12],
 )
-def test_a_pattern_that_cannot_be_bounded_is_refused(pattern: str) -> None:
-    """Law: whatever a pattern is, there is one short `TargetError`, after little time and memory."""
+def test_whatever_is_wrong_with_a_pattern_is_one_short_error(pattern: str) -> None:
+    """Also what Python raises as RecursionError or OverflowError."""
     with pytest.raises(TargetError) as caught:
         chosen(Net(), pattern)
     assert repr(pattern[:9])[:-1] in str(caught.value)
     assert len(str(caught.value)) < 400
 
 
+def test_expressions_of_users_are_those_of_python() -> None:
+    """Also what files may not have: references, flags and atomic groups."""
+    assert matches(r"re:(a)\.\1", "a.a")
+    assert matches("re:(?i)A", "a")
+    assert matches("re:(?>a+)b", "aab")
+
+
 @given(st.text("ab.*?[]!-^\\&|~", max_size=12), paths)
 def test_globs_match_as_the_standard_library_does(pattern: str, path: str) -> None:
-    """Law: the limit on time changes no result."""
+    """Law: whatever brackets it has."""
     assert matches(pattern + "*", path) == fnmatch.fnmatchcase(path, pattern + "*")
 
 
-def test_exact_patterns_match_their_path_alone_and_use_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_patterns_match_their_path_alone_and_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """An adapter of another program may have a rank of its own at each of hundreds of targets."""
-    monkeypatch.setattr(patterns._Allowance, "spend", lambda *args: pytest.fail("the time was used"))
+    monkeypatch.setattr(re, "compile", lambda *args: pytest.fail("an exact pattern was compiled"))
     paths = [f"layers.{number}.q-proj [x]" for number in range(300)]
     table = {pattern: path for path, pattern in patterns.exact_patterns(paths).items()}
     assert [patterns.lookup(table, path, "") for path in paths] == paths
-    assert [
-        patterns.lookup(table, path, "") for path in ("a.layers.0.q-proj [x]", "layers", "layersX0.q-proj [x]")
-    ] == [
-        "",
-        "",
-        "",
-    ]
+    others = ("a.layers.0.q-proj [x]", "layers", "layersX0.q-proj [x]")
+    assert [patterns.lookup(table, path, "") for path in others] == ["", "", ""]
+
+
+# --- Expressions in files ---------------------------------------------------------------------------------------------
+
+atoms = st.sampled_from(
+    ["a", "b", ".", r"\.", "0", "[ab]", "[^a.]", r"[\d.b-z]", r"\d", r"\W", r"\b", "^", "$", "(?=a)"]
+)
+repeats = st.sampled_from(["*", "+", "?", "*?", "+?", "{2}", "{1,2}", "{2,}", "{0}"])
+expressions = st.recursive(
+    atoms,
+    lambda inner: st.one_of(
+        st.tuples(inner, inner).map("".join),
+        st.tuples(inner, inner).map(lambda both: f"({both[0]}|{both[1]})"),
+        st.tuples(inner, repeats).map(lambda both: f"(?:{both[0]}){both[1]}"),
+    ),
+    max_leaves=8,
+)
+
+
+@given(expressions, st.text("ab0.", max_size=6))
+def test_an_expression_in_a_file_matches_as_python_s_would(expression: str, path: str) -> None:
+    """Law: without compiling it, every part that is supported gives the result of `re`."""
+    assert file_matchers([expression])[expression](path) == (re.fullmatch(expression, path) is not None)
+
+
+@pytest.mark.parametrize(
+    "expression", [r"(a)\1", "(?i)a", "(?i:a)", "(?>a)", "a++", "(?<=a)b", "(", "a" * 1001, "(?:" * 450]
+)
+def test_what_an_expression_in_a_file_may_not_have_is_refused(expression: str) -> None:
+    """Law: before anything is matched, whether the part would be reached or not."""
+    with pytest.raises(TargetError):
+        file_matchers([f"b{expression}"])
+
+
+@pytest.mark.parametrize(
+    "expression", ["(a|aa|a)+c", "(((((((((a*)*)*)*)*)*)*)*)*)*c", "a{9}" + "{9}" * 9, "(?:" * 25 + "a" + "+)" * 25]
+)
+def test_an_expression_in_a_file_takes_bounded_time(expression: str) -> None:
+    """Law: it gives a result, or an error, and does not go back and forth for hours."""
+    start = time.process_time()
+    with contextlib.suppress(TargetError):
+        assert not file_matchers([expression])[expression]("a" * 60 + "b")
+    assert time.process_time() - start < 20
+
+
+def test_the_expressions_of_a_table_share_their_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: a file with many expressions takes no longer than one with a slow one."""
+    monkeypatch.setattr(patterns, "_STEPS", 2000)
+    matchers = file_matchers([f"(a|aa)*{number}" for number in range(100)])
+    with pytest.raises(TargetError, match="too many steps"):
+        assert not any([matches("a" * 20) for matches in matchers.values()])
+
+
+@pytest.mark.parametrize("expression", ["q(?=(?i:_))_proj", "q(?=_(?<!x)p)_proj"])
+def test_what_is_not_supported_inside_a_lookahead_is_refused_before_anything_is_matched(expression: str) -> None:
+    """It is visited even where no path leads to it."""
+    with pytest.raises(TargetError, match="not supported in files"):
+        file_matchers([expression])

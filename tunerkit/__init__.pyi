@@ -1,6 +1,8 @@
 # The public names, and the modules that may be used after `import tunerkit` alone. Each name is exported by a package's
 # __init__, under the same name.
 
+import pluggy
+
 from . import errors as errors, patterns as patterns
 from .api import (
     activate as activate,
@@ -14,6 +16,7 @@ from .api import (
     from_folder as from_folder,
     no_sync as no_sync,
     param_groups as param_groups,
+    reference as reference,
     rename as rename,
     thaw as thaw,
     unwrap as unwrap,
@@ -24,7 +27,6 @@ from .config import (
     setting as setting,
     unstructure as unstructure,
 )
-from .engine import Pieces as Pieces
 from .errors import (
     AdapterError as AdapterError,
     BaseMismatchError as BaseMismatchError,
@@ -39,29 +41,32 @@ from .errors import (
     UnknownMethodError as UnknownMethodError,
 )
 from .hooks import (
+    Engine as Engine,
+    Pieces as Pieces,
     methods as methods,
     register as register,
     structure as structure,
     unregister as unregister,
+    whole_pieces as whole_pieces,
 )
 from .injection import (
     Summary as Summary,
     Tuner as Tuner,
-    reference as reference,
+    biases_of as biases_of,
+    copies_of as copies_of,
+    factors_of as factors_of,
     trainable_parameters as trainable_parameters,
     tuner as tuner,
 )
 from .layers import (
     Adapter as Adapter,
     BaseLayer as BaseLayer,
-    PackedLinear as PackedLinear,
     add_low_rank as add_low_rank,
+    forward_name as forward_name,
     low_rank_delta as low_rank_delta,
     low_rank_factors as low_rank_factors,
     resize_ as resize_,
 )
-from .libraries import forward_name as forward_name
-from .markers import hookimpl as hookimpl
 from .records import (
     DefaultTargets as DefaultTargets,
     Delta as Delta,
@@ -69,12 +74,16 @@ from .records import (
     Factors as Factors,
     Foreign as Foreign,
     Format as Format,
+    Holding as Holding,
     Method as Method,
     MethodInfo as MethodInfo,
+    ModelLibrary as ModelLibrary,
+    NewModules as NewModules,
     Packing as Packing,
     ParamGroup as ParamGroup,
     RankChange as RankChange,
-    Sharding as Sharding,
+    Restriction as Restriction,
+    Rounding as Rounding,
     State as State,
     Statistics as Statistics,
     StatisticsRequest as StatisticsRequest,
@@ -82,7 +91,6 @@ from .records import (
     WeightReader as WeightReader,
 )
 from .serialization import (
-    Rounding as Rounding,
     disabled as disabled,
     load as load,
     load_state as load_state,
@@ -102,4 +110,4 @@ from .steps import (
 )
 
 __version__: str
-__all__: list[str]
+hookimpl: pluggy.HookimplMarker

@@ -1,12 +1,111 @@
 """Which extra of tunerkit serves which library, for messages: the only file of core that names other distributions."""
 
-from typing import Final
+from collections.abc import Collection, Iterable
+from typing import Final, NamedTuple
 
 # By the root of the library's modules.
 _EXTRAS: Final = dict.fromkeys(("transformers", "trl", "accelerate", "timm", "torchvision"), "transformers")
 
+QUANTISED: Final = "quant"  # the extra that knows the layers of libraries that quantise
+MOVED: Final = {"PackedLinear": "tunerkit_quant.PackedLinear"}  # names that were public here, and where they are now
+_DESCRIBED: Final = frozenset({"transformers"})  # of these: their models have settings, and marks of what was loaded
+
 ENGINES: Final = "distributed"  # the extra that trains in several processes
+SETTINGS: Final = "transformers"  # the extra that compares the settings of two bases
 RUNS: Final = "transformers"  # the extra that opens what `tunerkit train` writes
+
+REFERENCES: Final = "transformers"  # the extra that makes frozen references of models
+DEFAULT_FORMAT: Final = "peft"  # the one that most programs read
+
+
+class Reader(NamedTuple):
+    """An extra that reads adapters of other programs, and how their files are known where it is not installed.
+
+    Attributes:
+        extra: The extra.
+        formats: The names of its formats, see `tunerkit.export`.
+        program: The programs that write them.
+        files: The names of the files, or their ends.
+        tensors: What the names of tensors in them begin with.
+        instead: How to use them without tunerkit.
+    """
+
+    extra: str
+    formats: tuple[str, ...]
+    program: str
+    files: tuple[str, ...]
+    tensors: tuple[str, ...]
+    instead: str
+
+
+READERS: Final = (
+    Reader(
+        "peft",
+        formats=("peft",),
+        program="PEFT",
+        files=("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
+        tensors=("base_model.model.",),
+        instead="PEFT: peft.PeftModel.from_pretrained(model, folder)",
+    ),
+    Reader(
+        "diffusers",
+        formats=("diffusers", "kohya"),
+        program="diffusers or of Kohya's scripts",
+        files=("pytorch_lora_weights.safetensors",),
+        tensors=("unet.", "transformer.", "text_encoder.", "lora_unet_", "lora_te", "lora_transformer_"),
+        instead="diffusers: pipeline.load_lora_weights(folder)",
+    ),
+    Reader("gguf", formats=("gguf",), program="llama.cpp", files=(".gguf",), tensors=(), instead="llama.cpp"),
+)
+
+
+def reader_of(files: Collection[str], tensors: Iterable[str] = ()) -> Reader | None:
+    """Return the extra that reads a file or folder, by the names in it; None if none is known.
+
+    Args:
+        files: The name of the file, or the names in the folder.
+        tensors: The names of the tensors in the file, if they are known.
+    """
+    names = [name for name in tensors if "lora" in name]  # as in all of these formats
+    for reader in READERS:
+        if any(file.endswith(reader.files) for file in files) or any(name.startswith(reader.tensors) for name in names):
+            return reader
+    return None
+
+
+class Library(NamedTuple):
+    """A library that holds weights of a model, or puts modules of its own into one.
+
+    Attributes:
+        name: What messages call it.
+        extra: The extra that knows what it does.
+        verbs: What core would do wrong without that: of ``"wrap"``, ``"attach"``, ``"save"`` and ``"merge"``.
+        package: What the names of its classes begin with; with a dot at its end.
+        marks: Attributes that it sets on modules and parameters.
+    """
+
+    name: str
+    extra: str
+    verbs: tuple[str, ...]
+    package: str = ""
+    marks: tuple[str, ...] = ()
+
+
+_ALL: Final = ("wrap", "attach", "save", "merge")
+LIBRARIES: Final = (
+    Library("FSDP", ENGINES, _ALL, "torch.distributed.fsdp.", ("_fsdp_flattened",)),
+    Library("DTensor", ENGINES, _ALL, "torch.distributed.tensor."),
+    Library("DeepSpeed", ENGINES, _ALL, "deepspeed.", ("ds_id", "_original_parameters")),
+    Library("accelerate", ENGINES, ("wrap", "merge"), "", ("_hf_hook",)),
+    Library("peft", "peft", ("wrap", "attach", "save"), "peft."),
+    Library("torchao", QUANTISED, ("merge",), "torchao."),
+    Library("bitsandbytes", QUANTISED, ("merge",), "bitsandbytes."),
+    Library("optimum-quanto", QUANTISED, ("merge",), "optimum.quanto."),
+    Library("HQQ", QUANTISED, (), "hqq."),
+    Library("GPTQModel", QUANTISED, (), "gptqmodel."),
+    Library("auto-gptq", QUANTISED, (), "auto_gptq."),
+    Library("AutoAWQ", QUANTISED, (), "awq."),
+)
 
 
 def install(extra: str) -> str:
@@ -21,5 +120,20 @@ def distribution(extra: str) -> str:
 
 def serving(thing: object) -> str | None:
     """The extra for a library's object, by the classes that it derives from; None if no extra serves it."""
-    roots = (kind.__module__.partition(".")[0] for kind in type(thing).__mro__)
-    return next((_EXTRAS[root] for root in roots if root in _EXTRAS), None)
+    known = (_EXTRAS.get(root) for root in _roots(thing))
+    return next(filter(None, known), QUANTISED if any(map(quantiser, type(thing).__mro__)) else None)
+
+
+def is_described(thing: object) -> bool:
+    """Whether an extra knows more of a library's model than the kinds of its layers."""
+    return not _DESCRIBED.isdisjoint(_roots(thing))
+
+
+def quantiser(kind: type) -> str | None:
+    """The library that a class is of, in words, if it is one that quantises; None otherwise."""
+    libraries = (each for each in LIBRARIES if each.extra == QUANTISED)
+    return next((each.name for each in libraries if f"{kind.__module__}.".startswith(each.package)), None)
+
+
+def _roots(thing: object) -> list[str]:
+    return [kind.__module__.partition(".")[0] for kind in type(thing).__mro__]

@@ -4,76 +4,25 @@ There are three kinds of pattern:
 
 - a plain name, ``"q_proj"`` or ``"attention.query"``, matches the end of a path, cut at dots;
 - a pattern with ``*``, ``?`` or ``[`` is a glob for the whole path, in which ``*`` also matches dots;
-- ``"re:..."`` is a regular expression for the whole path, without recursion.
+- ``"re:..."`` is a regular expression of `re` for the whole path.
 
-All globs and regular expressions of one call of the user (`wrap`, `load`, `attach`, `lookup`) share one second.
+Python compiles the expressions of users only. Those in files are matched here, in bounded time, see `file_matchers`.
 """
 
 import fnmatch
 import functools
 import re
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Final, TypeVar
-
-import attrs
-import regex
+from collections.abc import Callable, Collection, Iterable, Mapping
+from re import _constants as sre, _parser  # type: ignore[attr-defined]
+from typing import Any, Final, TypeVar
 
 from tunerkit.errors import TargetError, shown
 
-SECONDS: Final = 1.0
-_LONGEST: Final = 1000  # characters of a glob or regular expression
-_FEW_STARS: Final = 4
+_LONGEST: Final = 1000  # characters of an expression in a file
+_STEPS: Final = 10_000_000  # of all expressions of one table in a file together: about three seconds
 _COMPILED: Final = 4096  # patterns: one for each target of a large model is nothing unusual
-_LARGEST: Final = 10_000  # parts of a regular expression with its repeats written out; each takes about 4 kB
 Matcher = Callable[[str], bool]
 Value = TypeVar("Value")
-
-
-@attrs.define(eq=False)
-class _Allowance:
-    """The time that is left for patterns, in seconds."""
-
-    left: float = SECONDS
-
-    def spend(self, pattern: str, work: Callable[[], Value]) -> Value:
-        """Return what ``work`` returns. Raises `TargetError` if time ran out, or for anything that it raises."""
-        start = time.thread_time()
-        try:
-            if self.left <= 0:
-                raise TimeoutError
-            return work()
-        except TargetError:
-            raise
-        except TimeoutError as error:
-            raise TargetError(
-                f"the patterns up to {shown(pattern)} took longer than {SECONDS:g} s on the paths of this model; use "
-                "globs or plain names, or a regular expression without nested repetition"
-            ) from error
-        except Exception as error:  # the library raises RecursionError, MemoryError and others too
-            reason = str(error) or type(error).__name__
-            raise TargetError(f"{shown(pattern)} is not a regular expression: {reason}") from error
-        finally:
-            self.left -= time.thread_time() - start
-
-
-# State of a call: `lookup` has no argument through which a method's plugin could pass the allowance on.
-_allowance: ContextVar[_Allowance | None] = ContextVar("allowance", default=None)
-
-
-@contextmanager
-def one_allowance() -> Iterator[None]:
-    """Let all patterns that are compiled and matched in the block share one second. Inside another one, share that."""
-    if _allowance.get() is not None:
-        yield
-        return
-    token = _allowance.set(_Allowance())
-    try:
-        yield
-    finally:
-        _allowance.reset(token)
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -87,7 +36,7 @@ def matches(pattern: str, path: str) -> bool:
         Whether it matches.
 
     Raises:
-        TargetError: The pattern is malformed, or patterns took longer than a second in this call of the user.
+        TargetError: The pattern is malformed.
     """
     return matcher(pattern)(path)
 
@@ -104,12 +53,9 @@ def lookup(table: Mapping[str, Value], path: str, default: Value) -> Value:
         The value of the first pattern that matches, or ``default``.
 
     Raises:
-        TargetError: A pattern is malformed, or patterns took longer than a second in this call of the user.
+        TargetError: A pattern is malformed.
     """
-    if not table:  # the usual case, asked for every target
-        return default
-    with one_allowance():
-        return next((value for pattern, value in table.items() if matches(pattern, path)), default)
+    return next((value for pattern, value in table.items() if matches(pattern, path)), default)
 
 
 def exact_patterns(paths: Iterable[str]) -> dict[str, str]:
@@ -121,11 +67,7 @@ def exact_patterns(paths: Iterable[str]) -> dict[str, str]:
     Returns:
         The pattern by path.
     """
-    return {path: _exact(path) for path in paths}
-
-
-def _exact(path: str) -> str:
-    return f"re:{re.escape(path)}"
+    return {path: f"re:{re.escape(path)}" for path in paths}
 
 
 def is_broad(pattern: str) -> bool:
@@ -149,6 +91,7 @@ def is_exact(pattern: str) -> bool:
     return _literal(pattern) is not None
 
 
+@functools.lru_cache(maxsize=_COMPILED)
 def matcher(pattern: str) -> Matcher:
     """Compile a pattern.
 
@@ -156,89 +99,166 @@ def matcher(pattern: str) -> Matcher:
         pattern: The pattern.
 
     Returns:
-        A function that checks whether a path matches. It raises `TargetError` when the time of this call of the user is
-        spent: one second for all patterns and paths.
+        A function that checks whether a path matches.
 
     Raises:
-        TargetError: A regular expression is malformed or too large, or the time is spent.
+        TargetError: A regular expression is malformed.
     """
     if not is_broad(pattern):
         return lambda path: path == pattern or path.endswith("." + pattern)
-    if len(pattern) > _LONGEST:
-        raise TargetError(f"{shown(pattern)} is {len(pattern)} characters long, the limit is {_LONGEST}; use several")
-    is_glob = not pattern.startswith("re:")
     if (literal := _literal(pattern)) is not None:  # an adapter from another program may have hundreds of these
         return lambda path: path == literal
-    if is_glob and pattern.count("*") <= _FEW_STARS:
-        # The standard library matches it in linear time. Asking for the time would take longer than the match.
-        plain = _glob(pattern)
-        return lambda path: plain.match(path) is not None
-    allowance = _allowance.get() or _Allowance()
-    if is_glob:
-        glob = allowance.spend(pattern, lambda: _glob(pattern))
-        return lambda path: allowance.spend(pattern, lambda: glob.match(path) is not None)
-    expression = allowance.spend(pattern, lambda: _expression(pattern))
-    return lambda path: allowance.spend(pattern, lambda: expression.fullmatch(path, timeout=allowance.left) is not None)
+    try:
+        compiled = re.compile(pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern))
+    except Exception as error:  # also RecursionError and OverflowError
+        raise _malformed(pattern, error) from error
+    return lambda path: compiled.fullmatch(path) is not None
 
 
-@functools.lru_cache(maxsize=_COMPILED)
 def _literal(pattern: str) -> str | None:
     """The one path that a pattern of `exact_patterns` matches; None for any other pattern."""
-    plain = re.sub(r"\\([^\w])", r"\1", pattern.removeprefix("re:"))
-    return plain if pattern == _exact(plain) else None
+    plain = re.sub(r"\\([^\w])", r"\1", pattern[3:])
+    return plain if pattern == f"re:{re.escape(plain)}" else None
 
 
-@functools.lru_cache(maxsize=_COMPILED)
-def _glob(pattern: str) -> re.Pattern[str]:
-    return re.compile(fnmatch.translate(pattern))
+def _malformed(pattern: str, error: Exception) -> TargetError:
+    return TargetError(f"{shown(pattern)} is not a regular expression: {str(error) or type(error).__name__}")
 
 
-@functools.lru_cache(maxsize=_COMPILED)
-def _expression(pattern: str) -> "regex.Pattern[str]":
-    expression = pattern.removeprefix("re:")
-    _refuse_unbounded(pattern, expression)
-    return regex.compile(expression)
+# --- Patterns in files ------------------------------------------------------------------------------------------------
 
 
-_TOKEN = re.compile(
-    r"""(?P<refused>\(\?(?:R|&|P>|[+-]?\d|[a-z]*(?:x|V1)))  # calls of groups; flags that change what the rest means
-    | (?P<one>\\. | \[\^?\]?(?:\\.|\[:\^?\w+:\]|[^\]\\])*\])  # an escaped character, a set
-    | (?P<none>\(\?\#[^)]*\) | [*?])  # a comment, repeats that copy nothing
-    | (?P<repeat>\+ | \{(?P<least>\d*)(?:,\d*)?\})
-    | (?P<open>\() | (?P<close>\)) | .""",
-    re.VERBOSE | re.DOTALL,
-)
+def at_paths(config: Mapping[str, Any], paths: Collection[str], *, of_file: bool = False) -> dict[str, Any]:
+    """Return settings in which exact patterns replace a table with regular expressions.
 
+    Files store settings in this form. Some of earlier versions hold the expressions themselves.
 
-def _refuse_unbounded(pattern: str, expression: str) -> None:
-    """Raise `TargetError` for recursion, and for repeats in repeats whose compiled form would fill the memory.
+    Args:
+        config: Settings by name, as JSON has them. A table maps target patterns to values.
+        paths: The paths of the targets.
+        of_file: Whether the settings come from a file, so that no expression in them is compiled.
 
-    The library writes out the body of ``+`` twice and that of ``{9}`` ten times, so nested ones multiply.
+    Raises:
+        TargetError: An expression is malformed, or one of a file is not supported there or takes too long.
     """
-    outer: list[int] = []
-    size = last = 0  # of the group that is open, and of what a repeat would follow
-    for token in _TOKEN.finditer(expression):
-        match token.lastgroup:
-            case "refused":
-                raise TargetError(
-                    f"{shown(pattern)} has {token[0]!r}; recursion and the flags x and V1 are not supported in patterns"
-                )
-            case "none":
-                continue
-            case "open":
-                outer.append(size)
-                size = last = 0
-            case "close":
-                last = size + 1
-                size = last + (outer.pop() if outer else 0)
-            case "repeat":
-                copies = 1 if token["least"] is None else int(token["least"] or 0)
-                size += last * copies
-                last += last * copies
-            case _:
-                size, last = size + 1, 1
-    if (total := size + sum(outer)) > _LARGEST:
-        raise TargetError(
-            f"{shown(pattern)} has {total} parts with its repeats written out, the limit is {_LARGEST}; use fewer "
-            "repeats inside repeats"
-        )
+
+    def resolved(table: Any) -> Any:
+        keys = [key for key in table if key.startswith("re:") and not is_exact(key)] if type(table) is dict else []
+        if not keys:
+            return table
+        bounded = file_matchers(key[3:] for key in keys) if of_file else {}
+        rows = [(bounded.get(key[3:] if key in keys else "") or matcher(key), value) for key, value in table.items()]
+        found = {
+            exact: [value for match, value in rows if match(path)] for path, exact in exact_patterns(paths).items()
+        }
+        return {exact: values[0] for exact, values in found.items() if values}
+
+    return {name: resolved(value) for name, value in config.items()}
+
+
+def file_matchers(expressions: Iterable[str]) -> dict[str, Matcher]:
+    """Return a matcher for each regular expression of a table in a file, which anybody may have written.
+
+    The expressions are not compiled: a matcher follows all places in a path at once, so that it never goes back, and
+    all of them share a number of steps. References to groups, flags and atomic groups are not supported.
+
+    Args:
+        expressions: The expressions, without ``re:``.
+
+    Returns:
+        For each of them a function that checks whether it matches the whole of a path.
+
+    Raises:
+        TargetError: An expression is malformed, too long or not supported; or, from a matcher, the steps are spent.
+    """
+    walk = _Walk()
+    return {expression: walk.matcher(expression) for expression in expressions}
+
+
+class _Walk:
+    """Matches parsed expressions. The sets are places in a path: where a match begins, or where it may end."""
+
+    def __init__(self) -> None:
+        self.left = _STEPS
+
+    def matcher(self, expression: str) -> Matcher:
+        if len(expression) > _LONGEST:
+            raise TargetError(f"{shown(expression)} is {len(expression)} characters long, the limit is {_LONGEST}")
+        try:
+            parsed = _parser.parse(expression)
+            if parsed.state.flags != re.UNICODE:
+                raise ValueError("flags are not supported in files")
+            self.ends(parsed, "", {0})  # visits each part, so that an unsupported one is found now
+        except TargetError:
+            raise
+        except Exception as error:
+            raise _malformed(expression, error) from error
+        return lambda path: len(path) in self.ends(parsed, path, {0})
+
+    def ends(self, parts: Any, path: str, places: set[int]) -> set[int]:
+        """Where matches of ``parts`` that begin at ``places`` may end."""
+        for kind, value in parts:
+            self.left -= 1 + len(places)
+            if self.left < 0:
+                raise TargetError("the regular expressions in this file take too many steps; use plain names in it")
+            places = self._ends_of(kind, value, path, places)
+        return places
+
+    def _ends_of(self, kind: Any, value: Any, path: str, places: set[int]) -> set[int]:
+        match kind:
+            case sre.BRANCH:
+                return set().union(*(self.ends(branch, path, places) for branch in value[1]))
+            case sre.SUBPATTERN if not (value[1] or value[2]):
+                return self.ends(value[3], path, places)
+            case sre.MAX_REPEAT | sre.MIN_REPEAT:
+                least, most, repeated = value
+                return self._repeated(least, most, repeated, path, places)
+            case sre.ASSERT | sre.ASSERT_NOT if value[0] > 0:
+                wanted = kind is sre.ASSERT
+                self.ends(value[1], path, set())  # so that what is in it is visited, also without a place
+                return {place for place in places if bool(self.ends(value[1], path, {place})) is wanted}
+            case sre.AT:
+                return {place for place in places if _is_at(value, path, place)}
+            case sre.ANY | sre.LITERAL | sre.NOT_LITERAL | sre.IN:
+                return {place + 1 for place in places if place < len(path) and _is_one(kind, value, path[place])}
+        raise ValueError(f"{str(kind).lower()} is not supported in files")
+
+    def _repeated(self, least: int, most: int, parts: Any, path: str, places: set[int]) -> set[int]:
+        found = set(places) if least == 0 else set()
+        count = 0
+        while count < most:
+            before, count = places, count + 1
+            places = self.ends(parts, path, places) - (found if count > least else set())
+            found |= places if count >= least else set()
+            if not places or (places == before and count < least):  # what matches nothing may be repeated for ever
+                return found | places
+        return found
+
+
+def _is_at(where: Any, path: str, place: int) -> bool:
+    match where:
+        case sre.AT_BEGINNING | sre.AT_BEGINNING_STRING:
+            return place == 0
+        case sre.AT_END | sre.AT_END_STRING:
+            return place == len(path)
+    around = [0 <= at < len(path) and _is_one(sre.CATEGORY, sre.CATEGORY_WORD, path[at]) for at in (place - 1, place)]
+    return (around[0] != around[1]) is (where is sre.AT_BOUNDARY)
+
+
+def _is_one(kind: Any, value: Any, character: str) -> bool:
+    """Whether a part that stands for one character accepts this one."""
+    match kind:
+        case sre.ANY:
+            return character != "\n"
+        case sre.LITERAL | sre.NOT_LITERAL:
+            return (ord(character) == value) is (kind is sre.LITERAL)
+        case sre.RANGE:
+            return bool(value[0] <= ord(character) <= value[1])
+        case sre.CATEGORY:
+            name = str(value).removeprefix("CATEGORY_")
+            found = {"DIGIT": character.isdecimal(), "SPACE": character.isspace()}.get(
+                name.removeprefix("NOT_"), character.isalnum() or character == "_"
+            )
+            return found is not name.startswith("NOT_")
+    negated = value[0][0] is sre.NEGATE
+    return any(_is_one(part, inner, character) for part, inner in value[negated:]) is not negated

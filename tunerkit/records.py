@@ -1,11 +1,13 @@
 """The frozen records that tunerkit and its plugins exchange."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import operator
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import attrs
+import torch
 from torch import Tensor, nn
 
 
@@ -50,6 +52,25 @@ class Packing:
 
     name: str
     bits: float
+
+
+@attrs.frozen
+class Rounding:
+    """What storing a merged weight W + ΔW again has rounded. Errors are Frobenius norms, relative to that of W + ΔW.
+
+    Attributes:
+        stored_as: The quantiser, such as ``"bitsandbytes nf4"``.
+        bits: Its bits.
+        added: The error that merging added: that of the stored sum.
+        own: The quantiser's own error, on a matrix of normally distributed numbers with rows of the same size.
+        change: The size of ΔW. An error above it means that merging loses more than the adapters had changed.
+    """
+
+    stored_as: str
+    bits: float
+    added: float
+    own: float
+    change: float
 
 
 @attrs.frozen
@@ -280,23 +301,142 @@ class NoOptions:
     """The options of a format that has none."""
 
 
-@attrs.frozen(eq=False)
-class Sharding:
-    """How an engine leaves each process a part of a weight, as a plugin yields it from ``tunerkit_shardings``.
+def _no(thing: object) -> bool:
+    return False
+
+
+def _nothing(*things: object) -> None:
+    return None
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _as_it_is(module: nn.Module) -> AbstractContextManager[Callable[[str, Tensor], Tensor]]:
+    return nullcontext(lambda name, tensor: tensor)
+
+
+def _nowhere() -> AbstractContextManager[object]:
+    return nullcontext()
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Holding:
+    """How a library holds weights that are not simply in their modules.
+
+    A plugin yields it from ``tunerkit_holdings``, and gives what its library needs. A parameter that is neither empty
+    nor on the meta device is itself: core asks for its values, shape and tie only where it is one of these. What
+    gathers, all processes call together.
 
     Attributes:
-        is_cut: Whether a tensor is cut by this engine, so that this process holds a part of it.
-        part: What this process holds of a tensor that is cut: the memory itself.
+        name: What messages call the library, before what it does: "accelerate" offloads, "FSDP2" cuts.
+        way_out: What to do instead of what cannot be done with such weights, as the part of a sentence.
+        one_dtype: Why all that is trained beside such weights must have one dtype, as a clause; empty if it need not.
+        offloads: Whether the own weights of a module are on the meta device, and loaded in each forward only.
+        load: The values of an offloaded weight or buffer, by its module and its name in it, detached, on the device on
+            which the module runs.
+        device: The device to which the library moves a module and its input; None if it does not.
+        forward: The forward on the instance of a module inside the one that the library put there; None if the
+            library put none there, or one that does more than to move tensors.
+        identity: A number that tied weights share, by the module of an offloaded one, its name in it, and the tensor;
+            None if the library does not hold it.
+        duplicate: A deep copy of a module, whose weights stay on the device on which it runs, and a mapping from the
+            id of a submodule to what replaces it in the copy; None if the library holds nothing in it.
+        shards: Whether processes share a tensor, so that this one holds a part of it, also while it is whole.
+        shape: The shape of the whole of such a tensor, also while it is empty.
+        part: What this process holds of such a tensor: the memory itself.
         gathered: Inside the block, the parameters of a module and below it are whole, and what the block changes in
             them is lost. It gives a function from a parameter's name in the module and a whole tensor of its shape to
-            the part that this process would hold, in memory of its own. All processes enter it together.
+            the part that this process would hold, in memory of its own.
         reshard_: Cuts what a forward has left whole in a model.
+        lent: Why what is written into a module's weights now would be lost, as a sentence without its end; None if
+            it would not.
+        outside: Inside the block, new modules are whole.
     """
 
-    is_cut: Callable[[Tensor], bool]
-    part: Callable[[Tensor], Tensor]
-    gathered: Callable[[nn.Module], AbstractContextManager[Callable[[str, Tensor], Tensor]]]
-    reshard_: Callable[[nn.Module], None]
+    name: str = "an engine"
+    way_out: str = "load the model without it"
+    one_dtype: str = ""
+    offloads: Callable[[nn.Module], bool] = _no
+    load: Callable[[nn.Module, str], Tensor] = getattr
+    device: Callable[[nn.Module], torch.device | None] = _nothing
+    forward: Callable[[nn.Module], object | None] = _nothing
+    identity: Callable[[nn.Module, str, Tensor], int | None] = _nothing
+    duplicate: Callable[[nn.Module, Mapping[int, nn.Module]], nn.Module | None] = _nothing
+    shards: Callable[[Tensor], bool] = _no
+    shape: Callable[[Tensor], Sequence[int]] = operator.attrgetter("shape")
+    part: Callable[[Tensor], Tensor] = _itself
+    gathered: Callable[[nn.Module], AbstractContextManager[Callable[[str, Tensor], Tensor]]] = _as_it_is
+    reshard_: Callable[[nn.Module], None] = _nothing
+    lent: Callable[[nn.Module], str | None] = _nothing
+    outside: Callable[[], AbstractContextManager[object]] = _nowhere
+
+
+@attrs.frozen
+class Restriction:
+    """What tunerkit cannot do with a library, as a plugin yields it from ``tunerkit_restrictions``.
+
+    Attributes:
+        name: What messages call the library, or the part of it.
+        refused: The reason and the way out by verb: ``"wrap"`` (and load), ``"attach"``, ``"save"``, ``"merge"``.
+        classes: The qualified names of the classes from which its modules or its parameters derive; one with a dot at
+            its end stands for all classes of a package.
+        marks: Attributes that it sets on modules or parameters, with their value; None stands for any value.
+        error: The exception that refusing raises; by default `tunerkit.AdapterError`.
+    """
+
+    name: str
+    refused: Mapping[str, str]
+    classes: tuple[str, ...] = ()
+    marks: Mapping[str, object] = attrs.field(factory=dict)
+    error: type[Exception] | None = None
+
+
+@attrs.frozen
+class NewModules:
+    """The modules of a model with values that its checkpoint does not have, or may not have.
+
+    Attributes:
+        loader: What fills models of the library, for messages: a function's name.
+        whole: The paths of the modules that are new as a whole.
+        partly: The paths of modules of whose own parameters some are new.
+        heads: The paths of output heads that may be new, if that cannot be seen.
+        replaced: The paths of the modules in numbered blocks that are the reason: they lost their marks.
+    """
+
+    loader: str
+    whole: tuple[str, ...] = ()
+    partly: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
+
+
+Resized = tuple[Sequence[int], Sequence[int]]  # the shape that a weight needs, and the one that it has
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class ModelLibrary:
+    """What a library knows of its models, as a plugin yields it from ``tunerkit_model_libraries``.
+
+    Each function is asked about every model. About one that is not the library's it says nothing, as the defaults do.
+
+    Attributes:
+        heads: The output heads that a module names by a method of its own. Every module of a model is asked.
+        new: Finds what no checkpoint filled. It gets the model, the paths of the modules in numbered blocks, and those
+            of the modules that are output heads or in one. Adapters train such modules in full.
+        settings: The settings that change the model's output and leave no trace in its weights, by name, as values that
+            JSON can hold. Files of adapters record them; a base with other values is refused.
+        tied_flags: The dotted names of attributes of a module that are True while weights in it are tied. Merging
+            adapters at all sides of a tie sets them to False, until that is undone.
+        resize_hint: How to load the model in the sizes that an adapter needs, as the end of a sentence.
+    """
+
+    heads: Callable[[nn.Module], Sequence[nn.Module]] = lambda module: ()
+    new: Callable[[nn.Module, Collection[str], Collection[str]], NewModules | None] = lambda model, blocks, heads: None
+    settings: Callable[[nn.Module], Mapping[str, Any]] = lambda model: {}
+    tied_flags: Callable[[nn.Module], Sequence[str]] = lambda module: ()
+    resize_hint: Callable[[nn.Module, Sequence[Resized]], str] = lambda model, resized: ""
 
 
 # Any: a writer takes a `tunerkit.Tuner` and its own options, which this file cannot name.

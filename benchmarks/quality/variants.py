@@ -11,12 +11,11 @@ from torch.optim import Optimizer
 import tunerkit
 import tunerkit_adalora.step as inner
 from tunerkit import Tuner, optimizer_of
-from tunerkit_adalora.averages import Part, Stack
-from tunerkit_adalora.importance import triplet_scores
-from tunerkit_adalora.schedule import Allocation
+from tunerkit_adalora import allocator
+from tunerkit_adalora.importance import Part, Stack, triplet_scores
 from tunerkit_adalora.svd_form import to_svd_form_
 from tunerkit_adalora.svd_layer import SvdLayer
-from tunerkit_adalora.training import Training, layers_of
+from tunerkit_adalora.training import layers_of
 
 _ADAM = ("exp_avg", "exp_avg_sq")
 
@@ -155,9 +154,9 @@ def changed(
     ``moments`` (whether Adam's averages are rotated too) and ``power`` are explained at `turn_`. With ``root``, the λ
     of a target add up to less when fewer triplets are left: to the initial rank times that power of the share left.
     """
-    allocate = inner._allocate
+    after_step = inner.after_step
 
-    def allocating(tuner: Tuner, training: Training, due: Allocation) -> dict[str, int]:
+    def stepping(tuner: Tuner, step: int) -> dict[str, int] | None:
         layers = layers_of(tuner)
 
         def scored(stacks: Sequence[Stack]) -> list[Tensor]:
@@ -177,8 +176,8 @@ def changed(
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(inner, "triplet_scores", scored))
             if moments or power != 1.0 or root:
-                stack.enter_context(mock.patch.object(inner, "to_svd_form_", turning))
-            return allocate(tuner, training, due)
+                stack.enter_context(mock.patch.object(allocator, "to_svd_form_", turning))
+            return after_step(tuner, step)
 
-    with mock.patch.object(inner, "_allocate", allocating):
+    with mock.patch.object(inner, "after_step", stepping):
         yield

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import tunerkit
 from tests.support import two_processes
 from tests.support.collectives import Collectives
-from tunerkit.libraries import torch_private
+from tunerkit.layers import torch_private
 
 TARGETS, WIDTH, STEPS = 448, 64, 12
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import tunerkit
 from tests.faults.harness import Fault, cases, named, refused, same_bits
 from tests.faults.subjects import Peft, Subject, Tunerkit, net, output
+from tunerkit import injection
 from tunerkit_testing import small
 
 # --- Merge cycles -----------------------------------------------------------------------------------------------------
@@ -330,7 +331,7 @@ def _train_with(
     tunerkit.attach(model, optimizer, total_steps=_STEPS)
     tuner = tunerkit.tuner(model)
     _train_steps(model, optimizer, lambda: list(tuner.parameters()), value, at, guarded, chance)
-    state = tuner.training_state()
+    state = injection.training_state(tuner)
     dirty = [name for name, t in state.tensors.items() if t.is_floating_point() and not t.isfinite().all()]
     final = tuner.budget(_STEPS)
     if dirty:

@@ -30,7 +30,7 @@ ROWS = (
         reading.other_forwards,
         short=20,
         long=200,
-        needs=("transformers",),
+        needs=("transformers", "tunerkit_transformers"),
     ),
     Row(
         "forged files",

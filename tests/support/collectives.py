@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tunerkit.libraries import torch_private
+from tunerkit.layers import torch_private
 
 
 class Collectives:

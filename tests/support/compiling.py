@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit.libraries import torch_private
+from tunerkit.layers import torch_private
 from tunerkit_testing import transformers_cases
 
 # The models by name, with targets in each.

@@ -23,7 +23,7 @@ def check_adapter_loads(folder: Path) -> None:
     model = tunerkit.load(counted_net(), folder / "adapter.safetensors")
     torch.testing.assert_close(model(counted_inputs()), torch.tensor(expected["output"]), rtol=1e-5, atol=1e-6)
     assert tunerkit.tuner(model).ranks() == dict(zip(("0", "2"), expected["ranks"], strict=True))
-    assert tunerkit.tuner(model).loaded
+    assert tunerkit.tuner(model).progress.loaded
 
 
 def check_state_resumes(folder: Path) -> None:

@@ -9,16 +9,15 @@ import attrs
 import torch
 from torch import nn
 
-from tunerkit import targets
+from tunerkit import hooks, targets
 from tunerkit.errors import TunerkitWarning
-from tunerkit.layers import CORE
 from tunerkit.records import DefaultTargets
 from tunerkit.targets import Scan
 
 
 def scanned(model: nn.Module, *defaults: DefaultTargets) -> Scan:
-    """The scan of a model with the kinds that the core knows, and with default targets."""
-    return targets.scan(model, attrs.evolve(CORE, default_targets=defaults))
+    """The scan of a model with what is known of layers and models, and with default targets."""
+    return targets.scan(model, attrs.evolve(hooks.gather_knowledge(), default_targets=defaults))
 
 
 def chosen(

@@ -1,6 +1,7 @@
 """Models whose embedding and output head share a weight: a toy, and tiny ones of transformers."""
 
 import copy
+import importlib
 import pickle
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -39,12 +40,14 @@ class Toy(nn.Module):
 
 
 def _tiny(kind: str, **settings: object) -> Any:
-    transformers = pytest.importorskip("transformers", reason="the model is transformers'")
+    pytest.importorskip("tunerkit_transformers", reason="it knows how the model says that it is tied")
+    transformers = importlib.import_module("transformers")
     return getattr(transformers, kind)(getattr(transformers, kind.partition("For")[0] + "Config")(**settings))
 
 
 def _gpt2() -> Any:
-    transformers = pytest.importorskip("transformers", reason="the model is transformers'")
+    pytest.importorskip("tunerkit_transformers", reason="it knows how the model says that it is tied")
+    transformers = importlib.import_module("transformers")
     sizes = {"vocab_size": 20, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
     tokens = {"bos_token_id": 0, "eos_token_id": 0}
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **tokens))

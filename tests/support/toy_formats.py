@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from tunerkit import Factors, FileError, Foreign
+from tunerkit import Factors, FileError, Foreign, factors_of
 
 if TYPE_CHECKING:
     from tunerkit import Tuner
@@ -35,7 +35,7 @@ def read(path: Path, model: nn.Module) -> Foreign:
 
 def write(tuner: "Tuner", path: Path, options: object) -> list[Path]:
     """Write the products."""
-    held = {name: (each.q.tolist(), each.p.tolist()) for name, each in tuner.factors().items()}
+    held = {name: (each.q.tolist(), each.p.tolist()) for name, each in factors_of(tuner).items()}
     place = path / FILE
     place.write_text(json.dumps(held))
     return [place]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,10 +103,26 @@ class Toys:
         return bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
 
 
+class ToyLibrary:
+    """Knows models whose config is a plain namespace: by which flags it says that weights are tied."""
+
+    @tunerkit.hookimpl
+    def tunerkit_model_libraries(self) -> list[tunerkit.ModelLibrary]:
+        return [tunerkit.ModelLibrary(tied_flags=_tied_flags)]
+
+
+def _tied_flags(module: nn.Module) -> list[str]:
+    match module:
+        case nn.Module(config=SimpleNamespace(tie_word_embeddings=True) as config):
+            inner = ["config.text_config.tie_word_embeddings"] if hasattr(config, "text_config") else []
+            return ["config.tie_word_embeddings", *inner]
+    return []
+
+
 @pytest.fixture(scope="module")
 def toys() -> Iterator[Toys]:
     """The toy methods, registered in-process for the tests of one file."""
-    with registered(LowRankPlugin(), ShiftPlugin()):
+    with registered(LowRankPlugin(), ShiftPlugin(), ToyLibrary()):
         yield Toys()
 
 

@@ -1,11 +1,13 @@
 """Manage a model's adapters by name."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
-from tunerkit import injection, steps
+from tunerkit import hooks, injection, steps
 from tunerkit.errors import AdapterError
+from tunerkit.extras import REFERENCES, distribution, install
 from tunerkit.injection import Tuner
 
 
@@ -125,10 +127,44 @@ def delete(model: nn.Module, adapter: str) -> None:
         steps.detach(tuner)
         injection.train_(tuner, trained=False)
     finally:  # also after a KeyboardInterrupt: a half cannot be undone, since `detach` cannot
-        injection.eject_([tuner])
+        try:
+            injection.eject_([tuner])
+        finally:
+            steps.unwatch_(tuner.model)
 
 
 def _named(model: nn.Module, adapter: object) -> Tuner:
     if not isinstance(adapter, str):
         raise AdapterError(f"expected an adapter's name, got {type(adapter).__name__} {adapter!r}")
     return injection.tuner(model, adapter)
+
+
+def reference(model: nn.Module) -> Any:
+    """Make a frozen reference of a wrapped model, for preference training: the model as it stands now.
+
+    The reference is a module that runs the model itself, so it needs no second copy of the base. An adapter that adds
+    nothing yet is left out, and one that was trained before is copied and frozen. Later training, activating or
+    freezing does not change what the reference computes. It runs in eval mode and without gradients::
+
+        DPOTrainer(model, ref_model=tunerkit.reference(model), ...)
+
+    A call switches the model's own adapters while it runs, so another thread must not run the model meanwhile. A deep
+    copy of a reference contains a copy of its model. ``parameters()`` yields nothing, and ``state_dict()``
+    returns the tensors that the reference computes with.
+
+    Args:
+        model: The wrapped model, which may be inside DDP or a compiled module.
+
+    Returns:
+        The reference. It takes the same arguments as the model and returns the same outputs. A call raises
+        `AdapterError` if the model is merged or was unwrapped in the meantime.
+
+    Raises:
+        AdapterError: The model has no adapter, is merged, or is inside `disabled`; or no installed plugin makes
+            references, as tunerkit-transformers does.
+    """
+    found = hooks.reference(model)
+    if found is None:
+        maker = distribution(REFERENCES)
+        raise AdapterError(f"{maker} makes references, and {hooks.registry.absence(maker)} ({install(REFERENCES)})")
+    return found

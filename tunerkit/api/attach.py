@@ -1,12 +1,14 @@
-"""Attach: connect a model's adapters to the optimizer or Trainer that trains them."""
+"""Attach: connect a model's adapters to the optimizer or Trainer that trains them, and what their loop needs of it."""
 
-import warnings
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import nn
 
-from tunerkit import hooks, injection, libraries, serialization, steps
-from tunerkit.errors import TunerkitWarning
+from tunerkit import hooks, injection, serialization, steps
+from tunerkit.errors import StepError, warn
 from tunerkit.injection import Tuner
 
 
@@ -48,31 +50,23 @@ def attach(
         ConfigError: Training is too short for the method's schedule.
     """
     tuners = _chosen(model, adapter)
-    libraries.refuse_engine(injection.base_modules(model), "attach")
+    injection.refuse_restricted(injection.base_modules(model), "attach")
     if hooks.attached_by_plugin(tuners, optimizer_or_trainer, total_steps, data_parallel):
         injection.warn_of_base_changes(tuners)
         return
     engine, candidate = steps.engine_for(tuners, model, optimizer_or_trainer, data_parallel)
-    earlier = {tuner.name: tuner.steps for tuner in tuners if tuner.steps and tuner.needs_steps}
+    needing = [tuner for tuner in tuners if injection.needs_steps(tuner)]
+    earlier = ", ".join(f"{tuner.name!r} after {tuner.steps} steps" for tuner in needing if tuner.steps)
     optimizer = steps.drive(tuners, candidate, total_steps=total_steps, engine=engine)
-    for tuner in tuners:
-        steps.watch_optimizers(tuner.method)  # an unpickled adapter was wrapped in another process
-        if tuner.needs_steps and optimizer is not None:
+    if optimizer is not None:
+        for tuner in needing:
             serialization.carry(tuner, optimizer)  # only here: a Trainer's checkpoints have a file for the state
     if earlier:
-        _warn_of_restart(earlier)
+        warn(
+            f"the schedule restarts at step 0 for adapter {earlier}; to resume that training instead, load its state: "
+            "tunerkit.load_state, or the optimizer's state_dict"
+        )
     injection.warn_of_base_changes(tuners)
-
-
-def _warn_of_restart(earlier: Mapping[str, int]) -> None:
-    """Warn that schedules restart although adapters have been trained; ``earlier`` maps each adapter to its steps."""
-    listed = ", ".join(f"{name!r} after {count} steps" for name, count in earlier.items())
-    warnings.warn(
-        f"the schedule restarts at step 0 for adapter {listed}; to resume that training instead, load "
-        "its state: tunerkit.load_state, or the optimizer's state_dict",
-        TunerkitWarning,
-        stacklevel=3,
-    )
 
 
 def _chosen(model: nn.Module, adapter: str | None) -> list[Tuner]:
@@ -81,3 +75,60 @@ def _chosen(model: nn.Module, adapter: str | None) -> list[Tuner]:
         return [injection.tuner(model, adapter)]
     tuners = list(injection.require_tuners(model).values())
     return [tuner for tuner in tuners if not injection.is_frozen(tuner)] or tuners
+
+
+@contextmanager
+def no_sync(model: nn.Module) -> Iterator[None]:
+    """Inside the block, backwards add up gradients in each process; the next backward after it averages them.
+
+    This saves an all-reduce for each batch that is accumulated, as ``DistributedDataParallel.no_sync`` does. It is
+    never needed: without it, the result is the same. DDP, FSDP2 with sharded adapters, DeepSpeed and accelerate have
+    ways of their own to say that, which work too. If no backward comes after the block, the step averages, which is too
+    late for clipping.
+
+    Args:
+        model: The wrapped model, with its adapters attached.
+
+    Raises:
+        AdapterError: The model has no adapter.
+    """
+    with ExitStack() as stack:
+        for tuner in injection.require_tuners(model).values():
+            if tuner.engine is not None:
+                stack.enter_context(tuner.engine.no_sync())
+        yield
+
+
+def param_groups(model: nn.Module, *, lr: float, weight_decay: float | None = None) -> list[dict[str, Any]]:
+    """Return everything that a wrapped model trains as parameter groups for an optimizer.
+
+    A method may want a factor on the learning rate or its own weight decay for some of its parameters. If none does,
+    the result is one group. A Trainer that is attached makes the same groups itself::
+
+        optimizer = torch.optim.AdamW(tunerkit.param_groups(model, lr=1e-3))
+        tunerkit.attach(model, optimizer, total_steps=1000)
+
+    Args:
+        model: The wrapped model.
+        lr: The learning rate.
+        weight_decay: The weight decay of the parameters for which no method sets one; None for the optimizer's default.
+
+    Returns:
+        Groups with ``params`` and ``lr``, and ``weight_decay`` where one is set. Each trained parameter is in one of
+        them.
+
+    Raises:
+        StepError: ``lr`` or ``weight_decay`` is not a number, or negative; or nothing is trained.
+        AdapterError: The model has no adapter.
+        PluginError: A method returns invalid groups.
+    """
+    own: dict[str, Any] = {} if weight_decay is None else {"weight_decay": weight_decay}
+    for name, value in {"lr": lr, **own}.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise StepError(f"expected a finite number >= 0 as {name}, got {value!r}")
+    root = injection.wrapped_model(model)
+    trained = [parameter for parameter in root.parameters() if parameter.requires_grad]
+    if not trained:
+        raise StepError("every adapter is frozen, so there is nothing to train; call tunerkit.thaw first")
+    groups = injection.regrouped([{"params": trained, "lr": lr, **own}], injection.require_tuners(root).values())
+    return [group for group in groups if group["params"]]

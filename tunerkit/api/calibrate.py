@@ -8,8 +8,7 @@ from torch import nn
 
 from tunerkit import hooks, injection, steps
 from tunerkit.errors import AdapterError
-from tunerkit.injection import Tuner
-from tunerkit.records import StatisticsRequest
+from tunerkit.injection import Tuner, slots_in
 
 M = TypeVar("M", bound=nn.Module)
 # Of fitting a new head on frozen features, which is a convex problem for a linear one.
@@ -42,48 +41,42 @@ def calibrate(model: M, batches: Iterable[Any], adapter: str | None = None, *, l
         PluginError: The method's plugin violates the contract of the hook.
     """
     tuner = injection.tuner(model, adapter)
-    request = _request(tuner)
+    request = hooks.registry.get(tuner.method).statistics
+    if request is None:
+        raise AdapterError(f"method {tuner.method!r} does not calibrate; {_known()}. Train it as it is")
     _refuse_started(tuner)
-    root = tuner.model
-    injection.refuse_fixed(root, "calibrating")
+    injection.refuse_fixed(tuner.model, "calibrating")
     if isinstance(batches, Mapping | torch.Tensor | str):
         raise AdapterError(f"batches is one {type(batches).__name__}; pass a list of batches")
     with (
-        injection.evaluating(root),
+        injection.evaluating(tuner.model),
         torch.random.fork_rng(devices=[]),
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
-        if request.gradients and _heads(tuner):
-            _fit_copies_(tuner, batches, loss)
+        if request.gradients:
+            _fit_heads_(tuner, batches, loss)
         found, count = injection.measure(tuner, request, batches, loss)
         with torch.no_grad():
             ranks = hooks.calibrate(tuner, found)
     tuner.progress.calibration = {"batches": count, "rows": max(each.rows for each in found.values())}
-    tuner.record(ranks)
+    injection.record(tuner, ranks)
     return model
 
 
-def _request(tuner: Tuner) -> StatisticsRequest:
-    request = hooks.registry.get(tuner.method).statistics
-    if request is None:
-        able = [name for name in hooks.registry.methods() if _calibrates(name)]
-        known = f"methods that do: {', '.join(able)}" if able else "no installed method does"
-        raise AdapterError(f"method {tuner.method!r} does not calibrate; {known}. Train it as it is")
-    return request
-
-
-def _calibrates(name: str) -> bool:
-    try:
-        return hooks.registry.get(name).statistics is not None
-    except Exception:  # listed, but broken
-        return False
+def _known() -> str:
+    """Which methods calibrate, for a message."""
+    listed = hooks.registry.methods().items()
+    able = [name for name, info in listed if info.error is None and hooks.registry.get(name).statistics is not None]
+    return f"methods that do: {', '.join(able)}" if able else "no installed method does"
 
 
 def _refuse_started(tuner: Tuner) -> None:
+    # What a method adds at its start tells whether a loop that nobody attached has trained the adapter.
+    starts_at_0 = hooks.registry.get(tuner.method).start == "exact" and hooks.has_delta(tuner.method)
     states = {
-        "loaded from a file": tuner.loaded,
-        "trained": tuner.steps > 0 or _is_moved(tuner),
+        "loaded from a file": tuner.progress.loaded,
+        "trained": tuner.steps > 0 or (starts_at_0 and not injection.adds_nothing(tuner)),
         "attached to an optimizer": steps.is_attached(tuner),
     }
     for state, holds in states.items():
@@ -99,20 +92,16 @@ def _refuse_started(tuner: Tuner) -> None:
         )
 
 
-def _is_moved(tuner: Tuner) -> bool:
-    """Whether a loop that nobody attached has trained the adapter, which shows where it starts by adding nothing."""
-    starts_at_0 = hooks.registry.get(tuner.method).start == "exact" and hooks.has_delta(tuner.method)
-    return starts_at_0 and not injection.adds_nothing(tuner)
-
-
-def _fit_copies_(tuner: Tuner, batches: Iterable[Any], loss: injection.Loss | None) -> None:
+def _fit_heads_(tuner: Tuner, batches: Iterable[Any], loss: injection.Loss | None) -> None:
     """Train the possible new heads, and nothing else, on the batches. If that fails, their values are restored."""
-    if isinstance(batches, Iterator):
+    copies = [slot.copy for _, slot in slots_in(tuner) if slot.copy is not None]
+    heads = [copy for copy in copies if not any(isinstance(part, nn.Embedding) for part in copy.modules())]
+    if heads and isinstance(batches, Iterator):
         raise AdapterError(
             "a new head must be fitted before gradients mean anything, which goes through the batches several times, "
             f"and a {type(batches).__name__} can be gone through once; pass a list or a loader"
         )
-    trained = [parameter for head in _heads(tuner) for parameter in head.parameters() if parameter.requires_grad]
+    trained = [parameter for head in heads for parameter in head.parameters() if parameter.requires_grad]
     if not trained:
         return
     before = [parameter.detach().clone() for parameter in trained]
@@ -131,9 +120,3 @@ def _fit_copies_(tuner: Tuner, batches: Iterable[Any], loss: injection.Loss | No
         raise
     finally:
         optimizer.zero_grad()
-
-
-def _heads(tuner: Tuner) -> list[nn.Module]:
-    """The copies that may be new heads. Embeddings are not: most of their rows are pretrained."""
-    copies = [slot.copy for _, slot in tuner.slots() if slot.copy is not None]
-    return [copy for copy in copies if not any(isinstance(part, nn.Embedding) for part in copy.modules())]

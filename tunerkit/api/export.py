@@ -1,20 +1,21 @@
-"""Write an adapter in the format of another program."""
+"""Files that are not tunerkit's own: adapters in the format of another program, and folders of ``tunerkit train``."""
 
-import functools
 import os
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from tunerkit import injection, libraries, serialization
+from tunerkit import hooks, injection, serialization
 from tunerkit.config import options_from
+from tunerkit.errors import FileError
+from tunerkit.extras import DEFAULT_FORMAT, RUNS, distribution, install
 
 
 def export(
     model: nn.Module,
     path: str | os.PathLike[str],
-    format: str = libraries.DEFAULT_FORMAT,
+    format: str = DEFAULT_FORMAT,
     adapter: str | None = None,
     **options: Any,
 ) -> Path:
@@ -43,18 +44,46 @@ def export(
             or inf, or are held in shards.
         FileError: The format cannot hold this adapter, or the files cannot be written. Older ones are unchanged.
     """
-    tuner = injection.tuner(model, adapter)
+    tuner, place = injection.tuner(model, adapter), serialization.checked_path(path)
     found = serialization.find_format(format)
     settings = options_from(found.options, options)
-    libraries.refuse_engine(injection.base_modules(tuner.model), "save")
-    injection.refuse_lost([tuner])
-    serialization.refuse_untrained(tuner)
-    serialization.refuse_shards(tuner)
-    with tuner.whole():
-        serialization.refuse_diverged(tuner, serialization.tensors_of(tuner))
-        serialization.warn_of_unspent_schedule(tuner)
-        write = functools.partial(serialization.write_format, tuner, path, found, settings)
-        written = serialization.written_once(tuner, serialization.checked_path(path), write)
-        serialization.warn_of_untrained(tuner)
+
+    def write() -> Path:
+        serialization.tensors_of(tuner)  # which raises for NaN and inf
+        return serialization.write_format(tuner, place, found, settings)
+
+    written = serialization.write_trained(tuner, place, write)
     injection.warn_of_base_changes([tuner])
     return written
+
+
+def from_folder(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> tuple[Any, Any]:
+    """Load the base model, its adapter and its processor from the output folder of ``tunerkit train``.
+
+    Both are ready for ``transformers.pipeline``::
+
+        model, tokenizer = tunerkit.from_folder("out")
+        classify = transformers.pipeline("text-classification", model=model, tokenizer=tokenizer)
+        classify("A wonderful film.")
+
+    Args:
+        path: The folder.
+        base: Where the base model is, if it is no longer where it was at training: a folder, or a name on the hub.
+
+    Returns:
+        The model in eval mode, with its adapter, and the tokenizer or image processor.
+
+    Raises:
+        FileError: It is no output folder, or a file in it is missing or damaged.
+        BaseMismatchError: ``base`` is another model than the one that was trained.
+        TunerkitError: transformers cannot load the base from there.
+    """
+    found = hooks.open_run(Path(path), None if base is None else os.fspath(base))
+    if found is None:
+        reader = distribution(RUNS)
+        raise FileError(
+            f"{os.fspath(path)}: no installed plugin knows this folder. What `tunerkit train` writes is read by "
+            f"{reader}, and {hooks.registry.absence(reader)} ({install(RUNS)}); an adapter's file, by "
+            "tunerkit.load(base, path)"
+        )
+    return found

@@ -8,11 +8,12 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from tunerkit import hooks, injection, libraries, patterns, serialization, steps, targets
+from tunerkit import hooks, injection, layers, serialization, steps, targets
 from tunerkit.config import AdapterConfig
 from tunerkit.errors import ConfigError, TunerkitWarning, warn
+from tunerkit.extras import is_described
 from tunerkit.injection import Progress, Tuner
-from tunerkit.records import Target
+from tunerkit.records import NewModules, Target
 from tunerkit.targets import Scan
 
 M = TypeVar("M", bound=nn.Module)
@@ -56,30 +57,47 @@ def wrap(
     config = hooks.configure(method, config)
     scanned = targets.scan(root, hooks.gather_knowledge())
     targets.refuse_impassable(scanned)
-    with patterns.one_allowance():
-        chosen, copies = _select(scanned, method, config)
-        tuner = _tuner_of(scanned, chosen, copies, method, config, adapter)
-        tuner.progress.seed = seed
-        injection.refuse_idle_patterns(tuner)
-        # Torch trains no parameter that is made in inference mode.
-        with _seeded(seed), libraries.outside_zero_init(), torch.inference_mode(False):
-            slots = injection.build(scanned, tuner)
+    new = targets.find_new(scanned)
+    chosen, copies = _select(scanned, new, method, config)
+    tuner = _tuner_of(scanned, new, chosen, copies, method, config, adapter)
+    tuner.progress.seed = seed
+    injection.refuse_idle_patterns(tuner)
+    # Torch trains no parameter that is made in inference mode.
+    with _seeded(seed), layers.weights.new_modules_whole(), torch.inference_mode(False):
+        slots = dict(injection.build_each(scanned, tuner))
     injection.warn_of_limits(scanned, tuner)
-    if config.targets is None and (unserved := hooks.unserved(root)):
-        warn(f"the default targets of this {type(root).__name__} are chosen by the kinds of its layers: {unserved}")
-    steps.watch_optimizers(method)
+    targets.warn_of_unknown_packed(scanned)
+    _warn_of_unserved(root, config)
     serialization.note_base(tuner, scanned)
-    with libraries.outside_zero_init(), torch.inference_mode(False):
+    with layers.weights.new_modules_whole(), torch.inference_mode(False):
         injection.inject_(tuner, slots, scanned, trainable=True)
+    steps.watch_(tuner)
     return model
 
 
-def _select(scanned: Scan, method: str, config: AdapterConfig) -> tuple[tuple[Target, ...], tuple[str, ...]]:
+def _warn_of_unserved(root: nn.Module, config: AdapterConfig) -> None:
+    """Warn of what is missing because the plugin that knows the model's library is not there."""
+    name, lost = type(root).__name__, []
+    if config.targets is None:
+        lost.append(f"the default targets of this {name} are chosen by the kinds of its layers")
+    elif config.targets == "all-linear":
+        lost.append(f"output heads of this {name} that only its library knows are taken for layers")
+    if is_described(root):
+        lost.append(
+            f"new modules of this {name}, such as an output head, stay frozen, and files do not record its settings"
+        )
+    if lost and (unserved := hooks.unserved(root)):
+        warn(f"{'; '.join(lost)}: {unserved}")
+
+
+def _select(
+    scanned: Scan, found: NewModules, method: str, config: AdapterConfig
+) -> tuple[tuple[Target, ...], tuple[str, ...]]:
     """Choose the targets, and the paths of the modules that are trained in full."""
     adapted = {path for path, _, slots in injection.walk(scanned.root.module) if slots.active or not slots.copies}
     named = targets.choose_copies(scanned, config.train_modules)
     targets.refuse_tied(scanned, named)
-    new = targets.choose_new(scanned, named, config, adapted)
+    new = targets.choose_new(scanned, found, named, targets=config.targets, exclude=config.exclude, adapted=adapted)
     chosen = targets.select(
         scanned,
         targets=config.targets,
@@ -93,7 +111,13 @@ def _select(scanned: Scan, method: str, config: AdapterConfig) -> tuple[tuple[Ta
 
 
 def _tuner_of(
-    scanned: Scan, chosen: tuple[Target, ...], copies: tuple[str, ...], method: str, config: AdapterConfig, adapter: str
+    scanned: Scan,
+    new: NewModules,
+    chosen: tuple[Target, ...],
+    copies: tuple[str, ...],
+    method: str,
+    config: AdapterConfig,
+    adapter: str,
 ) -> Tuner:
     model = scanned.root.module
     copied = [path for path, _, slots in injection.walk(model) if not slots.copies.keys().isdisjoint(slots.active)]
@@ -108,7 +132,7 @@ def _tuner_of(
         progress=Progress(
             total_steps=config.total_steps,
             shapes=injection.shapes_of(model),
-            beside=targets.trained_elsewhere(scanned, copied),
+            beside=targets.trained_elsewhere(new, copied),
         ),
     )
 
@@ -147,7 +171,7 @@ def unwrap(model: M, *, keep_merged: bool = False, dtype: torch.dtype | None = N
         serialization.refuse_unmergeable(root)
     if was_merged and not keep_merged:
         serialization.refuse_permanent(list(injection.walk(root)))
-        warnings.warn(_UNDONE, TunerkitWarning, stacklevel=2)
+        warn(_UNDONE)
     dense: dict[str, nn.Module] = {}
     built, ready = dtype is None, False
     try:
@@ -190,6 +214,7 @@ def _take_out_(tuners: Sequence[Tuner]) -> None:
     for tuner in tuners:
         steps.detach(tuner)
     injection.eject_(tuners)
+    steps.unwatch_(tuners[0].model)
 
 
 _DENSE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -1,12 +1,13 @@
 """The hooks and the plugins that answer them: specs, loading, validation, the registry."""
 
 from tunerkit.hooks.calls import (
+    Caller,
+    Callers,
     adds_products,
-    after_step,
-    before_step,
     budget,
     build_adapter,
     calibrate,
+    callers_of,
     changes_gradients,
     configure,
     delta,
@@ -25,20 +26,29 @@ from tunerkit.hooks.calls import (
     takes_factors,
     watches_steps,
 )
+from tunerkit.hooks.engines import Engine, Held, Pieces, Removable, is_grouped, same, whole_pieces
 from tunerkit.hooks.gather import (
+    adapted,
     attached_by_plugin,
     engine,
     gather_formats,
+    gather_holdings,
     gather_knowledge,
-    gather_shardings,
+    gather_libraries,
+    gather_restrictions,
     open_run,
     ranks_changed,
+    reference,
     unwrapped,
     wrapped,
 )
 from tunerkit.hooks.registry import registry
+from tunerkit.layers import weights
 
 methods = registry.methods
 register = registry.register
 unregister = registry.unregister
 unserved = registry.unserved
+
+# Layers ask how their weights are held, and cannot know the registry, which knows layers.
+weights.plugins.holdings = gather_holdings

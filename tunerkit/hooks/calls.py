@@ -9,6 +9,7 @@ cancelled task) becomes a `PluginError`.
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -29,7 +30,7 @@ _DEEPEST = 20  # levels of JSON values
 
 
 @attrs.frozen
-class _Question:
+class Question:
     """What a method's plugin is asked: by which hook, for which adapter (its tuner), target (its path) or targets.
 
     A context manager around the call and the check of its answer, so that what either raises names the plugin.
@@ -48,6 +49,14 @@ class _Question:
         """Raise the `PluginError` about an answer that is not as expected."""
         raise PluginError(f"{self._asked} returned {returned} for {self._place}; it must return {expected}")
 
+    def blame(self, error: BaseException) -> None:
+        """Name the plugin in what it raised. Raises `PluginError` instead of what would end the program."""
+        if isinstance(error, PluginError) or is_of_user(error):  # the first names the plugin already
+            return
+        if not isinstance(error, Exception):
+            raise PluginError(f"{self._asked} raised {error_text(error)} for {self._place}") from error
+        error.add_note(f"raised by {self._asked}, for {self._place}")
+
     @property
     def _asked(self) -> str:
         return f"{self.hook.__name__} of {registry.plugin_of(self.method)}"
@@ -61,16 +70,44 @@ class _Question:
                 return f"{len(self.subject)} targets"
         return f"adapter {self.subject.name!r}"
 
-    def __enter__(self) -> "_Question":
+    def __enter__(self) -> "Question":
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None or isinstance(error, PluginError) or is_of_user(error):  # the second names the plugin already
-            return
-        if isinstance(error, Exception):
-            error.add_note(f"raised by {self._asked}, for {self._place}")
-        else:
-            raise PluginError(f"{self._asked} raised {error_text(error)} for {self._place}") from error
+        if error is not None:
+            self.blame(error)
+
+
+@attrs.frozen(eq=False)
+class Caller:
+    """A hook of the plugin that owns a method, looked up once, with the check of its answer other than None."""
+
+    question: Question
+    call: Callable[..., Any]
+    check: Callable[[Question, Any], Any]
+
+
+@attrs.frozen(eq=False)
+class Callers:
+    """What a step calls for one adapter, see `callers_of`; None for hooks that its plugin does not implement."""
+
+    before_step: Caller | None
+    after_step: Caller | None
+    budget: Caller | None
+
+
+def callers_of(tuner: TunerView) -> Callers:
+    """Look up what a step calls for an adapter, so that no step looks anything up."""
+
+    def caller(hook: Callable[..., object], check: Callable[[Question, Any], Any]) -> Caller | None:
+        call = registry.caller(hook, tuner.method)
+        return None if call is None else Caller(Question(hook, tuner.method, tuner), call, check)
+
+    return Callers(
+        before_step=caller(specs.tunerkit_before_step, _checked_parameters),
+        after_step=caller(specs.tunerkit_after_step, partial(_checked_ranks, targets=tuner.targets)),
+        budget=caller(specs.tunerkit_budget, _checked_budget),
+    )
 
 
 def structure(method: str, mapping: Mapping[str, object]) -> AdapterConfig:
@@ -143,7 +180,7 @@ def shared(
     method: str, targets: Sequence[Target], bases: Sequence[BaseLayer], config: AdapterConfig
 ) -> nn.Module | None:
     """Build what all adapters of the method use, in a module of its own; None for nothing."""
-    with _Question(specs.tunerkit_shared, method, targets) as question:
+    with Question(specs.tunerkit_shared, method, targets) as question:
         answer = question.ask(targets=targets, bases=bases, config=config)
         if answer is None:
             return None
@@ -159,7 +196,7 @@ def build_adapter(
     method: str, target: Target, base: BaseLayer, config: AdapterConfig, shared: nn.Module | None = None
 ) -> Adapter:
     """Build one adapter with the method's plugin. Raises `PluginError` if the result is not an adapter."""
-    with _Question(specs.tunerkit_build_adapter, method, target.path) as question:
+    with Question(specs.tunerkit_build_adapter, method, target.path) as question:
         answer = question.ask(target=target, base=base, config=config, shared=shared)
         if not isinstance(answer, Adapter):
             question.refuse(_kind(answer), "a tunerkit.Adapter")
@@ -181,7 +218,7 @@ def build_adapter(
         return answer
 
 
-def _check_rank_dims(question: _Question, answer: Adapter) -> None:
+def _check_rank_dims(question: Question, answer: Adapter) -> None:
     """Refuse ranks that no tensor of the adapter has: files with other ranks could not be loaded."""
     own = {**dict(answer.named_buffers()), **dict(answer.named_parameters())}
     for name, dim in answer.rank_dims.items():
@@ -202,36 +239,34 @@ def calibrate(tuner: TunerView, statistics: Mapping[str, Statistics]) -> Mapping
     return _ranks(specs.tunerkit_calibrate, tuner, statistics=statistics)
 
 
-def after_step(tuner: TunerView, step: int) -> Mapping[str, int] | None:
-    """Notify the method that its weights were updated. Returns the ranks by target path if it made an allocation."""
-    return _ranks(specs.tunerkit_after_step, tuner, step=step)
-
-
 def finish(tuner: TunerView) -> Mapping[str, int] | None:
     """Let the method make its final allocation. Returns the ranks by target path if it did."""
     return _ranks(specs.tunerkit_finish, tuner)
 
 
 def _ranks(hook: Callable[..., object], tuner: TunerView, **arguments: object) -> dict[str, int] | None:
-    """Ask for a rank for every target, in any order; None if the method changed none."""
-    with _Question(hook, tuner.method, tuner) as question:
+    """Ask for a rank for every target; None if the method changed none."""
+    with Question(hook, tuner.method, tuner) as question:
         answer = question.ask(tuner=tuner, **arguments)
-        if answer is None:
-            return None
-        paths = [target.path for target in tuner.targets]
-        if not isinstance(answer, Mapping) or answer.keys() != set(paths):
-            question.refuse(shown(answer), "None, or a mapping with one rank for each target path")
-        ranks = {}
-        for path in paths:
-            if (rank := _count(answer[path])) is None:
-                question.refuse(f"{shown(answer[path])} as the rank of {path!r}", "an int >= 0 there")
-            ranks[path] = rank
-        return ranks
+        return None if answer is None else _checked_ranks(question, answer, targets=tuner.targets)
+
+
+def _checked_ranks(question: Question, answer: Any, targets: Sequence[Target]) -> dict[str, int]:
+    """One rank for each target, which may come in any order."""
+    paths = [target.path for target in targets]
+    if not isinstance(answer, Mapping) or answer.keys() != set(paths):
+        question.refuse(shown(answer), "None, or a mapping with one rank for each target path")
+    ranks = {}
+    for path in paths:
+        if (rank := _count(answer[path])) is None:
+            question.refuse(f"{shown(answer[path])} as the rank of {path!r}", "an int >= 0 there")
+        ranks[path] = rank
+    return ranks
 
 
 def param_groups(tuner: TunerView) -> list[ParamGroup]:
     """Return the parameters that the method wants to train with settings of their own, each in one group."""
-    with _Question(specs.tunerkit_param_groups, tuner.method, tuner) as question:
+    with Question(specs.tunerkit_param_groups, tuner.method, tuner) as question:
         answer = question.ask(tuner=tuner)
         if answer is None:
             return []
@@ -258,35 +293,34 @@ def param_groups(tuner: TunerView) -> list[ParamGroup]:
 def start(tuner: TunerView, total_steps: int | None, optimizer: Optimizer | None) -> object | None:
     """Return the method's initial training state, which is the method's own."""
     # The spec says which methods may get None, which means that the length is unknown.
-    with _Question(specs.tunerkit_start, tuner.method, tuner) as question:
+    with Question(specs.tunerkit_start, tuner.method, tuner) as question:
         answer: object = question.ask(tuner=tuner, total_steps=total_steps, optimizer=optimizer)
         return answer
 
 
-def before_step(tuner: TunerView, step: int, grad_scale: Tensor | None) -> list[Tensor]:
-    """Notify the method that its gradients are complete; the parameters that this step must not move."""
-    with _Question(specs.tunerkit_before_step, tuner.method, tuner) as question:
-        answer = question.ask(tuner=tuner, step=step, grad_scale=grad_scale)
-        expected = "a list of the adapter's parameters, or None"
-        if answer is None:
-            return []
-        if isinstance(answer, Tensor) or not isinstance(answer, Iterable):  # iterating over a tensor yields its rows
-            question.refuse(_kind(answer), expected)
-        found = list(answer)
-        for each in found:
-            if not isinstance(each, Tensor):
-                question.refuse(f"a list with {_kind(each)}", expected)
-        return found
+def _checked_parameters(question: Question, answer: Any) -> list[Tensor]:
+    """The parameters that a step must not move. Iterating over a single tensor would yield its rows."""
+    expected = "a list of the adapter's parameters, or None"
+    if isinstance(answer, Tensor) or not isinstance(answer, Iterable):
+        question.refuse(_kind(answer), expected)
+    found = list(answer)
+    for each in found:
+        if not isinstance(each, Tensor):
+            question.refuse(f"a list with {_kind(each)}", expected)
+    return found
 
 
 def budget(tuner: TunerView, step: int | None) -> int | None:
     """Return the budget in force after ``step`` optimizer steps (None: now). None: it is the sum of the live ranks."""
-    with _Question(specs.tunerkit_budget, tuner.method, tuner) as question:
+    with Question(specs.tunerkit_budget, tuner.method, tuner) as question:
         answer = question.ask(tuner=tuner, step=step)
-        found = None if answer is None else _count(answer)
-        if answer is not None and found is None:
-            question.refuse(shown(answer), "an int >= 0, or None")
-        return found
+        return None if answer is None else _checked_budget(question, answer)
+
+
+def _checked_budget(question: Question, answer: Any) -> int:
+    if (found := _count(answer)) is None:
+        question.refuse(shown(answer), "an int >= 0, or None")
+    return found
 
 
 def delta(path: str, method: str, adapter: Adapter, base: BaseLayer) -> Delta:
@@ -297,7 +331,7 @@ def delta(path: str, method: str, adapter: Adapter, base: BaseLayer) -> Delta:
     if not registry.implements(specs.tunerkit_delta, method):
         product = factors(path, method, adapter, base)
         return Delta(weight=low_rank_delta(base, q=product.q, p=product.p, scale=1.0))
-    with _Question(specs.tunerkit_delta, method, path) as question:
+    with Question(specs.tunerkit_delta, method, path) as question:
         answer = question.ask(adapter=adapter, base=base)
         if not isinstance(answer, Delta):
             question.refuse(_kind(answer), "a tunerkit.Delta")
@@ -319,7 +353,7 @@ def delta(path: str, method: str, adapter: Adapter, base: BaseLayer) -> Delta:
 
 def factors(path: str, method: str, adapter: Adapter, base: BaseLayer) -> Factors:
     """Return what an adapter adds to its base layer's weight as a product. Raises `PluginError` if it is wrong."""
-    with _Question(specs.tunerkit_factors, method, path) as question:
+    with Question(specs.tunerkit_factors, method, path) as question:
         answer = question.ask(adapter=adapter, base=base)
         if not isinstance(answer, Factors):
             question.refuse(_kind(answer), "tunerkit.Factors")
@@ -333,7 +367,7 @@ def factors(path: str, method: str, adapter: Adapter, base: BaseLayer) -> Factor
         return answer
 
 
-def _check_device(question: _Question, tensor: Tensor, what: str, adapter: Adapter, pronoun: str) -> None:
+def _check_device(question: Question, tensor: Tensor, what: str, adapter: Adapter, pronoun: str) -> None:
     devices = [parameter.device for parameter in adapter.parameters()]
     if devices and tensor.device not in devices:
         question.refuse(f"{what} on device {tensor.device}", f"{pronoun} on {devices[0]}, where the adapter is")
@@ -356,7 +390,7 @@ def from_factors(
     _refuse_unfit(targets, bases, products)
     config = registry.get(method).config
     expected = f"a pair of a {config.__name__} and a mapping with one adapter for each target path"
-    with _Question(specs.tunerkit_from_factors, method, targets) as question:
+    with Question(specs.tunerkit_from_factors, method, targets) as question:
         answer = question.ask(targets=targets, factors=products)
         if not isinstance(answer, tuple) or len(answer) != 2:
             question.refuse(_kind(answer), expected)
@@ -388,7 +422,7 @@ def _refuse_unfit(targets: Sequence[Target], bases: Sequence[BaseLayer], product
 
 def state(tuner: TunerView) -> State:
     """Return what training needs to resume, in addition to the adapter's weights."""
-    with _Question(specs.tunerkit_state, tuner.method, tuner) as question:
+    with Question(specs.tunerkit_state, tuner.method, tuner) as question:
         answer = question.ask(tuner=tuner)
         if answer is None:
             return State(tensors={}, values={})
@@ -402,7 +436,7 @@ def state(tuner: TunerView) -> State:
             if not isinstance(tensor, Tensor):
                 question.refuse(f"{_kind(tensor)} as the state's tensor {shown(name)}", "a tensor there")
         for name, value in answer.values.items():
-            if not _is_json(value):
+            if not is_json(value):
                 question.refuse(
                     f"{shown(value)} as the state's value {shown(name)}",
                     "one that JSON can hold: text, bools, finite numbers, None, and lists and mappings of these",
@@ -412,7 +446,7 @@ def state(tuner: TunerView) -> State:
 
 def restore(tuner: TunerView, saved: State) -> None:
     """Restore what `state` returned."""
-    with _Question(specs.tunerkit_restore, tuner.method, tuner) as question:
+    with Question(specs.tunerkit_restore, tuner.method, tuner) as question:
         if (answer := question.ask(tuner=tuner, state=saved)) is not None:
             question.refuse(_kind(answer), "None; set tuner.state to what was restored")
 
@@ -437,7 +471,8 @@ def _count(value: object) -> int | None:
     return count if count >= 0 else None
 
 
-def _is_json(value: object, depth: int = 0) -> bool:
+def is_json(value: object, depth: int = 0) -> bool:
+    """Whether JSON can hold a value: text, bools, finite numbers, None, and lists and mappings of these."""
     if value is None or isinstance(value, bool | int | str):
         return True
     if isinstance(value, float):
@@ -445,5 +480,5 @@ def _is_json(value: object, depth: int = 0) -> bool:
     if depth > _DEEPEST:
         return False
     if isinstance(value, list | tuple):
-        return all(_is_json(each, depth + 1) for each in value)
-    return isinstance(value, dict) and all(isinstance(k, str) and _is_json(v, depth + 1) for k, v in value.items())
+        return all(is_json(each, depth + 1) for each in value)
+    return isinstance(value, dict) and all(isinstance(k, str) and is_json(v, depth + 1) for k, v in value.items())

@@ -4,21 +4,35 @@ What it says to know is left out, with a warning, if it is not what the hook dec
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import attrs
+import torch
 from torch import nn
 
-from tunerkit.engine import Engine
-from tunerkit.errors import PluginError, error_text, shown
+from tunerkit import extras
+from tunerkit.errors import PluginError, error_text, shown, warn
 from tunerkit.hooks import specs
+from tunerkit.hooks.calls import is_json
+from tunerkit.hooks.engines import Engine
 from tunerkit.hooks.registry import Answer, registry
 from tunerkit.hooks.tuner_view import TunerView
+from tunerkit.hooks.validation import Plugin
 from tunerkit.layers import CORE, BaseLayer, Knowledge
 from tunerkit.patterns import is_broad
-from tunerkit.records import DefaultTargets, Format, RankChange, Sharding, WeightReader
+from tunerkit.records import (
+    DefaultTargets,
+    Format,
+    Holding,
+    ModelLibrary,
+    NewModules,
+    RankChange,
+    Restriction,
+    WeightReader,
+)
 
 
 def gather_knowledge() -> Knowledge:
@@ -37,6 +51,8 @@ def gather_knowledge() -> Knowledge:
         kinds=(*CORE.kinds, *_joined(kinds)),
         weight_readers=(*CORE.weight_readers, *_joined(readers)),
         default_targets=(*CORE.default_targets, *_joined(defaults)),
+        libraries=gather_libraries(),
+        unserved=registry.unserved,
         leave_out=leave_out,
     )
 
@@ -49,9 +65,45 @@ def gather_formats() -> dict[str, Format]:
     return found
 
 
-def gather_shardings() -> tuple[Sharding, ...]:
-    """How engines cut weights, as all plugins say it."""
-    return tuple(_joined(_known(specs.tunerkit_shardings, _is_sharding, "tunerkit.Sharding, each with four functions")))
+def gather_libraries() -> tuple[ModelLibrary, ...]:
+    """What libraries know of their models, as all plugins say it; the functions are checked, and name the plugin."""
+    answers = _known(specs.tunerkit_model_libraries, _is_library, "tunerkit.ModelLibrary of functions")
+    return tuple(_checked(record, answer.plugin) for answer in answers for record in answer.value)
+
+
+def _checked(record: ModelLibrary, plugin: Plugin) -> ModelLibrary:
+    functions = attrs.asdict(record, recurse=False)
+    return ModelLibrary(**{name: partial(_called, plugin, name, call) for name, call in functions.items()})
+
+
+def _called(plugin: Plugin, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        answer = function(*arguments)
+    except Exception as error:
+        error.add_note(f"raised in {name} of a ModelLibrary of {plugin}")
+        raise
+    expected, is_valid = _LIBRARY[name]
+    if not is_valid(answer):
+        raise PluginError(f"{name} of a ModelLibrary of {plugin} returned {shown(answer)}; it must return {expected}")
+    return answer
+
+
+def gather_holdings() -> tuple[Holding, ...]:
+    """How libraries hold weights, as all plugins say it."""
+    return tuple(_joined(_known(specs.tunerkit_holdings, _is_holding, _HOLDINGS)))
+
+
+def gather_restrictions() -> tuple[Restriction, ...]:
+    """What is refused with which library, as all plugins say it; then what core would do wrong without a plugin."""
+    found = _joined(_known(specs.tunerkit_restrictions, _is_restriction, _RESTRICTIONS))
+    for library in extras.LIBRARIES:
+        distribution = extras.distribution(library.extra)
+        if library.verbs and (absent := registry.absence(distribution)) is not None:
+            why = f"{distribution} knows what it does, and {absent} ({extras.install(library.extra)})"
+            classes = (library.package,) if library.package else ()
+            marks = dict.fromkeys(library.marks)
+            found.append(Restriction(library.name, dict.fromkeys(library.verbs, why), classes, marks))
+    return tuple(found)
 
 
 def attached_by_plugin(
@@ -85,6 +137,16 @@ def open_run(path: Path, base: str | None) -> tuple[nn.Module, object] | None:
     return found
 
 
+def reference(model: nn.Module) -> nn.Module | None:
+    """Make a frozen reference of a wrapped model; None if no plugin does."""
+    for answer in registry.ask(specs.tunerkit_reference, model=model):
+        if not isinstance(answer.value, nn.Module):
+            asked = f"tunerkit_reference of {answer.plugin}"
+            raise PluginError(f"{asked} returned {shown(answer.value)}; it must return a torch.nn.Module, or None")
+        return answer.value
+    return None
+
+
 # Any: a pair is recognised by an attribute of its first part, as a plugin's engine need not derive from ours.
 def _first_pair(hook: Callable[..., object], what: str, attribute: str, arguments: dict[str, Any]) -> Any:
     for answer in registry.ask(hook, **arguments):
@@ -102,40 +164,75 @@ def wrapped(model: nn.Module) -> None:
         pass
 
 
+def adapted(model: nn.Module, modules: Sequence[nn.Module]) -> None:
+    """Tell every plugin which modules of a model have adapters now."""
+    for _ in registry.ask(specs.tunerkit_adapted, model=model, modules=modules):
+        pass
+    distribution = extras.distribution(extras.ENGINES)
+    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if grouped and (absent := registry.absence(distribution)) is not None and any(map(_is_trained, modules)):
+        warn(
+            f"this process is in a group, and {absent} ({extras.install(extras.ENGINES)}), which would notice adapters "
+            "that DistributedDataParallel does not synchronise: wrap the model first, then put it into DDP"
+        )
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
 def unwrapped(model: nn.Module) -> None:
     """Tell every plugin that a model, or a copy of a part of one, is to be without adapters."""
     for _ in registry.ask(specs.tunerkit_unwrapped, model=model):
         pass
 
 
-def ranks_changed(tuner: TunerView, change: RankChange) -> None:
-    """Notify every plugin of an allocation."""
+def ranks_changed(
+    tuner: TunerView, history: list[RankChange], step: int, budget: int, ranks: Mapping[str, int]
+) -> None:
+    """Add an allocation to the history, and notify every plugin."""
+    change = RankChange(step, budget, dict(ranks))
+    history.append(change)
     registry.notify(specs.tunerkit_ranks_changed, tuner=tuner, change=change)
 
 
 _KINDS = "classes that derive from tunerkit.BaseLayer and define all its abstract methods (and matrix(), if linear)"
 _READERS = "tunerkit.WeightReader, each with a class's qualified name as owner and a tuple of its children's names"
 _DEFAULTS = "tunerkit.DefaultTargets, each with a tuple of model types and a tuple of plain names"
+_HOLDINGS = "tunerkit.Holding, each with three texts and functions"
+_RESTRICTIONS = "tunerkit.Restriction, each with a name, texts by verb, and classes or marks to recognise it by"
+# What each function of a library returns.
+_LIBRARY: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "heads": ("a list of modules", lambda answer: _are(answer, nn.Module)),
+    "new": ("tunerkit.NewModules, or None", lambda answer: answer is None or isinstance(answer, NewModules)),
+    "settings": ("a dict that JSON can hold", lambda answer: type(answer) is dict and is_json(answer)),
+    "tied_flags": ("a list of names", lambda answer: _are(answer, str)),
+    "resize_hint": ("a text", lambda answer: isinstance(answer, str)),
+}
 _FORMATS = "tunerkit.Format, each with a name, functions for sniff, read and write, and an attrs class as options"
 
 
-def _known(hook: Callable[[], object], is_valid: Callable[[object], bool], expected: str) -> list[Answer]:
-    """The plugins' answers to ``hook``, without those that are not as expected."""
+def _known(hook: Callable[[], object], is_valid: Callable[[object], bool], expected: str) -> tuple[Answer, ...]:
+    """The plugins' answers to ``hook``, without those that are not as expected. The same plugins are asked once."""
+    return registry.kept(hook, partial(_asked, hook, is_valid, expected))
+
+
+def _asked(hook: Callable[[], object], is_valid: Callable[[object], bool], expected: str) -> tuple[Answer, ...]:
     found = []
     for answer in registry.gather(hook):
         fault = f"it returned {shown(answer.value)}; it must return a list of {expected}"
         try:
             if isinstance(answer.value, tuple | list) and all(map(is_valid, answer.value)):
-                found.append(answer)
+                found.append(attrs.evolve(answer, value=tuple(answer.value)))
                 continue
         except Exception as error:  # a plugin's metaclass or property may raise anything
             fault = f"checking its answer raised {error_text(error)}"
         registry.leave_out(answer.plugin, hook, fault)
-    return found
+    return tuple(found)
 
 
 # Any: each answer was checked to be what the hook's spec declares.
-def _joined(answers: list[Answer]) -> list[Any]:
+def _joined(answers: Iterable[Answer]) -> list[Any]:
     return [record for answer in answers for record in answer.value]
 
 
@@ -161,8 +258,26 @@ def _is_format(record: Any) -> bool:
     return attrs.has(record.options) and all(map(callable, functions))
 
 
-def _is_sharding(record: Any) -> bool:
-    return isinstance(record, Sharding) and all(map(callable, attrs.astuple(record, recurse=False)))
+def _is_holding(record: Any) -> bool:
+    if not isinstance(record, Holding):
+        return False
+    texts, functions = (record.name, record.way_out, record.one_dtype), attrs.astuple(record, recurse=False)[3:]
+    return all(isinstance(text, str) for text in texts) and all(map(callable, functions))
+
+
+def _is_restriction(record: Any) -> bool:
+    if not isinstance(record, Restriction) or not (record.classes or record.marks):
+        return False
+    texts = (record.name, *record.refused, *record.refused.values(), *record.marks)
+    return _are_names(record.classes) and all(isinstance(text, str) for text in texts)
+
+
+def _is_library(record: Any) -> bool:
+    return isinstance(record, ModelLibrary) and all(map(callable, attrs.astuple(record, recurse=False)))
+
+
+def _are(answer: object, kind: type) -> bool:
+    return isinstance(answer, list | tuple) and all(isinstance(each, kind) for each in answer)
 
 
 def _are_names(names: object) -> bool:

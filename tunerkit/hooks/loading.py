@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterable
 from importlib import metadata
+from typing import Any
 
 import attrs
 import pluggy
@@ -11,7 +12,6 @@ import pluggy
 from tunerkit.errors import PluginError, closest, error_text, is_of_user, shown
 from tunerkit.hooks import specs
 from tunerkit.hooks.validation import HOOKS, Plugin, admit
-from tunerkit.markers import PROJECT
 from tunerkit.paths import few
 from tunerkit.records import MethodInfo
 
@@ -32,6 +32,7 @@ class Catalog:
         owners: The plugin that provides each method.
         failures: The plugins that could not be loaded.
         left_out: The reason why a plugin's answer to a hook is not used, by plugin and hook.
+        known: What these plugins have answered to hooks that ask what they know, until one comes or goes.
     """
 
     manager: pluggy.PluginManager
@@ -40,23 +41,23 @@ class Catalog:
     owners: dict[str, Plugin] = attrs.field(factory=dict)
     failures: list[Failure] = attrs.field(factory=list)
     left_out: dict[tuple[Plugin, str], str] = attrs.field(factory=dict)
-    _callers: dict[tuple[str, int], pluggy.HookCaller] = attrs.field(factory=dict)
+    known: dict[object, Any] = attrs.field(factory=dict)
 
-    def caller(self, hook: str, plugin: object) -> pluggy.HookCaller:
-        """Return a caller of the hook that reaches only ``plugin``. Raises `PluginError` if there is no such hook."""
+    def implementations(self, hook: str) -> list[pluggy.HookImpl]:
+        """Return all implementations of a hook in the order of the plugins: ``tryfirst`` ones first, ``trylast`` last.
+
+        Raises `PluginError` if there is no such hook.
+        """
         if hook not in HOOKS:
             raise PluginError(f"there is no hook {hook!r}{closest(hook, HOOKS)}")
-        found = self._callers.get((hook, id(plugin)))
-        if found is None:
-            others = [other for other in self.manager.get_plugins() if other is not plugin]
-            found = self._callers[hook, id(plugin)] = self.manager.subset_hook_caller(hook, others)
-        return found
+        caller: pluggy.HookCaller = vars(self.manager.hook)[hook]
+        return sorted(caller.get_hookimpls(), key=lambda found: (found.trylast, not found.tryfirst))
 
     def add(self, found: Plugin) -> None:
         """Add a plugin that pluggy knows, with the methods that nobody else provides."""
         self.plugins = (*self.plugins, found)
         self.owners = {**dict.fromkeys(found.methods, found), **self.owners}
-        self._callers = {}  # those of others would reach it too
+        self.known = {}
 
     def drop(self, found: Plugin) -> None:
         """Unregister a plugin, and forget it as the owner of its methods."""
@@ -64,7 +65,7 @@ class Catalog:
         self.plugins = tuple(known for known in self.plugins if known is not found)
         self.owners = {name: owner for name, owner in self.owners.items() if owner is not found}
         self.left_out = {key: reason for key, reason in self.left_out.items() if key[0] is not found}
-        self._callers = {}
+        self.known = {}
 
     def listed(self) -> dict[str, MethodInfo]:
         """Return a record for each method by its name, and one for each failure by the name of its entry point."""
@@ -95,7 +96,7 @@ class Catalog:
             return None
         failed = next((info for _, info in self.failures if info.distribution == distribution), None)
         if failed is not None:
-            return f"{distribution} cannot be used: {failed.error}"
+            return f"{distribution} cannot be used: {failed.error} (to upgrade it: pip install -U {distribution})"
         if self.limit is not None:
             return f"{distribution} is not loaded, or not installed: {VARIABLE} limits what is loaded"
         return f"{distribution} is not installed"
@@ -109,7 +110,7 @@ def load(distributions: Iterable[metadata.Distribution] | None) -> Catalog:
     """
     sources, failures = _discover(metadata.distributions() if distributions is None else distributions)
     limit = _read_limit(point.name for point, _ in sources)
-    manager = pluggy.PluginManager(PROJECT)
+    manager = pluggy.PluginManager(specs.PROJECT)
     manager.add_hookspecs(specs)
     catalog = Catalog(manager, limit, failures=failures if limit is None else [])
     for point, info in sources:

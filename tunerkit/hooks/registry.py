@@ -1,5 +1,6 @@
 """The registry: which methods are installed, and how core calls one plugin or all of them."""
 
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
@@ -7,6 +8,7 @@ from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 import attrs
+import pluggy
 
 from tunerkit import extras
 from tunerkit.errors import PluginError, UnknownMethodError, error_text, is_of_user, shown, warn
@@ -81,9 +83,18 @@ class Registry:
 
     def implements(self, hook: Callable[..., object], method: str) -> bool:
         """Whether the plugin that owns the method implements the hook; False if no plugin owns it."""
+        return self.caller(hook, method) is not None
+
+    def caller(self, hook: Callable[..., object], method: str) -> Callable[..., Any] | None:
+        """Return what calls a hook on the plugin that owns the method, by the hook's arguments as keywords.
+
+        It may be kept: plugins that come or go later do not change it. None if the plugin does not implement the hook.
+        """
         catalog = self._loaded()
         owner = catalog.owners.get(method)
-        return owner is not None and bool(catalog.caller(hook.__name__, owner.plugin).get_hookimpls())
+        own = [] if owner is None else catalog.implementations(hook.__name__)
+        found = next((each for each in own if owner is not None and each.plugin is owner.plugin), None)
+        return None if found is None else functools.partial(_call, found)
 
     def call(self, hook: Callable[P, R], method: str, /, *args: P.args, **arguments: P.kwargs) -> R | None:
         """Call a hook, given as its spec, on the plugin that owns the method; None if it doesn't implement the hook.
@@ -91,11 +102,10 @@ class Registry:
         Pass arguments by name. Raises `PluginError` if the method is gone. Exceptions of the plugin propagate.
         """
         catalog = self._loaded()
-        owner = catalog.owners.get(method)
-        if owner is None:
+        if method not in catalog.owners:
             raise PluginError(f"{hook.__name__} needs the plugin of method {method!r}: {catalog.missing(method)}")
-        found: R | None = catalog.caller(hook.__name__, owner.plugin)(**arguments)
-        return found
+        caller = self.caller(hook, method)
+        return None if caller is None else caller(**arguments)
 
     def ask(self, hook: Callable[P, object], /, *args: P.args, **arguments: P.kwargs) -> Iterator[Answer]:
         """Ask one plugin after another, as far as the caller iterates; ``trylast`` implementations come last.
@@ -134,6 +144,14 @@ class Registry:
         for _ in self._each(hook, arguments, ignore):
             pass
 
+    def kept(self, key: object, make: Callable[[], R]) -> R:
+        """Return what ``make`` returns: the same until a plugin comes, goes or is left out."""
+        known = self._loaded().known  # before: what is made from the plugins of now does not belong to later ones
+        if key not in known:
+            known[key] = make()
+        found: R = known[key]
+        return found
+
     def leave_out(self, found: Plugin, hook: Callable[..., object], reason: str) -> None:
         """Use no more of what a plugin answers to ``hook``: warn once, and list it in `methods`."""
         with self._lock:
@@ -142,6 +160,7 @@ class Registry:
                 return
             failed = f"failed and was left out: {reason}"
             catalog.left_out = {**catalog.left_out, (found, hook.__name__): f"{hook.__name__} {failed}"}
+            catalog.known = {}
         warn(f"{hook.__name__} of {found} {failed}")
 
     def register(self, plugin: object) -> None:
@@ -198,18 +217,22 @@ class Registry:
     ) -> Iterator[Answer]:
         """Call the hook on each plugin. ``failed`` gets what one raises, unless the user ended the program."""
         catalog = self._loaded()
-        asked = [found for found in catalog.plugins if (found, hook.__name__) not in catalog.left_out]
-        callers = [(found, catalog.caller(hook.__name__, found.plugin)) for found in asked]
-        for found, caller in sorted(callers, key=lambda pair: any(own.trylast for own in pair[1].get_hookimpls())):
+        plugins = {id(found.plugin): found for found in catalog.plugins}
+        for implementation in catalog.implementations(hook.__name__):
+            found = plugins.get(id(implementation.plugin))  # None for one that is being registered
+            if found is None or (found, hook.__name__) in catalog.left_out:
+                continue
             try:
-                # Generators are exhausted here, so that their errors can name the plugin.
-                values = [tuple(value) if isinstance(value, Iterator) else value for value in caller(**arguments)]
+                # A generator is exhausted here, so that its errors can name the plugin.
+                value = _call(implementation, **arguments)
+                value = tuple(value) if isinstance(value, Iterator) else value
             except BaseException as error:  # SystemExit too: a plugin must not end the user's program
                 if is_of_user(error):
                     raise
                 failed(found, error)
             else:
-                yield from (Answer(found, value) for value in values)
+                if value is not None:
+                    yield Answer(found, value)
 
     def _owner(self, name: str) -> Plugin:
         if name not in tuple((catalog := self._loaded()).owners):  # the name may be unhashable
@@ -235,6 +258,11 @@ class Registry:
                 finally:
                     self._loading = False
             return self._catalog
+
+
+def _call(implementation: pluggy.HookImpl, **arguments: Any) -> Any:
+    """Call one plugin's implementation with those of the hook's arguments that it takes."""
+    return implementation.function(*(arguments[name] for name in implementation.argnames))
 
 
 # State of the process, as what is installed is: a plugin is loaded and checked once, whichever model asks.

@@ -7,11 +7,15 @@ them. When they fire::
 
     tunerkit.wrap(model, "method", config)                  # tunerkit_methods, once per process
                                                             # tunerkit_base_layers, tunerkit_weight_readers,
-                                                            # tunerkit_default_targets: the model is scanned once
+                                                            # tunerkit_default_targets, tunerkit_model_libraries:
+                                                            # the model is scanned once
                                                             # tunerkit_shared, once
                                                             # tunerkit_build_adapter per target
                                                             # tunerkit_wrapped, for the first adapter
+                                                            # tunerkit_adapted; tunerkit_restrictions, here and in the
+                                                            # calls below
     tunerkit.calibrate(model, batches)                      # tunerkit_calibrate, if the method wants statistics
+    reference = tunerkit.reference(model)                   # tunerkit_reference
     groups = tunerkit.param_groups(model, lr=1e-3)          # tunerkit_param_groups
     tunerkit.attach(model, optimizer, total_steps=1000)     # tunerkit_attach: is it a trainer that a plugin knows?
                                                             # tunerkit_engine: what the processes do together
@@ -34,26 +38,29 @@ them. When they fire::
     model = tunerkit.load(base_model, path)                 # the same hooks as in wrap
     tunerkit.merge(model)                                   # tunerkit_delta per target, or tunerkit_factors
                                                             # (also in each forward of attention)
-                                                            # tunerkit_shardings: of the base's weights
+                                                            # tunerkit_holdings: of the base's weights
     tunerkit.attach(model, optimizer, total_steps=1000)     # tunerkit_start
     tunerkit.load_state(model, path)                        # tunerkit_restore
     tunerkit.export(model, path, format="peft")             # tunerkit_formats, and tunerkit_factors per target
-    tunerkit.unwrap(model)                                  # tunerkit_unwrapped
+    tunerkit.unwrap(model)                                  # tunerkit_unwrapped, tunerkit_adapted
     model, processor = tunerkit.from_folder("a run")        # tunerkit_open_run
     model = tunerkit.load(base_model, "a peft folder")      # tunerkit_formats, then the hooks of wrap, or
                                                             # tunerkit_from_factors
 
-Eleven hooks ask every plugin: `tunerkit_base_layers`, `tunerkit_weight_readers`, `tunerkit_default_targets`,
-`tunerkit_wrapped`, `tunerkit_unwrapped`, `tunerkit_shardings`, `tunerkit_attach`, `tunerkit_engine`,
-`tunerkit_formats`, `tunerkit_open_run` and `tunerkit_ranks_changed`. `tunerkit_methods` is called for each plugin
-separately. All others call only the plugin that owns the method, so no plugin ever receives another plugin's layers.
+Fifteen hooks ask every plugin: `tunerkit_base_layers`, `tunerkit_weight_readers`, `tunerkit_default_targets`,
+`tunerkit_model_libraries`, `tunerkit_wrapped`, `tunerkit_adapted`, `tunerkit_unwrapped`, `tunerkit_holdings`,
+`tunerkit_restrictions`, `tunerkit_reference`, `tunerkit_attach`, `tunerkit_engine`, `tunerkit_formats`,
+`tunerkit_open_run` and `tunerkit_ranks_changed`.
+`tunerkit_methods` is called for each plugin separately. All others call only the plugin that owns the method, so no
+plugin ever receives another plugin's layers.
 
 Core checks each answer. A wrong answer of the method's plugin is a `PluginError`. An exception in a hook keeps its
 class and gets a note that names the plugin, the hook and the target or adapter; SystemExit and the like become a
 `PluginError`. For the hooks that ask every plugin what it knows, a wrong answer or an exception never stops the user's
-call: the answer is left out, with one warning, and ``tunerkit.methods()`` lists the plugin with its error. What a
-plugin does in `tunerkit_attach`, `tunerkit_engine`, `tunerkit_open_run`, `tunerkit_wrapped` and `tunerkit_unwrapped` is
-part of the user's call: what it raises, that raises.
+call: the answer is left out, with one warning, and ``tunerkit.methods()`` lists the plugin with its error. What they
+know is asked for once, and again when a plugin is added, removed or left out. What a
+plugin does in `tunerkit_attach`, `tunerkit_engine`, `tunerkit_reference`, `tunerkit_open_run`, `tunerkit_wrapped`,
+`tunerkit_adapted` and `tunerkit_unwrapped` is part of the user's call: what it raises, that raises.
 """
 
 # A hook spec has a docstring and no body: pluggy reads its signature, and nobody calls it.
@@ -62,23 +69,25 @@ part of the user's call: what it raises, that raises.
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import pluggy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tunerkit.config import AdapterConfig
-from tunerkit.engine import Engine
+from tunerkit.hooks.engines import Engine
 from tunerkit.hooks.tuner_view import TunerView
 from tunerkit.layers import Adapter, BaseLayer
-from tunerkit.markers import hookspec
 from tunerkit.records import (
     DefaultTargets,
     Delta,
     Factors,
     Format,
+    Holding,
     Method,
+    ModelLibrary,
     ParamGroup,
     RankChange,
-    Sharding,
+    Restriction,
     State,
     Statistics,
     Target,
@@ -86,6 +95,9 @@ from tunerkit.records import (
 )
 
 # --- Discovery -------------------------------------------------------------------------------------------------------
+
+PROJECT = "tunerkit"
+hookspec = pluggy.HookspecMarker(PROJECT)
 
 
 @hookspec
@@ -164,6 +176,28 @@ def tunerkit_default_targets() -> Iterable[DefaultTargets]:
     """
 
 
+@hookspec
+def tunerkit_model_libraries() -> Iterable[ModelLibrary]:
+    """Say what a library knows of its models: their output heads, new modules, settings and ties.
+
+    Fires whenever one of these matters: when a model is wrapped, merged or made dense, and when an adapter is saved or
+    loaded; every plugin is asked. What a function of the record raises, the user's call raises; a wrong answer is a
+    `PluginError`.
+
+    >>> import tunerkit, torch
+    >>> class Decoder(torch.nn.Module):
+    ...     '''A model of a library whose norms have an epsilon, which no weight shows.'''
+    ...     epsilon = 1e-5
+    >>> def settings(model):
+    ...     return {"epsilon": model.epsilon} if isinstance(model, Decoder) else {}
+    >>> @tunerkit.hookimpl
+    ... def tunerkit_model_libraries():
+    ...     return [tunerkit.ModelLibrary(settings=settings)]
+    >>> [library.settings(Decoder()) for library in tunerkit_model_libraries()]
+    [{'epsilon': 1e-05}]
+    """
+
+
 @hookspec(firstresult=True)
 def tunerkit_shared(targets: Sequence[Target], bases: Sequence[BaseLayer], config: AdapterConfig) -> nn.Module | None:
     """Build what all adapters of the method use, such as VeRA's random matrices; None for nothing.
@@ -235,7 +269,7 @@ def tunerkit_unwrapped(model: nn.Module) -> None:
     """Undo what `tunerkit_wrapped` did.
 
     Fires when the last adapter has left a model, and for a copy of a part of it, which has none; every plugin is asked.
-    It may be called again after an interrupted call.
+    It is called again where ``unwrap`` has then replaced layers by dense ones, and after an interrupted call.
 
     >>> import tunerkit, torch
     >>> @tunerkit.hookimpl
@@ -251,25 +285,54 @@ def tunerkit_unwrapped(model: nn.Module) -> None:
 
 
 @hookspec
-def tunerkit_shardings() -> Iterable[Sharding]:
-    """Say how engines leave each process a part of the base's weights, so that it can be merged into them.
+def tunerkit_adapted(model: nn.Module, modules: Sequence[nn.Module]) -> None:
+    """Look at the modules of a model that have adapters now, before it runs again.
 
-    Fires when a model is merged, unmerged, disabled or made dense; every plugin is asked. A weight that is cut, and
-    that no answer knows, is refused.
+    Fires whenever adapters have been put into a model or taken out; every plugin is asked. ``modules`` is empty when
+    none is left. What it does to the model is undone here too, or in `tunerkit_unwrapped`.
 
     >>> import tunerkit, torch
-    >>> from contextlib import nullcontext
-    >>> whole = tunerkit.Sharding(
-    ...     is_cut=lambda tensor: False,
-    ...     part=lambda tensor: tensor,
-    ...     gathered=lambda module: nullcontext(lambda name, tensor: tensor),
-    ...     reshard_=lambda model: None,
-    ... )
     >>> @tunerkit.hookimpl
-    ... def tunerkit_shardings():
-    ...     return [whole]
-    >>> tunerkit_shardings()[0].is_cut(torch.zeros(1))
+    ... def tunerkit_adapted(model, modules):
+    ...     model.card = f"{len(modules)} modules with adapters"
+    >>> model = torch.nn.Linear(2, 2)
+    >>> tunerkit_adapted(model, [model])
+    >>> model.card
+    '1 modules with adapters'
+    """
+
+
+@hookspec
+def tunerkit_holdings() -> Iterable[Holding]:
+    """Say how a library holds weights that are not simply in their modules: offloaded, or divided among processes.
+
+    Fires where core meets weights that are empty or on the meta device, and in calls that copy, merge or write; every
+    plugin is asked. A forward of a model whose weights are in its modules never asks.
+
+    >>> import tunerkit, torch
+    >>> def is_cut(tensor):
+    ...     return hasattr(tensor, "whole_shape")
+    >>> @tunerkit.hookimpl
+    ... def tunerkit_holdings():
+    ...     return [tunerkit.Holding(name="my engine", shards=is_cut, shape=lambda tensor: tensor.whole_shape)]
+    >>> tunerkit_holdings()[0].shards(torch.zeros(1))
     False
+    """
+
+
+@hookspec
+def tunerkit_restrictions() -> Iterable[Restriction]:
+    """Say what cannot be done with a library that holds a model's weights or puts modules into it, and what to do.
+
+    Fires when a model is wrapped, attached, saved or merged; every plugin is asked. The first that applies is raised.
+
+    >>> import tunerkit
+    >>> @tunerkit.hookimpl
+    ... def tunerkit_restrictions():
+    ...     why = "its tables are packed. Merge before you convert the model"
+    ...     return [tunerkit.Restriction("my tables", {"merge": why}, classes=("my_library.Table",))]
+    >>> [restriction.name for restriction in tunerkit_restrictions()]
+    ['my tables']
     """
 
 
@@ -296,6 +359,23 @@ def tunerkit_calibrate(tuner: TunerView, statistics: Mapping[str, Statistics]) -
     >>> tunerkit_calibrate(SimpleNamespace(adapters=lambda: {"head": adapter}), {"head": found})
     >>> adapter.q.abs()
     tensor([[0., 1.]])
+    """
+
+
+@hookspec
+def tunerkit_reference(model: nn.Module) -> nn.Module | None:
+    """Make a module that runs a wrapped model as it stands now, whatever is trained in it later.
+
+    Fires in ``tunerkit.reference``; every plugin is asked until one answers. None leaves it to another plugin. What it
+    raises, ``reference`` raises.
+
+    >>> import tunerkit, torch, copy
+    >>> @tunerkit.hookimpl
+    ... def tunerkit_reference(model):
+    ...     return copy.deepcopy(model).eval().requires_grad_(False)  # simple, in twice the memory
+    >>> reference = tunerkit_reference(torch.nn.Linear(2, 2))
+    >>> any(parameter.requires_grad for parameter in reference.parameters())
+    False
     """
 
 
@@ -354,12 +434,12 @@ def tunerkit_engine(
     for every training, and is asked last (``tunerkit.hookimpl(trylast=True)``).
 
     Returns:
-        The engine, see `tunerkit.engine.Engine`; and what takes the step hooks: ``candidate``, or an optimizer of torch
+        The engine, see `tunerkit.plugin.Engine`; and what takes the step hooks: ``candidate``, or an optimizer of torch
         that stands for it.
 
     >>> import tunerkit
-    >>> from tunerkit.engine import Alone
-    >>> class Counted(Alone):
+    >>> from tunerkit.plugin import Engine
+    >>> class Counted(Engine):
     ...     '''The engine of one process, which counts the steps of all its adapters.'''
     ...     name, steps = "counted", 0
     ...     def before_step_(self, optimizer):

@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from tunerkit.config import AdapterConfig
-from tunerkit.engine import Pieces
+from tunerkit.hooks.engines import Engine, Pieces
 from tunerkit.layers import Adapter
 from tunerkit.records import Target
 
@@ -15,10 +15,12 @@ from tunerkit.records import Target
 class TunerView(Protocol):
     """The handle on one adapter of a wrapped model. `tunerkit.Tuner` implements it.
 
-    ``state`` belongs to the method: `tunerkit_start` returns it, and only `tunerkit_restore` may replace it.
+    ``state`` belongs to the method: `tunerkit_start` returns it, and only `tunerkit_restore` may replace it. If one
+    process trains the adapter, ``engine`` is None.
     """
 
     state: object | None
+    engine: Engine | None
 
     @property
     def name(self) -> str:
@@ -52,10 +54,6 @@ class TunerView(Protocol):
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The adapter's parameters with their names in the adapter's file."""
-
-    @property
-    def shared(self) -> nn.Module | None:
-        """The module that the adapters share, if there is one."""
 
     def whole(self, *, gradients: bool = False) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
         """Inside the block, the adapter is whole in this process. All processes must enter it."""

@@ -1,31 +1,50 @@
 """Layer injection: put adapters into a model and take them out again."""
 
-from tunerkit.injection.base_changes import shapes_of, warn_of_base_changes
-from tunerkit.injection.build import build, build_each
-from tunerkit.injection.delta import adapted_tensors
+from tunerkit.injection.build import build_each
+from tunerkit.injection.contents import biases_of, copies_of, factors_of
+from tunerkit.injection.delta import adapted_tensors, refuse_without_delta
 from tunerkit.injection.idle import adds_nothing, is_untrained, untrained_copies
 from tunerkit.injection.inject import activate_, eject_, inject_, rename_, train_
-from tunerkit.injection.integrity import refuse_lost
-from tunerkit.injection.measuring import Loss, loss_of, measure
-from tunerkit.injection.merged_state import is_merged, refuse_disabled, refuse_fixed
-from tunerkit.injection.modes import evaluating
-from tunerkit.injection.parameter_count import Summary, trainable_parameters
-from tunerkit.injection.parameter_groups import regrouped
-from tunerkit.injection.preconditions import check_name, ready_model, refuse_idle_patterns, warn_of_limits
-from tunerkit.injection.progress import Link, Progress
-from tunerkit.injection.reference import Reference, reference
-from tunerkit.injection.root import inside
-from tunerkit.injection.running import refuse_running
-from tunerkit.injection.slots import Slot, Slots, apply_slots, base_modules, is_called, slots_of, walk
+from tunerkit.injection.integrity import WATCHED, refuse_lost, report, shapes_of, warn_of_base_changes
+from tunerkit.injection.models import (
+    base_modules,
+    evaluating,
+    inside,
+    is_called,
+    is_merged,
+    refuse_disabled,
+    refuse_fixed,
+    slots_of,
+    walk,
+)
+from tunerkit.injection.parameters import Summary, regrouped, trainable_parameters
+from tunerkit.injection.preconditions import (
+    check_name,
+    ready_model,
+    refuse_idle_patterns,
+    refuse_restricted,
+    refuse_running,
+    warn_of_limits,
+)
+from tunerkit.injection.slots import Slot, Slots, apply_slots
+from tunerkit.injection.statistics import Loss, loss_of, measure
 from tunerkit.injection.tuner import (
+    Link,
+    Progress,
     Tuner,
+    Wrapped,
+    as_hooks_see_it,
+    engine_of,
     is_frozen,
+    modules_in,
+    needs_steps,
+    record,
     require_tuners,
-    takes_part,
+    shared_in,
+    slots_in,
+    training_state,
     tuner,
     tuners_of,
-    unseen,
     wrapped_model,
     wrapped_of,
 )
-from tunerkit.injection.uncalled import report

@@ -13,25 +13,12 @@ from tunerkit.errors import PluginError, TargetError
 from tunerkit.injection.inject import copy_base
 from tunerkit.injection.preconditions import refuse_overlap
 from tunerkit.injection.slots import Slot
-from tunerkit.injection.tuner import Tuner, base_of
-from tunerkit.layers import Adapter, BaseLayer, bias_name
-from tunerkit.libraries import (
-    execution_device,
-    gathered,
-    is_offloaded,
-    is_partitioned,
-    torch_private,
-    whole_value,
-)
+from tunerkit.injection.tuner import Tuner, base_of, modules_in
+from tunerkit.layers import Adapter, BaseLayer, bias_name, torch_private, weight_of, weights
 from tunerkit.records import Target
 from tunerkit.targets import Scan, ScannedModule
 
 M = TypeVar("M", bound=nn.Module)
-
-
-def build(scanned: Scan, tuner: Tuner) -> dict[str, Slot]:
-    """Build the slots of ``tuner`` by module path: adapters through the method's plugin, copies and trained biases."""
-    return dict(build_each(scanned, tuner))
 
 
 def build_each(
@@ -41,7 +28,9 @@ def build_each(
     around: Callable[[Target], AbstractContextManager[object]] = nullcontext,
     ready: Mapping[str, Adapter] | None = None,
 ) -> Iterator[tuple[str, Slot]]:
-    """Build one slot after the other, so that a caller may stop before all of them are in memory.
+    """Build what one adapter puts into a model: adapters through the method's plugin, copies and trained biases.
+
+    One slot is built after the other, so that a caller may stop before all of them are in memory.
 
     Args:
         scanned: The scan of the model.
@@ -52,28 +41,27 @@ def build_each(
     Yields:
         Pairs of a module's path and its slot: targets, copies, then other trained biases.
     """
-    targets = {target.path: target for target in tuner.targets}
-    copies = {copied.path: copied for copied in tuner.copies}
-    biases = {biased.path: biased for biased in tuner.biases}
-    paths, found = tuner.modules(), scanned.by_path
-    refuse_overlap(tuner.model, paths, list(copies))
+    targets, copies, biases = (
+        {each.path: each for each in kind} for kind in (tuner.targets, tuner.copies, tuner.biases)
+    )
+    refuse_overlap(tuner.model, modules_in(tuner), copies)
     first = tuner.targets[0] if tuner.targets and hooks.has_shared(tuner.method) else None
     shared = None if first is None else _shared(tuner, scanned, around(first))
 
-    def adapter_at(target: Target, at: ScannedModule) -> Adapter:
-        if ready is not None:
-            return _fitted(tuner, target, at, ready[target.path])
-        return _adapter(tuner, target, at, around(target), shared)
-
-    for path in paths:
-        target, copied, biased = targets.get(path), copies.get(path), biases.get(path)
+    for path in modules_in(tuner):
+        target, found = targets.get(path), scanned.by_path[path]
+        adapter = None
+        if target is not None:
+            base = _base_at(tuner, target, found)
+            built = ready[path] if ready is not None else _adapter(tuner, target, base, around(target), shared)
+            adapter = _fitted(tuner, target, base, built, read=found.reader is not None)
         yield (
             path,
             Slot(
                 method=tuner.method,
-                adapter=None if target is None else adapter_at(target, found[path]),
-                copy=None if copied is None else _copy_of(copied, scanned),
-                bias=None if biased is None else _bias_of(biased, found[path].base, scanned),
+                adapter=adapter,
+                copy=_copy_of(copies[path], scanned) if path in copies else None,
+                bias=_bias_of(biases[path], found.base, scanned) if path in biases else None,
                 shared=shared if target is first else None,
             ),
         )
@@ -95,14 +83,10 @@ def _versions(shared: nn.Module | None) -> dict[str, tuple[int, int | None]]:
 
 
 def _adapter(
-    tuner: Tuner,
-    target: Target,
-    found: ScannedModule,
-    entered: AbstractContextManager[object],
-    shared: nn.Module | None,
+    tuner: Tuner, target: Target, base: BaseLayer, entered: AbstractContextManager[object], shared: nn.Module | None
 ) -> Adapter:
-    """Build one adapter through the method's plugin, on its base layer's device and in the config's dtype."""
-    base, versions = _base_at(tuner, target, found), _versions(shared)
+    """Build one adapter through the method's plugin."""
+    versions = _versions(shared)
     with entered:
         built = hooks.build_adapter(tuner.method, target, base, tuner.config, shared)
     if _versions(shared) != versions:
@@ -112,18 +96,20 @@ def _adapter(
         )
     if shared is not None:
         built.share(shared)
-    return _fitted(tuner, target, found, built)
+    return built
 
 
-def _fitted(tuner: Tuner, target: Target, found: ScannedModule, built: Adapter) -> Adapter:
-    """Check that an adapter can work at its target, and move it there."""
-    base = _base_at(tuner, target, found)
+def _fitted(tuner: Tuner, target: Target, base: BaseLayer, built: Adapter, *, read: bool) -> Adapter:
+    """Check that an adapter can work at its target, and move it to its device, in the config's dtype.
+
+    With ``read`` the module's owner reads the weight, and a temporary weight override is all that works there.
+    """
     if built.reads_weight and not base.has_weight:
         raise TargetError(
-            f"{target.path!r} is a {type(found.module).__name__}, of which tunerkit knows no weight, and method "
+            f"{target.path!r} is a {type(target.module).__name__}, of which tunerkit knows no weight, and method "
             f"{tuner.method!r} reads the weight; exclude it from the targets"
         )
-    if found.reader is not None:
+    if read:
         _refuse_unreadable(tuner, target, base)
     return _placed(built, target.module, getattr(torch, tuner.config.adapter_dtype))
 
@@ -143,8 +129,7 @@ def _placed(built: M, module: nn.Module, dtype: torch.dtype) -> M:
     for parameter in built.parameters():
         if not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()
-    weights = chain(module.parameters(recurse=False), module.buffers(recurse=False))
-    device = execution_device(module) or next((tensor.device for tensor in weights if not tensor.is_meta), None)
+    device = weights.execution_device(module)
     # It was built on the CPU. Checking whether it must be moved is cheaper than moving it.
     own = chain(built.parameters(), built.buffers())
     there = all(device in (None, t.device) and (t.dtype == dtype or not t.is_floating_point()) for t in own)
@@ -153,26 +138,26 @@ def _placed(built: M, module: nn.Module, dtype: torch.dtype) -> M:
 
 def _copy_of(copied: Target, scanned: Scan) -> nn.Module:
     for part in copied.module.modules():
-        if any(p.is_meta for p in part.parameters(recurse=False)) and not is_offloaded(part):
+        if any(p.is_meta for p in part.parameters(recurse=False)) and weights.offloading(part) is None:
             if scanned.unloaded:  # the values come from a file
                 return copy_base(copied.module).to_empty(device="cpu")
             raise _on_meta(copied)
-    with gathered(copied.module.parameters()):
+    with weights.gathered(copied.module):
         return copy_base(copied.module)
 
 
 def _bias_of(biased: Target, base: BaseLayer | None, scanned: Scan) -> nn.Parameter:
     bias = biased.module.get_parameter(bias_name(base))
-    if is_offloaded(biased.module):
+    if (away := weights.offloading(biased.module)) is not None:
         raise TargetError(
-            f"the bias of {biased.path!r} cannot be trained: accelerate offloads it, and each forward needs it "
+            f"the bias of {biased.path!r} cannot be trained: {away.name} offloads it, and each forward needs it "
             "together with its copy; set bias='none', or keep the module on a device"
         )
     if bias.is_meta and scanned.unloaded:
         return nn.Parameter(torch.empty_like(bias, device="cpu"))
     if bias.is_meta:
         raise _on_meta(biased)
-    return nn.Parameter(whole_value(bias).detach().clone())
+    return nn.Parameter(weight_of(biased.module, bias_name(base)).detach().clone())
 
 
 def _on_meta(target: Target) -> TargetError:
@@ -188,10 +173,10 @@ def _refuse_unreadable(tuner: Tuner, target: Target, base: BaseLayer) -> None:
             "implements neither tunerkit_delta nor tunerkit_factors; exclude it from the targets"
         )
     weight = torch_private.own_parameters(target.module).get(base.weight_name)
-    if weight is not None and is_partitioned(weight):
+    if weight is not None and (holder := weights.emptied([weight])) is not None:
         raise TargetError(
-            f"{bypassed}so its delta must be added to the weight, which DeepSpeed's zero.Init has partitioned; exclude "
-            "it from the targets, or use ZeRO-2"
+            f"{bypassed}so its delta must be added to the weight, which {holder.name} has partitioned; exclude it from "
+            f"the targets, or {holder.way_out}"
         )
     if weight is None or not weight.is_floating_point() or base.packing is not None:
         raise TargetError(

@@ -9,23 +9,23 @@ from torch import Tensor, nn
 from tunerkit import hooks
 from tunerkit.errors import AdapterError, PluginError
 from tunerkit.injection.slots import Slots
-from tunerkit.layers import Adapter, BaseLayer, bias_name
-from tunerkit.libraries import torch_private
+from tunerkit.layers import Adapter, BaseLayer, bias_name, torch_private
 from tunerkit.records import Delta
 
 
-def adapted_tensors(path: str, module: nn.Module, slots: Slots) -> dict[str, Any]:
+def adapted_tensors(path: str, module: nn.Module, slots: Slots, base: BaseLayer | None = None) -> dict[str, Any]:
     """Compute the parameters and buffers of ``module`` with all active slots applied.
 
     Args:
         path: The module's name in errors.
         module: The adapted module; it is only read.
         slots: Its slots.
+        base: ``module`` as a base layer; by default that of the slots. Another one gets the same deltas.
 
     Returns:
         New tensors by their local name, in the dtypes of the module's own. Tensors that no slot changes are missing. A
         bias that the module lacks counts as zeros. With gradients on, they depend on the adapters' parameters. Of a
-        packed weight they are the attributes that hold it, see `BaseLayer.requantised`.
+        packed weight they are the attributes that hold it.
 
     Raises:
         AdapterError: The kind cannot write a packed weight, or the sum contains NaN or inf.
@@ -33,6 +33,7 @@ def adapted_tensors(path: str, module: nn.Module, slots: Slots) -> dict[str, Any
     """
     tensors: dict[str, Any] = {}
     deltas: list[Delta] = []
+    base = slots.base if base is None else base
     for slot in slots.applied:
         if slot.copy is not None:
             own = (*slot.copy.named_parameters(), *slot.copy.named_buffers())
@@ -42,15 +43,25 @@ def adapted_tensors(path: str, module: nn.Module, slots: Slots) -> dict[str, Any
             deltas.append(hooks.delta(path, slot.method, slot.adapter, slots.base))
             _refuse_untrainable(slot.method, slot.adapter, deltas[-1])
     if deltas:
-        assert slots.base is not None
+        assert base is not None
         try:
-            tensors |= _with_deltas(slots.base, deltas)
+            tensors |= _with_deltas(base, deltas)
         except AdapterError as error:
             raise AdapterError(f"cannot merge into {path!r}: {error}") from error
     for slot in slots.applied:
         if slot.copy is None and slot.bias is not None:
-            _add_bias(module, bias_name(slots.base), slot.bias, tensors)
+            _add_bias(module, bias_name(base), slot.bias, tensors)
     return tensors
+
+
+def refuse_without_delta(slots: Slots) -> None:
+    """Raise `AdapterError` if the method of an active adapter cannot say what it adds to the weight."""
+    for slot in slots.applied:
+        if slot.adapter is not None and not hooks.has_delta(slot.method):
+            raise AdapterError(
+                f"method {slot.method!r} cannot be merged: its plugin implements neither tunerkit_delta nor "
+                "tunerkit_factors"
+            )
 
 
 def _with_deltas(base: BaseLayer, deltas: Sequence[Delta]) -> dict[str, Any]:

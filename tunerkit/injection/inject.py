@@ -1,27 +1,26 @@
 """Put adapters into a model and take them out again: the only file that changes a model's structure."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from tunerkit import hooks
 from tunerkit.errors import AdapterError
-from tunerkit.injection.held_settings import hold_settings_, release_settings_
-from tunerkit.injection.preconditions import refuse_mixed_dtypes
-from tunerkit.injection.running import refuse_running, unwatch_threads_, watch_threads_
-from tunerkit.injection.slots import Slot, Slots, apply_slots, base_modules, slots_of, walk
+from tunerkit.injection.integrity import note_call, watch
+from tunerkit.injection.models import base_modules, is_called, slots_of, walk
+from tunerkit.injection.preconditions import refuse_mixed_dtypes, refuse_running, unwatch_threads_, watch_threads_
+from tunerkit.injection.slots import Slot, Slots, apply_slots
 from tunerkit.injection.state_dicts import unwatch_states_, watch_states_
-from tunerkit.injection.tuner import WRAPPED, Tuner, Wrapped, base_of, wrapped_of
-from tunerkit.injection.uncalled import note_call, watch
-from tunerkit.injection.unsynchronised import check_at_next_forward_, refuse_unsynchronised
+from tunerkit.injection.tuner import WRAPPED, Tuner, Wrapped, base_of, modules_in, slots_in, wrapped_of
 from tunerkit.injection.weight_override import update_overrides_
-from tunerkit.libraries import duplicate, torch_private
+from tunerkit.layers import torch_private, weights
 from tunerkit.paths import CHILD, is_adapter_path
 from tunerkit.targets import Scan
 
-# Marks a batch norm whose statistics are held, so that unwrapping can release them.
-_HELD = "_tunerkit_held"
+# The attribute of a module of the base with earlier values, by name, of attributes that adapters need otherwise.
+_EARLIER = "_tunerkit_earlier"
+_STATISTICS = "track_running_stats"
 
 
 def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, *, trainable: bool) -> None:
@@ -48,8 +47,7 @@ def _inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan) -> None:
         watch_states_(model)
         watch_threads_(model)
         hooks.wrapped(model)
-    hold_settings_(wrapped, scanned)
-    for path, module in tuner.modules().items():
+    for path, module in modules_in(tuner).items():
         slot, slots, found = built[path], slots_of(module), scanned.by_path[path]
         # A copy replaces the whole module, so there is no base layer.
         base, reader = (found.base, found.reader) if slot.copy is None else (None, None)
@@ -70,7 +68,10 @@ def _inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan) -> None:
         slots.put(tuner.name, slot)
     update_overrides_(model, readers)
     for copied in tuner.copies:
-        _hold_statistics_(copied.module)
+        # The module still runs itself. Without these, a batch norm uses its statistics but does not update them.
+        for _, norm in base_modules(copied.module):
+            if torch_private.is_batch_norm(norm) and norm.track_running_stats:
+                _set_(norm, _STATISTICS, False)
     wrapped.tuners[tuner.name] = tuner
     wrapped.active = (*wrapped.active, tuner.name)
 
@@ -91,18 +92,22 @@ def _eject_(tuners: Sequence[Tuner]) -> None:
     """Take adapters out. It also completes an earlier call that was interrupted, and undoes a half `_inject_`."""
     model = tuners[0].model
     wrapped = wrapped_of(model)
+    frozen = set(wrapped.frozen)
     for tuner in tuners:
-        for module in tuner.modules().values():
+        for module in modules_in(tuner).values():
             _clear_(module, tuner)
         wrapped.tuners.pop(tuner.name, None)
         wrapped.active = tuple(name for name in wrapped.active if name != tuner.name)
     update_overrides_(model)
     if not wrapped.tuners:
-        _thaw_base_(model, set(wrapped.frozen))
+        for name, parameter in model.named_parameters():
+            if name in frozen:
+                # A base that was built in inference mode accepts requires_grad only there.
+                with torch.inference_mode(parameter.is_inference()):
+                    parameter.requires_grad_(True)
         unwatch_states_(model)
         unwatch_threads_(model)
         hooks.unwrapped(model)
-        release_settings_(wrapped)
         vars(model).pop(WRAPPED, None)
     _prepare_next_forward_(model)
 
@@ -117,7 +122,7 @@ def _clear_(module: nn.Module, tuner: Tuner) -> None:
     if module is not tuner.model:
         unwatch_states_(module)
     torch_private.remove_hooks_(module, apply_slots)
-    _release_statistics_(module)
+    _put_back_(module, _STATISTICS)
 
 
 def activate_(model: nn.Module, names: Sequence[str]) -> None:
@@ -144,7 +149,7 @@ def activate_(model: nn.Module, names: Sequence[str]) -> None:
 def rename_(tuner: Tuner, new: str) -> None:
     """Give an adapter another name. Its parameters stay the same objects, which its optimizer holds."""
     old, wrapped = tuner.name, wrapped_of(tuner.model)
-    for module in tuner.modules().values():
+    for module in modules_in(tuner).values():
         if (slots := slots_of(module)) is not None:
             slots.rename(old, new)
     object.__setattr__(tuner, "name", new)  # a tuner's fields are read-only for everybody else
@@ -157,7 +162,7 @@ def train_(tuner: Tuner, *, trained: bool) -> None:
 
     Parameters that the method built without gradients are never trained.
     """
-    for _, slot in tuner.slots():
+    for _, slot in slots_in(tuner):
         for name, parameter in slot.named_parameters():
             continuous = parameter.is_floating_point() or parameter.is_complex()
             parameter.requires_grad_(trained and continuous and name not in slot.fixed)
@@ -167,10 +172,12 @@ def train_(tuner: Tuner, *, trained: bool) -> None:
 
 def _prepare_next_forward_(model: nn.Module) -> None:
     """Restart the checks of the next forward, for the modules that are adapted now, and drop compiled code."""
-    adapted = {path: module for tuner in wrapped_of(model).tuners.values() for path, module in tuner.modules().items()}
+    adapted = {
+        path: module for tuner in wrapped_of(model).tuners.values() for path, module in modules_in(tuner).items()
+    }
     # A module without the hook is not called: its owner uses the overridden weight directly.
-    watch(model, {path: module for path, module in adapted.items() if torch_private.has_hook(module, apply_slots)})
-    check_at_next_forward_(model, adapted.values())
+    watch(model, {path: module for path, module in adapted.items() if is_called(module)})
+    hooks.adapted(model, [*adapted.values()])
     torch_private.forget_compiled()
 
 
@@ -178,36 +185,35 @@ def copy_base(module: nn.Module) -> nn.Module:
     """Return a copy of the base's own module, without what other adapters have put there."""
     slots = slots_of(module)
     # The slots are replaced before copying, since the other adapters' copies may be large.
-    twin = duplicate(module, {id(slots): nn.Module()} if slots is not None else {})
+    twin = weights.duplicate(module, {id(slots): nn.Module()} if slots is not None else {})
     if slots is not None:
         delattr(twin, CHILD)
-    torch_private.remove_hooks_(twin, apply_slots, refuse_unsynchronised, note_call)
+    torch_private.remove_hooks_(twin, apply_slots, note_call)
     torch_private.mute_hooks_(twin)
     hooks.unwrapped(twin)
     for part in twin.modules():
         unwatch_states_(part)
     unwatch_threads_(twin)
-    _release_statistics_(twin)
+    _put_back_(twin, _STATISTICS)
     return twin
 
 
-def _hold_statistics_(module: nn.Module) -> None:
-    """Keep the base's statistics in the batch norms of a module that is trained as a copy: it still runs itself.
-
-    Without ``track_running_stats``, a batch norm uses its statistics as before but does not update them.
-    """
-    for _, norm in base_modules(module):
-        if torch_private.is_batch_norm(norm) and norm.track_running_stats:
-            vars(norm)[_HELD] = True
-            norm.track_running_stats = False
+def _set_(module: nn.Module, name: str, value: object) -> None:
+    """Set an attribute of a module of the base until `_put_back_`."""
+    vars(module).setdefault(_EARLIER, {}).setdefault(name, getattr(module, name))
+    setattr(module, name, value)
 
 
-def _release_statistics_(module: nn.Module) -> None:
-    """Undo `_hold_statistics_`."""
-    for norm in module.modules():
-        if _HELD in vars(norm):
-            vars(norm)["track_running_stats"] = True
-            del vars(norm)[_HELD]
+def _put_back_(module: nn.Module, *names: str) -> None:
+    """Undo `_set_` in a module and below, for the given attributes or all."""
+    for part in module.modules():
+        earlier = vars(part).get(_EARLIER, {})
+        for name in names or list(earlier):
+            if name in earlier:
+                setattr(part, name, earlier[name])
+                del earlier[name]  # after it, so that an interrupted call can be repeated
+        if not earlier:
+            vars(part).pop(_EARLIER, None)
 
 
 def _freeze_base_(model: nn.Module, wrapped: Wrapped) -> None:
@@ -217,12 +223,3 @@ def _freeze_base_(model: nn.Module, wrapped: Wrapped) -> None:
     vars(model)[WRAPPED] = wrapped
     for parameter in own.values():
         parameter.requires_grad_(False)
-
-
-def _thaw_base_(model: nn.Module, frozen: Set[str]) -> None:
-    """Undo `_freeze_base_`."""
-    for name, parameter in model.named_parameters():
-        if name in frozen:
-            # A base that was built in inference mode accepts requires_grad only there.
-            with torch.inference_mode(parameter.is_inference()):
-                parameter.requires_grad_(True)

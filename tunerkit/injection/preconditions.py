@@ -1,20 +1,26 @@
-"""Rejects models, adapter names and settings with which no adapter can be put in, and warns about doubtful ones."""
+"""Rejects models, names and settings with which no adapter can be put in, and changes of a model that is running."""
 
+import functools
 import re
+import threading
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+from weakref import WeakSet
 
+import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from tunerkit import hooks
 from tunerkit.errors import AdapterError, ConfigError, TunerkitWarning, closest
-from tunerkit.injection.merged_state import refuse_fixed
-from tunerkit.injection.root import inside
-from tunerkit.injection.slots import Slot, base_modules, slots_of, walk
+from tunerkit.injection.models import base_modules, inside, refuse_fixed, slots_of, walk
+from tunerkit.injection.slots import Slot
 from tunerkit.injection.tuner import Tuner, tuners_of
-from tunerkit.libraries import is_partitioned, refuse_engine, torch_private
-from tunerkit.paths import CHILD, is_under
+from tunerkit.layers import is_named, torch_private, weights
+from tunerkit.paths import CHILD, is_under, join
 from tunerkit.patterns import matcher
+from tunerkit.records import Restriction
 from tunerkit.targets import Scan
 
 _NAME = r"[^./\ud800-\udfff]{1,64}"
@@ -44,7 +50,7 @@ def ready_model(model: object, adapter: str, *, trainable: bool) -> nn.Module:
         )
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in root.modules()):
         raise AdapterError("the model is already inside DistributedDataParallel; wrap it first, then put it into DDP")
-    refuse_engine(base_modules(root), "wrap")
+    refuse_restricted(base_modules(root), "wrap")
     tuners = tuners_of(root)
     wrapped = next((tuner.model for tuner in tuners.values()), None)
     if wrapped is not root and (tuners or next(walk(root), None) is not None):
@@ -58,6 +64,41 @@ def ready_model(model: object, adapter: str, *, trainable: bool) -> nn.Module:
     check_name(adapter, tuners)
     refuse_fixed(root, "adding an adapter")
     return root
+
+
+def refuse_restricted(modules: Iterable[tuple[str, nn.Module]], verb: str) -> None:
+    """Raise the error of the first restriction of ``verb`` that applies to something in ``modules``.
+
+    Args:
+        modules: Pairs of a path and a module. The modules inside it are not searched.
+        verb: A key of `Restriction.refused`.
+    """
+    # Nearly always nothing is found, so the search is for all at once.
+    restrictions = [each for each in hooks.gather_restrictions() if verb in each.refused]
+    marks = {name for each in restrictions for name in each.marks}
+    known: dict[type, bool] = {}
+    for path, module in modules:
+        own: list[tuple[str, nn.Module | nn.Parameter]] = [("", module)]
+        own += [(name, p) for name, p in torch_private.own_parameters(module).items() if p is not None]
+        for name, thing in own:
+            if type(thing) not in known:
+                known[type(thing)] = any(_is_of(type(thing), each) for each in restrictions)
+            if known[type(thing)] or not marks.isdisjoint(vars(thing)):
+                _refuse_thing(thing, join(path, name) if name else path, restrictions, verb)
+
+
+def _refuse_thing(thing: nn.Module | nn.Parameter, path: str, restrictions: Iterable[Restriction], verb: str) -> None:
+    held = vars(thing)
+    for each in restrictions:
+        marked = any(name in held and value in (None, held[name]) for name, value in each.marks.items())
+        if marked or _is_of(type(thing), each):
+            place = f"at {path!r}" if path else "in the model itself"
+            error = each.error or AdapterError
+            raise error(f"cannot {verb} with {each.name}, found {place}: {each.refused[verb]}")
+
+
+def _is_of(kind: type, restriction: Restriction) -> bool:
+    return any(is_named(kind, name) for name in restriction.classes)
 
 
 def refuse_idle_patterns(tuner: Tuner) -> None:
@@ -78,39 +119,36 @@ def refuse_overlap(model: nn.Module, paths: Collection[str], copies: Collection[
 
     Several adapters may each train a copy of one module, if none of the others is active.
     """
+    starts = [(path, f"{path}.") for path in paths]
     for path, _, slots in walk(model):
-        owners = ", ".join(repr(name) for name in slots.names)
-        shared = path in copies and len(slots.copies) == len(slots.names)
-        nested = [wanted for wanted in paths if _nested(path, wanted) and not shared]
+        owners, start = ", ".join(repr(name) for name in slots.names), f"{path}."
+        if path in copies and len(slots.copies) == len(slots.names):
+            if slots.active:
+                raise AdapterError(
+                    f"cannot train {path!r} in full: adapter {slots.active[0]!r} does and is active, and one replaces "
+                    "the other; call tunerkit.activate(model, []) first, then activate the one that is wanted"
+                )
+            continue
+        nested = [each for each, below in starts if start.startswith(below) or below.startswith(start)]
         if copied := [wanted for wanted in nested if wanted in copies]:
             raise AdapterError(f"cannot train {copied[0]!r} in full: adapter {owners} is at {path!r}; delete it first")
         if nested and slots.copies:
             raise AdapterError(f"cannot adapt {nested[0]!r}: adapter {owners} trains {path!r} in full")
-        if shared and slots.active:
-            raise AdapterError(
-                f"cannot train {path!r} in full: adapter {slots.active[0]!r} does and is active, and one replaces the "
-                "other; call tunerkit.activate(model, []) first, then activate the one that is wanted"
-            )
-
-
-def _nested(one: str, other: str) -> bool:
-    return one == other or one.startswith(other + ".") or other.startswith(one + ".")
 
 
 def refuse_mixed_dtypes(tuner: Tuner, built: Mapping[str, Slot]) -> None:
-    """Raise `AdapterError` if DeepSpeed could not train an adapter beside a base that its zero.Init has partitioned.
-
-    It wants one dtype for all that is trained. Elsewhere it casts what is trained, but not beside such a base.
+    """Raise `AdapterError` if the engine that has divided the base wants one dtype for all that is trained beside it.
 
     Args:
         tuner: The adapter's handle.
         built: Its slots by path.
     """
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for slot in built.values() for p in slot.parameters()})
-    if len(dtypes) > 1 and any(map(is_partitioned, tuner.model.parameters())):
+    holder = weights.emptied(tuner.model.parameters()) if len(dtypes) > 1 else None
+    if holder is not None and holder.one_dtype:
         raise AdapterError(
-            f"what would be trained has the dtypes {' and '.join(dtypes)}, and DeepSpeed trains one dtype beside a "
-            "base in zero.Init. Copies and biases have the base's: set adapter_dtype to it, or train none in full"
+            f"what would be trained has the dtypes {' and '.join(dtypes)}, and {holder.one_dtype}. Copies and biases "
+            "have the base's: set adapter_dtype to it, or train none in full"
         )
 
 
@@ -141,4 +179,65 @@ def warn_of_limits(scanned: Scan, tuner: Tuner) -> None:
             "dropout to 0, or exclude them if that matters",
             TunerkitWarning,
             stacklevel=3,
+        )
+
+
+class _Threads(WeakSet[threading.Thread]):
+    """The threads that are inside the model's forward. A copy or a pickle of the model starts with none.
+
+    By object, not by number: the system gives the number of a thread that has ended to the next one.
+    """
+
+    def __reduce__(self) -> tuple[type["_Threads"], tuple[()]]:
+        return type(self), ()
+
+
+_ATTRIBUTE = "_tunerkit_threads"
+
+
+def watch_threads_(model: nn.Module) -> None:
+    """Note which threads run ``model``, from now on."""
+    threads = vars(model)[_ATTRIBUTE] = _Threads()
+    model.register_forward_pre_hook(functools.partial(enter, threads), prepend=True)
+    # Also called after an exception, or that thread would count as running.
+    model.register_forward_hook(functools.partial(leave, threads), always_call=True)
+
+
+def unwatch_threads_(model: nn.Module) -> None:
+    """Undo `watch_threads_`."""
+    torch_private.remove_hooks_(model, enter, leave)
+    vars(model).pop(_ATTRIBUTE, None)
+
+
+# Not under compile: compiled code must not have a Python side effect in each call.
+def enter(threads: WeakSet[threading.Thread], model: nn.Module, args: Any) -> None:
+    """Note that this thread runs ``model``: with ``threads`` bound, its forward pre-hook."""
+    if not torch.compiler.is_compiling():
+        threads.add(threading.current_thread())
+
+
+def leave(threads: WeakSet[threading.Thread], model: nn.Module, args: Any, output: Any) -> None:
+    """Undo `enter`: the forward hook."""
+    if not torch.compiler.is_compiling():
+        threads.discard(threading.current_thread())
+
+
+def refuse_running(model: nn.Module, what: str) -> None:
+    """Raise `AdapterError` if another thread is inside the forward of ``model``.
+
+    Its output would be computed in part before and in part after the change. What is not seen: a forward that starts
+    after this check, one of a part of the model alone, and compiled code. Those need a lock of the caller's.
+
+    A thread that lives on after an interrupt (KeyboardInterrupt, SystemExit) in its forward counts until its next one.
+    Torch calls hooks after an `Exception` only, and code outside of the call sees its end only by walking frames. A
+    ``finally`` around the call needs another class for the model or a ``forward`` on the instance. The first would
+    change its type; the second would hide the ones that accelerate and TRL set there, and be hidden by them.
+    """
+    threads: WeakSet[threading.Thread] = vars(model).get(_ATTRIBUTE, _Threads())
+    running = [thread for thread in threading.enumerate() if thread in threads]
+    if running and running != [threading.current_thread()]:
+        raise AdapterError(
+            f"another thread runs this {type(model).__name__}, and its output would be wrong if {what} changed the "
+            "model now; wait until it is done, and let your server hold one lock for both. If it was interrupted in "
+            "the model's forward (KeyboardInterrupt), run the model there once more"
         )

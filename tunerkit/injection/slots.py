@@ -1,15 +1,15 @@
 """The child module ``tunerkit`` of an adapted module: it holds what each adapter adds there."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from tunerkit.errors import AdapterError
-from tunerkit.layers import Adapter, BaseLayer, mark_fresh, unmark, view_bias
-from tunerkit.libraries import torch_private, whole_shape
-from tunerkit.paths import CHILD, join
+from tunerkit.layers import Adapter, BaseLayer, mark_fresh, torch_private, unmark, view_bias, whole_shape
+from tunerkit.paths import CHILD
+from tunerkit.records import Rounding
 
 # Buffers hold the originals. Adapter names have no "/", so the prefix keeps the two apart. Buffer names must have no
 # dot, and the tensors of a trained copy have dots in theirs.
@@ -49,7 +49,7 @@ class Slot(nn.Module):
         self.fixed = frozenset(name for name, parameter in self.named_parameters() if not parameter.requires_grad)
         self.copy = copy
         self.register_parameter("bias", bias)
-        self.reads_output = adapter is not None and bool(adapter.reads_output)
+        self.reads_output = adapter is not None and adapter.reads_output is not False
 
     @property
     def shared(self) -> nn.Module | None:
@@ -62,12 +62,13 @@ class Slot(nn.Module):
         """Return the output ``y`` of ``module`` as this slot changes it."""
         if self.copy is not None:
             return _run_copy(self.copy, module, args, kwargs)
-        if self.adapter is not None:
+        adapter = self.adapter
+        if adapter is not None:
             x = _input(args, kwargs)
             if base is not None and not base.has_weight:
                 _refuse_output(self.method, module, y)
             # A block may return its output as the first of several; a layer with a weight returns one tensor.
-            y = (self.adapter(base, x, y[0]), *y[1:]) if type(y) is tuple else self.adapter(base, x, y)
+            y = (adapter(base, x, y[0]), *y[1:]) if type(y) is tuple else adapter(base, x, y)
         if self.bias is not None:
             # Until the copy is trained, the difference is exactly 0, so the first output is bit-identical.
             # ``module.bias`` and not get_parameter: in the replicas of DataParallel it is no Parameter.
@@ -106,21 +107,6 @@ def _refuse_output(method: str, module: nn.Module, output: object) -> None:
         )
 
 
-def _plus(output: Any, found: Any, own: Any) -> Any:
-    """Add to an output what an adapter made of the base layer's own one."""
-    if type(output) is tuple:
-        return (_plus(output[0], found[0], own[0]), *output[1:])
-    if own.is_floating_point():
-        # An output may contain -inf, as that of a head with masked classes does, and -inf - -inf is NaN.
-        limits = torch.finfo(own.dtype)
-        own = own.clamp(limits.min, limits.max)
-    return output + (found - own)
-
-
-def _reads(slot: nn.Module | None) -> bool:
-    return isinstance(slot, Slot) and slot.reads_output
-
-
 def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Return the module's input, passed by position or by keyword; None if it takes none."""
     return args[0] if args else next(iter(kwargs.values()), None)
@@ -147,8 +133,8 @@ class Slots(nn.Module):
         self.enabled = True
         self.merged: tuple[str, ...] = ()
         self.permanent = False
-        self.rounding: object | None = None
-        self.whole: Mapping[str, Any] = {}
+        self.rounding: Rounding | None = None
+        self.whole: dict[str, Any] = {}
 
     def see_as(self, base: BaseLayer | None) -> None:
         """Set the base layer."""
@@ -180,8 +166,9 @@ class Slots(nn.Module):
 
         Adapters that read the base layer's output come first, before another one changes it.
         """
-        own = torch_private.own_children(self)
-        self.active = tuple(sorted((name for name in names if name in own), key=lambda name: not _reads(own[name])))
+        own = cast(dict[str, Slot], torch_private.own_children(self))
+        ours = (name for name in names if name in own)
+        self.active = tuple(sorted(ours, key=lambda name: not own[name].reads_output))
 
     def get(self, name: str) -> Slot | None:
         """Return the slot of one adapter. Attributes of the same name are ignored."""
@@ -221,14 +208,16 @@ class Slots(nn.Module):
     def originals(self) -> dict[str, Any]:
         """What a merge has set aside, by its local name in the module: tensors, and the attributes in ``whole``."""
         buffers = self.named_buffers(recurse=False, remove_duplicate=False)
-        return dict(self.whole) | {name.removeprefix(_ORIGINAL).replace(_DOT, "."): tensor for name, tensor in buffers}
+        return self.whole | {name.removeprefix(_ORIGINAL).replace(_DOT, "."): tensor for name, tensor in buffers}
 
     def set_aside(self, originals: Mapping[str, Any]) -> None:
         """Keep ``originals``, outside ``state_dict``. Tensors are buffers, so that they follow `model.to(...)`."""
-        self.whole = {name: value for name, value in originals.items() if _is_whole(value)}
-        for name, tensor in originals.items():
-            if name not in self.whole:
-                self.register_buffer(_ORIGINAL + name.replace(".", _DOT), tensor, persistent=False)
+        self.whole = {}
+        for name, value in originals.items():
+            if isinstance(value, nn.Parameter) or not isinstance(value, Tensor):
+                self.whole[name] = value  # the merge replaced the attribute, and not a tensor's values
+            else:
+                self.register_buffer(_ORIGINAL + name.replace(".", _DOT), value, persistent=False)
 
     def note_merged(self, originals: Mapping[str, Any], *, permanent: bool) -> None:
         """Note that the active adapters are merged into the module, which had the values ``originals``."""
@@ -251,47 +240,6 @@ class Slots(nn.Module):
         return found.detach()
 
 
-def _is_whole(value: object) -> bool:
-    """Whether a merge replaced an attribute as a whole, and not a tensor's values."""
-    return isinstance(value, nn.Parameter) or not isinstance(value, Tensor)
-
-
-def slots_of(module: nn.Module) -> Slots | None:
-    """Return the slots at ``module`` itself, or None."""
-    slots = torch_private.own_children(module).get(CHILD)
-    return slots if isinstance(slots, Slots) else None
-
-
-def is_called(module: nn.Module) -> bool:
-    """Whether an adapted module is called itself. Otherwise its owner uses its weight, which core overrides."""
-    return torch_private.has_hook(module, apply_slots)
-
-
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of ``model`` with their paths, each once and in its order, without what adapters put there.
-
-    ``named_modules`` would also visit every adapter, and most modules of a wrapped model are in adapters.
-    """
-    seen: set[int] = set()
-    waiting = [("", model)]
-    while waiting:
-        path, module = waiting.pop()
-        if id(module) not in seen:
-            seen.add(id(module))
-            yield path, module
-            # In reverse, since the last entry of the list is visited first.
-            for name, child in reversed(torch_private.own_children(module).items()):
-                if child is not None and type(child) is not Slots:
-                    waiting.append((join(path, name), child))
-
-
-def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slots]]:
-    """Yield every adapted module of ``model`` with its dotted path and its slots, in model order."""
-    for path, module in base_modules(model):
-        if (slots := slots_of(module)) is not None:
-            yield path, module, slots
-
-
 def apply_slots(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
     """Apply the active slots: the forward hook of every adapted module.
 
@@ -305,18 +253,31 @@ def apply_slots(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: A
             "model does. Quantise the base before tunerkit.wrap, or call tunerkit.unwrap(model, keep_merged=True) "
             "before you quantise"
         )
-    if slots.enabled and not slots.merged:
-        own, marked, children = output, False, cast(dict[str, Slot], torch_private.own_children(slots))
-        # An adapter may write into a fresh output, and several that read it need it as it is.
-        one_reads = len(slots.active) < 2 or not children[slots.active[0]].reads_output
-        if slots.active and one_reads and slots.base is not None and not torch.compiler.is_compiling():
-            marked = mark_fresh(slots.base, _input(args, kwargs), own)
-        for name in slots.active:
-            slot = children[name]
-            if slot.reads_output and output is not own:
-                output = _plus(output, slot(module, slots.base, args, kwargs, own), own)
-            else:
-                output = slot(module, slots.base, args, kwargs, output)
-        if marked:
-            unmark(own)
+    if not slots.enabled or slots.merged:
+        return output
+    own, marked = output, False
+    by_name: dict[str, Any] = torch_private.own_children(slots)
+    # An adapter may write into a fresh output. Where one reads it beside others, it is needed as it is.
+    is_needed = len(slots.active) > 1 and by_name[slots.active[0]].reads_output
+    if slots.active and not is_needed and slots.base is not None:
+        marked = mark_fresh(slots.base, _input(args, kwargs), own)
+    for name in slots.active:
+        slot = by_name[name]
+        if slot.reads_output and output is not own:
+            output = _with_change(output, own, slot(module, slots.base, args, kwargs, own))
+        else:
+            output = slot(module, slots.base, args, kwargs, output)
+    if marked:
+        unmark(own)
     return output
+
+
+def _with_change(output: Any, own: Any, changed: Any) -> Any:
+    """Add to ``output`` the difference that an adapter made to the base layer's ``own`` output: ``changed - own``."""
+    if type(output) is tuple:
+        return (_with_change(output[0], own[0], changed[0]), *output[1:])
+    if own.is_floating_point():
+        # An output may contain -inf, as that of a head with masked classes does, and -inf - -inf is NaN.
+        limits = torch.finfo(own.dtype)
+        own = own.clamp(limits.min, limits.max)
+    return output + (changed - own)

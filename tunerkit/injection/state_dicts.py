@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from tunerkit import hooks
 from tunerkit.errors import AdapterError, TunerkitWarning
 from tunerkit.injection.delta import adapted_tensors
-from tunerkit.injection.slots import Slots, walk
+from tunerkit.injection.models import walk
+from tunerkit.injection.slots import Slots
 from tunerkit.injection.tuner import wrapped_of
-from tunerkit.libraries import numbers_of, torch_private
+from tunerkit.layers import numbers_of, torch_private
 from tunerkit.paths import CHILD, join
 
 # The entry in the metadata of a state with merged weights.
@@ -51,27 +52,22 @@ def refuse_state(
     """
     marked, found, unknown = _MERGED in metadata, False, False
     for path, part, slots in walk(module):
+        start = prefix + join(path, "")
         if slots.permanent:
             unknown |= not marked  # nothing is lost at unmerge, since there is none
         elif slots.merged:
-            if _changes(path, part, slots, state, prefix):
+            own = dict(part.named_parameters())
+            both = [(own[n], state[start + n]) for n in slots.originals if n in own and start + n in state]
+            if not all(_is_equal(live, new) for live, new in both):
                 raise AdapterError(_LOST)
         elif marked:
             raise AdapterError(_TWICE)
-        elif not found and (pair := _weights(path, part, slots, state, prefix)) and not _same_samples(*pair):
+        elif not found and (pair := _weights(part, slots, state, start)) and not _same_samples(*pair):
             found = True  # one place is enough: the state is of another base, or merged
-            if _is_sum(path, part, slots, state, prefix, *pair):
+            if _is_sum(path, part, slots, state, start, *pair):
                 raise AdapterError(_TWICE)
     if unknown and wrapped_of(module).tuners:  # once, for the whole model
         warnings.warn(_UNKNOWN, TunerkitWarning, stacklevel=4)
-
-
-def _changes(path: str, part: nn.Module, slots: Slots, state: Mapping[str, Any], prefix: str) -> bool:
-    """Whether a state has other values than the merged parameters of a module."""
-    own = dict(part.named_parameters())
-    names = {prefix + join(path, name): own[name] for name in slots.originals if name in own}
-    pairs = [(live, state[name]) for name, live in names.items() if name in state]
-    return not all(_is_equal(live, new) for live, new in pairs)
 
 
 def _is_equal(live: Tensor, new: Tensor) -> bool:
@@ -80,13 +76,11 @@ def _is_equal(live: Tensor, new: Tensor) -> bool:
     return new.shape == live.shape and all(a.shape == b.shape and torch.equal(a, b.to(a)) for a, b in pairs)
 
 
-def _weights(
-    path: str, part: nn.Module, slots: Slots, state: Mapping[str, Any], prefix: str
-) -> tuple[Tensor, Tensor] | None:
+def _weights(part: nn.Module, slots: Slots, state: Mapping[str, Any], start: str) -> tuple[Tensor, Tensor] | None:
     """Return the weight of a module in the state and the live one; None where they cannot be compared."""
     if slots.base is None or not slots.applied:
         return None
-    new: Any = state.get(prefix + join(path, slots.base.weight_name))
+    new: Any = state.get(start + slots.base.weight_name)
     own = torch_private.own_parameters(part).get(slots.base.weight_name)
     if type(own) is not nn.Parameter or type(new) not in (Tensor, nn.Parameter) or new.shape != own.shape:
         return None  # a shard or a packed weight
@@ -101,18 +95,18 @@ def _same_samples(new: Tensor, own: Tensor) -> bool:
 
 @torch.no_grad()
 def _is_sum(
-    path: str, part: nn.Module, slots: Slots, state: Mapping[str, Any], prefix: str, new: Tensor, own: Tensor
+    path: str, part: nn.Module, slots: Slots, state: Mapping[str, Any], start: str, new: Tensor, own: Tensor
 ) -> bool:
     """Whether the weight in the state is the live one plus the ΔW of the adapters in the state."""
-    assert slots.base is not None
     if not all(slot.adapter is None or hooks.has_delta(slot.method) for slot in slots.applied):
         return False
-    start = f"{prefix}{join(path, CHILD)}."
+    start += f"{CHILD}."
     twin = copy.deepcopy(slots)
     try:
         twin.load_state_dict({key.removeprefix(start): state[key] for key in state if key.startswith(start)})
     except RuntimeError:  # the state has other adapters
         return False
+    assert slots.base is not None
     merged = adapted_tensors(path, part, twin).get(slots.base.weight_name, own).float()
     change = new.to(own.device).float() - own.float()
     missing, size = (merged - own.float() - change).norm(), change.norm()

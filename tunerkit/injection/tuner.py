@@ -1,48 +1,85 @@
-"""The tuner: the handle on one adapter of a wrapped model."""
+"""The tuner: the handle on one adapter of a wrapped model, and what a model holds of its adapters."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
-from weakref import WeakSet
+from weakref import ref
 
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from tunerkit import hooks
 from tunerkit.config import AdapterConfig
-from tunerkit.engine import Alone, Engine, Pieces, same
-from tunerkit.errors import AdapterError, StepError, closest
-from tunerkit.injection.contents import biases_in, copies_in, factors_in
-from tunerkit.injection.merged_state import is_merged
-from tunerkit.injection.progress import Progress
-from tunerkit.injection.root import inside
-from tunerkit.injection.slots import Slot, Slots, base_modules, slots_of
-from tunerkit.layers import Adapter, BaseLayer, OutputLayer
-from tunerkit.libraries import is_zero_shard
-from tunerkit.paths import join
-from tunerkit.records import Factors, RankChange, State, Target
+from tunerkit.errors import AdapterError, StepError, closest, cut
+from tunerkit.hooks import Engine, Pieces, Removable, same, whole_pieces
+from tunerkit.injection.models import base_modules, inside, is_merged, slots_of
+from tunerkit.injection.slots import Slot
+from tunerkit.layers import Adapter, BaseLayer, OutputLayer, weights
+from tunerkit.paths import few, join
+from tunerkit.records import RankChange, State, Target
 
 # The attribute of a wrapped model that holds its `Wrapped`.
 WRAPPED = "_tunerkit"
 
 
-class _Unseen(WeakSet["Tuner"]):
-    """Tuners, including copies, that the watch over optimizers has not seen yet.
+@attrs.frozen(eq=False)
+class Link:
+    """The hooks through which an optimizer drives an adapter. They stay until `detach`, which remembers the optimizer.
 
-    The watch sets ``notify``: a model that another process wrapped is unpickled without a call of `wrap`.
+    It holds no tuner: only the optimizer keeps its driver alive, so that a model can be freed.
     """
 
-    notify: Callable[[], object] = staticmethod(lambda: None)
+    optimizer: "ref[Optimizer]"
+    handles: tuple[Removable, ...]
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        # A deep copy or pickle holds None instead: the optimizer does not drive the copy.
+        return type(None), ()
 
 
-_NOTIFY = "notify"  # the entry of a pickled tuner
+@attrs.define(eq=False)
+class Progress:
+    """What changes after an adapter was put into a model, and what the base was then.
 
-# State of the process: an optimizer does not know the model whose parameters it holds.
-unseen = _Unseen()
+    Only the step driver, saving, resuming and merging write to it.
+
+    Attributes:
+        steps: The optimizer steps taken.
+        total_steps: The length of training in optimizer steps, if it is known.
+        history: The allocations so far, the oldest first.
+        link: The connection to the optimizer, from `attach` on.
+        loaded: Whether the adapter came from a file.
+        calibration: How much data set the adapter's start: the numbers of batches and of input rows; None if none did.
+        fingerprint: The base's fingerprint, kept if a permanent merge overwrote the base.
+        shapes: The shapes of the base's parameters when the adapter was put in.
+        beside: New modules of the base that another adapter, active at that time, trains in full. The fingerprint
+            leaves them out, because the adapter never used the base's own values.
+        noted: The base's fingerprint when the adapter was put in, if this process is in a group: it may shard the base
+            afterwards.
+        seed: The seed that `wrap` was given.
+        files: The files that it was loaded from or saved to, with what each holds: ``"adapter"`` or ``"state"``.
+    """
+
+    steps: int = 0
+    total_steps: int | None = None
+    history: list[RankChange] = attrs.field(factory=list)
+    link: Link | None = None
+    loaded: bool = False
+    calibration: dict[str, int] | None = None
+    fingerprint: dict[str, dict[str, Any]] | None = None
+    shapes: dict[str, tuple[int, ...]] = attrs.field(factory=dict)
+    beside: tuple[str, ...] = ()
+    noted: dict[str, dict[str, Any]] | None = None
+    seed: int | None = None
+    files: dict[str, str] = attrs.field(factory=dict)
 
 
-@attrs.define(eq=False, on_setattr=attrs.setters.frozen)
+_WRITABLE = attrs.setters.NO_OP
+
+
+@attrs.define(eq=False, repr=False, on_setattr=attrs.setters.frozen)
 class Tuner:
     """The handle on one adapter of a wrapped model. It lives in the model, so a deep copy of the model has its own.
 
@@ -54,8 +91,9 @@ class Tuner:
         targets: The targets with an adapter of the method, in the model's order.
         copies: The modules that are trained in full, as copies.
         biases: The other modules whose bias is trained.
-        loaded: Whether the adapter came from a file.
-        progress: What changes during training. The other fields stay as they are.
+        progress: What changes during training.
+        state: The method's own training state, from `attach` on; `tunerkit_restore` may replace it.
+        engine: How several processes train the adapter together, from `attach` on; None if this one is alone.
     """
 
     name: str
@@ -65,24 +103,25 @@ class Tuner:
     targets: tuple[Target, ...]
     copies: tuple[Target, ...] = ()
     biases: tuple[Target, ...] = ()
-    loaded: bool = False
     progress: Progress = attrs.field(factory=Progress)
-
-    def __attrs_post_init__(self) -> None:
-        unseen.add(self)
+    state: object | None = attrs.field(default=None, on_setattr=_WRITABLE)
+    engine: Engine | None = attrs.field(default=None, on_setattr=_WRITABLE)
 
     def __getstate__(self) -> dict[str, Any]:
-        # The function is pickled by its name: a process that only unpickles a model imports the watch with it.
-        return {**attrs.asdict(self, recurse=False), _NOTIFY: unseen.notify}
+        # A copy is not attached, and the engine is that of the processes which train the original.
+        return {**attrs.asdict(self, recurse=False), "engine": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a deep copy or pickle, for which `__init__` does not run."""
-        notify = state.get(_NOTIFY, unseen.notify)  # pickles of earlier versions lack it
         for name, value in state.items():
-            if name != _NOTIFY:
-                object.__setattr__(self, name, value)
-        unseen.add(self)
-        notify()
+            object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        steps = f"step {self.steps}" + ("" if self.total_steps is None else f" of {self.total_steps}")
+        lines = [f"tuner of adapter {self.name!r}: {self.method} in a {type(self.model).__name__}, {steps}"]
+        for what, places in (("targets", self.targets), ("trained in full", self.copies), ("biases", self.biases)):
+            if places:
+                lines.append(f"  {len(places)} {what}: {few([place.path for place in places], shown=3)}")
+        return "\n".join([*lines, f"  {cut(repr(self.config), 400)}"])
 
     @property
     def steps(self) -> int:
@@ -99,109 +138,22 @@ class Tuner:
         """The allocations so far, the oldest first."""
         return self.progress.history
 
-    @property
-    def state(self) -> object | None:
-        """The method's own training state, from `attach` on; `tunerkit_restore` may replace it."""
-        return self.progress.state
-
-    @state.setter
-    def state(self, state: object | None) -> None:
-        self.progress.state = state
-
-    @property
-    def needs_steps(self) -> bool:
-        """Whether the method only works if an optimizer drives it."""
-        return hooks.registry.get(self.method).needs_steps
-
-    @property
-    def engine(self) -> Engine:
-        """What the processes of the training do together, from `attach` on; before that each is alone.
-
-        A frozen adapter is never attached. If DeepSpeed has partitioned it too, the engine of one that is trained
-        beside it gathers it.
-        """
-        if self.progress.link is not None:
-            return self.progress.link.engine
-        links = (other.progress.link for other in wrapped_of(self.model).tuners.values())
-        beside = next((link.engine for link in links if link is not None and link.engine.splits), None)
-        if beside is not None and is_frozen(self) and any(map(is_zero_shard, self.parameters())):
-            return beside
-        return Alone()
-
-    @property
-    def is_active(self) -> bool:
-        """Whether forward applies the adapter."""
-        return self.name in wrapped_of(self.model).active
-
-    def slots(self) -> Iterator[tuple[str, Slot]]:
-        """Find the adapter's slots in the model.
-
-        Returns:
-            Pairs of a module's path and the adapter's slot there: targets, copies, then other trained biases.
-
-        Raises:
-            AdapterError: The adapter is not in the model any more, or not at one of its modules.
-        """
-        # By the record first: another adapter may have taken the name of one that was deleted.
-        present = wrapped_of(self.model).tuners.get(self.name) is self
-        for path, module in self.modules().items():
-            slots = slots_of(module)
-            slot = slots.get(self.name) if slots is not None and present else None
-            if slot is None:
-                raise AdapterError(f"adapter {self.name!r} is gone from the model at {path!r}; wrap or load it again")
-            yield path, slot
-
-    def factors(self) -> dict[str, Factors]:
-        """Return what the adapter adds to the weight of each target as a product, on the CPU and without gradients.
-
-        Returns:
-            The products by target path: q (r, in), p (out, r). The rank r differs between targets and may be 0.
-
-        Raises:
-            AdapterError: The method adds something that is no product, or also adds to biases.
-        """
-        return factors_in(self._places(), self.method)
-
-    def copied(self) -> dict[str, dict[str, Tensor]]:
-        """Return the tensors of the modules trained in full, on the CPU, by module path and by name in the module."""
-        return copies_in(self._places())
-
-    def trained_biases(self) -> dict[str, Tensor]:
-        """Return the other trained biases, (out,), on the CPU, by module path."""
-        return biases_in(self._places())
-
-    def _places(self) -> Iterator[tuple[str, Slots, Slot]]:
-        modules = self.modules()
-        for path, slot in self.slots():
-            slots = slots_of(modules[path])
-            assert slots is not None
-            yield path, slots, slot
-
-    def modules(self) -> dict[str, nn.Module]:
-        """Return the adapted modules by path."""
-        return {target.path: target.module for target in (*self.targets, *self.copies, *self.biases)}
-
     def adapters(self) -> dict[str, Adapter]:
         """Return the method's adapters by target path."""
-        return {path: slot.adapter for path, slot in self.slots() if slot.adapter is not None}
+        return {path: slot.adapter for path, slot in slots_in(self) if slot.adapter is not None}
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the adapter's parameters. They are looked up at each call, since FSDP2 replaces Parameter objects.
 
         Those that the method keeps fixed are among them, with ``requires_grad=False``.
         """
-        for _, slot in self.slots():
+        for _, slot in slots_in(self):
             yield from slot.parameters()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the adapter's parameters with their names in the adapter's file, such as ``"encoder.0.adapter.b"``."""
-        for path, slot in self.slots():
+        for path, slot in slots_in(self):
             yield from ((join(path, name), parameter) for name, parameter in slot.named_parameters())
-
-    @property
-    def shared(self) -> nn.Module | None:
-        """The module that the method's adapters share, if there is one; see the hook `tunerkit_shared`."""
-        return next((slot.shared for _, slot in self.slots() if slot.shared is not None), None)
 
     def ranks(self) -> dict[str, int]:
         """Return the live rank by target path: AdaLoRA's last mask, LoRA's constant."""
@@ -229,52 +181,23 @@ class Tuner:
         """
         if is_merged(self.model):
             raise StepError("the model is merged; call tunerkit.unmerge before finish()")
-        with torch.no_grad(), self.as_hooks_see_it():
-            ranks = hooks.finish(self)
-            self.record(ranks)
+        with torch.no_grad(), as_hooks_see_it(self):
+            record(self, hooks.finish(self))
 
-    def record(self, ranks: Mapping[str, int] | None) -> None:
-        """Add an allocation to ``history`` and notify every plugin.
-
-        Args:
-            ranks: The live rank by target path; None if no mask changed, which records nothing.
-        """
-        if ranks is not None:
-            change = RankChange(step=self.steps, budget=self.budget(), ranks=dict(ranks))
-            self.history.append(change)
-            hooks.ranks_changed(self, change)
-
-    def training_state(self) -> State:
-        """Return what is needed to resume training, in addition to the adapter's weights."""
-        with self.as_hooks_see_it():
-            return hooks.state(self)
-
-    @contextmanager
-    def as_hooks_see_it(self, *, gradients: bool = False) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Inside the block, parameters are what the method works on: pieces if it can, else whole as in `whole`."""
-        if self.engine.gives_pieces and hooks.registry.get(self.method).pieces:
-            self.engine.reshard_()
-            yield same
-            return
-        with self.whole(gradients=gradients) as outside:
-            yield outside
-
-    @contextmanager
-    def whole(self, *, gradients: bool = False) -> Iterator[Callable[[Tensor], Tensor]]:
+    def whole(self, *, gradients: bool = False) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
         """Inside the block, this process holds the whole adapter. Where it holds a shard otherwise, all must call this.
 
         Args:
             gradients: Whether the gradients are needed too.
 
-        Yields:
-            A function from a parameter inside the block to the one outside of it, which the optimizer knows.
+        Returns:
+            A context manager. It gives a function from a parameter inside the block to the one outside of it, which
+            the optimizer knows.
         """
-        engine = self.engine
-        if not engine.splits and engine.withholds:  # whole as they are; each step asks, and finding slots takes long
-            yield same
-            return
-        with engine.whole([slot for _, slot in self.slots()], gradients=gradients) as outside:
-            yield outside
+        engine = engine_of(self)
+        if engine is None or (not engine.splits and engine.withholds):  # finding slots takes long, and steps ask
+            return nullcontext(same)
+        return engine.whole([slot for _, slot in slots_in(self)], gradients=gradients)
 
     def pieces(self, parameters: Sequence[nn.Parameter]) -> Pieces:
         """Return what this process holds of the adapter's parameters: plain tensors, also where an engine cut them.
@@ -285,7 +208,7 @@ class Tuner:
         Args:
             parameters: Parameters of this adapter, as its modules have them now.
         """
-        return self.engine.pieces(parameters)
+        return whole_pieces(parameters) if self.engine is None else self.engine.pieces(parameters)
 
     def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
         """Overwrite tensors with those of process 0, so that the processes of one training decide alike.
@@ -297,7 +220,79 @@ class Tuner:
             tensors: Tensors of the same shapes in every process.
             what: What they are, for messages.
         """
-        self.engine.agree_(tensors, f"{what} of adapter {self.name!r}")
+        if self.engine is not None:
+            self.engine.agree_(tensors, f"{what} of adapter {self.name!r}")
+
+
+def modules_in(tuner: Tuner) -> dict[str, nn.Module]:
+    """Return the adapted modules by path: targets, copies, then other trained biases."""
+    return {place.path: place.module for place in (*tuner.targets, *tuner.copies, *tuner.biases)}
+
+
+def slots_in(tuner: Tuner) -> Iterator[tuple[str, Slot]]:
+    """Find an adapter's slots in its model, in the order of `modules_in`. Yields pairs of a path and the slot there.
+
+    Raises:
+        AdapterError: The adapter is not in the model any more, or not at one of its modules.
+    """
+    # By the record first: another adapter may have taken the name of one that was deleted.
+    present = wrapped_of(tuner.model).tuners.get(tuner.name) is tuner
+    for path, module in modules_in(tuner).items():
+        slots = slots_of(module)
+        slot = slots.get(tuner.name) if slots is not None and present else None
+        if slot is None:
+            raise AdapterError(f"adapter {tuner.name!r} is gone from the model at {path!r}; wrap or load it again")
+        yield path, slot
+
+
+def shared_in(tuner: Tuner) -> nn.Module | None:
+    """Return the module that the method's adapters share, if there is one; see the hook `tunerkit_shared`."""
+    return next((slot.shared for _, slot in slots_in(tuner) if slot.shared is not None), None)
+
+
+def needs_steps(tuner: Tuner) -> bool:
+    """Whether the method only works if an optimizer drives it."""
+    return hooks.registry.get(tuner.method).needs_steps
+
+
+def engine_of(tuner: Tuner) -> Engine | None:
+    """Return what holds the adapter together over several processes; None if this one has all of it.
+
+    A frozen adapter is never attached. If it is sharded too, the engine of one that is trained beside it gathers it.
+    """
+    engines = (other.engine for other in wrapped_of(tuner.model).tuners.values())
+    beside = next((engine for engine in engines if engine is not None and engine.splits), None)
+    if tuner.engine is not None or beside is None or not is_frozen(tuner):
+        return tuner.engine
+    return None if weights.sharding(tuner.parameters()) is None else beside
+
+
+@contextmanager
+def as_hooks_see_it(tuner: Tuner, *, gradients: bool = False) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Inside the block, parameters are what the method works on: pieces if it can, else whole as in `Tuner.whole`."""
+    if tuner.engine is not None and tuner.engine.gives_pieces and hooks.registry.get(tuner.method).pieces:
+        tuner.engine.reshard_()
+        yield same
+        return
+    with tuner.whole(gradients=gradients) as outside:
+        yield outside
+
+
+def record(tuner: Tuner, ranks: Mapping[str, int] | None) -> None:
+    """Add an allocation to the history of an adapter, and notify every plugin.
+
+    Args:
+        tuner: The adapter's handle.
+        ranks: The live rank by target path; None if no mask changed, which records nothing.
+    """
+    if ranks is not None:
+        hooks.ranks_changed(tuner, tuner.history, tuner.steps, tuner.budget(), ranks)
+
+
+def training_state(tuner: Tuner) -> State:
+    """Return what is needed to resume training, in addition to the adapter's weights."""
+    with as_hooks_see_it(tuner):
+        return hooks.state(tuner)
 
 
 @attrs.define(eq=False)
@@ -309,14 +304,12 @@ class Wrapped:
         active: The names of the adapters that forward applies, in order.
         frozen: The names of the base parameters that wrapping froze.
         told: What a warning has said of the base that no adapter's file holds.
-        held: The attributes of base layers that have another value meanwhile, as (module, name, earlier value).
     """
 
     tuners: dict[str, Tuner] = attrs.field(factory=dict)
     active: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
     told: set[str] = attrs.field(factory=set)
-    held: list[tuple[nn.Module, str, object]] = attrs.field(factory=list)
 
 
 def wrapped_of(model: nn.Module) -> Wrapped:
@@ -399,12 +392,3 @@ def is_frozen(tuner: Tuner) -> bool:
     own = tuner.parameters()
     first = next(own, None)  # each step calls this, and the first parameter is usually enough
     return first is not None and not first.requires_grad and not any(p.requires_grad for p in own)
-
-
-def takes_part(tuner: Tuner) -> bool:
-    """Return whether the adapter takes part in an optimizer step: it is not frozen, and is active or has a gradient.
-
-    So adapters that share an optimizer and are trained alternately count their own steps. With a clock (a Trainer's
-    global step), a step has the same number for all, and an adapter sees those in which it takes part.
-    """
-    return not is_frozen(tuner) and (tuner.is_active or any(p.grad is not None for p in tuner.parameters()))

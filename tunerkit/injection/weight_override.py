@@ -11,8 +11,9 @@ from torch import nn
 
 from tunerkit.errors import AdapterError
 from tunerkit.injection.delta import adapted_tensors
-from tunerkit.injection.slots import Slots, apply_slots, base_modules, slots_of, walk
-from tunerkit.libraries import torch_private
+from tunerkit.injection.models import base_modules, is_called, slots_of, walk
+from tunerkit.injection.slots import Slots
+from tunerkit.layers import torch_private
 
 # The attribute of a running owner with its last call.
 _CALL = "_tunerkit_overrides"
@@ -167,7 +168,7 @@ def _read_modules(owner: nn.Module) -> Iterator[tuple[nn.Module, Slots]]:
     """
     for module in (owner, *owner.children()):
         slots = slots_of(module)
-        if slots is not None and slots.base is not None and not torch_private.has_hook(module, apply_slots):
+        if slots is not None and slots.base is not None and not is_called(module):
             yield module, slots
 
 

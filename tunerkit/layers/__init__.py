@@ -1,12 +1,16 @@
-"""Base layers: how each kind reads its input, is added to, and shows its weight as a matrix; low-rank products."""
+"""Base layers: how each kind reads its input, is added to, and shows its weight as a matrix; low-rank products.
 
-from tunerkit.layers.adapter import Adapter
-from tunerkit.layers.base import BaseLayer
-from tunerkit.layers.bias import bias_name, has_trainable_bias, view_bias
+Beside them stands what all else asks of a module: its weights, wherever they are held, its forward, and torch's
+private parts.
+"""
+
+from tunerkit.layers import torch_private, weights
+from tunerkit.layers.adapter import Adapter, resize_
+from tunerkit.layers.base import BaseLayer, bias_name, has_trainable_bias, view_bias
 from tunerkit.layers.builtin import CORE, KINDS, Knowledge, as_base_layer, as_base_layers
+from tunerkit.layers.forwards import derives_from, forward_name, forward_owner, is_named, overrides_forward
 from tunerkit.layers.fused import autocast_off, mark_fresh, plain_form, unmark
+from tunerkit.layers.kinds import DenseLinear, EmbeddingLayer, LinearLayer, OutputLayer
 from tunerkit.layers.low_rank import add_low_rank, low_rank_delta, low_rank_factors, misfit
-from tunerkit.layers.outputs import OutputLayer
-from tunerkit.layers.packed import PackedLinear
-from tunerkit.layers.resizing import resize_
-from tunerkit.layers.sketches import Sketch
+from tunerkit.layers.torch_private import is_packed, numbers_of
+from tunerkit.layers.weights import is_sharded, weight_of, whole_shape

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from tunerkit.layers.base import BaseLayer
-from tunerkit.layers.resizing import resize_
 
 _SHARED = "_shared"
 
@@ -23,8 +23,8 @@ class Adapter(nn.Module):
 
     Attributes:
         reads_output: Whether `forward` uses the values of ``y`` for more than adding to it, as y · l does. It is then
-            given the base layer's own output, also where other adapters share the target. Set it to True or False;
-            with None, `tunerkit.merge` tests each target that several adapters share.
+            given the base layer's own output, also where other adapters share the target, so that each merges to what
+            it adds alone. None counts as True; set it to False where `forward` only adds, which is faster.
         reads_weight: Whether `forward` or the delta reads the base layer's weight, as DoRA does. It is always the
             base's own weight, without other adapters.
         rank_dims: The parameters and persistent buffers whose size is the rank, with the dimension that is, such as
@@ -113,12 +113,24 @@ def _resize_for(adapter: Adapter, state_dict: Mapping[str, Any], prefix: str, *_
 def _fits(value: object, own: Tensor, dim: int | None) -> bool:
     """Whether a value has the shape of an adapter's own tensor, apart from dimension ``dim``."""
     # ZeRO-3 empties parameters between their uses: then they have one dimension, and nothing says their rank.
-    return (
-        isinstance(value, Tensor)
-        and value.ndim == own.ndim > (dim or -1)
-        and _without(value, dim) == _without(own, dim)
-    )
+    if not isinstance(value, Tensor) or value.ndim != own.ndim or (dim is not None and dim >= own.ndim):
+        return False
+    differing = {at for at, size in enumerate(own.shape) if value.shape[at] != size}
+    return differing <= {None if dim is None else dim % own.ndim}
 
 
-def _without(tensor: Tensor, dim: int | None) -> tuple[int, ...]:
-    return tuple(tensor.shape) if dim is None else (*tensor.shape[:dim], *tensor.shape[dim:][1:])
+@torch.no_grad()
+def resize_(parameter: Tensor, values: Tensor) -> None:
+    """Replace a parameter's values in place, by a contiguous copy of new ones; its gradient is dropped.
+
+    Args:
+        parameter: The parameter or buffer to change.
+        values: The new values, of any shape.
+    """
+    # While a loss of an earlier step is alive, autograd keeps the node that accumulates this gradient, with the old
+    # shape. Changing the dtype makes autograd discard that node, hence the detour.
+    parameter.grad = None
+    other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
+    parameter.data = torch.empty(0, dtype=other, device=parameter.device)
+    # Contiguous, as a loaded file's tensors are: products of other layouts differ in their last bits.
+    parameter.data = values.clone(memory_format=torch.contiguous_format)

@@ -1,7 +1,7 @@
 """The kinds of base layers: how each reads its input, is added to, and shows its weight as one (out, in) matrix."""
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, cast
 
 import attrs
@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tunerkit.errors import AdapterError
-from tunerkit.libraries import forward_owner, is_packed, is_partitioned, torch_private, weight_of
-from tunerkit.records import Packing
+from tunerkit.layers import torch_private
+from tunerkit.layers.forwards import forward_owner, overrides_forward
+from tunerkit.layers.torch_private import is_packed
+from tunerkit.layers.weights import weight_of
+from tunerkit.records import Packing, Rounding
 
 
 @attrs.frozen(eq=False)
@@ -78,19 +81,10 @@ class BaseLayer(abc.ABC):
     def packing(self) -> Packing | None:
         """How a quantiser stores W; None, the default, if W is stored as numbers that may be added to.
 
-        Files then describe W by its shape alone, so that an adapter fits the base in another precision too. Merging
-        calls `requantised`.
+        Files then describe W by its shape alone, so that an adapter fits the base in another precision too. Such kinds
+        derive from ``tunerkit_quant.PackedLinear``.
         """
         return None
-
-    @property
-    def while_adapted(self) -> Mapping[str, object]:
-        """Attributes of the module, with the values that they must have while the model has adapters.
-
-        Core sets them on every module of the kind, adapted or not, and puts the earlier values back with the last
-        adapter. By default there are none.
-        """
-        return {}
 
     def obstacle(self) -> str | None:
         """Say why the module cannot be adapted as it is now, as the end of a sentence about its path.
@@ -151,7 +145,7 @@ class BaseLayer(abc.ABC):
             loaded first.
         """
         found: Tensor | None = torch_private.own_parameters(self.module).get(self.bias_name)
-        if found is not None and (found.is_meta or is_partitioned(found)):
+        if found is not None and (found.is_meta or not found.numel()):
             found = weight_of(self.module, self.bias_name)
         return None if found is None else found.detach()
 
@@ -183,61 +177,45 @@ class BaseLayer(abc.ABC):
 
         Returns:
             New tensors by their local name in the module, each in the shape and dtype of the module's own. By default
-            that is W alone: the sum is computed in fp32 or wider, and rounded once. With a `packing`, it is what
-            `requantised` returns for the sum.
+            that is W alone: the sum is computed in fp32 or wider, and rounded once. With a `packing`, it is all
+            attributes that hold W, as new objects: while adapters are merged, they replace the module's own.
 
         Raises:
             AdapterError: There is a `packing`, and the kind cannot write a weight.
         """
         if self.packing is not None:
-            total = self.dense().to(delta.dtype) + delta
-            if not total.isfinite().all():  # packed, it would be numbers again
-                raise AdapterError(
-                    f"the weight of the {type(self.module).__name__} and its adapters add up to NaN or inf. Nothing "
-                    "was changed. Check the adapter's own weights"
-                )
-            return dict(self.requantised(total))
+            raise AdapterError(
+                f"the {type(self.module).__name__} stores its weight as {self.packing.name}, and {type(self).__name__} "
+                "cannot write one: its plugin must define merged, put_ and rounded, or derive it from a kind that does"
+            )
         own, packed = self.tensor(self.weight_name), self.pack(delta)
         wide = torch.promote_types(packed.dtype, torch.promote_types(own.dtype, torch.float32))
         return {self.weight_name: (own.to(wide) + packed.to(wide)).to(own.dtype)}
 
-    def requantised(self, weight: Tensor) -> Mapping[str, Any]:
-        """Store another W as the module stores its own, with the quantiser of its library. The module is only read.
+    def put_(self, stored: Mapping[str, Any]) -> None:
+        """Replace attributes of the module by what `merged` returned, or by what was there before a merge.
 
-        Only a kind with a `packing` defines it.
+        Only a kind with a `packing` defines it, and the two methods below.
+        """
+        raise NotImplementedError
+
+    def rounded(self, before: Tensor, delta: Tensor, others: Iterable[Rounding]) -> Rounding:
+        """Measure what storing W + ΔW has rounded, which the module holds by now.
 
         Args:
-            weight: W, (out, in), in fp32 or a wider dtype.
-
-        Returns:
-            The module's attributes that hold W, by name: parameters, buffers, and what describes them. All are new
-            objects. While the adapters are merged, they replace the module's own, which are kept as they are.
-
-        Raises:
-            AdapterError: The kind cannot write a weight. This is the default.
+            before: W as it was, (out, in), in fp32.
+            delta: ΔW, (out, in), in fp32.
+            others: What the layers before this one have rounded in the same merge.
         """
-        stored = "packed" if self.packing is None else f"as {self.packing.name}"
-        raise AdapterError(
-            f"the {type(self.module).__name__} stores its weight {stored}, and {type(self).__name__} cannot write one. "
-            "Use tunerkit.unwrap(model, keep_merged=True, dtype=torch.bfloat16), which replaces such layers by "
-            "nn.Linear, or load the adapter onto the unquantised base and merge there"
-        )
+        raise NotImplementedError
 
     def unpacked(self, weight: Tensor) -> nn.Module:
-        """Build the module that `tunerkit.unwrap` puts in the place of one with a `packing`.
+        """Build the module that `tunerkit.unwrap` puts in the place of this one: one of torch's, such as ``nn.Linear``.
 
         Args:
-            weight: W, (out, in), in the dtype of the new module.
-
-        Returns:
-            By default an ``nn.Linear`` with W and the module's own bias.
+            weight: W, (out, in), in the dtype of the new module. The bias is the module's own.
         """
-        bias = self.bias()
-        dense = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
-        dense.weight = nn.Parameter(weight, requires_grad=False)
-        if bias is not None:
-            dense.bias = nn.Parameter(bias.to(weight.dtype, copy=True), requires_grad=False)
-        return dense.train(self.module.training)
+        raise NotImplementedError
 
     def tensor(self, name: str) -> Tensor:
         """Return a parameter or buffer of the module itself, also while core overrides it for a call.
@@ -253,14 +231,6 @@ class BaseLayer(abc.ABC):
         if found is None:
             raise AdapterError(f"a {type(self.module).__name__} has no parameter or buffer named {name!r}")
         return found
-
-    def example_input(self) -> Tensor | None:
-        """Return a random input of the module, on which `tunerkit.merge` compares ways of computing an output.
-
-        Returns:
-            A small batch on the module's device and in its dtype; None, the default, if the kind cannot tell one.
-        """
-        return None
 
     def matrix(self) -> Tensor:
         """Read W with gradients. Only a `linear` kind defines it.
@@ -285,3 +255,26 @@ def runs_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
         return False
     # A lazy layer inherits the forward too, but its features are unknown. A packed weight is no matrix of numbers.
     return not is_lazy(cast(Tensor, module.weight)) and not is_packed(module.weight)
+
+
+def has_trainable_bias(module: nn.Module, base: BaseLayer | None) -> bool:
+    """Whether ``module`` has a bias and `view_bias` can shape it."""
+    # As strict as base-layer kinds: a norm with its own forward may put its channels anywhere.
+    norms: tuple[type[nn.Module], ...] = (nn.LayerNorm, *torch_private.channel_norms())
+    own_forward = overrides_forward(module) or type(module).forward not in {norm.forward for norm in norms}
+    name = bias_name(base)
+    return (base is not None or not own_forward) and torch_private.own_parameters(module).get(name) is not None
+
+
+def bias_name(base: BaseLayer | None) -> str:
+    """The local name of a module's bias; norms have no base-layer kind."""
+    return "bias" if base is None else base.bias_name
+
+
+def view_bias(module: nn.Module, base: BaseLayer | None, bias: Tensor, y: Tensor) -> Tensor:
+    """``bias`` (out,) in a shape that broadcasts over the output ``y`` as the module's own bias does."""
+    if base is not None and base.has_weight:
+        return base.shape_bias(bias)
+    if isinstance(module, nn.LayerNorm):  # the only norm here that adds its bias along the last dimensions
+        return bias
+    return bias.view(-1, *[1] * (y.dim() - 1 - torch_private.is_batched(module, y)))

@@ -6,14 +6,11 @@ from typing import NoReturn
 import attrs
 from torch import nn
 
-from tunerkit.layers.attention import AttentionLayer
 from tunerkit.layers.base import BaseLayer
-from tunerkit.layers.convolution import ConvLayer
-from tunerkit.layers.embedding import EmbeddingLayer
-from tunerkit.layers.linear import Conv1DLayer, LinearLayer
-from tunerkit.records import DefaultTargets, WeightReader
+from tunerkit.layers.kinds import AttentionLayer, ConvLayer, EmbeddingLayer, LinearLayer
+from tunerkit.records import DefaultTargets, ModelLibrary, WeightReader
 
-KINDS: tuple[type[BaseLayer], ...] = (LinearLayer, Conv1DLayer, ConvLayer, EmbeddingLayer, AttentionLayer)
+KINDS: tuple[type[BaseLayer], ...] = (LinearLayer, ConvLayer, EmbeddingLayer, AttentionLayer)
 
 
 def _raise(kind: type[BaseLayer], error: BaseException) -> NoReturn:
@@ -30,12 +27,16 @@ class Knowledge:
         default_targets: The default targets of architectures.
         leave_out: Called with a kind that raised while it was asked about a module, and with what it raised. If it
             returns, the kind is left out. By default it raises that again.
+        libraries: What libraries know of their models.
+        unserved: Says how to get the plugin that knows the library of an object; empty if it is there.
     """
 
     kinds: tuple[type[BaseLayer], ...]
     weight_readers: tuple[WeightReader, ...]
     default_targets: tuple[DefaultTargets, ...]
     leave_out: Callable[[type[BaseLayer], BaseException], None] = _raise
+    libraries: tuple[ModelLibrary, ...] = ()
+    unserved: Callable[[object], str] = lambda thing: ""
 
 
 # torch's own attention uses the weight of its output projection without calling it.

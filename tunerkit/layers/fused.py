@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.modules.module import register_module_forward_hook
 
-from tunerkit.layers.base import BaseLayer
-from tunerkit.libraries import torch_private
+from tunerkit.layers import torch_private
+from tunerkit.layers.base import BaseLayer, drop
 
 _MARK = "_tunerkit_fresh"
 
 
 class Fresh(NamedTuple):
-    """The origin of a tensor that comes straight from a base layer: the module, its input, the tensor's version."""
+    """The mark of a tensor that comes straight from a base layer: the module, its input, the tensor's version."""
 
     module: nn.Module
     x: "ref[Tensor]"
@@ -56,30 +56,30 @@ def unmark(y: Tensor) -> None:
     vars(y).pop(_MARK, None)
 
 
-def fresh(base: BaseLayer, x: Tensor, y: Tensor, q: Tensor, dtype: torch.dtype) -> Fresh | None:
-    """The origin of ``y`` if `add_fused` may replace the plain form, which would multiply in ``dtype``; else None.
+def is_fresh(base: BaseLayer, x: Tensor, y: Tensor, q: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `add_fused` may replace the plain form, which would multiply in ``dtype``: ``y`` has a valid mark.
 
-    None also if something records the operations of a forward (tracing, functorch, forward-mode differentiation,
-    selective checkpointing), and for tensor subclasses, which define their own operations.
+    Not if something records the operations of a forward (tracing, functorch, forward-mode differentiation, selective
+    checkpointing), and not for tensor subclasses, which define their own operations.
     """
-    found: Fresh | None = vars(y).get(_MARK)
-    if found is None or found.module is not base.module or found.version != torch_private.version(y):
-        return None
+    mark: Fresh | None = vars(y).get(_MARK)
+    if mark is None or mark.module is not base.module or mark.version != torch_private.version(y):
+        return False
     if type(x) is not Tensor or y.dtype != dtype or not y.is_contiguous() or not x.device == y.device == q.device:
-        return None
-    return None if torch_private.is_observed() else found
+        return False
+    return not torch_private.is_observed()
 
 
 def add_fused(
-    base: BaseLayer, x: Tensor, y: Tensor, *, q: Tensor, p: Tensor, scale: float, lam: Tensor | None, own_input: bool
+    base: BaseLayer, x: Tensor, y: Tensor, *, q: Tensor, p: Tensor, scale: float, lam: Tensor | None, dropout: float
 ) -> Tensor:
-    """Return y + scale · P diag(λ) Q x, overwriting ``y``. Call it only if `fresh` returned an origin.
+    """Return y + scale · P diag(λ) Q x, overwriting ``y``. Call it only if ``y`` `is_fresh`.
 
-    ``x`` (..., in) and ``y`` (..., out) have one dtype. ``q`` (r, in), ``lam`` (r,) or None, and ``p`` (out, r) may
-    have another. With ``own_input``, ``x`` is the base layer's own input, and one node computes both its gradients.
+    If ``x`` is the base layer's own input, one node computes its gradients through both.
     """
-    weight = _frozen_weight(base, y) if own_input else None
-    rows = x.reshape(-1, q.shape[1])
+    mark: Fresh = vars(y)[_MARK]
+    weight = _frozen_weight(base, y) if mark.x() is x and dropout == 0 else None
+    rows = drop(x.to(y.dtype), dropout).reshape(-1, q.shape[1])
     added: Tensor = _FusedLowRank.apply(rows, y, weight, q, p, lam, scale)  # type: ignore[no-untyped-call]
     return added
 

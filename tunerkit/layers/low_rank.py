@@ -1,12 +1,11 @@
 """The low-rank product that methods add to a base layer, ΔW = scale · P diag(λ) Q: in its output, or as a matrix."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tunerkit.errors import AdapterError
 from tunerkit.layers.base import BaseLayer
-from tunerkit.layers.fused import add_fused, autocast_off, autocasts, fresh
+from tunerkit.layers.fused import add_fused, autocast_off, autocasts, is_fresh
 from tunerkit.records import Factors
 
 
@@ -45,18 +44,16 @@ def add_low_rank(
     """
     if q.shape[0] == 0:
         return y
-    dtype = _product_dtype(x, q)
-    known = None if torch.compiler.is_compiling() else fresh(base, x, y, q, dtype)
-    if known is not None:
-        own_input = known.x() is x and dropout == 0
-        x = F.dropout(x.to(dtype), dropout) if dropout > 0 else x.to(dtype)
-        return add_fused(base, x, y, q=q, p=p, lam=lam, scale=scale, own_input=own_input)
+    # The same sum in one node and in y's own memory, where that is safe: fused.py says what it saves.
+    if not torch.compiler.is_compiling() and is_fresh(base, x, y, q, _product_dtype(x, q)):
+        return add_fused(base, x, y, q=q, p=p, lam=lam, scale=scale, dropout=dropout)
     q, p = _fold(q, p, lam)
     # The base's own hooks may move its input to its device (accelerate's do); the adapter gets the input before that.
     # Ids keep their dtype, and so does what autocast casts.
     cast = x.is_floating_point() and _product_dtype(x, q) == q.dtype
-    h = base.project_in(x.to(q.device, q.dtype if cast else x.dtype), q, dropout)
-    return torch.add(y, base.project_out(h, p).to(y.device, y.dtype), alpha=scale)
+    h = base.project_in(x.to(q.device, q.dtype if cast else x.dtype), q, dropout)  # Q x
+    delta = base.project_out(h, p)  # P Q x
+    return torch.add(y, delta.to(y.device, y.dtype), alpha=scale)
 
 
 def low_rank_delta(base: BaseLayer, *, q: Tensor, p: Tensor, scale: float, lam: Tensor | None = None) -> Tensor:

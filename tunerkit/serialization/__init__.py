@@ -1,19 +1,18 @@
 """Serialization: adapter files, training states, merged weights."""
 
-from tunerkit.serialization.adapter_file import load, open_unloaded, read, save, save_tuner
-from tunerkit.serialization.base_check import note_base
-from tunerkit.serialization.before_saving import (
-    refuse_diverged,
-    refuse_shards,
-    refuse_untrained,
+from tunerkit.serialization.adapter_file import (
+    load,
+    open_unloaded,
+    save,
+    save_tuner,
     tensors_of,
     warn_of_unspent_schedule,
-    warn_of_untrained,
+    write_trained,
 )
-from tunerkit.serialization.dense import dense_layers, replace_by_dense_
-from tunerkit.serialization.exporting import SCRATCH, write_format
-from tunerkit.serialization.folders import folder_of, has_file
-from tunerkit.serialization.formats import find_format, format_at
+from tunerkit.serialization.atomic_writing import locked, replace, scratch_in
+from tunerkit.serialization.base_check import note_base
+from tunerkit.serialization.formats import SCRATCH, find_format, format_at, write_format
+from tunerkit.serialization.header import is_foreign, read
 from tunerkit.serialization.merge import (
     disabled,
     merge,
@@ -23,9 +22,6 @@ from tunerkit.serialization.merge import (
     restore_originals_,
     unmerge,
 )
-from tunerkit.serialization.replacing import replace
-from tunerkit.serialization.rounding import Rounding, rounding
-from tunerkit.serialization.safetensors_file import checked_path, file_at
-from tunerkit.serialization.scratch import locked, scratch_in
+from tunerkit.serialization.packed import dense_layers, replace_by_dense_, rounding
+from tunerkit.serialization.safetensors_file import checked_path, file_at, folder_of, has_file
 from tunerkit.serialization.training_state import carry, forget_state_, load_state, restore_, save_state
-from tunerkit.serialization.written_once import written_once

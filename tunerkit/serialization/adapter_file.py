@@ -1,41 +1,43 @@
 """Save an adapter to one safetensors file, and load it: loading repeats the steps of `wrap` with the file's choices."""
 
 import functools
+import hashlib
 import os
-import warnings
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tunerkit import hooks, injection, libraries, patterns, steps, targets
+from tunerkit import hooks, injection, layers, patterns, steps, targets
 from tunerkit.config import unstructure
-from tunerkit.errors import BaseMismatchError, TargetError, TunerkitWarning
-from tunerkit.injection import Progress, Tuner
-from tunerkit.serialization.adopting import adopt, warn_of
-from tunerkit.serialization.allocation_limit import limit_for
-from tunerkit.serialization.base_check import base_values, describe_base, note_base, refuse_other_base
-from tunerkit.serialization.before_saving import (
-    refuse_diverged,
-    refuse_shards,
-    refuse_untrained,
-    tensors_of,
-    warn_of_unspent_schedule,
-    warn_of_untrained,
+from tunerkit.errors import AdapterError, BaseMismatchError, TargetError, warn
+from tunerkit.injection import Progress, Tuner, slots_in
+from tunerkit.paths import few, join
+from tunerkit.serialization.adopting import adopt
+from tunerkit.serialization.base_check import (
+    base_values,
+    beside_of,
+    describe_base,
+    note_base,
+    refuse_other_base,
+    refuse_places,
+    warn_of_lone,
 )
-from tunerkit.serialization.beside import beside_of, warn_of_lone
-from tunerkit.serialization.fit import fill
 from tunerkit.serialization.formats import format_at
-from tunerkit.serialization.header import Header, encode
-from tunerkit.serialization.reading import read, refuse_nonfinite, refuse_other_file
-from tunerkit.serialization.safetensors_file import file_at, pack, write
-from tunerkit.serialization.written_once import written_once
+from tunerkit.serialization.header import Header, read, write
+from tunerkit.serialization.safetensors_file import file_at
+from tunerkit.serialization.tensor_checks import fill, limit_for, nonfinite, refuse_nonfinite
 from tunerkit.targets import Scan
 
 _RANKS = "ranks"  # the entry with the live ranks, from which `tunerkit show` tells them without the plugin
 _CALIBRATION = "calibration"  # the entry of the header's ``values`` with the data that set the adapter's start
+_REBUILD = (
+    "wrap first, then build the optimizer from the parameters with requires_grad. tunerkit.attach(model, optimizer) "
+    "finds this before training"
+)
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -65,58 +67,192 @@ def save(
         FileError: The file cannot be written, or there is a safetensors file that tunerkit did not write. An older file
             is unchanged then.
     """
-    tuner = injection.tuner(model, adapter)
-    refuse_untrained(tuner)
+    tuner, place = injection.tuner(model, adapter), file_at(path, "adapter")
+    steps.report_undriven(tuner, steps.last_gradient(tuner), saving=True)
+    written = write_trained(tuner, place, functools.partial(_write, tuner, place, allow_nonfinite))
+    injection.warn_of_base_changes([tuner])
+    return written
+
+
+def write_trained(tuner: Tuner, place: Path, write: Callable[[], Path]) -> Path:
+    """Call ``write`` in one process, after the checks of an adapter at the end of its training; return its path.
+
+    A method that needs steps must have seen one, unless the adapter came from a file. Warn if the ranks are above their
+    final budget, or if nothing was trained.
+    """
+    if injection.needs_steps(tuner) and _is_fresh(tuner):
+        raise AdapterError(
+            f"adapter {tuner.name!r} was trained with no step: method {tuner.method!r} needs to see each step of the "
+            "optimizer. Call tunerkit.attach(model, optimizer, total_steps=...) before training"
+        )
+    _refuse_unsavable(tuner)
     warn_of_unspent_schedule(tuner)
     with tuner.whole():
-        written = save_tuner(tuner, path, allow_nonfinite=allow_nonfinite)
-        warn_of_untrained(tuner)
-    injection.warn_of_base_changes([tuner])
+        written = written_once(tuner, place, write)
+        _warn_of_untrained(tuner)
     return written
 
 
 def save_tuner(tuner: Tuner, path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> Path:
     """Write one adapter as it is now, at any point of its schedule. Checkpoints use this."""
-    libraries.refuse_engine(injection.base_modules(tuner.model), "save")
-    injection.refuse_lost([tuner])
-    refuse_shards(tuner)
+    _refuse_unsavable(tuner)
     place = file_at(path, "adapter")
     with tuner.whole():
         return written_once(tuner, place, functools.partial(_write, tuner, place, allow_nonfinite))
 
 
 def _write(tuner: Tuner, place: Path, allow_nonfinite: bool) -> Path:
-    refuse_other_file(place)
-    tensors = tensors_of(tuner)
-    if not allow_nonfinite:
-        refuse_diverged(tuner, tensors)
+    tensors = tensors_of(tuner, allow_nonfinite=allow_nonfinite)
     description = describe_base(tuner)
     if tuner.progress.calibration is not None:
         description["values"][_CALIBRATION] = tuner.progress.calibration
     description["values"][_RANKS] = tuner.ranks()
-    header = header_of(tuner, content="adapter", **description)
-    packed = pack(tensors)
-    written = write(place, packed, encode(header, tensors, packed.stored))
-    note_written(tuner, written, "adapter", stacklevel=8)
-    return written
+    return write_own(tuner, place, header_of(tuner, content="adapter", **description), tensors)
 
 
-def note_written(tuner: Tuner, path: Path, content: str, *, stacklevel: int) -> None:
-    """Note that ``path`` holds the adapter, or its state. Warn if it was the only such file of another one here."""
-    file, own = os.path.realpath(path), tuner.progress.files
+def header_of(tuner: Tuner, *, content: str, base: Mapping[str, Any] | None = None, **fields: Any) -> Header:
+    """Return the header for a file of ``tuner``; ``content`` is its kind, and only some kinds have the other fields."""
+    owner = hooks.registry.owner_of(tuner.method)
+    versions = {"tunerkit": metadata.version("tunerkit"), "torch": torch.__version__, owner.distribution: owner.version}
+    return Header(
+        kind=content,
+        method=tuner.method,
+        config=patterns.at_paths(unstructure(tuner.config.settled()), [target.path for target in tuner.targets]),
+        targets=[target.path for target in tuner.targets],
+        copies=[place.path for place in tuner.copies],
+        biases=[place.path for place in tuner.biases],
+        steps=tuner.steps,
+        total_steps=tuner.total_steps,
+        versions=versions,
+        base=dict(base or {}),
+        **fields,
+    )
+
+
+def write_own(tuner: Tuner, place: Path, header: Header, tensors: Mapping[str, Tensor]) -> Path:
+    """Write an adapter or its training state. Warn if the file was the only such one of another adapter here."""
+    write(place, header, tensors)
+    file, content, own = os.path.realpath(place), header.kind, tuner.progress.files
     for other in injection.tuners_of(tuner.model).values():
         held = other.progress.files
         if file not in own and [name for name, kind in held.items() if kind == content] == [file]:
             what, now = ("adapter", "") if content == "adapter" else ("the training state of adapter", "that of ")
-            warnings.warn(
+            warn(
                 f"{file} held {what} {other.name!r} of this model, and holds {now}{tuner.name!r} now. If you want "
-                f"both, save {other.name!r} again, into a folder or under a file name of its own",
-                TunerkitWarning,
-                stacklevel=stacklevel,
+                f"both, save {other.name!r} again, into a folder or under a file name of its own"
             )
         if other is not tuner:
             held.pop(file, None)
     own[file] = content
+    return place
+
+
+def written_once(tuner: Tuner, place: Path, write: Callable[[], Path]) -> Path:
+    """Return the path of the written file: of several processes that train an adapter together, one writes it.
+
+    Args:
+        tuner: The adapter's handle.
+        place: Where it is written.
+        write: Writes it, and returns the path.
+    """
+    engine = injection.engine_of(tuner)
+    if engine is None:
+        return write()
+    content = ""
+    if engine.is_shared:
+        # The same in all processes, and another after each step or allocation. Weights may differ in their last bits.
+        state = [tuner.name, tuner.steps, len(tuner.history), tuner.ranks()]
+        content = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+    return engine.write_once(place, content, write)
+
+
+# --- Before an adapter is written -------------------------------------------------------------------------------------
+
+
+def tensors_of(tuner: Tuner, *, allow_nonfinite: bool = False) -> dict[str, Tensor]:
+    """Return all tensors of an adapter, by ``<path of the module>.<name in the slot>``.
+
+    Raises:
+        AdapterError: They are offloaded, or contain NaN or inf where the base's own do not.
+    """
+    tensors = {join(path, name): tensor for path, slot in slots_in(tuner) for name, tensor in slot.state_dict().items()}
+    away = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if away:
+        holders = (layers.weights.offloading(module) for _, slot in slots_in(tuner) for module in slot.modules())
+        holder = next(filter(None, holders), None)
+        way_out = "load it" if holder is None else f"if {holder.name} offloads it, {holder.way_out}"
+        raise AdapterError(
+            f"adapter {tuner.name!r} is on the meta device ({away[0]}, ...), so there is nothing to save: {way_out} "
+            "first"
+        )
+    if not allow_nonfinite and (wrong := nonfinite(tensors, base_values(tuner))):
+        raise AdapterError(
+            f"adapter {tuner.name!r} has NaN or inf in {len(wrong)} of {len(tensors)} tensors: {few(wrong, shown=5)}. "
+            "Nothing was written, and an older file is unchanged. The training has diverged: lower the learning rate, "
+            "check the loss, and start again from a file saved earlier. To write the weights all the same and examine "
+            "them, call tunerkit.save(..., allow_nonfinite=True)"
+        )
+    return tensors
+
+
+def _refuse_unsavable(tuner: Tuner) -> None:
+    """Raise `AdapterError` if no base would fit the file, or nothing here can gather the adapter's shards."""
+    injection.refuse_restricted(injection.base_modules(tuner.model), "save")
+    injection.refuse_lost([tuner])
+    shards = [name for name, parameter in tuner.named_parameters() if layers.is_sharded(parameter)]
+    engine = injection.engine_of(tuner)
+    if shards and (engine is None or not engine.splits):
+        raise AdapterError(
+            f"each process holds a shard of adapter {tuner.name!r} ({few(shards, shown=2)}), and only an attached one "
+            "is gathered: call tunerkit.attach after sharding, in every process, and save in every process"
+        )
+
+
+def warn_of_unspent_schedule(tuner: Tuner) -> None:
+    """Warn if the ranks are above their final budget: expected in a checkpoint, but not after training."""
+    if tuner.steps == 0 or tuner.total_steps is None:
+        return
+    final = hooks.budget(tuner, tuner.total_steps)
+    if final is not None and tuner.budget() > final:
+        warn(
+            f"adapter {tuner.name!r} is at step {tuner.steps} of {tuner.total_steps} with a budget of "
+            f"{tuner.budget()}, above the final {final}; if training is over, call tuner.finish() before you save"
+        )
+
+
+def _warn_of_untrained(tuner: Tuner) -> None:
+    """Warn of what nothing trained. A method that needs steps cannot miss them, and `attach` looks at what it holds."""
+    if tuner.progress.loaded or injection.needs_steps(tuner) or (tuner.steps == 0 and not _is_fresh(tuner)):
+        return
+    if injection.is_untrained(tuner, copies=False):
+        if tuner.steps == 0 and injection.is_untrained(tuner):
+            text = (
+                f"adapter {tuner.name!r} was saved untrained: it adds nothing to the model. Most often the optimizer "
+                f"was built before tunerkit.wrap, or from other parameters: {_REBUILD}"
+            )
+        else:
+            after = f" after {tuner.steps} steps" if tuner.steps else ""
+            text = (
+                f"adapter {tuner.name!r} was saved{after}, and none of its matrices is trained: they add nothing to "
+                "the model. Check that the optimizer holds them, that they were not frozen by hand (requires_grad), "
+                "that gradients are cleared after the step and not before it, and that the learning rate is not 0"
+            )
+    elif tuner.steps == 0 and (kept := injection.untrained_copies(tuner)):
+        text = (
+            f"adapter {tuner.name!r} was saved, and what it trains in full is as it was: {few(kept, shown=3)}. A new "
+            f"head is random then. Most often the optimizer was built without it: {_REBUILD}"
+        )
+    else:
+        return
+    warn(text)
+
+
+def _is_fresh(tuner: Tuner) -> bool:
+    """Whether nothing made the adapter what it is but its method: no file, no step, no data."""
+    return not tuner.progress.loaded and tuner.steps == 0 and tuner.progress.calibration is None
+
+
+# --- Loading ----------------------------------------------------------------------------------------------------------
 
 
 def load(
@@ -158,7 +294,7 @@ def load(
         ConfigError: The method rejects the config in the file.
     """
     # Torch trains no parameter that is made in inference mode.
-    with libraries.outside_zero_init(), torch.inference_mode(False):
+    with layers.weights.new_modules_whole(), torch.inference_mode(False):
         return load_onto(base, path, adapter=adapter, trainable=trainable, check_config=check_config)
 
 
@@ -182,59 +318,29 @@ def load_onto(
     """Do what `load` and `open_unloaded` say."""
     root = injection.ready_model(base, adapter, trainable=trainable)
     format = format_at(path)
-    if format is not None:
-        scanned = targets.scan(root, hooks.gather_knowledge(), unloaded=unloaded)
-        if trainable:
-            targets.refuse_impassable(scanned)
-        adopted = adopt(format, path, scanned, adapter)
-        warn_of(adopted.remarks, os.fspath(path))  # before: where warnings are errors, nothing is loaded
-        steps.watch_optimizers(adopted.tuner.method)
-        note_base(adopted.tuner, scanned)
-        injection.inject_(adopted.tuner, adopted.slots, scanned, trainable=trainable)
-        return base
-    source, tensors, header = read(path, content="adapter")
+    file = None if format is not None else read(path, content="adapter")
     scanned = targets.scan(root, hooks.gather_knowledge(), unloaded=unloaded)
+    targets.warn_of_unknown_packed(scanned)
     if trainable:
         targets.refuse_impassable(scanned)
-    tuner = _tuner_from(header, scanned, adapter, source)
-    note_base(tuner, scanned)
-    refuse_other_base(tuner, header, source, scanned, check_config=check_config)
-    refuse_nonfinite(tensors, base_values(tuner), source)
-    # The file overwrites the initial values; keep the caller's random state.
-    with patterns.one_allowance(), torch.random.fork_rng(devices=[]):
-        built = injection.build_each(scanned, tuner, around=limit_for(header.config, tensors, source))
-        slots = fill(built, tensors, root, source)
-    steps.watch_optimizers(tuner.method)
+    if file is None:
+        assert format is not None
+        tuner, slots = adopt(format, path, scanned, adapter)
+        note_base(tuner, scanned)
+    else:
+        source, tensors, header = file
+        tuner = _tuner_from(header, scanned, adapter, source)
+        note_base(tuner, scanned)
+        refuse_other_base(tuner, header, source, scanned, check_config=check_config)
+        refuse_nonfinite(tensors, base_values(tuner), source)
+        # The file overwrites the initial values; keep the caller's random state.
+        with torch.random.fork_rng(devices=[]):
+            built = injection.build_each(scanned, tuner, around=limit_for(header.config, tensors, source))
+            slots = fill(built, tensors, root, source)
     injection.inject_(tuner, slots, scanned, trainable=trainable)
+    steps.watch_(tuner)
     warn_of_lone(tuner)
     return base
-
-
-def header_of(
-    tuner: Tuner,
-    *,
-    content: str,
-    base: dict[str, dict[str, Any]] | None = None,
-    values: dict[str, Any] | None = None,
-    history: list[Any] | None = None,
-) -> Header:
-    """Return the header for a file of ``tuner``; ``content`` is its kind, and only some kinds have the other fields."""
-    owner = hooks.registry.owner_of(tuner.method)
-    versions = {"tunerkit": metadata.version("tunerkit"), "torch": torch.__version__, owner.distribution: owner.version}
-    return Header(
-        kind=content,
-        method=tuner.method,
-        config=unstructure(tuner.config.settled()),
-        targets=[target.path for target in tuner.targets],
-        copies=[place.path for place in tuner.copies],
-        biases=[place.path for place in tuner.biases],
-        steps=tuner.steps,
-        total_steps=tuner.total_steps,
-        versions=versions,
-        base=base or {},
-        values=values or {},
-        history=history or [],
-    )
 
 
 def _tuner_from(header: Header, scanned: Scan, adapter: str, source: str) -> Tuner:
@@ -246,11 +352,11 @@ def _tuner_from(header: Header, scanned: Scan, adapter: str, source: str) -> Tun
     by_path = {place.path: place for place in found}
     chosen, copies, biases = (tuple(by_path[path] for path in paths) for paths in header.places.values())
     outputs = hooks.registry.get(header.method).targets == "outputs"
-    try:
-        targets.refuse_unfit(scanned, chosen, outputs=outputs)
-        targets.refuse_tied(scanned, header.copies)
-    except TargetError as error:
-        raise TargetError(f"{source} cannot be loaded onto this model: {error}") from error
+    refuse_places(scanned, chosen, header.copies, source, outputs=outputs)
+    calibration = None
+    match header.values.get(_CALIBRATION):
+        case {"batches": int(batches), "rows": int(rows)}:  # nothing depends on it, so anything else is ignored
+            calibration = {"batches": batches, "rows": rows}
     return Tuner(
         name=adapter,
         method=header.method,
@@ -259,20 +365,12 @@ def _tuner_from(header: Header, scanned: Scan, adapter: str, source: str) -> Tun
         targets=chosen,
         copies=copies,
         biases=biases,
-        loaded=True,
         progress=Progress(
+            loaded=True,
             total_steps=header.total_steps,
-            calibration=_calibration(header),
+            calibration=calibration,
             shapes=injection.shapes_of(model),
             beside=beside,
             files={os.path.realpath(source): "adapter"},
         ),
     )
-
-
-def _calibration(header: Header) -> dict[str, int] | None:
-    """The entry as it was saved; anything else that a file may have there is ignored, since nothing depends on it."""
-    match header.values.get(_CALIBRATION):
-        case {"batches": int(batches), "rows": int(rows)}:
-            return {"batches": batches, "rows": rows}
-    return None

@@ -1,7 +1,6 @@
 """Adopt an adapter of another program: find its places in the model, and build it as one of an installed method."""
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,55 +10,33 @@ import torch
 from torch import Tensor
 
 from tunerkit import hooks, injection, patterns, targets
-from tunerkit.config import AdapterConfig
 from tunerkit.errors import (
     BaseMismatchError,
     ConfigError,
     FileError,
     TargetError,
-    TunerkitWarning,
     UnknownMethodError,
     first,
     shown,
+    warn,
 )
 from tunerkit.injection import Progress, Slot, Tuner
-from tunerkit.layers import Adapter, BaseLayer, bias_name, misfit
-from tunerkit.libraries import torch_private
+from tunerkit.layers import Adapter, BaseLayer, bias_name, misfit, torch_private
 from tunerkit.paths import few, is_under, join
 from tunerkit.records import Foreign, Format, Target
-from tunerkit.serialization.allocation_limit import limit_for
-from tunerkit.serialization.base_check import base_values
-from tunerkit.serialization.finite import nonfinite
-from tunerkit.serialization.fit import fill
+from tunerkit.serialization.base_check import base_values, refuse_places
 from tunerkit.serialization.formats import product_at, read_foreign
+from tunerkit.serialization.tensor_checks import fill, limit_for, nonfinite
 from tunerkit.targets import Scan
 
 # Every method's adapters can be told to become these: their products say all.
 _COMMON = "lora"
 
 
-@attrs.frozen(eq=False)
-class Adopted:
-    """An adapter that is ready to be put into the model, and what the user should know of it."""
+def adopt(format: Format, path: str | os.PathLike[str], scanned: Scan, adapter: str) -> tuple[Tuner, dict[str, Slot]]:
+    """Read an adapter of another program, and build it for the scanned model, which is not changed.
 
-    tuner: Tuner
-    slots: dict[str, Slot]
-    remarks: tuple[str, ...]
-
-
-@attrs.frozen(eq=False)
-class _Places:
-    """Where an adapter goes: targets with their base layers, copies with their tensors, and biases."""
-
-    targets: tuple[Target, ...]
-    bases: tuple[BaseLayer, ...]
-    copies: tuple[Target, ...]
-    biases: tuple[Target, ...]
-    tensors: Mapping[str, Tensor]
-
-
-def adopt(format: Format, path: str | os.PathLike[str], scanned: Scan, adapter: str) -> Adopted:
-    """Read an adapter of another program, and build it for the scanned model. The model is not changed.
+    One warning tells the user what the adapter lost on its way.
 
     Args:
         format: The format of the files.
@@ -77,53 +54,52 @@ def adopt(format: Format, path: str | os.PathLike[str], scanned: Scan, adapter: 
     found = read_foreign(format, Path(path), scanned.root.module)
     if not found.factors:
         raise FileError(f"{source} holds no adapter: there is no target in it, so there is nothing to load")
-    places = _places(found, scanned, source)
-    _refuse_misfits(found, format, places, source)
+    chosen, copies, biases, in_full = _places(found, scanned, source)
+    # `refuse_places` has named the targets without a base layer.
+    bases = {target.path: base for target in chosen if (base := scanned.by_path[target.path].base) is not None}
+    _refuse_misfits(found, format, bases, source)
     method, told = _method_of(found, source)
+    described = _descriptions(chosen, copies, biases)
     ready: Mapping[str, Adapter] | None = None
     own = found.tensors
     if method == found.method and own:
-        config = _configured(method, found.config, places, source)
+        try:
+            config = hooks.structure(method, {**found.config, **described})
+        except ConfigError as error:
+            raise FileError(f"{source} has settings that method {method!r} rejects:\n{error}") from error
     else:
-        products = {target.path: product_at(found, target.path, format) for target in places.targets}
+        products = {target.path: product_at(found, target.path, format) for target in chosen}
         with torch.random.fork_rng(devices=[]):  # keep the caller's random state
-            config, ready = hooks.from_factors(method, places.targets, places.bases, products)
-        config = attrs.evolve(config, **_descriptions(places))
+            config, ready = hooks.from_factors(method, chosen, tuple(bases.values()), products)
+        config = attrs.evolve(config, **described)
         own = {at: made.state_dict() for at, made in ready.items()}
     tensors = {join(at, f"adapter.{name}"): tensor for at, each in own.items() for name, tensor in each.items()}
-    tensors |= places.tensors
+    tensors |= in_full
     tuner = Tuner(
         name=adapter,
         method=method,
         config=config,
         model=scanned.root.module,
-        targets=places.targets,
-        copies=places.copies,
-        biases=places.biases,
-        loaded=True,
-        progress=Progress(shapes=injection.shapes_of(scanned.root.module)),
+        targets=chosen,
+        copies=copies,
+        biases=biases,
+        progress=Progress(loaded=True, shapes=injection.shapes_of(scanned.root.module)),
     )
     if wrong := nonfinite(tensors, base_values(tuner)):
         raise FileError(_not_finite(source, wrong, len(tensors)))
-    with patterns.one_allowance(), torch.random.fork_rng(devices=[]):
-        around = limit_for(config_values(found.config), tensors, source)
+    with torch.random.fork_rng(devices=[]):
+        around = limit_for(found.config, tensors, source)
         built = injection.build_each(scanned, tuner, around=around, ready=ready)
         slots = fill(built, tensors, scanned.root.module, source, misfit="does not fit this model")
-    return Adopted(tuner, slots, (*found.remarks, *told))
+    if remarks := (*found.remarks, *told):
+        warn("\n- ".join([f"{source}:", *remarks]))
+    return tuner, slots
 
 
-def warn_of(remarks: tuple[str, ...], source: str) -> None:
-    """Tell the user what an adapter of another program lost on its way, in one warning."""
-    if remarks:
-        warnings.warn("\n- ".join([f"{source}:", *remarks]), TunerkitWarning, stacklevel=4)
-
-
-def config_values(config: Mapping[str, object]) -> dict[str, object]:
-    """Return the numbers of a config in the kinds of container that a file has."""
-    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in config.items()}
-
-
-def _places(found: Foreign, scanned: Scan, source: str) -> _Places:
+def _places(
+    found: Foreign, scanned: Scan, source: str
+) -> tuple[tuple[Target, ...], tuple[Target, ...], tuple[Target, ...], dict[str, Tensor]]:
+    """Return the targets, the copies and the biases of an adapter, and the tensors of what it trains in full."""
     try:
         named = targets.from_paths(scanned, [*found.factors, *found.copies, *found.biases])
     except TargetError as error:
@@ -140,19 +116,8 @@ def _places(found: Foreign, scanned: Scan, source: str) -> _Places:
             tensors[join(part, f"copy.{join(path, name).removeprefix(part + '.')}")] = tensor
     _refuse_biases(found, scanned, source)
     chosen = _in_order([modules[path] for path in found.factors], scanned, source)
-    try:
-        targets.refuse_unfit(scanned, chosen)
-        targets.refuse_tied(scanned, copies)
-    except TargetError as error:
-        raise TargetError(f"{source} cannot be loaded onto this model: {error}") from error
-    bases = [scanned.by_path[target.path].base for target in chosen]
-    return _Places(
-        targets=chosen,
-        bases=tuple(base for base in bases if base is not None),  # `refuse_unfit` names those without
-        copies=targets.from_paths(scanned, copies),
-        biases=tuple(modules[path] for path in found.biases),
-        tensors=tensors,
-    )
+    refuse_places(scanned, chosen, copies, source)
+    return chosen, targets.from_paths(scanned, copies), tuple(modules[path] for path in found.biases), tensors
 
 
 def _in_order(chosen: Sequence[Target], scanned: Scan, source: str) -> tuple[Target, ...]:
@@ -190,22 +155,22 @@ def _refuse_biases(found: Foreign, scanned: Scan, source: str) -> None:
         )
 
 
-def _refuse_misfits(found: Foreign, format: Format, places: _Places, source: str) -> None:
+def _refuse_misfits(found: Foreign, format: Format, bases: Mapping[str, BaseLayer], source: str) -> None:
     """Raise if a product has another shape than its target's weight, or values that are not finite."""
     problems, wrong = [], []
-    for target, base in zip(places.targets, places.bases, strict=True):
-        product = product_at(found, target.path, format)
+    for path, base in bases.items():
+        product = product_at(found, path, format)
         if (shapes := misfit(base, product)) is not None:
-            problems.append(f"{target.path} has {shapes[0]}; this model needs {shapes[1]}")
+            problems.append(f"{path} has {shapes[0]}; this model needs {shapes[1]}")
         elif nonfinite({"q": product.q, "p": product.p}):
-            wrong.append(target.path)
+            wrong.append(path)
     if problems:
         base_name = f", {shown(found.base)}" if found.base else ""
         raise BaseMismatchError(
             "\n- ".join([f"{source} was made for another base model{base_name}; shapes differ:", *first(problems)])
         )
     if wrong:
-        raise FileError(_not_finite(source, wrong, len(places.targets)))
+        raise FileError(_not_finite(source, wrong, len(bases)))
 
 
 def _not_finite(source: str, wrong: list[str], total: int) -> str:
@@ -234,19 +199,12 @@ def _method_of(found: Foreign, source: str) -> tuple[str, tuple[str, ...]]:
     )
 
 
-def _configured(method: str, settings: Mapping[str, object], places: _Places, source: str) -> AdapterConfig:
-    try:
-        return hooks.structure(method, {**settings, **_descriptions(places)})
-    except ConfigError as error:
-        raise FileError(f"{source} has settings that method {method!r} rejects:\n{error}") from error
-
-
-def _descriptions(places: _Places) -> dict[str, Any]:
+def _descriptions(chosen: Sequence[Target], copies: Sequence[Target], biases: Sequence[Target]) -> dict[str, Any]:
     """The settings of every method that describe where the adapter is."""
-    at_targets = {target.path for target in places.targets}.issuperset(place.path for place in places.biases)
+    at_targets = {target.path for target in chosen}.issuperset(place.path for place in biases)
     return {
-        "targets": tuple(patterns.exact_patterns([target.path for target in places.targets]).values()),
+        "targets": tuple(patterns.exact_patterns([target.path for target in chosen]).values()),
         "exclude": (),
-        "train_modules": tuple(patterns.exact_patterns([copied.path for copied in places.copies]).values()),
-        "bias": "none" if not places.biases else "adapters" if at_targets else "all",
+        "train_modules": tuple(patterns.exact_patterns([copied.path for copied in copies]).values()),
+        "bias": "none" if not biases else "adapters" if at_targets else "all",
     }

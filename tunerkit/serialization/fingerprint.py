@@ -6,24 +6,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tunerkit import injection, layers
 from tunerkit.errors import AdapterError
 from tunerkit.injection import Tuner
-from tunerkit.layers import BaseLayer
-from tunerkit.libraries import (
-    gathered,
-    is_packed,
-    is_partitioned,
-    is_sharded,
-    is_zero_shard,
-    torch_private,
-    whole_shape,
-)
+from tunerkit.layers import BaseLayer, is_packed, torch_private, weights, whole_shape
 from tunerkit.paths import few, is_under, join
 from tunerkit.records import Target
-from tunerkit.serialization.packings import entry_of, is_packed_entry, packed_layers, weight_entry
+from tunerkit.serialization.packed import entry_of, is_packed_entry, packed_layers
 from tunerkit.targets import Scan
 
 SAMPLES = 4
@@ -43,7 +34,7 @@ def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str
     trains in full (copies and biases) is left out, because a new head has other values at each load. So is a new head
     that another adapter trained beside it.
 
-    Before the adapter is in the model, parameters that DeepSpeed has partitioned are gathered, a few at a time, so all
+    Before the adapter is in the model, parameters that an engine has emptied are gathered, a few at a time, so all
     processes must call this together. Where the base was sharded since, this is what was noted then.
 
     A weight that a quantiser stores has one entry, with the name and the shape of the unquantised weight, the
@@ -53,19 +44,19 @@ def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str
         tuner: The adapter's handle.
         scanned: The scan of the model; only needed before the adapter is in the model, to find its biases.
     """
-    sharded = [parameter for parameter in tuner.model.parameters() if is_sharded(parameter)]
-    if sharded and (tuner.progress.noted or scanned is None or not all(map(is_zero_shard, sharded))):
+    if (tuner.progress.noted or scanned is None) and weights.sharding(tuner.model.parameters()) is not None:
         return _noted(tuner)
     packed = packed_layers(tuner, scanned)
     tensors = base_tensors(tuner, scanned, packed)
-    samples = _sample({name: tensor for name, tensor in tensors.items() if not is_partitioned(tensor)})
-    for some in _few_at_a_time({name: tensor for name, tensor in tensors.items() if is_partitioned(tensor)}):
-        with gathered(some.values()):
-            samples |= _sample({name: tensor.detach() for name, tensor in some.items()})
+    emptied = {name: tensor for name, tensor in tensors.items() if weights.emptied([tensor]) is not None}
+    samples = _sample({name: tensor for name, tensor in tensors.items() if name not in emptied})
+    for some in _few_at_a_time(emptied):
+        with weights.gathered(whole := nn.ParameterList(some.values())):
+            samples |= _sample({name: tensor.detach() for name, tensor in zip(some, whole, strict=True)})
     return {
         name: {"shape": list(whole_shape(t)), "dtype": str(t.dtype).removeprefix("torch."), "sample": samples[name]}
         for name, t in tensors.items()
-    } | {weight_entry(path): entry_of(base) for path, base in packed.items() if not is_under(path, _left_out(tuner))}
+    } | {join(path, "weight"): entry_of(base) for path, base in packed.items() if not is_under(path, _left_out(tuner))}
 
 
 def _noted(tuner: Tuner) -> dict[str, dict[str, Any]]:
@@ -132,13 +123,13 @@ def base_tensors(tuner: Tuner, scanned: Scan | None, quantised: Mapping[str, Bas
             name = join(path, leaf)
             if tensor is not None and name not in biased:
                 found[name] = tensor.detach() if slots is None else slots.original(leaf, tensor)
-                if is_partitioned(tensor):  # which cannot be merged; only the parameter itself can be gathered
+                if weights.emptied([tensor]) is not None:  # it cannot be merged; only the parameter can be gathered
                     found[name] = tensor
     return found
 
 
 def _few_at_a_time(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Divide partitioned parameters, in their order, so that each group fits into memory."""
+    """Divide emptied parameters, in their order, so that each group fits into memory."""
     some: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors.items():

@@ -1,10 +1,11 @@
-"""The formats of other programs: which of them a path holds, and reading it through the plugin that knows it."""
+"""The formats of other programs: which one a path holds, and reading and writing it through its plugin."""
 
 import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from torch import Tensor, nn
 
@@ -13,18 +14,27 @@ from tunerkit.errors import (
     AdapterError,
     FileError,
     PluginError,
-    TunerkitWarning,
+    TunerkitError,
     UnknownFormatError,
     closest,
     shown,
+    warn,
 )
-from tunerkit.libraries import FOREIGN_FORMATS, is_partitioned
+from tunerkit.extras import DEFAULT_FORMAT, READERS, distribution
+from tunerkit.injection import Tuner
+from tunerkit.layers import weights
 from tunerkit.paths import few
 from tunerkit.records import Factors, Foreign, Format
+from tunerkit.serialization.atomic_writing import reason, scratch_in, sync
 from tunerkit.serialization.header import is_ours
 from tunerkit.serialization.safetensors_file import file_at, metadata_at
 
 A = TypeVar("A")
+SCRATCH: Final = ".tunerkit-"
+_OLDER: Final = "older"
+# A file that people write too. It is replaced only if it has this text, which formats put into theirs.
+CARD: Final = "README.md"
+MARK: Final = b"<!-- written by tunerkit -->"
 
 
 def find_format(name: object) -> Format:
@@ -32,12 +42,13 @@ def find_format(name: object) -> Format:
     found = hooks.gather_formats()
     if isinstance(name, str) and name in found:
         return found[name]
-    known = {each.format: each.distribution for each in FOREIGN_FORMATS}
+    known = {each: distribution(reader.extra) for reader in READERS for each in reader.formats}
     if isinstance(name, str) and name in known:
         raise UnknownFormatError(
             f"format {name!r} needs the distribution {known[name]}, which is not installed: pip install {known[name]}"
         )
-    installed = few(sorted(found), shown=20) or "none (each is a separate distribution, such as tunerkit-peft)"
+    none = f"none (each is a separate distribution, such as {distribution(DEFAULT_FORMAT)})"
+    installed = few(sorted(found), shown=20) or none
     raise UnknownFormatError(
         f"no format named {shown(name)}{closest(str(name).lower(), {*found, *known})}; installed: {installed}. "
         "tunerkit's own file is written by tunerkit.save"
@@ -68,8 +79,7 @@ def sniffs(format: Format, path: Path) -> bool:
     try:
         return bool(format.sniff(path))
     except Exception as error:
-        text = f"format {format.name!r} cannot say whether {path} is an adapter: {type(error).__name__}: {error}"
-        warnings.warn(text, TunerkitWarning, stacklevel=2)
+        warn(f"format {format.name!r} cannot say whether {path} is an adapter: {type(error).__name__}: {error}")
         return False
 
 
@@ -77,16 +87,16 @@ def read_foreign(format: Format, path: Path, model: nn.Module) -> Foreign:
     """Read an adapter of another program, and check that the plugin returned what its format declares.
 
     Raises:
-        AdapterError: The model was partitioned by DeepSpeed, so that the plugin would compare empty parameters.
+        AdapterError: The model is partitioned, so that the plugin would compare empty parameters.
         PluginError: The plugin returned something else.
     """
-    if any(map(is_partitioned, model.parameters())):
+    if (holder := weights.emptied(model.parameters())) is not None:
         raise AdapterError(
             f"{path} is in the format {format.name!r}, whose reader needs the base's own shapes and values, and "
-            "deepspeed.zero.Init has partitioned these: load it onto a whole base in one process, tunerkit.save it "
+            f"{holder.name} has partitioned these: load it onto a whole base in one process, tunerkit.save it "
             "there, and load that file here"
         )
-    found: Any = asked(format, "read", lambda: format.read(path, model))  # Any: the plugin may return anything
+    found: Any = _asked(format, "read", lambda: format.read(path, model))  # Any: the plugin may return anything
     if not isinstance(found, Foreign):
         raise PluginError(f"read of format {format.name!r} returned {shown(found)}; it must return a tunerkit.Foreign")
     if wrong := list(_wrong_fields(found)):
@@ -99,14 +109,14 @@ def read_foreign(format: Format, path: Path, model: nn.Module) -> Foreign:
 
 def product_at(found: Foreign, path: str, format: Format) -> Factors:
     """Return the product for one target, checked to be one."""
-    product: Any = asked(format, "read", lambda: found.factors[path])  # Any: as above
+    product: Any = _asked(format, "read", lambda: found.factors[path])  # Any: as above
     if not isinstance(product, Factors) or not all(map(_is_matrix, product)):
         raise PluginError(f"read of format {format.name!r} returned {shown(product)} for {path!r}; expected Factors")
     checked: Factors = product
     return checked
 
 
-def asked(format: Format, function: str, call: Callable[[], A]) -> A:
+def _asked(format: Format, function: str, call: Callable[[], A]) -> A:
     """Call a function of a plugin's format. Its errors keep their class and name the format."""
     try:
         return call()
@@ -140,3 +150,118 @@ def _are_tensors(value: object) -> bool:
 
 def _is_matrix(value: object) -> bool:
     return isinstance(value, Tensor) and value.ndim == 2 and value.is_floating_point()
+
+
+# --- Writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_format(tuner: Tuner, place: Path, format: Format, options: object) -> Path:
+    """Write one adapter, and return the path of the file or of the folder.
+
+    The files are written into a scratch folder first. A new folder appears whole or not at all. In a folder that
+    exists, all files are replaced, or none. If the process is killed in between, the next call puts the older files
+    back before it replaces them.
+
+    Args:
+        tuner: The adapter's handle.
+        place: A folder; or a file, if the format writes one file, and the path ends as that does.
+        format: The format.
+        options: An object of its class of options.
+
+    Raises:
+        FileError: The files cannot be written, or others are there already. These are unchanged.
+    """
+    missing: list[Path] = []
+    try:
+        above = place if place.is_dir() else place.parent  # a file can be renamed only within one file system
+        missing = [folder for folder in (above, *above.parents) if not folder.exists()]
+        above.mkdir(parents=True, exist_ok=True)
+        with scratch_in(above, SCRATCH, recover=_put_back_older) as scratch:
+            whole, older = scratch / "whole", scratch / _OLDER  # the scratch folder itself is closed to other users
+            whole.mkdir()
+            older.mkdir()
+            written = _written(format, tuner, whole, options)
+            for file in written:
+                sync(file)
+            return _publish(written, whole, older, place, format)
+    except BaseException as error:
+        for folder in missing:
+            with suppress(OSError):  # somebody else's file is in it
+                folder.rmdir()
+        if isinstance(error, TunerkitError) or not isinstance(error, OSError | ValueError):
+            raise
+        raise FileError(
+            f"cannot write {place}: {reason(error)}. Nothing was changed. Pass a folder in which you may create files"
+        ) from error
+
+
+def _put_back_older(scratch: Path) -> None:
+    """Put back what a writer that was killed had set aside: the older adapter is whole again then."""
+    for file in sorted((scratch / _OLDER).glob("*")):
+        os.replace(file, scratch.parent / file.name)
+
+
+def _written(format: Format, tuner: Tuner, folder: Path, options: object) -> list[Path]:
+    """Let the plugin write, and check that it names the files that it wrote, each directly in the folder."""
+    answer: Any = _asked(format, "write", lambda: format.write(tuner, folder, options))
+    try:
+        names = sorted(Path(each).name for each in answer)
+    except TypeError:
+        names = []
+    there = sorted(file.name for file in folder.iterdir() if file.is_file())
+    if not names or names != there or len(there) < len(list(folder.iterdir())):
+        raise PluginError(
+            f"write of format {format.name!r} returned {shown(answer)}, and wrote {few(there, shown=5) or 'nothing'}; "
+            "it must return the files that it wrote, all directly in the folder that it was given"
+        )
+    return [folder / name for name in names]
+
+
+def _publish(written: Sequence[Path], whole: Path, older: Path, place: Path, format: Format) -> Path:
+    """Move the files to ``place``: a file if one of them ends as it does, else a folder."""
+    if place.is_dir():
+        moves = {file: place / file.name for file in written}
+        kept = place / CARD
+        if kept.is_file() and MARK not in kept.read_bytes():
+            moves = {file: new for file, new in moves.items() if new != kept}
+        _replace(moves, older, place, format)
+    elif place.suffix in {file.suffix for file in written}:
+        if len(written) > 1:
+            raise FileError(
+                f"cannot write {place}: format {format.name!r} writes several files ("
+                f"{few([file.name for file in written], shown=5)}), so pass a folder"
+            )
+        _replace({written[0]: place}, older, place, format)
+    elif place.exists():
+        raise FileError(f"cannot write {place}: it is a file, and format {format.name!r} writes into a folder")
+    else:
+        os.rename(whole, place)
+        sync(place.parent)
+    return place
+
+
+def _replace(moves: dict[Path, Path], older: Path, place: Path, format: Format) -> None:
+    """Move all files to their places, or none: those that they replace are set aside first."""
+    taken = [new for new in moves.values() if os.path.lexists(new)]
+    adapters = [new for new in taken if new.name != CARD]
+    if [new for new in taken if new.is_dir()] or (adapters and not sniffs(format, place)):
+        raise FileError(
+            f"cannot write {place}: {few([new.name for new in taken], shown=5)} is there already and is no adapter in "
+            f"format {format.name!r}. Nothing was changed. Pass another path, or delete it first"
+        )
+    try:
+        for new in taken:
+            os.replace(new, older / new.name)
+        for file, new in moves.items():
+            aside = older / new.name
+            if aside.is_file():
+                file.chmod(stat.S_IMODE(aside.stat().st_mode) & 0o777)
+            os.replace(file, new)
+    except BaseException:
+        for new in moves.values():
+            if os.path.lexists(aside := older / new.name):
+                os.replace(aside, new)
+            elif new not in taken:
+                new.unlink(missing_ok=True)
+        raise
+    sync(place if place.is_dir() else place.parent)

@@ -1,18 +1,25 @@
-"""The header of tunerkit's files: JSON in the safetensors metadata, with a digest of the header and the tensors."""
+"""Read and write tunerkit's files: JSON in the safetensors metadata, with a digest of this header and the tensors."""
 
+import functools
 import hashlib
 import json
+import os
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import attrs
-import torch
-from attrs.validators import deep_iterable, instance_of, optional
+from attrs.validators import and_, deep_iterable, instance_of, optional
 from torch import Tensor
 
-from tunerkit.errors import FileError, cut, shown
+from tunerkit import hooks
+from tunerkit.errors import FileError, TargetError, cut, shown
+from tunerkit.extras import distribution, reader_of
 from tunerkit.paths import few
+from tunerkit.patterns import at_paths
+from tunerkit.serialization import safetensors_file
+from tunerkit.serialization.safetensors_file import bytes_of, file_at, metadata_at, pack
 
 KEY = "tunerkit"
 FORMAT = 1
@@ -20,54 +27,21 @@ _LONGEST_NAME = 200  # characters of a method's name
 _LARGEST_SETTING = 10**100
 _LARGEST = 2**63  # counts and sizes are 64-bit integers to torch
 _LARGEST_FLOAT = sys.float_info.max
+# The public function that writes each kind of file.
+_WRITERS = {"adapter": "save", "state": "save_state"}
+_Stored = Mapping[str, memoryview]  # the bytes of each tensor in a file
+_Attribute: TypeAlias = "attrs.Attribute[Any]"
+
+# --- The fields -------------------------------------------------------------------------------------------------------
 # The digest detects damage, but not a header that someone edited and hashed again. So types and ranges are checked too.
 
 
-def _is_count(instance: object, attribute: "attrs.Attribute[Any]", value: Any) -> None:
-    if not _is_size(value):
-        raise ValueError(f"{attribute.name}: expected an integer from 0 to 2**63 - 1, got {shown(value)}")
+def _expect(what: str, is_right: Callable[[Any], bool]) -> Callable[[object, _Attribute, Any], None]:
+    def check(instance: object, attribute: _Attribute, value: Any) -> None:
+        if not is_right(value):
+            raise ValueError(f"{attribute.name}: expected {what}, got {shown(value)}")
 
-
-def _is_method(instance: object, attribute: "attrs.Attribute[Any]", value: Any) -> None:
-    if not isinstance(value, str) or len(value) > _LONGEST_NAME:
-        raise ValueError(f"{attribute.name}: expected the name of a method, got {shown(value)}")
-
-
-def _is_config(instance: object, attribute: "attrs.Attribute[Any]", value: Any) -> None:
-    """Check the type, and that no number is beyond what a method can compute with."""
-    instance_of(dict)(instance, attribute, value)
-    waiting: list[object] = [value]
-    while waiting:
-        match waiting.pop():
-            case dict() as settings:
-                waiting += settings.values()
-            case list() as members:
-                waiting += members
-            case int() as number if abs(number) > _LARGEST_SETTING:
-                raise ValueError(f"{attribute.name}: expected settings below 10**100, got {shown(number)}")
-
-
-def _are_paths(instance: object, attribute: "attrs.Attribute[Any]", paths: Any) -> None:
-    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-        raise ValueError(f"{attribute.name}: expected a list of texts, got {shown(paths)}")
-    if len(set(paths)) < len(paths):
-        raise ValueError(f"{attribute.name}: a path is listed twice")
-
-
-def _is_fingerprint(instance: object, attribute: "attrs.Attribute[Any]", entries: Any) -> None:
-    if not isinstance(entries, dict):
-        raise ValueError(f"{attribute.name}: expected an entry for each parameter, got {shown(entries)}")
-    for name, entry in entries.items():
-        match entry:
-            case {"shape": list(shape), "dtype": str(), "sample": list(sample)} if (
-                isinstance(name, str) and len(entry) == 3
-            ):
-                if not all(map(_is_size, shape)):
-                    raise ValueError(f"{attribute.name}: expected an integer for each dimension, got {shown(shape)}")
-                if not all(map(_is_finite, sample)):
-                    raise ValueError(f"{attribute.name}: expected a finite number for each sample, got {shown(sample)}")
-            case _:
-                raise ValueError(f"{attribute.name}: expected a shape, a dtype and a sample, got {shown(entry)}")
+    return check
 
 
 def _is_size(value: object) -> bool:
@@ -78,7 +52,52 @@ def _is_finite(value: object) -> bool:
     return (type(value) is float or type(value) is int) and -_LARGEST_FLOAT <= value <= _LARGEST_FLOAT
 
 
-def _is_change(instance: "Header", attribute: "attrs.Attribute[Any]", change: Any) -> None:
+_is_count = _expect("an integer from 0 to 2**63 - 1", _is_size)
+_is_method = _expect("the name of a method", lambda value: isinstance(value, str) and len(value) <= _LONGEST_NAME)
+_are_texts = _expect(
+    "a list of texts", lambda found: isinstance(found, list) and all(isinstance(x, str) for x in found)
+)
+
+
+def _are_distinct(instance: object, attribute: _Attribute, paths: list[str]) -> None:
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"{attribute.name}: a path is listed twice")
+
+
+def _are_usable(instance: object, attribute: _Attribute, config: dict[str, Any]) -> None:
+    """Check that no number is beyond what a method can compute with."""
+    for number in numbers_in(config):
+        if type(number) is int and abs(number) > _LARGEST_SETTING:
+            raise ValueError(f"{attribute.name}: expected settings below 10**100, got {shown(number)}")
+
+
+def numbers_in(values: object) -> Iterator[float]:
+    """The numbers in plain values, in lists and mappings at any depth."""
+    waiting = [values]
+    while waiting:
+        match waiting.pop():
+            case int() | float() as number:
+                yield number
+            case list() as members:
+                waiting += members
+            case Mapping() as settings:
+                waiting += settings.values()
+
+
+def _is_fingerprint(instance: object, attribute: _Attribute, entries: Any) -> None:
+    _expect("an entry for each parameter", lambda found: isinstance(found, dict))(instance, attribute, entries)
+    for entry in entries.values():
+        match entry:
+            case {"shape": list(shape), "dtype": str(), "sample": list(sample)} if len(entry) == 3:
+                if not all(map(_is_size, shape)):
+                    raise ValueError(f"{attribute.name}: expected an integer for each dimension, got {shown(shape)}")
+                if not all(map(_is_finite, sample)):
+                    raise ValueError(f"{attribute.name}: expected a finite number for each sample, got {shown(sample)}")
+            case _:
+                raise ValueError(f"{attribute.name}: expected a shape, a dtype and a sample, got {shown(entry)}")
+
+
+def _is_change(instance: "Header", attribute: _Attribute, change: Any) -> None:
     listed = isinstance(change, list) and len(change) == 3 and isinstance(change[2], list)
     if not listed or len(change[2]) != len(instance.targets):
         raise ValueError(f"expected a step, a budget and a list of one rank per target, got {shown(change)}")
@@ -97,10 +116,10 @@ class Header:
 
     kind: str = attrs.field(validator=instance_of(str))
     method: str = attrs.field(validator=_is_method)
-    config: dict[str, Any] = attrs.field(validator=_is_config)
-    targets: list[str] = attrs.field(validator=_are_paths)
-    copies: list[str] = attrs.field(validator=_are_paths)
-    biases: list[str] = attrs.field(validator=_are_paths)
+    config: dict[str, Any] = attrs.field(validator=and_(instance_of(dict), _are_usable))
+    targets: list[str] = attrs.field(validator=and_(_are_texts, _are_distinct))
+    copies: list[str] = attrs.field(validator=and_(_are_texts, _are_distinct))
+    biases: list[str] = attrs.field(validator=and_(_are_texts, _are_distinct))
     steps: int = attrs.field(validator=_is_count)
     total_steps: int | None = attrs.field(validator=optional(_is_count))
     versions: dict[str, str] = attrs.field(validator=instance_of(dict))
@@ -115,7 +134,7 @@ class Header:
         return {"targets": self.targets, "copies": self.copies, "biases": self.biases}
 
 
-_Stored = Mapping[str, memoryview]  # the bytes of each tensor in a file
+# --- In the metadata --------------------------------------------------------------------------------------------------
 
 
 def encode(header: Header, tensors: Mapping[str, Tensor], stored: _Stored | None = None) -> dict[str, str]:
@@ -138,6 +157,22 @@ def _is_json(value: object) -> bool:
     return True
 
 
+def digest(text: str, tensors: Mapping[str, Tensor], stored: _Stored | None = None) -> str:
+    """Return the sha256 of the header's text and of each tensor's name, dtype, shape and bytes, sorted by name.
+
+    Args:
+        text: The header's text.
+        tensors: The tensors by name.
+        stored: Their bytes in a file, if there is one: reading them from many small tensors takes longer.
+    """
+    hasher = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        hasher.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        hasher.update(bytes_of(tensor) if stored is None else stored[name])
+    return hasher.hexdigest()
+
+
 def is_ours(metadata: Mapping[str, str] | None) -> bool:
     """Whether a safetensors file with this metadata was written by tunerkit."""
     return metadata is not None and KEY in metadata and f"{KEY}.digest" in metadata
@@ -157,63 +192,98 @@ def decode(
     text = metadata[KEY]
     if digest(text, tensors, stored) != metadata[f"{KEY}.digest"]:
         raise FileError(f"{source} is damaged: its digest does not match its content; copy or save it again")
-    fields = _parse(text, source)
-    if fields.get("format") != FORMAT:
-        found = shown(fields.get("format"))
-        raise FileError(f"{source} has format {found}, this tunerkit reads {FORMAT}; install a matching release")
-    if problems := list(_wrong_fields(fields)):
-        raise FileError(
-            f"{source}: its header fields do not fit: {'; '.join(problems)}; a later tunerkit may have written the "
-            "file, then install that release"
-        )
-    try:
-        header = Header(**fields)
-    except (TypeError, ValueError) as error:
-        raise FileError(f"{source}: its header has a field that tunerkit would not write: {_reason(error)}") from error
-    if header.kind != content:
-        raise FileError(f"{source} holds {shown(header.kind)}, expected {content!r}: pass the other of the two files")
-    return header
-
-
-def _wrong_fields(fields: Mapping[str, Any]) -> Iterator[str]:
-    expected = [field.name for field in attrs.fields(Header)]
-    if missing := [name for name in expected if name not in fields]:
-        yield f"missing {few(missing, shown=5)}"
-    if unknown := [name for name in fields if name not in expected]:
-        yield f"unknown {few(unknown, shown=5)}"
-
-
-def _reason(error: TypeError | ValueError) -> str:
-    return cut(str(error.args[0] if error.args else error), 400)
-
-
-def _parse(text: str, source: str) -> dict[str, Any]:
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise FileError(f"{source}: the header is not JSON ({error})") from error
     if not isinstance(fields, dict):
         raise FileError(f"{source}: the header is not a JSON object")
-    return fields
+    if fields.get("format") != FORMAT:
+        found = shown(fields.get("format"))
+        raise FileError(f"{source} has format {found}, this tunerkit reads {FORMAT}; install a matching release")
+    expected = [field.name for field in attrs.fields(Header)]
+    kinds = {
+        "missing": [name for name in expected if name not in fields],
+        "unknown": [name for name in fields if name not in expected],
+    }
+    if wrong := [f"{kind} {few(names, shown=5)}" for kind, names in kinds.items() if names]:
+        raise FileError(
+            f"{source}: its header fields do not fit: {'; '.join(wrong)}; a later tunerkit may have written the file, "
+            "then install that release"
+        )
+    try:
+        header = Header(**fields)
+    except (TypeError, ValueError) as error:
+        why = cut(str(error.args[0] if error.args else error), 400)
+        raise FileError(f"{source}: its header has a field that tunerkit would not write: {why}") from error
+    if header.kind != content:
+        raise FileError(f"{source} holds {shown(header.kind)}, expected {content!r}: pass the other of the two files")
+    try:
+        config = at_paths(header.config, header.targets, of_file=True)
+    except TargetError as error:
+        raise FileError(f"{source} has settings that cannot be used: {error}") from error
+    return attrs.evolve(header, config=config)
 
 
-def digest(text: str, tensors: Mapping[str, Tensor], stored: _Stored | None = None) -> str:
-    """Return the sha256 of the header's text and of each tensor's name, dtype, shape and bytes, sorted by name.
+# --- Files ------------------------------------------------------------------------------------------------------------
 
-    Args:
-        text: The header's text.
-        tensors: The tensors by name.
-        stored: Their bytes in a file, if there is one: reading them from many small tensors takes longer.
+
+def write(place: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file of tunerkit's, completely or not at all.
+
+    Raises:
+        FileError: It cannot be written, or there is a safetensors file that tunerkit did not write, such as a base
+            model's weights. One whose header cannot be read may be ours and damaged, and is replaced.
     """
-    hasher = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        hasher.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        if tensor.numel():
-            hasher.update(_bytes_of(tensor) if stored is None else stored[name])
-    return hasher.hexdigest()
+    metadata = metadata_at(place)
+    if metadata is not None and not is_ours(metadata):
+        raise FileError(
+            f"{place} is a safetensors file that tunerkit did not write, such as the weights of a model. Nothing was "
+            "written, and it is unchanged. Save under another name or into another folder, or delete that file first"
+        )
+    entries, stored = pack(tensors)
+    safetensors_file.write(place, entries, stored, encode(header, tensors, stored))
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    found: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return found
+def read(path: str | os.PathLike[str], *, content: str) -> tuple[str, dict[str, Tensor], Header]:
+    """Return the file's own path for messages, its tensors, and its header after all checks. Raises `FileError`."""
+    place = file_at(path, content)
+    source = str(place)
+    if not os.path.isfile(place):
+        try:
+            names = os.listdir(place.parent)
+        except (OSError, ValueError):
+            names = []
+        _refuse_foreign(place.parent, [place.parent.name, *names], ())
+        raise FileError(
+            f"there is no file {source}; tunerkit.{_WRITERS[content]} writes {content}.safetensors into the folder "
+            "it is given"
+        )
+    tensors, metadata, stored = safetensors_file.read(place, functools.partial(_accept, place))
+    return source, tensors, decode(metadata, tensors, stored, source=source, content=content)
+
+
+def _accept(place: Path, metadata: Mapping[str, str], tensors: Collection[str]) -> None:
+    """Refuse a file of another program, before its data is read."""
+    if not is_ours(metadata):
+        _refuse_foreign(place, [place.name], tensors)
+        decode(metadata, {}, source=str(place), content="")
+
+
+def is_foreign(path: str) -> bool:
+    """Whether an adapter of another program lies at ``path``, by the names of files: no plugin need read it."""
+    place = Path(path)
+    inside = [each.name for each in place.iterdir()] if place.is_dir() else []
+    return reader_of([place.name, *inside]) is not None
+
+
+def _refuse_foreign(place: Path, files: Collection[str], tensors: Collection[str]) -> None:
+    if (found := reader_of(files, tensors)) is not None:
+        installed = not hooks.gather_formats().keys().isdisjoint(found.formats)
+        reader = distribution(found.extra)
+        install = ", which is installed and cannot read this: pass the folder or the file that holds the adapter"
+        raise FileError(
+            f"{place} holds an adapter in the format of {found.program}. tunerkit itself does not read it: that takes "
+            f"the distribution {reader}{install if installed else f' (pip install {reader})'}. Without it, use "
+            f"{found.instead}"
+        )

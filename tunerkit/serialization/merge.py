@@ -8,25 +8,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tunerkit import hooks, injection, libraries
+from tunerkit import injection, layers
 from tunerkit.errors import AdapterError
 from tunerkit.injection import Slots
+from tunerkit.layers import weights
 from tunerkit.paths import few, join
+from tunerkit.records import Rounding
 from tunerkit.serialization.fingerprint import fingerprint
-from tunerkit.serialization.finite import nonfinite
-from tunerkit.serialization.packed_weights import packed_sum
-from tunerkit.serialization.rounding import is_below_rounding, note_rounding_, warn_of_rounding
-from tunerkit.serialization.sharded_weights import (
-    gathered,
-    has_packed_weight,
-    is_split,
-    own_value,
-    part_of,
-    refuse_gathered,
-    refuse_packed_shards,
-    reshard_,
-)
-from tunerkit.serialization.stacked import refuse_unequal
+from tunerkit.serialization.packed import is_reached, is_whole, wanted_sum, warn_of_rounding
+from tunerkit.serialization.tensor_checks import nonfinite
 from tunerkit.serialization.untying import (
     Parting,
     Places,
@@ -37,7 +27,6 @@ from tunerkit.serialization.untying import (
     refuse_left_out,
     thaw_parted,
 )
-from tunerkit.serialization.whole import is_whole, put_
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -86,27 +75,25 @@ def merge(model: M, *, permanent: bool = False) -> M:
 def merge_except_(model: M, paths: Collection[str], *, permanent: bool = False) -> M:
     """Merge as `merge` does, without the modules at ``paths``."""
     tuners = injection.require_tuners(model)
-    reshard_(model)
+    weights.reshard_(model)
     places = [place for place in injection.walk(model) if place[0] not in paths]
     _refuse_unfit(model, places)
-    merged = [_merged_parts(*place) if is_split(place[1]) else _merged_tensors(*place) for place in places]
+    merged = [_merged_parts(*place) if _is_split(place[1]) else _merged_tensors(*place) for place in places]
     refuse_left_out(model, places, merged)
-    whole = [not is_split(module) for _, module, _ in places]
+    whole = [not _is_split(module) for _, module, _ in places]
     _refuse_nonfinite(list(compress(places, whole)), list(compress(merged, whole)))
-    for path, module, slots in compress(places, whole):
-        refuse_unequal(path, module, slots)
     kept = {name: fingerprint(tuner) for name, tuner in tuners.items()} if permanent else {}
     plans = plan_parting(model, places, merged)
     thaw_parted(model, plans)
-    originals = [_values(module, tensors) for (_, module, _), tensors in zip(places, merged, strict=True)]
+    originals = [_values(module, slots, tensors) for (_, module, slots), tensors in zip(places, merged, strict=True)]
     try:
-        _replace_all_(places, merged, plans)
+        noted = _replace_all_(places, merged, plans)
         for (_, _, slots), own, plan in zip(places, originals, plans, strict=True):
             note_parting(slots, None if permanent else plan)
             slots.note_merged({} if permanent else own, permanent=permanent)
         for name, base in kept.items():
             tuners[name].progress.fingerprint = base
-        warn_of_rounding(places)
+        warn_of_rounding(noted)
     except BaseException:
         for (_, module, slots), own, plan in zip(places, originals, plans, strict=True):
             _put_back_(module, slots, own, plan)
@@ -140,7 +127,7 @@ def unmerge(model: M) -> M:
 
 def restore_originals_(model: nn.Module) -> None:
     """Undo a merge if there is one. If this is interrupted, it is undone all the same before it raises."""
-    reshard_(model)
+    weights.reshard_(model)
     places = list(injection.walk(model))
     refuse_permanent(places)
     try:
@@ -165,13 +152,13 @@ def disabled(model: nn.Module) -> Iterator[None]:
     refuse_permanent(places)
     if places:
         injection.refuse_running(injection.wrapped_model(model), "disabling adapters")
-    reshard_(model)
+    weights.reshard_(model)
     try:
         try:
             _enable_(places, False)
             yield
         finally:
-            reshard_(model)
+            weights.reshard_(model)
             _enable_(places, True)
     except BaseException:  # it may be a KeyboardInterrupt on the way back
         _enable_(places, True)
@@ -190,7 +177,7 @@ def _put_back_(module: nn.Module, slots: Slots, originals: dict[str, Tensor], pl
     """Undo the merge of one module: its ties first, since the originals belong into the shared parameters."""
     if plan is not None:
         plan.tie_()
-    _replace_(module, originals)
+    _replace_(module, slots, originals)
     slots.forget_merge()
     forget_parting(slots)
 
@@ -202,7 +189,7 @@ def _enable_(places: Places, enabled: bool) -> None:
     """
     turned = [place for place in places if place[2].enabled is not enabled]
     shown = [slots.originals for _, _, slots in turned]
-    hidden = [_values(module, values) for (_, module, _), values in zip(turned, shown, strict=True)]
+    hidden = [_values(module, slots, values) for (_, module, slots), values in zip(turned, shown, strict=True)]
     try:
         for (_, module, slots), values, others in zip(turned, shown, hidden, strict=True):
             _show_(module, slots, values, others, enabled=enabled)
@@ -217,7 +204,7 @@ def _show_(module: nn.Module, slots: Slots, shown: dict[str, Any], hidden: dict[
     if slots.merged:
         if (plan := parting_of(slots)) is not None:
             plan.part_() if enabled else plan.tie_()
-        _replace_(module, shown)
+        _replace_(module, slots, shown)
         slots.set_aside(hidden)
     slots.enabled = enabled
 
@@ -237,27 +224,49 @@ def _refuse_unfit(model: nn.Module, places: Places) -> None:
     injection.refuse_running(injection.wrapped_model(model), "merging")
     _refuse_offloaded(places)
     _refuse_earlier_hooks(places)
-    unpacked = [(path, module) for path, module, slots in places if slots.active and not has_packed_weight(slots)]
-    libraries.refuse_engine(unpacked, "merge")
-    refuse_gathered(places)
-    refuse_packed_shards(places)
+    unpacked = [(path, module) for path, module, slots in places if slots.active and not _has_packed_weight(slots)]
+    injection.refuse_restricted(unpacked, "merge")
+    _refuse_unreachable(places)
     injection.refuse_lost(injection.require_tuners(model).values())
 
 
 def _refuse_offloaded(places: Places) -> None:
     """Raise `AdapterError` if weights are loaded for each forward pass only: merged values would be lost."""
-    away = [path for path, module, _ in places if libraries.is_offloaded(module)]
+    away = [(path, holder) for path, module, _ in places if (holder := weights.offloading(module)) is not None]
     if away:
         raise AdapterError(
-            f"accelerate offloads the weights of {len(away)} adapted layers ({away[0]}, ...), so nothing can be merged "
-            "into them; call accelerate.hooks.remove_hook_from_submodules(model), which loads them, and then merge"
+            f"{away[0][1].name} offloads the weights of {len(away)} adapted layers ({away[0][0]}, ...), so nothing can "
+            f"be merged into them; {away[0][1].way_out}, which loads them, and then merge"
         )
+
+
+def _refuse_unreachable(places: Places) -> None:
+    """Raise `AdapterError` if what is merged into weights would be lost, or if packed ones are divided."""
+    for path, module, slots in places:
+        if slots.active and slots.base is not None and any(own.is_meta for own in module.parameters(recurse=False)):
+            raise AdapterError(f"cannot merge into {path!r}: its weight is on the meta device; load the weights first")
+        if (reason := weights.lent(module)) is not None:
+            raise AdapterError(f"cannot merge into {path!r}: {reason}")
+        if slots.active and _has_packed_weight(slots) and (holder := weights.sharding(module.parameters())) is not None:
+            raise AdapterError(
+                f"cannot merge into {path!r}: its weight is quantised, and {holder.name} has cut it into shards, which "
+                "cannot be read alone. Save the adapter, load it onto the base in one process, and merge there"
+            )
+
+
+def _has_packed_weight(slots: Slots) -> bool:
+    """Whether a quantiser stores the weight of a module: its library can read and write whole ones alone."""
+    return slots.base is not None and slots.base.packing is not None
+
+
+def _is_split(module: nn.Module) -> bool:
+    return weights.sharding(module.parameters()) is not None
 
 
 def _refuse_earlier_hooks(places: Places) -> None:
     """Raise `AdapterError` if a hook sees a layer's output without the adapters, which a merge would show to it."""
     for path, module, slots in places:
-        for hook in libraries.torch_private.hooks_before(module, injection.apply_slots) if slots.active else ():
+        for hook in layers.torch_private.hooks_before(module, injection.apply_slots) if slots.active else ():
             name = getattr(hook, "__qualname__", type(hook).__name__)
             raise AdapterError(
                 f"cannot merge into {path!r}: its forward hook {name} runs before the adapters, as it was "
@@ -271,9 +280,9 @@ def _refuse_nonfinite(places: Places, merged: Sequence[Mapping[str, Any]]) -> No
     pairs = list(zip(places, merged, strict=True))
     tensors = {
         join(path, name): tensor
-        for (path, module, _), own in pairs
+        for (path, _, slots), own in pairs
         for name, tensor in own.items()
-        if not is_whole(module, name)  # `BaseLayer.merged` has looked at it before it was packed
+        if not is_whole(slots, name)  # `BaseLayer.merged` has looked at it before it was packed
     }
     if wrong := nonfinite(tensors):
         live = {join(path, name): t.detach() for path, module, _ in places for name, t in _own_tensors(module).items()}
@@ -297,10 +306,9 @@ def refuse_permanent(places: Places) -> None:
 
 def _merged_parts(path: str, module: nn.Module, slots: Slots) -> dict[str, Any]:
     """Return this process's part of the merged tensors. The whole ones are checked, in all processes alike."""
-    with gathered(module) as part:
+    with weights.gathered(module) as part:
         tensors = _merged_tensors(path, module, slots)
         _refuse_nonfinite([(path, module, slots)], [tensors])
-        refuse_unequal(path, module, slots)
         return {name: part(name, tensor) for name, tensor in tensors.items()}
 
 
@@ -309,65 +317,88 @@ def _merged_parts(path: str, module: nn.Module, slots: Slots) -> dict[str, Any]:
 @torch.no_grad()
 def _merged_tensors(path: str, module: nn.Module, slots: Slots) -> dict[str, Any]:
     """Return ``module``'s own tensors with all active slots merged, by name. Raises `AdapterError` if it cannot."""
+    injection.refuse_without_delta(slots)
     for slot in slots.applied:
-        if slot.adapter is not None and not hooks.has_delta(slot.method):
-            raise AdapterError(
-                f"method {slot.method!r} cannot be merged: its plugin implements neither tunerkit_delta nor "
-                "tunerkit_factors"
-            )
         if slot.adapter is not None and slots.base is not None and not slots.base.has_weight:
             raise AdapterError(
                 f"cannot merge into {path!r}: method {slot.method!r} changes the output of a {type(module).__name__}, "
                 "of which tunerkit knows no weight"
             )
+    _refuse_readers_of_padding(path, module, slots)
     tensors = injection.adapted_tensors(path, module, slots)
     bias = None if slots.base is None else slots.base.bias_name
-    if bias in tensors and libraries.torch_private.own_parameters(module).get(bias) is None:
+    if bias in tensors and layers.torch_private.own_parameters(module).get(bias) is None:
         raise AdapterError(f"cannot merge into {path!r}: the adapter adds a bias and the base layer has none")
     return tensors
 
 
-def _replace_all_(places: Places, merged: Sequence[dict[str, Any]], plans: Sequence[Parting | None]) -> None:
+def _refuse_readers_of_padding(path: str, module: nn.Module, slots: Slots) -> None:
+    """Raise `AdapterError` if adapters change what the padding row of an embedding gives, which no delta does."""
+    if not isinstance(module, nn.Embedding) or module.padding_idx is None or not injection.is_called(module):
+        return
+    readers = dict.fromkeys(
+        repr(slot.method) for slot in slots.applied if slot.adapter is not None and slot.reads_output
+    )
+    if readers and module.weight[module.padding_idx].any():
+        raise AdapterError(
+            f"cannot merge at {path!r}: the merged {type(module).__name__} computes something else than the adapted "
+            f"one for its padding, whose row is not zero. Method {' or '.join(readers)} reads the output there, and a "
+            "delta never changes that row. A class that only adds to the output should set reads_output = False; if it "
+            "does more, leave this module out of the targets (exclude=...)"
+        )
+
+
+def _replace_all_(places: Places, merged: Sequence[dict[str, Any]], plans: Sequence[Parting | None]) -> list[Rounding]:
     """Give every module its merged tensors, and parameters of its own where it shares them.
+
+    Returns:
+        What that has rounded in packed weights.
 
     Raises:
         AdapterError: A weight does not become what was written.
     """
-    own_errors: dict[str, float] = {}
+    noted: list[Rounding] = []
     for plan in plans:
         if plan is not None:
             plan.part_()
     for (path, module, slots), tensors in zip(places, merged, strict=True):
-        wanted = None if is_split(module) else packed_sum(path, slots, tensors)
-        _replace_(module, tensors)
-        if wanted is not None:
-            note_rounding_(slots, wanted.before, wanted.delta, own_errors)
-        if wanted is not None and not (wanted.is_reached_by(slots) or is_below_rounding(slots)):
+        wanted = None if _is_split(module) else wanted_sum(path, slots, tensors)
+        _replace_(module, slots, tensors)
+        if wanted is not None and not is_reached(slots, *wanted, noted):
             raise AdapterError(
                 f"cannot merge into {path!r}: its {type(module).__name__} stores the weight in a packed form, and "
                 "adding to it had no effect. Load the adapter onto the base in full precision and merge there"
             )
+    return noted
 
 
-def _replace_(module: nn.Module, tensors: dict[str, Any]) -> None:
+def _replace_(module: nn.Module, slots: Slots, tensors: dict[str, Any]) -> None:
     """Give a module's parameters and buffers new values in other storage. The Parameter objects stay the same.
 
     Only what holds a packed weight is replaced itself.
     """
     own = _own_tensors(module)
     for name, tensor in tensors.items():
-        if is_whole(module, name):
-            put_(module, name, tensor)
-        elif (part := part_of(own[name])) is not None:  # in the same storage, which an engine gathers from
+        if is_whole(slots, name):
+            assert slots.base is not None
+            slots.base.put_({name: tensor})
+        elif (part := weights.part_of(own[name])) is not None:  # in the same storage, which an engine gathers from
             part.copy_(tensor)
         else:
             own[name].data = tensor
 
 
-def _values(module: nn.Module, names: Iterable[str]) -> dict[str, Any]:
-    """Return the values that a module's parameters and buffers have now, in their own storage."""
+def _values(module: nn.Module, slots: Slots, names: Iterable[str]) -> dict[str, Any]:
+    """Return the values that a module's parameters and buffers have now: of shards, written in place, a copy."""
+
+    def value(name: str) -> Any:
+        if is_whole(slots, name):
+            return getattr(module, name)
+        part = weights.part_of(own[name])
+        return own[name].data if part is None else part.clone()
+
     own = _own_tensors(module)
-    return {name: getattr(module, name) if is_whole(module, name) else own_value(own[name]) for name in names}
+    return {name: value(name) for name in names}
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:

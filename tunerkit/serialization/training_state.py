@@ -9,29 +9,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tunerkit import hooks, injection, steps
-from tunerkit.errors import AdapterError, FileError, StepError, TunerkitWarning, cut, first, shown
-from tunerkit.injection import Tuner
-from tunerkit.libraries import torch_private
+from tunerkit.errors import AdapterError, FileError, StepError, TunerkitWarning, cut, first, shown, warn
+from tunerkit.injection import Tuner, slots_in
+from tunerkit.layers import torch_private
 from tunerkit.paths import few
 from tunerkit.records import RankChange, State
-from tunerkit.serialization.adapter_file import header_of, note_written
+from tunerkit.serialization.adapter_file import header_of, write_own, written_once
 from tunerkit.serialization.base_check import base_values, refuse_other_base
-from tunerkit.serialization.finite import nonfinite
-from tunerkit.serialization.fit import fill
-from tunerkit.serialization.header import Header, decode, encode
-from tunerkit.serialization.reading import read, refuse_nonfinite, refuse_other_file
-from tunerkit.serialization.rollback import all_or_nothing
-from tunerkit.serialization.safetensors_file import file_at, pack, write
-from tunerkit.serialization.written_once import written_once
+from tunerkit.serialization.header import Header, decode, encode, read
+from tunerkit.serialization.safetensors_file import file_at
+from tunerkit.serialization.tensor_checks import fill, nonfinite, refuse_nonfinite
 
 # The entry of an optimizer's state_dict that holds training states by adapter name.
 CARRIED = "tunerkit"
-
-_WHAT_FITS = "Load a state that was saved together with the adapter's weights; without one, the schedule restarts"
 
 
 def save_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None = None) -> Path:
@@ -53,7 +48,7 @@ def save_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str |
             or inf.
     """
     tuner = injection.tuner(model, adapter)
-    if tuner.needs_steps and tuner.progress.link is None and tuner.state is None and tuner.steps == 0:
+    if injection.needs_steps(tuner) and tuner.progress.link is None and tuner.state is None and tuner.steps == 0:
         raise AdapterError(
             f"adapter {tuner.name!r} was never attached, so it has no training state to save: call "
             "tunerkit.attach(model, optimizer, total_steps=...) before training"
@@ -62,17 +57,14 @@ def save_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str |
     return written_once(tuner, place, functools.partial(_write_state, tuner, place, *_state_of(tuner)))
 
 
-def _write_state(tuner: Tuner, place: Path, tensors: Mapping[str, Tensor], encoded: dict[str, str]) -> Path:
-    refuse_other_file(place)
+def _write_state(tuner: Tuner, place: Path, tensors: Mapping[str, Tensor], header: Header) -> Path:
     if wrong := nonfinite(tensors):
         raise AdapterError(
             f"the training state of adapter {tuner.name!r} has NaN or inf in {len(wrong)} of {len(tensors)} tensors: "
             f"{few(wrong, shown=5)}. Nothing was written, and an older file is unchanged; resume from a state saved "
             "earlier"
         )
-    written = write(place, pack(tensors), encoded)
-    note_written(tuner, written, "state", stacklevel=6)
-    return written
+    return write_own(tuner, place, header, tensors)
 
 
 def load_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None = None) -> None:
@@ -97,11 +89,9 @@ def load_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str |
     with tuner.whole():
         untrained = header.steps > 0 and injection.is_untrained(tuner, copies=False)
     if untrained:
-        warnings.warn(
+        warn(
             f"{source} continues a training at step {header.steps}, but the matrices of adapter {tuner.name!r} are as "
-            "new and add nothing: load its weights too, with tunerkit.load(base, path, trainable=True) before attach",
-            TunerkitWarning,
-            stacklevel=2,
+            "new and add nothing: load its weights too, with tunerkit.load(base, path, trainable=True) before attach"
         )
 
 
@@ -118,10 +108,10 @@ def carry(tuner: Tuner, optimizer: Optimizer) -> None:
 
 
 def _put_in(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    tensors, metadata = _state_of(tuner)
+    tensors, header = _state_of(tuner)
     # Clone: training may continue while the state_dict stays in memory, and its digest must fit its tensors.
     kept = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    state_dict.setdefault(CARRIED, {})[tuner.name] = {"tensors": kept, "metadata": metadata}
+    state_dict.setdefault(CARRIED, {})[tuner.name] = {"tensors": kept, "metadata": encode(header, kept)}
 
 
 def _take_out(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -134,7 +124,14 @@ def _take_out(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) ->
             case _:
                 raise FileError(f"{source} has a damaged training state of adapter {tuner.name!r}; load an earlier one")
     elif torch_private.in_distributed_checkpoint():
-        _warn_of_dropped(tuner)
+        if not tuner.steps:
+            warnings.warn(
+                f"torch's distributed checkpoint does not keep the training state of adapter {tuner.name!r}, so the "
+                "schedule restarts at step 0. To resume, write it with tunerkit.save_state beside the checkpoint, and "
+                "call tunerkit.load_state before the optimizer's state is set",
+                TunerkitWarning,
+                stacklevel=4,
+            )
     elif state_dict["state"]:
         warnings.warn(
             f"the state_dict that the optimizer loads has no training state of adapter {tuner.name!r}, which was not "
@@ -145,60 +142,65 @@ def _take_out(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) ->
         )
 
 
-def _warn_of_dropped(tuner: Tuner) -> None:
-    if not tuner.steps:
-        warnings.warn(
-            f"torch's distributed checkpoint does not keep the training state of adapter {tuner.name!r}, so the "
-            "schedule restarts at step 0. To resume, write it with tunerkit.save_state beside the checkpoint, and call "
-            "tunerkit.load_state before the optimizer's state is set",
-            TunerkitWarning,
-            stacklevel=5,
-        )
-
-
-def _state_of(tuner: Tuner) -> tuple[Mapping[str, Tensor], dict[str, str]]:
-    """Return the tensors of the training state, and the metadata that a file stores with them."""
-    state = tuner.training_state()
+def _state_of(tuner: Tuner) -> tuple[Mapping[str, Tensor], Header]:
+    """Return the tensors of the training state, and the header of a file with them."""
+    state = injection.training_state(tuner)
     history = [[change.step, change.budget, list(change.ranks.values())] for change in tuner.history]
-    header = header_of(tuner, content="state", values=dict(state.values), history=history)
-    return state.tensors, encode(header, state.tensors)
+    return state.tensors, header_of(tuner, content="state", values=dict(state.values), history=history)
 
 
 def _resume_(tuner: Tuner, tensors: Mapping[str, Tensor], header: Header, source: str) -> None:
     _refuse_other_run(tuner, header, source)
-    with all_or_nothing(tuner):
+    with _all_or_nothing(tuner):
         # First, so that the method can compare its state with them.
         tuner.progress.steps = header.steps
         tuner.progress.history[:] = [
             RankChange(step, budget, dict(zip(header.targets, ranks, strict=True)))
             for step, budget, ranks in header.history
         ]
-        with _naming(source), tuner.as_hooks_see_it():
-            hooks.restore(tuner, State(tensors=tensors, values=header.values))
-        _refuse_other_ranks(tuner, source)
+        # The method's plugin does not know where the state comes from, so its errors are given the file.
+        try:
+            with injection.as_hooks_see_it(tuner):
+                hooks.restore(tuner, State(tensors=tensors, values=header.values))
+        except (FileError, StepError) as error:
+            raise type(error)(f"{source}: {error}") from error
+        except Exception as error:
+            error.add_note(
+                f"while restoring {source}. Load a state that was saved together with the adapter's weights; without "
+                "one, the schedule restarts"
+            )
+            raise
+        said, found = dict(tuner.history[-1].ranks) if tuner.history else {}, tuner.ranks()
+        wrong = [f"{path} {rank} -> {found[path]}" for path, rank in said.items() if found[path] != rank]
+        if wrong:
+            raise FileError(
+                f"{source} contradicts itself: the ranks of its last allocation are not those of its state (history -> "
+                f"state): {few(wrong, shown=5)}"
+            )
 
 
 @contextmanager
-def _naming(source: str) -> Iterator[None]:
-    """Add the file to what a method's plugin raises about a state: the plugin does not know where that comes from."""
+def _all_or_nothing(tuner: Tuner) -> Iterator[None]:
+    """Undo what happens to an adapter inside the block if the block raises, whatever the method's plugin does.
+
+    That is: its tensors, the method's training state, the step count and the history. The Parameter objects stay the
+    same. The copies live as long as the block.
+    """
+    progress, model = tuner.progress, tuner.model
+    slots = [(slot, {name: value.clone() for name, value in slot.state_dict().items()}) for _, slot in slots_in(tuner)]
+    # The copy of the state refers to the live model, as the state itself does.
+    live = [tuner, steps.optimizer_of(tuner), *model.modules(), *model.parameters(), *model.buffers()]
+    state = copy.deepcopy(tuner.state, {id(part): part for part in live})
+    count, history = progress.steps, list(progress.history)
     try:
         yield
-    except (FileError, StepError) as error:
-        raise type(error)(f"{source}: {error}") from error
-    except Exception as error:
-        error.add_note(f"while restoring {source}. {_WHAT_FITS}")
+    except BaseException:
+        for slot, values in slots:
+            with torch.no_grad():
+                slot.load_state_dict(values)
+        tuner.state, progress.steps = state, count
+        progress.history[:] = history
         raise
-
-
-def _refuse_other_ranks(tuner: Tuner, source: str) -> None:
-    """Raise `FileError` if the restored ranks are not those of the last allocation in the file's history."""
-    said, found = dict(tuner.history[-1].ranks) if tuner.history else {}, tuner.ranks()
-    wrong = [f"{path} {rank} -> {found[path]}" for path, rank in said.items() if found[path] != rank]
-    if wrong:
-        raise FileError(
-            f"{source} contradicts itself: the ranks of its last allocation are not those of its state (history -> "
-            f"state): {few(wrong, shown=5)}"
-        )
 
 
 def restore_(tuner: Tuner, path: str | os.PathLike[str]) -> None:
@@ -212,7 +214,7 @@ def restore_(tuner: Tuner, path: str | os.PathLike[str]) -> None:
     refuse_other_base(tuner, header, source)
     refuse_nonfinite(tensors, base_values(tuner), source)
     with tuner.whole():
-        slots = dict(tuner.slots())
+        slots = dict(slots_in(tuner))
         # A misfit is found on a copy, before anything live is changed.
         fill(copy.deepcopy(slots).items(), tensors, tuner.model, source)
         shapes = {parameter: parameter.shape for parameter in tuner.parameters()}
@@ -226,7 +228,7 @@ def restore_(tuner: Tuner, path: str | os.PathLike[str]) -> None:
 
 def forget_state_(tuner: Tuner) -> None:
     """Drop a training state that does not belong to the weights just restored, and the history after their step."""
-    tuner.progress.state = None
+    tuner.state = None
     tuner.progress.history[:] = [change for change in tuner.history if change.step <= tuner.steps]
 
 
@@ -247,7 +249,7 @@ def _refuse_other_run(tuner: Tuner, saved: Header, source: str) -> None:
             for (what, there), here in zip(saved.places.items(), own.places.values(), strict=True)
             if there != here
         ]
-    if saved.kind == "state" and tuner.needs_steps and saved.total_steps != own.total_steps:
+    if saved.kind == "state" and injection.needs_steps(tuner) and saved.total_steps != own.total_steps:
         # The schedule covers the whole training, so in a longer training it would have pruned differently.
         lines.append(f"total_steps {saved.total_steps} -> {own.total_steps}")
     if lines:

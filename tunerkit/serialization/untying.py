@@ -4,18 +4,19 @@ Adapters at all sides of a tie make of one weight as many different ones. Each s
 own. The shared Parameter object is set aside with its values, so that unmerging puts the very same one back.
 """
 
+import operator
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
 
-from tunerkit import injection, targets
-from tunerkit.errors import AdapterError
+from tunerkit import hooks, injection, targets
+from tunerkit.errors import AdapterError, warn
+from tunerkit.extras import is_described
 from tunerkit.injection import Slots
-from tunerkit.libraries import torch_private
+from tunerkit.layers import torch_private
 from tunerkit.paths import is_under, join
 
 Places = Sequence[tuple[str, nn.Module, Slots]]  # as `injection.walk` yields them
@@ -39,11 +40,12 @@ class Parting:
 
     Attributes:
         holders: The modules at or in the adapted module that hold a parameter shared with a module elsewhere.
-        configs: The settings that say that the model's embeddings are tied, which is not so while they are apart.
+        flags: Objects and the names of their attributes that say that weights are tied, which is not so while they are
+            apart.
     """
 
     holders: tuple[_Holder, ...]
-    configs: tuple[Any, ...]
+    flags: tuple[tuple[object, str], ...]
 
     def part_(self) -> None:
         """Give the module parameters of its own."""
@@ -56,8 +58,8 @@ class Parting:
     def _set_(self, *, apart: bool) -> None:
         for holder in self.holders:
             torch_private.own_parameters(holder.module)[holder.name] = holder.own if apart else holder.shared
-        for config in self.configs:
-            config.tie_word_embeddings = not apart
+        for owner, name in self.flags:
+            setattr(owner, name, not apart)
 
 
 def refuse_left_out(model: nn.Module, places: Places, merged: Sequence[Mapping[str, Tensor]]) -> None:
@@ -114,8 +116,8 @@ def plan_parting(model: nn.Module, places: Places, merged: Sequence[dict[str, Te
             parted.add(names)
         if max([len(names) - sum(groups), *groups]) > 1:
             left.add(names)
-    configs = tuple(_tied_configs(model, parted, left))
-    return [Parting(holders, configs) if holders else None for holders in found]
+    flags = tuple(_tied_flags(model, parted, left))
+    return [Parting(holders, flags) if holders else None for holders in found]
 
 
 def _holders(
@@ -142,20 +144,24 @@ def _holders(
     return tuple(holders)
 
 
-def _tied_configs(model: nn.Module, parted: set[tuple[str, ...]], left: set[tuple[str, ...]]) -> Iterator[Any]:
-    """The configs that say "tied" of the modules around what is parted, if nothing in these modules stays tied.
+def _tied_flags(
+    model: nn.Module, parted: set[tuple[str, ...]], left: set[tuple[str, ...]]
+) -> Iterator[tuple[object, str]]:
+    """The flags that say "tied" of the modules around what is parted, if nothing in these modules stays tied.
 
-    One flag stands for all ties of such a module. transformers reads and writes what stays tied only if it is set.
+    One flag stands for all ties of such a module: its library reads and writes what stays tied only if it is set.
     """
-    seen: set[int] = set()
-    for path, module in injection.base_modules(model) if parted else ():
-        match module:
-            case nn.Module(config=object() as config):
-                if any(_holds(path, tie) for tie in parted) and not any(_holds(path, tie) for tie in left):
-                    for each in (config, getattr(config, "text_config", None)):
-                        if getattr(each, "tie_word_embeddings", None) is True and id(each) not in seen:
-                            seen.add(id(each))
-                            yield each
+    libraries = hooks.gather_libraries() if parted else ()
+    if parted and is_described(model) and (unserved := hooks.unserved(model)):
+        warn(
+            f"tied weights of this {type(model).__name__} get values of their own, and its config still says that they "
+            f"are tied: {unserved}"
+        )
+    for path, module in injection.base_modules(model) if libraries else ():
+        if any(_holds(path, tie) for tie in parted) and not any(_holds(path, tie) for tie in left):
+            for name in (flag for library in libraries for flag in library.tied_flags(module)):
+                owner, _, flag = name.rpartition(".")
+                yield (operator.attrgetter(owner)(module) if owner else module), flag
 
 
 def _holds(path: str, names: Sequence[str]) -> bool:

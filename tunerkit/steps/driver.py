@@ -1,48 +1,130 @@
-"""Call the methods' step hooks from the optimizer's own hooks, so that users do not have to call anything."""
+"""Call the methods' step hooks from the optimizer's own hooks, so that users do not have to call anything.
+
+`drive` looks up once what a step needs: a `Drive`. From then on, a step goes from here to the method's plugin and back.
+"""
 
 import functools
 import itertools
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 from weakref import ref
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tunerkit import hooks, injection, patterns
-from tunerkit.engine import Alone, Engine
-from tunerkit.errors import StepError, TunerkitWarning
-from tunerkit.injection import Link, Tuner
-from tunerkit.libraries import torch_private
-from tunerkit.steps.checks import agree_on_total, check_attachable, find_optimizer
-from tunerkit.steps.completing import complete_
-from tunerkit.steps.held import held_of
-from tunerkit.steps.links import detach, is_attached, note_engine, optimizer_of
-from tunerkit.steps.withheld import Withheld
+from tunerkit import hooks, injection
+from tunerkit.errors import StepError, warn
+from tunerkit.hooks import Engine, same
+from tunerkit.injection import Link, Slot, Slots, Tuner, Wrapped, modules_in, slots_in
+from tunerkit.layers import torch_private
+from tunerkit.paths import CHILD
+from tunerkit.steps.attachment import LastGradient, detach, is_attached, last_gradient, watch_
+from tunerkit.steps.checks import agree_on_total, check_attachable, find_optimizer, held_of, refuse_own_losses
+from tunerkit.steps.resizing import complete_, note_engine, optimizer_of
+
+
+@attrs.frozen(eq=False)
+class Place:
+    """One module of an adapter, with torch's live dicts of its children and of its slots."""
+
+    children: Mapping[str, nn.Module | None]
+    slots: Slots
+    own: Mapping[str, nn.Module | None]
+    slot: Slot
 
 
 @attrs.define(eq=False)
-class _Driver:
-    """The connection between one tuner and one optimizer.
+class Withheld:
+    """The gradients that the current step must not use, and their scale.
 
-    ``clock`` returns the number of the current step, from 1. ``withheld`` are the gradients that the method withholds
-    from the current step, and ``fixed`` the values that are put back after it, by parameter, where the engine's
-    optimizer moves a parameter without a gradient too. An ``idle`` step trains nothing.
+    An optimizer skips a parameter without a gradient: it applies no update, no momentum and no weight decay.
+    """
+
+    gradients: list[tuple[Tensor, Tensor]] = attrs.field(factory=list)
+    grad_scale: Tensor | None = None
+
+    def take_(self, parameters: Iterable[Tensor], grad_scale: Tensor | None) -> None:
+        """Remove the gradients of ``parameters``. A parameter without a gradient is skipped.
+
+        Args:
+            parameters: The parameters that a method returned from `tunerkit_before_step`.
+            grad_scale: The factor by which the gradients are scaled (0-d), or None if they are not scaled.
+        """
+        self.grad_scale = grad_scale
+        for parameter in parameters:
+            if parameter.grad is not None:
+                self.gradients.append((parameter, parameter.grad))
+                parameter.grad = None
+
+    @torch.no_grad()
+    def put_back_(self, *, stepped: bool) -> None:
+        """Put back every withheld gradient. Calling this again does nothing.
+
+        A fused optimizer divides the gradients by ``grad_scale`` while it steps. Withheld gradients are divided too, so
+        that afterwards all gradients have the same scale. After a skipped or interrupted step they are put back still
+        scaled, because the optimizer has not divided the others either. The division happens only here, because
+        multiplying again could not undo its rounding.
+
+        Args:
+            stepped: Whether the optimizer updated its parameters.
+        """
+        held, self.gradients = self.gradients, []
+        if stepped and self.grad_scale is not None:
+            for device in {grad.device for _, grad in held}:
+                own = [grad for _, grad in held if grad.device == device]
+                torch_private.divide_(own, self.grad_scale.to(device))
+        for parameter, grad in held:
+            if stepped:
+                parameter.grad = grad
+            # After an interrupted step a newer gradient may exist, or the parameter may have another shape.
+            elif parameter.grad is None and parameter.shape == grad.shape:
+                parameter.grad = grad.to(parameter)
+
+
+@attrs.define(eq=False)
+class Now:
+    """What a step leaves for later.
+
+    Attributes:
+        is_idle: Whether the current step trains nothing.
+        withheld: The gradients that the method withholds from the current step.
+        fixed: The values that are put back after it, by parameter, where the engine's optimizer moves a parameter
+            without a gradient too.
+        was_past_total: Whether a warning has said that the schedule is over.
+    """
+
+    is_idle: bool = False
+    withheld: Withheld = attrs.field(factory=Withheld)
+    fixed: dict[str, Tensor] = attrs.field(factory=dict)
+    was_past_total: bool = False
+
+
+@attrs.frozen(eq=False)
+class Drive:
+    """The connection between one tuner and one optimizer: all that a step needs, looked up once.
+
+    Attributes:
+        tuner: The adapter's handle.
+        wrapped: What the model holds of its adapters.
+        places: The adapter's modules.
+        callers: The hooks of the method's plugin.
+        engine: What the processes of the training do together; None if this one is alone.
+        clock: Returns the number of the current step, from 1; None to count the steps.
+        last: The adapter's last gradient, by which the next forward recognises an optimizer that does not drive it.
+        now: What a step leaves for later.
     """
 
     tuner: Tuner
+    wrapped: Wrapped
+    places: tuple[Place, ...]
+    callers: hooks.Callers
+    engine: Engine | None
     clock: Callable[[], int] | None
-    engine: Engine
-    fixed: dict[str, Tensor] = attrs.field(factory=dict)
-    warned_past_total: bool = False
-    idle: bool = False
-    withheld: Withheld = attrs.field(factory=Withheld)
-
-    def next_step(self) -> int:
-        return self.tuner.steps + 1 if self.clock is None else self.clock()
+    last: LastGradient | None
+    now: Now = attrs.field(factory=Now)
 
 
 def drive(
@@ -62,7 +144,7 @@ def drive(
         candidate: A torch optimizer, or a wrapper around one.
         total_steps: The length of training in optimizer steps, if it is known.
         clock: Returns the number of the current step, from 1; by default the steps of each adapter are counted.
-        engine: What the processes of the training do together; by default nothing.
+        engine: What the processes of the training do together; None if this one is alone.
 
     Returns:
         The torch optimizer; None if it takes no hooks, so that no step is counted.
@@ -71,173 +153,242 @@ def drive(
     for tuner in tuners:
         check_attachable(tuner, optimizer)
     totals = [agree_on_total(tuner, total_steps) for tuner in tuners]
-    engine = Alone() if engine is None else engine
+    refuse_own_losses(optimizer, engine)
     if optimizer is not None:
-        _refuse_own_losses(optimizer, engine)
         note_engine(optimizer, engine)
     for tuner in tuners:
         detach(tuner)  # from an optimizer that is gone
-    kept = engine.begin_([held_of(*pair, optimizer) for pair in zip(tuners, totals, strict=True)], optimizer)
-    links = [tuner.progress.link for tuner in tuners]
+    kept: Mapping[str, tuple[Any, ...]] = {}
+    if engine is not None:
+        kept = engine.begin_([held_of(*pair, optimizer) for pair in zip(tuners, totals, strict=True)], optimizer)
+    before = [(tuner.progress.link, tuner.engine) for tuner in tuners]
     try:
         states = [_start(tuner, total, optimizer, engine) for tuner, total in zip(tuners, totals, strict=True)]
     except BaseException:
-        for tuner, link in zip(tuners, links, strict=True):
-            tuner.progress.link = link
+        for tuner, (link, earlier) in zip(tuners, before, strict=True):
+            tuner.progress.link, tuner.engine = link, earlier
         for handle in itertools.chain(*kept.values()):
             handle.remove()
         raise
-    for tuner, total, state in zip(tuners, totals, states, strict=True):
-        progress = tuner.progress
-        progress.state, progress.total_steps, progress.steps = state, total, 0
-        progress.history.clear()
-        if optimizer is None:
-            continue
-        driver = _Driver(tuner=tuner, clock=clock, engine=engine)
-        handles = (
-            optimizer.register_step_pre_hook(_uncompiled(_before, driver)),
-            optimizer.register_step_post_hook(_uncompiled(_after, driver)),
-        )
-        completing = optimizer.register_state_dict_post_hook(functools.partial(complete_, tuner))
-        progress.link = Link(ref(optimizer), (*handles, completing, *kept.get(tuner.name, ())), engine)
+    handles = [*itertools.chain(*kept.values())]
+    try:
+        for tuner, total, state in zip(tuners, totals, states, strict=True):
+            tuner.state, tuner.progress.total_steps, tuner.progress.steps = state, total, 0
+            tuner.history.clear()
+            if optimizer is not None:
+                first = len(handles)
+                handles += kept.get(tuner.name, ())
+                for handle in _registered(tuner, optimizer, clock):
+                    handles.append(handle)
+                tuner.progress.link = Link(ref(optimizer), tuple(handles[first:]))
+    except BaseException:
+        for handle in handles:
+            handle.remove()
+        for tuner in tuners:
+            detach(tuner)
+        raise
     return optimizer
 
 
-def _refuse_own_losses(optimizer: Optimizer, engine: Engine) -> None:
-    """Reject an optimizer that decides by the loss, which each process has of its own part of the data."""
-    if engine.is_shared and isinstance(optimizer, torch.optim.LBFGS):
-        raise StepError(
-            "LBFGS chooses its steps by the loss, and each process has another one: they would drift apart. Use "
-            "another optimizer, or one process"
-        )
-
-
-def _leads(driver: _Driver, optimizer: Optimizer) -> bool:
-    """Whether this adapter is the first that the optimizer drives now, and so the one that tells the engine."""
-    tuners = injection.wrapped_of(driver.tuner.model).tuners.values()
-    driven = (t for t in tuners if t.engine is driver.engine and is_attached(t) and optimizer_of(t) is optimizer)
-    return next(driven, None) is driver.tuner
-
-
-def _start(tuner: Tuner, total: int | None, optimizer: Optimizer | None, engine: Engine) -> object | None:
-    """Ask the method for its training state. The hook finds the engine already, through a link without handles."""
-    if optimizer is None:
-        seen = engine.whole([slot for _, slot in tuner.slots()], gradients=False)
-    else:
-        tuner.progress.link = Link(ref(optimizer), (), engine)
-        seen = tuner.as_hooks_see_it()
-    with patterns.one_allowance(), seen:
+def _start(tuner: Tuner, total: int | None, optimizer: Optimizer | None, engine: Engine | None) -> object | None:
+    """Ask the method for its training state. The hook finds the engine already, and the optimizer by a mere link."""
+    tuner.engine = engine
+    if optimizer is not None:
+        tuner.progress.link = Link(ref(optimizer), ())
+    with injection.as_hooks_see_it(tuner):
         return hooks.start(tuner, total, optimizer)
 
 
-def _uncompiled(hook: Callable[..., Any], driver: _Driver) -> Callable[..., Any]:
-    """Exclude a hook from a compiled optimizer step: plugins run any Python code there, and may change shapes."""
-    hidden: Callable[..., Any] = torch.compiler.disable(functools.partial(hook, driver))
-    return hidden
+def _registered(tuner: Tuner, optimizer: Optimizer, clock: Callable[[], int] | None) -> Iterator[Any]:
+    """Resolve what a step needs, and register the hooks. Yields their handles."""
+    watch_(tuner)  # an unpickled adapter was wrapped in another process
+    modules = modules_in(tuner)
+    places = (
+        Place(torch_private.own_children(modules[path]), slots, torch_private.own_children(slots), slot)
+        for path, slot in slots_in(tuner)
+        if (slots := injection.slots_of(modules[path])) is not None
+    )
+    found = Drive(
+        tuner=tuner,
+        wrapped=injection.wrapped_of(tuner.model),
+        places=tuple(places),
+        callers=hooks.callers_of(tuner),
+        engine=tuner.engine,
+        clock=clock,
+        last=last_gradient(tuner),
+    )
+    # Not in a compiled optimizer step: plugins run any Python code there, and may change shapes.
+    yield optimizer.register_step_pre_hook(torch.compiler.disable(functools.partial(_before, found)))
+    yield optimizer.register_step_post_hook(torch.compiler.disable(functools.partial(_after, found)))
+    yield optimizer.register_state_dict_post_hook(functools.partial(complete_, tuner))
 
 
 def _before(
-    driver: _Driver, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    drive: Drive, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Run inside ``optimizer.step``, before anything is updated.
 
     With a closure the gradients are computed later, inside it, perhaps several times. Depending on the torch release,
     ``args`` starts with the optimizer or not, so a positional closure is recognised by being callable.
     """
+    now, withheld = drive.now, drive.now.withheld
     # Torch's distributed checkpoint steps an optimizer without state to make one, so most steps need no look.
-    driver.idle = not optimizer.state and torch_private.in_distributed_checkpoint()
-    if driver.idle:
+    now.is_idle = not optimizer.state and torch_private.in_distributed_checkpoint()
+    if now.is_idle:
         return None
-    # If the last step raised, no hook ran after it. If its gradients were cleared since then, so are the withheld ones.
-    if driver.withheld.gradients and all(parameter.grad is None for parameter in driver.tuner.parameters()):
-        driver.withheld.gradients.clear()
-    driver.withheld.put_back_(stepped=False)
-    _refuse_misplaced(driver.tuner)
+    if drive.last is not None:
+        drive.last.version = None
+    if withheld.gradients:
+        # The last step raised, so no hook ran after it. If its gradients were cleared since, so are the withheld ones.
+        if all(parameter.grad is None for parameter in drive.tuner.parameters()):
+            withheld.gradients.clear()
+        withheld.put_back_(stepped=False)
+    _refuse_misplaced(drive)
     if kwargs.get("closure") is not None:
-        return args, {**kwargs, "closure": _wrap_closure(driver, optimizer, kwargs["closure"])}
+        return args, {**kwargs, "closure": _wrap_closure(drive, optimizer, kwargs["closure"])}
     if args and args[-1] is not optimizer and callable(args[-1]):
-        return (*args[:-1], _wrap_closure(driver, optimizer, args[-1])), kwargs
-    _call_before_step(driver, optimizer)
+        return (*args[:-1], _wrap_closure(drive, optimizer, args[-1])), kwargs
+    _call_before_step(drive, optimizer)
     return None
 
 
-def _refuse_misplaced(tuner: Tuner) -> None:
+def _refuse_misplaced(drive: Drive) -> None:
     """Reject a step while the model is merged, or after the adapter was removed by hand.
 
     This runs at each step, so it looks only at the adapter's own modules, not at the whole model.
     """
-    found = [injection.slots_of(module) for module in tuner.modules().values()]
-    if None in found:
-        list(tuner.slots())  # raises an error that names the module
-    if any(slots is not None and slots.merged for slots in found):
+    name = drive.tuner.name
+    if drive.wrapped.tuners.get(name) is not drive.tuner or any(
+        place.children.get(CHILD) is not place.slots or place.own.get(name) is not place.slot for place in drive.places
+    ):
+        list(slots_in(drive.tuner))  # raises an error that names the module
+    if any(place.slots.merged for place in drive.places):
         raise StepError("the model is merged: a step would train nothing. Call tunerkit.unmerge before more training")
 
 
-def _wrap_closure(driver: _Driver, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+def _wrap_closure(drive: Drive, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
     @functools.wraps(closure)
     def then_before_step() -> Any:
-        driver.withheld.put_back_(stepped=False)  # the closure may run several times, and may accumulate
+        drive.now.withheld.put_back_(stepped=False)  # the closure may run several times, and may accumulate
         loss = closure()
-        _call_before_step(driver, optimizer)
+        if drive.last is not None:
+            drive.last.version = None
+        _call_before_step(drive, optimizer)
         return loss
 
     return then_before_step
 
 
-def _call_before_step(driver: _Driver, optimizer: Optimizer) -> None:
-    tuner = driver.tuner
-    if _leads(driver, optimizer):
-        driver.engine.before_step_(optimizer)
-    if not injection.takes_part(tuner):
+def _call_before_step(drive: Drive, optimizer: Optimizer) -> None:
+    tuner, engine, caller = drive.tuner, drive.engine, drive.callers.before_step
+    if engine is not None and _leads(drive, optimizer):
+        engine.before_step_(optimizer)
+    if not _takes_part(drive):
         return
-    injection.report(tuner.model)
+    if injection.WATCHED in vars(tuner.model):
+        injection.report(tuner.model)
     # Where the engine's step takes the gradients away, they are kept for what acts after it.
-    acts = hooks.changes_gradients if driver.engine.withholds else hooks.watches_steps
-    if not acts(tuner.method):
+    if caller is None and (engine is None or engine.withholds or drive.callers.after_step is None):
         return
     # Under a GradScaler a fused optimizer steps on scaled gradients; the scale is its attribute, if there is one.
     grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-    with torch.no_grad(), tuner.as_hooks_see_it(gradients=True) as outside:
-        withheld = hooks.before_step(tuner, driver.next_step(), grad_scale)
-        if driver.engine.withholds:
-            driver.withheld.take_([outside(parameter) for parameter in withheld], grad_scale)
+    seen = nullcontext(same) if engine is None else injection.as_hooks_see_it(tuner, gradients=True)
+    with torch.no_grad(), seen as outside:
+        if caller is None:
+            return
+        try:
+            answer = caller.call(tuner=tuner, step=_number(drive), grad_scale=grad_scale)
+            kept = None if answer is None else caller.check(caller.question, answer)
+        except BaseException as error:
+            caller.question.blame(error)
+            raise
+        if kept is None:
+            return
+        if engine is None or engine.withholds:
+            drive.now.withheld.take_([outside(parameter) for parameter in kept], grad_scale)
         else:
-            fixed = {id(parameter) for parameter in withheld}
-            driver.fixed = {name: p.clone() for name, p in tuner.named_parameters() if id(p) in fixed}
+            fixed = {id(parameter) for parameter in kept}
+            drive.now.fixed = {name: p.clone() for name, p in tuner.named_parameters() if id(p) in fixed}
 
 
-def _after(driver: _Driver, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _leads(drive: Drive, optimizer: Optimizer) -> bool:
+    """Whether this adapter is the first that the optimizer drives now, and so the one that tells the engine."""
+    driven = (
+        tuner
+        for tuner in drive.wrapped.tuners.values()
+        if tuner.engine is drive.engine and is_attached(tuner) and optimizer_of(tuner) is optimizer
+    )
+    return next(driven, None) is drive.tuner
+
+
+def _takes_part(drive: Drive) -> bool:
+    """Whether the adapter takes part in an optimizer step: it is not frozen, and is active or has a gradient.
+
+    So adapters that share an optimizer and are trained alternately count their own steps. With a clock (a Trainer's
+    global step), a step has the same number for all, and an adapter sees those in which it takes part.
+    """
+    own = (parameter for place in drive.places for parameter in place.slot.parameters())
+    first = next(own, None)  # usually enough
+    if first is not None and not first.requires_grad and not any(parameter.requires_grad for parameter in own):
+        return False
+    return drive.tuner.name in drive.wrapped.active or any(
+        parameter.grad is not None for place in drive.places for parameter in place.slot.parameters()
+    )
+
+
+def _number(drive: Drive) -> int:
+    return drive.tuner.progress.steps + 1 if drive.clock is None else drive.clock()
+
+
+def _after(drive: Drive, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Run after the update. A step that a fused optimizer skipped, because gradients overflowed, does not count."""
-    tuner = driver.tuner
-    if driver.idle:
+    tuner, now, callers = drive.tuner, drive.now, drive.callers
+    if now.is_idle:
         return
     skipped = bool(getattr(optimizer, "found_inf", None))
-    driver.withheld.put_back_(stepped=not skipped)
-    if skipped or not injection.takes_part(tuner):
+    if now.withheld.gradients:
+        now.withheld.put_back_(stepped=not skipped)
+    if skipped or not _takes_part(drive):
         return
-    tuner.progress.steps = driver.next_step()
-    if hooks.watches_steps(tuner.method):
-        with torch.no_grad(), tuner.as_hooks_see_it(gradients=True):
-            _put_back_fixed_(driver)
-            tuner.record(hooks.after_step(tuner, tuner.steps))
-    _warn_past_total(driver)
-
-
-def _put_back_fixed_(driver: _Driver) -> None:
-    fixed, driver.fixed = driver.fixed, {}
-    if fixed:
-        for name, parameter in driver.tuner.named_parameters():
-            if name in fixed:
-                parameter.copy_(fixed[name])
-
-
-def _warn_past_total(driver: _Driver) -> None:
-    tuner = driver.tuner
-    if tuner.total_steps is not None and tuner.steps > tuner.total_steps and not driver.warned_past_total:
-        driver.warned_past_total = True
-        warnings.warn(
-            f"adapter {tuner.name!r}: step {tuner.steps} is after total_steps={tuner.total_steps}; "
-            "the ranks stay as the final allocation set them",
-            TunerkitWarning,
-            stacklevel=2,
+    step = tuner.progress.steps = _number(drive)
+    if callers.after_step is not None or callers.before_step is not None:
+        seen = nullcontext(same) if drive.engine is None else injection.as_hooks_see_it(tuner, gradients=True)
+        with torch.no_grad(), seen:
+            if now.fixed:
+                _put_back_fixed_(drive)
+            if callers.after_step is not None:
+                _call_after_step(drive, callers.after_step, step)
+    total = tuner.progress.total_steps
+    if total is not None and step > total and not now.was_past_total:
+        now.was_past_total = True
+        warn(
+            f"adapter {tuner.name!r}: step {step} is after total_steps={total}; the ranks stay as the final allocation "
+            "set them"
         )
+
+
+def _call_after_step(drive: Drive, caller: hooks.Caller, step: int) -> None:
+    """Let the method act. If it made an allocation, add that to the history, and notify every plugin."""
+    tuner, asked, budget = drive.tuner, caller, drive.callers.budget
+    in_force: int | None = None
+    try:
+        answer = caller.call(tuner=tuner, step=step)
+        if answer is None:
+            return
+        ranks = caller.check(caller.question, answer)
+        if budget is not None:
+            asked = budget
+            in_force = budget.call(tuner=tuner, step=None)
+            in_force = None if in_force is None else budget.check(budget.question, in_force)
+    except BaseException as error:
+        asked.question.blame(error)
+        raise
+    spent = sum(ranks.values()) if in_force is None else in_force
+    hooks.ranks_changed(tuner, tuner.progress.history, step, spent, ranks)
+
+
+def _put_back_fixed_(drive: Drive) -> None:
+    fixed, drive.now.fixed = drive.now.fixed, {}
+    for name, parameter in drive.tuner.named_parameters():
+        if name in fixed:
+            parameter.copy_(fixed[name])

@@ -1,18 +1,19 @@
-"""Shrink and grow parameters in place, with their gradients and optimizer state; Parameter objects stay the same."""
+"""Shrink and grow parameters in place, with their gradients, and complete the optimizer's state of them."""
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
 
-from tunerkit.engine import Alone
 from tunerkit.errors import AdapterError
-from tunerkit.layers import resize_
-from tunerkit.steps.links import engine_of
+from tunerkit.hooks import Engine
+from tunerkit.injection import Tuner
+from tunerkit.layers import resize_, torch_private
 
 # These update each element from its own gradient and state only, so removing other elements does not affect it. That is
 # wrong for optimizers that use the whole tensor: Adafactor, Muon, LBFGS, or 8-bit states in blocks.
@@ -20,6 +21,30 @@ _ELEMENTWISE = (ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam,
 # Their states that do not start at 0, with the setting that they start at: Adagrad's and Rprop's.
 _FRESH = {"sum": "initial_accumulator_value", "step_size": "lr"}
 _AVERAGE = "ax"  # ASGD's average of the values so far
+
+# An optimizer does not know what trains with it, and resizing is given nothing but an optimizer.
+_engines: WeakKeyDictionary[Optimizer, Engine] = WeakKeyDictionary()
+
+
+def note_engine(optimizer: Optimizer, engine: Engine | None) -> None:
+    """Note what the processes of a training with this optimizer do together; None for one that is alone."""
+    if engine is None:
+        _engines.pop(optimizer, None)
+    else:
+        _engines[optimizer] = engine
+
+
+def optimizer_of(tuner: Tuner) -> Optimizer | None:
+    """Return the optimizer that drives an adapter, or that drove it last.
+
+    Args:
+        tuner: The adapter's handle.
+
+    Returns:
+        The optimizer; None if the adapter was never attached, or if the optimizer no longer exists.
+    """
+    link = tuner.progress.link
+    return None if link is None else link.optimizer()
 
 
 @attrs.frozen(eq=False)
@@ -67,9 +92,10 @@ def shrink_(cuts: Sequence[Cut], optimizer: Optimizer | None) -> str | None:
     """
     reason = resize_obstacle([cut.parameter for cut in cuts], optimizer) if cuts else None
     if cuts and reason is None:
-        for cut in cuts:
-            _cut_(cut, optimizer)
-        _tell_engine(optimizer)
+        is_plain = len({id(cut.parameter) for cut in cuts}) == len(cuts)
+        with torch.no_grad():
+            for some in [cuts] if is_plain else [[cut] for cut in cuts]:  # a parameter may be cut along two dimensions
+                _replace_([_cut(cut, optimizer) for cut in some], optimizer)
     return reason
 
 
@@ -97,9 +123,8 @@ def grow_(growths: Sequence[Growth], optimizer: Optimizer | None) -> str | None:
         raise AdapterError("a parameter is listed twice in one call of grow_; call it once for each dimension")
     reason = resize_obstacle([growth.parameter for growth in growths], optimizer) if growths else None
     if growths and reason is None:
-        for growth in growths:
-            _grow_(growth, optimizer)
-        _tell_engine(optimizer)
+        with torch.no_grad():
+            _replace_([_grown(growth, optimizer) for growth in growths], optimizer)
     return reason
 
 
@@ -116,9 +141,8 @@ def resize_obstacle(parameters: Iterable[nn.Parameter], optimizer: Optimizer | N
         ``optimizer`` is not known to update each element independently.
     """
     parameters = list(parameters)
-    engine = engine_of(optimizer)
-    alone = engine is None or type(engine) is Alone  # which knows of no processes
-    if alone and torch.distributed.is_available() and torch.distributed.is_initialized():
+    engine = None if optimizer is None else _engines.get(optimizer)
+    if engine is None and torch.distributed.is_available() and torch.distributed.is_initialized():
         return "torch.distributed is initialised, and DDP and FSDP do not allow shapes to change"
     if engine is not None and (reason := engine.fixed_shapes) is not None:
         return reason
@@ -135,9 +159,23 @@ def resize_obstacle(parameters: Iterable[nn.Parameter], optimizer: Optimizer | N
     return f"{name} keeps {', '.join(sorted(odd))} in a shape other than the parameter's" if odd else None
 
 
-def _tell_engine(optimizer: Optimizer | None) -> None:
-    engine = engine_of(optimizer)
-    if engine is not None:
+@attrs.frozen(eq=False)
+class _Resized:
+    """The new values of a parameter, its new gradient, and its new states in the optimizer by name."""
+
+    parameter: nn.Parameter
+    values: Tensor
+    grad: Tensor | None
+    states: Mapping[str, Tensor]
+
+
+def _replace_(resized: Sequence[_Resized], optimizer: Optimizer | None) -> None:
+    for each in resized:
+        resize_(each.parameter, each.values)
+        each.parameter.grad = each.grad
+        if optimizer is not None and each.states:
+            optimizer.state[each.parameter].update(each.states)
+    if optimizer is not None and (engine := _engines.get(optimizer)) is not None:
         engine.resized_()
 
 
@@ -148,16 +186,12 @@ def _tensors_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tens
     return {key: value for key, value in state.items() if isinstance(value, Tensor) and value.ndim > 0}
 
 
-@torch.no_grad()
-def _cut_(cut: Cut, optimizer: Optimizer | None) -> None:
-    parameter = cut.parameter
-    kept = cut.kept.to(parameter.device)
-    grad = parameter.grad
-    if optimizer is not None:
-        for key, value in _tensors_of(optimizer, parameter).items():
-            optimizer.state[parameter][key] = value.index_select(cut.dim, kept.to(value.device))
-    resize_(parameter, parameter.data.index_select(cut.dim, kept))
-    parameter.grad = None if grad is None else grad.index_select(cut.dim, kept)
+def _cut(cut: Cut, optimizer: Optimizer | None) -> _Resized:
+    parameter, kept = cut.parameter, cut.kept.to(cut.parameter.device)
+    grad = None if parameter.grad is None else parameter.grad.index_select(cut.dim, kept)
+    states = {} if optimizer is None else _tensors_of(optimizer, parameter)
+    smaller = {key: value.index_select(cut.dim, kept.to(value.device)) for key, value in states.items()}
+    return _Resized(parameter, parameter.data.index_select(cut.dim, kept), grad, smaller)
 
 
 def _refuse_misshapen(growth: Growth) -> None:
@@ -173,16 +207,17 @@ def _refuse_misshapen(growth: Growth) -> None:
         )
 
 
-@torch.no_grad()
-def _grow_(growth: Growth, optimizer: Optimizer | None) -> None:
+def _grown(growth: Growth, optimizer: Optimizer | None) -> _Resized:
     parameter, dim = growth.parameter, growth.dim
-    grad = parameter.grad
+    grad, states = parameter.grad, {}
     if optimizer is not None:
         group = next((group for group in optimizer.param_groups if any(p is parameter for p in group["params"])), {})
         for key, value in _tensors_of(optimizer, parameter).items():
-            optimizer.state[parameter][key] = torch.cat([value, _fresh_state(key, growth, group, value)], dim)
-    resize_(parameter, torch.cat([parameter.data, growth.values.detach().to(parameter.data)], dim))
-    parameter.grad = None if grad is None else torch.cat([grad, grad.new_zeros(growth.values.shape)], dim)
+            states[key] = torch.cat([value, _fresh_state(key, growth, group, value)], dim)
+    grad = None if grad is None else torch.cat([grad, grad.new_zeros(growth.values.shape)], dim)
+    return _Resized(
+        parameter, torch.cat([parameter.data, growth.values.detach().to(parameter.data)], dim), grad, states
+    )
 
 
 def _fresh_state(key: str, growth: Growth, group: Mapping[str, Any], like: Tensor) -> Tensor:
@@ -193,3 +228,38 @@ def _fresh_state(key: str, growth: Growth, group: Mapping[str, Any], like: Tenso
     # A scheduler keeps the learning rate that training began with, which is Rprop's first step size.
     first = 0.0 if setting is None else float(group.get(f"initial_{setting}", group[setting]))
     return like.new_full(growth.values.shape, first)
+
+
+def complete_(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Add a state of 0 for each parameter of the adapter that has none, such as one withheld from every step.
+
+    Torch's distributed checkpoint wants a state of all that is trained: `set_optimizer_state_dict` rejects what
+    `get_optimizer_state_dict` has returned without it. Elsewhere, and if the states of the optimizer have other shapes
+    than its parameters, this does nothing.
+    """
+    if not torch_private.in_distributed_checkpoint():
+        return
+    own = {id(parameter) for parameter in tuner.parameters() if parameter.requires_grad}
+    states = state_dict["state"]
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        pairs = list(zip(group["params"], saved["params"], strict=True))
+        known = [(parameter, states[key]) for parameter, key in pairs if states.get(key)]
+        if not (known and _is_elementwise(known[0][1], known[0][0].shape)):
+            continue
+        for parameter, key in pairs:
+            if id(parameter) in own and not states.get(key):
+                states[key] = {name: _untouched(name, value, parameter) for name, value in known[0][1].items()}
+
+
+def _is_elementwise(state: Mapping[str, Any], shape: Size) -> bool:
+    """Whether the tensors in a parameter's state have its shape, other than numbers."""
+    return all(value.shape == shape for value in state.values() if isinstance(value, Tensor) and value.ndim)
+
+
+def _untouched(name: str, value: Any, parameter: nn.Parameter) -> Any:
+    """What ``parameter`` has where another parameter's state has ``value``: 0, and the same settings."""
+    if isinstance(value, Tensor) and value.ndim:
+        return torch.zeros_like(parameter, dtype=value.dtype)
+    if name != "step":
+        return value
+    return torch.zeros_like(value) if isinstance(value, Tensor) else 0

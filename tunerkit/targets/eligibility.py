@@ -1,20 +1,18 @@
-"""What prevents a module from being adapted, as the end of a sentence about its path."""
+"""What prevents a module from being adapted or trained in full: its kind, how its owner uses it, or a tied weight."""
 
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import product
 
+import torch
 from torch import nn
 
-from tunerkit.libraries import (
-    forward_owner,
-    is_offloaded,
-    quantiser_of,
-    runs_forward_of_library,
-    torch_private,
-    whole_shape,
-)
-from tunerkit.paths import join
+from tunerkit.errors import PluginError, TargetError, warn
+from tunerkit.extras import QUANTISED, distribution, install, quantiser
+from tunerkit.layers import forward_owner, is_packed, torch_private, weights, whole_shape
+from tunerkit.paths import is_number, is_under, join, parent
+from tunerkit.records import Target
 from tunerkit.targets.scan import Scan, ScannedModule
-from tunerkit.targets.ties import left_out, way_out
 
 _ATTENTION = "nn.MultiheadAttention with a forward of its own may use its weights in any way, so it cannot be adapted"
 _SEPARATE = "nn.MultiheadAttention with kdim or vdim has three weights instead of one, which cannot be adapted yet"
@@ -24,27 +22,87 @@ _READ_AND_OFFLOADED = "is offloaded, and its weight is used directly, bypassing 
 
 
 def obstacle_at(found: ScannedModule, scanned: Scan, others: Collection[str] = ()) -> str | None:
-    """Why the module cannot be a target beside the targets at the paths ``others``, or None."""
-    if found.base is None and isinstance(found.module, nn.MultiheadAttention):
-        return _SEPARATE if forward_owner(found.module) is nn.MultiheadAttention else _ATTENTION
-    if found.base is None and not found.inside_attention:
-        return _without_kind(found.module)
-    return weight_obstacle(found, scanned, others)
+    """Why the weight of a module cannot be adapted beside the targets at the paths ``others``, or None.
+
+    It is the end of a sentence about the module's path.
+    """
+    return next(_obstacles(found, scanned, others), None)
 
 
-def _without_kind(module: nn.Module) -> str:
-    name, quantiser = type(module).__name__, quantiser_of(module)
-    if quantiser is None:
-        return f"is a {name}, which cannot be adapted"
-    if not runs_forward_of_library(module):
+def _obstacles(found: ScannedModule, scanned: Scan, others: Collection[str]) -> Iterator[str]:
+    module, base = found.module, found.base
+    attends = isinstance(module, nn.MultiheadAttention)
+    if base is None and attends:
+        yield _SEPARATE if forward_owner(module) is nn.MultiheadAttention else _ATTENTION
+    if found.inside_attention:
+        yield _ATTENTION
+    if base is None:
+        yield _without_kind(module, scanned)
+    if found.read_and_called:
+        yield _READ_AND_CALLED
+    if base is not None and (obstacle := base.obstacle()) is not None:
+        yield obstacle
+    if (found.reading_owner is not None or attends) and weights.offloading(module):
+        yield _READ_AND_OFFLOADED
+    own = torch_private.own_parameters(module)
+    parameters = [parameter for parameter in own.values() if parameter is not None]
+    usual = isinstance(module, nn.Linear | nn.Embedding) or torch_private.is_convolution(module)
+    if usual and "weight" not in own:
+        yield "has a weight computed from others (a parametrization), which cannot be adapted yet"
+    if not scanned.unloaded and any(parameter.is_meta for parameter in parameters) and not weights.offloading(module):
+        yield "has its weight on the meta device; load the weights first"
+    if base is not None and (weight := own.get(base.weight_name)) is not None and 0 in whole_shape(weight):
+        yield f"has a weight of shape {tuple(whole_shape(weight))}, in which there is nothing to adapt: exclude it"
+    if any(parameter.is_complex() for parameter in parameters):
+        yield "has complex weights, which cannot be adapted yet"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        yield "has max_norm set, so its forward() rewrites its weight; build it without max_norm"
+    for leaf, parameter in own.items():
+        names = scanned.sharers.get(id(parameter), ())
+        if left_out(names, {found.path, *others}):
+            way = _way_out(scanned, join(found.path, leaf), names, setting="targets")
+            shared = f"has a tied weight, shared as {', '.join(names)}"
+            yield f"{shared}: an adapter on one would not change the others. {way}"
+
+
+def _without_kind(module: nn.Module, scanned: Scan) -> str:
+    name, library, owner = type(module).__name__, quantiser_of(module), forward_owner(module)
+    if library is None:
+        unserved = scanned.knowledge.unserved(module)
+        return f"is a {name}, which cannot be adapted{unserved and f': {unserved}'}"
+    # torch's own forward is known too: a library may replace the weight alone.
+    if quantiser(owner) is None and not owner.__module__.startswith("torch.nn."):
         return (
-            f"is a {name} that {quantiser} has quantised, with a forward of its own, which may use the packed weight "
+            f"is a {name} that {library} has quantised, with a forward of its own, which may use the packed weight "
             "in any way: take that forward away, or exclude the layer from the targets"
         )
+    unserved = scanned.knowledge.unserved(module)
+    way_out = unserved or f"install {distribution(QUANTISED)}, or a version of it that does ({install(QUANTISED)})"
     return (
-        f"is a {name} that {quantiser} has quantised, and no installed base-layer kind adapts it: install "
-        "tunerkit-quant, or a version of it that does, or load the model without quantising it"
+        f"is a {name} that {library} has quantised, and no installed base-layer kind adapts it: {way_out}, or load the "
+        "model without quantising it"
     )
+
+
+def warn_of_unknown_packed(scanned: Scan) -> None:
+    """Warn of layers that a library has quantised and that no kind knows, also where they are no targets."""
+    found = [(each, name) for each in scanned.modules if each.base is None and (name := quantiser_of(each.module))]
+    if found:
+        first, library = found[0]
+        unserved = scanned.knowledge.unserved(first.module)
+        warn(
+            f"{library} has quantised {len(found)} layers ({first.path}, ...) that no installed base-layer kind knows. "
+            "Files will describe their stored numbers, so that adapters fit no other form of this base"
+            f"{unserved and f': {unserved}'}"
+        )
+
+
+def quantiser_of(module: nn.Module) -> str | None:
+    """The library that quantised ``module``, in words; None if it is none that is known by name."""
+    packed = (type(own) for own in torch_private.own_parameters(module).values() if is_packed(own))
+    # The classes of the module too: a forward on the instance or in a subclass hides its owner.
+    owners = (forward_owner(module), *packed, *type(module).__mro__)
+    return next((name for owner in owners if (name := quantiser(owner)) is not None), None)
 
 
 def output_obstacle(found: ScannedModule) -> str | None:
@@ -58,40 +116,104 @@ def output_obstacle(found: ScannedModule) -> str | None:
     return None
 
 
-def weight_obstacle(found: ScannedModule, scanned: Scan, others: Collection[str] = ()) -> str | None:
-    """Why the module's weight cannot be adapted beside the targets at the paths ``others``, or None."""
-    module = found.module
-    if found.inside_attention:
-        return _ATTENTION
-    if found.read_and_called:
-        return _READ_AND_CALLED
-    if found.base is not None and (obstacle := found.base.obstacle()) is not None:
-        return obstacle
-    if (found.reading_owner is not None or isinstance(module, nn.MultiheadAttention)) and is_offloaded(module):
-        return _READ_AND_OFFLOADED
-    own = torch_private.own_parameters(module)
-    parameters = [parameter for parameter in own.values() if parameter is not None]
-    usual = isinstance(module, nn.Linear | nn.Embedding) or torch_private.is_convolution(module)
-    if usual and "weight" not in own:
-        return "has a weight computed from others (a parametrization), which cannot be adapted yet"
-    if not scanned.unloaded and any(parameter.is_meta for parameter in parameters) and not is_offloaded(module):
-        return "has its weight on the meta device; load the weights first"
-    if found.base is not None and (weight := own.get(found.base.weight_name)) is not None and 0 in whole_shape(weight):
-        return f"has a weight of shape {tuple(whole_shape(weight))}, in which there is nothing to adapt: exclude it"
-    if any(parameter.is_complex() for parameter in parameters):
-        return "has complex weights, which cannot be adapted yet"
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        return "has max_norm set, so its forward() rewrites its weight; build it without max_norm"
-    return _tie(found, scanned, others)
+def left_out(names: Sequence[str], sides: Collection[str]) -> list[str]:
+    """Return those of a tied parameter's full names whose modules would not change with the others.
+
+    ``sides`` are the paths of the modules that are adapted or trained in full, each on its own. If the parameter is at
+    none of them, nothing is left out. If a module around a layer holds the layer's bias under another name, as BERT's
+    masked head does, that name is only an alias: the layer adds the bias.
+    """
+
+    def is_alias(name: str) -> bool:
+        owner = parent(name)
+        around = (not owner or is_under(other, (owner,)) for other in inside)
+        return "bias" in name.rpartition(".")[2] and any(around)
+
+    inside = [name for name in names if is_under(name, sides)]
+    return [name for name in names if inside and name not in inside and not is_alias(name)]
 
 
-def _tie(found: ScannedModule, scanned: Scan, others: Collection[str]) -> str | None:
-    """Why a tied weight of the module cannot be adapted: not all that share it are targets. None if they are."""
-    for leaf, parameter in torch_private.own_parameters(found.module).items():
-        names = scanned.sharers.get(id(parameter), ())
-        if left_out(names, {found.path, *others}):
-            way = way_out(scanned, join(found.path, leaf), names, setting="targets")
-            return (
-                f"has a tied weight, shared as {', '.join(names)}: an adapter on one would not change the others. {way}"
+def _way_out(scanned: Scan, name: str, names: Sequence[str], *, setting: str) -> str:
+    """What makes a tied parameter adaptable: sentences, of which the last ends with Python code that unties the model.
+
+    ``name`` is the one of its ``names`` that was asked for, ``setting`` the one in which their modules may be named.
+    """
+    owners = list(dict.fromkeys(map(parent, names)))
+    found = [scanned.by_path.get(owner) for owner in owners]
+    nameable = all(each is not None and (setting != "targets" or each.base is not None) for each in found)
+    listed = ", ".join(f'"{owner}"' for owner in owners)
+    each_own = f"Name all of them by plain names, and each gets its own: {setting}=({listed}). "
+    owner, leaf = parent(name), name.rpartition(".")[2]
+    dotted = all(part.isidentifier() for part in owner.split("."))
+    place = f"model.{owner}" if dotted else f'model.get_submodule("{owner}")'
+    code = f"{place}.{leaf} = torch.nn.Parameter({place}.{leaf}.detach().clone())"
+    flags = (flag for library in scanned.knowledge.libraries for flag in library.tied_flags(scanned.root.module))
+    code += "".join(f"; model.{flag} = False" for flag in flags)
+    untying = f"{each_own}Or untie" if nameable and all(owners) else "Untie"
+    return f"{untying} the model before you wrap it or load onto it: {code}"
+
+
+# --- Errors that list every problem -----------------------------------------------------------------------------------
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """Raise `TargetError` with one line per problem, if there are any."""
+    if text := "\n".join(problems):
+        raise TargetError(text)
+
+
+def lines(reasons: Mapping[str, str | None]) -> list[str]:
+    """One line for each path that has a reason; paths that differ only by their numbers share a line."""
+    alike: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for path, reason in reasons.items():
+        if reason is not None:
+            shape = ".".join("*" if is_number(part) else part for part in path.split("."))
+            alike[shape, reason].append(path)
+    return [
+        f"{first}{f' and {len(others)} more like it' if others else ''}: {reason}"
+        for (_, reason), (first, *others) in alike.items()
+    ]
+
+
+def refuse_unfit(scanned: Scan, targets: Iterable[Target], *, outputs: bool = False) -> None:
+    """Raise `TargetError` listing every target that cannot be adapted: its weight, or its output for ``outputs``.
+
+    Targets may share a weight if all modules that share it are among them: each gets its own adapter.
+    """
+    found = {target.path: scanned.by_path[target.path] for target in targets}
+    paths = {each.path for each in found.values()}
+    reasons = [output_obstacle(each) if outputs else obstacle_at(each, scanned, paths) for each in found.values()]
+    refuse(lines(dict(zip(found, reasons, strict=True))))
+
+
+def refuse_tied(scanned: Scan, paths: Collection[str]) -> None:
+    """Raise `TargetError` if a parameter at or under one of ``paths`` is shared with a module at none of them.
+
+    Modules at several of the ``paths`` may share one: each is trained on its own, from the same values.
+    """
+    problems = []
+    for path, names in product(paths, dict.fromkeys(scanned.sharers.values())):
+        inside = [name for name in names if is_under(name, (path,))]
+        if inside and left_out(names, paths):
+            outside = ", ".join(name for name in names if name not in inside)
+            way = _way_out(scanned, inside[0], names, setting="train_modules")
+            problems.append(f"{path!r} cannot be trained in full: {inside[0]} is tied to {outside}. {way}")
+    refuse(problems)
+
+
+def refuse_impassable(scanned: Scan) -> None:
+    """Raise `TargetError` listing the packed layers, targets or not, through which no gradient would reach adapters.
+
+    Raises:
+        PluginError: The kind of one names its packing as torch's dtypes are named.
+    """
+    bases = {each.path: each.base for each in (scanned.root, *scanned.modules) if each.base is not None}
+    packed = {path: (base, base.packing) for path, base in bases.items() if base.packing is not None}
+    refuse(lines({path or "the model": base.obstacle() for path, (base, _) in packed.items()}))
+    for base, packing in packed.values():
+        if isinstance(vars(torch).get(packing.name), torch.dtype):
+            raise PluginError(
+                f"{type(base).__name__} names its packing {packing.name!r}, as torch's dtype is named: files would "
+                "take the packed weight for a plain one. Its plugin must put the library's name first, as in "
+                f"{f'mylib {packing.name}'!r}"
             )
-    return None

@@ -5,75 +5,71 @@ import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from torch import nn
-
-from tunerkit.config import AdapterConfig
-from tunerkit.errors import TargetError, TunerkitWarning
-from tunerkit.libraries import (
-    grown_embeddings,
-    named_heads,
-    torch_private,
-    whole_shape,
-)
+from tunerkit.errors import PluginError, TargetError, TunerkitWarning
+from tunerkit.layers import torch_private, whole_shape
 from tunerkit.paths import CHILD, few, is_under, join
 from tunerkit.patterns import is_broad, matcher
-from tunerkit.targets.resolution import refuse_tied
+from tunerkit.records import NewModules
+from tunerkit.targets.eligibility import refuse_tied
 from tunerkit.targets.scan import Scan
 from tunerkit.targets.trained_in_full import copies_at, holds_blocks, is_layer
-from tunerkit.targets.unloaded import find_unloaded
 
 _SHOWN = 5
 
 
+def find_new(scanned: Scan) -> NewModules:
+    """Find the modules that are new, as the first library says that knows any of the model."""
+    heads = {each.path for each in scanned.modules if each.in_head}
+    blocks = {each.path for each in scanned.modules if each.in_block}
+    answers = (library.new(scanned.root.module, blocks, heads) for library in scanned.knowledge.libraries)
+    found = next((answer for answer in answers if answer is not None), NewModules(loader=""))
+    paths = {*found.whole, *found.partly, *found.heads, *found.replaced}
+    if missing := sorted(paths - scanned.by_path.keys()):
+        raise PluginError(f"a ModelLibrary finds new modules where the model has none: {few(missing, shown=_SHOWN)}")
+    return found
+
+
 def choose_new(
-    scanned: Scan, copies: tuple[str, ...], config: AdapterConfig, adapted: Collection[str] = ()
+    scanned: Scan,
+    new: NewModules,
+    copies: tuple[str, ...],
+    *,
+    targets: str | Sequence[str] | None,
+    exclude: Sequence[str],
+    adapted: Collection[str] = (),
 ) -> tuple[str, ...]:
     """Choose the modules that are new, to train them in full, if ``train_modules`` is empty.
 
-    New are output heads, layers in blocks, whole blocks and other modules that ``from_pretrained`` did not find in the
-    checkpoint, and the embeddings to which tokens were added. One warning says what is trained, one what stays frozen
-    although it is new, and one where that cannot be seen. Modules that the config names in ``exclude`` are left alone,
-    and so are those that alone match a plain name in ``targets``.
+    One warning says what is trained, one what stays frozen although it is new, and one where that cannot be seen.
+    Modules that ``exclude`` names are left alone, and so are those that alone match a plain name in ``targets``.
 
     Args:
         scanned: The scan of the model.
+        new: What is new in it.
         copies: The modules that ``train_modules`` chose.
-        config: The method's config.
+        targets: The config's patterns of targets.
+        exclude: Its patterns of modules to leave alone.
         adapted: The paths of modules that active adapters have changed already.
 
     Returns:
         The paths of the copies, without those in ``copies``.
     """
-    unloaded = find_unloaded(scanned)
-    found = list(dict.fromkeys((*unloaded.whole, *_longer(scanned))))
-    decided = {*copies, *adapted, *_named(scanned, config, (*found, *unloaded.heads))}
-    partly = [path or "the model itself" for path in unloaded.partly if not _is_decided(path, decided)]
-    trained, untrained = _copies(scanned, found, decided)
+    decided = {*copies, *adapted, *_named(scanned, targets, exclude, (*new.whole, *new.heads))}
+    partly = [path or "the model itself" for path in new.partly if not _is_decided(path, decided)]
+    trained, untrained = _copies(scanned, new.whole, decided)
     if copies:
         untrained += [f"train_modules does not name {path}" for path in trained]
         trained = {}
-    _tell(scanned, trained, [*(f"only a part of {path} is new" for path in partly), *untrained])
+    _tell(scanned, new.loader, trained, [*(f"only a part of {path} is new" for path in partly), *untrained])
     decided.update(trained)
-    unclear = (unloaded.heads, unloaded.replaced)
-    _warn_of_unknown(*([path for path in paths if not _is_decided(path, decided)] for paths in unclear))
+    unclear = (new.heads, new.replaced)
+    _warn_of_unknown(new.loader, *([p for p in paths if not _is_decided(p, decided)] for paths in unclear))
     return tuple(itertools.chain(*trained.values()))
 
 
-def trained_elsewhere(scanned: Scan, copied: Collection[str]) -> tuple[str, ...]:
-    """Find the modules whose own values are new, or may be, and which another adapter trains in full.
-
-    Args:
-        scanned: The scan of the model.
-        copied: The paths of the modules that active adapters train in full.
-
-    Returns:
-        The paths among ``copied``.
-    """
-    if not copied:
-        return ()
-    unloaded = find_unloaded(scanned)
-    new = {*unloaded.whole, *unloaded.heads, *_longer(scanned)}
-    return tuple(path for path in copied if is_under(path, new))
+def trained_elsewhere(new: NewModules, copied: Collection[str]) -> tuple[str, ...]:
+    """Find the modules whose values are new, or may be, among those that another adapter trains in full."""
+    return tuple(path for path in copied if is_under(path, {*new.whole, *new.heads}))
 
 
 def _copies(scanned: Scan, new: Sequence[str], decided: Collection[str]) -> tuple[dict[str, list[str]], list[str]]:
@@ -111,15 +107,16 @@ def _layers(scanned: Scan, path: str) -> Iterator[str]:
                 yield from _layers(scanned, join(path, name))
 
 
-def _named(scanned: Scan, config: AdapterConfig, new: Collection[str]) -> Iterator[str]:
+def _named(
+    scanned: Scan, targets: str | Sequence[str] | None, exclude: Sequence[str], new: Collection[str]
+) -> Iterator[str]:
     """The paths that ``exclude`` matches, and those that a plain name in ``targets`` does.
 
     A name that base layers have too, such as that of the projections in every block, says nothing about new ones.
     """
-    for pattern in config.exclude:
+    for pattern in exclude:
         yield from filter(matcher(pattern), scanned.by_path)
-    targets = (config.targets,) if isinstance(config.targets, str) else config.targets or ()
-    for name in targets:
+    for name in (targets,) if isinstance(targets, str) else targets or ():
         hits = [] if is_broad(name) else list(filter(matcher(name), scanned.by_path))
         if all(_is_decided(path, new) for path in hits):
             yield from hits
@@ -130,38 +127,24 @@ def _is_decided(path: str, decided: Collection[str]) -> bool:
     return is_under(path, decided) or any(is_under(other, (path,)) for other in decided if path)
 
 
-def _longer(scanned: Scan) -> list[str]:
-    """The embeddings to which tokens were added, and the output embeddings of the same length."""
-    grown = grown_embeddings(scanned.root.module)
-    rows = {embedding.num_embeddings for embedding in grown}
-    heads = [head for head in named_heads(scanned.root.module) if _rows(head) in rows]
-    longer = {id(module) for module in (*grown, *heads)}
-    return [each.path for each in scanned.modules if id(each.module) in longer]
-
-
-def _rows(head: nn.Module) -> int | None:
-    weight = torch_private.own_parameters(head).get("weight")
-    return None if weight is None else whole_shape(weight)[0]
-
-
-def _warn_of_unknown(heads: Sequence[str], replaced: Sequence[str]) -> None:
+def _warn_of_unknown(loader: str, heads: Sequence[str], replaced: Sequence[str]) -> None:
     """Warn that the marks do not show whether ``heads`` are new; in the blocks, those of ``replaced`` are missing."""
     if not heads and not replaced:
         return
     lost = f" (in the blocks, the marks of {few(replaced, shown=_SHOWN)} are missing)" if replaced else ""
     advice = f"train_modules={list(heads[:_SHOWN])}. Otherwise name it in exclude"
     if not heads:
-        advice = "train_modules, or wrap the model as from_pretrained returns it. Otherwise ignore this"
+        advice = f"train_modules, or wrap the model as {loader} returns it. Otherwise ignore this"
     warnings.warn(
         f"it cannot be seen whether {few(heads or replaced, shown=_SHOWN)} is new: the model was built from a config, "
-        f"copied or moved after from_pretrained{lost if heads else ''}. It stays frozen, and if it is new, the saved "
+        f"copied or moved after {loader}{lost if heads else ''}. It stays frozen, and if it is new, the saved "
         f"adapter fits no other base: then set {advice}",
         TunerkitWarning,
         stacklevel=5,
     )
 
 
-def _tell(scanned: Scan, trained: Mapping[str, Sequence[str]], frozen: Sequence[str]) -> None:
+def _tell(scanned: Scan, loader: str, trained: Mapping[str, Sequence[str]], frozen: Sequence[str]) -> None:
     """Warn about what is new, in one line each; ``trained`` maps each module to its copies."""
     if trained:
         modules = {path: [scanned.by_path[copy].module for copy in copies] for path, copies in trained.items()}
@@ -171,14 +154,14 @@ def _tell(scanned: Scan, trained: Mapping[str, Sequence[str]], frozen: Sequence[
         listed = few([f"{path} ({size:,} parameters)" for path, size in sizes.items()], shown=_SHOWN)
         listed += f", {sum(sizes.values()):,} parameters in all" if len(sizes) > 1 else ""
         warnings.warn(
-            f"trained in full, as copies, because from_pretrained did not load their values: {listed}. To freeze one, "
+            f"trained in full, as copies, because {loader} did not load their values: {listed}. To freeze one, "
             "name it in exclude, and save the base too, which alone has these values. To choose, set train_modules",
             TunerkitWarning,
             stacklevel=5,
         )
     if frozen:
         warnings.warn(
-            f"some values were not loaded by from_pretrained and stay frozen: {few(frozen, shown=_SHOWN)}. The saved "
+            f"some values were not loaded by {loader} and stay frozen: {few(frozen, shown=_SHOWN)}. The saved "
             "adapter fits only a base with the same values: save the base before you wrap it, and load adapters onto "
             "that. To silence this, name the modules in exclude",
             TunerkitWarning,

@@ -2,24 +2,25 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import attrs
 from torch import nn
 
-from tunerkit.errors import TargetError
-from tunerkit.layers import BaseLayer, Knowledge, as_base_layers
-from tunerkit.libraries import (
-    CONV1D,
-    derives_from,
-    forward_name,
-    identity,
-    is_head_name,
-    named_heads,
-    torch_private,
-    whole_shape,
-)
+from tunerkit.errors import TargetError, closest, shown
+from tunerkit.layers import BaseLayer, Knowledge, as_base_layers, forward_name, torch_private, weights
 from tunerkit.paths import CHILD, is_number, join
+from tunerkit.records import Target
+
+SEARCHED: Final = 8  # mistyped names for which the closest ones are searched
+_LISTED: Final = 50
+_DEEPEST: Final = 500  # parts of a path: a model that contains itself has no end
+
+# What output heads are called. "proj_out" is missing on purpose: in diffusion models the name stands for an ordinary
+# projection.
+_HEADS = frozenset({"head", "lm_head", "score", "classifier", "qa_outputs", "cls", "embed_out", "predictions"})
+_HEADS |= {"pre_classifier", "vocab_transform", "vocab_projector", "logits_proj"}
+_ENDINGS = ("_head", "_heads", "_classifier", "_predictions")
 
 
 @attrs.frozen(eq=False)
@@ -35,6 +36,7 @@ class ScannedModule:
         inside_attention: Whether an ``nn.MultiheadAttention`` holds it whose forward is not torch's.
         layer: The first number in its first path: the index of its block.
         in_head: Whether it is an output head or inside one.
+        in_block: Whether it is in a numbered block. A head may number its layers too, most often in a Sequential.
     """
 
     paths: tuple[str, ...]
@@ -45,6 +47,7 @@ class ScannedModule:
     inside_attention: bool
     layer: int | None
     in_head: bool
+    in_block: bool
 
     @property
     def path(self) -> str:
@@ -68,7 +71,7 @@ class Scan:
         modules: The modules inside it, in its order.
         by_path: The modules by each of their paths; the root has an empty path.
         sharers: For the id of each tied parameter, the full names under which modules hold it.
-        default_names: The default targets of its architecture; empty if there are none.
+        knowledge: What is known of layers and models.
         unloaded: Whether weights on the meta device are no obstacle, since the model will not run: an adapter is read
             to be written in another format, and its own tensors are on the CPU.
     """
@@ -77,11 +80,8 @@ class Scan:
     modules: tuple[ScannedModule, ...]
     by_path: Mapping[str, ScannedModule]
     sharers: Mapping[int, tuple[str, ...]]
-    default_names: tuple[str, ...]
+    knowledge: Knowledge
     unloaded: bool = False
-
-
-_DEEPEST = 500  # parts of a path: a model that contains itself has no end
 
 
 class _Registration(NamedTuple):
@@ -93,6 +93,7 @@ class _Registration(NamedTuple):
     read: tuple[str, ...] = ()
     layer: int | None = None
     in_head: bool = False
+    in_block: bool = False
 
 
 def scan(model: nn.Module, knowledge: Knowledge, *, unloaded: bool = False) -> Scan:
@@ -107,23 +108,17 @@ def scan(model: nn.Module, knowledge: Knowledge, *, unloaded: bool = False) -> S
         modules=tuple(modules),
         by_path={path: scanned for scanned in (root, *modules) for path in scanned.paths},
         sharers=tied((scanned.path, scanned.module) for scanned in (root, *modules)),
-        default_names=_default_names(model, knowledge),
+        knowledge=knowledge,
         unloaded=unloaded,
     )
-
-
-def _default_names(model: nn.Module, knowledge: Knowledge) -> tuple[str, ...]:
-    match model:
-        case nn.Module(config=object(model_type=str(model_type))):
-            return next((known.names for known in knowledge.default_targets if model_type in known.model_types), ())
-    return ()
 
 
 def _registrations(model: nn.Module, knowledge: Knowledge) -> Iterator[_Registration]:
     """Every module at each of its paths, in the model's order, without the modules of adapters."""
     readers = {reader.owner: reader.children for reader in reversed(knowledge.weight_readers)}
     # Any module may name a head that lies elsewhere, so all are asked first.
-    heads = {id(head) for module in model.modules() for head in named_heads(module)}
+    asked = [library.heads for library in knowledge.libraries]
+    heads = {id(head) for module in model.modules() for named in asked for head in named(module)}
     waiting = [_Registration("", model)]
     while waiting:
         place = waiting.pop()
@@ -136,14 +131,17 @@ def _registrations(model: nn.Module, knowledge: Knowledge) -> Iterator[_Registra
         # In reverse, since the end of the list is visited next.
         for name, child in reversed(children.items()):
             if child is not None and name != CHILD:
-                layer = int(name) if place.layer is None and is_number(name) else place.layer
+                layer, in_block = place.layer, place.in_block
+                if layer is None and is_number(name):
+                    layer, in_block = int(name), not isinstance(place.module, nn.Sequential)
                 # A name counts only outside numbered blocks: inside one, "head" names a part of its attention.
-                in_head = place.in_head or id(child) in heads or (layer is None and is_head_name(name))
-                waiting.append(_Registration(prefix + name, child, place.module, read, layer, in_head))
+                named = layer is None and (name in _HEADS or name.endswith(_ENDINGS))
+                in_head = place.in_head or named or id(child) in heads
+                waiting.append(_Registration(prefix + name, child, place.module, read, layer, in_head, in_block))
 
 
 def _scanned(places: Sequence[_Registration], base: BaseLayer | None) -> ScannedModule:
-    first = places[0]
+    first, in_head = places[0], any(place.in_head for place in places)
     readers = [place.owner for place in places if place.path.rpartition(".")[2] in place.read]
     return ScannedModule(
         paths=tuple([place.path for place in places]),
@@ -153,41 +151,27 @@ def _scanned(places: Sequence[_Registration], base: BaseLayer | None) -> Scanned
         read_and_called=bool(readers) and len({place.owner for place in places}) > 1,
         inside_attention=any(isinstance(place.owner, nn.MultiheadAttention) and not place.read for place in places),
         layer=first.layer,
-        in_head=any(place.in_head for place in places),
+        in_head=in_head,
+        in_block=first.in_block and not in_head,
     )
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether ``"all-linear"`` includes this module: nn.Linear, attention, Conv1D, or one with in and out features."""
-    match module:
-        case nn.Linear() | nn.MultiheadAttention() | nn.Module(in_features=int(), out_features=int()):
-            return True
-    return derives_from(module, CONV1D)
+def from_paths(scanned: Scan, paths: Sequence[str]) -> tuple[Target, ...]:
+    """Find the modules at exact paths, such as an adapter file's, in their order. No path is read as a pattern.
 
-
-def may_be_linear(module: nn.Module) -> bool:
-    """Whether a user may expect ``"all-linear"`` to include this module, such as a router with its own matrix."""
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm) or torch_private.is_convolution(module):
-        return False
-    weight = torch_private.own_parameters(module).get("weight")
-    return (weight is not None and len(whole_shape(weight)) == 2) or is_linear(module)
-
-
-def default_convolutions(scanned: Scan) -> tuple[ScannedModule, ...]:
-    """The convolutions in the numbered blocks of a model, if these hold no linear layer; else none.
-
-    If no numbered block holds a convolution, the whole model except its head is searched instead. Depthwise
-    convolutions are left out: their matrix is as narrow as one kernel, so a low rank saves nothing.
+    Raises `TargetError` if paths are missing. It lists the first ones with the closest names, and counts the rest.
     """
-    body = [each for each in scanned.modules if not each.in_head]
-    for part in ([each for each in body if each.layer is not None], body):
-        if found := tuple(each for each in part if _is_wide_convolution(each.module)):
-            return () if any(is_linear(each.module) for each in part) else found
-    return ()
-
-
-def _is_wide_convolution(module: nn.Module) -> bool:
-    return torch_private.is_convolution(module) and (module.groups == 1 or module.groups < module.in_channels)
+    missing = [path for path in paths if not path or path not in scanned.by_path]
+    # Searching for the closest names is slow, and a model of another architecture lacks every path.
+    problems = [
+        f"no module named {shown(path)}{closest(path, scanned.by_path) if number < SEARCHED else ''}"
+        for number, path in enumerate(missing[:_LISTED])
+    ]
+    if len(missing) > _LISTED:
+        problems.append(f"and {len(missing) - _LISTED} more modules that it lacks")
+    if problems:
+        raise TargetError("\n".join(problems))
+    return tuple(Target(path, scanned.by_path[path].module) for path in paths)
 
 
 def tied(modules: Iterable[tuple[str, nn.Module]]) -> Mapping[int, tuple[str, ...]]:
@@ -197,6 +181,6 @@ def tied(modules: Iterable[tuple[str, nn.Module]]) -> Mapping[int, tuple[str, ..
     for path, module in modules:
         for name, parameter in torch_private.own_parameters(module).items():
             if parameter is not None:
-                key = keys[id(parameter)] = identity(module, name, parameter)
+                key = keys[id(parameter)] = weights.identity(module, name, parameter)
                 names[key].append(join(path, name))
     return {own: tuple(names[key]) for own, key in keys.items() if len(names[key]) > 1}

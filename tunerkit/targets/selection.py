@@ -4,22 +4,35 @@ A plain name insists on its modules, so anything that prevents adapting one is a
 ``"all-linear"`` and the defaults choose broadly: one warning lists what they leave out.
 """
 
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import attrs
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from tunerkit.errors import TargetError, TunerkitWarning
-from tunerkit.libraries import torch_private, whole_shape
+from tunerkit.errors import TargetError, closest, shown, warn
+from tunerkit.layers import torch_private, whole_shape
 from tunerkit.paths import few, is_under, join
 from tunerkit.patterns import Matcher, is_broad, is_exact, matcher
 from tunerkit.records import Target
-from tunerkit.targets.eligibility import obstacle_at, output_obstacle
-from tunerkit.targets.resolution import ALL_LINEAR, lines, matching, refuse, unknown
-from tunerkit.targets.scan import Scan, ScannedModule, default_convolutions, is_linear, may_be_linear
+from tunerkit.targets.eligibility import lines, obstacle_at, output_obstacle, refuse
+from tunerkit.targets.scan import SEARCHED, Scan, ScannedModule
+
+ALL_LINEAR: Final = "all-linear"
+_HEAD = "nn.MultiheadAttention in an output head, which is adapted only if it is named"
+_ROOT = "is the model itself, and only modules inside it can be targets; wrap it in nn.Sequential, say, to adapt it"
+_STACK = "is a stack of matrices in one parameter (of experts or attention heads, say), which cannot be adapted yet"
+_TRAINED = "is trained in full (train_modules); exclude it from the targets, or do not train it"
+_NOTHING = 'there is nothing to adapt: no module is left (never output heads; with "all-linear" no convolutions)'
+
+
+class _Choice(NamedTuple):
+    """What a pattern chose, and what prevents adapting it. If the pattern ``insists``, an obstacle is an error."""
+
+    path: str
+    obstacle: str | None
+    insists: bool = False
 
 
 @attrs.frozen(eq=False)
@@ -43,14 +56,6 @@ class _Scope:
         return output_obstacle(each) if self.outputs else obstacle_at(each, self.scanned, self.named)
 
 
-class _Choice(NamedTuple):
-    """What a pattern chose, and what prevents adapting it. If the pattern ``insists``, an obstacle is an error."""
-
-    path: str
-    obstacle: str | None
-    insists: bool = False
-
-
 def select(
     scanned: Scan,
     *,
@@ -66,7 +71,7 @@ def select(
     Args:
         scanned: The scan of the model.
         targets: Patterns, or ``"all-linear"``: every linear layer except output heads. None means the architecture's
-            default; without one, the convolutions of blocks that hold no linear layer (see `default_convolutions`),
+            default; without one, the convolutions of blocks that hold no linear layer (see `_default_convolutions`),
             else ``"all-linear"``.
         exclude: Patterns of modules to leave out, with everything inside them.
         layers: Keeps the targets whose path has one of these numbers as its first number.
@@ -81,56 +86,34 @@ def select(
         TargetError: Nothing is selected, or something that was named cannot be; the error lists every problem.
     """
     problems: list[str] = []
-    excluded = _excluded(scanned, exclude, problems)
+    left_alone = set(new)  # a container is left alone with everything inside it
+    for pattern in exclude:
+        hits = matching(scanned.modules, matcher(pattern))
+        left_alone.update(path for each in hits for path in each.paths)
+        if not hits:
+            problems.append(f"exclude: {unknown(pattern, scanned, scanned.modules, told=len(problems))}")
     free: list[ScannedModule] = []
     full: list[ScannedModule] = []
     for each in scanned.modules:
-        passed_over = any(path in excluded or is_under(path, new) for path in each.paths)
-        if not passed_over and (layers is None or each.layer in layers):
+        if not any(is_under(path, left_alone) for path in each.paths) and (layers is None or each.layer in layers):
             (full if any(is_under(path, trained) for path in each.paths) else free).append(each)
-    stacks = [] if outputs else list(_stacks(free))
-    scope = _Scope(scanned, free, full, stacks, outputs, named=_plainly_named(free, targets) if scanned.sharers else ())
-    choices = list(_choices(scope, targets, problems))
+    patterns = (targets,) if isinstance(targets, str) else targets
+    plain = [matcher(pattern) for pattern in patterns or () if pattern != ALL_LINEAR and not _chooses_broadly(pattern)]
+    named = {each.path for match in plain for each in matching(free, match)} if scanned.sharers else ()
+    scope = _Scope(scanned, free, full, [] if outputs else list(_stacks(free)), outputs, named)
+    choices = list(_choices(scope, patterns, problems))
     problems += _layer_problems(scanned, layers)
     found = {choice.path for choice in choices if choice.obstacle is None}
     problems += lines({choice.path: choice.obstacle for choice in choices if choice.obstacle and choice.insists})
     left_out = lines({choice.path: choice.obstacle for choice in choices if choice.obstacle and not choice.insists})
     refuse(problems or ([] if found else [_NOTHING, *left_out]))
     if left_out:
-        told = "\n  ".join(left_out)
-        warnings.warn(f"left out, neither adapted nor trained:\n  {told}", TunerkitWarning, stacklevel=4)
+        warn("\n  ".join(["left out, neither adapted nor trained:", *left_out]))
     return tuple(Target(each.path, each.module) for each in scanned.modules if each.path in found)
-
-
-def _plainly_named(free: Iterable[ScannedModule], targets: str | Sequence[str] | None) -> frozenset[str]:
-    patterns = (targets,) if isinstance(targets, str) else targets or ()
-    plain = [matcher(pattern) for pattern in patterns if pattern != ALL_LINEAR and not _chooses_broadly(pattern)]
-    return frozenset(each.path for each in free if any(match(path) for match in plain for path in each.paths))
 
 
 def _chooses_broadly(pattern: str) -> bool:
     return is_broad(pattern) and not is_exact(pattern)
-
-
-def _excluded(scanned: Scan, exclude: Sequence[str], problems: list[str]) -> frozenset[str]:
-    """Every path at or under a match: excluding a container excludes everything inside it."""
-    matched: set[str] = set()
-    for pattern in exclude:
-        match = matcher(pattern)
-        hits = [path for path in scanned.by_path if path and match(path)]
-        matched.update(hits)
-        if not hits:
-            problems.append(f"exclude: {unknown(pattern, scanned, scanned.modules, told=len(problems))}")
-    return frozenset(path for path in scanned.by_path if is_under(path, matched))
-
-
-def _layer_problems(scanned: Scan, layers: Sequence[int] | None) -> Iterator[str]:
-    present = sorted({each.layer for each in scanned.modules if each.layer is not None})
-    if layers is not None and not layers:
-        yield "layers is empty; give layer numbers, or leave it out for all layers"
-    if missing := list(map(str, sorted(set(layers or ()).difference(present)))):
-        there = f"its layers are {present[0]} to {present[-1]}" if present else "its paths contain no numbers"
-        yield f"the model has no layer {few(missing, shown=20)}; {there}"
 
 
 def _stacks(modules: Iterable[ScannedModule]) -> Iterator[str]:
@@ -147,28 +130,50 @@ def _stacks(modules: Iterable[ScannedModule]) -> Iterator[str]:
                     yield join(each.path, name)
 
 
-def _choices(scope: _Scope, targets: str | Sequence[str] | None, problems: list[str]) -> Iterator[_Choice]:
+def _layer_problems(scanned: Scan, layers: Sequence[int] | None) -> Iterator[str]:
+    present = sorted({each.layer for each in scanned.modules if each.layer is not None})
+    if layers is not None and not layers:
+        yield "layers is empty; give layer numbers, or leave it out for all layers"
+    if missing := list(map(str, sorted(set(layers or ()).difference(present)))):
+        there = f"its layers are {present[0]} to {present[-1]}" if present else "its paths contain no numbers"
+        yield f"the model has no layer {few(missing, shown=20)}; {there}"
+
+
+# --- What each pattern chooses ----------------------------------------------------------------------------------------
+
+
+def _choices(scope: _Scope, patterns: Sequence[str] | None, problems: list[str]) -> Iterator[_Choice]:
     """What all the patterns choose; adds to ``problems`` those that choose nothing."""
-    patterns = (targets,) if isinstance(targets, str) else targets
     root = scope.scanned.root
     if root.base is not None and (patterns is None or ALL_LINEAR in patterns):
         # An adapter is a child of a layer inside the model. A model that is a layer itself has no place for one.
         yield _Choice(f"the {type(root.module).__name__} itself", _ROOT)
-    if patterns is None:
-        yield from _choose_default(scope)
-    elif not patterns:
+    if patterns is not None and not patterns:
         raise TargetError('targets is empty; name modules, use "all-linear", or leave it out for the default')
-    for pattern in patterns or ():
-        yield from _choose_linear(scope) if pattern == ALL_LINEAR else _choose_matching(scope, pattern, problems)
+    for pattern in [None] if patterns is None else patterns:
+        if pattern is None:
+            yield from _choose_default(scope)
+        elif pattern == ALL_LINEAR:
+            yield from _choose_linear(scope)
+        else:
+            yield from _choose_matching(scope, pattern, problems)
 
 
 def _choose_default(scope: _Scope) -> Iterator[_Choice]:
-    ends = tuple(f".{name}" for name in scope.scanned.default_names)
+    ends = tuple(f".{name}" for name in _default_names(scope.scanned))
     # If a variant of the architecture uses other names, its layers decide; that is no error.
     if any(f".{each.path}".endswith(ends) for each in scope.scanned.modules):
         return _choose_linear(scope, lambda path: f".{path}".endswith(ends))
-    convolutions = default_convolutions(scope.scanned)
+    convolutions = _default_convolutions(scope.scanned)
     return _choose_broadly(scope, convolutions) if convolutions else _choose_linear(scope)
+
+
+def _default_names(scanned: Scan) -> tuple[str, ...]:
+    """The default targets of the model's architecture; empty if none are known."""
+    match scanned.root.module:
+        case nn.Module(config=object(model_type=str(kind))):
+            return next((known.names for known in scanned.knowledge.default_targets if kind in known.model_types), ())
+    return ()
 
 
 def _choose_linear(scope: _Scope, match: Matcher = lambda path: True) -> Iterator[_Choice]:
@@ -180,7 +185,7 @@ def _choose_linear(scope: _Scope, match: Matcher = lambda path: True) -> Iterato
         # A module that has a base-layer kind and does not match was left out on purpose.
         elif each.base is None or any(map(match, each.paths)):
             obstacle = scope.obstacle_at(each)
-            if is_linear(each.module) if obstacle is None else may_be_linear(each.module):
+            if _is_linear(each) if obstacle is None else _may_be_linear(each):
                 yield _Choice(each.path, obstacle)
     yield from (_Choice(name, _STACK) for name in scope.stacks)
 
@@ -193,10 +198,9 @@ def _choose_matching(scope: _Scope, pattern: str, problems: list[str]) -> Iterat
         problems.append(unknown(pattern, scope.scanned, candidates, told=len(problems), others=[ALL_LINEAR]))
         return
     obstacles = {each.path: scope.obstacle_at(each) for each in matched}
-    reasons = {path: obstacle for path, obstacle in obstacles.items() if obstacle}
-    if broad and len(reasons) == len(matched):
-        problems += [f"{pattern!r} matches nothing that can be adapted:", *lines(reasons)]
     if broad:
+        if None not in obstacles.values():
+            problems += [f"{pattern!r} matches nothing that can be adapted:", *lines(obstacles)]
         yield from _choose_broadly(scope, matched)
     else:
         for modules, otherwise in ((scope.free, None), (scope.trained, _TRAINED)):
@@ -215,8 +219,66 @@ def _choose_broadly(scope: _Scope, modules: Iterable[ScannedModule]) -> Iterator
                 yield _Choice(each.path, obstacle)
 
 
-_HEAD = "nn.MultiheadAttention in an output head, which is adapted only if it is named"
-_ROOT = "is the model itself, and only modules inside it can be targets; wrap it in nn.Sequential, say, to adapt it"
-_STACK = "is a stack of matrices in one parameter (of experts or attention heads, say), which cannot be adapted yet"
-_TRAINED = "is trained in full (train_modules); exclude it from the targets, or do not train it"
-_NOTHING = 'there is nothing to adapt: no module is left (never output heads; with "all-linear" no convolutions)'
+def _is_linear(each: ScannedModule) -> bool:
+    """Whether ``"all-linear"`` includes it: a linear kind, nn.Linear, attention, or one with in and out features."""
+    match each.module:
+        case nn.Linear() | nn.MultiheadAttention() | nn.Module(in_features=int(), out_features=int()):
+            return True
+    return each.base is not None and each.base.linear
+
+
+def _may_be_linear(each: ScannedModule) -> bool:
+    """Whether a user may expect ``"all-linear"`` to include it, such as a router with its own matrix."""
+    module = each.module
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm) or torch_private.is_convolution(module):
+        return False
+    weight = torch_private.own_parameters(module).get("weight")
+    return (weight is not None and len(whole_shape(weight)) == 2) or _is_linear(each)
+
+
+def _default_convolutions(scanned: Scan) -> tuple[ScannedModule, ...]:
+    """The convolutions in the numbered blocks of a model, if these hold no linear layer; else none.
+
+    If no numbered block holds a convolution, the whole model except its head is searched instead. Depthwise
+    convolutions are left out: their matrix is as narrow as one kernel, so a low rank saves nothing.
+    """
+
+    def is_wide(module: nn.Module) -> bool:
+        return torch_private.is_convolution(module) and (module.groups == 1 or module.groups < module.in_channels)
+
+    body = [each for each in scanned.modules if not each.in_head]
+    for part in ([each for each in body if each.layer is not None], body):
+        if found := tuple(each for each in part if is_wide(each.module)):
+            return () if any(map(_is_linear, part)) else found
+    return ()
+
+
+# --- Modules by pattern, also for those that are trained in full ------------------------------------------------------
+
+
+def matching(modules: Iterable[ScannedModule], match: Matcher) -> list[ScannedModule]:
+    """The modules of which at least one path matches."""
+    return [module for module in modules if any(map(match, module.paths))]
+
+
+def unknown(
+    pattern: str, scanned: Scan, candidates: Iterable[ScannedModule], *, told: int, others: Iterable[str] = ()
+) -> str:
+    """The error text for a pattern that matches no module.
+
+    Its hint is the closest name of ``candidates`` or ``others``. Finding it is slow, so only the first errors have one;
+    ``told`` is the number of those before.
+    """
+    if told >= SEARCHED:
+        return f"no module named {shown(pattern)}"
+    for path, found in scanned.by_path.items():
+        for name, parameter in torch_private.own_parameters(found.module).items():
+            if parameter is not None and matcher(pattern)(join(path, name)):
+                what = "a stack of matrices in one parameter" if parameter.ndim >= 3 else "a parameter"
+                return f"{shown(pattern)} is {what} ({join(path, name)}), and no module; only modules can be named yet"
+    # The ends of the modules' paths with one name, with two, and with as many as the pattern has.
+    lengths = {1, 2, pattern.count(".") + 1}
+    parts = [path.split(".") for module in candidates for path in module.paths]
+    names = {".".join(each[-length:]) for each in parts for length in lengths}
+    some = f"; there are: {few(sorted(names), shown=SEARCHED)}" if names else ""
+    return f"no module named {shown(pattern)}{closest(pattern, sorted({*names, *others})) or some}"

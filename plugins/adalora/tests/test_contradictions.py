@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import tunerkit
 from plugins.adalora.tests.short_training import TOTAL, adamw, attached, layers, wrapped
+from tunerkit import injection
 from tunerkit.serialization.header import digest
 from tunerkit_testing.small import net, train
 
@@ -102,7 +103,9 @@ def test_what_training_leaves_behind_is_loaded(at: int, changes: dict[str, Any],
     assert tunerkit.tuner(again).ranks() == tunerkit.tuner(model).ranks()
     tunerkit.attach(again, adamw(again), total_steps=TOTAL)
     tunerkit.load_state(again, tunerkit.save_state(model, tmp_path))
-    assert tunerkit.tuner(again).training_state().values == tunerkit.tuner(model).training_state().values
+    assert (
+        injection.training_state(tunerkit.tuner(again)).values == injection.training_state(tunerkit.tuner(model)).values
+    )
 
 
 # --- The training state -----------------------------------------------------------------------------------------------
@@ -165,12 +168,12 @@ def test_a_state_that_contradicts_itself_changes_nothing(tmp_path: Path, name: s
     model = wrapped(seed=1)
     train(model, attached(model), 5)
     tuner = tunerkit.tuner(model)
-    before = {name: tensor.clone() for name, tensor in tuner.training_state().tensors.items()}
-    said = (tuner.training_state().values, tuner.steps, list(tuner.history), tuner.ranks())
+    before = {name: tensor.clone() for name, tensor in injection.training_state(tuner).tensors.items()}
+    said = (injection.training_state(tuner).values, tuner.steps, list(tuner.history), tuner.ranks())
     weights = [tensor.clone() for layer in layers(model) for tensor in (*layer.weights, layer.mask)]
     with pytest.raises((tunerkit.FileError, tunerkit.StepError), match=words):
         tunerkit.load_state(model, rewritten(path, change))
-    after = tuner.training_state()
+    after = injection.training_state(tuner)
     assert (after.values, tuner.steps, list(tuner.history), tuner.ranks()) == said
     assert after.tensors.keys() == before.keys()
     assert all(torch.equal(after.tensors[name], tensor) for name, tensor in before.items())

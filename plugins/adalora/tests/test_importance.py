@@ -8,8 +8,7 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from tunerkit_adalora.allocator import allocate
-from tunerkit_adalora.averages import new_stacks, unstack
-from tunerkit_adalora.importance import smooth_, triplet_scores
+from tunerkit_adalora.importance import new_stacks, smooth_, triplet_scores, unstack
 from tunerkit_adalora.schedule import plan
 from tunerkit_testing.counting import Counting
 

@@ -188,6 +188,7 @@ def test_an_offloaded_model_is_pruned_as_the_model_itself(tmp_path: Path) -> Non
     While weights are offloaded the plain form of the low-rank product is used, which rounds differently.
     """
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    pytest.importorskip("tunerkit_distributed", reason="it knows accelerate's hooks")
     plain = wrapped()
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3))

@@ -109,11 +109,11 @@ def test_the_trainer_prunes_without_a_handwritten_callback(tmp_path: Path) -> No
 
 
 def test_forgetting_to_connect_the_allocator_stops_training_and_is_an_error_at_save(tmp_path: Path) -> None:
-    """An error at the first step, and one at save: a whole training never runs silently without pruning."""
+    """An error at the second step, and one at save: a whole training never runs silently without pruning."""
     model = wrapped()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     with pytest.raises(tunerkit.StepError, match=r"nothing drives it: .* tunerkit\.attach"):
-        train(model, optimizer, 1)
+        train(model, optimizer, 2)
     with pytest.raises(tunerkit.AdapterError, match=r"tunerkit\.attach"):
         tunerkit.save(model, tmp_path)
 

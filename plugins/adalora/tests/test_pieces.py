@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from tunerkit_adalora.averages import Stack, new_stacks, unstack
-from tunerkit_adalora.importance import smooth_, triplet_scores
+from tunerkit_adalora.importance import Stack, new_stacks, smooth_, triplet_scores, unstack
 from tunerkit_adalora.partial_scores import partial_scores, placed_lams
 from tunerkit_adalora.svd_layer import apply_masks_
 from tunerkit_distributed.shards import Cut

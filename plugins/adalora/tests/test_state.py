@@ -23,7 +23,7 @@ from plugins.adalora.tests.short_training import (
     masked_lambdas,
     wrapped,
 )
-from tunerkit import hooks
+from tunerkit import hooks, injection
 from tunerkit_adalora import AdaLoraConfig
 from tunerkit_adalora.state import restore
 from tunerkit_adalora.training import training_of
@@ -165,7 +165,7 @@ def test_a_state_with_a_wrong_value_is_refused_and_changes_nothing(name: str) ->
     model = wrapped()
     optimizer = attached(model)
     train(model, optimizer, 7)
-    state = tunerkit.tuner(model).training_state()
+    state = injection.training_state(tunerkit.tuner(model))
     values = dict(state.values)
     spoil(values)
     assert_refused(tunerkit.State(state.tensors, values), tunerkit.FileError, words)
@@ -177,7 +177,7 @@ def test_averages_that_cannot_be_are_refused_and_change_nothing(name: str, value
     """Averages of absolute values are finite and not negative: a score would never recover from NaN."""
     model = wrapped()
     train(model, attached(model), 7)
-    state = tunerkit.tuner(model).training_state()
+    state = injection.training_state(tunerkit.tuner(model))
     tensors = {name: tensor.clone() for name, tensor in state.tensors.items()}
     tensors[name].view(-1)[0] = value
     assert_refused(tunerkit.State(tensors, state.values), tunerkit.FileError, f"'{name}' has negative or non-finite")
@@ -188,7 +188,7 @@ def test_a_state_without_a_tensor_is_refused_and_changes_nothing(name: str) -> N
     """A missing tensor is treated like one of another shape."""
     model = wrapped()
     train(model, attached(model), 7)
-    state = tunerkit.tuner(model).training_state()
+    state = injection.training_state(tunerkit.tuner(model))
     tensors = {key: tensor for key, tensor in state.tensors.items() if key != name}
     assert_refused(tunerkit.State(tensors, state.values), tunerkit.StepError, "do not fit")
 
@@ -202,7 +202,7 @@ def test_a_file_that_lacks_a_part_is_named_with_the_part_and_what_to_load_instea
     """The method does not know the file, and the reader of the error needs both."""
     model = wrapped()
     train(model, attached(model), 7)
-    state = tunerkit.tuner(model).training_state()
+    state = injection.training_state(tunerkit.tuner(model))
     tensors = {name: tensor for name, tensor in state.tensors.items() if name != part}
     values = {name: value for name, value in state.values.items() if name != part}
     monkeypatch.setattr(hooks, "state", lambda _: tunerkit.State(tensors, values))
@@ -220,12 +220,12 @@ def assert_refused(state: tunerkit.State, error: type[Exception], words: str) ->
     optimizer = attached(model)
     train(model, optimizer, 9)
     tuner = tunerkit.tuner(model)
-    before, kept = tuner.training_state(), tuner.state
+    before, kept = injection.training_state(tuner), tuner.state
     copied = {name: tensor.clone() for name, tensor in before.tensors.items()}
     with pytest.raises(error, match=words):
         restore(tuner, state)
     assert tuner.state is kept
-    after = tuner.training_state()
+    after = injection.training_state(tuner)
     assert after.values == before.values
     assert all(torch.equal(after.tensors[name], tensor) for name, tensor in copied.items())
 
@@ -236,7 +236,7 @@ def test_the_values_in_a_file_keep_their_names_and_kinds(at: int, changes: dict[
     """Older files must load, and new files must keep the format: numbers and flags under these names."""
     model = wrapped(**changes)
     train(model, attached(model), at)
-    values = dict(tunerkit.tuner(model).training_state().values)
+    values = dict(injection.training_state(tunerkit.tuner(model)).values)
     svd, shrunk = bool(changes.get("exact_svd")), bool(changes.get("shrink"))
     expected: dict[int, dict[str, object]] = {
         0: {"last_step": 0, "in_force": 12, "blank": True, "averaged": 0, "seen": 0},
@@ -256,11 +256,11 @@ def test_an_older_file_is_read(anew: bool) -> None:
     """When ranks were final, older files stored `anew` if the last allocation had rotated; it is ignored."""
     model = wrapped(exact_svd=True)
     train(model, attached(model), 14)
-    state = tunerkit.tuner(model).training_state()
+    state = injection.training_state(tunerkit.tuner(model))
     other = wrapped(exact_svd=True, seed=1)
     optimizer = attached(other)
     restore(tunerkit.tuner(other), tunerkit.State(state.tensors, {**state.values, "anew": anew, "later": [1, 2]}))
-    assert tunerkit.tuner(other).training_state().values == state.values
+    assert injection.training_state(tunerkit.tuner(other)).values == state.values
     train(other, optimizer, 2)
     assert not masked_lambdas(other).any()
 

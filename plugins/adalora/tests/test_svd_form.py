@@ -13,8 +13,8 @@ import tunerkit
 from plugins.adalora.tests.short_training import SETTINGS, TOTAL, attached, layers, wrapped
 from tunerkit_adalora import AdaLoraConfig
 from tunerkit_adalora.svd_form import to_svd_form_
-from tunerkit_adalora.svd_layer import SvdLayer
-from tunerkit_adalora.training import training_of, weights_of
+from tunerkit_adalora.svd_layer import SvdLayer, weights_of
+from tunerkit_adalora.training import training_of
 from tunerkit_testing.small import TARGETS, X, loss_of, step, train
 
 
@@ -175,7 +175,7 @@ def test_each_allocation_leaves_the_svd_of_what_is_kept() -> None:
 
 def test_the_output_is_the_same_before_and_after_a_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
     """An allocation changes the output only by the triplets that it masks."""
-    from tunerkit_adalora import step as steps
+    from tunerkit_adalora import allocator as steps
 
     model, optimizer = started()
     outputs: list[Tensor] = []

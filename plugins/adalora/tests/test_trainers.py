@@ -16,6 +16,7 @@ import tunerkit
 from plugins.adalora.tests import short_training
 from plugins.adalora.tests.short_training import TOTAL, adamw
 from tests.support import spawned
+from tunerkit import injection
 from tunerkit_testing.small import train, trainable
 
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
@@ -181,10 +182,10 @@ def test_an_optimizer_s_state_kept_in_memory_is_of_its_moment() -> None:
 
     step()
     kept = optimizer.state_dict()
-    before = {name: tensor.clone() for name, tensor in tunerkit.tuner(model).training_state().tensors.items()}
+    before = {name: tensor.clone() for name, tensor in injection.training_state(tunerkit.tuner(model)).tensors.items()}
     step()
     optimizer.load_state_dict(kept)
-    after = tunerkit.tuner(model).training_state().tensors
+    after = injection.training_state(tunerkit.tuner(model)).tensors
     assert tunerkit.tuner(model).steps == 1
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 

@@ -1,9 +1,187 @@
-"""The allocation of a budget: scores of all triplets in, masks out."""
+"""The allocation of a budget: scores of all triplets in, masks out, and what the layers make of them."""
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from operator import attrgetter
 
+import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from tunerkit import Cut, Tuner, optimizer_of, shrink_
+from tunerkit.errors import warn
+from tunerkit_adalora.budget import costs_of
+from tunerkit_adalora.importance import Part
+from tunerkit_adalora.phase import Phase
+from tunerkit_adalora.schedule import Allocation
+from tunerkit_adalora.svd_form import to_svd_form_
+from tunerkit_adalora.svd_layer import SvdLayer, apply_masks_, weights_of
+from tunerkit_adalora.training import Training
+from tunerkit_adalora.weight_copies import copies_in
+
+_MASK = attrgetter("mask")
+
+
+def spend_(
+    tuner: Tuner,
+    training: Training,
+    due: Allocation,
+    weights: Sequence[nn.Parameter],
+    scores: Sequence[Tensor],
+    lams: Sequence[Tensor] | None = None,
+) -> dict[str, int]:
+    """Keep the triplets with the highest scores and mask the others.
+
+    Args:
+        tuner: The adapter's handle.
+        training: Its training state.
+        due: The budget to spend, and whether the ranks are final then.
+        weights: P, λ and Q of each layer, one after the other.
+        scores: The score (r,) of each triplet, by layer.
+        lams: λ (r,) of each layer, if this process holds only pieces of them.
+
+    Returns:
+        The new ranks by target path.
+    """
+    config, bounds, layers, gradients = training.config, training.bounds, training.layers, training.gradients
+    if tuner.engine is not None:
+        tuner.agree_(scores, "the scores")
+    masks = allocate(
+        scores,
+        due.keep,
+        costs=costs_of(config, layers) if config.budget_unit == "parameters" else None,
+        minimum=bounds.minimum,
+        maximum=bounds.maximum,
+        # Where nothing moves λ, a λ at 0 stays there, whatever the averages remember.
+        lams=None if training.resolved.train_lambda else lams or weights[Part.LAM :: len(Part)],
+    )
+    found = read_back(gradients.left_out, scores, masks)
+    if found.left_out or (gradients.averaged and gradients.seen == 0):
+        gradients.judge_(tuner.name, found.left_out)
+    gradients.averaged = gradients.seen = 0
+    if not found.any_score and due.keep < training.in_force:
+        warn(
+            f"adapter {tuner.name!r}: every score is 0, so triplets are kept by their position; the gradients are 0 or "
+            "too small for fp32 (scale the loss up)"
+        )
+    ranks = {target.path: rank for target, rank in zip(tuner.targets, found.ranks, strict=True)}
+    cuts = _cuts(weights, masks, found.ranks) if due.final and config.shrink else []
+    mask_(tuner, layers, weights, masks, found.ranks)
+    training.in_force = due.keep
+    if training.resolved.exact_svd:
+        _re_parametrise_(tuner, training, scores)
+    if due.final:
+        training.stacks = []
+        training.phase = Phase.FINAL_MASKED
+        # A budget in parameters may buy nothing. Without any triplet the loss might depend on no trained weight, and
+        # backward would raise.
+        if config.shrink and any(found.ranks):
+            reason = shrink_(cuts, optimizer_of(tuner))
+            if reason is None:
+                for layer, mask, rank in zip(layers, masks, found.ranks, strict=True):
+                    layer.set_mask(mask.new_ones(rank), rank=rank)
+                training.phase, training.sizes = Phase.FINAL_SHRUNK, [*found.ranks]
+            else:
+                _warn_of_kept(tuner, reason)
+    return ranks
+
+
+def mask_(
+    tuner: Tuner,
+    layers: Sequence[SvdLayer],
+    weights: Sequence[nn.Parameter],
+    masks: Sequence[Tensor] | None = None,
+    ranks: Sequence[int] = (),
+) -> None:
+    """Zero the λ of masked triplets, as far as this process holds them.
+
+    Args:
+        tuner: The adapter's handle.
+        layers: Its layers.
+        weights: P, λ and Q of each layer, one after the other.
+        masks: New masks for them, bool (r,); None for those that they have.
+        ranks: How many triplets each new mask keeps.
+    """
+    if masks is not None:
+        for layer, mask, rank in zip(layers, masks, ranks, strict=True):
+            layer.set_mask(mask, rank=rank)
+    lams, own = weights[Part.LAM :: len(Part)], [*map(_MASK, layers)]
+    if tuner.engine is None:
+        apply_masks_(lams, own)
+    else:
+        pieces = tuner.pieces(lams)
+        apply_masks_(pieces.values, pieces.cut(own))
+
+
+def _cuts(weights: Sequence[nn.Parameter], masks: Sequence[Tensor], ranks: Sequence[int]) -> list[Cut]:
+    """Cut every masked triplet out of P, Λ and Q. A masked λ is 0, so the output stays.
+
+    Without a regulariser or clipping, which look at dead triplets too, training continues as it would with masks.
+    """
+    found: list[Cut] = []
+    for index, (mask, rank) in enumerate(zip(masks, ranks, strict=True)):
+        if rank < len(mask):
+            # The live triplets in their order. `nonzero` would make the host wait for their number, which is known.
+            kept = torch.sort(mask.to(torch.uint8), descending=True, stable=True).indices[:rank]
+            p, lam, q = weights[len(Part) * index :][: len(Part)]
+            found += Cut(p, dim=1, kept=kept), Cut(lam, dim=0, kept=kept), Cut(q, dim=0, kept=kept)
+    return found
+
+
+def _warn_of_kept(tuner: Tuner, reason: str) -> None:
+    """Say why the shapes, and so the masks, stay."""
+    warn(f"adapter {tuner.name!r}: the masked triplets stay in memory, and masked, to the end of training: {reason}")
+
+
+def _re_parametrise_(tuner: Tuner, training: Training, scores: Sequence[Tensor]) -> None:
+    """Make P Λ Q the SVD of ΔW. The averages belong to the old triplets, so they restart at the next step."""
+    with tuner.whole() as outside:  # the optimizer may know others than the whole ones
+        copies = copies_in(optimizer_of(tuner), map(outside, weights_of(training.layers)))
+        if not copies:
+            to_svd_form_(training.layers, scores, total=training.resolved.init_rank)
+            # Unlike hardware may choose other signs, and averaged gradients would then belong to other triplets.
+            tuner.agree_(weights_of(training.layers), "the decomposed weights")
+    if copies:
+        warn(
+            f"adapter {tuner.name!r}: the optimizer keeps weights of its own ({', '.join(copies)}), so P, Λ and Q are "
+            "left as they are at allocations; to say so set exact_svd=False, train_lambda=False, init_rank and alpha"
+        )
+        return
+    training.phase = Phase.RESTARTING
+
+
+@attrs.frozen
+class Readback:
+    """What an allocation found.
+
+    Attributes:
+        left_out: Gradients that the averages left out since the last allocation.
+        any_score: Whether any score is above 0.
+        ranks: Live triplets of each mask.
+    """
+
+    left_out: int
+    any_score: bool
+    ranks: tuple[int, ...]
+
+
+def read_back(left_out: Tensor, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> Readback:
+    """Wait for the device once, for all that the host needs.
+
+    Args:
+        left_out: Number of gradients left out; 0-d int64.
+        scores: The score (r_i,) of each triplet, per target.
+        masks: The bool masks (r_i,) of the allocation, per target.
+
+    Returns:
+        The values on the host.
+    """
+    kept = torch.cat(list(masks)).cumsum(0)
+    above = (torch.cat(list(scores)) > 0).any()
+    bad, above_zero, *counted = torch.cat([left_out.to(kept.device).view(1), above.view(1), kept]).tolist()
+    ends = accumulate(len(mask) for mask in masks)
+    totals = [0, *(counted[end - 1] if end else 0 for end in ends)]
+    return Readback(bad, bool(above_zero), tuple(after - before for before, after in pairwise(totals)))
 
 
 @torch.no_grad()

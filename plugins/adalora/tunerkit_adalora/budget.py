@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import attrs
 
-from tunerkit import ConfigError, Target
-from tunerkit.patterns import lookup
+from tunerkit.plugin import ConfigError, Target, lookup
 from tunerkit_adalora.config import AdaLoraConfig
 from tunerkit_adalora.resolved import Resolved
 from tunerkit_adalora.schedule import Schedule, plan

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 import attrs
 
-from tunerkit import AdapterConfig, setting
+from tunerkit.plugin import AdapterConfig, setting
 from tunerkit_adalora.resolved import Resolved, resolve
 
 

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from tunerkit import Tuner
-from tunerkit_adalora.averages import Part
+from tunerkit.plugin import Tuner
 from tunerkit_adalora.budget import costs_of, schedule_of
+from tunerkit_adalora.importance import Part
 from tunerkit_adalora.phase import Phase
 from tunerkit_adalora.saved_values import SavedValues
 from tunerkit_adalora.svd_layer import SvdLayer

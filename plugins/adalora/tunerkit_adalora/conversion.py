@@ -3,8 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from tunerkit import Factors
-from tunerkit.patterns import exact_patterns
+from tunerkit.plugin import Factors, exact_patterns
 from tunerkit_adalora.config import AdaLoraConfig
 from tunerkit_adalora.svd_layer import SvdLayer, layer_of
 

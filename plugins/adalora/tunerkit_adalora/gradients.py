@@ -1,11 +1,10 @@
 """How many gradients the importance averages saw since the last allocation, and how many of them were unusable."""
 
-import warnings
-
 import attrs
 from torch import Tensor
 
-from tunerkit import StepError, TunerkitWarning
+from tunerkit.errors import warn
+from tunerkit.plugin import StepError
 
 
 @attrs.define(eq=False)
@@ -22,19 +21,8 @@ class GradientCount:
     averaged: int = 0
     seen: int = 0
 
-    def add_(self, *, seen: int, left_out: Tensor) -> None:
-        """Count one averaged step.
-
-        Args:
-            seen: Its gradients.
-            left_out: How many of them were not finite; 0-d int64, on any device.
-        """
-        self.averaged += 1
-        self.seen += seen
-        self.left_out = self.left_out.to(left_out.device) + left_out
-
     def judge_(self, adapter: str, bad: int) -> None:
-        """Warn of gradients that were left out, then start counting again.
+        """Warn of gradients that were left out.
 
         Args:
             adapter: The adapter's name, for the message.
@@ -51,13 +39,10 @@ class GradientCount:
             )
         if bad:
             self.left_out.zero_()
-            warnings.warn(
+            warn(
                 f"adapter {adapter!r}: {bad} of {self.seen} gradients were not finite since the last allocation and "
-                "were left out of the importance averages",
-                TunerkitWarning,
-                stacklevel=4,
+                "were left out of the importance averages"
             )
-        self.averaged = self.seen = 0
 
 
 def _advice(bad: int) -> str:

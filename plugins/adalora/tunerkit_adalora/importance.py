@@ -1,11 +1,124 @@
-"""The importance of weights and of triplets: sensitivity, uncertainty, score (section 3.2 of the paper)."""
+"""The importance of weights and of triplets: sensitivity, uncertainty, score (section 3.2 of the paper).
 
+Flat lists of weights contain P (out, r), λ (r,) and Q (r, in) of the first layer, then of the second, and so on.
+Weights of one shape are averaged together, in one tensor. So the number of operations scales with the number of
+distinct shapes, not of layers.
+"""
+
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from enum import IntEnum
+from operator import attrgetter
 
+import attrs
 import torch
 from torch import Tensor
 
-from tunerkit_adalora.averages import Part, Stack
+# Not by a comprehension: each step asks all weights.
+_DEVICE = attrgetter("device")
+# Up to here, copying gradients into one tensor takes less time than multiplying by each.
+_SMALL = 1 << 20
+
+
+class Part(IntEnum):
+    """Which of a layer's three weights; the value is its position among them."""
+
+    P = 0
+    LAM = 1
+    Q = 2
+
+
+@attrs.frozen(eq=False)
+class Stack:
+    """The running averages Ī and Ū (Eq. 9, 10) of weights of one shape.
+
+    Attributes:
+        members: Indices of the weights in the flat list. All are the same part of different layers.
+        sensitivity: Ī, (count, *shape).
+        uncertainty: Ū, (count, *shape).
+    """
+
+    members: tuple[int, ...]
+    sensitivity: Tensor
+    uncertainty: Tensor
+
+    @property
+    def part(self) -> Part:
+        """Whether the weights are P, λ or Q."""
+        return _part_of(self.members[0])
+
+
+def new_stacks(weights: Sequence[Tensor]) -> list[Stack]:
+    """Make the averages before the first step: zeros, in `average_dtype`.
+
+    Args:
+        weights: The flat list.
+
+    Returns:
+        One stack for each part, shape, dtype and device.
+    """
+    groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for index, weight in enumerate(weights):
+        groups[_part_of(index), weight.shape, weight.dtype, weight.device].append(index)
+    stacks = []
+    for members in groups.values():
+        like = weights[members[0]]
+        wide = average_dtype(like.dtype)
+        zeros = [torch.zeros((len(members), *like.shape), dtype=wide, device=like.device) for _ in range(2)]
+        stacks.append(Stack(tuple(members), *zeros))
+    return stacks
+
+
+def average_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the averages of weights of ``dtype``: fp32 or wider.
+
+    A score is a product of two averages of small numbers. In fp16 it would underflow, and every triplet would look
+    unimportant.
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
+def unstack(stacks: Sequence[Stack]) -> tuple[list[Tensor], list[Tensor]]:
+    """Take the stacks apart.
+
+    Args:
+        stacks: The averages.
+
+    Returns:
+        Ī and Ū of each weight in the order of the flat list, as views that may be written to.
+    """
+    sensitivity: dict[int, Tensor] = {}
+    uncertainty: dict[int, Tensor] = {}
+    for stack in stacks:
+        sensitivity.update(zip(stack.members, stack.sensitivity.unbind(), strict=True))
+        uncertainty.update(zip(stack.members, stack.uncertainty.unbind(), strict=True))
+    return [sensitivity[i] for i in range(len(sensitivity))], [uncertainty[i] for i in range(len(uncertainty))]
+
+
+def on_devices_of(weights: Sequence[Tensor], stacks: list[Stack]) -> list[Stack]:
+    """Move the averages to their weights: after attaching, a model may be moved, or spread over devices.
+
+    Args:
+        weights: The flat list.
+        stacks: The averages.
+
+    Returns:
+        The same stacks if no weight has moved, else new ones with the same values.
+    """
+    devices = {*map(_DEVICE, weights), *(stack.sensitivity.device for stack in stacks)}
+    if len(devices) == 1 or all(
+        weights[index].device == stack.sensitivity.device for stack in stacks for index in stack.members
+    ):
+        return stacks
+    moved = new_stacks(weights)
+    for new, old in zip(unstack(moved), unstack(stacks), strict=True):
+        for average, value in zip(new, old, strict=True):
+            average.copy_(value)
+    return moved
+
+
+def _part_of(index: int) -> Part:
+    return Part(index % len(Part))
 
 
 @torch.no_grad()
@@ -44,9 +157,8 @@ def smooth_(
         return torch.zeros((), dtype=torch.int64)
     if total_ is not None:
         return _smooth_pieces_(weights, grads, stacks, beta1, beta2, restart, total_)
-    taken = [_smooth_stack_(weights, grads, stack, beta1, beta2, restart) for stack in stacks]
-    given = sum(grad is not None and grad.numel() > 0 for grad in grads)
-    return given - torch.stack([count.to(weights[0].device) for count in taken]).sum()
+    left_out = [_smooth_stack_(weights, grads, stack, beta1, beta2, restart) for stack in stacks]
+    return torch.stack([count.to(weights[0].device) for count in left_out]).sum()
 
 
 def triplet_scores(stacks: Sequence[Stack]) -> list[Tensor]:
@@ -115,25 +227,27 @@ def _smooth_stack_(
     restart: bool,
     finite: Tensor | None = None,
 ) -> Tensor:
-    """`smooth_` for one stack; how many of its weights were averaged, 0-d int64.
+    """`smooth_` for one stack; how many of its weights were left out, 0-d int64.
 
     ``finite`` says which weights to average, bool (count,); None to find out.
     """
-    used = {position: grad for position, index in enumerate(stack.members) if (grad := grads[index]) is not None}
-    if not used or not stack.sensitivity.numel():
-        return torch.zeros((), dtype=torch.int64, device=stack.sensitivity.device)
-    own = [weights[stack.members[position]] for position in used]
     mean, spread = stack.sensitivity, stack.uncertainty
-    if len(used) == len(stack.members):
-        return _average_(own, list(used.values()), mean, spread, beta1, beta2, restart, finite)
+    found = [grads[index] for index in stack.members]
+    used = [position for position, grad in enumerate(found) if grad is not None]
+    if not used or not mean.numel():
+        return torch.zeros((), dtype=torch.int64, device=mean.device)
+    own = [weights[stack.members[position]] for position in used]
+    given = [grad for grad in found if grad is not None]
+    if len(used) == len(found):
+        return len(used) - _average_(own, given, mean, spread, beta1, beta2, restart, finite)
     # Not by an index tensor: the host would wait while it is made on the device.
     means, spreads = mean.unbind(), spread.unbind()
     views = [*(means[position] for position in used), *(spreads[position] for position in used)]
     mean, spread = torch.stack(views[: len(used)]), torch.stack(views[len(used) :])
     some = None if finite is None else torch.stack([finite.unbind()[position] for position in used])
-    taken = _average_(own, list(used.values()), mean, spread, beta1, beta2, restart, some)
+    taken = _average_(own, given, mean, spread, beta1, beta2, restart, some)
     torch._foreach_copy_(views, [*mean.unbind(), *spread.unbind()])
-    return taken
+    return len(used) - taken
 
 
 def _average_(
@@ -169,6 +283,8 @@ def _average_(
 def _importance(weights: Sequence[Tensor], grads: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """I = |w · ∂L/∂w| (Eq. 8) of weights of one shape, (count, *shape)."""
     current = torch.stack(list(weights)).to(dtype)
+    if current.numel() <= _SMALL:
+        return current.mul_(torch.stack(list(grads))).abs_()
     torch._foreach_mul_(list(current.unbind()), list(grads))
     return current.abs_()
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tunerkit_adalora.averages import Part, Stack
+from tunerkit_adalora.importance import Part, Stack
 
 # The dimension of each weight that counts triplets.
 _TRIPLETS = {Part.P: 1, Part.LAM: 0, Part.Q: 0}

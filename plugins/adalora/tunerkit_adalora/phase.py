@@ -26,4 +26,7 @@ class Phase(Enum):
     @property
     def is_final(self) -> bool:
         """Whether the final allocation has been made."""
-        return self in (Phase.FINAL_MASKED, Phase.FINAL_SHRUNK)
+        return self in FINAL
+
+
+FINAL = (Phase.FINAL_MASKED, Phase.FINAL_SHRUNK)

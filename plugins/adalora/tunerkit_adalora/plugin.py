@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from tunerkit import BaseLayer, Delta, Factors, Method, State, Target, Tuner, hookimpl, low_rank_delta
+from tunerkit.plugin import BaseLayer, Delta, Factors, Method, State, Target, Tuner, hookimpl, low_rank_delta
 from tunerkit_adalora import state as saved_state, step as steps, training
 from tunerkit_adalora.config import AdaLoraConfig
 from tunerkit_adalora.conversion import from_products

@@ -5,16 +5,15 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from tunerkit import StepError, Tuner
-from tunerkit_adalora.svd_layer import Weights
+from tunerkit.plugin import StepError, Tuner
 
 
-def refuse_sharded(tuner: Tuner, weights: Sequence[Weights]) -> None:
+def refuse_sharded(tuner: Tuner, weights: Sequence[nn.Parameter]) -> None:
     """Refuse DTensors of which the engine knows nothing, since the adapter was sharded after it was attached.
 
     Args:
         tuner: The adapter's handle.
-        weights: P, λ and Q of each layer.
+        weights: P, λ and Q of each layer, one after the other.
 
     Raises:
         StepError: If any weight is a DTensor.
@@ -24,27 +23,24 @@ def refuse_sharded(tuner: Tuner, weights: Sequence[Weights]) -> None:
     if sharding is None:
         return
     # Each step asks this: check the few types, not the many weights.
-    kinds: set[type[nn.Parameter]] = {type(weight) for each in weights for weight in each}
-    if any(issubclass(kind, sharding.DTensor) for kind in kinds) and not tuner.pieces(weights[0]).are_cut:
+    kinds: set[type[nn.Parameter]] = set(map(type, weights))
+    if any(issubclass(kind, sharding.DTensor) for kind in kinds) and not tuner.pieces(weights[:3]).are_cut:
         raise StepError(
             f"adapter {tuner.name!r} has DTensors for weights, which were no DTensors when it was attached: call "
             "tunerkit.attach after fully_shard, in every process"
         )
 
 
-def refuse_other_ranks(adapter: str, weights: Sequence[Weights], ranks: Sequence[int]) -> None:
+def refuse_other_ranks(adapter: str) -> None:
     """Refuse layers whose size has changed behind the training's back.
 
     Args:
         adapter: The adapter's name, for the message.
-        weights: P, λ and Q of each layer.
-        ranks: Triplets in memory that the training knows of, per layer.
 
     Raises:
-        StepError: If the layers have other ranks.
+        StepError: Always.
     """
-    if [len(each.lam) for each in weights] != ranks:
-        raise StepError(
-            f"adapter {adapter!r} has other ranks than when it was attached (load_state_dict of a checkpoint?), so "
-            "the optimizer's state does not fit; load the optimizer's state too, then tunerkit.load_state"
-        )
+    raise StepError(
+        f"adapter {adapter!r} has other ranks than when it was attached (load_state_dict of a checkpoint?), so the "
+        "optimizer's state does not fit; load the optimizer's state too, then tunerkit.load_state"
+    )

@@ -5,8 +5,8 @@ from typing import Any
 
 import attrs
 
-from tunerkit import FileError
 from tunerkit.errors import shown
+from tunerkit.plugin import FileError
 from tunerkit_adalora.phase import Phase
 
 WHAT_FITS = "Load a state that was saved together with the adapter's weights; without one, the schedule restarts"

@@ -7,13 +7,13 @@ import attrs
 import torch
 from torch import Tensor
 
-from tunerkit import FileError, Pieces, State, StepError, Tuner
-from tunerkit_adalora.averages import average_dtype, new_stacks, unstack
+from tunerkit.plugin import FileError, Pieces, State, StepError, Tuner
 from tunerkit_adalora.contradictions import contradictions, impossible_averages
 from tunerkit_adalora.gradients import GradientCount
+from tunerkit_adalora.importance import average_dtype, new_stacks, unstack
 from tunerkit_adalora.saved_values import WHAT_FITS, SavedValues, flags_of, read_values
-from tunerkit_adalora.svd_layer import SvdLayer
-from tunerkit_adalora.training import Training, layers_of, training_of, weights_of
+from tunerkit_adalora.svd_layer import SvdLayer, weights_of
+from tunerkit_adalora.training import Training, layers_of, training_of
 
 _SHOWN = 12  # problems in an error: there may be one for each weight
 

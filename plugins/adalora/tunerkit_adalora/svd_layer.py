@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tunerkit import Adapter, BaseLayer, Factors, add_low_rank, low_rank_factors
+from tunerkit.plugin import Adapter, BaseLayer, Factors, add_low_rank, low_rank_factors
 
 
 class Weights(NamedTuple):
@@ -225,6 +225,18 @@ def apply_masks_(lams: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     kept = torch.cat([lam.to(lams[0].device) for lam in lams])
     kept.masked_fill_(torch.cat([mask.to(kept.device) for mask in masks]).logical_not_(), 0)
     torch._foreach_copy_(list(lams), list(torch.split(kept, [len(lam) for lam in lams])))
+
+
+def weights_of(layers: Sequence[SvdLayer]) -> list[nn.Parameter]:
+    """P, λ, Q of each layer, one after the other. Ask again at each step: loading may replace them."""
+    found: list[nn.Parameter] = []
+    for layer in layers:
+        own = layer._parameters
+        if "p" in own and "lam" in own and "q" in own:  # as `SvdLayer.weights`, which takes thrice as long
+            found += own["p"], own["lam"], own["q"]  # type: ignore[arg-type]  # never registered as None
+        else:
+            found += layer.weights
+    return found
 
 
 def _start(layer: SvdLayer, start: str) -> None:

@@ -1,21 +1,19 @@
 """AdaLoRA's training state: what one step leaves to the next."""
 
-from collections.abc import Sequence
-
 import attrs
 import torch
 from torch import Tensor, nn
 
-from tunerkit import StepError, Tuner
-from tunerkit_adalora.averages import Stack, new_stacks, unstack
+from tunerkit.plugin import StepError, Tuner
 from tunerkit_adalora.budget import Bounds, bounds_of, check_bounds, costs_of, live_budget, schedule_of
 from tunerkit_adalora.config import AdaLoraConfig
 from tunerkit_adalora.gradients import GradientCount
+from tunerkit_adalora.importance import Stack, new_stacks, unstack
 from tunerkit_adalora.phase import Phase
 from tunerkit_adalora.preconditions import refuse_sharded
 from tunerkit_adalora.resolved import Resolved
-from tunerkit_adalora.schedule import Allocation, Schedule, refuse_short
-from tunerkit_adalora.svd_layer import SvdLayer
+from tunerkit_adalora.schedule import Schedule, refuse_short
+from tunerkit_adalora.svd_layer import SvdLayer, weights_of
 
 
 @attrs.define(eq=False)
@@ -23,8 +21,9 @@ class Training:
     """AdaLoRA's training state.
 
     Attributes:
-        layers: The SVD layers at the last allocation, in the order of the targets. The step hooks take them from here:
-            looking for all layers in the model costs more than the rest of a step.
+        config: The adapter's settings.
+        layers: The SVD layers in the order of the targets. The step hooks take them from here: looking for all layers
+            in the model costs more than the rest of a step.
         resolved: The config's settings with their defaults applied.
         bounds: The least and the greatest rank of each target.
         schedule: b(t).
@@ -32,10 +31,12 @@ class Training:
         gradients: Counts since the last allocation.
         in_force: The budget of the last allocation, in the config's unit.
         sizes: Triplets of each layer in memory, dead ones included.
+        weights: P, λ and Q of each layer, from the hook before a step to the one after it, if this process is alone.
         last_step: The last step's number; 0 before the first.
         phase: Where the training stands.
     """
 
+    config: AdaLoraConfig
     layers: list[SvdLayer]
     resolved: Resolved
     bounds: Bounds
@@ -44,6 +45,7 @@ class Training:
     gradients: GradientCount
     in_force: int
     sizes: list[int]
+    weights: list[nn.Parameter] = attrs.field(factory=list)
     last_step: int = 0
     phase: Phase = Phase.WAITING
 
@@ -51,18 +53,6 @@ class Training:
     def averages(self) -> tuple[list[Tensor], list[Tensor]]:
         """Ī and Ū of P, λ, Q of the first layer, then of the second, and so on; empty once the ranks are final."""
         return unstack(self.stacks)
-
-    def advance_(self, step: int) -> Allocation | None:
-        """Move on to ``step``.
-
-        Args:
-            step: The step just taken. Its number may jump.
-
-        Returns:
-            The allocation that is due now, or None.
-        """
-        previous, self.last_step = self.last_step, step
-        return None if self.phase.is_final else self.schedule.allocation(previous, step)
 
 
 def start(tuner: Tuner, total_steps: int) -> Training:
@@ -85,7 +75,9 @@ def start(tuner: Tuner, total_steps: int) -> Training:
     """
     config = config_of(tuner)
     layers = layers_of(tuner)
-    refuse_sharded(tuner, [layer.weights for layer in layers])
+    weights = weights_of(layers)
+    if set(map(type, weights)) - {nn.Parameter}:
+        refuse_sharded(tuner, weights)
     resolved = config.resolved()
     schedule = schedule_of(config, resolved, layers, total_steps)
     refuse_short(schedule)
@@ -94,11 +86,12 @@ def start(tuner: Tuner, total_steps: int) -> Training:
     sizes = [len(layer.lam) for layer in layers]
     there = sum(size * cost for size, cost in zip(sizes, costs_of(config, layers), strict=True))
     return Training(
+        config=config,
         layers=layers,
         resolved=resolved,
         bounds=bounds,
         schedule=attrs.evolve(schedule, initial=there, target=min(schedule.target, there)),
-        stacks=new_stacks(tuner.pieces(weights_of(layers)).values),
+        stacks=new_stacks(weights if tuner.engine is None else tuner.pieces(weights).values),
         gradients=GradientCount(torch.zeros((), dtype=torch.int64, device=layers[0].lam.device)),
         in_force=live_budget(config, layers),
         sizes=sizes,
@@ -141,11 +134,6 @@ def config_of(tuner: Tuner) -> AdaLoraConfig:
 def layers_of(tuner: Tuner) -> list[SvdLayer]:
     """The SVD layers in the order of the targets, as they are in the model now."""
     return [adapter for adapter in tuner.adapters().values() if isinstance(adapter, SvdLayer)]
-
-
-def weights_of(layers: Sequence[SvdLayer]) -> list[nn.Parameter]:
-    """P, λ, Q of each layer, one after the other. Ask again at each step: loading may replace them."""
-    return [weight for layer in layers for weight in layer.weights]
 
 
 def training_of(tuner: Tuner) -> Training:

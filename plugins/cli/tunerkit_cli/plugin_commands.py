@@ -10,13 +10,15 @@ import attrs
 import pluggy
 
 from tunerkit.errors import cut, shown
-from tunerkit.markers import PROJECT, hookspec
 from tunerkit_cli import commands as own
 from tunerkit_cli.recipes.fragments import Fragment, objection
 from tunerkit_cli.recipes.recipe import Recipe
 
 # Apart from the group of methods: `tunerkit --help` imports these modules, and a method's module imports torch.
 GROUP = "tunerkit.commands"
+
+
+hookspec = pluggy.HookspecMarker("tunerkit")
 
 
 class CommandSpecs:
@@ -90,7 +92,7 @@ def plugin_commands(found: Iterable[EntryPoint] | None = None) -> PluginCommands
 
 
 def _ask(point: EntryPoint) -> tuple[Mapping[str, Callable[..., object]], Mapping[str, Fragment]]:
-    manager = pluggy.PluginManager(PROJECT)
+    manager = pluggy.PluginManager("tunerkit")
     manager.add_hookspecs(CommandSpecs)
     module = point.load()
     manager.register(module)

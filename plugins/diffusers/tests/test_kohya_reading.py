@@ -179,7 +179,7 @@ def test_a_kernel_in_between_is_multiplied_in(tmp_path: Path) -> None:
             expected += (
                 up[:, a, :, :, None, None].squeeze()[:, None, None, None] * mid[a, b] * down[b, :, 0, 0][:, None, None]
             )
-    (added,) = tunerkit.tuner(tunerkit.load(unet(), file)).factors().values()
+    (added,) = tunerkit.factors_of(tunerkit.tuner(tunerkit.load(unet(), file))).values()
     torch.testing.assert_close((added.p @ added.q).reshape(8, 4, 3, 3), expected)
 
 

@@ -5,7 +5,7 @@ from typing import Final
 
 from torch import nn
 
-from tunerkit import BaseMismatchError, ConfigError, FileError
+from tunerkit.plugin import BaseMismatchError, ConfigError, FileError
 
 TEXT_ENCODERS: Final = ("text_encoder", "text_encoder_2")
 COMPONENTS: Final = ("unet", "transformer", *TEXT_ENCODERS)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from tunerkit import Description, FileError
+from tunerkit.plugin import Description, FileError
 from tunerkit_diffusers import diffusers_names, diffusers_reading, kohya_reading
 from tunerkit_diffusers.components import refuse_mixed
 from tunerkit_diffusers.keys import Groups, Parts, grouped

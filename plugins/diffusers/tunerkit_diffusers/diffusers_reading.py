@@ -5,8 +5,7 @@ from typing import Final
 
 from torch import nn
 
-from tunerkit import FileError, Foreign
-from tunerkit.patterns import one_allowance
+from tunerkit.plugin import FileError, Foreign
 from tunerkit_diffusers.components import component_to_read
 from tunerkit_diffusers.diffusers_names import EXPECTED, is_diffusers, parse, spellings_of
 from tunerkit_diffusers.keys import at_paths, grouped
@@ -65,8 +64,7 @@ def read(path: Path, model: nn.Module) -> Foreign:
     remarks = other_parts(groups, chosen)
     if settings is None:
         return as_lora(pairs, {path: pair.alpha or float(pair.rank) for path, pair in pairs.items()}, remarks=remarks)
-    with one_allowance():
-        alphas = {path: _alpha(path, pair, settings) for path, pair in pairs.items()}
+    alphas = {path: _alpha(path, pair, settings) for path, pair in pairs.items()}
     return as_lora(pairs, alphas, rslora=settings.rslora, dropout=settings.dropout, base=settings.base, remarks=remarks)
 
 

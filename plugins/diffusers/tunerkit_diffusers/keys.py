@@ -6,8 +6,8 @@ from typing import Final, NamedTuple, TypeAlias
 
 from torch import nn
 
-from tunerkit import BaseMismatchError, FileError
 from tunerkit.errors import closest
+from tunerkit.plugin import BaseMismatchError, FileError
 
 # The names of a module's tensors in the file, by what they are: "down", "up", "mid" or "alpha".
 Parts: TypeAlias = dict[str, str]

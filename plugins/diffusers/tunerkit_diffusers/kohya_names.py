@@ -6,7 +6,7 @@ from typing import Final
 
 from torch import nn
 
-from tunerkit import FileError
+from tunerkit.plugin import FileError
 from tunerkit_diffusers.components import TEXT_ENCODERS, is_flattened_text_model
 from tunerkit_diffusers.ldm_names import ldm_names
 

@@ -5,7 +5,7 @@ from typing import Final
 
 from torch import nn
 
-from tunerkit import BaseMismatchError, FileError, Foreign
+from tunerkit.plugin import BaseMismatchError, FileError, Foreign
 from tunerkit_diffusers.components import component_to_read, components_of
 from tunerkit_diffusers.keys import Key, at_paths, grouped
 from tunerkit_diffusers.kohya_names import PREFIXES, spellings_of

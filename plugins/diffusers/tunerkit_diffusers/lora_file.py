@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from tunerkit import FileError
+from tunerkit.plugin import FileError
 
 SUFFIX: Final = ".safetensors"
 _METADATA: Final = "__metadata__"

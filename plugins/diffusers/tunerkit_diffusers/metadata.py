@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import attrs
 
-from tunerkit import FileError
 from tunerkit.errors import shown
+from tunerkit.plugin import FileError
 from tunerkit_diffusers.peft_patterns import PatternTable
 
 ENTRY: Final = "lora_adapter_metadata"

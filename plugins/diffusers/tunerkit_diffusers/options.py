@@ -4,7 +4,7 @@ from typing import Literal
 
 import attrs
 
-from tunerkit import setting
+from tunerkit.plugin import setting
 
 _COMPONENT = "the part of the pipeline that the model is; 'auto' takes it from the model's class"
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch.nn.functional import pad
 
-from tunerkit import Factors
+from tunerkit.plugin import Factors
 
 
 def padded(factors: Mapping[str, Factors]) -> dict[str, Factors]:

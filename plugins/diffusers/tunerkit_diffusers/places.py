@@ -6,7 +6,7 @@ import attrs
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from tunerkit import FileError
+from tunerkit.plugin import FileError
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ADAPTERS = "tunerkit"  # the name of the child that holds a module's adapters

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from tunerkit import Format, hookimpl
+from tunerkit.plugin import Format, hookimpl
 from tunerkit_diffusers import describing, diffusers_reading, kohya_reading, writing
 from tunerkit_diffusers.options import DiffusersOptions, KohyaOptions
 

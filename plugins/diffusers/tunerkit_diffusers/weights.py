@@ -8,8 +8,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from tunerkit import BaseMismatchError, Factors, FileError, Foreign
 from tunerkit.errors import shown
+from tunerkit.plugin import BaseMismatchError, Factors, FileError, Foreign
 from tunerkit_diffusers.keys import Parts
 from tunerkit_diffusers.lora_file import tensors_of
 from tunerkit_diffusers.peft_patterns import own_patterns

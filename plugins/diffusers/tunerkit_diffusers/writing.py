@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from tunerkit import ConfigError, Factors, FileError, Tuner
+from tunerkit.plugin import ConfigError, Factors, FileError, Tuner, biases_of, copies_of, factors_of
 from tunerkit_diffusers.components import COMPONENTS, TEXT_ENCODERS, component_to_write
 from tunerkit_diffusers.diffusers_names import names_of
 from tunerkit_diffusers.diffusers_reading import FILE
@@ -98,13 +98,13 @@ def write_kohya(tuner: Tuner, path: Path, options: KohyaOptions) -> list[Path]:
 
 def _factors(tuner: Tuner, format: str, component: str) -> dict[str, Factors]:
     """Return the adapter's products, or refuse what such files cannot hold."""
-    for found, what in ((tuner.copied(), "modules trained in full"), (tuner.trained_biases(), "trained biases")):
+    for found, what in ((copies_of(tuner), "modules trained in full"), (biases_of(tuner), "trained biases")):
         if found:
             raise FileError(
                 f"format {format!r} cannot hold {what}, and this adapter has some: {', '.join(list(found)[:5])}. Call "
                 "tunerkit.unwrap(model, keep_merged=True) and save the whole model, or train without them"
             )
-    factors = tuner.factors()
+    factors = factors_of(tuner)
     if component in TEXT_ENCODERS:
         for path in factors:
             if path.rpartition(".")[2] not in _TEXT_LEAVES:

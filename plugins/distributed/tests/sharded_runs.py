@@ -14,6 +14,7 @@ from torch.distributed import fsdp
 import tunerkit
 from tests.support.collectives import Collectives
 from tests.support.toy_starts import PrincipalPlugin
+from tunerkit import injection
 from tunerkit_distributed.sharded import Sharded
 
 STEPS, ACCUMULATED, PER_PROCESS = 12, 2, 2
@@ -332,7 +333,7 @@ def _collectives() -> dict[str, Any]:
             optimizer.zero_grad()
             steps.append((dict(counted.calls), dict(counted.bytes)))
             with Collectives() as counted:
-                tunerkit.tuner(model).training_state()
+                injection.training_state(tunerkit.tuner(model))
             states.append((dict(counted.calls), dict(counted.bytes)))
         found[method] = {
             "steps": steps,

@@ -14,7 +14,6 @@ import tunerkit
 from tests.support import apart, together, two_processes
 from tests.support.toy_growing import GrowingPlugin
 from tunerkit import serialization
-from tunerkit.engine import Alone
 from tunerkit_distributed import torch_private
 from tunerkit_testing.counting import Counting
 from tunerkit_testing.registering import registered
@@ -296,7 +295,7 @@ def test_one_process_has_no_engine_and_may_not_ask_for_one() -> None:
             with pytest.raises(tunerkit.StepError, match=words):
                 tunerkit.attach(model, optimizer, data_parallel=given)  # type: ignore[arg-type]
         tunerkit.attach(model, optimizer)
-        assert isinstance(tunerkit.tuner(model).engine, Alone)
+        assert tunerkit.tuner(model).engine is None
         with tunerkit.no_sync(model), Counting() as counted:
             pass
     assert counted.count == 0

@@ -12,7 +12,6 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.distributed.algorithms import join
 
 from scripts.structure import private_attributes, read
-from tunerkit.libraries import torch_private as of_core
 from tunerkit_distributed import torch_private
 
 FOLDER = Path(__file__).parents[1] / "tunerkit_distributed"
@@ -141,9 +140,75 @@ def taken() -> bool:
     model: Any = nn.Sequential(nn.Linear(2, 2))
     fsdp.fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
     hooks = torch_private.take_load_hooks_(model[0])
-    without = of_core.is_managed_by_fsdp2(model[0])
+    without = torch_private.is_managed_by_fsdp2(model[0])
     torch_private.put_load_hooks_(model[0], hooks)
-    return not without and of_core.is_managed_by_fsdp2(model[0])
+    return not without and torch_private.is_managed_by_fsdp2(model[0])
+
+
+def ddp() -> bool:
+    """No DDP runs outside a forward of DDP; inside one it is found, with the parameters it was built for.
+
+    Those that it was told to ignore are known to it too; those that came later are not.
+    """
+    found: list[Any] = []
+
+    class Looks(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            found.append(torch_private.running_ddp())
+            return super().forward(x)
+
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        module = Looks(2, 2)
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ["bias"])
+        parallel = nn.parallel.DistributedDataParallel(module)
+        own = list(module.parameters())
+        module.register_parameter("late", nn.Parameter(torch.ones(1)))
+        parallel(torch.ones(1, 2))
+        known = torch_private.known_to(parallel)
+    finally:
+        torch.distributed.destroy_process_group()
+    same = {id(parameter) for parameter in known} == {id(parameter) for parameter in own}
+    return found == [parallel] and torch_private.running_ddp() is None and same
+
+
+def flattened() -> bool:
+    """FSDP1 marks the parameters that it flattens; if it takes them away, it marks the modules. FSDP2 does neither."""
+    seen: list[bool] = []
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        fsdp = importlib.import_module("torch.distributed.fsdp")
+        for original in (True, False):
+            module: Any = nn.Sequential(nn.Linear(2, 2))
+            fsdp.FullyShardedDataParallel(module, use_orig_params=original, device_id=torch.device("cpu"))
+            marked = vars(module[0])[torch_private.VIEWS_FLAT] is False
+            seen.append(vars(module[0].weight)[torch_private.FLATTENED] and not marked if original else marked)
+        module = nn.Sequential(nn.Linear(2, 2))
+        fsdp.fully_shard(module, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
+        held = {**vars(module), **vars(module[0].weight)}
+        seen.append(held.get(torch_private.VIEWS_FLAT) is not False and torch_private.FLATTENED not in held)
+    finally:
+        torch.distributed.destroy_process_group()
+    return seen == [True, True, True]
+
+
+def managed() -> bool:
+    """FSDP2 has a hook after ``load_state_dict`` where it manages a parameter, whole or not, and nowhere else."""
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        fsdp = importlib.import_module("torch.distributed.fsdp")
+        model: Any = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        ignored = set(model[1].parameters())
+        fsdp.fully_shard(
+            model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)), ignored_params=ignored
+        )
+        model(torch.ones(1, 2))
+        return [torch_private.is_managed_by_fsdp2(module) for module in model] == [True, False]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # By the names that stand in torch_private.py: what uses them, and a check.
@@ -162,8 +227,12 @@ CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
     "_use_python_reducer": ("special_way_of_reducing", special),
     "_backward_hooks": ("hook_first_ (meeting)", first),
     "_C": ("running_backward", numbered),
-    "_load_state_dict_post_hooks": ("take_load_hooks_", taken),
-    "_module_parameters": ("parameters_of, averaged_by", rebuilt),
+    "_load_state_dict_post_hooks": ("take_load_hooks_, is_managed_by_fsdp2", lambda: taken() and managed()),
+    "torch.distributed.fsdp._fully_shard._fsdp_param": ("is_managed_by_fsdp2 (holdings)", managed),
+    "_module_parameters": ("parameters_of, averaged_by, known_to", lambda: rebuilt() and ddp()),
+    "_active_ddp_module": ("running_ddp (unsynchronised)", ddp),
+    "_fsdp_flattened": ("FLATTENED (holdings)", flattened),
+    "_fsdp_use_orig_params": ("VIEWS_FLAT (holdings)", flattened),
 }
 
 

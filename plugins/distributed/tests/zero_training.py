@@ -15,7 +15,7 @@ from torch import nn
 import tunerkit
 from tests.support import skipping, together, two_processes
 from tests.support.collectives import Collectives
-from tunerkit import serialization, steps
+from tunerkit import injection, serialization, steps
 
 PROCESSES = 2
 _ACCUMULATED, _CLIP = 2, 0.1  # as in `tests.support.together`
@@ -122,7 +122,7 @@ def train(deepspeed: Any, job: ZeroJob, folder: Path, rank: int) -> dict[str, An
             engine.save_checkpoint(folder / "deepspeed")
             model, engine = build(deepspeed, job, stopped.parent)
             engine.load_checkpoint(folder / "deepspeed")
-            if tunerkit.tuner(model).needs_steps:
+            if injection.needs_steps(tunerkit.tuner(model)):
                 tunerkit.load_state(model, stopped.parent)
         with Collectives() as stepping:
             take_steps(engine, range(job.stop, job.steps), rank)
@@ -154,7 +154,7 @@ def save(model: nn.Module, folder: Path) -> Path:
     """Save the adapter, and its training state if it has one."""
     tuner = tunerkit.tuner(model)
     file = tunerkit.save(model, folder)
-    if tuner.needs_steps:
+    if injection.needs_steps(tuner):
         tunerkit.save_state(model, folder)
     return file
 

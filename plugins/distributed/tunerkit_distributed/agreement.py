@@ -9,8 +9,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, distributed
 
-from tunerkit.engine import Held
 from tunerkit.errors import StepError, cut
+from tunerkit.hooks import Held
 from tunerkit_distributed import group
 from tunerkit_distributed.flat import unflatten_
 

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from tunerkit.engine import Engine
 from tunerkit.errors import StepError, warn
+from tunerkit.hooks import Engine
 from tunerkit_distributed import group
 from tunerkit_distributed.deepspeed_names import is_of_deepspeed
 from tunerkit_distributed.dtensors import is_split, reshard_

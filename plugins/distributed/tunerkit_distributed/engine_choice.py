@@ -4,13 +4,14 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from tunerkit import injection, libraries
-from tunerkit.engine import Engine
+from tunerkit import injection, layers
 from tunerkit.errors import StepError
+from tunerkit.hooks import Engine
 from tunerkit.injection import Tuner
 from tunerkit.paths import few
 from tunerkit_distributed import choice
 from tunerkit_distributed.deepspeed_names import DEEPSPEED
+from tunerkit_distributed.holdings import is_sharded
 
 
 def engine_for(
@@ -27,7 +28,7 @@ def engine_for(
     Returns:
         The engine; and ``candidate``, or where DeepSpeed trains the optimizer that stands for its own.
     """
-    if any(libraries.derives_from(candidate, kind) for kind in DEEPSPEED):
+    if any(layers.derives_from(candidate, kind) for kind in DEEPSPEED):
         from tunerkit_distributed import zero  # few trainings need it
 
         engine = zero.engine_of(candidate)
@@ -56,5 +57,5 @@ def _refuse_overrides(tuners: Sequence[Tuner]) -> None:
 
 
 def _is_sharded(module: nn.Module, name: str) -> bool:
-    weight = libraries.torch_private.own_parameters(module).get(name)
-    return weight is not None and libraries.is_sharded(weight)
+    weight = layers.torch_private.own_parameters(module).get(name)
+    return weight is not None and is_sharded(weight)

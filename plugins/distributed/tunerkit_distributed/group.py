@@ -38,6 +38,14 @@ def is_launched() -> bool:
     return in_group() or os.environ.get("WORLD_SIZE", "1") not in ("", "1")
 
 
+def is_alone() -> bool:
+    """Whether nothing says that there are, or may be, other processes: no process group, also of one, and no launcher.
+
+    In a process group of one, there may be a DistributedDataParallel around the model.
+    """
+    return not (distributed.is_available() and distributed.is_initialized()) and not is_launched()
+
+
 def rank() -> int:
     """The number of this process, from 0."""
     return distributed.get_rank() if in_group() else 0

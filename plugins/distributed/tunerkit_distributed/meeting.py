@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from tunerkit.engine import Removable
 from tunerkit.errors import TunerkitWarning
+from tunerkit.hooks import Removable
 from tunerkit_distributed import group, torch_private
 from tunerkit_distributed.outputs import tensors_in
 from tunerkit_distributed.place import Place

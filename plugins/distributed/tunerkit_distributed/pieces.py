@@ -7,7 +7,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from tunerkit.engine import Pieces
+from tunerkit.hooks import Pieces
 from tunerkit_distributed import group
 from tunerkit_distributed.dtensors import Part, is_split, part_of, whole_values
 from tunerkit_distributed.flat import flat, unflatten_

@@ -1,24 +1,46 @@
-"""The hooks: which engine trains adapters, and how FSDP2 leaves each process a part of the base's weights."""
+"""The hooks: which engine trains adapters, how libraries hold weights, and what cannot be done with them."""
 
 from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from tunerkit import Sharding, Tuner, hookimpl
-from tunerkit.engine import Engine
-from tunerkit_distributed.dtensors import gathered, is_split, local_part, reshard_
+from tunerkit import Holding, Restriction, Tuner, hookimpl
+from tunerkit.hooks import Engine
+from tunerkit_distributed import group
 from tunerkit_distributed.engine_choice import engine_for
+from tunerkit_distributed.holdings import HOLDINGS, RESTRICTIONS
+from tunerkit_distributed.unsynchronised import check_at_next_forward_, remove_check_
 
 
 @hookimpl(trylast=True)  # it answers for every training: engines of others come first
 def tunerkit_engine(
     tuners: Sequence[Tuner], model: nn.Module, candidate: object, data_parallel: bool | None
-) -> tuple[Engine, object]:
-    """Find out in which kind of training this process is; alone too, since DDP may be around the model."""
+) -> tuple[Engine, object] | None:
+    """Find out in which kind of training this process is, unless it is alone."""
+    if group.is_alone() and not data_parallel:
+        return None
     return engine_for(tuners, model, candidate, data_parallel)
 
 
 @hookimpl
-def tunerkit_shardings() -> Iterable[Sharding]:
-    """Return how FSDP2 cuts weights."""
-    return [Sharding(is_cut=is_split, part=local_part, gathered=gathered, reshard_=reshard_)]
+def tunerkit_holdings() -> Iterable[Holding]:
+    """Return how accelerate offloads weights, and how DeepSpeed and FSDP2 divide them."""
+    return HOLDINGS
+
+
+@hookimpl
+def tunerkit_restrictions() -> Iterable[Restriction]:
+    """Return what is refused with FSDP and DeepSpeed."""
+    return RESTRICTIONS
+
+
+@hookimpl
+def tunerkit_adapted(model: nn.Module, modules: Sequence[nn.Module]) -> None:
+    """Check, at the next forward inside DDP, that it synchronises the adapters."""
+    check_at_next_forward_(model, modules)
+
+
+@hookimpl
+def tunerkit_unwrapped(model: nn.Module) -> None:
+    """Remove that check, also from copies."""
+    remove_check_(model)

@@ -4,7 +4,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tunerkit.engine import Held, Pieces, Removable, same, whole_pieces
 from tunerkit.errors import StepError, TunerkitWarning
-from tunerkit.libraries import is_sharded
+from tunerkit.hooks import Engine, Held, Removable
 from tunerkit.paths import few
 from tunerkit_distributed import group, torch_private
 from tunerkit_distributed.agreement import refuse_differing, take_from_first_
 from tunerkit_distributed.deepspeed_names import is_of_deepspeed
 from tunerkit_distributed.flat import flat, unflatten_
+from tunerkit_distributed.holdings import is_sharded
 from tunerkit_distributed.meeting import Meeting
 from tunerkit_distributed.place import Place
 from tunerkit_distributed.reducers import Reducers
@@ -35,7 +35,7 @@ _GONE = "its DistributedDataParallel is gone, and nothing averages its gradients
 _APART = "with data_parallel=False each process decides for itself, and DistributedDataParallel needs equal shapes"
 
 
-class Replicated:
+class Replicated(Engine):
     """Plain data parallel, and FSDP2 with the adapters among its ``ignored_params``.
 
     At the end of each backward, one all-reduce averages the gradients of all adapters. Clipping comes later, so it sees
@@ -48,9 +48,6 @@ class Replicated:
     process is: at which step and backward, of which adapters, or that it steps without a backward.
     """
 
-    splits = False
-    gives_pieces = False
-    withholds = True
     is_shared = True
 
     def __init__(self) -> None:
@@ -135,19 +132,6 @@ class Replicated:
             yield
         finally:
             self._paused = before
-
-    def whole(
-        self, slots: Sequence[nn.Module], *, gradients: bool
-    ) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
-        """Do nothing: parameters are whole."""
-        return nullcontext(same)
-
-    def reshard_(self) -> None:
-        """Do nothing: nothing is cut."""
-
-    def pieces(self, parameters: Sequence[nn.Parameter]) -> Pieces:
-        """Return all of them. See `Engine`."""
-        return whole_pieces(parameters)
 
     def resized_(self) -> None:
         """Build the reducer of DDP anew. See `Engine`."""
@@ -290,7 +274,11 @@ class Apart(Replicated):
     """A process of a group that trains adapters of its own: ``data_parallel=False``. Under DDP, shapes stay even so."""
 
     is_shared = False
-    is_writer = True
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this process writes: each does."""
+        return True
 
     @property
     def fixed_shapes(self) -> str | None:

@@ -2,15 +2,15 @@
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tunerkit.engine import Held, Pieces, Removable, whole_pieces
 from tunerkit.errors import StepError
+from tunerkit.hooks import Engine, Held, Pieces, Removable, whole_pieces
 from tunerkit_distributed import group
 from tunerkit_distributed.agreement import refuse_differing, take_from_first_
 from tunerkit_distributed.dtensors import (
@@ -27,13 +27,17 @@ from tunerkit_distributed.meeting import Meeting
 from tunerkit_distributed.pieces import are_cut_alike, pieces_of
 from tunerkit_distributed.writing import written_once
 
+_FIXED = (
+    "FSDP2 has cut its parameters into shards of fixed sizes; to let adapters shrink, pass ignored_params="
+    "set(tunerkit.tuner(model).parameters()) to fully_shard"
+)
 _ADVICE = (
     "Pass none of the adapter's parameters to fully_shard as ignored_params, or all of them: "
     "set(tunerkit.tuner(model).parameters())"
 )
 
 
-class Sharded:
+class Sharded(Engine):
     """FSDP2 with adapters that are sharded like the base.
 
     FSDP2 averages the gradients itself. A method sees whole parameters inside `whole`: plain stand-ins, gathered from
@@ -43,13 +47,6 @@ class Sharded:
         model: The model that was passed to ``fully_shard``, or one around it.
     """
 
-    name = "FSDP2 with sharded adapters"
-    fixed_shapes: str | None = (
-        "FSDP2 has cut its parameters into shards of fixed sizes; to let adapters shrink, pass ignored_params="
-        "set(tunerkit.tuner(model).parameters()) to fully_shard"
-    )
-    splits = True
-    withholds = True
     is_shared = True
     gives_pieces = False  # until `begin_` has looked at the adapters
 
@@ -59,6 +56,21 @@ class Sharded:
         self._slots: list[weakref.ref[nn.Module]] = []
         self._meeting = Meeting()
         self._standing: dict[int, Tensor] = {}  # inside `whole`: the parameters outside of it, by the stand-in's id
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return "FSDP2 with sharded adapters"
+
+    @property
+    def fixed_shapes(self) -> str:
+        """Why a parameter's shape must not change."""
+        return _FIXED
+
+    @property
+    def splits(self) -> bool:
+        """Whether a process holds only a part: it does."""
+        return True
 
     @property
     def is_writer(self) -> bool:
@@ -94,10 +106,6 @@ class Sharded:
     def before_step_(self, optimizer: Optimizer) -> None:
         """Meet the other processes: a method may gather parameters next. See `Meeting.before_step_`."""
         self._meeting.before_step_(optimizer, always=True)
-
-    def no_sync(self) -> AbstractContextManager[object]:
-        """Do nothing: FSDP2 has a setting of its own for that."""
-        return nullcontext()
 
     @contextmanager
     def whole(self, slots: Sequence[nn.Module], *, gradients: bool) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -143,9 +151,6 @@ class Sharded:
         """Return this process's pieces; inside `whole` all of the stand-ins. See `Engine`."""
         return pieces_of(parameters) if all(map(is_split, parameters)) else whole_pieces(parameters)
 
-    def resized_(self) -> None:
-        """Do nothing: shapes are fixed."""
-
     def write_once(self, place: Path, content: str, write: Callable[[], Path]) -> Path:
         """See `Engine`."""
         return written_once(self, place, content, write)
@@ -176,5 +181,5 @@ def _refuse_resized(shards: Sequence[Part], left: Sequence[Tensor]) -> None:
         if tuple(now.shape) != shard.cut.shape:
             raise StepError(
                 f"a parameter of shape {shard.cut.shape} has become one of {tuple(now.shape)}, which is not kept: "
-                f"{Sharded.fixed_shapes}"
+                f"{_FIXED}"
             )

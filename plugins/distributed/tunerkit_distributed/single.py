@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 
 from torch.optim import Optimizer
 
-from tunerkit.engine import Alone, Held, Removable
+from tunerkit.hooks import Engine, Held, Removable
 from tunerkit_distributed.reducers import Reducers
 
 
-class Single(Alone):
+class Single(Engine):
     """Nothing is done together; but there may be a DistributedDataParallel of one process around the model."""
 
     def __init__(self) -> None:

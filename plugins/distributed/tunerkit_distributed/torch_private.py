@@ -11,12 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunerkit.libraries import torch_private as of_core
+from tunerkit.layers import torch_private as of_core
 
 # Core's own, so that each file of ours has one place to ask.
 own_parameters, copy_, divide_ = of_core.own_parameters, of_core.copy_, of_core.divide_
+remove_hooks_, uncompiled = of_core.remove_hooks_, of_core.uncompiled
 
 # --- DistributedDataParallel -----------------------------------------------------------------------------------------
+
+
+def running_ddp() -> nn.parallel.DistributedDataParallel | None:
+    """The DistributedDataParallel whose forward is running; None outside of one."""
+    return nn.parallel.DistributedDataParallel._active_ddp_module
+
+
+def known_to(ddp: nn.parallel.DistributedDataParallel) -> list[nn.Parameter]:
+    """The parameters that ``ddp`` synchronises, and those that it was told to ignore or to synchronise later."""
+    ignored = [p for name, p in ddp.module.named_parameters() if name in ddp.parameters_to_ignore]
+    return [*ddp._module_parameters, *ignored]
 
 
 def ddp_around(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
@@ -132,13 +144,29 @@ def _switch_(parameters: Iterable[nn.Parameter]) -> None:
         parameter.requires_grad_(not parameter.requires_grad)
 
 
+# --- FullyShardedDataParallel, the older of torch's two ---------------------------------------------------------------
+
+# It sets the first to True on each parameter that it flattened, and the second to False on each module whose
+# parameters became views of a flat one.
+FLATTENED, VIEWS_FLAT = "_fsdp_flattened", "_fsdp_use_orig_params"
+
 # --- FSDP2 -----------------------------------------------------------------------------------------------------------
+
+
+def is_managed_by_fsdp2(module: nn.Module) -> bool:
+    """Whether FSDP2 manages parameters of ``module`` itself: it then has a hook there, whole or sharded."""
+    return any(map(_is_of_fsdp2, module._load_state_dict_post_hooks.values()))
+
+
+def _is_of_fsdp2(hook: Any) -> bool:
+    """Whether a hook is one of FSDP2's on a module of which it manages parameters."""
+    return getattr(hook, "__module__", None) == "torch.distributed.fsdp._fully_shard._fsdp_param"
 
 
 def take_load_hooks_(module: nn.Module) -> dict[int, Any]:
     """Remove FSDP2's hooks after ``load_state_dict``, which expect DTensors, and return them."""
     hooks: dict[int, Any] = module._load_state_dict_post_hooks
-    return {key: hooks.pop(key) for key in [key for key, hook in hooks.items() if of_core.is_of_fsdp2(hook)]}
+    return {key: hooks.pop(key) for key in [key for key, hook in hooks.items() if _is_of_fsdp2(hook)]}
 
 
 def put_load_hooks_(module: nn.Module, hooks: dict[int, Any]) -> None:

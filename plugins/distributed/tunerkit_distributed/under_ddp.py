@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from tunerkit.engine import Removable
+from tunerkit.hooks import Removable
 from tunerkit_distributed import torch_private
 from tunerkit_distributed.meeting import Meeting
 

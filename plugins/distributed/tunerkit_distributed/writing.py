@@ -11,8 +11,8 @@ from weakref import WeakKeyDictionary
 import attrs
 from torch import distributed
 
-from tunerkit.engine import Engine
 from tunerkit.errors import AdapterError, FileError, TunerkitError
+from tunerkit.hooks import Engine
 from tunerkit_distributed import group, torch_private
 
 _KEY: Final = "tunerkit/written"

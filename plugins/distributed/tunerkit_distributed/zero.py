@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tunerkit.engine import Held, Pieces, Removable, same, whole_pieces
 from tunerkit.errors import StepError
-from tunerkit.libraries import derives_from, is_sharded
+from tunerkit.hooks import Engine, Held, Removable, same
+from tunerkit.layers import derives_from
 from tunerkit_distributed import torch_private
 from tunerkit_distributed.agreement import refuse_differing, take_from_first_
 from tunerkit_distributed.deepspeed_names import (
@@ -23,6 +23,7 @@ from tunerkit_distributed.deepspeed_names import (
     is_of_deepspeed,
 )
 from tunerkit_distributed.group import rank
+from tunerkit_distributed.holdings import is_sharded
 from tunerkit_distributed.meeting import Meeting
 from tunerkit_distributed.writing import written_once
 from tunerkit_distributed.zero_parts import parts_of, trained_by, unflatten
@@ -138,16 +139,14 @@ class _Use:
             steps.leave_(self)
 
 
-class ZeroEngine:
+class ZeroEngine(Engine):
     """ZeRO-1, 2 and 3. The methods see stand-ins of the adapters' parameters: whole, in fp32, with whole gradients.
 
     DeepSpeed clips inside its step, so what a method adds to the gradients is clipped along.
     """
 
-    gives_pieces = False
     withholds = False
     is_shared = True
-    fixed_shapes = _FIXED
 
     def __init__(self, steps: ZeroSteps) -> None:
         # The adapter holds its engine, and must not keep the optimizer in memory: only DeepSpeed's own does, from
@@ -170,6 +169,11 @@ class ZeroEngine:
     def name(self) -> str:
         """What messages call it."""
         return "DeepSpeed ZeRO"
+
+    @property
+    def fixed_shapes(self) -> str:
+        """Why a parameter's shape must not change."""
+        return _FIXED
 
     @property
     def splits(self) -> bool:
@@ -199,10 +203,6 @@ class ZeroEngine:
     def before_step_(self, optimizer: Optimizer) -> None:
         """Meet the other processes before DeepSpeed's own exchanges in a step. See `Meeting.before_step_`."""
         self._meeting.before_step_(optimizer, always=True)
-
-    def no_sync(self) -> AbstractContextManager[object]:
-        """Do nothing: DeepSpeed's engine knows where gradients are accumulated."""
-        return nullcontext()
 
     @contextmanager
     def whole(self, slots: Sequence[nn.Module], *, gradients: bool) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -238,16 +238,6 @@ class ZeroEngine:
         for parameter, stand_in in trained:
             stand_in.grad = self._kept.pop(id(parameter), None)
         torch_private.divide_([s.grad for _, s in trained if s.grad is not None], divisor.to(trained[0][1].device))
-
-    def reshard_(self) -> None:
-        """Do nothing: methods see whole stand-ins."""
-
-    def pieces(self, parameters: Sequence[nn.Parameter]) -> Pieces:
-        """Return all of the stand-ins. See `Engine`."""
-        return whole_pieces(parameters)
-
-    def resized_(self) -> None:
-        """Do nothing: shapes are fixed."""
 
     def write_once(self, place: Path, content: str, write: Callable[[], Path]) -> Path:
         """See `Engine`."""

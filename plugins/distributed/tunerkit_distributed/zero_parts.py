@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit.errors import StepError
-from tunerkit.libraries import whole_shape
 from tunerkit_distributed import group
 from tunerkit_distributed.deepspeed_names import is_of_deepspeed
 from tunerkit_distributed.flat import flat
 from tunerkit_distributed.group import processes, rank
+from tunerkit_distributed.zero_init import whole_shape
 
 # Where each optimizer lists the model's parameters: ZeRO-1 and 2, ZeRO-3, and the one for bf16 with ZeRO-1.
 _GROUPS = ("bit16_groups", "fp16_groups", "bf16_groups")

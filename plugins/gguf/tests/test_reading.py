@@ -84,7 +84,7 @@ def test_without_alpha_nothing_is_scaled(tmp_path: Path) -> None:
     """llama.cpp takes a missing alpha as 0, and 0 as no scale."""
     values = {name: value for name, value in VALUES.items() if name != "adapter.lora.alpha"}
     model = tunerkit.load(causal_lm(), file_of(tmp_path / "a.gguf", values))
-    (product,) = tunerkit.tuner(model).factors().values()
+    (product,) = tunerkit.factors_of(tunerkit.tuner(model)).values()
     assert torch.equal(product.p @ product.q, torch.full((40, 32), 2.0))
 
 

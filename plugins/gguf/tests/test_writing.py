@@ -60,7 +60,7 @@ def expected(model: nn.Module) -> dict[str, Tensor]:
         "up_proj": "ffn_up", "down_proj": "ffn_down",
     }  # fmt: skip
     found = {}
-    for path, product in tunerkit.tuner(model).factors().items():
+    for path, product in tunerkit.factors_of(tunerkit.tuner(model)).items():
         kind, delta = path.rpartition(".")[2], product.p @ product.q
         if kind in heads:
             size = delta.shape[0] // heads[kind]
@@ -141,7 +141,7 @@ def test_q_and_k_of_qwen_keep_their_rows(tmp_path: Path) -> None:
     """llama.cpp permutes them for the Llama family alone."""
     model = adapted(causal_lm("qwen2"), targets=["q_proj"])
     found = deltas(written(model, tmp_path))
-    products = tunerkit.tuner(model).factors()
+    products = tunerkit.factors_of(tunerkit.tuner(model))
     wanted = {f"blk.{i}.attn_q.weight": products[f"model.layers.{i}.self_attn.q_proj"] for i in (0, 1)}
     assert_same(found, {name: product.p @ product.q for name, product in wanted.items()})
 

@@ -10,8 +10,8 @@ from typing import Any, Final
 import attrs
 from torch import nn
 
-from tunerkit import FileError
 from tunerkit.errors import shown
+from tunerkit.plugin import FileError
 
 INSTEAD: Final = (
     "Call tunerkit.unwrap(model, keep_merged=True), save the whole model with its save_pretrained, and convert that "

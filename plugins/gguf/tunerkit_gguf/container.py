@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunerkit import FileError
+from tunerkit.plugin import FileError
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType

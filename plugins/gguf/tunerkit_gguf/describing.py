@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-from tunerkit import Description
+from tunerkit.plugin import Description
 from tunerkit_gguf.container import Container
 from tunerkit_gguf.reading import alpha_of, dtypes_of, names_of, open_adapter, rank_of
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 import attrs
 
-from tunerkit import setting
+from tunerkit.plugin import setting
 
 
 @attrs.frozen

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from tunerkit import Format, hookimpl
+from tunerkit.plugin import Format, hookimpl
 from tunerkit_gguf.describing import describe
 from tunerkit_gguf.options import GgufOptions
 from tunerkit_gguf.reading import read, sniff

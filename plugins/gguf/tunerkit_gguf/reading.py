@@ -9,9 +9,8 @@ from typing import Final
 
 from torch import nn
 
-from tunerkit import BaseMismatchError, Factors, FileError, Foreign
 from tunerkit.errors import shown
-from tunerkit.patterns import exact_patterns
+from tunerkit.plugin import BaseMismatchError, Factors, FileError, Foreign, exact_patterns
 from tunerkit_gguf.architectures import EMBEDDING, Layout, layout_of
 from tunerkit_gguf.container import MAGIC, Container, open_container
 from tunerkit_gguf.tensors import Pair, unpermute

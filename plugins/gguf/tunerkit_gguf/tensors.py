@@ -7,7 +7,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from tunerkit import Factors
+from tunerkit.plugin import Factors
 
 
 @attrs.frozen(eq=False)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from torch import Tensor, nn
 
-from tunerkit import Factors, FileError, Tuner
+from tunerkit.plugin import Factors, FileError, Tuner, biases_of, copies_of, factors_of
 from tunerkit_gguf.architectures import EMBEDDING, INSTEAD, OUTPUT, Layout, layout_of
 from tunerkit_gguf.options import GgufOptions
 from tunerkit_gguf.tensors import pair_of, permute, without
@@ -37,7 +37,7 @@ def write(tuner: Tuner, path: Path, options: GgufOptions) -> list[Path]:
     layout = layout_of(tuner.model)
     _refuse_full(tuner)
     names = _names(tuner, layout)
-    products = {at: product for at, product in tuner.factors().items() if product.rank > 0}
+    products = {at: product for at, product in factors_of(tuner).items() if product.rank > 0}
     if not products:
         raise FileError(
             f"adapter {tuner.name!r} adds nothing: each of its targets has rank 0, and llama.cpp has no pairs of rank "
@@ -56,7 +56,7 @@ def write(tuner: Tuner, path: Path, options: GgufOptions) -> list[Path]:
 
 
 def _refuse_full(tuner: Tuner) -> None:
-    for what, paths in (("modules trained in full", tuner.copied()), ("trained biases", tuner.trained_biases())):
+    for what, paths in (("modules trained in full", copies_of(tuner)), ("trained biases", biases_of(tuner))):
         if paths:
             raise FileError(
                 f"format 'gguf' holds no {what}, which adapter {tuner.name!r} has: {_few(paths)}. {INSTEAD}"
@@ -83,7 +83,7 @@ def _names(tuner: Tuner, layout: Layout) -> dict[str, str]:
 def _arrays(
     tuner: Tuner, products: Mapping[str, Factors], names: Mapping[str, str], layout: Layout, alpha: int
 ) -> Iterator[tuple[str, Tensor]]:
-    modules: dict[str, nn.Module] = tuner.modules()
+    modules: dict[str, nn.Module] = {target.path: target.module for target in tuner.targets}
     for path, product in products.items():
         name, pair = names[path], pair_of(product, alpha=alpha)
         heads = layout.heads_of(name)

@@ -1,12 +1,18 @@
 """LoRA's config: ranks and scales by target, the JSON round trip, and the errors for bad input."""
 
+import copy
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
+from torch import nn
 
+import tunerkit
 from tests.support.config_checks import check_one_mistake, check_survives_json, check_unmatched_pattern
+from tunerkit import patterns
 from tunerkit_lora import LoraConfig
 from tunerkit_testing.strategies import configs_of
 
@@ -66,3 +72,23 @@ def test_a_mistake_gets_one_line_with_its_path(mapping: dict[str, Any], words: l
 def test_a_pattern_for_no_target_is_refused_with_the_closest_name(field: str, value: float) -> None:
     """A mistyped pattern would be ignored silently; the model is unchanged."""
     check_unmatched_pattern("lora", field, value)
+
+
+@pytest.mark.filterwarnings("ignore:.*was saved untrained")
+def test_a_file_stores_paths_where_the_user_gave_expressions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: a saved table names each target; an older file that has the expression gives the same, and compiles none."""
+    base = nn.ModuleDict({"x": nn.ModuleDict({name: nn.Linear(4, 4) for name in "abcd"})})
+    table = {"re:.*\\.[ab]": 3, "c": 2}
+    config = tunerkit.structure("lora", {"targets": ["a", "b", "c", "d"], "rank": 1, "rank_pattern": table})
+    wrapped = tunerkit.wrap(copy.deepcopy(base), "lora", config)
+    exact = {f"re:x\\.{name}": rank for name, rank in zip("abc", (3, 3, 2), strict=True)}
+    loaded = tunerkit.load(copy.deepcopy(base), tunerkit.save(wrapped, tmp_path / "new"))
+    with monkeypatch.context() as patched:
+        patched.setattr(patterns, "at_paths", lambda config, paths: config)
+        path = tunerkit.save(wrapped, tmp_path / "old")
+    assert b"[ab]" in path.read_bytes()
+    patterns.matcher.cache_clear()
+    monkeypatch.setattr(re, "compile", lambda text, *args: pytest.fail(f"{text} was compiled"))
+    for found in (loaded, tunerkit.load(copy.deepcopy(base), path)):
+        assert tunerkit.unstructure(tunerkit.tuner(found).config)["rank_pattern"] == exact
+        assert list(tunerkit.tuner(found).ranks().values()) == [3, 3, 2, 1]

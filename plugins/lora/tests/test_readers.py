@@ -35,6 +35,7 @@ def test_what_is_read_while_it_is_offloaded_is_left_out() -> None:
     """Its weight arrives too late for adding a delta; layers that are called are adapted."""
     accelerate = pytest.importorskip("accelerate")
     pytest.importorskip("transformers")
+    pytest.importorskip("tunerkit_distributed", reason="it knows accelerate's hooks")
     (case,) = (parameter.values[0] for parameter in cases() if parameter.id == "mamba")
     output = case.output(case.build())
     base = accelerate.cpu_offload(case.build(), execution_device=torch.device("cpu"))

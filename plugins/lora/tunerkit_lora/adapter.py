@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from tunerkit import Adapter, BaseLayer, Factors, add_low_rank, low_rank_factors
+from tunerkit.plugin import Adapter, BaseLayer, Factors, add_low_rank, low_rank_factors
 
 
 class LoraAdapter(Adapter):

@@ -6,8 +6,7 @@ from typing import Literal, Self
 
 import attrs
 
-from tunerkit import AdapterConfig, setting
-from tunerkit.patterns import exact_patterns, lookup
+from tunerkit.plugin import AdapterConfig, exact_patterns, lookup, setting
 
 
 @attrs.frozen

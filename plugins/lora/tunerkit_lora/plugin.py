@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from tunerkit import BaseLayer, Factors, Method, Target, hookimpl
+from tunerkit.plugin import BaseLayer, Factors, Method, Target, hookimpl
 from tunerkit_lora.adapter import LoraAdapter, adapter_of
 from tunerkit_lora.config import LoraConfig
 

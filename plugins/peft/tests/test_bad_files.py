@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import tunerkit
 from plugins.peft.tests import peft_folders
 from plugins.peft.tests.peft_folders import PREFIX, refused
+from tunerkit import patterns
 from tunerkit_peft import fields
 
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -77,11 +78,12 @@ def test_a_setting_that_cannot_be_used_is_named(tmp_path: Path, name: str, value
     refused(peft_folders.folder(tmp_path, {name: value}), "adapter_config.json", name, part)
 
 
-def test_a_pattern_that_takes_too_long_is_refused(tmp_path: Path) -> None:
-    """Patterns share a second; the one that spends it is named."""
+def test_a_pattern_that_takes_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The patterns of a file share a number of steps."""
     tensors = {f"{PREFIX}{'a' * 30}.lora_{side}.weight": torch.ones(1, 1) for side in "AB"}
     folder = peft_folders.folder(tmp_path, {"r": 1, "rank_pattern": {"(?:a|aa|a)+c": 2}}, tensors)
-    refused(folder, "rank_pattern", "(?:a|aa|a)+c", "longer than 1 s", model=nn.ModuleDict({"a" * 30: nn.Linear(1, 1)}))
+    monkeypatch.setattr(patterns, "_STEPS", 100)
+    refused(folder, "rank_pattern", "too many steps", model=nn.ModuleDict({"a" * 30: nn.Linear(1, 1)}))
 
 
 def without(name: str) -> Change:

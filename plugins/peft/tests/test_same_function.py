@@ -27,7 +27,7 @@ def close(found: Tensor, expected: Tensor) -> bool:
 
 def factors(model: nn.Module) -> dict[str, tunerkit.Factors]:
     """The products of the model's only adapter."""
-    return tunerkit.tuner(model).factors()
+    return tunerkit.factors_of(tunerkit.tuner(model))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -48,7 +48,7 @@ def test_the_output_projection_of_attention_counts_twice(tmp_path: Path) -> None
     folder = saved(tmp_path / "in", peft.LoraConfig(r=2, target_modules=["attention"]), case.build())
     same(folder, case)
     model = tunerkit.load(case.build(), folder)
-    product = tunerkit.tuner(model).factors()["attention.out_proj"]
+    product = tunerkit.factors_of(tunerkit.tuner(model))["attention.out_proj"]
     written = peft_folders.held(tunerkit.export(model, tmp_path / "out", rank=2))
     inner = "attention.base_layer.out_proj"
     half = written[f"{inner}.lora_B.weight"] @ written[f"{inner}.lora_A.weight"]
@@ -222,7 +222,7 @@ def test_stray_biases_beside_a_head_are_ignored(tmp_path: Path) -> None:
     names = peft_folders.held(folder)
     assert {"head.bias", "head.modules_to_save.bias", "head.original_module.bias"} <= names.keys()
     same(folder)
-    biases = tunerkit.tuner(tunerkit.load(peft_folders.net(), folder)).trained_biases()
+    biases = tunerkit.biases_of(tunerkit.tuner(tunerkit.load(peft_folders.net(), folder)))
     assert biases.keys() == {f"layers.{layer}.{name}" for layer in (0, 1) for name in ("query", "value")}
 
 

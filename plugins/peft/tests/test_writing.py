@@ -55,7 +55,7 @@ def test_the_compact_form_has_the_rank_of_each_module(tmp_path: Path) -> None:
     }
     tensors = peft_folders.held(folder)
     assert not tensors["layers.1.query.lora_A.weight"].any()
-    product = tunerkit.tuner(model).factors()["layers.0.value"]
+    product = tunerkit.factors_of(tunerkit.tuner(model))["layers.0.value"]
     assert torch.allclose(tensors["layers.0.value.lora_B.weight"], product.p * 2 / 3)
 
 
@@ -83,7 +83,7 @@ def test_the_rank_can_be_chosen(tmp_path: Path) -> None:
 def test_an_adapter_without_products_is_refused(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is nothing to write, in any form."""
     model = trained()
-    monkeypatch.setattr(type(tunerkit.tuner(model)), "factors", lambda _: {})
+    monkeypatch.setattr("tunerkit_peft.pieces.factors_of", lambda _: {})
     with pytest.raises(tunerkit.AdapterError, match="adds nothing to any weight"):
         tunerkit.export(model, tmp_path / "out", form=form)
 
@@ -212,7 +212,7 @@ def test_the_shortest_form_selects_the_targets_alone() -> None:
 
 
 def test_many_modules_with_ranks_of_their_own_are_written_and_read(tmp_path: Path) -> None:
-    """Hundreds of patterns stay within the second that patterns may take."""
+    """Hundreds of patterns stay within the steps that those of a file may take."""
     wide = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(2, 2), "v": nn.Linear(2, 2)}) for _ in range(200))
     ranks = {f"{number}.{name}": 1 + (number + (name == "v")) % 3 for number in range(200) for name in "qv"}
     model = nn.ModuleDict({"layers": wide})

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from tunerkit_peft.pieces import Piece, are_tied
 
 if TYPE_CHECKING:
-    from tunerkit import Tuner
+    from tunerkit.plugin import Tuner
 
 MARK: Final = "<!-- written by tunerkit -->"  # core replaces a card only if it has this
 _REPOSITORY: Final = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -40,7 +40,11 @@ def card(tuner: "Tuner", base: str, settings: Mapping[str, object], pieces: Sequ
     """
     kind = "PEFT's AdaLoRA" if settings.get("peft_type") == "ADALORA" else "a PEFT LoRA"
     base_line = f"- Base model: {_code(base)}" if base else "- Base model: not recorded"
-    copies = [f"- Trained in full: {', '.join(map(_code, sorted(tuner.copied())))}"] if tuner.copies else []
+    copies = (
+        [f"- Trained in full: {', '.join(map(_code, sorted(place.path for place in tuner.copies)))}"]
+        if tuner.copies
+        else []
+    )
     return "\n".join(
         [
             *_front_matter(base),

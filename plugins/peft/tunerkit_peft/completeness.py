@@ -7,9 +7,8 @@ from typing import Final
 import attrs
 from torch import nn
 
-from tunerkit import FileError, TargetError
 from tunerkit.errors import first
-from tunerkit.patterns import one_allowance
+from tunerkit.plugin import FileError, TargetError
 from tunerkit_peft.others import Others
 from tunerkit_peft.parts import Parts
 from tunerkit_peft.selecting import few
@@ -99,8 +98,7 @@ def missing(
     found = [_copies(context), _biases(context)]
     remarks = []
     try:
-        with one_allowance():
-            found.append(_targets(context))
+        found.append(_targets(context))
     except TargetError as error:
         remarks.append(f"'target_modules' cannot be compared with the tensors: {error}")
     if lines := [f"{each.field}: {few(each.lost)}" for each in found if each.lost]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Final
 
-from tunerkit import Description
+from tunerkit.plugin import Description
 from tunerkit_peft import files
 from tunerkit_peft.others import copy_around
 from tunerkit_peft.settings import Settings, read_settings

@@ -7,7 +7,7 @@ from typing import Final
 
 import attrs
 
-from tunerkit import FileError
+from tunerkit.plugin import FileError
 from tunerkit_peft import hub
 
 CONFIG: Final = "adapter_config.json"

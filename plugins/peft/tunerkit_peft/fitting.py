@@ -6,8 +6,8 @@ from typing import Final
 
 from torch import nn
 
-from tunerkit import BaseMismatchError, FileError
 from tunerkit.errors import first, shown
+from tunerkit.plugin import BaseMismatchError, FileError
 from tunerkit_peft.others import TABLES, Others
 from tunerkit_peft.parts import Parts
 from tunerkit_peft.selecting import few

@@ -7,8 +7,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from tunerkit import ConfigError, FileError
 from tunerkit.errors import first
+from tunerkit.plugin import ConfigError, FileError
 from tunerkit_peft.from_adalora import EPSILON
 from tunerkit_peft.pieces import Piece
 from tunerkit_peft.places import INNER

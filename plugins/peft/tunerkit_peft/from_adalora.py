@@ -6,7 +6,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from tunerkit import Factors, low_rank_factors
+from tunerkit.plugin import Factors, low_rank_factors
 from tunerkit_peft.parts import Parts, matrices, refuse_ranks
 from tunerkit_peft.places import place_of
 from tunerkit_peft.products import Lazy, Read

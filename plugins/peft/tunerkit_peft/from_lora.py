@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 import attrs
 from torch import Tensor
 
-from tunerkit import Factors, low_rank_factors
-from tunerkit.patterns import exact_patterns, is_broad
+from tunerkit.plugin import Factors, exact_patterns, is_broad, low_rank_factors
 from tunerkit_peft.parts import Parts, matrices, refuse_ranks
 from tunerkit_peft.products import Lazy, Read
 from tunerkit_peft.rules import Rule, rules_for

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from tunerkit import FileError
+from tunerkit.plugin import FileError
 
 _SECONDS: Final = 10
 

@@ -7,8 +7,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from tunerkit import BaseMismatchError, FileError
 from tunerkit.errors import first, shown
+from tunerkit.plugin import BaseMismatchError, FileError
 from tunerkit_peft.places import Rename, place_of
 from tunerkit_peft.settings import Settings
 from tunerkit_peft.weights import PREFIX, Weights

@@ -6,8 +6,8 @@ from pathlib import Path
 import attrs
 from torch import Tensor
 
-from tunerkit import FileError
 from tunerkit.errors import first, shown
+from tunerkit.plugin import FileError
 from tunerkit_peft.places import Place, Rename, place_of
 from tunerkit_peft.settings import Settings
 from tunerkit_peft.weights import Weights

@@ -7,12 +7,12 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from tunerkit import AdapterError, FileError
 from tunerkit.errors import first
+from tunerkit.plugin import AdapterError, FileError, biases_of, factors_of
 from tunerkit_peft.places import INNER, modules_of, refuse_convolutions
 
 if TYPE_CHECKING:
-    from tunerkit import Tuner
+    from tunerkit.plugin import Tuner
 
 _MERGE: Final = "Call tunerkit.unwrap(model, keep_merged=True) and save the whole model instead"
 
@@ -61,7 +61,7 @@ def pieces_of(tuner: "Tuner") -> list[Piece]:
     if "" in modules and any(target.path == "" for target in tuner.targets):
         raise FileError(f"the model is itself a target, and PEFT adapts modules inside a model. {_MERGE}")
     refuse_convolutions("this adapter", modules, [target.path for target in tuner.targets], lora=True)
-    products = tuner.factors()
+    products = factors_of(tuner)
     if not products:
         raise AdapterError("the adapter adds nothing to any weight, so there is no LoRA to write")
     found = [_piece(path, q, p, modules) for path, (q, p) in products.items()]
@@ -114,13 +114,13 @@ class Biases:
     setting: str
 
 
-def biases_of(tuner: "Tuner", pieces: list[Piece]) -> Biases:
+def trained_biases(tuner: "Tuner", pieces: list[Piece]) -> Biases:
     """Return the trained biases.
 
     Raises:
         FileError: The bias of attention's projections is trained, which PEFT does not save.
     """
-    trained = tuner.trained_biases()
+    trained = biases_of(tuner)
     modules = modules_of(tuner.model)
     if lost := [path for path in trained if isinstance(modules[path], nn.MultiheadAttention)]:
         raise FileError(

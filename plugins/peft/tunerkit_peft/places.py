@@ -6,8 +6,8 @@ from typing import Final
 import attrs
 from torch import nn
 
-from tunerkit import FileError
 from tunerkit.errors import first, shown
+from tunerkit.plugin import FileError
 
 # PEFT wraps attention's output projection inside the wrapped attention.
 INNER: Final = ".base_layer.out_proj"

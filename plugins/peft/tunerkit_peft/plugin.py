@@ -1,8 +1,8 @@
-"""The format that this plugin brings."""
+"""The format that this plugin brings, and what cannot be done with a model into which peft has put layers."""
 
 from collections.abc import Iterable
 
-from tunerkit import Format, hookimpl
+from tunerkit.plugin import Format, Restriction, hookimpl
 from tunerkit_peft.describing import describe
 from tunerkit_peft.files import sniff
 from tunerkit_peft.options import PeftOptions
@@ -14,3 +14,26 @@ from tunerkit_peft.writing import write
 def tunerkit_formats() -> Iterable[Format]:
     """Register the format."""
     return [Format("peft", sniff=sniff, read=read, write=write, options=PeftOptions, describe=describe)]
+
+
+_UNLOAD = "Call unload() on the PeftModel first, and do not pass peft_config to a trainer of a wrapped model"
+LAYERS_OF_PEFT = Restriction(
+    "peft",
+    classes=(
+        "peft.peft_model.PeftModel",
+        "peft.tuners.tuners_utils.BaseTunerLayer",
+        "peft.utils.other.AuxiliaryTrainingWrapper",
+    ),
+    refused={
+        "wrap": "this is a PeftModel, or holds layers of one, so an adapter would be put on top of peft's. Call "
+        "merge_and_unload() on it to keep what peft trained, or unload() to drop that, and wrap what it returns",
+        "attach": f"peft has put layers of its own into the wrapped model. {_UNLOAD}",
+        "save": f"peft has put layers of its own into the wrapped model, and the file would fit no base. {_UNLOAD}",
+    },
+)
+
+
+@hookimpl
+def tunerkit_restrictions() -> Iterable[Restriction]:
+    """Register what is refused."""
+    return [LAYERS_OF_PEFT]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 import attrs
 from torch import Tensor
 
-from tunerkit import Factors
+from tunerkit.plugin import Factors
 
 
 @attrs.frozen(eq=False)

@@ -6,8 +6,8 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import nn
 
-from tunerkit import FileError, Foreign
 from tunerkit.errors import shown
+from tunerkit.plugin import FileError, Foreign
 from tunerkit_peft import files
 from tunerkit_peft.completeness import missing
 from tunerkit_peft.fitting import refuse_others

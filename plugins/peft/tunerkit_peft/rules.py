@@ -6,13 +6,12 @@ from typing import Final, TypeVar
 
 import attrs
 
-from tunerkit import FileError, TargetError
 from tunerkit.errors import shown
-from tunerkit.patterns import matcher, one_allowance
+from tunerkit.plugin import FileError, TargetError, file_matchers
 from tunerkit_peft.settings import Settings
 
 Value = TypeVar("Value")
-# Nothing in it repeats or chooses, so the standard library matches it at once, without a limit of time.
+# Nothing in it repeats or chooses, so the standard library matches it at once. Files have hundreds of these.
 _SIMPLE: Final = re.compile(r"\^?(?:[\w-]|\.|\\[^\w])+")
 
 
@@ -40,34 +39,25 @@ def rules_for(settings: Settings, paths: Iterable[str]) -> dict[str, Rule]:
         paths: The modules' paths.
 
     Raises:
-        FileError: A pattern is malformed or too slow, or the alpha of a module is ambiguous.
+        FileError: A pattern is malformed or takes too many steps, or the alpha of a module is ambiguous.
     """
-    with one_allowance():
-        ranks = _compiled(settings, "rank_pattern", settings.ranks)
-        alphas = _compiled(settings, "alpha_pattern", settings.alphas)
-        return {path: _rule(settings, path, ranks, alphas) for path in paths}
+    ranks = _compiled(settings, "rank_pattern", settings.ranks)
+    alphas = _compiled(settings, "alpha_pattern", settings.alphas)
+    return {path: _rule(settings, path, ranks, alphas) for path in paths}
 
 
-Pattern = tuple[str, Callable[[str], bool], Value]
+Pattern = tuple[str, Callable[[str], object], Value]
 
 
 def _compiled(settings: Settings, field: str, table: Mapping[str, Value]) -> list[Pattern[Value]]:
-    found = []
-    for pattern, value in table.items():
-        try:
-            found.append((pattern, _matcher(pattern), value))
-        except TargetError as error:
-            raise _bad_pattern(settings, field, pattern, error) from error
-    return found
-
-
-def _matcher(pattern: str) -> Callable[[str], bool]:
     r"""Match as PEFT does: ``(.*\.)?(PATTERN)`` from the start to the end of a path."""
-    whole = rf"(.*\.)?({pattern})"
-    if _SIMPLE.fullmatch(pattern):
-        compiled = re.compile(whole)
-        return lambda path: compiled.fullmatch(path) is not None
-    return matcher(f"re:{whole}")
+    whole = {pattern: rf"(.*\.)?({pattern})" for pattern in table}
+    simple = {text: re.compile(text) for pattern, text in whole.items() if _SIMPLE.fullmatch(pattern)}
+    try:
+        others = file_matchers(text for text in whole.values() if text not in simple)
+    except TargetError as error:
+        raise _bad_pattern(settings, field, error) from error
+    return [(pattern, others.get(text) or simple[text].fullmatch, table[pattern]) for pattern, text in whole.items()]
 
 
 def _rule(settings: Settings, path: str, ranks: list[Pattern[int]], alphas: list[Pattern[float]]) -> Rule:
@@ -90,13 +80,13 @@ def _matching(settings: Settings, field: str, patterns: list[Pattern[Value]], pa
             if matches(path):
                 found[pattern] = value
         except TargetError as error:
-            raise _bad_pattern(settings, field, pattern, error) from error
+            raise _bad_pattern(settings, field, error) from error
     return found
 
 
-def _bad_pattern(settings: Settings, field: str, pattern: str, error: TargetError) -> FileError:
+def _bad_pattern(settings: Settings, field: str, error: TargetError) -> FileError:
     return FileError(
-        f"{settings.file}: {field!r} has the pattern {shown(pattern)}, which cannot be used: {error}. Replace it with "
+        f"{settings.file}: {field!r} has a pattern that cannot be used: {error}. Replace it with "
         "the names of the modules"
     )
 

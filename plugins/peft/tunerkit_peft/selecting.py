@@ -4,8 +4,8 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
-from tunerkit import FileError
 from tunerkit.errors import shown
+from tunerkit.plugin import FileError
 from tunerkit_peft.selection import ends
 
 # What PEFT puts below an adapted module. It looks there too for modules to train in full.

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import attrs
 
-from tunerkit.patterns import matcher
+from tunerkit.plugin import file_matchers
 
 ALL_LINEAR: Final = "all-linear"
 _NAME: Final = re.compile(r"\w+")
@@ -36,7 +36,7 @@ class Selection:
         """Return a function that checks whether PEFT would adapt the module at a path.
 
         Raises:
-            TargetError: A regular expression is malformed or too slow, here or when the function is called.
+            TargetError: A regular expression is malformed or takes too many steps, here or when the function is called.
         """
         targets, left_out = _matcher(self.targets or ()), _matcher(self.excluded)
         return lambda path: targets(path) and not left_out(path) and self._is_layer(path)
@@ -86,7 +86,7 @@ def ends(path: str) -> Iterator[str]:
 
 def _matcher(names: tuple[str, ...] | str) -> Callable[[str], bool]:
     if isinstance(names, str):
-        return matcher(f"re:{names}") if names else lambda path: False
+        return file_matchers([names])[names] if names else lambda path: False
     known = set(names)
     return lambda path: any(end in known for end in ends(path))
 

@@ -7,8 +7,8 @@ from typing import Any, Final, Literal
 
 import attrs
 
-from tunerkit import FileError
 from tunerkit.errors import closest, first, shown
+from tunerkit.plugin import FileError
 from tunerkit_peft import fields
 from tunerkit_peft.selection import Selection, selection_of
 from tunerkit_peft.values import HIGHEST_RANK, Values, is_number, is_rank

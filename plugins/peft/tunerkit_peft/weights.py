@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tunerkit import FileError
 from tunerkit.errors import first, shown
+from tunerkit.plugin import FileError
 
 PREFIX: Final = "base_model.model."
 _MATRIX: Final = re.compile(

@@ -10,19 +10,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tunerkit import ConfigError, FileError
 from tunerkit.errors import first
+from tunerkit.plugin import ConfigError, FileError, copies_of
 from tunerkit_peft.card import card
 from tunerkit_peft.files import CONFIG, WEIGHTS
 from tunerkit_peft.forms import Written, adalora, compact, uniform
 from tunerkit_peft.options import PeftOptions
-from tunerkit_peft.pieces import Piece, biases_of, pieces_of
+from tunerkit_peft.pieces import Piece, pieces_of, trained_biases
 from tunerkit_peft.places import modules_of
 from tunerkit_peft.selecting import modules_to_save, target_modules
 from tunerkit_peft.weights import PREFIX
 
 if TYPE_CHECKING:
-    from tunerkit import Tuner
+    from tunerkit.plugin import Tuner
 
 _VERSION: Final = "0.21.2"  # of peft, whose format this is
 _CARD: Final = "README.md"
@@ -45,12 +45,12 @@ def write(tuner: "Tuner", path: Path, options: PeftOptions) -> list[Path]:
         AdapterError: The method adds no products.
     """
     pieces = pieces_of(tuner)
-    biases = biases_of(tuner, pieces)
+    biases = trained_biases(tuner, pieces)
     form = _form(tuner, pieces, options)
     base = options.base if options.base is not None else _name_of(tuner)
     settings = {**_settings(tuner, pieces, base), **form.settings, "bias": biases.setting}
     tensors = _cast(form.tensors, options.dtype)
-    tensors |= {f"{at}.{name}": each for at, own in tuner.copied().items() for name, each in own.items()}
+    tensors |= {f"{at}.{name}": each for at, own in copies_of(tuner).items() for name, each in own.items()}
     tensors |= biases.tensors
     config, weights, readme = path / CONFIG, path / WEIGHTS, path / _CARD
     config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -74,7 +74,7 @@ def _settings(tuner: "Tuner", pieces: list[Piece], base: str) -> dict[str, objec
     """The settings that every form has. Fields at their defaults are left out where an old PEFT lacks them."""
     present = modules_of(tuner.model)
     owners = {piece.owner for piece in pieces}
-    copies = tuner.copied()
+    copies = copies_of(tuner)
     causal = type(tuner.model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     return {
         "peft_type": "LORA",

@@ -1,5 +1,6 @@
 """Quantised layers that cannot be trained on, or not as they are: one error each, before the first step."""
 
+import copy
 import subprocess
 import sys
 from importlib import metadata
@@ -79,14 +80,26 @@ def test_a_4_bit_layer_that_this_cpu_repacked_for_inference() -> None:
 
 
 def test_settings_of_bitsandbytes_come_back_with_unwrap() -> None:
-    """Repacking is off while adapters are in, on every layer, and as before afterwards."""
+    """Repacking is off while adapters are in, on every layer, and as before afterwards; a deep copy has its own."""
     pytest.importorskip("bitsandbytes")
     model: Any = nf4()
-    before = [model[int(path)].support_avx512bf16_for_cpu for path in TARGETS]
+    model[2].support_avx512bf16_for_cpu = "mine"
+
+    def found(model: Any) -> list[object]:
+        return [model[int(path)].support_avx512bf16_for_cpu for path in TARGETS]
+
+    before = found(model)
     tunerkit.wrap(model, LORA, {"targets": ["0"]})
-    assert not any(model[int(path)].support_avx512bf16_for_cpu for path in TARGETS)
+    tunerkit.wrap(model, LORA, {"targets": ["0"]}, adapter="second")
+    assert found(model) == [False, False]
+    twin = copy.deepcopy(model)
+    tunerkit.delete(model, "default")
+    assert found(model) == [False, False]
     tunerkit.unwrap(model)
-    assert [model[int(path)].support_avx512bf16_for_cpu for path in TARGETS] == before
+    assert found(model) == before
+    assert found(twin) == [False, False]
+    tunerkit.unwrap(twin)
+    assert found(twin) == before
 
 
 @pytest.mark.parametrize("name", MODELS)

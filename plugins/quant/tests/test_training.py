@@ -202,6 +202,7 @@ def test_hooks_of_accelerate_are_seen_through(name: str) -> None:
     skip_without_library(name)
     make = MODELS[name]
     pytest.importorskip("tunerkit_lora")
+    pytest.importorskip("tunerkit_distributed", reason="it knows accelerate's hooks")
     hooks: Any = pytest.importorskip("accelerate.hooks")
     model = make()
     for path in TARGETS:

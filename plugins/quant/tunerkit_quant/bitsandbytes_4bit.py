@@ -6,9 +6,29 @@ from typing import Any, final
 import attrs
 from torch import Tensor, nn
 
-from tunerkit import PackedLinear, Packing, forward_name
+from tunerkit.plugin import Packing, forward_name
+from tunerkit_quant.packed import PackedLinear
 from tunerkit_quant.shapes import miscount, misfit
 from tunerkit_quant.versions import too_old
+
+# On a CPU with AVX512-BF16, a forward in eval mode repacks the weight if this attribute is set, and ends all gradients
+# silently. Its earlier value is kept in the module, so that a deep copy has its own.
+_REPACKS, _EARLIER = "support_avx512bf16_for_cpu", "_tunerkit_support_avx512bf16_for_cpu"
+
+
+def forbid_repacking_(model: nn.Module) -> None:
+    """Keep every 4-bit layer of a model as it is, adapted or not: gradients must pass it."""
+    for module in model.modules():
+        if hasattr(module, _REPACKS) and Bitsandbytes4BitLayer.matches(module):
+            vars(module).setdefault(_EARLIER, getattr(module, _REPACKS))
+            setattr(module, _REPACKS, False)
+
+
+def allow_repacking_(model: nn.Module) -> None:
+    """Undo `forbid_repacking_`."""
+    for module in model.modules():
+        if _EARLIER in vars(module):
+            setattr(module, _REPACKS, vars(module).pop(_EARLIER))
 
 
 @final
@@ -41,12 +61,6 @@ class Bitsandbytes4BitLayer(PackedLinear):
                 "load the model again, and wrap it before its first forward"
             )
         return misfit(self, state.shape) or self._miscount() or too_old("bitsandbytes", (0, 45))
-
-    @property
-    def while_adapted(self) -> Mapping[str, object]:
-        """On a CPU with AVX512-BF16, a forward in eval mode would repack the weight, and end all gradients silently."""
-        name = "support_avx512bf16_for_cpu"
-        return {name: False} if hasattr(self.module, name) else {}
 
     def dense(self) -> Tensor:
         """W as bitsandbytes dequantises it, in the dtype that it was quantised from."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from tunerkit import PackedLinear
+from tunerkit_quant.packed import PackedLinear
 
 
 def misfit(base: PackedLinear, packed: Sequence[int]) -> str | None:

@@ -7,7 +7,8 @@ from typing import Any, final
 import attrs
 from torch import Tensor, nn
 
-from tunerkit import PackedLinear, Packing, forward_name
+from tunerkit.plugin import Packing, forward_name
+from tunerkit_quant.packed import PackedLinear
 from tunerkit_quant.shapes import misfit
 from tunerkit_quant.versions import too_old
 

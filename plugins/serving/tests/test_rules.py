@@ -240,8 +240,8 @@ def test_the_first_pattern_that_matches_counts(tmp_path: Path) -> None:
     assert got == [1, 2, 8, 2, 2, 8]
 
 
-def test_seven_hundred_exact_patterns_take_no_time_limit(tmp_path: Path) -> None:
-    """A compact folder has a pattern for each module; they are matched outside the second that patterns share."""
+def test_seven_hundred_exact_patterns_take_no_steps(tmp_path: Path) -> None:
+    """A compact folder has a pattern for each module; they are matched outside the steps that patterns share."""
     names = [f"model.layers.{n}.self_attn.{leaf}" for n in range(100) for leaf in ("q", "k", "v", "o", "a", "b", "c")]
     patterns = {name.replace(".", "\\."): 4 for name in names}
     scale = peft_scale(read_folder(random_folder(tmp_path, names=names, rank=1, alpha_pattern=patterns)))

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from tunerkit import FileError
 from tunerkit.errors import shown
+from tunerkit.plugin import FileError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from tunerkit import ConfigError, FileError
 from tunerkit.errors import closest, shown
+from tunerkit.plugin import ConfigError, FileError
 from tunerkit_serving import llama_cpp, mlx, ollama, sglang, tgi, vllm
 from tunerkit_serving.adapter_folder import CONFIG, Folder, read_folder
 from tunerkit_serving.findings import Engine, Finding

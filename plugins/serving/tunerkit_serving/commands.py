@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tunerkit import hookimpl
+from tunerkit.plugin import hookimpl
 
 
 @hookimpl

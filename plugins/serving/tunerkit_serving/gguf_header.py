@@ -7,7 +7,7 @@ from typing import Any, BinaryIO, Final
 
 import attrs
 
-from tunerkit import FileError
+from tunerkit.plugin import FileError
 
 MAGIC: Final = b"GGUF"
 _SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

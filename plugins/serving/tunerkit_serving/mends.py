@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from tunerkit import FileError
+from tunerkit.plugin import FileError
 from tunerkit_serving import signs
 from tunerkit_serving.adapter_folder import Folder
 from tunerkit_serving.gguf_header import GgufAdapter

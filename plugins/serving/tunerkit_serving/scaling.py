@@ -2,13 +2,12 @@
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from tunerkit import FileError, TargetError
-from tunerkit.patterns import Matcher, matcher, one_allowance
+from tunerkit.plugin import FileError, TargetError, file_matchers
 from tunerkit_serving.adapter_folder import CONFIG, Folder
 
 if TYPE_CHECKING:
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
 
 Scale = Callable[[str], float | None]
 _SIMPLE: Final = re.compile(r"(?:[\w-]|\\?\.)+")  # no repeats: matching it takes linear time
-_LONGEST: Final = 900  # characters: longer ones are refused, as everywhere in tunerkit
 _EQUAL: Final = 1e-6
 
 
@@ -35,15 +33,14 @@ def peft_scale(folder: Folder) -> Callable[[str], float]:
         A function from a module's path to its scale.
 
     Raises:
-        FileError: A pattern is malformed, or patterns take longer than a second.
+        FileError: A pattern is malformed, or patterns take too many steps.
     """
     stabilised = folder.config.get("use_rslora") is True
     scales: dict[str, float] = {}
-    with one_allowance():
-        ranks, alphas = _Table.of(folder, "rank_pattern"), _Table.of(folder, "alpha_pattern")
-        for path in folder.pairs:
-            rank = int(ranks.lookup(path, folder.r))
-            scales[path] = ratio(alphas.lookup(path, folder.alpha), rank, stabilised=stabilised)
+    ranks, alphas = _Table.of(folder, "rank_pattern"), _Table.of(folder, "alpha_pattern")
+    for path in folder.pairs:
+        rank = int(ranks.lookup(path, folder.r))
+        scales[path] = ratio(alphas.lookup(path, folder.alpha), rank, stabilised=stabilised)
     return scales.__getitem__
 
 
@@ -52,31 +49,28 @@ class _Table:
     """A mapping of PEFT's patterns to numbers. A pattern matches the end of a path, cut at a dot."""
 
     place: str
-    rows: Mapping[str, tuple[Matcher, float]]
+    rows: Sequence[tuple[Callable[[str], object], float]]
 
     @classmethod
     def of(cls, folder: Folder, key: str) -> "_Table":
         place = f"{folder.path / CONFIG}: {key}"
-        return cls(place, {k: (_matcher(place, k), value) for k, value in (folder.config.get(key) or {}).items()})
+        table = folder.config.get(key) or {}
+        whole = {pattern: rf"(.*\.)?({pattern})" for pattern in table}
+        # A compact folder has a simple one for each module, hundreds of them.
+        simple = {text: re.compile(text) for pattern, text in whole.items() if _SIMPLE.fullmatch(pattern)}
+        try:
+            others = file_matchers(text for text in whole.values() if text not in simple)
+        except TargetError as problem:
+            raise FileError(f"{place}: {problem}") from problem
+        rows = [(others.get(text) or simple[text].fullmatch, table[pattern]) for pattern, text in whole.items()]
+        return cls(place, rows)
 
     def lookup(self, path: str, default: float) -> float:
         """Return the value of the first pattern that matches, in the order of the file, as PEFT does."""
         try:
-            return next((value for matches, value in self.rows.values() if matches(path)), default)
+            return next((value for matches, value in self.rows if matches(path)), default)
         except TargetError as problem:
             raise FileError(f"{self.place}: {problem}") from problem
-
-
-def _matcher(place: str, key: str) -> Matcher:
-    expression = rf"(.*\.)?({key})"
-    # A compact folder has one for each module: too many for the second that patterns share.
-    if len(key) <= _LONGEST and _SIMPLE.fullmatch(key):
-        compiled = re.compile(expression)
-        return lambda path: compiled.fullmatch(path) is not None
-    try:
-        return matcher("re:" + expression)
-    except TargetError as problem:
-        raise FileError(f"{place}: {problem}") from problem
 
 
 def misscaled(folder: Folder, scale: Scale) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tunerkit.libraries import torch_private
+from tunerkit.layers import torch_private
 
 
 class Counting:

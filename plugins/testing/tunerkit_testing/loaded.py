@@ -3,6 +3,6 @@
 import tunerkit
 
 # Its names are imported when they are first asked for.
-for _name in tunerkit.__all__:
+for _name in vars(tunerkit)["__all__"]:
     getattr(tunerkit, _name)
 tunerkit.methods()

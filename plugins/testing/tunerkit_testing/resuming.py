@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 import tunerkit
+from tunerkit import injection
 from tunerkit_testing.registering import registered
 from tunerkit_testing.trainer_toys import VOCABULARY, TokenRows
 
@@ -145,7 +146,7 @@ def _train(run: Run) -> None:
     tunerkit.attach(model, trainer)
     trainer.train(resume_from_checkpoint=True if run.resume else None)
     tuner = tunerkit.tuner(model)
-    state = tuner.training_state()
+    state = injection.training_state(tuner)
     assert trainer.optimizer is not None
     end = {
         "model": model.state_dict(),

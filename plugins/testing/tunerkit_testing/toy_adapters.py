@@ -13,6 +13,8 @@ SCALE = 0.5
 class LowRank(Adapter):
     """Adds `SCALE` · ``b a x``; ``a`` (rank, in) is random, ``b`` (out, rank) starts at 0."""
 
+    reads_output: ClassVar[bool | None] = False
+
     def __init__(self, base: BaseLayer, rank: int) -> None:
         super().__init__()
         self.a = nn.Parameter(torch.randn(rank, base.in_features))
@@ -26,14 +28,10 @@ class LowRank(Adapter):
         return add_low_rank(base, x, y, q=self.a, p=self.b, scale=SCALE)
 
 
-class Declared(LowRank):
-    """A `LowRank` that says that it only adds to the output, so that merging compares nothing."""
-
-    reads_output: ClassVar[bool] = False
-
-
 class Shift(Adapter):
     """Adds a trained vector ``v`` (out,), which starts at 0."""
+
+    reads_output: ClassVar[bool | None] = False
 
     def __init__(self, base: BaseLayer) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ import attrs
 import torch
 
 import tunerkit
-from tunerkit_testing.toy_adapters import SCALE, Declared, LowRank, Shift
+from tunerkit_testing.toy_adapters import SCALE, LowRank, Shift
 
 
 @attrs.frozen
@@ -36,15 +36,11 @@ class LowRankPlugin:
 
 
 class DeclaredPlugin(LowRankPlugin):
-    """``toy-declared``: the same, and its adapters declare what they read."""
+    """``toy-declared``: the same under a name of its own."""
 
     @tunerkit.hookimpl
     def tunerkit_methods(self) -> list[tunerkit.Method]:
         return [tunerkit.Method("toy-declared", config=LowRankConfig)]
-
-    @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer, config: LowRankConfig) -> LowRank:
-        return Declared(base, config.rank)
 
 
 class Shifting:

@@ -11,8 +11,8 @@ import torch
 
 import tunerkit
 from tunerkit.errors import BaseMismatchError, FileError, TunerkitWarning
-from tunerkit.serialization.beside import beside_of
-from tunerkit.serialization.reading import read
+from tunerkit.serialization.base_check import beside_of
+from tunerkit.serialization.header import read
 
 if TYPE_CHECKING:
     from tests.support.toys import Toys

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import tunerkit
-from tunerkit.serialization.folders import folder_of
+from tunerkit.serialization.safetensors_file import folder_of
 from tunerkit_testing.trainer_toys import Regression
 
 pytestmark = pytest.mark.usefixtures("toys")

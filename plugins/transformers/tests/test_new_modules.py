@@ -223,6 +223,7 @@ def test_a_part_that_is_new_is_named_as_frozen(bert: Load) -> None:
 def test_offloaded_parameters_prove_nothing(bert: Load) -> None:
     """Offloading replaces parameters; the rest of the model still shows what was loaded."""
     accelerate = pytest.importorskip("accelerate")
+    pytest.importorskip("tunerkit_distributed", reason="it knows accelerate's hooks")
     model = bert("BertForSequenceClassification")
     accelerate.cpu_offload(model.bert.encoder, execution_device=torch.device("cpu"))
     assert wrapped(model)[0] == ["classifier"]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
+from tunerkit import injection
 from tunerkit.errors import TunerkitWarning
 
 if TYPE_CHECKING:
@@ -178,5 +179,5 @@ def test_the_copy_of_a_module_trained_in_full_is_not_watched(toys: "Toys") -> No
     for name in ("first", "second"):
         tunerkit.wrap(outer, "toy-low-rank", {"targets": ["0"], "train_modules": ["1"]}, adapter=name)
         tunerkit.activate(outer, [])
-    for _, slot in tunerkit.tuner(outer, "second").slots():
+    for _, slot in injection.slots_in(tunerkit.tuner(outer, "second")):
         assert slot.copy is None or "save_pretrained" not in vars(slot.copy)

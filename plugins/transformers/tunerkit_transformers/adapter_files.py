@@ -10,7 +10,6 @@ from safetensors import SafetensorError, safe_open
 
 from tunerkit import hooks, serialization
 from tunerkit.errors import FileError, PluginError, shown
-from tunerkit.libraries import foreign_format
 from tunerkit.paths import few, join
 from tunerkit.records import Description, Format
 from tunerkit_transformers.output_folder import RECORD, read_run
@@ -58,7 +57,7 @@ def holds_adapter(path: str) -> bool:
 
 def has_no_record(path: str) -> bool:
     """Whether ``path`` is no output folder of ``tunerkit train``, nor that of a run that has not ended."""
-    has_adapter = holds_adapter(path) or _is_foreign(path)
+    has_adapter = holds_adapter(path) or serialization.is_foreign(path)
     return not is_run(path) and (has_adapter or not _is_file(Path(path) / RECIPE))
 
 
@@ -135,7 +134,7 @@ def _of_run(path: str) -> BaseFacts:
 
 def refuse_absent(path: str) -> None:
     """Raise `FileError` if nothing is at ``path`` that an adapter might be."""
-    if holds_adapter(path) or _is_foreign(path):
+    if holds_adapter(path) or serialization.is_foreign(path):
         return
     place = Path(path)
     if (place / "config.json").is_file():
@@ -149,14 +148,6 @@ def refuse_absent(path: str) -> None:
         f"{path} holds no adapter: {what}. Pass a folder with adapter.safetensors, or an adapter in another format; "
         f"installed: {formats}"
     )
-
-
-def _is_foreign(path: str) -> bool:
-    try:
-        names = os.listdir(path)
-    except (OSError, ValueError):  # it is no folder
-        names = []
-    return foreign_format([Path(path).name, *names]) is not None
 
 
 def _is_file(path: Path) -> bool:

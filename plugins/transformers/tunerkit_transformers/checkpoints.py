@@ -19,9 +19,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tunerkit import serialization
 from tunerkit.errors import warn
-from tunerkit.injection import Tuner, regrouped, tuners_of, warn_of_base_changes
-from tunerkit.libraries import is_sharded, transformers_private
+from tunerkit.injection import Tuner, regrouped, tuners_of, warn_of_base_changes, wrapped_of
+from tunerkit.layers import is_sharded
 from tunerkit.serialization import folder_of, has_file
+from tunerkit_transformers import transformers_private
 from tunerkit_transformers.precision import Precision
 from tunerkit_transformers.ranks import rows_of, write_ranks
 from tunerkit_transformers.resuming import choose_checkpoint
@@ -150,7 +151,7 @@ def _takes_part(trainer: Trainer, tuner: Tuner) -> bool:
     """Whether this process saves an adapter. With DeepSpeed all do, since each may hold a part, and one writes."""
     if trainer.args.should_save:
         return True
-    return runs_deepspeed(trainer) and (tuner.engine.is_shared or any(map(is_sharded, tuner.parameters())))
+    return runs_deepspeed(trainer) and (tuner.engine is not None or any(map(is_sharded, tuner.parameters())))
 
 
 def _held(tuners: Sequence[Tuner]) -> list[Tuner]:
@@ -158,8 +159,8 @@ def _held(tuners: Sequence[Tuner]) -> list[Tuner]:
 
     Without these, what is loaded from the checkpoint would be another model.
     """
-    present = tuners_of(tuners[0].model).values()
-    return [*tuners, *(other for other in present if other.is_active and other not in tuners)]
+    present, active = tuners_of(tuners[0].model).values(), wrapped_of(tuners[0].model).active
+    return [*tuners, *(other for other in present if other.name in active and other not in tuners)]
 
 
 def _save_states(trainer: Trainer, attached: Attached, save_optimizer: Callable[[str], None], output_dir: str) -> None:

@@ -9,7 +9,7 @@ from transformers import Trainer
 
 from tunerkit.errors import StepError
 from tunerkit.injection import Tuner, walk
-from tunerkit.libraries import is_sharded
+from tunerkit.layers import is_sharded
 
 _LATER = "call tunerkit.attach before trainer.train() and trainer.evaluate(), which shard the model"
 

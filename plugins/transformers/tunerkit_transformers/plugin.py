@@ -6,14 +6,29 @@ from typing import Any
 
 from torch import nn
 
-from tunerkit import DefaultTargets, Tuner, WeightReader, hookimpl
-from tunerkit.libraries import derives_from
+from tunerkit import BaseLayer, DefaultTargets, ModelLibrary, Tuner, WeightReader, hookimpl
+from tunerkit.layers import derives_from
+from tunerkit_transformers.base_layers import Conv1DLayer, FalconLinearLayer, ScaledEmbeddingLayer
 from tunerkit_transformers.default_targets import DEFAULT_TARGETS
+from tunerkit_transformers.model_library import LIBRARY
 from tunerkit_transformers.quantised_models import mark_trainable_, unmark_trainable_
+from tunerkit_transformers.reference import reference
 from tunerkit_transformers.save_pretrained import unwatch_saving_, watch_saving_
 from tunerkit_transformers.weight_readers import WEIGHT_READERS
 
 _TRAINER = "transformers.trainer.Trainer"
+
+
+@hookimpl
+def tunerkit_base_layers() -> Iterable[type[BaseLayer]]:
+    """Return the kinds of the layers that transformers defines itself."""
+    return [Conv1DLayer, FalconLinearLayer, ScaledEmbeddingLayer]
+
+
+@hookimpl
+def tunerkit_model_libraries() -> Iterable[ModelLibrary]:
+    """Say what is known of transformers' models."""
+    return [LIBRARY]
 
 
 @hookimpl
@@ -53,6 +68,12 @@ def tunerkit_attach(
 
     attach_trainer([*tuners], candidate, total_steps, data_parallel)
     return True
+
+
+@hookimpl(trylast=True)  # a plugin that knows better comes first
+def tunerkit_reference(model: nn.Module) -> nn.Module:
+    """Make a reference that shares the model's weights."""
+    return reference(model)
 
 
 @hookimpl(trylast=True)  # it says of every folder what it is: those that know it come first

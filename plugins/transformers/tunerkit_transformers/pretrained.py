@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from tunerkit.errors import TunerkitError, closest, cut, shown
-from tunerkit.libraries import transformers_private
+from tunerkit_transformers import transformers_private
 from tunerkit_transformers.quantising import quantising
 from tunerkit_transformers.task_classes import CAUSAL, TASKS, TEXT, TaskClasses
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from tunerkit.injection import base_modules
-from tunerkit.libraries import HAS_ADAPTERS, IS_QUANTISED
+from tunerkit_transformers.transformers_private import HAS_ADAPTERS, IS_QUANTISED
 
 
 def mark_trainable_(model: nn.Module) -> None:

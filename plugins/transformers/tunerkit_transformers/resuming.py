@@ -18,7 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from tunerkit import serialization
 from tunerkit.errors import FileError, TunerkitWarning
-from tunerkit.injection import Tuner
+from tunerkit.injection import Tuner, needs_steps
 from tunerkit.serialization import folder_of, has_file
 from tunerkit_transformers import zero_checkpoints
 from tunerkit_transformers.agreement import gathered, union
@@ -202,7 +202,7 @@ def _problems_of_adapters(tuners: Sequence[Tuner], checkpoint: Path) -> Iterator
             yield from _problems_of_file(folder, "adapter")
         if has_file(folder, "state"):
             yield from _problems_of_file(folder, "state")
-        elif tuner.needs_steps:
+        elif needs_steps(tuner):
             yield (
                 f"has no state.safetensors for adapter {tuner.name!r} (save_only_model?), and method "
                 f"{tuner.method!r} cannot resume without it: load the adapter and start a new training run instead"

@@ -7,8 +7,9 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from tunerkit.errors import StepError, warn
-from tunerkit.injection import Reference, Tuner, inside, reference, slots_of
+from tunerkit.injection import Tuner, inside, modules_in, slots_in, slots_of
 from tunerkit.layers import bias_name
+from tunerkit_transformers.reference import Reference, reference
 from tunerkit_transformers.stored_weights import differs_from_stored
 
 
@@ -55,8 +56,8 @@ def _restore_dtypes_(trainer: Trainer, tuners: list[Tuner]) -> None:
     if not any(getattr(own, mark, False) for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit")):
         return
     for tuner in tuners:
-        modules = tuner.modules()
-        for path, slot in tuner.slots():
+        modules = modules_in(tuner)
+        for path, slot in slots_in(tuner):
             if slot.adapter is not None:
                 slot.adapter.to(getattr(torch, tuner.config.adapter_dtype))
             slots, originals = slots_of(modules[path]), dict(modules[path].named_parameters())

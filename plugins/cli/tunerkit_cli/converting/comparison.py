@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import attrs
 from torch import Tensor
 
-from tunerkit import BaseMismatchError, Factors, Tuner, unstructure
+from tunerkit import BaseMismatchError, Factors, Tuner, biases_of, copies_of, factors_of, unstructure
 from tunerkit.paths import join
 from tunerkit_cli.converting.opening import Opened, open_adapter
 from tunerkit_cli.converting.products import relative, relative_tensor
@@ -69,7 +69,7 @@ def compare_adapters(one: str, other: str, *, base: str | None, task: str | None
         second = open_adapter(other, base=base, task=task, beside=one)
         _refuse_others(one, first, other, second)
         tuners = first.tuner, second.tuner
-        factors = tuners[0].factors(), tuners[1].factors()
+        factors = factors_of(tuners[0]), factors_of(tuners[1])
         ranks = tuners[0].ranks(), tuners[1].ranks()
         return Compared(
             one=one,
@@ -81,8 +81,8 @@ def compare_adapters(one: str, other: str, *, base: str | None, task: str | None
             products=_worst_first(
                 {path: relative(factors[0].get(path), factors[1].get(path)) for path in {**factors[0], **factors[1]}}
             ),
-            copies=_worst_first(_tensors(_flat(tuners[0].copied()), _flat(tuners[1].copied()))),
-            biases=_worst_first(_tensors(tuners[0].trained_biases(), tuners[1].trained_biases())),
+            copies=_worst_first(_tensors(_flat(copies_of(tuners[0])), _flat(copies_of(tuners[1])))),
+            biases=_worst_first(_tensors(biases_of(tuners[0]), biases_of(tuners[1]))),
             remarks=tuple(remarks),
         )
 

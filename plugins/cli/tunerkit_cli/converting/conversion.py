@@ -11,7 +11,7 @@ import tunerkit
 from tunerkit import ConfigError, Format, TunerkitError, UnknownFormatError, hooks, serialization
 from tunerkit.config import options_from
 from tunerkit.errors import closest, shown
-from tunerkit.libraries import FOREIGN_FORMATS
+from tunerkit.extras import READERS
 from tunerkit.paths import few
 from tunerkit_cli.converting.description import OWN
 from tunerkit_cli.converting.destination import refuse_occupied
@@ -124,7 +124,7 @@ def _check(source: str, to: str, out: Path, options: Mapping[str, object]) -> No
 def _format(name: str) -> Format:
     """The format with this name. Raises `UnknownFormatError`, whose hint does not mind the case of letters."""
     installed = hooks.gather_formats()
-    if name in {*installed, *(each.format for each in FOREIGN_FORMATS)}:
+    if name in {*installed, *(each for reader in READERS for each in reader.formats)}:
         return serialization.find_format(name)
     names = sorted({*installed, OWN})
     raise UnknownFormatError(

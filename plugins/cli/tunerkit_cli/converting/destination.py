@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Final
 
 from tunerkit import TunerkitError, serialization
-from tunerkit.libraries import FOREIGN_FORMATS
+from tunerkit.extras import READERS
 
 _WEIGHTS: Final = (".safetensors", ".bin")
 # Files with such endings that are no weights of a model.
 _OTHERS: Final = (
     "adapter.safetensors",
     "training_args.bin",
-    *(name for each in FOREIGN_FORMATS for name in each.files),
+    *(name for each in READERS for name in each.files),
 )
 
 

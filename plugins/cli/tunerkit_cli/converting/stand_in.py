@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunerkit.libraries import torch_private
+from tunerkit.layers import torch_private
 from tunerkit.paths import join, parent
 
 _CONVOLUTIONS: Mapping[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}

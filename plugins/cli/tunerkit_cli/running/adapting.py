@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 import tunerkit
 from tunerkit import BaseMismatchError, Tuner, TunerkitError, TunerkitWarning
 from tunerkit.errors import shown
-from tunerkit.libraries import transformers_private
 from tunerkit.paths import few
 from tunerkit_cli.recipes.recipe import DEFAULT_METHOD, Recipe
 from tunerkit_cli.rows.labels import tidy
@@ -15,6 +14,7 @@ from tunerkit_cli.running.data import Data
 from tunerkit_cli.running.starting import Start, refuse_method
 from tunerkit_cli.tasks.base import Task
 from tunerkit_cli.tasks.texts import labels_of
+from tunerkit_transformers import transformers_private
 from tunerkit_transformers.pretrained import Pretrained, classes_of
 
 _ANEW = "or train a new adapter without --from"

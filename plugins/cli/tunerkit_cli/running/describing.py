@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 
 import tunerkit
+from tunerkit import injection
 from tunerkit.paths import few
 from tunerkit_cli.demo import demo_of
 from tunerkit_cli.recipes.recipe import Recipe
@@ -103,7 +104,7 @@ def tell(session: Session, trained: Trained, console: Console) -> None:
     from tunerkit_cli.report.terminal import rank_table
 
     tuner = session.tuner
-    if (ranks := tuner.ranks()) and tuner.needs_steps:
+    if (ranks := tuner.ranks()) and injection.needs_steps(tuner):
         highest = max(trained.start.ranks.values(), default=None)
         console.print(rank_table(rank_map(ranks), initial=highest))
         say(console, f"budget {tuner.budget()}, live triplets {sum(ranks.values())}")

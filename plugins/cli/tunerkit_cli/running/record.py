@@ -59,9 +59,12 @@ def adapter_facts(tuner: Tuner, trained: Trained) -> dict[str, Any]:
             "all": counts.total,
             "adapters": sum(own.values()),
             "copies": sum(
-                p.numel() for _, slot in tuner.slots() if slot.copy is not None for p in slot.copy.parameters()
+                p.numel()
+                for _, slot in injection.slots_in(tuner)
+                if slot.copy is not None
+                for p in slot.copy.parameters()
             ),
-            "biases": sum(slot.bias.numel() for _, slot in tuner.slots() if slot.bias is not None),
+            "biases": sum(slot.bias.numel() for _, slot in injection.slots_in(tuner) if slot.bias is not None),
         },
         "sizes": own,
         "config": tunerkit.unstructure(tuner.config),
@@ -77,7 +80,7 @@ def adapter_facts(tuner: Tuner, trained: Trained) -> dict[str, Any]:
             ],
             "budget": {"start": trained.start.budget, "end": end.budget, "live": sum(ranks.values()), "unit": unit},
         }
-        if tuner.needs_steps:
+        if injection.needs_steps(tuner):
             facts["caps"] = dict(trained.start.ranks)
     if spectrum := _spectrum(tuner):
         facts["spectrum"] = spectrum

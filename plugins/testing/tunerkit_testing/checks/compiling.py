@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit.errors import shown
-from tunerkit.libraries import torch_private
+from tunerkit.layers import torch_private
 from tunerkit_testing import tolerances
 from tunerkit_testing.cases import Case
 from tunerkit_testing.checks.probing import Call, adapter_dtypes, calls_of, fill_, filled, seeded

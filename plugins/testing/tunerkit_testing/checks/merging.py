@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 import tunerkit
 from tunerkit import hooks, injection
-from tunerkit.layers import low_rank_delta, plain_form
-from tunerkit.libraries import torch_private
+from tunerkit.layers import low_rank_delta, plain_form, torch_private
 from tunerkit_testing import tolerances
 from tunerkit_testing.cases import Case, assert_base_untouched, assert_same, trained, wrapped
 from tunerkit_testing.checks.probing import (

@@ -56,6 +56,8 @@ def check_offload(case: Case, method: str, config: Mapping[str, object], tmp_pat
     """On a base whose weights accelerate loads for each forward, the output is the same, and the adapter trains."""
     if find_spec("accelerate") is None:
         raise SkipTest("accelerate is not installed")
+    if find_spec("tunerkit_distributed") is None:
+        raise SkipTest("tunerkit-distributed, which knows how accelerate holds weights, is not installed")
     cpu_offload = import_module("accelerate").cpu_offload
 
     # In fp64: loaded weights may lie in memory as other kernels read them, and deep models amplify fp32 rounding.

@@ -13,8 +13,7 @@ from torch.func import functional_call
 import tunerkit
 from tunerkit import hooks, injection
 from tunerkit.injection import Slot, Slots
-from tunerkit.layers import Adapter, BaseLayer
-from tunerkit.libraries import torch_private
+from tunerkit.layers import Adapter, BaseLayer, torch_private
 from tunerkit_testing.cases import Case, wrapped
 
 
@@ -107,9 +106,11 @@ def base_output(case: Case) -> Tensor:
 
 def own_parameters(tuner: tunerkit.Tuner) -> dict[str, nn.Parameter]:
     """Return the parameters of the method itself by name: those of its adapters, and of what they share."""
-    parts: dict[str, nn.Module] = {**tuner.adapters()}
-    if tuner.shared is not None:
-        parts["the shared module"] = tuner.shared
+    adapters = tuner.adapters()
+    parts: dict[str, nn.Module] = {**adapters}
+    for adapter in adapters.values():
+        if adapter.has_shared:
+            parts["the shared module"] = adapter.shared
     return {f"{path}: {name}": p for path, part in parts.items() for name, p in part.named_parameters()}
 
 

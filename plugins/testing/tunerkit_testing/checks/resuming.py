@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import tunerkit
+from tunerkit import injection
 from tunerkit_testing.cases import STEPS, Case, wrapped
 from tunerkit_testing.checks.probing import seeded
 
@@ -19,7 +20,7 @@ def check_resumes(case: Case, method: str, config: Mapping[str, object], tmp_pat
     _steps(model, case, optimizer, range(half))
     path = tunerkit.save(model, tmp_path / "adapter")
     tunerkit.save_state(model, tmp_path / "adapter")
-    saved = copy.deepcopy(tunerkit.tuner(model).training_state())
+    saved = copy.deepcopy(injection.training_state(tunerkit.tuner(model)))
     kept = copy.deepcopy(optimizer.state_dict())
     _steps(model, case, optimizer, range(half, STEPS))
     again = tunerkit.load(case.build(), path, trainable=True)
@@ -27,7 +28,7 @@ def check_resumes(case: Case, method: str, config: Mapping[str, object], tmp_pat
     fresh.load_state_dict(kept)
     tunerkit.attach(again, fresh, total_steps=STEPS)
     tunerkit.load_state(again, tmp_path / "adapter")
-    _assert_same_state(tunerkit.tuner(again).training_state(), saved)
+    _assert_same_state(injection.training_state(tunerkit.tuner(again)), saved)
     _steps(again, case, fresh, range(half, STEPS))
     _assert_same_end(again, model)
 

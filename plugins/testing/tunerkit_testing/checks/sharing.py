@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit import hooks
+from tunerkit import hooks, injection
 from tunerkit.injection import slots_of
 from tunerkit_testing.cases import SEED, Case, train, wrapped
 from tunerkit_testing.checks.probing import filled
@@ -53,7 +53,7 @@ def check_shared_module_used(case: Case, method: str, config: Mapping[str, objec
 
 
 def _shared(model: nn.Module) -> nn.Module:
-    shared = tunerkit.tuner(model).shared
+    shared = injection.shared_in(tunerkit.tuner(model))
     if shared is None:
         raise SkipTest("the method's adapters share no module")
     return shared

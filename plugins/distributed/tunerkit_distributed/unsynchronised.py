@@ -1,0 +1,48 @@
+"""Rejects adapters that DistributedDataParallel would not synchronise, because it was built before them.
+
+A module does not know which DDP contains it, so wrapping a part of a DDP cannot detect this. DDP's next forward can.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunerkit.errors import AdapterError
+from tunerkit.injection import walk
+from tunerkit_distributed import torch_private
+
+
+def check_at_next_forward_(model: nn.Module, adapted: Collection[nn.Module]) -> None:
+    """Check the adapters when DDP next runs ``model`` or one of its adapted modules. Earlier checks are removed."""
+    remove_check_(model)
+    # Without a process group there is no DDP.
+    if adapted and torch.distributed.is_available() and torch.distributed.is_initialized():
+        for module in (model, *adapted):
+            module.register_forward_pre_hook(refuse_unsynchronised)
+
+
+def refuse_unsynchronised(module: nn.Module, args: Any) -> None:
+    """Raise `AdapterError` if the DDP that runs ``module`` lacks a parameter of its adapters: a forward pre-hook."""
+    if torch_private.running_ddp() is not None:
+        torch_private.uncompiled(_check)(module)
+
+
+def _check(module: nn.Module) -> None:
+    ddp = torch_private.running_ddp()
+    known = set(map(id, torch_private.known_to(ddp))) if ddp is not None else set()
+    added = [(name, slot) for _, _, slots in walk(module) for name, slot in slots.named_children()]
+    unknown = {repr(name) for name, slot in added if not known.issuperset(map(id, slot.parameters()))}
+    if unknown:
+        raise AdapterError(
+            f"the model was already inside DistributedDataParallel when adapter {', '.join(sorted(unknown))} was put "
+            "into it, so DDP would not synchronise the adapter; wrap the model first, then put it into DDP"
+        )
+    remove_check_(module)
+
+
+def remove_check_(model: nn.Module) -> None:
+    """Remove the check from a model."""
+    for module in model.modules():
+        torch_private.remove_hooks_(module, refuse_unsynchronised)

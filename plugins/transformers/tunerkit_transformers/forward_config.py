@@ -1,0 +1,65 @@
+"""The settings of a base model that change its output but not its weights."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from tunerkit.injection import base_modules
+from tunerkit.paths import is_under, join
+from tunerkit_transformers.forward_fields import FORWARD_ALIASES, FORWARD_FIELDS, FORWARD_SYNONYMS
+
+_DEEPEST = 4  # configs inside configs: a multi-modal model has two or three levels
+
+
+def forward_config(model: nn.Module) -> dict[str, Any]:
+    """Return the settings by their dotted name, such as ``text_config.rms_norm_eps``; empty without a known config.
+
+    Args:
+        model: The model. If it has no config itself, the outermost modules that have one are asked; their paths then
+            precede the names.
+    """
+    found: dict[str, Any] = {}
+    owners: set[str] = set()
+    for path, module in base_modules(model):
+        if "" in owners:
+            break
+        if not is_under(path, owners):
+            match module:
+                case nn.Module(config=object(model_type=str(kind), __dict__=dict(fields))):
+                    owners.add(path)
+                    settings = _settings({"model_type": kind, **fields}, _DEEPEST)
+                    found.update((join(path, name), value) for name, value in settings)
+    return found
+
+
+def _settings(config: Mapping[str, Any], depth: int) -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        match value:
+            case object(model_type=str(kind), __dict__=dict(fields)) if depth:
+                inner = _settings({"model_type": kind, **fields}, depth - 1)
+                yield from ((join(name, field), found) for field, found in inner)
+            case _ if name in FORWARD_FIELDS:
+                yield from _flat(name, value)
+
+
+def _flat(name: str, value: object) -> Iterator[tuple[str, Any]]:
+    """One pair for each plain value; dicts are taken apart, since releases nest the same settings differently."""
+    name = FORWARD_ALIASES.get(name, name)
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(join(name, str(key)), inner)
+    elif value is not None:  # None stands for a default, which a later release may write out
+        yield name, _plain(value)
+
+
+def _plain(value: object) -> Any:
+    """A value that JSON can hold and that is equal after a round trip."""
+    if isinstance(value, list | tuple):
+        return [_plain(member) for member in value]
+    if isinstance(value, str):
+        return FORWARD_SYNONYMS.get(value, value)
+    if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return str(value)

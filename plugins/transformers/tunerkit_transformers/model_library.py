@@ -1,0 +1,53 @@
+"""What transformers knows of its models, and timm of the heads of its own: heads, settings, ties, sizes."""
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from tunerkit import ModelLibrary
+from tunerkit_transformers.forward_config import forward_config
+from tunerkit_transformers.new_modules import find_new
+from tunerkit_transformers.output_heads import named_heads
+
+_TIED = "tie_word_embeddings"
+
+
+def tied_flags(module: nn.Module) -> Sequence[str]:
+    """The settings by which a config says that embeddings are tied: transformers reads them when it loads and saves."""
+    match module:
+        case nn.Module(config=object() as config):
+            return [*_flags(config, "config"), *_flags(getattr(config, "text_config", None), "config.text_config")]
+    return ()
+
+
+def _flags(config: object, name: str) -> Iterator[str]:
+    if getattr(config, _TIED, None) is True:
+        yield f"{name}.{_TIED}"
+
+
+def labels_hint(model: nn.Module, resized: Sequence[tuple[Sequence[int], Sequence[int]]]) -> str:
+    """Return a hint for an error if a head has another number of labels than it needs; otherwise an empty string.
+
+    Args:
+        model: The model.
+        resized: Pairs of the shape that a weight needs and the shape that it has.
+    """
+    match model:
+        case nn.Module(config=object(num_labels=int(labels))):
+            for needed, found in resized:
+                # The labels are the first dimension of a head's weight and of its bias.
+                if needed[:1] != found[:1] and list(found[:1]) == [labels] and needed[1:] == found[1:]:
+                    return (
+                        f"; this model was built for {labels} labels, the adapter needs {needed[0]}: pass "
+                        f"num_labels={needed[0]} to from_pretrained"
+                    )
+    return ""
+
+
+LIBRARY = ModelLibrary(
+    heads=named_heads,
+    new=find_new,
+    settings=forward_config,
+    tied_flags=tied_flags,
+    resize_hint=labels_hint,
+)

@@ -1,0 +1,154 @@
+"""Which modules ``from_pretrained`` did not load, read from the marks that transformers sets; and added tokens."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from tunerkit import NewModules
+from tunerkit.injection import base_modules
+from tunerkit.layers import derives_from, torch_private, whole_shape
+from tunerkit.paths import is_under, parent
+from tunerkit_transformers.output_heads import named_heads
+from tunerkit_transformers.transformers_private import is_built, is_loaded
+
+_PRETRAINED_MODEL = "transformers.modeling_utils.PreTrainedModel"
+_LOADER = "from_pretrained"
+
+# Each module by its path, and its own parameters that may have marks.
+_Owned = Mapping[str, tuple[nn.Module, Sequence[nn.Parameter]]]
+
+
+def find_new(model: nn.Module, blocks: Collection[str], heads: Collection[str]) -> NewModules | None:
+    """Find the modules of a model that ``from_pretrained`` did not load, and the embeddings to which tokens were added.
+
+    Args:
+        model: The model.
+        blocks: The paths of the modules in numbered blocks.
+        heads: The paths of the output heads, and of what is in them.
+
+    Returns:
+        What is new, or may be; None if nothing is.
+    """
+    places = dict(base_modules(model))
+    longer = tuple(_longer(places))
+    whole, partly, unclear, replaced = _unloaded(places, blocks, heads)
+    if not (longer or whole or partly or unclear or replaced):
+        return None
+    return NewModules(
+        loader=_LOADER, whole=tuple(dict.fromkeys((*whole, *longer))), partly=partly, heads=unclear, replaced=replaced
+    )
+
+
+_Paths = tuple[str, ...]
+
+
+def _unloaded(
+    places: Mapping[str, nn.Module], blocks: Collection[str], heads: Collection[str]
+) -> tuple[_Paths, _Paths, _Paths, _Paths]:
+    """The modules that are new as a whole and in part, the heads that may be, and the modules that are the reason."""
+    owned = {path: (module, _own(module)) for path, module in places.items()}
+    marks = {path: [is_loaded(parameter) for parameter in own] for path, (_, own) in owned.items()}
+    if not any(map(any, marks.values())):
+        return (), (), _task_heads(places, heads), ()
+    if all(map(all, marks.values())):
+        return (), (), (), ()
+    if replaced := _replaced(owned, blocks):
+        return (), (), _task_heads(places, heads), replaced
+    return *_unmarked(places, marks), (), ()
+
+
+def _replaced(owned: _Owned, blocks: Collection[str]) -> _Paths:
+    """The modules in numbered blocks some of whose parameters lost their mark, so that marks prove nothing.
+
+    What copies, moves or replaces a parameter drops its mark too. What ``from_pretrained`` did not find is different:
+    it is in a module that ``from_pretrained`` built, and its first values were written in place, while loaded
+    parameters were never written to.
+    """
+    inside = {path: owned[path] for path in owned if path in blocks}
+    new = {path: (module, [p for p in own if not is_loaded(p)]) for path, (module, own) in inside.items()}
+    unmarked = {path: found for path, found in new.items() if found[1]}
+    if not unmarked:
+        return ()
+    untouched = not any(torch_private.version(p) for _, own in inside.values() for p in own if is_loaded(p))
+    return tuple(
+        path
+        for path, (module, own) in unmarked.items()
+        if not (untouched and is_built(module) and all(map(torch_private.version, own)))
+    )
+
+
+def _unmarked(places: Mapping[str, nn.Module], marks: Mapping[str, list[bool]]) -> tuple[_Paths, _Paths]:
+    """What has no mark as a whole, the outermost of it, and in part, where every mark is right."""
+    known = [path for path, own in marks.items() if any(own) or _is_away(places[path])]
+    mixed = {above for path in known for above in _upwards(path)}
+    partly = tuple(path for path, own in marks.items() if path in mixed and not all(own))
+    whole = [path for path, own in marks.items() if own and path not in mixed]
+    outermost = {next(top for top in reversed([*_upwards(path)]) if top not in mixed) for path in whole}
+    return tuple(path for path in places if path in outermost), partly
+
+
+def _upwards(path: str) -> Iterator[str]:
+    """The path, its parent, and so on up to the model itself."""
+    yield path
+    while path:
+        path = parent(path)
+        yield path
+
+
+def _own(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of the module itself that may have a mark: offloading and packing replace parameters."""
+    if _is_away(module) or _is_computed(module):
+        return []
+    own = torch_private.own_parameters(module).values()
+    return [p for p in own if type(p) is nn.Parameter and p.is_floating_point()]
+
+
+def _is_away(module: nn.Module) -> bool:
+    """Whether the module's weights are offloaded, or were never there."""
+    return any(p is not None and p.is_meta for p in torch_private.own_parameters(module).values())
+
+
+def _is_computed(module: nn.Module) -> bool:
+    """Whether a module of transformers computes its weight when it is built: no checkpoint has its values."""
+    return isinstance(module, nn.Embedding) and type(module).__name__.endswith("SinusoidalPositionalEmbedding")
+
+
+def _task_heads(places: Mapping[str, nn.Module], heads: Collection[str]) -> _Paths:
+    """The outermost heads of a transformers model, without output embeddings: those are in its checkpoint."""
+    if not any(derives_from(module, _PRETRAINED_MODEL) for module in places.values()):
+        return ()
+    known = {id(head) for head in named_heads(places[""])}
+    filled = [path for path in places if path in heads and next(places[path].parameters(), None) is not None]
+    tasks = [path for path in filled if not any(id(part) in known for part in places[path].modules())]
+    return tuple(path for path in tasks if not is_under(parent(path), tasks))
+
+
+def _longer(places: Mapping[str, nn.Module]) -> Iterator[str]:
+    """The embeddings to which tokens were added, and the output embeddings of the same length."""
+    grown = list(_grown_embeddings(places.values()))
+    rows = {embedding.num_embeddings for embedding in grown}
+    heads = [head for head in named_heads(places[""]) if _rows(head) in rows] if grown else []
+    longer = {id(module) for module in (*grown, *heads)}
+    return (path for path, module in places.items() if id(module) in longer)
+
+
+def _rows(head: nn.Module) -> int | None:
+    weight = torch_private.own_parameters(head).get("weight")
+    return None if weight is None else whole_shape(weight)[0]
+
+
+def _grown_embeddings(modules: Collection[nn.Module]) -> Iterator[nn.Embedding]:
+    """The token embeddings that ``resize_token_embeddings`` has made longer since the model was built.
+
+    It updates the config and the model it was called on, but not the ``vocab_size`` that a body inside it keeps, as
+    Llama's does. Where there is no such body, as in BERT, nothing shows it. A class that builds more rows than its
+    vocabulary has, as Mllama does, leaves the config as it is.
+    """
+    for module in modules:
+        built = vars(module).get("vocab_size")
+        if isinstance(built, int) and derives_from(module, _PRETRAINED_MODEL):
+            transformer: Any = module
+            embedding, config = transformer.get_input_embeddings(), transformer.config.get_text_config()
+            if isinstance(embedding, nn.Embedding) and embedding.num_embeddings == config.vocab_size > built:
+                yield embedding

@@ -1,0 +1,42 @@
+"""The private names of transformers: a Trainer's methods for weights and states, and marks of parameters and models.
+
+Nothing here imports transformers. If a release renames one, test_transformers_private.py reports it.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+Method = Callable[..., None]
+# Attributes of a model: the class sets the first to False, and peft's adapters set it to True on the instance.
+HAS_ADAPTERS, IS_QUANTISED = "_hf_peft_config_loaded", "is_quantized"
+
+
+def replace_(
+    trainer: Any, *, save: Method, save_states: Method, load: Method, load_best: Method, load_states: Method
+) -> None:
+    """Replace methods on the instance. Each function gets the trainer's own method first, then that one's arguments."""
+    trainer._save = partial(save, trainer._save)
+    trainer._save_optimizer_and_scheduler = partial(save_states, trainer._save_optimizer_and_scheduler)
+    trainer._load_from_checkpoint = partial(load, trainer._load_from_checkpoint)
+    trainer._load_best_model = partial(load_best, trainer._load_best_model)
+    trainer._load_optimizer_and_scheduler = partial(load_states, trainer._load_optimizer_and_scheduler)
+
+
+def overridden(kind: Any, base: Any) -> list[str]:
+    """The names of the weight methods that ``kind``, a class of trainers, does not inherit from ``base``."""
+    own = (kind._save, kind._load_from_checkpoint, kind._load_best_model)
+    originals = (base._save, base._load_from_checkpoint, base._load_best_model)
+    return [original.__name__ for method, original in zip(own, originals, strict=True) if method is not original]
+
+
+def is_loaded(parameter: nn.Parameter) -> bool:
+    """Whether ``from_pretrained`` read the parameter from a checkpoint. A deep copy of a model loses these marks."""
+    return bool(vars(parameter).get("_is_hf_initialized", False))
+
+
+def is_built(module: nn.Module) -> bool:
+    """Whether ``from_pretrained``, or a class of transformers, gave the module its first values or loaded them."""
+    return bool(vars(module).get("_is_hf_initialized", False))

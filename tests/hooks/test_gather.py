@@ -1,0 +1,246 @@
+"""What plugins know of layers and models: used where it is right, left out by name where it is not."""
+
+import asyncio
+import copy
+import re
+import types
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+import tunerkit
+from tunerkit import injection
+from tunerkit.errors import TunerkitWarning
+from tunerkit.hooks import gather_knowledge
+from tunerkit.layers import as_base_layer
+from tunerkit.layers.kinds import LinearLayer
+
+if TYPE_CHECKING:
+    from tests.support.toys import Toys
+from tunerkit_testing.registering import registered
+
+
+class Unfinished(tunerkit.BaseLayer):
+    """Defines none of the methods that a kind must define."""
+
+
+@pytest.mark.parametrize("offered", [[3], [nn.Linear], Unfinished, 3, [Unfinished], "kinds"])
+def test_a_kind_that_is_none_is_left_out_by_name(toys: "Toys", offered: Any) -> None:
+    """A warning names the plugin; wrapping goes on without its answer, and `methods` lists it with the reason."""
+
+    class Kinds:
+        @tunerkit.hookimpl
+        def tunerkit_base_layers(self) -> Any:
+            return offered
+
+    with registered(Kinds()):
+        with pytest.warns(TunerkitWarning, match=r"plugin 'Kinds' \(in-process\)"):
+            tunerkit.wrap(toys.net(), "toy-shift")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tunerkit.wrap(toys.net(), "toy-shift")
+        assert "must return a list of classes" in str(tunerkit.methods()["Kinds"].error)
+    assert "Kinds" not in tunerkit.methods()
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), GeneratorExit(), RuntimeError("undecided"), asyncio.CancelledError()])
+def test_a_kind_that_raises_when_it_is_matched_is_left_out(toys: "Toys", error: BaseException) -> None:
+    """It matches the first module and raises at the second: no module becomes one of its kind; wrapping goes on."""
+
+    class Undecided(LinearLayer):  # type: ignore[misc]  # final: no plugin should derive from it
+        asked = 0
+
+        @classmethod
+        def matches(cls, module: nn.Module) -> bool:
+            cls.asked += 1
+            if cls.asked > 1:
+                raise error
+            return True
+
+    with registered(answering("tunerkit_base_layers", [Undecided])):
+        with pytest.warns(TunerkitWarning, match=r"plugin 'answering' .*Undecided.*" + type(error).__name__):
+            model = tunerkit.wrap(toys.net(), "toy-shift")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tunerkit.wrap(toys.net(), "toy-shift")
+        assert Undecided.asked == 2
+        assert type(error).__name__ in str(tunerkit.methods()["answering"].error)
+    assert tunerkit.tuner(model).ranks() == tunerkit.tuner(tunerkit.wrap(toys.net(), "toy-shift")).ranks()
+
+
+def test_good_kinds_come_after_cores_own(toys: "Toys") -> None:
+    """A plugin's kinds are tried in their order after those of the core, from a list or a generator."""
+    kinds = gather_knowledge().kinds
+
+    class Kinds:
+        @tunerkit.hookimpl
+        def tunerkit_base_layers(self) -> Iterator[type[tunerkit.BaseLayer]]:
+            yield kinds[0]
+
+    with registered(Kinds()):
+        assert gather_knowledge().kinds == (*kinds, kinds[0])
+    assert gather_knowledge().kinds == kinds
+
+
+WRONG = [
+    ("tunerkit_weight_readers", "no list"),
+    ("tunerkit_weight_readers", [("package.Owner", ("out",))]),
+    ("tunerkit_weight_readers", [tunerkit.WeightReader("package.Owner", "out")]),  # type: ignore[arg-type]
+    ("tunerkit_weight_readers", [tunerkit.WeightReader(nn.Linear, ("out",))]),  # type: ignore[arg-type]
+    ("tunerkit_default_targets", tunerkit.DefaultTargets(("decoder",), ("out",))),
+    ("tunerkit_default_targets", [tunerkit.DefaultTargets("decoder", ("out",))]),  # type: ignore[arg-type]
+    ("tunerkit_default_targets", [tunerkit.DefaultTargets(("decoder",), ("*.out",))]),
+]
+
+
+def answering(hook: str, answer: Any) -> Any:
+    """A plugin that answers one hook; if the answer is an exception, it is raised."""
+
+    def implementation() -> Any:
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    plugin = types.ModuleType("answering")
+    setattr(plugin, hook, tunerkit.hookimpl(implementation))
+    return plugin
+
+
+@pytest.mark.parametrize(("hook", "answer"), WRONG)
+def test_records_of_a_wrong_form_are_left_out_by_name(toys: "Toys", hook: str, answer: Any) -> None:
+    """A warning says what was returned, what is expected and by which plugin; wrapping goes on."""
+    expected = "WeightReader" if "readers" in hook else "DefaultTargets"
+    with (
+        registered(answering(hook, answer)),
+        pytest.warns(TunerkitWarning, match=rf"{hook} of plugin 'answering' \(in-process\).*must .*{expected}") as told,
+    ):
+        tunerkit.wrap(toys.net(), "toy-shift")
+    assert type(answer).__name__ in str(told[0].message) or repr(answer) in str(told[0].message)
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), SystemExit("broken"), asyncio.CancelledError("broken")])
+@pytest.mark.parametrize("hook", ["tunerkit_base_layers", "tunerkit_weight_readers", "tunerkit_default_targets"])
+def test_a_plugin_that_raises_when_asked_what_it_knows_is_left_out(
+    toys: "Toys", hook: str, error: BaseException
+) -> None:
+    """One warning names the hook and the plugin, wrapping continues without it, and `methods` lists it."""
+    words = f"{type(error).__name__}: broken"
+    with registered(answering(hook, error)):
+        with pytest.warns(TunerkitWarning, match=f"{hook} of plugin 'answering' .*: {words}"):
+            tunerkit.wrap(toys.net(), "toy-shift")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tunerkit.wrap(toys.net(), "toy-shift")
+        assert tunerkit.methods()["answering"].error == f"{hook} failed and was left out: {words}"
+
+
+class Reader(nn.Module):
+    """Uses one child's weight and bias directly; calls the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(self.inner(x), self.out.weight, self.out.bias)
+
+
+def reading() -> Any:
+    """A plugin that describes `Reader`."""
+    return answering("tunerkit_weight_readers", [tunerkit.WeightReader(f"{__name__}.Reader", ("out",))])
+
+
+@pytest.mark.parametrize("method", ["toy-low-rank", "toy-shift"])
+def test_an_adapter_at_a_child_that_its_owner_reads_trains_and_merges(
+    toys: "Toys", method: str, tmp_path: Path
+) -> None:
+    """If a plugin names the owner, output, gradients, file and merge equal those of a model that calls the child."""
+    torch.manual_seed(0)
+    reader, head, x = Reader(), nn.Linear(3, 2), torch.randn(5, 3)
+    net = nn.Sequential(reader, head)
+    called = nn.Sequential(OrderedDict(inner=reader.inner, out=reader.out, head=head))
+    calling, base = copy.deepcopy(called), copy.deepcopy(net)
+    with registered(reading()), warnings.catch_warnings():
+        warnings.simplefilter("error", TunerkitWarning)
+        for model in (net, calling):
+            toys.fill_(tunerkit.wrap(model, method, {"targets": ["out"], "bias": "adapters"}, seed=0))
+            model(x).square().sum().backward()
+        own, expected = (
+            dict(next(injection.slots_in(tunerkit.tuner(model)))[1].named_parameters()) for model in (net, calling)
+        )
+        assert own.keys() == expected.keys()
+        assert all(p.grad is not None and p.grad.count_nonzero() for p in own.values())
+        for name, parameter in own.items():
+            torch.testing.assert_close(parameter.grad, expected[name].grad)
+        output = net(x).detach()
+        torch.testing.assert_close(output, calling(x).detach())
+        loaded = tunerkit.load(base, tunerkit.save(net, tmp_path))
+    assert torch.equal(loaded(x), output)  # who reads what was settled when the adapter went in
+    torch.testing.assert_close(tunerkit.merge(net)(x), output)
+    assert torch.equal(tunerkit.unmerge(net)(x), output)
+
+
+def test_the_detector_names_the_owner_as_the_hook_asks_for_it(toys: "Toys") -> None:
+    """The warning's advice works: after a record with the name that it gives, the adapter takes effect."""
+    model = nn.Sequential(Reader())
+    tunerkit.wrap(model, "toy-shift", {"targets": ["out"]})
+    with pytest.warns(TunerkitWarning, match="through tunerkit_weight_readers") as caught:
+        model(torch.ones(2, 3))
+    named = re.search(r"names the owner \((.*)\) and", str(caught[0].message))
+    assert named is not None
+    plugin = answering("tunerkit_weight_readers", [tunerkit.WeightReader(named[1], ("out",))])
+    tunerkit.unwrap(model)
+    with registered(plugin), warnings.catch_warnings():
+        warnings.simplefilter("error", TunerkitWarning)
+        tunerkit.wrap(model, "toy-shift", {"targets": ["out"]})
+        model(torch.ones(2, 3))
+
+
+def test_a_plugin_gives_an_architecture_its_default_targets(toys: "Toys") -> None:
+    """Defaults depend on the model type. If their names match nothing, layer types decide."""
+    plugin = answering(
+        "tunerkit_default_targets",
+        [tunerkit.DefaultTargets(("decoder",), ("out",)), tunerkit.DefaultTargets(("other",), ("missing",))],
+    )
+    chosen = {}
+    for model_type in ("decoder", "other", "unknown"):
+        model = nn.ModuleDict({"out": nn.Linear(3, 3), "query": nn.Linear(3, 3), "rest": nn.Linear(3, 3)})
+        model.config = types.SimpleNamespace(model_type=model_type)  # type: ignore[assignment]
+        with registered(plugin):
+            tunerkit.wrap(model, "toy-shift")
+        chosen[model_type] = [target.path for target in tunerkit.tuner(model).targets]
+    everything = ["out", "query", "rest"]
+    assert chosen == {"decoder": ["out"], "other": everything, "unknown": everything}
+
+
+def test_wrapping_and_loading_ask_each_module_once(toys: "Toys", tmp_path: Path) -> None:
+    """The model is scanned once; copies, targets, biases and adapters all use that scan."""
+    asked: list[nn.Module] = []
+
+    class Kind(LinearLayer):  # type: ignore[misc]  # final: nobody else may derive from it
+        @classmethod
+        def matches(cls, module: nn.Module) -> bool:
+            asked.append(module)
+            return False
+
+    class Kinds:
+        @tunerkit.hookimpl
+        def tunerkit_base_layers(self) -> list[type[tunerkit.BaseLayer]]:
+            return [Kind]
+
+    config = {"targets": ["layers.1"], "train_modules": ["batch_norm"], "bias": "adapters"}
+    model, base = toys.net(batch_norm=True), toys.net(batch_norm=True)
+    unknown = [[m for m in net.modules() if as_base_layer(m) is None] for net in (model, base)]
+    with registered(Kinds()):
+        tunerkit.wrap(model, "toy-shift", config)
+        assert asked == unknown[0]
+        path = tunerkit.save(model, tmp_path)
+        asked.clear()
+        tunerkit.load(base, path)
+    assert asked == unknown[1]

@@ -1,0 +1,147 @@
+"""A process group without the plugin that keeps its adapters alike: refused, never trained apart in silence."""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+import tunerkit
+from tunerkit import hooks
+from tunerkit.hooks import specs
+from tunerkit.hooks.registry import Answer, Registry
+from tunerkit.layers import as_base_layer, weights
+from tunerkit_testing.small import trainable
+
+if TYPE_CHECKING:
+    from tests.support.toys import Toys
+
+TARGETS = {"targets": ["layers.0"]}
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No plugin knows of processes, whatever is installed."""
+    monkeypatch.setattr(hooks, "engine", lambda *_: None)
+    monkeypatch.setattr(weights.plugins, "holdings", tuple)
+    gather = Registry.gather
+
+    def without(self: Registry, hook: Callable[..., object], **arguments: Any) -> list[Answer]:
+        return [] if hook is specs.tunerkit_restrictions else gather(self, hook, **arguments)
+
+    monkeypatch.setattr(Registry, "gather", without)
+    monkeypatch.setattr(Registry, "absence", lambda self, name: f"{name} is not installed")
+
+
+@pytest.fixture
+def _group() -> Iterator[None]:
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("this torch has no gloo")
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def attached(toys: "Toys", **options: Any) -> Any:
+    model = tunerkit.wrap(toys.net(), "toy-low-rank", TARGETS)
+    tunerkit.attach(model, torch.optim.SGD(trainable(model), lr=0.1), total_steps=3, **options)
+    return model
+
+
+@pytest.mark.usefixtures("_group")
+def test_a_process_of_a_group_is_refused_with_the_extra(toys: "Toys") -> None:
+    """Also one of one process: DDP may be around it. Meant to be apart, it trains, and its shapes stay."""
+    said = r'tunerkit-distributed is not installed \(pip install "tunerkit\[distributed\]"\)'
+    for asked in (None, True):
+        with pytest.raises(tunerkit.StepError, match=said):
+            attached(toys, data_parallel=asked)
+    with pytest.warns(tunerkit.TunerkitWarning, match="wrap the model first, then put it into DDP"):
+        model = attached(toys, data_parallel=False)
+    optimizer = tunerkit.optimizer_of(tunerkit.tuner(model))
+    assert "DDP" in str(tunerkit.resize_obstacle(trainable(model), optimizer))
+
+
+def test_a_launcher_is_believed_and_one_process_trains(toys: "Toys", monkeypatch: pytest.MonkeyPatch) -> None:
+    """WORLD_SIZE says that there are others; without it, and with 1, there are none."""
+    for world in ("", "1"):
+        monkeypatch.setenv("WORLD_SIZE", world)
+        assert tunerkit.tuner(attached(toys)).engine is None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(tunerkit.StepError, match="would train its own in silence"):
+        attached(toys)
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(tunerkit.StepError, match="or has to be"):
+        attached(toys, data_parallel=True)
+    wrong: Any = "yes"
+    with pytest.raises(tunerkit.StepError, match=re.escape("data_parallel: expected True, False or None, got 'yes'")):
+        attached(toys, data_parallel=wrong)
+
+
+@pytest.mark.usefixtures("_group")
+def test_weights_that_are_cut_are_refused_with_the_extra(toys: "Toys", tmp_path: Path) -> None:
+    """Taken for whole ones, a merge would write into parts of them, and a file would hold parts."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    model = toys.trained(targets=TARGETS["targets"])
+    fully_shard(model, mesh=mesh)
+    calls: dict[str, Callable[[], object]] = {
+        "merge": lambda: tunerkit.merge(model),
+        "save": lambda: tunerkit.save(model, tmp_path / "out"),
+        "wrap": lambda: tunerkit.wrap(fully_shard(toys.net(), mesh=mesh), "toy-low-rank", TARGETS),
+    }
+    for verb, call in calls.items():
+        said = rf"cannot {verb} with (FSDP|DTensor), found .* tunerkit-distributed is not installed \(pip install"
+        with pytest.raises(tunerkit.AdapterError, match=said):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
+LEFT_BY: dict[str, tuple[str, str, Callable[[Any], object]]] = {
+    "deepspeed": ("wrap", "distributed", lambda layer: setattr(layer.weight, "ds_id", 0)),
+    "accelerate": ("merge", "distributed", lambda layer: setattr(layer, "_hf_hook", object())),
+    "peft": ("save", "peft", lambda layer: into(layer, "peft.tuners.lora.layer", "Linear")),
+    "torchao": ("merge", "quant", lambda layer: packed_by(layer, "torchao.utils")),
+    "bitsandbytes": ("merge", "quant", lambda layer: packed_by(layer, "bitsandbytes.nn.modules")),
+    "optimum-quanto": ("merge", "quant", lambda layer: packed_by(layer, "optimum.quanto.tensor.qtensor")),
+}
+
+
+def into(layer: nn.Module, module: str, name: str) -> None:
+    layer.__class__ = type(name, (nn.Linear,), {"__module__": module})
+
+
+def packed_by(layer: nn.Linear, module: str) -> None:
+    library: Any = type("Packed", (torch.Tensor,), {"__module__": module})
+    layer._parameters["weight"] = layer.weight.detach().as_subclass(library)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("library", LEFT_BY)
+def test_what_a_library_has_left_in_a_model_is_refused_with_its_extra(
+    toys: "Toys", library: str, tmp_path: Path
+) -> None:
+    """Without the plugin that knows the library, nothing is done that may come out wrong."""
+    verb, extra, leave = LEFT_BY[library]
+    model = toys.net() if verb == "wrap" else toys.trained(targets=TARGETS["targets"])
+    leave(model.layers[0])
+    calls: dict[str, Callable[[], object]] = {
+        "merge": lambda: tunerkit.merge(model),
+        "save": lambda: tunerkit.save(model, tmp_path / "out"),
+        "wrap": lambda: tunerkit.wrap(model, "toy-low-rank", TARGETS),
+    }
+    with pytest.raises(tunerkit.AdapterError, match=rf"found at 'layers\.0.*: tunerkit-{extra} .* is not installed"):
+        calls[verb]()
+
+
+def test_a_weight_that_accelerate_has_offloaded_is_not_read_without_the_plugin() -> None:
+    """Between forwards it is on the meta device, and a product with it is uninitialised memory."""
+    layer = nn.Linear(3, 3)
+    base = as_base_layer(layer)
+    assert base is not None
+    vars(layer.to("meta"))["forward"] = layer.forward
+    with pytest.raises(tunerkit.AdapterError, match=r"on the meta device, and nothing that is installed loads it"):
+        base.dense()

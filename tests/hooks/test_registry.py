@@ -1,0 +1,617 @@
+"""The registry: plugins that load independently, collisions, ownership, and errors that name the faulty plugin."""
+
+import importlib
+import itertools
+import signal
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from tunerkit.config import AdapterConfig
+from tunerkit.errors import PluginError, TunerkitWarning, UnknownMethodError
+from tunerkit.hooks import registry, specs
+from tunerkit.hooks.registry import Registry
+from tunerkit.plugin import hookimpl
+from tunerkit.records import Method
+
+# Any: tests hand in plain values where a spec wants modules and configs.
+SPECS: Any = specs
+
+# A plugin that owns the methods listed and answers with its own name, so that a test sees who was asked.
+GOOD = """
+import attrs
+from tunerkit import AdapterConfig, Method, hookimpl
+
+@attrs.frozen
+class Config(AdapterConfig):
+    rank: int = 8
+
+@hookimpl
+def tunerkit_methods():
+    return [Method(name, Config) for name in {methods!r}]
+
+@hookimpl
+def tunerkit_build_adapter(target):
+    return ({module!r}, target)
+
+@hookimpl
+def tunerkit_base_layers():
+    return [{module!r}]
+"""
+HEAD = "import attrs\nfrom tunerkit import AdapterConfig, Method, hookimpl\n"
+CONFIG = "@attrs.frozen\nclass Config(AdapterConfig):\n    rank: int = 8\n"
+YIELD = "@hookimpl\ndef tunerkit_methods():\n    return [Method('broken', Config)]\n"
+BUILD = "@hookimpl\ndef tunerkit_build_adapter(target):\n    return target\n"
+
+BROKEN = {
+    "ImportError": "import a_module_that_nobody_has",
+    "SyntaxError": "def (",
+    "SystemExit": "raise SystemExit(3)",
+    "ZeroDivisionError": "1 / 0",
+    "GeneratorExit": "raise GeneratorExit",
+    "CancelledError: stopped": "import asyncio\nraise asyncio.CancelledError('stopped')",
+    "Skipped: not here": "import pytest\npytest.skip('not here', allow_module_level=True)",
+    "Silent: (printing its message raised ZeroDivisionError)": "class Silent(Exception):\n"
+    "    def __str__(self): return 1 / 0\nraise Silent",
+    "Silent: (printing its message raised SystemExit)": "class Silent(BaseException):\n"
+    "    def __str__(self): raise SystemExit\nraise Silent",
+    "is named 3; expected a word": f"{HEAD}{CONFIG}{YIELD}{BUILD}".replace("'broken'", "3"),
+    "is named None; expected a word": f"{HEAD}{CONFIG}{YIELD}{BUILD}".replace("'broken'", "None"),
+    "needs_steps of method 'broken' is 'no'": f"{HEAD}{CONFIG}{YIELD}{BUILD}".replace("Config)]", "Config, 'no')]"),
+    "...(": "raise ValueError('long' * 1000000)",
+    "implements no hook": "x = 1",
+    "is not marked @tunerkit.hookimpl": f"def tunerkit_methods():\n    return []\n{HEAD}{BUILD}",
+    "did you mean 'tunerkit_delta'": f"{HEAD}{CONFIG}{YIELD}{BUILD}@hookimpl\ndef tunerkit_dleta(adapter): ...\n",
+    "can not be found in the hookspec": HEAD + CONFIG + YIELD + BUILD.replace("(target)", "(targte)"),
+    "KeyError": f"{HEAD}{BUILD}@hookimpl\ndef tunerkit_methods():\n    yield {{}}['method']\n",
+    "expected a tunerkit.records.Method": f"{HEAD}{BUILD}@hookimpl\ndef tunerkit_methods():\n    return 'broken'\n",
+    "object is not iterable": f"{HEAD}{CONFIG}{BUILD}{YIELD}".replace("[Method('broken', Config)]", "3"),
+    "expected an attrs class": f"{HEAD}Config = 3\n{YIELD}{BUILD}",
+    "expected an attrs class derived": f"{HEAD}class Config(AdapterConfig): ...\n{YIELD}{BUILD}",
+    "derived from tunerkit.AdapterConfig": f"{HEAD}@attrs.frozen\nclass Config: ...\n{YIELD}{BUILD}",
+    "expected a word": f"{HEAD}{CONFIG}{YIELD}{BUILD}".replace("'broken'", "'two words'"),
+    "twice": f"{HEAD}{CONFIG}{YIELD}{BUILD}".replace("Config)]", "Config)] * 2"),
+    "no tunerkit_build_adapter": HEAD + CONFIG + YIELD,
+    "is a hook wrapper": HEAD + "@hookimpl(wrapper=True)\ndef tunerkit_base_layers():\n    return (yield)\n",
+    "pass an instance": f"{HEAD}class P:\n    @hookimpl\n    def tunerkit_base_layers(self): ...\n"
+    "import sys; sys.modules[__name__] = P\n",
+    "must be hashable": "import sys\nclass P:\n    __hash__ = None\nsys.modules[__name__] = P()\n",
+    "must not use the registry at import": "from tests_current_registry import current\ncurrent.methods()\n",
+}
+
+_numbers = itertools.count()
+
+
+class Site:
+    """A folder on ``sys.path`` with temporary distributions; a module's text may name itself as ``{module}``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def add(self, distribution: str, entries: Mapping[str, str], *, version: str = "1.0") -> None:
+        """Install a distribution: entry point name -> text of its module."""
+        info = self.folder / f"{distribution.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+        lines = ["[tunerkit]"]
+        for entry, text in entries.items():
+            module = f"throwaway_{next(_numbers)}"
+            (self.folder / f"{module}.py").write_text(text.replace("{module!r}", repr(distribution)))
+            lines.append(f"{entry} = {module}")
+        (info / "entry_points.txt").write_text("\n".join(lines))
+
+    def good(self, distribution: str, *methods: str, entry: str | None = None) -> None:
+        """Install a working plugin that yields ``methods``."""
+        self.add(distribution, {entry or distribution: GOOD.replace("{methods!r}", repr(methods))})
+
+    def registry(self) -> Registry:
+        """A registry that sees only the distributions of this folder."""
+        importlib.invalidate_caches()
+        return Registry(metadata.distributions(path=[str(self.folder)]))
+
+
+@pytest.fixture(autouse=True)
+def _no_limit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The developer's environment has no influence, and no temporary module stays imported."""
+    monkeypatch.delenv("TUNERKIT_PLUGINS", raising=False)
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name.startswith("throwaway_"):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def make_site(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Site]:
+    def make() -> Site:
+        folder = tmp_path_factory.mktemp("site")
+        monkeypatch.syspath_prepend(str(folder))
+        return Site(folder)
+
+    return make
+
+
+@pytest.fixture
+def site(make_site: Callable[[], Site]) -> Site:
+    return make_site()
+
+
+def build(found: Registry, method: str, target: object) -> object:
+    """What the plugin that owns ``method`` builds at ``target``."""
+    return found.call(SPECS.tunerkit_build_adapter, method, target=target, base=None, config=None, shared=None)
+
+
+@attrs.frozen
+class Config(AdapterConfig):
+    """The minimum config of a method."""
+
+
+class InProcess:
+    """A plugin as a notebook would define it."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    @hookimpl
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method(name, Config) for name in self.names]
+
+    @hookimpl
+    def tunerkit_build_adapter(self, target: object) -> object:
+        return ("in process", target)
+
+
+def test_an_installed_method_is_found_with_its_distribution_and_version(site: Site) -> None:
+    """`get` returns the record the plugin yields; `methods` and `owner_of` say where it comes from."""
+    site.add("acme-tuning", {"acme": GOOD.replace("{methods!r}", repr(("first", "second")))}, version="2.5")
+    found = site.registry()
+    assert found.get("second").name == "second"
+    assert sorted(found.methods()) == ["first", "second"]
+    assert found.owner_of("first") == found.methods()["first"]
+    assert (found.owner_of("first").distribution, found.owner_of("first").version) == ("acme-tuning", "2.5")
+    assert found.owner_of("first").error is None
+
+
+def test_an_unknown_method_is_answered_with_what_is_installed_and_the_closest_name(site: Site) -> None:
+    """One error has the unknown name, the installed methods, and the closest match."""
+    site.good("tunerkit-lora", "lora")
+    site.good("tunerkit-adalora", "adalora")
+    expected = "no method named 'adalor'; installed: adalora, lora; did you mean 'adalora'"
+    for ask in (site.registry().get, site.registry().owner_of):
+        with pytest.raises(UnknownMethodError, match=expected):
+            ask("adalor")
+
+
+def test_without_any_plugin_the_error_says_how_to_get_one(site: Site) -> None:
+    """The core has no method: the error says so instead of listing nothing."""
+    assert site.registry().methods() == {}
+    with pytest.raises(UnknownMethodError, match=r"installed: none .*a separate distribution"):
+        site.registry().get("lora")
+
+
+@pytest.mark.parametrize("reason", BROKEN)
+def test_a_broken_plugin_is_named_and_the_others_work(site: Site, monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    """Whatever is wrong with it, it is listed with distribution, version and reason.
+
+    Nothing of it stays registered, and all other plugins work.
+    """
+    site.good("aaa", "first")
+    site.add("mmm", {"broken": BROKEN[reason]}, version="0.3")
+    site.good("zzz", "last")
+    found = site.registry()
+    current = types.ModuleType("tests_current_registry")
+    monkeypatch.setattr(current, "current", found, raising=False)
+    monkeypatch.setitem(sys.modules, "tests_current_registry", current)
+    listed = found.methods()
+    assert sorted(listed) == ["broken", "first", "last"]
+    assert (listed["broken"].distribution, listed["broken"].version) == ("mmm", "0.3")
+    assert listed["broken"].error is not None
+    assert reason.strip() in listed["broken"].error.replace("ModuleNotFoundError", "ImportError")
+    assert "\n" not in listed["broken"].error
+    assert build(found, "last", 1) == ("zzz", 1)
+    assert [answer.value for answer in found.gather(SPECS.tunerkit_base_layers)] == [["aaa"], ["zzz"]]
+    with pytest.raises(UnknownMethodError, match=r"(?s)installed: first, last.*'broken' of mmm 0\.3: "):
+        found.get("broken")
+
+
+def test_why_a_distribution_is_absent_is_said_as_it_is(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed, broken, not installed, or left out by the environment: what helps differs."""
+    site.good("tunerkit-good", "good")
+    site.add("tunerkit-broken", {"broken": "1 / 0"})
+    found = site.registry()
+    assert found.absence("tunerkit-good") is None
+    assert found.absence("tunerkit-broken") == "tunerkit-broken cannot be used: ZeroDivisionError: division by zero"
+    assert found.absence("tunerkit-gone") == "tunerkit-gone is not installed"
+    monkeypatch.setenv("TUNERKIT_PLUGINS", "")
+    assert "TUNERKIT_PLUGINS limits what is loaded" in str(site.registry().absence("tunerkit-good"))
+
+
+def test_a_plugin_that_fails_leaves_no_hook_behind(site: Site) -> None:
+    """Base-layer kinds that it registered before the failure are not offered."""
+    base_layers = "@hookimpl\ndef tunerkit_base_layers():\n    return ['of the broken one']\n"
+    site.add("mmm", {"broken": HEAD + CONFIG + YIELD + base_layers})
+    found = site.registry()
+    assert found.methods()["broken"].error is not None
+    assert [answer.value for answer in found.gather(SPECS.tunerkit_base_layers)] == []
+
+
+def test_broken_metadata_of_one_distribution_does_not_affect_others(site: Site) -> None:
+    """An entry point that is no module, and metadata that cannot be decoded, are named; the rest loads."""
+    site.good("aaa", "first")
+    site.add("mmm", {"broken": ""})
+    (site.folder / "mmm-1.0.dist-info" / "entry_points.txt").write_text("[tunerkit]\nbroken = not a module!\n")
+    site.add("nnn", {"unreadable": ""})
+    (site.folder / "nnn-1.0.dist-info" / "entry_points.txt").write_bytes(b"[tunerkit]\n\xff = \xfe\n")
+    listed = site.registry().methods()
+    assert listed["first"].error is None
+    assert "is not a module: 'not a module!'" in str(listed["broken"].error)
+    assert "metadata cannot be read" in str(listed["nnn-1.0.dist-info"].error)
+
+
+def test_of_two_copies_of_a_distribution_the_first_on_the_path_counts(make_site: Callable[[], Site]) -> None:
+    """Python imports the first one too; the second is neither loaded nor counted as a collision."""
+    hidden, seen = make_site(), make_site()
+    hidden.good("acme", "old")
+    seen.good("Acme", "new")
+    path = [str(seen.folder), str(hidden.folder)]
+    assert list(Registry(metadata.distributions(path=path)).methods()) == ["new"]
+
+
+def test_the_distribution_named_after_a_method_keeps_it(site: Site) -> None:
+    """`tunerkit-lora` owns "lora" even if another distribution sorts first; the other's remaining methods work."""
+    site.good("acme", "lora", "other")
+    site.good("tunerkit_LoRA", "lora")
+    found = site.registry()
+    assert found.owner_of("lora").distribution == "tunerkit-lora"
+    assert build(found, "lora", 1) == ("tunerkit_LoRA", 1)
+    assert build(found, "other", 1) == ("acme", 1)
+    loser = found.methods()["lora (acme)"]
+    assert loser.distribution == "acme"
+    assert "tunerkit-lora" in str(loser.error)
+    assert "acme" in str(loser.error)
+
+
+def test_without_a_namesake_the_first_distribution_by_name_keeps_a_method(site: Site) -> None:
+    """The order of installation does not matter."""
+    site.good("zzz", "lora")
+    site.good("aaa", "lora")
+    found = site.registry()
+    assert found.owner_of("lora").distribution == "aaa"
+    assert sorted(found.methods()) == ["lora", "lora (zzz)"]
+
+
+def test_a_plugin_that_lost_every_method_is_not_asked_for_anything(site: Site) -> None:
+    """It is only listed with its reason: a fork of a plugin doesn't answer a second time."""
+    site.good("aaa", "lora")
+    site.good("zzz", "lora")
+    assert [answer.value for answer in site.registry().gather(SPECS.tunerkit_base_layers)] == [["aaa"]]
+
+
+def test_a_plugin_without_methods_is_asked_for_base_layers(site: Site) -> None:
+    """A distribution may provide only base layers."""
+    site.good("quantised")
+    assert site.registry().methods() == {}
+    assert [answer.value for answer in site.registry().gather(SPECS.tunerkit_base_layers)] == [["quantised"]]
+
+
+def test_two_distributions_may_use_one_entry_point_name(site: Site) -> None:
+    """An entry point's name is no identity: both load, and if both fail, both are listed."""
+    site.good("aaa", "first", entry="plugin")
+    site.good("bbb", "second", entry="plugin")
+    site.add("ccc", {"plugin": "1 / 0"})
+    site.add("ddd", {"plugin": "1 / 0"})
+    assert list(site.registry().methods()) == ["first", "plugin", "plugin (ddd)", "second"]
+
+
+def test_a_failed_plugin_never_hides_a_method_of_its_name(site: Site) -> None:
+    """A broken entry point "lora" does not affect the method "lora" of another distribution."""
+    site.add("aaa", {"lora": "1 / 0"})
+    site.good("bbb", "lora")
+    listed = site.registry().methods()
+    assert listed["lora"].error is None
+    assert listed["lora (aaa)"].error == "ZeroDivisionError: division by zero"
+
+
+_names = st.sampled_from(["tunerkit-a", "tunerkit-b", "acme", "zeta", "tunerkit-z"])
+_installed = st.dictionaries(
+    _names,
+    st.one_of(st.none(), st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=3, unique=True)),
+    max_size=5,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(installed=_installed)
+def test_every_method_has_the_owner_the_rule_names(
+    make_site: Callable[[], Site], installed: dict[str, list[str] | None]
+) -> None:
+    """For any set of distributions, including broken ones (None), no method is lost or offered twice.
+
+    Each method is offered by its namesake, or else by the first distribution by name. Only that plugin builds. Each
+    rejected claim and each failure is listed.
+    """
+    here = make_site()
+    for distribution, methods in installed.items():
+        if methods is None:
+            here.add(distribution, {distribution: "1 / 0"})
+        else:
+            here.good(distribution, *methods)
+    found = here.registry()
+    claims = [(method, dist) for dist, methods in installed.items() for method in methods or ()]
+    for method in {method for method, _ in claims}:
+        claimants = sorted(dist for claimed, dist in claims if claimed == method)
+        expected = f"tunerkit-{method}" if f"tunerkit-{method}" in claimants else claimants[0]
+        assert found.owner_of(method).distribution == expected
+        assert build(found, method, 0) == (expected, 0)
+    listed = found.methods()
+    assert len(listed) == len(claims) + sum(methods is None for methods in installed.values())
+    assert sum(info.error is None for info in listed.values()) == len({method for method, _ in claims})
+
+
+def test_a_careless_plugin_is_never_asked_for_another_plugins_method(site: Site) -> None:
+    """It would build for every method, with priority; only the owner is asked, and `implements` agrees."""
+    careless = HEAD + CONFIG + YIELD + BUILD.replace("@hookimpl", "@hookimpl(tryfirst=True)")
+    careless += "@hookimpl(tryfirst=True)\ndef tunerkit_delta():\n    return 'taken over'\n"
+    site.add("aaa", {"careless": careless})
+    site.good("zzz", "lora")
+    found = site.registry()
+    assert build(found, "lora", 1) == ("zzz", 1)
+    assert found.call(SPECS.tunerkit_delta, "lora", adapter=None, base=None) is None
+    assert found.implements(SPECS.tunerkit_delta, "broken")
+    assert not found.implements(SPECS.tunerkit_delta, "lora")
+    assert not found.implements(SPECS.tunerkit_delta, "nowhere")
+
+
+def test_a_hook_nobody_specified_is_an_error_even_for_core(site: Site) -> None:
+    """A function that is no hook spec raises instead of returning None silently."""
+
+    def tunerkit_build() -> None: ...
+
+    site.good("zzz", "lora")
+    with pytest.raises(PluginError, match="no hook 'tunerkit_build'"):
+        site.registry().call(tunerkit_build, "lora")
+    with pytest.raises(PluginError, match="no hook 'tunerkit_build'"):
+        site.registry().implements(tunerkit_build, "lora")
+
+
+def test_an_optional_hook_of_a_newer_version_is_accepted(site: Site) -> None:
+    """A plugin may mark a hook that only a later tunerkit has."""
+    later = GOOD.replace("{methods!r}", "('lora',)") + "@hookimpl(optionalhook=True)\ndef tunerkit_later(): ...\n"
+    site.add("zzz", {"lora": later})
+    assert site.registry().methods()["lora"].error is None
+
+
+def test_an_exception_of_the_owner_reaches_the_caller_unchanged(site: Site) -> None:
+    """The plugin's own message explains best what is wrong with a config or a target."""
+    refusing = BUILD.replace("return target", "raise LookupError('no such layer here')")
+    site.add("zzz", {"broken": HEAD + CONFIG + YIELD + refusing})
+    with pytest.raises(LookupError, match="no such layer here"):
+        build(site.registry(), "broken", 1)
+
+
+@pytest.mark.parametrize("body", ["raise LookupError('gone')", "yield 1 / 0"])
+def test_a_plugin_that_raises_when_all_are_asked_is_named_and_left_out(site: Site, body: str) -> None:
+    """A broken plugin must not prevent wrapping, whether its hook raises at once or its generator does later."""
+    site.good("aaa", "first")
+    site.add("mmm", {"faulty": f"{HEAD}@hookimpl\ndef tunerkit_base_layers():\n    {body}\n"})
+    site.good("zzz", "last")
+    found = site.registry()
+    with pytest.warns(TunerkitWarning, match=r"tunerkit_base_layers of plugin 'faulty' \(mmm\) failed"):
+        assert [answer.value for answer in found.gather(SPECS.tunerkit_base_layers)] == [["aaa"], ["zzz"]]
+
+
+def test_the_environment_limits_which_plugins_load(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unset loads all, names load only these, empty loads none; other plugins aren't even imported."""
+    site.good("aaa", "first", entry="one")
+    site.add("bbb", {"two": "1 / 0"})
+    site.add("ccc", {"three": ""})
+    (site.folder / "ccc-1.0.dist-info" / "entry_points.txt").write_bytes(b"\xff")
+    assert list(site.registry().methods()) == ["ccc-1.0.dist-info", "first", "two"]
+    monkeypatch.setenv("TUNERKIT_PLUGINS", " one ,")
+    assert list(site.registry().methods()) == ["first"]
+    monkeypatch.setenv("TUNERKIT_PLUGINS", "")
+    assert site.registry().methods() == {}
+    with pytest.raises(UnknownMethodError, match="TUNERKIT_PLUGINS limits loading to: none"):
+        site.registry().get("first")
+
+
+def test_a_limit_that_names_no_plugin_is_an_error(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A typo in the environment must not look like a missing method; every use reports it."""
+    site.good("aaa", "first", entry="adalora")
+    monkeypatch.setenv("TUNERKIT_PLUGINS", "adalor")
+    found = site.registry()
+    for _ in range(2):
+        with pytest.raises(PluginError, match="no plugin named 'adalor'; did you mean 'adalora'"):
+            found.methods()
+
+
+def test_an_in_process_plugin_comes_and_goes() -> None:
+    """`register` offers its methods, `unregister` removes them, and both can be repeated."""
+    found, plugin = Registry([]), InProcess("mine", "yours")
+    for _ in range(2):
+        found.register(plugin)
+        assert found.get("mine").config is Config
+        assert build(found, "yours", 1) == ("in process", 1)
+        assert found.methods()["mine"].distribution == "in-process"
+        found.unregister(plugin)
+        assert found.methods() == {}
+    with pytest.raises(PluginError, match="is not registered"):
+        found.unregister(plugin)
+
+
+def test_a_module_and_a_class_of_static_hooks_can_be_registered() -> None:
+    """Everything that pluggy accepts as a plugin is accepted here."""
+
+    class Static:
+        @staticmethod
+        @hookimpl
+        def tunerkit_base_layers() -> list[str]:
+            return ["static"]
+
+    module = types.ModuleType("throwaway")
+    vars(module)["tunerkit_base_layers"] = hookimpl(lambda: ["module"])
+    found = Registry([])
+    found.register(Static)
+    found.register(module)
+    assert [answer.value for answer in found.gather(SPECS.tunerkit_base_layers)] == [["static"], ["module"]]
+
+
+def test_calling_a_method_whose_plugin_is_gone_names_it() -> None:
+    """A model may be used longer than its plugin is registered."""
+    found, plugin = Registry([]), InProcess("mine")
+    found.register(plugin)
+    found.unregister(plugin)
+    with pytest.raises(PluginError, match="tunerkit_delta needs the plugin of method 'mine'"):
+        found.call(SPECS.tunerkit_delta, "mine", adapter=None, base=None)
+
+
+def test_registering_a_name_that_is_taken_leaves_nothing_behind(site: Site) -> None:
+    """The whole plugin is rejected, naming the owner's distribution; its other methods and hooks are not registered."""
+    site.good("zzz", "lora")
+    found, plugin = site.registry(), InProcess("other", "lora")
+    with pytest.raises(PluginError, match=r"'lora' is already provided by zzz 1\.0"):
+        found.register(plugin)
+    assert list(found.methods()) == ["lora"]
+    assert build(found, "lora", 1) == ("zzz", 1)
+    with pytest.raises(PluginError, match="is not registered"):
+        found.unregister(plugin)
+
+
+def test_a_rejected_plugin_can_be_registered_once_it_is_fixed(site: Site) -> None:
+    """Nothing of it stays registered after a collision or an error."""
+    site.good("zzz", "lora")
+    found, plugin = site.registry(), InProcess("lora")
+    with pytest.raises(PluginError, match="already provided by"):
+        found.register(plugin)
+    plugin.names = ("two words",)
+    with pytest.raises(PluginError, match="expected a word"):
+        found.register(plugin)
+    plugin.names = ("mine",)
+    found.register(plugin)
+    assert sorted(found.methods()) == ["lora", "mine"]
+
+
+def test_two_plugins_of_one_class_are_two_plugins() -> None:
+    """In-process plugins are distinguished by object identity."""
+    found = Registry([])
+    found.register(InProcess("mine"))
+    found.register(InProcess("yours"))
+    assert sorted(found.methods()) == ["mine", "yours"]
+
+
+@pytest.mark.parametrize(
+    "plugin", ["adalora", None, 3, InProcess, object()], ids=["a name", "None", "a number", "a class", "an object"]
+)
+def test_registering_what_is_no_plugin_is_refused(plugin: object) -> None:
+    """A name, None, a number, or a class instead of an instance: the error says what to pass."""
+    found = Registry([])
+    with pytest.raises(PluginError, match=r"mark its functions|pass an instance"):
+        found.register(plugin)
+    assert found.methods() == {}
+
+
+def test_registering_twice_is_refused_and_keeps_the_first() -> None:
+    """The second call is an error; the first registration stays."""
+    found, plugin = Registry([]), InProcess("mine")
+    found.register(plugin)
+    with pytest.raises(PluginError, match="already registered"):
+        found.register(plugin)
+    assert found.get("mine").name == "mine"
+
+
+def test_a_plugin_that_comes_later_does_not_answer_for_others(site: Site) -> None:
+    """What calls a hook may be kept, as `attach` does: it reaches the method's own plugin and no other."""
+    site.good("aaa", "first")
+    found = site.registry()
+    caller = found.caller(SPECS.tunerkit_build_adapter, "first")
+    assert caller is not None
+    found.register(InProcess("late"))
+    assert caller(target=1, base=None, config=None, shared=None) == ("aaa", 1)
+
+
+def test_two_threads_load_the_plugins_once(site: Site) -> None:
+    """The first call loads; concurrent calls wait and get the same records."""
+    slow = "import time\ntime.sleep(0.1)\n" + GOOD.replace("{methods!r}", "('lora',)")
+    site.add("aaa", {"slow": slow})
+    found, seen = site.registry(), []
+    threads = [threading.Thread(target=lambda: seen.append(found.get("lora"))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 8
+    assert len({id(method) for method in seen}) == 1
+
+
+def test_an_interrupted_load_starts_afresh(site: Site) -> None:
+    """Ctrl-C during a slow import is not a plugin's failure, and the next call loads everything."""
+    flag = "throwaway_interrupted"
+    interrupted = f"import signal, sys, types\nif {flag!r} not in sys.modules:\n"
+    interrupted += f"    sys.modules[{flag!r}] = types.ModuleType('x')\n    signal.raise_signal(signal.SIGINT)\n"
+    site.good("aaa", "first")
+    site.add("mmm", {"slow": interrupted + GOOD.replace("{methods!r}", "('second',)")})
+    found = site.registry()
+    # A shell starts its background jobs with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            found.methods()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert list(found.methods()) == ["first", "second"]
+
+
+def test_a_loaded_registry_is_read_without_its_lock(site: Site) -> None:
+    """A call that is interrupted while it changes the registry keeps the lock, and must not stop other threads."""
+    site.good("tunerkit-good", "good")
+    found = site.registry()
+    found.methods()
+    seen: list[object] = []
+    with found._lock:
+        thread = threading.Thread(
+            target=lambda: seen.append((found.implements(specs.tunerkit_shared, "good"), found.get("good").name)),
+            daemon=True,
+        )
+        thread.start()
+        thread.join(300)
+    assert seen == [(False, "good")]
+
+
+def test_the_default_registry_reads_what_is_installed_when_first_asked(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The functions of the module share one registry; `reset` makes it read environment and path again."""
+    site.good("throwaway-dist", "throwaway", entry="throwaway-entry")
+    monkeypatch.setenv("TUNERKIT_PLUGINS", "throwaway-entry")
+    registry.reset()
+    plugin = InProcess("mine")
+    try:
+        registry.register(plugin)
+        assert list(registry.methods()) == ["mine", "throwaway"]
+        assert registry.get("throwaway").name == "throwaway"
+        assert registry.owner_of("throwaway").distribution == "throwaway-dist"
+        assert registry.implements(SPECS.tunerkit_build_adapter, "throwaway")
+        assert registry.call(
+            SPECS.tunerkit_build_adapter, "throwaway", target=1, base=None, config=None, shared=None
+        ) == (
+            "throwaway-dist",
+            1,
+        )
+        assert [answer.value for answer in registry.gather(SPECS.tunerkit_base_layers)] == [["throwaway-dist"]]
+        registry.unregister(plugin)
+        assert list(registry.methods()) == ["throwaway"]
+        monkeypatch.setenv("TUNERKIT_PLUGINS", "")
+        assert list(registry.methods()) == ["throwaway"]
+        registry.reset()
+        assert registry.methods() == {}
+    finally:
+        registry.reset()

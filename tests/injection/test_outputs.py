@@ -1,0 +1,318 @@
+"""Methods that adapt outputs: norms, activations and whole blocks, of which tunerkit knows no weight."""
+
+import copy
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tunerkit
+from tests.support.toy_outputs import AffineConfig, OutputPlugin
+from tests.support.toy_readers import ScaleConfig, ScalePlugin
+from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_adapters import Affine, Scale
+from tunerkit_testing.toy_methods import LowRankPlugin
+
+X = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(1))
+
+
+class Block(nn.Module):
+    """Returns a tuple: its output, and something that is no output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, *, scale: float = 1.0) -> tuple[Tensor, str]:
+        return x + torch.tanh(self.layer(self.norm(x))) * scale, "attention"
+
+
+class Model(nn.Module):
+    """Two blocks, a container that runs its children, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.pool = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        self.last, self.head = nn.LayerNorm(8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x, said = block(x, scale=0.5)
+            assert said == "attention"
+        result: Tensor = self.head(self.last(self.pool(x)))
+        return result
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _toys() -> Iterator[None]:
+    with registered(OutputPlugin(), LowRankPlugin(), ScalePlugin()):
+        yield
+
+
+PLACES = {
+    "norms": ["last", "blocks.*.norm"],
+    "blocks": ["blocks.0", "blocks.1"],
+    "an activation": ["pool.1"],
+    "layers with a weight": ["blocks.0.layer", "pool.0"],
+    "a block and what is in it": ["blocks.0", "blocks.0.norm", "blocks.0.layer"],
+}
+each_place = pytest.mark.parametrize("places", PLACES.values(), ids=PLACES.keys())
+
+
+def wrapped(places: list[str], model: nn.Module | None = None) -> nn.Module:
+    return tunerkit.wrap(model or Model(), "toy-outputs", {"targets": places})
+
+
+def trained(places: list[str]) -> nn.Module:
+    model = wrapped(places)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.05)
+    tunerkit.attach(model, optimizer, total_steps=3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(X).square().sum().backward()
+        assert all(parameter.grad is not None and parameter.grad.any() for parameter in parameters)
+        optimizer.step()
+    return model
+
+
+@each_place
+def test_it_starts_as_the_base_and_every_adapter_is_trained(places: list[str]) -> None:
+    """Bit for bit, also where a block returns a tuple; every adapter gets gradients."""
+    assert torch.equal(wrapped(places)(X), Model()(X))
+    model = trained(places)
+    assert not torch.equal(model(X), Model()(X))
+    with tunerkit.disabled(model):
+        assert torch.equal(model(X), Model()(X))
+
+
+def test_a_blocks_output_is_the_first_of_the_tuple() -> None:
+    """By hand: the adapter sees the block's output, and the rest of the tuple passes."""
+    model: Any = trained(["blocks.0"])
+    adapter, block = tunerkit.tuner(model).adapters()["blocks.0"], Model().blocks[0]
+    found, said = model.blocks[0](X, scale=0.5)
+    own, _ = block(X, scale=0.5)
+    torch.testing.assert_close(found, own * (1 + adapter.get_parameter("scale")) + adapter.get_parameter("shift"))
+    assert said == "attention"
+
+
+@each_place
+def test_it_is_saved_loaded_copied_and_unwrapped(places: list[str], tmp_path: Path) -> None:
+    """As with any method."""
+    model = trained(places)
+    expected = model(X)
+    loaded = tunerkit.load(Model(), tunerkit.save(model, tmp_path))
+    assert torch.equal(loaded(X), expected)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(X), expected)
+    tunerkit.unwrap(model)
+    assert torch.equal(model(X), Model()(X))
+    assert list(model.state_dict()) == list(Model().state_dict())
+
+
+@each_place
+def test_its_reference_computes_the_same(places: list[str]) -> None:
+    """As with any method."""
+    pytest.importorskip("tunerkit_transformers", reason="it makes references")
+    model = trained(places)
+    assert torch.equal(tunerkit.reference(model)(X), model(X))
+
+
+@pytest.mark.parametrize("places", [["last"], ["blocks.0"], ["pool.0"]])
+def test_merging_is_refused_in_words(places: list[str]) -> None:
+    """The method has no delta; nothing changes."""
+    model = trained(places)
+    before = model(X)
+    with pytest.raises(tunerkit.AdapterError, match=r"'toy-outputs' cannot be merged: .*tunerkit_delta"):
+        tunerkit.merge(model)
+    with pytest.raises(tunerkit.AdapterError, match="cannot be merged"):
+        tunerkit.unwrap(model, keep_merged=True)
+    assert torch.equal(model(X), before)
+
+
+class ScaledOutputs(ScalePlugin):
+    """A `ScalePlugin` that adapts any output; it has a delta where there is a weight."""
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [tunerkit.Method("toy-scaled-outputs", config=ScaleConfig, targets="outputs")]
+
+    @tunerkit.hookimpl
+    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Any:
+        return Scale(base) if base.has_weight else Affine(8)
+
+
+def test_with_a_delta_the_layers_that_have_a_weight_merge() -> None:
+    """And a norm beside them is refused, with its path and its type."""
+    with registered(ScaledOutputs()):
+        for places, refused in ((["pool.0", "blocks.0.layer"], False), (["pool.0", "last"], True)):
+            model = tunerkit.wrap(Model(), "toy-scaled-outputs", {"targets": places})
+            with torch.no_grad():
+                for parameter in tunerkit.tuner(model).parameters():
+                    parameter.add_(0.1)
+            expected = model(X)
+            if refused:
+                words = r"cannot merge into 'last'.*'toy-scaled-outputs' changes the output of a LayerNorm"
+                with pytest.raises(tunerkit.AdapterError, match=words):
+                    tunerkit.merge(model)
+                assert torch.equal(model(X), expected)
+            else:
+                tunerkit.merge(model)
+                torch.testing.assert_close(model(X), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_it_stands_beside_a_method_of_weights() -> None:
+    """At one layer both apply: the output method reads the layer's own output, whichever came first."""
+    found = []
+    for order in (("toy-outputs", "toy-low-rank"), ("toy-low-rank", "toy-outputs")):
+        model: nn.Module = Model()
+        for method in order:
+            model = tunerkit.wrap(model, method, {"targets": ["pool.0"]}, adapter=method, seed=0)
+        with torch.no_grad():
+            for name in ("toy-outputs", "toy-low-rank"):
+                for parameter in tunerkit.tuner(model, name).parameters():
+                    parameter.add_(0.1)
+        found.append(model(X))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(
+    ("places", "words"),
+    [
+        (["blocks"], "blocks.*ModuleList, which is never called: it has no output"),
+        (["attention.out_proj"], "attention.out_proj.*bypassing its forward"),
+        (["pool"], "pool: is an nn.Sequential, which runs every child.*name the last layer"),
+        (["lats"], "lats.*last"),
+    ],
+)
+def test_what_has_no_output_of_its_own_is_refused(places: list[str], words: str) -> None:
+    """With the path, the reason, and the closest name where it was mistyped."""
+    model = Model()
+    model.attention = nn.MultiheadAttention(8, 2)
+    with pytest.raises(tunerkit.TargetError, match=f"(?s){words}"):
+        wrapped(places, model)
+
+
+class Dictionary(nn.Module):
+    """Its output is no tensor."""
+
+    def forward(self, x: Tensor) -> Any:
+        return {"hidden": x}
+
+
+class Reading(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Dictionary()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x)["hidden"]  # type: ignore[no-any-return]
+
+
+def test_an_output_that_is_no_tensor_is_refused_in_words() -> None:
+    """The error names the method and the module, and what such a module returned."""
+    model = wrapped(["part"], Reading())
+    with pytest.raises(tunerkit.AdapterError, match=r"(?s)'toy-outputs'.*Dictionary.*returned a dict.*tensor"):
+        model(X)
+
+
+def test_a_weight_method_leaves_norms_alone() -> None:
+    """Only methods that say so adapt outputs."""
+    with pytest.raises(tunerkit.TargetError, match="LayerNorm, which cannot be adapted"):
+        tunerkit.wrap(Model(), "toy-low-rank", {"targets": ["last"]})
+
+
+def test_a_method_that_reads_weights_is_refused_where_there_is_none() -> None:
+    """When wrapping, with the path."""
+
+    class Reader(OutputPlugin):
+        @tunerkit.hookimpl
+        def tunerkit_methods(self) -> list[tunerkit.Method]:
+            return [tunerkit.Method("toy-reader", config=AffineConfig, targets="outputs")]
+
+        @tunerkit.hookimpl
+        def tunerkit_build_adapter(self) -> Any:  # type: ignore[override]
+            adapter: Any = Affine(8)
+            adapter.reads_weight = True
+            return adapter
+
+    with registered(Reader()):
+        with pytest.raises(tunerkit.TargetError, match=r"'last' is a LayerNorm.*'toy-reader' reads the weight"):
+            tunerkit.wrap(Model(), "toy-reader", {"targets": ["last"]})
+        tunerkit.wrap(Model(), "toy-reader", {"targets": ["pool.0"]})
+
+
+def test_what_is_asked_of_a_missing_weight_is_named() -> None:
+    """An adapter that asks for it is told where to read sizes."""
+    with registered(ScaledOutputs()):
+        model: Any = tunerkit.wrap(Model(), "toy-scaled-outputs", {"targets": ["last"]})
+        base = model.last.tunerkit.base
+        for ask in (lambda: base.in_features, lambda: base.out_features, base.dense, lambda: base.pack(X)):
+            with pytest.raises(tunerkit.AdapterError, match=r"LayerNorm, of which .* knows no weight.*target\.module"):
+                ask()
+        assert torch.equal(base.bias(), model.last.bias)
+
+
+def test_blocks_of_a_bert_are_adapted(tmp_path: Path) -> None:
+    """Norms and layers of a transformers model, saved and loaded."""
+    pytest.importorskip("transformers")
+    from tunerkit_testing.transformers_cases import bert
+
+    ids = torch.randint(61, (2, 5), generator=torch.Generator().manual_seed(0))
+    config = {"targets": ["encoder.layer.0", "encoder.layer.1.output.LayerNorm"], "features": 16}
+    config["train_modules"] = ["classifier"]
+    model = tunerkit.wrap(bert().eval(), "toy-outputs", config)
+    assert torch.equal(model(ids).logits, bert().eval()(ids).logits)
+    with torch.no_grad():
+        for parameter in tunerkit.tuner(model).parameters():
+            parameter.add_(0.1)
+    loaded = tunerkit.load(bert().eval(), tunerkit.save(model, tmp_path))
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert not torch.equal(loaded(ids).logits, bert().eval()(ids).logits)
+
+
+class Constant(nn.Module):
+    """Takes no input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.ones(8))
+
+    def forward(self) -> Tensor:
+        return self.values
+
+
+def test_a_module_without_input_has_an_output_all_the_same() -> None:
+    """Its adapter is given None as the input."""
+
+    class Adding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Constant()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.part()  # type: ignore[no-any-return]
+
+    model = wrapped(["part"], Adding())
+    assert torch.equal(model(X), X + 1)
+
+
+def test_an_output_method_works_where_another_adapter_trains_the_bias() -> None:
+    """A norm has no base-layer kind; whichever adapter comes first, the method sees a layer."""
+    model = Model()
+    tunerkit.wrap(model, "toy-low-rank", {"targets": ["layer"], "bias": "all"}, adapter="biases")
+    tunerkit.wrap(model, "toy-outputs", {"targets": ["norm"]}, adapter="outputs")
+    with torch.no_grad():
+        for parameter in tunerkit.tuner(model, "outputs").parameters():
+            parameter.add_(0.1)
+    assert not torch.equal(model(X), Model()(X))
+    with pytest.raises(
+        tunerkit.AdapterError, match=r"'toy-outputs' cannot be merged|cannot merge into 'blocks\.0\.norm'"
+    ):
+        tunerkit.merge(model)

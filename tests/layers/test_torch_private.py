@@ -1,0 +1,330 @@
+"""Canaries: each private name of torch that the core uses exists and behaves as expected."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from scripts.structure import private_attributes, read
+from tunerkit.layers import torch_private
+from tunerkit_testing.counting import Counting
+
+ROOT = Path(__file__).parents[2]
+FILE = "tunerkit/layers/torch_private.py"
+
+
+def parameters() -> bool:
+    """The live dict: an entry is a parameter, even if an instance attribute hides it."""
+    module = nn.Linear(2, 2)
+    vars(module)["weight"] = "in front"
+    torch_private.own_parameters(module)["further"] = nn.Parameter(torch.ones(1))
+    return [name for name, _ in module.named_parameters()] == ["weight", "bias", "further"]
+
+
+def children() -> bool:
+    """The live dict, which takes any name."""
+    module = nn.Module()
+    torch_private.own_children(module)["forward"] = nn.ReLU()
+    return [name for name, _ in module.named_modules()] == ["", "forward"]
+
+
+def compiled() -> bool:
+    """The module behind `torch.compile`; None for any other module."""
+    module = nn.Linear(2, 2)
+    return torch_private.compiled_from(torch.compile(module)) is module and torch_private.compiled_from(module) is None  # type: ignore[arg-type]
+
+
+def nothing(*_: object, **__: object) -> None:
+    """A hook."""
+
+
+def hooks() -> bool:
+    """Hooks are found by function and removed with every flag; a second or a global one is not a single hook."""
+    module = nn.Linear(2, 2)
+    module.register_forward_hook(nothing, with_kwargs=True, always_call=True)
+    single, found = torch_private.has_single_hook(module), torch_private.has_hook(module, nothing)
+    with nn.modules.module.register_module_forward_hook(nothing):
+        seen = not torch_private.has_single_hook(module)
+    module.register_forward_pre_hook(nothing)
+    torch_private.remove_hooks_(module, nothing)
+    left = (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
+    return single and found and seen and not any(left) and not torch_private.has_hook(module, nothing)
+
+
+def classes() -> bool:
+    """The bases of convolutions and norms, lazy and transposed ones too."""
+    return (
+        torch_private.is_convolution(nn.LazyConvTranspose2d(1, 1))
+        and not torch_private.is_convolution(nn.Linear(1, 1))
+        and torch_private.is_batch_norm(nn.SyncBatchNorm(1))
+        and not torch_private.is_batch_norm(nn.InstanceNorm1d(1))
+        and torch_private.has_statistics(nn.InstanceNorm3d(1))
+        and not torch_private.has_statistics(nn.LayerNorm(1))
+        and all(isinstance(norm(4, 4), torch_private.channel_norms()) for norm in (nn.GroupNorm, nn.InstanceNorm2d))
+    )
+
+
+def batch_dimension() -> bool:
+    """Instance norms take (C, L) and (N, C, L)."""
+    norm = nn.InstanceNorm1d(2)
+    return [torch_private.is_batched(norm, torch.rand(shape)) for shape in ((2, 3), (1, 2, 3))] == [False, True]
+
+
+def convolutions() -> bool:
+    """The method that a convolution's forward calls with its weight and bias."""
+    layer, x = nn.Conv1d(2, 3, 2, padding="same", padding_mode="circular", bias=False), torch.rand(1, 2, 5)
+    own = torch_private.runs_convolution_of(layer, nn.Conv1d) and not torch_private.runs_convolution_of(
+        layer, nn.Conv2d
+    )
+    return own and torch.equal(torch_private.convolve(layer, x, layer.weight), layer(x))
+
+
+def versions() -> bool:
+    """Rises with an in-place change, also one through a detached view."""
+    tensor = torch.zeros(2)
+    before = torch_private.version(tensor)
+    tensor.detach().add_(1)
+    with torch.inference_mode():
+        return before is not None and torch_private.version(tensor) == before + 1 and not versions_of_inference()
+
+
+def divided() -> bool:
+    """Every tensor of the list is divided in place."""
+    tensors = [torch.ones(2), torch.ones(1)]
+    torch_private.divide_(tensors, torch.tensor(4.0))
+    return [tensor.tolist() for tensor in tensors] == [[0.25, 0.25], [0.25]]
+
+
+def copied() -> bool:
+    """Every tensor of the list gets its value."""
+    tensors = [torch.zeros(2), torch.zeros(1)]
+    torch_private.copy_(tensors, [torch.ones(2), torch.full((1,), 2.0)])
+    return [tensor.tolist() for tensor in tensors] == [[1.0, 1.0], [2.0]]
+
+
+def versions_of_inference() -> int | None:
+    return torch_private.version(torch.zeros(2))
+
+
+def observed_inside(block: Callable[[Callable[[Tensor], Tensor]], object]) -> Callable[[], bool]:
+    """Whether `is_observed` is true inside ``block``, which gets a function to run, and false outside."""
+
+    def check() -> bool:
+        seen: list[bool] = []
+
+        def look(x: Tensor) -> Tensor:
+            seen.append(torch_private.is_observed())
+            return x.sin()
+
+        look(torch.ones(2))
+        block(look)
+        return seen[0] is False and len(seen) > 1 and all(seen[1:])
+
+    return check
+
+
+def in_forward_mode(look: Callable[[Tensor], Tensor]) -> None:
+    with forward_ad.dual_level():
+        look(torch.ones(2))
+
+
+def kept(policy: CheckpointPolicy) -> Callable[[Callable[[Tensor], Tensor]], object]:
+    """In both passes of selective checkpointing: the one that saves outputs, and the one that reuses them."""
+
+    def block(look: Callable[[Tensor], Tensor]) -> None:
+        def contexts() -> Any:
+            return create_selective_checkpoint_contexts(lambda *_, **__: policy)
+
+        x = torch.ones(2, requires_grad=True)
+        checkpoint(lambda x: look(x).cos(), x, use_reentrant=False, context_fn=contexts).sum().backward()
+
+    return block
+
+
+def operations() -> bool:
+    """Each dispatched operation is counted, including in-place ones."""
+    with Counting() as operations:
+        torch.ones(2).add_(1)
+    return operations.count == 2
+
+
+def other_modes() -> bool:
+    """A dispatch mode that saves nothing does not count as observing."""
+    with Counting():
+        return not torch_private.is_observed()
+
+
+def other(*_: object, **__: object) -> None:
+    """A second hook."""
+
+
+def state_hooks() -> bool:
+    """Hooks after taking a state and before loading one are found by function; others stay."""
+    module = nn.Linear(2, 2)
+    for hook in (nothing, other):
+        module.register_load_state_dict_pre_hook(hook)
+        module.register_state_dict_post_hook(hook)
+    torch_private.remove_state_hooks_(module, nothing)
+    wrappers: Any = module._load_state_dict_pre_hooks.values()
+    left = [wrapper.hook for wrapper in wrappers]
+    return left == [other] == list(module._state_dict_hooks.values())
+
+
+def dynamo() -> bool:
+    """Compiled code is detected until a reset."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    before = list(torch._dynamo.convert_frame.input_codes.seen)
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
+    noted = len(torch._dynamo.convert_frame.input_codes.seen)
+    torch_private.forget_compiled()
+    forgotten = not torch._dynamo.convert_frame.input_codes.seen
+    return not before and noted > 0 and forgotten and torch._dynamo.config.skip_nnmodule_hook_guards is False
+
+
+def compilations() -> bool:
+    """A function that is compiled once and called twice has one compilation."""
+    counter = torch_private.compile_counter("eager")
+    compiled_function = torch.compile(torch.sin, backend=counter)
+    compiled_function(torch.ones(2)), compiled_function(torch.zeros(2))
+    torch.compiler.reset()
+    return bool(counter.frame_count == 1)
+
+
+# By the names that stand in torch_private.py: what uses them, and a check.
+CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
+    "_C": ("is_observed (layers.fused)", lambda: isinstance(torch._C, type(torch))),
+    "_foreach_copy_": ("copy_ (of methods and engines)", copied),
+    "_foreach_div_": ("divide_ (steps.withheld)", divided),
+    "_parameters": ("own_parameters (everywhere)", parameters),
+    "_modules": ("own_children, compiled_from (injection.models)", children),
+    "_orig_mod": ("compiled_from (injection.models)", compiled),
+    "_forward_hooks": ("has_hook, has_single_hook, remove_hooks_ (injection, layers.fused)", hooks),
+    "_forward_pre_hooks": ("has_hook, remove_hooks_ (injection)", hooks),
+    "_forward_hooks_with_kwargs": ("remove_hooks_ (injection)", hooks),
+    "_forward_hooks_always_called": ("remove_hooks_ (injection)", hooks),
+    "_global_forward_hooks": ("has_single_hook (layers.fused)", hooks),
+    "_ConvNd": ("is_convolution (targets)", classes),
+    "_NormBase": ("has_statistics (injection.preconditions)", classes),
+    "_BatchNorm": ("is_batch_norm, channel_norms (injection.inject, layers.base)", classes),
+    "_InstanceNorm": ("channel_norms, is_batched (layers.base)", classes),
+    "_get_no_batch_dim": ("is_batched (layers.base)", batch_dimension),
+    "_conv_forward": ("runs_convolution_of, convolve (layers.kinds)", convolutions),
+    "_version": ("version (layers.fused)", versions),
+    "_are_functorch_transforms_active": (
+        "is_observed (layers.fused)",
+        observed_inside(lambda look: torch.vmap(look)(torch.ones(3, 2))),
+    ),
+    "_current_level": ("is_observed (layers.fused)", observed_inside(in_forward_mode)),
+    "_is_tracing": (
+        "is_observed (layers.fused)",
+        observed_inside(lambda look: torch.jit.trace(look, torch.ones(2), check_trace=False)),
+    ),
+    "_len_torch_dispatch_stack": ("is_observed (layers.fused)", other_modes),
+    "_CachingTorchDispatchMode": (
+        "is_observed (layers.fused)",
+        observed_inside(kept(CheckpointPolicy.MUST_SAVE)),
+    ),
+    "_CachedTorchDispatchMode": ("is_observed (layers.fused)", observed_inside(kept(CheckpointPolicy.PREFER_SAVE))),
+    "_get_current_dispatch_mode_stack": (
+        "is_observed (layers.fused)",
+        observed_inside(kept(CheckpointPolicy.MUST_SAVE)),
+    ),
+    "torch.utils._python_dispatch": ("is_observed, dispatch_mode (layers.fused, testing.counting)", operations),
+    "_load_state_dict_pre_hooks": ("remove_state_hooks_ (injection.state_dicts)", state_hooks),
+    "_state_dict_hooks": ("remove_state_hooks_ (injection.state_dicts)", state_hooks),
+    "torch._dynamo": (
+        "uncompiled, forget_compiled (injection), compile_counter (testing.compiling)",
+        lambda: dynamo() and compilations(),
+    ),
+}
+
+# What can be deleted from torch before anything of ours is imported; the rest are attributes of instances.
+DELETED = (
+    *("_is_tracing", "_are_functorch_transforms_active", "_len_torch_dispatch_stack", "_current_level"),
+    *("_CachingTorchDispatchMode", "_CachedTorchDispatchMode", "torch.utils._python_dispatch", "_ConvNd"),
+    *("_BatchNorm", "_NormBase", "_InstanceNorm", "_get_no_batch_dim", "_conv_forward", "_global_forward_hooks"),
+    *("_get_current_dispatch_mode_stack",),
+    *("_foreach_div_", "_foreach_copy_"),
+)
+OF_INSTANCES = {
+    *("_parameters", "_modules", "_orig_mod", "_forward_hooks", "_version"),
+    *("_load_state_dict_pre_hooks", "_state_dict_hooks"),
+    *("_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+}
+# Children of one process that has torch: a fresh import for each name would take a minute.
+SCRIPT = """
+import json, os, sys, torch, torch.distributed, torch.nn.parallel, torch.utils.checkpoint
+def owners(name):
+    found = [m for n, m in list(sys.modules.items()) if n.split(".")[0] == "torch" and name in vars(m)]
+    kinds = (*vars(torch.nn).values(), *vars(torch.nn.parallel).values(), *vars(torch.autograd).values())
+    return found + [kind for kind in kinds if isinstance(kind, type) and name in vars(kind)]
+def remove(name):
+    if "." in name:
+        del sys.modules[name]
+    places = owners(name.rpartition(".")[2])
+    assert places, name
+    for place in places:
+        delattr(place, name.rpartition(".")[2])
+results = {}
+for name in json.loads(sys.argv[1]):
+    end, start = os.pipe()
+    if not os.fork():
+        try:
+            remove(name)
+            import tunerkit
+            text = "torch._dynamo" if "torch._dynamo" in sys.modules else ""
+        except BaseException as error:
+            text = repr(error)
+        os.write(start, text.encode() or b"-")
+        os._exit(0)
+    os.wait()
+    results[name] = os.read(end, 10000).decode()
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def imported() -> dict[str, str]:
+    """The exception that importing tunerkit raises without each name; ``-`` for none."""
+    command = [sys.executable, "-c", SCRIPT, json.dumps(DELETED)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, env={**os.environ})
+    assert done.returncode == 0, done.stderr
+    results: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return results
+
+
+@pytest.mark.parametrize("name", CANARIES)
+def test_a_private_name_of_torch_does_what_it_is_taken_for(name: str) -> None:
+    """On failure, the message says what broke, what uses it, and where to fix it."""
+    users, check = CANARIES[name]
+    where = f"torch {torch.__version__}: its private name {name} is not what it was. {users} relies on it: mend {FILE}"
+    try:
+        right = check()
+    except Exception as error:
+        pytest.fail(f"{where} ({type(error).__name__}: {error})")
+    assert right, where
+
+
+def test_every_private_name_in_the_file_has_a_canary() -> None:
+    """Also, no canary is for a name that is no longer used."""
+    source = next(s for s in read("layers", ROOT / "tunerkit/layers") if s.name.endswith("torch_private"))
+    assert set(private_attributes(source)) == set(CANARIES)
+    assert set(DELETED) | OF_INSTANCES | {"_C", "torch._dynamo"} == set(CANARIES)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the children of one process are forked")
+@pytest.mark.parametrize("name", DELETED)
+def test_tunerkit_is_imported_without_a_private_name_of_torch(imported: dict[str, str], name: str) -> None:
+    """A renamed one breaks its users when they run, never the import; dynamo isn't imported either."""
+    assert imported[name] == "-"

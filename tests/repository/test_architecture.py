@@ -1,0 +1,651 @@
+"""The import graph and the separation of plugins, checked against DESIGN's rules by reading the source."""
+
+import ast
+import importlib.util
+import re
+import sys
+import tomllib
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from scripts.structure import (
+    Graph,
+    Source,
+    Sources,
+    belongs,
+    by_package,
+    cycle,
+    defining_imports,
+    imported,
+    imported_names,
+    is_private,
+    mutable_state,
+    node_of,
+    private_attributes,
+    private_names,
+    read,
+)
+
+ROOT = Path(__file__).parents[2]
+CORE = "tunerkit"
+PACKAGES = {CORE: ROOT / CORE, **{path.name: path for path in sorted(ROOT.glob("plugins/*/tunerkit_*"))}}
+TEST_FILES = sorted([*ROOT.glob("tests/**/test_*.py"), *ROOT.glob("plugins/*/tests/**/test_*.py")])
+PLUGGY = frozenset({"pluggy", "tunerkit.hooks.specs", "tunerkit.hooks.registry"})
+MARKERS = frozenset({"hookimpl", "hookspec"})
+# The only core files that may use a library's private names; the engines have one of their own.
+PRIVATE = {"torch": f"{CORE}.layers.torch_private", "transformers": "tunerkit_transformers.transformers_private"}
+# State that lives as long as the process, each entry with its reason.
+_OF_GROUPS = "tunerkit_distributed"
+PROCESS_STATE = {
+    *(f"{CORE}.hooks.registry.registry", f"{CORE}.steps.resizing._engines", f"{CORE}.layers.weights.plugins"),
+    # Of the process group.
+    *(f"{_OF_GROUPS}.replicated._engines", f"{_OF_GROUPS}.group._written", f"{_OF_GROUPS}.writing._counts"),
+    *(f"{_OF_GROUPS}.meeting._rooms", f"{_OF_GROUPS}.agreement._begun"),
+}
+# What the plugins that know engines and trainers take from inside the core. It may only shrink: others need no more
+# than `tunerkit`, `tunerkit.errors` and `tunerkit.plugin`.
+INSIDE = {
+    "tunerkit_transformers": {
+        "hooks",
+        "injection",
+        "layers",
+        "paths",
+        "records",
+        "serialization",
+        "steps",
+    },
+    "tunerkit_distributed": {"hooks", "injection", "layers", "paths", "serialization"},
+}
+FOR_PLUGINS = frozenset({"__init__", "errors", "plugin"})
+# The plugins that take nothing else; the command and what extends it are built on more.
+OUTSIDE = [f"tunerkit_{name}" for name in ("lora", "adalora", "peft", "gguf", "diffusers", "quant")]
+LIBRARIES = frozenset(
+    {"transformers", "accelerate", "timm", "diffusers", "torchvision", "peft", "trl", "bitsandbytes", "deepspeed"}
+    | {"lightning", "pytorch_lightning", "torchao", "torchaudio", "sentence_transformers", "huggingface_hub"}
+)
+NAMES_OF_LIBRARIES = ("extras",)  # the part of core where these may stand
+# Distributions that bring no method and no kind of layer: the command, and what extends it alone.
+TOOLS = ("tunerkit_cli", "tunerkit_serving", "tunerkit_testing")
+# The command trains with transformers, so it is built on that plugin.
+BUILT_ON = {"tunerkit_cli": "tunerkit_transformers"}
+ARITHMETIC_MODULES = frozenset({"cmath", "math", "numpy", "operator", "statistics"})
+ARITHMETIC_BUILTINS = frozenset({"abs", "divmod", "pow", "round", "sum"})
+
+# The layout (DESIGN.md, section 6). Every import, lazy and typing-only ones included, goes to an earlier row, and
+# packages in one row never import each other.
+ROWS: tuple[tuple[str, ...], ...] = (
+    ("errors", "extras", "paths", "records"),
+    ("patterns", "config"),
+    ("layers",),
+    ("hooks", "targets"),
+    ("injection",),
+    ("steps",),
+    ("serialization",),
+    ("api",),
+    ("__init__",),
+    ("plugin", "__main__", "testing"),  # for authors; what `python -m tunerkit` runs; the old name of a distribution
+)
+
+
+def sample(**texts: str) -> Sources:
+    """Modules written in a test; ``a__b`` stands for ``a.b``, and a name without dots is a package."""
+    named = {name.replace("__", "."): text for name, text in texts.items()}
+    return {name: Source(name, ast.parse(text), is_package="." not in name) for name, text in named.items()}
+
+
+def graph_of(sources: Sources) -> Graph:
+    return {name: defining_imports(source, sources) for name, source in sources.items()}
+
+
+def reached(graph: Graph, start: str) -> set[str]:
+    """All modules that importing ``start`` imports, without ``start``."""
+    found: set[str] = set()
+    waiting = [start]
+    while waiting:
+        new = graph.get(waiting.pop(), frozenset()) - found
+        found |= new
+        waiting += new
+    return found
+
+
+def upward(sources: Sources, rows: tuple[tuple[str, ...], ...]) -> list[str]:
+    """Imports that go to a later row or to another package of the same row, and packages without a row."""
+    row_of = {name: number for number, row in enumerate(rows) for name in row}
+    graph = by_package(sources)
+    problems = [f"{node} stands in no row" for node in graph if node not in row_of]
+    for node, others in graph.items():
+        problems += [
+            f"{node} imports {other}" for other in sorted(others) if row_of.get(other, len(rows)) >= row_of.get(node, 0)
+        ]
+    return problems
+
+
+def past_packages(sources: Sources, package: str) -> list[str]:
+    """Imports of a file inside one of the packages of ``package`` by code outside that package."""
+    return [
+        f"{name} imports {module}"
+        for name, source in sources.items()
+        for module in sorted(imported(source, sources, deep=True))
+        if module.startswith(f"{package}.") and module.count(".") > 1 and not _shares_package(name, module)
+    ]
+
+
+def _shares_package(name: str, module: str) -> bool:
+    return name.split(".")[:2] == module.split(".")[:2]
+
+
+def library_names(source: Source) -> list[str]:
+    """Strings that name a part of another library: ``"line 3: 'transformers.trainer'"``.
+
+    A string with blanks is a sentence: errors and warnings tell a user what to call in that library.
+    """
+    shown = {id(text) for text in docstrings(source.tree)}
+    texts = [n for n in ast.walk(source.tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    return [
+        f"line {text.lineno}: {text.value!r}"
+        for text in texts
+        if id(text) not in shown and " " not in str(text.value) and LIBRARIES & {*re.split(r"\W+", str(text.value))}
+    ]
+
+
+def docstrings(tree: ast.Module) -> Iterator[ast.expr]:
+    """The docstrings of modules, classes and functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from (first.value for first in node.body[:1] if isinstance(first, ast.Expr))
+
+
+def foreign_imports(sources: Sources, package: str, others: Iterable[str]) -> list[str]:
+    """Imports of ``others`` anywhere in ``package``, also in functions and for type checkers."""
+    wanted = [other for other in others if other != package]
+    return [
+        f"{name} imports {module}"
+        for name, source in sources.items()
+        if belongs(name, [package])
+        for module in sorted(defining_imports(source, sources, deep=True))
+        if belongs(module, wanted)
+    ]
+
+
+def torch_attributes() -> frozenset[str]:
+    """Every private name of torch's modules, tensors and optimizers, by which torch itself calls it."""
+    modules = (
+        nn.Conv1d(1, 1, 1),
+        nn.InstanceNorm1d(1),
+        nn.MultiheadAttention(2, 1),
+        nn.parallel.DistributedDataParallel,
+    )
+    things = (*modules, torch.zeros(1), torch.optim.SGD([torch.zeros(1)]), torch, torch._C, nn.modules.module)
+    return frozenset(name for thing in things for name in dir(thing) if is_private(name))
+
+
+def private_of(library: str, source: Source, attributes: Collection[str]) -> list[str]:
+    """The private names of ``library`` that a module uses: imported, below an import, or on any object."""
+    own = [name for name in private_attributes(source) if name in attributes or belongs(name, [library])]
+    return [*private_names(source, library), *own]
+
+
+def adapter_modules(sources: Sources) -> list[str]:
+    """The modules that define an adapter: a class derived from one named ``Adapter``, or that class itself."""
+    classes = [(n, node) for n, s in sources.items() for node in ast.walk(s.tree) if isinstance(node, ast.ClassDef)]
+    return sorted(
+        {
+            name
+            for name, node in classes
+            if node.name == "Adapter" or any(ast.unparse(base).rpartition(".")[2] == "Adapter" for base in node.bases)
+        }
+    )
+
+
+def arithmetic(tree: ast.Module) -> list[str]:
+    """Where a module computes: ``"line 3: a + b"``. Type unions and string formatting are no arithmetic."""
+    spared = {id(part) for annotation in annotations(tree) for part in ast.walk(annotation)}
+    nodes = [node for node in ast.walk(tree) if id(node) not in spared and computes(node)]
+    return [f"line {getattr(node, 'lineno', 0)}: {ast.unparse(node)}" for node in nodes]
+
+
+def annotations(tree: ast.Module) -> Iterator[ast.expr]:
+    """Annotations, and what `isinstance` is asked about: ``|`` is a type union there."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.returns is not None:
+            yield node.returns
+        if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation is not None:
+            yield node.annotation
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+            yield from node.args[1:]
+
+
+def computes(node: ast.AST) -> bool:
+    match node:
+        case ast.BinOp(left=left, op=ast.Add() | ast.Mod(), right=right):
+            return not (is_text(left) or is_text(right))
+        case ast.BinOp() | ast.AugAssign():
+            return True
+        case ast.UnaryOp(op=ast.USub() | ast.Invert(), operand=operand):
+            return not isinstance(operand, ast.Constant)
+        case ast.Call(func=ast.Name(id=name)):
+            return name in ARITHMETIC_BUILTINS
+        case ast.Import(names=names):
+            return any(belongs(alias.name, ARITHMETIC_MODULES) for alias in names)
+        case ast.ImportFrom(module=str(module), level=0):
+            return belongs(module, ARITHMETIC_MODULES)
+    return False
+
+
+def is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def requirement_names(requirements: Iterable[str]) -> frozenset[str]:
+    names = (re.split(r"[^A-Za-z0-9_-]", requirement, maxsplit=1)[0] for requirement in requirements)
+    return frozenset(name.replace("-", "_") for name in names)
+
+
+def undeclared(sources: Sources, declared: frozenset[str]) -> list[str]:
+    """Modules that core's plain part imports although its distribution doesn't declare them."""
+    allowed = declared | sys.stdlib_module_names | {CORE}
+    return [
+        f"{name} imports {module}"
+        for name, source in sources.items()
+        if belongs(name, [CORE])
+        for module in sorted(defining_imports(source, sources))
+        if module.partition(".")[0] not in allowed
+    ]
+
+
+def without_docstring(tree: ast.Module) -> list[str]:
+    """The tests without a docstring, also in classes."""
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return [node.name for node in functions if node.name.startswith("test_") and not ast.get_docstring(node)]
+
+
+@pytest.fixture(scope="module")
+def sources() -> Sources:
+    return {source.name: source for package, folder in PACKAGES.items() for source in read(package, folder)}
+
+
+# --- The laws ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_modules_that_the_rules_are_about_exist(sources: Sources) -> None:
+    """The laws below apply to core's modules and to each plugin's ``plugin`` module."""
+    assert f"{CORE}.hooks.registry" in sources
+    assert all(f"{package}.plugin" in sources for package in PACKAGES if package not in (CORE, *TOOLS))
+    assert {"tunerkit_lora.adapter", "tunerkit_adalora.svd_layer"} < set(adapter_modules(sources))
+
+
+def test_no_import_leads_back_to_where_it_came_from(sources: Sources) -> None:
+    """The import graph of core and all plugins has no cycle at module level."""
+    assert cycle(graph_of(sources)) == []
+
+
+def test_every_import_of_core_goes_to_an_earlier_row(sources: Sources) -> None:
+    """The layout is a stack: lower modules never import higher ones, not even lazily or for types."""
+    core = {name: source for name, source in sources.items() if belongs(name, [CORE])}
+    assert upward(core, ROWS) == []
+
+
+def test_files_inside_a_package_import_each_other_without_cycles(sources: Sources) -> None:
+    """Lazy and typing-only imports count here too."""
+    graph = {name: defining_imports(source, sources, deep=True) for name, source in sources.items()}
+    packages = {node_of(name) for name in sources if belongs(name, [CORE])}
+    for package in packages:
+        inside = {name for name in sources if belongs(name, [f"{CORE}.{package}"])}
+        files = {name: graph[name] & inside - {name} for name in inside if not sources[name].is_package}
+        assert cycle(files) == []
+
+
+def test_code_outside_a_package_imports_from_the_package(sources: Sources) -> None:
+    """A package's ``__init__`` is its interface: its files can be split and renamed freely."""
+    measured = "benchmarks.speed.alternatives"  # swaps parts of the fused product for others, to compare them
+    benchmarks = {s.name: s for s in read("benchmarks", ROOT / "benchmarks") if s.name != measured}
+    assert past_packages({**sources, **benchmarks}, CORE) == []
+
+
+def test_core_imports_no_plugin(sources: Sources) -> None:
+    """No core module imports a plugin's package, not even inside a function."""
+    assert foreign_imports(sources, CORE, PACKAGES) == []
+
+
+@pytest.mark.parametrize("package", [package for package in PACKAGES if package != CORE])
+def test_plugins_do_not_import_each_other(sources: Sources, package: str) -> None:
+    """A plugin imports only the core and its own modules; one that extends the command what that offers for it.
+
+    The command itself is built on tunerkit-transformers.
+    """
+    found = foreign_imports(sources, package, [each for each in PACKAGES if each not in (CORE, BUILT_ON.get(package))])
+    assert [line for line in found if not line.endswith(".commands imports tunerkit_cli.plugin")] == []
+
+
+@pytest.mark.parametrize("package", INSIDE)
+def test_plugins_take_no_more_from_inside_the_core(sources: Sources, package: str) -> None:
+    """A list that may only shrink: what stands there has no place yet that plugins may use."""
+    own = [source for name, source in sources.items() if belongs(name, [package])]
+    found = {node_of(m) for source in own for m in imported(source, sources, deep=True) if belongs(m, [CORE])}
+    assert found - FOR_PLUGINS == INSIDE[package]
+
+
+@pytest.mark.parametrize("package", OUTSIDE)
+def test_other_plugins_need_what_is_meant_for_them_alone(sources: Sources, package: str) -> None:
+    """Nothing deeper than `tunerkit`, `tunerkit.errors` and `tunerkit.plugin`: all else may change between releases."""
+    own = [source for name, source in sources.items() if belongs(name, [package])]
+    found = {node_of(m) for source in own for m in imported(source, sources, deep=True) if belongs(m, [CORE])}
+    assert found <= FOR_PLUGINS
+
+
+def test_core_imports_at_module_level_only_what_its_distribution_asks_for(sources: Sources) -> None:
+    """``import tunerkit`` works with the plain dependencies installed: only optional parts need extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert undeclared(sources, requirement_names(project["dependencies"])) == []
+
+
+def test_plugin_modules_hold_no_arithmetic(sources: Sources) -> None:
+    """A ``plugin`` module only maps hooks to functions, and computes nothing itself."""
+    found = {name: arithmetic(source.tree) for name, source in sources.items() if name.endswith(".plugin")}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+def test_only_plugin_modules_of_a_plugin_know_pluggy(sources: Sources) -> None:
+    """The arithmetic of a method can be read, tested and used without the plugin machinery."""
+    plugins = [n for n in sources if not belongs(n, [CORE, *TOOLS]) and not n.endswith((".plugin", ".commands"))]
+    offenders = {name: defining_imports(sources[name], sources, deep=True) & PLUGGY for name in plugins}
+    assert {name: found for name, found in offenders.items() if found} == {}
+    marking = {n: {name for _, name in imported_names(sources[n], deep=True)} & MARKERS for n in plugins}
+    assert {name: found for name, found in marking.items() if found} == {}
+
+
+def test_only_the_registry_and_what_it_is_made_of_import_pluggy(sources: Sources) -> None:
+    """All other core modules call plugins through the registry."""
+    users = {n for n, s in sources.items() if belongs(n, [CORE]) and "pluggy" in imported(s, sources, deep=True)}
+    within_hooks = {f"{CORE}.hooks.{name}" for name in ("loading", "registry", "specs", "validation")}
+    assert users == {CORE, *within_hooks}
+
+
+def test_adapters_never_import_the_registry(sources: Sources) -> None:
+    """Importing an adapter's module never imports the registry, directly or indirectly."""
+    graph = graph_of(sources)
+    assert [name for name in adapter_modules(sources) if f"{CORE}.hooks.registry" in reached(graph, name)] == []
+
+
+def test_private_names_of_torch_stand_in_one_file(sources: Sources) -> None:
+    """A new release of torch then affects one file; the testing kit and the command are checked too."""
+    ours, allowed = [CORE, *TOOLS, "tunerkit_distributed"], (PRIVATE["torch"], "tunerkit_distributed.torch_private")
+    core = {name: source for name, source in sources.items() if belongs(name, ours) and name not in allowed}
+    attributes = torch_attributes() | set(private_attributes(sources[PRIVATE["torch"]]))
+    found = {name: private_of("torch", source, attributes) for name, source in core.items()}
+    assert {name: touched for name, touched in found.items() if touched} == {}
+
+
+def test_private_names_of_transformers_stand_in_one_file(sources: Sources) -> None:
+    """Names of its Trainer and its models; without transformers installed, the names that the file itself lists."""
+    attributes = set(private_attributes(sources[PRIVATE["transformers"]]))
+    if importlib.util.find_spec("transformers") is not None:
+        import transformers
+
+        kinds = (transformers.Trainer, transformers.PreTrainedModel, transformers.PreTrainedConfig)
+        attributes |= {name for kind in kinds for name in dir(kind) if is_private(name)} - torch_attributes()
+    ours, allowed = [CORE, *TOOLS, "tunerkit_transformers"], PRIVATE.values()
+    core = {name: s for name, s in sources.items() if belongs(name, ours) and name not in allowed}
+    found = {name: private_of("transformers", source, attributes) for name, source in core.items()}
+    assert {name: touched for name, touched in found.items() if touched} == {}
+    assert "transformers" not in imported(sources[PRIVATE["transformers"]], sources, deep=True)
+
+
+def test_what_lives_as_long_as_the_process_is_listed(sources: Sources) -> None:
+    """All other state belongs to a model, an optimizer or a call, so two of them never interfere."""
+    core = [source for name, source in sources.items() if belongs(name, [CORE, _OF_GROUPS, "tunerkit_transformers"])]
+    assert {name for source in core for name in mutable_state(source)} == PROCESS_STATE
+
+
+def test_names_of_other_libraries_stand_in_one_table(sources: Sources) -> None:
+    """Facts about another library come from the plugin that knows it; messages without it, from one table."""
+    parts = [f"{CORE}.{part}" for part in NAMES_OF_LIBRARIES]
+    found = {n: library_names(s) for n, s in sources.items() if belongs(n, [CORE]) and not belongs(n, parts)}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+    assert any(library_names(source) for name, source in sources.items() if belongs(name, parts[:1]))
+
+
+@pytest.mark.parametrize("file", TEST_FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_test_states_its_law(file: Path) -> None:
+    """A test without a docstring doesn't say what it requires of the code."""
+    assert without_docstring(ast.parse(file.read_text(encoding="utf-8"))) == []
+
+
+# --- The checkers bite ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {"a": "import a.b", "a__b": "import a"},
+        {"a": "", "a__b": "from a import c", "a__c": "from a.b import thing"},
+        {"a": "", "a__b": "from . import c", "a__c": "from .b import thing"},
+        {"a": "from a.c import Thing", "a__b": "from a import Thing", "a__c": "import a.b"},
+        {"a": "", "a__b": "try:\n    import a.c\nexcept ImportError:\n    pass", "a__c": "class C:\n    import a.b"},
+    ],
+)
+def test_a_cycle_is_found_however_it_is_written(texts: dict[str, str]) -> None:
+    """Absolute, relative, through a package's names, in a ``try`` or in a class: all run at import."""
+    assert set(cycle(graph_of(sample(**texts)))) > {"a.b"}
+
+
+@pytest.mark.parametrize(
+    "text", ["def f():\n    import a.b", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import a.b"]
+)
+def test_what_does_not_run_at_import_makes_no_cycle(text: str) -> None:
+    """Imports inside functions and for type checkers don't count."""
+    assert cycle(graph_of(sample(a="", a__b="import a.c", a__c=text))) == []
+
+
+PLANTED = {
+    "upward": "from tunerkit.high import thing",
+    "upward, by the file": "import tunerkit.high.file",
+    "upward, relative": "from ..high import thing",
+    "lazy": "def f():\n    from tunerkit.high import thing",
+    "typing-only": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from tunerkit.high import thing",
+    "through the package itself": "from tunerkit import high",
+    "the same row": "from tunerkit.beside import thing",
+    "the public face": "import tunerkit",
+}
+
+
+@pytest.mark.parametrize("text", PLANTED.values(), ids=PLANTED)
+def test_an_import_against_the_rule_is_found(text: str) -> None:
+    """Upward, lazy or typing-only, in any form, and between packages of one row."""
+    rows = (("low", "beside"), ("high",), ("__init__",))
+    core = {
+        "tunerkit": Source("tunerkit", ast.parse("from tunerkit.high import thing"), is_package=True),
+        "tunerkit.beside": Source("tunerkit.beside", ast.parse(""), is_package=True),
+        "tunerkit.high": Source("tunerkit.high", ast.parse("from tunerkit.high.file import thing"), is_package=True),
+        "tunerkit.high.file": Source("tunerkit.high.file", ast.parse("from tunerkit.low import thing")),
+        "tunerkit.low": Source("tunerkit.low", ast.parse(""), is_package=True),
+        "tunerkit.low.file": Source("tunerkit.low.file", ast.parse("")),
+    }
+    assert upward(core, rows) == []
+    planted = {**core, "tunerkit.low.file": Source("tunerkit.low.file", ast.parse(text))}
+    assert len(upward(planted, rows)) == 1
+
+
+def test_a_package_without_a_row_is_found() -> None:
+    """A new package must be added to the table before it is used."""
+    assert upward(sample(tunerkit="", tunerkit__new=""), (("__init__",),)) == ["new stands in no row"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("from tunerkit.low.file import thing", ["tunerkit.high imports tunerkit.low.file"]),
+        ("def f():\n    import tunerkit.low.file", ["tunerkit.high imports tunerkit.low.file"]),
+        ("from tunerkit.low import file", ["tunerkit.high imports tunerkit.low.file"]),
+        ("from tunerkit.low import thing", []),
+        ("from tunerkit.high.file import thing", []),
+    ],
+)
+def test_an_import_that_bypasses_a_package_s_interface_is_found(text: str, found: list[str]) -> None:
+    """A file of another package, in any form; files of the same package are allowed."""
+    names = ("tunerkit.low", "tunerkit.low.file", "tunerkit.high.file")
+    core = {name: Source(name, ast.parse(""), is_package=name.count(".") == 1) for name in names}
+    core["tunerkit.high"] = Source("tunerkit.high", ast.parse(text), is_package=True)
+    assert past_packages(core, "tunerkit") == found
+
+
+@pytest.mark.parametrize("text", ["import other.x", "def f():\n    from other import x", "from other.x import y"])
+def test_an_import_of_another_package_is_found_wherever_it_stands(text: str) -> None:
+    """An import inside a function makes the core depend on the plugin too."""
+    assert foreign_imports(sample(a="", a__b=text), "a", ["a", "other"]) != []
+    assert foreign_imports(sample(a="", a__b=text.replace("other", "others")), "a", ["a", "other"]) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("NAME = 'transformers.trainer.Trainer'", ["line 1: 'transformers.trainer.Trainer'"]),
+        ("def f(x):\n    return x.__module__.startswith('timm')", ["line 2: 'timm'"]),
+        ("f(f'accelerate.{name}')", ["line 1: 'accelerate.'"]),
+        ("raise ValueError('call accelerate.hooks.remove_hook_from_module first')", []),
+        ("'transformers.'\ndef f():\n    'peft.'\n    return 'mytransformers.part'", []),
+        ("import transformers", []),
+    ],
+)
+def test_a_name_of_another_library_is_found(text: str, found: list[str]) -> None:
+    """Whole or in parts, also in an f-string; docstrings, sentences and imports are exempt."""
+    assert library_names(Source("core", ast.parse(text))) == found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x = a + b",
+        "x += 1",
+        "x = p @ q",
+        "x = a | b",
+        "x = -a",
+        "x = sum(a)",
+        "import math",
+        "from numpy import dot",
+        "def f(x: int = 2 * 3): ...",
+        "y = f(a // 2)",
+    ],
+)
+def test_arithmetic_is_found(text: str) -> None:
+    """Operators, augmented assignments, negation, and the equivalent functions."""
+    assert arithmetic(ast.parse(text)) != []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def f(x: int | None) -> str | None: ...",
+        "x: int | None = None",
+        "x = 'no ' + name",
+        "x = '%s' % name",
+        "x = f'{name}' + '!'",
+        "x = -1",
+        "isinstance(x, int | str)",
+        "x = a if b == c else d",
+    ],
+)
+def test_type_unions_and_formatting_are_no_arithmetic(text: str) -> None:
+    """A hook implementation needs them to pass values on."""
+    assert arithmetic(ast.parse(text)) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from tunerkit import Adapter, register",
+        "from tunerkit.adapter import Adapter\nimport tunerkit.wrap",
+        "from tunerkit import Adapter, wrap",
+        "import tunerkit\nfrom tunerkit.adapter import Adapter",
+    ],
+)
+def test_the_registry_is_found_behind_other_modules(text: str) -> None:
+    """By its functions' names, behind another module, or behind the whole package."""
+    core = {
+        "tunerkit": "from tunerkit.adapter import Adapter\nfrom .registry import register\nfrom . import wrap",
+        "tunerkit__adapter": "class Adapter: ...",
+        "tunerkit__registry": "def register(): ...",
+        "tunerkit__wrap": "from tunerkit import registry",
+    }
+    found = sample(**core, p="", p__adapter=text + "\nclass Mine(Adapter): ...")
+    assert adapter_modules(found) == ["p.adapter", "tunerkit.adapter"]
+    graph = graph_of(found)
+    assert "tunerkit.registry" in reached(graph, "p.adapter")
+    assert "tunerkit.registry" not in reached(graph, "tunerkit.adapter")
+
+
+def test_an_undeclared_dependency_is_found() -> None:
+    """Wherever in core it is imported."""
+    core = sample(tunerkit="import torch", tunerkit__wrap="import yaml")
+    assert undeclared(core, requirement_names(["torch>=2.9"])) == ["tunerkit.wrap imports yaml"]
+
+
+def test_a_test_without_a_docstring_is_found() -> None:
+    """Helpers need none."""
+    text = "class C:\n    def test_a(self): ...\ndef helper(): ...\ndef test_b():\n    'law'"
+    assert without_docstring(ast.parse(text)) == ["test_a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("import torch\ntorch._C._is_tracing()", {"torch._C._is_tracing", "_is_tracing"}),
+        ("from torch.nn.modules.conv import _ConvNd", {"torch.nn.modules.conv._ConvNd"}),
+        ("from torch.nn.modules import conv\nconv._ConvNd", {"torch.nn.modules.conv._ConvNd"}),
+        ("def f():\n    from torch import _dynamo as d\n    d.reset()", {"torch._dynamo"}),
+        ("import torch._dynamo", {"torch._dynamo"}),
+        ("import importlib\nimportlib.import_module('torch._dynamo')", {"torch._dynamo"}),
+        ("def f(module):\n    return module._parameters", {"_parameters"}),
+        ("class C:\n    def f(self):\n        del self._modules['a']", {"_modules"}),
+        ("class C:\n    def _apply(self, fn): ...", {"_apply"}),
+        ("def f(module):\n    return getattr(module, '_forward_hooks')", {"_forward_hooks"}),
+    ],
+)
+def test_a_private_name_is_found_however_it_is_reached(text: str, found: set[str]) -> None:
+    """Imported, below an import, on any object, overridden, or as a string."""
+    attributes = torch_attributes()
+    assert found <= set(private_of("torch", sample(a__b=text)["a.b"], attributes))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import torch\nfrom torch import nn\nnn.Module.register_buffer\ntorch.__version__",
+        "class C:\n    def f(self): return self._mine\n    def _mine(self): ...",
+        "x = '_tunerkit_calls'",
+        "from tunerkit.layers import torch_private\ntorch_private.own_children(x)",
+    ],
+)
+def test_public_names_and_our_own_are_not_taken_for_private_ones(text: str) -> None:
+    """An underscore alone is not enough: the name must be one of torch's."""
+    assert private_of("torch", sample(a__b=text)["a.b"], torch_attributes()) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("x = []", "x: dict[str, int] = {}", "_x = WeakSet()", "X = weakref.WeakKeyDictionary[str, int]()"),
+        *("_watch = _Watch()", "registry = hooks.Registry()", "_LOCK = threading.Lock()", "_X = ContextVar('x')"),
+        *("app = typer.Typer()", "x = 1\ndef f():\n    global x\n    x = 2"),
+    ],
+)
+def test_state_of_the_process_is_found(text: str) -> None:
+    """Containers, records, locks, context variables, and names that a function rebinds."""
+    assert len(mutable_state(sample(a__b=text)["a.b"])) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("NAMES = ['a']", "M = TypeVar('M')", "hookimpl = pluggy.HookimplMarker('x')", "__all__ = ['a']"),
+        *("converter: Final = Converter()", "x = frozenset()", "x = re.compile('a')", "_SHORT = Repr()"),
+        *("x = MappingProxyType({})", "def f():\n    x = []", "class C:\n    x: int = 1"),
+    ],
+)
+def test_constants_are_no_state(text: str) -> None:
+    """Upper-case names, ``Final`` names, markers, types, and objects created inside a function."""
+    assert mutable_state(sample(a__b=text)["a.b"]) == []

@@ -1,0 +1,148 @@
+"""The README and the pages in docs are true: their examples run, and their options exist."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import attrs
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+PAGES = [README, *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("plugins/*/README.md"))]
+EXAMPLES_NEED = ("tunerkit_adalora", "tunerkit_lora", "transformers", "accelerate")
+MORE_NEEDED = {
+    "README.md": ("tunerkit_peft",),
+    "docs/from-peft.md": ("tunerkit_peft", "peft"),
+    "docs/preference.md": ("trl", "datasets", "tokenizers"),
+    "plugins/diffusers/README.md": ("tunerkit_diffusers", "diffusers"),
+    "plugins/gguf/README.md": ("tunerkit_gguf", "gguf"),
+    "plugins/peft/README.md": ("tunerkit_peft",),
+    "docs/base-layers.md": ("tunerkit_quant",),
+    "docs/quantised.md": ("bitsandbytes", "tunerkit_quant"),
+}
+FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@attrs.frozen
+class Block:
+    """A fenced block of a page: its language, its text, and the page's line on which the text begins."""
+
+    language: str
+    text: str
+    line: int
+
+
+def blocks(page: str, language: str) -> list[Block]:
+    return [
+        Block(found["language"], found["text"], page.count("\n", 0, found.start("text")) + 1)
+        for found in FENCE.finditer(page)
+        if found["language"] == language
+    ]
+
+
+def script(page: str) -> str:
+    """All Python blocks of a page as one script with the page's line numbers, so tracebacks point into the page."""
+    lines: list[str] = []
+    for block in blocks(page, "python"):
+        lines += [""] * (block.line - 1 - len(lines)) + block.text.splitlines()
+    return "\n".join(lines) + "\n"
+
+
+def changed_lines(one: Block, other: Block) -> list[tuple[str, str]]:
+    pairs = zip(one.text.splitlines(), other.text.splitlines(), strict=True)
+    return [(before, after) for before, after in pairs if before != after]
+
+
+def training_block(method: str) -> Block:
+    """The README's whole example of a method: the one block that imports its plugin and trains."""
+    found = [
+        b for b in blocks(README.read_text(encoding="utf-8"), "python") if f"from tunerkit_{method} import" in b.text
+    ]
+    assert len(found) == 1, f"expected one example of {method}, found {len(found)}"
+    return found[0]
+
+
+def shell_lines() -> Iterator[str]:
+    for page in PAGES:
+        for block in blocks(page.read_text(encoding="utf-8"), "sh"):
+            yield from (line.partition("#")[0].strip() for line in block.text.splitlines())
+
+
+def test_lora_becomes_adalora_by_changing_two_lines() -> None:
+    """The README's examples of the two methods differ in the import and in the call of ``wrap``, nowhere else."""
+    changed = changed_lines(training_block("lora"), training_block("adalora"))
+    assert [after.split("(")[0].split(" ")[0] for _, after in changed] == ["from", "model"]
+    assert all("wrap(" in line or "import" in line for pair in changed for line in pair)
+
+
+def test_a_third_changed_line_would_be_seen() -> None:
+    """The comparison above counts every line."""
+    block = training_block("lora")
+    assert len(changed_lines(block, attrs.evolve(block, text=block.text.replace("optimizer.step()", "pass")))) == 1
+
+
+def test_examples_keep_the_line_numbers_of_their_page() -> None:
+    """A traceback from an example points into the page."""
+    page = "words\n```python\na = 1\n```\n```sh\nmake\n```\n\n```python\nb = 2\n```\n"
+    assert script(page).splitlines()[2] == page.splitlines()[2] == "a = 1"
+    assert script(page).splitlines()[9] == page.splitlines()[9] == "b = 2"
+    assert "make" not in script(page)
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if "```python" in p.read_text(encoding="utf-8")], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_examples_run_in_the_order_of_their_page(page: Path, tmp_path: Path) -> None:
+    """The Python blocks of a page, top to bottom in one fresh process, offline, in an empty folder."""
+    needed = (*EXAMPLES_NEED, *MORE_NEEDED.get(page.relative_to(ROOT).as_posix(), ()))
+    absent = [name for name in needed if find_spec(name) is None]
+    if absent:
+        pytest.skip(f"the examples need {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not installed")
+    example = tmp_path / f"{page.stem}.py"
+    example.write_text(script(page.read_text(encoding="utf-8")), encoding="utf-8")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(example)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "TunerkitWarning" not in done.stderr
+
+
+def test_the_make_targets_that_the_pages_name_exist() -> None:
+    """``make demo`` and the others are in the Makefile."""
+    named = {line.split()[1] for line in shell_lines() if line.startswith("make ")}
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {"demo", "test"} <= named <= targets
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"), [("train", {"--out", "--method"}), ("new", {"--scale", "--scheduled"}), ("report", {"--out"})]
+)
+def test_the_options_that_the_pages_name_exist(command: str, shown: set[str]) -> None:
+    """Every option after ``tunerkit train``, ``new`` or ``report`` is one of the command's own."""
+    absent = [name for name in ("typer", "rich", "platformdirs") if find_spec(name) is None]
+    if absent:
+        pytest.skip(f"the command needs the extra [cli]: {', '.join(absent)} not installed")
+    lines = [line for line in shell_lines() if line.startswith(f"tunerkit {command}")]
+    named = {option for line in lines for option in options_in(line)}
+    # A wide and plain terminal, so that the help breaks no option's name.
+    environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+    asked = [sys.executable, "-m", "tunerkit_cli", command, "--help"]
+    told = subprocess.run(asked, env=environment, capture_output=True, text=True, timeout=1800)
+    assert told.returncode == 0, told.stderr[-3000:]
+    assert shown <= named <= options_in(told.stdout)
+
+
+def options_in(text: str) -> set[str]:
+    return set(re.findall(r"--[a-z][a-z-]*", text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_to_files_that_are_there(page: Path) -> None:
+    """Relative links of a page work in a clone."""
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []

@@ -1,0 +1,207 @@
+"""Torch's distributed checkpoint beside an attached adapter: the step it takes, and the states it wants."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict, state_dict_loader, state_dict_saver
+
+import tunerkit
+from tunerkit.layers import torch_private
+from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
+
+if TYPE_CHECKING:
+    from tests.support.toys import Toys
+
+
+if not torch.distributed.is_available():
+    pytest.skip("this torch has no torch.distributed", allow_module_level=True)
+
+Adam = torch.optim.Adam
+
+
+def momentum(parameters: Any, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+
+
+class HoldingPlugin(LowRankPlugin):
+    """``holding``: trains ``a`` alone, since it withholds ``b`` from every step, and notes which hooks fire."""
+
+    def __init__(self) -> None:
+        self.fired: list[str] = []
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[tunerkit.Method]:
+        return [tunerkit.Method("holding", config=LowRankConfig, needs_steps=True)]
+
+    @tunerkit.hookimpl
+    def tunerkit_before_step(self, tuner: tunerkit.Tuner) -> list[nn.Parameter]:
+        self.fired.append("before")
+        return [adapter.get_parameter("b") for adapter in tuner.adapters().values()]
+
+    @tunerkit.hookimpl
+    def tunerkit_after_step(self) -> None:
+        self.fired.append("after")
+
+    @tunerkit.hookimpl
+    def tunerkit_state(self, tuner: tunerkit.Tuner) -> tunerkit.State:
+        return tunerkit.State(tensors={}, values={})
+
+    @tunerkit.hookimpl
+    def tunerkit_restore(self, tuner: tunerkit.Tuner, state: tunerkit.State) -> None:
+        pass
+
+
+@pytest.fixture
+def holding() -> Iterator[HoldingPlugin]:
+    plugin = HoldingPlugin()
+    with registered(plugin):
+        yield plugin
+
+
+def wrapped(toys: "Toys") -> Any:
+    return tunerkit.wrap(toys.net(), "holding", {"targets": ["layers.0", "layers.1"]}, seed=0)
+
+
+def attached(toys: "Toys", kind: Callable[..., Any] = Adam) -> tuple[Any, Any]:
+    model = wrapped(toys)
+    with torch.no_grad():
+        for parameter in tunerkit.tuner(model).parameters():
+            parameter.add_(0.1)
+    optimizer = kind(list(tunerkit.tuner(model).parameters()), lr=0.1)
+    tunerkit.attach(model, optimizer, total_steps=9)
+    return model, optimizer
+
+
+def train(toys: "Toys", model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
+    for _ in range(count):
+        optimizer.zero_grad()
+        model(toys.x()).square().mean().backward()
+        optimizer.step()
+
+
+def told(call: Callable[[], object]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(each.message) for each in caught if issubclass(each.category, tunerkit.TunerkitWarning)]
+
+
+@attrs.define
+class Seen:
+    """A step hook of an optimizer: whether torch's distributed checkpoint was found to run its step."""
+
+    inside: list[bool] = attrs.field(factory=list)
+
+    def __call__(self, *_: object) -> None:
+        self.inside.append(torch_private.in_distributed_checkpoint())
+
+
+def test_the_step_that_fills_in_an_optimizer_s_state_is_told_from_others(toys: "Toys") -> None:
+    """Also from one that has gradients and a rate of 0, as the first step of a warm-up may have."""
+    model = toys.net()
+    optimizer, seen = Adam(model.parameters(), lr=0.0), Seen()
+    optimizer.register_step_post_hook(seen)
+    state_dict.get_optimizer_state_dict(model, optimizer)
+    assert seen.inside == [True]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert seen.inside == [True, False]
+
+
+@pytest.mark.parametrize("kind", [Adam, torch.optim.SGD])
+def test_that_step_is_not_a_step_of_the_training(
+    toys: "Toys", holding: HoldingPlugin, kind: Callable[..., Any]
+) -> None:
+    """No hook fires and nothing is counted, for an optimizer that keeps no state too; the next step is the first."""
+    model, optimizer = attached(toys, kind)
+    before = [parameter.detach().clone() for parameter in tunerkit.tuner(model).parameters()]
+    state_dict.get_state_dict(model, optimizer)
+    assert holding.fired == []
+    assert tunerkit.tuner(model).steps == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, tunerkit.tuner(model).parameters(), strict=True))
+    train(toys, model, optimizer, 1)
+    assert holding.fired == ["before", "after"]
+    assert tunerkit.tuner(model).steps == 1
+
+
+def test_an_adapter_that_is_not_attached_yet_does_not_stop_it(toys: "Toys", holding: HoldingPlugin) -> None:
+    """A real step would be refused: nothing drives the adapter."""
+    model = wrapped(toys)
+    optimizer = Adam(list(tunerkit.tuner(model).parameters()))
+    assert told(lambda: state_dict.get_optimizer_state_dict(model, optimizer)) == []
+    with pytest.raises(tunerkit.StepError, match="nothing drives it"):
+        train(toys, model, optimizer, 2)
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("kind", [Adam, torch.optim.NAdam, momentum])
+def test_a_withheld_parameter_has_a_state_in_the_checkpoint_and_training_goes_on_exactly(
+    toys: "Toys", holding: HoldingPlugin, kind: Callable[..., Any], flatten: bool, tmp_path: Path
+) -> None:
+    """Torch rejects a checkpoint without one. The files of tunerkit and the checkpoint together resume bit for bit."""
+    options = state_dict.StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model, optimizer = attached(toys, kind)
+    train(toys, model, optimizer, 3)
+    assert len(optimizer.state) == 2
+    tunerkit.save_state(model, tmp_path)
+    saved = state_dict.get_state_dict(model, optimizer, options=options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        state_dict_saver.save({"both": list(saved)}, checkpoint_id=tmp_path / "checkpoint")
+        again, other = attached(toys, kind)
+        kept: dict[str, Any] = {"both": list(state_dict.get_state_dict(again, other, options=options))}
+        state_dict_loader.load(kept, checkpoint_id=tmp_path / "checkpoint")
+    tunerkit.load_state(again, tmp_path)
+    weights, states = kept["both"]  # Any: torch's types of what it returns and takes do not fit
+    assert (
+        told(
+            lambda: state_dict.set_state_dict(
+                again, other, model_state_dict=weights, optim_state_dict=states, options=options
+            )
+        )
+        == []
+    )
+    assert tunerkit.tuner(again).steps == 3
+    for each in ((model, optimizer), (again, other)):
+        train(toys, *each, 3)
+    pairs = zip(model.parameters(), again.parameters(), strict=True)
+    assert all(torch.equal(one, two) for one, two in pairs)
+
+
+def test_states_of_other_shapes_are_left_to_torch(toys: "Toys", holding: HoldingPlugin) -> None:
+    """Adafactor keeps rows and columns: nothing is made up for it, and torch says what to do."""
+    model, optimizer = attached(toys, torch.optim.Adafactor)
+    train(toys, model, optimizer, 1)
+    kept = state_dict.get_optimizer_state_dict(model, optimizer)
+    again, other = attached(toys, torch.optim.Adafactor)
+    with pytest.raises(RuntimeError, match="strict=False"):
+        state_dict.set_optimizer_state_dict(again, other, kept)
+    options = state_dict.StateDictOptions(strict=False)
+    with pytest.warns(tunerkit.TunerkitWarning, match="tunerkit.save_state beside the checkpoint"):
+        state_dict.set_optimizer_state_dict(again, other, kept, options=options)
+
+
+def test_a_state_dict_outside_of_it_is_torch_s_own(toys: "Toys", holding: HoldingPlugin) -> None:
+    """Nothing is added to what other loops save."""
+    model, optimizer = attached(toys)
+    train(toys, model, optimizer, 1)
+    assert set(optimizer.state_dict()["state"]) == {0, 2}
+
+
+def test_the_state_that_is_added_is_that_of_a_parameter_without_steps(toys: "Toys", holding: HoldingPlugin) -> None:
+    """0 everywhere, the count of steps too, so that Adam's correction begins with the first step that comes."""
+    model, optimizer = attached(toys)
+    train(toys, model, optimizer, 3)
+    states: Any = state_dict.get_optimizer_state_dict(model, optimizer)["state"]
+    steps = {name.rpartition(".")[2]: float(state["step"]) for name, state in states.items()}
+    assert steps == {"a": 3.0, "b": 0.0}
+    added: list[Tensor] = [value for name, state in states.items() if name.endswith(".b") for value in state.values()]
+    assert not any(value.any() for value in added)

@@ -1,0 +1,155 @@
+"""The header of a file: what it says, and one short error for whatever it should not say."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
+
+import attrs
+import pytest
+import torch
+from hypothesis import example, given, strategies as st
+
+import tunerkit
+from tunerkit.errors import BaseMismatchError, ConfigError, FileError, TargetError, UnknownMethodError
+from tunerkit.serialization.header import decode, digest, read
+from tunerkit_testing.registering import registered
+
+if TYPE_CHECKING:
+    from tests.support.toys import Toys
+
+from tests.support.adapter_files import LONG, assert_refused, in_place, rewritten, wrong
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*running statistics")
+
+
+def test_the_digest_covers_name_dtype_and_shape_of_equal_bytes() -> None:
+    """The same bytes under another name, dtype or shape are another file."""
+    zeros = torch.zeros(2, 3, dtype=torch.float16)
+    variants: tuple[dict[str, torch.Tensor], ...] = (
+        {"a": zeros},
+        {"b": zeros},
+        {"a": zeros.bfloat16()},
+        {"a": zeros.reshape(3, 2)},
+        {},
+    )
+    assert len({digest("text", tensors) for tensors in variants}) == len(variants)
+    assert digest("text", {"a": zeros, "b": zeros + 1}) == digest("text", {"b": zeros + 1, "a": zeros})
+
+
+@pytest.mark.parametrize("word", ["toy-low-rank", "conv", "sample", '\\"steps\\": 0'])
+def test_an_edited_header_is_damage(toys: "Toys", saved: Path, tmp_path: Path, word: str) -> None:
+    """The digest covers the header's text: an edit of the same length is detected."""
+    data = saved.read_bytes()
+    assert word.encode() in data
+    path = tmp_path / "adapter.safetensors"
+    path.write_bytes(data.replace(word.encode(), word[:-1].encode() + b"1", 1))
+    assert_refused(toys, path, FileError, "digest|safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (wrong(format=2), FileError, "format 2, this tunerkit reads 1"),
+        (wrong(kind="state"), FileError, "holds 'state', expected 'adapter'"),
+        (wrong(more=1), FileError, "header fields"),
+        (lambda fields, _: fields.pop("biases"), FileError, "header fields"),
+        (wrong(method="gone"), UnknownMethodError, "no method named 'gone'"),
+        (wrong(method=["toy"]), FileError, "tunerkit would not write"),
+        (wrong(config={"rank": 0}), ConfigError, r"\$.rank"),
+        (wrong(config={"rnk": 2}), ConfigError, "rank"),
+        (wrong(config=[]), FileError, "tunerkit would not write"),
+        (wrong(targets="conv"), FileError, "tunerkit would not write"),
+        (wrong(targets=[1]), FileError, "tunerkit would not write"),
+        (wrong(copies={"head": 1}), FileError, "tunerkit would not write"),
+        (wrong(steps="1"), FileError, "tunerkit would not write"),
+        (wrong(base=[]), FileError, "tunerkit would not write"),
+        (wrong(base={"conv.weight": [1]}), FileError, "tunerkit would not write"),
+        (wrong(base={"conv.weight": {"shape": [1], "sample": ["x"]}}), FileError, "tunerkit would not write"),
+        (wrong(base={"conv.weight": {"shape": [1]}}), FileError, "expected a shape, a dtype and a sample"),
+        (wrong(targets=["convolution"]), BaseMismatchError, "no module named 'convolution'"),
+        (wrong(targets=["norm"]), TargetError, "LayerNorm"),
+        (wrong(targets=[""]), BaseMismatchError, "no module named ''"),
+    ],
+)
+def test_a_header_that_says_nonsense_is_refused(
+    toys: "Toys", saved: Path, tmp_path: Path, change: Any, error: type[Exception], words: str
+) -> None:
+    """Even with a valid digest: another format version, wrong fields or types, unknown methods and modules."""
+    assert_refused(toys, rewritten(saved, tmp_path / "x.safetensors", change), error, words)
+
+
+@given(text=st.one_of(st.text(), st.just("[" * 100_000)))
+@example(text="{}")
+@example(text="[]")
+@example(text="null")
+@in_place
+def test_a_header_that_is_no_object_is_refused(tmp_path: Path, text: str) -> None:
+    """Only a JSON object with our fields is accepted."""
+    metadata = {"tunerkit": text, "tunerkit.digest": digest(text, {})}
+    with pytest.raises(FileError):
+        decode(metadata, {}, source="x", content="adapter")
+
+
+def test_the_header_says_what_is_inside(toys: "Toys", saved: Path) -> None:
+    """Method, config, targets, steps and library versions can be read without loading anything."""
+    _, _, found = read(saved, content="adapter")
+    said = attrs.asdict(found)
+    assert (said["method"], said["steps"], said["format"], said["kind"]) == ("toy-low-rank", 0, 1, "adapter")
+    assert tunerkit.structure("toy-low-rank", said["config"]) == tunerkit.tuner(toys.trained()).config
+    assert (said["targets"], said["copies"]) == (["conv", "layers.0", "layers.1"], ["head.0", "head.2"])
+    assert said["biases"] == ["conv", "group_norm", "layers.0", "layers.1", "norm"]
+    assert {"tunerkit", "torch"} <= set(said["versions"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (wrong(steps=-1), "steps: expected an integer from 0"),
+        (wrong(steps=True), "steps: expected an integer"),
+        (wrong(steps=2**64), "steps: expected an integer"),
+        (wrong(total_steps=10**400), "total_steps: expected an integer"),
+        (wrong(targets=["conv", "conv"]), "targets: a path is listed twice"),
+        (wrong(history=[[1, 2, [3, 4, -5]]]), "history: expected an integer"),
+        (wrong(method="x" * 10**6), "method: expected the name of a method"),
+        (wrong(base={"w": {"shape": [-1], "dtype": "float32", "sample": []}}), "base: expected an integer"),
+        (wrong(base={"w": {"shape": [1], "dtype": "float32", "sample": [10**400]}}), "base: expected a finite number"),
+        (wrong(base={"w": {"shape": [1], "dtype": "float32", "sample": [float("nan")]}}), "expected a finite number"),
+        (wrong(values={"base_config": [1]}), "base_config"),
+    ],
+)
+def test_numbers_and_names_that_cannot_be_are_refused(
+    toys: "Toys", saved: Path, tmp_path: Path, change: Any, words: str
+) -> None:
+    """Negative or huge counts, a flag for a number, and paths listed twice: one error of ours, of bounded length."""
+    text = assert_refused(toys, rewritten(saved, tmp_path / "x.safetensors", change), FileError, words)
+    assert len(text) < 2000
+
+
+LONG_FILES: dict[str, Callable[[dict[str, Any], dict[str, torch.Tensor]], object]] = {
+    "targets": wrong(targets=[LONG + str(number) for number in range(20)]),
+    "one target": wrong(targets=[LONG]),
+    "fields": lambda fields, _: fields.update({LONG + str(number): 1 for number in range(20)}),
+    "kind": wrong(kind=LONG),
+    "format": wrong(format=LONG),
+    "dtype": wrong(base={"w": {"shape": [1], "dtype": LONG, "sample": [LONG]}}),
+    "parameters": wrong(base={LONG + str(n): {"shape": [1], "dtype": "float32", "sample": []} for n in range(20)}),
+    "shape": wrong(base={"conv.weight": {"shape": [1] * 100_000, "dtype": "float32", "sample": []}}),
+    "settings": wrong(config={LONG + str(number): 1 for number in range(20)}),
+    "setting": wrong(config={"rank": LONG, "targets": [LONG]}),
+    "tensors": lambda _, tensors: tensors.update({LONG[:1000] + str(n): torch.ones(1) for n in range(1000)}),
+    "base": wrong(values={"base_config": {"rms_norm_eps": LONG}}),
+}
+
+
+@pytest.mark.parametrize("name", LONG_FILES)
+def test_errors_about_a_file_are_short(toys: "Toys", saved: Path, tmp_path: Path, name: str) -> None:
+    """Whatever a file contains, an error names a few parts of it, cut to a readable length, and counts the rest."""
+    path = rewritten(saved, tmp_path / "x.safetensors", cast(Any, LONG_FILES[name]))
+    base = toys.net()
+    plugin = ModuleType("library")
+    library = tunerkit.ModelLibrary(settings=lambda model: {"rms_norm_eps": 1e-5} if model is base else {})
+    plugin.tunerkit_model_libraries = tunerkit.hookimpl(lambda: [library])  # type: ignore[attr-defined]
+    with registered(plugin), pytest.raises(tunerkit.errors.TunerkitError) as caught:
+        tunerkit.load(base, path)
+    assert len(str(caught.value)) < 25_000

@@ -1,0 +1,55 @@
+"""The bytes of a safetensors file: as the library writes them, and read without a copy."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from tunerkit.errors import FileError
+from tunerkit.serialization.safetensors_file import _DTYPES, pack, read, write
+
+
+def test_a_file_has_the_bytes_that_the_library_writes(tmp_path: Path) -> None:
+    """Of every dtype, of tensors without values, tied and transposed ones; and reading gives them back."""
+    base = torch.arange(24).reshape(4, 6)
+    tensors = {
+        name: (base / 8 if dtype.is_floating_point else base).to(dtype)
+        for name, dtype in _DTYPES.items()
+        if name != "C64"
+    }
+    tensors |= {"a": base.T, "b": base[1:, ::2], "c": base, "d": torch.empty(0, 3), "e": torch.tensor(3.0)}
+    entries, stored = pack(tensors)
+    expected = safetensors.torch.save({name: tensor.clone().contiguous() for name, tensor in tensors.items()})
+    assert b"".join(stored.values()) == expected[8 + int.from_bytes(expected[:8], "little") :]
+    found, metadata, _ = read(
+        write(tmp_path / "x.safetensors", entries, stored, {"k": "v"}), lambda metadata, names: None
+    )
+    assert metadata == {"k": "v"}
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(tensors[name].double(), each.double()) for name, each in found.items())
+    assert all(tensors[name].dtype == each.dtype and tensors[name].shape == each.shape for name, each in found.items())
+
+
+PLACES: dict[str, dict[str, list[object]]] = {
+    "a gap": {"a": [0, 4], "b": [8, 12]},
+    "one over the other": {"a": [0, 4], "b": [0, 4]},
+    "another size": {"a": [0, 8], "b": [8, 12]},
+    "behind the end": {"a": [0, 4], "b": [4, 12]},
+    "too few": {"a": [0, 4]},
+    "before the start": {"a": [-4, 0], "b": [0, 4]},
+    "text": {"a": [0, 4], "b": ["4", "8"]},
+    "one number": {"a": [0, 4], "b": [4]},
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_tensors_must_fill_the_file_one_after_the_other(tmp_path: Path, case: str) -> None:
+    """A header with other places is damaged, or was made to read what is not there."""
+    entries = {name: {"dtype": "F32", "shape": [1], "data_offsets": place} for name, place in PLACES[case].items()}
+    header = json.dumps(entries).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
+    with pytest.raises(FileError, match="cannot be read as a safetensors file"):
+        read(path, lambda metadata, names: None)

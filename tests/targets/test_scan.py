@@ -1,0 +1,71 @@
+"""The scan of a model: what it holds, whatever it says about itself, with each module asked once."""
+
+from typing import Any
+
+import pytest
+from torch import nn
+
+from tests.support.target_models import Net, chosen, scanned, tied_pair
+from tunerkit import targets
+from tunerkit.errors import TargetError
+from tunerkit.layers import Knowledge
+from tunerkit.layers.kinds import ConvLayer
+
+
+def test_tied_names_every_parameter_that_several_modules_hold() -> None:
+    """Law: a tie is one Parameter object under several full names; a shared module alone is no tie."""
+    model = tied_pair()
+    model["again"] = model["body"]
+    model["body"].add_module("tunerkit", tied_pair())  # adapters may share parameters with each other
+    assert dict(scanned(model).sharers) == {id(model["embed"].weight): ("odd.weight", "embed.weight")}
+
+
+def test_each_module_is_asked_once_for_its_kind() -> None:
+    """Law: asking every plugin about a module is costly; a module that is registered twice is asked about once."""
+    asked: list[nn.Module] = []
+
+    class Kind(ConvLayer):  # type: ignore[misc]  # final: nobody else may derive from it
+        @classmethod
+        def matches(cls, module: nn.Module) -> bool:
+            asked.append(module)
+            return False
+
+    model = Net()
+    model.again = model.embed
+    found = targets.scan(model, Knowledge((Kind,), (), ()))
+    with pytest.raises(TargetError):
+        targets.choose_biases(found, "all", (), targets.choose_copies(found, ("embed",)))
+    with pytest.raises(TargetError):
+        targets.select(found, targets="all-linear")
+    assert asked == list(model.modules())
+
+
+class Listed(nn.Module):
+    """Two layers, behind methods as old code wrote them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(4, 4)
+        self.r = nn.Linear(4, 4)
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True) -> Any:  # type: ignore[override]
+        return super().named_parameters(prefix, recurse)
+
+    def parameters(self) -> Any:  # type: ignore[override]
+        return [parameter for parameter in super().parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize(("targets", "expected"), [("q", ["0.q"]), ("*", ["0.q", "0.r", "1"]), (None, None)])
+def test_a_module_may_override_how_it_lists_its_parameters(targets: Any, expected: list[str] | None) -> None:
+    """Law: selection reads what a module holds, and calls none of the methods that a model may override."""
+    assert chosen(nn.Sequential(Listed(), nn.Linear(4, 4)), targets) == (expected or ["0.q", "0.r", "1"])
+    with pytest.raises(TargetError, match="no module named 'z'"):
+        chosen(Listed(), "z")
+
+
+def test_a_model_that_contains_itself_is_refused() -> None:
+    """Law: its paths have no end, and the error says where it begins again."""
+    model = nn.ModuleDict({"a": nn.ModuleDict({"l": nn.Linear(4, 4)})})
+    model["a"].add_module("parent", model)
+    with pytest.raises(TargetError, match=r"the model contains itself, at 'a\.parent\.a"):
+        chosen(model, None)

@@ -1,0 +1,387 @@
+"""Method configs: their base class, their strict checks, and their conversion from and to mappings.
+
+Nothing is guessed, and errors name the value found and the values allowed. By default, cattrs reads "q_proj" as a list
+of letters, 8.9 as 8, and True as 1.
+"""
+
+# Without `from __future__ import annotations`: the checks need annotations that are types, not strings.
+import operator
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import NoneType, UnionType
+from typing import Any, Final, Literal, NoReturn, Self, TypeVar, Union, cast, get_args, get_origin
+
+import attrs
+import torch
+from cattrs import Converter, transform_error
+
+from tunerkit.errors import ConfigError, closest, cut, shown
+
+Config = TypeVar("Config", bound="AdapterConfig")
+_NAMED: Final = 10  # unknown keys that an error lists
+_COMPARE: Final = {
+    "ge": (">=", operator.ge),
+    "gt": (">", operator.gt),
+    "le": ("<=", operator.le),
+    "lt": ("<", operator.lt),
+}
+# What `get_origin` returns for the annotations that have members.
+_UNIONS: Final = (Union, UnionType)
+_MAPPINGS: Final = (dict, Mapping)
+_SCIENTIFIC: Final = re.compile(r"([+-]?\d+)(?:\.(\d*))?[eE]([+-]?)(\d+)")
+
+
+def setting(
+    default: Any = attrs.NOTHING,
+    *,
+    doc: str,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    converter: Callable[[Any], Any] | None = None,
+) -> Any:
+    """Define a config field: its default, its meaning and its range.
+
+    The range applies to every number in the field, including each value of a tuple or mapping. ``None`` is exempt.
+    The return type is ``Any``, so that type checkers use the annotation: ``rank: int = setting(8, ...)``.
+
+    Args:
+        default: The default value, or an ``attrs.Factory``. Without one, the setting is required.
+        doc: What the setting does, for users.
+        ge: Values must be at least this.
+        gt: Values must be above this.
+        le: Values must be at most this.
+        lt: Values must be below this.
+        converter: Applied before the checks, also to values from a file. It must return values that it cannot convert
+            unchanged, so that the check can report them.
+
+    Returns:
+        An attrs field.
+    """
+    metadata = {"doc": doc, "ge": ge, "gt": gt, "le": le, "lt": lt, "converter": converter}
+    return attrs.field(default=default, metadata=metadata)
+
+
+def _dtype_name(value: object) -> object:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+@attrs.frozen(kw_only=True)
+class AdapterConfig:
+    """The settings that every method has. A method's config class derives from it and adds its own settings.
+
+    The class is abstract. Derive from it with ``@attrs.frozen``; the new fields may be positional::
+
+        @attrs.frozen
+        class LoraConfig(AdapterConfig):
+            rank: int = setting(8, ge=1, doc="The rank of every update.")
+
+    Annotations may use ``bool``, ``int``, ``float``, ``str``, ``None``, ``Literal[...]``, ``tuple[...]``,
+    ``Mapping[str, ...]`` and unions of these, so that every config can be written as JSON. Building a config checks
+    all fields, converts lists to tuples and copies mappings. The ``doc`` of each field explains it.
+
+    Raises:
+        ConfigError: Some fields are invalid; the error lists every problem.
+        TypeError: The derived class is not an attrs class, or one of its annotations is not supported.
+    """
+
+    targets: str | tuple[str, ...] | None = setting(
+        None,
+        doc="Which layers get an adapter: path suffixes, globs, 're:' patterns, or 'all-linear'; "
+        "None takes the architecture's default.",
+    )
+    exclude: tuple[str, ...] = setting((), doc="Targets to leave out, and new modules to keep frozen.")
+    layers: tuple[int, ...] | None = setting(None, doc="Numbers of the layers to adapt; None means all.")
+    train_modules: tuple[str, ...] = setting((), doc="Modules trained in full, as copies; if empty, new heads are.")
+    bias: Literal["none", "adapters", "all"] = setting(
+        "none", doc="Which biases are trained, as copies: none, those of the adapted layers (adapters), or all."
+    )
+    adapter_dtype: Literal["float32", "float64", "bfloat16", "float16"] = setting(
+        "float32", converter=_dtype_name, doc="The dtype of the adapter's weights: a name or a torch.dtype."
+    )
+
+    @property
+    def total_steps(self) -> int | None:
+        """The length of training in optimizer steps. A method may define such a setting."""
+        return None
+
+    @property
+    def dropout(self) -> float:
+        """The share of the adapter's input that is dropped in training. A method may define such a setting."""
+        return 0.0
+
+    @classmethod
+    def __attrs_init_subclass__(cls) -> None:
+        if cls.__attrs_post_init__ is not AdapterConfig.__attrs_post_init__:
+            raise TypeError(f"{cls.__name__} overrides __attrs_post_init__, which checks it; override problems()")
+        for field in attrs.fields(attrs.resolve_types(cls)):
+            if not _is_supported(field.type):
+                raise TypeError(
+                    f"{cls.__name__}.{field.name} is annotated {_described(field.type)}, which a config cannot hold; "
+                    "use bool, int, float, str, None, Literal, tuple[...], Mapping[str, ...] or a union of these"
+                )
+
+    def __attrs_pre_init__(self) -> None:
+        if "__attrs_attrs__" not in type(self).__dict__:
+            raise TypeError(f"{type(self).__name__} is not an attrs class: decorate it with @attrs.frozen")
+        if type(self) is AdapterConfig:
+            raise TypeError("AdapterConfig is abstract: build the config of a method, such as LoraConfig")
+
+    def __attrs_post_init__(self) -> None:
+        # The config is still being built, so this may normalise values: a list to a tuple, an int to a float.
+        names = set(_settings(type(self)))
+        own = attrs.asdict(self, recurse=False, filter=lambda field, _: field.name in names)
+        values, problems = _read(_settings(type(self)), own)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        if found := problems or list(self.problems()):
+            raise ConfigError(found)
+
+    def target_patterns(self) -> Iterable[tuple[str, str]]:
+        """Override this if settings contain target patterns. `tunerkit.wrap` rejects a pattern that matches no target.
+
+        Returns:
+            Pairs of a pattern and the name of its field.
+        """
+        return ()
+
+    def problems(self) -> Iterable[str]:
+        """Override this to check fields against each other. It is called once each field is valid by itself.
+
+        Returns:
+            One line per problem, which ends in the path: ``"expected init_rank <= 8, got 12 @ $.init_rank"``.
+        """
+        return ()
+
+    def settled(self) -> Self:
+        """Override this if some defaults depend on other settings.
+
+        Files store the result, so that an adapter does not change if a later version computes other defaults.
+
+        Returns:
+            A config in which the resolved defaults are explicit.
+        """
+        return self
+
+
+def from_mapping(cls: type[Config], mapping: object) -> Config:
+    """Build the config that ``mapping`` (from JSON, YAML or a file's header) describes.
+
+    Nothing is guessed. A string for a number or a list, a bool for an int, and an unknown or non-string key are errors.
+    Raises `ConfigError` with every problem and its path.
+    """
+    fields = _settings(cls)
+    if not isinstance(mapping, Mapping):
+        raise ConfigError([f"expected a mapping of settings, {_got(mapping)} @ $"])
+    return cls(**_arguments(fields, mapping))
+
+
+# Any: a format's options are of a class of its plugin's.
+def options_from(cls: Any, mapping: Mapping[str, object]) -> Any:
+    """Build an object of any attrs class, checked as a config is. Raises `ConfigError` with every problem."""
+    fields = {field.name: field for field in attrs.fields(attrs.resolve_types(cls)) if field.init}
+    arguments = _arguments(fields, mapping)
+    try:
+        return cls(**arguments)
+    except (ValueError, TypeError) as error:  # of a validator of attrs
+        raise ConfigError([f"{error} @ $"]) from error
+
+
+def _arguments(fields: Mapping[str, "attrs.Attribute[Any]"], mapping: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return what the class of ``fields`` is called with. Raises `ConfigError` for unknown, missing and wrong ones."""
+    unknown = [key for key in mapping if key not in fields]
+    problems = [_unknown(key, fields) for key in unknown[:_NAMED]]  # looking for the closest names takes time
+    problems += [f"and {len(unknown) - _NAMED} more unknown keys @ $"] if len(unknown) > _NAMED else []
+    required = [name for name, field in fields.items() if field.default is attrs.NOTHING]
+    problems += [f"missing, and it has no default @ $.{name}" for name in required if name not in mapping]
+    values, wrong = _read(fields, mapping)
+    if problems or wrong:
+        raise ConfigError([*problems, *wrong])
+    return {str(fields[name].alias): value for name, value in values.items()}
+
+
+def unstructure(config: AdapterConfig) -> dict[str, Any]:
+    """Convert a config to a mapping; `structure` reverses it.
+
+    Args:
+        config: Any method's config.
+
+    Returns:
+        All settings by name, as values that JSON and YAML can hold.
+    """
+    plain = _CONVERTER.unstructure(config)
+    return {name: plain[name] for name in _settings(type(config))}
+
+
+def _settings(cls: object) -> dict[str, "attrs.Attribute[Any]"]:
+    """Return the fields that a config is built from, by name. Raises `TypeError` if ``cls`` is no config class."""
+    if not (isinstance(cls, type) and issubclass(cls, AdapterConfig)):
+        raise TypeError(f"expected a config class derived from tunerkit.AdapterConfig, got {cls!r}")
+    return {field.name: field for field in attrs.fields(cls) if field.init}
+
+
+def _unknown(key: object, names: Iterable[str]) -> str:
+    if not isinstance(key, str):
+        return f"expected str keys, {_got(key)} @ $"
+    known = "; known keys: " + (", ".join(names) or "none")
+    return f"unknown key {shown(key)}{closest(key, names) or known} @ $.{cut(key, 80)}"
+
+
+def _read(
+    fields: Mapping[str, "attrs.Attribute[Any]"], mapping: Mapping[str, Any]
+) -> tuple[dict[str, object], list[str]]:
+    """Return the valid settings of ``mapping`` as the fields store them, and the problems of the others."""
+    values, problems = {}, []
+    for name, field in fields.items():
+        if name in mapping:
+            convert = field.metadata.get("converter") or (lambda value: value)
+            try:
+                values[name] = _CONVERTER.structure(convert(mapping[name]), cast(Any, field.type))
+            except Exception as error:  # cattrs raises groups, a plugin's converter may raise anything
+                problems += transform_error(error, f"$.{name}", lambda problem, _: str(problem))
+            else:
+                problems += _out_of_range(values[name], field.metadata, f"$.{name}")
+    return values, problems
+
+
+def _out_of_range(value: object, limits: Mapping[str, Any], path: str) -> Iterator[str]:
+    if isinstance(value, (tuple, dict)):
+        for key, element in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _out_of_range(element, limits, f"{path}[{shown(key)}]")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        for name, (sign, holds) in _COMPARE.items():
+            limit = limits.get(name)
+            if limit is not None and not holds(value, limit):
+                yield f"expected {sign} {limit}, got {shown(value)} @ {path}"
+
+
+# --- The strict converter ---------------------------------------------------------------------------------------------
+
+
+class _WrongKindError(ValueError):
+    """The value has a different type from the annotation. Another member of a union may still accept it."""
+
+
+def _got(value: object) -> str:
+    """Describe a value in one short line: ``got str '8'``."""
+    return "got None" if value is None else f"got {type(value).__name__} {shown(value)}"
+
+
+def _refuse(value: object, cls: object) -> NoReturn:
+    hint = _hint(value, (cls, *get_args(cls))) if isinstance(value, str) else ""
+    raise _WrongKindError(f"expected {_described(cls)}, {_got(value)}{hint}")
+
+
+def _hint(text: str, kinds: tuple[object, ...]) -> str:
+    """Show how to write a float in YAML 1.1, with a dot and a signed exponent, or name the closest choices."""
+    found = _SCIENTIFIC.fullmatch(text)
+    if found and float in kinds:
+        whole, fraction, sign, exponent = found.groups()
+        return f" (YAML reads this as text: write {whole}.{fraction or '0'}e{sign or '+'}{exponent})"
+    choices = (choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind))
+    return closest(text, (choice for choice in choices if isinstance(choice, str)))
+
+
+def _described(cls: Any) -> str:
+    """Describe an annotation for an error, such as ``list of str``: tuples are lists in JSON and YAML."""
+    origin, members = get_origin(cls), get_args(cls)
+    if origin in _UNIONS:
+        return " or ".join(map(_described, members))
+    if origin is Literal:
+        return " or ".join(map(repr, members))
+    if origin is tuple:
+        return f"list of {' and '.join(_described(member) for member in members if member is not Ellipsis)}"
+    if origin in _MAPPINGS:
+        return f"mapping of {' to '.join(map(_described, members))}"
+    if cls is NoneType:
+        return "None"
+    return cls.__name__ if isinstance(cls, type) else repr(cls)
+
+
+def _is_supported(cls: Any) -> bool:
+    """Whether JSON can hold values of this annotation and the converter can read them."""
+    origin, members = get_origin(cls), get_args(cls)
+    if origin is Literal:
+        return all(type(member) in (bool, int, str, NoneType) for member in members)
+    if origin in _MAPPINGS:
+        return members[:1] == (str,) and _is_supported(members[1])
+    if origin in (*_UNIONS, tuple):
+        return all(_is_supported(member) for member in members if member is not Ellipsis)
+    return cls in (bool, int, float, str, NoneType)
+
+
+def _exact(value: object, cls: type) -> object:
+    return value if type(value) is cls else _refuse(value, cls)
+
+
+def _int(value: object, cls: type) -> int:
+    # int() converts subclasses such as IntEnum, which YAML cannot write.
+    return int(value) if isinstance(value, int) and not isinstance(value, bool) else _refuse(value, cls)
+
+
+def _str(value: object, cls: type) -> str:
+    return str.__str__(value) if isinstance(value, str) else _refuse(value, cls)
+
+
+def _float(value: object, cls: type) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        _refuse(value, cls)
+    if not abs(value) <= sys.float_info.max:  # also if it is NaN, or an int too large for a float
+        raise ValueError(f"expected a finite float, {_got(value)}")
+    return float(value)
+
+
+def _literal(value: object, cls: Any) -> object:
+    # Compare types first: True == 1, but Literal[1] must not accept True. Comparing an array gives an array.
+    for member in get_args(cls):
+        if isinstance(value, type(member)) and isinstance(value, bool) == isinstance(member, bool) and value == member:
+            return member
+    _refuse(value, cls)
+
+
+def _union(value: object, cls: Any) -> object:
+    errors: list[Exception] = []
+    # Try float last, because it also accepts ints: with `float | int`, 8 stays an int.
+    for member in sorted(get_args(cls), key=lambda member: member is float):
+        try:
+            return _CONVERTER.structure(value, member)
+        except Exception as error:
+            errors.append(error)
+    # The error of a member with the right type is more precise: it names the element of a list, for example.
+    specific = [error for error in errors if not isinstance(error, _WrongKindError)]
+    if len(specific) == 1:
+        raise specific[0]
+    _refuse(value, cls)
+
+
+def _container(cls: Any) -> Callable[[object, Any], object]:
+    """Make the hook of a tuple or mapping: it checks kind and length, then calls cattrs' own hook, which adds paths."""
+    is_tuple, members = get_origin(cls) is tuple, get_args(cls)
+    # In this converter, cattrs reads the container and the strict converter reads its elements.
+    elements = _SCALARS.copy()
+    elements.register_structure_hook_func(lambda member: member in members, _CONVERTER.structure)
+
+    def structure(value: Any, _: object) -> object:
+        if not isinstance(value, (list, tuple) if is_tuple else Mapping):
+            _refuse(value, cls)
+        if is_tuple and Ellipsis not in members and len(value) != len(members):
+            raise ValueError(f"expected {_described(cls)}, got {len(value)} values")
+        return elements.structure(value, cls)
+
+    return structure
+
+
+def _has_origin(*origins: object) -> Callable[[Any], bool]:
+    return lambda cls: get_origin(cls) in origins
+
+
+# Write tuples as lists. This is explicit because the default differs between versions of cattrs.
+_SCALARS: Final = Converter(unstruct_collection_overrides={tuple: list})
+for scalar, hook in ((bool, _exact), (NoneType, _exact), (int, _int), (float, _float), (str, _str)):
+    _SCALARS.register_structure_hook(scalar, hook)
+_CONVERTER: Final = _SCALARS.copy()
+_CONVERTER.register_structure_hook_func(_has_origin(Literal), _literal)
+_CONVERTER.register_structure_hook_func(_has_origin(*_UNIONS), _union)
+_CONVERTER.register_structure_hook_factory(_has_origin(tuple, *_MAPPINGS), _container)

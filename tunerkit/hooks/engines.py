@@ -1,0 +1,203 @@
+"""The contract of an engine: how the processes of one training hold adapters, and how they keep them alike."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Protocol
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+@attrs.frozen(eq=False)
+class Pieces:
+    """What this process holds of parameters: all of them, unless an engine has cut them.
+
+    Attributes:
+        values: What it holds of each parameter: the memory itself.
+        grads: What it holds of their gradients; None for a parameter without one.
+        starts: The dimension along which each is cut, and the first index of the piece in it.
+        are_cut: Whether other processes hold other pieces.
+    """
+
+    values: Sequence[Tensor]
+    grads: Sequence[Tensor | None]
+    starts: Sequence[tuple[int, int]]
+    are_cut = False
+
+    def sum_(self, tensors: Sequence[Tensor], what: str) -> None:
+        """Replace tensors by their sums over the processes that share the parameters. One collective for all.
+
+        Args:
+            tensors: The tensors to overwrite, of the same shapes in all processes.
+            what: What they are, for messages.
+        """
+
+    def joined(self, tensors: Sequence[Tensor], what: str) -> list[Tensor]:
+        """Put whole tensors together. All processes must call this.
+
+        Args:
+            tensors: One for each parameter, cut as that is.
+            what: What they are, for messages.
+        """
+        return list(tensors)
+
+    def cut(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Cut tensors as the parameters are, into views. No collective.
+
+        Args:
+            tensors: One for each parameter, of its whole shape.
+        """
+        return list(tensors)
+
+
+def whole_pieces(parameters: Sequence[Tensor]) -> Pieces:
+    """The pieces of parameters that are whole."""
+    return Pieces(parameters, [parameter.grad for parameter in parameters], [(0, 0)] * len(parameters))
+
+
+@attrs.frozen(eq=False)
+class Held:
+    """One adapter of a training, as an engine sees it.
+
+    Attributes:
+        name: The adapter's name.
+        model: The wrapped model.
+        slots: Its modules by path. Their parameters are looked up at each use, since an engine may replace them.
+        describe: Returns what must be the same in all processes, by what messages call it: method, settings, seed, ...
+        starts_alike: Whether the start may be taken from process 0. It may not if the base was changed to fit it.
+    """
+
+    name: str
+    model: nn.Module
+    slots: Mapping[str, nn.Module]
+    describe: Callable[[], Mapping[str, str]]
+    starts_alike: bool = True
+
+    @property
+    def described(self) -> Mapping[str, str]:
+        """What ``describe`` returns."""
+        return self.describe()
+
+
+class Removable(Protocol):
+    """The handle of something registered."""
+
+    def remove(self) -> None:
+        """Undo it. Calling this again does nothing."""
+
+
+class Engine:
+    """How adapters are spread over the processes of one training. Derive from it; the defaults are for one process.
+
+    A method's hooks see whole parameters with whole gradients, whatever the engine does with them between steps. The
+    same calls are made in all processes, in the same order.
+
+    Attributes:
+        is_shared: Whether the processes train one adapter together, so that one of them writes for all.
+        withholds: Whether a parameter without a gradient is left alone by the optimizer's step.
+        gives_pieces: Whether a method that works on pieces gets them: what the process holds of parameters that are
+            cut.
+    """
+
+    is_shared = False
+    withholds = True
+    gives_pieces = False
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return "one process"
+
+    @property
+    def fixed_shapes(self) -> str | None:
+        """Why a parameter's shape must not change; None if it may, in all processes alike."""
+        return None
+
+    @property
+    def splits(self) -> bool:
+        """Whether a process holds only a part of an adapter, so that all must take part when it is read."""
+        return False
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this process writes the files of the training. The others return when they are there."""
+        return True
+
+    def begin_(self, adapters: Sequence[Held], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
+        """Compare the adapters of all processes, make them start alike, and register what keeps them alike.
+
+        Raises `StepError` in every process if they differ. Nothing is changed then.
+
+        Returns:
+            The handles of what it registered for each adapter, by its name; removing them ends it.
+        """
+        return {}
+
+    def before_step_(self, optimizer: Optimizer) -> None:
+        """Note that the optimizer is about to step. Raises `StepError` if the processes are not at the same step."""
+
+    def no_sync(self) -> AbstractContextManager[object]:
+        """Inside the block, backwards only add up this process's gradients, if that is up to the engine."""
+        return nullcontext()
+
+    def whole(
+        self, slots: Sequence[nn.Module], *, gradients: bool
+    ) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+        """Inside the block, the parameters below ``slots`` are whole, in the same modules and under the same names.
+
+        What the block changes in them, and in their gradients, is kept.
+
+        Args:
+            slots: The adapter's modules.
+            gradients: Whether their gradients are needed too, which costs a second exchange.
+
+        Returns:
+            A context manager. It gives a function from a parameter inside the block to the one outside of it.
+        """
+        return nullcontext(same)
+
+    def reshard_(self) -> None:
+        """Cut the adapters again if a forward has left them whole, so that `pieces` can be asked. No collective."""
+
+    def pieces(self, parameters: Sequence[nn.Parameter]) -> Pieces:
+        """What this process holds of parameters: of whole ones, as inside `whole`, all. No collective.
+
+        Args:
+            parameters: Parameters of the adapters.
+        """
+        return whole_pieces(parameters)
+
+    def resized_(self) -> None:
+        """Note that parameters have changed shape, in all processes alike, between two backwards."""
+
+    def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
+        """Give the values that ``tensors`` have in process 0 to all processes.
+
+        Args:
+            tensors: The tensors to overwrite, of the same shapes in all processes.
+            what: What they are, for messages.
+        """
+
+    def write_once(self, place: Path, content: str, write: Callable[[], Path]) -> Path:
+        """Let one process write a file, and return in every process once it is there.
+
+        Args:
+            place: The file, as this process was told.
+            content: What is written, in the same words in all processes if it is the same.
+            write: Writes the file, and returns its path. It is called in the process that `is_writer`.
+        """
+        return write()
+
+
+def is_grouped() -> bool:
+    """Whether this process belongs to a process group, or a launcher gave it a number; there may be no other one."""
+    return "WORLD_SIZE" in os.environ or (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
+def same(parameter: Tensor) -> Tensor:
+    """The parameter itself."""
+    return parameter

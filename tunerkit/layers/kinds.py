@@ -1,0 +1,257 @@
+"""The base-layer kinds of torch's own layers, and the one for modules of which only the output is known."""
+
+import math
+from typing import Any, ClassVar, NoReturn, final
+
+import attrs
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunerkit.errors import AdapterError
+from tunerkit.layers import torch_private
+from tunerkit.layers.base import BaseLayer, drop, runs_forward_of
+from tunerkit.layers.forwards import forward_owner
+from tunerkit.layers.weights import weight_of, whole_shape
+
+
+@attrs.frozen(eq=False)
+class DenseLinear(BaseLayer):
+    """Abstract. A linear layer, x Wᵀ + b, that holds W as numbers. A kind defines `matches`.
+
+    It defines `matrix` and `pack` too if the module stores W in another layout.
+    """
+
+    linear: ClassVar[bool] = True
+
+    def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> Tensor:
+        """(..., in) to (..., r)."""
+        return F.linear(drop(x, dropout), q)
+
+    def project_out(self, h: Tensor, p: Tensor) -> Tensor:
+        """(..., r) to (..., out)."""
+        return F.linear(h, p)
+
+    def dense(self) -> Tensor:
+        """Return `matrix`, detached."""
+        return self.matrix().detach()
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """(out, in), unchanged."""
+        return weight
+
+    def matrix(self) -> Tensor:
+        """Return the weight itself."""
+        return weight_of(self.module)
+
+
+@final
+@attrs.frozen(eq=False)
+class LinearLayer(DenseLinear):
+    """``nn.Linear``, and subclasses that keep its forward."""
+
+    module: nn.Linear
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Whether the forward is exactly ``nn.Linear``'s."""
+        return runs_forward_of(module, nn.Linear)
+
+    @property
+    def in_features(self) -> int:
+        """Features of the input."""
+        return self.module.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Features of the output."""
+        return self.module.out_features
+
+
+@final
+@attrs.frozen(eq=False)
+class ConvLayer(BaseLayer):
+    """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d`` with any groups, stride, dilation and padding.
+
+    W is the weight (C_out, C_in/groups, *kernel) with all but its first dimension flattened, so in = C_in/groups ·
+    positions of the kernel. Q is a convolution to r channels per group. The layer runs it in place of its own weight,
+    so it has the layer's stride, dilation and padding mode. P is a 1×1 convolution of its output.
+    """
+
+    module: nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Whether both methods that make up a convolution's forward are torch's own."""
+        kind = next((kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if runs_forward_of(module, kind)), None)
+        return kind is not None and torch_private.runs_convolution_of(module, kind)
+
+    @property
+    def in_features(self) -> int:
+        """Number of inputs to one position of one output channel: C_in/groups · positions of the kernel."""
+        return self.module.in_channels // self.module.groups * math.prod(self.module.kernel_size)
+
+    @property
+    def out_features(self) -> int:
+        """Output channels."""
+        return self.module.out_channels
+
+    def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> Tensor:
+        """(N, C_in, *size) to (N, groups · r, *size out); N may be missing."""
+        kernel = q.reshape(q.shape[0], -1, *self.module.kernel_size)  # (r, C_in/groups, *kernel)
+        if self.module.groups > 1:
+            # Each group applies the same Q to its own channels, just as p @ q has the same Q in each group's rows.
+            kernel = kernel.repeat(self.module.groups, *[1] * (kernel.ndim - 1))
+        return torch_private.convolve(self.module, drop(x, dropout), kernel)
+
+    def project_out(self, h: Tensor, p: Tensor) -> Tensor:
+        """(N, groups · r, *size out) to (N, C_out, *size out); N may be missing."""
+        dimensions = len(self.module.kernel_size)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[dimensions - 1]
+        return convolve(h, p.reshape(*p.shape, *[1] * dimensions), groups=self.module.groups)
+
+    def shape_bias(self, b: Tensor) -> Tensor:
+        """(out,) to (out, 1, ...): right for batched and unbatched outputs."""
+        return b.reshape(-1, *[1] * len(self.module.kernel_size))
+
+    def dense(self) -> Tensor:
+        """Return the weight with all but its first dimension flattened; a view if it is contiguous."""
+        return weight_of(self.module).detach().flatten(1)
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """(out, in) to (C_out, C_in/groups, *kernel)."""
+        return weight.reshape(weight.shape[0], -1, *self.module.kernel_size)
+
+
+@final
+@attrs.frozen(eq=False)
+class EmbeddingLayer(BaseLayer):
+    """``nn.Embedding``, and subclasses that keep its forward.
+
+    The input is a one-hot row, so in = num_embeddings and W is the weight transposed. At ``padding_idx`` the delta is
+    exactly 0 and has no gradient, like the layer's own weight: `project_in` drops that column of Q, and `pack` zeroes
+    that row.
+    """
+
+    module: nn.Embedding
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Whether the forward is exactly ``nn.Embedding``'s."""
+        return runs_forward_of(module, nn.Embedding)
+
+    @property
+    def in_features(self) -> int:
+        """Number of ids."""
+        return whole_shape(self.module.weight)[0]
+
+    @property
+    def out_features(self) -> int:
+        """Width of a row."""
+        return whole_shape(self.module.weight)[1]
+
+    def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> Tensor:
+        """Ids (...) to (..., r). ``dropout`` drops whole ids, just as it would drop elements of one-hot rows."""
+        h = F.embedding(x, q.t())
+        if dropout > 0:
+            h = h * F.dropout(h.new_ones((*x.shape, 1)), dropout)
+        if self.module.padding_idx is None:
+            return h
+        return h.masked_fill((x == self.module.padding_idx).unsqueeze(-1), 0)
+
+    def project_out(self, h: Tensor, p: Tensor) -> Tensor:
+        """(..., r) to (..., out)."""
+        return F.linear(h, p)
+
+    def dense(self) -> Tensor:
+        """Return the weight transposed, a view: with the row of ``padding_idx`` unchanged."""
+        return weight_of(self.module).detach().t()
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """(out, in) to (in, out), with the row of ``padding_idx`` zeroed: a delta never touches it."""
+        if self.module.padding_idx is None:
+            return weight.t()
+        packed = weight.t().clone()
+        packed[self.module.padding_idx] = 0
+        return packed
+
+
+@final
+@attrs.frozen(eq=False)
+class AttentionLayer(BaseLayer):
+    """``nn.MultiheadAttention`` whose q, k and v have one width, E: W is ``in_proj_weight``, q above k above v.
+
+    The output projection, ``out_proj``, is a linear layer of its own. With ``kdim`` or ``vdim`` there are three weights
+    instead of one; this kind does not match those.
+    """
+
+    weight_name: ClassVar[str] = "in_proj_weight"
+    bias_name: ClassVar[str] = "in_proj_bias"
+    lends: ClassVar[bool] = True
+
+    module: nn.MultiheadAttention
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Whether the forward is exactly torch's, and the projection one parameter."""
+        packed = isinstance(torch_private.own_parameters(module).get(cls.weight_name), nn.Parameter)
+        return packed and forward_owner(module) is nn.MultiheadAttention
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input, E."""
+        return whole_shape(self.module.in_proj_weight)[1]
+
+    @property
+    def out_features(self) -> int:
+        """Rows of q, k and v together, 3·E."""
+        return whole_shape(self.module.in_proj_weight)[0]
+
+    def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> NoReturn:
+        """Raise `AdapterError`: the output mixes the projections of three inputs, so nothing can be added to it."""
+        raise AdapterError(
+            "nn.MultiheadAttention projects inside its forward(), so nothing can be added to that output from outside; "
+            "an adapter there works through the weight that tunerkit_delta returns, not through its own forward()"
+        )
+
+    def project_out(self, h: Tensor, p: Tensor) -> NoReturn:
+        """Raise `AdapterError`, as `project_in` does."""
+        self.project_in(h, p)
+
+    def dense(self) -> Tensor:
+        """Return ``in_proj_weight`` itself, detached."""
+        return weight_of(self.module, self.weight_name).detach()
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """(3·E, E), unchanged."""
+        return weight
+
+
+def _absent(name: str) -> Any:
+    """A method in the place of ``name``, for a module without a weight: it raises `AdapterError`."""
+
+    def refuse(base: BaseLayer, *args: object, **kwargs: object) -> NoReturn:
+        raise AdapterError(
+            f"the base layer is a {type(base.module).__name__}, of which tunerkit knows no weight, so it has no "
+            f"{name}; read the sizes from target.module in tunerkit_build_adapter"
+        )
+
+    return refuse
+
+
+@final
+@attrs.frozen(eq=False)
+class OutputLayer(BaseLayer):
+    """A module of which only the output is known. A method sees the input and the output, and no matrix."""
+
+    has_weight: ClassVar[bool] = False
+    in_features = property(_absent("in_features"))
+    out_features = property(_absent("out_features"))
+    project_in = _absent("project_in")
+    project_out = _absent("project_out")
+    dense = _absent("dense")
+    pack = _absent("pack")
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Never: only a method that adapts outputs gets this kind, where no other one matches."""
+        return False

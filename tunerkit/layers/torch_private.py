@@ -1,0 +1,245 @@
+"""The private names of torch that tunerkit relies on. Each is looked up at use, never by an import.
+
+If a release of torch renames one, tests/layers/test_torch_private.py reports its name, and this is the file to change.
+"""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeGuard, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils import checkpoint
+
+# --- A module's own parameters and children --------------------------------------------------------------------------
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The parameters of ``module`` itself, as the live dict; an attribute of the same name does not hide them."""
+    return module._parameters
+
+
+def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The direct children of ``module``, as the live dict; it accepts names that `add_module` rejects."""
+    return module._modules
+
+
+def compiled_from(module: nn.Module) -> nn.Module | None:
+    """The module that was passed to `torch.compile`, if ``module`` is its result; None otherwise."""
+    return module._modules.get("_orig_mod")
+
+
+# --- Tensors made of other tensors, as libraries that quantise build them ---------------------------------------------
+
+# The classes that take a tensor apart for torch.compile, and whose values are numbers all the same.
+_PLAIN = ("torch.distributed.tensor.DTensor",)
+
+
+def is_packed(weight: object) -> bool:
+    """Whether a weight is a tensor made of other tensors, such as integers and scales; a shard of one is not."""
+    kind = type(weight)
+    if kind in (nn.Parameter, Tensor):
+        return False
+    names = (f"{each.__module__}.{each.__qualname__}" for each in kind.__mro__)
+    return hasattr(kind, "__tensor_flatten__") and not any(name in _PLAIN for name in names)
+
+
+def numbers_of(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a packed weight is made of, down to plain ones; a plain tensor alone."""
+    if not is_packed(tensor):
+        return [tensor]
+    names, _ = cast(Any, tensor).__tensor_flatten__()
+    return [inner for name in names for inner in numbers_of(getattr(tensor, name))]
+
+
+# --- Hooks -----------------------------------------------------------------------------------------------------------
+
+
+def has_hook(module: nn.Module, function: Callable[..., Any]) -> bool:
+    """Whether ``function`` is a forward hook or a forward pre-hook of ``module``."""
+    return function in module._forward_hooks.values() or function in module._forward_pre_hooks.values()
+
+
+def has_single_hook(module: nn.Module) -> bool:
+    """Whether exactly one forward hook sees the output of ``module``, counting global hooks."""
+    return len(module._forward_hooks) == 1 and not nn.modules.module._global_forward_hooks
+
+
+def remove_hooks_(module: nn.Module, *functions: Callable[..., Any]) -> None:
+    """Remove the forward hooks and pre-hooks that are one of ``functions``, or a ``partial`` of one.
+
+    Hooks are found by function because a handle does not survive a deep copy.
+    """
+    flags = (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key, hook in list(hooks.items()):
+            if (hook.func if isinstance(hook, partial) else hook) in functions:
+                for table in (*flags, hooks):  # the hook last, so that an interrupted call can be repeated
+                    table.pop(key, None)
+
+
+def hooks_before(module: nn.Module, function: Callable[..., Any]) -> list[Callable[..., Any]]:
+    """The forward hooks of ``module`` that run before ``function``, which is one of them."""
+    hooks = [*module._forward_hooks.values()]
+    return hooks[: hooks.index(function)] if function in hooks else []
+
+
+def mute_hooks_(module: nn.Module) -> None:
+    """Make a copy of a module fit to be called inside a forward hook of the original, whose hooks run already.
+
+    Forward hooks go. Pre-hooks stay, since some compute a weight from other parameters; but what they return, which the
+    arguments have gone through already, is ignored.
+    """
+    for key in list(module._forward_hooks):
+        for table in (module._forward_hooks_with_kwargs, module._forward_hooks_always_called, module._forward_hooks):
+            table.pop(key, None)
+    for key, hook in module._forward_pre_hooks.items():
+        module._forward_pre_hooks[key] = partial(_without_result, hook)
+
+
+def _without_result(hook: Callable[..., Any], *call: Any) -> None:
+    hook(*call)
+
+
+def remove_state_hooks_(module: nn.Module, *functions: Callable[..., Any]) -> None:
+    """Remove the hooks after ``state_dict()`` and before ``load_state_dict()`` that are one of ``functions``."""
+    after: dict[int, Any] = module._state_dict_hooks
+    before: dict[int, Any] = module._load_state_dict_pre_hooks
+    for key in [key for key, hook in after.items() if hook in functions]:
+        del after[key]
+    for key in [key for key, wrapper in before.items() if wrapper.hook in functions]:
+        del before[key]
+
+
+# --- Kinds of modules ------------------------------------------------------------------------------------------------
+
+
+def is_convolution(module: nn.Module) -> "TypeGuard[nn.modules.conv._ConvNd]":
+    """Whether ``module`` is a convolution, including transposed ones."""
+    return isinstance(module, nn.modules.conv._ConvNd)
+
+
+def has_statistics(module: nn.Module) -> "TypeGuard[nn.modules.batchnorm._NormBase]":
+    """Whether ``module`` is a batch norm or an instance norm, which may have running statistics."""
+    return isinstance(module, nn.modules.batchnorm._NormBase)
+
+
+def is_batch_norm(module: nn.Module) -> "TypeGuard[nn.modules.batchnorm._BatchNorm]":
+    """Whether ``module`` is a batch norm."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def channel_norms() -> tuple[type[nn.Module], ...]:
+    """The classes of norms whose forward adds the bias along the channel dimension."""
+    return nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm
+
+
+def is_batched(norm: nn.Module, y: Tensor) -> bool:
+    """Whether the output ``y`` of ``norm`` has a batch dimension; only instance norm works without one."""
+    return not isinstance(norm, nn.modules.instancenorm._InstanceNorm) or y.dim() > norm._get_no_batch_dim()
+
+
+def runs_convolution_of(module: Any, kind: Any) -> bool:
+    """Whether ``module`` convolves with the method of ``kind``; both are convolutions."""
+    return type(module)._conv_forward is kind._conv_forward and "_conv_forward" not in vars(module)
+
+
+def convolve(module: Any, x: Tensor, kernel: Tensor) -> Tensor:
+    """Run the convolution of ``module`` on ``x`` with ``kernel`` as the weight and no bias."""
+    return cast(Tensor, module._conv_forward(x, kernel, None))
+
+
+# --- Modes -----------------------------------------------------------------------------------------------------------
+
+
+def version(tensor: Tensor) -> int | None:
+    """The counter that every in-place change of ``tensor`` increments; None for inference tensors, which have none."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def is_observed() -> bool:
+    """Whether something records the operations of a forward, or keeps their outputs.
+
+    That is tracing, a functorch transform, forward-mode differentiation, or selective checkpointing, which returns the
+    kept outputs again in backward.
+    """
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._is_tracing():
+        return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    keepers = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
+    return any(isinstance(mode, keepers) for mode in _python_dispatch()._get_current_dispatch_mode_stack())
+
+
+def dispatch_mode() -> Any:
+    """The base class of dispatch modes: inside a mode's block, each operation calls its ``__torch_dispatch__``."""
+    return _python_dispatch().TorchDispatchMode
+
+
+def _python_dispatch() -> Any:
+    return importlib.import_module("torch.utils._python_dispatch")
+
+
+# --- Distributed checkpoint -------------------------------------------------------------------------------------------
+
+_STATE_DICT = "torch.distributed.checkpoint.state_dict"
+
+
+def in_distributed_checkpoint() -> bool:
+    """Whether functions of ``torch.distributed.checkpoint.state_dict`` are running, such as `get_state_dict`.
+
+    If an optimizer has no state, they first set all gradients and learning rates to 0 and call ``step``. Nothing marks
+    that step, and an ordinary one may have a rate and gradients of 0 too, so the callers are looked at.
+    """
+    frame = inspect.currentframe() if _STATE_DICT in sys.modules else None
+    while frame is not None:
+        if frame.f_globals.get("__name__") == _STATE_DICT:
+            return True
+        frame = frame.f_back
+    return False
+
+
+# --- Lists of tensors -------------------------------------------------------------------------------------------------
+
+
+def divide_(tensors: list[Tensor], divisor: Tensor) -> None:
+    """Divide ``tensors`` in place, in one operation. All are on the device of ``divisor``."""
+    torch._foreach_div_(tensors, divisor)
+
+
+def copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy ``sources`` into ``targets``, in one operation for tensors of one device and dtype."""
+    torch._foreach_copy_(targets, sources)
+
+
+# --- The compiler ----------------------------------------------------------------------------------------------------
+
+_DYNAMO = "torch._dynamo"
+
+
+def uncompiled(function: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+    """``function`` as code that dynamo does not trace, since it cannot trace the hook calls in it."""
+    # Loading dynamo takes seconds. Where it is not loaded, nothing is compiled.
+    return torch.compiler.disable(function) if _DYNAMO in sys.modules else function
+
+
+def forget_compiled() -> None:
+    """Make compiled code respect our hooks: discard what was compiled before, and let dynamo guard on hooks.
+
+    By default dynamo does not guard on hooks. Code compiled for a bare model would then also run, without adapters,
+    for a wrapped model of the same class. Loading dynamo takes seconds, but building an optimizer loads it too, and
+    nothing notifies us then: code compiled before this setting is changed would ignore adapters.
+    """
+    dynamo = importlib.import_module(_DYNAMO)
+    dynamo.config.skip_nnmodule_hook_guards = False
+    if dynamo.convert_frame.input_codes.seen:  # usually empty: nothing was compiled yet
+        dynamo.reset()
+
+
+def compile_counter(backend: str) -> Any:
+    """A backend of `torch.compile` that runs ``backend`` and counts its compilations in ``frame_count``."""
+    return importlib.import_module(f"{_DYNAMO}.testing").CompileCounterWithBackend(backend)

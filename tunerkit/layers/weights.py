@@ -1,0 +1,151 @@
+"""The weights of modules, also where a library holds them: offloaded ones, and those of which a process has a part.
+
+Plugins say how, see `tunerkit.Holding`. They are asked only about what is empty or on the meta device, so forwards of
+ordinary models cost nothing and can be compiled.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import chain
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from tunerkit.errors import AdapterError
+from tunerkit.layers.torch_private import own_parameters
+from tunerkit.records import Holding
+
+
+@attrs.define(eq=False)
+class _Plugins:
+    """The way to the plugins' answers: `tunerkit.hooks` sets it, which knows layers, and so also this file."""
+
+    holdings: Callable[[], Sequence[Holding]] = tuple
+
+
+plugins = _Plugins()
+
+
+def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
+    """The weight as the module's forward uses it: the parameter itself, or its values, detached, if it is elsewhere.
+
+    Between two forwards, an offloaded parameter is on the meta device. Products with it give uninitialised memory. One
+    that is divided among processes may be empty then, and is gathered: all processes ask for it together.
+
+    Raises:
+        AdapterError: It is on the meta device, and what put it there does not load it.
+    """
+    weight: Tensor = getattr(module, name)
+    if not weight.is_meta and (weight.numel() or torch.compiler.is_compiling()):
+        return weight
+    if emptied([weight]) is not None:
+        with gathered(some := nn.ParameterList([weight])):
+            whole: Tensor = some[0].detach().clone()
+            return whole
+    for each in plugins.holdings() if weight.is_meta else ():
+        if each.offloads(module) or each.device(module) is not None:
+            return each.load(module, name)
+    if weight.is_meta and "forward" in vars(module):  # else the module itself computes on the meta device
+        raise AdapterError(
+            f"an adapter reads the {name} of a {type(module).__name__} that is on the meta device, and nothing that is "
+            "installed loads it; load the model without offloading this module"
+        )
+    return weight
+
+
+def offloading(module: nn.Module) -> Holding | None:
+    """What loads the module's own weights for each forward and removes them after it; None if they are there."""
+    if not any(tensor.is_meta for tensor in _own(module)):
+        return None
+    return next((each for each in plugins.holdings() if each.offloads(module)), None)
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """The device on which the module runs, to which its weights may be loaded first; None if nothing says it."""
+    own = list(_own(module))
+    if not own or any(tensor.is_meta for tensor in own):
+        for each in plugins.holdings():
+            if (device := each.device(module)) is not None:
+                return device
+    return next((tensor.device for tensor in own if not tensor.is_meta), None)
+
+
+def identity(module: nn.Module, name: str, tensor: Tensor) -> int:
+    """A number that tied parameters share, also where offloading gave each of two modules its own object."""
+    for each in plugins.holdings() if tensor.is_meta else ():
+        if (found := each.identity(module, name, tensor)) is not None:
+            return found
+    return id(tensor)
+
+
+def duplicate(module: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module:
+    """A deep copy whose weights stay on the device that the module runs on, even if its own are offloaded.
+
+    ``replaced`` maps the id of a submodule to the module that takes its place in the copy.
+    """
+    for each in plugins.holdings():
+        if (twin := each.duplicate(module, replaced)) is not None:
+            return twin
+    return copy.deepcopy(module, {**replaced})
+
+
+def sharding(tensors: Iterable[Tensor]) -> Holding | None:
+    """What divides one of the tensors among processes, also while it is gathered; None if all are whole."""
+    holdings = plugins.holdings()
+    return next((each for tensor in tensors for each in holdings if each.shards(tensor)), None)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds only a part of a tensor, also while it is gathered."""
+    return sharding([tensor]) is not None
+
+
+def emptied(tensors: Iterable[Tensor]) -> Holding | None:
+    """What has left one of the tensors empty, of which each process keeps a part; None if all have values."""
+    empty = [tensor for tensor in tensors if not tensor.numel()]
+    return sharding(empty) if empty else None
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """The shape of the whole tensor, which may be empty between its uses."""
+    holding = emptied([tensor])
+    return tensor.shape if holding is None else torch.Size(holding.shape(tensor))
+
+
+def part_of(tensor: Tensor) -> Tensor | None:
+    """What this process holds of a tensor that is divided: the memory itself; None if it is whole."""
+    holding = sharding([tensor])
+    return None if holding is None else holding.part(tensor)
+
+
+def gathered(module: nn.Module) -> AbstractContextManager[Callable[[str, Tensor], Tensor]]:
+    """Inside the block, the parameters of the module and below it are whole. See `Holding`."""
+    holding = sharding(module.parameters())
+    return nullcontext(lambda name, tensor: tensor) if holding is None else holding.gathered(module)
+
+
+def reshard_(model: nn.Module) -> None:
+    """Divide again what a forward has left whole in ``model``."""
+    for each in plugins.holdings():
+        each.reshard_(model)
+
+
+def lent(module: nn.Module) -> str | None:
+    """Why what is written into the module's weights now would be lost; None if it would not."""
+    return next((reason for each in plugins.holdings() if (reason := each.lent(module)) is not None), None)
+
+
+@contextmanager
+def new_modules_whole() -> Iterator[None]:
+    """Inside the block, new modules are whole, also where a library would divide them at once."""
+    with ExitStack() as entered:
+        for each in plugins.holdings():
+            entered.enter_context(each.outside())
+        yield
+
+
+def _own(module: nn.Module) -> Iterator[Tensor]:
+    buffers = module.buffers(recurse=False)
+    return chain((each for each in own_parameters(module).values() if each is not None), buffers)

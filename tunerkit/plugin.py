@@ -1,0 +1,29 @@
+"""What authors of plugins import: the marker of hooks, records, base classes, and functions on adapters and patterns.
+
+A plugin needs `tunerkit`, `tunerkit.errors` and this module, and nothing deeper. The names are imported when they are
+first used, as those of `tunerkit` are: a module with commands must not import torch for the marker alone.
+"""
+
+import importlib
+from typing import Any
+
+import tunerkit
+from tunerkit import hookimpl as hookimpl
+
+__all__ = [
+    *("hookimpl", "AdapterConfig", "setting", "Adapter", "BaseLayer", "Packing", "Engine", "Pieces"),
+    *("whole_pieces", "Tuner", "factors_of", "copies_of", "biases_of", "Method", "MethodInfo", "Target"),
+    *("WeightReader", "DefaultTargets", "ModelLibrary", "NewModules", "Restriction", "Holding", "forward_name"),
+    *("Delta", "Factors", "add_low_rank", "low_rank_delta", "low_rank_factors", "Format", "Foreign", "Description"),
+    *("Rounding", "State", "Statistics", "StatisticsRequest", "ParamGroup", "RankChange", "Cut", "Growth", "grow_"),
+    *("shrink_", "optimizer_of", "resize_", "resize_obstacle", "Matcher", "exact_patterns", "file_matchers"),
+    *("is_broad", "is_exact", "lookup", "matcher", "matches", "AdapterError", "BaseMismatchError", "ConfigError"),
+    *("FileError", "PluginError", "StepError", "TargetError", "TunerkitError", "TunerkitWarning"),
+    *("UnknownFormatError", "UnknownMethodError"),
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return vars(importlib.import_module("tunerkit.patterns")).get(name) or tunerkit.__getattr__(name)
