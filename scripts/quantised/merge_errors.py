@@ -79,8 +79,8 @@ def _quantised_directly(plain: Any, folder: str, form: str, deltas: Mapping[str,
 
 def _bases(model: Any) -> dict[str, tunerkit.BaseLayer]:
     # Any: `nn.Module` declares no attribute of this name.
-    modules: Any = tunerkit.tuner(model).modules()
-    return {path: module.tunerkit.base for path, module in modules.items()}
+    targets: Any = tunerkit.tuner(model).targets
+    return {target.path: target.module.tunerkit.base for target in targets}
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:

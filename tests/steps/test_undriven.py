@@ -189,7 +189,7 @@ def test_nothing_is_registered_for_all_optimizers_and_unwrapping_leaves_no_hook(
 
     def count() -> int:
         kinds = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
-        return sum(map(len, kinds))
+        return sum(len(kind) for kind in kinds)
 
     before, plain = count(), toys.net()
     hooks = len(wrapped(toys, "toy-low-rank")._forward_pre_hooks)
