@@ -89,6 +89,19 @@ def test_settings_that_no_plugin_compares_are_named(
         tunerkit.load(toys.net(), path)
 
 
+def test_settings_survive_a_save_where_no_plugin_knows_them(toys: "Toys", tmp_path: Path) -> None:
+    """They are those of the file that was loaded. A file that never had any says so where a plugin knows them."""
+    with library(settings=lambda model: {"epsilon": 1.0}):
+        path = tunerkit.save(tunerkit.wrap(toys.net(), "toy-shift", LAYER), tmp_path / "first")
+    again = tunerkit.save(tunerkit.load(toys.net(), path), tmp_path / "again")
+    bare = tunerkit.save(tunerkit.wrap(toys.net(), "toy-shift", LAYER), tmp_path / "bare")
+    with library(settings=lambda model: {"epsilon": 2.0}):
+        with pytest.raises(BaseMismatchError, match=r"epsilon 1\.0 -> 2\.0"):
+            tunerkit.load(toys.net(), again)
+        with pytest.warns(TunerkitWarning, match="no plugin knew the settings of its base, such as epsilon"):
+            tunerkit.load(toys.net(), bare)
+
+
 def test_a_library_says_how_to_load_a_base_of_another_size(toys: "Toys", tmp_path: Path) -> None:
     """Its hint gets the shapes that the adapter needs and that this base has."""
 

@@ -228,7 +228,9 @@ def test_why_a_distribution_is_absent_is_said_as_it_is(site: Site, monkeypatch: 
     site.add("tunerkit-broken", {"broken": "1 / 0"})
     found = site.registry()
     assert found.absence("tunerkit-good") is None
-    assert found.absence("tunerkit-broken") == "tunerkit-broken cannot be used: ZeroDivisionError: division by zero"
+    absent = found.absence("tunerkit-broken") or ""
+    assert absent.startswith("tunerkit-broken cannot be used: ZeroDivisionError: division by zero")
+    assert absent.endswith("(to upgrade it: pip install -U tunerkit-broken)")
     assert found.absence("tunerkit-gone") == "tunerkit-gone is not installed"
     monkeypatch.setenv("TUNERKIT_PLUGINS", "")
     assert "TUNERKIT_PLUGINS limits what is loaded" in str(site.registry().absence("tunerkit-good"))
@@ -535,6 +537,16 @@ def test_a_plugin_that_comes_later_does_not_answer_for_others(site: Site) -> Non
     assert caller is not None
     found.register(InProcess("late"))
     assert caller(target=1, base=None, config=None, shared=None) == ("aaa", 1)
+
+
+def test_a_distribution_that_is_there_twice_is_named(site: Site) -> None:
+    """The first one on the path is used; the other version is listed with what to do."""
+    for version in ("1.0", "2.0"):
+        site.add("aaa", {"aaa": GOOD.replace("{methods!r}", "('first',)")}, version=version)
+    listed = site.registry().methods()
+    (other,) = [info for info in listed.values() if info.error]
+    assert listed["first"].version != other.version
+    assert "installed twice" in (other.error or "")
 
 
 def test_two_threads_load_the_plugins_once(site: Site) -> None:

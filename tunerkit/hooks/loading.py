@@ -130,7 +130,8 @@ def load(distributions: Iterable[metadata.Distribution] | None) -> Catalog:
 def _discover(distributions: Iterable[metadata.Distribution]) -> tuple[list[Source], list[Failure]]:
     """Return the entry points of the group, sorted by distribution, and the distributions that cannot be read.
 
-    If two distributions have the same name, only the first one on the path counts, as for Python's imports.
+    If two distributions have the same name, only the first one on the path counts, as for Python's imports. Another
+    version is listed as a failure.
     """
     sources: dict[str, list[Source]] = {}
     failures = []
@@ -145,7 +146,12 @@ def _discover(distributions: Iterable[metadata.Distribution]) -> tuple[list[Sour
             label = os.path.basename(str(path))
             failures.append((label, MethodInfo(label, "", f"its metadata cannot be read: {error_text(error)}")))
         else:
-            sources.setdefault(info.distribution, [(point, info) for point in points])
+            used = sources.setdefault(info.distribution, [(point, info) for point in points])[0][1]
+            if used.version != info.version:
+                why = (
+                    f"it is installed twice, and version {used.version} comes first on the path; uninstall one of them"
+                )
+                failures.append((f"{info.distribution} {info.version}", attrs.evolve(info, error=why)))
     return [source for _, found in sorted(sources.items()) for source in found], failures
 
 

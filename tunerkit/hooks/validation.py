@@ -81,7 +81,7 @@ def _check_hooks(manager: pluggy.PluginManager, plugin: object) -> None:
         name = options.get("specname") or attribute
         # An optional hook may belong to a newer tunerkit.
         if name not in HOOKS and not options.get("optionalhook"):
-            problems.append(f"there is no hook {name!r}{closest(name, HOOKS)}")
+            problems.append(f"there is no hook {name!r} in this version of tunerkit{closest(name, HOOKS)}")
         if options.get("wrapper") or options.get("hookwrapper"):
             problems.append(f"{attribute} is a hook wrapper, but plugins are called one at a time: nothing to wrap")
         if isclass(plugin) and isfunction(getattr_static(plugin, attribute)):

@@ -58,6 +58,8 @@ class Progress:
             leaves them out, because the adapter never used the base's own values.
         noted: The base's fingerprint when the adapter was put in, if this process is in a group: it may shard the base
             afterwards.
+        settings: The base's settings as the loaded file records them, for a file that is written where no plugin knows
+            them.
         seed: The seed that `wrap` was given.
         files: The files that it was loaded from or saved to, with what each holds: ``"adapter"`` or ``"state"``.
     """
@@ -72,6 +74,7 @@ class Progress:
     shapes: dict[str, tuple[int, ...]] = attrs.field(factory=dict)
     beside: tuple[str, ...] = ()
     noted: dict[str, dict[str, Any]] | None = None
+    settings: dict[str, Any] = attrs.field(factory=dict)
     seed: int | None = None
     files: dict[str, str] = attrs.field(factory=dict)
 

@@ -38,7 +38,7 @@ _SETTINGS, _BESIDE = "base_config", "trained_beside"
 def describe_base(tuner: Tuner) -> dict[str, Any]:
     """Return the header's fields ``base`` and ``values`` for an adapter's file."""
     kept = tuner.progress.fingerprint  # from before a permanent merge
-    values: dict[str, Any] = {_SETTINGS: _settings_of(tuner.model)}
+    values: dict[str, Any] = {_SETTINGS: _settings_of(tuner.model) or tuner.progress.settings}
     if tuner.progress.beside:
         values[_BESIDE] = list(tuner.progress.beside)
     return {"base": kept or fingerprint(tuner), "values": values}
@@ -149,7 +149,13 @@ def _other_settings(tuner: Tuner, header: Header, source: str) -> list[str]:
     saved = header.values.get(_SETTINGS, {})
     if not isinstance(saved, dict):
         raise _unwritten(header, _SETTINGS, source)
-    found = _settings_of(tuner.model) if saved else {}
+    found = _settings_of(tuner.model)
+    tuner.progress.settings.update(saved)
+    if found and not saved and _SETTINGS in header.values:
+        warn(
+            f"{source} was saved where no plugin knew the settings of its base, such as {few(list(found), shown=3)}: "
+            "they cannot be compared with this model's"
+        )
     if saved and not found and (absent := hooks.registry.absence(distribution(SETTINGS))):
         warn(
             f"{source} records settings of its base that change the output, and they are not compared: "
