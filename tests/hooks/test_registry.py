@@ -530,13 +530,17 @@ def test_registering_twice_is_refused_and_keeps_the_first() -> None:
 
 
 def test_a_plugin_that_comes_later_does_not_answer_for_others(site: Site) -> None:
-    """What calls a hook may be kept, as `attach` does: it reaches the method's own plugin and no other."""
+    """An implementation may be kept, as `attach` does: it is that of the method's own plugin."""
     site.good("aaa", "first")
     found = site.registry()
-    caller = found.caller(SPECS.tunerkit_build_adapter, "first")
-    assert caller is not None
+    implementation = found.implementation(SPECS.tunerkit_build_adapter, "first")
+    assert implementation is not None
     found.register(InProcess("late"))
-    assert caller(target=1, base=None, config=None, shared=None) == ("aaa", 1)
+    assert implementation.function(target=1) == ("aaa", 1)
+    assert found.call(SPECS.tunerkit_build_adapter, "first", target=1, base=None, config=None, shared=None) == (
+        "aaa",
+        1,
+    )
 
 
 def test_a_distribution_that_is_there_twice_is_named(site: Site) -> None:

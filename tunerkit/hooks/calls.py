@@ -80,33 +80,50 @@ class Question:
 
 @attrs.frozen(eq=False)
 class Caller:
-    """A hook of the plugin that owns a method, looked up once, with the check of its answer other than None."""
+    """A hook of the plugin that owns a method, looked up once.
+
+    Attributes:
+        question: What is asked, for messages.
+        function: The plugin's function.
+        takes: Which of the hook's arguments it takes, in its order.
+        check: Checks an answer other than None.
+    """
 
     question: Question
-    call: Callable[..., Any]
+    function: Callable[..., Any]
+    takes: Sequence[str]
     check: Callable[[Question, Any], Any]
 
 
 @attrs.frozen(eq=False)
 class Callers:
-    """What a step calls for one adapter, see `callers_of`; None for hooks that its plugin does not implement."""
+    """What a step calls for one adapter, see `callers_of`; None for hooks that its plugin does not implement.
+
+    ``watchers`` holds the implementations of `tunerkit_ranks_changed` of all plugins, as they are at any time.
+    """
 
     before_step: Caller | None
     after_step: Caller | None
     budget: Caller | None
+    watchers: Any
 
 
 def callers_of(tuner: TunerView) -> Callers:
     """Look up what a step calls for an adapter, so that no step looks anything up."""
 
     def caller(hook: Callable[..., object], check: Callable[[Question, Any], Any]) -> Caller | None:
-        call = registry.caller(hook, tuner.method)
-        return None if call is None else Caller(Question(hook, tuner.method, tuner), call, check)
+        found = registry.implementation(hook, tuner.method)
+        return (
+            None
+            if found is None
+            else Caller(Question(hook, tuner.method, tuner), found.function, found.argnames, check)
+        )
 
     return Callers(
         before_step=caller(specs.tunerkit_before_step, _checked_parameters),
         after_step=caller(specs.tunerkit_after_step, partial(_checked_ranks, targets=tuner.targets)),
         budget=caller(specs.tunerkit_budget, _checked_budget),
+        watchers=registry.watchers(specs.tunerkit_ranks_changed),
     )
 
 

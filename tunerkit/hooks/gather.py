@@ -4,7 +4,9 @@ What it says to know is left out, with a warning, if it is not what the hook dec
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import operator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 from torch import nn
 
 from tunerkit import extras
-from tunerkit.errors import PluginError, error_text, shown, warn
+from tunerkit.errors import PluginError, error_text, is_of_user, shown, warn
 from tunerkit.hooks import specs
 from tunerkit.hooks.calls import is_json
 from tunerkit.hooks.engines import Engine
@@ -188,12 +190,27 @@ def unwrapped(model: nn.Module) -> None:
 
 
 def ranks_changed(
-    tuner: TunerView, history: list[RankChange], step: int, budget: int, ranks: Mapping[str, int]
+    tuner: TunerView, history: list[RankChange], step: int, budget: int, ranks: Mapping[str, int], watchers: Any = None
 ) -> None:
-    """Add an allocation to the history, and notify every plugin."""
+    """Add an allocation to the history, and notify every plugin. If one raises, a warning names it.
+
+    A watcher is notified again next time: a logger may fail once, because the network does. ``watchers`` are those of
+    `callers_of`, if they were looked up before.
+    """
     change = RankChange(step, budget, dict(ranks))
     history.append(change)
-    registry.notify(specs.tunerkit_ranks_changed, tuner=tuner, change=change)
+    given = {"tuner": tuner, "change": change}
+    found = registry.watchers(specs.tunerkit_ranks_changed) if watchers is None else watchers
+    for each in sorted(found.get_hookimpls(), key=operator.attrgetter("trylast")):
+        try:
+            answer = each.function(*(given[name] for name in each.argnames))
+            if isinstance(answer, Iterator):
+                deque(answer, maxlen=0)  # a generator runs only when it is read
+        except BaseException as error:  # SystemExit too: a watcher must not end a training
+            if is_of_user(error):
+                raise
+            plugin = registry.plugin_at(each.plugin)
+            warn(f"tunerkit_ranks_changed of {plugin} failed and was ignored: {error_text(error)}")
 
 
 _KINDS = "classes that derive from tunerkit.BaseLayer and define all its abstract methods (and matrix(), if linear)"

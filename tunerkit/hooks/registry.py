@@ -1,6 +1,5 @@
 """The registry: which methods are installed, and how core calls one plugin or all of them."""
 
-import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
@@ -83,18 +82,25 @@ class Registry:
 
     def implements(self, hook: Callable[..., object], method: str) -> bool:
         """Whether the plugin that owns the method implements the hook; False if no plugin owns it."""
-        return self.caller(hook, method) is not None
+        return self.implementation(hook, method) is not None
 
-    def caller(self, hook: Callable[..., object], method: str) -> Callable[..., Any] | None:
-        """Return what calls a hook on the plugin that owns the method, by the hook's arguments as keywords.
+    def implementation(self, hook: Callable[..., object], method: str) -> pluggy.HookImpl | None:
+        """Return the implementation of a hook by the plugin that owns the method; None if it has none.
 
-        It may be kept: plugins that come or go later do not change it. None if the plugin does not implement the hook.
+        It may be kept: plugins that come or go later do not change it.
         """
         catalog = self._loaded()
         owner = catalog.owners.get(method)
         own = [] if owner is None else catalog.implementations(hook.__name__)
-        found = next((each for each in own if owner is not None and each.plugin is owner.plugin), None)
-        return None if found is None else functools.partial(_call, found)
+        return next((each for each in own if owner is not None and each.plugin is owner.plugin), None)
+
+    def watchers(self, hook: Callable[..., object]) -> pluggy.HookCaller:
+        """Return what holds the implementations of a hook in all plugins, as they are at any time."""
+        return self._loaded().manager.subset_hook_caller(hook.__name__, [])
+
+    def plugin_at(self, plugin: object) -> str:
+        """Describe a registered plugin, for a message."""
+        return next((str(found) for found in self._loaded().plugins if found.plugin is plugin), repr(plugin))
 
     def call(self, hook: Callable[P, R], method: str, /, *args: P.args, **arguments: P.kwargs) -> R | None:
         """Call a hook, given as its spec, on the plugin that owns the method; None if it doesn't implement the hook.
@@ -104,8 +110,8 @@ class Registry:
         catalog = self._loaded()
         if method not in catalog.owners:
             raise PluginError(f"{hook.__name__} needs the plugin of method {method!r}: {catalog.missing(method)}")
-        caller = self.caller(hook, method)
-        return None if caller is None else caller(**arguments)
+        found = self.implementation(hook, method)
+        return None if found is None else _call(found, **arguments)
 
     def ask(self, hook: Callable[P, object], /, *args: P.args, **arguments: P.kwargs) -> Iterator[Answer]:
         """Ask one plugin after another, as far as the caller iterates; ``trylast`` implementations come last.
@@ -131,18 +137,6 @@ class Registry:
             self.leave_out(found, hook, error_text(error))
 
         return list(self._each(hook, arguments, leave_out))
-
-    def notify(self, hook: Callable[P, object], /, *args: P.args, **arguments: P.kwargs) -> None:
-        """Call a hook that every plugin may watch. If one raises, a `TunerkitWarning` names it; the others are called.
-
-        A watcher is called again next time: a logger may fail once, because the network does.
-        """
-
-        def ignore(found: Plugin, error: BaseException) -> None:
-            warn(f"{hook.__name__} of {found} failed and was ignored: {error_text(error)}")
-
-        for _ in self._each(hook, arguments, ignore):
-            pass
 
     def kept(self, key: object, make: Callable[[], R]) -> R:
         """Return what ``make`` returns: the same until a plugin comes, goes or is left out."""

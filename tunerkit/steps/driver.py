@@ -297,7 +297,8 @@ def _call_before_step(drive: Drive, optimizer: Optimizer) -> None:
         if caller is None:
             return
         try:
-            answer = caller.call(tuner=tuner, step=_number(drive), grad_scale=grad_scale)
+            given = {"tuner": tuner, "step": _number(drive), "grad_scale": grad_scale}
+            answer = caller.function(*map(given.__getitem__, caller.takes))
             kept = None if answer is None else caller.check(caller.question, answer)
         except BaseException as error:
             caller.question.blame(error)
@@ -372,19 +373,24 @@ def _call_after_step(drive: Drive, caller: hooks.Caller, step: int) -> None:
     tuner, asked, budget = drive.tuner, caller, drive.callers.budget
     in_force: int | None = None
     try:
-        answer = caller.call(tuner=tuner, step=step)
+        given = {"tuner": tuner, "step": step}
+        answer = caller.function(*map(given.__getitem__, caller.takes))
         if answer is None:
             return
-        ranks = caller.check(caller.question, answer)
         if budget is not None:
             asked = budget
-            in_force = budget.call(tuner=tuner, step=None)
-            in_force = None if in_force is None else budget.check(budget.question, in_force)
+            now = {"tuner": tuner, "step": None}
+            in_force = budget.function(*map(now.__getitem__, budget.takes))
+        asked = caller
+        ranks = caller.check(caller.question, answer)
+        if budget is not None and in_force is not None:
+            asked = budget
+            in_force = budget.check(budget.question, in_force)
     except BaseException as error:
         asked.question.blame(error)
         raise
     spent = sum(ranks.values()) if in_force is None else in_force
-    hooks.ranks_changed(tuner, tuner.progress.history, step, spent, ranks)
+    hooks.ranks_changed(tuner, tuner.progress.history, step, spent, ranks, drive.callers.watchers)
 
 
 def _put_back_fixed_(drive: Drive) -> None:
