@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import tunerkit
 from plugins.peft.tests import peft_folders
@@ -47,9 +48,12 @@ def test_a_pointer_is_named_as_such(tmp_path: Path) -> None:
 
 def test_settings_may_begin_with_a_mark_of_their_encoding(tmp_path: Path) -> None:
     """Editors on Windows put it there; other programs add settings that change nothing."""
-    file = peft_folders.folder(tmp_path, {"unsloth_fixed": True}) / "adapter_config.json"
+    plain = tunerkit.load(peft_folders.net(), peft_folders.folder(tmp_path / "plain"))
+    marked = peft_folders.folder(tmp_path / "marked", {"unsloth_fixed": True})
+    file = marked / "adapter_config.json"
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
-    tunerkit.load(peft_folders.net(), tmp_path)
+    model = tunerkit.load(peft_folders.net(), marked)
+    assert torch.equal(model(peft_folders.IDS), plain(peft_folders.IDS))
 
 
 class Hub:
