@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from scripts.structure import private_attributes, read
+from tests.support.canaries import confirm
 from tunerkit.layers import torch_private
 from tunerkit_testing.counting import Counting
 
@@ -309,11 +310,7 @@ def test_a_private_name_of_torch_does_what_it_is_taken_for(name: str) -> None:
     """On failure, the message says what broke, what uses it, and where to fix it."""
     users, check = CANARIES[name]
     where = f"torch {torch.__version__}: its private name {name} is not what it was. {users} relies on it: mend {FILE}"
-    try:
-        right = check()
-    except Exception as error:
-        pytest.fail(f"{where} ({type(error).__name__}: {error})")
-    assert right, where
+    confirm(check, where)
 
 
 def test_every_private_name_in_the_file_has_a_canary() -> None:

@@ -12,6 +12,7 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.distributed.algorithms import join
 
 from scripts.structure import private_attributes, read
+from tests.support.canaries import confirm
 from tunerkit_distributed import torch_private
 
 FOLDER = Path(__file__).parents[1] / "tunerkit_distributed"
@@ -241,11 +242,7 @@ def test_a_private_name_of_torch_does_what_it_is_taken_for(name: str) -> None:
     """On failure, the message says what broke, what uses it, and where to fix it."""
     users, check = CANARIES[name]
     where = f"torch {torch.__version__}: its private name {name} is not what it was. {users} relies on it"
-    try:
-        right = check()
-    except Exception as error:
-        pytest.fail(f"{where} ({type(error).__name__}: {error})")
-    assert right, where
+    confirm(check, where)
 
 
 def test_every_private_name_in_the_file_has_a_canary() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from scripts.structure import private_attributes, read
+from tests.support.canaries import confirm
 from tunerkit.layers import torch_private
 from tunerkit_transformers import transformers_private
 
@@ -136,11 +137,7 @@ def test_a_private_method_of_the_trainer_does_what_it_is_taken_for(name: str, tm
     assert method is not None, where
     taken = list(inspect.signature(functools.partial(method, None)).parameters)
     assert taken == expected, f"{where} (it takes {taken})"
-    try:
-        right = check(tmp_path)
-    except Exception as error:
-        pytest.fail(f"{where} ({type(error).__name__}: {error})")
-    assert right, where
+    confirm(functools.partial(check, tmp_path), where)
 
 
 def test_every_private_name_in_the_file_has_a_canary() -> None:
