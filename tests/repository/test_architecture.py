@@ -41,7 +41,7 @@ PRIVATE = {"torch": f"{CORE}.layers.torch_private", "transformers": "tunerkit_tr
 # State that lives as long as the process, each entry with its reason.
 _OF_GROUPS = "tunerkit_distributed"
 PROCESS_STATE = {
-    *(f"{CORE}.hooks.registry.registry", f"{CORE}.steps.resizing._engines", f"{CORE}.layers.weights.plugins"),
+    *(f"{CORE}.hooks.registry.registry", f"{CORE}.layers.weights.plugins"),
     # Of the process group.
     *(f"{_OF_GROUPS}.replicated._engines", f"{_OF_GROUPS}.group._written", f"{_OF_GROUPS}.writing._counts"),
     *(f"{_OF_GROUPS}.meeting._rooms", f"{_OF_GROUPS}.agreement._begun"),

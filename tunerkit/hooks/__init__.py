@@ -26,7 +26,7 @@ from tunerkit.hooks.calls import (
     takes_factors,
     watches_steps,
 )
-from tunerkit.hooks.engines import Engine, Held, Pieces, Removable, is_grouped, same, whole_pieces
+from tunerkit.hooks.engines import Engine, Pieces, Removable, is_grouped, same, whole_pieces
 from tunerkit.hooks.gather import (
     adapted,
     attached_by_plugin,

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import attrs
 import torch
@@ -59,30 +59,6 @@ def whole_pieces(parameters: Sequence[Tensor]) -> Pieces:
     return Pieces(parameters, [parameter.grad for parameter in parameters], [(0, 0)] * len(parameters))
 
 
-@attrs.frozen(eq=False)
-class Held:
-    """One adapter of a training, as an engine sees it.
-
-    Attributes:
-        name: The adapter's name.
-        model: The wrapped model.
-        slots: Its modules by path. Their parameters are looked up at each use, since an engine may replace them.
-        describe: Returns what must be the same in all processes, by what messages call it: method, settings, seed, ...
-        starts_alike: Whether the start may be taken from process 0. It may not if the base was changed to fit it.
-    """
-
-    name: str
-    model: nn.Module
-    slots: Mapping[str, nn.Module]
-    describe: Callable[[], Mapping[str, str]]
-    starts_alike: bool = True
-
-    @property
-    def described(self) -> Mapping[str, str]:
-        """What ``describe`` returns."""
-        return self.describe()
-
-
 class Removable(Protocol):
     """The handle of something registered."""
 
@@ -127,10 +103,15 @@ class Engine:
         """Whether this process writes the files of the training. The others return when they are there."""
         return True
 
-    def begin_(self, adapters: Sequence[Held], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
+    # Any: a Tuner, which is defined on top of this.
+    def begin_(self, adapters: Sequence[Any], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
         """Compare the adapters of all processes, make them start alike, and register what keeps them alike.
 
         Raises `StepError` in every process if they differ. Nothing is changed then.
+
+        Args:
+            adapters: The handles on the adapters of this process. Their ``total_steps`` are those of this training.
+            optimizer: What steps them; None if it takes no hooks.
 
         Returns:
             The handles of what it registered for each adapter, by its name; removing them ends it.

@@ -62,6 +62,7 @@ class Progress:
             them.
         seed: The seed that `wrap` was given.
         files: The files that it was loaded from or saved to, with what each holds: ``"adapter"`` or ``"state"``.
+        last: What is known of its last gradient, to notice an optimizer that does not drive it: the step driver's own.
     """
 
     steps: int = 0
@@ -77,6 +78,7 @@ class Progress:
     settings: dict[str, Any] = attrs.field(factory=dict)
     seed: int | None = None
     files: dict[str, str] = attrs.field(factory=dict)
+    last: Any = None
 
 
 _WRITABLE = attrs.setters.NO_OP

@@ -68,7 +68,7 @@ def save(
             is unchanged then.
     """
     tuner, place = injection.tuner(model, adapter), file_at(path, "adapter")
-    steps.report_undriven(tuner, steps.last_gradient(tuner), saving=True)
+    steps.report_undriven(tuner, saving=True)
     written = write_trained(tuner, place, functools.partial(_write, tuner, place, allow_nonfinite))
     injection.warn_of_base_changes([tuner])
     return written

@@ -1,22 +1,31 @@
-"""Whether an optimizer drives an adapter, and what is said if another one, or none, turns out to step it.
+"""Whether an optimizer drives an adapter: what is checked before, and what is said if another one, or none, steps it.
 
 A forgotten `attach` would let a whole training go wrong without a word. So a wrapped model looks at its adapters before
 each forward, and an adapter in each backward: if its values changed since its last gradient, an optimizer moved them.
 """
 
 import functools
-from typing import Any
-from weakref import WeakKeyDictionary, ref
+import operator
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
+from weakref import ref
 
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from tunerkit import hooks, injection
-from tunerkit.errors import StepError, warn
-from tunerkit.hooks import Removable
-from tunerkit.injection import Tuner
+from tunerkit.errors import StepError, shown, warn
+from tunerkit.extras import ENGINES, distribution, install
+from tunerkit.hooks import Engine, Removable
+from tunerkit.injection import Tuner, slots_in
 from tunerkit.layers import torch_private
+from tunerkit.paths import few
+
+_BUILD_IT = "build it from (p for p in model.parameters() if p.requires_grad) after tunerkit.wrap"
 
 
 def is_attached(tuner: Tuner) -> bool:
@@ -41,24 +50,186 @@ def detach(tuner: Tuner) -> None:
         tuner.progress.link = attrs.evolve(link, handles=())
 
 
+# --- Before attaching: what steps, what it holds, how long training is, and which processes take part in it ----------
+
+
+@runtime_checkable
+class _Stepping(Protocol):
+    """Anything that steps, such as an optimizer of another library."""
+
+    def step(self) -> object: ...
+
+
+def find_optimizer(candidate: object, tuners: Sequence[Tuner]) -> Optimizer | None:
+    """Return the torch optimizer inside wrappers such as accelerate's, which store it as ``.optimizer``.
+
+    If a method of ``tuners`` needs steps, an optimizer that takes no hooks is rejected. So is a wrapper that keeps its
+    own state, such as Lookahead: it would restore pruned weights, in their old shapes. If none needs steps, the result
+    is None for an optimizer without hooks: its steps cannot be counted, which a warning says.
+    """
+    needing = [tuner.name for tuner in tuners if injection.needs_steps(tuner)]
+    while isinstance(inner := getattr(candidate, "optimizer", None), Optimizer):
+        if needing and getattr(candidate, "state", inner.state) is not inner.state:
+            wrapper, wrapped = type(candidate).__name__, type(inner).__name__
+            raise StepError(
+                f"{wrapper} keeps its own state in addition to that of {wrapped}, and may restore weights that adapter "
+                f"{needing[0]!r} pruned; train it with {wrapped} alone, or use a method that needs no steps"
+            )
+        candidate = inner
+    if isinstance(candidate, Optimizer) and _takes_hooks(candidate):
+        return candidate
+    name = type(candidate).__name__
+    if isinstance(candidate, type) or not isinstance(candidate, _Stepping):
+        raise StepError(
+            f"attach takes a torch optimizer, or a trainer that an installed plugin knows, got {name}; "
+            f"{hooks.unserved(candidate) or 'pass the optimizer that steps the adapter'}"
+        )
+    if needing:
+        raise StepError(
+            f"{name} does not support hooks: it does not call torch.optim.Optimizer.__init__. If it wraps an optimizer "
+            "that does, attach that one; otherwise attach another optimizer"
+        )
+    warn(
+        f"{name} does not support hooks, so steps are not counted; nothing else is lost, because no method here needs "
+        "them"
+    )
+    return None
+
+
+def _takes_hooks(optimizer: Optimizer) -> bool:
+    try:
+        optimizer.register_state_dict_post_hook(lambda *_: None).remove()
+    except AttributeError:
+        return False
+    return True
+
+
+def check_attachable(tuner: Tuner, optimizer: Optimizer | None) -> None:
+    """Reject a second attachment, and an adapter that this optimizer, if it is known, cannot train."""
+    if is_attached(tuner):
+        others = [name for name, other in injection.wrapped_of(tuner.model).tuners.items() if not is_attached(other)]
+        which = f", or pass adapter={others[0]!r} to attach another" if others else ""
+        raise StepError(
+            f"adapter {tuner.name!r} is attached already: one optimizer drives it. To go on with another one, first "
+            "delete the earlier one and what holds it, such as its scheduler; or call "
+            f"tunerkit.delete(model, {tuner.name!r}) and wrap again for a new run{which}"
+        )
+    if injection.is_frozen(tuner):
+        raise StepError(
+            f"adapter {tuner.name!r} is frozen; tunerkit.thaw(model, {tuner.name!r}) resumes training it, and "
+            "tunerkit.load(..., trainable=True) loads an adapter for training"
+        )
+    if any(p.is_meta for p in tuner.parameters()):
+        raise StepError(
+            f"adapter {tuner.name!r} is on the meta device and cannot be trained: accelerate offloads it with the "
+            "model. Offload first, then wrap: the adapter then stays on the device where the model runs"
+        )
+    injection.refuse_fixed(tuner.model, "attaching")
+    injection.refuse_lost([tuner])
+    if optimizer is not None:
+        _check_held(tuner, optimizer)
+
+
+def _check_held(tuner: Tuner, optimizer: Optimizer) -> None:
+    """Reject an optimizer that holds no parameter of the adapter; warn about one that holds only some of them.
+
+    For a method that needs steps, heads that are trained in full do not count: its allocations depend on how the
+    adapters themselves are trained.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = {path: {n: p for n, p in slot.named_parameters() if p.requires_grad} for path, slot in slots_in(tuner)}
+    adapters = tuner.adapters() if injection.needs_steps(tuner) else trained
+    counted = [own for path, own in trained.items() if own and path in adapters]
+    if counted and not any(id(p) in held for own in counted for p in own.values()):
+        raise StepError(
+            f"the optimizer holds none of the parameters of adapter {tuner.name!r} at its {len(counted)} places; "
+            f"{_BUILD_IT}, or pass adapter=... to name the adapter that it trains"
+        )
+    missing: dict[str, list[str]] = defaultdict(list)  # the places by what is missing there
+    for path, own in trained.items():
+        if names := ", ".join(name for name, p in own.items() if id(p) not in held):
+            missing[names].append(path)
+    if missing:
+        listed = "; ".join(f"{names} at {few(paths, shown=5)}" for names, paths in missing.items())
+        warn(
+            f"the optimizer does not hold all parameters that adapter {tuner.name!r} trains. Unless another optimizer "
+            f"trains them, these do not change: {listed}; {_BUILD_IT}"
+        )
+
+
+def agree_on_total(tuner: Tuner, total_steps: SupportsIndex | None) -> int | None:
+    """Return the total steps of the call or the config. They must agree; a method that needs steps requires one."""
+    configured = tuner.config.total_steps
+    total = configured if total_steps is None else total_steps
+    if configured is not None and total != configured:
+        raise StepError(
+            f"adapter {tuner.name!r}: the config says total_steps={configured}, training has {total_steps}; "
+            "make them equal or leave the config's out"
+        )
+    if total is None:
+        if injection.needs_steps(tuner):
+            raise StepError(
+                f"method {tuner.method!r} needs the length of training: pass total_steps=... to tunerkit.attach, "
+                "or set total_steps in the config"
+            )
+        return None
+    try:
+        count = 0 if isinstance(total, bool) else operator.index(total)  # numpy's integers are accepted too
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise StepError(f"total_steps: expected a number of optimizer steps >= 1, got {total!r}")
+    return count
+
+
+def engine_for(
+    tuners: Sequence[Tuner], model: nn.Module, candidate: object, data_parallel: bool | None
+) -> tuple[Engine | None, object]:
+    """Find out what the processes do together, and what takes the step hooks: ``candidate``, or what stands for it.
+
+    ``model`` is the one that runs, which may be around the wrapped one. If no plugin has an engine, it is None for a
+    process that is alone. Raises `StepError` if there is a process group, which would not be kept alike.
+    """
+    if data_parallel not in (None, False, True):
+        raise StepError(f"data_parallel: expected True, False or None, got {shown(data_parallel)}")
+    found = hooks.engine(tuners, model, candidate, data_parallel)
+    if found is not None:
+        return found
+    # A process group of one process counts too, since there may be DDP around it; or a launcher says so.
+    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+    is_one_of_several = grouped or os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+    if data_parallel or (data_parallel is None and is_one_of_several):
+        raise StepError(
+            "this process is one of a group, or has to be, and no installed plugin keeps the adapters of a group "
+            f"alike, so each process would train its own in silence: {hooks.registry.absence(distribution(ENGINES))} "
+            f"({install(ENGINES)}). If they are meant to be apart, attach with data_parallel=False"
+        )
+    return None, candidate
+
+
+# --- An adapter that an optimizer moves and does not drive ------------------------------------------------------------
+
+
 @attrs.define(eq=False)
 class LastGradient:
     """The last gradient of one parameter of an adapter that nobody has accounted for.
 
     Attributes:
+        is_reported: Whether nothing more is said of the adapter: a warning has, or its method does not act on steps.
         parameter: The parameter. No weak reference: torch converts no parameter that has one.
         version: Torch's count of the changes of its values when it had the gradient; None if it had none, or if the
             optimizer that drives the adapter has stepped since, or values were loaded.
         values: A copy of its values then, if nothing drove the adapter: fused optimizers do not count.
-        is_reported: Whether nothing more is said of the adapter: a warning has, or its method does not act on steps.
     """
 
+    is_reported: bool
     parameter: nn.Parameter | None = None
     version: int | None = None
     values: Tensor | None = None
-    is_reported: bool = False
 
-    @property
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # a copy or a pickle of the model starts anew
+
     def was_used(self) -> bool:
         """Whether the values have changed since."""
         if self.parameter is None or self.version is None:
@@ -71,30 +242,22 @@ class LastGradient:
         return not torch.equal(before.nan_to_num(), now.nan_to_num())
 
 
-class _LastGradients(WeakKeyDictionary[Tuner, LastGradient]):
-    """Those of the adapters of one model whose methods act on steps. A copy or a pickle of the model starts anew."""
-
-    def __reduce__(self) -> tuple[type["_LastGradients"], tuple[()]]:
-        return type(self), ()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_LastGradients":
-        return type(self)()
-
-
-_ATTRIBUTE = "_tunerkit_gradients"
+def last_gradient(tuner: Tuner) -> LastGradient:
+    """Return the record of an adapter's gradients."""
+    last: LastGradient | None = tuner.progress.last
+    if last is None:
+        last = tuner.progress.last = LastGradient(is_reported=not hooks.watches_steps(tuner.method))
+    return last
 
 
 def watch_(tuner: Tuner) -> None:
     """Let the model of an adapter look for undriven steps from now on, if the adapter's method acts on steps."""
-    held = vars(tuner.model)
-    if not hooks.watches_steps(tuner.method):
-        return
-    if _ATTRIBUTE not in held:
-        held[_ATTRIBUTE] = _LastGradients()
-        tuner.model.register_forward_pre_hook(look)
-        tuner.model.register_load_state_dict_pre_hook(forget)
-    if (last := last_gradient(tuner)) is not None:
-        last.version = None
+    last, model = last_gradient(tuner), tuner.model
+    last.version = None
+    if not last.is_reported:
+        if not torch_private.has_hook(model, look):
+            model.register_forward_pre_hook(look)
+            model.register_load_state_dict_pre_hook(forget)
         _follow_(tuner, last)
 
 
@@ -103,21 +266,12 @@ def unwatch_(model: nn.Module) -> None:
     if not injection.wrapped_of(model).tuners:
         torch_private.remove_hooks_(model, look)
         torch_private.remove_state_hooks_(model, forget)
-        vars(model).pop(_ATTRIBUTE, None)
 
 
 def forget(model: nn.Module, *state: object) -> None:
     """Expect other values, which are about to be loaded: a hook before ``load_state_dict``."""
-    for last in vars(model).get(_ATTRIBUTE, {}).values():
-        last.version = None
-
-
-def last_gradient(tuner: Tuner) -> LastGradient | None:
-    """Return the record of an adapter's gradients; None if no adapter of its model is watched."""
-    found: _LastGradients | None = vars(tuner.model).get(_ATTRIBUTE)
-    if found is not None and tuner not in found:
-        found[tuner] = LastGradient(is_reported=not hooks.watches_steps(tuner.method))
-    return None if found is None else found[tuner]
+    for tuner in injection.wrapped_of(model).tuners.values():
+        last_gradient(tuner).version = None
 
 
 def look(model: nn.Module, args: Any) -> None:
@@ -127,8 +281,8 @@ def look(model: nn.Module, args: Any) -> None:
         return
     for tuner in injection.wrapped_of(model).tuners.values():
         last = last_gradient(tuner)
-        if last is not None and not last.is_reported:
-            report_undriven(tuner, last)
+        if not last.is_reported:
+            report_undriven(tuner)
             _follow_(tuner, last)
 
 
@@ -137,19 +291,7 @@ def _follow_(tuner: Tuner, last: LastGradient) -> None:
     own = _trained(tuner)
     if own is not None and last.parameter is not own:
         last.parameter, last.version, last.values = own, None, None
-        own.register_post_accumulate_grad_hook(functools.partial(_note, ref(tuner), ref(last)))
-
-
-def _note(tuner: "ref[Tuner]", last: "ref[LastGradient]", parameter: Tensor) -> None:
-    """Look, as a loop may never call the model itself, and note that ``parameter`` has a gradient: its hook then."""
-    adapter, found = tuner(), last()
-    if adapter is None or found is None or found.is_reported or found.parameter is not parameter:
-        return
-    if injection.wrapped_of(adapter.model).tuners.get(adapter.name) is not adapter:
-        return  # it was taken out
-    report_undriven(adapter, found)
-    found.version = torch_private.version(parameter)
-    found.values = None if is_attached(adapter) else parameter.detach().clone()
+        own.register_post_accumulate_grad_hook(functools.partial(_note, ref(tuner)))
 
 
 def _trained(tuner: Tuner) -> nn.Parameter | None:
@@ -164,7 +306,19 @@ def _trained(tuner: Tuner) -> nn.Parameter | None:
     return None
 
 
-def report_undriven(tuner: Tuner, last: LastGradient | None, *, saving: bool = False) -> None:
+def _note(watched: "ref[Tuner]", parameter: Tensor) -> None:
+    """Look, as a loop may never call the model itself, and note that ``parameter`` has a gradient: its hook then."""
+    tuner = watched()
+    if tuner is None or injection.wrapped_of(tuner.model).tuners.get(tuner.name) is not tuner:
+        return  # it was taken out
+    last = last_gradient(tuner)
+    if last.parameter is parameter and not last.is_reported:
+        report_undriven(tuner)
+        last.version = torch_private.version(parameter)
+        last.values = None if is_attached(tuner) else parameter.detach().clone()
+
+
+def report_undriven(tuner: Tuner, *, saving: bool = False) -> None:
     """Raise `StepError`, or warn, if an optimizer that does not drive an adapter has moved it.
 
     A method that needs steps stops if nothing drives it: it could never be saved. If other adapters of the model are
@@ -172,25 +326,24 @@ def report_undriven(tuner: Tuner, last: LastGradient | None, *, saving: bool = F
 
     Args:
         tuner: The adapter's handle.
-        last: Its last gradient, from `last_gradient`.
         saving: Whether it is about to be saved; a warning is enough then.
     """
-    if last is None or last.is_reported or not last.was_used:
+    last = last_gradient(tuner)
+    if last.is_reported or not last.was_used():
         return
     last.version = last.values = None
     others = injection.wrapped_of(tuner.model).tuners.values()
+    lost = "A deep-copied optimizer has lost its hooks, and a deep-copied model must be attached itself"
     if injection.needs_steps(tuner) and not saving and not any(map(is_attached, others)):
         raise StepError(
             f"an optimizer steps adapter {tuner.name!r}, but nothing drives it: method {tuner.method!r} would not see "
             "these steps, and the adapter could not be saved. Before training, call tunerkit.attach(model, optimizer, "
-            "total_steps=...), or with a Trainer tunerkit.attach(model, trainer). A deep-copied optimizer has lost its "
-            "hooks, and a deep-copied model must be attached itself; to train without this adapter, call "
-            f"tunerkit.freeze(model, {tuner.name!r})"
+            f"total_steps=...), or with a Trainer tunerkit.attach(model, trainer). {lost}; to train without this "
+            f"adapter, call tunerkit.freeze(model, {tuner.name!r})"
         )
     last.is_reported = True
     driver = "another optimizer drives it" if is_attached(tuner) else "nothing drives it"
     warn(
         f"an optimizer steps adapter {tuner.name!r}, but {driver}: method {tuner.method!r} does not see these steps. "
-        "Call tunerkit.attach with this optimizer. A deep-copied optimizer has lost its hooks, and a deep-copied model "
-        "must be attached itself"
+        f"Call tunerkit.attach with this optimizer. {lost}"
     )

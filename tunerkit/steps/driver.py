@@ -4,9 +4,8 @@
 """
 
 import functools
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from typing import Any
 from weakref import ref
 
@@ -17,12 +16,21 @@ from torch.optim import Optimizer
 
 from tunerkit import hooks, injection
 from tunerkit.errors import StepError, warn
-from tunerkit.hooks import Engine, same
+from tunerkit.hooks import Engine, Removable, same
 from tunerkit.injection import Link, Slot, Slots, Tuner, Wrapped, modules_in, slots_in
 from tunerkit.layers import torch_private
 from tunerkit.paths import CHILD
-from tunerkit.steps.attachment import LastGradient, detach, is_attached, last_gradient, watch_
-from tunerkit.steps.checks import agree_on_total, check_attachable, find_optimizer, held_of, refuse_own_losses
+from tunerkit.steps.attachment import (
+    LastGradient,
+    agree_on_total,
+    check_attachable,
+    detach,
+    find_optimizer,
+    hold,
+    is_attached,
+    last_gradient,
+    watch_,
+)
 from tunerkit.steps.resizing import complete_, note_engine, optimizer_of
 
 
@@ -85,26 +93,8 @@ class Withheld:
 
 
 @attrs.define(eq=False)
-class Now:
-    """What a step leaves for later.
-
-    Attributes:
-        is_idle: Whether the current step trains nothing.
-        withheld: The gradients that the method withholds from the current step.
-        fixed: The values that are put back after it, by parameter, where the engine's optimizer moves a parameter
-            without a gradient too.
-        was_past_total: Whether a warning has said that the schedule is over.
-    """
-
-    is_idle: bool = False
-    withheld: Withheld = attrs.field(factory=Withheld)
-    fixed: dict[str, Tensor] = attrs.field(factory=dict)
-    was_past_total: bool = False
-
-
-@attrs.frozen(eq=False)
 class Drive:
-    """The connection between one tuner and one optimizer: all that a step needs, looked up once.
+    """The connection between one tuner and one optimizer: all that a step needs, looked up once, and what it leaves.
 
     Attributes:
         tuner: The adapter's handle.
@@ -114,17 +104,24 @@ class Drive:
         engine: What the processes of the training do together; None if this one is alone.
         clock: Returns the number of the current step, from 1; None to count the steps.
         last: The adapter's last gradient, by which the next forward recognises an optimizer that does not drive it.
-        now: What a step leaves for later.
+        withheld: The gradients that the method withholds from the current step.
+        fixed: The values that are put back after it, by parameter, where the engine's optimizer moves a parameter
+            without a gradient too.
+        is_idle: Whether the current step trains nothing.
+        was_past_total: Whether a warning has said that the schedule is over.
     """
 
     tuner: Tuner
     wrapped: Wrapped
-    places: tuple[Place, ...]
+    places: Sequence[Place]
     callers: hooks.Callers
     engine: Engine | None
     clock: Callable[[], int] | None
-    last: LastGradient | None
-    now: Now = attrs.field(factory=Now)
+    last: LastGradient
+    withheld: Withheld = attrs.field(factory=Withheld)
+    fixed: dict[str, Tensor] = attrs.field(factory=dict)
+    is_idle: bool = False
+    was_past_total: bool = False
 
 
 def drive(
@@ -153,74 +150,55 @@ def drive(
     for tuner in tuners:
         check_attachable(tuner, optimizer)
     totals = [agree_on_total(tuner, total_steps) for tuner in tuners]
-    refuse_own_losses(optimizer, engine)
     if optimizer is not None:
         note_engine(optimizer, engine)
-    for tuner in tuners:
-        detach(tuner)  # from an optimizer that is gone
-    kept: Mapping[str, tuple[Any, ...]] = {}
-    if engine is not None:
-        kept = engine.begin_([held_of(*pair, optimizer) for pair in zip(tuners, totals, strict=True)], optimizer)
-    before = [(tuner.progress.link, tuner.engine) for tuner in tuners]
-    try:
-        states = [_start(tuner, total, optimizer, engine) for tuner, total in zip(tuners, totals, strict=True)]
-    except BaseException:
-        for tuner, (link, earlier) in zip(tuners, before, strict=True):
-            tuner.progress.link, tuner.engine = link, earlier
-        for handle in itertools.chain(*kept.values()):
-            handle.remove()
-        raise
-    handles = [*itertools.chain(*kept.values())]
-    try:
-        for tuner, total, state in zip(tuners, totals, states, strict=True):
-            tuner.state, tuner.progress.total_steps, tuner.progress.steps = state, total, 0
-            tuner.history.clear()
+    with ExitStack() as undo:
+        for tuner, total in zip(tuners, totals, strict=True):
+            detach(tuner)  # from an optimizer that is gone
+            undo.callback(_restore_, tuner, attrs.evolve(tuner.progress), tuner.state, tuner.engine)
+            tuner.progress.total_steps = total
             if optimizer is not None:
-                first = len(handles)
-                handles += kept.get(tuner.name, ())
-                for handle in _registered(tuner, optimizer, clock):
-                    handles.append(handle)
-                tuner.progress.link = Link(ref(optimizer), tuple(handles[first:]))
-    except BaseException:
-        for handle in handles:
-            handle.remove()
+                tuner.progress.link = Link(ref(optimizer), ())
+        kept: Mapping[str, tuple[Removable, ...]] = {}
+        if engine is not None:
+            kept = engine.begin_(tuners, optimizer)
+        for handles in kept.values():
+            for handle in handles:
+                undo.callback(handle.remove)
         for tuner in tuners:
-            detach(tuner)
-        raise
+            tuner.engine = engine  # the method's hook finds it already, and the optimizer by a mere link
+            with injection.as_hooks_see_it(tuner):
+                tuner.state = hooks.start(tuner, tuner.total_steps, optimizer)
+            tuner.progress.steps, tuner.progress.history = 0, []
+            if optimizer is not None:
+                hold(tuner, *kept.get(tuner.name, ()))
+                _register_(tuner, optimizer, clock)
+        undo.pop_all()
     return optimizer
 
 
-def _start(tuner: Tuner, total: int | None, optimizer: Optimizer | None, engine: Engine | None) -> object | None:
-    """Ask the method for its training state. The hook finds the engine already, and the optimizer by a mere link."""
-    tuner.engine = engine
-    if optimizer is not None:
-        tuner.progress.link = Link(ref(optimizer), ())
-    with injection.as_hooks_see_it(tuner):
-        return hooks.start(tuner, total, optimizer)
+def _restore_(tuner: Tuner, before: injection.Progress, state: object | None, engine: Engine | None) -> None:
+    detach(tuner)
+    tuner.state, tuner.engine, progress = state, engine, tuner.progress
+    progress.link, progress.total_steps = before.link, before.total_steps
+    progress.steps, progress.history = before.steps, before.history
 
 
-def _registered(tuner: Tuner, optimizer: Optimizer, clock: Callable[[], int] | None) -> Iterator[Any]:
-    """Resolve what a step needs, and register the hooks. Yields their handles."""
+def _register_(tuner: Tuner, optimizer: Optimizer, clock: Callable[[], int] | None) -> None:
+    """Look up what a step needs, and register the hooks."""
     watch_(tuner)  # an unpickled adapter was wrapped in another process
     modules = modules_in(tuner)
-    places = (
+    places = [
         Place(torch_private.own_children(modules[path]), slots, torch_private.own_children(slots), slot)
         for path, slot in slots_in(tuner)
         if (slots := injection.slots_of(modules[path])) is not None
-    )
-    found = Drive(
-        tuner=tuner,
-        wrapped=injection.wrapped_of(tuner.model),
-        places=tuple(places),
-        callers=hooks.callers_of(tuner),
-        engine=tuner.engine,
-        clock=clock,
-        last=last_gradient(tuner),
-    )
+    ]
+    callers, wrapped = hooks.callers_of(tuner), injection.wrapped_of(tuner.model)
+    found = Drive(tuner, wrapped, places, callers, tuner.engine, clock, last_gradient(tuner))
     # Not in a compiled optimizer step: plugins run any Python code there, and may change shapes.
-    yield optimizer.register_step_pre_hook(torch.compiler.disable(functools.partial(_before, found)))
-    yield optimizer.register_step_post_hook(torch.compiler.disable(functools.partial(_after, found)))
-    yield optimizer.register_state_dict_post_hook(functools.partial(complete_, tuner))
+    hold(tuner, optimizer.register_step_pre_hook(torch.compiler.disable(functools.partial(_before, found))))
+    hold(tuner, optimizer.register_step_post_hook(torch.compiler.disable(functools.partial(_after, found))))
+    hold(tuner, optimizer.register_state_dict_post_hook(functools.partial(complete_, tuner)))
 
 
 def _before(
@@ -228,26 +206,24 @@ def _before(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Run inside ``optimizer.step``, before anything is updated.
 
-    With a closure the gradients are computed later, inside it, perhaps several times. Depending on the torch release,
-    ``args`` starts with the optimizer or not, so a positional closure is recognised by being callable.
+    With a closure the gradients are computed later, inside it, perhaps several times. ``args`` begins with the
+    optimizer.
     """
-    now, withheld = drive.now, drive.now.withheld
     # Torch's distributed checkpoint steps an optimizer without state to make one, so most steps need no look.
-    now.is_idle = not optimizer.state and torch_private.in_distributed_checkpoint()
-    if now.is_idle:
+    drive.is_idle = not optimizer.state and torch_private.in_distributed_checkpoint()
+    if drive.is_idle:
         return None
-    if drive.last is not None:
-        drive.last.version = None
-    if withheld.gradients:
+    drive.last.version = None
+    if drive.withheld.gradients:
         # The last step raised, so no hook ran after it. If its gradients were cleared since, so are the withheld ones.
         if all(parameter.grad is None for parameter in drive.tuner.parameters()):
-            withheld.gradients.clear()
-        withheld.put_back_(stepped=False)
+            drive.withheld.gradients.clear()
+        drive.withheld.put_back_(stepped=False)
     _refuse_misplaced(drive)
     if kwargs.get("closure") is not None:
-        return args, {**kwargs, "closure": _wrap_closure(drive, optimizer, kwargs["closure"])}
-    if args and args[-1] is not optimizer and callable(args[-1]):
-        return (*args[:-1], _wrap_closure(drive, optimizer, args[-1])), kwargs
+        return args, {**kwargs, "closure": functools.partial(_run_closure, drive, optimizer, kwargs["closure"])}
+    if len(args) > 1 and callable(args[1]):
+        return (optimizer, functools.partial(_run_closure, drive, optimizer, args[1]), *args[2:]), kwargs
     _call_before_step(drive, optimizer)
     return None
 
@@ -266,17 +242,13 @@ def _refuse_misplaced(drive: Drive) -> None:
         raise StepError("the model is merged: a step would train nothing. Call tunerkit.unmerge before more training")
 
 
-def _wrap_closure(drive: Drive, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
-    @functools.wraps(closure)
-    def then_before_step() -> Any:
-        drive.now.withheld.put_back_(stepped=False)  # the closure may run several times, and may accumulate
-        loss = closure()
-        if drive.last is not None:
-            drive.last.version = None
-        _call_before_step(drive, optimizer)
-        return loss
-
-    return then_before_step
+def _run_closure(drive: Drive, optimizer: Optimizer, closure: Callable[[], Any]) -> Any:
+    """Compute the loss and the gradients. A step may do so several times, and a closure may accumulate."""
+    drive.withheld.put_back_(stepped=False)
+    loss = closure()
+    drive.last.version = None
+    _call_before_step(drive, optimizer)
+    return loss
 
 
 def _call_before_step(drive: Drive, optimizer: Optimizer) -> None:
@@ -297,7 +269,8 @@ def _call_before_step(drive: Drive, optimizer: Optimizer) -> None:
         if caller is None:
             return
         try:
-            given = {"tuner": tuner, "step": _number(drive), "grad_scale": grad_scale}
+            step = tuner.progress.steps + 1 if drive.clock is None else drive.clock()
+            given = {"tuner": tuner, "step": step, "grad_scale": grad_scale}
             answer = caller.function(*map(given.__getitem__, caller.takes))
             kept = None if answer is None else caller.check(caller.question, answer)
         except BaseException as error:
@@ -306,20 +279,18 @@ def _call_before_step(drive: Drive, optimizer: Optimizer) -> None:
         if kept is None:
             return
         if engine is None or engine.withholds:
-            drive.now.withheld.take_([outside(parameter) for parameter in kept], grad_scale)
+            drive.withheld.take_([outside(parameter) for parameter in kept], grad_scale)
         else:
             fixed = {id(parameter) for parameter in kept}
-            drive.now.fixed = {name: p.clone() for name, p in tuner.named_parameters() if id(p) in fixed}
+            drive.fixed = {name: p.clone() for name, p in tuner.named_parameters() if id(p) in fixed}
 
 
 def _leads(drive: Drive, optimizer: Optimizer) -> bool:
     """Whether this adapter is the first that the optimizer drives now, and so the one that tells the engine."""
-    driven = (
-        tuner
-        for tuner in drive.wrapped.tuners.values()
-        if tuner.engine is drive.engine and is_attached(tuner) and optimizer_of(tuner) is optimizer
-    )
-    return next(driven, None) is drive.tuner
+    for tuner in drive.wrapped.tuners.values():
+        if tuner.engine is drive.engine and is_attached(tuner) and optimizer_of(tuner) is optimizer:
+            return tuner is drive.tuner
+    return False
 
 
 def _takes_part(drive: Drive) -> bool:
@@ -337,31 +308,29 @@ def _takes_part(drive: Drive) -> bool:
     )
 
 
-def _number(drive: Drive) -> int:
-    return drive.tuner.progress.steps + 1 if drive.clock is None else drive.clock()
-
-
 def _after(drive: Drive, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Run after the update. A step that a fused optimizer skipped, because gradients overflowed, does not count."""
-    tuner, now, callers = drive.tuner, drive.now, drive.callers
-    if now.is_idle:
+    if drive.is_idle:
         return
+    tuner, callers = drive.tuner, drive.callers
     skipped = bool(getattr(optimizer, "found_inf", None))
-    if now.withheld.gradients:
-        now.withheld.put_back_(stepped=not skipped)
+    if drive.withheld.gradients:
+        drive.withheld.put_back_(stepped=not skipped)
     if skipped or not _takes_part(drive):
         return
-    step = tuner.progress.steps = _number(drive)
+    step = tuner.progress.steps = tuner.progress.steps + 1 if drive.clock is None else drive.clock()
     if callers.after_step is not None or callers.before_step is not None:
         seen = nullcontext(same) if drive.engine is None else injection.as_hooks_see_it(tuner, gradients=True)
         with torch.no_grad(), seen:
-            if now.fixed:
-                _put_back_fixed_(drive)
+            if drive.fixed:
+                for name, parameter in tuner.named_parameters():
+                    if name in drive.fixed:
+                        parameter.copy_(drive.fixed.pop(name))
             if callers.after_step is not None:
                 _call_after_step(drive, callers.after_step, step)
     total = tuner.progress.total_steps
-    if total is not None and step > total and not now.was_past_total:
-        now.was_past_total = True
+    if total is not None and step > total and not drive.was_past_total:
+        drive.was_past_total = True
         warn(
             f"adapter {tuner.name!r}: step {step} is after total_steps={total}; the ranks stay as the final allocation "
             "set them"
@@ -391,10 +360,3 @@ def _call_after_step(drive: Drive, caller: hooks.Caller, step: int) -> None:
         raise
     spent = sum(ranks.values()) if in_force is None else in_force
     hooks.ranks_changed(tuner, tuner.progress.history, step, spent, ranks, drive.callers.watchers)
-
-
-def _put_back_fixed_(drive: Drive) -> None:
-    fixed, drive.now.fixed = drive.now.fixed, {}
-    for name, parameter in drive.tuner.named_parameters():
-        if name in fixed:
-            parameter.copy_(fixed[name])

@@ -3,11 +3,10 @@
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import attrs
 import torch
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
 
 from tunerkit.errors import AdapterError
@@ -22,16 +21,13 @@ _ELEMENTWISE = (ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam,
 _FRESH = {"sum": "initial_accumulator_value", "step_size": "lr"}
 _AVERAGE = "ax"  # ASGD's average of the values so far
 
-# An optimizer does not know what trains with it, and resizing is given nothing but an optimizer.
-_engines: WeakKeyDictionary[Optimizer, Engine] = WeakKeyDictionary()
+# The attribute of an optimizer that holds the engine of its training: resizing is given nothing but an optimizer.
+_ENGINE = "_tunerkit_engine"
 
 
 def note_engine(optimizer: Optimizer, engine: Engine | None) -> None:
     """Note what the processes of a training with this optimizer do together; None for one that is alone."""
-    if engine is None:
-        _engines.pop(optimizer, None)
-    else:
-        _engines[optimizer] = engine
+    vars(optimizer)[_ENGINE] = engine
 
 
 def optimizer_of(tuner: Tuner) -> Optimizer | None:
@@ -80,8 +76,9 @@ class Growth:
 def shrink_(cuts: Sequence[Cut], optimizer: Optimizer | None) -> str | None:
     """Shrink parameters, with their gradients and optimizer state, which frees memory.
 
-    The Parameter objects stay the same; their data moves to smaller storage. In a process group, call this in all
-    processes, with cuts to the same shapes, between two backwards: DistributedDataParallel gets a new reducer then.
+    The Parameter objects stay the same; their data moves to smaller storage, one after the other. In a process group,
+    call this in all processes, with cuts to the same shapes, between two backwards: DistributedDataParallel gets a new
+    reducer then.
 
     Args:
         cuts: What to keep of each parameter.
@@ -91,12 +88,22 @@ def shrink_(cuts: Sequence[Cut], optimizer: Optimizer | None) -> str | None:
         None if all cuts were made. Otherwise none was made, and the text is that of `resize_obstacle`.
     """
     reason = resize_obstacle([cut.parameter for cut in cuts], optimizer) if cuts else None
-    if cuts and reason is None:
-        is_plain = len({id(cut.parameter) for cut in cuts}) == len(cuts)
-        with torch.no_grad():
-            for some in [cuts] if is_plain else [[cut] for cut in cuts]:  # a parameter may be cut along two dimensions
-                _replace_([_cut(cut, optimizer) for cut in some], optimizer)
-    return reason
+    if not cuts or reason is not None:
+        return reason
+    engine = _engine_of(optimizer)
+    with torch.no_grad():
+        for cut in cuts:
+            parameter, dim, kept = cut.parameter, cut.dim, cut.kept.to(cut.parameter.device)
+            grad = None if parameter.grad is None else parameter.grad.index_select(dim, kept)
+            state = {} if optimizer is None else optimizer.state.get(parameter, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.ndim:  # not a single number, such as a step count
+                    state[key] = value.index_select(dim, kept.to(value.device))
+            resize_(parameter, parameter.data.index_select(dim, kept))
+            parameter.grad = grad
+    if engine is not None:
+        engine.resized_()
+    return None
 
 
 def grow_(growths: Sequence[Growth], optimizer: Optimizer | None) -> str | None:
@@ -122,10 +129,23 @@ def grow_(growths: Sequence[Growth], optimizer: Optimizer | None) -> str | None:
     if len({id(growth.parameter) for growth in growths}) < len(growths):
         raise AdapterError("a parameter is listed twice in one call of grow_; call it once for each dimension")
     reason = resize_obstacle([growth.parameter for growth in growths], optimizer) if growths else None
-    if growths and reason is None:
-        with torch.no_grad():
-            _replace_([_grown(growth, optimizer) for growth in growths], optimizer)
-    return reason
+    if not growths or reason is not None:
+        return reason
+    engine, groups = _engine_of(optimizer), [] if optimizer is None else optimizer.param_groups
+    with torch.no_grad():
+        for growth in growths:
+            parameter, dim, new, grad = growth.parameter, growth.dim, growth.values, growth.parameter.grad
+            grad = None if grad is None else torch.cat([grad, grad.new_zeros(new.shape)], dim)
+            settings = next((group for group in groups if any(p is parameter for p in group["params"])), {})
+            state = {} if optimizer is None else optimizer.state.get(parameter, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.ndim:
+                    state[key] = torch.cat([value, _fresh(key, new.to(value), settings)], dim)
+            resize_(parameter, torch.cat([parameter.data, new.to(parameter.data)], dim))
+            parameter.grad = grad
+    if engine is not None:
+        engine.resized_()
+    return None
 
 
 def resize_obstacle(parameters: Iterable[nn.Parameter], optimizer: Optimizer | None) -> str | None:
@@ -140,8 +160,7 @@ def resize_obstacle(parameters: Iterable[nn.Parameter], optimizer: Optimizer | N
         needs shapes that stay, such as a DistributedDataParallel that cannot be rebuilt; a parameter is sharded; or
         ``optimizer`` is not known to update each element independently.
     """
-    parameters = list(parameters)
-    engine = None if optimizer is None else _engines.get(optimizer)
+    parameters, engine = list(parameters), _engine_of(optimizer)
     if engine is None and torch.distributed.is_available() and torch.distributed.is_initialized():
         return "torch.distributed is initialised, and DDP and FSDP do not allow shapes to change"
     if engine is not None and (reason := engine.fixed_shapes) is not None:
@@ -154,44 +173,19 @@ def resize_obstacle(parameters: Iterable[nn.Parameter], optimizer: Optimizer | N
     name = type(optimizer).__name__
     if inspect.unwrap(type(optimizer).step) not in {inspect.unwrap(kind.step) for kind in _ELEMENTWISE}:
         return f"{name} is not known to update each element independently"
-    states = ((p, key, value) for p in parameters for key, value in _tensors_of(optimizer, p).items())
-    odd = {key for p, key, value in states if value.shape != p.shape}
+    # `state` is a defaultdict: a lookup would add an empty entry, which optimizers take for an initialised one.
+    odd = {key for p in parameters for key in _odd(optimizer.state.get(p, {}), p)}
     return f"{name} keeps {', '.join(sorted(odd))} in a shape other than the parameter's" if odd else None
 
 
-@attrs.frozen(eq=False)
-class _Resized:
-    """The new values of a parameter, its new gradient, and its new states in the optimizer by name."""
-
-    parameter: nn.Parameter
-    values: Tensor
-    grad: Tensor | None
-    states: Mapping[str, Tensor]
+def _engine_of(optimizer: Optimizer | None) -> Engine | None:
+    return None if optimizer is None else vars(optimizer).get(_ENGINE)
 
 
-def _replace_(resized: Sequence[_Resized], optimizer: Optimizer | None) -> None:
-    for each in resized:
-        resize_(each.parameter, each.values)
-        each.parameter.grad = each.grad
-        if optimizer is not None and each.states:
-            optimizer.state[each.parameter].update(each.states)
-    if optimizer is not None and (engine := _engines.get(optimizer)) is not None:
-        engine.resized_()
-
-
-def _tensors_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """Return the optimizer state of a parameter without single numbers, such as a step count, which have no shape."""
-    # `state` is a defaultdict: a lookup would add an empty entry, which optimizers take for an initialised one.
-    state = optimizer.state.get(parameter, {})
-    return {key: value for key, value in state.items() if isinstance(value, Tensor) and value.ndim > 0}
-
-
-def _cut(cut: Cut, optimizer: Optimizer | None) -> _Resized:
-    parameter, kept = cut.parameter, cut.kept.to(cut.parameter.device)
-    grad = None if parameter.grad is None else parameter.grad.index_select(cut.dim, kept)
-    states = {} if optimizer is None else _tensors_of(optimizer, parameter)
-    smaller = {key: value.index_select(cut.dim, kept.to(value.device)) for key, value in states.items()}
-    return _Resized(parameter, parameter.data.index_select(cut.dim, kept), grad, smaller)
+def _odd(state: Mapping[str, Any], parameter: Tensor) -> list[str]:
+    """The names of an optimizer's tensors that have another shape than the parameter, and are more than a number."""
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.ndim}
+    return [key for key, value in tensors.items() if value.shape != parameter.shape]
 
 
 def _refuse_misshapen(growth: Growth) -> None:
@@ -207,31 +201,18 @@ def _refuse_misshapen(growth: Growth) -> None:
         )
 
 
-def _grown(growth: Growth, optimizer: Optimizer | None) -> _Resized:
-    parameter, dim = growth.parameter, growth.dim
-    grad, states = parameter.grad, {}
-    if optimizer is not None:
-        group = next((group for group in optimizer.param_groups if any(p is parameter for p in group["params"])), {})
-        for key, value in _tensors_of(optimizer, parameter).items():
-            states[key] = torch.cat([value, _fresh_state(key, growth, group, value)], dim)
-    grad = None if grad is None else torch.cat([grad, grad.new_zeros(growth.values.shape)], dim)
-    return _Resized(
-        parameter, torch.cat([parameter.data, growth.values.detach().to(parameter.data)], dim), grad, states
-    )
-
-
-def _fresh_state(key: str, growth: Growth, group: Mapping[str, Any], like: Tensor) -> Tensor:
-    """Return an optimizer's state of new entries: that of entries which had no gradient so far."""
-    if key == _AVERAGE:
-        return growth.values.to(like)
-    setting = _FRESH.get(key)
+def _fresh(name: str, values: Tensor, settings: Mapping[str, Any]) -> Tensor:
+    """An optimizer's state of entries that had no gradient so far, by its name and their values."""
+    if name == _AVERAGE:
+        return values
+    setting = _FRESH.get(name)
     # A scheduler keeps the learning rate that training began with, which is Rprop's first step size.
-    first = 0.0 if setting is None else float(group.get(f"initial_{setting}", group[setting]))
-    return like.new_full(growth.values.shape, first)
+    first = 0.0 if setting is None else float(settings.get(f"initial_{setting}", settings[setting]))
+    return torch.full_like(values, first)
 
 
 def complete_(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Add a state of 0 for each parameter of the adapter that has none, such as one withheld from every step.
+    """Add a fresh state for each parameter of the adapter that has none, such as one withheld from every step.
 
     Torch's distributed checkpoint wants a state of all that is trained: `set_optimizer_state_dict` rejects what
     `get_optimizer_state_dict` has returned without it. Elsewhere, and if the states of the optimizer have other shapes
@@ -243,23 +224,18 @@ def complete_(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) ->
     states = state_dict["state"]
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         pairs = list(zip(group["params"], saved["params"], strict=True))
-        known = [(parameter, states[key]) for parameter, key in pairs if states.get(key)]
-        if not (known and _is_elementwise(known[0][1], known[0][0].shape)):
+        like, known = next(((p, states[key]) for p, key in pairs if states.get(key)), (None, {}))
+        if like is None or _odd(known, like):
             continue
         for parameter, key in pairs:
             if id(parameter) in own and not states.get(key):
-                states[key] = {name: _untouched(name, value, parameter) for name, value in known[0][1].items()}
+                states[key] = {name: _untouched(name, value, parameter, group) for name, value in known.items()}
 
 
-def _is_elementwise(state: Mapping[str, Any], shape: Size) -> bool:
-    """Whether the tensors in a parameter's state have its shape, other than numbers."""
-    return all(value.shape == shape for value in state.values() if isinstance(value, Tensor) and value.ndim)
-
-
-def _untouched(name: str, value: Any, parameter: nn.Parameter) -> Any:
-    """What ``parameter`` has where another parameter's state has ``value``: 0, and the same settings."""
+def _untouched(name: str, value: Any, parameter: nn.Parameter, settings: Mapping[str, Any]) -> Any:
+    """What ``parameter`` has where another parameter's state has ``value``: a fresh state, and the same settings."""
     if isinstance(value, Tensor) and value.ndim:
-        return torch.zeros_like(parameter, dtype=value.dtype)
+        return _fresh(name, parameter.detach().to(value.dtype, copy=True), settings)
     if name != "step":
         return value
     return torch.zeros_like(value) if isinstance(value, Tensor) else 0

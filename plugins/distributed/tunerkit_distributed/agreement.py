@@ -2,15 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, distributed
+from torch.optim import LBFGS, Optimizer
 
+from tunerkit import Tuner, hooks, unstructure
 from tunerkit.errors import StepError, cut
-from tunerkit.hooks import Held
 from tunerkit_distributed import group
 from tunerkit_distributed.flat import unflatten_
 
@@ -18,18 +19,24 @@ _WHAT = "the comparison of the adapters at attach"
 _begun: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # how many trainings, by the default group
 
 
-def refuse_differing(adapters: Sequence[Held]) -> int:
-    """Raise `StepError` in every process if they are about to train different adapters.
+def refuse_differing(tuners: Sequence[Tuner], optimizer: Optimizer | None) -> int:
+    """Raise `StepError` in every process if they are about to train different adapters, or would drift apart.
 
     It costs one collective of 32 bytes if they agree.
 
     Args:
-        adapters: The adapters of this process.
+        tuners: The adapters of this process.
+        optimizer: What steps them.
 
     Returns:
         The number of the training in this process group, from 1: all processes begin each at the same time.
     """
-    described = {held.name: dict(held.described) for held in adapters}
+    if isinstance(optimizer, LBFGS):
+        raise StepError(
+            "LBFGS chooses its steps by the loss, and each process has another one: they would drift apart. Use "
+            "another optimizer, or one process"
+        )
+    described = {tuner.name: _described(tuner, optimizer) for tuner in tuners}
     text = json.dumps(described)
     digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
     found = group.gather(digest.to(group.device()), _WHAT)
@@ -39,6 +46,11 @@ def refuse_differing(adapters: Sequence[Held]) -> int:
     everybody = [json.loads(each) for each in group.gather_text(text, _WHAT)]
     lines = [*_names(everybody), *_differences(everybody)]
     raise StepError("\n- ".join(["the processes of this training did not wrap alike:", *lines, _ADVICE]))
+
+
+def starts_alike(tuner: Tuner) -> bool:
+    """Whether the start may be taken from process 0. It may not if the base was changed to fit it."""
+    return hooks.registry.get(tuner.method).start == "exact"
 
 
 @torch.no_grad()
@@ -59,6 +71,44 @@ def take_from_first_(tensors: Sequence[Tensor], what: str) -> None:
 
 
 _ADVICE = "wrap with the same config, seed and base in all; if these are trainings of their own, data_parallel=False"
+
+
+def _described(tuner: Tuner, optimizer: Optimizer | None) -> dict[str, str]:
+    """What an adapter's training must have in common in all processes, by what messages call it.
+
+    The seed is compared only as it was given. Without one, processes start differently, and take process 0's start.
+    """
+    progress, groups = tuner.progress, [] if optimizer is None else optimizer.param_groups
+    numbers = [
+        {name: float(value) for name, value in each.items() if isinstance(value, int | float)} for each in groups
+    ]
+    described = {
+        "method": tuner.method,
+        **{f"setting {name}": repr(value) for name, value in unstructure(tuner.config).items()},
+        "seed": str(progress.seed),
+        "start": "a file" if progress.loaded else "its own",
+        "length of training": str(tuner.total_steps),
+        "optimizer": f"{type(optimizer).__name__} {numbers}",
+        "steps so far": str(tuner.steps),
+        "adapted modules": _digest([place.path for place in (*tuner.targets, *tuner.copies, *tuner.biases)]),
+        "shapes": _digest([[name, [*p.shape], str(p.dtype)] for name, p in tuner.named_parameters()]),
+        "base": _digest(progress.noted),
+    }
+    if progress.loaded or not starts_alike(tuner):
+        described["weights"] = _sums(tuner.parameters())
+    return described
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
+
+
+@torch.no_grad()
+def _sums(parameters: Iterable[Tensor]) -> str:
+    """Two sums over all values, which differ if the values do; FSDP2's and ZeRO-3's shards differ in any case."""
+    plain = [p for p in parameters if type(p.data) is Tensor and p.numel()]
+    sums = [torch.stack([p.double().sum(), p.double().square().sum()]).cpu() for p in plain]
+    return _digest([[round(float(each), 9) for each in pair] for pair in sums])
 
 
 def _names(everybody: Sequence[Mapping[str, Mapping[str, str]]]) -> list[str]:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tunerkit import Tuner
 from tunerkit.errors import StepError, TunerkitWarning
-from tunerkit.hooks import Engine, Held, Removable
+from tunerkit.hooks import Engine, Removable
 from tunerkit.paths import few
 from tunerkit_distributed import group, torch_private
-from tunerkit_distributed.agreement import refuse_differing, take_from_first_
+from tunerkit_distributed.agreement import refuse_differing, starts_alike, take_from_first_
 from tunerkit_distributed.deepspeed_names import is_of_deepspeed
 from tunerkit_distributed.flat import flat, unflatten_
 from tunerkit_distributed.holdings import is_sharded
@@ -81,21 +82,21 @@ class Replicated(Engine):
         """Whether this is process 0."""
         return group.rank() == 0
 
-    def begin_(self, adapters: Sequence[Held], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
+    def begin_(self, adapters: Sequence[Tuner], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
         """Compare the adapters, take their start from process 0, and average from now on. See `Engine`."""
-        self._training = refuse_differing(adapters)
+        self._training = refuse_differing(adapters, optimizer)
         handles: dict[str, tuple[Removable, ...]] = {}
-        for held in adapters:
-            own = [parameter for slot in held.slots.values() for parameter in slot.parameters()]
-            if held.starts_alike:
-                self.agree_(own, f"the start of adapter {held.name!r}")
-            self._held[held.name] = list(map(weakref.ref, own))
-            self._reducers.add_([held.model])
+        for tuner in adapters:
+            own = list(tuner.parameters())
+            if starts_alike(tuner):
+                self.agree_(own, f"the start of adapter {tuner.name!r}")
+            self._held[tuner.name] = list(map(weakref.ref, own))
+            self._reducers.add_([tuner.model])
             _engines.add(self)
             trained = (parameter for parameter in own if parameter.requires_grad)
             hooks = [parameter.register_post_accumulate_grad_hook(self._queue) for parameter in trained]
-            hooks += [p.register_post_accumulate_grad_hook(self._queue_other) for p in _others(held.model, own)]
-            handles[held.name] = (*hooks, _Membership(self._held, held.name))
+            hooks += [p.register_post_accumulate_grad_hook(self._queue_other) for p in _others(tuner.model, own)]
+            handles[tuner.name] = (*hooks, _Membership(self._held, tuner.name))
         self._reducers.follow_()
         seats = self._seats(handles, adapters[0].model)
         return {name: (*registered, seats[name]) for name, registered in handles.items()}
@@ -285,9 +286,9 @@ class Apart(Replicated):
         """Why a parameter's shape must not change. Without DDP each process may."""
         return _APART if self._reducers.found() else None
 
-    def begin_(self, adapters: Sequence[Held], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
+    def begin_(self, adapters: Sequence[Tuner], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
         """Note the models, which may be in DDP. See `Engine`."""
-        self._reducers.add_(held.model for held in adapters)
+        self._reducers.add_(tuner.model for tuner in adapters)
         return {}
 
     def before_step_(self, optimizer: Optimizer) -> None:

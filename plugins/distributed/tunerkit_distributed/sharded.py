@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tunerkit import Tuner
 from tunerkit.errors import StepError
-from tunerkit.hooks import Engine, Held, Pieces, Removable, whole_pieces
+from tunerkit.hooks import Engine, Pieces, Removable, whole_pieces
+from tunerkit.injection import slots_in
 from tunerkit_distributed import group
-from tunerkit_distributed.agreement import refuse_differing, take_from_first_
+from tunerkit_distributed.agreement import refuse_differing, starts_alike, take_from_first_
 from tunerkit_distributed.dtensors import (
     Part,
     is_split,
@@ -77,27 +79,24 @@ class Sharded(Engine):
         """Whether this is process 0."""
         return group.rank() == 0
 
-    def begin_(self, adapters: Sequence[Held], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
+    def begin_(self, adapters: Sequence[Tuner], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
         """Compare the adapters of all processes. See `Engine`.
 
         No start is sent around: a whole parameter is the parts that the processes hold. If they wrapped without a seed,
         it is put together from several random starts, and is a random start itself.
         """
-        number = refuse_differing(adapters)
-        for held in adapters:
-            self._found([*held.slots.values()])
-            if not held.starts_alike and (held.described.get("start"), held.described.get("seed")) == (
-                "its own",
-                "None",
-            ):
+        number = refuse_differing(adapters, optimizer)
+        slots = [slot for tuner in adapters for _, slot in slots_in(tuner)]
+        found = self._found(slots)
+        for tuner in adapters:
+            if not starts_alike(tuner) and not tuner.progress.loaded and tuner.progress.seed is None:
                 raise StepError(
-                    f"adapter {held.name!r} was wrapped without a seed, so its shards come from different starts, "
+                    f"adapter {tuner.name!r} was wrapped without a seed, so its shards come from different starts, "
                     "and the base was changed to fit them: pass a seed to tunerkit.wrap"
                 )
-        slots = [slot for held in adapters for slot in held.slots.values()]
         self._slots = list(map(weakref.ref, slots))
-        self.gives_pieces = are_cut_alike([part.parameter for part in self._found(slots)])
-        seats = self._meeting.open_((held.name for held in adapters), adapters[0].model, number)
+        self.gives_pieces = are_cut_alike([part.parameter for part in found])
+        seats = self._meeting.open_((tuner.name for tuner in adapters), adapters[0].model, number)
         model = self._model()
         if model is not None:
             self._meeting.watch_(model, forwards=True)

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from torch.optim import Optimizer
 
-from tunerkit.hooks import Engine, Held, Removable
+from tunerkit import Tuner
+from tunerkit.hooks import Engine, Removable
 from tunerkit_distributed.reducers import Reducers
 
 
@@ -19,9 +20,9 @@ class Single(Engine):
         """Why a parameter's shape must not change: DDP may be one that cannot be rebuilt."""
         return self._reducers.obstacle()
 
-    def begin_(self, adapters: Sequence[Held], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
+    def begin_(self, adapters: Sequence[Tuner], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
         """Note the models, which may be in DDP."""
-        self._reducers.add_(held.model for held in adapters)
+        self._reducers.add_(tuner.model for tuner in adapters)
         self._reducers.follow_()
         return {}
 

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tunerkit import Tuner
 from tunerkit.errors import StepError
-from tunerkit.hooks import Engine, Held, Removable, same
+from tunerkit.hooks import Engine, Removable, same
+from tunerkit.injection import slots_in
 from tunerkit.layers import derives_from
 from tunerkit_distributed import torch_private
-from tunerkit_distributed.agreement import refuse_differing, take_from_first_
+from tunerkit_distributed.agreement import refuse_differing, starts_alike, take_from_first_
 from tunerkit_distributed.deepspeed_names import (
     DEEPSPEED_ENGINE,
     DEEPSPEED_OPTIMIZER,
@@ -185,17 +187,17 @@ class ZeroEngine(Engine):
         """Whether this is process 0."""
         return rank() == 0
 
-    def begin_(self, adapters: Sequence[Held], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
+    def begin_(self, adapters: Sequence[Tuner], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
         """Compare the adapters, and hook DeepSpeed's step. It gave all processes the weights of process 0 already."""
-        number = refuse_differing(adapters)
-        for held in adapters:
-            buffers = [buffer for slot in held.slots.values() for buffer in slot.buffers()]
-            if held.starts_alike and buffers:
-                self.agree_(buffers, f"the start of adapter {held.name!r}")
-        seats = self._meeting.open_((held.name for held in adapters), adapters[0].model, number)
-        for held in adapters:
+        number = refuse_differing(adapters, optimizer)
+        for tuner in adapters:
+            buffers = [buffer for _, slot in slots_in(tuner) for buffer in slot.buffers()]
+            if starts_alike(tuner) and buffers:
+                self.agree_(buffers, f"the start of adapter {tuner.name!r}")
+        seats = self._meeting.open_((tuner.name for tuner in adapters), adapters[0].model, number)
+        for tuner in adapters:
             # ZeRO-3 gathers what it has partitioned in a forward too.
-            self._meeting.watch_(held.model, forwards=any(map(is_sharded, held.model.parameters())))
+            self._meeting.watch_(tuner.model, forwards=any(map(is_sharded, tuner.model.parameters())))
         handles = {name: (self.optimizer.install_(), seat) for name, seat in seats.items()}
         self._new = None
         return handles
