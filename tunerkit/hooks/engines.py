@@ -32,7 +32,7 @@ class Pieces:
         """Replace tensors by their sums over the processes that share the parameters. One collective for all.
 
         Args:
-            tensors: The tensors to overwrite, of the same shapes in all processes.
+            tensors: Tensors of the same shapes in all processes.
             what: What they are, for messages.
         """
 
@@ -46,11 +46,7 @@ class Pieces:
         return list(tensors)
 
     def cut(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Cut tensors as the parameters are, into views. No collective.
-
-        Args:
-            tensors: One for each parameter, of its whole shape.
-        """
+        """Cut whole tensors, one for each parameter, as the parameters are, into views. No collective."""
         return list(tensors)
 
 
@@ -73,10 +69,14 @@ class Engine:
     same calls are made in all processes, in the same order.
 
     Attributes:
-        is_shared: Whether the processes train one adapter together, so that one of them writes for all.
+        name: What messages call it.
+        is_shared: Whether the processes train one adapter together, so that one of them writes for all. It should
+            reject an optimizer that decides by the loss, of which each process has its own.
+        is_writer: Whether this process writes the files of the training. The others return when they are there.
         withholds: Whether a parameter without a gradient is left alone by the optimizer's step.
-        gives_pieces: Whether a method that works on pieces gets them: what the process holds of parameters that are
-            cut.
+        splits: Whether a process holds only a part of an adapter, so that all must take part when it is read.
+        gives_pieces: Whether a method that works on pieces gets those of parameters that are cut.
+        fixed_shapes: Why a parameter's shape must not change; None if it may, in all processes alike.
     """
 
     is_shared = False
@@ -85,32 +85,28 @@ class Engine:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
         return "one process"
 
     @property
     def fixed_shapes(self) -> str | None:
-        """Why a parameter's shape must not change; None if it may, in all processes alike."""
         return None
 
     @property
     def splits(self) -> bool:
-        """Whether a process holds only a part of an adapter, so that all must take part when it is read."""
         return False
 
     @property
     def is_writer(self) -> bool:
-        """Whether this process writes the files of the training. The others return when they are there."""
         return True
 
-    # Any: a Tuner, which is defined on top of this.
+    # Any: tunerkit.Tuner, which is defined on top of this.
     def begin_(self, adapters: Sequence[Any], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
         """Compare the adapters of all processes, make them start alike, and register what keeps them alike.
 
         Raises `StepError` in every process if they differ. Nothing is changed then.
 
         Args:
-            adapters: The handles on the adapters of this process. Their ``total_steps`` are those of this training.
+            adapters: The handles on them, with the length of this training in ``total_steps``.
             optimizer: What steps them; None if it takes no hooks.
 
         Returns:
@@ -145,21 +141,17 @@ class Engine:
         """Cut the adapters again if a forward has left them whole, so that `pieces` can be asked. No collective."""
 
     def pieces(self, parameters: Sequence[nn.Parameter]) -> Pieces:
-        """What this process holds of parameters: of whole ones, as inside `whole`, all. No collective.
-
-        Args:
-            parameters: Parameters of the adapters.
-        """
+        """What this process holds of the adapters' parameters: of whole ones, as inside `whole`, all. No collective."""
         return whole_pieces(parameters)
 
     def resized_(self) -> None:
         """Note that parameters have changed shape, in all processes alike, between two backwards."""
 
     def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
-        """Give the values that ``tensors`` have in process 0 to all processes.
+        """Give the values that tensors have in process 0 to all processes.
 
         Args:
-            tensors: The tensors to overwrite, of the same shapes in all processes.
+            tensors: Tensors of the same shapes in all processes.
             what: What they are, for messages.
         """
 

@@ -217,9 +217,9 @@ class LastGradient:
     Attributes:
         is_reported: Whether nothing more is said of the adapter: a warning has, or its method does not act on steps.
         parameter: The parameter. No weak reference: torch converts no parameter that has one.
-        version: Torch's count of the changes of its values when it had the gradient; None if it had none, or if the
-            optimizer that drives the adapter has stepped since, or values were loaded.
-        values: A copy of its values then, if nothing drove the adapter: fused optimizers do not count.
+        version: Torch's count of the changes of its values at the gradient; None if there was none, or if the adapter
+            was driven since, or loaded.
+        values: A copy of its values then, if nothing drove the adapter: torch counts no changes by fused optimizers.
     """
 
     is_reported: bool
@@ -322,11 +322,7 @@ def report_undriven(tuner: Tuner, *, saving: bool = False) -> None:
     """Raise `StepError`, or warn, if an optimizer that does not drive an adapter has moved it.
 
     A method that needs steps stops if nothing drives it: it could never be saved. If other adapters of the model are
-    attached, somebody chose these, and may attach this one later: then there is a warning.
-
-    Args:
-        tuner: The adapter's handle.
-        saving: Whether it is about to be saved; a warning is enough then.
+    attached, somebody chose these, and may attach this one later. Then, and before saving, a warning is enough.
     """
     last = last_gradient(tuner)
     if last.is_reported or not last.was_used():

@@ -31,7 +31,7 @@ from tunerkit.steps.attachment import (
     last_gradient,
     watch_,
 )
-from tunerkit.steps.resizing import complete_, note_engine, optimizer_of
+from tunerkit.steps.resizing import ENGINE, complete_, optimizer_of
 
 
 @attrs.frozen(eq=False)
@@ -55,12 +55,7 @@ class Withheld:
     grad_scale: Tensor | None = None
 
     def take_(self, parameters: Iterable[Tensor], grad_scale: Tensor | None) -> None:
-        """Remove the gradients of ``parameters``. A parameter without a gradient is skipped.
-
-        Args:
-            parameters: The parameters that a method returned from `tunerkit_before_step`.
-            grad_scale: The factor by which the gradients are scaled (0-d), or None if they are not scaled.
-        """
+        """Remove the gradients of ``parameters``, which are scaled by ``grad_scale`` (0-d) if it is not None."""
         self.grad_scale = grad_scale
         for parameter in parameters:
             if parameter.grad is not None:
@@ -69,15 +64,11 @@ class Withheld:
 
     @torch.no_grad()
     def put_back_(self, *, stepped: bool) -> None:
-        """Put back every withheld gradient. Calling this again does nothing.
+        """Put back every withheld gradient, after a step or instead of one. Calling this again does nothing.
 
-        A fused optimizer divides the gradients by ``grad_scale`` while it steps. Withheld gradients are divided too, so
-        that afterwards all gradients have the same scale. After a skipped or interrupted step they are put back still
-        scaled, because the optimizer has not divided the others either. The division happens only here, because
-        multiplying again could not undo its rounding.
-
-        Args:
-            stepped: Whether the optimizer updated its parameters.
+        A fused optimizer divides the gradients by ``grad_scale`` while it steps, so the withheld ones are divided too.
+        After a skipped or interrupted step all are still scaled. The division happens only here, because multiplying
+        again could not undo its rounding.
         """
         held, self.gradients = self.gradients, []
         if stepped and self.grad_scale is not None:
@@ -132,9 +123,7 @@ def drive(
     clock: Callable[[], int] | None = None,
     engine: Engine | None = None,
 ) -> Optimizer | None:
-    """Start the methods' training states, and register step hooks on an optimizer.
-
-    If this raises, no adapter is attached.
+    """Start the methods' training states, and register step hooks on an optimizer. If this raises, nothing is changed.
 
     Args:
         tuners: The adapters to drive.
@@ -151,7 +140,7 @@ def drive(
         check_attachable(tuner, optimizer)
     totals = [agree_on_total(tuner, total_steps) for tuner in tuners]
     if optimizer is not None:
-        note_engine(optimizer, engine)
+        vars(optimizer)[ENGINE] = engine
     with ExitStack() as undo:
         for tuner, total in zip(tuners, totals, strict=True):
             detach(tuner)  # from an optimizer that is gone
@@ -206,8 +195,7 @@ def _before(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Run inside ``optimizer.step``, before anything is updated.
 
-    With a closure the gradients are computed later, inside it, perhaps several times. ``args`` begins with the
-    optimizer.
+    With a closure the gradients are computed later, inside it. ``args`` begins with the optimizer.
     """
     # Torch's distributed checkpoint steps an optimizer without state to make one, so most steps need no look.
     drive.is_idle = not optimizer.state and torch_private.in_distributed_checkpoint()
@@ -229,10 +217,7 @@ def _before(
 
 
 def _refuse_misplaced(drive: Drive) -> None:
-    """Reject a step while the model is merged, or after the adapter was removed by hand.
-
-    This runs at each step, so it looks only at the adapter's own modules, not at the whole model.
-    """
+    """Reject a step while the model is merged, or after the adapter was removed by hand from one of its modules."""
     name = drive.tuner.name
     if drive.wrapped.tuners.get(name) is not drive.tuner or any(
         place.children.get(CHILD) is not place.slots or place.own.get(name) is not place.slot for place in drive.places

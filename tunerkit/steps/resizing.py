@@ -22,12 +22,7 @@ _FRESH = {"sum": "initial_accumulator_value", "step_size": "lr"}
 _AVERAGE = "ax"  # ASGD's average of the values so far
 
 # The attribute of an optimizer that holds the engine of its training: resizing is given nothing but an optimizer.
-_ENGINE = "_tunerkit_engine"
-
-
-def note_engine(optimizer: Optimizer, engine: Engine | None) -> None:
-    """Note what the processes of a training with this optimizer do together; None for one that is alone."""
-    vars(optimizer)[_ENGINE] = engine
+ENGINE = "_tunerkit_engine"
 
 
 def optimizer_of(tuner: Tuner) -> Optimizer | None:
@@ -179,7 +174,7 @@ def resize_obstacle(parameters: Iterable[nn.Parameter], optimizer: Optimizer | N
 
 
 def _engine_of(optimizer: Optimizer | None) -> Engine | None:
-    return None if optimizer is None else vars(optimizer).get(_ENGINE)
+    return None if optimizer is None else vars(optimizer).get(ENGINE)
 
 
 def _odd(state: Mapping[str, Any], parameter: Tensor) -> list[str]:
@@ -212,11 +207,10 @@ def _fresh(name: str, values: Tensor, settings: Mapping[str, Any]) -> Tensor:
 
 
 def complete_(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Add a fresh state for each parameter of the adapter that has none, such as one withheld from every step.
+    """In torch's distributed checkpoint, add a state for each parameter that has none: one withheld from every step.
 
-    Torch's distributed checkpoint wants a state of all that is trained: `set_optimizer_state_dict` rejects what
-    `get_optimizer_state_dict` has returned without it. Elsewhere, and if the states of the optimizer have other shapes
-    than its parameters, this does nothing.
+    Without it, `set_optimizer_state_dict` rejects what `get_optimizer_state_dict` has returned. States of other shapes
+    than the parameters' are left to torch.
     """
     if not torch_private.in_distributed_checkpoint():
         return
