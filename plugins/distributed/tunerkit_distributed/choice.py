@@ -1,14 +1,17 @@
-"""Find out in which kind of training a process is."""
+"""Find out in which kind of training a process is: which engine keeps its adapters alike."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from torch import nn
 
+from tunerkit import Tuner, injection, layers
 from tunerkit.errors import StepError, warn
 from tunerkit.hooks import Engine
+from tunerkit.paths import few
 from tunerkit_distributed import group
-from tunerkit_distributed.deepspeed_names import is_of_deepspeed
+from tunerkit_distributed.deepspeed_names import DEEPSPEED, is_of_deepspeed
 from tunerkit_distributed.dtensors import is_split, reshard_
+from tunerkit_distributed.holdings import is_sharded
 from tunerkit_distributed.replicated import OF_DEEPSPEED, Apart, Replicated
 from tunerkit_distributed.sharded import Sharded
 from tunerkit_distributed.single import Single
@@ -20,35 +23,70 @@ _UNJOINED = (
 )
 
 
-def engine_for(model: nn.Module, parameters: Iterable[nn.Parameter], data_parallel: bool | None) -> Engine:
-    """Return a new engine for adapters with these parameters.
+def engine_for(
+    tuners: Sequence[Tuner], model: nn.Module, candidate: object, data_parallel: bool | None
+) -> tuple[Engine, object]:
+    """Find out what the processes do together, and what takes the step hooks.
 
     It warns if a launcher started several processes that have formed no group.
 
     Args:
+        tuners: The adapters that are trained.
         model: The model that runs, in which FSDP2 may have sharded the wrapped one.
-        parameters: The adapters' parameters.
+        candidate: The optimizer, or what DeepSpeed has instead.
         data_parallel: False for a process that trains adapters of its own; None to find out; True if there must be a
             process group.
 
+    Returns:
+        A new engine; and ``candidate``, or where DeepSpeed trains the optimizer that stands for its own.
+
     Raises:
-        StepError: ``data_parallel`` is True in one process.
+        StepError: ``data_parallel`` is True in one process, or DeepSpeed trains in a way that is not supported.
     """
+    if any(layers.derives_from(candidate, kind) for kind in DEEPSPEED):
+        from tunerkit_distributed import zero  # few trainings need it
+
+        engine = zero.engine_of(candidate)
+        if engine is not None:
+            _refuse_overrides(tuners)
+            return engine, engine.optimizer
     if data_parallel and not group.in_group():
         raise StepError(
             "data_parallel=True, and this process is in no group of several: call torch.distributed.init_process_group "
             "before attach, and start the processes with torchrun"
         )
     if data_parallel is False:
-        return Apart() if group.in_group() else Single()
+        return (Apart() if group.in_group() else Single()), candidate
     reshard_(model)
-    parameters = list(parameters)
-    if any(is_of_deepspeed(parameter) for parameter in parameters):
+    parameters = [parameter for tuner in tuners for parameter in tuner.parameters()]
+    if any(map(is_of_deepspeed, parameters)):
         raise StepError(OF_DEEPSPEED)
-    if any(is_split(parameter) for parameter in parameters):
-        return Sharded(model)
-    if not group.in_group():
-        if group.is_launched():
-            warn(_UNJOINED)
-        return Single()
-    return Replicated()
+    if any(map(is_split, parameters)):
+        return Sharded(model), candidate
+    if group.in_group():
+        return Replicated(), candidate
+    if group.is_launched():
+        warn(_UNJOINED)
+    return Single(), candidate
+
+
+def _refuse_overrides(tuners: Sequence[Tuner]) -> None:
+    """Raise `StepError` if a forward must override a weight that ZeRO-3 has emptied by then."""
+    read = [
+        path
+        for path, module, slots in injection.walk(tuners[0].model)
+        if slots.base is not None
+        and not injection.is_called(module)
+        and any(slot.adapter is not None for slot in slots.applied)  # a trained bias needs no weight
+        and _is_sharded(module, slots.base.weight_name)
+    ]
+    if read:
+        raise StepError(
+            f"{few(read, shown=5)} is used directly by its owner, bypassing its own forward(), so its delta must be "
+            "added to a weight that ZeRO-3 has partitioned: exclude it from the targets, or use ZeRO-2"
+        )
+
+
+def _is_sharded(module: nn.Module, name: str) -> bool:
+    weight = layers.torch_private.own_parameters(module).get(name)
+    return weight is not None and is_sharded(weight)

@@ -7,7 +7,7 @@ from torch import nn
 from tunerkit import Holding, Restriction, Tuner, hookimpl
 from tunerkit.hooks import Engine
 from tunerkit_distributed import group
-from tunerkit_distributed.engine_choice import engine_for
+from tunerkit_distributed.choice import engine_for
 from tunerkit_distributed.holdings import HOLDINGS, RESTRICTIONS
 from tunerkit_distributed.unsynchronised import check_at_next_forward_, remove_check_
 
