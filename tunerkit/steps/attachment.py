@@ -250,7 +250,7 @@ def last_gradient(tuner: Tuner) -> LastGradient:
     return last
 
 
-def watch_(tuner: Tuner) -> None:
+def watch_(tuner: Tuner) -> LastGradient:
     """Let the model of an adapter look for undriven steps from now on, if the adapter's method acts on steps."""
     last, model = last_gradient(tuner), tuner.model
     last.version = None
@@ -259,6 +259,7 @@ def watch_(tuner: Tuner) -> None:
             model.register_forward_pre_hook(look)
             model.register_load_state_dict_pre_hook(forget)
         _follow_(tuner, last)
+    return last
 
 
 def unwatch_(model: nn.Module) -> None:

@@ -28,7 +28,6 @@ from tunerkit.steps.attachment import (
     find_optimizer,
     hold,
     is_attached,
-    last_gradient,
     watch_,
 )
 from tunerkit.steps.resizing import ENGINE, complete_, optimizer_of
@@ -175,7 +174,6 @@ def _restore_(tuner: Tuner, before: injection.Progress, state: object | None, en
 
 def _register_(tuner: Tuner, optimizer: Optimizer, clock: Callable[[], int] | None) -> None:
     """Look up what a step needs, and register the hooks."""
-    watch_(tuner)  # an unpickled adapter was wrapped in another process
     modules = modules_in(tuner)
     places = [
         Place(torch_private.own_children(modules[path]), slots, torch_private.own_children(slots), slot)
@@ -183,7 +181,7 @@ def _register_(tuner: Tuner, optimizer: Optimizer, clock: Callable[[], int] | No
         if (slots := injection.slots_of(modules[path])) is not None
     ]
     callers, wrapped = hooks.callers_of(tuner), injection.wrapped_of(tuner.model)
-    found = Drive(tuner, wrapped, places, callers, tuner.engine, clock, last_gradient(tuner))
+    found = Drive(tuner, wrapped, places, callers, tuner.engine, clock, watch_(tuner))
     # Not in a compiled optimizer step: plugins run any Python code there, and may change shapes.
     hold(tuner, optimizer.register_step_pre_hook(torch.compiler.disable(functools.partial(_before, found))))
     hold(tuner, optimizer.register_step_post_hook(torch.compiler.disable(functools.partial(_after, found))))
@@ -324,24 +322,20 @@ def _after(drive: Drive, optimizer: Optimizer, args: tuple[Any, ...], kwargs: di
 
 def _call_after_step(drive: Drive, caller: hooks.Caller, step: int) -> None:
     """Let the method act. If it made an allocation, add that to the history, and notify every plugin."""
-    tuner, asked, budget = drive.tuner, caller, drive.callers.budget
-    in_force: int | None = None
+    tuner, budget, asked, spent = drive.tuner, drive.callers.budget, caller, None
     try:
         given = {"tuner": tuner, "step": step}
         answer = caller.function(*map(given.__getitem__, caller.takes))
         if answer is None:
             return
         if budget is not None:
-            asked = budget
-            now = {"tuner": tuner, "step": None}
+            asked, now = budget, {"tuner": tuner, "step": None}
             in_force = budget.function(*map(now.__getitem__, budget.takes))
+            spent = None if in_force is None else budget.check(budget.question, in_force)
         asked = caller
         ranks = caller.check(caller.question, answer)
-        if budget is not None and in_force is not None:
-            asked = budget
-            in_force = budget.check(budget.question, in_force)
     except BaseException as error:
         asked.question.blame(error)
         raise
-    spent = sum(ranks.values()) if in_force is None else in_force
+    spent = sum(ranks.values()) if spent is None else spent
     hooks.ranks_changed(tuner, tuner.progress.history, step, spent, ranks, drive.callers.watchers)

@@ -12,9 +12,9 @@ from tunerkit_distributed import group
 from tunerkit_distributed.deepspeed_names import DEEPSPEED, is_of_deepspeed
 from tunerkit_distributed.dtensors import is_split, reshard_
 from tunerkit_distributed.holdings import is_sharded
-from tunerkit_distributed.replicated import OF_DEEPSPEED, Apart, Replicated
+from tunerkit_distributed.replicated import OF_DEEPSPEED, Replicated
 from tunerkit_distributed.sharded import Sharded
-from tunerkit_distributed.single import Single
+from tunerkit_distributed.single import Apart, Single
 
 _UNJOINED = (
     "WORLD_SIZE says that this process is one of several, and it is in no process group: each trains an adapter of its "

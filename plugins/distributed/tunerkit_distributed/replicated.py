@@ -33,7 +33,6 @@ OF_DEEPSPEED = (
     "tunerkit.attach"
 )
 _GONE = "its DistributedDataParallel is gone, and nothing averages its gradients: attach again"
-_APART = "with data_parallel=False each process decides for itself, and DistributedDataParallel needs equal shapes"
 
 
 class Replicated(Engine):
@@ -269,33 +268,6 @@ def _others(model: nn.Module, known: Iterable[nn.Parameter]) -> list[nn.Paramete
 
 def _zeros(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter)
-
-
-class Apart(Replicated):
-    """A process of a group that trains adapters of its own: ``data_parallel=False``. Under DDP, shapes stay even so."""
-
-    is_shared = False
-
-    @property
-    def is_writer(self) -> bool:
-        """Whether this process writes: each does."""
-        return True
-
-    @property
-    def fixed_shapes(self) -> str | None:
-        """Why a parameter's shape must not change. Without DDP each process may."""
-        return _APART if self._reducers.found() else None
-
-    def begin_(self, adapters: Sequence[Tuner], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
-        """Note the models, which may be in DDP. See `Engine`."""
-        self._reducers.add_(tuner.model for tuner in adapters)
-        return {}
-
-    def before_step_(self, optimizer: Optimizer) -> None:
-        """Do nothing."""
-
-    def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
-        """Do nothing."""
 
 
 def _is_accumulating() -> bool:
