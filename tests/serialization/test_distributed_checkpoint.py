@@ -205,3 +205,14 @@ def test_the_state_that_is_added_is_that_of_a_parameter_without_steps(toys: "Toy
     assert steps == {"a": 3.0, "b": 0.0}
     added: list[Tensor] = [value for name, state in states.items() if name.endswith(".b") for value in state.values()]
     assert not any(value.any() for value in added)
+
+
+def test_an_added_state_that_does_not_begin_at_0_has_its_first_value(toys: "Toys", holding: HoldingPlugin) -> None:
+    """Rprop's step sizes begin at the learning rate."""
+    model, optimizer = attached(toys, torch.optim.Rprop)
+    train(toys, model, optimizer, 3)
+    states: Any = state_dict.get_optimizer_state_dict(model, optimizer)["state"]
+    (first,) = {
+        float(size) for name, each in states.items() if name.endswith(".b") for size in each["step_size"].flatten()
+    }
+    assert first == pytest.approx(0.1)
