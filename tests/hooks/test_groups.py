@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import tunerkit
-from tunerkit import hooks
 from tunerkit.hooks import specs
 from tunerkit.hooks.registry import Answer, Registry
 from tunerkit.layers import as_base_layer, weights
@@ -25,7 +24,6 @@ TARGETS = {"targets": ["layers.0"]}
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No plugin knows of processes, whatever is installed."""
-    monkeypatch.setattr(hooks, "engine", lambda *_: None)
     monkeypatch.setattr(weights.plugins, "holdings", tuple)
     gather = Registry.gather
 

@@ -372,18 +372,6 @@ def test_a_careless_plugin_is_never_asked_for_another_plugins_method(site: Site)
     assert not found.implements(SPECS.tunerkit_delta, "nowhere")
 
 
-def test_a_hook_nobody_specified_is_an_error_even_for_core(site: Site) -> None:
-    """A function that is no hook spec raises instead of returning None silently."""
-
-    def tunerkit_build() -> None: ...
-
-    site.good("zzz", "lora")
-    with pytest.raises(PluginError, match="no hook 'tunerkit_build'"):
-        site.registry().call(tunerkit_build, "lora")
-    with pytest.raises(PluginError, match="no hook 'tunerkit_build'"):
-        site.registry().implements(tunerkit_build, "lora")
-
-
 def test_an_optional_hook_of_a_newer_version_is_accepted(site: Site) -> None:
     """A plugin may mark a hook that only a later tunerkit has."""
     later = GOOD.replace("{methods!r}", "('lora',)") + "@hookimpl(optionalhook=True)\ndef tunerkit_later(): ...\n"

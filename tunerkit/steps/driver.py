@@ -390,7 +390,7 @@ def _call_after_step(drive: Drive, caller: hooks.Caller, step: int) -> None:
         asked.question.blame(error)
         raise
     spent = sum(ranks.values()) if in_force is None else in_force
-    hooks.ranks_changed(tuner, tuner.progress.history, step, spent, ranks, drive.callers.watchers)
+    hooks.ranks_changed(tuner, tuner.progress.history, step, spent, ranks)
 
 
 def _put_back_fixed_(drive: Drive) -> None:
