@@ -5,47 +5,42 @@ leave out hooks and arguments that it does not need. *Discovery* declares the pl
 follow the data flow: *Layer injection* builds adapters, *Step callbacks* train them, *Serialization* saves and merges
 them. When they fire::
 
-    tunerkit.wrap(model, "method", config)                  # tunerkit_methods, once per process
-                                                            # tunerkit_base_layers, tunerkit_weight_readers,
-                                                            # tunerkit_default_targets, tunerkit_model_libraries:
-                                                            # the model is scanned once
-                                                            # tunerkit_shared, once
-                                                            # tunerkit_build_adapter per target
-                                                            # tunerkit_wrapped, for the first adapter
-                                                            # tunerkit_adapted; tunerkit_restrictions, here and in the
-                                                            # calls below
-    tunerkit.calibrate(model, batches)                      # tunerkit_calibrate, if the method wants statistics
-    reference = tunerkit.reference(model)                   # tunerkit_reference
-    groups = tunerkit.param_groups(model, lr=1e-3)          # tunerkit_param_groups
-    tunerkit.attach(model, optimizer, total_steps=1000)     # tunerkit_attach: is it a trainer that a plugin knows?
-                                                            # tunerkit_engine: what the processes do together
-                                                            # tunerkit_start: nothing is trained yet
+    tunerkit.wrap(model, "method", config)                # tunerkit_methods, once per process
+                                                          # tunerkit_base_layers, tunerkit_weight_readers,
+                                                          # tunerkit_default_targets, tunerkit_model_libraries:
+                                                          # the model is scanned once
+                                                          # tunerkit_shared, once; tunerkit_build_adapter per target
+                                                          # tunerkit_wrapped, for the first adapter
+                                                          # tunerkit_adapted; tunerkit_restrictions, also in the calls
+                                                          # below
+    tunerkit.calibrate(model, batches)                    # tunerkit_calibrate, if the method wants statistics
+    reference = tunerkit.reference(model)                 # tunerkit_reference
+    groups = tunerkit.param_groups(model, lr=1e-3)        # tunerkit_param_groups
+    tunerkit.attach(model, optimizer, total_steps=1000)   # tunerkit_attach: is it a trainer that a plugin knows?
+                                                          # tunerkit_engine: what the processes do together
+                                                          # tunerkit_start: nothing is trained yet
     for batch in batches:
-        for part in batch.micro_batches():                  # no hook fires per micro-batch
+        for part in batch.micro_batches():                # no hook fires per micro-batch
             loss(model, part).backward()
         clip_gradients(model)
-        optimizer.step()                                    # tunerkit_before_step: gradients complete, weights not yet
-                                                            # updated
-                                                            # (the optimizer updates the weights)
-                                                            # tunerkit_after_step: weights updated, gradients kept
-                                                            # tunerkit_ranks_changed, if ranks were allocated
+        optimizer.step()                                  # tunerkit_before_step: gradients complete, weights as before
+                                                          # (the optimizer updates the weights)
+                                                          # tunerkit_after_step: weights updated, gradients kept
+                                                          # tunerkit_ranks_changed, if ranks were allocated
         scheduler.step()
-        optimizer.zero_grad()                               # no hook fires: the gradients are gone
-        model(validation_batch)                             # no hook fires
-    tunerkit.tuner(model).finish()                          # tunerkit_finish, tunerkit_ranks_changed
-    tunerkit.save(model, path)                              # no hook fires: core saves the adapters' tensors
-    tunerkit.save_state(model, path)                        # tunerkit_state
-    model = tunerkit.load(base_model, path)                 # the same hooks as in wrap
-    tunerkit.merge(model)                                   # tunerkit_delta per target, or tunerkit_factors
-                                                            # (also in each forward of attention)
-                                                            # tunerkit_holdings: of the base's weights
-    tunerkit.attach(model, optimizer, total_steps=1000)     # tunerkit_start
-    tunerkit.load_state(model, path)                        # tunerkit_restore
-    tunerkit.export(model, path, format="peft")             # tunerkit_formats, and tunerkit_factors per target
-    tunerkit.unwrap(model)                                  # tunerkit_unwrapped, tunerkit_adapted
-    model, processor = tunerkit.from_folder("a run")        # tunerkit_open_run
-    model = tunerkit.load(base_model, "a peft folder")      # tunerkit_formats, then the hooks of wrap, or
-                                                            # tunerkit_from_factors
+        optimizer.zero_grad()                             # no hook fires: the gradients are gone
+    tunerkit.tuner(model).finish()                        # tunerkit_finish, tunerkit_ranks_changed
+    tunerkit.save(model, path)                            # no hook fires: core saves the adapters' tensors
+    tunerkit.save_state(model, path)                      # tunerkit_state
+    model = tunerkit.load(base_model, path)               # the same hooks as in wrap
+    tunerkit.merge(model)                                 # tunerkit_delta per target, or tunerkit_factors (also in each
+                                                          # forward of attention); tunerkit_holdings of the base
+    tunerkit.load_state(model, path)                      # tunerkit_restore, once it is attached again
+    tunerkit.export(model, path, format="peft")           # tunerkit_formats, and tunerkit_factors per target
+    tunerkit.unwrap(model)                                # tunerkit_unwrapped, tunerkit_adapted
+    model, processor = tunerkit.from_folder("a run")      # tunerkit_open_run
+    model = tunerkit.load(base_model, "a peft folder")    # tunerkit_formats, then those of wrap, or
+                                                          # tunerkit_from_factors
 
 A plain ``@hookspec`` asks every plugin; ``firstresult=True`` marks hooks that call only the plugin that owns the
 method, so no plugin ever receives another plugin's layers.
