@@ -81,6 +81,8 @@ BROKEN = {
     "twice": f"{HEAD}{CONFIG}{YIELD}{BUILD}".replace("Config)]", "Config)] * 2"),
     "no tunerkit_build_adapter": HEAD + CONFIG + YIELD,
     "is a hook wrapper": HEAD + "@hookimpl(wrapper=True)\ndef tunerkit_base_layers():\n    return (yield)\n",
+    "make them one function": HEAD + "@hookimpl(specname='tunerkit_base_layers')\ndef layers():\n    return []\n"
+    "@hookimpl\ndef tunerkit_base_layers():\n    return []\n",
     "pass an instance": f"{HEAD}class P:\n    @hookimpl\n    def tunerkit_base_layers(self): ...\n"
     "import sys; sys.modules[__name__] = P\n",
     "must be hashable": "import sys\nclass P:\n    __hash__ = None\nsys.modules[__name__] = P()\n",
