@@ -1,14 +1,30 @@
 """The frozen records that tunerkit and its plugins exchange."""
 
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import repeat
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import attrs
 import torch
 from torch import Tensor, nn
+
+
+@attrs.frozen
+class StatisticsRequest:
+    """The statistics that a method wants of each target, before training.
+
+    Attributes:
+        inputs: The rank k of an approximation of the inputs' second moment; 0 for none.
+        gradients: The rank k of an approximation of the weight's gradient; 0 for none. It needs a loss.
+    """
+
+    inputs: int = 0
+    gradients: int = 0
 
 
 @attrs.frozen
@@ -36,7 +52,7 @@ class Method:
     needs_steps: bool = False
     start: Literal["exact", "rounding"] = attrs.field(default="exact", kw_only=True)
     targets: Literal["weights", "outputs"] = attrs.field(default="weights", kw_only=True)
-    statistics: "StatisticsRequest | None" = attrs.field(default=None, kw_only=True)
+    statistics: StatisticsRequest | None = attrs.field(default=None, kw_only=True)
     pieces: bool = attrs.field(default=False, kw_only=True)
 
 
@@ -71,19 +87,6 @@ class Rounding:
     added: float
     own: float
     change: float
-
-
-@attrs.frozen
-class StatisticsRequest:
-    """The statistics that a method wants of each target, before training.
-
-    Attributes:
-        inputs: The rank k of an approximation of the inputs' second moment; 0 for none.
-        gradients: The rank k of an approximation of the weight's gradient; 0 for none. It needs a loss.
-    """
-
-    inputs: int = 0
-    gradients: int = 0
 
 
 @attrs.frozen(eq=False)
@@ -194,10 +197,6 @@ class Factors(NamedTuple):
         return self.q.shape[0]
 
 
-def _listed(parameters: Iterable[nn.Parameter]) -> tuple[nn.Parameter, ...]:
-    return tuple(parameters)  # a generator would be used up by the first who looks
-
-
 @attrs.frozen(eq=False)
 class ParamGroup:
     """Parameters that are trained with settings of their own, as a plugin yields them from ``tunerkit_param_groups``.
@@ -208,7 +207,7 @@ class ParamGroup:
         weight_decay: Their weight decay; None for that of all others.
     """
 
-    parameters: Sequence[nn.Parameter] = attrs.field(converter=_listed)
+    parameters: Sequence[nn.Parameter] = attrs.field(converter=tuple[nn.Parameter, ...])  # a generator is read once
     lr_scale: float = 1.0
     weight_decay: float | None = None
 
@@ -301,26 +300,6 @@ class NoOptions:
     """The options of a format that has none."""
 
 
-def _no(thing: object) -> bool:
-    return False
-
-
-def _nothing(*things: object) -> None:
-    return None
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _as_it_is(module: nn.Module) -> AbstractContextManager[Callable[[str, Tensor], Tensor]]:
-    return nullcontext(lambda name, tensor: tensor)
-
-
-def _nowhere() -> AbstractContextManager[object]:
-    return nullcontext()
-
-
 @attrs.frozen(eq=False, kw_only=True)
 class Holding:
     """How a library holds weights that are not simply in their modules.
@@ -358,19 +337,21 @@ class Holding:
     name: str = "an engine"
     way_out: str = "load the model without it"
     one_dtype: str = ""
-    offloads: Callable[[nn.Module], bool] = _no
+    offloads: Callable[[nn.Module], bool] = lambda module: False
     load: Callable[[nn.Module, str], Tensor] = getattr
-    device: Callable[[nn.Module], torch.device | None] = _nothing
-    forward: Callable[[nn.Module], object | None] = _nothing
-    identity: Callable[[nn.Module, str, Tensor], int | None] = _nothing
-    duplicate: Callable[[nn.Module, Mapping[int, nn.Module]], nn.Module | None] = _nothing
-    shards: Callable[[Tensor], bool] = _no
+    device: Callable[[nn.Module], torch.device | None] = lambda module: None
+    forward: Callable[[nn.Module], object | None] = lambda module: None
+    identity: Callable[[nn.Module, str, Tensor], int | None] = lambda module, name, tensor: None
+    duplicate: Callable[[nn.Module, Mapping[int, nn.Module]], nn.Module | None] = lambda module, replaced: None
+    shards: Callable[[Tensor], bool] = lambda tensor: False
     shape: Callable[[Tensor], Sequence[int]] = operator.attrgetter("shape")
-    part: Callable[[Tensor], Tensor] = _itself
-    gathered: Callable[[nn.Module], AbstractContextManager[Callable[[str, Tensor], Tensor]]] = _as_it_is
-    reshard_: Callable[[nn.Module], None] = _nothing
-    lent: Callable[[nn.Module], str | None] = _nothing
-    outside: Callable[[], AbstractContextManager[object]] = _nowhere
+    part: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    gathered: Callable[[nn.Module], AbstractContextManager[Callable[[str, Tensor], Tensor]]] = lambda module: (
+        nullcontext(lambda name, tensor: tensor)
+    )
+    reshard_: Callable[[nn.Module], None] = lambda module: None
+    lent: Callable[[nn.Module], str | None] = lambda module: None
+    outside: Callable[[], AbstractContextManager[object]] = lambda: nullcontext()
 
 
 @attrs.frozen
@@ -463,3 +444,67 @@ class Format:
     write: Callable[[Any, Path, Any], Iterable[Path]]
     options: type = NoOptions
     describe: Callable[[Path], Description] | None = None
+
+
+# --- Values and their declared types ----------------------------------------------------------------------------------
+
+
+# Any: nothing is known of the value yet, and types have no common type.
+def mistyped(value: Any, declared: Any, path: str = "") -> tuple[str, object, str] | None:
+    """Find the first part of a value that is not of its declared type, also inside containers and the records here.
+
+    Returns:
+        The part's path in the value, the part, and its type in words; None if all parts are of their types.
+    """
+    kind, parts = get_origin(declared) or declared, get_args(declared)
+    if kind in (Union, UnionType):
+        found = [wrong for part in parts if (wrong := mistyped(value, part, path)) is not None]
+        inner = [wrong for wrong in found if wrong[0] != path]  # of the type that is meant
+        return None if len(found) < len(parts) else next(iter(inner), (path, value, type_name(declared)))
+    if not _is_of(value, kind, parts):
+        return path, value, type_name(declared)
+    inside = (mistyped(each, its_type, path + step) for step, each, its_type in _inside(value, kind, parts))
+    return next((found for found in inside if found is not None), None)
+
+
+def _is_of(value: Any, kind: Any, parts: tuple[Any, ...]) -> bool:
+    """Whether a value is of a type, as far as one sees without looking inside."""
+    if kind is Literal:
+        return value in parts
+    if kind is Callable:
+        return callable(value)
+    if kind is type and parts:
+        return isinstance(value, type) and issubclass(value, parts)
+    if kind is float:
+        return isinstance(value, float | int) and not isinstance(value, bool)
+    if kind in (Iterable, Sequence):  # a tensor would give its rows
+        return isinstance(value, Collection) and not isinstance(value, str | Mapping | Tensor)
+    if kind is tuple and parts[-1] is not ...:
+        return isinstance(value, tuple) and len(value) == len(parts)
+    return kind is Any or isinstance(value, kind)
+
+
+def _inside(value: Any, kind: Any, parts: tuple[Any, ...]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield what a value holds: the step to it in a path, itself, and its declared type."""
+    if kind is Mapping:
+        for key, each in value.items():
+            yield f"[{key!r}]", key, parts[0]
+            yield f"[{key!r}]", each, parts[1]
+    elif kind in (tuple, Iterable, Sequence):
+        types = parts if kind is tuple and parts[-1] is not ... else repeat(parts[0])
+        for index, (each, its_type) in enumerate(zip(value, types, strict=False)):
+            yield f"[{index}]", each, its_type
+    elif kind.__module__ == __name__ and attrs.has(kind):
+        fields = attrs.asdict(value, recurse=False)
+        for field in attrs.fields(kind):
+            yield f".{field.name}", fields[field.name], field.type
+
+
+def type_name(declared: Any) -> str:
+    """A type in words, for messages, with the names by which plugins import classes."""
+    if get_origin(declared) is Literal:
+        return f"one of {get_args(declared)}"
+    is_class = isinstance(declared, type) and not get_args(declared)
+    name = f"{declared.__module__}.{declared.__qualname__}" if is_class else str(declared)
+    # Without modules: all of them, or those inside tunerkit and torch.nn.
+    return re.sub(r"\b(tunerkit\.|torch\.nn\.|)(\w+\.)+(?=\w)", r"\1", name)

@@ -116,14 +116,14 @@ Group: Any = tunerkit.ParamGroup
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (lambda own: 3, "returned an int"),
-        (lambda own: [own], "a list with a list"),
+        (lambda own: 3, "returned 3"),
+        (lambda own: [own], r"with \[.*\] at \[0\]"),
         (lambda own: [Group(own, lr_scale=-1)], "lr_scale=-1"),
-        (lambda own: [Group(own, lr_scale="fast")], "lr_scale='fast'"),
+        (lambda own: [Group(own, lr_scale="fast")], r"'fast' at \[0\]\.lr_scale"),
         (lambda own: [Group(own, weight_decay=float("inf"))], "weight_decay=inf"),
         (lambda own: [Group([nn.Parameter(torch.ones(1))])], "not the adapter's"),
         (lambda own: [Group(own[:1]), Group(own)], "in two groups, or twice"),
-        (lambda own: [Group(own[0])], "not the adapter's"),
+        (lambda own: [Group(own[0])], r"at \[0\]\.parameters\[0\]"),
     ],
 )
 def test_a_wrong_answer_of_the_hook_names_the_plugin(answer: Any, words: str) -> None:

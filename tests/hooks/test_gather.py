@@ -18,6 +18,7 @@ import tunerkit
 from tunerkit import injection
 from tunerkit.errors import TunerkitWarning
 from tunerkit.hooks import gather_knowledge
+from tunerkit.hooks.calls import in_short
 from tunerkit.layers import as_base_layer
 from tunerkit.layers.kinds import LinearLayer
 
@@ -45,7 +46,7 @@ def test_a_kind_that_is_none_is_left_out_by_name(toys: "Toys", offered: Any) -> 
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             tunerkit.wrap(toys.net(), "toy-shift")
-        assert "must return a list of classes" in str(tunerkit.methods()["Kinds"].error)
+        assert "must return Iterable[type[tunerkit.BaseLayer]]" in str(tunerkit.methods()["Kinds"].error)
     assert "Kinds" not in tunerkit.methods()
 
 
@@ -121,7 +122,7 @@ def test_records_of_a_wrong_form_are_left_out_by_name(toys: "Toys", hook: str, a
         pytest.warns(TunerkitWarning, match=rf"{hook} of plugin 'answering' \(in-process\).*must .*{expected}") as told,
     ):
         tunerkit.wrap(toys.net(), "toy-shift")
-    assert type(answer).__name__ in str(told[0].message) or repr(answer) in str(told[0].message)
+    assert f"returned {in_short(answer)}" in str(told[0].message)
 
 
 @pytest.mark.parametrize("error", [ValueError("broken"), SystemExit("broken"), asyncio.CancelledError("broken")])

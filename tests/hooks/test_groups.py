@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import tunerkit
-from tunerkit import hooks
 from tunerkit.hooks import specs
 from tunerkit.hooks.registry import Answer, Registry
 from tunerkit.layers import as_base_layer, weights
@@ -25,14 +24,17 @@ TARGETS = {"targets": ["layers.0"]}
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No plugin knows of processes, whatever is installed."""
-    monkeypatch.setattr(hooks, "engine", lambda *_: None)
     monkeypatch.setattr(weights.plugins, "holdings", tuple)
-    gather = Registry.gather
+    gather, ask = Registry.gather, Registry.ask
 
     def without(self: Registry, hook: Callable[..., object], **arguments: Any) -> list[Answer]:
         return [] if hook is specs.tunerkit_restrictions else gather(self, hook, **arguments)
 
+    def alone(self: Registry, hook: Callable[..., object], **arguments: Any) -> Iterator[Answer]:
+        return iter(()) if hook is specs.tunerkit_engine else ask(self, hook, **arguments)
+
     monkeypatch.setattr(Registry, "gather", without)
+    monkeypatch.setattr(Registry, "ask", alone)
     monkeypatch.setattr(Registry, "absence", lambda self, name: f"{name} is not installed")
 
 

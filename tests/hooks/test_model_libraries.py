@@ -130,11 +130,11 @@ def test_an_answer_of_another_form_is_left_out_by_name(toys: "Toys", answer: Any
 
 
 WRONG: dict[str, tuple[str, Any, str]] = {
-    "no list of modules": ("heads", lambda module: module, "a list of modules"),
-    "another record": ("new", lambda model, blocks, heads: ["head"], "tunerkit.NewModules, or None"),
+    "no list of modules": ("heads", lambda module: module, r"Sequence\[torch\.nn\.Module\]"),
+    "another record": ("new", lambda model, blocks, heads: ["head"], r"tunerkit\.NewModules \| None"),
     "no module": ("new", lambda model, blocks, heads: tunerkit.NewModules("load", ("no.where",)), "has none: no.where"),
     "values that are no JSON": ("settings", lambda model: {"epsilon": object()}, "a dict that JSON can hold"),
-    "one name": ("tied_flags", lambda module: "config.tied", "a list of names"),
+    "one name": ("tied_flags", lambda module: "config.tied", r"Sequence\[str\]"),
 }
 
 

@@ -301,7 +301,7 @@ class Answering(SharedPlugin):
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (lambda targets: torch.ones(2), "returned a Tensor for 3 targets; it must return a torch.nn.Module, or None"),
+        (lambda targets: torch.ones(2), r"returned a Tensor for 3 targets; it must return torch\.nn\.Module \| None"),
         (lambda targets: nn.ModuleList([targets[0].module]), "holds a base layer"),
     ],
 )

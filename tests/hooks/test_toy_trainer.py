@@ -150,9 +150,8 @@ def test_a_folder_that_no_plugin_opens_is_refused_with_the_extra_that_does(
     with registered(plugin):
         assert tunerkit.from_folder(tmp_path, "mine")[1] == f"mine of {tmp_path}"
         plugin.answer = "a model"
-        with pytest.raises(
-            tunerkit.PluginError, match=r"plugin 'Opening' .*returned 'a model'; it must return a model"
-        ):
+        words = r"plugin 'Opening' .*returned 'a model'; it must return tuple\[torch\.nn\.Module, object\] \| None"
+        with pytest.raises(tunerkit.PluginError, match=words):
             tunerkit.from_folder(tmp_path)
     monkeypatch.setattr(Registry, "ask", lambda *_, **__: iter(()))
     with pytest.raises(tunerkit.FileError, match=r"no installed plugin knows this folder.*tunerkit\[transformers\]"):

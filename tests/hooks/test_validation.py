@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tunerkit
-from tunerkit.hooks import validation
+from tunerkit.hooks import loading
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
 
@@ -18,11 +18,11 @@ class Numbered(LowRankPlugin):
 
 def numbered(number: Any) -> Numbered:
     plugin = Numbered()
-    setattr(plugin, validation.API_NAME, number)
+    setattr(plugin, loading.API_NAME, number)
     return plugin
 
 
-@pytest.mark.parametrize("number", range(validation.OLDEST_API, validation.API + 1))
+@pytest.mark.parametrize("number", range(loading.OLDEST_API, loading.API + 1))
 def test_a_plugin_of_a_supported_contract_is_accepted(number: int) -> None:
     """From the oldest one that still works to the newest."""
     with registered(numbered(number)):
@@ -33,8 +33,8 @@ def test_a_plugin_without_a_number_is_of_the_first_contract(monkeypatch: pytest.
     """So were those from before there was one; once the first is no longer supported, they are refused."""
     with registered(LowRankPlugin()):
         assert "toy-low-rank" in tunerkit.methods()
-    monkeypatch.setattr(validation, "API", 4)
-    monkeypatch.setattr(validation, "OLDEST_API", 2)
+    monkeypatch.setattr(loading, "API", 4)
+    monkeypatch.setattr(loading, "OLDEST_API", 2)
     with pytest.raises(
         tunerkit.PluginError, match=r"was written for TUNERKIT_API 1, .*supports 2 to 4; install a newer"
     ):
@@ -44,8 +44,8 @@ def test_a_plugin_without_a_number_is_of_the_first_contract(monkeypatch: pytest.
 @pytest.mark.parametrize("number", [2, 3, 4])
 def test_the_oldest_and_the_newest_of_several_are_accepted(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The range is closed at both ends."""
-    monkeypatch.setattr(validation, "API", 4)
-    monkeypatch.setattr(validation, "OLDEST_API", 2)
+    monkeypatch.setattr(loading, "API", 4)
+    monkeypatch.setattr(loading, "OLDEST_API", 2)
     with registered(numbered(number)):
         assert tunerkit.methods()["toy-low-rank"].error is None
 
@@ -54,8 +54,8 @@ def test_the_oldest_and_the_newest_of_several_are_accepted(number: int, monkeypa
     ("number", "words"),
     [
         (
-            validation.API + 1,
-            rf"needs TUNERKIT_API {validation.API + 1}, .*has {validation.API}; install a newer tunerkit",
+            loading.API + 1,
+            rf"written for TUNERKIT_API {loading.API + 1}, .*to {loading.API}; install a newer tunerkit",
         ),
         (10**30, "install a newer tunerkit"),
         (0, r"TUNERKIT_API is 0; expected the number of the contract, as in TUNERKIT_API = \d"),

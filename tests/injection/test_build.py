@@ -35,10 +35,8 @@ def plugin_of(toys: "Toys", build: Any, name: str = "toy-broken") -> object:
 def test_what_is_no_adapter_is_refused_by_name(toys: "Toys", built: object) -> None:
     """The error names the method, its distribution, the target and the object that was built instead."""
     model = toys.net()
-    plugin, words = (
-        plugin_of(toys, lambda target, base: built),
-        (r"tunerkit_build_adapter of .*'toy-broken' \(in-process\) returned (an? )?\w+ for 'layers.0'"),
-    )
+    plugin = plugin_of(toys, lambda target, base: built)
+    words = r"tunerkit_build_adapter of .*'toy-broken' \(in-process\) returned (an? )?['\w]+ for 'layers.0'"
     with registered(plugin), untouched(toys, model), pytest.raises(PluginError, match=words):
         tunerkit.wrap(model, "toy-broken")
 

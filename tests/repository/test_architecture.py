@@ -361,7 +361,7 @@ def test_only_plugin_modules_of_a_plugin_know_pluggy(sources: Sources) -> None:
 def test_only_the_registry_and_what_it_is_made_of_import_pluggy(sources: Sources) -> None:
     """All other core modules call plugins through the registry."""
     users = {n for n, s in sources.items() if belongs(n, [CORE]) and "pluggy" in imported(s, sources, deep=True)}
-    within_hooks = {f"{CORE}.hooks.{name}" for name in ("loading", "registry", "specs", "validation")}
+    within_hooks = {f"{CORE}.hooks.{name}" for name in ("loading", "registry", "specs")}
     assert users == {CORE, *within_hooks}
 
 

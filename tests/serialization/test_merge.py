@@ -333,7 +333,7 @@ def fail_at_the_second() -> Any:
         (
             broken(lambda adapter, base: None),
             PluginError,
-            r"'toy-broken' \(in-process\).* must return a tunerkit.Delta",
+            r"'toy-broken' \(in-process\).* must return tunerkit.Delta",
         ),
         (broken(lambda adapter, base: torch.ones(1)), PluginError, "returned a Tensor"),
         (

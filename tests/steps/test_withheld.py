@@ -273,7 +273,7 @@ def test_a_closure_that_accumulates_finds_what_it_has_accumulated() -> None:
 
 @pytest.mark.parametrize(
     ("_plugin", "words"),
-    [(NamingPlugin, "a list with a str"), (BarePlugin, "a Parameter "), (AffirmingPlugin, "a bool ")],
+    [(NamingPlugin, "a list with 'gate'"), (BarePlugin, "a Parameter "), (AffirmingPlugin, "True ")],
     indirect=["_plugin"],
 )
 def test_what_is_no_list_of_parameters_is_refused(words: str) -> None:

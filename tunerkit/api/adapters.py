@@ -163,7 +163,7 @@ def reference(model: nn.Module) -> Any:
         AdapterError: The model has no adapter, is merged, or is inside `disabled`; or no installed plugin makes
             references, as tunerkit-transformers does.
     """
-    found = hooks.reference(model)
+    found = hooks.first(hooks.specs.tunerkit_reference, model=model)
     if found is None:
         maker = distribution(REFERENCES)
         raise AdapterError(f"{maker} makes references, and {hooks.registry.absence(maker)} ({install(REFERENCES)})")

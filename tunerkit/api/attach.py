@@ -51,7 +51,14 @@ def attach(
     """
     tuners = _chosen(model, adapter)
     injection.refuse_restricted(injection.base_modules(model), "attach")
-    if hooks.attached_by_plugin(tuners, optimizer_or_trainer, total_steps, data_parallel):
+    answers = hooks.registry.ask(
+        hooks.specs.tunerkit_attach,
+        tuners=tuners,
+        candidate=optimizer_or_trainer,
+        total_steps=total_steps,
+        data_parallel=data_parallel,
+    )
+    if any(answer.value for answer in answers):
         injection.warn_of_base_changes(tuners)
         return
     engine, candidate = steps.engine_for(tuners, model, optimizer_or_trainer, data_parallel)

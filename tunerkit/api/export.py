@@ -78,7 +78,7 @@ def from_folder(path: str | os.PathLike[str], base: str | os.PathLike[str] | Non
         BaseMismatchError: ``base`` is another model than the one that was trained.
         TunerkitError: transformers cannot load the base from there.
     """
-    found = hooks.open_run(Path(path), None if base is None else os.fspath(base))
+    found = hooks.first(hooks.specs.tunerkit_open_run, path=Path(path), base=None if base is None else os.fspath(base))
     if found is None:
         reader = distribution(RUNS)
         raise FileError(

@@ -1,5 +1,6 @@
-"""The hooks and the plugins that answer them: specs, loading, validation, the registry."""
+"""The hooks and the plugins that answer them: specs, loading, the registry, and the calls of core."""
 
+from tunerkit.hooks import specs
 from tunerkit.hooks.calls import (
     Caller,
     Callers,
@@ -8,7 +9,6 @@ from tunerkit.hooks.calls import (
     build_adapter,
     calibrate,
     callers_of,
-    changes_gradients,
     configure,
     delta,
     factors,
@@ -16,35 +16,30 @@ from tunerkit.hooks.calls import (
     from_factors,
     has_delta,
     has_factors,
-    has_shared,
     param_groups,
     restore,
     shared,
     start,
     state,
     structure,
-    takes_factors,
     watches_steps,
 )
 from tunerkit.hooks.engines import Engine, Pieces, Removable, is_grouped, same, whole_pieces
 from tunerkit.hooks.gather import (
     adapted,
-    attached_by_plugin,
-    engine,
+    first,
     gather_formats,
     gather_holdings,
     gather_knowledge,
     gather_libraries,
     gather_restrictions,
-    open_run,
     ranks_changed,
-    reference,
-    unwrapped,
-    wrapped,
+    tell,
 )
 from tunerkit.hooks.registry import registry
 from tunerkit.layers import weights
 
+implements = registry.implements
 methods = registry.methods
 register = registry.register
 unregister = registry.unregister

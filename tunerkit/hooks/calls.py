@@ -1,14 +1,16 @@
 """Ask the plugin that owns a method: one typed function for each hook, which also checks the answer.
 
-If the plugin does not implement the hook, they return None or an empty value. An exception of a plugin keeps its class,
+An answer must be of the type that the hook's spec declares; what a type cannot say, these functions check. If the
+plugin does not implement the hook, they return None or an empty value. An exception of a plugin keeps its class,
 because a method's own message explains best what is wrong, and a caller may catch torch's out-of-memory error. It gets
 a note with the plugin, the hook and the adapter or target. What would end the program without a word (SystemExit, a
 cancelled task) becomes a `PluginError`.
 """
 
+import inspect
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn
@@ -20,11 +22,11 @@ from torch.optim import Optimizer
 from tunerkit.config import AdapterConfig, from_mapping
 from tunerkit.errors import AdapterError, ConfigError, PluginError, error_text, is_of_user, shown
 from tunerkit.hooks import specs
+from tunerkit.hooks.engines import TunerView
 from tunerkit.hooks.registry import registry
-from tunerkit.hooks.tuner_view import TunerView
 from tunerkit.layers import Adapter, BaseLayer, low_rank_delta, misfit
 from tunerkit.paths import few
-from tunerkit.records import Delta, Factors, ParamGroup, State, Statistics, Target
+from tunerkit.records import Delta, Factors, ParamGroup, State, Statistics, Target, mistyped, type_name
 
 _DEEPEST = 20  # levels of JSON values
 
@@ -40,10 +42,18 @@ class Question:
     method: str
     subject: TunerView | str | Sequence[Target]
 
-    # Any: the arguments are those of the hook's spec, which pluggy passes by name.
+    # Any: the arguments are those of the hook's spec, which are passed by name.
     def ask(self, **arguments: Any) -> Any:
         """Call the plugin that owns the method; None if it does not implement the hook."""
         return registry.call(self.hook, self.method, **arguments)
+
+    def checked(self, **arguments: Any) -> Any:
+        """Ask, and refuse an answer that is not of the type that the hook's spec declares. A generator is read."""
+        answer = self.ask(**arguments)
+        answer = tuple(answer) if isinstance(answer, Iterator) else answer
+        if (wrong := unlike(answer, declared(self.hook))) is not None:
+            self.refuse(*wrong)
+        return answer
 
     def refuse(self, returned: str, expected: str) -> NoReturn:
         """Raise the `PluginError` about an answer that is not as expected."""
@@ -78,6 +88,29 @@ class Question:
             self.blame(error)
 
 
+def declared(hook: Callable[..., object]) -> Any:
+    """The type that a hook's spec declares for its answers."""
+    return inspect.get_annotations(hook)["return"]
+
+
+def unlike(answer: object, declared: Any) -> tuple[str, str] | None:
+    """What was answered and what must be, for a message; None if the answer is of its declared type."""
+    if (wrong := mistyped(answer, declared)) is None:
+        return None
+    path, part, expected = wrong
+    if not path:
+        return in_short(answer), expected
+    return f"{in_short(answer)} with {in_short(part)} at {path}", f"{type_name(declared)}, with {expected} there"
+
+
+def in_short(value: object) -> str:
+    """A value as a message names it: a plain one as it is, any other by its class."""
+    if value is None or isinstance(value, str | int | float | list | tuple | dict):
+        return shown(value)
+    name = type(value).__name__
+    return f"an {name}" if name[:1] in "aeiouAEIOU" else f"a {name}"
+
+
 @attrs.frozen(eq=False)
 class Caller:
     """A hook of the plugin that owns a method, looked up once.
@@ -97,15 +130,11 @@ class Caller:
 
 @attrs.frozen(eq=False)
 class Callers:
-    """What a step calls for one adapter, see `callers_of`; None for hooks that its plugin does not implement.
-
-    ``watchers`` holds the implementations of `tunerkit_ranks_changed` of all plugins, as they are at any time.
-    """
+    """What a step calls for one adapter, see `callers_of`; None for hooks that its plugin does not implement."""
 
     before_step: Caller | None
     after_step: Caller | None
     budget: Caller | None
-    watchers: Any
 
 
 def callers_of(tuner: TunerView) -> Callers:
@@ -113,17 +142,14 @@ def callers_of(tuner: TunerView) -> Callers:
 
     def caller(hook: Callable[..., object], check: Callable[[Question, Any], Any]) -> Caller | None:
         found = registry.implementation(hook, tuner.method)
-        return (
-            None
-            if found is None
-            else Caller(Question(hook, tuner.method, tuner), found.function, found.argnames, check)
-        )
+        if found is None:
+            return None
+        return Caller(Question(hook, tuner.method, tuner), found.function, found.argnames, check)
 
     return Callers(
         before_step=caller(specs.tunerkit_before_step, _checked_parameters),
         after_step=caller(specs.tunerkit_after_step, partial(_checked_ranks, targets=tuner.targets)),
         budget=caller(specs.tunerkit_budget, _checked_budget),
-        watchers=registry.watchers(specs.tunerkit_ranks_changed),
     )
 
 
@@ -158,19 +184,9 @@ def configure(method: str, config: object) -> AdapterConfig:
     raise ConfigError([f"{takes}, got {got.__name__}{which} @ $"])
 
 
-def has_shared(method: str) -> bool:
-    """Whether the method's adapters may share a module."""
-    return registry.implements(specs.tunerkit_shared, method)
-
-
-def changes_gradients(method: str) -> bool:
-    """Whether the method acts before a step, when the gradients are complete."""
-    return registry.implements(specs.tunerkit_before_step, method)
-
-
 def watches_steps(method: str) -> bool:
     """Whether the method acts in each step, so that a step without its hooks is another training."""
-    return registry.implements(specs.tunerkit_after_step, method) or changes_gradients(method)
+    return any(registry.implements(hook, method) for hook in (specs.tunerkit_before_step, specs.tunerkit_after_step))
 
 
 def has_factors(method: str) -> bool:
@@ -188,23 +204,13 @@ def adds_products(method: str) -> bool:
     return has_factors(method) and not registry.implements(specs.tunerkit_delta, method)
 
 
-def takes_factors(method: str) -> bool:
-    """Whether the method can build adapters from products."""
-    return registry.implements(specs.tunerkit_from_factors, method)
-
-
 def shared(
     method: str, targets: Sequence[Target], bases: Sequence[BaseLayer], config: AdapterConfig
 ) -> nn.Module | None:
     """Build what all adapters of the method use, in a module of its own; None for nothing."""
     with Question(specs.tunerkit_shared, method, targets) as question:
-        answer = question.ask(targets=targets, bases=bases, config=config)
-        if answer is None:
-            return None
-        if not isinstance(answer, nn.Module):
-            question.refuse(_kind(answer), "a torch.nn.Module, or None")
-        held = set(answer.modules())
-        if any(target.module in held for target in targets):
+        answer: nn.Module | None = question.checked(targets=targets, bases=bases, config=config)
+        if answer is not None and not {target.module for target in targets}.isdisjoint(answer.modules()):
             question.refuse("a module that holds a base layer", "one with tensors of its own")
         return answer
 
@@ -214,17 +220,15 @@ def build_adapter(
 ) -> Adapter:
     """Build one adapter with the method's plugin. Raises `PluginError` if the result is not an adapter."""
     with Question(specs.tunerkit_build_adapter, method, target.path) as question:
-        answer = question.ask(target=target, base=base, config=config, shared=shared)
-        if not isinstance(answer, Adapter):
-            question.refuse(_kind(answer), "a tunerkit.Adapter")
+        answer: Adapter = question.checked(target=target, base=base, config=config, shared=shared)
         if target.module in answer.modules():
             question.refuse(
                 "an adapter that holds the base layer as a child",
                 "one that does not store it: forward receives the base layer as an argument",
             )
-        declared: tuple[object, ...] = (answer.reads_output, answer.reads_weight)
-        if not all(isinstance(value, bool | None) for value in declared):
-            reads = f"reads_output={shown(declared[0])} and reads_weight={shown(declared[1])}"
+        flags: tuple[object, ...] = (answer.reads_output, answer.reads_weight)
+        if not all(isinstance(flag, bool | None) for flag in flags):
+            reads = f"reads_output={shown(flags[0])} and reads_weight={shown(flags[1])}"
             question.refuse(f"a {type(answer).__name__} with {reads}", "one with True, False or None there")
         _check_rank_dims(question, answer)
         if shared is not None and not set(answer.modules()).isdisjoint(shared.modules()):
@@ -284,17 +288,11 @@ def _checked_ranks(question: Question, answer: Any, targets: Sequence[Target]) -
 def param_groups(tuner: TunerView) -> list[ParamGroup]:
     """Return the parameters that the method wants to train with settings of their own, each in one group."""
     with Question(specs.tunerkit_param_groups, tuner.method, tuner) as question:
-        answer = question.ask(tuner=tuner)
-        if answer is None:
-            return []
-        if not isinstance(answer, Iterable) or isinstance(answer, Tensor):
-            question.refuse(_kind(answer), "a list of tunerkit.ParamGroup")
-        own, seen, groups = {id(parameter) for parameter in tuner.parameters()}, set[int](), list(answer)
+        groups: Iterable[ParamGroup] = question.checked(tuner=tuner) or ()
+        own, seen = {id(parameter) for parameter in tuner.parameters()}, set[int]()
         for group in groups:
-            if not isinstance(group, ParamGroup):
-                question.refuse(f"a list with {_kind(group)}", "a list of tunerkit.ParamGroup")
             scale, decay = group.lr_scale, group.weight_decay
-            if not _is_at_least_0(scale) or not (decay is None or _is_at_least_0(decay)):
+            if not all(math.isfinite(value) and value >= 0 for value in (scale, decay or 0.0)):
                 settings = f"lr_scale={shown(scale)} and weight_decay={shown(decay)}"
                 question.refuse(f"a group with {settings}", "finite numbers >= 0 there")
             for parameter in group.parameters:
@@ -304,7 +302,7 @@ def param_groups(tuner: TunerView) -> list[ParamGroup]:
                 if id(parameter) in seen:
                     question.refuse("a parameter in two groups, or twice in one", "each in one group")
                 seen.add(id(parameter))
-        return groups
+        return list(groups)
 
 
 def start(tuner: TunerView, total_steps: int | None, optimizer: Optimizer | None) -> object | None:
@@ -319,11 +317,11 @@ def _checked_parameters(question: Question, answer: Any) -> list[Tensor]:
     """The parameters that a step must not move. Iterating over a single tensor would yield its rows."""
     expected = "a list of the adapter's parameters, or None"
     if isinstance(answer, Tensor) or not isinstance(answer, Iterable):
-        question.refuse(_kind(answer), expected)
+        question.refuse(in_short(answer), expected)
     found = list(answer)
     for each in found:
         if not isinstance(each, Tensor):
-            question.refuse(f"a list with {_kind(each)}", expected)
+            question.refuse(f"a list with {in_short(each)}", expected)
     return found
 
 
@@ -349,77 +347,48 @@ def delta(path: str, method: str, adapter: Adapter, base: BaseLayer) -> Delta:
         product = factors(path, method, adapter, base)
         return Delta(weight=low_rank_delta(base, q=product.q, p=product.p, scale=1.0))
     with Question(specs.tunerkit_delta, method, path) as question:
-        answer = question.ask(adapter=adapter, base=base)
-        if not isinstance(answer, Delta):
-            question.refuse(_kind(answer), "a tunerkit.Delta")
+        answer: Delta = question.checked(adapter=adapter, base=base)
         features = (base.out_features, base.in_features)
-        parts: tuple[tuple[str, object, tuple[int, ...]], ...] = (
-            ("weight", answer.weight, features),
-            ("bias", answer.bias, features[:1]),
-        )
-        for what, tensor, shape in parts:
-            if tensor is None:
-                continue
-            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-                question.refuse(f"{_kind(tensor)} as the delta's {what}", "a tensor of floating-point numbers, or None")
-            if (got := tuple(tensor.shape)) != shape:
-                question.refuse(f"a delta {what} of shape {got}", f"one of shape {shape}")
-            _check_device(question, tensor, f"a delta {what}", adapter, "one")
+        for what, tensor, shape in (("weight", answer.weight, features), ("bias", answer.bias, features[:1])):
+            if tensor is not None:
+                _check_tensor(question, tensor, f"a delta {what}", adapter)
+                if tensor.shape != shape:
+                    question.refuse(f"a delta {what} of shape {tuple(tensor.shape)}", f"one of shape {shape}")
         return answer
 
 
 def factors(path: str, method: str, adapter: Adapter, base: BaseLayer) -> Factors:
     """Return what an adapter adds to its base layer's weight as a product. Raises `PluginError` if it is wrong."""
     with Question(specs.tunerkit_factors, method, path) as question:
-        answer = question.ask(adapter=adapter, base=base)
-        if not isinstance(answer, Factors):
-            question.refuse(_kind(answer), "tunerkit.Factors")
-        parts: tuple[tuple[str, object], ...] = (("q", answer.q), ("p", answer.p))
-        for what, tensor in parts:
-            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-                question.refuse(f"{_kind(tensor)} as {what}", "a tensor of floating-point numbers")
-            _check_device(question, tensor, what, adapter, "it")
+        answer: Factors = question.checked(adapter=adapter, base=base)
+        _check_tensor(question, answer.q, "q", adapter)
+        _check_tensor(question, answer.p, "p", adapter)
         if (shapes := misfit(base, answer)) is not None:
             question.refuse(*shapes)
         return answer
 
 
-def _check_device(question: Question, tensor: Tensor, what: str, adapter: Adapter, pronoun: str) -> None:
+def _check_tensor(question: Question, tensor: object, what: str, adapter: Adapter) -> None:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        question.refuse(f"{in_short(tensor)} as {what}", "a tensor of floating-point numbers there")
     devices = [parameter.device for parameter in adapter.parameters()]
     if devices and tensor.device not in devices:
-        question.refuse(f"{what} on device {tensor.device}", f"{pronoun} on {devices[0]}, where the adapter is")
+        question.refuse(f"{what} on device {tensor.device}", f"a tensor on {devices[0]}, where the adapter is")
 
 
 def from_factors(
     method: str, targets: Sequence[Target], bases: Sequence[BaseLayer], products: Mapping[str, Factors]
 ) -> tuple[AdapterConfig, Mapping[str, Adapter]]:
-    """Build a config and adapters, by target path, that add the given products.
-
-    Args:
-        method: The method's name.
-        targets: The targets.
-        bases: Their base layers, in the same order.
-        products: The product for each target, by its path.
-
-    Raises:
-        AdapterError: There is no target, or a product is missing, has another shape, or is not finite.
-    """
+    """Build a config and adapters, by target path, that add the products, by target path, to the base layers."""
     _refuse_unfit(targets, bases, products)
-    config = registry.get(method).config
-    expected = f"a pair of a {config.__name__} and a mapping with one adapter for each target path"
     with Question(specs.tunerkit_from_factors, method, targets) as question:
-        answer = question.ask(targets=targets, factors=products)
-        if not isinstance(answer, tuple) or len(answer) != 2:
-            question.refuse(_kind(answer), expected)
+        answer: tuple[AdapterConfig, Mapping[str, Adapter]] = question.checked(targets=targets, factors=products)
         settings, adapters = answer
-        if not isinstance(settings, AdapterConfig) or not isinstance(settings, config):
-            question.refuse(f"{_kind(settings)} as the config", expected)
-        if not isinstance(adapters, Mapping) or adapters.keys() != {target.path for target in targets}:
-            question.refuse(f"{shown(adapters)} as the adapters", expected)
-        for path, found in adapters.items():
-            if not isinstance(found, Adapter):
-                question.refuse(f"{_kind(found)} at {path!r}", expected)
-        return settings, adapters
+        if not isinstance(settings, config := registry.get(method).config):
+            question.refuse(f"{in_short(settings)} as the config", f"a {config.__name__}")
+        if adapters.keys() != products.keys():
+            question.refuse(f"{shown(adapters)} as the adapters", "a mapping with one adapter for each target path")
+        return answer
 
 
 def _refuse_unfit(targets: Sequence[Target], bases: Sequence[BaseLayer], products: Mapping[str, Factors]) -> None:
@@ -440,18 +409,7 @@ def _refuse_unfit(targets: Sequence[Target], bases: Sequence[BaseLayer], product
 def state(tuner: TunerView) -> State:
     """Return what training needs to resume, in addition to the adapter's weights."""
     with Question(specs.tunerkit_state, tuner.method, tuner) as question:
-        answer = question.ask(tuner=tuner)
-        if answer is None:
-            return State(tensors={}, values={})
-        if not isinstance(answer, State):
-            question.refuse(_kind(answer), "a tunerkit.State")
-        parts: tuple[tuple[str, object], ...] = (("tensors", answer.tensors), ("values", answer.values))
-        for what, entries in parts:
-            if not isinstance(entries, Mapping) or not all(isinstance(name, str) for name in entries):
-                question.refuse(f"{shown(entries)} as the state's {what}", "a mapping with names as keys")
-        for name, tensor in answer.tensors.items():
-            if not isinstance(tensor, Tensor):
-                question.refuse(f"{_kind(tensor)} as the state's tensor {shown(name)}", "a tensor there")
+        answer: State = question.checked(tuner=tuner) or State(tensors={}, values={})
         for name, value in answer.values.items():
             if not is_json(value):
                 question.refuse(
@@ -465,18 +423,7 @@ def restore(tuner: TunerView, saved: State) -> None:
     """Restore what `state` returned."""
     with Question(specs.tunerkit_restore, tuner.method, tuner) as question:
         if (answer := question.ask(tuner=tuner, state=saved)) is not None:
-            question.refuse(_kind(answer), "None; set tuner.state to what was restored")
-
-
-def _kind(answer: object) -> str:
-    if answer is None:
-        return "None"
-    name = type(answer).__name__
-    return f"an {name}" if name[:1] in "aeiouAEIOU" else f"a {name}"
-
-
-def _is_at_least_0(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+            question.refuse(in_short(answer), "None; set tuner.state to what was restored")
 
 
 def _count(value: object) -> int | None:

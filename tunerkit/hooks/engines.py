@@ -1,7 +1,7 @@
-"""The contract of an engine: how the processes of one training hold adapters, and how they keep them alike."""
+"""What hooks see of a training: the engine, by which processes hold adapters and keep them alike, and the tuner."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +10,10 @@ import attrs
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from tunerkit.config import AdapterConfig
+from tunerkit.layers import Adapter
+from tunerkit.records import Target
 
 
 @attrs.frozen(eq=False)
@@ -164,6 +168,49 @@ class Engine:
             write: Writes the file, and returns its path. It is called in the process that `is_writer`.
         """
         return write()
+
+
+class TunerView(Protocol):
+    """The handle on one adapter of a wrapped model, as hooks see it; `tunerkit.Tuner` implements it, and documents it.
+
+    ``state`` belongs to the method: `tunerkit_start` returns it, and only `tunerkit_restore` may replace it.
+    """
+
+    name: str
+    method: str
+    config: AdapterConfig
+    targets: tuple[Target, ...]
+    state: object | None
+    engine: Engine | None
+
+    @property
+    def steps(self) -> int:
+        """The number of optimizer steps since `attach`."""
+
+    @property
+    def total_steps(self) -> int | None:
+        """The length of training in optimizer steps, if it is known."""
+
+    def adapters(self) -> dict[str, Adapter]:
+        """The method's adapters by target path."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The adapter's parameters: the method's own, also those it keeps fixed, and trained copies and biases."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The adapter's parameters with their names in the adapter's file."""
+
+    def whole(self, *, gradients: bool = False) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+        """Inside the block, the adapter is whole in this process. All processes must enter it."""
+
+    def pieces(self, parameters: Sequence[nn.Parameter]) -> Pieces:
+        """What this process holds of the adapter's parameters, for a method that works on pieces."""
+
+    def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
+        """Overwrite tensors with those of process 0, so that all processes of a training decide alike."""
+
+    def ranks(self) -> dict[str, int]:
+        """The live rank by target path."""
 
 
 def is_grouped() -> bool:

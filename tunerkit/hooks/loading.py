@@ -1,71 +1,92 @@
-"""Find the plugins that are installed, load each by itself, and decide which one provides each method."""
+"""Find the plugins that are installed, load and check each by itself, and decide which one provides each method."""
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from importlib import metadata
+from inspect import getattr_static, isclass, isfunction
 from typing import Any
 
 import attrs
 import pluggy
 
+from tunerkit.config import AdapterConfig
 from tunerkit.errors import PluginError, closest, error_text, is_of_user, shown
 from tunerkit.hooks import specs
-from tunerkit.hooks.validation import HOOKS, Plugin, admit
 from tunerkit.paths import few
-from tunerkit.records import MethodInfo
+from tunerkit.records import Method, MethodInfo, StatisticsRequest, mistyped
 
 GROUP = "tunerkit"
 VARIABLE = "TUNERKIT_PLUGINS"
-Source = tuple[metadata.EntryPoint, MethodInfo]
+# The version of the contract between core and plugins, and the oldest that still works; docs/plugins.md says what may
+# change when.
+API, OLDEST_API = 1, 1
+API_NAME = "TUNERKIT_API"
+HOOKS = frozenset(name for name in dir(specs) if name.startswith("tunerkit_"))
 Failure = tuple[str, MethodInfo]
 
 
-@attrs.define(eq=False)
-class Catalog:
-    """The plugins of a registry. What changes is replaced, so that other threads may read.
+@attrs.frozen(eq=False)
+class Plugin:
+    """A plugin that passed all checks.
 
     Attributes:
-        manager: pluggy's manager.
-        limit: The entry points that may load; None allows all.
-        plugins: The plugins in load order.
-        owners: The plugin that provides each method.
-        failures: The plugins that could not be loaded.
-        left_out: The reason why a plugin's answer to a hook is not used, by plugin and hook.
-        known: What these plugins have answered to hooks that ask what they know, until one comes or goes.
+        plugin: The module or object with the hooks.
+        entry: The name of its entry point; an in-process plugin has the name of its module or class.
+        info: Its distribution.
+        hooks: Its implementation of each hook, by the hook's name.
+        methods: Its methods by name.
     """
 
-    manager: pluggy.PluginManager
-    limit: frozenset[str] | None
-    plugins: tuple[Plugin, ...] = ()
-    owners: dict[str, Plugin] = attrs.field(factory=dict)
-    failures: list[Failure] = attrs.field(factory=list)
-    left_out: dict[tuple[Plugin, str], str] = attrs.field(factory=dict)
-    known: dict[object, Any] = attrs.field(factory=dict)
+    plugin: object
+    entry: str
+    info: MethodInfo
+    hooks: Mapping[str, pluggy.HookImpl]
+    methods: Mapping[str, Method]
 
-    def implementations(self, hook: str) -> list[pluggy.HookImpl]:
-        """Return all implementations of a hook in the order of the plugins: ``tryfirst`` ones first, ``trylast`` last.
+    def __str__(self) -> str:
+        return f"plugin {self.entry!r} ({self.info.distribution})"
 
-        Raises `PluginError` if there is no such hook.
-        """
-        if hook not in HOOKS:
-            raise PluginError(f"there is no hook {hook!r}{closest(hook, HOOKS)}")
-        caller: pluggy.HookCaller = vars(self.manager.hook)[hook]
-        return sorted(caller.get_hookimpls(), key=lambda found: (found.trylast, not found.tryfirst))
 
-    def add(self, found: Plugin) -> None:
-        """Add a plugin that pluggy knows, with the methods that nobody else provides."""
-        self.plugins = (*self.plugins, found)
-        self.owners = {**dict.fromkeys(found.methods, found), **self.owners}
-        self.known = {}
+@attrs.frozen(eq=False)
+class Catalog:
+    """The plugins of a registry. What changes makes a new catalog, so that other threads read one of the two.
 
-    def drop(self, found: Plugin) -> None:
-        """Unregister a plugin, and forget it as the owner of its methods."""
-        self.manager.unregister(found.plugin)
-        self.plugins = tuple(known for known in self.plugins if known is not found)
-        self.owners = {name: owner for name, owner in self.owners.items() if owner is not found}
-        self.left_out = {key: reason for key, reason in self.left_out.items() if key[0] is not found}
-        self.known = {}
+    Attributes:
+        plugins: The plugins in load order.
+        failures: What could not be loaded, or is not used: its name, and its distribution with the reason.
+        limit: The entry points that may load; None allows all.
+        left_out: The reason why a plugin's answer to a hook is not used, by plugin and hook.
+        owners: The plugin that provides each method: of the distribution named after it, else the first by name.
+        hooks: The plugins that implement each hook, in the order of the calls.
+        known: What these plugins have answered to hooks that ask what they know.
+    """
+
+    plugins: tuple[Plugin, ...]
+    failures: tuple[Failure, ...] = ()
+    limit: frozenset[str] | None = None
+    left_out: Mapping[tuple[Plugin, str], str] = attrs.field(factory=dict)
+    owners: Mapping[str, Plugin] = attrs.field(init=False)
+    hooks: Mapping[str, tuple[Plugin, ...]] = attrs.field(init=False)
+    known: dict[object, Any] = attrs.field(init=False, factory=dict)
+
+    @owners.default
+    def _owners(self) -> dict[str, Plugin]:
+        found: dict[str, Plugin] = {}
+        for plugin in self.plugins:
+            for name in plugin.methods:
+                namesake = _canonical(f"tunerkit-{name}")
+                if name not in found or plugin.info.distribution == namesake != found[name].info.distribution:
+                    found[name] = plugin
+        return found
+
+    @hooks.default
+    def _hooks(self) -> dict[str, tuple[Plugin, ...]]:
+        def in_order(name: str) -> tuple[Plugin, ...]:
+            own = [plugin for plugin in self.plugins if name in plugin.hooks]
+            return tuple(sorted(own, key=lambda each: (each.hooks[name].trylast, not each.hooks[name].tryfirst)))
+
+        return {name: in_order(name) for name in HOOKS}
 
     def listed(self) -> dict[str, MethodInfo]:
         """Return a record for each method by its name, and one for each failure by the name of its entry point."""
@@ -102,38 +123,50 @@ class Catalog:
         return f"{distribution} is not installed"
 
 
+# --- What is installed ------------------------------------------------------------------------------------------------
+
+
 def load(distributions: Iterable[metadata.Distribution] | None) -> Catalog:
     """Load each plugin separately, then decide which plugin owns each method.
 
     Whatever a plugin raises while it is imported counts as its failure, including SystemExit. Only the user's own
-    Ctrl-C ends the loading.
+    Ctrl-C ends the loading. A plugin whose methods all went to others is not used.
     """
-    sources, failures = _discover(metadata.distributions() if distributions is None else distributions)
+    sources, unreadable = _discover(metadata.distributions() if distributions is None else distributions)
     limit = _read_limit(point.name for point, _ in sources)
-    manager = pluggy.PluginManager(specs.PROJECT)
-    manager.add_hookspecs(specs)
-    catalog = Catalog(manager, limit, failures=failures if limit is None else [])
+    plugins, failures = [], unreadable if limit is None else []
     for point, info in sources:
         if limit is None or point.name in limit:
             try:
                 if not point.pattern.match(point.value):
                     raise PluginError(f"its entry point is not a module: {point.value!r}")
-                catalog.add(admit(manager, point.load(), point.name, info))
+                plugins.append(admit(point.load(), point.name, info))
             except BaseException as error:
                 if is_of_user(error):
                     raise
-                catalog.failures.append((point.name, attrs.evolve(info, error=error_text(error))))
-    _settle(catalog)
-    return catalog
+                failures.append((point.name, attrs.evolve(info, error=error_text(error))))
+    owners = Catalog(tuple(plugins)).owners
+    for found in plugins:
+        for name in found.methods:
+            if (owner := owners[name]) is not found:
+                why = (
+                    f"method {name!r} is also provided by {owner.info.distribution}, which is used; "
+                    f"{found.info.distribution}'s is left out"
+                )
+                failures.append((f"{name} ({found.info.distribution})", attrs.evolve(found.info, error=why)))
+    used = [found for found in plugins if not found.methods or found in owners.values()]
+    return Catalog(tuple(used), tuple(failures), limit)
 
 
-def _discover(distributions: Iterable[metadata.Distribution]) -> tuple[list[Source], list[Failure]]:
+def _discover(
+    distributions: Iterable[metadata.Distribution],
+) -> tuple[list[tuple[metadata.EntryPoint, MethodInfo]], list[Failure]]:
     """Return the entry points of the group, sorted by distribution, and the distributions that cannot be read.
 
     If two distributions have the same name, only the first one on the path counts, as for Python's imports. Another
     version is listed as a failure.
     """
-    sources: dict[str, list[Source]] = {}
+    sources: dict[str, list[tuple[metadata.EntryPoint, MethodInfo]]] = {}
     failures = []
     for distribution in distributions:
         try:
@@ -178,22 +211,106 @@ def _read_limit(installed: Iterable[str]) -> frozenset[str] | None:
     return wanted
 
 
-def _settle(catalog: Catalog) -> None:
-    """Give each method one owner: the distribution named after the method, else the first by name.
+# --- What a plugin must be --------------------------------------------------------------------------------------------
 
-    A plugin whose methods all went to others is unregistered.
-    """
-    for name in sorted({name for found in catalog.plugins for name in found.methods}):
-        namesake = _canonical(f"tunerkit-{name}")
-        claims = [found for found in catalog.plugins if name in found.methods]
-        owner, *others = sorted(claims, key=lambda found: found.info.distribution != namesake)
-        catalog.owners[name] = owner
-        for loser in (other.info for other in others):
-            why = (
-                f"method {name!r} is also provided by {owner.info.distribution}, which is used; "
-                f"{loser.distribution}'s is left out"
-            )
-            catalog.failures.append((f"{name} ({loser.distribution})", attrs.evolve(loser, error=why)))
-    for found in catalog.plugins:
-        if found.methods and found not in catalog.owners.values():
-            catalog.drop(found)
+
+def admit(plugin: object, entry: str, info: MethodInfo) -> Plugin:
+    """Check a plugin, and collect its hooks and methods. Raises `PluginError` if it is broken."""
+    _check_api(plugin)
+    manager = pluggy.PluginManager(specs.PROJECT)  # its own: what a broken plugin leaves behind, nobody sees
+    manager.add_hookspecs(specs)
+    _check_hooks(manager, plugin)
+    try:
+        manager.register(plugin, name=entry)
+    except pluggy.PluginValidationError as error:
+        raise PluginError(f"a hook implementation does not match its spec: {error_text(error)}") from error
+    hooks = {caller.name: caller.get_hookimpls()[-1] for caller in manager.get_hookcallers(plugin) or ()}
+    return Plugin(plugin, entry, info, hooks, _ask_methods(hooks))
+
+
+def _check_api(plugin: object) -> None:
+    """Raise `PluginError` if a plugin was written for another version of the contract; without a number, it is 1."""
+    wanted = getattr(plugin, API_NAME, 1)
+    if type(wanted) is not int or wanted < 1:
+        raise PluginError(
+            f"{API_NAME} is {shown(wanted)}; expected the number of the contract, as in {API_NAME} = {API}"
+        )
+    if not OLDEST_API <= wanted <= API:
+        older = "tunerkit" if wanted > API else "version of the plugin"
+        supported = f"this tunerkit supports {OLDEST_API} to {API}"
+        raise PluginError(f"it was written for {API_NAME} {wanted}, and {supported}; install a newer {older}")
+
+
+def _check_hooks(manager: pluggy.PluginManager, plugin: object) -> None:
+    """Raise `PluginError` if a plugin has no hooks, or if one is misspelt, not marked, a wrapper or there twice."""
+    if not isinstance(plugin, Hashable):
+        raise PluginError(f"a plugin must be hashable, and {type(plugin).__name__} is not")
+    marked = {name: found for name in dir(plugin) if (found := manager.parse_hookimpl_opts(plugin, name)) is not None}
+    unmarked = [name for name in sorted(HOOKS - marked.keys()) if isfunction(getattr_static(plugin, name, None))]
+    problems = [f"{name} is not marked @tunerkit.hookimpl" for name in unmarked]
+    first: dict[str, str] = {}
+    for attribute, options in marked.items():
+        name = options.get("specname") or attribute
+        # An optional hook may belong to a newer tunerkit.
+        if name not in HOOKS and not options.get("optionalhook"):
+            problems.append(f"there is no hook {name!r} in this version of tunerkit{closest(name, HOOKS)}")
+        if options.get("wrapper") or options.get("hookwrapper"):
+            problems.append(f"{attribute} is a hook wrapper, but plugins are called one at a time: nothing to wrap")
+        if isclass(plugin) and isfunction(getattr_static(plugin, attribute)):
+            problems.append(f"{attribute} is an instance method: pass an instance, {plugin.__name__}()")
+        if first.setdefault(name, attribute) != attribute:
+            problems.append(f"{first[name]} and {attribute} both implement {name}: make them one function")
+    if problems:
+        raise PluginError("; ".join(problems))
+    if not marked:
+        raise PluginError(
+            f"{shown(plugin)} is not a plugin: it implements no hook; mark its functions @tunerkit.hookimpl"
+        )
+
+
+def _ask_methods(hooks: Mapping[str, pluggy.HookImpl]) -> dict[str, Method]:
+    methods: dict[str, Method] = {}
+    # Any: nothing has checked yet what the plugin returns.
+    answer: Any = hooks["tunerkit_methods"].function() if "tunerkit_methods" in hooks else None
+    for method in () if answer is None else answer:
+        name = _checked_name(method)
+        if name in methods:
+            raise PluginError(f"tunerkit_methods yielded {name!r} twice")
+        methods[name] = method
+    if methods and "tunerkit_build_adapter" not in hooks:
+        raise PluginError(f"it provides the method {next(iter(methods))!r} but has no tunerkit_build_adapter for it")
+    calibrated = [name for name, method in methods.items() if method.statistics is not None]
+    if calibrated and "tunerkit_calibrate" not in hooks:
+        raise PluginError(f"its method {calibrated[0]!r} wants statistics but it has no tunerkit_calibrate")
+    return methods
+
+
+# Any: nothing has checked yet what the plugin yielded, or what the record contains.
+def _checked_name(method: Any) -> str:
+    """Return the name of a method, after all checks of its record."""
+    if not isinstance(method, Method):
+        raise PluginError(f"tunerkit_methods yielded {shown(method)}; expected a tunerkit.records.Method")
+    name: object = method.name
+    if not isinstance(name, str) or not re.fullmatch(r"[^\s,/()]+", name):
+        raise PluginError(
+            f"a method is named {shown(name)}; expected a word (a str) without spaces, commas, slashes or brackets"
+        )
+    # attrs.has also accepts an undecorated subclass of an attrs class, whose new fields would be ignored.
+    config: object = method.config
+    own = isclass(config) and issubclass(config, AdapterConfig) and config is not AdapterConfig
+    if not (own and "__attrs_attrs__" in vars(config)):
+        raise PluginError(
+            f"the config of method {shown(name)} is {shown(config)}; "
+            "expected an attrs class derived from tunerkit.AdapterConfig"
+        )
+    asked = method.statistics
+    ranks = (asked.inputs, asked.gradients) if isinstance(asked, StatisticsRequest) else ()
+    if asked is not None and not (any(ranks) and all(type(rank) is int and rank >= 0 for rank in ranks)):
+        raise PluginError(
+            f"statistics of method {shown(name)} is {shown(asked)}; expected tunerkit.StatisticsRequest "
+            "with the ranks of what it wants, as in tunerkit.StatisticsRequest(inputs=16)"
+        )
+    if (wrong := mistyped(method, Method)) is not None:
+        path, part, expected = wrong
+        raise PluginError(f"{path[1:]} of method {shown(name)} is {shown(part)}; expected {expected}")
+    return str.__str__(name)

@@ -5,62 +5,54 @@ leave out hooks and arguments that it does not need. *Discovery* declares the pl
 follow the data flow: *Layer injection* builds adapters, *Step callbacks* train them, *Serialization* saves and merges
 them. When they fire::
 
-    tunerkit.wrap(model, "method", config)                  # tunerkit_methods, once per process
-                                                            # tunerkit_base_layers, tunerkit_weight_readers,
-                                                            # tunerkit_default_targets, tunerkit_model_libraries:
-                                                            # the model is scanned once
-                                                            # tunerkit_shared, once
-                                                            # tunerkit_build_adapter per target
-                                                            # tunerkit_wrapped, for the first adapter
-                                                            # tunerkit_adapted; tunerkit_restrictions, here and in the
-                                                            # calls below
-    tunerkit.calibrate(model, batches)                      # tunerkit_calibrate, if the method wants statistics
-    reference = tunerkit.reference(model)                   # tunerkit_reference
-    groups = tunerkit.param_groups(model, lr=1e-3)          # tunerkit_param_groups
-    tunerkit.attach(model, optimizer, total_steps=1000)     # tunerkit_attach: is it a trainer that a plugin knows?
-                                                            # tunerkit_engine: what the processes do together
-                                                            # tunerkit_start: nothing is trained yet
+    tunerkit.wrap(model, "method", config)                # tunerkit_methods, once per process
+                                                          # tunerkit_base_layers, tunerkit_weight_readers,
+                                                          # tunerkit_default_targets, tunerkit_model_libraries:
+                                                          # the model is scanned once
+                                                          # tunerkit_shared, once; tunerkit_build_adapter per target
+                                                          # tunerkit_wrapped, for the first adapter
+                                                          # tunerkit_adapted; tunerkit_restrictions, also in the calls
+                                                          # below
+    tunerkit.calibrate(model, batches)                    # tunerkit_calibrate, if the method wants statistics
+    reference = tunerkit.reference(model)                 # tunerkit_reference
+    groups = tunerkit.param_groups(model, lr=1e-3)        # tunerkit_param_groups
+    tunerkit.attach(model, optimizer, total_steps=1000)   # tunerkit_attach: is it a trainer that a plugin knows?
+                                                          # tunerkit_engine: what the processes do together
+                                                          # tunerkit_start: nothing is trained yet
     for batch in batches:
-        for part in batch.micro_batches():                  # no hook fires per micro-batch
+        for part in batch.micro_batches():                # no hook fires per micro-batch
             loss(model, part).backward()
         clip_gradients(model)
-        optimizer.step()                                    # tunerkit_before_step: gradients complete, weights not yet
-                                                            # updated
-                                                            # (the optimizer updates the weights)
-                                                            # tunerkit_after_step: weights updated, gradients kept
-                                                            # tunerkit_ranks_changed, if ranks were allocated
+        optimizer.step()                                  # tunerkit_before_step: gradients complete, weights as before
+                                                          # (the optimizer updates the weights)
+                                                          # tunerkit_after_step: weights updated, gradients kept
+                                                          # tunerkit_ranks_changed, if ranks were allocated
         scheduler.step()
-        optimizer.zero_grad()                               # no hook fires: the gradients are gone
-        model(validation_batch)                             # no hook fires
-    tunerkit.tuner(model).finish()                          # tunerkit_finish, tunerkit_ranks_changed
-    tunerkit.save(model, path)                              # no hook fires: core saves the adapters' tensors
-    tunerkit.save_state(model, path)                        # tunerkit_state
-    model = tunerkit.load(base_model, path)                 # the same hooks as in wrap
-    tunerkit.merge(model)                                   # tunerkit_delta per target, or tunerkit_factors
-                                                            # (also in each forward of attention)
-                                                            # tunerkit_holdings: of the base's weights
-    tunerkit.attach(model, optimizer, total_steps=1000)     # tunerkit_start
-    tunerkit.load_state(model, path)                        # tunerkit_restore
-    tunerkit.export(model, path, format="peft")             # tunerkit_formats, and tunerkit_factors per target
-    tunerkit.unwrap(model)                                  # tunerkit_unwrapped, tunerkit_adapted
-    model, processor = tunerkit.from_folder("a run")        # tunerkit_open_run
-    model = tunerkit.load(base_model, "a peft folder")      # tunerkit_formats, then the hooks of wrap, or
-                                                            # tunerkit_from_factors
+        optimizer.zero_grad()                             # no hook fires: the gradients are gone
+    tunerkit.tuner(model).finish()                        # tunerkit_finish, tunerkit_ranks_changed
+    tunerkit.save(model, path)                            # no hook fires: core saves the adapters' tensors
+    tunerkit.save_state(model, path)                      # tunerkit_state
+    model = tunerkit.load(base_model, path)               # the same hooks as in wrap
+    tunerkit.merge(model)                                 # tunerkit_delta per target, or tunerkit_factors (also in each
+                                                          # forward of attention); tunerkit_holdings of the base
+    tunerkit.load_state(model, path)                      # tunerkit_restore, once it is attached again
+    tunerkit.export(model, path, format="peft")           # tunerkit_formats, and tunerkit_factors per target
+    tunerkit.unwrap(model)                                # tunerkit_unwrapped, tunerkit_adapted
+    model, processor = tunerkit.from_folder("a run")      # tunerkit_open_run
+    model = tunerkit.load(base_model, "a peft folder")    # tunerkit_formats, then those of wrap, or
+                                                          # tunerkit_from_factors
 
-Fifteen hooks ask every plugin: `tunerkit_base_layers`, `tunerkit_weight_readers`, `tunerkit_default_targets`,
-`tunerkit_model_libraries`, `tunerkit_wrapped`, `tunerkit_adapted`, `tunerkit_unwrapped`, `tunerkit_holdings`,
-`tunerkit_restrictions`, `tunerkit_reference`, `tunerkit_attach`, `tunerkit_engine`, `tunerkit_formats`,
-`tunerkit_open_run` and `tunerkit_ranks_changed`.
-`tunerkit_methods` is called for each plugin separately. All others call only the plugin that owns the method, so no
-plugin ever receives another plugin's layers.
+A plain ``@hookspec`` asks every plugin; ``firstresult=True`` marks hooks that call only the plugin that owns the
+method, so no plugin ever receives another plugin's layers.
 
-Core checks each answer. A wrong answer of the method's plugin is a `PluginError`. An exception in a hook keeps its
-class and gets a note that names the plugin, the hook and the target or adapter; SystemExit and the like become a
-`PluginError`. For the hooks that ask every plugin what it knows, a wrong answer or an exception never stops the user's
-call: the answer is left out, with one warning, and ``tunerkit.methods()`` lists the plugin with its error. What they
-know is asked for once, and again when a plugin is added, removed or left out. What a
-plugin does in `tunerkit_attach`, `tunerkit_engine`, `tunerkit_reference`, `tunerkit_open_run`, `tunerkit_wrapped`,
-`tunerkit_adapted` and `tunerkit_unwrapped` is part of the user's call: what it raises, that raises.
+An answer must be of the declared type. A wrong one of the method's plugin is a `PluginError`. An exception in a hook
+keeps its class and gets a note that names the plugin, the hook and the target or adapter; SystemExit and the like
+become a `PluginError`. Hooks that ask every plugin for a list of what it knows never stop the user's call: a wrong
+answer or an exception is left out, with one warning, and ``tunerkit.methods()`` lists the plugin with its error. They
+are asked once, and again when a plugin is added, removed or left out. What a plugin does in the other hooks that ask
+every plugin is part of the user's call: what it raises, that raises.
+
+The examples follow ``import torch, tunerkit`` and ``from types import SimpleNamespace``.
 """
 
 # A hook spec has a docstring and no body: pluggy reads its signature, and nobody calls it.
@@ -74,8 +66,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tunerkit.config import AdapterConfig
-from tunerkit.hooks.engines import Engine
-from tunerkit.hooks.tuner_view import TunerView
+from tunerkit.hooks.engines import Engine, TunerView
 from tunerkit.layers import Adapter, BaseLayer
 from tunerkit.records import (
     DefaultTargets,
@@ -104,10 +95,10 @@ hookspec = pluggy.HookspecMarker(PROJECT)
 def tunerkit_methods() -> Iterable[Method]:
     """Yield the methods that this plugin provides.
 
-    Fires once, when the plugin is loaded: at the first use of any method, or in ``tunerkit.register``. At that moment
-    no model exists, and other plugins may not be loaded. A plugin without methods leaves it out.
+    Fires once, when the plugin is loaded: at the first use of any method, or in ``tunerkit.register``. Other plugins
+    may not be loaded yet. A plugin without methods leaves it out.
 
-    >>> import attrs, tunerkit
+    >>> import attrs
     >>> @attrs.frozen
     ... class BiasConfig(tunerkit.AdapterConfig):
     ...     '''No settings beyond those of every method.'''
@@ -126,11 +117,9 @@ def tunerkit_methods() -> Iterable[Method]:
 def tunerkit_base_layers() -> Iterable[type[BaseLayer]]:
     """Return additional kinds of base layers, for modules that core cannot adapt.
 
-    Fires when a model is wrapped and when an adapter is loaded; every plugin is asked. The model is unchanged at that
-    moment. Core's own kinds come first, so a plugin cannot redefine ``nn.Linear``. The plugins' kinds follow in the
-    order of their distributions' names.
+    Fires when a model is wrapped or an adapter loaded, before anything is changed. Core's own kinds come first, so a
+    plugin cannot redefine ``nn.Linear``; the plugins' follow in the order of their distributions' names.
 
-    >>> import tunerkit
     >>> class QuantisedLinear(tunerkit.BaseLayer):
     ...     '''Reads and writes a quantised weight.'''
     >>> @tunerkit.hookimpl
@@ -145,12 +134,10 @@ def tunerkit_base_layers() -> Iterable[type[BaseLayer]]:
 def tunerkit_weight_readers() -> Iterable[WeightReader]:
     """Return the classes that use a child's weight directly, bypassing the child's forward().
 
-    Fires when a model is wrapped and when an adapter is loaded; every plugin is asked. A forward hook on such a child
-    would never run. Instead, core overrides the child's weight with the adapted weight in each forward of the owner.
-    The method must implement `tunerkit_delta` or `tunerkit_factors` for that. Core's own records come first and cannot
-    be changed.
+    Fires when a model is wrapped or an adapter loaded. A forward hook on such a child would never run. Instead, core
+    overrides the child's weight with the adapted weight in each forward of the owner; the method must implement
+    `tunerkit_delta` or `tunerkit_factors` for that. Core's own records come first and cannot be changed.
 
-    >>> import tunerkit
     >>> @tunerkit.hookimpl
     ... def tunerkit_weight_readers():
     ...     return [tunerkit.WeightReader(owner="my_library.attention.FusedAttention", children=("qkv", "proj"))]
@@ -163,11 +150,9 @@ def tunerkit_weight_readers() -> Iterable[WeightReader]:
 def tunerkit_default_targets() -> Iterable[DefaultTargets]:
     """Return the default targets of additional architectures, by ``model.config.model_type``.
 
-    Fires when a model is wrapped and when an adapter is loaded; every plugin is asked. The defaults apply if the config
-    names no targets. Core's own records come first and cannot be changed. If a model has no module with these names,
-    tunerkit chooses targets by layer type, as for an unknown architecture.
+    Fires when a model is wrapped or an adapter loaded. The defaults apply if the config names no targets. If a model
+    has no module with these names, tunerkit chooses targets by layer type, as for an unknown architecture.
 
-    >>> import tunerkit
     >>> @tunerkit.hookimpl
     ... def tunerkit_default_targets():
     ...     return [tunerkit.DefaultTargets(model_types=("my_decoder",), names=("attention.qkv", "mlp.up", "mlp.down"))]
@@ -180,11 +165,9 @@ def tunerkit_default_targets() -> Iterable[DefaultTargets]:
 def tunerkit_model_libraries() -> Iterable[ModelLibrary]:
     """Say what a library knows of its models: their output heads, new modules, settings and ties.
 
-    Fires whenever one of these matters: when a model is wrapped, merged or made dense, and when an adapter is saved or
-    loaded; every plugin is asked. What a function of the record raises, the user's call raises; a wrong answer is a
-    `PluginError`.
+    Fires when a model is wrapped, merged or made dense, and when an adapter is saved or loaded. What a function of the
+    record raises, the user's call raises; a wrong answer is a `PluginError`.
 
-    >>> import tunerkit, torch
     >>> class Decoder(torch.nn.Module):
     ...     '''A model of a library whose norms have an epsilon, which no weight shows.'''
     ...     epsilon = 1e-5
@@ -202,14 +185,11 @@ def tunerkit_model_libraries() -> Iterable[ModelLibrary]:
 def tunerkit_shared(targets: Sequence[Target], bases: Sequence[BaseLayer], config: AdapterConfig) -> nn.Module | None:
     """Build what all adapters of the method use, such as VeRA's random matrices; None for nothing.
 
-    Fires once in ``wrap`` and in ``load``, before the first `tunerkit_build_adapter`, with core's seed set. It sees all
-    targets and their base layers, in the model's order. Core keeps the module beside the first target's adapter. It
-    moves it to that target's device and to the config's dtype, saves it once, and loads it once.
-    `tunerkit_build_adapter` gets it as an argument and must not change it; ``forward`` and `tunerkit_delta` find it as
-    ``adapter.shared``. Its parameters are trained, except those with ``requires_grad=False``.
+    Fires once in ``wrap`` and in ``load``, before the first `tunerkit_build_adapter`, with core's seed set. Targets and
+    base layers come in the model's order. Core keeps the module beside the first target's adapter, moves it to that
+    target's device and the config's dtype, and saves it once. `tunerkit_build_adapter` gets it and must not change it;
+    ``forward`` and `tunerkit_delta` find it as ``adapter.shared``. Parameters with ``requires_grad=False`` stay fixed.
 
-    >>> import tunerkit, torch
-    >>> from types import SimpleNamespace
     >>> class Bases(torch.nn.Module):
     ...     def __init__(self, rank, features):
     ...         super().__init__()
@@ -226,11 +206,10 @@ def tunerkit_shared(targets: Sequence[Target], bases: Sequence[BaseLayer], confi
 def tunerkit_build_adapter(target: Target, base: BaseLayer, config: AdapterConfig, shared: nn.Module | None) -> Adapter:
     """Build the adapter of one target. Every plugin with a method must implement this hook.
 
-    Fires once per target in ``wrap`` and in ``load``, with core's seed set. At that moment nothing is injected yet.
-    The base layer has its weights; do not change them. ``base`` has the number of input and output features. ``shared``
-    is what `tunerkit_shared` built. Core then moves the adapter to the base layer's device and to the config's dtype.
+    Fires once per target in ``wrap`` and in ``load``, with core's seed set, before anything is injected. ``base`` has
+    the number of features and the weights, which must not be changed; ``shared`` is what `tunerkit_shared` built. Core
+    then moves the adapter to the base layer's device and the config's dtype.
 
-    >>> import tunerkit, torch
     >>> class Bias(tunerkit.Adapter):
     ...     def __init__(self, features):
     ...         super().__init__()
@@ -250,10 +229,8 @@ def tunerkit_build_adapter(target: Target, base: BaseLayer, config: AdapterConfi
 def tunerkit_wrapped(model: nn.Module) -> None:
     """Prepare a model whose first adapter has just been put in, for what a library does with the model later.
 
-    Fires in ``tunerkit.wrap`` and in ``load``; every plugin is asked. Everything done here is undone in
-    `tunerkit_unwrapped`. If it raises, nothing is put in.
+    Fires in ``wrap`` and in ``load``. `tunerkit_unwrapped` undoes what is done here. If it raises, nothing is put in.
 
-    >>> import tunerkit, torch
     >>> @tunerkit.hookimpl
     ... def tunerkit_wrapped(model):
     ...     model.card = "with adapters"
@@ -268,10 +245,9 @@ def tunerkit_wrapped(model: nn.Module) -> None:
 def tunerkit_unwrapped(model: nn.Module) -> None:
     """Undo what `tunerkit_wrapped` did.
 
-    Fires when the last adapter has left a model, and for a copy of a part of it, which has none; every plugin is asked.
-    It is called again where ``unwrap`` has then replaced layers by dense ones, and after an interrupted call.
+    Fires when the last adapter has left a model, and for a copy of a part of it, which has none. It fires again where
+    ``unwrap`` has then replaced layers by dense ones, and after an interrupted call.
 
-    >>> import tunerkit, torch
     >>> @tunerkit.hookimpl
     ... def tunerkit_unwrapped(model):
     ...     for module in model.modules():
@@ -288,10 +264,9 @@ def tunerkit_unwrapped(model: nn.Module) -> None:
 def tunerkit_adapted(model: nn.Module, modules: Sequence[nn.Module]) -> None:
     """Look at the modules of a model that have adapters now, before it runs again.
 
-    Fires whenever adapters have been put into a model or taken out; every plugin is asked. ``modules`` is empty when
-    none is left. What it does to the model is undone here too, or in `tunerkit_unwrapped`.
+    Fires when adapters have been put into a model or taken out. ``modules`` is empty when none is left. What it does to
+    the model is undone here too, or in `tunerkit_unwrapped`.
 
-    >>> import tunerkit, torch
     >>> @tunerkit.hookimpl
     ... def tunerkit_adapted(model, modules):
     ...     model.card = f"{len(modules)} modules with adapters"
@@ -306,10 +281,9 @@ def tunerkit_adapted(model: nn.Module, modules: Sequence[nn.Module]) -> None:
 def tunerkit_holdings() -> Iterable[Holding]:
     """Say how a library holds weights that are not simply in their modules: offloaded, or divided among processes.
 
-    Fires where core meets weights that are empty or on the meta device, and in calls that copy, merge or write; every
-    plugin is asked. A forward of a model whose weights are in its modules never asks.
+    Fires where core meets weights that are empty or on the meta device, and in calls that copy, merge or write. A
+    forward of a model whose weights are in its modules never asks.
 
-    >>> import tunerkit, torch
     >>> def is_cut(tensor):
     ...     return hasattr(tensor, "whole_shape")
     >>> @tunerkit.hookimpl
@@ -324,9 +298,8 @@ def tunerkit_holdings() -> Iterable[Holding]:
 def tunerkit_restrictions() -> Iterable[Restriction]:
     """Say what cannot be done with a library that holds a model's weights or puts modules into it, and what to do.
 
-    Fires when a model is wrapped, attached, saved or merged; every plugin is asked. The first that applies is raised.
+    Fires when a model is wrapped, attached, saved or merged. The first that applies is raised.
 
-    >>> import tunerkit
     >>> @tunerkit.hookimpl
     ... def tunerkit_restrictions():
     ...     why = "its tables are packed. Merge before you convert the model"
@@ -343,12 +316,10 @@ def tunerkit_restrictions() -> Iterable[Restriction]:
 def tunerkit_calibrate(tuner: TunerView, statistics: Mapping[str, Statistics]) -> Mapping[str, int] | None:
     """Set the adapters' start and ranks from statistics of the data; return the rank of each target if they changed.
 
-    Fires in ``tunerkit.calibrate``, after wrapping and before training, for a method whose record names ``statistics``.
-    There is one entry for each target's path. The adapters must still add nothing afterwards. To change a rank, use
-    `tunerkit.resize_`, and declare the adapter's ``rank_dims``, so that files can be loaded.
+    Fires in ``tunerkit.calibrate``, before training, for a method whose record names ``statistics``: one entry for each
+    target's path. The adapters must still add nothing afterwards. To change a rank, use `tunerkit.resize_`, and declare
+    the adapter's ``rank_dims``, so that files can be loaded.
 
-    >>> import tunerkit, torch
-    >>> from types import SimpleNamespace
     >>> @tunerkit.hookimpl
     ... def tunerkit_calibrate(tuner, statistics):
     ...     for path, adapter in tuner.adapters().items():
@@ -366,10 +337,9 @@ def tunerkit_calibrate(tuner: TunerView, statistics: Mapping[str, Statistics]) -
 def tunerkit_reference(model: nn.Module) -> nn.Module | None:
     """Make a module that runs a wrapped model as it stands now, whatever is trained in it later.
 
-    Fires in ``tunerkit.reference``; every plugin is asked until one answers. None leaves it to another plugin. What it
-    raises, ``reference`` raises.
+    Fires in ``tunerkit.reference``, until one plugin answers. None leaves it to another.
 
-    >>> import tunerkit, torch, copy
+    >>> import copy
     >>> @tunerkit.hookimpl
     ... def tunerkit_reference(model):
     ...     return copy.deepcopy(model).eval().requires_grad_(False)  # simple, in twice the memory
@@ -380,13 +350,11 @@ def tunerkit_reference(model: nn.Module) -> nn.Module | None:
 
 
 @hookspec(firstresult=True)
-def tunerkit_param_groups(tuner: TunerView) -> Iterable[ParamGroup]:
+def tunerkit_param_groups(tuner: TunerView) -> Iterable[ParamGroup] | None:
     """Return parameters that need their own learning rate or weight decay; all others are trained as usual.
 
     Fires in ``tunerkit.param_groups``, and when a Trainer that is attached builds its optimizer.
 
-    >>> import tunerkit, torch
-    >>> from types import SimpleNamespace
     >>> @tunerkit.hookimpl
     ... def tunerkit_param_groups(tuner):
     ...     up = [parameter for name, parameter in tuner.named_parameters() if name.endswith(".up")]
@@ -403,11 +371,9 @@ def tunerkit_attach(
 ) -> bool | None:
     """Connect adapters to what trains them, if that is something of a library that this plugin knows: a trainer.
 
-    Fires in ``tunerkit.attach``; every plugin is asked until one answers True. None means that the object is none of
-    this plugin's. Core itself attaches to optimizers of torch: a plugin waits until the trainer has one, and attaches
-    that. What it raises, ``attach`` raises.
+    Fires in ``tunerkit.attach``, until one plugin answers True. None means that the object is none of this plugin's.
+    Core itself attaches to optimizers of torch: a plugin waits until the trainer has one, and attaches that.
 
-    >>> import tunerkit
     >>> class Loop:
     ...     '''A trainer that builds its optimizer when it is run.'''
     ...     on_start = []
@@ -429,15 +395,14 @@ def tunerkit_engine(
 ) -> tuple[Engine, object] | None:
     """Say what the processes of a training do together: how they hold adapters, and keep them alike.
 
-    Fires when adapters are attached to an optimizer; every plugin is asked until one answers. None means that this
-    plugin has nothing to do with the training. If all say so, the process trains alone. tunerkit-distributed answers
-    for every training, and is asked last (``tunerkit.hookimpl(trylast=True)``).
+    Fires when adapters are attached to an optimizer, until one plugin answers. None means that this plugin has nothing
+    to do with the training; if all say so, the process trains alone. tunerkit-distributed answers for every training,
+    and is asked last (``tunerkit.hookimpl(trylast=True)``).
 
     Returns:
         The engine, see `tunerkit.plugin.Engine`; and what takes the step hooks: ``candidate``, or an optimizer of torch
         that stands for it.
 
-    >>> import tunerkit
     >>> from tunerkit.plugin import Engine
     >>> class Counted(Engine):
     ...     '''The engine of one process, which counts the steps of all its adapters.'''
@@ -457,12 +422,11 @@ def tunerkit_engine(
 def tunerkit_start(tuner: TunerView, total_steps: int | None, optimizer: Optimizer | None) -> object | None:
     """Check the schedule, and return the method's own training state. Core stores it as ``tuner.state``.
 
-    Fires when the model is attached to an optimizer or a trainer, before the first step. ``total_steps`` is None if the
-    length of training is unknown, and it stays unknown. A method that needs it must raise here, not during training.
-    So must a method that grows, if `tunerkit.resize_obstacle` names a reason why it cannot. ``optimizer`` is the torch
-    optimizer; None if it takes no hooks.
+    Fires when the model is attached, before the first step. ``total_steps`` is None if the length of training is
+    unknown, and it stays unknown: a method that needs it must raise here, not during training. So must a method that
+    grows, if `tunerkit.resize_obstacle` names a reason why it cannot. ``optimizer`` is torch's; None if it takes no
+    hooks.
 
-    >>> import tunerkit
     >>> @tunerkit.hookimpl
     ... def tunerkit_start(tuner, total_steps):
     ...     if total_steps is None:
@@ -477,21 +441,17 @@ def tunerkit_start(tuner: TunerView, total_steps: int | None, optimizer: Optimiz
 def tunerkit_before_step(tuner: TunerView, step: int, grad_scale: Tensor | None) -> Iterable[nn.Parameter] | None:
     """Add gradients that are not part of the loss, such as a regulariser's; return the parameters not to update.
 
-    Fires once per optimizer step, independent of gradient accumulation. With ``optimizer.step(closure)`` it fires after
-    each run of the closure. At that moment the gradients are complete and no weight is updated. ``step`` is this step's
-    number, starting at 1. Step hooks do not fire for an adapter that is frozen, nor for one that is inactive and has no
-    gradients.
+    Fires once per optimizer step, independent of gradient accumulation, with complete gradients and before any update;
+    with ``optimizer.step(closure)`` after each run of the closure. ``step`` is this step's number, from 1. Step hooks
+    do not fire for an adapter that is frozen, nor for one that is inactive and has no gradients.
 
-    ``grad_scale`` is the factor by which the gradients are still scaled, a scalar tensor; this happens with a fused
-    optimizer and a GradScaler. Multiply by it what you add. It is None if the gradients are unscaled.
+    ``grad_scale`` is the factor by which the gradients are still scaled, a scalar tensor, with a fused optimizer and a
+    GradScaler. Multiply by it what you add. It is None if the gradients are unscaled.
 
-    The optimizer does not update the returned parameters: core removes their gradients for the step. It restores them
-    before `tunerkit_after_step` fires, unscaled like all others. After a skipped step it restores them unchanged. After
-    a step that raised an error it does so when the next step begins, unless the adapter's gradients were cleared since
-    then. Return None to let the optimizer update everything.
+    Core removes the gradients of the returned parameters for the step, and restores them before `tunerkit_after_step`
+    fires, unscaled like all others; after a skipped step unchanged; after a step that raised when the next one begins,
+    unless the adapter's gradients were cleared since then. None lets the optimizer update everything.
 
-    >>> import tunerkit, torch
-    >>> from types import SimpleNamespace
     >>> @tunerkit.hookimpl
     ... def tunerkit_before_step(tuner, grad_scale):
     ...     weight, gate = tuner.parameters()
@@ -512,11 +472,10 @@ def tunerkit_before_step(tuner: TunerView, step: int, grad_scale: Tensor | None)
 def tunerkit_after_step(tuner: TunerView, step: int) -> Mapping[str, int] | None:
     """Measure importance and allocate ranks; return the rank of each target by its path after an allocation, else None.
 
-    Fires right after the optimizer updated the weights. At that moment this step's gradients still exist, unscaled, and
-    clipped if the user clips them. It does not fire for a step that was skipped because its gradients overflowed.
-    ``step`` is this step's number, the same as in `tunerkit_before_step`.
+    Fires right after the optimizer updated the weights. This step's gradients still exist, unscaled, and clipped if the
+    user clips them. It does not fire for a step that was skipped because its gradients overflowed. ``step`` is the
+    number that `tunerkit_before_step` was given.
 
-    >>> import tunerkit
     >>> @tunerkit.hookimpl
     ... def tunerkit_after_step(tuner, step):
     ...     return {"head": 3} if step == 100 else None
@@ -530,15 +489,13 @@ def tunerkit_after_step(tuner: TunerView, step: int) -> Mapping[str, int] | None
 def tunerkit_finish(tuner: TunerView) -> Mapping[str, int] | None:
     """Make the final allocation now, regardless of the schedule; return the rank of each target by its path.
 
-    Fires in ``tuner.finish()``, when training ends earlier than planned. Gradients may be missing at that moment. A
-    method without a schedule leaves it out.
+    Fires in ``tuner.finish()``, when training ends earlier than planned. Gradients may be missing. A method without a
+    schedule leaves it out.
 
-    >>> import tunerkit
     >>> @tunerkit.hookimpl
     ... def tunerkit_finish(tuner):
     ...     tuner.state["final"] = True
     ...     return {"head": 2}
-    >>> from types import SimpleNamespace
     >>> tunerkit_finish(SimpleNamespace(state={"final": False}))
     {'head': 2}
     """
@@ -548,10 +505,9 @@ def tunerkit_finish(tuner: TunerView) -> Mapping[str, int] | None:
 def tunerkit_budget(tuner: TunerView, step: int | None) -> int:
     """Return the budget in force after ``step`` optimizer steps; None means now.
 
-    Fires in ``tuner.budget(step)``, possibly before the tuner is attached. It must not change anything. A method with
-    constant ranks leaves it out: the budget is then the sum of the live ranks.
+    Fires in ``tuner.budget(step)``, possibly before the tuner is attached, and must not change anything. Without it,
+    the budget is the sum of the live ranks.
 
-    >>> import tunerkit
     >>> @tunerkit.hookimpl
     ... def tunerkit_budget(step):
     ...     return max(8, 12 - (step or 0))
@@ -564,10 +520,9 @@ def tunerkit_budget(tuner: TunerView, step: int | None) -> int:
 def tunerkit_ranks_changed(tuner: TunerView, change: RankChange) -> None:
     """Observe the ranks, for loggers and plots.
 
-    Fires after each allocation of any method; every plugin is notified. The new masks are already in force. Only
-    observe: whatever is raised here, also SystemExit, becomes a warning, and training continues.
+    Fires after each allocation of any method, with the new masks in force. Only observe: whatever is raised here, also
+    SystemExit, becomes a warning, and training continues.
 
-    >>> import tunerkit
     >>> @tunerkit.hookimpl
     ... def tunerkit_ranks_changed(change):
     ...     print(f"step {change.step}: budget {change.budget}, {change.ranks}")
@@ -583,16 +538,12 @@ def tunerkit_ranks_changed(tuner: TunerView, change: RankChange) -> None:
 def tunerkit_delta(adapter: Adapter, base: BaseLayer) -> Delta:
     """Return what one adapter currently adds to its base layer, as dense tensors.
 
-    Fires once per target in ``merge``, with gradients disabled. At that moment nothing is merged yet. ``weight`` is
-    always (out, in), as in ``nn.Linear``, and ``bias`` is (out,). Core converts the weight to the base layer's own
-    layout and adds it.
+    Fires once per target in ``merge``, with gradients disabled, before anything is merged. ``weight`` is always (out,
+    in), as in ``nn.Linear``, and ``bias`` is (out,). Core converts the weight to the base layer's own layout.
 
     It also fires in every forward of a module that uses a layer's weight directly, bypassing the layer's forward(), as
-    attention does. The adapter's own forward is never called there. Compute the delta from the parameters without
-    detaching them: its gradients train the adapter.
+    attention does. The adapter's own forward is never called there, so do not detach: the gradients train the adapter.
 
-    >>> import tunerkit, torch
-    >>> from types import SimpleNamespace
     >>> @tunerkit.hookimpl
     ... def tunerkit_delta(adapter):
     ...     return tunerkit.Delta(weight=adapter.up @ adapter.down)  # (out, r) @ (r, in)
@@ -605,12 +556,10 @@ def tunerkit_delta(adapter: Adapter, base: BaseLayer) -> Delta:
 def tunerkit_factors(adapter: Adapter, base: BaseLayer) -> Factors:
     """Return what one adapter currently adds to its base layer's weight as a product of two small matrices.
 
-    Fires wherever a product is enough or better than a dense matrix: a method that implements it needs no
-    `tunerkit_delta`, unless it also adds to the bias. Multiply everything into the two, as
-    `tunerkit.low_rank_factors` does, and leave out triplets that add nothing. Do not detach them.
+    Fires wherever a product is enough or better than a dense matrix: with it a method needs no `tunerkit_delta`, unless
+    it also adds to the bias. Multiply everything into the two, as `tunerkit.low_rank_factors` does, and leave out
+    triplets that add nothing. Do not detach them.
 
-    >>> import tunerkit, torch
-    >>> from types import SimpleNamespace
     >>> @tunerkit.hookimpl
     ... def tunerkit_factors(adapter):
     ...     return tunerkit.low_rank_factors(adapter.down, adapter.up, scale=2.0)
@@ -629,10 +578,8 @@ def tunerkit_from_factors(
     target's path, on the CPU; ranks differ between targets and may be 0. The config, settled, must give adapters of the
     same sizes in `tunerkit_build_adapter`, unless the class declares its ``rank_dims``.
 
-    >>> import tunerkit, torch
     >>> from tunerkit_testing.toy_adapters import SCALE, LowRank
     >>> from tunerkit_testing.toy_methods import LowRankConfig
-    >>> from types import SimpleNamespace
     >>> @tunerkit.hookimpl
     ... def tunerkit_from_factors(targets, factors):
     ...     adapters = {}
@@ -653,10 +600,9 @@ def tunerkit_from_factors(
 def tunerkit_open_run(path: Path, base: str | None) -> tuple[nn.Module, object] | None:
     """Load the base model, the adapter and the processor of a run that a command or a trainer wrote.
 
-    Fires in ``tunerkit.from_folder``; every plugin is asked until one answers. None means that the folder is none of
-    this plugin's. ``base`` is where the base model is, if the user names it. What it raises, ``from_folder`` raises.
+    Fires in ``tunerkit.from_folder``, until one plugin answers. None means that the folder is none of this plugin's.
+    ``base`` is where the base model is, if the user names it.
 
-    >>> import tunerkit
     >>> from pathlib import Path
     >>> @tunerkit.hookimpl
     ... def tunerkit_open_run(path):
@@ -671,11 +617,9 @@ def tunerkit_open_run(path: Path, base: str | None) -> tuple[nn.Module, object] 
 def tunerkit_formats() -> Iterable[Format]:
     """Return the formats of other programs that this plugin reads and writes.
 
-    Fires in ``export``, and in ``load`` for a path that holds no file of tunerkit's; every plugin is asked. Among
-    formats of one name, the first counts, in the order of their distributions' names. Import slow libraries inside the
-    functions of the record.
+    Fires in ``export``, and in ``load`` for a path that holds no file of tunerkit's. Of formats with one name the first
+    counts, in the order of their distributions' names. Import slow libraries inside the functions of the record.
 
-    >>> import tunerkit
     >>> from tests.support.toy_formats import read, sniff, write
     >>> @tunerkit.hookimpl
     ... def tunerkit_formats():
@@ -686,14 +630,12 @@ def tunerkit_formats() -> Iterable[Format]:
 
 
 @hookspec(firstresult=True)
-def tunerkit_state(tuner: TunerView) -> State:
+def tunerkit_state(tuner: TunerView) -> State | None:
     """Return what training needs to resume, apart from the adapter's weights, such as averages and masks.
 
-    Fires in ``save_state``, between two steps, for an attached tuner. Core saves the weights, the config and the step
-    count itself. ``tensors`` and ``values`` are by name; values must be representable in JSON.
+    Fires in ``save_state``, between two steps, for an attached tuner. Core saves weights, config and step count itself.
+    ``tensors`` and ``values`` are by name; values must be representable in JSON.
 
-    >>> import tunerkit, torch
-    >>> from types import SimpleNamespace
     >>> @tunerkit.hookimpl
     ... def tunerkit_state(tuner):
     ...     return tunerkit.State(tensors={"head.mask": tuner.state["mask"]}, values={"allocations": 4})
@@ -706,13 +648,11 @@ def tunerkit_state(tuner: TunerView) -> State:
 def tunerkit_restore(tuner: TunerView, state: State) -> None:
     """Restore what `tunerkit_state` returned, so that the next step resumes the interrupted run.
 
-    Fires in ``load_state``, after `tunerkit_start` and before the first step. At that moment the adapters have the
-    saved run's weights, and ``tuner.steps`` and ``tuner.history`` are those of the file. Core has verified that the
-    state is undamaged and that the method and targets match. The state still comes from a file, so raise an error if
-    names or shapes do not fit: core then undoes what was changed, in the adapters and in ``tuner.state``.
+    Fires in ``load_state``, after `tunerkit_start` and before the first step. The adapters have the saved run's weights
+    already, and ``tuner.steps`` and ``tuner.history`` are those of the file. Core has verified that the state is
+    undamaged and that method and targets match. Raise an error if names or shapes do not fit: core then undoes what was
+    changed, in the adapters and in ``tuner.state``.
 
-    >>> import tunerkit, torch
-    >>> from types import SimpleNamespace
     >>> @tunerkit.hookimpl
     ... def tunerkit_restore(tuner, state):
     ...     tuner.state = {"mask": state.tensors["head.mask"]}

@@ -45,7 +45,8 @@ def build_each(
         {each.path: each for each in kind} for kind in (tuner.targets, tuner.copies, tuner.biases)
     )
     refuse_overlap(tuner.model, modules_in(tuner), copies)
-    first = tuner.targets[0] if tuner.targets and hooks.has_shared(tuner.method) else None
+    has_shared = tuner.targets and hooks.implements(hooks.specs.tunerkit_shared, tuner.method)
+    first = tuner.targets[0] if has_shared else None
     shared = None if first is None else _shared(tuner, scanned, around(first))
 
     for path in modules_in(tuner):

@@ -46,7 +46,7 @@ def _inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan) -> None:
         _freeze_base_(model, wrapped)
         watch_states_(model)
         watch_threads_(model)
-        hooks.wrapped(model)
+        hooks.tell(hooks.specs.tunerkit_wrapped, model=model)
     for path, module in modules_in(tuner).items():
         slot, slots, found = built[path], slots_of(module), scanned.by_path[path]
         # A copy replaces the whole module, so there is no base layer.
@@ -107,7 +107,7 @@ def _eject_(tuners: Sequence[Tuner]) -> None:
                     parameter.requires_grad_(True)
         unwatch_states_(model)
         unwatch_threads_(model)
-        hooks.unwrapped(model)
+        hooks.tell(hooks.specs.tunerkit_unwrapped, model=model)
         vars(model).pop(WRAPPED, None)
     _prepare_next_forward_(model)
 
@@ -190,7 +190,7 @@ def copy_base(module: nn.Module) -> nn.Module:
         delattr(twin, CHILD)
     torch_private.remove_hooks_(twin, apply_slots, note_call)
     torch_private.mute_hooks_(twin)
-    hooks.unwrapped(twin)
+    hooks.tell(hooks.specs.tunerkit_unwrapped, model=twin)
     for part in twin.modules():
         unwatch_states_(part)
     unwatch_threads_(twin)

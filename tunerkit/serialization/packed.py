@@ -209,4 +209,4 @@ def replace_by_dense_(model: nn.Module, dense: Mapping[str, nn.Module]) -> None:
         for name, child in list(layers.torch_private.own_children(module).items()):
             if child is not None and name != CHILD and id(child) in new:
                 setattr(module, name, new[id(child)])
-    hooks.unwrapped(model)  # again: only now it holds no quantised layer
+    hooks.tell(hooks.specs.tunerkit_unwrapped, model=model)  # again: only now it holds no quantised layer

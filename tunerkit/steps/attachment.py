@@ -192,7 +192,9 @@ def engine_for(
     """
     if data_parallel not in (None, False, True):
         raise StepError(f"data_parallel: expected True, False or None, got {shown(data_parallel)}")
-    found = hooks.engine(tuners, model, candidate, data_parallel)
+    found = hooks.first(
+        hooks.specs.tunerkit_engine, tuners=tuners, model=model, candidate=candidate, data_parallel=data_parallel
+    )
     if found is not None:
         return found
     # A process group of one process counts too, since there may be DDP around it; or a launcher says so.

@@ -338,4 +338,4 @@ def _call_after_step(drive: Drive, caller: hooks.Caller, step: int) -> None:
         asked.question.blame(error)
         raise
     spent = sum(ranks.values()) if spent is None else spent
-    hooks.ranks_changed(tuner, tuner.progress.history, step, spent, ranks, drive.callers.watchers)
+    hooks.ranks_changed(tuner, tuner.progress.history, step, spent, ranks)

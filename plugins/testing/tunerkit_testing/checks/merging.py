@@ -103,7 +103,7 @@ def check_factors_are_the_delta(case: Case, method: str, config: Mapping[str, ob
 @torch.no_grad()
 def check_builds_from_factors(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """Adapters that `tunerkit_from_factors` builds add the given products, of ranks 0 and up."""
-    if not hooks.takes_factors(method) or not hooks.has_factors(method):
+    if not hooks.implements(hooks.specs.tunerkit_from_factors, method) or not hooks.has_factors(method):
         raise SkipTest("the method does not implement both tunerkit_factors and tunerkit_from_factors")
     tuner = tunerkit.tuner(wrapped(case, method, config))
     generator = torch.Generator().manual_seed(3)
