@@ -263,7 +263,7 @@ def test_a_shape_that_no_tensor_has_is_refused_in_the_time_of_reading_it(shape: 
     path.write_bytes(len(content).to_bytes(8, "little") + content + bytes(4))
 
     def load() -> None:
-        with pytest.raises(FileError, match=r"shape for .* that no tensor has|wrong place"):
+        with pytest.raises(FileError, match=r"out of range|overflow|expected usize|shape for .* that no tensor has"):
             safetensors_file.read(path, lambda metadata, names: None)
 
     plain, ours = (min(_cpu_seconds(call) for _ in range(3)) for call in (lambda: json.loads(text), load))
