@@ -29,7 +29,7 @@ from tunerkit.serialization.base_check import (
 from tunerkit.serialization.formats import format_at
 from tunerkit.serialization.header import Header, read, write
 from tunerkit.serialization.safetensors_file import file_at
-from tunerkit.serialization.tensor_checks import fill, limit_for, nonfinite, refuse_nonfinite
+from tunerkit.serialization.tensor_checks import fill, limit_for, refuse_nonfinite
 from tunerkit.targets import Scan
 
 _RANKS = "ranks"  # the entry with the live ranks, from which `tunerkit show` tells them without the plugin
@@ -37,6 +37,11 @@ _CALIBRATION = "calibration"  # the entry of the header's ``values`` with the da
 _REBUILD = (
     "wrap first, then build the optimizer from the parameters with requires_grad. tunerkit.attach(model, optimizer) "
     "finds this before training"
+)
+_DIVERGED = (
+    "Nothing was written, and an older file is unchanged. The training has diverged: lower the learning rate, check "
+    "the loss, and start again from a file saved earlier. To write the weights all the same and examine them, call "
+    "tunerkit.save(..., allow_nonfinite=True)"
 )
 M = TypeVar("M", bound=nn.Module)
 
@@ -185,13 +190,8 @@ def tensors_of(tuner: Tuner, *, allow_nonfinite: bool = False) -> dict[str, Tens
             f"adapter {tuner.name!r} is on the meta device ({away[0]}, ...), so there is nothing to save: {way_out} "
             "first"
         )
-    if not allow_nonfinite and (wrong := nonfinite(tensors, base_values(tuner))):
-        raise AdapterError(
-            f"adapter {tuner.name!r} has NaN or inf in {len(wrong)} of {len(tensors)} tensors: {few(wrong, shown=5)}. "
-            "Nothing was written, and an older file is unchanged. The training has diverged: lower the learning rate, "
-            "check the loss, and start again from a file saved earlier. To write the weights all the same and examine "
-            "them, call tunerkit.save(..., allow_nonfinite=True)"
-        )
+    if not allow_nonfinite:
+        refuse_nonfinite(tensors, base_values(tuner), f"adapter {tuner.name!r}", _DIVERGED, AdapterError)
     return tensors
 
 
@@ -295,7 +295,7 @@ def load(
     """
     # Torch trains no parameter that is made in inference mode.
     with layers.weights.new_modules_whole(), torch.inference_mode(False):
-        return load_onto(base, path, adapter=adapter, trainable=trainable, check_config=check_config)
+        return _load(base, path, adapter, trainable=trainable, check_config=check_config)
 
 
 def open_unloaded(skeleton: M, path: str | os.PathLike[str], *, adapter: str = "default") -> M:
@@ -303,19 +303,18 @@ def open_unloaded(skeleton: M, path: str | os.PathLike[str], *, adapter: str = "
 
     The adapter itself is on the CPU. The model cannot run. Of the base, only names, shapes and settings are compared.
     """
-    return load_onto(skeleton, path, adapter=adapter, unloaded=True)
+    return _load(skeleton, path, adapter, unloaded=True)
 
 
-def load_onto(
+def _load(
     base: M,
     path: str | os.PathLike[str],
-    *,
     adapter: str,
+    *,
     trainable: bool = False,
     check_config: bool = True,
     unloaded: bool = False,
 ) -> M:
-    """Do what `load` and `open_unloaded` say."""
     root = injection.ready_model(base, adapter, trainable=trainable)
     format = format_at(path)
     file = None if format is not None else read(path, content="adapter")
@@ -323,20 +322,22 @@ def load_onto(
     targets.warn_of_unknown_packed(scanned)
     if trainable:
         targets.refuse_impassable(scanned)
-    if file is None:
-        assert format is not None
-        tuner, slots = adopt(format, path, scanned, adapter)
-        note_base(tuner, scanned)
+    if format is not None:
+        source, header = os.fspath(path), None
+        tuner, tensors, ready = adopt(format, path, scanned, adapter)
     else:
-        source, tensors, header = file
+        assert file is not None
+        (source, tensors, header), ready = file, None
         tuner = _tuner_from(header, scanned, adapter, source)
-        note_base(tuner, scanned)
+    note_base(tuner, scanned)
+    if header is not None:
         refuse_other_base(tuner, header, source, scanned, check_config=check_config)
-        refuse_nonfinite(tensors, base_values(tuner), source)
-        # The file overwrites the initial values; keep the caller's random state.
-        with torch.random.fork_rng(devices=[]):
-            built = injection.build_each(scanned, tuner, around=limit_for(header.config, tensors, source))
-            slots = fill(built, tensors, root, source)
+    refuse_nonfinite(tensors, base_values(tuner), source)
+    # The file overwrites the initial values; keep the caller's random state.
+    with torch.random.fork_rng(devices=[]):
+        around = limit_for(unstructure(tuner.config), tensors, source)
+        built = injection.build_each(scanned, tuner, around=around, ready=ready)
+        slots = fill(built, tensors, root, source)
     injection.inject_(tuner, slots, scanned, trainable=trainable)
     steps.watch_(tuner)
     warn_of_lone(tuner)

@@ -1,4 +1,4 @@
-"""Adopt an adapter of another program: find its places in the model, and build it as one of an installed method."""
+"""Adopt an adapter of another program: find its places in the model, and make it one of an installed method."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -20,29 +20,28 @@ from tunerkit.errors import (
     shown,
     warn,
 )
-from tunerkit.injection import Progress, Slot, Tuner
-from tunerkit.layers import Adapter, BaseLayer, bias_name, misfit, torch_private
+from tunerkit.injection import Progress, Tuner
+from tunerkit.layers import Adapter, bias_name, misfit, torch_private
 from tunerkit.paths import few, is_under, join
 from tunerkit.records import Foreign, Format, Target
-from tunerkit.serialization.base_check import base_values, refuse_places
+from tunerkit.serialization.base_check import refuse_places
 from tunerkit.serialization.formats import product_at, read_foreign
-from tunerkit.serialization.tensor_checks import fill, limit_for, nonfinite
+from tunerkit.serialization.tensor_checks import refuse_nonfinite
 from tunerkit.targets import Scan
 
 # Every method's adapters can be told to become these: their products say all.
 _COMMON = "lora"
 
 
-def adopt(format: Format, path: str | os.PathLike[str], scanned: Scan, adapter: str) -> tuple[Tuner, dict[str, Slot]]:
-    """Read an adapter of another program, and build it for the scanned model, which is not changed.
+def adopt(
+    format: Format, path: str | os.PathLike[str], scanned: Scan, adapter: str
+) -> tuple[Tuner, dict[str, Tensor], Mapping[str, Adapter] | None]:
+    """Read an adapter of another program as one of an installed method. The scanned model is not changed.
 
     One warning tells the user what the adapter lost on its way.
 
-    Args:
-        format: The format of the files.
-        path: The files.
-        scanned: The scan of the model.
-        adapter: The adapter's name.
+    Returns:
+        The handle, the tensors by their names in a file of ours, and the adapters that the method has built already.
 
     Raises:
         FileError: The files are damaged, or hold what tunerkit cannot.
@@ -54,12 +53,27 @@ def adopt(format: Format, path: str | os.PathLike[str], scanned: Scan, adapter: 
     found = read_foreign(format, Path(path), scanned.root.module)
     if not found.factors:
         raise FileError(f"{source} holds no adapter: there is no target in it, so there is nothing to load")
-    chosen, copies, biases, in_full = _places(found, scanned, source)
-    # `refuse_places` has named the targets without a base layer.
+    other_base = f"{source} was made for another base model{f', {shown(found.base)}' if found.base else ''}"
+    try:
+        targets.from_paths(scanned, [*found.factors, *found.copies, *found.biases])
+    except TargetError as error:
+        raise BaseMismatchError(f"{other_base}: {error}") from error
+    tensors, copies = _copies_of(found, scanned)
+    tensors |= {join(at, "bias"): bias for at, bias in found.biases.items()}
+    _refuse_biases(found, scanned, source)
+    chosen = _targets_of(found, scanned, source)
+    refuse_places(scanned, chosen, copies, source)
     bases = {target.path: base for target in chosen if (base := scanned.by_path[target.path].base) is not None}
-    _refuse_misfits(found, format, bases, source)
-    method, told = _method_of(found, source)
-    described = _descriptions(chosen, copies, biases)
+    products = {at: product_at(found, at, format) for at in bases}
+    shapes = {at: wrong for at, base in bases.items() if (wrong := misfit(base, products[at])) is not None}
+    if shapes:
+        problems = [f"{at} has {saved}; this model needs {here}" for at, (saved, here) in shapes.items()]
+        raise BaseMismatchError("\n- ".join([f"{other_base}; shapes differ:", *first(problems)]))
+    factors = {f"{at} ({name})": each for at, own in products.items() for name, each in own._asdict().items()}
+    refuse_nonfinite(factors, {}, source)
+
+    method, remarks = _method_of(found, source)
+    described = _descriptions(chosen, copies, found.biases)
     ready: Mapping[str, Adapter] | None = None
     own = found.tensors
     if method == found.method and own:
@@ -68,45 +82,29 @@ def adopt(format: Format, path: str | os.PathLike[str], scanned: Scan, adapter: 
         except ConfigError as error:
             raise FileError(f"{source} has settings that method {method!r} rejects:\n{error}") from error
     else:
-        products = {target.path: product_at(found, target.path, format) for target in chosen}
         with torch.random.fork_rng(devices=[]):  # keep the caller's random state
             config, ready = hooks.from_factors(method, chosen, tuple(bases.values()), products)
         config = attrs.evolve(config, **described)
         own = {at: made.state_dict() for at, made in ready.items()}
-    tensors = {join(at, f"adapter.{name}"): tensor for at, each in own.items() for name, tensor in each.items()}
-    tensors |= in_full
+    tensors |= {join(at, f"adapter.{name}"): tensor for at, each in own.items() for name, tensor in each.items()}
+    if remarks:
+        warn("\n- ".join([f"{source}:", *remarks]))
     tuner = Tuner(
         name=adapter,
         method=method,
         config=config,
         model=scanned.root.module,
         targets=chosen,
-        copies=copies,
-        biases=biases,
+        copies=targets.from_paths(scanned, copies),
+        biases=targets.from_paths(scanned, [*found.biases]),
         progress=Progress(loaded=True, shapes=injection.shapes_of(scanned.root.module)),
     )
-    if wrong := nonfinite(tensors, base_values(tuner)):
-        raise FileError(_not_finite(source, wrong, len(tensors)))
-    with torch.random.fork_rng(devices=[]):
-        around = limit_for(found.config, tensors, source)
-        built = injection.build_each(scanned, tuner, around=around, ready=ready)
-        slots = fill(built, tensors, scanned.root.module, source, misfit="does not fit this model")
-    if remarks := (*found.remarks, *told):
-        warn("\n- ".join([f"{source}:", *remarks]))
-    return tuner, slots
+    return tuner, tensors, ready
 
 
-def _places(
-    found: Foreign, scanned: Scan, source: str
-) -> tuple[tuple[Target, ...], tuple[Target, ...], tuple[Target, ...], dict[str, Tensor]]:
-    """Return the targets, the copies and the biases of an adapter, and the tensors of what it trains in full."""
-    try:
-        named = targets.from_paths(scanned, [*found.factors, *found.copies, *found.biases])
-    except TargetError as error:
-        base = f", {shown(found.base)}" if found.base else ""
-        raise BaseMismatchError(f"{source} was made for another base model{base}: {error}") from error
-    modules = {place.path: place for place in named}
-    tensors: dict[str, Tensor] = {join(path, "bias"): bias for path, bias in found.biases.items()}
+def _copies_of(found: Foreign, scanned: Scan) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors of what is trained in full, and its paths: of a container, those of the modules in it."""
+    tensors: dict[str, Tensor] = {}
     copies: list[str] = []
     for path, own in found.copies.items():
         parts = targets.copies_at(scanned, path)
@@ -114,23 +112,19 @@ def _places(
         for name, tensor in own.items():
             part = max((each for each in parts if is_under(join(path, name), (each,))), key=len, default=path)
             tensors[join(part, f"copy.{join(path, name).removeprefix(part + '.')}")] = tensor
-    _refuse_biases(found, scanned, source)
-    chosen = _in_order([modules[path] for path in found.factors], scanned, source)
-    refuse_places(scanned, chosen, copies, source)
-    return chosen, targets.from_paths(scanned, copies), tuple(modules[path] for path in found.biases), tensors
+    return tensors, copies
 
 
-def _in_order(chosen: Sequence[Target], scanned: Scan, source: str) -> tuple[Target, ...]:
+def _targets_of(found: Foreign, scanned: Scan, source: str) -> tuple[Target, ...]:
     """The targets in the model's order, which allocation and files use."""
-    order = {each.path: number for number, each in enumerate(scanned.modules)}
-    for target in chosen:
-        if len(paths := scanned.by_path[target.path].paths) > 1:
+    for path in found.factors:
+        if len(paths := scanned.by_path[path].paths) > 1:
             raise TargetError(
-                f"{source} adapts {target.path!r}, which is one module with {' and '.join(map(repr, paths[1:]))}: "
+                f"{source} adapts {path!r}, which is one module with {' and '.join(map(repr, paths[1:]))}: "
                 "tunerkit would adapt it in all these places, and other programs only in those that they name. Give "
                 "the model a module of its own in each place (copy.deepcopy)"
             )
-    return tuple(sorted(chosen, key=lambda target: order[target.path]))
+    return targets.from_paths(scanned, [each.path for each in scanned.modules if each.path in found.factors])
 
 
 def _refuse_biases(found: Foreign, scanned: Scan, source: str) -> None:
@@ -155,33 +149,8 @@ def _refuse_biases(found: Foreign, scanned: Scan, source: str) -> None:
         )
 
 
-def _refuse_misfits(found: Foreign, format: Format, bases: Mapping[str, BaseLayer], source: str) -> None:
-    """Raise if a product has another shape than its target's weight, or values that are not finite."""
-    problems, wrong = [], []
-    for path, base in bases.items():
-        product = product_at(found, path, format)
-        if (shapes := misfit(base, product)) is not None:
-            problems.append(f"{path} has {shapes[0]}; this model needs {shapes[1]}")
-        elif nonfinite({"q": product.q, "p": product.p}):
-            wrong.append(path)
-    if problems:
-        base_name = f", {shown(found.base)}" if found.base else ""
-        raise BaseMismatchError(
-            "\n- ".join([f"{source} was made for another base model{base_name}; shapes differ:", *first(problems)])
-        )
-    if wrong:
-        raise FileError(_not_finite(source, wrong, len(bases)))
-
-
-def _not_finite(source: str, wrong: list[str], total: int) -> str:
-    return (
-        f"{source} has NaN or inf at {len(wrong)} of {total} places: {few(wrong, shown=5)}. A model with them computes "
-        "nothing useful: use an earlier checkpoint of that training"
-    )
-
-
 def _method_of(found: Foreign, source: str) -> tuple[str, tuple[str, ...]]:
-    """Return the installed method that the adapter becomes, and what to tell the user of it."""
+    """Return the installed method that the adapter becomes, and what to tell the user of the adapter."""
     listed = hooks.registry.methods()
     wanted = list(dict.fromkeys((found.method, _COMMON)))
     usable = [name for name in wanted if name in listed and listed[name].error is None]
@@ -192,19 +161,20 @@ def _method_of(found: Foreign, source: str) -> tuple[str, tuple[str, ...]]:
             f"{' or '.join(f'tunerkit-{name}' for name in wanted)}{''.join(broken)}"
         )
     if usable[0] == found.method:
-        return found.method, ()
+        return found.method, tuple(found.remarks)
     return _COMMON, (
+        *found.remarks,
         f"method {found.method!r} is not installed (tunerkit-{found.method}), so it becomes {_COMMON} with the rank of "
         "each target as it is: the model computes the same, and the ranks stay as they are in further training",
     )
 
 
-def _descriptions(chosen: Sequence[Target], copies: Sequence[Target], biases: Sequence[Target]) -> dict[str, Any]:
+def _descriptions(chosen: Sequence[Target], copies: Sequence[str], biases: Mapping[str, Tensor]) -> dict[str, Any]:
     """The settings of every method that describe where the adapter is."""
-    at_targets = {target.path for target in chosen}.issuperset(place.path for place in biases)
+    paths = [target.path for target in chosen]
     return {
-        "targets": tuple(patterns.exact_patterns([target.path for target in chosen]).values()),
+        "targets": tuple(patterns.exact_patterns(paths).values()),
         "exclude": (),
-        "train_modules": tuple(patterns.exact_patterns([copied.path for copied in copies]).values()),
-        "bias": "none" if not biases else "adapters" if at_targets else "all",
+        "train_modules": tuple(patterns.exact_patterns(copies).values()),
+        "bias": "none" if not biases else "adapters" if set(biases) <= set(paths) else "all",
     }

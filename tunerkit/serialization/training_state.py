@@ -23,7 +23,7 @@ from tunerkit.serialization.adapter_file import header_of, write_own, written_on
 from tunerkit.serialization.base_check import base_values, refuse_other_base
 from tunerkit.serialization.header import Header, decode, encode, read
 from tunerkit.serialization.safetensors_file import file_at
-from tunerkit.serialization.tensor_checks import fill, nonfinite, refuse_nonfinite
+from tunerkit.serialization.tensor_checks import fill, refuse_nonfinite
 
 # The entry of an optimizer's state_dict that holds training states by adapter name.
 CARRIED = "tunerkit"
@@ -58,12 +58,8 @@ def save_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str |
 
 
 def _write_state(tuner: Tuner, place: Path, tensors: Mapping[str, Tensor], header: Header) -> Path:
-    if wrong := nonfinite(tensors):
-        raise AdapterError(
-            f"the training state of adapter {tuner.name!r} has NaN or inf in {len(wrong)} of {len(tensors)} tensors: "
-            f"{few(wrong, shown=5)}. Nothing was written, and an older file is unchanged; resume from a state saved "
-            "earlier"
-        )
+    then = "Nothing was written, and an older file is unchanged; resume from a state saved earlier"
+    refuse_nonfinite(tensors, {}, f"the training state of adapter {tuner.name!r}", then, AdapterError)
     return write_own(tuner, place, header, tensors)
 
 
