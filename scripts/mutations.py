@@ -42,7 +42,7 @@ MUTATIONS = (
     ),
     Mutation(
         "other forwards",
-        "tunerkit/serialization/base_check.py",
+        "tunerkit/serialization/fingerprint.py",
         "if name in found and found[name] != value",
         "if False",
     ),

@@ -17,7 +17,7 @@ from tunerkit.errors import AdapterError, BaseMismatchError, TargetError, warn
 from tunerkit.injection import Progress, Tuner, slots_in
 from tunerkit.paths import few, join
 from tunerkit.serialization.adopting import adopt
-from tunerkit.serialization.base_check import (
+from tunerkit.serialization.fingerprint import (
     base_values,
     beside_of,
     describe_base,

@@ -24,7 +24,7 @@ from tunerkit.injection import Progress, Tuner
 from tunerkit.layers import Adapter, bias_name, misfit, torch_private
 from tunerkit.paths import few, is_under, join
 from tunerkit.records import Foreign, Format, Target
-from tunerkit.serialization.base_check import refuse_places
+from tunerkit.serialization.fingerprint import refuse_places
 from tunerkit.serialization.formats import product_at, read_foreign
 from tunerkit.serialization.tensor_checks import refuse_nonfinite
 from tunerkit.targets import Scan

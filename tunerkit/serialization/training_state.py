@@ -20,7 +20,7 @@ from tunerkit.layers import torch_private
 from tunerkit.paths import few
 from tunerkit.records import RankChange, State
 from tunerkit.serialization.adapter_file import header_of, write_own, written_once
-from tunerkit.serialization.base_check import base_values, refuse_other_base
+from tunerkit.serialization.fingerprint import base_values, refuse_other_base
 from tunerkit.serialization.header import Header, decode, encode, read
 from tunerkit.serialization.safetensors_file import file_at
 from tunerkit.serialization.tensor_checks import fill, refuse_nonfinite
