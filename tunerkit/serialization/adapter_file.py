@@ -4,7 +4,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from importlib import metadata
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,8 @@ from tunerkit.serialization.adopting import adopt
 from tunerkit.serialization.fingerprint import (
     base_values,
     beside_of,
-    describe_base,
+    described,
+    fingerprint,
     note_base,
     refuse_other_base,
     refuse_places,
@@ -51,9 +52,8 @@ def save(
 ) -> Path:
     """Write one adapter to a file.
 
-    An older file of the adapter is replaced atomically: a reader sees the old file or the new one. The new file has its
-    mode. An adapter that was never trained triggers a warning, and so does a base that is trained too or was resized:
-    the file does not hold it.
+    An older file of the adapter is replaced atomically, and the new one keeps its mode. A warning says if the adapter
+    was never trained, or if the base was trained too or resized, which the file does not hold.
 
     Args:
         model: The wrapped model.
@@ -106,29 +106,42 @@ def save_tuner(tuner: Tuner, path: str | os.PathLike[str], *, allow_nonfinite: b
         return written_once(tuner, place, functools.partial(_write, tuner, place, allow_nonfinite))
 
 
+def written_once(tuner: Tuner, place: Path, write: Callable[[], Path]) -> Path:
+    """Call ``write`` in one of the processes that train an adapter together; return the path in all of them."""
+    engine = injection.engine_of(tuner)
+    if engine is None:
+        return write()
+    content = ""
+    if engine.is_shared:
+        # The same in all processes, and another after each step or allocation. Weights may differ in their last bits.
+        state = [tuner.name, tuner.steps, len(tuner.history), tuner.ranks()]
+        content = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+    return engine.write_once(place, content, write)
+
+
 def _write(tuner: Tuner, place: Path, allow_nonfinite: bool) -> Path:
     tensors = tensors_of(tuner, allow_nonfinite=allow_nonfinite)
-    description = describe_base(tuner)
+    values = {**described(tuner), _RANKS: tuner.ranks()}
     if tuner.progress.calibration is not None:
-        description["values"][_CALIBRATION] = tuner.progress.calibration
-    description["values"][_RANKS] = tuner.ranks()
-    return write_own(tuner, place, header_of(tuner, content="adapter", **description), tensors)
+        values[_CALIBRATION] = tuner.progress.calibration
+    base = tuner.progress.fingerprint or fingerprint(tuner)  # the one from before a permanent merge
+    return write_own(tuner, place, header_of(tuner, content="adapter", base=base, values=values), tensors)
 
 
 def header_of(tuner: Tuner, *, content: str, base: Mapping[str, Any] | None = None, **fields: Any) -> Header:
     """Return the header for a file of ``tuner``; ``content`` is its kind, and only some kinds have the other fields."""
     owner = hooks.registry.owner_of(tuner.method)
-    versions = {"tunerkit": metadata.version("tunerkit"), "torch": torch.__version__, owner.distribution: owner.version}
+    paths = [target.path for target in tuner.targets]
     return Header(
         kind=content,
         method=tuner.method,
-        config=patterns.at_paths(unstructure(tuner.config.settled()), [target.path for target in tuner.targets]),
-        targets=[target.path for target in tuner.targets],
+        config=patterns.at_paths(unstructure(tuner.config.settled()), paths),
+        targets=paths,
         copies=[place.path for place in tuner.copies],
         biases=[place.path for place in tuner.biases],
         steps=tuner.steps,
         total_steps=tuner.total_steps,
-        versions=versions,
+        versions={"tunerkit": version("tunerkit"), "torch": torch.__version__, owner.distribution: owner.version},
         base=dict(base or {}),
         **fields,
     )
@@ -141,34 +154,15 @@ def write_own(tuner: Tuner, place: Path, header: Header, tensors: Mapping[str, T
     for other in injection.tuners_of(tuner.model).values():
         held = other.progress.files
         if file not in own and [name for name, kind in held.items() if kind == content] == [file]:
-            what, now = ("adapter", "") if content == "adapter" else ("the training state of adapter", "that of ")
+            what = "" if content == "adapter" else "the training state of "
             warn(
-                f"{file} held {what} {other.name!r} of this model, and holds {now}{tuner.name!r} now. If you want "
-                f"both, save {other.name!r} again, into a folder or under a file name of its own"
+                f"{file} held {what}adapter {other.name!r} of this model, and holds {what}{tuner.name!r} now. If you "
+                f"want both, save {other.name!r} again, into a folder or under a file name of its own"
             )
         if other is not tuner:
             held.pop(file, None)
     own[file] = content
     return place
-
-
-def written_once(tuner: Tuner, place: Path, write: Callable[[], Path]) -> Path:
-    """Return the path of the written file: of several processes that train an adapter together, one writes it.
-
-    Args:
-        tuner: The adapter's handle.
-        place: Where it is written.
-        write: Writes it, and returns the path.
-    """
-    engine = injection.engine_of(tuner)
-    if engine is None:
-        return write()
-    content = ""
-    if engine.is_shared:
-        # The same in all processes, and another after each step or allocation. Weights may differ in their last bits.
-        state = [tuner.name, tuner.steps, len(tuner.history), tuner.ranks()]
-        content = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
-    return engine.write_once(place, content, write)
 
 
 # --- Before an adapter is written -------------------------------------------------------------------------------------
@@ -224,27 +218,24 @@ def _warn_of_untrained(tuner: Tuner) -> None:
     """Warn of what nothing trained. A method that needs steps cannot miss them, and `attach` looks at what it holds."""
     if tuner.progress.loaded or injection.needs_steps(tuner) or (tuner.steps == 0 and not _is_fresh(tuner)):
         return
-    if injection.is_untrained(tuner, copies=False):
-        if tuner.steps == 0 and injection.is_untrained(tuner):
-            text = (
-                f"adapter {tuner.name!r} was saved untrained: it adds nothing to the model. Most often the optimizer "
-                f"was built before tunerkit.wrap, or from other parameters: {_REBUILD}"
-            )
-        else:
-            after = f" after {tuner.steps} steps" if tuner.steps else ""
-            text = (
-                f"adapter {tuner.name!r} was saved{after}, and none of its matrices is trained: they add nothing to "
-                "the model. Check that the optimizer holds them, that they were not frozen by hand (requires_grad), "
-                "that gradients are cleared after the step and not before it, and that the learning rate is not 0"
-            )
-    elif tuner.steps == 0 and (kept := injection.untrained_copies(tuner)):
-        text = (
-            f"adapter {tuner.name!r} was saved, and what it trains in full is as it was: {few(kept, shown=3)}. A new "
-            f"head is random then. Most often the optimizer was built without it: {_REBUILD}"
+    saved = f"adapter {tuner.name!r} was saved"
+    if tuner.steps == 0 and injection.is_untrained(tuner):
+        warn(
+            f"{saved} untrained: it adds nothing to the model. Most often the optimizer was built before "
+            f"tunerkit.wrap, or from other parameters: {_REBUILD}"
         )
-    else:
-        return
-    warn(text)
+    elif injection.is_untrained(tuner, copies=False):
+        after = f" after {tuner.steps} steps" if tuner.steps else ""
+        warn(
+            f"{saved}{after}, and none of its matrices is trained: they add nothing to the model. Check that the "
+            "optimizer holds them, that they were not frozen by hand (requires_grad), that gradients are cleared after "
+            "the step and not before it, and that the learning rate is not 0"
+        )
+    elif tuner.steps == 0 and (kept := injection.untrained_copies(tuner)):
+        warn(
+            f"{saved}, and what it trains in full is as it was: {few(kept, shown=3)}. A new head is random then. Most "
+            f"often the optimizer was built without it: {_REBUILD}"
+        )
 
 
 def _is_fresh(tuner: Tuner) -> bool:

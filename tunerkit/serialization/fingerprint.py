@@ -298,13 +298,10 @@ def refuse_places(
 # --- Settings, and what was trained beside the adapter ----------------------------------------------------------------
 
 
-def describe_base(tuner: Tuner) -> dict[str, Any]:
-    """Return the header's fields ``base`` and ``values`` for an adapter's file."""
-    kept = tuner.progress.fingerprint  # from before a permanent merge
+def described(tuner: Tuner) -> dict[str, Any]:
+    """What an adapter's file says of the base beyond its fingerprint, for the header's field ``values``."""
     values: dict[str, Any] = {_SETTINGS: _settings_of(tuner.model) or tuner.progress.settings}
-    if tuner.progress.beside:
-        values[_BESIDE] = list(tuner.progress.beside)
-    return {"base": kept or fingerprint(tuner), "values": values}
+    return values | ({_BESIDE: list(tuner.progress.beside)} if tuner.progress.beside else {})
 
 
 def _settings_of(model: nn.Module) -> dict[str, Any]:

@@ -184,21 +184,14 @@ def decode(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], *, source
     if fields.get("format") != FORMAT:
         found = shown(fields.get("format"))
         raise FileError(f"{source} has format {found}, this tunerkit reads {FORMAT}; install a matching release")
-    expected = [field.name for field in attrs.fields(Header)]
-    kinds = {
-        "missing": [name for name in expected if name not in fields],
-        "unknown": [name for name in fields if name not in expected],
-    }
-    if wrong := [f"{kind} {few(names, shown=5)}" for kind, names in kinds.items() if names]:
-        raise FileError(
-            f"{source}: its header fields do not fit: {'; '.join(wrong)}; a later tunerkit may have written the file, "
-            "then install that release"
-        )
     try:
         header = Header(**fields)
     except (TypeError, ValueError) as error:
         why = cut(str(error.args[0] if error.args else error), 400)
-        raise FileError(f"{source}: its header has a field that tunerkit would not write: {why}") from error
+        raise FileError(
+            f"{source}: its header has a field that tunerkit would not write: {why}; if a later tunerkit wrote the "
+            "file, install that release"
+        ) from error
     if header.kind != content:
         raise FileError(f"{source} holds {shown(header.kind)}, expected {content!r}: pass the other of the two files")
     try:
@@ -254,13 +247,6 @@ def read(path: str | os.PathLike[str], *, content: str) -> tuple[str, dict[str, 
 
     tensors, metadata = safetensors_file.read(place, accept)
     return source, tensors, decode(metadata, tensors, source=source, content=content)
-
-
-def is_foreign(path: str) -> bool:
-    """Whether an adapter of another program lies at ``path``, by the names of files: no plugin need read it."""
-    place = Path(path)
-    inside = [each.name for each in place.iterdir()] if place.is_dir() else []
-    return reader_of([place.name, *inside]) is not None
 
 
 def _refuse_foreign(place: Path, files: Collection[str], tensors: Collection[str]) -> None:
