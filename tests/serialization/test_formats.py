@@ -312,7 +312,7 @@ def test_what_does_not_fit_is_refused_and_the_model_unchanged(toys: "Toys", expo
     ("answer", "message"),
     [
         (None, "returned None; it must return a tunerkit.Foreign"),
-        (tunerkit.Foreign(factors=[]), "factors and config must be mappings"),  # type: ignore[arg-type]
+        (tunerkit.Foreign(factors=[]), "factors and config, tensors and copies must be mappings"),  # type: ignore[arg-type]
         (tunerkit.Foreign({}, method=3), "method and base must be texts"),  # type: ignore[arg-type]
         (tunerkit.Foreign({}, remarks="text"), "remarks must be a tuple of texts"),  # type: ignore[arg-type]
         (tunerkit.Foreign({}, copies={"head": 3}), "copies must be mappings of tensors"),  # type: ignore[dict-item]

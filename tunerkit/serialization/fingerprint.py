@@ -44,14 +44,11 @@ def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str
     that another adapter trained beside it.
 
     Before the adapter is in the model, parameters that an engine has emptied are gathered one by one, so all processes
-    must call this together. Where the base was sharded since, this is what was noted then.
+    must call this together. Where the base was sharded since, this is what was noted then. ``scanned`` is the scan of
+    the model, needed only before the adapter is in it.
 
     A weight that a quantiser stores has one entry, with the name and the shape of the unquantised weight, the
     quantiser's name as its dtype, and an empty sample. What it is packed in has none.
-
-    Args:
-        tuner: The adapter's handle.
-        scanned: The scan of the model; only needed before the adapter is in the model, to find its biases.
     """
     noted = tuner.progress.noted
     if (noted or scanned is None) and weights.sharding(tuner.model.parameters()) is not None:
@@ -86,12 +83,7 @@ def note_base(tuner: Tuner, scanned: Scan) -> None:
 
 
 def packed_layers(tuner: Tuner, scanned: Scan | None) -> dict[str, BaseLayer]:
-    """Return the modules of the base with a `BaseLayer.packing`, by path, each as its kind sees it.
-
-    Args:
-        tuner: The adapter's handle.
-        scanned: The scan of the model, if there is one from before the adapter was put in.
-    """
+    """Return the modules of the base with a `BaseLayer.packing`, by path, each as its kind sees it."""
     if scanned is not None:
         every = {found.path: found.base for found in (scanned.root, *scanned.modules)}
     else:  # each as it was when it was adapted; those without an adapter as a plugin's kind sees them now
@@ -225,14 +217,8 @@ def refuse_other_base(
 ) -> None:
     """Raise `BaseMismatchError` if the base under ``tuner`` is not the one that the file describes.
 
-    Warn if it is, and one of the two is quantised, or both are in different ways.
-
-    Args:
-        tuner: The adapter's handle.
-        header: The file's header.
-        source: The file.
-        scanned: The scan of the model; only needed before the adapter is in the model.
-        check_config: Whether to compare the settings too. A file of an earlier version has none.
+    Warn if it is, and one of the two is quantised, or both are in different ways. ``check_config`` says whether to
+    compare the settings too; a file of an earlier version has none.
     """
     found = fingerprint(tuner, scanned)
     lines = differences(header.base, found)

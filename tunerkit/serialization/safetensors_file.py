@@ -33,12 +33,7 @@ _UNREADABLE = (safetensors.SafetensorError, OSError, ValueError, KeyError, Runti
 
 
 def file_at(path: str | os.PathLike[str], content: str) -> Path:
-    """Return ``path`` if it ends in ``.safetensors``, else the file for ``content`` in that folder.
-
-    Args:
-        path: The file or the folder.
-        content: The kind of file: ``"adapter"`` or ``"state"``.
-    """
+    """Return ``path`` if it ends in ``.safetensors``, else the file for ``"adapter"`` or ``"state"`` in that folder."""
     place = checked_path(path)
     return place if place.suffix == _SUFFIX else place / f"{content}{_SUFFIX}"
 
@@ -78,18 +73,11 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 def read(
     path: Path, accept: Callable[[Mapping[str, str], Collection[str]], None]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a safetensors file, on the CPU, and its metadata.
+    """Return the tensors of a safetensors file, on the CPU, and its metadata. Raises `FileError` if it cannot be read.
 
     The file is opened once and read into memory. So header and data are of one file even if another one is renamed over
-    it meanwhile, and a file that is cut later does no harm.
-
-    Args:
-        path: The file.
-        accept: Called with the metadata and the tensors' names before the data is read. It raises an error for a file
-            that should not be read, such as a large one of another program.
-
-    Raises:
-        FileError: The file cannot be read.
+    it meanwhile, and a file that is cut later does no harm. ``accept`` is called with the metadata and the tensors'
+    names before the data is read, and raises an error for a file that should not be read.
     """
     try:
         with open(path, "rb") as file:
@@ -145,11 +133,8 @@ def _head_of(file: IO[bytes]) -> tuple[bytes, Collection[str], dict[str, str]]:
 def folder_of(checkpoint: Path, tuners: Sequence[Tuner], tuner: Tuner) -> Path:
     """Return the folder of one adapter's files: the checkpoint itself if it is the only one, else a subfolder.
 
-    If a subfolder exists because there were several adapters, it is used even after the others were deleted.
-
-    It has the adapter's name, if every file system can store and distinguish that, or a digest of it: names may contain
-    any character but "." and "/", and some file systems do not distinguish "a" from "A". The dot in front of a digest
-    keeps it apart from every name.
+    A subfolder is used even after the other adapters were deleted. It has the adapter's name, or a digest of it where
+    not every file system can store and distinguish the name. The dot before a digest keeps it apart from every name.
     """
     digest = hashlib.sha256(tuner.name.encode()).hexdigest()[:16]
     named = checkpoint / (tuner.name if re.fullmatch(r"[a-z0-9_-]+", tuner.name) else f"name.{digest}")

@@ -44,10 +44,8 @@ _FACTORIES = frozenset(
 def nonfinite(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor] = _NOTHING) -> list[str]:
     """Return the names of the tensors that contain NaN or inf, with one transfer per device and dtype.
 
-    Args:
-        tensors: Tensors by name. Integers, booleans and tensors without values are finite.
-        base: The base model's own values by the same names. A tensor is not named where it only repeats them: a model
-            may have a mask of -inf in a buffer.
+    A tensor whose NaN and inf only repeat those in ``base`` is not named: a model may have a mask of -inf in a buffer.
+    Integers, booleans and tensors without values are finite.
     """
     alike: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
@@ -95,16 +93,9 @@ def refuse_nonfinite(
 def fill(
     slots: Iterable[tuple[str, Slot]], tensors: Mapping[str, Tensor], model: nn.Module, source: str
 ) -> dict[str, Slot]:
-    """Copy the file's tensors into ``slots``, each as soon as it comes; slots that do not fit are not kept.
+    """Copy a file's tensors into slots, each as soon as it comes, and return the slots by path.
 
-    Args:
-        slots: Pairs of a module's path and its slot.
-        tensors: The file's tensors.
-        model: The base model, for a hint in an error.
-        source: The file.
-
-    Returns:
-        The slots by path.
+    Slots that do not fit are not kept.
 
     Raises:
         FileError: Tensors are missing, unexpected, misshapen, of another kind, or not finite once they are in the
@@ -186,12 +177,7 @@ def limit_for(
     """Return what to enter while the adapter of a target is built: an `AllocationLimit`, or nothing if none is needed.
 
     The limit costs time in every call of torch. A config with no number above the dimensions that the file's tensors
-    have cannot ask for much more than the file has.
-
-    Args:
-        config: The adapter's config: plain values in lists and dicts.
-        tensors: The file's tensors.
-        source: The file, for the error.
+    have cannot ask for much more than the file has. ``config`` is in plain values.
     """
     largest = max([_USUAL, *(size for tensor in tensors.values() for size in tensor.shape)])
     if not any(number > largest for number in numbers_in(config)):
