@@ -16,7 +16,6 @@ from torch import Tensor
 from tunerkit import hooks
 from tunerkit.errors import FileError, TargetError, cut, shown
 from tunerkit.extras import distribution, reader_of
-from tunerkit.paths import few
 from tunerkit.patterns import at_paths
 from tunerkit.serialization import safetensors_file
 from tunerkit.serialization.safetensors_file import file_at, metadata_at, plain
@@ -138,19 +137,8 @@ def encode(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     try:
         text = json.dumps(attrs.asdict(header, recurse=False), sort_keys=True, allow_nan=False)
     except ValueError as error:
-        wrong = [name for name, value in header.values.items() if not _is_json(value)]
-        raise FileError(
-            f"the file's header cannot hold NaN, inf or values that contain themselves: {few(wrong, shown=5)}"
-        ) from error
+        raise FileError(f"the file's header cannot hold NaN, inf or values that contain themselves: {error}") from error
     return {KEY: text, f"{KEY}.digest": digest(text, tensors)}
-
-
-def _is_json(value: object) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)
-    except ValueError:
-        return False
-    return True
 
 
 def digest(text: str, tensors: Mapping[str, Tensor]) -> str:

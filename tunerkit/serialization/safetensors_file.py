@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from tunerkit.errors import FileError, half_character, shown
+from tunerkit.errors import FileError, shown
 from tunerkit.injection import Tuner
 from tunerkit.serialization.atomic_writing import replace
 
@@ -117,13 +117,9 @@ def _head_of(file: IO[bytes]) -> tuple[bytes, Collection[str], dict[str, str]]:
         raise ValueError("its header is incomplete")
     text = file.read(length)
     entries = json.loads(text)
-    if not isinstance(entries, dict):
-        raise ValueError("its header is not a JSON object")
-    metadata = entries.pop(_METADATA, {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its metadata is not a mapping of texts")
-    if (problem := half_character("".join([*entries, *metadata.values()]))) is not None:
-        raise ValueError(f"a text in its header cannot be read: {problem}")
+    metadata = entries.pop(_METADATA, {}) if isinstance(entries, dict) else None
+    if not isinstance(metadata, dict):
+        raise ValueError("its header is not a JSON object, or its metadata is not one")
     return size + text, entries.keys(), metadata
 
 
