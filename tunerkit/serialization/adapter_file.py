@@ -74,16 +74,14 @@ def save(
     """
     tuner, place = injection.tuner(model, adapter), file_at(path, "adapter")
     steps.report_undriven(tuner, steps.last_gradient(tuner), saving=True)
-    written = write_trained(tuner, place, functools.partial(_write, tuner, place, allow_nonfinite))
-    injection.warn_of_base_changes([tuner])
-    return written
+    return write_trained(tuner, place, functools.partial(_write, tuner, place, allow_nonfinite))
 
 
 def write_trained(tuner: Tuner, place: Path, write: Callable[[], Path]) -> Path:
     """Call ``write`` in one process, after the checks of an adapter at the end of its training; return its path.
 
     A method that needs steps must have seen one, unless the adapter came from a file. Warn if the ranks are above their
-    final budget, or if nothing was trained.
+    final budget, if nothing was trained, or if the base was.
     """
     if injection.needs_steps(tuner) and _is_fresh(tuner):
         raise AdapterError(
@@ -95,6 +93,7 @@ def write_trained(tuner: Tuner, place: Path, write: Callable[[], Path]) -> Path:
     with tuner.whole():
         written = written_once(tuner, place, write)
         _warn_of_untrained(tuner)
+    injection.warn_of_base_changes([tuner])
     return written
 
 
@@ -256,10 +255,10 @@ def load(
 ) -> M:
     """Put a saved adapter into a model, in place.
 
-    If this raises, nothing is loaded. The error lists every problem. A KeyboardInterrupt leaves the base unchanged too,
-    unless it comes after the adapter is complete.
+    If this raises, the model is unchanged, and the error lists every problem. A KeyboardInterrupt leaves it unchanged
+    too, unless it comes after the adapter is complete.
 
-    Adapters of other programs are loaded too, if a plugin knows their format: tunerkit-peft reads PEFT's folders, and
+    Adapters of other programs are loaded if a plugin knows their format: tunerkit-peft reads PEFT's folders, and
     tunerkit-diffusers the files of diffusers and Kohya. One warning says what such an adapter lost on its way.
 
     Args:

@@ -1,19 +1,21 @@
 """Adopt an adapter of another program: find its places in the model, and make it one of an installed method."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tunerkit import hooks, injection, patterns, targets
 from tunerkit.errors import (
+    AdapterError,
     BaseMismatchError,
     ConfigError,
     FileError,
+    PluginError,
     TargetError,
     UnknownMethodError,
     first,
@@ -21,11 +23,11 @@ from tunerkit.errors import (
     warn,
 )
 from tunerkit.injection import Progress, Tuner
-from tunerkit.layers import Adapter, bias_name, misfit, torch_private
+from tunerkit.layers import Adapter, BaseLayer, bias_name, misfit, torch_private, weights
 from tunerkit.paths import few, is_under, join
-from tunerkit.records import Foreign, Format, Target
+from tunerkit.records import Factors, Foreign, Format, Target
 from tunerkit.serialization.fingerprint import refuse_places
-from tunerkit.serialization.formats import product_at, read_foreign
+from tunerkit.serialization.formats import naming
 from tunerkit.serialization.tensor_checks import refuse_nonfinite
 from tunerkit.targets import Scan
 
@@ -49,8 +51,8 @@ def adopt(
         TargetError: A weight is tied or cannot be adapted.
         UnknownMethodError: Neither the method nor LoRA is installed.
     """
-    source = os.fspath(path)
-    found = read_foreign(format, Path(path), scanned.root.module)
+    source, model = os.fspath(path), scanned.root.module
+    found = _read(format, Path(path), model)
     if not found.factors:
         raise FileError(f"{source} holds no adapter: there is no target in it, so there is nothing to load")
     other_base = f"{source} was made for another base model{f', {shown(found.base)}' if found.base else ''}"
@@ -58,22 +60,23 @@ def adopt(
         targets.from_paths(scanned, [*found.factors, *found.copies, *found.biases])
     except TargetError as error:
         raise BaseMismatchError(f"{other_base}: {error}") from error
-    tensors, copies = _copies_of(found, scanned)
-    tensors |= {join(at, "bias"): bias for at, bias in found.biases.items()}
+    tensors, copies = _in_full(found, scanned)
     _refuse_biases(found, scanned, source)
     chosen = _targets_of(found, scanned, source)
     refuse_places(scanned, chosen, copies, source)
     bases = {target.path: base for target in chosen if (base := scanned.by_path[target.path].base) is not None}
-    products = {at: product_at(found, at, format) for at in bases}
-    shapes = {at: wrong for at, base in bases.items() if (wrong := misfit(base, products[at])) is not None}
-    if shapes:
-        problems = [f"{at} has {saved}; this model needs {here}" for at, (saved, here) in shapes.items()]
-        raise BaseMismatchError("\n- ".join([f"{other_base}; shapes differ:", *first(problems)]))
+    products = _products(found, format, bases, other_base)
     factors = {f"{at} ({name})": each for at, own in products.items() for name, each in own._asdict().items()}
     refuse_nonfinite(factors, {}, source)
 
     method, remarks = _method_of(found, source)
-    described = _descriptions(chosen, copies, found.biases)
+    at_targets = set(found.biases) <= set(found.factors)
+    described: dict[str, Any] = {
+        "targets": tuple(patterns.exact_patterns(bases).values()),
+        "exclude": (),
+        "train_modules": tuple(patterns.exact_patterns(copies).values()),
+        "bias": "none" if not found.biases else "adapters" if at_targets else "all",
+    }
     ready: Mapping[str, Adapter] | None = None
     own = found.tensors
     if method == found.method and own:
@@ -93,18 +96,63 @@ def adopt(
         name=adapter,
         method=method,
         config=config,
-        model=scanned.root.module,
+        model=model,
         targets=chosen,
         copies=targets.from_paths(scanned, copies),
         biases=targets.from_paths(scanned, [*found.biases]),
-        progress=Progress(loaded=True, shapes=injection.shapes_of(scanned.root.module)),
+        progress=Progress(loaded=True, shapes=injection.shapes_of(model)),
     )
     return tuner, tensors, ready
 
 
-def _copies_of(found: Foreign, scanned: Scan) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of what is trained in full, and its paths: of a container, those of the modules in it."""
-    tensors: dict[str, Tensor] = {}
+def _read(format: Format, path: Path, model: nn.Module) -> Foreign:
+    """Let the format's plugin read the files, and check what it returned."""
+    if (holder := weights.emptied(model.parameters())) is not None:
+        raise AdapterError(
+            f"{path} is in the format {format.name!r}, whose reader needs the base's own shapes and values, and "
+            f"{holder.name} has partitioned these: load it onto a whole base in one process, tunerkit.save it "
+            "there, and load that file here"
+        )
+    with naming(format, "read"):
+        found: Any = format.read(path, model)  # Any: the plugin may return anything
+    if not isinstance(found, Foreign):
+        raise PluginError(f"read of format {format.name!r} returned {shown(found)}; it must return a tunerkit.Foreign")
+    if wrong := list(_wrong_fields(found)):
+        raise PluginError(
+            f"read of format {format.name!r} returned a tunerkit.Foreign whose {few(wrong, shown=5)}; see its docstring"
+        )
+    return found
+
+
+def _wrong_fields(found: Any) -> Iterator[str]:
+    """Say of each field of a record what it must be and is not."""
+    if not _are(str, (found.method, found.base)):
+        yield "method and base must be texts"
+    if not isinstance(found.remarks, tuple | list) or not _are(str, found.remarks):
+        yield "remarks must be a tuple of texts"
+    if not _are(Mapping, (found.factors, found.config, found.tensors, found.copies)):
+        yield "factors and config, tensors and copies must be mappings"
+    elif not all(map(_are_tensors, (found.biases, *found.tensors.values(), *found.copies.values()))):
+        yield "biases must be tensors by path, and tensors and copies must be mappings of tensors by path"
+    elif found.tensors and found.tensors.keys() != set(found.factors):
+        yield "tensors must have the paths of factors, or be empty"
+
+
+def _is_matrix(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 2 and value.is_floating_point()
+
+
+def _are(kind: type, values: Iterable[object]) -> bool:
+    return all(isinstance(each, kind) for each in values)
+
+
+def _are_tensors(value: object) -> bool:
+    return isinstance(value, Mapping) and _are(Tensor, value.values())
+
+
+def _in_full(found: Foreign, scanned: Scan) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors of what is trained in full, and the copies' paths: of a container, the modules in it."""
+    tensors = {join(path, "bias"): bias for path, bias in found.biases.items()}
     copies: list[str] = []
     for path, own in found.copies.items():
         parts = targets.copies_at(scanned, path)
@@ -149,6 +197,21 @@ def _refuse_biases(found: Foreign, scanned: Scan, source: str) -> None:
         )
 
 
+def _products(found: Foreign, format: Format, bases: Mapping[str, BaseLayer], other_base: str) -> dict[str, Factors]:
+    """Return the product for each target. Raises `BaseMismatchError` if a target's weight has another shape."""
+    with naming(format, "read"):
+        products: dict[str, Any] = {at: found.factors[at] for at in bases}  # Any: the plugin may return anything
+    problems = []
+    for at, product in products.items():
+        if not isinstance(product, Factors) or not all(map(_is_matrix, product)):
+            raise PluginError(f"read of format {format.name!r} returned {shown(product)} for {at!r}; expected Factors")
+        if (shapes := misfit(bases[at], product)) is not None:
+            problems.append(f"{at} has {shapes[0]}; this model needs {shapes[1]}")
+    if problems:
+        raise BaseMismatchError("\n- ".join([f"{other_base}; shapes differ:", *first(problems)]))
+    return products
+
+
 def _method_of(found: Foreign, source: str) -> tuple[str, tuple[str, ...]]:
     """Return the installed method that the adapter becomes, and what to tell the user of the adapter."""
     listed = hooks.registry.methods()
@@ -167,14 +230,3 @@ def _method_of(found: Foreign, source: str) -> tuple[str, tuple[str, ...]]:
         f"method {found.method!r} is not installed (tunerkit-{found.method}), so it becomes {_COMMON} with the rank of "
         "each target as it is: the model computes the same, and the ranks stay as they are in further training",
     )
-
-
-def _descriptions(chosen: Sequence[Target], copies: Sequence[str], biases: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The settings of every method that describe where the adapter is."""
-    paths = [target.path for target in chosen]
-    return {
-        "targets": tuple(patterns.exact_patterns(paths).values()),
-        "exclude": (),
-        "train_modules": tuple(patterns.exact_patterns(copies).values()),
-        "bias": "none" if not biases else "adapters" if set(biases) <= set(paths) else "all",
-    }

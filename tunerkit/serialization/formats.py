@@ -1,17 +1,14 @@
-"""The formats of other programs: which one a path holds, and reading and writing it through its plugin."""
+"""The formats of other programs: which one a path holds, and writing an adapter in one through its plugin."""
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from torch import Tensor, nn
-
 from tunerkit import hooks
 from tunerkit.errors import (
-    AdapterError,
     FileError,
     PluginError,
     TunerkitError,
@@ -22,9 +19,8 @@ from tunerkit.errors import (
 )
 from tunerkit.extras import DEFAULT_FORMAT, READERS, distribution
 from tunerkit.injection import Tuner
-from tunerkit.layers import weights
 from tunerkit.paths import few
-from tunerkit.records import Factors, Foreign, Format
+from tunerkit.records import Format
 from tunerkit.serialization.atomic_writing import reason, scratch_in, sync
 from tunerkit.serialization.header import is_ours
 from tunerkit.serialization.safetensors_file import file_at, metadata_at
@@ -81,71 +77,14 @@ def sniffs(format: Format, path: Path) -> bool:
         return False
 
 
-def read_foreign(format: Format, path: Path, model: nn.Module) -> Foreign:
-    """Read an adapter of another program, and check what the plugin returned.
-
-    Raises `AdapterError` if the model is partitioned, so that the plugin would compare empty parameters.
-    """
-    if (holder := weights.emptied(model.parameters())) is not None:
-        raise AdapterError(
-            f"{path} is in the format {format.name!r}, whose reader needs the base's own shapes and values, and "
-            f"{holder.name} has partitioned these: load it onto a whole base in one process, tunerkit.save it "
-            "there, and load that file here"
-        )
-    with _naming(format, "read"):
-        found: Any = format.read(path, model)  # Any: the plugin may return anything
-    if not isinstance(found, Foreign):
-        raise PluginError(f"read of format {format.name!r} returned {shown(found)}; it must return a tunerkit.Foreign")
-    if wrong := list(_wrong_fields(found)):
-        raise PluginError(
-            f"read of format {format.name!r} returned a tunerkit.Foreign whose {few(wrong, shown=5)}; see its docstring"
-        )
-    return found
-
-
-def product_at(found: Foreign, path: str, format: Format) -> Factors:
-    """Return the product for one target, checked to be one."""
-    with _naming(format, "read"):
-        product: Any = found.factors[path]
-    if not isinstance(product, Factors) or not all(map(_is_matrix, product)):
-        raise PluginError(f"read of format {format.name!r} returned {shown(product)} for {path!r}; expected Factors")
-    return product
-
-
 @contextmanager
-def _naming(format: Format, function: str) -> Iterator[None]:
+def naming(format: Format, function: str) -> Iterator[None]:
     """Errors of a plugin's function keep their class and name the format."""
     try:
         yield
     except Exception as error:
         error.add_note(f"raised by {function} of format {format.name!r}")
         raise
-
-
-def _wrong_fields(found: Any) -> Iterator[str]:
-    """Say of each field of a record what it must be and is not."""
-    if not _are(str, (found.method, found.base)):
-        yield "method and base must be texts"
-    if not isinstance(found.remarks, tuple | list) or not _are(str, found.remarks):
-        yield "remarks must be a tuple of texts"
-    if not _are(Mapping, (found.factors, found.config, found.tensors, found.copies)):
-        yield "factors and config, tensors and copies must be mappings"
-    elif not all(map(_are_tensors, (found.biases, *found.tensors.values(), *found.copies.values()))):
-        yield "biases must be tensors by path, and tensors and copies must be mappings of tensors by path"
-    elif found.tensors and found.tensors.keys() != set(found.factors):
-        yield "tensors must have the paths of factors, or be empty"
-
-
-def _is_matrix(value: object) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 2 and value.is_floating_point()
-
-
-def _are(kind: type, values: Iterable[object]) -> bool:
-    return all(isinstance(each, kind) for each in values)
-
-
-def _are_tensors(value: object) -> bool:
-    return isinstance(value, Mapping) and _are(Tensor, value.values())
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------------
@@ -190,7 +129,7 @@ def _put_back_older(scratch: Path) -> None:
 
 def _written(format: Format, tuner: Tuner, folder: Path, options: object) -> list[Path]:
     """Let the plugin write, and check that it names the files that it wrote, each directly in the folder."""
-    with _naming(format, "write"):
+    with naming(format, "write"):
         answer: Any = format.write(tuner, folder, options)
     try:
         names = sorted(Path(each).name for each in answer)

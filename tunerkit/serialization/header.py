@@ -237,6 +237,13 @@ def read(path: str | os.PathLike[str], *, content: str) -> tuple[str, dict[str, 
     return source, tensors, decode(metadata, tensors, source=source, content=content)
 
 
+def is_foreign(path: str) -> bool:
+    """Whether an adapter of another program lies at ``path``, by the names of files: no plugin need read it."""
+    place = Path(path)
+    inside = [each.name for each in place.iterdir()] if place.is_dir() else []
+    return reader_of([place.name, *inside]) is not None
+
+
 def _refuse_foreign(place: Path, files: Collection[str], tensors: Collection[str]) -> None:
     if (found := reader_of(files, tensors)) is not None:
         installed = not hooks.gather_formats().keys().isdisjoint(found.formats)

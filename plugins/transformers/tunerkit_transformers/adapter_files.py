@@ -10,7 +10,6 @@ from safetensors import SafetensorError, safe_open
 
 from tunerkit import hooks, serialization
 from tunerkit.errors import FileError, PluginError, shown
-from tunerkit.extras import reader_of
 from tunerkit.paths import few, join
 from tunerkit.records import Description, Format
 from tunerkit_transformers.output_folder import RECORD, read_run
@@ -56,16 +55,9 @@ def holds_adapter(path: str) -> bool:
     return _is_file(serialization.file_at(path, "adapter")) or serialization.format_at(path) is not None
 
 
-def _is_foreign(path: str) -> bool:
-    """Whether an adapter of another program lies at ``path``, by the names of files: no plugin need read it."""
-    place = Path(path)
-    inside = [each.name for each in place.iterdir()] if place.is_dir() else []
-    return reader_of([place.name, *inside]) is not None
-
-
 def has_no_record(path: str) -> bool:
     """Whether ``path`` is no output folder of ``tunerkit train``, nor that of a run that has not ended."""
-    has_adapter = holds_adapter(path) or _is_foreign(path)
+    has_adapter = holds_adapter(path) or serialization.is_foreign(path)
     return not is_run(path) and (has_adapter or not _is_file(Path(path) / RECIPE))
 
 
@@ -142,7 +134,7 @@ def _of_run(path: str) -> BaseFacts:
 
 def refuse_absent(path: str) -> None:
     """Raise `FileError` if nothing is at ``path`` that an adapter might be."""
-    if holds_adapter(path) or _is_foreign(path):
+    if holds_adapter(path) or serialization.is_foreign(path):
         return
     place = Path(path)
     if (place / "config.json").is_file():
