@@ -42,29 +42,24 @@ _FACTORIES = frozenset(
 
 @torch.no_grad()
 def nonfinite(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor] = _NOTHING) -> list[str]:
-    """Return the names of the tensors that contain NaN or inf, with one transfer per device and dtype.
+    """Return the names of the tensors that contain NaN or inf, with one transfer per device.
 
     A tensor whose NaN and inf only repeat those in ``base`` is not named: a model may have a mask of -inf in a buffer.
     Integers, booleans and tensors without values are finite.
     """
-    alike: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = defaultdict(dict)
+    checks: dict[torch.device, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         inexact = tensor.dtype.is_floating_point or tensor.dtype.is_complex
         if inexact and tensor.numel() and not tensor.is_meta:
-            alike[tensor.device, tensor.dtype][name] = tensor
+            real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+            comparable = real.float() if real.dtype.itemsize == 1 else real  # 8-bit floats cannot be compared
+            # The extremes of a tensor with a NaN are NaN. This takes one pass and no memory, unlike `isfinite().all()`.
+            checks[tensor.device][name] = torch.stack(torch.aminmax(comparable)).isfinite().all()
     found: set[str] = set()
-    for group in alike.values():
-        # The extremes of a tensor with a NaN are NaN. This takes one pass and no memory, unlike `isfinite().all()`.
-        extremes = torch.stack([each for tensor in group.values() for each in torch.aminmax(_comparable(tensor))])
-        pairs = extremes.view(-1, 2).tolist()
-        found.update(name for name, pair in zip(group, pairs, strict=True) if not all(map(math.isfinite, pair)))
+    for own in checks.values():
+        finite = torch.stack([*own.values()]).tolist()
+        found.update(name for name, is_finite in zip(own, finite, strict=True) if not is_finite)
     return [name for name in tensors if name in found and not _repeats(tensors[name], base.get(name))]
-
-
-def _comparable(tensor: Tensor) -> Tensor:
-    if tensor.is_complex():
-        return torch.view_as_real(tensor.resolve_conj())
-    return tensor.float() if tensor.dtype.itemsize == 1 else tensor  # 8-bit floats cannot be compared
 
 
 def _repeats(tensor: Tensor, base: Tensor | None) -> bool:

@@ -205,12 +205,9 @@ def restore_(tuner: Tuner, path: str | os.PathLike[str]) -> None:
     _refuse_other_run(tuner, header, source)
     refuse_other_base(tuner, header, source)
     refuse_nonfinite(tensors, base_values(tuner), source)
-    with tuner.whole():
-        slots = dict(slots_in(tuner))
-        # A misfit is found on a copy, before anything live is changed.
-        fill(copy.deepcopy(slots).items(), tensors, tuner.model, source)
+    with tuner.whole(), _all_or_nothing(tuner):
         shapes = {parameter: parameter.shape for parameter in tuner.parameters()}
-        fill(slots.items(), tensors, tuner.model, source)
+        fill(slots_in(tuner), tensors, tuner.model, source)
     optimizer = steps.optimizer_of(tuner)
     for parameter, shape in shapes.items():
         if optimizer is not None and parameter.shape != shape:
