@@ -17,7 +17,7 @@ from tunerkit import hooks, layers, targets
 from tunerkit.errors import AdapterError, BaseMismatchError, FileError, TargetError, cut, shown, warn
 from tunerkit.extras import SETTINGS, distribution, install
 from tunerkit.injection import Tuner, base_modules, slots_of
-from tunerkit.layers import BaseLayer, Knowledge, as_base_layers, is_packed, torch_private, weights, whole_shape
+from tunerkit.layers import BaseLayer, as_base_layers, is_packed, torch_private, weights, whole_shape
 from tunerkit.paths import few, is_under, join
 from tunerkit.records import Target
 from tunerkit.serialization.header import Header
@@ -58,8 +58,8 @@ def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str
                 "torch.distributed.init_process_group before tunerkit.wrap, or start the processes with torchrun"
             )
         return noted
-    packed = packed_layers(tuner, scanned)
-    tensors = _base_tensors(tuner, scanned, packed)
+    bases = _bases(tuner, scanned)
+    tensors = _base_tensors(tuner, bases)
     emptied = {name: tensor for name, tensor in tensors.items() if weights.emptied([tensor]) is not None}
     samples = _sample({name: tensor for name, tensor in tensors.items() if name not in emptied})
     for name, tensor in emptied.items():
@@ -69,7 +69,7 @@ def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str
         name: {"shape": list(whole_shape(t)), "dtype": str(t.dtype).removeprefix("torch."), "sample": samples[name]}
         for name, t in tensors.items()
     }
-    for path, base in packed.items():
+    for path, base in packed_layers(tuner, bases).items():
         if base.packing is not None and not is_under(path, _left_out(tuner)):
             shape = [base.out_features, base.in_features]
             found[join(path, "weight")] = {"shape": shape, "dtype": base.packing.name, "sample": []}
@@ -82,42 +82,41 @@ def note_base(tuner: Tuner, scanned: Scan) -> None:
         tuner.progress.noted = fingerprint(tuner, scanned)
 
 
-def packed_layers(tuner: Tuner, scanned: Scan | None) -> dict[str, BaseLayer]:
+def packed_layers(tuner: Tuner, bases: Mapping[nn.Module, BaseLayer] | None = None) -> dict[str, BaseLayer]:
     """Return the modules of the base with a `BaseLayer.packing`, by path, each as its kind sees it."""
+    bases = _bases(tuner) if bases is None else bases
+    found = {path: bases[module] for path, module in base_modules(tuner.model) if module in bases}
+    return {path: base for path, base in found.items() if base.packing is not None}
+
+
+def _bases(tuner: Tuner, scanned: Scan | None = None) -> dict[nn.Module, BaseLayer]:
+    """Return the base layers of a model: as they were when they were adapted, and the others as they are now."""
     if scanned is not None:
-        every = {found.path: found.base for found in (scanned.root, *scanned.modules)}
-    else:  # each as it was when it was adapted; those without an adapter as a plugin's kind sees them now
-        places = list(base_modules(tuner.model))
-        every = {path: None if (slots := slots_of(each)) is None else slots.base for path, each in places}
-        knowledge = hooks.gather_knowledge()
-        kinds = tuple(kind for kind in knowledge.kinds if kind not in layers.CORE.kinds)  # core's have no packing
-        others = [module for path, module in places if every[path] is None] if kinds else []
-        seen = as_base_layers(others, Knowledge(kinds, (), (), knowledge.leave_out))
-        every = {path: every[path] or seen.get(module) for path, module in places}
-    return {path: base for path, base in every.items() if base is not None and base.packing is not None}
+        return {found.module: found.base for found in scanned.by_path.values() if found.base is not None}
+    modules = [module for _, module in base_modules(tuner.model)]
+    adapted = {each: slots.base for each in modules if (slots := slots_of(each)) is not None and slots.base is not None}
+    return adapted | as_base_layers([each for each in modules if each not in adapted], hooks.gather_knowledge())
 
 
-def _base_tensors(tuner: Tuner, scanned: Scan | None, quantised: Mapping[str, BaseLayer]) -> dict[str, Tensor]:
+def _base_tensors(tuner: Tuner, bases: Mapping[nn.Module, BaseLayer]) -> dict[str, Tensor]:
     """Return the base's own parameters by name: originals where merged, and without those that are trained in full.
 
     If the weight of a target is a buffer, all buffers of the module are included: together they make up the weight. Of
-    the layers in ``quantised``, by path, only the bias is.
+    a layer whose weight a quantiser stores, only the bias is.
     """
-    copied = _left_out(tuner)
-    biased = {join(path, name) for path, name in _trained_biases(tuner, scanned).items()}
-    bases = {target.path: _base_of(target, scanned) for target in tuner.targets}
+    left_out, targeted = _left_out(tuner), {target.module for target in tuner.targets}
+    biased = {join(place.path, layers.bias_name(bases.get(place.module))) for place in tuner.biases}
     found = {}
     for path, module in base_modules(tuner.model):
-        if is_under(path, copied):
+        if is_under(path, left_out):
             continue
-        if path in quantised:
-            own = {quantised[path].bias_name: quantised[path].bias()}
+        base, slots = bases.get(module), slots_of(module)
+        if base is not None and base.packing is not None:
+            own = {base.bias_name: base.bias()}
         else:
-            own = dict(torch_private.own_parameters(module))
-            base, buffers = bases.get(path), dict(module.named_buffers(recurse=False))
-            if base is not None and base.weight_name in buffers:
+            own, buffers = dict(torch_private.own_parameters(module)), dict(module.named_buffers(recurse=False))
+            if base is not None and module in targeted and base.weight_name in buffers:
                 own |= buffers
-        slots = slots_of(module)
         for leaf, tensor in own.items():
             name = join(path, leaf)
             if tensor is None or name in biased:
@@ -132,19 +131,6 @@ def _base_tensors(tuner: Tuner, scanned: Scan | None, quantised: Mapping[str, Ba
 def _left_out(tuner: Tuner) -> set[str]:
     """The paths of what is trained in full."""
     return {*(place.path for place in tuner.copies), *tuner.progress.beside}
-
-
-def _trained_biases(tuner: Tuner, scanned: Scan | None) -> dict[str, str]:
-    """The name of the bias that is trained in each module, by the module's path."""
-    return {place.path: layers.bias_name(_base_of(place, scanned)) for place in tuner.biases}
-
-
-def _base_of(place: Target, scanned: Scan | None) -> BaseLayer | None:
-    """Return the module's base layer as it was when the module was adapted, or as it is if it is not adapted yet."""
-    slots = slots_of(place.module)
-    if slots is not None:
-        return slots.base
-    return scanned.by_path[place.path].base if scanned is not None else None
 
 
 def _sample(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
@@ -223,8 +209,9 @@ def refuse_other_base(
     found = fingerprint(tuner, scanned)
     lines = differences(header.base, found)
     has_other_values = any(line.startswith(_OTHER_VALUES) for line in lines)
-    own = {place.path: torch_private.own_parameters(place.module) for place in tuner.biases}
-    lacking = [path for path, name in _trained_biases(tuner, scanned).items() if own[path].get(name) is None]
+    bases = _bases(tuner, scanned) if tuner.biases else {}
+    biases = ((place, layers.bias_name(bases.get(place.module))) for place in tuner.biases)
+    lacking = [place.path for place, name in biases if torch_private.own_parameters(place.module).get(name) is None]
     if lacking:
         lines.append(f"modules without the bias that the adapter trains: {few(lacking, shown=5)}")
     other = _other_settings(tuner, header, source) if check_config else []

@@ -8,15 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tunerkit import hooks
-from tunerkit.errors import (
-    FileError,
-    PluginError,
-    TunerkitError,
-    UnknownFormatError,
-    closest,
-    shown,
-    warn,
-)
+from tunerkit.errors import FileError, PluginError, TunerkitError, UnknownFormatError, closest, shown, warn
 from tunerkit.extras import DEFAULT_FORMAT, READERS, distribution
 from tunerkit.injection import Tuner
 from tunerkit.paths import few

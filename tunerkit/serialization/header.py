@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import attrs
 import torch
-from attrs.validators import and_, deep_iterable, deep_mapping, instance_of, optional
+from attrs.validators import deep_iterable, deep_mapping, instance_of, optional
 from torch import Tensor
 
 from tunerkit import hooks
@@ -72,11 +72,8 @@ def _is_change(instance: "Header", attribute: _Attribute, change: Any) -> None:
     )
 
 
-def _are_usable(instance: object, attribute: _Attribute, config: dict[str, Any]) -> None:
-    """Check that no number is beyond what a method can compute with."""
-    for number in numbers_in(config):
-        if type(number) is int and abs(number) > _LARGEST_SETTING:
-            raise ValueError(f"{attribute.name}: expected settings below 10**100, got {shown(number)}")
+def _are_settings(value: object) -> bool:
+    return isinstance(value, dict) and not any(abs(number) > _LARGEST_SETTING for number in numbers_in(value))
 
 
 def numbers_in(values: object) -> Iterator[float]:
@@ -94,6 +91,7 @@ def numbers_in(values: object) -> Iterator[float]:
 
 _is_count = _expect("an integer from 0 to 2**63 - 1", _is_size)
 _is_method = _expect("the name of a method", lambda value: isinstance(value, str) and len(value) <= _LONGEST_NAME)
+_has_settings = _expect("a mapping of settings below 10**100", _are_settings)
 _lists_paths = _expect("a list of texts, none of them twice", _are_paths)
 _holds_entry = _expect("a shape of integers, a dtype and a sample of finite numbers", _is_entry)
 
@@ -107,9 +105,9 @@ class Header:
     target]]`` per allocation (training state only).
     """
 
-    kind: str = attrs.field(validator=instance_of(str))
+    kind: str
     method: str = attrs.field(validator=_is_method)
-    config: dict[str, Any] = attrs.field(validator=and_(instance_of(dict), _are_usable))
+    config: dict[str, Any] = attrs.field(validator=_has_settings)
     targets: list[str] = attrs.field(validator=_lists_paths)
     copies: list[str] = attrs.field(validator=_lists_paths)
     biases: list[str] = attrs.field(validator=_lists_paths)

@@ -128,7 +128,7 @@ def dense_layers(tuner: Tuner, dtype: torch.dtype, *, merged: bool) -> dict[str,
         AdapterError: An adapter cannot be merged, the sum contains NaN or inf, a packed weight is sharded, or no kind
             knows a layer that a library has quantised.
     """
-    found = packed_layers(tuner, None)
+    found = packed_layers(tuner)
     for path, module in injection.base_modules(tuner.model):
         if path not in found and (library := targets.quantiser_of(module)) is not None:
             raise AdapterError(
