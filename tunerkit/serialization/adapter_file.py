@@ -127,7 +127,7 @@ def _write(tuner: Tuner, place: Path, allow_nonfinite: bool) -> Path:
     return write_own(tuner, place, header_of(tuner, content="adapter", base=base, values=values), tensors)
 
 
-def header_of(tuner: Tuner, *, content: str, base: Mapping[str, Any] | None = None, **fields: Any) -> Header:
+def header_of(tuner: Tuner, *, content: str, **fields: Any) -> Header:
     """Return the header for a file of ``tuner``; ``content`` is its kind, and only some kinds have the other fields."""
     owner = hooks.registry.owner_of(tuner.method)
     paths = [target.path for target in tuner.targets]
@@ -141,7 +141,6 @@ def header_of(tuner: Tuner, *, content: str, base: Mapping[str, Any] | None = No
         steps=tuner.steps,
         total_steps=tuner.total_steps,
         versions={"tunerkit": version("tunerkit"), "torch": torch.__version__, owner.distribution: owner.version},
-        base=dict(base or {}),
         **fields,
     )
 
@@ -170,8 +169,7 @@ def write_own(tuner: Tuner, place: Path, header: Header, tensors: Mapping[str, T
 def tensors_of(tuner: Tuner, *, allow_nonfinite: bool = False) -> dict[str, Tensor]:
     """Return all tensors of an adapter, by ``<path of the module>.<name in the slot>``.
 
-    Raises:
-        AdapterError: They are offloaded, or contain NaN or inf where the base's own do not.
+    Raises `AdapterError` if they are offloaded, or contain NaN or inf where the base's own do not.
     """
     tensors = {join(path, name): tensor for path, slot in slots_in(tuner) for name, tensor in slot.state_dict().items()}
     away = [name for name, tensor in tensors.items() if tensor.is_meta]

@@ -114,8 +114,8 @@ class Header:
     steps: int = attrs.field(validator=_is_count)
     total_steps: int | None = attrs.field(validator=optional(_is_count))
     versions: dict[str, str] = attrs.field(validator=instance_of(dict))
-    base: dict[str, dict[str, Any]] = attrs.field(
-        validator=deep_mapping(instance_of(str), _holds_entry, instance_of(dict))
+    base: dict[str, Any] = attrs.field(
+        factory=dict, validator=deep_mapping(instance_of(str), _holds_entry, instance_of(dict))
     )
     values: dict[str, Any] = attrs.field(factory=dict, validator=instance_of(dict))
     history: list[Any] = attrs.field(factory=list, validator=deep_iterable(_is_change, instance_of(list)))
