@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import attrs
 import torch
 from torch import Tensor, nn
 
 from tunerkit import hooks, injection, patterns, targets
+from tunerkit.config import unstructure
 from tunerkit.errors import (
     AdapterError,
     BaseMismatchError,
@@ -68,28 +68,25 @@ def adopt(
     products = _products(found, format, bases, other_base)
     factors = {f"{at} ({name})": each for at, own in products.items() for name, each in own._asdict().items()}
     refuse_nonfinite(factors, {}, source)
-
     method, remarks = _method_of(found, source)
+    ready: Mapping[str, Adapter] | None = None
+    settings, own = found.config, found.tensors
+    if method != found.method or not own:
+        with torch.random.fork_rng(devices=[]):  # keep the caller's random state
+            config, ready = hooks.from_factors(method, chosen, tuple(bases.values()), products)
+        settings, own = unstructure(config), {at: made.state_dict() for at, made in ready.items()}
+    tensors |= {join(at, f"adapter.{name}"): tensor for at, each in own.items() for name, tensor in each.items()}
     at_targets = set(found.biases) <= set(found.factors)
-    described: dict[str, Any] = {
+    places = {
         "targets": tuple(patterns.exact_patterns(bases).values()),
         "exclude": (),
         "train_modules": tuple(patterns.exact_patterns(copies).values()),
         "bias": "none" if not found.biases else "adapters" if at_targets else "all",
     }
-    ready: Mapping[str, Adapter] | None = None
-    own = found.tensors
-    if method == found.method and own:
-        try:
-            config = hooks.structure(method, {**found.config, **described})
-        except ConfigError as error:
-            raise FileError(f"{source} has settings that method {method!r} rejects:\n{error}") from error
-    else:
-        with torch.random.fork_rng(devices=[]):  # keep the caller's random state
-            config, ready = hooks.from_factors(method, chosen, tuple(bases.values()), products)
-        config = attrs.evolve(config, **described)
-        own = {at: made.state_dict() for at, made in ready.items()}
-    tensors |= {join(at, f"adapter.{name}"): tensor for at, each in own.items() for name, tensor in each.items()}
+    try:
+        config = hooks.structure(method, {**settings, **places})
+    except ConfigError as error:
+        raise FileError(f"{source} has settings that method {method!r} rejects:\n{error}") from error
     if remarks:
         warn("\n- ".join([f"{source}:", *remarks]))
     tuner = Tuner(
