@@ -40,16 +40,8 @@ def adopt(
 ) -> tuple[Tuner, dict[str, Tensor], Mapping[str, Adapter] | None]:
     """Read an adapter of another program as one of an installed method. The scanned model is not changed.
 
-    One warning tells the user what the adapter lost on its way.
-
-    Returns:
-        The handle, the tensors by their names in a file of ours, and the adapters that the method has built already.
-
-    Raises:
-        FileError: The files are damaged, or hold what tunerkit cannot.
-        BaseMismatchError: They do not fit this model.
-        TargetError: A weight is tied or cannot be adapted.
-        UnknownMethodError: Neither the method nor LoRA is installed.
+    One warning tells the user what the adapter lost on its way. Return the handle, the tensors by their names in a file
+    of ours, and the adapters that the method has built already, if it was given products.
     """
     source, model = os.fspath(path), scanned.root.module
     found = _read(format, Path(path), model)

@@ -39,9 +39,8 @@ def replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     Several writers of one path do not disturb each other: each has its own temporary file and a lock on it. The kernel
     releases the lock of a writer that was killed. The next writer then finds the file unlocked and removes it.
 
-    Raises:
-        FileError: The file cannot be written; an older one is unchanged. Or only the folder could not be flushed: the
-            new file is there then, as the message says.
+    Raises `FileError` if it cannot be written, and an older one is unchanged; or if only the folder could not be
+    flushed, and the message says that the new file is there.
     """
     try:
         missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]

@@ -195,11 +195,9 @@ def _not_ours(source: str) -> FileError:
 
 
 def write(place: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
-    """Write a file of tunerkit's, completely or not at all.
+    """Write a file of tunerkit's, completely or not at all, and not over a safetensors file of another program.
 
-    Raises:
-        FileError: It cannot be written, or there is a safetensors file that tunerkit did not write, such as a base
-            model's weights. One whose header cannot be read may be ours and damaged, and is replaced.
+    One whose header cannot be read may be ours and damaged, and is replaced.
     """
     metadata = metadata_at(place)
     if metadata is not None and not is_ours(metadata):

@@ -90,12 +90,9 @@ def fill(
 ) -> dict[str, Slot]:
     """Copy a file's tensors into slots, each as soon as it comes, and return the slots by path.
 
-    Slots that do not fit are not kept.
-
-    Raises:
-        FileError: Tensors are missing, unexpected, misshapen, of another kind, or not finite once they are in the
-            slots' precision; the error lists the first ones, and counts all.
-        BaseMismatchError: Only modules that are trained in full have another size in this base.
+    Slots that do not fit are not kept. Raises `FileError` if tensors are missing, unexpected, misshapen, of another
+    kind, or not finite once they are in the slots' precision; `BaseMismatchError` if only what is trained in full has
+    another size in this base.
     """
     filled: dict[str, Slot] = {}
     problems: list[str] = []
