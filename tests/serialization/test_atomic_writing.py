@@ -215,5 +215,5 @@ def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs Linux's /proc")
 def test_a_folder_that_cannot_be_created_is_named() -> None:
     """Linux allows nobody to create a folder there."""
-    with pytest.raises(FileError, match=r"the folder /proc/none cannot be created.*Pass a folder in which you may"):
+    with pytest.raises(FileError, match=r"the folder /proc/none cannot be created.*Pass another folder, in which you"):
         replace(Path("/proc/none/a.safetensors"), [b"new"])

@@ -7,6 +7,9 @@ import pytest
 import torch
 
 import tunerkit
+from tests.support.adapter_files import rewritten
+from tunerkit.errors import FileError
+from tunerkit.serialization.training_state import restore_
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_adapters import Shift
 from tunerkit_testing.toy_methods import ShiftConfig, Shifting
@@ -64,3 +67,20 @@ def test_a_state_that_cannot_be_restored_changes_nothing(toys: "Toys", tmp_path:
         assert state.keys() == {"average", "adapters"}
         assert torch.equal(state["average"], torch.ones(3))
         assert all(a is b for a, b in zip(state["adapters"], tuner.adapters().values(), strict=True))
+
+
+def test_weights_that_cannot_be_restored_change_nothing(toys: "Toys", tmp_path: Path) -> None:
+    """The misfit is in the last module, after others have been filled."""
+    path = tunerkit.save(toys.fill_(toys.trained(), seed=5), tmp_path)
+
+    def remove(fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["layers.1.adapter.a"]
+
+    model = toys.trained()
+    tuner = tunerkit.tuner(model)
+    before = {parameter: parameter.detach().clone() for parameter in tuner.parameters()}
+    with pytest.raises(FileError, match=r"missing: layers\.1\.adapter\.a"):
+        restore_(tuner, rewritten(path, tmp_path / "x.safetensors", remove))
+    assert all(torch.equal(before[parameter], parameter) for parameter in tuner.parameters())
+    restore_(tuner, path)
+    assert any(not torch.equal(before[parameter], parameter) for parameter in tuner.parameters())

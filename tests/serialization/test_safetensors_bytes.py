@@ -1,4 +1,4 @@
-"""The bytes of a safetensors file: as the library writes them, and read without a copy."""
+"""The bytes of a safetensors file: as the library writes them, with its metadata in order."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from tunerkit.errors import FileError
-from tunerkit.serialization.safetensors_file import _DTYPES, pack, read, write
+from tunerkit.serialization.safetensors_file import _DTYPES, plain, read, write
 
 
 def test_a_file_has_the_bytes_that_the_library_writes(tmp_path: Path) -> None:
@@ -20,16 +20,18 @@ def test_a_file_has_the_bytes_that_the_library_writes(tmp_path: Path) -> None:
         if name != "C64"
     }
     tensors |= {"a": base.T, "b": base[1:, ::2], "c": base, "d": torch.empty(0, 3), "e": torch.tensor(3.0)}
-    entries, stored = pack(tensors)
+    write(path := tmp_path / "x.safetensors", plain(tensors), {"k": "v"})
     expected = safetensors.torch.save({name: tensor.clone().contiguous() for name, tensor in tensors.items()})
-    assert b"".join(stored.values()) == expected[8 + int.from_bytes(expected[:8], "little") :]
-    found, metadata, _ = read(
-        write(tmp_path / "x.safetensors", entries, stored, {"k": "v"}), lambda metadata, names: None
-    )
+    assert _data_of(path.read_bytes()) == _data_of(expected)
+    found, metadata = read(path, lambda metadata, names: None)
     assert metadata == {"k": "v"}
     assert found.keys() == tensors.keys()
     assert all(torch.equal(tensors[name].double(), each.double()) for name, each in found.items())
     assert all(tensors[name].dtype == each.dtype and tensors[name].shape == each.shape for name, each in found.items())
+
+
+def _data_of(content: bytes) -> bytes:
+    return content[8 + int.from_bytes(content[:8], "little") :]
 
 
 PLACES: dict[str, dict[str, list[object]]] = {

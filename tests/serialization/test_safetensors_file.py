@@ -235,7 +235,7 @@ def test_a_name_or_a_text_that_is_no_unicode_is_refused(toys: "Toys", saved: Pat
     ):
         text = json.dumps(changed).encode()
         saved.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
-        with pytest.raises(FileError, match=r"header cannot be read: '\\ud800' is no character but half of a"):
+        with pytest.raises(FileError, match="cannot be read as a safetensors file"):
             tunerkit.load(toys.net(), saved)
 
 
@@ -263,7 +263,7 @@ def test_a_shape_that_no_tensor_has_is_refused_in_the_time_of_reading_it(shape: 
     path.write_bytes(len(content).to_bytes(8, "little") + content + bytes(4))
 
     def load() -> None:
-        with pytest.raises(FileError, match=r"shape for .* that no tensor has|wrong place"):
+        with pytest.raises(FileError, match="cannot be read as a safetensors file"):
             safetensors_file.read(path, lambda metadata, names: None)
 
     plain, ours = (min(_cpu_seconds(call) for _ in range(3)) for call in (lambda: json.loads(text), load))

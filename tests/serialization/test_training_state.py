@@ -78,7 +78,7 @@ def test_a_training_state_that_is_not_finite_is_neither_saved_nor_loaded(
     wrong = tunerkit.State(tensors={"seen": torch.tensor([torch.nan])}, values={"steps": 0})
     for state, error, words in (
         (wrong, AdapterError, r"NaN or inf in 1 of 1 tensors: seen"),
-        (tunerkit.State(tensors={}, values={"best": float("inf")}), FileError, "cannot hold NaN, inf .*: best"),
+        (tunerkit.State(tensors={}, values={"best": float("inf")}), FileError, "cannot hold NaN, inf"),
     ):
         monkeypatch.setattr(injection, "training_state", lambda tuner, state=state: state)
         with pytest.raises(error, match=words):

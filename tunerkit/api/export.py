@@ -19,13 +19,10 @@ def export(
     adapter: str | None = None,
     **options: Any,
 ) -> Path:
-    """Write an adapter in the format of another program, such as a PEFT folder.
+    """Write an adapter in the format of another program, such as a PEFT folder. Each format is a plugin.
 
-    Every method whose adapters add products of two small matrices can be exported, LoRA and AdaLoRA among them. Each
-    format is a plugin: tunerkit-peft, tunerkit-gguf and tunerkit-diffusers.
-
-    A new folder appears whole or not at all. Files of an older adapter in the same format are replaced; any other file
-    is left alone.
+    Every method whose adapters add products of two small matrices can be exported, LoRA and AdaLoRA among them. A new
+    folder appears whole or not at all. Files of an older adapter in the same format are replaced, and no others.
 
     Args:
         model: The wrapped model.
@@ -52,19 +49,16 @@ def export(
         serialization.tensors_of(tuner)  # which raises for NaN and inf
         return serialization.write_format(tuner, place, found, settings)
 
-    written = serialization.write_trained(tuner, place, write)
-    injection.warn_of_base_changes([tuner])
-    return written
+    return serialization.write_trained(tuner, place, write)
 
 
 def from_folder(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> tuple[Any, Any]:
-    """Load the base model, its adapter and its processor from the output folder of ``tunerkit train``.
+    """Load a base model with its adapter, and its processor, from the output folder of ``tunerkit train``.
 
     Both are ready for ``transformers.pipeline``::
 
         model, tokenizer = tunerkit.from_folder("out")
         classify = transformers.pipeline("text-classification", model=model, tokenizer=tokenizer)
-        classify("A wonderful film.")
 
     Args:
         path: The folder.
@@ -78,12 +72,11 @@ def from_folder(path: str | os.PathLike[str], base: str | os.PathLike[str] | Non
         BaseMismatchError: ``base`` is another model than the one that was trained.
         TunerkitError: transformers cannot load the base from there.
     """
-    found = hooks.first(hooks.specs.tunerkit_open_run, path=Path(path), base=None if base is None else os.fspath(base))
-    if found is None:
-        reader = distribution(RUNS)
-        raise FileError(
-            f"{os.fspath(path)}: no installed plugin knows this folder. What `tunerkit train` writes is read by "
-            f"{reader}, and {hooks.registry.absence(reader)} ({install(RUNS)}); an adapter's file, by "
-            "tunerkit.load(base, path)"
-        )
-    return found
+    base = None if base is None else os.fspath(base)
+    if found := hooks.first(hooks.specs.tunerkit_open_run, path=Path(path), base=base):
+        return found
+    reader = distribution(RUNS)
+    raise FileError(
+        f"{os.fspath(path)}: no installed plugin knows this folder. What `tunerkit train` writes is read by {reader}, "
+        f"and {hooks.registry.absence(reader)} ({install(RUNS)}); an adapter's file, by tunerkit.load(base, path)"
+    )

@@ -10,7 +10,7 @@ from tunerkit.serialization.adapter_file import (
     write_trained,
 )
 from tunerkit.serialization.atomic_writing import locked, replace, scratch_in
-from tunerkit.serialization.base_check import note_base
+from tunerkit.serialization.fingerprint import note_base
 from tunerkit.serialization.formats import SCRATCH, find_format, format_at, write_format
 from tunerkit.serialization.header import is_foreign, read
 from tunerkit.serialization.merge import (
@@ -24,4 +24,4 @@ from tunerkit.serialization.merge import (
 )
 from tunerkit.serialization.packed import dense_layers, replace_by_dense_, rounding
 from tunerkit.serialization.safetensors_file import checked_path, file_at, folder_of, has_file
-from tunerkit.serialization.training_state import carry, forget_state_, load_state, restore_, save_state
+from tunerkit.serialization.training_state import carry, load_state, restore_, save_state

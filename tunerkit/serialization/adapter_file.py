@@ -4,7 +4,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from importlib import metadata
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,10 +17,11 @@ from tunerkit.errors import AdapterError, BaseMismatchError, TargetError, warn
 from tunerkit.injection import Progress, Tuner, slots_in
 from tunerkit.paths import few, join
 from tunerkit.serialization.adopting import adopt
-from tunerkit.serialization.base_check import (
+from tunerkit.serialization.fingerprint import (
     base_values,
     beside_of,
-    describe_base,
+    described,
+    fingerprint,
     note_base,
     refuse_other_base,
     refuse_places,
@@ -29,7 +30,7 @@ from tunerkit.serialization.base_check import (
 from tunerkit.serialization.formats import format_at
 from tunerkit.serialization.header import Header, read, write
 from tunerkit.serialization.safetensors_file import file_at
-from tunerkit.serialization.tensor_checks import fill, limit_for, nonfinite, refuse_nonfinite
+from tunerkit.serialization.tensor_checks import fill, limit_for, refuse_nonfinite
 from tunerkit.targets import Scan
 
 _RANKS = "ranks"  # the entry with the live ranks, from which `tunerkit show` tells them without the plugin
@@ -37,6 +38,11 @@ _CALIBRATION = "calibration"  # the entry of the header's ``values`` with the da
 _REBUILD = (
     "wrap first, then build the optimizer from the parameters with requires_grad. tunerkit.attach(model, optimizer) "
     "finds this before training"
+)
+_DIVERGED = (
+    "Nothing was written, and an older file is unchanged. The training has diverged: lower the learning rate, check "
+    "the loss, and start again from a file saved earlier. To write the weights all the same and examine them, call "
+    "tunerkit.save(..., allow_nonfinite=True)"
 )
 M = TypeVar("M", bound=nn.Module)
 
@@ -46,9 +52,8 @@ def save(
 ) -> Path:
     """Write one adapter to a file.
 
-    An older file of the adapter is replaced atomically: a reader sees the old file or the new one. The new file has its
-    mode. An adapter that was never trained triggers a warning, and so does a base that is trained too or was resized:
-    the file does not hold it.
+    An older file of the adapter is replaced atomically, and the new one keeps its mode. A warning says if the adapter
+    was never trained, or if the base was trained too or resized, which the file does not hold.
 
     Args:
         model: The wrapped model.
@@ -69,16 +74,14 @@ def save(
     """
     tuner, place = injection.tuner(model, adapter), file_at(path, "adapter")
     steps.report_undriven(tuner, saving=True)
-    written = write_trained(tuner, place, functools.partial(_write, tuner, place, allow_nonfinite))
-    injection.warn_of_base_changes([tuner])
-    return written
+    return write_trained(tuner, place, functools.partial(_write, tuner, place, allow_nonfinite))
 
 
 def write_trained(tuner: Tuner, place: Path, write: Callable[[], Path]) -> Path:
     """Call ``write`` in one process, after the checks of an adapter at the end of its training; return its path.
 
     A method that needs steps must have seen one, unless the adapter came from a file. Warn if the ranks are above their
-    final budget, or if nothing was trained.
+    final budget, if nothing was trained, or if the base was.
     """
     if injection.needs_steps(tuner) and _is_fresh(tuner):
         raise AdapterError(
@@ -90,6 +93,7 @@ def write_trained(tuner: Tuner, place: Path, write: Callable[[], Path]) -> Path:
     with tuner.whole():
         written = written_once(tuner, place, write)
         _warn_of_untrained(tuner)
+    injection.warn_of_base_changes([tuner])
     return written
 
 
@@ -101,60 +105,8 @@ def save_tuner(tuner: Tuner, path: str | os.PathLike[str], *, allow_nonfinite: b
         return written_once(tuner, place, functools.partial(_write, tuner, place, allow_nonfinite))
 
 
-def _write(tuner: Tuner, place: Path, allow_nonfinite: bool) -> Path:
-    tensors = tensors_of(tuner, allow_nonfinite=allow_nonfinite)
-    description = describe_base(tuner)
-    if tuner.progress.calibration is not None:
-        description["values"][_CALIBRATION] = tuner.progress.calibration
-    description["values"][_RANKS] = tuner.ranks()
-    return write_own(tuner, place, header_of(tuner, content="adapter", **description), tensors)
-
-
-def header_of(tuner: Tuner, *, content: str, base: Mapping[str, Any] | None = None, **fields: Any) -> Header:
-    """Return the header for a file of ``tuner``; ``content`` is its kind, and only some kinds have the other fields."""
-    owner = hooks.registry.owner_of(tuner.method)
-    versions = {"tunerkit": metadata.version("tunerkit"), "torch": torch.__version__, owner.distribution: owner.version}
-    return Header(
-        kind=content,
-        method=tuner.method,
-        config=patterns.at_paths(unstructure(tuner.config.settled()), [target.path for target in tuner.targets]),
-        targets=[target.path for target in tuner.targets],
-        copies=[place.path for place in tuner.copies],
-        biases=[place.path for place in tuner.biases],
-        steps=tuner.steps,
-        total_steps=tuner.total_steps,
-        versions=versions,
-        base=dict(base or {}),
-        **fields,
-    )
-
-
-def write_own(tuner: Tuner, place: Path, header: Header, tensors: Mapping[str, Tensor]) -> Path:
-    """Write an adapter or its training state. Warn if the file was the only such one of another adapter here."""
-    write(place, header, tensors)
-    file, content, own = os.path.realpath(place), header.kind, tuner.progress.files
-    for other in injection.tuners_of(tuner.model).values():
-        held = other.progress.files
-        if file not in own and [name for name, kind in held.items() if kind == content] == [file]:
-            what, now = ("adapter", "") if content == "adapter" else ("the training state of adapter", "that of ")
-            warn(
-                f"{file} held {what} {other.name!r} of this model, and holds {now}{tuner.name!r} now. If you want "
-                f"both, save {other.name!r} again, into a folder or under a file name of its own"
-            )
-        if other is not tuner:
-            held.pop(file, None)
-    own[file] = content
-    return place
-
-
 def written_once(tuner: Tuner, place: Path, write: Callable[[], Path]) -> Path:
-    """Return the path of the written file: of several processes that train an adapter together, one writes it.
-
-    Args:
-        tuner: The adapter's handle.
-        place: Where it is written.
-        write: Writes it, and returns the path.
-    """
+    """Call ``write`` in one of the processes that train an adapter together; return the path in all of them."""
     engine = injection.engine_of(tuner)
     if engine is None:
         return write()
@@ -166,14 +118,58 @@ def written_once(tuner: Tuner, place: Path, write: Callable[[], Path]) -> Path:
     return engine.write_once(place, content, write)
 
 
+def _write(tuner: Tuner, place: Path, allow_nonfinite: bool) -> Path:
+    tensors = tensors_of(tuner, allow_nonfinite=allow_nonfinite)
+    values = {**described(tuner), _RANKS: tuner.ranks()}
+    if tuner.progress.calibration is not None:
+        values[_CALIBRATION] = tuner.progress.calibration
+    base = tuner.progress.fingerprint or fingerprint(tuner)  # the one from before a permanent merge
+    return write_own(tuner, place, header_of(tuner, content="adapter", base=base, values=values), tensors)
+
+
+def header_of(tuner: Tuner, *, content: str, **fields: Any) -> Header:
+    """Return the header for a file of ``tuner``; ``content`` is its kind, and only some kinds have the other fields."""
+    owner = hooks.registry.owner_of(tuner.method)
+    paths = [target.path for target in tuner.targets]
+    return Header(
+        kind=content,
+        method=tuner.method,
+        config=patterns.at_paths(unstructure(tuner.config.settled()), paths),
+        targets=paths,
+        copies=[place.path for place in tuner.copies],
+        biases=[place.path for place in tuner.biases],
+        steps=tuner.steps,
+        total_steps=tuner.total_steps,
+        versions={"tunerkit": version("tunerkit"), "torch": torch.__version__, owner.distribution: owner.version},
+        **fields,
+    )
+
+
+def write_own(tuner: Tuner, place: Path, header: Header, tensors: Mapping[str, Tensor]) -> Path:
+    """Write an adapter or its training state. Warn if the file was the only such one of another adapter here."""
+    write(place, header, tensors)
+    file, content, own = os.path.realpath(place), header.kind, tuner.progress.files
+    for other in injection.tuners_of(tuner.model).values():
+        held = other.progress.files
+        if file not in own and [name for name, kind in held.items() if kind == content] == [file]:
+            what = "" if content == "adapter" else "the training state of "
+            warn(
+                f"{file} held {what}adapter {other.name!r} of this model, and holds {what}{tuner.name!r} now. If you "
+                f"want both, save {other.name!r} again, into a folder or under a file name of its own"
+            )
+        if other is not tuner:
+            held.pop(file, None)
+    own[file] = content
+    return place
+
+
 # --- Before an adapter is written -------------------------------------------------------------------------------------
 
 
 def tensors_of(tuner: Tuner, *, allow_nonfinite: bool = False) -> dict[str, Tensor]:
     """Return all tensors of an adapter, by ``<path of the module>.<name in the slot>``.
 
-    Raises:
-        AdapterError: They are offloaded, or contain NaN or inf where the base's own do not.
+    Raises `AdapterError` if they are offloaded, or contain NaN or inf where the base's own do not.
     """
     tensors = {join(path, name): tensor for path, slot in slots_in(tuner) for name, tensor in slot.state_dict().items()}
     away = [name for name, tensor in tensors.items() if tensor.is_meta]
@@ -185,13 +181,8 @@ def tensors_of(tuner: Tuner, *, allow_nonfinite: bool = False) -> dict[str, Tens
             f"adapter {tuner.name!r} is on the meta device ({away[0]}, ...), so there is nothing to save: {way_out} "
             "first"
         )
-    if not allow_nonfinite and (wrong := nonfinite(tensors, base_values(tuner))):
-        raise AdapterError(
-            f"adapter {tuner.name!r} has NaN or inf in {len(wrong)} of {len(tensors)} tensors: {few(wrong, shown=5)}. "
-            "Nothing was written, and an older file is unchanged. The training has diverged: lower the learning rate, "
-            "check the loss, and start again from a file saved earlier. To write the weights all the same and examine "
-            "them, call tunerkit.save(..., allow_nonfinite=True)"
-        )
+    if not allow_nonfinite:
+        refuse_nonfinite(tensors, base_values(tuner), f"adapter {tuner.name!r}", _DIVERGED, AdapterError)
     return tensors
 
 
@@ -224,27 +215,24 @@ def _warn_of_untrained(tuner: Tuner) -> None:
     """Warn of what nothing trained. A method that needs steps cannot miss them, and `attach` looks at what it holds."""
     if tuner.progress.loaded or injection.needs_steps(tuner) or (tuner.steps == 0 and not _is_fresh(tuner)):
         return
-    if injection.is_untrained(tuner, copies=False):
-        if tuner.steps == 0 and injection.is_untrained(tuner):
-            text = (
-                f"adapter {tuner.name!r} was saved untrained: it adds nothing to the model. Most often the optimizer "
-                f"was built before tunerkit.wrap, or from other parameters: {_REBUILD}"
-            )
-        else:
-            after = f" after {tuner.steps} steps" if tuner.steps else ""
-            text = (
-                f"adapter {tuner.name!r} was saved{after}, and none of its matrices is trained: they add nothing to "
-                "the model. Check that the optimizer holds them, that they were not frozen by hand (requires_grad), "
-                "that gradients are cleared after the step and not before it, and that the learning rate is not 0"
-            )
-    elif tuner.steps == 0 and (kept := injection.untrained_copies(tuner)):
-        text = (
-            f"adapter {tuner.name!r} was saved, and what it trains in full is as it was: {few(kept, shown=3)}. A new "
-            f"head is random then. Most often the optimizer was built without it: {_REBUILD}"
+    saved = f"adapter {tuner.name!r} was saved"
+    if tuner.steps == 0 and injection.is_untrained(tuner):
+        warn(
+            f"{saved} untrained: it adds nothing to the model. Most often the optimizer was built before "
+            f"tunerkit.wrap, or from other parameters: {_REBUILD}"
         )
-    else:
-        return
-    warn(text)
+    elif injection.is_untrained(tuner, copies=False):
+        after = f" after {tuner.steps} steps" if tuner.steps else ""
+        warn(
+            f"{saved}{after}, and none of its matrices is trained: they add nothing to the model. Check that the "
+            "optimizer holds them, that they were not frozen by hand (requires_grad), that gradients are cleared after "
+            "the step and not before it, and that the learning rate is not 0"
+        )
+    elif tuner.steps == 0 and (kept := injection.untrained_copies(tuner)):
+        warn(
+            f"{saved}, and what it trains in full is as it was: {few(kept, shown=3)}. A new head is random then. Most "
+            f"often the optimizer was built without it: {_REBUILD}"
+        )
 
 
 def _is_fresh(tuner: Tuner) -> bool:
@@ -265,10 +253,10 @@ def load(
 ) -> M:
     """Put a saved adapter into a model, in place.
 
-    If this raises, nothing is loaded. The error lists every problem. A KeyboardInterrupt leaves the base unchanged too,
-    unless it comes after the adapter is complete.
+    If this raises, the model is unchanged, and the error lists every problem. A KeyboardInterrupt leaves it unchanged
+    too, unless it comes after the adapter is complete.
 
-    Adapters of other programs are loaded too, if a plugin knows their format: tunerkit-peft reads PEFT's folders, and
+    Adapters of other programs are loaded if a plugin knows their format: tunerkit-peft reads PEFT's folders, and
     tunerkit-diffusers the files of diffusers and Kohya. One warning says what such an adapter lost on its way.
 
     Args:
@@ -295,7 +283,7 @@ def load(
     """
     # Torch trains no parameter that is made in inference mode.
     with layers.weights.new_modules_whole(), torch.inference_mode(False):
-        return load_onto(base, path, adapter=adapter, trainable=trainable, check_config=check_config)
+        return _load(base, path, adapter, trainable=trainable, check_config=check_config)
 
 
 def open_unloaded(skeleton: M, path: str | os.PathLike[str], *, adapter: str = "default") -> M:
@@ -303,19 +291,18 @@ def open_unloaded(skeleton: M, path: str | os.PathLike[str], *, adapter: str = "
 
     The adapter itself is on the CPU. The model cannot run. Of the base, only names, shapes and settings are compared.
     """
-    return load_onto(skeleton, path, adapter=adapter, unloaded=True)
+    return _load(skeleton, path, adapter, unloaded=True)
 
 
-def load_onto(
+def _load(
     base: M,
     path: str | os.PathLike[str],
-    *,
     adapter: str,
+    *,
     trainable: bool = False,
     check_config: bool = True,
     unloaded: bool = False,
 ) -> M:
-    """Do what `load` and `open_unloaded` say."""
     root = injection.ready_model(base, adapter, trainable=trainable)
     format = format_at(path)
     file = None if format is not None else read(path, content="adapter")
@@ -323,20 +310,22 @@ def load_onto(
     targets.warn_of_unknown_packed(scanned)
     if trainable:
         targets.refuse_impassable(scanned)
-    if file is None:
-        assert format is not None
-        tuner, slots = adopt(format, path, scanned, adapter)
-        note_base(tuner, scanned)
+    if format is not None:
+        source, header = os.fspath(path), None
+        tuner, tensors, ready = adopt(format, path, scanned, adapter)
     else:
-        source, tensors, header = file
+        assert file is not None
+        (source, tensors, header), ready = file, None
         tuner = _tuner_from(header, scanned, adapter, source)
-        note_base(tuner, scanned)
+    note_base(tuner, scanned)
+    if header is not None:
         refuse_other_base(tuner, header, source, scanned, check_config=check_config)
-        refuse_nonfinite(tensors, base_values(tuner), source)
-        # The file overwrites the initial values; keep the caller's random state.
-        with torch.random.fork_rng(devices=[]):
-            built = injection.build_each(scanned, tuner, around=limit_for(header.config, tensors, source))
-            slots = fill(built, tensors, root, source)
+    refuse_nonfinite(tensors, base_values(tuner), source)
+    # The file overwrites the initial values; keep the caller's random state.
+    with torch.random.fork_rng(devices=[]):
+        around = limit_for(unstructure(tuner.config), tensors, source)
+        built = injection.build_each(scanned, tuner, around=around, ready=ready)
+        slots = fill(built, tensors, root, source)
     injection.inject_(tuner, slots, scanned, trainable=trainable)
     steps.watch_(tuner)
     warn_of_lone(tuner)

@@ -1,112 +1,147 @@
-"""Adopt an adapter of another program: find its places in the model, and build it as one of an installed method."""
+"""Adopt an adapter of another program: find its places in the model, and make it one of an installed method."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tunerkit import hooks, injection, patterns, targets
+from tunerkit.config import unstructure
 from tunerkit.errors import (
+    AdapterError,
     BaseMismatchError,
     ConfigError,
     FileError,
+    PluginError,
     TargetError,
     UnknownMethodError,
     first,
     shown,
     warn,
 )
-from tunerkit.injection import Progress, Slot, Tuner
-from tunerkit.layers import Adapter, BaseLayer, bias_name, misfit, torch_private
+from tunerkit.injection import Progress, Tuner
+from tunerkit.layers import Adapter, BaseLayer, bias_name, misfit, torch_private, weights
 from tunerkit.paths import few, is_under, join
-from tunerkit.records import Foreign, Format, Target
-from tunerkit.serialization.base_check import base_values, refuse_places
-from tunerkit.serialization.formats import product_at, read_foreign
-from tunerkit.serialization.tensor_checks import fill, limit_for, nonfinite
+from tunerkit.records import Factors, Foreign, Format, Target
+from tunerkit.serialization.fingerprint import refuse_places
+from tunerkit.serialization.formats import naming
+from tunerkit.serialization.tensor_checks import refuse_nonfinite
 from tunerkit.targets import Scan
 
 # Every method's adapters can be told to become these: their products say all.
 _COMMON = "lora"
 
 
-def adopt(format: Format, path: str | os.PathLike[str], scanned: Scan, adapter: str) -> tuple[Tuner, dict[str, Slot]]:
-    """Read an adapter of another program, and build it for the scanned model, which is not changed.
+def adopt(
+    format: Format, path: str | os.PathLike[str], scanned: Scan, adapter: str
+) -> tuple[Tuner, dict[str, Tensor], Mapping[str, Adapter] | None]:
+    """Read an adapter of another program as one of an installed method. The scanned model is not changed.
 
-    One warning tells the user what the adapter lost on its way.
-
-    Args:
-        format: The format of the files.
-        path: The files.
-        scanned: The scan of the model.
-        adapter: The adapter's name.
-
-    Raises:
-        FileError: The files are damaged, or hold what tunerkit cannot.
-        BaseMismatchError: They do not fit this model.
-        TargetError: A weight is tied or cannot be adapted.
-        UnknownMethodError: Neither the method nor LoRA is installed.
+    One warning tells the user what the adapter lost on its way. Return the handle, the tensors by their names in a file
+    of ours, and the adapters that the method has built already, if it was given products.
     """
-    source = os.fspath(path)
-    found = read_foreign(format, Path(path), scanned.root.module)
+    source, model = os.fspath(path), scanned.root.module
+    found = _read(format, Path(path), model)
     if not found.factors:
         raise FileError(f"{source} holds no adapter: there is no target in it, so there is nothing to load")
-    chosen, copies, biases, in_full = _places(found, scanned, source)
-    # `refuse_places` has named the targets without a base layer.
+    other_base = f"{source} was made for another base model{f', {shown(found.base)}' if found.base else ''}"
+    try:
+        targets.from_paths(scanned, [*found.factors, *found.copies, *found.biases])
+    except TargetError as error:
+        raise BaseMismatchError(f"{other_base}: {error}") from error
+    tensors, copies = _in_full(found, scanned)
+    _refuse_biases(found, scanned, source)
+    chosen = _targets_of(found, scanned, source)
+    refuse_places(scanned, chosen, copies, source)
     bases = {target.path: base for target in chosen if (base := scanned.by_path[target.path].base) is not None}
-    _refuse_misfits(found, format, bases, source)
-    method, told = _method_of(found, source)
-    described = _descriptions(chosen, copies, biases)
+    products = _products(found, format, bases, other_base)
+    factors = {f"{at} ({name})": each for at, own in products.items() for name, each in own._asdict().items()}
+    refuse_nonfinite(factors, {}, source)
+    method, remarks = _method_of(found, source)
     ready: Mapping[str, Adapter] | None = None
-    own = found.tensors
-    if method == found.method and own:
-        try:
-            config = hooks.structure(method, {**found.config, **described})
-        except ConfigError as error:
-            raise FileError(f"{source} has settings that method {method!r} rejects:\n{error}") from error
-    else:
-        products = {target.path: product_at(found, target.path, format) for target in chosen}
+    settings, own = found.config, found.tensors
+    if method != found.method or not own:
         with torch.random.fork_rng(devices=[]):  # keep the caller's random state
             config, ready = hooks.from_factors(method, chosen, tuple(bases.values()), products)
-        config = attrs.evolve(config, **described)
-        own = {at: made.state_dict() for at, made in ready.items()}
-    tensors = {join(at, f"adapter.{name}"): tensor for at, each in own.items() for name, tensor in each.items()}
-    tensors |= in_full
+        settings, own = unstructure(config), {at: made.state_dict() for at, made in ready.items()}
+    tensors |= {join(at, f"adapter.{name}"): tensor for at, each in own.items() for name, tensor in each.items()}
+    at_targets = set(found.biases) <= set(found.factors)
+    places = {
+        "targets": tuple(patterns.exact_patterns(bases).values()),
+        "exclude": (),
+        "train_modules": tuple(patterns.exact_patterns(copies).values()),
+        "bias": "none" if not found.biases else "adapters" if at_targets else "all",
+    }
+    try:
+        config = hooks.structure(method, {**settings, **places})
+    except ConfigError as error:
+        raise FileError(f"{source} has settings that method {method!r} rejects:\n{error}") from error
+    if remarks:
+        warn("\n- ".join([f"{source}:", *remarks]))
     tuner = Tuner(
         name=adapter,
         method=method,
         config=config,
-        model=scanned.root.module,
+        model=model,
         targets=chosen,
-        copies=copies,
-        biases=biases,
-        progress=Progress(loaded=True, shapes=injection.shapes_of(scanned.root.module)),
+        copies=targets.from_paths(scanned, copies),
+        biases=targets.from_paths(scanned, [*found.biases]),
+        progress=Progress(loaded=True, shapes=injection.shapes_of(model)),
     )
-    if wrong := nonfinite(tensors, base_values(tuner)):
-        raise FileError(_not_finite(source, wrong, len(tensors)))
-    with torch.random.fork_rng(devices=[]):
-        around = limit_for(found.config, tensors, source)
-        built = injection.build_each(scanned, tuner, around=around, ready=ready)
-        slots = fill(built, tensors, scanned.root.module, source, misfit="does not fit this model")
-    if remarks := (*found.remarks, *told):
-        warn("\n- ".join([f"{source}:", *remarks]))
-    return tuner, slots
+    return tuner, tensors, ready
 
 
-def _places(
-    found: Foreign, scanned: Scan, source: str
-) -> tuple[tuple[Target, ...], tuple[Target, ...], tuple[Target, ...], dict[str, Tensor]]:
-    """Return the targets, the copies and the biases of an adapter, and the tensors of what it trains in full."""
-    try:
-        named = targets.from_paths(scanned, [*found.factors, *found.copies, *found.biases])
-    except TargetError as error:
-        base = f", {shown(found.base)}" if found.base else ""
-        raise BaseMismatchError(f"{source} was made for another base model{base}: {error}") from error
-    modules = {place.path: place for place in named}
-    tensors: dict[str, Tensor] = {join(path, "bias"): bias for path, bias in found.biases.items()}
+def _read(format: Format, path: Path, model: nn.Module) -> Foreign:
+    """Let the format's plugin read the files, and check what it returned."""
+    if (holder := weights.emptied(model.parameters())) is not None:
+        raise AdapterError(
+            f"{path} is in the format {format.name!r}, whose reader needs the base's own shapes and values, and "
+            f"{holder.name} has partitioned these: load it onto a whole base in one process, tunerkit.save it "
+            "there, and load that file here"
+        )
+    with naming(format, "read"):
+        found: Any = format.read(path, model)  # Any: the plugin may return anything
+    if not isinstance(found, Foreign):
+        raise PluginError(f"read of format {format.name!r} returned {shown(found)}; it must return a tunerkit.Foreign")
+    if wrong := list(_wrong_fields(found)):
+        raise PluginError(
+            f"read of format {format.name!r} returned a tunerkit.Foreign whose {few(wrong, shown=5)}; see its docstring"
+        )
+    return found
+
+
+def _wrong_fields(found: Any) -> Iterator[str]:
+    """Say of each field of a record what it must be and is not."""
+    if not _are(str, (found.method, found.base)):
+        yield "method and base must be texts"
+    if not isinstance(found.remarks, tuple | list) or not _are(str, found.remarks):
+        yield "remarks must be a tuple of texts"
+    if not _are(Mapping, (found.factors, found.config, found.tensors, found.copies)):
+        yield "factors and config, tensors and copies must be mappings"
+    elif not all(map(_are_tensors, (found.biases, *found.tensors.values(), *found.copies.values()))):
+        yield "biases must be tensors by path, and tensors and copies must be mappings of tensors by path"
+    elif found.tensors and found.tensors.keys() != set(found.factors):
+        yield "tensors must have the paths of factors, or be empty"
+
+
+def _is_matrix(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 2 and value.is_floating_point()
+
+
+def _are(kind: type, values: Iterable[object]) -> bool:
+    return all(isinstance(each, kind) for each in values)
+
+
+def _are_tensors(value: object) -> bool:
+    return isinstance(value, Mapping) and _are(Tensor, value.values())
+
+
+def _in_full(found: Foreign, scanned: Scan) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors of what is trained in full, and the copies' paths: of a container, the modules in it."""
+    tensors = {join(path, "bias"): bias for path, bias in found.biases.items()}
     copies: list[str] = []
     for path, own in found.copies.items():
         parts = targets.copies_at(scanned, path)
@@ -114,23 +149,19 @@ def _places(
         for name, tensor in own.items():
             part = max((each for each in parts if is_under(join(path, name), (each,))), key=len, default=path)
             tensors[join(part, f"copy.{join(path, name).removeprefix(part + '.')}")] = tensor
-    _refuse_biases(found, scanned, source)
-    chosen = _in_order([modules[path] for path in found.factors], scanned, source)
-    refuse_places(scanned, chosen, copies, source)
-    return chosen, targets.from_paths(scanned, copies), tuple(modules[path] for path in found.biases), tensors
+    return tensors, copies
 
 
-def _in_order(chosen: Sequence[Target], scanned: Scan, source: str) -> tuple[Target, ...]:
+def _targets_of(found: Foreign, scanned: Scan, source: str) -> tuple[Target, ...]:
     """The targets in the model's order, which allocation and files use."""
-    order = {each.path: number for number, each in enumerate(scanned.modules)}
-    for target in chosen:
-        if len(paths := scanned.by_path[target.path].paths) > 1:
+    for path in found.factors:
+        if len(paths := scanned.by_path[path].paths) > 1:
             raise TargetError(
-                f"{source} adapts {target.path!r}, which is one module with {' and '.join(map(repr, paths[1:]))}: "
+                f"{source} adapts {path!r}, which is one module with {' and '.join(map(repr, paths[1:]))}: "
                 "tunerkit would adapt it in all these places, and other programs only in those that they name. Give "
                 "the model a module of its own in each place (copy.deepcopy)"
             )
-    return tuple(sorted(chosen, key=lambda target: order[target.path]))
+    return targets.from_paths(scanned, [each.path for each in scanned.modules if each.path in found.factors])
 
 
 def _refuse_biases(found: Foreign, scanned: Scan, source: str) -> None:
@@ -155,33 +186,23 @@ def _refuse_biases(found: Foreign, scanned: Scan, source: str) -> None:
         )
 
 
-def _refuse_misfits(found: Foreign, format: Format, bases: Mapping[str, BaseLayer], source: str) -> None:
-    """Raise if a product has another shape than its target's weight, or values that are not finite."""
-    problems, wrong = [], []
-    for path, base in bases.items():
-        product = product_at(found, path, format)
-        if (shapes := misfit(base, product)) is not None:
-            problems.append(f"{path} has {shapes[0]}; this model needs {shapes[1]}")
-        elif nonfinite({"q": product.q, "p": product.p}):
-            wrong.append(path)
+def _products(found: Foreign, format: Format, bases: Mapping[str, BaseLayer], other_base: str) -> dict[str, Factors]:
+    """Return the product for each target. Raises `BaseMismatchError` if a target's weight has another shape."""
+    with naming(format, "read"):
+        products: dict[str, Any] = {at: found.factors[at] for at in bases}  # Any: the plugin may return anything
+    problems = []
+    for at, product in products.items():
+        if not isinstance(product, Factors) or not all(map(_is_matrix, product)):
+            raise PluginError(f"read of format {format.name!r} returned {shown(product)} for {at!r}; expected Factors")
+        if (shapes := misfit(bases[at], product)) is not None:
+            problems.append(f"{at} has {shapes[0]}; this model needs {shapes[1]}")
     if problems:
-        base_name = f", {shown(found.base)}" if found.base else ""
-        raise BaseMismatchError(
-            "\n- ".join([f"{source} was made for another base model{base_name}; shapes differ:", *first(problems)])
-        )
-    if wrong:
-        raise FileError(_not_finite(source, wrong, len(bases)))
-
-
-def _not_finite(source: str, wrong: list[str], total: int) -> str:
-    return (
-        f"{source} has NaN or inf at {len(wrong)} of {total} places: {few(wrong, shown=5)}. A model with them computes "
-        "nothing useful: use an earlier checkpoint of that training"
-    )
+        raise BaseMismatchError("\n- ".join([f"{other_base}; shapes differ:", *first(problems)]))
+    return products
 
 
 def _method_of(found: Foreign, source: str) -> tuple[str, tuple[str, ...]]:
-    """Return the installed method that the adapter becomes, and what to tell the user of it."""
+    """Return the installed method that the adapter becomes, and what to tell the user of the adapter."""
     listed = hooks.registry.methods()
     wanted = list(dict.fromkeys((found.method, _COMMON)))
     usable = [name for name in wanted if name in listed and listed[name].error is None]
@@ -192,19 +213,9 @@ def _method_of(found: Foreign, source: str) -> tuple[str, tuple[str, ...]]:
             f"{' or '.join(f'tunerkit-{name}' for name in wanted)}{''.join(broken)}"
         )
     if usable[0] == found.method:
-        return found.method, ()
+        return found.method, tuple(found.remarks)
     return _COMMON, (
+        *found.remarks,
         f"method {found.method!r} is not installed (tunerkit-{found.method}), so it becomes {_COMMON} with the rank of "
         "each target as it is: the model computes the same, and the ranks stay as they are in further training",
     )
-
-
-def _descriptions(chosen: Sequence[Target], copies: Sequence[Target], biases: Sequence[Target]) -> dict[str, Any]:
-    """The settings of every method that describe where the adapter is."""
-    at_targets = {target.path for target in chosen}.issuperset(place.path for place in biases)
-    return {
-        "targets": tuple(patterns.exact_patterns([target.path for target in chosen]).values()),
-        "exclude": (),
-        "train_modules": tuple(patterns.exact_patterns([copied.path for copied in copies]).values()),
-        "bias": "none" if not biases else "adapters" if at_targets else "all",
-    }

@@ -39,13 +39,8 @@ def replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     Several writers of one path do not disturb each other: each has its own temporary file and a lock on it. The kernel
     releases the lock of a writer that was killed. The next writer then finds the file unlocked and removes it.
 
-    Args:
-        path: The file.
-        parts: Its content.
-
-    Raises:
-        FileError: The file cannot be written; an older one is unchanged. Or only the folder could not be flushed: the
-            new file is there then, as the message says.
+    Raises `FileError` if it cannot be written, and an older one is unchanged; or if only the folder could not be
+    flushed, and the message says that the new file is there.
     """
     try:
         missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
@@ -70,15 +65,13 @@ def _create_folder(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        file = next((above for above in (path.parent, *path.parent.parents) if os.path.exists(above)), None)
-        if file is not None and not file.is_dir():
-            raise FileError(
-                f"cannot write {path}: {file} is a file and not a folder. Pass another folder, or the path of the file "
-                f"to write, which ends in {path.suffix}"
-            ) from error
+        nearest = next((above for above in path.parents if os.path.exists(above)), None)
+        problem = f"the folder {path.parent} cannot be created: {reason(error)}"
+        if nearest is not None and not nearest.is_dir():
+            problem = f"{nearest} is a file and not a folder"
         raise FileError(
-            f"cannot write {path}: the folder {path.parent} cannot be created: {reason(error)}. Pass a folder in "
-            "which you may create files"
+            f"cannot write {path}: {problem}. Pass another folder, in which you may create files, or the path of the "
+            f"file to write, which ends in {path.suffix}"
         ) from error
 
 
@@ -131,21 +124,17 @@ def _prefix(path: Path) -> str:
 
 @contextmanager
 def scratch_in(
-    folder: Path, prefix: str, *, recover: Callable[[Path], None] | None = None, refuse: Exception | None = None
+    folder: Path, prefix: str, *, recover: Callable[[Path], None] = lambda left: None, refuse: Exception | None = None
 ) -> Iterator[Path]:
     """Yield a scratch folder, which is removed at the end; first remove those of processes that were killed.
 
-    Args:
-        folder: Where to create it.
-        prefix: How its name begins: with a dot. Only those with the same prefix are looked at.
-        recover: Called with one that a killed process left, before it is removed.
-        refuse: What to raise if another process is using one now; None if both may.
+    ``prefix`` begins with a dot, and only folders with the same one are looked at. ``recover`` is called with one that
+    a killed process left, before it is removed. ``refuse`` is raised if another process is using one now.
     """
     for left in folder.glob(f"{glob.escape(prefix)}*"):
         with locked(left) as is_left:
             if is_left and not left.is_symlink():
-                if recover is not None:
-                    recover(left)
+                recover(left)
                 shutil.rmtree(left, ignore_errors=True)
         if refuse is not None and is_left is False:
             raise refuse
@@ -173,7 +162,7 @@ def locked(path: Path, flags: int = os.O_RDONLY) -> Iterator[bool | None]:
 
 
 def try_lock(number: int) -> bool | None:
-    """Lock an open file or folder for this process. False: another one holds the lock. None: there are no locks."""
+    """Lock an open file or folder for this process, and return what `locked` yields."""
     try:
         if fcntl is not None:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -185,10 +174,10 @@ def try_lock(number: int) -> bool | None:
     return None
 
 
-def sync(folder: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file, or a folder's entries, to disk, where the system can do that."""
     try:
-        number = os.open(folder, os.O_RDONLY)
+        number = os.open(path, os.O_RDONLY)
         try:
             os.fsync(number)
         finally:

@@ -1,30 +1,39 @@
-"""The fingerprint of a base model: names, shapes and sampled values. Its cost depends on the number of tensors."""
+"""The base under an adapter: its fingerprint, and whether a model is the base that an adapter was trained on.
+
+A fingerprint has names, shapes and sampled values, so its cost depends on the number of tensors. A file also names the
+new modules that another adapter trained in full beside this one, on whose copies it was trained. The fingerprint leaves
+their values out, which are random in each process, and the model needs the other adapter.
+"""
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tunerkit import injection, layers
-from tunerkit.errors import AdapterError
-from tunerkit.injection import Tuner
-from tunerkit.layers import BaseLayer, is_packed, torch_private, weights, whole_shape
+from tunerkit import hooks, layers, targets
+from tunerkit.errors import AdapterError, BaseMismatchError, FileError, TargetError, cut, shown, warn
+from tunerkit.extras import SETTINGS, distribution, install
+from tunerkit.injection import Tuner, base_modules, slots_of
+from tunerkit.layers import BaseLayer, as_base_layers, is_packed, torch_private, weights, whole_shape
 from tunerkit.paths import few, is_under, join
 from tunerkit.records import Target
-from tunerkit.serialization.packed import entry_of, is_packed_entry, packed_layers
+from tunerkit.serialization.header import Header
+from tunerkit.serialization.tensor_checks import resize_hint
 from tunerkit.targets import Scan
 
 SAMPLES = 4
-GATHERED = 2**26  # values that are gathered at a time, at least one parameter
 # A base that was loaded in another precision is the same base: bfloat16 has 8 bits of mantissa.
 _RELATIVE = 2.0**-7
 # Samples are stored with six digits.
 _DIGITS = 1e-5
 Fingerprint = Mapping[str, Mapping[str, Any]]
-OTHER_VALUES = "other values"
+_OTHER_VALUES = "other values"
+# The entries of an adapter file's ``values`` with the base's settings, and with the paths of what was trained beside
+# it. Readers that do not know them ignore them.
+_SETTINGS, _BESIDE = "base_config", "trained_beside"
 
 
 def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str, Any]]:
@@ -34,131 +43,94 @@ def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str
     trains in full (copies and biases) is left out, because a new head has other values at each load. So is a new head
     that another adapter trained beside it.
 
-    Before the adapter is in the model, parameters that an engine has emptied are gathered, a few at a time, so all
-    processes must call this together. Where the base was sharded since, this is what was noted then.
+    Before the adapter is in the model, parameters that an engine has emptied are gathered one by one, so all processes
+    must call this together. Where the base was sharded since, this is what was noted then. ``scanned`` is the scan of
+    the model, needed only before the adapter is in it.
 
     A weight that a quantiser stores has one entry, with the name and the shape of the unquantised weight, the
     quantiser's name as its dtype, and an empty sample. What it is packed in has none.
-
-    Args:
-        tuner: The adapter's handle.
-        scanned: The scan of the model; only needed before the adapter is in the model, to find its biases.
     """
-    if (tuner.progress.noted or scanned is None) and weights.sharding(tuner.model.parameters()) is not None:
-        return _noted(tuner)
-    packed = packed_layers(tuner, scanned)
-    tensors = base_tensors(tuner, scanned, packed)
+    noted = tuner.progress.noted
+    if (noted or scanned is None) and weights.sharding(tuner.model.parameters()) is not None:
+        if noted is None:
+            raise AdapterError(
+                f"the base under adapter {tuner.name!r} is sharded, and its fingerprint was not taken before: call "
+                "torch.distributed.init_process_group before tunerkit.wrap, or start the processes with torchrun"
+            )
+        return noted
+    bases = _bases(tuner, scanned)
+    tensors = _base_tensors(tuner, bases)
     emptied = {name: tensor for name, tensor in tensors.items() if weights.emptied([tensor]) is not None}
     samples = _sample({name: tensor for name, tensor in tensors.items() if name not in emptied})
-    for some in _few_at_a_time(emptied):
-        with weights.gathered(whole := nn.ParameterList(some.values())):
-            samples |= _sample({name: tensor.detach() for name, tensor in zip(some, whole, strict=True)})
-    return {
+    for name, tensor in emptied.items():
+        with weights.gathered(whole := nn.ParameterList([tensor])):
+            samples |= _sample({name: whole[0].detach()})
+    found: dict[str, dict[str, Any]] = {
         name: {"shape": list(whole_shape(t)), "dtype": str(t.dtype).removeprefix("torch."), "sample": samples[name]}
         for name, t in tensors.items()
-    } | {join(path, "weight"): entry_of(base) for path, base in packed.items() if not is_under(path, _left_out(tuner))}
-
-
-def _noted(tuner: Tuner) -> dict[str, dict[str, Any]]:
-    if tuner.progress.noted is None:
-        raise AdapterError(
-            f"the base under adapter {tuner.name!r} is sharded, and its fingerprint was not taken before: call "
-            "torch.distributed.init_process_group before tunerkit.wrap, or start the processes with torchrun"
-        )
-    return tuner.progress.noted
-
-
-def differences(saved: Fingerprint, found: Fingerprint) -> list[str]:
-    """List what differs between two fingerprints, one line per kind of difference; empty if they agree."""
-    pairs = {name: (entry, found[name]) for name, entry in saved.items() if name in found}
-    resized = frozenset(reshaped(saved, found))
-    kinds = {
-        "parameters that this base lacks": [name for name in saved if name not in found],
-        "parameters that only this base has": [name for name in found if name not in saved],
-        "other shapes (saved -> here)": [
-            f"{n} {a['shape']} -> {b['shape']}" for n, (a, b) in pairs.items() if n in resized
-        ],
-        OTHER_VALUES: [name for name, pair in pairs.items() if name not in resized and not _close(*pair)],
     }
-    return [f"{what}: {few(names, shown=5)}" for what, names in kinds.items() if names]
-
-
-def reshaped(saved: Fingerprint, found: Fingerprint) -> list[str]:
-    """The names that two fingerprints share, with different shapes."""
-    return [name for name, entry in saved.items() if name in found and not _same_shape(entry, found[name])]
-
-
-def _same_shape(saved: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
-    """Whether two shapes are equal. A quantiser stores the (in, out) of a Conv1D as (out, in)."""
-    packed = is_packed_entry(saved) or is_packed_entry(found)
-    return bool(saved["shape"] == found["shape"] or (packed and saved["shape"] == found["shape"][::-1]))
-
-
-def trained_biases(tuner: Tuner, scanned: Scan | None) -> dict[str, str]:
-    """The name of the bias that is trained in each module, by the module's path; see `fingerprint`."""
-    return {place.path: layers.bias_name(_base_of(place, scanned)) for place in tuner.biases}
-
-
-def base_tensors(tuner: Tuner, scanned: Scan | None, quantised: Mapping[str, BaseLayer]) -> dict[str, Tensor]:
-    """Return the base's own parameters by name: originals where merged, and without those that are trained in full.
-
-    If the weight of a target is a buffer, so that the module packs it, all buffers of the module are included. Of the
-    layers in ``quantised``, by path, only the bias is.
-    """
-    copied = _left_out(tuner)
-    biased = {join(path, name) for path, name in trained_biases(tuner, scanned).items()}
-    packed = {target.path for target in tuner.targets if _is_packed(target, scanned)}
-    found = {}
-    for path, module in injection.base_modules(tuner.model):
-        if is_under(path, copied):
-            continue
-        slots = injection.slots_of(module)
-        if path in quantised:
-            leaf, bias = quantised[path].bias_name, quantised[path].bias()
-            if bias is not None and join(path, leaf) not in biased:
-                found[join(path, leaf)] = bias if slots is None else slots.original(leaf, bias)
-            continue
-        buffers = dict(module.named_buffers(recurse=False)) if path in packed else {}
-        for leaf, tensor in {**torch_private.own_parameters(module), **buffers}.items():
-            name = join(path, leaf)
-            if tensor is not None and name not in biased:
-                found[name] = tensor.detach() if slots is None else slots.original(leaf, tensor)
-                if weights.emptied([tensor]) is not None:  # it cannot be merged; only the parameter can be gathered
-                    found[name] = tensor
+    for path, base in packed_layers(tuner, bases).items():
+        if base.packing is not None and not is_under(path, _left_out(tuner)):
+            shape = [base.out_features, base.in_features]
+            found[join(path, "weight")] = {"shape": shape, "dtype": base.packing.name, "sample": []}
     return found
 
 
-def _few_at_a_time(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Divide emptied parameters, in their order, so that each group fits into memory."""
-    some: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors.items():
-        own = whole_shape(tensor).numel()
-        if some and size + own > GATHERED:
-            yield some
-            some, size = {}, 0
-        some[name] = tensor
-        size += own
-    if some:
-        yield some
+def note_base(tuner: Tuner, scanned: Scan) -> None:
+    """Keep the base's fingerprint in a group of processes, also in one of a single process: it may shard the base."""
+    if hooks.is_grouped():
+        tuner.progress.noted = fingerprint(tuner, scanned)
+
+
+def packed_layers(tuner: Tuner, bases: Mapping[nn.Module, BaseLayer] | None = None) -> dict[str, BaseLayer]:
+    """Return the modules of the base with a `BaseLayer.packing`, by path, each as its kind sees it."""
+    bases = _bases(tuner) if bases is None else bases
+    found = {path: bases[module] for path, module in base_modules(tuner.model) if module in bases}
+    return {path: base for path, base in found.items() if base.packing is not None}
+
+
+def _bases(tuner: Tuner, scanned: Scan | None = None) -> dict[nn.Module, BaseLayer]:
+    """Return the base layers of a model: as they were when they were adapted, and the others as they are now."""
+    if scanned is not None:
+        return {found.module: found.base for found in scanned.by_path.values() if found.base is not None}
+    modules = [module for _, module in base_modules(tuner.model)]
+    adapted = {each: slots.base for each in modules if (slots := slots_of(each)) is not None and slots.base is not None}
+    return adapted | as_base_layers([each for each in modules if each not in adapted], hooks.gather_knowledge())
+
+
+def _base_tensors(tuner: Tuner, bases: Mapping[nn.Module, BaseLayer]) -> dict[str, Tensor]:
+    """Return the base's own parameters by name: originals where merged, and without those that are trained in full.
+
+    If the weight of a target is a buffer, all buffers of the module are included: together they make up the weight. Of
+    a layer whose weight a quantiser stores, only the bias is.
+    """
+    left_out, targeted = _left_out(tuner), {target.module for target in tuner.targets}
+    biased = {join(place.path, layers.bias_name(bases.get(place.module))) for place in tuner.biases}
+    found = {}
+    for path, module in base_modules(tuner.model):
+        if is_under(path, left_out):
+            continue
+        base, slots = bases.get(module), slots_of(module)
+        if base is not None and base.packing is not None:
+            own = {base.bias_name: base.bias()}
+        else:
+            own, buffers = dict(torch_private.own_parameters(module)), dict(module.named_buffers(recurse=False))
+            if base is not None and module in targeted and base.weight_name in buffers:
+                own |= buffers
+        for leaf, tensor in own.items():
+            name = join(path, leaf)
+            if tensor is None or name in biased:
+                continue
+            if weights.emptied([tensor]) is not None:  # it cannot be merged; only the parameter can be gathered
+                found[name] = tensor
+            else:
+                found[name] = tensor.detach() if slots is None else slots.original(leaf, tensor)
+    return found
 
 
 def _left_out(tuner: Tuner) -> set[str]:
     """The paths of what is trained in full."""
     return {*(place.path for place in tuner.copies), *tuner.progress.beside}
-
-
-def _is_packed(target: Target, scanned: Scan | None) -> bool:
-    base = _base_of(target, scanned)
-    return base is not None and base.weight_name in dict(target.module.named_buffers(recurse=False))
-
-
-def _base_of(place: Target, scanned: Scan | None) -> BaseLayer | None:
-    """Return the module's base layer as it was when the module was adapted, or as it is if it is not adapted yet."""
-    slots = injection.slots_of(place.module)
-    if slots is not None:
-        return slots.base
-    return scanned.by_path[place.path].base if scanned is not None else None
 
 
 def _sample(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
@@ -171,25 +143,48 @@ def _sample(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
         if tensor.numel() and not tensor.is_meta and not is_packed(tensor):
             alike[tensor.device, tensor.dtype].append(name)
     samples: dict[str, list[float]] = {name: [] for name in tensors}
-    for (device, _), names in alike.items():
+    for (device, dtype), names in alike.items():
         last = torch.tensor([tensors[name].numel() - 1 for name in names], device=device)
         places = last[:, None] * torch.arange(SAMPLES, device=device) // (SAMPLES - 1)  # (names, SAMPLES)
-        taken = torch.stack([_take(tensors[name], row) for name, row in zip(names, places, strict=True)])
-        for name, values in zip(names, taken.float().tolist(), strict=True):
-            samples[name] = [_short(value) for value in values]
+        # torch.take does not support 8-bit floats, so their bytes are read.
+        stored = torch.uint8 if dtype.is_floating_point and dtype.itemsize == 1 else dtype
+        rows = [torch.take(tensors[name].view(stored), row) for name, row in zip(names, places, strict=True)]
+        for name, values in zip(names, torch.stack(rows).view(dtype).float().tolist(), strict=True):
+            # JSON has no NaN or inf, but a base that contains them needs a fingerprint too.
+            samples[name] = [float(f"{value:.6g}") if math.isfinite(value) else 0.0 for value in values]
     return samples
 
 
-def _take(tensor: Tensor, places: Tensor) -> Tensor:
-    """Return the values at flat positions. `torch.take` does not support 8-bit floats, so their bytes are read."""
-    if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1:
-        return torch.take(tensor.view(torch.uint8), places).view(tensor.dtype)
-    return torch.take(tensor, places)
+# --- Comparing --------------------------------------------------------------------------------------------------------
 
 
-def _short(value: float) -> float:
-    # JSON has no NaN or inf, but a base that contains them needs a fingerprint too.
-    return float(f"{value:.6g}") if math.isfinite(value) else 0.0
+def differences(saved: Fingerprint, found: Fingerprint) -> list[str]:
+    """List what differs between two fingerprints, one line per kind of difference; empty if they agree."""
+    resized = _reshaped(saved, found)
+    pairs = {name: (entry, found[name]) for name, entry in saved.items() if name in found}
+    kinds = {
+        "parameters that this base lacks": [name for name in saved if name not in found],
+        "parameters that only this base has": [name for name in found if name not in saved],
+        "other shapes (saved -> here)": [f"{name} {there} -> {here}" for name, (there, here) in resized.items()],
+        _OTHER_VALUES: [name for name, pair in pairs.items() if name not in resized and not _close(*pair)],
+    }
+    return [f"{what}: {few(names, shown=5)}" for what, names in kinds.items() if names]
+
+
+def _reshaped(saved: Fingerprint, found: Fingerprint) -> dict[str, tuple[Any, Any]]:
+    """Both shapes of the tensors whose shapes differ. A quantiser stores the (in, out) of a Conv1D as (out, in)."""
+    resized = {}
+    for name, there in saved.items():
+        here = found.get(name, there)
+        turned = here["shape"][::-1] if _is_quantised(there) or _is_quantised(here) else here["shape"]
+        if there["shape"] not in (here["shape"], turned):
+            resized[name] = (there["shape"], here["shape"])
+    return resized
+
+
+def _is_quantised(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of a fingerprint describes a packed weight: its dtype is none of torch's."""
+    return not isinstance(vars(torch).get(str(entry["dtype"])), torch.dtype)
 
 
 def _close(saved: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
@@ -201,3 +196,139 @@ def _close(saved: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
         math.isclose(a, b, rel_tol=relative, abs_tol=1e-7)
         for a, b in zip(saved["sample"], found["sample"], strict=True)
     )
+
+
+def refuse_other_base(
+    tuner: Tuner, header: Header, source: str, scanned: Scan | None = None, *, check_config: bool = True
+) -> None:
+    """Raise `BaseMismatchError` if the base under ``tuner`` is not the one that the file describes.
+
+    Warn if it is, and one of the two is quantised, or both are in different ways. ``check_config`` says whether to
+    compare the settings too; a file of an earlier version has none.
+    """
+    found = fingerprint(tuner, scanned)
+    lines = differences(header.base, found)
+    has_other_values = any(line.startswith(_OTHER_VALUES) for line in lines)
+    bases = _bases(tuner, scanned) if tuner.biases else {}
+    biases = ((place, layers.bias_name(bases.get(place.module))) for place in tuner.biases)
+    lacking = [place.path for place, name in biases if torch_private.own_parameters(place.module).get(name) is None]
+    if lacking:
+        lines.append(f"modules without the bias that the adapter trains: {few(lacking, shown=5)}")
+    other = _other_settings(tuner, header, source) if check_config else []
+    if other:
+        lines.append(f"other settings in its config (saved -> here): {few(other, shown=5)}")
+    if lines:
+        hint = resize_hint(tuner.model, list(_reshaped(header.base, found).values()))
+        if has_other_values and not hint:
+            hint = (
+                "; if a head or tokens were new when the adapter was trained, only that base has their values: save "
+                "the base before you wrap it, and load adapters onto it"
+            )
+        if other and len(lines) == 1:
+            hint = "; its weights are the same, so if you mean to use it, pass check_config=False to tunerkit.load"
+        raise BaseMismatchError("\n- ".join([f"{source} was trained on another base model{hint}:", *lines]))
+    _warn_of_storage(header.base, found, source)
+
+
+def _warn_of_storage(saved: Fingerprint, found: Fingerprint, source: str) -> None:
+    """Warn, in one line, if this base stores weights with another quantiser than the one of the file, or with none."""
+    counts = Counter(
+        (there["dtype"], found[name]["dtype"])
+        for name, there in saved.items()
+        if there["dtype"] != found[name]["dtype"] and (_is_quantised(there) or _is_quantised(found[name]))
+    )
+    if counts:
+        listed = "; ".join(f"{count} layers: {before} -> {here}" for (before, here), count in counts.items())
+        warn(
+            f"{source} was trained on a base whose weights are stored in another way (saved -> here: {listed}). Their "
+            "values cannot be compared, and outputs differ by what quantising changes"
+        )
+
+
+def base_values(tuner: Tuner) -> dict[str, Tensor]:
+    """Return the base's own values of the modules that are trained in full, by the names of their copies."""
+    found = {}
+    for place in tuner.copies:
+        for path, module in base_modules(place.module):
+            slots = slots_of(module)
+            for name, live in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                value = live.detach() if slots is None else slots.original(name, live)
+                found[join(place.path, f"copy.{join(path, name)}")] = value
+    return found
+
+
+def refuse_places(
+    scanned: Scan, chosen: Sequence[Target], copies: Sequence[str], source: str, *, outputs: bool = False
+) -> None:
+    """Raise `TargetError` if this model cannot take an adapter of the file at its targets, or its copies."""
+    try:
+        targets.refuse_unfit(scanned, chosen, outputs=outputs)
+        targets.refuse_tied(scanned, copies)
+    except TargetError as error:
+        raise TargetError(f"{source} cannot be loaded onto this model: {error}") from error
+
+
+# --- Settings, and what was trained beside the adapter ----------------------------------------------------------------
+
+
+def described(tuner: Tuner) -> dict[str, Any]:
+    """What an adapter's file says of the base beyond its fingerprint, for the header's field ``values``."""
+    values: dict[str, Any] = {_SETTINGS: _settings_of(tuner.model) or tuner.progress.settings}
+    return values | ({_BESIDE: list(tuner.progress.beside)} if tuner.progress.beside else {})
+
+
+def _settings_of(model: nn.Module) -> dict[str, Any]:
+    """The settings that change a model's output but not its weights, by name, as libraries know them."""
+    found = (library.settings(model) for library in hooks.gather_libraries())
+    return {name: value for settings in found for name, value in settings.items()}
+
+
+def _other_settings(tuner: Tuner, header: Header, source: str) -> list[str]:
+    """List the settings that two bases have with different values; one that only one of them has is no difference."""
+    saved = header.values.get(_SETTINGS, {})
+    if not isinstance(saved, dict):
+        raise _unwritten(header, _SETTINGS, source)
+    found = _settings_of(tuner.model)
+    tuner.progress.settings.update(saved)
+    if found and not saved and _SETTINGS in header.values:
+        warn(
+            f"{source} was saved where no plugin knew the settings of its base, such as {few(list(found), shown=3)}: "
+            "they cannot be compared with this model's"
+        )
+    if saved and not found and (absent := hooks.registry.absence(distribution(SETTINGS))):
+        warn(
+            f"{source} records settings of its base that change the output, and they are not compared: "
+            f"{few(list(saved), shown=5)}. {distribution(SETTINGS)} compares them, and {absent} ({install(SETTINGS)}). "
+            "To load without comparing them, pass check_config=False"
+        )
+    return [
+        f"{cut(name, 200)} {shown(value)} -> {shown(found[name])}"
+        for name, value in sorted(saved.items())
+        if name in found and found[name] != value
+    ]
+
+
+def beside_of(header: Header, source: str) -> tuple[str, ...]:
+    """Return the paths in a file's header of what was trained beside it. Raises `FileError` for anything else there."""
+    match header.values.get(_BESIDE, []):
+        case list(paths) if all(isinstance(path, str) for path in paths):
+            return tuple(paths)
+    raise _unwritten(header, _BESIDE, source)
+
+
+def _unwritten(header: Header, entry: str, source: str) -> FileError:
+    found = shown(header.values[entry])
+    return FileError(f"{source}: its header has a field that tunerkit would not write: {entry} {found}")
+
+
+def warn_of_lone(tuner: Tuner) -> None:
+    """Warn if no active adapter trains a module that another one trained when the adapter was made."""
+    modules = dict(base_modules(tuner.model)) if tuner.progress.beside else {}
+    slots = {path: slots_of(modules[path]) for path in tuner.progress.beside}
+    lone = [path for path, own in slots.items() if own is None or own.copies.keys().isdisjoint(own.active)]
+    if lone:
+        warn(
+            f"adapter {tuner.name!r} was trained beside another adapter that trains {few(lone, shown=5)} in full, and "
+            "no active adapter does so here: the model uses the base's own values, which are random in a new head. "
+            "Load that adapter too, before this one"
+        )

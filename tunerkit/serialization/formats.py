@@ -1,35 +1,22 @@
-"""The formats of other programs: which one a path holds, and reading and writing it through its plugin."""
+"""The formats of other programs: which one a path holds, and writing an adapter in one through its plugin."""
 
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, TypeVar
-
-from torch import Tensor, nn
+from typing import Any, Final
 
 from tunerkit import hooks
-from tunerkit.errors import (
-    AdapterError,
-    FileError,
-    PluginError,
-    TunerkitError,
-    UnknownFormatError,
-    closest,
-    shown,
-    warn,
-)
+from tunerkit.errors import FileError, PluginError, TunerkitError, UnknownFormatError, closest, shown, warn
 from tunerkit.extras import DEFAULT_FORMAT, READERS, distribution
 from tunerkit.injection import Tuner
-from tunerkit.layers import weights
 from tunerkit.paths import few
-from tunerkit.records import Factors, Foreign, Format
+from tunerkit.records import Format
 from tunerkit.serialization.atomic_writing import reason, scratch_in, sync
 from tunerkit.serialization.header import is_ours
 from tunerkit.serialization.safetensors_file import file_at, metadata_at
 
-A = TypeVar("A")
 SCRATCH: Final = ".tunerkit-"
 _OLDER: Final = "older"
 # A file that people write too. It is replaced only if it has this text, which formats put into theirs.
@@ -58,8 +45,7 @@ def find_format(name: object) -> Format:
 def format_at(path: str | os.PathLike[str]) -> Format | None:
     """Return the format of what lies at ``path``; None if a file of tunerkit's does, or nothing that is known.
 
-    Raises:
-        FileError: Adapters in several formats lie there.
+    Raises `FileError` if adapters in several formats lie there.
     """
     place = file_at(path, "adapter")
     metadata = metadata_at(place)
@@ -83,93 +69,25 @@ def sniffs(format: Format, path: Path) -> bool:
         return False
 
 
-def read_foreign(format: Format, path: Path, model: nn.Module) -> Foreign:
-    """Read an adapter of another program, and check that the plugin returned what its format declares.
-
-    Raises:
-        AdapterError: The model is partitioned, so that the plugin would compare empty parameters.
-        PluginError: The plugin returned something else.
-    """
-    if (holder := weights.emptied(model.parameters())) is not None:
-        raise AdapterError(
-            f"{path} is in the format {format.name!r}, whose reader needs the base's own shapes and values, and "
-            f"{holder.name} has partitioned these: load it onto a whole base in one process, tunerkit.save it "
-            "there, and load that file here"
-        )
-    found: Any = _asked(format, "read", lambda: format.read(path, model))  # Any: the plugin may return anything
-    if not isinstance(found, Foreign):
-        raise PluginError(f"read of format {format.name!r} returned {shown(found)}; it must return a tunerkit.Foreign")
-    if wrong := list(_wrong_fields(found)):
-        raise PluginError(
-            f"read of format {format.name!r} returned a tunerkit.Foreign whose {few(wrong, shown=5)}; see its docstring"
-        )
-    checked: Foreign = found
-    return checked
-
-
-def product_at(found: Foreign, path: str, format: Format) -> Factors:
-    """Return the product for one target, checked to be one."""
-    product: Any = _asked(format, "read", lambda: found.factors[path])  # Any: as above
-    if not isinstance(product, Factors) or not all(map(_is_matrix, product)):
-        raise PluginError(f"read of format {format.name!r} returned {shown(product)} for {path!r}; expected Factors")
-    checked: Factors = product
-    return checked
-
-
-def _asked(format: Format, function: str, call: Callable[[], A]) -> A:
-    """Call a function of a plugin's format. Its errors keep their class and name the format."""
+@contextmanager
+def naming(format: Format, function: str) -> Iterator[None]:
+    """Errors of a plugin's function keep their class and name the format."""
     try:
-        return call()
+        yield
     except Exception as error:
         error.add_note(f"raised by {function} of format {format.name!r}")
         raise
-
-
-def _wrong_fields(found: Any) -> Iterator[str]:
-    """Say of each field of a record what it must be and is not."""
-    texts, mappings = (found.method, found.base), (found.factors, found.config)
-    if not all(isinstance(each, str) for each in texts):
-        yield "method and base must be texts"
-    if not isinstance(found.remarks, tuple | list) or not all(isinstance(each, str) for each in found.remarks):
-        yield "remarks must be a tuple of texts"
-    if not all(isinstance(each, Mapping) for each in mappings):
-        yield "factors and config must be mappings"
-    if not _are_tensors(found.biases):
-        yield "biases must be tensors by path"
-    for name in ("tensors", "copies"):
-        field = getattr(found, name)
-        if not isinstance(field, Mapping) or not all(map(_are_tensors, field.values())):
-            yield f"{name} must be mappings of tensors by path"
-        elif name == "tensors" and field and field.keys() != set(found.factors):
-            yield "tensors must have the paths of factors, or be empty"
-
-
-def _are_tensors(value: object) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(each, Tensor) for each in value.values())
-
-
-def _is_matrix(value: object) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 2 and value.is_floating_point()
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------------
 
 
 def write_format(tuner: Tuner, place: Path, format: Format, options: object) -> Path:
-    """Write one adapter, and return the path of the file or of the folder.
+    """Write one adapter to ``place``: a folder; or a file, if the format writes one file, and the path ends as it does.
 
     The files are written into a scratch folder first. A new folder appears whole or not at all. In a folder that
     exists, all files are replaced, or none. If the process is killed in between, the next call puts the older files
-    back before it replaces them.
-
-    Args:
-        tuner: The adapter's handle.
-        place: A folder; or a file, if the format writes one file, and the path ends as that does.
-        format: The format.
-        options: An object of its class of options.
-
-    Raises:
-        FileError: The files cannot be written, or others are there already. These are unchanged.
+    back before it replaces them. Raises `FileError` if the files cannot be written, or others are there already.
     """
     missing: list[Path] = []
     try:
@@ -177,13 +95,13 @@ def write_format(tuner: Tuner, place: Path, format: Format, options: object) -> 
         missing = [folder for folder in (above, *above.parents) if not folder.exists()]
         above.mkdir(parents=True, exist_ok=True)
         with scratch_in(above, SCRATCH, recover=_put_back_older) as scratch:
-            whole, older = scratch / "whole", scratch / _OLDER  # the scratch folder itself is closed to other users
+            whole = scratch / "whole"  # the scratch folder itself is closed to other users
             whole.mkdir()
-            older.mkdir()
             written = _written(format, tuner, whole, options)
             for file in written:
                 sync(file)
-            return _publish(written, whole, older, place, format)
+            _publish(written, whole, place, format)
+            return place
     except BaseException as error:
         for folder in missing:
             with suppress(OSError):  # somebody else's file is in it
@@ -196,14 +114,15 @@ def write_format(tuner: Tuner, place: Path, format: Format, options: object) -> 
 
 
 def _put_back_older(scratch: Path) -> None:
-    """Put back what a writer that was killed had set aside: the older adapter is whole again then."""
+    """Put back what a writer had set aside, also one that was killed: the older adapter is whole again then."""
     for file in sorted((scratch / _OLDER).glob("*")):
         os.replace(file, scratch.parent / file.name)
 
 
 def _written(format: Format, tuner: Tuner, folder: Path, options: object) -> list[Path]:
     """Let the plugin write, and check that it names the files that it wrote, each directly in the folder."""
-    answer: Any = _asked(format, "write", lambda: format.write(tuner, folder, options))
+    with naming(format, "write"):
+        answer: Any = format.write(tuner, folder, options)
     try:
         names = sorted(Path(each).name for each in answer)
     except TypeError:
@@ -217,30 +136,29 @@ def _written(format: Format, tuner: Tuner, folder: Path, options: object) -> lis
     return [folder / name for name in names]
 
 
-def _publish(written: Sequence[Path], whole: Path, older: Path, place: Path, format: Format) -> Path:
+def _publish(written: Sequence[Path], whole: Path, place: Path, format: Format) -> None:
     """Move the files to ``place``: a file if one of them ends as it does, else a folder."""
     if place.is_dir():
         moves = {file: place / file.name for file in written}
         kept = place / CARD
         if kept.is_file() and MARK not in kept.read_bytes():
             moves = {file: new for file, new in moves.items() if new != kept}
-        _replace(moves, older, place, format)
+        _replace(moves, whole.parent, place, format)
     elif place.suffix in {file.suffix for file in written}:
         if len(written) > 1:
             raise FileError(
                 f"cannot write {place}: format {format.name!r} writes several files ("
                 f"{few([file.name for file in written], shown=5)}), so pass a folder"
             )
-        _replace({written[0]: place}, older, place, format)
+        _replace({written[0]: place}, whole.parent, place, format)
     elif place.exists():
         raise FileError(f"cannot write {place}: it is a file, and format {format.name!r} writes into a folder")
     else:
         os.rename(whole, place)
         sync(place.parent)
-    return place
 
 
-def _replace(moves: dict[Path, Path], older: Path, place: Path, format: Format) -> None:
+def _replace(moves: Mapping[Path, Path], scratch: Path, place: Path, format: Format) -> None:
     """Move all files to their places, or none: those that they replace are set aside first."""
     taken = [new for new in moves.values() if os.path.lexists(new)]
     adapters = [new for new in taken if new.name != CARD]
@@ -249,6 +167,8 @@ def _replace(moves: dict[Path, Path], older: Path, place: Path, format: Format) 
             f"cannot write {place}: {few([new.name for new in taken], shown=5)} is there already and is no adapter in "
             f"format {format.name!r}. Nothing was changed. Pass another path, or delete it first"
         )
+    older = scratch / _OLDER
+    older.mkdir()
     try:
         for new in taken:
             os.replace(new, older / new.name)
@@ -258,10 +178,8 @@ def _replace(moves: dict[Path, Path], older: Path, place: Path, format: Format) 
                 file.chmod(stat.S_IMODE(aside.stat().st_mode) & 0o777)
             os.replace(file, new)
     except BaseException:
-        for new in moves.values():
-            if os.path.lexists(aside := older / new.name):
-                os.replace(aside, new)
-            elif new not in taken:
-                new.unlink(missing_ok=True)
+        for new in set(moves.values()).difference(taken):
+            new.unlink(missing_ok=True)
+        _put_back_older(scratch)
         raise
     sync(place if place.is_dir() else place.parent)

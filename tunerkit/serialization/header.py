@@ -1,6 +1,5 @@
 """Read and write tunerkit's files: JSON in the safetensors metadata, with a digest of this header and the tensors."""
 
-import functools
 import hashlib
 import json
 import os
@@ -10,16 +9,16 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import attrs
-from attrs.validators import and_, deep_iterable, instance_of, optional
+import torch
+from attrs.validators import deep_iterable, deep_mapping, instance_of, optional
 from torch import Tensor
 
 from tunerkit import hooks
 from tunerkit.errors import FileError, TargetError, cut, shown
 from tunerkit.extras import distribution, reader_of
-from tunerkit.paths import few
 from tunerkit.patterns import at_paths
 from tunerkit.serialization import safetensors_file
-from tunerkit.serialization.safetensors_file import bytes_of, file_at, metadata_at, pack
+from tunerkit.serialization.safetensors_file import file_at, metadata_at, plain
 
 KEY = "tunerkit"
 FORMAT = 1
@@ -29,7 +28,6 @@ _LARGEST = 2**63  # counts and sizes are 64-bit integers to torch
 _LARGEST_FLOAT = sys.float_info.max
 # The public function that writes each kind of file.
 _WRITERS = {"adapter": "save", "state": "save_state"}
-_Stored = Mapping[str, memoryview]  # the bytes of each tensor in a file
 _Attribute: TypeAlias = "attrs.Attribute[Any]"
 
 # --- The fields -------------------------------------------------------------------------------------------------------
@@ -49,26 +47,33 @@ def _is_size(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    return (type(value) is float or type(value) is int) and -_LARGEST_FLOAT <= value <= _LARGEST_FLOAT
+    return type(value) in (int, float) and -_LARGEST_FLOAT <= value <= _LARGEST_FLOAT  # type: ignore[operator]
 
 
-_is_count = _expect("an integer from 0 to 2**63 - 1", _is_size)
-_is_method = _expect("the name of a method", lambda value: isinstance(value, str) and len(value) <= _LONGEST_NAME)
-_are_texts = _expect(
-    "a list of texts", lambda found: isinstance(found, list) and all(isinstance(x, str) for x in found)
-)
+def _are_paths(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(x, str) for x in value) and len(set(value)) == len(value)
 
 
-def _are_distinct(instance: object, attribute: _Attribute, paths: list[str]) -> None:
-    if len(set(paths)) < len(paths):
-        raise ValueError(f"{attribute.name}: a path is listed twice")
+def _is_entry(value: object) -> bool:
+    match value:
+        case {"shape": list(shape), "dtype": str(), "sample": list(sample), **others} if not others:
+            return all(map(_is_size, shape)) and all(map(_is_finite, sample))
+    return False
 
 
-def _are_usable(instance: object, attribute: _Attribute, config: dict[str, Any]) -> None:
-    """Check that no number is beyond what a method can compute with."""
-    for number in numbers_in(config):
-        if type(number) is int and abs(number) > _LARGEST_SETTING:
-            raise ValueError(f"{attribute.name}: expected settings below 10**100, got {shown(number)}")
+def _is_change(instance: "Header", attribute: _Attribute, change: Any) -> None:
+    match change:
+        case [step, budget, list(ranks)] if len(ranks) == len(instance.targets):
+            if all(map(_is_size, (step, budget, *ranks))):
+                return
+    raise ValueError(
+        f"{attribute.name}: expected a step, a budget and a list of one rank per target, each an integer from 0 to "
+        f"2**63 - 1, got {shown(change)}"
+    )
+
+
+def _are_settings(value: object) -> bool:
+    return isinstance(value, dict) and not any(abs(number) > _LARGEST_SETTING for number in numbers_in(value))
 
 
 def numbers_in(values: object) -> Iterator[float]:
@@ -84,25 +89,11 @@ def numbers_in(values: object) -> Iterator[float]:
                 waiting += settings.values()
 
 
-def _is_fingerprint(instance: object, attribute: _Attribute, entries: Any) -> None:
-    _expect("an entry for each parameter", lambda found: isinstance(found, dict))(instance, attribute, entries)
-    for entry in entries.values():
-        match entry:
-            case {"shape": list(shape), "dtype": str(), "sample": list(sample)} if len(entry) == 3:
-                if not all(map(_is_size, shape)):
-                    raise ValueError(f"{attribute.name}: expected an integer for each dimension, got {shown(shape)}")
-                if not all(map(_is_finite, sample)):
-                    raise ValueError(f"{attribute.name}: expected a finite number for each sample, got {shown(sample)}")
-            case _:
-                raise ValueError(f"{attribute.name}: expected a shape, a dtype and a sample, got {shown(entry)}")
-
-
-def _is_change(instance: "Header", attribute: _Attribute, change: Any) -> None:
-    listed = isinstance(change, list) and len(change) == 3 and isinstance(change[2], list)
-    if not listed or len(change[2]) != len(instance.targets):
-        raise ValueError(f"expected a step, a budget and a list of one rank per target, got {shown(change)}")
-    for number in (*change[:2], *change[2]):
-        _is_count(instance, attribute, number)
+_is_count = _expect("an integer from 0 to 2**63 - 1", _is_size)
+_is_method = _expect("the name of a method", lambda value: isinstance(value, str) and len(value) <= _LONGEST_NAME)
+_has_settings = _expect("a mapping of settings below 10**100", _are_settings)
+_lists_paths = _expect("a list of texts, none of them twice", _are_paths)
+_holds_entry = _expect("a shape of integers, a dtype and a sample of finite numbers", _is_entry)
 
 
 @attrs.frozen
@@ -114,16 +105,18 @@ class Header:
     target]]`` per allocation (training state only).
     """
 
-    kind: str = attrs.field(validator=instance_of(str))
+    kind: str
     method: str = attrs.field(validator=_is_method)
-    config: dict[str, Any] = attrs.field(validator=and_(instance_of(dict), _are_usable))
-    targets: list[str] = attrs.field(validator=and_(_are_texts, _are_distinct))
-    copies: list[str] = attrs.field(validator=and_(_are_texts, _are_distinct))
-    biases: list[str] = attrs.field(validator=and_(_are_texts, _are_distinct))
+    config: dict[str, Any] = attrs.field(validator=_has_settings)
+    targets: list[str] = attrs.field(validator=_lists_paths)
+    copies: list[str] = attrs.field(validator=_lists_paths)
+    biases: list[str] = attrs.field(validator=_lists_paths)
     steps: int = attrs.field(validator=_is_count)
     total_steps: int | None = attrs.field(validator=optional(_is_count))
     versions: dict[str, str] = attrs.field(validator=instance_of(dict))
-    base: dict[str, dict[str, list[float]]] = attrs.field(validator=_is_fingerprint)
+    base: dict[str, Any] = attrs.field(
+        factory=dict, validator=deep_mapping(instance_of(str), _holds_entry, instance_of(dict))
+    )
     values: dict[str, Any] = attrs.field(factory=dict, validator=instance_of(dict))
     history: list[Any] = attrs.field(factory=list, validator=deep_iterable(_is_change, instance_of(list)))
     format: int = FORMAT
@@ -137,39 +130,22 @@ class Header:
 # --- In the metadata --------------------------------------------------------------------------------------------------
 
 
-def encode(header: Header, tensors: Mapping[str, Tensor], stored: _Stored | None = None) -> dict[str, str]:
+def encode(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the safetensors metadata for ``tensors`` with this header. Raises `FileError` if JSON cannot hold it."""
     try:
         text = json.dumps(attrs.asdict(header, recurse=False), sort_keys=True, allow_nan=False)
     except ValueError as error:
-        wrong = [name for name, value in header.values.items() if not _is_json(value)]
-        raise FileError(
-            f"the file's header cannot hold NaN, inf or values that contain themselves: {few(wrong, shown=5)}"
-        ) from error
-    return {KEY: text, f"{KEY}.digest": digest(text, tensors, stored)}
+        raise FileError(f"the file's header cannot hold NaN, inf or values that contain themselves: {error}") from error
+    return {KEY: text, f"{KEY}.digest": digest(text, tensors)}
 
 
-def _is_json(value: object) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)
-    except ValueError:
-        return False
-    return True
-
-
-def digest(text: str, tensors: Mapping[str, Tensor], stored: _Stored | None = None) -> str:
-    """Return the sha256 of the header's text and of each tensor's name, dtype, shape and bytes, sorted by name.
-
-    Args:
-        text: The header's text.
-        tensors: The tensors by name.
-        stored: Their bytes in a file, if there is one: reading them from many small tensors takes longer.
-    """
+def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of the header's text and of each tensor's name, dtype, shape and bytes, sorted by name."""
     hasher = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         hasher.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        hasher.update(bytes_of(tensor) if stored is None else stored[name])
+        hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()
 
 
@@ -178,19 +154,12 @@ def is_ours(metadata: Mapping[str, str] | None) -> bool:
     return metadata is not None and KEY in metadata and f"{KEY}.digest" in metadata
 
 
-def decode(
-    metadata: Mapping[str, str] | None,
-    tensors: Mapping[str, Tensor],
-    stored: _Stored | None = None,
-    *,
-    source: str,
-    content: str,
-) -> Header:
+def decode(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], *, source: str, content: str) -> Header:
     """Verify the digest, then return the header. Raises `FileError` if the file is damaged or not ours."""
-    if metadata is None or not is_ours(metadata):
-        raise FileError(f"{source} is a safetensors file, but not one that tunerkit wrote (it has no tunerkit header)")
+    if not is_ours(metadata):
+        raise _not_ours(source)
     text = metadata[KEY]
-    if digest(text, tensors, stored) != metadata[f"{KEY}.digest"]:
+    if digest(text, tensors) != metadata[f"{KEY}.digest"]:
         raise FileError(f"{source} is damaged: its digest does not match its content; copy or save it again")
     try:
         fields = json.loads(text)
@@ -201,21 +170,14 @@ def decode(
     if fields.get("format") != FORMAT:
         found = shown(fields.get("format"))
         raise FileError(f"{source} has format {found}, this tunerkit reads {FORMAT}; install a matching release")
-    expected = [field.name for field in attrs.fields(Header)]
-    kinds = {
-        "missing": [name for name in expected if name not in fields],
-        "unknown": [name for name in fields if name not in expected],
-    }
-    if wrong := [f"{kind} {few(names, shown=5)}" for kind, names in kinds.items() if names]:
-        raise FileError(
-            f"{source}: its header fields do not fit: {'; '.join(wrong)}; a later tunerkit may have written the file, "
-            "then install that release"
-        )
     try:
         header = Header(**fields)
     except (TypeError, ValueError) as error:
         why = cut(str(error.args[0] if error.args else error), 400)
-        raise FileError(f"{source}: its header has a field that tunerkit would not write: {why}") from error
+        raise FileError(
+            f"{source}: its header has a field that tunerkit would not write: {why}; if a later tunerkit wrote the "
+            "file, install that release"
+        ) from error
     if header.kind != content:
         raise FileError(f"{source} holds {shown(header.kind)}, expected {content!r}: pass the other of the two files")
     try:
@@ -225,15 +187,17 @@ def decode(
     return attrs.evolve(header, config=config)
 
 
+def _not_ours(source: str) -> FileError:
+    return FileError(f"{source} is a safetensors file, but not one that tunerkit wrote (it has no tunerkit header)")
+
+
 # --- Files ------------------------------------------------------------------------------------------------------------
 
 
 def write(place: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
-    """Write a file of tunerkit's, completely or not at all.
+    """Write a file of tunerkit's, completely or not at all, and not over a safetensors file of another program.
 
-    Raises:
-        FileError: It cannot be written, or there is a safetensors file that tunerkit did not write, such as a base
-            model's weights. One whose header cannot be read may be ours and damaged, and is replaced.
+    One whose header cannot be read may be ours and damaged, and is replaced.
     """
     metadata = metadata_at(place)
     if metadata is not None and not is_ours(metadata):
@@ -241,8 +205,8 @@ def write(place: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
             f"{place} is a safetensors file that tunerkit did not write, such as the weights of a model. Nothing was "
             "written, and it is unchanged. Save under another name or into another folder, or delete that file first"
         )
-    entries, stored = pack(tensors)
-    safetensors_file.write(place, entries, stored, encode(header, tensors, stored))
+    stored = plain(tensors)
+    safetensors_file.write(place, stored, encode(header, stored))
 
 
 def read(path: str | os.PathLike[str], *, content: str) -> tuple[str, dict[str, Tensor], Header]:
@@ -259,15 +223,14 @@ def read(path: str | os.PathLike[str], *, content: str) -> tuple[str, dict[str, 
             f"there is no file {source}; tunerkit.{_WRITERS[content]} writes {content}.safetensors into the folder "
             "it is given"
         )
-    tensors, metadata, stored = safetensors_file.read(place, functools.partial(_accept, place))
-    return source, tensors, decode(metadata, tensors, stored, source=source, content=content)
 
+    def accept(metadata: Mapping[str, str], names: Collection[str]) -> None:
+        if not is_ours(metadata):
+            _refuse_foreign(place, [place.name], names)
+            raise _not_ours(source)
 
-def _accept(place: Path, metadata: Mapping[str, str], tensors: Collection[str]) -> None:
-    """Refuse a file of another program, before its data is read."""
-    if not is_ours(metadata):
-        _refuse_foreign(place, [place.name], tensors)
-        decode(metadata, {}, source=str(place), content="")
+    tensors, metadata = safetensors_file.read(place, accept)
+    return source, tensors, decode(metadata, tensors, source=source, content=content)
 
 
 def is_foreign(path: str) -> bool:

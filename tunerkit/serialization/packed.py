@@ -1,10 +1,9 @@
-"""Base layers with a `BaseLayer.packing`: what merging rounds in them, how files describe them, and dense ones instead.
+"""Base layers with a `BaseLayer.packing`: what merging rounds in them, and dense ones instead.
 
 A packed weight is no matrix to which a delta can be added. Its kind, in a plugin, reads it and stores another one.
 """
 
-from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +12,12 @@ from torch import Tensor, nn
 from tunerkit import hooks, injection, layers, targets
 from tunerkit.errors import AdapterError, warn
 from tunerkit.injection import Slots, Tuner
-from tunerkit.layers import CORE, BaseLayer, Knowledge, as_base_layer, as_base_layers
+from tunerkit.layers import BaseLayer, as_base_layer
 from tunerkit.paths import CHILD
 from tunerkit.records import Rounding
-from tunerkit.targets import Scan
+from tunerkit.serialization.fingerprint import packed_layers
 
 _FEW_BITS = 4
-Entry = Mapping[str, Any]
 
 # --- Merging ---------------------------------------------------------------------------------------------------------
 
@@ -108,47 +106,6 @@ def is_reached(slots: Slots, before: Tensor, delta: Tensor, noted: list[Rounding
     return not torch.equal(after, before) or not delta.any() or found.change <= found.own
 
 
-# --- Files -----------------------------------------------------------------------------------------------------------
-
-
-def packed_layers(tuner: Tuner, scanned: Scan | None) -> dict[str, BaseLayer]:
-    """Return the modules of the base with a `BaseLayer.packing`, by path, each as its kind sees it.
-
-    Args:
-        tuner: The adapter's handle.
-        scanned: The scan of the model, if there is one from before the adapter was put in.
-    """
-    if scanned is not None:
-        every = {found.path: found.base for found in (scanned.root, *scanned.modules)}
-    else:  # each as it was when it was adapted; those without an adapter as a plugin's kind sees them now
-        places = list(injection.base_modules(tuner.model))
-        every = {path: None if (slots := injection.slots_of(each)) is None else slots.base for path, each in places}
-        knowledge = hooks.gather_knowledge()
-        kinds = tuple(kind for kind in knowledge.kinds if kind not in CORE.kinds)  # core's own have no packing
-        others = [module for path, module in places if every[path] is None] if kinds else []
-        seen = as_base_layers(others, Knowledge(kinds, (), (), knowledge.leave_out))
-        every = {path: every[path] or seen.get(module) for path, module in places}
-    return {path: base for path, base in every.items() if base is not None and base.packing is not None}
-
-
-def entry_of(base: BaseLayer) -> dict[str, Any]:
-    """Describe a packed weight in a fingerprint: (out, in), the quantiser's name as its dtype, and no values."""
-    assert base.packing is not None
-    return {"shape": [base.out_features, base.in_features], "dtype": base.packing.name, "sample": []}
-
-
-def is_packed_entry(entry: Entry) -> bool:
-    """Whether an entry of a fingerprint describes a packed weight: its dtype is none of torch's."""
-    return not isinstance(vars(torch).get(str(entry["dtype"])), torch.dtype)
-
-
-def stored_otherwise(pairs: Iterable[tuple[Entry, Entry]]) -> Counter[tuple[str, str]]:
-    """Count by their dtypes the pairs of entries of which one is packed, and the other is stored in another way."""
-    packed = (pair for pair in pairs if any(map(is_packed_entry, pair)))
-    dtypes = ((str(saved["dtype"]), str(found["dtype"])) for saved, found in packed)
-    return Counter((saved, found) for saved, found in dtypes if saved != found)
-
-
 # --- Dense layers ----------------------------------------------------------------------------------------------------
 
 
@@ -171,7 +128,7 @@ def dense_layers(tuner: Tuner, dtype: torch.dtype, *, merged: bool) -> dict[str,
         AdapterError: An adapter cannot be merged, the sum contains NaN or inf, a packed weight is sharded, or no kind
             knows a layer that a library has quantised.
     """
-    found = packed_layers(tuner, None)
+    found = packed_layers(tuner)
     for path, module in injection.base_modules(tuner.model):
         if path not in found and (library := targets.quantiser_of(module)) is not None:
             raise AdapterError(

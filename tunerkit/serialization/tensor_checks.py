@@ -12,13 +12,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tunerkit import hooks
-from tunerkit.errors import BaseMismatchError, FileError, cut, first
+from tunerkit.errors import BaseMismatchError, FileError, TunerkitError, cut, first
 from tunerkit.injection import Slot
 from tunerkit.paths import CHILD, few, join
 from tunerkit.records import Resized, Target
 from tunerkit.serialization.header import numbers_in
 
 _NOTHING: Mapping[str, Tensor] = {}
+_TO_READ = (
+    "A model with them computes nothing useful: load an earlier file. To look at this one, read its tensors with "
+    "safetensors.torch.load_file, or with the program that wrote it"
+)
 # One of these may replace another: a base or an adapter may be held in another precision than it was saved in.
 _PRECISIONS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 # A plugin may make tensors that it does not keep, such as a factor of the weight in float64.
@@ -38,31 +42,24 @@ _FACTORIES = frozenset(
 
 @torch.no_grad()
 def nonfinite(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor] = _NOTHING) -> list[str]:
-    """Return the names of the tensors that contain NaN or inf, with one transfer per device and dtype.
+    """Return the names of the tensors that contain NaN or inf, with one transfer per device.
 
-    Args:
-        tensors: Tensors by name. Integers, booleans and tensors without values are finite.
-        base: The base model's own values by the same names. A tensor is not named where it only repeats them: a model
-            may have a mask of -inf in a buffer.
+    A tensor whose NaN and inf only repeat those in ``base`` is not named: a model may have a mask of -inf in a buffer.
+    Integers, booleans and tensors without values are finite.
     """
-    alike: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = defaultdict(dict)
+    checks: dict[torch.device, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         inexact = tensor.dtype.is_floating_point or tensor.dtype.is_complex
         if inexact and tensor.numel() and not tensor.is_meta:
-            alike[tensor.device, tensor.dtype][name] = tensor
+            real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+            comparable = real.float() if real.dtype.itemsize == 1 else real  # 8-bit floats cannot be compared
+            # The extremes of a tensor with a NaN are NaN. This takes one pass and no memory, unlike `isfinite().all()`.
+            checks[tensor.device][name] = torch.stack(torch.aminmax(comparable)).isfinite().all()
     found: set[str] = set()
-    for group in alike.values():
-        # The extremes of a tensor with a NaN are NaN. This takes one pass and no memory, unlike `isfinite().all()`.
-        extremes = torch.stack([each for tensor in group.values() for each in torch.aminmax(_comparable(tensor))])
-        pairs = extremes.view(-1, 2).tolist()
-        found.update(name for name, pair in zip(group, pairs, strict=True) if not all(map(math.isfinite, pair)))
+    for own in checks.values():
+        finite = torch.stack([*own.values()]).tolist()
+        found.update(name for name, is_finite in zip(own, finite, strict=True) if not is_finite)
     return [name for name in tensors if name in found and not _repeats(tensors[name], base.get(name))]
-
-
-def _comparable(tensor: Tensor) -> Tensor:
-    if tensor.is_complex():
-        return torch.view_as_real(tensor.resolve_conj())
-    return tensor.float() if tensor.dtype.itemsize == 1 else tensor  # 8-bit floats cannot be compared
 
 
 def _repeats(tensor: Tensor, base: Tensor | None) -> bool:
@@ -73,49 +70,35 @@ def _repeats(tensor: Tensor, base: Tensor | None) -> bool:
     return bool((tensor.isfinite() | (tensor == base) | (tensor.isnan() & base.isnan())).all())
 
 
-def refuse_nonfinite(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor], source: str) -> None:
-    """Raise `FileError` if a file's tensors contain NaN or inf where the base's own do not."""
+def refuse_nonfinite(
+    tensors: Mapping[str, Tensor],
+    base: Mapping[str, Tensor],
+    what: str,
+    then: str = _TO_READ,
+    error: type[TunerkitError] = FileError,
+) -> None:
+    """Raise ``error`` if tensors contain NaN or inf where the base's own do not; ``then`` says what to do."""
     if wrong := nonfinite(tensors, base):
-        raise FileError(
-            f"{source} has NaN or inf in {len(wrong)} of {len(tensors)} tensors: {few(wrong, shown=5)}. A model with "
-            "them computes nothing useful: load an earlier file. To look at this one, read its tensors with "
-            "safetensors.torch.load_file"
-        )
+        raise error(f"{what} has NaN or inf in {len(wrong)} of {len(tensors)} tensors: {few(wrong, shown=5)}. {then}")
 
 
 # --- Fitting ----------------------------------------------------------------------------------------------------------
 
 
 def fill(
-    slots: Iterable[tuple[str, Slot]],
-    tensors: Mapping[str, Tensor],
-    model: nn.Module,
-    source: str,
-    *,
-    misfit: str = "does not fit its own header",
+    slots: Iterable[tuple[str, Slot]], tensors: Mapping[str, Tensor], model: nn.Module, source: str
 ) -> dict[str, Slot]:
-    """Copy the file's tensors into ``slots``, each as soon as it comes; slots that do not fit are not kept.
+    """Copy a file's tensors into slots, each as soon as it comes, and return the slots by path.
 
-    Args:
-        slots: Pairs of a module's path and its slot.
-        tensors: The file's tensors.
-        model: The base model, for a hint in an error.
-        source: The file.
-        misfit: What an error says of a file whose tensors are not those of the slots.
-
-    Returns:
-        The slots by path.
-
-    Raises:
-        FileError: Tensors are missing, unexpected, misshapen, of another kind, or not finite once they are in the
-            slots' precision; the error lists the first ones, and counts all.
-        BaseMismatchError: Only modules that are trained in full have another size in this base.
+    Slots that do not fit are not kept. Raises `FileError` if tensors are missing, unexpected, misshapen, of another
+    kind, or not finite once they are in the slots' precision; `BaseMismatchError` if only what is trained in full has
+    another size in this base.
     """
     filled: dict[str, Slot] = {}
     problems: list[str] = []
     resized: dict[str, tuple[Sequence[int], Sequence[int]]] = {}
     used: set[str] = set()
-    cast: dict[str, Slot] = {}
+    cast: list[tuple[str, Slot]] = []
     for path, slot in slots:
         state = {join(path, name): built for name, built in slot.state_dict().items()}
         used.update(state)
@@ -124,20 +107,22 @@ def fill(
             others = _resized(path, state, tensors)
             resized |= others
             misfits = [] if others else _load_slot(path, slot, {name: tensors[name] for name in state})
-            if any(built.dtype != tensors[name].dtype for name, built in state.items()):
-                cast[path] = slot
         problems += misfits
         if not (problems or resized):
             filled[path] = slot
+            if any(built.dtype != tensors[name].dtype for name, built in state.items()):
+                cast.append((path, slot))
     problems += [f"unexpected: {name}" for name in tensors if name not in used]
     if problems:
-        raise FileError("\n- ".join([f"{source} {misfit}:", *first([*problems, *resized])]))
+        raise FileError(
+            "\n- ".join([f"{source} does not fit its own header or this model:", *first([*problems, *resized])])
+        )
     if resized:
         title = f"{source} was trained on another base model: what it trains in full has other shapes (saved -> here)"
         raise BaseMismatchError(
             "\n- ".join([f"{title}{resize_hint(model, list(resized.values()))}:", *first([*resized])])
         )
-    values = {join(path, name): value for path, slot in cast.items() for name, value in slot.state_dict().items()}
+    values = {join(path, name): value for path, slot in cast for name, value in slot.state_dict().items()}
     if wrong := nonfinite(values, tensors):
         raise FileError(
             f"{source} has values that are too large for the precision of this model: {few(wrong, shown=5)} become "
@@ -159,17 +144,12 @@ def _resized(
     path: str, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> dict[str, tuple[Sequence[int], Sequence[int]]]:
     """The copies and trained biases that have another size in this base: their shapes by a line that says so."""
-    in_full = (join(path, "copy."), join(path, "bias"))
-    shapes = {
-        name: (list(tensors[name].shape), list(built.shape))
-        for name, built in state.items()
-        if name.startswith(in_full[0]) or name == in_full[1]
-    }
-    return {
-        f"at {cut(path, 200)}: {cut(name, 200)} {saved} -> {here}": (saved, here)
-        for name, (saved, here) in shapes.items()
-        if saved != here
-    }
+    found: dict[str, tuple[Sequence[int], Sequence[int]]] = {}
+    for name, built in state.items():
+        saved, here = list(tensors[name].shape), list(built.shape)
+        if saved != here and (name.startswith(join(path, "copy.")) or name == join(path, "bias")):
+            found[f"at {cut(path, 200)}: {cut(name, 200)} {saved} -> {here}"] = (saved, here)
+    return found
 
 
 def _load_slot(path: str, slot: Slot, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -189,12 +169,7 @@ def limit_for(
     """Return what to enter while the adapter of a target is built: an `AllocationLimit`, or nothing if none is needed.
 
     The limit costs time in every call of torch. A config with no number above the dimensions that the file's tensors
-    have cannot ask for much more than the file has.
-
-    Args:
-        config: The config in the file: plain values in lists and dicts.
-        tensors: The file's tensors.
-        source: The file, for the error.
+    have cannot ask for much more than the file has. ``config`` is in plain values.
     """
     largest = max([_USUAL, *(size for tensor in tensors.values() for size in tensor.shape)])
     if not any(number > largest for number in numbers_in(config)):
@@ -210,18 +185,20 @@ class AllocationLimit(TorchFunctionMode):
     """Rejects calls of torch with more elements than a target can need, while its adapter is built from a file.
 
     A file's config may ask for more memory than there is, in a file of a few bytes. An adapter that fits the file needs
-    no more than the file's tensors for this target. For what a plugin computes meanwhile, a few times the size of the
-    target's own weights is added.
-
-    Args:
-        target: The target.
-        held: How many values the file has for it.
-        source: The file, for the error.
+    no more than ``held``, the number of the file's values for this target. For what a plugin computes meanwhile, a few
+    times the size of the target's own weights is added.
     """
 
     def __init__(self, target: Target, held: int, source: str) -> None:
         super().__init__()
-        self._target, self._held, self._source = target, held, source
+        own = chain(target.module.parameters(recurse=False), target.module.buffers(recurse=False))
+        # Integers may pack several weights: two in each byte.
+        weights = sum(t.numel() if t.is_floating_point() else 2 * t.numel() * t.element_size() for t in own)
+        self._most = _FACTOR * (held + weights) + _ALWAYS
+        self._text = (
+            f"{source} does not fit its own header: by its config, the adapter at {cut(target.path, 200)!r} needs many "
+            f"times more memory than the {held} values that the file has for it"
+        )
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -238,18 +215,8 @@ class AllocationLimit(TorchFunctionMode):
         return result
 
     def _refuse_above(self, elements: int) -> None:
-        if elements <= _ALWAYS:
-            return
-        module = self._target.module
-        own = chain(module.parameters(recurse=False), module.buffers(recurse=False))
-        # Integers may pack several weights: two in each byte.
-        weights = sum(t.numel() if t.is_floating_point() else 2 * t.numel() * t.element_size() for t in own)
-        if elements > _FACTOR * (self._held + weights) + _ALWAYS:
-            raise FileError(
-                f"{self._source} does not fit its own header: by its config, the adapter at "
-                f"{cut(self._target.path, 200)!r} needs many times more memory than the {self._held} values that the "
-                "file has for it"
-            )
+        if elements > self._most:
+            raise FileError(self._text)
 
 
 def resize_hint(model: nn.Module, resized: Sequence[Resized]) -> str:

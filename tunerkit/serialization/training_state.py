@@ -20,10 +20,10 @@ from tunerkit.layers import torch_private
 from tunerkit.paths import few
 from tunerkit.records import RankChange, State
 from tunerkit.serialization.adapter_file import header_of, write_own, written_once
-from tunerkit.serialization.base_check import base_values, refuse_other_base
+from tunerkit.serialization.fingerprint import base_values, refuse_other_base
 from tunerkit.serialization.header import Header, decode, encode, read
 from tunerkit.serialization.safetensors_file import file_at
-from tunerkit.serialization.tensor_checks import fill, nonfinite, refuse_nonfinite
+from tunerkit.serialization.tensor_checks import fill, refuse_nonfinite
 
 # The entry of an optimizer's state_dict that holds training states by adapter name.
 CARRIED = "tunerkit"
@@ -53,18 +53,14 @@ def save_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str |
             f"adapter {tuner.name!r} was never attached, so it has no training state to save: call "
             "tunerkit.attach(model, optimizer, total_steps=...) before training"
         )
-    place = file_at(path, "state")
-    return written_once(tuner, place, functools.partial(_write_state, tuner, place, *_state_of(tuner)))
+    place, (tensors, header) = file_at(path, "state"), _state_of(tuner)
 
+    def write() -> Path:
+        then = "Nothing was written, and an older file is unchanged; resume from a state saved earlier"
+        refuse_nonfinite(tensors, {}, f"the training state of adapter {tuner.name!r}", then, AdapterError)
+        return write_own(tuner, place, header, tensors)
 
-def _write_state(tuner: Tuner, place: Path, tensors: Mapping[str, Tensor], header: Header) -> Path:
-    if wrong := nonfinite(tensors):
-        raise AdapterError(
-            f"the training state of adapter {tuner.name!r} has NaN or inf in {len(wrong)} of {len(tensors)} tensors: "
-            f"{few(wrong, shown=5)}. Nothing was written, and an older file is unchanged; resume from a state saved "
-            "earlier"
-        )
-    return write_own(tuner, place, header, tensors)
+    return written_once(tuner, place, write)
 
 
 def load_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None = None) -> None:
@@ -115,31 +111,29 @@ def _put_in(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) -> N
 
 
 def _take_out(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    carried = state_dict.get(CARRIED, {}).get(tuner.name)
-    source = "the optimizer's state_dict"
-    if carried is not None:
-        match carried:
-            case {"tensors": dict(tensors), "metadata": dict(metadata)}:
-                _resume_(tuner, tensors, decode(metadata, tensors, source=source, content="state"), source)
-            case _:
-                raise FileError(f"{source} has a damaged training state of adapter {tuner.name!r}; load an earlier one")
-    elif torch_private.in_distributed_checkpoint():
-        if not tuner.steps:
-            warnings.warn(
-                f"torch's distributed checkpoint does not keep the training state of adapter {tuner.name!r}, so the "
-                "schedule restarts at step 0. To resume, write it with tunerkit.save_state beside the checkpoint, and "
-                "call tunerkit.load_state before the optimizer's state is set",
-                TunerkitWarning,
-                stacklevel=4,
+    source, name = "the optimizer's state_dict", f"adapter {tuner.name!r}"
+    match state_dict.get(CARRIED, {}).get(tuner.name):
+        case {"tensors": dict(tensors), "metadata": dict(metadata)}:
+            _resume_(tuner, tensors, decode(metadata, tensors, source=source, content="state"), source)
+            return
+        case None if torch_private.in_distributed_checkpoint():
+            text = (
+                f"torch's distributed checkpoint does not keep the training state of {name}, so the schedule restarts "
+                "at step 0. To resume, write it with tunerkit.save_state beside the checkpoint, and call "
+                "tunerkit.load_state before the optimizer's state is set"
             )
-    elif state_dict["state"]:
-        warnings.warn(
-            f"the state_dict that the optimizer loads has no training state of adapter {tuner.name!r}, which was not "
-            f"attached when it was saved: the schedule restarts at step {tuner.steps}. To resume that training "
-            "instead, load its state: tunerkit.load_state",
-            TunerkitWarning,
-            stacklevel=4,
-        )
+            is_lost = not tuner.steps
+        case None:
+            text = (
+                f"the state_dict that the optimizer loads has no training state of {name}, which was not attached when "
+                f"it was saved: the schedule restarts at step {tuner.steps}. To resume that training instead, load its "
+                "state: tunerkit.load_state"
+            )
+            is_lost = bool(state_dict["state"])
+        case _:
+            raise FileError(f"{source} has a damaged training state of {name}; load an earlier one")
+    if is_lost:
+        warnings.warn(text, TunerkitWarning, stacklevel=4)  # at the caller of `load_state_dict`, past torch's frames
 
 
 def _state_of(tuner: Tuner) -> tuple[Mapping[str, Tensor], Header]:
@@ -170,9 +164,8 @@ def _resume_(tuner: Tuner, tensors: Mapping[str, Tensor], header: Header, source
                 "one, the schedule restarts"
             )
             raise
-        said, found = dict(tuner.history[-1].ranks) if tuner.history else {}, tuner.ranks()
-        wrong = [f"{path} {rank} -> {found[path]}" for path, rank in said.items() if found[path] != rank]
-        if wrong:
+        recorded, found = tuner.history[-1].ranks if tuner.history else {}, tuner.ranks()
+        if wrong := [f"{path} {rank} -> {found[path]}" for path, rank in recorded.items() if found[path] != rank]:
             raise FileError(
                 f"{source} contradicts itself: the ranks of its last allocation are not those of its state (history -> "
                 f"state): {few(wrong, shown=5)}"
@@ -181,10 +174,9 @@ def _resume_(tuner: Tuner, tensors: Mapping[str, Tensor], header: Header, source
 
 @contextmanager
 def _all_or_nothing(tuner: Tuner) -> Iterator[None]:
-    """Undo what happens to an adapter inside the block if the block raises, whatever the method's plugin does.
+    """Restore an adapter's tensors, training state, step count and history if the block raises, whatever a plugin does.
 
-    That is: its tensors, the method's training state, the step count and the history. The Parameter objects stay the
-    same. The copies live as long as the block.
+    The Parameter objects stay the same.
     """
     progress, model = tuner.progress, tuner.model
     slots = [(slot, {name: value.clone() for name, value in slot.state_dict().items()}) for _, slot in slots_in(tuner)]
@@ -213,23 +205,14 @@ def restore_(tuner: Tuner, path: str | os.PathLike[str]) -> None:
     _refuse_other_run(tuner, header, source)
     refuse_other_base(tuner, header, source)
     refuse_nonfinite(tensors, base_values(tuner), source)
-    with tuner.whole():
-        slots = dict(slots_in(tuner))
-        # A misfit is found on a copy, before anything live is changed.
-        fill(copy.deepcopy(slots).items(), tensors, tuner.model, source)
+    with tuner.whole(), _all_or_nothing(tuner):
         shapes = {parameter: parameter.shape for parameter in tuner.parameters()}
-        fill(slots.items(), tensors, tuner.model, source)
+        fill(slots_in(tuner), tensors, tuner.model, source)
     optimizer = steps.optimizer_of(tuner)
     for parameter, shape in shapes.items():
         if optimizer is not None and parameter.shape != shape:
             optimizer.state.pop(parameter, None)
     tuner.progress.steps = header.steps
-
-
-def forget_state_(tuner: Tuner) -> None:
-    """Drop a training state that does not belong to the weights just restored, and the history after their step."""
-    tuner.state = None
-    tuner.progress.history[:] = [change for change in tuner.history if change.step <= tuner.steps]
 
 
 def _refuse_other_run(tuner: Tuner, saved: Header, source: str) -> None:

@@ -155,7 +155,7 @@ def _frozen(deepspeed: Any, folder: Path, rank: int) -> dict[str, Any]:
 
 
 def _gathered(deepspeed: Any) -> list[int]:
-    """How many values wrapping gathers at a time, where 300 are allowed."""
+    """How many values wrapping gathers at a time."""
     sizes = []
 
     class Noting(deepspeed.zero.GatheredParameters):  # type: ignore[misc]  # a class that mypy does not see
@@ -164,10 +164,7 @@ def _gathered(deepspeed: Any) -> list[int]:
             super().__enter__()
 
     base = zero_training.base(deepspeed, _JOB)
-    with (
-        mock.patch.object(deepspeed.zero, "GatheredParameters", Noting),
-        mock.patch("tunerkit.serialization.fingerprint.GATHERED", 300),
-    ):
+    with mock.patch.object(deepspeed.zero, "GatheredParameters", Noting):
         tunerkit.wrap(base, "lora", _TARGETS)
     return sizes
 

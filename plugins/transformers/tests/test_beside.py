@@ -11,7 +11,7 @@ import torch
 
 import tunerkit
 from tunerkit.errors import BaseMismatchError, FileError, TunerkitWarning
-from tunerkit.serialization.base_check import beside_of
+from tunerkit.serialization.fingerprint import beside_of
 from tunerkit.serialization.header import read
 
 if TYPE_CHECKING:

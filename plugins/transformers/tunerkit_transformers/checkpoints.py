@@ -209,7 +209,9 @@ def _load_best(trainer: Trainer, attached: Attached, load_model: Callable[[], No
         if has_file(folder, "state"):
             serialization.load_state(tuner.model, folder, adapter=tuner.name)
         else:
-            serialization.forget_state_(tuner)
+            # There is no training state for these weights, nor a history after their step.
+            tuner.state = None
+            tuner.progress.history[:] = [change for change in tuner.history if change.step <= tuner.steps]
 
 
 def _train(
