@@ -224,8 +224,8 @@ def _warn_of_untrained(tuner: Tuner) -> None:
     """Warn of what nothing trained. A method that needs steps cannot miss them, and `attach` looks at what it holds."""
     if tuner.progress.loaded or injection.needs_steps(tuner) or (tuner.steps == 0 and not _is_fresh(tuner)):
         return
-    if injection.is_untrained(tuner, copies=False):
-        if tuner.steps == 0 and injection.is_untrained(tuner):
+    if injection.is_untrained(tuner):
+        if tuner.steps == 0 and injection.adds_nothing(tuner):
             text = (
                 f"adapter {tuner.name!r} was saved untrained: it adds nothing to the model. Most often the optimizer "
                 f"was built before tunerkit.wrap, or from other parameters: {_REBUILD}"
