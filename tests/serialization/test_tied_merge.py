@@ -243,10 +243,10 @@ def test_settings_that_nothing_changes_are_named(toys: "Toys", monkeypatch: pyte
 def test_an_interrupt_leaves_the_tie_as_before_or_as_after(toys: "Toys", what: str) -> None:
     """Ctrl-C at any line: the sides are apart exactly if the model is merged, and the base can be shown again."""
     calls: dict[str, tuple[Any, str]] = {
-        "merge": (tunerkit.merge, "_replace_all_"),
-        "permanent": (lambda model: tunerkit.merge(model, permanent=True), "_replace_all_"),
-        "unmerge": (tunerkit.unmerge, "_restore_originals_"),
-        "unwrap": (tunerkit.unwrap, "_restore_originals_"),
+        "merge": (tunerkit.merge, "requiring_effect"),
+        "permanent": (lambda model: tunerkit.merge(model, permanent=True), "requiring_effect"),
+        "unmerge": (tunerkit.unmerge, "restore_originals_"),
+        "unwrap": (tunerkit.unwrap, "restore_originals_"),
     }
     call, after = calls[what]
 

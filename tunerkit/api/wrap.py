@@ -186,7 +186,7 @@ def unwrap(model: M, *, keep_merged: bool = False, dtype: torch.dtype | None = N
         ready = True
         _take_out_(tuners, dense)
     except BaseException:
-        if ready or injection.is_merged(root) is keep_merged:
+        if ready or injection.is_merged(root) == keep_merged:
             _take_out_(tuners, dense)
         raise
     return model

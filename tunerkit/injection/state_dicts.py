@@ -59,10 +59,11 @@ def refuse_state(
             names = [name for name in slots.originals if name in own and start + name in state]
             if not all(_is_equal(own[name], state[start + name]) for name in names):
                 raise AdapterError(_LOST)
-        elif not slots.merged:
-            # Without the mark one place is enough: if its weight is another, the state is of another base, or merged.
-            found = _has_sum(path, part, slots, state, start) if found is None and not marked else found
-            if marked or found:
+        elif marked and not slots.merged:
+            raise AdapterError(_TWICE)
+        elif not slots.merged and found is None:  # one other weight is enough: it is of another base, or merged
+            found = _has_sum(path, part, slots, state, start)
+            if found:
                 raise AdapterError(_TWICE)
     # Of a permanent merge nothing is lost at unmerge, since there is none. It is said once, for the whole model.
     if not marked and any(slots.permanent for _, _, slots in places) and wrapped_of(module).tuners:

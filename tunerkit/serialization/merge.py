@@ -79,8 +79,12 @@ def merge_except_(model: nn.Module, paths: Collection[str], *, permanent: bool =
         _Change(path, module, slots, tensors, _values(module, slots, tensors), plan)
         for (path, module, slots), tensors, plan in zip(places, merged, plans, strict=True)
     ]
+    noted: list[Rounding] = []
     try:
-        noted = _replace_all_(changes)
+        for each in changes:
+            with requiring_effect(each.path, each.slots, each.merged, noted):
+                each.slots.parting = each.parting
+                _write_(each.module, each.slots, each.merged, apart=True)
         for each in changes:
             each.slots.note_merged({} if permanent else each.originals, permanent=permanent)
             each.slots.parting = None if permanent else each.parting
@@ -123,17 +127,17 @@ def restore_originals_(model: nn.Module) -> None:
     weights.reshard_(model)
     places = list(injection.walk(model))
     refuse_permanent(places)
+
+    def restore_() -> None:
+        for _, module, slots in places:
+            if slots.merged:
+                _put_back_(module, slots, slots.originals)
+
     try:
-        _restore_originals_(places)
+        restore_()
     except BaseException:
-        _restore_originals_(places)
+        restore_()
         raise
-
-
-def _restore_originals_(places: Places) -> None:
-    for _, module, slots in places:
-        if slots.merged:
-            _put_back_(module, slots, slots.originals)
 
 
 @contextmanager
@@ -171,21 +175,19 @@ def _enable_(places: Places, enabled: bool) -> None:
     """
     turned = [(module, slots, slots.originals) for _, module, slots in places if slots.enabled is not enabled]
     exchanged = [(module, slots, shown, _values(module, slots, shown)) for module, slots, shown in turned]
+
+    def show_() -> None:
+        for module, slots, shown, hidden in exchanged:
+            if slots.merged:
+                _write_(module, slots, shown, apart=enabled)
+                slots.set_aside(hidden)
+            slots.enabled = enabled
+
     try:
-        for module, slots, shown, hidden in exchanged:
-            _show_(module, slots, shown, hidden, enabled=enabled)
+        show_()
     except BaseException:
-        for module, slots, shown, hidden in exchanged:
-            _show_(module, slots, shown, hidden, enabled=enabled)
+        show_()
         raise
-
-
-def _show_(module: nn.Module, slots: Slots, shown: dict[str, Any], hidden: dict[str, Any], *, enabled: bool) -> None:
-    """Switch the adapters of one module on or off. It may be repeated after an interrupt."""
-    if slots.merged:
-        _write_(module, slots, shown, apart=enabled)
-        slots.set_aside(hidden)
-    slots.enabled = enabled
 
 
 # --- What cannot be merged -------------------------------------------------------------------------------------------
@@ -297,20 +299,6 @@ def _merged_tensors(places: Places) -> list[dict[str, Any]]:
             "then convert the model first, for example with model.float() or model.bfloat16()"
         )
     return found
-
-
-def _replace_all_(changes: Iterable[_Change]) -> list[Rounding]:
-    """Give every module its merged tensors, and return what that has rounded in packed weights.
-
-    Raises:
-        AdapterError: A weight does not become what was written.
-    """
-    noted: list[Rounding] = []
-    for each in changes:
-        with requiring_effect(each.path, each.slots, each.merged, noted):
-            each.slots.parting = each.parting
-            _write_(each.module, each.slots, each.merged, apart=True)
-    return noted
 
 
 def _put_back_(module: nn.Module, slots: Slots, originals: dict[str, Any]) -> None:
