@@ -235,8 +235,10 @@ def test_settings_that_nothing_changes_are_named(toys: "Toys", monkeypatch: pyte
     model = trained(toys, "toy")
     model.__class__ = type("Tied", (type(model),), {"__module__": "transformers.models.tied"})
     monkeypatch.setattr(Registry, "absence", lambda self, name: f"{name} is not installed")
-    with pytest.warns(tunerkit.TunerkitWarning, match="still says that they are tied: tunerkit-transformers knows"):
+    words = "still says that they are tied: tunerkit-transformers knows"
+    with pytest.warns(tunerkit.TunerkitWarning, match=words) as told:
         tunerkit.merge(model)
+    assert told[0].filename == __file__
 
 
 @pytest.mark.parametrize("what", ["merge", "permanent", "unmerge", "unwrap"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tunerkit import hooks, injection
 from tunerkit.errors import AdapterError
 from tunerkit.injection import Slots
-from tunerkit.layers import torch_private, weights
+from tunerkit.layers import bias_name, torch_private, weights
 from tunerkit.paths import few, join
 from tunerkit.records import Rounding
 from tunerkit.serialization.fingerprint import fingerprint
@@ -26,21 +26,19 @@ def merge(model: M, *, permanent: bool = False) -> M:
     """Add every active adapter to its base layer's weights, in place. A forward pass then costs as much as the base's.
 
     While merged, `disabled` shows the base model, saving works, and an optimizer step raises `StepError`. The model's
-    own ``state_dict()`` contains the merged weights and also the adapters. To get only one of them, take it after
-    `unmerge`, or after ``unwrap(model, keep_merged=True)``. A state with merged weights cannot be loaded into an
-    unmerged model, where the adapters would be applied twice, and none can be loaded while the model is merged.
+    own ``state_dict()`` has the merged weights and also the adapters. For one of them alone, take it after `unmerge`,
+    or after ``unwrap(model, keep_merged=True)``. A state with merged weights cannot be loaded into an unmerged model,
+    where the adapters would be applied twice, and none can be loaded while the model is merged.
 
-    Where all modules that share a weight are adapted, each needs another sum, so merging unties them. They get
-    parameters of their own, and ``config.tie_word_embeddings`` becomes False, so that ``save_pretrained`` writes all of
-    them. `unmerge` and `disabled` put the shared Parameter object and the setting back.
-
-    No forward may run in another thread while the weights change: use one lock for both. A forward that is seen to
-    run is an error.
+    Modules that share a weight and are all adapted are untied, since each needs another sum. They get parameters of
+    their own, and ``config.tie_word_embeddings`` becomes False, so that ``save_pretrained`` writes all of them.
+    `unmerge` and `disabled` put the shared Parameter object and the setting back.
 
     A weight that a quantiser stores is dequantised, and the sum is quantised again in the same way. `rounding` lists
     what that rounds, and a warning says it for weights of 4 bits and less.
 
-    If this raises, also a KeyboardInterrupt in the middle, nothing is changed.
+    No forward may run in another thread while the weights change: use one lock for both. One that is seen to run is an
+    error. If this raises, also a KeyboardInterrupt in the middle, nothing is changed.
 
     Args:
         model: The wrapped model.
@@ -54,9 +52,9 @@ def merge(model: M, *, permanent: bool = False) -> M:
         AdapterError: The model is already merged or disabled, or runs in another thread; no adapter is active; weights
             are offloaded, sharded (FSDP, ZeRO-3) or packed, so that adding to them has no effect; a forward hook runs
             before the adapters, since it was registered with ``prepend=True`` after wrapping; adapted modules were
-            replaced, resized or tied after wrapping; a packed weight is tied; a kind cannot write a packed weight; a
-            base layer has no place for a bias; a method does not implement ``tunerkit_delta``; or merged weights
-            contain NaN or inf.
+            replaced, resized or tied after wrapping; a packed weight is tied, or its kind cannot write it; a base layer
+            has no place for a bias; a method does not implement ``tunerkit_delta``; or merged weights contain NaN or
+            inf.
         TargetError: The model was quantised by torchao after wrapping.
         PluginError: A method returns an invalid delta.
     """
@@ -65,39 +63,38 @@ def merge(model: M, *, permanent: bool = False) -> M:
     return model
 
 
-# Never in inference mode: inference tensors in the base could not be trained later.
-@torch.inference_mode(False)
-@torch.no_grad()
 def merge_except_(model: nn.Module, paths: Collection[str], *, permanent: bool = False) -> None:
     """Merge what `refuse_unmergeable` has accepted, without the modules at ``paths``."""
-    tuners = injection.require_tuners(model)
-    places = [place for place in injection.walk(model) if place[0] not in paths]
-    merged = _merged_tensors(places)
-    plans = plan_parting(model, places, merged)
-    kept = {name: fingerprint(tuner) for name, tuner in tuners.items()} if permanent else {}
-    changes = [
-        _Change(path, module, slots, tensors, _values(module, slots, tensors), plan)
-        for (path, module, slots), tensors, plan in zip(places, merged, plans, strict=True)
-    ]
-    noted: list[Rounding] = []
-    try:
-        for each in changes:
-            with requiring_effect(each.path, each.slots, each.merged, noted):
+    # Never in inference mode: inference tensors in the base could not be trained later.
+    with torch.inference_mode(False), torch.no_grad():
+        tuners = injection.require_tuners(model)
+        places = [place for place in injection.walk(model) if place[0] not in paths]
+        merged = _merged_tensors(places)
+        plans = plan_parting(model, places, merged)
+        kept = {name: fingerprint(tuner) for name, tuner in tuners.items()} if permanent else {}
+        changes = [
+            _Change(path, module, slots, tensors, _values(module, slots, tensors), plan)
+            for (path, module, slots), tensors, plan in zip(places, merged, plans, strict=True)
+        ]
+        noted: list[Rounding] = []
+        try:
+            for each in changes:
+                with requiring_effect(each.path, each.slots, each.merged, noted):
+                    each.slots.parting = each.parting
+                    _write_(each.module, each.slots, each.merged, apart=True)
+            for each in changes:
+                each.slots.note_merged({} if permanent else each.originals, permanent=permanent)
+                each.slots.parting = None if permanent else each.parting
+            for name, base in kept.items():
+                tuners[name].progress.fingerprint = base
+            warn_of_rounding(noted)
+        except BaseException:
+            for each in changes:
                 each.slots.parting = each.parting
-                _write_(each.module, each.slots, each.merged, apart=True)
-        for each in changes:
-            each.slots.note_merged({} if permanent else each.originals, permanent=permanent)
-            each.slots.parting = None if permanent else each.parting
-        for name, base in kept.items():
-            tuners[name].progress.fingerprint = base
-        warn_of_rounding(noted)
-    except BaseException:
-        for each in changes:
-            each.slots.parting = each.parting
-            _put_back_(each.module, each.slots, each.originals)
-        for tuner in tuners.values():
-            tuner.progress.fingerprint = None
-        raise
+                _put_back_(each.module, each.slots, each.originals)
+            for tuner in tuners.values():
+                tuner.progress.fingerprint = None
+            raise
 
 
 def unmerge(model: M) -> M:
@@ -251,7 +248,11 @@ def _obstacles(module: nn.Module, slots: Slots) -> Iterator[str]:
 
 
 def _has_padding(embedding: nn.Embedding) -> bool:
-    return embedding.padding_idx is not None and bool(embedding.weight[embedding.padding_idx].any())
+    """Whether the row for padding is not zero."""
+    if embedding.padding_idx is None:
+        return False
+    with weights.gathered(embedding):
+        return bool(embedding.weight[embedding.padding_idx].any())
 
 
 def refuse_permanent(places: Places) -> None:
@@ -351,4 +352,4 @@ def _is_packed(slots: Slots) -> bool:
 
 def _is_stored(slots: Slots, name: str) -> bool:
     """Whether the attribute ``name`` holds a packed weight, so that it is replaced itself; a bias does not."""
-    return slots.base is not None and slots.base.packing is not None and name != slots.base.bias_name
+    return _is_packed(slots) and name != bias_name(slots.base)
