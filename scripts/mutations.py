@@ -144,8 +144,8 @@ MUTATIONS = (
     Mutation(
         "merge cycles",
         "tunerkit/serialization/merge.py",
-        "    _replace_(module, slots, originals)\n    slots.forget",
-        "    _replace_(module, slots, {n: 1.001 * t for n, t in originals.items()})\n    slots.forget",
+        "    _write_(module, slots, originals, apart=False)\n    slots.forget",
+        "    _write_(module, slots, {n: 1.001 * t for n, t in originals.items()}, apart=False)\n    slots.forget",
     ),
     Mutation(
         "leaks", "tunerkit/injection/preconditions.py", "torch_private.remove_hooks_(model, enter, leave)", "pass"

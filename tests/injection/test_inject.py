@@ -177,7 +177,7 @@ INTERRUPTED: dict[str, tuple[Callable[["Toys"], Any], Callable[[Any, Path], obje
     "unwrap and keep merged": (
         _two,
         lambda model, file: tunerkit.unwrap(model, keep_merged=True),
-        "_replace_all_",
+        "requiring_effect",
     ),
 }
 

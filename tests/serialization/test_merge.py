@@ -524,7 +524,7 @@ def test_a_state_is_loaded_into_weights_that_hold_nothing_yet(toys: "Toys", fill
 def test_an_interrupted_merge_is_undone(toys: "Toys", permanent: bool) -> None:
     """Ctrl-C at any line while weights are replaced leaves them as before, or all merged and noted as such."""
     call: Any = lambda model: tunerkit.merge(model, permanent=permanent)  # noqa: E731
-    assert half_done(toys.trained, call, after="_replace_all_", points=14) == []
+    assert half_done(toys.trained, call, after="requiring_effect", points=14) == []
 
 
 def test_an_interrupted_unmerge_is_completed(toys: "Toys") -> None:

@@ -13,7 +13,7 @@ from tests.support.interrupting import interrupt
 from tests.support.tied_models import COPIES, HOW, MODELS, logits, sharing, tied, trained, untie_
 from tunerkit.errors import AdapterError
 from tunerkit.hooks.registry import Registry
-from tunerkit.injection import is_merged
+from tunerkit.injection import is_merged, walk
 
 if TYPE_CHECKING:
     from tests.support.toys import Toys
@@ -29,6 +29,11 @@ def apart(model: Any) -> bool:
     separate = model.head.weight is not model.embed.weight
     assert model.config.tie_word_embeddings is not separate
     return separate
+
+
+def parting(model: nn.Module) -> list[object]:
+    """What modules hold of their ties while they are merged."""
+    return [slots.parting for _, _, slots in walk(model) if slots.parting is not None]
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -81,7 +86,7 @@ def test_the_unwrapped_model_is_untied_and_trains_each_side(toys: "Toys", perman
     with torch.inference_mode(permanent):
         tunerkit.merge(model, permanent=permanent)
     if permanent:
-        assert not any("parting" in key for module in model.modules() for key in vars(module))
+        assert parting(model) == []
     tunerkit.unwrap(model, keep_merged=True)
     assert apart(model)
     assert toys.close(logits(model), output)
@@ -230,18 +235,20 @@ def test_settings_that_nothing_changes_are_named(toys: "Toys", monkeypatch: pyte
     model = trained(toys, "toy")
     model.__class__ = type("Tied", (type(model),), {"__module__": "transformers.models.tied"})
     monkeypatch.setattr(Registry, "absence", lambda self, name: f"{name} is not installed")
-    with pytest.warns(tunerkit.TunerkitWarning, match="still says that they are tied: tunerkit-transformers knows"):
+    words = "still says that they are tied: tunerkit-transformers knows"
+    with pytest.warns(tunerkit.TunerkitWarning, match=words) as told:
         tunerkit.merge(model)
+    assert told[0].filename == __file__
 
 
 @pytest.mark.parametrize("what", ["merge", "permanent", "unmerge", "unwrap"])
 def test_an_interrupt_leaves_the_tie_as_before_or_as_after(toys: "Toys", what: str) -> None:
     """Ctrl-C at any line: the sides are apart exactly if the model is merged, and the base can be shown again."""
     calls: dict[str, tuple[Any, str]] = {
-        "merge": (tunerkit.merge, "_replace_all_"),
-        "permanent": (lambda model: tunerkit.merge(model, permanent=True), "_replace_all_"),
-        "unmerge": (tunerkit.unmerge, "_restore_originals_"),
-        "unwrap": (tunerkit.unwrap, "_restore_originals_"),
+        "merge": (tunerkit.merge, "requiring_effect"),
+        "permanent": (lambda model: tunerkit.merge(model, permanent=True), "requiring_effect"),
+        "unmerge": (tunerkit.unmerge, "restore_originals_"),
+        "unwrap": (tunerkit.unwrap, "restore_originals_"),
     }
     call, after = calls[what]
 
@@ -257,7 +264,7 @@ def test_an_interrupt_leaves_the_tie_as_before_or_as_after(toys: "Toys", what: s
         assert apart(model) is merged
         if not merged:
             assert all(torch.equal(p, q) for p, q in zip(base_of(model), tied("toy").parameters(), strict=True))
-            assert not any("parting" in key for module in model.modules() for key in vars(module))
+            assert parting(model) == []
 
 
 def base_of(model: nn.Module) -> list[nn.Parameter]:

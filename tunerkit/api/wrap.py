@@ -1,8 +1,7 @@
 """Wrap and unwrap a model: choose targets, build adapters with the method's plugin, inject them, take them out."""
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 
 from tunerkit import hooks, injection, layers, serialization, steps, targets
 from tunerkit.config import AdapterConfig
-from tunerkit.errors import ConfigError, TunerkitWarning, warn
+from tunerkit.errors import ConfigError, warn
 from tunerkit.extras import is_described
 from tunerkit.injection import Progress, Tuner
 from tunerkit.records import NewModules, Target
@@ -160,61 +159,45 @@ def unwrap(model: M, *, keep_merged: bool = False, dtype: torch.dtype | None = N
     """
     if dtype not in (None, *_DENSE):
         raise ConfigError([f"expected {' or '.join(map(str, _DENSE))}, got {dtype!r} @ dtype"])
-    tuners = injection.require_tuners(model)
+    tuners = list(injection.require_tuners(model).values())
     injection.refuse_disabled(model)
-    root = injection.wrapped_model(model)
+    root = tuners[0].model
     injection.refuse_running(root, "unwrapping")
-    was_merged = injection.is_merged(root)
+    was_merged, places = injection.is_merged(root), list(injection.walk(root))
     if dtype is not None:
-        injection.refuse_lost(list(tuners.values()))
+        injection.refuse_lost(tuners)
     if keep_merged and not was_merged:
         serialization.refuse_unmergeable(root)
     if was_merged and not keep_merged:
-        serialization.refuse_permanent(list(injection.walk(root)))
+        serialization.refuse_permanent(places)
         warn(_UNDONE)
     dense: dict[str, nn.Module] = {}
-    built, ready = dtype is None, False
+    if dtype is not None:
+        # A dense layer has W + ΔW without what storing it packed has rounded.
+        permanent = any(slots.permanent for _, _, slots in places)
+        with nullcontext() if permanent else serialization.disabled(root):
+            dense = serialization.dense_layers(tuners[0], dtype, merged=keep_merged)
+    ready = False  # whether the weights are as asked for
     try:
         if not keep_merged:
             serialization.restore_originals_(root)
-        if dtype is not None:
-            dense, built = _dense_layers(root, next(iter(tuners.values())), dtype, keep_merged), True
-        if keep_merged and not injection.is_merged(root):
-            _merge_rest_(root, dense)
+        elif not was_merged:
+            serialization.merge_except_(root, dense)
         ready = True
-        _take_out_(list(tuners.values()))
-        serialization.replace_by_dense_(root, dense)
+        _take_out_(tuners, dense)
     except BaseException:
-        # The weights are as asked for, so complete the rest.
-        if ready or (built and injection.is_merged(root) == keep_merged):
-            _take_out_(list(tuners.values()))
-            serialization.replace_by_dense_(root, dense)
-        elif was_merged and not injection.is_merged(root):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", TunerkitWarning)  # what it rounds was told at the first merge
-                serialization.merge(root)
+        if ready or injection.is_merged(root) == keep_merged:
+            _take_out_(tuners, dense)
         raise
     return model
 
 
-def _dense_layers(root: nn.Module, tuner: Tuner, dtype: torch.dtype, keep_merged: bool) -> dict[str, nn.Module]:
-    """Build what replaces quantised layers. A merge is undone first if it can be: the new layers need no second one."""
-    if injection.is_merged(root) and not any(slots.permanent for _, _, slots in injection.walk(root)):
-        serialization.restore_originals_(root)
-    return serialization.dense_layers(tuner, dtype, merged=keep_merged)
-
-
-def _merge_rest_(root: nn.Module, dense: Mapping[str, nn.Module]) -> None:
-    """Merge the active adapters, except where a dense layer has them: not for good, so that this can be undone."""
-    if any(slots.active and path not in dense for path, _, slots in injection.walk(root)) or not dense:
-        serialization.merge_except_(root, dense)
-
-
-def _take_out_(tuners: Sequence[Tuner]) -> None:
+def _take_out_(tuners: Sequence[Tuner], dense: Mapping[str, nn.Module]) -> None:
     for tuner in tuners:
         steps.detach(tuner)
     injection.eject_(tuners)
     steps.unwatch_(tuners[0].model)
+    serialization.replace_by_dense_(tuners[0].model, dense)
 
 
 _DENSE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

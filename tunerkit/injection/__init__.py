@@ -2,8 +2,7 @@
 
 from tunerkit.injection.build import build_each
 from tunerkit.injection.contents import biases_of, copies_of, factors_of
-from tunerkit.injection.delta import adapted_tensors, refuse_without_delta
-from tunerkit.injection.idle import adds_nothing, is_untrained, untrained_copies
+from tunerkit.injection.delta import adapted_tensors, adds_nothing, is_untrained, untrained_copies
 from tunerkit.injection.inject import activate_, eject_, inject_, rename_, train_
 from tunerkit.injection.integrity import WATCHED, refuse_lost, report, shapes_of, warn_of_base_changes
 from tunerkit.injection.models import (

@@ -1,6 +1,7 @@
-"""A module's own tensors with its adapters applied, for merging and for temporary weight overrides."""
+"""What adapters add: a module's own tensors with its adapters applied, and whether an adapter adds anything."""
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -8,36 +9,28 @@ from torch import Tensor, nn
 
 from tunerkit import hooks
 from tunerkit.errors import AdapterError, PluginError
-from tunerkit.injection.slots import Slots
+from tunerkit.injection.models import slots_of
+from tunerkit.injection.slots import Slot, Slots
+from tunerkit.injection.tuner import Tuner, modules_in, slots_in
 from tunerkit.layers import Adapter, BaseLayer, bias_name, torch_private
 from tunerkit.records import Delta
 
+# --- For merging and for temporary weight overrides ------------------------------------------------------------------
+
 
 def adapted_tensors(path: str, module: nn.Module, slots: Slots, base: BaseLayer | None = None) -> dict[str, Any]:
-    """Compute the parameters and buffers of ``module`` with all active slots applied.
+    """Compute the parameters and buffers of ``module`` that active slots change, by their local name.
 
-    Args:
-        path: The module's name in errors.
-        module: The adapted module; it is only read.
-        slots: Its slots.
-        base: ``module`` as a base layer; by default that of the slots. Another one gets the same deltas.
-
-    Returns:
-        New tensors by their local name, in the dtypes of the module's own. Tensors that no slot changes are missing. A
-        bias that the module lacks counts as zeros. With gradients on, they depend on the adapters' parameters. Of a
-        packed weight they are the attributes that hold it.
-
-    Raises:
-        AdapterError: The kind cannot write a packed weight, or the sum contains NaN or inf.
-        PluginError: A plugin returns no delta, one of another shape, or one without the gradient that is needed.
+    They are new tensors in the dtypes of the module's own. A bias that it lacks counts as zeros. With gradients on,
+    they depend on the adapters' parameters. Of a packed weight they are the attributes that hold it. Where ``module``
+    is not the adapted one itself, ``base`` is its base layer, to which the same deltas are added.
     """
     tensors: dict[str, Any] = {}
     deltas: list[Delta] = []
     base = slots.base if base is None else base
     for slot in slots.applied:
         if slot.copy is not None:
-            own = (*slot.copy.named_parameters(), *slot.copy.named_buffers())
-            tensors.update({key: tensor.detach().clone() for key, tensor in own})
+            tensors.update({name: tensor.detach().clone() for name, tensor in _tensors(slot.copy).items()})
         elif slot.adapter is not None:
             assert slots.base is not None
             deltas.append(hooks.delta(path, slot.method, slot.adapter, slots.base))
@@ -48,20 +41,13 @@ def adapted_tensors(path: str, module: nn.Module, slots: Slots, base: BaseLayer 
             tensors |= _with_deltas(base, deltas)
         except AdapterError as error:
             raise AdapterError(f"cannot merge into {path!r}: {error}") from error
-    for slot in slots.applied:
-        if slot.copy is None and slot.bias is not None:
-            _add_bias(module, bias_name(base), slot.bias, tensors)
+    name = bias_name(base)
+    for trained in (slot.bias for slot in slots.applied if slot.copy is None and slot.bias is not None):
+        own = cast(nn.Parameter, torch_private.own_parameters(module)[name])
+        # Beside what other slots add to it, the trained bias adds its difference to the module's own.
+        parts = [tensors[name], trained - own] if name in tensors else [trained]
+        tensors[name] = _sum(parts).to(own.dtype, copy=True)
     return tensors
-
-
-def refuse_without_delta(slots: Slots) -> None:
-    """Raise `AdapterError` if the method of an active adapter cannot say what it adds to the weight."""
-    for slot in slots.applied:
-        if slot.adapter is not None and not hooks.has_delta(slot.method):
-            raise AdapterError(
-                f"method {slot.method!r} cannot be merged: its plugin implements neither tunerkit_delta nor "
-                "tunerkit_factors"
-            )
 
 
 def _with_deltas(base: BaseLayer, deltas: Sequence[Delta]) -> dict[str, Any]:
@@ -80,21 +66,9 @@ def _with_deltas(base: BaseLayer, deltas: Sequence[Delta]) -> dict[str, Any]:
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        wide = torch.promote_types(torch.promote_types(total.dtype, part.dtype), torch.float32)
-        total = total.to(wide) + part.to(wide)
-    return total
-
-
-def _add_bias(module: nn.Module, name: str, trained: Tensor, tensors: dict[str, Any]) -> None:
-    """Replace the module's own bias with the trained one. If other slots changed it, add the difference to theirs."""
-    own = cast(nn.Parameter, torch_private.own_parameters(module)[name])
-    if name in tensors:
-        wide = torch.promote_types(own.dtype, torch.float32)
-        tensors[name] = (tensors[name].to(wide) + (trained - own).to(wide)).to(own.dtype)
-    else:
-        tensors[name] = trained.clone()
+    """The sum, in fp32 or a wider dtype."""
+    wide = reduce(torch.promote_types, (part.dtype for part in parts), torch.float32)
+    return reduce(torch.add, (part.to(wide) for part in parts))
 
 
 def _refuse_untrainable(method: str, adapter: Adapter, delta: Delta) -> None:
@@ -107,3 +81,70 @@ def _refuse_untrainable(method: str, adapter: Adapter, delta: Delta) -> None:
             "adapter would not be trained where only its delta is used; compute the delta from the parameters, not "
             "detached"
         )
+
+
+# --- Whether anything is added ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def adds_nothing(tuner: Tuner) -> bool:
+    """Whether the model's output is the same without the adapter. A count of steps would miss a loop of one's own."""
+    modules = modules_in(tuner)
+    return all(
+        _keeps_base(slot, modules[path]) and (slot.adapter is None or _has_no_delta(path, slot, modules[path]))
+        for path, slot in slots_in(tuner)
+    )
+
+
+@torch.no_grad()
+def is_untrained(tuner: Tuner) -> bool:
+    """Whether what the method built surely adds nothing; copies and biases do not count.
+
+    A method with a start of zero has a parameter that is 0 throughout until it is trained, in every adapter. The first
+    adapter without one ends the search, before any delta is computed. A method with another start is never untrained
+    here.
+    """
+    adapted = [(path, slot, slot.adapter) for path, slot in slots_in(tuner) if slot.adapter is not None]
+    if not all(any(not parameter.any() for parameter in adapter.parameters()) for _, _, adapter in adapted):
+        return False
+    modules = modules_in(tuner)
+    return bool(adapted) and all(_has_no_delta(path, slot, modules[path]) for path, slot, _ in adapted)
+
+
+@torch.no_grad()
+def untrained_copies(tuner: Tuner) -> list[str]:
+    """The modules that are trained in full whose copy still has the base's values."""
+    modules = modules_in(tuner)
+    return [path for path, slot in slots_in(tuner) if slot.copy is not None and _keeps_base(slot, modules[path])]
+
+
+def _has_no_delta(path: str, slot: Slot, module: nn.Module) -> bool:
+    slots = slots_of(module)
+    if slots is None or slots.base is None or slot.adapter is None or not hooks.has_delta(slot.method):
+        return False
+    if hooks.adds_products(slot.method):
+        q, p = hooks.factors(path, slot.method, slot.adapter, slots.base)
+        for zero, other in ((p, q), (q, p)):
+            if not zero.any() and other.isfinite().all():
+                return True  # a dense matrix is not needed to see it
+    delta = hooks.delta(path, slot.method, slot.adapter, slots.base)
+    return not any(part is not None and bool(part.any()) for part in (delta.weight, delta.bias))
+
+
+def _keeps_base(slot: Slot, module: nn.Module) -> bool:
+    """Whether the copy or the bias in the slot, if it has one, equals the base's own, also where that is merged."""
+    slots = slots_of(module)
+    assert slots is not None
+    copied = {} if slot.bias is None else {bias_name(slots.base): slot.bias.data}
+    if slot.copy is not None:
+        copied = _tensors(slot.copy)
+    own = _tensors(module) if copied else {}
+    for name, tensor in copied.items():
+        original = slots.original(name, own[name]) if name in own else None
+        if original is None or original.is_meta or not torch.equal(tensor, original.to(tensor.device)):
+            return False
+    return True
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

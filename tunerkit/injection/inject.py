@@ -15,7 +15,7 @@ from tunerkit.injection.state_dicts import unwatch_states_, watch_states_
 from tunerkit.injection.tuner import WRAPPED, Tuner, Wrapped, base_of, modules_in, slots_in, wrapped_of
 from tunerkit.injection.weight_override import update_overrides_
 from tunerkit.layers import torch_private, weights
-from tunerkit.paths import CHILD, is_adapter_path
+from tunerkit.paths import CHILD, join
 from tunerkit.targets import Scan
 
 # The attribute of a module of the base with earlier values, by name, of attributes that adapters need otherwise.
@@ -217,8 +217,16 @@ def _put_back_(module: nn.Module, *names: str) -> None:
 
 
 def _freeze_base_(model: nn.Module, wrapped: Wrapped) -> None:
-    """Freeze the model's own parameters. First give the model the names of those that were trained, to undo it."""
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad and not is_adapter_path(name)}
+    """Freeze the model's own parameters. First give the model the names of those that were trained, to undo it.
+
+    A tied one has several names: merging may make as many parameters of it.
+    """
+    own = {
+        join(path, name): parameter
+        for path, module in base_modules(model)
+        for name, parameter in torch_private.own_parameters(module).items()
+        if parameter is not None and parameter.requires_grad
+    }
     wrapped.frozen = tuple(own)
     vars(model)[WRAPPED] = wrapped
     for parameter in own.values():

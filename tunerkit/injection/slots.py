@@ -124,6 +124,7 @@ class Slots(nn.Module):
         permanent: Whether the merge kept no originals.
         rounding: What a merge into a packed weight has rounded, as `tunerkit.rounding` returns it.
         whole: What a merge has set aside of a packed weight, by its name: Parameter objects and what describes them.
+        parting: How a merged module gets its shared parameters back, see `tunerkit.serialization.untying`.
     """
 
     def __init__(self, base: BaseLayer | None) -> None:
@@ -135,6 +136,7 @@ class Slots(nn.Module):
         self.permanent = False
         self.rounding: Rounding | None = None
         self.whole: dict[str, Any] = {}
+        self.parting: Any = None
 
     def see_as(self, base: BaseLayer | None) -> None:
         """Set the base layer."""
@@ -150,7 +152,8 @@ class Slots(nn.Module):
 
         If the original was merged, its module held the base at that time, so the copy is not merged.
         """
-        earlier: dict[str, Any] = {"rounding": None, "whole": {}}  # pickles of earlier versions lack these
+        # Pickles of earlier versions lack these.
+        earlier: dict[str, Any] = {"rounding": None, "whole": {}, "parting": None}
         super().__setstate__(earlier | state)  # type: ignore[no-untyped-call]  # torch's own
         if not self.enabled:
             self.enabled = True
@@ -229,7 +232,7 @@ class Slots(nn.Module):
         """Note that nothing is merged, and free what `set_aside` kept."""
         for name, _ in list(self.named_buffers(recurse=False, remove_duplicate=False)):
             delattr(self, name)
-        self.whole, self.rounding = {}, None
+        self.whole, self.rounding, self.parting = {}, None, None
         self.permanent = False
         self.merged = ()
 

@@ -50,23 +50,23 @@ def refuse_state(
     Nothing has been loaded into the module yet. A state with merged weights that lost its metadata, as in a plain dict
     or a safetensors file, is recognised by its values, if it belongs to the same base.
     """
-    marked, found, unknown = _MERGED in metadata, False, False
-    for path, part, slots in walk(module):
+    marked, found = _MERGED in metadata, None
+    places = list(walk(module))
+    for path, part, slots in places:
         start = prefix + join(path, "")
-        if slots.permanent:
-            unknown |= not marked  # nothing is lost at unmerge, since there is none
-        elif slots.merged:
+        if slots.merged and not slots.permanent:
             own = dict(part.named_parameters())
-            both = [(own[n], state[start + n]) for n in slots.originals if n in own and start + n in state]
-            if not all(_is_equal(live, new) for live, new in both):
+            names = [name for name in slots.originals if name in own and start + name in state]
+            if not all(_is_equal(own[name], state[start + name]) for name in names):
                 raise AdapterError(_LOST)
-        elif marked:
+        elif marked and not slots.merged:
             raise AdapterError(_TWICE)
-        elif not found and (pair := _weights(part, slots, state, start)) and not _same_samples(*pair):
-            found = True  # one place is enough: the state is of another base, or merged
-            if _is_sum(path, part, slots, state, start, *pair):
+        elif not slots.merged and found is None:  # one other weight is enough: it is of another base, or merged
+            found = _has_sum(path, part, slots, state, start)
+            if found:
                 raise AdapterError(_TWICE)
-    if unknown and wrapped_of(module).tuners:  # once, for the whole model
+    # Of a permanent merge nothing is lost at unmerge, since there is none. It is said once, for the whole model.
+    if not marked and any(slots.permanent for _, _, slots in places) and wrapped_of(module).tuners:
         warnings.warn(_UNKNOWN, TunerkitWarning, stacklevel=4)
 
 
@@ -76,37 +76,30 @@ def _is_equal(live: Tensor, new: Tensor) -> bool:
     return new.shape == live.shape and all(a.shape == b.shape and torch.equal(a, b.to(a)) for a, b in pairs)
 
 
-def _weights(part: nn.Module, slots: Slots, state: Mapping[str, Any], start: str) -> tuple[Tensor, Tensor] | None:
-    """Return the weight of a module in the state and the live one; None where they cannot be compared."""
+@torch.no_grad()
+def _has_sum(path: str, part: nn.Module, slots: Slots, state: Mapping[str, Any], start: str) -> bool | None:
+    """Whether the weight of a module in the state is the live one plus the ΔW of the adapters in the state.
+
+    None if it is the live one, by samples, or cannot be compared: a shard, a packed weight, or one without values.
+    """
     if slots.base is None or not slots.applied:
         return None
     new: Any = state.get(start + slots.base.weight_name)
     own = torch_private.own_parameters(part).get(slots.base.weight_name)
     if type(own) is not nn.Parameter or type(new) not in (Tensor, nn.Parameter) or new.shape != own.shape:
-        return None  # a shard or a packed weight
-    readable = own.numel() and own.is_floating_point() and not (new.is_meta or own.is_meta)
-    return (new, own) if readable else None
-
-
-def _same_samples(new: Tensor, own: Tensor) -> bool:
+        return None
+    if not own.numel() or not own.is_floating_point() or new.is_meta or own.is_meta:
+        return None
     places = torch.linspace(0, own.numel() - 1, _SAMPLES).long()
-    return torch.equal(*(torch.take(each.detach(), places.to(each.device)).cpu().float() for each in (new, own)))
-
-
-@torch.no_grad()
-def _is_sum(
-    path: str, part: nn.Module, slots: Slots, state: Mapping[str, Any], start: str, new: Tensor, own: Tensor
-) -> bool:
-    """Whether the weight in the state is the live one plus the ΔW of the adapters in the state."""
+    if torch.equal(*(torch.take(each, places.to(each.device)).cpu().float() for each in (new, own))):
+        return None
     if not all(slot.adapter is None or hooks.has_delta(slot.method) for slot in slots.applied):
         return False
-    start += f"{CHILD}."
-    twin = copy.deepcopy(slots)
+    twin, inside = copy.deepcopy(slots), f"{start}{CHILD}."
     try:
-        twin.load_state_dict({key.removeprefix(start): state[key] for key in state if key.startswith(start)})
+        twin.load_state_dict({key.removeprefix(inside): state[key] for key in state if key.startswith(inside)})
     except RuntimeError:  # the state has other adapters
         return False
-    assert slots.base is not None
     merged = adapted_tensors(path, part, twin).get(slots.base.weight_name, own).float()
     change = new.to(own.device).float() - own.float()
     missing, size = (merged - own.float() - change).norm(), change.norm()

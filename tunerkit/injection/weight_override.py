@@ -15,36 +15,29 @@ from tunerkit.injection.models import base_modules, is_called, slots_of, walk
 from tunerkit.injection.slots import Slots
 from tunerkit.layers import torch_private
 
-# The attribute of a running owner with its last call.
-_CALL = "_tunerkit_overrides"
+# The attribute of a running owner with its `_Calls`.
+_CALLS = "_tunerkit_overrides"
 
 
 @attrs.frozen(eq=False)
-class _Call:
-    """One call of an owner that has not ended.
+class _Calls:
+    """The calls of an owner that have not ended, all in one thread.
 
     Attributes:
-        thread: The thread that runs it.
-        before: The attributes that it changed, as (module, name, earlier value); None if there was none. The first
-            entry is the owner's earlier call, so undoing one call shows the one around it.
+        thread: The number of that thread.
+        replaced: What each call replaced, the outermost first: a module, its attribute, and the earlier value, None if
+            there was none. Undoing one call shows the one around it.
     """
 
     thread: int | None
-    before: list[tuple[nn.Module, str, object]]
-
-    def undo(self) -> None:
-        for module, name, value in reversed(self.before):
-            _set_(module, name, value)
+    replaced: list[list[tuple[nn.Module, str, object]]] = attrs.field(factory=list)
 
 
 def update_overrides_(model: nn.Module, readers: Iterable[nn.Module | None] = ()) -> None:
     """Register the hooks that override weights, and remove those of owners that have nothing left to override.
 
-    Args:
-        model: The model that was wrapped. At each call, it restores what an interrupted call of an owner left
-            overridden.
-        readers: The owners that use weights of adapted modules directly. Transformer encoders around adapted modules
-            get the hooks too.
+    Owners are the ``readers``, which use weights of adapted modules directly, and transformer encoders around adapted
+    modules. At each call, the model restores what an interrupted call of an owner left overridden.
     """
     modules = [module for _, module in base_modules(model)]
     encoders = (module for module in modules if isinstance(module, nn.TransformerEncoder))
@@ -76,13 +69,13 @@ def override(owner: nn.Module, args: Any) -> None:
     The adapted weight becomes an attribute of the module, which hides the parameter. ``parameters()`` and
     ``state_dict()`` do not change, and without the attribute the parameter is visible again.
     """
-    if _overrides_now(owner) or _CALL in vars(owner):
+    if _overrides_now(owner) or _CALLS in vars(owner):
         torch_private.uncompiled(_override)(owner)
 
 
 def restore(owner: nn.Module, args: Any, output: Any) -> None:
     """Undo `override`: the owner's forward hook, which is also called after an exception, without an output."""
-    if _CALL in vars(owner):
+    if _CALLS in vars(owner):
         torch_private.uncompiled(_restore_last)(owner)
     elif output is not None and _overrides_now(owner):
         raise AdapterError(
@@ -95,62 +88,59 @@ def restore(owner: nn.Module, args: Any, output: Any) -> None:
 def restore_abandoned(owners: tuple[nn.Module, ...], model: nn.Module, args: Any) -> None:
     """Restore what an interrupted call has left overridden: with ``owners`` bound, the model's forward pre-hook.
 
-    After a KeyboardInterrupt no forward hook is called, so the interrupted call of an owner restores nothing. It looks
-    like a call that still runs and calls its owner again. Only the interpreter's frames could tell the two apart, and
-    a traceback that somebody keeps, as an except block does, keeps these alive. So `override` treats both alike: a
-    nested call overrides again and restores what it found, which is right for either.
-
-    They differ when the whole model is called, since calls inside a model end before it does. A call that is still
-    open in this thread was then abandoned. A hook inside an owner that calls the whole model would break this rule,
-    and `restore` raises.
+    After a KeyboardInterrupt no forward hook is called, and the call looks like one that still runs. Only frames could
+    tell, which a kept traceback keeps alive. So `override` takes it for a call around the next one, which is right for
+    either. When the whole model is called, all calls inside it in this thread have ended, so an open one was abandoned.
+    A hook inside an owner that calls the whole model breaks this rule, and `restore` raises.
     """
     for owner in owners:
-        if _CALL in vars(owner):
+        if _CALLS in vars(owner):
             torch_private.uncompiled(_restore_own)(owner)
 
 
 def _override(owner: nn.Module) -> None:
-    call = _begin_call_(owner)
-    for module, name, value in _changes(owner):
-        call.before.append((module, name, vars(module).get(name)))
-        _set_(module, name, value)
-
-
-def _begin_call_(owner: nn.Module) -> _Call:
-    """Record that ``owner`` starts to run. Raises `AdapterError` if it runs in another thread."""
-    thread = threading.current_thread().ident  # not get_ident: this also registers threads that C++ started
-    call = _Call(thread, [(owner, _CALL, None)])
+    own = _Calls(threading.current_thread().ident)  # not get_ident: this also registers threads that C++ started
     # setdefault is atomic: if two threads begin at once, one of them sees the other.
-    while (around := vars(owner).setdefault(_CALL, call)).thread != thread:
-        if any(other.ident == around.thread for other in threading.enumerate()):
+    while (calls := vars(owner).setdefault(_CALLS, own)).thread != own.thread:
+        if any(other.ident == calls.thread for other in threading.enumerate()):
             raise AdapterError(
                 f"{type(owner).__name__} runs in two threads at once, but its weights can be overridden for only one "
                 "call at a time; call tunerkit.merge before serving a model from several threads"
             )
         _restore_all(owner)  # that thread died inside the call
-    if around is not call:
-        call.before[0] = (owner, _CALL, around)
-        _set_(owner, _CALL, call)
-    return call
+    calls.replaced.append([])
+    for module, name, value in _changes(owner):
+        calls.replaced[-1].append((module, name, vars(module).get(name)))
+        _set_(module, name, value)
 
 
 def _restore_last(owner: nn.Module) -> None:
     """Undo the last call of ``owner``, unless another thread runs it: then the call of this thread was rejected."""
-    call: _Call = vars(owner)[_CALL]
-    if call.thread == threading.get_ident():
-        call.undo()
+    if vars(owner)[_CALLS].thread == threading.get_ident():
+        _undo_(owner)
 
 
 def _restore_own(owner: nn.Module) -> None:
-    """Undo every call of ``owner`` in this thread. Only one thread has open calls of an owner."""
-    if (call := vars(owner).get(_CALL)) is not None and call.thread == threading.get_ident():
+    """Undo every call of ``owner`` if they are this thread's."""
+    if vars(owner)[_CALLS].thread == threading.get_ident():
         _restore_all(owner)
 
 
 def _restore_all(owner: nn.Module) -> None:
     """Undo every call of ``owner``, whichever thread made it."""
-    while (call := vars(owner).get(_CALL)) is not None:
-        call.undo()
+    while _CALLS in vars(owner):
+        _undo_(owner)
+
+
+def _undo_(owner: nn.Module) -> None:
+    """Undo the last call of ``owner``. It may be repeated after an interrupt."""
+    replaced = vars(owner)[_CALLS].replaced
+    for module, name, value in reversed(replaced[-1] if replaced else []):
+        _set_(module, name, value)
+    if len(replaced) > 1:
+        replaced.pop()
+    else:
+        vars(owner).pop(_CALLS, None)
 
 
 def _set_(module: nn.Module, name: str, value: object) -> None:

@@ -216,12 +216,13 @@ def _warn_of_untrained(tuner: Tuner) -> None:
     if tuner.progress.loaded or injection.needs_steps(tuner) or (tuner.steps == 0 and not _is_fresh(tuner)):
         return
     saved = f"adapter {tuner.name!r} was saved"
-    if tuner.steps == 0 and injection.is_untrained(tuner):
+    untrained = injection.is_untrained(tuner)
+    if untrained and tuner.steps == 0 and injection.adds_nothing(tuner):
         warn(
             f"{saved} untrained: it adds nothing to the model. Most often the optimizer was built before "
             f"tunerkit.wrap, or from other parameters: {_REBUILD}"
         )
-    elif injection.is_untrained(tuner, copies=False):
+    elif untrained:
         after = f" after {tuner.steps} steps" if tuner.steps else ""
         warn(
             f"{saved}{after}, and none of its matrices is trained: they add nothing to the model. Check that the "

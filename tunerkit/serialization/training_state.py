@@ -83,7 +83,7 @@ def load_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str |
     refuse_nonfinite(tensors, {}, source)
     _resume_(tuner, tensors, header, source)
     with tuner.whole():
-        untrained = header.steps > 0 and injection.is_untrained(tuner, copies=False)
+        untrained = header.steps > 0 and injection.is_untrained(tuner)
     if untrained:
         warn(
             f"{source} continues a training at step {header.steps}, but the matrices of adapter {tuner.name!r} are as "

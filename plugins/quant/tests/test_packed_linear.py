@@ -221,8 +221,10 @@ def test_the_error_of_a_merge_is_measured() -> None:
     model = trained()
     dense = [layer.code.integers * layer.code.scale for layer in (model[0], model[2])]
     assert tunerkit.rounding(model) == {}
-    with pytest.warns(tunerkit.TunerkitWarning, match=r"an error of \d+\.\d% .* quantiser's own of \d+\.\d%"):
+    words = r"an error of \d+\.\d% .* quantiser's own of \d+\.\d%"
+    with pytest.warns(tunerkit.TunerkitWarning, match=words) as told:
         tunerkit.merge(model)
+    assert told[0].filename == __file__
     found = tunerkit.rounding(model)
     assert found.keys() == {"0", "2"}
     for path, weight in zip(found, dense, strict=True):
