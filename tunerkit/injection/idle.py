@@ -4,8 +4,7 @@ import torch
 from torch import nn
 
 from tunerkit import hooks
-from tunerkit.injection.models import slots_of
-from tunerkit.injection.slots import Slot
+from tunerkit.injection.slots import Slot, slots_of
 from tunerkit.injection.tuner import Tuner, modules_in, slots_in
 from tunerkit.layers import bias_name
 

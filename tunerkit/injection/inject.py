@@ -8,19 +8,17 @@ from torch import nn
 from tunerkit import hooks
 from tunerkit.errors import AdapterError
 from tunerkit.injection.integrity import note_call, watch
-from tunerkit.injection.models import base_modules, is_called, slots_of, walk
 from tunerkit.injection.preconditions import refuse_mixed_dtypes, refuse_running, unwatch_threads_, watch_threads_
-from tunerkit.injection.slots import Slot, Slots, apply_slots
+from tunerkit.injection.slots import Slot, Slots, apply_slots, base_modules, is_called, slots_of, walk
 from tunerkit.injection.state_dicts import unwatch_states_, watch_states_
-from tunerkit.injection.tuner import WRAPPED, Tuner, Wrapped, base_of, modules_in, slots_in, wrapped_of
+from tunerkit.injection.tuner import WRAPPED, Tuner, modules_in, slots_in, wrapped_of
 from tunerkit.injection.weight_override import update_overrides_
-from tunerkit.layers import torch_private, weights
+from tunerkit.layers import OutputLayer, torch_private, weights
 from tunerkit.paths import CHILD, is_adapter_path
 from tunerkit.targets import Scan
 
-# The attribute of a module of the base with earlier values, by name, of attributes that adapters need otherwise.
-_EARLIER = "_tunerkit_earlier"
-_STATISTICS = "track_running_stats"
+# The attribute of a batch norm of the base that adapters have stopped from updating its statistics.
+_STOPPED = "_tunerkit_earlier"
 
 
 def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, *, trainable: bool) -> None:
@@ -42,8 +40,13 @@ def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, *, trainable
 
 def _inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan) -> None:
     model, wrapped, readers = tuner.model, wrapped_of(tuner.model), []
-    if not wrapped.tuners:  # a base parameter that is unfrozen later is meant to be trained
-        _freeze_base_(model, wrapped)
+    if not wrapped.tuners:
+        # A base parameter that is unfrozen later is meant to be trained, so only the first adapter freezes.
+        own = {name: p for name, p in model.named_parameters() if p.requires_grad and not is_adapter_path(name)}
+        wrapped.frozen = tuple(own)
+        vars(model)[WRAPPED] = wrapped  # first, so that an interruption can be undone
+        for parameter in own.values():
+            parameter.requires_grad_(False)
         watch_states_(model)
         watch_threads_(model)
         hooks.wrapped(model)
@@ -51,8 +54,8 @@ def _inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan) -> None:
         slot, slots, found = built[path], slots_of(module), scanned.by_path[path]
         # A copy replaces the whole module, so there is no base layer.
         base, reader = (found.base, found.reader) if slot.copy is None else (None, None)
-        if slot.adapter is not None:
-            base = base_of(tuner, module, base)
+        if slot.adapter is not None and base is None:
+            base = OutputLayer(module)
         readers.append(reader)
         if slots is None:
             slots = Slots(base).train(module.training)
@@ -68,10 +71,11 @@ def _inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan) -> None:
         slots.put(tuner.name, slot)
     update_overrides_(model, readers)
     for copied in tuner.copies:
-        # The module still runs itself. Without these, a batch norm uses its statistics but does not update them.
+        # The module still runs itself. A batch norm then uses its statistics but does not update them.
         for _, norm in base_modules(copied.module):
             if torch_private.is_batch_norm(norm) and norm.track_running_stats:
-                _set_(norm, _STATISTICS, False)
+                vars(norm)[_STOPPED] = True
+                norm.track_running_stats = False
     wrapped.tuners[tuner.name] = tuner
     wrapped.active = (*wrapped.active, tuner.name)
 
@@ -122,16 +126,11 @@ def _clear_(module: nn.Module, tuner: Tuner) -> None:
     if module is not tuner.model:
         unwatch_states_(module)
     torch_private.remove_hooks_(module, apply_slots)
-    _put_back_(module, _STATISTICS)
+    _resume_statistics_(module)
 
 
 def activate_(model: nn.Module, names: Sequence[str]) -> None:
-    """Apply exactly the named adapters, in this order. Compiled code follows: its guards read the tuples.
-
-    Raises:
-        AdapterError: Two of them train the same module in full, or another thread runs the model. Nothing is changed
-            then.
-    """
+    """Apply exactly the named adapters, in this order. Compiled code follows: its guards read the tuples."""
     refuse_running(model, "activating adapters")
     adapted = list(walk(model))
     for path, _, slots in adapted:
@@ -194,32 +193,13 @@ def copy_base(module: nn.Module) -> nn.Module:
     for part in twin.modules():
         unwatch_states_(part)
     unwatch_threads_(twin)
-    _put_back_(twin, _STATISTICS)
+    _resume_statistics_(twin)
     return twin
 
 
-def _set_(module: nn.Module, name: str, value: object) -> None:
-    """Set an attribute of a module of the base until `_put_back_`."""
-    vars(module).setdefault(_EARLIER, {}).setdefault(name, getattr(module, name))
-    setattr(module, name, value)
-
-
-def _put_back_(module: nn.Module, *names: str) -> None:
-    """Undo `_set_` in a module and below, for the given attributes or all."""
+def _resume_statistics_(module: nn.Module) -> None:
+    """Let the batch norms in a module update their statistics again."""
     for part in module.modules():
-        earlier = vars(part).get(_EARLIER, {})
-        for name in names or list(earlier):
-            if name in earlier:
-                setattr(part, name, earlier[name])
-                del earlier[name]  # after it, so that an interrupted call can be repeated
-        if not earlier:
-            vars(part).pop(_EARLIER, None)
-
-
-def _freeze_base_(model: nn.Module, wrapped: Wrapped) -> None:
-    """Freeze the model's own parameters. First give the model the names of those that were trained, to undo it."""
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad and not is_adapter_path(name)}
-    wrapped.frozen = tuple(own)
-    vars(model)[WRAPPED] = wrapped
-    for parameter in own.values():
-        parameter.requires_grad_(False)
+        if torch_private.is_batch_norm(part) and _STOPPED in vars(part):
+            part.track_running_stats = True
+            del vars(part)[_STOPPED]  # last, so that an interrupted call can be repeated

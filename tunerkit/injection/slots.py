@@ -1,6 +1,6 @@
-"""The child module ``tunerkit`` of an adapted module: it holds what each adapter adds there."""
+"""The child ``tunerkit`` of adapted modules, with what each adapter adds there, and where a model has such modules."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tunerkit.errors import AdapterError
 from tunerkit.layers import Adapter, BaseLayer, mark_fresh, torch_private, unmark, view_bias, whole_shape
-from tunerkit.paths import CHILD
+from tunerkit.paths import CHILD, join
 from tunerkit.records import Rounding
 
 # Buffers hold the originals. Adapter names have no "/", so the prefix keeps the two apart. Buffer names must have no
@@ -150,15 +150,19 @@ class Slots(nn.Module):
 
         If the original was merged, its module held the base at that time, so the copy is not merged.
         """
-        earlier: dict[str, Any] = {"rounding": None, "whole": {}}  # pickles of earlier versions lack these
-        super().__setstate__(earlier | state)  # type: ignore[no-untyped-call]  # torch's own
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's own
         if not self.enabled:
             self.enabled = True
             self.forget_merge()
 
+    @property
+    def _by_name(self) -> dict[str, Slot]:
+        """The slots, as torch's live dict of children: it also accepts names such as "forward"."""
+        return cast(dict[str, Slot], torch_private.own_children(self))
+
     def put(self, name: str, slot: Slot) -> None:
-        """Add a slot. It goes directly into the dict of children: `add_module` refuses names such as "forward"."""
-        torch_private.own_children(self)[name] = slot
+        """Add a slot and activate it, in addition to the active ones."""
+        self._by_name[name] = slot
         self.activate((*self.active, name))
 
     def activate(self, names: Iterable[str]) -> None:
@@ -166,43 +170,41 @@ class Slots(nn.Module):
 
         Adapters that read the base layer's output come first, before another one changes it.
         """
-        own = cast(dict[str, Slot], torch_private.own_children(self))
+        own = self._by_name
         ours = (name for name in names if name in own)
         self.active = tuple(sorted(ours, key=lambda name: not own[name].reads_output))
 
     def get(self, name: str) -> Slot | None:
-        """Return the slot of one adapter. Attributes of the same name are ignored."""
-        return cast(Slot | None, torch_private.own_children(self).get(name))
+        """Return the slot of one adapter."""
+        return self._by_name.get(name)
 
     def drop(self, name: str) -> None:
         """Remove a slot, if the adapter has one here."""
-        torch_private.own_children(self).pop(name, None)
         self.active = tuple(other for other in self.active if other != name)
+        self._by_name.pop(name, None)
 
     def rename(self, old: str, new: str) -> None:
         """Rename a slot in its place, if the adapter has one here. The order in ``state_dict`` stays."""
-        children = torch_private.own_children(self)
-        slots = [(new if name == old else name, slot) for name, slot in children.items()]
-        children.clear()
-        children.update(slots)
+        slots = [(new if name == old else name, slot) for name, slot in self._by_name.items()]
+        self._by_name.clear()
+        self._by_name.update(slots)
         self.active = tuple(new if name == old else name for name in self.active)
         self.merged = tuple(new if name == old else name for name in self.merged)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The adapters that have a slot here, the oldest first."""
-        return tuple(torch_private.own_children(self))
+        return tuple(self._by_name)
 
     @property
     def applied(self) -> list[Slot]:
         """The slots of the active adapters, in order."""
-        return [slot for name in self.active if (slot := self.get(name)) is not None]
+        return [self._by_name[name] for name in self.active]
 
     @property
     def copies(self) -> dict[str, nn.Module]:
         """The trained copies of this module by adapter. No two of them can be active together."""
-        slots = self.named_children()
-        return {name: slot.copy for name, slot in slots if isinstance(slot, Slot) and slot.copy is not None}
+        return {name: slot.copy for name, slot in self._by_name.items() if slot.copy is not None}
 
     @property
     def originals(self) -> dict[str, Any]:
@@ -281,3 +283,68 @@ def _with_change(output: Any, own: Any, changed: Any) -> Any:
         limits = torch.finfo(own.dtype)
         own = own.clamp(limits.min, limits.max)
     return output + (changed - own)
+
+
+# --- Where a model has slots ------------------------------------------------------------------------------------------
+
+
+def inside(model: object) -> nn.Module:
+    """Return the model that `torch.compile` or ``nn.DataParallel`` was given: paths must not depend on the wrapper."""
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"expected a torch.nn.Module, got {type(model).__name__}; pass the model itself")
+    inner = model.module if isinstance(model, nn.DataParallel) else torch_private.compiled_from(model)
+    return model if inner is None else inside(inner)
+
+
+def slots_of(module: nn.Module) -> Slots | None:
+    """Return the slots at ``module`` itself, or None."""
+    slots = torch_private.own_children(module).get(CHILD)
+    return slots if isinstance(slots, Slots) else None
+
+
+def is_called(module: nn.Module) -> bool:
+    """Whether an adapted module is called itself. Otherwise its owner uses its weight, which core overrides."""
+    return torch_private.has_hook(module, apply_slots)
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of ``model`` with their paths, each once and in its order, without what adapters put there.
+
+    ``named_modules`` would also visit every adapter, and most modules of a wrapped model are in adapters.
+    """
+    seen: set[int] = set()
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield path, module
+            # In reverse, since the last entry of the list is visited first.
+            for name, child in reversed(torch_private.own_children(module).items()):
+                if child is not None and type(child) is not Slots:
+                    waiting.append((join(path, name), child))
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slots]]:
+    """Yield every adapted module of ``model`` with its dotted path and its slots, in model order."""
+    for path, module in base_modules(model):
+        if (slots := slots_of(module)) is not None:
+            yield path, module, slots
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Return whether adapters are merged into ``model`` now."""
+    return any(slots.merged for _, _, slots in walk(model))
+
+
+def refuse_disabled(model: nn.Module) -> None:
+    """Raise `AdapterError` inside ``with disabled(model)``, where the base replaces what a caller would change."""
+    if any(not slots.enabled for _, _, slots in walk(model)):
+        raise AdapterError("the model's adapters are disabled; leave the block of tunerkit.disabled first")
+
+
+def refuse_fixed(model: nn.Module, what: str) -> None:
+    """Raise `AdapterError` if ``model`` is disabled or merged: then ``what`` would not change the output."""
+    refuse_disabled(model)
+    if is_merged(model):
+        raise AdapterError(f"the model is merged; call tunerkit.unmerge before {what}")

@@ -14,9 +14,8 @@ from tunerkit import hooks
 from tunerkit.config import AdapterConfig
 from tunerkit.errors import AdapterError, StepError, closest, cut
 from tunerkit.hooks import Engine, Pieces, Removable, same, whole_pieces
-from tunerkit.injection.models import base_modules, inside, is_merged, slots_of
-from tunerkit.injection.slots import Slot
-from tunerkit.layers import Adapter, BaseLayer, OutputLayer, weights
+from tunerkit.injection.slots import Slot, base_modules, inside, is_merged, slots_of
+from tunerkit.layers import Adapter, weights
 from tunerkit.paths import few, join
 from tunerkit.records import RankChange, State, Target
 
@@ -282,11 +281,9 @@ def as_hooks_see_it(tuner: Tuner, *, gradients: bool = False) -> Iterator[Callab
 
 
 def record(tuner: Tuner, ranks: Mapping[str, int] | None) -> None:
-    """Add an allocation to the history of an adapter, and notify every plugin.
+    """Add an allocation, the live rank by target path, to an adapter's history, and notify every plugin.
 
-    Args:
-        tuner: The adapter's handle.
-        ranks: The live rank by target path; None if no mask changed, which records nothing.
+    None means that no mask changed, and records nothing.
     """
     if ranks is not None:
         hooks.ranks_changed(tuner, tuner.history, tuner.steps, tuner.budget(), ranks)
@@ -377,21 +374,7 @@ def tuner(model: nn.Module, adapter: str | None = None) -> Tuner:
     return tuners[adapter]
 
 
-def base_of(tuner: Tuner, module: nn.Module, base: BaseLayer | None) -> BaseLayer | None:
-    """Return a target as its method sees it: ``base``, or a layer without weight for a method that adapts outputs.
-
-    Args:
-        tuner: The adapter's handle.
-        module: The target's module.
-        base: The module as a base layer, if a kind matches it.
-    """
-    if base is None and hooks.registry.get(tuner.method).targets == "outputs":
-        return OutputLayer(module)
-    return base
-
-
 def is_frozen(tuner: Tuner) -> bool:
     """Return whether the adapter has parameters and trains none of them."""
-    own = tuner.parameters()
-    first = next(own, None)  # each step calls this, and the first parameter is usually enough
-    return first is not None and not first.requires_grad and not any(p.requires_grad for p in own)
+    own = [parameter.requires_grad for parameter in tuner.parameters()]
+    return bool(own) and not any(own)
