@@ -13,7 +13,6 @@ from tunerkit.config import AdapterConfig
 from tunerkit.errors import ConfigError, TunerkitWarning, warn
 from tunerkit.extras import is_described
 from tunerkit.injection import Progress, Tuner
-from tunerkit.records import NewModules, Target
 from tunerkit.targets import Scan
 
 M = TypeVar("M", bound=nn.Module)
@@ -57,9 +56,7 @@ def wrap(
     config = hooks.configure(method, config)
     scanned = targets.scan(root, hooks.gather_knowledge())
     targets.refuse_impassable(scanned)
-    new = targets.find_new(scanned)
-    chosen, copies = _select(scanned, new, method, config)
-    tuner = _tuner_of(scanned, new, chosen, copies, method, config, adapter)
+    tuner = _choose(scanned, method, config, adapter)
     tuner.progress.seed = seed
     injection.refuse_idle_patterns(tuner)
     # Torch trains no parameter that is made in inference mode.
@@ -90,37 +87,31 @@ def _warn_of_unserved(root: nn.Module, config: AdapterConfig) -> None:
         warn(f"{'; '.join(lost)}: {unserved}")
 
 
-def _select(
-    scanned: Scan, found: NewModules, method: str, config: AdapterConfig
-) -> tuple[tuple[Target, ...], tuple[str, ...]]:
-    """Choose the targets, and the paths of the modules that are trained in full."""
-    adapted = {path for path, _, slots in injection.walk(scanned.root.module) if slots.active or not slots.copies}
+def _choose(scanned: Scan, method: str, config: AdapterConfig, adapter: str) -> Tuner:
+    """Choose what an adapter changes: its targets, and what it trains in full beside them."""
+    model, new = scanned.root.module, targets.find_new(scanned)
+    places = [(path, slots) for path, _, slots in injection.walk(model)]
     named = targets.choose_copies(scanned, config.train_modules)
     targets.refuse_tied(scanned, named)
-    new = targets.choose_new(scanned, found, named, targets=config.targets, exclude=config.exclude, adapted=adapted)
+    added = targets.choose_new(
+        scanned,
+        new,
+        named,
+        targets=config.targets,
+        exclude=config.exclude,
+        adapted={path for path, slots in places if slots.active or not slots.copies},
+    )
     chosen = targets.select(
         scanned,
         targets=config.targets,
         exclude=config.exclude,
         layers=config.layers,
         trained=named,
-        new=new,
+        new=added,
         outputs=hooks.registry.get(method).targets == "outputs",
     )
-    return chosen, (*named, *new)
-
-
-def _tuner_of(
-    scanned: Scan,
-    new: NewModules,
-    chosen: tuple[Target, ...],
-    copies: tuple[str, ...],
-    method: str,
-    config: AdapterConfig,
-    adapter: str,
-) -> Tuner:
-    model = scanned.root.module
-    copied = [path for path, _, slots in injection.walk(model) if not slots.copies.keys().isdisjoint(slots.active)]
+    copies = (*named, *added)
+    copied = [path for path, slots in places if not slots.copies.keys().isdisjoint(slots.active)]
     return Tuner(
         name=adapter,
         method=method,
