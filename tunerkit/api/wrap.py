@@ -89,8 +89,8 @@ def _warn_of_unserved(root: nn.Module, config: AdapterConfig) -> None:
 
 def _choose(scanned: Scan, method: str, config: AdapterConfig, adapter: str) -> Tuner:
     """Choose what an adapter changes: its targets, and what it trains in full beside them."""
-    model, new = scanned.root.module, targets.find_new(scanned)
-    places = [(path, slots) for path, _, slots in injection.walk(model)]
+    new = targets.find_new(scanned)
+    places = [(path, slots) for path, _, slots in injection.walk(scanned.root.module)]
     named = targets.choose_copies(scanned, config.train_modules)
     targets.refuse_tied(scanned, named)
     added = targets.choose_new(
@@ -116,15 +116,11 @@ def _choose(scanned: Scan, method: str, config: AdapterConfig, adapter: str) -> 
         name=adapter,
         method=method,
         config=config,
-        model=model,
+        model=scanned.root.module,
         targets=chosen,
         copies=targets.from_paths(scanned, copies),
         biases=targets.choose_biases(scanned, config.bias, chosen, copies),
-        progress=Progress(
-            total_steps=config.total_steps,
-            shapes=injection.shapes_of(model),
-            beside=targets.trained_elsewhere(new, copied),
-        ),
+        progress=Progress(total_steps=config.total_steps, beside=targets.trained_elsewhere(new, copied)),
     )
 
 

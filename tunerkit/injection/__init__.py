@@ -1,6 +1,5 @@
 """Layer injection: put adapters into a model and take them out again."""
 
-from tunerkit.injection.build import build_each
 from tunerkit.injection.contents import (
     Summary,
     biases_of,
@@ -11,8 +10,8 @@ from tunerkit.injection.contents import (
 )
 from tunerkit.injection.delta import adapted_tensors, refuse_without_delta
 from tunerkit.injection.idle import adds_nothing, is_untrained, untrained_copies
-from tunerkit.injection.inject import activate_, eject_, inject_, rename_, train_
-from tunerkit.injection.integrity import WATCHED, refuse_lost, report, shapes_of, warn_of_base_changes
+from tunerkit.injection.inject import activate_, build_each, eject_, inject_, rename_, train_
+from tunerkit.injection.integrity import WATCHED, refuse_lost, report, warn_of_base_changes
 from tunerkit.injection.preconditions import (
     check_name,
     ready_model,

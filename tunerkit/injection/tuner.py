@@ -25,9 +25,8 @@ WRAPPED = "_tunerkit"
 
 @attrs.frozen(eq=False)
 class Link:
-    """The hooks through which an optimizer drives an adapter. They stay until `detach`, which remembers the optimizer.
-
-    It holds no tuner: only the optimizer keeps its driver alive, so that a model can be freed.
+    """The hooks through which an optimizer drives an adapter, until `detach`. It holds no tuner: only the optimizer keeps
+    its driver alive, so that a model can be freed.
     """
 
     optimizer: "ref[Optimizer]"
@@ -50,15 +49,13 @@ class Progress:
         history: The allocations so far, the oldest first.
         link: The connection to the optimizer, from `attach` on.
         loaded: Whether the adapter came from a file.
-        calibration: How much data set the adapter's start: the numbers of batches and of input rows; None if none did.
+        calibration: The numbers of batches and of input rows that set the adapter's start; None if none did.
         fingerprint: The base's fingerprint, kept if a permanent merge overwrote the base.
         shapes: The shapes of the base's parameters when the adapter was put in.
-        beside: New modules of the base that another adapter, active at that time, trains in full. The fingerprint
-            leaves them out, because the adapter never used the base's own values.
-        noted: The base's fingerprint when the adapter was put in, if this process is in a group: it may shard the base
-            afterwards.
-        settings: The base's settings as the loaded file records them, for a file that is written where no plugin knows
-            them.
+        beside: New modules of the base that another adapter, active when this one was put in, trains in full. The
+            fingerprint leaves them out, because this adapter never used the base's own values.
+        noted: The base's fingerprint when the adapter was put in, if a group of processes may shard the base later.
+        settings: The base's settings in the loaded file, for a file that is written where no plugin knows them.
         seed: The seed that `wrap` was given.
         files: The files that it was loaded from or saved to, with what each holds: ``"adapter"`` or ``"state"``.
     """
@@ -76,9 +73,6 @@ class Progress:
     settings: dict[str, Any] = attrs.field(factory=dict)
     seed: int | None = None
     files: dict[str, str] = attrs.field(factory=dict)
-
-
-_WRITABLE = attrs.setters.NO_OP
 
 
 @attrs.define(eq=False, repr=False, on_setattr=attrs.setters.frozen)
@@ -106,8 +100,8 @@ class Tuner:
     copies: tuple[Target, ...] = ()
     biases: tuple[Target, ...] = ()
     progress: Progress = attrs.field(factory=Progress)
-    state: object | None = attrs.field(default=None, on_setattr=_WRITABLE)
-    engine: Engine | None = attrs.field(default=None, on_setattr=_WRITABLE)
+    state: object | None = attrs.field(default=None, on_setattr=attrs.setters.NO_OP)
+    engine: Engine | None = attrs.field(default=None, on_setattr=attrs.setters.NO_OP)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is not attached, and the engine is that of the processes which train the original.
@@ -339,8 +333,7 @@ def tuners_of(model: nn.Module) -> dict[str, Tuner]:
 
 def require_tuners(model: nn.Module) -> dict[str, Tuner]:
     """Return `tuners_of`, or raise `AdapterError` if the model has no adapter."""
-    tuners = tuners_of(model)
-    if not tuners:
+    if not (tuners := tuners_of(model)):
         raise AdapterError(f"this {type(model).__name__} has no adapter; call tunerkit.wrap or tunerkit.load first")
     return tuners
 

@@ -83,7 +83,7 @@ def adopt(format: Format, path: str | os.PathLike[str], scanned: Scan, adapter: 
         targets=chosen,
         copies=copies,
         biases=biases,
-        progress=Progress(loaded=True, shapes=injection.shapes_of(scanned.root.module)),
+        progress=Progress(loaded=True),
     )
     if wrong := nonfinite(tensors, base_values(tuner)):
         raise FileError(_not_finite(source, wrong, len(tensors)))
