@@ -1,6 +1,6 @@
 """Build the parts of an adapter, put them into a model, and take them out: the only file that changes its structure."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 
@@ -155,11 +155,9 @@ def _place_(built: nn.Module, module: nn.Module, tuner: Tuner) -> None:
 
 
 def _copy_of(copied: Target, scanned: Scan) -> nn.Module:
-    for part in copied.module.modules():
-        if any(p.is_meta for p in part.parameters(recurse=False)) and weights.offloading(part) is None:
-            if scanned.unloaded:  # the values come from a file
-                return copy_base(copied.module).to_empty(device="cpu")
-            raise _on_meta(copied)
+    parts = [part for part in copied.module.modules() if weights.offloading(part) is None]
+    if _comes_from_file(copied, [p for part in parts for p in part.parameters(recurse=False)], scanned):
+        return copy_base(copied.module).to_empty(device="cpu")
     with weights.gathered(copied.module):
         return copy_base(copied.module)
 
@@ -172,15 +170,18 @@ def _bias_of(biased: Target, scanned: Scan) -> nn.Parameter:
             f"the bias of {biased.path!r} cannot be trained: {away.name} offloads it, and each forward needs it "
             "together with its copy; set bias='none', or keep the module on a device"
         )
-    if bias.is_meta and scanned.unloaded:
+    if _comes_from_file(biased, [bias], scanned):
         return nn.Parameter(torch.empty_like(bias, device="cpu"))
-    if bias.is_meta:
-        raise _on_meta(biased)
     return nn.Parameter(weight_of(biased.module, name).detach().clone())
 
 
-def _on_meta(target: Target) -> TargetError:
-    return TargetError(f"{target.path!r} has weights on the meta device and cannot be copied; load the weights first")
+def _comes_from_file(place: Target, parameters: Iterable[nn.Parameter], scanned: Scan) -> bool:
+    """Whether parameters without values get them from a file later. Otherwise they cannot be copied."""
+    if not any(parameter.is_meta for parameter in parameters):
+        return False
+    if not scanned.unloaded:
+        raise TargetError(f"{place.path!r} has weights on the meta device and cannot be copied; load the weights first")
+    return True
 
 
 # --- Changing the model -----------------------------------------------------------------------------------------------
@@ -265,7 +266,15 @@ def _eject_(tuners: Sequence[Tuner]) -> None:
     frozen = set(wrapped.frozen)
     for tuner in tuners:
         for module in modules_in(tuner).values():
-            _clear_(module, tuner)
+            if (slots := slots_of(module)) is not None:
+                slots.drop(tuner.name)
+                if slots.names:
+                    continue
+                delattr(module, CHILD)
+            if module is not model:
+                unwatch_states_(module)
+            torch_private.remove_hooks_(module, apply_slots)
+            _resume_statistics_(module)
         wrapped.tuners.pop(tuner.name, None)
         wrapped.active = tuple(name for name in wrapped.active if name != tuner.name)
     update_overrides_(model)
@@ -280,19 +289,6 @@ def _eject_(tuners: Sequence[Tuner]) -> None:
         hooks.unwrapped(model)
         vars(model).pop(WRAPPED, None)
     _prepare_next_forward_(model)
-
-
-def _clear_(module: nn.Module, tuner: Tuner) -> None:
-    """Remove an adapter's slot from a module, and our hooks if it was the last one."""
-    if (slots := slots_of(module)) is not None:
-        slots.drop(tuner.name)
-        if slots.names:
-            return
-        delattr(module, CHILD)
-    if module is not tuner.model:
-        unwatch_states_(module)
-    torch_private.remove_hooks_(module, apply_slots)
-    _resume_statistics_(module)
 
 
 def activate_(model: nn.Module, names: Sequence[str]) -> None:

@@ -1,9 +1,4 @@
-"""Checks that a wrapped model is still what was wrapped, and that its adapters run.
-
-Three things are found. A module was replaced or resized, or lost its hook: its adapters have no effect. A module is
-never called, because its owner uses the weight directly. And the base itself is trained or was resized, which no
-adapter's file holds.
-"""
+"""Checks that a wrapped model is still what was wrapped, and that its adapters run."""
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +9,7 @@ from torch import nn
 
 from tunerkit import hooks
 from tunerkit.errors import AdapterError, warn
-from tunerkit.injection.slots import Slots, base_modules, is_called, is_resized, slots_of
+from tunerkit.injection.slots import base_modules, is_called, slots_of
 from tunerkit.injection.tuner import Tuner, modules_in, slots_in, tuners_of, wrapped_of
 from tunerkit.injection.weight_override import overridden_in
 from tunerkit.layers import forward_name, is_packed, torch_private, whole_shape
@@ -54,24 +49,15 @@ def _lost(tuner: Tuner) -> Iterator[tuple[str, str]]:
     for path, module in modules_in(tuner).items():
         slots, kind = slots_of(module), type(module).__name__
         assert slots is not None
+        base, weights = slots.base, torch_private.own_parameters(module).values()
         if id(module) not in present:
             yield path, f"the {kind} that was adapted is not in the model any more"
         elif not is_called(module) and id(module) not in overridden:
             yield path, "its forward hook is gone"
-        elif slots.base is not None and _is_packed(module) and not slots.base.matches(module):
+        elif base is not None and any(map(is_packed, weights)) and not base.matches(module):
             yield path, f"the weight of the {kind} was quantised after it had been adapted"
-        elif _has_other_size(module, slots):
+        elif slots.is_resized(module):
             yield path, f"the {kind} has another size than when it was adapted"
-
-
-def _is_packed(module: nn.Module) -> bool:
-    return any(map(is_packed, torch_private.own_parameters(module).values()))
-
-
-def _has_other_size(module: nn.Module, slots: Slots) -> bool:
-    if slots.base is not None and slots.features is not None:
-        return (slots.base.out_features, slots.base.in_features) != slots.features
-    return any(is_resized(module, copy) for copy in slots.copies.values())
 
 
 # --- Modules that are never called ------------------------------------------------------------------------------------
@@ -95,11 +81,9 @@ class _Watch(NamedTuple):
 def watch(model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
     """Watch ``model`` run, to warn about adapted modules that did not run although their owner did.
 
-    The warning comes after the next eager forward of the whole model. It comes at an optimizer step if that is
-    earlier: a custom loop may call only parts of the model.
-
-    A layer that a branch or LayerDrop skips triggers no warning if its owner is skipped too. Nor does one in a list or
-    dict of modules of which another ran: its owner chose among them.
+    The warning comes after the next eager forward of the whole model, or at an optimizer step if that is earlier: a
+    custom loop may call only parts of the model. A layer triggers none if its owner is skipped too, as by LayerDrop, or
+    if another module in the same list or dict ran: its owner chose among them.
     """
     _unwatch(model)
     if not adapted:
@@ -133,13 +117,10 @@ def note_call(ran: set[str], path: str, module: nn.Module, args: Any) -> None:
 
 
 def report(model: nn.Module, *call: Any) -> None:
-    """Warn about what was seen of ``model``, once: its forward hook, which may also be called without a forward.
+    """Warn about what was seen of ``model``, once: its forward hook, which a step also calls.
 
-    If nothing has run in eager mode yet, the watch continues.
-
-    Raises:
-        AdapterError: The base was quantised, or otherwise replaced, after it had been wrapped. A loop that attaches
-            nothing would train without these adapters.
+    If nothing has run in eager mode yet, the watch continues. A base that was replaced after wrapping raises, since a
+    loop that attaches nothing would train without these adapters.
     """
     watched: _Watch | None = vars(model).get(WATCHED)
     if watched is None or torch.compiler.is_compiling():

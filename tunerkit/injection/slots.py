@@ -17,14 +17,12 @@ _ORIGINAL, _DOT = "/", "\0"
 
 
 class Slot(nn.Module):
-    """What one adapter adds at one module: the method's adapter, a trained copy of the module, a trained bias.
-
-    A copy excludes the other two. The first target's slot may also hold the module that all adapters share.
+    """What one adapter adds at one module.
 
     Attributes:
-        method: The method's name; its plugin computes the adapter's delta.
-        adapter: The method's adapter.
-        copy: A trained copy of the module, which replaces its output.
+        method: The method's name.
+        adapter: The method's adapter, whose delta its plugin computes.
+        copy: A trained copy of the module, which replaces its output; then there is no adapter and no bias.
         bias: A trained copy of the module's own bias, (out,).
         fixed: The names of the parameters that the method built without gradients; they are never trained.
         reads_output: Whether the adapter must be given the base layer's own output.
@@ -53,7 +51,7 @@ class Slot(nn.Module):
 
     @property
     def shared(self) -> nn.Module | None:
-        """What all adapters of the method use; None except in one slot."""
+        """The module that all adapters of the method use; the first target's slot may hold it."""
         return torch_private.own_children(self).get(CHILD)
 
     def forward(
@@ -64,7 +62,7 @@ class Slot(nn.Module):
             return _run_copy(self.copy, module, args, kwargs)
         adapter = self.adapter
         if adapter is not None:
-            x = _input(args, kwargs)
+            x = input_of(args, kwargs)
             if base is not None and not base.has_weight:
                 _refuse_output(self.method, module, y)
             # A block may return its output as the first of several; a layer with a weight returns one tensor.
@@ -84,7 +82,7 @@ def _run_copy(copy: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs:
     try:
         return copy(*args, **kwargs)
     except (IndexError, RuntimeError) as error:
-        if is_resized(module, copy):
+        if _is_resized(module, copy):
             raise AdapterError(
                 f"the {type(module).__name__} was resized after an adapter had begun to train a copy of it, and the "
                 "copy still has the old size: resize the model first, then call tunerkit.wrap or tunerkit.load"
@@ -92,7 +90,7 @@ def _run_copy(copy: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs:
         raise
 
 
-def is_resized(module: nn.Module, copy: nn.Module) -> bool:
+def _is_resized(module: nn.Module, copy: nn.Module) -> bool:
     """Whether a module has parameters of another shape than its trained copy."""
     own = dict(module.named_parameters())
     return any(name in own and whole_shape(own[name]) != whole_shape(p) for name, p in copy.named_parameters())
@@ -107,7 +105,7 @@ def _refuse_output(method: str, module: nn.Module, output: object) -> None:
         )
 
 
-def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Return the module's input, passed by position or by keyword; None if it takes none."""
     return args[0] if args else next(iter(kwargs.values()), None)
 
@@ -140,6 +138,12 @@ class Slots(nn.Module):
         """Set the base layer."""
         self.base = base
         self.features = None if base is None or not base.has_weight else (base.out_features, base.in_features)
+
+    def is_resized(self, module: nn.Module) -> bool:
+        """Whether the module has another size than when it was adapted."""
+        if self.base is not None and self.features is not None:
+            return (self.base.out_features, self.base.in_features) != self.features
+        return any(_is_resized(module, copy) for copy in self.copies.values())
 
     def __setattr__(self, name: str, value: object) -> None:
         # nn.Module refuses to set an attribute with the name of a child, and an adapter may be called "training".
@@ -232,8 +236,7 @@ class Slots(nn.Module):
         for name, _ in list(self.named_buffers(recurse=False, remove_duplicate=False)):
             delattr(self, name)
         self.whole, self.rounding = {}, None
-        self.permanent = False
-        self.merged = ()
+        self.merged, self.permanent = (), False
 
     def original(self, name: str, live: Tensor) -> Tensor:
         """Return the base's own tensor, also while a merged one replaces it in the module."""
@@ -243,10 +246,9 @@ class Slots(nn.Module):
 
 
 def apply_slots(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
-    """Apply the active slots: the forward hook of every adapted module.
+    """Apply the active slots: the forward hook of every adapted module. Python state would recompile compiled models.
 
-    It writes no Python state, which would recompile compiled models. Torch's quantisation copies hooks to the module
-    that replaces another one, without its children, and calls them without the keyword arguments.
+    Torch's quantisation copies hooks, without the children, to a module that replaces another, and passes no kwargs.
     """
     slots = torch_private.own_children(module).get(CHILD)
     if not isinstance(slots, Slots):
@@ -262,7 +264,7 @@ def apply_slots(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: A
     # An adapter may write into a fresh output. Where one reads it beside others, it is needed as it is.
     is_needed = len(slots.active) > 1 and by_name[slots.active[0]].reads_output
     if slots.active and not is_needed and slots.base is not None:
-        marked = mark_fresh(slots.base, _input(args, kwargs), own)
+        marked = mark_fresh(slots.base, input_of(args, kwargs), own)
     for name in slots.active:
         slot = by_name[name]
         if slot.reads_output and output is not own:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from tunerkit.errors import AdapterError
-from tunerkit.injection.slots import slots_of
+from tunerkit.injection.slots import input_of, slots_of
 from tunerkit.injection.tuner import Tuner, modules_in
 from tunerkit.layers import BaseLayer, autocast_off
 from tunerkit.paths import few
@@ -143,7 +143,7 @@ class _Sketch:
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Count one call of the layer, and add the probes P and Q, which are 0, to its output: a forward hook."""
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = input_of(args, kwargs)
         x = x.float() if x.is_floating_point() else x
         with autocast_off(output.device):
             if self.counting:

@@ -25,8 +25,9 @@ WRAPPED = "_tunerkit"
 
 @attrs.frozen(eq=False)
 class Link:
-    """The hooks through which an optimizer drives an adapter, until `detach`. It holds no tuner: only the optimizer keeps
-    its driver alive, so that a model can be freed.
+    """The hooks through which an optimizer drives an adapter, until `detach`.
+
+    It holds no tuner: only the optimizer keeps its driver alive, so that a model can be freed.
     """
 
     optimizer: "ref[Optimizer]"
