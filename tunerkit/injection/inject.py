@@ -319,14 +319,11 @@ def rename_(tuner: Tuner, new: str) -> None:
 
 
 def train_(tuner: Tuner, *, trained: bool) -> None:
-    """Make an adapter trainable, or freeze it and free its gradients, which an optimizer step would still apply.
-
-    Parameters that the method built without gradients are never trained.
-    """
+    """Make an adapter trainable, or freeze it and free its gradients, which an optimizer step would still apply."""
     for _, slot in slots_in(tuner):
         for name, parameter in slot.named_parameters():
-            continuous = parameter.is_floating_point() or parameter.is_complex()
-            parameter.requires_grad_(trained and continuous and name not in slot.fixed)
+            can_have_gradient = parameter.is_floating_point() or parameter.is_complex()
+            parameter.requires_grad_(trained and can_have_gradient and name not in slot.fixed)
             if not trained:
                 parameter.grad = None
 

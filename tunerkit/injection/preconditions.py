@@ -63,11 +63,9 @@ def ready_model(model: object, adapter: str, *, trainable: bool) -> nn.Module:
 
 
 def refuse_restricted(modules: Iterable[tuple[str, nn.Module]], verb: str) -> None:
-    """Raise the error of the first restriction of ``verb`` that applies to something in ``modules``.
+    """Raise the error of the first restriction of ``verb`` that applies to ``modules``: pairs of a path and a module.
 
-    Args:
-        modules: Pairs of a path and a module. The modules inside it are not searched.
-        verb: A key of `Restriction.refused`.
+    The modules inside them are not searched.
     """
     restrictions = [each for each in hooks.gather_restrictions() if verb in each.refused]
     is_of: Callable[[type, str], bool] = functools.cache(is_named)  # a model has many layers of few classes
@@ -160,9 +158,9 @@ def warn_of_limits(scanned: Scan, tuner: Tuner) -> None:
 
 
 class _Threads(WeakSet[threading.Thread]):
-    """The threads that are inside the model's forward. A copy or a pickle of the model starts with none.
+    """The threads that are inside the model's forward, not their numbers, which the system gives to later threads too.
 
-    By object, not by number: the system gives the number of a thread that has ended to the next one.
+    A copy or a pickle of the model starts with none.
     """
 
     def __reduce__(self) -> tuple[type["_Threads"], tuple[()]]:

@@ -227,11 +227,7 @@ def modules_in(tuner: Tuner) -> dict[str, nn.Module]:
 
 
 def slots_in(tuner: Tuner) -> Iterator[tuple[str, Slot]]:
-    """Find an adapter's slots in its model, in the order of `modules_in`. Yields pairs of a path and the slot there.
-
-    Raises:
-        AdapterError: The adapter is not in the model any more, or not at one of its modules.
-    """
+    """Yield an adapter's slots by path, in the order of `modules_in`. Raises `AdapterError` where one is gone."""
     # By the record first: another adapter may have taken the name of one that was deleted.
     present = wrapped_of(tuner.model).tuners.get(tuner.name) is tuner
     for path, module in modules_in(tuner).items():
@@ -276,10 +272,7 @@ def as_hooks_see_it(tuner: Tuner, *, gradients: bool = False) -> Iterator[Callab
 
 
 def record(tuner: Tuner, ranks: Mapping[str, int] | None) -> None:
-    """Add an allocation, the live rank by target path, to an adapter's history, and notify every plugin.
-
-    None means that no mask changed, and records nothing.
-    """
+    """Add an allocation to an adapter's history, and notify every plugin. None says that no mask changed."""
     if ranks is not None:
         hooks.ranks_changed(tuner, tuner.history, tuner.steps, tuner.budget(), ranks)
 
@@ -316,9 +309,7 @@ def wrapped_of(model: nn.Module) -> Wrapped:
 def tuners_of(model: nn.Module) -> dict[str, Tuner]:
     """Return all tuners of ``model`` by adapter name, also if it is inside DDP or a compiled module.
 
-    Raises:
-        AdapterError: ``model`` is not a module, or several parts of it were wrapped on their own: one answer would
-            leave the others out.
+    If several parts of it were wrapped on their own, it raises `AdapterError`: one answer would leave the others out.
     """
     # By identity: a shallow copy shares the record.
     modules = base_modules(inside(model))
