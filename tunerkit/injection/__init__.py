@@ -46,7 +46,6 @@ from tunerkit.injection.tuner import (
     needs_steps,
     record,
     require_tuners,
-    shared_in,
     slots_in,
     training_state,
     tuner,

@@ -238,11 +238,6 @@ def slots_in(tuner: Tuner) -> Iterator[tuple[str, Slot]]:
         yield path, slot
 
 
-def shared_in(tuner: Tuner) -> nn.Module | None:
-    """Return the module that the method's adapters share, if there is one; see the hook `tunerkit_shared`."""
-    return next((slot.shared for _, slot in slots_in(tuner) if slot.shared is not None), None)
-
-
 def needs_steps(tuner: Tuner) -> bool:
     """Whether the method only works if an optimizer drives it."""
     return hooks.registry.get(tuner.method).needs_steps
