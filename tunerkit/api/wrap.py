@@ -1,8 +1,7 @@
 """Wrap and unwrap a model: choose targets, build adapters with the method's plugin, inject them, take them out."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -52,6 +51,8 @@ def wrap(
         AdapterError: The name is taken or invalid, or the model cannot take an adapter now: it is merged, disabled,
             inside DDP, FSDP or an engine of DeepSpeed, a PeftModel, or running in another thread.
     """
+    if seed is not None and (type(seed) is not int or not -(2**63) <= seed < 2**64):
+        raise ConfigError([f"expected an int of 64 bits or None, got {type(seed).__name__} {seed!r} @ seed"])
     root = injection.ready_model(model, adapter, trainable=True)
     config = hooks.configure(method, config)
     scanned = targets.scan(root, hooks.gather_knowledge())
@@ -59,8 +60,11 @@ def wrap(
     tuner = _choose(scanned, method, config, adapter)
     tuner.progress.seed = seed
     injection.refuse_idle_patterns(tuner)
-    # Torch trains no parameter that is made in inference mode.
-    with _seeded(seed), layers.weights.new_modules_whole(), torch.inference_mode(False):
+    # Torch trains no parameter that is made in inference mode. Adapters are built on the CPU.
+    separate = torch.random.fork_rng(devices=[], enabled=seed is not None)
+    with separate, layers.weights.new_modules_whole(), torch.inference_mode(False):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
         slots = dict(injection.build_each(scanned, tuner))
     injection.warn_of_limits(scanned, tuner)
     targets.warn_of_unknown_packed(scanned)
@@ -209,16 +213,3 @@ _UNDONE = (
     "unwrap undoes the merge: the model is the base model again. If you want a plain model with the merged weights, "
     "call tunerkit.unwrap(model, keep_merged=True) instead"
 )
-
-
-@contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Use a separate CPU random state, where adapters are built; without a seed use the global one."""
-    if seed is None:
-        yield
-        return
-    if type(seed) is not int or not -(2**63) <= seed < 2**64:
-        raise ConfigError([f"expected an int of 64 bits or None, got {type(seed).__name__} {seed!r} @ seed"])
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield

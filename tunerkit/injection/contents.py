@@ -37,15 +37,15 @@ def factors_of(tuner: Tuner) -> dict[str, Factors]:
             f"method {method!r} adds no product of two small matrices (its plugin does not implement "
             f"tunerkit_factors), which is all that the formats of other programs hold. {_INSTEAD}"
         )
-    found, shapes = {}, set()
+    found, shapes, is_complete = {}, set(), hooks.adds_products(method)
     for target in tuner.targets:
         path, slots = target.path, slots_of(target.module)
         assert slots is not None
         assert slots.base is not None
         base, adapter = slots.base, adapters[path]
         shape = (base.out_features, base.in_features)
-        # The factors may not be all that is added. One target of each shape is asked: deltas are large.
-        if not hooks.adds_products(method) and shape not in shapes:
+        # One target of each shape is asked whether the factors are all that is added: deltas are large.
+        if not is_complete and shape not in shapes:
             shapes.add(shape)
             if hooks.delta(path, method, adapter, base).bias is not None:
                 raise AdapterError(
