@@ -14,8 +14,8 @@ from torch import nn
 
 import tunerkit
 from tests.support.toy_shared import SharedPlugin
-from tunerkit import injection
 from tunerkit.serialization.header import digest
+from tunerkit_testing.checks.probing import shared_in
 from tunerkit_testing.registering import registered
 from tunerkit_testing.small import X, net, step, train, trainable
 from tunerkit_testing.toy_adapters import Matrices, Weighting
@@ -53,7 +53,7 @@ def shared_by(model: nn.Module, adapter: str | None = None) -> set[int]:
 def test_it_is_built_once_with_all_targets_in_sight_and_is_as_large_as_the_largest() -> None:
     """All adapters find the same module, the tuner too; the model's output does not change."""
     model = wrapped()
-    shared = injection.shared_in(tunerkit.tuner(model))
+    shared = shared_in(tunerkit.tuner(model))
     assert isinstance(shared, Matrices)
     assert (shared.a.shape, shared.b.shape) == ((2, 8), (8, 2))
     assert shared_by(model) == {id(shared)}
@@ -67,7 +67,7 @@ def test_it_is_built_once_with_all_targets_in_sight_and_is_as_large_as_the_large
 def test_training_uses_it_and_leaves_it_as_it_is() -> None:
     """The vectors of each target are trained, and reach the output."""
     model = wrapped()
-    shared = injection.shared_in(tunerkit.tuner(model))
+    shared = shared_in(tunerkit.tuner(model))
     assert isinstance(shared, Matrices)
     before = shared.a.clone()
     optimizer = torch.optim.AdamW(trainable(model), lr=0.1)
@@ -92,7 +92,7 @@ def test_it_moves_and_is_cast_once_with_the_model() -> None:
 
 def test_it_takes_the_dtype_that_the_config_asks_for() -> None:
     """Like all of an adapter."""
-    shared = injection.shared_in(tunerkit.tuner(wrapped(adapter_dtype="bfloat16")))
+    shared = shared_in(tunerkit.tuner(wrapped(adapter_dtype="bfloat16")))
     assert shared is not None
     assert shared.get_parameter("a").dtype == torch.bfloat16
 
@@ -120,7 +120,7 @@ def test_a_copy_of_the_model_has_one_of_its_own(copied: Any) -> None:
     model = trained()
     before = model(X)
     twin = copied(model)
-    shared = injection.shared_in(tunerkit.tuner(twin))
+    shared = shared_in(tunerkit.tuner(twin))
     assert shared is not None
     assert shared_by(twin) == {id(shared)} != shared_by(model)
     assert torch.equal(twin(X), before)
@@ -143,7 +143,7 @@ def test_two_adapters_of_the_method_have_one_each(tmp_path: Path) -> None:
     alone = model(X)
     tunerkit.delete(model, "first")
     assert torch.equal(model(X), alone)
-    assert injection.shared_in(tunerkit.tuner(model)) is not None
+    assert shared_in(tunerkit.tuner(model)) is not None
     loaded = net()
     for path, name in zip(paths, ("one", "two"), strict=True):
         tunerkit.load(loaded, path, adapter=name)
@@ -315,7 +315,7 @@ def test_a_method_may_decide_that_it_shares_nothing() -> None:
     """None is an answer; an adapter then has no ``shared``."""
     with registered(Answering(lambda targets: None)):
         model = tunerkit.wrap(net(), "toy-answering", TARGETS)
-        assert injection.shared_in(tunerkit.tuner(model)) is None
+        assert shared_in(tunerkit.tuner(model)) is None
         adapter = tunerkit.tuner(model).adapters()["0"]
         assert not hasattr(adapter, "shared")
         with pytest.raises(AttributeError, match="'Weighting' object has no attribute 'shared'"):
@@ -341,7 +341,7 @@ def test_shared_parameters_that_are_not_fixed_are_trained(tmp_path: Path) -> Non
         assert len({id(p) for p in trainable(model)}) == len(trainable(model)) == 2 + 2 * 3
         optimizer = torch.optim.AdamW(trainable(model), lr=0.1)
         tunerkit.attach(model, optimizer, total_steps=4)
-        before = injection.shared_in(tunerkit.tuner(model))
+        before = shared_in(tunerkit.tuner(model))
         assert isinstance(before, Matrices)
         start = before.a.detach().clone()
         train(model, optimizer, 4)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import tunerkit
 from tests.support.toy_readers import DirectionPlugin, ScalePlugin, SecretivePlugin
-from tunerkit import injection
+from tunerkit_testing.checks.probing import shared_in
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin, ShiftPlugin
 
@@ -282,5 +282,5 @@ def test_adapters_with_a_shared_module_merge_where_they_share_a_target() -> None
         for number, method in enumerate(("toy-shared", "toy-scale")):
             tunerkit.wrap(model, method, {"targets": ["0", "1"]}, adapter=f"a{number}", seed=number)
         assert_merges(model.eval(), torch.randn(3, 6))
-        assert injection.shared_in(tunerkit.tuner(model, "a0")) is not None
+        assert shared_in(tunerkit.tuner(model, "a0")) is not None
         assert all(p.dtype == torch.float32 for p in tunerkit.tuner(model, "a0").parameters())

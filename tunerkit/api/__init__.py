@@ -1,7 +1,6 @@
 """The verbs a user calls: each combines the groups below."""
 
 from tunerkit.api.adapters import activate, active, adapters, delete, freeze, reference, rename, thaw
-from tunerkit.api.attach import attach, no_sync, param_groups
-from tunerkit.api.calibrate import calibrate
 from tunerkit.api.export import export, from_folder
+from tunerkit.api.training import attach, calibrate, no_sync, param_groups
 from tunerkit.api.wrap import unwrap, wrap

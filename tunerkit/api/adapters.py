@@ -53,10 +53,10 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
         raise AdapterError(f"expected a name or a list of names in order, got {type(names).__name__} {names!r}")
     names = (names,) if isinstance(names, str) else tuple(names)
     root = injection.wrapped_model(model)
-    for name in names:
+    for number, name in enumerate(names):
         _named(root, name)
-    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
-        raise AdapterError(f"adapter {twice[0]!r} is named twice; name each adapter once")
+        if name in names[:number]:
+            raise AdapterError(f"adapter {name!r} is named twice; name each adapter once")
     injection.refuse_fixed(root, "activating adapters")
     injection.activate_(root, names)
 
@@ -140,24 +140,24 @@ def _named(model: nn.Module, adapter: object) -> Tuner:
 
 
 def reference(model: nn.Module) -> Any:
-    """Make a frozen reference of a wrapped model, for preference training: the model as it stands now.
+    """Make a frozen reference of a wrapped model as it is now, for preference training.
 
-    The reference is a module that runs the model itself, so it needs no second copy of the base. An adapter that adds
-    nothing yet is left out, and one that was trained before is copied and frozen. Later training, activating or
-    freezing does not change what the reference computes. It runs in eval mode and without gradients::
+    It is a module that runs the model itself, in eval mode and without gradients, so it needs no second copy of the
+    base. Trained adapters are copied and frozen; those that add nothing yet are left out. Training, activating or
+    freezing adapters later does not change what it computes::
 
         DPOTrainer(model, ref_model=tunerkit.reference(model), ...)
 
     A call switches the model's own adapters while it runs, so another thread must not run the model meanwhile. A deep
-    copy of a reference contains a copy of its model. ``parameters()`` yields nothing, and ``state_dict()``
-    returns the tensors that the reference computes with.
+    copy contains a copy of the model. ``parameters()`` yields nothing; ``state_dict()`` returns the tensors that the
+    reference computes with.
 
     Args:
         model: The wrapped model, which may be inside DDP or a compiled module.
 
     Returns:
-        The reference. It takes the same arguments as the model and returns the same outputs. A call raises
-        `AdapterError` if the model is merged or was unwrapped in the meantime.
+        The reference, with the model's arguments and outputs. A call raises `AdapterError` if the model is merged or
+        was unwrapped in the meantime.
 
     Raises:
         AdapterError: The model has no adapter, is merged, or is inside `disabled`; or no installed plugin makes

@@ -1,7 +1,7 @@
 """Wrap and unwrap a model: choose targets, build adapters with the method's plugin, inject them, take them out."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TypeVar
 
 import torch
@@ -12,7 +12,6 @@ from tunerkit.config import AdapterConfig
 from tunerkit.errors import ConfigError, warn
 from tunerkit.extras import is_described
 from tunerkit.injection import Progress, Tuner
-from tunerkit.records import NewModules, Target
 from tunerkit.targets import Scan
 
 M = TypeVar("M", bound=nn.Module)
@@ -52,17 +51,20 @@ def wrap(
         AdapterError: The name is taken or invalid, or the model cannot take an adapter now: it is merged, disabled,
             inside DDP, FSDP or an engine of DeepSpeed, a PeftModel, or running in another thread.
     """
+    if seed is not None and (type(seed) is not int or not -(2**63) <= seed < 2**64):
+        raise ConfigError([f"expected an int of 64 bits or None, got {type(seed).__name__} {seed!r} @ seed"])
     root = injection.ready_model(model, adapter, trainable=True)
     config = hooks.configure(method, config)
     scanned = targets.scan(root, hooks.gather_knowledge())
     targets.refuse_impassable(scanned)
-    new = targets.find_new(scanned)
-    chosen, copies = _select(scanned, new, method, config)
-    tuner = _tuner_of(scanned, new, chosen, copies, method, config, adapter)
+    tuner = _choose(scanned, method, config, adapter)
     tuner.progress.seed = seed
     injection.refuse_idle_patterns(tuner)
-    # Torch trains no parameter that is made in inference mode.
-    with _seeded(seed), layers.weights.new_modules_whole(), torch.inference_mode(False):
+    # Torch trains no parameter that is made in inference mode. Adapters are built on the CPU.
+    separate = torch.random.fork_rng(devices=[], enabled=seed is not None)
+    with separate, layers.weights.new_modules_whole(), torch.inference_mode(False):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
         slots = dict(injection.build_each(scanned, tuner))
     injection.warn_of_limits(scanned, tuner)
     targets.warn_of_unknown_packed(scanned)
@@ -89,50 +91,40 @@ def _warn_of_unserved(root: nn.Module, config: AdapterConfig) -> None:
         warn(f"{'; '.join(lost)}: {unserved}")
 
 
-def _select(
-    scanned: Scan, found: NewModules, method: str, config: AdapterConfig
-) -> tuple[tuple[Target, ...], tuple[str, ...]]:
-    """Choose the targets, and the paths of the modules that are trained in full."""
-    adapted = {path for path, _, slots in injection.walk(scanned.root.module) if slots.active or not slots.copies}
+def _choose(scanned: Scan, method: str, config: AdapterConfig, adapter: str) -> Tuner:
+    """Choose what an adapter changes: its targets, and what it trains in full beside them."""
+    new = targets.find_new(scanned)
+    places = [(path, slots) for path, _, slots in injection.walk(scanned.root.module)]
     named = targets.choose_copies(scanned, config.train_modules)
     targets.refuse_tied(scanned, named)
-    new = targets.choose_new(scanned, found, named, targets=config.targets, exclude=config.exclude, adapted=adapted)
+    added = targets.choose_new(
+        scanned,
+        new,
+        named,
+        targets=config.targets,
+        exclude=config.exclude,
+        adapted={path for path, slots in places if slots.active or not slots.copies},
+    )
     chosen = targets.select(
         scanned,
         targets=config.targets,
         exclude=config.exclude,
         layers=config.layers,
         trained=named,
-        new=new,
+        new=added,
         outputs=hooks.registry.get(method).targets == "outputs",
     )
-    return chosen, (*named, *new)
-
-
-def _tuner_of(
-    scanned: Scan,
-    new: NewModules,
-    chosen: tuple[Target, ...],
-    copies: tuple[str, ...],
-    method: str,
-    config: AdapterConfig,
-    adapter: str,
-) -> Tuner:
-    model = scanned.root.module
-    copied = [path for path, _, slots in injection.walk(model) if not slots.copies.keys().isdisjoint(slots.active)]
+    copies = (*named, *added)
+    copied = [path for path, slots in places if not slots.copies.keys().isdisjoint(slots.active)]
     return Tuner(
         name=adapter,
         method=method,
         config=config,
-        model=model,
+        model=scanned.root.module,
         targets=chosen,
         copies=targets.from_paths(scanned, copies),
         biases=targets.choose_biases(scanned, config.bias, chosen, copies),
-        progress=Progress(
-            total_steps=config.total_steps,
-            shapes=injection.shapes_of(model),
-            beside=targets.trained_elsewhere(new, copied),
-        ),
+        progress=Progress(total_steps=config.total_steps, beside=targets.trained_elsewhere(new, copied)),
     )
 
 
@@ -205,16 +197,3 @@ _UNDONE = (
     "unwrap undoes the merge: the model is the base model again. If you want a plain model with the merged weights, "
     "call tunerkit.unwrap(model, keep_merged=True) instead"
 )
-
-
-@contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Use a separate CPU random state, where adapters are built; without a seed use the global one."""
-    if seed is None:
-        yield
-        return
-    if type(seed) is not int or not -(2**63) <= seed < 2**64:
-        raise ConfigError([f"expected an int of 64 bits or None, got {type(seed).__name__} {seed!r} @ seed"])
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield

@@ -1,22 +1,16 @@
 """Layer injection: put adapters into a model and take them out again."""
 
-from tunerkit.injection.build import build_each
-from tunerkit.injection.contents import biases_of, copies_of, factors_of
-from tunerkit.injection.delta import adapted_tensors, adds_nothing, is_untrained, untrained_copies
-from tunerkit.injection.inject import activate_, eject_, inject_, rename_, train_
-from tunerkit.injection.integrity import WATCHED, refuse_lost, report, shapes_of, warn_of_base_changes
-from tunerkit.injection.models import (
-    base_modules,
-    evaluating,
-    inside,
-    is_called,
-    is_merged,
-    refuse_disabled,
-    refuse_fixed,
-    slots_of,
-    walk,
+from tunerkit.injection.contents import (
+    Summary,
+    biases_of,
+    copies_of,
+    factors_of,
+    regrouped,
+    trainable_parameters,
 )
-from tunerkit.injection.parameters import Summary, regrouped, trainable_parameters
+from tunerkit.injection.delta import adapted_tensors, adds_nothing, is_untrained, untrained_copies
+from tunerkit.injection.inject import activate_, build_each, eject_, inject_, rename_, train_
+from tunerkit.injection.integrity import WATCHED, refuse_lost, report, warn_of_base_changes
 from tunerkit.injection.preconditions import (
     check_name,
     ready_model,
@@ -25,8 +19,20 @@ from tunerkit.injection.preconditions import (
     refuse_running,
     warn_of_limits,
 )
-from tunerkit.injection.slots import Slot, Slots, apply_slots
-from tunerkit.injection.statistics import Loss, loss_of, measure
+from tunerkit.injection.slots import (
+    Slot,
+    Slots,
+    apply_slots,
+    base_modules,
+    inside,
+    is_called,
+    is_merged,
+    refuse_disabled,
+    refuse_fixed,
+    slots_of,
+    walk,
+)
+from tunerkit.injection.statistics import Loss, evaluating, loss_of, measure
 from tunerkit.injection.tuner import (
     Link,
     Progress,
@@ -39,7 +45,6 @@ from tunerkit.injection.tuner import (
     needs_steps,
     record,
     require_tuners,
-    shared_in,
     slots_in,
     training_state,
     tuner,

@@ -1,15 +1,17 @@
-"""What an adapter adds to its model, however its method holds it, for the files of other programs."""
+"""What an adapter holds: its products, copies and biases for other programs, and its parameters for optimizers."""
 
 from collections.abc import Iterable
+from typing import Any
 
+import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tunerkit import hooks
 from tunerkit.errors import AdapterError
-from tunerkit.injection.models import slots_of
-from tunerkit.injection.tuner import Tuner, slots_in
-from tunerkit.layers import Adapter, BaseLayer
+from tunerkit.injection.slots import inside, slots_of
+from tunerkit.injection.tuner import Tuner, slots_in, tuners_of
+from tunerkit.layers import whole_shape
 from tunerkit.records import Factors
 
 _INSTEAD = "Call tunerkit.unwrap(model, keep_merged=True) and save the whole model instead"
@@ -29,24 +31,29 @@ def factors_of(tuner: Tuner) -> dict[str, Factors]:
         AdapterError: The method adds something that is no product, or also adds to biases.
         PluginError: The method's plugin returns something else.
     """
-    method = tuner.method
+    method, adapters = tuner.method, tuner.adapters()
     if not hooks.has_factors(method):
         raise AdapterError(
             f"method {method!r} adds no product of two small matrices (its plugin does not implement "
             f"tunerkit_factors), which is all that the formats of other programs hold. {_INSTEAD}"
         )
-    adapters, bases = tuner.adapters(), {target.path: slots_of(target.module) for target in tuner.targets}
-    adapted = [
-        (path, adapter, slots.base)
-        for path, adapter in adapters.items()
-        if (slots := bases[path]) is not None and slots.base is not None
-    ]
-    if not hooks.adds_products(method):
-        _refuse_biases(method, adapted)
-    return {
-        path: Factors(*(tensor.detach().cpu() for tensor in hooks.factors(path, method, adapter, base)))
-        for path, adapter, base in adapted
-    }
+    found, shapes, is_complete = {}, set(), hooks.adds_products(method)
+    for target in tuner.targets:
+        path, slots = target.path, slots_of(target.module)
+        assert slots is not None
+        assert slots.base is not None
+        base, adapter = slots.base, adapters[path]
+        shape = (base.out_features, base.in_features)
+        # One target of each shape is asked whether the factors are all that is added: deltas are large.
+        if not is_complete and shape not in shapes:
+            shapes.add(shape)
+            if hooks.delta(path, method, adapter, base).bias is not None:
+                raise AdapterError(
+                    f"method {method!r} also adds to the bias of {path!r}, which the formats of other programs cannot "
+                    f"hold. {_INSTEAD}"
+                )
+        found[path] = Factors(*(tensor.detach().cpu() for tensor in hooks.factors(path, method, adapter, base)))
+    return found
 
 
 def copies_of(tuner: Tuner) -> dict[str, dict[str, Tensor]]:
@@ -77,14 +84,68 @@ def biases_of(tuner: Tuner) -> dict[str, Tensor]:
     return {path: slot.bias.detach().cpu() for path, slot in slots_in(tuner) if slot.bias is not None}
 
 
-def _refuse_biases(method: str, adapted: Iterable[tuple[str, Adapter, BaseLayer]]) -> None:
-    """Refuse a method whose factors are not all that it adds. One target of each shape is asked: deltas are large."""
-    seen = set()
-    for path, adapter, base in adapted:
-        if (shape := (base.out_features, base.in_features)) not in seen:
-            seen.add(shape)
-            if hooks.delta(path, method, adapter, base).bias is not None:
-                raise AdapterError(
-                    f"method {method!r} also adds to the bias of {path!r}, which the formats of other programs cannot "
-                    f"hold. {_INSTEAD}"
-                )
+@attrs.frozen
+class Summary:
+    """The numbers of parameters of a model.
+
+    Attributes:
+        trainable: The parameters that are trained now.
+        total: All parameters, those of the adapters included.
+        adapters: The parameters that each adapter trains, by its name.
+    """
+
+    trainable: int
+    total: int
+    adapters: dict[str, int]
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / max(self.total, 1)
+        return f"{self.trainable:,} of {self.total:,} parameters are trained ({share:.2f} %)"
+
+
+def trainable_parameters(model: nn.Module) -> Summary:
+    """Count the parameters that a model trains.
+
+    Args:
+        model: A model, wrapped or not.
+
+    Returns:
+        The counts. Printed, they give the share: ``"1,536 of 66,048 parameters are trained (2.33 %)"``.
+
+    Raises:
+        AdapterError: ``model`` is not a module, or several parts of it were wrapped on their own.
+    """
+    parameters = list(inside(model).parameters())
+    return Summary(
+        trainable=_count(p for p in parameters if p.requires_grad),
+        total=_count(parameters),
+        adapters={
+            name: _count(p for p in tuner.parameters() if p.requires_grad) for name, tuner in tuners_of(model).items()
+        },
+    )
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(whole_shape(parameter).numel() for parameter in parameters)
+
+
+def regrouped(groups: Iterable[dict[str, Any]], tuners: Iterable[Tuner]) -> list[dict[str, Any]]:
+    """Split an optimizer's ``groups`` so that parameters for which methods set something are in groups of their own.
+
+    Groups that lose parameters stay, and the new ones come last. If no method asks for anything, the groups are as
+    before, so that an optimizer's state of them still fits.
+    """
+    wanted = [group for tuner in tuners for group in hooks.param_groups(tuner)]
+    number = {id(parameter): at for at, group in enumerate(wanted) for parameter in group.parameters}
+    plain: list[dict[str, Any]] = []
+    split: list[dict[str, Any]] = []
+    for group in groups:
+        parts: dict[int, list[Any]] = {-1: []}  # by the number of what is wanted; -1 for nothing
+        for parameter in group["params"]:
+            parts.setdefault(number.get(id(parameter), -1), []).append(parameter)
+        plain.append({**group, "params": parts.pop(-1)})
+        for at, parameters in parts.items():
+            other = wanted[at]
+            decay = {} if other.weight_decay is None else {"weight_decay": other.weight_decay}
+            split.append({**group, "params": parameters, "lr": group["lr"] * other.lr_scale, **decay})
+    return [*plain, *split]

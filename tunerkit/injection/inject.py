@@ -1,26 +1,190 @@
-"""Put adapters into a model and take them out again: the only file that changes a model's structure."""
+"""Build the parts of an adapter, put them into a model, and take them out: the only file that changes its structure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 
 import torch
 from torch import nn
 
 from tunerkit import hooks
-from tunerkit.errors import AdapterError
-from tunerkit.injection.integrity import note_call, watch
-from tunerkit.injection.models import base_modules, is_called, slots_of, walk
-from tunerkit.injection.preconditions import refuse_mixed_dtypes, refuse_running, unwatch_threads_, watch_threads_
-from tunerkit.injection.slots import Slot, Slots, apply_slots
+from tunerkit.errors import AdapterError, PluginError, TargetError
+from tunerkit.injection.integrity import note_call, shapes_of, watch
+from tunerkit.injection.preconditions import (
+    refuse_mixed_dtypes,
+    refuse_overlap,
+    refuse_running,
+    unwatch_threads_,
+    watch_threads_,
+)
+from tunerkit.injection.slots import Slot, Slots, apply_slots, base_modules, is_called, slots_of, walk
 from tunerkit.injection.state_dicts import unwatch_states_, watch_states_
-from tunerkit.injection.tuner import WRAPPED, Tuner, Wrapped, base_of, modules_in, slots_in, wrapped_of
+from tunerkit.injection.tuner import WRAPPED, Tuner, modules_in, slots_in, wrapped_of
 from tunerkit.injection.weight_override import update_overrides_
-from tunerkit.layers import torch_private, weights
+from tunerkit.layers import Adapter, BaseLayer, OutputLayer, bias_name, torch_private, weight_of, weights
 from tunerkit.paths import CHILD, join
+from tunerkit.records import Target
 from tunerkit.targets import Scan
 
-# The attribute of a module of the base with earlier values, by name, of attributes that adapters need otherwise.
-_EARLIER = "_tunerkit_earlier"
-_STATISTICS = "track_running_stats"
+# The attribute of a batch norm of the base that adapters have stopped from updating its statistics.
+_STOPPED = "_tunerkit_earlier"
+
+
+# --- Building: the model is only read ---------------------------------------------------------------------------------
+
+
+def build_each(
+    scanned: Scan,
+    tuner: Tuner,
+    *,
+    around: Callable[[Target], AbstractContextManager[object]] = nullcontext,
+    ready: Mapping[str, Adapter] | None = None,
+) -> Iterator[tuple[str, Slot]]:
+    """Yield the slots of one adapter by path, one after the other: a caller may stop before all are in memory.
+
+    Args:
+        scanned: The scan of the model.
+        tuner: The adapter's handle.
+        around: What to enter while the plugin builds the adapter of a target.
+        ready: Adapters by target path that the method's plugin has built already, from factors.
+    """
+    targets, copies, biases = (
+        {each.path: each for each in kind} for kind in (tuner.targets, tuner.copies, tuner.biases)
+    )
+    refuse_overlap(tuner.model, modules_in(tuner), copies)
+    bases = {path: _base_at(tuner, target, scanned) for path, target in targets.items()}
+    first, shared = next(iter(tuner.targets), None), None
+    if first is not None and hooks.implements(hooks.specs.tunerkit_shared, tuner.method):
+        with around(first):
+            shared = hooks.shared(tuner.method, tuner.targets, list(bases.values()), tuner.config)
+        if shared is not None:
+            _place_(shared, first.module, tuner)
+    for path in modules_in(tuner):
+        adapter = None
+        if path in targets:
+            target = targets[path]
+            with around(target):
+                adapter = _adapter(tuner, target, bases[path], shared) if ready is None else ready[path]
+            _refuse_unfit(tuner, target, bases[path], adapter, is_read=scanned.by_path[path].reader is not None)
+            _place_(adapter, target.module, tuner)
+        slot = Slot(
+            method=tuner.method,
+            adapter=adapter,
+            copy=_copy_of(copies[path], scanned) if path in copies else None,
+            bias=_bias_of(biases[path], scanned) if path in biases else None,
+            shared=shared if first is not None and path == first.path else None,
+        )
+        yield path, slot
+
+
+def _base_at(tuner: Tuner, target: Target, scanned: Scan) -> BaseLayer:
+    """Return a target as its method sees it: a method that adapts outputs needs no kind that matches the module."""
+    base = scanned.by_path[target.path].base
+    if base is None and hooks.registry.get(tuner.method).targets == "outputs":
+        return OutputLayer(target.module)
+    if base is None:
+        kind = type(target.module).__name__
+        raise TargetError(f"{target.path!r} is a {kind}: no installed base-layer kind adapts it")
+    return base
+
+
+def _adapter(tuner: Tuner, target: Target, base: BaseLayer, shared: nn.Module | None) -> Adapter:
+    """Build one adapter through the method's plugin, which must not change what all of them share."""
+    before = _versions(shared)
+    built = hooks.build_adapter(tuner.method, target, base, tuner.config, shared)
+    if _versions(shared) != before:
+        raise PluginError(
+            f"{hooks.registry.plugin_of(tuner.method)} changed the shared module in tunerkit_build_adapter for "
+            f"{target.path!r}: adapters that were built before would use other values; set them in tunerkit_shared"
+        )
+    if shared is not None:
+        built.share(shared)
+    return built
+
+
+def _versions(shared: nn.Module | None) -> dict[str, tuple[int, int | None]]:
+    """Which tensors a module has, and how often each was changed in place."""
+    own = {} if shared is None else {**dict(shared.named_buffers()), **dict(shared.named_parameters())}
+    return {name: (id(tensor), torch_private.version(tensor)) for name, tensor in own.items()}
+
+
+def _refuse_unfit(tuner: Tuner, target: Target, base: BaseLayer, built: Adapter, *, is_read: bool) -> None:
+    """Refuse an adapter that cannot work at its target.
+
+    Where the module's owner reads the weight, only a temporary weight override works. It needs a delta from the method,
+    and a weight that is a plain matrix.
+    """
+    if built.reads_weight and not base.has_weight:
+        raise TargetError(
+            f"{target.path!r} is a {type(target.module).__name__}, of which tunerkit knows no weight, and method "
+            f"{tuner.method!r} reads the weight; exclude it from the targets"
+        )
+    if not is_read:
+        return
+    bypassed = f"{target.path!r} is used directly by its owner, bypassing the layer's forward(), "
+    if not hooks.has_delta(tuner.method):
+        raise TargetError(
+            f"{bypassed}so the adapter's delta is added to its weight, and the plugin of method {tuner.method!r} "
+            "implements neither tunerkit_delta nor tunerkit_factors; exclude it from the targets"
+        )
+    weight = torch_private.own_parameters(target.module).get(base.weight_name)
+    if weight is not None and (holder := weights.emptied([weight])) is not None:
+        raise TargetError(
+            f"{bypassed}so its delta must be added to the weight, which {holder.name} has partitioned; exclude it from "
+            f"the targets, or {holder.way_out}"
+        )
+    if weight is None or not weight.is_floating_point() or base.packing is not None:
+        raise TargetError(
+            f"{bypassed}and its weight is not a plain matrix to which a delta can be added; exclude it from the targets"
+        )
+
+
+def _place_(built: nn.Module, module: nn.Module, tuner: Tuner) -> None:
+    """Move a new part to the device where ``module`` runs, and to the config's dtype.
+
+    The module's weights may be offloaded to another device. Parameters become contiguous: FSDP2 shards no others.
+    """
+    for parameter in built.parameters():
+        if not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()
+    device, dtype = weights.execution_device(module), getattr(torch, tuner.config.adapter_dtype)
+    # It was built on the CPU. Checking whether it must be moved is cheaper than moving it.
+    own = chain(built.parameters(), built.buffers())
+    if not all(device in (None, t.device) and (t.dtype == dtype or not t.is_floating_point()) for t in own):
+        built.to(device=device, dtype=dtype)
+
+
+def _copy_of(copied: Target, scanned: Scan) -> nn.Module:
+    parts = [part for part in copied.module.modules() if weights.offloading(part) is None]
+    if _comes_from_file(copied, [p for part in parts for p in part.parameters(recurse=False)], scanned):
+        return copy_base(copied.module).to_empty(device="cpu")
+    with weights.gathered(copied.module):
+        return copy_base(copied.module)
+
+
+def _bias_of(biased: Target, scanned: Scan) -> nn.Parameter:
+    name = bias_name(scanned.by_path[biased.path].base)
+    bias = biased.module.get_parameter(name)
+    if (away := weights.offloading(biased.module)) is not None:
+        raise TargetError(
+            f"the bias of {biased.path!r} cannot be trained: {away.name} offloads it, and each forward needs it "
+            "together with its copy; set bias='none', or keep the module on a device"
+        )
+    if _comes_from_file(biased, [bias], scanned):
+        return nn.Parameter(torch.empty_like(bias, device="cpu"))
+    return nn.Parameter(weight_of(biased.module, name).detach().clone())
+
+
+def _comes_from_file(place: Target, parameters: Iterable[nn.Parameter], scanned: Scan) -> bool:
+    """Whether parameters without values get them from a file later. Otherwise they cannot be copied."""
+    if not any(parameter.is_meta for parameter in parameters):
+        return False
+    if not scanned.unloaded:
+        raise TargetError(f"{place.path!r} has weights on the meta device and cannot be copied; load the weights first")
+    return True
+
+
+# --- Changing the model -----------------------------------------------------------------------------------------------
 
 
 def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, *, trainable: bool) -> None:
@@ -29,6 +193,7 @@ def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, *, trainable
     If this raises, also a KeyboardInterrupt, nothing is added.
     """
     refuse_running(tuner.model, "adding an adapter")
+    tuner.progress.shapes = shapes_of(tuner.model)
     if trainable:
         refuse_mixed_dtypes(tuner, built)
     try:
@@ -42,8 +207,18 @@ def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, *, trainable
 
 def _inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan) -> None:
     model, wrapped, readers = tuner.model, wrapped_of(tuner.model), []
-    if not wrapped.tuners:  # a base parameter that is unfrozen later is meant to be trained
-        _freeze_base_(model, wrapped)
+    if not wrapped.tuners:
+        # A base parameter that is unfrozen later is meant to be trained, so only the first adapter freezes.
+        own = {  # a tied one by each of its names: merging may make as many parameters of it
+            join(path, name): parameter
+            for path, module in base_modules(model)
+            for name, parameter in torch_private.own_parameters(module).items()
+            if parameter is not None and parameter.requires_grad
+        }
+        wrapped.frozen = tuple(own)
+        vars(model)[WRAPPED] = wrapped  # first, so that an interruption can be undone
+        for parameter in own.values():
+            parameter.requires_grad_(False)
         watch_states_(model)
         watch_threads_(model)
         hooks.tell(hooks.specs.tunerkit_wrapped, model=model)
@@ -51,8 +226,8 @@ def _inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan) -> None:
         slot, slots, found = built[path], slots_of(module), scanned.by_path[path]
         # A copy replaces the whole module, so there is no base layer.
         base, reader = (found.base, found.reader) if slot.copy is None else (None, None)
-        if slot.adapter is not None:
-            base = base_of(tuner, module, base)
+        if slot.adapter is not None and base is None:
+            base = OutputLayer(module)
         readers.append(reader)
         if slots is None:
             slots = Slots(base).train(module.training)
@@ -68,10 +243,11 @@ def _inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan) -> None:
         slots.put(tuner.name, slot)
     update_overrides_(model, readers)
     for copied in tuner.copies:
-        # The module still runs itself. Without these, a batch norm uses its statistics but does not update them.
+        # The module still runs itself. A batch norm then uses its statistics but does not update them.
         for _, norm in base_modules(copied.module):
             if torch_private.is_batch_norm(norm) and norm.track_running_stats:
-                _set_(norm, _STATISTICS, False)
+                vars(norm)[_STOPPED] = True
+                norm.track_running_stats = False
     wrapped.tuners[tuner.name] = tuner
     wrapped.active = (*wrapped.active, tuner.name)
 
@@ -95,7 +271,15 @@ def _eject_(tuners: Sequence[Tuner]) -> None:
     frozen = set(wrapped.frozen)
     for tuner in tuners:
         for module in modules_in(tuner).values():
-            _clear_(module, tuner)
+            if (slots := slots_of(module)) is not None:
+                slots.drop(tuner.name)
+                if slots.names:
+                    continue
+                delattr(module, CHILD)
+            if module is not model:
+                unwatch_states_(module)
+            torch_private.remove_hooks_(module, apply_slots)
+            _resume_statistics_(module)
         wrapped.tuners.pop(tuner.name, None)
         wrapped.active = tuple(name for name in wrapped.active if name != tuner.name)
     update_overrides_(model)
@@ -112,26 +296,8 @@ def _eject_(tuners: Sequence[Tuner]) -> None:
     _prepare_next_forward_(model)
 
 
-def _clear_(module: nn.Module, tuner: Tuner) -> None:
-    """Remove an adapter's slot from a module, and our hooks if it was the last one."""
-    if (slots := slots_of(module)) is not None:
-        slots.drop(tuner.name)
-        if slots.names:
-            return
-        delattr(module, CHILD)
-    if module is not tuner.model:
-        unwatch_states_(module)
-    torch_private.remove_hooks_(module, apply_slots)
-    _put_back_(module, _STATISTICS)
-
-
 def activate_(model: nn.Module, names: Sequence[str]) -> None:
-    """Apply exactly the named adapters, in this order. Compiled code follows: its guards read the tuples.
-
-    Raises:
-        AdapterError: Two of them train the same module in full, or another thread runs the model. Nothing is changed
-            then.
-    """
+    """Apply exactly the named adapters, in this order. Compiled code follows: its guards read the tuples."""
     refuse_running(model, "activating adapters")
     adapted = list(walk(model))
     for path, _, slots in adapted:
@@ -158,14 +324,11 @@ def rename_(tuner: Tuner, new: str) -> None:
 
 
 def train_(tuner: Tuner, *, trained: bool) -> None:
-    """Make an adapter trainable, or freeze it and free its gradients, which an optimizer step would still apply.
-
-    Parameters that the method built without gradients are never trained.
-    """
+    """Make an adapter trainable, or freeze it and free its gradients, which an optimizer step would still apply."""
     for _, slot in slots_in(tuner):
         for name, parameter in slot.named_parameters():
-            continuous = parameter.is_floating_point() or parameter.is_complex()
-            parameter.requires_grad_(trained and continuous and name not in slot.fixed)
+            can_have_gradient = parameter.is_floating_point() or parameter.is_complex()
+            parameter.requires_grad_(trained and can_have_gradient and name not in slot.fixed)
             if not trained:
                 parameter.grad = None
 
@@ -194,40 +357,13 @@ def copy_base(module: nn.Module) -> nn.Module:
     for part in twin.modules():
         unwatch_states_(part)
     unwatch_threads_(twin)
-    _put_back_(twin, _STATISTICS)
+    _resume_statistics_(twin)
     return twin
 
 
-def _set_(module: nn.Module, name: str, value: object) -> None:
-    """Set an attribute of a module of the base until `_put_back_`."""
-    vars(module).setdefault(_EARLIER, {}).setdefault(name, getattr(module, name))
-    setattr(module, name, value)
-
-
-def _put_back_(module: nn.Module, *names: str) -> None:
-    """Undo `_set_` in a module and below, for the given attributes or all."""
+def _resume_statistics_(module: nn.Module) -> None:
+    """Let the batch norms in a module update their statistics again."""
     for part in module.modules():
-        earlier = vars(part).get(_EARLIER, {})
-        for name in names or list(earlier):
-            if name in earlier:
-                setattr(part, name, earlier[name])
-                del earlier[name]  # after it, so that an interrupted call can be repeated
-        if not earlier:
-            vars(part).pop(_EARLIER, None)
-
-
-def _freeze_base_(model: nn.Module, wrapped: Wrapped) -> None:
-    """Freeze the model's own parameters. First give the model the names of those that were trained, to undo it.
-
-    A tied one has several names: merging may make as many parameters of it.
-    """
-    own = {
-        join(path, name): parameter
-        for path, module in base_modules(model)
-        for name, parameter in torch_private.own_parameters(module).items()
-        if parameter is not None and parameter.requires_grad
-    }
-    wrapped.frozen = tuple(own)
-    vars(model)[WRAPPED] = wrapped
-    for parameter in own.values():
-        parameter.requires_grad_(False)
+        if torch_private.is_batch_norm(part) and _STOPPED in vars(part):
+            part.track_running_stats = True
+            del vars(part)[_STOPPED]  # last, so that an interrupted call can be repeated

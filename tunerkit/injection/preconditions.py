@@ -3,9 +3,7 @@
 import functools
 import re
 import threading
-import warnings
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
 from weakref import WeakSet
 
 import torch
@@ -13,14 +11,12 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from tunerkit import hooks
-from tunerkit.errors import AdapterError, ConfigError, TunerkitWarning, closest
-from tunerkit.injection.models import base_modules, inside, refuse_fixed, slots_of, walk
-from tunerkit.injection.slots import Slot
+from tunerkit.errors import AdapterError, ConfigError, closest, warn
+from tunerkit.injection.slots import Slot, base_modules, inside, refuse_fixed, slots_of, walk
 from tunerkit.injection.tuner import Tuner, tuners_of
 from tunerkit.layers import is_named, torch_private, weights
 from tunerkit.paths import CHILD, is_under, join
 from tunerkit.patterns import matcher
-from tunerkit.records import Restriction
 from tunerkit.targets import Scan
 
 _NAME = r"[^./\ud800-\udfff]{1,64}"
@@ -67,38 +63,26 @@ def ready_model(model: object, adapter: str, *, trainable: bool) -> nn.Module:
 
 
 def refuse_restricted(modules: Iterable[tuple[str, nn.Module]], verb: str) -> None:
-    """Raise the error of the first restriction of ``verb`` that applies to something in ``modules``.
+    """Raise the error of the first restriction of ``verb`` that applies to ``modules``: pairs of a path and a module.
 
-    Args:
-        modules: Pairs of a path and a module. The modules inside it are not searched.
-        verb: A key of `Restriction.refused`.
+    The modules inside them are not searched.
     """
-    # Nearly always nothing is found, so the search is for all at once.
     restrictions = [each for each in hooks.gather_restrictions() if verb in each.refused]
-    marks = {name for each in restrictions for name in each.marks}
-    known: dict[type, bool] = {}
+    is_of: Callable[[type, str], bool] = functools.cache(is_named)  # a model has many layers of few classes
     for path, module in modules:
-        own: list[tuple[str, nn.Module | nn.Parameter]] = [("", module)]
-        own += [(name, p) for name, p in torch_private.own_parameters(module).items() if p is not None]
-        for name, thing in own:
-            if type(thing) not in known:
-                known[type(thing)] = any(_is_of(type(thing), each) for each in restrictions)
-            if known[type(thing)] or not marks.isdisjoint(vars(thing)):
-                _refuse_thing(thing, join(path, name) if name else path, restrictions, verb)
+        things: list[tuple[str, nn.Module | nn.Parameter]] = [(path, module)]
+        things += [(join(path, name), p) for name, p in torch_private.own_parameters(module).items() if p is not None]
+        for place, thing in things:
+            for each in restrictions:
+                if any(is_of(type(thing), name) for name in each.classes) or _is_marked(thing, each.marks):
+                    where = f"at {place!r}" if place else "in the model itself"
+                    error = each.error or AdapterError
+                    raise error(f"cannot {verb} with {each.name}, found {where}: {each.refused[verb]}")
 
 
-def _refuse_thing(thing: nn.Module | nn.Parameter, path: str, restrictions: Iterable[Restriction], verb: str) -> None:
-    held = vars(thing)
-    for each in restrictions:
-        marked = any(name in held and value in (None, held[name]) for name, value in each.marks.items())
-        if marked or _is_of(type(thing), each):
-            place = f"at {path!r}" if path else "in the model itself"
-            error = each.error or AdapterError
-            raise error(f"cannot {verb} with {each.name}, found {place}: {each.refused[verb]}")
-
-
-def _is_of(kind: type, restriction: Restriction) -> bool:
-    return any(is_named(kind, name) for name in restriction.classes)
+def _is_marked(thing: nn.Module | nn.Parameter, marks: Mapping[str, object]) -> bool:
+    own = vars(thing)
+    return any(name in own and value in (None, own[name]) for name, value in marks.items())
 
 
 def refuse_idle_patterns(tuner: Tuner) -> None:
@@ -137,12 +121,7 @@ def refuse_overlap(model: nn.Module, paths: Collection[str], copies: Collection[
 
 
 def refuse_mixed_dtypes(tuner: Tuner, built: Mapping[str, Slot]) -> None:
-    """Raise `AdapterError` if the engine that has divided the base wants one dtype for all that is trained beside it.
-
-    Args:
-        tuner: The adapter's handle.
-        built: Its slots by path.
-    """
+    """Raise `AdapterError` if the engine that has divided the base wants one dtype for all that is trained."""
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for slot in built.values() for p in slot.parameters()})
     holder = weights.emptied(tuner.model.parameters()) if len(dtypes) > 1 else None
     if holder is not None and holder.one_dtype:
@@ -164,28 +143,24 @@ def warn_of_limits(scanned: Scan, tuner: Tuner) -> None:
         and not is_under(found.path, copies)
     ]
     if moving:
-        warnings.warn(
+        warn(
             f"{len(moving)} normalisation layers of the frozen base ({moving[0]}, ...) update their running statistics "
             "in training mode, and the adapter's file does not contain them. Put these layers in eval mode while "
-            "training, or name them in train_modules",
-            TunerkitWarning,
-            stacklevel=3,
+            "training, or name them in train_modules"
         )
     bypassed = [target.path for target in tuner.targets if scanned.by_path[target.path].reader is not None]
     if bypassed and tuner.config.dropout:
-        warnings.warn(
+        warn(
             f"dropout is not applied at {len(bypassed)} targets ({bypassed[0]}, ...): their owner uses the weight "
             "directly, bypassing the layer's forward(), so the adapter changes the weight and gets no input. Set "
-            "dropout to 0, or exclude them if that matters",
-            TunerkitWarning,
-            stacklevel=3,
+            "dropout to 0, or exclude them if that matters"
         )
 
 
 class _Threads(WeakSet[threading.Thread]):
-    """The threads that are inside the model's forward. A copy or a pickle of the model starts with none.
+    """The threads that are inside the model's forward, not their numbers, which the system gives to later threads too.
 
-    By object, not by number: the system gives the number of a thread that has ended to the next one.
+    A copy or a pickle of the model starts with none.
     """
 
     def __reduce__(self) -> tuple[type["_Threads"], tuple[()]]:
@@ -198,40 +173,30 @@ _ATTRIBUTE = "_tunerkit_threads"
 def watch_threads_(model: nn.Module) -> None:
     """Note which threads run ``model``, from now on."""
     threads = vars(model)[_ATTRIBUTE] = _Threads()
-    model.register_forward_pre_hook(functools.partial(enter, threads), prepend=True)
+    model.register_forward_pre_hook(functools.partial(note_thread, threads.add), prepend=True)
     # Also called after an exception, or that thread would count as running.
-    model.register_forward_hook(functools.partial(leave, threads), always_call=True)
+    model.register_forward_hook(functools.partial(note_thread, threads.discard), always_call=True)
 
 
 def unwatch_threads_(model: nn.Module) -> None:
     """Undo `watch_threads_`."""
-    torch_private.remove_hooks_(model, enter, leave)
+    torch_private.remove_hooks_(model, note_thread)
     vars(model).pop(_ATTRIBUTE, None)
 
 
-# Not under compile: compiled code must not have a Python side effect in each call.
-def enter(threads: WeakSet[threading.Thread], model: nn.Module, args: Any) -> None:
-    """Note that this thread runs ``model``: with ``threads`` bound, its forward pre-hook."""
+def note_thread(note: Callable[[threading.Thread], None], *call: object) -> None:
+    """Note that this thread starts or ends to run a model: with ``note`` bound, hooks around its forward."""
+    # Not under compile: compiled code must not have a Python side effect in each call.
     if not torch.compiler.is_compiling():
-        threads.add(threading.current_thread())
-
-
-def leave(threads: WeakSet[threading.Thread], model: nn.Module, args: Any, output: Any) -> None:
-    """Undo `enter`: the forward hook."""
-    if not torch.compiler.is_compiling():
-        threads.discard(threading.current_thread())
+        note(threading.current_thread())
 
 
 def refuse_running(model: nn.Module, what: str) -> None:
-    """Raise `AdapterError` if another thread is inside the forward of ``model``.
+    """Raise `AdapterError` if another thread is inside the forward of ``model``, whose output would be of both states.
 
-    Its output would be computed in part before and in part after the change. What is not seen: a forward that starts
-    after this check, one of a part of the model alone, and compiled code. Those need a lock of the caller's.
-
-    A thread that lives on after an interrupt (KeyboardInterrupt, SystemExit) in its forward counts until its next one.
-    Torch calls hooks after an `Exception` only, and code outside of the call sees its end only by walking frames. A
-    ``finally`` around the call needs another class for the model or a ``forward`` on the instance. The first would
-    change its type; the second would hide the ones that accelerate and TRL set there, and be hidden by them.
+    What is not seen: a forward that starts after this check, one of a part of the model alone, and compiled code. Those
+    need a lock of the caller's. A thread that lives on after an interrupt (KeyboardInterrupt, SystemExit) in its
+    forward counts until its next one, because torch calls hooks after an `Exception` only.
     """
     threads: WeakSet[threading.Thread] = vars(model).get(_ATTRIBUTE, _Threads())
     running = [thread for thread in threading.enumerate() if thread in threads]

@@ -1,6 +1,6 @@
-"""The child module ``tunerkit`` of an adapted module: it holds what each adapter adds there."""
+"""The child ``tunerkit`` of adapted modules, with what each adapter adds there, and where a model has such modules."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tunerkit.errors import AdapterError
 from tunerkit.layers import Adapter, BaseLayer, mark_fresh, torch_private, unmark, view_bias, whole_shape
-from tunerkit.paths import CHILD
+from tunerkit.paths import CHILD, join
 from tunerkit.records import Rounding
 
 # Buffers hold the originals. Adapter names have no "/", so the prefix keeps the two apart. Buffer names must have no
@@ -17,14 +17,12 @@ _ORIGINAL, _DOT = "/", "\0"
 
 
 class Slot(nn.Module):
-    """What one adapter adds at one module: the method's adapter, a trained copy of the module, a trained bias.
-
-    A copy excludes the other two. The first target's slot may also hold the module that all adapters share.
+    """What one adapter adds at one module.
 
     Attributes:
-        method: The method's name; its plugin computes the adapter's delta.
-        adapter: The method's adapter.
-        copy: A trained copy of the module, which replaces its output.
+        method: The method's name.
+        adapter: The method's adapter, whose delta its plugin computes.
+        copy: A trained copy of the module, which replaces its output; then there is no adapter and no bias.
         bias: A trained copy of the module's own bias, (out,).
         fixed: The names of the parameters that the method built without gradients; they are never trained.
         reads_output: Whether the adapter must be given the base layer's own output.
@@ -53,7 +51,7 @@ class Slot(nn.Module):
 
     @property
     def shared(self) -> nn.Module | None:
-        """What all adapters of the method use; None except in one slot."""
+        """The module that all adapters of the method use; the first target's slot may hold it."""
         return torch_private.own_children(self).get(CHILD)
 
     def forward(
@@ -64,7 +62,7 @@ class Slot(nn.Module):
             return _run_copy(self.copy, module, args, kwargs)
         adapter = self.adapter
         if adapter is not None:
-            x = _input(args, kwargs)
+            x = input_of(args, kwargs)
             if base is not None and not base.has_weight:
                 _refuse_output(self.method, module, y)
             # A block may return its output as the first of several; a layer with a weight returns one tensor.
@@ -84,7 +82,7 @@ def _run_copy(copy: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs:
     try:
         return copy(*args, **kwargs)
     except (IndexError, RuntimeError) as error:
-        if is_resized(module, copy):
+        if _is_resized(module, copy):
             raise AdapterError(
                 f"the {type(module).__name__} was resized after an adapter had begun to train a copy of it, and the "
                 "copy still has the old size: resize the model first, then call tunerkit.wrap or tunerkit.load"
@@ -92,7 +90,7 @@ def _run_copy(copy: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs:
         raise
 
 
-def is_resized(module: nn.Module, copy: nn.Module) -> bool:
+def _is_resized(module: nn.Module, copy: nn.Module) -> bool:
     """Whether a module has parameters of another shape than its trained copy."""
     own = dict(module.named_parameters())
     return any(name in own and whole_shape(own[name]) != whole_shape(p) for name, p in copy.named_parameters())
@@ -107,7 +105,7 @@ def _refuse_output(method: str, module: nn.Module, output: object) -> None:
         )
 
 
-def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Return the module's input, passed by position or by keyword; None if it takes none."""
     return args[0] if args else next(iter(kwargs.values()), None)
 
@@ -143,6 +141,12 @@ class Slots(nn.Module):
         self.base = base
         self.features = None if base is None or not base.has_weight else (base.out_features, base.in_features)
 
+    def is_resized(self, module: nn.Module) -> bool:
+        """Whether the module has another size than when it was adapted."""
+        if self.base is not None and self.features is not None:
+            return (self.base.out_features, self.base.in_features) != self.features
+        return any(_is_resized(module, copy) for copy in self.copies.values())
+
     def __setattr__(self, name: str, value: object) -> None:
         # nn.Module refuses to set an attribute with the name of a child, and an adapter may be called "training".
         object.__setattr__(self, name, value)
@@ -159,9 +163,14 @@ class Slots(nn.Module):
             self.enabled = True
             self.forget_merge()
 
+    @property
+    def _by_name(self) -> dict[str, Slot]:
+        """The slots, as torch's live dict of children: it also accepts names such as "forward"."""
+        return cast(dict[str, Slot], torch_private.own_children(self))
+
     def put(self, name: str, slot: Slot) -> None:
-        """Add a slot. It goes directly into the dict of children: `add_module` refuses names such as "forward"."""
-        torch_private.own_children(self)[name] = slot
+        """Add a slot and activate it, in addition to the active ones."""
+        self._by_name[name] = slot
         self.activate((*self.active, name))
 
     def activate(self, names: Iterable[str]) -> None:
@@ -169,43 +178,41 @@ class Slots(nn.Module):
 
         Adapters that read the base layer's output come first, before another one changes it.
         """
-        own = cast(dict[str, Slot], torch_private.own_children(self))
+        own = self._by_name
         ours = (name for name in names if name in own)
         self.active = tuple(sorted(ours, key=lambda name: not own[name].reads_output))
 
     def get(self, name: str) -> Slot | None:
-        """Return the slot of one adapter. Attributes of the same name are ignored."""
-        return cast(Slot | None, torch_private.own_children(self).get(name))
+        """Return the slot of one adapter."""
+        return self._by_name.get(name)
 
     def drop(self, name: str) -> None:
         """Remove a slot, if the adapter has one here."""
-        torch_private.own_children(self).pop(name, None)
         self.active = tuple(other for other in self.active if other != name)
+        self._by_name.pop(name, None)
 
     def rename(self, old: str, new: str) -> None:
         """Rename a slot in its place, if the adapter has one here. The order in ``state_dict`` stays."""
-        children = torch_private.own_children(self)
-        slots = [(new if name == old else name, slot) for name, slot in children.items()]
-        children.clear()
-        children.update(slots)
+        slots = [(new if name == old else name, slot) for name, slot in self._by_name.items()]
+        self._by_name.clear()
+        self._by_name.update(slots)
         self.active = tuple(new if name == old else name for name in self.active)
         self.merged = tuple(new if name == old else name for name in self.merged)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The adapters that have a slot here, the oldest first."""
-        return tuple(torch_private.own_children(self))
+        return tuple(self._by_name)
 
     @property
     def applied(self) -> list[Slot]:
         """The slots of the active adapters, in order."""
-        return [slot for name in self.active if (slot := self.get(name)) is not None]
+        return [self._by_name[name] for name in self.active]
 
     @property
     def copies(self) -> dict[str, nn.Module]:
         """The trained copies of this module by adapter. No two of them can be active together."""
-        slots = self.named_children()
-        return {name: slot.copy for name, slot in slots if isinstance(slot, Slot) and slot.copy is not None}
+        return {name: slot.copy for name, slot in self._by_name.items() if slot.copy is not None}
 
     @property
     def originals(self) -> dict[str, Any]:
@@ -233,8 +240,7 @@ class Slots(nn.Module):
         for name, _ in list(self.named_buffers(recurse=False, remove_duplicate=False)):
             delattr(self, name)
         self.whole, self.rounding, self.parting = {}, None, None
-        self.permanent = False
-        self.merged = ()
+        self.merged, self.permanent = (), False
 
     def original(self, name: str, live: Tensor) -> Tensor:
         """Return the base's own tensor, also while a merged one replaces it in the module."""
@@ -244,10 +250,9 @@ class Slots(nn.Module):
 
 
 def apply_slots(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
-    """Apply the active slots: the forward hook of every adapted module.
+    """Apply the active slots: the forward hook of every adapted module. Python state would recompile compiled models.
 
-    It writes no Python state, which would recompile compiled models. Torch's quantisation copies hooks to the module
-    that replaces another one, without its children, and calls them without the keyword arguments.
+    Torch's quantisation copies hooks, without the children, to a module that replaces another, and passes no kwargs.
     """
     slots = torch_private.own_children(module).get(CHILD)
     if not isinstance(slots, Slots):
@@ -263,7 +268,7 @@ def apply_slots(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: A
     # An adapter may write into a fresh output. Where one reads it beside others, it is needed as it is.
     is_needed = len(slots.active) > 1 and by_name[slots.active[0]].reads_output
     if slots.active and not is_needed and slots.base is not None:
-        marked = mark_fresh(slots.base, _input(args, kwargs), own)
+        marked = mark_fresh(slots.base, input_of(args, kwargs), own)
     for name in slots.active:
         slot = by_name[name]
         if slot.reads_output and output is not own:
@@ -284,3 +289,68 @@ def _with_change(output: Any, own: Any, changed: Any) -> Any:
         limits = torch.finfo(own.dtype)
         own = own.clamp(limits.min, limits.max)
     return output + (changed - own)
+
+
+# --- Where a model has slots ------------------------------------------------------------------------------------------
+
+
+def inside(model: object) -> nn.Module:
+    """Return the model that `torch.compile` or ``nn.DataParallel`` was given: paths must not depend on the wrapper."""
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"expected a torch.nn.Module, got {type(model).__name__}; pass the model itself")
+    inner = model.module if isinstance(model, nn.DataParallel) else torch_private.compiled_from(model)
+    return model if inner is None else inside(inner)
+
+
+def slots_of(module: nn.Module) -> Slots | None:
+    """Return the slots at ``module`` itself, or None."""
+    slots = torch_private.own_children(module).get(CHILD)
+    return slots if isinstance(slots, Slots) else None
+
+
+def is_called(module: nn.Module) -> bool:
+    """Whether an adapted module is called itself. Otherwise its owner uses its weight, which core overrides."""
+    return torch_private.has_hook(module, apply_slots)
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of ``model`` with their paths, each once and in its order, without what adapters put there.
+
+    ``named_modules`` would also visit every adapter, and most modules of a wrapped model are in adapters.
+    """
+    seen: set[int] = set()
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield path, module
+            # In reverse, since the last entry of the list is visited first.
+            for name, child in reversed(torch_private.own_children(module).items()):
+                if child is not None and type(child) is not Slots:
+                    waiting.append((join(path, name), child))
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slots]]:
+    """Yield every adapted module of ``model`` with its dotted path and its slots, in model order."""
+    for path, module in base_modules(model):
+        if (slots := slots_of(module)) is not None:
+            yield path, module, slots
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Return whether adapters are merged into ``model`` now."""
+    return any(slots.merged for _, _, slots in walk(model))
+
+
+def refuse_disabled(model: nn.Module) -> None:
+    """Raise `AdapterError` inside ``with disabled(model)``, where the base replaces what a caller would change."""
+    if any(not slots.enabled for _, _, slots in walk(model)):
+        raise AdapterError("the model's adapters are disabled; leave the block of tunerkit.disabled first")
+
+
+def refuse_fixed(model: nn.Module, what: str) -> None:
+    """Raise `AdapterError` if ``model`` is disabled or merged: then ``what`` would not change the output."""
+    refuse_disabled(model)
+    if is_merged(model):
+        raise AdapterError(f"the model is merged; call tunerkit.unmerge before {what}")

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from tunerkit import hooks
 from tunerkit.errors import AdapterError, TunerkitWarning
 from tunerkit.injection.delta import adapted_tensors
-from tunerkit.injection.models import walk
-from tunerkit.injection.slots import Slots
+from tunerkit.injection.slots import Slots, walk
 from tunerkit.injection.tuner import wrapped_of
 from tunerkit.layers import numbers_of, torch_private
 from tunerkit.paths import CHILD, join

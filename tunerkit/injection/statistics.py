@@ -1,6 +1,7 @@
 """Statistics of the data at an adapter's targets, in bounded memory: the inputs' second moment and the gradient."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from tunerkit.errors import AdapterError
-from tunerkit.injection.models import slots_of
+from tunerkit.injection.slots import input_of, slots_of
 from tunerkit.injection.tuner import Tuner, modules_in
 from tunerkit.layers import BaseLayer, autocast_off
 from tunerkit.paths import few
@@ -24,17 +25,9 @@ _NOISE = 1e-7  # of the largest eigenvalue: what sums of fp32 products leave whe
 def measure(
     tuner: Tuner, request: StatisticsRequest, batches: Iterable[Any], loss: Loss | None
 ) -> tuple[dict[str, Statistics], int]:
-    """Measure what a method wants to know of the data. Return it by target path, and the number of batches.
+    """Measure what a method wants to know of the data, on batches that are one call of a model in eval mode each.
 
-    Args:
-        tuner: The adapter's handle. Its model should be in eval mode.
-        request: What to measure.
-        batches: The batches; each is one call of the model.
-        loss: See `loss_of`.
-
-    Raises:
-        AdapterError: There is no batch, one gives no loss, a target never ran, its input cannot be seen, or the
-            statistics are not finite.
+    Return it by target path, and the number of batches.
     """
     sketches = _sketches(tuner, request)
     handles = [each.base.module.register_forward_hook(each.hook, with_kwargs=True) for each in sketches.values()]
@@ -77,6 +70,22 @@ def _sketches(tuner: Tuner, request: StatisticsRequest) -> "dict[str, _Sketch]":
             )
         found[path] = _Sketch(slots.base, request, seed=len(found))
     return found
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, without dropout and without changing statistics of batch norms.
+
+    Afterwards each module has the mode that it had before: parts may have another one than the whole.
+    """
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _run(model: nn.Module, batch: Any) -> Any:
@@ -134,7 +143,7 @@ class _Sketch:
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Count one call of the layer, and add the probes P and Q, which are 0, to its output: a forward hook."""
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = input_of(args, kwargs)
         x = x.float() if x.is_floating_point() else x
         with autocast_off(output.device):
             if self.counting:
@@ -167,7 +176,7 @@ class _Sketch:
         )
 
 
-def _add_gradients_(sketches: Sequence[_Sketch], loss: Tensor) -> None:
+def _add_gradients_(sketches: list[_Sketch], loss: Tensor) -> None:
     """Run a backward pass. A model that checkpoints activations calls its layers again there, which does not count."""
     for each in sketches:
         each.counting = False

@@ -14,9 +14,8 @@ from tunerkit import hooks
 from tunerkit.config import AdapterConfig
 from tunerkit.errors import AdapterError, StepError, closest, cut
 from tunerkit.hooks import Engine, Pieces, Removable, same, whole_pieces
-from tunerkit.injection.models import base_modules, inside, is_merged, slots_of
-from tunerkit.injection.slots import Slot
-from tunerkit.layers import Adapter, BaseLayer, OutputLayer, weights
+from tunerkit.injection.slots import Slot, base_modules, inside, is_merged, slots_of
+from tunerkit.layers import Adapter, weights
 from tunerkit.paths import few, join
 from tunerkit.records import RankChange, State, Target
 
@@ -26,7 +25,7 @@ WRAPPED = "_tunerkit"
 
 @attrs.frozen(eq=False)
 class Link:
-    """The hooks through which an optimizer drives an adapter. They stay until `detach`, which remembers the optimizer.
+    """The hooks through which an optimizer drives an adapter, until `detach`.
 
     It holds no tuner: only the optimizer keeps its driver alive, so that a model can be freed.
     """
@@ -51,15 +50,13 @@ class Progress:
         history: The allocations so far, the oldest first.
         link: The connection to the optimizer, from `attach` on.
         loaded: Whether the adapter came from a file.
-        calibration: How much data set the adapter's start: the numbers of batches and of input rows; None if none did.
+        calibration: The numbers of batches and of input rows that set the adapter's start; None if none did.
         fingerprint: The base's fingerprint, kept if a permanent merge overwrote the base.
         shapes: The shapes of the base's parameters when the adapter was put in.
-        beside: New modules of the base that another adapter, active at that time, trains in full. The fingerprint
-            leaves them out, because the adapter never used the base's own values.
-        noted: The base's fingerprint when the adapter was put in, if this process is in a group: it may shard the base
-            afterwards.
-        settings: The base's settings as the loaded file records them, for a file that is written where no plugin knows
-            them.
+        beside: New modules of the base that another adapter, active when this one was put in, trains in full. The
+            fingerprint leaves them out, because this adapter never used the base's own values.
+        noted: The base's fingerprint when the adapter was put in, if a group of processes may shard the base later.
+        settings: The base's settings in the loaded file, for a file that is written where no plugin knows them.
         seed: The seed that `wrap` was given.
         files: The files that it was loaded from or saved to, with what each holds: ``"adapter"`` or ``"state"``.
         last: What is known of its last gradient, to notice an optimizer that does not drive it: the step driver's own.
@@ -79,9 +76,6 @@ class Progress:
     seed: int | None = None
     files: dict[str, str] = attrs.field(factory=dict)
     last: Any = None
-
-
-_WRITABLE = attrs.setters.NO_OP
 
 
 @attrs.define(eq=False, repr=False, on_setattr=attrs.setters.frozen)
@@ -109,8 +103,8 @@ class Tuner:
     copies: tuple[Target, ...] = ()
     biases: tuple[Target, ...] = ()
     progress: Progress = attrs.field(factory=Progress)
-    state: object | None = attrs.field(default=None, on_setattr=_WRITABLE)
-    engine: Engine | None = attrs.field(default=None, on_setattr=_WRITABLE)
+    state: object | None = attrs.field(default=None, on_setattr=attrs.setters.NO_OP)
+    engine: Engine | None = attrs.field(default=None, on_setattr=attrs.setters.NO_OP)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is not attached, and the engine is that of the processes which train the original.
@@ -235,11 +229,7 @@ def modules_in(tuner: Tuner) -> dict[str, nn.Module]:
 
 
 def slots_in(tuner: Tuner) -> Iterator[tuple[str, Slot]]:
-    """Find an adapter's slots in its model, in the order of `modules_in`. Yields pairs of a path and the slot there.
-
-    Raises:
-        AdapterError: The adapter is not in the model any more, or not at one of its modules.
-    """
+    """Yield an adapter's slots by path, in the order of `modules_in`. Raises `AdapterError` where one is gone."""
     # By the record first: another adapter may have taken the name of one that was deleted.
     present = wrapped_of(tuner.model).tuners.get(tuner.name) is tuner
     for path, module in modules_in(tuner).items():
@@ -248,11 +238,6 @@ def slots_in(tuner: Tuner) -> Iterator[tuple[str, Slot]]:
         if slot is None:
             raise AdapterError(f"adapter {tuner.name!r} is gone from the model at {path!r}; wrap or load it again")
         yield path, slot
-
-
-def shared_in(tuner: Tuner) -> nn.Module | None:
-    """Return the module that the method's adapters share, if there is one; see the hook `tunerkit_shared`."""
-    return next((slot.shared for _, slot in slots_in(tuner) if slot.shared is not None), None)
 
 
 def needs_steps(tuner: Tuner) -> bool:
@@ -284,12 +269,7 @@ def as_hooks_see_it(tuner: Tuner, *, gradients: bool = False) -> Iterator[Callab
 
 
 def record(tuner: Tuner, ranks: Mapping[str, int] | None) -> None:
-    """Add an allocation to the history of an adapter, and notify every plugin.
-
-    Args:
-        tuner: The adapter's handle.
-        ranks: The live rank by target path; None if no mask changed, which records nothing.
-    """
+    """Add an allocation to an adapter's history, and notify every plugin. None says that no mask changed."""
     if ranks is not None:
         hooks.ranks_changed(tuner, tuner.history, tuner.steps, tuner.budget(), ranks)
 
@@ -326,9 +306,7 @@ def wrapped_of(model: nn.Module) -> Wrapped:
 def tuners_of(model: nn.Module) -> dict[str, Tuner]:
     """Return all tuners of ``model`` by adapter name, also if it is inside DDP or a compiled module.
 
-    Raises:
-        AdapterError: ``model`` is not a module, or several parts of it were wrapped on their own: one answer would
-            leave the others out.
+    If several parts of it were wrapped on their own, it raises `AdapterError`: one answer would leave the others out.
     """
     # By identity: a shallow copy shares the record.
     modules = base_modules(inside(model))
@@ -344,8 +322,7 @@ def tuners_of(model: nn.Module) -> dict[str, Tuner]:
 
 def require_tuners(model: nn.Module) -> dict[str, Tuner]:
     """Return `tuners_of`, or raise `AdapterError` if the model has no adapter."""
-    tuners = tuners_of(model)
-    if not tuners:
+    if not (tuners := tuners_of(model)):
         raise AdapterError(f"this {type(model).__name__} has no adapter; call tunerkit.wrap or tunerkit.load first")
     return tuners
 
@@ -379,21 +356,7 @@ def tuner(model: nn.Module, adapter: str | None = None) -> Tuner:
     return tuners[adapter]
 
 
-def base_of(tuner: Tuner, module: nn.Module, base: BaseLayer | None) -> BaseLayer | None:
-    """Return a target as its method sees it: ``base``, or a layer without weight for a method that adapts outputs.
-
-    Args:
-        tuner: The adapter's handle.
-        module: The target's module.
-        base: The module as a base layer, if a kind matches it.
-    """
-    if base is None and hooks.registry.get(tuner.method).targets == "outputs":
-        return OutputLayer(module)
-    return base
-
-
 def is_frozen(tuner: Tuner) -> bool:
     """Return whether the adapter has parameters and trains none of them."""
-    own = tuner.parameters()
-    first = next(own, None)  # each step calls this, and the first parameter is usually enough
-    return first is not None and not first.requires_grad and not any(p.requires_grad for p in own)
+    own = [parameter.requires_grad for parameter in tuner.parameters()]
+    return bool(own) and not any(own)

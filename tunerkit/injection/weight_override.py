@@ -11,8 +11,7 @@ from torch import nn
 
 from tunerkit.errors import AdapterError
 from tunerkit.injection.delta import adapted_tensors
-from tunerkit.injection.models import base_modules, is_called, slots_of, walk
-from tunerkit.injection.slots import Slots
+from tunerkit.injection.slots import Slots, base_modules, is_called, slots_of, walk
 from tunerkit.layers import torch_private
 
 # The attribute of a running owner with its `_Calls`.

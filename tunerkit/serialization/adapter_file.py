@@ -359,7 +359,6 @@ def _tuner_from(header: Header, scanned: Scan, adapter: str, source: str) -> Tun
             loaded=True,
             total_steps=header.total_steps,
             calibration=calibration,
-            shapes=injection.shapes_of(model),
             beside=beside,
             files={os.path.realpath(source): "adapter"},
         ),

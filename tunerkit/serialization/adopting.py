@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunerkit import hooks, injection, patterns, targets
+from tunerkit import hooks, patterns, targets
 from tunerkit.config import unstructure
 from tunerkit.errors import (
     AdapterError,
@@ -89,7 +89,7 @@ def adopt(
         targets=chosen,
         copies=targets.from_paths(scanned, copies),
         biases=targets.from_paths(scanned, [*found.biases]),
-        progress=Progress(loaded=True, shapes=injection.shapes_of(model)),
+        progress=Progress(loaded=True),
     )
     return tuner, tensors, ready
 

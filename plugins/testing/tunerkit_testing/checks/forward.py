@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit import injection
 from tunerkit_testing.cases import Case, assert_base_untouched, assert_same, wrapped
-from tunerkit_testing.checks.probing import Call, calls_of, fill_, filled, in_dtype, seeded
+from tunerkit_testing.checks.probing import Call, calls_of, fill_, filled, in_dtype, seeded, shared_in
 
 # What torch keeps in every module. It changes in a forward, and torch looks after it.
 _TORCH = frozenset(vars(nn.Module()))
@@ -104,7 +103,7 @@ def _same(one: object, other: object) -> bool:
 def check_same_in_training(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """Without dropout, an adapter adds the same in training mode as in eval mode."""
     model = filled(case, method, _without_dropout(case, method, config))
-    shared, random = injection.shared_in(tunerkit.tuner(model)), []
+    shared, random = shared_in(tunerkit.tuner(model)), []
     for call in calls_of(model, case):
         expected, _ = _output_of(call)
         parts = [call.adapter] if shared is None else [call.adapter, shared]

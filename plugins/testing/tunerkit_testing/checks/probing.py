@@ -17,6 +17,11 @@ from tunerkit.layers import Adapter, BaseLayer, torch_private
 from tunerkit_testing.cases import Case, wrapped
 
 
+def shared_in(tuner: tunerkit.Tuner) -> nn.Module | None:
+    """Return the module that the method's adapters share, if there is one; see the hook `tunerkit_shared`."""
+    return next((slot.shared for _, slot in injection.slots_in(tuner) if slot.shared is not None), None)
+
+
 @attrs.frozen(eq=False)
 class Call:
     """A call of a target, as the base model makes it.

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit import hooks, injection
+from tunerkit import hooks
 from tunerkit.injection import slots_of
 from tunerkit_testing.cases import SEED, Case, train, wrapped
-from tunerkit_testing.checks.probing import filled
+from tunerkit_testing.checks.probing import filled, shared_in
 
 
 def check_shared_module_kept(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def check_shared_module_used(case: Case, method: str, config: Mapping[str, objec
 
 
 def _shared(model: nn.Module) -> nn.Module:
-    shared = injection.shared_in(tunerkit.tuner(model))
+    shared = shared_in(tunerkit.tuner(model))
     if shared is None:
         raise SkipTest("the method's adapters share no module")
     return shared

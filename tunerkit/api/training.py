@@ -1,0 +1,242 @@
+"""What training needs of a wrapped model: calibrate it, attach it to its optimizer or Trainer, group its parameters."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from tunerkit import hooks, injection, serialization, steps
+from tunerkit.errors import AdapterError, StepError, warn
+from tunerkit.injection import Tuner, slots_in
+
+M = TypeVar("M", bound=nn.Module)
+# Of fitting a new head on frozen features, which is a convex problem for a linear one.
+_PASSES, _LR = 3, 5e-3
+
+
+def attach(
+    model: nn.Module,
+    optimizer_or_trainer: object,
+    *,
+    total_steps: int | None = None,
+    adapter: str | None = None,
+    data_parallel: bool | None = None,
+) -> None:
+    """Connect adapters to the optimizer or Trainer that trains them. From then on, its steps drive the method.
+
+    This works with every method. If a method needs no steps, they are only counted. If it does, the optimizer's
+    ``state_dict`` also contains the method's training state (with a Trainer, its checkpoints do). To resume exactly,
+    save and load the model and the optimizer, and attach before you load.
+
+    If this raises, no adapter is attached. A base that is trained too, or was resized after wrapping, triggers a
+    warning: no adapter's file holds it.
+
+    Args:
+        model: The wrapped model.
+        optimizer_or_trainer: A torch optimizer (accelerate's wrapper works too), a transformers or TRL Trainer, or what
+            `deepspeed.initialize` returned: its engine or its optimizer.
+        total_steps: The length of training in optimizer steps. A Trainer knows its own.
+        adapter: The name of one adapter; by default all that are not frozen.
+        data_parallel: False if the processes of a group train adapters of their own. By default they train one adapter
+            together: `attach` finds out how. If nothing else averages the gradients, tunerkit does at the end of each
+            backward, and every process must call this, take every step, and have a backward in each.
+
+    Raises:
+        StepError: The total number of steps is missing or differs from the config's; the optimizer does not hold the
+            adapter's parameters; the method needs steps, and the optimizer does not support hooks or is inside a
+            wrapper that keeps its own state; the adapter is frozen or already attached; the Trainer trains another
+            model; an option of TRL's would move or lose weights of adapters; or the processes of a group did not wrap
+            alike, which every one of them raises.
+        AdapterError: Adapted modules were replaced or resized after wrapping, there is no such adapter, or the model is
+            merged, disabled, inside FSDP1, which flattens the adapters, or has layers that peft put on top.
+        ConfigError: Training is too short for the method's schedule.
+    """
+    if adapter is not None:
+        tuners = [injection.tuner(model, adapter)]
+    else:  # a frozen one must not be pruned
+        every = list(injection.require_tuners(model).values())
+        tuners = [tuner for tuner in every if not injection.is_frozen(tuner)] or every
+    injection.refuse_restricted(injection.base_modules(model), "attach")
+    answers = hooks.registry.ask(
+        hooks.specs.tunerkit_attach,
+        tuners=tuners,
+        candidate=optimizer_or_trainer,
+        total_steps=total_steps,
+        data_parallel=data_parallel,
+    )
+    if not any(answer.value for answer in answers):
+        engine, candidate = steps.engine_for(tuners, model, optimizer_or_trainer, data_parallel)
+        needing = [tuner for tuner in tuners if injection.needs_steps(tuner)]
+        earlier = ", ".join(f"{tuner.name!r} after {tuner.steps} steps" for tuner in needing if tuner.steps)
+        optimizer = steps.drive(tuners, candidate, total_steps=total_steps, engine=engine)
+        if optimizer is not None:
+            for tuner in needing:
+                serialization.carry(tuner, optimizer)  # only here: a Trainer's checkpoints have a file for the state
+        if earlier:
+            warn(
+                f"the schedule restarts at step 0 for adapter {earlier}; to resume that training instead, load its "
+                "state: tunerkit.load_state, or the optimizer's state_dict"
+            )
+    injection.warn_of_base_changes(tuners)
+
+
+@contextmanager
+def no_sync(model: nn.Module) -> Iterator[None]:
+    """Inside the block, backwards add up gradients in each process; the next backward after it averages them.
+
+    This saves an all-reduce for each batch that is accumulated, as ``DistributedDataParallel.no_sync`` does. It is
+    never needed: without it, the result is the same. DDP, FSDP2 with sharded adapters, DeepSpeed and accelerate have
+    ways of their own to say that, which work too. If no backward comes after the block, the step averages, which is too
+    late for clipping.
+
+    Args:
+        model: The wrapped model, with its adapters attached.
+
+    Raises:
+        AdapterError: The model has no adapter.
+    """
+    with ExitStack() as stack:
+        for tuner in injection.require_tuners(model).values():
+            if tuner.engine is not None:
+                stack.enter_context(tuner.engine.no_sync())
+        yield
+
+
+def param_groups(model: nn.Module, *, lr: float, weight_decay: float | None = None) -> list[dict[str, Any]]:
+    """Return everything that a wrapped model trains as parameter groups for an optimizer.
+
+    A method may want a factor on the learning rate or its own weight decay for some of its parameters. If none does,
+    the result is one group. A Trainer that is attached makes the same groups itself::
+
+        optimizer = torch.optim.AdamW(tunerkit.param_groups(model, lr=1e-3))
+        tunerkit.attach(model, optimizer, total_steps=1000)
+
+    Args:
+        model: The wrapped model.
+        lr: The learning rate.
+        weight_decay: The weight decay of the parameters for which no method sets one; None for the optimizer's default.
+
+    Returns:
+        Groups with ``params`` and ``lr``, and ``weight_decay`` where one is set. Each trained parameter is in one of
+        them.
+
+    Raises:
+        StepError: ``lr`` or ``weight_decay`` is not a number, or negative; or nothing is trained.
+        AdapterError: The model has no adapter.
+        PluginError: A method returns invalid groups.
+    """
+    own: dict[str, Any] = {"lr": lr} if weight_decay is None else {"lr": lr, "weight_decay": weight_decay}
+    for name, value in own.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise StepError(f"expected a finite number >= 0 as {name}, got {value!r}")
+    tuners = injection.require_tuners(model).values()
+    trained = [parameter for parameter in injection.wrapped_model(model).parameters() if parameter.requires_grad]
+    if not trained:
+        raise StepError("every adapter is frozen, so there is nothing to train; call tunerkit.thaw first")
+    return [group for group in injection.regrouped([{"params": trained, **own}], tuners) if group["params"]]
+
+
+def calibrate(model: M, batches: Iterable[Any], adapter: str | None = None, *, loss: injection.Loss | None = None) -> M:
+    """Run a model on data before training, and let an adapter's method set its start and its ranks from that.
+
+    The method says what it wants to know, see `tunerkit.StatisticsRequest`. Statistics are summed up over the batches,
+    so any amount of data takes the same memory. The base model and the caller's random state do not change.
+
+    If the method wants gradients, modules that are trained in full are fitted to the batches first, because the
+    gradients behind a new head say nothing. Embeddings are not fitted: most of their rows are pretrained.
+
+    Args:
+        model: The wrapped model. Call this after `wrap` and before `attach`.
+        batches: Mappings of keyword arguments, tuples or lists of arguments, or single arguments of the model; on the
+            model's device. If a new head must be fitted, they are gone through several times: pass a list or a loader.
+        adapter: The adapter's name. It may be left out if the model has only one.
+        loss: Computes the loss from the model's output and the batch. By default it is the output's ``loss``, or the
+            output itself if that is one number. Only methods that want gradients need it.
+
+    Returns:
+        The same object.
+
+    Raises:
+        AdapterError: The method does not calibrate; training has begun; the model is merged, disabled or runs in a
+            process group; there is no batch; a batch gives no loss or NaN; or a target never ran.
+        PluginError: The method's plugin violates the contract of the hook.
+    """
+    tuner = injection.tuner(model, adapter)
+    request = hooks.registry.get(tuner.method).statistics
+    if request is None:
+        listed = hooks.registry.methods().items()
+        able = [name for name, info in listed if info.error is None and hooks.registry.get(name).statistics is not None]
+        known = f"methods that do: {', '.join(able)}" if able else "no installed method does"
+        raise AdapterError(f"method {tuner.method!r} does not calibrate; {known}. Train it as it is")
+    _refuse_started(tuner)
+    injection.refuse_fixed(tuner.model, "calibrating")
+    if isinstance(batches, Mapping | torch.Tensor | str):
+        raise AdapterError(f"batches is one {type(batches).__name__}; pass a list of batches")
+    with (
+        injection.evaluating(tuner.model),
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        if request.gradients:
+            _fit_heads_(tuner, batches, loss)
+        found, count = injection.measure(tuner, request, batches, loss)
+        with torch.no_grad():
+            ranks = hooks.calibrate(tuner, found)
+    tuner.progress.calibration = {"batches": count, "rows": max(each.rows for each in found.values())}
+    injection.record(tuner, ranks)
+    return model
+
+
+def _refuse_started(tuner: Tuner) -> None:
+    # What a method adds at its start tells whether a loop that nobody attached has trained the adapter.
+    starts_at_0 = hooks.registry.get(tuner.method).start == "exact" and hooks.has_delta(tuner.method)
+    states = {
+        "loaded from a file": tuner.progress.loaded,
+        "trained": tuner.steps > 0 or (starts_at_0 and not injection.adds_nothing(tuner)),
+        "attached to an optimizer": steps.is_attached(tuner),
+    }
+    for state, holds in states.items():
+        if holds:
+            raise AdapterError(
+                f"adapter {tuner.name!r} is already {state}, and calibrating would overwrite it: calibrate right after "
+                "tunerkit.wrap"
+            )
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise AdapterError(
+            "calibrating in a process group would give each process another start; calibrate in one process, save the "
+            "adapter, and load it with trainable=True in all"
+        )
+
+
+def _fit_heads_(tuner: Tuner, batches: Iterable[Any], loss: injection.Loss | None) -> None:
+    """Train the possible new heads, and nothing else, on the batches. If that fails, their values are restored."""
+    copies = [slot.copy for _, slot in slots_in(tuner) if slot.copy is not None]
+    heads = [copy for copy in copies if not any(isinstance(part, nn.Embedding) for part in copy.modules())]
+    if heads and isinstance(batches, Iterator):
+        raise AdapterError(
+            "a new head must be fitted before gradients mean anything, which goes through the batches several times, "
+            f"and a {type(batches).__name__} can be gone through once; pass a list or a loader"
+        )
+    trained = [parameter for head in heads for parameter in head.parameters() if parameter.requires_grad]
+    if not trained:
+        return
+    before = [parameter.detach().clone() for parameter in trained]
+    optimizer = torch.optim.AdamW(trained, lr=_LR)
+    try:
+        for _ in range(_PASSES):
+            for batch in batches:
+                value = injection.loss_of(tuner.model, batch, loss)
+                gradients = torch.autograd.grad(value, trained, allow_unused=True)
+                for parameter, grad in zip(trained, gradients, strict=True):
+                    parameter.grad = grad
+                optimizer.step()
+    except BaseException:
+        for parameter, values in zip(trained, before, strict=True):
+            parameter.data.copy_(values)
+        raise
+    finally:
+        optimizer.zero_grad()
