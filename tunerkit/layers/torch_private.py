@@ -23,6 +23,11 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     return module._parameters
 
 
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that ``module`` itself has, also if it overrides how it lists them."""
+    return {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+
+
 def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
     """The direct children of ``module``, as the live dict; it accepts names that `add_module` rejects."""
     return module._modules

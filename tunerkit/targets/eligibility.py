@@ -22,10 +22,7 @@ _READ_AND_OFFLOADED = "is offloaded, and its weight is used directly, bypassing 
 
 
 def obstacle_at(found: ScannedModule, scanned: Scan, others: Collection[str] = ()) -> str | None:
-    """Why the weight of a module cannot be adapted beside the targets at the paths ``others``, or None.
-
-    It is the end of a sentence about the module's path.
-    """
+    """Why a weight cannot be adapted beside the targets at the paths ``others``: the end of a sentence; or None."""
     return next(_obstacles(found, scanned, others), None)
 
 
@@ -44,16 +41,15 @@ def _obstacles(found: ScannedModule, scanned: Scan, others: Collection[str]) -> 
         yield obstacle
     if (found.reading_owner is not None or attends) and weights.offloading(module):
         yield _READ_AND_OFFLOADED
-    own = torch_private.own_parameters(module)
-    parameters = [parameter for parameter in own.values() if parameter is not None]
+    own = torch_private.parameters_of(module)
     usual = isinstance(module, nn.Linear | nn.Embedding) or torch_private.is_convolution(module)
     if usual and "weight" not in own:
         yield "has a weight computed from others (a parametrization), which cannot be adapted yet"
-    if not scanned.unloaded and any(parameter.is_meta for parameter in parameters) and not weights.offloading(module):
+    if not scanned.unloaded and any(parameter.is_meta for parameter in own.values()) and not weights.offloading(module):
         yield "has its weight on the meta device; load the weights first"
     if base is not None and (weight := own.get(base.weight_name)) is not None and 0 in whole_shape(weight):
         yield f"has a weight of shape {tuple(whole_shape(weight))}, in which there is nothing to adapt: exclude it"
-    if any(parameter.is_complex() for parameter in parameters):
+    if any(parameter.is_complex() for parameter in own.values()):
         yield "has complex weights, which cannot be adapted yet"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         yield "has max_norm set, so its forward() rewrites its weight; build it without max_norm"
@@ -67,8 +63,8 @@ def _obstacles(found: ScannedModule, scanned: Scan, others: Collection[str]) -> 
 
 def _without_kind(module: nn.Module, scanned: Scan) -> str:
     name, library, owner = type(module).__name__, quantiser_of(module), forward_owner(module)
+    unserved = scanned.knowledge.unserved(module)
     if library is None:
-        unserved = scanned.knowledge.unserved(module)
         return f"is a {name}, which cannot be adapted{unserved and f': {unserved}'}"
     # torch's own forward is known too: a library may replace the weight alone.
     if quantiser(owner) is None and not owner.__module__.startswith("torch.nn."):
@@ -76,7 +72,6 @@ def _without_kind(module: nn.Module, scanned: Scan) -> str:
             f"is a {name} that {library} has quantised, with a forward of its own, which may use the packed weight "
             "in any way: take that forward away, or exclude the layer from the targets"
         )
-    unserved = scanned.knowledge.unserved(module)
     way_out = unserved or f"install {distribution(QUANTISED)}, or a version of it that does ({install(QUANTISED)})"
     return (
         f"is a {name} that {library} has quantised, and no installed base-layer kind adapts it: {way_out}, or load the "
@@ -99,7 +94,7 @@ def warn_of_unknown_packed(scanned: Scan) -> None:
 
 def quantiser_of(module: nn.Module) -> str | None:
     """The library that quantised ``module``, in words; None if it is none that is known by name."""
-    packed = (type(own) for own in torch_private.own_parameters(module).values() if is_packed(own))
+    packed = (type(own) for own in torch_private.parameters_of(module).values() if is_packed(own))
     # The classes of the module too: a forward on the instance or in a subclass hides its owner.
     owners = (forward_owner(module), *packed, *type(module).__mro__)
     return next((name for owner in owners if (name := quantiser(owner)) is not None), None)

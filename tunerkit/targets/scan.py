@@ -179,8 +179,7 @@ def tied(modules: Iterable[tuple[str, nn.Module]]) -> Mapping[int, tuple[str, ..
     names: dict[int, list[str]] = defaultdict(list)
     keys: dict[int, int] = {}
     for path, module in modules:
-        for name, parameter in torch_private.own_parameters(module).items():
-            if parameter is not None:
-                key = keys[id(parameter)] = weights.identity(module, name, parameter)
-                names[key].append(join(path, name))
+        for name, parameter in torch_private.parameters_of(module).items():
+            key = keys[id(parameter)] = weights.identity(module, name, parameter)
+            names[key].append(join(path, name))
     return {own: tuple(names[key]) for own, key in keys.items() if len(names[key]) > 1}

@@ -28,7 +28,7 @@ def engine_for(
     Returns:
         The engine; and ``candidate``, or where DeepSpeed trains the optimizer that stands for its own.
     """
-    if any(layers.derives_from(candidate, kind) for kind in DEEPSPEED):
+    if any(layers.is_named(type(candidate), kind) for kind in DEEPSPEED):
         from tunerkit_distributed import zero  # few trainings need it
 
         engine = zero.engine_of(candidate)
