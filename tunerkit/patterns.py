@@ -26,14 +26,7 @@ Value = TypeVar("Value")
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Check whether a pattern matches a path.
-
-    Args:
-        pattern: A plain name, a glob or a regular expression.
-        path: A dotted module path.
-
-    Returns:
-        Whether it matches.
+    """Check whether a pattern matches a dotted module path.
 
     Raises:
         TargetError: The pattern is malformed.
@@ -49,9 +42,6 @@ def lookup(table: Mapping[str, Value], path: str, default: Value) -> Value:
         path: The target's dotted path.
         default: The value if no pattern matches.
 
-    Returns:
-        The value of the first pattern that matches, or ``default``.
-
     Raises:
         TargetError: A pattern is malformed.
     """
@@ -59,47 +49,23 @@ def lookup(table: Mapping[str, Value], path: str, default: Value) -> Value:
 
 
 def exact_patterns(paths: Iterable[str]) -> dict[str, str]:
-    """Return patterns that match given paths and no other: a plain name also matches the end of longer ones.
-
-    Args:
-        paths: Dotted module paths.
-
-    Returns:
-        The pattern by path.
-    """
+    """Return a pattern for each path that matches it and no other: a plain name also matches the end of longer ones."""
     return {path: f"re:{re.escape(path)}" for path in paths}
 
 
 def is_broad(pattern: str) -> bool:
-    """Check whether a pattern is a glob or a regular expression, which may match many kinds of modules.
-
-    Args:
-        pattern: The pattern.
-
-    Returns:
-        False for a plain name.
-    """
+    """Check whether a pattern is a glob or a regular expression, which may match many kinds of modules."""
     return pattern.startswith("re:") or any(character in pattern for character in "*?[")
 
 
 def is_exact(pattern: str) -> bool:
-    """Check whether a pattern is one of `exact_patterns`, which names a single path.
-
-    Args:
-        pattern: The pattern.
-    """
+    """Check whether a pattern is one of `exact_patterns`, which names a single path."""
     return _literal(pattern) is not None
 
 
 @functools.lru_cache(maxsize=_COMPILED)
 def matcher(pattern: str) -> Matcher:
-    """Compile a pattern.
-
-    Args:
-        pattern: The pattern.
-
-    Returns:
-        A function that checks whether a path matches.
+    """Compile a pattern to a function that checks whether a path matches.
 
     Raises:
         TargetError: A regular expression is malformed.
@@ -147,26 +113,22 @@ def at_paths(config: Mapping[str, Any], paths: Collection[str], *, of_file: bool
         if not keys:
             return table
         bounded = file_matchers(key[3:] for key in keys) if of_file else {}
-        rows = [(bounded.get(key[3:] if key in keys else "") or matcher(key), value) for key, value in table.items()]
-        found = {
-            exact: [value for match, value in rows if match(path)] for path, exact in exact_patterns(paths).items()
-        }
-        return {exact: values[0] for exact, values in found.items() if values}
+        rows = [(bounded[key[3:]] if of_file and key in keys else matcher(key), value) for key, value in table.items()]
+        exact = exact_patterns(paths).items()
+        found = ((pattern, next((row for row in rows if row[0](path)), None)) for path, pattern in exact)
+        return {pattern: row[1] for pattern, row in found if row is not None}
 
     return {name: resolved(value) for name, value in config.items()}
 
 
 def file_matchers(expressions: Iterable[str]) -> dict[str, Matcher]:
-    """Return a matcher for each regular expression of a table in a file, which anybody may have written.
+    """Return a matcher of whole paths for each regular expression of a table in a file, which anybody may have written.
 
     They are not compiled as a whole: a matcher follows all places in a path at once, so that it never goes back, and
     all of them share a number of steps. References to groups, flags and atomic groups are not supported.
 
     Args:
         expressions: The expressions, without ``re:``.
-
-    Returns:
-        For each of them a function that checks whether it matches the whole of a path.
 
     Raises:
         TargetError: An expression is malformed, too long or not supported; or, from a matcher, the steps are spent.
