@@ -131,9 +131,7 @@ class AdapterConfig:
 
     def __attrs_post_init__(self) -> None:
         # The config is still being built, so this may normalise values: a list to a tuple, an int to a float.
-        names = set(_settings(type(self)))
-        own = attrs.asdict(self, recurse=False, filter=lambda field, _: field.name in names)
-        values, problems = _read(_settings(type(self)), own)
+        values, problems = _read(_settings(type(self)), attrs.asdict(self, recurse=False))
         for name, value in values.items():
             object.__setattr__(self, name, value)
         if found := problems or list(self.problems()):

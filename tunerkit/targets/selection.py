@@ -16,7 +16,7 @@ from tunerkit.layers import torch_private, whole_shape
 from tunerkit.paths import few, is_under, join
 from tunerkit.patterns import Matcher, is_broad, is_exact, matcher
 from tunerkit.records import Target
-from tunerkit.targets.eligibility import lines, obstacle_at, output_obstacle, refuse
+from tunerkit.targets.eligibility import lines, obstacle_at, refuse
 from tunerkit.targets.scan import SEARCHED, Scan, ScannedModule
 
 ALL_LINEAR: Final = "all-linear"
@@ -45,7 +45,7 @@ class _Scope:
 
     def obstacle_at(self, each: ScannedModule) -> str | None:
         """Why the module cannot be a target, or None."""
-        return output_obstacle(each) if self.outputs else obstacle_at(each, self.scanned, self.named)
+        return obstacle_at(each, self.scanned, self.named, outputs=self.outputs)
 
 
 def select(
@@ -58,7 +58,7 @@ def select(
     new: Collection[str] = (),
     outputs: bool = False,
 ) -> tuple[Target, ...]:
-    """Select the targets. Warns once, listing what a broad pattern left out.
+    """Select the targets, in the model's order. Warns once, listing what a broad pattern left out.
 
     Args:
         scanned: The scan of the model.
@@ -70,9 +70,6 @@ def select(
         trained: The paths of modules that the user trains in full. No target is at or under one.
         new: The paths of modules trained in full because they are new. Patterns pass over them.
         outputs: Whether the method adapts outputs, so that any module that is called can be a target.
-
-    Returns:
-        The targets in the model's order.
 
     Raises:
         TargetError: Nothing is selected, or something that was named cannot be; the error lists every problem.

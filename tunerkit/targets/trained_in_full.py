@@ -24,13 +24,8 @@ def choose_copies(scanned: Scan, names: tuple[str, ...]) -> tuple[str, ...]:
     """Find the modules that are trained in full, as copies; ``names`` are the patterns of ``train_modules``.
 
     A container is replaced by the modules in it: it either runs all its children, so it would run a copy as one of
-    them, or it is never run itself. Blocks, and what is in them, are replaced by their layers: see `_parts`.
-
-    Returns:
-        The paths of the modules.
-
-    Raises:
-        TargetError: A pattern matches nothing, or a module it matches cannot be trained as a copy.
+    them, or it is never run itself. Blocks, and what is in them, are replaced by their layers: see `_parts`. Raises
+    `TargetError` if a pattern matches nothing, or a module that cannot be trained as a copy.
     """
     chosen: list[str] = []
     whole: list[str] = []
@@ -153,21 +148,11 @@ def choose_new(
     exclude: Sequence[str],
     adapted: Collection[str] = (),
 ) -> tuple[str, ...]:
-    """Choose the modules that are new, to train them in full, if ``train_modules`` is empty.
+    """Choose the modules that are new, to train them in full, if ``train_modules`` has chosen no ``copies``.
 
     One warning says what is trained, one what stays frozen although it is new, and one where that cannot be seen.
-    Modules that ``exclude`` names are left alone, and so are those that alone match a plain name in ``targets``.
-
-    Args:
-        scanned: The scan of the model.
-        new: What is new in it.
-        copies: The modules that ``train_modules`` chose.
-        targets: The config's patterns of targets.
-        exclude: Its patterns of modules to leave alone.
-        adapted: The paths of modules that active adapters have changed already.
-
-    Returns:
-        The paths of the copies, without those in ``copies``.
+    Modules that ``exclude`` names are left alone, and so are those that alone match a plain name in ``targets``, and
+    those at ``adapted``, which active adapters have changed already.
     """
     decided = {*copies, *adapted, *_named(scanned, targets, exclude, (*new.whole, *new.heads))}
     partly = [path or "the model itself" for path in new.partly if not _is_decided(path, decided)]
