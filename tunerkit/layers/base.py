@@ -94,9 +94,6 @@ class BaseLayer(abc.ABC):
 
         Returns:
             h in the layout of the layer's output, with r in place of out (r times the groups, for a convolution).
-
-        Raises:
-            AdapterError: The kind ``lends``.
         """
 
     @abc.abstractmethod
@@ -109,9 +106,6 @@ class BaseLayer(abc.ABC):
 
         Returns:
             P h times `scale`, in the layout of the layer's output.
-
-        Raises:
-            AdapterError: The kind ``lends``.
         """
 
     def shape_bias(self, b: Tensor) -> Tensor:

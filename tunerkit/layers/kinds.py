@@ -215,35 +215,33 @@ class AttentionLayer(BaseLayer):
         return weight
 
 
-def _absent(name: str) -> Any:
-    """A method in the place of ``name``, for a module without a weight: it raises `AdapterError`."""
-
-    def refuse(base: BaseLayer, *args: object, **kwargs: object) -> NoReturn:
-        raise AdapterError(
-            f"the base layer is a {type(base.module).__name__}, of which tunerkit knows no weight, so it has no "
-            f"{name}; read the sizes from target.module in tunerkit_build_adapter"
-        )
-
-    return refuse
-
-
 @final
 @attrs.frozen(eq=False)
 class OutputLayer(BaseLayer):
     """A module of which only the output is known. A method sees the input and the output, and no matrix."""
 
     has_weight: ClassVar[bool] = False
-    in_features = property(_absent("in_features"))
-    out_features = property(_absent("out_features"))
-    project_in = _absent("project_in")
-    project_out = _absent("project_out")
-    dense = _absent("dense")
-    pack = _absent("pack")
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         """Never: only a method that adapts outputs gets this kind, where no other one matches."""
         return False
+
+    def dense(self) -> NoReturn:
+        """Raise `AdapterError`, and so does all that would need the weight."""
+        raise AdapterError(
+            f"the base layer is a {type(self.module).__name__}, of which tunerkit knows no weight, so it has no "
+            "in_features, project_in or the like; read the sizes from target.module in tunerkit_build_adapter"
+        )
+
+    def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> NoReturn:
+        self.dense()
+
+    def project_out(self, h: Tensor, p: Tensor) -> NoReturn:
+        self.dense()
+
+    def pack(self, weight: Tensor) -> NoReturn:
+        self.dense()
 
 
 def drop(x: Tensor, dropout: float) -> Tensor:

@@ -212,9 +212,9 @@ def _choose_broadly(scope: _Scope, modules: Iterable[ScannedModule]) -> _Choices
 
 
 def _is_linear(each: ScannedModule) -> bool:
-    """Whether ``"all-linear"`` includes it: a linear kind, nn.Linear, attention, or one with in and out features."""
+    """Whether ``"all-linear"`` includes it: a linear kind, attention, or a module with in and out features."""
     match each.module:
-        case nn.Linear() | nn.MultiheadAttention() | nn.Module(in_features=int(), out_features=int()):
+        case nn.MultiheadAttention() | nn.Module(in_features=int(), out_features=int()):
             return True
     return each.base is not None and each.base.linear
 

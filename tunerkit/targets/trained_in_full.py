@@ -215,9 +215,9 @@ def _is_decided(path: str, decided: Collection[str]) -> bool:
 def _warn_of_trained(scanned: Scan, loader: str, trained: Mapping[str, Sequence[str]]) -> None:
     """Warn about the new modules that are trained, with their sizes; ``trained`` maps each to its copies."""
     if trained:
-        modules = {path: [scanned.by_path[copy].module for copy in copies] for path, copies in trained.items()}
         sizes = {
-            path: sum(whole_shape(p).numel() for m in own for p in m.parameters()) for path, own in modules.items()
+            path: sum(whole_shape(p).numel() for copy in copies for p in scanned.by_path[copy].module.parameters())
+            for path, copies in trained.items()
         }
         listed = few([f"{path} ({size:,} parameters)" for path, size in sizes.items()], shown=_SHOWN)
         listed += f", {sum(sizes.values()):,} parameters in all" if len(sizes) > 1 else ""
