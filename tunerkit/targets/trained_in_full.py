@@ -62,7 +62,7 @@ def _parts(scanned: Scan, path: str) -> Iterator[tuple[str, bool]]:
     A copy runs after its original. That is right for a layer, but attention would add its keys to the cache twice. With
     each path comes whether the module holds parameters beside its layers, which are told after it.
     """
-    inside = {own: each for own, each in scanned.by_path.items() if is_under(own, (path,))}
+    inside = {own: each for own, each in scanned.by_path.items() if f"{own}.".startswith(f"{path}.")}
     if not any(each.in_block for each in inside.values()):
         yield path, False
         return
