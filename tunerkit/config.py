@@ -131,9 +131,7 @@ class AdapterConfig:
 
     def __attrs_post_init__(self) -> None:
         # The config is still being built, so this may normalise values: a list to a tuple, an int to a float.
-        names = set(_settings(type(self)))
-        own = attrs.asdict(self, recurse=False, filter=lambda field, _: field.name in names)
-        values, problems = _read(_settings(type(self)), own)
+        values, problems = _read(_settings(type(self)), attrs.asdict(self, recurse=False))
         for name, value in values.items():
             object.__setattr__(self, name, value)
         if found := problems or list(self.problems()):
@@ -312,25 +310,17 @@ def _is_supported(cls: Any) -> bool:
     return cls in (bool, int, float, str, NoneType)
 
 
-def _exact(value: object, cls: type) -> object:
-    return value if type(value) is cls else _refuse(value, cls)
-
-
-def _int(value: object, cls: type) -> int:
-    # int() converts subclasses such as IntEnum, which YAML cannot write.
-    return int(value) if isinstance(value, int) and not isinstance(value, bool) else _refuse(value, cls)
-
-
-def _str(value: object, cls: type) -> str:
-    return str.__str__(value) if isinstance(value, str) else _refuse(value, cls)
-
-
-def _float(value: object, cls: type) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def _scalar(value: Any, cls: type) -> object:
+    # What derives from a number or from text, such as an IntEnum, becomes one: YAML cannot write it.
+    if not isinstance(value, (int, float) if cls is float else cls) or (isinstance(value, bool) and cls is not bool):
         _refuse(value, cls)
-    if not abs(value) <= sys.float_info.max:  # also if it is NaN, or an int too large for a float
+    if (
+        cls is float and not abs(cast(float, value)) <= sys.float_info.max
+    ):  # also if it is NaN, or an int too large for a float
         raise ValueError(f"expected a finite float, {_got(value)}")
-    return float(value)
+    if cls is str:
+        return str.__str__(value)
+    return None if cls is NoneType else cls(value)
 
 
 def _literal(value: object, cls: Any) -> object:
@@ -379,8 +369,8 @@ def _has_origin(*origins: object) -> Callable[[Any], bool]:
 
 # Write tuples as lists. This is explicit because the default differs between versions of cattrs.
 _SCALARS: Final = Converter(unstruct_collection_overrides={tuple: list})
-for scalar, hook in ((bool, _exact), (NoneType, _exact), (int, _int), (float, _float), (str, _str)):
-    _SCALARS.register_structure_hook(scalar, hook)
+for scalar in (bool, NoneType, int, float, str):
+    _SCALARS.register_structure_hook(scalar, _scalar)
 _CONVERTER: Final = _SCALARS.copy()
 _CONVERTER.register_structure_hook_func(_has_origin(Literal), _literal)
 _CONVERTER.register_structure_hook_func(_has_origin(*_UNIONS), _union)

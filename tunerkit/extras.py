@@ -3,19 +3,17 @@
 from collections.abc import Collection, Iterable
 from typing import Final, NamedTuple
 
-# By the root of the library's modules.
-_EXTRAS: Final = dict.fromkeys(("transformers", "trl", "accelerate", "timm", "torchvision"), "transformers")
+# The extras that do what core cannot.
+QUANTISED: Final = "quant"  # knows the layers of libraries that quantise
+ENGINES: Final = "distributed"  # trains in several processes
+SETTINGS: Final = "transformers"  # compares the settings of two bases
+RUNS: Final = "transformers"  # opens what `tunerkit train` writes
+REFERENCES: Final = "transformers"  # makes frozen references of models
 
-QUANTISED: Final = "quant"  # the extra that knows the layers of libraries that quantise
-MOVED: Final = {"PackedLinear": "tunerkit_quant.PackedLinear"}  # names that were public here, and where they are now
-_DESCRIBED: Final = frozenset({"transformers"})  # of these: their models have settings, and marks of what was loaded
-
-ENGINES: Final = "distributed"  # the extra that trains in several processes
-SETTINGS: Final = "transformers"  # the extra that compares the settings of two bases
-RUNS: Final = "transformers"  # the extra that opens what `tunerkit train` writes
-
-REFERENCES: Final = "transformers"  # the extra that makes frozen references of models
 DEFAULT_FORMAT: Final = "peft"  # the one that most programs read
+MOVED: Final = {"PackedLinear": "tunerkit_quant.PackedLinear"}  # names that were public here, and where they are now
+# What the extra "transformers" serves, by the root of the library's modules.
+_OF_TRANSFORMERS: Final = ("transformers", "trl", "accelerate", "timm", "torchvision")
 
 
 class Reader(NamedTuple):
@@ -120,13 +118,14 @@ def distribution(extra: str) -> str:
 
 def serving(thing: object) -> str | None:
     """The extra for a library's object, by the classes that it derives from; None if no extra serves it."""
-    known = (_EXTRAS.get(root) for root in _roots(thing))
-    return next(filter(None, known), QUANTISED if any(map(quantiser, type(thing).__mro__)) else None)
+    if not _roots(thing).isdisjoint(_OF_TRANSFORMERS):
+        return "transformers"
+    return QUANTISED if any(map(quantiser, type(thing).__mro__)) else None
 
 
 def is_described(thing: object) -> bool:
     """Whether an extra knows more of a library's model than the kinds of its layers."""
-    return not _DESCRIBED.isdisjoint(_roots(thing))
+    return "transformers" in _roots(thing)  # its models have settings, and marks of what was loaded
 
 
 def quantiser(kind: type) -> str | None:
@@ -135,5 +134,5 @@ def quantiser(kind: type) -> str | None:
     return next((each.name for each in libraries if f"{kind.__module__}.".startswith(each.package)), None)
 
 
-def _roots(thing: object) -> list[str]:
-    return [kind.__module__.partition(".")[0] for kind in type(thing).__mro__]
+def _roots(thing: object) -> set[str]:
+    return {kind.__module__.partition(".")[0] for kind in type(thing).__mro__}

@@ -18,7 +18,7 @@ from benchmarks.speed.settings import Settings, Size
 from benchmarks.speed.statistics import Pairs, middle, one_kind, ratio
 from benchmarks.speed.tables import Row, estimated
 from benchmarks.speed.timing import Call, Times, interleave
-from tunerkit.layers import fused
+from tunerkit.layers import low_rank
 from tunerkit_adalora.schedule import plan
 
 PART = "alternatives"
@@ -29,7 +29,7 @@ RECOMPUTED = "Q x computed again"
 SHARED = "Q x of the group at once"
 ONCE, STAGES = "shrunk once", "shrunk in stages"
 SCALE = 2.0
-_Fused = fused._FusedLowRank
+_Fused = low_rank._FusedLowRank
 _FINE = 1000  # budgets are counted in this fraction of a rank
 
 
@@ -83,15 +83,15 @@ def time_group(inputs: int, outputs: Sequence[int], settings: Settings) -> dict[
     def before(name: str) -> None:
         for own in (*apart.parameters(), *shared.q, *shared.p):
             own.grad = None
-        fused.is_thin = _never if name == BY_ROW else is_thin
-        fused._FusedLowRank = Recomputed if name == RECOMPUTED else _Fused  # type: ignore[misc]
+        low_rank.is_thin = _never if name == BY_ROW else is_thin
+        low_rank._FusedLowRank = Recomputed if name == RECOMPUTED else _Fused  # type: ignore[misc]
 
-    is_thin = fused.is_thin
+    is_thin = low_rank.is_thin
     try:
         calls = {name: call(name) for name in ways}
         return interleave(calls, rounds=settings.pairs, seed=settings.seed, warmup=settings.warmup, before_each=before)
     finally:
-        fused.is_thin, fused._FusedLowRank = is_thin, _Fused  # type: ignore[misc]
+        low_rank.is_thin, low_rank._FusedLowRank = is_thin, _Fused  # type: ignore[misc]
 
 
 def _never(q: Tensor, y: Tensor) -> bool:
@@ -116,7 +116,7 @@ class Recomputed(_Fused):
         whole = types.SimpleNamespace(
             saved_tensors=(x, x.mm(narrow_q.t()), *others), needs_input_grad=ctx.needs_input_grad, scale=ctx.scale
         )
-        return fused._gradients(whole, g)
+        return low_rank._gradients(whole, g)
 
 
 class Shared:
@@ -159,7 +159,7 @@ class _Project(Function):
 class _Add(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, w: Tensor, h: Tensor, p: Tensor) -> Tensor:
-        by_column = fused.folded_by_column(p, None, y)
+        by_column = low_rank.folded_by_column(p, None, y)
         out = y.detach()
         out.view(-1, p.shape[0]).addmm_(h, by_column.t(), alpha=SCALE)
         ctx.save_for_backward(w, h, by_column)

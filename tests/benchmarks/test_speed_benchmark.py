@@ -45,11 +45,8 @@ from benchmarks.speed.settings import Settings, Size, read_sizes  # noqa: E402
 from benchmarks.speed.storages import held_bytes, peak_bytes  # noqa: E402
 from benchmarks.speed.tables import Row, to_json, to_markdown  # noqa: E402
 from benchmarks.speed.timing import Call, interleave, orders  # noqa: E402
-from tunerkit.layers import (  # noqa: E402
-    fused,
-    low_rank as lowrank,
-)
-from tunerkit.layers.fused import _FusedLowRank, add_fused  # noqa: E402
+from tunerkit.layers import low_rank as lowrank  # noqa: E402
+from tunerkit.layers.low_rank import _FusedLowRank, add_fused  # noqa: E402
 from tunerkit_adalora.schedule import plan  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -420,7 +417,7 @@ def test_every_alternative_computes_the_same(monkeypatch: pytest.MonkeyPatch) ->
         return [*outs, *torch.autograd.grad(outs, leaves, grads)]
 
     def apply(product: Any, *, by_column: bool) -> list[torch.Tensor]:
-        monkeypatch.setattr(fused, "is_thin", lambda q, y: by_column)
+        monkeypatch.setattr(lowrank, "is_thin", lambda q, y: by_column)
         rows = x.reshape(-1, 6)
         each = zip(layers, shared.q, shared.p, strict=True)
         return [product.apply(rows, layer(x), layer.weight, q, p, None, alternatives.SCALE) for layer, q, p in each]

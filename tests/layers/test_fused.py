@@ -16,9 +16,8 @@ import tunerkit
 from tests.support.layer_law import known
 from tunerkit.hooks import gather_knowledge
 from tunerkit.injection.slots import Slot, Slots, apply_slots
-from tunerkit.layers import as_base_layer, fused
-from tunerkit.layers.fused import mark_fresh, plain_form
-from tunerkit.layers.low_rank import add_low_rank
+from tunerkit.layers import as_base_layer, low_rank
+from tunerkit.layers.low_rank import add_low_rank, mark_fresh, plain_form
 from tunerkit_testing.counting import Counting
 
 if TYPE_CHECKING:
@@ -113,7 +112,7 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(
     name: str, diagonal: bool, trained: str, by_column: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For any choice of frozen parameters; a gradient penalty works with the fused form too."""
-    monkeypatch.setattr(fused, "is_thin", lambda q, y: by_column)
+    monkeypatch.setattr(low_rank, "is_thin", lambda q, y: by_column)
     layer = adapted(LAYERS[name](), lambda base: Product(base, 2, diagonal=diagonal)).double()
     own = {key: p.detach() for key, p in layer.named_parameters() if "tunerkit" in key}
     values = {"x": torch.randn(2, 3, 5, dtype=torch.float64), **own}
@@ -147,8 +146,8 @@ def test_columns_are_laid_out_below_the_width_of_a_register_and_gradients_as_the
         copied.append(p.shape[1])
         return by_column(p, lam, y)
 
-    by_column = fused.folded_by_column
-    monkeypatch.setattr(fused, "folded_by_column", watched)
+    by_column = low_rank.folded_by_column
+    monkeypatch.setattr(low_rank, "folded_by_column", watched)
     for own in (rank, rank + 1):
         make = functools.partial(Product, rank=own, diagonal=diagonal)
         layer = adapted(nn.Linear(9, 6), make).to(dtype)

@@ -107,5 +107,5 @@ def test_from_paths_names_the_first_of_many_missing_paths_and_counts_the_others(
     plain = [f"no module named {path!r}" for path in wanted[: len(named)]]
     assert named == [line + hint for line, hint in itertools.zip_longest(plain, hints, fillvalue="")]
     assert "did you mean" in named[0]
-    assert last == f"and {560 - len(named)} more modules that it lacks"
+    assert last == f"and {560 - len(named)} more problems"
     assert 4 <= len(named) <= 58

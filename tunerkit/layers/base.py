@@ -1,20 +1,16 @@
-"""The kinds of base layers: how each reads its input, is added to, and shows its weight as one (out, in) matrix."""
+"""The base class of all kinds of base layers, and what a module and its kind say of a bias."""
 
 import abc
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import attrs
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from tunerkit.errors import AdapterError
 from tunerkit.layers import torch_private
-from tunerkit.layers.forwards import forward_owner, overrides_forward
-from tunerkit.layers.torch_private import is_packed
-from tunerkit.layers.weights import weight_of
+from tunerkit.layers.weights import forward_owner, weight_of
 from tunerkit.records import Packing, Rounding
 
 
@@ -50,16 +46,10 @@ class BaseLayer(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Check whether this kind describes ``module`` correctly.
+        """Check whether the law above holds for ``module``, any one of the model.
 
         Be strict: a subclass or an instance with its own ``forward`` may do anything with its weight. An adapter
         would then be wrong without an error.
-
-        Args:
-            module: Any module of the model.
-
-        Returns:
-            True only if the law above holds for ``module``.
         """
 
     @property
@@ -87,11 +77,9 @@ class BaseLayer(abc.ABC):
         return None
 
     def obstacle(self) -> str | None:
-        """Say why the module cannot be adapted as it is now, as the end of a sentence about its path.
+        """Say why the module cannot be adapted as it is now, as the end of a sentence about its path; None if it can.
 
-        Returns:
-            None, the default, if it can. A kind that recognises a module says here what is missing. A module with
-            a `packing` must also pass gradients on, so an obstacle of any of them prevents training.
+        A module with a `packing` must also pass gradients on, so an obstacle of any of them prevents training.
         """
         return None
 
@@ -106,9 +94,6 @@ class BaseLayer(abc.ABC):
 
         Returns:
             h in the layout of the layer's output, with r in place of out (r times the groups, for a convolution).
-
-        Raises:
-            AdapterError: The kind ``lends``.
         """
 
     @abc.abstractmethod
@@ -121,20 +106,10 @@ class BaseLayer(abc.ABC):
 
         Returns:
             P h times `scale`, in the layout of the layer's output.
-
-        Raises:
-            AdapterError: The kind ``lends``.
         """
 
     def shape_bias(self, b: Tensor) -> Tensor:
-        """Shape a bias to broadcast over the layer's output.
-
-        Args:
-            b: The bias, (out,).
-
-        Returns:
-            By default ``b`` itself, which fits an output whose features are the last dimension.
-        """
+        """Shape a bias (out,) to broadcast over the output: as it is by default, for features in the last one."""
         return b
 
     def bias(self) -> Tensor | None:
@@ -160,14 +135,7 @@ class BaseLayer(abc.ABC):
 
     @abc.abstractmethod
     def pack(self, weight: Tensor) -> Tensor:
-        """Convert a matrix to the layout of the module's own weight.
-
-        Args:
-            weight: A matrix (out, in).
-
-        Returns:
-            The same values in the weight's layout, in the dtype of the argument.
-        """
+        """Convert a matrix (out, in) to the layout of the module's own weight, in the dtype of the argument."""
 
     def merged(self, delta: Tensor) -> dict[str, Any]:
         """Compute the module's own tensors with ΔW added to W. A kind overrides it to pack a merged weight itself.
@@ -218,10 +186,7 @@ class BaseLayer(abc.ABC):
         raise NotImplementedError
 
     def tensor(self, name: str) -> Tensor:
-        """Return a parameter or buffer of the module itself, also while core overrides it for a call.
-
-        Args:
-            name: Its local name.
+        """Return a parameter or buffer of the module itself by its local name, also while core overrides it for a call.
 
         Raises:
             AdapterError: The module has none of that name.
@@ -233,42 +198,23 @@ class BaseLayer(abc.ABC):
         return found
 
     def matrix(self) -> Tensor:
-        """Read W with gradients. Only a `linear` kind defines it.
-
-        Returns:
-            W, (out, in), not detached.
-
-        Raises:
-            NotImplementedError: The kind is `linear` and does not define it.
-        """
+        """Read W, (out, in), with gradients. Every `linear` kind defines it, and no other."""
         raise NotImplementedError(f"{type(self).__name__} says that it is linear: define matrix()")
 
 
-def drop(x: Tensor, dropout: float) -> Tensor:
-    """``x`` with a share of its elements dropped; ``x`` itself for a share of 0."""
-    return F.dropout(x, dropout) if dropout > 0 else x
+# --- Biases: of norms too, which have no base-layer kind --------------------------------------------------------------
 
 
-def runs_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether the forward of ``module`` is exactly that of ``kind``."""
-    if not isinstance(module, kind) or forward_owner(module) is not kind:
-        return False
-    # A lazy layer inherits the forward too, but its features are unknown. A packed weight is no matrix of numbers.
-    return not is_lazy(cast(Tensor, module.weight)) and not is_packed(module.weight)
+def bias_name(base: BaseLayer | None) -> str:
+    """The local name of a module's bias."""
+    return "bias" if base is None else base.bias_name
 
 
 def has_trainable_bias(module: nn.Module, base: BaseLayer | None) -> bool:
     """Whether ``module`` has a bias and `view_bias` can shape it."""
     # As strict as base-layer kinds: a norm with its own forward may put its channels anywhere.
-    norms: tuple[type[nn.Module], ...] = (nn.LayerNorm, *torch_private.channel_norms())
-    own_forward = overrides_forward(module) or type(module).forward not in {norm.forward for norm in norms}
-    name = bias_name(base)
-    return (base is not None or not own_forward) and torch_private.own_parameters(module).get(name) is not None
-
-
-def bias_name(base: BaseLayer | None) -> str:
-    """The local name of a module's bias; norms have no base-layer kind."""
-    return "bias" if base is None else base.bias_name
+    known = base is not None or forward_owner(module) in (nn.LayerNorm, *torch_private.channel_norms())
+    return known and torch_private.own_parameters(module).get(bias_name(base)) is not None
 
 
 def view_bias(module: nn.Module, base: BaseLayer | None, bias: Tensor, y: Tensor) -> Tensor:

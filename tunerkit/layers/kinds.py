@@ -1,17 +1,23 @@
-"""The base-layer kinds of torch's own layers, and the one for modules of which only the output is known."""
+"""The base-layer kinds of torch's own layers, the one for modules of which only the output is known, and their use.
+
+Each method names the shapes that it takes and gives; `BaseLayer` says what it does.
+"""
 
 import math
-from typing import Any, ClassVar, NoReturn, final
+from collections.abc import Callable, Iterable
+from typing import ClassVar, NoReturn, cast, final
 
 import attrs
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tunerkit.errors import AdapterError
 from tunerkit.layers import torch_private
-from tunerkit.layers.base import BaseLayer, drop, runs_forward_of
-from tunerkit.layers.forwards import forward_owner
-from tunerkit.layers.weights import weight_of, whole_shape
+from tunerkit.layers.base import BaseLayer
+from tunerkit.layers.torch_private import is_packed
+from tunerkit.layers.weights import forward_owner, weight_of, whole_shape
+from tunerkit.records import DefaultTargets, ModelLibrary, WeightReader
 
 
 @attrs.frozen(eq=False)
@@ -32,7 +38,6 @@ class DenseLinear(BaseLayer):
         return F.linear(h, p)
 
     def dense(self) -> Tensor:
-        """Return `matrix`, detached."""
         return self.matrix().detach()
 
     def pack(self, weight: Tensor) -> Tensor:
@@ -40,7 +45,6 @@ class DenseLinear(BaseLayer):
         return weight
 
     def matrix(self) -> Tensor:
-        """Return the weight itself."""
         return weight_of(self.module)
 
 
@@ -53,17 +57,14 @@ class LinearLayer(DenseLinear):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Whether the forward is exactly ``nn.Linear``'s."""
-        return runs_forward_of(module, nn.Linear)
+        return _runs_forward_of(module, nn.Linear)
 
     @property
     def in_features(self) -> int:
-        """Features of the input."""
         return self.module.in_features
 
     @property
     def out_features(self) -> int:
-        """Features of the output."""
         return self.module.out_features
 
 
@@ -82,22 +83,20 @@ class ConvLayer(BaseLayer):
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         """Whether both methods that make up a convolution's forward are torch's own."""
-        kind = next((kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if runs_forward_of(module, kind)), None)
+        kind = next((kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if _runs_forward_of(module, kind)), None)
         return kind is not None and torch_private.runs_convolution_of(module, kind)
 
     @property
     def in_features(self) -> int:
-        """Number of inputs to one position of one output channel: C_in/groups · positions of the kernel."""
         return self.module.in_channels // self.module.groups * math.prod(self.module.kernel_size)
 
     @property
     def out_features(self) -> int:
-        """Output channels."""
         return self.module.out_channels
 
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> Tensor:
         """(N, C_in, *size) to (N, groups · r, *size out); N may be missing."""
-        kernel = q.reshape(q.shape[0], -1, *self.module.kernel_size)  # (r, C_in/groups, *kernel)
+        kernel = self.pack(q)  # (r, C_in/groups, *kernel)
         if self.module.groups > 1:
             # Each group applies the same Q to its own channels, just as p @ q has the same Q in each group's rows.
             kernel = kernel.repeat(self.module.groups, *[1] * (kernel.ndim - 1))
@@ -114,7 +113,6 @@ class ConvLayer(BaseLayer):
         return b.reshape(-1, *[1] * len(self.module.kernel_size))
 
     def dense(self) -> Tensor:
-        """Return the weight with all but its first dimension flattened; a view if it is contiguous."""
         return weight_of(self.module).detach().flatten(1)
 
     def pack(self, weight: Tensor) -> Tensor:
@@ -136,17 +134,14 @@ class EmbeddingLayer(BaseLayer):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Whether the forward is exactly ``nn.Embedding``'s."""
-        return runs_forward_of(module, nn.Embedding)
+        return _runs_forward_of(module, nn.Embedding)
 
     @property
     def in_features(self) -> int:
-        """Number of ids."""
         return whole_shape(self.module.weight)[0]
 
     @property
     def out_features(self) -> int:
-        """Width of a row."""
         return whole_shape(self.module.weight)[1]
 
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> Tensor:
@@ -163,8 +158,7 @@ class EmbeddingLayer(BaseLayer):
         return F.linear(h, p)
 
     def dense(self) -> Tensor:
-        """Return the weight transposed, a view: with the row of ``padding_idx`` unchanged."""
-        return weight_of(self.module).detach().t()
+        return weight_of(self.module).detach().t()  # with the row of padding_idx unchanged
 
     def pack(self, weight: Tensor) -> Tensor:
         """(out, in) to (in, out), with the row of ``padding_idx`` zeroed: a delta never touches it."""
@@ -192,19 +186,16 @@ class AttentionLayer(BaseLayer):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Whether the forward is exactly torch's, and the projection one parameter."""
         packed = isinstance(torch_private.own_parameters(module).get(cls.weight_name), nn.Parameter)
         return packed and forward_owner(module) is nn.MultiheadAttention
 
     @property
     def in_features(self) -> int:
-        """Width of the input, E."""
-        return whole_shape(self.module.in_proj_weight)[1]
+        return whole_shape(self.module.in_proj_weight)[1]  # E
 
     @property
     def out_features(self) -> int:
-        """Rows of q, k and v together, 3·E."""
-        return whole_shape(self.module.in_proj_weight)[0]
+        return whole_shape(self.module.in_proj_weight)[0]  # 3·E
 
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> NoReturn:
         """Raise `AdapterError`: the output mixes the projections of three inputs, so nothing can be added to it."""
@@ -214,28 +205,14 @@ class AttentionLayer(BaseLayer):
         )
 
     def project_out(self, h: Tensor, p: Tensor) -> NoReturn:
-        """Raise `AdapterError`, as `project_in` does."""
         self.project_in(h, p)
 
     def dense(self) -> Tensor:
-        """Return ``in_proj_weight`` itself, detached."""
         return weight_of(self.module, self.weight_name).detach()
 
     def pack(self, weight: Tensor) -> Tensor:
         """(3·E, E), unchanged."""
         return weight
-
-
-def _absent(name: str) -> Any:
-    """A method in the place of ``name``, for a module without a weight: it raises `AdapterError`."""
-
-    def refuse(base: BaseLayer, *args: object, **kwargs: object) -> NoReturn:
-        raise AdapterError(
-            f"the base layer is a {type(base.module).__name__}, of which tunerkit knows no weight, so it has no "
-            f"{name}; read the sizes from target.module in tunerkit_build_adapter"
-        )
-
-    return refuse
 
 
 @final
@@ -244,14 +221,97 @@ class OutputLayer(BaseLayer):
     """A module of which only the output is known. A method sees the input and the output, and no matrix."""
 
     has_weight: ClassVar[bool] = False
-    in_features = property(_absent("in_features"))
-    out_features = property(_absent("out_features"))
-    project_in = _absent("project_in")
-    project_out = _absent("project_out")
-    dense = _absent("dense")
-    pack = _absent("pack")
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         """Never: only a method that adapts outputs gets this kind, where no other one matches."""
         return False
+
+    def dense(self) -> NoReturn:
+        """Raise `AdapterError`, and so does all that would need the weight."""
+        raise AdapterError(
+            f"the base layer is a {type(self.module).__name__}, of which tunerkit knows no weight, so it has no "
+            "in_features, project_in or the like; read the sizes from target.module in tunerkit_build_adapter"
+        )
+
+    def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> NoReturn:
+        self.dense()
+
+    def project_out(self, h: Tensor, p: Tensor) -> NoReturn:
+        self.dense()
+
+    def pack(self, weight: Tensor) -> NoReturn:
+        self.dense()
+
+
+def drop(x: Tensor, dropout: float) -> Tensor:
+    """``x`` with a share of its elements dropped; ``x`` itself for a share of 0."""
+    return F.dropout(x, dropout) if dropout > 0 else x
+
+
+def _runs_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the forward of ``module`` is exactly that of ``kind``."""
+    if not isinstance(module, kind) or forward_owner(module) is not kind:
+        return False
+    # A lazy layer inherits the forward too, but its features are unknown. A packed weight is no matrix of numbers.
+    return not is_lazy(cast(Tensor, module.weight)) and not is_packed(module.weight)
+
+
+# --- What is known of all layers and models ---------------------------------------------------------------------------
+
+
+def _raise(kind: type[BaseLayer], error: BaseException) -> NoReturn:
+    raise error
+
+
+@attrs.frozen(eq=False)
+class Knowledge:
+    """What is known of layers and models. If two records describe the same class or architecture, the first counts.
+
+    Attributes:
+        kinds: The base-layer kinds.
+        weight_readers: The classes that use a child's weight directly.
+        default_targets: The default targets of architectures.
+        leave_out: Called with a kind that raised while it was asked about a module, and with what it raised. If it
+            returns, the kind is left out. By default it raises that again.
+        libraries: What libraries know of their models.
+        unserved: Says how to get the plugin that knows the library of an object; empty if it is there.
+    """
+
+    kinds: tuple[type[BaseLayer], ...]
+    weight_readers: tuple[WeightReader, ...]
+    default_targets: tuple[DefaultTargets, ...]
+    leave_out: Callable[[type[BaseLayer], BaseException], None] = _raise
+    libraries: tuple[ModelLibrary, ...] = ()
+    unserved: Callable[[object], str] = lambda thing: ""
+
+
+KINDS: tuple[type[BaseLayer], ...] = (LinearLayer, ConvLayer, EmbeddingLayer, AttentionLayer)
+# torch's own attention uses the weight of its output projection without calling it.
+_READERS = (WeightReader("torch.nn.modules.activation.MultiheadAttention", ("out_proj",)),)
+CORE = Knowledge(KINDS, _READERS, ())
+
+
+def as_base_layers(modules: Iterable[nn.Module], knowledge: Knowledge) -> dict[nn.Module, BaseLayer]:
+    """Return each module that tunerkit can adapt as the first kind that matches it.
+
+    A kind that raises for one module counts for none of them: half of a model in another kind would be a surprise.
+    """
+    found: dict[nn.Module, BaseLayer] = {}
+    waiting = list(modules)
+    for kind in knowledge.kinds:
+        try:
+            matched = {module: kind(module) for module in waiting if kind.matches(module)}
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            knowledge.leave_out(kind, error)
+        else:
+            found |= matched
+            waiting = [module for module in waiting if module not in matched]
+    return found
+
+
+def as_base_layer(module: nn.Module, kinds: tuple[type[BaseLayer], ...] = KINDS) -> BaseLayer | None:
+    """The module as the first of ``kinds`` that matches it; None if tunerkit cannot adapt it."""
+    return next((kind(module) for kind in kinds if kind.matches(module)), None)

@@ -23,6 +23,11 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     return module._parameters
 
 
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that ``module`` itself has, also if it overrides how it lists them."""
+    return {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+
+
 def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
     """The direct children of ``module``, as the live dict; it accepts names that `add_module` rejects."""
     return module._modules
@@ -35,9 +40,6 @@ def compiled_from(module: nn.Module) -> nn.Module | None:
 
 # --- Tensors made of other tensors, as libraries that quantise build them ---------------------------------------------
 
-# The classes that take a tensor apart for torch.compile, and whose values are numbers all the same.
-_PLAIN = ("torch.distributed.tensor.DTensor",)
-
 
 def is_packed(weight: object) -> bool:
     """Whether a weight is a tensor made of other tensors, such as integers and scales; a shard of one is not."""
@@ -45,7 +47,8 @@ def is_packed(weight: object) -> bool:
     if kind in (nn.Parameter, Tensor):
         return False
     names = (f"{each.__module__}.{each.__qualname__}" for each in kind.__mro__)
-    return hasattr(kind, "__tensor_flatten__") and not any(name in _PLAIN for name in names)
+    # torch.compile takes a DTensor apart too, whose values are numbers all the same.
+    return hasattr(kind, "__tensor_flatten__") and "torch.distributed.tensor.DTensor" not in names
 
 
 def numbers_of(tensor: Tensor) -> list[Tensor]:

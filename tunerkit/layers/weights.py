@@ -1,20 +1,20 @@
-"""The weights of modules, also where a library holds them: offloaded ones, and those of which a process has a part.
+"""The weights and forwards of modules, also where a library holds or wraps them.
 
-Plugins say how, see `tunerkit.Holding`. They are asked only about what is empty or on the meta device, so forwards of
-ordinary models cost nothing and can be compiled.
+Plugins say how, see `tunerkit.Holding`. About weights they are asked only where one is empty or on the meta device, so
+forwards of ordinary models cost nothing and can be compiled.
 """
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from itertools import chain
+from types import MethodType
 
 import attrs
 import torch
 from torch import Tensor, nn
 
 from tunerkit.errors import AdapterError
-from tunerkit.layers.torch_private import own_parameters
+from tunerkit.layers.torch_private import parameters_of
 from tunerkit.records import Holding
 
 
@@ -26,6 +26,9 @@ class _Plugins:
 
 
 plugins = _Plugins()
+
+
+# --- Weights that are elsewhere ---------------------------------------------------------------------------------------
 
 
 def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
@@ -64,12 +67,16 @@ def offloading(module: nn.Module) -> Holding | None:
 
 def execution_device(module: nn.Module) -> torch.device | None:
     """The device on which the module runs, to which its weights may be loaded first; None if nothing says it."""
-    own = list(_own(module))
+    own = _own(module)
     if not own or any(tensor.is_meta for tensor in own):
         for each in plugins.holdings():
             if (device := each.device(module)) is not None:
                 return device
     return next((tensor.device for tensor in own if not tensor.is_meta), None)
+
+
+def _own(module: nn.Module) -> list[Tensor]:
+    return [*parameters_of(module).values(), *module.buffers(recurse=False)]
 
 
 def identity(module: nn.Module, name: str, tensor: Tensor) -> int:
@@ -89,6 +96,14 @@ def duplicate(module: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module
         if (twin := each.duplicate(module, replaced)) is not None:
             return twin
     return copy.deepcopy(module, {**replaced})
+
+
+def lent(module: nn.Module) -> str | None:
+    """Why what is written into the module's weights now would be lost; None if it would not."""
+    return next((reason for each in plugins.holdings() if (reason := each.lent(module)) is not None), None)
+
+
+# --- Weights of which a process has a part ----------------------------------------------------------------------------
 
 
 def sharding(tensors: Iterable[Tensor]) -> Holding | None:
@@ -132,11 +147,6 @@ def reshard_(model: nn.Module) -> None:
         each.reshard_(model)
 
 
-def lent(module: nn.Module) -> str | None:
-    """Why what is written into the module's weights now would be lost; None if it would not."""
-    return next((reason for each in plugins.holdings() if (reason := each.lent(module)) is not None), None)
-
-
 @contextmanager
 def new_modules_whole() -> Iterator[None]:
     """Inside the block, new modules are whole, also where a library would divide them at once."""
@@ -146,6 +156,41 @@ def new_modules_whole() -> Iterator[None]:
         yield
 
 
-def _own(module: nn.Module) -> Iterator[Tensor]:
-    buffers = module.buffers(recurse=False)
-    return chain((each for each in own_parameters(module).values() if each is not None), buffers)
+# --- Forwards, and classes by qualified name: no other library is imported --------------------------------------------
+
+
+def overrides_forward(module: nn.Module) -> bool:
+    """Whether the instance has a forward that may differ from its class's."""
+    own = vars(module).get("forward")
+    if own is None:
+        return False
+    for each in plugins.holdings():  # a library's forward may only load weights around the one inside
+        if (inside := each.forward(module)) is not None:
+            own = inside
+    # Removing a library's hooks may leave the class's forward on the instance, as a bound method.
+    return own != MethodType(type(module).forward, module)
+
+
+def forward_owner(module: nn.Module) -> type:
+    """The class that defines the forward of ``module``; ``object`` if the instance has its own."""
+    if overrides_forward(module):
+        return object
+    return next(owner for owner in type(module).__mro__ if "forward" in vars(owner))
+
+
+def forward_name(module: nn.Module) -> str:
+    """The qualified name of `forward_owner`."""
+    return _qualified(forward_owner(module))
+
+
+def is_named(kind: type, name: str) -> bool:
+    """Whether ``kind`` is the class with this qualified name, or derives from it; or from one in the package ``name.``.
+
+    A name with a dot at its end is a package's.
+    """
+    names = map(_qualified, kind.__mro__)
+    return any(each.startswith(name) for each in names) if name.endswith(".") else name in names
+
+
+def _qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

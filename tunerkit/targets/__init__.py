@@ -8,7 +8,14 @@ from tunerkit.targets.eligibility import (
     refuse_unfit,
     warn_of_unknown_packed,
 )
-from tunerkit.targets.new_modules import choose_new, find_new, trained_elsewhere
 from tunerkit.targets.scan import Scan, ScannedModule, from_paths, scan, tied
 from tunerkit.targets.selection import select
-from tunerkit.targets.trained_in_full import choose_biases, choose_copies, copies_at, takes_bias
+from tunerkit.targets.trained_in_full import (
+    choose_biases,
+    choose_copies,
+    choose_new,
+    copies_at,
+    find_new,
+    takes_bias,
+    trained_elsewhere,
+)

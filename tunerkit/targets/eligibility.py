@@ -1,7 +1,7 @@
 """What prevents a module from being adapted or trained in full: its kind, how its owner uses it, or a tied weight."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import product
 
 import torch
@@ -21,54 +21,52 @@ _READ_AND_CALLED = "is held by several modules, one of which bypasses its forwar
 _READ_AND_OFFLOADED = "is offloaded, and its weight is used directly, bypassing its forward(): it cannot be overridden"
 
 
-def obstacle_at(found: ScannedModule, scanned: Scan, others: Collection[str] = ()) -> str | None:
-    """Why the weight of a module cannot be adapted beside the targets at the paths ``others``, or None.
+def obstacle_at(found: ScannedModule, scanned: Scan, others: Collection[str], *, outputs: bool) -> str | None:
+    """Why a module cannot be adapted beside the targets at the paths ``others``, or None: its weight, or its output.
 
     It is the end of a sentence about the module's path.
     """
-    return next(_obstacles(found, scanned, others), None)
-
-
-def _obstacles(found: ScannedModule, scanned: Scan, others: Collection[str]) -> Iterator[str]:
+    if outputs:
+        return _output_obstacle(found)
     module, base = found.module, found.base
     attends = isinstance(module, nn.MultiheadAttention)
     if base is None and attends:
-        yield _SEPARATE if forward_owner(module) is nn.MultiheadAttention else _ATTENTION
+        return _SEPARATE if forward_owner(module) is nn.MultiheadAttention else _ATTENTION
     if found.inside_attention:
-        yield _ATTENTION
+        return _ATTENTION
     if base is None:
-        yield _without_kind(module, scanned)
+        return _without_kind(module, scanned)
     if found.read_and_called:
-        yield _READ_AND_CALLED
-    if base is not None and (obstacle := base.obstacle()) is not None:
-        yield obstacle
+        return _READ_AND_CALLED
+    if (obstacle := base.obstacle()) is not None:
+        return obstacle
     if (found.reading_owner is not None or attends) and weights.offloading(module):
-        yield _READ_AND_OFFLOADED
-    own = torch_private.own_parameters(module)
-    parameters = [parameter for parameter in own.values() if parameter is not None]
+        return _READ_AND_OFFLOADED
+    own = torch_private.parameters_of(module)
     usual = isinstance(module, nn.Linear | nn.Embedding) or torch_private.is_convolution(module)
     if usual and "weight" not in own:
-        yield "has a weight computed from others (a parametrization), which cannot be adapted yet"
-    if not scanned.unloaded and any(parameter.is_meta for parameter in parameters) and not weights.offloading(module):
-        yield "has its weight on the meta device; load the weights first"
-    if base is not None and (weight := own.get(base.weight_name)) is not None and 0 in whole_shape(weight):
-        yield f"has a weight of shape {tuple(whole_shape(weight))}, in which there is nothing to adapt: exclude it"
-    if any(parameter.is_complex() for parameter in parameters):
-        yield "has complex weights, which cannot be adapted yet"
+        return "has a weight computed from others (a parametrization), which cannot be adapted yet"
+    if not scanned.unloaded and any(parameter.is_meta for parameter in own.values()) and not weights.offloading(module):
+        return "has its weight on the meta device; load the weights first"
+    if (weight := own.get(base.weight_name)) is not None and 0 in whole_shape(weight):
+        return f"has a weight of shape {tuple(whole_shape(weight))}, in which there is nothing to adapt: exclude it"
+    if any(parameter.is_complex() for parameter in own.values()):
+        return "has complex weights, which cannot be adapted yet"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        yield "has max_norm set, so its forward() rewrites its weight; build it without max_norm"
+        return "has max_norm set, so its forward() rewrites its weight; build it without max_norm"
     for leaf, parameter in own.items():
         names = scanned.sharers.get(id(parameter), ())
         if left_out(names, {found.path, *others}):
             way = _way_out(scanned, join(found.path, leaf), names, setting="targets")
             shared = f"has a tied weight, shared as {', '.join(names)}"
-            yield f"{shared}: an adapter on one would not change the others. {way}"
+            return f"{shared}: an adapter on one would not change the others. {way}"
+    return None
 
 
 def _without_kind(module: nn.Module, scanned: Scan) -> str:
     name, library, owner = type(module).__name__, quantiser_of(module), forward_owner(module)
+    unserved = scanned.knowledge.unserved(module)
     if library is None:
-        unserved = scanned.knowledge.unserved(module)
         return f"is a {name}, which cannot be adapted{unserved and f': {unserved}'}"
     # torch's own forward is known too: a library may replace the weight alone.
     if quantiser(owner) is None and not owner.__module__.startswith("torch.nn."):
@@ -76,7 +74,6 @@ def _without_kind(module: nn.Module, scanned: Scan) -> str:
             f"is a {name} that {library} has quantised, with a forward of its own, which may use the packed weight "
             "in any way: take that forward away, or exclude the layer from the targets"
         )
-    unserved = scanned.knowledge.unserved(module)
     way_out = unserved or f"install {distribution(QUANTISED)}, or a version of it that does ({install(QUANTISED)})"
     return (
         f"is a {name} that {library} has quantised, and no installed base-layer kind adapts it: {way_out}, or load the "
@@ -99,14 +96,13 @@ def warn_of_unknown_packed(scanned: Scan) -> None:
 
 def quantiser_of(module: nn.Module) -> str | None:
     """The library that quantised ``module``, in words; None if it is none that is known by name."""
-    packed = (type(own) for own in torch_private.own_parameters(module).values() if is_packed(own))
+    packed = (type(own) for own in torch_private.parameters_of(module).values() if is_packed(own))
     # The classes of the module too: a forward on the instance or in a subclass hides its owner.
     owners = (forward_owner(module), *packed, *type(module).__mro__)
     return next((name for owner in owners if (name := quantiser(owner)) is not None), None)
 
 
-def output_obstacle(found: ScannedModule) -> str | None:
-    """Why a method that adapts outputs cannot adapt the module, or None."""
+def _output_obstacle(found: ScannedModule) -> str | None:
     if found.inside_attention or found.reader is not None:
         return _NOT_CALLED
     if isinstance(found.module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
@@ -182,8 +178,7 @@ def refuse_unfit(scanned: Scan, targets: Iterable[Target], *, outputs: bool = Fa
     """
     found = {target.path: scanned.by_path[target.path] for target in targets}
     paths = {each.path for each in found.values()}
-    reasons = [output_obstacle(each) if outputs else obstacle_at(each, scanned, paths) for each in found.values()]
-    refuse(lines(dict(zip(found, reasons, strict=True))))
+    refuse(lines({path: obstacle_at(each, scanned, paths, outputs=outputs) for path, each in found.items()}))
 
 
 def refuse_tied(scanned: Scan, paths: Collection[str]) -> None:

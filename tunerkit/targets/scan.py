@@ -7,13 +7,12 @@ from typing import Final, NamedTuple
 import attrs
 from torch import nn
 
-from tunerkit.errors import TargetError, closest, shown
+from tunerkit.errors import TargetError, closest, first, shown
 from tunerkit.layers import BaseLayer, Knowledge, as_base_layers, forward_name, torch_private, weights
 from tunerkit.paths import CHILD, is_number, join
 from tunerkit.records import Target
 
 SEARCHED: Final = 8  # mistyped names for which the closest ones are searched
-_LISTED: Final = 50
 _DEEPEST: Final = 500  # parts of a path: a model that contains itself has no end
 
 # What output heads are called. "proj_out" is missing on purpose: in diffusion models the name stands for an ordinary
@@ -141,36 +140,34 @@ def _registrations(model: nn.Module, knowledge: Knowledge) -> Iterator[_Registra
 
 
 def _scanned(places: Sequence[_Registration], base: BaseLayer | None) -> ScannedModule:
-    first, in_head = places[0], any(place.in_head for place in places)
+    main, in_head = places[0], any(place.in_head for place in places)
     readers = [place.owner for place in places if place.path.rpartition(".")[2] in place.read]
     return ScannedModule(
         paths=tuple([place.path for place in places]),
-        module=first.module,
+        module=main.module,
         base=base,
         reading_owner=readers[0] if readers else None,
         read_and_called=bool(readers) and len({place.owner for place in places}) > 1,
         inside_attention=any(isinstance(place.owner, nn.MultiheadAttention) and not place.read for place in places),
-        layer=first.layer,
+        layer=main.layer,
         in_head=in_head,
-        in_block=first.in_block and not in_head,
+        in_block=main.in_block and not in_head,
     )
 
 
 def from_paths(scanned: Scan, paths: Sequence[str]) -> tuple[Target, ...]:
     """Find the modules at exact paths, such as an adapter file's, in their order. No path is read as a pattern.
 
-    Raises `TargetError` if paths are missing. It lists the first ones with the closest names, and counts the rest.
+    Raises `TargetError` with the first paths that are missing, and how many more there are.
     """
     missing = [path for path in paths if not path or path not in scanned.by_path]
     # Searching for the closest names is slow, and a model of another architecture lacks every path.
     problems = [
         f"no module named {shown(path)}{closest(path, scanned.by_path) if number < SEARCHED else ''}"
-        for number, path in enumerate(missing[:_LISTED])
+        for number, path in enumerate(missing)
     ]
-    if len(missing) > _LISTED:
-        problems.append(f"and {len(missing) - _LISTED} more modules that it lacks")
     if problems:
-        raise TargetError("\n".join(problems))
+        raise TargetError("\n".join(first(problems)))
     return tuple(Target(path, scanned.by_path[path].module) for path in paths)
 
 
@@ -179,8 +176,7 @@ def tied(modules: Iterable[tuple[str, nn.Module]]) -> Mapping[int, tuple[str, ..
     names: dict[int, list[str]] = defaultdict(list)
     keys: dict[int, int] = {}
     for path, module in modules:
-        for name, parameter in torch_private.own_parameters(module).items():
-            if parameter is not None:
-                key = keys[id(parameter)] = weights.identity(module, name, parameter)
-                names[key].append(join(path, name))
+        for name, parameter in torch_private.parameters_of(module).items():
+            key = keys[id(parameter)] = weights.identity(module, name, parameter)
+            names[key].append(join(path, name))
     return {own: tuple(names[key]) for own, key in keys.items() if len(names[key]) > 1}

@@ -5,7 +5,7 @@ A plain name insists on its modules, so anything that prevents adapting one is a
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 import attrs
 from torch import nn
@@ -16,7 +16,7 @@ from tunerkit.layers import torch_private, whole_shape
 from tunerkit.paths import few, is_under, join
 from tunerkit.patterns import Matcher, is_broad, is_exact, matcher
 from tunerkit.records import Target
-from tunerkit.targets.eligibility import lines, obstacle_at, output_obstacle, refuse
+from tunerkit.targets.eligibility import lines, obstacle_at, refuse
 from tunerkit.targets.scan import SEARCHED, Scan, ScannedModule
 
 ALL_LINEAR: Final = "all-linear"
@@ -25,14 +25,6 @@ _ROOT = "is the model itself, and only modules inside it can be targets; wrap it
 _STACK = "is a stack of matrices in one parameter (of experts or attention heads, say), which cannot be adapted yet"
 _TRAINED = "is trained in full (train_modules); exclude it from the targets, or do not train it"
 _NOTHING = 'there is nothing to adapt: no module is left (never output heads; with "all-linear" no convolutions)'
-
-
-class _Choice(NamedTuple):
-    """What a pattern chose, and what prevents adapting it. If the pattern ``insists``, an obstacle is an error."""
-
-    path: str
-    obstacle: str | None
-    insists: bool = False
 
 
 @attrs.frozen(eq=False)
@@ -53,7 +45,7 @@ class _Scope:
 
     def obstacle_at(self, each: ScannedModule) -> str | None:
         """Why the module cannot be a target, or None."""
-        return output_obstacle(each) if self.outputs else obstacle_at(each, self.scanned, self.named)
+        return obstacle_at(each, self.scanned, self.named, outputs=self.outputs)
 
 
 def select(
@@ -66,7 +58,7 @@ def select(
     new: Collection[str] = (),
     outputs: bool = False,
 ) -> tuple[Target, ...]:
-    """Select the targets. Warns once, listing what a broad pattern left out.
+    """Select the targets, in the model's order. Warns once, listing what a broad pattern left out.
 
     Args:
         scanned: The scan of the model.
@@ -79,41 +71,52 @@ def select(
         new: The paths of modules trained in full because they are new. Patterns pass over them.
         outputs: Whether the method adapts outputs, so that any module that is called can be a target.
 
-    Returns:
-        The targets in the model's order.
-
     Raises:
         TargetError: Nothing is selected, or something that was named cannot be; the error lists every problem.
     """
     problems: list[str] = []
     left_alone = set(new)  # a container is left alone with everything inside it
-    for pattern in exclude:
-        hits = matching(scanned.modules, matcher(pattern))
+    for excluded in exclude:
+        hits = matching(scanned.modules, matcher(excluded))
         left_alone.update(path for each in hits for path in each.paths)
         if not hits:
-            problems.append(f"exclude: {unknown(pattern, scanned, scanned.modules, told=len(problems))}")
+            problems.append(f"exclude: {unknown(excluded, scanned, scanned.modules, told=len(problems))}")
     free: list[ScannedModule] = []
     full: list[ScannedModule] = []
     for each in scanned.modules:
         if not any(is_under(path, left_alone) for path in each.paths) and (layers is None or each.layer in layers):
             (full if any(is_under(path, trained) for path in each.paths) else free).append(each)
-    patterns = (targets,) if isinstance(targets, str) else targets
-    plain = [matcher(pattern) for pattern in patterns or () if pattern != ALL_LINEAR and not _chooses_broadly(pattern)]
+    patterns: Sequence[str | None] = (targets,) if targets is None or isinstance(targets, str) else targets
+    if not patterns:
+        raise TargetError('targets is empty; name modules, use "all-linear", or leave it out for the default')
+    plain = [matcher(name) for name in patterns if name is not None and _insists(name)]
     named = {each.path for match in plain for each in matching(free, match)} if scanned.sharers else ()
     scope = _Scope(scanned, free, full, [] if outputs else list(_stacks(free)), outputs, named)
-    choices = list(_choices(scope, patterns, problems))
-    problems += _layer_problems(scanned, layers)
-    found = {choice.path for choice in choices if choice.obstacle is None}
-    problems += lines({choice.path: choice.obstacle for choice in choices if choice.obstacle and choice.insists})
-    left_out = lines({choice.path: choice.obstacle for choice in choices if choice.obstacle and not choice.insists})
+    found: set[str] = set()
+    refused: dict[str, str] = {}
+    passed_over: dict[str, str] = {}
+    if scanned.root.base is not None and not {None, ALL_LINEAR}.isdisjoint(patterns):
+        # An adapter is a child of a layer inside the model. A model that is a layer itself has no place for one.
+        passed_over[f"the {type(scanned.root.module).__name__} itself"] = _ROOT
+    for pattern in patterns:
+        for path, obstacle in _choose(scope, pattern, problems):
+            if obstacle is None:
+                found.add(path)
+            elif _insists(pattern) and path in scanned.by_path:  # a stack is no module
+                refused[path] = obstacle
+            else:
+                passed_over[path] = obstacle
+    problems += [*_layer_problems(scanned, layers), *lines(refused)]
+    left_out = lines(passed_over)
     refuse(problems or ([] if found else [_NOTHING, *left_out]))
     if left_out:
         warn("\n  ".join(["left out, neither adapted nor trained:", *left_out]))
     return tuple(Target(each.path, each.module) for each in scanned.modules if each.path in found)
 
 
-def _chooses_broadly(pattern: str) -> bool:
-    return is_broad(pattern) and not is_exact(pattern)
+def _insists(pattern: str | None) -> bool:
+    """Whether a pattern is a plain name, or one that names a single path."""
+    return pattern not in (None, ALL_LINEAR) and (is_exact(pattern) or not is_broad(pattern))
 
 
 def _stacks(modules: Iterable[ScannedModule]) -> Iterator[str]:
@@ -124,8 +127,8 @@ def _stacks(modules: Iterable[ScannedModule]) -> Iterator[str]:
     for each in modules:
         unstacked = isinstance(each.module, ParametrizationList) or torch_private.is_convolution(each.module)
         if each.base is None and not unstacked:
-            for name, tensor in torch_private.own_parameters(each.module).items():
-                shape = () if tensor is None else whole_shape(tensor)
+            for name, tensor in torch_private.parameters_of(each.module).items():
+                shape = whole_shape(tensor)
                 if len(shape) >= 3 and min(shape) > 1 and "embed" not in name:
                     yield join(each.path, name)
 
@@ -139,28 +142,25 @@ def _layer_problems(scanned: Scan, layers: Sequence[int] | None) -> Iterator[str
         yield f"the model has no layer {few(missing, shown=20)}; {there}"
 
 
-# --- What each pattern chooses ----------------------------------------------------------------------------------------
+# --- What each pattern chooses: paths, each with what prevents adapting it, or None -----------------------------------
+
+_Choices = Iterator[tuple[str, str | None]]
 
 
-def _choices(scope: _Scope, patterns: Sequence[str] | None, problems: list[str]) -> Iterator[_Choice]:
-    """What all the patterns choose; adds to ``problems`` those that choose nothing."""
-    root = scope.scanned.root
-    if root.base is not None and (patterns is None or ALL_LINEAR in patterns):
-        # An adapter is a child of a layer inside the model. A model that is a layer itself has no place for one.
-        yield _Choice(f"the {type(root.module).__name__} itself", _ROOT)
-    if patterns is not None and not patterns:
-        raise TargetError('targets is empty; name modules, use "all-linear", or leave it out for the default')
-    for pattern in [None] if patterns is None else patterns:
-        if pattern is None:
-            yield from _choose_default(scope)
-        elif pattern == ALL_LINEAR:
-            yield from _choose_linear(scope)
-        else:
-            yield from _choose_matching(scope, pattern, problems)
+def _choose(scope: _Scope, pattern: str | None, problems: list[str]) -> _Choices:
+    """What a pattern chooses, or the default for None; adds to ``problems`` if it matches nothing."""
+    if pattern is None:
+        return _choose_default(scope)
+    return _choose_linear(scope) if pattern == ALL_LINEAR else _choose_matching(scope, pattern, problems)
 
 
-def _choose_default(scope: _Scope) -> Iterator[_Choice]:
-    ends = tuple(f".{name}" for name in _default_names(scope.scanned))
+def _choose_default(scope: _Scope) -> _Choices:
+    names: tuple[str, ...] = ()
+    match scope.scanned.root.module:
+        case nn.Module(config=object(model_type=str(kind))):
+            known = scope.scanned.knowledge.default_targets
+            names = next((each.names for each in known if kind in each.model_types), ())
+    ends = tuple(f".{name}" for name in names)
     # If a variant of the architecture uses other names, its layers decide; that is no error.
     if any(f".{each.path}".endswith(ends) for each in scope.scanned.modules):
         return _choose_linear(scope, lambda path: f".{path}".endswith(ends))
@@ -168,61 +168,53 @@ def _choose_default(scope: _Scope) -> Iterator[_Choice]:
     return _choose_broadly(scope, convolutions) if convolutions else _choose_linear(scope)
 
 
-def _default_names(scanned: Scan) -> tuple[str, ...]:
-    """The default targets of the model's architecture; empty if none are known."""
-    match scanned.root.module:
-        case nn.Module(config=object(model_type=str(kind))):
-            return next((known.names for known in scanned.knowledge.default_targets if kind in known.model_types), ())
-    return ()
-
-
-def _choose_linear(scope: _Scope, match: Matcher = lambda path: True) -> Iterator[_Choice]:
+def _choose_linear(scope: _Scope, match: Matcher = lambda path: True) -> _Choices:
     """The linear layers of which one path matches; never an output head."""
     for each in scope.free:
         if each.in_head:
             if isinstance(each.module, nn.MultiheadAttention):
-                yield _Choice(each.path, _HEAD)
+                yield each.path, _HEAD
         # A module that has a base-layer kind and does not match was left out on purpose.
         elif each.base is None or any(map(match, each.paths)):
             obstacle = scope.obstacle_at(each)
             if _is_linear(each) if obstacle is None else _may_be_linear(each):
-                yield _Choice(each.path, obstacle)
-    yield from (_Choice(name, _STACK) for name in scope.stacks)
+                yield each.path, obstacle
+    yield from ((name, _STACK) for name in scope.stacks)
 
 
-def _choose_matching(scope: _Scope, pattern: str, problems: list[str]) -> Iterator[_Choice]:
-    match, broad = matcher(pattern), _chooses_broadly(pattern)
+def _choose_matching(scope: _Scope, pattern: str, problems: list[str]) -> _Choices:
+    match = matcher(pattern)
     matched = matching(scope.scanned.modules, match)
     if not matched:
         candidates = (each for each in scope.scanned.modules if scope.outputs or each.base is not None)
         problems.append(unknown(pattern, scope.scanned, candidates, told=len(problems), others=[ALL_LINEAR]))
         return
     obstacles = {each.path: scope.obstacle_at(each) for each in matched}
-    if broad:
+    if _insists(pattern):
+        for modules, otherwise in ((scope.free, None), (scope.trained, _TRAINED)):
+            named = (each.path for each in modules if each.path in obstacles)
+            yield from ((path, obstacles[path] or otherwise) for path in named)
+    else:
         if None not in obstacles.values():
             problems += [f"{pattern!r} matches nothing that can be adapted:", *lines(obstacles)]
         yield from _choose_broadly(scope, matched)
-    else:
-        for modules, otherwise in ((scope.free, None), (scope.trained, _TRAINED)):
-            named = (each.path for each in modules if each.path in obstacles)
-            yield from (_Choice(path, obstacles[path] or otherwise, insists=True) for path in named)
-    yield from (_Choice(name, _STACK) for name in scope.stacks if match(name))
+    yield from ((name, _STACK) for name in scope.stacks if match(name))
 
 
-def _choose_broadly(scope: _Scope, modules: Iterable[ScannedModule]) -> Iterator[_Choice]:
+def _choose_broadly(scope: _Scope, modules: Iterable[ScannedModule]) -> _Choices:
     """The ``modules`` that can be adapted, and those with parameters that cannot."""
     chosen = set(modules)
     for each in scope.free:
         if each in chosen:
             obstacle = scope.obstacle_at(each)
-            if obstacle is None or any(p is not None for p in torch_private.own_parameters(each.module).values()):
-                yield _Choice(each.path, obstacle)
+            if obstacle is None or torch_private.parameters_of(each.module):
+                yield each.path, obstacle
 
 
 def _is_linear(each: ScannedModule) -> bool:
-    """Whether ``"all-linear"`` includes it: a linear kind, nn.Linear, attention, or one with in and out features."""
+    """Whether ``"all-linear"`` includes it: a linear kind, attention, or a module with in and out features."""
     match each.module:
-        case nn.Linear() | nn.MultiheadAttention() | nn.Module(in_features=int(), out_features=int()):
+        case nn.MultiheadAttention() | nn.Module(in_features=int(), out_features=int()):
             return True
     return each.base is not None and each.base.linear
 
@@ -232,7 +224,7 @@ def _may_be_linear(each: ScannedModule) -> bool:
     module = each.module
     if isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm) or torch_private.is_convolution(module):
         return False
-    weight = torch_private.own_parameters(module).get("weight")
+    weight = torch_private.parameters_of(module).get("weight")
     return (weight is not None and len(whole_shape(weight)) == 2) or _is_linear(each)
 
 
@@ -272,8 +264,8 @@ def unknown(
     if told >= SEARCHED:
         return f"no module named {shown(pattern)}"
     for path, found in scanned.by_path.items():
-        for name, parameter in torch_private.own_parameters(found.module).items():
-            if parameter is not None and matcher(pattern)(join(path, name)):
+        for name, parameter in torch_private.parameters_of(found.module).items():
+            if matcher(pattern)(join(path, name)):
                 what = "a stack of matrices in one parameter" if parameter.ndim >= 3 else "a parameter"
                 return f"{shown(pattern)} is {what} ({join(path, name)}), and no module; only modules can be named yet"
     # The ends of the modules' paths with one name, with two, and with as many as the pattern has.

@@ -43,7 +43,7 @@ def engine_for(
     Raises:
         StepError: ``data_parallel`` is True in one process, or DeepSpeed trains in a way that is not supported.
     """
-    if any(layers.derives_from(candidate, kind) for kind in DEEPSPEED):
+    if any(layers.is_named(type(candidate), kind) for kind in DEEPSPEED):
         from tunerkit_distributed import zero  # few trainings need it
 
         engine = zero.engine_of(candidate)

@@ -14,7 +14,7 @@ from tunerkit import Tuner
 from tunerkit.errors import StepError
 from tunerkit.hooks import Engine, Removable, same
 from tunerkit.injection import slots_in
-from tunerkit.layers import derives_from
+from tunerkit.layers import is_named
 from tunerkit_distributed import torch_private
 from tunerkit_distributed.agreement import refuse_differing, starts_alike, take_from_first_
 from tunerkit_distributed.deepspeed_names import (
@@ -47,13 +47,13 @@ def engine_of(candidate: object) -> "ZeroEngine | None":
     """
     own: Any = candidate
     for kind, attribute in DEEPSPEED_WRAPPERS.items():
-        if derives_from(own, kind):
+        if is_named(type(own), kind):
             own = getattr(own, attribute)
-    of_engine = derives_from(own, DEEPSPEED_ENGINE)
+    of_engine = is_named(type(own), DEEPSPEED_ENGINE)
     zero = own.optimizer if of_engine else own
-    if derives_from(zero, ZERO_OPTIMIZER):
+    if is_named(type(zero), ZERO_OPTIMIZER):
         return ZeroEngine(ZeroSteps.of(zero))
-    if of_engine or derives_from(zero, DEEPSPEED_OPTIMIZER):
+    if of_engine or is_named(type(zero), DEEPSPEED_OPTIMIZER):
         raise StepError(
             f"DeepSpeed trains with {type(zero).__name__}, without ZeRO: set the stage of zero_optimization to 1, 2 or "
             "3, or train with DistributedDataParallel"

@@ -7,7 +7,7 @@ from torch import nn
 
 from tunerkit import NewModules
 from tunerkit.injection import base_modules
-from tunerkit.layers import derives_from, torch_private, whole_shape
+from tunerkit.layers import is_named, torch_private, whole_shape
 from tunerkit.paths import is_under, parent
 from tunerkit_transformers.output_heads import named_heads
 from tunerkit_transformers.transformers_private import is_built, is_loaded
@@ -116,7 +116,7 @@ def _is_computed(module: nn.Module) -> bool:
 
 def _task_heads(places: Mapping[str, nn.Module], heads: Collection[str]) -> _Paths:
     """The outermost heads of a transformers model, without output embeddings: those are in its checkpoint."""
-    if not any(derives_from(module, _PRETRAINED_MODEL) for module in places.values()):
+    if not any(is_named(type(module), _PRETRAINED_MODEL) for module in places.values()):
         return ()
     known = {id(head) for head in named_heads(places[""])}
     filled = [path for path in places if path in heads and next(places[path].parameters(), None) is not None]
@@ -147,7 +147,7 @@ def _grown_embeddings(modules: Collection[nn.Module]) -> Iterator[nn.Embedding]:
     """
     for module in modules:
         built = vars(module).get("vocab_size")
-        if isinstance(built, int) and derives_from(module, _PRETRAINED_MODEL):
+        if isinstance(built, int) and is_named(type(module), _PRETRAINED_MODEL):
             transformer: Any = module
             embedding, config = transformer.get_input_embeddings(), transformer.config.get_text_config()
             if isinstance(embedding, nn.Embedding) and embedding.num_embeddings == config.vocab_size > built:

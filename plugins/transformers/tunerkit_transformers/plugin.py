@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from tunerkit import BaseLayer, DefaultTargets, ModelLibrary, Tuner, WeightReader, hookimpl
-from tunerkit.layers import derives_from
+from tunerkit.layers import is_named
 from tunerkit_transformers.base_layers import Conv1DLayer, FalconLinearLayer, ScaledEmbeddingLayer
 from tunerkit_transformers.default_targets import DEFAULT_TARGETS
 from tunerkit_transformers.model_library import LIBRARY
@@ -62,7 +62,7 @@ def tunerkit_attach(
     tuners: Sequence[Tuner], candidate: Any, total_steps: int | None, data_parallel: bool | None
 ) -> bool | None:
     """Attach to a Trainer, and to those that derive from it, as TRL's do."""
-    if not derives_from(candidate, _TRAINER):
+    if not is_named(type(candidate), _TRAINER):
         return None
     from tunerkit_transformers.attaching import attach_trainer  # importing transformers takes seconds
 
