@@ -81,12 +81,11 @@ def train(
     options: dict[str, Any] = {**locals(), "from": from_}  # the parameters that are flags have their names in FLAGS
     given = {name: options[name] for name in setting.FLAGS if options[name] not in (None, [])}
     is_bare = recipe is None and not set_ and {*given} <= {"out", "precision"}
-    folder = Path(given.setdefault("out", "out")).expanduser()
     mapping = read_settings(recipe) if recipe is not None else {}
     if resume and is_bare:  # the run's own recipe, but for its `out`: the folder may have been moved
         from tunerkit_cli.running.output import recipe_file
 
-        mapping = read_settings(recipe_file(folder))
+        mapping = read_settings(recipe_file(Path(given.setdefault("out", "out")).expanduser()))
     source = str(recipe or "the recipe")
     merged = _merged(mapping, given, set_ or [])
     chosen = reading.structure(merged, source)
@@ -112,9 +111,9 @@ def _merged(mapping: dict[str, Any], given: dict[str, Any], settings: list[str])
             raise TunerkitError(f"--{name}: expected a number above 0, got {given[name]}")
     mapping = setting.merge(mapping, given)
     if settings:
-        from tunerkit_cli.running.names import method_settings, trainer_arguments
+        from tunerkit_cli.running.trainer import argument_names, setting_names
 
-        names = trainer_arguments(mapping, settings), method_settings(mapping, settings)
+        names = argument_names(mapping, settings), setting_names(mapping, settings)
         mapping = setting.apply(mapping, settings, *names)
     # The demo shows what the head alone reaches.
     is_demo = mapping.get("data") is None and mapping.get("task") in (None, "text-classification")

@@ -7,7 +7,6 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, Final
 
 import typer
@@ -18,7 +17,7 @@ from tunerkit_cli import outputs
 from tunerkit_transformers.run_folder import NAME, RunError, read_record
 
 # The endings of files for predictions, with the delimiter of a table's columns.
-_ENDINGS: Final[Mapping[str, str | None]] = MappingProxyType({".jsonl": None, ".csv": ",", ".tsv": "\t"})
+_ENDINGS: Final[Mapping[str, str | None]] = {".jsonl": None, ".csv": ",", ".tsv": "\t"}
 _Folder = Annotated[Path, typer.Argument(help="The output folder of `tunerkit train`.", metavar="OUT")]
 _Base = Annotated[str | None, typer.Option(help="Where the base model is now, if it has moved.")]
 _BatchSize = Annotated[int, typer.Option(min=1)]
@@ -91,14 +90,15 @@ def _lines(answers: Sequence[Mapping[str, Any]]) -> str:
 
 def _cells(answers: Sequence[Mapping[str, Any]], delimiter: str) -> str:
     """A table: a column for each value, and for each class's probability; lists are JSON, as in data files."""
-    rows: list[dict[str, Any]] = []
+    rows = []
     for answer in answers:
-        rows.append(row := {})
+        row: dict[str, Any] = {}
         for name, value in answer.items():
             if isinstance(value, Mapping):
                 row |= {f"{name}.{key}": each for key, each in value.items()}
             else:
                 row[name] = json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
+        rows.append(row)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     out = io.StringIO(newline="")
     writer = csv.DictWriter(out, columns, delimiter=delimiter, lineterminator="\n")
